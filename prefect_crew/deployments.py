@@ -1,15 +1,9 @@
 """Deployments of a crew, a pipeline, or a flow of one's own, flow runs for past times, and automations.
 
-Prefect makes the run form from the signature of the deployed flow. All crews are run by one flow, and so are all
-pipelines: `prefect_crew.run_deployed_crew` and `prefect_crew.run_deployed_pipeline`. So the deployment is made of a
-flow that stands for it, whose parameter `inputs` has a field for each input. What says which crew or pipeline it is,
-is a parameter that the deployment holds and the form leaves out.
-
-An entrypoint is an import path: a crew worker, a process worker and a served deployment run it without pulling code.
-
-The automations recover flow runs from crashes, and alert people about crews, whatever flow those run in. Recovery is
-for deployments with the tag `recover-crashed`, and for crashes only. Flow runs of a crew worker send no heartbeats of
-their own, so that `no heartbeat` never fires for them: their workers adopt what is left.
+Prefect makes the run form from the signature of the deployed flow, and one flow runs all crews, another one all
+pipelines. So a deployment is made of a flow that stands for it, whose parameter `inputs` has a field for each input.
+Which crew or pipeline it is, says a parameter that the deployment holds and the form leaves out. Entrypoints are import
+paths, which any worker runs without pulling code.
 """
 
 from __future__ import annotations
@@ -68,12 +62,8 @@ PAGE = 200
 class Target:
     """What is deployed: a crew, a pipeline or a flow.
 
-    Attributes:
-        form: A flow whose signature is the run form.
-        entrypoint: The import path of the flow that runs.
-        parameters: Parameters that the deployment holds.
-        asks: The names that the form asks for: inputs, or the parameters of a flow.
-        needed: Those of them that each run has to give, since they have no default.
+    `form` is a flow whose signature is the run form, `entrypoint` the import path of the flow that runs. The form asks
+    for the names in `asks`; each run has to give those in `needed`, since they have no default.
     """
 
     form: Flow[..., Any] = field(repr=False)
@@ -83,41 +73,42 @@ class Target:
     needed: Sequence[str]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How it is deployed. `idempotency_key`: of each run, for a crew or a pipeline; may be a template over the time.
+def build_deployment(
+    target: Target,
+    name: str,
+    *,
+    idempotency_key: str | None = None,
+    schedule: Schedule | None = None,
+    has_schedule: bool = False,
+    tags: Sequence[str] = (),
+    **options: Any,
+) -> RunnerDeployment:
+    """Return a deployment, ready to be applied.
 
-    `schedule` replaces the schedules of an earlier deployment of this name; `has_schedule`: there is one that stays.
-    """
-
-    name: str
-    idempotency_key: str | None = None
-    work_pool: str | None = None
-    schedule: Schedule | None = None
-    has_schedule: bool = False
-    concurrency_limit: int | None = None
-    tags: Sequence[str] = ()
-
-
-def build_deployment(target: Target, plan: Plan) -> RunnerDeployment:
-    """Return a deployment, ready to be applied to a work pool or served.
+    Args:
+        target: What is deployed.
+        name: The deployment's name.
+        idempotency_key: That of each run, for a crew or a pipeline; may be a template over the time.
+        schedule: Replaces the schedules of an earlier deployment of this name.
+        has_schedule: Whether there is one that stays.
+        tags: Besides the tag of this package.
+        options: More that `RunnerDeployment.from_flow` takes.
 
     Raises:
-        ConfigurationError: A schedule without a default for everything that a run needs, or with the same idempotency
-            key for each run; or Prefect refuses it.
+        ConfigurationError: A schedule lacks a default, or has one key for all its times; or Prefect refuses it.
     """
     from prefect.deployments.runner import RunnerDeployment
 
-    scheduled = plan.has_schedule or plan.schedule is not None
-    if scheduled and target.needed:
-        delete = "" if plan.schedule else f" Or delete the schedule that {target.form.name}/{plan.name} has."
+    is_scheduled = has_schedule or schedule is not None
+    if is_scheduled and target.needed:
+        delete = "" if schedule else f" Or delete the schedule that {target.form.name}/{name} has."
         raise ConfigurationError(
             f"A scheduled run needs a default for each required input. Missing: {', '.join(target.needed)}.{delete}"
         )
     parameters = dict(target.parameters)
-    if plan.idempotency_key is not None:
-        parameters["idempotency_key"] = key = plan.idempotency_key
-        if render_key(key, datetime.now(UTC)) == key and scheduled:
+    if idempotency_key is not None:
+        parameters["idempotency_key"] = key = idempotency_key
+        if render_key(key, datetime.now(UTC)) == key and is_scheduled:
             raise ConfigurationError(
                 f"The idempotency key {key!r} is the same for every time of the schedule, so that all would get the "
                 "first one's result. Put the time into it, such as daily-{{ scheduled_start:%Y-%m-%d }}."
@@ -125,18 +116,17 @@ def build_deployment(target: Target, plan: Plan) -> RunnerDeployment:
     try:
         deployment = RunnerDeployment.from_flow(
             target.form,
-            name=plan.name,
-            schedule=plan.schedule,
+            name=name,
+            schedule=schedule,
             parameters=parameters,
-            concurrency_limit=plan.concurrency_limit,
-            tags=[TAG, *(tag for tag in plan.tags if tag != TAG)],
-            work_pool_name=plan.work_pool,
+            tags=[TAG, *(tag for tag in tags if tag != TAG)],
             entrypoint_type=EntrypointType.MODULE_PATH,
+            **options,
         )
     except ValueError as error:
         raise ConfigurationError(f"The deployment cannot be made: {error}") from None
     deployment.entrypoint = target.entrypoint
-    if plan.schedule is None:
+    if schedule is None:
         # Prefect counts an empty list as given, and removes the schedules that a deployment has.
         deployment.model_fields_set.discard("schedules")
     return deployment
@@ -144,24 +134,26 @@ def build_deployment(target: Target, plan: Plan) -> RunnerDeployment:
 
 async def shared_key(deployment: RunnerDeployment) -> str | None:
     """Return an idempotency key that two times of the deployment's schedule share: the later one starts no run."""
-    from prefect.server.schemas import schedules as server  # the client's schedules do not compute their dates
-
     key = deployment.parameters.get("idempotency_key")
     for chosen in deployment.schedules or () if key else ():
-        timing: Any = chosen.schedule
-        rule = getattr(server, type(timing).__name__).model_validate(timing.model_dump())
-        keys = [render_key(str(key), moment) for moment in await rule.get_dates(n=50)]
+        keys = [render_key(str(key), moment) for moment in await _dates(chosen.schedule, n=50)]
         if again := next((key for key, after in itertools.pairwise(keys) if key == after), None):
             return again
     return None
 
 
+async def _dates(schedule: Any, **wanted: Any) -> list[datetime]:
+    """Return dates of a schedule, as `get_dates` of the server's schedules does: the client's do not compute theirs."""
+    from prefect.server.schemas import schedules as server
+
+    rule = getattr(server, type(schedule).__name__).model_validate(schedule.model_dump())
+    return await rule.get_dates(**wanted)
+
+
 async def crew_target(crew: Crew, defaults: Mapping[str, Any]) -> Target:
     """Return a stored crew as a target: the form asks for the inputs that the crew names.
 
-    Args:
-        crew: The crew of a stored block.
-        defaults: Values for its inputs; of a secret one the name of its Secret block.
+    `defaults` are values for its inputs; of a secret one the name of its Secret block.
 
     Raises:
         ConfigurationError: A default is for no input of the crew, or does not fit.
@@ -187,11 +179,7 @@ async def crew_target(crew: Crew, defaults: Mapping[str, Any]) -> Target:
 
 
 async def pipeline_target(pipeline: PipelineDefinition, defaults: Mapping[str, Any]) -> Target:
-    """Return a pipeline as a target, after a check of all its steps.
-
-    Args:
-        pipeline: What its file says.
-        defaults: Values for its inputs, laid over those of the file; of a secret one the name of its Secret block.
+    """Return a pipeline as a target, after a check of all its steps. `defaults` are laid over those of its file.
 
     Raises:
         ConfigurationError: The pipeline cannot run, with all that is wrong; or a default is for no input of it.
@@ -314,21 +302,14 @@ class BackfilledRun(NamedTuple):
 
 
 async def backfill(
-    deployment: str,
-    start: date,
-    end: date,
-    every: timedelta | None = None,
-    *,
-    schedule: str | None = None,
-    dry_run: bool = False,
+    deployment: str, start: date, end: date, *, schedule: str | None = None, dry_run: bool = False
 ) -> list[BackfilledRun]:
-    """Create the flow runs of a deployment that a range of past time lacks. A second call creates nothing twice.
+    """Create the flow runs that a deployment's schedule lacks in a range of past time. A second call creates no other.
 
     Args:
         deployment: Its name, `flow/deployment`.
         start: The first date or datetime; UTC unless it says otherwise.
         end: The last one, within the range as well. A date means the whole day.
-        every: The time between two runs, counted from `start`. Left out, the times are those of the schedule.
         schedule: The slug of the schedule; needed where there are several. Its parameters are those of the runs.
         dry_run: Create nothing.
 
@@ -337,18 +318,25 @@ async def backfill(
             than a thousand; or every run would have one idempotency key. Nothing was created.
     """
     first, last = _utc(start, time.min), _utc(end, time.max)
-    if first > last or (every is not None and every <= timedelta(0)):
-        raise ConfigurationError("The range ends before it begins, or the time between two runs is not above 0.")
+    if first > last:
+        raise ConfigurationError("The range ends before it begins.")
     async with get_client() as client:
         try:
             target = await client.read_deployment_by_name(deployment)
         except (ObjectNotFound, ValueError):
             raise ConfigurationError(f"There is no deployment {deployment!r}: see prefect deployment ls.") from None
-        chosen = _chosen_schedule(target, schedule)
-        times = await _times(target.name, chosen, first, last, every)
+        found = [one for one in target.schedules if schedule in (None, one.slug)]
+        if len(found) != 1:
+            slugs = ", ".join(one.slug or "(without a slug)" for one in target.schedules)
+            raise ConfigurationError(
+                f"Give schedule=…, the slug of one schedule of {target.name}: {slugs or 'it has none'}."
+            )
+        (chosen,) = found
+        dates = await _dates(chosen.schedule, n=MOST + 1, start=first, end=last)
+        times = [_utc(moment, time.min) for moment in dates]
         if len(times) > MOST or (times and times[-1] > datetime.now(UTC)):
             raise ConfigurationError(f"A backfill is for at most {MOST} times, all in the past: choose another range.")
-        parameters = {**target.parameters, **(chosen.parameters if chosen else {})}
+        parameters = {**target.parameters, **chosen.parameters}
         key = parameters.get("idempotency_key")
         if isinstance(key, str) and "scheduled_start" not in key and len(times) > 1:
             raise ConfigurationError(
@@ -372,8 +360,8 @@ async def backfill(
         return runs
 
 
-def _backfill_key(target: DeploymentResponse, schedule: DeploymentSchedule | None, moment: datetime) -> str:
-    return f"backfill {target.id} {schedule.slug if schedule else ''} {moment.isoformat()}"
+def _backfill_key(target: DeploymentResponse, schedule: DeploymentSchedule, moment: datetime) -> str:
+    return f"backfill {target.id} {schedule.slug} {moment.isoformat()}"
 
 
 def _utc(moment: date, of_day: time) -> datetime:
@@ -381,54 +369,24 @@ def _utc(moment: date, of_day: time) -> datetime:
     return whole.replace(tzinfo=UTC) if whole.tzinfo is None else whole.astimezone(UTC)
 
 
-def _chosen_schedule(target: DeploymentResponse, slug: str | None) -> DeploymentSchedule | None:
-    found = [one for one in target.schedules if slug in (None, one.slug)]
-    if len(found) > 1 or (slug is not None and not found):
-        slugs = ", ".join(one.slug or "(without a slug)" for one in target.schedules)
-        raise ConfigurationError(
-            f"Give schedule=…, the slug of one schedule of {target.name}: {slugs or 'it has none'}."
-        )
-    return found[0] if found else None
-
-
-async def _times(
-    name: str, schedule: DeploymentSchedule | None, first: datetime, last: datetime, every: timedelta | None
-) -> list[datetime]:
-    """Return the times of the range in UTC, at most one more than may be."""
-    if every is not None:
-        count = min((last - first) // every, MOST) + 1
-        return [first + number * every for number in range(count)]
-    if schedule is None:
-        raise ConfigurationError(f"{name} has no schedule to take the times from. Give every=….")
-    from prefect.server.schemas import schedules as server  # the client's schedules do not compute their dates
-
-    rule = getattr(server, type(schedule.schedule).__name__).model_validate(schedule.schedule.model_dump())
-    return [_utc(moment, time.min) for moment in await rule.get_dates(n=MOST + 1, start=first, end=last)]
-
-
 async def _known_runs(
-    client: PrefectClient, target: DeploymentResponse, schedule: DeploymentSchedule | None, times: Sequence[datetime]
+    client: PrefectClient, target: DeploymentResponse, schedule: DeploymentSchedule, times: Sequence[datetime]
 ) -> dict[datetime, FlowRun]:
     """Return, by their times, the flow runs that the schedule or an earlier backfill has created."""
     known: dict[datetime, FlowRun] = {}
+    between = ExpectedStartTime.model_validate({"after_": times[0], "before_": times[-1]})
     for offset in itertools.count(step=PAGE):
         page = await client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                expected_start_time=ExpectedStartTime.model_validate({"after_": times[0], "before_": times[-1]})
-            ),
+            flow_run_filter=FlowRunFilter(expected_start_time=between),
             deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[target.id])),
             limit=PAGE,
             offset=offset,
         )
         for run in page:
-            by = run.created_by
+            by, moment = run.created_by, run.expected_start_time and _utc(run.expected_start_time, time.min)
             # A new deploy may give a schedule another id; its slug stays.
-            is_scheduled = by is not None and by.type == "SCHEDULE"
-            is_of_this_one = schedule is None or (by is not None and schedule.slug in (None, by.display_value))
-            moment = run.expected_start_time and _utc(run.expected_start_time, time.min)
-            if moment and (
-                (is_scheduled and is_of_this_one) or run.idempotency_key == _backfill_key(target, schedule, moment)
-            ):
+            is_scheduled = by is not None and by.type == "SCHEDULE" and schedule.slug in (None, by.display_value)
+            if moment and (is_scheduled or run.idempotency_key == _backfill_key(target, schedule, moment)):
                 known.setdefault(moment, run)
         if len(page) < PAGE:
             break
@@ -466,87 +424,77 @@ QUESTION = (
     "Task {{ event.payload.task_id }}, round {{ event.payload.round }}."
     "{% if event.payload.page %} The form: {{ event.payload.page }}{% endif %}\n\n{{ event.payload.answer }}"
 )
-ALERTS = {
-    "failed": ("a run has failed", "{{ event.payload.error or 'The crew gave no reason.' }}"),
-    "uncertain": (
-        "it is not known whether a kickoff started a run",
-        "It is not known whether the kickoff started a run: {{ event.payload.reason }}. Look at the crew's page, then: "
-        f"prefect-crew runs resolve {QUOTED_KEY} --kickoff-id ID, or --never-started.",
-    ),
-    "lost": ("the crew's server no longer knows a run", "The crew's server no longer knows the run. Look at its page."),
-    "timed_out": (
-        "a time limit is over",
-        "Its {{ event.payload.phase }} time limit of {{ event.payload.budget }} s is over. It may still run.",
-    ),
-}
-"""Of each event: what has happened, and the body of the alert, in the Jinja that Prefect fills."""
+WAIT_ENDS = [f"crew.{end}" for end in ("resumed", "completed", "failed", "stopped", "lost", "timed_out")]
+PROBLEMS = [f"crew.{problem}" for problem in ("failed", "uncertain", "lost", "timed_out")]
+PROBLEM = (
+    "{% if event.event == 'crew.failed' %}{{ event.payload.error or 'The crew gave no reason.' }}"
+    "{% elif event.event == 'crew.uncertain' %}It is not known whether the kickoff started a run: "
+    "{{ event.payload.reason }}. Look at the crew's page, then: prefect-crew runs resolve "
+    f"{QUOTED_KEY} --kickoff-id ID, or --never-started."
+    "{% elif event.event == 'crew.lost' %}The crew's server no longer knows the run. Look at its page."
+    "{% else %}Its {{ event.payload.phase }} time limit of {{ event.payload.budget }} s is over. It may still run."
+    "{% endif %}"
+)
 
 
 def recovery_automations(recover_id: UUID, *, heartbeat: int, max_attempts: int) -> list[AutomationCore]:
-    """Return the automations that find crashed flow runs and begin them again.
+    """Return the automations that find crashed flow runs of tagged deployments and begin them again.
+
+    Flow runs of a crew worker send no heartbeats of their own: their workers adopt what is left.
 
     Args:
         recover_id: The deployment of `prefect_crew.operations.recover`.
         heartbeat: Seconds between two heartbeats of the slowest flow run.
         max_attempts: How often a flow run may be begun in all.
     """
-    silence = timedelta(seconds=3 * heartbeat)
+    silence = 3 * heartbeat
     crashed = {
         "type": "change-flow-run-state",
         "state": "CRASHED",
         "name": "Crashed",
-        "message": f"No heartbeat for {3 * heartbeat} s.",
+        "message": f"No heartbeat for {silence} s.",
     }
+    flow_run_id = {"__prefect_kind": "jinja", "template": "{{ flow_run.id }}"}
     recover = {
         "type": "run-deployment",
         "source": "selected",
         "deployment_id": recover_id,
-        "parameters": {
-            "flow_run_id": {"__prefect_kind": "jinja", "template": "{{ flow_run.id }}"},
-            "max_attempts": max_attempts,
-        },
+        "parameters": {"flow_run_id": flow_run_id, "max_attempts": max_attempts},
     }
     beats = [BEAT, *(f"prefect.flow-run.{state}" for state in SILENT)]
     return [
         _automation(
             "no heartbeat",
-            f"Sets a flow run tagged {RECOVERED_TAG} to Crashed that has sent no heartbeat for {3 * heartbeat} s.",
-            _unless(BEAT, beats, RECOVERED, silence),
+            f"Sets a flow run tagged {RECOVERED_TAG} to Crashed that has sent no heartbeat for {silence} s.",
+            _unless(RECOVERED, beats, after=BEAT, within=silence),
             crashed,
         ),
         _automation(
             "recover",
             f"Begins a crashed flow run tagged {RECOVERED_TAG} again, {max_attempts} times in all at most.",
-            _when("prefect.flow-run.Crashed", RECOVERED),
+            _when(RECOVERED, ["prefect.flow-run.Crashed"]),
             recover,
         ),
     ]
 
 
 def alert_automations(block_id: UUID, *, waiting: timedelta) -> list[AutomationCore]:
-    """Return the automations that tell people.
+    """Return the automations that tell people, through a block; `waiting`: how long one may take to answer."""
 
-    Args:
-        block_id: The document of a block that can notify.
-        waiting: How long a crew may wait for a person before that is worth an alert.
-    """
-
-    def alert(trigger: dict[str, Any], name: str, subject: str, what: str, body: str) -> AutomationCore:
+    def alert(name: str, when: str, trigger: dict[str, Any], subject: str, body: str) -> AutomationCore:
         subject = "Crew {{ event.resource['prefect-crew.crew'] }}: " + subject
         action = {"type": "send-notification", "block_document_id": block_id, "subject": subject, "body": HEAD + body}
-        return _automation(f"alert {name}", f"Sends an alert when {what}.", trigger, action)
+        return _automation(f"alert {name}", f"Sends an alert when {when}.", trigger, action)
 
-    ends = [f"crew.{end}" for end in ("resumed", "completed", "failed", "stopped", "lost", "timed_out")]
-    asked, unanswered = _when("crew.waiting", CREW_RUNS), _unless("crew.waiting", ends, CREW_RUNS, waiting)
-    late, for_long = f"No one has answered for {waiting}. {QUESTION}", f"a crew has waited for a person for {waiting}"
-    words = {event: event.replace("_", " ") for event in ALERTS}
+    is_bad = "a run has failed, is uncertain or lost, or its time limit is over"
+    word = "{{ event.event | replace('crew.', '') | replace('_', ' ') }}"
+    is_late, late = f"a crew has waited for a person for {waiting}", f"No one has answered for {waiting}. {QUESTION}"
+    asked = _when(CREW_RUNS, ["crew.waiting"])
+    unanswered = _unless(CREW_RUNS, WAIT_ENDS, after="crew.waiting", within=waiting.total_seconds())
     return [
-        *(
-            alert(_when(f"crew.{event}", CREW_RUNS), words[event], words[event], what, body)
-            for event, (what, body) in ALERTS.items()
-        ),
-        alert(asked, "asked", "asks a person", "a crew asks a person, once a question", QUESTION),
-        alert(unanswered, "waiting", "waiting for a person", for_long, late),
+        alert("problem", is_bad, _when(CREW_RUNS, PROBLEMS), word, PROBLEM),
+        alert("asked", "a crew asks a person, once a question", asked, "asks a person", QUESTION),
+        alert("waiting", is_late, unanswered, "waiting for a person", late),
     ]
 
 
@@ -555,23 +503,15 @@ def _automation(name: str, description: str, trigger: dict[str, Any], action: di
     return AutomationCore.model_validate({**fields, "trigger": trigger, "actions": [action]})
 
 
-def _when(event: str, runs: dict[str, Any]) -> dict[str, Any]:
-    """Return a trigger that fires at each such event."""
-    return {"type": "event", "posture": "Reactive", **runs, "expect": [event], "threshold": 1, "within": 0}
+def _when(runs: dict[str, Any], events: Sequence[str]) -> dict[str, Any]:
+    """Return a trigger that fires at each of these events."""
+    return {"type": "event", "posture": "Reactive", **runs, "expect": events, "threshold": 1, "within": 0}
 
 
-def _unless(after: str, expect: list[str], runs: dict[str, Any], within: timedelta) -> dict[str, Any]:
-    """Return a trigger that fires if none of the expected events follows in time, for each run by itself."""
-    return {
-        "type": "event",
-        "posture": "Proactive",
-        **runs,
-        "after": [after],
-        "expect": expect,
-        "for_each": ["prefect.resource.id"],
-        "threshold": 1,
-        "within": within.total_seconds(),
-    }
+def _unless(runs: dict[str, Any], events: Sequence[str], *, after: str, within: float) -> dict[str, Any]:
+    """Return a trigger that fires if none of these events follows in time (seconds), for each run by itself."""
+    proactive = {"posture": "Proactive", "after": [after], "for_each": ["prefect.resource.id"], "within": within}
+    return {**_when(runs, events), **proactive}
 
 
 async def read_automations(client: PrefectClient) -> list[Automation]:

@@ -355,7 +355,7 @@ class CrewLostError(_RunError):
 
     def _text(self) -> str:
         seen = f"it was last seen {self.last_state}" if self.last_state else "this wait never saw it"
-        again = "force_new=True (--force-new) starts another"
+        again = "force_new=True starts another"
         if self.last_state == CrewState.COMPLETED:
             seen = "it has completed, but its record does not hold the result, and the server has forgotten it"
         elif self.idempotency_key:

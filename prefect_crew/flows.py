@@ -279,7 +279,7 @@ async def get_result(
             raise
         raise CrewError(
             f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is not a stored "
-            "block to ask for it. Give the crew (crew=…, --crew)."
+            "block to ask for it. Give the crew (crew=…)."
         ) from error
     run = OpenRun(found, record.kickoff_id, record)
     async with CrewSession(run.crew) as session:

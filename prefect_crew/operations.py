@@ -22,7 +22,6 @@ from prefect.states import Scheduled
 
 from prefect_crew._internal.prefect_api import flow_run_id
 from prefect_crew.artifacts.run import MarkdownArtifact
-from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import arun_batch
 from prefect_crew.costs import costs_markdown, read_costs
 from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, CrewError, DatasetError
@@ -34,12 +33,7 @@ from prefect_crew.records.store import PrefectRecords
 
 @flow(flow_run_name="{name}")
 async def batch_file(
-    crew: str,
-    dataset: str,
-    name: str,
-    output: str,
-    ledger: str | None = None,
-    options: dict[str, Any] | None = None,
+    crew: str, dataset: str, name: str, output: str, ledger: str | None = None, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Run a crew once for each row of a file. Retried or scheduled again, it goes on where it stopped.
 
@@ -85,7 +79,7 @@ async def watch_folder(
     Raises:
         CrewError: Files whose batches failed. All others were run.
     """
-    log, inbox, more = get_run_logger(), Path(folder), options or {}
+    log, inbox = get_run_logger(), Path(folder)
     if not await to_thread(inbox.is_dir):
         log.warning("The folder %s does not exist here.", folder)
     found = await to_thread(_new_files, inbox, pattern, unchanged_seconds)
@@ -93,8 +87,8 @@ async def watch_folder(
     for path in found:
         try:
             name = f"{path.name}-{(await to_thread(_digest, path))[:12]}"
-            lines = Path(output) / f"{name}.jsonl"
-            report = await arun_batch(crew, path, name=name, output=str(lines), ledger=ledger, **more)
+            lines = str(Path(output) / f"{name}.jsonl")
+            report = await arun_batch(crew, path, name=name, output=lines, ledger=ledger, **(options or {}))
         except BatchBusyError as error:
             log.info("%s", error)  # another run of this flow has the file
         except BatchCancelledError:
@@ -105,14 +99,12 @@ async def watch_folder(
                 log.warning("%s It is moved to the folder refused.", error)
                 await to_thread(_move, path, "refused")
         except Exception as error:
-            log.error(  # noqa: TRY400  a traceback only where the error is none of ours
-                "%s: %s: %s",
-                *(path.name, type(error).__name__, error),
-                exc_info=not isinstance(error, CrewError),
-            )
-            failed.append(f"{path.name} ({type(error).__name__}: {error})")
+            why = f"{path.name} ({type(error).__name__}: {error})"
+            log.error("%s", why, exc_info=not isinstance(error, CrewError))  # noqa: TRY400  a traceback if not of ours
+            failed.append(why)
         else:
-            if _is_through(report):
+            # Through is one of which another call would start nothing: failed rows have lines, uncertain ones wait.
+            if report.stopped is None and report.skipped == report.set_aside:
                 await to_thread(_move, path, "done")
             else:
                 log.warning("%s The next run of this flow continues with it.", report)
@@ -173,28 +165,25 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
         flow_run_id: The flow run that crashed.
         max_attempts: How often it may be begun in all, the first time included.
     """
-    done = await _recover(flow_run_id, max_attempts)
-    get_run_logger().info("Flow run %s: %s", flow_run_id, done)
-    return done
-
-
-async def _recover(flow_run_id: UUID, max_attempts: int) -> str:
     async with get_client() as client:
         run = await client.read_flow_run(flow_run_id)
-        if run.state is None or not run.state.is_crashed():
-            return f"left alone, it is {run.state.name if run.state else 'without a state'}"
-        if run.deployment_id is None:
-            return "left alone, no deployment can run it: its parent or its caller has to"
         # A run that dies before it begins is never counted by Prefect, so its crashes count as well.
         states = await client.read_flow_run_states(flow_run_id)
         attempts = max(run.run_count, sum(state.type is StateType.CRASHED for state in states))
-        if attempts >= max_attempts:
-            return f"given up after {attempts} attempts; prefect flow-run retry {flow_run_id} makes another"
-        again = Scheduled(message=f"Recovered from a crash: attempt {attempts + 1} of {max_attempts}")
-        answer = await client.set_flow_run_state(flow_run_id, again)
-        if answer.status is not SetStateStatus.ACCEPT:
-            return f"left alone, Prefect did not take it: {getattr(answer.details, 'reason', answer.status)}"
-        return f"scheduled again, attempt {attempts + 1} of {max_attempts}"
+        if run.state is None or not run.state.is_crashed():
+            done = f"left alone, it is {run.state.name if run.state else 'without a state'}"
+        elif run.deployment_id is None:
+            done = "left alone, no deployment can run it: its parent or its caller has to"
+        elif attempts >= max_attempts:
+            done = f"given up after {attempts} attempts; prefect flow-run retry {flow_run_id} makes another"
+        else:
+            done = f"scheduled again, attempt {attempts + 1} of {max_attempts}"
+            again = Scheduled(message=f"Recovered from a crash: attempt {attempts + 1} of {max_attempts}")
+            answer = await client.set_flow_run_state(flow_run_id, again)
+            if answer.status is not SetStateStatus.ACCEPT:
+                done = f"left alone, Prefect did not take it: {getattr(answer.details, 'reason', answer.status)}"
+    get_run_logger().info("Flow run %s: %s", flow_run_id, done)
+    return done
 
 
 def _new_files(folder: Path, pattern: str, unchanged_seconds: float) -> list[Path]:
@@ -206,11 +195,6 @@ def _new_files(folder: Path, pattern: str, unchanged_seconds: float) -> list[Pat
             if path.is_file() and time.time() - changed >= unchanged_seconds:
                 found.append((changed, path))
     return [path for _, path in sorted(found)]
-
-
-def _is_through(report: BatchReport) -> bool:
-    """Return whether another call would start nothing: failed rows have lines, uncertain ones wait for a person."""
-    return report.stopped is None and report.skipped == report.set_aside
 
 
 def _digest(path: Path) -> str:

@@ -123,9 +123,9 @@ OTHERS = {
     # Caught: the client, the ledger and the command line make errors or exit codes of them, a kickoff decides again.
     "ReadTimeout": "client._transport",
     "ClaimLostError": "batches.ledger runs.kickoff",
-    "OSError": "_internal.files batches.database cli.run cli.serve",
+    "OSError": "batches.database cli.serve",
     "RuntimeError": "_internal.web_server",
-    "UsageError": "cli._options cli._output cli.batch cli.deploy cli.reviews cli.runs",
+    "UsageError": "cli._options cli._output cli.deploy cli.reviews cli.runs",
     "TerminatedError": "cli.app",
     # Prefect's signals, and methods that a subclass has.
     "CancelledError": "_internal.flow_engine",

@@ -387,8 +387,8 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
     def column(values: Values) -> Any:
         if source not in values:
             raise ConfigurationError(
-                f"input {name!r} is taken from column {source!r}, which is not there (to use a constant text, pass a "
-                "function that returns it)"
+                f"input {name!r} is taken from column {with_guesses([source], map(str, values))}, which is not there "
+                "(to use a constant text, pass a function that returns it)"
             )
         return values[source]
 
@@ -402,7 +402,8 @@ def _template(name: str, source: str) -> Callable[[Values], Any]:
 
     def rendered(values: Values) -> str:
         if unknown := needed - set(values):
-            raise ConfigurationError(f"input {name!r} uses {', '.join(sorted(unknown))}, which is not a column")
+            wrong = with_guesses(sorted(unknown), map(str, values))
+            raise ConfigurationError(f"input {name!r} uses {wrong}, which is not a column")
         plain = {column: "" if value is None else value for column, value in values.items()}
         return fill({"row": plain, **plain})
 

@@ -16,7 +16,6 @@ from cyclopts import Parameter
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError, reason
-from prefect_crew.cli._prefect import reach_prefect
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.exceptions import ConfigurationError
 
@@ -38,8 +37,7 @@ Inputs = Annotated[
     list[str] | None, Parameter(name=["--input", "-i"], help="An input, as name=value; can be repeated.")
 ]
 InputFile = Annotated[
-    str | None,
-    Parameter(name=["--input-file", "-f"], help="A file of inputs, JSON or YAML; - reads standard input."),
+    str | None, Parameter(name=["--input-file", "-f"], help="A file of inputs, JSON or YAML; - reads standard input.")
 ]
 Key = Annotated[
     str | None,
@@ -47,11 +45,18 @@ Key = Annotated[
         name="--key", help="The idempotency key; on a schedule for example 'daily-{{ scheduled_start:%Y-%m-%d }}'."
     ),
 ]
-ExportFile = Annotated[Path | None, Parameter(name="--export", help="Also write the result's text to this file.")]
 Timeout = Annotated[
     float | None, Parameter(name="--timeout", help="Seconds that a run may take, pending and running together.")
 ]
+Ledger = Annotated[
+    str | None,
+    Parameter(
+        name="--ledger",
+        help="The batch's ledger, if the one on record cannot be opened: a path, a PostgreSQL URL or secret://NAME.",
+    ),
+]
 Yes = Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask for confirmation.")]
+Pool = Annotated[str | None, Parameter(name=["--pool", "-p"])]
 
 
 def is_url(crew: str) -> bool:
@@ -78,12 +83,6 @@ class CrewAccess:
     allow_http: Annotated[
         bool, Parameter(help="Send the token to a URL over http, without encryption, beyond this machine.")
     ] = False
-
-    def client(self, url: str) -> CrewClient:
-        """Return a client for a URL, without any Prefect."""
-        from prefect_crew.client._client import CrewClient
-
-        return CrewClient(url, self._token(url), allow_http=self.allow_http)
 
     def block(self, url: str, **fields: Any) -> DeployedCrew:
         """Return an unsaved block for a URL. This imports Prefect, and asks nothing."""
@@ -120,9 +119,13 @@ class CrewAccess:
         _output.current.hide(found.token.get_secret_value())
         return found
 
-    async def any_client(self, crew: str) -> CrewClient:
-        """Return a client for a URL or a stored crew."""
-        return self.client(crew) if is_url(crew) else (await self.load(crew)).client()
+    async def client(self, crew: str) -> CrewClient:
+        """Return a client for a URL, without any Prefect, or for a stored crew."""
+        if not is_url(crew):
+            return (await self.load(crew)).client()
+        from prefect_crew.client._client import CrewClient
+
+        return CrewClient(crew, self._token(crew), allow_http=self.allow_http)
 
     @property
     def _is_on_command_line(self) -> bool:
@@ -145,49 +148,33 @@ class CrewAccess:
         return _output.current.hide(token)
 
 
-def reach_for(crew: str) -> None:
-    """Make sure of the Prefect API where CREW is the name of a stored crew; a URL needs none."""
-    if not is_url(crew):
-        reach_prefect()
-
-
-def read_pairs(pairs: Sequence[str], value: str = "value", *, what: str = "-i", name: str = "name") -> dict[str, str]:
-    """Return `name=value` pairs as a dictionary; a value may hold further equals signs. The rest is for messages.
+def read_pairs(pairs: Sequence[str], value: str = "value") -> dict[str, str]:
+    """Return `name=value` pairs as a dictionary; a value may hold further equals signs.
 
     Raises:
         UsageError: One is no such pair, or a name is given twice.
     """
     found: dict[str, str] = {}
     for pair in pairs:
-        given, sign, text = pair.partition("=")
-        if not sign or not given.strip():
-            raise UsageError(f"{what} {pair!r}: give it as {name}={value}.")
-        if given in found:
-            raise UsageError(f"{what} {given}: it is given twice.")
-        found[given] = text
+        name, sign, text = pair.partition("=")
+        if not sign or not name.strip():
+            raise UsageError(f"-i {pair!r}: give it as name={value}.")
+        if name in found:
+            raise UsageError(f"-i {name}: it is given twice.")
+        found[name] = text
     return found
 
 
 def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, Any]:
-    """Return the inputs of a run: those of the file, with those of the pairs laid over them.
-
-    Args:
-        pairs: `name=value`; the value is text as it is.
-        file: JSON or YAML holding one object; `-` reads standard input.
+    """Return the inputs of a run: those of the file, JSON or YAML, with those of the pairs laid over them.
 
     Raises:
         UsageError: A pair is none.
         ConfigurationError: The file cannot be read, or holds no object, or a value cannot be sent.
     """
-    inputs = {**({} if file is None else _read(file)), **read_pairs(pairs or ())}
-    try:
-        encode_inputs(inputs, as_json=True)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{error} Nothing was started.") from None
-    return inputs
-
-
-def _read(file: str) -> dict[str, Any]:
+    inputs = read_pairs(pairs or ())
+    if file is None:
+        return inputs
     import yaml
 
     text = sys.stdin.read() if file == "-" else read_text(Path(file), "inputs")
@@ -203,15 +190,16 @@ def _read(file: str) -> dict[str, Any]:
         raise ConfigurationError(
             f'{file} holds no inputs: expected one object of names and values, such as {{"topic": "Lisbon"}}.'
         )
-    return {str(name): item for name, item in cast("dict[Any, Any]", value).items()}
+    inputs = {**{str(name): item for name, item in cast("dict[Any, Any]", value).items()}, **inputs}
+    try:
+        encode_inputs(inputs, as_json=True)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{error} Nothing was started.") from None
+    return inputs
 
 
 def read_text(file: Path, what: str) -> str:
-    """Return the text of a file.
-
-    Raises:
-        ConfigurationError: It cannot be read, or is not text in UTF-8.
-    """
+    """Return the text of a file. Raises ConfigurationError if it cannot be read, or is not text in UTF-8."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -219,11 +207,7 @@ def read_text(file: Path, what: str) -> str:
 
 
 def wait_policy(crew: Crew, timeout: float | None) -> WaitPolicy | None:
-    """Return the crew's way to wait with the command's timeout in seconds; None without one.
-
-    Raises:
-        ConfigurationError: The timeout makes no sense.
-    """
+    """Return the crew's way to wait with this timeout in seconds; None without one. Raises ConfigurationError."""
     if timeout is None:
         return None
     from pydantic import ValidationError
@@ -231,7 +215,6 @@ def wait_policy(crew: Crew, timeout: float | None) -> WaitPolicy | None:
     from prefect_crew.crew import WaitPolicy
 
     try:
-        # Not model_copy, which checks nothing.
-        return WaitPolicy.model_validate({**crew.wait.model_dump(), "timeout": timeout})
+        return WaitPolicy.model_validate({**dict(crew.wait), "timeout": timeout})  # model_copy checks nothing
     except ValidationError as error:
         raise ConfigurationError(f"{reason(error)} Nothing was started.") from None

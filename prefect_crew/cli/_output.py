@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from json import dumps
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -97,10 +97,17 @@ def confirm(question: str, *, yes: bool) -> None:
         raise CrewError("Nothing was changed.")
 
 
-def put(text: str = "") -> None:
-    """Write a line to standard output: as it is into a file or a pipe, fit for a terminal to one."""
-    text = redact(text)
-    sys.stdout.write((plain(text) if is_terminal(sys.stdout) else text) + "\n")
+def put(text: str = "", style: str | None = None, *, json: Any = None) -> None:
+    """Write a line to standard output: as it is into a file or a pipe, fit for a terminal to one, styled there.
+
+    Where there is `json`, that is written instead.
+    """
+    if json is not None:
+        put_json(json)
+    elif is_terminal(sys.stdout):
+        console().print(redact(plain(text)), style=style, soft_wrap=True)
+    else:
+        sys.stdout.write(redact(text) + "\n")
 
 
 def put_markdown(text: str) -> None:
@@ -112,12 +119,17 @@ def put_markdown(text: str) -> None:
     out.print(Markdown(redact(plain(text)), hyperlinks=False), width=min(out.width, 100))
 
 
-def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str = "") -> None:
-    """Write a table: drawn on a terminal, tabs between its columns elsewhere. Without rows, only `empty`."""
+def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str = "", json: Any = None) -> None:
+    """Write a table: drawn on a terminal, tabs between its columns elsewhere. Without rows, only `empty`.
+
+    Where there is `json`, that is written instead.
+    """
+    if json is not None:
+        put_json(json)
+        return
     rows = [[redact(plain(" ".join(text.split()))) for text in row] for row in rows]
     if not rows:
-        if empty:
-            put(empty)
+        put(empty)
     elif is_terminal(sys.stdout):
         columns = (Column(title, overflow="fold") for title in header)
         table = Table(*columns, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
@@ -130,11 +142,7 @@ def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str
 
 
 def put_json(value: Any) -> None:
-    """Write one JSON document to standard output, escaped where its encoding could not hold it."""
-    text = json.dumps(value, ensure_ascii=False, indent=2, default=str)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(value, indent=2, default=str)
-    sys.stdout.write(redact(text) + "\n")
+    """Write one JSON document to standard output, escaped where its encoding may not hold it."""
+    is_ascii = (sys.stdout.encoding or "utf-8").lower() != "utf-8"  # a lone surrogate is written as its escape
+    sys.stdout.write(redact(dumps(value, ensure_ascii=is_ascii, indent=2, default=str)) + "\n")
     sys.stdout.flush()

@@ -27,15 +27,15 @@ START_WITHIN = 120
 """Seconds for the embedded server: it makes its database the first time, and machines are slow."""
 ANSWER_WITHIN = 10.0
 """Seconds for the first answer of a server that is set."""
-START_ONE = "Start a server with `prefect server start`, then set PREFECT_API_URL=http://127.0.0.1:4200/api."
 
 
-def reach_prefect(shown: Progress | None = None, *, quiet: bool = True, lasting: bool = False) -> str | None:
+def reach_prefect(shown: Progress | None = None, *, lasting: bool = False) -> str | None:
     """Import Prefect and make sure that its API answers; return its URL, None for Prefect's embedded server.
+
+    Prefect's own logs are kept off this terminal from then on.
 
     Args:
         shown: Shows what is waited for. Left out, it is shown only while it lasts.
-        quiet: Whether Prefect's own logs are kept off this terminal.
         lasting: Whether the server has to outlast this command, so that the embedded one will not do.
 
     Raises:
@@ -43,24 +43,20 @@ def reach_prefect(shown: Progress | None = None, *, quiet: bool = True, lasting:
     """
     with Progress(quiet=True) if shown is None else nullcontext(shown) as shown:
         shown.phase("Loading Prefect")
-        importlib.import_module("prefect.main")  # which sets up the logging that quiet_logs changes
+        importlib.import_module("prefect.main")  # which sets up the logging that _quiet_logs changes
         from prefect.settings import get_current_settings
 
         settings = get_current_settings()
         url = settings.api.url
-        if quiet:
-            quiet_logs(shown.note)
+        _quiet_logs(shown.note)
         if url:
             shown.phase(f"Asking the Prefect API at {url}")
             _check(url)
-        elif lasting:
+        elif lasting or not settings.server.ephemeral.enabled:
+            why = "this needs a Prefect server that stays"
             raise PrefectAwayError(
-                f"PREFECT_API_URL is not set, and this needs a Prefect server that stays. {START_ONE}"
-            )
-        elif not settings.server.ephemeral.enabled:
-            raise PrefectAwayError(
-                "PREFECT_API_URL is not set, and Prefect may not start its embedded server "
-                f"(PREFECT_SERVER_ALLOW_EPHEMERAL_MODE is false). {START_ONE}"
+                f"PREFECT_API_URL is not set, and {why if lasting else 'Prefect may not start its embedded server'}. "
+                "Start one with `prefect server start`, then set PREFECT_API_URL=http://127.0.0.1:4200/api."
             )
         else:
             shown.phase("Starting Prefect's embedded server", "10 to 20 seconds the first time")
@@ -129,10 +125,9 @@ def _end_embedded(server: SubprocessASGIServer, started: Future[None]) -> None:
 
 
 _PACKAGE = str(Path(__file__).parent.parent)
-_ENGINES = ("flow_engine.py", "task_engine.py", "engine.py")
 
 
-def quiet_logs(say: Callable[[str], None]) -> None:
+def _quiet_logs(say: Callable[[str], None]) -> None:
     """Send to `say` what matters of Prefect's logs, in place of this terminal, until the command ends.
 
     That are warnings of this package, errors of Prefect, and retries, each once: a retry logs the same again. What the
@@ -146,12 +141,13 @@ def quiet_logs(say: Callable[[str], None]) -> None:
 
     def route(record: logging.LogRecord) -> bool:
         text = record.getMessage().partition("\n")[0]
-        is_engine = record.pathname.endswith(_ENGINES)
         if record.pathname.startswith(_PACKAGE):
             # Whether a crew that was to be stopped has stopped is said at any level.
             matters = record.levelno >= (logging.INFO if record.module == "stop" else logging.WARNING)
+        elif record.pathname.endswith(("flow_engine.py", "task_engine.py", "engine.py")):
+            matters = "Retry " in text
         else:
-            matters = "Retry " in text if is_engine else record.levelno >= logging.ERROR
+            matters = record.levelno >= logging.ERROR
         if matters and text not in said:
             said.add(text)
             say(text)
@@ -163,7 +159,7 @@ def quiet_logs(say: Callable[[str], None]) -> None:
             _output.current.at_end.callback(handler.removeFilter, route)
 
 
-def page_url(kind: Literal["flow-run", "deployment"], its_id: str | None) -> str | None:
+def page_url(its_id: str | None, kind: Literal["flow-run", "deployment"] = "flow-run") -> str | None:
     """Return where the page of a flow run or a deployment is; None for the embedded server, which has no pages."""
     if its_id is None or "prefect" not in sys.modules:
         return None
@@ -171,8 +167,3 @@ def page_url(kind: Literal["flow-run", "deployment"], its_id: str | None) -> str
     from prefect.utilities.urls import url_for
 
     return url_for(kind, obj_id=its_id) if get_current_settings().ui_url else None
-
-
-def flow_run_url(flow_run_id: str | None) -> str | None:
-    """Return where the page of a flow run is, as `page_url`."""
-    return page_url("flow-run", flow_run_id)

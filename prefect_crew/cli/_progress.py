@@ -28,33 +28,24 @@ SAY_EVERY = 10.0
 
 @dataclass
 class SeenRun:
-    """What is known of a run that was kicked off or found, from its statuses. `since` is on the monotonic clock."""
+    """What is known of a run that was kicked off or found. `since` is on the monotonic clock."""
 
     label: str
     kickoff_id: str
-    is_new: bool = True
     idempotency_key: str | None = None
     flow_run_id: str | None = None
     since: float = field(default_factory=time.monotonic)
     state: CrewState = CrewState.PENDING
-    done: int = 0
-    total: int | None = None
-    progress: float | None = None
+    share: str = ""
     task: str | None = None
-
-    @classmethod
-    def of(cls, run: OpenRun) -> SeenRun:
-        """Return what is known of a run that has just been kicked off or found."""
-        from prefect_crew._internal.prefect_api import flow_run_id  # Prefect is loaded by now
-
-        in_flow_run = flow_run_id() or (run.record.flow_run_id if run.record else None)
-        return cls(run.crew.label, run.kickoff_id, run.owned, run.idempotency_key, in_flow_run)
 
     def update(self, status: CrewStatus, task: str | None) -> list[str]:
         """Take a status in, with its task as it may be shown; return what has changed, as lines for people."""
         lines: list[str] = []
-        self.total, self.progress = status.total_tasks or self.total, status.progress
-        self.done = max(self.done, status.completed_tasks or 0)
+        if status.total_tasks and (status.completed_tasks is not None or not self.share):
+            self.share = f" ({status.completed_tasks or 0} of {status.total_tasks} tasks done)"
+        elif not status.total_tasks and status.progress is not None:
+            self.share = f" ({status.progress:.0%})"
         if task and task != self.task and not status.state.ended:
             self.task = task
             lines.append(f"{task}{self.share}")
@@ -62,16 +53,9 @@ class SeenRun:
             self.state = status.state
             if status.state is CrewState.WAITING:
                 lines.append("waits for a person")  # the log says how to answer
-        if status.state.ended:
-            lines.append(f"{self.state} after {time.monotonic() - self.since:.1f} s")
+            elif status.state.ended:
+                lines.append(f"{self.state} after {time.monotonic() - self.since:.1f} s")
         return lines
-
-    @property
-    def share(self) -> str:
-        """How far it is, as text to follow another; empty where the crew does not tell."""
-        if self.total:
-            return f" ({self.done} of {self.total} tasks done)"
-        return f" ({self.progress:.0%})" if self.progress is not None else ""
 
     @property
     def on_record(self) -> str:
@@ -120,8 +104,12 @@ class Progress(AbstractContextManager["Progress"]):
         """Take in a run and its status, as a crew's `on_status` is called."""
         seen = self.seen
         if seen is None or seen.kickoff_id != run.kickoff_id:
-            seen = self.seen = _output.current.seen = SeenRun.of(run)
-            self.note(f"Crew {seen.label}: {'kicked off' if seen.is_new else 'found'} run {seen.kickoff_id}")
+            from prefect_crew._internal.prefect_api import flow_run_id  # Prefect is loaded by now
+
+            in_flow_run = flow_run_id() or (run.record.flow_run_id if run.record else None)
+            seen = SeenRun(run.crew.label, run.kickoff_id, run.idempotency_key, in_flow_run)
+            self.seen = _output.current.seen = seen
+            self.note(f"Crew {seen.label}: {'kicked off' if run.owned else 'found'} run {seen.kickoff_id}")
         if status is not None:
             task = None if status.current_task is None or run.show == "none" else run.redact_name(status.current_task)
             for line in seen.update(status, task and " ".join(task.split())[:80]):
@@ -186,13 +174,12 @@ def figures(progress: BatchProgress) -> str:
     """Return the state of a batch, without how many rows are done."""
     from prefect_crew.artifacts.escape import duration
 
-    left = progress.seconds_left
     parts = (
         f"{progress.failed:,} failed" if progress.failed else "",
         f"{progress.uncertain:,} uncertain" if progress.uncertain else "",
         f"{progress.in_flight:,} in flight" if progress.in_flight else "",
         f"{progress.people:,} wait for a person" if progress.people else "",
         f"{progress.rate:.1f} rows/s" if progress.ended_here else "",
-        f"{duration(left)} left" if left else "",
+        f"{duration(progress.seconds_left)} left" if progress.seconds_left else "",
     )
     return " · ".join(filter(None, parts))

@@ -5,14 +5,18 @@ It starts without Prefect, which takes two seconds to import: commands import wh
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from inspect import iscoroutinefunction
 from io import TextIOWrapper
 from itertools import pairwise
 from types import FrameType
@@ -20,9 +24,10 @@ from typing import Any
 
 from cyclopts import App, Group, Parameter
 
-from prefect_crew.cli import _errors, _output, automations, batch, crews, deploy, doctor, init, reviews, runs, serve
-from prefect_crew.cli import costs as costs_command
+from prefect_crew.cli import _errors, _output, doctor, serve
 from prefect_crew.cli import run as run_commands
+from prefect_crew.cli._prefect import page_url, reach_prefect
+from prefect_crew.cli._progress import Progress
 from prefect_crew.exceptions import CrewError
 
 
@@ -41,21 +46,32 @@ app = App(
     help_flags=["--help", "-h"],
     default_parameter=Parameter(negative=(), show_default=_shown),
 )
+LAZY = {
+    "runs": ("runs:app", "Runs on record: list, stop, resolve and prune them."),
+    "reviews": ("reviews:app", "Runs that wait for a person: list them, and answer."),
+    "costs": ("runs:costs", "Show what runs have used and cost, by crew, day, flow, batch or tag."),
+    "batch": ("batch:app", "Run a crew for every row of a data set, and follow such batches."),
+    "crews": ("crews:app", "Store crews as Prefect blocks, and list them."),
+    "deploy": ("deploy:deploy", "Deploy a crew or a pipeline, with a form that asks for its inputs; or a flow."),
+    "backfill": ("deploy:backfill", "Create the flow runs that a schedule lacks in a range of past dates."),
+    "automations": ("automations:app", "Automations that begin crashed flow runs again, and alert people."),
+    "receiver": ("serve:receiver", "The webhook receiver, which turns webhooks of crews into Prefect events."),
+}
+"""Commands that are imported when they are used, since that imports Prefect, and what the list says of them."""
 GROUPS: dict[str, Sequence[Any]] = {
-    "Try and check": (serve.demo, init.init, serve.serve, doctor.doctor),
+    "Try and check": (serve.demo, serve.init, serve.serve, doctor.doctor),
     "Run a crew": (run_commands.run, run_commands.result, run_commands.inputs),
-    "Follow and decide": (runs.app, reviews.app, batch.app, costs_command.costs),
-    "Set up": (crews.app, deploy.deploy, deploy.backfill, automations.app, serve.receiver),
+    "Follow and decide": ("runs", "reviews", "batch", "costs"),
+    "Set up": ("crews", "deploy", "backfill", "automations", "receiver"),
 }
 for number, (title, commands) in enumerate(GROUPS.items()):
     group = Group(title, sort_key=number)
     for each in commands:
-        if not isinstance(each, App):
-            app.command(each, help_epilogue=serve.faults_help() if each is serve.serve else None)
-            each = app[each.__name__]
+        place: dict[str, Any] = {"group": group, "sort_key": len(tuple(app))}
+        if isinstance(each, str):
+            app.command(f"{__package__}.{LAZY[each][0]}", name=each, help=LAZY[each][1], **place)
         else:
-            app.command(each)
-        each.group, each.sort_key = group, len(tuple(app))
+            app.command(each, help_epilogue=serve.faults_help() if each is serve.serve else None, **place)
 app.register_install_completion_command(  # pyright: ignore[reportUnknownMemberType]
     help="Install the completion of commands and options for this shell."
 )
@@ -73,12 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    pairs = [*pairwise(own), (own[-1] if own else "", "")]
     invocation = _output.begin(debug="--debug" in own)
     arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
     # Before they are parsed: an error of the line may quote them.
     invocation.hide(os.environ.get("CREW_TOKEN", ""))
-    for argument, following in pairs:
+    for argument, following in pairwise([*own, ""]):
         if argument.startswith("--token") and not argument.startswith("--token-file"):
             invocation.hide(argument.partition("=")[2] or following)
     for stream in (sys.stdout, sys.stderr):
@@ -96,9 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _errors.CLOSED_PIPE
             if not isinstance(error, Exception) and not _errors.is_signal(error):
                 raise
-            asks_json = any(pair in (("-o", "json"), ("--output", "json")) for pair in pairs)
             with _signals(_IGNORED):
-                return _report(error, as_json=asks_json or not {"-o=json", "-ojson", "--output=json"}.isdisjoint(own))
+                return _report(error, as_json=bool(re.search(r"(^| )(-o|--output)[ =]?json( |$)", " ".join(own))))
         finally:
             with _signals(_IGNORED):  # what is closed now takes a few seconds at most
                 invocation.at_end.close()
@@ -107,12 +121,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: list[str]) -> int:
     """Run one line of arguments; return the exit code that the command chose, 0 if it chose none.
 
+    For an asynchronous command the Prefect API is reached first. Those that ask a person before are not.
+
     Raises:
         CycloptsError, UsageError: The line makes no sense.
         Exception: Whatever the command raises.
     """
-    command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
-    answer: Any = command(*bound.args, **bound.kwargs)
+    with Progress(quiet=True) as shown:
+        if arguments and arguments[0] in LAZY:
+            shown.phase("Loading Prefect")
+        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    if iscoroutinefunction(command):
+        reach_prefect(lasting=arguments[0] == "automations")
+        answer: Any = asyncio.run(command(*bound.args, **bound.kwargs))
+    else:
+        answer = command(*bound.args, **bound.kwargs)
     sys.stdout.flush()  # so that a pipe that is closed is noticed here at the latest
     return answer if isinstance(answer, int) else 0
 
@@ -128,20 +151,17 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         name: getattr(error, name, None) or getattr(seen, name, None)
         for name in ("idempotency_key", "kickoff_id", "task", "flow_run_id")
     }
-    if facts["task"] is not None and isinstance(error, CrewError):
-        _output.note(f"The crew was last seen at task {facts['task']}.", "dim")
-    if isinstance(facts["idempotency_key"], str) and facts["idempotency_key"] not in text:
-        _output.note(f"Idempotency key {facts['idempotency_key']}", "dim")
-    if isinstance(facts["flow_run_id"], str):
-        from prefect_crew.cli._prefect import flow_run_url
-
-        facts["flow_run_url"] = flow_run_url(facts["flow_run_id"])
-        if facts["flow_run_url"]:
-            _output.note(facts["flow_run_url"], "dim")
+    facts["flow_run_url"] = page_url(facts["flow_run_id"])
+    known = {name: value for name, value in facts.items() if value is not None}
+    if "task" in known and isinstance(error, CrewError):
+        _output.note(f"The crew was last seen at task {known['task']}.", "dim")
+    if known.get("idempotency_key", "") not in text:
+        _output.note(f"Idempotency key {known['idempotency_key']}", "dim")
+    if "flow_run_url" in known:
+        _output.note(known["flow_run_url"], "dim")
     if _errors.is_usage(error):
         _output.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
     if as_json:
-        known = {name: value for name, value in facts.items() if value is not None}
         _output.put_json({"error": {"type": type(error).__name__, "message": text, "exit_code": code, **known}})
     return code
 
@@ -158,12 +178,10 @@ _IGNORED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 def _signals(handlers: dict[signal.Signals, Any]) -> Generator[None]:
     """Handle signals so; not outside the main thread, where Python allows no handlers."""
     before: dict[signal.Signals, Any] = {}
-    try:
+    if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             if handler is signal.SIG_IGN or signal.getsignal(number) is signal.SIG_DFL:
                 before[number] = signal.signal(number, handler)
-    except ValueError:
-        pass
     try:
         yield
     finally:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 
+from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import CrewAccess, Output, Timeout
 from prefect_crew.cli._prefect import reach_prefect
 from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError
 
-if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
-
-
-app = App(name="crews", help="Store crews as Prefect blocks, and list them.")
+app = App(name="crews")
 Name = Annotated[str, Parameter(name="NAME", help="The crew's name: lower-case letters, digits and dashes.")]
 
 
@@ -29,8 +28,6 @@ class BlockFields:
     """Fields of the block, named as in the block; those that are left out have the block's defaults.
 
     Args:
-        request_timeout: Seconds that one request may take.
-        inputs_as_json: Send JSON values instead of text.
         allow_extra_inputs: Also send inputs that the crew does not name.
         max_kickoffs: How many runs one idempotency key may start.
         concurrency_limit: The Prefect concurrency limit of its runs.
@@ -40,8 +37,6 @@ class BlockFields:
         page_url: The crew's page for people, to which artifacts link.
     """
 
-    request_timeout: float | None = None
-    inputs_as_json: bool | None = None
     allow_extra_inputs: Annotated[bool | None, Parameter(name="--allow-extra")] = None
     max_kickoffs: int | None = None
     concurrency_limit: str | None = None
@@ -76,31 +71,28 @@ def save(
     block = access.block(url, **_without_none({**vars(fields), "wait": wait or None}))
     reach_prefect()
 
-    async def store() -> str | None:
-        """Store it, and return the command that runs it, if the crew answers now."""
-        command = None
+    async def store() -> None:
         try:
             async with block.crew.client() as client:
                 inputs = await client.inputs()
             options = [f"-i {shlex.quote(item.name)}=…" for item in inputs if item.required]
-            command = " ".join(["prefect-crew run", shlex.quote(name), *options])
+            then = f"Run it: {' '.join(['prefect-crew run', shlex.quote(name), *options])}"
         except AuthenticationError:
             _output.note(f"The crew {name} was not stored: its server refused the token.")
             raise
         except CrewError as error:
-            _output.note(f"The crew could not be asked for its inputs: {error}", "yellow")
+            _output.note(f"The crew could not be asked for its inputs, and is stored all the same: {error}", "yellow")
+            then = f"Once its URL is right or it answers, check it: prefect-crew doctor {shlex.quote(name)}"
         try:
             await block.asave(name, overwrite=overwrite)
         except ValueError as error:
             if "already in use" in str(error):
                 raise ConfigurationError(f"There is a crew {name!r} already. Give --overwrite to replace it.") from None
             raise ConfigurationError(f"The crew {name!r} was not stored: {reason(error)}") from None
-        return command
+        _output.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")
+        _output.put(then)
 
-    command = asyncio.run(store())
-    _output.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")
-    if command:
-        _output.put(f"Run it: {command}")
+    asyncio.run(store())
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
@@ -108,41 +100,27 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command
-def ls(*, output: Output = None) -> None:
+async def ls(*, output: Output = None) -> None:
     """List the stored crews."""
-    reach_prefect()
-    found = asyncio.run(_read())
-    if output:
-        _output.put_json(found)
-    else:
-        rows = [(one["name"], one["url"]) for one in found]
-        _output.put_rows(("Crew", "URL"), rows, empty="No crew is stored: prefect-crew crews save NAME --url URL.")
+    found = await _read()
+    rows = [(one["name"], one["url"]) for one in found]
+    empty = "No crew is stored: prefect-crew crews save NAME --url URL."
+    _output.put_rows(("Crew", "URL"), rows, empty=empty, json=output and found)
 
 
 @app.command
-def inspect(name: Name, /, *, output: Output = None) -> None:
+async def inspect(name: Name, /, *, output: Output = None) -> None:
     """Show the fields of a stored crew, without its token."""
-    reach_prefect()
-    found = next((one for one in asyncio.run(_read()) if one["name"] == name), None)
+    found = next((one for one in await _read() if one["name"] == name), None)
     if found is None:
         raise ConfigurationError(f"No crew is stored under the name {name!r}. To list them: prefect-crew crews ls.")
-    if output:
-        _output.put_json(found)
-    else:
-        rows = {**found, **{f"wait.{field}": value for field, value in found["wait"].items()}}
-        shown = [
-            (field, str(value)) for field, value in rows.items() if value not in (None, [], "") and field != "wait"
-        ]
-        _output.put_rows(("Field", "Value"), shown)
+    fields = {**found, **{f"wait.{field}": value for field, value in found["wait"].items()}, "wait": None}
+    shown = [(field, str(value)) for field, value in fields.items() if value not in (None, [], "")]
+    _output.put_rows(("Field", "Value"), shown, json=output and found)
 
 
 async def _read() -> list[dict[str, Any]]:
     """Return the stored crews by name, as JSON values and without their tokens."""
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
-
-    from prefect_crew.blocks import DeployedCrew
-
     async with get_client() as client:
         try:
             documents = await client.read_block_documents_by_type("deployed-crew", include_secrets=False)

@@ -5,29 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
-import sys
 from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, validators
+from prefect.client.orchestration import get_client
+from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
+from prefect.exceptions import ObjectNotFound
+from prefect.schedules import Cron, Interval, Schedule
+from prefect.settings import get_current_settings
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError, reason
-from prefect_crew.cli._options import CrewAccess, InputFile, Inputs, Key, Output, gather_inputs, is_url, read_text
-from prefect_crew.cli._prefect import flow_run_url, page_url, reach_prefect
+from prefect_crew.cli._options import CrewAccess, InputFile, Inputs, Key, Output, Pool, gather_inputs, is_url, read_text
+from prefect_crew.cli._prefect import page_url, reach_prefect
+from prefect_crew.deployments import Target, build_deployment, crew_target, flow_target, pipeline_target, shared_key
+from prefect_crew.deployments import backfill as create_runs
 from prefect_crew.exceptions import ConfigurationError
-
-if TYPE_CHECKING:
-    from prefect.deployments.runner import RunnerDeployment
-    from prefect.schedules import Schedule
-
-    from prefect_crew.deployments import Plan, Target
-
+from prefect_crew.pipelines.definition import read_pipeline
 
 WHAT = Group("What to deploy, one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
-WHERE = Group("Where it runs, one of", validator=validators.MutuallyExclusive(), sort_key=1)
-WHEN = Group("When it runs, one of", validator=validators.MutuallyExclusive(), sort_key=2)
+WHEN = Group("When it runs, one of", validator=validators.MutuallyExclusive(), sort_key=1)
 
 
 def deploy(
@@ -36,8 +35,7 @@ def deploy(
     *,
     pipeline: Annotated[Path | None, Parameter(group=WHAT)] = None,
     flow: Annotated[str | None, Parameter(group=WHAT)] = None,
-    pool: Annotated[str | None, Parameter(name=["--pool", "-p"], group=WHERE)] = None,
-    serve: Annotated[bool, Parameter(group=WHERE)] = False,
+    pool: Pool = None,
     cron: Annotated[str | None, Parameter(group=WHEN)] = None,
     interval: Annotated[float | None, Parameter(group=WHEN)] = None,
     timezone: str | None = None,
@@ -48,16 +46,13 @@ def deploy(
     concurrency_limit: int | None = None,
     tag: Annotated[list[str] | None, Parameter(name=["--tag", "-t"])] = None,
 ) -> None:
-    """Deploy a crew or a pipeline to Prefect, with a form that asks for its inputs; or a flow.
-
-    Inputs that are given here become defaults.
+    """Deploy a crew, a pipeline or a flow.
 
     Args:
         crew: The name of a stored crew.
         pipeline: A file with a pipeline, YAML or JSON.
         flow: The import path of an asynchronous flow, my_package.flows.my_flow.
         pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default one.
-        serve: Run it in this process, until Ctrl-C.
         cron: A cron schedule. Each required input then needs a default.
         interval: A schedule: one run every so many seconds.
         timezone: The schedule's time zone, such as Europe/Lisbon.
@@ -75,61 +70,53 @@ def deploy(
     if timezone and cron is None and interval is None:
         raise UsageError("--timezone is that of a schedule: give --cron or --interval too.")
     defaults = gather_inputs(inputs, input_file)
-    reach_prefect(quiet=not serve, lasting=True)
-    from prefect.settings import get_current_settings
+    reach_prefect(lasting=True)
+    schedule = _schedule(cron, interval, timezone)
 
-    from prefect_crew.deployments import Plan, build_deployment, crew_target, flow_target, pipeline_target
-    from prefect_crew.pipelines.definition import read_pipeline
-
-    async def make() -> tuple[Target, Plan, RunnerDeployment, str, str | None]:
-        own_name = crew or ""
+    async def make() -> tuple[Target, RunnerDeployment, bool, str, str | None]:
         if flow is not None:
             target, own_name = flow_target(flow, defaults), flow.rpartition(".")[2]
         elif pipeline is not None:
             definition = read_pipeline(read_text(pipeline, "pipeline"), str(pipeline))
             target, own_name = await pipeline_target(definition, defaults), definition.name
         else:
+            own_name = crew or ""
             target = await crew_target(await CrewAccess().load(own_name), defaults)
-        plan = Plan(
-            name=name or own_name,
+        has_schedule = await _has_schedule(f"{target.form.name}/{name or own_name}")
+        deployment = build_deployment(
+            target,
+            name or own_name,
             idempotency_key=key,
-            work_pool=None if serve else pool or get_current_settings().deployments.default_work_pool_name,
-            schedule=_schedule(cron, interval, timezone),
-            has_schedule=await _has_schedule(f"{target.form.name}/{name or own_name}"),
-            concurrency_limit=concurrency_limit,
+            schedule=schedule,
+            has_schedule=has_schedule,
             tags=tag or (),
+            work_pool_name=pool or get_current_settings().deployments.default_work_pool_name,
+            concurrency_limit=concurrency_limit,
         )
-        deployment = build_deployment(target, plan)
-        return target, plan, deployment, *await apply_deployment(deployment)
+        return target, deployment, has_schedule, *await apply_deployment(deployment)
 
-    target, plan, deployment, deployment_id, pool_type = asyncio.run(make())
-    run = f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}"
-    if serve:
-        from prefect import serve as serve_deployments
-
-        _output.put(f"Serving {deployment.full_name}: this process runs it until Ctrl-C.")
-        _output.put(run + _example(target, is_flow=flow is not None))
-        sys.stdout.flush()  # a parent process reads the lines through a pipe
-        serve_deployments(deployment, print_starting_message=False)  # pyright: ignore[reportUnknownMemberType]
-        return
+    target, deployment, has_schedule, deployment_id, pool_type = asyncio.run(make())
     _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(target.asks) or 'nothing'}.")
-    if page := page_url("deployment", deployment_id):
+    if page := page_url(deployment_id, "deployment"):
         _output.put(page)
-    if plan.has_schedule and plan.schedule is None:
+    if has_schedule and schedule is None:
         _output.put("Its earlier schedule stays.")
-    _output.put(run + _example(target, is_flow=flow is not None))
-    if plan.work_pool:
-        _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(plan.work_pool)}")
+    if flow is not None:
+        given = "".join(f" -p {name}=…" for name in target.needed)
     else:
-        _output.put("Nothing runs it yet. Deploy it again with --pool POOL, or with --serve.")
+        given = json.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
+        given = f" -p {shlex.quote(f'inputs={given}')}" if target.needed else ""
+    _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{given}")
+    if deployment.work_pool_name:
+        _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(deployment.work_pool_name)}")
+    else:
+        _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
     if flow is not None and pool_type == "crew" and not flow.startswith("prefect_crew."):
         module = shlex.quote(flow.rpartition(".")[0])
         _output.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
 
 
 def _schedule(cron: str | None, interval: float | None, timezone: str | None) -> Schedule | None:
-    from prefect.schedules import Cron, Interval
-
     try:
         if cron is not None:
             return Cron(cron, timezone=timezone)
@@ -139,9 +126,6 @@ def _schedule(cron: str | None, interval: float | None, timezone: str | None) ->
 
 
 async def _has_schedule(full_name: str) -> bool:
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import ObjectNotFound
-
     async with get_client() as client:
         try:
             return bool((await client.read_deployment_by_name(full_name)).schedules)
@@ -151,12 +135,6 @@ async def _has_schedule(full_name: str) -> bool:
 
 async def apply_deployment(deployment: RunnerDeployment) -> tuple[str, str | None]:
     """Store a deployment; return its id and the type of its work pool."""
-    from prefect.client.orchestration import get_client
-    from prefect.deployments.runner import DeploymentApplyError
-    from prefect.exceptions import ObjectNotFound
-
-    from prefect_crew.deployments import shared_key
-
     if again := await shared_key(deployment):
         _output.note(f"Several times of the schedule share the key {again!r}: only the first of them starts a run.")
     pool_type: str | None = None
@@ -174,39 +152,26 @@ async def apply_deployment(deployment: RunnerDeployment) -> tuple[str, str | Non
         raise ConfigurationError(f"The deployment was not made: {error}") from error
 
 
-def _example(target: Target, *, is_flow: bool) -> str:
-    """Return the options of `prefect deployment run` for what each run has to give."""
-    if is_flow:
-        return "".join(f" -p {name}=…" for name in target.needed)
-    inputs = json.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
-    return f" -p {shlex.quote(f'inputs={inputs}')}" if target.needed else ""
-
-
-def backfill(
+async def backfill(
     deployment: Annotated[str, Parameter(name="DEPLOYMENT")],
     /,
     *,
     from_: Annotated[date | datetime, Parameter(name="--from")],
     to: date | datetime,
-    every: timedelta | None = None,
     schedule: str | None = None,
     dry_run: bool = False,
     output: Output = None,
 ) -> None:
-    """Create missing flow runs of a deployment for a range of past dates. Safe to run again.
+    """Create the flow runs that a schedule lacks in a range of past dates.
 
     Args:
         deployment: Its name, flow/deployment.
         from_: The first day or time, such as 2026-01-01; UTC.
         to: The last one; a day means the whole of it.
-        every: The time between two runs: 1d, 12h; if left out, that of the schedule.
         schedule: The schedule's slug, if there are several.
         dry_run: Show the times and create nothing.
     """
-    reach_prefect()
-    from prefect_crew.deployments import backfill as create_runs
-
-    runs = asyncio.run(create_runs(deployment, from_, to, every, schedule=schedule, dry_run=dry_run))
+    runs = await create_runs(deployment, from_, to, schedule=schedule, dry_run=dry_run)
     found: list[dict[str, Any]] = [
         {
             "scheduled_for": run.scheduled_for.isoformat(),
@@ -216,15 +181,13 @@ def backfill(
         }
         for run in runs
     ]
-    if output:
-        _output.put_json(found)
-        return
     rows = [
         (
             f"{run.scheduled_for:%Y-%m-%d %H:%M} UTC",
             "created" if one["created"] else str(one["state"] or "to create"),
-            flow_run_url(one["flow_run_id"]) or one["flow_run_id"] or "",
+            page_url(one["flow_run_id"]) or one["flow_run_id"] or "",
         )
         for run, one in zip(runs, found, strict=True)
     ]
-    _output.put_rows(("Time", "Run", "Where"), rows, empty="The range has no time of that schedule.")
+    empty = "The range has no time of that schedule."
+    _output.put_rows(("Time", "Run", "Where"), rows, empty=empty, json=output and found)

@@ -5,199 +5,132 @@ from __future__ import annotations
 import asyncio
 import re
 import shlex
-import sys
-from collections.abc import AsyncIterator, Sized
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 from prefect_crew.cli import _errors, _output
 from prefect_crew.cli._options import CrewAccess, CrewName, Output, is_url
 from prefect_crew.cli._prefect import reach_prefect
-from prefect_crew.client.inputs import STATE_ID
-from prefect_crew.exceptions import (
-    AuthenticationError,
-    CrewConnectionError,
-    CrewError,
-    NotFoundError,
-    PrefectAwayError,
-)
-from prefect_crew.states import CrewState
+from prefect_crew.exceptions import AuthenticationError, CrewConnectionError, CrewError, NotFoundError, PrefectAwayError
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
 
     from prefect_crew.client._client import CrewClient
 
-
 PREFECT_FLOOR = "3.8.0"
 """The oldest Prefect that this package works with."""
+MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
 
-class Finding(NamedTuple):
+@dataclass(frozen=True)
+class Finding:
     """What was looked at, what was found, and how to fix it, if anything is wrong. A problem has to be fixed."""
 
-    level: Literal["ok", "note", "warning", "problem"]
+    level: Literal["ok", "warning", "problem"]
     subject: str
     found: str
     fix: str = ""
 
 
+class Findings(list[Finding]):
+    """What was found, written as it is found."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__()
+        self._is_quiet = quiet
+
+    def add(self, level: Literal["ok", "warning", "problem"], subject: str, found: str, fix: str = "") -> None:
+        """Take one in."""
+        self.append(Finding(level, subject, found, fix))
+        if not self._is_quiet:
+            mark, style = MARKS[level]
+            _output.put(f"{mark} {subject}: {found}{f'{chr(10)}  → {fix}' if fix else ''}", style)
+
+
 def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: CrewAccess = CrewAccess()) -> int:
     """Check the Prefect API and, optionally, a crew, and suggest fixes. Nothing is kicked off."""
-    findings: list[Finding] = []
-
-    async def look() -> None:
-        async for finding in _check(crew, access, about_api):
-            findings.append(finding)
-            if not output:
-                _put(finding)
-
+    found = Findings(quiet=output is not None)
+    is_away = False
     try:
         url = reach_prefect()
     except PrefectAwayError as error:
-        about_api = Finding("problem", "Prefect API", str(error))
+        is_away = True
+        found.add("problem", "Prefect API", str(error))
     else:
-        about_api = Finding("ok", "Prefect API", f"{url} answers") if url else EMBEDDED
+        fix = "For workers, schedules and other machines: prefect server start, and set PREFECT_API_URL."
+        embedded = "PREFECT_API_URL is not set: each command starts an embedded server."
+        found.add("ok", "Prefect API", f"{url} answers" if url else embedded, "" if url else fix)
+
+    async def look() -> None:
+        if not is_away:
+            await check_prefect(found)
+        if crew is None:
+            return
+        if is_away and not is_url(crew):
+            found.add("problem", "crew", f"Without the Prefect API the block {crew!r} cannot be loaded.")
+            return
+        try:
+            client = await access.client(crew)
+        except CrewError as error:
+            found.add("problem", "crew", str(error))
+            return
+        async with client:
+            await check_crew(client, found)
+
     asyncio.run(look())
-    problems = sum(finding.level == "problem" for finding in findings)
-    if output:
-        _output.put_json({"problems": problems, "findings": [finding._asdict() for finding in findings]})
-    else:
-        _output.put(f"\nProblems: {problems}.")
+    problems = sum(finding.level == "problem" for finding in found)
+    as_json = output and {"problems": problems, "findings": [asdict(finding) for finding in found]}
+    _output.put(f"\nProblems: {problems}.", json=as_json)
     return _errors.OTHER if problems else 0
 
 
-EMBEDDED = Finding(
-    "note",
-    "Prefect API",
-    "PREFECT_API_URL is not set: each command starts an embedded server. For workers, schedules and other machines "
-    "start a server (prefect server start) and set PREFECT_API_URL.",
-)
-
-
-async def _check(crew: str | None, access: CrewAccess, about_api: Finding) -> AsyncIterator[Finding]:
-    yield about_api
-    is_away = about_api.level == "problem"
-    if not is_away:
-        async for finding in check_prefect():
-            yield finding
-    if crew is None:
-        return
-    if is_away and not is_url(crew):
-        yield Finding("problem", "crew", f"Without the Prefect API the block {crew!r} cannot be loaded.")
-        return
-    try:
-        client = await access.any_client(crew)
-    except CrewError as error:
-        yield Finding("problem", "crew", str(error))
-        return
-    async for finding in check_crew(client):
-        yield finding
-
-
-_MARKS = {"ok": ("✓", "green"), "note": ("·", "dim"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
-
-
-def _put(finding: Finding) -> None:
-    mark, style = _MARKS[finding.level]
-    for line in (f"{mark} {finding.subject}: {finding.found}", *([f"  → {finding.fix}"] if finding.fix else [])):
-        if _output.is_terminal(sys.stdout):
-            _output.console().print(_output.redact(_output.plain(line)), style=style)
-        else:
-            _output.put(line)
-
-
-# The crew
-
-
-async def check_crew(client: CrewClient) -> AsyncIterator[Finding]:
-    """Look at a crew: its URL, TLS, token, `/inputs`, and the status path. `client` is not open yet."""
-    url = urlsplit(client.url)
+async def check_crew(client: CrewClient, found: Findings) -> None:
+    """Look at a crew: its URL, TLS, token and `/inputs`. `client` is open."""
+    url, is_healthy = urlsplit(client.url), True
+    subject = "TLS" if url.scheme == "https" else "server"
     if url.scheme == "https" or url.hostname in ("127.0.0.1", "::1", "localhost"):
-        yield Finding("ok", "URL", client.url)
+        found.add("ok", "URL", client.url)
     else:
-        found = f"{client.url} sends the token over the network without encryption."
-        yield Finding("warning", "URL", found, "Use https, unless nobody else uses this network.")
-    async with client:
-        reached = await _reach(client, "TLS" if url.scheme == "https" else "server")
-        yield reached
-        if reached.level == "problem":
-            return
-        inputs = await _inputs(client)
-        for finding in inputs:
-            yield finding
-        if inputs[0].subject == "token" and inputs[0].level == "problem":
-            return
-        status = await _status(client)
-        yield status
-    if reached.level == "note" and inputs[0].level == "warning" and status.level == "ok":
-        found = "All requests were answered with 404: there seems to be no crew at this URL."
-        yield Finding("problem", "crew", found, "Copy the URL again from the Status tab of the crew's page.")
-
-
-_FIXES = {
-    ("wrong_version", "wrong version"): "This port does not use TLS. Check whether the URL has to begin with http.",
-    ("certificate", "ssl"): "Check the host name in the URL. For a CA of your own set SSL_CERT_FILE.",
-    ("name or service", "nodename", "name resolution", "getaddrinfo"): "Check the host name in the URL, and the DNS.",
-    ("proxy",): "Check HTTPS_PROXY, HTTP_PROXY and NO_PROXY.",
-    ("",): "Check the URL, that the crew is online on its page, and that no firewall or proxy is in between.",
-}
-"""What to do about a connection that fails, by words of the reason."""
-
-
-async def _reach(client: CrewClient, subject: str) -> Finding:
+        unsafe = f"{client.url} sends the token over the network without encryption."
+        found.add("warning", "URL", unsafe, "Use https, unless nobody else uses this network.")
     try:
         is_healthy = await client.health()
     except AuthenticationError:
-        is_healthy = True  # it answers; the token is looked at next
-    except CrewConnectionError as error:
-        fix = next(fix for words, fix in _FIXES.items() if any(word in error.reason.lower() for word in words))
-        return Finding("problem", subject, f"No answer: {error.reason}.", fix)
+        pass  # it answers; the token is looked at next
     except CrewError as error:
-        return Finding("problem", subject, str(error))
-    answers = "the certificate is accepted" if subject == "TLS" else "it answers"
-    if not is_healthy:
-        return Finding("note", subject, f"{answers}; GET / does not say Healthy, which some crews do not")
-    return Finding("ok", subject, f"{answers}, and it says that it is healthy")
-
-
-async def _inputs(client: CrewClient) -> list[Finding]:
+        fix = (
+            "Check the URL, whether it begins with http or https, that the crew is online on its page, and that no "
+            "firewall or proxy is in between. For a CA of your own set SSL_CERT_FILE."
+        )
+        no_answer = f"No answer: {error.reason}." if isinstance(error, CrewConnectionError) else str(error)
+        found.add("problem", subject, no_answer, fix)
+        return
+    found.add("ok", subject, "the certificate is accepted" if subject == "TLS" else "it answers")
     try:
-        found = await client.inputs()
+        inputs = await client.inputs()
     except AuthenticationError as error:
         fix = (
             "Copy it again from the Status tab of the crew's page; every crew has its own, and a User Bearer Token may "
             "do less than a Bearer Token. Then: prefect-crew crews save NAME --url URL --overwrite."
         )
-        return [Finding("problem", "token", f"It is refused with {error.status_code}.", fix)]
+        found.add("problem", "token", f"It is refused with {error.status_code}.", fix)
     except NotFoundError:
-        fix = "Check that the URL is the crew's own, without a path. Without /inputs no kickoff's inputs are checked."
-        return [Finding("warning", "inputs", "GET /inputs is answered with 404.", fix)]
+        if is_healthy:
+            fix = "Check that the URL is the crew's own, without a path."
+            found.add("warning", "inputs", "GET /inputs is answered with 404, so no kickoff's inputs are checked.", fix)
+        else:
+            fix = "Copy the URL again from the Status tab of the crew's page."
+            found.add("problem", "crew", "All is answered with 404: there seems to be no crew at this URL.", fix)
     except CrewError as error:
-        return [Finding("problem", "inputs", str(error), "Until this works, no kickoff's inputs are checked.")]
-    names = ", ".join(f"{item.name}{'' if item.required else ' (optional)'}" for item in found)
-    takes = Finding("ok", "inputs", f"the crew takes {names}") if found else Finding("note", "inputs", "it names none")
-    findings = [Finding("ok", "token", "it is accepted"), takes]
-    if any(item.name == STATE_ID for item in found):
-        named = f"One is called {STATE_ID}, which a CrewAI Flow takes for the id of its state."
-        findings.append(Finding("warning", "inputs", named, "Give it a new UUID for each run."))
-    return findings
-
-
-async def _status(client: CrewClient) -> Finding:
-    try:
-        status = await client.status(f"prefect-crew-doctor-{uuid4()}")
-    except CrewError as error:
-        return Finding("problem", "status", str(error), "Without it no run can be waited for.")
-    if status.state is CrewState.UNKNOWN:
-        return Finding("ok", "status", "it does not know a run that does not exist")
-    found = f"The server says {status.raw_state or status.state} of a run that does not exist."
-    return Finding("warning", "status", found, "So a lost run seems to wait: give the crew's wait a pending_timeout.")
-
-
-# Prefect
+        found.add("problem", "inputs", str(error), "Until this works, no kickoff's inputs are checked.")
+    else:
+        found.add("ok", "token", "it is accepted")
+        names = ", ".join(f"{item.name}{'' if item.required else ' (optional)'}" for item in inputs)
+        found.add("ok", "inputs", f"the crew takes {names or 'none that it names'}")
 
 
 def is_older(version: str, than: str) -> bool:
@@ -206,7 +139,7 @@ def is_older(version: str, than: str) -> bool:
     return numbers[0] < numbers[1]
 
 
-async def check_prefect() -> AsyncIterator[Finding]:
+async def check_prefect(found: Findings) -> None:
     """Look at Prefect, whose API is known to answer: versions, the block type, records, pools of crew workers.
 
     Raises:
@@ -214,39 +147,31 @@ async def check_prefect() -> AsyncIterator[Finding]:
     """
     import prefect
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
 
     own = prefect.__version__
     async with get_client() as client:
-        server = await client.api_version()
-        for subject, version in (("Prefect", own), ("Prefect server", server)):
+        for subject, version in (("Prefect", own), ("Prefect server", await client.api_version())):
             if is_older(version, PREFECT_FLOOR):
-                yield Finding("problem", subject, f"It is {version}.", f"Upgrade it to {PREFECT_FLOOR} or later.")
+                found.add("problem", subject, f"It is {version}.", f"Upgrade it to {PREFECT_FLOOR} or later.")
             elif is_older(version, own):
-                found = f"It is {version}, older than the {own} that is installed here."
-                yield Finding(
-                    "warning", subject, found, "Upgrade it: the server has to be at least as new as its clients."
-                )
+                old = f"It is {version}, older than the {own} that is installed here."
+                found.add("warning", subject, old, "Upgrade it: a server is at least as new as its clients.")
             else:
-                yield Finding("ok", subject, f"version {version}")
-        yield await _block_type(client)
-        yield await _records()
-        async for finding in _crew_pools(client):
-            yield finding
+                found.add("ok", subject, f"version {version}")
+        try:
+            blocks = await client.read_block_documents_by_type("deployed-crew")
+            names = ", ".join(sorted(str(block.name) for block in blocks)) or "none"
+            found.add("ok", "block type", f"it is registered; stored crews: {names}")
+        except ObjectNotFound:
+            fix = "prefect block register -m prefect_crew, or store a crew: prefect-crew crews save NAME --url URL."
+            found.add("warning", "block type", "deployed-crew is not registered.", fix)
+        await _check_records(found)
+        await _check_pools(client, found)
 
 
-async def _block_type(client: PrefectClient) -> Finding:
-    from prefect.exceptions import ObjectNotFound
-
-    try:
-        await client.read_block_type_by_slug("deployed-crew")
-    except ObjectNotFound:
-        fix = "prefect block register -m prefect_crew, or store a crew: prefect-crew crews save NAME --url URL."
-        return Finding("warning", "block type", "deployed-crew is not registered.", fix)
-    blocks = sorted(str(block.name) for block in await client.read_block_documents_by_type("deployed-crew"))
-    return Finding("ok", "block type", f"it is registered; stored crews: {', '.join(blocks) or 'none'}")
-
-
-async def _records() -> Finding:
+async def _check_records(found: Findings) -> None:
+    """See whether a record can be written, and a second one of its name cannot."""
     import httpx
     from prefect.exceptions import PrefectException
 
@@ -254,74 +179,46 @@ async def _records() -> Finding:
     from prefect_crew.records.store import PrefectRecords
 
     records = PrefectRecords()
+    about = {"idempotency_key": f"prefect-crew doctor {uuid4()}", "attempt": 1, "crew": "doctor", "crew_url": ""}
     # Not started: were this program killed here, the record would hold no key, and be pruned.
-    record = RunRecord(
-        idempotency_key=f"prefect-crew doctor {uuid4()}",
-        attempt=1,
-        phase=RecordPhase.NOT_STARTED,
-        crew="doctor",
-        crew_url="",
-        inputs_digest="",
-        owner=str(uuid4()),
-        claimed_at=utcnow(),
-        reason="prefect-crew doctor tried whether records can be written",
-    )
+    state = {"phase": RecordPhase.NOT_STARTED, "inputs_digest": "", "claimed_at": utcnow()}
+    first, second = (RunRecord.model_validate({**about, **state, "owner": str(uuid4())}) for _ in range(2))
     try:
-        is_claimed = await records.claim(record)
-        is_claimed_twice = await records.claim(record.model_copy(update={"owner": str(uuid4())}))
-        read = await records.attempts(record.idempotency_key)
-        await records.delete(record)
+        claimed = await records.claim(first), await records.claim(second)
+        read = [one.owner for one in await records.attempts(first.idempotency_key)]
+        await records.delete(first)
     except (httpx.HTTPError, PrefectException) as error:
-        found = f"A Variable could not be written, read and removed: {type(error).__name__}: {error}".splitlines()[0]
+        failed = f"A Variable could not be written, read and removed: {type(error).__name__}: {error}".splitlines()[0]
         fix = "Runs are recorded in Prefect Variables: the API key needs the permission to write them."
-        return Finding("problem", "records", found, fix)
-    if is_claimed and not is_claimed_twice and [one.owner for one in read] == [record.owner]:
-        return Finding("ok", "records", "one was claimed once, read and removed")
-    found = "A record that was claimed could be claimed again, or was not read back."
-    fix = "Do not run crews with this Prefect API: two calls with one key could start two runs."
-    return Finding("problem", "records", found, fix)
+        found.add("problem", "records", failed, fix)
+        return
+    if (claimed, read) == ((True, False), [first.owner]):
+        found.add("ok", "records", "one was claimed once, read and removed")
+    else:
+        fix = "Do not run crews with this Prefect API: two calls with one key could start two runs."
+        found.add("problem", "records", "A record could be claimed twice, or was not read back.", fix)
 
 
-async def _crew_pools(client: PrefectClient) -> AsyncIterator[Finding]:
+async def _check_pools(client: PrefectClient, found: Findings) -> None:
+    """Look at each pool of crew workers: who is online, and what those that are gone have left."""
     from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterType
 
     from prefect_crew.records.model import utcnow
     from prefect_crew.worker import BEGUN, UNOWNED_FOR, is_orphan, owner_name, read_flow_runs, read_workers
 
     of_crews = WorkPoolFilter(type=WorkPoolFilterType(any_=["crew"]))
-    pools = await client.read_work_pools(work_pool_filter=of_crews)
-    if not pools:
-        found = "There is no work pool of the type crew. On others a flow run that waits for a crew holds a process."
-        yield Finding("note", "crew pool", found, "prefect work-pool create crews --type crew")
-    for pool in pools:
-        subject, name = f"crew pool {pool.name}", shlex.quote(pool.name)
-        start = f"prefect worker start --pool {name}"
+    # One that a worker is about to take has no owner for a moment.
+    since = utcnow() - timedelta(seconds=UNOWNED_FOR)
+    for pool in await client.read_work_pools(work_pool_filter=of_crews):
         workers = await read_workers(client, pool.name)
-        online = sorted(worker for worker, is_online in workers.items() if is_online)
+        online = ", ".join(sorted(worker for worker, is_online in workers.items() if is_online))
         begun = await read_flow_runs(client, pool.name, *BEGUN)
-        since = utcnow() - timedelta(
-            seconds=UNOWNED_FOR
-        )  # one that a worker is about to take has no owner for a moment
-        orphans = [
-            run
-            for run in begun
-            if is_orphan(run, workers) and (owner_name(run) or (run.state is not None and run.state.timestamp < since))
-        ]
-        if pool.is_paused:
-            fix = f"prefect work-pool resume {name}"
-            yield Finding("warning", subject, "It is paused: its workers take no flow runs.", fix)
-        if online:
-            found = f"{_count(online, 'worker')} online ({', '.join(online)}), {_count(begun, 'flow run')} begun"
-            yield Finding("ok", subject, found)
-        else:
-            yield Finding("warning", subject, "No worker is online.", start)
-        if orphans:
-            gone = sorted({worker for run in orphans if (worker := owner_name(run)) is not None}) or ["NAME"]
-            found = f"Worker {', '.join(gone)} is gone and left {_count(orphans, 'flow run')}."
-            others = "Workers that are online take them within two heartbeats. " if online else ""
-            fix = f"{others}To take them at once: {start} --name {shlex.quote(gone[0])}."
-            yield Finding("warning", subject, found, fix)
-
-
-def _count(things: Sized, word: str) -> str:
-    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
+        orphans = [run for run in begun if is_orphan(run, workers)]
+        left = [run for run in orphans if owner_name(run) or (run.state and run.state.timestamp < since)]
+        said = f"workers online: {online or 'none'}; flow runs begun: {len(begun)}"
+        fix = "" if online else f"prefect worker start --pool {shlex.quote(pool.name)}"
+        if left:
+            gone = sorted({owner_name(run) or "without a name" for run in left})
+            said += f", {len(left)} of them left by workers that are gone ({', '.join(gone)})"
+            fix = fix or "Workers that are online take them within two heartbeats."
+        found.add("warning" if fix else "ok", f"crew pool {pool.name}", said, fix)

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
 import getpass
 import shlex
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
+from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError
 from prefect_crew.cli._options import CrewAccess, CrewOfRun, Output
-from prefect_crew.cli._prefect import flow_run_url, reach_prefect
-from prefect_crew.cli.runs import ago, crew_of, crew_option, needs_crew, task_option
+from prefect_crew.cli._prefect import page_url
+from prefect_crew.cli.runs import ago, crew_of, crew_option, needs_crew, short_name
+from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError
+from prefect_crew.records.model import RecordStore, RunRecord, SentReview
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.reviews.answer import (
+    PendingReview,
+    answer_run,
+    find_run_in_flight,
+    list_pending_reviews,
+    read_pending_review,
+)
+from prefect_crew.runs.reviews.questions import Review
+from prefect_crew.runs.run import OpenRun
 
-if TYPE_CHECKING:
-    from prefect_crew.crew import Crew
-    from prefect_crew.records.model import RecordStore, RunRecord, SentReview
-    from prefect_crew.runs.reviews.answer import PendingReview
-
-
-EXCERPT = 300
-"""Characters of an output that the list has in JSON."""
 RunName = Annotated[
     str, Parameter(name="ID", help="The run: its kickoff id, or the beginning of it, or its idempotency key.")
 ]
 
-app = App(name="reviews", help="Runs that wait for a person: list them, and answer.")
+app = App(name="reviews")
 
 
 @Parameter(name="*")
@@ -57,107 +61,73 @@ class AnswerOptions:
 @asynccontextmanager
 async def _open_stores() -> AsyncGenerator[tuple[list[RecordStore], list[str]]]:
     """Open all places where runs that wait are on record; give them, and a sentence for each that cannot be opened."""
-    from prefect_crew.batches.stored import batches_waiting_for_people
-    from prefect_crew.records.store import PrefectRecords
-
     async with batches_waiting_for_people() as (batches, missed):
         yield [PrefectRecords(), *(batch.ledger for batch in batches)], missed
 
 
 @app.command
-def ls(*, output: Output = None) -> None:
+async def ls(*, output: Output = None) -> None:
     """List the runs that wait for a person, the longest waiting first."""
-    reach_prefect()
+    stored: dict[tuple[str, str], Crew | None] = {}
 
-    async def look() -> tuple[list[PendingReview], list[str]]:
-        from prefect_crew.runs.reviews.answer import list_pending_reviews
+    async def crew(record: RunRecord) -> Crew | None:
+        name = record.crew, record.crew_url
+        if name not in stored:
+            stored[name] = await crew_of(record, None, CrewAccess())
+        return stored[name]
 
-        stored: dict[tuple[str, str], Crew | None] = {}
-
-        async def crew(record: RunRecord) -> Crew | None:
-            name = record.crew, record.crew_url
-            if name not in stored:
-                stored[name] = await crew_of(record, None, CrewAccess())
-            return stored[name]
-
-        async with _open_stores() as (stores, missed):
-            return await list_pending_reviews(stores, crew), missed
-
-    found, missed = asyncio.run(look())
+    async with _open_stores() as (stores, missed):
+        found = await list_pending_reviews(stores, crew)
     for sentence in missed:
         _output.note(sentence)
-    if output:
-        _output.put_json([_as_json(line, excerpt=True) for line in found])
-        return
     rows = [
         (
-            line.record.idempotency_key,
-            line.record.crew,
-            line.task_id or "",
-            str(line.round),
-            ago(line.since) if line.since else "",
+            short_name(one.record),
+            one.record.crew,
+            one.task_id or "",
+            str(one.round),
+            (one.since and ago(one.since)) or "",
         )
-        for line in found
+        for one in found
     ]
-    _output.put_rows(("Key", "Crew", "Task", "Round", "Since"), rows, empty="No run waits for a person.")
-    if found:
-        _output.note("What to judge, and how to answer: prefect-crew reviews inspect KEY", "dim")
+    as_json = output and [_as_json(line) for line in found]
+    header = ("Run", "Crew", "Task", "Round", "Since")
+    _output.put_rows(header, rows, empty="No run waits for a person.", json=as_json)
+    if found and not output:
+        _output.note("What to judge, and how to answer: prefect-crew reviews inspect RUN", "dim")
 
 
 @app.command
-def inspect(
-    run: RunName,
-    /,
-    *,
-    crew: CrewOfRun = None,
-    output: Output = None,
-    access: CrewAccess = CrewAccess(),
+async def inspect(
+    run: RunName, /, *, crew: CrewOfRun = None, output: Output = None, access: CrewAccess = CrewAccess()
 ) -> None:
     """Show what one run asks, how to answer, and what was answered before."""
-    reach_prefect()
-
-    async def look() -> PendingReview:
-        from prefect_crew.runs.reviews.answer import find_run_in_flight, read_pending_review
-
-        async with _open_stores() as (stores, _):
-            record, records = await find_run_in_flight(run, stores)
-            line = await read_pending_review(record, records, lambda record: crew_of(record, crew, access))
-        if line is None:
-            raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
-        return line
-
-    line = asyncio.run(look())
+    async with _open_stores() as (stores, _):
+        record, records = await find_run_in_flight(run, stores)
+        line = await read_pending_review(record, records, lambda record: crew_of(record, crew, access))
+    if line is None:
+        raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
     if output:
-        _output.put_json(_as_json(line, excerpt=False))
+        _output.put_json(_as_json(line))
     else:
         _put(line)
 
 
 @app.command
-def approve(
-    run: RunName,
-    /,
-    *,
-    feedback: str = "",
-    options: AnswerOptions = AnswerOptions(),
-    access: CrewAccess = CrewAccess(),
+async def approve(
+    run: RunName, /, *, feedback: str = "", options: AnswerOptions = AnswerOptions(), access: CrewAccess = CrewAccess()
 ) -> None:
     """Approve what a run asks: the crew goes on, and so do the flow runs that wait for it.
 
     Args:
         feedback: A hint for the rest of the run.
     """
-    _answer(run, True, feedback, options, access)
+    await _answer(run, True, feedback, options, access)
 
 
 @app.command
-def reject(
-    run: RunName,
-    /,
-    *,
-    feedback: str,
-    options: AnswerOptions = AnswerOptions(),
-    access: CrewAccess = CrewAccess(),
+async def reject(
+    run: RunName, /, *, feedback: str, options: AnswerOptions = AnswerOptions(), access: CrewAccess = CrewAccess()
 ) -> None:
     """Reject what a run asks: the task is done again with the feedback.
 
@@ -166,34 +136,21 @@ def reject(
     """
     if not feedback.strip():
         raise UsageError("--feedback is empty: the crew needs to know what to do better.")
-    _answer(run, False, feedback, options, access)
+    await _answer(run, False, feedback, options, access)
 
 
-def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, access: CrewAccess) -> None:
-    reach_prefect()
-
-    async def send() -> tuple[RunRecord, SentReview]:
-        from prefect_crew.runs.reviews.answer import answer_run, find_run_in_flight
-        from prefect_crew.runs.reviews.questions import Review
-        from prefect_crew.runs.run import OpenRun
-
-        async with _open_stores() as (stores, _):
-            record, records = await find_run_in_flight(run, stores)
-            crew = await crew_of(record, options.crew, access)
-            if crew is None:
-                raise needs_crew(record)
-            review = Review(approve=approve, feedback=feedback, option=options.option)
-            by = options.by or _user_name()
-            opened = OpenRun(crew, str(record.kickoff_id), record)
-            _, sent = await answer_run(opened, records, review, by=by, task_id=options.task, round=options.round)
-            return record, sent
-
-    record, sent = asyncio.run(send())
-    if options.output:
-        facts = {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id}
-        _output.put_json({**facts, **sent.model_dump(mode="json")})
-    else:
-        _output.put(f"Run {record.kickoff_id}: {_sentence(sent)}")
+async def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, access: CrewAccess) -> None:
+    async with _open_stores() as (stores, _):
+        record, records = await find_run_in_flight(run, stores)
+        crew = await crew_of(record, options.crew, access)
+        if crew is None:
+            raise needs_crew(record)
+        review, by = Review(approve=approve, feedback=feedback, option=options.option), options.by or _user_name()
+        opened = OpenRun(crew, str(record.kickoff_id), record)
+        _, sent = await answer_run(opened, records, review, by=by, task_id=options.task, round=options.round)
+    facts = {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id}
+    as_json = options.output and {**facts, **sent.model_dump(mode="json")}
+    _output.put(f"Run {record.kickoff_id}: {_sentence(sent)}", json=as_json)
 
 
 def _user_name() -> str:
@@ -210,7 +167,7 @@ def _put(line: PendingReview) -> None:
     noted = "" if line.seen else " (from the record; the crew's server was not asked)"
     _output.put(f"{record.idempotency_key}: task {line.task_id or 'not named'}, round {line.round}{noted}")
     since = f"since {line.since:%Y-%m-%d %H:%M:%S} UTC" if line.since else None
-    facts = (f"crew {record.crew}", f"run {record.kickoff_id}", since, flow_run_url(record.flow_run_id))
+    facts = (f"crew {record.crew}", f"run {record.kickoff_id}", since, page_url(record.flow_run_id))
     _output.put("  " + " · ".join(filter(None, facts)))
     for review in line.answers:
         _output.put(f"  {_sentence(review)}")
@@ -219,7 +176,8 @@ def _put(line: PendingReview) -> None:
         _output.put(f"  What is to be judged is not shown: {line.withheld or ''}")
     else:
         _output.put_markdown(line.output)
-    task = task_option(record) if line.task_id is None else ""
+    # Where the status names no task, the answer has to: TASK where the record does not know it either.
+    task = f" --task {shlex.quote(record.human_task or 'TASK')}" if line.task_id is None else ""
     run = f"{shlex.quote(line.kickoff_id)}{crew_option(record)}{task}"
     option = f" (--option {' | '.join(map(shlex.quote, line.options))})" if line.options else ""
     _output.put(f"\n  Answer: prefect-crew reviews approve {run}")
@@ -234,8 +192,8 @@ def _sentence(review: SentReview) -> str:
     return f"task {review.task_id}, round {review.round} {verb} by {review.by}, {at}{unsure}{feedback}"
 
 
-def _as_json(line: PendingReview, *, excerpt: bool) -> dict[str, Any]:
-    record, output = line.record, line.output
+def _as_json(line: PendingReview) -> dict[str, Any]:
+    record = line.record
     return {
         "crew": record.crew,
         "idempotency_key": record.idempotency_key,
@@ -243,11 +201,11 @@ def _as_json(line: PendingReview, *, excerpt: bool) -> dict[str, Any]:
         "task_id": line.task_id,
         "round": line.round,
         "since": line.since.isoformat() if line.since else None,
-        "output": output[:EXCERPT] if output is not None and excerpt else output,
+        "output": line.output,
         "withheld": line.withheld,
         "seen": line.seen,
         "options": list(line.options),
         "answers": [review.model_dump(mode="json") for review in line.answers],
         "flow_run_id": record.flow_run_id,
-        "page": flow_run_url(record.flow_run_id),
+        "page": page_url(record.flow_run_id),
     }

@@ -1,22 +1,18 @@
-"""Commands about one run of a crew: inputs, run, result."""
+"""Commands about the runs of a crew: inputs, run, result."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from prefect_crew._internal.files import check_writable, create_private
 from prefect_crew.cli import _output
 from prefect_crew.cli._options import (
     CrewAccess,
     CrewName,
     CrewOfRun,
-    ExportFile,
     InputFile,
     Inputs,
     Key,
@@ -24,10 +20,10 @@ from prefect_crew.cli._options import (
     Timeout,
     Yes,
     gather_inputs,
-    reach_for,
+    is_url,
     wait_policy,
 )
-from prefect_crew.cli._prefect import flow_run_url, reach_prefect
+from prefect_crew.cli._prefect import page_url, reach_prefect
 from prefect_crew.cli._progress import Progress, SeenRun
 from prefect_crew.prices import money
 
@@ -37,16 +33,14 @@ if TYPE_CHECKING:
 
 def inputs(crew: CrewName, /, *, output: Output = None, access: CrewAccess = CrewAccess()) -> None:
     """List the inputs that a crew takes."""
-    reach_for(crew)
+    if not is_url(crew):
+        reach_prefect()
 
     async def ask() -> list[CrewInput]:
-        async with await access.any_client(crew) as client:
+        async with await access.client(crew) as client:
             return await client.inputs()
 
     found = asyncio.run(ask())
-    if output:
-        _output.put_json([item.model_dump(mode="json") for item in found])
-        return
     columns: dict[str, list[str]] = {
         "Input": [item.name for item in found],
         "Needed": ["required" if item.required else "optional" for item in found],
@@ -55,7 +49,9 @@ def inputs(crew: CrewName, /, *, output: Output = None, access: CrewAccess = Cre
         "Description": [item.description or "" for item in found],
     }
     columns = {name: column for name, column in columns.items() if any(column)}
-    _output.put_rows([*columns], zip(*columns.values(), strict=True), empty="The crew names no inputs.")
+    as_json = output and [item.model_dump(mode="json") for item in found]
+    rows = zip(*columns.values(), strict=True)
+    _output.put_rows([*columns], rows, empty="The crew names no inputs.", json=as_json)
 
 
 def run(
@@ -70,7 +66,6 @@ def run(
     restore_from: str | None = None,
     allow_extra: bool = False,
     timeout: Timeout = None,
-    export: ExportFile = None,
     yes: Yes = False,
     output: Output = None,
     access: CrewAccess = CrewAccess(),
@@ -84,8 +79,6 @@ def run(
         allow_extra: Also send inputs that the crew does not name.
     """
     given = gather_inputs(inputs, input_file)
-    if export is not None:
-        check_writable(export)
     if force_new:
         _output.confirm("--force-new starts a new run, even if one with this key is in flight. Go on?", yes=yes)
     with Progress() as shown:
@@ -97,7 +90,7 @@ def run(
             found = replace(await access.load(crew), on_status=shown.watch)
             if allow_extra:
                 found = replace(found, allow_extra_inputs=True)
-            shown.phase(f"Kicking off crew {found.label}")
+            shown.phase(f"Crew {found.label}: checking the inputs, and looking for a run of this key")
             return await arun_crew(
                 found,
                 given,
@@ -109,33 +102,17 @@ def run(
             )
 
         answer = asyncio.run(run_it())
-    try:
-        if export is not None:
-            _write(answer, export)
-    finally:  # a disk that has filled up does not cost the result
-        put_result(answer, shown.seen, as_json=output is not None)
-
-
-def _write(answer: CrewResult, path: Path) -> None:
-    try:
-        create_private(path)
-        path.write_text(answer.output, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}.") from error
+    put_result(answer, shown.seen, as_json=output is not None)
 
 
 def put_result(answer: CrewResult, seen: SeenRun | None, *, as_json: bool) -> None:
     """Write a result: as JSON, or its text, with where to find it on standard error."""
-    page = flow_run_url(seen.flow_run_id) if seen else None
+    flow_run_id = seen.flow_run_id if seen else None
+    page = page_url(flow_run_id)
     if as_json:
-        facts = {"crew": seen.label, "idempotency_key": seen.idempotency_key} if seen else {}
-        if seen and seen.flow_run_id:
-            facts |= {"flow_run_id": seen.flow_run_id, "flow_run_url": page}
-        _output.put_json({**facts, **_plain(answer)})
+        where = {"crew": seen and seen.label, "flow_run_id": flow_run_id, "flow_run_url": page}
+        _output.put_json({**where, **_plain(answer)})
         return
-    blank = [""] if _output.is_terminal(sys.stdout) else []
-    for line in blank:
-        _output.put(line)
     _output.put_markdown(answer.output)
     figures = (
         f"Run {answer.kickoff_id}",
@@ -143,39 +120,28 @@ def put_result(answer: CrewResult, seen: SeenRun | None, *, as_json: bool) -> No
         f"{answer.usage.total_tokens:,} tokens" if answer.usage and answer.usage.total_tokens is not None else None,
         f"cost {money(answer.cost)}" if answer.cost is not None else None,
     )
-    key = f"Idempotency key {seen.idempotency_key}" if seen and seen.idempotency_key else None
-    for line in (*blank, " · ".join(filter(None, figures)), key, page):
-        if line is not None:
-            _output.note(line, "dim")
+    key = answer.idempotency_key and f"Idempotency key {answer.idempotency_key}"
+    for line in filter(None, (" · ".join(filter(None, figures)), key, page)):
+        _output.note(line, "dim")
 
 
 def _plain(answer: CrewResult) -> dict[str, Any]:
     return answer.model_dump(mode="json", exclude={"raw": True, "tasks": {"__all__": {"raw"}}})
 
 
-def result(
-    key: Annotated[str, Parameter(name="KEY", help="The run's idempotency key, as `runs ls` shows it.")],
+async def result(
+    key: Annotated[str, Parameter(name="KEY", help="The run's idempotency key, as `runs inspect` shows it.")],
     /,
     *,
     crew: CrewOfRun = None,
-    export: ExportFile = None,
     output: Output = None,
     access: CrewAccess = CrewAccess(),
 ) -> None:
     """Write the whole result of a run that has completed, from its record or from the crew's server."""
-    if export is not None:
-        check_writable(export)
-    reach_prefect()
+    from prefect_crew.flows import get_result
 
-    async def read() -> CrewResult:
-        from prefect_crew.flows import get_result
-
-        return await get_result(key, crew=None if crew is None else await access.load(crew))
-
-    answer = asyncio.run(read())
-    if export is not None:
-        _write(answer, export)
+    answer = await get_result(key, crew=None if crew is None else await access.load(crew))
     if output:
-        _output.put_json({"idempotency_key": key, **_plain(answer)})
-    elif export is None:
+        _output.put_json({**_plain(answer), "idempotency_key": key})
+    else:
         _output.put_markdown(answer.output)

@@ -1,21 +1,24 @@
-"""Commands that serve: a crew, the webhook receiver, a demonstration."""
+"""Commands to begin with: a demonstration, a project to start from; a crew and the webhook receiver, served."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from shutil import which
 from typing import Annotated, Literal
 
 from cyclopts import App, Parameter, validators
 from cyclopts.types import Port
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._prefect import flow_run_url, reach_prefect
+from prefect_crew.cli._prefect import page_url, reach_prefect
 from prefect_crew.cli._progress import Progress
 from prefect_crew.devserver._faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
 from prefect_crew.exceptions import ConfigurationError
@@ -64,10 +67,8 @@ def serve(
     from prefect_crew.devserver import serve as serve_crew
 
     try:
-        return _listening(
-            host,
-            port,
-            lambda: serve_crew(
+        with _listening(host, port):
+            return serve_crew(
                 spec,
                 host=host,
                 port=port,
@@ -78,15 +79,15 @@ def serve(
                 speed=speed,
                 stop=not no_stop,
                 max_runs=max_runs,
-            ),
-        )
+            )
     except ValueError as error:
-        raise ConfigurationError(str(error)) from error
+        raise ConfigurationError("; ".join(str(error).splitlines())) from error
 
 
-def _listening(host: str, port: int, serve: Callable[[], int]) -> int:
+@contextmanager
+def _listening(host: str, port: int) -> Generator[None]:
     try:
-        return serve()
+        yield
     except OSError as error:
         if error.filename is not None:  # not of the port
             raise
@@ -95,7 +96,7 @@ def _listening(host: str, port: int, serve: Callable[[], int]) -> int:
         ) from error
 
 
-receiver = App(name="receiver", help="The webhook receiver, which turns webhooks of crews into Prefect events.")
+receiver = App(name="receiver")
 
 
 @receiver.command
@@ -104,7 +105,6 @@ def start(
     host: Host = "127.0.0.1",
     port: ListenPort = 8001,
     max_body: Annotated[float, Parameter(validator=validators.Number(gte=0.001, lte=1024))] = 1.0,
-    queue: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 2000,
 ) -> int:
     """Receive the webhooks of crews and turn them into Prefect events, until Ctrl-C.
 
@@ -112,7 +112,6 @@ def start(
 
     Args:
         max_body: The largest webhook in MiB; one holds the crew's whole result.
-        queue: Webhooks kept while the Prefect API does not answer.
     """
     from prefect_crew.receiver.app import create_receiver
     from prefect_crew.receiver.forward import Forwarder
@@ -124,37 +123,41 @@ def start(
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if _output.current.debug else logging.INFO)
     logger.propagate = False
-    app = create_receiver(max_body=int(max_body * 1024 * 1024), forwarder=Forwarder(limit=queue))
-    return _listening(host, port, lambda: serve_receiver(app, host=host, port=port, announce=_announce))
+    app = create_receiver(max_body=int(max_body * 1024 * 1024), forwarder=Forwarder())
+
+    def announce(line: str) -> None:
+        _output.put(line)
+        sys.stdout.flush()  # a parent process reads the line through a pipe
+
+    with _listening(host, port):
+        return serve_receiver(app, host=host, port=port, announce=announce)
 
 
-def _announce(line: str) -> None:
-    _output.put(line)
-    sys.stdout.flush()  # a parent process reads the line through a pipe
+INPUTS = {
+    "budget": "1000 USD",
+    "interests": "games, tech, ai, relaxing hikes, amazing food",
+    "duration": "7 days",
+    "age": "35",
+}
+NEXT = {
+    "This crew served, to be run by you": ["prefect-crew serve travel"],
+    "A crew of your own": [
+        "prefect-crew crews save my-crew --url https://…",
+        "prefect-crew run my-crew -i topic=Lisbon",
+    ],
+    "The same in Python": ['run_crew(DeployedCrew.load("my-crew"), {"topic": "Lisbon"})'],
+    "A project to start from, with schedules and a worker": ["prefect-crew init my-crews"],
+}
 
 
-def demo(
-    *,
-    budget: str = "1000 USD",
-    interests: str = "games, tech, ai, relaxing hikes, amazing food",
-    duration: str = "7 days",
-    age: str = "35",
-) -> None:
-    """Run the travel crew through Prefect on this machine: no account, no key, no network.
-
-    Args:
-        budget: What the trip may cost.
-        interests: What you like.
-        duration: How long the trip is.
-        age: How old you are.
-    """
-    given = {"budget": budget, "interests": interests, "duration": duration, "age": age}
+def demo() -> None:
+    """Run the travel crew through Prefect on this machine: no account, no key, no network."""
     # No network is meant: Prefect's own statistics stay off for this command, and so does its notice about them.
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     _output.note("prefect-crew demo: a crew of three agents plans a trip, and Prefect runs it.", "bold")
     _output.note("No account, no key: the crew is scripted and lives on this machine.", "dim")
-    for name, value in given.items():
+    for name, value in INPUTS.items():
         _output.note(f"  {name:<10} {value}")
     with Progress() as shown:
         url = reach_prefect(shown)
@@ -169,32 +172,46 @@ def demo(
             _output.current.hide(server.token)
             shown.phase(f"Kicking off the crew at {server.url}")
             crew = replace(server.crew(wait=often).crew.called("travel"), on_status=shown.watch)
-            answer = run_crew(crew, given)
+            answer = run_crew(crew, INPUTS)
     _output.put()
     _output.put_markdown(answer.output)
-    seen = shown.seen
-    flow_run_id = seen.flow_run_id if seen else None
+    flow_run_id = shown.seen.flow_run_id if shown.seen else None
     _output.note("")
     if url is None:
         _output.note(
             "Prefect's embedded server ends with this command. A server that you start shows its runs.\n", "dim"
         )
-    page = flow_run_url(flow_run_id)
+    page = page_url(flow_run_id)
     embedded = ["prefect server start", f"http://127.0.0.1:4200/runs/flow-run/{flow_run_id}"]
-    ways = {
-        "This run in Prefect, and its page of results": [page] if page else embedded,
-        "This crew served, to be run by you": ["prefect-crew serve travel"],
-        "A crew of your own": [
-            "prefect-crew crews save my-crew --url https://…",
-            "prefect-crew run my-crew -i topic=Lisbon",
-        ],
-        "The same in Python": ['run_crew(DeployedCrew.load("my-crew"), {"topic": "Lisbon"})'],
-        "A project to start from, with schedules and a worker": ["prefect-crew init my-crews"],
-    }
     _output.note("Where to go from here", "bold")
-    if which("prefect-crew") is None:
+    if shutil.which("prefect-crew") is None:
         _output.note(f"  The commands are in {Path(sys.executable).parent}: activate that environment first.")
-    for what, how in ways.items():
+    for what, how in {"This run in Prefect, and its page of results": [page] if page else embedded, **NEXT}.items():
         _output.note(f"  {what}")
         for line in how:
             _output.note(f"      {line}", "cyan")
+
+
+NOT_COPIED = ("__pycache__", ".env", ".venv", ".pytest_cache", "results")
+"""What somebody who has tried the project in a clone of the repository leaves in it: secrets among it."""
+
+
+def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is empty, or not there yet.")], /) -> None:
+    """Write a project to start from: a scheduled crew, a pipeline and a batch for a crew worker, with a test."""
+    if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        raise ConfigurationError(f"{folder} is not an empty folder: nothing was written. Give the name of a new one.")
+    for source, target in _sources():
+        shutil.copytree(source, folder / target, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
+    readme = folder / "README.md"  # the repository's tests are told by comments how to run its blocks
+    readme.write_text(re.sub(r"<!-- .*? -->\n", "", readme.read_text(encoding="utf-8")), encoding="utf-8")
+    (folder / "requirements.txt").write_text(f"prefect-crew=={version('prefect-crew')}\npytest\n", encoding="utf-8")
+    _output.put(f"Wrote a project to {folder}. Start with its README.md.")
+
+
+def _sources() -> list[tuple[Path, str]]:
+    """Return the folders that a project is made of, and where in it they go."""
+    package = Path(__file__).parents[1]
+    if (starter := package / "starter").is_dir():
+        return [(starter, "")]
+    repository = package.parent  # an editable install: pyproject.toml has the same two folders for the wheel
+    return [(repository / "deployments" / "starter", ""), (repository / "flows" / "crews", "crews")]

@@ -118,7 +118,10 @@ def test_inputs_by_function():
         pytest.param({"topic": float("nan")}, {}, "Input 'topic' holds a number that is not finite", id="NaN"),
         pytest.param({"topic": "\ud800"}, {}, "lone surrogate", id="half a character"),
         pytest.param({"topic": b"x"}, {}, "bytes, which cannot be sent", id="bytes"),
-        pytest.param({"a": "x"}, {"inputs": {"topic": "b"}}, "taken from column 'b', which is not there", id="column"),
+        pytest.param({"a": "x"}, {"inputs": {"topic": "b"}}, "taken from column b, which is not there", id="column"),
+        pytest.param(
+            {"notes": "x"}, {"inputs": {"topic": "ntoes"}}, "column ntoes (did you mean notes?), which", id="near"
+        ),
         pytest.param({"a": ""}, {"inputs": {"topic": "a"}}, "lacks topic", id="empty column"),
         pytest.param({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b, which is not a column", id="template"),
         pytest.param({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "lacks topic", id="empty template"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import pytest
 
 from prefect_crew.devserver import CrewServer
 from support.commands import TOKEN, Command, Finished, outside
-from support.prefect_server import PrefectServer
 from support.prefect_server import environment as settings
 
 SCRIPTS = {
@@ -69,17 +68,6 @@ def alone(tmp_path: Path) -> Command:
 
     def run(*arguments: str, **options: Any) -> Finished:
         return outside(tmp_path / "home", *arguments, **options)
-
-    return run
-
-
-@pytest.fixture
-def apart(prefect_server: PrefectServer, tmp_path: Path) -> Command:
-    """`apart("run", "travel")`: the command in a process of its own, a client of the tests' Prefect server."""
-
-    def run(*arguments: str, env: Mapping[str, str] | None = None, **options: Any) -> Finished:
-        connected = {"PREFECT_API_URL": prefect_server.api_url, **(env or {})}
-        return outside(tmp_path / "home", *arguments, env=connected, **options)
 
     return run
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.blocks.system import Secret
 
 from support.deployed import command
 from support.prefect_server import PrefectServer
 
 RECOVERY = ["prefect-crew: no heartbeat", "prefect-crew: recover"]
-ALERTS = [f"prefect-crew: alert {what}" for what in ("asked", "failed", "lost", "timed out", "uncertain", "waiting")]
+ALERTS = [f"prefect-crew: alert {what}" for what in ("asked", "problem", "waiting")]
 
 
 @pytest.fixture
@@ -62,10 +63,12 @@ def test_they_are_set_up_listed_and_removed(here, pool: str):
         pytest.param(["apply"], "Recovery needs a work pool", id="no-pool"),
         pytest.param(["apply", "--pool", "nowhere"], "There is no work pool nowhere", id="pool-not-there"),
         pytest.param(["apply", "--notify", "slack-webhook/nobody"], "no block slack-webhook/nobody", id="no-block"),
+        pytest.param(["apply", "--notify", "secret/mute"], "secret/mute cannot send notifications", id="mute-block"),
         pytest.param(["rm", "nobody", "--yes"], "no automation prefect-crew: nobody", id="no-automation"),
     ],
 )
 def test_what_cannot_be_done_is_refused_and_nothing_is_changed(here, prefect_api, line: list[str], said: str):
+    Secret(value="x").save("mute", overwrite=True, _sync=True)  # type: ignore[arg-type]
     done = here("automations", *line)
     assert (done.code, done.out) == (2, "")
     assert said in done.err

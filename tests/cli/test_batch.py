@@ -30,7 +30,6 @@ from support.ledgers import let_an_hour_pass
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.scripts import script
-from support.terminals import Terminal
 
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
 
@@ -264,7 +263,7 @@ def test_inputs_come_from_columns_and_templates(here, picky, name: str, tmp_path
     assert json.loads(Path(output).read_text())["output"] == "on hot tea"
 
 
-def test_results_have_to_fit_a_model_and_rows_are_retried_by_the_class_of_their_error(
+def test_results_have_to_fit_a_model(
     here, picky, name: str, leads: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     server, crew = picky()
@@ -277,16 +276,10 @@ def test_results_have_to_fit_a_model_and_rows_are_retried_by_the_class_of_their_
         refused = here(*call, "--output-type", wrong)
         assert (refused.code, server.kickoffs) == (2, 0)
         assert why in refused.json["error"]["message"]
-    refused = here(*call, "--retries", "SomeError=1")
-    assert (refused.code, server.kickoffs) == (2, 0)
-    assert "SomeError" in refused.json["error"]["message"]
-    assert here(*call, "--retries", "CrewFailedError=often").code == 2
-
-    ran = here(*call, "--output-type", f"{module}:Tea", "--retries", "CrewFailedError=1")
+    ran = here(*call, "--output-type", f"{module}:Tea")
     assert ran.code == 6, ran.err
     assert lines(output) == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
-    assert server.kickoffs_by_key == {f"batch/{name}/{key}": count for key, count in (("a", 1), ("b", 2), ("c", 1))}
-    # The model and the class go with the name.
+    # The model goes with the name.
     again = here("batch", "retry", name, "--yes", "--key", "a", "-o", "json")
     assert (again.json["kickoffs"], server.kickoffs_by_key[f"batch/{name}/a"]) == (1, 2)
     assert lines(output)["a"] == "invalid-output"
@@ -398,22 +391,3 @@ def test_no_row_is_resolved_while_somebody_works_on_the_batch_or_may_still_send_
     assert "may still be sent" in early.err
     let_an_hour_pass(f"{output}.ledger.db")
     assert here(*resolve).code == 0
-
-
-@pytest.mark.slow
-def test_on_a_terminal_a_bar_is_drawn_and_ctrl_c_stops_what_is_in_flight(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str, here
-):
-    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
-    path = tmp_path / "rows.csv"
-    path.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
-    command = ["batch", "run", server.url, str(path), "--name", name, "--export", output, "--max-in-flight", "12"]
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
-    with Terminal([program("prefect-crew"), *command], env=env) as screen:
-        screen.wait_for("12 in flight")
-        assert "0/30" in screen.output
-        screen.press("\x03")
-        assert screen.wait(60) == 130
-    assert "Traceback" not in screen.output
-    assert server.kickoffs == 12
-    assert here("batch", "inspect", name, "-o", "json").json["states"] == {"pending": 18, "stopped": 12}

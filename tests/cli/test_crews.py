@@ -62,7 +62,8 @@ def test_a_refused_token_is_not_stored(here, prefect_api: PrefectServer, crews: 
 def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer, name: str):
     saved = here("crews", "save", name, "--url", "http://127.0.0.1:1")
     assert saved.code == 0
-    assert "could not be asked for its inputs" in saved.err
+    assert "could not be asked for its inputs, and is stored all the same" in saved.err
+    assert f"prefect-crew doctor {name}" in saved.out
     assert DeployedCrew.load(name).url == "http://127.0.0.1:1"
 
 

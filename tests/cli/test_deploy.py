@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import signal
 import sqlite3
 import time
 import uuid
@@ -14,17 +13,13 @@ from typing import Any
 
 import httpx
 import pytest
-from prefect import flow
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
 
 from prefect_crew.devserver import CrewServer
-from support.commands import Command, environment
 from support.deployed import wait_until
-from support.environment import program
 from support.prefect_server import PrefectServer, drain
-from support.processes import Process
 from support.workers import Worker
 
 TEXT = ["string", "number", "boolean"]
@@ -105,20 +100,6 @@ def test_a_deployment_asks_for_the_inputs_of_its_crew(here, name: str):
     assert (list(inputs["properties"]), inputs["required"]) == (["who"], ["who"])
 
 
-@pytest.mark.parametrize(
-    ("inputs", "said"),
-    [
-        pytest.param(None, "required", id="none"),
-        pytest.param({"who": None}, "who", id="null"),
-    ],
-)
-def test_prefect_refuses_a_run_whose_inputs_do_not_fit(here, prefect_api, name: str, inputs: Any, said: str):
-    assert here("deploy", name).code == 0
-    refused = start(prefect_api, f"deployed-crew/{name}", {} if inputs is None else {"inputs": inputs})
-    assert refused.status_code in (409, 422), refused.text
-    assert said in refused.text
-
-
 def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: str):
     line, daily = ("deploy", name, "--name", f"daily {name}"), ("--cron", "0 6 * * *", "--timezone", "Europe/Lisbon")
     without = here(*line, *daily)
@@ -146,41 +127,10 @@ def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: 
     assert [one.schedule.interval.total_seconds() for one in found.schedules] == [3600]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        pytest.param(["--pool", "no-such-pool"], "prefect work-pool create no-such-pool", id="pool"),
-        pytest.param(["-i", "colour=red"], "does not know the inputs colour; it takes who.", id="default"),
-        pytest.param(["--cron", "now and then", "-i", "who=Ada"], "cron", id="cron"),
-        pytest.param(["--key", "trip-{{ start }}"], "'{{ start }}' is not known", id="key"),
-    ],
-)
-def test_what_cannot_be_deployed(here, name: str, options: list[str], said: str):
-    done = here("deploy", name, *options)
-    assert done.code == 2
-    assert said in done.err
-
-
 def test_it_needs_a_server_that_stays(alone):
     done = alone("deploy", "travel", env={"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true"})
     assert done.code == 1
     assert "prefect server start" in done.err
-
-
-def test_served_by_the_command_itself(prefect_api: PrefectServer, crews: CrewServer, name: str, tmp_path: Path):
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url, "PREFECT_RUNNER_POLL_FREQUENCY": "1"})
-    command = [program("prefect-crew"), "deploy", name, "--serve"]
-    with Process(command, log=tmp_path / "log", env=env) as process:
-        process.wait_for(f"Serving deployed-crew/{name}")
-        process.wait_for(f"Run it: prefect deployment run deployed-crew/{name} -p 'inputs=")
-        run = ended(prefect_api, start(prefect_api, f"deployed-crew/{name}", {"inputs": {"who": "Ada"}}))
-        assert run["state_type"] == "COMPLETED", run["state"]
-        # Before 3.9 Prefect's runner shows a traceback where the process of a flow run ends as the runner is stopped.
-        wait_until(lambda: process.family() == [process.pid], seconds=60, what="the end of its process")
-        process.send(signal.SIGINT)
-        assert process.wait(30) in (0, 130)
-        assert process.family() == []
-    assert "Traceback" not in process.output
 
 
 def test_a_run_on_a_process_worker(here, prefect_api: PrefectServer, crews: CrewServer, name: str, tmp_path: Path):
@@ -287,21 +237,6 @@ def test_a_pipeline_that_cannot_run_is_not_deployed(here, name: str, file: Path,
     assert said in done.err
 
 
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        pytest.param(["{}", "-i", "colour=red"], "the inputs colour; it takes who, times, tone.", id="default"),
-        pytest.param(["{}", "-i", "times=two"], "The default of the input times must be JSON of the", id="type"),
-        pytest.param(["{}", "--cron", "0 6 * * *"], "Missing: who", id="schedule"),
-        pytest.param(["nowhere.yaml"], "The pipeline in nowhere.yaml cannot be read", id="file"),
-    ],
-)
-def test_a_pipeline_with_options_that_do_not_fit(here, file: Path, line: list[str], said: str):
-    done = here("deploy", "--pipeline", *(word.format(file) for word in line))
-    assert done.code == 2
-    assert said in done.err
-
-
 def test_a_secret_input_of_a_pipeline_is_the_name_of_a_block(here, crews: CrewServer, name: str, file: Path):
     save(crews, name, secret_inputs=["who"])
     only = "\n".join(line for line in file.read_text().splitlines() if "second" not in line)
@@ -350,47 +285,37 @@ def test_a_flow_is_deployed_by_its_import_path(here, prefect_api: PrefectServer,
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("line", "said"),
     [
-        pytest.param("{}.plain", "is synchronous, and a crew worker runs asynchronous ones only", id="synchronous"),
-        pytest.param("{}.no_flow", "is not a flow: decorate the function with @flow.", id="no-flow"),
-        pytest.param("{}.nothing", "cannot be imported", id="no-name"),
-        pytest.param("never_installed.greet", "No module named 'never_installed'", id="no-module"),
-        pytest.param("flows/greet.py:greet", "is not an import path of a flow", id="a-file"),
+        pytest.param("{name} --pool no-such-pool", "prefect work-pool create no-such-pool", id="pool"),
+        pytest.param("{name} -i colour=red", "does not know the inputs colour; it takes who.", id="default"),
+        pytest.param("{name} --cron now -i who=Ada", "cron", id="cron"),
+        pytest.param("{name} --key trip-{{{{start}}}}", "'{{start}}' is not known", id="key"),
+        pytest.param("--pipeline {file} -i colour=red", "it takes who, times, tone.", id="default-of-a-pipeline"),
+        pytest.param("--pipeline {file} -i times=two", "The default of the input times must be JSON of the", id="type"),
+        pytest.param("--pipeline {file} --interval 60", "Missing: who", id="schedule"),
+        pytest.param("--pipeline nowhere.yaml", "The pipeline in nowhere.yaml cannot be read", id="no-file"),
+        pytest.param("--flow {module}.plain", "is synchronous, and a crew worker runs", id="synchronous"),
+        pytest.param("--flow {module}.no_flow", "is not a flow: decorate the function with @flow.", id="no-flow"),
+        pytest.param("--flow {module}.nothing", "cannot be imported", id="no-name"),
+        pytest.param("--flow never_installed.greet", "No module named 'never_installed'", id="no-module"),
+        pytest.param("--flow flows/greet.py:greet", "is not an import path of a flow", id="a-file"),
     ],
 )
-def test_a_flow_that_a_crew_worker_cannot_run_is_not_deployed(
-    here, prefect_api: PrefectServer, module: str, path: str, said: str
-):
-    done = here("deploy", "--flow", path.format(module))
+def test_what_cannot_be_deployed(here, name: str, file: Path, module: str, line: str, said: str):
+    done = here("deploy", *line.format(name=name, file=file, module=module).split())
     assert done.code == 2
     assert said in done.err
 
 
-# Backfills
-
-
-@flow
-def filled() -> None:
-    """Is never run here: only its runs matter."""
-
-
-def test_a_second_backfill_creates_nothing_twice(here: Command, prefect_api: PrefectServer):
-    name = f"d-{uuid.uuid4()}"
-
-    async def make() -> None:
-        async with get_client() as client:
-            await client.create_deployment(await client.create_flow(filled), name)
-
-    asyncio.run(make())
-    line = ("backfill", f"filled/{name}", "--from", "2024-02-28", "--to", "2024-03-01")
-    without = here(*line)
-    assert (without.code, "has no schedule to take the times from. Give --every …." in without.err) == (2, True)
-    planned = here(*line, "--every", "1d", "--dry-run")
+def test_a_second_backfill_creates_nothing_twice(here, name: str):
+    line = ("deploy", name, "--name", f"past {name}", "-i", "who=Ada", "--cron", "0 6 * * *")
+    assert here(*line, "--key", f"{name}-{{{{ scheduled_start:%Y-%m-%d }}}}").code == 0
+    line = ("backfill", f"deployed-crew/past {name}", "--from", "2024-02-28", "--to", "2024-03-01")
+    planned = here(*line, "--dry-run")
     assert (planned.code, planned.out.count("to create")) == (0, 3)
-    made, again = (here(*line, "--every", "1d", "-o", "json").json for _ in range(2))
+    made, again = (here(*line, "-o", "json").json for _ in range(2))
     assert [run["scheduled_for"][:10] for run in made] == ["2024-02-28", "2024-02-29", "2024-03-01"]
     assert [run["created"] for run in made] == [True] * 3
     assert [run["created"] for run in again] == [False] * 3
     assert [run["flow_run_id"] for run in made] == [run["flow_run_id"] for run in again]
-    assert here("backfill", f"filled/{name}", "--from", "yesterday", "--to", "2024-03-01").code == 2

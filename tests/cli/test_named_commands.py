@@ -17,7 +17,7 @@ from prefect_crew.batches.outcomes import explain_lost
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli.app import app
 from prefect_crew.cli.runs import Condition, todo
-from prefect_crew.deployments import ALERTS
+from prefect_crew.deployments import PROBLEM
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, IdempotencyConflictError, KickoffUncertainError
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.runs.reviews.questions import how_to_answer
@@ -112,9 +112,7 @@ TEXTS = {
     "to do: orphaned": todo(record(), Condition.ORPHANED),
     "to do: waiting": todo(record(), Condition.WAITING),
     "row lost": explain_lost(CrewLostError(kickoff_id="k"), HOSTILE, HOSTILE),
-    "alert": jinja2.Template(ALERTS["uncertain"][1]).render(
-        event={"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
-    ),
+    "alert": jinja2.Template(PROBLEM).render(event={"event": "crew.uncertain", **ALERT}),
 }
 
 

@@ -15,20 +15,6 @@ from prefect_crew.cli._options import CrewAccess, gather_inputs
 from prefect_crew.exceptions import ConfigurationError
 
 
-@pytest.mark.parametrize(
-    ("pair", "expected"),
-    [
-        pytest.param("sum=1+1=2", {"sum": "1+1=2"}, id="equals-sign-in-the-value"),
-        pytest.param("topic=", {"topic": ""}, id="empty-value"),
-        pytest.param('rows=[{"a": 1}]', {"rows": '[{"a": 1}]'}, id="json-stays-text"),
-        pytest.param("handle=@someone", {"handle": "@someone"}, id="at-sign-reads-no-file"),
-        pytest.param("نص=مرحبا", {"نص": "مرحبا"}, id="other-script"),
-    ],
-)
-def test_pair(pair: str, expected: dict[str, str]):
-    assert gather_inputs([pair], None) == expected
-
-
 @pytest.mark.parametrize("pairs", [["topic"], ["=Lisbon"], ["a=1", "a=2"]], ids=["no-sign", "no-name", "twice"])
 def test_pairs_that_make_no_sense(pairs: list[str]):
     with pytest.raises(UsageError):

@@ -13,8 +13,7 @@ from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.report import BatchProgress
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
-from prefect_crew.cli import _progress as module
-from prefect_crew.cli._progress import Progress, SeenRun, figures
+from prefect_crew.cli._progress import Progress, SeenRun
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.runs.run import OpenRun
 from prefect_crew.states import CrewState
@@ -74,7 +73,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     ],
 )
 def test_what_changes_is_said(statuses: list[CrewStatus], lines: list[list[str]]):
-    seen = SeenRun.of(run())
+    seen = SeenRun("travel", "k1")
     assert [seen.update(one, one.current_task) for one in statuses] == lines
 
 
@@ -128,30 +127,6 @@ def test_on_a_terminal_the_lines_stay_and_a_last_one_is_redrawn(screen: io.Strin
         assert part in drawn
     assert "[bold]x[/bold]" in drawn, "text of a crew neither styles"
     assert "\x1b[2J" not in drawn, "nor steers"
-
-
-def test_figures_of_a_batch_are_those_that_there_are():
-    assert figures(batch()) == ""
-    said = figures(batch(completed=5, failed=2, uncertain=1, in_flight=1_000, people=3, ended_here=8))
-    assert said.startswith("2 failed · 1 uncertain · 1,000 in flight · 3 wait for a person · ")
-    assert "rows/s" in said
-    assert said.endswith(" left")
-
-
-def test_plain_lines_of_a_batch_come_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    with Progress() as shown:
-        shown.watch_batch(batch("checking"))
-        shown.watch_batch(batch("running", completed=10))
-        shown.watch_batch(batch("running", completed=11))
-        monkeypatch.setattr(module, "SAY_EVERY", 0.0)
-        shown.watch_batch(batch("running", completed=12, failed=1))
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.splitlines() == [
-        "Batch leads: checking every row …",
-        "Batch leads: 10 of 1,200 rows",
-        "Batch leads: 13 of 1,200 rows · 1 failed",
-    ]
 
 
 def test_a_batch_is_a_bar_on_a_terminal_and_a_line_at_its_end(screen: io.StringIO):

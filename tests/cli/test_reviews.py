@@ -1,22 +1,25 @@
-"""`reviews`: what waits for a person, and answers once a round, on a real Prefect server."""
+"""`reviews`: what waits for a person, runs and rows of batches, and answers once a round, on a real Prefect server."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from prefect import flow
-from prefect.runtime import flow_run
 
-from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
+from prefect_crew import DeployedCrew, WaitPolicy, arun_crew, run_batch
+from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, utcnow
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.reviews.answer import ASKS
 from support.commands import TOKEN
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
@@ -36,45 +39,48 @@ def block(prefect_api: PrefectServer, crews: CrewServer) -> Iterator[str]:
     DeployedCrew.delete(name)
 
 
-class Asking:
-    """A flow run, in a thread, whose crew waits for a person."""
+class Background:
+    """A call in a thread, and what came of it."""
 
-    def __init__(self, block: str, **options: Any) -> None:
-        self.idempotency_key = f"asking {uuid.uuid4()}"
-        self.outcome: Any = None
-
-        @flow
-        async def asking() -> str:
-            crew = await DeployedCrew.aload(block)
-            return (await arun_crew(crew, {"who": "Ada"}, idempotency_key=self.idempotency_key, **options)).output
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._outcome: Any = None
 
         def run() -> None:
             try:
-                self.outcome = asyncio.run(asking())
+                self._outcome = call()
             except BaseException as error:
-                self.outcome = error
+                self._outcome = error
 
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
-    @property
-    def record(self) -> RunRecord:
-        return asyncio.run(PrefectRecords().attempts(self.idempotency_key))[-1]
+    def outcome(self) -> Any:
+        self._thread.join(90)
+        assert not self._thread.is_alive()
+        return self._outcome
+
+
+class Asking(Background):
+    """A flow run whose crew waits for a person."""
+
+    def __init__(self, block: str) -> None:
+        self.idempotency_key = f"asking {uuid.uuid4()}"
+
+        @flow
+        async def asking() -> str:
+            crew = await DeployedCrew.aload(block)
+            return (await arun_crew(crew, {"who": "Ada"}, idempotency_key=self.idempotency_key)).output
+
+        super().__init__(lambda: asyncio.run(asking()))
 
     def until_asked(self) -> RunRecord:
         """Wait until a person is asked, and return what is on record then."""
 
-        def asked() -> bool:
+        def asked() -> RunRecord | None:
             attempts = asyncio.run(PrefectRecords().attempts(self.idempotency_key))
-            return bool(attempts) and attempts[-1].human_since is not None
+            return attempts[-1] if attempts and attempts[-1].human_since is not None else None
 
-        wait_until(asked, seconds=60, what="a person is waited for")
-        return self.record
-
-    def result(self) -> Any:
-        self._thread.join(60)
-        assert not self._thread.is_alive()
-        return self.outcome
+        return wait_until(asked, seconds=60, what="a person is waited for")
 
 
 def test_what_waits_is_listed_answered_and_goes_on(here: Any, block: str) -> None:
@@ -113,7 +119,7 @@ def test_what_waits_is_listed_answered_and_goes_on(here: Any, block: str) -> Non
         what="the answer, once the question counts as the next one",
     )
     assert (approved.json["round"], approved.json["approve"], approved.json["outcome"]) == (2, True, "sent")
-    assert asking.result() == "sent to Ada"
+    assert asking.outcome() == "sent to Ada"
     assert [(one.round, one.approve, one.outcome) for one in asyncio.run(PrefectRecords().reviews(record))] == [
         (1, False, "sent"),
         (2, True, "sent"),
@@ -170,15 +176,6 @@ def test_an_answer_whose_fate_is_unknown_is_not_given_again(here: Any, block: st
     assert "it is not known whether that arrived" in here("reviews", "inspect", record.idempotency_key).out
 
 
-def test_a_round_that_was_not_looked_at_is_not_answered(here: Any, block: str, crews: CrewServer) -> None:
-    record = write(crews, crew=block, kickoff_id=asked(crews))
-    resumes = crews.requests["resume"]
-    refused = here("reviews", "approve", record.idempotency_key, "--round", "2")
-    assert refused.code == 1
-    assert "is at round 1, not 2" in refused.err
-    assert crews.requests["resume"] == resumes
-
-
 def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Any, crews: CrewServer) -> None:
     record = write(crews, kickoff_id=asked(crews))
     (line,) = [
@@ -198,16 +195,9 @@ def test_where_the_status_names_no_task_the_commands_ask_for_it(here: Any, noted
     script = "name: reviewed\ninputs: [who]\ntasks: [{name: draft, output: x, human: true}]"
     with CrewServer({"reviewed": script}, token=TOKEN, response_format="live") as live:
         kickoff_id = asked(live)
-        record = write(live, crew=f"127.0.0.1:{live.port}/reviewed", kickoff_id=kickoff_id, human_task=noted)
-
-        @flow
-        def waiting() -> str:
-            asyncio.run(PrefectRecords().add_waiter(record, str(flow_run.id)))
-            return here("runs", "inspect", kickoff_id, *crew).out
-
+        write(live, crew=f"127.0.0.1:{live.port}/reviewed", kickoff_id=kickoff_id, human_task=noted)
         crew = ("--crew", f"{live.url}/reviewed")
         command = f"prefect-crew reviews approve {kickoff_id} --crew {live.url}/reviewed --task {noted or 'TASK'}"
-        assert f"Answer: {command}, or reject" in waiting()
         assert f"Answer: {command}\n" in here("reviews", "inspect", kickoff_id, *crew).out
         assert here("reviews", "approve", kickoff_id, *crew).code == 1
         done = here("reviews", "approve", kickoff_id, *crew, "--task", "draft")
@@ -223,3 +213,98 @@ def test_what_names_no_run_or_several_is_refused(here: Any, crews: CrewServer) -
     assert "has ended (failed)" in here("reviews", "inspect", gone.idempotency_key).err
     assert here("reviews", "reject", str(first.kickoff_id)).code == 2
     assert here("reviews", "reject", str(first.kickoff_id), "--feedback", " ").code == 2
+
+
+# Rows of batches, whose records and answers live in their ledgers
+
+WAIT = WaitPolicy(initial=0.1, factor=1, jitter=0, next_round_after=1)
+
+
+class Running(Background):
+    """A batch."""
+
+    def __init__(self, block: str, folder: Path, rows: int, **options: Any) -> None:
+        self.name = f"asked {uuid.uuid4().hex[:8]}"
+        self.output = folder / f"{self.name}.jsonl"
+        data = [{"id": f"row {number}", "who": f"person {number}"} for number in range(rows)]
+        given = {"name": self.name, "key": "id", "output": str(self.output), "wait": WAIT, **options}
+        super().__init__(lambda: run_batch(block, data, **given))
+
+    def idempotency_key(self, row: int) -> str:
+        return f"batch/{self.name}/row {row}"
+
+
+def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
+    here: Any, block: str, crews: CrewServer, tmp_path: Path
+) -> None:
+    running = Running(block, tmp_path, 3)
+
+    def listed() -> list[Any]:
+        return [
+            one
+            for one in here("reviews", "ls", "-o", "json").json
+            if one["idempotency_key"].startswith(f"batch/{running.name}/")
+        ]
+
+    lines = wait_until(lambda: len(found := listed()) == 3 and found, seconds=60, what="three rows that wait")
+    assert {line["idempotency_key"] for line in lines} == {running.idempotency_key(row) for row in range(3)}
+    assert {(line["crew"], line["task_id"], line["round"], line["seen"]) for line in lines} == {
+        (block, "draft", 1, True)
+    }
+    inspected = here("batch", "inspect", running.name)
+    assert "3 in flight wait for a person" in inspected.out
+
+    first = lines[0]
+    rejected = here("reviews", "reject", running.idempotency_key(0), "--feedback", "warmer", "--by", "Grace")
+    assert rejected.code == 0, rejected.err
+    assert "task draft, round 1 rejected by Grace" in rejected.out
+    wait_until(
+        lambda: (
+            next((one for one in listed() if one["idempotency_key"] == running.idempotency_key(0)), first)["round"] == 2
+        ),
+        seconds=60,
+        what="the next question",
+    )
+    resumes = crews.requests["resume"]
+    late = here("reviews", "approve", running.idempotency_key(0), "--round", "1")
+    assert (late.code, crews.requests["resume"]) == (1, resumes)
+    assert "round 1 rejected by Grace" in here("reviews", "inspect", running.idempotency_key(0)).out
+    for line in lines[1:]:
+        done = here("reviews", "approve", line["kickoff_id"][:13])
+        assert done.code == 0, done.err
+    wait_until(
+        lambda: here("reviews", "approve", running.idempotency_key(0), "--round", "2").code == 0,
+        seconds=60,
+        what="the answer, once the question counts as the next one",
+    )
+    report = running.outcome()
+    assert (report.completed, report.kickoffs) == (3, 3)
+    outputs = {line["key"]: line["output"] for line in map(json.loads, running.output.read_text().splitlines())}
+    assert outputs == {f"row {number}": f"sent to person {number}" for number in range(3)}
+    assert asyncio.run(answers(running.name, "row 0")) == [(1, False, "Grace", "sent"), (2, True, "sent")]
+    ended = here("reviews", "approve", running.idempotency_key(1))
+    assert ended.code == 1, "and its ledger is not opened any more"
+    assert running.name not in dict(asyncio.run(list_batches(ASKS)))
+
+
+async def answers(name: str, row: str) -> list[tuple[Any, ...]]:
+    async with open_stored_batch(name) as batch:
+        (record,) = await batch.ledger.attempts(batch.ledger.idempotency_key(row))
+        given = await batch.ledger.reviews(record)
+    return [(one.round, one.approve, *([one.by] if one.by == "Grace" else []), one.outcome) for one in given]
+
+
+def test_a_ledger_that_is_elsewhere_is_named(here: Any, block: str, tmp_path: Path) -> None:
+    running = Running(block, tmp_path, 1, wait=WaitPolicy(initial=0.1, factor=1, jitter=0, human_timeout=2))
+    report = running.outcome()
+    assert report.errors == {"CrewTimeoutError": 1}
+    (listed,) = [
+        one for one in here("reviews", "ls", "-o", "json").json if one["idempotency_key"] == running.idempotency_key(0)
+    ]
+    ledger = Path(f"{running.output}.ledger.db")
+    ledger.rename(tmp_path / "elsewhere.db")
+    listing = here("reviews", "ls")
+    assert listed["kickoff_id"] not in listing.out
+    assert f"Rows of batch '{running.name}' wait for people" in listing.err
+    assert str(ledger) in " ".join(listing.err.split())
+    assert not ledger.exists()

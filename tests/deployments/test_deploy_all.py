@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.utilities.annotations import NotSet
-from prefect.utilities.templating import apply_values
 
 from prefect_crew.records.keys import TEMPLATE
 from support.deployed import ROOT, wait_for_state
@@ -61,12 +59,6 @@ def test_it_is_there_for_the_crew_worker_with_nothing_to_pull(site: Site, name: 
     assert deployment["description"]
 
 
-def test_what_recovers_is_there_with_nothing_to_pull(site: Site):
-    deployment = site.deployment(RECOVER)
-    assert (deployment["work_pool_name"], deployment["entrypoint"]) == (POOL, "prefect_crew.operations.recover")
-    assert not deployment["pull_steps"]
-
-
 def test_nothing_starts_before_somebody_says_so(site: Site):
     assert {name: one["active"] for name, one in schedules(site).items()} == dict.fromkeys(schedules(site), False)
     triggers = [one for one in site.call("POST", "/automations/filter", {}) if "prefect-crew" not in one["tags"]]
@@ -91,10 +83,6 @@ def test_a_crew_worker_runs_them(site: Site, tmp_path: Path):
     assert ended == dict.fromkeys(parameters, "COMPLETED")
 
 
-def test_nothing_else_is_there(site: Site):
-    assert len(site.call("POST", "/deployments/filter", {})) == len(DEPLOYMENTS)
-
-
 def test_idempotency_keys_survive_prefects_own_templating(site: Site):
     written = keys_in_the_file()
     assert len(written) == 5
@@ -115,10 +103,6 @@ def test_schedules_have_parameters_of_their_own(site: Site):
     assert tea["schedule"]["interval"] == 21600
 
 
-def test_every_schedule_ships_inactive(site: Site):
-    assert [slug for slug, one in schedules(site).items() if one["active"]] == []
-
-
 def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
     before = {name: (one["id"], len(one["schedules"])) for name in DEPLOYMENTS for one in [site.deployment(name)]}
     automations = len(site.call("POST", "/automations/filter", {}))
@@ -132,29 +116,3 @@ def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
 def test_what_recovers_crashes_is_not_recovered_itself(site: Site):
     tagged = {name for name in DEPLOYMENTS if "recover-crashed" in site.deployment(name)["tags"]}
     assert tagged == set(IN_PROCESSES)
-
-
-def test_the_crash_automations_leave_the_crew_worker_alone(site: Site):
-    assert not [name for name in ON_THE_CREW_WORKER if "recover-crashed" in site.deployment(name)["tags"]]
-
-
-# What Prefect's templating does to a prefect.yaml: facts that the docs and the comments of the file rest on
-
-
-@pytest.mark.parametrize(
-    "key",
-    ["{{ scheduled_start:%Y-%m-%d }}", "daily-{{ scheduled_start:%Y-%m-%dT%H }}", "{{scheduled_start:%j}}"],
-)
-def test_a_key_with_a_format_is_left_alone(key: str):
-    assert apply_values({"idempotency_key": key}, {}) == {"idempotency_key": key}
-
-
-def test_a_key_without_a_format_loses_the_time():
-    assert apply_values({"idempotency_key": "daily-{{ scheduled_start }}"}, {}) == {"idempotency_key": "daily-"}
-    assert apply_values("{{ scheduled_start }}", {}) is NotSet
-
-
-def test_a_template_of_a_pipeline_survives_in_parentheses_only():
-    steps = [{"inputs": {"topic": "{{ (topic) }}", "notes": "on {{ (research.output) }}"}}]
-    assert apply_values({"steps": steps}, {}) == {"steps": steps}
-    assert apply_values("on {{ research.output }}", {}) == "on "

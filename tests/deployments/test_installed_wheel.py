@@ -23,7 +23,6 @@ from support.processes import Process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STARTER = ROOT / "deployments" / "starter"
-SECRET = "the-secret-that-signs-the-webhooks-of-this-test"
 
 
 class Installed:
@@ -136,22 +135,3 @@ def commands(readme: Path) -> list[Block]:
     found = [block for block in read_page(readme.parent, readme).blocks if block.language == "bash"]
     assert len(found) > 8
     return found
-
-
-def test_a_second_project_is_not_written_over_the_first(installed: Installed, project: Path):
-    with pytest.raises(AssertionError, match="is not an empty folder: nothing was written"):
-        installed.run(f"prefect-crew init {project}")
-
-
-def test_the_example_of_the_environment_is_read_by_prefect(installed: Installed, project: Path):
-    """With one value filled in, and the others left empty."""
-    name = "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET="
-    example = (project / ".env.example").read_text()
-    (project / ".env").write_text(example.replace(f"{name}\n", f"{name}{SECRET}\n"))
-    (project / "show.py").write_text(
-        "from prefect.settings import get_current_settings\n"
-        "from prefect_crew.settings import CrewSettings\n"
-        "print(get_current_settings().api.url, CrewSettings().webhook_secret.get_secret_value())\n"
-    )
-    other = f"env -u PREFECT_API_URL PREFECT_HOME={installed.folder / 'other-home'}"
-    assert installed.run(f"{other} python show.py", cwd=project).split() == ["http://127.0.0.1:4200/api", SECRET]

@@ -111,34 +111,6 @@ def test_a_flow_that_kills_its_process_each_time_is_given_up_after_its_attempts(
     assert len(recoveries(site, run_id)) == 3
 
 
-def test_a_served_flow_runs_by_its_schedule(site: Site, tmp_path: Path):
-    # The file as a user copies it, with another schedule.
-    text = (ROOT / "flows" / "one_crew.py").read_text()
-    for before, after in {
-        'name="served"': 'name="every-ten-seconds"',
-        'cron="0 6 * * *"': "interval=10",
-        '"crew": "travel"': '"crew": "research"',
-        '{"budget": "1000 USD", "interests": "food, museums", "duration": "3 days", "age": "35"}': '{"topic": "tea"}',
-        ":%Y-%m-%d }}": ":%Y-%m-%dT%H:%M:%S }}",
-    }.items():
-        assert text.count(before) >= 1
-        text = text.replace(before, after)
-    (tmp_path / "mine.py").write_text(text)
-    with Process([sys.executable, "mine.py"], log=tmp_path / "log", env=site.env, cwd=tmp_path) as process:
-
-        def ended() -> dict[str, Any] | None:
-            deployment = site.deployment("one-crew/every-ten-seconds")["id"]
-            runs = site.seen.flow_runs("one-crew")
-            return next((run for run in runs if run["deployment_id"] == deployment and run["end_time"]), None)
-
-        process.wait_for("every-ten-seconds")
-        run = wait_until(ended, seconds=90, what="a scheduled run of a served flow that has ended")
-        site.call("DELETE", f"/deployments/{run['deployment_id']}")
-    assert run["state_type"] == "COMPLETED", run["state"]["message"]
-    key = f"served-{run['expected_start_time'][:19]}"
-    assert site.crews["research"].kickoffs_by_key[key] == 1
-
-
 def test_a_run_killed_where_a_flow_is_served_goes_on_when_it_is_retried(site: Site, tmp_path: Path, notes: list[str]):
     crew = site.add_crew("slow", SLOW)
     flow = ROOT / "flows" / "one_crew.py"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import httpx
 import pytest
 
-from prefect_crew.deployments import Plan, build_deployment, crew_target
+from prefect_crew.deployments import build_deployment, crew_target
 from prefect_crew.devserver import CrewServer
 from support.chromium import Chromium
 from support.deployed import wait_until
@@ -36,7 +36,7 @@ def test_it_asks_for_each_input(
     with CrewServer(CREW, response_format="live") as server:
         block: Any = server.crew(secret_inputs=["login"])
         target = asyncio.run(crew_target(block.crew.called(name), {"audience": "everyone"}))
-    made: Any = build_deployment(target, Plan(name))
+    made: Any = build_deployment(target, name)
     deployment_id = made.apply()
     root = prefect_api.ui_url + ("/v2" if ui == "v2" else "")
     with chromium.page(height=1800) as page:
@@ -66,13 +66,9 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("ui", ["v1", "v2"])
 @pytest.mark.parametrize("name", SAID)
-def test_every_parameter_is_described(site: Site, chromium: Chromium, name: str, ui: Literal["v1", "v2"]):
-    deployment = site.deployment(name)["id"]
-    root = site.server.ui_url + ("/v2" if ui == "v2" else "")
+def test_every_parameter_is_described(site: Site, chromium: Chromium, name: str):
     with chromium.page(height=1800) as page:
-        page.open(f"{root}/deployments/deployment/{deployment}/run")
+        page.open(f"{site.server.ui_url}/v2/deployments/deployment/{site.deployment(name)['id']}/run")
         for text in SAID[name]:
             page.wait_for_text(text)
-        page.screenshot(site.folder / f"{name.replace('/', '-')}-{ui}.png")

@@ -39,14 +39,3 @@ async def test_two_flows_share_it(
     )
     assert server.kickoffs == 3
     assert (most_at_once(server) == 1) is limited
-
-
-async def test_with_a_limit_that_does_not_exist_nothing_is_started(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory, instant_polling: None
-):
-    server = crew_server("echo")
-    await server.crew(concurrency_limit="crew-nowhere").save("shared", overwrite=True)
-    state = await load_flow("one_crew.py:one_crew")("shared", {"text": "ciao"}, return_state=True)
-    assert state.is_failed()
-    assert "crew-nowhere" in state.message
-    assert server.kickoffs == 0

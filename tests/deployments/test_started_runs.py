@@ -8,7 +8,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from prefect_crew import get_result
@@ -25,11 +24,6 @@ def test_a_run_started_through_the_api_runs_with_its_parameters(site: Site, work
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     for step in ("research", "write", "review"):
         assert site.crews[step].kickoffs_by_key[f"api-cocoa/{step}"] == 1
-
-
-def test_parameters_that_do_not_fit_are_refused_when_the_run_is_made(site: Site):
-    with pytest.raises(httpx.HTTPStatusError, match="409"):
-        site.start("report-pipeline/weekly", {"topic": ["no", "text"]})
 
 
 @pytest.fixture
@@ -59,22 +53,6 @@ def test_a_run_started_by_another_crews_event_gets_that_ones_result(site: Site, 
     (started,) = [one for one in site.crews["write"].runs if one.meta["idempotency_key"] == "write after event-tea"]
     assert "what is new in tea doubled" in started.inputs["notes"]
     assert started.inputs["audience"] == "everyone"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("follow_up")
-def test_the_pipelines_own_research_is_not_followed_up(site: Site, worker: Worker):
-    run_id = site.start("report-pipeline/weekly", {"topic": "mate", "idempotency_key": "event-mate"})
-    assert wait_for_state(site.seen, run_id)["state_type"] == "COMPLETED"
-    # Another follow-up, started later, has come by then, and with it every earlier event.
-    other = site.start("one-crew/every-six-hours", {"inputs": {"topic": "mate"}, "idempotency_key": "event-later"})
-    wait_for_state(site.seen, other)
-
-    def keys() -> set[str]:
-        return {run["parameters"]["idempotency_key"] for run in site.seen.flow_runs("follow-up")}
-
-    wait_until(lambda: "event-later" in keys(), seconds=90, what="the later follow-up")
-    assert not any(key.startswith("event-mate") for key in keys())
 
 
 EVERY_TEN_SECONDS = """
@@ -133,14 +111,3 @@ def test_each_day_is_started_once_under_its_own_key(site: Site, worker: Worker):
     assert [(run.created, run.flow_run and run.flow_run.state_name) for run in again] == [(False, "Completed")] * 3
     started = {key: times for key, times in site.crews["travel"].kickoffs_by_key.items() if "2025-03" in key}
     assert started == {f"travel-food-2025-03-0{day}": 1 for day in (1, 2, 3)}
-
-
-@pytest.mark.slow
-def test_a_day_that_was_run_by_hand_is_not_started_again(site: Site, worker: Worker):
-    by_hand = site.start("one-crew/daily", {"idempotency_key": "travel-food-2025-04-01"})
-    assert wait_for_state(site.seen, by_hand)["state_type"] == "COMPLETED"
-    with connected(site.server, site.folder / "home"):
-        (run,) = asyncio.run(backfill("one-crew/daily", date(2025, 4, 1), date(2025, 4, 1), schedule="food"))
-    assert run.created
-    assert wait_for_state(site.seen, flow_run_id(run))["state_type"] == "COMPLETED"
-    assert site.crews["travel"].kickoffs_by_key["travel-food-2025-04-01"] == 1
