@@ -441,7 +441,7 @@ async def test_for_a_large_result_that_the_crew_has_forgotten_the_run_can_only_b
 async def test_a_large_result_of_a_crew_that_is_not_stored_needs_the_crew(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key()
     await arun_crew(server.crew(), idempotency_key=idempotency_key)
-    with pytest.raises(CrewError, match=r"Give the crew \(crew=…, --crew\)"):
+    with pytest.raises(CrewError, match=r"Give the crew \(crew=…\)"):
         await get_result(idempotency_key)
 
 
