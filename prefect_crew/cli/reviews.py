@@ -193,19 +193,11 @@ def _sentence(review: SentReview) -> str:
 
 
 def _as_json(line: PendingReview) -> dict[str, Any]:
-    record = line.record
+    about = {"crew", "idempotency_key", "kickoff_id", "flow_run_id"}
     return {
-        "crew": record.crew,
-        "idempotency_key": record.idempotency_key,
-        "kickoff_id": record.kickoff_id,
-        "task_id": line.task_id,
-        "round": line.round,
-        "since": line.since.isoformat() if line.since else None,
-        "output": line.output,
-        "withheld": line.withheld,
-        "seen": line.seen,
-        "options": list(line.options),
+        **line.record.model_dump(mode="json", include=about),
+        **{name: getattr(line, name) for name in ("task_id", "round", "output", "withheld", "seen", "options")},
+        "since": line.since and line.since.isoformat(),
         "answers": [review.model_dump(mode="json") for review in line.answers],
-        "flow_run_id": record.flow_run_id,
-        "page": page_url(record.flow_run_id),
+        "page": page_url(line.record.flow_run_id),
     }

@@ -200,28 +200,23 @@ def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatu
     return PrefectHTTPStatusError(f"Client error {status}", request=request, response=response)
 
 
-ERRORS = {
-    "our-usage": (UsageError("no"), 2),
-    "configuration": (exceptions.ConfigurationError("no"), 2),
-    "inputs": (exceptions.InvalidInputsError(status_code=422, method="POST", path="/kickoff"), 2),
-    "failed": (exceptions.CrewFailedError(kickoff_id="k", error="no"), 3),
-    "lost": (exceptions.CrewLostError(kickoff_id="k"), 3),
-    "uncertain": (exceptions.KickoffUncertainError(idempotency_key="k", reason="x"), 4),
-    "timeout": (exceptions.CrewTimeoutError(kickoff_id="k", phase="running", budget=1, last_state="running"), 5),
-    "bad-rows": (exceptions.BadRowsError([], 1, source="x"), 6),
-    "any-crew-error": (exceptions.CrewError("no"), 1),
-    "value": (ValueError("no"), 1),
-    "prefect": (_answer(503), 1),
-    "closed-pipe": (BrokenPipeError(), 141),
-    "interrupted": (KeyboardInterrupt(), 130),
-}
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_code_of(name: str):
-    error, code = ERRORS[name]
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("no"), 2),
+        (exceptions.ConfigurationError("no"), 2),
+        (exceptions.CrewFailedError(kickoff_id="k", error="no"), 3),
+        (exceptions.KickoffUncertainError(idempotency_key="k", reason="x"), 4),
+        (exceptions.CrewTimeoutError(kickoff_id="k", phase="running", budget=1, last_state="running"), 5),
+        (exceptions.BadRowsError([], 1, source="x"), 6),
+        (exceptions.CrewError("no"), 1),
+        (ValueError("no"), 1),
+        (_answer(503), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_code_of(error: BaseException, code: int):
     assert exit_code(error) == code
-    assert code in EXIT_CODES
 
 
 @pytest.mark.parametrize(

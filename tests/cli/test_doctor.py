@@ -74,17 +74,9 @@ def test_a_crew_that_does_not_tell_its_inputs(fault: str, level: str):
     assert {one.level for one in found[:-1]} == {"ok"}
 
 
-@pytest.mark.parametrize(
-    ("version", "than", "expected"),
-    [
-        ("3.7.8", "3.8.0", True),
-        ("3.10.0", "3.9.9", False),
-        ("3.9.0.dev4", "3.8.0", False),
-        ("3.9.1+2.g12ab", "3.9.1", False),
-    ],
-)
-def test_is_older(version: str, than: str, expected: bool):
-    assert is_older(version, than) is expected
+def test_versions_are_compared_by_their_numbers():
+    assert is_older("3.7.8", "3.8.0")
+    assert not any(is_older(*pair) for pair in (("3.10.0", "3.9.9"), ("3.9.0.dev4", "3.8.0"), ("3.9.1+2.g1", "3.9.1")))
 
 
 async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServer, tmp_path: Path):

@@ -78,19 +78,6 @@ def test_every_command_that_is_named_exists():
     assert [f"{path.relative_to(ROOT)}: {problem}" for path, problem in named] == []
 
 
-@pytest.mark.parametrize(
-    ("text", "problems"),
-    [
-        ("Look again: prefect-crew runs show X.", ["no command: prefect-crew runs show"]),
-        ("prefect-crew runs", ["no command: prefect-crew runs"]),
-        ("prefect-crew run X --json", ["no option: prefect-crew run --json"]),
-        ("prefect-crew runs resolve X --kickoff-id ID, or --never-started.", []),
-    ],
-)
-def test_what_does_not_exist_is_found(text: str, problems: list[str]):
-    assert wrong(text) == problems
-
-
 HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"
 
 
