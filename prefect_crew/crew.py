@@ -284,7 +284,7 @@ class WaitPolicy(BaseModel):
         default=300.0,
         ge=0,
         description="Seconds after an accepted answer after which the same question counts as the next round, if "
-        "nothing else tells them apart. People may answer that round; a function is not asked. Empty: never.",
+        "nothing else tells them apart. The command line and a task may answer it then. Empty: never.",
     )
 
     def stops(self, phase: str) -> bool:

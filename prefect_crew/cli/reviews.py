@@ -31,9 +31,7 @@ from prefect_crew.runs.reviews.answer import (
 from prefect_crew.runs.reviews.questions import Review
 from prefect_crew.runs.run import OpenRun
 
-RunName = Annotated[
-    str, Parameter(name="ID", help="The run: its kickoff id, or the beginning of it, or its idempotency key.")
-]
+RunName = Annotated[str, Parameter(name="ID", help="The run: its idempotency key or its kickoff id.")]
 
 app = App(name="reviews")
 
@@ -178,7 +176,7 @@ def _put(line: PendingReview) -> None:
         _output.put_markdown(line.output)
     # Where the status names no task, the answer has to: TASK where the record does not know it either.
     task = f" --task {shlex.quote(record.human_task or 'TASK')}" if line.task_id is None else ""
-    run = f"{shlex.quote(line.kickoff_id)}{crew_option(record)}{task}"
+    run = f"{shlex.quote(str(record.kickoff_id))}{crew_option(record)}{task}"
     option = f" (--option {' | '.join(map(shlex.quote, line.options))})" if line.options else ""
     _output.put(f"\n  Answer: prefect-crew reviews approve {run}")
     _output.put(f"      or: prefect-crew reviews reject {run} --feedback TEXT{option}")

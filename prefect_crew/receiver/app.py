@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from functools import partial
 
 from pydantic import SecretStr
 from starlette.applications import Starlette
@@ -30,14 +29,12 @@ from prefect_crew.receiver.events import read_events
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.records.model import utcnow
 from prefect_crew.settings import CrewSettings
-from prefect_crew.webhooks import Hook, checked_secret, may_read_recent, read_token
+from prefect_crew.webhooks import checked_secret, may_read_recent, read_token
 
-MAX_BODY = 1024 * 1024
-"""Bytes."""
+MAX_BODY = 1024 * 1024  # bytes
 PARSED_AT_ONCE = 256 * 1024
 """Bytes of a body that is parsed on the event loop; a larger one is parsed in a thread and holds up no other answer."""
-BODY_TIMEOUT = 10.0
-"""Seconds for a whole body."""
+BODY_TIMEOUT = 10.0  # seconds for a whole body
 
 
 def create_receiver(
@@ -128,19 +125,18 @@ class _Receiver:
         signature = headers.get("x-signature") or headers.get("x-crewai-signature")
         if secret is None or not timestamp or not signature or not _is_json(request):
             return self._answer(404, "not found")
-
-        async def take(body: bytes) -> Response:
-            if not signed(secret, timestamp, signature, body, now=utcnow().timestamp()):
-                return self._answer(404, "not found")
-            try:
-                asked = parse_request(body)
-            except ResponseFormatError:
-                return self._answer(400, "this names no run, or no callback URL")
-            if asked is not None:
-                self.forwarder.put(asked)
-            return self._answer(200)
-
-        return await self._with_body(request, take)
+        body = await self._body(request)
+        if isinstance(body, Response):
+            return body
+        if not signed(secret, timestamp, signature, body, now=utcnow().timestamp()):
+            return self._answer(404, "not found")
+        try:
+            asked = parse_request(body)
+        except ResponseFormatError:
+            return self._answer(400, "this names no run, or no callback URL")
+        if asked is not None:
+            self.forwarder.put(asked)
+        return self._answer(200)
 
     async def take_webhook(self, request: Request) -> Response:
         """Take a crew's webhook, at a URL that this package has signed."""
@@ -151,20 +147,20 @@ class _Receiver:
             return self._answer(404, "not found")
         if not _is_json(request):
             return self._answer(415, "a webhook's body is JSON, not compressed")
-        return await self._with_body(request, lambda body: self._take(hook, body))
-
-    async def _take(self, hook: Hook, body: bytes) -> Response:
-        read = partial(read_events, hook, body, received=utcnow())
+        body = await self._body(request)
+        if isinstance(body, Response):
+            return body
         try:
-            events = await asyncio.to_thread(read) if len(body) > PARSED_AT_ONCE else read()
+            is_large = len(body) > PARSED_AT_ONCE
+            events = await asyncio.to_thread(read_events, hook, body) if is_large else read_events(hook, body)
         except ResponseFormatError:
             return self._answer(400, f"the body is not one of a {hook.kind} webhook")
         for event in events:
             self.forwarder.put(event)
         return self._answer(200)
 
-    async def _with_body(self, request: Request, take: Callable[[bytes], Awaitable[Response]]) -> Response:
-        """Answer with what `take` makes of the body, or with why there is none."""
+    async def _body(self, request: Request) -> bytes | Response:
+        """Return the body, or the answer that says why it is not taken."""
         length = request.headers.get("content-length", "0")
         too_large = f"a webhook's body has at most {self._max_body} bytes"
         if not length.isdecimal() or len(length) > 12 or int(length) > self._max_body:
@@ -180,7 +176,7 @@ class _Receiver:
             return self._answer(408, "the body did not come in time")
         except ClientDisconnect:
             return self._answer(400, "the connection was closed")
-        return await take(bytes(body))
+        return bytes(body)
 
     def _answer(self, status: int, error: str | None = None) -> Response:
         self._answers[status] += 1
@@ -195,6 +191,4 @@ def _is_json(request: Request) -> bool:
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         return False
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return media in ("", "application/json", "text/json") or (
-        media.startswith("application/") and media.endswith("+json")
-    )
+    return media in ("", "application/json") or (media.startswith("application/") and media.endswith("+json"))

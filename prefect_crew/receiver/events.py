@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -33,12 +33,10 @@ from prefect_crew.exceptions import ResponseFormatError
 from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.webhooks import Hook
 
-MAX_STREAMED = 200
-"""Events of one stream delivery that are passed on."""
+MAX_STREAMED = 200  # events of one stream delivery that are passed on
 _MAX_ID = 300
 _MAX_NAME = 100
-_MAX_KEY = 1000
-"""Characters; a longer idempotency key is not a run's."""
+_MAX_KEY = 1000  # characters; a longer idempotency key is not a run's
 _ID = re.compile(r"[\w.:-]{1,80}", re.ASCII)
 _MODEL = re.compile(r"[\w./:@-]{1,80}", re.ASCII)
 _TIME = re.compile(r"[\d.:+TZ -]{1,40}", re.ASCII)
@@ -57,14 +55,14 @@ class WebhookEvent:
     hook: Hook
     name: str
     id: UUID
-    received: datetime
     said: Mapping[str, Any]
     kickoff_id: str | None = None
     said_key: str | None = None
     output: str | None = field(default=None, repr=False)
+    received: datetime = field(default_factory=utcnow)
 
 
-def read_events(hook: Hook, body: bytes, *, received: datetime) -> list[WebhookEvent]:
+def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
     """Return the events in a delivery: one, or those of a stream up to `MAX_STREAMED`.
 
     The same body at the same URL gives the same ids, of which the Prefect server keeps one.
@@ -81,39 +79,38 @@ def read_events(hook: Hook, body: bytes, *, received: datetime) -> list[WebhookE
         found = source.get("events", value)
         items = as_list(found) if isinstance(found, list) else [found]
         events = [as_object(item) for item in items if isinstance(item, dict)]
-        if len(events) < len(items) or (events and not any(map(_is_event, events))):
+        is_one = any(pick(as_id, item, *RUN_KEYS) or as_text(item.get("type")) for item in events)
+        if len(events) < len(items) or (events and not is_one):
             raise ResponseFormatError(expected=expected, body=shown(body))
         streamed = enumerate(events[:MAX_STREAMED])
-        return [_streamed(hook, event, f"{digest}/{number}", received) for number, event in streamed]
+        return [_streamed(hook, event, f"{digest}/{number}") for number, event in streamed]
     kickoff_id = pick(as_id, source, *RUN_KEYS)
     if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
         raise ResponseFormatError(expected=f"{expected} that names its run", body=shown(body))
     state = state_of(source)
-    said: dict[str, Any] = {
-        "kickoff_id": _id(hook, kickoff_id),
-        "task_id": _id(hook, as_id(source.get("task_id"))),
+    said = {
+        "kickoff_id": kickoff_id,
+        "task_id": as_id(source.get("task_id")),
         "state": str(state.state) if state and state.is_known else None,
         "execution_time": seconds_of(source),
         **_counts(usage_of(source)),
     }
-    if hook.names:
-        said |= {"name": name_of(source, "name", "task_name"), "agent": agent_of(source)}
-        said |= {"tool": as_text(source.get("tool")), "step_type": as_text(source.get("step_type"))}
+    names = {
+        "name": name_of(source, "name", "task_name"),
+        "agent": agent_of(source),
+        "tool": as_text(source.get("tool")),
+        "step_type": as_text(source.get("step_type")),
+    }
     event = WebhookEvent(
         hook=hook,
         name=hook.kind,
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/{digest}"),
-        received=received,
-        said=dict(_filled(said)),
+        said=_said(hook, said, names),
         kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(source.get("meta")),
         output=_output_of(source) if hook.kind == "human_input" and hook.names else None,
     )
     return [event]
-
-
-def _is_event(item: Mapping[str, Any]) -> bool:
-    return pick(as_id, item, *RUN_KEYS) is not None or as_text(item.get("type")) is not None
 
 
 def _output_of(source: Mapping[str, Any]) -> str | None:
@@ -125,28 +122,26 @@ def _output_of(source: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _streamed(hook: Hook, event: Mapping[str, Any], place: str, received: datetime) -> WebhookEvent:
+def _streamed(hook: Hook, event: Mapping[str, Any], place: str) -> WebhookEvent:
     lowered = (as_text(event.get("type")) or "").lower()
     type_ = lowered if _TYPE.fullmatch(lowered) else "other"
     id_, kickoff_id, time = as_id(event.get("id")), pick(as_id, event, *RUN_KEYS), text_of(event.get("timestamp"))
     data = as_object(event.get("data"))
-    said: dict[str, Any] = {
-        "id": _id(hook, id_),
-        "kickoff_id": _id(hook, kickoff_id),
+    model = as_text(data.get("model")) or ""
+    said = {
+        "id": id_,
+        "kickoff_id": kickoff_id,
         "at": time if hook.names or _TIME.fullmatch(time or "") else None,
         **_counts(tokens_of(data.get("usage")) or tokens_of(data)),
-        "model": model if _MODEL.fullmatch(model := as_text(data.get("model")) or "") else None,
+        "model": model if _MODEL.fullmatch(model) else None,
     }
-    if hook.names:
-        said |= {"name": data.get("task_name"), "agent": data.get("agent_role")}
     # An event that comes once more in another batch is still the same.
     same = f"{hook.idempotency_key}/{hook.attempt}/{kickoff_id}/{id_}" if id_ else place
     return WebhookEvent(
         hook=hook,
         name=f"stream.{type_}",
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/stream/{type_}/{same}"),
-        received=received,
-        said=dict(_filled(said)),
+        said=_said(hook, said, {"name": data.get("task_name"), "agent": data.get("agent_role")}),
         kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(data.get("meta")),
     )
@@ -156,25 +151,21 @@ def _counts(usage: TokenUsage | None) -> dict[str, Any]:
     return {} if usage is None else usage.model_dump(exclude_none=True)
 
 
-def _filled(said: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in said.items():
-        if isinstance(value, str):
-            # Ids are whole or absent: half an id is another id.
-            text = value if key.endswith("id") else " ".join(value.split())[:_MAX_NAME]
-            if text:
-                yield key, text
-        elif isinstance(value, int | float):
-            yield key, value
+def _said(hook: Hook, facts: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an event says: no name, and no id that may be a sentence, where these may hold a secret."""
+    said: dict[str, Any] = {}
+    for key, value in ({**facts, **names} if hook.names else facts).items():
+        if not isinstance(value, str):
+            said |= {key: value} if isinstance(value, int | float) else {}
+        elif not key.endswith("id"):
+            said |= {key: text} if (text := " ".join(value.split())[:_MAX_NAME]) else {}
+        elif len(value) <= _MAX_ID and (hook.names or _ID.fullmatch(value)):
+            said[key] = value  # ids are whole or absent: half an id is another id
+    return said
 
 
 def _short(value: str | None) -> str | None:
     return value if value is not None and len(value) <= _MAX_ID else None
-
-
-def _id(hook: Hook, value: str | None) -> str | None:
-    """Return an id; None for what may be a sentence with a secret in it, where the crew has secret inputs."""
-    value = _short(value)
-    return value if value is None or hook.names or _ID.fullmatch(value) else None
 
 
 def _idempotency_key(meta: Any) -> str | None:

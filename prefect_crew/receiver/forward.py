@@ -1,11 +1,12 @@
-"""Forwards what the receiver takes to the Prefect server: one task and one bounded queue."""
+"""Forwards what the receiver takes to the Prefect server: one task and two bounded queues."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from time import monotonic
@@ -24,40 +25,26 @@ from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.events import WebhookEvent, prefect_event, resolved_event
 from prefect_crew.receiver.recent import RecentWebhooks
-from prefect_crew.records.model import RecordStore, RunRecord
+from prefect_crew.records.model import RunRecord
 from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_request
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
 
 logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
-QUEUE = 2000
-"""Events that wait at most, about 3 KB each. Then the oldest is dropped."""
-NOTES = 500
-"""Notes of what people are asked that wait at most, up to 1 MiB each."""
-BATCH = 50
-"""Events that are sent in one request."""
-ATTEMPT = 10.0
-"""Seconds for one attempt to send a batch: Prefect's client would retry for a minute by itself."""
-AT_ONCE = 8
-"""Requests to the Prefect API at the same time."""
-REMEMBERED = 1000
-"""Records, and notes that were kept, that are remembered."""
-RECORD_GOOD_FOR, UNRESOLVED_GOOD_FOR = 60.0, 1.0
-"""Seconds for which a record that was read is used again. Where its kickoff is unresolved, it may soon say more."""
+QUEUE = 2000  # Events that wait at most, about 3 KB each. Then the oldest is dropped.
+NOTES = 500  # texts that people are to judge, which wait to be stored at most, up to 1 MiB each
+BATCH = 50  # events that are sent in one request
+ATTEMPT = 10.0  # seconds for one attempt to send a batch: Prefect's client would retry for a minute by itself
+AT_ONCE = 8  # requests to the Prefect API at the same time
+RECORDS, RECORD_GOOD_FOR = 1000, 60.0  # how many records are remembered, and for how many seconds
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 CLOSE_WITHIN = 5.0
-LOGGED = 10
-"""Events that Prefect refuses with a log line each; the others are counted."""
-RESOLVING = 100
-"""Runs that are being resolved at the same time."""
+RESOLVING = 100  # runs that are being resolved at the same time
 RESOLVE_PAUSES = (0.0, 2.0, 10.0, 45.0, 45.0, 120.0)
 """Seconds before each attempt to resolve: by default a kickoff may be on its way for 95 s, and longer after a 429."""
 
-RunName = tuple[str, int | None]
-"""An idempotency key and an attempt at it."""
-Note = tuple[Callable[..., Awaitable[None]], tuple[Any, ...]]
-"""What keeps a question for whoever answers it, and its arguments."""
+RunName = tuple[str, int | None]  # an idempotency key and an attempt at it
 
 
 class Forwarder:
@@ -69,24 +56,23 @@ class Forwarder:
         ConfigurationError: No Prefect API is set: nobody would read events on an embedded server.
     """
 
-    def __init__(self, *, limit: int = QUEUE, records: RecordStore | None = None) -> None:
+    def __init__(self, *, limit: int = QUEUE) -> None:
         if not get_current_settings().api.url:
             raise ConfigurationError(
                 "The receiver needs the Prefect API that your flows use: set PREFECT_API_URL, such as "
                 "http://127.0.0.1:4200/api, or choose a profile that has it."
             )
         self.recent = RecentWebhooks()
-        self._records = records or PrefectRecords()
+        self._records = PrefectRecords()
         self._events: deque[WebhookEvent] = deque(maxlen=limit)
-        self._notes: deque[Note] = deque(maxlen=NOTES)
-        self._in_hand = 0
-        self._kept: OrderedDict[int, None] = OrderedDict()
-        self._known: OrderedDict[RunName, tuple[float, RunRecord | None]] = OrderedDict()
+        self._notes: deque[WebhookEvent | FeedbackRequest] = deque(maxlen=NOTES)
+        self._known: dict[RunName, tuple[float, RunRecord | None]] = {}
         self._resolving: dict[RunName, asyncio.Task[None]] = {}
         self._counts: Counter[str] = Counter()
         self._is_away: bool | None = None
         self._is_closing = False
         self._news = asyncio.Event()
+        self._gate = asyncio.Semaphore(AT_ONCE)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -98,34 +84,31 @@ class Forwarder:
         """Take an event, or what a Flow asks of a person. Where there is no room, the oldest is dropped."""
         self._counts["received"] += 1
         if isinstance(item, FeedbackRequest):
-            self._notes.append((keep_request, (item,)))
+            self._notes.append(item)
         else:
-            hook, output = item.hook, item.output
-            if output is not None and len(output) <= MAX_OUTPUT and hook.attempt is not None:
-                # A note is kept before anybody is woken who reads it.
-                self._notes.append((keep_output, (hook.idempotency_key, hook.attempt, hook.round, output)))
-            self._counts["dropped"] += self.is_full
-            self._events.append(replace(item, output=None))
-            if hook.kind != "human_input":
+            if item.output is not None and len(item.output) <= MAX_OUTPUT and item.hook.attempt is not None:
+                self._notes.append(item)  # it is stored before anybody is woken who reads it
+            else:
                 self.recent.add(item)
+            self._counts["dropped"] += self._is_full
+            self._events.append(replace(item, output=None))
         self.start()
         self._news.set()
 
     @property
-    def is_full(self) -> bool:
-        """Whether the next event drops another one."""
+    def _is_full(self) -> bool:
         return len(self._events) == self._events.maxlen
 
     @property
     def is_ready(self) -> bool:
         """Whether what is taken now reaches Prefect, at once or later."""
-        return not self._is_closing and not (self._is_away and self.is_full)
+        return not self._is_closing and not (self._is_away and self._is_full)
 
     def report(self) -> dict[str, Any]:
         """Return how Prefect answers, what waits, and how much was received, forwarded, dropped, refused, resolved."""
         prefect = {None: "not asked yet", True: "away", False: "answers"}[self._is_away]
         counts = {name: self._counts[name] for name in ("received", "forwarded", "dropped", "refused", "resolved")}
-        return {"prefect": prefect, **counts, "waiting": len(self._events) + self._in_hand}
+        return {"prefect": prefect, **counts, "waiting": len(self._events)}
 
     async def aclose(self) -> None:
         """Forward what is left, for five seconds at most, and end."""
@@ -136,10 +119,10 @@ class Forwarder:
         for task in (self._task, *self._resolving.values()):
             if task is not None:
                 await cancel_and_wait(task)
-        if left := self.report()["waiting"]:
+        if self._events:
             logger.warning(
                 "%d webhooks were not forwarded to Prefect before the receiver stopped; waits find out by polling.",
-                left,
+                len(self._events),
             )
 
     async def _run(self) -> None:
@@ -165,14 +148,21 @@ class Forwarder:
             Exception: Prefect takes nothing now, for which `_is_transient` is true; or what nobody expected.
         """
         while True:
-            while not self._events and not self._notes:
-                if self._is_closing:
-                    return
-                self._news.clear()
-                await self._news.wait()
-            await self._keep_notes()
-            await self._send_batch()
-            self._say_whether_away(None)
+            self._news.clear()
+            # What could not be sent stays in its queue. All texts first: a wait that is woken reads them.
+            while self._notes or self._events:
+                if self._notes:
+                    notes = list(itertools.islice(self._notes, AT_ONCE))
+                    await asyncio.gather(*map(self._store, notes))
+                    _remove(self._notes, notes)
+                else:
+                    batch = list(itertools.islice(self._events, BATCH))
+                    await self._send(batch)
+                    _remove(self._events, batch)
+                self._say_whether_away(None)
+            if self._is_closing:
+                return
+            await self._news.wait()
 
     def _say_whether_away(self, problem: Exception | None) -> None:
         """Log once that the Prefect API went away, and once that it is back."""
@@ -182,56 +172,27 @@ class Forwarder:
             logger.info("The Prefect API takes events again.")
         self._is_away = problem is not None
 
-    # Notes of what people are asked
-
-    async def _keep_notes(self) -> None:
-        """Keep all notes. One that Prefect could not take now stays, since nobody sends it a second time."""
-        while self._notes:
-            notes = [self._notes.popleft() for _ in range(min(AT_ONCE, len(self._notes)))]
-            problems = await asyncio.gather(*map(self._keep, notes), return_exceptions=True)
-            failed = [(note, problem) for note, problem in zip(notes, problems, strict=True) if problem is not None]
-            self._notes.extendleft(note for note, _ in reversed(failed))
-            if failed:
-                raise failed[0][1]
-
-    async def _keep(self, note: Note) -> None:
-        (keep, given), digest = note, hash(note)
-        if digest in self._kept:  # the same text of the same question
-            return
+    async def _store(self, note: WebhookEvent | FeedbackRequest) -> None:
+        """Store what a person is asked. Nobody sends it a second time."""
         try:
-            await asyncio.wait_for(keep(*given), ATTEMPT)
+            async with asyncio.timeout(ATTEMPT):
+                if isinstance(note, FeedbackRequest):
+                    await keep_request(note)
+                else:
+                    hook = note.hook
+                    await keep_output(hook.idempotency_key, hook.attempt or 1, hook.round, note.output or "")
         except Exception as error:
             if _is_transient(error):
                 raise
-            # One odd note must not end the keeping of all others.
+            # One odd text must not hold up all others.
             logger.warning("The question of a run could not be stored: %s", _what(error))
-            return
-        self._kept[digest] = None
-        if len(self._kept) > REMEMBERED:
-            self._kept.popitem(last=False)
-
-    # Events
-
-    async def _send_batch(self) -> None:
-        batch = [self._events.popleft() for _ in range(min(BATCH, len(self._events)))]
-        self._in_hand = len(batch)
-        for event in batch:
-            if event.hook.kind == "human_input":
-                self.recent.add(event)
-        try:
-            await self._send(batch)
-        except Exception:
-            self._counts["dropped"] += max(0, len(self._events) + len(batch) - (self._events.maxlen or 0))
-            self._events.extendleft(reversed(batch))  # where there is no room, the newest go
-            raise
-        finally:
-            self._in_hand = 0
+        if isinstance(note, WebhookEvent):
+            self.recent.add(note)
 
     async def _send(self, batch: Sequence[WebhookEvent]) -> None:
         """Send events. Those that Prefect refuses are counted and given up, and hold up no others."""
         try:
-            if batch:
-                await asyncio.wait_for(self._post(batch), ATTEMPT)
+            await asyncio.wait_for(self._post(batch), ATTEMPT)
         except Exception as error:
             if _is_transient(error):
                 raise  # all of them are sent again, under the same ids
@@ -240,14 +201,17 @@ class Forwarder:
                     await self._send([event])
                 return
             self._counts["refused"] += 1
-            if self._counts["refused"] <= LOGGED:
-                name, key = batch[0].name, batch[0].hook.idempotency_key
-                logger.warning("Prefect refuses a %s webhook of run %s: %s", name, key, _what(error))
+            if self._counts["refused"] == 1:
+                logger.warning(
+                    "Prefect refuses a %s webhook of run %s: %s. Further ones are only counted, in /ready.",
+                    batch[0].name,
+                    batch[0].hook.idempotency_key,
+                    _what(error),
+                )
 
     async def _post(self, batch: Sequence[WebhookEvent]) -> None:
-        gate = asyncio.Semaphore(AT_ONCE)
         names = {(event.hook.idempotency_key, event.hook.attempt) for event in batch}
-        found = dict(zip(names, await asyncio.gather(*(self._record(name, gate) for name in names)), strict=True))
+        found = dict(zip(names, await asyncio.gather(*map(self._record, names)), strict=True))
         pairs = [(event, found[event.hook.idempotency_key, event.hook.attempt]) for event in batch]
         await _post_events([prefect_event(event, record) for event, record in pairs])
         self._counts["forwarded"] += len(batch)
@@ -255,20 +219,19 @@ class Forwarder:
             if record is not None and record.is_unresolved and event.kickoff_id is not None:
                 self._begin_to_resolve(event, event.kickoff_id)
 
-    async def _record(self, name: RunName, gate: asyncio.Semaphore) -> RunRecord | None:
+    async def _record(self, name: RunName) -> RunRecord | None:
         """Return the record of a run. There is none on the server for a batch's row: its ledger has it."""
         until, record = self._known.get(name, (0.0, None))
         if monotonic() < until:
             return record
-        async with gate:
+        async with self._gate:
             record = attempt_of(await self._records.attempts(name[0]), name[1])
-        if record is not None:
-            record = record.model_copy(update={"result": None})
-        good_for = UNRESOLVED_GOOD_FOR if record is not None and record.is_unresolved else RECORD_GOOD_FOR
-        self._known[name] = monotonic() + good_for, record
-        self._known.move_to_end(name)
-        if len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+        if record is not None and record.is_unresolved:
+            return record  # it may soon say more
+        if len(self._known) >= RECORDS:
+            self._known.clear()
+        record = None if record is None else record.model_copy(update={"result": None})
+        self._known[name] = monotonic() + RECORD_GOOD_FOR, record
         return record
 
     # Uncertain kickoffs
@@ -282,8 +245,7 @@ class Forwarder:
 
     async def _resolve(self, event: WebhookEvent, kickoff_id: str) -> None:
         """Resolve a run whose kickoff is uncertain: tried again while that may succeed a little later."""
-        hook, outcome = event.hook, Resolution.NOT_NEEDED
-        key = hook.idempotency_key
+        hook, key, outcome = event.hook, event.hook.idempotency_key, Resolution.NOT_NEEDED
         for pause in RESOLVE_PAUSES:
             await asyncio.sleep(pause)
             try:
@@ -305,11 +267,8 @@ class Forwarder:
                 break
         if outcome is Resolution.RESOLVED:
             self._counts["resolved"] += 1
-            self._known.pop((key, hook.attempt), None)
             logger.info(
-                "Idempotency key %s is resolved: according to a webhook its kickoff started %s.",
-                key,
-                kickoff_id,
+                "Idempotency key %s is resolved: according to a webhook its kickoff started %s.", key, kickoff_id
             )
             with suppress(httpx.HTTPError, PrefectException):  # the record says it, too
                 if record := attempt_of(await self._records.attempts(key), hook.attempt):
@@ -322,6 +281,13 @@ class Forwarder:
                 kickoff_id,
                 outcome,
             )
+
+
+def _remove(queue: deque[Any], done: Sequence[object]) -> None:
+    """Remove the first of a queue; some of them may have been dropped meanwhile."""
+    ids = set(map(id, done))
+    while queue and id(queue[0]) in ids:
+        queue.popleft()
 
 
 async def _reach_prefect() -> None:
@@ -344,7 +310,7 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, httpx.TransportError | TimeoutError)
 
 
-def _what(problem: Exception | None) -> str:
+def _what(problem: Exception) -> str:
     if isinstance(problem, httpx.HTTPStatusError):
         return f"HTTP {problem.response.status_code}"
     return type(problem).__name__

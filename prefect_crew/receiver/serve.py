@@ -18,8 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
 from prefect_crew.receiver.recent import RecentWebhooks
 
-HEAD_TIMEOUT = 10.0
-"""Seconds for a request's head, from its first byte or from the connection."""
+HEAD_TIMEOUT = 10.0  # seconds for a request's head, from its first byte or from the connection
 IDLE = 300
 """Connections without a request in work. Beyond these the oldest is closed: anybody can open any number of them."""
 CONNECTIONS = 600
@@ -43,17 +42,14 @@ class _HeadsInTime(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._note_idle()
-        self._late = self.loop.call_later(HEAD_TIMEOUT, self._abort_if_late)
+        self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._is_answering():
-            self._idle.pop(self, None)
-            if self._late is not None:
-                self._late.cancel()
-                self._late = None
-        elif self._late is None and not self.transport.is_closing():
-            self._late = self.loop.call_later(HEAD_TIMEOUT, self._abort_if_late)
+            self._leave()
+        elif not self.transport.is_closing():
+            self._wait_for_head()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -63,21 +59,22 @@ class _HeadsInTime(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._idle.pop(self, None)
-        if self._late is not None:
-            self._late.cancel()
+        self._leave()
 
     def _note_idle(self) -> None:
         self._idle[self] = None
-        self._idle.move_to_end(self)
         if len(self._idle) > IDLE:
             oldest, _ = self._idle.popitem(last=False)
             oldest.transport.abort()
 
-    def _abort_if_late(self) -> None:
-        self._late = None
-        if not self._is_answering():
-            self.transport.abort()
+    def _wait_for_head(self) -> None:
+        self._late = self._late or self.loop.call_later(HEAD_TIMEOUT, self.transport.abort)
+
+    def _leave(self) -> None:
+        self._idle.pop(self, None)
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
     def _is_answering(self) -> bool:
         cycle = cast("RequestResponseCycle | None", self.cycle)  # until the first request there is none

@@ -19,7 +19,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import httpx
 from prefect.events.clients import get_events_subscriber
@@ -27,13 +27,12 @@ from prefect.events.filters import EventFilter, EventNameFilter
 from websockets.exceptions import WebSocketException
 
 from prefect_crew._text import one_line
-from prefect_crew.client._parsing import as_object, tokens_of
+from prefect_crew.client._parsing import as_list, as_object, tokens_of
 from prefect_crew.client.models import CrewStatus, TokenUsage
-from prefect_crew.client.webhooks import LLM_CALL
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
-from prefect_crew.webhooks import ASKED, COMPLETED, WAKING, latest_webhooks_of
+from prefect_crew.webhooks import ASKED, CALLED, COMPLETED, WAKING, latest_webhooks_of
 
 ANSWERED = "crew.reviewed"
 KEY_LABEL = "prefect-crew.idempotency-key"
@@ -44,33 +43,23 @@ AFTER_WAKE = 0.5
 webhook may come before the status shows what it is about."""
 DISTRUST = 600.0
 """Seconds for which the receiver is not relied on after a run was found changed that no webhook had reported."""
-KEPT = 300.0
-"""Seconds for which an event is remembered for a waiter that begins to wait after it."""
-MOST_KEPT = 10_000
-"""Runs of which events are remembered."""
+KEPT = 300.0  # seconds for which an event is remembered for a waiter that begins to wait after it
+MOST_KEPT = 10_000  # runs of which events are remembered
 RECONNECT = 5.0
-NO_RECENT = 300.0
-"""Seconds until a receiver is asked again that does not know the latest webhooks, or has another secret."""
-ANSWER_WITHIN = 30.0
-"""Seconds for an answer of the receiver, which holds it back for ten while there is nothing to say."""
-USAGE_WITHIN = 1.0
+ANSWER_WITHIN = 30.0  # seconds for an answer of the receiver, which holds it back for ten while there is nothing to say
+USAGE_WITHIN = 0.5
 """Seconds for which the end of a run waits for the webhooks that may tell its tokens, where its status does not."""
-SILENT = 600.0
-"""Seconds for which nothing waits for them any more after they were waited for in vain, by crew."""
-CALLED = f"crew.webhook.stream.{LLM_CALL}"
 _TELLING = {COMPLETED, "crew.webhook.stream.crew_kickoff_completed"}
 """The webhooks of a completed run that may tell its tokens."""
-Question = tuple[int, int]
-"""The attempt at the idempotency key, and how many answers of people came before, modulo 256."""
+Question = tuple[int, int]  # the attempt at the idempotency key, and how many answers of people came before, modulo 256
 
 
 class Waker:
     """Ends the pauses of one waiter. Of the event loop that made it."""
 
-    def __init__(self, hub: _Hub, idempotency_key: str, crew: str, *, calls: bool = False) -> None:
+    def __init__(self, hub: _Hub, idempotency_key: str, *, calls: bool = False) -> None:
         self._hub = hub
         self._idempotency_key = idempotency_key
-        self._crew = crew
         self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
@@ -84,10 +73,8 @@ class Waker:
         """End the pause; from any thread. `asked`: what a person is asked, if that is why."""
         if asked is not None:
             self._asked.add(asked)
-        try:
+        with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
             self._loop.call_soon_threadsafe(self._event.set)
-        except RuntimeError:  # the loop of a waiter that has just left is closed
-            return
 
     def has_question_after(self, attempt: int, answers: int) -> bool:
         """Return whether a webhook reported a question that came after so many answers of people in this attempt.
@@ -106,26 +93,16 @@ class Waker:
             return status
         until = time.monotonic() + USAGE_WITHIN
         while True:
-            self._event.clear()
             tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
-            if status.usage is not None or not self._may_tell(tokens, status.state):
-                break
-            if (left := until - time.monotonic()) <= 0:
-                self._hub.note_silent(self._crew)
-                break
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._event.wait()
-        usage = status.usage or tokens.usage
-        return status.model_copy(update={"usage": usage, "usage_by_model": tokens.models})
-
-    def _may_tell(self, tokens: _Tokens, state: CrewState) -> bool:
-        """Return whether a webhook about the end of a run is still to come that may tell its tokens."""
-        if self._calls:
-            is_missing = state is not CrewState.STOPPED and not tokens.has_all_calls
-        else:
-            is_missing = state is CrewState.COMPLETED and tokens.usage is None and not tokens.heard >= _TELLING
-        return is_missing and self._hub.listens_to(self._crew)
+            if self._calls:
+                is_missing = status.state is not CrewState.STOPPED and not tokens.has_all_calls
+            else:
+                is_missing = status.state is CrewState.COMPLETED and not (tokens.usage or tokens.heard >= _TELLING)
+            if status.usage or not (is_missing and self._hub.is_connected and time.monotonic() < until):
+                return status.model_copy(
+                    update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models}
+                )
+            await asyncio.sleep(0.02)
 
     def stretch(self, delay: float) -> float:
         """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
@@ -160,7 +137,7 @@ class _Tokens:
     """What webhooks reported of the tokens of one run: in all, by its crews, by the models that were called.
 
     The crew's own webhook has those of the whole run. An event of the stream has those of one crew, of which a Flow may
-    run several.
+    run several, or of one call of a model.
     """
 
     whole: TokenUsage | None = None
@@ -183,17 +160,17 @@ class _Tokens:
         told, called = self.whole or self.crews or TokenUsage(), TokenUsage.sum(self.models.values())
         return called is not None and (called.total_tokens or 0) >= (told.total_tokens or 0)
 
-    def add(self, event: Mapping[str, Any], *, is_new: bool) -> None:
-        """Take up a webhook, which comes from the receiver and from Prefect. Only the receiver adds up calls."""
-        name, usage = str(event["event"]), tokens_of(event.get("said"))
-        if is_new and name == COMPLETED:
-            self.whole = usage or self.whole
-        elif is_new and name != CALLED and usage is not None:
-            self.crews = TokenUsage.sum(filter(None, [self.crews, usage]))
+    def add(self, name: str, said: Mapping[str, Any]) -> None:
+        """Take up a webhook, once."""
         self.heard.add(name)
-        for model, value in as_object(event.get("models")).items():
-            if (called := tokens_of(value)) is not None and len(self.models) < 100:
-                self.models[model] = called
+        usage, model = tokens_of(said), said.get("model")
+        if name == COMPLETED:
+            self.whole = usage or self.whole
+        elif usage is not None and name != CALLED:
+            self.crews = TokenUsage.sum(filter(None, [self.crews, usage]))
+        elif usage is not None and isinstance(model, str) and (model in self.models or len(self.models) < 100):
+            known = TokenUsage.sum(filter(None, [self.models.get(model), usage]))
+            self.models[model] = known or usage
 
 
 @dataclass
@@ -218,11 +195,16 @@ class _Hub:
         self._was_refused = False
         self._distrusted_until = 0.0
         self._heard: OrderedDict[str, None] = OrderedDict()
-        self._silent_until: dict[str, float] = {}  # by the address of a crew
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether webhooks reach this process, as far as is known."""
+        return self._has_events or self._has_receiver
 
     @property
     def trusted(self) -> bool:
-        return (self._has_events or self._has_receiver) and time.monotonic() >= self._distrusted_until
+        """Whether they have not been found to miss anything lately, either."""
+        return self.is_connected and time.monotonic() >= self._distrusted_until
 
     def distrust(self) -> None:
         self._distrusted_until = time.monotonic() + DISTRUST
@@ -266,15 +248,6 @@ class _Hub:
         with self._lock:
             return deepcopy(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
 
-    def listens_to(self, crew: str) -> bool:
-        """Return whether webhooks about a crew's runs reach this process, as far as is known, and tell tokens."""
-        connected = self._has_events or self._has_receiver
-        return connected and time.monotonic() >= self._silent_until.get(crew, 0.0)
-
-    def note_silent(self, crew: str) -> None:
-        """Note that the tokens of a crew's run were waited for in vain."""
-        self._silent_until[crew] = time.monotonic() + SILENT
-
     async def _listen(self) -> None:
         try:
             await asyncio.gather(self._read_events(), self._ask_receiver())
@@ -282,8 +255,8 @@ class _Hub:
             self._has_events = self._has_receiver = False
 
     async def _ask_receiver(self) -> None:
-        """Ask the receiver for the latest webhooks, again and again. One that is away or does not know them is no
-        fault: there are Prefect's events, and polling."""
+        """Ask the receiver for the latest webhooks, again and again. One that is away is no fault: there are Prefect's
+        events, and polling."""
         try:
             place = latest_webhooks_of(CrewSettings())
         except ConfigurationError as error:
@@ -294,31 +267,23 @@ class _Hub:
         (url, token), cursor = place, ""
         # A token does not go through a proxy in clear text.
         async with httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=ANSWER_WITHIN,
-            trust_env=url.startswith("https:"),
+            headers={"Authorization": f"Bearer {token}"}, timeout=ANSWER_WITHIN, trust_env=url.startswith("https:")
         ) as client:
             while True:
-                pause = RECONNECT
                 try:
                     answer = await client.get(url, params={"after": cursor})
                     body = as_object(answer.json()) if answer.is_success else {}
-                    if answer.status_code == 404:
-                        pause = NO_RECENT
                 except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError):
                     body = {}  # nothing that a receiver would say
-                webhooks, found = body.get("webhooks"), body.get("cursor")
-                if not isinstance(webhooks, list) or not isinstance(found, str):
-                    self._has_receiver = False
-                    await asyncio.sleep(pause)
-                    continue
-                for webhook in cast("list[Any]", webhooks):
+                webhooks, found = as_list(body.get("webhooks")), body.get("cursor")
+                for webhook in webhooks:
                     self._hear(as_object(webhook))
                 # Where several receivers share the webhooks, or one of them has just started, some may have gone
                 # elsewhere.
-                self._has_receiver, cursor = body.get("missed") is not True, found
+                self._has_receiver = isinstance(found, str) and body.get("missed") is not True
+                cursor = found if isinstance(found, str) else cursor
                 if not self._has_receiver:
-                    await asyncio.sleep(pause)
+                    await asyncio.sleep(RECONNECT)
 
     async def _read_events(self) -> None:
         names = EventFilter(event=EventNameFilter(name=[*WAKING, ANSWERED]))
@@ -331,8 +296,7 @@ class _Hub:
                         known = {"id": str(event.id), "event": event.event, "idempotency_key": key}
                         self._hear({**event.payload, **known})
             except (WebSocketException, httpx.HTTPError, OSError, ValueError):
-                # Away: the waiters look by themselves until it is back.
-                self._has_events = False
+                pass  # away: the waiters look by themselves until it is back
             except Exception as error:
                 if type(error) is not Exception:
                     raise
@@ -350,20 +314,21 @@ class _Hub:
         id_, name, idempotency_key = event.get("id"), event.get("event"), event.get("idempotency_key")
         if not (isinstance(id_, str) and isinstance(name, str) and isinstance(idempotency_key, str)):
             return
-        kickoff_id = as_object(event.get("said")).get("kickoff_id")
-        attempt, answers = event.get("attempt"), event.get("round")
+        said, attempt, answers = as_object(event.get("said")), event.get("attempt"), event.get("round")
         asked: Question | None = None
         if name == ASKED and isinstance(attempt, int) and isinstance(answers, int):
             asked = attempt, answers
         with self._lock:
-            is_new, run = id_ not in self._heard, self._run(idempotency_key)
-            if isinstance(kickoff_id, str) and (kickoff_id in run.tokens or len(run.tokens) < 100):
-                run.tokens.setdefault(kickoff_id, _Tokens()).add(event, is_new=is_new)
-            if not is_new and "models" not in event:
+            if id_ in self._heard:
                 return
             self._heard[id_] = None
             if len(self._heard) > MOST_KEPT:
                 self._heard.popitem(last=False)
+            run, kickoff_id = self._run(idempotency_key), said.get("kickoff_id")
+            if isinstance(kickoff_id, str) and (kickoff_id in run.tokens or len(run.tokens) < 100):
+                run.tokens.setdefault(kickoff_id, _Tokens()).add(name, said)
+            if name == CALLED:
+                return  # that ends no pause
             run.notified_at, run.asked = time.monotonic(), asked or run.asked
             wakers = list(run.wakers)
             if name != ANSWERED:  # webhooks do come
@@ -381,13 +346,13 @@ def subscribe() -> None:
 
 
 @asynccontextmanager
-async def waker_for(idempotency_key: str | None, crew: str) -> AsyncGenerator[Waker | None]:
-    """Give a waker for a run's waiter; None where webhooks are off or the run has no key. `crew` is its address."""
+async def waker_for(idempotency_key: str | None) -> AsyncGenerator[Waker | None]:
+    """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
     if idempotency_key is None or not (settings := CrewSettings()).webhook_url:
         yield None
         return
     _hub.start()
-    waker = Waker(_hub, idempotency_key, crew, calls=settings.webhook_llm_calls)
+    waker = Waker(_hub, idempotency_key, calls=settings.webhook_llm_calls)
     _hub.add(idempotency_key, waker)
     try:
         yield waker

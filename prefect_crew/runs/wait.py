@@ -136,7 +136,7 @@ class _Waiter(Watcher):
         with watch_ctrl_c():
             async with (
                 self._noted_as_waiter(),
-                waker_for(run.idempotency_key if hooked else None, run.crew.url) as self.waker,
+                waker_for(run.idempotency_key if hooked else None) as self.waker,
             ):
                 self.meet_people()
                 try:
@@ -399,10 +399,9 @@ class _Waiter(Watcher):
         if not force and now - self._shown_at < SHOW_EVERY:
             return
         self._shown_at, self._is_stale = now, False
-        people = self.people
-        notes = [*(() if people is None else people.notes), *([note] if note else [])]
-        given = () if people is None else people.answers
-        to_do = () if people is None else people.commands
+        notes, to_do = ([], []) if self.people is None else self.people.notes
+        notes += [note] if note else []
+        given = () if self.people is None else self.people.answers
         view = self.run.view(status, notes=[self.run.redact(one) for one in notes], to_do=to_do, reviews=given)
         problem = await self.run.artifact.update(view)
         if problem and not self._artifact_failed:

@@ -44,7 +44,7 @@ def _asked(call: str, status_code: int = 200) -> Callable[[bytes], object]:
 
 def _delivered(kind: WebhookKind) -> Callable[[bytes], object]:
     now = datetime(2026, 5, 1, tzinfo=UTC)
-    return lambda body: read_events(Hook(kind, "key", now), body, received=now)
+    return lambda body: read_events(Hook(kind, "key", now), body)
 
 
 def _rendered(text: str, state: CrewState = CrewState.COMPLETED) -> str:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 from collections.abc import AsyncIterator, Callable
@@ -8,8 +7,6 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
@@ -31,17 +28,6 @@ async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.
     assert {event.hook.idempotency_key for event in kept.events} == {"city/lisbon"}
 
 
-async def test_the_same_question_of_the_next_round_is_another(client: httpx.AsyncClient, kept: Kept, urls: Urls):
-    for number in (0, 1):
-        hooks = urls(round=number)
-        await client.post(
-            url_of(hooks, "human_input"),
-            json=BODIES["human_input-first"],
-            headers=headers_of(hooks, "human_input"),
-        )
-    assert [event.hook.round for event in kept.events] == [0, 1]
-
-
 STALE = {"expires": datetime.now(UTC) - timedelta(seconds=1)}
 
 
@@ -50,20 +36,16 @@ async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient,
     crew, human = url_of(good, "crew"), url_of(good, "human_input")
     posts = [
         crew[:-1] + ("A" if crew[-1] != "A" else "B"),
-        crew + "A",
         crew + "/",
         crew.replace("/crew/", "/task/"),
         crew.replace("/crew/", "/nonsense/"),
         url_of(stale, "crew"),
         human,  # without its bearer token
         url_of(good, "stream"),
-        "/hooks/crew/x",
         "/hooks/crew/" + "A" * 5000,
         "/hooks/crew/%00%ff",
         "/hooks/crew",
-        "/hooks",
         "/",
-        "/nothing",
     ]
     answers = [await client.post(url, json=BODIES["crew-first"]) for url in posts]
     answers += [await client.request(method, crew) for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")]
@@ -84,22 +66,22 @@ async def test_no_byte_of_a_body_is_read_before_its_token_is_known(client: httpx
 
 
 @pytest.mark.parametrize(
-    ("headers", "status"),
+    ("type_", "status"),
     [
-        pytest.param({"Content-Type": "application/json"}, 200, id="json"),
-        pytest.param({"Content-Type": "Application/JSON; charset=utf-8"}, 200, id="charset"),
-        pytest.param({"Content-Type": "application/vnd.crew+json"}, 200, id="plus-json"),
-        pytest.param({}, 200, id="says-nothing"),
-        pytest.param({"Content-Type": "text/plain"}, 415, id="text"),
-        pytest.param({"Content-Type": "application/x-www-form-urlencoded"}, 415, id="form"),
-        pytest.param({"Content-Type": "image/svg+json"}, 415, id="image"),
-        pytest.param({"Content-Type": "application/json", "Content-Encoding": "gzip"}, 415, id="compressed"),
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("application/vnd.crew+json", 200),
+        ("", 200),
+        ("text/plain", 415),
+        ("image/svg+json", 415),
+        ("gzip", 415),
     ],
 )
-async def test_json_only(headers: dict[str, str], status: int, client: httpx.AsyncClient, urls: Urls, kept: Kept):
-    body = json.dumps(BODIES["crew-first"]).encode()
-    content = gzip.compress(body) if "Content-Encoding" in headers else body
-    answer = await client.post(url_of(urls(), "crew"), content=content, headers=headers)
+async def test_json_only(type_: str, status: int, client: httpx.AsyncClient, urls: Urls, kept: Kept):
+    body, headers = json.dumps(BODIES["crew-first"]).encode(), {"Content-Type": type_} if type_ else {}
+    if type_ == "gzip":
+        body, headers = gzip.compress(body), {"Content-Type": "application/json", "Content-Encoding": type_}
+    answer = await client.post(url_of(urls(), "crew"), content=body, headers=headers)
     assert answer.status_code == status
     assert len(kept.events) == (status == 200)
 
@@ -110,11 +92,9 @@ async def test_json_only(headers: dict[str, str], status: int, client: httpx.Asy
         pytest.param(b"", id="empty"),
         pytest.param(b"nonsense", id="no-json"),
         pytest.param(b"[]", id="list"),
-        pytest.param(b"null", id="null"),
         pytest.param(b'{"status": "completed"}', id="names-no-run"),
         pytest.param(b"\xff\xfe\x00", id="no-text"),
-        pytest.param(b"[" * 500_000, id="deep-lists"),
-        pytest.param(b'{"kickoff_id":' * 60_000, id="deep-objects"),
+        pytest.param(b'{"kickoff_id":' * 60_000, id="deep"),
         pytest.param(b'{"kickoff_id": ' + b"9" * 900_000 + b"}", id="huge-number"),
     ],
 )
@@ -124,22 +104,15 @@ async def test_what_is_no_webhooks_body_gets_a_400(body: bytes, client: httpx.As
     assert kept.events == []
 
 
-def padded(size: int) -> bytes:
-    body = json.dumps({**BODIES["crew-first"], "padding": ""}).encode()
-    return body.replace(b'"padding": ""', b'"padding": "' + b"x" * (size - len(body)) + b'"')
-
-
 @pytest.mark.parametrize("chunked", [pytest.param(False, id="length"), pytest.param(True, id="chunked")])
 async def test_bodies_are_capped(chunked: bool, client: httpx.AsyncClient, urls: Urls, kept: Kept):
     async def parts(body: bytes) -> AsyncIterator[bytes]:
         for start in range(0, len(body), 65536):
             yield body[start : start + 65536]
 
-    url = url_of(urls(), "crew")
     for size, status in ((1024 * 1024, 200), (1024 * 1024 + 1, 413)):
-        body = padded(size)
-        assert len(body) == size
-        answer = await client.post(url, content=parts(body) if chunked else body)
+        body = json.dumps(BODIES["crew-first"]).encode().ljust(size)
+        answer = await client.post(url_of(urls(), "crew"), content=parts(body) if chunked else body)
         assert answer.status_code == status
     assert len(kept.events) == 1
 
@@ -150,18 +123,6 @@ async def test_a_length_that_is_none_is_too_much(length: str, client: httpx.Asyn
         url_of(urls(), "crew"), content=b"{}", headers=[(b"content-length", length.encode("latin-1"))]
     )
     assert answer.status_code == 413
-
-
-async def test_a_body_that_does_not_come_is_not_waited_for(
-    client: httpx.AsyncClient, urls: Urls, monkeypatch: pytest.MonkeyPatch
-):
-    async def slow() -> AsyncIterator[bytes]:
-        yield b"{"
-        await asyncio.sleep(30)
-
-    monkeypatch.setattr("prefect_crew.receiver.app.BODY_TIMEOUT", 0.05)
-    answer = await asyncio.wait_for(client.post(url_of(urls(), "crew"), content=slow()), 10)
-    assert answer.status_code == 408
 
 
 async def test_health_and_readiness(client: httpx.AsyncClient, kept: Kept, urls: Urls):
@@ -212,30 +173,3 @@ def test_a_receiver_needs_a_prefect_api(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(ConfigurationError, match="PREFECT_API_URL"):
         create_receiver(SECRET)
-
-
-methods = st.sampled_from(["GET", "POST", "PUT", "HEAD", "OPTIONS", "DELETE"])
-headers = st.dictionaries(
-    st.sampled_from(["content-type", "content-encoding", "content-length", "authorization", "x-forwarded-for"]),
-    st.sampled_from(["", "application/json", "text/html", "gzip", "0", "-1", "Bearer", "Bearer x", "99999999"]),
-)
-PATHS = st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="?#")
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
-@given(methods, st.text(PATHS, max_size=80), headers, st.binary(max_size=300), st.booleans())
-def test_no_request_whatever_gets_more_than_an_answer(
-    urls: Urls, method: str, path: str, given_headers: dict[str, str], body: bytes, genuine: bool
-):
-    kept = Kept()
-    url = url_of(urls(), "crew") if genuine else f"http://receiver/{path.lstrip('/')}"
-
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(create_receiver(SECRET, forwarder=kept))
-        async with httpx.AsyncClient(transport=transport) as client:
-            return await client.request(method, url, content=body, headers=given_headers)
-
-    answer = asyncio.run(ask())
-    assert answer.status_code in (200, 400, 404, 413, 415)
-    assert answer.status_code != 200 or path.rstrip("/") in ("health", "ready") or method == "GET"
-    assert kept.events == []

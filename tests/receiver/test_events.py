@@ -20,23 +20,10 @@ NOW = datetime(2026, 5, 1, tzinfo=UTC)
 def read(kind: WebhookKind, body: Any, *, names: bool = True, **facts: Any) -> list[WebhookEvent]:
     hook = Hook(kind, "city/lisbon", NOW, 1, names, **facts)
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return read_events(hook, raw, received=NOW)
+    return read_events(hook, raw)
 
 
 CORPUS = cases("webhook")
-WEBHOOKS = {
-    "task-first": "kickoff_id task_id status output agent execution_time",
-    "task-later": "description name expected_output summary agent output output_json kickoff_id meta",
-    "step-first": "kickoff_id task_id agent step_type content",
-    "step-later": "prompt thought tool tool_input result kickoff_id meta",
-    "crew-first": "kickoff_id status result execution_time meta",
-    "crew-later": "kickoff_id result result_json token_usage meta",
-}
-
-
-@pytest.mark.parametrize("name", WEBHOOKS)
-def test_each_generation_of_each_webhook_is_in_the_corpus(name: str):
-    assert set(WEBHOOKS[name].split()) <= set(CORPUS[name]["body"])
 
 
 @pytest.mark.parametrize("name", CORPUS)
@@ -69,40 +56,12 @@ def test_only_what_cannot_be_a_secret_is_read(which: str, names: bool):
     assert all(one.hook.idempotency_key == "city/lisbon" for one in pieces)
 
 
-def test_each_event_of_a_stream_is_reported_by_itself():
-    first, second = read("stream", BODIES["stream"])
-    assert (first.name, second.name) == ("stream.crew_kickoff_started", "stream.task_completed")
-    assert second.said == {
-        "id": "e-2",
-        "kickoff_id": "k-1",
-        "at": "2026-01-01T00:00:01Z",
-        "name": "research",
-        "agent": "Researcher",
-    }
-
-
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        pytest.param({"total_tokens": 1234, "output": "secret"}, 1234, id="number"),
-        pytest.param({"total_tokens": -1}, None, id="below-none"),
-        pytest.param({"total_tokens": [1]}, None, id="list"),
-        pytest.param({}, None, id="nothing"),
-    ],
-)
-def test_the_end_of_a_crew_tells_its_tokens(data: dict[str, Any], said: int | None):
-    end = {"id": "e-1", "execution_id": "k-1", "type": "crew_kickoff_completed", "data": data}
-    (event,) = read("stream", {"events": [end]})
-    assert event.said == {"id": "e-1", "kickoff_id": "k-1", **({} if said is None else {"total_tokens": said})}
-
-
 @pytest.mark.parametrize(
     ("type_", "name"),
     [
         pytest.param("crew_kickoff_completed", "crew_kickoff_completed", id="end"),
         pytest.param("LLM_Call_Started", "llm_call_started", id="case"),
         pytest.param("prefect.flow-run.Completed\n", "other", id="odd"),
-        pytest.param("a b", "other", id="blank"),
         pytest.param("x" * 101, "other", id="long"),
         pytest.param(None, "other", id="none"),
     ],

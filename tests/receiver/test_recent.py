@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,6 @@ import pytest
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver import recent
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.webhooks import recent_bearer
 from support.webhooks import BODIES, SECRET, Kept, headers_of, served, until, url_of
 
@@ -58,34 +58,22 @@ async def test_an_answer_is_held_back_until_a_webhook_comes(client: httpx.AsyncC
     assert "the output" not in str(answers)
 
 
-async def test_calls_of_models_are_added_up_for_the_end_of_their_run(client: httpx.AsyncClient, urls: Urls):
+async def test_calls_of_models_are_told_with_their_counts_and_no_text(client: httpx.AsyncClient, urls: Urls):
     cursor, hooks = str((await ask(client))["cursor"]), urls()
-    url, headers = url_of(hooks, "stream"), headers_of(hooks, "stream")
 
-    async def call(number: int, model: object, usage: object, run: str = "k-1") -> None:
+    async def call(number: int, model: object) -> None:
+        usage = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
         data = {"model": model, "usage": usage, "messages": [{"content": "the prompt"}], "response": "the output"}
-        event = {"id": f"e-{number}", "execution_id": run, "type": "llm_call_completed", "data": data}
-        assert (await client.post(url, json={"events": [event]}, headers=headers)).status_code == 200
+        event = {"id": f"e-{number}", "execution_id": "k-1", "type": "llm_call_completed", "data": data}
+        delivery, headers = {"events": [event]}, headers_of(hooks, "stream")
+        assert (await client.post(url_of(hooks, "stream"), json=delivery, headers=headers)).status_code == 200
 
-    whole = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-    await call(1, "openai/gpt-4o", whole)
-    await call(1, "openai/gpt-4o", whole)  # a delivery that is repeated
-    await call(2, "openai/gpt-4o", {"input_tokens": 1, "output_tokens": 1, "total_tokens": 2})
-    await call(3, "claude", whole)
-    await call(4, "the model that says a secret", whole)
-    await call(5, "claude", "many")
-    await call(6, "claude", whole, run="k-2")
-    await deliver(client, hooks, "crew-first")
-    (webhook,) = (await ask(client, cursor))["webhooks"]
-    assert webhook["models"] == {
-        "openai/gpt-4o": {"prompt_tokens": 11, "completion_tokens": 6, "total_tokens": 17},
-        "claude": whole,
-    }
-    assert "the prompt" not in str(webhook)
-    cursor = str((await ask(client))["cursor"])
-    await call(7, "claude", whole)  # it comes after the end of its run
-    (late,) = (await ask(client, cursor))["webhooks"]
-    assert late["models"]["claude"]["total_tokens"] == 30
+    await call(1, "openai/gpt-4o")
+    await call(2, "the model that says a secret")
+    known, odd = (await ask(client, cursor))["webhooks"]
+    counts = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+    assert known["said"] == {"id": "e-1", "kickoff_id": "k-1", "model": "openai/gpt-4o", **counts}
+    assert "model" not in odd["said"]
 
 
 @pytest.mark.parametrize("authorization", [None, "", "Bearer ", "Bearer wrong", f"Basic {recent_bearer(SECRET)}"])
@@ -96,37 +84,33 @@ async def test_whoever_has_not_the_secret_gets_the_same_404(client: httpx.AsyncC
 
 
 @pytest.mark.parametrize("cursor", ["other-1", "nonsense", "-", "9" * 50, "\u2603"])
-async def test_a_cursor_of_another_start_says_that_some_were_missed(client: httpx.AsyncClient, cursor: str):
-    answer = await ask(client, cursor)
-    assert (answer["missed"], answer["webhooks"]) == (True, [])
-    assert str(answer["cursor"]).endswith("-0")
+async def test_whoever_has_no_cursor_of_this_start_gets_the_latest(client: httpx.AsyncClient, urls: Urls, cursor: str):
+    await deliver(client, urls(), "crew-first")
+    for after, missed in (("", False), (cursor, True)):
+        answer = await ask(client, after)
+        assert (answer["missed"], len(answer["webhooks"])) == (missed, 1)
+        assert str(answer["cursor"]).endswith("-1")
 
 
-async def test_a_process_that_asks_too_late_hears_that_some_were_missed(
-    client: httpx.AsyncClient, urls: Urls, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(recent, "KEPT", 2)
-    cursor = str((await ask(client))["cursor"])
-    for number in range(5):
-        await deliver(client, urls(f"city/{number}"), "crew-first")
-    late = await ask(client, cursor)
-    assert [webhook["idempotency_key"] for webhook in late["webhooks"]] == ["city/3", "city/4"]
-    assert late["missed"] is True
-
-
-async def test_an_answer_has_a_limit_and_the_next_one_goes_on(
-    client: httpx.AsyncClient, urls: Urls, monkeypatch: pytest.MonkeyPatch
+async def test_an_answer_has_a_limit_and_the_next_one_goes_on_until_some_are_lost(
+    client: httpx.AsyncClient, kept: Kept, urls: Urls, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(recent, "AT_ONCE", 2)
-    cursor, found = str((await ask(client))["cursor"]), []
-    for number in range(5):
+    kept.recent._kept = deque(maxlen=4)
+    begin = cursor = str((await ask(client))["cursor"])
+    found: list[Any] = []
+    for number in range(4):
         await deliver(client, urls(f"city/{number}"), "crew-first")
-    for _ in range(3):
+    while len(found) < 4:
         answer = await ask(client, cursor)
         assert answer["missed"] is False
         cursor = str(answer["cursor"])
         found += [webhook["idempotency_key"] for webhook in answer["webhooks"]]
-    assert found == [f"city/{number}" for number in range(5)]
+    assert found == [f"city/{number}" for number in range(4)]
+    await deliver(client, urls("city/4"), "crew-first")
+    late = await ask(client, begin)
+    assert [webhook["idempotency_key"] for webhook in late["webhooks"]] == ["city/1", "city/2"]
+    assert late["missed"] is True
 
 
 async def test_so_many_are_held_back_and_no_more(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
@@ -151,21 +135,3 @@ async def test_a_server_that_stops_waits_for_no_answer_that_is_held_back(kept: K
     assert time.monotonic() - began < 1.5
     assert [answer["webhooks"] for answer in answers] == [[], [], []]
     assert "Traceback" not in caplog.text
-
-
-@pytest.mark.usefixtures("prefect_api")
-async def test_a_question_is_reported_when_what_it_asks_can_be_read(urls: Urls):
-    forwarder = Forwarder()
-    kept: list[int] = []
-
-    async def keep_slowly(*_: object) -> None:
-        await asyncio.sleep(0.3)
-        kept.append(len(forwarder.recent._kept))
-
-    forwarder._notes.append((keep_slowly, ()))
-    app = create_receiver(SECRET, forwarder=forwarder)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://receiver") as client:
-        await deliver(client, urls(), "human_input-first")
-        await until(lambda: forwarder.recent._kept, "the question is reported")
-    assert kept == [0], "the note was kept before"
-    await forwarder.aclose()

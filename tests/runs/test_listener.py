@@ -1,3 +1,5 @@
+"""What ends the pauses of a wait early, and what happens where webhooks do not come."""
+
 from __future__ import annotations
 
 import asyncio
@@ -8,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
 import respx
 import uvicorn
@@ -28,18 +31,19 @@ from prefect_crew._internal.web_server import open_listener
 from prefect_crew.client.models import CrewResult, CrewStatus, TokenUsage
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.receiver import recent
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import listener as listener_module
+from prefect_crew.runs.listener import Waker, _Hub
 from prefect_crew.states import CrewState
 
 SECRET = "a secret that is long enough for anybody"
-SCRIPT = CrewScript.model_validate(
-    {"name": "slow", "inputs": [], "tasks": [{"name": "work", "agent": "A", "seconds": 1.5, "output": "done"}]}
-)
+TASK: dict[str, Any] = {"name": "work", "agent": "A", "seconds": 1.5, "output": "done"}
 # Polling alone would not look again before this is over.
 RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
+OFTEN = WaitPolicy(initial=0.2, max_interval=0.2)
+DONE = CrewState.COMPLETED
+COMPLETED = "stream.crew_kickoff_completed"
 
 
 @pytest.fixture
@@ -52,27 +56,39 @@ def receiver(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     thread.start()
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-    monkeypatch.setattr(listener_module, "_hub", listener_module._Hub())
+    monkeypatch.setattr(listener_module, "_hub", _Hub())
     yield url
     server.should_exit = True
     thread.join(20)
 
 
-def crew_of(server: CrewServer) -> DeployedCrew:
-    return DeployedCrew(url=server.url, token=server.token, wait=RARELY)
+def script_of(task: dict[str, Any] | None = None, **values: Any) -> CrewScript:
+    return CrewScript.model_validate({"name": "slow", "inputs": [], "tasks": [{**TASK, **(task or {})}], **values})
 
 
-async def test_a_webhook_ends_the_pause(receiver: str) -> None:
-    with CrewServer(SCRIPT) as server:
+async def run(server: CrewServer, wait: WaitPolicy = RARELY, times: int = 1, **options: Any) -> list[CrewResult]:
+    """Run a crew in a flow, so many times at once, in less time than polling alone would need."""
+    crew = DeployedCrew(url=server.url, token=server.token, wait=wait, price=options.pop("price", None))
 
-        @flow
-        async def once() -> float:
-            started = time.monotonic()
-            await arun_crew(crew_of(server), {})
-            return time.monotonic() - started
+    @flow
+    async def several() -> list[CrewResult]:
+        return await asyncio.gather(*(arun_crew(crew, {}, **options) for _ in range(times)))
 
-        assert await once() < 30, "polling alone takes a minute"
-        assert server.requests["status"] <= 2
+    async with asyncio.timeout(40):
+        return await several()
+
+
+@pytest.mark.parametrize("ends", ["completed", "failed", "flow"])
+async def test_a_webhook_ends_the_pause(receiver: str, ends: str) -> None:
+    script = script_of({"fail": "no idea" if ends == "failed" else None}, flow=ends == "flow")
+    # Of a Flow, the stream alone tells the end.
+    with CrewServer(script, faults=["webhook-crew:lose"] if ends == "flow" else []) as server:
+        if ends == "failed":
+            with pytest.raises(CrewFailedError, match="no idea"):
+                await run(server)
+        else:
+            await run(server)
+        assert server.requests["status"] <= 3
 
 
 async def test_the_receiver_itself_ends_pauses_where_prefects_events_do_not_come(
@@ -80,74 +96,51 @@ async def test_the_receiver_itself_ends_pauses_where_prefects_events_do_not_come
 ) -> None:
     away = Subscriber(OSError("no events"))
     monkeypatch.setattr(listener_module, "get_events_subscriber", away)
-    with CrewServer(SCRIPT) as server:
-
-        @flow
-        async def several() -> float:
-            started = time.monotonic()
-            await asyncio.gather(*(arun_crew(crew_of(server), {}, name=str(number)) for number in range(5)))
-            return time.monotonic() - started
-
-        assert await several() < 30, "polling alone takes a minute"
+    with CrewServer(script_of()) as server:
+        await run(server, times=5)
         assert server.requests["status"] <= 2 * 5
     assert away.times
     assert listener_module._hub.trusted
 
 
-async def test_a_receiver_that_has_started_anew_is_not_trusted_until_the_next_answer(
-    receiver: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(listener_module, "get_events_subscriber", Subscriber(OSError("no events")))
-    monkeypatch.setattr(recent, "HOLD", 0.2)
-    trusted: list[bool] = []
-    hub = listener_module._Hub()
-    asking = asyncio.create_task(hub._ask_receiver())
-    while not hub.trusted:
-        await asyncio.sleep(0.02)
-    first = recent.RecentWebhooks()
-    assert (await first.after("another-7")) == {"cursor": f"{first._start}-0", "missed": True, "webhooks": []}
-    monkeypatch.setattr(recent.RecentWebhooks, "after", first.after)
-    async with asyncio.timeout(20):
-        while not trusted or not hub.trusted:
-            await asyncio.sleep(0.02)
-            trusted += [] if hub.trusted else [False]
-    asking.cancel()
+async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
+    with CrewServer(script_of()) as server:
+
+        async def one(after: float) -> str:
+            await asyncio.sleep(after)
+            return (await run(server, idempotency_key=f"shared-{server.url}"))[0].kickoff_id
+
+        assert len(set(await asyncio.gather(one(0), one(0.5)))) == 1
+        assert server.kickoffs == 1
 
 
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [
-        (404, "{}"),
-        (500, "{}"),
-        (200, '["what", "is", "this"]'),
-        (200, "not JSON"),
-        (200, '{"cursor": 1, "webhooks": {}}'),
-        pytest.param(200, "[" * 100_000, id="nested"),
-    ],
-)
-async def test_a_receiver_that_does_not_know_the_latest_webhooks_is_asked_again_and_not_trusted(
-    status: int, body: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(listener_module, "NO_RECENT", 0.01)
-    monkeypatch.setattr(listener_module, "RECONNECT", 0.01)
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://receiver.example")
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-    hub = listener_module._Hub()
-    with respx.mock:
-        route = respx.get("http://receiver.example/recent").respond(status, text=body)
-        asking = asyncio.create_task(hub._ask_receiver())
-        async with asyncio.timeout(20):
-            while route.call_count < 3:
-                await asyncio.sleep(0.01)
-        assert not asking.done()
-        assert not hub.trusted
-        asking.cancel()
+async def test_a_lost_webhook_costs_time_and_then_trust(receiver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "SAFETY", (3.0, 3.0))
+    with CrewServer(script_of(), faults=["webhook:lose"]) as server:
+        await run(server, OFTEN)
+        few = server.requests["status"]
+        assert not listener_module._hub.trusted, "the receiver was found not to answer"
+        await run(server, OFTEN)
+        assert server.requests["status"] - few > few, "polling is as often as without webhooks again"
+
+
+async def test_a_run_with_webhooks_of_the_users_own_is_polled_for(receiver: str) -> None:
+    with CrewServer(script_of()) as server:
+        crew = DeployedCrew(url=server.url, token=server.token, wait=OFTEN)
+
+        @flow
+        async def own() -> None:
+            kickoff_id = await kickoff_crew(crew, {}, webhooks=Webhooks(crew="http://127.0.0.1:9/nobody"))
+            await wait_for_crew(crew, kickoff_id)
+
+        await own()
+        assert server.requests["status"] > 3
 
 
 async def test_a_webhook_that_comes_before_the_status_shows_its_end_costs_no_long_pause() -> None:
-    hub = listener_module._Hub()
+    hub = _Hub()
     hub._has_receiver = True
-    waker = listener_module.Waker(hub, "key", "https://crew.example")
+    waker = Waker(hub, "key")
     hub.add("key", waker)
     assert waker.stretch(1.0) == listener_module.SAFETY[0]
     hub._hear(ending("crew", 1))
@@ -161,242 +154,42 @@ async def test_a_webhook_that_comes_before_the_status_shows_its_end_costs_no_lon
     assert pauses[-1] >= listener_module.SAFETY[1]
 
 
-async def test_a_listener_that_has_ended_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "get_events_subscriber", Subscriber(KeyError("a mistake")))
-    hub = listener_module._Hub()
-    hub._has_receiver = hub._has_events = True
-    with pytest.raises(KeyError):
-        await asyncio.wait_for(hub._listen(), 30)
-    assert not hub.trusted
-
-
-async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
-    with CrewServer(SCRIPT) as server:
-
-        @flow
-        async def first() -> str:
-            return (await arun_crew(crew_of(server), {}, idempotency_key=f"shared-{server.url}")).kickoff_id
-
-        @flow
-        async def second() -> str:
-            await asyncio.sleep(0.5)
-            return (await arun_crew(crew_of(server), {}, idempotency_key=f"shared-{server.url}")).kickoff_id
-
-        started = time.monotonic()
-        ids = await asyncio.gather(first(), second())
-        assert len(set(ids)) == 1
-        assert time.monotonic() - started < 30
-        assert server.kickoffs == 1
-
-
-async def test_a_lost_webhook_costs_time_and_then_trust(receiver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "SAFETY", (3.0, 3.0))
-    often = WaitPolicy(initial=0.2, max_interval=0.2)
-    with CrewServer(SCRIPT, faults=["webhook:lose"]) as server:
-        crew = DeployedCrew(url=server.url, token=server.token, wait=often)
-
-        @flow
-        async def once() -> str:
-            return (await arun_crew(crew, {})).output
-
-        assert await once() == "done"
-        few = server.requests["status"]
-        assert not listener_module._hub.trusted, "the receiver was found not to answer"
-        assert await once() == "done"
-        assert server.requests["status"] - few > few, "polling is as often as without webhooks again"
-
-
-async def test_a_failed_crew_ends_the_pause_too(receiver: str) -> None:
-    failing = CrewScript.model_validate(
-        {"name": "failing", "inputs": [], "tasks": [{"name": "work", "seconds": 1.5, "fail": "no idea"}]}
-    )
-    with CrewServer(failing) as server:
-
-        @flow
-        async def once() -> None:
-            await arun_crew(crew_of(server), {})
-
-        started = time.monotonic()
-        with pytest.raises(CrewFailedError, match="no idea"):
-            await once()
-        assert time.monotonic() - started < 30, "polling alone takes a minute"
-
-
-@pytest.mark.parametrize("lost", ["webhook-crew:lose", "webhook-stream:lose"], ids=["stream-alone", "webhook-alone"])
-async def test_tokens_that_only_a_webhook_tells_are_the_usage_of_the_result(receiver: str, lost: str) -> None:
-    counting = SCRIPT.model_copy(update={"usage": TokenUsage(total_tokens=1234)})
-    with CrewServer(counting, faults=[lost], generation="later") as server:
-
-        @flow
-        async def once() -> CrewResult:
-            return await arun_crew(crew_of(server), {})
-
-        result = await once()
-        assert "token_usage" not in result.raw, "the status does not tell it"
-        assert result.usage == TokenUsage(total_tokens=1234)
-        assert server.requests["status"] <= 2
-
-
-CALLS = {
-    "openai/gpt-4o": {"prompt_tokens": 900, "completion_tokens": 100},
-    "small": {"prompt_tokens": 140, "completion_tokens": 60, "total_tokens": 200},
-}
-ALL = TokenUsage(prompt_tokens=1040, completion_tokens=160, total_tokens=1200)
-
-
-@pytest.mark.parametrize("fails", [False, True], ids=["completed", "failed"])
-async def test_calls_of_models_tell_what_went_in_and_out(
-    receiver: str, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_LLM_CALLS", "true")
-    values = SCRIPT.model_dump() | {"calls": CALLS, "usage": TokenUsage(total_tokens=1200)}
-    values["tasks"][0]["fail"] = "no idea" if fails else None
-    key = f"calls {uuid.uuid4()}"
-    with CrewServer(CrewScript.model_validate(values)) as server:
-        crew = crew_of(server).model_copy(update={"price": Price(per_1k_input=1, per_1k_output=10)})
-
-        @flow
-        async def once() -> None:
-            with suppress(CrewFailedError):
-                await arun_crew(crew, {}, idempotency_key=key)
-
-        await once()
-    (record,) = await PrefectRecords().attempts(key)
-    assert record.state is (CrewState.FAILED if fails else CrewState.COMPLETED)
-    assert record.usage == ALL
-    assert record.cost == pytest.approx(1.04 + 1.6)
-
-
-async def test_the_end_waits_a_moment_for_tokens_and_not_again_where_none_came() -> None:
-    hub, done = listener_module._Hub(), CrewStatus(kickoff_id="k-1", state=DONE)
-    hub._has_receiver = True
-
-    async def seconds(crew: str, event: dict[str, object] | None = None) -> tuple[float, TokenUsage | None]:
-        waker, started = listener_module.Waker(hub, "key", crew), time.monotonic()
-        hub.add("key", waker)
-        if event is not None:
-            asyncio.get_running_loop().call_later(0.2, hub._hear, event)
-        status = await waker.with_usage(done)
-        hub.remove("key", waker)
-        return time.monotonic() - started, status.usage
-
-    took, usage = await seconds("https://silent.example")
-    assert (took >= 0.9, usage) == (True, None)
-    assert (await seconds("https://silent.example"))[0] < 0.2, "it is known to be silent"
-    took, usage = await seconds("https://telling.example", ending("crew", 9))
-    assert (0.1 < took < 0.9, usage) == (True, TokenUsage(total_tokens=9))
-    hub._has_receiver = False
-    assert (await seconds("https://another.example"))[0] < 0.2, "no webhook would reach this process"
-
-
-async def test_the_end_of_a_flow_ends_the_pause(receiver: str) -> None:
-    a_flow = SCRIPT.model_copy(update={"flow": True})
-    with CrewServer(a_flow, faults=["webhook-crew:lose"]) as server:
-
-        @flow
-        async def once() -> float:
-            started = time.monotonic()
-            await arun_crew(crew_of(server), {})
-            return time.monotonic() - started
-
-        assert await once() < 30, "polling alone takes a minute"
-
-
-def ending(
-    type_: str, tokens: int | None, *, kickoff_id: str = "k-1", idempotency_key: str = "key"
-) -> dict[str, object]:
-    """Return what the receiver makes of a webhook about the end of a run."""
-    said = {"kickoff_id": kickoff_id, **({} if tokens is None else {"total_tokens": tokens})}
-    name = f"crew.webhook.{type_}"
-    return {"id": str(uuid.uuid4()), "event": name, "idempotency_key": idempotency_key, "said": said}
-
-
-COMPLETED = "stream.crew_kickoff_completed"
+# What the receiver answers
 
 
 @pytest.mark.parametrize(
-    ("events", "total"),
+    ("status", "body"),
     [
-        pytest.param([ending(COMPLETED, 7)], 7, id="one-crew"),
-        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5)], 12, id="crews-of-a-flow"),
-        pytest.param([ending(COMPLETED, 7), ending("crew", 9), ending(COMPLETED, 5)], 9, id="the-crew-webhook-has-all"),
-        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5, kickoff_id="k-0")], 7, id="another-attempt"),
-        pytest.param([ending(COMPLETED, 7, idempotency_key="other")], None, id="another-run"),
-        pytest.param([ending(COMPLETED, None), ending("crew", None)], None, id="none-is-not-0"),
+        (404, "{}"),
+        (500, "{}"),
+        (200, "not JSON"),
+        (200, '{"cursor": 1, "webhooks": {}}'),
+        (200, '{"cursor": "another-start", "webhooks": [], "missed": true}'),
+        pytest.param(200, "[" * 100_000, id="nested"),
     ],
 )
-def test_tokens_are_counted_once_for_each_event(events: list[dict[str, object]], total: int | None) -> None:
-    async def count() -> list[CrewStatus]:
-        hub = listener_module._Hub()
-        waker = listener_module.Waker(hub, "key", "https://crew.example")
-        hub.add("key", waker)
-        for event in [*events, *events]:
-            hub._hear(event)
-        counted = [
-            await waker.with_usage(CrewStatus(kickoff_id="k-1", state=state)) for state in (DONE, CrewState.RUNNING)
-        ]
-        reported = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
-        return [*counted, await waker.with_usage(reported)]
-
-    done, running, reported = asyncio.run(count())
-    assert done.usage == (None if total is None else TokenUsage(total_tokens=total))
-    assert running.usage is None
-    assert reported.usage == TokenUsage(total_tokens=1)
-
-
-DONE = CrewState.COMPLETED
-
-
-async def test_the_same_question_asked_again_is_known_by_its_webhook(
-    receiver: str, monkeypatch: pytest.MonkeyPatch
+async def test_a_receiver_that_does_not_say_all_is_asked_again_and_not_trusted(
+    status: int, body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the status nor the clock tells it from the one before: only the number of answers in its URL."""
-    asking = CrewScript.model_validate(
-        {"name": "asking", "inputs": [], "tasks": [{"name": "draft", "human": True, "output": "always the same"}]}
-    )
-    asked: list[int] = []
+    monkeypatch.setattr(listener_module, "RECONNECT", 0.01)
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://receiver.example")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+    hub, trusted, said = _Hub(), list[bool](), {"cursor": "a-1", "webhooks": [], "missed": False}
 
-    def judge(request: ReviewRequest) -> Review:
-        asked.append(request.round)
-        return Review(approve=request.round == 3, feedback="again")
+    def answer(_: httpx.Request) -> httpx.Response:
+        trusted.append(hub.trusted)
+        good = len(trusted) in (1, 4)
+        return httpx.Response(200, json=said) if good else httpx.Response(status, text=body)
 
-    with CrewServer(asking) as server:
-
-        @flow
-        async def once() -> None:
-            await arun_crew(crew_of(server), {}, review=judge)
-
-        await once()
-        assert asked == [1, 2, 3]
-        assert server.requests["resume"] == 3
-
-
-def test_a_question_of_another_attempt_is_another() -> None:
-    async def ask() -> list[bool]:
-        waker = listener_module.Waker(listener_module._Hub(), "key", "https://crew.example")
-        waker.wake((1, 2))
-        return [
-            waker.has_question_after(1, 2),
-            waker.has_question_after(2, 2),
-            waker.has_question_after(1, 1),
-            waker.has_question_after(1, 258),
-        ]
-
-    assert asyncio.run(ask()) == [True, False, False, True]
-
-
-async def test_own_targets_and_a_run_without_hooks_are_polled_for(receiver: str) -> None:
-    often = WaitPolicy(initial=0.2, max_interval=0.2)
-    with CrewServer(SCRIPT) as server:
-        crew = DeployedCrew(url=server.url, token=server.token, wait=often)
-
-        @flow
-        async def own() -> str:
-            kickoff_id = await kickoff_crew(crew, {}, webhooks=Webhooks(crew="http://127.0.0.1:9/nobody"))
-            return (await wait_for_crew(crew, kickoff_id)).output
-
-        assert await own() == "done"
-        assert server.requests["status"] > 3
+    with respx.mock(assert_all_mocked=False) as mock:  # a listener of an earlier test may still ask its receiver
+        mock.get("http://receiver.example/recent").mock(side_effect=answer)
+        asking = asyncio.create_task(hub._ask_receiver())
+        async with asyncio.timeout(20):
+            while len(trusted) < 6:
+                await asyncio.sleep(0.01)
+        assert not asking.done()
+        assert trusted[:6] == [False, True, False, False, True, False]
+        asking.cancel()
 
 
 class Subscriber:
@@ -423,7 +216,7 @@ async def test_refused_credentials_do_not_end_the_listener(
     refused = Subscriber(Exception("Unable to authenticate to the event stream.\nReason: no"))
     monkeypatch.setattr(listener_module, "get_events_subscriber", refused)
     monkeypatch.setattr(listener_module, "RECONNECT", 0.0)
-    hub = listener_module._Hub()
+    hub = _Hub()
     listening = asyncio.create_task(hub._listen())
     while refused.times < 5 and not listening.done():
         await asyncio.sleep(0)
@@ -437,5 +230,117 @@ async def test_refused_credentials_do_not_end_the_listener(
 
 async def test_any_other_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener_module, "get_events_subscriber", Subscriber(KeyError("a mistake")))
+    hub = _Hub()
+    hub._has_receiver = hub._has_events = True
     with pytest.raises(KeyError, match="a mistake"):
-        await asyncio.wait_for(listener_module._Hub()._listen(), 30)
+        await asyncio.wait_for(hub._listen(), 30)
+    assert not hub.trusted
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("lost", ["webhook-crew:lose", "webhook-stream:lose"], ids=["stream-alone", "webhook-alone"])
+async def test_tokens_that_only_a_webhook_tells_are_the_usage_of_the_result(receiver: str, lost: str) -> None:
+    script = script_of(usage=TokenUsage(total_tokens=1234))
+    with CrewServer(script, faults=[lost], generation="later") as server:
+        (result,) = await run(server)
+        assert "token_usage" not in result.raw, "the status does not tell it"
+        assert result.usage == TokenUsage(total_tokens=1234)
+        assert server.requests["status"] <= 2
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["completed", "failed"])
+async def test_calls_of_models_tell_what_went_in_and_out(
+    receiver: str, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_LLM_CALLS", "true")
+    calls = {
+        "openai/gpt-4o": {"prompt_tokens": 900, "completion_tokens": 100},
+        "small": {"prompt_tokens": 140, "completion_tokens": 60, "total_tokens": 200},
+    }
+    script = script_of({"fail": "no idea" if fails else None}, calls=calls, usage=TokenUsage(total_tokens=1200))
+    key = f"calls {uuid.uuid4()}"
+    with CrewServer(script) as server, suppress(CrewFailedError):
+        await run(server, idempotency_key=key, price=Price(per_1k_input=1, per_1k_output=10))
+    (record,) = await PrefectRecords().attempts(key)
+    assert record.state is (CrewState.FAILED if fails else DONE)
+    assert record.usage == TokenUsage(prompt_tokens=1040, completion_tokens=160, total_tokens=1200)
+    assert record.cost == pytest.approx(1.04 + 1.6)
+
+
+def ending(type_: str, tokens: int | None, *, kickoff_id: str = "k-1", key: str = "key") -> dict[str, object]:
+    """Return what the receiver makes of a webhook about the end of a run."""
+    said = {"kickoff_id": kickoff_id, **({} if tokens is None else {"total_tokens": tokens})}
+    return {"id": str(uuid.uuid4()), "event": f"crew.webhook.{type_}", "idempotency_key": key, "said": said}
+
+
+async def test_the_end_waits_a_moment_for_tokens() -> None:
+    hub, done = _Hub(), CrewStatus(kickoff_id="k-1", state=DONE)
+    hub._has_receiver = True
+
+    async def seconds(*events: dict[str, object]) -> tuple[float, TokenUsage | None]:
+        waker, started = Waker(hub, "key"), time.monotonic()
+        hub.add("key", waker)
+        for event in events:
+            asyncio.get_running_loop().call_later(0.2, hub._hear, event)
+        status = await waker.with_usage(done)
+        hub.remove("key", waker)
+        return time.monotonic() - started, status.usage
+
+    took, usage = await seconds()
+    assert (took >= 0.5, usage) == (True, None)
+    took, usage = await seconds(ending("crew", 9))
+    assert (0.1 < took < 0.5, usage) == (True, TokenUsage(total_tokens=9))
+    took, usage = await seconds(ending("crew", None), ending(COMPLETED, None))
+    assert (0.1 < took < 0.5, usage) == (True, None), "nothing is to come any more"
+    hub._has_receiver = False
+    assert (await seconds())[0] < 0.2, "no webhook would reach this process"
+
+
+@pytest.mark.parametrize(
+    ("events", "total"),
+    [
+        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5)], 12, id="crews-of-a-flow"),
+        pytest.param([ending(COMPLETED, 7), ending("crew", 9), ending(COMPLETED, 5)], 9, id="the-crew-webhook-has-all"),
+        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5, kickoff_id="k-0")], 7, id="another-attempt"),
+        pytest.param([ending(COMPLETED, 7, key="other")], None, id="another-run"),
+        pytest.param([ending(COMPLETED, None), ending("crew", None)], None, id="none-is-not-0"),
+    ],
+)
+async def test_tokens_are_counted_once_for_each_event(events: list[dict[str, object]], total: int | None) -> None:
+    hub = _Hub()
+    waker = Waker(hub, "key")
+    hub.add("key", waker)
+    for event in [*events, *events]:
+        hub._hear(event)
+    ended = await waker.with_usage(CrewStatus(kickoff_id="k-1", state=DONE))
+    assert ended.usage == (None if total is None else TokenUsage(total_tokens=total))
+    assert (await waker.with_usage(CrewStatus(kickoff_id="k-1", state=CrewState.RUNNING))).usage is None
+    reported = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
+    assert (await waker.with_usage(reported)).usage == TokenUsage(total_tokens=1)
+
+
+# Questions
+
+
+async def test_the_same_question_asked_again_is_known_by_its_webhook(receiver: str) -> None:
+    """Neither the status nor the clock tells it from the one before: only the number of answers in its URL."""
+    script = script_of({"seconds": 0, "human": True, "output": "always the same"})
+    asked: list[int] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request.round)
+        return Review(approve=request.round == 3, feedback="again")
+
+    with CrewServer(script) as server:
+        await run(server, review=judge)
+        assert asked == [1, 2, 3]
+        assert server.requests["resume"] == 3
+
+
+async def test_a_question_of_another_attempt_is_another() -> None:
+    waker = Waker(_Hub(), "key")
+    waker.wake((1, 2))
+    asked = [(1, 2), (2, 2), (1, 1), (1, 258)]
+    assert [waker.has_question_after(*one) for one in asked] == [True, False, False, True]

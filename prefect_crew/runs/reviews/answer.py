@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-import httpx
 from prefect.client.orchestration import get_client
-from prefect.exceptions import PrefectException
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import run_logger
@@ -30,16 +28,15 @@ from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, Sent
 from prefect_crew.records.notes import forget_request, kept_output, kept_requests
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.questions import (
+    PREFECT_ERRORS,
     Question,
     QuestionState,
     Review,
+    describe_answer,
     digest,
-    judged_output,
     next_round,
-    outputs_so_far,
     question_digest,
     question_of,
-    request_state,
     waiting_task,
     where_to_look,
 )
@@ -50,18 +47,14 @@ from prefect_crew.webhooks import webhooks_for
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
 
-FEEDBACK_KEPT = 200
-"""Characters of an answer that its record keeps."""
-LOOKS = 5
-"""How often a caller that waits for nothing else looks whether the crew goes on after its answer."""
-LOOK_AGAIN = 1.0
-"""Seconds between two looks at whether the crew goes on after an answer."""
+FEEDBACK_KEPT = 200  # characters of an answer that its record keeps
+LOOKS, LOOK_AGAIN = 5, 1.0
+"""How often a caller that waits for nothing else looks whether the crew goes on after its answer, and the seconds
+between."""
 ASKS = "prefect-crew-batch-asks"
 """The tag of a batch, on the Prefect server, of which some rows wait for people, or did at the last look."""
-AT_ONCE = 8
-"""Status calls at a time."""
-CrewOf = Callable[[RunRecord], Awaitable[Crew | None]]
-"""Gives the crew of a record, None where its block is not stored."""
+AT_ONCE = 8  # status calls at a time
+CrewOf = Callable[[RunRecord], Awaitable[Crew | None]]  # None where a record's crew is not a stored block
 
 
 # One answer
@@ -86,9 +79,6 @@ async def answer_question(
     in between has taken that number, so that an answer never goes to a question that nobody has looked at.
 
     Args:
-        run, session: The run, and what it is reached by.
-        records: Where answers are kept.
-        review: The answer.
         by: Who answers, for the record.
         question: The question that a wait has looked at. Another one is not answered.
         task_id: The task; left out, the one that the status names. Given, a status that does not say that anybody is
@@ -97,6 +87,9 @@ async def answer_question(
         webhooks: The kickoff's webhooks again, where they are not this package's own; left out, those that the run was
             opened with in this process.
         call: The name of the call, the same on every retry of it. A call that has answered before answers nothing more.
+
+    Returns:
+        The server's answer, and what is on record of it.
 
     Raises:
         AnsweredError: The question has its answer on record, is another one by now, or is being answered.
@@ -107,26 +100,24 @@ async def answer_question(
     kickoff_id, record = run.kickoff_id, answers_record(run)
     try:
         before = await records.reviews(record)
-        earlier = next((one for one in before if call is not None and one.call == call), None)
-        request = None if earlier else await open_request(kickoff_id, before)
-    except (httpx.HTTPError, PrefectException) as error:
+        if earlier := next((one for one in before if call is not None and one.call == call), None):
+            return _repeat_answer(run, earlier), earlier
+        request = await open_request(kickoff_id, before)
+    except PREFECT_ERRORS as error:
         raise CrewError(
             f"What run {kickoff_id} asks, and its answers, cannot be read now ({error!r}). Nothing was sent."
         ) from error
-    if earlier is not None:
-        return _repeat_answer(run, earlier), earlier
     status = await session.call(lambda client: client.status(kickoff_id))
     current = _current_question(run, status, before, request, task_id, question)
-    task, shown, number = current.task_id, current.task, len(before) + 1
-    if question is not None and not question.is_same_as(current):
-        raise AnsweredError(f"Run {kickoff_id}, task {shown}, asks something else by now. Nothing was sent.")
-    _refuse_answered(run, before, (question or current).state)
+    _check_open(run, current, question)
     if round is not None and round != current.round:
-        raise CrewError(f"Run {kickoff_id}, task {shown}, is at round {current.round}, not {round}. Nothing was sent.")
-    named = waiting_task(status)
+        raise CrewError(
+            f"Run {kickoff_id}, task {current.task}, is at round {current.round}, not {round}. Nothing was sent."
+        )
+    named, number = waiting_task(status), len(before) + 1
     sent = SentReview(
-        task_id=shown,
-        mark=digest(task),
+        task_id=current.task,
+        mark=digest(current.task_id),
         round=current.round,
         approve=review.approve,
         feedback=(run.redact_text(review.feedback) or "")[:FEEDBACK_KEPT] if run.show == "full" else "",
@@ -149,7 +140,7 @@ async def answer_question(
             accepted = await _post_to_callback(run, request, review, by=sent.by)
         else:
             accepted = await session.client.resume(
-                kickoff_id, task, review.feedback, review.approve, webhooks=webhooks or run.webhooks
+                kickoff_id, current.task_id, review.feedback, review.approve, webhooks=webhooks or run.webhooks
             )
     except BaseException as error:
         if kickoff_fate(error) is KickoffFate.UNCERTAIN:
@@ -173,14 +164,31 @@ async def answer_question(
     return accepted, sent
 
 
-async def open_request(kickoff_id: str, before: Sequence[SentReview]) -> FeedbackRequest | None:
+async def open_request(
+    kickoff_id: str, before: Sequence[SentReview], kept: Sequence[FeedbackRequest] | None = None
+) -> FeedbackRequest | None:
     """Return what a Flow asks and nobody has answered from here, the first of several; None if it asks nothing so.
+
+    `kept` are what all Flows ask, where that has been read.
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
     """
-    kept = await kept_requests(kickoff_id)
-    return next((one for one in kept if request_state(before, one) is not QuestionState.ANSWERED), None)
+    sent = {one.request for one in before if one.outcome == "sent"}
+    kept = await kept_requests(kickoff_id) if kept is None else kept
+    return next((one for one in kept if one.kickoff_id == kickoff_id and one.id not in sent), None)
+
+
+async def with_kept_output(run: OpenRun, question: Question) -> Question:
+    """Return a question with what its webhook has brought, where the status does not show what is to be judged.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+    """
+    if question.asked or question.request or run.record is None or not run.record.has_webhooks:
+        return question
+    kept = await kept_output(run.record, len(question.before))
+    return question if kept is None else replace(question, output=kept)
 
 
 def answers_record(run: OpenRun) -> RunRecord:
@@ -199,16 +207,11 @@ def answers_record(run: OpenRun) -> RunRecord:
 
 def uncertain_error(run: OpenRun, last: SentReview) -> CrewError:
     """Return the error that says why an answer that may have arrived is not sent again, and how to go on."""
-    page = f" ({run.crew.page_url})" if run.crew.page_url else ""
     return CrewError(
-        f"The answer to run {run.kickoff_id}, task {last.task_id}, round {last.round} ({_when(last)}) was sent and "
-        f"nobody knows whether it arrived. It is not sent again automatically: look at the crew's page{page}, and "
-        "answer there if the run still waits. Then wait for it again under the same key."
+        f"The answer to run {run.kickoff_id}, task {last.task_id}, round {last.round} (by {describe_answer(last)}) was "
+        f"sent and nobody knows whether it arrived. It is not sent again automatically. {where_to_look(run)} If the "
+        "run still waits, answer there. Then wait for it again under the same key."
     )
-
-
-def _when(answer: SentReview) -> str:
-    return f"{answer.at:%Y-%m-%d %H:%M:%S} UTC, by {answer.by}"
 
 
 def _repeat_answer(run: OpenRun, earlier: SentReview) -> ResumeAnswer:
@@ -229,22 +232,19 @@ def _current_question(
     question: Question | None,
 ) -> Question:
     """Return what a run asks at this moment, where it can be answered."""
-    kickoff_id, label = run.kickoff_id, run.crew.label
-    is_over = status.state.ended or status.state is CrewState.UNKNOWN
-    if question is not None and status.state is CrewState.UNKNOWN:
-        # It may be known again in a moment: what the answer is to is not over.
-        raise CrewLostError(kickoff_id=kickoff_id, crew=label, idempotency_key=run.idempotency_key)
+    kickoff_id, label, state = run.kickoff_id, run.crew.label, status.state
+    is_over = state.ended or state is CrewState.UNKNOWN
     # A request says that somebody is waited for, whatever the status calls it.
-    if request is None or is_over:
-        if question is not None and status.state is not CrewState.WAITING:
-            raise AnsweredError(f"Run {kickoff_id} does not wait any more: it is {status.state}. Nothing was sent.")
-        if is_over or (status.state is not CrewState.WAITING and task_id is None):
-            raise CrewError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {status.state}.")
+    waits = state is CrewState.WAITING or (request is not None and not is_over)
     if question is not None:
+        if state is CrewState.UNKNOWN:  # it may be known again in a moment: what the answer is to is not over
+            raise CrewLostError(kickoff_id=kickoff_id, crew=label, idempotency_key=run.idempotency_key)
+        if not waits:
+            raise AnsweredError(f"Run {kickoff_id} does not wait any more: it is {state}. Nothing was sent.")
         task_id = waiting_task(status) or question.task_id
-    current = question_of(
-        run, status, before, request, task_id=task_id, next_round_after=run.crew.wait.next_round_after
-    )
+    elif is_over or not (waits or task_id):
+        raise CrewError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {state}.")
+    current = question_of(run, status, before, request, task_id=task_id)
     if current is None:
         raise CrewError(
             f"Run {kickoff_id} of crew {label} waits, and its status does not name the task. Give it (task_id=…, "
@@ -253,22 +253,31 @@ def _current_question(
     return current
 
 
-def _refuse_answered(run: OpenRun, before: Sequence[SentReview], state: QuestionState) -> None:
+def _check_open(run: OpenRun, current: Question, question: Question | None) -> None:
+    """Raise if what a run asks now is another question than the wait has looked at, or has its answer."""
+    where = f"run {run.kickoff_id}, task {current.task}"
+    if question is not None and not question.is_same_as(current):
+        raise AnsweredError(f"What {where}, asks is something else by now. Nothing was sent.")
+    state = (question or current).state
+    if state is QuestionState.OPEN:
+        return
+    last = current.before[-1]
     if state is QuestionState.UNCERTAIN:
-        raise uncertain_error(run, before[-1])
-    if state is QuestionState.ANSWERED:
-        last = before[-1]
+        raise uncertain_error(run, last)
+    # Where nothing shows that this is another question, time does in the end, for people.
+    soon = run.crew.wait.next_round_after
+    if soon is None or (utcnow() - last.at).total_seconds() < soon:
         raise AnsweredError(
-            f"Round {last.round} of run {run.kickoff_id}, task {last.task_id}, was already answered: "
-            f"{'approved' if last.approve else 'rejected'} ({_when(last)}), but the crew's server still shows the "
-            "same question. Nothing was sent. Look again in a moment: prefect-crew reviews ls."
+            f"Round {last.round} of {where}, was already answered: {'approved' if last.approve else 'rejected'} "
+            f"(by {describe_answer(last)}), but the crew's server still shows the same question. Nothing was sent. "
+            "Look again in a moment: prefect-crew reviews ls."
         )
 
 
 async def _claim_answer(run: OpenRun, records: RecordStore, record: RunRecord, number: int, sent: SentReview) -> None:
     try:
         is_ours = await records.add_review(record, number, sent)
-    except (httpx.HTTPError, PrefectException) as error:
+    except PREFECT_ERRORS as error:
         # It may stand there all the same, and is held then, as one that may have been sent.
         raise CrewError(
             f"The answer to run {run.kickoff_id} could not be put on record, so it was not sent: {error!r}."
@@ -281,11 +290,12 @@ async def _write(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
     """Write down what became of an answer; if that cannot be done, log it: it was sent, or was not, all the same."""
     try:
         await writing
-    except (httpx.HTTPError, PrefectException, CrewError) as error:
+    except (*PREFECT_ERRORS, CrewError) as error:
         run_logger().warning("What became of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
 
 
 async def _post_to_callback(run: OpenRun, request: FeedbackRequest, review: Review, *, by: str) -> ResumeAnswer:
+    """Answer a Flow at its callback, and forget its request once that takes no more answers."""
     try:
         answer = await post_feedback(
             request,
@@ -295,17 +305,10 @@ async def _post_to_callback(run: OpenRun, request: FeedbackRequest, review: Revi
         )
     except CrewAPIError as error:
         if error.status_code in (401, 403, 404, 409, 410):  # answered elsewhere: its token is used up, or was never one
-            await _forget(run, request)
+            await _write(run, forget_request(request))
         raise
-    await _forget(run, request)
+    await _write(run, forget_request(request))
     return answer
-
-
-async def _forget(run: OpenRun, request: FeedbackRequest) -> None:
-    try:
-        await forget_request(request)
-    except (httpx.HTTPError, PrefectException) as error:
-        run_logger().debug("The stored question of run %s could not be removed: %s", run.kickoff_id, error)
 
 
 async def _has_moved_on(run: OpenRun, session: CrewSession, looks: int) -> bool:
@@ -327,25 +330,11 @@ async def _has_moved_on(run: OpenRun, session: CrewSession, looks: int) -> bool:
 
 
 async def answer_run(
-    run: OpenRun,
-    records: RecordStore,
-    review: Review,
-    *,
-    by: str,
-    task_id: str | None = None,
-    round: int | None = None,  # noqa: A002 - the word of the domain
-    webhooks: Webhooks | None = None,
-    call: str | None = None,
+    run: OpenRun, records: RecordStore, review: Review, *, by: str, **options: Any
 ) -> tuple[ResumeAnswer, SentReview]:
-    """Answer for the person that a run waits for, and return the server's answer and what is on record of it.
-
-    Raises:
-        CrewError: As `answer_question`, which has the arguments.
-    """
+    """Answer for the person that a run waits for: `answer_question` with a session of its own."""
     async with CrewSession(run.crew, withhold=run.withholding()) as session:
-        return await answer_question(
-            run, session, records, review, by=by, task_id=task_id, round=round, webhooks=webhooks, call=call
-        )
+        return await answer_question(run, session, records, review, by=by, **options)
 
 
 async def resume_run(
@@ -381,7 +370,7 @@ async def _refuse_row_of_batch(run: OpenRun) -> None:
     try:
         async with get_client() as client:
             found = (await client.request("POST", "/variables/filter", json=wanted)).json()
-    except (httpx.HTTPError, PrefectException) as error:
+    except PREFECT_ERRORS as error:
         raise CrewError(
             f"Whether run {run.kickoff_id} is a row of a batch cannot be read now ({error!r}). Nothing was sent."
         ) from error
@@ -416,11 +405,6 @@ class PendingReview:
     seen: bool = True
     options: tuple[str, ...] = ()
 
-    @property
-    def kickoff_id(self) -> str:
-        """The run's id."""
-        return str(self.record.kickoff_id)
-
 
 async def list_pending_reviews(stores: Sequence[RecordStore], crew_of: CrewOf) -> list[PendingReview]:
     """Return the runs in flight that wait for a person, the longest waiting first.
@@ -431,7 +415,7 @@ async def list_pending_reviews(stores: Sequence[RecordStore], crew_of: CrewOf) -
         httpx.HTTPError: The Prefect API is away.
         LedgerError: The ledger of a batch cannot be read.
     """
-    gate, requests = asyncio.Semaphore(AT_ONCE), await _requests_by_run()
+    gate, requests = asyncio.Semaphore(AT_ONCE), await kept_requests()
 
     async def look(record: RunRecord, store: RecordStore) -> PendingReview | None:
         async with gate:
@@ -442,46 +426,45 @@ async def list_pending_reviews(stores: Sequence[RecordStore], crew_of: CrewOf) -
     return sorted(found, key=lambda asked: asked.since or asked.record.kicked_off_at or asked.record.claimed_at)
 
 
-async def _requests_by_run() -> dict[str, FeedbackRequest]:
-    return {one.kickoff_id: one for one in await kept_requests()}
-
-
 async def read_pending_review(
-    record: RunRecord,
-    records: RecordStore,
-    crew_of: CrewOf,
-    requests: Mapping[str, FeedbackRequest] | None = None,
+    record: RunRecord, records: RecordStore, crew_of: CrewOf, requests: Sequence[FeedbackRequest] | None = None
 ) -> PendingReview | None:
-    """Return what a run in flight asks, None if it asks nothing. `requests` are what all Flows ask, by kickoff id.
+    """Return what a run in flight asks, None if it asks nothing. `requests` are what all Flows ask.
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
     """
-    kickoff_id, crew = str(record.kickoff_id), await crew_of(record)
-    requests = await _requests_by_run() if requests is None else requests
+    kickoff_id, since, crew = str(record.kickoff_id), record.human_since, await crew_of(record)
     run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
     status = None if run is None else await _status(run)
-    waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
-    is_over = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
-    request = None if is_over else requests.get(kickoff_id)
-    if not waits and request is None:
+    if run is None or status is None:
+        if since is None:
+            return None
+        answers, task_id = tuple(await records.reviews(record)), record.human_task
+        number = 1 if task_id is None else next_round(answers, task_id)
+        withheld = "its crew's server was not asked. Look at the crew's page, or give --crew."
+        return PendingReview(record, task_id, number, since, withheld=withheld, answers=answers, seen=False)
+    is_over = status.state.ended or status.state is CrewState.UNKNOWN
+    is_asked = requests is None or any(one.kickoff_id == kickoff_id for one in requests)
+    if is_over or (status.state is not CrewState.WAITING and not is_asked):
         return None
     answers = tuple(await records.reviews(record))
-    if request is not None and request_state(answers, request) is QuestionState.ANSWERED:
-        request = None
-    if not waits and request is None:
+    request = await open_request(kickoff_id, answers, requests)
+    if status.state is not CrewState.WAITING and request is None:
         return None
-    seen = run is not None and (status is not None or request is not None)
-    task_id = record.human_task if request is None else request.task_id
-    number = 1 if task_id is None else next_round(answers, task_id)
-    output, withheld = None, "its crew's server was not asked. Look at the crew's page, or give --crew."
-    if run is not None and seen:
-        status = status or CrewStatus(kickoff_id=kickoff_id, state=CrewState.WAITING)
-        question = question_of(run, status, answers, request, next_round_after=None)
-        task_id, number = (None, 1) if question is None else (question.task, question.round)
-        output, withheld = await _shown(run, status, question, len(answers))
+    question = question_of(run, status, answers, request)
+    where = where_to_look(run)
+    if question is None:
+        withheld = f"the status does not name the task. {where}"
+        return PendingReview(record, None, 1, since, withheld=withheld, answers=answers)
+    output, withheld = (await with_kept_output(run, question)).output, None
+    if output is None:
+        withheld = f"the status does not show it. {where}"
+    elif run.show != "full":
+        output, withheld = None, f"{len(output):,} characters that this crew does not show. {where}"
+    output = None if output is None else run.redact(output)
     options = () if request is None else request.options
-    return PendingReview(record, task_id, number, record.human_since, output, withheld, answers, seen, options)
+    return PendingReview(record, question.task, question.round, since, output, withheld, answers, options=options)
 
 
 async def _status(run: OpenRun) -> CrewStatus | None:
@@ -492,57 +475,21 @@ async def _status(run: OpenRun) -> CrewStatus | None:
         return None  # then what is on record has to do
 
 
-async def _shown(
-    run: OpenRun, status: CrewStatus, question: Question | None, answers: int
-) -> tuple[str | None, str | None]:
-    """Return what is to be judged as it may be shown, else why it is not."""
-    output, where = judged_output(status) if question is None else question.output, where_to_look(run)
-    is_known = question is not None and (question.asked is not None or question.request is not None)
-    if not is_known and run.record is not None and run.record.has_webhooks:
-        output = await kept_output(run.record, answers) or output
-    if output is not None and run.show == "full":
-        return run.redact(output), None
-    if output is not None:
-        return None, f"{len(output):,} characters that this crew does not show. {where}"
-    so_far = outputs_so_far(status) if run.show == "full" else None
-    others = "" if so_far is None else f" Other tasks gave:\n\n{run.redact(so_far)}"
-    return None, f"the status does not show it. {where}{others}"
-
-
 async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[RunRecord, RecordStore]:
-    """Return the run in flight that an idempotency key, a kickoff id or the beginning of one names, and where it is on
-    record.
+    """Return the run in flight that an idempotency key or a kickoff id names, and where it is on record.
 
     Raises:
-        CrewError: There is none, several begin so, or it has ended.
+        CrewError: There is none, or it has ended.
     """
-    named = await _named(name, stores)
-    if named is None:
-        raise CrewError(f"No run in flight is {name!r}. prefect-crew reviews ls lists those that wait for a person.")
-    record = named[0]
-    if record.phase is RecordPhase.ENDED:
-        raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: it has ended ({record.state}).")
-    if record.phase is not RecordPhase.STARTED or record.kickoff_id is None:
-        raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: its kickoff is {record.phase}.")
-    return named
-
-
-async def _named(name: str, stores: Sequence[RecordStore]) -> tuple[RunRecord, RecordStore] | None:
     for store in stores:
-        if attempts := await store.attempts(name):
-            return attempts[-1], store
-    for store in stores:
-        record = await store.of_kickoff(name)
+        attempts = await store.attempts(name)
+        record = attempts[-1] if attempts else await store.of_kickoff(name)
         # A ledger knows the runs of all batches that are kept in it.
-        if record is not None and await store.attempts(record.idempotency_key):
-            return record, store
-    found = [
-        (one, store)
-        for store in stores
-        async for one in store.may_ask()
-        if str(one.kickoff_id).startswith(name) or one.idempotency_key.startswith(name)
-    ]
-    if len(found) > 1:
-        ids = ", ".join(str(one.kickoff_id) for one, _ in found[:5])
-        raise CrewError(f"{len(found)} runs in flight begin with {name!r}: {ids}. Give more of it.")
-    return found[0] if found else None
+        if record is None or not (attempts or await store.attempts(record.idempotency_key)):
+            continue
+        if record.phase is not RecordPhase.STARTED or record.kickoff_id is None:
+            has_ended = record.phase is RecordPhase.ENDED
+            why = f"it has ended ({record.state})" if has_ended else f"its kickoff is {record.phase}"
+            raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: {why}.")
+        return record, store
+    raise CrewError(f"No run in flight is {name!r}. prefect-crew reviews ls lists those that wait for a person.")

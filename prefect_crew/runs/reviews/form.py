@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast
 from uuid import UUID, uuid4
 
-import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStatusError
-from prefect.input import RunInput, keyset_from_base_key
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.input import Keyset, RunInput, keyset_from_base_key
 from prefect.input.actions import aread_flow_run_input
 from prefect.states import Paused, Running
 from prefect.utilities.urls import url_for
@@ -25,23 +24,17 @@ from prefect_crew.artifacts.escape import prose, reading
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import utcnow
-from prefect_crew.runs.reviews.questions import Question, Review, digest, where_to_look
+from prefect_crew.runs.reviews.questions import PREFECT_ERRORS, Question, Review, digest, where_to_look
 
 if TYPE_CHECKING:
     from prefect_crew.runs.listener import Waker
     from prefect_crew.runs.run import OpenRun
 
-MARGIN = timedelta(days=1)
-"""How long a flow run stays paused after people's time is over, should its process have died."""
-LOOK_EVERY = 2.0
-"""Seconds between two looks at whether the form was filled in."""
-SHOWN = 20_000
-"""Characters of an output that the form shows."""
+MARGIN = timedelta(days=1)  # how long a flow run stays paused after people's time is over, should its process have died
+LOOK_EVERY = 2.0  # seconds between two looks at whether the form was filled in
+SHOWN = 20_000  # characters of an output that the form shows
 PREFECT_WITHIN = 10.0
 """Seconds for one look at the form: a Prefect API that is away must not keep a wait from looking at its run."""
-Part = Literal["schema", "description", "response"]
-_SHOWN: tuple[Part, ...] = ("schema", "description")
-"""What Prefect's page reads of a form. The third part is the answer."""
 
 
 class ReviewForm(RunInput):
@@ -134,51 +127,41 @@ class Form:
         """Return what was filled in, also while no process was there. Else put the form up if it is not."""
         if self.question is not None and self._filled is None:
             try:
-                async with asyncio.timeout(PREFECT_WITHIN):
-                    self._filled = await self._look(self.question)
-            except (httpx.HTTPError, PrefectException, TimeoutError) as error:
+                async with asyncio.timeout(PREFECT_WITHIN), get_client() as client:
+                    self._filled = await self._look(client, self.question)
+            except (*PREFECT_ERRORS, TimeoutError) as error:
                 run_logger().debug("The form for run %s: %r", self._run.kickoff_id, error)
         return self._filled
 
-    async def _look(self, question: Question) -> ReviewForm | None:
-        async with get_client() as client:
-            if self._was_up and self._is_ours(await self._key_up(client)):
-                return None
-            value = await aread_flow_run_input(self._keyset["response"], flow_run_id=self._own)
-            try:
-                if value is not None:
-                    return self._model.model_validate(value)
-            except ValidationError as error:
-                run_logger().warning("A form about run %s cannot be used: %s", question.kickoff_id, error)
-                await self._delete(client, ["response"])
-            self._was_up = await self._put_up(client, question)
-        return None
-
-    async def _put_up(self, client: PrefectClient, question: Question) -> bool:
-        """Pause the flow run with the form; False if it cannot be paused now, since another form is up."""
+    async def _look(self, client: PrefectClient, question: Question) -> ReviewForm | None:
         up = await self._key_up(client)
-        if up is not None and not self._is_ours(up):
-            return False
+        is_ours = up is not None and up.startswith(self._base)
+        if self._was_up and is_ours:
+            return None
+        value = await aread_flow_run_input(self._keyset["response"], flow_run_id=self._own)
+        try:
+            if value is not None:
+                return self._model.model_validate(value)
+        except ValidationError as error:
+            run_logger().warning("A form about run %s cannot be used: %s", question.kickoff_id, error)
+            await self._delete(client, self._keyset["response"])
         if up is None:
             message = f"Waits for a person: run {question.kickoff_id}, task {question.task}."
             key = f"{self._base}-{uuid4().hex[:8]}"  # Prefect pauses once for each key
             expires = None if self._until is None else utcnow() + self._until
             state: State[Any] = Paused(message=message, pause_expiration_time=expires, reschedule=False, pause_key=key)
             state.state_details.run_input_keyset = cast("dict[str, str]", self._keyset)
-            answer = await client.set_flow_run_state(self._own, state)
-            if answer.status is not SetStateStatus.ACCEPT:
-                return False
-        # After the state: as it is set, newer Prefects delete what an earlier one has left; older ones do not.
-        await self._delete(client, _SHOWN)
-        await self._model.asave(self._keyset, flow_run_id=self._own)
-        return True
+            is_ours = (await client.set_flow_run_state(self._own, state)).status is SetStateStatus.ACCEPT
+        self._was_up = is_ours  # else another form is up
+        if is_ours:
+            # After the state: as it is set, newer Prefects delete what an earlier one has left; older ones do not.
+            await self._hide(client)
+            await self._model.asave(self._keyset, flow_run_id=self._own)
+        return None
 
     @property
-    def _keyset(self) -> dict[Part, str]:
+    def _keyset(self) -> Keyset:
         return keyset_from_base_key(self._base)
-
-    def _is_ours(self, key: str | None) -> bool:
-        return key is not None and key.startswith(self._base)
 
     async def _key_up(self, client: PrefectClient) -> str | None:
         """Return the key of the form with which the flow run is paused, whoever has put it up; None where it is not."""
@@ -195,22 +178,30 @@ class Form:
         self.question, self._filled, self._was_up = None, None, False
         try:
             async with get_client() as client:
-                if self._is_ours(await self._key_up(client)):
+                if (await self._key_up(client) or "").startswith(self._base):
                     await client.set_flow_run_state(self._own, Running())
-                await self._delete(client, _SHOWN)
-        except (httpx.HTTPError, PrefectException) as error:
+                await self._hide(client)
+        except PREFECT_ERRORS as error:
             run_logger().warning("The form for run %s could not be closed: %s", self._run.kickoff_id, error)
+
+    async def _hide(self, client: PrefectClient) -> None:
+        await self._delete(client, self._keyset["schema"], self._keyset["description"])
 
     async def forget_answer(self) -> None:
         """Delete what was filled in about the last question."""
         try:
             async with get_client() as client:
-                await self._delete(client, ["response"])
-        except (httpx.HTTPError, PrefectException) as error:
+                await self._delete(client, self._keyset["response"])
+        except PREFECT_ERRORS as error:
             run_logger().debug("What was filled in about run %s stays: %s", self._run.kickoff_id, error)
 
-    async def _delete(self, client: PrefectClient, parts: Iterable[Part]) -> None:
-        await _delete_inputs(client, self._own, (self._keyset[part] for part in parts))
+    async def _delete(self, client: PrefectClient, *keys: str) -> None:
+        for key in keys:
+            try:
+                await client.delete_flow_run_input(self._own, key)
+            except PrefectHTTPStatusError as error:
+                if error.response.status_code != 404:
+                    raise
 
     async def pause(self, pause: Callable[[float], Awaitable[None]], seconds: float, waker: Waker | None) -> None:
         """Pause between two looks at the run, and end it as soon as the form was filled in."""
@@ -225,40 +216,19 @@ class Form:
         await self.take_down()
         if not ended:
             return
-        kickoff_id = self._run.kickoff_id
+        prefix = _of_run(self._run.kickoff_id)
         try:
             async with get_client() as client:
-                left = await client.filter_flow_run_input(
-                    flow_run_id=self._own, key_prefix=_of_run(kickoff_id), limit=200, exclude_keys=set()
-                )
-                await _delete_inputs(client, self._own, (one.key for one in left))
-        except (httpx.HTTPError, PrefectException) as error:
-            run_logger().debug("Old forms about run %s could not be removed: %s", kickoff_id, error)
-            return
-        for one in left:
-            if one.key.endswith("-response"):
-                run_logger().warning(
-                    "Crew run %s: the form's answer (%s) was not sent: its question had an answer already.",
-                    kickoff_id,
-                    one.decoded_value.get("decision"),
-                )
-
-
-async def _delete_inputs(client: PrefectClient, flow_run_id: UUID, keys: Iterable[str]) -> None:
-    for key in keys:
-        try:
-            await client.delete_flow_run_input(flow_run_id, key)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code != 404:
-                raise
+                left = await client.filter_flow_run_input(self._own, prefix, limit=200, exclude_keys=set())
+                await self._delete(client, *(one.key for one in left))
+        except PREFECT_ERRORS as error:
+            run_logger().debug("Old forms about run %s could not be removed: %s", self._run.kickoff_id, error)
 
 
 def _text(run: OpenRun, question: Question) -> str:
     """Return what stands above the fields of a question's form."""
     if question.output is None:
         text = f"_What is to be judged is not known here. {where_to_look(run)}_"
-        if question.so_far is not None and run.show == "full":
-            text += f"\n\nOther tasks gave:\n\n{reading(run.redact(question.so_far)[:SHOWN])}"
     elif run.show != "full":
         text = f"_{len(question.output):,} characters, which are not shown here. {where_to_look(run)}_"
     else:

@@ -1,21 +1,21 @@
-"""What a run asks a person, and how one question is distinguished from the next. Pure: nothing here waits, reads or
-sends."""
+"""What a run asks a person, and how one question is distinguished from the next. Nothing here waits, reads or sends."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import httpx
+from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.client._parsing import waiting_output
 from prefect_crew.client.models import CrewStatus
-from prefect_crew.records.model import SentReview, utcnow
+from prefect_crew.records.model import SentReview
 
 if TYPE_CHECKING:
     from prefect_crew.runs.run import OpenRun
@@ -52,9 +52,9 @@ class Review(BaseModel):
     option: str | None = None
 
 
+PREFECT_ERRORS = (httpx.HTTPError, PrefectException)  # what is raised where the Prefect API is away or refuses
 ReviewFunction = Callable[[ReviewRequest], "Review | Awaitable[Review]"]
-ReviewChoice = ReviewFunction | Literal["form"]
-"""What answers: a function, or a person in Prefect's input form."""
+ReviewChoice = ReviewFunction | Literal["form"]  # what answers: a function, or a person in Prefect's input form
 
 
 class QuestionState(Enum):
@@ -62,8 +62,6 @@ class QuestionState(Enum):
 
     OPEN = "open"
     """It has no answer: something shows that it is another question than the one that was answered last."""
-    OPEN_BY_TIME = "open by time"
-    """Nothing shows that it is another one, but the last answer was accepted long ago."""
     ANSWERED = "answered"
     """It is the one that was answered, as far as anything shows."""
     UNCERTAIN = "uncertain"
@@ -75,9 +73,9 @@ class Question:
     """What a run asks at this moment.
 
     `task_id` and `output`, what is to be judged, are the crew's own: they go to the crew and to whoever answers. `task`
-    is the task as it may be shown, `so_far` what other tasks have given. `round` counts the task's questions from 1;
-    `asked` is the digest of what the status shows to be judged, None where it shows nothing; `before` are the earlier
-    answers. `request` is what a Flow asks, which is answered at its callback.
+    is the task as it may be shown. `round` counts the task's questions from 1; `asked` is the digest of what the status
+    shows to be judged, None where it shows nothing; `before` are the earlier answers. `request` is what a Flow asks,
+    which is answered at its callback.
     """
 
     kickoff_id: str
@@ -87,7 +85,6 @@ class Question:
     output: str | None = field(default=None, repr=False)
     before: tuple[SentReview, ...] = field(default=(), repr=False)
     task: str = ""
-    so_far: str | None = field(default=None, repr=False)
     request: FeedbackRequest | None = field(default=None, repr=False)
     state: QuestionState = QuestionState.OPEN
 
@@ -97,11 +94,7 @@ class Question:
         An answer that was taken back leaves its number to another one: so the answers before count, not how many.
         """
         mine, theirs = (
-            (
-                one.task_id,
-                [(answer.mark, answer.at) for answer in one.before],
-                None if one.request is None else one.request.id,
-            )
+            (one.task_id, [(answer.mark, answer.at) for answer in one.before], one.request and one.request.id)
             for one in (self, other)
         )
         return mine == theirs and may_be_same(self.asked, other.asked)
@@ -124,17 +117,6 @@ def judged_output(status: CrewStatus) -> str | None:
     That is the output of the task that waits, else the last step of it. An earlier task's output is none.
     """
     return _shown_output(status) or status.last_step
-
-
-def outputs_so_far(status: CrewStatus) -> str | None:
-    """Return what tasks have given so far, for whoever cannot be shown what is to be judged; None if nothing did."""
-    done = [(task.name or "task", task.output) for task in status.tasks if task.output]
-    raw: Any = status.raw
-    last: Any = cast("dict[str, Any]", raw).get("last_executed_task") if isinstance(raw, dict) else None
-    text: Any = cast("dict[str, Any]", last).get("output") if isinstance(last, dict) else None
-    if not done and isinstance(text, str) and text:
-        done = [(status.last_task or "last task", text)]
-    return "\n\n".join(f"### {name}\n\n{output}" for name, output in done) or None
 
 
 def digest(*facts: object) -> str:
@@ -162,13 +144,7 @@ def next_round(before: Sequence[SentReview], task_id: str) -> int:
 
 
 def question_state(
-    before: Sequence[SentReview],
-    task: str | None,
-    asked: str | None,
-    *,
-    now: datetime,
-    next_round_after: float | None,
-    has_webhook: bool = False,
+    before: Sequence[SentReview], task: str | None, asked: str | None, *, has_webhook: bool = False
 ) -> QuestionState:
     """Return the state of the question that a status shows, given the answers on record before it was read.
 
@@ -176,31 +152,16 @@ def question_state(
         before: The answers, in order.
         task: The task that the status names, if any.
         asked: The status's `question_digest`.
-        now: The time, UTC.
-        next_round_after: Seconds after an accepted answer from which an equal question counts as the next one; None
-            for never.
         has_webhook: Whether a webhook tells of a question that came after all these answers.
     """
     last = before[-1] if before else None
     if last is None or last.moved_on or has_webhook:
         return QuestionState.OPEN
     about = last.shown_mark or last.mark  # an answer that does not say its task may be to this one
-    if None not in (task, about) and digest(str(task)) != about:
+    is_other_task = task is not None and about is not None and digest(task) != about
+    if is_other_task or not may_be_same(asked, last.asked):
         return QuestionState.OPEN
-    if not may_be_same(asked, last.asked):
-        return QuestionState.OPEN
-    if last.outcome != "sent":
-        return QuestionState.UNCERTAIN
-    is_late = next_round_after is not None and (now - last.at).total_seconds() >= next_round_after
-    return QuestionState.OPEN_BY_TIME if is_late else QuestionState.ANSWERED
-
-
-def request_state(before: Sequence[SentReview], request: FeedbackRequest) -> QuestionState:
-    """Return the state of a Flow's request, given the answers on record: each request has an id of its own."""
-    answer = next((one for one in reversed(before) if one.request == request.id), None)
-    if answer is None:
-        return QuestionState.OPEN
-    return QuestionState.ANSWERED if answer.outcome == "sent" else QuestionState.UNCERTAIN
+    return QuestionState.ANSWERED if last.outcome == "sent" else QuestionState.UNCERTAIN
 
 
 def question_of(
@@ -210,21 +171,20 @@ def question_of(
     request: FeedbackRequest | None = None,
     *,
     task_id: str | None = None,
-    next_round_after: float | None,
     has_webhook: bool = False,
 ) -> Question | None:
     """Return the question that a status, or the request of a Flow, asks after these answers; None without a task.
 
-    `task_id` is the task where the status does not name it; the other arguments are those of `question_state`.
+    `task_id` is the task where the status does not name it. `request` has no answer that was sent.
     """
     named, asked = waiting_task(status), question_digest(status)
     if request is not None:
-        task_id, asked, output, state = request.task_id, None, request.output, request_state(before, request)
+        task_id, asked, output = request.task_id, None, request.output
+        is_answered = any(one.request == request.id for one in before)
+        state = QuestionState.UNCERTAIN if is_answered else QuestionState.OPEN
     else:
         task_id, output = task_id or named, judged_output(status)
-        state = question_state(
-            before, named, asked, now=utcnow(), next_round_after=next_round_after, has_webhook=has_webhook
-        )
+        state = question_state(before, named, asked, has_webhook=has_webhook)
     if task_id is None:
         return None
     return Question(
@@ -235,7 +195,6 @@ def question_of(
         output,
         tuple(before),
         task=run.redact_name(task_id),
-        so_far=outputs_so_far(status),
         request=request,
         state=state,
     )
@@ -244,16 +203,16 @@ def question_of(
 # Sentences for people
 
 
-def how_to_answer(run: OpenRun) -> str:
-    """Return how to answer, for logs and events."""
-    page = f": {run.crew.page_url}" if run.crew.page_url else "."
-    return f"{', or: '.join(answer_commands(run))}. {_token(run)}The crew's own page takes answers too{page}"
-
-
 def answer_commands(run: OpenRun) -> list[str]:
     """Return the commands that answer."""
     which = run.as_argument()
     return [f"prefect-crew reviews approve {which}", f"prefect-crew reviews reject {which} --feedback TEXT"]
+
+
+def how_to_answer(run: OpenRun) -> str:
+    """Return how to answer, for logs and events."""
+    page = f": {run.crew.page_url}" if run.crew.page_url else "."
+    return f"{', or: '.join(answer_commands(run))}. {_token(run)}The crew's own page takes answers too{page}"
 
 
 def _token(run: OpenRun) -> str:
@@ -265,22 +224,23 @@ def where_to_look(run: OpenRun) -> str:
     return f"Look at the crew's page: {run.crew.page_url}" if run.crew.page_url else "Look at the crew's page."
 
 
+def describe_answer(answer: SentReview) -> str:
+    """Return who gave an answer, and when."""
+    return f"{answer.by}, {answer.at:%Y-%m-%d %H:%M:%S} UTC"
+
+
 def describe_question(run: OpenRun, question: Question, page: str | None = None, *, with_commands: bool = True) -> str:
-    """Return the message to people about a question, as it goes on after the run's name. `page` has the form."""
+    """Return what people are told about a question, as it goes on after the run's name. `page` has the form."""
     where = f"task {question.task}, round {question.round}."
     if question.state is QuestionState.UNCERTAIN:
-        last = question.before[-1]
-        when = f"{last.by}, {last.at:%Y-%m-%d %H:%M:%S} UTC"
         return (
-            f"may wait for a person: {where} An answer was sent ({when}) and nobody knows whether it arrived; it is "
-            f"not sent again. {where_to_look(run)} If the run still waits, answer there."
+            f"may wait for a person: {where} An answer was sent (by {describe_answer(question.before[-1])}) and nobody "
+            f"knows whether it arrived. It is not sent again. {where_to_look(run)} If it still waits, answer there."
         )
-    again = ""
-    if question.state is QuestionState.OPEN_BY_TIME:
-        again = "This question looks like the last one, which was answered, so no function is asked. "
-    form = f"The form is on {page} (Resume). " if page else ""
-    is_shown = question.output is not None and run.show == "full"
-    look = f"See what is to be judged: prefect-crew reviews inspect {run.as_argument()}." if with_commands else ""
-    look = look if is_shown else where_to_look(run)
-    answer = f"Answer: {how_to_answer(run)}" if with_commands else _token(run)
-    return f"waits for a person: {where} {again}{form}{' '.join(filter(None, (look, answer)))}".rstrip()
+    parts = [f"waits for a person: {where}", f"The form is on {page} (Resume)." if page else ""]
+    if question.output is None or run.show != "full":
+        parts.append(where_to_look(run))
+    elif with_commands:
+        parts.append(f"See what is to be judged: prefect-crew reviews inspect {run.as_argument()}.")
+    parts.append(f"Answer: {how_to_answer(run)}" if with_commands else _token(run).rstrip())
+    return " ".join(filter(None, parts))

@@ -6,11 +6,8 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-
-import httpx
-from prefect.exceptions import PrefectException
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
@@ -18,11 +15,18 @@ from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError, CrewLostError, ReviewLimitError
 from prefect_crew.records.model import RecordStore, SentReview, utcnow
-from prefect_crew.records.notes import forget_notes, kept_output
+from prefect_crew.records.notes import forget_notes
 from prefect_crew.runs.listener import Waker
-from prefect_crew.runs.reviews.answer import answer_question, answers_record, open_request, uncertain_error
+from prefect_crew.runs.reviews.answer import (
+    answer_question,
+    answers_record,
+    open_request,
+    uncertain_error,
+    with_kept_output,
+)
 from prefect_crew.runs.reviews.form import Form
 from prefect_crew.runs.reviews.questions import (
+    PREFECT_ERRORS,
     Question,
     QuestionState,
     Review,
@@ -47,22 +51,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NOBODY = "nobody, in time"
-"""Who answered, in the record of a rejection by `on_human_timeout`."""
-GOES_ON_WITHIN = 20.0
-"""Seconds for the crew to go on after an answer that came as people's time ended."""
-REFUSALS = (400, 404, 409)
-"""What `/resume` answers where the run does not wait, or not for this answer."""
+NOBODY = "nobody, in time"  # who answered, in the record of a rejection by `on_human_timeout`
+GOES_ON_WITHIN = 20.0  # seconds for the crew to go on after an answer that came as people's time ended
+REFUSALS = (400, 404, 409)  # what `/resume` answers where the run does not wait, or not for this answer
 REQUEST_WITHIN = 60.0
 """Seconds that the request of a Flow may take to arrive, where `/resume` has refused an answer to it."""
-OUTPUT_WITHIN = 5.0
-"""Seconds for which a question of which the status shows nothing waits for what its webhook brings."""
+OUTPUT_WITHIN = 5.0  # seconds for which a question of which the status shows nothing waits for what its webhook brings
 SOON = 120.0
 """Seconds after an answer for which the status is read more often than the policy says, to see the crew go on."""
-UNSAVED = 120.0
-"""Seconds for which whoever sends an answer may still write down what became of it."""
+UNSAVED = 120.0  # seconds for which whoever sends an answer may still write down what became of it
 
 
+@dataclass(repr=False, eq=False)
 class People:
     """What the wait for one run does about people.
 
@@ -77,43 +77,29 @@ class People:
         quiet: Write no log line about each question: the batch does, about many.
     """
 
-    def __init__(
-        self,
-        run: OpenRun,
-        session: CrewSession,
-        records: RecordStore,
-        policy: WaitPolicy,
-        review: ReviewChoice | None,
-        *,
-        stop: Callable[[], Awaitable[bool]],
-        waker: Waker | None = None,
-        quiet: bool = False,
-    ) -> None:
-        self.run = run
-        self.session = session
-        self.records = records
-        self.policy = policy
+    run: OpenRun
+    session: CrewSession
+    records: RecordStore
+    policy: WaitPolicy
+    review: ReviewChoice | None
+    stop: Callable[[], Awaitable[bool]]
+    waker: Waker | None = None
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
         self.question: Question | None = None
         self.answers: list[SentReview] = []
-        self._stop = stop
-        self._waker = waker
-        self._form = Form(flow_run_id(), run, policy) if review == "form" else None
-        self._function: ReviewFunction | None = None if review == "form" else review
-        self._is_quiet = quiet or self._function is not None
+        self._form = Form(flow_run_id(), self.run, self.policy) if self.review == "form" else None
+        self._function: ReviewFunction | None = None if self.review == "form" else self.review
         self._has_extra_time = False
         # What tells one question from the next, from look to look.
         self._open: Question | None = None
-        self._answered: SentReview | None = None
-        """The answer to what the status still shows."""
-        record = run.record
-        # Also those that another process has seen.
-        self._waited = record is not None and record.human_since is not None
-        self._is_stale = record is not None and bool(record.human_seconds or record.human_since)
+        self._answered: SentReview | None = None  # the answer to what the status still shows
+        record = self.run.record
+        # Whether it waited for a person, also if another process has seen it, and was not seen to go on since.
+        self._waited = record is not None and bool(record.human_seconds or record.human_since)
         self._looked_at = utcnow()
-        self._without_output: float | None = None
-        """Since when a question is held back because nothing to judge is known; monotonic."""
-        self._was_refused = False
-        """Whether the function's answer to what is asked was refused, since it belongs at a Flow's callback."""
+        self._held_until: float | None = None  # a question of which nothing to judge is known; monotonic
 
     # What is asked
 
@@ -136,7 +122,7 @@ class People:
                 max_rounds=most,
                 crew=self.run.crew.label,
                 idempotency_key=self.run.idempotency_key,
-                stopped=self.policy.on_human_timeout == "stop" and await self._stop(),
+                stopped=self.policy.on_human_timeout == "stop" and await self.stop(),
             )
         self._announce(question)
         return True
@@ -145,17 +131,14 @@ class People:
         """Return what is asked, the same object as long as it is the same question; None if nothing is.
 
         An answered question that the server still shows is none. The next round differs from it by another output, by
-        another state in between, or by a webhook, which says how many answers came before. Where nothing tells it, time
-        does in the end, for people.
+        another state in between, or by a webhook, which says how many answers came before.
         """
         try:
             if status.state is CrewState.WAITING:
                 self._waited = True
                 return await self._see_waiting(status)
-            self._open, self._answered, self._without_output, self._was_refused = None, None, None, False
-            if self._is_stale or self._waited:
-                await self._read_answers()
-            if self._waited and status.state is not CrewState.UNKNOWN:
+            self._open = self._answered = self._held_until = None
+            if self._waited and await self._read_answers() and status.state is not CrewState.UNKNOWN:
                 self._waited = not await self._note_moved_on()
             return None
         finally:
@@ -163,27 +146,20 @@ class People:
 
     async def _see_waiting(self, status: CrewStatus) -> Question | None:
         task_id, asked, question = waiting_task(status), question_digest(status), self._open
-        if task_id is None and question is not None:
+        if question is not None and task_id is None:
             return question
-        if task_id is not None and question is not None and self._is_still(question, task_id, asked):
+        if question is not None and self._is_still(question, str(task_id), asked):
             if question.asked is None and asked is not None:
                 self._open = replace(question, asked=asked, output=judged_output(status))
             elif question.asked is None and question.output == judged_output(status):
-                kept = await self._kept_output(len(question.before))
-                self._open = question if kept is None else replace(question, output=kept)
+                self._open = await self._with_kept_output(question)
             return self._open
-        if (self._answered is None or self._is_stale) and not await self._read_answers():
+        if self._answered is None and not await self._read_answers():
             return question
         # A Flow's status may name no task, and its request does.
         request = await self._read("What run %s asks", open_request(self.run.kickoff_id, self.answers))
-        found = question_of(
-            self.run,
-            status,
-            self.answers,
-            request,
-            next_round_after=self.policy.next_round_after,
-            has_webhook=self._has_webhook(len(self.answers)),
-        )
+        has_webhook = self._has_webhook(len(self.answers))
+        found = question_of(self.run, status, self.answers, request, has_webhook=has_webhook)
         if found is None:
             return None
         self._open = self._answered = None
@@ -191,107 +167,83 @@ class People:
             self._answered = self.answers[-1]
             return None
         if found.asked is None and request is None:
-            kept = await self._kept_output(len(self.answers))
-            found = found if kept is None else replace(found, output=kept)
-            if (found.output is None and self._is_hooked) or CrewSettings().review_secret is not None:
+            found = await self._with_kept_output(found)
+            is_hooked = self.run.record is not None and self.run.record.has_webhooks
+            if (found.output is None and is_hooked) or CrewSettings().review_secret is not None:
                 # Its webhook, or the request of a Flow, may be on its way.
-                self._without_output = self._without_output or time.monotonic()
-                within = REQUEST_WITHIN if self._was_refused else OUTPUT_WITHIN
-                if time.monotonic() - self._without_output < within:
+                self._held_until = self._held_until or time.monotonic() + OUTPUT_WITHIN
+                if time.monotonic() < self._held_until:
                     return None
-        self._open, self._without_output = found, None
-        self._is_stale = True  # there will be an answer
+        self._open, self._held_until = found, None
         return found
 
     def _is_still(self, question: Question, task_id: str, asked: str | None) -> bool:
         if question.request is not None:
             return True  # until the state changes, or somebody has answered it
-        if question.task_id != task_id or not may_be_same(question.asked, asked):
-            return False
-        answers, is_by_time = len(question.before), question.state is QuestionState.OPEN_BY_TIME
-        return not self._has_webhook(answers + 1) and not (is_by_time and self._has_webhook(answers))
+        is_same = question.task_id == task_id and may_be_same(question.asked, asked)
+        return is_same and not self._has_webhook(len(question.before) + 1)
 
     def _has_webhook(self, answers: int) -> bool:
         """Return whether a webhook tells of a question that came after so many answers."""
         record = self.run.record
-        return bool(answers and record and self._waker and self._waker.has_question_after(record.attempt, answers))
+        return bool(answers and record and self.waker and self.waker.has_question_after(record.attempt, answers))
 
     async def _note_moved_on(self) -> bool:
         """Note at the last answer that the crew was seen to go on after it; False if that is to be tried again."""
         last = self.answers[-1] if self.answers else None
-        if self._is_stale or (last is not None and last.at > self._looked_at):
-            return False  # the status may have been read before that answer: it proves nothing of it
         if last is None or last.moved_on:
             return True
+        if last.at > self._looked_at:
+            return False  # the status may have been read before that answer: it proves nothing of it
         if last.outcome == "intended" and (utcnow() - last.at).total_seconds() < UNSAVED:
             return False  # whoever sends it would write over this
-        last.moved_on = True
+        moved_on = last.model_copy(update={"moved_on": True})
         try:
-            await self.records.save_review(answers_record(self.run), len(self.answers), last)
-        except (httpx.HTTPError, PrefectException, CrewError) as error:
-            last.moved_on = False
+            await self.records.save_review(answers_record(self.run), len(self.answers), moved_on)
+        except (*PREFECT_ERRORS, CrewError) as error:
             run_logger().debug("It could not be recorded that run %s continues: %s", self.run.kickoff_id, error)
-        return last.moved_on
+            return False
+        self.answers[-1] = moved_on
+        return True
 
-    @property
-    def _is_hooked(self) -> bool:
-        return self.run.record is not None and self.run.record.has_webhooks
-
-    async def _kept_output(self, answers: int) -> str | None:
-        """Return what a webhook brought of the question after so many answers."""
-        if self.run.record is None or not self._is_hooked:
-            return None
-        return await self._read("What run %s asks about", kept_output(self.run.record, answers))
+    async def _with_kept_output(self, question: Question) -> Question:
+        return await self._read("What run %s asks about", with_kept_output(self.run, question)) or question
 
     async def _read_answers(self) -> bool:
         given = await self._read("The answers to run %s", self.records.reviews(answers_record(self.run)))
-        self.answers, self._is_stale = self.answers if given is None else given, given is None
+        self.answers = self.answers if given is None else given
         return given is not None
 
     async def _read(self, what: str, reading: Awaitable[T]) -> T | None:
         try:
             return await reading
-        except (httpx.HTTPError, PrefectException) as error:
+        except PREFECT_ERRORS as error:
             run_logger().debug(f"{what} could not be read: %s", self.run.kickoff_id, error)
             return None
 
     # Who is informed
 
     @property
-    def notes(self) -> list[str]:
-        """What the artifact says about who is waited for."""
-        if not self._shows_question or self.question is None:
-            return []
+    def notes(self) -> tuple[list[str], list[str]]:
+        """What the artifact says about who is waited for, and the commands that go with it."""
+        run, question = self.run, self.question
+        if question is None or (self._function is not None and question.state is QuestionState.OPEN):
+            return [], []
         form = "" if self._form is None else "The form is on this flow run's page: Resume. "
-        return [f"{form}It {describe_question(self.run, self.question, with_commands=False)}"]
-
-    @property
-    def commands(self) -> list[str]:
-        """The commands that go with the notes."""
-        if not self._shows_question or (self.question is not None and self.question.state is QuestionState.UNCERTAIN):
-            return []
-        return [f"prefect-crew reviews inspect {self.run.as_argument()}", *answer_commands(self.run)]
-
-    @property
-    def _shows_question(self) -> bool:
-        question = self.question
-        return question is not None and (self._function is None or question.state is not QuestionState.OPEN)
+        note = f"{form}It {describe_question(run, question, with_commands=False)}"
+        if question.state is QuestionState.UNCERTAIN:
+            return [note], []
+        return [note], [f"prefect-crew reviews inspect {run.as_argument()}", *answer_commands(run)]
 
     def _announce(self, question: Question) -> None:
         """Tell automations who is waited for, and people as well unless a function or a batch sees to it."""
         run, page = self.run, None if self._form is None else self._form.page
         if run.record is not None:
             run.record.human_task = question.task
-            emit(
-                "waiting",
-                run.record,
-                task_id=question.task,
-                round=question.round,
-                answer=how_to_answer(run),
-                page=page,
-                crew_page=run.crew.page_url,
-            )
-        if not self._is_quiet or question.state is not QuestionState.OPEN:
+            facts: dict[str, Any] = {"answer": how_to_answer(run), "page": page, "crew_page": run.crew.page_url}
+            emit("waiting", run.record, task_id=question.task, round=question.round, **facts)
+        is_quiet = self.quiet or self._function is not None
+        if not is_quiet or question.state is not QuestionState.OPEN:
             run_logger().warning("Crew run %s %s", run.kickoff_id, describe_question(run, question, page))
 
     # Who answers
@@ -310,8 +262,7 @@ class People:
         if self._form is not None:
             await self._form.show(question)
             await self._answer_by_form(self._form)
-        # What may be the question that was answered is for people alone: a function would approve what it has not seen.
-        elif self._function is not None and question is not None and question.state is QuestionState.OPEN:
+        elif self._function is not None and question is not None:
             await self._answer_by_function(self._function, question)
 
     async def _answer_by_function(self, function: ReviewFunction, question: Question) -> None:
@@ -335,14 +286,11 @@ class People:
         try:
             await self._send(question, review, by=name)
         except CrewAPIError as error:
-            if error.status_code not in REFUSALS or not self._may_be_flow(question) or self._was_refused:
+            # The request of a Flow, which takes its answer elsewhere, may be on its way.
+            if error.status_code not in REFUSALS or request is not None or CrewSettings().review_secret is None:
                 raise
-            self._was_refused = True
             self._look_anew(name, error)
-
-    def _may_be_flow(self, question: Question) -> bool:
-        """Return whether the request of a Flow, which takes its answer elsewhere, may be on its way."""
-        return question.request is None and CrewSettings().review_secret is not None
+            self._held_until = time.monotonic() + REQUEST_WITHIN
 
     async def _answer_by_form(self, form: Form) -> bool:
         """Send what was filled in, if anything was; False if nothing was sent."""
@@ -351,39 +299,37 @@ class People:
             return False
         await form.take_down()
         try:
-            outcome = await self._send(question, filled.review(question), by=filled.name.strip() or "the form")
+            sent = await self._send(question, filled.review(question), by=filled.name.strip() or "the form")
         except CrewAPIError as error:
             if error.status_code not in REFUSALS:
                 raise
-            outcome = "answered elsewhere"
+            sent = False
             self._look_anew("the form", error)
         # What was filled in is kept until then: the next look, or the next process, finds it.
-        if outcome != "unknown":
+        if sent is not None:
             await form.forget_answer()
-        return outcome == "sent"
+        return bool(sent)
 
-    async def _send(
-        self, question: Question, review: Review, *, by: str
-    ) -> Literal["sent", "answered elsewhere", "unknown"]:
-        """Send an answer; "unknown" if the server does not know the run at this moment, so that nothing was sent."""
+    async def _send(self, question: Question, review: Review, *, by: str) -> bool | None:
+        """Send an answer; False if the question has one already, None if the server does not know the run right now."""
         try:
             _, sent = await answer_question(self.run, self.session, self.records, review, by=by, question=question)
         except (AnsweredError, CrewLostError) as error:
             self._look_anew(by, error)
-            return "unknown" if isinstance(error, CrewLostError) else "answered elsewhere"
-        self.answers, self._was_refused = [*question.before, sent], False
-        self._open, self._answered, self._is_stale = None, None if sent.moved_on else sent, False
+            return None if isinstance(error, CrewLostError) else False
+        self.answers = [*question.before, sent]
+        self._open, self._answered = None, None if sent.moved_on else sent
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
             "Crew run %s: task %s, round %d: %s by %s.", self.run.kickoff_id, question.task, question.round, verdict, by
         )
-        return "sent"
+        return True
 
     def _look_anew(self, by: str, error: CrewError) -> None:
         """Say that an answer was not sent, and look anew at what is asked."""
         why = self.run.redact(str(error))
         run_logger().warning("Crew run %s: the answer of %s was not sent: %s", self.run.kickoff_id, by, why)
-        self._open, self._is_stale = None, True
+        self._open = self._answered = None
 
     async def more_time(self) -> float:
         """Return how many more seconds people get, whose time is over: a rejection that nobody made begins it anew."""
@@ -396,7 +342,7 @@ class People:
         if self.policy.on_human_timeout != "reject" or budget is None or self._has_extra_time:
             return 0.0
         question = self.question
-        if question is None and self._without_output is not None:
+        if question is None and self._held_until is not None:
             return OUTPUT_WITHIN  # it is about to be asked
         self._has_extra_time = True
         try:
@@ -404,7 +350,7 @@ class People:
             # Where another process has rejected it, the time that began anew is over as well.
             if question is not None and not any(review.by == NOBODY for review in given):
                 await self._send(question, Review(approve=False, feedback=self.policy.human_message), by=NOBODY)
-        except (CrewError, httpx.HTTPError, PrefectException) as error:
+        except (*PREFECT_ERRORS, CrewError) as error:
             reason = self.run.redact(str(error))
             run_logger().warning("Run %s could not be rejected for lack of an answer: %s", kickoff_id, reason)
             return 0.0
@@ -417,11 +363,11 @@ class People:
         if self._form is None:
             await pause(seconds)
         else:
-            await self._form.pause(pause, seconds, self._waker)
+            await self._form.pause(pause, seconds, self.waker)
 
     def next_look(self) -> float | None:
         """Return after how many seconds a look would be welcome, since an answer has just been given; else None."""
-        if self._without_output is not None:
+        if self._held_until is not None:
             return 1.0
         if self._answered is None:
             return None
@@ -430,10 +376,8 @@ class People:
 
     async def aclose(self, *, ended: bool) -> None:
         """The wait is over, and so is the run if it has `ended`: take back what was put up for an answer."""
-        if ended and self.run.record is not None and self._is_hooked and self.answers:
-            try:
-                await forget_notes(self.run.record)
-            except (httpx.HTTPError, PrefectException) as error:
-                run_logger().debug("What run %s asked about stays: %s", self.run.kickoff_id, error)
+        record = self.run.record
+        if ended and record is not None and record.has_webhooks and self.answers:
+            await self._read("What is kept of run %s", forget_notes(record))
         if self._form is not None:
             await self._form.aclose(ended=ended)

@@ -27,14 +27,13 @@ from prefect_crew import (
     resume_crew,
     wait_for_crew,
 )
-from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.model import SentReview
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.answer import answer_question, list_pending_reviews, resume_run
-from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.reviews.answer import list_pending_reviews, resume_run
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
 from support.scripts import ASKS
@@ -54,7 +53,8 @@ async def asking(**options: Any) -> AsyncIterator[tuple[AskingServer, DeployedCr
 def run_of(crew: DeployedCrew, review: Any = None, retries: int = 0, **policy: Any) -> Any:
     @flow(retries=retries, retry_delay_seconds=0)
     async def reviewed() -> str:
-        return (await arun_crew(crew, {}, idempotency_key=crew.url, review=review, wait=WaitPolicy(**policy))).output
+        options = {"idempotency_key": crew.url, "meta": {"ticket": 7}, "wait": WaitPolicy(**policy)}
+        return (await arun_crew(crew, {}, review=review, **options)).output
 
     return reviewed()
 
@@ -109,22 +109,21 @@ async def test_once_the_crew_went_on_its_next_question_is_answered_though_the_an
         assert [(one.outcome, one.moved_on) for one in await answers(crew)] == [("uncertain", True), ("sent", True)]
 
 
-async def test_a_function_is_not_asked_again_because_of_time_alone_and_a_person_is() -> None:
-    asked: list[int] = []
+async def test_where_only_time_tells_that_it_is_another_question_a_function_is_not_asked() -> None:
+    asked: list[tuple[int, Any]] = []
 
     def judge(request: ReviewRequest) -> Review:
-        asked.append(request.round)
+        asked.append((request.round, request.meta))
         return APPROVED
 
     # Nothing but time tells the second question from the first.
     async with asking(rounds=2, between=False) as (server, crew):
         with pytest.raises(CrewTimeoutError):
-            await run_of(crew, judge, next_round_after=0.2, human_timeout=3)
-        assert (asked, len(server.resumes)) == ([1], 1)
+            await run_of(crew, judge, human_timeout=3)
+        assert (asked, len(server.resumes)) == ([(1, {"ticket": 7})], 1)
         kickoff_id = str((await PrefectRecords().attempts(crew.url))[-1].kickoff_id)
-        crew_block = DeployedCrew(url=crew.url, token="secret-token")
         with pytest.raises(CrewError, match="still shows the same question"):
-            await resume_run(crew_block.crew, kickoff_id, feedback="", approve=True)
+            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
         soon = DeployedCrew(url=crew.url, token="secret-token", wait=WaitPolicy(next_round_after=0.2))
         await resume_run(soon.crew, kickoff_id, feedback="", approve=True)
         assert len(server.resumes) == 2
@@ -149,23 +148,15 @@ async def test_a_retried_flow_does_not_answer_the_next_round_with_the_answer_of_
         assert [sent["human_feedback"] for sent in server.resumes] == ["attempt 1", "the second question"]
 
 
-async def test_of_several_who_answer_at_once_one_does() -> None:
+@pytest.mark.parametrize("on_record", [True, False])
+async def test_of_several_who_answer_at_once_one_does(on_record: bool) -> None:
     async with asking(lag=30) as (server, crew):
-        kickoff_id = await _kicked_off(crew)
+        async with crew.client() as client:
+            kickoff_id = await _kicked_off(crew) if on_record else await client.kickoff({})
         answered = [resume_run(crew.crew, kickoff_id, feedback=str(n), approve=True) for n in range(5)]
         outcomes = await asyncio.gather(*answered, return_exceptions=True)
         assert len(server.resumes) == 1
         assert sum(isinstance(one, CrewError) for one in outcomes) == 4, outcomes
-
-
-async def test_a_run_without_a_record_is_answered_once_as_well() -> None:
-    async with asking(lag=30) as (server, crew):
-        async with crew.client() as client:
-            kickoff_id = await client.kickoff({})
-        await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
-        with pytest.raises(CrewError, match="was already answered"):
-            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
-        assert len(server.resumes) == 1
 
 
 async def test_nothing_is_sent_while_the_answers_on_record_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,36 +171,6 @@ async def test_nothing_is_sent_while_the_answers_on_record_cannot_be_read(monkey
         assert server.resumes == []
 
 
-async def test_a_function_is_given_the_meta_of_its_kickoff() -> None:
-    seen: list[Any] = []
-
-    def judge(request: ReviewRequest) -> Review:
-        seen.append(request.meta)
-        return APPROVED
-
-    async with asking() as (_, crew):
-
-        @flow
-        async def reviewed() -> None:
-            await arun_crew(crew, {}, review=judge, meta={"ticket": 7})
-
-        await reviewed()
-    assert seen == [{"ticket": 7}]
-
-
-async def test_a_second_answer_to_a_round_is_refused_with_the_first() -> None:
-    """A form, or a second person, that still shows the round before."""
-    async with asking(rounds=2, shown=True) as (server, crew):
-        kickoff_id = await _kicked_off(crew)
-        run = OpenRun(crew=crew.crew, kickoff_id=kickoff_id, record=(await PrefectRecords().attempts(crew.url))[-1])
-        async with CrewSession(crew.crew) as session:
-            given = {"by": "Ada", "round": 1}
-            await answer_question(run, session, PrefectRecords(), APPROVED, **given)
-            with pytest.raises(CrewError, match=r"is at round 2, not 1\. Nothing was sent"):
-                await answer_question(run, session, PrefectRecords(), APPROVED, **given)
-        assert len(server.resumes) == 1
-
-
 # From outside of the wait, by the task or by `CrewRun.resume`
 
 
@@ -218,10 +179,14 @@ async def waits(server: Any, run: CrewRun) -> None:
         await asyncio.sleep(0.02)
 
 
-async def test_an_answer_is_for_the_task_that_the_status_names(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, response_format="union")
+async def test_an_answer_is_for_the_task_that_the_status_names_and_a_refused_one_may_be_given_again(
+    crew_server: CrewServerFactory,
+):
+    server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
     run = await server.crew().trigger({})
     await waits(server, run)
+    with pytest.raises(NotFoundError):
+        await run.resume("shorter", approve=False)
     assert (await run.resume("shorter", approve=False)).status == "retrying"
     await waits(server, run)
     assert (await run.resume("fine", approve=True, task_id="draft")).status == "resumed"
@@ -247,15 +212,6 @@ async def test_a_task_that_the_status_does_not_name_has_to_be_given(crew_server:
     with pytest.raises(CrewError, match=r"does not name the task\. Give it \(task_id=…, --task\)"):
         await run.resume("fine", approve=True)
     assert (await run.resume("fine", approve=True, task_id="draft")).status == "resumed"
-
-
-async def test_an_answer_that_the_server_refuses_may_be_given_again(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
-    run = await server.crew().trigger({})
-    await waits(server, run)
-    with pytest.raises(NotFoundError):
-        await run.resume("fine", approve=True)
-    assert (await run.resume("fine", approve=True)).status == "resumed"
 
 
 # What a reviewer sees of a question whose status shows nothing: what the webhook brought, else where to look
@@ -316,23 +272,15 @@ async def test_the_command_line_sees_it_as_well_and_of_secret_inputs_nothing_is_
             assert line.output == expected
 
 
-async def test_where_nothing_is_known_the_page_is_linked_and_nothing_is_promised(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("response_format", ["documented", "union"])
+async def test_the_log_says_where_to_see_what_is_to_be_judged(
+    response_format: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with CrewServer(SCRIPT) as server, caplog.at_level(logging.WARNING):
+    with CrewServer(SCRIPT, response_format=response_format) as server, caplog.at_level(logging.WARNING):
         with pytest.raises(CrewTimeoutError):
             await reviewed(server.crew(page_url=PAGE), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
         (said,) = [one.getMessage() for one in caplog.records if "waits for a person: task draft" in one.getMessage()]
-        assert f"Look at the crew's page: {PAGE}" in said
-        assert "reviews inspect" not in said
+        is_shown = response_format == "union"
+        assert (f"Look at the crew's page: {PAGE}" in said) is not is_shown
+        assert ("See what is to be judged: prefect-crew reviews inspect" in said) is is_shown
         assert f"--crew {server.url}" in said, "the crew is not a stored block"
-
-
-async def test_where_it_is_known_the_command_that_shows_it_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    with (
-        CrewServer(SCRIPT, response_format="union") as server,
-        caplog.at_level(logging.WARNING),
-        pytest.raises(CrewTimeoutError),
-    ):
-        await reviewed(server.crew(), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
-    assert "See what is to be judged: prefect-crew reviews inspect" in caplog.text

@@ -49,6 +49,14 @@ async def hook(prefect_api: Any, instant_polling: Any, monkeypatch: pytest.Monke
         yield ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
 
 
+def run_with(server: CrewServer, review: Any, key: str | None = None) -> Any:
+    @flow
+    async def once() -> str:
+        return (await arun_crew(server.crew(), {}, idempotency_key=key or str(uuid.uuid4()), review=review)).output
+
+    return once()
+
+
 async def test_a_function_chooses_an_outcome_and_it_goes_to_the_callback_once(hook: ReviewWebhook) -> None:
     asked: list[ReviewRequest] = []
 
@@ -58,12 +66,7 @@ async def test_a_function_chooses_an_outcome_and_it_goes_to_the_callback_once(ho
 
     key = f"flow/{uuid.uuid4()}"
     with CrewServer(SCRIPT, review_webhook=hook) as server:
-
-        @flow
-        async def once() -> str:
-            return (await arun_crew(server.crew(), {}, idempotency_key=key, review=judge)).output
-
-        assert await once() == "Draft. needs_revision: Shorter."
+        assert await run_with(server, judge, key) == "Draft. needs_revision: Shorter."
         assert server.requests["resume"] == 2
     assert [(one.round, one.options, one.output) for one in asked] == [
         (1, OPTIONS, "Draft. "),
@@ -80,36 +83,27 @@ async def test_a_request_that_arrives_late_is_waited_for_where_resume_refuses(
 ) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
-    receiver, refused = create_receiver(SECRET), asyncio.Event()
+    receiver, refused, asked = create_receiver(SECRET), asyncio.Event(), list[tuple[str, ...]]()
 
     async def late(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/requests":
             await refused.wait()
         await receiver(scope, receive, send)
 
-    asked: list[ReviewRequest] = []
-
     def judge(request: ReviewRequest) -> Review:
-        asked.append(request)
+        asked.append(request.options)
         return Review(approve=True)
 
     async with served(late) as url:
         hook = ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
         with CrewServer(SCRIPT, review_webhook=hook) as server:
-
-            @flow
-            async def once() -> str:
-                running = asyncio.create_task(
-                    arun_crew(server.crew(), {}, idempotency_key=str(uuid.uuid4()), review=judge)
-                )
-                await until(lambda: server.requests["resume"], "the first answer is refused")
-                await asyncio.sleep(0.5)  # it is asked no second time meanwhile
-                assert len(asked) == 1
-                refused.set()
-                return (await running).output
-
-            assert await once() == "Draft. "
-    assert [one.options for one in asked] == [(), OPTIONS]
+            running = asyncio.create_task(run_with(server, judge))
+            await until(lambda: server.requests["resume"], "the first answer is refused")
+            await asyncio.sleep(0.5)  # it is asked no second time meanwhile
+            assert asked == [()]
+            refused.set()
+            assert await running == "Draft. "
+    assert asked == [(), OPTIONS]
 
 
 async def _kicked_off(crew: DeployedCrew, key: str) -> str:
@@ -189,27 +183,26 @@ def ask(*, at: float | None = None, secret: str = REVIEW_SECRET, names: str = "X
         pytest.param(lambda: ask(at=time.time() + 100_000), 404, 0, id="from-the-future"),
         pytest.param(lambda: {**ask(), "content": b"{}"}, 404, 0, id="another-body"),
         pytest.param(lambda: {"content": b"{}"}, 404, 0, id="unsigned"),
+        pytest.param(ask, 404, 0, id="without-a-secret-here"),
         pytest.param(lambda: ask(callback_url="javascript:alert(1)"), 400, 0, id="no-address"),
         pytest.param(lambda: ask(flow_execution_id=None), 400, 0, id="no-run"),
         pytest.param(lambda: ask(event_type="other"), 200, 0, id="another-event"),
     ],
 )
 async def test_only_what_the_platform_has_signed_is_kept(
-    given: Callable[[], dict[str, Any]], status: int, kept: int, monkeypatch: pytest.MonkeyPatch
+    given: Callable[[], dict[str, Any]],
+    status: int,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
+    if "without-a-secret-here" not in request.node.name:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
     forwarder = Kept()
     transport = httpx.ASGITransport(create_receiver(SECRET, forwarder=forwarder))
     async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
         assert (await client.post("/requests", **given())).status_code == status
     assert len(forwarder.requests) == kept
-
-
-async def test_without_a_secret_nothing_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", raising=False)
-    transport = httpx.ASGITransport(create_receiver(SECRET, forwarder=Kept()))
-    async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
-        assert (await client.post("/requests", **ask())).status_code == 404
 
 
 def test_the_callback_is_shown_nowhere_and_an_outcome_is_one_of_the_options() -> None:
@@ -220,13 +213,6 @@ def test_the_callback_is_shown_nowhere_and_an_outcome_is_one_of_the_options() ->
     assert feedback_text(request, approve=False, feedback="", option=None) == "no"
     with pytest.raises(ConfigurationError):
         feedback_text(request, approve=True, feedback="", option="maybe")
-
-
-def test_the_form_offers_the_outcomes_of_the_flow() -> None:
-    request = parse_request(ask()["content"])
-    assert request is not None
-    question = Question("k-1", request.task_id, 1, None, request=request)
-    model = ReviewForm.about(question, "text")
-    assert model.model_json_schema()["properties"]["decision"]["enum"] == ["yes", "no"]
-    assert model.model_validate({"decision": "no"}).decision == "no"
+    form = ReviewForm.about(Question("k-1", request.task_id, 1, None, request=request), "text")
+    assert form.model_json_schema()["properties"]["decision"]["enum"] == ["yes", "no"]
     assert ReviewForm.model_json_schema()["properties"]["decision"]["enum"] == ["approve", "reject"]

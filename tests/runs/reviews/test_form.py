@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.objects import State
+from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run as this_flow_run
+from prefect.states import Running, Scheduled
 
 from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import form
-from prefect_crew.runs.reviews.form import Form
-from prefect_crew.runs.reviews.questions import Question
-from prefect_crew.runs.run import OpenRun
 from support.chromium import Chromium
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
+from support.processes import Process
 from support.review_page import answer_on_page
 from support.seen import Seen
 
@@ -60,26 +63,11 @@ def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
     return DeployedCrew(url=server.url, token=server.token, **fields)
 
 
-class FlowRun:
-    """A flow run in a thread of its own, in which a coroutine function is called."""
+class Page:
+    """A flow run's page, as Prefect's own reads and fills it in."""
 
-    def __init__(self, work: Callable[[], Any], **options: Any) -> None:
-        self.id: Any = None
-        self._outcome: Any = None
-
-        @flow(**options)
-        async def reviewed() -> Any:
-            self.id = this_flow_run.id
-            return await work()
-
-        def run() -> None:
-            try:
-                self._outcome = asyncio.run(reviewed())
-            except BaseException as error:
-                self._outcome = error
-
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
+    def __init__(self, id_: Any) -> None:
+        self.id = id_
 
     @property
     def state(self) -> State[Any] | None:
@@ -121,11 +109,35 @@ class FlowRun:
                 "POST", "/flow_runs/{id}/resume", path_params={"id": self.id}, json={"run_input": fields}
             ).json()
 
+
+class FlowRun(Page):
+    """A flow run in a thread of its own, in which a coroutine function is called."""
+
+    def __init__(self, work: Callable[[], Any], **options: Any) -> None:
+        super().__init__(None)
+        self._outcome: Any = None
+
+        @flow(**options)
+        async def reviewed() -> Any:
+            self.id = this_flow_run.id
+            return await work()
+
+        def run() -> None:
+            try:
+                self._outcome = asyncio.run(reviewed())
+            except BaseException as error:
+                self._outcome = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
     def result(self) -> Any:
         self._thread.join(90)
         assert not self._thread.is_alive(), self.state
         if isinstance(self._outcome, BaseException):
             raise self._outcome
+        assert self.state is not None
+        assert self.state.is_completed()
         return self._outcome
 
 
@@ -159,9 +171,6 @@ def test_the_form_shows_the_output_and_takes_each_answer_once(server: CrewServer
     assert "### Answers" in page["data"]
     assert "| draft | 1 | rejected | Grace \\| &lt;b&gt; |" in page["data"]
     assert "| draft | 2 | approved | Ada |" in page["data"]
-    state = run.state
-    assert state is not None
-    assert state.is_completed()
 
 
 def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(server: CrewServer) -> None:
@@ -204,9 +213,6 @@ def test_an_answer_from_elsewhere_takes_the_form_back(server: CrewServer) -> Non
     asyncio.run(answer())
     assert run.result().output.startswith("Printed")
     assert server.requests["resume"] == 1
-    state = run.state
-    assert state is not None
-    assert state.is_completed()
 
 
 def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: CrewServer) -> None:
@@ -219,52 +225,17 @@ def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: CrewServer)
     for run in runs:
         run.form()
     # Both before either is read: a process looks at its form every 0.2 s.
-    together = threading.Barrier(2)
-
-    def fill_in(run: FlowRun, name: str) -> None:
-        together.wait()
-        assert run.fill_in(decision="approve", name=name)["status"] == "ACCEPT"
-
-    people = [threading.Thread(target=fill_in, args=pair) for pair in zip(runs, ("Ada", "Grace"), strict=True)]
-    for person in people:
-        person.start()
-    for person in people:
-        person.join()
+    with ThreadPoolExecutor() as people:
+        answers = people.map(lambda run: run.fill_in(decision="approve")["status"], runs)
+    assert list(answers) == ["ACCEPT", "ACCEPT"]
     outputs = {run.result() for run in runs}
     assert len(outputs) == 1
     assert next(iter(outputs)).startswith("Printed")
     assert [server.requests["resume"], server.kickoffs] == [1, 1]
-    for run in runs:
-        state = run.state
-        assert state is not None
-        assert state.is_completed()
-        assert run.inputs() == []
-
-
-def test_a_form_that_stands_is_found_by_another_process_and_not_made_again(server: CrewServer) -> None:
-    crew = crew_of(server)
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
-    first = run.form()
-    stands = run.inputs()
-    kickoff_id = server.runs[0].id
-
-    async def put_up_again() -> None:
-        again = Form(str(run.id), OpenRun(crew.crew, kickoff_id), WaitPolicy())
-        await again.show(Question(kickoff_id, "draft", 1, None, "the draft", (), task="draft"))
-        assert await again.look() is None
-
-    asyncio.run(put_up_again())
-    state = run.state
-    assert state is not None
-    assert [state.state_details.pause_key, run.inputs()] == [first, stands]
-    assert run.fill_in(decision="approve")["status"] == "ACCEPT"
-    assert run.result().output.startswith("Printed")
-    assert server.requests["resume"] == 1
+    assert [run.inputs() for run in runs] == [[], []]
 
 
 def test_a_form_that_was_resumed_without_an_answer_comes_back(server: CrewServer) -> None:
-    from prefect.states import Running
-
     crew = crew_of(server)
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
     first = run.form()
@@ -311,22 +282,67 @@ def test_an_answer_that_could_not_be_sent_is_kept_for_the_retry(server: CrewServ
     assert server.kickoffs == 1
 
 
-def test_what_may_not_be_shown_is_not_in_the_form(server: CrewServer) -> None:
-    crew = crew_of(server, secret_inputs=["topic"])
+@pytest.mark.parametrize("fields", [{"secret_inputs": ["topic"]}, {"show": "summary"}], ids=["secret", "summary"])
+def test_what_may_not_be_shown_is_not_in_the_form(server: CrewServer, fields: dict[str, Any]) -> None:
+    crew = crew_of(server, **fields)
     run = FlowRun(lambda: arun_crew(crew, {"topic": "correct horse"}, review="form"))
     run.form()
     text = run.description()
     assert "correct horse" not in text
-    assert "Draft *number 1*" in text
+    assert ("Draft *number 1*" in text) is ("show" not in fields)
     run.fill_in(decision="approve")
     run.result()
 
-    crew = crew_of(server, show="summary")
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
-    run.form()
-    assert "Draft" not in run.description()
-    run.fill_in(decision="approve")
-    run.result()
+
+PROGRAM = """
+import asyncio, sys, uuid
+from test_form import begin
+asyncio.run(begin(uuid.UUID(sys.argv[1])))
+"""
+
+
+@flow
+async def stored(crew: str) -> str:
+    return (await arun_crew(crew, {"topic": "tea"}, review="form")).output
+
+
+async def begin(flow_run_id: Any) -> Any:
+    """Begin a flow run, also again, as docs/guides/recover.md has it for scripts."""
+    async with get_client() as client:
+        await client.set_flow_run_state(flow_run_id, Scheduled(), force=True)
+        flow_run = await client.read_flow_run(flow_run_id)
+    return await run_flow_async(stored, flow_run=flow_run, parameters=flow_run.parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answered", [True, False], ids=["answered while nobody was there", "not answered"])
+def test_a_process_is_killed_with_its_form_up(
+    answered: bool, prefect_api: PrefectServer, server: CrewServer, tmp_path: Path
+) -> None:
+    name, here = f"killed-{answered}".lower(), Path(__file__)
+    crew_of(server).save(name, overwrite=True)
+    with get_client(sync_client=True) as client:
+        page = Page(client.create_flow_run(stored, parameters={"crew": name}).id)
+    env = {**prefect_api.env(), "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here.parents[2])))}
+    with Process([sys.executable, "-c", PROGRAM, str(page.id)], log=tmp_path / "log", env=env) as process:
+        first = page.form()
+        process.kill()
+    assert page.form() == first, "it stays Paused"
+    if answered:
+        assert page.fill_in(decision="reject", feedback="Warmer.")["status"] == "ACCEPT"
+    assert server.requests["resume"] == 0
+
+    async def fill_in_again() -> None:
+        run = asyncio.create_task(begin(page.id))
+        second = await asyncio.to_thread(page.form, not_key=first)
+        same = second.rpartition("-")[0] == first.rpartition("-")[0]
+        assert same is not answered, "the form of the same question is the same one"
+        assert server.requests["resume"] == int(answered), "what was filled in was sent, once"
+        assert (await asyncio.to_thread(page.fill_in, decision="approve"))["status"] == "ACCEPT"
+        assert "Printed" in await asyncio.wait_for(run, 60)
+
+    asyncio.run(fill_in_again())
+    assert (server.requests["resume"], server.kickoffs) == (1 + answered, 1)
 
 
 @pytest.mark.slow
@@ -342,22 +358,9 @@ def test_a_person_rejects_once_and_approves_on_the_page(
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), name="reviewed-report")
     first = run.form()
     with chromium.page(height=1100) as page:
-        answer_on_page(
-            page,
-            prefect_server.ui_url,
-            run.id,
-            ui,
-            "reject",
-            "Warmer, please.",
-            tmp_path / f"{ui}-rejecting.png",
-            round=1,
-        )
+        where = page, prefect_server.ui_url, run.id, ui
+        answer_on_page(*where, "reject", "Warmer, please.", tmp_path / f"{ui}-rejecting.png", round=1)
         run.form(not_key=first)
-        answer_on_page(
-            page, prefect_server.ui_url, run.id, ui, "approve", "", tmp_path / f"{ui}-approving.png", round=2
-        )
+        answer_on_page(*where, "approve", "", tmp_path / f"{ui}-approving.png", round=2)
     assert "Warmer, please." in run.result().output
     assert server.requests["resume"] == 2
-    state = run.state
-    assert state is not None
-    assert state.is_completed()

@@ -15,7 +15,6 @@ from prefect_crew.runs.reviews.questions import (
     QuestionState,
     digest,
     judged_output,
-    outputs_so_far,
     question_digest,
     question_state,
 )
@@ -35,33 +34,17 @@ def test_a_question_is_known_by_its_task_and_what_is_to_be_judged() -> None:
     assert first != question_digest(waiting(task_output="another"))
 
 
-NOW = utcnow()
-"""When the cases below are looked at: they are made when this module is loaded, which may be long before they run."""
-
-
 def sent(**fields: Any) -> SentReview:
-    at = NOW - timedelta(seconds=fields.pop("age", 1))
-    given = {
-        "task_id": "draft",
-        "round": 1,
-        "approve": True,
-        "by": "Ada",
-        "outcome": "sent",
-        "mark": digest("draft"),
-        "shown_mark": digest("draft"),
-    }
-    return SentReview(**{**given, "at": at, **fields})
+    at = utcnow() - timedelta(seconds=fields.pop("age", 1))
+    given = {"task_id": "draft", "round": 1, "approve": True, "by": "Ada", "outcome": "sent"}
+    marks = {"mark": digest("draft"), "shown_mark": digest("draft")}
+    return SentReview(**{**given, **marks, "at": at, **fields})
 
 
 CASES: dict[str, tuple[list[SentReview], dict[str, Any], QuestionState]] = {
     "nobody has answered": ([], {}, QuestionState.OPEN),
     "the same, a moment ago": ([sent()], {}, QuestionState.ANSWERED),
-    "the same, long ago": ([sent(age=400)], {}, QuestionState.OPEN_BY_TIME),
-    "the same, long ago, for a function": (
-        [sent(age=9e6)],
-        {"next_round_after": None},
-        QuestionState.ANSWERED,
-    ),
+    "the same, long ago": ([sent(age=9e6)], {}, QuestionState.ANSWERED),
     "another output": ([sent(asked="a")], {"asked": "b"}, QuestionState.OPEN),
     "an output that came to be shown": ([sent()], {"asked": "b"}, QuestionState.ANSWERED),
     "an output that is not shown any more": ([sent(asked="a")], {}, QuestionState.ANSWERED),
@@ -80,17 +63,16 @@ CASES: dict[str, tuple[list[SentReview], dict[str, Any], QuestionState]] = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_how_a_question_stands_to_the_answers_on_record(case: tuple[Any, dict[str, Any], QuestionState]) -> None:
     before, given, expected = case
-    facts: dict[str, Any] = {"task": "draft", "asked": None, "next_round_after": 300.0, **given}
-    assert question_state(before, facts.pop("task"), facts.pop("asked"), now=NOW, **facts) is expected
+    facts: dict[str, Any] = {"task": "draft", "asked": None, **given}
+    assert question_state(before, **facts) is expected
 
 
-def test_what_other_tasks_gave_is_shown_as_that_and_not_as_what_is_to_be_judged() -> None:
+def test_an_earlier_tasks_output_is_not_what_is_to_be_judged() -> None:
     last = {"name": "research", "output": "facts"}
     body = {"state": "PENDING_HUMAN_INPUT", "task_id": "draft", "last_executed_task": last}
     status = parse_status(body, "k")
     assert status is not None
     assert judged_output(status) is None
-    assert outputs_so_far(status) == "### research\n\nfacts"
 
 
 def test_a_question_after_another_answer_is_another_though_as_many_came_before() -> None:
