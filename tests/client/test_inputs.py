@@ -43,12 +43,14 @@ class Budget(BaseModel):
 
 
 UUID_TEXT = "3f2c9f0e-6b1a-4f0e-9a51-0c3a8a1f2b3c"
+TRIP = Trip("Rome", date(2025, 1, 2))
+SENT_TRIP = {"city": "Rome", "when": "2025-01-02", "notes": []}
+BUDGET = Budget(amount=Decimal("1.5"), key=SecretStr("k3y"), trip=TRIP)
+ODD = {"город": [date(2025, 1, 2)], 1: Pace.SLOW}
+AS_THEY_ARE = ["Lisbon\n ", "", "Лиссабон \u200fلشبونة 🧳", "007"]
 CASES: dict[str, tuple[Any, str, Any]] = {
     # value, as text, as a JSON value
-    "text": ("Lisbon\n ", "Lisbon\n ", "Lisbon\n "),
-    "empty-text": ("", "", ""),
-    "other-scripts": ("Лиссабон \u200fلشبونة 🧳", "Лиссабон \u200fلشبونة 🧳", "Лиссабон \u200fلشبونة 🧳"),
-    "text-that-looks-like-a-number": ("007", "007", "007"),
+    **{f"text-{number}": (text, text, text) for number, text in enumerate(AS_THEY_ARE)},
     "number": (3, "3", 3),
     "fraction": (2.5, "2.5", 2.5),
     "whole-float": (2.0, "2.0", 2.0),
@@ -57,11 +59,7 @@ CASES: dict[str, tuple[Any, str, Any]] = {
     "true": (True, "true", True),
     "false": (False, "false", False),
     "date": (date(2025, 1, 2), "2025-01-02", "2025-01-02"),
-    "datetime": (
-        datetime(2025, 1, 2, 3, tzinfo=UTC),
-        "2025-01-02T03:00:00+00:00",
-        "2025-01-02T03:00:00+00:00",
-    ),
+    "datetime": (datetime(2025, 1, 2, 3, tzinfo=UTC), *["2025-01-02T03:00:00+00:00"] * 2),
     "time": (time(3, 4), "03:04:00", "03:04:00"),
     "decimal": (Decimal("10.50"), "10.50", "10.50"),
     "uuid": (UUID(UUID_TEXT), UUID_TEXT, UUID_TEXT),
@@ -72,20 +70,12 @@ CASES: dict[str, tuple[Any, str, Any]] = {
     "empty-list": ([], "[]", []),
     "tuple": ((1, (2,)), "[1,[2]]", [1, [2]]),
     "set": ({"b", "a"}, '["a","b"]', ["a", "b"]),
-    "object": (
-        {"город": [date(2025, 1, 2)], 1: Pace.SLOW},
-        '{"город":["2025-01-02"],"1":"slow"}',
-        {"город": ["2025-01-02"], "1": "slow"},
-    ),
-    "dataclass": (
-        Trip("Rome", date(2025, 1, 2)),
-        '{"city":"Rome","when":"2025-01-02","notes":[]}',
-        {"city": "Rome", "when": "2025-01-02", "notes": []},
-    ),
+    "object": (ODD, '{"город":["2025-01-02"],"1":"slow"}', {"город": ["2025-01-02"], "1": "slow"}),
+    "dataclass": (TRIP, '{"city":"Rome","when":"2025-01-02","notes":[]}', SENT_TRIP),
     "model": (
-        Budget(amount=Decimal("1.5"), key=SecretStr("k3y"), trip=Trip("Rome", date(2025, 1, 2))),
+        BUDGET,
         '{"amount":"1.5","key":"k3y","trip":{"city":"Rome","when":"2025-01-02","notes":[]}}',
-        {"amount": "1.5", "key": "k3y", "trip": {"city": "Rome", "when": "2025-01-02", "notes": []}},
+        {"amount": "1.5", "key": "k3y", "trip": SENT_TRIP},
     ),
     "secret": (SecretStr("k3y"), "k3y", "k3y"),
 }

@@ -242,16 +242,17 @@ class Counted:
             writer.write(answer('{"inputs": [], "kickoff_id": "k1", "state": "RUNNING"}'))
 
 
-async def test_one_run_takes_one_connection_which_a_later_kickoff_does_not():
+async def test_one_run_takes_one_connection_and_each_later_kickoff_one_that_was_not_idle():
     crew = Counted()
     async with raw_server(crew) as url, CrewClient(url, TOKEN) as client:
         await client.inputs()
         await client.kickoff({})
         await asyncio.sleep(1.3)
         await client.status("k1")
-        await asyncio.sleep(1.3)
-        await client.kickoff({})
-    assert crew.paths == [["/inputs", "/kickoff", "/status/k1"], ["/kickoff"]]
+        for _ in range(2):
+            await asyncio.sleep(1.3)
+            await client.kickoff({})
+    assert crew.paths == [["/inputs", "/kickoff", "/status/k1"], ["/kickoff"], ["/kickoff"]]
 
 
 @pytest.mark.parametrize("way", ["idle", "many", "failed", "shared"])
