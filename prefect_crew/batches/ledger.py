@@ -40,7 +40,6 @@ from prefect_crew.prices import Spending
 from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import SPARE, RecordPhase, RunRecord, SentReview, resolution
 from prefect_crew.runs.kickoff import ClaimLostError
-from prefect_crew.states import CrewState
 
 T = TypeVar("T")
 LEDGER_VERSION = 2
@@ -342,8 +341,12 @@ class Ledger:
         record.permit += claimed
         return claimed
 
-    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+    async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
         """Return True: one process at a time works on a batch, and nobody prunes its ledger."""
+        return True
+
+    async def note_end(self, record: RunRecord) -> bool:
+        """Return True: one process at a time works on a batch."""
         return True
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
@@ -355,24 +358,16 @@ class Ledger:
             return False
         return True
 
-    async def resolve(
-        self,
-        record: RunRecord,
-        phase: RecordPhase,
-        *,
-        kickoff_id: str | None = None,
-        state: CrewState | None = None,
-        reason: str | None = None,
-    ) -> bool:
+    async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
         """Write down what was found out about an attempt as it was read.
 
         False if somebody else has changed it since, or its owner may still post it.
         """
-        found = resolution(record, phase, kickoff_id=kickoff_id, state=state, reason=reason)
-        values = {**self._values(record.model_copy(update=found)), "mine": 0, "was": str(record.phase)}
+        outcome = resolution(record, phase, **found)
+        values = {**self._values(record.model_copy(update=outcome)), "mine": 0, "was": str(record.phase)}
         if not await self.writer.put(values, is_claim=False):
             return False
-        for name, value in found.items():
+        for name, value in outcome.items():
             setattr(record, name, value)
         return True
 

@@ -7,7 +7,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -69,8 +69,9 @@ from prefect_crew.exceptions import (
     LedgerError,
 )
 from prefect_crew.prices import Spending, cost_of
-from prefect_crew.records.budgets import KEPT, learn, to_stop
+from prefect_crew.records.budgets import reserves_median, to_stop
 from prefect_crew.records.keys import render_key, scheduled_start
+from prefect_crew.records.store import KEPT, PrefectRecords
 from prefect_crew.webhooks import webhooks_for
 
 if TYPE_CHECKING:
@@ -569,11 +570,13 @@ class _OpenBatch:
             )
             self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=BEGIN_FOR)
             self.begin_after = time.monotonic() + BEGIN_EVERY
-            if self.job.crew.budgets:
-                earlier = self.ledger.rows_in([RowState.COMPLETED], limit=KEPT)
-                # Of a new batch nothing is known: then the records of other runs tell.
-                if known := [row.record async for row in earlier if row.record is not None]:
-                    learn(self.job.crew, known)
+            if reserves_median(self.job.crew):
+                completed = self.ledger.rows_in([RowState.COMPLETED], limit=KEPT)
+                known = [row.record.used async for row in completed if row.record is not None]
+                with suppress(httpx.HTTPError, PrefectException):  # then a share of the budget is reserved
+                    # Of a new batch nothing is known: other runs of its crew tell.
+                    known = known or await PrefectRecords().earlier(self.job.crew.url)
+                runner.earlier.extend(reversed(known))
             try:
                 await run_until_cancelled(
                     runner.run(self.plan.jobs()),

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import islice
 from uuid import uuid4
 
@@ -17,7 +18,6 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
-from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.outcomes import (
@@ -44,16 +44,17 @@ from prefect_crew.exceptions import (
     KickoffUncertainError,
     LedgerError,
 )
-from prefect_crew.records.budgets import corrections, note_exceeded, settle
+from prefect_crew.records.budgets import note_exceeded
 from prefect_crew.records.decision import Caller, latest_start
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
+from prefect_crew.records.store import KEPT
 from prefect_crew.runs.kickoff import Start, Started, start_run
 from prefect_crew.runs.limits import missing_limit, take_slots
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import OpenRun, close_record, cost_of_run
+from prefect_crew.runs.run import OpenRun, close_record, cost_of_run, finish_run
 from prefect_crew.runs.stop import close_stopped
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -84,6 +85,7 @@ class Runner:
         started: How many this call has kicked off.
         policy: How runs are waited for.
         first_poll: When a run is first polled; None where the policy alone says so.
+        earlier: What the latest runs used, for what budgets reserve.
     """
 
     def __init__(
@@ -106,6 +108,8 @@ class Runner:
         self._options = options
         self.policy = options.wait or session.crew.wait
         self.first_poll = FirstPoll() if options.wait is None else None
+        self.earlier: deque[dict[str, float]] = deque(maxlen=KEPT)
+        self._warned: set[str] = set()
         self._on_end = on_end
         self._judge_again = judge_again
         self._failed = self._ended = 0
@@ -266,6 +270,8 @@ class Runner:
             force_new=place is not None,
             quiet=True,
             settings=self._settings,
+            earlier=self.earlier,
+            warned=self._warned,
         )
         others = bool(self.waiting) or self.throttle.under_way > 1
         try:
@@ -404,10 +410,13 @@ class Runner:
         )
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)
-        await self.ledger.save(record)
-        await settle(run.crew, record, corrections(record))
-        if not is_stopped_here:
-            end_run(record, lambda: run.view(status), settings=self._settings)
+        if record.used:
+            self.earlier.append(record.used)
+        if is_stopped_here:
+            await self.ledger.save(record)
+        else:
+            write = partial(self.ledger.save, record)
+            await finish_run(record, self.ledger, write, lambda: run.view(status), settings=self._settings)
 
     async def stop_runs(self, reason: str, records: Iterable[RunRecord] | None = None) -> None:
         """Ask the crew's server once for each run in flight to stop it, or for some of them, and write down what came
@@ -419,7 +428,7 @@ class Runner:
             try:
                 answer = await self.session.client.stop(str(record.kickoff_id))
                 record.reason = reason
-                await close_stopped(record, answer, self.ledger)
+                await close_stopped(self.session.client, self.session.crew, record, answer, self.ledger)
                 if answer.accepted and record.phase is not RecordPhase.ENDED:
                     record.reason = reason
                     await self.ledger.save(record)
@@ -436,7 +445,7 @@ class Runner:
         """Stop a run that is over its time, and return whether it was."""
         try:
             answer = await self.session.client.stop(str(record.kickoff_id))
-            await close_stopped(record, answer, self.ledger)
+            await close_stopped(self.session.client, self.session.crew, record, answer, self.ledger)
         except CrewError as error:
             run_logger().warning("Run %s is over its time and could not be stopped: %s", record.kickoff_id, error)
             return False

@@ -403,7 +403,7 @@ async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: str | N
                 _output.note(f"Run {record.kickoff_id} was not stopped: {error}")
                 continue
             record.reason = STOPPED_WITH_BATCH
-            await close_stopped(record, answer, batch.ledger)
+            await close_stopped(client, found, record, answer, batch.ledger)
             stopped += answer.accepted
     return f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
 

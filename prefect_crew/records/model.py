@@ -160,6 +160,14 @@ class Outcome(BaseModel):
     state: CrewState | None = None
     ended_at: datetime | None = None
     reason: str | None = None
+    usage: TokenUsage | None = None
+    """Tokens that the run used, however it ended; None where nobody reported any."""
+    cost: float | None = None
+    """What it cost by the price that held when it ended; None where that is unknown."""
+    reserved: dict[str, int] | None = None
+    """What it holds of the counters of budgets, in slots by the counter's name."""
+    marks: dict[str, str] | None = None
+    """The last refusal under each of them when it started (`budgets.MARK`)."""
 
     def outcome(self) -> dict[str, Any]:
         """Return these fields alone."""
@@ -219,18 +227,12 @@ class RunRecord(Outcome):
     """The operating system process of the owner's flow run, as `owners.this_process` names it."""
     slot: str | None = None
     """The lease of its slot in the crew's shared limit, for whoever waits for the run."""
-    reserved: dict[str, int] | None = None
-    """What it holds of the counters of budgets, in slots by the counter's name: counted before the record was made."""
     step: str | None = None
     secret_inputs: list[str] = Field(default_factory=list[str])
     """Names of the inputs that hold a secret: without their values, nothing that the crew says may be shown."""
     has_webhooks: bool = False
     """Whether its kickoff asked for webhooks to this package's receiver."""
     error: str | None = None
-    usage: TokenUsage | None = None
-    """Tokens that the run used, however it ended; None where nobody reported any."""
-    cost: float | None = None
-    """What it cost by the price that held when it ended; None where that is unknown."""
     result: StoredResult | None = None
 
     # What the store tells, and no part of what is stored.
@@ -244,6 +246,8 @@ class RunRecord(Outcome):
     """The permit that counts. What becomes of the run until its end is written to it."""
     open_for: float = Field(default=0.0, exclude=True)
     """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; 0 if it is not."""
+    earlier: list[dict[str, float]] = Field(default_factory=list[dict[str, float]], exclude=True)
+    """What the latest runs of its crew used, for who asked for it."""
 
     def __eq__(self, other: object) -> bool:
         """Return whether both say the same, whenever they were read."""
@@ -260,6 +264,12 @@ class RunRecord(Outcome):
     def is_unresolved(self) -> bool:
         """Whether nobody has written down what became of the kickoff."""
         return self.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN)
+
+    @property
+    def used(self) -> dict[str, float]:
+        """What is known of what the run used, by what budgets measure."""
+        known = {"cost": self.cost, "tokens": self.usage and self.usage.total_tokens}
+        return {measure: amount for measure, amount in known.items() if amount is not None}
 
     def completed(self, result: CrewResult) -> CrewResult:
         """Return the run's result with its key, and with the tokens and the cost that are on record."""
@@ -302,6 +312,7 @@ def fold(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunReco
         permits: Its permits, in the order of their numbers.
         age: Seconds since the claim was made, by the store's clock.
     """
+    held = next((one for one in permits if one.reserved), record)
     update: dict[str, Any] = {"permit": len(permits), "open_for": max(0.0, record.good_for - age)}
     phase = record.phase
     if permits:
@@ -313,26 +324,19 @@ def fold(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunReco
             phase = strongest.phase
     if phase not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
         update["open_for"] = 0.0
-    return record.model_copy(update=update)
+    return record.model_copy(update={**update, "reserved": held.reserved, "marks": held.marks})
 
 
-def resolution(
-    record: RunRecord,
-    phase: RecordPhase,
-    *,
-    kickoff_id: str | None = None,
-    state: CrewState | None = None,
-    reason: str | None = None,
-) -> dict[str, Any]:
-    """Return the outcome of a record for which somebody found out that it is STARTED with an id, ENDED in a state, or
-    NOT_STARTED."""
-    found: dict[str, Any] = {**record.outcome(), "phase": phase, "reason": reason}
+def resolution(record: RunRecord, phase: RecordPhase, **found: Any) -> dict[str, Any]:
+    """Return the outcome of a record for which somebody found out that it is STARTED with a `kickoff_id`, ENDED in a
+    `state`, or NOT_STARTED."""
+    outcome: dict[str, Any] = {**record.outcome(), "phase": phase, "reason": None, **found}
     if phase is RecordPhase.STARTED:
         # The kickoff was sent right after the claim; nobody knows the moment better.
-        found |= {"kickoff_id": kickoff_id, "kicked_off_at": record.kicked_off_at or record.claimed_at}
+        outcome["kicked_off_at"] = record.kicked_off_at or record.claimed_at
     if phase is RecordPhase.ENDED:
-        found |= {"state": state, "ended_at": utcnow(), "human_since": None}
-    return found
+        outcome |= {"ended_at": utcnow(), "human_since": None}
+    return outcome
 
 
 @dataclass
@@ -364,8 +368,11 @@ class RecordStore(Protocol):
         """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic."""
         ...
 
-    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
-        """Return whether the attempts at the key are a claim and those that it was decided by, and no others."""
+    async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
+        """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
+
+        `with_earlier`: note in the claim what the latest runs of its crew used.
+        """
         ...
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
@@ -376,16 +383,8 @@ class RecordStore(Protocol):
         """
         ...
 
-    async def resolve(
-        self,
-        record: RunRecord,
-        phase: RecordPhase,
-        *,
-        kickoff_id: str | None = None,
-        state: CrewState | None = None,
-        reason: str | None = None,
-    ) -> bool:
-        """Write down what was found out about a record as it was read, and note it there: STARTED, NOT_STARTED, ENDED.
+    async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
+        """Write down what was found out about a record as it was read, as `resolution`, and note it there.
 
         False if somebody else has found something out since. An end that the crew's status reported outranks it,
         whichever is written first. It is for the caller to see that the claim's owner can send no more
@@ -399,6 +398,10 @@ class RecordStore(Protocol):
 
     async def save_started(self, record: RunRecord) -> str | None:
         """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
+        ...
+
+    async def note_end(self, record: RunRecord) -> bool:
+        """Note that this caller sees to what follows a run's end; False if somebody else does. Atomic."""
         ...
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:

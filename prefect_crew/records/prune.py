@@ -18,8 +18,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import TERMINAL_STATES
 from prefect.exceptions import PrefectException
 
+from prefect_crew.records.budgets import delete_past_counters
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import PrefectRecords, server_time, waiter_prefix
+from prefect_crew.records.store import USED, PrefectRecords, is_there, read_named, server_time, waiter_prefix
 from prefect_crew.records.totals import DayTotal, add_to_totals, total_of
 from prefect_crew.settings import CrewSettings
 
@@ -182,6 +183,10 @@ async def prune(
                 await store.delete_orphan(claim, permit)
         for name in left_over:
             await store.delete_note(name)
+        for used in await read_named(USED):
+            if used.age >= older_than.total_seconds():
+                await is_there(used.id, delete=True)
+        await delete_past_counters(older_than)
     by_key = _by_key(records)
     old = [key for key, attempts in by_key.items() if all(_is_old(one, older_than) for one in attempts)]
     runs = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
+from typing import Any
 
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew, CrewSession
@@ -142,16 +143,9 @@ async def resolve_lost(record: RunRecord, records: RecordStore, *, look: Look | 
         raise _resolved_by_another(record, current)
 
 
-async def _resolve(
-    record: RunRecord,
-    records: RecordStore,
-    phase: RecordPhase,
-    *,
-    kickoff_id: str | None = None,
-    reason: str | None = None,
-) -> None:
+async def _resolve(record: RunRecord, records: RecordStore, phase: RecordPhase, **found: Any) -> None:
     _check_over(record, phase)
-    if not await records.resolve(record, phase, kickoff_id=kickoff_id, reason=reason):
+    if not await records.resolve(record, phase, **found):
         current = await _current(record, records)
         if current is not None:
             _check_over(current, phase)

@@ -5,12 +5,13 @@ value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of fl
 
 - `crew_run_KEY_ATTEMPT` is the claim. The call that made it changes it if it gives it back without a permit; after that
   only whoever sees the run's end does.
-- `crew_run_KEY_ATTEMPT_CLAIM_0` notes that the end of the run is counted in its budgets.
 - `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is a permit of that claim. Whoever created it changes it: the claim's owner, or
   somebody who resolved it. Whoever waits for the run notes there whether a person has to answer; it stays its
   creator's.
 - `crew_wait_KEY_ATTEMPT_FLOWRUN` notes that a flow run waits for the run.
 - `crew_answer_RUN_NUMBER` is a person's answer.
+- `crew_used_CREW_TIME_CLAIM` is what an ended run used; whoever creates it sees to what follows the end. By their names
+  the newest of a crew comes first, and all come after the attempts at a key: a start reads both in one request.
 
 `model.fold` says what claim and permits mean together. Changes go by the Variable's id: by its name they could reach
 another one that was created under it since.
@@ -46,7 +47,6 @@ from prefect_crew.records.model import (
     utcnow,
 )
 from prefect_crew.records.notes import forget_notes
-from prefect_crew.states import CrewState
 
 TAG = "prefect-crew"
 PERMIT_TAG = "prefect-crew-permit"
@@ -57,6 +57,9 @@ BUSY_FOR = 10.0
 """Seconds for which a claim is repeated by us while the Prefect API is busy."""
 RETRIED_BY_CLIENT = (408, 429, 502, 503)
 """Answers after which Prefect's client sends a request again by itself."""
+USED = "crew_used_"
+KEPT = 50
+"""Runs of a crew whose use counts for what the next one is expected to use, the latest ones."""
 SAVE_FOR = 300.0
 """Seconds for which saving a record outlasts a Prefect API that is away."""
 USUAL = 3
@@ -108,6 +111,10 @@ def _answer_name(record: RunRecord, number: int) -> str:
 
 def _permit_name(record: RunRecord, number: int) -> str:
     return f"{record_name(record.idempotency_key, record.attempt)}_{str(record.ref).replace('-', '')}_{number}"
+
+
+def _used_prefix(crew_url: str) -> str:
+    return f"{USED}{_digest(crew_url)[:16]}_"
 
 
 def _kickoff_tag(kickoff_id: str) -> str:
@@ -174,6 +181,18 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
         record = record.model_copy(update={"ref": variable.id, "idle": idle})
         records.append(fold(record, [theirs[number] for number in sorted(theirs)], age=variable.age))
     return sorted(records, key=lambda record: record.attempt)
+
+
+def _used_in(variables: Sequence[Variable]) -> list[dict[str, float]]:
+    return [one.value for one in variables if one.name.startswith(USED) and isinstance(one.value, dict)][:KEPT]
+
+
+def _attempts_prefix(idempotency_key: str) -> str:
+    return f"crew_run_{_digest(idempotency_key)}_"
+
+
+def _attempts_in(variables: Sequence[Variable], idempotency_key: str) -> list[RunRecord]:
+    return [record for record in records_in(variables) if record.idempotency_key == idempotency_key]
 
 
 def _parse(value: Any, model: type[_Model]) -> _Model | None:
@@ -282,11 +301,21 @@ async def read_pages(variables: Mapping[str, Any]) -> AsyncIterator[list[Variabl
         offset += PAGE
 
 
-async def read_named(prefix: str) -> list[Variable]:
-    """Return the Variables whose names begin with a text, in the order of their names."""
-    # `_` is a wildcard of LIKE, and the server looks anywhere in the name.
-    found = [one async for page in read_pages({"name": {"like_": prefix + "%"}}) for one in page]
-    return [one for one in found if one.name.startswith(prefix)]
+async def read_named(prefix: str, *, tag_of_more: str | None = None) -> list[Variable]:
+    """Return the Variables whose names begin with a text, in the order of their names.
+
+    `tag_of_more`: the first of those that have this tag as well, whose names come after them all.
+    """
+    wanted: dict[str, Any] = {"name": {"like_": prefix + "%"}}
+    if tag_of_more is not None:
+        wanted |= {"operator": "or_", "tags": {"all_": [tag_of_more]}}
+    found: list[Variable] = []
+    async for page in read_pages(wanted):
+        # `_` is a wildcard of LIKE, and the server looks anywhere in the name.
+        found += [one for one in page if one.name.startswith(prefix) or one.name.startswith(tag_of_more or prefix)]
+        if tag_of_more is not None and page and page[-1].name.startswith(tag_of_more):
+            break
+    return found
 
 
 class PrefectRecords:
@@ -313,18 +342,22 @@ class PrefectRecords:
         found = await self._current(record)
         return found is not None and (found.owner, found.phase, found.permit) == (record.owner, record.phase, 0)
 
-    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+    async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
         """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
 
         One that was pruned since, or that somebody claimed who did not see this one, may belong to a run.
         """
-        found = await self.attempts(record.idempotency_key)
+        used = _used_prefix(record.crew_url) if with_earlier else None
+        variables = await read_named(_attempts_prefix(record.idempotency_key), tag_of_more=used)
+        record.earlier = _used_in(variables)
+        found = _attempts_in(variables, record.idempotency_key)
         others = [(one.attempt, one.owner) for one in found if one.ref != record.ref]
         return others == [(one.attempt, one.owner) for one in known] and len(found) > len(others)
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
         """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
-        if not await self._add_permit(record, owner=record.owner, good_for=good_for):
+        held = {"reserved": record.reserved, "marks": record.marks}
+        if not await self._add_permit(record, owner=record.owner, good_for=good_for, **held):
             return False
         if not late:
             return True
@@ -332,20 +365,12 @@ class PrefectRecords:
         found = await self._current(record)
         return found is not None and found.phase is RecordPhase.CLAIMED and found.permit == record.permit
 
-    async def resolve(
-        self,
-        record: RunRecord,
-        phase: RecordPhase,
-        *,
-        kickoff_id: str | None = None,
-        state: CrewState | None = None,
-        reason: str | None = None,
-    ) -> bool:
+    async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
         """Create the next permit of a record as it was read, with what was found out; False if somebody else did."""
-        found = resolution(record, phase, kickoff_id=kickoff_id, state=state, reason=reason)
-        if not await self._add_permit(record, owner=str(uuid4()), **found):
+        outcome = resolution(record, phase, **found)
+        if not await self._add_permit(record, owner=str(uuid4()), **outcome):
             return False
-        for name, value in {**found, "open_for": 0.0}.items():
+        for name, value in {**outcome, "open_for": 0.0}.items():
             setattr(record, name, value)
         return True
 
@@ -392,12 +417,11 @@ class PrefectRecords:
             await self.save(record)
         return other
 
-    async def note_settled(self, record: RunRecord) -> bool:
-        """Note that a run's end is counted in its budgets; False if somebody else has. Atomic.
-
-        It has the name of a permit, which goes with the record, and is none.
-        """
-        return await create_variable({"name": _permit_name(record, 0), "value": {}, "tags": [PERMIT_TAG]}) is not None
+    async def note_end(self, record: RunRecord) -> bool:
+        """Note what an ended run used, by the one that sees to what follows; False if somebody else has. Atomic."""
+        prefix, newest_first = _used_prefix(record.crew_url), 9_999_999_999 - int(record.claimed_at.timestamp())
+        name = f"{prefix}{newest_first:010}_{str(record.ref).replace('-', '')}"
+        return await create_variable({"name": name, "value": record.used, "tags": [prefix]}) is not None
 
     async def _ref(self, record: RunRecord) -> str:
         """Return the id of a record that was not read here.
@@ -419,8 +443,7 @@ class PrefectRecords:
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
         idempotency_key = normalize_key(idempotency_key)
-        found = records_in(await read_named(f"crew_run_{_digest(idempotency_key)}_"))
-        return [record for record in found if record.idempotency_key == idempotency_key]
+        return _attempts_in(await read_named(_attempts_prefix(idempotency_key)), idempotency_key)
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""
@@ -467,17 +490,15 @@ class PrefectRecords:
             records[record.ref] = whole or record
         return list(records.values())
 
-    async def latest_ended(self) -> list[RunRecord]:
-        """Return the records that were closed last, the newest first."""
-        json = {"variables": {"tags": {"all_": [TAG, f"phase:{RecordPhase.ENDED}"]}}, "limit": PAGE}
-        async with get_client() as client:
-            answer = await client.request("POST", "/variables/filter", json={**json, "sort": "UPDATED_DESC"})
-        found = [_parse(one["value"], RunRecord) for one in answer.json() if later_version(one["value"]) is None]
-        return [record for record in found if record is not None]
-
     def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight: any of them may wait for a person."""
         return self.all(RecordPhase.STARTED)
+
+    async def earlier(self, crew_url: str) -> list[dict[str, float]]:
+        """Return what the latest runs of a crew used, the newest first, as whoever saw to their ends noted it."""
+        async for page in read_pages({"tags": {"all_": [_used_prefix(crew_url)]}}):
+            return _used_in(page)
+        return []
 
     # Deleting
 

@@ -31,9 +31,14 @@ from prefect_crew.exceptions import (
     CrewError,
     InvalidInputsError,
     KickoffUncertainError,
-    LedgerError,
 )
-from prefect_crew.records.budgets import note_exceeded, release, release_given_back, reserve
+from prefect_crew.records.budgets import (
+    note_exceeded,
+    release,
+    release_given_back,
+    reserve,
+    reserves_median,
+)
 from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
 from prefect_crew.records.model import InputMarks, Lease, RecordPhase, RecordStore, RunRecord, utcnow
@@ -70,7 +75,8 @@ class Start:
     """What is to be started, the same for every attempt.
 
     `inputs` are encoded, `digest` is theirs and that of `restore_from`. `quiet`: no log line about the decision,
-    for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
+    for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms. `earlier` is what
+    the latest runs of a batch used; None where the store tells it. `warned` are the budgets that the log has warned of.
     """
 
     crew: Crew
@@ -86,6 +92,8 @@ class Start:
     settings: CrewSettings = field(default_factory=CrewSettings)
     asked_at: datetime = field(default_factory=utcnow)
     slot: str | None = None
+    earlier: Sequence[dict[str, float]] | None = None
+    warned: set[str] = field(default_factory=set[str])
 
     @cached_property
     def secret_inputs(self) -> list[str]:
@@ -184,7 +192,7 @@ async def start_run(
         if not isinstance(found, _Claim):
             return found
         try:
-            await _make_sure(found, records, check)
+            await _make_sure(start, found, records, check)
             await _post_until_taken(start, found.record, records, session, found.lease)
         except ClaimLostError as lost:
             until = loop.time() + LIMITED_FOR if until is None else until  # from the first that was lost
@@ -206,10 +214,9 @@ async def _decide_and_claim(start: Start, records: RecordStore, *, is_checked: b
     """Return a decision with the record that it is about; one that starts a run comes as a claim that is ours."""
     # The time of the check twice, where a token was rotated.
     good_for = CLAIM_GOOD_FOR + (2 * start.crew.request_timeout if is_checked else 0.0)
-    if not start.force_new and not (start.crew.budgets and start.identity.caller.flow_run_count > 1):
-        # The common case in one request: nobody knows the key yet. A retry most likely finds its run, for which no
-        # budget needs room.
-        with suppress(BudgetExceededError):
+    if not start.force_new:
+        # The common case in one request: nobody knows the key yet.
+        with suppress(BudgetExceededError):  # of a row: one that has a run needs no room
             first = await _claim(start, records, Decision.START, (), good_for)
             if first is not None:
                 return first
@@ -225,9 +232,7 @@ async def _decide_and_claim(start: Start, records: RecordStore, *, is_checked: b
         elif record is None:
             continue
         elif decision is Decision.VOID:
-            if await records.resolve(record, RecordPhase.NOT_STARTED, reason="the call that claimed it gave it up"):
-                await release(record)
-            else:
+            if not await records.resolve(record, RecordPhase.NOT_STARTED, reason="the call that claimed it gave it up"):
                 await asyncio.sleep(AGAIN)
         elif decision is Decision.CLAIMED_ELSEWHERE:
             await asyncio.sleep(delay)
@@ -274,15 +279,11 @@ async def _claim(
     lease = Lease(good_for)
     record = start.record(known[-1].attempt + 1 if known else 1, good_for)
 
-    async def reserve_and_claim() -> bool:
-        await reserve(start.crew, record)
-        try:
-            is_ours = await records.claim(record)
-        except LedgerError:
-            raise  # it may have been written
-        except CrewError:
-            await release(record)
-            raise
+    async def claim() -> bool:
+        if start.earlier is not None:  # a ledger's claim is its permit as well
+            record.earlier = list(start.earlier)
+            await reserve(start.crew, record, start.warned)
+        is_ours = await records.claim(record)
         if not is_ours:
             await release(record)
         return is_ours
@@ -292,18 +293,25 @@ async def _claim(
         if not claiming.cancelled() and claiming.exception() is None and claiming.result():
             await _give_back(record, records, asyncio.CancelledError())
 
-    if not await _to_its_end(reserve_and_claim(), give_up):
+    if not await _to_its_end(claim(), give_up):
         return None
     return _Claim(decision, record, known, lease)
 
 
-async def _make_sure(claim: _Claim, records: RecordStore, check: Callable[[], Awaitable[None]] | None) -> None:
-    """Check the kickoff, and at the same time that the claim was decided by what is still on record.
+async def _make_sure(
+    start: Start, claim: _Claim, records: RecordStore, check: Callable[[], Awaitable[None]] | None
+) -> None:
+    """Check the kickoff, and at the same time that the claim was decided by what is still on record. Then reserve.
 
-    Gives the claim back where either fails, however it fails: nothing was sent. Raises ClaimLostError for the second.
+    Gives the claim back where one fails, however it fails: nothing was sent.
+
+    Raises:
+        ClaimLostError: The claim was decided by something else.
+        BudgetExceededError: There is no room for the run.
     """
     async with _giving_back(claim.record, records):
-        confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known))
+        with_earlier = reserves_median(start.crew)
+        confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known, with_earlier=with_earlier))
         confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
         try:
             if check is not None:
@@ -313,6 +321,8 @@ async def _make_sure(claim: _Claim, records: RecordStore, check: Callable[[], Aw
             confirmed.cancel()
         if not is_sure:
             raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
+        if start.crew.budgets and start.earlier is None:
+            await _to_its_end(reserve(start.crew, claim.record, start.warned))
 
 
 def _announce(start: Start, found: Started) -> None:
@@ -389,6 +399,8 @@ async def _take_permit(record: RunRecord, records: RecordStore, lease: Lease, *,
             await asyncio.sleep(pause)
             return new
     record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
+    if not record.permit:  # which would have told others what to give back
+        await release(record)
     raise ClaimLostError("somebody resolved its claim while this process was asleep, or away.")
 
 
@@ -474,8 +486,7 @@ async def _give_back(record: RunRecord, records: RecordStore, error: BaseExcepti
     """Write down that a claimed run was surely not started, for this reason."""
     record.phase, record.reason = RecordPhase.NOT_STARTED, f"{type(error).__name__}"
     await _save(record, records)
-    if record.reserved:
-        await release_given_back(record, records)
+    await release_given_back(record, records)
 
 
 async def _save_started(record: RunRecord, records: RecordStore) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,13 +19,16 @@ from yaml.representer import Representer, SafeRepresenter
 
 from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
 from prefect_crew.artifacts.run import TASKS_CAP, RunArtifact, RunView
+from prefect_crew.artifacts.telemetry import end_run, is_tracing
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, OutputTypeError
 from prefect_crew.prices import cost_of
-from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, StoredResult, utcnow
+from prefect_crew.records.budgets import change, corrections
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, SentReview, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -271,6 +274,50 @@ def close_record(
     record.human_seconds, record.human_since = human_seconds, None
     record.error, record.result = error, result
     record.usage, record.cost = status.usage, cost
+
+
+async def finish_run(
+    record: RunRecord,
+    records: RecordStore,
+    write: Callable[[], Awaitable[bool | None]],
+    view: Callable[[], RunView] | None = None,
+    *,
+    settings: CrewSettings | None = None,
+) -> bool:
+    """Write down a run's end, and see to what follows it: the counters of its budgets, its span and metrics.
+
+    Of several that see one end, one sees to that. Asked only where it matters: it is a request. What a run used beyond
+    its reserve is counted first, and what it left is given back last: a process that is killed in between leaves the
+    counters too high.
+
+    Args:
+        record: The run, with its end.
+        records: Where its record lives.
+        write: Writes the end down; False if another end stands there. Raises whatever the storage raises.
+        view: Makes what may be shown of it; left out, nobody knows more than its record.
+        settings: Left out, they are read where they are needed.
+
+    Returns:
+        Whether the end was written.
+    """
+    changes = corrections(record)
+    more = {name: slots for name, slots in changes.items() if slots > 0}
+    await change(record, more)
+    is_first = not (changes or is_tracing()) or await _is_first(record, records)
+    written = await write() is not False
+    left = {name: slots for name, slots in changes.items() if slots < 0}
+    await change(record, left if is_first else {name: -slots for name, slots in more.items()})
+    if is_first and written:
+        end_run(record, view, settings=settings)
+    return written
+
+
+async def _is_first(record: RunRecord, records: RecordStore) -> bool:
+    try:
+        return await records.note_end(record)
+    except (httpx.HTTPError, PrefectException) as error:
+        run_logger().warning("Run %s has no span, and keeps its reserve of budgets: %s", record.kickoff_id, error)
+        return False
 
 
 def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 from uuid import UUID
@@ -29,14 +29,14 @@ from prefect.states import Cancelled
 
 from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
-from prefect_crew.artifacts.telemetry import end_run
-from prefect_crew.client.models import StopAnswer, StopOutcome
+from prefect_crew.client import CrewClient
+from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.crew import Crew, CrewSession, open_session
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots
-from prefect_crew.runs.run import find_run
+from prefect_crew.runs.run import cost_of_run, find_run, finish_run
 from prefect_crew.states import CrewState
 
 LOOK_EVERY = 10.0
@@ -252,13 +252,13 @@ async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key
         run = await find_run(session.crew, kickoff_id, idempotency_key)
         with run.withholding():
             answer = await session.call(lambda client: client.stop(kickoff_id))
-    if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
-        try:
-            await close_stopped(run.record, answer, PrefectRecords(), by_wait=False)
-        except (httpx.HTTPError, PrefectException) as error:
-            run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
-        if run.record.slot is not None:
-            await Slots(run.crew, UUID(run.record.slot)).release()
+            if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
+                try:
+                    await close_stopped(session.client, run.crew, run.record, answer, PrefectRecords())
+                except (httpx.HTTPError, PrefectException) as error:
+                    run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
+                if run.record.slot is not None:
+                    await Slots(run.crew, UUID(run.record.slot)).release()
     return answer
 
 
@@ -296,7 +296,7 @@ async def _stop_if_asked(session: CrewSession, record: RunRecord, records: Recor
         log.warning("Crew run %s is left running: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
         return False
     answer = await stop_once(session, record)
-    await close_stopped(record, answer, records)
+    await close_stopped(session.client, session.crew, record, answer, records)
     return answer.accepted
 
 
@@ -324,11 +324,12 @@ def stop_was_asked(record: RunRecord) -> bool:
     return record.reason is not None and record.reason.startswith(_STOP_ASKED)
 
 
-async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordStore, *, by_wait: bool = True) -> None:
+async def close_stopped(
+    client: CrewClient, crew: Crew, record: RunRecord, answer: StopAnswer, records: RecordStore
+) -> None:
     """Write down what a stop came to: the end where the server says so, else only that it was asked for.
 
-    An end is reported to automations as well, by whoever brought it about: nobody else will see it. `by_wait`: it was
-    a wait that ends with it. Whoever stops a run from elsewhere leaves its span to the wait that sees it stopped.
+    An end is reported to automations as well, with what the run used: nobody else may look at it.
     """
     if answer.outcome is StopOutcome.NOT_STOPPABLE:
         return  # it has ended: whoever looks sees how, and writes it down
@@ -338,10 +339,17 @@ async def close_stopped(record: RunRecord, answer: StopAnswer, records: RecordSt
     if answer.outcome is not StopOutcome.STOPPED:
         record.reason = f"{_STOP_ASKED}: {answer.outcome}"
         await records.save(record)
-    # Not over what is written in between: whoever waits for the run may have seen how it ended.
-    elif await records.resolve(stored, RecordPhase.ENDED, state=CrewState.STOPPED, reason=record.reason):
+        return
+    status = CrewStatus(kickoff_id=str(record.kickoff_id), state=CrewState.STOPPED)
+    with suppress(CrewError):  # without an answer nobody knows what it used
+        status = await client.status(status.kickoff_id)
+    stored.usage, stored.cost = status.usage, cost_of_run(crew, status)
+
+    async def write() -> bool:
+        # Not over what is written in between: whoever waits for the run may have seen how it ended.
+        return await records.resolve(stored, RecordPhase.ENDED, state=CrewState.STOPPED, reason=record.reason)
+
+    if await finish_run(stored, records, write):
         for name, value in stored.outcome().items():
             setattr(record, name, value)
         emit("stopped", record, once=True, state=str(record.state))
-        if by_wait:
-            end_run(record)

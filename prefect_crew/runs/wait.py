@@ -16,12 +16,12 @@ from prefect_crew._internal.asyncio_tasks import ENDINGS, cancel_and_wait, cance
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.escape import progress
 from prefect_crew.artifacts.events import emit
-from prefect_crew.artifacts.telemetry import end_run, is_tracing
+from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
-from prefect_crew.records.budgets import corrections, settle, to_stop
-from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.records.budgets import to_stop
+from prefect_crew.records.model import RecordPhase, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.runs.limits import slot_of
@@ -29,7 +29,16 @@ from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import OpenRun, close_record, cost_of_run, find_run, parse_data, read_result, result_of
+from prefect_crew.runs.run import (
+    OpenRun,
+    close_record,
+    cost_of_run,
+    find_run,
+    finish_run,
+    parse_data,
+    read_result,
+    result_of,
+)
 from prefect_crew.runs.stop import close_stopped, end_as_cancelled, is_cancelled, stop_if_asked, stop_once, watch_ctrl_c
 from prefect_crew.states import CrewState
 
@@ -285,7 +294,7 @@ class _Waiter(Watcher):
                 return False
             self._has_stopped = True
             answer = await stop_once(self.session, record)
-            await close_stopped(record, answer, self.records)
+            await close_stopped(self.session.client, run.crew, record, answer, self.records)
         except (CrewError, httpx.HTTPError, PrefectException) as error:
             self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, self._redacted(error))
             return False
@@ -330,6 +339,7 @@ class _Waiter(Watcher):
                 if run.redact.hides(result.model_dump(mode="json")):
                     result = None
             error = (run.redact_text(status.error) or "")[:500] or None
+            is_stopped_here = record.phase is RecordPhase.ENDED
             close_record(
                 record,
                 status,
@@ -338,46 +348,26 @@ class _Waiter(Watcher):
                 result=result,
                 cost=cost_of_run(run.crew, status),
             )
-            changes = corrections(record)
-            # Of several waits that see the end, the first one settles and writes the span. Whoever stops a run is no
-            # wait. Asked only where it matters: it is a request.
-            if changes:
-                is_first = await self._is_first(record)
-            else:
-                is_first = not (run.owned and is_tracing() and await self._is_closed(by_wait=True))
             try:
-                await self.records.save(record)
+                if is_stopped_here:
+                    await self.records.save(record)
+                else:
+                    await finish_run(record, self.records, lambda: self.records.save(record), lambda: run.view(status))
             except (httpx.HTTPError, PrefectException) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
-            if is_first:
-                await settle(run.crew, record, changes)
             said = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
             emit(str(status.state), record, once=True, **said)
-            if is_first:
-                end_run(record, lambda: run.view(status))
         await self._show(status, force=True)
 
-    async def _is_first(self, record: RunRecord) -> bool:
-        """Return whether no other wait has seen the run's end: all may look at it at the same moment."""
-        try:
-            return await self.records.note_settled(record)
-        except (httpx.HTTPError, PrefectException) as error:
-            self.log.warning("What run %s used could not be counted in its budgets: %s", self.run.kickoff_id, error)
-            return False
-
-    async def _is_closed(self, *, by_wait: bool = False) -> bool:
-        """Return whether somebody else has closed the record; `by_wait`: by having seen the end of the run."""
+    async def _is_closed(self) -> bool:
+        """Return whether somebody else has closed the record."""
         if self.run.record is None:
             return False
         try:
             attempts = await self.records.attempts(self.run.record.idempotency_key)
         except (httpx.HTTPError, PrefectException):
             return False
-        stored = next((one for one in attempts if one.kickoff_id == self.run.kickoff_id), None)
-        if stored is None or stored.phase is not RecordPhase.ENDED:
-            return False
-        # What a wait has seen stands in the record itself, what others found out in a permit.
-        return not by_wait or stored.strongest is None or stored.strongest.ended_at != stored.ended_at
+        return any(one.kickoff_id == self.run.kickoff_id and one.phase is RecordPhase.ENDED for one in attempts)
 
     async def _after_cancellation(self) -> CrewError:
         """Stop the crew, see that the flow run ends as cancelled, and return the error to raise."""

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from unittest import mock
 
 import pytest
+from pydantic import SecretStr
 
+from prefect_crew.blocks import DeployedCrew
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records import resolve, store
@@ -20,6 +22,9 @@ from proof.sim import prefect_api
 from proof.sim.prefect_api import SimPrefect
 
 RECORDS = PrefectRecords()
+CREW = DeployedCrew(url="https://c.test", token=SecretStr("t")).crew
+SILENT = mock.Mock(status=mock.AsyncMock(side_effect=CrewError("no answer")))
+"""A client whose crew does not say what the run has used."""
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +126,7 @@ async def test_a_stop_takes_back_no_end_that_was_seen(prefect: SimPrefect):
     other = await stored()
     prefect.faults = {f"write@{prefect.writes + 1}": "slow"}
     answer = StopAnswer(kickoff_id="run", outcome=StopOutcome.STOPPED)
-    closing = asyncio.ensure_future(stop.close_stopped(other, answer, RECORDS))
+    closing = asyncio.ensure_future(stop.close_stopped(SILENT, CREW, other, answer, RECORDS))
     await asyncio.sleep(0.3)
     await completed(owner)
     await closing
@@ -131,7 +136,7 @@ async def test_a_stop_takes_back_no_end_that_was_seen(prefect: SimPrefect):
 async def test_a_stop_that_the_server_confirms_is_the_end():
     record = await started()
     answer = StopAnswer(kickoff_id="run", outcome=StopOutcome.STOPPED)
-    await stop.close_stopped(record, answer, RECORDS)
+    await stop.close_stopped(SILENT, CREW, record, answer, RECORDS)
     assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.STOPPED)
     assert (await stored()).state is CrewState.STOPPED
 

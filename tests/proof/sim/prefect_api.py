@@ -240,6 +240,8 @@ class SimPrefect:
             made = {"id": str(uuid.uuid4()), "active": True, "active_slots": 0, "slot_decay_per_second": 0.0, **now}
             self.counters[body["name"]] = {**made, **body}
             return 201, self.counters[body["name"]]
+        if place == ["filter"]:
+            return 200, [*self.counters.values()][body["offset"] :]
         found = self.counters.get(body["names"][0] if method == "POST" else place[0])
         if method != "POST":
             if found is None:
