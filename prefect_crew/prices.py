@@ -61,24 +61,24 @@ class Price(BaseModel):
 def cost_of(
     price: Price | None, usage: TokenUsage | None, by_model: Mapping[str, TokenUsage] | None = None
 ) -> float | None:
-    """Return what a run cost, None where that is unknown: where nobody reported the tokens in and out that it needs.
+    """Return what a run cost, None where the tokens in and out that it needs were not reported.
 
     `by_model` are its tokens by the model that was called, as far as they were reported.
 
     Raises:
         ConfigurationError: The price is by model, and the package genai-prices is missing or does not know it.
     """
-    if price is None:
+    if price is None or (price.model is None and price.per_1k_input is None):
+        return price and price.per_run
+    if usage is None:
         return None
-    if price.model is None and price.per_1k_input is None:
-        return price.per_run
-    split = None if usage is None else _input_and_output(usage)
+    split = _input_and_output(usage)
     if price.model is None:
         put_in, out = price.per_1k_input or 0, price.per_1k_output or 0
-        if split is None and usage is not None and usage.total_tokens is not None and put_in == out:
+        if split is None and usage.total_tokens is not None and put_in == out:
             split = usage.total_tokens, 0
         return None if split is None else price.per_run + (split[0] * put_in + split[1] * out) / 1000
-    if usage is None or split is None:
+    if split is None:
         return None
     calls = dict(by_model or {})
     if sum(sum(_input_and_output(call) or ()) for call in calls.values()) < sum(split):
@@ -106,14 +106,10 @@ class Spending:
     def sum(cls, parts: Iterable[Spending]) -> Spending:
         """Return several added up."""
         every = list(parts)
+        counts = {name: sum(getattr(part, name) for part in every) for name in ("runs", "reported", "priced")}
+        usage = TokenUsage.sum(part.usage for part in every if part.usage is not None)
         costs = [part.cost for part in every if part.cost is not None]
-        return cls(
-            runs=sum(part.runs for part in every),
-            reported=sum(part.reported for part in every),
-            priced=sum(part.priced for part in every),
-            usage=TokenUsage.sum(part.usage for part in every if part.usage is not None),
-            cost=sum(costs) if costs else None,
-        )
+        return cls(**counts, usage=usage, cost=sum(costs) if costs else None)
 
     @property
     def tokens(self) -> int:
@@ -122,9 +118,7 @@ class Spending:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        usage = None if self.usage is None else self.usage.model_dump(exclude_none=True)
-        counts = {"runs": self.runs, "reported": self.reported, "priced": self.priced}
-        return {**counts, "usage": usage, "cost": self.cost}
+        return {**vars(self), "usage": self.usage and self.usage.model_dump(exclude_none=True)}
 
     @property
     def unknown(self) -> str:
@@ -152,10 +146,9 @@ def money(cost: float | None) -> str:
 def _input_and_output(usage: TokenUsage) -> tuple[int, int] | None:
     """Return the tokens that went in and those that came out, None where that was not reported."""
     put_in, out, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
-    if put_in is None and out is not None and total is not None:
-        put_in = total - out
-    elif out is None and put_in is not None and total is not None:
-        out = total - put_in
+    if total is not None:
+        put_in = total - out if put_in is None and out is not None else put_in
+        out = total - put_in if out is None and put_in is not None else out
     return None if put_in is None or out is None or min(put_in, out) < 0 else (put_in, out)
 
 

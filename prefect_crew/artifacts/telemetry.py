@@ -1,12 +1,9 @@
 """What OpenTelemetry gets to know of runs where its SDK is set up: one span for each run that ended, and metrics.
 
-The span is written once, by the wait that sees the run's end, with the times that stand in its record. So it holds
-across processes and restarts, and needs nothing while the run is under way. Its parent is the span around that wait,
-which is that of Prefect's task run unless Prefect's own telemetry is off. The names are those of the semantic
-conventions for GenAI as of v1.41 and of CrewAI itself (crewai/telemetry/tracing/semantic_conventions.py).
-`crewai.execution_uuid`, the kickoff id, is on each span of the same run that CrewAI exports.
-
-Without an SDK nothing is read or rendered: `benchmarks/traces.py` measures the rest.
+The span is written by whoever sees to what follows the run's end, with the times of its record: it needs nothing while
+the run is under way. Its parent is the span around that wait, that of Prefect's task run. The names are those of the
+semantic conventions for GenAI as of v1.41 and of CrewAI (crewai/telemetry/tracing/semantic_conventions.py), which has
+`crewai.execution_uuid`, the kickoff id, on each span of the same run. `benchmarks/traces.py` measures the cost.
 """
 
 from __future__ import annotations
@@ -64,7 +61,7 @@ def count_waiting(crew: str | None, change: int) -> None:
 def end_run(
     record: RunRecord, view: Callable[[], RunView] | None = None, *, settings: CrewSettings | None = None
 ) -> None:
-    """Write the span of a run and count it. For the wait that has closed its record, or ended with the run lost.
+    """Write the span of a run and count it.
 
     Args:
         record: The run.
@@ -73,15 +70,24 @@ def end_run(
     """
     kicked_off = record.kicked_off_at or record.claimed_at
     begin, end = _ns(kicked_off), max(_ns(kicked_off), _ns(record.ended_at or kicked_off))
-    _count(record, (end - begin) / 1e9)
+    labels = {"crewai.crew.name": record.crew}
+    ended = {**labels, "prefect_crew.state": str(record.state)}
+    _runs.add(1, ended)
+    _seconds.record((end - begin) / 1e9, ended)
+    if (usage := record.usage) is not None:
+        for kind, count in (("input", usage.prompt_tokens), ("output", usage.completion_tokens)):
+            if count is not None:
+                _tokens.add(float(count), {**labels, "gen_ai.token.type": kind})  # a sum of whole ones may be too long
+    if record.cost is not None:
+        _cost.add(record.cost, labels)
     tracer = trace.get_tracer(NAME)
     # Enough for a sampler to decide by.
     known = {
         "gen_ai.operation.name": "invoke_workflow",
         "gen_ai.workflow.name": record.crew,
         "gen_ai.agent.name": record.crew,  # what the conventions call it from their own v0.1 on
-        "crewai.crew.name": record.crew,
         "crewai.execution_uuid": str(record.kickoff_id),
+        **labels,
     }
     span = tracer.start_span(f"invoke_workflow {record.crew}", attributes=known, start_time=begin)
     if not span.is_recording():
@@ -100,22 +106,8 @@ def end_run(
     span.end(end)
 
 
-def _count(record: RunRecord, seconds: float) -> None:
-    labels = {"crewai.crew.name": record.crew}
-    ended = {**labels, "prefect_crew.state": str(record.state)}
-    _runs.add(1, ended)
-    _seconds.record(seconds, ended)
-    usage = record.usage
-    if usage is not None:
-        for kind, count in (("input", usage.prompt_tokens), ("output", usage.completion_tokens)):
-            if count is not None:
-                _tokens.add(float(count), {**labels, "gen_ai.token.type": kind})  # a sum of whole ones may be too long
-    if record.cost is not None:
-        _cost.add(record.cost, labels)
-
-
 def _facts(record: RunRecord, *, with_content: bool) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that the record and Prefect's contexts tell; None is left out by `_set`."""
+    """Yield the attributes that the record and Prefect's contexts tell."""
     yield "server.address", httpx.URL(record.crew_url).host
     yield "prefect_crew.state", str(record.state)
     yield "prefect_crew.idempotency_key", record.idempotency_key
@@ -130,8 +122,10 @@ def _facts(record: RunRecord, *, with_content: bool) -> Iterator[tuple[str, Any]
         yield "gen_ai.usage.cache_read.input_tokens", usage.cached_prompt_tokens
         yield "prefect_crew.total_tokens", usage.total_tokens
     flow, task = FlowRunContext.get(), TaskRunContext.get()
-    around = [("flow", flow.flow, flow.flow_run)] if flow is not None else []
-    around += [("task", task.task, task.task_run)] if task is not None else []
+    around = (
+        ("flow", flow and flow.flow, flow and flow.flow_run),
+        ("task", task and task.task, task and task.task_run),
+    )
     for kind, what, run in around:
         if run is not None:
             yield f"prefect.{kind}_run.id", str(run.id)
@@ -169,8 +163,8 @@ def _message(role: str, text: str, **more: str) -> str:
 def _write_tasks(tracer: Tracer, run: Span, view: RunView, begin: int, end: int, *, with_content: bool) -> None:
     """Write a span for each task that is known, in their order.
 
-    No server tells when a task began. A task that was seen at work lasts from then until the next one was seen, or the
-    run had ended; one that was not is a point at the run's end, and says that its times are unknown.
+    No server tells when a task began. One that was seen at work lasts from then until the next one was seen, or the run
+    had ended; one that was not is a point at the run's end, and says that its times are unknown.
     """
     tasks, seen = ([] if view.status is None else [*view.status.tasks]), view.tasks_seen
     if view.state is not CrewState.COMPLETED:

@@ -50,11 +50,10 @@ class RunIdentity:
 async def identify(
     label: str, inputs_digest: str, *, idempotency_key: str | None, name: str | None, inside_own_task: bool = False
 ) -> RunIdentity:
-    """Return the identity of a call.
+    """Return the identity of a call to the crew `label` with inputs of a digest.
 
     Args:
-        label: The crew's name or address.
-        inputs_digest: The digest of its inputs.
+        label, inputs_digest: The crew's name or address, and the digest of its inputs.
         idempotency_key: The user's key, which may be a template over the scheduled time; None makes one.
         name: The step's name, which takes the crew's place in a key that is made.
         inside_own_task: Whether one of this package's tasks asks, within its own task run.
@@ -62,26 +61,21 @@ async def identify(
     Raises:
         ConfigurationError: The key is empty, too long or no Unicode, or its template is none.
     """
-    context = FlowRunContext.get()
-    flow_run = None if context is None else context.flow_run
     around = _task_attempts()
     own, callers = (around[-1].task_run_id, _calling_tasks.get()) if inside_own_task else (None, around)
-    if context is not None and flow_run is not None:
-        calls = _calls_of((str(flow_run.id), flow_run.run_count), context)
-        root = calls.root = calls.root or await _find_root(flow_run)
-        top, start = root.path, root.scheduled_start or utcnow()
-        caller = Caller(
-            owner=str(uuid4()),
-            flow_run_id=str(flow_run.id),
-            flow_run_count=flow_run.run_count,
-            # A task runner may have brought the task to another process than the flow run's.
-            process=None if context.detached else this_process(),
-        )
+    caller, start = Caller(owner=str(uuid4())), utcnow()
+    if (context := FlowRunContext.get()) is not None and (flow_run := context.flow_run) is not None:
+        calls, root = await _calls_and_root(context, flow_run)
+        top, start = root.path, root.scheduled_start or start
+        # A task runner may have brought the task to another process than the flow run's.
+        process = None if context.detached else this_process()
+        named = {"flow_run_id": str(flow_run.id), "flow_run_count": flow_run.run_count, "process": process}
+        caller = caller.model_copy(update=named)
     else:
         # A task without a flow is retried under its own id; any other call is new.
         task = callers[0].task_run_id if callers else own
-        top, start = f"call/{uuid4()}" if task is None else f"task/{task}", utcnow()
-        calls, caller = _calls_of((top, 0), None), Caller(owner=str(uuid4()))
+        top = f"call/{uuid4()}" if task is None else f"task/{task}"
+        calls = _calls_of((top, 0), None)
     if idempotency_key is not None:
         base = key = _checked(render_key(idempotency_key, start))
         number = calls.take_number(base, own, callers)
@@ -97,9 +91,7 @@ async def scheduled_start() -> datetime:
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return utcnow()
-    calls = _calls_of((str(context.flow_run.id), context.flow_run.run_count), context)
-    root = calls.root = calls.root or await _find_root(context.flow_run)
-    return root.scheduled_start or utcnow()
+    return (await _calls_and_root(context, context.flow_run))[1].scheduled_start or utcnow()
 
 
 # The user's key
@@ -110,8 +102,8 @@ def render_key(template: str, scheduled_start: datetime) -> str:
     UTC.
 
     Raises:
-        ConfigurationError: A placeholder names something else, is not closed, or has a format without a directive:
-            left as it stands, it would make the same key for every schedule, and so the same run.
+        ConfigurationError: A placeholder is not known, not closed, or without a directive: left as it stands, it would
+            make the same key, and so the same run, for every schedule.
     """
     moment = scheduled_start.astimezone(UTC)
     usage = "Use {{ scheduled_start:%Y-%m-%d }}, the time that the flow run was scheduled for, in UTC."
@@ -161,9 +153,8 @@ def escape_name(name: str) -> str:
 
 def _short(name: str) -> str:
     name = escape_name(name)
-    if len(name) <= LONGEST_NAME:
-        return name
-    return f"{name[:LONGEST_NAME]}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}~{digest}"
 
 
 class _Root(NamedTuple):
@@ -183,10 +174,10 @@ class _TaskAttempt(NamedTuple):
 
 
 _Attempts = tuple[_TaskAttempt, ...]
-"""The attempts of tasks around a call, the outermost first."""
 
 
 def _task_attempts() -> _Attempts:
+    """Return the attempts of tasks around this call, the outermost first."""
     runs = [(context.task.task_key, context.task_run) for context in reversed(contexts_around(TaskRunContext))]
     return tuple(
         _TaskAttempt(key, str(run.id), run.run_count, None if run.flow_run_id is None else str(run.flow_run_id))
@@ -212,8 +203,8 @@ def calling_task() -> Generator[None]:
 class _Calls:
     """Numbers equal calls within one attempt of one flow run, so that a retried task is given its numbers again.
 
-    A task that is retried keeps its id, but makes the tasks that it calls anew under other ids: those are
-    distinguished by the order in which they first come here with equal calls, whichever of them is quicker.
+    A retried task keeps its id, but makes the tasks that it calls anew under other ids: those are distinguished by the
+    order in which they first come here with equal calls.
     """
 
     root: _Root | None = None
@@ -275,6 +266,12 @@ def _calls_of(flow_run: tuple[str, int], context: FlowRunContext | None) -> _Cal
             for key in over[:more]:
                 del _flow_runs[key]
         return calls
+
+
+async def _calls_and_root(context: FlowRunContext, flow_run: FlowRun) -> tuple[_Calls, _Root]:
+    calls = _calls_of((str(flow_run.id), flow_run.run_count), context)
+    root = calls.root = calls.root or await _find_root(flow_run)
+    return calls, root
 
 
 async def _find_root(flow_run: FlowRun) -> _Root:

@@ -51,8 +51,7 @@ class RecordPhase(StrEnum):
 class InputMarks(BaseModel):
     """A fingerprint of each input of a run that is not secret, by name, and one of the state that it started from.
 
-    They are keyed by the crew's token. `key` is one of the token itself: after a change of the token, the others are
-    comparable with nothing.
+    They are keyed by the crew's token, of which `key` is one: after a change of it they are comparable with nothing.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
@@ -120,13 +119,13 @@ class StoredResult(BaseModel):
 
 
 class SentReview(BaseModel):
-    """An answer for a person, written down before it was sent. `outcome` says what became of it.
+    """A person's answer, written down before it is sent.
 
-    `asked` is a digest of what was to be judged, which tells the next question from the same one; None where that was
-    not known. `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id, and
-    `shown_mark` one of the task as the status named it. `moved_on`: the crew was seen in another state after it, so
-    that whatever it asks then is another question. `call` names the call of a flow that gave it, the same on every
-    retry. `request` and `option`: which request of a Flow it answers at its callback, and with which outcome.
+    `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id, `shown_mark` one of the task as
+    the status named it, and `asked` one of what was to be judged, where that was known: it tells the next question from
+    the same one. `moved_on`: the crew was seen in another state after it, so whatever it asks then is another question.
+    `call` names the call of a flow that gave it, the same on every retry. `request` and `option`: which request of a
+    Flow it answers at its callback, and with which outcome.
     """
 
     task_id: str
@@ -175,10 +174,9 @@ class Outcome(BaseModel):
 
 
 class Permit(Outcome):
-    """The right to send one kickoff of a claim, and what became of it; or what somebody else found out about the claim.
+    """The right to send one kickoff of a claim (phase CLAIMED), and what became of it; or what somebody else found out.
 
-    It belongs to whoever created it, also where those who wait for the run write to it. The phase CLAIMED is the right
-    itself; the other phases are outcomes.
+    It belongs to whoever created it, also where those who wait for the run write to it.
     """
 
     version: int = RECORD_VERSION
@@ -199,10 +197,9 @@ class Permit(Outcome):
 class RunRecord(Outcome):
     """One attempt at one idempotency key. Times are UTC.
 
-    `crew` is for people; `crew_url` and `inputs_digest` are what the run is compared by. `owner` is a nonce of the call
-    that claimed it: Prefect's client may send a request twice and then meets its own claim. `flow_run_id` and
-    `flow_run_count` name the owner's flow run and which attempt of it. Inputs are not kept, only their digest, and
-    fingerprints that say which of them differ.
+    `crew` is for people; `crew_url` and `inputs_digest` are what the run is compared by: the inputs are not kept.
+    `owner` is a nonce of the call that claimed it: Prefect's client may send a request twice and then meets its own
+    claim. `flow_run_id` and `flow_run_count` name the owner's flow run and which attempt of it.
     """
 
     version: int = RECORD_VERSION
@@ -212,7 +209,7 @@ class RunRecord(Outcome):
     crew_url: str
     inputs_digest: str
     input_marks: InputMarks | None = None
-    """None for a row of a batch, whose ledger says with what it was run, and where it did not fit."""
+    """None for a row of a batch, and where it did not fit."""
     owner: str
     claimed_at: datetime
     good_for: float = 0.0
@@ -229,7 +226,7 @@ class RunRecord(Outcome):
     """The lease of its slot in the crew's shared limit, for whoever waits for the run."""
     step: str | None = None
     secret_inputs: list[str] = Field(default_factory=list[str])
-    """Names of the inputs that hold a secret: without their values, nothing that the crew says may be shown."""
+    """Names of the inputs that hold one: without their values, nothing that the crew says may be shown."""
     has_webhooks: bool = False
     """Whether its kickoff asked for webhooks to this package's receiver."""
     error: str | None = None
@@ -343,8 +340,7 @@ def resolution(record: RunRecord, phase: RecordPhase, **found: Any) -> dict[str,
 class Lease:
     """For how long a claim or a permit may be used by whoever asked for it. Make it before asking.
 
-    Of the wall clock and the monotonic clock the one counts that says more: the one stands still while a machine
-    sleeps, the other can be set back.
+    Of two clocks the one counts that says more: one stands still while a machine sleeps, the other can be set back.
     """
 
     seconds: float
@@ -366,14 +362,12 @@ class RecordStore(Protocol):
 
     async def claim(self, record: RunRecord) -> bool:
         """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic."""
-        ...
 
     async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
         """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
 
         `with_earlier`: note in the claim what the latest runs of its crew used.
         """
-        ...
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
         """Take the right to send the kickoff of a claim that this caller owns; False if somebody has resolved it.
@@ -381,7 +375,6 @@ class RecordStore(Protocol):
         Atomic among all callers. `late`: the caller has not been heard of for longer than it may; the record may be
         gone.
         """
-        ...
 
     async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
         """Write down what was found out about a record as it was read, as `resolution`, and note it there.
@@ -390,48 +383,36 @@ class RecordStore(Protocol):
         whichever is written first. It is for the caller to see that the claim's owner can send no more
         (`RunRecord.open_for`); where nothing was sent yet, it needs no waiting.
         """
-        ...
 
     async def save(self, record: RunRecord) -> None:
         """Write down what became of a run that this caller started, waits for or closes."""
-        ...
 
     async def save_started(self, record: RunRecord) -> str | None:
         """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
-        ...
 
     async def note_end(self, record: RunRecord) -> bool:
         """Note that this caller sees to what follows a run's end; False if somebody else does. Atomic."""
-        ...
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
-        ...
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""
-        ...
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether the flow run that claimed the record is known to have ended."""
-        ...
 
     def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight, or those of them that are known to have waited for a person."""
-        ...
 
     async def reviews(self, record: RunRecord) -> list[SentReview]:
         """Return what people have answered to a run, in order."""
-        ...
 
     async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
         """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
-        ...
 
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""
-        ...
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
         """Take back an answer that the crew's server refused."""
-        ...

@@ -8,18 +8,14 @@ Every function raises httpx.HTTPError or PrefectException where the Prefect API 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 
 from prefect_crew.client._callbacks import FeedbackRequest
-
-if TYPE_CHECKING:
-    from prefect_crew.records.model import RunRecord
-
+from prefect_crew.records.model import RunRecord
 
 MAX_OUTPUT = 200_000
 """Characters of what is to be judged; of a longer one nothing is kept, since half of it is not what is judged."""
@@ -30,16 +26,16 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _of_run(idempotency_key: str, attempt: int) -> str:
-    return f"crew-asked-{_digest(idempotency_key)}-{attempt}-"
+def _of_run(idempotency_key: str, attempt: int, answers: int | None = None) -> str:
+    return f"crew-asked-{_digest(idempotency_key)}-{attempt}-{'' if answers is None else answers % 256}"
 
 
 def _of_request(kickoff_id: str, request_id: str = "") -> str:
     return f"{_REQUEST}{_digest(kickoff_id)}-{request_id}"
 
 
-async def _save(name: str, value: Mapping[str, Any]) -> None:
-    block: Any = Secret(value=cast("Any", value))
+async def _save(name: str, value: Any) -> None:
+    block: Any = Secret(value=value)
     await block.save(name, overwrite=True, _sync=False)
 
 
@@ -63,12 +59,12 @@ async def _delete(prefix: str, *, exactly: bool = False) -> None:
 async def keep_output(idempotency_key: str, attempt: int, answers: int, output: str) -> None:
     """Keep what is to be judged in the question that came after so many answers, modulo 256."""
     if len(output) <= MAX_OUTPUT:
-        await _save(f"{_of_run(idempotency_key, attempt)}{answers % 256}", {"output": output})
+        await _save(_of_run(idempotency_key, attempt, answers), {"output": output})
 
 
 async def kept_output(record: RunRecord, answers: int) -> str | None:
     """Return what a webhook brought of the question that came after so many answers, None if nothing is kept."""
-    name = f"{_of_run(record.idempotency_key, record.attempt)}{answers % 256}"
+    name = _of_run(record.idempotency_key, record.attempt, answers)
     _, value = (await _find(name)).get(name, (None, None))
     output: Any = cast("dict[str, Any]", value).get("output") if isinstance(value, dict) else None
     return output if isinstance(output, str) else None

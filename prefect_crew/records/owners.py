@@ -1,4 +1,4 @@
-"""Which process or flow run owns a claim, and whether it can still send its kickoff."""
+"""Which process owns a claim's flow run, and whether it is gone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import uuid
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import UUID
 
 import httpx
@@ -18,10 +17,7 @@ from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import Crashed
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
-
-if TYPE_CHECKING:
-    from prefect_crew.records.model import RunRecord
-
+from prefect_crew.records.model import RunRecord
 
 _DEAD = ("Z", "X")
 """States of a process that has ended, and of which only the entry is left."""
@@ -46,10 +42,8 @@ def process_is_gone(name: str) -> bool:
     """Return whether a process is known to have ended. False wherever that is not known here."""
     machine, _, rest = name.partition(" ")
     pid, _, started = rest.partition(" ")
-    if not pid.isdecimal() or machine != _machine():
-        return False
     try:
-        return _started(int(pid)) != started
+        return pid.isdecimal() and machine == _machine() and _started(int(pid)) != started
     except OSError:
         return False
 
@@ -57,15 +51,13 @@ def process_is_gone(name: str) -> bool:
 def _machine() -> str | None:
     """Return what two processes share exactly if they see the same process ids."""
     host = socket.gethostname().replace(" ", "_")
-    if sys.platform == "linux":
-        try:
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            return f"{host}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
-        except OSError:
-            return None
     if sys.platform == "darwin":
         return f"{host}/{uuid.getnode():x}"
-    return None
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{host}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
 
 
 def _started(pid: int) -> str | None:
@@ -74,25 +66,24 @@ def _started(pid: int) -> str | None:
     Raises:
         OSError: The system does not say.
     """
-    if sys.platform == "linux":
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return None
-        fields = stat.rpartition(")")[2].split()  # the name before may hold anything
-        return None if fields[0] in _DEAD else fields[19]
-    command = ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)]
-    env = {"LC_ALL": "C", "TZ": "UTC"}
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, env=env)  # noqa: S603
-    state, _, started = answer.stdout.strip().partition(" ")
-    return None if not state or state[0] in _DEAD else " ".join(started.split())
+    if sys.platform == "darwin":
+        command, env = ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)], {"LC_ALL": "C", "TZ": "UTC"}
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=env)  # noqa: S603
+        state, _, started = answer.stdout.strip().partition(" ")
+        return None if not state or state[0] in _DEAD else " ".join(started.split())
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name before may hold anything
+    return None if fields[0] in _DEAD else fields[19]
 
 
 async def crash_dead_owner(record: RunRecord) -> None:
-    """Set the flow run that started a run to Crashed if it is known to be dead.
+    """Set the flow run that started a run to Crashed if its process ran on this machine and is gone.
 
-    That is where its process ran on this machine and is gone. A flow run that was started again since, or that is
-    paused, is left alone. A Prefect API that is away does not stop whoever goes on with the run.
+    A flow run that was started again since, or that is paused, is left alone. A Prefect API that is away does not stop
+    whoever goes on with the run.
     """
     own, owner = flow_run_id(), record.flow_run_id
     if owner is None or owner == own or record.process is None or not process_is_gone(record.process):

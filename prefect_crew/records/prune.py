@@ -20,14 +20,12 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.records.budgets import delete_past_counters
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import USED, PrefectRecords, is_there, read_named, server_time, waiter_prefix
-from prefect_crew.records.totals import DayTotal, add_to_totals, total_of
+from prefect_crew.records.store import USED, PrefectRecords, delete_variable, read_named, server_time, waiter_prefix
+from prefect_crew.records.totals import add_to_totals, total_of
 from prefect_crew.settings import CrewSettings
 
 YOUNGEST = timedelta(hours=1)
 """What was changed within this time stays, whatever age is asked for: more than clocks may differ."""
-AT_ONCE = 100
-"""Keys that are looked at together."""
 PAGE = 50
 """Flow runs in one answer: each brings its parameters, of up to 512 KiB."""
 EVERY = 6 * 3600.0
@@ -36,8 +34,7 @@ do not all do it at once."""
 FIRST_WITHIN = 3600.0
 """Seconds within which it does so for the first time."""
 PAUSE = 0.2
-"""Seconds between two of its keys: each takes eight or more requests to the Prefect server, and its flow runs need some
-too."""
+"""Seconds between two of its keys: each takes a dozen requests to the Prefect server."""
 _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -79,29 +76,25 @@ def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mappin
         older_than: The age. An hour at least.
         owners: The flow runs that the records name, by their ids. A record stays if one of its own is not among them.
     """
-    return [
-        attempt
-        for attempts in _by_key(records).values()
-        if all(_is_old(attempt, older_than) and _owners_ended(attempt, older_than, owners) for attempt in attempts)
-        for attempt in sorted(attempts, key=lambda attempt: attempt.attempt, reverse=True)
-    ]
-
-
-def _by_key(records: Iterable[RunRecord]) -> dict[str, list[RunRecord]]:
-    by_key = defaultdict[str, list[RunRecord]](list)
+    by_key, least = defaultdict[str, list[RunRecord]](list), max(older_than, YOUNGEST).total_seconds()
     for record in records:
         by_key[record.idempotency_key].append(record)
-    return by_key
+
+    def goes(record: RunRecord) -> bool:
+        ended = all(one in owners and owners[one].ended_for >= least for one in owner_ids(record))
+        return ended and _is_old(record, older_than)
+
+    return [
+        attempt
+        for attempts in by_key.values()
+        if all(map(goes, attempts))
+        for attempt in sorted(attempts, key=lambda attempt: attempt.attempt, reverse=True)
+    ]
 
 
 def _is_old(record: RunRecord, older_than: timedelta) -> bool:
     least = max(older_than.total_seconds(), YOUNGEST.total_seconds() + record.good_for)
     return record.phase in (RecordPhase.ENDED, RecordPhase.NOT_STARTED) and record.idle >= least
-
-
-def _owners_ended(record: RunRecord, older_than: timedelta, owners: Mapping[str, Owner]) -> bool:
-    least = max(older_than, YOUNGEST).total_seconds()
-    return all(one in owners and owners[one].ended_for >= least for one in owner_ids(record))
 
 
 def owner_ids(record: RunRecord) -> list[str]:
@@ -155,7 +148,7 @@ async def _read(
 async def prune(
     store: PrefectRecords, *, older_than: timedelta | None = None, dry_run: bool = False, pause: float = 0.0
 ) -> Pruned:
-    """Remove the records of runs whose flow runs ended long ago, and notes and permits that are left over.
+    """Remove the records of runs whose flow runs ended long ago, notes that are left over, and counters of the past.
 
     What the runs used is added to the totals of their days first. Several may prune at the same time.
 
@@ -172,53 +165,37 @@ async def prune(
     older_than = timedelta(days=CrewSettings().keep_records_days) if older_than is None else older_than
     # The notes first: a run that is claimed and waited for after that has a record that we know of.
     notes = await store.waiter_notes()
-    permits = [permit async for permit in store.permits()]
-    records = [record async for record in store.all()]
+    by_key = defaultdict[str, list[RunRecord]](list)
+    async for record in store.all():
+        by_key[record.idempotency_key].append(record)
+    records = [record for attempts in by_key.values() for record in attempts]
     needed = tuple(waiter_prefix(record) for record in records if record.phase is RecordPhase.STARTED)
     left_over = [name for name in notes if not name.startswith(needed)]
     if not dry_run:
-        refs = {record.ref for record in records}
-        for claim, permit in permits:
-            if claim not in refs:
-                await store.delete_orphan(claim, permit)
         for name in left_over:
             await store.delete_note(name)
         for used in await read_named(USED):
             if used.age >= older_than.total_seconds():
-                await is_there(used.id, delete=True)
+                await delete_variable(used.id)
         await delete_past_counters(older_than)
-    by_key = _by_key(records)
-    old = [key for key, attempts in by_key.items() if all(_is_old(one, older_than) for one in attempts)]
-    runs = 0
-    for start in range(0, len(old), AT_ONCE):
-        some = {key: by_key[key] for key in old[start : start + AT_ONCE]}
-        owners = await read_owners(record for attempts in some.values() for record in attempts)
-        going = prunable((record for attempts in some.values() for record in attempts), older_than, owners)
-        runs += len(going)
-        if dry_run or not going:
-            continue
-        await _count(going, owners)
-        for key in dict.fromkeys(record.idempotency_key for record in going):
-            # Read again: since the list was made, the key may have been used. Whoever claims it from here on sees that
-            # attempts are gone which it decided by, and decides again.
-            attempts = await store.attempts(key)
-            if {one.ref for one in attempts} <= {one.ref for one in some[key]}:
-                # So may its flow runs: one that was retried since asks for its runs again.
-                for record in prunable(attempts, older_than, await read_owners(attempts)):
-                    await store.delete(record)
-            await asyncio.sleep(pause)
-    return Pruned(runs=runs, notes=len(left_over), kept=len(records) - runs)
-
-
-async def _count(records: Sequence[RunRecord], owners: Mapping[str, Owner]) -> None:
-    """Add runs to the totals of their days, each under the name of its flow."""
-    flows = await _read("/flows/filter", (owner.flow_id for owner in owners.values()))
-
-    def total(record: RunRecord) -> DayTotal:
-        owner = owners.get(record.flow_run_id or "", GONE)
-        return total_of(record, flows.get(owner.flow_id, {}).get("name"), owner.tags)
-
-    await add_to_totals(records, total)
+    old = [one for attempts in by_key.values() if all(_is_old(one, older_than) for one in attempts) for one in attempts]
+    going = prunable(old, older_than, await read_owners(old))
+    for key in () if dry_run else dict.fromkeys(record.idempotency_key for record in going):
+        # Read again: since the list was made, the key may have been used. Whoever claims it from here on sees that
+        # attempts are gone which it decided by, and decides again.
+        attempts = await store.attempts(key)
+        if {one.ref for one in attempts} <= {one.ref for one in by_key[key]}:
+            # So may its flow runs: one that was retried since asks for its runs again.
+            owners = await read_owners(attempts)
+            flows = await _read("/flows/filter", (owner.flow_id for owner in owners.values()))
+            for record in prunable(attempts, older_than, owners):
+                if record.phase is RecordPhase.ENDED:
+                    owner = owners.get(record.flow_run_id or "", GONE)
+                    flow = flows.get(owner.flow_id, {}).get("name")
+                    await add_to_totals(record, total_of(record, flow, owner.tags))
+                await store.delete(record)
+        await asyncio.sleep(pause)
+    return Pruned(runs=len(going), notes=len(left_over), kept=len(records) - len(going))
 
 
 async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:

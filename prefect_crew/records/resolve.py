@@ -41,9 +41,8 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
     # The one that a call with the key would find: an attempt that did not start hides no other.
     record = latest_start(attempts) or attempts[-1]
     if not record.is_unresolved:
-        is_now = f"it is {record.phase}"
-        if record.kickoff_id:
-            is_now = f"run {record.kickoff_id} is {record.state or 'started'}"
+        run = record.kickoff_id
+        is_now = f"run {run} is {record.state or 'started'}" if run else f"it is {record.phase}"
         raise CrewError(f"Run {idempotency_key!r} is not uncertain: {is_now}. There is nothing to resolve.")
     _check_over(record, record.phase)
     return record
@@ -117,22 +116,16 @@ async def in_flight(idempotency_key: str, records: RecordStore) -> RunRecord:
 async def resolve_lost(record: RunRecord, records: RecordStore, *, look: Look | None = None) -> None:
     """Write down that a run's end will never be known: the crew's server has forgotten it.
 
-    The next call with its key starts another, up to the crew's `max_kickoffs`, as after a failure.
-
-    Args:
-        record: As `in_flight` returns it.
-        records: Where the record lives.
-        look: None where the crew cannot be asked.
+    The next call with its key starts another, up to the crew's `max_kickoffs`, as after a failure. `record` is as
+    `in_flight` returns it; `look` is None where the crew cannot be asked.
 
     Raises:
         ConfigurationError: The crew's server knows the run. Nothing is changed.
         CrewError: The status call failed, or the record says something else by now. Nothing is changed.
     """
-    for pause in (0.0, LOOK_AGAIN):
-        if look is None:
-            break
+    for pause in () if look is None else (0.0, LOOK_AGAIN):
         await asyncio.sleep(pause)  # one answer of a load balancer between two releases is not proof
-        if (state := (await look(str(record.kickoff_id))).state) is not CrewState.UNKNOWN:
+        if look and (state := (await look(str(record.kickoff_id))).state) is not CrewState.UNKNOWN:
             raise ConfigurationError(
                 f"The server of crew {record.crew} knows run {record.kickoff_id}: it is {state}. Nothing was changed. "
                 "Run again with its key to wait for it and get its result."
@@ -165,8 +158,7 @@ def _check_over(record: RunRecord, phase: RecordPhase) -> None:
 
 
 async def _current(record: RunRecord, records: RecordStore) -> RunRecord | None:
-    attempts = await records.attempts(record.idempotency_key)
-    return next((one for one in attempts if one.attempt == record.attempt), None)
+    return attempt_of(await records.attempts(record.idempotency_key), record.attempt)
 
 
 def _resolved_by_another(record: RunRecord, current: RunRecord | None) -> CrewError:
@@ -224,11 +216,10 @@ async def resolve_from_webhook(
     """Resolve a run whose kickoff is uncertain by a webhook that came to its own URL. Harmless to call for any run.
 
     Args:
-        idempotency_key: The run, from the signed URL.
+        idempotency_key, attempt, claim: The run, its attempt and the claim that the URL was made for, from the signed
+            URL. Without an attempt it is the latest that may have started a run.
         kickoff_id: The id in the webhook's body.
         records: Where records live.
-        attempt: The attempt at the idempotency key, from the URL; left out, the latest that may have started a run.
-        claim: The claim that the URL was made for, from the URL.
         said_key: The idempotency key in the body's `meta`, if there is one.
         load: Finds the crew that the status call is made to.
 

@@ -109,7 +109,7 @@ def _answer_name(record: RunRecord, number: int) -> str:
     return f"{_answer_prefix(record)}{number:04}"
 
 
-def _permit_name(record: RunRecord, number: int) -> str:
+def _permit_name(record: RunRecord, number: object) -> str:
     return f"{record_name(record.idempotency_key, record.attempt)}_{str(record.ref).replace('-', '')}_{number}"
 
 
@@ -276,16 +276,14 @@ async def _patch(ref: str, body: Mapping[str, Any]) -> None:
         await request_soon(client, "PATCH", f"/variables/{ref}", json=body, give_up_after=SAVE_FOR)
 
 
-async def is_there(ref: str, *, delete: bool = False) -> bool:
-    """Return whether there is a Variable of this id; `delete` removes it."""
+async def delete_variable(ref: str) -> None:
+    """Delete the Variable of this id, if it is there."""
     async with get_client() as client:
         try:
-            await client.request("DELETE" if delete else "GET", "/variables/{id}", path_params={"id": ref})
+            await client.request("DELETE", "/variables/{id}", path_params={"id": ref})
         except PrefectHTTPStatusError as error:
             if error.response.status_code != 404:
                 raise
-            return False
-    return True
 
 
 async def read_pages(variables: Mapping[str, Any]) -> AsyncIterator[list[Variable]]:
@@ -395,7 +393,7 @@ class PrefectRecords:
         if (strongest := record.strongest) is not None and record.phase is not RecordPhase.ENDED:
             permit = strongest.model_copy(update=record.outcome())
             return await _patch(str(permit.ref), _body(permit))
-        ref, body = record.ref or await self._ref(record), _body(record)
+        ref, body = str(record.ref), _body(record)
         try:
             await _patch(ref, body)
         except PrefectHTTPStatusError as error:
@@ -422,17 +420,6 @@ class PrefectRecords:
         prefix, newest_first = _used_prefix(record.crew_url), 9_999_999_999 - int(record.claimed_at.timestamp())
         name = f"{prefix}{newest_first:010}_{str(record.ref).replace('-', '')}"
         return await create_variable({"name": name, "value": record.used, "tags": [prefix]}) is not None
-
-    async def _ref(self, record: RunRecord) -> str:
-        """Return the id of a record that was not read here.
-
-        Raises:
-            PrefectHTTPStatusError: It is gone.
-        """
-        name = record_name(record.idempotency_key, record.attempt)
-        async with get_client() as client:
-            response = await client.request("GET", "/variables/name/{name}", path_params={"name": name})
-        return str(response.json()["id"])
 
     async def _current(self, record: RunRecord) -> RunRecord | None:
         """Return a claim as it stands now, None if it is gone."""
@@ -507,30 +494,12 @@ class PrefectRecords:
         if record.has_webhooks:
             await forget_notes(record)
         for answer in await read_named(_answer_prefix(record)):
-            await is_there(answer.id, delete=True)
-        # By id: under the name somebody may have made a claim anew.
-        try:
-            ref, name = record.ref or await self._ref(record), record_name(record.idempotency_key, record.attempt)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code != 404:
-                raise
-            return
-        permits = await read_named(f"{name}_{ref.replace('-', '')}_")
-        # The record first: without its permits it would seem to be claimed.
-        for gone in (ref, *(one.id for one in permits)):
-            await is_there(gone, delete=True)
-
-    async def permits(self) -> AsyncIterator[tuple[str, str]]:
-        """Yield the `ref` of each permit's claim, and its own."""
-        async for page in read_pages({"tags": {"all_": [PERMIT_TAG]}}):
-            for variable in page:
-                if (parts := _NAME.fullmatch(variable.name)) and parts[2] is not None:
-                    yield str(UUID(parts[2])), variable.id
-
-    async def delete_orphan(self, claim: str, permit: str) -> None:
-        """Delete a permit if its claim is gone: whoever deleted that was killed before it came to the permit."""
-        if not await is_there(claim):
-            await is_there(permit, delete=True)
+            await delete_variable(answer.id)
+        permits = await read_named(_permit_name(record, ""))
+        # By id: under the name somebody may have made a claim anew. The record first: without its permits it would seem
+        # to be claimed.
+        for gone in (str(record.ref), *(one.id for one in permits)):
+            await delete_variable(gone)
 
     # Who waits for a run
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import date
 
 from pydantic import BaseModel, Field, ValidationError
@@ -19,12 +20,11 @@ from pydantic_core import to_json
 
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import CrewError
-from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import VALUE_LIMIT, Variable, create_variable, is_there, read_named, read_pages
+from prefect_crew.prices import Spending
+from prefect_crew.records.model import RunRecord
+from prefect_crew.records.store import VALUE_LIMIT, Variable, create_variable, delete_variable, read_named, read_pages
 
 TAG = "prefect-crew-usage"
-AT_ONCE = 40
-"""Runs that are added in one step: the ids of their records take 1,500 of the 5,000 bytes of a Variable."""
 MOST_TRIES = 20
 """Each that fails is one of another process that does not."""
 LONGEST, MOST_TAGS = 60, 10
@@ -35,27 +35,21 @@ _NAME = re.compile(r"crew_usage_\d{8}_(\d+)")
 
 
 class DayTotal(BaseModel):
-    """What the removed runs of a crew that ended on a day (UTC) used, by the flow and the tags of their flow runs.
-
-    `reported` of the `runs` reported their tokens, and the cost of `priced` is known: nothing is known of the others.
-    A run counts from just before its record is deleted.
-    """
+    """What runs of one crew used and cost that ended on one day (UTC), of one flow and batch, with equal tags."""
 
     day: date
     crew: str
+    spending: Spending
     flow: str | None = None
     tags: list[str] = Field(default_factory=list[str])
-    runs: int = 0
-    reported: int = 0
-    priced: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
-    cost: float = 0.0
+    """Those of the flow runs."""
+    batch: str | None = None
+    flow_run_id: str | None = None
+    """To look up flow and tags by."""
 
 
 class _Part(BaseModel):
-    """What one of a day's Variables holds. It stands for those with the numbers from `since` on to its own."""
+    """What one of a day's Variables holds. It stands for those with the numbers from `since` on."""
 
     since: int
     totals: list[DayTotal] = Field(default_factory=list[DayTotal])
@@ -79,22 +73,28 @@ def _parts_in(variables: Sequence[Variable]) -> tuple[dict[int, _Part], int, lis
     return parts, free, [ids[number] for number in found if number not in parts]
 
 
+def spending_of(record: RunRecord) -> Spending:
+    """Return what one run that has ended used and cost."""
+    usage = record.usage or (record.result and record.result.usage)
+    is_reported = usage is not None and usage.total_tokens is not None
+    return Spending(1, int(is_reported), int(record.cost is not None), usage, record.cost)
+
+
 def total_of(record: RunRecord, flow: str | None, tags: Sequence[str]) -> DayTotal:
     """Return the total of one run that has ended."""
-    usage = record.usage or (record.result and record.result.usage) or TokenUsage()
     return DayTotal(
         day=(record.ended_at or record.claimed_at).date(),
         crew=record.crew[:LONGEST],
         flow=flow and flow[:LONGEST],
         tags=[tag[:LONGEST] for tag in sorted(tags)[:MOST_TAGS]],
-        runs=1,
-        reported=usage.total_tokens is not None,
-        priced=record.cost is not None,
-        prompt_tokens=usage.prompt_tokens or 0,
-        completion_tokens=usage.completion_tokens or 0,
-        total_tokens=usage.total_tokens or 0,
-        cost=record.cost or 0.0,
+        spending=_capped(spending_of(record)),
     )
+
+
+def _capped(spent: Spending) -> Spending:
+    counts = {name: min(count, MOST) for name, count in spent.usage or () if count is not None}
+    cost = None if spent.cost is None else min(spent.cost, MOST)
+    return replace(spent, usage=TokenUsage(**counts) if counts else None, cost=cost)
 
 
 def _summed(totals: Sequence[DayTotal]) -> list[DayTotal]:
@@ -102,63 +102,45 @@ def _summed(totals: Sequence[DayTotal]) -> list[DayTotal]:
     groups = defaultdict[tuple[object, ...], list[DayTotal]](list)
     for total in totals:
         groups[total.day, total.crew, total.flow or "", *total.tags].append(total)
-    counted = ("runs", "reported", "priced", "prompt_tokens", "completion_tokens", "total_tokens", "cost")
     return [
-        group[0].model_copy(update={name: min(sum(getattr(one, name) for one in group), MOST) for name in counted})
+        group[0].model_copy(update={"spending": _capped(Spending.sum(one.spending for one in group))})
         for _, group in sorted(groups.items(), key=lambda item: str(item[0]))
     ]
 
 
-async def add_to_totals(records: Sequence[RunRecord], total: Callable[[RunRecord], DayTotal]) -> None:
-    """Add the runs of records that are about to be deleted to the totals of their days; those that were added, not.
+async def add_to_totals(record: RunRecord, total: DayTotal) -> None:
+    """Add a run whose record is about to be deleted to the totals of its day, unless it was added before.
 
     Args:
-        records: As they were read from the store.
-        total: Gives the total of one.
+        record: As it was read from the store.
+        total: That of the run.
 
     Raises:
         httpx.HTTPError: The Prefect API is away or refuses.
         CrewError: Others add to the same day without a pause.
     """
-    by_day = defaultdict[date, list[tuple[str, DayTotal]]](list)
-    for record in records:
-        if record.phase is RecordPhase.ENDED and record.ref is not None:
-            by_day[(one := total(record)).day].append((record.ref, one))
-    for day, runs in by_day.items():
-        for start in range(0, len(runs), AT_ONCE):
-            await _add(f"crew_usage_{day:%Y%m%d}_", dict(runs[start : start + AT_ONCE]))
-
-
-async def _add(prefix: str, runs: dict[str, DayTotal]) -> None:
+    prefix, ref = f"crew_usage_{total.day:%Y%m%d}_", str(record.ref)
     for _ in range(MOST_TRIES):
         parts, free, replaced = _parts_in(await read_named(prefix))
-        for ref in replaced:
-            await is_there(ref, delete=True)
-        counted = {ref for part in parts.values() for ref in part.refs}
-        if not (new := [ref for ref in runs if ref not in counted]):
+        for one in replaced:
+            await delete_variable(one)
+        if any(ref in part.refs for part in parts.values()):
             return
         before = parts[max(parts)] if parts else _Part(since=free)
         # Looked for after the totals were read: one that stands has not been counted and left out of `refs` since.
-        asked = {"id": {"any_": [*before.refs, *new]}}
+        asked = {"id": {"any_": [*before.refs, ref]}}
         there = {one.id async for page in read_pages(asked) for one in page}
-        if not (new := [ref for ref in new if ref in there]):
+        if ref not in there:
             return
         # Whether what is created counts, the next round sees: this process may have slept since it has read.
-        added = _Part(since=free, totals=_summed([runs[ref] for ref in new]), refs=new)
-        whole = _Part(
-            since=before.since,
-            totals=_summed([*before.totals, *added.totals]),
-            refs=[*(ref for ref in before.refs if ref in there), *new],
-        )
-        fits = next((one for one in (whole, added) if len(to_json(_value(one))) <= VALUE_LIMIT), None)
-        if fits is None:
-            for half in (new[::2], new[1::2]):
-                await _add(prefix, {ref: runs[ref] for ref in half})
-            return
+        added = _Part(since=free, totals=[total], refs=[ref])
+        still = [one for one in before.refs if one in there]
+        whole = _Part(since=before.since, totals=_summed([*before.totals, total]), refs=[*still, ref])
+        fits = whole if len(to_json(_value(whole))) <= VALUE_LIMIT else added
         await create_variable({"name": f"{prefix}{free}", "value": _value(fits), "tags": [TAG]})
     raise CrewError(
-        f"What pruned runs used could not be added to the Variables {prefix}…: others changed them {MOST_TRIES} times. "
-        "The records of these runs stay. Prune again later."
+        f"What a pruned run used could not be added to the Variables {prefix}…: others changed them {MOST_TRIES} "
+        "times. Its record stays. Prune again later."
     )
 
 
@@ -166,17 +148,9 @@ def _value(part: _Part) -> dict[str, object]:
     return part.model_dump(mode="json", exclude_defaults=True)
 
 
-async def totals_of_removed() -> list[DayTotal]:
-    """Return what the runs used whose records were pruned, by day, crew, flow and tags, the oldest day first.
-
-    Raises:
-        httpx.HTTPError: The Prefect API is away or refuses.
-    """
-    return (await read_totals())[0]
-
-
 async def read_totals() -> tuple[list[DayTotal], set[str]]:
-    """Return these totals, and the `ref` of each record that is counted in them and may still stand.
+    """Return what the runs used whose records were pruned, by day, crew, flow and tags, the oldest day first; and the
+    `ref` of each record that is counted in them and may still stand.
 
     Raises:
         httpx.HTTPError: The Prefect API is away or refuses.
