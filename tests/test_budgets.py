@@ -50,23 +50,6 @@ def test_a_period_has_a_counter_and_an_end(per: Any, counter: str, resets_at: da
     assert (period.counter, period.resets_at, period.slots) == (counter, resets_at, 3)
 
 
-@pytest.mark.parametrize("month", range(1, 13))
-def test_a_month_ends_with_the_next(month: int):
-    (period,) = Budget(max_cost=1, per="month").periods(name="n", batch="b", at=AT.replace(month=month, day=28))
-    after = datetime(2026 + month // 12, month % 12 + 1, 1, tzinfo=UTC)
-    assert period.resets_at == after
-
-
-def test_each_measure_is_counted_by_itself():
-    budget = Budget(max_cost=0.07, max_tokens=1000, max_kickoffs=3, name="mine")
-    periods = budget.periods(name="travel", batch="b", at=AT)
-    assert [(one.budget, one.measure, one.slots) for one in periods] == [
-        ("mine", "cost", 700),
-        ("mine", "tokens", 1000),
-        ("mine", "kickoffs", 3),
-    ]
-
-
 @pytest.mark.parametrize(
     ("amount", "slots"), [(0.07, 700), (0.1 + 0.2, 3000), (0.000001, 1), (0.12345, 1235), (0.0, 0)]
 )

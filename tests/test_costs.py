@@ -15,7 +15,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from prefect_crew import CrewFailedError, Price, arun_crew, get_result
 from prefect_crew.client.models import TokenUsage
-from prefect_crew.costs import CostRow, costs_markdown, grouped, read_costs
+from prefect_crew.costs import costs_markdown, grouped, read_costs
 from prefect_crew.devserver import CrewScript
 from prefect_crew.devserver._runs import Outcome, Run
 from prefect_crew.devserver._scripts import ScriptedProgram
@@ -23,7 +23,7 @@ from prefect_crew.operations import costs_page
 from prefect_crew.prices import Spending, money
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.records.totals import add_to_totals, total_of
+from prefect_crew.records.totals import DayTotal, add_to_totals, total_of
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.prefect_server import PrefectServer
@@ -45,9 +45,9 @@ def spent(tokens: int | None, cost: float | None) -> Spending:
 
 
 ROWS = [
-    CostRow(TWO, "travel", spent(10, 0.5), flow="plan", tags=("team-a", "prod")),
-    CostRow(ONE, "travel", spent(None, None), flow="plan", tags=("prod",)),
-    CostRow(ONE, "news", spent(5, 2.0), batch="leads"),
+    DayTotal(day=TWO, crew="travel", spending=spent(10, 0.5), flow="plan", tags=["team-a", "prod"]),
+    DayTotal(day=ONE, crew="travel", spending=spent(None, None), flow="plan", tags=["prod"]),
+    DayTotal(day=ONE, crew="news", spending=spent(5, 2.0), batch="leads"),
 ]
 
 
@@ -71,7 +71,7 @@ def test_a_cost_is_rounded_only_when_it_is_shown(cost: float | None, shown: str)
 
 
 def test_the_page_has_a_chart_by_day_and_escapes_names():
-    rows = [replace(ROWS[0], day=ONE + timedelta(days=number), crew="a|b") for number in (0, 1, 4)]
+    rows = [ROWS[0].model_copy(update={"day": ONE + timedelta(days=number), "crew": "a|b"}) for number in (0, 1, 4)]
     page = costs_markdown([*rows, *ROWS], ["Batch 'x' is left out."], since=ONE)
     assert "Cost by day, 2001-05-01 to 2001-05-05: `█▄▁▁▂`" in page
     assert "a\\|b" in page
@@ -104,18 +104,6 @@ async def test_a_run_has_its_cost_in_the_result_the_record_and_the_artifact(
     assert any(result.kickoff_id in page and "| Cost | 3.00 |" in page and "1,100" in page for page in pages)
 
 
-async def test_the_result_tells_a_derived_key(prefect_api: PrefectServer, crew_server: CrewServerFactory):
-    crew = crew_server(CrewScript.model_validate(ASKING)).crew()
-
-    @flow
-    async def deriving() -> str | None:
-        return (await arun_crew(crew, {"text": "tea"})).idempotency_key
-
-    derived = await deriving()
-    assert derived is not None
-    assert (await get_result(derived)).output == "tea"
-
-
 async def test_a_run_costs_the_same_once_its_record_is_removed(
     prefect_api: PrefectServer, crew_server: CrewServerFactory
 ):
@@ -134,7 +122,7 @@ async def test_a_run_costs_the_same_once_its_record_is_removed(
     before = await costs()
     assert before is not None
     assert (before.runs, before.cost) == (1, pytest.approx(3.0))
-    await add_to_totals([kept], lambda one: total_of(one, None, ()))
+    await add_to_totals(kept, total_of(kept, None, ()))
     assert await costs() == before, "also if whoever prunes was killed before the record was deleted"
     await PrefectRecords().delete(kept)
     assert await costs() == before
@@ -148,16 +136,6 @@ async def test_a_failed_run_has_cost_what_it_reported(prefect_api: PrefectServer
     (kept,) = await attempts(name)
     assert kept.cost == pytest.approx(3.0)
     assert kept.usage == TokenUsage.model_validate(ASKING["usage"])
-
-
-async def test_where_nobody_reports_tokens_the_cost_is_unknown(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory
-):
-    silent = CrewScript.model_validate({**ASKING, "usage": None})
-    server = crew_server(silent, response_format="union")
-    result = await arun_crew(server.crew(price=TOKENS), {"text": "tea"})
-    assert (result.usage, result.cost) == (None, None)
-    assert (await arun_crew(server.crew(price=0.5), {"text": "tea"})).cost == 0.5
 
 
 async def test_a_model_that_nobody_knows_starts_nothing(prefect_api: PrefectServer, crew_server: CrewServerFactory):

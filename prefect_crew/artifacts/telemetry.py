@@ -94,7 +94,7 @@ def end_run(
         return
     shown = None if view is None else view()
     with_content = shown is not None and shown.show == "full" and (settings or CrewSettings()).trace_content
-    _set(span, _facts(record, with_content=with_content))
+    _set(span, _facts(record))
     if record.state is not CrewState.COMPLETED:
         says_why = shown is not None and shown.show != "none"
         span.set_status(Status(StatusCode.ERROR, record.error if says_why else None))
@@ -106,7 +106,7 @@ def end_run(
     span.end(end)
 
 
-def _facts(record: RunRecord, *, with_content: bool) -> Iterator[tuple[str, Any]]:
+def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:
     """Yield the attributes that the record and Prefect's contexts tell."""
     yield "server.address", httpx.URL(record.crew_url).host
     yield "prefect_crew.state", str(record.state)
@@ -121,18 +121,11 @@ def _facts(record: RunRecord, *, with_content: bool) -> Iterator[tuple[str, Any]
         yield "gen_ai.usage.output_tokens", usage.completion_tokens
         yield "gen_ai.usage.cache_read.input_tokens", usage.cached_prompt_tokens
         yield "prefect_crew.total_tokens", usage.total_tokens
-    flow, task = FlowRunContext.get(), TaskRunContext.get()
-    around = (
-        ("flow", flow and flow.flow, flow and flow.flow_run),
-        ("task", task and task.task, task and task.task_run),
-    )
-    for kind, what, run in around:
-        if run is not None:
-            yield f"prefect.{kind}_run.id", str(run.id)
-            # This package names its own runs by the idempotency key or by an input: `crew.titled`.
-            is_ours = getattr(getattr(what, "fn", what), "__module__", "").startswith(NAME)
-            is_safe = with_content or not is_ours or run.name.endswith(record.idempotency_key)
-            yield f"prefect.{kind}_run.name", run.name if is_safe else run.name.partition(" · ")[0]
+    # Not their names: this package names its own runs by an input.
+    if (flow := FlowRunContext.get()) is not None and flow.flow_run is not None:
+        yield "prefect.flow_run.id", str(flow.flow_run.id)
+    if (task := TaskRunContext.get()) is not None:
+        yield "prefect.task_run.id", str(task.task_run.id)
     # It may have been another one, which has ended since.
     yield "prefect_crew.kickoff.flow_run_id", record.flow_run_id
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequen
 from contextlib import AsyncExitStack
 from functools import partial
 from itertools import islice
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -108,7 +109,7 @@ class Runner:
         self._options = options
         self.policy = options.wait or session.crew.wait
         self.first_poll = FirstPoll() if options.wait is None else None
-        self.earlier: deque[dict[str, float]] = deque(maxlen=KEPT)
+        self.earlier: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._warned: set[str] = set()
         self._on_end = on_end
         self._judge_again = judge_again

@@ -243,7 +243,7 @@ class RunRecord(Outcome):
     """The permit that counts. What becomes of the run until its end is written to it."""
     open_for: float = Field(default=0.0, exclude=True)
     """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; 0 if it is not."""
-    earlier: list[dict[str, float]] = Field(default_factory=list[dict[str, float]], exclude=True)
+    earlier: list[dict[str, Any]] = Field(default_factory=list[dict[str, Any]], exclude=True)
     """What the latest runs of its crew used, for who asked for it."""
 
     def __eq__(self, other: object) -> bool:

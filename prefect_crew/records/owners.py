@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import uuid
-from functools import lru_cache
 from pathlib import Path
 from uuid import UUID
 
@@ -19,33 +17,28 @@ from prefect.states import Crashed
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.records.model import RunRecord
 
-_DEAD = ("Z", "X")
-"""States of a process that has ended, and of which only the entry is left."""
-
 
 def this_process() -> str | None:
-    """Return a name of this process that no other has, on any machine, also after a reboot; None where none is known.
+    """Return a name of this process that no other process of this or another machine has now; None where none is known.
 
-    It holds the host, its boot, the namespace of its process ids (containers of one host may share all else), the
-    process id and when the process started: a process id is used again.
+    It holds the host, its boot, and the namespace of its process ids: containers of one host may share all else.
     """
-    return _process_name(os.getpid())
-
-
-@lru_cache(maxsize=1)  # a fork has another id
-def _process_name(pid: int) -> str | None:
-    machine, started = _machine(), _started(pid)
-    return None if machine is None or started is None else f"{machine} {pid} {started}"
+    machine = _machine()
+    return machine and f"{machine} {os.getpid()}"
 
 
 def process_is_gone(name: str) -> bool:
-    """Return whether a process is known to have ended. False wherever that is not known here."""
-    machine, _, rest = name.partition(" ")
-    pid, _, started = rest.partition(" ")
-    try:
-        return pid.isdecimal() and machine == _machine() and _started(int(pid)) != started
-    except OSError:
+    """Return whether a process is known to have ended. False wherever that is not known here, or its id is in use."""
+    machine, pid, *_ = [*name.split(" "), ""]
+    if not pid.isdecimal() or machine != _machine():
         return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is somebody else's
+        return False
+    return False
 
 
 def _machine() -> str | None:
@@ -56,27 +49,8 @@ def _machine() -> str | None:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{host}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
+    except OSError:  # as on Windows, where to ask for a process would end it
         return None
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process started, in whatever unit the system tells it; None if there is none of this id.
-
-    Raises:
-        OSError: The system does not say.
-    """
-    if sys.platform == "darwin":
-        command, env = ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)], {"LC_ALL": "C", "TZ": "UTC"}
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=env)  # noqa: S603
-        state, _, started = answer.stdout.strip().partition(" ")
-        return None if not state or state[0] in _DEAD else " ".join(started.split())
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = stat.rpartition(")")[2].split()  # the name before may hold anything
-    return None if fields[0] in _DEAD else fields[19]
 
 
 async def crash_dead_owner(record: RunRecord) -> None:

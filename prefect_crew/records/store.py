@@ -183,7 +183,7 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
     return sorted(records, key=lambda record: record.attempt)
 
 
-def _used_in(variables: Sequence[Variable]) -> list[dict[str, float]]:
+def _used_in(variables: Sequence[Variable]) -> list[dict[str, Any]]:
     return [one.value for one in variables if one.name.startswith(USED) and isinstance(one.value, dict)][:KEPT]
 
 
@@ -418,8 +418,12 @@ class PrefectRecords:
     async def note_end(self, record: RunRecord) -> bool:
         """Note what an ended run used, by the one that sees to what follows; False if somebody else has. Atomic."""
         prefix, newest_first = _used_prefix(record.crew_url), 9_999_999_999 - int(record.claimed_at.timestamp())
-        name = f"{prefix}{newest_first:010}_{str(record.ref).replace('-', '')}"
-        return await create_variable({"name": name, "value": record.used, "tags": [prefix]}) is not None
+        name, by = f"{prefix}{newest_first:010}_{str(record.ref).replace('-', '')}", str(uuid4())
+        if await create_variable({"name": name, "value": {**record.used, "by": by}, "tags": [prefix]}) is not None:
+            return True
+        async with get_client() as client:  # the conflict may be with our own, which was sent twice
+            stands: Any = await client.read_variable_by_name(name)
+        return stands is not None and stands.value.get("by") == by
 
     async def _current(self, record: RunRecord) -> RunRecord | None:
         """Return a claim as it stands now, None if it is gone."""
@@ -481,7 +485,7 @@ class PrefectRecords:
         """Yield the runs in flight: any of them may wait for a person."""
         return self.all(RecordPhase.STARTED)
 
-    async def earlier(self, crew_url: str) -> list[dict[str, float]]:
+    async def earlier(self, crew_url: str) -> list[dict[str, Any]]:
         """Return what the latest runs of a crew used, the newest first, as whoever saw to their ends noted it."""
         async for page in read_pages({"tags": {"all_": [_used_prefix(crew_url)]}}):
             return _used_in(page)

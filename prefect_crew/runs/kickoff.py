@@ -92,7 +92,7 @@ class Start:
     settings: CrewSettings = field(default_factory=CrewSettings)
     asked_at: datetime = field(default_factory=utcnow)
     slot: str | None = None
-    earlier: Sequence[dict[str, float]] | None = None
+    earlier: Sequence[dict[str, Any]] | None = None
     warned: set[str] = field(default_factory=set[str])
 
     @cached_property

@@ -98,7 +98,7 @@ def test_a_run_is_a_span_with_its_crew_its_flow_run_its_tokens_and_its_cost(
         context = FlowRunContext.get()
         assert context is not None
         assert context.flow_run is not None
-        ids.extend([str(context.flow_run.id), context.flow_run.name])
+        ids.append(str(context.flow_run.id))
         await arun_crew(crew, {"topic": topic}, idempotency_key=idempotency_key)
 
     asyncio.run(trip("tea"))
@@ -114,7 +114,6 @@ def test_a_run_is_a_span_with_its_crew_its_flow_run_its_tokens_and_its_cost(
     assert span.end == pytest.approx(record.ended_at.timestamp(), abs=1e-6)
     assert span.attributes.pop("crewai.crew.execution_duration_ms") > 0
     assert span.attributes.pop("prefect.task_run.id")
-    assert span.attributes.pop("prefect.task_run.name") == f"wait {label} · {idempotency_key}"
     assert span.attributes == {
         "gen_ai.operation.name": "invoke_workflow",
         "gen_ai.workflow.name": label,
@@ -132,7 +131,6 @@ def test_a_run_is_a_span_with_its_crew_its_flow_run_its_tokens_and_its_cost(
         "prefect_crew.attempt": 1,
         "prefect_crew.kickoff.flow_run_id": ids[0],
         "prefect.flow_run.id": ids[0],
-        "prefect.flow_run.name": ids[1],
     }
     assert collector.hides("a page on tea")
 
@@ -204,19 +202,22 @@ def test_a_later_call_that_finds_the_run_writes_no_second_span(crew_server: Crew
     assert {one(collector).attributes["crewai.execution_uuid"]} == ids
 
 
-@pytest.mark.parametrize("early", ["the owner", "the other"])
+@pytest.mark.parametrize("early", ["the owner", "the other", "neither"])
 async def test_a_run_that_two_wait_for_has_one_span(
     crew_server: CrewServerFactory, collector: Collector, early: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])  # else both look at the same moment
+    if early != "neither":
+        monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])  # else both look at the same moment
     crew, idempotency_key = crew_server(slow(0.5)).crew(), key()
     quick, late = WaitPolicy(initial=0.1, factor=1), WaitPolicy(initial=2, factor=1, jitter=0)
-    owner = asyncio.ensure_future(
-        arun_crew(crew, {}, idempotency_key=idempotency_key, wait=quick if early == "the owner" else late)
-    )
+
+    def wait(who: str) -> Any:
+        policy = quick if early in (who, "neither") else late
+        return arun_crew(crew, {}, idempotency_key=idempotency_key, wait=policy)
+
+    owner = asyncio.ensure_future(wait("the owner"))
     await asyncio.sleep(0.3)
-    other = arun_crew(crew, {}, idempotency_key=idempotency_key, wait=late if early == "the owner" else quick)
-    first, second = await asyncio.gather(owner, other)
+    first, second = await asyncio.gather(owner, wait("the other"))
     assert first.kickoff_id == second.kickoff_id
     assert one(collector).attributes["crewai.execution_uuid"] == first.kickoff_id
 
@@ -314,18 +315,6 @@ def test_content_stands_on_the_spans_where_that_is_wanted(crew_server: CrewServe
 
 
 @pytest.mark.usefixtures("_content")
-def test_long_texts_are_cut(crew_server: CrewServerFactory, collector: Collector):
-    long = script({"name": "n" * 1000, "agent": "a" * 1000, "seconds": 0.1, "output": "x" * 100_000})
-    run_crew(crew_server(long, response_format="union").crew(), {})
-    run = one(collector)
-    (answered,) = json.loads(run.attributes["gen_ai.output.messages"])
-    (task,) = collector.tasks(run)
-    assert answered["parts"][0]["content"] == task.attributes["crewai.task.output"] == "x" * telemetry.CONTENT_CAP
-    assert task.attributes["gen_ai.agent.name"] == "a" * telemetry.NAME_CAP
-    assert len(task.name) < 250
-
-
-@pytest.mark.usefixtures("_content")
 @pytest.mark.parametrize("given", [{"password": "hunter22-secret"}, {"password": SecretStr("hunter22-secret")}])
 def test_secrets_stand_on_no_span_with_content_on(
     crew_server: CrewServerFactory, collector: Collector, given: dict[str, Any]
@@ -368,13 +357,6 @@ def test_what_a_crew_does_not_show_stands_on_no_span(
     assert len(collector.tasks(one(collector))) == tasks
     assert one(collector).message == ("" if show == "none" else "no answer from tea.test")
     assert collector.hides("oolong")
-
-
-def test_the_input_that_names_a_run_of_this_package_is_left_out(crew_server: CrewServerFactory, collector: Collector):
-    run_crew(crew_server("echo", speed=100).crew(), {"text": "oolong"})
-    attributes = one(collector).attributes
-    label = attributes["crewai.crew.name"]
-    assert (attributes["prefect.flow_run.name"], attributes["prefect.task_run.name"]) == (label, f"wait {label}")
 
 
 # Without an SDK

@@ -12,7 +12,7 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.operations import prune_records
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.records.totals import totals_of_removed
+from prefect_crew.records.totals import read_totals
 from support.records import let_pass
 
 SaveCrew = Callable[..., CrewServer]
@@ -49,7 +49,7 @@ async def test_a_setting_says_how_long_records_are_kept(save_crew: SaveCrew, mon
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS", "7")
     await prune_records()
     assert not await PrefectRecords().attempts("prune-kept")
-    (total,) = [one for one in await totals_of_removed() if one.crew == "prune-echo"]
+    (total,) = [one for one in (await read_totals())[0] if one.crew == "prune-echo"]
     assert (total.flow, total.day) == ("deployed-crew", utcnow().date())
 
 

@@ -105,11 +105,6 @@ def test_the_decision(existing: RunRecord | None, options: dict[str, Any], decis
     assert decided(existing, **options) is decision
 
 
-@pytest.mark.parametrize("phase", RecordPhase, ids=str)
-def test_force_new_starts_whatever_the_record_says(phase: RecordPhase):
-    assert decided(record(phase, state=CrewState.COMPLETED), kickoffs=99, force_new=True) is Decision.START
-
-
 @given(
     phase=st.sampled_from([RecordPhase.CLAIMED, RecordPhase.STARTED, RecordPhase.UNCERTAIN]),
     owner_ended=st.booleans(),

@@ -19,13 +19,12 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
-from prefect_crew import CrewStep, arun_crew, arun_pipeline, get_result, kickoff_crew, run_crew, wait_for_crew
+from prefect_crew import CrewStep, arun_crew, arun_pipeline, get_result, kickoff_crew
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records import keys as keys_module
 from prefect_crew.records.keys import _Calls, _TaskAttempt, render_key
 from prefect_crew.records.model import MAX_KEY
 from prefect_crew.testing import CrewServerFactory
-from support.scripts import slow
 
 START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=UTC)
 
@@ -73,15 +72,6 @@ def test_a_template_that_would_be_the_same_every_day_is_refused(template: str, s
     assert "Use {{ scheduled_start:%Y-%m-%d }}" in str(caught.value)
 
 
-@given(st.text())
-def test_a_rendered_key_never_holds_a_placeholder(template: str):
-    try:
-        key = render_key(template, START)
-    except ConfigurationError:
-        return
-    assert "{{" not in key
-
-
 # Occurrences, pure
 
 
@@ -92,31 +82,6 @@ def attempt(name: str, count: int = 1, key: str = "t") -> _TaskAttempt:
 def test_equal_calls_are_numbered_and_others_are_not():
     numbers = _Calls()
     assert [numbers.take_number(base, None, ()) for base in "abaab"] == [1, 1, 2, 3, 2]
-
-
-def test_a_retried_task_of_ours_keeps_its_number():
-    numbers = _Calls()
-    assert [numbers.take_number("a", own, ()) for own in ("k1", "k2", "k1", "k3", "k2")] == [1, 2, 1, 3, 2]
-
-
-def test_a_retried_task_of_the_users_is_given_its_numbers_again_and_more_if_it_asks_for_more():
-    numbers = _Calls()
-    first, other, second = (attempt("t1"),), (attempt("t2"),), (attempt("t1", 2),)
-    assert [numbers.take_number("a", f"k{n}", first) for n in range(2)] == [1, 2]
-    assert numbers.take_number("a", "k9", other) == 3
-    assert [numbers.take_number("a", f"l{n}", second) for n in range(3)] == [1, 2, 4]
-
-
-def test_a_task_within_a_retried_task_is_given_its_numbers_again_although_its_id_is_new():
-    numbers = _Calls()
-    outer, again = attempt("outer"), attempt("outer", 2)
-    assert numbers.take_number("a", None, (outer, attempt("inner-1", key="inner"))) == 1
-    assert numbers.take_number("a", None, (outer, attempt("inner-1", 2, key="inner"))) == 1, "the inner one is retried"
-    assert numbers.take_number("a", None, (outer, attempt("inner-2", key="inner"))) == 2, "another inner one"
-    assert numbers.take_number("a", None, (outer, attempt("helper", key="helper"))) == 3, "one of another kind"
-    assert numbers.take_number("a", None, (again, attempt("inner-3", key="inner"))) == 1
-    assert numbers.take_number("a", None, (again, attempt("inner-4", key="inner"))) == 2
-    assert numbers.take_number("a", None, (again, attempt("helper-2", key="helper"))) == 3
 
 
 @given(st.permutations(["x", "x", "y", "z"]), st.permutations(["x", "x", "y", "z"]))
@@ -185,35 +150,6 @@ async def test_equal_calls_in_a_loop_have_different_keys_and_a_flow_retry_reatta
     assert server.kickoffs == 3
     assert len(set(ids)) == 3
     assert sorted(key.rpartition("/")[2] for key in keys(server)) == ["1", "1", "2"]
-
-
-def test_a_sync_flow_that_is_retried_starts_nothing_again(server: Any):
-    crew, fail = server.crew(), fails_once()
-
-    @flow(retries=1)
-    def trip() -> str:
-        result = run_crew(crew, {"text": "a"})
-        fail()
-        return result.output
-
-    assert trip() == "a"
-    assert server.kickoffs == 1
-
-
-async def test_a_flow_that_fails_while_the_crew_runs_finds_it_again(
-    crew_server: CrewServerFactory, prefect_api: object, instant_polling: None
-):
-    server = crew_server(slow(0.6))
-    crew, fail = server.crew(), fails_once()
-
-    @flow(retries=1)
-    async def trip() -> str:
-        kickoff_id = await kickoff_crew(crew)
-        fail()
-        return (await wait_for_crew(crew, kickoff_id)).output
-
-    assert await trip() == "done"
-    assert server.kickoffs == 1
 
 
 async def test_a_retried_task_of_the_users_finds_its_runs_again(server: Any):
@@ -309,26 +245,6 @@ async def test_a_subflow_that_its_parents_retry_makes_anew_finds_its_runs_again(
     assert len(subflow_runs) >= 3
 
 
-async def test_a_failed_subflow_that_is_made_anew_finds_its_run_again(server: Any):
-    crew, fail = server.crew(), fails_once()
-    subflow_runs: set[str] = set()
-
-    @flow
-    async def city() -> str:
-        subflow_runs.add(flow_run.id)
-        result = await arun_crew(crew, {"text": "Lisbon"})
-        fail()
-        return result.output
-
-    @flow(retries=1)
-    async def trip() -> str:
-        return await city()
-
-    assert await trip() == "Lisbon"
-    assert len(subflow_runs) == 2, "Prefect makes it anew under another id"
-    assert server.kickoffs == 1
-
-
 async def test_a_subflow_that_a_retried_task_makes_anew_finds_its_run_again(server: Any):
     crew, fail = server.crew(), fails_once()
 
@@ -374,18 +290,6 @@ async def test_a_long_name_makes_a_key_that_fits_and_is_still_its_own(server: An
     await trip()
     assert len(keys(server)) == 2
     assert all(len(key) <= MAX_KEY for key in keys(server))
-
-
-async def test_each_run_of_a_flow_starts_a_run_of_its_own(server: Any):
-    crew = server.crew()
-
-    @flow
-    async def trip() -> None:
-        await arun_crew(crew, {"text": "a"})
-
-    await trip()
-    await trip()
-    assert server.kickoffs == 2
 
 
 async def test_a_plain_call_starts_a_new_run_each_time(server: Any):
@@ -437,11 +341,6 @@ async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(serv
         await run_flow_async(daily, flow_run=planned, parameters={})
     assert keys(server) == ["daily-2026-05-01", "daily-2026-05-02"]
     assert len(seen) == 4, "the first of the three was retried"
-
-
-def test_a_template_in_a_script_is_of_now(server: Any):
-    run_crew(server.crew(), {"text": "a"}, idempotency_key="daily-{{ scheduled_start:%Y }}")
-    assert keys(server) == [f"daily-{datetime.now(UTC):%Y}"]
 
 
 async def test_a_long_lived_process_forgets_the_numbers_of_old_flow_runs(server: Any, monkeypatch: pytest.MonkeyPatch):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
-from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
+from prefect_crew.records.model import StoredResult
 
 
 def test_a_result_survives_the_record_without_its_raw_bodies():
@@ -22,23 +20,3 @@ def test_a_result_survives_the_record_without_its_raw_bodies():
     assert "big" not in kept.model_dump_json()
     bare = result.model_copy(update={"raw": None, "tasks": [result.tasks[0].model_copy(update={"raw": None})]})
     assert kept == bare
-
-
-def test_what_was_sent_helps_to_find_the_run_and_holds_no_inputs():
-    started = RunRecord(
-        idempotency_key="k",
-        attempt=1,
-        phase=RecordPhase.STARTED,
-        kickoff_id="r1",
-        crew="travel",
-        crew_url="https://travel.test",
-        inputs_digest="d1",
-        owner="somebody",
-        claimed_at=datetime(2026, 5, 1, 11, 59, tzinfo=UTC),
-    )
-    assert started.sent == {
-        "crew": "travel",
-        "at": "2026-05-01 11:59:00 UTC",
-        "inputs digest": "d1",
-        "attempt": "1",
-    }

@@ -130,14 +130,6 @@ async def test_an_id_of_another_record_changes_nothing():
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
-async def test_a_claim_that_nobody_holds_any_more_can_be_resolved():
-    store = PrefectRecords()
-    stale = await stored(phase=RecordPhase.CLAIMED, permit=LONG_AGO)
-    assert (await unresolved(stale.idempotency_key, store)).owner == stale.owner
-    await resolve_never_started(await unresolved(stale.idempotency_key, store), store)
-    assert decision(await latest(stale)) is Decision.START
-
-
 async def test_a_kickoff_that_may_still_be_sent_is_not_resolved_whatever_its_flow_run_says():
     gone = str(uuid.uuid4())
     orphan = await stored(phase=RecordPhase.CLAIMED, permit=60.0, flow_run_id=gone)
@@ -155,18 +147,6 @@ async def test_a_claim_whose_kickoff_was_never_sent_is_no_run():
     record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
     with pytest.raises(ConfigurationError, match="was never sent: the process that claimed it ended first"):
         await resolve_started(await unresolved(record.idempotency_key, store), "k1", store)
-
-
-async def test_whoever_resolves_and_an_owner_that_lives_cannot_both_succeed():
-    store = PrefectRecords()
-    owner = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
-    await resolve_never_started(await unresolved(owner.idempotency_key, store), store)
-    assert not await store.permit(owner, 30, late=False)
-    other = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
-    read = await unresolved(other.idempotency_key, store)
-    assert await store.permit(other, 30, late=False)
-    with pytest.raises(CrewError, match="may still be sent"):
-        await resolve_never_started(read, store)
 
 
 async def test_a_late_write_takes_nothing_back():
@@ -293,21 +273,6 @@ async def test_an_id_that_the_crew_does_not_know_resolves_nothing(crew: Deployed
     await put(record)
     assert await resolve(record.idempotency_key, "made-up", RECORDS) is Resolution.NOT_KNOWN
     assert (await RECORDS.attempts(record.idempotency_key))[0].phase is RecordPhase.UNCERTAIN
-
-
-async def test_an_id_that_another_record_holds_resolves_nothing(crew: DeployedCrew):
-    record, kickoff_id = uncertain(crew), await started(crew)
-    await put(record)
-    await put(uncertain(crew, phase=RecordPhase.STARTED, kickoff_id=kickoff_id))
-    assert await resolve(record.idempotency_key, kickoff_id, RECORDS) is Resolution.REFUSED
-    assert (await RECORDS.attempts(record.idempotency_key))[0].phase is RecordPhase.UNCERTAIN
-
-
-async def test_a_webhook_that_names_another_idempotency_key_resolves_nothing(crew: DeployedCrew):
-    record, kickoff_id = uncertain(crew), await started(crew)
-    await put(record)
-    outcome = await resolve(record.idempotency_key, kickoff_id, RECORDS, said_key="another")
-    assert outcome is Resolution.REFUSED
 
 
 async def test_a_late_webhook_of_the_attempt_before_does_not_resolve_this_one(crew: DeployedCrew):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -88,18 +86,6 @@ async def test_one_of_two_claims_wins_and_ones_own_counts_when_it_comes_twice():
     assert await RECORDS.claim(first), "Prefect's client sends a request again after a read timeout"
 
 
-def test_of_twenty_racers_one_wins():
-    key = f"race {uuid.uuid4()}"
-    start = threading.Barrier(20)
-
-    def race(_: int) -> bool:
-        start.wait()
-        return asyncio.run(RECORDS.claim(new(key)))
-
-    with ThreadPoolExecutor(20) as racers:
-        assert sorted(racers.map(race, range(20))) == [False] * 19 + [True]
-
-
 async def test_a_claim_does_not_wait_for_other_changes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefect_api, "LONGEST", 600.0)
     prefect_api._this_loop().crowded_until = float("inf")
@@ -143,14 +129,6 @@ async def test_what_is_no_record_is_passed_over():
     assert record in [found async for found in RECORDS.all()]
 
 
-async def test_a_field_that_is_not_known_is_passed_over_as_long_as_the_version_is():
-    record = new()
-    assert await RECORDS.claim(record)
-    second = record.model_dump(mode="json") | {"attempt": 2, "new": [1]}
-    await create_variable(record_name(record.idempotency_key, 2), second, ["prefect-crew"])
-    assert [found.attempt for found in await RECORDS.attempts(record.idempotency_key)] == [1, 2]
-
-
 # Finding
 
 
@@ -171,14 +149,6 @@ async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
     assert record in [found async for found in RECORDS.all(RecordPhase.ENDED)]
     assert record not in [found async for found in RECORDS.all(RecordPhase.STARTED)]
     assert await RECORDS.holders(kickoff_id) == [(record.idempotency_key, 1)]
-
-
-async def test_a_claim_that_is_gone_is_not_confirmed():
-    record = new()
-    assert await RECORDS.claim(record)
-    assert await RECORDS.confirm(record, [])
-    await RECORDS.delete(record)
-    assert not await RECORDS.confirm(record, [])
 
 
 async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_knows():
@@ -227,11 +197,6 @@ async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
     await RECORDS.save(record)
     (saved,) = await RECORDS.attempts(record.idempotency_key)
     return saved
-
-
-async def test_a_small_result_is_kept_whole():
-    stored = result("שלום " * 100, data={"days": 3, "deep": [{"a": None}]})
-    assert (await closed(stored)).result == stored
 
 
 @pytest.mark.parametrize(
@@ -291,13 +256,6 @@ async def test_other_waiters_are_flow_runs_that_go_on():
     assert await RECORDS.other_waiters(record, owner) == []
 
 
-async def test_waiters_of_one_attempt_do_not_wait_for_another():
-    waiter = await flow_run()
-    record = new()
-    await RECORDS.add_waiter(record, waiter)
-    assert await RECORDS.other_waiters(record.model_copy(update={"attempt": 2}), None) == []
-
-
 async def test_an_owner_has_ended_when_its_flow_run_has_or_is_gone():
     assert not await RECORDS.owner_ended(new())
     assert not await RECORDS.owner_ended(new(flow_run_id=await flow_run()))
@@ -319,15 +277,6 @@ async def test_a_save_outlasts_an_api_that_is_away(proxy: Proxy):
     proxy.restore()
     await asyncio.wait_for(saving, 30)
     assert await RECORDS.of_kickoff(record.kickoff_id) == record
-
-
-async def test_a_save_gives_up_in_the_end(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "SAVE_FOR", 0.6)
-    record = new()
-    await RECORDS.claim(record)
-    proxy.cut()
-    with pytest.raises(httpx.ConnectError):
-        await RECORDS.save(record)
 
 
 async def test_saving_what_was_deleted_is_an_error_at_once():

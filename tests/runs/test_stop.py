@@ -514,12 +514,12 @@ async def waits(server: Any, run: CrewRun) -> None:
 
 async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory):
     server = crew_server(slow(60))
-    run = await server.crew().trigger({})
+    run = await server.crew(price=0.25).trigger({})
     answer = await run.stop()
     assert (answer.outcome, answer.accepted) == (StopOutcome.STOPPED, True)
     record = await RECORDS.of_kickoff(run.kickoff_id)
     assert record is not None
-    assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.STOPPED)
+    assert (record.phase, record.state, record.cost) == (RecordPhase.ENDED, CrewState.STOPPED, 0.25)
     assert record.ended_at is not None
     with pytest.raises(CrewStoppedError):
         await run.wait_for_completion()
