@@ -154,8 +154,7 @@ async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> None:
 async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | None:
     """Take slots of a counter, which is created or given the budget's limit where needed, and note them in a record.
 
-    Returns:
-        None, or where there is no room how many slots are taken.
+    Where there is no room, return how many slots are taken.
     """
     name, limit, mark = period.counter, period.slots, MARK.format(period.counter)
     async with get_client() as client:
@@ -239,10 +238,7 @@ async def note_exceeded(error: BudgetExceededError, crew: Crew) -> None:
 
 
 async def to_stop(crew: Crew, records: Iterable[RunRecord]) -> list[RunRecord]:
-    """Return the runs in flight that are to be stopped: a later start under a budget that says so was refused.
-
-    It makes one request for each counter.
-    """
+    """Return the runs in flight that are to be stopped: a later start under a budget that says so was refused."""
     found, marks = list[RunRecord](), dict[str, str | None]()
     for record in records:
         for period in _periods(crew, record):

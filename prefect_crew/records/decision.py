@@ -69,8 +69,7 @@ def decide(
     Args:
         record: The latest attempt at the key that counts, None if there is none.
         caller: Who asks.
-        kickoffs: How many attempts at this key count, `record` among them.
-        max_kickoffs: How many may.
+        kickoffs, max_kickoffs: How many attempts at this key count, `record` among them, and how many may.
         owner_ended: Whether the flow run that claimed the record is known to have ended.
         force_new: Start whatever the record says.
         asked_at: When the call was made, UTC. A run that was in flight then is the one that it is about, also if it

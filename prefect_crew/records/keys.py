@@ -50,10 +50,10 @@ class RunIdentity:
 async def identify(
     label: str, inputs_digest: str, *, idempotency_key: str | None, name: str | None, inside_own_task: bool = False
 ) -> RunIdentity:
-    """Return the identity of a call to the crew `label` with inputs of a digest.
+    """Return the identity of a call to the crew `label`, its name or address, with inputs of a digest.
 
     Args:
-        label, inputs_digest: The crew's name or address, and the digest of its inputs.
+        label, inputs_digest: What it is about.
         idempotency_key: The user's key, which may be a template over the scheduled time; None makes one.
         name: The step's name, which takes the crew's place in a key that is made.
         inside_own_task: Whether one of this package's tasks asks, within its own task run.

@@ -1,4 +1,7 @@
-"""Removing the records of runs that nobody can ask for any more: their flow runs ended long ago."""
+"""Removing the records of runs that nobody can ask for any more: their flow runs ended long ago.
+
+Everything here raises httpx.HTTPError where the Prefect API is away or refuses.
+"""
 
 from __future__ import annotations
 
@@ -40,21 +43,19 @@ _ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class Pruned:
-    """What `prune` removed, or with `dry_run` would have."""
+    """What `prune` removed, or with `dry_run` would have, and how many records it kept."""
 
     runs: int
     notes: int
     kept: int
-    """Records that stay."""
 
 
 @dataclass(frozen=True)
 class Owner:
     """What the Prefect server knows of a flow run that a record names.
 
-    `ended_for` are the seconds since it ended and all flow runs above it, up to its root, by the server's clock; minus
-    infinity while one of them has not ended. Any of them may be retried, also if it has completed, and then asks for
-    its runs again.
+    `ended_for` are the seconds, by the server's clock, since it ended and all flow runs above it: any of them may be
+    retried, also if it has completed, and then asks for its runs again. Minus infinity while one has not ended.
     """
 
     ended_for: float
@@ -71,10 +72,7 @@ def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mappin
 
     The first attempt at a key comes last: as long as it stands, nobody claims it anew before later ones that are left.
 
-    Args:
-        records: All attempts at some keys.
-        older_than: The age. An hour at least.
-        owners: The flow runs that the records name, by their ids. A record stays if one of its own is not among them.
+    `records` are all attempts at some keys; a record stays if one of the flow runs that it names is not in `owners`.
     """
     by_key, least = defaultdict[str, list[RunRecord]](list), max(older_than, YOUNGEST).total_seconds()
     for record in records:
@@ -104,11 +102,7 @@ def owner_ids(record: RunRecord) -> list[str]:
 
 
 async def read_owners(records: Iterable[RunRecord]) -> dict[str, Owner]:
-    """Ask the Prefect server for the flow runs that records name, and for those above them, level by level.
-
-    Raises:
-        httpx.HTTPError: The Prefect API is away or refuses.
-    """
+    """Ask the Prefect server for the flow runs that records name, and for those above them, level by level."""
     owners = dict.fromkeys((one for record in records for one in owner_ids(record)), GONE)
     at = {one: one for one in owners}
     while at:
@@ -158,9 +152,6 @@ async def prune(
             started it and of those above it. An hour at least; left out, the setting `keep_records_days`.
         dry_run: Only count.
         pause: Seconds between two keys, so that a long list does not keep the Prefect server busy.
-
-    Raises:
-        httpx.HTTPError: The Prefect API is away or refuses. No record goes whose flow runs could not be asked for.
     """
     older_than = timedelta(days=CrewSettings().keep_records_days) if older_than is None else older_than
     # The notes first: a run that is claimed and waited for after that has a record that we know of.

@@ -53,14 +53,8 @@ async def resolve_started(
 ) -> CrewState | None:
     """Write down that the kickoff started the run `kickoff_id`. The next call with its key waits for that run.
 
-    Args:
-        record: As `unresolved` returns it.
-        kickoff_id: The run.
-        records: Where the record lives.
-        look: None where the crew cannot be asked.
-
-    Returns:
-        The run's state, None if it could not be asked for.
+    `record` is as `unresolved` returns it; `look` is None where the crew cannot be asked. Returns the run's state, None
+    if it could not be asked for.
 
     Raises:
         ConfigurationError: Another record holds the id, or the crew's server does not know it. Nothing is changed.
@@ -216,11 +210,10 @@ async def resolve_from_webhook(
     """Resolve a run whose kickoff is uncertain by a webhook that came to its own URL. Harmless to call for any run.
 
     Args:
-        idempotency_key, attempt, claim: The run, its attempt and the claim that the URL was made for, from the signed
-            URL. Without an attempt it is the latest that may have started a run.
-        kickoff_id: The id in the webhook's body.
+        idempotency_key, attempt, claim: From the signed URL: the run, its attempt (left out, the latest that may have
+            started a run), and the claim that the URL was made for.
+        kickoff_id, said_key: From the body: the id, and the idempotency key in `meta`, if there is one.
         records: Where records live.
-        said_key: The idempotency key in the body's `meta`, if there is one.
         load: Finds the crew that the status call is made to.
 
     Raises:

@@ -4,6 +4,7 @@
 follows it where both together are too large. So creating a number compares with what was read: of two processes that
 add to a day at the same time, one gets the number, and the other reads again. `refs` names the records that were
 counted and still stood at that moment: a process may be killed after it has counted, and before it deletes them.
+Everything here raises httpx.HTTPError where the Prefect API is away or refuses.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MOST_TRIES = 20
 LONGEST, MOST_TAGS = 60, 10
 """Characters of a name in a total, and tags: one run has to fit into a Variable."""
 MOST = 2**53
-"""What a count, or a cost, is at most: Prefect stores no larger numbers, and a crew may report any."""
+"""What a count, or a cost, is at most: a crew may report any, and Prefect stores no larger numbers."""
 _NAME = re.compile(r"crew_usage_\d{8}_(\d+)")
 
 
@@ -111,12 +112,7 @@ def _summed(totals: Sequence[DayTotal]) -> list[DayTotal]:
 async def add_to_totals(record: RunRecord, total: DayTotal) -> None:
     """Add a run whose record is about to be deleted to the totals of its day, unless it was added before.
 
-    Args:
-        record: As it was read from the store.
-        total: That of the run.
-
     Raises:
-        httpx.HTTPError: The Prefect API is away or refuses.
         CrewError: Others add to the same day without a pause.
     """
     prefix, ref = f"crew_usage_{total.day:%Y%m%d}_", str(record.ref)
@@ -150,11 +146,7 @@ def _value(part: _Part) -> dict[str, object]:
 
 async def read_totals() -> tuple[list[DayTotal], set[str]]:
     """Return what the runs used whose records were pruned, by day, crew, flow and tags, the oldest day first; and the
-    `ref` of each record that is counted in them and may still stand.
-
-    Raises:
-        httpx.HTTPError: The Prefect API is away or refuses.
-    """
+    `ref` of each record that is counted in them and may still stand."""
     by_day = defaultdict[str, list[Variable]](list)
     async for page in read_pages({"tags": {"all_": [TAG]}}):
         for variable in page:
