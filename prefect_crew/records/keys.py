@@ -8,7 +8,6 @@ many equal calls came before. A slash stands between these parts, and is written
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import unicodedata
@@ -30,7 +29,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect_crew._internal.prefect_api import contexts_around
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.decision import Caller
-from prefect_crew.records.model import MAX_KEY, utcnow
+from prefect_crew.records.model import MAX_KEY, digest, utcnow
 from prefect_crew.records.owners import this_process
 
 TEMPLATE = re.compile(r"\{\{(?P<inner>.*?)\}\}", re.DOTALL)
@@ -153,8 +152,7 @@ def escape_name(name: str) -> str:
 
 def _short(name: str) -> str:
     name = escape_name(name)
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}~{digest}"
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}~{digest(name, 16)}"
 
 
 class _Root(NamedTuple):

@@ -266,7 +266,8 @@ class RunRecord(Outcome):
     def used(self) -> dict[str, float]:
         """What is known of what the run used, by what budgets measure."""
         known = {"cost": self.cost, "tokens": self.usage and self.usage.total_tokens}
-        return {measure: amount for measure, amount in known.items() if amount is not None}
+        # A crew may report any number, and Prefect stores none that is larger.
+        return {measure: min(amount, 2**53) for measure, amount in known.items() if amount is not None}
 
     def completed(self, result: CrewResult) -> CrewResult:
         """Return the run's result with its key, and with the tokens and the cost that are on record."""
@@ -284,9 +285,14 @@ class RunRecord(Outcome):
         }
 
 
+def digest(text: str, length: int = 32) -> str:
+    """Return what stands for a text in the name of a Variable or a block."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
 def claim_of(owner: str) -> str:
     """Return what a webhook's URL says of the claim that it was made for."""
-    return hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return digest(owner, 16)
 
 
 _RANK = {
@@ -362,12 +368,14 @@ class RecordStore(Protocol):
 
     async def claim(self, record: RunRecord) -> bool:
         """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic."""
+        ...
 
     async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
         """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
 
         `with_earlier`: note in the claim what the latest runs of its crew used.
         """
+        ...
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
         """Take the right to send the kickoff of a claim that this caller owns; False if somebody has resolved it.
@@ -375,6 +383,7 @@ class RecordStore(Protocol):
         Atomic among all callers. `late`: the caller has not been heard of for longer than it may; the record may be
         gone.
         """
+        ...
 
     async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
         """Write down what was found out about a record as it was read, as `resolution`, and note it there.
@@ -383,36 +392,48 @@ class RecordStore(Protocol):
         whichever is written first. It is for the caller to see that the claim's owner can send no more
         (`RunRecord.open_for`); where nothing was sent yet, it needs no waiting.
         """
+        ...
 
     async def save(self, record: RunRecord) -> None:
         """Write down what became of a run that this caller started, waits for or closes."""
+        ...
 
     async def save_started(self, record: RunRecord) -> str | None:
         """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
+        ...
 
     async def note_end(self, record: RunRecord) -> bool:
         """Note that this caller sees to what follows a run's end; False if somebody else does. Atomic."""
+        ...
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a key, the first one first."""
+        ...
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""
+        ...
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether the flow run that claimed the record is known to have ended."""
+        ...
 
     def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight, or those of them that are known to have waited for a person."""
+        ...
 
     async def reviews(self, record: RunRecord) -> list[SentReview]:
         """Return what people have answered to a run, in order."""
+        ...
 
     async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
         """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
+        ...
 
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""
+        ...
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
         """Take back an answer that the crew's server refused."""
+        ...

@@ -7,7 +7,6 @@ Every function raises httpx.HTTPError or PrefectException where the Prefect API 
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, cast
 from uuid import UUID
 
@@ -15,23 +14,19 @@ from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 
 from prefect_crew.client._callbacks import FeedbackRequest
-from prefect_crew.records.model import RunRecord
+from prefect_crew.records.model import RunRecord, digest
 
 MAX_OUTPUT = 200_000
 """Characters of what is to be judged; of a longer one nothing is kept, since half of it is not what is judged."""
 _REQUEST = "crew-request-"
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
 def _of_run(idempotency_key: str, attempt: int, answers: int | None = None) -> str:
-    return f"crew-asked-{_digest(idempotency_key)}-{attempt}-{'' if answers is None else answers % 256}"
+    return f"crew-asked-{digest(idempotency_key)}-{attempt}-{'' if answers is None else answers % 256}"
 
 
 def _of_request(kickoff_id: str, request_id: str = "") -> str:
-    return f"{_REQUEST}{_digest(kickoff_id)}-{request_id}"
+    return f"{_REQUEST}{digest(kickoff_id)}-{request_id}"
 
 
 async def _save(name: str, value: Any) -> None:

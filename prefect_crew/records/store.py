@@ -19,7 +19,6 @@ another one that was created under it since.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
@@ -42,6 +41,7 @@ from prefect_crew.records.model import (
     RecordPhase,
     RunRecord,
     SentReview,
+    digest,
     fold,
     resolution,
     utcnow,
@@ -86,23 +86,19 @@ class Variable(NamedTuple):
 # Names and values
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
 def record_name(idempotency_key: str, attempt: int) -> str:
     """Return the name of the Variable that holds an attempt at an idempotency key."""
-    return f"crew_run_{_digest(idempotency_key)}_{attempt}"
+    return f"crew_run_{digest(idempotency_key)}_{attempt}"
 
 
 def waiter_prefix(record: RunRecord) -> str:
     """Return what the names of the notes of who waits for a run begin with."""
-    return f"{_WAITER}{_digest(record.idempotency_key)}_{record.attempt}_"
+    return f"{_WAITER}{digest(record.idempotency_key)}_{record.attempt}_"
 
 
 def _answer_prefix(record: RunRecord) -> str:
     # By the run and not by its key: also whoever finds no record of it, or cannot read it, finds its answers.
-    return f"crew_answer_{_digest(f'{record.crew_url} {record.kickoff_id}')}_"
+    return f"crew_answer_{digest(f'{record.crew_url} {record.kickoff_id}')}_"
 
 
 def _answer_name(record: RunRecord, number: int) -> str:
@@ -114,11 +110,11 @@ def _permit_name(record: RunRecord, number: object) -> str:
 
 
 def _used_prefix(crew_url: str) -> str:
-    return f"{USED}{_digest(crew_url)[:16]}_"
+    return f"{USED}{digest(crew_url, 16)}_"
 
 
 def _kickoff_tag(kickoff_id: str) -> str:
-    return f"kickoff:{_digest(kickoff_id)}"
+    return f"kickoff:{digest(kickoff_id)}"
 
 
 def _body(record: RunRecord | Permit) -> dict[str, Any]:
@@ -184,11 +180,12 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
 
 
 def _used_in(variables: Sequence[Variable]) -> list[dict[str, Any]]:
-    return [one.value for one in variables if one.name.startswith(USED) and isinstance(one.value, dict)][:KEPT]
+    values = [one.value for one in variables if one.name.startswith(USED)]
+    return [cast("dict[str, Any]", value) for value in values if isinstance(value, dict)][:KEPT]
 
 
 def _attempts_prefix(idempotency_key: str) -> str:
-    return f"crew_run_{_digest(idempotency_key)}_"
+    return f"crew_run_{digest(idempotency_key)}_"
 
 
 def _attempts_in(variables: Sequence[Variable], idempotency_key: str) -> list[RunRecord]:
