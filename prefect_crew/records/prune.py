@@ -74,18 +74,13 @@ def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mappin
 
     `records` are all attempts at some keys; a record stays if one of the flow runs that it names is not in `owners`.
     """
-    by_key, least = defaultdict[str, list[RunRecord]](list), max(older_than, YOUNGEST).total_seconds()
+    by_key = defaultdict[str, list[RunRecord]](list)
     for record in records:
         by_key[record.idempotency_key].append(record)
-
-    def goes(record: RunRecord) -> bool:
-        ended = all(one in owners and owners[one].ended_for >= least for one in owner_ids(record))
-        return ended and _is_old(record, older_than)
-
     return [
         attempt
         for attempts in by_key.values()
-        if all(map(goes, attempts))
+        if all(_is_old(one, older_than) and _owners_ended(one, older_than, owners) for one in attempts)
         for attempt in sorted(attempts, key=lambda attempt: attempt.attempt, reverse=True)
     ]
 
@@ -93,6 +88,11 @@ def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mappin
 def _is_old(record: RunRecord, older_than: timedelta) -> bool:
     least = max(older_than.total_seconds(), YOUNGEST.total_seconds() + record.good_for)
     return record.phase in (RecordPhase.ENDED, RecordPhase.NOT_STARTED) and record.idle >= least
+
+
+def _owners_ended(record: RunRecord, older_than: timedelta, owners: Mapping[str, Owner]) -> bool:
+    least = max(older_than, YOUNGEST).total_seconds()
+    return all(one in owners and owners[one].ended_for >= least for one in owner_ids(record))
 
 
 def owner_ids(record: RunRecord) -> list[str]:
