@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support import processes
-from support.processes import MARK, Process, ProcessError, alive, survivors
+from support.processes import Process, alive
 
 STUBBORN_PARENT = """
 import signal, subprocess, sys, time
@@ -29,36 +28,6 @@ def test_stop_ends_a_process_that_ignores_sigterm_and_its_child_in_another_sessi
         assert len(family) == 2
         assert process.stop(grace=0.2) == -signal.SIGKILL
         assert not any(map(alive, family))
-
-
-def test_stop_finds_children_of_a_parent_that_is_already_gone(tmp_path: Path):
-    with Process([sys.executable, "-c", STUBBORN_PARENT], log=tmp_path / "log") as process:
-        process.wait_for("ready")
-        (child,) = set(process.family()) - {process.pid}
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(30)
-        assert process.family() == [child]
-        process.stop()
-        assert not alive(child)
-
-
-def test_a_process_that_is_just_being_loaded_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "4711").mkdir()
-    (tmp_path / "4711" / "exe").symlink_to(sys.executable)
-    environ = tmp_path / "4711" / "environ"
-    environ.write_bytes(b"")
-    (tmp_path / "4711" / "cmdline").write_bytes(b"sleep\x00300\x00")
-    monkeypatch.setattr(processes, "PROC", tmp_path)
-    monkeypatch.setattr(processes.time, "sleep", lambda _: environ.write_bytes(f"{MARK}=abc\0".encode()))
-    assert survivors("abc") == {4711: "sleep 300"}
-
-
-def test_wait_for_shows_the_log_of_a_process_that_ended(tmp_path: Path):
-    with (
-        Process([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], log=tmp_path / "log") as process,
-        pytest.raises(ProcessError, match=r"ended with 3(.|\n)*last words"),
-    ):
-        process.wait_for("ready")
 
 
 RUN_OF_ITS_OWN = """
