@@ -268,7 +268,7 @@ def test_rows_that_wait_are_listed_answered_once_a_round_and_go_on(
     assert (late.code, crews.requests["resume"]) == (1, resumes)
     assert "round 1 rejected by Grace" in here("reviews", "inspect", running.idempotency_key(0)).out
     for line in lines[1:]:
-        done = here("reviews", "approve", line["kickoff_id"][:13])
+        done = here("reviews", "approve", line["kickoff_id"])
         assert done.code == 0, done.err
     wait_until(
         lambda: here("reviews", "approve", running.idempotency_key(0), "--round", "2").code == 0,
