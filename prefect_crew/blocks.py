@@ -16,7 +16,7 @@ import httpx
 from prefect.blocks.abstract import JobBlock, JobRun
 from prefect.blocks.system import Secret
 from prefect.exceptions import ObjectNotFound
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic import Secret as SealedValue
 
 from prefect_crew._internal.callables import dual
@@ -120,16 +120,13 @@ class DeployedCrew(JobBlock[CrewResult]):
             _known(cast("dict[str, Any]", values), cls, "a deployed crew")
         return cast("Any", values)
 
-    @field_validator("wait", mode="before")
+    @field_validator("wait", "price", mode="before")
     @classmethod
-    def _of_any_version(cls, value: Any) -> Any:
+    def _of_any_version(cls, value: Any, info: ValidationInfo) -> Any:
         # What is stored may have been written by another version, whose other fields keep nobody from loading it.
-        return _known(cast("dict[str, Any]", value), WaitPolicy, "a crew's wait") if isinstance(value, dict) else value
-
-    @field_validator("price", mode="before")
-    @classmethod
-    def _price_of_any_version(cls, value: Any) -> Any:
-        return _known(cast("dict[str, Any]", value), Price, "a crew's price") if isinstance(value, dict) else value
+        model = WaitPolicy if info.field_name == "wait" else Price
+        what = f"a crew's {info.field_name}"
+        return _known(cast("dict[str, Any]", value), model, what) if isinstance(value, dict) else value
 
     @field_validator("secret_inputs", mode="before")
     @classmethod
@@ -210,16 +207,13 @@ class DeployedCrew(JobBlock[CrewResult]):
     ) -> CrewRun:
         """Kick the crew off and return the run, without waiting for it. Awaited in async code.
 
-        The options are as those of `run_crew`.
-
-        Raises:
-            InvalidInputsError: Inputs are missing or unknown; nothing was started.
-            KickoffUncertainError: Nobody knows whether a run was started.
-            CrewError: As `run_crew`.
+        The options, and what is raised before and at the kickoff, are those of `run_crew`.
         """
         from prefect_crew.runs.kickoff import open_run
+        from prefect_crew.runs.options import check_choices
         from prefect_crew.runs.run import KickoffId
 
+        check_choices(idempotency_key=idempotency_key, meta=meta, webhooks=webhooks, restore_from=restore_from)
         run = await open_run(
             self.crew,
             inputs or {},

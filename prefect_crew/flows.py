@@ -28,7 +28,7 @@ from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import OpenRun, how_found, parse_data, read_result
+from prefect_crew.runs.run import OpenRun, parse_data, read_result
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import kickoff_crew, under_budgets, wait_for_crew
 
@@ -116,10 +116,9 @@ async def arun_crew(
     @wraps(run_deployed_crew.fn)
     async def run(*_: Any, **__: Any) -> CrewResult:
         given: dict[str, Any] = {"meta": meta, "output_type": output_type, "review": review, "webhooks": webhooks}
-        return await _run(crew, inputs, is_own=is_own, **given, **stored)
+        return await _run(crew, inputs, **given, **stored)
 
-    is_own = FlowRunContext.get() is None and TaskRunContext.get() is None
-    if not is_own:
+    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
     own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
     own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, inputs, idempotency_key)
@@ -131,20 +130,14 @@ run_crew = sync_version(arun_crew)
 
 
 def _stored(crew: Crew, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs as Prefect may store them: plain values, no secret ones, none too large for it."""
+    """Return the inputs as Prefect may store them: plain values, no secret ones, none of what is too large for it."""
     try:
         plain = encode_inputs(inputs, as_json=True)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{error} Nothing was started.") from None
-    for name, value in inputs.items():
-        if name in plain and (name in crew.secret_inputs or holds_secret(value)):
-            plain[name] = MASK
-    sizes = {name: len(json.dumps(value)) for name, value in plain.items()}
-    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        if sum(sizes.values()) <= STORED_BYTES:
-            break
-        plain[name], sizes[name] = TOO_LARGE, len(TOO_LARGE)
-    return plain
+    secret = [name for name, value in inputs.items() if name in crew.secret_inputs or holds_secret(value)]
+    plain |= dict.fromkeys([name for name in plain if name in secret], MASK)
+    return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
 async def _run(
@@ -157,12 +150,10 @@ async def _run(
     wait: WaitPolicy | None,
     review: ReviewChoice | None,
     restore_from: str | None,
-    is_own: bool = True,
     meta: Mapping[str, Any] | None = None,
     output_type: type[BaseModel] | None = None,
     webhooks: Webhooks | None = None,
 ) -> CrewResult:
-    """`is_own`: the flow run around it is for this run alone."""
     # Where no flow around has a client of Prefect's on this event loop, each task would make one and close it.
     async with AsyncClientContext.get_or_create(), CrewSession(crew) as session:
         kickoff_id = await kickoff_crew.acall(
@@ -175,8 +166,6 @@ async def _run(
             webhooks=webhooks,
             restore_from=restore_from,
         )
-        if is_own and (tag := how_found(kickoff_id)):
-            await label_flow_run(tag=tag)
         called = name or crew.title(inputs, idempotency_key)
         return await wait_for_crew.acall(
             session, kickoff_id, name=called, wait=wait, output_type=output_type, review=review

@@ -7,7 +7,6 @@ surely did not start a run. What makes a retried flow find its runs again is the
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -25,7 +24,7 @@ from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
-from prefect_crew.client.redaction import HiddenValues, holds_secret
+from prefect_crew.client.redaction import HiddenValues
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import ConfigurationError, CrewError
@@ -40,7 +39,6 @@ from prefect_crew.runs.wait import wait_for_run
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Condition = Callable[[Task[..., Any], TaskRun, State[Any]], Coroutine[Any, Any, bool]]
 
 
 def _hidden(value: Any) -> Any:
@@ -58,121 +56,72 @@ def _hidden(value: Any) -> Any:
     return value
 
 
-def _call(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Hide the inputs that a method is called with, and note the user's tasks around the call."""
+def _hides_inputs(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Hide the inputs that a method is called with."""
 
     @wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
-        with _called(*args, **kwargs):
-            return method(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
 
     return call
 
 
 @contextmanager
-def _called(*args: Any, **kwargs: Any) -> Generator[None]:
+def _called(*args: Any, kickoff_id: object = None, **_: Any) -> Generator[None]:
     """Note the user's tasks around a call, and tag what is done about a run that was found, not started."""
-    found = dict.fromkeys(filter(None, map(how_found, (*args, kwargs.get("kickoff_id")))))
+    found = dict.fromkeys(filter(None, map(how_found, (*args, kickoff_id))))
     with calling_task(), tags(*found):
         yield
 
 
 class CrewTask(Task[P, Any], Generic[P, R]):
-    """A Prefect task over an async function that can be called from sync code as well.
+    """A Prefect task over an async function that can be called from sync code as well. `with_options` keeps it one."""
 
-    `with_options` keeps it one, and adds a retry condition of the user's to the task's own instead of replacing it.
-    """
-
-    @_call
+    @_hides_inputs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the task: the result in sync code, an awaitable of it in async code."""
         coroutine = self.acall(*args, **kwargs)
         return coroutine if in_async_context() else run_sync(coroutine)
 
+    @_hides_inputs
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task from a coroutine, whatever kind of flow is around it."""
-        args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with _called(*args, **kwargs):
             return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 
-    @_call
+    @_hides_inputs
     def submit(self, *args: Any, **kwargs: Any) -> Any:
         """Submit the task to the flow's task runner, as Prefect's own."""
-        return cast("Any", super()).submit(*args, **kwargs)
+        with _called(*args, **kwargs):
+            return cast("Any", super()).submit(*args, **kwargs)
 
-    @_call
+    @_hides_inputs
     def map(self, *args: Any, **kwargs: Any) -> Any:
         """Map the task over iterables on the flow's task runner, as Prefect's own."""
-        return cast("Any", super()).map(*args, **kwargs)
+        with _called(*args, **kwargs):
+            return cast("Any", super()).map(*args, **kwargs)
 
-    @_call
-    def delay(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Have a task worker run the task, as Prefect's own does."""
-        return self.apply_async(args, kwargs)
-
-    def apply_async(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> Any:
-        """Have a task worker run the task, as Prefect's own does.
-
-        Prefect stores the parameters as they are. So a crew is given by its block's name there.
+    def apply_async(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Refuse to be run by a task worker: Prefect stores the parameters, the crew's token among them.
 
         Raises:
-            ConfigurationError: The crew is not a stored block, or an input is secret. Nothing was stored.
+            ConfigurationError: Always. Nothing was stored.
         """
-        args = _hidden(args or ())
-        kwargs = {name: _hidden(value) for name, value in (kwargs or {}).items()}
-        given = inspect.signature(self.fn).bind(*(args or ()), **kwargs).arguments
-        return cast("Any", super()).apply_async((), run_sync(_storable(given)), **options)
+        del args, kwargs  # error reporters show the variables of frames
+        raise ConfigurationError(
+            f"The task {self.name} cannot be deferred to a task worker: Prefect would store the crew's token with its "
+            "parameters. Nothing was stored. Call it in a flow instead."
+        )
+
+    delay = apply_async  # pyright: ignore[reportAssignmentType]
 
     def with_options(self, **options: Any) -> CrewTask[P, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a copy with other options, as Prefect's own does."""
-        theirs, ours = options.get("retry_condition_fn"), self.retry_condition_fn
-        if theirs is not None and ours is not None:
-            options["retry_condition_fn"] = _both(cast("Condition", ours), theirs)
         copy = super().with_options(**options)
         # Prefect makes a plain Task here whatever the subclass, which differs from ours in its methods only.
         copy.__class__ = type(self)
         return cast("CrewTask[P, R]", copy)
-
-
-async def _storable(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a task without a token or any other secret.
-
-    Raises:
-        ConfigurationError: One of them is a secret.
-    """
-    crew = await load_crew(given["crew"])
-    if crew.block is None:
-        raise ConfigurationError(
-            f"Crew {crew.label} is not a stored block, and Prefect would store its token with this task run's "
-            "parameters. Nothing was stored. Save it, and give its name: crew.save('NAME')."
-        )
-    inputs = cast("Mapping[str, Any]", given.get("inputs") or {})
-    secret = [key for key, value in inputs.items() if key in crew.secret_inputs or holds_secret(value)]
-    webhooks = given.get("webhooks")
-    if isinstance(webhooks, Webhooks) and webhooks.secrets():
-        secret.append("webhooks")
-    if holds_secret(given.get("meta")):
-        secret.append("meta")
-    if secret:
-        raise ConfigurationError(
-            f"{', '.join(secret)}: Prefect would store these with this task run's parameters, and they are secret. "
-            "Nothing was stored. Call the task in a flow instead."
-        )
-    plain = {key: dict(value) if isinstance(value, HiddenValues) else value for key, value in given.items()}
-    return {**plain, "crew": crew.block}
-
-
-def _both(ours: Condition, theirs: Any) -> Condition:
-    async def condition(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-        if not await ours(task, task_run, state):
-            return False
-        verdict = theirs(task, task_run, state)
-        return bool(await verdict) if hasattr(verdict, "__await__") else bool(verdict)
-
-    return condition
 
 
 async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
@@ -218,6 +167,8 @@ async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
 
 def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
     """Return a crew under budgets of the flow around this call, or of the crew's own where there is none."""
+    if not budgets:
+        return crew
     context = FlowRunContext.get()
     return crew.under(budgets, name=crew.label if context is None or context.flow is None else context.flow.name)
 
@@ -247,7 +198,14 @@ async def kickoff_crew(
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
     """
     if not isinstance(crew, CrewSession):
-        check_choices(budgets=budgets)
+        check_choices(
+            idempotency_key=idempotency_key,
+            name=name,
+            meta=meta,
+            webhooks=webhooks,
+            restore_from=restore_from,
+            budgets=budgets,
+        )
         crew = under_budgets(await load_crew(crew), budgets)
     run = await open_run(
         crew,

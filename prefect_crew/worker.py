@@ -32,6 +32,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateName,
     FlowRunFilterStateType,
+    Operator,
     WorkPoolFilter,
     WorkPoolFilterName,
 )
@@ -44,7 +45,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Failed
 from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
-from pydantic import PrivateAttr
+from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs, run_held_flow
@@ -67,8 +68,6 @@ POOL_DESCRIPTION = (
 )
 LOOK_EVERY = 2.0
 """Seconds between two looks for flow runs that are being cancelled."""
-FULL_LOOK_EVERY = 300.0
-"""Seconds between two looks through all flow runs of the pool for orphans, while its workers stay the same."""
 UNOWNED_FOR = 60.0
 """Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
 takes it names itself right after, and until then an earlier owner may still be named."""
@@ -91,8 +90,11 @@ PAGE = 200
 """Flow runs that the server gives at once, at most."""
 CANCELLING = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
 BEGUN = (
-    FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.PAUSED])),
-    FlowRunFilterState(name=FlowRunFilterStateName(any_=["AwaitingRetry"])),
+    FlowRunFilterState(
+        operator=Operator.or_,  # pyright: ignore[reportCallIssue]
+        type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.PAUSED]),
+        name=FlowRunFilterStateName(any_=["AwaitingRetry"]),
+    ),
 )
 
 
@@ -141,16 +143,11 @@ def is_orphan(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
 async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_from: UUID | None = None) -> bool:
     """Give a flow run back to its pool, which hands it out again; return whether that was done.
 
-    It is not where the flow run is in another state, has ended, or is the pool's already.
+    It is not where the flow run has ended, is the pool's already, or is not in the state `only_from` any more. `why` is
+    the message of its new state.
 
     A flow run that waits for a retry "in process" is handed out by no pool: so its policy is changed first. Being
     handed over is not an attempt that failed, but the server counts it as one: so there is one retry more.
-
-    Args:
-        client: A Prefect client.
-        flow_run_id: The flow run.
-        why: The message of its new state.
-        only_from: The id of the state that it must be in.
     """
     flow_run = await client.read_flow_run(flow_run_id)
     state, policy = flow_run.state, flow_run.empirical_policy
@@ -176,9 +173,8 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
     while at < len(ids):  # the subflows, level by level
         parents = FlowRunFilterParentFlowRunId(any_=ids[at:])
         at = len(ids)
-        ids += [
-            one.id for one in await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
-        ]
+        children = await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
+        ids += [one.id for one in children]
     names = {str(one) for one in ids}
     records, log = PrefectRecords(), flow_run_logger(flow_run)
     async for record in records.all():
@@ -208,13 +204,10 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
 def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -> Flow[..., Any]:
     """Import an asynchronous flow by its path, such as `my_package.flows.my_flow`.
 
-    Args:
-        entrypoint: A module, a dot, and the flow's name in it.
-        allowed: Modules in addition to this package's, each with all below it; any module if left out.
+    `allowed` are modules in addition to this package's, each with all below it; any module if left out.
 
     Raises:
-        ConfigurationError: It is no such path, its module is not allowed or cannot be imported, or it is no
-            asynchronous flow. The message says what to do.
+        ConfigurationError: It is no such path, is not allowed, cannot be imported, or is no asynchronous flow.
     """
     module, _, name = (entrypoint or "").rpartition(".")
     if not module or ":" in module or "/" in module:
@@ -248,18 +241,8 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
 class CrewJobConfiguration(BaseJobConfiguration):
     """What a deployment may set for a crew worker: nothing. Flow runs share the worker's process and environment."""
 
-    _entrypoint: str | None = PrivateAttr(default=None)
-    _flow_run_id: UUID | None = PrivateAttr(default=None)
-
-    @property
-    def entrypoint(self) -> str | None:
-        """The import path of the deployment's flow."""
-        return self._entrypoint
-
-    @property
-    def flow_run_id(self) -> UUID | None:
-        """The flow run that this configuration was made for."""
-        return self._flow_run_id
+    entrypoint: str | None = Field(default=None, description="The import path of the deployment's flow.")
+    flow_run_id: UUID | None = Field(default=None, description="The flow run that this was made for.")
 
     def prepare_for_flow_run(
         self,
@@ -271,7 +254,7 @@ class CrewJobConfiguration(BaseJobConfiguration):
         worker_id: UUID | None = None,
     ) -> None:
         """Keep what `run` needs; there is no command, environment or label to prepare."""
-        self._entrypoint, self._flow_run_id = deployment and deployment.entrypoint, flow_run.id
+        self.entrypoint, self.flow_run_id = deployment and deployment.entrypoint, flow_run.id
         self._related_objects = {"deployment": deployment, "flow": flow, "flow-run": flow_run}
 
 
@@ -301,7 +284,6 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         self._workers: dict[str, bool] = {}
         self._orphaned_since: dict[UUID, float] = {}  # by the id of their states
         self._cancelling_since: dict[UUID, float] = {}
-        self._full_look_at = float("-inf")
         self._taken_over: set[UUID] = set()
 
     @property
@@ -494,22 +476,17 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
 
     def _end_if_lost(self, current: FlowRun) -> None:
         held = self._held.get(current.id)
-        if held is not None and not self._owns(current):
-            self._logger.warning("Flow run %r was taken by another worker: it ends here.", current.name)
-            held.end("lost", f"Another worker has taken flow run {current.name!r}.")
-            if owner_name(current) == self.name:
-                self._change_name()
-
-    def _change_name(self) -> None:
-        """Go on under a name of its own. A worker takes what an earlier start under its name has left, at once: two
-        that live would take each other's flow runs for ever."""
-        name = f"{self.name}-{self.boot}"
-        self._logger.warning(
-            "Another worker %r runs: this one continues as %r. Give each worker of a pool its own name.",
-            self.name,
-            name,
-        )
-        self.name = name
+        if held is None or self._owns(current):
+            return
+        self._logger.warning("Flow run %r was taken by another worker: it ends here.", current.name)
+        held.end("lost", f"Another worker has taken flow run {current.name!r}.")
+        if owner_name(current) == self.name:
+            # A worker takes what an earlier start under its name has left, at once: two of one name that live would
+            # take each other's flow runs for ever.
+            name = f"{self.name}-{self.boot}"
+            text = "Another worker %r runs: this one continues as %r. Give each worker of a pool its own name."
+            self._logger.warning(text, self.name, name)
+            self.name = name
 
     def _owns(self, flow_run: FlowRun) -> bool:
         return (flow_run.infrastructure_pid or "").endswith(f"/{self.boot}")
@@ -565,16 +542,12 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
     async def _adopt_orphans(self) -> None:
         """Adopt what a worker that is gone has left, as soon as that is sure."""
         await self._end_lost_ones()  # also while its heartbeats arrive: another worker may have been given its name
-        workers = await read_workers(self.client, self._work_pool_name)
-        if not workers.get(self.name, True):
+        self._workers = await read_workers(self.client, self._work_pool_name)
+        if not self._workers.get(self.name, True):
             # Its heartbeats did not arrive. The next one may be minutes away: Prefect makes fewer the longer the server
             # is away.
             await self.sync_with_backend()
         now = _clock()
-        have_changed, self._workers = workers != self._workers, workers
-        if not (have_changed or self._orphaned_since or now - self._full_look_at > FULL_LOOK_EVERY):
-            return
-        self._full_look_at = now
         orphans = {
             flow_run.state.id: flow_run
             for flow_run in await read_flow_runs(self.client, self._work_pool_name, *BEGUN)
@@ -584,12 +557,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         sure = [state_id for state_id, at in since.items() if now - at >= self._unsure_for(orphans[state_id])]
         self._orphaned_since = {state_id: at for state_id, at in since.items() if state_id not in sure}
         limit = asyncio.Semaphore(ADOPTIONS_AT_ONCE)
-
-        async def adopt(flow_run: FlowRun) -> None:
-            async with limit:
-                await self._adopt(flow_run)
-
-        await asyncio.gather(*(adopt(orphans[state_id]) for state_id in sure))
+        await asyncio.gather(*(self._adopt(orphans[state_id], limit) for state_id in sure))
 
     def _is_orphan(self, flow_run: FlowRun) -> bool:
         if flow_run.id in self._held or flow_run.id in self._submitting_flow_run_ids:
@@ -608,14 +576,16 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         is_of_earlier_start = name == self.name and not self._owns(flow_run)
         return 0.0 if is_of_earlier_start else float(self.heartbeat_interval_seconds)
 
-    async def _adopt(self, flow_run: FlowRun) -> None:
-        """Give an orphan back to the pool, if no other worker does."""
+    async def _adopt(self, flow_run: FlowRun, limit: asyncio.Semaphore) -> None:
+        """Begin an orphan here or give it back to the pool, if no other worker does."""
+        owner = owner_name(flow_run) or "unknown"
+        why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
         try:
-            if await self._claim(flow_run):
-                owner = owner_name(flow_run) or "unknown"
-                why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
-                here, state_id = await self._take_over(flow_run, why), flow_run.state_id
-                if here or await hand_over(self.client, flow_run.id, why, only_from=state_id):
+            async with limit:
+                if await self._claim(flow_run) and (
+                    await self._take_over(flow_run, why)
+                    or await hand_over(self.client, flow_run.id, why, only_from=flow_run.state_id)
+                ):
                     self._logger.warning("Flow run %r is adopted: worker %r is gone.", flow_run.name, owner)
         except (Abort, Pause, ObjectNotFound) as error:
             self._logger.info("Flow run %r is not adopted: %s", flow_run.name, error)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from prefect.blocks.abstract import JobBlock, JobRun
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
-from prefect_crew import CrewError, CrewFailedError, CrewRun, DeployedCrew, InvalidInputsError, WaitPolicy
+from prefect_crew import CrewError, CrewRun, DeployedCrew, WaitPolicy
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
-from support.scripts import FAILS, slow
+from support.scripts import slow
 
 TOKEN = SecretStr("the-token")
 
@@ -58,20 +56,11 @@ def test_the_form_asks_first_for_what_everybody_fills_in_and_last_for_how_to_wai
         assert "`" not in field["description"], f"{name}: Prefect's form shows backticks as they are"
 
 
-def test_it_is_prefects_job_block():
-    assert issubclass(DeployedCrew, JobBlock)
-    assert issubclass(CrewRun, JobRun)
-    assert DeployedCrew.get_block_type_slug() == "deployed-crew"
-
-
 @pytest.mark.parametrize(
     ("url", "clean"),
     [
-        ("https://travel.test/", "https://travel.test"),
-        (" https://travel.test ", "https://travel.test"),
-        ("https://travel.test/crews/1/", "https://travel.test/crews/1"),
+        (" https://travel.test/crews/1/ ", "https://travel.test/crews/1"),
         ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
-        ("http://localhost:8000/", "http://localhost:8000"),
     ],
 )
 def test_the_url_is_cleaned(url: str, clean: str):
@@ -101,10 +90,6 @@ def test_a_refusal_does_not_show_the_token_that_was_given_with_what_it_refuses(f
         assert "hunter2" not in shown
 
 
-def test_plain_http_beyond_this_machine_has_to_be_allowed():
-    assert crew(url="http://travel.test", allow_http=True).url == "http://travel.test"
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -127,11 +112,6 @@ def test_a_misspelt_field_is_refused_and_the_right_one_named():
         crew(max_kickoff=1)
 
 
-def test_secret_inputs_are_names_in_any_collection():
-    assert crew(secret_inputs=("a", "b")).secret_inputs == ["a", "b"]
-    assert crew(secret_inputs={"a"}).secret_inputs == ["a"]
-
-
 def test_the_token_shows_nowhere():
     block = crew()
     for shown in (repr(block), str(block), block.model_dump_json(), repr(block.client()), block.label):
@@ -147,7 +127,11 @@ def test_people_call_it_by_its_name_else_by_its_address():
 async def test_it_is_stored_with_all_that_holds_for_its_runs_and_loaded_by_name():
     name = f"travel-{uuid.uuid4().hex[:8]}"
     block = crew(
-        wait=WaitPolicy(timeout=60, on_timeout="stop"), show="summary", secret_inputs=["pin"], price=0.5, max_kickoffs=2
+        wait=WaitPolicy(timeout=60, on_timeout="stop"),
+        show="summary",
+        secret_inputs=("pin",),
+        price=0.5,
+        max_kickoffs=2,
     )
     await block.asave(name)
     loaded = await DeployedCrew.aload(name)
@@ -171,8 +155,6 @@ async def test_a_stored_block_whose_wait_has_fields_of_another_version_is_loaded
 
 
 def test_what_is_no_field_of_a_wait_is_refused_in_code():
-    with pytest.raises(ValidationError, match=r"WaitPolicy\nmode\n"):
-        WaitPolicy(mode="suspend")  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValidationError, match="a crew's wait has no field 'timeot': do you mean 'timeout'"):
         crew(wait={"timeot": 60})
 
@@ -193,11 +175,6 @@ class TestIdiom:
         await run.wait_for_completion()
         assert (await run.fetch_result()).output == "a"
 
-    async def test_no_inputs_are_no_inputs(self, crew_server: CrewServerFactory):
-        assert (await crew_server(slow(0)).crew().trigger()).kickoff_id
-        with pytest.raises(InvalidInputsError):
-            await crew_server("echo").crew().trigger()
-
     async def test_a_result_can_be_fetched_without_having_waited(self, crew_server: CrewServerFactory):
         held = Held()
         run = await (server := crew_server(held)).crew().trigger()
@@ -208,32 +185,7 @@ class TestIdiom:
         await until(lambda: server.run(run.kickoff_id).state.ended)
         assert (await run.fetch_result()).output == "done"
 
-    async def test_looking_for_a_result_leaves_the_wait_what_it_needs(self, crew_server: CrewServerFactory):
-        held = Held()
-        server = crew_server(held)
-        run = await server.crew(secret_inputs=["pin"]).trigger({"pin": "4711471"})
-        with pytest.raises(CrewError):
-            await run.fetch_result()
-        held.release()
-        await run.wait_for_completion()
-        again = CrewRun(server.crew(), run.kickoff_id, idempotency_key=run.idempotency_key)
-        server.faults.add("status:forgotten")
-        assert (await again.fetch_result()).output == "done", "from the record"
-
-    async def test_a_failed_run_has_no_result(self, crew_server: CrewServerFactory):
-        run = await crew_server(FAILS).crew().trigger()
-        with pytest.raises(CrewFailedError):
-            await run.fetch_result()
-
     async def test_a_wait_policy_of_its_own(self, crew_server: CrewServerFactory):
         run = await crew_server(slow(60)).crew(wait=WaitPolicy(timeout=3600)).trigger()
         with pytest.raises(CrewError, match=r"running time limit of 0\.3 s"):
             await run.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.3))
-
-
-def test_its_schema_is_a_form_that_people_can_fill_in():
-    schema = DeployedCrew.model_json_schema()
-    assert schema["properties"]["url"]["title"] == "URL"
-    assert schema["properties"]["token"]["format"] == "password"
-    assert "wait" in schema["properties"]
-    json.dumps(schema)

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import contextlib
-import inspect
-import re
 import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from prefect import Task, flow, task, unmapped
-from prefect.cache_policies import INPUTS
+from prefect import flow, task, unmapped
 from prefect.client.schemas.objects import State
-from prefect.filesystems import LocalFileSystem
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
-from pydantic import SecretStr
 
 from prefect_crew import (
     ConfigurationError,
     CrewConnectionError,
     CrewError,
-    CrewFailedError,
     DeployedCrew,
     InvalidInputsError,
-    Webhooks,
     discover_inputs,
     kickoff_crew,
     resume_crew,
@@ -41,8 +29,8 @@ from prefect_crew import (
 )
 from prefect_crew.tasks import CrewTask
 from prefect_crew.testing import CrewServerFactory
-from support.prefect_server import PrefectServer, free_port
-from support.scripts import FAILS, slow
+from support.prefect_server import free_port
+from support.scripts import slow
 from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -122,12 +110,6 @@ def test_their_runs_say_which_crew_and_which_run(crew_server: CrewServerFactory,
     assert all("prefect-crew" in run["tags"] for run in runs)
 
 
-def test_long_names_are_cut():
-    name: Any = kickoff_crew.task_run_name
-    assert len(name(parameters={"crew": "c" * 300})) == 200
-    assert name(parameters={"crew": "travel"}) == "kickoff travel"
-
-
 def test_without_a_step_the_first_input_that_may_be_shown_tells_kickoffs_apart(crew_server: CrewServerFactory):
     called: Any = kickoff_crew.task_run_name
     crew = crew_server("echo").crew(secret_inputs=["pin"]).crew.called("travel")
@@ -139,6 +121,7 @@ def test_without_a_step_the_first_input_that_may_be_shown_tells_kickoffs_apart(c
     assert called(parameters={**given, "inputs": {"a": "with 4711", "pin": "4711"}}) == "kickoff travel · with ********"
     assert called(parameters={**given, "crew": replace(crew, show="summary")}) == "kickoff travel"
     assert called(parameters={**given, "inputs": "no mapping"}) == "kickoff travel"
+    assert len(called(parameters={"crew": "c" * 300})) == 200
 
 
 def test_a_run_that_was_found_is_tagged_where_it_is_waited_for(crew_server: CrewServerFactory, seen: Seen):
@@ -184,54 +167,23 @@ async def test_equal_calls_in_one_flow_are_not_one(crew_server: CrewServerFactor
 # Retries
 
 
-async def tries(one: CrewTask[Any, Any], crew: DeployedCrew) -> int:
-    """Return how often a kickoff that cannot reach its crew is tried."""
+async def test_what_surely_did_not_start_is_tried_as_often_as_asked():
     counts: list[int] = []
 
-    async def count(task: Any, task_run: Any, state: State[Any]) -> bool:
+    @flow
+    async def trip(retries: int) -> None:
+        await kickoff_crew.with_options(retries=retries, retry_delay_seconds=0, on_running=[count])(
+            unreachable(), {"text": "a"}
+        )
+
+    def count(task: Any, task_run: Any, state: Any) -> None:
         counts.append(task_run.run_count)
-        return True
 
-    counting = one.with_options(retry_condition_fn=count)
-
-    @flow
-    async def trip() -> None:
-        await counting(crew, {"text": "a"})
-
-    with pytest.raises(CrewConnectionError):
-        await trip()
-    return len(counts)
-
-
-async def test_what_surely_did_not_start_is_tried_as_often_as_asked():
-    assert await tries(kickoff_crew.with_options(retries=2, retry_delay_seconds=0), unreachable()) == 2
-    assert await tries(kickoff_crew.with_options(retries=0), unreachable()) == 0
-
-
-@pytest.mark.parametrize("kind", ["async", "sync"])
-@pytest.mark.parametrize("verdict", [True, False])
-async def test_a_condition_of_the_users_is_added_to_our_own(kind: str, verdict: bool):
-    asked: list[str] = []
-
-    def sync_condition(task: Any, task_run: Any, state: State[Any]) -> bool:
-        asked.append("sync")
-        return verdict
-
-    async def async_condition(task: Any, task_run: Any, state: State[Any]) -> bool:
-        asked.append("async")
-        return verdict
-
-    mine = kickoff_crew.with_options(
-        retries=2, retry_delay_seconds=0, retry_condition_fn=sync_condition if kind == "sync" else async_condition
-    )
-
-    @flow
-    async def trip() -> None:
-        await mine(unreachable(), {"text": "a"})
-
-    with pytest.raises(CrewConnectionError):
-        await trip()
-    assert asked == [kind] * (2 if verdict else 1)
+    for retries in (2, 0):
+        counts.clear()
+        with pytest.raises(CrewConnectionError):
+            await trip(retries)
+        assert len(counts) == retries + 1
 
 
 async def test_a_users_condition_cannot_make_a_kickoff_repeat(crew_server: CrewServerFactory):
@@ -247,21 +199,6 @@ async def test_a_users_condition_cannot_make_a_kickoff_repeat(crew_server: CrewS
     with pytest.raises(Exception, match="uncertain"):
         await trip()
     assert server.requests["kickoff"] == 1
-
-
-async def test_a_condition_for_a_task_without_one_is_taken_as_it_is(crew_server: CrewServerFactory):
-    server = crew_server("echo", faults=["inputs:500@1"])
-    mine = discover_inputs.with_options(
-        retries=1, retry_delay_seconds=0, retry_condition_fn=lambda task, run, state: False
-    )
-
-    @flow
-    async def trip() -> None:
-        await mine(server.crew())
-
-    with pytest.raises(Exception, match="500"):
-        await trip()
-    assert server.requests["inputs"] == 1
 
 
 async def test_a_question_for_inputs_is_repeated(crew_server: CrewServerFactory):
@@ -287,64 +224,11 @@ async def test_a_wait_is_as_often_repeated_as_anyone_likes(crew_server: CrewServ
     assert server.kickoffs == 1
 
 
-# Deferred tasks: Prefect keeps their parameters on disk
-
-
-def kept(prefect_home: Path, prefect_api: PrefectServer) -> bytes:
-    """Return what lies on disk, with what is in base64 read."""
-    assert prefect_api.database is not None
-    files = [path for path in prefect_home.rglob("*") if path.is_file()]
-    files += prefect_api.database.parent.glob("prefect.db*")
-    raw = b"".join(path.read_bytes() for path in files)
-    read: list[bytes] = []
-    for found in re.findall(rb"[A-Za-z0-9+/\n]{40,}={0,2}", raw.replace(b"\\n", b"")):
-        with contextlib.suppress(ValueError):
-            read.append(base64.b64decode(found))
-    return raw + b"".join(read)
-
-
-def test_a_deferred_task_keeps_the_name_of_a_stored_crew(
-    crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
-):
-    server = crew_server("echo")
-    name, topic = f"deferred-{uuid.uuid4().hex[:8]}", f"tea-{uuid.uuid4().hex}"
-    block: Any = server.crew()
-    block.save(name)
-    stored: Any = DeployedCrew.load(name)
-    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path}):
-        for crew in (name, stored):
-            kickoff_crew.delay(crew, {"text": topic})
-            cast("Any", kickoff_crew).with_options(name="mine").apply_async((crew,), {"inputs": {"text": topic}})
-    assert len(list(tmp_path.rglob("*"))) >= 4
-    on_disk = kept(tmp_path, prefect_api)
-    assert topic.encode() in on_disk
-    assert name.encode() in on_disk
-    assert server.token.encode() not in on_disk
-    assert server.kickoffs == 0
-
-
-def test_what_is_secret_is_refused_by_a_deferred_task(
-    crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
-):
-    name, secret = f"deferred-{uuid.uuid4().hex[:8]}", f"hunter-{uuid.uuid4().hex}"
-    crew = crew_server("echo").crew(secret_inputs=["pin"])
-    hooks = Webhooks(crew=f"https://hooks.test/{secret}")
-    cast("Any", crew.model_copy()).save(name)
-    with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: tmp_path}):
-        for given, said in (
-            (
-                (DeployedCrew(url=crew.url, token=SecretStr(secret), allow_http=True), {"text": "a"}),
-                "not a stored block",
-            ),
-            ((name, {"pin": secret}), "pin: Prefect would store"),
-            ((name, {"text": SecretStr(secret)}), "text: Prefect would store"),
-        ):
-            with pytest.raises(ConfigurationError, match=said) as raised:
-                kickoff_crew.delay(*given)
-            assert secret not in str(raised.value)
-        with pytest.raises(ConfigurationError, match="webhooks: Prefect would store"):
-            kickoff_crew.delay(name, {"text": "a"}, webhooks=hooks)
-    assert secret.encode() not in kept(tmp_path, prefect_api)
+async def test_none_is_deferred_to_a_task_worker(crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew()
+    for defer in (lambda: kickoff_crew.delay(crew, TEXT), lambda: kickoff_crew.map([crew], deferred=True)):
+        with pytest.raises(ConfigurationError, match="Prefect would store the crew's token"):
+            defer()
 
 
 # Secret inputs
@@ -382,16 +266,21 @@ def test_no_frame_of_a_task_that_fails_shows_its_inputs(way: str):
     assert not [line for line in shown.splitlines() if "pass-1234" in line]
 
 
-def test_futures_within_inputs_are_resolved(crew_server: CrewServerFactory):
+def test_futures_of_a_crew_of_a_run_and_within_inputs_are_resolved(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
 
     @task
     def says() -> str:
         return "a"
 
+    @task
+    def chosen() -> DeployedCrew:
+        return crew
+
     @flow
     def trip() -> str | None:
-        return wait_for_crew(crew, kickoff_crew(crew, {"text": says.submit()})).output
+        which = chosen.submit()
+        return wait_for_crew(which, kickoff_crew.submit(which, {"text": says.submit()})).output
 
     assert trip() == "a"
 
@@ -405,18 +294,7 @@ TASKS: dict[str, CrewTask[Any, Any]] = {
     "resume_crew": resume_crew,
     "stop_crew": stop_crew,
 }
-CALLS = (Task.__call__, Task.submit, Task.map)
 TEXT = {"text": "a"}
-
-
-def keywords(function: Callable[..., Any]) -> set[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return {one.name for one in parameters if one.kind is one.KEYWORD_ONLY or one.default is not one.empty}
-
-
-def test_these_are_all_the_keywords_of_prefects_calls():
-    assert keywords(Task.__call__) == {"return_state", "wait_for"}
-    assert set().union(*map(keywords, CALLS)) == {"return_state", "wait_for", "deferred"}
 
 
 @task
@@ -470,35 +348,18 @@ async def test_an_async_flow_gives_each_keyword_to_each_task(crew_server: CrewSe
     assert (await states["wait_for_crew"].aresult()).output == "a"
 
 
-def test_a_sync_flow_gives_each_keyword_to_each_task(crew_server: CrewServerFactory):
+@pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
+def test_sync_code_gives_each_keyword_to_each_task(crew_server: CrewServerFactory, inside: bool):
     crew = crew_server("echo").crew()
     given = asyncio.run(ids_for_all(crew))
 
-    @flow
     def trip() -> dict[str, State[Any]]:
-        first = before.submit()
+        first = before(return_state=True)
         return {
             name: one(*given[name], **further(name), return_state=True, wait_for=[first]) for name, one in TASKS.items()
         }
 
-    for name, state in trip().items():
-        check(name, state)
-
-
-def test_a_script_gives_each_keyword_to_each_task(crew_server: CrewServerFactory):
-    crew = crew_server("echo").crew()
-    given = asyncio.run(ids_for_all(crew))
-    done = before(return_state=True)
-
-    async def asynchronously() -> dict[str, Any]:
-        return {
-            name: await one(*given[name], **further(name), return_state=True, wait_for=[done])
-            for name, one in TASKS.items()
-        }
-
-    for name, one in TASKS.items():
-        check(name, one(*given[name], **further(name), return_state=True, wait_for=[done]))
-    for name, state in asyncio.run(asynchronously()).items():
+    for name, state in (flow(trip)() if inside else trip()).items():
         check(name, state)
 
 
@@ -527,20 +388,6 @@ async def test_each_is_submitted_and_mapped_with_each_keyword(crew_server: CrewS
         check(name, state)
 
 
-async def test_each_is_deferred_to_a_task_worker(crew_server: CrewServerFactory):
-    name = f"deferred-{uuid.uuid4().hex[:8]}"
-    server = crew_server("echo")
-    await server.crew().asave(name)
-    given = await ids_for_all(server.crew())
-    before_it = dict(server.requests)
-    for task_name, one in TASKS.items():
-        rest = [unmapped(value) for value in given[task_name][1:]]
-        for future in one.map([name], *rest, **further(task_name), deferred=True):
-            state = future.state
-            assert (state.name, state.state_details.deferred) == ("Scheduled", True)
-    assert dict(server.requests) == before_it
-
-
 @pytest.mark.parametrize("name", TASKS)
 async def test_each_waits_for_its_wait_for_and_does_nothing_after_a_failure(name: str, crew_server: CrewServerFactory):
     server = crew_server("echo")
@@ -555,21 +402,6 @@ async def test_each_waits_for_its_wait_for_and_does_nothing_after_a_failure(name
 
     assert await trip() == ("NotReady", "PENDING")
     assert dict(server.requests) == before_it
-
-
-async def test_a_wait_takes_the_futures_of_a_crew_and_of_a_run(crew_server: CrewServerFactory):
-    crew = crew_server("echo").crew()
-
-    @task
-    def chosen() -> DeployedCrew:
-        return crew
-
-    @flow
-    async def trip() -> Any:
-        which = chosen.submit()
-        return (await wait_for_crew(which, kickoff_crew.submit(which, TEXT))).output
-
-    assert await trip() == "a"
 
 
 @pytest.mark.parametrize(
@@ -595,59 +427,7 @@ async def test_what_is_wrong_with_a_call_is_in_its_state(
     assert isinstance(raised, error)
 
 
-async def test_a_failed_crew_is_a_failed_state(crew_server: CrewServerFactory):
-    crew = crew_server(FAILS).crew()
-
-    @flow
-    async def trip() -> Any:
-        state = await wait_for_crew(crew, await kickoff_crew(crew), return_state=True)
-        return await state.aresult(raise_on_failure=False)
-
-    assert isinstance(await trip(), CrewFailedError)
-
-
-OPTIONS: dict[str, Any] = {
-    "name": "mine",
-    "description": "mine",
-    "tags": ["mine"],
-    "cache_policy": INPUTS,
-    "cache_key_fn": lambda context, parameters: "key",
-    "task_run_name": "mine",
-    "cache_expiration": timedelta(seconds=1),
-    "retries": 7,
-    "retry_delay_seconds": 5,
-    "retry_jitter_factor": 0.5,
-    "persist_result": True,
-    "result_storage": None,
-    "result_serializer": "json",
-    "result_storage_key": "mine",
-    "cache_result_in_memory": False,
-    "timeout_seconds": 5,
-    "log_prints": True,
-    "refresh_cache": True,
-    "on_completion": [lambda task, run, state: None],
-    "on_failure": [lambda task, run, state: None],
-    "on_running": [lambda task, run, state: None],
-    "retry_condition_fn": lambda task, run, state: True,
-    "viz_return_value": "seen",
-    "asset_deps": [],
-}
-
-
-def test_each_task_takes_each_option_and_stays_one_of_ours(tmp_path: Any):
-    options = {**OPTIONS, "result_storage": LocalFileSystem(basepath=str(tmp_path))}
-    assert set(options) == keywords(Task.with_options)
+def test_a_copy_with_options_stays_one_of_ours():
     for one in TASKS.values():
-        for option, value in options.items():
-            if option == "result_storage":
-                value.save("mine", overwrite=True, _sync=True)
-            # Prefect refuses a key function next to a policy of its own; ours have one.
-            more = {"cache_policy": None} if option == "cache_key_fn" else {}
-            copy = one.with_options(**{option: value, **more})
-            assert type(copy) is type(one)
-            assert copy.fn is one.fn
-            plain = Task(fn=one.fn).with_options(**{option: value})
-            known = {"retry_condition_fn", "cache_key_fn", "cache_policy", "result_storage"}
-            for attribute, theirs in vars(plain).items():
-                if attribute.removesuffix("_hooks") == option and option not in known:
-                    assert getattr(copy, attribute) == theirs, (one.name, option)
+        copy = one.with_options(name="mine", retries=7, retry_condition_fn=lambda task, run, state: True)
+        assert (type(copy), copy.fn, copy.name, copy.retries) == (type(one), one.fn, "mine", 7)

@@ -29,18 +29,6 @@ def in_async_context() -> bool:
     return True
 
 
-def refuse_running_loop(sync_name: str, async_name: str) -> None:
-    """Raise if an event loop runs in this thread, which a sync call would block.
-
-    Raises:
-        InvalidCallError: It names the async one.
-    """
-    if _loop_runs():
-        raise InvalidCallError(
-            f"{sync_name}() would block the event loop that runs here: use `await {async_name}(...)` instead."
-        )
-
-
 def _loop_runs() -> bool:
     try:
         asyncio.get_running_loop()
@@ -76,13 +64,13 @@ def sync_version(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _loop_runs():
+            del args, kwargs  # error reporters show the variables of frames
+            raise InvalidCallError(
+                f"{name}() would block the event loop that runs here: use `await {function.__name__}(...)` instead."
+            )
         coroutine = function(*args, **kwargs)
-        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
-        try:
-            refuse_running_loop(name, function.__name__)
-        except InvalidCallError:
-            coroutine.close()
-            raise
+        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]
         return asyncio.run(coroutine)
 
     call.__name__ = call.__qualname__ = name

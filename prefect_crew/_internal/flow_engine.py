@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 from uuid import UUID
 
@@ -29,8 +30,6 @@ from prefect.states import Cancelling
 
 from prefect_crew.exceptions import CrewError
 
-STORAGE_VALID_FOR = 60.0
-"""Seconds for which the server's answer about its default result storage is used again."""
 RENEW_RETRY = 10.0
 """Seconds between two tries to renew a lease where the Prefect server is away."""
 RENEW_AFTER = 0.75
@@ -43,10 +42,7 @@ Ending = Literal["cancelled", "handed over", "lost"]
 
 @dataclass(eq=False)
 class HeldFlowRun:
-    """A flow run whose coroutine runs in this process.
-
-    `confirm` returns if it is still this worker's. Else it ends the flow run as lost.
-    """
+    """A flow run whose coroutine runs in this process. `confirm` ends it as lost if another worker has it."""
 
     flow_run: FlowRun
     confirm: Callable[[HeldFlowRun], Awaitable[None]]
@@ -104,11 +100,8 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
 
 @contextmanager
 def many_flow_runs(warn: Callable[..., None]) -> Generator[None]:
-    """Have this event loop hold many flow runs, while this is open: one cannot end it, nor block it without a warning.
-
-    Args:
-        warn: Logs the warning that a flow run blocks the event loop.
-    """
+    """Have this event loop hold many flow runs, while this is open: one cannot end it, nor block it without a warning,
+    which `warn` logs."""
     with _light_engine(), _contained_exits(), _warning_when_blocked(warn):
         yield
 
@@ -122,14 +115,14 @@ def _light_engine() -> Generator[None]:
     - `_send_heartbeats` starts a thread a flow run. The worker's heartbeat stands for all its flow runs.
     - `observe_flow_run_suspension` (from 3.9) starts a thread with an event loop and a subscription a flow run, and
       blocks until it is ready and when it ends.
-    - The server is asked for its default result storage three times a flow run (from 3.9), twice of that by a call that
-      blocks the event loop. Once a minute is enough.
     - `amaintain_concurrency_lease` starts a thread with a client a flow run of a deployment with a limit, and crashes
       the flow run once a lease cannot be renewed: so where the server is away, and where the flow run is paused, which
       gives its slot back.
+    - The server is asked for its default result storage three times a flow run (from 3.9), twice of that by a call that
+      blocks the event loop. Once a minute is enough.
     """
     engine, results = prefect.flow_engine, prefect.results
-    ask, ask_async = "_read_server_default_result_storage_block_id", "_aread_server_default_result_storage_block_id"
+    ask = "_read_server_default_result_storage_block_id"
     replaced: dict[tuple[Any, str], Any] = {
         (engine, "capture_sigterm"): _nothing,
         (engine, "_send_heartbeats"): _nothing,
@@ -137,9 +130,19 @@ def _light_engine() -> Generator[None]:
         (engine, "amaintain_concurrency_lease"): _renewed_lease,
     }
     if hasattr(results, ask):
-        answer = _StorageAnswer()
-        replaced[results, ask] = answer.sync_call(getattr(results, ask))
-        replaced[results, ask_async] = answer.async_call(getattr(results, ask_async))
+        ask_server = getattr(results, ask)
+
+        @lru_cache(maxsize=1)
+        def answer_of(_minute: float) -> Any:
+            return ask_server()
+
+        def answer() -> Any:
+            return answer_of(time.monotonic() // 60)
+
+        async def aanswer() -> Any:
+            return answer()
+
+        replaced |= {(results, ask): answer, (results, ask.replace("_read", "_aread")): aanswer}
     before = {place: getattr(*place) for place in replaced if hasattr(*place)}
     for module, name in before:
         setattr(module, name, replaced[module, name])
@@ -152,29 +155,6 @@ def _light_engine() -> Generator[None]:
 
 def _nothing(*_args: Any, **_options: Any) -> nullcontext[None]:
     return nullcontext()
-
-
-class _StorageAnswer:
-    """The server's last answer about its default result storage, used again for a while."""
-
-    value: Any = None
-    at = float("-inf")
-
-    def sync_call(self, ask: Callable[[], Any]) -> Callable[[], Any]:
-        def call() -> Any:
-            if time.monotonic() - self.at > STORAGE_VALID_FOR:
-                self.value, self.at = ask(), time.monotonic()
-            return self.value
-
-        return call
-
-    def async_call(self, ask: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
-        async def call() -> Any:
-            if time.monotonic() - self.at > STORAGE_VALID_FOR:
-                self.value, self.at = await ask(), time.monotonic()
-            return self.value
-
-        return call
 
 
 @asynccontextmanager

@@ -55,22 +55,18 @@ def flow_run_id() -> str | None:
     return None if context is None or context.flow_run is None else str(context.flow_run.id)
 
 
-async def label_flow_run(*, name: str | None = None, tag: str | None = None) -> None:
-    """Rename the flow run around this call, or add a tag to it. It does without where the Prefect API is away."""
+async def label_flow_run(*, name: str) -> None:
+    """Rename the flow run around this call. It does without where the Prefect API is away."""
     context = FlowRunContext.get()
-    if context is None or context.flow_run is None:
+    flow_run = None if context is None else context.flow_run
+    if flow_run is None or name == flow_run.name:  # an earlier attempt of it has done so
         return
-    flow_run, tags = context.flow_run, None
-    if tag is None and name == flow_run.name:
-        return  # an earlier attempt of it has done so
     try:
         async with get_client() as client:
-            if tag is not None:  # others may have added some since it began
-                tags = list(dict.fromkeys([*(await client.read_flow_run(flow_run.id)).tags, tag]))
-            await client.update_flow_run(flow_run.id, name=name, tags=tags)
-        flow_run.name, flow_run.tags = name or flow_run.name, flow_run.tags if tags is None else tags
+            await client.update_flow_run(flow_run.id, name=name)
+        flow_run.name = name
     except (httpx.HTTPError, PrefectException) as error:
-        run_logger().debug("The flow run could not be labelled: %s", error)
+        run_logger().debug("The flow run could not be renamed: %s", error)
 
 
 def contexts_around(kind: type[ContextT]) -> list[ContextT]:
@@ -160,12 +156,11 @@ async def request_soon(
     one_at_a_time: bool = True,
     again: Callable[[Exception], bool] = is_transient,
 ) -> httpx.Response:
-    """Make one request, again and again while the Prefect API is away or busy. Prefect's client sleeps 2 s after a 503.
+    """Make one request, again and again while the Prefect API is away or busy, for `give_up_after` seconds. Prefect's
+    client sleeps 2 s after a 503.
 
     Args:
-        client: Prefect's client.
-        method, path, json: The request.
-        give_up_after: Seconds.
+        client, method, path, json, give_up_after: The request.
         one_at_a_time: False for a request that the server never refuses because of another one.
         again: Tells which errors are worth another attempt.
 

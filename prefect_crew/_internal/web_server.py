@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import sys
@@ -50,10 +51,7 @@ def print_line(line: str) -> None:
 class WebServer(uvicorn.Server):
     """uvicorn without logs, which stops at once. In the main thread it ends at SIGINT and SIGTERM.
 
-    Args:
-        app: What is served.
-        on_started: Called once requests are answered.
-        options: More options of `uvicorn.Config`.
+    `on_started` is called once requests are answered; `options` are more options of `uvicorn.Config`.
     """
 
     def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None, **options: Any) -> None:
@@ -72,11 +70,7 @@ class WebServer(uvicorn.Server):
         self._stop_event.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and say so.
-
-        Raises:
-            RuntimeError: The application does not start; the log says why.
-        """
+        """Start, and say so, or raise a RuntimeError."""
         await super().startup(sockets)
         if not self.started:  # older uvicorns return from a start that failed
             raise RuntimeError("The application does not start; the log says why.")
@@ -84,13 +78,11 @@ class WebServer(uvicorn.Server):
 
     async def main_loop(self) -> None:
         """Return once the server is to stop. uvicorn's own loop looks only every 0.1 s."""
-        ticks = asyncio.ensure_future(super().main_loop())
-        stop = asyncio.ensure_future(self._stop_event.wait())
-        try:
-            await asyncio.wait((ticks, stop), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ticks.cancel()
-            stop.cancel()
+        for tick in itertools.count():
+            if await self.on_tick(tick):
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_event.wait(), 0.1)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close all connections, those with a request in work as soon as it is answered. uvicorn would sleep

@@ -15,7 +15,7 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH
 from prefect_crew.batches.runner import Runner
 from prefect_crew.exceptions import BatchCancelledError
-from prefect_crew.runs.stop import cancellation_asked, end_as_cancelled, is_cancelled, watch_ctrl_c
+from prefect_crew.runs.stop import cancellation_asked, is_cancelled, watch_ctrl_c
 
 TICK = 1.0
 """Seconds between two looks at how the batch stands."""
@@ -55,8 +55,6 @@ async def run_until_cancelled(
             await _tick_during(work, tick, own)
             if not work.done():
                 await _end(runner, work, tick, name, on_cancel)
-                if own is not None:
-                    await end_as_cancelled(own)
                 raise BatchCancelledError(name=name)
         except asyncio.CancelledError:
             if not work.done():

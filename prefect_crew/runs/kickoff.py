@@ -20,7 +20,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.telemetry import count_uncertain
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_delay, kickoff_fate, post_deadline
-from prefect_crew.client.inputs import STATE_ID, encode_inputs, inputs_digest, is_uuid, missing_inputs, unknown_inputs
+from prefect_crew.client.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import holds_secret, withholding
 from prefect_crew.crew import Crew, CrewSession, open_session
@@ -44,9 +44,8 @@ from prefect_crew.records.keys import RunIdentity, identify
 from prefect_crew.records.model import InputMarks, Lease, RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.owners import crash_dead_owner
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.limits import take_slots
+from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
-from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.run import OpenRun, no_kickoff_left
 from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked, watch_ctrl_c
 from prefect_crew.settings import CrewSettings
@@ -156,10 +155,8 @@ class _Claim(Started):
 
 
 class ClaimLostError(Exception):
-    """The claim is not ours any more, was decided by what is not on record any more, or was not used in time.
-
-    Nothing was sent since.
-    """
+    """The claim is not ours any more, was decided by what is on record no more, or was not used in time. Nothing was
+    sent since."""
 
 
 @cancelled_once
@@ -170,17 +167,10 @@ async def start_run(
     *,
     check: Callable[[], Awaitable[None]] | None = None,
 ) -> Started:
-    """Find the run of an idempotency key, or start it.
+    """Find the run of an idempotency key, or start it. Raises as `run_crew`.
 
-    Args:
-        start: What is to be started.
-        records: The store of records.
-        session: A client for the crew.
-        check: Raises a CrewError where the kickoff would be in vain. It is called once the claim stands: a run that is
-            found needs no check, and costs the crew's server no request.
-
-    Raises:
-        CrewError: As `open_run`.
+    `check` raises a CrewError where the kickoff would be in vain. It is called once the claim stands: a run that is
+    found needs no check, and costs the crew's server no request.
     """
     loop = asyncio.get_running_loop()
     until = None
@@ -355,11 +345,8 @@ async def _post_until_taken(
 ) -> None:
     """Post a claimed run and write its id down; POST again only what surely did not start a run.
 
-    `lease` is the claim's.
-
     Raises:
-        ClaimLostError: Somebody else has resolved the claim, or its kickoff was not sent in time and it is given back.
-            Nothing was posted since.
+        ClaimLostError: Somebody else has resolved the claim, or its kickoff was not sent in time. Nothing was posted.
         KickoffUncertainError: It was posted, and nobody knows what became of it. That is on record.
         CrewError: It surely did not start a run. The claim is given back.
     """
@@ -567,26 +554,11 @@ async def open_run(
     restore_from: str | UUID | None = None,
     inside_own_task: bool = False,
 ) -> OpenRun:
-    """Find the run of a key, or start it. What it returns has a kickoff id.
+    """Find the run of a key, or start it. What it returns has a kickoff id. Raises as `run_crew`.
 
-    An open session is used, and stays open; its giver has checked the options.
-
-    Raises:
-        ConfigurationError: The inputs cannot be sent, or the idempotency key cannot be used; nothing was started.
-        InvalidInputsError: Inputs are missing or unknown; nothing was started.
-        IdempotencyConflictError: The key belongs to another crew or other inputs; nothing was started.
-        BudgetExceededError: A budget has no room for another run; nothing was started.
-        KickoffUncertainError: A kickoff was sent and nobody knows whether it started a run.
-        CrewConnectionError, RateLimitedError, ServerError: The kickoff surely did not start a run; it may be retried.
-        CrewAPIError: The server refused it; nothing was started.
+    An open session is used, and stays open. The caller has checked the options.
     """
-    session = crew if isinstance(crew, CrewSession) else None
-    if isinstance(crew, CrewSession):
-        crew = crew.crew
-    else:
-        check_choices(
-            idempotency_key=idempotency_key, name=name, meta=meta, webhooks=webhooks, restore_from=restore_from
-        )
+    given, crew = crew, crew.crew if isinstance(crew, CrewSession) else crew
     try:
         encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     except (TypeError, ValueError) as error:
@@ -601,21 +573,41 @@ async def open_run(
     start = Start(crew, identity, encoded, digest, name, meta, webhooks, force_new, state)
     inputs = crew.sealed(inputs)
     del encoded, meta, webhooks
+    if is_known_cancelled(identity.caller.flow_run_id):
+        # A flow that catches the end of one wait must not go on starting runs.
+        raise CrewError(f"Flow run {identity.caller.flow_run_id} was cancelled, so no run was started.")
     records = PrefectRecords()
-    slots = await take_slots(crew) if crew.concurrency_limit and await _may_start(start, records) else None
-    if slots is not None:
+    if (slots := await _slot_for(start, records)) is not None:
         start = replace(start, slot=str(slots.lease))
+    if start.settings.webhook_url:
+        subscribe()
     try:
-        async with nullcontext() if slots is None else slots.kept():
-            run = await _start_and_open(start, records, session)
-    except KickoffUncertainError:
-        raise  # it may be in flight, and counts until its slot's lease ends
+        async with (
+            nullcontext() if slots is None else slots.kept(),
+            open_session(given if isinstance(given, CrewSession) else crew) as session,
+        ):
+            # Open as long as the POST may be in flight, so that a Ctrl-C then stops what it started.
+            with watch_ctrl_c(), withholding(crew.redactor(start.inputs)):
+                started = await start_run(start, records, session, check=lambda: check_inputs(session, start))
+            known = session.crew.hiding(crew.secret_inputs, texts=crew.hidden)
     except CrewError as error:
-        if slots is not None:
+        error.about(identity.idempotency_key, crew.label)
+        # An uncertain one may be in flight, and counts until its slot's lease ends.
+        if slots is not None and not isinstance(error, KickoffUncertainError):
             await slots.release()
         if isinstance(error, BudgetExceededError):
             await note_exceeded(error, crew)
         raise
+    record = started.record
+    run = OpenRun(
+        known,
+        str(record.kickoff_id),
+        record,
+        start.inputs,
+        owned=started.is_new,
+        meta=start.meta,
+        webhooks=start.webhooks,
+    )
     if run.owned:
         problem = await run.artifact.create(run.view(None))
         if problem:
@@ -623,49 +615,21 @@ async def open_run(
     else:
         if slots is not None:
             await slots.release()
-        if run.record is not None:
-            await crash_dead_owner(run.record)
+        await crash_dead_owner(record)
+        had_ended = record.ended_at is not None and record.ended_at <= start.asked_at
+        if started.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and had_ended:
+            run.advice = no_kickoff_left(crew)
     run.notify(None)
     return run
 
 
-async def _may_start(start: Start, records: RecordStore) -> bool:
-    """Return whether a call may start a run, and so needs a slot: what is in flight or completed needs none."""
+async def _slot_for(start: Start, records: RecordStore) -> Slots | None:
+    """Take a slot of the crew's limit for a call that may start a run: what is in flight or completed needs none."""
+    if start.crew.concurrency_limit is None:
+        return None
     latest = latest_start(await records.attempts(start.identity.idempotency_key))
-    if latest is None or start.force_new:
-        return True
-    return latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED
-
-
-async def _start_and_open(start: Start, records: RecordStore, session: CrewSession | None) -> OpenRun:
-    crew, identity = start.crew, start.identity
-    if is_known_cancelled(identity.caller.flow_run_id):
-        # A flow that catches the end of one wait must not go on starting runs.
-        raise CrewError(f"Flow run {identity.caller.flow_run_id} was cancelled, so no run was started.")
-    if start.settings.webhook_url:
-        subscribe()
-    async with open_session(session or crew) as session:
-        # Open as long as the POST may be in flight, so that a Ctrl-C then stops what it started.
-        with watch_ctrl_c(), withholding(crew.redactor(start.inputs)):
-            try:
-                started = await start_run(start, records, session, check=lambda: check_inputs(session, start))
-            except CrewError as error:
-                error.about(identity.idempotency_key, crew.label)
-                raise
-        record = started.record
-        run = OpenRun(
-            session.crew.hiding(crew.secret_inputs, texts=crew.hidden),
-            str(record.kickoff_id),
-            record,
-            start.inputs,
-            owned=started.is_new,
-            meta=start.meta,
-            webhooks=start.webhooks,
-        )
-    had_ended = record.ended_at is not None and record.ended_at <= start.asked_at
-    if started.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and had_ended:
-        run.advice = no_kickoff_left(crew)
-    return run
+    failed = latest is None or (latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED)
+    return await take_slots(start.crew) if failed or start.force_new else None
 
 
 async def check_inputs(session: CrewSession, start: Start) -> None:
@@ -673,8 +637,7 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
 
     Raises:
         InvalidInputsError: Some are missing, or the crew does not name them and extra ones are not allowed.
-        AuthenticationError: The token is refused, also after a reload of a stored block.
-        ConfigurationError: The crew's price is that of a model which nobody knows.
+        AuthenticationError, ConfigurationError: The token is refused; the price is that of a model nobody knows.
     """
     if start.crew.price is not None:
         start.crew.price.check()
@@ -696,11 +659,4 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
             before_kickoff=True,
             method="GET",
             path="/inputs",
-        )
-    if (state_id := start.inputs.get(STATE_ID)) is not None and not is_uuid(state_id):
-        # Not refused: a crew that is not a Flow may well have an input of that name.
-        run_logger().warning(
-            "The input %s is not a UUID. A Flow takes it for the id of its state and refuses the run; a crew takes "
-            "it as any other input.",
-            STATE_ID,
         )

@@ -17,11 +17,10 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
 from prefect.exceptions import ObjectNotFound, PrefectException
 
-from prefect_crew._internal.prefect_api import flow_run_id, lock_here, run_logger
+from prefect_crew._internal.prefect_api import lock_here, run_logger
 from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -40,11 +39,10 @@ _LOCKED, _GONE = 423, 410
 
 @dataclass
 class Slots:
-    """Slots that are held. `lease` changes where one ran out and another was taken in its place."""
+    """Slots that are held, under one lease."""
 
     crew: Crew
     lease: UUID
-    count: int = 1
 
     async def renew(self) -> bool:
         """Hold them for another lease; False if it has run out."""
@@ -65,11 +63,7 @@ class Slots:
             async with get_client() as client:
                 await client.release_concurrency_slots_with_lease(self.lease)
         except (httpx.HTTPError, PrefectException) as error:
-            run_logger().debug(
-                "The slots of %s could not be released and are free when their lease ends: %s",
-                self.crew.label,
-                error,
-            )
+            run_logger().debug("The slots of %s are free when their lease ends: %s", self.crew.label, error)
 
     @asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
@@ -83,26 +77,19 @@ class Slots:
             await asyncio.wait({renewing})
 
     async def _renew_on(self) -> None:
-        has_warned = False
-        while True:
+        held = True
+        while held:
             await asyncio.sleep(RENEW)
             try:
-                if await self.renew():
-                    continue
-                again = await _taken(self.crew, self.count)
+                held = await self.renew()
             except (httpx.HTTPError, PrefectException) as error:
                 run_logger().debug("The slots of crew %s could not be renewed now: %s", self.crew.label, error)
-                continue
-            if again is not None:
-                self.lease = again
-            elif not has_warned:
-                has_warned = True
-                run_logger().warning(
-                    "The slots of crew %s in the concurrency limit %s were lost and others have taken them: for now "
-                    "more of its runs are in flight than the limit allows.",
-                    self.crew.label,
-                    self.crew.concurrency_limit,
-                )
+        run_logger().warning(
+            "The slots of crew %s in the concurrency limit %s were lost: for now more of its runs may be in flight "
+            "than the limit allows.",
+            self.crew.label,
+            self.crew.concurrency_limit,
+        )
 
 
 async def take_slots(crew: Crew, count: int = 1) -> Slots | None:
@@ -119,13 +106,12 @@ async def take_slots(crew: Crew, count: int = 1) -> Slots | None:
         async with lock_here(f"limit {crew.concurrency_limit}"):
             while (lease := await _taken(crew, count)) is None:  # noqa: ASYNC110  the server tells nobody
                 await asyncio.sleep(random.uniform(*LOOK_AGAIN))  # noqa: S311  no secret
-    return Slots(crew, lease, count)
+    return Slots(crew, lease)
 
 
 async def _taken(crew: Crew, count: int) -> UUID | None:
     """Return the lease of slots that are free, None if there are not enough."""
     assert crew.concurrency_limit is not None  # noqa: S101  the callers looked
-    own = flow_run_id()
     async with get_client() as client:
         try:
             response = await client.increment_concurrency_slots_with_lease(
@@ -133,7 +119,6 @@ async def _taken(crew: Crew, count: int) -> UUID | None:
                 slots=count,
                 mode="concurrency",
                 lease_duration=LEASE,
-                holder=None if own is None else ConcurrencyLeaseHolder(type="flow_run", id=UUID(own)),
             )
         except httpx.HTTPStatusError as error:
             if error.response.status_code != _LOCKED:
@@ -154,29 +139,18 @@ def missing_limit(crew: Crew) -> ConfigurationError:
     )
 
 
-@asynccontextmanager
-async def slot_of(crew: Crew, record: RunRecord | None) -> AsyncGenerator[Slots | None]:
-    """Keep the slot of a run that is waited for, or one in its place if there is a free one. The caller gives it back.
+async def slot_of(crew: Crew, record: RunRecord | None) -> Slots | None:
+    """Return the slot of a run that is waited for, or one in its place if there is a free one. The caller keeps it.
 
     A run in flight that finds no free slot is waited for all the same, and so is one of a crew whose limit is gone.
     """
-    slots = None
-    if crew.concurrency_limit is not None:
-        try:
-            slots = await _found(crew, record)
-        except (httpx.HTTPError, PrefectException, ConfigurationError) as error:
-            run_logger().warning("A run of crew %s in flight counts against no limit: %s", crew.label, error)
-    if slots is None:
-        yield None
-        return
-    async with slots.kept():
-        yield slots
-
-
-async def _found(crew: Crew, record: RunRecord | None) -> Slots | None:
-    if record is not None and record.slot is not None:
-        slots = Slots(crew, UUID(record.slot))
-        if await slots.renew():
-            return slots
-    lease = await _taken(crew, 1)
-    return None if lease is None else Slots(crew, lease)
+    try:
+        if record is not None and record.slot is not None:
+            slots = Slots(crew, UUID(record.slot))
+            if await slots.renew():
+                return slots
+        lease = await _taken(crew, 1)
+        return None if lease is None else Slots(crew, lease)
+    except (httpx.HTTPError, PrefectException, ConfigurationError) as error:
+        run_logger().warning("A run of crew %s in flight counts against no limit: %s", crew.label, error)
+        return None

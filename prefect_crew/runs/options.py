@@ -43,14 +43,13 @@ def check_choices(**choices: Any) -> None:
         wanted, fits = _CHOICES[name]
         if given is not None and not fits(given):
             # A text that was meant for a choice is shown; of anything else the type says enough, and holds no secret.
-            shown = repr(given[:40]) if name in ("review", "restore_from") and isinstance(given, str) else _kind(given)
-            raise ConfigurationError(f"{name} is {shown}; it has to be {wanted}. Nothing was started.")
-        if wanted == "a text" and given is not None and any("\ud800" <= letter <= "\udfff" for letter in given):
+            shown = repr(given[:40]) if name in ("review", "restore_from") and isinstance(given, str) else None
+            kind = (
+                f"the class {given.__name__}" if isinstance(given, type) else f"a value of type {type(given).__name__}"
+            )
+            raise ConfigurationError(f"{name} is {shown or kind}; it has to be {wanted}. Nothing was started.")
+        if isinstance(given, str) and any("\ud800" <= letter <= "\udfff" for letter in given):
             raise ConfigurationError(
                 f"{name} {given!r} holds half a character (a lone surrogate), which cannot be stored. Nothing was "
                 "started."
             )
-
-
-def _kind(given: Any) -> str:
-    return f"the class {given.__name__}" if isinstance(given, type) else f"a value of type {type(given).__name__}"

@@ -144,12 +144,10 @@ async def poll(
     Args:
         look: Makes one status call.
         kickoff_id, crew, idempotency_key: The run, for the errors.
-        policy: How to wait.
+        policy, watcher: How to wait, and who gets what is seen.
         phases: When the run was kicked off, and what people have taken so far. It is changed as the wait goes on.
-        watcher: Gets what is seen.
         first_look: Look at once instead of after `initial` seconds: for a run that was kicked off some time ago.
-        now: The clock that `phases` is in, in seconds.
-        rng: Numbers in [0, 1) for the jitter.
+        now, rng: The clock that `phases` is in, in seconds, and numbers in [0, 1) for the jitter.
 
     Raises:
         CrewTimeoutError: A budget of the policy is over. The run may go on.
@@ -180,28 +178,25 @@ async def poll(
         state.count_waiting(waits=False)
 
 
+@dataclass
 class _Poll:
     """The state of one `poll` between its looks."""
 
-    def __init__(
-        self,
-        names: dict[str, Any],
-        policy: WaitPolicy,
-        phases: Phases,
-        watcher: Watcher,
-        now: Callable[[], float],
-        rng: Callable[[], float],
-    ) -> None:
-        self.names, self.policy, self.phases, self.watcher = names, policy, phases, watcher
-        self.now, self.rng = now, rng
-        self.delays = poll_delays(policy, rng)
-        self.began = now()
-        self.seen: CrewState | None = None
-        self.unknown = 0
-        self.waits = False
-        self.failing_for = 0.0
-        """Seconds that failed looks have cost since the last good answer."""
-        self.failed_at: float | None = None
+    names: dict[str, Any]
+    policy: WaitPolicy
+    phases: Phases
+    watcher: Watcher
+    now: Callable[[], float]
+    rng: Callable[[], float]
+    seen: CrewState | None = None
+    unknown: int = 0
+    waits: bool = False
+    failing_for: float = 0.0
+    """Seconds that failed looks have cost since the last good answer."""
+    failed_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.delays, self.began = poll_delays(self.policy, self.rng), self.now()
 
     @property
     def left(self) -> tuple[str, float, float] | None:
@@ -277,13 +272,7 @@ class _Poll:
     async def timed_out(self, left: tuple[str, float, float]) -> CrewTimeoutError:
         phase, budget, _ = left
         stopped = await self.watcher.stop(phase)
-        return CrewTimeoutError(
-            **self.names,
-            phase=phase,
-            budget=budget,
-            last_state=self.last,
-            stopped=stopped,
-        )
+        return CrewTimeoutError(**self.names, phase=phase, budget=budget, last_state=self.last, stopped=stopped)
 
     @property
     def last(self) -> str | None:

@@ -12,12 +12,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
-from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ValidationError
-from yaml.representer import Representer, SafeRepresenter
 
-from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.run import TASKS_CAP, RunArtifact, RunView
 from prefect_crew.artifacts.telemetry import end_run, is_tracing
 from prefect_crew.client.models import CrewResult, CrewStatus
@@ -72,6 +70,11 @@ class OpenRun:
     def idempotency_key(self) -> str | None:
         """Its idempotency key, where a record holds it."""
         return None if self.record is None else self.record.idempotency_key
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What errors call it."""
+        return {"kickoff_id": self.kickoff_id, "crew": self.crew.label, "idempotency_key": self.idempotency_key}
 
     def as_argument(self, name: str | None = None) -> str:
         """Return its key or its id as an argument of a command, with its crew where that is not a stored block."""
@@ -223,11 +226,6 @@ def how_found(kickoff_id: object) -> str | None:
     return "from-record" if kickoff_id.run.record.phase is RecordPhase.ENDED else "reattached"
 
 
-# PyYAML refuses a subclass of str that was not registered.
-for _representer in (SafeRepresenter, Representer):
-    _representer.add_representer(KickoffId, lambda dumper, kickoff_id: dumper.represent_str(str(kickoff_id)))
-
-
 async def find_run(
     crew: Crew, kickoff_id: str, idempotency_key: str | None = None, *, to_wait: bool = False
 ) -> OpenRun:
@@ -330,15 +328,13 @@ def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:
 
 
 def next_step(run: OpenRun) -> str:
-    """Return what follows the failure of a run, and what a person can do about it."""
+    """Return what a person can do about the failure of a run."""
     if run.advice is not None or run.record is None:
         return run.advice or "Correct the crew, then start another run."
-    which = f"This was {run.attempt} under its key."
+    more = "A retry of what called it, or a call with the same key, starts the crew again."
     if run.record.attempt >= run.crew.max_kickoffs:
-        return f"{which} {_more_kickoffs(run.crew.label)}"
-    if _has_retries_left():
-        return f"{which} Prefect has retries left for what called it, and a retry starts the crew again."
-    return f"{which} It is not started again by itself: retry the flow run, or run again with the same key."
+        more = _more_kickoffs(run.crew.label)
+    return f"This was {run.attempt} under its key. {more}"
 
 
 def no_kickoff_left(crew: Crew) -> str:
@@ -357,22 +353,8 @@ def _more_kickoffs(crew: str) -> str:
     )
 
 
-def _has_retries_left() -> bool:
-    """Return whether Prefect has retries left of a flow or a task around this call, this package's tasks aside."""
-    around: list[tuple[Any, Any]]
-    tasks = [one for one in contexts_around(TaskRunContext) if not type(one.task).__module__.startswith("prefect_crew")]
-    around = [(one.task, one.task_run) for one in tasks]
-    around += [(one.flow, one.flow_run) for one in contexts_around(FlowRunContext)]
-    return any(owner and run and (owner.retries or 0) >= run.run_count > 0 for owner, run in around)
-
-
 def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
-    """Return the result of a completed run; whatever else a status says is raised, never returned.
-
-    Raises:
-        CrewFailedError, CrewStoppedError, CrewLostError: How the run ended.
-        CrewError: It has not ended.
-    """
+    """Return the result of a completed run; whatever else a status says is raised, never returned."""
     if status.state is CrewState.COMPLETED:
         record = run.record
         if record is not None and record.phase is RecordPhase.ENDED:
@@ -384,11 +366,7 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
 
 def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewError:
     """Return the error for a run that has no result; `error` is the crew's own as it may be shown."""
-    names: dict[str, Any] = {
-        "kickoff_id": run.kickoff_id,
-        "crew": run.crew.label,
-        "idempotency_key": run.idempotency_key,
-    }
+    names = run.names
     if state is CrewState.FAILED:
         return CrewFailedError(error=error or "", advice=next_step(run), **names)
     if state is CrewState.STOPPED:
@@ -409,19 +387,17 @@ async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
         CrewLostError: The server has forgotten the run, or the result.
         CrewError: It has not ended; or the status call failed.
     """
-    record, last = run.record, None
-    if record is not None:
-        last = str(record.state) if record.phase is RecordPhase.ENDED else "started"
-        if record.phase is RecordPhase.ENDED and record.state is not CrewState.COMPLETED:
+    record, last = run.record, None if run.record is None else "started"
+    if record is not None and record.phase is RecordPhase.ENDED:
+        last = str(record.state)
+        if record.state is not CrewState.COMPLETED:
             raise failure(run, record.state, record.error)
-        if record.phase is RecordPhase.ENDED and record.result is not None:
+        if record.result is not None:
             return record.completed(record.result.result(run.kickoff_id))
     with run.withholding():
         status = await session.call(lambda client: client.status(run.kickoff_id))
     if status.state is CrewState.UNKNOWN:
-        raise CrewLostError(
-            kickoff_id=run.kickoff_id, crew=run.crew.label, idempotency_key=run.idempotency_key, last_state=last
-        )
+        raise CrewLostError(**run.names, last_state=last)
     return result_of(run, status)
 
 

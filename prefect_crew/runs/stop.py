@@ -12,7 +12,6 @@ import os
 import signal
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -20,14 +19,11 @@ from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect import Flow, State
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
-from prefect.states import Cancelled
 
-from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client import CrewClient
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
@@ -52,22 +48,23 @@ _STOP_ASKED = "stop was asked for"
 
 
 class _Watch:
-    def __init__(self) -> None:
-        self.users = 0
-        self.pressed = False
-        self.previous: Any = None
-        self.loop: asyncio.AbstractEventLoop | None = None
+    """How many waits watch, whether Ctrl-C was pressed since the first of them began, and what handled it before."""
+
+    users = 0
+    pressed = False
+    previous: Any = None
+    loop: asyncio.AbstractEventLoop
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         first, self.pressed = not self.pressed, True
-        if first and self.loop is not None and self.previous is signal.default_int_handler:
+        if first and self.previous is signal.default_int_handler:
             # Between two steps of the loop: in the midst of one it could cut off what writes down a kickoff.
             self.loop.call_soon_threadsafe(signal.default_int_handler, signum, None)
         elif callable(self.previous):
             self.previous(signum, frame)
 
 
-_watch = _Watch()
+_watch = _Watch()  # Process-wide, as a signal's handler is.
 
 
 def started_by_runner() -> bool:
@@ -78,73 +75,59 @@ def started_by_runner() -> bool:
     return bool(os.environ.get("PREFECT__FLOW_RUN_ID") or os.environ.get("PREFECT__WORKER_NAME"))
 
 
-def ctrl_c_pressed() -> bool:
-    """Return whether Ctrl-C was pressed since the first of the waits that are under way began."""
-    return _watch.pressed
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
 @contextmanager
 def watch_ctrl_c() -> Generator[None]:
-    """Note Ctrl-C while this is open, for `ctrl_c_pressed`. The handler that was there is called as before; Python's
-    own, which raises KeyboardInterrupt wherever the program is, by the loop, and at once when pressed again.
+    """Note Ctrl-C while this is open, on an event loop. The handler that was there is called as before; Python's own,
+    which raises KeyboardInterrupt wherever the program is, by the loop, and at once when pressed again.
 
     Outside the main thread, where Python allows no handlers, it does nothing; nor under a runner or worker.
     """
-    in_main = threading.current_thread() is threading.main_thread() and not started_by_runner()
-    if in_main:
-        if _watch.users == 0:
-            _watch.pressed = False
-            _watch.previous = signal.getsignal(signal.SIGINT)
-            _watch.loop = _running_loop()
-            signal.signal(signal.SIGINT, _watch.handle)
-        _watch.users += 1
+    if threading.current_thread() is not threading.main_thread() or started_by_runner():
+        yield
+        return
+    if _watch.users == 0:
+        _watch.pressed, _watch.loop = False, asyncio.get_running_loop()
+        _watch.previous = signal.signal(signal.SIGINT, _watch.handle)
+    _watch.users += 1
     try:
         yield
     finally:
-        if in_main:
-            _watch.users -= 1
-            # Somebody may have set another handler on top, which is then theirs to keep.
-            if _watch.users == 0 and signal.getsignal(signal.SIGINT) == _watch.handle:
-                signal.signal(signal.SIGINT, _watch.previous)
-                _watch.loop = None
+        _watch.users -= 1
+        # Somebody may have set another handler on top, which is then theirs to keep.
+        if _watch.users == 0 and signal.getsignal(signal.SIGINT) == _watch.handle:
+            signal.signal(signal.SIGINT, _watch.previous)
 
 
 # Is the flow run cancelled?
 
 
-async def cancelled_runs(run_id: str | None) -> list[str]:
-    """Return which of a flow run and those around it are cancelled or being cancelled, as the server says.
+async def _is_cancelled_on_server(run_id: str | None) -> bool:
+    """Return whether a flow run, or one around it, is cancelled or being cancelled.
 
     Whoever cancels a flow means its subflows too, whose own states do not say so.
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away.
     """
-    found: list[str] = []
-    at = None if run_id is None else UUID(run_id)
+    if run_id is None:
+        return False
+    at: UUID | None = UUID(run_id)
     async with get_client() as client:
         while at is not None:
             try:
                 flow_run = await client.read_flow_run(at)
+                if flow_run.state is not None and (flow_run.state.is_cancelling() or flow_run.state.is_cancelled()):
+                    return True
                 parent = flow_run.parent_task_run_id
                 at = None if parent is None else (await client.read_task_run(parent)).flow_run_id
             except ObjectNotFound:
                 break
-            if flow_run.state is not None and (flow_run.state.is_cancelling() or flow_run.state.is_cancelled()):
-                found.append(str(flow_run.id))
-    return found
+    return False
 
 
 # When the server was last asked about an attempt of a flow run, and what it said. Process-wide: many waits of one flow
 # run ask once together, and a flow that goes on after its cancellation starts nothing more.
-_asked: OrderedDict[tuple[str, int], tuple[float, bool]] = OrderedDict()
+_asked: dict[tuple[str, int], tuple[float, bool]] = {}
 
 
 def _attempt(run_id: str) -> tuple[str, int]:
@@ -166,68 +149,22 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
     API that is away is not a cancellation.
     """
     if run_id is None or started_by_runner():
-        # A runner sends a signal, and ends the run itself.
+        # A runner sends a signal.
         return False
     key, now = _attempt(run_id), time.monotonic()
     at, cancelled = _asked.setdefault(key, (now, False))
     if cancelled or now - at < (LOOK_EVERY if every is None else every):
         return cancelled
     _asked[key] = now, False
-    _asked.move_to_end(key)
-    while len(_asked) > 1000:
-        _asked.popitem(last=False)
+    if len(_asked) > 1000:
+        del _asked[next(iter(_asked))]
     try:
         async with asyncio.timeout(LOOK_WITHIN):
-            cancelled = bool(await cancelled_runs(run_id))
+            cancelled = await _is_cancelled_on_server(run_id)
     except (httpx.HTTPError, PrefectException, TimeoutError):
         return False
     _asked[key] = time.monotonic(), cancelled
     return cancelled
-
-
-async def end_as_cancelled(run_id: str) -> None:
-    """Let a flow run, and those around it that are being cancelled, end as Cancelled, since no runner ends them.
-
-    Prefect's engine would write Failed or Completed over Cancelled when the flow's function ends: so a hook sets it
-    after that.
-    """
-    try:
-        runs = {run_id, *await cancelled_runs(run_id)}
-        for context in contexts_around(FlowRunContext):
-            if context.flow is not None and context.flow_run is not None and str(context.flow_run.id) in runs:
-                runs.remove(str(context.flow_run.id))
-                _end_by_hook(context.flow, context.flow_run)
-        for one in runs:
-            await _set_cancelled(UUID(one))
-    except (httpx.HTTPError, PrefectException) as error:
-        run_logger().warning("This flow run stays in Cancelling: %s", error)
-
-
-def _end_by_hook(flow: Flow[Any, Any], own: FlowRun) -> None:
-    # A run that is Cancelling stays so when the engine proposes an end, and Prefect calls the hooks of that.
-    places = (flow.on_cancellation_hooks, flow.on_failure_hooks, flow.on_completion_hooks, flow.on_crashed_hooks)
-    name = f"end {own.id} as cancelled"
-    if any(getattr(hook, "__name__", "") == name for hook in places[0]):
-        return
-
-    async def end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-        del flow, state
-        if flow_run.id == own.id:
-            for hooks in places:
-                hooks.remove(end)
-            # A wait that ends after its flow leaves a hook, which is not to cancel the next attempt.
-            if flow_run.run_count == own.run_count:
-                await _set_cancelled(own.id)
-
-    end.__name__ = name
-    for hooks in places:
-        hooks.append(end)
-
-
-async def _set_cancelled(run_id: UUID) -> None:
-    message = "The wait for a crew ended with the cancellation of the flow run."
-    async with get_client() as client:
-        await client.set_flow_run_state(run_id, Cancelled(message=message), force=True)
 
 
 async def cancellation_asked(own: str | None) -> bool:
@@ -236,7 +173,7 @@ async def cancellation_asked(own: str | None) -> bool:
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away.
     """
-    return (ctrl_c_pressed() and not started_by_runner()) or bool(await cancelled_runs(own))
+    return (_watch.pressed and not started_by_runner()) or await _is_cancelled_on_server(own)
 
 
 # Stop the crew
@@ -267,56 +204,52 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
 
     Raises nothing but a further cancellation.
     """
-    try:
-        # Not `asyncio.timeout`: in a task that was cancelled, Python before 3.11.3 raises CancelledError for it.
-        return await asyncio.wait_for(_stop_if_asked(session, record, records), STOP_WITHIN)
-    except (CrewError, httpx.HTTPError, PrefectException, TimeoutError) as error:
-        run_logger().warning(
-            "Crew run %s could not be stopped (%s: %s): it continues at %s.",
-            record.kickoff_id,
-            type(error).__name__,
-            error,
-            record.crew_url,
-        )
-        return False
 
-
-async def _stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
-    log, own = run_logger(), flow_run_id()
-    if not await cancellation_asked(own):
+    async def stop() -> bool:
+        if await cancellation_asked(flow_run_id()):
+            return not await others_wait(record) and await stop_once(session, record, records)
         log.warning(
-            "Crew run %s is left running at %s: nobody asked to stop it. A retry of this flow run, or a call "
-            "with idempotency key %r, waits for it again.",
+            "Crew run %s is left running at %s: nobody asked to stop it. A retry of this flow run, or a call with "
+            "idempotency key %r, waits for it again.",
             record.kickoff_id,
             record.crew_url,
             record.idempotency_key,
         )
         return False
-    if others := await PrefectRecords().other_waiters(record, own):
-        log.warning("Crew run %s is left running: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
-        return False
-    answer = await stop_once(session, record)
-    await close_stopped(session.client, session.crew, record, answer, records)
-    return answer.accepted
 
-
-async def stop_once(session: CrewSession, record: RunRecord) -> StopAnswer:
-    """Ask the crew's server to stop a run, once, and say in the log what came of it."""
-    kickoff_id = str(record.kickoff_id)
-    answer = await session.call(lambda client: client.stop(kickoff_id))
     log = run_logger()
+    try:
+        # Not `asyncio.timeout`: in a task that was cancelled, Python before 3.11.3 raises CancelledError for it.
+        return await asyncio.wait_for(stop(), STOP_WITHIN)
+    except (CrewError, httpx.HTTPError, PrefectException, TimeoutError) as error:
+        kind = type(error).__name__
+        text = "Crew run %s could not be stopped (%s: %s): it continues at %s."
+        log.warning(text, record.kickoff_id, kind, error, record.crew_url)
+        return False
+
+
+async def others_wait(record: RunRecord) -> bool:
+    """Return whether a flow run other than this one waits for a run, which is then not stopped; say so in the log."""
+    others = await PrefectRecords().other_waiters(record, flow_run_id())
+    if others:
+        text = "Crew run %s is left running: flow run %s waits for it too."
+        run_logger().warning(text, record.kickoff_id, ", ".join(others))
+    return bool(others)
+
+
+async def stop_once(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
+    """Ask the crew's server to stop a run, once, write down what came of it, and return whether it took that."""
+    kickoff_id, log = str(record.kickoff_id), run_logger()
+    answer = await session.call(lambda client: client.stop(kickoff_id))
     if answer.accepted:
         log.info("Crew run %s was asked to stop: %s.", kickoff_id, answer.outcome)
     elif answer.outcome is StopOutcome.UNSUPPORTED:
-        log.warning(
-            "Crew run %s continues at %s: its server has no /stop. Its result is still there for idempotency key %r.",
-            kickoff_id,
-            record.crew_url,
-            record.idempotency_key,
-        )
+        text = "Crew run %s continues at %s: its server has no /stop. Idempotency key %r will have its result."
+        log.warning(text, kickoff_id, record.crew_url, record.idempotency_key)
     else:
         log.warning("Crew run %s was not stopped: %s. %s", kickoff_id, answer.outcome, answer.message or "")
-    return answer
+    await close_stopped(session.client, session.crew, record, answer, records)
+    return answer.accepted
 
 
 def stop_was_asked(record: RunRecord) -> bool:

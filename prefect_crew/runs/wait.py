@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import httpx
@@ -39,7 +39,7 @@ from prefect_crew.runs.run import (
     read_result,
     result_of,
 )
-from prefect_crew.runs.stop import close_stopped, end_as_cancelled, is_cancelled, stop_if_asked, stop_once, watch_ctrl_c
+from prefect_crew.runs.stop import is_cancelled, others_wait, stop_if_asked, stop_once, watch_ctrl_c
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -60,15 +60,9 @@ async def wait_for_run(
     output_type: type[BaseModel] | None = None,
     review: ReviewChoice | None = None,
 ) -> CrewResult:
-    """Wait until a run has ended and return its result. `review` answers when it waits for a person.
+    """Wait until a run has ended and return its result. Raises as `wait_for_crew`.
 
     An open session is used, and stays open.
-
-    Raises:
-        CrewFailedError, CrewStoppedError, CrewLostError: How it ended instead.
-        CrewTimeoutError: A time budget is over.
-        OutputTypeError: It completed, and its result does not fit `output_type`.
-        CrewError: The status call gave no answer for too long.
     """
     async with open_session(crew) as session:
         run = await find_run(session.crew, kickoff_id, idempotency_key, to_wait=True)
@@ -89,7 +83,10 @@ async def _result(waiter: _Waiter) -> CrewResult:
             finally:
                 if waiter.people is not None:
                     await waiter.people.aclose(ended=True)
-        async with slot_of(run.crew, run.record) as slots:
+        slots = await slot_of(run.crew, run.record) if run.crew.concurrency_limit else None
+        if slots is None:
+            return await waiter.wait()
+        async with slots.kept():
             over = True
             try:
                 return await waiter.wait()
@@ -99,7 +96,7 @@ async def _result(waiter: _Waiter) -> CrewResult:
                 over = ended or closed or getattr(error, "stopped", False)
                 raise
             finally:
-                if slots is not None and over:
+                if over:
                     await slots.release()
 
 
@@ -129,13 +126,7 @@ class _Waiter(Watcher):
         run."""
         if asked or self.review == "form" or self.phases.human_seconds or self.phases.human_since:
             self.people = self.people or People(
-                self.run,
-                self.session,
-                self.records,
-                self.policy,
-                self.review,
-                stop=self._stop_late,
-                waker=self.waker,
+                self.run, self.session, self.records, self.policy, self.review, stop=self._stop_late, waker=self.waker
             )
 
     async def wait(self) -> CrewResult:
@@ -151,9 +142,7 @@ class _Waiter(Watcher):
                 try:
                     status = await poll(
                         self._look,
-                        kickoff_id=run.kickoff_id,
-                        crew=run.crew.label,
-                        idempotency_key=run.idempotency_key,
+                        **run.names,
                         policy=self.policy,
                         phases=self.phases,
                         watcher=self,
@@ -228,7 +217,7 @@ class _Waiter(Watcher):
             await self._show(status, force=asked)
         if self.people is not None:
             await self.people.answer()
-        if run.record is not None and not self._is_over_budget and await to_stop(run.crew, [run.record]):
+        if run.crew.budgets and not self._is_over_budget and run.record and await to_stop(run.crew, [run.record]):
             self._is_over_budget = True
             await self._stop_late()
         if await is_cancelled(self.own):
@@ -286,19 +275,15 @@ class _Waiter(Watcher):
         """Stop a run that is over its time; False where somebody else waits for it, or it cannot be stopped."""
         run, record = self.run, self.run.record
         try:
-            if record is None:
-                self._has_stopped = True
-                return (await self.session.call(lambda client: client.stop(run.kickoff_id))).accepted
-            if others := await self.records.other_waiters(record, self.own):
-                self.log.warning("Crew run %s is left running: %s wait for it too.", run.kickoff_id, others)
+            if record is not None and await others_wait(record):
                 return False
             self._has_stopped = True
-            answer = await stop_once(self.session, record)
-            await close_stopped(self.session.client, run.crew, record, answer, self.records)
+            if record is not None:
+                return await stop_once(self.session, record, self.records)
+            return (await self.session.call(lambda client: client.stop(run.kickoff_id))).accepted
         except (CrewError, httpx.HTTPError, PrefectException) as error:
             self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, self._redacted(error))
             return False
-        return answer.accepted
 
     @asynccontextmanager
     async def _noted_as_waiter(self) -> AsyncGenerator[None]:
@@ -310,22 +295,13 @@ class _Waiter(Watcher):
         try:
             await self.records.add_waiter(record, self.own)
         except (httpx.HTTPError, PrefectException) as error:
-            self.log.warning(
-                "It could not be recorded that this flow run waits for run %s: %s",
-                self.run.kickoff_id,
-                error,
-            )
+            text = "It could not be recorded that this flow run waits for run %s: %s"
+            self.log.warning(text, self.run.kickoff_id, error)
         try:
             yield
         finally:
-            try:
+            with suppress(httpx.HTTPError, PrefectException):  # a note of a flow run that has ended holds nobody up
                 await self.records.remove_waiter(record, self.own)
-            except (httpx.HTTPError, PrefectException) as error:
-                self.log.debug(
-                    "The note that this flow run waits for run %s could not be removed: %s",
-                    self.run.kickoff_id,
-                    error,
-                )
 
     async def _close(self, status: CrewStatus) -> None:
         """Write the end down, show it, tell automations: once, by whoever closes the record."""
@@ -370,17 +346,13 @@ class _Waiter(Watcher):
         return any(one.kickoff_id == self.run.kickoff_id and one.phase is RecordPhase.ENDED for one in attempts)
 
     async def _after_cancellation(self) -> CrewError:
-        """Stop the crew, see that the flow run ends as cancelled, and return the error to raise."""
+        """Stop the crew and return the error to raise. The server ends the flow run, which is Cancelling, by itself."""
         run, record = self.run, self.run.record
-        stopped = record is not None and await stop_if_asked(self.session, record, self.records)
-        if self.own is not None:
-            await end_as_cancelled(self.own)
-        label, kickoff_id = run.crew.label, run.kickoff_id
-        if stopped:
-            return CrewStoppedError(kickoff_id=kickoff_id, crew=label, idempotency_key=run.idempotency_key)
+        if record is not None and await stop_if_asked(self.session, record, self.records):
+            return CrewStoppedError(**run.names)
         return CrewError(
-            f"The flow run was cancelled while it waited for run {kickoff_id} of crew {label}, which continues at "
-            f"{run.crew.url}. See what it does: prefect-crew runs inspect {shlex.quote(kickoff_id)}."
+            f"The flow run was cancelled while it waited for run {run.kickoff_id} of crew {run.crew.label}, which "
+            f"continues at {run.crew.url}. See what it does: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
         )
 
     async def _show(self, status: CrewStatus | None, *, force: bool = False, note: str | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prefect import flow, task
 
-from prefect_crew._internal.callables import dual, in_async_context, refuse_running_loop, run_sync
+from prefect_crew._internal.callables import dual, in_async_context, sync_version
 
 here: ContextVar[str] = ContextVar("here", default="nowhere")
 
@@ -40,24 +40,15 @@ async def test_a_thread_without_a_loop_gets_the_result():
     assert await asyncio.to_thread(answer, "who?") == "who? nowhere"
 
 
-def test_an_error_is_raised_as_it_is():
-    @dual
-    async def fail() -> None:
-        raise KeyError("x")
-
-    with pytest.raises(KeyError):
-        fail()
-
-
-def test_it_keeps_its_name_and_its_text():
-    assert (answer.__name__, answer.__doc__) == ("answer", "Say where it was asked.")
-
-
 def test_a_loop_that_runs_is_not_blocked_without_a_word():
-    refuse_running_loop("run_it", "arun_it")
+    async def arun_it() -> str:
+        return "done"
+
+    run_it = sync_version(arun_it)
+    assert (run_it.__name__, run_it()) == ("run_it", "done")
 
     async def blocked() -> None:
-        refuse_running_loop("run_it", "arun_it")
+        run_it()
 
     with pytest.raises(RuntimeError, match=r"run_it\(\) would block .* `await arun_it\(\.\.\.\)`"):
         asyncio.run(blocked())
@@ -94,15 +85,3 @@ def test_flows_and_tasks_get_what_their_kind_can_use():
     assert got.pop("thread")
     assert got == {name: f"{name} within" for name in got}
     assert len(got) == 5
-
-
-def test_run_sync_takes_the_callers_context_with_it():
-    here.set("outside")
-
-    async def inner() -> str:
-        return here.get()
-
-    async def outer() -> str:
-        return run_sync(inner())  # a loop runs in this thread, so it gets another
-
-    assert asyncio.run(outer()) == "outside"

@@ -147,15 +147,3 @@ async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(
     taken.rmdir()
     (report,) = await folder.look("batch-echo")
     assert (report["completed"], folder.files) == (1, {"done/a.csv", "done/b.csv", "done/c.csv"})
-
-
-async def test_a_batch_that_stopped_starting_rows_stays_for_the_next_run(save_crew: Any, folder: Folder):
-    server = save_crew("batch-picky", PICKY)
-    folder.receive("a.csv", "topic\nbad\n" + "".join(f"tea {number}\n" for number in range(5)))
-    stop = {"on_failure": "stop", "max_in_flight": 1}
-    await folder.look("batch-picky", options=stop)
-    assert folder.files == {"a.csv"}
-    started = server.kickoffs
-    assert started < 6
-    await folder.look("batch-picky")
-    assert (folder.files, server.kickoffs) == ({"done/a.csv"}, 6)

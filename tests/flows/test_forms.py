@@ -28,21 +28,12 @@ FLOWS = [pytest.param(one, id=one.name) for path in PATHS for one in flows_of(pa
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-def test_every_parameter_has_a_description(flow: Flow[..., Any]):
+def test_its_form_has_plain_values_that_are_described(flow: Flow[..., Any]):
+    """A block as a parameter is stored with its secret starred out, and a class not at all."""
     schema = parameter_schema(flow).model_dump()
     assert schema["properties"]
     assert {name for name, field in schema["properties"].items() if not field.get("description")} == set()
-
-
-@pytest.mark.parametrize("flow", FLOWS)
-def test_parameters_are_plain_values(flow: Flow[..., Any]):
-    """A block as a parameter is stored with its secret starred out, and a class not at all."""
-    schema = parameter_schema(flow).model_dump()
     assert not schema.get("definitions"), "a parameter is an object of its own: give its parts, or a block's name"
-
-
-@pytest.mark.parametrize("flow", FLOWS)
-def test_the_description_of_the_deployment_is_a_sentence(flow: Flow[..., Any]):
     first = inspect.getdoc(flow.fn)
     assert first is not None
-    assert first.split("\n\n")[0].endswith(".")
+    assert first.split("\n\n")[0].endswith("."), "the description of the deployment is a sentence"

@@ -13,12 +13,7 @@ from support.deployed import load_flow
 SaveCrew = Callable[..., CrewServer]
 
 
-async def test_gives_the_output_of_a_crew_that_only_its_block_names(save_crew: SaveCrew):
-    save_crew("one-crew-echo")
-    assert await load_flow("one_crew.py:one_crew")("one-crew-echo", {"text": "ciao"}) == "ciao"
-
-
-async def test_a_idempotency_key_holds_across_flow_runs(save_crew: SaveCrew):
+async def test_gives_the_output_of_a_crew_that_only_its_block_names_once_a_key(save_crew: SaveCrew):
     server = save_crew("one-crew-echo")
     one_crew = load_flow("one_crew.py:one_crew")
     for _ in range(2):

@@ -45,12 +45,6 @@ async def recover(flow_run_id: UUID, **options: int) -> str:
     return await operations.recover.with_options(retries=0)(flow_run_id, **options)
 
 
-async def test_a_crashed_run_is_scheduled_again(prefect_api: PrefectServer):
-    run = await new_run(Running(), Crashed())
-    assert await recover(run.id) == "scheduled again, attempt 2 of 3"
-    assert await state_of(run.id) == "SCHEDULED"
-
-
 async def test_the_limit_holds_over_many_crashes(prefect_api: PrefectServer):
     run = await new_run(Running(), Crashed())
     said: list[str] = []
@@ -83,12 +77,9 @@ async def test_what_is_no_crash_is_left_alone(prefect_api: PrefectServer, last: 
     assert await state_of(run.id) == last.type.value
 
 
-async def test_a_run_without_a_deployment_is_left_alone(prefect_api: PrefectServer):
+async def test_a_run_without_a_deployment_is_left_alone_and_one_that_is_gone_is_an_error(prefect_api: PrefectServer):
     run = await new_run(Running(), Crashed(), deployed=False)
     assert "no deployment" in await recover(run.id)
     assert await state_of(run.id) == "CRASHED"
-
-
-async def test_a_run_that_is_gone_fails_the_recovery_visibly(prefect_api: PrefectServer):
     with pytest.raises(ObjectNotFound):
         await recover(uuid4())

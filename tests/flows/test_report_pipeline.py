@@ -11,7 +11,6 @@ from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import CrewServer, Outcome, ProgramError, Run, load_program
 from support.deployed import ROOT, load_flow
 from support.prefect_server import environment
-from support.seen import Seen
 
 SaveCrew = Callable[..., CrewServer]
 Crews = dict[str, CrewServer]
@@ -67,30 +66,9 @@ async def test_the_flow_run_says_which_step_failed(report_crews: Crews, save_cre
     assert "the editor is out for lunch" in state.message
 
 
-async def test_the_same_idempotency_key_pays_for_nothing_again_in_another_flow_run(report_crews: Crews):
-    flow = load_flow("report_pipeline.py:report_pipeline")
-    texts = {await flow("tea", idempotency_key="report-once") for _ in range(2)}
-    assert len(texts) == 1
-    assert kickoffs(report_crews) == {"research": 1, "write": 1, "review": 1}
-
-
-def test_the_report_by_hand_has_a_page_of_its_own(report_crews: Crews, seen: Seen):
-    import asyncio
-
-    text = asyncio.run(load_flow("report_pipeline.py:report_by_hand")("oolong"))
-    page = next(one for one in seen.artifacts("report") if one["description"] == "Report on oolong")
-    assert page["data"] == text
-
-
 def test_the_weekly_one_is_retried_once_as_its_deployment_says():
     deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
     (weekly,) = [one for one in deployments if one["name"] == "weekly"]
     with environment(weekly["work_pool"]["job_variables"]["env"]):
         flow = load_flow("report_pipeline.py:report_pipeline")
     assert (flow.retries, flow.retry_delay_seconds) == (1, 60)
-
-
-def test_key_points_keep_the_points_or_else_everything():
-    key_points = load_flow("report_pipeline.py:report_by_hand").fn.__globals__["key_points"].fn
-    assert key_points("Found:\n- one\n- two\n- three", at_most=2) == "- one\n- two"
-    assert key_points("no points here") == "no points here"

@@ -5,53 +5,41 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from prefect_crew.runs.stop import ctrl_c_pressed, started_by_runner, watch_ctrl_c
+from prefect_crew.runs import stop
+from prefect_crew.runs.stop import cancellation_asked, watch_ctrl_c
 
 
 def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.fixture(autouse=True)
-def _handler_is_put_back() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def press_in_a_watch() -> bool:
-    """Return whether the press was noted; it must interrupt as well."""
-    noted = False
-    with pytest.raises(KeyboardInterrupt), watch_ctrl_c():  # noqa: PT012  what is noted is gone after it
-        try:
-            press()
-        finally:
-            noted = ctrl_c_pressed()
-    return noted
-
-
-def run_until_interrupted(coroutine: Coroutine[Any, Any, None]) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    loop = asyncio.new_event_loop()
+@contextmanager
+def handled_by(handler: Any) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, handler)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            loop.run_until_complete(coroutine)
+        yield
+        assert signal.getsignal(signal.SIGINT) is handler, "it is put back"
     finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
         signal.signal(signal.SIGINT, before)
 
 
-def test_it_is_noted_and_still_interrupts():
-    assert press_in_a_watch()
+def run_until_interrupted(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    loop = asyncio.new_event_loop()
+    with handled_by(signal.default_int_handler):
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                loop.run_until_complete(work())
+        finally:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+            loop.run_until_complete(asyncio.sleep(0))
+            loop.close()
 
 
 def test_the_loop_raises_what_would_cut_a_step_in_two():
@@ -64,7 +52,7 @@ def test_the_loop_raises_what_would_cut_a_step_in_two():
             await asyncio.sleep(0)
             steps.append("the loop had ended before")
 
-    run_until_interrupted(step())
+    run_until_interrupted(step)
     assert steps == ["to its end"]
 
 
@@ -76,53 +64,34 @@ def test_a_second_press_interrupts_at_once():
                 press()
             await asyncio.sleep(0.01)
 
-    run_until_interrupted(stubborn())
+    run_until_interrupted(stubborn)
 
 
-def test_nothing_was_pressed():
-    with watch_ctrl_c():
-        assert not ctrl_c_pressed()
-
-
-def test_a_press_from_before_is_forgotten():
-    assert press_in_a_watch()
-    with watch_ctrl_c():
-        assert not ctrl_c_pressed()
-
-
-def test_waits_within_waits_share_what_was_noted():
+async def test_waits_within_waits_share_what_was_noted_and_later_ones_forget_it():
     heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
-    try:
+    with handled_by(lambda number, _: heard.append(number)):
         with watch_ctrl_c():
+            assert not await cancellation_asked(None)
             with watch_ctrl_c():
                 press()
-                assert ctrl_c_pressed()
-            assert ctrl_c_pressed()
             with watch_ctrl_c():
-                assert ctrl_c_pressed(), "a later wait of the same time knows it too"
+                assert await cancellation_asked(None), "a later wait of the same time knows it too"
         assert heard == [signal.SIGINT], "the handler from before is called, once"
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_an_ignored_signal_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
         with watch_ctrl_c():
-            press()
-            assert ctrl_c_pressed()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+            assert not await cancellation_asked(None)
 
 
-def test_a_handler_that_somebody_sets_during_a_wait_is_kept():
-    before = signal.getsignal(signal.SIGINT)
+async def test_an_ignored_signal_stays_ignored():
+    with handled_by(signal.SIG_IGN), watch_ctrl_c():
+        press()
+        assert await cancellation_asked(None)
 
+
+async def test_a_handler_that_somebody_sets_during_a_wait_is_kept():
     def theirs(number: int, frame: Any) -> None:
         raise AssertionError("not called here")
 
+    before = signal.getsignal(signal.SIGINT)
     try:
         with watch_ctrl_c():
             signal.signal(signal.SIGINT, theirs)
@@ -131,21 +100,14 @@ def test_a_handler_that_somebody_sets_during_a_wait_is_kept():
         signal.signal(signal.SIGINT, before)
 
 
-def test_outside_the_main_thread_no_handler_is_changed():
-    handlers: list[Any] = []
-
-    def wait() -> None:
+@pytest.mark.parametrize("where", ["in a thread", "under a runner"])
+async def test_no_handler_is_changed(where: str, monkeypatch: pytest.MonkeyPatch):
+    def wait() -> Any:
         with watch_ctrl_c():
-            handlers.append(signal.getsignal(signal.SIGINT))
+            return signal.getsignal(signal.SIGINT)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    thread.join()
-    assert handlers == [signal.getsignal(signal.SIGINT)]
-
-
-def test_a_runner_is_known_by_what_it_sets(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("PREFECT__FLOW_RUN_ID", raising=False)
-    assert not started_by_runner()
-    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "5a0c")
-    assert started_by_runner()
+    if where == "under a runner":
+        monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "5a0c")
+        assert stop.started_by_runner()
+    during = await asyncio.to_thread(wait) if where == "in a thread" else wait()
+    assert during is signal.getsignal(signal.SIGINT)

@@ -102,18 +102,6 @@ async def test_what_the_platform_injects_is_no_unknown_input(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-@pytest.mark.parametrize("known", ["id", "city"])
-async def test_an_id_that_is_no_uuid_is_warned_of_and_sent(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, known: str
-):
-    server = crew_server(script({"output": "done"}, inputs=[known]))
-    run = await server.crew().trigger({known: "Lisbon", "id": "42"})
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert "The input id is not a UUID" in warning
-    assert "42" not in warning
-    assert server.run(run.kickoff_id).inputs == {known: "Lisbon"} | {"id": "42"}
-
-
 async def test_a_flow_that_refuses_its_id_has_started_nothing_and_its_message_is_shown(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(script({"output": "{{ city }}"}, inputs=["city"], flow=True)), key()
     with pytest.raises(
@@ -321,19 +309,6 @@ def test_a_refused_connection_is_tried_again_by_prefects_own_retries(crew_server
         assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
     finally:
         server.stop()
-
-
-def test_prefects_retries_send_nothing_again_that_may_have_started(crew_server: CrewServerFactory):
-    server = crew_server("echo", faults=["kickoff:drop-after-accept@1", "kickoff:500@2"])
-    eager = kickoff_crew.with_options(retries=5, retry_delay_seconds=0)
-
-    @flow
-    async def trip() -> None:
-        await eager(server.crew(), {"text": "a"})
-
-    with pytest.raises(KickoffUncertainError):
-        asyncio.run(trip())
-    assert server.requests["kickoff"] == 1
 
 
 # Keys that hold across flow runs

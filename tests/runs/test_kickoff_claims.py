@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import signal
 import uuid
 from collections.abc import Callable, Iterator
@@ -421,18 +420,6 @@ async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(
     assert "has no artifact" in caplog.text
     proxy.restore()
     assert await phases(idempotency_key) == [RecordPhase.CLAIMED]
-
-
-async def test_what_a_run_costs_the_prefect_api(crew_server: CrewServerFactory, proxy: Proxy):
-    server = crew_server("echo")
-    run = await server.crew().trigger({"text": "a"}, idempotency_key=key())
-    made = [re.sub("/[0-9a-f-]{36}", "", request) for request in proxy.requests if "/variables" in request]
-    # The claim, the second reading during the check of the inputs, the permit, whether the id is another run's, the id.
-    create, read, change = "POST /api/variables/", "POST /api/variables/filter", "PATCH /api/variables"
-    assert made == [create, read, create, read, change]
-    await run.wait_for_completion()
-    assert proxy.count("/variables") == 6
-    assert proxy.count("/flow_runs") == proxy.count("/task_runs") == 0
 
 
 async def test_without_a_new_permit_nothing_is_sent_again(crew_server: CrewServerFactory, proxy: Proxy):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy, fast_polling
@@ -123,6 +122,8 @@ def each(seen: Sequence[Seen]) -> Callable[[float], Seen]:
 def test_pauses_grow_by_the_factor_up_to_the_cap():
     policy = WaitPolicy(initial=1, factor=2, max_interval=5, jitter=0)
     assert list(itertools.islice(poll_delays(policy), 5)) == [1, 2, 4, 5, 5]
+    first_longer = WaitPolicy(initial=60, max_interval=5, jitter=0)
+    assert list(itertools.islice(poll_delays(first_longer), 3)) == [60, 5, 5]
 
 
 @given(
@@ -142,21 +143,11 @@ def test_a_pause_never_leaves_its_bounds(initial: float, factor: float, room: fl
         assert middle <= policy.max_interval
 
 
-def test_the_first_pause_may_be_longer_than_all_later_ones():
-    policy = WaitPolicy(initial=60, max_interval=5, jitter=0)
-    assert list(itertools.islice(poll_delays(policy), 3)) == [60, 5, 5]
-
-
 def test_by_default_an_end_is_seen_within_a_second_and_a_tenth_of_the_runs_time():
     policy = WaitPolicy().model_copy(update={"jitter": 0.0})
     looks = list(itertools.takewhile(lambda at: at < 300, itertools.accumulate(poll_delays(policy))))
     assert all(after - before <= 1 + before / 10 + 1e-9 for before, after in itertools.pairwise(looks))
     assert len([at for at in looks if at < 60]) <= 25
-
-
-def test_unknown_settings_are_refused():
-    with pytest.raises(ValidationError):
-        WaitPolicy(intervall=3)  # pyright: ignore[reportCallIssue]
 
 
 async def test_fast_polling_overrides_every_policy_only_while_it_is_open():
@@ -167,13 +158,6 @@ async def test_fast_polling_overrides_every_policy_only_while_it_is_open():
     slow = World(steps((1, RUNNING)))
     await slow.wait()
     assert slow.looks == [10]
-
-
-async def test_the_first_look_comes_after_the_initial_pause_and_at_once_for_a_run_that_was_found():
-    started, found = World(each([COMPLETED])), World(each([COMPLETED]))
-    await started.wait()
-    await found.wait(first_look=True)
-    assert (started.looks, found.looks) == ([10], [0])
 
 
 @pytest.mark.parametrize(("passed", "looks"), [(0, 10), (4, 6), (10, 0), (3600, 0), (-5, 10)], ids=str)
@@ -200,34 +184,140 @@ async def test_whichever_end_it_is_it_is_returned(end: CrewState):
     assert world.saw_states == [RUNNING, RUNNING, end]
 
 
-async def test_an_end_counts_although_the_clock_has_run_out():
-    world = World(each([COMPLETED]))
-    status = await world.wait(
-        STEADY.model_copy(update={"timeout": 5.0}), phases=Phases(kicked_off_at=world.started - 3600), first_look=True
-    )
-    assert status.state is COMPLETED
+# Budgets, trouble, and runs that the server does not know
 
 
-# Budgets
+@dataclass
+class Case:
+    """A run, how it is waited for, and what comes of that. `passed`: seconds from its kickoff to the wait."""
+
+    at: Callable[[float], Seen]
+    policy: dict[str, float] = field(default_factory=dict)
+    raises: type[CrewError] | None = None
+    says: str | None = None
+    looks: list[float] | None = None
+    last_look: float | None = None
+    passed: float | None = None
+    human: tuple[float, float | None] = (0.0, None)
+    human_waits: list[bool] = field(default_factory=list)
+    troubles: int | None = None
 
 
-async def test_the_last_look_falls_on_the_end_of_the_budget():
-    world = World(each([RUNNING]))
-    with pytest.raises(CrewTimeoutError) as caught:
-        await world.wait(STEADY.model_copy(update={"timeout": 25.0}))
-    assert world.looks == [10, 20, 25]
-    error = caught.value
-    assert (error.phase, error.budget, error.last_state, error.stopped) == ("running", 25, "running", False)
-    assert "Run r1 of crew travel was still running" in str(error)
-    assert "run again with idempotency key 'key-1'" in str(error)
+CASES = {
+    # First the end, then the clock.
+    "an end counts although the clock has run out": Case(each([COMPLETED]), {"timeout": 5.0}, passed=3600),
+    "the last look falls on the end of the budget": Case(
+        each([RUNNING]), {"timeout": 25.0}, CrewTimeoutError, "Run r1 of crew travel was still running", [10, 20, 25]
+    ),
+    "a timeout says how to go on": Case(
+        each([RUNNING]), {"timeout": 25.0}, CrewTimeoutError, "run again with idempotency key 'key-1'"
+    ),
+    "the timeout is of pending and running together": Case(
+        steps((20, PENDING), then=RUNNING), {"timeout": 30.0}, CrewTimeoutError, "running time limit of 30 s",
+        last_look=30,
+    ),
+    "pending has a limit of its own": Case(
+        each([PENDING]), {"timeout": 1000.0, "pending_timeout": 15.0}, CrewTimeoutError, "pending time limit of 15 s"
+    ),
+    "the limit of pending is none of running": Case(
+        steps((12, PENDING), (900, RUNNING)), {"timeout": 1000.0, "pending_timeout": 15.0}
+    ),
+    "budgets are counted from the recorded kickoff": Case(
+        each([RUNNING]), {"timeout": 100.0}, CrewTimeoutError, looks=[0, 5], passed=95
+    ),
+    "without limits it waits for ever": Case(steps((86_400, RUNNING))),
+    # People.
+    "a person's time costs only from their own budget": Case(
+        steps((30, RUNNING), (4030, WAITING), (4050, RUNNING)), {"timeout": 60.0, "human_timeout": 5000.0},
+        human_waits=[True, False],
+    ),
+    # The first round was seen from 10 to 80, so 30 seconds were left of the second, which was seen from 100.
+    "people have one budget for all their rounds": Case(
+        steps((10, RUNNING), (80, WAITING), (100, RUNNING), then=WAITING), {"human_timeout": 100.0}, CrewTimeoutError,
+        "human time limit of 100 s", last_look=130, human_waits=[True, False, True],
+    ),
+    "a turn that began before a restart goes on": Case(
+        each([WAITING]), {"human_timeout": 100.0}, CrewTimeoutError, "human time limit of 100 s", [0, 10], passed=500,
+        human=(20, 70),
+    ),
+    # What a look that fails says of the run: nothing.
+    **{
+        f"a look with {name} says nothing": Case(each([error, error, RUNNING, error, COMPLETED]), troubles=3)
+        for name, error in {
+            "500": broken(500),
+            "503": broken(503),
+            "lost connection": LOST_CONNECTION,
+            "HTML": ResponseFormatError(expected="a status", body="<html>"),
+            "405": NotFoundError(status_code=405, method="GET", path="/status/r1"),
+        }.items()
+    },
+    "a good answer refills the budget of errors": Case(
+        steps((55, broken()), (70, RUNNING), (125, broken()), (140, RUNNING)), {"error_timeout": 60.0}
+    ),
+    "errors end a wait in the end": Case(  # one good answer at 10, and failures from 20 on
+        each([RUNNING, LOST_CONNECTION]), {"error_timeout": 60.0}, CrewConnectionError, last_look=80
+    ),
+    "Retry-After is obeyed up to a cap": Case(
+        each([broken(429, 77), broken(503, 42), broken(429, 86_400), COMPLETED]), looks=[10, 87, 129, 429]
+    ),
+    "too many requests cost nothing": Case(steps((3000, broken(429)), then=COMPLETED), {"error_timeout": 60.0}),
+    "nor does the time of 429s between failures": Case(
+        steps((25, broken(500)), (900, broken(429)), (925, broken(500))), {"error_timeout": 60.0}
+    ),
+    "a budget that ends amid failures waits for an answer": Case(
+        steps((85, RUNNING), (120, broken(429)), then=COMPLETED), {"timeout": 100.0, "error_timeout": 50.0}
+    ),
+    "but not for longer than errors may take": Case(
+        steps((85, RUNNING), then=broken(429)), {"timeout": 100.0, "error_timeout": 50.0}, CrewTimeoutError,
+        last_look=150,
+    ),
+    "a restart after the budget does not give up at the first failure": Case(
+        each([broken(), LOST_CONNECTION, COMPLETED]), {"timeout": 60.0}, passed=7200
+    ),
+    "what no later look can change is raised at once": Case(
+        each([ConfigurationError("the id makes no URL")]), raises=ConfigurationError, looks=[10]
+    ),
+    "a refused token ends the wait": Case(each([RUNNING, REFUSED]), raises=AuthenticationError, looks=[10, 20]),
+    # Unknown runs.
+    "an unknown run is waited for in its grace": Case(steps((55, UNKNOWN), (70, RUNNING)), {"grace": 60.0}),
+    "an unknown run is lost after its grace": Case(
+        each([UNKNOWN]), {"grace": 60.0}, CrewLostError, "this wait never saw it", last_look=60
+    ),
+    "a run that was seen alive is lost at the second unknown": Case(
+        each([RUNNING, UNKNOWN, RUNNING, UNKNOWN, UNKNOWN]), {"grace": 3600.0}, CrewLostError, "last seen running",
+        last_look=50,
+    ),
+    "an old run that is found again gets a second look": Case(each([UNKNOWN, COMPLETED]), passed=7200),
+    "and is lost at the second": Case(each([UNKNOWN]), raises=CrewLostError, looks=[0, 10], passed=7200),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+async def test_what_comes_of_a_wait(case: Case):
+    world = World(case.at)
+    seconds, since = case.human
+    phases = Phases(world.started - (case.passed or 0), seconds, None if since is None else world.started - since)
+    waiting = world.wait(STEADY.model_copy(update=case.policy), phases=phases, first_look=case.passed is not None)
+    if case.raises is None:
+        assert (await waiting).state is COMPLETED
+    else:
+        with pytest.raises(case.raises, match=case.says):
+            await waiting
+    assert case.looks in (None, world.looks)
+    assert case.last_look in (None, world.looks[-1])
+    assert case.human_waits == world.human_waits
+    assert case.troubles in (None, world.troubles)
+    assert UNKNOWN not in world.saw_states
 
 
 @pytest.mark.parametrize("phase", ["running", "human"])
-async def test_an_error_about_a_budget_says_whether_the_crew_was_stopped(phase: str):
+async def test_an_error_about_a_budget_says_what_was_seen_last_and_whether_the_crew_was_stopped(phase: str):
     world = World(each([RUNNING]), stops=phase)
     with pytest.raises(CrewTimeoutError) as caught:
         await world.wait(STEADY.model_copy(update={"timeout": 25.0}))
-    assert caught.value.stopped is (phase == "running")
+    error = caught.value
+    assert (error.phase, error.budget, error.last_state) == ("running", 25, "running")
+    assert error.stopped is (phase == "running")
 
 
 async def test_people_may_get_more_time():
@@ -243,68 +333,11 @@ async def test_people_may_get_more_time():
     assert world.looks[-1] == 260, "seen from 10 on"
 
 
-async def test_timeout_is_pending_and_running_together():
-    world = World(steps((20, PENDING), then=RUNNING))
-    with pytest.raises(CrewTimeoutError, match="running time limit of 30 s"):
-        await world.wait(STEADY.model_copy(update={"timeout": 30.0}))
-    assert world.looks[-1] == 30
-
-
-async def test_pending_has_a_limit_of_its_own():
-    policy = STEADY.model_copy(update={"timeout": 1000.0, "pending_timeout": 15.0})
-    with pytest.raises(CrewTimeoutError, match="pending time limit of 15 s"):
-        await World(each([PENDING])).wait(policy)
-    world = World(steps((12, PENDING), (900, RUNNING)))
-    assert (await world.wait(policy)).state is COMPLETED
-
-
-async def test_budgets_are_counted_from_the_recorded_kickoff():
-    world = World(each([RUNNING]))
-    with pytest.raises(CrewTimeoutError):
-        await world.wait(
-            STEADY.model_copy(update={"timeout": 100.0}),
-            phases=Phases(kicked_off_at=world.started - 95),
-            first_look=True,
-        )
-    assert world.looks == [0, 5]
-
-
-async def test_a_persons_time_costs_only_from_their_own_budget():
-    policy = STEADY.model_copy(update={"timeout": 60.0, "human_timeout": 5000.0})
-    world = World(steps((30, RUNNING), (4030, WAITING), (4050, RUNNING)))
-    assert (await world.wait(policy)).state is COMPLETED
-    assert world.human_waits == [True, False]
-
-
-async def test_people_have_one_budget_for_all_their_rounds():
-    policy = STEADY.model_copy(update={"human_timeout": 100.0})
-    world = World(steps((10, RUNNING), (80, WAITING), (100, RUNNING), then=WAITING))
-    with pytest.raises(CrewTimeoutError) as caught:
-        await world.wait(policy)
-    assert (caught.value.phase, caught.value.budget) == ("human", 100)
-    # The first round was seen from 10 to 80, so 30 seconds were left of the second, which was seen from 100.
-    assert world.looks[-1] == 130
-
-
-async def test_a_turn_that_began_before_a_restart_goes_on():
-    phases = Phases(kicked_off_at=1_000_000 - 500, human_seconds=20, human_since=1_000_000 - 70)
-    world = World(each([WAITING]))
-    with pytest.raises(CrewTimeoutError, match="human time limit of 100 s"):
-        await world.wait(STEADY.model_copy(update={"human_timeout": 100.0}), phases=phases, first_look=True)
-    assert world.looks == [0, 10]
-    assert world.human_waits == [], "no wait for a person began or ended"
-
-
 async def test_a_persons_turn_that_ends_with_the_run_is_no_news_and_counts():
     world = World(each([WAITING, COMPLETED]))
     phases = Phases(kicked_off_at=world.started)
     await world.wait(phases=phases)
     assert (world.human_waits, phases.human_seconds) == ([True], 10)
-
-
-async def test_without_limits_it_waits_for_ever():
-    world = World(steps((86_400, RUNNING)))
-    assert (await world.wait()).state is COMPLETED
 
 
 @given(
@@ -326,122 +359,3 @@ async def test_no_wait_outlives_its_budgets(
     with contextlib.suppress(CrewTimeoutError):
         await world.wait(policy)
     assert world.looks[-1] <= timeout + human + 1
-
-
-# Trouble
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        broken(500),
-        broken(503),
-        LOST_CONNECTION,
-        ResponseFormatError(expected="a status", body="<html>"),
-        NotFoundError(status_code=405, method="GET", path="/status/r1"),
-    ],
-    ids=["500", "503", "connection", "html", "405"],
-)
-async def test_an_error_of_a_look_says_nothing_about_the_run(error: CrewError):
-    world = World(each([error, error, RUNNING, error, COMPLETED]))
-    assert (await world.wait()).state is COMPLETED
-    assert world.troubles == 3
-
-
-async def test_errors_have_a_budget_of_their_own_which_a_good_answer_refills():
-    policy = STEADY.model_copy(update={"error_timeout": 60.0})
-    world = World(steps((55, broken()), (70, RUNNING), (125, broken()), (140, RUNNING)))
-    assert (await world.wait(policy)).state is COMPLETED
-    failing = World(each([RUNNING, LOST_CONNECTION]))
-    with pytest.raises(CrewConnectionError):
-        await failing.wait(policy)
-    assert failing.looks[-1] == 80, "one good answer at 10, and failures from 20 on"
-
-
-async def test_retry_after_is_obeyed_up_to_a_cap():
-    world = World(each([broken(429, 77), broken(503, 42), broken(429, 86_400), COMPLETED]))
-    await world.wait()
-    assert world.looks == [10, 87, 129, 429]
-
-
-async def test_too_many_requests_cost_nothing():
-    world = World(steps((3000, broken(429)), then=COMPLETED))
-    assert (await world.wait(STEADY.model_copy(update={"error_timeout": 60.0}))).state is COMPLETED
-
-
-async def test_the_time_of_429s_between_failures_costs_nothing_either():
-    policy = STEADY.model_copy(update={"error_timeout": 60.0})
-    world = World(steps((25, broken(500)), (900, broken(429)), (925, broken(500))))
-    assert (await world.wait(policy)).state is COMPLETED
-
-
-async def test_a_budget_that_ends_amid_failures_waits_for_an_answer_for_the_time_of_errors():
-    policy = STEADY.model_copy(update={"timeout": 100.0, "error_timeout": 50.0})
-    back = World(steps((85, RUNNING), (120, broken(429)), then=COMPLETED))
-    assert (await back.wait(policy)).state is COMPLETED
-    away = World(steps((85, RUNNING), then=broken(429)))
-    with pytest.raises(CrewTimeoutError) as caught:
-        await away.wait(policy)
-    assert away.looks[-1] == 150
-    assert isinstance(caught.value.__cause__, RateLimitedError)
-
-
-async def test_a_restart_after_the_budget_does_not_give_up_at_the_first_failure():
-    world = World(each([broken(), LOST_CONNECTION, COMPLETED]))
-    status = await world.wait(
-        STEADY.model_copy(update={"timeout": 60.0}), phases=Phases(kicked_off_at=world.started - 7200), first_look=True
-    )
-    assert status.state is COMPLETED
-
-
-async def test_what_no_later_look_can_change_is_raised_at_once():
-    world = World(each([ConfigurationError("the id makes no URL")]))
-    with pytest.raises(ConfigurationError):
-        await world.wait()
-    assert len(world.looks) == 1
-
-
-# Tokens
-
-
-async def test_a_refused_token_ends_the_wait():
-    world = World(each([RUNNING, REFUSED]))
-    with pytest.raises(AuthenticationError):
-        await world.wait()
-
-
-# Runs that the server does not know
-
-
-async def test_an_unknown_run_is_waited_for_in_its_grace():
-    policy = STEADY.model_copy(update={"grace": 60.0})
-    world = World(steps((55, UNKNOWN), (70, RUNNING)))
-    assert (await world.wait(policy)).state is COMPLETED
-    never = World(each([UNKNOWN]))
-    with pytest.raises(CrewLostError) as caught:
-        await never.wait(policy)
-    assert never.looks[-1] == 60
-    assert caught.value.last_state is None
-    assert "this wait never saw it" in str(caught.value)
-
-
-async def test_a_run_that_was_seen_alive_is_lost_at_the_second_unknown():
-    world = World(each([RUNNING, UNKNOWN, RUNNING, UNKNOWN, UNKNOWN]))
-    with pytest.raises(CrewLostError) as caught:
-        await world.wait(STEADY.model_copy(update={"grace": 3600.0}))
-    assert len(world.looks) == 5
-    assert caught.value.last_state == "running"
-
-
-async def test_an_old_run_that_is_found_again_gets_a_second_look_before_it_is_lost():
-    old = Phases(kicked_off_at=1_000_000 - 7200)
-    world = World(each([UNKNOWN, COMPLETED]))
-    assert (await world.wait(phases=old, first_look=True)).state is COMPLETED
-    with pytest.raises(CrewLostError):
-        await World(each([UNKNOWN])).wait(phases=Phases(kicked_off_at=1_000_000 - 7200), first_look=True)
-
-
-async def test_an_unknown_run_is_not_shown_as_seen():
-    world = World(each([UNKNOWN, COMPLETED]))
-    await world.wait()
-    assert world.saw_states == [COMPLETED]

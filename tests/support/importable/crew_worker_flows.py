@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 
@@ -26,11 +25,6 @@ async def batch_in_a_subflow(crew: str, dataset: str, name: str, output: str) ->
         await arun_batch(crew, dataset, name=name, output=output)
 
     await within()
-
-
-@flow
-async def reads_a_variable() -> None:
-    get_run_logger().info("A_VARIABLE is %s", os.environ.get("A_VARIABLE"))
 
 
 @flow
