@@ -12,6 +12,7 @@ import ast
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -39,7 +40,6 @@ from support.docs import (
     read_page,
     strip_code,
 )
-from support.environment import BIN
 from support.prefect_server import PrefectServer, connected
 from support.processes import Process
 
@@ -260,8 +260,6 @@ exit 1
 
 
 def _run(tmp_path: Path, text: str) -> list[Block]:
-    import os
-
     path = tmp_path / "page.md"
     path.write_text(text)
     page = read_page(tmp_path, path)
@@ -290,6 +288,7 @@ def test_every_directive_does_what_it_says(tmp_path: Path):
         pytest.param("```python\nprint(1 / 0)\n```\n", r"page\.md:1.*ZeroDivisionError", id="failing-python"),
         pytest.param("```bash\nfalse\ntrue\n```\n", r"(?s)got 1.*failed here: false", id="failing-line"),
         pytest.param("```console\n$ echo one\ntwo\n```\n", r"(?s)does not print.*one", id="other-output"),
+        pytest.param("```bash\npip install x\n```\n", "pip is not run", id="installer"),
         pytest.param("<!-- run: raises=KeyError -->\n```python\n1\n```\n", "expected KeyError", id="raises-nothing"),
         pytest.param("```yaml\na: [\n```\n", "no yaml", id="broken-yaml"),
         pytest.param("```\nx\n```\n", "language", id="no-language"),
@@ -306,9 +305,8 @@ def test_what_is_not_true_is_found(tmp_path: Path, text: str, message: str):
 
 INTERPRETER = Path(__file__).with_name("support") / "interpreter.py"
 
-FORBIDDEN = ("apt", "apt-get", "brew", "docker", "npm", "pip", "pipx", "uv", "uvx")
-"""Programs that a page's block must not run in a test: they fetch or install."""
-
+FORBIDDEN = re.compile(r"^(apt|apt-get|brew|docker|npm|pip|pipx|uv|uvx|make) ", re.MULTILINE)
+"""Programs that a page's block must not run in a test: they fetch, install or build."""
 
 CrewStarter = Callable[[str, str, float], tuple[str, str]]
 """Starts a crew server for a page and saves its block: (block name, spec, speed) to (url, token)."""
@@ -416,13 +414,8 @@ class PageRun:
         return output
 
     def _environment(self) -> dict[str, str]:
-        bin_folder = self._scratch / "bin"
-        if not bin_folder.exists():
-            _write_programs(bin_folder)
-        given = dict(self._environment_of())
         return {
-            **given,
-            "PATH": f"{bin_folder}:{given['PATH']}",
+            **self._environment_of(),
             "COLUMNS": "120",
             "NO_COLOR": "1",
             "TERM": "dumb",
@@ -438,7 +431,7 @@ class PageRun:
     # Python
 
     def _run_python(self, block: Block, code: str) -> None:
-        if self._python is None or "fresh" in block.run:
+        if self._python is None:
             self._python = self._start([sys.executable, "-u", INTERPRETER], stdin=True)
         self._count += 1
         script = self._scratch / f"block_{self._count}.py"
@@ -461,6 +454,10 @@ class PageRun:
     # The terminal
 
     def _run_bash(self, block: Block, code: str) -> None:
+        if found := FORBIDDEN.search(code):
+            raise DocsError(
+                f"{block.where}: {found[1]} is not run by the tests: give this block the directive `not run`"
+            )
         self._count += 1
         state, cwd = self._scratch / "state.sh", self._scratch / "cwd"
         script = self._scratch / f"block_{self._count}.sh"
@@ -525,18 +522,3 @@ def _commands(block: Block) -> list[tuple[str, str]]:
         else:
             commands[-1] = (commands[-1][0], commands[-1][1] + line + "\n")
     return [(command, shown if shown.strip() else "") for command, shown in commands]
-
-
-def _write_programs(folder: Path) -> None:
-    """Write what a reader's `make` and installers are in a test: this environment, and a refusal."""
-    folder.mkdir()
-    make = shutil.which("make") or "make"
-    # -o: the environment is as it is, and is not built again for the copy of the clone.
-    programs = {"make": f'exec {make} VENV={BIN.parent} -o {BIN.parent}/.core -o {BIN.parent}/.tests "$@"'}
-    for name in FORBIDDEN:
-        programs[name] = f'echo "{name} is not run by the tests: give this block the directive `not run`" >&2; exit 97'
-    for name, body in programs.items():
-        path = folder / name
-        with contextlib.suppress(FileExistsError):
-            path.write_text(f"#!/bin/sh\n{body}\n")
-            path.chmod(0o755)

@@ -85,6 +85,7 @@ async def test_steps_feed_each_other(echo: CrewServer):
     assert result["review"].output == "ON TEA & TEA COSTS"
     assert set(result.results) == {"research", "price list", "write", "review", "last"}
     assert texts(echo)[2:] == ["on tea & tea costs", "ON TEA & TEA COSTS", "bye"]
+    assert echo.requests["inputs"] == 1, "a crew is asked once, however many steps it has"
     assert echo.kickoffs_by_key == {f"{idempotency_key}/{step.name}": 1 for step in steps}
     assert (await get_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
 
@@ -122,7 +123,8 @@ async def test_a_failure_is_on_record_before_anybody_hears_of_it(
 
 
 async def test_each_step_has_a_crew_and_a_token_of_its_own(crew_server: CrewServerFactory):
-    one, other = crew_server("echo", token="one-token"), crew_server("echo", token="other-token")
+    one = crew_server("echo", token="one-token", faults=["inputs:404"])  # which is no obstacle
+    other = crew_server("echo", token="other-token")
     await other.crew().asave(name := f"other-{uuid.uuid4().hex[:8]}")
     steps = [CrewStep("a", one.crew(), {"text": "a"}), CrewStep("b", name, {"text": "{{ a.output }}b"})]
     assert (await arun_pipeline(steps))["b"].output == "ab"
@@ -193,11 +195,6 @@ async def test_all_mistakes_are_reported_at_once_and_nothing_is_started(crew_ser
     assert server.kickoffs == 0
 
 
-async def test_a_crew_is_asked_once_however_many_steps_it_has(echo: CrewServer):
-    await arun_pipeline([CrewStep(str(number), echo.crew(), {"text": str(number)}) for number in range(4)])
-    assert echo.requests["inputs"] == 1
-
-
 async def test_a_rotated_token_is_no_problem(crew_server: CrewServerFactory):
     server = crew_server("echo")
     await server.crew().asave(name := f"rotated-{uuid.uuid4().hex[:8]}")
@@ -217,11 +214,6 @@ async def test_a_crew_that_is_away_is_a_problem_only_before_anything_was_started
     server.faults.add("inputs:500")
     assert (await arun_pipeline(steps, idempotency_key=idempotency_key))["b"].output == "ab"
     assert server.kickoffs == 2
-
-
-async def test_a_crew_without_inputs_is_no_obstacle(crew_server: CrewServerFactory):
-    server = crew_server("echo", faults=["inputs:404"])
-    assert (await arun_pipeline([CrewStep("a", server.crew(), {"text": "a"})]))["a"].output == "a"
 
 
 def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):

@@ -60,16 +60,6 @@ WAYS: dict[str, tuple[Steps, Callable[[str], dict[str, Any]], list[str]]] = {
         lambda secret: {"login": SecretStr(secret)},
         [],
     ),
-    "a SecretStr within an object": (
-        lambda first, _: [CrewStep("a", first, {"user": "me", "password": "{{ login.code }}"})],
-        lambda secret: {"login": {"code": SecretStr(secret)}},
-        [],
-    ),
-    "a text that a template puts into a secret input": (
-        lambda first, _: [CrewStep("a", first, {"user": "me", "password": "{{ inputs.login }}"})],
-        lambda secret: {"login": secret},
-        ["password"],
-    ),
     "a text that a function puts into a secret input": (
         lambda first, _: [CrewStep("a", first, {"user": "me", "password": lambda context: context.inputs["code"]})],
         lambda secret: {"code": secret},
@@ -121,13 +111,6 @@ async def test_a_secret_reaches_the_crew_and_nothing_else(
         assert secret in second.runs[0].inputs["text"]
     assert secret not in caplog.text
     assert not await stored(prefect_api, secret)
-
-
-async def test_what_is_no_secret_is_stored(crew_server: CrewServerFactory, prefect_api: PrefectServer) -> None:
-    word = new()
-    steps = [CrewStep("a", crew_server(LOGIN).crew(secret_inputs=["password"]), {"user": "{{ who }}", "password": "x"})]
-    await asyncio.to_thread(run_pipeline, steps, {"who": word})
-    assert any(found.startswith("flow_run:") for found in await stored(prefect_api, word))
 
 
 async def test_a_template_that_changes_a_secret_makes_another_one(

@@ -17,7 +17,7 @@ RUNS = frozenset({"python", "bash", "console"})
 DATA = frozenset({"yaml", "json", "jsonl", "toml"})
 SHOWN = frozenset({"text", "mermaid", "diff", "http", "csv", "ini"})
 ALIASES = {"py": "python", "sh": "bash", "shell": "bash", "yml": "yaml"}
-WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises", "timeout", "fresh", "speed"})
+WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises", "timeout", "speed"})
 """What `run:` understands."""
 
 _FENCED = re.compile(r"^( *)(`{3,}|~{3,}) *([^\s`]*)[^\n]*\n(.*?)^ *\2`*\s*$", re.DOTALL | re.MULTILINE)
