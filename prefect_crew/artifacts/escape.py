@@ -27,27 +27,25 @@ _OVERRIDES = {ord(char): f"[U+{ord(char):04X}]" for char in "\u202d\u202e"}
 def cell(text: str, cap: int = CELL_CAP) -> str:
     """Return text as one table cell: on one line, capped, nothing in it markup."""
     flat = " ".join(text.split())
-    flat = flat if len(flat) <= cap else f"{flat[:cap]}…"
-    return _plain(flat).replace("|", "\\|")
-
-
-def _plain(text: str) -> str:
-    escaped = text.translate(_TURNS).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]~#!$])", r"\\\1", escaped)
+    return prose(flat if len(flat) <= cap else f"{flat[:cap]}…").replace("|", "\\|")
 
 
 def prose(text: str) -> str:
     """Return text as part of a line: nothing in it markup."""
-    return _plain(" ".join(text.split()))
+    escaped = html.escape(" ".join(text.split()).translate(_TURNS), quote=False)
+    return re.sub(r"([\\`*_\[\]~#!$])", r"\\\1", escaped)
 
 
 def code(text: str) -> str:
     """Return text as inline code, whatever backticks it holds."""
     flat = " ".join(text.split()).translate(_TURNS).replace("|", "¦")
-    runs = [len(run) for run in re.findall(r"`+", flat)]
-    fence = "`" * (max(runs, default=0) + 1)
-    pad = " " if runs else ""
+    fence = "`" * (_longest_run(flat) + 1)
+    pad = " " if "`" in flat else ""
     return f"{fence}{pad}{flat}{pad}{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall(r"`+", text)), default=0)
 
 
 LINE = 60
@@ -60,7 +58,7 @@ def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
     whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
     lines = (textwrap.wrap(line, LINE, **whole) for line in shown.split("\n"))
     shown = "\n".join("\n".join(parts) for parts in lines)
-    fence = "`" * max(3, max((len(run) for run in re.findall(r"`+", shown)), default=0) + 1)
+    fence = "`" * max(3, _longest_run(shown) + 1)
     return f"{fence}text\n{shown.translate(_TURNS)}\n{fence}"
 
 
