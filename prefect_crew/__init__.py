@@ -13,7 +13,8 @@ from prefect_crew._internal.lazy import lazy_names
 from prefect_crew.exceptions import *  # all errors, and nothing else
 
 if TYPE_CHECKING:
-    from prefect_crew.batches import BatchPlan, BatchReport, aplan_batch, arun_batch, plan_batch, run_batch
+    from prefect_crew.batches.report import BatchPlan, BatchReport
+    from prefect_crew.batches.run import aplan_batch, arun_batch, plan_batch, run_batch
     from prefect_crew.blocks import CrewRun, DeployedCrew
     from prefect_crew.budgets import Budget
     from prefect_crew.client import (
@@ -65,7 +66,8 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "batches": "BatchPlan BatchReport aplan_batch arun_batch plan_batch run_batch",
+        "batches.report": "BatchPlan BatchReport",
+        "batches.run": "aplan_batch arun_batch plan_batch run_batch",
         "blocks": "CrewRun DeployedCrew",
         "budgets": "Budget",
         "client": "BasicAuth BearerAuth CrewClient CrewInput CrewResult CrewStatus HumanInputWebhook ResumeAnswer "

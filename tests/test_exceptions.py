@@ -116,10 +116,9 @@ PACKAGE = Path(prefect_crew.__file__).parent
 # The local crew server is a program of its own, whose errors are answers; pytest's fixtures have pytest's.
 ELSEWHERE = ("devserver", "testing")
 OTHERS = {
-    # Validators of pydantic, hooks of json, a module's __getattr__, a keyword that a function does not have.
-    "ValueError": "batches.dataset batches.options blocks budgets client._parsing client.webhooks prices",
+    # Validators of pydantic, and a module's __getattr__.
+    "ValueError": "batches.options blocks budgets client._parsing client.webhooks prices",
     "AttributeError": "_internal.lazy",
-    "TypeError": "batches.run",
     # Caught: the client, the ledger and the command line make errors or exit codes of them, a kickoff decides again.
     "ReadTimeout": "client._transport",
     "ClaimLostError": "batches.ledger runs.kickoff",

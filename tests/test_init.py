@@ -14,7 +14,7 @@ import pytest
 import prefect_crew
 from support.environment import isolated
 
-LAZY = ["prefect_crew", "prefect_crew.batches", "prefect_crew.client", "prefect_crew.receiver"]
+LAZY = ["prefect_crew", "prefect_crew.client", "prefect_crew.receiver"]
 
 
 @pytest.mark.parametrize("package", LAZY)

@@ -35,13 +35,9 @@ async def run_until_cancelled(
     on_cancel: str,
     tick: Callable[[], Awaitable[None]],
 ) -> None:
-    """Run all rows; on a cancellation do what `on_cancel` says, if somebody asked for it, else leave what is in flight.
+    """Run all rows of a batch; on a cancellation do what `on_cancel` says, if somebody asked for it, else leave them.
 
-    Args:
-        rows: Runs the rows. `runner`: what runs them.
-        name: The batch.
-        on_cancel: stop, drain or leave.
-        tick: Called about once a second, until the rows have ended.
+    `tick` is called about once a second, until the rows have ended.
 
     Raises:
         BatchCancelledError: This flow run was cancelled, and nobody else ends it.

@@ -8,32 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
+import sqlalchemy as sa
 from prefect.blocks.system import Secret
 from pydantic_core import to_json
-from sqlalchemy import (
-    JSON,
-    URL,
-    Column,
-    ColumnElement,
-    Connection,
-    Engine,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    TextClause,
-    create_engine,
-    event,
-    inspect,
-    literal_column,
-    make_url,
-    text,
-)
+from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
@@ -46,6 +26,7 @@ T = TypeVar("T")
 _HARMLESS = {"ssl", "sslmode", "host", "port", "target_session_attrs", "application_name", "connect_timeout"}
 """Options of a URL that hold no secret. asyncpg also takes `password`, `passfile`, `sslpassword` and any `options`."""
 SECRET = "secret://"  # noqa: S105  the beginning of a name, not a secret
+OPEN_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -65,120 +46,30 @@ class LedgerAddress:
         """Whether it is a file that is not there; to open it would make it."""
         return self.is_local and not Path(str(open_url(self.full).database)).exists()
 
-    @property
-    def is_public(self) -> bool:
-        """Whether `public` is all that another machine needs."""
-        return self.public.startswith(SECRET) or not _is_secret(open_url(self.full))
-
 
 async def ledger_address(ledger: str | None, output: str) -> LedgerAddress:
-    """Return where a ledger is.
+    """Return where a ledger is: by a path, a URL, or `secret://NAME` for a Prefect Secret block that holds one of them.
 
-    That is a path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one of
-    them; left out, a file next to the output. Raises ConfigurationError.
+    Left out, it is a file next to the output. Raises ConfigurationError.
     """
     given = ledger or default_ledger(output)
-    if not given.startswith(SECRET):
-        url = open_url(given)
-        public = str(url.database) if url.drivername == "sqlite" else given
-        if _is_secret(url):
-            public = url.set(drivername="postgresql", password=None, query={}).render_as_string()
-        return LedgerAddress(given, public)
-    name = given.removeprefix(SECRET)
-    try:
-        value = (await cast("Any", Secret).aload(name)).get()
-    except ValueError:
-        raise ConfigurationError(
-            f"There is no Prefect Secret block {name!r} for the ledger. Make it: "
-            f"Secret(value='postgresql://…').save({name!r})."
-        ) from None
-    if not isinstance(value, str):
-        raise ConfigurationError(
-            f"The Prefect Secret block {name!r} does not hold text: store the URL of the ledger in it."
-        )
-    open_url(value)
-    return LedgerAddress(value, given)
-
-
-def _is_secret(url: URL) -> bool:
-    """Return whether a URL holds what is not for everyone: a password, or an option that may."""
-    return url.password is not None or any(name.lower() not in _HARMLESS for name in url.query)
-
-
-_metadata = MetaData()
-batches = Table(
-    "crew_batches",
-    _metadata,
-    Column("name", String(255), primary_key=True),
-    Column("version", Integer, nullable=False),
-    Column("ledger_id", String(36), nullable=False),
-    Column("crew_url", Text, nullable=False),
-    Column("fingerprint", String(64), nullable=False),
-    Column("total", Integer, nullable=False),
-    Column("call", JSON(none_as_null=True)),
-    Column("set_aside", JSON(none_as_null=True)),
-    Column("line_options", JSON(none_as_null=True)),
-    Column("exported", JSON(none_as_null=True)),
-    Column("generation", Integer, nullable=False, default=0),
-)
-"""A row for each batch: a `BatchEntry`."""
-rows = Table(
-    "crew_rows",
-    _metadata,
-    Column("batch", String(255), primary_key=True),
-    Column("row_key", String(255), primary_key=True),
-    Column("number", Integer),
-    Column("digest", String(64), nullable=False),
-    Column("inputs", Text, nullable=False),
-    Column("state", String(16), nullable=False),
-    Column("attempt", Integer, nullable=False),
-    Index("crew_rows_state", "batch", "state", "number"),
-    Index("crew_rows_number", "batch", "number", "row_key"),
-)
-"""A row for each row of the data set that the batch has come to. `number` counts them from 0; it is NULL once the row
-has left the data set. `digest` is that of the inputs that it was kicked off with; `inputs` are JSON, secret ones
-masked. `state` is a RowState, and `attempt` the attempt that it is that of: 0 for none."""
-attempts = Table(
-    "crew_attempts",
-    _metadata,
-    Column("batch", String(255), primary_key=True),
-    Column("row_key", String(255), primary_key=True),
-    Column("attempt", Integer, primary_key=True),
-    Column("phase", String(16), nullable=False),
-    Column("state", String(16), nullable=False),
-    Column("kickoff", String(64)),
-    Column("owner", String(36), nullable=False),
-    Column("seconds", Float),
-    Column("usage", JSON),
-    Column("record", Text, nullable=False),
-    Column("posts_until", Float),
-    Index("crew_attempts_kickoff", "kickoff"),
-    Index("crew_attempts_phase", "batch", "phase"),
-)
-"""A row for each attempt. `record` is the whole of it, as JSON; the other columns are what is searched and added up.
-
-`usage` holds the counts of tokens and, where it is known, the cost.
-`kickoff` is a digest of the id, which may hold what PostgreSQL cannot (NUL); within JSON such characters are escaped.
-`posts_until` is when the kickoff of a claim, or of one that is uncertain, is surely not on its way any more, in seconds
-since 1970 by the clock of the database.
-"""
-Index(
-    "crew_attempts_seconds",
-    *(attempts.c.batch, attempts.c.seconds, attempts.c.row_key),
-    sqlite_where=attempts.c.seconds.is_not(None),
-    postgresql_where=attempts.c.seconds.is_not(None),
-)
-answers = Table(
-    "crew_answers",
-    _metadata,
-    Column("batch", String(255), primary_key=True),
-    Column("row_key", String(255), primary_key=True),
-    Column("attempt", Integer, primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("review", Text, nullable=False),
-)
-"""A row for each answer of a person to an attempt, counted from 1. `review` is all of it, as JSON."""
-OPEN_TRIES = 5
+    if given.startswith(SECRET):
+        name = given.removeprefix(SECRET)
+        try:
+            value = str((await cast("Any", Secret).aload(name)).get())
+        except ValueError:
+            raise ConfigurationError(
+                f"There is no Prefect Secret block {name!r} for the ledger. Make it: "
+                f"Secret(value='postgresql://…').save({name!r})."
+            ) from None
+        open_url(value)
+        return LedgerAddress(value, given)
+    url = open_url(given)
+    if url.drivername == "sqlite":
+        return LedgerAddress(given, str(url.database))
+    has_secret = url.password is not None or any(name.lower() not in _HARMLESS for name in url.query)
+    hidden = url.set(drivername="postgresql", password=None, query={}).render_as_string()
+    return LedgerAddress(given, hidden if has_secret else given)
 
 
 def default_ledger(output: str) -> str:
@@ -194,22 +85,97 @@ def default_ledger(output: str) -> str:
     return str(path.with_name(f"{path.name}.ledger.db"))
 
 
-def open_url(ledger: str) -> URL:
+def open_url(ledger: str) -> sa.URL:
     """Return the SQLAlchemy URL of a ledger that is given as a path or a URL. Raises ConfigurationError."""
     if "://" not in ledger:
-        return URL.create("sqlite", database=str(Path(ledger).absolute()))
+        return sa.URL.create("sqlite", database=str(Path(ledger).absolute()))
     try:
-        url = make_url(ledger)
+        url = sa.make_url(ledger)
     except (ArgumentError, ValueError):
         raise ConfigurationError("The ledger's URL cannot be read: postgresql://user@host/database.") from None
     kind = url.drivername.partition("+")[0]
     if kind == "sqlite" and url.database:
-        return URL.create("sqlite", database=str(Path(url.database).absolute()))
+        return sa.URL.create("sqlite", database=str(Path(url.database).absolute()))
     if kind in ("postgresql", "postgres"):
         # asyncpg calls `ssl` what everybody else calls `sslmode`.
         query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}
         return url.set(drivername="postgresql+asyncpg", query=query)
     raise ConfigurationError(f"A ledger is a SQLite file or a PostgreSQL database, not {kind!r}.")
+
+
+_metadata = sa.MetaData()
+batches = sa.Table(
+    "crew_batches",
+    _metadata,
+    sa.Column("name", sa.String(255), primary_key=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("ledger_id", sa.String(36), nullable=False),
+    sa.Column("crew_url", sa.Text, nullable=False),
+    sa.Column("fingerprint", sa.String(64), nullable=False),
+    sa.Column("total", sa.Integer, nullable=False),
+    sa.Column("call", sa.JSON(none_as_null=True)),
+    sa.Column("set_aside", sa.JSON(none_as_null=True)),
+    sa.Column("line_options", sa.JSON(none_as_null=True)),
+    sa.Column("exported", sa.JSON(none_as_null=True)),
+    sa.Column("generation", sa.Integer, nullable=False, default=0),
+)
+"""A row for each batch: a `BatchEntry`."""
+rows = sa.Table(
+    "crew_rows",
+    _metadata,
+    sa.Column("batch", sa.String(255), primary_key=True),
+    sa.Column("row_key", sa.String(255), primary_key=True),
+    sa.Column("number", sa.Integer),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("inputs", sa.Text, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Index("crew_rows_state", "batch", "state", "number"),
+    sa.Index("crew_rows_number", "batch", "number", "row_key"),
+)
+"""A row for each row of the data set that the batch has come to. `number` counts them from 0; it is NULL once the row
+has left the data set. `digest` is that of the inputs that it was kicked off with; `inputs` are JSON, secret ones
+masked. `state` is a RowState, and `attempt` the attempt that it is that of: 0 for none."""
+attempts = sa.Table(
+    "crew_attempts",
+    _metadata,
+    sa.Column("batch", sa.String(255), primary_key=True),
+    sa.Column("row_key", sa.String(255), primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("phase", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("kickoff", sa.String(64)),
+    sa.Column("owner", sa.String(36), nullable=False),
+    sa.Column("seconds", sa.Float),
+    sa.Column("usage", sa.JSON),
+    sa.Column("record", sa.Text, nullable=False),
+    sa.Column("posts_until", sa.Float),
+    sa.Index("crew_attempts_kickoff", "kickoff"),
+    sa.Index("crew_attempts_phase", "batch", "phase"),
+)
+"""A row for each attempt. `record` is the whole of it, as JSON; the other columns are what is searched and added up.
+
+`usage` holds the counts of tokens and, where it is known, the cost.
+`kickoff` is a digest of the id, which may hold what PostgreSQL cannot (NUL); within JSON such characters are escaped.
+`posts_until` is when the kickoff of a claim, or of one that is uncertain, is surely not on its way any more, in seconds
+since 1970 by the clock of the database.
+"""
+sa.Index(
+    "crew_attempts_seconds",
+    *(attempts.c.batch, attempts.c.seconds, attempts.c.row_key),
+    sqlite_where=attempts.c.seconds.is_not(None),
+    postgresql_where=attempts.c.seconds.is_not(None),
+)
+answers = sa.Table(
+    "crew_answers",
+    _metadata,
+    sa.Column("batch", sa.String(255), primary_key=True),
+    sa.Column("row_key", sa.String(255), primary_key=True),
+    sa.Column("attempt", sa.Integer, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("review", sa.Text, nullable=False),
+)
+"""A row for each answer of a person to an attempt, counted from 1. `review` is all of it, as JSON."""
 
 
 class Database:
@@ -219,25 +185,23 @@ class Database:
     its own, which costs one change of threads and not one a statement; PostgreSQL runs them over asyncpg.
 
     Attributes:
-        url, address: Where it is; `address` is for people.
+        path: The SQLite file, None for PostgreSQL.
+        address: Where it is, for people.
         server: SQLAlchemy's async engine of a PostgreSQL that is open; None for SQLite.
     """
 
     def __init__(self, ledger: str) -> None:
-        self.url = open_url(ledger)
-        self.address = _shown(self.url)
-        if self.url.drivername == "sqlite":
+        self._url = open_url(ledger)
+        self.path: Path | None = None
+        self.address = self._url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
+        if self._url.drivername == "sqlite":
+            self.address = str(self._url.database)
             # One ledger has one lock, by whatever name it is reached.
-            self.url = self.url.set(database=os.path.realpath(str(self.url.database)))
+            self.path = Path(os.path.realpath(self.address))
         self.server: Any = None
         self._stat: os.stat_result | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._connection: Connection | None = None
-
-    @property
-    def path(self) -> Path | None:
-        """The SQLite file, None for PostgreSQL."""
-        return Path(str(self.url.database)) if self.url.drivername == "sqlite" else None
+        self._connection: sa.Connection | None = None
 
     @property
     def is_in_place(self) -> bool:
@@ -251,15 +215,12 @@ class Database:
         try:
             await self._open()
         except LedgerError:
-            await self._close()
+            await self.__aexit__()
             raise
         except (SQLAlchemyError, OSError) as error:
-            await self._close()
+            await self.__aexit__()
             raise LedgerError(f"cannot be opened: {short(error)}.", ledger=self.address) from error
         return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._close()
 
     async def _open(self) -> None:
         if self.path is not None:
@@ -270,12 +231,12 @@ class Database:
         else:
             from sqlalchemy.ext.asyncio import create_async_engine
 
-            # Every process of a batch keeps two of them busy at most: its writer, and a reader.
-            self.server = create_async_engine(self.url, pool_size=2, max_overflow=2, pool_pre_ping=True)
+            # Every process of a batch keeps three of them busy at most: its lock, its writer, and a reader.
+            self.server = create_async_engine(self._url, pool_size=2, max_overflow=2, pool_pre_ping=True)
             event.listen(self.server.sync_engine, "connect", _prepare_session)
         for remaining in reversed(range(OPEN_TRIES)):
             try:
-                await self.run(lambda connection: _make_tables(connection, self.address))
+                await self.run(_metadata.create_all)
                 break
             except DBAPIError:
                 # Of several processes that make the tables at once, all but one may fail, and then find them.
@@ -286,23 +247,19 @@ class Database:
             self._stat = self.path.stat()
 
     def _check_names(self, path: Path) -> None:
-        """Refuse a file with names that are no symlinks: SQLite keeps its last commits in a file next to each of them.
-
-        Whoever opens it by another name does not see these commits.
-        """
+        """Refuse a file that has other names: SQLite keeps its last commits next to the name that it is opened by."""
+        problem = None
         if path.exists() and (names := path.stat().st_nlink) > 1:
-            raise LedgerError(
-                f"has {names} names (hard links), and SQLite does not work with them. Copy it to a new file.",
-                ledger=self.address,
-            )
-        if os.path.ismount(path):
-            raise LedgerError(
+            problem = f"has {names} names (hard links), and SQLite does not work with them. Copy it to a new file."
+        elif os.path.ismount(path):
+            problem = (
                 "is mounted as a single file, and SQLite keeps its last commits in another file next to it. Mount its "
-                "folder instead.",
-                ledger=self.address,
+                "folder instead."
             )
+        if problem is not None:
+            raise LedgerError(problem, ledger=self.address)
 
-    async def _close(self) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._thread is not None:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._close_file)
             self._thread.shutdown()
@@ -311,31 +268,27 @@ class Database:
             await self.server.dispose()
             self.server = None
 
-    async def run(self, work: Callable[[Connection], T]) -> T:
+    async def run(self, work: Callable[[sa.Connection], T]) -> T:
         """Do something in a transaction of its own, and return what it returns once that is committed.
 
-        Raises:
-            SQLAlchemyError, OSError: As the database does.
+        Raises SQLAlchemyError, OSError: as the database does.
         """
         if self.server is not None:
-            return await self._on_server(work)
+            try:
+                async with self.server.begin() as connection:
+                    return await connection.run_sync(work)
+            except Exception as error:
+                # Of connecting to a server that starts or stops: SQLAlchemy leaves the driver's own error as it is.
+                if type(error).__module__.partition(".")[0] != "asyncpg":
+                    raise
+                raise OSError(short(error)) from error
         if self._thread is None:
             raise InvalidCallError("This ledger is not open: use it in `async with`.")
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._in_file, work)
 
-    async def _on_server(self, work: Callable[[Connection], T]) -> T:
-        try:
-            async with self.server.begin() as connection:
-                return await connection.run_sync(work)
-        except Exception as error:
-            # Of connecting to a server that starts or stops: SQLAlchemy leaves the driver's own error as it is.
-            if type(error).__module__.partition(".")[0] != "asyncpg":
-                raise
-            raise OSError(short(error)) from error
-
-    def _in_file(self, work: Callable[[Connection], T]) -> T:
+    def _in_file(self, work: Callable[[sa.Connection], T]) -> T:
         if self._connection is None:
-            self._connection = _sqlite(self.url).connect()
+            self._connection = _sqlite(str(self.path)).connect()
         with self._connection.begin():
             return work(self._connection)
 
@@ -345,21 +298,20 @@ class Database:
             self._connection.engine.dispose()
             self._connection = None
 
-    def insert(self, table: Table) -> Any:
+    def insert(self, table: sa.Table) -> Any:
         """Return an INSERT of this database's dialect, which knows ON CONFLICT."""
-        return (sqlite if self.path is not None else postgresql).insert(table)
+        return (postgresql if self.path is None else sqlite).insert(table)
 
 
-def _sqlite(url: URL) -> Engine:
+def _sqlite(path: str) -> sa.Engine:
     # One thread uses its connection; only its closing may happen elsewhere, at an interpreter's end.
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+    connect_args = {"timeout": 30, "check_same_thread": False}
+    engine = sa.create_engine(sa.URL.create("sqlite", database=path), connect_args=connect_args)
 
     def prepare(connection: Any, _: Any) -> None:
-        cursor = connection.cursor()
         # A commit is on disk when it returns, which is what makes a claim a claim; readers do not wait for it.
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.close()
+        for setting in ("journal_mode=WAL", "synchronous=FULL"):
+            connection.execute(f"PRAGMA {setting}").close()
 
     event.listen(engine, "connect", prepare)
     return engine
@@ -381,25 +333,6 @@ def _prepare_session(connection: Any, _: Any) -> None:
     connection.commit()
 
 
-def _make_tables(connection: Connection, address: str) -> None:
-    known = inspect(connection).get_table_names()
-    if attempts.name in known and rows.name not in known:
-        raise LedgerError(
-            "was written by an earlier version of prefect-crew, and this one cannot read it.",
-            ledger=address,
-            advice="Finish its batches with that version, or give them another ledger and another name.",
-        )
-    rows.create(connection, checkfirst=True)  # first: that is what a ledger of this version is known by
-    _metadata.create_all(connection)
-
-
-def _shown(url: URL) -> str:
-    """Return an address for people: the path of a file, or a URL without password and options."""
-    if url.drivername == "sqlite":
-        return str(url.database)
-    return url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
-
-
 def short(error: Exception) -> str:
     """Return the first line of a database's error."""
     said = str(getattr(error, "orig", None) or error).splitlines()
@@ -410,20 +343,15 @@ def short(error: Exception) -> str:
 # ledger says of an attempt never goes backwards: a write is made only where it follows from what is there, in the
 # statement that makes it. It may land late, after others have written, and nobody can call it back.
 
-
 UNHURRIED = 0.05
 """Seconds that a write which is not urgent may wait for others."""
-LINGER = 40.0
-"""Seconds for which a cancelled writer waits for more: longer than a kickoff that is cancelled is seen to its end."""
 
 
 @dataclass(slots=True, eq=False)
 class _Write:
-    """One write that waits for its commit: the values of `_GIVEN`."""
-
     values: dict[str, Any]
     is_claim: bool
-    done: asyncio.Future[bool] = field(repr=False)
+    done: asyncio.Future[bool]
 
     @property
     def identity(self) -> tuple[str, int]:
@@ -438,9 +366,7 @@ class _Write:
 class GroupWriter:
     """Writes attempts of one batch; one event loop.
 
-    Attributes:
-        retry_for: Seconds for which a database that is away is tried again, before LedgerError.
-        commits, writes: How many there were.
+    A database that is away is tried again for `retry_for` seconds, before LedgerError.
     """
 
     def __init__(self, database: Database, batch: str) -> None:
@@ -449,29 +375,21 @@ class GroupWriter:
         self._statements = _ON_SQLITE if database.path is not None else _ON_POSTGRESQL
         self.retry_for = 120.0
         self.commits = 0
-        self.writes = 0
         self._pending: list[_Write] = []
-        self._wake = asyncio.Event()
+        self._is_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
-        self._closing = False
-        self._cancelled = False
-
-    def start(self) -> None:
-        """Begin to write, on the running loop."""
-        self._task = asyncio.create_task(self._write_groups())
+        self._is_closed = False
 
     async def close(self) -> None:
         """Write what is left, and end."""
-        self._closing = True
-        self._wake.set()
+        self._is_closed = True
+        self._write_soon()
         if self._task is not None:
             await self._task
 
     async def put(self, values: dict[str, Any], *, is_claim: bool, urgent: bool = True) -> bool:
-        """Write an attempt, and return once it is on disk whether it was written.
-
-        It is not where somebody else's claim is in its place, or what is there is later than it.
+        """Write an attempt, and return once it is on disk whether it was: not where what is there is later than it.
 
         Args:
             values: The columns of `attempts` but `posts_until`; `good_for`, for how many more seconds a claim may be
@@ -483,75 +401,63 @@ class GroupWriter:
         Raises:
             LedgerError: It could not be written for `retry_for` seconds, or the writer is closed.
         """
-        if self._task is None or self._task.done():
+        if self._is_closed:
             raise LedgerError("is closed.", ledger=self._database.address)
-        write = _Write(values, is_claim, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        write = _Write(values, is_claim, loop.create_future())
         self._pending.append(write)
         if urgent:
-            self._wake.set()
+            self._write_soon()
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(UNHURRIED, self._wake.set)
+            self._timer = loop.call_later(UNHURRIED, self._write_soon)
         # A caller that is cancelled here leaves the write to its commit: only the answer is not waited for any more.
         return await write.done
 
-    async def _write_groups(self) -> None:
-        """Write until `close`, also when this task is cancelled with all others, as at the end of a process.
+    def _write_soon(self) -> None:
+        self._is_due = True
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._write_groups())
 
-        What is to be written then matters most: the ids of kickoffs whose POST was just answered.
-        """
-        while not self._closing or self._pending:
-            if not await self._wait_for_writes():
-                return
+    async def _write_groups(self) -> None:
+        while self._is_due:
+            self._is_due = False
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
             group, self._pending = self._pending, []
             if group:
                 await self._write_group(group)
 
-    async def _wait_for_writes(self) -> bool:
-        """Wait for a write, or for `close`; False if this task was cancelled and none has come for long."""
-        try:
-            if self._cancelled:
-                await asyncio.wait_for(self._wake.wait(), LINGER)
-            else:
-                await self._wake.wait()
-        except asyncio.CancelledError:
-            self._cancelled = True
-        except TimeoutError:
-            return False
-        self._wake.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        return True
-
     async def _write_group(self, group: Sequence[_Write]) -> None:
         """Commit a group, and tell each write of it whether it was made.
 
-        A commit of which nobody knows whether it took place can be made again: a claim that is there is known by its
-        owner, and an update follows from itself.
+        Also when this task is cancelled with all others, as at the end of a process: then come the ids of kickoffs
+        whose POST was just answered. A commit of which nobody knows whether it took place can be made again: a claim
+        that is there is known by its owner, and an update follows from itself.
         """
+        made, failure = set[_Write](), None
         while True:
             try:
                 made = await self.keep_trying(lambda connection: self._commit(connection, group), "written")
-                break
             except asyncio.CancelledError:
-                self._cancelled = True
+                continue
             except (SQLAlchemyError, OSError) as error:
                 failure = LedgerError(f"cannot be written: {short(error)}.", ledger=self._database.address)
-                for write in group:
-                    if not write.done.done():
-                        write.done.set_exception(failure)
-                        write.done.exception()  # a caller that was cancelled does not read it
-                return
+            break
         self.commits += 1
-        self.writes += len(group)
         for write in group:
-            if not write.done.done():
+            if write.done.done():
+                continue
+            if failure is None:
                 write.done.set_result(write in made)
+            else:
+                write.done.set_exception(failure)
+                write.done.exception()  # a caller that was cancelled does not read it
 
-    async def keep_trying(self, work: Callable[[Connection], T], what: str) -> T:
-        """Do something in the database that can be done twice, and try again while it is away.
+    async def keep_trying(self, work: Callable[[sa.Connection], T], what: str) -> T:
+        """Do something in the database that can be done twice, and try again while it is away; `what` is for the log.
 
-        `what` cannot be done until then, for the log: "read" or "written". Raises SQLAlchemyError, OSError.
+        Raises SQLAlchemyError, OSError.
         """
         loop = asyncio.get_running_loop()
         until, delay, logged = loop.time() + self.retry_for, 0.5, False
@@ -570,7 +476,7 @@ class GroupWriter:
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
 
-    def _commit(self, connection: Connection, group: Sequence[_Write]) -> set[_Write]:
+    def _commit(self, connection: sa.Connection, group: Sequence[_Write]) -> set[_Write]:
         made = set[_Write]()
         for part in _in_order(group):
             for statement, is_claim in ((self._statements.claim, True), (self._statements.change, False)):
@@ -583,7 +489,7 @@ class GroupWriter:
             self.follow_rows(connection, sorted({write.values["row_key"] for write in made}))
         return made
 
-    def follow_rows(self, connection: Connection, keys: Sequence[str]) -> None:
+    def follow_rows(self, connection: sa.Connection, keys: Sequence[str]) -> None:
         """Have some rows be in the state of the attempt that counts."""
         values = {"batch": self._batch, "keys": to_json(list(keys)).decode()}
         connection.execute(self._statements.follow, values).close()
@@ -618,8 +524,6 @@ _TYPES = {
     "mine": "integer",
     "alone": "integer",
 }
-_CHANGING = ("phase", "state", "kickoff", "seconds", "usage", "record")
-
 _IS_ALONE = f"""
     new_alone = 0 OR NOT EXISTS (
         SELECT 1 FROM {attempts.name} AS other WHERE other.kickoff = new_kickoff
@@ -639,23 +543,20 @@ _FOLLOWS = """
 whose sender knows it to be uncertain may be on its way as long as any other."""
 
 
-@dataclass(frozen=True)
-class _Statements:
-    """What claims and what changes attempts, each a whole group at once; and what has rows follow their attempts.
+class _Statements(NamedTuple):
+    claim: sa.TextClause
+    change: sa.TextClause
+    follow: sa.TextClause
+
+
+def _statements(*, writes: str, keys: str, clock: str) -> _Statements:
+    """Return what claims and changes attempts, a group at once, and has rows follow, for one kind of database.
 
     In SQLite a statement a row would give Python's lock away and take it again for each, which costs a busy event loop
     more than the writing does.
     """
-
-    claim: TextClause
-    change: TextClause
-    follow: TextClause
-
-
-def _statements(*, writes: str, keys: str, clock: str) -> _Statements:
-    """Return the statements for a database that takes JSON so, and tells its time so."""
     until = f"CASE new_phase WHEN 'claimed' THEN {clock} + coalesce(new_good_for, 0)"
-    changes = ", ".join(f"{name} = new_{name}" for name in _CHANGING)
+    changes = ", ".join(f"{name} = new_{name}" for name in ("phase", "state", "kickoff", "seconds", "usage", "record"))
     # One that is made again since nobody knew of its commit changes nothing, and counts as made.
     claim = f"""
         INSERT INTO {attempts.name} AS a ({", ".join(_COLUMNS)}, posts_until)
@@ -681,7 +582,7 @@ def _statements(*, writes: str, keys: str, clock: str) -> _Statements:
             ORDER BY CASE a.phase WHEN 'not-started' THEN 1 ELSE 0 END, a.attempt DESC LIMIT 1
         ) WHERE batch = :batch AND row_key {keys}
     """  # noqa: S608
-    return _Statements(text(claim), text(change), text(follow))
+    return _Statements(sa.text(claim), sa.text(change), sa.text(follow))
 
 
 _SQLITE_CLOCK = "((julianday('now') - 2440587.5) * 86400.0)"
@@ -703,7 +604,7 @@ _ON_POSTGRESQL = _statements(
 )
 
 
-def seconds_left(database: Database) -> ColumnElement[float]:
+def seconds_left(database: Database) -> sa.ColumnElement[float]:
     """Return the column of for how many more seconds a kickoff may be sent or on its way, by the database's clock."""
     clock = _SQLITE_CLOCK if database.path is not None else _POSTGRESQL_CLOCK
-    return attempts.c.posts_until - literal_column(clock)
+    return attempts.c.posts_until - sa.literal_column(clock)

@@ -37,10 +37,9 @@ ENDINGS: dict[str, DatasetFormat] = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
-COMPRESSED = {".gz", ".bz2", ".xz", ".lzma", ".zip", ".zst"}
-CHUNK = 1 << 20
+COMPRESSED = {".gz", ".bz2", ".xz", ".lzma", ".zip"}
 ROW_LIMIT = 1 << 28
-"""Characters of one row. A quote that is never closed would else make one row of a whole file."""
+"""Characters of a line, and of a field. A quote that is never closed would else make one row of a whole file."""
 PART = 5_000
 """Rows of a frame that are converted at once."""
 _fsspec = cast("Any", fsspec)
@@ -64,11 +63,8 @@ class Row:
 class Dataset:
     """Rows that can be read again and again. `name` is for people, without any secret of an address.
 
-    `rows` gives all of them, also what is in the place of a row and is none, with its `fault`; iterating over the data
-    set itself raises DatasetError there.
-
-    `address` is where another machine would read it, with its format and encoding; `digest` gives the SHA-256 of the
-    file there. They are None for what only this process has.
+    `rows` also gives what is in the place of a row and is none, with its `fault`. `address` is where another machine
+    would read it, and `digest` gives the SHA-256 of the file there; they are None for what only this process has.
     """
 
     name: str
@@ -78,21 +74,9 @@ class Dataset:
     encoding: str = "utf-8-sig"
     digest: Callable[[], str] | None = None
 
-    def __iter__(self) -> Iterator[Row]:
-        for row in self.rows():
-            if row.fault is not None:
-                raise DatasetError(f"{row.fault}.", source=self.name, line=row.line)
-            yield row
-
 
 def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: str = "utf-8-sig") -> Dataset:  # noqa: A002
-    """Return a data set.
-
-    Args:
-        source: A path, a URL or any fsspec address, compressed if its ending says so; an iterable of mappings; a pandas
-            or polars data frame, or an Arrow table.
-        format: The format of a file whose name does not tell it.
-        encoding: That of a text file.
+    """Return a data set: that of a path, a URL, an fsspec address, an iterable of mappings, or a frame.
 
     Raises:
         DatasetError: The format is unknown, or this is not a data set. What is wrong within it is raised while it is
@@ -106,10 +90,9 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
         return Dataset(name, lambda: _read_file(file, kind, encoding), address, kind, encoding, file.digest)
     kind_name = cast("type[Any]", type(source)).__name__
     library = cast("type[Any]", type(source)).__module__.partition(".")[0]
-    reader = _FRAMES.get((library, kind_name))
-    if reader is not None:
+    if library in _FRAMES and kind_name in ("DataFrame", "LazyFrame", "Table", "RecordBatch"):
         name = f"{library} {kind_name}"
-        return Dataset(name, lambda: reader(source, name))
+        return Dataset(name, lambda: _of_mappings(_FRAMES[library](source, name)))
     if isinstance(source, Mapping | bytes | bytearray) or not isinstance(source, Iterable):
         raise DatasetError(
             f"A {kind_name} is not a data set: give a path, an iterable of mappings, or a data frame.",
@@ -150,12 +133,10 @@ def _shown_link(link: str) -> str:
 
 def _format_of(address: str, name: str) -> DatasetFormat:
     ending = ""
-    for part in address.split("::"):  # fsspec chains addresses, the innermost first
-        stem, ending = os.path.splitext(part.partition("?")[0])  # noqa: PTH122  an address is not always a path
-        if ending.lower() in COMPRESSED:
-            ending = os.path.splitext(stem)[1]  # noqa: PTH122
-        found = ENDINGS.get(ending.lower())
-        if found is not None:
+    for part in address.split("::"):  # the innermost first
+        path = Path(part.partition("?")[0])
+        ending = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
+        if found := ENDINGS.get(ending.lower()):
             return found
     raise DatasetError(
         f"the format is not known from the file ending {ending!r}. Known: {', '.join(sorted(ENDINGS))}; or give "
@@ -174,8 +155,9 @@ class _File:
         self.name = name
         self._address = address
         self._path = None if is_remote(address) else Path(address.removeprefix("file://"))
+        self._is_http = address.startswith(("http://", "https://"))
         self._seen: tuple[int, int] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._fetched: tempfile.TemporaryDirectory[str] | None = None
 
     def fetch(self) -> Path:
         """Return where the file is on this machine."""
@@ -188,41 +170,34 @@ class _File:
                 )
             self._seen = now
             return self._path
-        if self._folder is None:
+        if self._fetched is None:
             folder = tempfile.TemporaryDirectory(prefix="prefect-crew-")
             with (Path(folder.name) / "data").open("wb") as target:
-                for chunk in self._chunks():
-                    target.write(chunk)
-            self._folder = folder
-        return Path(self._folder.name) / "data"
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file as it is stored. Raises DatasetError: it cannot be read."""
-        with _reporting(self.name), self.fetch().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+                target.writelines(self._chunks())
+            self._fetched = folder
+        return Path(self._fetched.name) / "data"
 
     def _chunks(self) -> Iterator[bytes]:
-        if self._address.startswith(("http://", "https://")):
+        if self._is_http:
             # Not by fsspec, which needs a further package for it.
             with httpx.stream("GET", self._address, follow_redirects=True, timeout=60.0) as response:
                 response.raise_for_status()
-                yield from response.iter_bytes(CHUNK)
+                yield from response.iter_bytes()
             return
-        with _fsspec.open(self._address, "rb") as source:
-            while chunk := source.read(CHUNK):
+        with _fsspec.open(self._address, "rb", compression="infer") as source:
+            while chunk := source.read(1 << 20):
                 yield chunk
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file. Raises DatasetError: it cannot be read."""
+        with _reporting(self.name), self.fetch().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @contextmanager
     def open(self) -> Generator[IO[bytes]]:
         """Open it, decompressed as its ending says."""
-        ending = self._address
-        if self._path is None:
-            # The first link of a chain names the file: zip://rows.csv.gz::s3://bucket/all.zip.
-            link, _, rest = self._address.partition("::")
-            ending = (link if "://" in link else rest).partition("?")[0]
-        compression = _fsspec.utils.infer_compression(ending)
-        if ending.endswith(".zst") and compression is None:
-            raise DatasetError("needs zstandard to be decompressed: pip install zstandard.", source=self.name)
+        is_stored = self._path is not None or self._is_http
+        compression = _fsspec.utils.infer_compression(self._address.partition("?")[0]) if is_stored else None
         with self.fetch().open("rb") as file:
             if compression is None:
                 yield file
@@ -234,7 +209,7 @@ class _File:
 def _read_file(file: _File, kind: DatasetFormat, encoding: str) -> Iterator[Row]:
     with _reporting(file.name):
         if kind == "parquet":
-            yield from _read_parquet(file.fetch(), file.name)
+            yield from _of_mappings(_parquet(file.fetch(), file.name))
             return
         with file.open() as content:
             yield from _TEXT_FORMATS[kind](_lines(content, file.name, encoding), file.name)
@@ -266,7 +241,7 @@ def _lines(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
     try:
         while line := text.readline(ROW_LIMIT + 1):
             if len(line) > ROW_LIMIT:
-                raise _too_long(name, number)
+                raise DatasetError("has a line without an end.", source=name, line=number)
             yield line
             number += 1
     except UnicodeDecodeError as error:
@@ -277,77 +252,42 @@ def _lines(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
         ) from None
 
 
-def _too_long(name: str, line: int) -> DatasetError:
-    reason = f"has a row of more than {ROW_LIMIT >> 20:,} million characters. Is there a quote that is never closed?"
-    return DatasetError(reason, source=name, line=line)
-
-
-def _csv(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Row]:
+def _csv(lines: Iterable[str], name: str, delimiter: str = ",") -> Iterator[Row]:
     # The limit of 131,072 characters a field is a process-wide default from 1999; documents are longer.
-    csv.field_size_limit(2**31 - 1)
-    size, start = 0, 1
-
-    def counted() -> Iterator[str]:
-        nonlocal size
-        for line in lines:
-            size += len(line)
-            if size > ROW_LIMIT:
-                raise _too_long(name, start)
-            yield line
-
-    reader = csv.reader(counted(), delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, None)
-        if not header:
-            raise DatasetError("is empty: it has no header line.", source=name)
-        _check_columns(header, name, line=1)
-        start = reader.line_num + 1
-    except csv.Error as error:
-        raise DatasetError(f"is not CSV: {_csv_reason(error)}.", source=name, line=start) from None
+    csv.field_size_limit(ROW_LIMIT)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    line = 1
     while True:
         try:
             fields = next(reader)
         except StopIteration:
-            return
+            break
         except csv.Error as error:
-            if _OPEN_QUOTE in str(error):  # it has taken all lines to the end of the file with it
-                raise DatasetError(f"is not CSV: {_csv_reason(error)}.", source=name, line=start) from None
-            line, start, size = start, reader.line_num + 1, 0
-            yield Row(line, {}, f"is not CSV: {_csv_reason(error)}")
-            continue
-        line, start, size = start, reader.line_num + 1, 0
-        if not fields:
-            continue
-        if len(fields) != len(header):
-            yield Row(line, {}, f"has {len(fields)} fields, the header has {len(header)}", fields)
+            # These have taken all lines to the end of the file, or far too many, with them.
+            is_open = "unexpected end of data" in str(error) or "field larger" in str(error)
+            reason = f"is not CSV: {'a quote that opens in this row is never closed' if is_open else error}"
+            if is_open or not header:
+                raise DatasetError(f"{reason}.", source=name, line=line) from None
+            yield Row(line, {}, reason)
         else:
-            yield Row(line, dict(zip(header, fields, strict=True)))
-
-
-_OPEN_QUOTE = "unexpected end of data"
-
-
-def _csv_reason(error: csv.Error) -> str:
-    return "a quote that opens in this row is never closed" if _OPEN_QUOTE in str(error) else str(error)
+            if not header:
+                if not fields:
+                    break
+                header = fields
+                _check_columns(header, name, line=1)
+            elif len(fields) == len(header):
+                yield Row(line, dict(zip(header, fields, strict=True)))
+            elif fields:
+                yield Row(line, {}, f"has {len(fields)} fields, the header has {len(header)}", fields)
+        line = reader.line_num + 1
+    if not header:
+        raise DatasetError("is empty: it has no header line.", source=name)
 
 
 def _check_columns(columns: Sequence[str], name: str, *, line: int | None = None) -> None:
-    doubled = sorted({column for column in columns if columns.count(column) > 1})
-    if doubled:
-        listed = ", ".join(repr(column) for column in doubled)
-        raise DatasetError(f"the columns {listed} appear twice.", source=name, line=line)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [key for key, _ in pairs]
-        doubled = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"the name {doubled!r} appears twice in one object")
-    return value
-
-
-_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+    if doubled := sorted({column for column in columns if columns.count(column) > 1}):
+        raise DatasetError(f"the columns {', '.join(map(repr, doubled))} appear twice.", source=name, line=line)
 
 
 def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
@@ -357,7 +297,7 @@ def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
         if not text:
             continue
         try:
-            value = _decode(text)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             yield Row(number, {}, f"is not JSON: {error}", text)
         else:
@@ -367,11 +307,11 @@ def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
 def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
     """Yield the objects of a JSON array, which is read into memory whole; a file of one object is one row."""
     try:
-        value = _decode("".join(lines))
+        value = json.loads("".join(lines))
     except json.JSONDecodeError as error:
         hint = " Is it JSON Lines? Then give format='jsonl'." if error.msg == "Extra data" else ""
         raise DatasetError(f"is not JSON: {error.msg}.{hint}", source=name, line=error.lineno) from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
         raise DatasetError(f"is not JSON: {error}.", source=name) from None
     if not isinstance(value, list | dict):
         raise DatasetError("is not a JSON array of objects.", source=name)
@@ -379,7 +319,7 @@ def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
 
 
 _TEXT_FORMATS: dict[str, Callable[[Iterable[str], str], Iterator[Row]]] = {
-    "csv": lambda lines, name: _csv(lines, name, ","),
+    "csv": _csv,
     "tsv": lambda lines, name: _csv(lines, name, "\t"),
     "jsonl": _jsonl,
     "json": _json,
@@ -396,8 +336,7 @@ def _mapping_row(value: Any, line: int) -> Row:
 
 
 def _of_mappings(rows: Iterable[Any]) -> Iterator[Row]:
-    for number, value in enumerate(rows, start=1):
-        yield _mapping_row(value, number)
+    return (_mapping_row(value, number) for number, value in enumerate(rows, start=1))
 
 
 def polars(what: str) -> ModuleType:
@@ -409,48 +348,38 @@ def polars(what: str) -> ModuleType:
     return polars
 
 
-def _read_parquet(path: Path, name: str) -> Iterator[Row]:
+def _parquet(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
     library: Any = polars(name)
-    if not path.is_file():
-        raise DatasetError("cannot be opened: there is no such file.", source=name)
     try:
         scan, start, part = library.scan_parquet(path), 0, [None]
         while len(part):
             part = scan.slice(start, PART).collect()
-            for number, values in enumerate(part.iter_rows(named=True), start=start + 1):
-                yield Row(number, values)
+            yield from part.iter_rows(named=True)
             start += PART
     except (library.exceptions.PolarsError, OSError) as error:
         raise DatasetError(f"is not a Parquet file: {error}.", source=name) from None
 
 
-def _polars_frame(frame: Any, name: str) -> Iterator[Row]:
+def _polars_frame(frame: Any, name: str) -> Iterator[Mapping[str, Any]]:
     del name
-    whole = frame.collect() if hasattr(frame, "collect") else frame
-    for number, values in enumerate(whole.iter_rows(named=True), start=1):
-        yield Row(number, values)
+    return (frame.collect() if hasattr(frame, "collect") else frame).iter_rows(named=True)
 
 
-def _pandas_frame(frame: Any, name: str) -> Iterator[Row]:
+def _pandas_frame(frame: Any, name: str) -> Iterator[Mapping[Any, Any]]:
     _check_columns([str(column) for column in frame.columns], name)
     for start in range(0, len(frame), PART):
         part = frame.iloc[start : start + PART]
-        part = part.astype(object).where(part.notna(), None)
-        for number, values in enumerate(part.to_dict("records"), start=start + 1):
-            yield Row(number, {str(key): value for key, value in values.items()})
+        yield from part.astype(object).where(part.notna(), None).to_dict("records")
 
 
-def _arrow_table(table: Any, name: str) -> Iterator[Row]:
+def _arrow_table(table: Any, name: str) -> Iterator[Mapping[str, Any]]:
     _check_columns(table.schema.names, name)
     for start in range(0, table.num_rows, PART):
-        for number, values in enumerate(table.slice(start, PART).to_pylist(), start=start + 1):
-            yield Row(number, values)
+        yield from table.slice(start, PART).to_pylist()
 
 
-_FRAMES: dict[tuple[str, str], Callable[[Any, str], Iterator[Row]]] = {
-    ("polars", "DataFrame"): _polars_frame,
-    ("polars", "LazyFrame"): _polars_frame,
-    ("pandas", "DataFrame"): _pandas_frame,
-    ("pyarrow", "Table"): _arrow_table,
-    ("pyarrow", "RecordBatch"): _arrow_table,
+_FRAMES: dict[str, Callable[[Any, str], Iterator[Mapping[Any, Any]]]] = {
+    "polars": _polars_frame,
+    "pandas": _pandas_frame,
+    "pyarrow": _arrow_table,
 }

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
+import sqlalchemy as sa
 from pydantic_core import from_json, to_json
-from sqlalchemy import (
-    BigInteger,
-    ColumnElement,
-    Connection,
-    Double,
-    Table,
-    and_,
-    case,
-    delete,
-    func,
-    literal,
-    select,
-    tuple_,
-    update,
-)
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew._internal.prefect_api import run_logger
@@ -53,11 +40,10 @@ class BatchEntry:
 
     Attributes:
         fingerprint: That of its rows' keys and inputs.
-        call: How it was called, where that are plain values.
+        call: How it was called, as plain values. `line_options`: what its lines depend on, other than the rows.
         set_aside: The rows that cannot be run, as its last call found them.
-        line_options: What its lines depend on, other than the rows.
         exported: What the output was last written with, and of which check of the rows.
-        generation: A number that grows while rows are started, here and on the Prefect server.
+        generation: Grows while rows are started, here and on the Prefect server.
     """
 
     name: str
@@ -101,12 +87,8 @@ class RunTimes(NamedTuple):
 class Ledger:
     """The ledger of one batch, as an async context manager; one event loop, any number of processes.
 
-    It implements the record protocol: a record's idempotency key is `batch/NAME/ROW KEY`, with NAME's own
-    slashes escaped.
-
-    Attributes:
-        is_exclusive: Whether this process holds the batch's lock, so that a claim that it did not make is orphaned.
-        writer: Writes the attempts.
+    It implements the record protocol: a record's idempotency key is `batch/NAME/ROW KEY`, with NAME's own slashes
+    escaped. `is_exclusive` says that this process holds the batch's lock: a claim that it did not make is orphaned.
     """
 
     def __init__(self, ledger: str, batch: str) -> None:
@@ -120,7 +102,6 @@ class Ledger:
 
     async def __aenter__(self) -> Ledger:
         await self.database.__aenter__()
-        self.writer.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -139,8 +120,7 @@ class Ledger:
 
     async def entry(self) -> BatchEntry | None:
         """Return what is known of the batch, None if it is new here. Raises LedgerError."""
-
-        found = await self._rows(select(batches).where(batches.c.name == self.batch))
+        found = await self._rows(sa.select(batches).where(batches.c.name == self.batch))
         if not found:
             return None
         values: dict[str, Any] = dict(zip(batches.c.keys(), found[0], strict=True))
@@ -150,18 +130,13 @@ class Ledger:
         bad = [BadRow(**row) for row in aside.pop("rows", ())]
         return BatchEntry(**values, set_aside=SetAside(**aside, rows=bad))
 
-    async def enter(
-        self,
-        *,
-        crew_url: str,
-        fingerprint: str,
-        total: int,
-        call: Mapping[str, Any] | None = None,
-        line_options: Mapping[str, Any] | None = None,
-    ) -> BatchEntry:
-        """Write down a batch, or its changed rows, and return what is known of it then."""
-        values: dict[str, Any] = {"crew_url": crew_url, "fingerprint": fingerprint, "total": total, "call": call}
-        values |= {"version": LEDGER_VERSION, "line_options": line_options}
+    async def enter(self, *, crew_url: str, fingerprint: str, total: int, **more: Any) -> BatchEntry:
+        """Write down a batch, or its changed rows, and return what is known of it then.
+
+        `more` are `call` and `line_options` of its entry.
+        """
+        values: dict[str, Any] = {"crew_url": crew_url, "fingerprint": fingerprint, "total": total, "call": None}
+        values |= {"version": LEDGER_VERSION, "line_options": None, **more}
         insert = self.database.insert(batches).values(name=self.batch, ledger_id=str(uuid4()), **values)
         await self._execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
         entry = await self.entry()
@@ -170,17 +145,13 @@ class Ledger:
 
     async def advance(self) -> int:
         """Begin the next generation of the batch, and return its number."""
-
-        def write(connection: Connection) -> int:
-            this = batches.c.name == self.batch
-            connection.execute(update(batches).where(this).values(generation=batches.c.generation + 1)).close()
-            return int(connection.execute(select(batches.c.generation).where(this)).scalar_one())
-
-        return await self._run(write, "written", once=True)
+        next_one = sa.update(batches).where(batches.c.name == self.batch).values(generation=batches.c.generation + 1)
+        statement = next_one.returning(batches.c.generation)
+        return await self._run(lambda connection: connection.execute(statement).scalar_one(), "written", once=True)
 
     async def note(self, **values: Any) -> None:
         """Write down `set_aside` or `exported` of a `BatchEntry`, as JSON values."""
-        await self._execute(update(batches).where(batches.c.name == self.batch).values(values))
+        await self._execute(sa.update(batches).where(batches.c.name == self.batch).values(values))
 
     # Its rows.
 
@@ -190,9 +161,9 @@ class Ledger:
         `crew` says which inputs are secret; `anew`: others are than before, so that all are written.
         """
 
-        def write(connection: Connection) -> dict[str, RowState]:
+        def write(connection: sa.Connection) -> dict[str, RowState]:
             columns = (rows.c.row_key, rows.c.number, rows.c.digest, rows.c.state)
-            query = select(*columns).where(rows.c.batch == self.batch, rows.c.row_key.in_([job.key for job in jobs]))
+            query = sa.select(*columns).where(rows.c.batch == self.batch, rows.c.row_key.in_([job.key for job in jobs]))
             known: Any = connection.execute(query)
             before = {key: (number, digest, RowState(state)) for key, number, digest, state in known}
             states: dict[str, RowState] = {}
@@ -200,23 +171,22 @@ class Ledger:
             restored: list[str] = []
             for job in jobs:
                 _, digest, state = before.get(job.key, (None, job.digest, RowState.PENDING))
-                has_run = state not in (RowState.PENDING, RowState.NOT_STARTED)
-                if has_run and digest != job.digest:
-                    states[job.key] = RowState.CONFLICT
+                was_conflict = state is RowState.CONFLICT
+                if digest != job.digest and state not in (RowState.PENDING, RowState.NOT_STARTED):
+                    state = RowState.CONFLICT
                 else:
-                    digest, states[job.key] = job.digest, state
-                    if state is RowState.CONFLICT:
+                    digest = job.digest
+                    if was_conflict:
                         restored.append(job.key)
-                if anew or before.get(job.key) != (job.number, digest, states[job.key]) or state is RowState.CONFLICT:
+                states[job.key] = state
+                if anew or was_conflict or before.get(job.key) != (job.number, digest, state):
                     values = {"batch": self.batch, "row_key": job.key, "number": job.number, "digest": digest}
-                    values |= {"inputs": _masked(job, crew), "state": str(states[job.key]), "attempt": 0}
-                    changed.append(values)
+                    changed.append({**values, "inputs": _masked(job, crew), "state": str(state), "attempt": 0})
             if changed:
                 insert = self.database.insert(rows)
                 new = {name: insert.excluded[name] for name in ("number", "digest", "inputs", "state")}
-                connection.execute(
-                    insert.on_conflict_do_update(index_elements=["batch", "row_key"], set_=new), changed
-                ).close()
+                insert = insert.on_conflict_do_update(index_elements=["batch", "row_key"], set_=new)
+                connection.execute(insert, changed).close()
             if restored:
                 self.writer.follow_rows(connection, restored)
                 found: Any = connection.execute(query)
@@ -227,19 +197,19 @@ class Ledger:
 
     async def enter_changed(self, jobs: Iterator[RowJob], crew: Crew) -> None:
         """Number all rows anew, after the data set has changed: what has left it is neither counted nor exported."""
-        await self._execute(update(rows).where(rows.c.batch == self.batch).values(number=None))
+        await self._execute(sa.update(rows).where(rows.c.batch == self.batch).values(number=None))
         while page := list(islice(jobs, PAGE)):
             await self.enter_rows(page, crew)
 
     async def note_conflict(self, row_key: str) -> None:
-        """Write down that a row was not started, since its key was kicked off before with something else."""
+        """Write down that a row's key was kicked off before with something else."""
         this = (rows.c.batch == self.batch, rows.c.row_key == row_key)
-        await self._execute(update(rows).where(*this).values(state=str(RowState.CONFLICT)))
+        await self._execute(sa.update(rows).where(*this).values(state=str(RowState.CONFLICT)))
 
     async def counts(self) -> dict[RowState, int]:
         """Return how many rows of the data set stand in each state, without those that the batch has not come to."""
         ours = (rows.c.batch == self.batch, rows.c.number.is_not(None))
-        found = await self._rows(select(rows.c.state, func.count()).where(*ours).group_by(rows.c.state))
+        found = await self._rows(sa.select(rows.c.state, sa.func.count()).where(*ours).group_by(rows.c.state))
         return {RowState(state): int(count) for state, count in found}
 
     async def rows_in(self, states: Collection[RowState], *, limit: int | None = None) -> AsyncIterator[LedgerRow]:
@@ -247,26 +217,24 @@ class Ledger:
         count = 0
         for state in states:
             async for page in self._pages(self._left, state=state):
-                for key, inputs, _, record, seconds in page:
+                for key, inputs, _, record, left in page:
                     if count == limit:
                         return
                     count += 1
-                    found = None if record is None else _record(record, seconds)
-                    yield LedgerRow(key, from_json(inputs), state, found)
+                    yield LedgerRow(key, from_json(inputs), state, None if record is None else _record(record, left))
 
     def lines(self) -> AsyncIterator[list[tuple[str, str, str, str | None, float | None]]]:
         """Yield the rows of the data set that the batch has come to, in their order and in pages.
 
-        Of each its key, its inputs as JSON, its state, the record of the attempt that counts as JSON, and the seconds
-        that its run took.
+        Of each: key, inputs and the record of the attempt that counts as JSON, and the seconds that its run took.
         """
         return self._pages(attempts.c.seconds)
 
-    async def _pages(self, more: ColumnElement[Any], *, state: RowState | None = None) -> AsyncIterator[list[Any]]:
+    async def _pages(self, more: sa.ColumnElement[Any], *, state: RowState | None = None) -> AsyncIterator[list[Any]]:
         attempt = (attempts.c.batch == rows.c.batch, attempts.c.row_key == rows.c.row_key)
-        joined = rows.outerjoin(attempts, and_(*attempt, attempts.c.attempt == rows.c.attempt))
+        joined = rows.outerjoin(attempts, sa.and_(*attempt, attempts.c.attempt == rows.c.attempt))
         columns = (rows.c.number, rows.c.row_key, rows.c.inputs, rows.c.state, attempts.c.record, more)
-        query = select(*columns).select_from(joined).where(rows.c.batch == self.batch).limit(PAGE)
+        query = sa.select(*columns).select_from(joined).where(rows.c.batch == self.batch).limit(PAGE)
         # While a changed data set is entered two rows may have one number. Those of one state are found by their index,
         # which has no keys: with them in the order SQLite would go through all rows.
         order = (rows.c.number, rows.c.row_key) if state is None else (rows.c.number,)
@@ -274,7 +242,7 @@ class Ledger:
             query = query.where(rows.c.state == str(state))
         last: Sequence[Any] = (-1, "")
         while found := await self._rows(
-            query.where(tuple_(*order) > tuple_(*map(literal, last[: len(order)]))).order_by(*order)
+            query.where(sa.tuple_(*order) > sa.tuple_(*map(sa.literal, last[: len(order)]))).order_by(*order)
         ):
             last = found[-1]
             yield [row[1:] for row in found]
@@ -282,59 +250,56 @@ class Ledger:
     async def kickoffs(self) -> int:
         """Return how many kickoffs were, or may have been, sent for this batch in all."""
         sent = attempts.c.phase != str(RecordPhase.NOT_STARTED)
-        return int((await self._rows(select(func.count()).where(attempts.c.batch == self.batch, sent)))[0][0])
+        return int((await self._rows(sa.select(sa.func.count()).where(attempts.c.batch == self.batch, sent)))[0][0])
 
     async def is_empty(self) -> bool:
         """Return whether the batch has come to no row yet."""
-        return not await self._rows(select(rows.c.row_key).where(rows.c.batch == self.batch).limit(1))
+        return not await self._rows(sa.select(rows.c.row_key).where(rows.c.batch == self.batch).limit(1))
 
     async def run_times(self) -> RunTimes:
         """Return how long runs took that have ended, from their recorded kickoffs to the ends that were seen."""
         ended = (attempts.c.batch == self.batch, attempts.c.seconds.is_not(None))
-        figures = (func.count(), func.avg(attempts.c.seconds), func.max(attempts.c.seconds))
-        ((count, mean, longest),) = await self._rows(select(*figures).where(*ended))
+        figures = (sa.func.count(), sa.func.avg(attempts.c.seconds), sa.func.max(attempts.c.seconds))
+        ((count, mean, longest),) = await self._rows(sa.select(*figures).where(*ended))
         if not count:
             return RunTimes()
-        ordered = select(attempts.c.seconds).where(*ended).order_by(attempts.c.seconds).limit(1)
+        ordered = sa.select(attempts.c.seconds).where(*ended).order_by(attempts.c.seconds).limit(1)
         median = (await self._rows(ordered.offset((count - 1) // 2)))[0][0]
         return RunTimes(float(mean), float(median), float(longest))
 
     async def spending(self) -> Spending:
         """Return what all runs that have ended used and cost."""
-        (found,) = await self._rows(select(*_SPENT).where(*self._ended))
+        (found,) = await self._rows(sa.select(*_SPENT).where(*self._ended))
         return _spending(found)
 
     async def spending_by_day(self) -> list[tuple[str, str | None, Spending]]:
         """Return it for each day (UTC, as YYYY-MM-DD) on which runs ended and each flow run that started some."""
         # The first such text is the record's own: before it stand no values but texts, in which quotes are escaped. Not
         # by the database's own JSON: PostgreSQL's refuses a record that holds a NUL.
-        find = func.instr if self.database.url.drivername == "sqlite" else func.strpos
+        find = sa.func.strpos if self.database.path is None else sa.func.instr
         text = attempts.c.record
 
-        def after(key: str, length: int) -> ColumnElement[str]:
+        def after(key: str, length: int) -> sa.ColumnElement[str]:
             at, begin = find(text, f'"{key}":"'), len(key) + 4
-            return case((at > 0, func.substr(text, at + begin, length)))
+            return sa.case((at > 0, sa.func.substr(text, at + begin, length)))
 
         day, flow_run = after("ended_at", 10), after("flow_run_id", 36)
-        query = select(day, flow_run, *_SPENT).where(*self._ended).group_by(day, flow_run).order_by(day)
+        query = sa.select(day, flow_run, *_SPENT).where(*self._ended).group_by(day, flow_run).order_by(day)
         return [(str(on), by, _spending(found)) for on, by, *found in await self._rows(query)]
 
     @property
-    def _ended(self) -> tuple[ColumnElement[bool], ...]:
+    def _ended(self) -> tuple[sa.ColumnElement[bool], ...]:
         return attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.ENDED)
 
     async def label(self) -> str | None:
         """Return what people call the crew; None before the first run."""
-        found = await self._rows(select(attempts.c.record).where(attempts.c.batch == self.batch).limit(1))
+        found = await self._rows(sa.select(attempts.c.record).where(attempts.c.batch == self.batch).limit(1))
         return _record(found[0][0]).crew if found else None
 
     # The record protocol.
 
     async def claim(self, record: RunRecord) -> bool:
-        """Write a new attempt, with the permit to post it for `good_for` seconds; False if there is another.
-
-        That is somebody else's attempt, or our own that somebody has resolved.
-        """
+        """Write a new attempt, with the permit to post it for `good_for` seconds; False if there is another."""
         self._own_claims.add(record.owner)
         record.open_for = record.good_for + record.post_deadline + SPARE
         claimed = await self.writer.put(self._values(record), is_claim=True)
@@ -352,42 +317,32 @@ class Ledger:
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
         """Take the right to send the kickoff of a claim once more; False if somebody has resolved it."""
         record.open_for = good_for + record.post_deadline + SPARE  # `permit` stays 1, as it is read
-        try:
+        with suppress(ClaimLostError):
             await self.save(record)
-        except ClaimLostError:
-            return False
-        return True
+            return True
+        return False
 
-    async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
-        """Write down what was found out about an attempt as it was read.
-
-        False if somebody else has changed it since, or its owner may still post it.
-        """
-        outcome = resolution(record, phase, **found)
-        values = {**self._values(record.model_copy(update=outcome)), "mine": 0, "was": str(record.phase)}
+    async def resolve(self, record: RunRecord, phase: RecordPhase, **facts: Any) -> bool:
+        """Write down what was found out about an attempt; False if it was changed since, or may still be posted."""
+        found = resolution(record, phase, **facts)
+        values = {**self._values(record.model_copy(update=found)), "mine": 0, "was": str(record.phase)}
         if not await self.writer.put(values, is_claim=False):
             return False
-        for name, value in outcome.items():
+        for name, value in found.items():
             setattr(record, name, value)
         return True
 
     async def save(self, record: RunRecord) -> None:
         """Write down what is known of an attempt by now, unless the ledger knows more already.
 
-        Raises:
-            ClaimLostError: It is a claim that is to be kept, and somebody has resolved it.
-            CrewError: This process did not claim the attempt, and somebody else was there before. Nothing was changed.
+        Raises ClaimLostError: it is a claim of ours that somebody has resolved. CrewError: somebody else's has changed.
         """
         mine = record.owner in self._own_claims
         if not await self._write(record):
             await self._raise_unsaved(record, mine)
 
     async def save_started(self, record: RunRecord) -> str | None:
-        """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it.
-
-        Raises:
-            CrewError: As `save`.
-        """
+        """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
         mine = record.owner in self._own_claims
         if await self._write(record, alone=True):
             return None
@@ -414,7 +369,7 @@ class Ledger:
     async def _raise_unsaved(self, record: RunRecord, mine: bool) -> None:
         if record.phase is RecordPhase.CLAIMED and mine:
             raise ClaimLostError
-        found = await self._rows(select(attempts.c.record).where(*self._attempt(attempts, record)))
+        found = await self._rows(sa.select(attempts.c.record).where(*self._attempt(attempts, record)))
         what = f"row {self.row_key(record.idempotency_key)!r} of batch {self.batch!r}"
         if not found:
             raise CrewError(f"Attempt {record.attempt} at {what} is not in the ledger {self.address}.")
@@ -422,18 +377,17 @@ class Ledger:
         known = f"{there.phase}{f', run {there.kickoff_id}' if there.kickoff_id else ''}"
         if not mine:
             raise CrewError(f"{what[:1].upper()}{what[1:]} is {known} in the ledger. Nothing was changed.")
-        if record.kickoff_id is not None and record.kickoff_id != there.kickoff_id:
-            self._log_unsaved(record, f"the ledger already says that it is {known}. ")
-        else:
+        if record.kickoff_id in (None, there.kickoff_id):
             run_logger().warning("The ledger already says that %s is %s. It is not changed.", what, known)
+        else:
+            self._log_unsaved(record, f"the ledger already says that it is {known}. ")
 
     def _log_unsaved(self, record: RunRecord, why: str) -> None:
         """Log the id of a run that is in no ledger: nobody else knows it."""
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
-            row_key = self.row_key(record.idempotency_key)
             run_logger().error(
                 "Row %r of batch %s is run %s, and %sprefect-crew runs resolve %s --kickoff-id %s",
-                *(row_key, self.batch, record.kickoff_id, why),
+                *(self.row_key(record.idempotency_key), self.batch, record.kickoff_id, why),
                 *map(shlex.quote, (record.idempotency_key, record.kickoff_id)),
             )
 
@@ -446,7 +400,7 @@ class Ledger:
 
     async def attempts_of(self, row_keys: Sequence[str]) -> dict[str, list[RunRecord]]:
         """Return the attempts at up to `PAGE` rows by row key; a row without any is left out."""
-        query = select(attempts.c.row_key, attempts.c.record, self._left).order_by(attempts.c.attempt)
+        query = sa.select(attempts.c.row_key, attempts.c.record, self._left).order_by(attempts.c.attempt)
         query = query.where(attempts.c.batch == self.batch, attempts.c.row_key.in_(row_keys))
         found: dict[str, list[RunRecord]] = {}
         for key, text, left in await self._rows(query):
@@ -458,7 +412,7 @@ class Ledger:
         return next(iter(await self._of_kickoff(kickoff_id)), None)
 
     async def _of_kickoff(self, kickoff_id: str) -> list[RunRecord]:
-        query = select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
+        query = sa.select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
         return [_record(text) for (text,) in await self._rows(query)]
 
     async def owner_ended(self, record: RunRecord) -> bool:
@@ -469,7 +423,7 @@ class Ledger:
         """Return the attempts of which nobody has written down what became of their kickoffs."""
         phases = (str(RecordPhase.UNCERTAIN), str(RecordPhase.CLAIMED))
         ours = (attempts.c.batch == self.batch, attempts.c.phase.in_(phases))
-        return [_record(*row) for row in await self._rows(select(attempts.c.record, self._left).where(*ours))]
+        return [_record(*row) for row in await self._rows(sa.select(attempts.c.record, self._left).where(*ours))]
 
     async def note_orphaned(self) -> None:
         """Write down of claims whose process has died that they are uncertain. Only for who holds the batch's lock."""
@@ -483,14 +437,14 @@ class Ledger:
     async def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight that waited for a person when they were last looked at."""
         ours = (attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.STARTED))
-        for (text,) in await self._rows(select(attempts.c.record).where(*ours)):
+        for (text,) in await self._rows(sa.select(attempts.c.record).where(*ours)):
             record = _record(text)
             if record.human_since is not None:
                 yield record
 
     async def reviews(self, record: RunRecord) -> list[SentReview]:
         """Return what people have answered to a run, in order."""
-        query = select(answers.c.review).where(*self._attempt(answers, record)).order_by(answers.c.number)
+        query = sa.select(answers.c.review).where(*self._attempt(answers, record)).order_by(answers.c.number)
         return [SentReview.model_validate_json(text) for (text,) in await self._rows(query)]
 
     async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
@@ -503,13 +457,13 @@ class Ledger:
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""
         where = (*self._attempt(answers, record), answers.c.number == number)
-        await self._execute(update(answers).where(*where).values(review=review.model_dump_json()))
+        await self._execute(sa.update(answers).where(*where).values(review=review.model_dump_json()))
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
         """Take back an answer that the crew's server refused."""
-        await self._execute(delete(answers).where(*self._attempt(answers, record), answers.c.number == number))
+        await self._execute(sa.delete(answers).where(*self._attempt(answers, record), answers.c.number == number))
 
-    def _attempt(self, table: Table, record: RunRecord) -> tuple[ColumnElement[bool], ...]:
+    def _attempt(self, table: sa.Table, record: RunRecord) -> tuple[sa.ColumnElement[bool], ...]:
         row = table.c.row_key == self.row_key(record.idempotency_key)
         return table.c.batch == self.batch, row, table.c.attempt == record.attempt
 
@@ -519,7 +473,7 @@ class Ledger:
     async def _execute(self, statement: Any) -> None:
         await self._run(lambda connection: connection.execute(statement).close(), "written")
 
-    async def _run(self, work: Callable[[Connection], T], what: str, *, once: bool = False) -> T:
+    async def _run(self, work: Callable[[sa.Connection], T], what: str, *, once: bool = False) -> T:
         """Do something in the database. It is tried again while that is away, but for what can be done only `once`."""
         try:
             return await (self.database.run(work) if once else self.writer.keep_trying(work, what))
@@ -552,17 +506,17 @@ class Ledger:
         }
 
 
-def _count(name: str) -> ColumnElement[int]:
-    return attempts.c.usage[name].as_string().cast(BigInteger)
+def _count(name: str) -> sa.ColumnElement[int]:
+    return attempts.c.usage[name].as_string().cast(sa.BigInteger)
 
 
-_COST = attempts.c.usage["cost"].as_string().cast(Double)
+_COST = attempts.c.usage["cost"].as_string().cast(sa.Double)
 _SPENT = (
-    func.count(),
-    func.count(_count("total_tokens")),
-    func.count(_COST),
-    func.sum(_COST),
-    *(func.sum(_count(name)) for name in TokenUsage.model_fields),
+    sa.func.count(),
+    sa.func.count(_count("total_tokens")),
+    sa.func.count(_COST),
+    sa.func.sum(_COST),
+    *(sa.func.sum(_count(name)) for name in TokenUsage.model_fields),
 )
 
 

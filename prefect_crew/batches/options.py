@@ -6,15 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ImportString,
-    ValidationError,
-    field_serializer,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ImportString, ValidationError, field_serializer, field_validator
 from pydantic_core import PydanticSerializationError
 
 from prefect_crew.batches.dataset import Dataset, is_remote, shown_address, whole_address
@@ -39,17 +31,13 @@ KeyFrom = str | Callable[..., Any]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OnFailure = Literal["continue", "stop"] | int | float
-Retries = Annotated[int, Field(strict=True, ge=0)] | Mapping[str, Annotated[int, Field(strict=True, ge=0)]]
 
 
 class BatchOptions(BaseModel):
-    """The options of `run_batch`, as its docstring tells them.
+    """The options of `run_batch`, as its docstring tells them. Raises ConfigurationError: one of them makes no sense.
 
     `wait` may be the fields of a `WaitPolicy`, and `output_type` the text `module:Model`, as a deployment's parameters
     hold them.
-
-    Raises:
-        ConfigurationError: One of them makes no sense.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -66,8 +54,7 @@ class BatchOptions(BaseModel):
     on_cancel: Literal["stop", "drain", "leave"] = "stop"
     breaker: Count | None = 20
     breaker_pause: Seconds = 30.0
-    deduplicate: bool = False
-    retries: Retries = 0
+    retries: Annotated[int, Field(strict=True, ge=0)] = 0
     retry_failed: Annotated[bool, Field(strict=True)] | frozenset[str] = False
     max_kickoffs: Count | None = None
     wait: WaitPolicy | None = None
@@ -108,18 +95,6 @@ class BatchOptions(BaseModel):
             raise ValueError("give 'continue', 'stop', a number of failed rows, or a share of the rows below 1")
         return limit
 
-    @field_validator("retries")
-    @classmethod
-    def _check_retries(cls, retries: Retries) -> Retries:
-        known = RETRYABLE.values()
-        unknown = set(retries) - set(known) if isinstance(retries, Mapping) else set[str]()
-        if unknown:
-            raise ValueError(
-                f"a row can be retried only after {', '.join(known)}, not after {', '.join(sorted(unknown))}, which "
-                "starts no run or leaves one running"
-            )
-        return retries
-
     @field_validator("output_type", mode="before")
     @classmethod
     def _check_output_type(cls, model: Any) -> Any:
@@ -149,38 +124,26 @@ class BatchOptions(BaseModel):
         """Return whether a row is started once more.
 
         Args:
-            state: How it stands.
-            key: Its key.
-            count: Its kickoffs so far. `before`: those of them that were made in earlier calls.
+            state, key: How it stands, and its key.
+            count, before: Its kickoffs so far, and those of them that were made in earlier calls.
             most: How many the crew's block allows.
             owed: Further kickoffs that it gets whatever the options say.
         """
-        if state not in RETRYABLE:
-            return False
         is_lost, chosen = state is RowState.LOST, self.retry_failed
-        if isinstance(self.retries, int):
-            more = 0 if is_lost else self.retries
-        else:
-            more = self.retries.get(RETRYABLE[state], 0)
         asked = (chosen and not is_lost) if isinstance(chosen, bool) else key in chosen
-        return count < min((before + 1 if asked else 1) + max(more, owed), most)
+        more = max(0 if is_lost else self.retries, owed)
+        return state in RETRYABLE and count < min((before + 1 if asked else 1) + more, most)
 
 
 def plain_call(
-    *,
-    crew: str | None,
-    secret_inputs: Sequence[str],
-    dataset: Dataset,
-    output: str,
-    ledger: str,
-    options: BatchOptions,
+    *, crew: str | None, secret_inputs: Sequence[str], dataset: Dataset, output: str, ledger: str, options: BatchOptions
 ) -> dict[str, Any]:
     """Return a call as JSON values. Where that cannot be, its only key is `why_not`.
 
-    `crew` is the name of its stored block, None if it is not stored; `output` is where the lines go, and `ledger` where
-    the ledger is, without a password. A call that has the value of a secret input is not stored.
+    `crew` is the name of its stored block, and `ledger` where the ledger is, without a password. A call that may hold
+    the value of a secret input is not stored.
     """
-    address = dataset.address
+    address, inputs = dataset.address, options.inputs
     if crew is None:
         return {"why_not": "its crew is not a stored block"}
     if address is None:
@@ -188,32 +151,22 @@ def plain_call(
     for what, where in (("data set", address), ("output", output)):
         if is_remote(where) and shown_address(where) != where:
             return {"why_not": f"the address of its {what} may contain a password"}
-    if given := [name for name in secret_inputs if _holds_value(options.inputs, name)]:
-        return {"why_not": f"the secret inputs {', '.join(given)} were passed as Python objects and not by a column"}
-    if options.webhooks is not None:
-        return {"why_not": "its webhooks were passed as a Python object"}
     for name in ("key", "inputs"):
         if callable(getattr(options, name)):
             return {"why_not": f"{name} is a function"}
+    sources = {} if inputs is None or callable(inputs) else {name: inputs.get(name) for name in secret_inputs}
+    if given := [name for name, source in sources.items() if source is not None and not is_column(source)]:
+        return {"why_not": f"the secret inputs {', '.join(given)} do not come from a column as it is"}
+    if options.webhooks is not None:
+        return {"why_not": "its webhooks were passed as a Python object"}
     try:
         chosen = options.model_dump(mode="json", exclude_defaults=True, exclude=OF_ONE_CALL)
     except (PydanticSerializationError, ValueError) as error:
         return {"why_not": f"an option cannot be stored as JSON: {error}"}
-    return {
-        "crew": crew,
-        "dataset": whole_address(address),
-        "format": dataset.format,
-        "encoding": dataset.encoding,
-        "output": whole_address(output),
-        "ledger": ledger,
-        "options": chosen,
-    }
+    where = {"dataset": whole_address(address), "output": whole_address(output), "ledger": ledger}
+    return {"crew": crew, **where, "format": dataset.format, "encoding": dataset.encoding, "options": chosen}
 
 
-def _holds_value(inputs: InputsFrom | None, name: str) -> bool:
-    """Return whether options say what an input is, rather than which column it comes from."""
-    source = None if inputs is None or callable(inputs) else inputs.get(name)
-    if not isinstance(source, str):
-        return source is not None
-    # Of a template, what is not within its braces, or is quoted there.
-    return "{{" in source and (re.sub(r"\{\{[^'\"]*?\}\}", "", source).strip() != "")
+def is_column(source: Any) -> bool:
+    """Return whether the source of an input is the name of a column, and not a template."""
+    return isinstance(source, str) and "{{" not in source and "{%" not in source

@@ -10,14 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from prefect_crew.crew import Crew
-from prefect_crew.exceptions import (
-    CrewError,
-    CrewLostError,
-    CrewTimeoutError,
-    IdempotencyConflictError,
-    KickoffUncertainError,
-    OutputTypeError,
-)
+from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, OutputTypeError
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.runs.run import OpenRun, parse_data
 from prefect_crew.states import CrewState
@@ -62,9 +55,7 @@ class RowState(StrEnum):
     @property
     def is_failed(self) -> bool:
         """Whether the row has no result, and nobody waits for one in this call."""
-        return self not in (
-            *(RowState.PENDING, RowState.CLAIMED, RowState.STARTED, RowState.UNCERTAIN, RowState.COMPLETED),
-        )
+        return self.value not in ("pending", "claimed", "started", "uncertain", "completed")
 
 
 def state_of(record: RunRecord) -> RowState:
@@ -97,8 +88,8 @@ RETRYABLE = {
     RowState.INVALID_OUTPUT: "OutputTypeError",
     RowState.LOST: "CrewLostError",
 }
-"""The states from which a row may be started again, and the class of error that `retries` names them by. All others
-started nothing, or left a run that may go on."""
+"""The states from which a row may be started again, and their class of error. All others started nothing, or left a
+run that may go on."""
 ERROR_CAP = 2_000
 
 
@@ -113,32 +104,6 @@ def judge(record: RunRecord, *, crew: Crew, inputs: Mapping[str, Any], output_ty
             except OutputTypeError as error:
                 record.error = str(error)[:ERROR_CAP]
     return state_of(record)
-
-
-def state_after(error: CrewError, record: RunRecord | None) -> RowState:
-    """Return how a row stands in this call whose kickoff or wait ended with an error."""
-    for kind, state in _STATES.items():
-        if isinstance(error, kind):
-            return state
-    return RowState.NO_ANSWER if record is not None and record.phase is RecordPhase.STARTED else RowState.NOT_STARTED
-
-
-_STATES: dict[type[CrewError], RowState] = {
-    KickoffUncertainError: RowState.UNCERTAIN,
-    IdempotencyConflictError: RowState.CONFLICT,
-    CrewTimeoutError: RowState.TIMED_OUT,
-    CrewLostError: RowState.LOST,
-}
-
-
-def note_error(record: RunRecord, error: CrewError, *, key: str, batch: str) -> bool:
-    """Write into a record why its row has no result, where nothing there says so; return whether that changed it."""
-    if record.error is not None or isinstance(error, KickoffUncertainError | IdempotencyConflictError):
-        return False
-    why = explain_lost(error, key, batch) if isinstance(error, CrewLostError) else str(error)
-    record.error = why[:ERROR_CAP]
-    record.reason = record.reason or type(error).__name__
-    return True
 
 
 def explain_lost(error: CrewLostError, key: str, batch: str) -> str:

@@ -31,13 +31,11 @@ STRUCTURED = ("inputs", "data", "tasks", "usage")
 
 
 class Output:
-    """Where the lines of a batch go: a path, or an fsspec address.
+    """Where the lines of a batch go: `.parquet` is Parquet, anything else JSON Lines, compressed as its ending says.
 
-    `.parquet` is Parquet, anything else JSON Lines, compressed as its ending says. `output_type` is what `data` is an
-    instance of, None where it is as the crew's server gave it.
+    `output_type` is what `data` is an instance of, None where it is as the crew's server gave it.
 
-    Raises:
-        ConfigurationError: Such an output cannot be written here. Nothing was started.
+    Raises ConfigurationError: such an output cannot be written here.
     """
 
     def __init__(self, address: str, *, output_type: type[BaseModel] | None = None) -> None:
@@ -46,22 +44,19 @@ class Output:
         self._output_type = output_type
         self._is_parquet = address.endswith((".parquet", ".pq"))
         self._path = None if is_remote(address) else Path(address.removeprefix("file://"))
-        if self._is_parquet:
-            try:
+        is_http = address.startswith(("http://", "https://"))
+        problem = "is an http address, which cannot be written to." if is_http else None
+        try:
+            if self._is_parquet:
                 polars(self.name)
-            except DatasetError as error:
-                raise ConfigurationError(f"The output {self.name} {error.reason} Nothing was started.") from None
-        if self._path is None:
-            if address.startswith(("http://", "https://")):
-                raise ConfigurationError(
-                    f"The output {self.name} is an http address, which cannot be written to. Nothing was started."
-                )
-            try:
+            if self._path is None and not is_http:
                 _fsspec.core.url_to_fs(address)
-            except (ImportError, ValueError) as error:
-                raise ConfigurationError(
-                    f"The output {self.name} cannot be written: {error}. Nothing was started."
-                ) from None
+        except DatasetError as error:
+            problem = error.reason
+        except (ImportError, ValueError) as error:
+            problem = f"cannot be written: {error}."
+        if problem is not None:
+            raise ConfigurationError(f"The output {self.name} {problem} Nothing was started.")
 
     def check(self, *, is_new: bool) -> None:
         """Make sure that a file can be written, and that one that is there is of this batch. Raises OutputError.
@@ -90,11 +85,7 @@ class Output:
     async def write(self, ledger: Ledger) -> int:
         """Write the lines of all rows that have ended, in the order of the data set; return how many there are.
 
-        A file on this machine is replaced once the new one is whole: whatever dies before that leaves the old one.
-
-        Raises:
-            OutputError: It cannot be written.
-            LedgerError: The ledger cannot be read.
+        A file on this machine is replaced once the new one is whole. Raises OutputError, LedgerError.
         """
         count = 0
         with self._reporting(), self._target() as target, tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
@@ -107,11 +98,7 @@ class Output:
         return count
 
     def write_rejected(self, lines: IO[bytes] | None) -> None:
-        """Write the rows that were set aside next to the output; None removes those of an earlier call.
-
-        Raises:
-            OutputError: They cannot be written there.
-        """
+        """Write the rows that were set aside next to the output; None removes those of an earlier call."""
         rejected = Output(rejected_name(self.address))
         with rejected._reporting():
             if lines is not None:

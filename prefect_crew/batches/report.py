@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -29,7 +29,7 @@ FAILURES = 100
 """Failed rows that are kept for the artifact; the output has all."""
 UNCERTAIN_KEYS = 1_000
 RECENT = 60.0
-"""Seconds over which the rate is taken."""
+"""Seconds over which the rate is taken, at least."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact."""
 BAR = 24
@@ -50,9 +50,8 @@ class BatchReport:
         output: Where the lines are.
         stopped: Why the batch kicked off nothing more, None if it did not stop.
         kickoffs: Runs that this call started.
-        set_aside: Rows that cannot be run. `set_aside_rows`: the first 100 of them, their lines and why;
-            `set_aside_output`: the file that all of them are in, None where there are none.
-        duplicates: Rows that equal an earlier one, which are not in `total`.
+        set_aside: Rows that cannot be run. `set_aside_rows`: the first 100 of them; `set_aside_output`: the file with
+            all of them, None where there are none.
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
         spending: What the runs of all calls used and cost, and how many of them reported it.
@@ -71,7 +70,6 @@ class BatchReport:
     set_aside: int = 0
     set_aside_rows: Sequence[BadRow] = ()
     set_aside_output: str | None = None
-    duplicates: int = 0
     uncertain_keys: Sequence[str] = ()
     errors: Mapping[str, int] = field(default_factory=dict[str, int])
     spending: Spending = field(default_factory=Spending)
@@ -92,11 +90,7 @@ class BatchReport:
         return self.completed == self.total
 
     def raise_for_failures(self) -> None:
-        """Do nothing if every row has completed.
-
-        Raises:
-            BatchFailedError: Some have not.
-        """
+        """Raise BatchFailedError unless every row has completed."""
         if not self.ok:
             raise BatchFailedError(self)
 
@@ -127,12 +121,10 @@ class BatchPlan:
 
     Attributes:
         name: The batch.
-        rows: Rows that can be run. `done`: those of them that are, from earlier calls of the name.
+        rows: Rows that can be run. `done`: those of them that have ended in earlier calls of the name.
         bad: Rows that cannot be run, up to 1,000. `bad_count`: all of them.
-        duplicates: Rows that equal an earlier one.
         max_in_flight: How many would run at once.
-        seconds: How long it would take, `price` how much it would cost; None where nothing tells.
-        notes: What to know of all rows.
+        seconds, price: How long it would take, and how much it would cost; None where nothing tells.
     """
 
     name: str
@@ -140,11 +132,9 @@ class BatchPlan:
     done: int
     bad: Sequence[BadRow]
     bad_count: int
-    duplicates: int
     max_in_flight: int
     seconds: float | None
     price: float | None
-    notes: Sequence[str] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -154,8 +144,6 @@ class BatchPlan:
         left = self.rows - self.done
         done = f"{self.done:,} done, {left:,} to run" if self.done else f"{left:,} to run"
         lines = [f"Batch {self.name}: {self.rows:,} rows, {done}, {self.max_in_flight:,} at a time."]
-        if self.duplicates:
-            lines.append(f"{self.duplicates:,} rows are equal to an earlier one and are left out.")
         listed, more = by_reason(self.bad, self.bad_count)
         lines += [f"{where[:1].upper()}{where[1:]} cannot be run: {reason}." for where, reason in listed]
         if more:
@@ -164,7 +152,6 @@ class BatchPlan:
             lines.append(f"It takes about {duration(self.seconds)}.")
         if self.price is not None:
             lines.append(f"It costs about {money(self.price)}.")
-        lines += self.notes
         return "\n".join(lines)
 
 
@@ -175,8 +162,7 @@ class BatchProgress:
     Attributes:
         name: The batch.
         phase: What is done now.
-        total: Rows that can be run; 0 while they are checked. `set_aside`: those that cannot; `duplicates`: how many
-            equal an earlier one.
+        total: Rows that can be run; 0 while they are checked. `set_aside`: those that cannot.
         counts: How many rows stand in each state, as the ledger was last read.
         in_flight: Runs that are waited for. `people`: those of them that wait for a person.
         ended_here: Rows that ended in this call.
@@ -188,7 +174,6 @@ class BatchProgress:
     phase: Literal["checking", "running", "finishing", "done"] = "checking"
     total: int = 0
     set_aside: SetAside = field(default_factory=SetAside)
-    duplicates: int = 0
     counts: Mapping[RowState, int] = field(default_factory=dict[RowState, int])
     in_flight: int = 0
     people: int = 0
@@ -197,9 +182,11 @@ class BatchProgress:
     failures: list[LedgerRow] = field(default_factory=list[LedgerRow])
     uncertain_keys: list[str] = field(default_factory=list[str])
     errors: Counter[str] = field(default_factory=Counter[str])
-    _ticks: deque[tuple[float, int]] = field(default_factory=deque[tuple[float, int]])
-    _curve: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
+    _curve: list[tuple[float, int]] = field(init=False)
     _step: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._curve = [(self.started, 0)]
 
     @property
     def completed(self) -> int:
@@ -223,7 +210,7 @@ class BatchProgress:
 
     @property
     def whole(self) -> int:
-        """All rows of the data set but duplicates, also those that cannot be run."""
+        """All rows of the data set, also those that cannot be run."""
         return self.total + self.set_aside.count
 
     @property
@@ -238,9 +225,10 @@ class BatchProgress:
 
     @property
     def rate(self) -> float:
-        """Rows that end a second, over the last minute."""
-        at, ended = self._ticks[0] if self._ticks else (self.started, 0)
-        return (self.ended_here - ended) / max(time.monotonic() - at, 1e-9)
+        """Rows that end a second, over the last minute or more."""
+        now = time.monotonic()
+        at, ended = next((point for point in reversed(self._curve) if now - point[0] >= RECENT), self._curve[0])
+        return (self.ended_here - ended) / max(now - at, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
@@ -249,20 +237,17 @@ class BatchProgress:
         return left / rate if rate > 0 and left > 0 else None
 
     def tick(self) -> None:
-        """Remember how many rows had ended now, for the rate."""
+        """Remember how many rows had ended now."""
         now = time.monotonic()
-        self._ticks.append((now, self.ended_here))
-        while len(self._ticks) > 2 and now - self._ticks[1][0] > RECENT:
-            self._ticks.popleft()
-        if not self._curve or now - self._curve[-1][0] >= self._step:
-            self._curve.append(self._ticks[-1])
+        if now - self._curve[-1][0] >= self._step:
+            self._curve.append((now, self.ended_here))
         if len(self._curve) > CHART:
             del self._curve[1::2]
             self._step *= 2
 
     def chart(self) -> str | None:
         """Return the throughput of this call over time, as one line; None before there is enough to see."""
-        points = self._curve if not self._ticks else [*self._curve[:-1], self._ticks[-1]]
+        points = [*self._curve, (time.monotonic(), self.ended_here)]
         rates = [(to - of) / (end - begin) for (begin, of), (end, to) in pairwise(points) if end > begin]
         if (line := sparkline(rates)) is None:
             return None
@@ -270,9 +255,9 @@ class BatchProgress:
 
     def add(self, state: RowState, error: str | None) -> None:
         """Count a row that has ended in this call, `error` is the class of its error."""
+        del state
         self.ended_here += 1
-        if error is not None:
-            self.errors[error] += 1
+        self.errors.update([error] if error else [])
 
 
 OnProgress = Callable[[BatchProgress], None]
@@ -280,12 +265,7 @@ OnProgress = Callable[[BatchProgress], None]
 
 
 class BatchArtifact:
-    """The page of one batch: progress, what failed, and in the end its figures.
-
-    Args:
-        name: The batch.
-        crew: Its crew. With `show="none"`, no error text is shown.
-    """
+    """The page of one batch: progress, what failed, and in the end its figures."""
 
     def __init__(self, name: str, crew: Crew) -> None:
         self._name = name
@@ -306,7 +286,7 @@ class BatchArtifact:
         parts = [f"## Batch {prose(self._name)} · {prose(self._crew.label)}{f': {said}' if said else ''}"]
         if report is not None and report.stopped:
             parts += ["### Stopped", fenced(report.stopped)]
-        parts += [self._figures(progress, report), *self._failures(progress)]
+        parts += [table(("", ""), self._figures(progress, report)), *self._failures(progress)]
         error = await self._artifact.put("\n\n".join(parts) + "\n")
         if error and not self._failed:
             self._failed = True
@@ -343,50 +323,39 @@ class BatchArtifact:
             parts += ["### Set aside", f"The first {shown}. All are in {where}.", table(("Line", "Why"), bad)]
         return parts
 
-    def _figures(self, progress: BatchProgress, report: BatchReport | None) -> str:
-        rows = _counts(progress)
+    def _figures(self, progress: BatchProgress, report: BatchReport | None) -> list[tuple[str, str]]:
+        share = progress.done / progress.whole if progress.whole else 1.0
+        full = round(share * BAR)
+        bar = f"{'█' * full}{'░' * (BAR - full)} {progress.done:,} of {progress.whole:,} ({share:.1%})"
+        counts = {"Completed": progress.completed, "Failed": progress.failed, "Uncertain": progress.uncertain}
+        if progress.set_aside.count:
+            counts["Set aside"] = progress.set_aside.count
+        rows = [("Done", bar), *((name, f"{count:,}") for name, count in counts.items())]
         if (run := flow_run_id()) is not None:
             rows.append(("Flow run", flow_run_link(run)))
         if self._crew.page_url:
             rows.append(("Crew", link(self._crew.label, self._crew.page_url)))
-        return table(("", ""), [*rows, *_times(progress, report)])
-
-
-def _counts(progress: BatchProgress) -> list[tuple[str, str]]:
-    share = progress.done / progress.whole if progress.whole else 1.0
-    full = round(share * BAR)
-    counts = {
-        "Completed": progress.completed,
-        "Failed": progress.failed,
-        "Uncertain": progress.uncertain,
-        **({"Set aside": progress.set_aside.count} if progress.set_aside.count else {}),
-    }
-    done = f"{'█' * full}{'░' * (BAR - full)} {progress.done:,} of {progress.whole:,} ({share:.1%})"
-    return [("Done", done), *((name, f"{count:,}") for name, count in counts.items())]
-
-
-def _times(progress: BatchProgress, report: BatchReport | None) -> list[tuple[str, str]]:
-    rows = [] if (chart := progress.chart()) is None else [("Throughput", chart)]
-    if progress.people:
-        rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
-    if report is None:
-        left = progress.seconds_left
+        if (chart := progress.chart()) is not None:
+            rows.append(("Throughput", chart))
+        if progress.people:
+            rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
+        if report is None:
+            left = progress.seconds_left
+            return [
+                *rows,
+                ("In flight", f"{progress.in_flight:,}"),
+                ("Rate", f"{progress.rate:.1f} rows/s"),
+                ("Time so far", duration(progress.seconds)),
+                ("Time left", "–" if left is None else duration(left)),
+            ]
         rows += [
-            ("In flight", f"{progress.in_flight:,}"),
-            ("Rate", f"{progress.rate:.1f} rows/s"),
-            ("Time so far", duration(progress.seconds)),
-            ("Time left", "–" if left is None else duration(left)),
+            ("Not run", f"{report.skipped - report.set_aside:,}"),
+            ("Kickoffs of this call", f"{report.kickoffs:,}"),
+            ("Time of this call", duration(report.seconds)),
         ]
-        return rows
-    rows += [
-        ("Not run", f"{report.skipped - report.set_aside:,}"),
-        ("Kickoffs of this call", f"{report.kickoffs:,}"),
-        ("Time of this call", duration(report.seconds)),
-    ]
-    if report.usage is not None:
-        rows += [(name.replace("_", " "), f"{count:,}") for name, count in report.usage if count is not None]
-    if report.cost is not None:
-        rows.append(("Cost of all calls", money(report.cost)))
-    if (report.usage is not None or report.cost is not None) and report.spending.unknown:
-        rows.append(("Unknown", report.spending.unknown))
-    return [*rows, ("Output", code(report.output))]
+        rows += [(name.replace("_", " "), f"{count:,}") for name, count in report.usage or () if count is not None]
+        if report.cost is not None:
+            rows.append(("Cost of all calls", money(report.cost)))
+        if (report.usage is not None or report.cost is not None) and report.spending.unknown:
+            rows.append(("Unknown", report.spending.unknown))
+        return [*rows, ("Output", code(report.output))]

@@ -15,9 +15,9 @@ from typing import IO, Any, cast
 from pydantic_core import PydanticSerializationError, to_json
 
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew._text import SHOWN, listed_names, with_guesses
+from prefect_crew._text import listed_names, with_guesses
 from prefect_crew.batches.dataset import Dataset, Row
-from prefect_crew.batches.options import BatchOptions, InputsFrom, KeyFrom
+from prefect_crew.batches.options import BatchOptions, InputsFrom, KeyFrom, is_column
 from prefect_crew.client.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
@@ -37,31 +37,27 @@ BAD_ROWS = 1000
 """Bad rows that are kept."""
 MAX_KEY = 200
 """Characters of a row's key."""
-TRIES = 3
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 async def expected_inputs(session: CrewSession) -> list[CrewInput]:
     """Return what the crew names as its inputs; empty where it does not say.
 
-    Raises:
-        AuthenticationError: The token is refused.
-        CrewConnectionError: The crew's server does not answer.
+    Raises AuthenticationError, and CrewConnectionError: its server does not answer.
     """
-    for left in reversed(range(TRIES)):
+    for is_last in (False, False, True):
         try:
             return await session.call(lambda client: client.inputs())
         except AuthenticationError:
             raise
         except CrewError as error:
-            # A moment's trouble must not make all columns inputs, and so every row another one.
-            if left and isinstance(error, CrewConnectionError | ServerError):
-                await asyncio.sleep(1.0)
-                continue
-            if isinstance(error, CrewConnectionError):
+            if isinstance(error, CrewConnectionError) and is_last:
                 raise
-            run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
-            break
+            if not isinstance(error, CrewConnectionError | ServerError) or is_last:
+                run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
+                break
+            # A moment's trouble must not make all columns inputs, and so every row another one.
+            await asyncio.sleep(1.0)
     return []
 
 
@@ -93,38 +89,30 @@ class Checked:
     """What the first reading of a data set found. `fingerprint` does not depend on the rows' order."""
 
     total: int
-    bad: Sequence[BadRow]
-    bad_count: int
-    duplicates: int
     fingerprint: str
+    bad: Sequence[BadRow] = ()
+    bad_count: int = 0
 
     @classmethod
     def stored(cls, stored: Mapping[str, Any] | None, source: str | None) -> Checked | None:
         """Return what an earlier check of the same `source` found, None if none is stored."""
         if stored is None or source is None or stored["source"] != source:
             return None
-        return cls(stored["total"], (), 0, stored["duplicates"], stored["fingerprint"])
+        return cls(stored["total"], stored["fingerprint"])
 
     def to_store(self, source: str | None) -> dict[str, Any] | None:
         """Return it for `stored`, None where it has to be made again."""
         if source is None or self.bad_count:
             return None
-        found = {"total": self.total, "duplicates": self.duplicates, "fingerprint": self.fingerprint}
-        return {"source": source, **found}
+        return {"source": source, "total": self.total, "fingerprint": self.fingerprint}
 
 
 class RowPlan:
-    """How a data set's rows become runs.
+    """How a data set's rows become runs; `expected` are the crew's inputs.
 
     Without a mapping, the crew's inputs are taken from the columns of their names, or all columns of a crew that does
     not name its inputs; only the input `id` is never taken so. Without a key, that is a digest of the inputs and how
     many equal ones came before. No reason of a bad row shows a secret input, and no key may hold one.
-
-    Args:
-        dataset: The rows.
-        options: `key`, `inputs`, `deduplicate` and `rows` of them.
-        crew: Says which inputs are secret, and how they are sent.
-        expected: The crew's inputs.
 
     Raises:
         ConfigurationError: A key that is a secret input, a template that is none, or a mapping that gives inputs which
@@ -142,8 +130,6 @@ class RowPlan:
         self._mapping: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs
         self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
         self._secret_columns = _columns_of(crew.secret_inputs, inputs)
-        self._is_id_by_name = inputs is None and (not expected or STATE_ID in self._names)
-        self._is_id_left_out = False
         if isinstance(options.key, str) and options.key in crew.secret_inputs:
             raise ConfigurationError(
                 f"The key column {options.key!r} is a secret input: keys are shown in logs, artifacts and the ledger. "
@@ -155,32 +141,14 @@ class RowPlan:
                 "allow_extra_inputs=True on the block."
             )
 
-    def notes(self) -> list[str]:
-        """Return what is to be said of all rows, once they were read."""
-        if STATE_ID in self._mapping:
-            return [
-                "The rows give the input id. A CrewAI Flow uses it as the id of its state: it must be a UUID, and "
-                "another one in each row, since one that was used before leads to the run that used it."
-            ]
-        if self._is_id_left_out:
-            return [
-                "The column id is not sent: a CrewAI Flow uses an input of that name as the id of its state. If the "
-                "crew means something else by it, map it."
-            ]
-        return []
-
     def source(self) -> str | None:
-        """Return a digest of all that the rows are made of; None where a function or a secret is among that.
-
-        Raises:
-            DatasetError: The data set cannot be read.
-        """
+        """Return a digest of all that the rows are made of; None where that is a function or a secret."""
         options, crew, data = self._options, self._crew, self.dataset
         given = (options.key, options.inputs, *self._mapping.values())
         if data.digest is None or any(callable(one) or holds_secret(one) for one in given):
             return None
         how: list[Any] = [version("prefect-crew"), data.digest(), data.format, data.encoding]
-        how += [options.key, options.inputs is None, self._mapping, options.rows, options.deduplicate, self._expected]
+        how += [options.key, options.inputs is None, self._mapping, options.rows, self._expected]
         how += [crew.inputs_as_json, crew.allow_extra_inputs, crew.secret_inputs]
         try:
             return hashlib.sha256(to_json(how)).hexdigest()
@@ -188,87 +156,72 @@ class RowPlan:
             return None
 
     def check(self, rejected: IO[bytes] | None = None) -> Checked:
-        """Read every row once and note all that is wrong.
-
-        Args:
-            rejected: Where each row that cannot be run is written, as JSON: line, reason and, without secrets, row.
+        """Read every row once, and note all that is wrong: rows that cannot be run are written to `rejected` as JSON.
 
         Raises:
             DatasetError: The data set cannot be read to its end, or is empty.
         """
         bad: list[BadRow] = []
-        bad_count = total = duplicates = fingerprint = 0
+        bad_count = total = fingerprint = 0
         for row, job in self._read():
             if isinstance(job, RowJob):
                 total += 1
                 digest = hashlib.sha256(f"{job.key}\0{job.digest}".encode()).digest()
                 fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
-            elif job is None:
-                duplicates += 1
-            else:
-                bad_count += 1
-                if len(bad) < BAD_ROWS:
-                    bad.append(job)
-                if rejected is not None:
-                    line = {"line": job.line, "reason": job.reason, "row": self._shown(row)}
-                    rejected.write(to_json(line, inf_nan_mode="null", serialize_unknown=True) + b"\n")
+                continue
+            bad_count += 1
+            if len(bad) < BAD_ROWS:
+                bad.append(job)
+            if rejected is not None:
+                line = {"line": job.line, "reason": job.reason, "row": self._shown(row)}
+                rejected.write(to_json(line, inf_nan_mode="null", serialize_unknown=True) + b"\n")
         if total == bad_count == 0:
             where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
             raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
-        return Checked(total, bad, bad_count, duplicates, f"{fingerprint:032x}")
+        return Checked(total, f"{fingerprint:032x}", bad, bad_count)
 
     def jobs(self) -> Iterator[RowJob]:
         """Yield the rows that can be run, in the order of the data set."""
         return (job for _, job in self._read() if isinstance(job, RowJob))
 
-    def _read(self) -> Iterator[tuple[Row, RowJob | BadRow | None]]:
-        """Yield each row, and with it its job, why it is bad, or None for one that equals an earlier one."""
+    def _read(self) -> Iterator[tuple[Row, RowJob | BadRow]]:
+        """Yield each row, and with it its job, or why it is bad."""
         keys, number = _Keys(), 0
         try:
             for row in islice(self.dataset.rows(), self._rows.start, self._rows.stop):
                 try:
-                    job = self._job(row, keys, number)
+                    yield row, self._job(row, keys, number)
+                    number += 1
                 except Exception as error:  # noqa: BLE001  whatever a user's function raises is wrong with its row
-                    job = BadRow(row.line, self._redactor(row.values)(_reason(error)))
-                number += isinstance(job, RowJob)
-                yield row, job
+                    yield row, BadRow(row.line, self._redactor(row.values)(_reason(error)))
         finally:
             keys.close()
 
-    def _job(self, row: Row, keys: _Keys, number: int) -> RowJob | BadRow | None:
+    def _job(self, row: Row, keys: _Keys, number: int) -> RowJob:
         if row.fault is not None:
-            return BadRow(row.line, row.fault)
+            raise ConfigurationError(row.fault)
         given = self._inputs_of(row.values)
         encoded = encode_inputs(given, as_json=self._crew.inputs_as_json)
         hidden = tuple(name for name, value in given.items() if holds_secret(value))
-        self._is_id_left_out = self._is_id_left_out or (self._is_id_by_name and STATE_ID in row.values)
         if missing := missing_inputs(self._expected, encoded):
-            by_name = STATE_ID in missing and self._is_id_by_name
+            by_name = STATE_ID in missing and self._options.inputs is None
             mapped = ", which is never taken from a column by its name alone: map it" if by_name else ""
-            return BadRow(row.line, f"lacks {', '.join(missing)}{mapped}")
+            raise ConfigurationError(f"lacks {', '.join(missing)}{mapped}")
         if unknown := self._unknown(encoded):
-            return BadRow(row.line, unknown)
+            raise ConfigurationError(unknown)
         digest = inputs_digest(encoded, is_text=not self._crew.inputs_as_json)
         if self._options.key is None:
-            count = keys.count(digest)
-            if count > 1 and self._options.deduplicate:
-                return None
-            return RowJob(number, row.line, f"{digest}-{count}", encoded, digest, hidden)
-        key = _key_of(self._options.key, row.values)
-        secret = [encoded[name] for name in (*self._crew.secret_inputs, *hidden) if name in encoded]
-        if secret and Redactor(secret).hides(key):
-            return BadRow(
-                row.line, "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
-            )
-        earlier = keys.put(key, row.line, digest)
-        if earlier is None:
-            return RowJob(number, row.line, key, encoded, digest, hidden)
-        line, earlier_digest = earlier
-        if not self._options.deduplicate:
-            return BadRow(row.line, f"has the key {key!r} of line {line} again")
-        if digest != earlier_digest:
-            return BadRow(row.line, f"has the key {key!r} of line {line}, and other inputs")
-        return None
+            key = f"{digest}-{keys.count(digest)}"
+        else:
+            key = _key_of(self._options.key, row.values)
+            secret = [encoded[name] for name in (*self._crew.secret_inputs, *hidden) if name in encoded]
+            if secret and Redactor(secret).hides(key):
+                raise ConfigurationError(
+                    "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
+                )
+            if (earlier := keys.put(key, row.line)) is not None:
+                raise ConfigurationError(f"has the key {key!r} of line {earlier} again")
+        return RowJob(number, row.line, key, encoded, digest, hidden)
 
     def _unknown(self, inputs: Mapping[str, Any]) -> str | None:
         unknown = [] if self._crew.allow_extra_inputs else unknown_inputs(self._expected, inputs)
@@ -292,26 +245,25 @@ class RowPlan:
 
 
 class _Keys:
-    """The keys of the rows that were read, each with a number and a digest. It belongs to one thread at a time."""
+    """The keys of the rows that were read, each with a number. It belongs to one thread at a time."""
 
     def __init__(self) -> None:
         # An empty name is SQLite's own temporary database, which spills to disk and goes with the connection. Rows are
         # read in a thread, one at a time, but not always the same one.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.execute("PRAGMA cache_size=-4000")
-        self._database.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, number INTEGER, digest TEXT) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
         self._database.execute("BEGIN")
 
-    def put(self, key: str, line: int, digest: str) -> tuple[int, str] | None:
-        """Keep the line and the digest of a key; return those of an earlier row that has it."""
-        query = "INSERT INTO keys VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
-        if self._database.execute(query, (key, line, digest)).rowcount:
+    def put(self, key: str, line: int) -> int | None:
+        """Keep the line of a key; return that of an earlier row that has it."""
+        if self._database.execute("INSERT INTO keys VALUES (?, ?) ON CONFLICT DO NOTHING", (key, line)).rowcount:
             return None
-        return self._database.execute("SELECT number, digest FROM keys WHERE key = ?", (key,)).fetchone()
+        return self._database.execute("SELECT number FROM keys WHERE key = ?", (key,)).fetchone()[0]
 
     def count(self, key: str) -> int:
         """Note one more of a key and return how many there are now."""
-        query = "INSERT INTO keys VALUES (?, 1, '') ON CONFLICT DO UPDATE SET number = number + 1 RETURNING number"
+        query = "INSERT INTO keys VALUES (?, 1) ON CONFLICT DO UPDATE SET number = number + 1 RETURNING number"
         return int(self._database.execute(query, (key,)).fetchone()[0])
 
     def close(self) -> None:
@@ -330,12 +282,8 @@ def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | 
         if callable(source):
             return None
         if isinstance(source, str):
-            columns |= names_in(source, collections=frozenset({"row"})) if _is_template(source) else {source}
+            columns |= {source} if is_column(source) else names_in(source, collections=frozenset({"row"}))
     return columns
-
-
-def _is_template(source: str) -> bool:
-    return "{{" in source or "{%" in source
 
 
 def _reason(error: Exception) -> str:
@@ -381,7 +329,7 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
         return cast("Callable[[Values], Any]", source)
     if not isinstance(source, str):
         return lambda values: source
-    if _is_template(source):
+    if not is_column(source):
         return _template(name, source)
 
     def column(values: Values) -> Any:
@@ -397,8 +345,7 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
 
 def _template(name: str, source: str) -> Callable[[Values], Any]:
     """Return what fills a template over the columns; `row["a name"]` is a column whose name is not a word."""
-    needed = names_in(source, collections=frozenset({"row"}))
-    fill = compiled(source)
+    needed, fill = names_in(source, collections=frozenset({"row"})), compiled(source)
 
     def rendered(values: Values) -> str:
         if unknown := needed - set(values):
@@ -416,11 +363,8 @@ def _key_of(key: KeyFrom, values: Values) -> str:
     elif key in values:
         value = values[key]
     else:
-        names = [str(name) for name in values]
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        raise ConfigurationError(
-            f"has no column {key!r}, which is the key; its columns are {', '.join(names[:SHOWN]) or 'none'}{more}"
-        )
+        columns = listed_names([str(name) for name in values]) or "none"
+        raise ConfigurationError(f"has no column {key!r}, which is the key; its columns are {columns}")
     text = "" if value is None else str(value)
     if not text.strip():
         raise ConfigurationError("its key is empty")
@@ -444,8 +388,3 @@ class SetAside:
     count: int = 0
     rows: Sequence[BadRow] = ()
     output: str | None = None
-
-    def shown(self, most: int) -> list[str]:
-        """Return some of them for people, and how many more there are."""
-        found = [f"line {row.line}: {row.reason}" for row in self.rows[:most]]
-        return [*found, f"{self.count - len(found):,} more"] if self.count > len(found) else found

@@ -6,11 +6,11 @@ import asyncio
 import shlex
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import asdict, dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import httpx
 from prefect import flow
@@ -18,7 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkerStatus
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from prefect_crew._internal.asyncio_tasks import cancelled_once
 from prefect_crew._internal.callables import sync_version
@@ -27,18 +27,17 @@ from prefect_crew.batches.cancel import run_until_cancelled
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import BatchEntry, Ledger
-from prefect_crew.batches.options import (
-    IN_FLIGHT,
-    BatchOptions,
-    InputsFrom,
-    KeyFrom,
-    OnFailure,
-    Retries,
-    plain_call,
-)
+from prefect_crew.batches.options import IN_FLIGHT, BatchOptions, InputsFrom, KeyFrom, OnFailure, plain_call
 from prefect_crew.batches.outcomes import STOPPED_BY_BUDGET, STOPPED_BY_US, RowState
 from prefect_crew.batches.output import Output
-from prefect_crew.batches.ownership import BatchLock, begin_generation, bind, note_waiting_for_people, read_entry
+from prefect_crew.batches.ownership import (
+    BatchLock,
+    begin_generation,
+    bind,
+    note_waiting_for_people,
+    read_binding,
+    read_entry,
+)
 from prefect_crew.batches.report import (
     FAILURES,
     UNCERTAIN_KEYS,
@@ -48,13 +47,7 @@ from prefect_crew.batches.report import (
     BatchReport,
     OnProgress,
 )
-from prefect_crew.batches.rows import (
-    Checked,
-    RowPlan,
-    SetAside,
-    expected_inputs,
-    rejected_name,
-)
+from prefect_crew.batches.rows import Checked, RowPlan, SetAside, expected_inputs, rejected_name
 from prefect_crew.batches.runner import Runner, hold_concurrency_slots
 from prefect_crew.batches.throttle import BatchSession, Throttle
 from prefect_crew.blocks import DeployedCrew, load_crew
@@ -80,8 +73,6 @@ if TYPE_CHECKING:
 
 MAX_NAME = 200
 """Characters of a batch's name."""
-HEARTBEAT = 30
-"""Seconds between a worker's heartbeats where it does not tell."""
 EXPORT_WITHIN = 10.0
 """Seconds within which the output of a batch that was cancelled is written, or not."""
 BEGIN_FOR = 60.0
@@ -112,8 +103,7 @@ async def arun_batch(
     on_cancel: Literal["stop", "drain", "leave"] = "stop",
     breaker: int | None = 20,
     breaker_pause: float = 30.0,
-    deduplicate: bool = False,
-    retries: Retries = 0,
+    retries: int = 0,
     retry_failed: bool | Collection[str] = False,
     max_kickoffs: int | None = None,
     wait: WaitPolicy | None = None,
@@ -138,8 +128,8 @@ async def arun_batch(
         name: The batch's name. It, `output` and a path as `dataset` may be templates over the scheduled time:
             `leads-{{ scheduled_start:%Y-%m-%d }}`.
         output: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
-            Parquet. It is written at the end, and when the batch stops; `prefect-crew batch export` writes it while the
-            batch runs. A line has key, inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
+            Parquet. It is written at the end, and when the batch stops; `prefect-crew batch export` writes it at any
+            time. A line has key, inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
         ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
             left out, a file next to a local output.
         key: A column or a function of the row; left out, a digest of the inputs and how many equal ones came before.
@@ -147,8 +137,8 @@ async def arun_batch(
             function of the row, or a constant that is not text; left out, the columns of the crew's names.
         max_in_flight: Runs in flight at once, 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
-        kickoffs_at_once: Kickoffs under way at a time, in each process. If it dies, at most so many rows are uncertain.
-            Left out: 16, and up to 128 where the crew's answers take long.
+        kickoffs_at_once: Kickoffs under way at a time: at most so many rows are uncertain if the process dies. Left
+            out: 16, and up to 128 where the crew's answers take long.
         on_failure: "continue", "stop" at the first failed row, after how many failed rows, or after which share below 1
             of the rows that ended.
         on_bad_row: "refuse" the data set, or "set-aside" the rows that cannot be run.
@@ -157,20 +147,16 @@ async def arun_batch(
         breaker: Failed rows in a row after which the batch pauses; None never does. It then tries single rows, and
             gives up after three that failed.
         breaker_pause: Seconds of the first pause, each further one is twice as long.
-        deduplicate: Equal rows are one run.
-        retries: Further runs of a failed row, in all or by the class of its error (CrewFailedError,
-            CrewStoppedError, CrewLostError, OutputTypeError), never beyond the crew's `max_kickoffs`.
-        retry_failed: Start the failed rows of earlier calls again: all, or those of these keys.
+        retries: Further runs of a failed row, never beyond the crew's `max_kickoffs`.
+        retry_failed: Start the failed rows of earlier calls again: all but lost ones, or those of these keys.
         max_kickoffs: Kickoffs of all calls together.
-        wait: How to wait, in place of the crew's policy. Left out, a first look is also put off until runs are known to
-            end.
+        wait: How to wait, in place of the crew's policy. Left out, the first poll comes when runs are known to end.
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
         webhooks: Targets of your own for the crew's webhooks.
-        budgets: What all rows together may use, in addition to the block's budgets. One without a name is the batch's.
-            Rows for which there is no room are left, and the same call goes on with them.
-        format: That of a file whose name does not tell.
-        encoding: The same.
+        budgets: What all rows together may use, in addition to the block's budgets. Rows for which there is no room are
+            left, and the same call goes on with them.
+        format, encoding: Those of a file that does not tell by its name.
         rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:". A data
             set over several machines is several batches over ranges of it, each with a name and an output of its own.
         on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.
@@ -182,9 +168,7 @@ async def arun_batch(
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
     options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
-    job = await _batch_job(
-        crew, dataset, options, name=name, output=output, ledger=ledger, format=format, encoding=encoding
-    )
+    job = await _batch_job(crew, dataset, options, name, output, ledger=ledger, format=format, encoding=encoding)
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
@@ -204,13 +188,15 @@ run_batch = sync_version(arun_batch)
 
 
 @flow(name="run-batch", flow_run_name="{batch}")
-async def run_batch_flow(
-    batch: Annotated[str, Field(description="The batch's name.")],
-    crew: Annotated[str, Field(description="The crew.")],
-    dataset: Annotated[str, Field(description="The data set.")],
-    output: Annotated[str, Field(description="Where the lines go.")],
-) -> BatchReport:
-    """Run a batch that `run_batch` was called with outside of a flow."""
+async def run_batch_flow(batch: str, crew: str, dataset: str, output: str) -> BatchReport:
+    """Run a batch that `run_batch` was called with outside of a flow.
+
+    Args:
+        batch: The batch's name.
+        crew: The crew.
+        dataset: The data set.
+        output: Where the lines go.
+    """
     del crew, dataset, output
     raise ConfigurationError(
         f"Batch {batch!r} was defined in Python and cannot be retried from this run's parameters. Call run_batch "
@@ -221,21 +207,21 @@ async def run_batch_flow(
 @cancelled_once
 async def _run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
     await _check_adoptable(job)
-    async with _open_batch(job, on_progress) as batch:
+    async with AsyncExitStack() as stack:
+        batch = _Batch(job, on_progress)
+        await batch.open(stack)
         return await batch.run()
 
 
 async def _check_adoptable(job: BatchJob) -> None:
-    """Refuse a ledger in a file on a pool of several crew workers: another one would adopt the flow run without it.
+    """Refuse a new ledger in a file on a pool of several crew workers: another one would adopt the flow run without it.
 
-    A worker that was stopped or killed stays online for a while. So one counts once it has sent a heartbeat. Raises
-    ConfigurationError.
+    A batch that goes on has found its ledger, or says that it is missing. Raises ConfigurationError.
     """
     context = FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
-    if flow_run is None or not job.ledger.is_local:
+    if flow_run is None or not job.ledger.is_local or await read_binding(job.name) is not None:
         return
-    first: dict[str, Any] = {}
     async with get_client() as client:
         while flow_run.work_pool_name is None and flow_run.parent_task_run_id is not None:  # a subflow has no pool
             parent = (await client.read_task_run(flow_run.parent_task_run_id)).flow_run_id
@@ -245,21 +231,15 @@ async def _check_adoptable(job: BatchJob) -> None:
         pool = flow_run.work_pool_name
         if pool is None or (await client.read_work_pool(pool)).type != "crew":
             return
-        own, begun = (flow_run.infrastructure_pid or "").rpartition("/")[0], time.monotonic()
-        while True:
-            workers = await client.read_workers_for_work_pool(pool)
-            others = [one for one in workers if one.name != own and one.status == WorkerStatus.ONLINE]
-            for one in others:
-                if first.setdefault(one.name, one.last_heartbeat_time) != one.last_heartbeat_time:
-                    raise ConfigurationError(
-                        f"Batch {job.name!r} has its ledger in a file of this machine ({job.ledger.public}), but the "
-                        f"work pool {pool} has a second worker, {one.name}, which could not continue the batch. Give "
-                        "it a ledger in PostgreSQL: ledger='postgresql://…'. Nothing was started."
-                    )
-            intervals = [float(one.heartbeat_interval_seconds or HEARTBEAT) for one in others]
-            if not others or time.monotonic() - begun > 1.5 * max(intervals):
-                return
-            await asyncio.sleep(1)
+        own = (flow_run.infrastructure_pid or "").rpartition("/")[0]
+        for worker in await client.read_workers_for_work_pool(pool):
+            if worker.name != own and worker.status == WorkerStatus.ONLINE:
+                raise ConfigurationError(
+                    f"Batch {job.name!r} has its ledger in a file of this machine ({job.ledger.public}), but the work "
+                    f"pool {pool} has a second worker, {worker.name}, which could not continue the batch. Give it a "
+                    "ledger in PostgreSQL: ledger='postgresql://…'. If that worker was stopped, wait until Prefect "
+                    "shows it as offline. Nothing was started."
+                )
 
 
 async def aplan_batch(
@@ -277,21 +257,15 @@ async def aplan_batch(
     """Read the data set, check every row, and say how many, how long and how much. Nothing is started.
 
     `seconds_per_run` is the duration of one run; left out, the mean of what the ledger has seen. The rest is as for
-    `arun_batch`.
+    `arun_batch`. Rows that cannot be run are in the plan.
 
     Raises:
-        DatasetError: The data set cannot be read. Rows that cannot be run are in the plan.
-        CrewError: The crew refused the token, or the options make no sense.
+        CrewError: The data set cannot be read, the crew refused the token, or the options make no sense.
     """
-    try:
-        chosen = BatchOptions(**options)
-    except TypeError as error:
-        raise TypeError(str(error).replace("BatchOptions.__init__()", "plan_batch()")) from None
-    job = await _batch_job(
-        crew, dataset, chosen, name=name, output=output, ledger=ledger, format=format, encoding=encoding
-    )
+    chosen = BatchOptions(**options)
+    job = await _batch_job(crew, dataset, chosen, name, output, ledger=ledger, format=format, encoding=encoding)
     async with CrewSession(job.crew) as session:
-        plan = RowPlan(job.dataset, job.options, job.crew, await expected_inputs(session))
+        plan = RowPlan(job.dataset, chosen, job.crew, await expected_inputs(session))
     checked = await asyncio.to_thread(plan.check)
     done, duration, each = 0, seconds_per_run, cost_of(job.crew.price, None)
     if not job.ledger.is_missing:
@@ -312,11 +286,9 @@ async def aplan_batch(
         done=done,
         bad=checked.bad,
         bad_count=checked.bad_count,
-        duplicates=checked.duplicates,
         max_in_flight=most,
         seconds=seconds,
         price=None if each is None else each * left,
-        notes=plan.notes(),
     )
 
 
@@ -346,24 +318,20 @@ class BatchJob:
 
 
 async def _batch_job(
-    crew: DeployedCrew | Crew | str,
-    dataset: Any,
-    options: BatchOptions,
-    *,
-    name: str,
-    output: str,
-    ledger: str | None,
-    format: DatasetFormat | None = None,  # noqa: A002
-    encoding: str = "utf-8-sig",
+    crew: DeployedCrew | Crew | str, dataset: Any, options: BatchOptions, name: str, output: str, **more: Any
 ) -> BatchJob:
-    """Return a batch that is ready to be run, or looked at. Raises ConfigurationError, DatasetError."""
+    """Return a batch that is ready to be run, or looked at. `more` are its ledger, format and encoding.
+
+    Raises ConfigurationError, DatasetError.
+    """
     moment = await scheduled_start()
     full, where = render_key(name, moment), render_key(str(output), moment)
     if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
         raise ConfigurationError(f"A batch needs a printable name of 1 to {MAX_NAME} characters, not {full[:60]!r}.")
     if isinstance(dataset, str) and "{{" in dataset:
         dataset = render_key(dataset, moment)
-    rows = dataset if isinstance(dataset, Dataset) else open_dataset(dataset, format=format, encoding=encoding)
+    ledger = more.pop("ledger")
+    rows = open_dataset(dataset, **more)
     address = await ledger_address(ledger, where)
     chosen = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
     call = plain_call(
@@ -374,39 +342,59 @@ async def _batch_job(
         ledger=address.public,
         options=options,
     )
-    return BatchJob(chosen, rows, options, name=full, output=where, ledger=address, call=call)
+    return BatchJob(chosen, rows, options, full, where, address, call)
 
 
-@asynccontextmanager
-async def _open_batch(job: BatchJob, on_progress: OnProgress | None) -> AsyncGenerator[_OpenBatch]:
-    """Check the rows of a batch, lock it, and bind its name to its ledger. Raises CrewError."""
-    options, progress = job.options, BatchProgress(job.name)
-    webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is started
-    if job.crew.price is not None:
-        job.crew.price.check()
-    async with AsyncExitStack() as stack:
-        throttle = Throttle(options)
-        session = BatchSession(job.crew, throttle)
-        await stack.enter_async_context(session)
-        if on_progress is not None:
-            on_progress(progress)
-        plan = RowPlan(job.dataset, job.options, job.crew, await expected_inputs(session))
+def _check_unchanged(before: BatchEntry, crew_url: str, checked: Checked) -> None:
+    """Make sure that a batch has the crew and the rows of before. Raises BatchChangedError: it has not."""
+    if before.crew_url != crew_url:
+        raise BatchChangedError(name=before.name, difference=f"crew {before.crew_url}, not {crew_url}")
+    if before.fingerprint != checked.fingerprint:
+        these = f"{checked.total} others" if checked.total == before.total else f"these {checked.total}"
+        raise BatchChangedError(name=before.name, difference=f"{before.total} rows, not {these}")
+
+
+class _Batch:
+    """One call of a batch: its rows are checked and its lock is held once it is open."""
+
+    def __init__(self, job: BatchJob, on_progress: OnProgress | None) -> None:
+        self.job = job
+        self.on_progress = on_progress
+        self.progress = BatchProgress(job.name)
+        self.throttle = Throttle(job.options)
+        self.session = BatchSession(job.crew, self.throttle)
+        self.ledger = Ledger(job.ledger.full, job.name)
+        self.lock = BatchLock(self.ledger.database, job.name)
+        self.output = Output(job.output, output_type=job.options.output_type)
+        self.artifact = BatchArtifact(job.name, job.crew)
+        self.begun = 0
+        self.begin_after = self.refresh_after = 0.0
+        self.people_noted: bool | None = None
+
+    async def open(self, stack: AsyncExitStack) -> None:
+        """Check the rows, take the lock, and bind the batch's name to its ledger. Raises CrewError."""
+        job, options, ledger, lock = self.job, self.job.options, self.ledger, self.lock
+        webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is started
+        if job.crew.price is not None:
+            job.crew.price.check()
+        self._tell("checking")
+        await stack.enter_async_context(self.session)
+        self.plan = plan = RowPlan(job.dataset, options, job.crew, await expected_inputs(self.session))
         # Whether the batch is ours is known before its rows are read, which may take minutes.
-        ledger = await stack.enter_async_context(Ledger(job.ledger.full, job.name))
-        lock = await stack.enter_async_context(BatchLock(ledger.database, job.name))
-        await _take(lock, job.name)
-        ledger.is_exclusive = lock.proves
-        output = Output(job.output, output_type=options.output_type)
-        before = await read_entry(ledger)
-        exported = {} if before is None else before.exported or {}
-        output.check(is_new=whole_address(job.output) not in exported.get("outputs", ()))
+        await stack.enter_async_context(ledger)
+        await stack.enter_async_context(lock)
+        if not (await lock.take() or await lock.take(after=LOOK)):
+            raise BatchBusyError(name=job.name)
+        ledger.is_exclusive = True
+        self.before = before = await read_entry(ledger)  # what the ledger knew before this call
+        self.exported = {} if before is None else before.exported or {}
+        self.output.check(is_new=whole_address(job.output) not in self.exported.get("outputs", ()))
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
         source = await asyncio.to_thread(plan.source)
-        checked = Checked.stored(exported.get("checked"), source)
+        checked = Checked.stored(self.exported.get("checked"), source)
         if checked is None:
             checked = await asyncio.to_thread(plan.check, rejected)
-        for note in plan.notes():
-            run_logger().warning("Batch %s: %s", job.name, note)
+        self.checked = checked.to_store(source)
         if checked.bad and (options.on_bad_row == "refuse" or not checked.total):
             alone = not checked.total
             raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
@@ -421,66 +409,17 @@ async def _open_batch(job: BatchJob, on_progress: OnProgress | None) -> AsyncGen
             call=job.call,
             line_options=job.line_options,
         )
-        await bind(entry, job.ledger.public)
-        aside = SetAside(checked.bad_count, checked.bad, rejected_name(output.name) if checked.bad_count else None)
+        await bind(entry, ledger, job.ledger.public)
+        aside = SetAside(checked.bad_count, checked.bad, rejected_name(self.output.name) if checked.bad_count else None)
+        self.progress.total, self.progress.set_aside = checked.total, aside
         if aside.count or entry.set_aside.count:
-            await asyncio.to_thread(output.write_rejected, rejected if aside.count else None)
+            await asyncio.to_thread(self.output.write_rejected, rejected if aside.count else None)
             await ledger.note(set_aside=asdict(aside) if aside.count else None)
         if before is not None:
-            if lock.proves:
-                await ledger.note_orphaned()
-            throttle.kickoffs = await ledger.kickoffs()
+            await ledger.note_orphaned()
+            self.throttle.kickoffs = await ledger.kickoffs()
             if before.fingerprint != entry.fingerprint:
                 await ledger.enter_changed(plan.jobs(), job.crew)
-        progress.total, progress.set_aside, progress.duplicates = checked.total, aside, checked.duplicates
-        yield _OpenBatch(
-            *(job, session, throttle, ledger, lock, plan, output, before, progress, on_progress),
-            checked=checked.to_store(source),
-        )
-
-
-async def _take(lock: BatchLock, name: str) -> None:
-    if not await lock.take():
-        await asyncio.sleep(LOOK)
-        if not await lock.take():
-            raise BatchBusyError(name=name)
-
-
-def _check_unchanged(before: BatchEntry, crew_url: str, checked: Checked) -> None:
-    """Make sure that a batch has the crew and the rows of before. Raises BatchChangedError: it has not."""
-    if before.crew_url != crew_url:
-        raise BatchChangedError(name=before.name, difference=f"crew {before.crew_url}, not {crew_url}")
-    if before.fingerprint != checked.fingerprint:
-        these = f"{checked.total} others" if checked.total == before.total else f"these {checked.total}"
-        raise BatchChangedError(name=before.name, difference=f"{before.total} rows, not {these}")
-
-
-@dataclass
-class _OpenBatch:
-    """A batch that is open: its rows are checked, and its lock is held.
-
-    `before` is what the ledger knew before this call. `checked` is what is stored of the check of the rows.
-    """
-
-    job: BatchJob
-    session: BatchSession
-    throttle: Throttle
-    ledger: Ledger
-    lock: BatchLock
-    plan: RowPlan
-    output: Output
-    before: BatchEntry | None
-    progress: BatchProgress
-    on_progress: OnProgress | None
-    checked: Mapping[str, Any] | None
-    begun: int = 0
-    begin_after: float = 0.0
-    refresh_after: float = 0.0
-    artifact: BatchArtifact = field(init=False)
-    kickoffs_before: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.artifact = BatchArtifact(self.job.name, self.job.crew)
         self.kickoffs_before = self.throttle.kickoffs
 
     async def run(self) -> BatchReport:
@@ -497,7 +436,7 @@ class _OpenBatch:
         self._tell("finishing")
         await self._refresh()
         await self._export()
-        await self._note_people()
+        await self._note_people(bool([record async for record in self.ledger.may_ask()]))
         report = await self._report()
         self._tell("done")
         await self.artifact.update(self.progress, report)
@@ -520,13 +459,10 @@ class _OpenBatch:
         """Write the output, unless it is there as it would be written."""
         address = whole_address(self.job.output)
         counts = {str(state): count for state, count in self.progress.counts.items()}
-        before = {} if self.before is None else self.before.exported or {}
         now = {"output": address, "counts": counts, "lines": self.job.line_options, "checked": self.checked}
-        if all(before.get(name) == value for name, value in now.items()) and await asyncio.to_thread(
-            self.output.exists
-        ):
+        if now.items() <= self.exported.items() and await asyncio.to_thread(self.output.exists):
             return
-        outputs = sorted({*before.get("outputs", ()), address})
+        outputs = sorted({*self.exported.get("outputs", ()), address})
         await self.ledger.note(exported={"outputs": outputs})  # what is written of it is this batch's, whatever happens
         await self.output.write(self.ledger)
         await self.ledger.note(exported={**now, "outputs": outputs})
@@ -546,15 +482,15 @@ class _OpenBatch:
         """Read how the batch stands from its ledger."""
         began, progress = time.monotonic(), self.progress
         counts = await self.ledger.counts()
-        changed, progress.counts = counts != progress.counts, counts
-        if changed:
-            failed = [state for state in RowState if state.is_failed]
-            progress.failures = [row async for row in self.ledger.rows_in(failed, limit=FAILURES)]
+        if counts != progress.counts:
+            progress.counts = counts
+            failed = self.ledger.rows_in([state for state in RowState if state.is_failed], limit=FAILURES)
+            progress.failures = [row async for row in failed]
             uncertain = self.ledger.rows_in([RowState.UNCERTAIN], limit=UNCERTAIN_KEYS)
             progress.uncertain_keys = [row.key async for row in uncertain]
         self.refresh_after = time.monotonic() + 20 * (time.monotonic() - began)
 
-    def _tell(self, phase: Literal["running", "finishing", "done"]) -> None:
+    def _tell(self, phase: Literal["checking", "running", "finishing", "done"]) -> None:
         self.progress.phase = phase
         if self.on_progress is not None:
             self.on_progress(self.progress)
@@ -599,13 +535,15 @@ class _OpenBatch:
             await self._refresh()
         self._tell("running")
         await self.artifact.update(progress)
+        if progress.people:
+            await self._note_people(True)
         await self._begin_generation(runner.started)
         in_flight = [one for one in runner.waiting.values() if one.reason not in STOPPED_BY_US]
         if records := await to_stop(self.job.crew, in_flight):
             await runner.stop_runs(STOPPED_BY_BUDGET, records)
         if not await self.lock.still_held():
             runner.stop(
-                "its lock was lost: another process has taken the batch over, or the ledger's file was removed or "
+                "its lock was lost: another process has taken the batch over, or a file of its ledger was removed or "
                 "replaced.",
                 shut=True,
             )
@@ -621,37 +559,33 @@ class _OpenBatch:
             self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=SOON)
             self.begun = started
         except (httpx.HTTPError, PrefectException, CrewError) as error:
-            run_logger().warning(
-                "The Prefect server could not record that batch %s continues: %s",
-                self.job.name,
-                error,
-            )
+            log = "The Prefect server could not record that batch %s continues: %s"
+            run_logger().warning(log, self.job.name, error)
         self.begin_after = time.monotonic() + BEGIN_EVERY
 
-    async def _note_people(self) -> None:
+    async def _note_people(self, waits: bool) -> None:
+        if waits is self.people_noted:
+            return
         try:
-            await note_waiting_for_people(self.job.name, bool([record async for record in self.ledger.may_ask()]))
+            await note_waiting_for_people(self.job.name, waits)
+            self.people_noted = waits
         except (httpx.HTTPError, PrefectException) as error:
-            run_logger().debug(
-                "The Prefect server could not record whether rows of batch %s wait for people: %s",
-                self.job.name,
-                error,
-            )
+            log = "The Prefect server could not record whether rows of batch %s wait for people: %s"
+            run_logger().debug(log, self.job.name, error)
 
     async def _report(self) -> BatchReport:
-        progress, job = self.progress, self.job
-        total, aside = progress.whole, progress.set_aside
+        progress, aside = self.progress, self.progress.set_aside
         try:
             kickoffs, spent = await self.ledger.kickoffs(), await self.ledger.spending()
         except LedgerError:
             kickoffs, spent = self.throttle.kickoffs, Spending()  # what ended the batch is raised
         return BatchReport(
-            name=job.name,
-            total=total,
+            name=self.job.name,
+            total=progress.whole,
             completed=progress.completed,
             failed=progress.failed,
             uncertain=progress.uncertain,
-            skipped=total - progress.done,
+            skipped=progress.whole - progress.done,
             seconds=progress.seconds,
             output=self.output.name,
             stopped=self.throttle.stopped,
@@ -659,7 +593,6 @@ class _OpenBatch:
             set_aside=aside.count,
             set_aside_rows=tuple(aside.rows[:FAILURES]),
             set_aside_output=aside.output,
-            duplicates=progress.duplicates,
             uncertain_keys=tuple(progress.uncertain_keys),
             errors=dict(progress.errors),
             spending=spent,

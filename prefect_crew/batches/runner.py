@@ -26,11 +26,10 @@ from prefect_crew.batches.outcomes import (
     RETRYABLE,
     STOPPED_BY_US,
     RowState,
+    explain_lost,
     judge,
-    note_error,
-    state_after,
+    state_of,
 )
-from prefect_crew.batches.ownership import note_waiting_for_people
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.throttle import BatchSession, Throttle
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
@@ -41,6 +40,7 @@ from prefect_crew.exceptions import (
     BudgetExceededError,
     ConfigurationError,
     CrewError,
+    CrewLostError,
     IdempotencyConflictError,
     KickoffUncertainError,
     LedgerError,
@@ -62,8 +62,7 @@ from prefect_crew.states import CrewState
 
 FORCED = (RowState.INVALID_OUTPUT, RowState.LOST)
 """States after which a row is started again by force only: a run that has completed, or that nobody knows any more."""
-CLAIM_LOOK_EVERY = 1.0
-"""Seconds between two looks at a claim that another process made."""
+_OVER = (RecordPhase.NOT_STARTED, RecordPhase.ENDED)
 LOG_EVERY = 60.0
 """Seconds between two log lines about the same kind of thing, however many rows meet it."""
 RowEnd = tuple[RowState, str | None]
@@ -73,20 +72,10 @@ RowEnd = tuple[RowState, str | None]
 class Runner:
     """Runs the rows of one batch. One for a call, on one event loop.
 
-    Args:
-        session, throttle, ledger: What rows are run with.
-        options: Those of the batch.
-        max_in_flight: Runs in flight at a time.
-        on_end: Called with the `RowEnd` of each row.
-        judge_again: Whether the results of earlier calls are judged and shown differently than then.
-
-    Attributes:
-        shut: Whether nothing is waited for any more either.
-        waiting: The runs that are in flight, by row key.
-        started: How many this call has kicked off.
-        policy: How runs are waited for.
-        first_poll: When a run is first polled; None where the policy alone says so.
-        earlier: What the latest runs used, for what budgets reserve.
+    `on_end` is called with the `RowEnd` of each row; `judge_again` says that the results of earlier calls are judged
+    and shown differently than then. `waiting` are the runs in flight by row key, and `started` is how many this call
+    has kicked off. `earlier` is what the latest runs used, for what budgets reserve. `shut`: nothing is waited for any
+    more either.
     """
 
     def __init__(
@@ -115,7 +104,6 @@ class Runner:
         self._judge_again = judge_again
         self._failed = self._ended = 0
         self._logged_at: dict[str, float] = {}
-        self._people_noted = False
         self._slots = asyncio.Semaphore(max_in_flight)
         self._running: set[asyncio.Task[None]] = set()
         self._settings = CrewSettings()
@@ -132,13 +120,9 @@ class Runner:
                 row.cancel()
 
     async def run(self, jobs: Iterator[RowJob]) -> None:
-        """Run all rows, and return when each has ended or been left.
+        """Run all rows, read as there is room for them, and return when each has ended or been left.
 
-        Args:
-            jobs: The rows, read as there is room for them.
-
-        Raises:
-            CrewError: The ledger, the output or the data set failed. What is in flight is left.
+        Raises CrewError: the ledger or the data set failed. What is in flight is left.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -164,9 +148,8 @@ class Runner:
         is_new = await self.ledger.is_empty()
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
             states = await self.ledger.enter_rows(page, self.session.crew, anew=self._judge_again)
-            for job in page:
-                if states[job.key] is RowState.CONFLICT:
-                    self._on_end(RowState.CONFLICT, IdempotencyConflictError.__name__)
+            for _ in (state for state in states.values() if state is RowState.CONFLICT):
+                self._on_end(RowState.CONFLICT, IdempotencyConflictError.__name__)
             page = [job for job in page if not self._has_nothing_to_do(states[job.key])]
             begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
             known = await self.ledger.attempts_of(begun) if begun else {}
@@ -188,40 +171,26 @@ class Runner:
         if state in (RowState.UNCERTAIN, RowState.CONFLICT):
             return True
         retries = self._options.retries or self._options.retry_failed
-        if state is RowState.COMPLETED or (state in (RowState.FAILED, RowState.INVALID_OUTPUT) and not retries):
-            return not self._judge_again
-        return False
+        return state.is_final and not self._judge_again and (state is RowState.COMPLETED or not retries)
 
     async def _run_row(self, job: RowJob, attempts: Sequence[RunRecord]) -> None:
-        """Bring one row to its end: find its run or start one, wait for it, once more for each retry.
-
-        A row that never got so far, since the batch stops, is left without an end.
-        """
-        found = latest_start(attempts)
-        while found is not None and found.phase is RecordPhase.CLAIMED and found.open_for:
-            if self.throttle.stopped is not None:
-                return
-            await asyncio.sleep(CLAIM_LOOK_EVERY)
-            attempts = await self.ledger.attempts(found.idempotency_key)
-            found = latest_start(attempts)
-        if found is not None and found.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
-            # Says nothing about the crew at this moment, which is what the throttle and the policy count.
-            self._on_end(RowState.UNCERTAIN, None)
-            return
+        """Bring one row to its end. One that never got so far, since the batch stops, is left without an end."""
         try:
             end = await self._to_its_end(job, attempts)
         finally:
             self.throttle.left(job.key)
         if end is not None:
-            state, kind = end
             self._ended += 1
-            self._failed += state is not RowState.COMPLETED
+            self._failed += end[0] is not RowState.COMPLETED
             if reason := self._options.why_stop(self._failed, self._ended):
                 self.stop(reason)
-            self._on_end(state, kind)
+            self._on_end(*end)
 
     async def _to_its_end(self, job: RowJob, attempts: Sequence[RunRecord]) -> RowEnd | None:
-        """Return how the last run of a row has ended; None if it has none since the batch starts nothing more."""
+        """Find a row's run or start one, and wait for it, once more for each retry; return how the last one ended.
+
+        None if it has none since the batch starts nothing more.
+        """
         before = count = _kickoffs(attempts)
         record = latest_start(attempts)
         if record is not None and (record.phase is not RecordPhase.STARTED or record.crew_url != self.session.crew.url):
@@ -249,6 +218,12 @@ class Runner:
                 return end
             place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED else None
             record = None
+
+    def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int = 0) -> bool:
+        most = self.session.crew.max_kickoffs
+        return self.throttle.stopped is None and self._options.starts_again(
+            state, job.key, count=count, before=before, most=most, owed=owed
+        )
 
     async def _kick_off(self, job: RowJob, place: str | None) -> Started | RowEnd | None:
         """Start a row's run, or find the one that it has; None if it surely did not start, and may be tried again.
@@ -353,36 +328,26 @@ class Runner:
 
     async def _without_result(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
         """Return the end of a row whose run has none, and write down why, for those who ask the ledger."""
-        state = state_after(error, record)
-        if state is RowState.CONFLICT:
-            await self.ledger.note_conflict(job.key)
-        over = record is not None and record.phase in (RecordPhase.NOT_STARTED, RecordPhase.ENDED)
-        # What goes on may be another process's to write: of that only its own wait notes anything.
-        if (
-            record is not None
-            and (over or job.key in self.waiting)
-            and note_error(record, error, key=job.key, batch=self.ledger.batch)
-        ):
-            await self.ledger.save(record)
         self.throttle.failed(job.key, str(error))
-        return state, None if state is RowState.UNCERTAIN else type(error).__name__
-
-    def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int = 0) -> bool:
-        most = self.session.crew.max_kickoffs
-        return self.throttle.stopped is None and self._options.starts_again(
-            state, job.key, count=count, before=before, most=most, owed=owed
-        )
+        if isinstance(error, KickoffUncertainError):
+            return RowState.UNCERTAIN, None
+        kind = type(error).__name__
+        if isinstance(error, IdempotencyConflictError):
+            await self.ledger.note_conflict(job.key)
+            return RowState.CONFLICT, kind
+        if record is None or (record.phase not in _OVER and job.key not in self.waiting):
+            return RowState.NOT_STARTED, kind
+        if record.error is None:
+            is_lost = isinstance(error, CrewLostError)
+            record.error = (explain_lost(error, job.key, self.ledger.batch) if is_lost else str(error))[:ERROR_CAP]
+            record.reason = record.reason or kind
+            await self.ledger.save(record)
+        return state_of(record), kind
 
     # Waiting for the run of a row: the loop of `runs.polling`, with no more around it than its record needs.
 
     async def _poll(self, job: RowJob, record: RunRecord, *, first_look: bool) -> None:
-        """Wait until a run has ended, and write its end down. `first_look`: poll at once.
-
-        Raises:
-            CrewTimeoutError, CrewLostError, AuthenticationError, CrewError: As `poll`.
-            ReviewLimitError: A task asks once too often.
-            LedgerError: Its end cannot be written down.
-        """
+        """Wait until a run has ended, and write its end down. `first_look`: poll at once. Raises as `poll`."""
         kickoff_id, phases = str(record.kickoff_id), Phases.of(record)
         crew = self.session.crew.hiding(job.hidden)
         run = OpenRun(crew, kickoff_id, record, job.inputs, owned=True, webhooks=self._options.webhooks)
@@ -420,35 +385,25 @@ class Runner:
             await finish_run(record, self.ledger, write, lambda: run.view(status), settings=self._settings)
 
     async def stop_runs(self, reason: str, records: Iterable[RunRecord] | None = None) -> None:
-        """Ask the crew's server once for each run in flight to stop it, or for some of them, and write down what came
-        of it."""
-        failed = 0
+        """Ask the crew's server once for each run in flight, or for some of them, to stop it."""
+        chosen = [
+            one for one in (self.waiting.values() if records is None else records) if one.reason not in STOPPED_BY_US
+        ]
+        stopped = await asyncio.gather(*(self.stop_run(record, reason) for record in chosen))
+        failed = len(stopped) - sum(stopped)
+        run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(stopped), failed)
 
-        async def stop(record: RunRecord) -> None:
-            nonlocal failed
-            try:
-                answer = await self.session.client.stop(str(record.kickoff_id))
-                record.reason = reason
-                await close_stopped(self.session.client, self.session.crew, record, answer, self.ledger)
-                if answer.accepted and record.phase is not RecordPhase.ENDED:
-                    record.reason = reason
-                    await self.ledger.save(record)
-                failed += not answer.accepted
-            except CrewError:
-                failed += 1
-
-        chosen = self.waiting.values() if records is None else records
-        once_each = [one for one in chosen if one.reason not in STOPPED_BY_US]
-        await asyncio.gather(*(stop(record) for record in once_each))
-        run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(once_each), failed)
-
-    async def stop_late(self, record: RunRecord) -> bool:
-        """Stop a run that is over its time, and return whether it was."""
+    async def stop_run(self, record: RunRecord, reason: str | None = None) -> bool:
+        """Ask the crew's server to stop a run, write down what came of it, and return whether it was accepted."""
         try:
             answer = await self.session.client.stop(str(record.kickoff_id))
+            record.reason = reason or record.reason
             await close_stopped(self.session.client, self.session.crew, record, answer, self.ledger)
+            if reason is not None and answer.accepted and record.phase is not RecordPhase.ENDED:
+                record.reason = reason
+                await self.ledger.save(record)
         except CrewError as error:
-            run_logger().warning("Run %s is over its time and could not be stopped: %s", record.kickoff_id, error)
+            self.log_seldom("stop", "Run %s could not be stopped: %s", record.kickoff_id, error)
             return False
         return answer.accepted
 
@@ -459,50 +414,26 @@ class Runner:
             self._logged_at[kind] = now
             run_logger().warning(message, *args)
 
-    async def note_person(self, record: RunRecord) -> None:
-        """Say that a row waits for a person: in the log, and to whoever asks the Prefect server."""
-        batch = self.ledger.batch
-        self.log_seldom(
-            "person",
-            "Row %r of batch %s waits for a person: task %s of run %s. prefect-crew reviews ls lists all that do.",
-            *(self.ledger.row_key(record.idempotency_key), batch, record.human_task, record.kickoff_id),
-        )
-        if not self._people_noted:
-            try:
-                await note_waiting_for_people(batch, True)
-                self._people_noted = True
-            except (httpx.HTTPError, PrefectException) as error:
-                run_logger().debug(
-                    "The Prefect server could not record that rows of batch %s wait for people: %s",
-                    batch,
-                    error,
-                )
-
 
 class FirstPoll:
-    """When a run is first polled, so that this does not come long before one can have ended.
-
-    `seconds` is the duration of the fastest tenth, 0 while nothing is known: a run that takes longer is polled as its
-    policy says from then on.
-    """
+    """When a run is first polled, in `seconds`: what the fastest tenth of runs took, 0 while nothing is known."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._known: deque[float] = deque(maxlen=200)
-        self._new = 0
+        self._count = 0
 
     def add(self, record: RunRecord) -> None:
         """Add a run that completed: its execution time, or, where the server tells none, the time until it was seen."""
         took = None if record.result is None else record.result.execution_time
-        if took is None:
-            if record.ended_at is None or record.kicked_off_at is None:
-                return
+        if took is None and record.ended_at is not None and record.kicked_off_at is not None:
             # Seen too late by up to a pause: a little less each time leads to the truth from above.
             took = 0.9 * (record.ended_at - record.kicked_off_at).total_seconds()
+        if took is None:
+            return
         self._known.append(took)
-        self._new += 1
-        if self._new >= 20 or len(self._known) in (5, 10):
-            self._new = 0
+        self._count += 1
+        if self._count in (5, 10) or self._count % 20 == 0:
             self.seconds = sorted(self._known)[len(self._known) // 10]
 
 
@@ -523,28 +454,30 @@ class _RowWatcher(Watcher):
         if self._people is None:
             runner = self._runner
             self._people = People(
-                self._run,
-                runner.session,
-                runner.ledger,
-                runner.policy,
-                None,
-                stop=lambda: runner.stop_late(self._record),
+                *(self._run, runner.session, runner.ledger, runner.policy, None),
+                stop=lambda: runner.stop_run(self._record),
                 waker=self._waker,
                 quiet=True,
             )
         return self._people
 
     async def on_status(self, status: CrewStatus) -> None:
+        runner, record = self._runner, self._record
         self._run.see_task(status.current_task)
         if status.state is CrewState.WAITING:
-            task = self._record.human_task
+            task = record.human_task
             await self.people.ask(status)
-            if self._record.human_task != task:
-                await self._runner.ledger.save(self._record)
-            await self._runner.note_person(self._record)
+            if record.human_task != task:
+                await runner.ledger.save(record)
+            runner.log_seldom(
+                "person",
+                "Row %r of batch %s waits for a person: task %s of run %s. prefect-crew reviews ls lists all that do.",
+                *(runner.ledger.row_key(record.idempotency_key), runner.ledger.batch),
+                *(record.human_task, record.kickoff_id),
+            )
         elif status.state.ended:
-            if self._record.human_since is not None:
-                emit("resumed", self._record)  # the crew went on and ended between two polls
+            if record.human_since is not None:
+                emit("resumed", record)  # the crew went on and ended between two polls
         elif self._people is not None:
             await self._people.ask(status)
 
@@ -561,7 +494,7 @@ class _RowWatcher(Watcher):
         return await self.people.more_time()
 
     async def stop(self, phase: str) -> bool:
-        return self._runner.policy.stops(phase) and await self._runner.stop_late(self._record)
+        return self._runner.policy.stops(phase) and await self._runner.stop_run(self._record)
 
     async def on_human_wait(self, phases: Phases) -> None:
         phases.note_in(self._record)
@@ -581,8 +514,7 @@ def _kickoffs(attempts: Sequence[RunRecord]) -> int:
 async def hold_concurrency_slots(session: CrewSession, options: BatchOptions, stack: AsyncExitStack) -> int:
     """Hold slots of the crew's shared limit for as many rows as are in flight at once; return how many that are.
 
-    Raises:
-        ConfigurationError: There is no such limit, or it is smaller than what was asked for.
+    Raises ConfigurationError: there is no such limit, or it is smaller than what was asked for.
     """
     crew, chosen = session.crew, options.max_in_flight
     limit = crew.concurrency_limit

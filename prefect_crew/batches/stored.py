@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 from prefect.client.orchestration import get_client
@@ -15,7 +16,7 @@ from prefect_crew.batches.ledger import BatchEntry, Ledger, LedgerRow
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import RowState, state_of
 from prefect_crew.batches.output import Output
-from prefect_crew.batches.ownership import TAG, BatchLock, check_age, read_binding
+from prefect_crew.batches.ownership import TAG, BatchLock, check_bound, read_binding
 from prefect_crew.batches.rows import BadRow
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerMissingError
 from prefect_crew.records.decision import latest_start
@@ -23,25 +24,15 @@ from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.reviews.answer import ASKS
 
 _PAGE = 200
-_NO_CALL: Mapping[str, Any] = {"why_not": "its call is not on record"}
 
 
 @dataclass(frozen=True)
 class BatchStatus:
-    """How a batch stands, as its ledger knows it.
+    """How a batch stands, as its ledger knows it: counts of rows, those that were set aside among `total`.
 
-    Attributes:
-        total: Its rows, also those that were set aside.
-        completed, failed, uncertain: How many rows stand so.
-        in_flight: Rows whose run had not ended at the last look. `waiting`: those that waited for a person then.
-        left: Rows that were not kicked off yet.
-        kickoffs: How many were, or may have been, sent in all.
-        states: Rows by their state.
-        median, longest: Seconds of the runs that have ended, None where there is none.
-        output, ledger: Where they are; `output` is None where the call is not on record.
-        running: Whether a process runs it at this moment; None where nobody can tell.
-        why_not: Why it cannot be gone on with by its name alone; None if it can.
-        set_aside: Rows that cannot be run, the first 1,000 of them, and the file that all of them are in.
+    `waiting` are those in flight that waited for a person at the last look, and `left` were not kicked off yet.
+    `median` and `longest` are the seconds of runs that have ended. `running`: a process runs it at this moment.
+    `why_not` says why it cannot be gone on with by its name alone.
     """
 
     name: str
@@ -58,15 +49,11 @@ class BatchStatus:
     longest: float | None
     output: str | None
     ledger: str
-    running: bool | None = None
-    why_not: str | None = None
-    set_aside: int = 0
-    set_aside_rows: Sequence[BadRow] = ()
-    set_aside_output: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return asdict(self)
+    running: bool
+    why_not: str | None
+    set_aside: int
+    set_aside_rows: Sequence[BadRow]
+    set_aside_output: str | None
 
 
 @dataclass(frozen=True)
@@ -78,37 +65,39 @@ class StoredBatch:
     ledger: Ledger
     entry: BatchEntry
 
+    @property
+    def _call(self) -> Mapping[str, Any]:
+        return self.entry.call or {"why_not": "its call is not on record"}
+
     async def status(self) -> BatchStatus:
         """Return how it stands."""
-        ledger, entry, call = self.ledger, self.entry, self.entry.call or _NO_CALL
-        counts = await ledger.counts()
-        if counts.get(RowState.CLAIMED):
+        ledger, entry, aside = self.ledger, self.entry, self.entry.set_aside
+        counts = Counter(await ledger.counts())
+        if counts[RowState.CLAIMED]:
             orphaned = sum(one.phase is RecordPhase.CLAIMED and not one.open_for for one in await ledger.unresolved())
             orphaned = min(orphaned, counts[RowState.CLAIMED])
-            counts[RowState.CLAIMED] -= orphaned
-            counts[RowState.UNCERTAIN] = counts.get(RowState.UNCERTAIN, 0) + orphaned
+            counts.update({RowState.UNCERTAIN: orphaned, RowState.CLAIMED: -orphaned})
         times = await ledger.run_times()
-        unreached = entry.total - sum(counts.values())
         return BatchStatus(
             name=self.name,
-            total=entry.total + entry.set_aside.count,
-            completed=counts.get(RowState.COMPLETED, 0),
+            total=entry.total + aside.count,
+            completed=counts[RowState.COMPLETED],
             failed=sum(count for state, count in counts.items() if state.is_failed),
-            uncertain=counts.get(RowState.UNCERTAIN, 0),
-            in_flight=counts.get(RowState.STARTED, 0),
+            uncertain=counts[RowState.UNCERTAIN],
+            in_flight=counts[RowState.STARTED],
             waiting=len([record async for record in ledger.may_ask()]),
-            left=max(0, unreached) + counts.get(RowState.PENDING, 0),
+            left=max(0, entry.total - counts.total()) + counts[RowState.PENDING],
             kickoffs=await ledger.kickoffs(),
             states={str(state): count for state, count in counts.items() if count},
             median=times.median,
             longest=times.longest,
-            output=call.get("output"),
+            output=self._call.get("output"),
             ledger=ledger.address,
             running=await BatchLock(ledger.database, self.name).is_taken(),
-            why_not=call.get("why_not"),
-            set_aside=entry.set_aside.count,
-            set_aside_rows=entry.set_aside.rows,
-            set_aside_output=entry.set_aside.output,
+            why_not=self._call.get("why_not"),
+            set_aside=aside.count,
+            set_aside_rows=aside.rows,
+            set_aside_output=aside.output,
         )
 
     async def failures(self, limit: int | None = None) -> AsyncIterator[LedgerRow]:
@@ -118,10 +107,10 @@ class StoredBatch:
         async for row in self.ledger.rows_in(states):
             if row.state is RowState.CLAIMED and row.record is not None and row.record.open_for:
                 continue
-            count += 1
-            yield row
             if count == limit:
                 return
+            count += 1
+            yield row
 
     async def check_failed(self, keys: Collection[str]) -> None:
         """Make sure that rows can be started again. Raises ConfigurationError."""
@@ -141,43 +130,35 @@ class StoredBatch:
     def call(self, **more: Any) -> dict[str, Any]:
         """Return what `arun_batch` is called with to go on with it. `more` are options over those of its last call.
 
-        Raises:
-            ConfigurationError: Its last call had what cannot be written down, such as a function.
+        Raises ConfigurationError: its last call had what cannot be written down, such as a function.
         """
-        call = self.entry.call or _NO_CALL
+        call = self._call
         if why_not := call.get("why_not"):
             raise ConfigurationError(
                 f"Batch {self.name!r} cannot be run by its name alone: {why_not}. Make the same call again, with the "
                 "same name; it continues where it stopped."
             )
-        # A URL with its password only where nothing stored stands for it.
-        ledger = self.address.public if self.address.is_public else self.address.full
         given = {name: call[name] for name in ("crew", "dataset", "output", "format", "encoding")}
-        return {**given, "name": self.name, "ledger": ledger, **call["options"], **more}
+        return {**given, "name": self.name, "ledger": self.address.full, **call["options"], **more}
 
     async def export(self, output: str | None = None) -> tuple[str, int]:
         """Write its lines, also while it runs; return where they are, for people, and how many.
 
         Without `output` it is that of its last call. Raises ConfigurationError, OutputError.
         """
-        call = self.entry.call or _NO_CALL
-        address = output or call.get("output")
+        address = output or self._call.get("output")
         if address is None:
             raise ConfigurationError(
-                f"The output file of batch {self.name!r} is not on record: {call.get('why_not')}. Give a file."
+                f"The output file of batch {self.name!r} is not on record: {self._call.get('why_not')}. Give a file."
             )
-        options = BatchOptions(**call.get("options", {}))
+        options = BatchOptions(**self._call.get("options", {}))
         target = Output(address, output_type=options.output_type)
         return target.name, await target.write(self.ledger)
 
 
 @asynccontextmanager
 async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenerator[StoredBatch]:
-    """Open the ledger of a batch.
-
-    Args:
-        name: The batch.
-        ledger: Where its ledger is, if what the Prefect server knows does not do, such as a URL without its password.
+    """Open the ledger of a batch: that which the Prefect server knows, unless it is given, such as with its password.
 
     Raises:
         ConfigurationError: There is no such batch.
@@ -194,17 +175,14 @@ async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenera
         raise LedgerMissingError(name=name, ledger=known)
     async with Ledger(address.full, name) as opened:
         entry = await opened.entry()
-        if entry is None or entry.ledger_id != binding.get("ledger_id"):
-            raise LedgerMissingError(name=name, ledger=known)
-        check_age(entry, binding.get("generation"), ledger=opened.address)
+        check_bound(entry, binding, opened)
+        assert entry is not None  # noqa: S101  it is bound
         yield StoredBatch(name, address, opened, entry)
 
 
 @asynccontextmanager
-async def batches_waiting_for_people(
-    crew_url: str | None = None,
-) -> AsyncGenerator[tuple[list[StoredBatch], list[str]]]:
-    """Open the ledgers of all batches of which rows wait for people, or of those with a crew.
+async def batches_waiting_for_people() -> AsyncGenerator[tuple[list[StoredBatch], list[str]]]:
+    """Open the ledgers of all batches of which rows wait for people.
 
     Yields:
         The batches, and for each whose ledger cannot be opened here a sentence that says so.
@@ -212,7 +190,7 @@ async def batches_waiting_for_people(
     opened: list[StoredBatch] = []
     missed: list[str] = []
     async with AsyncExitStack() as stack:
-        for name, ledger in await list_batches(ASKS, crew_url=crew_url):
+        for name, ledger in await list_batches(ASKS):
             try:
                 opened.append(await stack.enter_async_context(open_stored_batch(name)))
             except CrewError:
@@ -222,22 +200,17 @@ async def batches_waiting_for_people(
         yield opened, missed
 
 
-async def list_batches(*tags: str, crew_url: str | None = None) -> list[tuple[str, str]]:
-    """Return name and ledger of every batch that the Prefect server knows, by name.
-
-    Args:
-        tags: Only those with all these tags.
-        crew_url: Only those whose crew has this address, or is not known.
-    """
+async def list_batches(*tags: str) -> list[tuple[str, str]]:
+    """Return name and ledger of every batch that the Prefect server knows, by name; only those with all these tags."""
     found: list[tuple[str, str]] = []
     offset = 0
     body: dict[str, Any] = {"variables": {"tags": {"all_": [TAG, *tags]}}, "limit": _PAGE, "sort": "NAME_ASC"}
     async with get_client() as client:
-        while True:
+        while offset % _PAGE == 0:
             answer = await client.request("POST", "/variables/filter", json={**body, "offset": offset})
             page = cast("list[dict[str, Any]]", answer.json())
+            found += [(str(one["value"]["batch"]), str(one["value"]["ledger"])) for one in page]
+            if not page:
+                break
             offset += len(page)
-            values = [one["value"] for one in page]
-            found += [(str(value["batch"]), str(value["ledger"])) for value in values]
-            if len(page) < _PAGE:
-                return sorted(found)
+    return sorted(found)

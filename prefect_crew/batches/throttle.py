@@ -68,19 +68,16 @@ class Throttle:
     """
 
     def __init__(self, options: BatchOptions) -> None:
-        self._chosen_at_once = options.kickoffs_at_once
-        self._fastest = math.inf
         self.stopped: str | None = None
         self.kickoffs = 0
-        self._max_kickoffs = options.max_kickoffs
-        self._interval = 0.0 if options.kickoffs_per_second is None else 1.0 / options.kickoffs_per_second
-        self._next_kickoff = 0.0
-        self._not_before = 0.0
         self.under_way = 0
+        self._options = options
+        self._fastest = math.inf
+        self._interval = 0.0 if options.kickoffs_per_second is None else 1.0 / options.kickoffs_per_second
+        self._next_kickoff = self._not_before = 0.0
         self._one_by_one = True
         self._refusals = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
         self._refused_since: float | None = None
-        self._breaker = options.breaker
         self._failures = Backoff(options.breaker_pause)
         self._failed_in_a_row = 0
         self._trial: str | None = None
@@ -89,12 +86,11 @@ class Throttle:
 
     @property
     def kickoffs_at_once(self) -> int:
-        """How many kickoffs may be under way at a time."""
-        if self._chosen_at_once is not None:
-            return self._chosen_at_once
-        if self._fastest == math.inf:
-            return FEWEST_KICKOFFS
-        return min(MOST_KICKOFFS, max(FEWEST_KICKOFFS, math.ceil(KICKOFFS_A_SECOND * self._fastest)))
+        """How many kickoffs may be under way at a time: more where answers take long, unless somebody says how many."""
+        if self._options.kickoffs_at_once is not None:
+            return self._options.kickoffs_at_once
+        wanted = FEWEST_KICKOFFS if self._fastest == math.inf else math.ceil(KICKOFFS_A_SECOND * self._fastest)
+        return min(MOST_KICKOFFS, max(FEWEST_KICKOFFS, wanted))
 
     def answered(self, seconds: float) -> None:
         """Note how long the answer to a kickoff took. The fastest counts: a busy server is not sent more."""
@@ -121,12 +117,11 @@ class Throttle:
     def _seconds_to_wait(self) -> float:
         """Return how long the next kickoff has to wait; infinity: until something changes."""
         most = 1 if self._one_by_one else self.kickoffs_at_once
-        if self._max_kickoffs is not None:
-            left = self._max_kickoffs - self.kickoffs
-            if left <= 0:
-                self.stop(f"the limit of {self._max_kickoffs} kickoffs is reached.")
+        if (limit := self._options.max_kickoffs) is not None:
+            if self.kickoffs >= limit:
+                self.stop(f"the limit of {limit} kickoffs is reached.")
                 return 0.0
-            most = min(most, left)
+            most = min(most, limit - self.kickoffs)
         if self.under_way >= most or self._trial is not None:
             return math.inf
         until = max(self._not_before, self._next_kickoff, self._refusals.until, self._failures.until)
@@ -161,11 +156,10 @@ class Throttle:
         """Hold everything back where the server asked one request to come back later."""
         if not isinstance(error, RateLimitedError | ServerError) or error.retry_after is None:
             return
-        now = asyncio.get_running_loop().time()
         delay = min(error.retry_after, RETRY_AFTER_CAP)
-        if delay > 1.0 and now >= self._not_before:
+        if delay > 1.0 and self.held_for <= 0:
             run_logger().info("The crew's server asks to wait %.0f s: the whole batch waits.", delay)
-        self._not_before = max(self._not_before, now + delay)
+        self._not_before = max(self._not_before, asyncio.get_running_loop().time() + delay)
 
     def accepted(self) -> None:
         """Note that a kickoff was accepted."""
@@ -198,19 +192,16 @@ class Throttle:
     def failed(self, row: str, why: str) -> None:
         """Note that a row's run failed, or that it has none."""
         self._failed_in_a_row += 1
-        if self._breaker is None or self._failed_in_a_row < self._breaker:
-            return
-        if self._failures.count and self._trial != row:
-            return  # it was in flight when the pause began
+        breaker = self._options.breaker
+        if breaker is None or self._failed_in_a_row < breaker or (self._failures.count and self._trial != row):
+            return  # it may have been in flight when the pause began
         if self._failures.count >= TRIALS:
             self.stop(f"{self._failed_in_a_row} rows failed in a row. Last error: {why}")
         else:
             self._failures.pause()
             run_logger().warning(
                 "%d rows failed in a row. Last error: %s The batch pauses for %.0f s, then tries one row.",
-                self._failed_in_a_row,
-                why if why.endswith(".") else f"{why}.",
-                self._failures.seconds,
+                *(self._failed_in_a_row, why if why.endswith(".") else f"{why}.", self._failures.seconds),
             )
         self._trial = None
         self._changed.set()

@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,12 +16,12 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.states import Cancelling
 
+from prefect_crew._text import listed_rows
 from prefect_crew.artifacts.escape import duration
 from prefect_crew.batches.ledger import LedgerRow
 from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH, RowState
 from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.batches.report import BatchReport
-from prefect_crew.batches.rows import SetAside
 from prefect_crew.batches.run import aplan_batch, arun_batch
 from prefect_crew.batches.stored import BatchStatus, StoredBatch, list_batches, open_stored_batch
 from prefect_crew.cli import _output
@@ -245,7 +245,7 @@ async def inspect(
     if is_pattern:
         _put_sum(found, output)
     else:
-        _output.put("\n".join(_about(found[0])), json=output and found[0].as_dict())
+        _output.put("\n".join(_about(found[0])), json=output and asdict(found[0]))
 
 
 NONE = "The Prefect server knows no such batch."
@@ -259,7 +259,7 @@ def _put_sum(found: list[BatchStatus], output: str | None) -> None:
     if found:
         rows.append(("together", *(f"{count:,}" for count in whole.values())))
     header = ("Batch", *(count.replace("_", " ").capitalize() for count in SUMMED))
-    as_json = output and {**whole, "batches": [one.as_dict() for one in found]}
+    as_json = output and {**whole, "batches": [asdict(one) for one in found]}
     _output.put_rows(header, rows, empty=NONE, json=as_json)
 
 
@@ -271,15 +271,15 @@ def _about(found: BatchStatus) -> Iterator[str]:
         yield f"  {' · '.join(counts)}"
     if found.running:
         yield "  A process runs it now"
-    elif found.running is False and (found.left or found.in_flight):
+    elif found.left or found.in_flight:
         again = f"prefect-crew batch resume {shlex.quote(found.name)}"
         again = f"make the same call again ({found.why_not})" if found.why_not else again
         yield f"  No process runs it. To go on where it stopped: {again}"
     if found.waiting:
         yield f"  {found.waiting:,} in flight wait for a person: prefect-crew reviews ls"
     if found.set_aside:
-        aside = SetAside(found.set_aside, found.set_aside_rows)
-        yield f"  Set aside: {'; '.join(aside.shown(5))}. All are in {found.set_aside_output}"
+        shown = listed_rows(found.set_aside_rows, found.set_aside)
+        yield f"  Set aside: {shown}. All are in {found.set_aside_output}"
     seconds = ""
     if found.median is not None and found.longest is not None:
         seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.longest)}"
@@ -367,7 +367,7 @@ async def cancel(
         rows = batch.ledger.rows_in([RowState.STARTED, RowState.CLAIMED])
         records = [row.record async for row in rows if row.record is not None]
         if await lock.take():
-            batch.ledger.is_exclusive = lock.proves
+            batch.ledger.is_exclusive = True
             done = await _stop_runs(batch, [record for record in records if record.kickoff_id], crew, access)
         else:
             done = await _cancel_flow_runs({record.flow_run_id for record in records if record.flow_run_id})

@@ -389,7 +389,7 @@ async def _open_store(key: str, ledger: str | None) -> AsyncGenerator[tuple[Reco
     async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
         if not await lock.take():
             raise BatchBusyError(name=name)
-        batch.ledger.is_exclusive = lock.proves
+        batch.ledger.is_exclusive = True
         if not await batch.ledger.attempts(key):
             row = batch.ledger.row_key(key)
             raise ConfigurationError(f"Batch {name!r} has started no run for a row {row!r}.")

@@ -13,45 +13,40 @@ from support.batches import Batches, postgres_ledger
 from support.postgres import Postgres
 
 
-class FileServer:
+class FileServer(ThreadingHTTPServer):
     """A web server of a few files, and what was asked of it."""
 
     def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Files)
+        self.files: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self._servers: list[ThreadingHTTPServer] = []
 
     def __call__(self, files: dict[str, bytes]) -> str:
-        asked = self.requests
+        self.files = files
+        return f"http://127.0.0.1:{self.server_address[1]}"
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked.append(self.path)
-                content = files.get(self.path.partition("?")[0])
-                self.send_response(404 if content is None else 200)
-                self.send_header("content-length", str(len(content or b"")))
-                self.end_headers()
-                self.wfile.write(content or b"")
 
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                del format, args
+class _Files(BaseHTTPRequestHandler):
+    server: FileServer
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self._servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}"
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        content = self.server.files.get(self.path.partition("?")[0])
+        self.send_response(404 if content is None else 200)
+        self.end_headers()
+        self.wfile.write(content or b"")
 
-    def stop(self) -> None:
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        del format, args
 
 
 @pytest.fixture
 def httpserver() -> Iterator[FileServer]:
     """Give a function that serves a mapping of paths to contents and returns its URL; `requests` are its paths."""
-    server = FileServer()
-    yield server
-    server.stop()
+    with FileServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])

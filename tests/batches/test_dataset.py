@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import importlib.util
 import json
 import lzma
 import tracemalloc
 import zipfile
+from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -27,8 +27,15 @@ CSV = 'topic,place\ntea,"Lisbon, ""old"" town"\ncoffee,São Paulo\n'
 ROWS = [{"topic": "tea", "place": 'Lisbon, "old" town'}, {"topic": "coffee", "place": "São Paulo"}]
 
 
+def rows_of(dataset: Dataset) -> Iterator[Row]:
+    for row in dataset.rows():
+        if row.fault is not None:
+            raise DatasetError(f"{row.fault}.", source=dataset.name, line=row.line)
+        yield row
+
+
 def values(dataset: Dataset) -> list[dict[str, Any]]:
-    return [dict(row.values) for row in dataset]
+    return [dict(row.values) for row in rows_of(dataset)]
 
 
 def jsonl(rows: list[Any]) -> str:
@@ -136,15 +143,15 @@ def test_an_iterator_is_kept_for_the_second_reading():
     dataset = open_dataset(iter(rows))
     assert values(dataset) == values(dataset) == rows
     # Two readers at once do not disturb each other.
-    one, two = iter(dataset), iter(dataset)
+    one, two = rows_of(dataset), rows_of(dataset)
     assert [next(one), next(two), next(two), next(one)] == [Row(1, rows[0])] * 2 + [Row(2, rows[1])] * 2
 
 
 def test_lines_are_those_of_the_file(tmp_path: Path):
     (tmp_path / "rows.csv").write_text('topic,text\ntea,"two\nlines"\n\ncoffee,one\n')
-    assert [row.line for row in open_dataset(tmp_path / "rows.csv")] == [2, 5]
+    assert [row.line for row in rows_of(open_dataset(tmp_path / "rows.csv"))] == [2, 5]
     (tmp_path / "rows.json").write_text('[\n{"a": 1},\n\n{"a":\n2}, {"a": 3}\n]')
-    assert [row.line for row in open_dataset(tmp_path / "rows.json")] == [1, 2, 3], "the rows' numbers"
+    assert [row.line for row in rows_of(open_dataset(tmp_path / "rows.json"))] == [1, 2, 3], "the rows' numbers"
 
 
 def test_encodings_are_named_and_a_byte_order_mark_is_no_text(tmp_path: Path):
@@ -172,7 +179,7 @@ def test_files_are_read_in_bounded_memory(tmp_path: Path):
         file.write("topic,text\n" + f"tea,{'x' * 1000}\n" * 30_000)
     for name in ("rows.jsonl", "rows.csv"):
         tracemalloc.start()
-        assert sum(1 for _ in open_dataset(tmp_path / name)) == 30_000
+        assert sum(1 for _ in rows_of(open_dataset(tmp_path / name))) == 30_000
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 12e6, name
@@ -210,12 +217,10 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     "encoding in mid-line": ("x.jsonl", b'{"a": 1}\n{"a": "x\xff"}\n', r"line 2: the bytes ff are not utf-8"),
     "no json": ("x.jsonl", b'{"a": 1}\n{"a": \n', r"line 2: is not JSON"),
     "no object": ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: holds a list, not an object"),
-    "a name twice": ("x.jsonl", b'{"a": 1, "a": 2}\n', r"line 1: is not JSON: the name 'a' appears twice"),
     "empty json": ("x.json", b" \n ", r"line 2: is not JSON: Expecting value"),
     "a number": ("x.json", b"7", "is not a JSON array of objects"),
     "array of numbers": ("x.json", b"[\n{},\n1]", r"line 2: holds a int, not an object"),
     "cut off": ("x.json", b'[{"a": 1},\n{"a": "x', r"line 2: is not JSON: Unterminated string"),
-    "a name twice in an array": ("x.json", b'[{"a": 1, "a": 2}]', "is not JSON: the name 'a' appears twice"),
     "json lines": ("x.json", b'{"a": 1}\n{"a": 2}', r"line 2: .*Is it JSON Lines\?"),
     "no gzip": ("x.csv.gz", b"a,b\n1,2\n", "cannot be read: BadGzipFile"),
     "half a gzip": ("x.csv.gz", gzip.compress(CSV.encode() * 99)[:60], "cannot be read: EOFError"),
@@ -239,11 +244,12 @@ def test_what_is_wrong_is_said_with_file_and_line(tmp_path: Path, what: str):
 
 def test_one_row_that_has_no_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dataset_module, "ROW_LIMIT", 10_000)
-    monkeypatch.setattr(dataset_module, "CHUNK", 1_000)
     (tmp_path / "x.csv").write_text('a,b\n1,2\n3,"' + "x\n" * 20_000)
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": "' + "x" * 40_000)
     for name, line in (("x.csv", 3), ("x.jsonl", 2)):
-        with pytest.raises(DatasetError, match=r"has a row of more than .* quote") as caught:
+        with pytest.raises(
+            DatasetError, match=r"a quote that opens in this row is never closed|a line without an end"
+        ) as caught:
             values(open_dataset(tmp_path / name))
         assert caught.value.line == line
 
@@ -267,7 +273,7 @@ def test_what_is_no_data_set_is_refused_at_once(source: Any, message: str):
     ("source", "message"),
     [
         pytest.param("none/rows.csv", "cannot be opened: No such file", id="no file"),
-        pytest.param("none/rows.parquet", "cannot be opened: (there is no such|No such) file", id="no parquet"),
+        pytest.param("none/rows.parquet", "cannot be opened: No such file", id="no parquet"),
         pytest.param("nonsense://x/rows.csv", "cannot be read: ValueError: Protocol not known", id="no such protocol"),
         pytest.param("http://127.0.0.1:9/rows.csv", "cannot be fetched", id="nobody there"),
         pytest.param(["a", "b"], "line 1: holds a str, not an object", id="a list of texts"),
@@ -289,11 +295,6 @@ def test_a_folder_and_an_unknown_encoding_are_said(tmp_path: Path):
         values(open_dataset(tmp_path / "x.csv", encoding="klingon"))
 
 
-def test_the_format_may_be_given(tmp_path: Path):
-    (tmp_path / "rows.txt").write_text(CSV)
-    assert values(open_dataset(tmp_path / "rows.txt", format="csv")) == ROWS
-
-
 def test_a_file_that_changes_between_two_readings_is_refused(tmp_path: Path):
     path = tmp_path / "rows.csv"
     path.write_text(CSV)
@@ -302,13 +303,6 @@ def test_a_file_that_changes_between_two_readings_is_refused(tmp_path: Path):
     path.write_text(CSV + "late,row\n")
     with pytest.raises(DatasetError, match="changed while it was read"):
         values(dataset)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("zstandard") is not None, reason="zstandard is here")
-def test_a_compression_that_needs_a_package_names_it(tmp_path: Path):
-    (tmp_path / "rows.csv.zst").write_bytes(b"(\xb5/\xfd")
-    with pytest.raises(DatasetError, match="pip install zstandard"):
-        values(open_dataset(tmp_path / "rows.csv.zst"))
 
 
 @pytest.mark.parametrize(

@@ -154,13 +154,6 @@ async def test_a_claim_that_was_resolved_before_its_owner_knew_of_it_is_not_its_
         assert (await stored(person, record)).phase is NOT_STARTED
 
 
-async def test_an_attempt_that_is_not_in_the_ledger_is_not_made_by_a_save(ledger_address: str):
-    async with Ledger(ledger_address, "b") as ledger:
-        with pytest.raises(CrewError, match=r"is not in the ledger"):
-            await ledger.save(record_of(ledger, "k", phase=UNCERTAIN))
-        assert not await ledger.attempts(ledger.idempotency_key("k"))
-
-
 async def test_what_is_found_out_replaces_only_what_it_was_found_out_of(ledger_address: str):
     async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "b") as person:
         record = record_of(ledger, "k")

@@ -1,4 +1,4 @@
-"""The options of a batch: what is refused, when a batch stops, and what is stored of a call."""
+"""The options of a batch: what is refused, when it stops, what is started again, and what is stored of a call."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from pydantic import BaseModel, SecretStr
 
 from prefect_crew.batches.dataset import open_dataset
 from prefect_crew.batches.options import BatchOptions, plain_call
+from prefect_crew.batches.outcomes import RowState, state_of
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.states import CrewState
 
 
 @pytest.mark.parametrize(
@@ -38,8 +41,7 @@ from prefect_crew.exceptions import ConfigurationError
         pytest.param({"order": "input"}, id="no option"),
         pytest.param({"output_type": "json:Nothing"}, id="a type that is not there"),
         pytest.param({"retries": -1}, id="less than no retries"),
-        pytest.param({"retries": {"CrewFailedError": "2"}}, id="retries as text"),
-        pytest.param({"retries": {"KickoffUncertainError": 1}}, id="retry of the uncertain"),
+        pytest.param({"retries": "2"}, id="retries as text"),
         pytest.param({"retry_failed": "key"}, id="a text for keys"),
         pytest.param({"breaker": 0}, id="a breaker that is always open"),
         pytest.param({"rows": "5"}, id="rows are no range"),
@@ -86,11 +88,10 @@ def call(**options: Any) -> dict[str, Any]:
         {"inputs": {"pin": 4711}},
         {"inputs": {"pin": SecretStr("4711")}},
         {"inputs": {"pin": "{{ user }}:4711"}},
-        {"inputs": {"pin": "{{ '4711' }}"}},
         {"output": "s3://key:4711@bucket/out.jsonl"},
         {"dataset": open_dataset("simplecache::https://user:4711@files.test/rows.csv")},
     ],
-    ids=["number", "type", "template", "constant", "output", "data set"],
+    ids=["number", "type", "template", "output", "data set"],
 )
 def test_a_call_that_holds_a_secret_is_not_stored(given: dict[str, Any]):
     assert list(call(**given)) == ["why_not"]
@@ -98,13 +99,12 @@ def test_a_call_that_holds_a_secret_is_not_stored(given: dict[str, Any]):
 
 
 def test_a_call_that_takes_secrets_from_columns_is_stored():
-    for source in ("code", "{{ code }}", "{{ user }}{{ code }}"):
-        assert call(inputs={"pin": source})["options"]["inputs"] == {"pin": source}
+    assert call(inputs={"pin": "code"})["options"]["inputs"] == {"pin": "code"}
 
 
 def test_a_stored_call_gives_the_same_options_again():
     given = {"key": "id", "inputs": {"topic": "{{ name }}", "limit": 5}, "max_in_flight": 7, "on_failure": 0.5}
-    given |= {"wait": WaitPolicy(timeout=60), "output_type": TokenUsage, "retries": {"CrewFailedError": 2}}
+    given |= {"wait": WaitPolicy(timeout=60), "output_type": TokenUsage, "retries": 2}
     chosen = BatchOptions(**given, retry_failed=True)
     stored = call(**given, retry_failed=True)["options"]
     assert json.loads(json.dumps(stored)) == stored
@@ -122,3 +122,66 @@ def test_a_call_with_what_is_no_plain_value_says_why_it_is_not_stored():
         ({"webhooks": Webhooks(crew="https://hooks.test/x")}, "its webhooks were passed as a Python object"),
     ):
         assert why in call(**options)["why_not"]
+
+
+# What became of a row, and whether it is started again
+
+
+def record(**facts: Any) -> RunRecord:
+    given: dict[str, Any] = {"idempotency_key": "batch/b/k", "attempt": 1, "crew": "c", "crew_url": "u"}
+    given |= {"inputs_digest": "d", "owner": "o", "claimed_at": utcnow()}
+    return RunRecord(**given | facts)
+
+
+@pytest.mark.parametrize(
+    ("phase", "facts", "state"),
+    [
+        ("claimed", {}, "claimed"),
+        ("uncertain", {"reason": "cut off"}, "uncertain"),
+        ("not-started", {"reason": "RateLimitedError"}, "pending"),
+        ("not-started", {"error": "the input is refused"}, "not-started"),
+        ("started", {}, "started"),
+        ("started", {"error": "x", "reason": "CrewTimeoutError"}, "timed-out"),
+        ("started", {"error": "x", "reason": "CrewLostError"}, "lost"),
+        ("started", {"error": "x", "reason": "CrewConnectionError"}, "no-answer"),
+        ("ended", {"state": CrewState.COMPLETED}, "completed"),
+        ("ended", {"state": CrewState.COMPLETED, "error": "does not fit"}, "invalid-output"),
+        ("ended", {"state": CrewState.FAILED, "error": "x"}, "failed"),
+        ("ended", {"state": CrewState.STOPPED}, "stopped"),
+        ("ended", {"state": CrewState.UNKNOWN}, "lost"),
+    ],
+)
+def test_how_a_row_stands_by_its_record(phase: str, facts: dict[str, Any], state: str):
+    found = state_of(record(phase=RecordPhase(phase), **facts))
+    assert found == state
+    assert found.is_final == (state in ("completed", "failed", "invalid-output"))
+    assert found.is_failed == (state not in ("pending", "claimed", "started", "uncertain", "completed"))
+
+
+@pytest.mark.parametrize(
+    ("options", "state", "count", "before", "again"),
+    [
+        pytest.param({}, "failed", 1, 0, False, id="off by default"),
+        pytest.param({"retries": 2}, "failed", 2, 0, True, id="second retry"),
+        pytest.param({"retries": 2}, "failed", 3, 0, False, id="no third"),
+        pytest.param({"retries": 9}, "failed", 3, 0, False, id="never beyond the crew's limit"),
+        pytest.param({"retries": 1}, "failed", 1, 1, True, id="one that an earlier call still owed"),
+        pytest.param({"retries": 1}, "invalid-output", 1, 0, True, id="no fit"),
+        pytest.param({"retries": 1}, "lost", 1, 0, False, id="lost, whatever the number"),
+        pytest.param({"retries": 2}, "timed-out", 1, 0, False, id="timed out: it may run on"),
+        pytest.param({"retries": 2}, "uncertain", 1, 0, False, id="uncertain"),
+        pytest.param({"retries": 2}, "not-started", 0, 0, False, id="refused"),
+        pytest.param({"retry_failed": True}, "failed", 1, 1, True, id="failed in an earlier call"),
+        pytest.param({"retry_failed": True}, "failed", 2, 1, False, id="once a call"),
+        pytest.param({"retry_failed": True}, "lost", 1, 1, False, id="lost is not among all failed"),
+        pytest.param({"retry_failed": {"k"}}, "lost", 1, 1, True, id="lost by its key"),
+        pytest.param({"retry_failed": {"other"}}, "failed", 1, 1, False, id="another key"),
+    ],
+)
+def test_when_a_row_is_started_again(options: dict[str, Any], state: str, count: int, before: int, again: bool):
+    given = BatchOptions(**options)
+    assert given.starts_again(RowState(state), "k", count=count, before=before, most=3) is again
+
+
+def test_a_row_that_was_stopped_with_its_batch_is_started_again_whatever_the_options_say():
+    assert BatchOptions().starts_again(RowState.STOPPED, "k", count=1, before=1, most=3, owed=1)

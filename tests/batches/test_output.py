@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 import pytest
 from pydantic import BaseModel
 
@@ -109,12 +107,6 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     Output(str(path)).check(is_new=True)
 
 
-def test_what_cannot_be_written_is_said(tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot be written: .*All results are in the ledger"):
-        Output(str(tmp_path / "file" / "lines.jsonl")).check(is_new=True)
-
-
 async def test_a_write_that_fails_leaves_the_file_of_before(ledger_address: str, path: Path):
     async with Ledger(ledger_address, "b") as ledger:
         await enter(ledger, "k")
@@ -180,19 +172,3 @@ def test_parquet_without_the_extra_is_refused_before_anything_is_started(
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_started(address: str):
     with pytest.raises(ConfigurationError, match="Nothing was started"):
         Output(address)
-
-
-async def test_another_place_and_a_compressed_file(ledger_address: str, tmp_path: Path):
-    async with Ledger(ledger_address, "b") as ledger:
-        await enter(ledger, "a", "b")
-        await end(ledger, "a")
-        await end(ledger, "b")
-        for address in ("memory://results/out.jsonl", str(tmp_path / "out.jsonl.gz")):
-            output = Output(address)
-            assert await output.write(ledger) == 2
-            assert output.exists()
-    with fsspec.open("memory://results/out.jsonl") as file:
-        lines = file.read()
-    assert [json.loads(line)["key"] for line in lines.splitlines()] == ["a", "b"]
-    with gzip.open(tmp_path / "out.jsonl.gz") as file:
-        assert file.read() == lines

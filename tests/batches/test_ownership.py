@@ -1,21 +1,31 @@
-"""One ledger has one owner, whatever name it is reached by, and whoever has lost it gets an error."""
+"""One ledger has one owner, whatever name it is reached by; an older copy of it is noticed."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
-import logging
 import os
+import shutil
+import sqlite3
 import sys
 import types
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
 
+from prefect_crew.batches import ownership
 from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.ownership import BatchLock
+from prefect_crew.batches.ownership import BatchLock, binding_name, check_bound, read_binding
+from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.exceptions import LedgerError
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches
+from support.scripts import script
 
 
 def held(database: Database) -> BatchLock:
@@ -59,28 +69,16 @@ async def test_a_ledger_that_is_mounted_as_a_single_file_is_refused(tmp_path: Pa
 # Locks that are lost
 
 
-async def test_a_lock_whose_file_was_removed_is_taken_anew_and_is_lost_if_somebody_else_has_it(tmp_path: Path):
-    path = str(tmp_path / "ledger.db")
-    async with Database(path) as one, Database(path) as two, held(one) as first, held(two) as second:
-        assert await first.take()
-        (file,) = tmp_path.glob("*.lock")
-        file.unlink()
-        assert await first.still_held(), "nobody else has taken it"
-        assert not await second.take()
-        file.unlink()
-        assert await second.take()
-        assert not await first.still_held()
-        assert await second.still_held()
-
-
-async def test_whoever_has_lost_a_lock_does_not_remove_the_file_of_another(tmp_path: Path):
+async def test_a_lock_whose_file_was_removed_is_lost_and_that_of_another_is_left_alone(tmp_path: Path):
     path = str(tmp_path / "ledger.db")
     async with Database(path) as one, Database(path) as two, held(two) as second:
         async with held(one) as first:
             assert await first.take()
+            assert not await second.take()
             (file,) = tmp_path.glob("*.lock")
             file.unlink()
             assert await second.take()
+            assert not await first.still_held()
         assert file.exists()
         assert await second.still_held()
     assert not file.exists()
@@ -98,49 +96,35 @@ async def test_a_ledger_whose_file_is_another_is_held_no_more(tmp_path: Path, ch
         assert not await lock.still_held()
 
 
-# Where there are no locks
+# Other systems
 
 
-async def test_where_no_lock_can_be_had_it_is_said_and_is_no_proof(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+async def test_where_no_lock_can_be_had_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
     async with Database(str(tmp_path / "ledger.db")) as database, held(database) as lock:
-        with caplog.at_level(logging.WARNING):
-            assert await lock.take()
-        assert not lock.proves
-        assert await lock.still_held()
-    assert "cannot be locked here" in caplog.text
-
-
-class Windows(types.ModuleType):
-    """The part of Windows' `msvcrt` that locks are made with, over files that this process has open."""
-
-    LK_NBLCK = 2
-
-    def __init__(self) -> None:
-        super().__init__("msvcrt")
-        self.held: dict[tuple[int, int], int] = {}
-
-    def locking(self, file: int, mode: int, count: int) -> None:
-        assert (mode, count) == (self.LK_NBLCK, 1)
-        stat = os.fstat(file)
-        holder = self.held.setdefault((stat.st_dev, stat.st_ino), file)
-        if holder != file:
-            raise PermissionError(errno.EACCES, "Permission denied")
+        with pytest.raises(LedgerError, match=r"cannot be locked: .*No locks available.*take PostgreSQL"):
+            await lock.take()
 
 
 async def test_windows_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", Windows())
+    held_by: dict[tuple[int, int], int] = {}
+
+    def locking(file: int, mode: int, count: int) -> None:
+        assert (mode, count) == (2, 1)
+        stat = os.fstat(file)
+        if held_by.setdefault((stat.st_dev, stat.st_ino), file) != file:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
     path = str(tmp_path / "ledger.db")
     async with Database(path) as one, Database(path) as two, held(one) as first, held(two) as second:
+        monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))  # type: ignore[arg-type]
+        monkeypatch.setattr(sys, "platform", "win32")
         assert await first.take()
-        assert first.proves
         assert not await second.take()
+        monkeypatch.undo()
 
 
 # PostgreSQL
@@ -178,48 +162,130 @@ async def test_a_lost_connection_is_made_again_if_nobody_else_has_run_the_batch(
             assert not await first.still_held(), "somebody has run it, and has ended since"
 
 
-class Pooled:
-    """A connection of a pool that others use in between: PostgreSQL takes its users for one session."""
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.connection, name)
-
-    async def execution_options(self, **_: Any) -> Pooled:
-        return self
-
-    async def invalidate(self) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None
-
-
-async def test_a_pooler_that_shares_sessions_is_refused(postgres_address: str, monkeypatch: pytest.MonkeyPatch):
-    async with (
-        Database(postgres_address) as one,
-        Database(postgres_address) as two,
-        Database(postgres_address) as other,
-    ):
-        connections = [await database.server.connect() for database in (one, other)]
-        shared, elsewhere = [
-            Pooled(await connection.execution_options(isolation_level="AUTOCOMMIT")) for connection in connections
-        ]
-
-        async def connect() -> Pooled:
-            return shared
-
-        for database in (one, two):
-            monkeypatch.setattr(database, "server", types.SimpleNamespace(connect=connect, dispose=one.server.dispose))
+async def test_a_lock_holds_for_the_transaction_so_a_pooler_cannot_give_it_away(postgres_address: str):
+    async with Database(postgres_address) as one, Database(postgres_address) as two:
         async with held(one) as first, held(two) as second:
             assert await first.take()
-            with pytest.raises(LedgerError, match="pooler"):
-                await second.take()
-            assert await first.still_held()
-            shared.connection, elsewhere.connection = elsewhere.connection, shared.connection
-            assert not await first.still_held(), "it is asked of another session"
-            shared.connection, elsewhere.connection = elsewhere.connection, shared.connection
-        for connection in connections:
-            await connection.close()
+            assert not await second.take()
+            held_locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted"
+            assert await two.run(lambda connection: connection.exec_driver_sql(held_locks).scalar()) == 1
+        async with held(two) as second:
+            assert await second.take(), "it went with the transaction"
+
+
+# Older copies
+
+ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
+
+
+def topics(count: int) -> list[dict[str, str]]:
+    return [{"topic": f"topic {number}"} for number in range(count)]
+
+
+def copied(source: Path, target: Path) -> Path:
+    """Copy a ledger as a snapshot does, also while it is in use."""
+    with sqlite3.connect(source) as before, sqlite3.connect(target) as after:
+        before.backup(after)
+    before.close()
+    after.close()
+    return target
+
+
+async def generation(name: str) -> int:
+    bound = await read_binding(name)
+    assert bound is not None
+    return int(bound["generation"])
+
+
+async def test_a_backup_from_before_the_last_call_is_refused_and_the_newer_one_goes_on(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server, name, ledger = crew_server(ECHO), "restored", tmp_path / "out.jsonl.ledger.db"
+    await batch(server.crew(), topics(6), name=name, max_kickoffs=2)
+    backup = copied(ledger, tmp_path / "backup.db")
+    assert (await batch(server.crew(), topics(6), name=name)).completed == 6
+    newer = ledger.rename(tmp_path / "newer.db")
+    shutil.copy(backup, ledger)
+    with pytest.raises(LedgerError, match=r"out\.jsonl\.ledger\.db is an older copy: .*nothing was started") as refused:
+        await batch(server.crew(), topics(6), name=name)
+    assert f"prefect variable unset {binding_name(name)}" in str(refused.value)
+    with pytest.raises(LedgerError, match="is an older copy"):
+        async with open_stored_batch(name):
+            pass
+    assert server.kickoffs == 6
+    # It may be anywhere; and the copy is the older one from then on.
+    report = await batch(server.crew(), topics(7), name=name, ledger=str(newer), on_change="continue")
+    assert (report.completed, server.kickoffs) == (7, 7)
+    # A person who has read the warning takes the older one.
+    async with get_client() as client:
+        await client.delete_variable_by_name(binding_name(name))
+    report = await batch(server.crew(), topics(6), name=name)
+    assert (report.completed, server.kickoffs) == (6, 11)
+
+
+async def test_a_copy_from_the_middle_of_a_call_is_refused(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where its machine dies then: the generation grows while rows are started, and not at the end alone."""
+    monkeypatch.setattr("prefect_crew.batches.run.BEGIN_EVERY", 0.0)
+    server = crew_server(script({"output": "on {{ topic }}", "seconds": 0.3}, inputs=["topic"]))
+    ledger, name = tmp_path / "out.jsonl.ledger.db", "copied"
+    running = asyncio.ensure_future(batch(server.crew(), topics(400), name=name, max_in_flight=2))
+    while server.kickoffs < 2:
+        await asyncio.sleep(0.02)
+    copy = copied(ledger, tmp_path / "copy.db")
+    at = await generation(name)
+    while await generation(name) == at:
+        assert not running.done()
+        await asyncio.sleep(0.05)
+    async with Ledger(str(copy), name) as opened:
+        with pytest.raises(LedgerError, match="is an older copy"):
+            check_bound(await opened.entry(), await read_binding(name), opened)
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+
+
+class Killed(BaseException):
+    """What is as sudden as SIGKILL."""
+
+
+@pytest.mark.parametrize("point", ["before the ledger", "between ledger and server", "before the first row"])
+async def test_a_call_that_dies_over_its_generation_locks_nobody_out(
+    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+):
+    server, name, ledger = crew_server(ECHO), f"dies {point}", tmp_path / "out.jsonl.ledger.db"
+    await batch(server.crew(), topics(6), name=name, max_kickoffs=2)
+    backup = copied(ledger, tmp_path / "backup.db")
+
+    def dying(function: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
+        async def dies(*args: Any, **kwargs: Any) -> None:
+            if after:
+                await function(*args, **kwargs)
+            raise Killed
+
+        return dies
+
+    with monkeypatch.context() as patch:
+        if point == "before the first row":
+            patch.setattr("prefect_crew.batches.run.begin_generation", dying(ownership.begin_generation, after=True))
+        else:
+            patch.setattr(Ledger, "advance", dying(Ledger.advance, after=point == "between ledger and server"))
+        with pytest.raises(Killed):
+            await batch(server.crew(), topics(6), name=name)
+    assert server.kickoffs == 2
+    async with Ledger(str(backup), name) as opened:
+        refused = pytest.raises(LedgerError, match="is an older copy")
+        with refused if point == "before the first row" else nullcontext():
+            check_bound(await opened.entry(), await read_binding(name), opened)
+    for _ in range(2):
+        report = await batch(server.crew(), topics(6), name=name)
+        assert (report.completed, server.kickoffs) == (6, 6)
+
+
+async def test_a_call_that_has_nothing_to_start_leaves_the_generation(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    await batch(server.crew(), topics(2), name="done already")
+    before = await generation("done already")
+    await batch(server.crew(), topics(2), name="done already")
+    assert await generation("done already") == before

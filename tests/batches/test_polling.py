@@ -26,7 +26,6 @@ from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
 from support.batches import Batches
 from support.scripts import script, slow
-from support.servers import at_random
 from support.webhooks import served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -146,21 +145,6 @@ async def test_a_run_that_the_server_forgets_is_lost_and_started_again_only_by_i
     assert (report.completed, server.kickoffs) == (2, 3)
     report = await batch(server.crew(), rows, name="lost", wait=quick, retry_failed=[key])
     assert (report.completed, server.kickoffs) == (3, 4)
-
-
-@pytest.mark.parametrize(
-    "faults",
-    [
-        pytest.param(["status:429=0.3%0.2", "kickoff:503=0.2%0.1"], id="limits"),
-        pytest.param([f"status:{kind}%0.1" for kind in ("500", "drop", "html", "garbage")], id="no answers"),
-        pytest.param(["kickoff:early-404=2"], id="not known yet"),
-    ],
-)
-async def test_what_passes_costs_time_only(batch: Batches, crew_server: CrewServerFactory, faults: list[str]):
-    spec = script({"seconds": 0.1, "output": "x"}, inputs=["topic"])
-    server = crew_server(spec, faults=at_random(*faults, seed=7))
-    assert (await batch(server.crew(), [{"topic": str(number)} for number in range(60)])).ok
-    assert server.kickoffs == 60
 
 
 async def test_a_person_that_a_row_waits_for_is_not_timed_out(batch: Batches, crew_server: CrewServerFactory):

@@ -168,16 +168,6 @@ async def test_who_comes_second_hears_so_before_it_reads_the_data_set(batch: Bat
     assert not list(batch.folder.glob("*.lock"))
 
 
-async def test_it_works_on_a_ledger_in_postgresql(
-    batch: Batches, crew_server: CrewServerFactory, postgres_address: str
-):
-    server = crew_server(script({"output": "nul \0 and \ud83d\ude42"}, inputs=["topic"]))
-    for _ in range(2):
-        report = await batch(server.crew(), topics(20), name="on a server", ledger=postgres_address)
-        assert (report.completed, server.kickoffs) == (20, 20)
-    assert {line["output"] for line in batch.lines().values()} == {"nul \0 and 🙂"}
-
-
 async def test_a_write_to_a_ledger_in_postgresql_reads_no_whole_table(
     batch: Batches, crew_server: CrewServerFactory, postgres_address: str
 ):
@@ -273,26 +263,6 @@ async def test_no_secret_is_written_out_with_a_row_that_was_set_aside(
     text = Path(f"{batch.output}.rejected.jsonl").read_text()
     assert "PT5" not in text
     assert [json.loads(line)["row"] for line in text.splitlines()] == [{"topic": "", "account": "********"}, None]
-
-
-async def test_where_no_row_can_be_run_nothing_is_set_aside(batch: Batches, crew_server: CrewServerFactory):
-    rows = topics(300)
-    with pytest.raises(BadRowsError) as caught:
-        await batch(crew_server(ECHO).crew(), rows, key="idd", on_bad_row="set-aside")
-    assert str(caught.value) == (
-        "list of rows: 300 rows cannot be run, which are all: lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 290 more: has no "
-        "column 'idd', which is the key; its columns are topic. Nothing of this data set was started."
-    )
-    assert not batch.output.exists()
-
-
-async def test_equal_rows_are_as_many_runs_unless_they_are_to_be_one(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO)
-    rows = [{"topic": "tea"}] * 3
-    assert (await batch(server.crew(), rows)).completed == 3
-    assert server.kickoffs == 3
-    report = await batch(server.crew(), rows, deduplicate=True, output=str(batch.folder / "two.jsonl"))
-    assert (report.total, report.completed, report.duplicates, server.kickoffs) == (1, 1, 2, 4)
 
 
 async def test_a_moment_without_inputs_does_not_change_what_a_row_is(batch: Batches, crew_server: CrewServerFactory):

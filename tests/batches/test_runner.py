@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,9 +13,8 @@ from sqlalchemy.exc import OperationalError
 from prefect_crew import WaitPolicy
 from prefect_crew.batches import throttle
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import CrewSession
-from prefect_crew.devserver import CrewServer, Outcome, ProgramError, Run
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import CrewError, LedgerError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.keys import RunIdentity
@@ -27,7 +24,7 @@ from prefect_crew.runs import kickoff
 from prefect_crew.runs.kickoff import Start, Started, start_run
 from prefect_crew.settings import CrewSettings
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, put, record_of
+from support.batches import Batches
 from support.held import Held
 from support.ledgers import let_an_hour_pass
 from support.scripts import FAILS, script, slow
@@ -36,46 +33,12 @@ ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
 
 
-class Numbered:
-    """A crew that fails in those of its runs, numbered from 0, that `fails` names."""
-
-    name = "numbered"
-
-    def __init__(self, fails: Callable[[int], bool]) -> None:
-        self._fails = fails
-        self._numbers = itertools.count()
-
-    def inputs(self) -> list[CrewInput]:
-        return [CrewInput(name="topic")]
-
-    async def execute(self, run: Run) -> Outcome:
-        if self._fails(next(self._numbers)):
-            raise ProgramError("sick")
-        return Outcome("x")
-
-
 def topics(count: int, bad: set[int] | None = None) -> list[dict[str, Any]]:
     return [{"topic": f"{'bad' if number in (bad or ()) else 'topic'} {number}"} for number in range(count)]
 
 
 def ledger_of(batch: Batches, name: str) -> Ledger:
     return Ledger(f"{batch.output}.ledger.db", name)
-
-
-async def test_a_run_of_other_inputs_that_goes_on_is_reported_and_left_to_whoever_waits_for_it(
-    batch: Batches, crew_server: CrewServerFactory
-):
-    server, name = crew_server(ECHO), "other inputs"
-    await batch(server.crew(), [{"id": "a", "topic": "tea"}], name=name, key="id")
-    async with ledger_of(batch, name) as ledger:
-        (record,) = await ledger.attempts(ledger.idempotency_key("a"))
-        record.phase, record.state, record.result, record.ended_at = RecordPhase.STARTED, None, None, None
-        await put(ledger, record)
-        before = await ledger.attempts(record.idempotency_key)
-    report = await batch(server.crew(), [{"id": "a", "topic": "milk"}], name=name, key="id", on_change="continue")
-    assert (report.failed, dict(report.errors), server.kickoffs) == (1, {"IdempotencyConflictError": 1}, 1)
-    async with ledger_of(batch, name) as ledger:
-        assert await ledger.attempts(record.idempotency_key) == before
 
 
 # Crews that fail
@@ -102,14 +65,6 @@ async def test_policies(batch: Batches, crew_server: CrewServerFactory, policy: 
     assert (again.completed, again.failed, again.skipped) == (60 - len(bad), len(bad), 0)
     assert server.kickoffs == 60
     assert len(batch.lines()) == 60
-
-
-async def test_a_retry_that_works_is_a_completed_row(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(Numbered(lambda number: number % 10 < 8))
-    report = await batch(server.crew(max_kickoffs=50), topics(3), max_in_flight=1, retries={"CrewFailedError": 20})
-    assert report.completed == 3
-    assert report.kickoffs == server.kickoffs == 19, "8 failures, 2 results, 8 failures, 1 result"
-    assert report.errors == {}
 
 
 async def test_failed_rows_of_earlier_calls_are_started_again_when_asked(
@@ -381,11 +336,3 @@ async def test_a_kickoff_that_is_refused_after_its_caller_has_gone_did_not_start
         while await phases(ledger) == [CLAIMED]:
             await asyncio.sleep(0.05)
         assert await phases(ledger) == [NOT_STARTED]
-
-
-async def test_a_ledger_that_is_closed_says_so(ledger_address: str):
-    # Whoever writes to it then would wait for ever: for a commit that nobody makes.
-    async with Ledger(ledger_address, "b") as ledger:
-        pass
-    with pytest.raises(LedgerError, match="is closed"):
-        await asyncio.wait_for(ledger.claim(record_of(ledger, "k")), 10)

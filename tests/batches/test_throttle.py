@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-import re
 import time
 from typing import Any
 
@@ -105,18 +103,6 @@ async def test_kickoffs_keep_their_rate():
     assert 0.19 <= time.monotonic() - began < 2
 
 
-async def test_no_more_are_under_way_than_may_be_kicked_off_in_all():
-    last = throttle(max_kickoffs=4)
-    assert await admitted(last, 10) == 3
-    last.leave()
-    assert await admitted(last, 10) == 1, "one came to nothing"
-    for _ in range(3):
-        last.accepted()
-        last.leave()
-    assert not await last.admit("row")
-    assert last.stopped == "the limit of 4 kickoffs is reached."
-
-
 async def test_a_batch_that_has_stopped_admits_nobody():
     slow = throttle(kickoffs_per_second=0.001)
     slow.heed(limited(200))
@@ -159,18 +145,6 @@ async def test_while_kickoffs_are_refused_pauses_double_and_they_go_one_by_one(m
 
 
 # The circuit breaker
-
-
-async def test_it_opens_after_failures_in_a_row_only():
-    breaker = throttle(breaker=3, breaker_pause=60)
-    for _ in range(5):
-        breaker.failed("a", "x")
-        breaker.failed("b", "x")
-        breaker.completed()
-    assert await admitted(breaker, 1) == 1
-    for _ in range(3):
-        breaker.failed("a", "x")
-    assert await admitted(breaker, 1) == 0
 
 
 async def test_it_tries_one_row_at_a_time_with_longer_and_longer_pauses_and_gives_up():
@@ -216,50 +190,6 @@ async def test_a_row_that_is_left_makes_room_for_another_trial():
 # Requests
 
 
-class Far:
-    """A crew server that answers a request only once so many of its kind are there; on a port of its own."""
-
-    def __init__(self, **together: int) -> None:
-        self.together = together
-        self.most = dict.fromkeys(together, 0)
-        self._there = dict.fromkeys(together, 0)
-        self._ready = {method: asyncio.Event() for method in together}
-
-    async def __aenter__(self) -> Far:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for ready in self._ready.values():
-            ready.set()
-
-    def client(self, throttle: Throttle) -> BatchClient:
-        async def no_newer(client: CrewClient) -> None:
-            del client
-
-        url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return BatchClient(DeployedCrew(url=url, token=SecretStr("token-of-8")).crew, throttle, no_newer)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                size = re.search(r"content-length: (\d+)", head)
-                await reader.readexactly(int(size[1]) if size else 0)
-                method = head.split()[0].upper()
-                self._there[method] += 1
-                self.most[method] = max(self.most[method], self._there[method])
-                if self._there[method] >= self.together[method]:
-                    self._ready[method].set()
-                await self._ready[method].wait()
-                self._there[method] -= 1
-                answer = b'{"kickoff_id": "run"}' if method == "POST" else b'{"status": "running"}'
-                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: ")
-                writer.write(b"%d\r\n\r\n%s" % (len(answer), answer))
-        writer.close()
-
-
 async def test_only_an_accepted_kickoff_tells_how_far_the_server_is(respx_mock: respx.MockRouter):
     respx_mock.post("http://127.0.0.1:1/kickoff").mock(
         side_effect=[httpx.Response(503), httpx.Response(200, json={"kickoff_id": "run"})]
@@ -276,11 +206,3 @@ async def test_only_an_accepted_kickoff_tells_how_far_the_server_is(respx_mock: 
         assert mine._fastest == math.inf
         await client.kickoff({})
     assert mine._fastest < math.inf
-
-
-async def test_many_more_polls_than_kickoffs_are_on_their_way_at_once():
-    async with Far(GET=64, POST=16) as server, server.client(throttle()) as client:
-        polls = [asyncio.ensure_future(client.status("run")) for _ in range(200)]
-        kickoffs = [asyncio.ensure_future(client.kickoff({"topic": "tea"})) for _ in range(50)]
-        await asyncio.wait_for(asyncio.gather(*polls, *kickoffs), 20)
-    assert server.most == {"GET": 64, "POST": 16}
