@@ -131,7 +131,7 @@ async def test_windows_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 CUT = (
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
     "WHERE datname = current_database() AND pid <> pg_backend_pid()"
 )
 
