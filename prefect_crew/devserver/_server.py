@@ -27,16 +27,19 @@ class CrewServer(CrewApp):
     Args:
         spec: What is served; see `load_program`. A mapping serves several crews, each under `/NAME`.
         port: The port; 0 takes a free one.
-        token: The bearer token that every request but `GET /` must carry; a random one by default.
-        response_format: How answers are worded: "documented" is the published API to the letter, "union" has everything
-            that strict clients look for, "live" is what hosted crews answer.
-        generation: How the bodies of webhooks are worded: "first" or "later".
-        faults: What goes wrong, as `Fault` or as text such as "status:500@1", with those that a script brings.
-        speed: The seconds of scripts are divided by it.
-        stop: Whether there is `/stop`; the published contract has none.
-        max_runs: At most this many runs of a crew at once; later ones are pending. None: no limit for scripts, 100 for
-            CrewAI code.
-        review_webhook: Where people are asked as a Flow does it: by a signed webhook, answered at its callback URL.
+        **options: As below.
+
+    Options:
+        - `token`: The bearer token that every request but `GET /` must carry; a random one by default.
+        - `response_format`: How answers are worded: "documented" is the published API to the letter, "union" has
+          everything that strict clients look for, "live" is what hosted crews answer.
+        - `generation`: How the bodies of webhooks are worded: "first" or "later".
+        - `faults`: What goes wrong, as `Fault` or as text such as "status:500@1", with those that a script brings.
+        - `speed`: The seconds of scripts are divided by it.
+        - `stop`: Whether there is `/stop`; the published contract has none.
+        - `max_runs`: At most this many runs of a crew at once; later ones are pending. None: no limit for scripts, 100
+          for CrewAI code.
+        - `review_webhook`: Where people are asked as a Flow does it: by a signed webhook, answered at its callback URL.
 
     Attributes:
         port: The port; 0 before the first start of a server that takes a free one.
