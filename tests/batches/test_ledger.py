@@ -7,6 +7,8 @@ import json
 import logging
 import shutil
 import sqlite3
+import subprocess
+import sys
 import uuid
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -98,6 +100,40 @@ async def test_a_place_is_claimed_once_and_a_claim_that_is_made_again_is_still_o
         assert await two.claim(record_of(two, "k", attempt=2))
         assert await c.claim(record_of(c, "k")), "another batch has rows of its own"
         assert [attempt.attempt for attempt in await one.attempts(one.idempotency_key("k"))] == [1, 2]
+
+
+RACER = """
+import asyncio, sys
+from support.batches import record_of
+from prefect_crew.batches.ledger import Ledger
+
+async def main(address):
+    async with Ledger(address, "b") as ledger:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        won = await asyncio.gather(*(ledger.claim(record_of(ledger, f"k{key}")) for key in range(200)))
+        print(sum(won))
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_of_racing_processes_one_wins_each_row(ledger_address: str):
+    command = [sys.executable, "-c", RACER, ledger_address]
+    path = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": path}
+    racers: list[Any] = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    try:
+        for racer in racers:
+            assert racer.stdout.readline() == "ready\n"
+        for racer in racers:
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        won = [int(racer.communicate(timeout=60)[0]) for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+    assert sum(won) == 200
 
 
 async def test_writes_go_in_groups_and_each_gets_its_own_result(ledger_address: str):
@@ -353,6 +389,24 @@ async def test_a_database_that_is_not_there_is_said_without_its_password():
         async with Ledger(address, "b"):
             pass
     assert "sesame" not in str(caught.value) + repr(caught.value)
+
+
+async def test_a_locked_database_is_written_once_it_is_free(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = str(tmp_path / "ledger.db")
+    async with Ledger(path, "b") as ledger:
+        await ledger.database.run(lambda connection: connection.exec_driver_sql("PRAGMA busy_timeout=10").close())
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with caplog.at_level(logging.WARNING):
+            claims = [asyncio.ensure_future(ledger.claim(record_of(ledger, f"k{key}"))) for key in range(20)]
+            await asyncio.wait(claims, timeout=1.2)
+        assert not any(claim.done() for claim in claims)
+        other.execute("COMMIT")
+        other.close()
+        assert all(await asyncio.wait_for(asyncio.gather(*claims), 20))
+    logged = [one.getMessage() for one in caplog.records if "cannot be written" in one.getMessage()]
+    assert len(logged) == 1
+    assert "database is locked" in logged[0]
 
 
 async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(
