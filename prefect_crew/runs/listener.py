@@ -49,6 +49,8 @@ RECONNECT = 5.0
 ANSWER_WITHIN = 30.0  # seconds for an answer of the receiver, which holds it back for ten while there is nothing to say
 USAGE_WITHIN = 0.5
 """Seconds for which the end of a run waits for the webhooks that may tell its tokens, where its status does not."""
+SILENT = 600.0
+"""Seconds for which nothing waits for them any more after they were waited for in vain, by crew."""
 _TELLING = {COMPLETED, "crew.webhook.stream.crew_kickoff_completed"}
 """The webhooks of a completed run that may tell its tokens."""
 Question = tuple[int, int]  # the attempt at the idempotency key, and how many answers of people came before, modulo 256
@@ -57,24 +59,28 @@ Question = tuple[int, int]  # the attempt at the idempotency key, and how many a
 class Waker:
     """Ends the pauses of one waiter. Of the event loop that made it."""
 
-    def __init__(self, hub: _Hub, idempotency_key: str, *, calls: bool = False) -> None:
+    def __init__(self, hub: _Hub, idempotency_key: str, crew: str, *, calls: bool = False) -> None:
         self._hub = hub
         self._idempotency_key = idempotency_key
+        self._crew = crew
         self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
+        self._is_told = asyncio.Event()
         self._looks = 0
         self._next_soon = math.inf
         self._was_soon = False
         self._asked: set[Question] = set()
         self.woken = False
 
-    def wake(self, asked: Question | None = None) -> None:
-        """End the pause; from any thread. `asked`: what a person is asked, if that is why."""
+    def wake(self, asked: Question | None = None, *, ends_pause: bool = True) -> None:
+        """Tell of a webhook; from any thread. `asked`: what a person is asked, if that is what it says."""
         if asked is not None:
             self._asked.add(asked)
         with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
-            self._loop.call_soon_threadsafe(self._event.set)
+            self._loop.call_soon_threadsafe(self._is_told.set)
+            if ends_pause:
+                self._loop.call_soon_threadsafe(self._event.set)
 
     def has_question_after(self, attempt: int, answers: int) -> bool:
         """Return whether a webhook reported a question that came after so many answers of people in this attempt.
@@ -93,16 +99,21 @@ class Waker:
             return status
         until = time.monotonic() + USAGE_WITHIN
         while True:
+            self._is_told.clear()
             tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
             if self._calls:
                 is_missing = status.state is not CrewState.STOPPED and not tokens.has_all_calls
             else:
                 is_missing = status.state is CrewState.COMPLETED and not (tokens.usage or tokens.heard >= _TELLING)
-            if status.usage or not (is_missing and self._hub.is_connected and time.monotonic() < until):
-                return status.model_copy(
-                    update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models}
-                )
-            await asyncio.sleep(0.02)
+            if status.usage or not (is_missing and self._hub.listens_to(self._crew)):
+                break
+            if (left := until - time.monotonic()) <= 0:
+                self._hub.note_silent(self._crew)
+                break
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._is_told.wait()
+        return status.model_copy(update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models})
 
     def stretch(self, delay: float) -> float:
         """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
@@ -195,16 +206,12 @@ class _Hub:
         self._was_refused = False
         self._distrusted_until = 0.0
         self._heard: OrderedDict[str, None] = OrderedDict()
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether webhooks reach this process, as far as is known."""
-        return self._has_events or self._has_receiver
+        self._silent_until: dict[str, float] = {}  # by the address of a crew
 
     @property
     def trusted(self) -> bool:
-        """Whether they have not been found to miss anything lately, either."""
-        return self.is_connected and time.monotonic() >= self._distrusted_until
+        """Whether webhooks reach this process, as far as is known, and none was found to be missing lately."""
+        return (self._has_events or self._has_receiver) and time.monotonic() >= self._distrusted_until
 
     def distrust(self) -> None:
         self._distrusted_until = time.monotonic() + DISTRUST
@@ -247,6 +254,14 @@ class _Hub:
         """Return the tokens of a run as far as webhooks have reported them."""
         with self._lock:
             return deepcopy(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
+
+    def listens_to(self, crew: str) -> bool:
+        """Return whether webhooks about a crew's runs reach this process, as far as is known, and tell tokens."""
+        return (self._has_events or self._has_receiver) and time.monotonic() >= self._silent_until.get(crew, 0.0)
+
+    def note_silent(self, crew: str) -> None:
+        """Note that the tokens of a crew's run were waited for in vain."""
+        self._silent_until[crew] = time.monotonic() + SILENT
 
     async def _listen(self) -> None:
         try:
@@ -327,14 +342,13 @@ class _Hub:
             run, kickoff_id = self._run(idempotency_key), said.get("kickoff_id")
             if isinstance(kickoff_id, str) and (kickoff_id in run.tokens or len(run.tokens) < 100):
                 run.tokens.setdefault(kickoff_id, _Tokens()).add(name, said)
-            if name == CALLED:
-                return  # that ends no pause
-            run.notified_at, run.asked = time.monotonic(), asked or run.asked
             wakers = list(run.wakers)
-            if name != ANSWERED:  # webhooks do come
-                self._distrusted_until = 0.0
+            if name != CALLED:
+                run.notified_at, run.asked = time.monotonic(), asked or run.asked
+                if name != ANSWERED:  # webhooks do come
+                    self._distrusted_until = 0.0
         for waker in wakers:
-            waker.wake(asked)
+            waker.wake(asked, ends_pause=name != CALLED)
 
 
 _hub = _Hub()  # Process-wide: one subscription serves the waiters of all event loops.
@@ -346,13 +360,13 @@ def subscribe() -> None:
 
 
 @asynccontextmanager
-async def waker_for(idempotency_key: str | None) -> AsyncGenerator[Waker | None]:
-    """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
+async def waker_for(idempotency_key: str | None, crew: str) -> AsyncGenerator[Waker | None]:
+    """Give a waker for a run's waiter; None where webhooks are off or the run has no key. `crew` is its address."""
     if idempotency_key is None or not (settings := CrewSettings()).webhook_url:
         yield None
         return
     _hub.start()
-    waker = Waker(_hub, idempotency_key, calls=settings.webhook_llm_calls)
+    waker = Waker(_hub, idempotency_key, crew, calls=settings.webhook_llm_calls)
     _hub.add(idempotency_key, waker)
     try:
         yield waker

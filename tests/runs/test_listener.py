@@ -140,7 +140,7 @@ async def test_a_run_with_webhooks_of_the_users_own_is_polled_for(receiver: str)
 async def test_a_webhook_that_comes_before_the_status_shows_its_end_costs_no_long_pause() -> None:
     hub = _Hub()
     hub._has_receiver = True
-    waker = Waker(hub, "key")
+    waker = Waker(hub, "key", "")
     hub.add("key", waker)
     assert waker.stretch(1.0) == listener_module.SAFETY[0]
     hub._hear(ending("crew", 1))
@@ -269,9 +269,11 @@ async def test_calls_of_models_tell_what_went_in_and_out(
     assert record.cost == pytest.approx(1.04 + 1.6)
 
 
-def ending(type_: str, tokens: int | None, *, kickoff_id: str = "k-1", key: str = "key") -> dict[str, object]:
+def ending(
+    type_: str, tokens: int | None, *, kickoff_id: str = "k-1", key: str = "key", **more: object
+) -> dict[str, object]:
     """Return what the receiver makes of a webhook about the end of a run."""
-    said = {"kickoff_id": kickoff_id, **({} if tokens is None else {"total_tokens": tokens})}
+    said = {"kickoff_id": kickoff_id, **more, **({} if tokens is None else {"total_tokens": tokens})}
     return {"id": str(uuid.uuid4()), "event": f"crew.webhook.{type_}", "idempotency_key": key, "said": said}
 
 
@@ -279,8 +281,10 @@ async def test_the_end_waits_a_moment_for_tokens() -> None:
     hub, done = _Hub(), CrewStatus(kickoff_id="k-1", state=DONE)
     hub._has_receiver = True
 
-    async def seconds(*events: dict[str, object]) -> tuple[float, TokenUsage | None]:
-        waker, started = Waker(hub, "key"), time.monotonic()
+    async def seconds(
+        *events: dict[str, object], crew: str = "", calls: bool = False
+    ) -> tuple[float, TokenUsage | None]:
+        waker, started = Waker(hub, "key", crew, calls=calls), time.monotonic()
         hub.add("key", waker)
         for event in events:
             asyncio.get_running_loop().call_later(0.2, hub._hear, event)
@@ -288,12 +292,15 @@ async def test_the_end_waits_a_moment_for_tokens() -> None:
         hub.remove("key", waker)
         return time.monotonic() - started, status.usage
 
-    took, usage = await seconds()
+    took, usage = await seconds(crew="https://silent.example")
     assert (took >= 0.5, usage) == (True, None)
+    assert (await seconds(crew="https://silent.example"))[0] < 0.2, "it is known to be silent"
     took, usage = await seconds(ending("crew", 9))
     assert (0.1 < took < 0.5, usage) == (True, TokenUsage(total_tokens=9))
     took, usage = await seconds(ending("crew", None), ending(COMPLETED, None))
     assert (0.1 < took < 0.5, usage) == (True, None), "nothing is to come any more"
+    took, usage = await seconds(ending("stream.llm_call_completed", 9, model="small"), calls=True)
+    assert (0.1 < took < 0.5, usage) == (True, TokenUsage(total_tokens=9)), "a call ends the wait for it"
     hub._has_receiver = False
     assert (await seconds())[0] < 0.2, "no webhook would reach this process"
 
@@ -310,7 +317,7 @@ async def test_the_end_waits_a_moment_for_tokens() -> None:
 )
 async def test_tokens_are_counted_once_for_each_event(events: list[dict[str, object]], total: int | None) -> None:
     hub = _Hub()
-    waker = Waker(hub, "key")
+    waker = Waker(hub, "key", "")
     hub.add("key", waker)
     for event in [*events, *events]:
         hub._hear(event)
@@ -340,7 +347,7 @@ async def test_the_same_question_asked_again_is_known_by_its_webhook(receiver: s
 
 
 async def test_a_question_of_another_attempt_is_another() -> None:
-    waker = Waker(_Hub(), "key")
+    waker = Waker(_Hub(), "key", "")
     waker.wake((1, 2))
     asked = [(1, 2), (2, 2), (1, 1), (1, 258)]
     assert [waker.has_question_after(*one) for one in asked] == [True, False, False, True]
