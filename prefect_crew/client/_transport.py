@@ -11,6 +11,7 @@ import os
 import ssl
 import time
 import urllib.request
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -351,25 +352,37 @@ _FAILURES: dict[type[Exception], tuple[bool, str]] = {
 
 
 async def _read(response: httpx.Response, kickoff_id: str | None) -> Answer:
-    """Read a streamed response, up to its cap; of an error's body only a start.
-
-    Decoders of compressed bodies know no limit: so no encoding is asked for, and none is read.
-    """
+    """Read a streamed response, up to its cap; of an error's body only a start."""
     good = 200 <= response.status_code < 300
-    is_plain = response.headers.get("content-encoding", "identity").strip().lower() in ("", "identity")
-    limit = (MAX_BODY if good else MAX_ERROR_BODY) if is_plain else 0
+    limit = MAX_BODY if good else MAX_ERROR_BODY
     chunks: list[bytes] = []
     size = 0
+    # What comes, not what httpx's decoders make of it: those know no limit.
     async for chunk in cast("AsyncIterable[bytes]", response.stream):
         chunks.append(chunk)
         size += len(chunk)
         if size > limit:
             break
-    if good and (size > limit or not is_plain):
+    body, problem = b"".join(chunks), None
+    coding = response.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):  # not asked for, yet some proxies compress all the same
+        try:
+            body = await asyncio.to_thread(_unpacked, body, coding, limit)
+        except (LookupError, zlib.error):
+            body, problem = b"", f"an encoding that cannot be read ({coding[:20]!r})"
+    if len(body) > limit:
+        problem = f"more than {limit // 1024**2} MiB"
+    if good and problem:
         raise ResponseFormatError(
             expected="an answer that can be read",
-            body=f"more than {limit // 1024**2} MiB" if is_plain else "an encoding that was not requested",
+            body=problem,
             status_code=response.status_code,
             kickoff_id=kickoff_id,
         )
-    return Answer(response.status_code, response.headers, b"".join(chunks)[:limit])
+    return Answer(response.status_code, response.headers, body[:limit])
+
+
+def _unpacked(body: bytes, coding: str, limit: int) -> bytes:
+    """Return a body decompressed, a byte more than `limit` at most. One that was cut short is no JSON."""
+    windows = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+    return zlib.decompressobj(windows[coding]).decompress(body, limit + 1)

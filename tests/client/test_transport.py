@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import logging
 import socket
@@ -12,6 +13,7 @@ import struct
 import threading
 import traceback
 import tracemalloc
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -50,8 +52,9 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
     return head
 
 
-def answer(body: str, status: str = "200 OK", headers: str = "") -> bytes:
-    return f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body.encode())}\r\n\r\n{body}".encode()
+def answer(body: str | bytes, status: str = "200 OK", headers: str = "") -> bytes:
+    body = body.encode() if isinstance(body, str) else body
+    return f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def answering(reply: Callable[[str], bytes] | bytes) -> Handler:
@@ -312,21 +315,53 @@ async def test_an_answer_beyond_the_cap_takes_no_more_memory_than_the_cap():
     assert len(failed.value.body) < 600
 
 
-async def test_a_compressed_answer_is_neither_asked_for_nor_decoded():
+@pytest.mark.parametrize("coding", ["gzip", "deflate"])
+async def test_an_answer_that_is_compressed_unasked_is_read(coding: str):
     heads: list[str] = []
+    pack = gzip.compress if coding == "gzip" else zlib.compress
 
-    def odd(head: str) -> bytes:
+    def packed(head: str) -> bytes:
         heads.append(head)
-        return answer("?", "500 Oops" if "/inputs" in head else "200 OK", "Content-Encoding: gzip\r\n")
+        is_kickoff = "/kickoff" in head
+        body = pack(b'{"kickoff_id": "k1"}' if is_kickoff else b'{"detail": "too many crews"}')
+        return answer(body, "200 OK" if is_kickoff else "500 Oops", f"Content-Encoding: {coding}\r\n")
+
+    async with raw_server(answering(packed)) as url, CrewClient(url, TOKEN) as client:
+        assert await client.kickoff({}) == "k1"
+        with pytest.raises(ServerError, match="too many crews"):
+            await client.inputs()
+    assert all("accept-encoding: identity" in head.lower() for head in heads)
+
+
+BOMB = gzip.compress(b" " * (_transport.MAX_BODY + 1), compresslevel=1)
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "problem"),
+    [
+        pytest.param(b"plain", "gzip", "an encoding that cannot be read", id="not-gzip"),
+        pytest.param(gzip.compress(b'{"kickoff_id": "k1"}')[:-12], "gzip", "the id of the run", id="cut-short"),
+        pytest.param(b"packed", "br", "an encoding that cannot be read", id="another"),
+        pytest.param(gzip.compress(BOMB), "gzip, gzip", "an encoding that cannot be read", id="twice"),
+        pytest.param(BOMB, "gzip", "more than 64 MiB", id="bomb"),
+    ],
+)
+async def test_what_cannot_be_unpacked_is_no_answer_and_takes_no_more_memory_than_the_cap(
+    body: bytes, coding: str, problem: str
+):
+    def odd(head: str) -> bytes:
+        return answer(body, "500 Oops" if "/inputs" in head else "200 OK", f"Content-Encoding: {coding}\r\n")
 
     async with raw_server(answering(odd)) as url, CrewClient(url, TOKEN) as client:
-        with pytest.raises(ResponseFormatError, match="not requested") as caught:
+        tracemalloc.start()
+        with pytest.raises(ResponseFormatError, match=problem) as caught:
             await client.kickoff({})
+        assert tracemalloc.get_traced_memory()[1] < 3 * _transport.MAX_BODY
+        tracemalloc.stop()
         assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
         with pytest.raises(ServerError):
             await client.inputs()
         assert not await client.health()
-    assert all("accept-encoding: identity" in head.lower() for head in heads)
 
 
 async def test_a_large_answer_arrives_whole_and_is_parsed_apart_from_the_event_loop(monkeypatch: pytest.MonkeyPatch):

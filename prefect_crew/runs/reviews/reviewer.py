@@ -100,6 +100,7 @@ class People:
         self._waited = record is not None and bool(record.human_seconds or record.human_since)
         self._looked_at = utcnow()
         self._held_until: float | None = None  # a question of which nothing to judge is known; monotonic
+        self._was_refused = False  # whether the function's answer was, which may belong at a Flow's callback
 
     # What is asked
 
@@ -138,6 +139,7 @@ class People:
                 self._waited = True
                 return await self._see_waiting(status)
             self._open = self._answered = self._held_until = None
+            self._was_refused = False
             if self._waited and await self._read_answers() and status.state is not CrewState.UNKNOWN:
                 self._waited = not await self._note_moved_on()
             return None
@@ -164,7 +166,7 @@ class People:
             return None
         self._open = self._answered = None
         if found.state is QuestionState.ANSWERED:
-            self._answered = self.answers[-1]
+            self._answered, self._held_until = self.answers[-1], None
             return None
         if found.asked is None and request is None:
             found = await self._with_kept_output(found)
@@ -287,10 +289,11 @@ class People:
             await self._send(question, review, by=name)
         except CrewAPIError as error:
             # The request of a Flow, which takes its answer elsewhere, may be on its way.
-            if error.status_code not in REFUSALS or request is not None or CrewSettings().review_secret is None:
+            may_be_flow = request is None and CrewSettings().review_secret is not None
+            if error.status_code not in REFUSALS or not may_be_flow or self._was_refused:
                 raise
             self._look_anew(name, error)
-            self._held_until = time.monotonic() + REQUEST_WITHIN
+            self._held_until, self._was_refused = time.monotonic() + REQUEST_WITHIN, True
 
     async def _answer_by_form(self, form: Form) -> bool:
         """Send what was filled in, if anything was; False if nothing was sent."""
@@ -318,7 +321,7 @@ class People:
             self._look_anew(by, error)
             return None if isinstance(error, CrewLostError) else False
         self.answers = [*question.before, sent]
-        self._open, self._answered = None, None if sent.moved_on else sent
+        self._open, self._answered, self._was_refused = None, None if sent.moved_on else sent, False
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
             "Crew run %s: task %s, round %d: %s by %s.", self.run.kickoff_id, question.task, question.round, verdict, by

@@ -20,7 +20,7 @@ from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_cr
 from prefect_crew.client._callbacks import feedback_text, parse_request
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer, ReviewWebhook
-from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.exceptions import ConfigurationError, CrewAPIError
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.notes import kept_requests
 from prefect_crew.records.store import PrefectRecords
@@ -104,6 +104,27 @@ async def test_a_request_that_arrives_late_is_waited_for_where_resume_refuses(
             refused.set()
             assert await running == "Draft. "
     assert asked == [(), OPTIONS]
+
+
+async def test_an_answer_that_resume_refuses_again_is_an_error(
+    prefect_api: Any, instant_polling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request has not come: the function is not asked for hours, at each look or minute."""
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
+    monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
+    monkeypatch.setattr(reviewer, "REQUEST_WITHIN", 0.2)
+    asked: list[int] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request.round)
+        return Review(approve=True)
+
+    hook = ReviewWebhook("http://127.0.0.1:9/requests", REVIEW_SECRET, OPTIONS)  # nobody is there
+    with CrewServer(SCRIPT, review_webhook=hook) as server:
+        async with asyncio.timeout(60):
+            with pytest.raises(CrewAPIError, match="/resume answered 4"):
+                await run_with(server, judge)
+        assert (len(asked), server.requests["resume"]) == (2, 2)
 
 
 async def _kicked_off(crew: DeployedCrew, key: str) -> str:
