@@ -32,6 +32,8 @@ T = TypeVar("T")
 LEDGER_VERSION = 2
 PAGE = 400
 """Rows that are read or written at once."""
+ENDS = 10_000
+"""Ends that are remembered, the latest ones: what is still in flight ends again within seconds, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Ledger:
         self.is_exclusive = False
         self._left = seconds_left(self.database)
         self._own_claims: set[str] = set()
+        self._ends: dict[str, None] = {}  # by the owners of the attempts
 
     async def __aenter__(self) -> Ledger:
         await self.database.__aenter__()
@@ -311,8 +314,13 @@ class Ledger:
         return True
 
     async def note_end(self, record: RunRecord) -> bool:
-        """Return True: one process at a time works on a batch."""
-        return True
+        """Return False if this process sees to what follows the end: one at a time works on a batch, and both who waits
+        for a run and who stops it may see its end."""
+        is_first = record.owner not in self._ends
+        self._ends[record.owner] = None
+        if len(self._ends) > ENDS:
+            del self._ends[next(iter(self._ends))]
+        return is_first
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
         """Take the right to send the kickoff of a claim once more; False if somebody has resolved it."""

@@ -27,7 +27,7 @@ from prefect_crew.budgets import MOST, PREFIX, UNITS, BudgetPeriod, slots_of
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BudgetExceededError, ConfigurationError
 from prefect_crew.prices import cost_of
-from prefect_crew.records.model import RecordStore, RunRecord, utcnow
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 
 BUSY_FOR = 10.0
 """Seconds for which a change is repeated while the Prefect API is busy."""
@@ -115,12 +115,14 @@ async def release(record: RunRecord) -> None:
 
 
 async def release_given_back(record: RunRecord, records: RecordStore) -> None:
-    """Give back what a claim has reserved that its owner gave back, unless who resolved it has: that made a permit."""
+    """Give back what a claim has reserved that its owner gave back, unless somebody else does: who resolved it, which
+    made a permit, or where that is not on record who will resolve it."""
     if not record.reserved:
         return
     with suppress(httpx.HTTPError, PrefectException):
         found = await records.attempts(record.idempotency_key)
-        if any((one.owner, one.permit) == (record.owner, record.permit) for one in found):
+        given_back = (record.owner, record.permit, RecordPhase.NOT_STARTED)
+        if any((one.owner, one.permit, one.phase) == given_back for one in found):
             await release(record)
 
 
@@ -134,14 +136,19 @@ def corrections(record: RunRecord) -> dict[str, int]:
     return {name: slots for name, slots in more.items() if slots}
 
 
-async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> None:
-    """Change counters as far as they go. It never fails: the run it is about has ended, or was refused."""
+async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> dict[str, int]:
+    """Change counters as far as they go, and return by how much each was changed.
+
+    It never fails: the run it is about has ended, or was refused.
+    """
+    changed = dict[str, int]()
     for name, slots in slots_by_name.items():
         try:
             async with get_client() as client:
                 for _ in range(TRIES):
                     how = "increment" if slots > 0 else "decrement"
                     if not slots or await _post(client, how, [name], abs(slots)) is not None:
+                        changed[name] = slots
                         break
                     # More than there is room for: what is left of it is taken.
                     stands = await client.read_global_concurrency_limit_by_name(name)
@@ -149,6 +156,7 @@ async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> None:
         except (httpx.HTTPError, PrefectException) as error:
             what = record.idempotency_key
             run_logger().warning("The counter %s could not be corrected for run %s: %s", name, what, error)
+    return changed
 
 
 async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | None:

@@ -166,7 +166,7 @@ async def prune(
         for name in left_over:
             await store.delete_note(name)
         for used in await read_named(USED):
-            if used.age >= older_than.total_seconds():
+            if used.age >= max(older_than, YOUNGEST).total_seconds():
                 await delete_variable(used.id)
         await delete_past_counters(older_than)
     old = [one for attempts in by_key.values() if all(_is_old(one, older_than) for one in attempts) for one in attempts]

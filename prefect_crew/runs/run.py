@@ -300,11 +300,11 @@ async def finish_run(
     """
     changes = corrections(record)
     more = {name: slots for name, slots in changes.items() if slots > 0}
-    await change(record, more)
+    counted = await change(record, more)
     is_first = not (changes or is_tracing()) or await _is_first(record, records)
     written = await write() is not False
     left = {name: slots for name, slots in changes.items() if slots < 0}
-    await change(record, left if is_first else {name: -slots for name, slots in more.items()})
+    await change(record, left if is_first else {name: -slots for name, slots in counted.items()})
     if is_first and written:
         end_run(record, view, settings=settings)
     return written

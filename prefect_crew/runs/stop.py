@@ -38,7 +38,7 @@ from prefect_crew.states import CrewState
 LOOK_EVERY = 10.0
 """Seconds between two questions of one process whether a flow run of its own has been cancelled."""
 LOOK_WITHIN = 5.0
-"""Seconds that such a question may take: what is waited for is the crew."""
+"""Seconds that such a question may take, or one for what a stopped run used: what is waited for is the crew."""
 STOP_WITHIN = 20.0
 """Seconds for all that is done on a cancellation: Prefect kills a cancelled process after about 30."""
 _STOP_ASKED = "stop was asked for"
@@ -274,8 +274,8 @@ async def close_stopped(
         await records.save(record)
         return
     status = CrewStatus(kickoff_id=str(record.kickoff_id), state=CrewState.STOPPED)
-    with suppress(CrewError):  # without an answer nobody knows what it used
-        status = await client.status(status.kickoff_id)
+    with suppress(CrewError, TimeoutError):  # without an answer nobody knows what it used
+        status = await asyncio.wait_for(client.status(status.kickoff_id), LOOK_WITHIN)
     stored.usage, stored.cost = status.usage, cost_of_run(crew, status)
 
     async def write() -> bool:

@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from functools import reduce
+from functools import partial, reduce
 from operator import and_
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from prefect_crew import (
     kickoff_crew,
     wait_for_crew,
 )
+from prefect_crew.batches.ledger import Ledger
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.prices import Price
 from prefect_crew.records import budgets as counters
@@ -46,6 +47,8 @@ from prefect_crew.records.prune import prune
 from prefect_crew.records.resolve import resolve_never_started
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
+from prefect_crew.runs.run import finish_run
+from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.scripts import script, slow
@@ -241,6 +244,26 @@ async def test_an_uncertain_kickoff_keeps_its_reserve_until_it_is_resolved(crew_
     assert (server.kickoffs, await counted(name)) == (1, 1)
 
 
+async def test_what_could_not_be_written_down_is_given_back_by_who_resolves_it(
+    crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    server = crew_server("echo", faults=["kickoff:422-before-accept@2"])
+    crew = server.crew(budgets=[Budget(max_kickoffs=5, per="day", name=name)])
+    await arun_crew(crew, {"text": "a"})
+
+    async def away(*_: Any) -> None:
+        raise httpx.ConnectError("the Prefect API is away")
+
+    monkeypatch.setattr(PrefectRecords, "save", away)
+    with pytest.raises(InvalidInputsError):
+        await arun_crew(crew, {"text": "b"}, idempotency_key=name)
+    (record,) = await PrefectRecords().attempts(name)
+    assert (record.phase, await counted(name)) == (RecordPhase.CLAIMED, 2)
+    record.open_for = 0.0  # as after half a minute
+    await resolve_never_started(record, PrefectRecords())
+    assert await counted(name) == 1
+
+
 async def test_a_claim_that_its_owner_gave_up_is_given_back_once(
     crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -337,6 +360,17 @@ async def test_waits_that_see_an_end_at_the_same_moment_settle_it_once(crew_serv
     for number in range(1, 4):
         await asyncio.gather(*(arun_crew(crew, {}, idempotency_key=f"{name}-{number}") for _ in range(4)))
         assert await counted(name) == 100 * number
+
+
+async def test_an_end_that_is_seen_twice_leaves_a_full_counter_as_it_is(crew_server: CrewServerFactory, name: str):
+    """The second one finds no room for what the run used beyond its reserve: it gives back no more than it took."""
+    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
+    record = await PrefectRecords().of_kickoff((await crew.trigger({"text": "a"})).kickoff_id)
+    assert record is not None
+    record.usage = TokenUsage(total_tokens=900)
+    for _ in range(2):
+        await finish_run(record, PrefectRecords(), partial(PrefectRecords().save, record))
+        assert await counted(name) == 900
 
 
 async def test_whoever_adopts_a_run_settles_what_its_record_says(crew_server: CrewServerFactory, name: str):
@@ -458,6 +492,14 @@ async def test_who_dies_over_an_end_leaves_the_counter_too_high(
     assert await counted(name) == max(tokens, 100)
 
 
+async def test_pruning_leaves_what_was_noted_within_the_hour(crew_server: CrewServerFactory, name: str):
+    """Another wait may be about to see the same end, and would settle it once more."""
+    crew = crew_server(used(700), response_format="union").crew(budgets=[Budget(max_tokens=2000, name=name)])
+    await arun_crew(crew, {})
+    await prune(PrefectRecords(), older_than=timedelta(0))
+    assert [one["tokens"] for one in await PrefectRecords().earlier(crew.crew.url)] == [700]
+
+
 async def test_pruning_removes_the_counters_of_the_past(
     crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -553,6 +595,30 @@ async def test_a_new_batch_reserves_what_other_runs_of_the_crew_have_used(
     assert (server.kickoffs, report.skipped) == (1, 1)
     assert report.stopped is not None
     assert "takes about 700" in report.stopped
+
+
+async def test_a_row_whose_end_is_seen_by_its_wait_and_by_who_stops_it_is_settled_once(
+    crew_server: CrewServerFactory, name: str, tmp_path: Path
+):
+    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=400, per="day", name=name)]).crew
+    async with Ledger(str(tmp_path / "ledger.db"), name) as ledger:
+        waited = RunRecord(
+            idempotency_key=ledger.idempotency_key("a"), attempt=1, crew="c", crew_url=crew.url, inputs_digest="d",
+            owner="o", claimed_at=utcnow(), earlier=[{"tokens": 100}],
+        )  # fmt: skip
+        await counters.reserve(crew, waited, set())
+        assert await ledger.claim(waited)
+        waited.phase, waited.kickoff_id = RecordPhase.STARTED, "k"
+        await ledger.save(waited)
+        stopped = await ledger.of_kickoff("k")
+        assert stopped is not None
+        waited.phase, waited.state = RecordPhase.ENDED, CrewState.STOPPED
+        waited.usage = stopped.usage = TokenUsage(total_tokens=20)
+        ended = partial(ledger.resolve, stopped, RecordPhase.ENDED, state=CrewState.STOPPED)
+        await asyncio.gather(
+            finish_run(stopped, ledger, ended), finish_run(waited, ledger, partial(ledger.save, waited))
+        )
+    assert await counted(name) == 20
 
 
 async def test_a_row_that_is_refused_after_a_pause_is_given_back(

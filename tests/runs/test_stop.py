@@ -444,6 +444,18 @@ async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory)
         await run.wait_for_completion()
 
 
+async def test_a_status_call_that_hangs_does_not_undo_a_stop(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stop, "LOOK_WITHIN", 0.2)
+    run = await crew_server(slow(60), faults=["status:timeout"]).crew().trigger({})
+    async with asyncio.timeout(5):
+        assert (await run.stop()).outcome is StopOutcome.STOPPED
+    record = await RECORDS.of_kickoff(run.kickoff_id)
+    assert record is not None
+    assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.STOPPED)
+
+
 async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFactory):
     server = crew_server(slow(0.5), stop=False)
     run = await server.crew(secret_inputs=["pin"]).trigger({"pin": "4711471"})
