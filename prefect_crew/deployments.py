@@ -328,9 +328,9 @@ async def backfill(
         found = [one for one in target.schedules if schedule in (None, one.slug)]
         if len(found) != 1:
             slugs = ", ".join(one.slug or "(without a slug)" for one in target.schedules)
-            raise ConfigurationError(
-                f"Give schedule=…, the slug of one schedule of {target.name}: {slugs or 'it has none'}."
-            )
+            choose = f"Give schedule=…, the slug of one schedule of {target.name}: {slugs}."
+            none = f"{target.name} has no schedule to take the times from: give it one."
+            raise ConfigurationError(f"{choose if slugs else none} Nothing was created.")
         (chosen,) = found
         dates = await _dates(chosen.schedule, n=MOST + 1, start=first, end=last)
         times = [_utc(moment, time.min) for moment in dates]

@@ -158,7 +158,7 @@ HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
         pytest.param((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "all in the past", id="future"),
         pytest.param((HOURLY,), {"end": date(2024, 5, 1)}, "at most 1000 times", id="too-many-by-schedule"),
         pytest.param((SIX,), {"schedule": "seven"}, "schedule=….*: six", id="unknown-schedule"),
-        pytest.param((), {}, "schedule=….*: it has none", id="no-schedule"),
+        pytest.param((), {}, "has no schedule to take the times from", id="no-schedule"),
         pytest.param(TWO, {}, "schedule=….*: (six, other|other, six)", id="which-schedule"),
         pytest.param((SAME_KEY,), {}, "same for every time", id="one-key-for-all"),
     ],

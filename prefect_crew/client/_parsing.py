@@ -188,7 +188,8 @@ def parse_error(text: str) -> ErrorFacts:
         return ErrorFacts(None, (), None)
     parts = (pick(error_text, raw, key) for key in ("error", "message", "detail"))
     said = ": ".join(dict.fromkeys(filter(None, parts))) or error_text(raw) or ""
-    listed = next(values_at(raw, "details.missing_inputs", "missing_inputs", "detail.missing_inputs"), None)
+    places = (f"{place}missing_inputs" for place in ("details.", "", "detail.", "detail.details."))
+    listed = next(values_at(raw, *places), None)
     return ErrorFacts(as_text(said[:_LONG]), tuple(dict.fromkeys(filter(None, map(as_text, as_list(listed))))), raw)
 
 
@@ -303,7 +304,7 @@ def _tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
 
 
 def _task(item: Any) -> TaskResult:
-    task = as_object(item) or {"output": item}
+    task = as_object(item) if isinstance(item, dict) else {"output": item}
     output = next(values_at(task, "output", "raw", "result", "summary"), None)
     return TaskResult(
         name=pick(_as_name, task, "task_id", "name", "task_name"),

@@ -117,7 +117,8 @@ def _number(value: Any) -> int | float | str:
             raise _UnsendableError("a number of too many digits") from None
     if not isinstance(value, Decimal | numbers.Real):
         raise _UnsendableError(f"a value of type {type(value).__name__}")
-    if not math.isfinite(value):
+    # A decimal may be larger than a float can be.
+    if not (value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)):
         raise _UnsendableError("a number that is not finite")
     return str(value) if isinstance(value, Decimal) else float(value)
 

@@ -437,15 +437,19 @@ async def read_pending_review(
     kickoff_id, since, crew = str(record.kickoff_id), record.human_since, await crew_of(record)
     run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
     status = None if run is None else await _status(run)
+    is_asked = requests is None or any(one.kickoff_id == kickoff_id for one in requests)
     if run is None or status is None:
-        if since is None:
+        if since is None and not is_asked:
             return None
-        answers, task_id = tuple(await records.reviews(record)), record.human_task
+        answers = tuple(await records.reviews(record))
+        request = await open_request(kickoff_id, answers, requests)
+        if since is None and request is None:
+            return None
+        task_id = record.human_task if request is None else request.task_id
         number = 1 if task_id is None else next_round(answers, task_id)
         withheld = "its crew's server was not asked. Look at the crew's page, or give --crew."
         return PendingReview(record, task_id, number, since, withheld=withheld, answers=answers, seen=False)
     is_over = status.state.ended or status.state is CrewState.UNKNOWN
-    is_asked = requests is None or any(one.kickoff_id == kickoff_id for one in requests)
     if is_over or (status.state is not CrewState.WAITING and not is_asked):
         return None
     answers = tuple(await records.reviews(record))

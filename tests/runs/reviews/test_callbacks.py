@@ -151,6 +151,13 @@ async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_i
             one for one in await list_pending_reviews([PrefectRecords()], same) if one.record.idempotency_key == key
         ]
         assert (line.options, line.output, line.task_id) == (OPTIONS, "Draft. ", "publish")
+
+        async def unknown(_: Any) -> None:
+            return None
+
+        pending = await list_pending_reviews([PrefectRecords()], unknown)
+        (line,) = [one for one in pending if one.record.idempotency_key == key]
+        assert (line.task_id, line.seen) == ("publish", False), "a crew that is not stored cannot be asked"
         with pytest.raises(ConfigurationError, match="continues with one of: approve, needs_revision"):
             await resume_run(crew.crew, kickoff_id, feedback="", approve=False)
         assert server.requests["resume"] == 0
