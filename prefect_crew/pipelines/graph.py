@@ -329,7 +329,8 @@ class Pipeline:
         problems = [*self.problems, *self.unreachable]
         if problems:
             blocks.append("\n".join(f"Problem: {problem}" for problem in problems))
-        return PipelinePlan([steps[name] for name in self.order], problems, "\n\n".join(blocks))
+        redact = Redactor(self.inputs[name] for name in self.secret_inputs)
+        return PipelinePlan([steps[name] for name in self.order], problems, redact("\n\n".join(blocks)))
 
 
 def step_key(idempotency_key: str, step: CrewStep) -> str:

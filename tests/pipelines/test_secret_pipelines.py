@@ -151,7 +151,7 @@ def test_a_plan_shows_no_secret(crew_server: CrewServerFactory) -> None:
     secret = new()
     steps = [
         CrewStep("a", crew_server(LOGIN).crew(secret_inputs=["password"]), {"user": "me", "password": "{{ login }}"}),
-        CrewStep("b", crew_server(REPEATS).crew(), {"text": "as {{ login }}, {{ code }}"}),
+        CrewStep("b", crew_server(REPEATS).crew(), {"text": "as {{ login }}, {{ code }}: " + secret}),
     ]
     plan = str(plan_pipeline(steps, {"login": secret, "code": SecretStr(secret)}))
     assert secret not in plan
