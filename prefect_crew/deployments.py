@@ -101,7 +101,7 @@ def build_deployment(
 
     is_scheduled = has_schedule or schedule is not None
     if is_scheduled and target.needed:
-        delete = "" if schedule else f" Or delete the schedule that {target.form.name}/{name} has."
+        delete = "" if schedule else f" Or delete the schedule that {target.form.name}/{name} has, or choose another name."
         raise ConfigurationError(
             f"A scheduled run needs a default for each required input. Missing: {', '.join(target.needed)}.{delete}"
         )
@@ -123,6 +123,9 @@ def build_deployment(
             entrypoint_type=EntrypointType.MODULE_PATH,
             **options,
         )
+    except ValidationError as error:
+        problems = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors(include_url=False))
+        raise ConfigurationError(f"The deployment cannot be made: {problems}.") from None
     except ValueError as error:
         raise ConfigurationError(f"The deployment cannot be made: {error}") from None
     deployment.entrypoint = target.entrypoint

@@ -123,6 +123,14 @@ def _exists(page: Path, target: str) -> bool:
     return not anchor or anchor in anchors_of(file.read_text(encoding="utf-8"))
 
 
+def test_tables_of_prefect_that_a_block_reads_are_wide_enough():
+    """On 80 columns Prefect cuts names off, so that a loop which looks for one would never end."""
+    lines = [line for path in PATHS for line in path.read_text(encoding="utf-8").splitlines()]
+    read = [line for line in lines if re.search(r"prefect (\S+) ls .*\| grep", line)]
+    assert read
+    assert all("COLUMNS=" in line for line in read), read
+
+
 def test_the_reference_has_all_public_names():
     reference = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
     shown = set(re.findall(r"^(?:::: |\[\]\(\)\{#)(prefect_crew[\w.]*)", reference, re.MULTILINE))

@@ -302,7 +302,7 @@ def _by_name(expected: Sequence[CrewInput]) -> Callable[[Values], Values]:
 
     def inputs_of(values: Values) -> Values:
         if names and names.isdisjoint(values):
-            raise ConfigurationError(f"has no column of the crew's inputs: {', '.join(sorted(names))}")
+            raise ConfigurationError(f"no column is called like one of the crew's inputs: {', '.join(sorted(names))}")
         return {
             name: value
             for name, value in values.items()
@@ -364,7 +364,7 @@ def _key_of(key: KeyFrom, values: Values) -> str:
         value = values[key]
     else:
         columns = listed_names([str(name) for name in values]) or "none"
-        raise ConfigurationError(f"has no column {key!r}, which is the key; its columns are {columns}")
+        raise ConfigurationError(f"there is no column {key!r}, which is the key; the columns are {columns}")
     text = "" if value is None else str(value)
     if not text.strip():
         raise ConfigurationError("its key is empty")

@@ -91,6 +91,9 @@ def message(error: BaseException, run: str | None = None) -> str:
     if isinstance(error, CrewError) or is_usage(error):
         # Whoever means another option than --yes would confirm what was not asked yet.
         said = said.replace(" Did you mean --yes?", "").replace("into timedelta", "into a time such as 90m, 4h or 30d")
+        said = _MISSING.sub(r"prefect-crew \1: \2 is missing or has no value.", said)
+        said = said.removeprefix("Invalid values for group What to deploy, one of. ")
+        said = said.removeprefix("Invalid values for group When it runs, one of. ")
         return by_options(said)
     response: httpx.Response | None = getattr(error, "response", None)
     is_away = response is None or response.status_code in (502, 503, 504)
@@ -129,6 +132,7 @@ def _refusal(response: Any) -> str:
     return ", ".join(filter(None, (answered, " ".join(str(detail).split()))))
 
 
+_MISSING = re.compile(r'Command "([^"]+)" parameter (\S+) requires an argument\.')
 _ARGUMENT = re.compile(
     r"(?<!in Python )\b(on_change|on_bad_row|max_in_flight|retry_failed|ledger|format|encoding|every|schedule|"
     r"force_new|crew)=(?:True\b|'([^']*)'|(…|\d+))"

@@ -72,8 +72,9 @@ def _check(url: str) -> None:
     with get_client(httpx_settings={"timeout": ANSWER_WITHIN}, sync_client=True) as client:
         problem = client.api_healthcheck()
     if isinstance(problem, httpx.TransportError):  # any answer will do
+        why = str(problem).rstrip(".") or type(problem).__name__
         raise PrefectAwayError(
-            f"The Prefect API at {url} does not answer: {problem or type(problem).__name__}. Start that server, or set "
+            f"The Prefect API at {url} does not answer: {why}. Start that server, or set "
             "PREFECT_API_URL to one that runs; without PREFECT_API_URL Prefect starts an embedded one."
         ) from None
 
@@ -137,6 +138,9 @@ def _quiet_logs(say: Callable[[str], None]) -> None:
 
     if _output.current.debug:
         return
+    for name in ("EventsWorker", "APILogWorker"):
+        # As the process exits, they count what they still send. That is no problem, and no filter is left by then.
+        logging.getLogger(name).setLevel(logging.ERROR)
     said = set[str]()
 
     def route(record: logging.LogRecord) -> bool:

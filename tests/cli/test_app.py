@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -140,6 +141,31 @@ def test_an_option_that_is_near_is_suggested_and_never_a_confirmation(here):
 def test_a_time_that_is_none_is_explained_in_words(here):
     done = here("automations", "apply", "--waiting", "4hours")
     assert (done.code, "into a time such as 90m, 4h or 30d" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("batch run travel rows.csv --name x", "prefect-crew batch run: --export is missing or has no value."),
+        ("run", "prefect-crew run: CREW is missing or has no value."),
+        ("deploy", "Received 0 arguments. Exactly 1 of {CREW, --pipeline, --flow} must be specified."),
+        ("deploy travel --cron x --interval 5", "Mutually exclusive arguments: {--cron, --interval}"),
+    ],
+)
+def test_what_a_line_lacks_is_said_without_words_of_the_parser(here, line: str, said: str):
+    done = here(*line.split())
+    assert (done.code, done.err.startswith(said)) == (2, True), done.err
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_what_prefect_counts_while_a_process_ends_is_not_shown(here):
+    assert here("crews", "ls").code == 0
+    assert not logging.getLogger("EventsWorker").isEnabledFor(logging.WARNING)
+
+
+def test_an_address_of_prefect_that_is_none_is_said_in_one_sentence(alone):
+    done = alone("crews", "ls", env={"PREFECT_API_URL": "nonsense"})
+    assert (done.code, ".." in done.err, "The Prefect API at nonsense does not answer" in done.err) == (1, False, True)
 
 
 def test_a_token_never_appears_even_with_debug(here, crews: CrewServer):

@@ -238,7 +238,7 @@ def test_what_cannot_be_run_is_said_by_line_before_anything_is_started(here, pic
     path.write_text('{"topic": "tea"}\n{"theme": "milk"}\n')
     planned = here("batch", "plan", crew, str(path))
     assert planned.code == 6
-    assert "Line 2 cannot be run: has no column of the crew's inputs: topic." in planned.out
+    assert "Line 2 cannot be run: no column is called like one of the crew's inputs: topic." in planned.out
     output = str(tmp_path / "out.jsonl")
     refused = here("batch", "run", crew, str(path), "--name", name, "--export", output, "-o", "json")
     assert (refused.code, server.kickoffs) == (6, 0)

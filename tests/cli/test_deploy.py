@@ -117,7 +117,10 @@ def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: 
     assert found.parameters == {"crew": name, "inputs": {"who": "Grace"}}
     without = here(*line)
     assert without.code == 2
-    assert f"Or delete the schedule that deployed-crew/daily {name} has." in without.err
+    assert f"Or delete the schedule that deployed-crew/daily {name} has, or choose another name." in without.err
+    nowhere = here(*line, "-i", "who=Ada", "--cron", "0 6 * * *", "--timezone", "Mars/Base")
+    assert (nowhere.code, "The deployment cannot be made: Invalid timezone" in nowhere.err) == (2, True), nowhere.err
+    assert "errors.pydantic.dev" not in nowhere.err
     minutely = here(*line, "--cron", "* * * * *", "-i", "who=Ada", "--key", "daily-{{ scheduled_start:%Y-%m-%d }}")
     assert (minutely.code, "Several times of the schedule share the key 'daily-" in minutely.err) == (0, True)
     same = here(*line, "-i", "who=Ada", "--key", "always")
