@@ -101,7 +101,8 @@ def build_deployment(
 
     is_scheduled = has_schedule or schedule is not None
     if is_scheduled and target.needed:
-        delete = "" if schedule else f" Or delete the schedule that {target.form.name}/{name} has, or choose another name."
+        has_one = f" Or delete the schedule that {target.form.name}/{name} has, or choose another name."
+        delete = "" if schedule else has_one
         raise ConfigurationError(
             f"A scheduled run needs a default for each required input. Missing: {', '.join(target.needed)}.{delete}"
         )
@@ -196,7 +197,7 @@ async def pipeline_target(pipeline: PipelineDefinition, defaults: Mapping[str, A
     blocks = {name: list(crew.secret_inputs) for name, crew in checked.crews.items()}
     problems = [*checked.problems, *checked.unreachable, *pipeline.stored_secrets(blocks)]
     if problems:
-        raise ConfigurationError(f"The pipeline cannot run, nothing was deployed: {'; '.join(problems)}.")
+        raise ConfigurationError(f"The pipeline cannot run, nothing was deployed: {'; '.join(problems).rstrip('.')}.")
     inputs = {
         name: item.model_copy(update={"secret": item.secret or name in secret})
         for name, item in pipeline.inputs.items()

@@ -91,6 +91,7 @@ def message(error: BaseException, run: str | None = None) -> str:
     if isinstance(error, CrewError) or is_usage(error):
         # Whoever means another option than --yes would confirm what was not asked yet.
         said = said.replace(" Did you mean --yes?", "").replace("into timedelta", "into a time such as 90m, 4h or 30d")
+        said = said.replace("into float|Literal[continue, stop]", "into a number, continue or stop")
         said = _MISSING.sub(r"prefect-crew \1: \2 is missing or has no value.", said)
         said = said.removeprefix("Invalid values for group What to deploy, one of. ")
         said = said.removeprefix("Invalid values for group When it runs, one of. ")

@@ -102,7 +102,7 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
         pytest.param({"topic": "", "tone": "x"}, {}, "lacks topic", id="required and empty"),
         pytest.param({"topic": None}, {}, "lacks topic", id="required and null"),
         pytest.param({"tone": "dry"}, {}, "lacks topic", id="required and not there"),
-        pytest.param({"titel": "tea"}, {}, "no column is called like one of the crew's inputs: tone, topic", id="no input at all"),
+        pytest.param({"titel": "tea"}, {}, "called like one of the crew's inputs: tone, topic", id="no input at all"),
         pytest.param({"topic": float("nan")}, {}, "Input 'topic' holds a number that is not finite", id="NaN"),
         pytest.param({"topic": "\ud800"}, {}, "lone surrogate", id="half a character"),
         pytest.param({"topic": b"x"}, {}, "bytes, which cannot be sent", id="bytes"),

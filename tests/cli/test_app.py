@@ -144,9 +144,13 @@ def test_a_time_that_is_none_is_explained_in_words(here):
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    ("line", "said"),
     [
         ("batch run travel rows.csv --name x", "prefect-crew batch run: --export is missing or has no value."),
+        (
+            "batch run travel rows.csv --name x --export y --on-failure maybe",
+            'Invalid value for --on-failure: unable to convert "maybe" into a number, continue or stop.',
+        ),
         ("run", "prefect-crew run: CREW is missing or has no value."),
         ("deploy", "Received 0 arguments. Exactly 1 of {CREW, --pipeline, --flow} must be specified."),
         ("deploy travel --cron x --interval 5", "Mutually exclusive arguments: {--cron, --interval}"),

@@ -229,6 +229,7 @@ def test_a_pipeline_asks_for_its_inputs_and_runs_by_its_entrypoint(
     [
         pytest.param("{{ who }}", "{{ whom }}", "'whom' is neither an input of the pipeline nor a step", id="template"),
         pytest.param("inputs: {who:", "inputs: {whom:", "gives the unknown inputs whom", id="input-of-a-crew"),
+        pytest.param("crew: ", "crew: no-", "No crew is stored under the name 'no-", id="crew"),
     ],
 )
 def test_a_pipeline_that_cannot_run_is_not_deployed(here, name: str, file: Path, before: str, after: str, said: str):
@@ -238,6 +239,7 @@ def test_a_pipeline_that_cannot_run_is_not_deployed(here, name: str, file: Path,
     done = here("deploy", "--pipeline", str(file))
     assert done.code == 2
     assert said in done.err
+    assert ".." not in done.err
 
 
 def test_a_secret_input_of_a_pipeline_is_the_name_of_a_block(here, crews: CrewServer, name: str, file: Path):
