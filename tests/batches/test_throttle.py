@@ -23,9 +23,7 @@ REFUSED = CrewConnectionError(method="POST", url="http://crew/kickoff", reason="
 
 
 def limited(seconds: float) -> RateLimitedError:
-    return RateLimitedError(
-        status_code=429, method="POST", path="/kickoff", title=None, message=None, body="", retry_after=seconds
-    )
+    return RateLimitedError(status_code=429, method="POST", path="/kickoff", message=None, body="", retry_after=seconds)
 
 
 def throttle(*, accepted: bool = True, **options: Any) -> Throttle:
