@@ -90,8 +90,8 @@ def postgres_ledger(postgres: Postgres) -> str:
     return postgres.create_database(f"ledger_{uuid.uuid4().hex[:12]}").replace("postgresql+asyncpg", "postgresql")
 
 
-async def rows_read_in_scans(address: str) -> int:
-    """Return how many rows of a ledger in PostgreSQL were read by going through whole tables."""
+async def attempts_read_in_scans(address: str) -> int:
+    """Return how many attempts of a ledger in PostgreSQL were read by going through the whole table."""
     engine = create_async_engine(address.replace("postgresql:", "postgresql+asyncpg:"))
     try:
         for _ in range(100):  # a session tells what it has read when it ends
@@ -99,7 +99,9 @@ async def rows_read_in_scans(address: str) -> int:
                 others = await connection.scalar(
                     text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
                 )
-                read = await connection.scalar(text("SELECT sum(seq_tup_read) FROM pg_stat_user_tables"))
+                read = await connection.scalar(
+                    text("SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = :name"), {"name": attempts.name}
+                )
             if others == 1:
                 return int(read)
             await asyncio.sleep(0.05)
