@@ -344,7 +344,7 @@ class PrefectRecords:
         """
         used = _used_prefix(record.crew_url) if with_earlier else None
         variables = await read_named(_attempts_prefix(record.idempotency_key), tag_of_more=used)
-        record.earlier = _used_in(variables)
+        record.earlier = _used_in(variables) or (await self._latest_used(record.crew_url) if with_earlier else [])
         found = _attempts_in(variables, record.idempotency_key)
         others = [(one.attempt, one.owner) for one in found if one.ref != record.ref]
         return others == [(one.attempt, one.owner) for one in known] and len(found) > len(others)
@@ -483,10 +483,19 @@ class PrefectRecords:
         return self.all(RecordPhase.STARTED)
 
     async def earlier(self, crew_url: str) -> list[dict[str, Any]]:
-        """Return what the latest runs of a crew used, the newest first, as whoever saw to their ends noted it."""
+        """Return what the latest runs of a crew used, the newest first."""
         async for page in read_pages({"tags": {"all_": [_used_prefix(crew_url)]}}):
-            return _used_in(page)
-        return []
+            if used := _used_in(page):
+                return used
+        return await self._latest_used(crew_url)
+
+    async def _latest_used(self, crew_url: str) -> list[dict[str, Any]]:
+        """Return what the latest runs of a crew used by their records: none of them was under a budget."""
+        json = {"variables": {"tags": {"all_": [TAG, f"phase:{RecordPhase.ENDED}"]}}, "limit": PAGE}
+        async with get_client() as client:
+            answer = await client.request("POST", "/variables/filter", json={**json, "sort": "UPDATED_DESC"})
+        ended = [_parse(one["value"], RunRecord) for one in answer.json() if later_version(one["value"]) is None]
+        return [one.used for one in ended if one is not None and one.crew_url == crew_url and one.used][:KEPT]
 
     # Deleting
 

@@ -150,6 +150,27 @@ async def test_a_question_is_reported_when_what_it_asks_can_be_read(
     assert kept == [0, 0], "what is to be judged was kept before"
 
 
+async def test_texts_that_keep_coming_hold_up_no_events_and_the_same_text_is_stored_once(
+    key: str, monkeypatch: pytest.MonkeyPatch
+):
+    forwarder, stored = Forwarder(), list[str]()
+
+    async def keep_slowly(key: str, *_: Any) -> None:
+        stored.append(key)
+        await asyncio.sleep(0.5)
+
+    monkeypatch.setattr(module, "keep_output", keep_slowly)
+    for number in range(2 * module.BATCH):
+        forwarder.put(event_about(f"{key}/{number}", "human_input-first", task_output="a draft"))
+    await until(lambda: forwarder.report()["forwarded"] >= module.BATCH, "a batch is forwarded")
+    assert len(stored) < module.BATCH, "not after all the texts"
+    await until(lambda: not forwarder._notes, "all texts are stored")
+    forwarder.put(event_about(f"{key}/0", "human_input-first", task_output="a draft"))
+    await until(lambda: not forwarder._notes, "it is seen to")
+    assert stored.count(f"{key}/0") == 1
+    await forwarder.aclose()
+
+
 async def test_one_that_prefect_refuses_holds_up_no_other_and_fills_no_log(
     key: str, forwarder: Forwarder, caplog: pytest.LogCaptureFixture
 ):
