@@ -156,7 +156,8 @@ async def arun_batch(
         webhooks: Targets of your own for the crew's webhooks.
         budgets: What all rows together may use, in addition to the block's budgets. Rows for which there is no room are
             left, and the same call goes on with them.
-        format, encoding: Those of a file that does not tell by its name.
+        format: That of a file that does not tell by its name.
+        encoding: Likewise.
         rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:". A data
             set over several machines is several batches over ranges of it, each with a name and an output of its own.
         on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.
@@ -189,14 +190,7 @@ run_batch = sync_version(arun_batch)
 
 @flow(name="run-batch", flow_run_name="{batch}")
 async def run_batch_flow(batch: str, crew: str, dataset: str, output: str) -> BatchReport:
-    """Run a batch that `run_batch` was called with outside of a flow.
-
-    Args:
-        batch: The batch's name.
-        crew: The crew.
-        dataset: The data set.
-        output: Where the lines go.
-    """
+    """Run a batch that `run_batch` was called with outside of a flow: its name, and what a page shows of it."""
     del crew, dataset, output
     raise ConfigurationError(
         f"Batch {batch!r} was defined in Python and cannot be retried from this run's parameters. Call run_batch "
