@@ -83,9 +83,9 @@ class _Connection(asyncio.Protocol):
             self._buffer = b""
             self._answer.set_result(body)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         if not self._answer.done():
-            self._answer.set_exception(error or ConnectionResetError())
+            self._answer.set_exception(exc or ConnectionResetError())
 
 
 async def clients(given: argparse.Namespace) -> None:
@@ -152,7 +152,7 @@ async def mapped(given: argparse.Namespace) -> None:
             time.sleep(0.1)
         return status["result"]["output"]
 
-    @flow(task_runner=ThreadPoolTaskRunner(max_workers=given.in_flight))
+    @flow(task_runner=ThreadPoolTaskRunner(max_workers=given.in_flight))  # pyright: ignore[reportArgumentType, reportCallIssue]
     def batch() -> list[str]:
         return wait.map(kick.map(list(rows(given.rows)))).result()
 

@@ -20,7 +20,6 @@ import httpx
 
 from support.postgres import Postgres, find_postgres
 from support.prefect_server import QUICK, PrefectServer, free_port
-from support.processes import Process
 
 SECRET = "a-secret-of-the-benchmark-that-is-long-enough"
 
@@ -31,15 +30,7 @@ QUICK.pop("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", None)
 class DurablePostgres(Postgres):
     """PostgreSQL with its own defaults: that of the tests does not wait for the disk."""
 
-    def serve(self, timeout: float = 60.0) -> Postgres:
-        data = self._folder / "data"
-        options = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": ""}
-        options["max_connections"] = "200"
-        flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        command = [self.programs / "postgres", "-D", data, *flags]
-        self._process = Process(command, log=self.log, cwd=data, user=self._user)
-        self._wait_until_ready(time.monotonic() + timeout)
-        return self
+    NOT_DURABLE = ()
 
 
 @contextlib.contextmanager

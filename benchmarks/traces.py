@@ -21,6 +21,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew
 from prefect_crew.artifacts.telemetry import end_run
@@ -47,7 +48,9 @@ class Drain(BaseHTTPRequestHandler):
 
 def closing(settings: CrewSettings, *, write: bool = True) -> Callable[[], None]:
     """Return what makes the record of one more run that has ended, and tells OpenTelemetry of it if `write`."""
-    crew = DeployedCrew(url="https://travel.test", token="the-token-of-travel", secret_inputs=["password"]).crew
+    crew = DeployedCrew(
+        url="https://travel.test", token=SecretStr("the-token-of-travel"), secret_inputs=["password"]
+    ).crew
     now = utcnow()
     tasks = [TaskResult(name=f"task_{n}", agent="Writer", output="words " * 200, execution_time=9.5) for n in range(3)]
     status = CrewStatus(

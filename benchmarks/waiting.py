@@ -53,7 +53,7 @@ async def lag(given: argparse.Namespace, server: LeanServer) -> None:
 
     @flow(name="waiting", validate_parameters=False)
     async def run() -> float:
-        runs: list[asyncio.Future[None]] = []
+        runs: list[asyncio.Task[None]] = []
         while kicked_off < given.runs:
             while len(runs) < min(given.runs, kicked_off + AT_ONCE):
                 runs.append(asyncio.ensure_future(one(len(runs))))
@@ -95,9 +95,9 @@ async def idle(given: argparse.Namespace, server: LeanServer) -> None:
         waiting += 1
         await wait_for_crew(crew, kickoff_id)
 
-    async def begin(count: int) -> list[asyncio.Future[None]]:
+    async def begin(count: int) -> list[asyncio.Task[None]]:
         expected = waiting + count
-        runs = [asyncio.ensure_future(one(expected + number)) for number in range(count)]
+        runs = [asyncio.create_task(one(expected + number)) for number in range(count)]
         while waiting < expected:
             await asyncio.sleep(0.5)
             for run in runs:

@@ -34,6 +34,9 @@ class Postgres:
     PostgreSQL refuses to run as root: then it runs as `postgres`, or as `nobody` where there is no such user.
     """
 
+    NOT_DURABLE: tuple[str, ...] = ("fsync", "synchronous_commit", "full_page_writes")
+    """Settings that are off: durability against a power cut is not what the tests look at."""
+
     def __init__(self, programs: Path) -> None:
         self.programs = programs
         self.port = free_port()
@@ -73,10 +76,7 @@ class Postgres:
             "port": str(self.port),
             "unix_socket_directories": "",
             "max_connections": "200",
-            # Durability against a power cut is not what the tests look at.
-            "fsync": "off",
-            "synchronous_commit": "off",
-            "full_page_writes": "off",
+            **dict.fromkeys(self.NOT_DURABLE, "off"),
         }
         flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         self._process = process = self._run("postgres", "-D", self._folder / "data", *flags)
