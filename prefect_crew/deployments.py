@@ -146,6 +146,14 @@ async def shared_key(deployment: RunnerDeployment) -> str | None:
     return None
 
 
+async def describe_schedule(schedule: Any) -> str:
+    """Return what a schedule of a deployment is and when it runs next, in its own time zone."""
+    rule = getattr(schedule, "cron", None) or getattr(schedule, "rrule", None) or f"every {schedule.interval}"
+    dates = await _dates(schedule, n=1)
+    zone = f" ({schedule.timezone})" if schedule.timezone else ""
+    return f"{rule}{zone}. The next run: {f'{dates[0]:%Y-%m-%d %H:%M %Z}' if dates else 'none'}."
+
+
 async def _dates(schedule: Any, **wanted: Any) -> list[datetime]:
     """Return dates of a schedule, as `get_dates` of the server's schedules does: the client's do not compute theirs."""
     from prefect.server.schemas import schedules as server

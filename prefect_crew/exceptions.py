@@ -503,9 +503,11 @@ class BadRowsError(DatasetError):
     def __post_init__(self) -> None:
         cannot = "a row cannot be run" if self.count == 1 else f"{self.count:,} rows cannot be run"
         advice = "" if self.alone else " Correct them, or set them aside with on_bad_row='set-aside'."
-        self.reason = (
-            f"{cannot}{', which are all' if self.alone else ''}: {listed_rows(self.rows, self.count)}.{advice}"
-        )
+        self.reason = f"{cannot}: {listed_rows(self.rows, self.count)}.{advice}"
+        if self.alone:
+            reasons = {row.reason for row in self.rows}
+            why = reasons.pop() if len(reasons) == 1 else listed_rows(self.rows, self.count)
+            self.reason = f"none of its {self.count:,} rows can be run: {why}."
         super().__post_init__()
 
 

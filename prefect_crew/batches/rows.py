@@ -336,7 +336,7 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
         if source not in values:
             raise ConfigurationError(
                 f"input {name!r} is taken from column {with_guesses([source], map(str, values))}, which is not there "
-                "(to use a constant text, pass a function that returns it)"
+                "(a constant text is a template as well: {{ 'text' }})"
             )
         return values[source]
 

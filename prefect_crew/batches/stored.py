@@ -39,6 +39,7 @@ class BatchStatus:
     total: int
     completed: int
     failed: int
+    stopped: int
     uncertain: int
     in_flight: int
     waiting: int
@@ -82,7 +83,8 @@ class StoredBatch:
             name=self.name,
             total=entry.total + aside.count,
             completed=counts[RowState.COMPLETED],
-            failed=sum(count for state, count in counts.items() if state.is_failed),
+            failed=sum(count for state, count in counts.items() if state.is_failed) - counts[RowState.STOPPED],
+            stopped=counts[RowState.STOPPED],
             uncertain=counts[RowState.UNCERTAIN],
             in_flight=counts[RowState.STARTED],
             waiting=len([record async for record in ledger.may_ask()]),

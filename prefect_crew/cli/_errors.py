@@ -21,6 +21,7 @@ from prefect_crew.exceptions import (
     CrewLostError,
     CrewStoppedError,
     CrewTimeoutError,
+    DatasetError,
     InvalidInputsError,
     KickoffUncertainError,
 )
@@ -34,7 +35,7 @@ OTHER, USAGE, ROWS, INTERRUPTED, CLOSED_PIPE, TERMINATED = 1, 2, 6, 130, 141, 14
 EXIT_CODES: Mapping[int, str] = {
     0: "done",
     OTHER: "any other error; with `-o json`, `error.type` tells which. Also: `doctor` found a problem",
-    USAGE: "the command line, an input or a setting cannot be used",
+    USAGE: "the command line, an input, a data set or a setting cannot be used",
     3: "the run failed, was stopped, or is lost",
     4: "a kickoff is uncertain: a person has to resolve it",
     5: "a time limit was reached; the run may go on",
@@ -48,6 +49,7 @@ _CODES: Mapping[type[BaseException], int] = {
     UsageError: USAGE,
     ConfigurationError: USAGE,
     InvalidInputsError: USAGE,
+    DatasetError: USAGE,
     CrewFailedError: 3,
     CrewStoppedError: 3,
     CrewLostError: 3,

@@ -11,10 +11,11 @@ from json import dumps
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.prompt import Confirm
-from rich.table import Column, Table
+from rich.table import Table
 
 from prefect_crew._text import plain
 from prefect_crew.cli._errors import UsageError
@@ -131,11 +132,16 @@ def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str
     if not rows:
         put(empty)
     elif is_terminal(sys.stdout):
-        columns = (Column(title, overflow="fold") for title in header)
-        table = Table(*columns, box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        # No word is cut in two: a key has to be copied whole. A terminal too narrow for one wraps the line by itself.
+        narrowest, out = 0, console()
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        for cells in zip(header, *rows, strict=True):
+            table.add_column(cells[0], no_wrap=not any(" " in cell for cell in cells))
+            narrowest += 3 + max(map(cell_len, " ".join(cells).split()))
         for row in rows:
             table.add_row(*row)
-        console().print(table)
+        out.width = max(out.width, narrowest)
+        out.print(table)
     else:
         for row in (header, *rows):
             put("\t".join(row))

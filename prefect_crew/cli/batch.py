@@ -249,7 +249,7 @@ async def inspect(
 
 
 NONE = "The Prefect server knows no such batch."
-SUMMED = ("total", "completed", "failed", "uncertain", "in_flight", "left", "set_aside", "kickoffs")
+SUMMED = ("total", "completed", "failed", "stopped", "uncertain", "in_flight", "left", "set_aside", "kickoffs")
 
 
 def _put_sum(found: list[BatchStatus], output: str | None) -> None:
@@ -263,18 +263,24 @@ def _put_sum(found: list[BatchStatus], output: str | None) -> None:
     _output.put_rows(header, rows, empty=NONE, json=as_json)
 
 
+def _how_to_go_on(found: BatchStatus) -> str:
+    """Return what a person does to go on with a batch; empty where it has run every row."""
+    if not (found.left or found.in_flight or found.stopped):
+        return ""
+    again = f"prefect-crew batch resume {shlex.quote(found.name)}"
+    return f"To go on where it stopped: {f'make the same call again ({found.why_not})' if found.why_not else again}"
+
+
 def _about(found: BatchStatus) -> Iterator[str]:
     yield f"Batch {found.name}: {found.completed:,} of {found.total:,} rows completed"
-    parts = (("failed", found.failed), ("uncertain", found.uncertain), ("in flight", found.in_flight))
-    more = (("not started yet", found.left), ("set aside", found.set_aside))
-    if counts := [f"{count:,} {word}" for word, count in (*parts, *more) if count]:
-        yield f"  {' · '.join(counts)}"
+    words = {word: word.replace("_", " ") for word in SUMMED[2:-1]} | {"left": "not started yet"}
+    counts = (f"{count:,} {said}" for word, said in words.items() if (count := getattr(found, word)))
+    if said := " · ".join(counts):
+        yield f"  {said}"
     if found.running:
         yield "  A process runs it now"
-    elif found.left or found.in_flight:
-        again = f"prefect-crew batch resume {shlex.quote(found.name)}"
-        again = f"make the same call again ({found.why_not})" if found.why_not else again
-        yield f"  No process runs it. To go on where it stopped: {again}"
+    elif again := _how_to_go_on(found):
+        yield f"  No process runs it. {again}"
     if found.waiting:
         yield f"  {found.waiting:,} in flight wait for a person: prefect-crew reviews ls"
     if found.set_aside:
@@ -371,7 +377,7 @@ async def cancel(
             done = await _stop_runs(batch, [record for record in records if record.kickoff_id], crew, access)
         else:
             done = await _cancel_flow_runs({record.flow_run_id for record in records if record.flow_run_id})
-    _output.put(f"Batch {name}: {done} To go on with it later: prefect-crew batch resume {shlex.quote(name)}")
+        _output.put(f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip())
 
 
 async def _cancel_flow_runs(ids: set[str]) -> str:

@@ -83,6 +83,16 @@ def save(
         except CrewError as error:
             _output.note(f"The crew could not be asked for its inputs, and is stored all the same: {error}", "yellow")
             then = f"Once its URL is right or it answers, check it: prefect-crew doctor {shlex.quote(name)}"
+        if block.concurrency_limit is not None:
+            async with get_client() as prefect:
+                try:
+                    await prefect.read_global_concurrency_limit_by_name(block.concurrency_limit)
+                except ObjectNotFound:
+                    limit = shlex.quote(block.concurrency_limit)
+                    raise ConfigurationError(
+                        f"The crew {name!r} was not stored: there is no concurrency limit {limit} in Prefect. Create "
+                        f"it: prefect gcl create {limit} --limit N."
+                    ) from None
         try:
             await block.asave(name, overwrite=overwrite)
         except ValueError as error:
@@ -101,7 +111,7 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 
 @app.command
 async def ls(*, output: Output = None) -> None:
-    """List the stored crews."""
+    """List the stored crews. To delete one: prefect block delete deployed-crew/NAME."""
     found = await _read()
     rows = [(one["name"], one["url"]) for one in found]
     empty = "No crew is stored: prefect-crew crews save NAME --url URL."

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, validators
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.schedules import Cron, Interval, Schedule
@@ -20,7 +21,15 @@ from prefect_crew.cli import _output
 from prefect_crew.cli._errors import UsageError, reason
 from prefect_crew.cli._options import CrewAccess, InputFile, Inputs, Key, Output, Pool, gather_inputs, is_url, read_text
 from prefect_crew.cli._prefect import page_url, reach_prefect
-from prefect_crew.deployments import Target, build_deployment, crew_target, flow_target, pipeline_target, shared_key
+from prefect_crew.deployments import (
+    Target,
+    build_deployment,
+    crew_target,
+    describe_schedule,
+    flow_target,
+    pipeline_target,
+    shared_key,
+)
 from prefect_crew.deployments import backfill as create_runs
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.pipelines.definition import read_pipeline
@@ -73,7 +82,7 @@ def deploy(
     reach_prefect(lasting=True)
     schedule = _schedule(cron, interval, timezone)
 
-    async def make() -> tuple[Target, RunnerDeployment, bool, str, str | None]:
+    async def make() -> tuple[Target, RunnerDeployment, str, str | None, list[str]]:
         if flow is not None:
             target, own_name = flow_target(flow, defaults), flow.rpartition(".")[2]
         elif pipeline is not None:
@@ -82,25 +91,27 @@ def deploy(
         else:
             own_name = crew or ""
             target = await crew_target(await CrewAccess().load(own_name), defaults)
-        has_schedule = await _has_schedule(f"{target.form.name}/{name or own_name}")
+        full_name = f"{target.form.name}/{name or own_name}"
         deployment = build_deployment(
             target,
             name or own_name,
             idempotency_key=key,
             schedule=schedule,
-            has_schedule=has_schedule,
+            has_schedule=bool(await _schedules(full_name)),
             tags=tag or (),
             work_pool_name=pool or get_current_settings().deployments.default_work_pool_name,
             concurrency_limit=concurrency_limit,
         )
-        return target, deployment, has_schedule, *await apply_deployment(deployment)
+        deployment_id, pool_type = await apply_deployment(deployment)
+        when = [await describe_schedule(one.schedule) for one in await _schedules(full_name) if one.active]
+        return target, deployment, deployment_id, pool_type, when
 
-    target, deployment, has_schedule, deployment_id, pool_type = asyncio.run(make())
+    target, deployment, deployment_id, pool_type, when = asyncio.run(make())
     _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(target.asks) or 'nothing'}.")
     if page := page_url(deployment_id, "deployment"):
         _output.put(page)
-    if has_schedule and schedule is None:
-        _output.put("Its earlier schedule stays.")
+    for line in when:
+        _output.put(f"{'Its earlier schedule stays' if schedule is None else 'Its schedule'}: {line}")
     if flow is not None:
         given = "".join(f" -p {name}=…" for name in target.needed)
     else:
@@ -125,12 +136,12 @@ def _schedule(cron: str | None, interval: float | None, timezone: str | None) ->
         raise ConfigurationError(f"The schedule cannot be made: {reason(error)}") from None
 
 
-async def _has_schedule(full_name: str) -> bool:
+async def _schedules(full_name: str) -> list[DeploymentSchedule]:
     async with get_client() as client:
         try:
-            return bool((await client.read_deployment_by_name(full_name)).schedules)
+            return (await client.read_deployment_by_name(full_name)).schedules
         except ObjectNotFound:
-            return False
+            return []
 
 
 async def apply_deployment(deployment: RunnerDeployment) -> tuple[str, str | None]:

@@ -238,6 +238,7 @@ def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatu
         (exceptions.CrewFailedError(kickoff_id="k", error="no"), 3),
         (exceptions.KickoffUncertainError(idempotency_key="k", reason="x"), 4),
         (exceptions.CrewTimeoutError(kickoff_id="k", phase="running", budget=1, last_state="running"), 5),
+        (exceptions.DatasetError("no", source="x"), 2),
         (exceptions.BadRowsError([], 1, source="x"), 6),
         (exceptions.CrewError("no"), 1),
         (ValueError("no"), 1),

@@ -98,6 +98,7 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, name: str, l
     (failed,) = here("batch", "failures", name, "-o", "json").json
     assert (failed["key"], failed["state"], failed["error"]) == ("b", "failed", "no bad milk")
     assert here("batch", "failures", name).out.splitlines()[1].startswith("b\t")
+    assert here("batch", "cancel", name).out == f"Batch {name}: no run is in flight.\n", "and nothing to go on with"
 
 
 def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: str, leads: str, tmp_path: Path):
@@ -184,7 +185,9 @@ def test_of_a_batch_that_was_killed_the_runs_are_stopped(here, running: tuple[Cr
     cancelled = here("batch", "cancel", name)
     assert (cancelled.code, "5 of 5 runs in flight were asked to stop." in cancelled.out) == (0, True), cancelled.err
     assert {str(run.state) for run in server.runs} == {"stopped"}
-    assert here("batch", "inspect", name, "-o", "json").json["in_flight"] == 0
+    assert f"batch resume '{name}'" in cancelled.out
+    found = here("batch", "inspect", name, "-o", "json").json
+    assert (found["in_flight"], found["stopped"], found["failed"]) == (0, 5, 0)
     assert "no run is in flight" in here("batch", "cancel", name).out
 
 
@@ -245,8 +248,13 @@ def test_what_cannot_be_run_is_said_by_line_before_anything_is_started(here, pic
     assert "line 2" in refused.json["error"]["message"]
     taken = here("batch", "run", crew, str(path), "--name", name, "--export", output, "--on-bad-row", "set-aside")
     assert (taken.code, server.kickoffs) == (6, 1)
-    asked = here("batch", "run", crew, str(path), "--name", name, "--export", output, "-i", "topic")
-    assert asked.code == 2
+    path.write_text('{"topic": "tea"}\n' * 20)
+    misspelt = here("batch", "run", crew, str(path), "--name", f"{name}2", "--export", output, "-i", "topic=topci")
+    assert misspelt.code == 6
+    assert (
+        "none of its 20 rows can be run: input 'topic' is taken from column topci (did you mean topic?)" in misspelt.err
+    )
+    assert "(a constant text is a template as well: {{ 'text' }})" in misspelt.err
 
 
 def test_inputs_come_from_columns_and_templates(here, picky, name: str, tmp_path: Path, output: str):

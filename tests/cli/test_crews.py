@@ -74,6 +74,11 @@ def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer,
         pytest.param(["fine", "--url", "http://x.example.com"], "plain text", id="plain-http"),
         pytest.param(["fine", "--url", "http://127.0.0.1:1", "--max-kickoffs", "0"], "max_kickoffs", id="field"),
         pytest.param(["fine", "--url", "http://127.0.0.1:1", "--timeout", "-1"], "timeout", id="wait"),
+        pytest.param(
+            ["fine", "--url", "http://127.0.0.1:1", "--concurrency-limit", "no-limit"],
+            "prefect gcl create no-limit --limit N",
+            id="limit",
+        ),
     ],
 )
 def test_what_cannot_be_stored(here, prefect_api: PrefectServer, line: list[str], said: str):

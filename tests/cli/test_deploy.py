@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 import sqlite3
 import time
 import uuid
@@ -104,14 +105,16 @@ def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: 
     line, daily = ("deploy", name, "--name", f"daily {name}"), ("--cron", "0 6 * * *", "--timezone", "Europe/Lisbon")
     without = here(*line, *daily)
     assert (without.code, "Missing: who." in without.err) == (2, True), without.err
-    assert here(*line, *daily, "-i", "who=Ada", "--key", "daily-{{ scheduled_start:%Y-%m-%d }}").code == 0
+    made = here(*line, *daily, "-i", "who=Ada", "--key", "daily-{{ scheduled_start:%Y-%m-%d }}")
+    when = r"schedule: 0 6 \* \* \* \(Europe/Lisbon\)\. The next run: \d{4}-\d\d-\d\d 06:00 WES?T\.\n"
+    assert (made.code, bool(re.search(f"Its {when}", made.out))) == (0, True), made.out
     found = deployment(f"deployed-crew/daily {name}")
     assert found.parameters["inputs"] == {"who": "Ada"}
     assert found.parameters["idempotency_key"] == "daily-{{ scheduled_start:%Y-%m-%d }}"
     assert (found.schedules[0].schedule.cron, found.schedules[0].schedule.timezone) == ("0 6 * * *", "Europe/Lisbon")
 
     again = here(*line, "-i", "who=Grace")
-    assert (again.code, "Its earlier schedule stays." in again.out) == (0, True), again.err
+    assert (again.code, "Its earlier schedule stays: 0 6 * * * (Europe/Lisbon)" in again.out) == (0, True), again.err
     found = deployment(f"deployed-crew/daily {name}")
     assert [one.schedule.cron for one in found.schedules] == ["0 6 * * *"]
     assert found.parameters == {"crew": name, "inputs": {"who": "Grace"}}

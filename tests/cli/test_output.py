@@ -73,14 +73,21 @@ def test_a_person_confirms_or_nothing_is_done(monkeypatch: pytest.MonkeyPatch, t
         _output.confirm("Go on?", yes=False)
 
 
-def test_a_table_fits_80_columns_whole_and_has_no_colours_without_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("key", "widest"),
+    [
+        pytest.param("8f0e5c1d-9d47-4a6b-8f0e-5c1d2a7b9e64", 80, id="fits"),
+        pytest.param("8f0e5c1d-9d47-4a6b-8f0e-5c1d2a7b9e64/127.0.0.1:8123/a66405200addd68f388066a/1", 130, id="long"),
+    ],
+)
+def test_a_table_fits_80_columns_or_its_keys_stay_whole_and_has_no_colours_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str, widest: int
 ):
     monkeypatch.setattr(_output, "is_terminal", lambda _: True)
     monkeypatch.setenv("COLUMNS", "80")
-    key = "8f0e5c1d-9d47-4a6b-8f0e-5c1d2a7b9e64/127.0.0.1:8123/a66405200addd68f388066aeebf9825d/1"
-    _output.put_rows(["State", "Key", "Crew", "Since"], [["in-flight", key, "a-crew-with-a-long-name", "12 min"]])
+    _output.put_rows(["State", "Key", "Error"], [["in-flight", key, "a long text of many words " * 9]])
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
-    assert "\x1b" not in out
-    assert "…" not in out, "nothing is cut off"
+    assert max(map(len, out.splitlines())) <= widest
+    assert key in out, "to be copied"
+    assert "words" in out
+    assert not {"\x1b", "…"} & set(out), "nothing is cut off"
