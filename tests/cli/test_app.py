@@ -85,80 +85,64 @@ def test_a_reader_that_has_gone(tmp_path: Path, crews: CrewServer, line: list[st
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        pytest.param(["bogus"], id="no-such-command"),
-        pytest.param(["result"], id="argument-missing"),
-        pytest.param(["inputs", "http://127.0.0.1:1", "--bogus"], id="no-such-option"),
-        pytest.param(["serve", "--port", "many"], id="no-number"),
-        pytest.param(["serve", "--port", "99999"], id="no-port"),
-        pytest.param(["run", "http://127.0.0.1:1", "-i", "topic"], id="pair-without-a-sign"),
-        pytest.param(["runs", "resolve", "key"], id="resolved-as-what"),
-        pytest.param(["runs", "resolve", "key", "--lost", "--never-started"], id="resolved-as-both"),
-        pytest.param(["runs", "ls", "--only", "odd"], id="no-such-condition"),
-        pytest.param(["runs", "prune", "--older-than", "long"], id="no-age"),
-        pytest.param(["deploy", "x", "--timezone", "UTC"], id="time-zone-of-no-schedule"),
-        pytest.param(["deploy"], id="nothing-to-deploy"),
-        pytest.param(["deploy", "x", "--flow", "a.b"], id="two-things-to-deploy"),
-        pytest.param(["backfill", "x/y", "--from", "yesterday", "--to", "2024-03-01"], id="no-day"),
-        pytest.param(["inputs", "block", "--token", "t-1234"], id="token-for-a-block"),
-    ],
-)
-def test_mistakes_on_the_line_are_usage_errors(here, line: list[str], prefect_api):
-    done = here(*line)
-    assert (done.code, done.out) == (2, "")
-    assert "Traceback" not in done.err
-    assert done.err.strip().endswith("prefect-crew COMMAND --help their options.")
-
-
-@pytest.mark.parametrize(
-    ("line", "code", "said"),
-    [
-        pytest.param(["inputs", "ftp://x.test"], 2, "ftp", id="no-http"),
-        pytest.param(["inputs", "http://crew.example.com"], 2, "--allow-http", id="plain-http-over-a-network"),
-        pytest.param(["inputs", "http://me:secret-word@127.0.0.1:1"], 2, "", id="credentials-in-the-url"),
-        pytest.param(["inputs", "http://127.0.0.1:1"], 1, "no answer", id="nobody-there"),
-        pytest.param(["serve", "no-such-crew"], 2, "no-such-crew", id="no-such-script"),
-        pytest.param(["serve", "echo", "--fault", "kickoff:odd"], 2, "odd", id="no-such-fault"),
-        pytest.param(["serve", "echo", "--host", "192.0.2.1"], 1, "Cannot listen on", id="not-our-address"),
-        pytest.param(["deploy", "http://127.0.0.1:1"], 2, "prefect-crew crews save NAME", id="deployment-of-a-url"),
-    ],
-)
-def test_errors_are_a_paragraph_with_a_code(here, line: list[str], code: int, said: str):
-    done = here(*line)
-    assert (done.code, done.out) == (code, "")
-    assert said in done.err
-    assert len(done.err.strip().splitlines()) == 1
-    assert "secret-word" not in done.err
-
-
-def test_an_option_that_is_near_is_suggested_and_never_a_confirmation(here):
-    assert "Did you mean --output?" in here("run", "travel", "--ouput", "x").err
-    assert "Did you mean" not in here("run", "travel", "--kye", "x").err
-
-
-def test_a_time_that_is_none_is_explained_in_words(here):
-    done = here("automations", "apply", "--waiting", "4hours")
-    assert (done.code, "into a time such as 90m, 4h or 30d" in done.err) == (2, True)
+NO_COMMAND = "prefect-crew --help lists the commands; prefect-crew COMMAND --help their options."
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("bogus", ""),
+        ("result", "prefect-crew result: KEY is missing or has no value."),
+        ("inputs http://127.0.0.1:1 --bogus", ""),
+        ("inputs block --token t-1234", "--token is for a URL"),
+        ("serve --port many", ""),
+        ("serve --port 99999", ""),
+        ("run", "prefect-crew run: CREW is missing or has no value."),
+        ("run http://127.0.0.1:1 -i topic", "give it as name=value"),
+        ("run travel --ouput x", "Did you mean --output?"),
+        ("run travel --kye x", ""),
+        ("runs resolve key", ""),
+        ("runs resolve key --lost --never-started", ""),
+        ("runs ls --only odd", ""),
+        ("runs prune --older-than long", "into a time such as 90m, 4h or 30d"),
+        ("automations apply --waiting 4hours", "into a time such as 90m, 4h or 30d"),
+        ("deploy x --timezone UTC", "give --cron or --interval too"),
+        ("deploy", "Received 0 arguments. Exactly 1 of {CREW, --pipeline, --flow} must be specified."),
+        ("deploy x --flow a.b", ""),
+        ("deploy travel --cron x --interval 5", "Mutually exclusive arguments: {--cron, --interval}"),
+        ("backfill x/y --from yesterday --to 2024-03-01", ""),
         ("batch run travel rows.csv --name x", "prefect-crew batch run: --export is missing or has no value."),
         (
             "batch run travel rows.csv --name x --export y --on-failure maybe",
             'Invalid value for --on-failure: unable to convert "maybe" into a number, continue or stop.',
         ),
-        ("run", "prefect-crew run: CREW is missing or has no value."),
-        ("deploy", "Received 0 arguments. Exactly 1 of {CREW, --pipeline, --flow} must be specified."),
-        ("deploy travel --cron x --interval 5", "Mutually exclusive arguments: {--cron, --interval}"),
     ],
 )
-def test_what_a_line_lacks_is_said_without_words_of_the_parser(here, line: str, said: str):
+def test_mistakes_on_the_line_are_usage_errors(here, line: str, said: str, prefect_api):
     done = here(*line.split())
-    assert (done.code, done.err.startswith(said)) == (2, True), done.err
+    assert (done.code, done.out, done.err.strip().endswith(NO_COMMAND)) == (2, "", True)
+    assert said in done.err
+    assert not re.search("Traceback|timedelta|Invalid values for group|Did you mean --yes", done.err)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("inputs ftp://x.test", 2, "ftp"),
+        ("inputs http://crew.example.com", 2, "--allow-http"),
+        ("inputs http://me:secret-word@127.0.0.1:1", 2, ""),
+        ("inputs http://127.0.0.1:1", 1, "no answer"),
+        ("serve no-such-crew", 2, "no-such-crew"),
+        ("serve echo --fault kickoff:odd", 2, "odd"),
+        ("serve echo --host 192.0.2.1", 1, "Cannot listen on"),
+        ("deploy http://127.0.0.1:1", 2, "prefect-crew crews save NAME"),
+    ],
+)
+def test_errors_are_a_paragraph_with_a_code(here, line: str, code: int, said: str):
+    done = here(*line.split())
+    assert (done.code, done.out, len(done.err.strip().splitlines())) == (code, "", 1)
+    assert said in done.err
+    assert "secret-word" not in done.err
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -179,13 +163,6 @@ def test_a_token_never_appears_even_with_debug(here, crews: CrewServer):
         assert "wrong-token-9" not in done.out + done.err
         assert "Traceback (most recent call last)" in done.err
     assert "prefect-crew crews save" in done.err
-
-
-def test_without_a_token_it_says_where_one_stands(here, crews: CrewServer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("CREW_TOKEN")
-    done = here("inputs", f"{crews.url}/greet")
-    assert done.code == 2
-    assert "set CREW_TOKEN, or give --token-file. The token is on the Status tab" in done.err
 
 
 def test_json_tells_errors_as_one_document(here):
@@ -235,10 +212,10 @@ def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatu
     [
         (UsageError("no"), 2),
         (exceptions.ConfigurationError("no"), 2),
+        (exceptions.DatasetError("no", source="x"), 2),
         (exceptions.CrewFailedError(kickoff_id="k", error="no"), 3),
         (exceptions.KickoffUncertainError(idempotency_key="k", reason="x"), 4),
         (exceptions.CrewTimeoutError(kickoff_id="k", phase="running", budget=1, last_state="running"), 5),
-        (exceptions.DatasetError("no", source="x"), 2),
         (exceptions.BadRowsError([], 1, source="x"), 6),
         (exceptions.CrewError("no"), 1),
         (ValueError("no"), 1),
@@ -253,11 +230,11 @@ def test_code_of(error: BaseException, code: int):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        pytest.param(_answer(409, {"detail": "taken\nalready"}), "answered with 409, taken already.", id="refused"),
-        pytest.param(_answer(503), "The Prefect API does not answer", id="unavailable"),
-        pytest.param(httpx.ConnectError("refused"), "prefect server start", id="refuses-connections"),
-        pytest.param(RuntimeError("Failed to reach API at http://x."), "prefect server start", id="says-so"),
-        pytest.param(KeyError("x"), "KeyError: 'x'. This is unexpected: --debug shows more.", id="unexpected"),
+        (_answer(409, {"detail": "taken\nalready"}), "answered with 409, taken already."),
+        (_answer(503), "The Prefect API does not answer"),
+        (httpx.ConnectError("refused"), "prefect server start"),
+        (RuntimeError("Failed to reach API at http://x."), "prefect server start"),
+        (KeyError("x"), "KeyError: 'x'. This is unexpected: --debug shows more."),
     ],
 )
 def test_a_message_is_one_line_that_says_what_to_do(error: Exception, said: str):
@@ -277,16 +254,13 @@ def test_a_message_about_wrong_fields_shows_no_value():
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
-        pytest.param("give on_change='continue'; x", "give --on-change continue; x", id="a choice"),
-        pytest.param("Give max_in_flight=3 or less.", "Give --max-in-flight 3 or less.", id="a number"),
-        pytest.param("Give that ledger (ledger=…).", "Give that ledger (--ledger …).", id="a blank"),
-        pytest.param("again with retry_failed=True.", "again with --retry-failed.", id="a switch"),
-        pytest.param("The ledger is away; my_key='x'", "The ledger is away; my_key='x'", id="nothing of the kind"),
-        pytest.param(
-            "in Python force_new=True; or --force-new.", "in Python force_new=True; or --force-new.", id="of Python"
-        ),
+        ("give on_change='continue'; x", "give --on-change continue; x"),
+        ("Give max_in_flight=3 or less.", "Give --max-in-flight 3 or less."),
+        ("Give that ledger (ledger=…).", "Give that ledger (--ledger …)."),
+        ("again with retry_failed=True.", "again with --retry-failed."),
+        ("The ledger is away; my_key='x'", "The ledger is away; my_key='x'"),
+        ("in Python force_new=True; or --force-new.", "in Python force_new=True; or --force-new."),
     ],
 )
 def test_arguments_are_named_as_the_command_line_has_them(said: str, shown: str):
     assert by_options(said) == shown
-    assert message(exceptions.ConfigurationError(said)) == shown
