@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from prefect_crew.cli.runs import Condition, RunLine, condition_of, short_name, todo
+from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from support.commands import TOKEN
@@ -26,19 +27,8 @@ def write(prefect_api: PrefectServer, crews: CrewServer) -> Write:
     """Write a record as it would stand after something; its key is a new one."""
 
     def write(**facts: Any) -> RunRecord:
-        record = RunRecord(
-            **{
-                "idempotency_key": f"key {uuid.uuid4()}",
-                "attempt": 1,
-                "crew": "greeting",
-                "crew_url": f"{crews.url}/greet",
-                "inputs_digest": "d" * 32,
-                "owner": uuid.uuid4().hex,
-                "claimed_at": utcnow() - timedelta(minutes=5),
-                **facts,
-            }
-        )
-        return asyncio.run(put(record))
+        known = {"idempotency_key": f"key {uuid.uuid4()}", "crew": "greeting", "crew_url": f"{crews.url}/greet"}
+        return asyncio.run(put(record(**{**known, "claimed_at": utcnow() - timedelta(minutes=5), **facts})))
 
     return write
 
@@ -47,36 +37,31 @@ def uncertain(**facts: Any) -> dict[str, Any]:
     return {"phase": RecordPhase.UNCERTAIN, "reason": "the connection broke", **facts}
 
 
-def kicked_off(crews: CrewServer) -> str:
-    answer = httpx.post(f"{crews.url}/greet/kickoff", headers=crews.headers, json={"inputs": {"who": "Ada"}})
+def kicked_off(crews: CrewServer, crew: str = "greet") -> str:
+    answer = httpx.post(f"{crews.url}/{crew}/kickoff", headers=crews.headers, json={"inputs": {"who": "Ada"}})
     return answer.json()["kickoff_id"]
 
 
 def test_what_needs_a_person_is_listed_first_and_inspect_says_what_to_do(here, write: Write):
     record = write(**uncertain())
     started = write(phase=RecordPhase.STARTED, kickoff_id=f"k-{uuid.uuid4()}", kicked_off_at=utcnow())
+    ended = write(phase=RecordPhase.ENDED, state="failed", error="no idea", kickoff_id="k", ended_at=utcnow())
     listed = here("runs", "ls")
     assert (listed.code, listed.out.splitlines()[0]) == (0, "State\tRun\tCrew\tSince")
     assert f"uncertain\t{record.idempotency_key}\tgreeting\t5 min" in listed.out
     assert listed.out.index(record.idempotency_key) < listed.out.index(started.idempotency_key)
-    about = here("runs", "inspect", record.idempotency_key).out
-    assert "the connection broke" in about
-    assert f"prefect-crew runs resolve '{record.idempotency_key}' --kickoff-id ID" in about
-    about = here("runs", "inspect", started.idempotency_key).out
-    assert "No flow run waits for it. A call with its key waits for the latest attempt." in about
+    assert ended.idempotency_key not in listed.out
+    assert f"failed\t{ended.idempotency_key}" in here("runs", "ls", "--all").out
+    assert ended.idempotency_key in here("runs", "ls", "--only", "ended").out
     only = here("runs", "ls", "--only", "uncertain", "-o", "json").json
     assert {line["condition"] for line in only} == {"uncertain"}
-    assert record.idempotency_key in {line["idempotency_key"] for line in only}
-
-
-def test_ended_runs_are_listed_when_asked_for(here, write: Write):
-    record = write(phase=RecordPhase.ENDED, state="failed", error="no idea", kickoff_id="k", ended_at=utcnow())
-    assert record.idempotency_key not in here("runs", "ls").out
-    assert f"failed\t{record.idempotency_key}" in here("runs", "ls", "--all").out
-    assert record.idempotency_key in here("runs", "ls", "--only", "ended").out
-    shown = here("runs", "inspect", record.idempotency_key)
-    for part in ("FAILED  key", "Error: no idea", f"Inputs: digest {record.inputs_digest}"):
-        assert part in shown.out
+    for one, parts in (
+        (record, ("the connection broke", f"runs resolve '{record.idempotency_key}' --kickoff-id ID")),
+        (started, ("No flow run waits for it. A call with its key waits for the latest attempt.",)),
+        (ended, ("FAILED  key", "Error: no idea", f"Inputs: digest {ended.inputs_digest}")),
+    ):
+        about = here("runs", "inspect", one.idempotency_key).out
+        assert [part for part in parts if part not in about] == []
 
 
 def test_a_run_is_found_by_its_kickoff_id_and_the_crew_asked(here, write: Write, crews: CrewServer):
@@ -93,54 +78,41 @@ def test_a_run_is_found_by_its_kickoff_id_and_the_crew_asked(here, write: Write,
 
 def test_a_run_is_cancelled_by_its_key_and_its_crew(here, write: Write, crews: CrewServer):
     url = f"{crews.url}/slow"
-    kicked = httpx.post(f"{url}/kickoff", headers=crews.headers, json={"inputs": {"who": "Ada"}})
-    kickoff_id = kicked.json()["kickoff_id"]
-    record = write(phase=RecordPhase.STARTED, kickoff_id=kickoff_id, crew_url=url, kicked_off_at=utcnow())
+    started = {"phase": RecordPhase.STARTED, "crew_url": url, "kicked_off_at": utcnow()}
+    record = write(**started, kickoff_id=(kickoff_id := kicked_off(crews, "slow")))
     assert "Give --crew" in here("runs", "cancel", record.idempotency_key).err
     stopped = here("runs", "cancel", record.idempotency_key, "--crew", url)
     assert (stopped.code, stopped.out) == (0, f"Run {record.idempotency_key}: stopped.\n")
     assert here("runs", "inspect", kickoff_id).out.startswith("STOPPED")
     assert "had already ended" in here("runs", "cancel", kickoff_id, "--crew", url).out
     assert "No run on record" in here("runs", "cancel", "no-such-run", "--crew", url).err
-    unknown = write(phase=RecordPhase.STARTED, kickoff_id="gone", crew_url=url, kicked_off_at=utcnow())
-    assert "was not stopped" in here("runs", "cancel", unknown.idempotency_key, "--crew", url).err
     with CrewServer("echo", token=TOKEN, stop=False) as server:
-        record = write(phase=RecordPhase.STARTED, kickoff_id="k", crew_url=server.url, kicked_off_at=utcnow())
-        without = here("runs", "cancel", record.idempotency_key, "--crew", server.url)
-    assert (without.code, "was not stopped" in without.err) == (1, True)
+        for address in (url, server.url):
+            unknown = write(**{**started, "crew_url": address}, kickoff_id=f"gone-{uuid.uuid4()}")
+            refused = here("runs", "cancel", unknown.idempotency_key, "--crew", address)
+            assert (refused.code, "was not stopped" in refused.err) == (1, True)
+
+
+DIGEST = inputs_digest({"who": "Ada"})
 
 
 def test_a_resolved_run_goes_on_as_if_nothing_had_happened(
     here, write: Write, crews: CrewServer, instant_polling: None
 ):
-    from prefect_crew.client.inputs import inputs_digest
-
-    url, digest = f"{crews.url}/greet", inputs_digest({"who": "Ada"})
-    record = write(**uncertain(inputs_digest=digest))
-    ran = ("run", url, "-i", "who=Ada", "--key", record.idempotency_key)
+    record, crew = write(**uncertain(inputs_digest=DIGEST)), ("--crew", f"{crews.url}/greet")
+    ran = ("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", record.idempotency_key)
     before = here(*ran)
-    assert before.code == 4
-    assert "prefect-crew runs resolve" in before.err
-
-    unknown = here("runs", "resolve", record.idempotency_key, "--kickoff-id", "made up", "--crew", url)
-    assert unknown.code == 2
-    assert "does not know run made up" in unknown.err
-    kickoff_id = kicked_off(crews)
-    resolved = here("runs", "resolve", record.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
-    assert resolved.code == 0, resolved.err
-    assert f"is run {kickoff_id}" in resolved.out
-
+    assert (before.code, "prefect-crew runs resolve" in before.err) == (4, True)
+    unknown = here("runs", "resolve", record.idempotency_key, "--kickoff-id", "made up", *crew)
+    assert (unknown.code, "does not know run made up" in unknown.err) == (2, True)
+    resolved = here("runs", "resolve", record.idempotency_key, "--kickoff-id", (id_ := kicked_off(crews)), *crew)
+    assert (resolved.code, f"is run {id_}" in resolved.out) == (0, True), resolved.err
     kickoffs = crews.kickoffs
-    after = here(*ran, "-o", "json")
-    assert after.json["kickoff_id"] == kickoff_id
-    assert after.json["output"] == "**Hello** Ada"
-    assert crews.kickoffs == kickoffs
-
+    after = here(*ran, "-o", "json").json
+    assert (after["kickoff_id"], after["output"], crews.kickoffs) == (id_, "**Hello** Ada", kickoffs)
     again = here("runs", "resolve", record.idempotency_key, "--never-started", "--yes")
-    assert again.code == 1
-    assert "There is nothing to resolve" in again.err
-    taken = write(**uncertain())
-    other = here("runs", "resolve", taken.idempotency_key, "--kickoff-id", kickoff_id, "--crew", url)
+    assert (again.code, "There is nothing to resolve" in again.err) == (1, True)
+    other = here("runs", "resolve", write(**uncertain()).idempotency_key, "--kickoff-id", id_, *crew)
     assert other.code == 2
     assert f"belongs to the idempotency key '{record.idempotency_key}'" in other.err
 
@@ -148,9 +120,7 @@ def test_a_resolved_run_goes_on_as_if_nothing_had_happened(
 def test_a_run_that_never_started_is_started_anew_once_a_person_confirms(
     here, write: Write, crews: CrewServer, instant_polling: None
 ):
-    from prefect_crew.client.inputs import inputs_digest
-
-    record = write(**uncertain(inputs_digest=inputs_digest({"who": "Ada"})))
+    record = write(**uncertain(inputs_digest=DIGEST))
     refused = here("runs", "resolve", record.idempotency_key, "--never-started")
     assert (refused.code, "Without a terminal this needs --yes" in refused.err) == (2, True)
     assert here("runs", "resolve", record.idempotency_key, "--never-started", "-y").code == 0
@@ -162,29 +132,19 @@ def test_a_run_that_never_started_is_started_anew_once_a_person_confirms(
 def test_a_run_that_the_server_has_forgotten_can_be_given_up(
     here, write: Write, crews: CrewServer, instant_polling: None
 ):
-    from prefect_crew.client.inputs import inputs_digest
-
-    url = f"{crews.url}/greet"
-    facts = {"inputs_digest": inputs_digest({"who": "Ada"}), "kicked_off_at": utcnow() - timedelta(minutes=5)}
-    record = write(phase=RecordPhase.STARTED, kickoff_id=f"gone-{uuid.uuid4()}", **facts)
-    ran = ("run", url, "-i", "who=Ada", "--key", record.idempotency_key)
-    lost = here(*ran)
-    assert lost.code == 3
-    assert f"prefect-crew runs resolve '{record.idempotency_key}' --lost" in lost.err
-    assert (
-        f"prefect-crew runs resolve '{record.idempotency_key}' --lost"
-        in here("runs", "inspect", record.idempotency_key).out
-    )
-
-    known = write(phase=RecordPhase.STARTED, kickoff_id=kicked_off(crews), **facts)
-    refused = here("runs", "resolve", known.idempotency_key, "--lost", "--crew", url, "--yes")
+    facts = {"phase": RecordPhase.STARTED, "inputs_digest": DIGEST, "kicked_off_at": utcnow() - timedelta(minutes=5)}
+    record, crew = write(**facts, kickoff_id=f"gone-{uuid.uuid4()}"), ("--crew", f"{crews.url}/greet")
+    ran = ("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", record.idempotency_key)
+    lost, advice = here(*ran), f"prefect-crew runs resolve '{record.idempotency_key}' --lost"
+    assert (lost.code, advice in lost.err) == (3, True)
+    assert advice in here("runs", "inspect", record.idempotency_key).out
+    known = write(**facts, kickoff_id=kicked_off(crews))
+    refused = here("runs", "resolve", known.idempotency_key, "--lost", *crew, "--yes")
     assert (refused.code, "Nothing was changed" in refused.err) == (2, True), refused.err
-
-    assert here("runs", "resolve", record.idempotency_key, "--lost", "--crew", url, "--yes").code == 0
+    assert here("runs", "resolve", record.idempotency_key, "--lost", *crew, "--yes").code == 0
     assert here("runs", "resolve", record.idempotency_key, "--lost", "--yes").code == 1
     kickoffs = crews.kickoffs
-    assert here(*ran).code == 0
-    assert crews.kickoffs == kickoffs + 1
+    assert (here(*ran).code, crews.kickoffs) == (0, kickoffs + 1)
     assert "ORPHANED" not in here("runs", "inspect", record.idempotency_key).out
 
 
@@ -199,11 +159,10 @@ def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
     long_ago = utcnow() - timedelta(days=100)
     old = write(phase=RecordPhase.ENDED, state="completed", kickoff_id="k", claimed_at=long_ago, ended_at=long_ago)
     open_ = write(phase=RecordPhase.STARTED, kickoff_id="k2", claimed_at=long_ago, kicked_off_at=long_ago)
-    let_pass(monkeypatch, old.idempotency_key, 100)
-    let_pass(monkeypatch, open_.idempotency_key, 100)
+    for one in (old, open_):
+        let_pass(monkeypatch, one.idempotency_key, 100)
     counted = here("runs", "prune", "--dry-run", "-o", "json").json
-    assert counted["runs"] >= 1
-    assert counted["dry_run"] is True
+    assert (counted["runs"] >= 1, counted["dry_run"]) == (True, True)
     assert here("runs", "inspect", old.idempotency_key).code == 0
     assert here("runs", "prune").code == 2, "nobody confirmed"
     assert here("runs", "prune", "--yes").out.startswith(f"{counted['runs']} records removed")
@@ -215,19 +174,9 @@ def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
 
 
 def record(**facts: Any) -> RunRecord:
-    return RunRecord(
-        **{
-            "idempotency_key": "daily",
-            "attempt": 1,
-            "crew": "travel",
-            "crew_url": "https://travel.example.com",
-            "inputs_digest": "d" * 32,
-            "owner": "o",
-            "claimed_at": NOW - timedelta(seconds=20),
-            "open_for": 20.0,
-            **facts,
-        }
-    )
+    of = {"crew": "travel", "crew_url": "https://travel.example.com", "inputs_digest": "d" * 32, "owner": "o"}
+    begun = {"idempotency_key": "daily", "attempt": 1, "claimed_at": NOW - timedelta(seconds=20)}
+    return RunRecord.model_validate({**of, **begun, **facts})
 
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -238,10 +187,10 @@ ASKED = {**STARTED, "human_since": NOW - timedelta(seconds=5), "human_task": "dr
 @pytest.mark.parametrize(
     ("facts", "owner_ended", "has_waiters", "condition"),
     [
-        pytest.param({}, False, True, Condition.CLAIMED, id="being-sent"),
-        pytest.param({}, True, True, Condition.NOT_STARTED, id="claimed-by-a-dead-flow-run"),
+        pytest.param({"open_for": 20.0}, False, True, Condition.CLAIMED, id="being-sent"),
+        pytest.param({"open_for": 20.0}, True, True, Condition.NOT_STARTED, id="claimed-by-a-dead-flow-run"),
         pytest.param({"open_for": 0.0}, False, True, Condition.NOT_STARTED, id="claimed-too-long-ago"),
-        pytest.param({"permit": 1}, True, True, Condition.UNCERTAIN, id="sent-by-a-dead-flow-run"),
+        pytest.param({"permit": 1, "open_for": 20.0}, True, True, Condition.UNCERTAIN, id="sent-by-a-dead-flow-run"),
         pytest.param({"permit": 1, "open_for": 0.0}, False, True, Condition.UNCERTAIN, id="sent-too-long-ago"),
         pytest.param({"phase": RecordPhase.UNCERTAIN}, False, True, Condition.UNCERTAIN, id="uncertain"),
         pytest.param(STARTED, False, True, Condition.IN_FLIGHT, id="in-flight"),
