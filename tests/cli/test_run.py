@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from prefect_crew.devserver import CrewServer
+from prefect_crew.tasks import kickoff_crew
 from support.commands import TOKEN, environment
 from support.environment import program
 from support.prefect_server import PrefectServer
@@ -107,21 +108,17 @@ def test_extra_inputs_and_a_state_to_restore(here, greet: str, crews: CrewServer
 
 def test_a_failed_crew(here, prefect_api: PrefectServer, crews: CrewServer):
     done = here("run", f"{crews.url}/broken", "-i", "who=Ada")
-    assert (done.code, done.out) == (3, "")
+    assert (done.code, done.out, "Traceback" in done.err) == (3, "", False)
     for part in ("no idea who Ada is", "attempt 1 of at most 3", "/runs/flow-run/"):
         assert part in done.err
-    assert "Traceback" not in done.err
     (key,) = re.findall(r"^Idempotency key (.+)$", done.err, re.MULTILINE)
     again = here("run", f"{crews.url}/broken", "-i", "who=Ada", "--key", key)
     assert "attempt 2 of at most 3" in again.err
-    assert f"Idempotency key {key}\n" in again.err
 
 
 def test_a_server_that_is_down_is_tried_again_and_it_is_said(
     here, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
 ):
-    from prefect_crew.tasks import kickoff_crew
-
     monkeypatch.setattr(kickoff_crew, "retry_delay_seconds", [0.05, 0.1, 0.15])
     done = here("run", "http://127.0.0.1:1", "-i", "who=Ada")
     assert done.code == 1
@@ -130,12 +127,12 @@ def test_a_server_that_is_down_is_tried_again_and_it_is_said(
 
 
 def test_a_timeout_leaves_the_crew_running(here, prefect_api: PrefectServer, crews: CrewServer):
-    done = here("run", f"{crews.url}/slow", "-i", "who=Ada", "--timeout", "0.3", "-o", "json")
-    assert done.code == 5
+    crew = f"{crews.url}/slow"
+    done = here("run", crew, "-i", "who=Ada", "--timeout", "0.3", "-o", "json")
+    assert (done.code, "left running" in done.err) == (5, True)
     kickoff_id = done.json["error"]["kickoff_id"]
-    assert "left running" in done.err
-    assert "The crew's server: running" in here("runs", "inspect", kickoff_id, "--crew", f"{crews.url}/slow").out
-    assert here("runs", "cancel", kickoff_id, "--crew", f"{crews.url}/slow").code == 0
+    assert "The crew's server: running" in here("runs", "inspect", kickoff_id, "--crew", crew).out
+    assert here("runs", "cancel", kickoff_id, "--crew", crew).code == 0
 
 
 def test_a_prefect_api_that_is_away_is_a_paragraph(here, crews: CrewServer, away: None):
