@@ -19,9 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
 
 from prefect_crew.devserver import CrewServer
-from support.deployed import wait_until
 from support.prefect_server import PrefectServer, drain
-from support.workers import Worker
 
 TEXT = ["string", "number", "boolean"]
 """What an input that is text takes: a number of JSON becomes its text."""
@@ -52,23 +50,6 @@ def work_pool(server: PrefectServer, kind: str) -> str:
     pool = f"pool-{uuid.uuid4().hex[:8]}"
     httpx.post(f"{server.api_url}/work_pools/", json={"name": pool, "type": kind}).raise_for_status()
     return pool
-
-
-def start(server: PrefectServer, full_name: str, parameters: dict[str, Any]) -> httpx.Response:
-    url = f"{server.api_url}/deployments/{deployment(full_name).id}/create_flow_run"
-    return wait_until(
-        lambda: (answer := httpx.post(url, json={"parameters": parameters})).status_code != 503 and answer,
-        seconds=20,
-        what="an answer of a busy SQLite",
-    )
-
-
-def ended(server: PrefectServer, started: httpx.Response) -> dict[str, Any]:
-    def look() -> dict[str, Any] | None:
-        run = httpx.get(f"{server.api_url}/flow_runs/{started.json()['id']}").json()
-        return run if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else None
-
-    return wait_until(look, seconds=90, what="its end")
 
 
 async def run_of(deployment: Any, parameters: dict[str, Any]) -> Any:
@@ -140,15 +121,14 @@ def test_it_needs_a_server_that_stays(alone):
     assert "prefect server start" in done.err
 
 
-def test_a_run_on_a_process_worker(here, prefect_api: PrefectServer, crews: CrewServer, name: str, tmp_path: Path):
+def test_a_run_has_its_inputs_as_text_and_the_key_of_its_time(
+    here, prefect_api: PrefectServer, crews: CrewServer, name: str
+):
     pool = work_pool(prefect_api, "process")
-    made = here("deploy", name, "--pool", pool, "--key", f"{name}-{{{{ scheduled_start:%Y }}}}", "--tag", "mine")
+    made = here("deploy", name, "--pool", pool, "--key", f"{name}-{{{{ scheduled_start:%Y }}}}")
     assert f"prefect worker start --pool {pool}" in made.out
-    with Worker(prefect_api, pool, folder=tmp_path):
-        run = ended(prefect_api, start(prefect_api, f"deployed-crew/{name}", {"inputs": {"who": 35}}))
-    assert run["state_type"] == "COMPLETED", run["state"]
-    assert sorted(run["tags"]) == ["mine", "prefect-crew"]
-    assert run["parent_task_run_id"] is None, "tasks of that flow run, and no flow run within it"
+    state = asyncio.run(run_of(deployment(f"deployed-crew/{name}"), {"inputs": {"who": 35}}))
+    assert state.is_completed(), state
     key = f"{name}-{time.gmtime().tm_year}"
     assert [one.inputs for one in crews.runs if one.meta and one.meta["idempotency_key"] == key] == [{"who": "35"}]
 
@@ -231,35 +211,27 @@ def test_a_pipeline_asks_for_its_inputs_and_runs_by_its_entrypoint(
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        pytest.param("{{ who }}", "{{ whom }}", "'whom' is neither an input of the pipeline nor a step", id="template"),
-        pytest.param("inputs: {who:", "inputs: {whom:", "gives the unknown inputs whom", id="input-of-a-crew"),
-        pytest.param("crew: ", "crew: no-", "No crew is stored under the name 'no-", id="crew"),
+        ("{{ who }}", "{{ whom }}", "'whom' is neither an input of the pipeline nor a step"),
+        ("inputs: {who:", "inputs: {whom:", "gives the unknown inputs whom"),
+        ("crew: ", "crew: no-", "No crew is stored under the name 'no-"),
     ],
 )
 def test_a_pipeline_that_cannot_run_is_not_deployed(here, name: str, file: Path, before: str, after: str, said: str):
-    text = file.read_text()
-    assert before in text
-    file.write_text(text.replace(before, after))
+    file.write_text(file.read_text().replace(before, after))
     done = here("deploy", "--pipeline", str(file))
-    assert done.code == 2
+    assert (done.code, ".." in done.err) == (2, False)
     assert said in done.err
-    assert ".." not in done.err
 
 
 def test_a_secret_input_of_a_pipeline_is_the_name_of_a_block(here, crews: CrewServer, name: str, file: Path):
     save(crews, name, secret_inputs=["who"])
-    only = "\n".join(line for line in file.read_text().splitlines() if "second" not in line)
-    file.write_text(only)
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if "second" not in line))
     done = here("deploy", "--pipeline", str(file), "-i", "who=hunter2")
     assert (done.code, "The input 'who' is secret" in done.err, "hunter2" in done.err) == (2, True, False)
     secret: Any = Secret(value="hunter2")
     secret.save(f"who-{name}")
     assert here("deploy", "--pipeline", str(file), "-i", f"who=who-{name}").code == 0
-    found = deployment(f"deployed-pipeline/{name}")
-    assert found.parameters["pipeline"]["inputs"]["who"]["secret"] is True
-    file.write_text(only.replace("{{ who }}", "hunter2"))
-    done = here("deploy", "--pipeline", str(file))
-    assert (done.code, "step 'first', input 'who': it is secret" in done.err) == (2, True)
+    assert deployment(f"deployed-pipeline/{name}").parameters["pipeline"]["inputs"]["who"]["secret"] is True
 
 
 # Flows
@@ -296,19 +268,19 @@ def test_a_flow_is_deployed_by_its_import_path(here, prefect_api: PrefectServer,
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        pytest.param("{name} --pool no-such-pool", "prefect work-pool create no-such-pool", id="pool"),
-        pytest.param("{name} -i colour=red", "does not know the inputs colour; it takes who.", id="default"),
-        pytest.param("{name} --cron now -i who=Ada", "cron", id="cron"),
-        pytest.param("{name} --key trip-{{{{start}}}}", "'{{start}}' is not known", id="key"),
-        pytest.param("--pipeline {file} -i colour=red", "it takes who, times, tone.", id="default-of-a-pipeline"),
-        pytest.param("--pipeline {file} -i times=two", "The default of the input times must be JSON of the", id="type"),
-        pytest.param("--pipeline {file} --interval 60", "Missing: who", id="schedule"),
-        pytest.param("--pipeline nowhere.yaml", "The pipeline in nowhere.yaml cannot be read", id="no-file"),
-        pytest.param("--flow {module}.plain", "is synchronous, and a crew worker runs", id="synchronous"),
-        pytest.param("--flow {module}.no_flow", "is not a flow: decorate the function with @flow.", id="no-flow"),
-        pytest.param("--flow {module}.nothing", "cannot be imported", id="no-name"),
-        pytest.param("--flow never_installed.greet", "No module named 'never_installed'", id="no-module"),
-        pytest.param("--flow flows/greet.py:greet", "is not an import path of a flow", id="a-file"),
+        ("{name} --pool no-such-pool", "prefect work-pool create no-such-pool"),
+        ("{name} -i colour=red", "does not know the inputs colour; it takes who."),
+        ("{name} --cron now -i who=Ada", "cron"),
+        ("{name} --key trip-{{{{start}}}}", "'{{start}}' is not known"),
+        ("--pipeline {file} -i colour=red", "it takes who, times, tone."),
+        ("--pipeline {file} -i times=two", "The default of the input times must be JSON of the"),
+        ("--pipeline {file} --interval 60", "Missing: who"),
+        ("--pipeline nowhere.yaml", "The pipeline in nowhere.yaml cannot be read"),
+        ("--flow {module}.plain", "is synchronous, and a crew worker runs"),
+        ("--flow {module}.no_flow", "is not a flow: decorate the function with @flow."),
+        ("--flow {module}.nothing", "cannot be imported"),
+        ("--flow never_installed.greet", "No module named 'never_installed'"),
+        ("--flow flows/greet.py:greet", "is not an import path of a flow"),
     ],
 )
 def test_what_cannot_be_deployed(here, name: str, file: Path, module: str, line: str, said: str):

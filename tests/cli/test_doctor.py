@@ -9,8 +9,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
-import pytest
-
 from prefect_crew.cli.doctor import Findings, check_crew, check_prefect, is_older
 from prefect_crew.client._client import CrewClient
 from prefect_crew.devserver import CrewServer
@@ -29,27 +27,18 @@ def look_at(url: str, token: str) -> Findings:
     return asyncio.run(look())
 
 
-def test_a_healthy_crew():
+def test_what_is_found_of_a_crew(tmp_path: Path):
     with CrewServer("travel") as server:
-        found = look_at(server.url, server.token)
-        assert server.kickoffs == 0
-    assert [(one.subject, one.level) for one in found] == [
-        (what, "ok") for what in ("URL", "server", "token", "inputs")
-    ]
-    assert "budget, interests, duration, age" in found[-1].found
-
-
-def test_what_is_wrong_with_the_address_or_the_token(tmp_path: Path):
-    with CrewServer("travel") as server:
+        healthy = look_at(server.url, server.token)
         refused = look_at(server.url, "another-token")
         without_tls = look_at(server.url.replace("http:", "https:"), server.token)
-    files = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(tmp_path)))
-    threading.Thread(target=files.serve_forever).start()
-    try:
+        assert server.kickoffs == 0
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(tmp_path))) as files:
+        threading.Thread(target=files.serve_forever).start()
         no_crew = look_at(f"http://127.0.0.1:{files.server_port}", "token-1")
-    finally:
         files.shutdown()
-        files.server_close()
+    assert [(one.subject, one.level) for one in healthy] == [(x, "ok") for x in ("URL", "server", "token", "inputs")]
+    assert "budget, interests, duration, age" in healthy[-1].found
     assert "another-token" not in str(refused)
     for found, subject, fix in (
         (refused, "token", "User Bearer Token"),
@@ -59,19 +48,16 @@ def test_what_is_wrong_with_the_address_or_the_token(tmp_path: Path):
     ):
         (problem,) = [one for one in found if one.level == "problem"]
         assert (problem.subject, fix in problem.fix) == (subject, True)
+    for fault, level in (("inputs:404", "warning"), ("inputs:500", "problem")):
+        with CrewServer("echo", faults=[fault]) as server:
+            *others, last = look_at(server.url, server.token)
+        assert (last.subject, last.level, bool(last.fix)) == ("inputs", level, True)
+        assert {one.level for one in others} == {"ok"}
 
 
 class _Files(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Not on stderr."""
-
-
-@pytest.mark.parametrize(("fault", "level"), [("inputs:404", "warning"), ("inputs:500", "problem")])
-def test_a_crew_that_does_not_tell_its_inputs(fault: str, level: str):
-    with CrewServer("echo", faults=[fault]) as server:
-        found = look_at(server.url, server.token)
-    assert (found[-1].subject, found[-1].level, bool(found[-1].fix)) == ("inputs", level, True)
-    assert {one.level for one in found[:-1]} == {"ok"}
 
 
 def test_versions_are_compared_by_their_numbers():

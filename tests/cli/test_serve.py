@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
-import pytest
 
 from support.commands import environment
 from support.environment import program
@@ -90,15 +89,12 @@ def test_the_wheel_has_what_is_written_and_nothing_else():
     }
 
 
-@pytest.mark.parametrize("kind", ["file", "folder-with-a-file"])
-def test_what_is_there_is_not_touched(here, tmp_path: Path, kind: str):
-    taken = tmp_path / "taken"
-    if kind == "file":
-        taken.write_text("mine")
-    else:
-        taken.mkdir()
-        (taken / ".hidden").write_text("mine")
-    done = here("init", str(taken))
-    assert (done.code, done.out) == (2, "")
-    assert done.err.startswith(f"{taken} is not an empty folder: nothing was written.")
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"taken", ".hidden"}
+def test_what_is_there_is_not_touched(here, tmp_path: Path):
+    (file := tmp_path / "file").write_text("mine")
+    (folder := tmp_path / "folder").mkdir()
+    (folder / ".hidden").write_text("mine")
+    for taken in (file, folder):
+        done = here("init", str(taken))
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(f"{taken} is not an empty folder: nothing was written.")
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"file", ".hidden"}
