@@ -1,3 +1,5 @@
+"""The receiver as an ASGI app: what is taken, and what each refusal says."""
+
 from __future__ import annotations
 
 import gzip
@@ -17,6 +19,8 @@ from prefect_crew.webhooks import recent_bearer
 from support.webhooks import BODIES, SECRET, Kept, headers_of, url_of
 
 Urls = Callable[..., Webhooks]
+BODY = json.dumps(BODIES["crew-first"]).encode()
+MIB = 1024 * 1024
 
 
 @pytest.mark.parametrize("which", BODIES)
@@ -24,15 +28,12 @@ async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.
     kind, hooks = which.partition("-")[0], urls()
     answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
     assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
-    assert {event.name.partition(".")[0] for event in kept.events} == {kind}
-    assert {event.hook.idempotency_key for event in kept.events} == {"city/lisbon"}
-
-
-STALE = {"expires": datetime.now(UTC) - timedelta(seconds=1)}
+    found = {(event.name.partition(".")[0], event.hook.idempotency_key) for event in kept.events}
+    assert found == {(kind, "city/lisbon")}
 
 
 async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient, kept: Kept, urls: Urls):
-    good, stale = urls(), urls(**STALE)
+    good, stale = urls(), urls(expires=datetime.now(UTC) - timedelta(seconds=1))
     crew, human = url_of(good, "crew"), url_of(good, "human_input")
     posts = [
         crew[:-1] + ("A" if crew[-1] != "A" else "B"),
@@ -51,8 +52,7 @@ async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient,
     answers += [await client.request(method, crew) for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")]
     answers.append(await client.post(human, json={}, headers={"Authorization": "Bearer wrong"}))
     seen = {(answer.status_code, answer.text, tuple(sorted(answer.headers.items()))) for answer in answers}
-    assert len(seen) == 1
-    assert seen.pop()[:2] == (404, '{"error":"not found"}')
+    assert [one[:2] for one in seen] == [(404, '{"error":"not found"}')]
     assert kept.events == []
 
 
@@ -61,68 +61,50 @@ async def test_no_byte_of_a_body_is_read_before_its_token_is_known(client: httpx
         raise AssertionError("it was read")
         yield b""
 
-    answer = await client.post("/hooks/crew/AAAA", content=body())
-    assert answer.status_code == 404
+    assert (await client.post("/hooks/crew/AAAA", content=body())).status_code == 404
+
+
+async def parts(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), 65536):
+        yield body[start : start + 65536]
+
+
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.parametrize(
-    ("type_", "status"),
+    ("content", "headers", "status"),
     [
-        ("application/json", 200),
-        ("Application/JSON; charset=utf-8", 200),
-        ("application/vnd.crew+json", 200),
-        ("", 200),
-        ("text/plain", 415),
-        ("image/svg+json", 415),
-        ("gzip", 415),
+        pytest.param(BODY, JSON, 200, id="json"),
+        pytest.param(BODY, {"Content-Type": "Application/JSON; charset=utf-8"}, 200, id="charset"),
+        pytest.param(BODY, {"Content-Type": "application/vnd.crew+json"}, 200, id="like-json"),
+        pytest.param(BODY, {}, 200, id="no-type"),
+        pytest.param(BODY, {"Content-Type": "text/plain"}, 415, id="text"),
+        pytest.param(BODY, {"Content-Type": "image/svg+json"}, 415, id="image"),
+        pytest.param(gzip.compress(BODY), {**JSON, "Content-Encoding": "gzip"}, 415, id="gzip"),
+        pytest.param(b"", JSON, 400, id="empty"),
+        pytest.param(b"nonsense", JSON, 400, id="no-json"),
+        pytest.param(b"[]", JSON, 400, id="list"),
+        pytest.param(b'{"status": "completed"}', JSON, 400, id="names-no-run"),
+        pytest.param(b"\xff\xfe\x00", JSON, 400, id="no-text"),
+        pytest.param(b'{"kickoff_id":' * 60_000, JSON, 400, id="deep"),
+        pytest.param(b'{"kickoff_id": ' + b"9" * 900_000 + b"}", JSON, 400, id="huge-number"),
+        pytest.param(BODY.ljust(MIB), JSON, 200, id="as-large-as-may-be"),
+        pytest.param(BODY.ljust(MIB + 1), JSON, 413, id="too-large"),
+        *(
+            pytest.param(b"{}", {"content-length": length}, 413, id=f"length-{length[:5]}")
+            for length in ("-1", "1e3", "9" * 50, "x", "²")
+        ),
     ],
 )
-async def test_json_only(type_: str, status: int, client: httpx.AsyncClient, urls: Urls, kept: Kept):
-    body, headers = json.dumps(BODIES["crew-first"]).encode(), {"Content-Type": type_} if type_ else {}
-    if type_ == "gzip":
-        body, headers = gzip.compress(body), {"Content-Type": "application/json", "Content-Encoding": type_}
-    answer = await client.post(url_of(urls(), "crew"), content=body, headers=headers)
-    assert answer.status_code == status
-    assert len(kept.events) == (status == 200)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(b"", id="empty"),
-        pytest.param(b"nonsense", id="no-json"),
-        pytest.param(b"[]", id="list"),
-        pytest.param(b'{"status": "completed"}', id="names-no-run"),
-        pytest.param(b"\xff\xfe\x00", id="no-text"),
-        pytest.param(b'{"kickoff_id":' * 60_000, id="deep"),
-        pytest.param(b'{"kickoff_id": ' + b"9" * 900_000 + b"}", id="huge-number"),
-    ],
-)
-async def test_what_is_no_webhooks_body_gets_a_400(body: bytes, client: httpx.AsyncClient, urls: Urls, kept: Kept):
-    answer = await client.post(url_of(urls(), "crew"), content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400
-    assert kept.events == []
-
-
-@pytest.mark.parametrize("chunked", [pytest.param(False, id="length"), pytest.param(True, id="chunked")])
-async def test_bodies_are_capped(chunked: bool, client: httpx.AsyncClient, urls: Urls, kept: Kept):
-    async def parts(body: bytes) -> AsyncIterator[bytes]:
-        for start in range(0, len(body), 65536):
-            yield body[start : start + 65536]
-
-    for size, status in ((1024 * 1024, 200), (1024 * 1024 + 1, 413)):
-        body = json.dumps(BODIES["crew-first"]).encode().ljust(size)
-        answer = await client.post(url_of(urls(), "crew"), content=parts(body) if chunked else body)
-        assert answer.status_code == status
-    assert len(kept.events) == 1
-
-
-@pytest.mark.parametrize("length", ["-1", "1e3", "9" * 50, "x", "²"])
-async def test_a_length_that_is_none_is_too_much(length: str, client: httpx.AsyncClient, urls: Urls):
-    answer = await client.post(
-        url_of(urls(), "crew"), content=b"{}", headers=[(b"content-length", length.encode("latin-1"))]
-    )
-    assert answer.status_code == 413
+async def test_what_is_no_webhooks_body_is_refused(
+    content: bytes, headers: dict[str, str], status: int, client: httpx.AsyncClient, urls: Urls, kept: Kept
+):
+    sent = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    answer = await client.post(url_of(urls(), "crew"), content=content, headers=sent)
+    assert (answer.status_code, len(kept.events)) == (status, int(status == 200))
+    if "content-length" not in headers:  # in chunks, which do not tell their length before
+        assert (await client.post(url_of(urls(), "crew"), content=parts(content), headers=sent)).status_code == status
 
 
 async def test_health_and_readiness(client: httpx.AsyncClient, kept: Kept, urls: Urls):
@@ -137,21 +119,23 @@ async def test_health_and_readiness(client: httpx.AsyncClient, kept: Kept, urls:
 
 async def test_it_can_be_mounted_into_an_app(kept: Kept, urls: Urls):
     app = Starlette(routes=[Mount("/of/crews", create_receiver(SECRET, forwarder=kept))])
-    hooks = urls(base="http://mine.example/of/crews")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mine.example") as client:
-        answer = await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])
-        assert answer.status_code == 200
+        url = url_of(urls(base="http://mine.example/of/crews"), "crew")
+        assert (await client.post(url, json=BODIES["crew-first"])).status_code == 200
         assert (await client.get("/of/crews/health")).status_code == 200
         assert (await client.post("/of/crews/hooks/crew/x")).json() == {"error": "not found"}
     assert len(kept.events) == 1
 
 
-def test_a_receiver_needs_a_secret(monkeypatch: pytest.MonkeyPatch, kept: Kept):
+def test_a_receiver_needs_a_secret_and_a_prefect_api(monkeypatch: pytest.MonkeyPatch, kept: Kept):
     monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", raising=False)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
         create_receiver(forwarder=kept)
     with pytest.raises(ConfigurationError, match="5 characters"):
         create_receiver("short", forwarder=kept)
+    with pytest.raises(ConfigurationError, match="PREFECT_API_URL"):
+        create_receiver(SECRET)
 
 
 async def test_a_receiver_with_a_new_secret_still_takes_what_the_old_one_signed(kept: Kept, urls: Urls):
@@ -161,15 +145,7 @@ async def test_a_receiver_with_a_new_secret_still_takes_what_the_old_one_signed(
             hooks, body = urls(), BODIES[f"{kind}-first"]
             answer = await client.post(url_of(hooks, kind), json=body, headers=headers_of(hooks, kind))
             assert answer.status_code == 200
-        for signer in (SECRET, "n" * 40):
+        for signer, status in ((SECRET, 200), ("n" * 40, 200), ("o" * 40, 404)):
             bearer = {"Authorization": f"Bearer {recent_bearer(signer)}"}
-            assert (await client.get("/recent", headers=bearer)).status_code == 200
-        bearer = {"Authorization": f"Bearer {recent_bearer('o' * 40)}"}
-        assert (await client.get("/recent", headers=bearer)).status_code == 404
+            assert (await client.get("/recent", headers=bearer)).status_code == status
     assert len(kept.events) == 2
-
-
-def test_a_receiver_needs_a_prefect_api(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    with pytest.raises(ConfigurationError, match="PREFECT_API_URL"):
-        create_receiver(SECRET)

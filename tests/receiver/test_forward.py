@@ -67,8 +67,7 @@ async def test_a_webhook_becomes_an_event_about_its_run(which: str, key: str, fo
         "prefect-crew.idempotency-key": key,
         "prefect-crew.crew": "travel",
     }
-    related = {one["prefect.resource.role"]: one["prefect.resource.id"] for one in event["related"]}
-    assert related == {
+    assert {one["prefect.resource.role"]: one["prefect.resource.id"] for one in event["related"]} == {
         "crew": "prefect-crew.crew.travel",
         "step": "prefect-crew.step.research",
         "flow-run": f"prefect.flow-run.{known.flow_run_id}",
@@ -78,14 +77,10 @@ async def test_a_webhook_becomes_an_event_about_its_run(which: str, key: str, fo
     assert (payload["idempotency_key"], payload["kickoff_id"], payload["attempt"]) == (key, f"id-of-{key}", 1)
 
 
-async def test_without_a_record_the_event_is_about_the_idempotency_key(key: str, forwarder: Forwarder):
-    forwarder.put(event_about(key, attempt=None))
-    (event,) = await events_of(key)
-    assert event["resource"]["prefect.resource.id"] == f"prefect-crew.run.{key}"
-    assert (event["payload"]["kickoff_id"], event["related"]) == (None, [])
-
-
-async def test_the_attempt_of_the_url_chooses_among_records(key: str, forwarder: Forwarder):
+async def test_the_attempt_of_the_url_chooses_among_records_and_without_one_it_is_about_the_key(
+    key: str, forwarder: Forwarder
+):
+    forwarder.put(event_about(f"{key}/x", attempt=None))
     for attempt in (1, 2):
         assert await PrefectRecords().claim(record(key, attempt=attempt, kickoff_id=f"{key}-{attempt}"))
     for attempt in (1, 2, None):
@@ -93,6 +88,9 @@ async def test_the_attempt_of_the_url_chooses_among_records(key: str, forwarder:
     events = await events_of(key, at_least=3)
     found = {event["payload"]["said"]["task_id"]: event["payload"]["kickoff_id"] for event in events}
     assert found == {"1": f"{key}-1", "2": f"{key}-2", "None": f"{key}-2"}
+    (event,) = await events_of(f"{key}/x")
+    assert event["resource"]["prefect.resource.id"] == f"prefect-crew.run.{key}/x"
+    assert (event["payload"]["kickoff_id"], event["related"]) == (None, [])
 
 
 async def test_what_comes_while_prefect_is_away_waits_and_the_oldest_is_dropped(

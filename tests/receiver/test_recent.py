@@ -76,19 +76,17 @@ async def test_calls_of_models_are_told_with_their_counts_and_no_text(client: ht
     assert "model" not in odd["said"]
 
 
-@pytest.mark.parametrize("authorization", [None, "", "Bearer ", "Bearer wrong", f"Basic {recent_bearer(SECRET)}"])
-async def test_whoever_has_not_the_secret_gets_the_same_404(client: httpx.AsyncClient, authorization: str | None):
-    headers = {} if authorization is None else {"Authorization": authorization}
-    answer = await client.get("/recent", headers=headers)
-    assert (answer.status_code, answer.json()) == (404, {"error": "not found"})
+async def test_whoever_has_not_the_secret_gets_the_same_404(client: httpx.AsyncClient):
+    for given in (None, "", "Bearer ", "Bearer wrong", f"Basic {recent_bearer(SECRET)}"):
+        answer = await client.get("/recent", headers={} if given is None else {"Authorization": given})
+        assert (answer.status_code, answer.json()) == (404, {"error": "not found"})
 
 
-@pytest.mark.parametrize("cursor", ["other-1", "nonsense", "-", "9" * 50, "\u2603"])
-async def test_whoever_has_no_cursor_of_this_start_gets_the_latest(client: httpx.AsyncClient, urls: Urls, cursor: str):
+async def test_whoever_has_no_cursor_of_this_start_gets_the_latest(client: httpx.AsyncClient, urls: Urls):
     await deliver(client, urls(), "crew-first")
-    for after, missed in (("", False), (cursor, True)):
+    for after in ("", "other-1", "nonsense", "-", "9" * 50, "\u2603"):
         answer = await ask(client, after)
-        assert (answer["missed"], len(answer["webhooks"])) == (missed, 1)
+        assert (answer["missed"], len(answer["webhooks"])) == (bool(after), 1)
         assert str(answer["cursor"]).endswith("-1")
 
 
