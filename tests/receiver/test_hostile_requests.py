@@ -45,10 +45,6 @@ def hostile_requests(urls: Callable[..., Webhooks]) -> dict[str, Hostile]:
         token[at] = rng.choice("ABCDEFGHabcdefgh0123456789-_~!.".replace(token[at], ""))
         return (request("POST", "".join(token), bodies[kind], headers_of(forged, kind)),)
 
-    def random_token(rng: random.Random) -> tuple[bytes, ...]:
-        token = "".join(rng.choices("ABCDEFGHIJabcdefghij0123456789-_%", k=rng.randrange(3000)))
-        return (request("POST", f"/hooks/{rng.choice(['crew', 'task', 'x', ''])}/{token}", b"{}"),)
-
     def deep(rng: random.Random) -> tuple[bytes, ...]:
         opening = rng.choice([b"[", b'{"kickoff_id":', b'{"meta":[', b'{"events":[{"data":'])
         return post(opening * (rng.randrange(1000, 500_000) // len(opening)))
@@ -63,19 +59,14 @@ def hostile_requests(urls: Callable[..., Webhooks]) -> dict[str, Hostile]:
 
     return {
         "forged": mangled,
-        "random": random_token,
         "stale": lambda _: post(bodies["crew"], hooks=stale),
-        "wrong-kind": lambda _: (request("POST", path(good, "crew").replace("/crew/", "/step/"), bodies["step"]),),
-        "no-bearer": lambda _: post(bodies["human_input"], kind="human_input"),
         "replayed": lambda _: post(bodies["step"], kind="step"),
         "oversize": lambda rng: post(b" " * rng.randrange(MIB + 1, 3 * MIB)),
         "chunked": chunked,
         "deep": deep,
-        "wrong-type": lambda rng: post(bodies["crew"], Content_Type=rng.choice(["text/plain", "é", "application/x"])),
         "no-body-of-ours": lambda rng: post(rng.choice([b"", b"[]", b"null", b"{}", b"\xff", b'"x"', b"1e999"])),
         "cut-off": cut_off,
         "garbage": lambda rng: (rng.randbytes(rng.randrange(1, 4000)) + b"\r\n\r\n",),
-        "method": lambda rng: (request(rng.choice(["GET", "PUT", "DELETE", "TRACE"]), path(good, "crew"), b"{}"),),
         "head": lambda rng: (request("POST", "/hooks/crew/x", b"", {"X-Long": "y" * rng.randrange(100_000)}),),
     }
 
@@ -128,7 +119,6 @@ async def test_none_of_ten_thousand_hostile_requests_does_anything(
         "oversize": {413, None},
         "chunked": {413, None},
         "deep": {400},
-        "wrong-type": {415},
         "no-body-of-ours": {400},
         "cut-off": {None},
         "garbage": {400, None},
