@@ -124,7 +124,6 @@ OTHERS = {
     "ClaimLostError": "batches.ledger runs.kickoff",
     "OSError": "batches.database cli.serve",
     "RuntimeError": "_internal.web_server",
-    "UsageError": "cli._options cli._output cli.deploy cli.reviews cli.runs",
     "TerminatedError": "cli.app",
     # Prefect's signals, and methods that a subclass has.
     "CancelledError": "_internal.flow_engine",

@@ -6,7 +6,7 @@ The exit codes are a table in docs/reference/cli.md too; a test keeps the two eq
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cyclopts import CycloptsError
@@ -26,11 +26,6 @@ from prefect_crew.exceptions import (
     KickoffUncertainError,
 )
 
-
-class UsageError(Exception):
-    """The command line itself makes no sense."""
-
-
 OTHER, USAGE, ROWS, INTERRUPTED, CLOSED_PIPE, TERMINATED = 1, 2, 6, 130, 141, 143
 EXIT_CODES: Mapping[int, str] = {
     0: "done",
@@ -44,21 +39,14 @@ EXIT_CODES: Mapping[int, str] = {
     CLOSED_PIPE: "the reader of the output has gone (a closed pipe)",
     TERMINATED: "ended by SIGTERM or SIGHUP",
 }
-_CODES: Mapping[type[BaseException], int] = {
-    CycloptsError: USAGE,
-    UsageError: USAGE,
-    ConfigurationError: USAGE,
-    InvalidInputsError: USAGE,
-    DatasetError: USAGE,
-    CrewFailedError: 3,
-    CrewStoppedError: 3,
-    CrewLostError: 3,
-    KickoffUncertainError: 4,
-    CrewTimeoutError: 5,
-    BatchFailedError: ROWS,
-    BadRowsError: ROWS,
-    KeyboardInterrupt: INTERRUPTED,
-    BrokenPipeError: CLOSED_PIPE,
+_CODES: Mapping[int, Sequence[type[BaseException]]] = {
+    USAGE: (CycloptsError, ConfigurationError, InvalidInputsError, DatasetError),
+    3: (CrewFailedError, CrewStoppedError, CrewLostError),
+    4: (KickoffUncertainError,),
+    5: (CrewTimeoutError,),
+    ROWS: (BatchFailedError, BadRowsError),
+    INTERRUPTED: (KeyboardInterrupt,),
+    CLOSED_PIPE: (BrokenPipeError,),
 }
 
 
@@ -67,15 +55,10 @@ def is_signal(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or type(error).__name__ in ("TerminatedError", "TerminationSignal")
 
 
-def is_usage(error: BaseException) -> bool:
-    """Return whether the command line itself makes no sense."""
-    return isinstance(error, UsageError | CycloptsError)
-
-
 def exit_code(error: BaseException) -> int:
     """Return the exit code of an error: that of the first of its classes that has one."""
-    other = TERMINATED if is_signal(error) else OTHER
-    return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), other)
+    found = (code for kind in type(error).__mro__ for code, kinds in _CODES.items() if kind in kinds)
+    return next(found, TERMINATED if is_signal(error) else OTHER)
 
 
 def message(error: BaseException, run: str | None = None) -> str:
@@ -90,13 +73,9 @@ def message(error: BaseException, run: str | None = None) -> str:
     import httpx  # errors of it come from Prefect's client: those of the crew's client are errors of this package
 
     said = reason(error)
-    if isinstance(error, CrewError) or is_usage(error):
-        # Whoever means another option than --yes would confirm what was not asked yet.
-        said = said.replace(" Did you mean --yes?", "").replace("into timedelta", "into a time such as 90m, 4h or 30d")
-        said = said.replace("into float|Literal[continue, stop]", "into a number, continue or stop")
-        said = _MISSING.sub(r"prefect-crew \1: \2 is missing or has no value.", said)
-        said = said.removeprefix("Invalid values for group What to deploy, one of. ")
-        said = said.removeprefix("Invalid values for group When it runs, one of. ")
+    if isinstance(error, CrewError | CycloptsError):
+        for words, plain in _PLAIN.items():
+            said = re.sub(words, plain, said)
         return by_options(said)
     response: httpx.Response | None = getattr(error, "response", None)
     is_away = response is None or response.status_code in (502, 503, 504)
@@ -135,7 +114,14 @@ def _refusal(response: Any) -> str:
     return ", ".join(filter(None, (answered, " ".join(str(detail).split()))))
 
 
-_MISSING = re.compile(r'Command "([^"]+)" parameter (\S+) requires an argument\.')
+_PLAIN = {
+    " Did you mean --yes\\?": "",  # whoever means another option would confirm what was not asked yet
+    "into timedelta": "into a time such as 90m, 4h or 30d",
+    r"into float\|Literal\[continue, stop\]": "into a number, continue or stop",
+    r'Command "([^"]+)" parameter (\S+) requires an argument\.': r"prefect-crew \1: \2 is missing or has no value.",
+    r"^Invalid values for group [^.]+\. ": "",
+}
+"""What stands for the words of the parser."""
 _ARGUMENT = re.compile(
     r"(?<!in Python )\b(on_change|on_bad_row|max_in_flight|retry_failed|ledger|format|encoding|every|schedule|"
     r"force_new|crew)=(?:True\b|'([^']*)'|(…|\d+))"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from cyclopts import Parameter
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import UsageError, reason
+from prefect_crew.cli._errors import reason
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.exceptions import ConfigurationError
 
@@ -104,7 +104,7 @@ class CrewAccess:
         if is_url(crew):
             return self.block(crew).crew
         if self._is_on_command_line:
-            raise UsageError(f"--token is for a URL; the crew {crew!r} is stored together with its token.")
+            raise ConfigurationError(f"--token is for a URL; the crew {crew!r} is stored together with its token.")
         from prefect_crew.blocks import load_crew
 
         try:
@@ -152,15 +152,15 @@ def read_pairs(pairs: Sequence[str], value: str = "value") -> dict[str, str]:
     """Return `name=value` pairs as a dictionary; a value may hold further equals signs.
 
     Raises:
-        UsageError: One is no such pair, or a name is given twice.
+        ConfigurationError: One is no such pair, or a name is given twice.
     """
     found: dict[str, str] = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
         if not sign or not name.strip():
-            raise UsageError(f"-i {pair!r}: give it as name={value}.")
+            raise ConfigurationError(f"-i {pair!r}: give it as name={value}.")
         if name in found:
-            raise UsageError(f"-i {name}: it is given twice.")
+            raise ConfigurationError(f"-i {name}: it is given twice.")
         found[name] = text
     return found
 
@@ -169,8 +169,7 @@ def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, An
     """Return the inputs of a run: those of the file, JSON or YAML, with those of the pairs laid over them.
 
     Raises:
-        UsageError: A pair is none.
-        ConfigurationError: The file cannot be read, or holds no object, or a value cannot be sent.
+        ConfigurationError: A pair is none; the file cannot be read, or holds no object; or a value cannot be sent.
     """
     inputs = read_pairs(pairs or ())
     if file is None:

@@ -18,9 +18,8 @@ from rich.prompt import Confirm
 from rich.table import Table
 
 from prefect_crew._text import plain
-from prefect_crew.cli._errors import UsageError
 from prefect_crew.client.redaction import Redactor
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import ConfigurationError, CrewError
 
 if TYPE_CHECKING:
     from prefect_crew.cli._progress import SeenRun
@@ -83,13 +82,13 @@ def confirm(question: str, *, yes: bool) -> None:
     """Go on only if a person says so; `yes`: it was said with --yes.
 
     Raises:
-        UsageError: There is no terminal to ask on.
+        ConfigurationError: There is no terminal to ask on.
         CrewError: The answer was no.
     """
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError(f"{question} Without a terminal this needs --yes. Nothing was changed.")
+        raise ConfigurationError(f"{question} Without a terminal this needs --yes. Nothing was changed.")
     try:
         is_sure = Confirm.ask(redact(plain(question)), console=console(stderr=True), default=False)
     except EOFError:  # the end of the input, as Ctrl-D gives it, is no yes

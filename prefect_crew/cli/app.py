@@ -22,7 +22,7 @@ from itertools import pairwise
 from types import FrameType
 from typing import Any
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from prefect_crew.cli import _errors, _output, doctor, serve
 from prefect_crew.cli import run as run_commands
@@ -124,7 +124,7 @@ def run(arguments: list[str]) -> int:
     For an asynchronous command the Prefect API is reached first. Those that ask a person before are not.
 
     Raises:
-        CycloptsError, UsageError: The line makes no sense.
+        CycloptsError: The line makes no sense.
         Exception: Whatever the command raises.
     """
     with Progress(quiet=True) as shown:
@@ -159,7 +159,7 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         _output.note(f"Idempotency key {known['idempotency_key']}", "dim")
     if "flow_run_url" in known:
         _output.note(known["flow_run_url"], "dim")
-    if _errors.is_usage(error):
+    if isinstance(error, CycloptsError):
         _output.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
     if as_json:
         _output.put_json({"error": {"type": type(error).__name__, "message": text, "exit_code": code, **known}})

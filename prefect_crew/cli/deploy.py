@@ -18,7 +18,7 @@ from prefect.schedules import Cron, Interval, Schedule
 from prefect.settings import get_current_settings
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import UsageError, reason
+from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import CrewAccess, InputFile, Inputs, Key, Output, Pool, gather_inputs, is_url, read_text
 from prefect_crew.cli._prefect import page_url, reach_prefect
 from prefect_crew.deployments import (
@@ -75,9 +75,9 @@ def deploy(
             f"{shlex.quote(crew)}, then prefect-crew deploy NAME."
         )
     if flow is not None and key is not None:
-        raise UsageError("--key is for crews and pipelines. Give a flow its own parameter with -i.")
+        raise ConfigurationError("--key is for crews and pipelines. Give a flow its own parameter with -i.")
     if timezone and cron is None and interval is None:
-        raise UsageError("--timezone is that of a schedule: give --cron or --interval too.")
+        raise ConfigurationError("--timezone is that of a schedule: give --cron or --interval too.")
     defaults = gather_inputs(inputs, input_file)
     reach_prefect(lasting=True)
     schedule = _schedule(cron, interval, timezone)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from prefect_crew.client._client import CrewClient
 
-PREFECT_FLOOR = "3.8.0"
-"""The oldest Prefect that this package works with."""
 MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
 
@@ -133,12 +131,6 @@ async def check_crew(client: CrewClient, found: Findings) -> None:
         found.add("ok", "inputs", f"the crew takes {names or 'none that it names'}")
 
 
-def is_older(version: str, than: str) -> bool:
-    """Return whether a version such as 3.8.0 or 3.9.0.dev4 is older than another; by its numbers only."""
-    numbers = [[int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3]] for text in (version, than)]
-    return numbers[0] < numbers[1]
-
-
 async def check_prefect(found: Findings) -> None:
     """Look at Prefect, whose API is known to answer: versions, the block type, records, pools of crew workers.
 
@@ -151,14 +143,12 @@ async def check_prefect(found: Findings) -> None:
 
     own = prefect.__version__
     async with get_client() as client:
-        for subject, version in (("Prefect", own), ("Prefect server", await client.api_version())):
-            if is_older(version, PREFECT_FLOOR):
-                found.add("problem", subject, f"It is {version}.", f"Upgrade it to {PREFECT_FLOOR} or later.")
-            elif is_older(version, own):
-                old = f"It is {version}, older than the {own} that is installed here."
-                found.add("warning", subject, old, "Upgrade it: a server is at least as new as its clients.")
-            else:
-                found.add("ok", subject, f"version {version}")
+        server = await client.api_version()
+        if _numbers(server) < _numbers(own):
+            old = f"It is {server}, older than the {own} that is installed here."
+            found.add("warning", "Prefect server", old, "Upgrade it: a server is at least as new as its clients.")
+        else:
+            found.add("ok", "Prefect server", f"version {server}; here: {own}")
         try:
             blocks = await client.read_block_documents_by_type("deployed-crew")
             names = ", ".join(sorted(str(block.name) for block in blocks)) or "none"
@@ -168,6 +158,10 @@ async def check_prefect(found: Findings) -> None:
             found.add("warning", "block type", "deployed-crew is not registered.", fix)
         await _check_records(found)
         await _check_pools(client, found)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3]]
 
 
 async def _check_records(found: Findings) -> None:

@@ -13,12 +13,11 @@ from cyclopts import App, Parameter
 
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import UsageError
 from prefect_crew.cli._options import CrewAccess, CrewOfRun, Output
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.cli.runs import ago, crew_of, crew_option, needs_crew, short_name
 from prefect_crew.crew import Crew
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import RecordStore, RunRecord, SentReview
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import (
@@ -133,7 +132,7 @@ async def reject(
         feedback: What the crew is to do better.
     """
     if not feedback.strip():
-        raise UsageError("--feedback is empty: the crew needs to know what to do better.")
+        raise ConfigurationError("--feedback is empty: the crew needs to know what to do better.")
     await _answer(run, False, feedback, options, access)
 
 

@@ -16,7 +16,6 @@ from cyclopts import App, Group, Parameter, validators
 from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import UsageError
 from prefect_crew.cli._options import CrewAccess, CrewOfRun, Ledger, Output, Yes
 from prefect_crew.cli._prefect import page_url, reach_prefect
 from prefect_crew.client.models import CrewStatus, StopOutcome
@@ -137,7 +136,7 @@ async def crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> Cr
     """Return the crew of a run: the one that is given, else the stored one; None where that is not its crew."""
     try:
         found = await access.load(crew or record.crew)
-    except (ConfigurationError, UsageError):
+    except ConfigurationError:
         if crew is not None:
             raise
         return None
@@ -349,7 +348,9 @@ def resolve(
         async with _open_store(key, ledger) as (records, batch):
             again = f"prefect-crew batch resume {shlex.quote(batch)}" if batch else "A call with this key"
             if lost and batch:
-                raise UsageError(f"--lost is not for rows of a batch: prefect-crew batch retry {shlex.quote(batch)}.")
+                raise ConfigurationError(
+                    f"--lost is not for rows of a batch: prefect-crew batch retry {shlex.quote(batch)}."
+                )
             record = await (in_flight if lost else unresolved)(key, records)
             if never_started:
                 await resolve_never_started(record, records)

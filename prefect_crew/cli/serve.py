@@ -124,13 +124,8 @@ def start(
     logger.setLevel(logging.DEBUG if _output.current.debug else logging.INFO)
     logger.propagate = False
     app = create_receiver(max_body=int(max_body * 1024 * 1024), forwarder=Forwarder())
-
-    def announce(line: str) -> None:
-        _output.put(line)
-        sys.stdout.flush()  # a parent process reads the line through a pipe
-
     with _listening(host, port):
-        return serve_receiver(app, host=host, port=port, announce=announce)
+        return serve_receiver(app, host=host, port=port)
 
 
 INPUTS = {

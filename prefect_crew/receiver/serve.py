@@ -112,16 +112,13 @@ class ReceiverServer(WebServer):
         await super().shutdown(sockets)
 
 
-def serve_receiver(
-    app: ASGIApp, *, host: str = "127.0.0.1", port: int = 8001, announce: Callable[[str], None] | None = None
-) -> int:
+def serve_receiver(app: ASGIApp, *, host: str = "127.0.0.1", port: int = 8001) -> int:
     """Serve a receiver until Ctrl-C or SIGTERM, forward what it holds, and return 0.
 
     Args:
         app: What `create_receiver` returned.
         host: The address to listen on.
         port: 0 takes a free one.
-        announce: Gets the line that says where it listens, once it does; by default it goes to standard output.
 
     Raises:
         OSError: The port is taken, or the host is not this machine's.
@@ -129,7 +126,7 @@ def serve_receiver(
     bound = open_listener(host, port)
     where = url_of(bound)
     line = f"Listening for webhooks at {where}  State: {where}/ready  Stop: Ctrl-C"
-    server = ReceiverServer(app, on_started=lambda: (announce or print_line)(line))
+    server = ReceiverServer(app, on_started=lambda: print_line(line))
     with contextlib.closing(bound):
         asyncio.run(server.serve(sockets=[bound]))
     return 0

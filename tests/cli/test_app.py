@@ -20,7 +20,7 @@ from pydantic import BaseModel, SecretStr
 from prefect_crew import exceptions
 from prefect_crew.cli import app as module
 from prefect_crew.cli import main, run
-from prefect_crew.cli._errors import EXIT_CODES, UsageError, by_options, exit_code, message, reason
+from prefect_crew.cli._errors import EXIT_CODES, by_options, exit_code, message, reason
 from prefect_crew.cli.app import app
 from prefect_crew.devserver import CrewServer
 from support.commands import environment
@@ -120,8 +120,8 @@ NO_COMMAND = "prefect-crew --help lists the commands; prefect-crew COMMAND --hel
 )
 def test_mistakes_on_the_line_are_usage_errors(here, line: str, said: str, prefect_api):
     done = here(*line.split())
-    assert (done.code, done.out, done.err.strip().endswith(NO_COMMAND)) == (2, "", True)
-    assert said in done.err
+    assert (done.code, done.out) == (2, "")
+    assert (said or NO_COMMAND) in done.err
     assert not re.search("Traceback|timedelta|Invalid values for group|Did you mean --yes", done.err)
 
 
@@ -210,7 +210,6 @@ def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatu
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (UsageError("no"), 2),
         (exceptions.ConfigurationError("no"), 2),
         (exceptions.DatasetError("no", source="x"), 2),
         (exceptions.CrewFailedError(kickoff_id="k", error="no"), 3),

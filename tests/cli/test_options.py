@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 
 from prefect_crew.cli import _options
-from prefect_crew.cli._errors import UsageError
 from prefect_crew.cli._options import CrewAccess, gather_inputs
 from prefect_crew.exceptions import ConfigurationError
 
 
 @pytest.mark.parametrize("pairs", [["topic"], ["=Lisbon"], ["a=1", "a=2"]], ids=["no-sign", "no-name", "twice"])
 def test_pairs_that_make_no_sense(pairs: list[str]):
-    with pytest.raises(UsageError):
+    with pytest.raises(ConfigurationError):
         gather_inputs(pairs, None)
 
 

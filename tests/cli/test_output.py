@@ -14,9 +14,8 @@ from urllib.parse import quote
 import pytest
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import UsageError
 from prefect_crew.client.redaction import MASK
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import ConfigurationError, CrewError
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +64,7 @@ def test_a_file_gets_text_as_it_is_and_tables_with_tabs(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(("typed", "code"), [("y\n", None), ("n\n", 1), ("\n", 1), ("", 1)])
 def test_a_person_confirms_or_nothing_is_done(monkeypatch: pytest.MonkeyPatch, typed: str, code: int | None):
     monkeypatch.setattr("sys.stdin", terminal := io.StringIO(typed))
-    with pytest.raises(UsageError, match="needs --yes"):
+    with pytest.raises(ConfigurationError, match="needs --yes"):
         _output.confirm("Go on?", yes=False)
     _output.confirm("Go on?", yes=True)
     monkeypatch.setattr(terminal, "isatty", lambda: True)
