@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import resource
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -107,47 +106,6 @@ async def test_the_command_takes_webhooks_and_ends_on_a_signal(receiver_process:
     # No log line holds what protects the receiver.
     assert SECRET not in process.output
     assert url_of(hooks, "crew").rpartition("/")[2] not in process.output
-
-
-CONNECTIONS = 2_000
-
-
-@pytest.fixture
-def many_files() -> Iterator[None]:
-    """Let this process open as many connections as it wants to."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * CONNECTIONS + 500
-    if hard != resource.RLIM_INFINITY and hard < wanted:
-        pytest.skip(f"needs {wanted} open files; this machine allows {hard}")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-async def test_it_answers_while_two_thousand_connections_send_nothing(
-    receiver_process: tuple[Process, int], many_files: None, urls: Urls
-):
-    (process, port), idle = receiver_process, list[asyncio.StreamWriter]()
-    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (1024, 1024))
-
-    async def be_idle() -> None:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        idle.append(writer)
-
-    async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as client:
-        for _ in range(2):  # those that were closed come again
-            await asyncio.gather(*(be_idle() for _ in range(CONNECTIONS)))
-            for number in range(5):
-                assert (await client.get(f"http://127.0.0.1:{port}/health")).status_code == 200
-                hooks = urls(f"idle/{len(idle)}/{number}", base=f"http://127.0.0.1:{port}")
-                answered = await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])
-                assert answered.status_code == 200
-    for writer in idle:
-        writer.transport.abort()
-    assert process.running
-    assert len(process.output) < 10_000, "its log is flooded"
 
 
 async def test_beyond_its_limit_the_connection_that_was_idle_for_longest_is_closed(
