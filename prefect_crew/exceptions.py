@@ -354,7 +354,7 @@ class CrewLostError(_RunError):
     last_state: str | None = None
 
     def _text(self) -> str:
-        seen = f"it was last seen {self.last_state}" if self.last_state else "this wait never saw it"
+        seen = f"it was last seen {self.last_state}" if self.last_state else "it was never seen"
         again = "force_new=True starts another"
         if self.last_state == CrewState.COMPLETED:
             seen = "it has completed, but its record does not hold the result, and the server has forgotten it"
@@ -429,7 +429,7 @@ class PipelineFailedError(_FactsError):
         again = f" with idempotency key {self.idempotency_key!r}" if self.idempotency_key else ""
         return (
             f"{'A step' if len(self.failed) == 1 else f'{len(self.failed)} steps'} failed: {why}.{not_run} "
-            f"{len(self.results)} finished and are kept: retry the flow run, or run again{again}, "
+            f"Results that are kept: {len(self.results)}. Retry the flow run, or run again{again}, "
             "to start with what failed."
         )
 

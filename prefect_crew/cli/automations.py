@@ -49,10 +49,9 @@ async def apply(
     a crew worker need none. Alerts are about crews in any flow. What was disabled on Prefect's page stays disabled.
 
     Args:
-        pool: The work pool that recovers, for the deployment recover/crashed; if left out, where that is.
-        notify: The block that alerts go through, as TYPE/NAME: slack-webhook/crew-alerts. Left out, alerts stay as
-            they are.
-        max_attempts: How often a flow run is begun in all.
+        pool: The work pool of the deployment recover/crashed, which recovers; if left out, the one that it has.
+        notify: The block that sends alerts, such as slack-webhook/crew-alerts. Left out, alerts are not changed.
+        max_attempts: How many attempts a flow run gets, the first one included.
         waiting: How long a crew may wait for a person before there is an alert: 4h, 90m.
     """
     async with get_client() as client:

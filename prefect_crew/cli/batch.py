@@ -97,7 +97,7 @@ class RunChoices(BatchChoices):
     """How a batch goes on when rows fail, and when it is called again or cancelled.
 
     Args:
-        on_failure: continue; stop at the first failed row; or stop after this number, or share below 1, of them.
+        on_failure: continue; stop at the first failed row; or a number of failed rows, or a share below 1, to stop at.
         on_change: What to do when the rows or the crew have changed.
         on_cancel: What to do with runs in flight at Ctrl-C or a cancellation: stop, wait for (drain), or leave them.
         retries: How many more times to kick off a failed row.
@@ -198,7 +198,7 @@ async def plan(
     choices: BatchChoices = BatchChoices(),
     access: CrewAccess = CrewAccess(),
 ) -> int:
-    """Check every row, and say how many runs, how long and how much. Nothing is started.
+    """Check every row, and say how many runs it takes, how long and what it costs. Nothing is started.
 
     Args:
         name: The batch, to see what is left of it.

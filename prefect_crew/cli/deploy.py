@@ -63,7 +63,7 @@ def deploy(
         flow: The import path of an asynchronous flow, my_package.flows.my_flow.
         pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default one.
         cron: A cron schedule. Each required input then needs a default.
-        interval: A schedule: one run every so many seconds.
+        interval: A schedule: the seconds between two runs.
         timezone: The schedule's time zone, such as Europe/Lisbon.
         name: The deployment's name; that of the crew or pipeline if left out.
         concurrency_limit: How many of its flow runs may go on at once.

@@ -44,7 +44,7 @@ class AnswerOptions:
         by: Who answers, for the record; if left out, this machine's user.
         task: The task, if the status does not name it.
         option: The outcome, for a CrewAI Flow that offers several; `reviews inspect` shows them.
-        round: Answer only if it is at this round of questions.
+        round: Answer only if the run asks in this round, which `reviews inspect` shows.
     """
 
     by: str | None = None

@@ -73,7 +73,7 @@ def run(
     """Run a crew through Prefect, wait, and write its result. A second run with the same --key finds the first one.
 
     Args:
-        name: The step's name, shown in task names and part of a key that is left out.
+        name: A name for the run, shown in task names. Without --key, it is part of the idempotency key.
         force_new: Start a new run even if the key has one.
         restore_from: The id of a saved state of a CrewAI Flow, from which the run starts.
         allow_extra: Also send inputs that the crew does not name.

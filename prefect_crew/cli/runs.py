@@ -404,8 +404,7 @@ def prune(
     """Remove old records of ended runs. A later call with such a key then starts a new run.
 
     Args:
-        older_than: How long ago a run and its flow runs have ended: 90d, 12h, 2w. At least 1h; left out, 30d or what
-            PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS says.
+        older_than: How long ago a run and its flow runs ended: 90d, 12h, at least 1h; left out, 30d or the setting.
         dry_run: Only count.
     """
     reach_prefect()

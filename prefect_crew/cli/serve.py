@@ -56,12 +56,12 @@ def serve(
 
     Args:
         spec: A bundled crew (travel, echo), a YAML script, or CrewAI code as module:factory.
-        token: The token that it takes; a random one if left out. Other users of this machine can see it here.
+        token: The token that it accepts; a random one if left out. On the command line other users can see it.
         response_format: How the server words its answers.
-        generation: How it words webhooks.
+        generation: How the server words its webhooks.
         fault: A fault to inject, such as kickoff:500; can be repeated.
-        speed: How many times faster than its seconds say a script runs.
-        no_stop: Have no /stop, as some servers.
+        speed: How many times faster a script runs than its seconds say.
+        no_stop: Serve without /stop, as some servers do.
         max_runs: How many runs go on at once; others are pending.
     """
     from prefect_crew.devserver import serve as serve_crew
@@ -111,7 +111,7 @@ def start(
     PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET signs them: set the same one here and where crews are kicked off.
 
     Args:
-        max_body: The largest webhook in MiB; one holds the crew's whole result.
+        max_body: The largest webhook that is taken, in MiB; a webhook holds the crew's whole result.
     """
     from prefect_crew.receiver.app import create_receiver
     from prefect_crew.receiver.forward import Forwarder
