@@ -20,7 +20,6 @@ from prefect_crew.cli._prefect import reach_prefect
 from prefect_crew.cli.deploy import apply_deployment
 from prefect_crew.deployments import (
     RECOVER,
-    TAG,
     alert_automations,
     apply_automation,
     build_deployment,
@@ -72,19 +71,10 @@ async def ls(*, output: Output = None) -> None:
 
 
 @app.command
-def rm(*names: Annotated[str, Parameter(name="NAME")], yes: Yes = False, output: Output = None) -> None:
-    """Remove automations of this package: those that are named, or all.
-
-    Args:
-        names: The name of one, such as recover; can be repeated.
-    """
+def rm(*, yes: Yes = False, output: Output = None) -> None:
+    """Remove the automations of this package. To remove one of them: prefect automation delete NAME."""
     reach_prefect(lasting=True)
-    asked = [f"{TAG}: {name.removeprefix(f'{TAG}: ')}" for name in names]
-    found = [one for one in asyncio.run(_read()) if not asked or one.name in asked]
-    if missing := set(asked) - {one.name for one in found}:
-        raise ConfigurationError(
-            f"There is no automation {', '.join(sorted(missing))}. To list them: prefect-crew automations ls."
-        )
+    found = asyncio.run(_read())
     if found:
         _output.confirm(f"Remove the automations {', '.join(one.name for one in found)}?", yes=yes)
 
@@ -95,7 +85,7 @@ def rm(*names: Annotated[str, Parameter(name="NAME")], yes: Yes = False, output:
 
     asyncio.run(remove())
     _put(found, output, dict.fromkeys([one.name for one in found], "removed"))
-    if not output and any(one.name == f"{TAG}: recover" for one in found):
+    if not output and found:
         _output.put(f"The deployment stays. To delete it: prefect deployment delete {RECOVER}")
 
 
