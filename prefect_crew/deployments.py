@@ -28,6 +28,7 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.callables import parameter_schema
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
+from prefect_crew._internal.prefect_api import read_all_flow_runs
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ConfigurationError
@@ -387,21 +388,14 @@ async def _known_runs(
     """Return, by their times, the flow runs that the schedule or an earlier backfill has created."""
     known: dict[datetime, FlowRun] = {}
     between = ExpectedStartTime.model_validate({"after_": times[0], "before_": times[-1]})
-    for offset in itertools.count(step=PAGE):
-        page = await client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(expected_start_time=between),
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[target.id])),
-            limit=PAGE,
-            offset=offset,
-        )
-        for run in page:
-            by, moment = run.created_by, run.expected_start_time and _utc(run.expected_start_time, time.min)
-            # A new deploy may give a schedule another id; its slug stays.
-            is_scheduled = by is not None and by.type == "SCHEDULE" and schedule.slug in (None, by.display_value)
-            if moment and (is_scheduled or run.idempotency_key == _backfill_key(target, schedule, moment)):
-                known.setdefault(moment, run)
-        if len(page) < PAGE:
-            break
+    of_target = DeploymentFilter(id=DeploymentFilterId(any_=[target.id]))
+    runs = FlowRunFilter(expected_start_time=between)
+    for run in await read_all_flow_runs(client, flow_run_filter=runs, deployment_filter=of_target):
+        by, moment = run.created_by, run.expected_start_time and _utc(run.expected_start_time, time.min)
+        # A new deploy may give a schedule another id; its slug stays.
+        is_scheduled = by is not None and by.type == "SCHEDULE" and schedule.slug in (None, by.display_value)
+        if moment and (is_scheduled or run.idempotency_key == _backfill_key(target, schedule, moment)):
+            known.setdefault(moment, run)
     return known
 
 

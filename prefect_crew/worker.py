@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import itertools
 import json
 import os
 import signal
@@ -49,6 +48,7 @@ from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs, run_held_flow
+from prefect_crew._internal.prefect_api import read_all_flow_runs
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._transport import shared_connections
 from prefect_crew.exceptions import ConfigurationError, CrewError
@@ -102,16 +102,8 @@ async def read_flow_runs(client: PrefectClient, pool: str, *states: FlowRunFilte
     """Return the flow runs of a pool in these kinds of states."""
     found: list[FlowRun] = []
     for state in states:
-        for offset in itertools.count(step=PAGE):
-            page = await client.read_flow_runs(
-                flow_run_filter=FlowRunFilter(state=state),
-                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
-                limit=PAGE,
-                offset=offset,
-            )
-            found += page
-            if len(page) < PAGE:
-                break
+        of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+        found += await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(state=state), work_pool_filter=of_pool)
     return found
 
 
@@ -173,7 +165,7 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
     while at < len(ids):  # the subflows, level by level
         parents = FlowRunFilterParentFlowRunId(any_=ids[at:])
         at = len(ids)
-        children = await client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
+        children = await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
         ids += [one.id for one in children]
     names = {str(one) for one in ids}
     records, log = PrefectRecords(), flow_run_logger(flow_run)

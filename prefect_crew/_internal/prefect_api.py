@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import ContextModel, FlowRunContext
 from prefect.exceptions import MissingContextError, PrefectException, PrefectHTTPStatusError
 from prefect.logging import get_run_logger
@@ -53,6 +54,17 @@ def flow_run_id() -> str | None:
     """Return the id of the flow run around this call."""
     context = FlowRunContext.get()
     return None if context is None or context.flow_run is None else str(context.flow_run.id)
+
+
+async def read_all_flow_runs(client: PrefectClient, **filters: Any) -> list[FlowRun]:
+    """Return all flow runs that fit the filters of `read_flow_runs`, which gives 200 at once at most."""
+    found: list[FlowRun] = []
+    while len(found) % 200 == 0:
+        page = await client.read_flow_runs(**filters, limit=200, offset=len(found))
+        found += page
+        if not page:
+            break
+    return found
 
 
 async def label_flow_run(*, name: str) -> None:
