@@ -416,7 +416,7 @@ def prune(
             _output.confirm(question, yes=yes)
         done = asyncio.run(prune_records(records, older_than=older_than))
     verb = "would be removed" if dry_run else "removed"
-    said = f"{done.runs} records {verb}, {done.notes} left-over notes too; {done.kept} records stay."
+    said = f"{done.runs} records and {done.notes} left-over notes {verb}. {done.kept} records stay."
     _output.put(said, json=output and {**vars(done), "dry_run": dry_run})
 
 

@@ -165,7 +165,7 @@ def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
     assert (counted["runs"] >= 1, counted["dry_run"]) == (True, True)
     assert here("runs", "inspect", old.idempotency_key).code == 0
     assert here("runs", "prune").code == 2, "nobody confirmed"
-    assert here("runs", "prune", "--yes").out.startswith(f"{counted['runs']} records removed")
+    assert here("runs", "prune", "--yes").out.startswith(f"{counted['runs']} records and ")
     assert here("runs", "inspect", old.idempotency_key).code == 1
     assert here("runs", "inspect", open_.idempotency_key).code == 0
 
