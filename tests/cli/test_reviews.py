@@ -65,7 +65,7 @@ def reviewed_rows(block: str, name: str, folder: Path, rows: int, wait: WaitPoli
 def test_what_waits_is_listed_answered_once_a_round_and_goes_on(
     here: Any, block: str, crews: CrewServer, listed: Any, tmp_path: Path, rows: int
 ) -> None:
-    name = f"asked {uuid.uuid4()}"
+    name = f"asked {uuid.uuid4().hex[:8]}"
     key = f"batch/{name}/row 0" if rows else name
     with ThreadPoolExecutor() as background:
         running = background.submit(
