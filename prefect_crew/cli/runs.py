@@ -59,11 +59,10 @@ OPEN = (Condition.UNCERTAIN, Condition.ORPHANED, Condition.WAITING, Condition.IN
 
 @dataclass(frozen=True)
 class RunLine:
-    """A record and what it means. `todo` is empty where nothing has to be done."""
+    """A record and what it means."""
 
     record: RunRecord
     condition: Condition
-    todo: str
 
     @property
     def since(self) -> datetime:
@@ -82,8 +81,7 @@ async def look_at(record: RunRecord, records: PrefectRecords) -> RunLine:
     """Return what a record means, asking after its flow runs only where that matters."""
     owner_ended = record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
     has_waiters = record.phase is not RecordPhase.STARTED or bool(await records.other_waiters(record, None))
-    condition = condition_of(record, owner_ended=owner_ended, has_waiters=has_waiters)
-    return RunLine(record, condition, todo(record, condition))
+    return RunLine(record, condition_of(record, owner_ended=owner_ended, has_waiters=has_waiters))
 
 
 def condition_of(record: RunRecord, *, owner_ended: bool, has_waiters: bool) -> Condition:
@@ -102,7 +100,7 @@ def condition_of(record: RunRecord, *, owner_ended: bool, has_waiters: bool) -> 
 
 
 def todo(record: RunRecord, condition: Condition) -> str:
-    """Return what a person does about a run."""
+    """Return what a person does about a run; empty where nothing has to be done."""
     key, kickoff_id = shlex.quote(record.idempotency_key), shlex.quote(record.kickoff_id or "ID")
     answer = f"It waits for a person: prefect-crew reviews inspect {kickoff_id}{crew_option(record)}."
     if condition is Condition.UNCERTAIN:
@@ -211,7 +209,7 @@ async def ls(
     empty = "No such run is on record." if only or all_ else "No run is open. To list ended ones too: --all."
     as_json = output and [_as_json(line) for line in lines]
     _output.put_rows(("State", "Run", "Crew", "Since"), rows, empty=empty, json=as_json)
-    if not output and any(line.todo for line in lines):
+    if not output and any(todo(line.record, line.condition) for line in lines):
         _output.note("What to do about a run: prefect-crew runs inspect RUN", "dim")
 
 
@@ -248,7 +246,7 @@ async def inspect(
                 "Inputs": f"digest {record.inputs_digest}",
                 "Reason": record.reason if line.condition is Condition.UNCERTAIN else None,
                 "Error": record.error,
-                "To do": line.todo,
+                "To do": todo(record, line.condition),
             }
         )
     if status is not None:
@@ -289,7 +287,8 @@ SHOWN = {
 
 def _as_json(line: RunLine) -> dict[str, Any]:
     page = page_url(line.record.flow_run_id)
-    about = {"condition": str(line.condition), "since": line.since.isoformat(), "todo": line.todo, "page": page}
+    what = {"condition": str(line.condition), "todo": todo(line.record, line.condition)}
+    about = {**what, "since": line.since.isoformat(), "page": page}
     return {**about, **line.record.model_dump(mode="json", include=SHOWN)}
 
 

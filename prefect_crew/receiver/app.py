@@ -94,12 +94,10 @@ class _Receiver:
         self._max_body = max_body
         self._answers: Counter[int] = Counter()
 
-    async def health(self, request: Request) -> Response:
-        del request
+    async def health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def ready(self, request: Request) -> Response:
-        del request
+    async def ready(self, _request: Request) -> Response:
         ready = self.forwarder.is_ready
         answers = {str(status): count for status, count in sorted(self._answers.items())}
         body = {"ready": ready, "answers": answers, **self.forwarder.report()}
@@ -114,8 +112,7 @@ class _Receiver:
             return self._answer(503, "too many processes wait here: they poll")
         return JSONResponse(found, headers={"Cache-Control": "no-store"})
 
-    async def nothing_here(self, request: Request, error: Exception) -> Response:
-        del request, error
+    async def nothing_here(self, _request: Request, _error: Exception) -> Response:
         return self._answer(404, "not found")
 
     async def take_request(self, request: Request) -> Response:

@@ -209,9 +209,9 @@ def test_condition(facts: dict[str, Any], owner_ended: bool, has_waiters: bool, 
 
 
 def test_since_when_and_what_to_do():
-    assert RunLine(record(), Condition.CLAIMED, "").since == NOW - timedelta(seconds=20)
-    assert RunLine(record(**STARTED), Condition.IN_FLIGHT, "").since == STARTED["kicked_off_at"]
-    assert RunLine(record(**ASKED), Condition.WAITING, "").since == ASKED["human_since"]
+    assert RunLine(record(), Condition.CLAIMED).since == NOW - timedelta(seconds=20)
+    assert RunLine(record(**STARTED), Condition.IN_FLIGHT).since == STARTED["kicked_off_at"]
+    assert RunLine(record(**ASKED), Condition.WAITING).since == ASKED["human_since"]
     assert todo(record(phase=RecordPhase.ENDED, state="completed"), Condition.ENDED) == ""
     assert "reviews inspect k1." in todo(record(**ASKED), Condition.WAITING)
     of_url = record(**ASKED, crew="travel.example.com")
