@@ -109,7 +109,7 @@ def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: 
     minutely = deploy(*ada, "--cron", "* * * * *", "--key", key)
     assert "Several times of the schedule share the key 'daily-" in minutely
     assert "is the same for every time of the schedule" in deploy(*ada, "--key", "always", code=2)
-    assert "Its schedule: every 1:00:00. The next run: " in deploy(*ada, "--interval", "3600")
+    assert "Its schedule: every 1:00:00 (UTC). The next run: " in deploy(*ada, "--interval", "3600")
     assert [one.schedule.interval.total_seconds() for one in deployment(full_name).schedules] == [3600]
 
 
