@@ -87,8 +87,8 @@ class BudgetPeriod:
 
 
 def slots_of(measure: str, amount: float) -> int:
-    """Return the slots for an amount, rounded up."""
-    return math.ceil(round(amount * UNITS[measure], 3))
+    """Return the slots for an amount, rounded up, as far as a counter goes."""
+    return min(math.ceil(round(amount * UNITS[measure], 3)), MOST)
 
 
 def _plain(name: str) -> str:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from datetime import date, timedelta
-from typing import Any, Literal
-from uuid import UUID
-
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from typing import Literal
 
 from prefect_crew._text import sparkline
 from prefect_crew.artifacts.escape import cell, table
@@ -18,13 +13,11 @@ from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.exceptions import CrewError
 from prefect_crew.prices import Spending, money
 from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.prune import FLOW_RUN_ID, read_by_id
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.totals import DayTotal, read_totals, spending_of
 
 By = Literal["crew", "day", "flow", "batch", "tag"]
-_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # of a row outside of flows, its result may name another
-_AT_ONCE = 100
-"""Flow runs that are asked for in one request."""
 
 
 def grouped(rows: Iterable[DayTotal], by: By) -> dict[str, Spending]:
@@ -74,14 +67,12 @@ async def read_costs(
 
 async def _with_flows(rows: Sequence[DayTotal]) -> list[DayTotal]:
     """Return rows with the names of their flows and the tags of their flow runs, as far as Prefect still has them."""
-    ids = sorted({UUID(row.flow_run_id) for row in rows if row.flow_run_id and _ID.fullmatch(row.flow_run_id)})
-    known: dict[str | None, dict[str, Any]] = {}
-    async with get_client() as client:
-        for start in range(0, len(ids), _AT_ONCE):
-            some = FlowRunFilter(id=FlowRunFilterId(any_=ids[start : start + _AT_ONCE]))
-            runs = await client.read_flow_runs(flow_run_filter=some)
-            names = {flow.id: flow.name for flow in await client.read_flows(flow_run_filter=some)}
-            known |= {str(run.id): {"flow": names.get(run.flow_id), "tags": run.tags} for run in runs}
+    # Of a row outside of flows, its result may name another.
+    ids = (row.flow_run_id for row in rows if row.flow_run_id and FLOW_RUN_ID.fullmatch(row.flow_run_id))
+    runs = await read_by_id("/flow_runs/filter", ids)
+    flows = await read_by_id("/flows/filter", (run["flow_id"] for run in runs.values()))
+    names = {flow_id: flow["name"] for flow_id, flow in flows.items()}
+    known = {run_id: {"flow": names.get(run["flow_id"]), "tags": run["tags"]} for run_id, run in runs.items()}
     return [row.model_copy(update=known.get(row.flow_run_id, {})) for row in rows]
 
 

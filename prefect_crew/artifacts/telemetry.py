@@ -63,10 +63,7 @@ def end_run(
 ) -> None:
     """Write the span of a run and count it.
 
-    Args:
-        record: The run.
-        view: Makes what may be shown of it; left out, nobody knows more than its record.
-        settings: Left out, they are read, which takes 3 ms.
+    `view` makes what may be shown of it beyond its record. Without `settings` they are read, which takes 3 ms.
     """
     kicked_off = record.kicked_off_at or record.claimed_at
     begin, end = _ns(kicked_off), max(_ns(kicked_off), _ns(record.ended_at or kicked_off))
@@ -77,7 +74,7 @@ def end_run(
     if (usage := record.usage) is not None:
         for kind, count in (("input", usage.prompt_tokens), ("output", usage.completion_tokens)):
             if count is not None:
-                _tokens.add(float(count), {**labels, "gen_ai.token.type": kind})  # a sum of whole ones may be too long
+                _tokens.add(count, {**labels, "gen_ai.token.type": kind})
     if record.cost is not None:
         _cost.add(record.cost, labels)
     tracer = trace.get_tracer(NAME)
@@ -92,30 +89,27 @@ def end_run(
     span = tracer.start_span(f"invoke_workflow {record.crew}", attributes=known, start_time=begin)
     if not span.is_recording():
         return
-    shown = None if view is None else view()
-    with_content = shown is not None and shown.show == "full" and (settings or CrewSettings()).trace_content
-    _set(span, _facts(record))
+    nothing = RunView(record.crew, str(record.kickoff_id), None, CrewState.UNKNOWN, show="none")
+    shown = nothing if view is None else view()
+    with_content = shown.show == "full" and (settings or CrewSettings()).trace_content
+    _set(span, _attributes(record, shown, with_content=with_content))
     if record.state is not CrewState.COMPLETED:
-        says_why = shown is not None and shown.show != "none"
-        span.set_status(Status(StatusCode.ERROR, record.error if says_why else None))
-        span.set_attribute("error.type", str(record.state))
-    if shown is not None:
-        _set(span, _reported(shown, with_content=with_content))
-        if shown.show != "none":
-            _write_tasks(tracer, span, shown, begin, end, with_content=with_content)
+        span.set_status(Status(StatusCode.ERROR, None if shown.show == "none" else record.error))
+    if shown.show != "none":
+        _write_tasks(tracer, span, shown, begin, end, with_content=with_content)
     span.end(end)
 
 
-def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that the record and Prefect's contexts tell."""
+def _attributes(record: RunRecord, view: RunView, *, with_content: bool) -> Iterator[tuple[str, Any]]:
+    """Yield what the record tells, Prefect's contexts, and the crew's last status as far as it may be shown."""
     yield "server.address", httpx.URL(record.crew_url).host
+    yield "error.type", None if record.state is CrewState.COMPLETED else str(record.state)
     yield "prefect_crew.state", str(record.state)
     yield "prefect_crew.idempotency_key", record.idempotency_key
     yield "prefect_crew.attempt", record.attempt
     yield "prefect_crew.step", record.step
     yield "prefect_crew.cost", record.cost
-    if record.human_seconds:
-        yield "crewai.human_feedback.wait_duration_ms", record.human_seconds * 1000
+    yield "crewai.human_feedback.wait_duration_ms", record.human_seconds * 1000 or None
     if (usage := record.usage) is not None:
         yield "gen_ai.usage.input_tokens", usage.prompt_tokens
         yield "gen_ai.usage.output_tokens", usage.completion_tokens
@@ -128,23 +122,16 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, Any]]:
         yield "prefect.task_run.id", str(task.task_run.id)
     # It may have been another one, which has ended since.
     yield "prefect_crew.kickoff.flow_run_id", record.flow_run_id
-
-
-def _reported(view: RunView, *, with_content: bool) -> Iterator[tuple[str, Any]]:
-    """Yield the attributes that the crew's last status tells, as far as they may be shown."""
-    status = view.status
-    if status is None:
+    if (status := view.status) is None:
         return
-    if status.execution_time is not None:
-        yield "crewai.crew.execution_duration_ms", status.execution_time * 1000
+    yield "crewai.crew.execution_duration_ms", status.execution_time and status.execution_time * 1000
     models = sorted(status.usage_by_model)[:TASKS_CAP]
     yield "gen_ai.response.model", models[0] if len(models) == 1 else None
     yield "prefect_crew.models", models or None
-    if with_content:
-        if view.inputs is not None:
-            yield "gen_ai.input.messages", _message("user", json.dumps(view.shown_inputs(), ensure_ascii=False))
-        if status.output is not None:
-            yield "gen_ai.output.messages", _message("assistant", status.output, finish_reason="stop")
+    if with_content and view.inputs is not None:
+        yield "gen_ai.input.messages", _message("user", json.dumps(view.shown_inputs(), ensure_ascii=False))
+    if with_content and status.output is not None:
+        yield "gen_ai.output.messages", _message("assistant", status.output, finish_reason="stop")
 
 
 def _message(role: str, text: str, **more: str) -> str:

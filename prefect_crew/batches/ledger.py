@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -101,7 +101,7 @@ class Ledger:
         self.is_exclusive = False
         self._left = seconds_left(self.database)
         self._own_claims: set[str] = set()
-        self._ends: dict[str, None] = {}  # by the owners of the attempts
+        self._ends: dict[tuple[str, str], None] = {}  # by the owners of the attempts
 
     async def __aenter__(self) -> Ledger:
         await self.database.__aenter__()
@@ -313,11 +313,11 @@ class Ledger:
         """Return True: one process at a time works on a batch, and nobody prunes its ledger."""
         return True
 
-    async def note_end(self, record: RunRecord) -> bool:
-        """Return False if this process sees to what follows the end: one at a time works on a batch, and both who waits
-        for a run and who stops it may see its end."""
-        is_first = record.owner not in self._ends
-        self._ends[record.owner] = None
+    async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
+        """Return False if this process does that already: one at a time works on a batch, and both who waits for a run
+        and who stops it may see its end."""
+        is_first = (record.owner, what) not in self._ends
+        self._ends[record.owner, what] = None
         if len(self._ends) > ENDS:
             del self._ends[next(iter(self._ends))]
         return is_first

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -55,7 +54,7 @@ from prefect_crew.runs.limits import missing_limit, take_slots
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import OpenRun, close_record, cost_of_run, finish_run
+from prefect_crew.runs.run import OpenRun, close_record, finish_run
 from prefect_crew.runs.stop import close_stopped
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -366,23 +365,19 @@ class Runner:
         run.use_token_of(self.session.crew)
         has_result = status.state is CrewState.COMPLETED
         is_stopped_here = record.phase is RecordPhase.ENDED
-        close_record(
-            record,
-            status,
-            human_seconds=phases.human_seconds,
-            error=None if has_result else run.redact(status.error or "The crew gave no reason.")[:ERROR_CAP],
-            result=run.redact.model(StoredResult.of(status.result())) if has_result else None,
-            cost=cost_of_run(run.crew, status),
-        )
+        error = None if has_result else run.redact(status.error or "The crew gave no reason.")[:ERROR_CAP]
+        result = run.redact.model(StoredResult.of(status.result())) if has_result else None
+        close_record(record, run.crew, status, phases.human_seconds, error, result)
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)
         if record.used:
             self.earlier.append(record.used)
-        if is_stopped_here:
+
+        async def write() -> bool:
             await self.ledger.save(record)
-        else:
-            write = partial(self.ledger.save, record)
-            await finish_run(record, self.ledger, write, lambda: run.view(status), settings=self._settings)
+            return not is_stopped_here
+
+        await finish_run(record, self.ledger, write, lambda: run.view(status), settings=self._settings)
 
     async def stop_runs(self, reason: str, records: Iterable[RunRecord] | None = None) -> None:
         """Ask the crew's server once for each run in flight, or for some of them, to stop it."""

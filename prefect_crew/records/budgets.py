@@ -23,7 +23,7 @@ from prefect.events import emit_event
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException, PrefectHTTPStatusError
 
 from prefect_crew._internal.prefect_api import is_busy, request_soon, run_logger
-from prefect_crew.budgets import MOST, PREFIX, UNITS, BudgetPeriod, slots_of
+from prefect_crew.budgets import PREFIX, UNITS, BudgetPeriod, slots_of
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BudgetExceededError, ConfigurationError
 from prefect_crew.prices import cost_of
@@ -128,12 +128,12 @@ async def release_given_back(record: RunRecord, records: RecordStore) -> None:
 
 def corrections(record: RunRecord) -> dict[str, int]:
     """Return by how many slots the counters of an ended run change by what it used. What is unknown stays reserved."""
-    used, more = record.used, dict[str, int]()
+    more = dict[str, int]()
     for name, reserved in (record.reserved or {}).items():
         measure = name.rpartition(".")[2]
-        if measure in used:
-            more[name] = min(slots_of(measure, used[measure]), MOST) - reserved
-    return {name: slots for name, slots in more.items() if slots}
+        if (used := record.used.get(measure)) is not None and (slots := slots_of(measure, used) - reserved):
+            more[name] = slots
+    return more
 
 
 async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> dict[str, int]:
@@ -167,18 +167,22 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
     name, limit, mark = period.counter, period.slots, MARK.format(period.counter)
     async with get_client() as client:
         for _ in range(TRIES):
-            answer = await _post(client, "increment", [name, mark] if period.on_limit == "stop" else [name], slots)
-            found = {one["name"]: one for one in answer or ()}
-            if name in found and found[name]["limit"] == limit:
+            found = await _post(client, "increment", [name, mark] if period.on_limit == "stop" else [name], slots)
+            if found is not None and name not in found:
+                if slots > limit:
+                    return 0
+                try:
+                    made = GlobalConcurrencyLimitCreate(name=name, limit=limit, active_slots=slots)
+                    await client.create_global_concurrency_limit(made)
+                except ObjectAlreadyExists:
+                    continue
+                found = {**found, name: {"limit": limit}}
+            if found and found[name]["limit"] == limit:
                 record.reserved = {**(record.reserved or {}), name: slots}
                 if mark in found:
                     record.marks = {**(record.marks or {}), name: found[mark]["id"]}
                 return None
-            if answer is not None and name not in found:
-                with suppress(ObjectAlreadyExists):
-                    await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
-                continue
-            if name in found:  # the budget was changed: its limit holds from now on, for this start as well
+            if found:  # the budget was changed: its limit holds from now on, for this start as well
                 await _post(client, "decrement", [name], slots)
             stands = await client.read_global_concurrency_limit_by_name(name)
             if stands.limit != limit:
@@ -190,8 +194,8 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
     return limit
 
 
-async def _post(client: PrefectClient, how: str, names: list[str], slots: int) -> list[dict[str, Any]] | None:
-    """Change counters; return the limits of these names that there are, None where one has no room.
+async def _post(client: PrefectClient, how: str, names: list[str], slots: int) -> dict[str, dict[str, Any]] | None:
+    """Change counters; return the limits of these names that there are by name, None where one has no room.
 
     Nothing is sent twice but what surely changed nothing: Prefect's client would, after a lost answer.
     """
@@ -202,7 +206,7 @@ async def _post(client: PrefectClient, how: str, names: list[str], slots: int) -
         if error.response.status_code not in (422, 423):  # beyond the limit as a whole, or with what is taken
             raise
         return None
-    return answer.json()
+    return {one["name"]: one for one in answer.json()}
 
 
 async def delete_past_counters(older_than: timedelta) -> None:
@@ -249,20 +253,13 @@ async def to_stop(crew: Crew, records: Iterable[RunRecord]) -> list[RunRecord]:
     """Return the runs in flight that are to be stopped: a later start under a budget that says so was refused."""
     found, marks = list[RunRecord](), dict[str, str | None]()
     for record in records:
-        for period in _periods(crew, record):
-            name = period.counter
-            if period.on_limit != "stop" or name not in (record.reserved or ()):
-                continue
-            if name not in marks:
-                marks[name] = await _mark_of(name)
-            if marks[name] not in (None, (record.marks or {}).get(name)):
-                found.append(record)
-                break
+        periods = {one.counter for one in _periods(crew, record) if one.on_limit == "stop"}
+        stopping = periods & {*(record.reserved or ())}
+        for name in stopping - {*marks}:
+            marks[name] = None
+            with suppress(httpx.HTTPError, PrefectException):  # most often that there is none
+                async with get_client() as client:
+                    marks[name] = str((await client.read_global_concurrency_limit_by_name(MARK.format(name))).id)
+        if any(marks[name] not in (None, (record.marks or {}).get(name)) for name in stopping):
+            found.append(record)
     return found
-
-
-async def _mark_of(counter: str) -> str | None:
-    with suppress(httpx.HTTPError, PrefectException):  # most often that there is none
-        async with get_client() as client:
-            return str((await client.read_global_concurrency_limit_by_name(MARK.format(counter))).id)
-    return None

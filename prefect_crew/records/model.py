@@ -266,8 +266,7 @@ class RunRecord(Outcome):
     def used(self) -> dict[str, float]:
         """What is known of what the run used, by what budgets measure."""
         known = {"cost": self.cost, "tokens": self.usage and self.usage.total_tokens}
-        # A crew may report any number, and Prefect stores none that is larger.
-        return {measure: min(amount, 2**53) for measure, amount in known.items() if amount is not None}
+        return {measure: amount for measure, amount in known.items() if amount is not None}
 
     def completed(self, result: CrewResult) -> CrewResult:
         """Return the run's result with its key, and with the tokens and the cost that are on record."""
@@ -402,8 +401,11 @@ class RecordStore(Protocol):
         """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
         ...
 
-    async def note_end(self, record: RunRecord) -> bool:
-        """Note that this caller sees to what follows a run's end; False if somebody else does. Atomic."""
+    async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
+        """Note that this caller counts what an ended run used, or writes its span; False if somebody else does that.
+
+        Atomic.
+        """
         ...
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:

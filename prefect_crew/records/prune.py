@@ -38,7 +38,7 @@ FIRST_WITHIN = 3600.0
 """Seconds within which it does so for the first time."""
 PAUSE = 0.2
 """Seconds between two of its keys: each takes a dozen requests to the Prefect server."""
-_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+FLOW_RUN_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _owners_ended(record: RunRecord, older_than: timedelta, owners: Mapping[str,
 def owner_ids(record: RunRecord) -> list[str]:
     """Return the ids of the flow runs that a record names: its owner, and the root in a key that was made."""
     named = (record.flow_run_id or "", record.idempotency_key.partition("/")[0])
-    return [one for one in dict.fromkeys(named) if _ID.fullmatch(one)]
+    return [one for one in dict.fromkeys(named) if FLOW_RUN_ID.fullmatch(one)]
 
 
 async def read_owners(records: Iterable[RunRecord]) -> dict[str, Owner]:
@@ -106,10 +106,10 @@ async def read_owners(records: Iterable[RunRecord]) -> dict[str, Owner]:
     owners = dict.fromkeys((one for record in records for one in owner_ids(record)), GONE)
     at = {one: one for one in owners}
     while at:
-        flow_runs = await _read("/flow_runs/filter", at.values())
+        flow_runs = await read_by_id("/flow_runs/filter", at.values())
         # One that was deleted has left the one below it as a root.
         found = {first: flow_runs[reached] for first, reached in at.items() if reached in flow_runs}
-        tasks = await _read("/task_runs/filter", (one["parent_task_run_id"] for one in found.values()))
+        tasks = await read_by_id("/task_runs/filter", (one["parent_task_run_id"] for one in found.values()))
         at = {}
         for first, flow_run in found.items():
             before = owners[first]
@@ -122,7 +122,7 @@ async def read_owners(records: Iterable[RunRecord]) -> dict[str, Owner]:
     return owners
 
 
-async def _read(
+async def read_by_id(
     path: Literal["/flow_runs/filter", "/task_runs/filter", "/flows/filter"], ids: Iterable[str | None]
 ) -> dict[str | None, dict[str, Any]]:
     """Return what there is, by id, with the seconds for which nobody has changed it."""
@@ -168,6 +168,8 @@ async def prune(
         for used in await read_named(USED):
             if used.age >= max(older_than, YOUNGEST).total_seconds():
                 await delete_variable(used.id)
+        for permit in await store.left_permits(max(older_than, YOUNGEST).total_seconds()):
+            await delete_variable(permit)
         await delete_past_counters(older_than)
     old = [one for attempts in by_key.values() if all(_is_old(one, older_than) for one in attempts) for one in attempts]
     going = prunable(old, older_than, await read_owners(old))
@@ -178,7 +180,7 @@ async def prune(
         if {one.ref for one in attempts} <= {one.ref for one in by_key[key]}:
             # So may its flow runs: one that was retried since asks for its runs again.
             owners = await read_owners(attempts)
-            flows = await _read("/flows/filter", (owner.flow_id for owner in owners.values()))
+            flows = await read_by_id("/flows/filter", (owner.flow_id for owner in owners.values()))
             for record in prunable(attempts, older_than, owners):
                 if record.phase is RecordPhase.ENDED:
                     owner = owners.get(record.flow_run_id or "", GONE)

@@ -10,8 +10,10 @@ value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of fl
   creator's.
 - `crew_wait_KEY_ATTEMPT_FLOWRUN` notes that a flow run waits for the run.
 - `crew_answer_RUN_NUMBER` is a person's answer.
-- `crew_used_CREW_TIME_CLAIM` is what an ended run used; whoever creates it sees to what follows the end. By their names
-  the newest of a crew comes first, and all come after the attempts at a key: a start reads both in one request.
+- `crew_used_CREW_TIME_CLAIM` is what an ended run used; whoever creates it counts that in the run's budgets. By their
+  names the newest of a crew comes first, and all come after the attempts at a key: a start reads both in one request.
+  The last of a crew is what runs used before there were any, by their records.
+- `crew_used_span_CLAIM` notes that somebody writes an ended run's span.
 
 `model.fold` says what claim and permits mean together. Changes go by the Variable's id: by its name they could reach
 another one that was created under it since.
@@ -23,7 +25,7 @@ import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 from uuid import UUID, uuid4
 
 import httpx
@@ -180,8 +182,9 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
 
 
 def _used_in(variables: Sequence[Variable]) -> list[dict[str, Any]]:
-    values = [one.value for one in variables if one.name.startswith(USED)]
-    return [cast("dict[str, Any]", value) for value in values if isinstance(value, dict)][:KEPT]
+    notes: list[Any] = [one.value for one in variables if one.name.startswith(USED)]
+    values = [used for note in notes for used in (note if isinstance(note, list) else [note])]
+    return [used for used in values if isinstance(used, dict)][:KEPT]
 
 
 def _attempts_prefix(idempotency_key: str) -> str:
@@ -344,7 +347,11 @@ class PrefectRecords:
         """
         used = _used_prefix(record.crew_url) if with_earlier else None
         variables = await read_named(_attempts_prefix(record.idempotency_key), tag_of_more=used)
-        record.earlier = _used_in(variables) or (await self._latest_used(record.crew_url) if with_earlier else [])
+        record.earlier = _used_in(variables)
+        if with_earlier and not record.earlier and (earlier := await self.earlier(record.crew_url)):
+            record.earlier = earlier
+            # So that only the first start of a crew under a budget looks through the records.
+            await create_variable({"name": f"{used}{'9' * 10}", "value": earlier, "tags": [used]})
         found = _attempts_in(variables, record.idempotency_key)
         others = [(one.attempt, one.owner) for one in found if one.ref != record.ref]
         return others == [(one.attempt, one.owner) for one in known] and len(found) > len(others)
@@ -412,11 +419,16 @@ class PrefectRecords:
             await self.save(record)
         return other
 
-    async def note_end(self, record: RunRecord) -> bool:
-        """Note what an ended run used, by the one that sees to what follows; False if somebody else has. Atomic."""
-        prefix, newest_first = _used_prefix(record.crew_url), 9_999_999_999 - int(record.claimed_at.timestamp())
-        name, by = f"{prefix}{newest_first:010}_{str(record.ref).replace('-', '')}", str(uuid4())
-        if await create_variable({"name": name, "value": {**record.used, "by": by}, "tags": [prefix]}) is not None:
+    async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
+        """Note that this caller counts what a run used, or writes its span; False if somebody else does. Atomic."""
+        ref, by, tag = str(record.ref).replace("-", ""), str(uuid4()), _used_prefix(record.crew_url)
+        if what == "use":
+            name = f"{tag}{9_999_999_999 - int(record.claimed_at.timestamp()):010}_{ref}"
+            variable = {"name": name, "value": {**record.used, "by": by}, "tags": [tag]}
+        else:
+            name = f"{USED}{what}_{ref}"
+            variable = {"name": name, "value": {"by": by}}
+        if await create_variable(variable) is not None:
             return True
         async with get_client() as client:  # the conflict may be with our own, which was sent twice
             stands: Any = await client.read_variable_by_name(name)
@@ -482,15 +494,8 @@ class PrefectRecords:
         """Yield the runs in flight: any of them may wait for a person."""
         return self.all(RecordPhase.STARTED)
 
-    async def earlier(self, crew_url: str) -> list[dict[str, Any]]:
-        """Return what the latest runs of a crew used, the newest first."""
-        async for page in read_pages({"tags": {"all_": [_used_prefix(crew_url)]}}):
-            if used := _used_in(page):
-                return used
-        return await self._latest_used(crew_url)
-
-    async def _latest_used(self, crew_url: str) -> list[dict[str, Any]]:
-        """Return what the latest runs of a crew used by their records: none of them was under a budget."""
+    async def earlier(self, crew_url: str) -> list[dict[str, float]]:
+        """Return what the latest runs of a crew used by their records, as far as they are among the latest of all."""
         json = {"variables": {"tags": {"all_": [TAG, f"phase:{RecordPhase.ENDED}"]}}, "limit": PAGE}
         async with get_client() as client:
             answer = await client.request("POST", "/variables/filter", json={**json, "sort": "UPDATED_DESC"})
@@ -510,6 +515,20 @@ class PrefectRecords:
         # to be claimed.
         for gone in (str(record.ref), *(one.id for one in permits)):
             await delete_variable(gone)
+
+    async def left_permits(self, age: float) -> list[str]:
+        """Return the ids of permits whose records are gone, since whoever deleted them was killed in between.
+
+        A record is made before its permits: one that is `age` seconds old and has none has lost it.
+        """
+        left = list[str]()
+        async for page in read_pages({"tags": {"all_": [PERMIT_TAG]}}):
+            named = [(one.id, _NAME.fullmatch(one.name)) for one in page if one.age > age]
+            claims = {permit: str(UUID(name[2])) for permit, name in named if name is not None and name[2]}
+            asked = {"id": {"any_": [*claims.values()]}}
+            there = {one.id async for found in read_pages(asked) for one in found} if claims else set[str]()
+            left += [permit for permit, claim in claims.items() if claim not in there]
+        return left
 
     # Who waits for a run
 

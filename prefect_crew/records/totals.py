@@ -13,13 +13,11 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from datetime import date
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
 
-from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import CrewError
 from prefect_crew.prices import Spending
 from prefect_crew.records.model import RunRecord
@@ -30,8 +28,6 @@ MOST_TRIES = 20
 """Each that fails is one of another process that does not."""
 LONGEST, MOST_TAGS = 60, 10
 """Characters of a name in a total, and tags: one run has to fit into a Variable."""
-MOST = 2**53
-"""What a count, or a cost, is at most: a crew may report any, and Prefect stores no larger numbers."""
 _NAME = re.compile(r"crew_usage_\d{8}_(\d+)")
 
 
@@ -88,14 +84,8 @@ def total_of(record: RunRecord, flow: str | None, tags: Sequence[str]) -> DayTot
         crew=record.crew[:LONGEST],
         flow=flow and flow[:LONGEST],
         tags=[tag[:LONGEST] for tag in sorted(tags)[:MOST_TAGS]],
-        spending=_capped(spending_of(record)),
+        spending=spending_of(record),
     )
-
-
-def _capped(spent: Spending) -> Spending:
-    counts = {name: min(count, MOST) for name, count in spent.usage or () if count is not None}
-    cost = None if spent.cost is None else min(spent.cost, MOST)
-    return replace(spent, usage=TokenUsage(**counts) if counts else None, cost=cost)
 
 
 def _summed(totals: Sequence[DayTotal]) -> list[DayTotal]:
@@ -104,7 +94,7 @@ def _summed(totals: Sequence[DayTotal]) -> list[DayTotal]:
     for total in totals:
         groups[total.day, total.crew, total.flow or "", *total.tags].append(total)
     return [
-        group[0].model_copy(update={"spending": _capped(Spending.sum(one.spending for one in group))})
+        group[0].model_copy(update={"spending": Spending.sum(one.spending for one in group)})
         for _, group in sorted(groups.items(), key=lambda item: str(item[0]))
     ]
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -259,19 +259,16 @@ async def find_run(
 
 
 def close_record(
-    record: RunRecord,
-    status: CrewStatus,
-    *,
-    human_seconds: float,
-    error: str | None,
-    result: StoredResult | None,
-    cost: float | None,
+    record: RunRecord, crew: Crew, status: CrewStatus, human: float, error: str | None, result: StoredResult | None
 ) -> None:
-    """Write into a record how its run ended. `error` and `result` are as they may be stored."""
+    """Write into a record how its run ended, with the seconds that people took.
+
+    `error` and `result` are as they may be stored.
+    """
     record.phase, record.state, record.ended_at = RecordPhase.ENDED, status.state, utcnow()
-    record.human_seconds, record.human_since = human_seconds, None
+    record.human_seconds, record.human_since = human, None
     record.error, record.result = error, result
-    record.usage, record.cost = status.usage, cost
+    record.usage, record.cost = status.usage, cost_of_run(crew, status)
 
 
 async def finish_run(
@@ -284,37 +281,34 @@ async def finish_run(
 ) -> bool:
     """Write down a run's end, and see to what follows it: the counters of its budgets, its span and metrics.
 
-    Of several that see one end, one sees to that. Asked only where it matters: it is a request. What a run used beyond
-    its reserve is counted first, and what it left is given back last: a process that is killed in between leaves the
-    counters too high.
+    Of several that see one end, one does each of that. Asked only where it matters: it is a request. What a run used
+    beyond its reserve is counted first, and what it left is given back last: a process that is killed in between leaves
+    the counters too high.
 
-    Args:
-        record: The run, with its end.
-        records: Where its record lives.
-        write: Writes the end down; False if another end stands there. Raises whatever the storage raises.
-        view: Makes what may be shown of it; left out, nobody knows more than its record.
-        settings: Left out, they are read where they are needed.
-
-    Returns:
-        Whether the end was written.
+    `write` writes the end down, and returns False if one stands there; it raises whatever the storage raises. `view`
+    and `settings` are for the span. Returns whether the end was written.
     """
     changes = corrections(record)
-    more = {name: slots for name, slots in changes.items() if slots > 0}
-    counted = await change(record, more)
-    is_first = not (changes or is_tracing()) or await _is_first(record, records)
+    counted = await change(record, {name: slots for name, slots in changes.items() if slots > 0})
+    corrects = bool(changes) and await _is_first(record, records, "use")
     written = await write() is not False
     left = {name: slots for name, slots in changes.items() if slots < 0}
-    await change(record, left if is_first else {name: -slots for name, slots in counted.items()})
-    if is_first and written:
+    await change(record, left if corrects else {name: -slots for name, slots in counted.items()})
+    is_first = await _is_first(record, records, "span") if is_tracing() else written
+    if is_first and not written:  # what stands there instead counts
+        attempts = await records.attempts(record.idempotency_key)
+        record = next((one for one in attempts if one.attempt == record.attempt), record)
+    if is_first:
         end_run(record, view, settings=settings)
     return written
 
 
-async def _is_first(record: RunRecord, records: RecordStore) -> bool:
+async def _is_first(record: RunRecord, records: RecordStore, what: Literal["use", "span"]) -> bool:
     try:
-        return await records.note_end(record)
+        return await records.note_end(record, what)
     except (httpx.HTTPError, PrefectException) as error:
-        run_logger().warning("Run %s has no span, and keeps its reserve of budgets: %s", record.kickoff_id, error)
+        lacks = "keeps its reserve of budgets" if what == "use" else "has no span"
+        run_logger().warning("Run %s %s: %s", record.kickoff_id, lacks, error)
         return False
 
 

@@ -21,7 +21,7 @@ from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
 from prefect_crew.records.budgets import to_stop
-from prefect_crew.records.model import RecordPhase, StoredResult, utcnow
+from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.runs.limits import slot_of
@@ -32,7 +32,6 @@ from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import (
     OpenRun,
     close_record,
-    cost_of_run,
     find_run,
     finish_run,
     parse_data,
@@ -231,7 +230,7 @@ class _Waiter(Watcher):
         if phases.human_since is None:
             emit("resumed", record)
         try:
-            if self.run.owned or not await self._is_closed():
+            if self.run.owned or await self._closed() is None:
                 await self.records.save(record)
         except (httpx.HTTPError, PrefectException) as error:
             self.log.warning("Whether run %s waits for a person could not be recorded: %s", self.run.kickoff_id, error)
@@ -307,7 +306,8 @@ class _Waiter(Watcher):
         """Write the end down, show it, tell automations: once, by whoever closes the record."""
         run, record = self.run, self.run.record
         if record is not None:
-            if not run.owned and await self._is_closed():
+            closed = None if run.owned else await self._closed()
+            if closed is not None and (closed.used or not record.reserved):
                 return
             result = None
             if status.state is CrewState.COMPLETED and run.show == "full":
@@ -316,34 +316,33 @@ class _Waiter(Watcher):
                     result = None
             error = (run.redact_text(status.error) or "")[:500] or None
             is_stopped_here = record.phase is RecordPhase.ENDED
-            close_record(
-                record,
-                status,
-                human_seconds=self.phases.human_seconds,
-                error=error,
-                result=result,
-                cost=cost_of_run(run.crew, status),
-            )
-            try:
-                if is_stopped_here:
+            close_record(record, run.crew, status, self.phases.human_seconds, error, result)
+
+            async def write() -> bool:
+                if closed is None:
                     await self.records.save(record)
-                else:
-                    await finish_run(record, self.records, lambda: self.records.save(record), lambda: run.view(status))
+                return closed is None and not is_stopped_here
+
+            try:
+                await finish_run(record, self.records, write, lambda: run.view(status))
             except (httpx.HTTPError, PrefectException) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
+            if closed is not None:  # whoever closed it did not know what it used
+                return
             said = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
             emit(str(status.state), record, once=True, **said)
         await self._show(status, force=True)
 
-    async def _is_closed(self) -> bool:
-        """Return whether somebody else has closed the record."""
+    async def _closed(self) -> RunRecord | None:
+        """Return the record if somebody else has closed it."""
         if self.run.record is None:
-            return False
+            return None
         try:
             attempts = await self.records.attempts(self.run.record.idempotency_key)
         except (httpx.HTTPError, PrefectException):
-            return False
-        return any(one.kickoff_id == self.run.kickoff_id and one.phase is RecordPhase.ENDED for one in attempts)
+            return None
+        ended = (one for one in attempts if one.phase is RecordPhase.ENDED)
+        return next((one for one in ended if one.kickoff_id == self.run.kickoff_id), None)
 
     async def _after_cancellation(self) -> CrewError:
         """Stop the crew and return the error to raise. The server ends the flow run, which is Cancelling, by itself."""
