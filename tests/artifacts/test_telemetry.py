@@ -9,17 +9,15 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry import metrics, trace
+from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from prefect import flow
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY, temporary_settings
 from pydantic import SecretStr
 
 from prefect_crew import (
@@ -40,11 +38,13 @@ from prefect_crew import (
 from prefect_crew.artifacts import telemetry
 from prefect_crew.artifacts.run import RunView
 from prefect_crew.prices import Price
-from prefect_crew.records.model import RunRecord
+from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.stop import close_stopped
 from prefect_crew.testing import CrewServerFactory
 from support.collector import Collector, SeenSpan
 from support.prefect_server import PrefectServer
+from support.records import new_record
 from support.scripts import ASKS, script, slow
 from support.servers import until
 
@@ -162,15 +162,6 @@ def test_a_task_that_was_not_seen_at_work_has_no_times(crew_server: CrewServerFa
     assert all(task.start == task.end == span.end for task in collector.tasks(span))
 
 
-def test_it_stands_within_the_span_around_the_call(crew_server: CrewServerFactory, collector: Collector):
-    crew = crew_server("echo", speed=100).crew()
-    without = {PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY: False}
-    with temporary_settings(without), trace.get_tracer("mine").start_as_current_span("my job"):
-        run_crew(crew, {"text": "a"})
-    mine = next(span for span in collector.all() if span.name == "my job")
-    assert (one(collector).parent, one(collector).trace_id) == (mine.id, mine.trace_id)
-
-
 def test_it_stands_within_prefects_own_span_of_the_wait(crew_server: CrewServerFactory, collector: Collector):
     crew = crew_server("echo", speed=100).crew()
 
@@ -232,6 +223,47 @@ async def test_a_run_that_somebody_stops_has_one_span(crew_server: CrewServerFac
         await waiting
     span = one(collector)
     assert (span.failed, span.attributes["error.type"]) == (True, "stopped")
+
+
+class SlowRecords(PrefectRecords):
+    """Is held up at one of its steps until somebody else has stopped the run."""
+
+    def __init__(self, at: str) -> None:
+        self.at, self.held, self.go_on = at, asyncio.Event(), asyncio.Event()
+
+    async def _hold(self, step: str) -> None:
+        if step == self.at:
+            self.held.set()
+            await self.go_on.wait()
+
+    async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
+        await self._hold("before it is written")
+        return await super().resolve(record, phase, **found)
+
+    async def note_end(self, record: RunRecord, *what: Any) -> bool:
+        is_first = await super().note_end(record, *what)
+        await self._hold("after it is noted")
+        return is_first
+
+
+@pytest.mark.parametrize("at", ["before it is written", "after it is noted"])
+async def test_a_run_that_two_stop_at_the_same_time_has_one_span(
+    crew_server: CrewServerFactory, collector: Collector, at: str
+):
+    crew = crew_server(slow(60), response_format="union").crew()
+    run = await crew.trigger({})
+    records, slow_records = PrefectRecords(), SlowRecords(at)
+    first, second = [await records.of_kickoff(run.kickoff_id) for _ in range(2)]
+    assert first is not None
+    assert second is not None
+    async with crew.client() as client:
+        answer = await client.stop(run.kickoff_id)
+        late = asyncio.ensure_future(close_stopped(client, crew.crew, first, answer, slow_records))
+        await slow_records.held.wait()
+        await close_stopped(client, crew.crew, second, answer, records)
+        slow_records.go_on.set()
+        await late
+    assert one(collector).attributes["prefect_crew.state"] == "stopped"
 
 
 async def test_a_run_that_ran_out_of_time_and_was_stopped_has_one_span(
@@ -366,12 +398,8 @@ def test_without_an_sdk_nothing_is_made_of_a_run():
     def view() -> RunView:
         raise AssertionError("nobody has asked for it")
 
-    record = RunRecord(
-        idempotency_key="k", attempt=1, crew="travel", crew_url="https://travel.test", inputs_digest="d", owner="o",
-        claimed_at=datetime(2026, 5, 1, tzinfo=UTC),
-    )  # fmt: skip
     assert not telemetry.is_tracing()
-    telemetry.end_run(record, view)
+    telemetry.end_run(new_record(), view)
 
 
 # Metrics

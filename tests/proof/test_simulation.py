@@ -139,7 +139,7 @@ async def seen_owners(**flow_runs: str) -> dict[str, Any]:
     """Return what pruning sees of flow runs that have ended two seconds ago, or run, by names for them."""
     await asyncio.sleep(2.0)
     owners = await prune.read_owners([record(1, "one", flow_run_id=run_id) for run_id in flow_runs.values()])
-    names = await prune._read("/flows/filter", (owner.flow_id for owner in owners.values()))
+    names = await prune.read_by_id("/flows/filter", (owner.flow_id for owner in owners.values()))
     return {
         name: (
             "gone" if owners[run_id] == prune.GONE else owners[run_id].ended_for > 0.0,
@@ -291,12 +291,12 @@ def _looks_at_no_flow_run() -> Any:
 
 
 def _looks_at_no_root() -> Any:
-    read = prune._read
+    read = prune.read_by_id
 
     async def read_no_tasks(path: Any, ids: Any) -> dict[Any, Any]:
         return {} if path == "/task_runs/filter" else await read(path, ids)
 
-    return mock.patch.object(prune, "_read", read_no_tasks)
+    return mock.patch.object(prune, "read_by_id", read_no_tasks)
 
 
 def _takes_completed_for_over() -> Any:

@@ -42,15 +42,16 @@ from prefect_crew.batches.ledger import Ledger
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.prices import Price
 from prefect_crew.records import budgets as counters
-from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.model import RecordPhase, digest
 from prefect_crew.records.prune import prune
 from prefect_crew.records.resolve import resolve_never_started
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs import kickoff
+from prefect_crew.records.store import USED, PrefectRecords, read_named
+from prefect_crew.runs import kickoff, stop
 from prefect_crew.runs.run import finish_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
+from support.records import new_record
 from support.scripts import script, slow
 from support.webhooks import until
 
@@ -81,13 +82,15 @@ async def counted(name: str) -> int:
 
 
 async def have_used(url: str, tokens: int, runs: int = 1) -> None:
-    """Let earlier runs of a crew have used so many tokens each."""
+    """Let earlier runs of a crew, under no budget, have used so many tokens each."""
     for _ in range(runs):
-        ended = RunRecord(
-            idempotency_key="k", attempt=1, crew="c", crew_url=url, inputs_digest="d", owner="o", claimed_at=utcnow(),
-            usage=TokenUsage(total_tokens=tokens), ref=str(uuid.uuid4()),
-        )  # fmt: skip
-        assert await PrefectRecords().note_end(ended)
+        facts: dict[str, Any] = {"phase": RecordPhase.ENDED, "usage": TokenUsage(total_tokens=tokens)}
+        assert await PrefectRecords().claim(new_record(crew_url=url, **facts))
+
+
+def refusal(name: str, counter: str, measure: str) -> BudgetExceededError:
+    facts: dict[str, Any] = {"used": 2, "limit": 2, "needed": 1, "on_limit": "stop"}
+    return BudgetExceededError(budget=name, counter=counter, measure=measure, **facts)
 
 
 @pytest.fixture
@@ -178,18 +181,6 @@ async def test_budgets_of_a_flow_a_pipeline_and_a_block_all_hold(crew_server: Cr
         await arun_pipeline(steps, name=f"pipe-{name}", budgets=[Budget(max_kickoffs=2)])
     assert [getattr(error, "budget", None) for error in raised.value.errors.values()] == [f"pipe-{name}"]
     assert await counted(name) == 3
-
-
-async def test_a_run_that_is_found_reserves_nothing_and_needs_no_room(
-    crew_server: CrewServerFactory, name: str, asked: list[str]
-):
-    server = crew_server("echo")
-    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
-    first = await arun_crew(crew, {"text": "a"}, idempotency_key=name)
-    asked.clear()
-    assert (await arun_crew(crew, {"text": "a"}, idempotency_key=name)).kickoff_id == first.kickoff_id
-    assert not any(one.endswith("concurrency_limits/increment") for one in asked)
-    assert (server.kickoffs, await counted(name)) == (1, 1)
 
 
 async def test_it_holds_across_the_retries_of_a_flow(crew_server: CrewServerFactory, name: str):
@@ -380,6 +371,23 @@ async def test_whoever_adopts_a_run_settles_what_its_record_says(crew_server: Cr
     assert await counted(name) == 700
 
 
+async def test_what_a_stopped_run_tells_late_is_counted(
+    crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Who stops it does not get to know what it used, and its wait does."""
+    monkeypatch.setattr(stop, "LOOK_WITHIN", 0.0)
+    server = crew_server(slow(60), response_format="union")
+    crew = server.crew(budgets=[Budget(max_tokens=1000, per="day", name=name, on_limit="stop")])
+    waiting = asyncio.ensure_future((await crew.trigger({})).wait_for_completion())
+    server.runs[0].usage = TokenUsage(total_tokens=20)
+    assert await counted(name) == 50
+    (limit,) = await limits_of(name)
+    await counters.note_exceeded(refusal(name, limit.name, "tokens"), crew.crew)
+    with pytest.raises(CrewStoppedError):
+        await waiting
+    assert (server.requests["stop"], await counted(name)) == (1, 20)
+
+
 async def test_changing_the_budget_takes_effect_at_once(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo")
 
@@ -423,17 +431,6 @@ async def test_a_run_counts_once_in_a_counter_that_two_budgets_share(crew_server
     assert await counted(name) == 2
 
 
-async def test_a_counter_that_somebody_switched_off_refuses_nothing(crew_server: CrewServerFactory, name: str):
-    server = crew_server("echo")
-    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
-    await arun_crew(crew, {"text": "a"})
-    (limit,) = await limits_of(name)
-    async with get_client() as client:
-        await client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active=False))
-    await arun_crew(crew, {"text": "b"})
-    assert (server.kickoffs, await counted(name)) == (2, 1)
-
-
 async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name: str, asked: list[str]):
     server = crew_server("echo")
     await have_used(server.url, 100)
@@ -455,6 +452,24 @@ async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name
         found[what] = reduce(and_, seen[1:])
     one_more = found["none"] + Counter(["POST /v2/concurrency_limits/increment"])
     assert found["kickoffs"] == found["cost"] == found["median"] == found["stop"] == one_more
+
+
+async def test_only_the_first_start_under_a_budget_looks_through_the_records(
+    crew_server: CrewServerFactory, name: str, asked: list[str]
+):
+    server = crew_server(used(700), response_format="union")
+    await arun_crew(server.crew(), {})
+    seen: list[Counter[str]] = []
+    for per in ("day", "day", "month"):
+        asked.clear()
+        await server.crew(budgets=[Budget(max_tokens=9000, per=per, name=name)]).trigger({})
+        seen.append(Counter(one for one in asked if "variables" in one or "concurrency" in one))
+    first, second, third = seen
+    increment, create = "POST /v2/concurrency_limits/increment", "POST /v2/concurrency_limits/"
+    assert first - second == Counter(["POST /variables/filter", "POST /variables/", create])
+    assert third - second == Counter([create]), "the first start in a period makes its counter"
+    assert second[increment] == third[increment] == 1
+    assert await counted(name) == 3 * 700
 
 
 async def test_an_end_that_is_corrected_costs_two_requests(crew_server: CrewServerFactory, name: str, asked: list[str]):
@@ -497,7 +512,7 @@ async def test_pruning_leaves_what_was_noted_within_the_hour(crew_server: CrewSe
     crew = crew_server(used(700), response_format="union").crew(budgets=[Budget(max_tokens=2000, name=name)])
     await arun_crew(crew, {})
     await prune(PrefectRecords(), older_than=timedelta(0))
-    assert [one["tokens"] for one in await PrefectRecords().earlier(crew.crew.url)] == [700]
+    assert [one.value["tokens"] for one in await read_named(f"{USED}{digest(crew.crew.url, 16)}_")] == [700]
 
 
 async def test_pruning_removes_the_counters_of_the_past(
@@ -602,10 +617,7 @@ async def test_a_row_whose_end_is_seen_by_its_wait_and_by_who_stops_it_is_settle
 ):
     crew = crew_server("echo").crew(budgets=[Budget(max_tokens=400, per="day", name=name)]).crew
     async with Ledger(str(tmp_path / "ledger.db"), name) as ledger:
-        waited = RunRecord(
-            idempotency_key=ledger.idempotency_key("a"), attempt=1, crew="c", crew_url=crew.url, inputs_digest="d",
-            owner="o", claimed_at=utcnow(), earlier=[{"tokens": 100}],
-        )  # fmt: skip
+        waited = new_record(ledger.idempotency_key("a"), crew_url=crew.url, earlier=[{"tokens": 100}])
         await counters.reserve(crew, waited, set())
         assert await ledger.claim(waited)
         waited.phase, waited.kickoff_id = RecordPhase.STARTED, "k"
@@ -646,8 +658,7 @@ async def test_a_refusal_stops_the_runs_from_before_it_until_the_budget_is_chang
 
     await start(0, most=2)
     (limit,) = await limits_of(name)
-    facts: dict[str, Any] = {"measure": "kickoffs", "used": 2, "limit": 2, "needed": 1, "on_limit": "stop"}
-    await counters.note_exceeded(BudgetExceededError(budget=name, counter=limit.name, **facts), crew(2).crew)
+    await counters.note_exceeded(refusal(name, limit.name, "kickoffs"), crew(2).crew)
     await start(1, most=2)
     assert await to_stop(most=2) == [f"{name}-0"]
     await start(2, most=5)

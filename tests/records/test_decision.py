@@ -13,6 +13,7 @@ from prefect_crew.exceptions import IdempotencyConflictError
 from prefect_crew.records.decision import Caller, Decision, check_same_run, decide, latest_start
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.states import CrewState
+from support.records import new_record
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -20,18 +21,8 @@ ME = Caller(owner="me", flow_run_id="flow-1", flow_run_count=2)
 
 
 def record(phase: RecordPhase = RecordPhase.CLAIMED, **fields: Any) -> RunRecord:
-    known: dict[str, Any] = {
-        "idempotency_key": "k",
-        "attempt": 1,
-        "phase": phase,
-        "crew": "travel",
-        "crew_url": "https://travel.test",
-        "inputs_digest": "d1",
-        "owner": "somebody",
-        "claimed_at": NOON - MINUTE,
-        "open_for": 60.0,
-    }
-    return RunRecord(**known | fields)
+    known = {"inputs_digest": "d1", "claimed_at": NOON - MINUTE, "open_for": 60.0}
+    return new_record("k", phase=phase, **known | fields)
 
 
 def ended(state: CrewState, **fields: Any) -> RunRecord:

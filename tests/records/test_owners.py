@@ -16,12 +16,13 @@ from prefect.flows import Flow
 from prefect.states import Paused, Running
 
 from prefect_crew import arun_crew
-from prefect_crew.records.model import RunRecord, utcnow
+from prefect_crew.records.model import RunRecord
 from prefect_crew.records.owners import crash_dead_owner, process_is_gone, this_process
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.processes import Process
+from support.records import new_record
 from support.scripts import slow
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -57,20 +58,8 @@ def gone() -> str:
 
 
 def record_of(owner: FlowRun, **fields: Any) -> RunRecord:
-    now = utcnow()
-    known: dict[str, Any] = {
-        "idempotency_key": str(uuid.uuid4()),
-        "attempt": 1,
-        "crew": "travel",
-        "crew_url": "https://travel.test",
-        "inputs_digest": "d" * 32,
-        "owner": str(uuid.uuid4()),
-        "claimed_at": now,
-        "flow_run_id": str(owner.id),
-        "flow_run_count": owner.run_count,
-        "process": gone(),
-    }
-    return RunRecord(**known | fields)
+    known = {"flow_run_id": str(owner.id), "flow_run_count": owner.run_count, "process": gone()}
+    return new_record(**known | fields)
 
 
 async def until(condition: Any) -> None:

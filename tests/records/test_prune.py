@@ -20,9 +20,10 @@ from prefect_crew.prices import Spending
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.prune import GONE, Owner, Pruned, owner_ids, prunable, prune, prune_regularly, read_owners
-from prefect_crew.records.store import PrefectRecords, waiter_prefix
+from prefect_crew.records.store import PrefectRecords, delete_variable, read_named, record_name, waiter_prefix
 from prefect_crew.records.totals import DayTotal, read_totals
 from support.prefect_server import PrefectServer
+from support.records import new_record
 
 NOW = utcnow()
 AGE = timedelta(days=90)
@@ -30,21 +31,9 @@ OLD, NEW = AGE.total_seconds() + 1.0, AGE.total_seconds() - 1.0
 """Seconds for which nobody has changed a record."""
 
 
-def record(key: str, phase: RecordPhase, idle: float = 0.0, *, attempt: int = 1, **facts: Any) -> RunRecord:
-    return RunRecord(
-        idempotency_key=key,
-        attempt=attempt,
-        phase=phase,
-        crew="c",
-        crew_url="https://c.example.com",
-        inputs_digest="d",
-        owner="o",
-        claimed_at=NOW,
-        ended_at=NOW if phase is RecordPhase.ENDED else None,
-        kickoff_id="k" if phase in (RecordPhase.ENDED, RecordPhase.STARTED) else None,
-        idle=idle,
-        **facts,
-    )
+def record(key: str, phase: RecordPhase, idle: float = 0.0, **facts: Any) -> RunRecord:
+    ended_at = NOW if phase is RecordPhase.ENDED else None
+    return new_record(key, phase=phase, idle=idle, claimed_at=NOW, **{"ended_at": ended_at, **facts})
 
 
 @pytest.mark.parametrize(
@@ -133,6 +122,26 @@ async def test_records_and_left_over_notes_go_from_a_real_server(prefect_api: Pr
     notes = await store.waiter_notes()
     assert not any(name.startswith(waiter_prefix(ended)) for name in notes)
     assert sum(name.startswith(waiter_prefix(flying)) for name in notes) == 1
+
+
+async def test_permits_that_a_killed_pruner_left_go_with_the_next_pruning(prefect_api: PrefectServer):
+    store = PrefectRecords()
+    gone, stands = record("gone", RecordPhase.CLAIMED), record("stands", RecordPhase.CLAIMED)
+    for one in (gone, stands):
+        one.idempotency_key = f"{one.idempotency_key} {uuid.uuid4()}"
+        assert await store.claim(one)
+        assert await store.permit(one, 60.0, late=False)
+    await delete_variable(str(gone.ref))
+    await asyncio.sleep(2.0)  # the Date of an answer has whole seconds, and is one late
+    await prune(store, older_than=timedelta(0))
+    assert len(await permits_of(gone)) == 1, "its record was deleted within the hour"
+    await pruned(store)
+    assert await permits_of(gone) == []
+    assert len(await permits_of(stands)) == 1
+
+
+async def permits_of(claim: RunRecord) -> list[Any]:
+    return [one for one in await read_named(f"{record_name(claim.idempotency_key, 1)}_") if one.value["owner"]]
 
 
 async def flow_run(state: str, *, parent: str | None = None, tags: Sequence[str] = ()) -> str:

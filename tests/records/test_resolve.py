@@ -33,29 +33,19 @@ from prefect_crew.records.resolve import (
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import hook_urls
-from support.records import LONG_AGO, put
+from support.records import LONG_AGO, new_record, put
 from support.webhooks import SECRET, events_of, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
-def new_record(**facts: Any) -> RunRecord:
-    known: dict[str, Any] = {
-        "idempotency_key": f"key {uuid.uuid4()}",
-        "attempt": 1,
-        "phase": RecordPhase.UNCERTAIN,
-        "crew": "travel",
-        "crew_url": "https://travel.example.com",
-        "inputs_digest": "d" * 32,
-        "owner": uuid.uuid4().hex,
-        "claimed_at": utcnow() - timedelta(minutes=5),
-        "reason": "the connection broke",
-    }
-    return RunRecord(**known | facts)
+def unknown(**facts: Any) -> RunRecord:
+    known = {"phase": RecordPhase.UNCERTAIN, "claimed_at": utcnow() - timedelta(minutes=5), "reason": "it broke"}
+    return new_record(**known | facts)
 
 
 async def stored(*, permit: float | None = None, **facts: Any) -> RunRecord:
-    return await put(new_record(**facts), permit=permit)
+    return await put(unknown(**facts), permit=permit)
 
 
 def look(state: CrewState) -> Any:
@@ -214,7 +204,7 @@ async def crew(server: CrewServer) -> DeployedCrew:
 
 
 def uncertain(crew: DeployedCrew, /, **fields: Any) -> RunRecord:
-    return new_record(**{"crew": crew.label, "crew_url": crew.url, "reason": None, **fields})
+    return unknown(**{"crew": crew.label, "crew_url": crew.url, "reason": None, **fields})
 
 
 async def started(crew: DeployedCrew) -> str:

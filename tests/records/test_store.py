@@ -30,24 +30,11 @@ from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.states import CrewState
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
+from support.records import new_record
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
 RECORDS = PrefectRecords()
-
-
-def new(idempotency_key: str | None = None, **fields: Any) -> RunRecord:
-    now = utcnow()
-    known: dict[str, Any] = {
-        "idempotency_key": idempotency_key or f"key {uuid.uuid4()}",
-        "attempt": 1,
-        "crew": "travel",
-        "crew_url": "https://travel.test",
-        "inputs_digest": "d" * 32,
-        "owner": str(uuid.uuid4()),
-        "claimed_at": now,
-    }
-    return RunRecord(**known | fields)
 
 
 async def flow_run(state: Any = None) -> str:
@@ -73,13 +60,13 @@ def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
 
 
 async def test_a_claim_is_written_and_read_back_whole():
-    record = new(step="research", flow_run_id=str(uuid.uuid4()), flow_run_count=2, forced_by="here")
+    record = new_record(step="research", flow_run_id=str(uuid.uuid4()), flow_run_count=2, forced_by="here")
     assert await RECORDS.claim(record)
     assert await RECORDS.attempts(record.idempotency_key) == [record]
 
 
 async def test_one_of_two_claims_wins_and_ones_own_counts_when_it_comes_twice():
-    first, second = new(), new()
+    first, second = new_record(), new_record()
     second.idempotency_key = first.idempotency_key
     assert await RECORDS.claim(first)
     assert not await RECORDS.claim(second)
@@ -90,14 +77,14 @@ async def test_a_claim_does_not_wait_for_other_changes(monkeypatch: pytest.Monke
     monkeypatch.setattr(prefect_api, "LONGEST", 600.0)
     prefect_api._this_loop().crowded_until = float("inf")
     async with prefect_api._one_at_a_time(needed=True):
-        assert await asyncio.wait_for(RECORDS.claim(new()), 60)
+        assert await asyncio.wait_for(RECORDS.claim(new_record()), 60)
 
 
 async def test_attempts_are_claims_of_their_own_in_order_on_however_many_pages(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(store, "PAGE", 3)
     key = f"again {uuid.uuid4()}"
     for attempt in [*range(1, 12)]:
-        assert await RECORDS.claim(new(key, attempt=attempt))
+        assert await RECORDS.claim(new_record(key, attempt=attempt))
     assert [record.attempt for record in await RECORDS.attempts(key)] == [*range(1, 12)]
 
 
@@ -108,14 +95,14 @@ async def test_attempts_are_claims_of_their_own_in_order_on_however_many_pages(m
 )
 async def test_any_key_makes_a_record_of_its_own(key: str):
     key = f"{key[:464]}{uuid.uuid4()}"
-    record = new(key)
+    record = new_record(key)
     assert await RECORDS.claim(record)
     assert await RECORDS.attempts(key) == [record]
     assert await RECORDS.attempts(key + "x") == []
 
 
 async def test_a_foreign_variable_in_the_records_place_is_an_error_that_names_it():
-    record = new()
+    record = new_record()
     name = record_name(record.idempotency_key, 1)
     await create_variable(name, {"somebody": "else"}, ["prefect-crew"])
     with pytest.raises(CrewError, match=f"Variable {name} should hold the record .* Nothing was started. Upgrade"):
@@ -123,7 +110,7 @@ async def test_a_foreign_variable_in_the_records_place_is_an_error_that_names_it
 
 
 async def test_what_is_no_record_is_passed_over():
-    record = new(kickoff_id=f"r {uuid.uuid4()}")
+    record = new_record(kickoff_id=f"r {uuid.uuid4()}")
     assert await RECORDS.claim(record)
     await create_variable(f"ours_{uuid.uuid4().hex}", "a text of somebody who likes our tag", ["prefect-crew"])
     assert record in [found async for found in RECORDS.all()]
@@ -133,7 +120,7 @@ async def test_what_is_no_record_is_passed_over():
 
 
 async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
-    record = new()
+    record = new_record()
     await RECORDS.claim(record)
     kickoff_id = f"an id / with % everything {uuid.uuid4()}"
     assert await RECORDS.of_kickoff(kickoff_id) is None
@@ -152,7 +139,7 @@ async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
 
 
 async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_knows():
-    record = new()
+    record = new_record()
     assert await RECORDS.claim(record)
     (theirs,) = await RECORDS.attempts(record.idempotency_key)
     theirs.permit = 1  # one that was deleted since
@@ -161,7 +148,7 @@ async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_
 
 
 async def test_of_two_who_resolve_a_record_one_succeeds():
-    record = new()
+    record = new_record()
     assert await RECORDS.claim(record)
     (first,), (second,) = [await RECORDS.attempts(record.idempotency_key) for _ in range(2)]
     assert await RECORDS.resolve(first, RecordPhase.STARTED, kickoff_id="k1")
@@ -172,7 +159,7 @@ async def test_of_two_who_resolve_a_record_one_succeeds():
 
 
 async def test_a_deleted_record_is_gone_and_may_be_deleted_again():
-    record = new()
+    record = new_record()
     await RECORDS.claim(record)
     await RECORDS.delete(record)
     await RECORDS.delete(record)
@@ -188,7 +175,7 @@ def result(output: str, **fields: Any) -> StoredResult:
 
 async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
     """Claim, close, and return what stands on the server."""
-    record = new()
+    record = new_record()
     await RECORDS.claim(record)
     record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState.COMPLETED, utcnow()
     record.kickoff_id, record.result = f"r {uuid.uuid4()}", stored
@@ -224,7 +211,7 @@ async def test_the_fingerprints_of_inputs_give_way_first():
 
 async def test_long_texts_give_way_to_what_the_record_is_for():
     key = "\N{PARTY POPPER}" * 464 + str(uuid.uuid4())
-    record = new(key, step="s" * 2000, crew="c" * 300, reason="\N{PARTY POPPER}" * 500)
+    record = new_record(key, step="s" * 2000, crew="c" * 300, reason="\N{PARTY POPPER}" * 500)
     assert await RECORDS.claim(record)
     record.error = "\N{PARTY POPPER}" * 500
     await RECORDS.save(record)
@@ -245,7 +232,7 @@ async def test_other_waiters_are_flow_runs_that_go_on():
         await flow_run(Completed()),
         await flow_run(Cancelling()),
     ]
-    record = new(flow_run_id=owner)
+    record = new_record(flow_run_id=owner)
     for one in (waiter, gone, cancelling, str(uuid.uuid4())):
         await RECORDS.add_waiter(record, one)
     assert await RECORDS.other_waiters(record, waiter) == [owner]
@@ -257,17 +244,17 @@ async def test_other_waiters_are_flow_runs_that_go_on():
 
 
 async def test_an_owner_has_ended_when_its_flow_run_has_or_is_gone():
-    assert not await RECORDS.owner_ended(new())
-    assert not await RECORDS.owner_ended(new(flow_run_id=await flow_run()))
-    assert await RECORDS.owner_ended(new(flow_run_id=await flow_run(Cancelled())))
-    assert await RECORDS.owner_ended(new(flow_run_id=str(uuid.uuid4())))
+    assert not await RECORDS.owner_ended(new_record())
+    assert not await RECORDS.owner_ended(new_record(flow_run_id=await flow_run()))
+    assert await RECORDS.owner_ended(new_record(flow_run_id=await flow_run(Cancelled())))
+    assert await RECORDS.owner_ended(new_record(flow_run_id=str(uuid.uuid4())))
 
 
 # A Prefect API that is away
 
 
 async def test_a_save_outlasts_an_api_that_is_away(proxy: Proxy):
-    record = new()
+    record = new_record()
     assert await RECORDS.claim(record)
     proxy.cut()
     record.phase, record.kickoff_id = RecordPhase.STARTED, f"r {uuid.uuid4()}"
@@ -281,17 +268,17 @@ async def test_a_save_outlasts_an_api_that_is_away(proxy: Proxy):
 
 async def test_saving_what_was_deleted_is_an_error_at_once():
     with pytest.raises(httpx.HTTPStatusError):
-        await asyncio.wait_for(RECORDS.save(new()), 10)
+        await asyncio.wait_for(RECORDS.save(new_record()), 10)
 
 
 async def test_what_the_api_refuses_is_raised_and_not_taken_for_a_conflict(proxy: Proxy):
     proxy.refuse = "POST /api/variables/"
     with pytest.raises(httpx.HTTPStatusError):
-        await RECORDS.claim(new())
+        await RECORDS.claim(new_record())
     with pytest.raises(httpx.HTTPStatusError):
-        await RECORDS.add_waiter(new(), str(uuid.uuid4()))
+        await RECORDS.add_waiter(new_record(), str(uuid.uuid4()))
     with pytest.raises(httpx.HTTPStatusError):
-        await RECORDS.add_review(new(), 1, review())
+        await RECORDS.add_review(new_record(), 1, review())
 
 
 def review(**fields: Any) -> SentReview:
@@ -299,7 +286,7 @@ def review(**fields: Any) -> SentReview:
 
 
 async def test_answers_stand_next_to_the_record_each_written_by_one():
-    record = new()
+    record = new_record()
     await RECORDS.claim(record)
     assert await RECORDS.add_review(record, 1, review())
     assert not await RECORDS.add_review(record, 1, review(feedback="somebody else's")), "one answers at a time"
@@ -330,7 +317,7 @@ async def remove(record: RunRecord) -> None:
 
 @pytest.mark.parametrize("phase", ["started", "a word of the future"])
 async def test_a_record_of_a_later_version_is_never_taken_for_one_of_this(phase: str):
-    record = new()
+    record = new_record()
     await later(record, phase=phase)
     with pytest.raises(CrewError, match=r"later version of prefect-crew \(record version 3.*Upgrade prefect-crew"):
         await RECORDS.attempts(record.idempotency_key)
@@ -340,7 +327,7 @@ async def test_a_record_of_a_later_version_is_never_taken_for_one_of_this(phase:
 
 
 async def test_a_record_of_a_later_version_is_left_out_of_lists_which_say_so(caplog: pytest.LogCaptureFixture):
-    mine, theirs = new(), new()
+    mine, theirs = new_record(), new_record()
     assert await RECORDS.claim(mine)
     await later(theirs)
     listed = [record.idempotency_key async for record in RECORDS.all()]

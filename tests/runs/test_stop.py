@@ -9,6 +9,8 @@ import textwrap
 import threading
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +64,42 @@ def started_by_a_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(uuid.uuid4()))
 
 
-def cancel_when(server: Any, seen: Seen, ids: list[Any], kind: str, *, looks: int = 1) -> threading.Thread:
-    """Cancel the flow run `ids[0]` once the crew's server has been asked for a status so often."""
+def wait_until(happened: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def cancelled(
+    server: Any, seen: Seen, call: Callable[[], Any], *, when: Callable[[], Any] | None = None, mode: str = "async"
+) -> tuple[CrewError | None, str]:
+    """Call something in a flow run that is cancelled once the crew's server was asked for a status; return the error
+    and the flow run's id."""
+    ids: list[str] = []
+
+    @flow
+    async def trip() -> None:
+        ids.append(str(flow_run.id))
+        await call()
+
+    @flow
+    def sync_trip() -> None:
+        ids.append(str(flow_run.id))
+        call()
 
     def cancel() -> None:
-        deadline = time.monotonic() + 30
-        while server.requests["status"] < looks and time.monotonic() < deadline:
-            time.sleep(0.02)
-        seen.set_state(ids[0], kind)
+        wait_until(when or (lambda: server.requests["status"]))
+        seen.set_state(ids[0], "CANCELLING")
 
-    thread = threading.Thread(target=cancel)
+    thread, error = threading.Thread(target=cancel), None
     thread.start()
-    return thread
+    try:
+        asyncio.run(asyncio.wait_for(trip(), 90)) if mode == "async" else sync_trip()
+    except CrewError as raised:
+        error = raised
+    thread.join()
+    return error, ids[0]
 
 
 # A local run, which nobody tells that it was cancelled
@@ -82,64 +108,41 @@ def cancel_when(server: Any, seen: Seen, ids: list[Any], kind: str, *, looks: in
 @pytest.mark.usefixtures("quick_look")
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_a_local_run_notices_its_cancellation_and_stops_the_crew(crew_server: CrewServerFactory, seen: Seen, mode: str):
-    server, idempotency_key, ids = crew_server(slow(60)), key(), list[Any]()
-
-    @flow
-    async def async_trip() -> None:
-        ids.append(flow_run.id)
-        await arun_crew(server.crew(), idempotency_key=idempotency_key)
-
-    @flow
-    def sync_trip() -> None:
-        ids.append(flow_run.id)
-        run_crew(server.crew(), idempotency_key=idempotency_key)
-
-    thread = cancel_when(server, seen, ids, "CANCELLING")
-    with pytest.raises(CrewStoppedError):
-        asyncio.run(async_trip()) if mode == "async" else sync_trip()
-    thread.join()
+    server, idempotency_key = crew_server(slow(60)), key()
+    call = partial(arun_crew if mode == "async" else run_crew, server.crew(), idempotency_key=idempotency_key)
+    error, flow_run_id = cancelled(server, seen, call, mode=mode)
+    assert isinstance(error, CrewStoppedError)
     assert server.requests["stop"] == 1
     assert seen.record(idempotency_key)["state"] == "stopped"
     # The server ends it as Cancelled, after five minutes.
-    assert seen.flow_run(ids[0])["state"]["type"] == "CANCELLING"
+    assert seen.flow_run(flow_run_id)["state"]["type"] == "CANCELLING"
 
 
 @pytest.mark.usefixtures("quick_look")
 def test_who_cancels_a_flow_means_its_subflows_too(crew_server: CrewServerFactory, seen: Seen):
-    server, ids = crew_server(slow(60)), list[Any]()
+    server = crew_server(slow(60))
 
     @flow
     async def city() -> None:
         await arun_crew(server.crew())
 
-    @flow
-    async def trip() -> None:
-        ids.append(flow_run.id)
-        await city()
-
-    thread = cancel_when(server, seen, ids, "CANCELLING")
-    with pytest.raises(CrewStoppedError):
-        asyncio.run(trip())
-    thread.join()
+    error, _ = cancelled(server, seen, city)
+    assert isinstance(error, CrewStoppedError)
     assert server.requests["stop"] == 1
 
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_cancelled_flow_that_goes_on_starts_nothing_more(crew_server: CrewServerFactory, seen: Seen):
-    server, ids, errors = crew_server(slow(60)), list[Any](), list[CrewError]()
+    server, errors = crew_server(slow(60)), list[CrewError]()
 
-    @flow
     async def trips() -> None:
-        ids.append(flow_run.id)
         for city in ("Lisbon", "Porto", "Faro"):
             try:
                 await arun_crew(server.crew(), {"city": city})
             except CrewError as error:
                 errors.append(error)
 
-    thread = cancel_when(server, seen, ids, "CANCELLING")
-    asyncio.run(trips())
-    thread.join()
+    cancelled(server, seen, trips)
     assert server.kickoffs == 1
     assert [type(error) for error in errors] == [CrewStoppedError, CrewError, CrewError]
     assert "was cancelled, so no run was started" in str(errors[1])
@@ -152,70 +155,48 @@ def test_a_cancellation_is_noticed(
 ):
     if not trouble:
         monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])
-    server, ids = crew_server(slow(60), faults=["status:429@1-"] if trouble else []), list[Any]()
-
-    @flow
-    async def trip() -> None:
-        ids.append(flow_run.id)
-        await arun_crew(server.crew(), wait=WaitPolicy(initial=0.1, factor=1000, max_interval=300))
-
-    thread = cancel_when(server, seen, ids, "CANCELLING")
-    with pytest.raises(CrewStoppedError):
-        asyncio.run(asyncio.wait_for(trip(), 90))
-    thread.join()
+    server = crew_server(slow(60), faults=["status:429@1-"] if trouble else [])
+    wait = WaitPolicy(initial=0.1, factor=1000, max_interval=300)
+    error, _ = cancelled(server, seen, lambda: arun_crew(server.crew(), wait=wait))
+    assert isinstance(error, CrewStoppedError)
     assert trouble or server.requests["status"] == 2, "the wait, and whoever stopped it: what it had used"
 
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServerFactory, seen: Seen):
-    server, idempotency_key, ids = crew_server(slow(60), stop=False), key(), list[Any]()
-
-    @flow
-    async def trip() -> None:
-        ids.append(flow_run.id)
-        await arun_crew(server.crew(), idempotency_key=idempotency_key)
-
-    thread = cancel_when(server, seen, ids, "CANCELLING")
-    with pytest.raises(CrewError, match=f"which continues at {server.url}") as caught:
-        asyncio.run(trip())
-    thread.join()
-    assert not isinstance(caught.value, CrewStoppedError)
-    assert f"continues at {server.url}: its server has no /stop" in seen.logs(ids[0])
+    server, idempotency_key = crew_server(slow(60), stop=False), key()
+    error, flow_run_id = cancelled(server, seen, lambda: arun_crew(server.crew(), idempotency_key=idempotency_key))
+    assert not isinstance(error, CrewStoppedError)
+    assert f"which continues at {server.url}" in str(error)
+    assert f"continues at {server.url}: its server has no /stop" in seen.logs(flow_run_id)
     record = seen.record(idempotency_key)
     assert (record["phase"], record["reason"]) == ("started", "stop was asked for: unsupported")
 
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: CrewServerFactory, seen: Seen):
-    server, idempotency_key, ids = crew_server(slow(5)), key(), list[Any]()
+    server, idempotency_key, outputs = crew_server(slow(5)), key(), list[str]()
+    digest = record_name(idempotency_key, 1).split("_")[2]
 
     @flow
-    async def first() -> None:
-        ids.append(flow_run.id)
-        await arun_crew(server.crew(), idempotency_key=idempotency_key)
-
-    @flow
-    async def second() -> str:
+    async def second() -> None:
         while not server.kickoffs:
             await asyncio.sleep(0.02)
-        return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
+        outputs.append((await arun_crew(server.crew(), idempotency_key=idempotency_key)).output)
 
-    async def both() -> list[Any]:
-        return [*await asyncio.gather(first(), second(), return_exceptions=True)]
-
-    def cancel() -> None:
-        wait_until(lambda: server.requests["status"] and seen.variables(f"crew_wait_{digest}%"))
-        seen.set_state(ids[0], "CANCELLING")
-
-    digest = record_name(idempotency_key, 1).split("_")[2]
-    thread = threading.Thread(target=cancel)
-    thread.start()
-    error, output = asyncio.run(both())
-    thread.join()
-    assert output == "done"
+    other = threading.Thread(target=lambda: asyncio.run(second()))
+    other.start()
+    error, flow_run_id = cancelled(
+        server,
+        seen,
+        lambda: arun_crew(server.crew(), idempotency_key=idempotency_key),
+        when=lambda: server.requests["status"] and seen.variables(f"crew_wait_{digest}%"),
+    )
+    other.join()
+    assert outputs == ["done"]
     assert "continues at" in str(error)
     assert server.requests["stop"] == 0
-    assert "waits for it too" in seen.logs(ids[0])
+    assert "waits for it too" in seen.logs(flow_run_id)
 
 
 @pytest.mark.usefixtures("quick_look")
@@ -240,29 +221,26 @@ def test_a_prefect_api_that_does_not_say_is_no_cancellation(
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_flow_run_that_is_retried_after_its_cancellation_may_complete(crew_server: CrewServerFactory, seen: Seen):
-    server, ids, texts = crew_server(slow(60)), list[Any](), list[str]()
+    server = crew_server(slow(60))
+
+    async def two() -> None:
+        await asyncio.gather(*(arun_crew(server.crew(), {"n": number}) for number in range(2)))
+
+    error, flow_run_id = cancelled(server, seen, two)
+    assert error is not None
 
     @flow
-    async def trips() -> str:
-        ids.append(flow_run.id)
-        if len(ids) == 1:
-            await asyncio.gather(*(arun_crew(server.crew(), {"n": number}) for number in range(2)))
+    async def again() -> str:
         return (await arun_crew(crew_server("echo").crew(), {"text": "again"})).output
 
-    thread = cancel_when(server, seen, ids, "CANCELLING")
-    with pytest.raises(CrewError):
-        asyncio.run(trips())
-    thread.join()
-
-    async def again() -> Any:
+    async def retried() -> Any:
         async with get_client() as client:
-            await client.set_flow_run_state(uuid.UUID(ids[0]), Scheduled(), force=True)
-            planned = await client.read_flow_run(uuid.UUID(ids[0]))
-        return await run_flow_async(trips, flow_run=planned, parameters={})
+            await client.set_flow_run_state(uuid.UUID(flow_run_id), Scheduled(), force=True)
+            planned = await client.read_flow_run(uuid.UUID(flow_run_id))
+        return await run_flow_async(again, flow_run=planned, parameters={})
 
-    texts.append(asyncio.run(again()))
-    assert texts == ["again"]
-    assert seen.flow_run(ids[0])["state"]["type"] == "COMPLETED"
+    assert asyncio.run(retried()) == "again"
+    assert seen.flow_run(flow_run_id)["state"]["type"] == "COMPLETED"
 
 
 # A run under a runner, which gets a cancellation like any other
@@ -384,13 +362,6 @@ def script(prefect_server: PrefectServer, tmp_path: Path) -> Any:
     yield start
     for process in processes:
         process.stop()
-
-
-def wait_until(happened: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("moment", ["waiting", "posting"])

@@ -40,11 +40,13 @@ from support.proxy import Proxy, through
 from support.scripts import FAILS, script, slow
 from support.seen import Seen
 from support.transports import carried_by
+from support.webhooks import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 RECORDS = PrefectRecords()
 BRIEF = WaitPolicy(initial=0.1, timeout=0.5)
+STOPPING = WaitPolicy(initial=0.1, timeout=0.5, on_timeout="stop")
 
 
 def key() -> str:
@@ -98,17 +100,6 @@ async def test_a_failed_run_raises_the_crews_own_error(crew_server: CrewServerFa
         await run.fetch_result()
 
 
-async def test_a_run_that_was_stopped_elsewhere_is_no_result(crew_server: CrewServerFactory):
-    server = crew_server(slow(60), response_format="union")
-    run = await server.crew().trigger({})
-    waiting = asyncio.ensure_future(run.wait_for_completion())
-    async with server.crew().client() as client:
-        assert (await client.stop(run.kickoff_id)).accepted
-    with pytest.raises(CrewStoppedError, match=run.kickoff_id):
-        await waiting
-    assert (await record_of(run)).state is CrewState.STOPPED
-
-
 async def test_a_run_that_the_server_forgets_is_lost_and_not_started_again(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(slow(60), faults=["status:forgotten@3"]), key()
     run = await server.crew().trigger({}, idempotency_key=idempotency_key)
@@ -151,8 +142,7 @@ async def test_a_run_that_ended_while_nobody_waited_has_its_result_although_its_
     with pytest.raises(CrewTimeoutError, match=r"running time limit of 3,?600 s"):
         await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
     held.release()
-    while not server.runs[0].state.ended:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.runs[0].state.ended, "the crew has ended")
     assert (await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))).output == "done"
 
 
@@ -174,34 +164,28 @@ async def test_a_task_timeout_ends_the_wait_at_once_and_leaves_the_crew_running(
     assert server.requests["stop"] == 0
 
 
-@pytest.mark.parametrize("stop", [True, False], ids=["stop", "no stop"])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, ""),
+        ({"stop": False}, "its server has no /stop"),
+        ({"faults": ["stop:500"]}, "could not be stopped"),
+    ],
+    ids=["stop", "no stop", "a server that fails"],
+)
 async def test_a_crew_that_is_over_its_time_can_be_stopped(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, stop: bool
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, options: dict[str, Any], says: str
 ):
-    server = crew_server(slow(60), stop=stop)
+    server = crew_server(slow(60), **options)
     run = await server.crew().trigger({})
     with pytest.raises(CrewTimeoutError) as caught:
-        await run.wait_for_completion(BRIEF.model_copy(update={"on_timeout": "stop"}))
-    assert caught.value.stopped is stop
+        await run.wait_for_completion(STOPPING)
     record = await record_of(run)
-    if stop:
-        assert "It was stopped." in str(caught.value)
-        assert (server.requests["stop"], record.state) == (1, CrewState.STOPPED)
-    else:
-        assert f"continues at {server.url}: its server has no /stop" in caplog.text
-        assert record.phase is RecordPhase.STARTED
-        assert record.reason
-        assert "unsupported" in record.reason
-
-
-async def test_a_server_that_fails_to_stop_a_crew_does_not_hide_the_timeout(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
-):
-    server = crew_server(slow(60), faults=["stop:500"])
-    run = await server.crew().trigger({})
-    with pytest.raises(CrewTimeoutError, match="It was left running"):
-        await run.wait_for_completion(BRIEF.model_copy(update={"on_timeout": "stop"}))
-    assert "could not be stopped" in caplog.text
+    assert caught.value.stopped is (not options)
+    assert ("It was stopped." if caught.value.stopped else "It was left running") in str(caught.value)
+    assert says in caplog.text
+    assert (record.state is CrewState.STOPPED) is caught.value.stopped
+    assert ("unsupported" in (record.reason or "")) is ("stop" in options)
 
 
 # People
@@ -270,13 +254,17 @@ async def test_a_result_that_does_not_fit_is_kept_and_its_run_is_not_started_aga
 # Runs of others
 
 
-async def test_a_run_that_was_kicked_off_elsewhere_is_waited_for_without_a_record(crew_server: CrewServerFactory):
-    server = crew_server("echo")
+async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> tuple[Any, CrewRun]:
+    """Kick a crew off as somebody else would, who leaves no record."""
+    server = crew_server(text, **options)
     async with server.crew().client() as client:
-        kickoff_id = await client.kickoff({"text": "a"})
-    run = CrewRun(server.crew(), kickoff_id)
-    assert (await ended(run)).output == "a"
-    assert await RECORDS.of_kickoff(kickoff_id) is None
+        return server, CrewRun(server.crew(), await client.kickoff({}))
+
+
+async def test_a_run_that_was_kicked_off_elsewhere_is_waited_for_without_a_record(crew_server: CrewServerFactory):
+    _, run = await foreign(crew_server, slow(0.1))
+    assert (await ended(run)).output == "done"
+    assert await RECORDS.of_kickoff(run.kickoff_id) is None
 
 
 def test_two_flow_runs_wait_for_one_run_and_its_end_is_reported_once(crew_server: CrewServerFactory, seen: Seen):
@@ -361,8 +349,7 @@ async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
         return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
 
     running = asyncio.ensure_future(waiting())
-    while not server.requests["status"]:
-        await asyncio.sleep(0.02)
+    await until(lambda: server.requests["status"] > 0, "it is waited for")
     late = await server.crew().trigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewTimeoutError, match="It was left running"):
         await late.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.2, on_timeout="stop"))
@@ -409,8 +396,7 @@ async def test_a_token_that_is_rotated_during_the_wait_is_taken_up(
     run = await (await DeployedCrew.aload(name)).trigger({})
     await asyncio.to_thread(lambda: server.crew(token="the-new-token").save(name, overwrite=True))
     waiting = asyncio.ensure_future(run.wait_for_completion())
-    while not server.requests["status"]:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.requests["status"] > 0, "it is waited for")
     server.token = "the-new-token"
     while "has a new token" not in caplog.text:
         await asyncio.sleep(0.01)
@@ -455,12 +441,10 @@ async def test_a_prefect_api_that_is_away_for_a_while_does_not_end_the_wait(
         return (await arun_crew(server.crew())).output
 
     running = asyncio.ensure_future(trip())
-    while not server.requests["status"]:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.requests["status"] > 0, "it is waited for")
     proxy.cut()
     held.release()
-    while not server.runs[0].state.ended:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.runs[0].state.ended, "the crew has ended")
     await asyncio.sleep(1.0)  # for what must not happen
     assert not running.done()
     proxy.restore()
@@ -509,25 +493,17 @@ async def test_a_wait_whose_note_that_it_waits_is_refused_goes_on(
 # Runs without a record
 
 
-async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> tuple[Any, CrewRun]:
-    """Kick a crew off as somebody else would, who leaves no record."""
-    server = crew_server(text, **options)
-    async with server.crew().client() as client:
-        return server, CrewRun(server.crew(), await client.kickoff({}))
-
-
 async def test_without_a_record_a_late_crew_can_be_stopped(crew_server: CrewServerFactory):
     server, run = await foreign(crew_server, slow(60))
     with pytest.raises(CrewTimeoutError, match="It was stopped"):
-        await run.wait_for_completion(BRIEF.model_copy(update={"on_timeout": "stop"}))
+        await run.wait_for_completion(STOPPING)
     assert server.requests["stop"] == 1
 
 
 async def test_without_a_record_a_cancelled_wait_leaves_the_crew_alone(crew_server: CrewServerFactory):
     server, run = await foreign(crew_server, slow(60))
     waiting = asyncio.ensure_future(run.wait_for_completion())
-    while not server.requests["status"]:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.requests["status"] > 0, "it is waited for")
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting

@@ -11,11 +11,25 @@ import pytest
 
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records import store as store_module
-from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords, Variable
 
 LONG_AGO = -1000.0
 """As what a claim or permit is good for: it is over, however little time has passed."""
+
+
+def new_record(idempotency_key: str | None = None, **facts: Any) -> RunRecord:
+    """Return the first attempt at a key, one of its own if none is given."""
+    known: dict[str, Any] = {
+        "idempotency_key": idempotency_key or f"key {uuid.uuid4()}",
+        "attempt": 1,
+        "crew": "travel",
+        "crew_url": "https://travel.test",
+        "inputs_digest": "d" * 32,
+        "owner": str(uuid.uuid4()),
+        "claimed_at": utcnow(),
+    }
+    return RunRecord(**known | facts)
 
 
 def key() -> str:
@@ -47,7 +61,7 @@ def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
 def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> None:
     """Let the Prefect server say of a run's record, and of all flow runs, until `patch` is undone, that nobody has
     changed them for days."""
-    found, read = store_module.variables_in, prune_module._read
+    found, read = store_module.variables_in, prune_module.read_by_id
 
     def later(response: httpx.Response) -> list[Variable]:
         variables: list[Variable] = []
@@ -63,7 +77,7 @@ def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> No
         }
 
     patch.setattr(store_module, "variables_in", later)
-    patch.setattr(prune_module, "_read", later_read)
+    patch.setattr(prune_module, "read_by_id", later_read)
 
 
 async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:
