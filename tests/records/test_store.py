@@ -59,12 +59,6 @@ def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
 # Claims
 
 
-async def test_a_claim_is_written_and_read_back_whole():
-    record = new_record(step="research", flow_run_id=str(uuid.uuid4()), flow_run_count=2, forced_by="here")
-    assert await RECORDS.claim(record)
-    assert await RECORDS.attempts(record.idempotency_key) == [record]
-
-
 async def test_one_of_two_claims_wins_and_ones_own_counts_when_it_comes_twice():
     first, second = new_record(), new_record()
     second.idempotency_key = first.idempotency_key
@@ -145,25 +139,6 @@ async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_
     theirs.permit = 1  # one that was deleted since
     assert await RECORDS.resolve(theirs, RecordPhase.NOT_STARTED)
     assert not await RECORDS.permit(record, 30, late=True)
-
-
-async def test_of_two_who_resolve_a_record_one_succeeds():
-    record = new_record()
-    assert await RECORDS.claim(record)
-    (first,), (second,) = [await RECORDS.attempts(record.idempotency_key) for _ in range(2)]
-    assert await RECORDS.resolve(first, RecordPhase.STARTED, kickoff_id="k1")
-    assert not await RECORDS.resolve(second, RecordPhase.NOT_STARTED)
-    assert second.phase is RecordPhase.CLAIMED
-    (found,) = await RECORDS.attempts(record.idempotency_key)
-    assert (found.phase, found.kickoff_id) == (RecordPhase.STARTED, "k1")
-
-
-async def test_a_deleted_record_is_gone_and_may_be_deleted_again():
-    record = new_record()
-    await RECORDS.claim(record)
-    await RECORDS.delete(record)
-    await RECORDS.delete(record)
-    assert await RECORDS.attempts(record.idempotency_key) == []
 
 
 # What fits

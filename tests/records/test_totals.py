@@ -61,13 +61,6 @@ async def names(day: date) -> list[str]:
     return [one.name for one in await read_named(f"crew_usage_{day:%Y%m%d}_")]
 
 
-def test_what_nobody_reported_is_not_counted_as_reported():
-    assert plain(record()).spending == Spending(runs=1)
-    usage = TokenUsage(prompt_tokens=3, total_tokens=0)
-    assert plain(record(usage=usage, cost=0.0)).spending == Spending(1, 1, 1, usage, 0.0)
-    assert plain(record(usage=TokenUsage(prompt_tokens=3))).spending.reported == 0, "as costs count it"
-
-
 def test_long_names_are_cut():
     total = plain(record(crew="c" * 500), "f" * 500, ["t" * 500, *(f"t{number:02}" for number in range(20))])
     assert (len(total.crew), len(total.flow or ""), total.tags) == (60, 60, [f"t{number:02}" for number in range(10)])
