@@ -29,23 +29,16 @@ TOKENS = Price(per_1k_input=0.5, per_1k_output=2)
         (TOKENS, TokenUsage(prompt_tokens=1000, completion_tokens=100), 0.7),
         (TOKENS, TokenUsage(total_tokens=1100, completion_tokens=100), 0.7),
         (TOKENS, TokenUsage(total_tokens=0, prompt_tokens=0, completion_tokens=0), 0),
+        (Price(per_1k_input=2, per_1k_output=2), TokenUsage(total_tokens=500), 1),
+        # What nobody reported is unknown, and never zero.
+        (TOKENS, None, None),
+        (TOKENS, TokenUsage(), None),
+        (TOKENS, TokenUsage(total_tokens=1100), None),
+        (Price(per_run=1, per_1k_input=0.5, per_1k_output=2), TokenUsage(prompt_tokens=1000), None),
     ],
 )
 def test_parts_of_a_price_are_added_up(price: Price | None, usage: TokenUsage | None, cost: float | None):
     assert cost_of(price, usage) == (None if cost is None else pytest.approx(cost))
-
-
-@pytest.mark.parametrize(
-    "usage",
-    [None, TokenUsage(), TokenUsage(total_tokens=1100), TokenUsage(prompt_tokens=1000)],
-)
-def test_what_nobody_reported_is_unknown_and_never_zero(usage: TokenUsage | None):
-    assert cost_of(TOKENS, usage) is None
-    assert cost_of(Price(per_run=1, per_1k_input=0.5, per_1k_output=2), usage) is None
-
-
-def test_a_sum_of_tokens_is_enough_where_all_tokens_cost_the_same():
-    assert cost_of(Price(per_1k_input=2, per_1k_output=2), TokenUsage(total_tokens=500)) == pytest.approx(1)
 
 
 @by_model
@@ -114,7 +107,5 @@ def test_a_number_on_the_block_is_the_price_of_a_run():
     for wrong in (-1, {"per_run": -1}, {"per_1k_inputs": 1, "per_1k_output": 1}):
         with pytest.raises(ValidationError):
             crew(price=wrong)
-
-
-def test_a_price_that_a_later_version_stored_loads():
+    # As a later version may have stored it.
     assert crew(price={"per_run": 1, "surcharge_of_a_later_version": 2}).price == Price(per_run=1)

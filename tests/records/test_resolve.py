@@ -174,11 +174,6 @@ async def test_there_is_nothing_to_resolve(facts: dict[str, Any], said: str):
         await unresolved(record.idempotency_key, PrefectRecords())
 
 
-async def test_nobody_used_the_key():
-    with pytest.raises(CrewError, match="No run has the key"):
-        await unresolved("never used", PrefectRecords())
-
-
 # By the webhooks of the runs that kickoffs did start
 
 
@@ -212,20 +207,11 @@ async def started(crew: DeployedCrew) -> str:
         return await client.kickoff({})
 
 
-async def test_the_first_webhook_resolves_an_uncertain_kickoff(crew: DeployedCrew):
-    record, kickoff_id = uncertain(crew), await started(crew)
-    await put(record)
-    said = {"attempt": 1, "said_key": record.idempotency_key}
-    assert await resolve(record.idempotency_key, kickoff_id, RECORDS, **said) is Resolution.RESOLVED
-    (resolved,) = await RECORDS.attempts(record.idempotency_key)
-    assert (resolved.phase, resolved.kickoff_id, resolved.reason) == (RecordPhase.STARTED, kickoff_id, None)
-    # The second one finds nothing to do, whatever it says.
-    assert await resolve(record.idempotency_key, "another", RECORDS, **said) is Resolution.NOT_NEEDED
-
-
 @pytest.mark.parametrize(
     ("fields", "outcome"),
     [
+        pytest.param({"reason": None}, Resolution.RESOLVED, id="uncertain"),
+        pytest.param({"kickoff": "made-up"}, Resolution.NOT_KNOWN, id="an-id-that-the-crew-does-not-know"),
         pytest.param(
             {"phase": RecordPhase.CLAIMED, "permit": LONG_AGO}, Resolution.RESOLVED, id="a-claim-whose-time-is-over"
         ),
@@ -247,22 +233,17 @@ async def test_the_first_webhook_resolves_an_uncertain_kickoff(crew: DeployedCre
     ],
 )
 async def test_which_records_are_resolved(fields: dict[str, Any], outcome: Resolution, crew: DeployedCrew):
-    permit = fields.get("permit")
-    record, kickoff_id = uncertain(crew, **fields), await started(crew)
+    permit, kickoff_id = fields.get("permit"), fields.get("kickoff") or await started(crew)
+    record = uncertain(crew, **fields)
     record.permit = 0
     await put(record, permit=permit)
     assert await resolve(record.idempotency_key, kickoff_id, RECORDS, attempt=1) is outcome
     (now,) = await RECORDS.attempts(record.idempotency_key)
-    assert (now.kickoff_id == kickoff_id) is (outcome is Resolution.RESOLVED)
-    if outcome is not Resolution.RESOLVED:
-        assert now.phase is record.phase
-
-
-async def test_an_id_that_the_crew_does_not_know_resolves_nothing(crew: DeployedCrew):
-    record = uncertain(crew)
-    await put(record)
-    assert await resolve(record.idempotency_key, "made-up", RECORDS) is Resolution.NOT_KNOWN
-    assert (await RECORDS.attempts(record.idempotency_key))[0].phase is RecordPhase.UNCERTAIN
+    if outcome is Resolution.RESOLVED:
+        assert (now.phase, now.kickoff_id, now.reason) == (RecordPhase.STARTED, kickoff_id, None)
+        assert await resolve(record.idempotency_key, "another", RECORDS, attempt=1) is Resolution.NOT_NEEDED
+    else:
+        assert (now.phase, now.kickoff_id) == (record.phase, record.kickoff_id)
 
 
 async def test_a_late_webhook_of_the_attempt_before_does_not_resolve_this_one(crew: DeployedCrew):
