@@ -176,7 +176,7 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
                     await client.create_global_concurrency_limit(made)
                 except ObjectAlreadyExists:
                     continue
-                found = {**found, name: {"limit": limit}}
+                found[name] = {"limit": limit}
             if found and found[name]["limit"] == limit:
                 record.reserved = {**(record.reserved or {}), name: slots}
                 if mark in found:
@@ -194,7 +194,7 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
     return limit
 
 
-async def _post(client: PrefectClient, how: str, names: list[str], slots: int) -> dict[str, dict[str, Any]] | None:
+async def _post(client: PrefectClient, how: str, names: list[str], slots: int) -> dict[str, Any] | None:
     """Change counters; return the limits of these names that there are by name, None where one has no room.
 
     Nothing is sent twice but what surely changed nothing: Prefect's client would, after a lost answer.

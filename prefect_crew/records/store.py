@@ -182,9 +182,11 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
 
 
 def _used_in(variables: Sequence[Variable]) -> list[dict[str, Any]]:
-    notes: list[Any] = [one.value for one in variables if one.name.startswith(USED)]
-    values = [used for note in notes for used in (note if isinstance(note, list) else [note])]
-    return [used for used in values if isinstance(used, dict)][:KEPT]
+    found: list[Any] = []
+    for note in (one.value for one in variables if one.name.startswith(USED)):
+        found += cast("list[Any]", note) if isinstance(note, list) else [note]
+    # Somebody else may use our names.
+    return [cast("dict[str, Any]", used) for used in found if isinstance(used, dict)][:KEPT]
 
 
 def _attempts_prefix(idempotency_key: str) -> str:
@@ -421,14 +423,11 @@ class PrefectRecords:
 
     async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
         """Note that this caller counts what a run used, or writes its span; False if somebody else does. Atomic."""
-        ref, by, tag = str(record.ref).replace("-", ""), str(uuid4()), _used_prefix(record.crew_url)
-        if what == "use":
-            name = f"{tag}{9_999_999_999 - int(record.claimed_at.timestamp()):010}_{ref}"
-            variable = {"name": name, "value": {**record.used, "by": by}, "tags": [tag]}
-        else:
-            name = f"{USED}{what}_{ref}"
-            variable = {"name": name, "value": {"by": by}}
-        if await create_variable(variable) is not None:
+        tag, newest_first = _used_prefix(record.crew_url), 9_999_999_999 - int(record.claimed_at.timestamp())
+        name, by = {"use": f"{tag}{newest_first:010}_", "span": f"{USED}span_"}[what], str(uuid4())
+        name += str(record.ref).replace("-", "")
+        more = {"value": {**record.used, "by": by}, "tags": [tag]} if what == "use" else {"value": {"by": by}}
+        if await create_variable({"name": name, **more}) is not None:
             return True
         async with get_client() as client:  # the conflict may be with our own, which was sent twice
             stands: Any = await client.read_variable_by_name(name)
