@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,6 +13,7 @@ import respx
 from pydantic import SecretStr
 
 from prefect_crew.client._client import CrewClient
+from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import (
     AuthenticationError,
@@ -19,8 +21,10 @@ from prefect_crew.exceptions import (
     CrewAPIError,
     CrewConnectionError,
     InvalidInputsError,
+    KickoffUncertainError,
     NotFoundError,
     RateLimitedError,
+    ResponseFormatError,
     ServerError,
 )
 from prefect_crew.states import CrewState
@@ -182,26 +186,47 @@ async def test_health(router: respx.MockRouter, client: CrewClient, answer: http
         await client.health()
 
 
-ERRORS = {
-    **dict.fromkeys((301, 307, 402, 408, 409), CrewAPIError),
-    **dict.fromkeys((401, 403), AuthenticationError),
-    **dict.fromkeys((400, 422), InvalidInputsError),
-    **dict.fromkeys((500, 503, 504), ServerError),
-    404: NotFoundError,
-    429: RateLimitedError,
-}
+ANSWERS: list[tuple[int, str | None, type[CrewAPIError], KickoffFate]] = [
+    *((status, "3", CrewAPIError, KickoffFate.REFUSED) for status in (402, 409, 413, 499)),
+    *((status, "3", InvalidInputsError, KickoffFate.REFUSED) for status in (400, 422)),
+    *((status, "3", AuthenticationError, KickoffFate.REFUSED) for status in (401, 403)),
+    (404, "3", NotFoundError, KickoffFate.REFUSED),
+    *((429, after, RateLimitedError, KickoffFate.RETRY) for after in (None, "3")),
+    *((503, after, ServerError, KickoffFate.RETRY) for after in ("0", "3")),
+    *((status, None, ServerError, KickoffFate.UNCERTAIN) for status in (500, 502, 503)),
+    *((status, "3", ServerError, KickoffFate.UNCERTAIN) for status in (500, 504)),
+    *((status, "3", CrewAPIError, KickoffFate.UNCERTAIN) for status in (301, 307, 408, 600)),
+]
 
 
-@pytest.mark.parametrize("status", ERRORS)
-async def test_status_of_a_kickoff_becomes_its_error(router: respx.MockRouter, client: CrewClient, status: int):
-    router.post("/kickoff").respond(status, json={"error": "Short", "message": "Long"}, headers={"retry-after": "3"})
+@pytest.mark.parametrize(("status", "after", "kind", "fate"), ANSWERS)
+async def test_status_of_a_kickoff_becomes_its_error_and_says_whether_it_started(
+    router: respx.MockRouter, client: CrewClient, status: int, after: str | None, kind: type, fate: KickoffFate
+):
+    headers = {} if after is None else {"retry-after": after}
+    router.post("/kickoff").respond(status, json={"error": "Short", "message": "Long"}, headers=headers)
     with pytest.raises(CrewAPIError) as caught:
         await client.kickoff({"a": "b"})
     error = caught.value
-    assert type(error) is ERRORS[status]
+    assert (type(error), kickoff_fate(error)) == (kind, fate)
     assert (error.status_code, error.method, error.path) == (status, "POST", "/kickoff")
     assert error.message == "Short: Long" or status < 400
-    assert error.retry_after == 3.0
+    assert error.retry_after == (None if after is None else float(after))
+
+
+@pytest.mark.parametrize(
+    ("error", "fate"),
+    [
+        (InvalidInputsError(missing_inputs=["a"], before_kickoff=True, status_code=0), KickoffFate.REFUSED),
+        (ConfigurationError("no token"), KickoffFate.REFUSED),
+        (ResponseFormatError(expected="an id", body="{}", status_code=200), KickoffFate.UNCERTAIN),
+        (KickoffUncertainError(idempotency_key="k", reason="x"), KickoffFate.UNCERTAIN),
+        *((kind(), KickoffFate.UNCERTAIN) for kind in (RuntimeError, asyncio.CancelledError, KeyboardInterrupt)),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_fate_of_a_kickoff_that_failed_otherwise(error: BaseException, fate: KickoffFate):
+    assert kickoff_fate(error) is fate
 
 
 async def test_a_refused_resume_says_nothing_of_inputs(router: respx.MockRouter, client: CrewClient):
@@ -241,6 +266,7 @@ async def test_whether_a_request_may_have_left(router: respx.MockRouter, client:
     with pytest.raises(CrewConnectionError, match="why") as caught:
         await client.kickoff({})
     assert caught.value.sent is (kind in SENT)
+    assert kickoff_fate(caught.value) is (KickoffFate.UNCERTAIN if kind in SENT else KickoffFate.RETRY)
     assert type(caught.value.__cause__) is kind
     assert (caught.value.method, caught.value.url) == ("POST", f"{URL}/kickoff")
 
@@ -261,39 +287,25 @@ def test_urls_that_are_taken(url: str):
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("options", "says"),
     [
-        pytest.param("http://crew.example.com", "allow_http", id="plain-http"),
-        pytest.param("http://crew.localhost", "allow_http", id="a-name-that-only-looks-like-loopback"),
-        pytest.param("http://evil.example.com%2f.localhost", "allow_http", id="an-escaped-slash"),
-        pytest.param("http://127.0.0.1.example.com", "allow_http", id="loopback-in-a-name"),
-        pytest.param("crew.example.com", "https://", id="no-scheme"),
-        pytest.param("u:s3cret@crew.example.com?s3cret", "https://", id="no-scheme-but-secrets"),
-        pytest.param("", "https://", id="empty"),
-        pytest.param("https://u:s3cret@crew.example.com", "credentials", id="credentials"),
-        pytest.param("https://crew.example.com?token=s3cret", "query", id="query"),
-        pytest.param("https://crew.example.com#s3cret", "fragment", id="fragment"),
-        pytest.param("https://[s3cret", "cannot be read", id="broken"),
+        *(({"url": f"http://{host}"}, "allow_http") for host in ("crew.example.com", "127.0.0.1.example.com")),
+        *(({"url": f"http://{host}.localhost"}, "allow_http") for host in ("crew", "evil.example.com%2f")),
+        *(({"url": url}, "https://") for url in ("", "crew.example.com", "u:s3cret@crew.example.com?s3cret")),
+        ({"url": "https://u:s3cret@crew.example.com"}, "credentials"),
+        ({"url": "https://crew.example.com?token=s3cret"}, "query"),
+        ({"url": "https://crew.example.com#s3cret"}, "fragment"),
+        ({"url": "https://[s3cret"}, "cannot be read"),
+        *(({"token": token}, "token") for token in ("", "  ", "two words s3cret", "s3cret\nX-Other: 1", "s3cr\xe9t")),
+        *(({"request_timeout": timeout}, "timeout") for timeout in (0, -1, float("nan"))),
     ],
+    ids=str,
 )
-def test_urls_that_are_refused(url: str, says: str):
+def test_what_no_client_can_be_made_of_is_refused(options: dict[str, Any], says: str):
     with pytest.raises(ConfigurationError, match=says) as caught:
-        CrewClient(url, TOKEN)
-    assert "s3cret" not in str(caught.value)
-    assert isinstance(caught.value, ValueError)
-
-
-@pytest.mark.parametrize("token", ["", "  ", "two words s3cret", "s3cret\nX-Other: 1", "s3crét"], ids=repr)
-def test_tokens_that_no_header_can_carry_are_refused(token: str):
-    with pytest.raises(ConfigurationError) as caught:
-        CrewClient(URL, token)
+        CrewClient(**{"url": URL, "token": TOKEN, **options})
     assert "s3cr" not in str(caught.value)
-
-
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_timeouts_that_are_none_are_refused(timeout: float):
-    with pytest.raises(ConfigurationError, match="timeout"):
-        CrewClient(URL, TOKEN, request_timeout=timeout)
+    assert isinstance(caught.value, ValueError)
 
 
 async def test_a_client_is_opened_once_and_used_open():

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import string
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from enum import Enum, IntEnum
+from enum import Enum
 from fractions import Fraction
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,10 +22,6 @@ from prefect_crew.exceptions import ConfigurationError
 
 class Pace(str, Enum):  # noqa: UP042  # its str() is not its value
     SLOW = "slow"
-
-
-class Level(IntEnum):
-    LOW = 1
 
 
 @dataclasses.dataclass
@@ -52,7 +47,6 @@ CASES: dict[str, tuple[Any, str, Any]] = {
     # value, as text, as a JSON value
     **{f"text-{number}": (text, text, text) for number, text in enumerate(AS_THEY_ARE)},
     "number": (3, "3", 3),
-    "fraction": (2.5, "2.5", 2.5),
     "whole-float": (2.0, "2.0", 2.0),
     "rational": (Fraction(1, 4), "0.25", 0.25),
     "large-number": (10**30, str(10**30), 10**30),
@@ -60,15 +54,12 @@ CASES: dict[str, tuple[Any, str, Any]] = {
     "false": (False, "false", False),
     "date": (date(2025, 1, 2), "2025-01-02", "2025-01-02"),
     "datetime": (datetime(2025, 1, 2, 3, tzinfo=UTC), *["2025-01-02T03:00:00+00:00"] * 2),
-    "time": (time(3, 4), "03:04:00", "03:04:00"),
     "decimal": (Decimal("10.50"), "10.50", "10.50"),
     "large-decimal": (Decimal("1e400"), "1E+400", "1E+400"),
     "uuid": (UUID(UUID_TEXT), UUID_TEXT, UUID_TEXT),
     "path": (PurePosixPath("a/b"), "a/b", "a/b"),
     "enum": (Pace.SLOW, "slow", "slow"),
-    "int-enum": (Level.LOW, "1", 1),
     "list": (["a", 1, None, True], '["a",1,null,true]', ["a", 1, None, True]),
-    "empty-list": ([], "[]", []),
     "tuple": ((1, (2,)), "[1,[2]]", [1, [2]]),
     "set": ({"b", "a"}, '["a","b"]', ["a", "b"]),
     "object": (ODD, '{"город":["2025-01-02"],"1":"slow"}', {"город": ["2025-01-02"], "1": "slow"}),
@@ -88,10 +79,6 @@ def test_value_as_text_and_as_json(case: str):
     assert encode_inputs({"x": value}) == {"x": text}
     found = encode_inputs({"x": value}, as_json=True)["x"]
     assert (found, type(found)) == (as_json, type(as_json))
-
-
-def test_none_is_left_out_in_both_ways():
-    assert encode_inputs({"a": None, "b": "x"}) == encode_inputs({"a": None, "b": "x"}, as_json=True) == {"b": "x"}
 
 
 class NotATime(datetime):
@@ -119,9 +106,7 @@ UNSENDABLE: dict[str, Any] = {
     "cycle": CYCLE,
     "not-a-time": NotATime(2025, 1, 1),
     "bytes": SECRET.encode(),
-    "nested-bytes": [bytearray(b"x")],
     "timedelta": timedelta(1),
-    "complex": 1j,
     "class": Trip,
     "tuple-as-a-key": {("a",): 1},
     "none-as-a-key": {None: 1},
@@ -152,23 +137,17 @@ def test_expected_and_given_inputs_are_compared_by_their_exact_names():
     assert unknown_inputs([], given_inputs) == missing_inputs(expected, {"budget": 1, "topic": ""}) == []
 
 
-def test_a_state_to_restore_makes_another_digest_and_none_makes_no_other():
-    inputs, state = {"topic": "Lisbon"}, "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
-    assert inputs_digest(inputs, restore_from=None) == inputs_digest(inputs)
-    assert inputs_digest(inputs, restore_from=state) == "b694c1a96265d09d329abf5976dba7df"
-    assert inputs_digest({**inputs, "restoreFromStateId": state}) != inputs_digest(inputs, restore_from=state)
-
-
-def test_digest_is_stable():
-    # A digest stands in records that outlive this version: the figure must never change.
-    assert inputs_digest({"topic": "Lisbon", "days": 3, "when": date(2025, 1, 2)}) == "ac79fdfa3001cab39457346ccaaf7a5f"
-
-
-def test_equal_inputs_have_equal_digests_and_others_have_others():
+def test_a_digest_tells_inputs_and_the_state_to_restore_apart_and_never_changes():
     same = [{"a": {"z", "y"}, "b": 2}, {"b": "2", "a": {"y", "z"}, "c": None}]
     others = [{"a": ["z", "y"], "b": 2}, {"a": ["y", "z"]}, {"a": ["y", "z"], "c": 2}, {}, {"a": ""}]
     assert len({inputs_digest(one) for one in same}) == 1
     assert len({inputs_digest(one) for one in (same[0], *others)}) == 1 + len(others)
+    # A digest stands in records that outlive this version: the figures stay.
+    assert inputs_digest({"topic": "Lisbon", "days": 3, "when": date(2025, 1, 2)}) == "ac79fdfa3001cab39457346ccaaf7a5f"
+    inputs, state = {"topic": "Lisbon"}, "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+    assert inputs_digest(inputs, restore_from=None) == inputs_digest(inputs)
+    assert inputs_digest(inputs, restore_from=state) == "b694c1a96265d09d329abf5976dba7df"
+    assert inputs_digest({**inputs, "restoreFromStateId": state}) != inputs_digest(inputs, restore_from=state)
 
 
 PLAIN = st.recursive(
@@ -188,7 +167,4 @@ def test_plain_values_survive(inputs: dict[str, Any], random: Any):
     } == given_values
     names = list(inputs)
     random.shuffle(names)
-    digest = inputs_digest({name: inputs[name] for name in names})
-    assert digest == inputs_digest(inputs)
-    assert len(digest) == 32
-    assert set(digest) <= set(string.hexdigits.lower())
+    assert inputs_digest({name: inputs[name] for name in names}) == inputs_digest(inputs)

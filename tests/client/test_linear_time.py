@@ -145,17 +145,9 @@ def test_known_texts(call: str, head: str, repeated: str, tail: str):
     assert_linear(CALLS[call], head, repeated, tail)
 
 
-def test_backticks_of_ever_other_lengths():
-    def text(count: int) -> str:
-        return " ".join("`" * length for length in range(1, count))
-
-    small, large = seconds(reading, text(150)), seconds(reading, text(300))  # 11,000 and 45,000 characters
-    assert large < FLOOR or large < ALLOWED * small
-
-
 @pytest.mark.parametrize("call", CALLS)
 # What is slow is not made shorter: that would take minutes, and the fragments tell enough.
-@settings(max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(head=PARTS, repeated=PARTS, tail=PARTS)
 def test_any_repeated_text(call: str, head: str, repeated: str, tail: str):
     assert_linear(CALLS[call], head, repeated, tail)

@@ -71,11 +71,8 @@ def test_a_tree_is_masked_in_keys_and_values_and_stays_a_tree(secret: str, value
     assert not redact.hides(masked)
 
 
-def test_of_what_is_no_text_only_the_secret_as_a_number_is_masked():
-    assert of(pin="4711").tree({"a": 4711, "b": None, "d": (1.5, 47112)}) == {"a": MASK, "b": None, "d": [1.5, 47112]}
-
-
 def test_a_model_is_masked_in_all_its_parts_and_is_itself_without_secrets():
+    assert of(pin="4711").tree({"a": 4711, "b": None, "d": (1.5, 47112)}) == {"a": MASK, "b": None, "d": [1.5, 47112]}
     task = TaskResult(name="as hunter22", output="hunter22", data={"pin": ["hunter22"]})
     masked = of(password="hunter22").model(task)
     assert masked == TaskResult(name=f"as {MASK}", output=MASK, data={"pin": [MASK]})
@@ -86,11 +83,8 @@ def test_a_model_is_masked_in_all_its_parts_and_is_itself_without_secrets():
     ("value", "text"),
     [
         pytest.param(123456, "pin 123456", id="number"),
-        pytest.param(["first-one", "second-one"], "only second-one", id="item of a list"),
         pytest.param('["first-one", {"pin": 123456}]', "pin 123456", id="item of a list as text"),
-        pytest.param({"user": "somebody", "pin": "000111"}, "pin 000111", id="value of an object"),
         pytest.param(["first-one", "second-one"], '["first-one","second-one"]', id="as it is sent"),
-        pytest.param('a"b\\c', json.dumps('a"b\\c'), id="quoted in JSON"),
         pytest.param("größte", json.dumps("größte"), id="escaped in JSON"),
         pytest.param({"first-one", "second-one"}, "only second-one", id="item of a set"),
         pytest.param({"000111": "a"}, "pin 000111", id="key of an object"),
@@ -101,7 +95,6 @@ def test_a_model_is_masked_in_all_its_parts_and_is_itself_without_secrets():
         pytest.param('<a&b>\'s "c"', "&lt;a&amp;b&gt;&#39;s &#34;c&#34;", id="on a page"),
         pytest.param('a"b\\c', json.dumps(json.dumps('a"b\\c')), id="quoted in JSON twice"),
         pytest.param("pa/ss&word+1", quote("pa/ss&word+1"), id="in an address"),
-        pytest.param(SecretStr("hidden-one"), "hidden-one", id="pydantic's own"),
         pytest.param([SecretStr("hidden-one")], "hidden-one", id="pydantic's own in a list"),
     ],
 )

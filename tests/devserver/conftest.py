@@ -14,8 +14,8 @@ from support.receiver import Receiver
 from support.servers import Serve
 
 
-@contextlib.contextmanager
-def _serving() -> Iterator[Serve]:
+def serving() -> Iterator[Serve]:
+    """Give a function that starts a server and opens a client for it; both end with the test, or its module."""
     with contextlib.ExitStack() as stack:
 
         def start(spec: Any = "echo", **options: Any) -> tuple[CrewServer, httpx.Client]:
@@ -26,18 +26,8 @@ def _serving() -> Iterator[Serve]:
         yield start
 
 
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Give a function that starts a server and opens a client for it; both end with the test."""
-    with _serving() as start:
-        yield start
-
-
-@pytest.fixture(scope="module")
-def serve_for_module() -> Iterator[Serve]:
-    """Give the same for all tests of a module."""
-    with _serving() as start:
-        yield start
+serve = pytest.fixture(name="serve")(serving)
+serve_for_module = pytest.fixture(scope="module", name="serve_for_module")(serving)
 
 
 @pytest.fixture

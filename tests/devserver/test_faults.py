@@ -37,13 +37,10 @@ def test_a_text_says_what_and_when(text: str, value: float | None, hits: list[in
     [
         ("kickof:500", "There is no place 'kickof'.*inputs, kickoff, status, resume, stop, any, webhook"),
         ("kickoff:explode", "There is no fault 'explode' of kickoff, but latency, 400, .* no-id, .*-before-accept"),
-        ("status:no-id", "There is no fault 'no-id' of status"),
         ("kickoff:stuck-after-accept", "There is no fault 'stuck-after-accept'"),
         ("kickoff:drop=2", "takes no value"),
-        ("kickoff:latency=soon", "is not a fault. Write PLACE:NAME"),
         ("kickoff:latency=-1", "is not a fault. Write PLACE:NAME"),
         ("kickoff:500@0", "does not say when"),
-        ("kickoff:500@last", "does not say when"),
         ("500", "is not a fault. Write PLACE:NAME"),
     ],
 )
@@ -57,11 +54,10 @@ def test_faults_come_and_go_and_count_from_when_they_were_added() -> None:
     names = [[fault.name for fault in faults.draw("status", "any")] for _ in range(2)]
     faults.add("status:502@1", Fault("any", "latency", on=1))
     names += [[fault.name for fault in faults.draw("status", "any")] for _ in range(2)]
-    assert names == [["500"], [], ["502", "latency"], []]
     faults.add("status:500")
     faults.clear()
-    assert faults.draw("status", "any") == []
-    assert faults.visits["status"] == 5
+    names += [[fault.name for fault in faults.draw("status", "any")]]
+    assert names == [["500"], [], ["502", "latency"], [], []]
 
 
 # What they do
@@ -109,41 +105,26 @@ def test_a_call_that_is_not_answered(
     assert finished(client, kickoff(client, **KICKOFF))
 
 
-def test_headers_and_bodies(server: CrewServer, client: httpx.Client) -> None:
+def test_headers_and_bodies_and_latency_with_other_faults(server: CrewServer, client: httpx.Client) -> None:
     names = ("429=3", "503=0.5", "429", "429-bare", "500", "redirect", "html", "empty")
-    server.faults.add(*(f"inputs:{name}@{number}" for number, name in enumerate(names, 1)))
-    answers = [client.get("/inputs") for _ in range(8)]
-    assert [answer.headers.get("Retry-After") for answer in answers] == ["3", "0.5", "1", *[None] * 5]
+    server.faults.add(*(f"inputs:{name}@{number}" for number, name in enumerate(names, 1)), "inputs:latency=0.2@1,9")
+    began = time.monotonic()
+    answers = [client.get("/inputs") for _ in range(9)]
+    assert time.monotonic() - began >= 0.4
+    assert [answer.headers.get("Retry-After") for answer in answers] == ["3", "0.5", "1", *[None] * 6]
     assert answers[5].headers["Location"] == "/elsewhere/inputs"
     assert answers[6].headers["Content-Type"].startswith("text/html")
     assert (answers[7].headers["Content-Type"], answers[7].text) == ("application/json", "")
 
 
-def test_latency_comes_with_other_faults(server: CrewServer, client: httpx.Client) -> None:
-    server.faults.add("inputs:latency=0.2", "inputs:500@1")
-    for status in (500, 200):
-        began = time.monotonic()
-        assert client.get("/inputs").status_code == status
-        assert time.monotonic() - began >= 0.2
-
-
 def test_a_kickoff_is_carried_out_though_its_client_is_gone(server: CrewServer, client: httpx.Client) -> None:
-    server.faults.add("kickoff:latency=0.3")
+    server.faults.add("kickoff:latency=0.3", "inputs:timeout=0.1")
+    with pytest.raises(httpx.RemoteProtocolError):  # a timeout with a value ends in a closed connection
+        client.get("/inputs")
     with pytest.raises(httpx.ReadTimeout):
         client.post("/kickoff", json=KICKOFF, timeout=0.1)
     assert server.kickoffs == 0
     until(lambda: server.kickoffs == 1)
-
-
-def test_timeout_with_a_value_ends_in_a_closed_connection(server: CrewServer, client: httpx.Client) -> None:
-    server.faults.add("inputs:timeout=0.1")
-    with pytest.raises(httpx.RemoteProtocolError):
-        client.get("/inputs")
-
-
-def test_nothing_is_after_what_was_not_accepted(server: CrewServer, client: httpx.Client) -> None:
-    server.faults.add("kickoff:drop-after-accept")
-    assert client.post("/kickoff", json={"inputs": {}}).status_code == 422
 
 
 @pytest.mark.parametrize(
@@ -162,9 +143,11 @@ def test_status_calls(server: CrewServer, client: httpx.Client, fault: str, stat
     assert client.post(f"/stop/{first}").status_code == (404 if "forgotten" in fault else 400)
 
 
-def test_faults_of_the_script_come_with_those_of_the_server(serve: Serve) -> None:
-    _, client = serve("name: x\ntasks: [{name: t}]\nfaults: ['inputs:500@1']", faults=["inputs:502@2"])
+def test_faults_of_the_script_come_with_those_of_the_server_and_none_is_after_what_was_refused(serve: Serve) -> None:
+    script = "name: x\ninputs: [a]\ntasks: [{name: t}]\nfaults: ['inputs:500@1']"
+    _, client = serve(script, faults=["inputs:502@2", "kickoff:drop-after-accept"])
     assert [client.get("/inputs").status_code for _ in range(3)] == [500, 502, 200]
+    assert client.post("/kickoff", json={"inputs": {}}).status_code == 422
 
 
 @pytest.mark.parametrize(("phase", "kickoffs"), [("before", 0), ("after", 1)])

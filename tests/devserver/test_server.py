@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -41,31 +42,14 @@ def test_a_hundred_runs_at_once(serve: Serve) -> None:
     assert set(server.kickoffs_by_key.values()) == {2}
 
 
-def test_an_answer_is_not_held_back_by_the_kernel(serve: Serve) -> None:
-    _, client = serve("echo")
-    began = time.monotonic()
-    for _ in range(60):
-        client.get("/inputs")
-    assert time.monotonic() - began < 2  # with Nagle's algorithm and delayed acknowledgements 40 ms each, 2.4 s
-
-
-def test_a_server_starts_and_stops_at_once() -> None:
+def test_a_server_is_quick() -> None:
     began = time.monotonic()
     for _ in range(10):
         with CrewServer("echo") as server, httpx.Client(base_url=server.url) as client:
-            assert client.get("/").text == "Healthy"  # the connection is still open when the server ends
-    assert time.monotonic() - began < 1.5  # uvicorn by itself takes 0.2 s for each end
-
-
-def test_a_rotated_token(serve: Serve) -> None:
-    server, client = serve("echo")
-    server.token = "another"
-    assert client.get("/inputs").status_code == 401
-    assert httpx.get(f"{server.url}/inputs", headers=server.headers).status_code == 200
-    server.restart()
-    assert httpx.get(f"{server.url}/inputs", headers=server.headers).status_code == 200
-    assert server.unauthorized == 1
-    assert "another" not in repr(server)
+            for _ in range(6):
+                assert client.get("/").text == "Healthy"  # the connection is still open when the server ends
+    # uvicorn by itself takes 0.2 s for each end, and Nagle's algorithm with delayed acknowledgements 40 ms an answer
+    assert time.monotonic() - began < 1.8
 
 
 def test_several_crews_on_one_server(serve: Serve) -> None:
@@ -76,19 +60,23 @@ def test_several_crews_on_one_server(serve: Serve) -> None:
     assert len(server.runs) == 1
 
 
-def test_a_restart_keeps_ended_runs_and_begins_others_again(serve: Serve) -> None:
+def test_a_restart_keeps_ended_runs_and_the_token_and_begins_other_runs_again(serve: Serve) -> None:
     server, client = serve(SLEEPS, response_format="union")
     ids = {text: kickoff(client, {"text": text, "seconds": 0}) for text in ("good", "bad")}
     before = {text: finished(client, id_) for text, id_ in ids.items()}
     ids["stop"] = kickoff(client, {"text": "stop", "seconds": 60})
     client.post(f"/stop/{ids['stop']}")
     running = kickoff(client, {"text": "again"}, humanInputWebhook={"url": "http://127.0.0.1:9/x"})
+    server.token = "another"
     server.restart()
+    assert client.get("/inputs").status_code == 401
+    assert (server.unauthorized, server.kickoffs) == (1, 4)
+    assert "another" not in repr(server)
+    client.headers.update(server.headers)
     assert {text: client.get(f"/status/{ids[text]}").json() for text in before} == before
     assert client.get(f"/status/{ids['stop']}").json()["state"] == "REVOKED"
     assert finished(client, running)["output"] == "again!"
     assert server.run(running).targets.human_input is not None
-    assert server.kickoffs == 4
 
 
 def test_after_the_end_nobody_answers_and_the_port_is_free(serve: Serve) -> None:
@@ -110,21 +98,12 @@ def test_after_the_end_nobody_answers_and_the_port_is_free(serve: Serve) -> None
 
 def test_a_hanging_request_does_not_hold_up_the_end(serve: Serve) -> None:
     server, client = serve("echo", faults=["inputs:timeout"])
-    failures: list[BaseException] = []
-
-    def hang() -> None:
-        try:
-            client.get("/inputs", timeout=30)
-        except httpx.RemoteProtocolError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=hang)
-    thread.start()
-    until(lambda: server.requests["inputs"])
-    began = time.monotonic()
-    server.stop()
-    thread.join()
-    assert len(failures) == 1
+    with ThreadPoolExecutor(1) as thread:
+        hanging = thread.submit(client.get, "/inputs", timeout=30)
+        until(lambda: server.requests["inputs"])
+        began = time.monotonic()
+        server.stop()
+        assert isinstance(hanging.exception(), httpx.RemoteProtocolError)
     assert time.monotonic() - began < 0.9  # requests that only take long are waited for 1 s
 
 
@@ -140,33 +119,26 @@ class Odd:
         return [CrewInput(name="what")]
 
     async def execute(self, run: Run) -> Outcome:
-        match run.inputs["what"]:
-            case "raise":
-                raise KeyError("nobody expected this")
-            case "cancel":
-                raise asyncio.CancelledError
-            case "exit":
-                raise SystemExit("enough")
-            case _:
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.sleep(60)
-                run.task_ended(TaskResult(name="late", output="too late"))
-                return Outcome(output="done all the same", data={"object": object})
+        if isinstance(what := run.inputs["what"], str) and what in RAISED:
+            raise RAISED[what][0]
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        run.task_ended(TaskResult(name="late", output="too late"))
+        return Outcome(output="done all the same", data={"object": object})
 
 
-def test_whatever_a_program_raises_is_a_failed_run(serve: Serve) -> None:
-    _, client = serve(Odd())
-    for what, error in (
-        ("raise", "KeyError: 'nobody expected this'"),
-        ("cancel", "the crew was cancelled from within"),
-        ("exit", "SystemExit: enough"),
-    ):
+RAISED: dict[str, tuple[BaseException, str]] = {
+    "raise": (KeyError("nobody expected this"), "KeyError: 'nobody expected this'"),
+    "cancel": (asyncio.CancelledError(), "the crew was cancelled from within"),
+    "exit": (SystemExit("enough"), "SystemExit: enough"),
+}
+
+
+def test_whatever_a_program_raises_is_a_failed_run_and_a_stopped_one_stays_stopped(serve: Serve) -> None:
+    server, client = serve(Odd())
+    for what, (_, error) in RAISED.items():
         body = finished(client, kickoff(client, {"what": what}))
         assert (body["status"], body["error"]) == ("error", error)
-
-
-def test_a_stopped_run_stays_stopped(serve: Serve) -> None:
-    server, client = serve(Odd())
     run = server.run(kickoff(client, {"what": "ignore it"}))
     until(lambda: run.state is CrewState.RUNNING)
     assert client.post(f"/stop/{run.id}").status_code == 200

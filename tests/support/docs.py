@@ -1,12 +1,10 @@
-"""Pages of Markdown, cut into code blocks with the directives before them; tests/test_docs.py says what those mean."""
+"""Pages of Markdown, cut into code blocks with the directives before them; CONTRIBUTING.md says what those mean."""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import textwrap
-import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +12,11 @@ from pathlib import Path
 import yaml
 
 RUNS = frozenset({"python", "bash", "console"})
-DATA = frozenset({"yaml", "json", "jsonl", "toml"})
 SHOWN = frozenset({"text", "mermaid", "diff", "http", "csv", "ini"})
-ALIASES = {"py": "python", "sh": "bash", "shell": "bash", "yml": "yaml"}
-WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises", "timeout", "speed"})
-"""What `run:` understands."""
+PAGE_WORDS = frozenset({"slow", "needs", "after"})
+RUN_WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises", "timeout", "speed"})
 
-_FENCED = re.compile(r"^( *)(`{3,}|~{3,}) *([^\s`]*)[^\n]*\n(.*?)^ *\2`*\s*$", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^( *)(`{3,}) *([^\s`]*)[^\n]*\n(.*?)^ *\2`*\s*$", re.DOTALL | re.MULTILINE)
 _DIRECTIVE = re.compile(r"^ *<!--\s*(page|run|file|output|not run)\b\s*(?::(.*?))?\s*-->", re.DOTALL | re.MULTILINE)
 _PART = re.compile(f"{_FENCED.pattern}|{_DIRECTIVE.pattern}", re.DOTALL | re.MULTILINE)
 
@@ -48,104 +44,73 @@ class Block:
 
 @dataclass(frozen=True)
 class Page:
-    """One page."""
+    """One page; `words` are those of its own directive."""
 
     name: str
     blocks: list[Block]
-    slow: bool = False
-    needs: tuple[str, ...] = ()
-    after: str | None = None
+    words: dict[str, str]
 
 
 def read_page(root: Path, path: Path) -> Page:
     """Read one page."""
     name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
-    blocks: list[Block] = []
-    pending: list[tuple[str, str]] = []
-    page_words: dict[str, str] = {}
+    page, directives = Page(name, [], {}), dict[str, str]()
     end = 0
     for part in _PART.finditer(text):
         where = f"{name}:{text.count(chr(10), 0, part.start()) + 1}"
-        if pending and text[end : part.start()].strip():
-            raise DocsError(f"{where}: the directive {pending[-1][0]!r} has no code block right after it")
+        if directives and text[end : part.start()].strip():
+            raise DocsError(f"{where}: the directive {[*directives][-1]!r} has no code block right after it")
         end = part.end()
         _, fence, language, code, directive, words = part.groups()
         if fence:
-            blocks.append(_block(where, language.lower(), textwrap.dedent(code), pending))
-            pending = []
+            page.blocks.append(_block(where, language, textwrap.dedent(code), directives))
+            directives = {}
         elif directive == "page":
-            page_words.update(_words(where, words, frozenset({"slow", "needs", "after"})))
+            page.words.update(_words(where, words, PAGE_WORDS))
         else:
-            pending.append((directive, " ".join((words or "").split())))
-    if re.search(r"^ *(```|~~~)", _PART.sub("", text), re.MULTILINE):
-        raise DocsError(f"{name}: a code block has no end")
-    if pending:
-        raise DocsError(f"{name}: the directive {pending[-1][0]!r} at its end has no code block after it")
-    needs = tuple(filter(None, page_words.get("needs", "").split(",")))
-    return Page(name, blocks, slow="slow" in page_words, needs=needs, after=page_words.get("after"))
+            directives[directive] = " ".join((words or "").split())
+    if directives or re.search(r"^ *```", _PART.sub("", text), re.MULTILINE):
+        raise DocsError(f"{name}: a directive has no code block after it, or a code block has no end")
+    return page
 
 
 def groups_of(pages: Iterable[Page]) -> list[list[Page]]:
     """Return pages that one reader does one after the other, in that order: each right after the one it is `after`."""
     known = {page.name: page for page in pages}
-    followers: dict[str, list[Page]] = {name: [] for name in known}
-    for page in known.values():
-        if page.after is not None:
-            if f"docs/{page.after}" not in known:
-                raise DocsError(f"{page.name}: it is after {page.after}, which does not exist")
-            followers[f"docs/{page.after}"].append(page)
 
     def group(page: Page) -> Iterator[Page]:
         yield page
-        for follower in followers[page.name]:
-            yield from group(follower)
+        for follower in known.values():
+            if f"docs/{follower.words.get('after')}" == page.name:
+                yield from group(follower)
 
-    return [list(group(page)) for page in known.values() if page.after is None]
+    groups = [list(group(page)) for page in known.values() if "after" not in page.words]
+    lost = set(known) - {page.name for group in groups for page in group}
+    assert not lost, f"{lost} are after pages that do not exist"
+    return groups
 
 
 def _words(where: str, text: str, known: frozenset[str]) -> dict[str, str]:
-    words = {word.partition("=")[0]: word.partition("=")[2] for word in shlex.split(text)}
+    words = {name: value for name, _, value in (word.partition("=") for word in shlex.split(text))}
     if unknown := set(words) - known:
         raise DocsError(f"{where}: {', '.join(sorted(unknown))} is none of {', '.join(sorted(known))}")
     return words
 
 
-def _block(where: str, language: str, code: str, directives: list[tuple[str, str]]) -> Block:
-    language = ALIASES.get(language, language)
-    if language not in RUNS | DATA | SHOWN:
-        known = ", ".join(sorted(RUNS | DATA | SHOWN))
-        raise DocsError(f"{where}: the language {language!r} is none of {known}; plain text is `text`")
-    run: dict[str, str] = {}
-    facts: dict[str, str] = {}
-    for kind, text in directives:
-        if kind == "run":
-            run.update(_words(where, text, WORDS))
-        else:
-            facts[kind] = text
-    for kind, what in (("not run", "a reason"), ("file", "a name")):
-        if kind in facts and not facts[kind]:
-            raise DocsError(f"{where}: `{kind}` wants {what}")
-    if len(facts) > 1 or (facts and run and "file" not in facts):
-        raise DocsError(f"{where}: {' and '.join([*facts, *(['run'] if run else [])])} cannot stand together")
-    return Block(where, language, code, run, facts.get("file"), "output" in facts, facts.get("not run"))
-
-
-def check_data(block: Block) -> None:
-    """Check that a block is what its language says, without running it."""
-    try:
-        if block.language == "yaml":
-            list(yaml.safe_load_all(block.code))
-        elif block.language == "json":
-            json.loads(block.code)
-        elif block.language == "jsonl":
-            for line in filter(str.strip, block.code.splitlines()):
-                json.loads(line)
-        elif block.language == "toml":
-            tomllib.loads(block.code)
-        elif block.language == "python":
-            compile(block.code, block.where, "exec")
-    except (ValueError, SyntaxError, yaml.YAMLError) as error:
-        raise DocsError(f"{block.where}: this is no {block.language}: {error}") from error
+def _block(where: str, language: str, code: str, directives: dict[str, str]) -> Block:
+    if language not in RUNS | SHOWN | {"yaml"}:
+        raise DocsError(f"{where}: the language {language!r} is none of {sorted(RUNS | SHOWN)}; plain text is `text`")
+    run = _words(where, directives.pop("run", ""), RUN_WORDS)
+    if len(directives) > 1 or (directives and run and "file" not in directives):
+        raise DocsError(f"{where}: {' and '.join([*directives, *(['run'] if run else [])])} cannot stand together")
+    if "" in (directives.get("file"), directives.get("not run")):
+        raise DocsError(f"{where}: `file` wants a name, and `not run` a reason")
+    if language == "yaml":
+        try:
+            list(yaml.safe_load_all(code))
+        except yaml.YAMLError as error:
+            raise DocsError(f"{where}: this is no yaml: {error}") from error
+    return Block(where, language, code, run, directives.get("file"), "output" in directives, directives.get("not run"))
 
 
 def anchors_of(text: str) -> set[str]:
@@ -154,9 +119,10 @@ def anchors_of(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-def strip_code(text: str) -> str:
-    """Return a page's text without its code blocks and inline code, for looking at its links."""
-    return re.sub(r"`[^`\n]*`", "", re.sub(_FENCED, "", text))
+def links_of(text: str) -> list[str]:
+    """Return where the links and pictures of a page's text lead."""
+    plain = re.sub(r"`[^`\n]*`", "", re.sub(_FENCED, "", text))
+    return re.findall(r"\]\(([^)\s]+)\)", plain) + re.findall(r"(?:src|href)=\"([^\"]+)\"", plain)
 
 
 def matches(expected: str, actual: str) -> bool:
@@ -167,10 +133,7 @@ def matches(expected: str, actual: str) -> bool:
     """
     parts: list[str] = []
     for line in textwrap.dedent(expected).strip("\n").splitlines():
-        if line.strip() == "…":
-            parts.append(r"(?:.*\n)*?")
-        else:
-            parts.append(".*?".join(re.escape(part) for part in line.rstrip().split("…")) + r" *\n")
+        text = ".*?".join(map(re.escape, line.rstrip().split("…"))) + r" *\n"
+        parts.append(r"(?:.*\n)*?" if line.strip() == "…" else text)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", actual).replace("\r", "").strip("\n")
-    lines = "".join(f"{line.rstrip()}\n" for line in plain.splitlines())
-    return re.fullmatch("".join(parts), lines) is not None
+    return re.fullmatch("".join(parts), "".join(f"{line.rstrip()}\n" for line in plain.splitlines())) is not None
