@@ -9,31 +9,55 @@ from pathlib import Path
 
 import pytest
 
+from support.postgres import find_postgres
+
 ROOT = Path(__file__).parents[1]
 PARTS = {
     *("late", "rows-10k", "rows-1k", "rows-100k", "ledger", "ranges", "webhooks", "polling", "one-run", "concurrent"),
     *("pipeline", "memory", "real-crews", "demo"),
 }
+IMPORT_ALL = f"""
+import importlib, pathlib, sys
+sys.path[0] = {str(ROOT / "benchmarks")!r}
+for path in sorted(pathlib.Path(sys.path[0]).glob("*.py")):
+    importlib.import_module(path.stem)
+"""
 
 
-@pytest.mark.slow
-@pytest.mark.postgres
-@pytest.mark.crewai
-@pytest.mark.timeout(1500)
-def test_every_part_measures_what_its_goals_are_about(tmp_path: Path):
-    kept = tmp_path / "small.json"
-    command = [sys.executable, "benchmarks/run.py", "--small", "--to", str(kept)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1480)
+def run(*command: str, seconds: float) -> str:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.programs
+@pytest.mark.crewai
+def test_each_finds_what_it_imports():
+    """`make lint` looks at what they do with it."""
+    run("-c", IMPORT_ALL, seconds=120)
+
+
+@pytest.mark.postgres
+@pytest.mark.skipif(find_postgres() is None, reason="needs PostgreSQL's initdb and postgres")
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param({"late"}, id="one", marks=pytest.mark.programs),
+        pytest.param(PARTS, id="all", marks=[pytest.mark.slow, pytest.mark.crewai, pytest.mark.timeout(1500)]),
+    ],
+)
+def test_every_part_measures_what_its_goals_are_about(names: set[str], tmp_path: Path):
+    kept = tmp_path / "small.json"
+    said = run("benchmarks/run.py", "--small", "--to", str(kept), *names, seconds=280 if len(names) == 1 else 1480)
     results = json.loads(kept.read_text())
-    assert set(results["parts"]) == PARTS
+    assert set(results["parts"]) == names
     for name, part in results["parts"].items():
         assert "failed" not in part, name
         assert part["runs"], name
         assert any(row["goal"] is not None for row in part["rows"]), name
         for row in part["rows"]:
             assert row["value"] >= 0 or "longer" in row["figure"], row
-            assert f"| {row['work']} | {row['figure']} |" in done.stdout
+            assert f"| {row['work']} | {row['figure']} |" in said
 
 
 def test_the_page_of_figures_has_a_place_for_the_table():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,14 +17,9 @@ from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
 from support.scripts import slow
+from support.webhooks import until
 
 TOKEN = SecretStr("the-token")
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait for what a server does by itself; the test's own time limit is the only one."""
-    while not true():
-        await asyncio.sleep(0.01)
 
 
 class TestDeployedCrewIsABlock(BlockStandardTestSuite):
@@ -56,71 +49,33 @@ def test_the_form_asks_first_for_what_everybody_fills_in_and_last_for_how_to_wai
         assert "`" not in field["description"], f"{name}: Prefect's form shows backticks as they are"
 
 
-@pytest.mark.parametrize(
-    ("url", "clean"),
-    [
-        (" https://travel.test/crews/1/ ", "https://travel.test/crews/1"),
-        ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
-    ],
-)
-def test_the_url_is_cleaned(url: str, clean: str):
-    assert crew(url=url).url == clean
-
-
-@pytest.mark.parametrize("url", ["", "travel.test", "ftp://travel.test", "http://travel.test", "https://"])
-def test_a_url_that_cannot_be_used_is_refused(url: str):
-    with pytest.raises(ValidationError):
-        crew(url=url)
+def test_the_url_is_cleaned():
+    assert crew(url=" https://travel.test/crews/1/ ").url == "https://travel.test/crews/1"
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param({"url": "http://travel.test"}, id="plain http"),
-        pytest.param({"url": "https://me:hunter2@travel.test"}, id="credentials"),
-        pytest.param({"url": None}, id="no url"),
-        pytest.param({"wait": {"initial": -1}}, id="another field"),
+        *({"url": url} for url in (None, "", "travel.test", "http://travel.test", "https://me:hunter2@travel.test")),
+        *({"max_kickoffs": 0}, {"request_timeout": 0}, {"price": -1}, {"show": "everything"}, {"token": None}),
+        *({"wait": {"initial": 0}}, {"max_kickoff": 1}, {"wait": {"timeot": 60}}),
     ],
+    ids=str,
 )
-def test_a_refusal_does_not_show_the_token_that_was_given_with_what_it_refuses(fields: dict[str, Any]):
+def test_what_makes_no_sense_is_refused_without_the_token_that_was_given_with_it(fields: dict[str, Any]):
     with pytest.raises(ValidationError) as caught:
         crew(**{"token": "plain-text-token", **fields})
     for shown in (str(caught.value), repr(caught.value)):
         assert "text-token" not in shown
         assert "hunter2" not in shown
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"max_kickoffs": 0},
-        {"request_timeout": 0},
-        {"price": -1},
-        {"show": "everything"},
-        {"wait": {"initial": 0}},
-        {"token": None},
-    ],
-    ids=lambda fields: next(iter(fields)),
-)
-def test_a_field_that_makes_no_sense_is_refused(fields: dict[str, Any]):
-    with pytest.raises(ValidationError):
-        crew(**fields)
-
-
-def test_a_misspelt_field_is_refused_and_the_right_one_named():
-    with pytest.raises(ValidationError, match="no field 'max_kickoff': do you mean 'max_kickoffs'"):
-        crew(max_kickoff=1)
+        assert ("do you mean 'max_kickoffs'" in shown) is ("max_kickoff" in fields)
+        assert ("a crew's wait has no field 'timeot': do you mean 'timeout'" in shown) is ("timeot" in str(fields))
 
 
 def test_the_token_shows_nowhere():
     block = crew()
     for shown in (repr(block), str(block), block.model_dump_json(), repr(block.client()), block.label):
         assert "the-token" not in shown
-
-
-def test_people_call_it_by_its_name_else_by_its_address():
-    assert crew(url="https://travel.test:444/crews/1/").label == "travel.test:444/crews/1"
-    assert crew().label == "travel.test"
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -154,11 +109,6 @@ async def test_a_stored_block_whose_wait_has_fields_of_another_version_is_loaded
     assert (await DeployedCrew.aload(name)).wait == WaitPolicy(timeout=60)
 
 
-def test_what_is_no_field_of_a_wait_is_refused_in_code():
-    with pytest.raises(ValidationError, match="a crew's wait has no field 'timeot': do you mean 'timeout'"):
-        crew(wait={"timeot": 60})
-
-
 # Prefect's JobBlock idiom
 
 
@@ -178,11 +128,11 @@ class TestIdiom:
     async def test_a_result_can_be_fetched_without_having_waited(self, crew_server: CrewServerFactory):
         held = Held()
         run = await (server := crew_server(held)).crew().trigger()
-        await until(lambda: server.run(run.kickoff_id).state is CrewState.RUNNING)
+        await until(lambda: server.run(run.kickoff_id).state is CrewState.RUNNING, "it runs")
         with pytest.raises(CrewError, match=f"Run {run.kickoff_id} .* has no result yet: it is running"):
             await run.fetch_result()
         held.release()
-        await until(lambda: server.run(run.kickoff_id).state.ended)
+        await until(lambda: server.run(run.kickoff_id).state.ended, "it ends")
         assert (await run.fetch_result()).output == "done"
 
     async def test_a_wait_policy_of_its_own(self, crew_server: CrewServerFactory):

