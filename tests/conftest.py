@@ -78,12 +78,11 @@ _SAMPLE = pytest.StashKey[tuple[int, int]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("prefect-crew")
-    group.addoption("--sample", type=int, metavar="N", help="of the tests marked `sampled`, run N chosen by the seed")
+    option = parser.getgroup("prefect-crew").addoption
+    option("--sample", type=int, metavar="N", help="of the tests marked `sampled`, run N chosen by the seed")
     seed = random.randrange(10**6)
-    group.addoption("--sample-seed", type=int, metavar="S", default=seed, help="seed of the choice; printed")
-    limit = "skip, and say so, what would begin later than this"
-    group.addoption("--time-limit", type=float, metavar="SECONDS", help=limit)
+    option("--sample-seed", type=int, metavar="S", default=seed, help="seed of the choice; printed")
+    option("--time-limit", type=float, metavar="SECONDS", help="skip, and say so, what would begin later than this")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have had their say

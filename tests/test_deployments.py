@@ -12,8 +12,6 @@ from prefect import flow, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
-from prefect_crew.blocks import DeployedCrew
-from prefect_crew.crew import Crew
 from prefect_crew.deployments import backfill, build_deployment, crew_target
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError
@@ -32,28 +30,16 @@ tasks: [{name: t, output: x}]
 TEXT = ["string", "number", "boolean"]
 
 
-async def fields_of(crew: Crew, **defaults: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the deployment's parameters and the schema of its inputs."""
-    deployment = build_deployment(await crew_target(crew, defaults), "form")
-    schema = deployment._parameter_openapi_schema.model_dump()
-    return deployment.parameters, schema["properties"]["inputs"]
-
-
-@pytest.fixture
-async def crew() -> Any:
-    with CrewServer(CREW, response_format="live") as server:
-        block: Any = server.crew()
-        assert isinstance(block, DeployedCrew)
-        yield block.crew.called("form")
-
-
 def kinds(field: dict[str, Any]) -> list[str]:
     return [kind["type"] for kind in field.get("anyOf", [field])]
 
 
-async def test_the_form_asks_for_each_input_and_says_what_it_is(crew: Crew):
-    parameters, schema = await fields_of(crew)
-    assert parameters == {"crew": "form"}
+async def test_the_form_asks_for_each_input_and_says_what_it_is():
+    with CrewServer(CREW, response_format="live") as server:
+        block: Any = server.crew()
+        deployment = build_deployment(await crew_target(block.crew.called("form"), {}), "form")
+    schema = deployment._parameter_openapi_schema.model_dump()["properties"]["inputs"]
+    assert deployment.parameters == {"crew": "form"}
     assert schema["required"] == ["topic", "days", "odd"]
     fields = schema["properties"]
     assert list(fields) == ["topic", "first name", "tone", "days", "odd"]
@@ -119,20 +105,17 @@ async def test_each_time_of_the_schedule_gets_a_run_and_only_one(prefect_api: Pr
     assert await count(deployment) == 6
 
 
-async def test_what_the_schedule_itself_made_is_not_made_again(prefect_api: PrefectServer):
-    name, deployment = await deploy(SIX.model_copy(update={"active": True}))
+async def test_what_the_schedule_itself_made_is_not_made_again_and_a_run_of_another_schedule_does_not_count(
+    prefect_api: PrefectServer,
+):
+    twin = SIX.model_copy(update={"slug": "twin", "parameters": {"idempotency_key": f"twin-{KEY}"}})
+    name, deployment = await deploy(SIX.model_copy(update={"active": True}), twin)
     # Prefect's own way to schedule for the past, which makes runs as its scheduler does.
     body = {"start_time": "2024-02-28T00:00:00Z", "end_time": "2024-02-28T23:00:00Z", "max_runs": 1}
     async with get_client() as client:
         await client.request("POST", f"/deployments/{deployment}/schedule", json=body)
-    assert [run.created for run in await backfill(name, FIRST, LAST)] == [True, False, True, True]
-
-
-async def test_a_run_of_another_schedule_at_the_same_time_does_not_count(prefect_api: PrefectServer):
-    twin = SIX.model_copy(update={"slug": "twin", "parameters": {"idempotency_key": f"twin-{KEY}"}})
-    name, _ = await deploy(SIX, twin)
-    for slug in ("six", "twin"):
-        assert all(run.created for run in await backfill(name, FIRST, LAST, schedule=slug))
+    for slug, created in (("six", [True, False, True, True]), ("twin", [True] * 4)):
+        assert [run.created for run in await backfill(name, FIRST, LAST, schedule=slug)] == created
 
 
 async def test_times_in_other_zones_and_intervals(prefect_api: PrefectServer):
@@ -154,14 +137,15 @@ HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
 @pytest.mark.parametrize(
     ("schedules", "call", "problem"),
     [
-        pytest.param((SIX,), {"end": date(2024, 1, 1)}, "ends before it begins", id="reversed"),
-        pytest.param((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "all in the past", id="future"),
-        pytest.param((HOURLY,), {"end": date(2024, 5, 1)}, "at most 1000 times", id="too-many-by-schedule"),
-        pytest.param((SIX,), {"schedule": "seven"}, "schedule=….*: six", id="unknown-schedule"),
-        pytest.param((), {}, "has no schedule to take the times from", id="no-schedule"),
-        pytest.param(TWO, {}, "schedule=….*: (six, other|other, six)", id="which-schedule"),
-        pytest.param((SAME_KEY,), {}, "same for every time", id="one-key-for-all"),
+        ((SIX,), {"end": date(2024, 1, 1)}, "ends before it begins"),
+        ((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "all in the past"),
+        ((HOURLY,), {"end": date(2024, 5, 1)}, "at most 1000 times"),
+        ((SIX,), {"schedule": "seven"}, "schedule=….*: six"),
+        ((), {}, "has no schedule to take the times from"),
+        (TWO, {}, "schedule=….*: (six, other|other, six)"),
+        ((SAME_KEY,), {}, "same for every time"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 async def test_what_would_go_wrong_is_refused_and_nothing_is_created(
     prefect_api: PrefectServer, schedules: tuple[DeploymentScheduleCreate, ...], call: dict[str, Any], problem: str

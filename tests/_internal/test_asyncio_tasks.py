@@ -43,9 +43,6 @@ async def test_what_a_cancelled_task_finishes_is_waited_for_and_not_cut_off():
     finished.set()
     await cancel_and_wait(*tasks)
     assert tasks[0].cancelled()
-
-
-async def test_there_may_be_nothing_to_cancel():
     await cancel_and_wait()
 
 

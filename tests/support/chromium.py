@@ -6,6 +6,7 @@ So it lives in a thread of its own, and what a test sees is `Page`, usable from 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,31 +44,29 @@ class Chromium:
     def __init__(self, executable: str) -> None:
         self._executable = executable
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chromium")
-        self._playwright: Any = None
-        self._browser: Any = None
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Chromium:
-        def begin() -> None:
+        def begin() -> Any:
             from playwright.sync_api import sync_playwright
 
-            self._playwright = sync_playwright().start()
-            self._browser = self._playwright.chromium.launch(executable_path=self._executable, args=list(FLAGS))
+            playwright = self._open.enter_context(sync_playwright())
+            launched = playwright.chromium.launch(executable_path=self._executable, args=list(FLAGS))
+            return self._open.enter_context(launched)
 
-        self.run(begin)
+        self._browser = self.run(begin)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.run(lambda: self._browser and self._browser.close())
-        self.run(lambda: self._playwright and self._playwright.stop())
+        self.run(self._open.close)
         self._thread.shutdown()
 
     def page(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> Page:
         """Return a fresh page, with cookies and storage of its own; a context manager."""
 
         def make() -> PlaywrightPage:
-            context = self._browser.new_context(
-                viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-            )
+            size, scheme = {"width": width, "height": height}, "dark" if dark else "light"
+            context = self._browser.new_context(viewport=size, color_scheme=scheme)
             context.set_default_timeout(30_000)
             return context.new_page()
 

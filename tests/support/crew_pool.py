@@ -12,7 +12,7 @@ from typing import Any
 
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import CrewServer, Outcome, Run
-from support.deployed import command, wait_until
+from support.deployed import command, wait_for_state
 from support.prefect_server import PrefectServer, connected
 from support.seen import Seen
 from support.workers import Worker
@@ -129,20 +129,8 @@ class CrewPool(Crews):
     def wait_for(
         self, flow_run_id: str, *states: str, name: str | None = None, seconds: float = 60.0
     ) -> dict[str, Any]:
-        """Wait until a flow run is in one of these types of states, any final one if left out, and return it.
-
-        `name`: that of the state, if it matters.
-        """
-        wanted = states or ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-
-        def look() -> dict[str, Any] | None:
-            run = self.flow_run(flow_run_id)
-            return run if run["state_type"] in wanted and name in (None, run["state_name"]) else None
-
-        try:
-            return wait_until(look, seconds=seconds, what=f"flow run {flow_run_id} in {wanted}")
-        except AssertionError as error:
-            raise AssertionError(f"{error}: it is {self.flow_run(flow_run_id)['state']}") from None
+        """Wait as `wait_for_state` does; `name`: that of the state, if it matters."""
+        return wait_for_state(self.seen, flow_run_id, *states, name=name, seconds=seconds)
 
     def states(self, flow_run_id: str) -> list[str]:
         return [state["name"] for state in self.history(flow_run_id)]

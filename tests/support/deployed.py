@@ -67,12 +67,18 @@ def wait_until(look: Callable[[], T | None], *, seconds: float, what: str, pause
         time.sleep(pause)
 
 
-def wait_for_state(seen: Seen, flow_run_id: Any, *states: str, seconds: float = 90.0) -> dict[str, Any]:
+def wait_for_state(
+    seen: Seen, flow_run_id: Any, *states: str, name: str | None = None, seconds: float = 90.0
+) -> dict[str, Any]:
     """Wait until a flow run is in one of these types of states, any final one if left out, and return it."""
-    wanted = set(states) or FINAL
+    wanted, run = set(states) or FINAL, dict[str, Any]()
 
-    def look() -> dict[str, Any] | None:
-        run = seen.flow_run(flow_run_id)
-        return run if run["state_type"] in wanted else None
+    def look() -> bool:
+        run.update(seen.flow_run(flow_run_id))
+        return run["state_type"] in wanted and name in (None, run["state_name"])
 
-    return wait_until(look, seconds=seconds, what=f"flow run {flow_run_id} in {sorted(wanted)}")
+    try:
+        wait_until(look, seconds=seconds, what=f"flow run {flow_run_id} in {sorted(wanted)}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: it is {run['state']}") from None
+    return run

@@ -185,12 +185,9 @@ def alive(pid: int) -> bool:
     """Whether a process runs. A zombie, which waits only for its parent to read its exit code, does not."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+        return not PROC.exists() or (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
         return False
-    status = PROC / str(pid) / "stat"
-    with contextlib.suppress(OSError):
-        return status.read_text().rpartition(")")[2].split()[0] != "Z"
-    return not PROC.exists()
 
 
 def survivors(mark: str) -> dict[int, str]:
