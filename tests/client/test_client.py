@@ -49,73 +49,52 @@ def sent(router: respx.MockRouter, number: int = -1) -> httpx.Request:
     return router.calls[number].request
 
 
-async def test_kickoff_sends_text_by_default(router: respx.MockRouter, client: CrewClient):
-    router.post("/kickoff").respond(json={"kickoff_id": "k1"})
-    assert await client.kickoff({"topic": "Лиссабон", "days": 3, "sights": ["a"], "left_out": None}) == "k1"
-    assert json.loads(sent(router).content) == {"inputs": {"topic": "Лиссабон", "days": "3", "sights": '["a"]'}}
-    headers = sent(router).headers
-    assert (headers["authorization"], headers["content-type"]) == (f"Bearer {TOKEN}", "application/json")
-    assert headers["user-agent"].startswith("prefect-crew/")
-
-
-async def test_kickoff_sends_json_values_where_asked(router: respx.MockRouter):
-    router.post("/kickoff").respond(201, json={"kickoff_id": 7})
-    async with CrewClient(f"{URL}/", SecretStr(f" {TOKEN}\n"), inputs_as_json=True) as client:
-        assert await client.kickoff({"days": 3}, meta={"idempotency_key": "r"}) == "7"
-    assert json.loads(sent(router).content) == {"inputs": {"days": 3}, "meta": {"idempotency_key": "r"}}
-    assert sent(router).headers["authorization"] == f"Bearer {TOKEN}"
-
-
-async def test_kickoff_sends_a_state_to_restore(router: respx.MockRouter, client: CrewClient):
-    router.post("/kickoff").respond(json={"kickoff_id": "k1"})
-    state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
-    await client.kickoff({"topic": "tea"}, restore_from=state)
-    assert json.loads(sent(router).content) == {"inputs": {"topic": "tea"}, "restoreFromStateId": state}
-    with pytest.raises(ConfigurationError, match="UUID"):
-        await client.kickoff({"topic": "tea"}, restore_from="42")
-    assert len(router.calls) == 1
-
-
 WEBHOOKS = Webhooks(
     task="https://hooks.example.com/t",
     human_input=HumanInputWebhook(
         url="https://hooks.example.com/h", authentication=BearerAuth(token=SecretStr("h00k-token"))
     ),
 )
+SENT_WEBHOOKS = {
+    "taskWebhookUrl": "https://hooks.example.com/t",
+    "humanInputWebhook": {
+        "url": "https://hooks.example.com/h",
+        "authentication": {"strategy": "bearer", "token": "h00k-token"},
+    },
+}
+STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
 
 
-async def test_kickoff_and_resume_carry_webhooks(router: respx.MockRouter, client: CrewClient):
-    router.post("/kickoff").respond(json={"kickoff_id": "k1"})
+async def test_kickoff_sends_text_by_default_and_json_values_where_asked(router: respx.MockRouter):
+    router.post("/kickoff").respond(201, json={"kickoff_id": 7})
+    inputs = {"topic": "Лиссабон", "days": 3, "sights": ["a"], "left_out": None}
+    for as_json, expected in ((False, {"days": "3", "sights": '["a"]'}), (True, {"days": 3, "sights": ["a"]})):
+        async with CrewClient(f"{URL}/", SecretStr(f" {TOKEN}\n"), inputs_as_json=as_json) as client:
+            assert await client.kickoff(inputs, meta={"n": 1}, webhooks=WEBHOOKS, restore_from=STATE) == "7"
+        body = {"inputs": {"topic": "Лиссабон", **expected}, "meta": {"n": 1}, "restoreFromStateId": STATE}
+        assert json.loads(sent(router).content) == body | SENT_WEBHOOKS
+    headers = sent(router).headers
+    assert (headers["authorization"], headers["content-type"]) == (f"Bearer {TOKEN}", "application/json")
+    assert headers["user-agent"].startswith("prefect-crew/")
+
+
+async def test_resume_carries_the_answer_and_the_webhooks(router: respx.MockRouter, client: CrewClient):
     router.post("/resume").respond(json={"status": "resumed", "message": "ok"})
-    await client.kickoff({}, webhooks=WEBHOOKS)
     answer = await client.resume("k1", "t1", "Shorter", False, webhooks=WEBHOOKS)
-    hooks = {
-        "taskWebhookUrl": "https://hooks.example.com/t",
-        "humanInputWebhook": {
-            "url": "https://hooks.example.com/h",
-            "authentication": {"strategy": "bearer", "token": "h00k-token"},
-        },
-    }
-    assert json.loads(sent(router, 0).content) == {"inputs": {}, **hooks}
-    assert json.loads(sent(router, 1).content) == {
-        "execution_id": "k1",
-        "task_id": "t1",
-        "human_feedback": "Shorter",
-        "is_approve": False,
-        **hooks,
-    }
+    said = {"execution_id": "k1", "task_id": "t1", "human_feedback": "Shorter", "is_approve": False}
+    assert json.loads(sent(router, 0).content) == said | SENT_WEBHOOKS
     assert (answer.status, answer.message) == ("resumed", "ok")
 
 
 @pytest.mark.parametrize(
     ("kickoff_id", "path"),
     [
-        pytest.param("a/../b", b"/status/a%2F..%2Fb", id="slashes"),
-        pytest.param("..", b"/status/%2E%2E", id="two-dots"),
-        pytest.param(".", b"/status/%2E", id="one-dot"),
-        pytest.param("a?b=c#d", b"/status/a%3Fb%3Dc%23d", id="query-and-fragment"),
-        pytest.param("é %2F", b"/status/%C3%A9%20%252F", id="not-ascii"),
-        pytest.param("a\r\nb\x00", b"/status/a%0D%0Ab%00", id="control-characters"),
+        ("a/../b", b"/status/a%2F..%2Fb"),
+        ("..", b"/status/%2E%2E"),
+        (".", b"/status/%2E"),
+        ("a?b=c#d", b"/status/a%3Fb%3Dc%23d"),
+        ("é %2F", b"/status/%C3%A9%20%252F"),
+        ("a\r\nb\x00", b"/status/a%0D%0Ab%00"),
     ],
 )
 async def test_ids_are_encoded_into_the_path(kickoff_id: str, path: bytes):
@@ -170,13 +149,14 @@ async def test_the_status_path_that_knows_a_run_is_remembered(
 @pytest.mark.parametrize(
     ("answer", "healthy"),
     [
-        pytest.param(httpx.Response(200, text="Healthy"), True, id="documented"),
-        pytest.param(httpx.Response(200, json={"status": "healthy"}), True, id="json"),
-        pytest.param(httpx.Response(200, html="<h1>Healthy food</h1>"), False, id="a-page"),
-        pytest.param(httpx.Response(200, text="unhealthy"), False, id="unhealthy"),
-        pytest.param(httpx.Response(503, text="Healthy"), False, id="error"),
-        pytest.param(httpx.Response(302, text="Healthy"), False, id="redirect"),
+        (httpx.Response(200, text="Healthy"), True),
+        (httpx.Response(200, json={"status": "healthy"}), True),
+        (httpx.Response(200, html="<h1>Healthy food</h1>"), False),
+        (httpx.Response(200, text="unhealthy"), False),
+        (httpx.Response(503, text="Healthy"), False),
+        (httpx.Response(302, text="Healthy"), False),
     ],
+    ids=lambda value: f"{value.status_code}-{value.text}" if isinstance(value, httpx.Response) else "",
 )
 async def test_health(router: respx.MockRouter, client: CrewClient, answer: httpx.Response, healthy: bool):
     router.get("/").mock(answer)
@@ -239,11 +219,11 @@ async def test_a_refused_resume_says_nothing_of_inputs(router: respx.MockRouter,
 @pytest.mark.parametrize(
     ("location", "shown"),
     [
-        pytest.param("https://sso.example.com/login?next=s3cret", "https://sso.example.com/login", id="elsewhere"),
-        pytest.param("/login?s3cret", "/login", id="same-host"),
-        pytest.param("https://u:s3cret@h.example.com/x", "https://h.example.com/x", id="credentials"),
-        pytest.param("http://[s3cret", "an address that cannot be read", id="odd"),
-        pytest.param("", "nowhere", id="none"),
+        ("https://sso.example.com/login?next=s3cret", "https://sso.example.com/login"),
+        ("/login?s3cret", "/login"),
+        ("https://u:s3cret@h.example.com/x", "https://h.example.com/x"),
+        ("http://[s3cret", "an address that cannot be read"),
+        ("", "nowhere"),
     ],
 )
 async def test_redirects_are_not_followed(router: respx.MockRouter, client: CrewClient, location: str, shown: str):
@@ -274,6 +254,8 @@ async def test_whether_a_request_may_have_left(router: respx.MockRouter, client:
 async def test_what_cannot_be_written_is_never_sent(router: respx.MockRouter, client: CrewClient):
     with pytest.raises(ConfigurationError, match=r"Input 'a'.*Nothing was started"):
         await client.kickoff({"a": b"x"})
+    with pytest.raises(ConfigurationError, match="UUID"):
+        await client.kickoff({}, restore_from="42")
     for value in (float("nan"), object(), "\ud800"):
         with pytest.raises(ConfigurationError, match="meta"):
             await client.kickoff({}, meta={"a": value})

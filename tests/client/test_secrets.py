@@ -16,18 +16,14 @@ from prefect_crew.client._client import CrewClient
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import CrewError
-from support.frames import locals_of
 
 URL = "https://crew.example.com"
 TOKEN = 't0k"en<&>/\\+0123456789'
 
 
-def shown(error: BaseException) -> str:
-    """Return everything that someone may print of an error: its chain, with the locals of all frames but the tests'."""
-    said = f"{error!r} {error} {vars(error)} {pickle.dumps(error)!r} {''.join(traceback.format_exception(error))}"
-    request = getattr(error.__cause__, "_request", None)
-    sent = "" if request is None else f"{request.headers.raw!r} {request.content!r}"
-    return f"{said} {error.__cause__!r} {vars(error.__cause__ or error)} {sent} {locals_of(error, but=__file__)}"
+def said_of(error: BaseException) -> str:
+    """Return all that somebody may print of an error and its chain."""
+    return f"{error!r} {error} {vars(error)} {pickle.dumps(error)!r} {''.join(traceback.format_exception(error))}"
 
 
 def forms(secret: str) -> set[str]:
@@ -87,29 +83,9 @@ async def test_a_server_that_repeats_the_token(status: int, writer: str):
     errors = await failures(echo(status, write, kind), TOKEN)
     assert errors or status == 404
     for error in errors:
-        # what the locals of our frames hold of the answer is the server's: only what we say of it counts
-        said = f"{error!r} {error} {vars(error)} {pickle.dumps(error)!r} {''.join(traceback.format_exception(error))}"
+        said = said_of(error)
         for form in forms(TOKEN):
             assert form not in said
-
-
-BREAKS = [httpx.ConnectError, httpx.ReadTimeout, httpx.LocalProtocolError, ConnectionResetError]
-
-
-@pytest.mark.parametrize("kind", BREAKS, ids=lambda kind: kind.__name__)
-async def test_a_connection_that_breaks(kind: type[Exception]):
-    def answer(request: httpx.Request) -> httpx.Response:
-        value = request.headers["authorization"]  # a local of a frame below ours
-        raise kind(f"Illegal header value {value}") from RuntimeError(value)
-
-    errors = await failures(httpx.MockTransport(answer), TOKEN)
-    assert len(errors) == 5
-    for error in errors:
-        assert isinstance(error.__cause__, kind)
-        assert error.__cause__.__traceback__ is None  # frames below ours hold the request
-        assert "Illegal header value" in str(error.__cause__)
-        for form in forms(TOKEN):
-            assert form not in shown(error)
 
 
 HOOKS = Webhooks(
@@ -131,4 +107,4 @@ async def test_a_server_that_repeats_webhooks_and_secret_inputs(status: int):
     assert errors
     for error in errors:
         for secret in ("1nput-secret", "h00k-secret", "p4th-secret"):
-            assert secret not in f"{error!r} {vars(error)}"
+            assert secret not in said_of(error)

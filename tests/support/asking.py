@@ -28,20 +28,10 @@ class AskingServer:
     """
 
     def __init__(
-        self,
-        *,
-        rounds: int = 1,
-        lag: int = 0,
-        changing: bool = False,
-        shown: bool = False,
-        between: bool = True,
+        self, *, rounds: int = 1, lag: int = 0, changing: bool = False, shown: bool = False, between: bool = True,
         fails: dict[int, int] | None = None,
-    ) -> None:
-        self.rounds = rounds
-        self.lag = lag
-        self.changing = changing
-        self.shown = shown
-        self.between = between
+    ) -> None:  # fmt: skip
+        self.rounds, self.lag, self.changing, self.shown, self.between = rounds, lag, changing, shown, between
         self.fails = fails or {}
         self.resumes: list[dict[str, Any]] = []
         self.kickoffs = 0

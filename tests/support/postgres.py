@@ -71,14 +71,10 @@ class Postgres:
 
     def serve(self, timeout: float = 60.0) -> Postgres:
         """Start it over its data, also once more after it was killed."""
-        options = {
-            "listen_addresses": "127.0.0.1",
-            "port": str(self.port),
-            "unix_socket_directories": "",
-            "max_connections": "200",
-            **dict.fromkeys(self.NOT_DURABLE, "off"),
-        }
-        flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        options = ["listen_addresses=127.0.0.1", f"port={self.port}", "unix_socket_directories=", "max_connections=200"]
+        flags = [
+            part for option in [*options, *(f"{name}=off" for name in self.NOT_DURABLE)] for part in ("-c", option)
+        ]
         self._process = process = self._run("postgres", "-D", self._folder / "data", *flags)
         deadline = time.monotonic() + timeout
         while not self._answers():
@@ -106,9 +102,8 @@ class Postgres:
         import asyncpg  # not at the top: slow to import
 
         async def run() -> None:
-            connection = await asyncpg.connect(
-                host="127.0.0.1", port=self.port, user=SUPERUSER, database="postgres", timeout=5
-            )
+            address = {"host": "127.0.0.1", "port": self.port, "user": SUPERUSER, "database": "postgres"}
+            connection = await asyncpg.connect(**address, timeout=5)
             try:
                 await connection.execute(statement)
             finally:

@@ -15,6 +15,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -46,13 +47,7 @@ def free_port() -> int:
 class PrefectServer:
     """A `prefect server start` process; a context manager."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        database_url: str | None = None,
-        template: Path | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, database_url: str | None = None, template: Path | None = None) -> None:
         self.home = folder / "home"
         self.log = folder / "server.log"
         self.database = None if database_url else self.home / "prefect.db"
@@ -149,10 +144,7 @@ def _keep(database: Path, template: Path) -> None:
     """Copy a live database, as one consistent file."""
     template.parent.mkdir(parents=True, exist_ok=True)
     partial = template.with_suffix(f".{os.getpid()}")
-    with (
-        contextlib.closing(sqlite3.connect(database)) as source,
-        contextlib.closing(sqlite3.connect(partial)) as target,
-    ):
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(partial)) as target:
         source.backup(target)
     partial.replace(template)
 
@@ -181,10 +173,8 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
         _refresh()
 
 

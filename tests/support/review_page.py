@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from support.chromium import Page
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Response
 
 
 def answer_on_page(
@@ -46,24 +43,17 @@ def answer_on_page(
     page.fill(f"{dialog} textarea >> nth=0", feedback)
     page.fill(f"{dialog} textarea >> nth=1", "Grace")
     page.screenshot(screenshot, whole=False)
-    answers = _answers(page)
+    answers: list[str] = []  # of the server to the page's POSTs from now on
+    page.raw(
+        lambda playwright: playwright.on(
+            "response", lambda got: answers.append(f"{got.request.method} {got.status} {got.url}")
+        )
+    )
     for _ in range(3):  # a database that was busy for too long is one click for nothing
         page.click(f'{dialog} >> role=button[name="{submit}"]')
         if _is_gone(page, dialog):
             return
-    raise AssertionError(f"the form stays, after {answers}")
-
-
-def _answers(page: Page) -> list[str]:
-    """Return what the server answers to the page's POSTs from now on."""
-    answers: list[str] = []
-
-    def note(response: Response) -> None:
-        if response.request.method == "POST":
-            answers.append(f"{response.status} {response.url}")
-
-    page.raw(lambda playwright: playwright.on("response", note))
-    return answers
+    raise AssertionError(f"the form stays, after {[one for one in answers if one.startswith('POST')]}")
 
 
 def _is_gone(page: Page, dialog: str) -> bool:
