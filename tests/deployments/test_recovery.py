@@ -1,6 +1,5 @@
-"""Flow processes that are killed, and how their runs go on: unattended under a worker, by hand where a flow is served.
-
-A worker that dies with its flow runs: test_two_workers.py.
+"""Processes that are killed, and how their flow runs go on: unattended under a worker, or on another one where the
+worker dies as well; by hand where a flow is served.
 """
 
 from __future__ import annotations
@@ -16,11 +15,13 @@ import pytest
 
 from prefect_crew.devserver import CrewServer
 from support.deployed import ROOT, command, flow_processes, wait_for_state, wait_until
+from support.postgres import Postgres
+from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.site import Site
 from support.workers import Worker
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SLOW = "name: slow\ninputs: [topic]\ntasks: [{name: t, seconds: 20, output: done}]\n"
 BROKEN = "name: broken\ninputs: [topic]\ntasks: [{name: t, fail: the well is dry}]\n"
@@ -53,13 +54,15 @@ def kill_flow(process: Process, flow_run_id: str) -> float:
     return time.monotonic()
 
 
-def waits(crew: CrewServer) -> bool:
-    """Return whether the crew was kicked off and its status has been asked for."""
-    return crew.kickoffs > 0 and crew.requests["status"] > 0
+def wait_for_polls(crew: CrewServer) -> int:
+    """Wait until the crew was kicked off and its status has been asked for; return how often."""
+    return wait_until(lambda: crew.kickoffs and crew.requests["status"], seconds=90, what="a crew that is waited for")
 
 
-def next_status(crew: CrewServer, since: int) -> bool:
-    return crew.requests["status"] > since
+def wait_for_next_poll(crew: CrewServer, since: int, *, seconds: float = 120) -> float:
+    """Wait until a run is waited for again; return when (monotonic seconds)."""
+    wait_until(lambda: crew.requests["status"] > since, seconds=seconds, what="a run that is waited for again")
+    return time.monotonic()
 
 
 def recoveries(site: Site, flow_run_id: str) -> list[dict[str, Any]]:
@@ -75,11 +78,10 @@ def test_a_run_killed_under_a_worker_goes_on_unattended_and_a_failed_one_does_no
 
     crew = site.add_crew("slow", SLOW)
     run_id = site.start("one-crew/daily", {"crew": "slow", "inputs": {"topic": "tea"}})
-    wait_until(lambda: waits(crew), seconds=60, what="a crew that is waited for")
+    wait_for_polls(crew)
     killed = kill_flow(worker.process, run_id)
-    asked = crew.requests["status"]
-    wait_until(lambda: next_status(crew, asked), seconds=120, what="a run that is waited for again")
-    notes.append(f"worker, flow process killed: waited for again after {time.monotonic() - killed:.1f} s, unattended")
+    seconds = wait_for_next_poll(crew, crew.requests["status"]) - killed
+    notes.append(f"worker, flow process killed: waited for again after {seconds:.1f} s, unattended")
 
     run = wait_for_state(site.seen, run_id)
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
@@ -119,16 +121,15 @@ def test_a_run_killed_where_a_flow_is_served_goes_on_when_it_is_retried(site: Si
         run_id = site.start(
             "one-crew/served", {"crew": "slow", "inputs": {"topic": "coffee"}, "idempotency_key": "killed"}
         )
-        wait_until(lambda: waits(crew), seconds=60, what="a crew that is waited for")
+        wait_for_polls(crew)
         killed = kill_flow(process, run_id)
         asked = crew.requests["status"]
         assert wait_for_state(site.seen, run_id)["state_type"] == "CRASHED"
         seen = time.monotonic() - killed
         site.run("prefect", "flow-run", "retry", run_id)
-        wait_until(lambda: next_status(crew, asked), seconds=120, what="a run that is waited for again")
+        again = wait_for_next_poll(crew, asked) - killed
         notes.append(
-            f"served, flow process killed: Crashed after {seen:.1f} s, waited for again after "
-            f"{time.monotonic() - killed:.1f} s, retried at once"
+            f"served, flow process killed: Crashed after {seen:.1f} s, retried, waited for after {again:.1f} s"
         )
         run = wait_for_state(site.seen, run_id)
         site.call("DELETE", f"/deployments/{run['deployment_id']}")
@@ -165,3 +166,41 @@ def test_a_flow_run_killed_with_its_form_up_asks_again_in_the_same_form(site: Si
     assert answer["status"] == "ACCEPT"
     assert wait_for_state(site.seen, run_id)["state_name"] == "Completed"
     assert [crew.requests["resume"], crew.kickoffs] == [1, 1]
+
+
+LONG_WRITE = """
+name: write
+inputs: [topic, audience, notes]
+tasks: [{name: draft, seconds: 30, output: "# {{ topic }}\\n{{ notes }}"}]
+"""
+
+
+def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_started_twice(
+    tmp_path: Path, postgres: Postgres, notes: list[str]
+):
+    """On PostgreSQL. Heartbeats stop, an automation calls that a crash, another one has the run begun again."""
+    url = postgres.create_database("site")
+    with PrefectServer(tmp_path, database_url=url) as server, Site(server, tmp_path) as site:
+        write = site.add_crew("write", LONG_WRITE)
+        workers = [site.worker("one"), site.worker("two")]
+        run_id = site.start("report-pipeline/weekly", {"topic": "tea", "idempotency_key": "two-workers"})
+        wait_for_polls(write)
+        # Not by their logs: the one that came too late for the run names it as well.
+        (dead,) = [worker for worker in workers if flow_processes(worker.process, run_id)]
+        (alive,) = set(workers) - {dead}
+        dead.kill()
+        killed = time.monotonic()
+        again = wait_for_next_poll(write, write.requests["status"], seconds=300) - killed
+        notes.append(f"worker killed with its flow run: waited for by another one after {again:.0f} s (heartbeat 30 s)")
+        run = wait_for_state(site.seen, run_id, "COMPLETED", "FAILED", "CANCELLED", seconds=120)
+        assert run["state_type"] == "COMPLETED", run["state"]["message"]
+        assert run["run_count"] == 2
+        assert str(run_id) in alive.log.read_text()
+        for step in ("research", "write", "review"):
+            # A schedule of the site may fire during this, at the full hour, under a key of its own.
+            ours = {key: n for key, n in site.crews[step].kickoffs_by_key.items() if key.startswith("two-workers/")}
+            assert ours == {f"two-workers/{step}": 1}
+        states = site.call("GET", f"/flow_run_states/?flow_run_id={run_id}")
+        names = [(state["name"], state["message"]) for state in sorted(states, key=lambda one: one["timestamp"])]
+        assert ("Crashed", "No heartbeat for 90 s.") in names
+        assert [name for name, _ in names].count("Running") == 2

@@ -25,7 +25,7 @@ SIMULATION = [f"tests/proof/test_{name}.py" for name in ("scenarios", "permit_wo
 OWN_TESTS = {
     "records/decision.py": ["tests/records/test_decision.py", "tests/runs/test_kickoff.py"],
     "records/model.py": ["tests/records/test_model.py", "tests/records/test_golden.py", "tests/runs/test_kickoff.py"],
-    "client/_retry_safety.py": ["tests/client/test_retry_safety.py"],
+    "client/_retry_safety.py": ["tests/client/test_client.py"],
     "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py", "tests/runs/test_racing.py"],
     "records/store.py": ["tests/records/test_store.py", "tests/runs/test_kickoff_claims.py"],
     "records/prune.py": ["tests/records/test_prune.py"],
