@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -40,10 +42,9 @@ def test_people_can_look_and_no_block_no_record_and_no_change_passes(
     ):
 
         def ready() -> bool:
-            try:
+            with contextlib.suppress(httpx.TransportError):
                 return client.get("/api/health").status_code == 200
-            except httpx.TransportError:
-                return False
+            return False
 
         wait_until(ready, seconds=20, what="nginx")
         # What people look at.
@@ -53,20 +54,21 @@ def test_people_can_look_and_no_block_no_record_and_no_change_passes(
         found = client.post("/api/artifacts/filter", json={"sort": "CREATED_DESC", "limit": 1}).json()
         assert result.kickoff_id in found[0]["data"]
         # What they cannot reach.
-        slug = "/api/block_types/slug/deployed-crew/block_documents"
-        refused = [
-            ("POST", "/api/block_documents/filter", {"include_secrets": True}),
-            ("POST", "/api//block_documents/filter", {"include_secrets": True}),
-            ("POST", "/api/block%5Fdocuments/filter", {"include_secrets": True}),
+        slug, run = "/api/block_types/slug/deployed-crew/block_documents", f"/api/flow_runs/{flow_run['id']}"
+        with_secrets = {"include_secrets": True}
+        refused: list[tuple[str, str, Any]] = [
+            ("POST", "/api/block_documents/filter", with_secrets),
+            ("POST", "/api//block_documents/filter", with_secrets),
+            ("POST", "/api/block%5Fdocuments/filter", with_secrets),
             ("GET", f"{slug}/name/{name}?include_secrets=true", None),
             ("GET", f"{slug}?include_secrets=true", None),
             ("POST", "/api/variables/filter", {}),
             ("GET", "/api/variables/name/x", None),
-            ("POST", f"/api/flow_runs/{flow_run['id']}/input/filter", {"prefix": ""}),
+            ("POST", f"{run}/input/filter", {"prefix": ""}),
             ("GET", "/api/admin/settings", None),
-            ("POST", f"/api/flow_runs/{flow_run['id']}/set_state", {"state": {"type": "CANCELLED"}, "force": True}),
-            ("DELETE", f"/api/flow_runs/{flow_run['id']}", None),
-            ("PATCH", f"/api/flow_runs/{flow_run['id']}", {"name": "changed"}),
+            ("POST", f"{run}/set_state", {"state": {"type": "CANCELLED"}, "force": True}),
+            ("DELETE", run, None),
+            ("PATCH", run, {"name": "changed"}),
             ("DELETE", "/api/flow_runs/filter", None),
             ("POST", "/api/events", []),
         ]

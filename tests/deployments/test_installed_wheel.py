@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.deployed import ROOT
+from support.deployed import ROOT, command
 from support.docs import Block, read_page
 from support.environment import isolated, program
 from support.prefect_server import PrefectServer
@@ -38,27 +38,7 @@ class Installed:
 
     def run(self, line: str, *, cwd: Path | None = None) -> str:
         """Run lines of a shell, and return what they say; fail unless each succeeds."""
-        done = subprocess.run(
-            ["bash", "-e", "-c", line],
-            env=self.env,
-            cwd=cwd or self.empty,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=180,
-        )
-        assert done.returncode == 0, f"{line}: {done.stdout[-4000:]}"
-        return done.stdout
-
-    def start(self, line: str, *, until: str, cwd: Path, log: Path) -> Process:
-        """Start lines of a shell, and wait until they say so."""
-        process = Process(["bash", "-e", "-c", line], log=log, env=self.env, cwd=cwd)
-        try:
-            process.wait_for(until, 90)
-        except BaseException:
-            process.kill()
-            raise
-        return process
+        return command("/bin/bash", "-e", "-c", line, env=self.env, cwd=cwd or self.empty)
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +96,9 @@ def test_the_readme_of_the_project_is_true(installed: Installed, project: Path, 
             code = left_out.get(block.code, block.code)
             if block.run.get("background"):
                 log = installed.folder / f"block-{number}.log"
-                process = installed.start(code, until=block.run["background"], cwd=project, log=log)
+                process = Process(["bash", "-e", "-c", code], log=log, env=installed.env, cwd=project)
                 running.callback(process.stop, grace=5.0)
+                process.wait_for(block.run["background"], 90)
             elif "docker" not in code:
                 installed.run(code, cwd=project)
         with httpx.Client(base_url=server.api_url, timeout=60, trust_env=False) as api:

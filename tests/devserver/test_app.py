@@ -113,11 +113,12 @@ def test_failed_body(serve: Serve) -> None:
     assert body == {"status": "error", "error": "Task execution failed: 2 tools are down"}
 
 
-def test_what_is_not_there(travel: httpx.Client) -> None:
+def test_what_is_not_there(travel: httpx.Client, slow: httpx.Client) -> None:
     for call in ("GET /status/nobody", "GET /nobody/status", "POST /stop/nobody"):
         answer = travel.request(*call.split())
         assert (answer.status_code, set(answer.json())) == (404, {"error", "message"})
         assert answer.json()["error"] == "Execution not found"
+    assert travel.get(f"/status/{kickoff(slow)}").status_code == 404, "it is a run of another crew on this server"
     calls = ["GET /nothing", "GET /kickoff", "POST /inputs"]
     assert [travel.request(*call.split()).status_code for call in calls] == [404, 405, 405]
 

@@ -51,19 +51,14 @@ async def reach(server: CrewServer, kind: str) -> tuple[CrewStatus, dict[str, An
 
 
 async def test_union(serve: Serve) -> None:
+    """tests/devserver/test_crewai.py has the rest of it."""
     server, _ = serve(SCRIPT, response_format="union")
     _, body = await reach(server, "slow")
     assert (body["state"], body["status"], body["current_task"]) == ("STARTED", "running", "two")
-    assert body["progress"] == {"completed_tasks": 1, "total_tasks": 3}
     assert body["last_executed_task"]["output"] == "out: slow"
-    _, body = await reach(server, "waiting")
-    assert (body["state"], body["task_id"]) == ("PENDING_HUMAN_INPUT", "two")
     _, body = await reach(server, "good")
     assert (body["state"], body["status"], body["result"], body["output"]) == ("SUCCESS", "completed", *["three"] * 2)
     assert (body["result_json"], body["token_usage"]) == ({"answer": "42"}, {"total_tokens": 5})
-    assert [(task["name"], task["agent"]) for task in body["tasks"]] == [("one", "A"), ("two", "B"), ("three", "C")]
-    assert body["last_step"]
-    assert body["execution_time"] >= 0
     _, body = await reach(server, "bad")
     assert (body["state"], body["result"], body["error"]) == ("FAILED", "it broke", "it broke")
 

@@ -10,15 +10,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 
 from prefect_crew.client.models import CrewInput, TaskResult
-from prefect_crew.devserver import CrewServer, Outcome, Run, load_program
+from prefect_crew.devserver import CrewServer, Outcome, Run
 from prefect_crew.devserver._app import CRASH_EXIT_CODE
-from prefect_crew.devserver._scripts import ScriptedProgram
 from prefect_crew.states import CrewState
 from support.servers import Serve, finished, kickoff, until
 
@@ -50,14 +48,6 @@ def test_a_server_is_quick() -> None:
                 assert client.get("/").text == "Healthy"  # the connection is still open when the server ends
     # uvicorn by itself takes 0.2 s for each end, and Nagle's algorithm with delayed acknowledgements 40 ms an answer
     assert time.monotonic() - began < 1.8
-
-
-def test_several_crews_on_one_server(serve: Serve) -> None:
-    server, client = serve({"a": "echo", "b": SLEEPS})
-    id_ = client.post("/a/kickoff", json={"inputs": {"text": "only a knows"}}).json()["kickoff_id"]
-    assert [client.get(f"/{name}/status/{id_}").status_code for name in "ab"] == [200, 404]
-    assert client.get("/b/inputs").json()["required_inputs"] == ["text"]
-    assert len(server.runs) == 1
 
 
 def test_a_restart_keeps_ended_runs_and_the_token_and_begins_other_runs_again(serve: Serve) -> None:
@@ -145,16 +135,6 @@ def test_whatever_a_program_raises_is_a_failed_run_and_a_stopped_one_stays_stopp
     time.sleep(0.1)
     assert client.get(f"/status/{run.id}").json()["status"] == "stopped"
     assert run.tasks == []
-
-
-def test_programs_are_found_by_name_by_path_and_by_text(tmp_path: Path) -> None:
-    text = "name: mine\ntasks: [{name: t}]\n"
-    (tmp_path / "mine.yaml").write_text(text)
-    for spec in ("echo", str(tmp_path / "mine.yaml"), tmp_path / "mine.yaml", text):
-        program = load_program(spec, speed=3)
-        assert isinstance(program, ScriptedProgram)
-        assert (program.speed, program.name) == (3, "echo" if spec == "echo" else "mine")
-        assert load_program(program) is program
 
 
 # A process
