@@ -165,7 +165,7 @@ def demo() -> None:
         often = WaitPolicy(initial=0.3, factor=1.0, max_interval=0.3, timeout=300)
         with CrewServer("travel") as server:
             _output.current.hide(server.token)
-            shown.phase(f"Kicking off the crew at {server.url}")
+            shown.phase(f"Crew travel at {server.url}: checking the inputs")
             crew = replace(server.crew(wait=often).crew.called("travel"), on_status=shown.watch)
             answer = run_crew(crew, INPUTS)
     _output.put()

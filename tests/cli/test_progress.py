@@ -112,13 +112,13 @@ def test_what_may_not_be_shown_is_not(capsys: pytest.CaptureFixture[str], fields
 
 def test_on_a_terminal_the_lines_stay_and_a_last_one_is_redrawn(screen: io.StringIO):
     with Progress() as live:
-        live.phase("Kicking off")
+        live.phase("Checking")
         live.watch(run(), status(task="[bold]x[/bold]\x1b[2J", total_tasks=2))
         live._line.refresh()  # type: ignore[union-attr]
         live.note("see [link]")
         live.watch(run(), status(CrewState.COMPLETED, total_tasks=2))
     drawn = screen.getvalue()
-    for part in ("Kicking off", "Crew travel running (0 of 2 tasks done)", "see [link]", "Crew travel: completed"):
+    for part in ("Checking", "Crew travel running (0 of 2 tasks done)", "see [link]", "Crew travel: completed"):
         assert part in drawn
     assert "[bold]x[/bold]" in drawn, "text of a crew neither styles"
     assert "\x1b[2J" not in drawn, "nor steers"
