@@ -34,6 +34,7 @@ from prefect_crew.cli._options import (
     Output,
     Timeout,
     Yes,
+    is_url,
     read_pairs,
     wait_policy,
 )
@@ -144,7 +145,7 @@ def run(
         given: dict[str, Any] = {"name": name, "output": export, "wait": wait_policy(found, timeout), **options}
         return await arun_batch(found, dataset, on_progress=shown.watch_batch, **given)
 
-    return _run(name, call, output)[0]
+    return _run(name, call, output, by_name=not is_url(crew))[0]
 
 
 def _confirm_retry(name: str, yes: bool) -> None:
@@ -158,9 +159,12 @@ def _look_here() -> None:
 
 
 def _run(
-    name: str, call: Callable[[Progress], Coroutine[Any, Any, BatchReport]], output: str | None
+    name: str, call: Callable[[Progress], Coroutine[Any, Any, BatchReport]], output: str | None, *, by_name: bool = True
 ) -> tuple[int, BatchReport]:
-    """Run a batch, write what it came to, and say how to go on with it; return the exit code and the report."""
+    """Run a batch, write what it came to, and say how to go on with it; return the exit code and the report.
+
+    `by_name`: whether it can be gone on with by its name alone, for which its crew has to be stored.
+    """
     _look_here()
     shell_name = shlex.quote(name)
     with Progress() as shown:
@@ -168,7 +172,8 @@ def _run(
         try:
             report = asyncio.run(call(shown))
         except KeyboardInterrupt:
-            _output.note(f"To go on where it stopped: prefect-crew batch resume {shell_name}")
+            again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call again"
+            _output.note(f"To go on where it stopped: {again}")
             raise
     page = page_url(shown.flow_run_id)
     as_json = output and {**report.as_dict(), "flow_run_id": shown.flow_run_id, "flow_run_url": page}
@@ -179,7 +184,8 @@ def _run(
     if report.uncertain:
         _output.note(f"A person has to resolve {report.uncertain:,} uncertain rows: {failures}")
     elif report.failed:
-        _output.note(f"What failed: {failures}. To start it again: prefect-crew batch retry {shell_name}")
+        again = f"prefect-crew batch retry {shell_name}" if by_name else "make the same call with --retry-failed"
+        _output.note(f"What failed: {failures}. To start it again: {again}")
     if report.set_aside:
         _output.note(f"What was set aside: {failures}")
     return 0 if report.ok else ROWS, report

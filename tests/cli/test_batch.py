@@ -235,12 +235,13 @@ def test_a_crew_that_is_given_by_its_address_needs_the_same_call_again(
 ):
     path = tmp_path / "rows.csv"
     path.write_text("who\nAda\n")
-    given = call(f"{crews.url}/greet", str(path))
-    assert here(*given).code == 0
+    given = call(f"{crews.url}/broken", str(path))
+    ran = here(*given)
+    assert (ran.code, "To start it again: make the same call with --retry-failed" in ran.err) == (6, True)
     refused = here("batch", "resume", name)
     assert (refused.code, "its crew is not a stored block. Make the same call again" in refused.err) == (2, True)
     again = here(*given, "-o", "json")
-    assert (again.code, again.json["kickoffs"], TOKEN in again.out + again.err) == (0, 0, False)
+    assert (again.code, again.json["kickoffs"], TOKEN in again.out + again.err) == (6, 0, False)
 
 
 def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(here, picky, call, name: str, leads: str, output: str):
