@@ -19,7 +19,7 @@ from pathlib import Path
 from figures import report
 
 ROOT = Path(__file__).parents[1]
-FOREIGN = ("PREFECT_", "CREW_", "MAKE", "MFLAGS", "VENV", "VIRTUAL_ENV", "PYTHONPATH")
+FOREIGN = ("PREFECT_", "CREW_", "MAKE", "MFLAGS", "VENV", "VIRTUAL_ENV", "PYTHON")
 """What a variable starts with that a new user of the repository does not have."""
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.prompt import Confirm
 from rich.table import Table
 
@@ -115,6 +114,8 @@ def put_markdown(text: str) -> None:
     if not is_terminal(sys.stdout):
         put(text)
         return
+    from rich.markdown import Markdown  # a parser of Markdown, which few commands need
+
     out = console()
     out.print(Markdown(redact(plain(text)), hyperlinks=False), width=min(out.width, 100))
 

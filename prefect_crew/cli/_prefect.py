@@ -6,22 +6,19 @@ import importlib
 import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._progress import Progress
 from prefect_crew.exceptions import PrefectAwayError
-
-if TYPE_CHECKING:
-    from prefect.server.api.server import SubprocessASGIServer
-
 
 START_WITHIN = 120
 """Seconds for the embedded server: it makes its database the first time, and machines are slow."""
@@ -80,49 +77,81 @@ def _check(url: str) -> None:
 
 
 def _start_embedded() -> None:
-    """Start Prefect's embedded server where Ctrl-C does not reach it, and have it ended with the command.
+    """Start Prefect's embedded server, and have it ended with the command.
 
-    The keys send SIGINT to every process of the terminal, so the server would end before a crew's stop is on record. A
-    process inherits the signal mask of the thread that starts it, and only the main thread is interrupted.
+    Prefect's clients would do so too (`SubprocessASGIServer`), but import all of a server before, which takes as long.
     """
-    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import get_current_settings
 
-    server, started = SubprocessASGIServer(), Future[None]()
-
-    def start() -> None:
-        try:
-            if hasattr(signal, "pthread_sigmask"):
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            server.start(timeout=START_WITHIN)
-            started.set_result(None)
-        except BaseException as error:  # noqa: BLE001 - the main thread raises it
-            started.set_exception(error)
-
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     if not _output.current.debug:  # what it logs, such as a busy database, is kept off this terminal
         for name in ("PREFECT_SERVER_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
             os.environ.setdefault(name, "CRITICAL")
-    threading.Thread(target=start, name="prefect-embedded-server", daemon=True).start()
-    _output.current.at_end.callback(_end_embedded, server, started)
-    try:
-        started.result()
-    except Exception as error:  # noqa: BLE001 - whatever it is, there is no server
-        raise PrefectAwayError(
-            f"Prefect's embedded server did not start: {error}. Try `prefect server start`, which shows more."
-        ) from None
+    at_end, url = _output.current.at_end, f"http://127.0.0.1:{port}/api"
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on"]
+    command += ["--host", "127.0.0.1", "--port", port, "--log-level", "error"]
+    env = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
+    env |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+
+    def start() -> subprocess.Popen[bytes]:
+        # The keys send SIGINT to every process of the terminal, so the server would end before a crew's stop is on
+        # record. A process inherits the signal mask of the thread that starts it.
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        process = subprocess.Popen(command, env=env)  # noqa: S603  fixed words, and a port
+        at_end.callback(_end, process)
+        return process
+
+    at_end.callback(_use_server, None)  # once it has ended
+    with ThreadPoolExecutor(1) as pool:  # which is waited for when this thread is interrupted, so that its end is sure
+        process = pool.submit(start).result()
+    _use_server(url)
+    importlib.import_module("prefect_crew.flows")  # most commands need it, and the server takes longer
+    _wait_for(process, f"{url}/health")
 
 
-def _end_embedded(server: SubprocessASGIServer, started: Future[None]) -> None:
-    """End the embedded server, once the logs and events that Prefect's threads hold were sent; some 15 s at most."""
+def _use_server(url: str | None) -> None:
+    from prefect.context import refresh_global_settings_context
+
+    for name, value in {"PREFECT_API_URL": url, "PREFECT_UI_URL": url and ""}.items():  # it has no pages
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    refresh_global_settings_context()
+
+
+def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
+    import httpx
+
+    until, is_up = time.monotonic() + START_WITHIN, False
+    with httpx.Client(trust_env=False) as client:
+        while not is_up:
+            if process.poll() is not None or time.monotonic() > until:
+                why = "it gave no answer" if process.returncode is None else f"its exit code is {process.returncode}"
+                raise PrefectAwayError(
+                    f"Prefect's embedded server did not start: {why}. Try `prefect server start`, which shows more."
+                )
+            time.sleep(0.05)
+            with suppress(httpx.TransportError):
+                is_up = client.get(url).is_success
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the embedded server, once the logs and events that Prefect's threads hold were sent; some 10 s at most."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
-    until = time.monotonic() + 5
-    while server.server_process is None and not started.done() and time.monotonic() < until:
-        time.sleep(0.02)
-    if started.done() and started.exception() is None:
+    if process.poll() is None:
         APILogWorker.drain_all(timeout=3)
         EventsWorker.drain_all(timeout=3)
-    server.stop()
+    process.terminate()
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 _PACKAGE = str(Path(__file__).parent.parent)

@@ -162,8 +162,8 @@ def demo() -> None:
         from prefect_crew.flows import run_crew
 
         # Often enough to see each task; a crew on the network is asked less often.
-        often = WaitPolicy(initial=0.3, factor=1.0, max_interval=0.3, timeout=300)
-        with CrewServer("travel") as server:
+        often = WaitPolicy(initial=0.2, factor=1.0, max_interval=0.2, timeout=300)
+        with CrewServer("travel", speed=2) as server:
             _output.current.hide(server.token)
             shown.phase(f"Crew travel at {server.url}: checking the inputs")
             crew = replace(server.crew(wait=often).crew.called("travel"), on_status=shown.watch)

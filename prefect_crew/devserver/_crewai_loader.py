@@ -23,12 +23,15 @@ _ENVIRONMENT = {
     "CREWAI_DISABLE_VERSION_CHECK": "true",
 }
 
+_ROOM = 2**30
+"""Bytes that memory has to have free to be a place for what crews keep. In a container it may have 64 MiB in all."""
+
 
 def prepare_crewai() -> None:
     """Set CrewAI's environment as far as the user has not, before it is imported.
 
-    Crews keep what they write (task outputs, memory, paused flows) in a directory that is removed with this process;
-    set CREWAI_STORAGE_DIR to keep it.
+    Crews keep what they write (task outputs, memory, paused flows) in a directory that is removed with this process,
+    and is in memory where there is room; set CREWAI_STORAGE_DIR to keep it.
 
     Raises:
         ProgramNotFoundError: CrewAI is not installed.
@@ -36,7 +39,11 @@ def prepare_crewai() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if not os.environ.get("CREWAI_STORAGE_DIR"):
-        os.environ["CREWAI_STORAGE_DIR"] = storage = tempfile.mkdtemp(prefix="prefect-crew-")
+        # In memory where there is room: CrewAI syncs each output of a task to one SQLite file, and other runs wait.
+        memory = Path("/dev/shm")  # noqa: S108  mkdtemp makes a directory of its own
+        is_roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > _ROOM
+        storage = tempfile.mkdtemp(prefix="prefect-crew-", dir=memory if is_roomy else None)
+        os.environ["CREWAI_STORAGE_DIR"] = storage
         atexit.register(shutil.rmtree, storage, ignore_errors=True)
     if importlib.util.find_spec("crewai") is None:
         raise ProgramNotFoundError(
