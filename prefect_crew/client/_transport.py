@@ -19,6 +19,7 @@ from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
 import anyio
+import httpcore
 import httpx
 from pydantic import SecretStr
 
@@ -309,7 +310,8 @@ class Connections:
             response = await transport.handle_async_request(request)
             del request  # its repr shows the whole URL
             try:
-                return await _read(response, call.kickoff_id)
+                body = cast("AsyncIterable[bytes]", response.stream)
+                return await _read(response.status_code, response.headers, body, call.kickoff_id)
             finally:
                 await response.aclose()
         raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
@@ -319,6 +321,61 @@ class Connections:
         if self._is_owned:
             await self._polls.aclose()
             await self._posts.aclose()
+
+
+class PollLane(Connections):
+    """One connection, for one poll at a time: httpx's own, without the pool around it and the models of its requests.
+
+    A poll takes half the CPU time so, and a batch makes thousands of them. It knows no proxy: see `poll_lane`.
+    """
+
+    def __init__(self, url: str, *, token: SecretStr, timeout: float) -> None:
+        super().__init__(url, token=token, timeout=timeout, transport=httpx.AsyncBaseTransport())
+        self._sent = [(b"Host", self._base.netloc), *self._headers.raw]
+        self._connection: httpcore.AsyncHTTPConnection | None = None
+
+    async def _exchange(self, call: Call, transport: httpx.AsyncBaseTransport) -> Answer:
+        connection, seconds = await self._connected(), GET_DEADLINE * self._timeout
+        url = self._core_url(self._base.raw_path.rstrip(b"/") + call.path.encode("ascii"))
+        request = httpcore.Request(call.method, url, headers=self._sent, extensions={"timeout": self._timeouts})
+        try:
+            with anyio.move_on_after(seconds):
+                response = await connection.handle_async_request(request)
+                try:
+                    body = cast("AsyncIterable[bytes]", response.stream)
+                    return await _read(response.status, httpx.Headers(response.headers), body, call.kickoff_id)
+                finally:
+                    await response.aclose()
+        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
+            raise getattr(httpx, type(error).__name__)(str(error)) from None  # httpx calls its own errors the same
+        raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
+
+    async def _connected(self) -> httpcore.AsyncHTTPConnection:
+        """Return a connection that the server has not closed, as far as is known."""
+        kept = self._connection
+        if kept is not None and kept.is_idle() and not kept.has_expired():
+            return kept
+        await self.aclose()
+        tls = tls_context() if self._base.scheme == "https" else None
+        origin = self._core_url(b"/").origin
+        self._connection = httpcore.AsyncHTTPConnection(origin, ssl_context=tls, keepalive_expiry=POLL_KEEPALIVE)
+        return self._connection
+
+    def _core_url(self, target: bytes) -> httpcore.URL:
+        base = self._base
+        return httpcore.URL(scheme=base.raw_scheme, host=base.raw_host, port=base.port, target=target)
+
+    async def aclose(self) -> None:
+        """Close the connection; the next poll opens another one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.aclose()
+
+
+def poll_lane(url: str, *, token: SecretStr, timeout: float) -> Connections:
+    """Return what carries one poll at a time."""
+    has_proxy = _proxy_for(httpx.URL(url)) is not None
+    return (Connections if has_proxy else PollLane)(url, token=token, timeout=timeout)
 
 
 # What comes back
@@ -351,20 +408,20 @@ _FAILURES: dict[type[Exception], tuple[bool, str]] = {
 """Whether a request that failed may have reached the server, and why it failed. What is not here may have."""
 
 
-async def _read(response: httpx.Response, kickoff_id: str | None) -> Answer:
+async def _read(status: int, headers: httpx.Headers, stream: AsyncIterable[bytes], kickoff_id: str | None) -> Answer:
     """Read a streamed response, up to its cap; of an error's body only a start."""
-    good = 200 <= response.status_code < 300
+    good = 200 <= status < 300
     limit = MAX_BODY if good else MAX_ERROR_BODY
     chunks: list[bytes] = []
     size = 0
     # What comes, not what httpx's decoders make of it: those know no limit.
-    async for chunk in cast("AsyncIterable[bytes]", response.stream):
+    async for chunk in stream:
         chunks.append(chunk)
         size += len(chunk)
         if size > limit:
             break
     body, problem = b"".join(chunks), None
-    coding = response.headers.get("content-encoding", "identity").strip().lower()
+    coding = headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):  # not asked for, yet some proxies compress all the same
         try:
             body = await asyncio.to_thread(_unpacked, body, coding, limit)
@@ -376,10 +433,10 @@ async def _read(response: httpx.Response, kickoff_id: str | None) -> Answer:
         raise ResponseFormatError(
             expected="an answer that can be read",
             body=problem,
-            status_code=response.status_code,
+            status_code=status,
             kickoff_id=kickoff_id,
         )
-    return Answer(response.status_code, response.headers, body[:limit])
+    return Answer(status, headers, body[:limit])
 
 
 def _unpacked(body: bytes, coding: str, limit: int) -> bytes:

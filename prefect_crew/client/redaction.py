@@ -51,10 +51,12 @@ class Redactor:
     # On demand: one is made for each kickoff, and most of them have nothing to mask.
     @cached_property
     def secrets(self) -> tuple[str, ...]:
-        """What is searched for, the longest first, so that a secret that holds another is not left in pieces."""
+        """What is searched for, the longest first."""
+        if not self._values:
+            return _token_secrets(self._tokens)
         texts = {text for value in self._values for text in _texts(value)}
         found = {form for text in texts for form in _forms(text)}.union(*map(_token_forms, self._tokens))
-        return tuple(sorted((one for one in found if len(one) >= SHORTEST and one.strip("*")), key=len, reverse=True))
+        return _longest_first(found)
 
     def __repr__(self) -> str:
         return "Redactor(…)"
@@ -170,6 +172,16 @@ def _forms(text: str) -> set[str]:
 
 
 @lru_cache(maxsize=16)  # the same for each row of a batch
+def _token_secrets(tokens: tuple[str, ...]) -> tuple[str, ...]:
+    return _longest_first(set[str]().union(*map(_token_forms, tokens)))
+
+
+def _longest_first(found: Iterable[str]) -> tuple[str, ...]:
+    """Return what can be searched for, so that a secret that holds another is not left in pieces."""
+    return tuple(sorted((one for one in found if len(one) >= SHORTEST and one.strip("*")), key=len, reverse=True))
+
+
+@lru_cache(maxsize=16)
 def _token_forms(token: str) -> frozenset[str]:
     return frozenset(_forms(token if len(token) >= SHORTEST_TOKEN else f"Bearer {token}") if token else ())
 

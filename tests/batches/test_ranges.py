@@ -54,7 +54,7 @@ def test_two_processes_run_two_ranges_and_one_that_is_killed_is_called_again(
         again.wait(120)
         completed, failed, uncertain, _ = map(int, again.tail().rpartition("REPORT ")[2].split()[:4])
     assert (completed + uncertain, failed) == (150, 0)
-    assert uncertain <= 16, "more than could have been on their way"
+    assert uncertain <= 32, "more than could have been on their way"
     assert max(server.kickoffs_by_key.values()) == 1
     lines = [
         *Batches(tmp_path).lines(tmp_path / "out-1.jsonl").values(),
