@@ -38,7 +38,8 @@ def alerted(site: Site) -> Iterator[Receiver]:
             block.save("crew-alerts", overwrite=True, _sync=True)
         site.run(*APPLY, "--notify", "custom-webhook/crew-alerts", "--waiting", "11s")
         yield receiver
-        site.run("prefect-crew", "automations", "rm", *ALERTS, "--yes")
+        for name in ALERTS:
+            site.call("DELETE", f"/automations/{automations(site)[name]['id']}")
         assert set(automations(site)) == RECOVERY
 
 
