@@ -11,7 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
@@ -157,6 +157,7 @@ PLAIN = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(st.dictionaries(st.text(), PLAIN), st.randoms())
 def test_plain_values_survive(inputs: dict[str, Any], random: Any):
     given_values = {name: value for name, value in inputs.items() if value is not None}

@@ -168,7 +168,7 @@ BODIES = st.one_of(VALUES.map(as_body), OBJECTS.map(as_body), st.binary(), st.te
 @pytest.mark.parametrize(
     ("table", "status_code"), [*((table, 200) for table in ANSWERS), ("stop", 400), ("stop", 404), ("kickoff", 422)]
 )
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(body=BODIES)
 @example(body=b"\xff\xfe")
 @example(body=b"\x00\x00\x00{")

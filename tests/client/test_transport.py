@@ -432,9 +432,9 @@ async def test_an_answer_that_never_ends_ends_the_call_and_may_have_started(
     monkeypatch: pytest.MonkeyPatch, handler: Handler
 ):
     monkeypatch.setattr(_transport, "GET_DEADLINE", 2)
-    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=0.25) as client:
+    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=0.5) as client:
         for call in (client.status("k1"), client.kickoff({"topic": "Lisbon"})):
-            with pytest.raises(CrewConnectionError, match=r"not complete after 0\.5 s") as caught:
+            with pytest.raises(CrewConnectionError, match="not complete after 1 s") as caught:
                 await asyncio.wait_for(call, 30)
             assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
             assert_quiet(caught.value)
