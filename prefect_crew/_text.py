@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # What could move the cursor, change the title or turn the direction of a line, in text from a crew.
 _CONTROLS = {
@@ -48,6 +51,15 @@ def with_guesses(unknown: Sequence[str], known: Iterable[str]) -> str:
         return f"{name} (did you mean {found[0]}?)" if found else name
 
     return listed_names([guess(name) for name in unknown[:_NAMES]] + [*unknown[_NAMES:]])
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """Return what pydantic has refused, each with its place. Not with the value, which may be a secret."""
+    words = {"extra_forbidden": "there is no such field", "missing": "it is missing"}
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    said = [words.get(one["type"]) or one["msg"].removeprefix("Value error, ") for one in found]
+    places = [".".join(map(str, one["loc"])) for one in found]
+    return [f"{place}: {text}" if place else text for place, text in zip(places, said, strict=True)]
 
 
 def by_reason(rows: Sequence[Any], count: int) -> tuple[list[tuple[str, str]], int]:

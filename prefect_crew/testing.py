@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from prefect_crew.devserver import CrewServer
-    from prefect_crew.devserver._app import ServerOptions, Spec
+    from prefect_crew.devserver._server import ServerOptions, Spec
 
 __all__ = ["CrewServerFactory", "crew_server", "instant_polling", "scripted_crew"]
 

@@ -39,14 +39,19 @@ def test_several_servers_in_one_test_with_options_and_ports(
 def test_servers_end_with_their_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
+        import httpx
+        import pytest
+
         servers = []
 
         def test_start(crew_server):
             servers.extend([crew_server("echo"), crew_server("echo")])
-            assert all(server._thread.is_alive() for server in servers)
+            assert all(httpx.get(server.url).text == "Healthy" for server in servers)
 
         def test_ended():
-            assert [server._thread for server in servers] == [None, None]
+            for server in servers:
+                with pytest.raises(httpx.ConnectError):
+                    httpx.get(server.url)
         """
     )
     pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ImportString, ValidationError, field_serializer, field_validator
 from pydantic_core import PydanticSerializationError
 
+from prefect_crew._text import problems_of
 from prefect_crew.batches.dataset import Dataset, is_remote, shown_address, whole_address
 from prefect_crew.batches.outcomes import RETRYABLE, RowState
 from prefect_crew.budgets import Budget
@@ -67,10 +68,7 @@ class BatchOptions(BaseModel):
         try:
             super().__init__(**options)
         except ValidationError as error:
-            found = error.errors(include_url=False, include_input=False)
-            places = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in found)
-            problems = (f"{place}: {message.removeprefix('Value error, ')}" for place, message in places)
-            raise ConfigurationError(f"{'; '.join(problems)}. Nothing was started.") from None
+            raise ConfigurationError(f"{'; '.join(problems_of(error))}. Nothing was started.") from None
         _ = self.row_range
 
     @property

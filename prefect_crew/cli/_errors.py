@@ -12,6 +12,7 @@ from typing import Any
 from cyclopts import CycloptsError
 from pydantic import ValidationError
 
+from prefect_crew._text import problems_of
 from prefect_crew.exceptions import (
     BadRowsError,
     BatchFailedError,
@@ -96,11 +97,7 @@ def reason(error: BaseException) -> str:
     """Return an error's own text on one line; of a pydantic error without the values, one of which may be a token."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split()) or type(error).__name__
-    problems = error.errors(include_url=False, include_input=False, include_context=False)
-    return "; ".join(
-        ": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, "))))
-        for one in problems
-    )
+    return "; ".join(problems_of(error))
 
 
 def _refusal(response: Any) -> str:

@@ -13,24 +13,22 @@ from typing import TYPE_CHECKING
 from prefect_crew._internal.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from prefect_crew.devserver._app import create_app, load_program
-    from prefect_crew.devserver._faults import Fault, FaultError, Faults
+    from prefect_crew.devserver._faults import Fault, Faults
     from prefect_crew.devserver._runs import Answer, Outcome, Program, ProgramError, ProgramNotFoundError, Run
-    from prefect_crew.devserver._scripts import CrewScript, ScriptError, load_script
+    from prefect_crew.devserver._scripts import CrewScript, load_program, load_script
     from prefect_crew.devserver._server import CrewServer, serve
     from prefect_crew.devserver._webhooks import ReviewWebhook
 
 __all__ = [
-    "Answer", "CrewScript", "CrewServer", "Fault", "FaultError", "Faults", "Outcome", "Program", "ProgramError",
-    "ProgramNotFoundError", "ReviewWebhook", "Run", "ScriptError", "create_app", "load_program", "load_script", "serve",
+    "Answer", "CrewScript", "CrewServer", "Fault", "Faults", "Outcome", "Program", "ProgramError",
+    "ProgramNotFoundError", "ReviewWebhook", "Run", "load_program", "load_script", "serve",
 ]  # fmt: skip
 
 # Loaded when first used: uvicorn and Starlette take 0.2 s to import.
 _NAMES = {
-    "_app": "create_app load_program",
-    "_faults": "Fault FaultError Faults",
+    "_faults": "Fault Faults",
     "_runs": "Answer Outcome Program ProgramError ProgramNotFoundError Run",
-    "_scripts": "CrewScript ScriptError load_script",
+    "_scripts": "CrewScript load_program load_script",
     "_server": "CrewServer serve",
     "_webhooks": "ReviewWebhook",
 }

@@ -68,10 +68,6 @@ _TEXT = re.compile(r"(?P<where>[^:=@]+):(?P<name>[^=@]+)(=(?P<value>\d+(\.\d+)?)
 _RANGE = re.compile(r"([1-9]\d*)(-?)(\d*)")
 
 
-class FaultError(ValueError):
-    """There is no such fault, or not at this place. The text lists those that exist."""
-
-
 @dataclass(frozen=True)
 class Fault:
     """One fault.
@@ -83,7 +79,7 @@ class Fault:
         value: Seconds, or a number of calls; its meaning and default are in FAULTS.
 
     Raises:
-        FaultError: No such place or name, or a value or occurrence that makes no sense.
+        ValueError: No such place or name, or a value or occurrence that makes no sense.
     """
 
     where: str
@@ -93,18 +89,18 @@ class Fault:
 
     def __post_init__(self) -> None:
         if self.where not in PLACES:
-            raise FaultError(f"There is no place {self.where!r} for a fault. Places: {', '.join(PLACES)}.")
+            raise ValueError(f"There is no place {self.where!r} for a fault. Places: {', '.join(PLACES)}.")
         kind = FAULTS.get(self.base_name)
         if kind is None or self.where not in kind.places or (self.name != self.base_name and not kind.has_phases):
             here = ", ".join(name for name, kind in FAULTS.items() if self.where in kind.places)
-            raise FaultError(
+            raise ValueError(
                 f"There is no fault {self.name!r} of {self.where}, but {here}; most of them with -before-accept or "
                 "-after-accept."
             )
         if self.value is not None and kind.value is None:
-            raise FaultError(f"The fault {self.name} takes no value.")
+            raise ValueError(f"The fault {self.name} takes no value.")
         if not all(_RANGE.fullmatch(part) for part in self._parts):
-            raise FaultError(f"{self.on!r} does not say when: count from 1, such as 3, 1,4, 2-5 or 3-.")
+            raise ValueError(f"{self.on!r} does not say when: count from 1, such as 3, 1,4, 2-5 or 3-.")
         if self.value is None:
             object.__setattr__(self, "value", kind.value)  # the dataclass is frozen
         if "kickoff" in kind.places and kind.group == "run":
@@ -115,7 +111,7 @@ class Fault:
         """Read the text form."""
         match = _TEXT.fullmatch(text.strip())
         if match is None:
-            raise FaultError(
+            raise ValueError(
                 f"{text!r} is not a fault. Write PLACE:NAME[=VALUE][@WHEN], such as kickoff:drop-after-accept@1."
             )
         return cls(match["where"], match["name"], match["on"], float(match["value"]) if match["value"] else None)
@@ -147,8 +143,7 @@ class Fault:
         return False
 
 
-@dataclass(frozen=True)
-class Fired:
+class Fired(NamedTuple):
     """A fault that came: at which place, and at which occurrence of it."""
 
     fault: Fault

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -16,19 +16,15 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from prefect_crew._text import problems_of
 from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
-from prefect_crew.devserver._faults import Faults
-from prefect_crew.devserver._runs import Outcome, ProgramError, Run
+from prefect_crew.devserver._runs import Outcome, Program, ProgramError, Run
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 _SCOPE = {"inputs", "tasks", "previous", "kickoff_id", "feedback", "round", *cast("dict[str, Any]", _JINJA.globals)}  # pyright: ignore[reportUnknownMemberType]
 """What a template sees beside the inputs."""
 BUNDLED = ("echo", "travel")
 """The crews that come with this package."""
-
-
-class ScriptError(ValueError):
-    """A script that cannot be used. The text names the file, the field and what is wrong."""
 
 
 class _Part(BaseModel):
@@ -68,8 +64,9 @@ class TaskSpec(_Part):
     fail: str | None = Field(
         default=None, description="The error to fail with: a template. What renders to nothing does not fail."
     )
-    human: bool = Field(default=False, description="After the task, a person must approve it or reject it.")
-    max_rounds: int = Field(default=3, ge=1, description="The crew fails when a task was rejected this many times.")
+    human: bool = Field(
+        default=False, description="After the task, a person must approve it. One that is rejected is done again."
+    )
     steps: list[StepSpec] = Field(default_factory=list[StepSpec], description="Spread evenly over the task's seconds.")
 
 
@@ -95,13 +92,9 @@ class CrewScript(_Part):
     calls: dict[str, TokenUsage] = Field(
         default_factory=dict[str, TokenUsage], description="Tokens by model, of which a stream of events tells."
     )
-    faults: list[str] = Field(
-        default_factory=list[str], description="What the server does wrong, such as kickoff:drop-after-accept@1."
-    )
 
     @model_validator(mode="after")
     def _check(self) -> CrewScript:
-        Faults(self.faults)
         inputs, tasks = [item.name for item in self.inputs], [task.name for task in self.tasks]
         if twice := sorted({name for names in (inputs, tasks) for name in names if names.count(name) > 1}):
             raise ValueError(f"several inputs or tasks have the same name: {', '.join(twice)}")
@@ -162,16 +155,14 @@ class ScriptedProgram:
         return Outcome(output=text or _text_of(data), data=data, usage=script.usage)
 
     async def _reviewed(self, run: Run, task: TaskSpec, scope: Mapping[str, Any]) -> TaskResult:
-        feedback = ""
-        for round_ in range(1, task.max_rounds + 1):
+        feedback, round_ = "", 0
+        while True:
+            round_ += 1
             result = await self._attempt(run, task, {**scope, "feedback": feedback, "round": round_})
-            if not task.human:
-                return result
-            answer = await run.ask(task_id=task.name, output=result.output or "")
-            if answer.approve:
+            answer = await run.ask(task_id=task.name, output=result.output or "") if task.human else None
+            if answer is None or answer.approve:
                 return result
             feedback = answer.feedback
-        raise ProgramError(f"task {task.name} was rejected {task.max_rounds} times, last with: {feedback}")
 
     async def _attempt(self, run: Run, task: TaskSpec, scope: Mapping[str, Any]) -> TaskResult:
         def field(name: str) -> str:
@@ -228,45 +219,59 @@ def _render_data(data: Any, scope: Mapping[str, Any], where: str) -> Any:
         raise ProgramError(f"the {where} is not JSON: {error}") from error
 
 
-def load_script(path_or_name: str | os.PathLike[str]) -> CrewScript:
-    """Read a script from a file, or one of this package's by its name.
+def load_script(source: str | os.PathLike[str]) -> CrewScript:
+    """Read a script: its text (several lines), a file, or one of this package's by its name.
 
     Raises:
-        ScriptError: There is no such file or name, or what it holds is not a crew.
+        ValueError: There is no such file or name, or what it holds is not a crew.
     """
-    name = os.fspath(path_or_name)
-    bundled = Path(__file__).with_name("crews") / f"{name}.yaml"
-    path = bundled if name in BUNDLED and not Path(name).is_file() else Path(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        names = ", ".join(BUNDLED)
-        raise ScriptError(f"Cannot read the crew {name}: {error}. Give a YAML file, or one of: {names}.") from error
-    return parse_script(text, source=path.name if path == bundled else name)
-
-
-def parse_script(text: str, *, source: str = "script") -> CrewScript:
-    """Read a script from text. `source` is what errors call it.
-
-    Raises:
-        ScriptError: Not YAML, or not a crew.
-    """
+    text = name = os.fspath(source)
+    if "\n" in text:
+        name = "script"
+    else:
+        bundled = Path(__file__).with_name("crews") / f"{name}.yaml"
+        path = bundled if name in BUNDLED and not Path(name).is_file() else Path(name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            names = ", ".join(BUNDLED)
+            raise ValueError(f"Cannot read the crew {name}: {error}. Give a YAML file, or one of: {names}.") from error
     try:
         return CrewScript.model_validate(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ScriptError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        raise ScriptError("\n".join(f"{source}: {line}" for line in _error_lines(error))) from None
+        raise ValueError("\n".join(f"{name}: {problem}" for problem in problems_of(error))) from None
 
 
-def _error_lines(error: ValidationError) -> Iterator[str]:
-    fields = {name for part in (CrewScript, TaskSpec, StepSpec, InputSpec) for name in part.model_fields}
-    for item in error.errors(include_url=False, include_context=False):
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            near = get_close_matches(str(item["loc"][-1]), fields, n=1)
-            message = "there is no such field" + (f": did you mean {near[0]}?" if near else "")
-        yield f"{'.'.join(map(str, item['loc']))}: {message}".removeprefix(": ")
+Spec = str | os.PathLike[str] | CrewScript | Program
+"""A crew to serve; see `load_program`."""
+
+
+def load_program(spec: Spec, *, speed: float = 1.0) -> Program:
+    """Return a crew that the server can run; the seconds of a script are divided by `speed`.
+
+    Args:
+        spec: `module:factory` or `path/to/file.py:factory` for CrewAI code (needs the extra `crewai`), the path of a
+            YAML file, its text (several lines), the name of a crew of this package ("echo" or "travel"), a script, or
+            a program, which is returned as it is.
+
+    Raises:
+        ValueError: The script is wrong or not there.
+        ProgramNotFoundError: CrewAI is not installed, or the factory is not there, or builds no crew.
+    """
+    if isinstance(spec, CrewScript):
+        return ScriptedProgram(spec, speed=speed)
+    if not isinstance(spec, (str, os.PathLike)):
+        return spec
+    text = os.fspath(spec)
+    if re.fullmatch(r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_][\w.]*", text) and not Path(text).exists():
+        from prefect_crew.devserver._crewai_loader import load_crewai
+
+        return load_crewai(text)
+    if text.endswith(".py"):
+        raise ValueError(f"{text} is Python code. Name the function or class that builds the crew: {text}:NAME.")
+    return ScriptedProgram(load_script(text), speed=speed)
 
 
 if __name__ == "__main__":

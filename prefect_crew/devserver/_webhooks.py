@@ -12,7 +12,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import httpx
 
@@ -34,52 +34,56 @@ _TIMEOUT = 10.0
 logger = logging.getLogger(__name__)
 
 
-def _task_body(run: Run, task: TaskResult, generation: Generation) -> dict[str, Any]:
-    if generation == "first":
-        return {"kickoff_id": run.id, "status": "completed", **documented_task(task)}
-    raw: Any = task.raw or {}
-    output = task.output or ""
-    words = output.split()
-    return {
-        "description": task.description or "",
-        "name": task.name,
-        "expected_output": raw.get("expected_output", ""),
-        "summary": " ".join(words[:10]) + ("..." if len(words) > 10 else ""),
-        "agent": task.agent,
-        "output": output,
-        "output_json": task.data,
-        "kickoff_id": run.id,
-        "meta": run.meta,
-    }
+_KEYS: dict[str, dict[Generation, str]] = {
+    "task": {
+        "first": "kickoff_id task_id status output agent execution_time",
+        "later": "description name expected_output summary agent output output_json kickoff_id meta",
+    },
+    "step": {
+        "first": "kickoff_id task_id agent step_type content",
+        "later": "prompt thought tool tool_input result kickoff_id meta",
+    },
+    "crew": {
+        "first": "kickoff_id status result execution_time meta",
+        "later": "kickoff_id result result_json token_usage meta",
+    },
+    "human": {"first": "execution_id task_id task_output meta", "later": "kickoff_id task_id output meta"},
+}
+"""What each webhook's body holds. That of the crew is sent for completed runs only: no failure body is documented."""
 
 
-def _step_body(run: Run, step: Step, generation: Generation) -> dict[str, Any]:
-    if generation == "first":
-        kind = {"step_type": step.kind, "content": step.content}
-        return {"kickoff_id": run.id, "task_id": step.task, "agent": step.agent, **kind}
-    return {
-        "prompt": f"{step.task or 'task'} ({step.agent or 'agent'})",
-        "thought": "" if step.tool else step.content,
-        "tool": step.tool or "",
-        "tool_input": "",
-        "result": step.content if step.tool else "",
-        "kickoff_id": run.id,
-        "meta": run.meta,
-    }
-
-
-def _crew_body(run: Run, generation: Generation) -> dict[str, Any]:
-    """It is sent for completed runs only, since no failure body is documented."""
-    if generation == "first":
-        ended = {"status": "completed", "result": documented_result(run), "execution_time": run.execution_time}
-        return {"kickoff_id": run.id, **ended, "meta": run.meta}
-    result = {"result": run.output or "", "result_json": run.data, "token_usage": _counts(run.usage)}
-    return {"kickoff_id": run.id, **result, "meta": run.meta}
-
-
-def _human_body(run: Run, question: Question, generation: Generation) -> dict[str, Any]:
-    id_, output = ("execution_id", "task_output") if generation == "first" else ("kickoff_id", "output")
-    return {id_: run.id, "task_id": question.task_id, output: question.output, "meta": run.meta}
+def _body(kind: str, run: Run, value: Any, generation: Generation) -> dict[str, Any]:
+    """Return the body of a webhook about `value`, or about the end of the run."""
+    facts: dict[str, Any] = {"kickoff_id": run.id, "execution_id": run.id, "meta": run.meta, "status": "completed"}
+    match value:
+        case TaskResult():
+            words, raw = (value.output or "").split(), cast("dict[str, Any]", value.raw or {})
+            facts |= documented_task(value) | {
+                "description": value.description or "",
+                "name": value.name,
+                "expected_output": raw.get("expected_output", ""),
+                "summary": " ".join(words[:10]) + ("..." if len(words) > 10 else ""),
+                "output_json": value.data,
+            }
+        case Step():
+            facts |= {
+                "task_id": value.task,
+                "agent": value.agent,
+                "step_type": value.kind,
+                "content": value.content,
+                "prompt": f"{value.task or 'task'} ({value.agent or 'agent'})",
+                "thought": "" if value.tool else value.content,
+                "tool": value.tool or "",
+                "tool_input": "",
+                "result": value.content if value.tool else "",
+            }
+        case Question():
+            facts |= {"task_id": value.task_id, "task_output": value.output, "output": value.output}
+        case _:
+            result = documented_result(run) if generation == "first" else run.output or ""
+            usage = {"result_json": run.data, "token_usage": _counts(run.usage)}
+            facts |= {"result": result, "execution_time": run.execution_time, **usage}
+    return {key: facts[key] for key in _KEYS[kind][generation].split()}
 
 
 def _counts(usage: TokenUsage | None) -> dict[str, int] | None:
@@ -153,7 +157,7 @@ class WebhookSender:
         self._faults = faults
         self._spawn = spawn
         self._generation: Generation = generation
-        self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
+        self._slots: asyncio.Semaphore
 
     def open(self) -> None:
         """Begin to send, on this event loop."""
@@ -161,19 +165,21 @@ class WebhookSender:
 
     def __call__(self, run: Run, event: str, value: Any) -> None:
         """Send what this means for the targets of the run."""
-        targets, generation = run.targets, self._generation
-        if isinstance(value, TaskResult) and targets.task:
-            self._send("task", targets.task, _task_body(run, value, generation))
-        elif isinstance(value, Step) and targets.step:
-            self._send("step", targets.step, _step_body(run, value, generation))
-        elif isinstance(value, Question):
-            if self.review is not None:
-                self._send("review", self.review.url, self._request(run, value, self.review))
-            if human := targets.human_input:
-                url, authentication = (human, None) if isinstance(human, str) else (human.url, human.authentication)
-                self._send("human", url, _human_body(run, value, generation), authentication)
-        elif event == "completed" and targets.crew:
-            self._send("crew", targets.crew, _crew_body(run, generation))
+        targets = run.targets
+        if isinstance(value, Question) and self.review is not None:
+            self._send("review", self.review.url, self._request(run, value, self.review))
+        match value:
+            case TaskResult():
+                kind, target = "task", targets.task
+            case Step():
+                kind, target = "step", targets.step
+            case Question():
+                kind, target = "human", targets.human_input
+            case _:
+                kind, target = "crew", targets.crew if event == "completed" else None
+        if target is not None:
+            url, authentication = (target, None) if isinstance(target, str) else (target.url, target.authentication)
+            self._send(kind, url, _body(kind, run, value, self._generation), authentication)
         if (stream := targets.stream) is not None:
             for type_ in _EVENT_TYPES.get(event, ()):
                 if type_ in stream.events and (run.is_flow or type_ not in _OF_FLOWS):

@@ -70,24 +70,22 @@ def render_pipeline(
     states = [view.state for view in views.values()]
     failed = f", {states.count('failed')} failed" if "failed" in states else ""
     head = f"## {prose(name)}: {states.count('completed')} of {len(states)} steps completed{failed}"
-    errors = [_failure(step, views[step]) for step in pipeline.order if views[step].error is not None]
+    errors: list[str] = []
     facts = [("Idempotency key", code(idempotency_key)), ("Time", duration(end - start))]
     if flow_run is not None:
         facts.append(("Flow run", flow_run_link(flow_run)))
     rows: list[list[str]] = []
     for step in pipeline.order:
         view, needs = views[step], ", ".join(map(cell, sorted(pipeline.needs[step])))
+        if view.error is not None:
+            attempt = f" ({view.run.attempt})" if view.run and view.run.attempt else ""
+            errors.append(f"### Step {prose(step)} failed{attempt}\n\n{fenced(view.error)}")
         state = _MARKS[view.state].replace(" ", "\u00a0", 1)  # the newer interface would break the line there
         crew = link(view.crew, view.page_url) if view.page_url else cell(view.crew)
         times = _times(view, start, max(end - start, 1e-9), now)
         rows.append([f"**{cell(step)}**", needs, state, *times, crew, _link(view)])
     steps = table(("Step", "After", "State", "Time", "Timeline", "Crew", "Run"), rows)
     return "\n\n".join([head, *errors, table(("", ""), facts), "### Steps", steps]) + "\n"
-
-
-def _failure(step: str, view: StepView) -> str:
-    attempt = f" ({view.run.attempt})" if view.run and view.run.attempt else ""
-    return f"### Step {prose(step)} failed{attempt}\n\n{fenced(view.error or '')}"
 
 
 def _times(view: StepView, start: float, span: float, now: float) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
-from prefect_crew._text import excerpt, listed_names, with_guesses
+from prefect_crew._text import excerpt, listed_names, problems_of, with_guesses
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
@@ -64,10 +64,6 @@ class StepDefinition(_Plain):
     )
 
 
-def _nothing_said(value: Any) -> Any:
-    return {} if value is None else value
-
-
 class PipelineDefinition(_Plain):
     """A pipeline: its name, its inputs and its steps."""
 
@@ -75,7 +71,7 @@ class PipelineDefinition(_Plain):
         min_length=1, description="Its name: on its artifact, and in an idempotency key that is left out."
     )
     description: str | None = Field(default=None, description="What it does, for people.")
-    inputs: dict[str, Annotated[PipelineInput, BeforeValidator(_nothing_said)]] = Field(
+    inputs: dict[str, Annotated[PipelineInput, BeforeValidator(lambda said: {} if said is None else said)]] = Field(
         default_factory=dict[str, PipelineInput], description="Its inputs by name, for the templates of the steps."
     )
     steps: tuple[StepDefinition, ...] = Field(min_length=1, description="Its steps, in any order.")
@@ -163,22 +159,13 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
         # Through JSON, which is what Prefect stores: a date of YAML, for one, has no JSON.
         return PipelineDefinition.model_validate(json.loads(json.dumps(raw, allow_nan=False)))
     except ValidationError as error:
-        problems = [_problem_text(problem, raw) for problem in error.errors(include_url=False, include_input=False)]
+
+        def named(found: re.Match[str]) -> str:
+            step = raw["steps"][int(found[1])]
+            name = cast("dict[str, Any]", step).get("name") if isinstance(step, dict) else None
+            return f"step {name!r}" if name else f"step {int(found[1]) + 1}"
+
+        problems = [re.sub(r"^steps\.(\d+)", named, problem) for problem in problems_of(error)]
         raise ConfigurationError(f"{file} is not a pipeline that can run: {'; '.join(problems)}.") from None
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{file} holds what JSON cannot: {error}. Put such a value in quotes.") from None
-
-
-_PROBLEMS = {"extra_forbidden": "there is no such field", "missing": "it is missing"}
-
-
-def _problem_text(problem: Mapping[str, Any], raw: Mapping[Any, Any]) -> str:
-    """Say where something is wrong, by the names of steps and fields, and what."""
-    where, path = [], list(cast("Sequence[Any]", problem["loc"]))
-    if path[0] in ("steps", "inputs") and len(path) > 1:
-        kind, key, *path = path
-        step = raw["steps"][key] if kind == "steps" else None
-        name = cast("dict[Any, Any]", step).get("name") if isinstance(step, dict) else None
-        where = [f"input {key!r}" if kind == "inputs" else f"step {name!r}" if name else f"step {key + 1}"]
-    field = [".".join(map(str, path))] if path else []
-    return f"{', '.join([*where, *field])}: {_PROBLEMS.get(problem['type'], problem['msg'])}"

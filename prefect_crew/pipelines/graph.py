@@ -28,9 +28,6 @@ from prefect_crew.templates import GLOBALS, RESULT_FIELDS, render, uses_in
 RESERVED = frozenset({"inputs", "steps"})
 """What templates call the mappings of all inputs and of all results."""
 
-StepInputs = Mapping[str, Any] | Callable[["PipelineContext"], Mapping[str, Any]]
-"""Inputs by name, each a plain value, a template, or a function of the context; or one function that gives them all."""
-
 
 @dataclass(frozen=True)
 class CrewStep:
@@ -42,7 +39,7 @@ class CrewStep:
         inputs: Its inputs by name. A text is a template over the pipeline's inputs and earlier steps:
             `"{{ topic }}"`, `"{{ research.output }}"`, `"{{ research.data.title }}"`,
             `"{{ research.tasks[0].output }}"`, `"{{ steps['a b'].output }}"`. Texts within lists and mappings are
-            templates too. A function is called with the context.
+            templates too. A function of the context gives its value: `lambda context: context["research"].output`.
             Left out, the pipeline's inputs of the crew's names.
         after: Names of steps to wait for, in addition to those that its templates use. A function sees these steps
             only.
@@ -54,12 +51,17 @@ class CrewStep:
 
     name: str
     crew: DeployedCrew | Crew | str
-    inputs: StepInputs | None = field(default=None, repr=False)
+    inputs: Mapping[str, Any] | None = field(default=None, repr=False)
     after: Sequence[str] = ()
     wait: WaitPolicy | None = None
     output_type: Any = None
     review: ReviewChoice | None = None
     restore_from: str | UUID | None = None
+
+    def __post_init__(self) -> None:
+        given: Any = self.inputs
+        if not isinstance(given, Mapping | None):
+            raise ConfigurationError(f"Step {self.name!r} needs its inputs by name, as a mapping. Nothing was started.")
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Pipeline:
 
     `problems` has all that is wrong, so far. `unreachable` says which crews did not answer: a problem too, but not for
     a pipeline that was started before. `order` has the steps' names, each after all that it needs; it is empty where
-    they depend on each other in a circle. `before` has what a step needs, also by way of others. `crews` and
-    `expected`, what they take, are by the steps' names.
+    they depend on each other in a circle. `before` has what a step needs, also by way of others. `uses` has the names
+    in the templates of a step, by its inputs. `crews` and `expected`, what they take, are by the steps' names.
     """
 
     steps: Sequence[CrewStep]
@@ -108,6 +110,7 @@ class Pipeline:
     order: list[str] = field(default_factory=list[str], init=False)
     before: dict[str, set[str]] = field(default_factory=dict[str, set[str]], init=False)
     problems: list[str] = field(default_factory=list[str], init=False)
+    uses: dict[str, dict[str, set[str]]] = field(default_factory=dict[str, dict[str, set[str]]], init=False)
     unreachable: list[str] = field(default_factory=list[str], init=False)
 
     def __post_init__(self) -> None:
@@ -149,6 +152,7 @@ class Pipeline:
         for name in sorted(after - known):
             self.problems.append(f"step {step.name!r} comes after {name!r}, which is not a step")
         needed = after & known
+        names = self.uses.setdefault(step.name, {})
         for key, text in _templates_of(step):
             where = f"step {step.name!r}, input {key!r}"
             try:
@@ -156,6 +160,7 @@ class Pipeline:
             except ConfigurationError as error:
                 self.problems.append(f"{where}: {error}")
                 continue
+            names.setdefault(key, set()).update(used)
             for name in sorted(used.keys() - known - self.inputs.keys() - RESERVED):
                 self.problems.append(f"{where}: {name!r} is neither an input of the pipeline nor a step")
             for name in sorted(used.keys() & known):
@@ -209,10 +214,8 @@ class Pipeline:
         return None
 
     def check_inputs(self) -> None:
-        """Note the inputs that each step lacks, and those that its crew does not name. Functions tell theirs later."""
+        """Note the inputs that each step lacks, and those that its crew does not name."""
         for step in {step.name: step for step in self.steps}.values():
-            if callable(step.inputs):
-                continue
             given = self.inputs if step.inputs is None else step.inputs
             known, crew = self.expected.get(step.name, ()), self.crews.get(step.name)
             if missing := missing_inputs(known, given):
@@ -259,9 +262,7 @@ class Pipeline:
     def stored_inputs(self) -> dict[str, Any]:
         """Return the pipeline's inputs as Prefect may store them."""
         encoded, secret = encode_inputs(self.inputs), self.secret_inputs
-        by_function = any(
-            callable(given) for step in self.steps for given in (step.inputs, *_inputs_by_name(step).values())
-        )
+        by_function = any(callable(given) for step in self.steps for given in (step.inputs or {}).values())
         if by_function and any(crew.secret_inputs for crew in self.crews.values()):
             secret = set(encoded)  # nobody knows which of them the function reads
         redact = Redactor(self.inputs[name] for name in secret)
@@ -275,15 +276,9 @@ class Pipeline:
         """Return the pipeline's inputs that go into each input of a step by their names or by templates."""
         if step.inputs is None:
             return {name: {name} for name in self.inputs}
-        sources: dict[str, set[str]] = {}
-        for key, text in _templates_of(step):
-            try:
-                used = uses_in(text, collections=RESERVED)
-            except ConfigurationError:  # it is among the problems
-                continue
-            read = self.inputs.keys() if "inputs" in used else self.inputs.keys() & used.keys()  # `inputs[name]` is any
-            sources.setdefault(key, set()).update(read)
-        return sources
+        names = self.inputs.keys()
+        # `inputs[name]` may be any of them.
+        return {key: {*names} if "inputs" in used else names & used for key, used in self.uses[step.name].items()}
 
     # The inputs of steps
 
@@ -298,12 +293,6 @@ class Pipeline:
             return {key: value for key, value in self.inputs.items() if not names or key in names}
         seen = {name: results[name] for name in self.before[step.name]}
         context = PipelineContext(self.inputs, seen)
-        if callable(step.inputs):
-            given = _call_function(step.inputs, context)
-            if isinstance(given, Mapping):
-                return cast("Mapping[str, Any]", given)
-            problem = f"{_name_of(step.inputs)} gave a {type(given).__name__} instead of inputs by name"
-            raise ConfigurationError(f"{problem}. Nothing was started.")
         plain = {name: revealed(value) for name, value in self.inputs.items()}
         values = {**plain, **seen, "inputs": plain, "steps": seen}
         return {
@@ -319,12 +308,9 @@ class Pipeline:
             step, crew = steps[name], self.crews.get(name)
             after = ", ".join(other for other in self.order if other in self.needs[name])
             lines = [f"{name}: crew {crew.label if crew else step.crew}" + (f", after {after}" if after else "")]
-            if callable(step.inputs):
-                lines.append(f"  … = from {_name_of(step.inputs)}")
-            elif step.inputs is not None:
-                hidden = crew.secret_inputs if crew else ()
-                shown = {key: MASK if key in hidden else value for key, value in step.inputs.items()}
-                lines += [f"  {k} = {f'from {_name_of(v)}' if callable(v) else v}" for k, v in shown.items()]
+            hidden = crew.secret_inputs if crew else ()
+            shown = {key: MASK if key in hidden else value for key, value in (step.inputs or {}).items()}
+            lines += [f"  {k} = {f'from {_name_of(v)}' if callable(v) else v}" for k, v in shown.items()]
             blocks.append("\n".join(lines))
         problems = [*self.problems, *self.unreachable]
         if problems:
@@ -363,12 +349,8 @@ def leaves_in(value: Any) -> Iterator[Any]:
 
 def _templates_of(step: CrewStep) -> Iterator[tuple[str, str]]:
     """Yield each template of a step, with the name of the input that it is for."""
-    for key, value in _inputs_by_name(step).items():
+    for key, value in (step.inputs or {}).items():
         yield from ((key, leaf) for leaf in leaves_in(value) if isinstance(leaf, str))
-
-
-def _inputs_by_name(step: CrewStep) -> Mapping[str, Any]:
-    return {} if step.inputs is None or callable(step.inputs) else step.inputs
 
 
 def _render_texts(value: Any, values: Mapping[str, Any]) -> Any:
@@ -387,7 +369,7 @@ def _call_function(function: Callable[[PipelineContext], Any], context: Pipeline
     except ConfigurationError:
         raise
     except Exception as error:
-        problem = f"{_name_of(function)} gave no inputs: {type(error).__name__}: {error}"
+        problem = f"{_name_of(function)} gave no input: {type(error).__name__}: {error}"
         raise ConfigurationError(f"{problem}. Nothing was started.") from error
 
 

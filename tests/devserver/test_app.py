@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_crew.devserver import CrewServer, create_app
+from prefect_crew.devserver import CrewServer
 from support.servers import Serve, finished, kickoff, until
 
 INPUTS = {"budget": "1000 USD", "interests": "games, tech, relaxing hikes", "duration": "7 days", "age": "35"}
@@ -200,4 +200,4 @@ def test_bad_resume(reviewed: httpx.Client) -> None:
 )
 def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        create_app(**{"spec": "echo"} | options)
+        CrewServer(**{"spec": "echo"} | options)

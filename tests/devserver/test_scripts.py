@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from prefect_crew.client.models import TaskResult, TokenUsage
-from prefect_crew.devserver import Answer, Outcome, ProgramError, Run, ScriptError, load_program, load_script
+from prefect_crew.devserver import Answer, Outcome, ProgramError, Run, load_program, load_script
 from prefect_crew.devserver import _scripts as module
 from prefect_crew.devserver._scripts import BUNDLED, CrewScript, ScriptedProgram
 
@@ -27,8 +27,8 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
     [
         ("name: x\ntasks: [\n", [" is not YAML: .* line 3, column 1"]),
         ("- a\n", [": Input should be a valid dictionary"]),
-        (X, [": tasks: Field required"]),
-        (f"{T}second: 3\n", [r": tasks.0.second: there is no such field: did you mean seconds\?"]),
+        (X, [": tasks: it is missing"]),
+        (f"{T}second: 3\n", [r": tasks.0.second: there is no such field"]),
         (f"{T}output: |\n      {{% if a %}}\n", [": tasks.0.output is not a template: Unexpected end of template"]),
         (f"{T}data: {{a: ['{{{{']}}\n", [": tasks.0.data.a.0 is not a template"]),
         (
@@ -36,8 +36,7 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
             [": tasks.0.agent: Input should be", ": tasks.0.human: Input should be a valid boolean"],
         ),
         (f"{X}tasks: [{{name: t}}, {{name: t}}]\n", [": several .* have the same name: t"]),
-        (f"{T}\ninputs: [{{type: a}}]", [": inputs.0.name: Field"]),
-        (f"{T}\nfaults: ['status:explode']", [": There is no fault"]),
+        (f"{T}\ninputs: [{{type: a}}]", [": inputs.0.name: it is missing"]),
         (
             f"{T}steps: [{{content: '{{{{ topik }}}}'}}]\ninputs: [topic]",
             [": tasks.0.steps.0.content uses topik, and the inputs are topic"],
@@ -47,7 +46,7 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
 )
 def test_errors_say_where(tmp_path: Path, text: str, lines: list[str]) -> None:
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ScriptError) as caught:
+    with pytest.raises(ValueError, match=r"c\.yaml") as caught:
         load_script(tmp_path / "c.yaml")
     for line, expected in zip(str(caught.value).splitlines(), lines, strict=True):
         assert re.match(f"{tmp_path}/c.yaml{expected}", line)
@@ -62,10 +61,10 @@ def test_a_file_goes_before_a_bundled_name_and_is_a_readable_script(
     assert load_script("echo").name == "mine"
     Path("c.yaml").write_bytes(b"\xff\xfe\xff")
     for name, text in (("c.yaml", "can't decode"), ("d.yaml", "No such file or directory")):
-        with pytest.raises(ScriptError, match=rf"Cannot read the crew .*{name}: .*{text}.*echo, travel"):
+        with pytest.raises(ValueError, match=rf"Cannot read the crew .*{name}: .*{text}.*echo, travel"):
             load_script(Path(name))
     Path("crew.py").write_text("def build(): ...")
-    with pytest.raises(ScriptError, match=r"crew\.py is Python code\. Name the function or class .*crew\.py:NAME"):
+    with pytest.raises(ValueError, match=r"crew\.py is Python code\. Name the function or class .*crew\.py:NAME"):
         load_program(Path("crew.py"))
 
 
@@ -170,18 +169,15 @@ tasks:
   - name: draft
     output: "draft {{ round }}{% if feedback %} ({{ feedback }}){% endif %}"
     human: true
-    max_rounds: 2
   - {name: final, output: "final {{ previous }}"}
 """
 
 
-def test_a_rejected_task_runs_again_with_the_feedback_as_often_as_the_script_says() -> None:
+def test_a_rejected_task_runs_again_with_the_feedback() -> None:
     outcome, reports = run(REVIEWED, Answer(False, "shorter"), Answer(True, ""))
     assert [one[1] for one in reports if one[0] == "asked"] == ["draft 1", "draft 2 (shorter)"]
     assert outcome.output == "final draft 2 (shorter)"
     assert [one[1] for one in reports if one[0] == "task_ended"] == ["draft", "final"]
-    with pytest.raises(ProgramError, match="task draft was rejected 2 times, last with: no"):
-        run(REVIEWED, Answer(False, "shorter"), Answer(False, "no"))
 
 
 @pytest.mark.parametrize(("speed", "seconds"), [(1, 0.2), (4, 0.05), (float("inf"), 0)])

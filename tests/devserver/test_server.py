@@ -16,7 +16,7 @@ import pytest
 
 from prefect_crew.client.models import CrewInput, TaskResult
 from prefect_crew.devserver import CrewServer, Outcome, Run
-from prefect_crew.devserver._app import CRASH_EXIT_CODE
+from prefect_crew.devserver._server import CRASH_EXIT_CODE
 from prefect_crew.states import CrewState
 from support.servers import Serve, finished, kickoff, until
 

@@ -42,7 +42,7 @@ def filled(step: CrewStep, results: Mapping[str, str], **inputs: Any) -> Mapping
         pytest.param(CrewStep("c", "crew", {"x": ["{{ a.output }}", {"y": "{{ t }}"}]}), {"a"}, id="nested"),
         pytest.param(CrewStep("c", "crew", {"x": 1, "y": None}, after=["a"]), {"a"}, id="after"),
         pytest.param(CrewStep("c", "crew", {}, after="b b"), {"b b"}, id="after-a-single-name"),
-        pytest.param(CrewStep("c", "crew", lambda _: {}, after=["a", "b b"]), {"a", "b b"}, id="function"),
+        pytest.param(CrewStep("c", "crew", {"x": lambda _: 1}, after=["a", "b b"]), {"a", "b b"}, id="function"),
         pytest.param(CrewStep("c", "crew"), set[str](), id="nothing"),
     ],
 )
@@ -107,8 +107,8 @@ def test_unknown_inputs_are_reported_for_each_step_that_names_its_own():
     ]
 
 
-def test_missing_inputs_are_reported_for_each_step_but_for_functions():
-    made = graph(CrewStep("a", "c", {"x": 1}), CrewStep("b", "c", lambda _: {}), CrewStep("d", "c"), z=1)
+def test_missing_inputs_are_reported_for_each_step():
+    made = graph(CrewStep("a", "c", {"x": 1}), CrewStep("b", "c", {"x": 1, "y": lambda _: 2}), CrewStep("d", "c"), z=1)
     expected = [CrewInput(name="x"), CrewInput(name="y"), CrewInput(name="o", required=False)]
     made.expected = {"a": expected, "b": expected, "d": expected}
     made.check_inputs()
@@ -126,11 +126,13 @@ def test_templates_see_inputs_and_steps():
     assert filled(step, {"a": "A"}, t="tea") == {"x": "tea tea A", "n": 7, "l": ["A", 1]}
 
 
-def test_a_function_of_one_input_and_of_all():
+def test_a_function_of_the_context():
     one = CrewStep("c", "crew", {"x": lambda context: context["a"].output.lower() + context.inputs["t"]}, after=["a"])
     assert filled(one, {"a": "A"}, t="tea") == {"x": "atea"}
-    whole = CrewStep("c", "crew", lambda context: {"x": list(context.results)}, after=["a"])
-    assert filled(whole, {"a": "A", "b": "B"}) == {"x": ["a"]}
+    seen = CrewStep("c", "crew", {"x": lambda context: list(context.results)}, after=["a"])
+    assert filled(seen, {"a": "A", "b": "B"}) == {"x": ["a"]}
+    with pytest.raises(ConfigurationError, match=r"Step 'c' needs its inputs by name, as a mapping\. Nothing was"):
+        CrewStep("c", "crew", lambda _: {"x": "y"})  # pyright: ignore[reportArgumentType]
 
 
 def test_left_out_they_are_the_pipelines_own_that_the_crew_knows():
@@ -142,14 +144,12 @@ def test_left_out_they_are_the_pipelines_own_that_the_crew_knows():
 
 def test_a_function_that_fails_is_named_with_its_error():
     def shorten(context: Any) -> Any:
-        return {"x": context["a"].output[99]}
+        return context["a"].output[99]
 
-    with pytest.raises(ConfigurationError, match=r"shorten\(\) gave no inputs: IndexError: .*\. Nothing was started"):
-        filled(CrewStep("c", "crew", shorten, after=["a"]), {"a": "A"})
+    with pytest.raises(ConfigurationError, match=r"shorten\(\) gave no input: IndexError: .*\. Nothing was started"):
+        filled(CrewStep("c", "crew", {"x": shorten}, after=["a"]), {"a": "A"})
     with pytest.raises(ConfigurationError, match="Step 'b' is not known here: name it in `after`"):
-        filled(CrewStep("c", "crew", lambda context: {"x": context["b"]}, after=["a"]), {"a": "A", "b": "B"})
-    with pytest.raises(ConfigurationError, match="a function gave a str instead of inputs by name"):
-        filled(CrewStep("c", "crew", lambda _: "x"), {})  # pyright: ignore
+        filled(CrewStep("c", "crew", {"x": lambda context: context["b"]}, after=["a"]), {"a": "A", "b": "B"})
 
 
 def test_a_template_sees_only_what_comes_before_it():

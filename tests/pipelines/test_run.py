@@ -75,7 +75,7 @@ def artifact(seen: Seen, name: str, idempotency_key: str) -> str:
 async def test_steps_feed_each_other(echo: CrewServer):
     crew, idempotency_key = echo.crew(), key()
     steps = [
-        CrewStep("review", crew, lambda context: {"text": context["write"].output.upper()}, after=["write"]),
+        CrewStep("review", crew, {"text": lambda context: context["write"].output.upper()}, after=["write"]),
         CrewStep("write", crew, {"text": "{{ research.output }} & {{ steps['price list'].tasks[0].output }}"}),
         CrewStep("research", crew, {"text": "on {{ topic }}"}),
         CrewStep("price list", crew, {"text": "{{ inputs.topic }} costs"}),
@@ -222,7 +222,7 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
     steps = [
         CrewStep("write", crew, {"text": "{{ research.output }}", "password": "{{ code }}"}),
         CrewStep("research", crew, {"text": "on {{ topic }}", "password": lambda _: "x"}),
-        CrewStep("send", crew, lambda _: {}, after=["write"]),
+        CrewStep("send", crew, {"text": lambda _: "x", "password": "{{ code }}"}, after=["write"]),
     ]
     plan = plan_pipeline(steps, {"topic": "tea", "code": "hunter22"})
     assert str(plan).splitlines() == [
@@ -235,7 +235,8 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
         "  password = ********",
         "",
         "send: crew travel, after write",
-        "  … = from a function",
+        "  text = from a function",
+        "  password = ********",
     ]
     assert server.kickoffs == 0
 
@@ -252,7 +253,7 @@ async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server:
         CrewStep("needs that", crew, {"text": "x"}, after=["needs it"]),
         CrewStep("alone", crew, {"text": "alone"}),
         CrewStep("after alone", crew, {"text": "{{ alone.output }} too"}),
-        CrewStep("function", crew, lambda context: {"text": context.inputs["nothing"]}),
+        CrewStep("function", crew, {"text": lambda context: context.inputs["nothing"]}),
         CrewStep("limited", server.crew(concurrency_limit="nobody-made-it"), {"text": "x"}),
     ]
     with pytest.raises(PipelineFailedError) as raised:
@@ -264,7 +265,7 @@ async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server:
         "after alone": "alone too",
     }
     assert isinstance(error.errors["bad"], CrewFailedError)
-    assert "a function gave no inputs: KeyError: 'nothing'" in str(error.errors["function"])
+    assert "a function gave no input: KeyError: 'nothing'" in str(error.errors["function"])
     assert "nobody-made-it" in str(error.errors["limited"])
     assert "no bad" in str(error)
     assert "Not run because of it: needs it, needs that." in str(error)
@@ -456,7 +457,7 @@ async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_wher
     echo: CrewServer, inside: bool
 ):
     async def trip() -> None:
-        await arun_pipeline([CrewStep("a", echo.crew(), lambda context: {"text": "a"})], {"o": object()})
+        await arun_pipeline([CrewStep("a", echo.crew(), {"text": lambda context: "a"})], {"o": object()})
 
     with pytest.raises(ConfigurationError, match="Input 'o' holds a value of type object, which cannot be sent"):
         await (flow(trip)() if inside else trip())

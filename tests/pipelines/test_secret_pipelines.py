@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sqlite3
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -45,10 +45,6 @@ async def stored(server: PrefectServer, secret: str) -> list[str]:
     return [f"{name}: {row}" for name, row in rows if secret in row]
 
 
-def same(context: PipelineContext) -> Mapping[str, Any]:
-    return {"user": "me", "password": context.inputs["code"]}
-
-
 WAYS: dict[str, tuple[Steps, Callable[[str], dict[str, Any]], list[str]]] = {
     "a SecretStr of the crew's name": (
         lambda first, _: [CrewStep("a", first)],
@@ -62,11 +58,6 @@ WAYS: dict[str, tuple[Steps, Callable[[str], dict[str, Any]], list[str]]] = {
     ),
     "a text that a function puts into a secret input": (
         lambda first, _: [CrewStep("a", first, {"user": "me", "password": lambda context: context.inputs["code"]})],
-        lambda secret: {"code": secret},
-        ["password"],
-    ),
-    "a text that a function of all inputs takes": (
-        lambda first, _: [CrewStep("a", first, same)],
         lambda secret: {"code": secret},
         ["password"],
     ),

@@ -8,6 +8,7 @@ answer the next question.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shlex
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -108,8 +109,7 @@ async def answer_question(
             f"What run {kickoff_id} asks, and its answers, cannot be read now ({error!r}). Nothing was sent."
         ) from error
     status = await session.call(lambda client: client.status(kickoff_id))
-    current = _current_question(run, status, before, request, task_id, question)
-    _check_open(run, current, question)
+    current = _question_to_answer(run, status, before, request, task_id, question)
     if round is not None and round != current.round:
         raise CrewError(
             f"Run {kickoff_id}, task {current.task}, is at round {current.round}, not {round}. Nothing was sent."
@@ -133,7 +133,15 @@ async def answer_question(
         webhooks = webhooks_for(
             run.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, round=number
         )
-    await _claim_answer(run, records, record, number, sent)
+    try:
+        is_ours = await records.add_review(record, number, sent)
+    except PREFECT_ERRORS as error:
+        # It may stand there all the same, and is held then, as one that may have been sent.
+        raise CrewError(
+            f"The answer to run {kickoff_id} could not be put on record, so it was not sent: {error!r}."
+        ) from error
+    if not is_ours:
+        raise AnsweredError(f"Somebody else answers run {kickoff_id} at this moment. Nothing was sent.")
     # No variable holds the words that are sent: error reporters show the local variables of all frames.
     try:
         if request is not None:
@@ -223,7 +231,7 @@ def _repeat_answer(run: OpenRun, earlier: SentReview) -> ResumeAnswer:
     return ResumeAnswer(kickoff_id=run.kickoff_id, message=message)
 
 
-def _current_question(
+def _question_to_answer(
     run: OpenRun,
     status: CrewStatus,
     before: Sequence[SentReview],
@@ -231,14 +239,14 @@ def _current_question(
     task_id: str | None,
     question: Question | None,
 ) -> Question:
-    """Return what a run asks at this moment, where it can be answered."""
+    """Return what a run asks at this moment, or raise where it asks nothing, something else, or has its answer."""
     kickoff_id, label, state = run.kickoff_id, run.crew.label, status.state
     is_over = state.ended or state is CrewState.UNKNOWN
     # A request says that somebody is waited for, whatever the status calls it.
     waits = state is CrewState.WAITING or (request is not None and not is_over)
     if question is not None:
         if state is CrewState.UNKNOWN:  # it may be known again in a moment: what the answer is to is not over
-            raise CrewLostError(kickoff_id=kickoff_id, crew=label, idempotency_key=run.idempotency_key)
+            raise CrewLostError(**run.names)
         if not waits:
             raise AnsweredError(f"Run {kickoff_id} does not wait any more: it is {state}. Nothing was sent.")
         task_id = waiting_task(status) or question.task_id
@@ -250,40 +258,22 @@ def _current_question(
             f"Run {kickoff_id} of crew {label} waits, and its status does not name the task. Give it (task_id=…, "
             "--task): the crew's page and the human-input webhook show it."
         )
-    return current
-
-
-def _check_open(run: OpenRun, current: Question, question: Question | None) -> None:
-    """Raise if what a run asks now is another question than the wait has looked at, or has its answer."""
-    where = f"run {run.kickoff_id}, task {current.task}"
+    where = f"run {kickoff_id}, task {current.task}"
     if question is not None and not question.is_same_as(current):
         raise AnsweredError(f"What {where}, asks is something else by now. Nothing was sent.")
-    state = (question or current).state
-    if state is QuestionState.OPEN:
-        return
-    last = current.before[-1]
-    if state is QuestionState.UNCERTAIN:
-        raise uncertain_error(run, last)
-    # Where nothing shows that this is another question, time does in the end, for people.
-    soon = run.crew.wait.next_round_after
-    if soon is None or (utcnow() - last.at).total_seconds() < soon:
-        raise AnsweredError(
-            f"Round {last.round} of {where}, was already answered: {'approved' if last.approve else 'rejected'} "
-            f"(by {describe_answer(last)}), but the crew's server still shows the same question. Nothing was sent. "
-            "Look again in a moment: prefect-crew reviews ls."
-        )
-
-
-async def _claim_answer(run: OpenRun, records: RecordStore, record: RunRecord, number: int, sent: SentReview) -> None:
-    try:
-        is_ours = await records.add_review(record, number, sent)
-    except PREFECT_ERRORS as error:
-        # It may stand there all the same, and is held then, as one that may have been sent.
-        raise CrewError(
-            f"The answer to run {run.kickoff_id} could not be put on record, so it was not sent: {error!r}."
-        ) from error
-    if not is_ours:
-        raise AnsweredError(f"Somebody else answers run {run.kickoff_id} at this moment. Nothing was sent.")
+    shown = (question or current).state
+    if shown is QuestionState.UNCERTAIN:
+        raise uncertain_error(run, current.before[-1])
+    if shown is QuestionState.ANSWERED:
+        last, soon = current.before[-1], run.crew.wait.next_round_after
+        # Where nothing shows that this is another question, time does in the end, for people.
+        if soon is None or (utcnow() - last.at).total_seconds() < soon:
+            raise AnsweredError(
+                f"Round {last.round} of {where}, was already answered: {'approved' if last.approve else 'rejected'} "
+                f"(by {describe_answer(last)}), but the crew's server still shows the same question. Nothing was sent. "
+                "Look again in a moment: prefect-crew reviews ls."
+            )
+    return current
 
 
 async def _write(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
@@ -434,49 +424,45 @@ async def read_pending_review(
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
     """
-    kickoff_id, since, crew = str(record.kickoff_id), record.human_since, await crew_of(record)
+    kickoff_id, crew = str(record.kickoff_id), await crew_of(record)
     run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
-    status = None if run is None else await _status(run)
+    status = None
+    if run is not None:
+        with contextlib.suppress(CrewError):  # then what is on record has to do
+            async with CrewSession(run.crew, withhold=run.withholding()) as session:
+                status = await session.call(lambda client: client.status(kickoff_id))
+    waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
+    is_over = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
     is_asked = requests is None or any(one.kickoff_id == kickoff_id for one in requests)
-    if run is None or status is None:
-        if since is None and not is_asked:
-            return None
-        answers = tuple(await records.reviews(record))
-        request = await open_request(kickoff_id, answers, requests)
-        if since is None and request is None:
-            return None
-        task_id = record.human_task if request is None else request.task_id
-        number = 1 if task_id is None else next_round(answers, task_id)
-        withheld = "its crew's server was not asked. Look at the crew's page, or give --crew."
-        return PendingReview(record, task_id, number, since, withheld=withheld, answers=answers, seen=False)
-    is_over = status.state.ended or status.state is CrewState.UNKNOWN
-    if is_over or (status.state is not CrewState.WAITING and not is_asked):
+    if is_over or not (waits or is_asked):
         return None
     answers = tuple(await records.reviews(record))
     request = await open_request(kickoff_id, answers, requests)
-    if status.state is not CrewState.WAITING and request is None:
+    if not waits and request is None:
         return None
-    question = question_of(run, status, answers, request)
-    where = where_to_look(run)
-    if question is None:
-        withheld = f"the status does not name the task. {where}"
-        return PendingReview(record, None, 1, since, withheld=withheld, answers=answers)
-    output, withheld = (await with_kept_output(run, question)).output, None
-    if output is None:
-        withheld = f"the status does not show it. {where}"
-    elif run.show != "full":
-        output, withheld = None, f"{len(output):,} characters that this crew does not show. {where}"
-    output = None if output is None else run.redact(output)
-    options = () if request is None else request.options
-    return PendingReview(record, question.task, question.round, since, output, withheld, answers, options=options)
-
-
-async def _status(run: OpenRun) -> CrewStatus | None:
-    try:
-        async with CrewSession(run.crew, withhold=run.withholding()) as session:
-            return await session.call(lambda client: client.status(run.kickoff_id))
-    except CrewError:
-        return None  # then what is on record has to do
+    output = None
+    if run is None or status is None:
+        task_id = record.human_task if request is None else request.task_id
+        number = 1 if task_id is None else next_round(answers, task_id)
+        withheld = "its crew's server was not asked. Look at the crew's page, or give --crew."
+    else:
+        question = question_of(run, status, answers, request)
+        task_id, number = (None, 1) if question is None else (question.task, question.round)
+        withheld = f"the status does not {'name the task' if question is None else 'show it'}. {where_to_look(run)}"
+        if question is not None and (text := (await with_kept_output(run, question)).output) is not None:
+            withheld = f"{len(text):,} characters that this crew does not show. {where_to_look(run)}"
+            output, withheld = (run.redact(text), None) if run.show == "full" else (None, withheld)
+    return PendingReview(
+        record,
+        task_id,
+        number,
+        record.human_since,
+        output,
+        withheld,
+        answers,
+        seen=status is not None,
+        options=() if request is None else request.options,
+    )
 
 
 async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[RunRecord, RecordStore]:

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import httpx
 from starlette.types import ASGIApp, Message
 
-from prefect_crew.devserver._app import Connection
+from prefect_crew.devserver._server import Connection
 
 __all__ = ["InProcessTransport"]
 
