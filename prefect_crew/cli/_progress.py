@@ -41,11 +41,11 @@ class SeenRun:
 
     def update(self, status: CrewStatus, task: str | None) -> list[str]:
         """Take a status in, with its task as it may be shown; return what has changed, as lines for people."""
+        from prefect_crew.artifacts.escape import progress
+
         lines: list[str] = []
-        if status.total_tasks and (status.completed_tasks is not None or not self.share):
-            self.share = f" ({status.completed_tasks or 0} of {status.total_tasks} tasks done)"
-        elif not status.total_tasks and status.progress is not None:
-            self.share = f" ({status.progress:.0%})"
+        if not status.total_tasks or status.completed_tasks is not None or not self.share:
+            self.share = progress(status) or self.share
         if task and task != self.task and not status.state.ended:
             self.task = task
             lines.append(f"{task}{self.share}")

@@ -128,15 +128,13 @@ async def _recover_id(client: PrefectClient, pool: str | None) -> UUID:
 
 def _put(found: Sequence[Automation], output: str | None, changes: dict[str, str] | None = None) -> None:
     """Write automations: what each does, and what has become of it or whether it is enabled."""
-    states = {one.name: (changes or {}).get(one.name, "enabled" if changes is None else "kept") for one in found}
-    if output:
-        lines = [{"name": one.name, "enabled": one.enabled, "description": one.description} for one in found]
-        changed = [] if changes is None else [{"change": states[one.name]} for one in found]
-        _output.put_json([one | change for one, change in zip(lines, changed, strict=True)] if changed else lines)
-        return
-    rows = [
-        (one.name, states[one.name] if one.enabled or states[one.name] == "removed" else "disabled", one.description)
-        for one in found
-    ]
+    lines = [{"name": one.name, "enabled": one.enabled, "description": one.description} for one in found]
+    for line in lines if changes is not None else []:
+        line["change"] = (changes or {}).get(str(line["name"]), "kept")
+    rows: list[tuple[str, ...]] = []
+    for line in lines:
+        state = str(line.get("change", "enabled"))
+        is_off = not line["enabled"] and state != "removed"
+        rows.append((str(line["name"]), "disabled" if is_off else state, str(line["description"])))
     empty = "There are no automations of this package: prefect-crew automations apply."
-    _output.put_rows(("Automation", "State", "What it does"), rows, empty=empty)
+    _output.put_rows(("Automation", "State", "What it does"), rows, empty=empty, json=output and lines)
