@@ -80,11 +80,6 @@ class BudgetPeriod:
     resets_at: datetime | None
     on_limit: str
 
-    @property
-    def slots(self) -> int:
-        """The limit in slots."""
-        return int(round(self.limit * UNITS[self.measure], 3))
-
 
 def slots_of(measure: str, amount: float) -> int:
     """Return the slots for an amount, rounded up, as far as a counter goes."""

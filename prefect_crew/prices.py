@@ -48,14 +48,9 @@ class Price(BaseModel):
             raise ValueError("give the prices of tokens, or a model whose list price counts, not both")
         return self
 
-    def check(self) -> None:
-        """Do nothing if every run that reports its tokens can be priced.
 
-        Raises:
-            ConfigurationError: The price is by model, and the package genai-prices is missing or does not know it.
-        """
-        if self.model is not None:
-            _list_price(self.model, TokenUsage(prompt_tokens=0, completion_tokens=0))
+ONE_TOKEN = TokenUsage(prompt_tokens=1, completion_tokens=0)
+"""What every price tells the cost of, unless it is that of a model that nobody knows."""
 
 
 def cost_of(

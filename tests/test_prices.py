@@ -11,7 +11,7 @@ from pydantic import SecretStr, ValidationError
 from prefect_crew import DeployedCrew
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.prices import Price, cost_of
+from prefect_crew.prices import ONE_TOKEN, Price, cost_of
 
 USAGE = TokenUsage(total_tokens=1100, prompt_tokens=1000, completion_tokens=100)
 by_model = pytest.mark.skipif(importlib.util.find_spec("genai_prices") is None, reason="needs prefect-crew[prices]")
@@ -68,16 +68,16 @@ def test_the_models_that_were_called_count_where_all_tokens_are_told_by_model():
 
 @by_model
 def test_a_model_that_nobody_knows_is_refused_in_words():
-    Price(model="gpt-4o").check()
-    Price(per_run=1).check()
+    cost_of(Price(model="gpt-4o"), ONE_TOKEN)
+    cost_of(Price(per_run=1), ONE_TOKEN)
     with pytest.raises(ConfigurationError, match=r"does not know the model 'no-such-model'.* per_1k_input"):
-        Price(model="no-such-model").check()
+        cost_of(Price(model="no-such-model"), ONE_TOKEN)
 
 
 def test_without_the_package_a_price_by_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "genai_prices", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'prefect-crew\[prices\]'"):
-        Price(model="gpt-4o").check()
+        cost_of(Price(model="gpt-4o"), ONE_TOKEN)
     assert cost_of(TOKENS, USAGE) == pytest.approx(0.7)
 
 

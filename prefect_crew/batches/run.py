@@ -61,7 +61,7 @@ from prefect_crew.exceptions import (
     CrewError,
     LedgerError,
 )
-from prefect_crew.prices import Spending, cost_of
+from prefect_crew.prices import ONE_TOKEN, Spending, cost_of
 from prefect_crew.records.budgets import reserves_median, to_stop
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.store import KEPT, PrefectRecords
@@ -369,8 +369,7 @@ class _Batch:
         """Check the rows, take the lock, and bind the batch's name to its ledger. Raises CrewError."""
         job, options, ledger, lock = self.job, self.job.options, self.ledger, self.lock
         webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is started
-        if job.crew.price is not None:
-            job.crew.price.check()
+        cost_of(job.crew.price, ONE_TOKEN)  # raises if it is that of a model that nobody knows
         self._tell("checking")
         await stack.enter_async_context(self.session)
         self.plan = plan = RowPlan(job.dataset, options, job.crew, await expected_inputs(self.session))

@@ -164,7 +164,7 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
 
     Where there is no room, return how many slots are taken.
     """
-    name, limit, mark = period.counter, period.slots, MARK.format(period.counter)
+    name, limit, mark = period.counter, slots_of(period.measure, period.limit), MARK.format(period.counter)
     async with get_client() as client:
         for _ in range(TRIES):
             found = await _post(client, "increment", [name, mark] if period.on_limit == "stop" else [name], slots)
@@ -211,15 +211,14 @@ async def _post(client: PrefectClient, how: str, names: list[str], slots: int) -
 
 async def delete_past_counters(older_than: timedelta) -> None:
     """Delete the counters that nobody has changed for so long, `KEEP` at least."""
-    past = list[GlobalConcurrencyLimitResponse]()
-    offset, before = 0, utcnow() - max(older_than, KEEP)
+    found, before = list[GlobalConcurrencyLimitResponse](), utcnow() - max(older_than, KEEP)
     async with get_client() as client:
-        while page := await client.read_global_concurrency_limits(limit=200, offset=offset):
-            offset += len(page)
-            past += [one for one in page if one.name.startswith(f"{PREFIX}.") and one.updated and one.updated < before]
-        for one in past:
-            with suppress(ObjectNotFound):  # somebody else prunes too
-                await client.delete_global_concurrency_limit_by_name(one.name)
+        while page := await client.read_global_concurrency_limits(limit=200, offset=len(found)):
+            found += page
+        for one in found:
+            if one.name.startswith(f"{PREFIX}.") and one.updated and one.updated < before:
+                with suppress(ObjectNotFound):  # somebody else prunes too
+                    await client.delete_global_concurrency_limit_by_name(one.name)
 
 
 # What others are told

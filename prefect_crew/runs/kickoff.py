@@ -32,6 +32,7 @@ from prefect_crew.exceptions import (
     InvalidInputsError,
     KickoffUncertainError,
 )
+from prefect_crew.prices import ONE_TOKEN, cost_of
 from prefect_crew.records.budgets import (
     note_exceeded,
     release,
@@ -639,8 +640,7 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
         InvalidInputsError: Some are missing, or the crew does not name them and extra ones are not allowed.
         AuthenticationError, ConfigurationError: The token is refused; the price is that of a model nobody knows.
     """
-    if start.crew.price is not None:
-        start.crew.price.check()
+    cost_of(start.crew.price, ONE_TOKEN)  # raises if it is that of a model that nobody knows
     expected: Sequence[CrewInput] = session.crew.expected_inputs or ()
     if session.crew.expected_inputs is None:
         try:
