@@ -343,7 +343,7 @@ ROOT_RUNS_ON = Scenario(calls=SUBFLOWS, roots=(Root(((0.0, 110.0),)),), prunes=(
 ROOT_ENDED_NOW = Scenario(
     calls=SUBFLOWS, roots=(Root(((0.0, 60.0), (95.0, 110.0))),), prunes=(Prune(at=64.0, older_than=20.0),)
 )
-PRUNE_KILLED = Scenario(calls=(Call(),), prunes=(Prune(at=64.0, kill_at=26), Prune(at=84.0)))
+PRUNE_KILLED = Scenario(calls=(Call(),), prunes=(Prune(at=64.0, kill_at=28), Prune(at=84.0)))
 MISTAKES = {
     "a claim that anybody may overwrite": (_claims_nothing, TWO),
     "a kickoff that is sent again after a 500": (_sends_again, DENIED),

@@ -204,7 +204,7 @@ def _pruned(deal: _Decks, world: Scenario) -> Scenario:
         return world
     (prune,) = world.prunes
     later = (Prune(at=prune.at + after) for after in deal("later", (), (0.0,), (1.0, 90.0), (40.0, 300.0), (150.0,)))
-    prunes = (replace(prune, kill_at=deal("prune dies", *[None] * 3, 13, 17, 21, 25)), *later)
+    prunes = (replace(prune, kill_at=deal("prune dies", *[None] * 3, 15, 19, 23, 27)), *later)
     roots = deal("root", (), (), (), (Root(((0.0, 5.0),)),), (Root(((0.0, 5.0), (50.0, 300.0))),), (LONG,), (DELETED,))
     if not roots:
         return replace(world, prunes=prunes)
