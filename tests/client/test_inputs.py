@@ -107,6 +107,7 @@ UNSENDABLE: dict[str, Any] = {
     "not-a-time": NotATime(2025, 1, 1),
     "bytes": SECRET.encode(),
     "timedelta": timedelta(1),
+    "complex": 1j,
     "class": Trip,
     "tuple-as-a-key": {("a",): 1},
     "none-as-a-key": {None: 1},
