@@ -71,23 +71,21 @@ def artifact_key(label: str, *, prefix: str = "crew") -> str:
 class MarkdownArtifact:
     """One artifact that is made once and then updated, distinguished from others under its key by its description.
 
-    `id` is its id, as far as it is known here.
+    `id` is its id, as far as it is known here; `is_new`: it surely is not there yet.
     """
 
-    def __init__(self, key: str, description: str, *, flow_run_id: str | None = None) -> None:
+    def __init__(self, key: str, description: str, *, flow_run_id: str | None = None, is_new: bool = False) -> None:
         self.key = key
         self.description = description
         self.id: UUID | None = None
+        self.is_new = is_new
         self._flow_run_id = flow_run_id
 
-    async def put(self, data: str, *, new: bool = False) -> str | None:
-        """Bring the artifact to `data`; make it if there is none (any more). Return the trouble, if any.
-
-        `new`: it surely is not there yet.
-        """
+    async def put(self, data: str) -> str | None:
+        """Bring the artifact to `data`; make it if there is none (any more). Return the trouble, if any."""
         try:
             async with asyncio.timeout(SHOW_WITHIN):
-                if (None if new else await self.find()) is None or not await self._update(data):
+                if await self.find() is None or not await self._update(data):
                     await self._create(data)
         except (httpx.HTTPError, PrefectException, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -101,7 +99,7 @@ class MarkdownArtifact:
         Raises:
             httpx.HTTPError, PrefectException: The Prefect API is away.
         """
-        if self.id is not None:
+        if self.id is not None or self.is_new:
             return self.id
         wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[self.key]))
         if self._flow_run_id is not None:
@@ -125,6 +123,7 @@ class MarkdownArtifact:
 
     async def _create(self, data: str) -> None:
         """Make the artifact, of the flow and task run that this is called from."""
+        self.is_new = False  # who knows whether a request that is lost makes it
         flow, task = FlowRunContext.get(), TaskRunContext.get()
         artifact = ArtifactCreate(
             key=self.key,
@@ -136,7 +135,7 @@ class MarkdownArtifact:
         )
         body = artifact.model_dump(mode="json", exclude_unset=True)
         async with get_client() as client:
-            # Nothing but busy is repeated: who knows whether a request that was lost has made one.
+            # Nothing but busy is repeated, for the same reason.
             made = await request_soon(client, "POST", "/artifacts/", json=body, give_up_after=SHOW_FOR, again=is_busy)
         self.id = UUID(made.json()["id"])
 
@@ -280,13 +279,10 @@ def _result(view: RunView, output: str) -> str:
 class RunArtifact(MarkdownArtifact):
     """The artifact of one run."""
 
-    def __init__(self, crew: str, kickoff_id: str, *, flow_run_id: str | None) -> None:
-        super().__init__(artifact_key(crew), f"Run {prose(kickoff_id)} of crew {prose(crew)}", flow_run_id=flow_run_id)
+    def __init__(self, crew: str, kickoff_id: str, *, flow_run_id: str | None, is_new: bool = False) -> None:
+        description = f"Run {prose(kickoff_id)} of crew {prose(crew)}"
+        super().__init__(artifact_key(crew), description, flow_run_id=flow_run_id, is_new=is_new)
 
-    async def create(self, view: RunView) -> str | None:
-        """Make the artifact; return the trouble, if any."""
-        return await self.put(render_run(view), new=True)
-
-    async def update(self, view: RunView) -> str | None:
+    async def show(self, view: RunView) -> str | None:
         """Bring the artifact up to date, or make it; return the trouble, if any."""
         return await self.put(render_run(view))

@@ -609,11 +609,10 @@ async def open_run(
         meta=start.meta,
         webhooks=start.webhooks,
     )
-    if run.owned:
-        problem = await run.artifact.create(run.view(None))
-        if problem:
-            run_logger().warning("Run %s has no artifact: %s", run.kickoff_id, problem)
-    else:
+    # Who gives a session goes on to wait for the run: that shows it if it lasts, else once, at its end.
+    if run.owned and not isinstance(given, CrewSession) and (problem := await run.artifact.show(run.view(None))):
+        run_logger().warning("Run %s has no artifact: %s", run.kickoff_id, problem)
+    if not run.owned:
         if slots is not None:
             await slots.release()
         await crash_dead_owner(record)

@@ -85,7 +85,7 @@ class OpenRun:
     def artifact(self) -> RunArtifact:
         """Its artifact, whether or not that has been made."""
         owner = None if self.record is None else self.record.flow_run_id
-        return RunArtifact(self.crew.label, self.kickoff_id, flow_run_id=owner)
+        return RunArtifact(self.crew.label, self.kickoff_id, flow_run_id=owner, is_new=self.owned)
 
     @property
     def attempt(self) -> str | None:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 SHOW_EVERY = 5.0
-"""Seconds, at least, between two updates of the artifact of a run that goes on."""
+"""Seconds, at least, between two updates of the artifact of a run that goes on, and before the first one."""
 
 
 @cancelled_once
@@ -116,8 +116,9 @@ class _Waiter(Watcher):
         self.last: CrewStatus | None = None
         self.waker: Waker | None = None
         self.people: People | None = None
-        self._in_trouble = self._is_stale = self._artifact_failed = self._has_stopped = self._is_over_budget = False
-        # A run that was kicked off right here has just been shown.
+        self._in_trouble = self._artifact_failed = self._has_stopped = self._is_over_budget = False
+        self._is_stale = run.artifact.is_new
+        # A run that was kicked off right here has just been shown, or may be over soon.
         self._shown_at = time.monotonic() if run.owned else 0.0
 
     def meet_people(self, *, asked: bool = False) -> None:
@@ -169,6 +170,7 @@ class _Waiter(Watcher):
                     raise
                 except NO_ANSWER as error:
                     error.add(self._once_it_answers())
+                    await self._show(self.last, force=True, note=str(error))
                     raise
                 finally:
                     if self.people is not None:
@@ -239,6 +241,8 @@ class _Waiter(Watcher):
         if not self._in_trouble:
             self._in_trouble = True
             self.log.warning("%s The run may be fine; it is polled again.", self._redacted(error))
+        if self._is_stale:
+            await self._show(self.last)
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
 
@@ -364,7 +368,7 @@ class _Waiter(Watcher):
         notes += [note] if note else []
         given = () if self.people is None else self.people.answers
         view = self.run.view(status, notes=[self.run.redact(one) for one in notes], to_do=to_do, reviews=given)
-        problem = await self.run.artifact.update(view)
+        problem = await self.run.artifact.show(view)
         if problem and not self._artifact_failed:
             self._artifact_failed = True
             self.log.warning("The artifact of run %s could not be updated: %s", self.run.kickoff_id, problem)

@@ -26,6 +26,8 @@ from prefect_crew import (
 from prefect_crew.artifacts import run as run_module
 from prefect_crew.artifacts.run import MarkdownArtifact, RunArtifact, artifact_key
 from prefect_crew.crew import Crew
+from prefect_crew.exceptions import ServerError
+from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
@@ -93,6 +95,34 @@ def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerF
     assert artifact["task_run_id"]
     for part in ("✓ completed", "# Lisbon\n\nby tram", "| **city** | Lisbon |", "| task\\_1 |"):
         assert part in artifact["data"]
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["answers", "does not answer"])
+def test_a_run_that_lasts_is_shown_while_it_goes_on(
+    crew_server: CrewServerFactory, seen: Seen, name: str, monkeypatch: pytest.MonkeyPatch, answers: bool
+):
+    monkeypatch.setattr(wait_module, "SHOW_EVERY", 0.3)
+    server = crew_server(slow(60), faults=[] if answers else ["status:500"])
+    crew = server.crew(wait=WaitPolicy(error_timeout=600)).crew.called(name)
+
+    @flow
+    async def trip() -> list[str]:
+        running = asyncio.ensure_future(arun_crew(crew))
+        while not (found := await asyncio.to_thread(seen.artifacts, artifact_key(name))):
+            await asyncio.sleep(0.05)
+        running.cancel()
+        await asyncio.wait({running})
+        return [one["data"] for one in found]
+
+    (text,) = asyncio.run(trip())
+    assert ("● running" if answers else "○ pending") in text
+
+
+def test_a_run_whose_server_answers_no_more_says_so(crew_server: CrewServerFactory, seen: Seen, name: str):
+    crew = crew_server(slow(60), faults=["status:500"]).crew(wait=WaitPolicy(error_timeout=0.2)).crew.called(name)
+    with pytest.raises(ServerError):
+        asyncio.run(arun_crew(crew))
+    assert "Nothing is started then." in shown(seen, name)
 
 
 def test_an_artifact_leads_to_the_flow_run_the_crews_page_and_the_whole_result(
@@ -199,8 +229,7 @@ def test_a_prefect_api_that_refuses_artifacts_fails_nothing(
         return (await arun_crew(crew, {"text": "a"})).output
 
     assert asyncio.run(trip()) == "a"
-    assert seen.logs(ids[0]).count("has no artifact") == 1
-    assert seen.logs(ids[0]).count("could not be updated") <= 1, "a run that is over soon is shown once"
+    assert seen.logs(ids[0]).count("could not be updated") == 1
 
 
 def test_an_api_that_is_away_costs_a_little_time_and_is_reported(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):

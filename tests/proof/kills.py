@@ -30,10 +30,10 @@ HOOKS = {
     "inputs": ("prefect_crew.client._client", "CrewClient.inputs"),
     "kickoff": ("prefect_crew.client._client", "CrewClient.kickoff"),
     "save": ("prefect_crew.records.store", "PrefectRecords.save"),
-    "artifact": ("prefect_crew.artifacts.run", "RunArtifact.create"),
+    "artifact": ("prefect_crew.artifacts.run", "MarkdownArtifact._create"),
     "wait": ("prefect_crew.tasks", "wait_for_run"),
     "status": ("prefect_crew.client._client", "CrewClient.status"),
-    "show": ("prefect_crew.artifacts.run", "RunArtifact.update"),
+    "show": ("prefect_crew.artifacts.run", "RunArtifact.show"),
     "event": ("prefect_crew.artifacts.events", "emit_event"),
     "request": ("httpx", "AsyncHTTPTransport.handle_async_request"),
     "ledger-claim": ("prefect_crew.batches.ledger", "Ledger.claim"),
@@ -47,7 +47,7 @@ HOOKS = {
 }
 """The functions by the names that points use. A request is one of either server, made by the process's main thread."""
 
-REQUESTS = 17
+REQUESTS = 16
 """Requests that an undisturbed run always makes, those to the Prefect API for its flow and its tasks among them."""
 
 When = Literal["before", "during", "after"]
