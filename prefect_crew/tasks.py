@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from uuid import UUID
@@ -71,7 +71,7 @@ def _hides_inputs(method: Callable[..., Any]) -> Callable[..., Any]:
 def _called(*args: Any, kickoff_id: object = None, **_: Any) -> Generator[None]:
     """Note the user's tasks around a call, and tag what is done about a run that was found, not started."""
     found = dict.fromkeys(filter(None, map(how_found, (*args, kickoff_id))))
-    with calling_task(), tags(*found):
+    with calling_task(), tags(*found) if found else nullcontext():
         yield
 
 
@@ -145,7 +145,8 @@ def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any
     name: Any = task_run_name
 
     def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> CrewTask[P, R]:
-        return CrewTask(fn=function, cache_policy=NO_CACHE, tags=["prefect-crew"], task_run_name=name, **options)
+        # No tags: for those of a task Prefect looks for a concurrency limit, each time it is run.
+        return CrewTask(fn=function, cache_policy=NO_CACHE, task_run_name=name, **options)
 
     return decorate
 

@@ -50,7 +50,6 @@ from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs, run_held_flow
 from prefect_crew._internal.prefect_api import read_all_flow_runs
 from prefect_crew.blocks import find_crew
-from prefect_crew.client._transport import shared_connections
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.prune import prune_regularly
@@ -295,7 +294,6 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         await super().setup()
         await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
-        await self._exit_stack.enter_async_context(shared_connections())
         for work in (self._watch_pool(), prune_regularly(self._logger)):
             self._exit_stack.push_async_callback(cancel_and_wait, asyncio.create_task(work))
         self._exit_stack.push_async_exit(self._leave)  # the last, so that all of this is there until flow runs ended

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import ipaddress
 import math
@@ -11,8 +10,9 @@ import os
 import ssl
 import time
 import urllib.request
+import weakref
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, cast
@@ -183,30 +183,45 @@ A server may close an idle connection at the very moment at which a request goes
 kickoff would be uncertain for nothing. Servers wait five seconds and more, so one second is safe, and still spares a
 burst of kickoffs the handshakes.
 """
-_shared: dict[asyncio.AbstractEventLoop, dict[Any, httpx.AsyncBaseTransport]] = {}
-"""Connections that all clients of an event loop share, by where they lead. A module-level state, since a client is made
-far below the worker that knows that there will be many."""
+KEPT = 50
+"""Idle connections to one server, at most: httpx looks at each of them at every request."""
 
 
-@contextlib.asynccontextmanager
-async def shared_connections() -> AsyncGenerator[None]:
-    """Let all clients that are made on this event loop in this block share connections: those to one server.
+class _Pools:
+    """Connections to one server: some for polls, and some for whatever must not be sent twice.
 
-    Hundreds of runs that wait in one process then need a few connections, and few handshakes. A request carries its
-    token itself, so clients with different tokens share as well.
+    All clients on an event loop share them while they are open: hundreds of runs that wait in one process need a few
+    connections, and few handshakes. A request carries its token itself, so clients with different tokens share as well.
     """
-    loop = asyncio.get_running_loop()
-    transports = _shared[loop] = {}
+
+    def __init__(self, origin: httpx.URL) -> None:
+        self.polls, self.posts = _open(origin, POLL_KEEPALIVE), _open(origin, POST_KEEPALIVE)
+        self.users = 0
+        # Whether polls came one by one so far, so that there is one connection for them at most, and since when it is
+        # surely idle at the most.
+        self.under_way, self.is_single, self.used_at = 0, True, -math.inf
+
+    async def aclose(self) -> None:
+        await self.polls.aclose()
+        await self.posts.aclose()
+
+
+def _open(origin: httpx.URL, keepalive: float) -> httpx.AsyncBaseTransport:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=KEPT, keepalive_expiry=keepalive)
     try:
-        yield
-    finally:
-        del _shared[loop]
-        for transport in transports.values():
-            await transport.aclose()
+        return httpx.AsyncHTTPTransport(verify=tls_context(), limits=limits, proxy=_proxy_for(origin))
+    except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
+        raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
+
+
+_shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, bytes], _Pools]] = (
+    weakref.WeakKeyDictionary()
+)
+"""By where they lead. A module-level state, since clients that know nothing of each other share them."""
 
 
 class Connections:
-    """Connections to one server: some for polls, and some for whatever must not be sent twice.
+    """The connections of one client to its server.
 
     Requests go straight to httpx's transport: no cookies, no redirects, and no log of URLs, which `httpx.AsyncClient`
     would bring with it, at a quarter of a request's CPU time. `label` is what errors show in place of the URL;
@@ -237,28 +252,14 @@ class Connections:
         )
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token.get_secret_value()}"
-        shared = None if transport else _shared.get(asyncio.get_running_loop())
-        self._is_owned = transport is None and shared is None
-        self._polls = transport or self._open(POLL_KEEPALIVE, shared)
-        self._posts = transport or self._open(POST_KEEPALIVE, shared)
-        self._under_way, self._is_single, self._used_at = 0, True, -math.inf
+        self._transport = transport
+        if transport is None:
+            here, key = _shared.setdefault(asyncio.get_running_loop(), {}), (self._base.scheme, self._base.netloc)
+            self._pools = here.get(key) or here.setdefault(key, _Pools(self._base))
+            self._pools.users += 1
 
     def __repr__(self) -> str:
         return f"Connections({self._label!r})"
-
-    def _open(self, keepalive: float, shared: dict[Any, httpx.AsyncBaseTransport] | None) -> httpx.AsyncBaseTransport:
-        key = (self._base.scheme, self._base.netloc, keepalive)
-        if shared is not None and key in shared:
-            return shared[key]
-        most, idle = (100, 20) if shared is None else (500, 500)
-        limits = httpx.Limits(max_connections=most, max_keepalive_connections=idle, keepalive_expiry=keepalive)
-        try:
-            opened = httpx.AsyncHTTPTransport(verify=tls_context(), limits=limits, proxy=_proxy_for(self._base))
-        except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
-            raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
-        if shared is not None:
-            shared[key] = opened
-        return opened
 
     async def exchange(self, call: Call) -> Answer:
         """Send a request and read its answer, or raise as `CrewClient` says."""
@@ -281,18 +282,21 @@ class Connections:
             ) from cause
 
     async def _send(self, call: Call) -> Answer:
+        if self._transport is not None:
+            return await self._exchange(call, self._transport)
         # A kickoff that follows a look at the inputs needs no handshake of its own, nor do the polls that follow it. It
-        # surely takes no connection that was idle for long where requests came one by one, and from nobody else.
-        is_single = self._is_owned and self._is_single and not self._under_way
-        if call.method != "GET" and not (is_single and time.monotonic() - self._used_at < POST_KEEPALIVE):
-            return await self._exchange(call, self._posts)
-        self._under_way += 1
-        self._is_single, self._used_at = self._is_single and self._under_way == 1, -math.inf
+        # surely takes no connection that was idle for long where requests came one by one.
+        pools = self._pools
+        is_fresh = not pools.under_way and time.monotonic() - pools.used_at < POST_KEEPALIVE
+        if call.method != "GET" and not (pools.is_single and is_fresh):
+            return await self._exchange(call, pools.posts)
+        pools.under_way += 1
+        pools.is_single, pools.used_at = pools.is_single and pools.under_way == 1, -math.inf
         try:
-            answer = await self._exchange(call, self._polls)
+            answer = await self._exchange(call, pools.polls)
         finally:
-            self._under_way -= 1
-        self._used_at = time.monotonic()  # not where it failed: who knows which connection that has left idle
+            pools.under_way -= 1
+        pools.used_at = time.monotonic()  # not where it failed: who knows which connection that has left idle
         return answer
 
     async def _exchange(self, call: Call, transport: httpx.AsyncBaseTransport) -> Answer:
@@ -317,10 +321,12 @@ class Connections:
         raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
 
     async def aclose(self) -> None:
-        """Close all connections, unless others use them too."""
-        if self._is_owned:
-            await self._polls.aclose()
-            await self._posts.aclose()
+        """Close all connections, unless others use them too. Once."""
+        if self._transport is None:
+            self._pools.users -= 1
+            if not self._pools.users:
+                del _shared[asyncio.get_running_loop()][self._base.scheme, self._base.netloc]
+                await self._pools.aclose()
 
 
 class PollLane(Connections):

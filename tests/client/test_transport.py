@@ -28,7 +28,7 @@ from pydantic import SecretStr
 from prefect_crew.client import _parsing, _transport
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
-from prefect_crew.client._transport import Call, PollLane, poll_lane, shared_connections
+from prefect_crew.client._transport import Call, PollLane, poll_lane
 from prefect_crew.exceptions import (
     ConfigurationError,
     CrewConnectionError,
@@ -238,23 +238,22 @@ class Counted:
             writer.write(answer('{"inputs": [], "kickoff_id": "k1", "state": "RUNNING"}'))
 
 
-@pytest.mark.parametrize("way", ["one run", "idle", "many", "failed", "shared"])
+@pytest.mark.parametrize("way", ["one run", "idle", "many", "failed"])
 async def test_one_run_takes_one_connection_and_a_later_kickoff_none_that_may_have_been_idle(way: str):
     crew = Counted()
-    async with raw_server(crew) as url:
-        shared = shared_connections() if way == "shared" else contextlib.nullcontext()
-        async with shared, CrewClient(url, TOKEN) as client:
-            if way == "one run":
-                await client.inputs()
-                await client.kickoff({})
-                await asyncio.sleep(1.2)
-            await asyncio.gather(*(client.status("k1") for _ in range(2 if way == "many" else 1)))
-            if way in ("one run", "idle", "failed"):
-                await asyncio.sleep(1.2)
-            if way == "failed":
-                with pytest.raises(ConfigurationError):
-                    await client.status("a" * 70_000)  # makes no URL, and so takes no connection
+    # A client among others: they share connections.
+    async with raw_server(crew) as url, CrewClient(url, TOKEN) as other, CrewClient(url, TOKEN) as client:
+        if way == "one run":
+            await client.inputs()
             await client.kickoff({})
+            await asyncio.sleep(1.2)
+        await asyncio.gather(*(other.status("k1") for _ in range(2 if way == "many" else 1)))
+        if way in ("one run", "idle", "failed"):
+            await asyncio.sleep(1.2)
+        if way == "failed":
+            with pytest.raises(ConfigurationError):
+                await client.status("a" * 70_000)  # makes no URL, and so takes no connection
+        await client.kickoff({})
     assert crew.paths[-1] == ["/kickoff"]
     assert way != "one run" or crew.paths == [["/inputs", "/kickoff", "/status/k1"], ["/kickoff"]]
 
@@ -304,7 +303,7 @@ async def test_a_lane_polls_through_a_proxy_as_everybody_does(monkeypatch: pytes
     assert not isinstance(poll_lane("https://crew.invalid", token=SecretStr(TOKEN), timeout=5.0), PollLane)
 
 
-async def test_clients_share_connections_while_that_is_open():
+async def test_clients_share_connections_while_one_of_them_is_open():
     crew = Counted()
 
     async def ask(token: str = TOKEN) -> None:
@@ -312,13 +311,13 @@ async def test_clients_share_connections_while_that_is_open():
             await client.inputs()
 
     async with raw_server(crew) as url:
-        async with shared_connections():
+        async with CrewClient(url, TOKEN):
             for token in (TOKEN, TOKEN, "another-token"):
                 await ask(token)
         assert crew.tokens == [[TOKEN, TOKEN, "another-token"]], "each request has its own token"
         await ask()
         await ask()
-        assert len(crew.paths) == 3, "closed with the sharing"
+        assert len(crew.paths) == 3, "closed with the last one"
 
 
 # Answers of any size and encoding
