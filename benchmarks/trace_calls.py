@@ -51,7 +51,7 @@ def main() -> None:
             threading.setprofile(None)
 
     ours: dict[Path, list[CodeType]] = {}
-    for code in calls:
+    for code in tuple(calls):  # a thread may still note one
         path = Path(code.co_filename)
         # A lambda, a comprehension or a generator belongs to the function that it stands in.
         if PACKAGE in path.parents and DEVSERVER not in path.parents and not code.co_name.startswith("<"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -144,7 +144,7 @@ class Crew:
 
 
 class CrewSession:
-    """Used as an async context manager; `client` is the one to use at this moment.
+    """Used as an async context manager; `client` is the one to use at this moment. Entered again, it stays open.
 
     `connect` makes a client for a crew, in place of `crew.client()`; `withhold` holds as long as the session is open.
     """
@@ -161,14 +161,19 @@ class CrewSession:
         self._connect = connect or Crew.client
         self._stack = AsyncExitStack()
         self._client: CrewClient | None = None
+        self._entered = 0
 
     async def __aenter__(self) -> CrewSession:
-        self._stack.enter_context(self._withhold)
-        self._client = await self._stack.enter_async_context(self._connect(self.crew))
+        if not self._entered:
+            self._stack.enter_context(self._withhold)
+            self._client = await self._stack.enter_async_context(self._connect(self.crew))
+        self._entered += 1
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
+        self._entered -= 1
+        if not self._entered:
+            await self._stack.aclose()
 
     @property
     def client(self) -> CrewClient:
@@ -205,14 +210,9 @@ class CrewSession:
         return await request(self.client)
 
 
-@asynccontextmanager
-async def open_session(crew: Crew | CrewSession) -> AsyncGenerator[CrewSession]:
-    """Open a session for a crew. A session that is open already is used as it is, and stays open."""
-    if isinstance(crew, CrewSession):
-        yield crew
-        return
-    async with CrewSession(crew) as session:
-        yield session
+def session_of(crew: Crew | CrewSession) -> CrewSession:
+    """Return a session to enter: a crew's own, or the one that is given, which stays open if it is."""
+    return crew if isinstance(crew, CrewSession) else CrewSession(crew)
 
 
 RETRY_AFTER_CAP = 300.0

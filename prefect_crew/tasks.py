@@ -26,7 +26,7 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.client.redaction import HiddenValues
 from prefect_crew.client.webhooks import Webhooks
-from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.keys import calling_task, identify
 from prefect_crew.runs.kickoff import open_run
@@ -162,7 +162,7 @@ async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
     Raises:
         CrewError: `GET /inputs` failed; a crew without it raises NotFoundError.
     """
-    async with open_session(await load_crew(crew)) as session:
+    async with session_of(await load_crew(crew)) as session:
         return await session.client.inputs()
 
 

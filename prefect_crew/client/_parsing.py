@@ -424,27 +424,29 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
     state = _agreed_state(source, found.state)
     completed, total, progress = _progress(source)
     data = _data_of(source) if state is CrewState.COMPLETED else None
-    return CrewStatus(
-        kickoff_id=kickoff_id,
-        state=state,
-        raw_state=found.word,
-        known_state=found.is_known,
-        message=_sentence(source) or as_text(source.get("message")),
-        current_task=name_of(source.get("current_task"), *_TASK_KEYS),
-        last_task=name_of(source.get("last_executed_task"), *_TASK_KEYS),
-        last_step=name_of(source.get("last_step"), *_STEP_KEYS) or text_of(source.get("last_step")),
-        completed_tasks=completed,
-        total_tasks=total,
-        progress=progress,
-        human_task_id=pick(as_id, source, *_HUMAN_TASK) if state is CrewState.WAITING else None,
-        tasks=_tasks_of(source),
-        output=_output_of(source, data) if state is CrewState.COMPLETED else None,
-        data=data,
-        error=_error_of(source, state) if state in (CrewState.FAILED, CrewState.STOPPED) else None,
-        execution_time=seconds_of(source),
-        usage=usage_of(source),
-        raw=value,
-    )
+    said = {
+        "kickoff_id": kickoff_id,
+        "state": state,
+        "raw_state": found.word,
+        "known_state": found.is_known,
+        "message": _sentence(source) or as_text(source.get("message")),
+        "current_task": name_of(source.get("current_task"), *_TASK_KEYS),
+        "last_task": name_of(source.get("last_executed_task"), *_TASK_KEYS),
+        "last_step": name_of(source.get("last_step"), *_STEP_KEYS) or text_of(source.get("last_step")),
+        "completed_tasks": completed,
+        "total_tasks": total,
+        "progress": progress,
+        "human_task_id": pick(as_id, source, *_HUMAN_TASK) if state is CrewState.WAITING else None,
+        "tasks": _tasks_of(source),
+        "output": _output_of(source, data) if state is CrewState.COMPLETED else None,
+        "data": data,
+        "error": _error_of(source, state) if state in (CrewState.FAILED, CrewState.STOPPED) else None,
+        "execution_time": seconds_of(source),
+        "usage": usage_of(source),
+        "raw": value,
+    }
+    # Without what it did not say: each wait holds the last one, and pydantic keeps the names of all that was given.
+    return CrewStatus(**{name: value for name, value in said.items() if value is not None})
 
 
 def _progress(source: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:

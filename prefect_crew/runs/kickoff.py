@@ -23,7 +23,7 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_delay, kickof
 from prefect_crew.client.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import holds_secret, withholding
-from prefect_crew.crew import Crew, CrewSession, open_session
+from prefect_crew.crew import Crew, CrewSession, session_of
 from prefect_crew.exceptions import (
     AuthenticationError,
     BudgetExceededError,
@@ -585,7 +585,7 @@ async def open_run(
     try:
         async with (
             nullcontext() if slots is None else slots.kept(),
-            open_session(given if isinstance(given, CrewSession) else crew) as session,
+            session_of(given if isinstance(given, CrewSession) else crew) as session,
         ):
             # Open as long as the POST may be in flight, so that a Ctrl-C then stops what it started.
             with watch_ctrl_c(), withholding(crew.redactor(start.inputs)):

@@ -66,7 +66,7 @@ class Waker:
         self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
-        self._is_told = asyncio.Event()
+        self._is_told: asyncio.Event | None = None  # while it is waited for: most waits are about pauses alone
         self._looks = 0
         self._next_soon = math.inf
         self._was_soon = False
@@ -78,7 +78,8 @@ class Waker:
         if asked is not None:
             self._asked.add(asked)
         with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
-            self._loop.call_soon_threadsafe(self._is_told.set)
+            if self._is_told is not None:
+                self._loop.call_soon_threadsafe(self._is_told.set)
             if ends_pause:
                 self._loop.call_soon_threadsafe(self._event.set)
 
@@ -97,9 +98,10 @@ class Waker:
         """
         if not status.state.ended:
             return status
-        until = time.monotonic() + USAGE_WITHIN
+        until, is_told = time.monotonic() + USAGE_WITHIN, asyncio.Event()
+        self._is_told = is_told
         while True:
-            self._is_told.clear()
+            is_told.clear()
             tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
             if self._calls:
                 is_missing = status.state is not CrewState.STOPPED and not tokens.has_all_calls
@@ -112,7 +114,7 @@ class Waker:
                 break
             with suppress(TimeoutError):
                 async with asyncio.timeout(left):
-                    await self._is_told.wait()
+                    await is_told.wait()
         return status.model_copy(update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models})
 
     def stretch(self, delay: float) -> float:

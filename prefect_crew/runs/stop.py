@@ -27,7 +27,7 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client import CrewClient
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
-from prefect_crew.crew import Crew, CrewSession, open_session
+from prefect_crew.crew import Crew, CrewSession, session_of
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.store import PrefectRecords
@@ -185,7 +185,7 @@ async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key
     Raises:
         CrewError: The server could not be asked. An ended run, an unknown one and a missing `/stop` are answers.
     """
-    async with open_session(crew) as session:
+    async with session_of(crew) as session:
         run = await find_run(session.crew, kickoff_id, idempotency_key)
         with run.withholding():
             answer = await session.call(lambda client: client.stop(kickoff_id))

@@ -18,7 +18,7 @@ from prefect_crew.artifacts.escape import progress
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
-from prefect_crew.crew import Crew, CrewSession, WaitPolicy, open_session
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
 from prefect_crew.records.budgets import to_stop
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
@@ -63,7 +63,7 @@ async def wait_for_run(
 
     An open session is used, and stays open.
     """
-    async with open_session(crew) as session:
+    async with session_of(crew) as session:
         run = await find_run(session.crew, kickoff_id, idempotency_key, to_wait=True)
         waiting = _result(_Waiter(run, session, wait or session.crew.wait, review))
         # No variable holds the result: error reporters show the local variables of all frames.
