@@ -3,6 +3,7 @@
     python benchmarks/waiting.py lag --runs 100 --way webhooks      all end at once, on command
     python benchmarks/waiting.py lag --runs 100 --way polling       runs of --seconds, begun at once
     python benchmarks/waiting.py idle --runs 1000                   memory and CPU of waits in one process, webhooks on
+    python benchmarks/waiting.py floor --runs 1000                  the same of tasks of Prefect, two a run
 
 One async flow holds all the runs, against the Prefect server of PREFECT_API_URL. The crew server and the receiver are
 processes of their own. A lag is from a run's end on the crew's server to the return of `arun_crew`; `seen` is until the
@@ -80,7 +81,8 @@ async def lag(given: argparse.Namespace, server: LeanServer) -> None:
 
 
 async def idle(given: argparse.Namespace, server: LeanServer) -> None:
-    from prefect import flow
+    from prefect import flow, task
+    from prefect.cache_policies import NO_CACHE
 
     from prefect_crew import DeployedCrew, kickoff_crew, wait_for_crew
 
@@ -88,12 +90,17 @@ async def idle(given: argparse.Namespace, server: LeanServer) -> None:
     at_once = asyncio.Semaphore(AT_ONCE)
     waiting = 0
 
+    @task(cache_policy=NO_CACHE)
+    async def sleep(seconds: float) -> str:
+        await asyncio.sleep(seconds)
+        return "slept"
+
     async def one(number: int) -> None:
         nonlocal waiting
         async with at_once:
-            kickoff_id = await kickoff_crew(crew, {"topic": str(number)})
+            begun = await (sleep(0.0) if given.what == "floor" else kickoff_crew(crew, {"topic": str(number)}))
         waiting += 1
-        await wait_for_crew(crew, kickoff_id)
+        await (sleep(1e6) if given.what == "floor" else wait_for_crew(crew, begun))
 
     async def begin(count: int) -> list[asyncio.Task[None]]:
         expected = waiting + count
@@ -117,7 +124,7 @@ async def idle(given: argparse.Namespace, server: LeanServer) -> None:
         await asyncio.sleep(given.over)
         took = time.monotonic() - began
         report(
-            "idle",
+            given.what,
             runs=given.runs,
             run_kb=1024 * held / given.runs,
             memory_mb=memory_mb(),
@@ -133,7 +140,7 @@ async def idle(given: argparse.Namespace, server: LeanServer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lag", "idle"])
+    parser.add_argument("what", choices=["lag", "idle", "floor"])
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--way", choices=["webhooks", "polling"], default="webhooks")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long a crew works, with polling")
@@ -147,7 +154,7 @@ def main() -> None:
         if not polls:
             stack.enter_context(receiver())
         server = stack.enter_context(lean_server(given.seconds if polls else math.inf))
-        asyncio.run({"lag": lag, "idle": idle}[given.what](given, server))
+        asyncio.run(lag(given, server) if given.what == "lag" else idle(given, server))
 
 
 if __name__ == "__main__":
