@@ -424,7 +424,7 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
     state = _agreed_state(source, found.state)
     completed, total, progress = _progress(source)
     data = _data_of(source) if state is CrewState.COMPLETED else None
-    said = {
+    said: dict[str, Any] = {
         "kickoff_id": kickoff_id,
         "state": state,
         "raw_state": found.word,
