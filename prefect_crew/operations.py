@@ -147,8 +147,9 @@ async def costs_page(days: int = 30) -> str:
     rows, missed = await read_costs(["crew", "day"], since=since)
     for line in missed:
         get_run_logger().warning("%s", line)
-    page = MarkdownArtifact("crew-costs", "What crews have used and cost", flow_run_id=flow_run_id())
-    if problem := await page.put(costs_markdown(rows, missed, since=since), new=True):
+    about = "What crews have used and cost"
+    page = MarkdownArtifact("crew-costs", about, flow_run_id=flow_run_id(), is_new=True)
+    if problem := await page.put(costs_markdown(rows, missed, since=since)):
         raise CrewError(f"The page of costs could not be written: {problem}. Run this flow again.")
     return str(Spending.sum(row.spending for row in rows))
 
