@@ -109,7 +109,6 @@ PROGRAMS = (
     "cli/test_deploy.py",
     "cli/test_doctor.py",
     "devserver/test_crewai",
-    "batches/test_ranges.py",
     "batches/test_cancel.py",
 )
 """Tests that mostly start programs: pages of the documentation, deployments, workers, the command line, CrewAI. There

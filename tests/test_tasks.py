@@ -15,19 +15,9 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 
-from prefect_crew import (
-    ConfigurationError,
-    CrewConnectionError,
-    CrewError,
-    DeployedCrew,
-    InvalidInputsError,
-    discover_inputs,
-    kickoff_crew,
-    resume_crew,
-    stop_crew,
-    wait_for_crew,
-)
-from prefect_crew.tasks import CrewTask
+from prefect_crew import DeployedCrew
+from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, CrewError, InvalidInputsError
+from prefect_crew.tasks import CrewTask, discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import free_port
 from support.scripts import slow
@@ -61,24 +51,23 @@ def test_a_task_calls_them_as_well(crew_server: CrewServerFactory):
     assert asyncio.run(trip()) == ["a", "b"]
 
 
-async def test_a_crew_may_be_given_by_the_name_of_its_block(crew_server: CrewServerFactory):
-    name = f"by-name-{uuid.uuid4().hex[:8]}"
-    await crew_server("echo").crew().asave(name)
-
-    @flow
-    async def trip() -> Any:
-        return await wait_for_crew(name, await kickoff_crew(name, {"text": "a"}))
-
-    assert (await trip()).output == "a"
-
-
-def test_they_are_submitted_and_mapped_and_wait_for_each_other(crew_server: CrewServerFactory):
+def test_they_are_submitted_and_mapped_and_take_futures_of_a_crew_a_run_and_inputs(
+    crew_server: CrewServerFactory,
+):
     crew = crew_server("echo").crew()
+
+    @task
+    def says() -> str:
+        return "z"
+
+    @task
+    def chosen() -> DeployedCrew:
+        return crew
 
     @flow
     def trip() -> list[str]:
-        one = kickoff_crew.submit(crew, {"text": "z"})
-        first = wait_for_crew.submit(crew, one)  # takes the future's result
+        which = chosen.submit()
+        first = wait_for_crew.submit(which, kickoff_crew.submit(which, {"text": says.submit()}))
         more = kickoff_crew.map(unmapped(crew), [{"text": text} for text in "abc"])
         results = [first, *wait_for_crew.map(unmapped(crew), more)]
         return [future.result().output for future in results]
@@ -143,17 +132,6 @@ def test_a_run_that_was_found_is_tagged_where_it_is_waited_for(crew_server: Crew
     assert server.kickoffs == 1
 
 
-def test_a_copy_can_be_called_from_sync_code(crew_server: CrewServerFactory):
-    crew = crew_server("echo").crew()
-    mine = kickoff_crew.with_options(name="mine").with_options(retries=0)
-
-    @flow
-    def trip() -> str:
-        return mine(crew, {"text": "a"})
-
-    assert isinstance(trip(), str)
-
-
 async def test_equal_calls_in_one_flow_are_not_one(crew_server: CrewServerFactory):
     server = crew_server("echo")
 
@@ -212,25 +190,6 @@ async def test_a_question_for_inputs_is_repeated(crew_server: CrewServerFactory)
     assert [known.name for known in await trip()] == ["text"]
 
 
-async def test_a_wait_is_as_often_repeated_as_anyone_likes(crew_server: CrewServerFactory):
-    server = crew_server(slow(0.2))
-
-    @flow
-    async def trip() -> set[str]:
-        kickoff_id = await kickoff_crew(server.crew())
-        return {(await wait_for_crew(server.crew(), kickoff_id)).output for _ in range(3)}
-
-    assert await trip() == {"done"}
-    assert server.kickoffs == 1
-
-
-async def test_none_is_deferred_to_a_task_worker(crew_server: CrewServerFactory):
-    crew = crew_server("echo").crew()
-    for defer in (lambda: kickoff_crew.delay(crew, TEXT), lambda: kickoff_crew.map([crew], deferred=True)):
-        with pytest.raises(ConfigurationError, match="Prefect would store the crew's token"):
-            defer()
-
-
 # Secret inputs
 
 
@@ -247,6 +206,7 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
     "a map": lambda crew, given: kickoff_crew.with_options(retries=0).map(unmapped(crew), [given]).result(),
     "a map to one": lambda crew, given: kickoff_crew.with_options(retries=0).map([crew], unmapped(given)).result(),
     "a deferred call": lambda crew, given: kickoff_crew.delay(crew, given),
+    "a deferred map": lambda crew, given: kickoff_crew.map([crew], unmapped(given), deferred=True),
 }
 
 
@@ -264,25 +224,6 @@ def test_no_frame_of_a_task_that_fails_shows_its_inputs(way: str):
     shown = trip()
     assert "_crew" in shown
     assert not [line for line in shown.splitlines() if "pass-1234" in line]
-
-
-def test_futures_of_a_crew_of_a_run_and_within_inputs_are_resolved(crew_server: CrewServerFactory):
-    crew = crew_server("echo").crew()
-
-    @task
-    def says() -> str:
-        return "a"
-
-    @task
-    def chosen() -> DeployedCrew:
-        return crew
-
-    @flow
-    def trip() -> str | None:
-        which = chosen.submit()
-        return wait_for_crew(which, kickoff_crew.submit(which, {"text": says.submit()})).output
-
-    assert trip() == "a"
 
 
 # As tasks of Prefect: every keyword of Prefect's own calls, wherever they are called
@@ -388,19 +329,18 @@ async def test_each_is_submitted_and_mapped_with_each_keyword(crew_server: CrewS
         check(name, state)
 
 
-@pytest.mark.parametrize("name", TASKS)
-async def test_each_waits_for_its_wait_for_and_does_nothing_after_a_failure(name: str, crew_server: CrewServerFactory):
+async def test_each_waits_for_its_wait_for_and_does_nothing_after_a_failure(crew_server: CrewServerFactory):
     server = crew_server("echo")
     given = await ids_for_all(server.crew())
     before_it = dict(server.requests)
 
     @flow
-    async def trip() -> Any:
-        failed = failing.submit()
-        state = await TASKS[name](*given[name], **further(name), wait_for=[failed], return_state=True)
-        return state.name, state.type.value
+    async def trip() -> list[tuple[str, str, str]]:
+        options: dict[str, Any] = {"wait_for": [failing.submit()], "return_state": True}
+        states = {name: await one(*given[name], **further(name), **options) for name, one in TASKS.items()}
+        return [(name, state.name, state.type.value) for name, state in states.items()]
 
-    assert await trip() == ("NotReady", "PENDING")
+    assert await trip() == [(name, "NotReady", "PENDING") for name in TASKS]
     assert dict(server.requests) == before_it
 
 

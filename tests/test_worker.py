@@ -46,34 +46,31 @@ def pool(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
         yield pool
 
 
-@pytest.mark.parametrize("reason", [None, "stop was asked for: stopping"])
-def test_the_crew_of_a_flow_run_that_is_gone_is_asked_to_stop_once(pool: CrewPool, reason: str | None):
-    crew = pool.crews["quick"]
-    flow_run = FlowRun(id=uuid4(), flow_id=uuid4(), name="gone")
-    key, asked = f"gone-{uuid4()}", crew.requests["stop"]
+def record(**fields: Any) -> RunRecord:
+    """Return the record of a run of the crew `quick`."""
+    key = f"of a worker {uuid4()}"
+    known: dict[str, Any] = {"crew": "quick", "crew_url": "https://quick.test", "inputs_digest": "", "owner": key}
+    return RunRecord(idempotency_key=key, attempt=1, claimed_at=datetime.now(UTC), **known | fields)
 
-    async def stop() -> None:
-        async with CrewClient(crew.url, crew.token) as client:
-            kickoff_id = await client.kickoff({"topic": "tea"})
-        record = RunRecord(
-            idempotency_key=key,
-            attempt=1,
-            crew="quick",
-            crew_url=crew.url,
-            inputs_digest="",
-            owner=key,
-            claimed_at=datetime.now(UTC),
-            phase=RecordPhase.STARTED,
-            flow_run_id=str(flow_run.id),
-            kickoff_id=kickoff_id,
-            reason=reason,
-        )
-        await put(record)
-        async with get_client() as prefect:
-            await stop_crews_of(prefect, flow_run)
 
+@pytest.fixture
+def connection(pool: CrewPool) -> Iterator[None]:
+    """This process is a client of the pool's Prefect server."""
     with connected(pool.server, pool.folder / "home"):
-        asyncio.run(stop())
+        yield
+
+
+@pytest.mark.usefixtures("connection")
+@pytest.mark.parametrize("reason", [None, "stop was asked for: stopping"])
+async def test_the_crew_of_a_flow_run_that_is_gone_is_asked_to_stop_once(pool: CrewPool, reason: str | None):
+    crew = pool.crews["quick"]
+    flow_run, asked = FlowRun(id=uuid4(), flow_id=uuid4(), name="gone"), crew.requests["stop"]
+    async with CrewClient(crew.url, crew.token) as client:
+        kickoff_id = await client.kickoff({"topic": "tea"})
+    known = {"flow_run_id": str(flow_run.id), "kickoff_id": kickoff_id, "crew_url": crew.url}
+    await put(record(phase=RecordPhase.STARTED, reason=reason, **known))
+    async with get_client() as prefect:
+        await stop_crews_of(prefect, flow_run)
     assert crew.requests["stop"] == asked + (reason is None)
 
 
@@ -141,9 +138,8 @@ def test_a_flow_that_blocks_the_loop_is_named(pool: CrewPool, worker: Worker):
 
 @pytest.mark.usefixtures("worker")
 def test_results_are_persisted_where_the_flow_says_so(pool: CrewPool):
-    data = {}
-    parameters: dict[str, Any]
-    for name, parameters in {"persists": {}, "sleeps": {"seconds": 0.1}}.items():
+    data, given = {}, {"persists": dict[str, Any](), "sleeps": {"seconds": 0.1}}
+    for name, parameters in given.items():
         run = pool.wait_for(pool.start(pool.deploy(name, f"{USER_FLOWS}.{name}"), **parameters))
         assert run["state_name"] == "Completed"
         data[name] = run["state"]["data"]
@@ -192,13 +188,6 @@ def test_who_has_a_flow_run(state: State, owner: str | None, orphan: bool):
     assert worker._is_orphan(flow_run) is (not state.is_scheduled() and not state.state_details.pause_reschedule)
 
 
-@pytest.fixture
-def connection(pool: CrewPool) -> Iterator[None]:
-    """This process is a client of the pool's Prefect server."""
-    with connected(pool.server, pool.folder / "home"):
-        yield
-
-
 @pytest.mark.usefixtures("connection")
 @pytest.mark.parametrize(("ending", "state"), [("handed over", "AwaitingRetry"), ("cancelled", "Cancelled")])
 async def test_a_flow_run_may_be_ended_before_its_flow_has_begun(
@@ -231,23 +220,8 @@ async def test_a_flow_run_may_be_ended_before_its_flow_has_begun(
 
 @pytest.mark.usefixtures("connection")
 async def test_a_worker_removes_records_of_long_ago(pool: CrewPool, monkeypatch: pytest.MonkeyPatch):
-    records = [
-        RunRecord(
-            idempotency_key=f"pruned by a worker {uuid4()}",
-            attempt=1,
-            crew="quick",
-            crew_url="https://quick.test",
-            inputs_digest="",
-            owner="o",
-            claimed_at=datetime.now(UTC),
-            phase=RecordPhase.ENDED,
-            kickoff_id="k",
-        )
-        for _ in range(2)
-    ]
-    for record in records:
-        await put(record)
-    old, young = (record.idempotency_key for record in records)
+    records = [await put(record(phase=RecordPhase.ENDED, kickoff_id="k")) for _ in range(2)]
+    old, young = (one.idempotency_key for one in records)
     let_pass(monkeypatch, old, 31)
     monkeypatch.setattr(prune, "FIRST_WITHIN", 0.2)
     async with CrewWorker(pool.name, name="prunes"):
@@ -331,10 +305,15 @@ def handed(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[Handed]:
         yield Handed(pool)
 
 
-def test_cancelling_stops_the_crew(handed: Handed):
-    handed.pool.worker("one")
+@pytest.mark.parametrize("is_gone", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["there", "gone"])
+def test_cancelling_stops_the_crew_whether_its_worker_is(handed: Handed, is_gone: bool):
+    one = handed.pool.worker("one")
     (run_id,) = handed.start(1)
+    if is_gone:
+        one.kill()
     handed.pool.set_state(run_id, "CANCELLING")
+    if is_gone:
+        handed.pool.worker("one")
     run = handed.pool.wait_for(run_id)
     assert run["state_name"] == "Cancelled", run["state"]["message"]
     assert [run.state for run in handed.crew.runs] == ["stopped"]
@@ -342,38 +321,16 @@ def test_cancelling_stops_the_crew(handed: Handed):
 
 
 @pytest.mark.slow
-def test_what_is_cancelled_while_the_worker_is_gone_stops_its_crew(handed: Handed):
-    one = handed.pool.worker("one")
-    (run_id,) = handed.start(1)
-    one.kill()
-    handed.pool.set_state(run_id, "CANCELLING")
-    handed.pool.worker("one")
-    run = handed.pool.wait_for(run_id)
-    assert run["state_name"] == "Cancelled", run["state"]["message"]
-    assert [run.state for run in handed.crew.runs] == ["stopped"]
-    assert handed.crew.requests["stop"] == 1
-
-
-@pytest.mark.slow
-def test_sigterm_hands_flow_runs_over_and_leaves_crews_running(handed: Handed):
+@pytest.mark.parametrize(("heir", "end"), [("one", "SIGKILL"), ("two", "SIGKILL"), ("two", "SIGTERM")])
+def test_a_worker_that_ends_leaves_crews_running_and_flow_runs_to_the_next_one(handed: Handed, heir: str, end: str):
     one = handed.pool.worker("one")
     runs = handed.start(3)
-    one.process.send(signal.SIGTERM)
-    assert one.process.wait(40) == 0
-    assert handed.names(runs) == {"AwaitingRetry"}
-    handed.pool.worker("two")
-    handed.wait_for_owner(runs, "two")
-    assert handed.crew.requests["stop"] == 0
-    handed.end(runs)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("heir", ["one", "two"])
-def test_sigkill_leaves_flow_runs_that_a_worker_adopts(handed: Handed, heir: str):
-    one = handed.pool.worker("one")
-    runs = handed.start(3)
-    one.kill()
-    assert handed.names(runs) == {"Running"}
+    if end == "SIGTERM":
+        one.process.send(signal.SIGTERM)
+        assert one.process.wait(40) == 0
+    else:
+        one.kill()
+    assert handed.names(runs) == {"AwaitingRetry" if end == "SIGTERM" else "Running"}
     handed.pool.worker(heir)
     if heir == "one":
         dead = {handed.pool.flow_run(run_id)["infrastructure_pid"] for run_id in runs}
@@ -383,6 +340,7 @@ def test_sigkill_leaves_flow_runs_that_a_worker_adopts(handed: Handed, heir: str
             what="another owner",
         )
     handed.wait_for_owner(runs, heir, seconds=120)
+    assert handed.crew.requests["stop"] == 0
     handed.end(runs)
     for run_id in runs:
         assert handed.pool.states(run_id).count("Running") == 2, "adopted once"
@@ -438,24 +396,15 @@ def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_
     within = pool.deploy("batch-within", f"{USER_FLOWS}.batch_in_a_subflow")
 
     def run(name: str, deployment: str = own) -> dict[str, Any]:
-        given: dict[str, Any] = {
-            "crew": "quick",
-            "dataset": str(rows),
-            "name": name,
-            "output": str(pool.folder / f"{name}.jsonl"),
-        }
+        given = {"crew": "quick", "dataset": str(rows), "name": name, "output": str(pool.folder / f"{name}.jsonl")}
         return pool.wait_for(pool.start(deployment, **given), seconds=120)
 
     pool.worker("one")
     assert run("alone")["state_name"] == "Completed"
     pool.worker("two")
-    refused = run("next to another worker")
-    assert refused["state_name"] == "Failed"
-    assert "has its ledger in a file of this machine" in refused["state"]["message"]
-    assert "Give it a ledger in PostgreSQL" in refused["state"]["message"]
-    refused = run("within another flow", within)
-    assert refused["state_name"] == "Failed"
-    assert "has its ledger in a file of this machine" in refused["state"]["message"]
+    for refused in (run("next to another worker"), run("within another flow", within)):
+        assert refused["state_name"] == "Failed"
+        assert "has its ledger in a file of this machine" in refused["state"]["message"]
     # One that goes on has found its ledger.
     assert run("alone")["state_name"] == "Completed"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from prefect_crew.batches.ledger import Ledger
 from support.batches import Batches, postgres_ledger
 from support.postgres import Postgres
 
@@ -55,6 +56,20 @@ def ledger_address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "ledger.db")
     return postgres_ledger(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture
+async def ledger(ledger_address: str) -> AsyncIterator[Ledger]:
+    """Give the open ledger of a batch "b", in SQLite and in PostgreSQL."""
+    async with Ledger(ledger_address, "b") as ledger:
+        yield ledger
+
+
+@pytest.fixture
+async def other(ledger_address: str) -> AsyncIterator[Ledger]:
+    """Give the same one as another process has it open."""
+    async with Ledger(ledger_address, "b") as ledger:
+        yield ledger
 
 
 @pytest.fixture

@@ -10,17 +10,16 @@ import time
 import uuid
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import anyio
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
 from prefect_crew import BatchReport
-from prefect_crew.batches.cancel import run_until_cancelled
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import BatchCancelledError
 from prefect_crew.testing import CrewServerFactory
@@ -28,7 +27,7 @@ from support.batches import Batches
 from support.held import Held
 from support.prefect_server import PrefectServer
 from support.processes import Process, ProcessError
-from support.scripts import slow
+from support.scripts import script, slow
 
 ROWS = [{"topic": str(number)} for number in range(40)]
 
@@ -40,19 +39,14 @@ def _quick(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("prefect_crew.batches.cancel.TICK", 0.2)
 
 
-async def cancelled(
-    batch: Batches, server: Any, name: str, on_cancel: str, rows: Any = ROWS
-) -> tuple[BaseException | None, str]:
+async def cancelled(batch: Batches, server: Any, rows: Any, **options: Any) -> tuple[BaseException | None, str]:
     """Cancel a batch by its flow run's state while it runs, as the page's button does; return its error and state."""
     found: list[Any] = []
 
     @flow
     async def mine() -> BatchReport:
-        context = FlowRunContext.get()
-        assert context is not None
-        assert context.flow_run is not None
-        found.append(context.flow_run.id)
-        return await batch(server.crew(), rows, name=name, on_cancel=on_cancel, max_in_flight=10)
+        found.append(flow_run.id)
+        return await batch(server.crew(), rows, max_in_flight=10, **options)
 
     running = asyncio.ensure_future(mine())
     while server.kickoffs < 10:
@@ -66,75 +60,29 @@ async def cancelled(
 
 
 @pytest.mark.parametrize(
-    ("on_cancel", "states"),
-    [
-        pytest.param("stop", {"stopped"}, id="stop"),
-        pytest.param("drain", {"completed"}, id="drain"),
-        pytest.param("leave", {"running"}, id="leave"),
-    ],
+    ("on_cancel", "state", "count"),
+    [("stop", "stopped", 40), ("stop", "stopped", 10), ("drain", "completed", 40), ("leave", "running", 40)],
 )
 async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
-    batch: Batches, crew_server: CrewServerFactory, on_cancel: str, states: set[str]
+    batch: Batches, crew_server: CrewServerFactory, on_cancel: str, state: str, count: int
 ):
-    held = Held()
-    server = crew_server(slow(1.5) if on_cancel == "drain" else held)
-    name = f"cancelled {on_cancel}"
-    error, state = await cancelled(batch, server, name, on_cancel)
-    assert isinstance(error, BatchCancelledError)
-    assert state == "CANCELLING", "until the server ends it"
-    assert server.kickoffs == 10, "those in flight, and none after"
-    assert {str(run.state) for run in server.runs} == states
-    held.release()
-    report = await batch(server.crew(), ROWS, name=name)
-    assert (report.completed, report.failed, report.uncertain) == (40, 0, 0)
-    # What we had stopped is started again, the rest is not.
-    assert server.kickoffs == 40 + 10 * (on_cancel == "stop")
-    assert len(batch.lines()) == 40
-
-
-async def test_a_batch_whose_rows_were_all_stopped_goes_on_too(batch: Batches, crew_server: CrewServerFactory):
-    held = Held()
-    server, rows = crew_server(held), ROWS[:10]
-    await cancelled(batch, server, "all stopped", "stop", rows)
-    held.release()
-    report = await batch(server.crew(), rows, name="all stopped")
-    assert (report.completed, server.kickoffs) == (10, 20)
-
-
-class Draining:
-    """Rows that end once the batch was looked at twice after it was cancelled; in the place of a runner."""
-
-    def __init__(self) -> None:
-        self.waiting: dict[str, Any] = {}
-        self.stopped: str | None = None
-        self.looks = 0
-        self.over = asyncio.Event()
-
-    def stop(self, reason: str) -> None:
-        self.stopped = reason
-
-    async def tick(self) -> None:
-        self.looks += self.stopped is not None
-        if self.looks == 2:
-            self.over.set()
-
-    async def rows(self) -> None:
-        await self.over.wait()
-
-
-async def is_cancelled(*_: object, **__: object) -> bool:
-    return True
-
-
-async def test_a_batch_that_drains_is_still_looked_after(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefect_crew.batches.cancel.is_cancelled", is_cancelled)
-    drained = Draining()
-    watching = run_until_cancelled(
-        drained.rows(), cast("Any", drained), name="drained", on_cancel="drain", tick=drained.tick
+    held, rows, name, looks = Held(), ROWS[:count], f"cancelled {on_cancel} {count}", list[Any]()
+    server = crew_server(slow(2.5) if on_cancel == "drain" else held)
+    error, state_of_flow = await cancelled(
+        batch, server, rows, name=name, on_cancel=on_cancel, on_progress=looks.append
     )
-    with pytest.raises(BatchCancelledError):
-        await asyncio.wait_for(watching, 20)
-    assert drained.looks >= 2
+    assert isinstance(error, BatchCancelledError)
+    assert state_of_flow == "CANCELLING", "until the server ends it"
+    assert server.kickoffs == 10, "those in flight, and none after"
+    assert {str(run.state) for run in server.runs} == {state}
+    if on_cancel == "drain":
+        assert len(looks) >= 6, "it is looked after while it drains"
+    held.release()
+    report = await batch(server.crew(), rows, name=name)
+    assert (report.completed, report.failed, report.uncertain) == (count, 0, 0)
+    # What we had stopped is started again, the rest is not.
+    assert server.kickoffs == count + 10 * (on_cancel == "stop")
+    assert len(batch.lines()) == count
 
 
 @pytest.mark.parametrize("way", ["evicted", "timed out"])
@@ -164,49 +112,82 @@ async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(
     assert (report.completed, report.uncertain, server.kickoffs) == (40, 0, 40)
 
 
+# In processes of their own
+
 SCRIPT = """
 import sys
 from prefect_crew import DeployedCrew, WaitPolicy, run_batch
 
-url, token, name, output = sys.argv[1:5]
+url, token, dataset, output, ledger, name, rows = sys.argv[1:]
 report = run_batch(
-    DeployedCrew(url=url, token=token),
-    [{"topic": str(number)} for number in range(int(sys.argv[5]))],
-    name=name, output=output, max_in_flight=20, wait=WaitPolicy(initial=0.05, factor=1),
+    DeployedCrew(url=url, token=token), dataset, name=name, output=output, ledger=ledger or None, rows=rows,
+    max_in_flight=20, wait=WaitPolicy(initial=0.05, factor=1, max_interval=0.5),
 )
 print("REPORT", report.completed, report.failed, report.uncertain, report.kickoffs)
 """
 
 
-def start(folder: Path, api: PrefectServer, server: CrewServer, name: str, rows: int) -> Process:
-    path = folder / "script.py"
-    path.write_text(SCRIPT)
-    command = [sys.executable, path, server.url, server.token, name, str(folder / "out.jsonl"), str(rows)]
-    return Process(command, log=folder / f"{uuid.uuid4().hex}.log", env=api.env())
+class Programs:
+    """Programs that run a batch over a range of rows of one file."""
+
+    def __init__(self, folder: Path, api: PrefectServer, server: CrewServer) -> None:
+        self.folder, self.server, self._env = folder, server, api.env()
+        (folder / "rows.csv").write_text("topic\n" + "".join(f"topic {number}\n" for number in range(300)))
+
+    def start(self, name: str, rows: str, ledger: str = "") -> Process:
+        output = self.folder / f"out-{name}.jsonl"
+        given = [self.server.url, self.server.token, str(self.folder / "rows.csv"), str(output), ledger, name, rows]
+        log = self.folder / f"{uuid.uuid4().hex}.log"
+        return Process([sys.executable, "-c", SCRIPT, *given], log=log, env=self._env)
 
 
-def test_ctrl_c_stops_the_runs_in_flight(prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_the_runs_in_flight_and_sigterm_leaves_them(
+    prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory, number: signal.Signals
+):
     server = crew_server(slow(30))
-    with start(tmp_path, prefect_api, server, "interrupted", rows=30) as process:
+    with Programs(tmp_path, prefect_api, server).start(number.name, ":30") as process:
         while server.kickoffs < 20 and process.running:
             time.sleep(0.01)
-        process.send(signal.SIGINT)
-        process.wait(30)
-    assert {str(run.state) for run in server.runs} == {"stopped"}
+        # Prefect raises SIGTERM wherever the process happens to be. In a callback or in a write to a socket asyncio
+        # takes it for theirs, and it is lost: whoever ends processes sends it again, or kills.
+        deadline = time.monotonic() + 60
+        while process.running and time.monotonic() < deadline:
+            process.send(number)
+            with contextlib.suppress(ProcessError):
+                process.wait(30 if number == signal.SIGINT else 3)
+        assert not process.running
+    assert {str(run.state) for run in server.runs} == {"stopped" if number == signal.SIGINT else "running"}
     assert server.kickoffs == 20
 
 
-def test_sigterm_leaves_them(prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory):
-    server = crew_server(slow(30))
-    with start(tmp_path, prefect_api, server, "terminated", rows=30) as process:
-        while server.kickoffs < 20 and process.running:
-            time.sleep(0.01)
-        # Prefect raises it wherever the process happens to be. In a callback or in a write to a socket asyncio takes it
-        # for theirs, and it is lost: whoever ends processes sends it again, or kills.
-        deadline = time.monotonic() + 60
-        while process.running and time.monotonic() < deadline:
-            process.send(signal.SIGTERM)
-            with contextlib.suppress(ProcessError):
-                process.wait(3)
-        assert not process.running
-    assert {str(run.state) for run in server.runs} == {"running"}
+@pytest.mark.postgres
+def test_two_processes_run_two_ranges_and_one_that_is_killed_is_called_again(
+    prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory, postgres_address: str
+):
+    server = crew_server(script({"seconds": 0.5, "output": "on {{ topic }}"}, inputs=["topic"]))
+    programs = Programs(tmp_path, prefect_api, server)
+
+    def kickoffs_of_one() -> int:
+        return sum(key.startswith("batch/one/") for key in list(server.kickoffs_by_key))
+
+    with (
+        programs.start("one", "0:150", postgres_address) as one,
+        programs.start("two", "150:", postgres_address) as two,
+    ):
+        while one.running and kickoffs_of_one() < 40:
+            time.sleep(0.05)
+        one.kill()
+        two.wait(120)
+        assert "REPORT 150 0 0 150" in two.tail()
+    assert kickoffs_of_one() < 150
+    with programs.start("one", "0:150", postgres_address) as again:
+        again.wait(120)
+        completed, failed, uncertain, _ = map(int, again.tail().rpartition("REPORT ")[2].split()[:4])
+    assert (completed + uncertain, failed) == (150, 0)
+    assert uncertain <= 20, "more than could have been on their way"
+    assert max(server.kickoffs_by_key.values()) == 1
+    lines = [
+        line for name in ("one", "two") for line in Batches(tmp_path).lines(tmp_path / f"out-{name}.jsonl").values()
+    ]
+    assert len({line["inputs"]["topic"] for line in lines}) == len(lines) == 150 + completed

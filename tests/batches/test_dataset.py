@@ -8,9 +8,10 @@ import json
 import lzma
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from decimal import Decimal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 
 from prefect_crew import ConfigurationError
 from prefect_crew.batches import dataset as dataset_module
-from prefect_crew.batches.dataset import Dataset, Row, open_dataset
+from prefect_crew.batches.dataset import Dataset, Row, open_dataset, shown_address
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.exceptions import DatasetError
 
@@ -82,21 +83,31 @@ def test_parquet(tmp_path: Path):
     assert values(open_dataset(tmp_path / "rows.parquet")) == rows
 
 
-@pytest.mark.parametrize("kind", ["DataFrame", "LazyFrame"])
-def test_polars(kind: str):
-    polars = pytest.importorskip("polars", reason="needs the extra `data`")
-    frame = polars.DataFrame({"topic": ["tea", None], "count": [1, 2]})
-    dataset = open_dataset(frame.lazy() if kind == "LazyFrame" else frame)
-    assert values(dataset) == values(dataset) == [{"topic": "tea", "count": 1}, {"topic": None, "count": 2}]
+FRAMES: dict[str, Callable[[Any], Any]] = {
+    "polars": lambda polars: polars.DataFrame(COLUMNS),
+    "polars lazy": lambda polars: polars.DataFrame(COLUMNS).lazy(),
+    "pandas": lambda pandas: pandas.DataFrame({**COLUMNS, "count": [1, float("nan")]}),
+    "pyarrow": lambda pyarrow: pyarrow.table(COLUMNS),
+    "pyarrow batch": lambda pyarrow: pyarrow.table(COLUMNS).to_batches()[0],
+}
+COLUMNS = {"topic": ["tea", None], "count": [1, None]}
 
 
-def test_pandas_and_its_empty_cells():
-    pandas = pytest.importorskip("pandas", reason="needs pandas")
-    frame = pandas.DataFrame({"topic": ["tea", None], "count": [1, float("nan")]})
-    assert values(open_dataset(frame)) == [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
+@pytest.mark.parametrize("kind", FRAMES)
+def test_a_frame_gives_its_rows_again_and_again(kind: str):
+    library = kind.partition(" ")[0]
+    dataset = open_dataset(FRAMES[kind](pytest.importorskip(library, reason=f"needs {library}")))
+    assert values(dataset) == values(dataset) == [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
+
+
+def test_a_column_that_a_frame_has_twice_is_refused():
+    pandas, pyarrow = (pytest.importorskip(name, reason=f"needs {name}") for name in ("pandas", "pyarrow"))
+    frame = pandas.DataFrame(COLUMNS)
     assert values(open_dataset(frame.iloc[:0])) == []
-    with pytest.raises(DatasetError, match="'topic' appear twice"):
-        values(open_dataset(pandas.concat([frame, frame], axis="columns")))
+    doubled = pyarrow.Table.from_arrays([[1], [2]], names=["topic", "topic"])
+    for twice in (pandas.concat([frame, frame], axis="columns"), doubled):
+        with pytest.raises(DatasetError, match="'topic' appear twice"):
+            values(open_dataset(twice))
 
 
 def test_what_pandas_has_in_its_cells_can_be_sent():
@@ -125,17 +136,6 @@ def test_what_pandas_has_in_its_cells_can_be_sent():
     ]
     with pytest.raises(ConfigurationError, match=r"'days' holds a value of type DatetimeIndex, which cannot be sent"):
         encode_inputs({"days": days})
-
-
-def test_arrow():
-    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
-    table = pyarrow.table({"topic": ["tea", None], "count": [1, 2]})
-    expected = [{"topic": "tea", "count": 1}, {"topic": None, "count": 2}]
-    assert values(open_dataset(table)) == expected
-    assert values(open_dataset(table.to_batches()[0])) == expected
-    doubled = pyarrow.Table.from_arrays([[1], [2]], names=["topic", "topic"])
-    with pytest.raises(DatasetError, match="'topic' appear twice"):
-        values(open_dataset(doubled))
 
 
 def test_an_iterator_is_kept_for_the_second_reading():
@@ -257,11 +257,11 @@ def test_one_row_that_has_no_end_does_not_fill_the_memory(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        pytest.param("rows.xlsx", "the format is not known from the file ending '.xlsx'", id="unknown ending"),
-        pytest.param("rows", "the format is not known from the file ending ''", id="no ending"),
-        pytest.param({"a": 1}, "A dict is not a data set", id="one mapping"),
-        pytest.param(7, "A int is not a data set", id="a number"),
-        pytest.param(b"a,b", "A bytes is not a data set", id="bytes"),
+        ("rows.xlsx", "the format is not known from the file ending '.xlsx'"),
+        ("rows", "the format is not known from the file ending ''"),
+        ({"a": 1}, "A dict is not a data set"),
+        (7, "A int is not a data set"),
+        (b"a,b", "A bytes is not a data set"),
     ],
 )
 def test_what_is_no_data_set_is_refused_at_once(source: Any, message: str):
@@ -272,27 +272,24 @@ def test_what_is_no_data_set_is_refused_at_once(source: Any, message: str):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        pytest.param("none/rows.csv", "cannot be opened: No such file", id="no file"),
-        pytest.param("none/rows.parquet", "cannot be opened: No such file", id="no parquet"),
-        pytest.param("nonsense://x/rows.csv", "cannot be read: ValueError: Protocol not known", id="no such protocol"),
-        pytest.param("http://127.0.0.1:9/rows.csv", "cannot be fetched", id="nobody there"),
-        pytest.param(["a", "b"], "line 1: holds a str, not an object", id="a list of texts"),
+        ("none/rows.csv", "cannot be opened: No such file"),
+        pytest.param(
+            *("none/rows.parquet", "cannot be opened: No such file"),
+            marks=pytest.mark.skipif(find_spec("polars") is None, reason="needs the extra `data`"),
+        ),
+        ("nonsense://x/rows.csv", "cannot be read: ValueError: Protocol not known"),
+        ("http://127.0.0.1:9/rows.csv", "cannot be fetched"),
+        (["a", "b"], "line 1: holds a str, not an object"),
+        ("folder.csv", "cannot be opened"),
+        ("x.csv", "there is no encoding 'klingon'"),
     ],
 )
-def test_what_cannot_be_read_is_said(source: Any, message: str):
-    if str(source).endswith("parquet"):
-        pytest.importorskip("polars", reason="needs the extra `data`")
+def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, message: str):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.csv").mkdir()
+    Path("x.csv").write_text(CSV)
     with pytest.raises(DatasetError, match=message):
-        values(open_dataset(source))
-
-
-def test_a_folder_and_an_unknown_encoding_are_said(tmp_path: Path):
-    (tmp_path / "rows.csv").mkdir()
-    with pytest.raises(DatasetError, match="cannot be opened"):
-        values(open_dataset(tmp_path / "rows.csv"))
-    (tmp_path / "x.csv").write_text(CSV)
-    with pytest.raises(DatasetError, match="there is no encoding 'klingon'"):
-        values(open_dataset(tmp_path / "x.csv", encoding="klingon"))
+        values(open_dataset(source, encoding="klingon" if source == "x.csv" else "utf-8"))
 
 
 def test_a_file_that_changes_between_two_readings_is_refused(tmp_path: Path):
@@ -308,22 +305,30 @@ def test_a_file_that_changes_between_two_readings_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "content", "faults"),
     [
-        pytest.param(
-            "x.csv",
-            'a,b\n1,2\n3\n4,5,6\n7,"x"y\n8,9\n',
+        (
+            *("x.csv", 'a,b\n1,2\n3\n4,5,6\n7,"x"y\n8,9\n'),
             [None, "has 1 fields, the header has 2", "has 3 fields, the header has 2", "is not CSV: ", None],
-            id="csv",
         ),
-        pytest.param(
-            "x.jsonl", '{"a": 1}\n{"a": \n[1]\n{"a": 2}\n', [None, "is not JSON", "holds a list", None], id="jsonl"
-        ),
-        pytest.param("x.json", '[{"a": 1}, 7, {"a": 2}]', [None, "holds a int", None], id="json"),
+        ("x.jsonl", '{"a": 1}\n{"a": \n[1]\n{"a": 2}\n', [None, "is not JSON", "holds a list", None]),
+        ("x.json", '[{"a": 1}, 7, {"a": 2}]', [None, "holds a int", None]),
     ],
+    ids=["csv", "jsonl", "json"],
 )
 def test_a_line_that_is_no_row_is_a_fault_of_its_own(tmp_path: Path, name: str, content: str, faults: list[str | None]):
-    path = tmp_path / name
-    path.write_text(content)
+    (tmp_path / name).write_text(content)
     rows = list(open_dataset(tmp_path / name).rows())
-    assert [row.fault if row.fault is None else row.fault[:10] for row in rows] == [
-        fault if fault is None else fault[:10] for fault in faults
-    ]
+    assert [(row.fault or "")[:10] for row in rows] == [(fault or "")[:10] for fault in faults]
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://u:pw@h.test/x.csv?sig=pw#pw", "https://h.test/x.csv"),
+        ("simplecache::https://u:pw@h.test/x.csv", "simplecache::https://h.test/x.csv"),
+        ("zip://x.csv::s3://k:pw@bucket/a.zip?pw", "zip://x.csv::s3://bucket/a.zip"),
+        ("filecache::sftp://u:pw@h.test/x.csv", "filecache::sftp://h.test/x.csv"),
+        ("/data/x.csv", "/data/x.csv"),
+    ],
+)
+def test_an_address_is_shown_without_what_is_secret(address: str, shown: str):
+    assert shown_address(address) == shown

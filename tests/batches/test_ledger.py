@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import shutil
 import sqlite3
-import subprocess
-import sys
 import uuid
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,12 +26,15 @@ from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.rows import BadRow, RowJob, SetAside
 from prefect_crew.batches.stored import StoredBatch
 from prefect_crew.client.models import TokenUsage
-from prefect_crew.exceptions import ConfigurationError, LedgerError
+from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerError
 from prefect_crew.prices import Spending
-from prefect_crew.records.model import RecordPhase, SentReview, StoredResult, utcnow
+from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, StoredResult, utcnow
+from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
+from prefect_crew.runs.kickoff import ClaimLostError
 from prefect_crew.states import CrewState
 from support.batches import CREW, enter, postgres_ledger, record_of
 from support.postgres import Postgres, find_postgres
+from support.records import LONG_AGO
 
 
 async def write(ledger: Ledger, *rows: tuple[str, RecordPhase, CrewState | None], **facts: Any) -> None:
@@ -102,49 +105,22 @@ async def test_a_place_is_claimed_once_and_a_claim_that_is_made_again_is_still_o
         assert [attempt.attempt for attempt in await one.attempts(one.idempotency_key("k"))] == [1, 2]
 
 
-RACER = """
-import asyncio, sys
-from support.batches import record_of
-from prefect_crew.batches.ledger import Ledger
-
-async def main(address):
-    async with Ledger(address, "b") as ledger:
-        print("ready", flush=True)
-        sys.stdin.readline()
-        won = await asyncio.gather(*(ledger.claim(record_of(ledger, f"k{key}")) for key in range(200)))
-        print(sum(won))
-
-asyncio.run(main(sys.argv[1]))
-"""
+async def test_of_racing_connections_one_wins_each_row(ledger_address: str):
+    async with AsyncExitStack() as stack:
+        ledgers = [await stack.enter_async_context(Ledger(ledger_address, "b")) for _ in range(4)]
+        claims = (ledger.claim(record_of(ledger, f"k{key}")) for key in range(100) for ledger in ledgers)
+        won = await asyncio.gather(*claims)
+    assert sum(won) == 100
 
 
-async def test_of_racing_processes_one_wins_each_row(ledger_address: str):
-    command = [sys.executable, "-c", RACER, ledger_address]
-    path = {"PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""}
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": path}
-    racers: list[Any] = [subprocess.Popen(command, **pipes) for _ in range(4)]
-    try:
-        for racer in racers:
-            assert racer.stdout.readline() == "ready\n"
-        for racer in racers:
-            racer.stdin.write("go\n")
-            racer.stdin.flush()
-        won = [int(racer.communicate(timeout=60)[0]) for racer in racers]
-    finally:
-        for racer in racers:
-            racer.kill()
-    assert sum(won) == 200
-
-
-async def test_writes_go_in_groups_and_each_gets_its_own_result(ledger_address: str):
-    async with Ledger(ledger_address, "b") as ledger:
-        taken = record_of(ledger, "k7")
-        await ledger.claim(taken)
-        before = ledger.writer.commits
-        records = [record_of(ledger, f"k{key}") for key in range(100)]
-        won = await asyncio.gather(*(ledger.claim(record) for record in records))
-        assert [key for key, mine in enumerate(won) if not mine] == [7]
-        assert ledger.writer.commits - before < 10
+async def test_writes_go_in_groups_and_each_gets_its_own_result(ledger: Ledger):
+    taken = record_of(ledger, "k7")
+    await ledger.claim(taken)
+    before = ledger.writer.commits
+    records = [record_of(ledger, f"k{key}") for key in range(100)]
+    won = await asyncio.gather(*(ledger.claim(record) for record in records))
+    assert [key for key, mine in enumerate(won) if not mine] == [7]
+    assert ledger.writer.commits - before < 10
 
 
 async def test_of_two_attempts_with_one_kickoff_the_second_is_told_whose_it_is(ledger_address: str):
@@ -199,17 +175,16 @@ async def test_a_writer_that_is_cancelled_with_everything_else_writes_all_the_sa
         assert (await ledger.attempts(record.idempotency_key))[0].human_task == "draft"
 
 
-async def test_an_owner_has_ended_only_where_this_process_is_the_only_one(ledger_address: str):
-    async with Ledger(ledger_address, "b") as ledger:
-        theirs, mine = record_of(ledger, "theirs"), record_of(ledger, "mine")
-        assert await ledger.claim(mine)
-        assert not await ledger.owner_ended(theirs)
-        ledger.is_exclusive = True
-        assert await ledger.owner_ended(theirs)
-        assert not await ledger.owner_ended(mine)
-        mine.phase = RecordPhase.UNCERTAIN
-        await ledger.save(mine)
-        assert not ledger._own_claims
+async def test_an_owner_has_ended_only_where_this_process_is_the_only_one(ledger: Ledger):
+    theirs, mine = record_of(ledger, "theirs"), record_of(ledger, "mine")
+    assert await ledger.claim(mine)
+    assert not await ledger.owner_ended(theirs)
+    ledger.is_exclusive = True
+    assert await ledger.owner_ended(theirs)
+    assert not await ledger.owner_ended(mine)
+    mine.phase = RecordPhase.UNCERTAIN
+    await ledger.save(mine)
+    assert not ledger._own_claims
 
 
 # What it knows
@@ -246,29 +221,27 @@ async def test_a_row_stands_as_the_attempt_that_counts(ledger_address: str):
         assert [line[0] for line in lines] == list(keys)
 
 
-async def test_secret_inputs_are_masked_also_where_another_one_repeats_them(ledger_address: str):
+async def test_secret_inputs_are_masked_also_where_another_one_repeats_them(ledger: Ledger):
     job = RowJob(0, 1, "k", {"topic": "pay with hunter22", "pin": "hunter22"}, "d")
-    async with Ledger(ledger_address, "b") as ledger:
-        await ledger.enter_rows([job], CREW)
-        await ledger.enter_rows([job], CREW.hiding(["pin"]), anew=True)
-        ((line, *_),) = [page async for page in ledger.lines()]
-        assert json.loads(line[1]) == {"topic": "pay with ********", "pin": "********"}
+    await ledger.enter_rows([job], CREW)
+    await ledger.enter_rows([job], CREW.hiding(["pin"]), anew=True)
+    ((line, *_),) = [page async for page in ledger.lines()]
+    assert json.loads(line[1]) == {"topic": "pay with ********", "pin": "********"}
 
 
-async def test_a_claim_whose_process_has_died_is_uncertain(ledger_address: str):
-    async with Ledger(ledger_address, "b") as dead, Ledger(ledger_address, "b") as ledger:
-        await enter(ledger, "theirs", "ours")
-        assert await dead.claim(record_of(dead, "theirs", good_for=30.0))
-        assert await ledger.claim(record_of(ledger, "ours"))
-        ledger.is_exclusive = True
-        await ledger.note_orphaned()
-        assert await ledger.counts() == {"uncertain": 1, "claimed": 1}
-        (found,) = await ledger.attempts(ledger.idempotency_key("theirs"))
-        assert found.open_for > 0, "its kickoff may still be on its way"
-        # Its owner lives after all, and knows the id.
-        found.phase, found.kickoff_id = RecordPhase.STARTED, "run 1"
-        await dead.save(found)
-        assert await ledger.counts() == {"started": 1, "claimed": 1}
+async def test_a_claim_whose_process_has_died_is_uncertain(ledger: Ledger, other: Ledger):
+    await enter(ledger, "theirs", "ours")
+    assert await other.claim(record_of(other, "theirs", good_for=30.0))
+    assert await ledger.claim(record_of(ledger, "ours"))
+    ledger.is_exclusive = True
+    await ledger.note_orphaned()
+    assert await ledger.counts() == {"uncertain": 1, "claimed": 1}
+    (found,) = await ledger.attempts(ledger.idempotency_key("theirs"))
+    assert found.open_for > 0, "its kickoff may still be on its way"
+    # Its owner lives after all, and knows the id.
+    found.phase, found.kickoff_id = RecordPhase.STARTED, "run 1"
+    await other.save(found)
+    assert await ledger.counts() == {"started": 1, "claimed": 1}
 
 
 async def test_rows_of_one_state_are_found_without_a_look_at_all_others(
@@ -320,30 +293,29 @@ async def test_the_report_of_a_batch_does_not_read_all_of_its_rows(
         assert read < 30
 
 
-async def test_what_runs_used_and_cost_is_summed_by_day_and_flow_run(ledger_address: str):
+async def test_what_runs_used_and_cost_is_summed_by_day_and_flow_run(ledger: Ledger):
     one, two = str(uuid.uuid4()), str(uuid.uuid4())
-    async with Ledger(ledger_address, "b") as ledger:
-        assert await ledger.spending_by_day() == []
-        await enter(ledger, *"abcde")
-        records = [record_of(ledger, key) for key in "abcde"]
-        for number, record in enumerate(records[:4]):
-            assert await ledger.claim(record)
-            record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
-            record.flow_run_id = (one, one, two, None)[number]
-            record.kickoff_id = f'"ended_at":"{number}"\0'
-            record.ended_at = datetime(2026, 5, 1 if number < 3 else 2, 23, 59, tzinfo=UTC)
-            record.result = StoredResult(output='"flow_run_id":"x\0', data={"ended_at": "never"})
-        records[0].usage, records[0].cost = TokenUsage(total_tokens=15, prompt_tokens=10), 0.00001
-        records[1].usage = TokenUsage(total_tokens=5)
-        records[3].cost = 1.5
-        await asyncio.gather(*(ledger.save(record) for record in records[:4]))
-        assert await ledger.claim(records[4])
-        both = TokenUsage(total_tokens=20, prompt_tokens=10)
-        assert {(day, by): spent for day, by, spent in await ledger.spending_by_day()} == {
-            ("2026-05-01", one): Spending(2, 2, 1, both, 1e-5),
-            ("2026-05-01", two): Spending(1),
-            ("2026-05-02", None): Spending(1, 0, 1, None, 1.5),
-        }
+    assert await ledger.spending_by_day() == []
+    await enter(ledger, *"abcde")
+    records = [record_of(ledger, key) for key in "abcde"]
+    for number, record in enumerate(records[:4]):
+        assert await ledger.claim(record)
+        record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
+        record.flow_run_id = (one, one, two, None)[number]
+        record.kickoff_id = f'"ended_at":"{number}"\0'
+        record.ended_at = datetime(2026, 5, 1 if number < 3 else 2, 23, 59, tzinfo=UTC)
+        record.result = StoredResult(output='"flow_run_id":"x\0', data={"ended_at": "never"})
+    records[0].usage, records[0].cost = TokenUsage(total_tokens=15, prompt_tokens=10), 0.00001
+    records[1].usage = TokenUsage(total_tokens=5)
+    records[3].cost = 1.5
+    await asyncio.gather(*(ledger.save(record) for record in records[:4]))
+    assert await ledger.claim(records[4])
+    both = TokenUsage(total_tokens=20, prompt_tokens=10)
+    assert {(day, by): spent for day, by, spent in await ledger.spending_by_day()} == {
+        ("2026-05-01", one): Spending(2, 2, 1, both, 1e-5),
+        ("2026-05-01", two): Spending(1),
+        ("2026-05-02", None): Spending(1, 0, 1, None, 1.5),
+    }
 
 
 async def test_what_is_known_of_the_batch(ledger_address: str):
@@ -410,30 +382,29 @@ async def test_a_locked_database_is_written_once_it_is_free(tmp_path: Path, capl
 
 
 async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(
-    ledger_address: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ledger: Ledger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    async with Ledger(ledger_address, "b") as ledger:
-        await ledger.enter(crew_url="u", fingerprint="f", total=3)
-        assert await ledger.claim(record_of(ledger, "k"))
-        run, left = ledger.database.run, 0
+    await ledger.enter(crew_url="u", fingerprint="f", total=3)
+    assert await ledger.claim(record_of(ledger, "k"))
+    run, left = ledger.database.run, 0
 
-        async def away(work: Any) -> Any:
-            nonlocal left
-            if left:
-                left -= 1
-                raise ConnectionRefusedError("connection refused")
-            return await run(work)
+    async def away(work: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise ConnectionRefusedError("connection refused")
+        return await run(work)
 
-        monkeypatch.setattr(ledger.database, "run", away)
-        with caplog.at_level(logging.WARNING):
-            await enter(ledger, "k")
-            for read in (ledger.counts, ledger.entry, ledger.kickoffs, lambda: ledger.attempts_of(["k"])):
-                left = 2
-                assert await asyncio.wait_for(read(), 20)
-        left = 1000
-        ledger.writer.retry_for = 0.1
-        with pytest.raises(LedgerError, match="cannot be read: connection refused"):
-            await ledger.counts()
+    monkeypatch.setattr(ledger.database, "run", away)
+    with caplog.at_level(logging.WARNING):
+        await enter(ledger, "k")
+        for read in (ledger.counts, ledger.entry, ledger.kickoffs, lambda: ledger.attempts_of(["k"])):
+            left = 2
+            assert await asyncio.wait_for(read(), 20)
+    left = 1000
+    ledger.writer.retry_for = 0.1
+    with pytest.raises(LedgerError, match="cannot be read: connection refused"):
+        await ledger.counts()
     assert "cannot be read (connection refused). The batch pauses" in caplog.text
 
 
@@ -489,23 +460,37 @@ def test_the_default_ledger_is_next_to_a_local_output(tmp_path: Path):
 @pytest.mark.parametrize(
     ("address", "driver"),
     [
-        pytest.param("ledger.db", "sqlite", id="path"),
-        pytest.param("sqlite:///ledger.db", "sqlite", id="sqlite"),
-        pytest.param("sqlite+aiosqlite:///ledger.db", "sqlite", id="sqlite with a driver"),
-        pytest.param("postgres://host/db?sslmode=require", "postgresql+asyncpg", id="postgres"),
-        pytest.param("postgresql+psycopg2://host/db", "postgresql+asyncpg", id="postgres with a driver"),
+        ("ledger.db", "sqlite"),
+        ("sqlite:///ledger.db", "sqlite"),
+        ("sqlite+aiosqlite:///ledger.db", "sqlite"),
+        ("postgres://host/db?sslmode=require", "postgresql+asyncpg"),
+        ("postgresql+psycopg2://host/db", "postgresql+asyncpg"),
+        ("mysql://u:pa55word@h/db", None),
+        ("sqlite://", None),
+        ("postgresql://host:port/db", None),
     ],
 )
-def test_addresses(address: str, driver: str):
-    url = open_url(address)
-    assert url.drivername == driver
-    assert "sslmode" not in url.query
+def test_the_address_of_a_ledger(address: str, driver: str | None):
+    if driver is None:
+        with pytest.raises(ConfigurationError) as caught:
+            open_url(address)
+        assert "pa55word" not in str(caught.value)
+    else:
+        assert open_url(address).drivername == driver
+        assert "sslmode" not in open_url(address).query
 
 
-@pytest.mark.parametrize("address", ["mysql://host/db", "sqlite://", "postgresql://host:port/db"])
-def test_addresses_that_are_none(address: str):
-    with pytest.raises(ConfigurationError):
-        open_url(address)
+@pytest.mark.parametrize(
+    "secret",
+    ["", "password=pa55word", "sslpassword=pa55word&sslmode=require", "passfile=pa55word", "Password=pa55word",
+     "options=-c%20my.secret%3Dpa55word"],
+)  # fmt: skip
+async def test_the_password_of_a_ledger_is_shown_nowhere(secret: str):
+    place = await ledger_address_of(f"postgresql://u{'' if secret else ':pa55word'}@h/db?{secret}", "out.jsonl")
+    assert place.public in ("postgresql://u@h/db", "postgresql://u:***@h/db")
+    assert "pa55word" not in repr(place)
+    kept = "postgresql://u@h/db?sslmode=require"
+    assert (await ledger_address_of(kept, "out.jsonl")).public == kept
 
 
 # What an earlier version of this package has written
@@ -539,3 +524,153 @@ async def test_a_ledger_of_version_2_is_read(tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == [str(state) for state in RowState if state.is_failed or state.is_final]
     assert lines[0]["data"] == {"city": "Lisbon"}
+
+
+# What it says of an attempt never goes backwards, however late a write lands and whoever makes it
+
+CLAIMED, NOT_STARTED, UNCERTAIN = RecordPhase.CLAIMED, RecordPhase.NOT_STARTED, RecordPhase.UNCERTAIN
+STARTED, ENDED = RecordPhase.STARTED, RecordPhase.ENDED
+FORWARD = {
+    CLAIMED: {CLAIMED, NOT_STARTED, UNCERTAIN, STARTED, ENDED},
+    NOT_STARTED: {NOT_STARTED, STARTED, ENDED},
+    UNCERTAIN: {UNCERTAIN, NOT_STARTED, STARTED, ENDED},
+    STARTED: {STARTED, ENDED},
+    ENDED: {ENDED},
+}
+"""What may follow what. An id beats "not started": whoever has it knows better."""
+
+
+def at(record: RunRecord, phase: RecordPhase, **facts: Any) -> RunRecord:
+    """Return what is known of an attempt at a later time."""
+    if phase in (STARTED, ENDED):
+        facts.setdefault("kickoff_id", "run 1")
+    if phase is ENDED:
+        facts.setdefault("state", CrewState.COMPLETED)
+    return record.model_copy(update={"phase": phase, **facts})
+
+
+async def stored(ledger: Ledger, record: RunRecord) -> RunRecord:
+    (found,) = [one for one in await ledger.attempts(record.idempotency_key) if one.attempt == record.attempt]
+    return found
+
+
+async def save_anyhow(ledger: Ledger, record: RunRecord) -> bool:
+    """Save, and return whether it was refused."""
+    try:
+        await ledger.save(record)
+    except (ClaimLostError, CrewError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("by_owner", [True, False], ids=["owner", "another"])
+async def test_no_phase_is_followed_by_an_earlier_one(ledger: Ledger, other: Ledger, by_owner: bool):
+    for number, (before, after) in enumerate(itertools.product(RecordPhase, RecordPhase)):
+        record = record_of(ledger, f"k{number}", good_for=LONG_AGO)
+        assert await ledger.claim(record)
+        await ledger.save(at(record, before))
+        ledger._own_claims.add(record.owner)  # as one that is still under way
+        forward = after in FORWARD[before] and (by_owner or after is not CLAIMED)
+        was_refused = await save_anyhow(ledger if by_owner else other, at(record, after, reason="later"))
+        found = await stored(ledger, record)
+        assert (found.phase, found.reason) == ((after, "later") if forward else (before, None)), (before, after)
+        assert forward or by_owner is not was_refused or after is CLAIMED, "who does not own it is refused"
+
+
+async def test_a_late_write_of_the_owner_does_not_undo_what_a_person_resolved(
+    ledger: Ledger, other: Ledger, caplog: pytest.LogCaptureFixture
+):
+    for key, late in (("k1", NOT_STARTED), ("k2", UNCERTAIN), ("k3", STARTED)):
+        record = record_of(ledger, key, good_for=LONG_AGO)
+        assert await ledger.claim(record)
+        found = await unresolved(record.idempotency_key, other)
+        await resolve_started(found, f"seen {key}", other)
+        with caplog.at_level(logging.WARNING):
+            await ledger.save(at(record, late, kickoff_id="answered" if late is STARTED else None))
+        assert (await stored(other, record)).kickoff_id == f"seen {key}"
+    record = record_of(ledger, "k4", good_for=LONG_AGO)
+    assert await ledger.claim(record)
+    await resolve_never_started(await unresolved(record.idempotency_key, other), other)
+    with pytest.raises(ClaimLostError):
+        await ledger.save(at(record, CLAIMED, open_for=60.0))
+    assert (await stored(other, record)).phase is NOT_STARTED
+    await ledger.save(at(record, STARTED))
+    assert (await stored(other, record)).kickoff_id == "run 1", "an id beats a verdict"
+    assert "answered" in caplog.text, "the id that was not written down"
+
+
+async def test_a_claim_that_may_still_be_posted_is_not_resolved(ledger: Ledger, other: Ledger):
+    other.is_exclusive = True  # as one who has taken the lock of an owner that lives, and has lost it
+    record = record_of(ledger, "k")
+    assert await ledger.claim(record)
+    with pytest.raises(CrewError, match="may still be sent"):
+        await unresolved(record.idempotency_key, other)
+    (found,) = await other.attempts(record.idempotency_key)
+    # The ledger refuses it as well, whatever the clock of whoever resolves says.
+    assert not await other.resolve(found, NOT_STARTED)
+    assert not await other.resolve(found, STARTED, kickoff_id="run 7")
+    assert (await stored(ledger, record)).phase is CLAIMED
+    # The crew's server asked the owner to wait, and claims it for longer, by its own clock.
+    old = record_of(ledger, "old", good_for=LONG_AGO)
+    assert await ledger.claim(old)
+    found = await unresolved(old.idempotency_key, other)
+    await ledger.save(at(old, CLAIMED, open_for=60.0))
+    with pytest.raises(CrewError, match="may still be sent, or on its way"):
+        await resolve_never_started(found, other)
+
+
+async def test_an_uncertain_kickoff_that_may_be_on_its_way_has_not_surely_never_started(ledger: Ledger, other: Ledger):
+    """Whatever clock the machine of whoever resolves has: the ledger tells how long, and holds to it."""
+    record = record_of(ledger, "k", good_for=30.0, post_deadline=1.0)
+    assert await ledger.claim(record)
+    await ledger.save(at(record, UNCERTAIN))
+    found = await unresolved(record.idempotency_key, other)
+    assert 30 < found.open_for <= 36
+    with pytest.raises(CrewError, match=r"may still be sent, or on its way.*Resolve it in 3\d s"):
+        await resolve_never_started(found, other)
+    assert not await other.resolve(found, NOT_STARTED)
+    assert (await stored(ledger, record)).phase is UNCERTAIN
+    # An id is more than a word that there is none, and need not wait.
+    await resolve_started(found, "seen", other)
+    assert (await stored(ledger, record)).kickoff_id == "seen"
+
+
+async def test_writes_of_one_attempt_that_share_a_commit_are_made_in_their_order(ledger: Ledger):
+    record = record_of(ledger, "k")
+    writes = [
+        ledger.claim(record),
+        ledger.save(at(record, UNCERTAIN)),
+        ledger.save(at(record, STARTED)),
+        ledger.save(at(record, ENDED)),
+    ]
+    tasks = [asyncio.ensure_future(write) for write in writes]
+    await asyncio.gather(*tasks)
+    assert ledger.writer.commits < 3
+    assert (await stored(ledger, record)).phase is ENDED
+
+
+async def test_a_claim_that_was_resolved_before_its_owner_knew_of_it_is_not_its_own(ledger: Ledger, other: Ledger):
+    """Its commit was made again since nobody knew of the first: in between somebody has resolved it."""
+    record = record_of(ledger, "k", good_for=LONG_AGO)
+    assert await ledger.claim(record)
+    await resolve_never_started(await unresolved(record.idempotency_key, other), other)
+    assert not await ledger.claim(record)
+    assert (await stored(other, record)).phase is NOT_STARTED
+
+
+async def test_what_is_found_out_replaces_only_what_it_was_found_out_of(ledger_address: str):
+    async with Ledger(ledger_address, "b") as ledger, Ledger(ledger_address, "b") as person:
+        record = record_of(ledger, "k")
+        assert await ledger.claim(record)
+        await ledger.save(at(record, STARTED))
+        read = await stored(person, record)
+        await ledger.save(at(record, ENDED))
+        assert not await person.resolve(read, ENDED, state=CrewState.UNKNOWN)
+        assert (await stored(ledger, record)).state is CrewState.COMPLETED
+        assert read.phase is STARTED
+        other = record_of(ledger, "k2")
+        assert await ledger.claim(other)
+        await ledger.save(at(other, STARTED))
+        read = await stored(person, other)
+        assert await person.resolve(read, ENDED, state=CrewState.STOPPED)
+        assert (await stored(ledger, other)).model_dump() == read.model_dump()

@@ -181,7 +181,4 @@ def test_how_a_row_stands_by_its_record(phase: str, facts: dict[str, Any], state
 def test_when_a_row_is_started_again(options: dict[str, Any], state: str, count: int, before: int, again: bool):
     given = BatchOptions(**options)
     assert given.starts_again(RowState(state), "k", count=count, before=before, most=3) is again
-
-
-def test_a_row_that_was_stopped_with_its_batch_is_started_again_whatever_the_options_say():
-    assert BatchOptions().starts_again(RowState.STOPPED, "k", count=1, before=1, most=3, owed=1)
+    assert given.starts_again(RowState.STOPPED, "k", count=1, before=1, most=3, owed=1), "it was stopped with its batch"

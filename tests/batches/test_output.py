@@ -44,25 +44,24 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "out" / "lines.jsonl"
 
 
-async def test_a_line_a_row_that_has_ended_in_the_order_of_the_rows(ledger_address: str, path: Path):
-    async with Ledger(ledger_address, "b") as ledger:
-        await enter(ledger, "a", "b", "c", "d", "e", "f")
-        await end(ledger, "e", data={"x": 1})
-        await end(ledger, "b", "failed")
-        await end(ledger, "d", "stopped")
-        claimed, started = record_of(ledger, "a"), record_of(ledger, "c")
-        assert await ledger.claim(claimed)
-        assert await ledger.claim(started)
-        started.phase, started.kickoff_id = RecordPhase.STARTED, "run-c"
-        await ledger.save(started)
-        output = Output(str(path))
-        output.check(is_new=True)
-        for _ in range(2):
-            assert await output.write(ledger) == 3
-            failed, stopped, completed = written(path)
-        claimed.phase = RecordPhase.UNCERTAIN
-        await ledger.save(claimed)
-        assert await output.write(ledger) == 3, "an uncertain row has no line"
+async def test_a_line_a_row_that_has_ended_in_the_order_of_the_rows(ledger: Ledger, path: Path):
+    await enter(ledger, "a", "b", "c", "d", "e", "f")
+    await end(ledger, "e", data={"x": 1})
+    await end(ledger, "b", "failed")
+    await end(ledger, "d", "stopped")
+    claimed, started = record_of(ledger, "a"), record_of(ledger, "c")
+    assert await ledger.claim(claimed)
+    assert await ledger.claim(started)
+    started.phase, started.kickoff_id = RecordPhase.STARTED, "run-c"
+    await ledger.save(started)
+    output = Output(str(path))
+    output.check(is_new=True)
+    for _ in range(2):
+        assert await output.write(ledger) == 3
+        failed, stopped, completed = written(path)
+    claimed.phase = RecordPhase.UNCERTAIN
+    await ledger.save(claimed)
+    assert await output.write(ledger) == 3, "an uncertain row has no line"
     assert list(completed) == list(COLUMNS)
     assert completed == {
         "key": "e",
@@ -85,13 +84,12 @@ async def test_a_line_a_row_that_has_ended_in_the_order_of_the_rows(ledger_addre
 @pytest.mark.parametrize(
     "text", ["", "\0 and \u2028", "ü 🙂 \u202e", "x" * 3_000_000], ids=["none", "nul", "odd", "big"]
 )
-async def test_whatever_a_crew_writes_is_one_line_of_json(ledger_address: str, path: Path, text: str):
-    async with Ledger(ledger_address, "b") as ledger:
-        await enter(ledger, "k")
-        await end(ledger, "k", output=text, data={"text": text})
-        output = Output(str(path))
-        output.check(is_new=True)
-        await output.write(ledger)
+async def test_whatever_a_crew_writes_is_one_line_of_json(ledger: Ledger, path: Path, text: str):
+    await enter(ledger, "k")
+    await end(ledger, "k", output=text, data={"text": text})
+    output = Output(str(path))
+    output.check(is_new=True)
+    await output.write(ledger)
     (line,) = written(path)
     assert (line["output"], line["data"]["text"]) == (text, text)
 
@@ -107,16 +105,15 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     Output(str(path)).check(is_new=True)
 
 
-async def test_a_write_that_fails_leaves_the_file_of_before(ledger_address: str, path: Path):
-    async with Ledger(ledger_address, "b") as ledger:
-        await enter(ledger, "k")
-        await end(ledger, "k")
-        output = Output(str(path))
-        output.check(is_new=True)
-        path.write_text("before")
-        path.with_name(f".{path.name}.new").mkdir()
-        with pytest.raises(OutputError, match="the same call writes them again"):
-            await output.write(ledger)
+async def test_a_write_that_fails_leaves_the_file_of_before(ledger: Ledger, path: Path):
+    await enter(ledger, "k")
+    await end(ledger, "k")
+    output = Output(str(path))
+    output.check(is_new=True)
+    path.write_text("before")
+    path.with_name(f".{path.name}.new").mkdir()
+    with pytest.raises(OutputError, match="the same call writes them again"):
+        await output.write(ledger)
     assert path.read_text() == "before"
 
 
@@ -135,19 +132,18 @@ SEEN = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LISBON = Place(city="Lisbon", people=545_000, area=100.05, founded=date(1147, 10, 25), seen=SEEN, tags=["sea"])
 
 
-async def test_parquet_has_a_column_for_each_field_of_the_type(ledger_address: str, tmp_path: Path):
+async def test_parquet_has_a_column_for_each_field_of_the_type(ledger: Ledger, tmp_path: Path):
     polars = pytest.importorskip("polars", reason="needs the extra `data`")
     path = tmp_path / "out.parquet"
-    async with Ledger(ledger_address, "b") as ledger:
-        output = Output(str(path), output_type=Place)
-        await output.write(ledger)
-        assert polars.read_parquet(path)["key"].to_list() == []
-        await enter(ledger, "a", "b", "c", "d")
-        await end(ledger, "a", data=LISBON.model_dump(mode="json"))
-        await end(ledger, "b", "failed")
-        await end(ledger, "c", data="text")
-        await end(ledger, "d", output='{"city": "Sintra", "people": 7}')
-        await output.write(ledger)
+    output = Output(str(path), output_type=Place)
+    await output.write(ledger)
+    assert polars.read_parquet(path)["key"].to_list() == []
+    await enter(ledger, "a", "b", "c", "d")
+    await end(ledger, "a", data=LISBON.model_dump(mode="json"))
+    await end(ledger, "b", "failed")
+    await end(ledger, "c", data="text")
+    await end(ledger, "d", output='{"city": "Sintra", "people": 7}')
+    await output.write(ledger)
     frame = polars.read_parquet(path)
     assert frame["key"].to_list() == ["a", "b", "c", "d"]
     assert json.loads(frame["inputs"][0]) == {"topic": "a"}

@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from prefect_crew.batches.rows import BadRow, RowPlan
 from prefect_crew.client.models import CrewInput
+from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import BadRowsError, ConfigurationError, DatasetError
 from support.batches import CREW, row_plan
 
@@ -144,11 +146,6 @@ def test_all_bad_rows_are_reported_at_once_and_the_message_has_an_end():
     assert "line 19: reason 19; and 4,980 more rows. Correct" in str(BadRowsError(many, 5000, source="leads.csv"))
 
 
-def test_a_key_that_is_secret_is_refused():
-    with pytest.raises(ConfigurationError, match="'topic' is a secret input"):
-        plan([{"topic": "tea"}], key="topic", crew=CREW.hiding(["topic"]))
-
-
 def test_a_template_that_is_none_is_no_fault_of_the_rows():
     with pytest.raises(ConfigurationError, match="is not a template"):
         plan([{"a": 1}], inputs={"topic": "{{ a"})
@@ -204,3 +201,33 @@ def test_a_range_of_rows_is_checked_and_run_alone(rows: str, keys: list[str]):
 def test_a_range_without_rows_is_an_error():
     with pytest.raises(DatasetError, match="has no rows from row 3 on"):
         plan([{"topic": "tea"}], rows="3:").check()
+
+
+# Secret inputs
+
+HIDES = replace(CREW.hiding(["pin"]), allow_extra_inputs=True)
+
+
+def test_no_reason_of_a_bad_row_has_a_secret_input():
+    def refuse(row: Any) -> Any:
+        raise ValueError(f"who has {row['code']}?")
+
+    def revealed(row: Any) -> Any:
+        return refuse({"code": row["code"].get_secret_value()})
+
+    # Among them the secret column of a template, refused where another input is made.
+    ways = [{"topic": "topic", "pin": refuse}, {"pin": "{{ code }}", "topic": refuse}, refuse]
+    for inputs in ways:
+        found = reasons([{"topic": "tea", "code": "hunter22"}], inputs=inputs, crew=HIDES)
+        assert found == [(1, f"who has {MASK}?")]
+    assert reasons([{"code": SecretStr("hunter22")}], inputs=revealed, crew=HIDES) == [(1, f"who has {MASK}?")]
+
+
+def test_a_key_that_holds_a_secret_input_is_refused():
+    rows = [{"topic": "tea", "code": "hunter22"}]
+    given = {"topic": "topic", "pin": "code"}
+    [(_, reason)] = reasons(rows, inputs=given, key=lambda row: f"of {row['code']}", crew=HIDES)
+    assert reason == "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
+    assert keys(rows, inputs={"topic": "topic", "tone": lambda row: SecretStr(row["code"])}, key="code") == []
+    with pytest.raises(ConfigurationError, match="'topic' is a secret input"):
+        plan([{"topic": "tea"}], key="topic", crew=CREW.hiding(["topic"]))

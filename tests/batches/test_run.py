@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import os
+import stat
 import uuid
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,14 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from prefect_crew import BatchFailedError, arun_batch, plan_batch, run_batch
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.rows import RowPlan
 from prefect_crew.batches.stored import open_stored_batch
+from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import (
     BadRowsError,
     BatchBusyError,
@@ -70,26 +74,24 @@ async def test_a_second_call_starts_nothing_and_reports_the_same(batch: Batches,
         assert (again.completed, again.failed, again.kickoffs, again.cost) == (20, 1, 0, first.cost)
     assert batch.output.read_bytes() == before
     assert {**server.requests, "inputs": 0} == {**requests, "inputs": 0}
+    with pytest.raises(BatchFailedError, match=r"20 of 21 rows completed, 1 failed.*retry_failed=True") as caught:
+        again.raise_for_failures()
+    assert caught.value.report is again
+    assert json.dumps(again.as_dict())
 
 
-async def test_more_rows_under_the_same_name_ask_for_a_decision(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO)
-    await batch(server.crew(), topics(5), name="growing")
-    with pytest.raises(BatchChangedError, match=r"5 rows, not these 6.*on_change='continue'"):
-        await batch(server.crew(), topics(6), name="growing")
-    assert server.kickoffs == 5
-    report = await batch(server.crew(), topics(6), name="growing", on_change="continue")
-    assert (report.completed, report.kickoffs, server.kickoffs) == (6, 1, 6)
-    assert len(batch.lines()) == 6
-
-
-async def test_another_crew_under_the_same_name_asks_too(batch: Batches, crew_server: CrewServerFactory):
+async def test_more_rows_or_another_crew_under_the_same_name_ask_for_a_decision(
+    batch: Batches, crew_server: CrewServerFactory
+):
     one, two = crew_server(ECHO), crew_server(ECHO)
-    await batch(one.crew(), topics(3), name="moved")
+    await batch(one.crew(), topics(5), name="growing")
+    with pytest.raises(BatchChangedError, match=r"5 rows, not these 6.*on_change='continue'"):
+        await batch(one.crew(), topics(6), name="growing")
     with pytest.raises(BatchChangedError, match=f"crew {one.url}, not {two.url}"):
-        await batch(two.crew(), topics(3), name="moved")
-    report = await batch(two.crew(), topics(4), name="moved", on_change="continue")
-    assert (report.completed, two.kickoffs) == (4, 1)
+        await batch(two.crew(), topics(5), name="growing")
+    report = await batch(two.crew(), topics(6), name="growing", on_change="continue")
+    assert (report.completed, report.kickoffs, one.kickoffs, two.kickoffs) == (6, 1, 5, 1)
+    assert len(batch.lines()) == 6
 
 
 async def test_a_key_with_other_inputs_than_before_is_not_started_again(batch: Batches, crew_server: CrewServerFactory):
@@ -223,7 +225,7 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
     assert [(row.line, row.reason) for row in caught.value.rows] == WRONG
     assert (server.kickoffs, batch.output.exists()) == (0, False)
     rejected = Path(f"{batch.output}.rejected.jsonl")
-    for _ in range(2):
+    for number in (1, 2):
         report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_bad_row="set-aside")
         assert (report.total, report.completed, report.set_aside, report.skipped, report.ok) == (8, 3, 5, 5, False)
         assert [(row.line, row.reason) for row in report.set_aside_rows] == WRONG
@@ -236,6 +238,12 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
             ["3", "milk", "x", "y", "z"],
             ["4", "rye"],
         ]
+        assert len(pages := await batch.pages(name)) == number, "each flow run has its own"
+        for part in (
+            *("3 of 8 (37.5%)", "| Set aside | 5 |", "| 3 | lacks topic |"),
+            *("| 4 | has 5 fields, the header has 3 |", str(rejected)),
+        ):
+            assert part in pages[-1]
     assert server.kickoffs == 3
     async with open_stored_batch(name) as known:
         found = await known.status()
@@ -409,14 +417,6 @@ async def test_names_that_no_ledger_could_keep_are_refused(batch: Batches, crew_
         await arun_batch(crew_server(ECHO).crew(), topics(1), name=name, output=str(batch.output))
 
 
-async def test_a_report_can_be_an_error(batch: Batches, crew_server: CrewServerFactory):
-    report = await batch(crew_server(PICKY).crew(), [{"topic": "bad"}, {"topic": "good"}])
-    with pytest.raises(BatchFailedError, match=r"1 of 2 rows completed, 1 failed.*retry_failed=True") as caught:
-        report.raise_for_failures()
-    assert caught.value.report is report
-    assert json.dumps(report.as_dict())
-
-
 async def test_webhooks_without_a_secret_are_reported_before_anything_is_started(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
@@ -425,3 +425,44 @@ async def test_webhooks_without_a_secret_are_reported_before_anything_is_started
     with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
         await batch(server.crew(), [{"a": 1}])
     assert server.kickoffs == 0
+
+
+# What is secret
+
+REPEATS = script(
+    {"name": "pay", "output": "paid with {{ inputs.values() | join }}", "fail": "{{ 'no ' + iban if 'bad' in topic }}"},
+    inputs=["topic", "iban", "pin", "code"],
+)
+
+
+async def test_no_file_of_a_batch_has_a_secret_input_whatever_way_it_came_in(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server, secrets = crew_server(REPEATS), {way: f"{way}-{uuid.uuid4().hex}" for way in ("iban", "pin", "code")}
+    given = {
+        "topic": "topic",
+        "iban": lambda row: secrets["iban"],
+        "pin": SecretStr(secrets["pin"]),
+        "code": lambda row: SecretStr(secrets["code"]),
+    }
+    crew = server.crew(secret_inputs=["iban"])
+    before = os.umask(0)
+    try:
+        for ending in ("jsonl.gz", "jsonl"):
+            report = await batch(
+                *(crew, [{"topic": "tea"}, {"topic": "bad"}]), key="topic", inputs=given,
+                output=str(batch.folder / f"out.{ending}"),
+            )  # fmt: skip
+            assert (report.completed, report.failed) == (1, 1)
+    finally:
+        os.umask(before)
+    assert all(run.inputs.items() >= secrets.items() for run in server.runs)
+    lines = batch.lines()
+    assert lines["tea"]["inputs"] == {"topic": "tea", **dict.fromkeys(secrets, MASK)}
+    assert lines["tea"]["output"] == lines["tea"]["tasks"][0]["output"] == f"paid with tea{MASK}{MASK}{MASK}"
+    assert lines["bad"]["error"] == f"no {MASK}"
+    files = [path for path in batch.folder.rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    assert {stat.filemode(path.stat().st_mode) for path in files} == {"-rw-------"}, "for their owner only"
+    everything = b"".join((gzip.open if path.suffix == ".gz" else open)(path, "rb").read() for path in files)
+    assert [way for way, secret in secrets.items() if secret.encode() in everything] == []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -17,26 +19,29 @@ from prefect.runtime import flow_run
 from pydantic import SecretStr
 
 from prefect_crew import (
-    ConfigurationError,
-    CrewFailedError,
     CrewStep,
     DeployedCrew,
-    IdempotencyConflictError,
-    KickoffUncertainError,
-    PipelineFailedError,
+    PipelineContext,
     arun_crew,
     arun_pipeline,
     get_result,
     plan_pipeline,
     run_pipeline,
 )
-from prefect_crew.client.models import CrewInput
-from prefect_crew.devserver import CrewServer, Outcome, ProgramError, Run, load_program
-from prefect_crew.pipelines import artifact as artifact_module
+from prefect_crew.client.redaction import MASK
+from prefect_crew.devserver import CrewServer
+from prefect_crew.exceptions import (
+    ConfigurationError,
+    CrewFailedError,
+    IdempotencyConflictError,
+    KickoffUncertainError,
+    PipelineFailedError,
+)
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
-from support.held import Held
+from support.held import FailsFirst, Held
+from support.prefect_server import PrefectServer, stored_texts
 from support.scripts import FAILS, script, slow
 from support.seen import Seen
 
@@ -224,7 +229,8 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
         CrewStep("research", crew, {"text": "on {{ topic }}", "password": lambda _: "x"}),
         CrewStep("send", crew, {"text": lambda _: "x", "password": "{{ code }}"}, after=["write"]),
     ]
-    plan = plan_pipeline(steps, {"topic": "tea", "code": "hunter22"})
+    steps.append(CrewStep("tell", crew, {"text": "as {{ pin }}: hunter23", "password": "{{ code }}"}, after="send"))
+    plan = plan_pipeline(steps, {"topic": "tea", "code": "hunter22", "pin": SecretStr("hunter23")})
     assert str(plan).splitlines() == [
         "research: crew travel",
         "  text = on {{ topic }}",
@@ -236,6 +242,10 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
         "",
         "send: crew travel, after write",
         "  text = from a function",
+        "  password = ********",
+        "",
+        "tell: crew travel, after send",
+        "  text = as {{ pin }}: ********",
         "  password = ********",
     ]
     assert server.kickoffs == 0
@@ -272,28 +282,10 @@ async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server:
     assert server.kickoffs == 3
     shown = await asyncio.to_thread(artifact, seen, "failing", idempotency_key)
     assert shown.count("✗ failed") == 3
-    assert "### Step bad failed (attempt 1 of at most 3)" in shown
-    assert "no bad" in shown
+    assert (
+        shown.index("### Step bad failed (attempt 1 of at most 3)") < shown.index("no bad") < shown.index("### Steps")
+    )
     assert shown.count("– not run") == 2
-
-
-class FailsFirst:
-    """A crew that gives back its text, and whose first run fails."""
-
-    name = "fails-first"
-
-    def __init__(self) -> None:
-        self._echo = load_program("echo")
-        self._runs = 0
-
-    def inputs(self) -> list[CrewInput]:
-        return self._echo.inputs()
-
-    async def execute(self, run: Run) -> Outcome:
-        self._runs += 1
-        if self._runs == 1:
-            raise ProgramError("the editor is out for lunch")
-        return await self._echo.execute(run)
 
 
 def chain(echo: CrewServer, fails_first: CrewServer) -> list[CrewStep]:
@@ -444,14 +436,6 @@ def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: CrewServer, see
     assert names == [f"{verb} {n}" for verb in ("kickoff", "wait") for n in range(3)]
 
 
-async def test_a_prefect_that_refuses_artifacts_fails_nothing(
-    echo: CrewServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setattr(artifact_module, "artifact_key", lambda *_, **__: "NOT A KEY")
-    assert (await arun_pipeline([CrewStep("a", echo.crew(), {"text": "a"})]))["a"].output == "a"
-    assert caplog.text.count("The artifact of pipeline pipeline could not be updated") == 1
-
-
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
 async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_where_only_a_function_takes_it(
     echo: CrewServer, inside: bool
@@ -503,3 +487,97 @@ async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what
         await client.resume_flow_run(planned.id)
         assert await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id)) == "done"
     assert [echo.kickoffs, server.kickoffs] == [2, 1]
+
+
+# Secrets reach the crews that need them, and are stored and shown nowhere
+
+LOGIN = script(
+    {"name": "log in", "output": "logged in as {{ user }} with {{ password }}"}, inputs=["user", "password"], name="in"
+)
+REPEATS = script({"name": "say", "output": "{{ text }}"}, inputs=["text"])
+REFUSES = script({"name": "say", "fail": "refused: {{ text }}"}, inputs=["text"])
+
+Make = Callable[[str, DeployedCrew, DeployedCrew], list[CrewStep]]
+
+
+def new() -> str:
+    return f"hunter-{uuid.uuid4().hex}"
+
+
+LOGS_IN = {"user": "me", "password": "{{ login }}"}
+WAYS: dict[str, tuple[Make, Callable[[str], dict[str, Any]], list[str]]] = {
+    "a SecretStr of the crew's name": (
+        lambda secret, first, _: [CrewStep("a", first)],
+        lambda secret: {"user": "me", "password": SecretStr(secret)},
+        [],
+    ),
+    "a text that a function puts into a secret input": (
+        lambda secret, first, _: [
+            CrewStep("a", first, {"user": "me", "password": lambda context: context.inputs["code"]})
+        ],
+        lambda secret: {"code": secret},
+        ["password"],
+    ),
+    "a secret of the step itself": (
+        lambda secret, first, _: [CrewStep("a", first, {"user": "me", "password": SecretStr(secret)})],
+        lambda secret: {},
+        [],
+    ),
+    "a text that goes to another crew as well": (
+        lambda secret, first, second: [
+            CrewStep("a", first, LOGS_IN),
+            CrewStep("b", second, {"text": "as {{ login }}"}, after=["a"]),
+        ],
+        lambda secret: {"login": secret},
+        ["password"],
+    ),
+    "an output that repeats it, and a template that changes it": (
+        lambda secret, first, second: [
+            CrewStep("a", first, LOGS_IN),
+            CrewStep("b", second, {"text": "{{ a.output }} {{ login | upper }}"}),
+        ],
+        lambda secret: {"login": SecretStr(secret)},
+        [],
+    ),
+}
+
+
+async def test_a_secret_reaches_the_crew_and_nothing_else(
+    crew_server: CrewServerFactory, prefect_api: PrefectServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    secrets = {way: new() for way in WAYS}
+    first, second = crew_server(LOGIN), crew_server(REPEATS)
+    with caplog.at_level(logging.DEBUG):
+        for way, (make, inputs, secret_inputs) in WAYS.items():
+            steps = make(secrets[way], first.crew(secret_inputs=secret_inputs), second.crew())
+            result = await asyncio.to_thread(run_pipeline, steps, inputs(secrets[way]), name=f"secret {way}")
+            assert result["a"].output == f"logged in as me with {secrets[way]}"
+            if len(steps) > 1:
+                assert secrets[way] in second.runs[-1].inputs["text"]
+    kept = await asyncio.to_thread(stored_texts, prefect_api)
+    assert "secret a SecretStr of the crew's name" in kept
+    shown = caplog.text + kept
+    assert [way for way, secret in secrets.items() if secret in shown or secret.upper() in shown] == []
+
+
+async def test_no_error_of_a_step_tells_a_secret(
+    crew_server: CrewServerFactory, prefect_api: PrefectServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = new()
+
+    def breaks(context: PipelineContext) -> Any:
+        raise ValueError(f"no {context.inputs['login'].get_secret_value()}")
+
+    steps = [
+        CrewStep("a", crew_server(REFUSES).crew(), {"text": "as {{ login }}"}),
+        CrewStep("b", crew_server(REPEATS).crew(), {"text": "{{ (login ~ 'x') + 1 }}"}),
+        CrewStep("c", crew_server(REPEATS).crew(), {"text": breaks}),
+    ]
+    with pytest.raises(PipelineFailedError) as raised:
+        await asyncio.to_thread(run_pipeline, steps, {"login": SecretStr(secret)})
+    assert sorted(raised.value.errors) == ["a", "b", "c"]
+    assert f"refused: {MASK}" in str(raised.value.errors["a"])
+    assert isinstance(raised.value.errors["c"], ConfigurationError)
+    assert f"no {MASK}" in str(raised.value.errors["c"])
+    assert secret not in f"{raised.value} {raised.value.errors}" + caplog.text
+    assert secret not in await asyncio.to_thread(stored_texts, prefect_api)

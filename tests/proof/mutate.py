@@ -26,7 +26,7 @@ OWN_TESTS = {
     "records/decision.py": ["tests/records/test_decision.py", "tests/runs/test_kickoff.py"],
     "records/model.py": ["tests/records/test_model.py", "tests/records/test_golden.py", "tests/runs/test_kickoff.py"],
     "client/_retry_safety.py": ["tests/client/test_client.py"],
-    "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py", "tests/runs/test_racing.py"],
+    "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py"],
     "records/store.py": ["tests/records/test_store.py", "tests/runs/test_kickoff_claims.py"],
     "records/prune.py": ["tests/records/test_prune.py"],
     "records/totals.py": ["tests/records/test_totals.py"],

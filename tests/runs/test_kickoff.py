@@ -11,8 +11,7 @@ import pytest
 from prefect import flow
 from pydantic import SecretStr
 
-from prefect_crew import Webhooks, kickoff_crew
-from prefect_crew.devserver import CrewServer
+from prefect_crew import Webhooks, arun_crew, kickoff_crew
 from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -30,7 +29,6 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
-from support.prefect_server import free_port
 from support.records import attempts, key, phases
 from support.scripts import FAILS, script
 
@@ -49,57 +47,54 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 # Inputs
 
 
-async def test_missing_inputs_start_nothing_and_may_be_corrected_under_the_same_key(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server(TRIP), key()
-    with pytest.raises(
-        InvalidInputsError,
-        match=r"Missing inputs: city\. Unknown inputs: days\. The crew takes: city\. Nothing was started",
-    ) as caught:
-        await server.crew().trigger({"days": 3}, idempotency_key=idempotency_key)
-    assert (caught.value.missing_inputs, caught.value.before_kickoff) == (["city"], True)
-    assert str(caught.value).endswith(f"Run {idempotency_key!r} of crew {server.crew().label}.")
-    assert caught.value.idempotency_key == idempotency_key
-    assert server.requests["kickoff"] == 0
-    await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
-
-
-async def test_an_unknown_input_starts_nothing_and_is_reported_with_the_one_that_may_be_meant(
-    crew_server: CrewServerFactory,
+@pytest.mark.parametrize(
+    ("given", "missing", "unknown", "said"),
+    [
+        ({"days": 3}, ["city"], ["days"], "Missing inputs: city. Unknown inputs: days. The crew takes: city, tone."),
+        (
+            *({"city": "Lisbon", "tones": "dry", "size": 3}, [], ["tones", "size"]),
+            "Unknown inputs: tones (did you mean tone?), size. The crew takes: city, tone.",
+        ),
+    ],
+)
+async def test_missing_and_unknown_inputs_start_nothing_and_may_be_corrected_under_the_same_key(
+    crew_server: CrewServerFactory, given: dict[str, Any], missing: list[str], unknown: list[str], said: str
 ):
     server, idempotency_key = crew_server(TONED), key()
     with pytest.raises(InvalidInputsError) as caught:
-        await server.crew().trigger({"city": "Lisbon", "tones": "dry", "size": 3}, idempotency_key=idempotency_key)
-    said = "Unknown inputs: tones (did you mean tone?), size. The crew takes: city, tone. Nothing was started."
-    assert str(caught.value).startswith(said)
-    assert "allow_extra_inputs=True" in str(caught.value)
-    assert (caught.value.unknown_inputs, caught.value.known_inputs) == (["tones", "size"], ["city", "tone"])
-    assert (caught.value.missing_inputs, caught.value.before_kickoff) == ([], True)
+        await server.crew().trigger(given, idempotency_key=idempotency_key)
+    error = caught.value
+    assert (error.missing_inputs, error.unknown_inputs, error.known_inputs) == (missing, unknown, ["city", "tone"])
+    assert (error.before_kickoff, error.idempotency_key) == (True, idempotency_key)
+    assert str(error).startswith(f"{said} Nothing was started.")
+    assert "allow_extra_inputs=True" in str(error)
+    assert str(error).endswith(f"Run {idempotency_key!r} of crew {server.crew().label}.")
     assert server.requests["kickoff"] == 0
     await server.crew().trigger({"city": "Lisbon", "tone": "dry"}, idempotency_key=idempotency_key)
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
-async def test_extra_inputs_are_sent_where_the_block_allows_them(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("spec", "allow", "given"),
+    [
+        pytest.param(TRIP, True, {"city": "Lisbon", "color": "red", "size": "3"}, id="where the block allows them"),
+        pytest.param(
+            TRIP, False, {"city": "x", "crewai_trigger_payload": "{}", "id": str(uuid.UUID(int=7))}, id="injected"
+        ),
+        pytest.param(script({"output": "x"}), False, {"anything": "goes"}, id="of a crew that names none"),
+    ],
+)
+async def test_extra_inputs_that_are_sent_without_a_word(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, spec: str, allow: bool, given: dict[str, str]
 ):
-    server = crew_server(TRIP)
-    crew: Any = server.crew(allow_extra_inputs=True)
-    run = await crew.trigger({"city": "Lisbon", "color": "red", "size": 3})
-    assert server.run(run.kickoff_id).inputs == {"city": "Lisbon", "color": "red", "size": "3"}
-    with pytest.raises(InvalidInputsError, match=r"Missing inputs: city\. Nothing was started"):
-        await crew.trigger({"color": "red"})
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-async def test_what_the_platform_injects_is_no_unknown_input(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
-):
-    server = crew_server(TRIP)
-    given = {"city": "Lisbon", "crewai_trigger_payload": "{}", "id": str(uuid.uuid4())}
-    run = await server.crew().trigger(given)
+    server = crew_server(spec)
+    crew: Any = server.crew(allow_extra_inputs=allow)
+    run = await crew.trigger(given)
     assert server.run(run.kickoff_id).inputs == given
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    if allow:
+        with pytest.raises(InvalidInputsError, match=r"Missing inputs: city\. Nothing was started"):
+            await crew.trigger({"color": "red"})
 
 
 async def test_a_flow_that_refuses_its_id_has_started_nothing_and_its_message_is_shown(crew_server: CrewServerFactory):
@@ -113,15 +108,7 @@ async def test_a_flow_that_refuses_its_id_has_started_nothing_and_its_message_is
     assert (server.kickoffs, await phases(idempotency_key)) == (0, [RecordPhase.NOT_STARTED])
 
 
-async def test_a_crew_that_names_no_inputs_takes_any(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
-    server = crew_server(script({"output": "{{ inputs.anything }}"}))
-    run = await server.crew().trigger({"anything": "goes"})
-    await run.wait_for_completion()
-    assert (await run.fetch_result()).output == "goes"
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-@pytest.mark.parametrize("fault", ["404", "500", "drop", "html"])
+@pytest.mark.parametrize("fault", ["500", "drop"])
 async def test_inputs_that_cannot_be_asked_for_do_not_stop_a_run(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
 ):
@@ -154,24 +141,19 @@ async def test_inputs_that_cannot_be_sent_start_nothing(crew_server: CrewServerF
     assert not server.requests
 
 
-async def test_inputs_go_as_text_or_as_json_values(crew_server: CrewServerFactory):
+async def test_a_kickoff_carries_inputs_as_text_or_json_its_key_the_users_meta_and_webhooks(
+    crew_server: CrewServerFactory,
+):
     server, inputs = crew_server(TRIP), {"city": ["Lisbon", "Porto"], "days": 3}
-    for as_json, sent in ((False, {"city": '["Lisbon","Porto"]', "days": "3"}), (True, inputs)):
-        run = await server.crew(inputs_as_json=as_json, allow_extra_inputs=True).trigger(inputs)
-        assert server.run(run.kickoff_id).inputs == sent
-
-
-async def test_the_kickoff_carries_the_idempotency_key_the_users_meta_and_webhooks(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server("echo"), key()
-    run = await server.crew().trigger(
-        {"text": "a"},
-        idempotency_key=idempotency_key,
-        meta={"order": 7, "idempotency_key": "not this one"},
-        webhooks=Webhooks(crew="http://127.0.0.1:9/crew"),
-    )
-    sent = server.run(run.kickoff_id)
-    assert sent.meta == {"order": 7, "idempotency_key": idempotency_key, "run_attempt": 1}
-    assert sent.targets.crew == "http://127.0.0.1:9/crew"
+    given: dict[str, Any] = {"meta": {"order": 7, "idempotency_key": "not this one"}}
+    given["webhooks"] = Webhooks(crew="http://127.0.0.1:9/crew")
+    for as_json, expected in ((False, {"city": '["Lisbon","Porto"]', "days": "3"}), (True, inputs)):
+        crew, idempotency_key = server.crew(inputs_as_json=as_json, allow_extra_inputs=True), key()
+        run = await crew.trigger(inputs, idempotency_key=idempotency_key, **given)
+        sent = server.run(run.kickoff_id)
+        assert sent.inputs == expected
+        assert sent.meta == {"order": 7, "idempotency_key": idempotency_key, "run_attempt": 1}
+        assert sent.targets.crew == "http://127.0.0.1:9/crew"
 
 
 # Tokens
@@ -191,39 +173,11 @@ async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_rene
     assert await phases(idempotency_key) == [RecordPhase.STARTED]
 
 
-async def test_a_stored_token_that_is_refused_as_well_is_not_tried_for_ever(crew_server: CrewServerFactory):
-    server, name = crew_server(TRIP), f"wrong-{uuid.uuid4().hex[:8]}"
-    crew = server.crew(token="wrong")
-    await crew.asave(name)
-    await server.crew(token="wrong-too").asave(name, overwrite=True)
-    with pytest.raises(AuthenticationError):
-        await crew.trigger({"city": "Lisbon"})
-    assert server.unauthorized == 2
-
-
 # Fates
 
 
-UNCERTAIN = {
-    "dropped after it was accepted": "drop-after-accept",
-    "dropped before it was accepted": "drop",
-    "reset after it was accepted": "reset-after-accept",
-    "cut in the middle of the answer": "cut",
-    "500 after it was accepted": "500-after-accept",
-    "502": "502",
-    "503 without a time to come back": "503-bare",
-    "504": "504",
-    "408": "408",
-    "redirect": "redirect",
-    "200 with a page": "html-after-accept",
-    "200 with half an answer": "garbage-after-accept",
-    "200 with nothing": "empty-after-accept",
-    "200 without an id": "no-id",
-    "no answer in time": "timeout",
-}
-
-
-@pytest.mark.parametrize("fault", UNCERTAIN.values(), ids=UNCERTAIN.keys())
+# tests/proof/test_network.py has all faults.
+@pytest.mark.parametrize("fault", ["drop-after-accept", "500-after-accept", "html-after-accept", "no-id", "timeout"])
 async def test_what_may_have_started_is_uncertain_and_never_sent_again(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
 ):
@@ -244,11 +198,8 @@ async def test_what_may_have_started_is_uncertain_and_never_sent_again(
     assert server.token not in f"{record} {caught.value!r} {caught.value.__cause__!r} {caplog.text}"
 
 
-REFUSED = {"400": InvalidInputsError, "403": AuthenticationError, "404": NotFoundError, "405": CrewAPIError}
-
-
 @pytest.mark.parametrize(
-    ("fault", "kind"), [*REFUSED.items(), ("422", InvalidInputsError)], ids=lambda value: str(value)[:3]
+    ("fault", "kind"), [("400", InvalidInputsError), ("403", AuthenticationError), ("404", NotFoundError)]
 )
 async def test_what_was_refused_did_not_start_and_is_raised_at_once(
     crew_server: CrewServerFactory, fault: str, kind: type[CrewAPIError]
@@ -287,72 +238,48 @@ async def test_a_server_that_asks_for_too_much_time_is_left_alone(
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
 
 
-def test_a_refused_connection_is_tried_again_by_prefects_own_retries(crew_server: CrewServerFactory):
-    server = CrewServer("echo", port=free_port())
-    kickoff_with_retries = kickoff_crew.with_options(retries=20, retry_delay_seconds=0.3)
-
-    @flow
-    async def trip() -> str:
-        async def start() -> None:
-            await asyncio.sleep(0.8)
-            await asyncio.to_thread(server.start)
-
-        starting = asyncio.ensure_future(start())
-        try:
-            return await kickoff_with_retries(server.crew(), {"text": "a"})
-        finally:
-            await starting
-
-    try:
-        kickoff_id = asyncio.run(trip())
-        assert server.run(kickoff_id)
-        assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
-    finally:
-        server.stop()
-
-
 # Keys that hold across flow runs
 
 
-async def test_a_completed_run_is_returned_without_a_request_to_the_crew(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server("echo"), key()
-    first = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    await first.wait_for_completion()
-    asked = server.requests.total()
-    second = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    await second.wait_for_completion()
-    assert (await second.fetch_result()).output == "a"
-    assert second.kickoff_id == first.kickoff_id
+async def test_a_completed_run_of_equal_inputs_is_returned_without_a_request_to_the_crew(
+    crew_server: CrewServerFactory,
+):
+    server, idempotency_key, found = crew_server(TRIP), key(), list[tuple[Any, str]]()
+    asked = 0
+    # They are equal whatever their order and form.
+    for as_json, inputs in ((False, {"city": "Lisbon", "days": 3}), (True, {"days": 3, "city": "Lisbon"})):
+        crew = server.crew(inputs_as_json=as_json, allow_extra_inputs=True)
+        run = await crew.trigger(inputs, idempotency_key=idempotency_key)
+        await run.wait_for_completion()
+        found.append((run.kickoff_id, (await run.fetch_result()).output))
+        asked = asked if as_json else server.requests.total()
+    assert found == [found[0]] * 2
+    assert found[0][1] == "Lisbon"
     assert server.requests.total() == asked
 
 
-async def test_a_failed_run_is_started_again_up_to_the_limit_and_then_raised_with_its_reason(
+async def test_a_failed_run_is_started_again_up_to_the_limit_and_then_raised_with_its_reason_and_what_to_do(
     crew_server: CrewServerFactory,
 ):
     server, idempotency_key = crew_server(FAILS), key()
-    crew, errors = server.crew(max_kickoffs=2), list[str]()
+    crew, errors = server.crew(max_kickoffs=2).crew.called("travel"), list[str]()
     for _ in range(4):
         with pytest.raises(CrewFailedError, match="the search engine is down") as caught:
-            await (await crew.trigger({}, idempotency_key=idempotency_key)).wait_for_completion()
+            await arun_crew(crew, idempotency_key=idempotency_key)
         errors.append(str(caught.value))
     assert server.kickoffs == 2
     assert [(record.attempt, record.state) for record in await attempts(idempotency_key)] == [
         (1, CrewState.FAILED),
         (2, CrewState.FAILED),
     ]
+    assert "starts the crew again" in errors[0]
     assert "This was attempt 2 of at most 2" in errors[1]
-    assert all("allows 2 kickoffs for one idempotency key" in error and "force_new" in error for error in errors[2:])
-
-
-@pytest.mark.parametrize("other", ["crew", "inputs"])
-async def test_another_crew_or_other_inputs_under_a_key_are_a_conflict(crew_server: CrewServerFactory, other: str):
-    server, second, idempotency_key = crew_server("echo"), crew_server("echo"), key()
-    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    crew, text = (second.crew(), "a") if other == "crew" else (server.crew(), "b")
-    with pytest.raises(IdempotencyConflictError, match="Nothing was started") as caught:
-        await crew.trigger({"text": text}, idempotency_key=idempotency_key)
-    assert caught.value.idempotency_key == idempotency_key
-    assert (server.requests["kickoff"], second.requests["kickoff"]) == (1, 0)
+    assert "starts the crew again" not in errors[1]
+    for error in errors[2:]:
+        assert "Nothing was started: crew travel allows 2 kickoffs for one idempotency key (max_kickoffs)" in error
+    for error in errors[1:]:
+        for place in ("block deployed-crew/travel", "parameter force_new", "force_new=True", "--force-new"):
+            assert place in error
 
 
 async def conflict(crew: Any, inputs: dict[str, Any], idempotency_key: str, **options: Any) -> str:
@@ -361,13 +288,23 @@ async def conflict(crew: Any, inputs: dict[str, Any], idempotency_key: str, **op
     return caught.value.difference
 
 
-async def test_a_conflict_names_the_inputs_that_differ(crew_server: CrewServerFactory):
+async def test_another_crew_or_other_inputs_under_a_key_are_a_conflict_that_names_them(
+    crew_server: CrewServerFactory,
+):
     server, idempotency_key = crew_server("echo"), key()
     crew = server.crew(allow_extra_inputs=True, secret_inputs=["pin"])
     given = {"text": "a", "days": 3, "old": "x", "pin": "1234"}
     await crew.trigger(given, idempotency_key=idempotency_key)
     differing = {"text": "b", "days": "3", "new": "y", "pin": SecretStr("1234")}
-    assert await conflict(crew, differing, idempotency_key) == "its inputs differ: text, old, new"
+    with pytest.raises(IdempotencyConflictError, match="Nothing was started") as caught:
+        await crew.trigger(differing, idempotency_key=idempotency_key)
+    assert (caught.value.idempotency_key, caught.value.difference) == (
+        idempotency_key,
+        "its inputs differ: text, old, new",
+    )
+    other = crew_server("echo")
+    assert "crew" in await conflict(other.crew(), given, idempotency_key)
+    assert other.requests["kickoff"] == 0
     secret = await conflict(crew, {**given, "pin": "9999"}, idempotency_key)
     assert secret == "a secret input differs"
     # What is secret for one of the two is compared with nothing.
@@ -408,14 +345,6 @@ async def test_what_a_record_keeps_of_its_inputs_tells_nothing_without_the_token
     marks = [first.key, second.key, *first.inputs.values(), *second.inputs.values()]
     assert len(set(marks)) == len(marks), "equal values of two inputs, or of two crews, are not seen to be equal"
     assert {len(mark) for mark in marks} == {8}
-
-
-async def test_equal_inputs_are_equal_whatever_their_order_and_form(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server(TRIP), key()
-    for as_json, inputs in ((False, {"city": "Lisbon", "days": 3}), (True, {"days": 3, "city": "Lisbon"})):
-        crew = server.crew(inputs_as_json=as_json, allow_extra_inputs=True)
-        await crew.trigger(inputs, idempotency_key=idempotency_key)
-    assert server.kickoffs == 1
 
 
 async def test_force_new_starts_again_whatever_the_record_says(crew_server: CrewServerFactory):

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from prefect.exceptions import TerminationSignal
 
-from prefect_crew import DeployedCrew
+from prefect_crew import CrewFailedError, CrewResult, DeployedCrew
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.crew import Crew
@@ -31,6 +31,8 @@ from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
 from support.records import LONG_AGO, attempts, key, phases, put
+from support.scripts import FAILS, slow
+from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -60,28 +62,23 @@ async def claim(idempotency_key: str, crew: DeployedCrew, *, permit: float | Non
     return await put(record, permit=permit)
 
 
-async def test_who_finds_a_claim_waits_for_its_id(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server("echo"), key()
+@pytest.mark.parametrize("given_back", [False, True])
+async def test_who_finds_a_claim_waits_for_its_id_or_starts_a_run_where_it_is_given_back(
+    crew_server: CrewServerFactory, given_back: bool
+):
+    server, idempotency_key, theirs = crew_server("echo"), key(), f"theirs {uuid.uuid4()}"
     stored = await claim(idempotency_key, server.crew())
     finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
     done, _ = await asyncio.wait({finding}, timeout=0.5)
     assert not done
-    theirs = f"theirs {uuid.uuid4()}"
-    assert await RECORDS.permit(stored, 30, late=False)
-    stored.phase, stored.kickoff_id, stored.kicked_off_at = RecordPhase.STARTED, theirs, utcnow()
+    if given_back:
+        stored.phase = RecordPhase.NOT_STARTED
+    else:
+        assert await RECORDS.permit(stored, 30, late=False)
+        stored.phase, stored.kickoff_id, stored.kicked_off_at = RecordPhase.STARTED, theirs, utcnow()
     await RECORDS.save(stored)
-    assert (await finding).kickoff_id == theirs
-
-
-async def test_who_waits_for_a_claim_starts_a_run_where_it_was_given_back(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server("echo"), key()
-    stored = await claim(idempotency_key, server.crew())
-    finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
-    await asyncio.sleep(0.3)
-    stored.phase = RecordPhase.NOT_STARTED
-    await RECORDS.save(stored)
-    assert (await finding).kickoff_id in {run.id for run in server.runs}
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+    assert (await finding).kickoff_id in ({run.id for run in server.runs} if given_back else {theirs})
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED] * given_back + [RecordPhase.STARTED]
 
 
 @pytest.mark.parametrize(
@@ -99,19 +96,19 @@ async def test_a_claim_that_nothing_was_sent_for_is_voided_and_the_run_is_starte
     assert not await RECORDS.permit(theirs, 30, late=False)
 
 
-async def test_a_kickoff_that_may_have_been_sent_is_uncertain_when_its_time_is_up(crew_server: CrewServerFactory):
+@pytest.mark.parametrize(
+    ("permit", "fields"),
+    [(LONG_AGO, {}), (60.0, {"flow_run_id": str(uuid.UUID(int=7))})],
+    ids=["time is up", "flow run is gone"],
+)
+async def test_a_kickoff_that_may_have_been_sent_is_uncertain(
+    crew_server: CrewServerFactory, permit: float, fields: dict[str, Any]
+):
     server, idempotency_key = crew_server("echo"), key()
-    await claim(idempotency_key, server.crew(), permit=LONG_AGO)
+    await claim(idempotency_key, server.crew(), permit=permit, **fields)
     with pytest.raises(KickoffUncertainError, match="ended before it recorded the answer"):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert server.requests["kickoff"] == 0
-
-
-async def test_a_kickoff_of_a_flow_run_that_is_gone_is_uncertain_at_once(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server("echo"), key()
-    await claim(idempotency_key, server.crew(), permit=60.0, flow_run_id=str(uuid.uuid4()))
-    with pytest.raises(KickoffUncertainError):
         await asyncio.wait_for(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key), 20)
+    assert server.requests["kickoff"] == 0
 
 
 # Claims and permits that are used too late, or not at all
@@ -141,19 +138,10 @@ async def test_a_claim_next_to_another_that_it_was_not_decided_by_is_given_back(
     server, idempotency_key = crew_server("echo", faults=["inputs:latency=1@1"]), key()
     theirs = f"theirs {uuid.uuid4()}"
     await claim(idempotency_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=theirs)
-    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
-
-
-async def test_an_earlier_attempt_that_goes_missing_starts_nothing_more(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server("echo"), key()
-    await claim(
-        idempotency_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=f"theirs {uuid.uuid4()}"
-    )
     for _ in range(3):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert server.requests["kickoff"] == 0
+        run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
+        assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
 async def test_a_kickoff_whose_permit_is_over_is_not_sent_and_its_run_is_claimed_anew(
@@ -220,10 +208,7 @@ async def cancelled_at(request: str, server: CrewServer, idempotency_key: str, w
         await calling
 
 
-WAYS = pytest.mark.parametrize("way", ["cancelled", "timed out", "timed out in a gather"])
-
-
-@WAYS
+@pytest.mark.parametrize("way", ["cancelled", "timed out", "timed out in a gather"])
 async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_cancelled(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, way: str
 ):
@@ -264,11 +249,13 @@ async def test_what_became_of_a_cancelled_callers_kickoff_is_on_record(
 
 
 @pytest.mark.parametrize(
-    ("fault", "request_of_it"),
-    [("inputs:latency=30", "inputs"), ("kickoff:429=30", "kickoff")],
-    ids=["at the check", "in a pause"],
+    ("fault", "request_of_it", "way"),
+    [
+        ("inputs:latency=30", "inputs", "cancelled"),
+        ("inputs:latency=30", "inputs", "timed out"),
+        ("kickoff:429=30", "kickoff", "timed out in a gather"),
+    ],
 )
-@WAYS
 async def test_a_caller_that_is_cancelled_before_its_kickoff_gives_the_claim_back(
     crew_server: CrewServerFactory, fault: str, request_of_it: str, way: str
 ):
@@ -324,18 +311,23 @@ async def test_a_refused_token_that_cannot_be_renewed_has_started_nothing(
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
 
 
-async def test_an_id_is_on_record_although_its_caller_is_cut_off_over_whose_it_is(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cut", "phase"),
+    [((CrewClient, "kickoff"), RecordPhase.UNCERTAIN), ((PrefectRecords, "holders"), RecordPhase.STARTED)],
+    ids=["in the midst of the kickoff", "over whose its id is"],
+)
+async def test_a_signal_is_not_taken_for_a_refusal_and_leaves_an_id_on_record(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, cut: tuple[Any, str], phase: RecordPhase
 ):
-    async def cut_off(*_: Any) -> None:
+    async def interrupted(*_: Any, **__: Any) -> None:
         raise TerminationSignal(signal.SIGTERM)
 
-    monkeypatch.setattr(PrefectRecords, "holders", cut_off)
+    monkeypatch.setattr(*cut, interrupted)
     server, idempotency_key = crew_server("echo"), key()
     with pytest.raises(TerminationSignal):
         await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     (record,) = await attempts(idempotency_key)
-    assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
+    assert (record.phase, record.kickoff_id) == (phase, next((run.id for run in server.runs), None))
 
 
 @pytest.mark.parametrize("good_for", [60.0, LONG_AGO], ids=["of a caller", "of a claim that was given up"])
@@ -370,19 +362,6 @@ async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
     assert not limit.expired()
     # The POST that was left loses its connection as the caller's session closes, and may have written that down by now.
     assert await phases(idempotency_key) in ([RecordPhase.CLAIMED], [RecordPhase.UNCERTAIN])
-
-
-async def test_a_signal_in_the_midst_of_a_kickoff_is_not_taken_for_a_refusal(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    async def interrupted(*_: Any, **__: Any) -> None:
-        raise TerminationSignal(signal.SIGTERM)
-
-    monkeypatch.setattr(CrewClient, "kickoff", interrupted)
-    server, idempotency_key = crew_server("echo"), key()
-    with pytest.raises(TerminationSignal):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert await phases(idempotency_key) == [RecordPhase.UNCERTAIN]
 
 
 # A Prefect API that is away
@@ -433,3 +412,27 @@ async def test_without_a_new_permit_nothing_is_sent_again(crew_server: CrewServe
     proxy.refuse = None
     assert server.requests["kickoff"] == 1
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
+
+
+# Many callers at once: one run, equal results
+
+
+@pytest.mark.parametrize("script", [slow(0.3), FAILS], ids=["slow", "failing"])
+def test_twenty_callers_start_one_run(crew_server: CrewServerFactory, seen: Seen, script: str):
+    server, idempotency_key = crew_server(script), key()
+
+    async def result() -> Any:
+        run = await server.crew().trigger({}, idempotency_key=idempotency_key)
+        await run.wait_for_completion()
+        return await run.fetch_result()
+
+    async def race() -> list[Any]:
+        return [*await asyncio.gather(*(result() for _ in range(20)), return_exceptions=True)]
+
+    results = asyncio.run(race())
+    assert server.kickoffs == 1
+    assert {type(one) for one in results} == {CrewFailedError if script == FAILS else CrewResult}
+    (kickoff_id,) = {one.kickoff_id for one in results}
+    events = [one["event"] for one in seen.events(kickoff_id)]
+    assert events.count("crew.failed" if script == FAILS else "crew.completed") == 1
+    assert len(seen.records(idempotency_key)) == 1

@@ -6,30 +6,26 @@ import asyncio
 import itertools
 import uuid
 from datetime import timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
-from prefect_crew import (
+from prefect_crew import CrewStep, DeployedCrew, WaitPolicy, arun_batch, arun_crew, arun_pipeline
+from prefect_crew.devserver import CrewServer
+from prefect_crew.exceptions import (
     ConfigurationError,
     CrewFailedError,
-    CrewStep,
     CrewTimeoutError,
-    DeployedCrew,
     InvalidInputsError,
     KickoffUncertainError,
-    WaitPolicy,
-    arun_crew,
-    arun_pipeline,
-    kickoff_crew,
-    stop_crew,
-    wait_for_crew,
 )
-from prefect_crew.devserver import CrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import limits
 from prefect_crew.runs.limits import Slots, take_slots
+from prefect_crew.tasks import kickoff_crew, stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import FAILS, slow
 
@@ -70,7 +66,19 @@ async def by_pipeline(crew: DeployedCrew, number: int) -> None:
     await arun_pipeline([CrewStep(f"s{number}{one}", crew, {"n": f"{number}{one}"}) for one in "ab"])
 
 
-WAYS = {"run_crew": by_run_crew, "tasks": by_tasks, "trigger": by_trigger, "pipeline": by_pipeline}
+async def by_batch(crew: DeployedCrew, number: int) -> None:
+    with TemporaryDirectory() as folder:
+        rows = [{"n": f"{number}{one}"} for one in "ab"]
+        await arun_batch(crew, rows, name=f"limited {uuid.uuid4().hex}", output=f"{folder}/out.jsonl")
+
+
+WAYS = {
+    "run_crew": by_run_crew,
+    "tasks": by_tasks,
+    "trigger": by_trigger,
+    "pipeline": by_pipeline,
+    "batch": by_batch,
+}
 
 
 def started_one_after_the_other(server: CrewServer) -> bool:
@@ -79,8 +87,9 @@ def started_one_after_the_other(server: CrewServer) -> bool:
     return all(ended <= started for (_, ended), (started, _) in itertools.pairwise(spans))
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "inside"), [*((way, True) for way in WAYS), ("run_crew", False), ("trigger", False), ("batch", False)]
+)
 async def test_it_holds_for_every_way_to_start_a_run(crew_server: CrewServerFactory, way: str, inside: bool):
     server, name = crew_server(slow(0.1)), await limit(1)
     crew = server.crew(concurrency_limit=name)
@@ -89,7 +98,7 @@ async def test_it_holds_for_every_way_to_start_a_run(crew_server: CrewServerFact
         await asyncio.gather(*(WAYS[way](crew, number) for number in range(2)))
 
     await (flow(both)() if inside else both())
-    assert server.kickoffs == (4 if way == "pipeline" else 2)
+    assert server.kickoffs == (4 if way in ("pipeline", "batch") else 2)
     assert started_one_after_the_other(server)
     assert await held(name) == 0
 
@@ -105,6 +114,16 @@ async def test_a_limit_that_does_not_exist_starts_nothing_in_any_way(crew_server
     assert server.kickoffs == 0
 
 
+async def test_a_batch_that_would_have_more_in_flight_than_the_limit_is_refused(
+    crew_server: CrewServerFactory, tmp_path: Path
+):
+    server = crew_server(slow(0.1))
+    crew = server.crew(concurrency_limit=await limit(3))
+    with pytest.raises(ConfigurationError, match="Give max_in_flight=3 or less"):
+        await arun_batch(crew, [{"n": 1}], name="too many", output=str(tmp_path / "out.jsonl"), max_in_flight=5)
+    assert server.kickoffs == 0
+
+
 async def test_a_run_that_is_only_kicked_off_keeps_its_slot_until_its_lease_ends(crew_server: CrewServerFactory):
     server, name = crew_server("echo"), await limit(1)
     crew = server.crew(concurrency_limit=name)
@@ -117,14 +136,6 @@ async def test_a_run_that_is_only_kicked_off_keeps_its_slot_until_its_lease_ends
     assert (await second).kickoff_id != first.kickoff_id
 
 
-async def test_a_wait_in_another_process_gives_the_slot_back(crew_server: CrewServerFactory):
-    server, name = crew_server("echo"), await limit(1)
-    crew = server.crew(concurrency_limit=name)
-    run = await crew.trigger({"text": "a"})
-    await wait_for_crew(crew, str(run.kickoff_id))  # what the kickoff knew, another process does not
-    assert await held(name) == 0
-
-
 async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
     name = await limit(1)
     crew = crew_server(slow(60)).crew(concurrency_limit=name)
@@ -135,8 +146,12 @@ async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
     with pytest.raises(CrewFailedError):
         await arun_crew(crew_server(FAILS).crew(concurrency_limit=name))
     assert await held(name) == 0
+    crew = crew_server("echo").crew(concurrency_limit=name)
+    run = await crew.trigger({"text": "a"})
+    await wait_for_crew(crew, str(run.kickoff_id))  # as another process, which does not know what the kickoff knew
+    assert await held(name) == 0
     with pytest.raises(InvalidInputsError):
-        await arun_crew(crew_server("echo").crew(concurrency_limit=name), {})
+        await arun_crew(crew, {})
     assert await held(name) == 0
 
 

@@ -3,63 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 import respx
-import uvicorn
 from prefect import flow
 
-from prefect_crew import (
-    CrewFailedError,
-    DeployedCrew,
-    Price,
-    Review,
-    ReviewRequest,
-    Webhooks,
-    arun_crew,
-    kickoff_crew,
-    wait_for_crew,
-)
-from prefect_crew._internal.web_server import open_listener
+from prefect_crew import DeployedCrew, Price, Review, ReviewRequest, Webhooks, arun_crew
 from prefect_crew.client.models import CrewResult, CrewStatus, TokenUsage
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.receiver.app import create_receiver
+from prefect_crew.exceptions import CrewFailedError
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import listener as listener_module
 from prefect_crew.runs.listener import Waker, _Hub
 from prefect_crew.states import CrewState
+from prefect_crew.tasks import kickoff_crew, wait_for_crew
+from support.webhooks import SECRET
 
-SECRET = "a secret that is long enough for anybody"
 TASK: dict[str, Any] = {"name": "work", "agent": "A", "seconds": 1.5, "output": "done"}
 # Polling alone would not look again before this is over.
 RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
 OFTEN = WaitPolicy(initial=0.2, max_interval=0.2)
 DONE = CrewState.COMPLETED
 COMPLETED = "stream.crew_kickoff_completed"
-
-
-@pytest.fixture
-def receiver(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A receiver on a port, switched on for this test."""
-    socket = open_listener("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(create_receiver(SECRET), log_level="warning"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([socket])), daemon=True)
-    thread.start()
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-    monkeypatch.setattr(listener_module, "_hub", _Hub())
-    yield url
-    server.should_exit = True
-    thread.join(20)
 
 
 def script_of(task: dict[str, Any] | None = None, **values: Any) -> CrewScript:

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from sqlalchemy import delete, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
+from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.batches.database import attempts
 from prefect_crew.batches.dataset import Dataset, open_dataset
 from prefect_crew.batches.ledger import PAGE, Ledger
@@ -48,6 +51,12 @@ class Batches:
         keys = [line["key"] for line in lines]
         assert len(set(keys)) == len(keys), "a row is there twice"
         return dict(zip(keys, lines, strict=True))
+
+    async def pages(self, name: str) -> list[str]:
+        """Return the artifacts of a batch, one for each flow run that ran it."""
+        key = ArtifactFilter(key=ArtifactFilterKey(any_=[artifact_key(name, prefix="batch")]))
+        async with get_client() as client:
+            return [str(one.data) for one in await client.read_artifacts(artifact_filter=key)]
 
 
 def row_plan(data: Any, *, expected: Sequence[CrewInput] = (), crew: Crew = CREW, **options: Any) -> RowPlan:

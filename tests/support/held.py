@@ -1,4 +1,4 @@
-"""A crew that goes on when the test says so, however slow the machine is."""
+"""Crews that do what no script says: one that goes on when the test says so, and one whose first run fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from prefect_crew.client.models import CrewInput, TaskResult
-from prefect_crew.devserver import Outcome, Run
+from prefect_crew.devserver import Outcome, ProgramError, Run, load_program
 
 
 class Held:
@@ -41,3 +41,23 @@ class Held:
                     await asyncio.sleep(0.005)
             run.task_ended(TaskResult(name=name, output="done"))
         return Outcome("done")
+
+
+class FailsFirst:
+    """A crew whose first run fails; all others are those of another program."""
+
+    name = "fails-first"
+
+    def __init__(self, program: str = "echo", **options: float) -> None:
+        self._program = load_program(program, **options)
+        self._runs = 0
+
+    def inputs(self) -> list[CrewInput]:
+        return self._program.inputs()
+
+    async def execute(self, run: Run) -> Outcome:
+        """Fail the first time."""
+        self._runs += 1
+        if self._runs == 1:
+            raise ProgramError("the editor is out for lunch")
+        return await self._program.execute(run)

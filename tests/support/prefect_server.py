@@ -194,3 +194,12 @@ def drain(timeout: float = 10.0) -> None:
 
     APILogWorker.drain_all(timeout=timeout)
     EventsWorker.drain_all(timeout=timeout)
+
+
+def stored_texts(server: PrefectServer) -> str:
+    """Return all that the database of a server on SQLite holds, a row a line. Not to be called on an event loop."""
+    drain()
+    assert server.database is not None
+    with closing(sqlite3.connect(f"file:{server.database}?mode=ro", uri=True)) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return "\n".join(str(row) for table in tables for row in database.execute(f'SELECT * FROM "{table}"'))

@@ -13,31 +13,19 @@ import httpx
 import pytest
 from prefect import flow
 
-from prefect_crew import (
-    CrewError,
-    CrewRun,
-    CrewTimeoutError,
-    DeployedCrew,
-    NotFoundError,
-    Review,
-    ReviewRequest,
-    WaitPolicy,
-    arun_crew,
-    kickoff_crew,
-    resume_crew,
-    wait_for_crew,
-)
+from prefect_crew import CrewRun, DeployedCrew, Review, ReviewRequest, WaitPolicy, arun_crew
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.receiver.app import create_receiver
+from prefect_crew.exceptions import CrewError, CrewTimeoutError, NotFoundError
 from prefect_crew.records.model import SentReview
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import list_pending_reviews, resume_run
+from prefect_crew.tasks import kickoff_crew, resume_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
 from support.scripts import ASKS
-from support.webhooks import SECRET, served
+from support.webhooks import served
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 APPROVED = Review(approve=True)
@@ -205,15 +193,6 @@ async def test_a_run_that_waits_for_nobody_takes_no_answer(crew_server: CrewServ
     assert server.requests["resume"] == 0
 
 
-async def test_a_task_that_the_status_does_not_name_has_to_be_given(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, response_format="live")
-    run = await server.crew().trigger({})
-    await waits(server, run)
-    with pytest.raises(CrewError, match=r"does not name the task\. Give it \(task_id=…, --task\)"):
-        await run.resume("fine", approve=True)
-    assert (await run.resume("fine", approve=True, task_id="draft")).status == "resumed"
-
-
 # What a reviewer sees of a question whose status shows nothing: what the webhook brought, else where to look
 
 SCRIPT = CrewScript.model_validate(
@@ -224,14 +203,6 @@ SCRIPT = CrewScript.model_validate(
     }
 )
 PAGE = "https://app.example.com/crews/7"
-
-
-@pytest.fixture
-async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
-    async with served(create_receiver(SECRET)) as url:
-        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
-        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-        yield url
 
 
 async def reviewed(crew: DeployedCrew, review: Any, key: str, **policy: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +12,8 @@ from typing import Any, Literal
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.objects import State
-from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run as this_flow_run
-from prefect.states import Running, Scheduled
+from prefect.states import Running
 
 from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
 from prefect_crew.artifacts.run import artifact_key
@@ -26,7 +23,6 @@ from prefect_crew.runs.reviews import form
 from support.chromium import Chromium
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
-from support.processes import Process
 from support.review_page import answer_on_page
 from support.seen import Seen
 
@@ -292,57 +288,6 @@ def test_what_may_not_be_shown_is_not_in_the_form(server: CrewServer, fields: di
     assert ("Draft *number 1*" in text) is ("show" not in fields)
     run.fill_in(decision="approve")
     run.result()
-
-
-PROGRAM = """
-import asyncio, sys, uuid
-from test_form import begin
-asyncio.run(begin(uuid.UUID(sys.argv[1])))
-"""
-
-
-@flow
-async def stored(crew: str) -> str:
-    return (await arun_crew(crew, {"topic": "tea"}, review="form")).output
-
-
-async def begin(flow_run_id: Any) -> Any:
-    """Begin a flow run, also again, as docs/guides/recover.md has it for scripts."""
-    async with get_client() as client:
-        await client.set_flow_run_state(flow_run_id, Scheduled(), force=True)
-        flow_run = await client.read_flow_run(flow_run_id)
-    return await run_flow_async(stored, flow_run=flow_run, parameters=flow_run.parameters)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("answered", [True, False], ids=["answered while nobody was there", "not answered"])
-def test_a_process_is_killed_with_its_form_up(
-    answered: bool, prefect_api: PrefectServer, server: CrewServer, tmp_path: Path
-) -> None:
-    name, here = f"killed-{answered}".lower(), Path(__file__)
-    crew_of(server).save(name, overwrite=True)
-    with get_client(sync_client=True) as client:
-        page = Page(client.create_flow_run(stored, parameters={"crew": name}).id)
-    env = {**prefect_api.env(), "PYTHONPATH": os.pathsep.join(map(str, (here.parent, here.parents[2])))}
-    with Process([sys.executable, "-c", PROGRAM, str(page.id)], log=tmp_path / "log", env=env) as process:
-        first = page.form()
-        process.kill()
-    assert page.form() == first, "it stays Paused"
-    if answered:
-        assert page.fill_in(decision="reject", feedback="Warmer.")["status"] == "ACCEPT"
-    assert server.requests["resume"] == 0
-
-    async def fill_in_again() -> None:
-        run = asyncio.create_task(begin(page.id))
-        second = await asyncio.to_thread(page.form, not_key=first)
-        same = second.rpartition("-")[0] == first.rpartition("-")[0]
-        assert same is not answered, "the form of the same question is the same one"
-        assert server.requests["resume"] == int(answered), "what was filled in was sent, once"
-        assert (await asyncio.to_thread(page.fill_in, decision="approve"))["status"] == "ACCEPT"
-        assert "Printed" in await asyncio.wait_for(run, 60)
-
-    asyncio.run(fill_in_again())
-    assert (server.requests["resume"], server.kickoffs) == (1 + answered, 1)
 
 
 @pytest.mark.slow

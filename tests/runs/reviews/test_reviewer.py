@@ -12,29 +12,17 @@ import pytest
 from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
 
-from prefect_crew import (
-    CrewError,
-    CrewStep,
-    CrewTimeoutError,
-    DeployedCrew,
-    Review,
-    ReviewLimitError,
-    ReviewRequest,
-    WaitPolicy,
-    Webhooks,
-    arun_crew,
-    arun_pipeline,
-    kickoff_crew,
-    resume_crew,
-)
+from prefect_crew import CrewStep, DeployedCrew, Review, ReviewRequest, WaitPolicy, Webhooks, arun_crew, arun_pipeline
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.exceptions import CrewError, CrewTimeoutError, ReviewLimitError
 from prefect_crew.records.model import SentReview, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.form import Form, ReviewForm
 from prefect_crew.runs.reviews.reviewer import NOBODY, People
+from prefect_crew.tasks import kickoff_crew, resume_crew
 from prefect_crew.testing import CrewServerFactory
 from support.asking import Asking
 from support.webhooks import until

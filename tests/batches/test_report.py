@@ -1,0 +1,132 @@
+"""What people see of a batch: the plan, the artifact, the report; and what nobody sees: tokens and secret inputs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+
+from prefect_crew import aplan_batch
+from prefect_crew.batches.report import BatchProgress
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches
+from support.prefect_server import PrefectServer
+from support.scripts import script, slow
+
+PICKY = script(
+    {"output": "on {{ topic }}", "fail": "{{ 'no | *' + topic if 'bad' in topic }}"},
+    inputs=["topic"],
+    usage={"total_tokens": 5},
+)
+
+
+async def test_a_batch_has_one_artifact(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(PICKY, response_format="union", faults=["kickoff:drop-after-accept@2"])
+    rows = [{"topic": topic} for topic in ("tea", "milk", "bad `row`", "rye")]
+    await batch(server.crew(price=0.25), rows, name="shown leads", key="topic", max_in_flight=1)
+    [page] = await batch.pages("shown leads")
+    for part in (
+        "4 of 4 (100.0%)",
+        "then resolve each: `milk`",
+        "no \\| \\*bad \\`row\\`",
+        *(
+            "| Completed | 2 |",
+            "| total tokens | 15 |",
+            "| Cost of all calls | 0.750 |",
+            "| Kickoffs of this call | 4 |",
+        ),
+    ):
+        assert part in page
+
+
+async def test_progress_moves_while_rows_run(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.batches.cancel.TICK", 0.1)
+    monkeypatch.setattr("prefect_crew.batches.report.SHOW_EVERY", 0.1)
+    seen: list[tuple[str, int, int]] = []
+
+    def see(progress: BatchProgress) -> None:
+        seen.append((progress.phase, progress.done, progress.in_flight))
+
+    rows = [{"topic": str(number)} for number in range(15)]
+    running = asyncio.ensure_future(
+        batch(crew_server(slow(0.5)).crew(), rows, name="watched", max_in_flight=3, on_progress=see)
+    )
+    pages: set[str] = set()
+    while not running.done():
+        await asyncio.sleep(0.1)
+        pages.update(await batch.pages("watched"))
+    await running
+    assert len(pages) > 1
+    assert any("| In flight | 3 |" in page for page in pages)
+    assert [phase for phase, *_ in seen][-2:] == ["finishing", "done"]
+    assert any(0 < done < 15 and 0 < in_flight <= 3 for _, done, in_flight in seen)
+    assert (seen[0], seen[-1]) == (("checking", 0, 0), ("done", 15, 0))
+
+
+def test_the_chart_shows_the_throughput_of_a_call_in_few_columns(monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    progress = BatchProgress("leads", started=now)
+    assert progress.chart() is None
+    for second in range(2000):
+        now += 1.0
+        progress.ended_here += 10 if second < 1000 else 0
+        progress.tick()
+        if second == 1:
+            assert progress.chart() is None, "two points are no curve"
+    chart = str(progress.chart())
+    assert chart.endswith(" up to 10.0 rows/s, over 33 min 20 s")
+    columns = chart.split("`")[1]
+    assert 20 < len(columns) <= 60
+    assert re.fullmatch("█+[▂▃▄▅▆▇]?▁+", columns)
+    assert abs(columns.count("█") - columns.count("▁")) < 3
+
+
+async def test_the_page_says_why_it_stopped_first_and_how_to_go_on(
+    batch: Batches, crew_server: CrewServerFactory, prefect_api: PrefectServer
+):
+    crew = crew_server(PICKY).crew(page_url="https://crews.example/travel")
+    rows = [{"topic": topic} for topic in ("bad", "tea", "milk")]
+    await batch(crew, rows, name="it's bad", on_failure="stop", max_in_flight=1)
+    [page] = await batch.pages("it's bad")
+    head, _, figures = page.partition("| Done |")
+    assert head.startswith("## Batch it's bad · ")
+    assert ": 1 failed\n\n### Stopped\n" in head
+    assert "(https://crews.example/travel) |" in figures
+    assert re.search(r"\| Flow run \| \[\w{8}\]\(\.\./\.\./runs/flow-run/[\w-]{36}\) \|", figures)
+    quoted = "'it'\"'\"'s bad'"
+    assert f"```bash\nprefect-crew batch failures {quoted}\nprefect-crew batch retry {quoted}\n```" in page
+
+
+async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(slow(0.2))
+    rows = [{"topic": str(number)} for number in range(10)]
+    crew = server.crew(price=0.5)
+    plan = await aplan_batch(crew, rows, seconds_per_run=60, max_in_flight=4)
+    assert (plan.rows, plan.done, plan.seconds, plan.price) == (10, 0, 180, 5.0)
+    assert str(plan) == (
+        "Batch plan: 10 rows, 10 to run, 4 at a time.\nIt takes about 3 min 00 s.\nIt costs about 5.00."
+    )
+    assert server.kickoffs == 0
+    assert list(batch.folder.glob("*.db")) == []
+    await batch(crew, rows[:4], name="planned")
+    plan = await aplan_batch(crew, rows, name="planned", output=str(batch.output), max_in_flight=1)
+    assert (plan.rows, plan.done, plan.price) == (10, 4, 3.0)
+    assert plan.seconds is not None
+    assert 6 * 0.2 <= plan.seconds < 60
+    assert (await aplan_batch(crew, rows, kickoffs_per_second=2)).seconds == 5
+    plan = await aplan_batch(crew_server(PICKY).crew(), [{"topic": "tea"}, {"topic": ""}])
+    assert (plan.rows, plan.bad_count) == (1, 1)
+    assert "Line 2 cannot be run: lacks topic." in str(plan)
+    assert plan.as_dict()["bad"] == [{"line": 2, "reason": "lacks topic"}]
+
+
+async def test_with_show_none_the_failures_show_no_word_of_the_crews(batch: Batches, crew_server: CrewServerFactory):
+    await batch(crew_server(PICKY).crew(show="none"), [{"topic": "bad"}], name="quiet")
+    [failures] = await batch.pages("quiet")
+    assert "| failed | not shown |" in failures
+    assert "no |" not in failures
+    assert "\\*bad" not in failures

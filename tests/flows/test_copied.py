@@ -1,0 +1,222 @@
+"""The flows of flows/, which users copy: one crew, a follow-up, a fan-out, the reports."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import Flow
+from prefect.utilities.callables import parameter_schema
+
+from prefect_crew import CrewError, arun_crew
+from prefect_crew.devserver import CrewServer
+from prefect_crew.runs.reviews import form
+from support.deployed import ROOT, load_flow, wait_until
+from support.held import FailsFirst, Held
+from support.prefect_server import environment
+from support.seen import Seen
+
+SaveCrew = Callable[..., CrewServer]
+
+
+async def test_gives_the_output_of_a_crew_that_only_its_block_names_once_a_key(save_crew: SaveCrew):
+    server = save_crew("one-crew-echo")
+    one_crew = load_flow("one_crew.py:one_crew")
+    for _ in range(2):
+        assert await one_crew("one-crew-echo", {"text": "ciao"}, idempotency_key="one-crew-once") == "ciao"
+    assert server.kickoffs == 1
+
+
+# A crew over what another one's run gave
+
+AFTER = """
+name: after
+inputs: [draft, tone]
+tasks: [{name: t, output: "{{ tone }}: {{ draft }}"}]
+"""
+
+
+async def test_the_other_crews_result_is_an_input_and_an_event_that_comes_twice_starts_one_run(save_crew: SaveCrew):
+    save_crew("follow-up-first")
+    second = save_crew("follow-up-second", AFTER)
+    await arun_crew("follow-up-first", {"text": "found it"}, idempotency_key="follow-up-key")
+    follow_up = load_flow("follow_up.py:follow_up")
+    for _ in range(2):
+        text = await follow_up("follow-up-key", "follow-up-first", "follow-up-second", inputs={"tone": "dry"})
+        assert text == "dry: found it"
+    assert second.kickoffs == 1
+
+
+async def test_a_run_that_nobody_knows_starts_nothing(save_crew: SaveCrew):
+    save_crew("follow-up-first")
+    second = save_crew("follow-up-second", AFTER)
+    with pytest.raises(CrewError, match="no-such-key"):
+        await load_flow("follow_up.py:follow_up")("no-such-key", "follow-up-first", "follow-up-second")
+    assert second.kickoffs == 0
+
+
+# A crew over a list of inputs, in plain Prefect
+
+
+PICKY = """
+name: picky
+inputs: [text]
+tasks:
+  - {name: t, seconds: 0.3, output: "{{ text }}", fail: "{% if text == 'bad' %}cannot stomach {{ text }}{% endif %}"}
+"""
+
+
+async def fan_out(*args: Any, **kwargs: Any) -> Any:
+    return await load_flow("fan_out.py:fan_out")(*args, **kwargs, return_state=True)
+
+
+async def test_outputs_come_in_the_order_of_the_rows(save_crew: SaveCrew):
+    server = save_crew("fan-out-picky", PICKY)
+    words = ["one", "two", "two", "three"]
+    state = await fan_out("fan-out-picky", [{"text": word} for word in words])
+    assert await state.aresult() == words
+    assert server.kickoffs == len(words)
+
+
+async def test_rows_that_fail_fail_the_flow_and_are_named_and_all_are_in_the_table(save_crew: SaveCrew, seen: Seen):
+    server = save_crew("fan-out-table", PICKY)
+    state = await fan_out("fan-out-table", [{"text": word} for word in ("one", "bad", "two")])
+    assert state.is_failed()
+    assert "1 of 3 rows failed: 2." in state.message
+    assert "cannot stomach bad" in state.message
+    assert server.kickoffs == 3
+    table = next(one for one in seen.artifacts("fan-out") if one["description"] == "fan-out-table: 3 rows")
+    lines = json.loads(table["data"])
+    assert [line["state"] for line in lines] == ["completed", "CrewFailedError", "completed"]
+    assert all(line["run"] for line in lines)
+    assert "cannot stomach bad" in lines[1]["error"]
+
+
+@pytest.mark.parametrize(("retries", "kickoffs"), [(0, 1), (1, 2)], ids=["not-asked", "asked"])
+async def test_a_failed_row_is_started_again_only_when_asked(save_crew: SaveCrew, retries: int, kickoffs: int):
+    server = save_crew("fan-out-picky", PICKY)
+    flow = load_flow("fan_out.py:fan_out")
+    names = flow.fn.__globals__
+    names["run_row"] = names["run_row"].with_options(retry_delay_seconds=0)
+    state = await flow("fan-out-picky", [{"text": "bad"}], retries=retries, return_state=True)
+    assert state.is_failed()
+    assert server.kickoffs == kickoffs
+
+
+async def test_no_more_are_in_flight_than_allowed(save_crew: SaveCrew):
+    in_flight: list[int] = []
+
+    def may_end(_: int) -> bool:
+        """Let a run end once there were two, and time for a third to be kicked off."""
+        in_flight.append(sum(not run.state.ended for run in server.runs))
+        return len(server.runs) >= 2 and len(in_flight) > 20 * len(server.runs)
+
+    server = save_crew("fan-out-held", Held(until=may_end))
+    await fan_out("fan-out-held", [{"text": str(number)} for number in range(6)], max_in_flight=2)
+    assert server.kickoffs == 6
+    assert max(in_flight) == 2
+
+
+# Research, write, review: as steps and by hand, and what a retry pays for
+
+Crews = dict[str, CrewServer]
+
+
+def kickoffs(crews: Crews) -> dict[str, int]:
+    return {name: server.kickoffs for name, server in crews.items()}
+
+
+@pytest.mark.parametrize("way", ["report_pipeline", "report_by_hand"])
+async def test_each_crew_gets_what_the_one_before_it_gave(report_crews: Crews, way: str):
+    text = await load_flow(f"report_pipeline.py:{way}")("tea", audience="beginners")
+    assert "# tea" in text
+    assert "For beginners" in text
+    assert "The numbers on tea doubled" in text
+    assert "Reviewed for beginners" in text
+    assert kickoffs(report_crews) == {"research": 1, "write": 1, "review": 1}
+
+
+async def test_a_retry_of_the_one_by_hand_starts_only_what_failed(report_crews: Crews, save_crew: SaveCrew):
+    report_crews["review"] = save_crew("review", FailsFirst(str(ROOT / "flows" / "crews" / "review.yaml"), speed=10))
+    flow = load_flow("report_pipeline.py:report_by_hand").with_options(retries=1, retry_delay_seconds=0)
+    assert "Reviewed for everyone" in await flow("coffee")
+    assert kickoffs(report_crews) == {"research": 1, "write": 1, "review": 2}
+
+
+def test_the_weekly_one_is_retried_once_as_its_deployment_says():
+    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    (weekly,) = [one for one in deployments if one["name"] == "weekly"]
+    with environment(weekly["work_pool"]["job_variables"]["env"]):
+        flow = load_flow("report_pipeline.py:report_pipeline")
+    assert (flow.retries, flow.retry_delay_seconds) == (1, 60)
+
+
+# The reviewed report: a person answers in the form of its flow run, as Prefect's page does
+
+
+def test_the_draft_is_what_a_person_approved(save_crew: SaveCrew, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(form, "LOOK_EVERY", 0.2)
+    crews = {name: save_crew(name, str(ROOT / "flows" / "crews" / f"{name}.yaml")) for name in ("research", "draft")}
+    outcome: list[Any] = []
+
+    def run() -> None:
+        outcome.append(asyncio.run(load_flow("reviewed_report.py:reviewed_report")("oolong", idempotency_key="oolong")))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def paused() -> dict[str, Any] | None:
+        runs = seen.post("/flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}})
+        return next((one for one in runs if one["name"] == "reviewed report on oolong"), None)
+
+    def answer(**fields: Any) -> str | None:
+        """Submit the form that is up; None while its fields are not stored yet."""
+        run = wait_until(paused, seconds=60, what="a form")
+        accepted = seen.post(f"/flow_runs/{run['id']}/resume", {"run_input": fields})["status"] == "ACCEPT"
+        return run["state"]["state_details"]["pause_key"] if accepted else None
+
+    first = wait_until(lambda: answer(decision="reject", feedback="Shorter."), seconds=60, what="the rejection")
+    wait_until(
+        lambda: (run := paused()) and run["state"]["state_details"]["pause_key"] != first, seconds=60, what="round two"
+    )
+    wait_until(lambda: answer(decision="approve", name="Ada"), seconds=60, what="the approval")
+    thread.join(60)
+    assert "Changed after 1 reviews: Shorter." in outcome[0]
+    assert crews["draft"].requests["resume"] == 2
+    assert {name: server.kickoffs for name, server in crews.items()} == {"research": 1, "draft": 1}
+
+
+# What Prefect's run form is made of: every parameter of every flow says what it is
+
+
+def flows_of(path: Path) -> list[Flow[..., Any]]:
+    spec = importlib.util.spec_from_file_location(f"flows_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [one for one in vars(module).values() if isinstance(one, Flow)]
+
+
+PATHS = [*sorted((ROOT / "flows").glob("*.py")), ROOT / "prefect_crew" / "operations.py"]
+FLOWS = [pytest.param(one, id=one.name) for path in PATHS for one in flows_of(path)]
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_its_form_has_plain_values_that_are_described(flow: Flow[..., Any]):
+    """A block as a parameter is stored with its secret starred out, and a class not at all."""
+    schema = parameter_schema(flow).model_dump()
+    assert schema["properties"]
+    assert {name for name, field in schema["properties"].items() if not field.get("description")} == set()
+    assert not schema.get("definitions"), "a parameter is an object of its own: give its parts, or a block's name"
+    first = inspect.getdoc(flow.fn)
+    assert first is not None
+    assert first.split("\n\n")[0].endswith("."), "the description of the deployment is a sentence"

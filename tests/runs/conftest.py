@@ -1,0 +1,21 @@
+"""What the tests of runs share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from prefect_crew.receiver.app import create_receiver
+from prefect_crew.runs import listener
+from support.webhooks import SECRET, served
+
+
+@pytest.fixture
+async def receiver(prefect_api: object, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
+    """Serve a receiver and switch webhooks on; the process has heard of none before."""
+    async with served(create_receiver(SECRET)) as url:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+        monkeypatch.setattr(listener, "_hub", listener._Hub())
+        yield url
