@@ -138,7 +138,7 @@ async def arun_batch(
         max_in_flight: Runs in flight at once, 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
         kickoffs_at_once: Kickoffs under way at a time: at most so many rows are uncertain if the process dies. Left
-            out: 32, and up to 256 where the crew's answers take long.
+            out: 16, and up to 256 where the crew's answers take long.
         on_failure: "continue", "stop" at the first failed row, after how many failed rows, or after which share below 1
             of the rows that ended.
         on_bad_row: "refuse" the data set, or "set-aside" the rows that cannot be run.

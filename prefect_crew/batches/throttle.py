@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 POLLS_AT_ONCE = 256
 """Status calls at a time. They cost nothing but time: where answers take 0.2 s, 256 are 1,280 polls a second."""
-FEWEST_KICKOFFS, MOST_KICKOFFS = 32, 256
+FEWEST_KICKOFFS, MOST_KICKOFFS = 16, 256
 """Kickoffs under way at a time, where nobody says how many. They bound the rows that a crash leaves uncertain."""
-KICKOFFS_A_SECOND = 1250.0
-"""What that number aims at where answers take long."""
+KICKOFFS_A_SECOND, NEAR = 1250.0, 0.02
+"""What that number aims at, and the seconds of an answer that do not count: a server that is near may take them."""
 TRIALS = 3
 """Rows that are tried, one after another, before failures in a row stop a batch."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -91,7 +91,7 @@ class Throttle:
         """How many kickoffs may be under way at a time: more where answers take long, unless somebody says how many."""
         if self._options.kickoffs_at_once is not None:
             return self._options.kickoffs_at_once
-        wanted = FEWEST_KICKOFFS if self._fastest == math.inf else math.ceil(KICKOFFS_A_SECOND * self._fastest)
+        wanted = FEWEST_KICKOFFS if self._fastest == math.inf else round(KICKOFFS_A_SECOND * (self._fastest - NEAR))
         return min(MOST_KICKOFFS, max(FEWEST_KICKOFFS, wanted))
 
     def answered(self, seconds: float) -> None:

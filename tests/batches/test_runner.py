@@ -209,7 +209,7 @@ async def test_a_server_that_leaves_everything_uncertain_is_paused_for(batch: Ba
     server = crew_server(ECHO, faults=["kickoff:500"])
     report = await batch(server.crew(), topics(300), breaker=5, breaker_pause=0.1, max_in_flight=100)
     assert report.stopped is not None
-    assert report.uncertain <= 5 + 3 + 32
+    assert report.uncertain <= 5 + 3 + 16
 
 
 # A row is started at most once

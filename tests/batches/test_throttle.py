@@ -61,9 +61,9 @@ async def test_until_one_kickoff_was_accepted_they_go_one_by_one():
 @pytest.mark.parametrize(
     ("chosen", "answers", "at_once"),
     [
-        pytest.param(None, [], 32, id="nothing-known"),
-        pytest.param(None, [0.004, 3.0], 32, id="a-fast-server-that-is-busy-now"),
-        pytest.param(None, [0.3, 0.2], 250, id="far-away"),
+        pytest.param(None, [], 16, id="nothing-known"),
+        pytest.param(None, [0.004, 3.0], 16, id="a-fast-server-that-is-busy-now"),
+        pytest.param(None, [0.3, 0.2], 225, id="far-away"),
         pytest.param(None, [5.0], 256, id="very-far-away"),
         pytest.param(4, [0.2], 4, id="chosen"),
     ],
