@@ -1,14 +1,16 @@
 """What Prefect's client and contexts do not offer: requests that are repeated soon, one change at a time on SQLite, the
 contexts around a call, and a logger whose every message is one line.
 
-All private API of Prefect that requests need is in `_request_once`.
+The private API of Prefect here is in `_request_once` and `embedded_server`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
+import sys
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +23,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import ContextModel, FlowRunContext
 from prefect.exceptions import MissingContextError, PrefectException, PrefectHTTPStatusError
 from prefect.logging import get_run_logger
+from prefect.settings import get_current_settings
 
 from prefect_crew._text import one_line
 
@@ -65,6 +68,18 @@ async def read_all_flow_runs(client: PrefectClient, **filters: Any) -> list[Flow
         if not page:
             break
     return found
+
+
+def embedded_server(port: str) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment of Prefect's embedded server on a loopback port.
+
+    They are those of `SubprocessASGIServer`, which imports all of a server before it starts one. To be asked for
+    upstream: that class in a module of its own.
+    """
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on"]
+    env = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
+    env |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    return [*command, "--host", "127.0.0.1", "--port", port, "--log-level", "error"], env
 
 
 async def label_flow_run(*, name: str) -> None:

@@ -81,7 +81,7 @@ def _start_embedded() -> None:
 
     Prefect's clients would do so too (`SubprocessASGIServer`), but import all of a server before, which takes as long.
     """
-    from prefect.settings import get_current_settings
+    from prefect_crew._internal.prefect_api import embedded_server
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,17 +90,14 @@ def _start_embedded() -> None:
         for name in ("PREFECT_SERVER_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
             os.environ.setdefault(name, "CRITICAL")
     at_end, url = _output.current.at_end, f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on"]
-    command += ["--host", "127.0.0.1", "--port", port, "--log-level", "error"]
-    env = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
-    env |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    command, env = embedded_server(port)
 
     def start() -> subprocess.Popen[bytes]:
         # The keys send SIGINT to every process of the terminal, so the server would end before a crew's stop is on
         # record. A process inherits the signal mask of the thread that starts it.
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        process = subprocess.Popen(command, env=env)  # noqa: S603  fixed words, and a port
+        process = subprocess.Popen(command, env=env)  # noqa: S603 - fixed words, and a port
         at_end.callback(_end, process)
         return process
 
