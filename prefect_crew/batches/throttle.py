@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client._transport import Answer, Call, Connections, poll_lane
+from prefect_crew.client._transport import Answer, Call, Connections, PostLane, poll_lane
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew, CrewSession
 from prefect_crew.exceptions import AuthenticationError, CrewError, RateLimitedError, ServerError
 
@@ -262,7 +262,7 @@ class BatchClient(CrewClient):
         self._throttle = throttle
         self._newer = newer
         most = max(MOST_KICKOFFS, throttle.kickoffs_at_once)
-        self._polling, self._posting = _Lanes(poll_lane, crew, POLLS_AT_ONCE), _Lanes(Connections, crew, most)
+        self._polling, self._posting = _Lanes(poll_lane, crew, POLLS_AT_ONCE), _Lanes(PostLane, crew, most)
 
     async def __aenter__(self) -> BatchClient:
         return self

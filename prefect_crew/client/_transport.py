@@ -329,6 +329,18 @@ class Connections:
                 await self._pools.aclose()
 
 
+class PostLane(Connections):
+    """A pool of its own, for one kickoff at a time: httpx looks through all connections of a pool at every request."""
+
+    def __init__(self, url: str, *, token: SecretStr, timeout: float) -> None:
+        super().__init__(url, token=token, timeout=timeout, transport=_open(httpx.URL(url), POST_KEEPALIVE))
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        if self._transport is not None:
+            await self._transport.aclose()
+
+
 class PollLane(Connections):
     """One connection, for one poll at a time: httpx's own, without the pool around it and the models of its requests.
 
