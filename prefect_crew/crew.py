@@ -47,9 +47,10 @@ class Crew:
 
     `label` is what people call it, `block` the name of its stored block, which `reload` reads anew. `hidden` are texts
     that are secret in addition to the values of its secret inputs. `on_status` is called with a run and None when it is
-    started or found, then with the run and each status that is seen: on the event loop that waits, so it must be quick
-    and must not raise. `expected_inputs` are the answer to `GET /inputs`, where somebody has just asked for many runs
-    at once. `batch` is the batch or pipeline that its runs belong to, for `budgets` that are per batch.
+    started or found, and once its artifact is there; and with the run and each status that is seen: on the event loop
+    that waits, so it must be quick and must not raise. `expected_inputs` are the answer to `GET /inputs`, where
+    somebody has just asked for many runs at once. `batch` is the batch or pipeline that its runs belong to, for
+    `budgets` that are per batch.
     """
 
     label: str

@@ -15,9 +15,11 @@ import weakref
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import httpx
+import prefect
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import ContextModel, FlowRunContext
@@ -79,6 +81,7 @@ def embedded_server(port: str) -> tuple[list[str], dict[str, str]]:
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on"]
     env = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
     env |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    command += ["--app-dir", str(Path(prefect.__file__).parents[1])]  # before what the working directory holds
     return [*command, "--host", "127.0.0.1", "--port", port, "--log-level", "error"], env
 
 

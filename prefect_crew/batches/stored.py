@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.ledger import BatchEntry, Ledger, LedgerRow
 from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.outcomes import RowState, state_of
+from prefect_crew.batches.outcomes import STOPPED_BY_US, RowState, state_of
 from prefect_crew.batches.output import Output
 from prefect_crew.batches.ownership import TAG, BatchLock, check_bound, read_binding
 from prefect_crew.batches.rows import BadRow
@@ -30,6 +30,7 @@ _PAGE = 200
 class BatchStatus:
     """How a batch stands, as its ledger knows it: counts of rows, those that were set aside among `total`.
 
+    `stopped` are among `failed`; those of them that were stopped with the batch are `owed`: they run again with it.
     `waiting` are those in flight that waited for a person at the last look, and `left` were not kicked off yet.
     `median` and `longest` are the seconds of runs that have ended. `running`: a process runs it at this moment.
     `why_not` says why it cannot be gone on with by its name alone.
@@ -40,6 +41,7 @@ class BatchStatus:
     completed: int
     failed: int
     stopped: int
+    owed: int
     uncertain: int
     in_flight: int
     waiting: int
@@ -79,12 +81,14 @@ class StoredBatch:
             orphaned = min(orphaned, counts[RowState.CLAIMED])
             counts.update({RowState.UNCERTAIN: orphaned, RowState.CLAIMED: -orphaned})
         times = await ledger.run_times()
+        stopped = ledger.rows_in([RowState.STOPPED])
         return BatchStatus(
             name=self.name,
             total=entry.total + aside.count,
             completed=counts[RowState.COMPLETED],
-            failed=sum(count for state, count in counts.items() if state.is_failed) - counts[RowState.STOPPED],
+            failed=sum(count for state, count in counts.items() if state.is_failed),
             stopped=counts[RowState.STOPPED],
+            owed=sum([row.record is not None and row.record.reason in STOPPED_BY_US async for row in stopped]),
             uncertain=counts[RowState.UNCERTAIN],
             in_flight=counts[RowState.STARTED],
             waiting=len([record async for record in ledger.may_ask()]),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client._transport import Answer, Call, Connections, PostLane, poll_lane
+from prefect_crew.client._transport import Answer, Call, Connections, PoolLane, poll_lane
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew, CrewSession
 from prefect_crew.exceptions import AuthenticationError, CrewError, RateLimitedError, ServerError
 
@@ -228,8 +228,8 @@ class _Lanes:
     twice the CPU time.
     """
 
-    def __init__(self, connect: Callable[..., Connections], crew: Crew, number: int) -> None:
-        self._connect = partial(connect, crew.url, token=crew.token, timeout=crew.request_timeout)
+    def __init__(self, connect: Callable[[], Connections], number: int) -> None:
+        self._connect = connect
         self._free: list[Connections] = []
         self._gate = asyncio.Semaphore(number)
 
@@ -262,7 +262,9 @@ class BatchClient(CrewClient):
         self._throttle = throttle
         self._newer = newer
         most = max(MOST_KICKOFFS, throttle.kickoffs_at_once)
-        self._polling, self._posting = _Lanes(poll_lane, crew, POLLS_AT_ONCE), _Lanes(PostLane, crew, most)
+        own = {"url": self.url, "token": self._token, "timeout": self.request_timeout}
+        self._polling = _Lanes(partial(poll_lane, **own), POLLS_AT_ONCE)
+        self._posting = _Lanes(partial(PoolLane, **own), most)
 
     async def __aenter__(self) -> BatchClient:
         return self

@@ -140,10 +140,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
-    if process.poll() is None:
-        APILogWorker.drain_all(timeout=3)
-        EventsWorker.drain_all(timeout=3)
-    process.terminate()
+    try:
+        if process.poll() is None:
+            APILogWorker.drain_all(timeout=3)
+            EventsWorker.drain_all(timeout=3)
+    finally:  # a further signal may have come
+        process.terminate()
     try:
         process.wait(timeout=5)
     except subprocess.TimeoutExpired:

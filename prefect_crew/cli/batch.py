@@ -271,7 +271,7 @@ def _put_sum(found: list[BatchStatus], output: str | None) -> None:
 
 def _how_to_go_on(found: BatchStatus) -> str:
     """Return what a person does to go on with a batch; empty where it has run every row."""
-    if not (found.left or found.in_flight or found.stopped):
+    if not (found.left or found.in_flight or found.owed):
         return ""
     again = f"prefect-crew batch resume {shlex.quote(found.name)}"
     return f"To go on where it stopped: {f'make the same call again ({found.why_not})' if found.why_not else again}"
@@ -279,7 +279,8 @@ def _how_to_go_on(found: BatchStatus) -> str:
 
 def _about(found: BatchStatus) -> Iterator[str]:
     yield f"Batch {found.name}: {found.completed:,} of {found.total:,} rows completed"
-    words = {word: word.replace("_", " ") for word in SUMMED[2:-1]} | {"left": "not started yet"}
+    words = {word: word.replace("_", " ") for word in SUMMED[2:-1]}
+    words |= {"stopped": "of them stopped", "left": "not started yet"}
     counts = (f"{count:,} {said}" for word, said in words.items() if (count := getattr(found, word)))
     if said := " · ".join(counts):
         yield f"  {said}"

@@ -72,6 +72,16 @@ def save(
     reach_prefect()
 
     async def store() -> None:
+        if block.concurrency_limit is not None:
+            async with get_client() as prefect:
+                try:
+                    await prefect.read_global_concurrency_limit_by_name(block.concurrency_limit)
+                except ObjectNotFound:
+                    limit = shlex.quote(block.concurrency_limit)
+                    raise ConfigurationError(
+                        f"The crew {name!r} was not stored: there is no concurrency limit {limit} in Prefect. Create "
+                        f"it: prefect gcl create {limit} --limit N."
+                    ) from None
         try:
             async with block.crew.client() as client:
                 inputs = await client.inputs()
@@ -83,16 +93,6 @@ def save(
         except CrewError as error:
             _output.note(f"The crew could not be asked for its inputs, and is stored all the same: {error}", "yellow")
             then = f"Once its URL is right or it answers, check it: prefect-crew doctor {shlex.quote(name)}"
-        if block.concurrency_limit is not None:
-            async with get_client() as prefect:
-                try:
-                    await prefect.read_global_concurrency_limit_by_name(block.concurrency_limit)
-                except ObjectNotFound:
-                    limit = shlex.quote(block.concurrency_limit)
-                    raise ConfigurationError(
-                        f"The crew {name!r} was not stored: there is no concurrency limit {limit} in Prefect. Create "
-                        f"it: prefect gcl create {limit} --limit N."
-                    ) from None
         try:
             await block.asave(name, overwrite=overwrite)
         except ValueError as error:

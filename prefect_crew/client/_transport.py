@@ -329,11 +329,11 @@ class Connections:
                 await self._pools.aclose()
 
 
-class PostLane(Connections):
-    """A pool of its own, for one kickoff at a time: httpx looks through all connections of a pool at every request."""
+class PoolLane(Connections):
+    """A pool of its own, for one request at a time: httpx looks through all connections of a pool at every request."""
 
-    def __init__(self, url: str, *, token: SecretStr, timeout: float) -> None:
-        super().__init__(url, token=token, timeout=timeout, transport=_open(httpx.URL(url), POST_KEEPALIVE))
+    def __init__(self, url: str, *, token: SecretStr, timeout: float, keepalive: float = POST_KEEPALIVE) -> None:
+        super().__init__(url, token=token, timeout=timeout, transport=_open(httpx.URL(url), keepalive))
 
     async def aclose(self) -> None:
         """Close its connections."""
@@ -392,8 +392,9 @@ class PollLane(Connections):
 
 def poll_lane(url: str, *, token: SecretStr, timeout: float) -> Connections:
     """Return what carries one poll at a time."""
-    has_proxy = _proxy_for(httpx.URL(url)) is not None
-    return (Connections if has_proxy else PollLane)(url, token=token, timeout=timeout)
+    if _proxy_for(httpx.URL(url)) is not None:
+        return PoolLane(url, token=token, timeout=timeout, keepalive=POLL_KEEPALIVE)
+    return PollLane(url, token=token, timeout=timeout)
 
 
 # What comes back

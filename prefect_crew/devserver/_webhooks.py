@@ -157,10 +157,6 @@ class WebhookSender:
         self._faults = faults
         self._spawn = spawn
         self._generation: Generation = generation
-        self._slots: asyncio.Semaphore
-
-    def open(self) -> None:
-        """Begin to send, on this event loop."""
         self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
 
     def __call__(self, run: Run, event: str, value: Any) -> None:

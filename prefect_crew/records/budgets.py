@@ -173,8 +173,13 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
                     return 0
                 try:
                     made = GlobalConcurrencyLimitCreate(name=name, limit=limit, active_slots=slots)
-                    await client.create_global_concurrency_limit(made)
-                except ObjectAlreadyExists:
+                    body = made.model_dump(mode="json", exclude_unset=True)
+                    await request_soon(
+                        client, "POST", "/v2/concurrency_limits/", json=body, give_up_after=BUSY_FOR, again=is_busy
+                    )
+                except PrefectHTTPStatusError as error:
+                    if error.response.status_code != 409:  # somebody else has just created it
+                        raise
                     continue
                 found[name] = {"limit": limit}
             if found and found[name]["limit"] == limit:

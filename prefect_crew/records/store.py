@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -350,10 +351,11 @@ class PrefectRecords:
         used = _used_prefix(record.crew_url) if with_earlier else None
         variables = await read_named(_attempts_prefix(record.idempotency_key), tag_of_more=used)
         record.earlier = _used_in(variables)
-        if with_earlier and not record.earlier and (earlier := await self.earlier(record.crew_url)):
+        if with_earlier and not record.earlier and (earlier := await self._latest_used(record.crew_url)):
             record.earlier = earlier
-            # So that only the first start of a crew under a budget looks through the records.
-            await create_variable({"name": f"{used}{'9' * 10}", "value": earlier, "tags": [used]})
+            # So that only the first start of a crew under a budget looks through the records. Without it the next does.
+            with suppress(httpx.HTTPError, PrefectException):
+                await create_variable({"name": f"{used}{'9' * 10}", "value": earlier, "tags": [used]})
         found = _attempts_in(variables, record.idempotency_key)
         others = [(one.attempt, one.owner) for one in found if one.ref != record.ref]
         return others == [(one.attempt, one.owner) for one in known] and len(found) > len(others)
@@ -493,7 +495,14 @@ class PrefectRecords:
         """Yield the runs in flight: any of them may wait for a person."""
         return self.all(RecordPhase.STARTED)
 
-    async def earlier(self, crew_url: str) -> list[dict[str, float]]:
+    async def earlier(self, crew_url: str) -> list[dict[str, Any]]:
+        """Return what the latest runs of a crew used: those under a budget, if there are any."""
+        async for page in read_pages({"tags": {"all_": [_used_prefix(crew_url)]}}):
+            if used := _used_in(page):
+                return used
+        return await self._latest_used(crew_url)
+
+    async def _latest_used(self, crew_url: str) -> list[dict[str, Any]]:
         """Return what the latest runs of a crew used by their records, as far as they are among the latest of all."""
         json = {"variables": {"tags": {"all_": [TAG, f"phase:{RecordPhase.ENDED}"]}}, "limit": PAGE}
         async with get_client() as client:

@@ -298,7 +298,7 @@ async def finish_run(
     if is_first and not written:  # what stands there instead counts
         attempts = await records.attempts(record.idempotency_key)
         record = next((one for one in attempts if one.attempt == record.attempt), record)
-    if is_first:
+    if is_first and record.phase is RecordPhase.ENDED:
         end_run(record, view, settings=settings)
     return written
 

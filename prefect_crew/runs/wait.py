@@ -151,15 +151,14 @@ class _Waiter(Watcher):
                     ended = True
                     status = status if self.waker is None else await self.waker.with_usage(status)
                 except ENDINGS:
-                    if run.record is not None and not self._has_stopped:  # /stop is sent once
-                        await stop_if_asked(self.session, run.record, self.records)
+                    await self._stop_if_asked()
                     raise
                 except _CancelledOnServerError:
                     raise await self._after_cancellation() from None
                 except CrewTimeoutError as error:
                     if run.record is not None:
                         emit("timed_out", run.record, phase=error.phase, budget=error.budget)
-                    await self._show(self.last, force=True, note=str(error))
+                    await self._show_unless_closed(str(error))
                     raise
                 except CrewLostError as error:
                     if run.record is not None:
@@ -169,8 +168,10 @@ class _Waiter(Watcher):
                     await self._show(lost, force=True, note=str(error))
                     raise
                 except NO_ANSWER as error:
+                    # What the server said in place of a status may be any text of the crew.
+                    said = str(error) if run.show == "full" else "The status call gives no answer."
                     error.add(self._once_it_answers())
-                    await self._show(self.last, force=True, note=str(error))
+                    await self._show_unless_closed(said)
                     raise
                 finally:
                     if self.people is not None:
@@ -247,7 +248,18 @@ class _Waiter(Watcher):
             raise _CancelledOnServerError
 
     async def pause(self, seconds: float) -> None:
-        """Pause between two looks at the run; look meanwhile whether the flow run was cancelled."""
+        """Pause between two looks at the run. One that has no artifact yet gets it meanwhile, if the pause is long."""
+        began, first = time.monotonic(), self._shown_at + SHOW_EVERY - time.monotonic()
+        if self.run.artifact.is_new and first < seconds:
+            await self._pause(max(first, 0.0))
+            if time.monotonic() < began + first:
+                return  # something has happened
+            await self._show(self.last, force=True)
+            seconds -= time.monotonic() - began
+        await self._pause(max(seconds, 0.0))
+
+    async def _pause(self, seconds: float) -> None:
+        """Pause, and look meanwhile whether the flow run was cancelled."""
         pause = asyncio.sleep if self.waker is None else self.waker.pause
         pausing = pause(seconds) if self.people is None else self.people.pause(pause, seconds)
         if seconds <= stop.LOOK_EVERY or self.own is None or stop.started_by_runner():
@@ -287,6 +299,16 @@ class _Waiter(Watcher):
         except (CrewError, httpx.HTTPError, PrefectException) as error:
             self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, self._redacted(error))
             return False
+
+    async def _stop_if_asked(self) -> bool:
+        """Stop the crew where a person has cancelled, and show it; True if its server took that."""
+        record = self.run.record
+        if record is None or self._has_stopped:  # /stop is sent once
+            return False
+        is_taken = await stop_if_asked(self.session, record, self.records)
+        if is_taken and record.phase is RecordPhase.ENDED:
+            await self._show(CrewStatus(kickoff_id=self.run.kickoff_id, state=CrewState.STOPPED), force=True)
+        return is_taken
 
     @asynccontextmanager
     async def _noted_as_waiter(self) -> AsyncGenerator[None]:
@@ -350,13 +372,18 @@ class _Waiter(Watcher):
 
     async def _after_cancellation(self) -> CrewError:
         """Stop the crew and return the error to raise. The server ends the flow run, which is Cancelling, by itself."""
-        run, record = self.run, self.run.record
-        if record is not None and await stop_if_asked(self.session, record, self.records):
+        run = self.run
+        if await self._stop_if_asked():
             return CrewStoppedError(**run.names)
         return CrewError(
             f"The flow run was cancelled while it waited for run {run.kickoff_id} of crew {run.crew.label}, which "
             f"continues at {run.crew.url}. See what it does: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
         )
+
+    async def _show_unless_closed(self, note: str) -> None:
+        """Show that this wait has given up, unless another one has seen the end."""
+        if self.run.owned or await self._closed() is None:
+            await self._show(self.last, force=True, note=note)
 
     async def _show(self, status: CrewStatus | None, *, force: bool = False, note: str | None = None) -> None:
         """Bring the artifact up to date, every few seconds at most, and say once if that does not work."""
@@ -368,7 +395,10 @@ class _Waiter(Watcher):
         notes += [note] if note else []
         given = () if self.people is None else self.people.answers
         view = self.run.view(status, notes=[self.run.redact(one) for one in notes], to_do=to_do, reviews=given)
+        is_first = self.run.artifact.id is None
         problem = await self.run.artifact.show(view)
+        if is_first and self.run.artifact.id is not None and not (status is not None and status.state.ended):
+            self.run.notify(None)  # so that it can be linked to
         if problem and not self._artifact_failed:
             self._artifact_failed = True
             self.log.warning("The artifact of run %s could not be updated: %s", self.run.kickoff_id, problem)

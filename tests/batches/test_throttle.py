@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from typing import Any
@@ -188,14 +189,42 @@ async def test_a_row_that_is_left_makes_room_for_another_trial():
 # Requests
 
 
+async def no_newer(client: CrewClient) -> None:
+    del client
+
+
+async def test_a_connection_is_used_again_however_many_kickoffs_are_under_way():
+    """Of a pool that all share, httpx closes each connection after an answer once there are more than it keeps."""
+    opened, answered = 0, 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened, answered
+        opened += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split(b"\r")[0]))
+                answered += 1
+                body = b'{"kickoff_id": "run-%d"}' % answered
+                await asyncio.sleep(0.1)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        # A pasted token has a line break at its end.
+        crew = DeployedCrew(url=url, token=SecretStr("token-of-8\n")).crew
+        async with BatchClient(crew, throttle(kickoffs_at_once=70), no_newer) as client:
+            for _ in range(3):
+                await asyncio.gather(*(client.kickoff({}) for _ in range(70)))
+    assert answered == 210
+    assert opened == 70
+
+
 async def test_only_an_accepted_kickoff_tells_how_far_the_server_is(respx_mock: respx.MockRouter):
     respx_mock.post("http://127.0.0.1:1/kickoff").mock(
         side_effect=[httpx.Response(503), httpx.Response(200, json={"kickoff_id": "run"})]
     )
-
-    async def no_newer(client: CrewClient) -> None:
-        del client
-
     mine = throttle()
     crew = DeployedCrew(url="http://127.0.0.1:1", token=SecretStr("token-of-8")).crew
     async with BatchClient(crew, mine, no_newer) as client:

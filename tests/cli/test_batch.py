@@ -183,7 +183,7 @@ def test_of_a_batch_that_was_killed_the_runs_are_stopped(here, running: tuple[Cr
     assert f"5 of 5 runs in flight were asked to stop. {again}" in cancelled.out, cancelled.err
     assert {str(run.state) for run in server.runs} == {"stopped"}
     found = here("batch", "inspect", name, "-o", "json").json
-    assert (found["in_flight"], found["stopped"], found["failed"]) == (0, 5, 0)
+    assert (found["in_flight"], found["failed"], found["stopped"], found["owed"]) == (0, 5, 5, 5)
 
 
 def test_failed_rows_are_started_again_by_the_name_alone_up_to_the_crews_limit(

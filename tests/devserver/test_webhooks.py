@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import time
 from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
+from prefect_crew.devserver import CrewServer
 from support.receiver import Receiver
 from support.servers import Serve, finished, kickoff, until
 
@@ -92,6 +96,16 @@ def test_bodies_of_a_generation(receiver: Receiver, serve: Serve, generation: st
     assert human == told | {"task_id": "write_task", "output": "text"}
     usage = {"total_tokens": 9, "prompt_tokens": 5, "completion_tokens": 4}
     assert crew == told | {"result": "text", "result_json": {"words": 1}, "token_usage": usage}
+
+
+async def test_an_app_that_is_mounted_elsewhere_sends_them_too(receiver: Receiver) -> None:
+    app = Starlette(routes=[Mount("/crew", CrewServer("echo", token="token-of-8").asgi)])
+    headers = {"Authorization": "Bearer token-of-8"}
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://crew.test/crew", headers=headers) as client:
+        body = {"inputs": {"text": "a"}, "crewWebhookUrl": f"{receiver.url}/crew"}
+        assert (await client.post("/kickoff", json=body)).status_code == 200
+        await asyncio.to_thread(receiver.wait_for, lambda got: bool(got.at("/crew")))
 
 
 def test_resume_without_webhooks_ends_them(receiver: Receiver, serve: Serve) -> None:

@@ -37,8 +37,10 @@ from prefect_crew.exceptions import (
     KickoffUncertainError,
     PipelineFailedError,
 )
+from prefect_crew.pipelines import artifact as pages
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs import wait
 from prefect_crew.testing import CrewServerFactory
 from support.held import FailsFirst, Held
 from support.prefect_server import PrefectServer, stored_texts
@@ -109,6 +111,28 @@ async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: C
     assert spans["c"][0] > max(spans["a"][1], spans["b"][1])
     shown = await asyncio.to_thread(artifact, seen, "concurrent", idempotency_key)
     assert "3 of 3 steps completed" in shown
+
+
+async def test_the_page_links_to_the_page_of_a_step_that_lasts(
+    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(wait, "SHOW_EVERY", 0.3)
+    monkeypatch.setattr(pages, "SHOW_AFTER", 0.1)
+    monkeypatch.setattr(pages, "SHOW_EVERY", 0.1)
+    held, idempotency_key, shown = Held(), key(), ""
+    server = crew_server(held)
+    running = asyncio.ensure_future(
+        arun_pipeline([CrewStep("long", server.crew(), {})], name="linked", idempotency_key=idempotency_key)
+    )
+    for _ in range(200):
+        await asyncio.sleep(0.05)
+        with contextlib.suppress(AssertionError):  # it is not there yet
+            shown = await asyncio.to_thread(artifact, seen, "linked", idempotency_key)
+        if "../artifact/" in shown:
+            break
+    assert "../artifact/" in shown
+    held.release()
+    await running
 
 
 async def test_a_failure_is_on_record_before_anybody_hears_of_it(

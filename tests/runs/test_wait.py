@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -30,8 +31,12 @@ from prefect_crew import (
     kickoff_crew,
     wait_for_crew,
 )
+from prefect_crew.artifacts.run import artifact_key
+from prefect_crew.crew import fast_polling
+from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords, waiter_prefix
+from prefect_crew.runs import wait
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -383,6 +388,48 @@ async def test_errors_end_the_wait_in_the_end_and_the_run_is_found_again(crew_se
     server.faults.clear()
     assert (await ended(await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))).output == "a"
     assert server.kickoffs == 1
+
+
+# The artifact
+
+
+async def shown(seen: Seen, server: CrewServer, crew: DeployedCrew) -> str:
+    """Return the page of the only run of a server, "" where it has none."""
+    pages = await asyncio.to_thread(seen.artifacts, artifact_key(crew.crew.label))
+    ids = [run.id for run in server.runs]
+    return next((page["data"] for page in pages if ids and ids[0] in page["description"]), "")
+
+
+async def test_a_run_that_lasts_has_its_page_before_the_first_look(
+    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(wait, "SHOW_EVERY", 0.3)
+    server = crew_server(slow(60))
+    crew, page = server.crew(), ""
+    with fast_polling(60):
+        running = asyncio.ensure_future(arun_crew(crew, {}))
+        for _ in range(200):
+            if page := await shown(seen, server, crew):
+                break
+            await asyncio.sleep(0.05)
+        assert "running" in page
+        assert server.requests["status"] == 0
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+
+@pytest.mark.parametrize("show", ["full", "summary", "none"])
+async def test_what_a_server_says_in_place_of_a_status_is_shown_only_where_all_is(
+    crew_server: CrewServerFactory, seen: Seen, show: Any
+):
+    server = crew_server(slow(60), faults=["status:html"])
+    crew = server.crew(show=show, wait=WaitPolicy(initial=0.1, error_timeout=0.3))
+    with pytest.raises(CrewError) as caught:
+        await arun_crew(crew, {})
+    page = await shown(seen, server, crew)
+    assert (str(caught.value)[:60] in page) == (show == "full"), page
+    assert "gives no answer" in page or show == "full"
 
 
 # Tokens
