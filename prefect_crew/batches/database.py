@@ -17,7 +17,6 @@ from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
-from prefect_crew._internal.files import create_private
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.dataset import is_remote, shown_address
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError, LedgerError
@@ -27,6 +26,14 @@ _HARMLESS = {"ssl", "sslmode", "host", "port", "target_session_attrs", "applicat
 """Options of a URL that hold no secret. asyncpg also takes `password`, `passfile`, `sslpassword` and any `options`."""
 SECRET = "secret://"  # noqa: S105  the beginning of a name, not a secret
 OPEN_TRIES = 5
+
+
+def create_private(path: Path) -> None:
+    """Create an empty file for its owner alone, whatever the process's umask: it is to hold inputs and results.
+
+    One that is there is left as it is. Raises OSError.
+    """
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
 @dataclass(frozen=True)

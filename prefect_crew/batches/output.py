@@ -17,7 +17,7 @@ import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
-from prefect_crew._internal.files import create_private
+from prefect_crew.batches.database import create_private
 from prefect_crew.batches.dataset import is_remote, polars, shown_address
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
