@@ -251,9 +251,10 @@ class _Waiter(Watcher):
         """Pause between two looks at the run. One that has no artifact yet gets it meanwhile, if the pause is long."""
         began, first = time.monotonic(), self._shown_at + SHOW_EVERY - time.monotonic()
         if self.run.artifact.is_new and first < seconds:
-            await self._pause(max(first, 0.0))
-            if time.monotonic() < began + first:
-                return  # something has happened
+            if first > 0:
+                await self._pause(first)
+                if time.monotonic() < began + first:
+                    return  # something has happened
             await self._show(self.last, force=True)
             seconds -= time.monotonic() - began
         await self._pause(max(seconds, 0.0))

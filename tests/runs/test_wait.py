@@ -32,11 +32,10 @@ from prefect_crew import (
     wait_for_crew,
 )
 from prefect_crew.artifacts.run import artifact_key
-from prefect_crew.crew import fast_polling
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords, waiter_prefix
-from prefect_crew.runs import wait
+from prefect_crew.runs import polling, wait
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -404,19 +403,19 @@ async def test_a_run_that_lasts_has_its_page_before_the_first_look(
     crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(wait, "SHOW_EVERY", 0.3)
+    monkeypatch.setattr(polling, "fast_intervals", [])
     server = crew_server(slow(60))
-    crew, page = server.crew(), ""
-    with fast_polling(60):
-        running = asyncio.ensure_future(arun_crew(crew, {}))
-        for _ in range(200):
-            if page := await shown(seen, server, crew):
-                break
-            await asyncio.sleep(0.05)
-        assert "running" in page
-        assert server.requests["status"] == 0
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await running
+    crew, page = server.crew(wait=WaitPolicy(initial=60)), ""
+    running = asyncio.ensure_future(arun_crew(crew, {}))
+    for _ in range(200):
+        if page := await shown(seen, server, crew):
+            break
+        await asyncio.sleep(0.05)
+    assert "pending" in page, "no status was seen yet"
+    assert server.requests["status"] == 0
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
 
 
 @pytest.mark.parametrize("show", ["full", "summary", "none"])
