@@ -168,10 +168,10 @@ class _Waiter(Watcher):
                     await self._show(lost, force=True, note=str(error))
                     raise
                 except NO_ANSWER as error:
-                    # What the server said in place of a status may be any text of the crew.
-                    said = str(error) if run.show == "full" else "The status call gives no answer."
                     error.add(self._once_it_answers())
-                    await self._show_unless_closed(said)
+                    # What the server said in place of a status may be any text of the crew.
+                    bare = f"The status call gives no answer. {self._once_it_answers()}"
+                    await self._show_unless_closed(str(error) if run.show == "full" else bare)
                     raise
                 finally:
                     if self.people is not None:
@@ -253,8 +253,8 @@ class _Waiter(Watcher):
         if self.run.artifact.is_new and first < seconds:
             if first > 0:
                 await self._pause(first)
-                if time.monotonic() < began + first:
-                    return  # something has happened
+                if self.waker is not None and self.waker.woken:
+                    return
             await self._show(self.last, force=True)
             seconds -= time.monotonic() - began
         await self._pause(max(seconds, 0.0))
