@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -163,6 +164,7 @@ class CrewSession:
         self._stack = AsyncExitStack()
         self._client: CrewClient | None = None
         self._entered = 0
+        self._renewing = asyncio.Lock()
 
     async def __aenter__(self) -> CrewSession:
         if not self._entered:
@@ -183,18 +185,24 @@ class CrewSession:
             raise InvalidCallError("This CrewSession is not open: use it in `async with CrewSession(crew) as session`.")
         return self._client
 
-    async def renew(self) -> bool:
-        """Take up the token that the stored block has now; False if that is the one that was refused."""
-        try:
-            fresh = await self.crew.reloaded()
-            if fresh is None:
+    async def renew(self, refused: CrewClient) -> bool:
+        """Take up the token that the stored block has now, in place of that of a client whose token was refused.
+
+        False if there is no other token. Many calls may be refused at once: the first of them renews it for all.
+        """
+        async with self._renewing:
+            if self._client is not refused:
+                return True
+            try:
+                fresh = await self.crew.reloaded()
+                if fresh is None:
+                    return False
+                client = await self._stack.enter_async_context(self._connect(fresh))
+            except (httpx.HTTPError, PrefectException, ValueError):
                 return False
-            client = await self._stack.enter_async_context(self._connect(fresh))
-        except (httpx.HTTPError, PrefectException, ValueError):
-            return False
-        self.crew, self._client = fresh, client
-        run_logger().info("Crew %s: its stored block has a new token, which is used from now on.", fresh.label)
-        return True
+            self.crew, self._client = fresh, client
+            run_logger().info("Crew %s: its stored block has a new token, which is used from now on.", fresh.label)
+            return True
 
     async def call(self, request: Callable[[CrewClient], Awaitable[T]]) -> T:
         """Make a call, and once more with the stored block's token where this one is refused.
@@ -205,8 +213,7 @@ class CrewSession:
         try:
             return await request(client)
         except AuthenticationError:
-            # Another call may have changed the token while this one was under way.
-            if self._client is client and not await self.renew():
+            if not await self.renew(client):
                 raise
         return await request(self.client)
 

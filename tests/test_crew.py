@@ -120,10 +120,10 @@ async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewS
     server = crew_server("echo")
     crew = await stored(server)
     async with CrewSession(server.crew(token="not-stored").crew) as session:
-        assert not await session.renew()
+        assert not await session.renew(session.client)
     await store_anew(crew, server, token="no header can carry this")
     async with CrewSession(crew) as session:
-        assert not await session.renew()
+        assert not await session.renew(session.client)
         await session.client.inputs()
     await store_anew(crew, server)
     server.token = "the-new-token"
@@ -132,4 +132,4 @@ async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewS
             await session.call(lambda client: client.inputs())
     await asyncio.to_thread(lambda: DeployedCrew.delete(crew.label))
     async with CrewSession(crew) as session:
-        assert not await session.renew()
+        assert not await session.renew(session.client)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import httpx
@@ -48,7 +48,7 @@ from prefect_crew.batches.report import (
 )
 from prefect_crew.batches.rows import Checked, RowPlan, SetAside, expected_inputs, rejected_name
 from prefect_crew.batches.runner import Runner, hold_concurrency_slots
-from prefect_crew.batches.throttle import BatchSession, Throttle
+from prefect_crew.batches.throttle import BatchClient, Throttle
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
@@ -365,7 +365,7 @@ class _Batch:
         self.on_progress = on_progress
         self.progress = BatchProgress(job.name)
         self.throttle = Throttle(job.options)
-        self.session = BatchSession(job.crew, self.throttle)
+        self.session = CrewSession(job.crew, partial(BatchClient, throttle=self.throttle))
         self.ledger = Ledger(job.ledger.full, job.name)
         self.lock = BatchLock(self.ledger.database, job.name)
         self.output = Output(job.output, output_type=job.options.output_type)

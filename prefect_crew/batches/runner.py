@@ -30,7 +30,7 @@ from prefect_crew.batches.outcomes import (
     state_of,
 )
 from prefect_crew.batches.rows import RowJob
-from prefect_crew.batches.throttle import BatchSession, Throttle
+from prefect_crew.batches.throttle import Throttle
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import CrewSession
@@ -79,7 +79,7 @@ class Runner:
 
     def __init__(
         self,
-        session: BatchSession,
+        session: CrewSession,
         throttle: Throttle,
         ledger: Ledger,
         options: BatchOptions,
@@ -353,7 +353,7 @@ class Runner:
         with run.withholding():
             async with waker_for(record.idempotency_key if record.has_webhooks else None, crew.url) as waker:
                 status = await poll(
-                    lambda: self.session.client.status(kickoff_id),
+                    lambda: self.session.call(lambda client: client.status(kickoff_id)),
                     kickoff_id=kickoff_id,
                     crew=record.crew,
                     policy=self.policy,
@@ -391,7 +391,7 @@ class Runner:
     async def stop_run(self, record: RunRecord, reason: str | None = None) -> bool:
         """Ask the crew's server to stop a run, write down what came of it, and return whether it was accepted."""
         try:
-            answer = await self.session.client.stop(str(record.kickoff_id))
+            answer = await self.session.call(lambda client: client.stop(str(record.kickoff_id)))
             record.reason = reason or record.reason
             await close_stopped(self.session.client, self.session.crew, record, answer, self.ledger)
             if reason is not None and answer.accepted and record.phase is not RecordPhase.ENDED:

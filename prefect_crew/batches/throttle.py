@@ -5,23 +5,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._transport import Answer, Call, Connections, PoolLane, poll_lane
-from prefect_crew.crew import RETRY_AFTER_CAP, Crew, CrewSession
-from prefect_crew.exceptions import AuthenticationError, CrewError, RateLimitedError, ServerError
+from prefect_crew.crew import RETRY_AFTER_CAP, Crew
+from prefect_crew.exceptions import CrewError, RateLimitedError, ServerError
 
-if TYPE_CHECKING:
-    from prefect_crew.client.models import CrewStatus
-
-
-T = TypeVar("T")
 POLLS_AT_ONCE = 256
 """Status calls at a time. They cost nothing but time: where answers take 0.2 s, 256 are 1,280 polls a second."""
 FEWEST_KICKOFFS, MOST_KICKOFFS = 16, 256
@@ -247,11 +242,9 @@ class _Lanes:
 
 
 class BatchClient(CrewClient):
-    """A crew client that tells a throttle what the server asks for, and goes on with a rotated token."""
+    """A crew client that tells a throttle what the server asks for."""
 
-    def __init__(
-        self, crew: Crew, throttle: Throttle, newer: Callable[[CrewClient], Awaitable[CrewClient | None]]
-    ) -> None:
+    def __init__(self, crew: Crew, throttle: Throttle) -> None:
         super().__init__(
             crew.url,
             crew.token,
@@ -260,7 +253,6 @@ class BatchClient(CrewClient):
             inputs_as_json=crew.inputs_as_json,
         )
         self._throttle = throttle
-        self._newer = newer
         most = max(MOST_KICKOFFS, throttle.kickoffs_at_once)
         own = {"url": self.url, "token": self._token, "timeout": self.request_timeout}
         self._polling = _Lanes(partial(poll_lane, **own), POLLS_AT_ONCE)
@@ -272,23 +264,6 @@ class BatchClient(CrewClient):
     async def __aexit__(self, *_: object) -> None:
         for lanes in (self._polling, self._posting):
             await lanes.aclose()
-
-    async def kickoff(self, *args: Any, **kwargs: Any) -> str:
-        """Start a run, as `CrewClient.kickoff`."""
-        return await self._with_newest_token(CrewClient.kickoff, *args, **kwargs)
-
-    async def status(self, *args: Any, **kwargs: Any) -> CrewStatus:
-        """Return where a run stands, as `CrewClient.status`."""
-        return await self._with_newest_token(CrewClient.status, *args, **kwargs)
-
-    async def _with_newest_token(self, request: Callable[..., Awaitable[T]], *args: Any, **kwargs: Any) -> T:
-        try:
-            return await request(self, *args, **kwargs)
-        except AuthenticationError:
-            newer = await self._newer(self)
-            if newer is None:
-                raise
-        return await request(newer, *args, **kwargs)
 
     def _error(self, call: Any, answer: Any, kind: Any = None) -> Any:
         error = super()._error(call, answer, kind)
@@ -305,18 +280,3 @@ class BatchClient(CrewClient):
         if call.path == "/kickoff" and answer.is_success:
             self._throttle.answered(time.monotonic() - began)
         return answer
-
-
-class BatchSession(CrewSession):
-    """A session in which many rows meet a refused token at once, and the first of them renews it for all."""
-
-    def __init__(self, crew: Crew, throttle: Throttle) -> None:
-        super().__init__(crew, lambda fresh: BatchClient(fresh, throttle, self._newer))
-        self._renewing = asyncio.Lock()
-
-    async def _newer(self, client: CrewClient) -> CrewClient | None:
-        """Return the client that took the place of one whose token was refused, None if there is no newer token."""
-        async with self._renewing:
-            if self.client is not client or await self.renew():
-                return self.client
-        return None

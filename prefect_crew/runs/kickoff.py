@@ -356,13 +356,14 @@ async def _post_until_taken(
     if not record.permit:  # the claim of a ledger is its permit as well
         lease = await _take_permit(record, records, lease)
     while True:
+        client = session.client
         try:
             return await _post_and_react(start, record, records, session, lease)
         except (CrewError, ClaimLostError) as problem:
             if record.phase is not RecordPhase.CLAIMED:
                 raise
             async with _giving_back(record, records):
-                is_renewed = isinstance(problem, AuthenticationError) and await session.renew()
+                is_renewed = isinstance(problem, AuthenticationError) and await session.renew(client)
                 delay = 0.0 if is_renewed else kickoff_delay(problem)
                 if delay is None or loop.time() + delay > until:
                     raise

@@ -17,7 +17,6 @@ from prefect_crew import DeployedCrew
 from prefect_crew.batches import throttle as module
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.throttle import BatchClient, Throttle
-from prefect_crew.client._client import CrewClient
 from prefect_crew.exceptions import CrewConnectionError, RateLimitedError, ServerError
 
 REFUSED = CrewConnectionError(method="POST", url="http://crew/kickoff", reason="refused", sent=False)
@@ -189,10 +188,6 @@ async def test_a_row_that_is_left_makes_room_for_another_trial():
 # Requests
 
 
-async def no_newer(client: CrewClient) -> None:
-    del client
-
-
 async def test_a_connection_is_used_again_however_many_kickoffs_are_under_way():
     """Of a pool that all share, httpx closes each connection after an answer once there are more than it keeps."""
     opened, answered = 0, 0
@@ -214,7 +209,7 @@ async def test_a_connection_is_used_again_however_many_kickoffs_are_under_way():
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         # A pasted token has a line break at its end.
         crew = DeployedCrew(url=url, token=SecretStr("token-of-8\n")).crew
-        async with BatchClient(crew, throttle(kickoffs_at_once=70), no_newer) as client:
+        async with BatchClient(crew, throttle(kickoffs_at_once=70)) as client:
             for _ in range(3):
                 await asyncio.gather(*(client.kickoff({}) for _ in range(70)))
     assert answered == 210
@@ -227,7 +222,7 @@ async def test_only_an_accepted_kickoff_tells_how_far_the_server_is(respx_mock: 
     )
     mine = throttle()
     crew = DeployedCrew(url="http://127.0.0.1:1", token=SecretStr("token-of-8")).crew
-    async with BatchClient(crew, mine, no_newer) as client:
+    async with BatchClient(crew, mine) as client:
         with pytest.raises(ServerError):
             await client.kickoff({})
         assert mine._fastest == math.inf

@@ -23,7 +23,7 @@ from proof.kills import Kill, arm
 
 __all__ = ["KILLS", "WHILE_STARTING", "BatchForks", "Call", "Report"]
 
-WHILE_STARTING = ("ledger-claim", "ledger-save", "ledger-commit", "batch-kickoff", "batch-status")
+WHILE_STARTING = ("ledger-claim", "ledger-save", "ledger-commit", "kickoff", "status")
 """Points at which a batch may die while its rows are started, by their names in `kills.HOOKS`."""
 KILLS = (*WHILE_STARTING, "enter-rows", "export", "export-page")
 """All points of a batch's life at which it may die."""

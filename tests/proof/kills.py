@@ -39,8 +39,6 @@ HOOKS = {
     "ledger-claim": ("prefect_crew.batches.ledger", "Ledger.claim"),
     "ledger-save": ("prefect_crew.batches.ledger", "Ledger._write"),
     "ledger-commit": ("prefect_crew.batches.database", "GroupWriter._commit"),
-    "batch-kickoff": ("prefect_crew.batches.throttle", "BatchClient.kickoff"),
-    "batch-status": ("prefect_crew.batches.throttle", "BatchClient.status"),
     "enter-rows": ("prefect_crew.batches.ledger", "Ledger.enter_rows"),
     "export": ("prefect_crew.batches.output", "Output.write"),
     "export-page": ("prefect_crew.batches.output", "Output._write_page"),
