@@ -24,7 +24,7 @@ import servers
 from figures import memory_mb, report
 from servers import SECRET
 
-from prefect_crew.webhooks import hook_urls
+from prefect_crew.webhooks import Hook, hook_urls
 
 RUNS = 100
 
@@ -42,7 +42,7 @@ class Deliveries:
 
     def __init__(self, url: str) -> None:
         expires = datetime.now(UTC) + timedelta(hours=1)
-        hooks = [hook_urls(url, SECRET, f"benchmark/{number}", expires=expires, attempt=1) for number in range(RUNS)]
+        hooks = [hook_urls(url, SECRET, Hook("task", f"benchmark/{number}", expires, 1)) for number in range(RUNS)]
         self.paths = [urlsplit(str(hook.task)).path for hook in hooks]
         self.number = 0
 

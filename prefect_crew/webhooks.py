@@ -98,18 +98,17 @@ def webhooks_for(
             "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL is set without PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET. Set the "
             "receiver's secret, or unset the URL: then polling alone finds out that runs have ended."
         )
-    return hook_urls(
-        url,
-        secret,
+    hook = Hook(
+        "crew",
         idempotency_key,
-        expires=hooks_expire(crew.wait, utcnow()),
-        attempt=attempt,
-        claim=None if owner is None else claim_of(owner),
+        hooks_expire(crew.wait, utcnow()),
+        attempt,
         # A name may repeat an input, and the receiver does not know the secret ones.
         names=crew.show != "none" and not crew.secret_inputs,
         round=round,
-        stream_events=(*RUN_ENDS, LLM_CALL) if settings.webhook_llm_calls else RUN_ENDS,
+        claim=None if owner is None else claim_of(owner),
     )
+    return hook_urls(url, secret, hook, (*RUN_ENDS, LLM_CALL) if settings.webhook_llm_calls else RUN_ENDS)
 
 
 def is_prefect_cloud(url: str) -> bool:
@@ -124,37 +123,20 @@ def hooks_expire(wait: WaitPolicy, now: datetime) -> datetime:
     return now + timedelta(seconds=sum(UNLIMITED if one is None else one for one in budgets) + EXPIRY_MARGIN)
 
 
-def hook_urls(
-    base_url: str,
-    secret: SecretStr | str,
-    idempotency_key: str,
-    *,
-    expires: datetime,
-    attempt: int | None = None,
-    claim: str | None = None,
-    names: bool = True,
-    round: int = 0,  # noqa: A002 - the word of the domain
-    stream_events: Sequence[str] = (),
-) -> Webhooks:
+def hook_urls(base_url: str, secret: SecretStr | str, run: Hook, stream_events: Sequence[str] = RUN_ENDS) -> Webhooks:
     """Return the webhooks of one run, for its kickoff and for each of its resumes. Equal arguments give equal URLs.
 
     Args:
         base_url: The receiver's public address; it may have a path, but neither query nor fragment.
-        secret: What the receiver verifies with; at least 32 characters. Of several the first one signs.
-        idempotency_key: The run's. It can be read from the URLs, as can all below but `stream_events`.
-        expires: When the URLs become void; aware.
-        attempt: The attempt of the key.
-        claim: The claim of that attempt, as `claim_of` gives it.
-        names: Whether events may have names of tasks, agents and tools.
-        round: How many answers of people came before.
-        stream_events: Types of CrewAI's events that are sent one by one, if any.
+        secret: What the receiver verifies with. Of several the first one signs.
+        run: What the URLs are for, whatever kind it names. It can be read from the URLs.
+        stream_events: Types of CrewAI's events that are sent one by one.
 
     Raises:
-        ConfigurationError: The address or the secret cannot be used, or `expires` is naive.
+        ConfigurationError: The address or the secret cannot be used.
     """
     base = checked_url(base_url, allow_http=True, what="The receiver's URL")
     key = checked_secret(secret)
-    run = Hook("crew", idempotency_key, expires, attempt, names, round, claim)
 
     def signed(kind: WebhookKind) -> dict[str, Any]:
         hook = replace(run, kind=kind)
@@ -162,7 +144,7 @@ def hook_urls(
         return {"url": f"{base}/hooks/{kind}/{token_of(hook, key)}", **bearer}
 
     plain = {kind: signed(kind)["url"] for kind in ("task", "step", "crew")}
-    stream = {**signed("stream"), "events": list(stream_events), "realtime": True} if stream_events else None
+    stream = {**signed("stream"), "events": list(stream_events), "realtime": True}
     return Webhooks.model_validate({**plain, "human_input": signed("human_input"), "stream": stream})
 
 
@@ -238,8 +220,6 @@ def checked_secret(secret: SecretStr | str) -> str:
 
 
 def _payload(hook: Hook) -> str:
-    if hook.expires.tzinfo is None:
-        raise ConfigurationError("`expires` of a webhook has no time zone: give an aware datetime.")
     fields = {name: value for name, value in asdict(hook).items() if value is not None}
     fields = {"version": VERSION, **fields, "expires": int(hook.expires.timestamp()), "round": hook.round % 256}
     return _base64(_bytes(json.dumps(fields, ensure_ascii=False, separators=(",", ":"))))

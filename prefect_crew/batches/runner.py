@@ -351,7 +351,7 @@ class Runner:
         crew = self.session.crew.hiding(job.hidden)
         run = OpenRun(crew, kickoff_id, record, job.inputs, owned=True, webhooks=self._options.webhooks)
         with run.withholding():
-            async with waker_for(record.idempotency_key if record.has_webhooks else None, crew.url) as waker:
+            async with waker_for(record.idempotency_key if record.has_webhooks else None) as waker:
                 status = await poll(
                     lambda: self.session.call(lambda client: client.status(kickoff_id)),
                     kickoff_id=kickoff_id,

@@ -43,12 +43,11 @@ async def _find(prefix: str) -> dict[str, tuple[UUID, Any]]:
     return {name: one for name, one in found.items() if name.startswith(prefix)}
 
 
-async def _delete(prefix: str, *, exactly: bool = False) -> None:
+async def _delete(prefix: str) -> None:
     found = await _find(prefix)
     async with get_client() as client:
-        for name, (block_id, _) in found.items():
-            if not exactly or name == prefix:
-                await client.delete_block_document(block_id)
+        for block_id, _ in found.values():
+            await client.delete_block_document(block_id)
 
 
 async def keep_output(idempotency_key: str, attempt: int, answers: int, output: str) -> None:
@@ -86,4 +85,4 @@ async def kept_requests(kickoff_id: str | None = None) -> list[FeedbackRequest]:
 
 async def forget_request(request: FeedbackRequest) -> None:
     """Forget what was asked: it has its answer."""
-    await _delete(_of_request(request.kickoff_id, request.id), exactly=True)
+    await _delete(_of_request(request.kickoff_id, request.id))

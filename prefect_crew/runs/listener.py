@@ -49,8 +49,6 @@ RECONNECT = 5.0
 ANSWER_WITHIN = 30.0  # seconds for an answer of the receiver, which holds it back for ten while there is nothing to say
 USAGE_WITHIN = 0.5
 """Seconds for which the end of a run waits for the webhooks that may tell its tokens, where its status does not."""
-SILENT = 600.0
-"""Seconds for which nothing waits for them any more after they were waited for in vain, by crew."""
 _TELLING = {COMPLETED, "crew.webhook.stream.crew_kickoff_completed"}
 """The webhooks of a completed run that may tell its tokens."""
 Question = tuple[int, int]  # the attempt at the idempotency key, and how many answers of people came before, modulo 256
@@ -59,14 +57,13 @@ Question = tuple[int, int]  # the attempt at the idempotency key, and how many a
 class Waker:
     """Ends the pauses of one waiter. Of the event loop that made it."""
 
-    def __init__(self, hub: _Hub, idempotency_key: str, crew: str, *, calls: bool = False) -> None:
+    def __init__(self, hub: _Hub, idempotency_key: str, *, calls: bool = False) -> None:
         self._hub = hub
         self._idempotency_key = idempotency_key
-        self._crew = crew
         self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
-        self._is_told: asyncio.Event | None = None  # while it is waited for: most waits are about pauses alone
+        self._has_ended = False
         self._looks = 0
         self._next_soon = math.inf
         self._was_soon = False
@@ -77,10 +74,8 @@ class Waker:
         """Tell of a webhook; from any thread. `asked`: what a person is asked, if that is what it says."""
         if asked is not None:
             self._asked.add(asked)
-        with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
-            if self._is_told is not None:
-                self._loop.call_soon_threadsafe(self._is_told.set)
-            if ends_pause:
+        if ends_pause or self._has_ended:
+            with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
                 self._loop.call_soon_threadsafe(self._event.set)
 
     def has_question_after(self, attempt: int, answers: int) -> bool:
@@ -98,24 +93,23 @@ class Waker:
         """
         if not status.state.ended:
             return status
-        until, is_told = time.monotonic() + USAGE_WITHIN, asyncio.Event()
-        self._is_told = is_told
-        while True:
-            is_told.clear()
-            tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
-            if self._calls:
-                is_missing = status.state is not CrewState.STOPPED and not tokens.has_all_calls
-            else:
-                is_missing = status.state is CrewState.COMPLETED and not (tokens.usage or tokens.heard >= _TELLING)
-            if status.usage or not (is_missing and self._hub.listens_to(self._crew)):
-                break
-            if (left := until - time.monotonic()) <= 0:
-                self._hub.note_silent(self._crew)
-                break
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await is_told.wait()
+        self._has_ended = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(USAGE_WITHIN):
+                while self._may_hear_more(status):
+                    await self._event.wait()
+                    self._event.clear()
+        tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
         return status.model_copy(update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models})
+
+    def _may_hear_more(self, status: CrewStatus) -> bool:
+        """Return whether a webhook may still tell the tokens of an ended run."""
+        tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
+        if status.usage or not self._hub.is_connected:
+            return False
+        if self._calls:
+            return status.state is not CrewState.STOPPED and not tokens.has_all_calls
+        return status.state is CrewState.COMPLETED and not (tokens.usage or tokens.heard >= _TELLING)
 
     def stretch(self, delay: float) -> float:
         """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
@@ -208,12 +202,16 @@ class _Hub:
         self._was_refused = False
         self._distrusted_until = 0.0
         self._heard: OrderedDict[str, None] = OrderedDict()
-        self._silent_until: dict[str, float] = {}  # by the address of a crew
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether webhooks reach this process, as far as is known."""
+        return self._has_events or self._has_receiver
 
     @property
     def trusted(self) -> bool:
-        """Whether webhooks reach this process, as far as is known, and none was found to be missing lately."""
-        return (self._has_events or self._has_receiver) and time.monotonic() >= self._distrusted_until
+        """Whether webhooks reach this process, and none was found to be missing lately."""
+        return self.is_connected and time.monotonic() >= self._distrusted_until
 
     def distrust(self) -> None:
         self._distrusted_until = time.monotonic() + DISTRUST
@@ -256,14 +254,6 @@ class _Hub:
         """Return the tokens of a run as far as webhooks have reported them."""
         with self._lock:
             return deepcopy(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
-
-    def listens_to(self, crew: str) -> bool:
-        """Return whether webhooks about a crew's runs reach this process, as far as is known, and tell tokens."""
-        return (self._has_events or self._has_receiver) and time.monotonic() >= self._silent_until.get(crew, 0.0)
-
-    def note_silent(self, crew: str) -> None:
-        """Note that the tokens of a crew's run were waited for in vain."""
-        self._silent_until[crew] = time.monotonic() + SILENT
 
     async def _listen(self) -> None:
         try:
@@ -362,13 +352,13 @@ def subscribe() -> None:
 
 
 @asynccontextmanager
-async def waker_for(idempotency_key: str | None, crew: str) -> AsyncGenerator[Waker | None]:
-    """Give a waker for a run's waiter; None where webhooks are off or the run has no key. `crew` is its address."""
+async def waker_for(idempotency_key: str | None) -> AsyncGenerator[Waker | None]:
+    """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
     if idempotency_key is None or not (settings := CrewSettings()).webhook_url:
         yield None
         return
     _hub.start()
-    waker = Waker(_hub, idempotency_key, crew, calls=settings.webhook_llm_calls)
+    waker = Waker(_hub, idempotency_key, calls=settings.webhook_llm_calls)
     _hub.add(idempotency_key, waker)
     try:
         yield waker

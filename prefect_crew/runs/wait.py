@@ -136,7 +136,7 @@ class _Waiter(Watcher):
         with watch_ctrl_c():
             async with (
                 self._noted_as_waiter(),
-                waker_for(run.idempotency_key if hooked else None, run.crew.url) as self.waker,
+                waker_for(run.idempotency_key if hooked else None) as self.waker,
             ):
                 self.meet_people()
                 try:

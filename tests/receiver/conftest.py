@@ -11,7 +11,7 @@ import pytest
 
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.webhooks import hook_urls
+from prefect_crew.webhooks import Hook, hook_urls
 from support.environment import program
 from support.prefect_server import PrefectServer, free_port
 from support.processes import Process
@@ -47,8 +47,14 @@ async def client(kept: Kept) -> AsyncIterator[httpx.AsyncClient]:
 def urls() -> Callable[..., Webhooks]:
     """Make the webhooks of a run, for a day if not given otherwise."""
 
-    def make(idempotency_key: str = "city/lisbon", *, base: str = "http://receiver", **options: object) -> Webhooks:
-        known = {"expires": datetime.now(UTC) + timedelta(days=1), "attempt": 1, "stream_events": ["x"]}
-        return hook_urls(base, SECRET, idempotency_key, **known | options)
+    def make(
+        idempotency_key: str = "city/lisbon",
+        *,
+        base: str = "http://receiver",
+        expires: datetime | None = None,
+        attempt: int = 1,
+    ) -> Webhooks:
+        expires = expires or datetime.now(UTC) + timedelta(days=1)
+        return hook_urls(base, SECRET, Hook("crew", idempotency_key, expires, attempt))
 
     return make

@@ -32,7 +32,7 @@ from prefect_crew.records.resolve import (
 )
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
-from prefect_crew.webhooks import hook_urls
+from prefect_crew.webhooks import Hook, hook_urls
 from support.records import LONG_AGO, new_record, put
 from support.webhooks import SECRET, events_of, served
 
@@ -305,7 +305,7 @@ async def test_a_run_whose_kickoff_got_no_answer_goes_on_by_itself(generation: A
 async def test_a_webhook_that_comes_before_its_time_resolves_later(receiver: str, crew: DeployedCrew):
     record = await put(uncertain(crew, phase=RecordPhase.CLAIMED), permit=1.5 - SPARE)
     kickoff_id = await started(crew)
-    hooks = hook_urls(receiver, SECRET, record.idempotency_key, expires=utcnow() + timedelta(hours=1), attempt=1)
+    hooks = hook_urls(receiver, SECRET, Hook("crew", record.idempotency_key, utcnow() + timedelta(hours=1), 1))
     async with httpx.AsyncClient() as client:
         assert (await client.post(str(hooks.crew), json={"kickoff_id": kickoff_id, "result": "done"})).is_success
     events = await events_of(record.idempotency_key, at_least=2)
