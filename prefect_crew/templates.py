@@ -150,20 +150,12 @@ def _problem(node: nodes.Node) -> str | None:
     return "it asks for another template, and there is none" if isinstance(node, _OTHERS) else None
 
 
-def render(template: str, values: Mapping[str, Any]) -> str:
-    """Fill a template.
-
-    Raises:
-        ConfigurationError: A name or an attribute is not there, or the template does what the sandbox forbids.
-    """
-    return compiled(template)(values)
-
-
 def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
-    """Return what fills a template, as `render` does: for one that is filled thousands of times.
+    """Return what fills a template with values.
 
     Raises:
-        ConfigurationError: It is not a template.
+        ConfigurationError: It is not a template. What is returned raises it where a name or an attribute is not there,
+            or the template does what the sandbox forbids.
     """
     try:
         ready = _ENVIRONMENT.from_string(_parsed(template))

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from prefect_crew import ConfigurationError
 from prefect_crew.client.models import CrewResult, TaskResult
 from prefect_crew.states import CrewState
-from prefect_crew.templates import compiled, names_in, render, uses_in
+from prefect_crew.templates import compiled, names_in, uses_in
 
 RESULT = CrewResult(
     kickoff_id="1",
@@ -56,7 +56,7 @@ def test_a_template_is_filled(template: str, text: str):
     values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "yes": True, "nothing": None}
     values["day"] = datetime(2026, 1, 2, tzinfo=UTC)
     values["row"] = {"__typename": "Lead", "_id": 7}
-    assert render(template, values) == text
+    assert compiled(template)(values) == text
 
 
 HIDDEN = CrewResult(
@@ -81,7 +81,7 @@ HIDDEN = CrewResult(
 )
 def test_a_whole_result_shows_no_more_than_its_documented_fields(template: str):
     values = {"research": HIDDEN, "steps": {"research": HIDDEN}, "given": [{"a": HIDDEN}]}
-    text = render(template, values)
+    text = compiled(template)(values)
     assert "first" in text
     assert "raw" not in text
     assert "unread" not in text
@@ -153,14 +153,14 @@ class Called:
 def test_what_is_not_there_or_not_allowed_is_an_error(template: str):
     values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "path": Path(__file__), "call": called}
     with pytest.raises(ConfigurationError, match="cannot be filled"):
-        render(template, {**values, "called": Called(), "module": __name__})
+        compiled(template)({**values, "called": Called(), "module": __name__})
     assert CALLED == []
     assert RESULT.data == {"title": "Tiles", "list": [1, 2]}
 
 
 @given(st.text())
 def test_values_are_never_templates(text: str):
-    assert render("{{ topic }}", {"topic": text}) == text
+    assert compiled("{{ topic }}")({"topic": text}) == text
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
         return Dataset(name, lambda: _read_file(file, kind, encoding), address, kind, encoding, file.digest)
     kind_name = cast("type[Any]", type(source)).__name__
     library = cast("type[Any]", type(source)).__module__.partition(".")[0]
-    if library in _FRAMES and kind_name in ("DataFrame", "LazyFrame", "Table", "RecordBatch"):
+    if library in ("polars", "pandas", "pyarrow") and kind_name in ("DataFrame", "LazyFrame", "Table", "RecordBatch"):
         name = f"{library} {kind_name}"
-        return Dataset(name, lambda: _of_mappings(_FRAMES[library](source, name)))
+        return Dataset(name, lambda: _of_mappings(_frame_rows(source, library, name)))
     if isinstance(source, Mapping | bytes | bytearray) or not isinstance(source, Iterable):
         raise DatasetError(
             f"A {kind_name} is not a data set: give a path, an iterable of mappings, or a data frame.",
@@ -212,7 +212,13 @@ def _read_file(file: _File, kind: DatasetFormat, encoding: str) -> Iterator[Row]
             yield from _of_mappings(_parquet(file.fetch(), file.name))
             return
         with file.open() as content:
-            yield from _TEXT_FORMATS[kind](_lines(content, file.name, encoding), file.name)
+            lines = _lines(content, file.name, encoding)
+            if kind == "jsonl":
+                yield from _jsonl(lines)
+            elif kind == "json":
+                yield from _json(lines, file.name)
+            else:
+                yield from _csv(lines, file.name, "\t" if kind == "tsv" else ",")
 
 
 @contextmanager
@@ -252,7 +258,7 @@ def _lines(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
         ) from None
 
 
-def _csv(lines: Iterable[str], name: str, delimiter: str = ",") -> Iterator[Row]:
+def _csv(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Row]:
     # The limit of 131,072 characters a field is a process-wide default from 1999; documents are longer.
     csv.field_size_limit(ROW_LIMIT)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -290,8 +296,7 @@ def _check_columns(columns: Sequence[str], name: str, *, line: int | None = None
         raise DatasetError(f"the columns {', '.join(map(repr, doubled))} appear twice.", source=name, line=line)
 
 
-def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
-    del name
+def _jsonl(lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text:
@@ -316,14 +321,6 @@ def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
     if not isinstance(value, list | dict):
         raise DatasetError("is not a JSON array of objects.", source=name)
     yield from _of_mappings(cast("list[Any]", value) if isinstance(value, list) else [value])
-
-
-_TEXT_FORMATS: dict[str, Callable[[Iterable[str], str], Iterator[Row]]] = {
-    "csv": _csv,
-    "tsv": lambda lines, name: _csv(lines, name, "\t"),
-    "jsonl": _jsonl,
-    "json": _json,
-}
 
 
 # Mappings and frames
@@ -360,26 +357,16 @@ def _parquet(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
         raise DatasetError(f"is not a Parquet file: {error}.", source=name) from None
 
 
-def _polars_frame(frame: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    del name
-    return (frame.collect() if hasattr(frame, "collect") else frame).iter_rows(named=True)
-
-
-def _pandas_frame(frame: Any, name: str) -> Iterator[Mapping[Any, Any]]:
-    _check_columns([str(column) for column in frame.columns], name)
+def _frame_rows(frame: Any, library: str, name: str) -> Iterator[Mapping[Any, Any]]:
+    """Yield the rows of a data frame or an Arrow table. A large one is converted part by part."""
+    if library == "polars":
+        yield from (frame.collect() if hasattr(frame, "collect") else frame).iter_rows(named=True)
+        return
+    columns = frame.schema.names if library == "pyarrow" else map(str, frame.columns)
+    _check_columns(list(columns), name)
     for start in range(0, len(frame), PART):
-        part = frame.iloc[start : start + PART]
-        yield from part.astype(object).where(part.notna(), None).to_dict("records")
-
-
-def _arrow_table(table: Any, name: str) -> Iterator[Mapping[str, Any]]:
-    _check_columns(table.schema.names, name)
-    for start in range(0, table.num_rows, PART):
-        yield from table.slice(start, PART).to_pylist()
-
-
-_FRAMES: dict[str, Callable[[Any, str], Iterator[Mapping[Any, Any]]]] = {
-    "polars": _polars_frame,
-    "pandas": _pandas_frame,
-    "pyarrow": _arrow_table,
-}
+        if library == "pyarrow":
+            yield from frame.slice(start, PART).to_pylist()
+        else:
+            part = frame.iloc[start : start + PART]
+            yield from part.astype(object).where(part.notna(), None).to_dict("records")

@@ -93,13 +93,6 @@ class BatchOptions(BaseModel):
             raise ValueError("give 'continue', 'stop', a number of failed rows, or a share of the rows below 1")
         return limit
 
-    @field_validator("output_type", mode="before")
-    @classmethod
-    def _check_output_type(cls, model: Any) -> Any:
-        if isinstance(model, str) and not model.partition(":")[2]:
-            raise ValueError("give module:Model")
-        return model
-
     @field_serializer("output_type", when_used="json-unless-none")
     def _importable(self, model: type[BaseModel]) -> str:
         if model.__module__ == "__main__" or model.__qualname__ != model.__name__:

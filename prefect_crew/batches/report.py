@@ -253,9 +253,8 @@ class BatchProgress:
             return None
         return f"`{line}` up to {max(rates):,.1f} rows/s, over {duration(points[-1][0] - points[0][0])}"
 
-    def add(self, state: RowState, error: str | None) -> None:
+    def add(self, error: str | None) -> None:
         """Count a row that has ended in this call, `error` is the class of its error."""
-        del state
         self.ended_here += 1
         self.errors.update([error] if error else [])
 

@@ -93,19 +93,6 @@ class Checked:
     bad: Sequence[BadRow] = ()
     bad_count: int = 0
 
-    @classmethod
-    def stored(cls, stored: Mapping[str, Any] | None, source: str | None) -> Checked | None:
-        """Return what an earlier check of the same `source` found, None if none is stored."""
-        if stored is None or source is None or stored["source"] != source:
-            return None
-        return cls(stored["total"], stored["fingerprint"])
-
-    def to_store(self, source: str | None) -> dict[str, Any] | None:
-        """Return it for `stored`, None where it has to be made again."""
-        if source is None or self.bad_count:
-            return None
-        return {"source": source, "total": self.total, "fingerprint": self.fingerprint}
-
 
 class RowPlan:
     """How a data set's rows become runs; `expected` are the crew's inputs.

@@ -25,7 +25,7 @@ from prefect_crew._internal.callables import sync_version
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
-from prefect_crew.batches.ledger import BatchEntry, Ledger
+from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions, InputsFrom, KeyFrom, OnFailure, plain_call
 from prefect_crew.batches.outcomes import STOPPED_BY_BUDGET, STOPPED_BY_US, STOPPED_WITH_BATCH, RowState
 from prefect_crew.batches.output import Output
@@ -348,15 +348,6 @@ async def _batch_job(
     return BatchJob(chosen, rows, options, full, where, address, call)
 
 
-def _check_unchanged(before: BatchEntry, crew_url: str, checked: Checked) -> None:
-    """Make sure that a batch has the crew and the rows of before. Raises BatchChangedError: it has not."""
-    if before.crew_url != crew_url:
-        raise BatchChangedError(name=before.name, difference=f"crew {before.crew_url}, not {crew_url}")
-    if before.fingerprint != checked.fingerprint:
-        these = f"{checked.total} others" if checked.total == before.total else f"these {checked.total}"
-        raise BatchChangedError(name=before.name, difference=f"{before.total} rows, not {these}")
-
-
 class _Batch:
     """One call of a batch: its rows are checked and its lock is held once it is open."""
 
@@ -393,17 +384,25 @@ class _Batch:
         self.output.check(is_new=whole_address(job.output) not in self.exported.get("outputs", ()))
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
         source = await asyncio.to_thread(plan.source)
-        checked = Checked.stored(self.exported.get("checked"), source)
-        if checked is None:
+        self.checked = self.exported.get("checked")
+        if self.checked is not None and self.checked["source"] == source:
+            checked = Checked(self.checked["total"], self.checked["fingerprint"])
+        else:
             checked = await asyncio.to_thread(plan.check, rejected)
-        self.checked = checked.to_store(source)
+            is_kept = source is not None and not checked.bad_count
+            found = {"source": source, "total": checked.total, "fingerprint": checked.fingerprint}
+            self.checked = found if is_kept else None
         if checked.bad and (options.on_bad_row == "refuse" or not checked.total):
             alone = not checked.total
             raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
         if not await lock.still_held():
             raise BatchBusyError(name=job.name)
         if before is not None and options.on_change == "refuse":
-            _check_unchanged(before, job.crew.url, checked)
+            if before.crew_url != job.crew.url:
+                raise BatchChangedError(name=job.name, difference=f"crew {before.crew_url}, not {job.crew.url}")
+            if before.fingerprint != checked.fingerprint:
+                these = f"{checked.total} others" if checked.total == before.total else f"these {checked.total}"
+                raise BatchChangedError(name=job.name, difference=f"{before.total} rows, not {these}")
         entry = await ledger.enter(
             crew_url=job.crew.url,
             fingerprint=checked.fingerprint,

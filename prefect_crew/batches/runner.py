@@ -61,7 +61,6 @@ from prefect_crew.states import CrewState
 
 FORCED = (RowState.INVALID_OUTPUT, RowState.LOST)
 """States after which a row is started again by force only: a run that has completed, or that nobody knows any more."""
-_OVER = (RecordPhase.NOT_STARTED, RecordPhase.ENDED)
 LOG_EVERY = 60.0
 """Seconds between two log lines about the same kind of thing, however many rows meet it."""
 RowEnd = tuple[RowState, str | None]
@@ -71,10 +70,10 @@ RowEnd = tuple[RowState, str | None]
 class Runner:
     """Runs the rows of one batch. One for a call, on one event loop.
 
-    `on_end` is called with the `RowEnd` of each row; `judge_again` says that the results of earlier calls are judged
-    and shown differently than then. `waiting` are the runs in flight by row key, and `started` is how many this call
-    has kicked off. `earlier` is what the latest runs used, for what budgets reserve. `shut`: nothing is waited for any
-    more either.
+    `on_end` is called at the end of each row with the class of its error, if it has one; `judge_again` says that the
+    results of earlier calls are judged and shown differently than then. `waiting` are the runs in flight by row key,
+    and `started` is how many this call has kicked off. `earlier` is what the latest runs used, for what budgets
+    reserve. `shut`: nothing is waited for any more either.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Runner:
         options: BatchOptions,
         *,
         max_in_flight: int,
-        on_end: Callable[[RowState, str | None], None],
+        on_end: Callable[[str | None], None],
         judge_again: bool = False,
     ) -> None:
         self.session = session
@@ -148,7 +147,7 @@ class Runner:
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
             states = await self.ledger.enter_rows(page, self.session.crew, anew=self._judge_again)
             for _ in (state for state in states.values() if state is RowState.CONFLICT):
-                self._on_end(RowState.CONFLICT, IdempotencyConflictError.__name__)
+                self._on_end(IdempotencyConflictError.__name__)
             page = [job for job in page if not self._has_nothing_to_do(states[job.key])]
             begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
             known = await self.ledger.attempts_of(begun) if begun else {}
@@ -183,7 +182,7 @@ class Runner:
             self._failed += end[0] is not RowState.COMPLETED
             if reason := self._options.why_stop(self._failed, self._ended):
                 self.stop(reason)
-            self._on_end(*end)
+            self._on_end(end[1])
 
     async def _to_its_end(self, job: RowJob, attempts: Sequence[RunRecord]) -> RowEnd | None:
         """Find a row's run or start one, and wait for it, once more for each retry; return how the last one ended.
@@ -334,7 +333,8 @@ class Runner:
         if isinstance(error, IdempotencyConflictError):
             await self.ledger.note_conflict(job.key)
             return RowState.CONFLICT, kind
-        if record is None or (record.phase not in _OVER and job.key not in self.waiting):
+        is_over = record is not None and record.phase in (RecordPhase.NOT_STARTED, RecordPhase.ENDED)
+        if record is None or not (is_over or job.key in self.waiting):
             return RowState.NOT_STARTED, kind
         if record.error is None:
             is_lost = isinstance(error, CrewLostError)

@@ -23,7 +23,7 @@ from prefect_crew.exceptions import AuthenticationError, ConfigurationError, Cre
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.templates import GLOBALS, RESULT_FIELDS, render, uses_in
+from prefect_crew.templates import GLOBALS, RESULT_FIELDS, compiled, uses_in
 
 RESERVED = frozenset({"inputs", "steps"})
 """What templates call the mappings of all inputs and of all results."""
@@ -355,7 +355,7 @@ def _templates_of(step: CrewStep) -> Iterator[tuple[str, str]]:
 
 def _render_texts(value: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(value, str):
-        return render(value, values)
+        return compiled(value)(values)
     if isinstance(value, Mapping):
         return {key: _render_texts(item, values) for key, item in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, list | tuple):
