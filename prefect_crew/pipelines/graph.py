@@ -99,13 +99,12 @@ class Pipeline:
     `problems` has all that is wrong, so far. `unreachable` says which crews did not answer: a problem too, but not for
     a pipeline that was started before. `order` has the steps' names, each after all that it needs; it is empty where
     they depend on each other in a circle. `before` has what a step needs, also by way of others. `uses` has the names
-    in the templates of a step, by its inputs. `crews` and `expected`, what they take, are by the steps' names.
+    in the templates of a step, by its inputs. `crews` are by the steps' names.
     """
 
     steps: Sequence[CrewStep]
     inputs: Mapping[str, Any] = field(repr=False)
     crews: dict[str, Crew] = field(default_factory=dict[str, Crew])
-    expected: dict[str, list[CrewInput]] = field(default_factory=dict[str, list[CrewInput]])
     needs: dict[str, set[str]] = field(default_factory=dict[str, set[str]], init=False)
     order: list[str] = field(default_factory=list[str], init=False)
     before: dict[str, set[str]] = field(default_factory=dict[str, set[str]], init=False)
@@ -182,9 +181,9 @@ class Pipeline:
         answers = dict(zip(asked, await asyncio.gather(*map(self._ask, asked.values())), strict=True))
         for name, crew in self.crews.items():
             if answer := answers[_address_and_token(crew)]:
-                token, self.expected[name] = answer
+                token, expected = answer
                 # Of two blocks for one crew each keeps what else it says.
-                self.crews[name] = replace(crew, token=token, expected_inputs=tuple(self.expected[name]))
+                self.crews[name] = replace(crew, token=token, expected_inputs=tuple(expected))
         self.check_inputs()
 
     async def load(self) -> None:
@@ -213,11 +212,16 @@ class Pipeline:
             self.unreachable.append(f"{failed}: {error}")
         return None
 
+    def _expected_by(self, step: CrewStep) -> Sequence[CrewInput] | None:
+        """Return what the crew of a step takes, None where it has not said so."""
+        crew = self.crews.get(step.name)
+        return None if crew is None else crew.expected_inputs
+
     def check_inputs(self) -> None:
         """Note the inputs that each step lacks, and those that its crew does not name."""
         for step in {step.name: step for step in self.steps}.values():
             given = self.inputs if step.inputs is None else step.inputs
-            known, crew = self.expected.get(step.name, ()), self.crews.get(step.name)
+            known, crew = self._expected_by(step) or (), self.crews.get(step.name)
             if missing := missing_inputs(known, given):
                 self.problems.append(f"step {step.name!r} lacks the inputs {', '.join(missing)} of its crew")
             if step.inputs is None or (crew is not None and crew.allow_extra_inputs):
@@ -238,7 +242,7 @@ class Pipeline:
             raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
 
     async def _has_earlier_runs(self, idempotency_key: str) -> bool:
-        if any(step.inputs is None and step.name not in self.expected for step in self.steps):
+        if any(step.inputs is None and self._expected_by(step) is None for step in self.steps):
             return False  # which of the pipeline's inputs it took is not known
         keys = [step_key(idempotency_key, step) for step in self.steps]
         return any(await asyncio.gather(*map(PrefectRecords().attempts, keys)))
@@ -289,7 +293,7 @@ class Pipeline:
             ConfigurationError: A template or a function uses what is not there.
         """
         if step.inputs is None:
-            names = {known.name for known in self.expected.get(step.name, ())}
+            names = {known.name for known in self._expected_by(step) or ()}
             return {key: value for key, value in self.inputs.items() if not names or key in names}
         seen = {name: results[name] for name in self.before[step.name]}
         context = PipelineContext(self.inputs, seen)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import SecretStr
 
-from prefect_crew import ConfigurationError, CrewStep, DeployedCrew
+from prefect_crew import ConfigurationError, CrewStep
 from prefect_crew.client.models import CrewInput, CrewResult
 from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.states import CrewState
+from support.batches import CREW
 
 
 def result(output: str) -> CrewResult:
@@ -97,9 +98,9 @@ def test_unknown_and_missing_inputs_are_reported_for_each_step():
         CrewStep("g", "c", {"x": 1, "y": lambda _: 2}),
         z=1,
     )
-    expected = [CrewInput(name="x"), CrewInput(name="y"), CrewInput(name="ways", required=False)]
-    made.expected = dict.fromkeys("abdfg", expected) | {"e": []}
-    made.crews["f"] = DeployedCrew(url="http://localhost", token=SecretStr("t"), allow_extra_inputs=True).crew
+    expected = (CrewInput(name="x"), CrewInput(name="y"), CrewInput(name="ways", required=False))
+    made.crews = dict.fromkeys("abdfg", replace(CREW, expected_inputs=expected)) | {"e": CREW}
+    made.crews["f"] = replace(made.crews["a"], allow_extra_inputs=True)
     made.check_inputs()
     assert sorted(made.problems) == [
         "step 'a' gives the unknown inputs way (did you mean ways?); its crew takes x, y, ways",
@@ -129,7 +130,7 @@ def test_a_function_of_the_context():
 def test_left_out_they_are_the_pipelines_own_that_the_crew_knows():
     made = graph(CrewStep("a", "crew"), topic="tea", other=1)
     assert made.inputs_of(made.steps[0], {}) == {"topic": "tea", "other": 1}
-    made.expected = {"a": [CrewInput(name="topic")]}
+    made.crews = {"a": replace(CREW, expected_inputs=(CrewInput(name="topic"),))}
     assert made.inputs_of(made.steps[0], {}) == {"topic": "tea"}
 
 
