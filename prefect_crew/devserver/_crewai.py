@@ -1,26 +1,63 @@
-"""CrewAI code as a program of the dev server: each run on a thread of its own, with what it reports and asks.
+"""CrewAI code as a program of the dev server: how it is loaded, and each run on a thread of its own, with what it
+reports and asks.
 
-This module imports CrewAI: import it only after `prepare_crewai`.
+This module imports CrewAI, which takes seconds: import it only where such code is served.
+
+Raises:
+    ProgramNotFoundError: CrewAI is not installed.
 """
 
-# A provider of human input is given an executor whose public protocol consists of names like `_invoke_loop`.
+# Its environment is set before CrewAI is imported. And a provider of human input is given an executor whose public
+# protocol consists of names like `_invoke_loop`.
 # pyright: reportPrivateUsage=false
 # ruff: noqa: SLF001
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import importlib
+import importlib.util
 import json
 import logging
+import os
 import re
+import shutil
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
+from prefect_crew.devserver._runs import Answer, Outcome, ProgramError, ProgramNotFoundError, Run
+
+if importlib.util.find_spec("crewai") is None:
+    raise ProgramNotFoundError(
+        "Serving CrewAI code needs CrewAI: pip install 'prefect-crew[crewai]', with Python below 3.14. "
+        f"This is Python {sys.version_info.major}.{sys.version_info.minor}."
+    )
+os.environ.setdefault("CREWAI_DISABLE_TELEMETRY", "true")  # it waits 10 s at exit where there is no network
+os.environ.setdefault("CREWAI_TRACING_ENABLED", "false")
+os.environ.setdefault("CREWAI_DISABLE_VERSION_CHECK", "true")
+if not os.environ.get("CREWAI_STORAGE_DIR"):
+    # What crews write (task outputs, memory, paused flows) is removed with this process. It is in memory where there is
+    # room: CrewAI syncs each output of a task to one SQLite file, and other runs wait.
+    _memory = Path("/dev/shm")  # noqa: S108  mkdtemp makes a directory of its own
+    _is_roomy = os.access(_memory, os.W_OK) and shutil.disk_usage(_memory).free > 2**30  # a container may have 64 MiB
+    os.environ["CREWAI_STORAGE_DIR"] = tempfile.mkdtemp(prefix="prefect-crew-", dir=_memory if _is_roomy else None)
+    atexit.register(shutil.rmtree, os.environ["CREWAI_STORAGE_DIR"], ignore_errors=True)
 
 from crewai import Crew, Flow, Task, events
 from crewai.agents.parser import AgentAction, AgentFinish
@@ -39,11 +76,6 @@ from crewai.hooks import HookAborted, InterceptionPoint
 from crewai.hooks.dispatch import scoped_hooks
 from crewai.lite_agent_output import LiteAgentOutput
 from crewai.tasks.task_output import TaskOutput
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
-
-from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
-from prefect_crew.devserver._runs import Answer, Outcome, ProgramError, Run
 
 STOP_SECONDS = 2.0
 """How long a stopped run's thread is waited for. For its clients the run has ended before."""
@@ -52,6 +84,60 @@ _PLACEHOLDER = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")
 """What CrewAI fills in. `fetch_inputs` also reports other text in braces, such as JSON in a prompt."""
 
 _log = logging.getLogger(__name__)
+
+
+def load_crewai(spec: str) -> CrewAIProgram:
+    """Return the program of a `module:factory`. It builds the crew, to learn its inputs.
+
+    Args:
+        spec: A module that can be imported, from the current directory too, or the path of a Python file; a colon;
+            and the name of a function without arguments that returns a new Crew or Flow at each call.
+
+    Raises:
+        ProgramNotFoundError: The function is not there, or it does not build a fresh Crew or Flow.
+    """
+    path, _, name = spec.rpartition(":")
+    try:
+        if path.endswith(".py"):
+            module = _import_file(Path(path))
+        else:
+            _add_to_path(Path.cwd() / "src")  # where `crewai create crew` puts it
+            _add_to_path(Path.cwd())
+            module = importlib.import_module(path)
+        factory: Callable[[], Any] = attrgetter(name)(module)  # a name with dots is a function of a class
+    except (Exception, SystemExit) as error:
+        raise ProgramNotFoundError(f"{spec} cannot be loaded: {type(error).__name__}: {error}") from error
+    try:
+        return CrewAIProgram(factory, path.removesuffix(".py").replace("/", ".").rpartition(".")[2])
+    except Exception as error:
+        raise ProgramNotFoundError(
+            f"{spec} failed to build its crew: {type(error).__name__}: {error}. Name a function without arguments that "
+            "returns a new Crew or Flow at each call, since each serves one run at a time."
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file, as a module of its package where it is in one."""
+    path = path.resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    folder, name = path.parent, path.stem
+    _add_to_path(folder)
+    while (folder / "__init__.py").is_file():
+        folder, name = folder.parent, f"{folder.name}.{name}"
+    _add_to_path(folder)
+    module = importlib.import_module(name)
+    if getattr(module, "__file__", None) != str(path):
+        raise ImportError(
+            f"this process has loaded another {name}; rename the file, or serve it in a process of its own"
+        )
+    return module
+
+
+def _add_to_path(directory: Path) -> None:
+    """Let modules in a directory be imported, now and while crews run."""
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
 
 
 class CrewAIProgram:

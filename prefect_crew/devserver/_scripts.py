@@ -266,7 +266,7 @@ def load_program(spec: Spec, *, speed: float = 1.0) -> Program:
         return spec
     text = os.fspath(spec)
     if re.fullmatch(r"([A-Za-z_][\w.]*|.+\.py):[A-Za-z_][\w.]*", text) and not Path(text).exists():
-        from prefect_crew.devserver._crewai_loader import load_crewai
+        from prefect_crew.devserver._crewai import load_crewai
 
         return load_crewai(text)
     if text.endswith(".py"):

@@ -349,6 +349,7 @@ def test_what_else_cannot_be_loaded_is_said(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ProgramNotFoundError, match="has loaded another json; rename the file"):
         load_program(f"{tmp_path}/json.py:Crews.Travel.build")
     monkeypatch.setitem(sys.modules, "crewai", None)
+    monkeypatch.delitem(sys.modules, "prefect_crew.devserver._crewai")
     with pytest.raises(ProgramNotFoundError, match=r"pip install 'prefect-crew\[crewai\]', with Python below 3.14"):
         load_program(f"{EXAMPLES}/travel_crew.py:build")
 
