@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ import hypothesis
 import pytest
 
 from support.chromium import Chromium, find_chromium
-from support.environment import PRIVATE, QUIET
+from support.environment import PRIVATE, QUIET, trust_hardly_anyone
 from support.postgres import Postgres, find_postgres
 from support.prefect_server import PrefectServer, connected
 from support.processes import MARK, survivors
@@ -42,6 +43,7 @@ HOME = Path(tempfile.mkdtemp(prefix="prefect-crew-tests-"))
 for name in [name for name in os.environ if name.startswith(PRIVATE) and name != MARK]:
     del os.environ[name]
 os.environ.update(QUIET)
+trust_hardly_anyone(HOME)
 os.environ["PREFECT_HOME"] = str(HOME)
 os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
 # Whatever a test starts, by whatever means, bears this; see pytest_sessionfinish.
@@ -215,8 +217,16 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory, prefect_template: P
         yield server
 
 
+@pytest.fixture(scope="module")
+def no_records(prefect_server: PrefectServer) -> None:
+    """No run record of an earlier module: a test that looks through all records reads those of its own module."""
+    assert prefect_server.database is not None
+    with contextlib.closing(sqlite3.connect(prefect_server.database, timeout=30.0)) as database, database:
+        database.execute("DELETE FROM variable")
+
+
 @pytest.fixture
-def prefect_api(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[PrefectServer]:
+def prefect_api(prefect_server: PrefectServer, no_records: None, tmp_path: Path) -> Iterator[PrefectServer]:
     """This process is a client of `prefect_server`, with a Prefect home of the test's own."""
     with connected(prefect_server, tmp_path / "prefect-home"):
         yield prefect_server

@@ -17,7 +17,7 @@ import pytest
 
 from support.deployed import ROOT, command
 from support.docs import Block, read_page
-from support.environment import isolated, program
+from support.environment import isolated, online, program
 from support.prefect_server import PrefectServer
 from support.processes import Process
 
@@ -54,7 +54,7 @@ def installed(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory, n
     uv, venv = program("uv"), folder / "venv"
 
     def build(*arguments: str | Path) -> None:
-        done = subprocess.run([uv, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([uv, *arguments], cwd=ROOT, env=online(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"uv {arguments}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
 
     build("build", "--quiet", "--wheel", "--out-dir", folder / "dist")

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import certifi
+
 BIN = Path(sys.executable).parent
 """Where the programs of this environment are: `BIN / "prefect-crew"`."""
 
@@ -25,6 +27,29 @@ QUIET = {
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_CLI_COLORS": "false",
 }
+
+CERTIFICATES = "SSL_CERT_FILE"
+"""The variable that names the file of the certificate authorities to trust."""
+_ONLINE = os.environ.get(CERTIFICATES)
+
+
+def trust_hardly_anyone(folder: Path) -> None:
+    """Have this process, and all that it starts, trust one certificate authority.
+
+    An HTTP client reads all that it trusts, which takes 5 ms for each client of the usual list, and a test with Prefect
+    makes ten. No test asks a server of the internet: `online` is for what installs packages.
+    """
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    first, _, _ = certifi.contents().partition(end)
+    path = folder / "authority.pem"
+    path.write_text(f"{begin}{first.partition(begin)[2]}{end}\n")
+    os.environ[CERTIFICATES] = str(path)
+
+
+def online() -> dict[str, str]:
+    """Return this process's environment with the authorities of whoever runs the tests."""
+    kept = {name: value for name, value in os.environ.items() if name != CERTIFICATES}
+    return kept if _ONLINE is None else {**kept, CERTIFICATES: _ONLINE}
 
 
 def isolated(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
