@@ -364,9 +364,7 @@ class Ledger:
     async def _write(self, record: RunRecord, *, alone: bool = False) -> bool:
         """Write down what is known of an attempt; `alone`: only if no other one holds its kickoff."""
         try:
-            # Nothing is sent on the strength of an end, so it need not hurry.
-            urgent = record.phase is not RecordPhase.ENDED
-            return await self.writer.put({**self._values(record), "alone": int(alone)}, is_claim=False, urgent=urgent)
+            return await self.writer.put({**self._values(record), "alone": int(alone)}, is_claim=False)
         except LedgerError:
             self._log_unsaved(record, "that could not be recorded. Once the ledger is back: ")
             raise
