@@ -61,13 +61,6 @@ def check_bound(entry: BatchEntry | None, binding: dict[str, Any] | None, ledger
         )
 
 
-async def read_entry(ledger: Ledger) -> BatchEntry | None:
-    """Return what a ledger knows of its batch, None if that is new. Raises LedgerMissingError, LedgerError."""
-    entry = await ledger.entry()
-    check_bound(entry, await read_binding(ledger.batch), ledger)
-    return entry
-
-
 async def bind(entry: BatchEntry, ledger: Ledger, public: str) -> None:
     """Bind a batch to its ledger, whose address without a password is `public`, unless it is bound to it already.
 

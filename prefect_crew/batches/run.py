@@ -33,9 +33,9 @@ from prefect_crew.batches.ownership import (
     BatchLock,
     begin_generation,
     bind,
+    check_bound,
     note_waiting_for_people,
     read_binding,
-    read_entry,
 )
 from prefect_crew.batches.report import (
     FAILURES,
@@ -379,7 +379,8 @@ class _Batch:
         if not (await lock.take() or await lock.take(after=LOOK)):
             raise BatchBusyError(name=job.name)
         ledger.is_exclusive = True
-        self.before = before = await read_entry(ledger)  # what the ledger knew before this call
+        self.before = before = await ledger.entry()  # what the ledger knew before this call
+        check_bound(before, await read_binding(job.name), ledger)
         self.exported = {} if before is None else before.exported or {}
         self.output.check(is_new=whole_address(job.output) not in self.exported.get("outputs", ()))
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
