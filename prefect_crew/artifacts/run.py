@@ -21,7 +21,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 
-from prefect_crew._internal.prefect_api import is_busy, request_soon
+from prefect_crew._internal.prefect_api import is_busy, request_soon, run_logger
 from prefect_crew.artifacts.escape import (
     OUTPUT_CAP,
     cell,
@@ -80,6 +80,13 @@ class MarkdownArtifact:
         self.id: UUID | None = None
         self.is_new = is_new
         self._flow_run_id = flow_run_id
+        self._in_trouble = False
+
+    async def keep(self, data: str) -> None:
+        """Bring the artifact to `data`. Trouble is logged once: an artifact never fails what it is about."""
+        if (trouble := await self.put(data)) and not self._in_trouble:
+            self._in_trouble = True
+            run_logger().warning("The artifact %r could not be updated: %s", self.description, trouble)
 
     async def put(self, data: str) -> str | None:
         """Bring the artifact to `data`; make it if there is none (any more). Return the trouble, if any."""
@@ -283,6 +290,6 @@ class RunArtifact(MarkdownArtifact):
         description = f"Run {prose(kickoff_id)} of crew {prose(crew)}"
         super().__init__(artifact_key(crew), description, flow_run_id=flow_run_id, is_new=is_new)
 
-    async def show(self, view: RunView) -> str | None:
-        """Bring the artifact up to date, or make it; return the trouble, if any."""
-        return await self.put(render_run(view))
+    async def show(self, view: RunView) -> None:
+        """Bring the artifact up to date, or make it."""
+        await self.keep(render_run(view))

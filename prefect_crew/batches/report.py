@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import flow_run_id
 from prefect_crew._text import by_reason
 from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
@@ -255,7 +255,6 @@ class BatchArtifact:
             artifact_key(name, prefix="batch"), f"Batch {name}", flow_run_id=flow_run_id()
         )
         self._shown_at = 0.0
-        self._failed = False
 
     async def update(self, progress: BatchProgress, report: BatchReport | None = None) -> None:
         """Show how the batch stands: every few seconds at most, and at its end with its report."""
@@ -268,10 +267,7 @@ class BatchArtifact:
         if report is not None and report.stopped:
             parts += ["### Stopped", fenced(report.stopped)]
         parts += [table(("", ""), self._figures(progress, report)), *self._failures(progress)]
-        error = await self._artifact.put("\n\n".join(parts) + "\n")
-        if error and not self._failed:
-            self._failed = True
-            run_logger().warning("The artifact of batch %s could not be updated: %s", self._name, error)
+        await self._artifact.keep("\n\n".join(parts) + "\n")
 
     def _failures(self, progress: BatchProgress) -> list[str]:
         parts: list[str] = []

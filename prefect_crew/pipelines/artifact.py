@@ -109,10 +109,7 @@ def _link(view: StepView) -> str:
 
 
 class PipelineArtifact:
-    """The artifact of one pipeline run, updated while it runs; an async context manager.
-
-    It never fails the pipeline; trouble is logged once.
-    """
+    """The artifact of one pipeline run, updated while it runs; an async context manager."""
 
     def __init__(self, name: str, idempotency_key: str, pipeline: Pipeline) -> None:
         self._name = name
@@ -125,7 +122,6 @@ class PipelineArtifact:
         self._changed = False
         self._over = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        self._troubled = False
 
     async def __aenter__(self) -> PipelineArtifact:
         self._keeper = asyncio.ensure_future(self._keep())
@@ -179,7 +175,4 @@ class PipelineArtifact:
         data = render_pipeline(
             self._name, self._idempotency_key, self._pipeline, self._views, time.time(), flow_run=flow_run_id()
         )
-        trouble = await self._artifact.put(data)
-        if trouble and not self._troubled:
-            self._troubled = True
-            run_logger().warning("The artifact of pipeline %s could not be updated: %s", self._name, trouble)
+        await self._artifact.keep(data)

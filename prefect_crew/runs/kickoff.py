@@ -611,8 +611,8 @@ async def open_run(
         webhooks=start.webhooks,
     )
     # Who gives a session goes on to wait for the run: that shows it if it lasts, else once, at its end.
-    if run.owned and not isinstance(given, CrewSession) and (problem := await run.artifact.show(run.view(None))):
-        run_logger().warning("Run %s has no artifact: %s", run.kickoff_id, problem)
+    if run.owned and not isinstance(given, CrewSession):
+        await run.artifact.show(run.view(None))
     if not run.owned:
         if slots is not None:
             await slots.release()

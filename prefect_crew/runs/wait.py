@@ -116,7 +116,7 @@ class _Waiter(Watcher):
         self.last: CrewStatus | None = None
         self.waker: Waker | None = None
         self.people: People | None = None
-        self._in_trouble = self._artifact_failed = self._has_stopped = self._is_over_budget = False
+        self._in_trouble = self._has_stopped = self._is_over_budget = False
         self._is_stale = run.artifact.is_new
         # A run that was kicked off right here has just been shown, or may be over soon.
         self._shown_at = time.monotonic() if run.owned else 0.0
@@ -387,7 +387,7 @@ class _Waiter(Watcher):
             await self._show(self.last, force=True, note=note)
 
     async def _show(self, status: CrewStatus | None, *, force: bool = False, note: str | None = None) -> None:
-        """Bring the artifact up to date, every few seconds at most, and say once if that does not work."""
+        """Bring the artifact up to date, every few seconds at most."""
         now = time.monotonic()
         if not force and now - self._shown_at < SHOW_EVERY:
             return
@@ -397,12 +397,9 @@ class _Waiter(Watcher):
         given = () if self.people is None else self.people.answers
         view = self.run.view(status, notes=[self.run.redact(one) for one in notes], to_do=to_do, reviews=given)
         is_first = self.run.artifact.id is None
-        problem = await self.run.artifact.show(view)
+        await self.run.artifact.show(view)
         if is_first and self.run.artifact.id is not None and not (status is not None and status.state.ended):
             self.run.notify(None)  # so that it can be linked to
-        if problem and not self._artifact_failed:
-            self._artifact_failed = True
-            self.log.warning("The artifact of run %s could not be updated: %s", self.run.kickoff_id, problem)
 
     def _once_it_answers(self) -> str:
         run = self.run

@@ -396,7 +396,7 @@ async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(
     proxy.cut()
     run = await calling
     assert f"prefect-crew runs resolve '{idempotency_key}' --kickoff-id {run.kickoff_id}" in caplog.text
-    assert "has no artifact" in caplog.text
+    assert "could not be updated" in caplog.text
     proxy.restore()
     assert await phases(idempotency_key) == [RecordPhase.CLAIMED]
 
