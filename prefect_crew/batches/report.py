@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.prefect_api import flow_run_id
-from prefect_crew._text import by_reason
+from prefect_crew._text import by_reason, sparkline
 from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.batches.ledger import LedgerRow
@@ -27,11 +28,13 @@ from prefect_crew.records.keys import escape_name
 FAILURES = 100
 """Failed rows that are kept for the artifact; the output has all."""
 UNCERTAIN_KEYS = 1_000
-RECENT = 60
-"""Looks at a batch, one a second at most, over which the rate is taken."""
+RECENT = 60.0
+"""Seconds over which the rate is taken, at least."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact."""
 BAR = 24
+CHART = 60
+"""Columns of the chart of the throughput, at most."""
 
 
 @dataclass(frozen=True)
@@ -179,10 +182,11 @@ class BatchProgress:
     failures: list[LedgerRow] = field(default_factory=list[LedgerRow])
     uncertain_keys: list[str] = field(default_factory=list[str])
     errors: Counter[str] = field(default_factory=Counter[str])
-    _ticks: deque[tuple[float, int]] = field(init=False)
+    _curve: list[tuple[float, int]] = field(init=False)
+    _step: float = 1.0
 
     def __post_init__(self) -> None:
-        self._ticks = deque([(self.started, 0)], maxlen=RECENT)
+        self._curve = [(self.started, 0)]
 
     @property
     def completed(self) -> int:
@@ -222,8 +226,9 @@ class BatchProgress:
     @property
     def rate(self) -> float:
         """Rows that end a second, over the last minute or more."""
-        at, ended = self._ticks[0]
-        return (self.ended_here - ended) / max(time.monotonic() - at, 1e-9)
+        now = time.monotonic()
+        at, ended = next((point for point in reversed(self._curve) if now - point[0] >= RECENT), self._curve[0])
+        return (self.ended_here - ended) / max(now - at, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
@@ -233,10 +238,23 @@ class BatchProgress:
 
     def tick(self) -> None:
         """Remember how many rows had ended now."""
-        self._ticks.append((time.monotonic(), self.ended_here))
+        now = time.monotonic()
+        if now - self._curve[-1][0] >= self._step:
+            self._curve.append((now, self.ended_here))
+        if len(self._curve) > CHART:
+            del self._curve[1::2]
+            self._step *= 2
+
+    def chart(self) -> str | None:
+        """Return the throughput of this call over time, as one line; None before there is enough to see."""
+        points = [*self._curve, (time.monotonic(), self.ended_here)]
+        rates = [(to - of) / (end - begin) for (begin, of), (end, to) in pairwise(points) if end > begin]
+        if (line := sparkline(rates)) is None:
+            return None
+        return f"`{line}` up to {max(rates):,.1f} rows/s, over {duration(points[-1][0] - points[0][0])}"
 
     def add(self, error: str | None) -> None:
-        """Count a row that has ended in this call; `error` is the class of its error."""
+        """Count a row that has ended in this call, `error` is the class of its error."""
         self.ended_here += 1
         self.errors.update([error] if error else [])
 
@@ -312,6 +330,8 @@ class BatchArtifact:
             rows.append(("Flow run", flow_run_link(run)))
         if self._crew.page_url:
             rows.append(("Crew", link(self._crew.label, self._crew.page_url)))
+        if (chart := progress.chart()) is not None:
+            rows.append(("Throughput", chart))
         if progress.people:
             rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
         if report is None:

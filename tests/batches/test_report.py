@@ -66,17 +66,23 @@ async def test_progress_moves_while_rows_run(
     assert (seen[0], seen[-1]) == (("checking", 0, 0), ("done", 15, 0))
 
 
-def test_the_rate_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch):
+def test_the_chart_shows_the_throughput_of_a_call_in_few_columns(monkeypatch: pytest.MonkeyPatch):
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    progress = BatchProgress("leads", total=20_000, started=now)
-    for second in range(100):
+    progress = BatchProgress("leads", started=now)
+    assert progress.chart() is None
+    for second in range(2000):
         now += 1.0
-        progress.ended_here += 10 if second < 70 else 1
+        progress.ended_here += 10 if second < 1000 else 0
         progress.tick()
-        if second == 29:
-            assert (progress.rate, progress.seconds_left) == (10, 2_000)
-    assert 5 < progress.rate < 6
+        if second == 1:
+            assert progress.chart() is None, "two points are no curve"
+    chart = str(progress.chart())
+    assert chart.endswith(" up to 10.0 rows/s, over 33 min 20 s")
+    columns = chart.split("`")[1]
+    assert 20 < len(columns) <= 60
+    assert re.fullmatch("█+[▂▃▄▅▆▇]?▁+", columns)
+    assert abs(columns.count("█") - columns.count("▁")) < 3
 
 
 async def test_the_page_says_why_it_stopped_first_and_how_to_go_on(
