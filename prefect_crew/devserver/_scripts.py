@@ -6,12 +6,13 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import SandboxedEnvironment
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +21,8 @@ from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
 from prefect_crew.devserver._runs import Outcome, Program, ProgramError, Run
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
+_SCOPE = {"inputs", "tasks", "previous", "kickoff_id", "feedback", "round", *cast("dict[str, Any]", _JINJA.globals)}  # pyright: ignore[reportUnknownMemberType]
+"""What a template sees beside the inputs."""
 BUNDLED = ("echo", "travel")
 """The crews that come with this package."""
 
@@ -95,7 +98,25 @@ class CrewScript(_Part):
         inputs, tasks = [item.name for item in self.inputs], [task.name for task in self.tasks]
         if twice := sorted({name for names in (inputs, tasks) for name in names if names.count(name) > 1}):
             raise ValueError(f"several inputs or tasks have the same name: {', '.join(twice)}")
+        # Each run would fail at a wrong template, after it has begun.
+        for where, text in _texts(self.model_dump(include={"tasks", "output", "data"})):
+            try:
+                unknown = find_undeclared_variables(_JINJA.parse(text)) - {*inputs, *_SCOPE}
+            except TemplateSyntaxError as error:
+                raise ValueError(f"{where} is not a template: {error.message} (line {error.lineno} of it)") from None
+            if inputs and unknown:  # a crew that names no inputs takes any
+                raise ValueError(f"{where} uses {', '.join(sorted(unknown))}, and the inputs are {', '.join(inputs)}")
         return self
+
+
+def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Give all texts in a value, each with its place."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, (dict, list)):
+        parts = cast("Any", value.items() if isinstance(value, dict) else enumerate(cast("list[Any]", value)))
+        for name, part in parts:
+            yield from _texts(part, f"{where}.{name}".lstrip("."))
 
 
 class ScriptedProgram:

@@ -29,12 +29,18 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
         ("- a\n", [": Input should be a valid dictionary"]),
         (X, [": tasks: it is missing"]),
         (f"{T}second: 3\n", [r": tasks.0.second: there is no such field"]),
+        (f"{T}output: |\n      {{% if a %}}\n", [": tasks.0.output is not a template: Unexpected end of template"]),
+        (f"{T}data: {{a: ['{{{{']}}\n", [": tasks.0.data.a.0 is not a template"]),
         (
             f"{T}human: perhaps\n    agent: 3\n",
             [": tasks.0.agent: Input should be", ": tasks.0.human: Input should be a valid boolean"],
         ),
         (f"{X}tasks: [{{name: t}}, {{name: t}}]\n", [": several .* have the same name: t"]),
         (f"{T}\ninputs: [{{type: a}}]", [": inputs.0.name: it is missing"]),
+        (
+            f"{T}steps: [{{content: '{{{{ topik }}}}'}}]\ninputs: [topic]",
+            [": tasks.0.steps.0.content uses topik, and the inputs are topic"],
+        ),
     ],
     ids=lambda value: value[0][-30:] if isinstance(value, list) else "",
 )
@@ -147,7 +153,6 @@ def test_structured_results(data: str, expected: Any) -> None:
     [
         ("fail: 'out of {{ what }}'", "out of tokens"),
         ("output: '{{ missing }}'", "the output of task t could not be written: 'missing' is undefined"),
-        ("data: ['{% if what %}']", "the data of task t could not be written: Unexpected end of template"),
         ("output: '{{ what.__class__.__mro__ }}'", "could not be written: access to attribute '__class__'"),
         ("output: '{{ 1 / 0 }}'", "could not be written: division by zero"),
         ("data: '{{ what }}'", "the data of task t is not JSON"),
