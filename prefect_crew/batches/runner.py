@@ -143,7 +143,7 @@ class Runner:
 
     async def _rows_to_run(self, jobs: Iterator[RowJob]) -> AsyncGenerator[tuple[RowJob, Sequence[RunRecord]]]:
         """Yield the rows that are not done, with their attempts. Once the batch has stopped: those in flight."""
-        is_new = await self.ledger.is_empty()
+        is_new = not await self.ledger.counts()
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
             states = await self.ledger.enter_rows(page, self.session.crew, anew=self._judge_again)
             for _ in (state for state in states.values() if state is RowState.CONFLICT):

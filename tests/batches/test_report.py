@@ -50,7 +50,7 @@ async def test_progress_moves_while_rows_run(
     def see(progress: BatchProgress) -> None:
         seen.append((progress.phase, progress.done, progress.in_flight))
 
-    rows = [{"topic": str(number)} for number in range(15)]
+    rows = [{"topic": str(number)} for number in range(30)]
     running = asyncio.ensure_future(
         batch(crew_server(slow(0.5)).crew(), rows, name="watched", max_in_flight=3, on_progress=see)
     )
@@ -62,8 +62,8 @@ async def test_progress_moves_while_rows_run(
     assert len(pages) > 1
     assert any("| In flight | 3 |" in page for page in pages)
     assert [phase for phase, *_ in seen][-2:] == ["finishing", "done"]
-    assert any(0 < done < 15 and 0 < in_flight <= 3 for _, done, in_flight in seen)
-    assert (seen[0], seen[-1]) == (("checking", 0, 0), ("done", 15, 0))
+    assert any(0 < done < 30 and 0 < in_flight <= 3 for _, done, in_flight in seen)
+    assert (seen[0], seen[-1]) == (("checking", 0, 0), ("done", 30, 0))
 
 
 def test_the_chart_shows_the_throughput_of_a_call_in_few_columns(monkeypatch: pytest.MonkeyPatch):
