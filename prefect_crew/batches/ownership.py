@@ -90,8 +90,7 @@ async def begin_generation(ledger: Ledger, public: str, *, give_up_after: float)
     """
     generation = await ledger.advance()
     entry = await ledger.entry()
-    if entry is None:
-        raise LedgerError("does not have the batch any more.", ledger=ledger.address)
+    assert entry is not None  # noqa: S101  it was just written
     async with get_client() as client:
         variable = await client.read_variable_by_name(binding_name(ledger.batch))
         if variable is None:

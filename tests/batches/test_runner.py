@@ -30,9 +30,8 @@ from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches
+from support.batches import Batches, let_an_hour_pass
 from support.held import Held
-from support.ledgers import let_an_hour_pass
 from support.scripts import FAILS, script, slow
 from support.webhooks import until
 

@@ -20,11 +20,10 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
-from support.batches import record_of
+from support.batches import let_an_hour_pass, record_of
 from support.commands import TOKEN, environment
 from support.deployed import wait_until
 from support.environment import program
-from support.ledgers import let_an_hour_pass
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.scripts import script

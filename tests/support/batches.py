@@ -1,17 +1,19 @@
-"""What tests of batches make: records of rows, ledgers in PostgreSQL."""
+"""What tests of batches make: records of rows, ledgers in PostgreSQL, ledgers as time passes for them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import uuid
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from sqlalchemy import delete, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
@@ -87,12 +89,10 @@ async def enter(ledger: Ledger, *keys: str, digest: str = "d") -> None:
         await ledger.enter_rows(jobs[start : start + PAGE], CREW)
 
 
-async def put(ledger: Ledger, record: RunRecord) -> None:
-    """Have an attempt stand in a ledger as this record says, whatever stands there: a ledger itself never goes back."""
-    where = (attempts.c.batch == ledger.batch, attempts.c.row_key == ledger.row_key(record.idempotency_key))
-    statement = delete(attempts).where(*where, attempts.c.attempt == record.attempt)
-    await ledger.database.run(lambda connection: connection.execute(statement).close())
-    assert await ledger.claim(record)
+def let_an_hour_pass(path: str) -> None:
+    """Let no kickoff of a ledger in SQLite be on its way any more: the ledger's own clock says until when it may be."""
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE crew_attempts SET posts_until = posts_until - 3600")
 
 
 def postgres_ledger(postgres: Postgres) -> str:
