@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic import Secret as SealedValue
 
-from prefect_crew._internal.callables import dual
+from prefect_crew._internal.asyncio_tasks import dual
 from prefect_crew.budgets import Budget
 from prefect_crew.client._transport import checked_url
 from prefect_crew.client.models import CrewResult, ResumeAnswer, StopAnswer

@@ -15,7 +15,7 @@ from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel, Field
 
-from prefect_crew._internal.callables import dual, sync_version
+from prefect_crew._internal.asyncio_tasks import dual, sync_version
 from prefect_crew._internal.prefect_api import label_flow_run
 from prefect_crew.blocks import DeployedCrew, load_crew, values_of_blocks
 from prefect_crew.budgets import Budget

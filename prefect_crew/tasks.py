@@ -19,7 +19,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from pydantic import BaseModel
 
-from prefect_crew._internal.callables import in_async_context, run_sync
+from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate

@@ -20,8 +20,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel
 
-from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once
-from prefect_crew._internal.callables import sync_version
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address

@@ -18,8 +18,7 @@ from prefect import flow
 from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
 from pydantic import Field, SecretStr
 
-from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once
-from prefect_crew._internal.callables import sync_version
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import label_flow_run, run_logger
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.budgets import Budget
