@@ -102,7 +102,8 @@ async def arun_crew(
         restore_from=restore_from,
         budgets=budgets,
     )
-    crew = under_budgets(await load_crew(crew), budgets)
+    crew = await load_crew(crew)
+    crew = under_budgets(crew, budgets) if budgets else crew
     inputs = crew.sealed(inputs or {})
     stored: dict[str, Any] = {
         "name": name,

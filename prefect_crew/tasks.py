@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import wraps
+from contextlib import contextmanager
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from uuid import UUID
 
@@ -29,11 +28,12 @@ from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.keys import calling_task, identify
+from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.options import check_choices
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import KickoffId, how_found
+from prefect_crew.runs.run import KickoffId
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 
@@ -56,49 +56,39 @@ def _hidden(value: Any) -> Any:
     return value
 
 
-def _hides_inputs(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Hide the inputs that a method is called with."""
-
-    @wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
-        return method(self, *args, **kwargs)
-
-    return call
-
-
 @contextmanager
 def _called(*args: Any, kickoff_id: object = None, **_: Any) -> Generator[None]:
     """Note the user's tasks around a call, and tag what is done about a run that was found, not started."""
-    found = dict.fromkeys(filter(None, map(how_found, (*args, kickoff_id))))
-    with calling_task(), tags(*found) if found else nullcontext():
+    runs = [one.run for one in (*args, kickoff_id) if isinstance(one, KickoffId)]
+    found = [run.record.phase is RecordPhase.ENDED for run in runs if run.record is not None and not run.owned]
+    with calling_task(), tags(*("from-record" if ended else "reattached" for ended in found)):
         yield
 
 
 class CrewTask(Task[P, Any], Generic[P, R]):
     """A Prefect task over an async function that can be called from sync code as well. `with_options` keeps it one."""
 
-    @_hides_inputs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the task: the result in sync code, an awaitable of it in async code."""
         coroutine = self.acall(*args, **kwargs)
+        del args, kwargs  # error reporters show the variables of frames
         return coroutine if in_async_context() else run_sync(coroutine)
 
-    @_hides_inputs
     async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task from a coroutine, whatever kind of flow is around it."""
+        args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with _called(*args, **kwargs):
             return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 
-    @_hides_inputs
     def submit(self, *args: Any, **kwargs: Any) -> Any:
         """Submit the task to the flow's task runner, as Prefect's own."""
+        args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with _called(*args, **kwargs):
             return cast("Any", super()).submit(*args, **kwargs)
 
-    @_hides_inputs
     def map(self, *args: Any, **kwargs: Any) -> Any:
         """Map the task over iterables on the flow's task runner, as Prefect's own."""
+        args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with _called(*args, **kwargs):
             return cast("Any", super()).map(*args, **kwargs)
 
@@ -168,8 +158,6 @@ async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
 
 def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
     """Return a crew under budgets of the flow around this call, or of the crew's own where there is none."""
-    if not budgets:
-        return crew
     context = FlowRunContext.get()
     return crew.under(budgets, name=crew.label if context is None or context.flow is None else context.flow.name)
 
@@ -207,7 +195,8 @@ async def kickoff_crew(
             restore_from=restore_from,
             budgets=budgets,
         )
-        crew = under_budgets(await load_crew(crew), budgets)
+        crew = await load_crew(crew)
+        crew = under_budgets(crew, budgets) if budgets else crew
     run = await open_run(
         crew,
         inputs or {},

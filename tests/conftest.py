@@ -32,6 +32,7 @@ from support.environment import PRIVATE, QUIET, trust_hardly_anyone
 from support.postgres import Postgres, find_postgres
 from support.prefect_server import PrefectServer, connected
 from support.processes import MARK, survivors
+from support.proxy import Proxy, through
 
 if TYPE_CHECKING:
     from support.seen import Seen
@@ -230,6 +231,13 @@ def prefect_api(prefect_server: PrefectServer, no_records: None, tmp_path: Path)
     """This process is a client of `prefect_server`, with a Prefect home of the test's own."""
     with connected(prefect_server, tmp_path / "prefect-home"):
         yield prefect_server
+
+
+@pytest.fixture
+def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
+    """A way to the server that can be cut; this process takes it."""
+    with through(prefect_server) as way:
+        yield way
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ from prefect_crew import CrewError, CrewRun, DeployedCrew, WaitPolicy
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
-from support.scripts import slow
 from support.webhooks import until
 
 TOKEN = SecretStr("the-token")
@@ -120,11 +119,6 @@ class TestIdiom:
         run.wait_for_completion()
         assert run.fetch_result().output == "a"
 
-    async def test_in_async_code(self, crew_server: CrewServerFactory):
-        run = await crew_server("echo").crew().trigger({"text": "a"})
-        await run.wait_for_completion()
-        assert (await run.fetch_result()).output == "a"
-
     async def test_a_result_can_be_fetched_without_having_waited(self, crew_server: CrewServerFactory):
         held = Held()
         run = await (server := crew_server(held)).crew().trigger()
@@ -134,8 +128,3 @@ class TestIdiom:
         held.release()
         await until(lambda: server.run(run.kickoff_id).state.ended, "it ends")
         assert (await run.fetch_result()).output == "done"
-
-    async def test_a_wait_policy_of_its_own(self, crew_server: CrewServerFactory):
-        run = await crew_server(slow(60)).crew(wait=WaitPolicy(timeout=3600)).trigger()
-        with pytest.raises(CrewError, match=r"running time limit of 0\.3 s"):
-            await run.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.3))

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
 from typing import Any, cast
@@ -33,18 +32,14 @@ from prefect_crew.exceptions import (
     OutputTypeError,
 )
 from prefect_crew.testing import CrewServerFactory
-from support.prefect_server import PrefectServer
-from support.proxy import Proxy, through
+from support.proxy import Proxy
+from support.records import key
 from support.scripts import FAILS, script, slow
 from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 FLOW = "deployed-crew"
-
-
-def key() -> str:
-    return f"run {uuid.uuid4()}"
 
 
 def name() -> str:
@@ -371,12 +366,6 @@ async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServ
 
 
 # What it costs
-
-
-@pytest.fixture
-def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
-    with through(prefect_server) as way:
-        yield way
 
 
 @pytest.mark.parametrize("idempotency_key", [None, "given"])

@@ -13,7 +13,7 @@ import random
 import sys
 import weakref
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -150,13 +150,12 @@ def lock_here(name: str) -> asyncio.Lock:
 
 
 @asynccontextmanager
-async def _one_at_a_time(*, needed: bool) -> AsyncGenerator[None]:
-    """Make one change at a time, where the server was seen to refuse two at once."""
+async def _one_at_a_time() -> AsyncGenerator[None]:
+    """Make one change at a time: the server was seen to refuse two at once."""
     lock, is_held = lock_here("changes"), False
-    if needed and asyncio.get_running_loop().time() < _this_loop().crowded_until:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LONGEST):
-                is_held = await lock.acquire()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LONGEST):
+            is_held = await lock.acquire()
     try:
         yield
     finally:
@@ -197,17 +196,18 @@ async def request_soon(
     Raises:
         PrefectHTTPStatusError, httpx.TransportError: The last attempt's.
     """
-    loop = asyncio.get_running_loop()
+    loop, here = asyncio.get_running_loop(), _this_loop()
     until, delay = loop.time() + give_up_after, 0.02
     while True:
+        is_crowded = one_at_a_time and loop.time() < here.crowded_until
         try:
-            async with _one_at_a_time(needed=one_at_a_time):
+            async with _one_at_a_time() if is_crowded else nullcontext():
                 try:
-                    async with _this_loop().slots:
+                    async with here.slots:
                         return await _request_once(client, method, path, json=json)
                 except PrefectHTTPStatusError as error:
                     if is_busy(error):
-                        _this_loop().crowded_until = loop.time() + CROWDED_FOR
+                        here.crowded_until = loop.time() + CROWDED_FOR
                         # The server closes the connection after such an answer (its exception goes on to uvicorn):
                         # whoever sent the next request on it at this moment would lose that.
                         await asyncio.sleep(CLOSING)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -33,6 +33,7 @@ from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.throttle import Throttle
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus
+from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
@@ -350,8 +351,8 @@ class Runner:
         kickoff_id, phases = str(record.kickoff_id), Phases.of(record)
         crew = self.session.crew.hiding(job.hidden)
         run = OpenRun(crew, kickoff_id, record, job.inputs, owned=True, webhooks=self._options.webhooks)
-        with run.withholding():
-            async with waker_for(record.idempotency_key if record.has_webhooks else None) as waker:
+        with withholding(run.redact_text):
+            async with waker_for(record.idempotency_key) if record.has_webhooks else nullcontext() as waker:
                 status = await poll(
                     lambda: self.session.call(lambda client: client.status(kickoff_id)),
                     kickoff_id=kickoff_id,

@@ -177,7 +177,15 @@ async def start_run(
     until = None
     while True:
         found = await _decide_and_claim(start, records, is_checked=check is not None)
-        _announce(start, found)
+        if not start.quiet:
+            run_logger().info(
+                "Idempotency key %s: %s (crew %s, attempt %d%s)",
+                found.record.idempotency_key,
+                found.decision,
+                found.record.crew,
+                found.record.attempt,
+                f", run {found.record.kickoff_id}" if found.record.kickoff_id else "",
+            )
         if found.decision is Decision.UNCERTAIN:
             raise _uncertain(found.record)
         if not isinstance(found, _Claim):
@@ -301,7 +309,7 @@ async def _make_sure(
         BudgetExceededError: There is no room for the run.
     """
     async with _giving_back(claim.record, records):
-        with_earlier = reserves_median(start.crew)
+        with_earlier = bool(start.crew.budgets) and reserves_median(start.crew)
         confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known, with_earlier=with_earlier))
         confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
         try:
@@ -314,21 +322,6 @@ async def _make_sure(
             raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
         if start.crew.budgets and start.earlier is None:
             await _to_its_end(reserve(start.crew, claim.record, start.warned))
-
-
-def _announce(start: Start, found: Started) -> None:
-    """Log the decision in one line."""
-    if start.quiet:
-        return
-    record = found.record
-    run_logger().info(
-        "Idempotency key %s: %s (crew %s, attempt %d%s)",
-        record.idempotency_key,
-        found.decision,
-        record.crew,
-        record.attempt,
-        f", run {record.kickoff_id}" if record.kickoff_id else "",
-    )
 
 
 def _uncertain(record: RunRecord) -> KickoffUncertainError:
@@ -414,10 +407,7 @@ async def _post_and_react(
 
 async def _post(start: Start, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease) -> None:
     """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
-    crew = start.crew
-
-    def redact(text: str) -> str:
-        return crew.redactor(start.inputs)(text)  # hardly ever needed, and slow to make
+    redact = start.crew.redactor(start.inputs)
 
     def last_look() -> None:
         if lease.is_over:
@@ -425,7 +415,7 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
 
     try:
         webhooks = start.webhooks or webhooks_for(
-            crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, settings=start.settings
+            start.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, settings=start.settings
         )
         with withholding(redact):
             # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
@@ -579,7 +569,8 @@ async def open_run(
         # A flow that catches the end of one wait must not go on starting runs.
         raise CrewError(f"Flow run {identity.caller.flow_run_id} was cancelled, so no run was started.")
     records = PrefectRecords()
-    if (slots := await _slot_for(start, records)) is not None:
+    slots = await _take_slot(start, records) if crew.concurrency_limit else None
+    if slots is not None:
         start = replace(start, slot=str(slots.lease))
     if start.settings.webhook_url:
         subscribe()
@@ -624,10 +615,8 @@ async def open_run(
     return run
 
 
-async def _slot_for(start: Start, records: RecordStore) -> Slots | None:
+async def _take_slot(start: Start, records: RecordStore) -> Slots | None:
     """Take a slot of the crew's limit for a call that may start a run: what is in flight or completed needs none."""
-    if start.crew.concurrency_limit is None:
-        return None
     latest = latest_start(await records.attempts(start.identity.idempotency_key))
     failed = latest is None or (latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED)
     return await take_slots(start.crew) if failed or start.force_new else None

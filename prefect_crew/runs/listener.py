@@ -352,9 +352,9 @@ def subscribe() -> None:
 
 
 @asynccontextmanager
-async def waker_for(idempotency_key: str | None) -> AsyncGenerator[Waker | None]:
-    """Give a waker for a run's waiter; None where webhooks are off or the run has no key."""
-    if idempotency_key is None or not (settings := CrewSettings()).webhook_url:
+async def waker_for(idempotency_key: str) -> AsyncGenerator[Waker | None]:
+    """Give a waker for a run's waiter; None where webhooks are off."""
+    if not (settings := CrewSettings()).webhook_url:
         yield None
         return
     _hub.start()

@@ -175,7 +175,8 @@ async def poll(
                 return status
             await watcher.pause(state.next_pause())
     finally:
-        state.count_waiting(waits=False)
+        if state.waits:
+            count_waiting(crew, -1)
 
 
 @dataclass
@@ -233,7 +234,10 @@ class _Poll:
             if self.seen is not None and status.state is not self.seen:
                 self.delays = poll_delays(self.policy, self.rng)
             self.seen = status.state
-            self.count_waiting(waits=self.seen is CrewState.WAITING)
+            waits = self.seen is CrewState.WAITING
+            if waits is not self.waits:
+                self.waits = waits
+                count_waiting(self.names["crew"], 1 if waits else -1)
             if self.phases.see(self.seen, self.now()) and not self.seen.ended:
                 await self.watcher.on_human_wait(self.phases)
             await self.watcher.on_status(status)
@@ -246,11 +250,6 @@ class _Poll:
             if more <= 0:
                 raise await self.timed_out(left)
         return False
-
-    def count_waiting(self, *, waits: bool) -> None:
-        if waits is not self.waits:
-            self.waits = waits
-            count_waiting(self.names["crew"], 1 if waits else -1)
 
     async def failed(self, error: CrewError) -> None:
         """Raise if there has been no answer for too long."""

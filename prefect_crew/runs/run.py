@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -127,11 +126,9 @@ class OpenRun:
         """How much may be shown: no output where secret inputs are unknown and so cannot be masked in it."""
         return "summary" if self.is_blind and self.crew.show == "full" else self.crew.show
 
-    def redact_text(self, text: str | None) -> str | None:
+    def redact_text(self, text: str) -> str:
         """Return a text that the crew wrote as logs, errors, events and records may hold it."""
-        if text is None:
-            return None
-        return WITHHELD if self.is_blind else self.redact(text)
+        return WITHHELD if text and self.is_blind else self.redact(text)
 
     def redact_name(self, word: str) -> str:
         """Return a word that the crew gave, such as the name of a task, as logs, events and records may hold it."""
@@ -139,15 +136,11 @@ class OpenRun:
             return word if _ID.fullmatch(word) else WITHHELD_WORD
         return self.redact(word)
 
-    def withholding(self) -> AbstractContextManager[None]:
-        """Let errors of the client that are made within it show of the server's answers what may be shown."""
-        return withholding(lambda text: self.redact_text(text) or "")
-
     def redact_status(self, status: CrewStatus) -> CrewStatus:
         """Return a status without its raw body, with every secret masked, and without texts where none can be."""
         if self.is_blind:
             output = None if status.output is None else "*" * len(status.output)
-            texts = {**dict.fromkeys((*_TEXTS, "data"), None), "error": self.redact_text(status.error)}
+            texts = {**dict.fromkeys((*_TEXTS, "data"), None), "error": status.error and WITHHELD}
             empty: dict[str, Any] = {"tasks": [], "usage_by_model": {}, "raw": None}
             return status.model_copy(update={**texts, **empty, "output": output})
         tree = self.redact.tree
@@ -169,6 +162,7 @@ class OpenRun:
         """Return what the artifact shows; `status` is None right after the kickoff."""
         record = self.record
         failed = None if status is None or self.is_blind else status.current_task or self.task_seen
+        has_failed = status is not None and status.state in (CrewState.FAILED, CrewState.STOPPED)
         return RunView(
             crew=self.crew.label,
             kickoff_id=self.kickoff_id,
@@ -188,14 +182,11 @@ class OpenRun:
             to_do=to_do,
             reviews=reviews,
             failed_task=None if failed is None else self.redact(failed),
-            attempt=self.attempt,
             # A run that goes on, or has completed, needs none.
-            advice=next_step(self) if status is not None and status.state in _FAILED else "",
+            attempt=self.attempt if has_failed else None,
+            advice=next_step(self) if has_failed else "",
             tasks_seen={} if self.is_blind else {self.redact(name): at for name, at in self.tasks_seen.items()},
         )
-
-
-_FAILED = (CrewState.FAILED, CrewState.STOPPED)
 
 
 class KickoffId(str):
@@ -217,13 +208,6 @@ class KickoffId(str):
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (str(self),)
-
-
-def how_found(kickoff_id: object) -> str | None:
-    """Return the tag that says how a kickoff found its run; None for one that started it, or a plain id."""
-    if not isinstance(kickoff_id, KickoffId) or kickoff_id.run.owned or kickoff_id.run.record is None:
-        return None
-    return "from-record" if kickoff_id.run.record.phase is RecordPhase.ENDED else "reattached"
 
 
 async def find_run(
@@ -288,12 +272,14 @@ async def finish_run(
     `write` writes the end down, and returns False if one stands there; it raises whatever the storage raises. `view`
     and `settings` are for the span. Returns whether the end was written.
     """
-    changes = corrections(record)
-    counted = await change(record, {name: slots for name, slots in changes.items() if slots > 0})
-    corrects = bool(changes) and await _is_first(record, records, "use")
-    written = await write() is not False
-    left = {name: slots for name, slots in changes.items() if slots < 0}
-    await change(record, left if corrects else {name: -slots for name, slots in counted.items()})
+    if not record.reserved or not (changes := corrections(record)):
+        written = await write() is not False
+    else:
+        counted = await change(record, {name: slots for name, slots in changes.items() if slots > 0})
+        corrects = await _is_first(record, records, "use")
+        written = await write() is not False
+        left = {name: slots for name, slots in changes.items() if slots < 0}
+        await change(record, left if corrects else {name: -slots for name, slots in counted.items()})
     is_first = await _is_first(record, records, "span") if is_tracing() else written
     if is_first and not written:  # what stands there instead counts
         attempts = await records.attempts(record.idempotency_key)
@@ -355,7 +341,7 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
             return record.completed(status.result())
         known = {"cost": cost_of_run(run.crew, status), "idempotency_key": run.idempotency_key}
         return status.result().model_copy(update=known)
-    raise failure(run, status.state, run.redact_text(status.error))
+    raise failure(run, status.state, run.redact_text(status.error or ""))
 
 
 def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewError:
@@ -388,7 +374,7 @@ async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
             raise failure(run, record.state, record.error)
         if record.result is not None:
             return record.completed(record.result.result(run.kickoff_id))
-    with run.withholding():
+    with withholding(run.redact_text):
         status = await session.call(lambda client: client.status(run.kickoff_id))
     if status.state is CrewState.UNKNOWN:
         raise CrewLostError(**run.names, last_state=last)

@@ -27,6 +27,7 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client import CrewClient
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
+from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, session_of
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
@@ -187,7 +188,7 @@ async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key
     """
     async with session_of(crew) as session:
         run = await find_run(session.crew, kickoff_id, idempotency_key)
-        with run.withholding():
+        with withholding(run.redact_text):
             answer = await session.call(lambda client: client.stop(kickoff_id))
             if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
                 try:

@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import httpx
@@ -18,6 +18,7 @@ from prefect_crew.artifacts.escape import progress
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
+from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
 from prefect_crew.records.budgets import to_stop
@@ -73,7 +74,7 @@ async def wait_for_run(
 async def _result(waiter: _Waiter) -> CrewResult:
     """Return the result, and give the run's slot back once it is not in flight any more."""
     run = waiter.run
-    with run.withholding():
+    with withholding(run.redact_text):
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
             if waiter.own is not None:
                 waiter.meet_people()
@@ -131,13 +132,13 @@ class _Waiter(Watcher):
 
     async def wait(self) -> CrewResult:
         """Wait until the run has ended, and return its result."""
-        run, ended = self.run, False
-        hooked = run.record is not None and run.record.has_webhooks
+        run, record, ended = self.run, self.run.record, False
         with watch_ctrl_c():
-            async with (
-                self._noted_as_waiter(),
-                waker_for(run.idempotency_key if hooked else None) as self.waker,
-            ):
+            async with AsyncExitStack() as stack:
+                if record is not None and self.own is not None and not run.owned and record.flow_run_id != self.own:
+                    await stack.enter_async_context(self._noted_as_waiter(record, self.own))
+                if record is not None and record.has_webhooks:
+                    self.waker = await stack.enter_async_context(waker_for(record.idempotency_key))
                 self.meet_people()
                 try:
                     status = await poll(
@@ -156,14 +157,14 @@ class _Waiter(Watcher):
                 except _CancelledOnServerError:
                     raise await self._after_cancellation() from None
                 except CrewTimeoutError as error:
-                    if run.record is not None:
-                        emit("timed_out", run.record, phase=error.phase, budget=error.budget)
+                    if record is not None:
+                        emit("timed_out", record, phase=error.phase, budget=error.budget)
                     await self._show_unless_closed(str(error))
                     raise
                 except CrewLostError as error:
-                    if run.record is not None:
-                        emit("lost", run.record, once=True)
-                        end_run(run.record.model_copy(update={"state": CrewState.UNKNOWN, "ended_at": utcnow()}))
+                    if record is not None:
+                        emit("lost", record, once=True)
+                        end_run(record.model_copy(update={"state": CrewState.UNKNOWN, "ended_at": utcnow()}))
                     lost = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN)
                     await self._show(lost, force=True, note=str(error))
                     raise
@@ -312,14 +313,10 @@ class _Waiter(Watcher):
         return is_taken
 
     @asynccontextmanager
-    async def _noted_as_waiter(self) -> AsyncGenerator[None]:
+    async def _noted_as_waiter(self, record: RunRecord, flow_run: str) -> AsyncGenerator[None]:
         """Note that this flow run waits for a run of somebody else's, so that they do not stop it."""
-        record = self.run.record
-        if record is None or self.run.owned or self.own is None or record.flow_run_id == self.own:
-            yield
-            return
         try:
-            await self.records.add_waiter(record, self.own)
+            await self.records.add_waiter(record, flow_run)
         except (httpx.HTTPError, PrefectException) as error:
             text = "It could not be recorded that this flow run waits for run %s: %s"
             self.log.warning(text, self.run.kickoff_id, error)
@@ -327,7 +324,7 @@ class _Waiter(Watcher):
             yield
         finally:
             with suppress(httpx.HTTPError, PrefectException):  # a note of a flow run that has ended holds nobody up
-                await self.records.remove_waiter(record, self.own)
+                await self.records.remove_waiter(record, flow_run)
 
     async def _close(self, status: CrewStatus) -> None:
         """Write the end down, show it, tell automations: once, by whoever closes the record."""
@@ -341,7 +338,7 @@ class _Waiter(Watcher):
                 result = StoredResult.of(status.result())
                 if run.redact.hides(result.model_dump(mode="json")):
                     result = None
-            error = (run.redact_text(status.error) or "")[:500] or None
+            error = run.redact_text(status.error or "")[:500] or None
             is_stopped_here = record.phase is RecordPhase.ENDED
             close_record(record, run.crew, status, self.phases.human_seconds, error, result)
 

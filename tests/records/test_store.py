@@ -70,7 +70,7 @@ async def test_one_of_two_claims_wins_and_ones_own_counts_when_it_comes_twice():
 async def test_a_claim_does_not_wait_for_other_changes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefect_api, "LONGEST", 600.0)
     prefect_api._this_loop().crowded_until = float("inf")
-    async with prefect_api._one_at_a_time(needed=True):
+    async with prefect_api._one_at_a_time():
         assert await asyncio.wait_for(RECORDS.claim(new_record()), 60)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,8 @@ from prefect_crew.records.model import Lease, RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff as kickoff_module
 from prefect_crew.testing import CrewServerFactory
-from support.prefect_server import PrefectServer
-from support.proxy import Proxy, through
-from support.records import LONG_AGO, attempts, key, phases, put
+from support.proxy import Proxy
+from support.records import LONG_AGO, attempts, key, new_record, phases, put
 from support.scripts import FAILS, slow
 from support.seen import Seen
 
@@ -49,17 +48,8 @@ def _log_all(caplog: pytest.LogCaptureFixture) -> None:
 
 async def claim(idempotency_key: str, crew: DeployedCrew, *, permit: float | None = None, **fields: Any) -> RunRecord:
     """Claim a run with the input text: a, as somebody else; with a permit that is good for so many seconds."""
-    now = utcnow()
-    known: dict[str, Any] = {"claimed_at": now, "good_for": 60.0, "owner": "theirs"}
-    known["attempt"] = 1
-    record = RunRecord(
-        idempotency_key=idempotency_key,
-        crew=crew.label,
-        crew_url=crew.url,
-        inputs_digest=inputs_digest({"text": "a"}),
-        **known | fields,
-    )
-    return await put(record, permit=permit)
+    known = {"crew": crew.label, "crew_url": crew.url, "inputs_digest": inputs_digest({"text": "a"}), "good_for": 60.0}
+    return await put(new_record(idempotency_key, **known | fields), permit=permit)
 
 
 @pytest.mark.parametrize("given_back", [False, True])
@@ -365,12 +355,6 @@ async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
 
 
 # A Prefect API that is away
-
-
-@pytest.fixture
-def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
-    with through(prefect_server) as way:
-        yield way
 
 
 async def test_nothing_is_sent_where_no_claim_can_be_written(crew_server: CrewServerFactory, proxy: Proxy):

@@ -36,7 +36,7 @@ from prefect_crew import (
 from prefect_crew.client.models import StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import PrefectRecords, record_name
+from prefect_crew.records.store import record_name
 from prefect_crew.runs import stop
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
@@ -44,14 +44,11 @@ from support.held import Held
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.proxy import through
+from support.records import key, record_of
 from support.scripts import slow
 from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
-
-
-def key() -> str:
-    return f"stop {uuid.uuid4()}"
 
 
 @pytest.fixture
@@ -394,9 +391,6 @@ def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
 # From outside of the wait
 
 
-RECORDS = PrefectRecords()
-
-
 async def waits(server: Any, run: CrewRun) -> None:
     while str(server.run(run.kickoff_id).state) != "waiting":
         await asyncio.sleep(0.02)
@@ -407,8 +401,7 @@ async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory)
     run = await server.crew(price=0.25).trigger({})
     answer = await run.stop()
     assert (answer.outcome, answer.accepted) == (StopOutcome.STOPPED, True)
-    record = await RECORDS.of_kickoff(run.kickoff_id)
-    assert record is not None
+    record = await record_of(run.kickoff_id)
     assert (record.phase, record.state, record.cost) == (RecordPhase.ENDED, CrewState.STOPPED, 0.25)
     assert record.ended_at is not None
     with pytest.raises(CrewStoppedError):
@@ -422,8 +415,7 @@ async def test_a_status_call_that_hangs_does_not_undo_a_stop(
     run = await crew_server(slow(60), faults=["status:timeout"]).crew().trigger({})
     async with asyncio.timeout(5):
         assert (await run.stop()).outcome is StopOutcome.STOPPED
-    record = await RECORDS.of_kickoff(run.kickoff_id)
-    assert record is not None
+    record = await record_of(run.kickoff_id)
     assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.STOPPED)
 
 
@@ -433,8 +425,7 @@ async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFac
     assert (await run.stop()).outcome is StopOutcome.UNSUPPORTED
     await run.wait_for_completion()
     assert (await run.fetch_result()).output == "done"
-    record = await RECORDS.of_kickoff(run.kickoff_id)
-    assert record is not None
+    record = await record_of(run.kickoff_id)
     assert record.result is not None, "the secret inputs are known to this process, so the result may be kept"
 
 
@@ -454,8 +445,7 @@ async def test_what_cannot_be_stopped_is_an_answer_and_changes_nothing(
     answer = await run.stop()
     assert (answer.outcome, answer.accepted) == (outcome, False)
     assert (await CrewRun(server.crew(), "nobody").stop()).outcome in (StopOutcome.UNKNOWN_RUN, StopOutcome.UNSUPPORTED)
-    record = await RECORDS.of_kickoff(run.kickoff_id)
-    assert record is not None
+    record = await record_of(run.kickoff_id)
     assert record.phase is RecordPhase.STARTED
 
 

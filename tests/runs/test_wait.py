@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -39,8 +38,8 @@ from prefect_crew.runs import polling, wait
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
-from support.prefect_server import PrefectServer
-from support.proxy import Proxy, through
+from support.proxy import Proxy
+from support.records import key, record_of
 from support.scripts import FAILS, script, slow
 from support.seen import Seen
 from support.transports import carried_by
@@ -51,16 +50,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 RECORDS = PrefectRecords()
 BRIEF = WaitPolicy(initial=0.1, timeout=0.5)
 STOPPING = WaitPolicy(initial=0.1, timeout=0.5, on_timeout="stop")
-
-
-def key() -> str:
-    return f"wait {uuid.uuid4()}"
-
-
-async def record_of(run: CrewRun) -> RunRecord:
-    record = await RECORDS.of_kickoff(run.kickoff_id)
-    assert record is not None
-    return record
 
 
 async def ended(run: CrewRun) -> Any:
@@ -86,7 +75,7 @@ async def test_a_completed_run_gives_its_whole_result_and_closes_its_record(crew
     assert [task.name for task in result.tasks] == ["research_destination", "plan_itinerary", "write_guide"]
     assert result.usage.total_tokens == 4183
     assert result.kickoff_id == run.kickoff_id
-    record = await record_of(run)
+    record = await record_of(run.kickoff_id)
     assert (record.phase, record.state, record.error) == (RecordPhase.ENDED, CrewState.COMPLETED, None)
     assert record.kicked_off_at
     assert record.ended_at
@@ -98,7 +87,7 @@ async def test_a_failed_run_raises_the_crews_own_error(crew_server: CrewServerFa
     with pytest.raises(CrewFailedError, match="failed: the search engine is down") as caught:
         await run.wait_for_completion()
     assert (caught.value.error, caught.value.kickoff_id) == ("the search engine is down", run.kickoff_id)
-    record = await record_of(run)
+    record = await record_of(run.kickoff_id)
     assert (record.state, record.error) == (CrewState.FAILED, "the search engine is down")
     with pytest.raises(CrewFailedError, match="the search engine is down"):
         await run.fetch_result()
@@ -110,7 +99,7 @@ async def test_a_run_that_the_server_forgets_is_lost_and_not_started_again(crew_
     with pytest.raises(CrewLostError, match="last seen running") as caught:
         await run.wait_for_completion()
     assert (caught.value.kickoff_id, caught.value.idempotency_key) == (run.kickoff_id, idempotency_key)
-    assert (await record_of(run)).phase is RecordPhase.STARTED
+    assert (await record_of(run.kickoff_id)).phase is RecordPhase.STARTED
     again = await server.crew().trigger({}, idempotency_key=idempotency_key)
     assert again.kickoff_id == run.kickoff_id
     assert server.kickoffs == 1
@@ -139,7 +128,8 @@ async def test_a_run_that_ended_while_nobody_waited_has_its_result_although_its_
 ):
     held = Held()
     server, idempotency_key = crew_server(held), key()
-    record = await record_of(await server.crew().trigger({}, idempotency_key=idempotency_key))
+    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    record = await record_of(run.kickoff_id)
     assert record.kicked_off_at
     record.kicked_off_at -= timedelta(hours=2)
     await RECORDS.save(record)
@@ -184,7 +174,7 @@ async def test_a_crew_that_is_over_its_time_can_be_stopped(
     run = await server.crew().trigger({})
     with pytest.raises(CrewTimeoutError) as caught:
         await run.wait_for_completion(STOPPING)
-    record = await record_of(run)
+    record = await record_of(run.kickoff_id)
     assert caught.value.stopped is (not options)
     assert ("It was stopped." if caught.value.stopped else "It was left running") in str(caught.value)
     assert says in caplog.text
@@ -204,7 +194,7 @@ async def test_each_wait_for_a_person_is_reported_once_and_its_time_is_on_record
     crew = server.crew()
     run = await crew.trigger({})
     waiting = asyncio.ensure_future(run.wait_for_completion(WaitPolicy(initial=0.1, timeout=2.0)))
-    while (await record_of(run)).human_since is None:
+    while (await record_of(run.kickoff_id)).human_since is None:
         await asyncio.sleep(0.05)
     await asyncio.sleep(2.2)
     assert not waiting.done(), "a person's time does not count against the timeout"
@@ -215,7 +205,7 @@ async def test_each_wait_for_a_person_is_reported_once_and_its_time_is_on_record
         await asyncio.sleep(0.05)
     await run.resume("fine", approve=True)
     await waiting
-    record = await record_of(run)
+    record = await record_of(run.kickoff_id)
     assert record.human_since is None
     assert record.human_seconds >= 2.2
     assert [(sent.task_id, sent.approve, sent.outcome) for sent in await RECORDS.reviews(record)] == [
@@ -232,7 +222,7 @@ async def test_a_large_result_is_whole_for_the_caller_and_read_again_from_the_st
     first = await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
     assert len(first.output) == 15_000
     run = await server.crew().trigger({}, idempotency_key=idempotency_key)
-    assert (await record_of(run)).result is None
+    assert (await record_of(run.kickoff_id)).result is None
     assert (await ended(run)).output == first.output
     server.faults.add("status:forgotten")
     with pytest.raises(CrewLostError, match="it has completed, but its record does not hold the result"):
@@ -468,12 +458,6 @@ async def test_a_refused_token_ends_the_wait_and_keeps_the_run(crew_server: Crew
 
 
 # A Prefect API that is away
-
-
-@pytest.fixture
-def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
-    with through(prefect_server) as way:
-        yield way
 
 
 async def test_a_prefect_api_that_is_away_for_a_while_does_not_end_the_wait(

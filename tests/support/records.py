@@ -45,6 +45,13 @@ async def phases(idempotency_key: str) -> list[RecordPhase]:
     return [record.phase for record in await attempts(idempotency_key)]
 
 
+async def record_of(kickoff_id: str) -> RunRecord:
+    """Return the record of a run that has one."""
+    record = await PrefectRecords().of_kickoff(kickoff_id)
+    assert record is not None
+    return record
+
+
 def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the attempts that Variables hold, as the record store reads them; `permit` is the number of permits."""
     found = [

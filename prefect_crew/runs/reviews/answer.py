@@ -23,6 +23,7 @@ from prefect_crew.artifacts.events import emit
 from prefect_crew.client._callbacks import FeedbackRequest, feedback_text, post_feedback
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, ResumeAnswer
+from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError, CrewLostError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, SentReview, utcnow
@@ -120,7 +121,7 @@ async def answer_question(
         mark=digest(current.task_id),
         round=current.round,
         approve=review.approve,
-        feedback=(run.redact_text(review.feedback) or "")[:FEEDBACK_KEPT] if run.show == "full" else "",
+        feedback=run.redact_text(review.feedback)[:FEEDBACK_KEPT] if run.show == "full" else "",
         by=by[:100],
         at=utcnow(),
         asked=question_digest(status),
@@ -323,7 +324,7 @@ async def answer_run(
     run: OpenRun, records: RecordStore, review: Review, *, by: str, **options: Any
 ) -> tuple[ResumeAnswer, SentReview]:
     """Answer for the person that a run waits for: `answer_question` with a session of its own."""
-    async with CrewSession(run.crew, withhold=run.withholding()) as session:
+    async with CrewSession(run.crew, withhold=withholding(run.redact_text)) as session:
         return await answer_question(run, session, records, review, by=by, **options)
 
 
@@ -429,7 +430,7 @@ async def read_pending_review(
     status = None
     if run is not None:
         with contextlib.suppress(CrewError):  # then what is on record has to do
-            async with CrewSession(run.crew, withhold=run.withholding()) as session:
+            async with CrewSession(run.crew, withhold=withholding(run.redact_text)) as session:
                 status = await session.call(lambda client: client.status(kickoff_id))
     waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
     is_over = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
