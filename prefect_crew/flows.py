@@ -147,26 +147,15 @@ async def _run(
     *,
     name: str | None,
     idempotency_key: str | None,
-    force_new: bool,
     wait: WaitPolicy | None,
     review: ReviewChoice | None,
-    restore_from: str | None,
-    meta: Mapping[str, Any] | None = None,
     output_type: type[BaseModel] | None = None,
-    webhooks: Webhooks | None = None,
+    **kickoff: Any,
 ) -> CrewResult:
+    """Kick a crew off and wait for it; `kickoff` are options of `kickoff_crew` alone."""
     # Where no flow around has a client of Prefect's on this event loop, each task would make one and close it.
     async with AsyncClientContext.get_or_create(), CrewSession(crew) as session:
-        kickoff_id = await kickoff_crew.acall(
-            session,
-            inputs,
-            idempotency_key=idempotency_key,
-            name=name,
-            force_new=force_new,
-            meta=meta,
-            webhooks=webhooks,
-            restore_from=restore_from,
-        )
+        kickoff_id = await kickoff_crew.acall(session, inputs, idempotency_key=idempotency_key, name=name, **kickoff)
         called = name or crew.title(inputs, idempotency_key)
         return await wait_for_crew.acall(
             session, kickoff_id, name=called, wait=wait, output_type=output_type, review=review

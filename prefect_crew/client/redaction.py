@@ -105,6 +105,8 @@ class HiddenValues(dict[Any, Any]):
 
 def holds_secret(value: Any) -> bool:
     """Return whether a value is one of pydantic's secrets, or has one within it."""
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        return False
     return isinstance(value, SecretStr | SecretBytes | Secret) or any(map(holds_secret, _parts(value)))
 
 
@@ -117,8 +119,6 @@ def revealed(value: Any) -> Any:
 
 def _parts(value: Any) -> Iterable[Any]:
     """Return what a value is made of, as `encode_inputs` takes it apart."""
-    if isinstance(value, str | bytes | bytearray | memoryview):
-        return ()
     if isinstance(value, BaseModel):
         return [*value.__dict__.values(), *(value.__pydantic_extra__ or {}).values()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -203,10 +203,6 @@ class _Poll:
     def left(self) -> tuple[str, float, float] | None:
         return self.phases.left(self.policy, self.seen or CrewState.PENDING, self.now())
 
-    @property
-    def in_grace(self) -> bool:
-        return self.seen is None and self.now() - self.phases.kicked_off_at < self.policy.grace
-
     def next_delay(self) -> float:
         return min([next(self.delays), *fast_intervals])
 
@@ -225,7 +221,7 @@ class _Poll:
             self.unknown += 1
             # Right after the kickoff a run may not be visible yet. Later a second look is worth more than the clock:
             # one answer of a load balancer between two releases proves nothing.
-            if not self.in_grace:
+            if self.seen is not None or self.now() - self.phases.kicked_off_at >= self.policy.grace:
                 if self.unknown >= 2:
                     raise CrewLostError(**self.names, last_state=self.last)
                 return False

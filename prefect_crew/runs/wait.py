@@ -242,7 +242,7 @@ class _Waiter(Watcher):
     async def on_error(self, error: CrewError) -> None:
         if not self._in_trouble:
             self._in_trouble = True
-            self.log.warning("%s The run may be fine; it is polled again.", self._redacted(error))
+            self.log.warning("%s The run may be fine; it is polled again.", self.run.redact(str(error)))
         if self._is_stale:
             await self._show(self.last)
         if await is_cancelled(self.own):
@@ -299,7 +299,7 @@ class _Waiter(Watcher):
                 return await stop_once(self.session, record, self.records)
             return (await self.session.call(lambda client: client.stop(run.kickoff_id))).accepted
         except (CrewError, httpx.HTTPError, PrefectException) as error:
-            self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, self._redacted(error))
+            self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, run.redact(str(error)))
             return False
 
     async def _stop_if_asked(self) -> bool:
@@ -406,6 +406,3 @@ class _Waiter(Watcher):
             f"The run may continue there: run again with idempotency key {run.idempotency_key!r} to wait for it. "
             "Nothing is started then."
         )
-
-    def _redacted(self, error: Exception) -> str:
-        return self.run.redact(str(error))
