@@ -31,6 +31,7 @@ from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.records import attempts, key, phases
 from support.scripts import FAILS, script
+from support.webhooks import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -164,8 +165,7 @@ async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_rene
     crew = server.crew()
     await crew.asave(name)
     calling = asyncio.ensure_future(crew.trigger({"city": "Lisbon"}, idempotency_key=(idempotency_key := key())))
-    while not server.requests["inputs"]:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.requests["inputs"], "the inputs are checked")
     server.token = "the-new-token"
     await server.crew().asave(name, overwrite=True)
     await calling

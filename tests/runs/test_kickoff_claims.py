@@ -32,6 +32,7 @@ from support.proxy import Proxy
 from support.records import LONG_AGO, attempts, key, new_record, phases, put
 from support.scripts import FAILS, slow
 from support.seen import Seen
+from support.webhooks import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -108,8 +109,7 @@ async def resolved(crew_server: CrewServerFactory, phase: RecordPhase, **said: A
     """Kick a crew off, and resolve the claim while its inputs are checked."""
     server, idempotency_key = crew_server("echo", faults=["inputs:latency=1"]), key()
     calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
-    while not server.requests["inputs"]:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.requests["inputs"], "the inputs are checked")
     (stored,) = await attempts(idempotency_key)
     assert await RECORDS.resolve(stored, phase, **said)
     return (await calling).kickoff_id, server
@@ -188,8 +188,7 @@ async def cancelled_at(request: str, server: CrewServer, idempotency_key: str, w
         raise asyncio.CancelledError
 
     calling = asyncio.ensure_future(call())
-    while not server.requests[request]:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.requests[request], "the request is made")
     await asyncio.sleep(0.3)
     scope.cancel()
     if way == "cancelled":
@@ -218,8 +217,7 @@ def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_event_loop_ends(cre
 
     async def call() -> None:
         calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
-        while not server.requests["kickoff"]:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.requests["kickoff"], "the kickoff is sent")
         asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
         await calling
 
@@ -375,8 +373,7 @@ async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(
     monkeypatch.setattr(store, "SAVE_FOR", 0.5)
     server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0"]), key()
     calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
-    while not server.requests["kickoff"]:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.requests["kickoff"], "the kickoff is sent")
     proxy.cut()
     run = await calling
     assert f"prefect-crew runs resolve '{idempotency_key}' --kickoff-id {run.kickoff_id}" in caplog.text
@@ -388,8 +385,7 @@ async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(
 async def test_without_a_new_permit_nothing_is_sent_again(crew_server: CrewServerFactory, proxy: Proxy):
     server, idempotency_key = crew_server("echo", faults=["kickoff:429=0.2@1"]), key()
     calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
-    while not server.requests["kickoff"]:
-        await asyncio.sleep(0.005)
+    await until(lambda: server.requests["kickoff"], "the kickoff is sent")
     proxy.refuse = "POST /api/variables/"
     with pytest.raises(httpx.HTTPError):
         await calling

@@ -47,6 +47,7 @@ from support.proxy import through
 from support.records import key, record_of
 from support.scripts import slow
 from support.seen import Seen
+from support.webhooks import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -177,8 +178,7 @@ def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: Crew
 
     @flow
     async def second() -> None:
-        while not server.kickoffs:
-            await asyncio.sleep(0.02)
+        await until(lambda: server.kickoffs, "a run is started")
         outputs.append((await arun_crew(server.crew(), idempotency_key=idempotency_key)).output)
 
     other = threading.Thread(target=lambda: asyncio.run(second()))
@@ -253,8 +253,7 @@ async def cancelled_midway(server: Any, seen: Seen, kind: str | None, *, at: str
         await arun_crew(server.crew(wait=WaitPolicy(**policy)))
 
     running = asyncio.ensure_future(trip())
-    while not server.requests[at]:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.requests[at], "the request is made")
     if kind:
         await asyncio.to_thread(seen.set_state, ids[0], kind)
     running.cancel()
@@ -314,8 +313,7 @@ def test_a_run_that_ended_at_that_moment_is_closed_by_whoever_sees_its_end(crew_
 
     async def both() -> None:
         cancelling = asyncio.ensure_future(cancel())
-        while not server.requests["stop"]:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.requests["stop"], "the crew is asked to stop")
         idempotency_key.extend(server.kickoffs_by_key)
         async with server.crew().client() as client:
             server.faults.clear()
@@ -391,11 +389,6 @@ def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
 # From outside of the wait
 
 
-async def waits(server: Any, run: CrewRun) -> None:
-    while str(server.run(run.kickoff_id).state) != "waiting":
-        await asyncio.sleep(0.02)
-
-
 async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory):
     server = crew_server(slow(60))
     run = await server.crew(price=0.25).trigger({})
@@ -461,7 +454,7 @@ async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFa
     server, name = crew_server(Held("draft", "print"), response_format="union"), f"actions-{uuid.uuid4().hex[:8]}"
     await server.crew().asave(name)
     run = await (await DeployedCrew.aload(name)).trigger({})
-    await waits(server, run)
+    await until(lambda: server.run(run.kickoff_id).state is CrewState.WAITING, "a person is waited for")
     server.token = "the-new-token"
     with pytest.raises(AuthenticationError):
         await run.stop()
