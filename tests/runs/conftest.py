@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs import listener
 from support.webhooks import SECRET, served
+
+
+@pytest.fixture
+def all_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Capture what is said at the level of information as well."""
+    caplog.set_level(logging.INFO, "prefect_crew")
 
 
 @pytest.fixture

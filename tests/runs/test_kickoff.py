@@ -33,16 +33,11 @@ from support.records import attempts, key, phases
 from support.scripts import FAILS, script
 from support.webhooks import until
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
 RECORDS = PrefectRecords()
 TRIP = script({"output": "{{ city }}"}, inputs=["city"])
 TONED = script({"output": "{{ city }}"}, inputs=["city", {"name": "tone", "required": False, "default": "dry"}])
-
-
-@pytest.fixture(autouse=True)
-def _log_all(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "prefect_crew")
 
 
 # Inputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import uuid
 from collections.abc import Callable
@@ -34,14 +33,9 @@ from support.scripts import FAILS, slow
 from support.seen import Seen
 from support.webhooks import until
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
 RECORDS = PrefectRecords()
-
-
-@pytest.fixture(autouse=True)
-def _log_all(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "prefect_crew")
 
 
 # Claims of others

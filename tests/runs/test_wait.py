@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 import uuid
 from datetime import timedelta
@@ -45,7 +44,7 @@ from support.seen import Seen
 from support.transports import carried_by
 from support.webhooks import until
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
 RECORDS = PrefectRecords()
 BRIEF = WaitPolicy(initial=0.1, timeout=0.5)
@@ -55,11 +54,6 @@ STOPPING = WaitPolicy(initial=0.1, timeout=0.5, on_timeout="stop")
 async def ended(run: CrewRun) -> Any:
     await run.wait_for_completion()
     return await run.fetch_result()
-
-
-@pytest.fixture(autouse=True)
-def _log_all(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "prefect_crew")
 
 
 # Ends
