@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -148,18 +148,11 @@ class Crew:
 class CrewSession:
     """Used as an async context manager; `client` is the one to use at this moment. Entered again, it stays open.
 
-    `connect` makes a client for a crew, in place of `crew.client()`; `withhold` holds as long as the session is open.
+    `connect` makes a client for a crew, in place of `crew.client()`.
     """
 
-    def __init__(
-        self,
-        crew: Crew,
-        connect: Callable[[Crew], CrewClient] | None = None,
-        *,
-        withhold: AbstractContextManager[None] | None = None,
-    ) -> None:
+    def __init__(self, crew: Crew, connect: Callable[[Crew], CrewClient] | None = None) -> None:
         self.crew: Crew = crew
-        self._withhold = withhold or nullcontext()
         self._connect = connect or Crew.client
         self._stack = AsyncExitStack()
         self._client: CrewClient | None = None
@@ -168,7 +161,6 @@ class CrewSession:
 
     async def __aenter__(self) -> CrewSession:
         if not self._entered:
-            self._stack.enter_context(self._withhold)
             self._client = await self._stack.enter_async_context(self._connect(self.crew))
         self._entered += 1
         return self

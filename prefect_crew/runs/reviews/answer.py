@@ -324,8 +324,9 @@ async def answer_run(
     run: OpenRun, records: RecordStore, review: Review, *, by: str, **options: Any
 ) -> tuple[ResumeAnswer, SentReview]:
     """Answer for the person that a run waits for: `answer_question` with a session of its own."""
-    async with CrewSession(run.crew, withhold=withholding(run.redact_text)) as session:
-        return await answer_question(run, session, records, review, by=by, **options)
+    with withholding(run.redact_text):
+        async with CrewSession(run.crew) as session:
+            return await answer_question(run, session, records, review, by=by, **options)
 
 
 async def resume_run(
@@ -429,8 +430,9 @@ async def read_pending_review(
     run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
     status = None
     if run is not None:
-        with contextlib.suppress(CrewError):  # then what is on record has to do
-            async with CrewSession(run.crew, withhold=withholding(run.redact_text)) as session:
+        # Without an answer, what is on record has to do.
+        with contextlib.suppress(CrewError), withholding(run.redact_text):
+            async with CrewSession(run.crew) as session:
                 status = await session.call(lambda client: client.status(kickoff_id))
     waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
     is_over = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
