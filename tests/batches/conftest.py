@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,42 @@ import pytest
 from prefect_crew.batches.ledger import Ledger
 from support.batches import Batches, postgres_ledger
 from support.postgres import Postgres
+
+
+class FileServer(ThreadingHTTPServer):
+    """A web server of a few files, and what was asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Files)
+        self.files: dict[str, bytes] = {}
+        self.requests: list[str] = []
+
+    def __call__(self, files: dict[str, bytes]) -> str:
+        self.files = files
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Files(BaseHTTPRequestHandler):
+    server: FileServer
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        content = self.server.files.get(self.path.partition("?")[0])
+        self.send_response(404 if content is None else 200)
+        self.end_headers()
+        self.wfile.write(content or b"")
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        del format, args
+
+
+@pytest.fixture
+def httpserver() -> Iterator[FileServer]:
+    """Give a function that serves a mapping of paths to contents and returns its URL; `requests` are its paths."""
+    with FileServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])

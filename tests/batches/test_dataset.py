@@ -17,7 +17,6 @@ from typing import Any
 
 import fsspec
 import pytest
-import respx
 
 from prefect_crew import ConfigurationError
 from prefect_crew.batches import dataset as dataset_module
@@ -175,15 +174,15 @@ def test_fields_may_be_huge(tmp_path: Path):
 def test_files_are_read_in_bounded_memory(tmp_path: Path):
     row = {"topic": "tea", "text": "x" * 1000}
     with (tmp_path / "rows.jsonl").open("w") as file:
-        file.write("\n".join([json.dumps(row)] * 10_000))
+        file.write("\n".join([json.dumps(row)] * 30_000))
     with (tmp_path / "rows.csv").open("w") as file:
-        file.write("topic,text\n" + f"tea,{'x' * 1000}\n" * 10_000)
+        file.write("topic,text\n" + f"tea,{'x' * 1000}\n" * 30_000)
     for name in ("rows.jsonl", "rows.csv"):
         tracemalloc.start()
-        assert sum(1 for _ in rows_of(open_dataset(tmp_path / name))) == 10_000
+        assert sum(1 for _ in rows_of(open_dataset(tmp_path / name))) == 30_000
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 4e6, name
+        assert peak < 12e6, name
 
 
 def test_any_fsspec_address(tmp_path: Path):
@@ -195,16 +194,14 @@ def test_any_fsspec_address(tmp_path: Path):
     assert values(open_dataset(f"zip://inner/rows.jsonl::{tmp_path / 'many.zip'}")) == ROWS
 
 
-def test_what_lies_elsewhere_is_fetched_once(respx_mock: respx.MockRouter):
-    url = "https://files.test/rows.csv.gz?signature=secret"
-    route = respx_mock.get(url).respond(content=gzip.compress(CSV.encode()))
-    dataset = open_dataset(url)
+def test_what_lies_elsewhere_is_fetched_once(httpserver: Any):
+    url = httpserver({"/rows.csv.gz": gzip.compress(CSV.encode())})
+    dataset = open_dataset(f"{url}/rows.csv.gz?signature=secret")
     assert values(dataset) == values(dataset) == ROWS
-    assert route.call_count == 1
+    assert httpserver.requests == ["/rows.csv.gz?signature=secret"]
     assert "secret" not in dataset.name
-    respx_mock.get("https://files.test/none.csv").respond(404)
     with pytest.raises(DatasetError, match=r"none\.csv: cannot be fetched: HTTP 404"):
-        values(open_dataset("https://files.test/none.csv"))
+        values(open_dataset(f"{url}/none.csv"))
 
 
 WRONG: dict[str, tuple[str, bytes, str]] = {
