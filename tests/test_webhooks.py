@@ -22,7 +22,9 @@ from prefect_crew.webhooks import (
     claim_of,
     hook_urls,
     hooks_expire,
+    may_read_recent,
     read_token,
+    recent_bearer,
     token_of,
 )
 from prefect_crew.webhooks import webhooks_for as targets_for
@@ -102,6 +104,8 @@ def test_of_several_secrets_the_first_signs_and_each_is_accepted(kind: WebhookKi
         token = token_of(hook, signer)
         assert read_token(kind, token, both, now=NOW, authorization=bearer) == hook
         assert read_token(kind, token, "o" * 40, now=NOW, authorization=bearer) is None
+        assert may_read_recent(both, f"Bearer {recent_bearer(signer)}")
+        assert not may_read_recent("o" * 40, f"Bearer {recent_bearer(signer)}")
     old_bearer = f"Bearer {bearer_of(hook, SECRET)}"
     mixed = read_token(kind, token_of(hook, new), both, now=NOW, authorization=old_bearer)
     assert mixed == (None if kind in ("human_input", "stream") else hook)

@@ -7,18 +7,22 @@ import json
 import pytest
 from pydantic import SecretStr
 
-from prefect_crew.client._callbacks import FeedbackRequest, parse_request, post_feedback
+from prefect_crew.client._callbacks import FeedbackRequest, feedback_text, parse_request, post_feedback
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
 from support.frames import locals_of
 
 REQUEST = {"event_type": "new_request", "id": "r-1", "flow_id": "k-1", "callback_url": "https://x.example/r?token=t0k"}
 
 
-def test_a_request_is_read():
+def test_a_request_is_read_and_an_outcome_is_one_of_its_options():
     found = parse_request(json.dumps({**REQUEST, "emit": ["yes", "", 3, "no", "yes"]}).encode())
     assert found is not None
     assert (found.kickoff_id, found.task_id, found.options) == ("k-1", "review", ("yes", "no"))
     assert "t0k" not in repr(found)
+    assert feedback_text(found, approve=True, feedback="Fine.", option=None) == "yes: Fine."
+    assert feedback_text(found, approve=False, feedback="", option=None) == "no"
+    with pytest.raises(ConfigurationError):
+        feedback_text(found, approve=True, feedback="", option="maybe")
     assert parse_request(json.dumps({**REQUEST, "event_type": "other"}).encode()) is None
 
 

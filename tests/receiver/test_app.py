@@ -15,7 +15,6 @@ from starlette.routing import Mount
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.webhooks import recent_bearer
 from support.webhooks import BODIES, SECRET, Kept, headers_of, url_of
 
 Urls = Callable[..., Webhooks]
@@ -117,8 +116,8 @@ async def test_health_and_readiness(client: httpx.AsyncClient, kept: Kept, urls:
     assert (await client.get("/ready")).status_code == 503
 
 
-async def test_it_can_be_mounted_into_an_app(kept: Kept, urls: Urls):
-    app = Starlette(routes=[Mount("/of/crews", create_receiver(SECRET, forwarder=kept))])
+async def test_it_can_be_mounted_into_an_app_and_takes_what_an_older_secret_signed(kept: Kept, urls: Urls):
+    app = Starlette(routes=[Mount("/of/crews", create_receiver(f"{'n' * 40} {SECRET}", forwarder=kept))])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://mine.example") as client:
         url = url_of(urls(base="http://mine.example/of/crews"), "crew")
         assert (await client.post(url, json=BODIES["crew-first"])).status_code == 200
@@ -136,16 +135,3 @@ def test_a_receiver_needs_a_secret_and_a_prefect_api(monkeypatch: pytest.MonkeyP
         create_receiver("short", forwarder=kept)
     with pytest.raises(ConfigurationError, match="PREFECT_API_URL"):
         create_receiver(SECRET)
-
-
-async def test_a_receiver_with_a_new_secret_still_takes_what_the_old_one_signed(kept: Kept, urls: Urls):
-    app = create_receiver(f"{'n' * 40} {SECRET}", forwarder=kept)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://receiver") as client:
-        for kind in ("crew", "human_input"):
-            hooks, body = urls(), BODIES[f"{kind}-first"]
-            answer = await client.post(url_of(hooks, kind), json=body, headers=headers_of(hooks, kind))
-            assert answer.status_code == 200
-        for signer, status in ((SECRET, 200), ("n" * 40, 200), ("o" * 40, 404)):
-            bearer = {"Authorization": f"Bearer {recent_bearer(signer)}"}
-            assert (await client.get("/recent", headers=bearer)).status_code == status
-    assert len(kept.events) == 2

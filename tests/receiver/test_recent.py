@@ -58,24 +58,6 @@ async def test_an_answer_is_held_back_until_a_webhook_comes(client: httpx.AsyncC
     assert "the output" not in str(answers)
 
 
-async def test_calls_of_models_are_told_with_their_counts_and_no_text(client: httpx.AsyncClient, urls: Urls):
-    cursor, hooks = str((await ask(client))["cursor"]), urls()
-
-    async def call(number: int, model: object) -> None:
-        usage = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
-        data = {"model": model, "usage": usage, "messages": [{"content": "the prompt"}], "response": "the output"}
-        event = {"id": f"e-{number}", "execution_id": "k-1", "type": "llm_call_completed", "data": data}
-        delivery, headers = {"events": [event]}, headers_of(hooks, "stream")
-        assert (await client.post(url_of(hooks, "stream"), json=delivery, headers=headers)).status_code == 200
-
-    await call(1, "openai/gpt-4o")
-    await call(2, "the model that says a secret")
-    known, odd = (await ask(client, cursor))["webhooks"]
-    counts = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-    assert known["said"] == {"id": "e-1", "kickoff_id": "k-1", "model": "openai/gpt-4o", **counts}
-    assert "model" not in odd["said"]
-
-
 async def test_whoever_has_not_the_secret_gets_the_same_404(client: httpx.AsyncClient):
     for given in (None, "", "Bearer ", "Bearer wrong", f"Basic {recent_bearer(SECRET)}"):
         answer = await client.get("/recent", headers={} if given is None else {"Authorization": given})

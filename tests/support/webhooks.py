@@ -104,10 +104,12 @@ async def until(true: Callable[[], Any], what: str, *, seconds: float = 30.0) ->
         await asyncio.sleep(0.02)
 
 
-async def events_of(idempotency_key: str, *, at_least: int = 1, seconds: float = 30.0) -> Sequence[Mapping[str, Any]]:
-    """Return the crew.* events of a run from the Prefect server, oldest first, once there are so many."""
+async def events_of(
+    idempotency_key: str, *, at_least: int = 1, seconds: float = 30.0, prefix: str = "crew."
+) -> Sequence[Mapping[str, Any]]:
+    """Return the events of a run from the Prefect server, oldest first, once there are so many."""
     wanted = {
-        "event": {"prefix": ["crew."]},
+        "event": {"prefix": [prefix]},
         "resource": {"labels": {"prefect-crew.idempotency-key": [idempotency_key]}},
     }
     deadline = time.monotonic() + seconds

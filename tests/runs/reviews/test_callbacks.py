@@ -17,7 +17,7 @@ from prefect import flow
 from starlette.types import Receive, Scope, Send
 
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
-from prefect_crew.client._callbacks import feedback_text, parse_request
+from prefect_crew.client._callbacks import parse_request
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer, ReviewWebhook
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError
@@ -78,53 +78,41 @@ async def test_a_function_chooses_an_outcome_and_it_goes_to_the_callback_once(ho
     assert await kept_requests(str(record.kickoff_id)) == []
 
 
-async def test_a_request_that_arrives_late_is_waited_for_where_resume_refuses(
-    prefect_api: Any, instant_polling: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("comes", [True, False])
+async def test_where_resume_refuses_the_request_is_waited_for_once(
+    comes: bool, prefect_api: Any, instant_polling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where it does not come, the function is not asked for hours, at each look or minute."""
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
-    receiver, refused, asked = create_receiver(SECRET), asyncio.Event(), list[tuple[str, ...]]()
+    monkeypatch.setattr(reviewer, "REQUEST_WITHIN", 60.0 if comes else 0.2)
+    receiver, may_come, asked = create_receiver(SECRET), asyncio.Event(), list[tuple[str, ...]]()
 
     async def late(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/requests":
-            await refused.wait()
+            await may_come.wait()
         await receiver(scope, receive, send)
 
     def judge(request: ReviewRequest) -> Review:
         asked.append(request.options)
         return Review(approve=True)
 
-    async with served(late) as url:
+    async with served(late) as url, asyncio.timeout(60):
         hook = ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
         with CrewServer(SCRIPT, review_webhook=hook) as server:
             running = asyncio.create_task(run_with(server, judge))
             await until(lambda: server.requests["resume"], "the first answer is refused")
-            await asyncio.sleep(0.5)  # it is asked no second time meanwhile
-            assert asked == [()]
-            refused.set()
-            assert await running == "Draft. "
-    assert asked == [(), OPTIONS]
-
-
-async def test_an_answer_that_resume_refuses_again_is_an_error(
-    prefect_api: Any, instant_polling: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its request has not come: the function is not asked for hours, at each look or minute."""
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
-    monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
-    monkeypatch.setattr(reviewer, "REQUEST_WITHIN", 0.2)
-    asked: list[int] = []
-
-    def judge(request: ReviewRequest) -> Review:
-        asked.append(request.round)
-        return Review(approve=True)
-
-    hook = ReviewWebhook("http://127.0.0.1:9/requests", REVIEW_SECRET, OPTIONS)  # nobody is there
-    with CrewServer(SCRIPT, review_webhook=hook) as server:
-        async with asyncio.timeout(60):
-            with pytest.raises(CrewAPIError, match="/resume answered 4"):
-                await run_with(server, judge)
-        assert (len(asked), server.requests["resume"]) == (2, 2)
+            if not comes:
+                with pytest.raises(CrewAPIError, match="/resume answered 4"):
+                    await running
+                assert server.requests["resume"] == 2
+            else:
+                await asyncio.sleep(0.5)  # it is asked no second time meanwhile
+                assert asked == [()]
+                may_come.set()
+                assert await running == "Draft. "
+            may_come.set()
+    assert asked == [(), OPTIONS if comes else ()]
 
 
 async def _kicked_off(crew: DeployedCrew, key: str) -> str:
@@ -233,14 +221,8 @@ async def test_only_what_the_platform_has_signed_is_kept(
     assert len(forwarder.requests) == kept
 
 
-def test_the_callback_is_shown_nowhere_and_an_outcome_is_one_of_the_options() -> None:
+def test_the_form_offers_what_the_flow_can_go_on_with() -> None:
     request = parse_request(ask()["content"])
-    assert request is not None
-    assert "t0k3n" not in repr(request)
-    assert feedback_text(request, approve=True, feedback="Fine.", option=None) == "yes: Fine."
-    assert feedback_text(request, approve=False, feedback="", option=None) == "no"
-    with pytest.raises(ConfigurationError):
-        feedback_text(request, approve=True, feedback="", option="maybe")
-    form = ReviewForm.about(Question("k-1", request.task_id, 1, None, request=request), "text")
+    form = ReviewForm.about(Question("k-1", "publish", 1, None, request=request), "text")
     assert form.model_json_schema()["properties"]["decision"]["enum"] == ["yes", "no"]
     assert ReviewForm.model_json_schema()["properties"]["decision"]["enum"] == ["approve", "reject"]

@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Running
 
-from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
+from prefect_crew import CrewTimeoutError, Review, WaitPolicy, arun_crew, resume_crew
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.records.store import PrefectRecords
@@ -53,10 +53,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def server() -> Iterator[CrewServer]:
     with CrewServer(SCRIPT, response_format="union") as server:
         yield server
-
-
-def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
-    return DeployedCrew(url=server.url, token=server.token, **fields)
 
 
 class Page:
@@ -138,7 +134,7 @@ class FlowRun(Page):
 
 
 def test_the_form_shows_the_output_and_takes_each_answer_once(server: CrewServer, seen: Seen) -> None:
-    crew = crew_of(server)
+    crew = server.crew()
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
     first = run.form()
     text = run.description()
@@ -171,7 +167,7 @@ def test_the_form_shows_the_output_and_takes_each_answer_once(server: CrewServer
 
 
 def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(server: CrewServer) -> None:
-    crew = crew_of(server)
+    crew = server.crew()
     ended: list[str] = []
 
     async def one(topic: str, review: Any) -> str:
@@ -199,7 +195,7 @@ def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(serv
 
 
 def test_an_answer_from_elsewhere_takes_the_form_back(server: CrewServer) -> None:
-    crew = crew_of(server)
+    crew = server.crew()
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", idempotency_key=f"elsewhere {server.url}"))
     run.form()
 
@@ -213,7 +209,7 @@ def test_an_answer_from_elsewhere_takes_the_form_back(server: CrewServer) -> Non
 
 
 def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: CrewServer) -> None:
-    crew, key = crew_of(server), f"both {server.url}"
+    crew, key = server.crew(), f"both {server.url}"
 
     async def ask() -> str:
         return (await arun_crew(crew, {"topic": "tea"}, review="form", idempotency_key=key)).output
@@ -232,7 +228,7 @@ def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: CrewServer)
 
 
 def test_a_form_that_was_resumed_without_an_answer_comes_back(server: CrewServer) -> None:
-    crew = crew_of(server)
+    crew = server.crew()
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
     first = run.form()
     with get_client(sync_client=True) as client:
@@ -243,7 +239,7 @@ def test_a_form_that_was_resumed_without_an_answer_comes_back(server: CrewServer
 
 
 def test_nobody_answers_in_time(server: CrewServer, seen: Seen) -> None:
-    crew, policy = crew_of(server), WaitPolicy(human_timeout=1.5)
+    crew, policy = server.crew(), WaitPolicy(human_timeout=1.5)
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
     with pytest.raises(CrewTimeoutError, match=r"human time limit of 1\.5 s"):
         run.result()
@@ -257,7 +253,7 @@ def test_an_answer_in_time_counts_though_it_is_read_after_that(
     server: CrewServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(form, "LOOK_EVERY", 8.0)
-    crew = crew_of(server)
+    crew = server.crew()
     policy = WaitPolicy(human_timeout=6, on_human_timeout="reject")
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
     run.form()
@@ -267,7 +263,7 @@ def test_an_answer_in_time_counts_though_it_is_read_after_that(
 
 
 def test_an_answer_that_could_not_be_sent_is_kept_for_the_retry(server: CrewServer) -> None:
-    crew = crew_of(server)
+    crew = server.crew()
     server.faults.add("resume:401-before-accept@1")
     # Two, since Prefect counts the form as one of them.
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), retries=2, retry_delay_seconds=1)
@@ -280,7 +276,7 @@ def test_an_answer_that_could_not_be_sent_is_kept_for_the_retry(server: CrewServ
 
 @pytest.mark.parametrize("fields", [{"secret_inputs": ["topic"]}, {"show": "summary"}], ids=["secret", "summary"])
 def test_what_may_not_be_shown_is_not_in_the_form(server: CrewServer, fields: dict[str, Any]) -> None:
-    crew = crew_of(server, **fields)
+    crew = server.crew(**fields)
     run = FlowRun(lambda: arun_crew(crew, {"topic": "correct horse"}, review="form"))
     run.form()
     text = run.description()
@@ -299,7 +295,7 @@ def test_a_person_rejects_once_and_approves_on_the_page(
     ui: Literal["v1", "v2"],
     tmp_path: Path,
 ) -> None:
-    crew = crew_of(server)
+    crew = server.crew()
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), name="reviewed-report")
     first = run.form()
     with chromium.page(height=1100) as page:

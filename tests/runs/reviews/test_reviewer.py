@@ -12,7 +12,7 @@ import pytest
 from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
 
-from prefect_crew import CrewStep, DeployedCrew, Review, ReviewRequest, WaitPolicy, Webhooks, arun_crew, arun_pipeline
+from prefect_crew import CrewStep, Review, ReviewRequest, WaitPolicy, Webhooks, arun_crew, arun_pipeline
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.exceptions import CrewError, CrewTimeoutError, ReviewLimitError
@@ -37,10 +37,6 @@ SCRIPT = CrewScript.model_validate(
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
-def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
-    return DeployedCrew(url=server.url, token=server.token, **fields)
-
-
 async def answers(idempotency_key: str) -> list[SentReview]:
     records = PrefectRecords()
     return await records.reviews((await records.attempts(idempotency_key))[-1])
@@ -52,7 +48,7 @@ def run_with(server: CrewServer, review: Any = None, **policy: Any) -> Any:
     @flow
     async def reviewed() -> str:
         wait = WaitPolicy(**policy)
-        return (await arun_crew(crew_of(server), {}, idempotency_key=server.url, review=review, wait=wait)).output
+        return (await arun_crew(server.crew(), {}, idempotency_key=server.url, review=review, wait=wait)).output
 
     return reviewed()
 
@@ -98,7 +94,7 @@ async def test_a_plain_function_takes_its_time_while_everything_else_goes_on() -
 
         @flow
         async def reviewed() -> str:
-            await asyncio.gather(arun_crew(crew_of(server), {}, review=judge), another())
+            await asyncio.gather(arun_crew(server.crew(), {}, review=judge), another())
             return str(this_flow_run.id)
 
         assert [await reviewed()] == logged_by
@@ -119,7 +115,7 @@ async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
             one.outcome for one in await PrefectRecords().reviews(attempts[-1])
         ] != ["sent"]:
             await asyncio.sleep(0.1)
-        await resume_crew(crew_of(server), str(attempts[-1].kickoff_id), approve=True)
+        await resume_crew(server.crew(), str(attempts[-1].kickoff_id), approve=True)
         assert "Too late for today." in await running
         assert [(one.by == NOBODY, one.approve) for one in await answers(server.url)] == [(True, False), (False, True)]
 
@@ -213,8 +209,8 @@ async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
 
         @flow
         async def reviewed() -> None:
-            first = CrewStep("first", crew_of(server))
-            second = CrewStep("second", crew_of(server), after=["first"], review=judge("own"))
+            first = CrewStep("first", server.crew())
+            second = CrewStep("second", server.crew(), after=["first"], review=judge("own"))
             await arun_pipeline([first, second], {}, review=judge("shared"))
 
         await reviewed()
@@ -231,7 +227,7 @@ async def test_each_answer_names_the_users_own_webhooks_again() -> None:
         return Review(approve=request.round > 1, feedback="again")
 
     with CrewServer(SCRIPT, response_format="union") as server:
-        result = await arun_crew(crew_of(server), {}, review=judge, webhooks=own)
+        result = await arun_crew(server.crew(), {}, review=judge, webhooks=own)
         after.append(server.run(result.kickoff_id).targets)
     assert after == [after[0]] * 3
     assert after[0].crew == own.crew
@@ -242,7 +238,7 @@ async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkey
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://127.0.0.1:9/hooks")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", "a-secret-of-thirty-two-characters")
     with CrewServer(SCRIPT) as server:
-        crew, mine = crew_of(server), Webhooks(crew="http://127.0.0.1:9/mine")
+        crew, mine = server.crew(), Webhooks(crew="http://127.0.0.1:9/mine")
         kickoff_id = await kickoff_crew(crew, {}, idempotency_key="hooked")
         approve = {"idempotency_key": "hooked", "review": lambda _: Review(approve=True)}
         assert (await arun_crew(crew, {}, webhooks=mine, **approve)).kickoff_id == kickoff_id
@@ -251,7 +247,7 @@ async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkey
 
 async def test_an_answer_from_elsewhere_in_the_same_moment_is_not_the_end_of_the_wait() -> None:
     with CrewServer(SCRIPT, response_format="union") as server:
-        crew = crew_of(server)
+        crew = server.crew()
         asked: list[int] = []
 
         async def slow(request: ReviewRequest) -> Review:
