@@ -1,4 +1,10 @@
-"""Forwards what the receiver takes to the Prefect server: one task and two bounded queues."""
+"""Hands on what the receiver takes: to the Prefect server, and at once to the processes that wait for runs.
+
+One task with two bounded queues forwards to Prefect. The latest webhooks are kept for processes that ask for what came
+after the last one that they have. Such an answer is held back until there is something to say. So a webhook reaches a
+waiting process within milliseconds, while Prefect's events, which everybody else reads, take a second, and longer when
+many come at once.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from time import monotonic
 from typing import Any
+from uuid import uuid4
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -23,12 +30,12 @@ from prefect_crew._internal.prefect_api import OneLine
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.receiver.events import WebhookEvent, prefect_event, resolved_event
-from prefect_crew.receiver.recent import RecentWebhooks
+from prefect_crew.receiver.events import WebhookEvent, event_name, prefect_event, resolved_event
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_request
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.webhooks import CALLED, WAKING
 
 logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
@@ -44,7 +51,86 @@ RESOLVING = 100  # runs that are being resolved at the same time
 RESOLVE_PAUSES = (0.0, 2.0, 10.0, 45.0, 45.0, 120.0)
 """Seconds before each attempt to resolve: by default a kickoff may be on its way for 95 s, and longer after a 429."""
 
+KEPT = 5000  # webhooks that are kept, about 400 bytes each
+MOST_IN_ANSWER = 1000  # webhooks in one answer of those
+HOLD = 10.0  # Seconds for which an answer is held back at most. A server that is stopped waits for its answers.
+GATHER = 0.02  # seconds for which more is waited for once there is something: runs often end together
+MOST_HELD = 300  # answers that are held back at the same time
+
 RunName = tuple[str, int | None]  # an idempotency key and an attempt at it
+
+
+class RecentWebhooks:
+    """The latest webhooks that end pauses or tell tokens, in the order in which they came. Of one event loop.
+
+    A cursor names the last webhook that a process has, and the start of this receiver: another one has not the same.
+    """
+
+    def __init__(self) -> None:
+        self._start = uuid4().hex[:8]
+        self._last = 0
+        self._kept: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self._news = asyncio.Event()
+        self._held = 0
+        self._is_closing = False
+
+    def add(self, event: WebhookEvent) -> None:
+        """Keep a webhook that processes wait for, and answer them. Others are not kept."""
+        name, hook = event_name(event), event.hook
+        if name not in (*WAKING, CALLED):
+            return
+        self._kept.append(
+            {
+                "id": str(event.id),
+                "event": name,
+                "idempotency_key": hook.idempotency_key,
+                "attempt": hook.attempt,
+                "round": hook.round,
+                "said": dict(event.said),
+            }
+        )
+        self._last += 1
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def close(self) -> None:
+        """Answer all who wait, and hold no answer back any more: the server is about to stop."""
+        self._is_closing = True
+        self._news.set()
+
+    async def after(self, cursor: str) -> dict[str, Any] | None:
+        """Return the webhooks after a cursor, the cursor after them, and whether some between were lost.
+
+        A process without a cursor of this start gets the latest ones. Without a webhook it waits up to `HOLD` seconds
+        for one. None: too many wait already.
+        """
+        start, _, number = cursor.partition("-")
+        known = start == self._start and number.isdecimal() and len(number) < 20 and int(number) <= self._last
+        seen = int(number) if known else max(0, self._last - MOST_IN_ANSWER)
+        if known and seen == self._last and not self._is_closing:
+            if self._held >= MOST_HELD:
+                return None
+            await self._wait()
+        first = self._last - len(self._kept)
+        begin = max(0, seen - first)
+        found = list(itertools.islice(self._kept, begin, begin + MOST_IN_ANSWER))
+        return {
+            "cursor": f"{self._start}-{first + begin + len(found)}",
+            # Without a cursor nothing was missed: the process has only just begun to wait.
+            "missed": (bool(cursor) and not known) or seen < first,
+            "webhooks": found,
+        }
+
+    async def _wait(self) -> None:
+        self._held += 1
+        try:
+            async with asyncio.timeout(HOLD):
+                await self._news.wait()
+            await asyncio.sleep(GATHER)
+        except TimeoutError:
+            return
+        finally:
+            self._held -= 1
 
 
 class Forwarder:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
-from prefect_crew.receiver.recent import RecentWebhooks
+from prefect_crew.receiver.forward import RecentWebhooks
 
 HEAD_TIMEOUT = 10.0  # seconds for a request's head, from its first byte or from the connection
 IDLE = 300

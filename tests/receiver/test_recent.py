@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from prefect_crew.client.webhooks import Webhooks
-from prefect_crew.receiver import recent
+from prefect_crew.receiver import forward
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.webhooks import recent_bearer
 from support.webhooks import BODIES, SECRET, Kept, headers_of, served, until, url_of
@@ -75,7 +75,7 @@ async def test_whoever_has_no_cursor_of_this_start_gets_the_latest(client: httpx
 async def test_an_answer_has_a_limit_and_the_next_one_goes_on_until_some_are_lost(
     client: httpx.AsyncClient, kept: Kept, urls: Urls, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(recent, "AT_ONCE", 2)
+    monkeypatch.setattr(forward, "MOST_IN_ANSWER", 2)
     kept.recent._kept = deque(maxlen=4)
     begin = cursor = str((await ask(client))["cursor"])
     found: list[Any] = []
@@ -94,8 +94,8 @@ async def test_an_answer_has_a_limit_and_the_next_one_goes_on_until_some_are_los
 
 
 async def test_so_many_are_held_back_and_no_more(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(recent, "MOST_HELD", 1)
-    monkeypatch.setattr(recent, "HOLD", 0.3)
+    monkeypatch.setattr(forward, "MOST_HELD", 1)
+    monkeypatch.setattr(forward, "HOLD", 0.3)
     cursor = str((await ask(client))["cursor"])
     asking = asyncio.create_task(ask(client, cursor))
     await asyncio.sleep(0.1)

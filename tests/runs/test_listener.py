@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import respx
 from prefect import flow
 
-from prefect_crew import DeployedCrew, Price, Review, ReviewRequest, Webhooks, arun_crew
+from prefect_crew import Price, Review, ReviewRequest, Webhooks, arun_crew
 from prefect_crew.client.models import CrewResult, CrewStatus, TokenUsage
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.devserver import CrewScript, CrewServer
@@ -23,9 +25,10 @@ from prefect_crew.runs import listener as listener_module
 from prefect_crew.runs.listener import Waker, _Hub
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import kickoff_crew, wait_for_crew
-from support.webhooks import SECRET
+from support.webhooks import SECRET, events_of
 
 TASK: dict[str, Any] = {"name": "work", "agent": "A", "seconds": 1.5, "output": "done"}
+STEPS = [{"content": "think of ACME"}, {"tool": "search", "content": "x"}]
 # Polling alone would not look again before this is over.
 RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
 OFTEN = WaitPolicy(initial=0.2, max_interval=0.2)
@@ -39,7 +42,7 @@ def script_of(task: dict[str, Any] | None = None, **values: Any) -> CrewScript:
 
 async def run(server: CrewServer, wait: WaitPolicy = RARELY, times: int = 1, **options: Any) -> list[CrewResult]:
     """Run a crew in a flow, so many times at once, in less time than polling alone would need."""
-    crew = DeployedCrew(url=server.url, token=server.token, wait=wait, price=options.pop("price", None))
+    crew = server.crew(wait=wait, price=options.pop("price", None))
 
     @flow
     async def several() -> list[CrewResult]:
@@ -97,7 +100,7 @@ async def test_a_lost_webhook_costs_time_and_then_trust(receiver: str, monkeypat
 
 async def test_a_run_with_webhooks_of_the_users_own_is_polled_for(receiver: str) -> None:
     with CrewServer(script_of()) as server:
-        crew = DeployedCrew(url=server.url, token=server.token, wait=OFTEN)
+        crew = server.crew(wait=OFTEN)
 
         @flow
         async def own() -> None:
@@ -123,6 +126,24 @@ async def test_a_webhook_that_comes_before_the_status_shows_its_end_costs_no_lon
         waker.note_missed()  # the end was seen without another webhook: this one has told of it
     assert pauses[:4] == [0.5, 1.0, 2.0, 4.0]
     assert pauses[-1] >= listener_module.SAFETY[1]
+
+
+@pytest.mark.parametrize(("generation", "faults"), [("first", []), ("later", ["webhook:double"])])
+async def test_a_runs_webhooks_are_events_once(generation: Any, faults: list[str], receiver: str) -> None:
+    task = {"agent": "Researcher", "seconds": 0.2, "output": "what was found about ACME", "steps": STEPS}
+    key = f"reported/{uuid.uuid4()}"
+    with CrewServer(script_of(task), generation=generation, faults=faults) as server:
+        (result,) = await run(server, OFTEN, idempotency_key=key)
+        await asyncio.sleep(2 * len(faults))
+        events = await events_of(key, at_least=5, prefix="crew.webhook.")
+    kinds = Counter(str(event["event"]).removeprefix("crew.webhook.") for event in events)
+    assert kinds == {"task": 1, "step": 2, "crew": 1, COMPLETED: 1}
+    for event in events:
+        assert event["resource"]["prefect-crew.idempotency-key"] == key
+        assert event["payload"]["said"]["kickoff_id"] == result.kickoff_id
+        assert {"crew", "flow-run"} <= {related["prefect.resource.role"] for related in event["related"]}
+    assert "Researcher" in {event["payload"]["said"].get("agent") for event in events}
+    assert "ACME" not in json.dumps(events)
 
 
 # What the receiver answers

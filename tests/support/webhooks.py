@@ -15,8 +15,7 @@ from prefect_crew._internal.web_server import open_listener
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.receiver.events import WebhookEvent
-from prefect_crew.receiver.forward import Forwarder
-from prefect_crew.receiver.recent import RecentWebhooks
+from prefect_crew.receiver.forward import Forwarder, RecentWebhooks
 from prefect_crew.receiver.serve import ReceiverServer
 from support.corpus import cases
 
