@@ -205,9 +205,3 @@ def prefect_event(event: WebhookEvent, record: RunRecord | None) -> dict[str, An
             "said": dict(event.said),
         },
     }
-
-
-def resolved_event(event: WebhookEvent, record: RunRecord) -> dict[str, Any]:
-    """Return the event that a webhook has resolved an uncertain kickoff."""
-    facts = {"event": "crew.resolved", "id": str(uuid5(event.id, "resolved")), "occurred": utcnow().isoformat()}
-    return {**prefect_event(event, record), **facts}

@@ -27,10 +27,11 @@ from prefect.settings import get_current_settings
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import OneLine
+from prefect_crew.artifacts.events import emit
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.receiver.events import WebhookEvent, event_name, prefect_event, resolved_event
+from prefect_crew.receiver.events import WebhookEvent, event_name, prefect_event
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_request
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
@@ -300,7 +301,9 @@ class Forwarder:
         names = {(event.hook.idempotency_key, event.hook.attempt) for event in batch}
         found = dict(zip(names, await asyncio.gather(*map(self._record, names)), strict=True))
         pairs = [(event, found[event.hook.idempotency_key, event.hook.attempt]) for event in batch]
-        await _post_events([prefect_event(event, record) for event, record in pairs])
+        events = [prefect_event(event, record) for event, record in pairs]
+        async with get_client() as client:
+            await client.request("POST", "/events", json=events)  # pyright: ignore[reportArgumentType] - a true route
         self._counts["forwarded"] += len(batch)
         for event, record in pairs:
             if record is not None and record.is_unresolved and event.kickoff_id is not None:
@@ -359,7 +362,7 @@ class Forwarder:
             )
             with suppress(httpx.HTTPError, PrefectException):  # the record says it, too
                 if record := attempt_of(await self._records.attempts(key), hook.attempt):
-                    await _post_events([resolved_event(event, record)])
+                    emit("resolved", record, once=True)
         elif outcome is not Resolution.NOT_NEEDED:
             logger.warning(
                 "Idempotency key %s stays uncertain: its webhook names run %r (%s). To resolve it: prefect-crew runs "
@@ -383,11 +386,6 @@ async def _reach_prefect() -> None:
         problem = await asyncio.wait_for(client.api_healthcheck(), ATTEMPT)
     if isinstance(problem, httpx.TransportError):
         raise problem
-
-
-async def _post_events(events: Sequence[dict[str, Any]]) -> None:
-    async with get_client() as client:
-        await client.request("POST", "/events", json=list(events))  # pyright: ignore[reportArgumentType] - a true route
 
 
 def _is_transient(error: Exception) -> bool:

@@ -15,6 +15,7 @@ from starlette.routing import Mount
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.app import create_receiver
+from prefect_crew.webhooks import recent_bearer
 from support.webhooks import BODIES, SECRET, Kept, headers_of, url_of
 
 Urls = Callable[..., Webhooks]
@@ -50,6 +51,9 @@ async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient,
     answers = [await client.post(url, json=BODIES["crew-first"]) for url in posts]
     answers += [await client.request(method, crew) for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")]
     answers.append(await client.post(human, json={}, headers={"Authorization": "Bearer wrong"}))
+    for given in (None, "", "Bearer ", "Bearer wrong", f"Basic {recent_bearer(SECRET)}"):
+        headers = {} if given is None else {"Authorization": given}
+        answers.append(await client.get("/recent", headers=headers))
     seen = {(answer.status_code, answer.text, tuple(sorted(answer.headers.items()))) for answer in answers}
     assert [one[:2] for one in seen] == [(404, '{"error":"not found"}')]
     assert kept.events == []

@@ -58,12 +58,6 @@ async def test_an_answer_is_held_back_until_a_webhook_comes(client: httpx.AsyncC
     assert "the output" not in str(answers)
 
 
-async def test_whoever_has_not_the_secret_gets_the_same_404(client: httpx.AsyncClient):
-    for given in (None, "", "Bearer ", "Bearer wrong", f"Basic {recent_bearer(SECRET)}"):
-        answer = await client.get("/recent", headers={} if given is None else {"Authorization": given})
-        assert (answer.status_code, answer.json()) == (404, {"error": "not found"})
-
-
 async def test_whoever_has_no_cursor_of_this_start_gets_the_latest(client: httpx.AsyncClient, urls: Urls):
     await deliver(client, urls(), "crew-first")
     for after in ("", "other-1", "nonsense", "-", "9" * 50, "\u2603"):
