@@ -54,7 +54,7 @@ async def forwarder() -> AsyncIterator[Forwarder]:
     await forwarder.aclose()
 
 
-@pytest.mark.parametrize("which", ["task-first", "step-later", "crew-later", "human_input-first"])
+@pytest.mark.parametrize("which", ["step-later", "human_input-first"])
 async def test_a_webhook_becomes_an_event_about_its_run(which: str, key: str, forwarder: Forwarder):
     known = record(key)
     assert await PrefectRecords().claim(known)

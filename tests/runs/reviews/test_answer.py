@@ -59,13 +59,6 @@ async def _kicked_off(crew: DeployedCrew) -> str:
     return await start()
 
 
-@pytest.mark.parametrize("shown", [False, True], ids=["output-not-shown", "output-shown"])
-async def test_a_sentence_that_changes_is_no_new_question(shown: bool) -> None:
-    async with asking(lag=60, changing=True, shown=shown) as (server, crew):
-        assert await run_of(crew, lambda _: APPROVED) == "done"
-        assert len(server.resumes) == 1
-
-
 async def test_an_answer_that_arrived_without_a_word_is_not_sent_again_and_the_run_goes_on() -> None:
     asked: list[int] = []
 

@@ -55,11 +55,29 @@ def server() -> Iterator[CrewServer]:
         yield server
 
 
-class Page:
-    """A flow run's page, as Prefect's own reads and fills it in."""
+class FlowRun:
+    """A flow run in a thread of its own, in which a coroutine function is called, and its page.
 
-    def __init__(self, id_: Any) -> None:
-        self.id = id_
+    The page is read and filled in as Prefect's own does.
+    """
+
+    def __init__(self, work: Callable[[], Any], **options: Any) -> None:
+        self.id: Any = None
+        self._outcome: Any = None
+
+        @flow(**options)
+        async def reviewed() -> Any:
+            self.id = this_flow_run.id
+            return await work()
+
+        def run() -> None:
+            try:
+                self._outcome = asyncio.run(reviewed())
+            except BaseException as error:
+                self._outcome = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
 
     @property
     def state(self) -> State[Any] | None:
@@ -100,28 +118,6 @@ class Page:
             return client.request(
                 "POST", "/flow_runs/{id}/resume", path_params={"id": self.id}, json={"run_input": fields}
             ).json()
-
-
-class FlowRun(Page):
-    """A flow run in a thread of its own, in which a coroutine function is called."""
-
-    def __init__(self, work: Callable[[], Any], **options: Any) -> None:
-        super().__init__(None)
-        self._outcome: Any = None
-
-        @flow(**options)
-        async def reviewed() -> Any:
-            self.id = this_flow_run.id
-            return await work()
-
-        def run() -> None:
-            try:
-                self._outcome = asyncio.run(reviewed())
-            except BaseException as error:
-                self._outcome = error
-
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
 
     def result(self) -> Any:
         self._thread.join(90)
