@@ -14,7 +14,6 @@ from pydantic_core import to_json
 
 from prefect_crew import AuthenticationError, DeployedCrew, Price
 from prefect_crew.blocks import load_crew
-from prefect_crew.client import CrewClient, CrewInput
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.testing import CrewServerFactory
 
@@ -85,34 +84,24 @@ async def test_a_call_is_made_once_more_with_the_stored_token(crew_server: CrewS
 
 
 @pytest.mark.usefixtures("prefect_api")
-async def test_of_two_calls_that_are_refused_at_once_the_second_uses_the_token_that_the_first_took_up(
-    crew_server: CrewServerFactory,
+async def test_of_calls_that_are_refused_at_once_the_first_takes_up_the_new_token_for_all(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    server = crew_server("echo")
+    server, reads, read = crew_server("echo"), 0, Crew.reloaded
     crew = await stored(server)
     server.token = "the-new-token"
     await store_anew(crew, server)
-    both_asked, renewed = asyncio.Barrier(2), asyncio.Event()
 
+    async def reloaded(crew: Crew) -> Crew | None:
+        nonlocal reads
+        reads += 1
+        return await read(crew)
+
+    monkeypatch.setattr(Crew, "reloaded", reloaded)
     async with CrewSession(crew) as session:
-
-        async def ask(waits_for: asyncio.Event | None) -> list[str]:
-            async def request(client: CrewClient) -> list[CrewInput]:
-                if client is old:
-                    await both_asked.wait()
-                    try:
-                        return await client.inputs()
-                    finally:
-                        if waits_for is not None:
-                            await waits_for.wait()
-                renewed.set()
-                return await client.inputs()
-
-            return [known.name for known in await session.call(request)]
-
-        old = session.client
-        assert await asyncio.gather(ask(None), ask(renewed)) == [["text"], ["text"]]
-    assert server.unauthorized == 2
+        answers = await asyncio.gather(*(session.call(lambda client: client.inputs()) for _ in range(5)))
+    assert [[known.name for known in answer] for answer in answers] == [["text"]] * 5
+    assert (server.unauthorized, reads) == (5, 1)
 
 
 @pytest.mark.usefixtures("prefect_api")

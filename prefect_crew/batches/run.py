@@ -299,7 +299,7 @@ plan_batch = sync_version(aplan_batch)
 
 @dataclass(frozen=True)
 class BatchJob:
-    """A call of a batch: its template texts are filled. `call` is it as plain values, or why it has none."""
+    """A call of a batch: its template texts are filled."""
 
     crew: Crew
     dataset: Dataset
@@ -307,7 +307,6 @@ class BatchJob:
     name: str
     output: str
     ledger: LedgerAddress
-    call: Mapping[str, Any]
 
     @property
     def line_options(self) -> dict[str, Any]:
@@ -332,19 +331,10 @@ async def _batch_job(
         raise ConfigurationError(f"A batch needs a printable name of 1 to {MAX_NAME} characters, not {full[:60]!r}.")
     if isinstance(dataset, str) and "{{" in dataset:
         dataset = render_key(dataset, moment)
-    ledger = more.pop("ledger")
+    address = await ledger_address(more.pop("ledger"), where)
     rows = open_dataset(dataset, **more)
-    address = await ledger_address(ledger, where)
     chosen = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
-    call = plain_call(
-        crew=chosen.block,
-        secret_inputs=chosen.secret_inputs,
-        dataset=rows,
-        output=where,
-        ledger=address.public,
-        options=options,
-    )
-    return BatchJob(chosen, rows, options, full, where, address, call)
+    return BatchJob(chosen, rows, options, full, where, address)
 
 
 class _Batch:
@@ -403,11 +393,19 @@ class _Batch:
             if before.fingerprint != checked.fingerprint:
                 these = f"{checked.total} others" if checked.total == before.total else f"these {checked.total}"
                 raise BatchChangedError(name=job.name, difference=f"{before.total} rows, not {these}")
+        call = plain_call(
+            crew=job.crew.block,
+            secret_inputs=job.crew.secret_inputs,
+            dataset=job.dataset,
+            output=job.output,
+            ledger=job.ledger.public,
+            options=options,
+        )
         entry = await ledger.enter(
             crew_url=job.crew.url,
             fingerprint=checked.fingerprint,
             total=checked.total,
-            call=job.call,
+            call=call,
             line_options=job.line_options,
         )
         await bind(entry, ledger, job.ledger.public)
