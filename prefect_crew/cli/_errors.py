@@ -1,6 +1,6 @@
 """How a command ends: its exit code, and one readable paragraph about an error.
 
-The exit codes are a table in docs/reference/cli.md too; a test keeps the two equal.
+What each exit code means is a table in docs/reference/cli.md.
 """
 
 from __future__ import annotations
@@ -27,26 +27,14 @@ from prefect_crew.exceptions import (
     KickoffUncertainError,
 )
 
-OTHER, USAGE, ROWS, INTERRUPTED, CLOSED_PIPE, TERMINATED = 1, 2, 6, 130, 141, 143
-EXIT_CODES: Mapping[int, str] = {
-    0: "done",
-    OTHER: "any other error; with `-o json`, `error.type` tells which. Also: `doctor` found a problem",
-    USAGE: "the command line, an input, a data set or a setting cannot be used",
-    3: "the run failed, was stopped, or is lost",
-    4: "a kickoff is uncertain: a person has to resolve it",
-    5: "a time limit was reached; the run may go on",
-    ROWS: "rows of a batch failed, are uncertain, or cannot be run",
-    INTERRUPTED: "interrupted by Ctrl-C",
-    CLOSED_PIPE: "the reader of the output has gone (a closed pipe)",
-    TERMINATED: "ended by SIGTERM or SIGHUP",
-}
-_CODES: Mapping[int, Sequence[type[BaseException]]] = {
-    USAGE: (CycloptsError, ConfigurationError, InvalidInputsError, DatasetError),
+OTHER, ROWS, CLOSED_PIPE, TERMINATED = 1, 6, 141, 143
+CODES: Mapping[int, Sequence[type[BaseException]]] = {
+    2: (CycloptsError, ConfigurationError, InvalidInputsError, DatasetError),
     3: (CrewFailedError, CrewStoppedError, CrewLostError),
     4: (KickoffUncertainError,),
     5: (CrewTimeoutError,),
     ROWS: (BatchFailedError, BadRowsError),
-    INTERRUPTED: (KeyboardInterrupt,),
+    130: (KeyboardInterrupt,),
     CLOSED_PIPE: (BrokenPipeError,),
 }
 
@@ -58,7 +46,7 @@ def is_signal(error: BaseException) -> bool:
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of an error: that of the first of its classes that has one."""
-    found = (code for kind in type(error).__mro__ for code, kinds in _CODES.items() if kind in kinds)
+    found = (code for kind in type(error).__mro__ for code, kinds in CODES.items() if kind in kinds)
     return next(found, TERMINATED if is_signal(error) else OTHER)
 
 

@@ -17,18 +17,16 @@ from cyclopts import Parameter
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
 from prefect_crew.client.inputs import encode_inputs
-from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.exceptions import ConfigurationError, CrewError
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
     from prefect_crew.client._client import CrewClient
     from prefect_crew.crew import Crew, WaitPolicy
+    from prefect_crew.records.model import RunRecord
 
 
 CrewName = Annotated[str, Parameter(name="CREW", help="The name of a stored crew, or the crew's URL.")]
-CrewOfRun = Annotated[
-    str | None, Parameter(name="--crew", help="The run's crew, if it is not stored: its URL, or the name of another.")
-]
 Output = Annotated[
     Literal["json"] | None,
     Parameter(name=["--output", "-o"], help="json: write one JSON document to standard output, and nothing else."),
@@ -139,13 +137,59 @@ class CrewAccess:
         elif self.token_file is not None:
             token = read_text(self.token_file, "token").strip()
         elif not token and sys.stdin.isatty():
-            token = getpass(f"Token of {url} (on the Status tab of the crew's page; it is not shown): ").strip()
+            with _output.asking():
+                token = getpass(f"Token of {url} (on the Status tab of the crew's page; it is not shown): ").strip()
         if not token:
             raise ConfigurationError(
                 f"There is no token for {url}: set CREW_TOKEN, or give --token-file. The token is on the Status tab of "
                 "the crew's page."
             )
         return _output.current.hide(token)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class CrewOfRun(CrewAccess):
+    """The crew of a run on record: the one that is given, else the stored one."""
+
+    crew: Annotated[
+        str | None, Parameter(help="The run's crew, if it is not stored: its URL, or the name of another.")
+    ] = None
+
+    async def find(self, record: RunRecord) -> Crew | None:
+        """Return the crew of a run; None where the stored one is not its crew.
+
+        Raises:
+            ConfigurationError: A crew is given, and it is not that of the run.
+        """
+        try:
+            found = await self.load(self.crew or record.crew)
+        except ConfigurationError:
+            if self.crew is not None:
+                raise
+            return None
+        if found.url == record.crew_url:
+            return found
+        if self.crew is None:
+            return None
+        raise ConfigurationError(
+            f"Run {record.idempotency_key!r} is of the crew at {record.crew_url}, not of {found.url}."
+        )
+
+    async def need(self, record: RunRecord) -> Crew:
+        """Return the crew of a run. Raises CrewError if it has to be given."""
+        found = await self.find(record)
+        if found is None:
+            raise CrewError(self.missing(record))
+        return found
+
+    @staticmethod
+    def missing(record: RunRecord) -> str:
+        """Return that the crew of a run has to be given."""
+        return (
+            f"The crew of run {record.kickoff_id}, {record.crew}, is not stored with the URL {record.crew_url}. Give "
+            "--crew: that URL, with CREW_TOKEN, or the name of a stored crew."
+        )
 
 
 def read_pairs(pairs: Sequence[str], value: str = "value") -> dict[str, str]:

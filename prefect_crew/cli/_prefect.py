@@ -10,14 +10,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._progress import Progress
+from prefect_crew.cli._output import Progress
 from prefect_crew.exceptions import PrefectAwayError
 
 START_WITHIN = 120
@@ -26,26 +25,25 @@ ANSWER_WITHIN = 10.0
 """Seconds for the first answer of a server that is set."""
 
 
-def reach_prefect(shown: Progress | None = None, *, lasting: bool = False) -> str | None:
+def reach_prefect(*, lasting: bool = False) -> str | None:
     """Import Prefect and make sure that its API answers; return its URL, None for Prefect's embedded server.
 
     Prefect's own logs are kept off this terminal from then on.
 
     Args:
-        shown: Shows what is waited for. Left out, it is shown only while it lasts.
         lasting: Whether the server has to outlast this command, so that the embedded one will not do.
 
     Raises:
         PrefectAwayError: It does not answer, or none is set and Prefect may not start its own.
     """
-    with Progress(quiet=True) if shown is None else nullcontext(shown) as shown:
+    with Progress(quiet=True) as shown:
         shown.phase("Loading Prefect")
         importlib.import_module("prefect.main")  # which sets up the logging that _quiet_logs changes
         from prefect.settings import get_current_settings
 
         settings = get_current_settings()
         url = settings.api.url
-        _quiet_logs(shown.note)
+        _quiet_logs()
         if url:
             shown.phase(f"Asking the Prefect API at {url}")
             _check(url)
@@ -58,7 +56,6 @@ def reach_prefect(shown: Progress | None = None, *, lasting: bool = False) -> st
         else:
             shown.phase("Starting Prefect's embedded server", "10 to 20 seconds the first time")
             _start_embedded()
-        shown.close()
     return url
 
 
@@ -156,8 +153,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 _PACKAGE = str(Path(__file__).parent.parent)
 
 
-def _quiet_logs(say: Callable[[str], None]) -> None:
-    """Send to `say` what matters of Prefect's logs, in place of this terminal, until the command ends.
+def _quiet_logs() -> None:
+    """Show what matters of Prefect's logs as notes, and nothing else on this terminal, until the command ends.
 
     That are warnings of this package, errors of Prefect, and retries, each once: a retry logs the same again. What the
     engines log about a failed flow is left out, since the command says it. Logs on Prefect's pages are not changed.
@@ -182,7 +179,7 @@ def _quiet_logs(say: Callable[[str], None]) -> None:
             matters = record.levelno >= logging.ERROR
         if matters and text not in said:
             said.add(text)
-            say(text)
+            _output.note(text)
         return False
 
     for handler in {*logging.getLogger().handlers, *logging.getLogger("prefect").handlers}:

@@ -14,9 +14,9 @@ import threading
 import traceback
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib.metadata import version
-from inspect import iscoroutinefunction
+from inspect import iscoroutine
 from io import TextIOWrapper
 from itertools import pairwise
 from types import FrameType
@@ -26,8 +26,8 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from prefect_crew.cli import _errors, _output, doctor, serve
 from prefect_crew.cli import run as run_commands
+from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url, reach_prefect
-from prefect_crew.cli._progress import Progress
 from prefect_crew.exceptions import CrewError
 
 
@@ -54,7 +54,7 @@ LAZY = {
     "crews": ("crews:app", "Store crews as Prefect blocks, and list them."),
     "deploy": ("deploy:deploy", "Deploy a crew or a pipeline, with a form that asks for its inputs; or a flow."),
     "backfill": ("deploy:backfill", "Create the flow runs that a schedule lacks in a range of past dates."),
-    "automations": ("automations:app", "Automations that begin crashed flow runs again, and alert people."),
+    "automations": ("deploy:automations", "Automations that begin crashed flow runs again, and alert people."),
     "receiver": ("serve:receiver", "The webhook receiver, which turns webhooks of crews into Prefect events."),
 }
 """Commands that are imported when they are used, since that imports Prefect, and what the list says of them."""
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: list[str]) -> int:
     """Run one line of arguments; return the exit code that the command chose, 0 if it chose none.
 
-    For an asynchronous command the Prefect API is reached first. Those that ask a person before are not.
+    Of a command that needs the Prefect API, that is reached before its coroutine runs.
 
     Raises:
         CycloptsError: The line makes no sense.
@@ -131,11 +131,11 @@ def run(arguments: list[str]) -> int:
         if arguments and arguments[0] in LAZY:
             shown.phase("Loading Prefect")
         command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
-    if iscoroutinefunction(command):
-        reach_prefect(lasting=arguments[0] == "automations")
-        answer: Any = asyncio.run(command(*bound.args, **bound.kwargs))
-    else:
-        answer = command(*bound.args, **bound.kwargs)
+    answer: Any = command(*bound.args, **bound.kwargs)
+    if iscoroutine(answer):
+        with closing(answer):
+            reach_prefect(lasting=arguments[0] in ("automations", "deploy"))
+            answer = asyncio.run(answer)
     sys.stdout.flush()  # so that a pipe that is closed is noticed here at the latest
     return answer if isinstance(answer, int) else 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -38,9 +38,8 @@ from prefect_crew.cli._options import (
     read_pairs,
     wait_policy,
 )
-from prefect_crew.cli._prefect import page_url, reach_prefect
-from prefect_crew.cli._progress import Progress
-from prefect_crew.cli.runs import crew_of, needs_crew
+from prefect_crew.cli._output import Progress
+from prefect_crew.cli._prefect import page_url
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RunRecord
 from prefect_crew.runs.stop import close_stopped
@@ -129,7 +128,7 @@ def run(
     yes: Yes = False,
     output: Output = None,
     access: CrewAccess = CrewAccess(),
-) -> int:
+) -> Coroutine[Any, Any, int]:
     """Run a crew once for every row of a data set. Call it again to go on where it stopped.
 
     Args:
@@ -145,7 +144,7 @@ def run(
         given: dict[str, Any] = {"name": name, "output": export, "wait": wait_policy(found, timeout), **options}
         return await arun_batch(found, dataset, on_progress=shown.watch_batch, **given)
 
-    return _run(name, call, output, by_name=not is_url(crew))[0]
+    return _run(name, call, output, by_name=not is_url(crew))
 
 
 def _confirm_retry(name: str, yes: bool) -> None:
@@ -158,23 +157,22 @@ def _look_here() -> None:
         sys.path.insert(0, here)
 
 
-def _run(
-    name: str, call: Callable[[Progress], Coroutine[Any, Any, BatchReport]], output: str | None, *, by_name: bool = True
-) -> tuple[int, BatchReport]:
-    """Run a batch, write what it came to, and say how to go on with it; return the exit code and the report.
+async def _run(
+    name: str, call: Callable[[Progress], Awaitable[BatchReport]], output: str | None, *, by_name: bool = True
+) -> int:
+    """Run a batch, write what it came to, and say how to go on with it; return the exit code.
 
     `by_name`: whether it can be gone on with by its name alone, for which its crew has to be stored.
     """
     _look_here()
     shell_name = shlex.quote(name)
-    with Progress() as shown:
-        reach_prefect(shown)
-        try:
-            report = asyncio.run(call(shown))
-        except KeyboardInterrupt:
-            again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call again"
-            _output.note(f"To go on where it stopped: {again}")
-            raise
+    try:
+        with Progress() as shown:
+            report = await call(shown)
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call again"
+        _output.note(f"To go on where it stopped: {again}")
+        raise
     page = page_url(shown.flow_run_id)
     as_json = output and {**report.as_dict(), "flow_run_id": shown.flow_run_id, "flow_run_url": page}
     _output.put(by_options(str(report)), json=as_json)
@@ -188,7 +186,7 @@ def _run(
         _output.note(f"What failed: {failures}. To start it again: {again}")
     if report.set_aside:
         _output.note(f"What was set aside: {failures}")
-    return 0 if report.ok else ROWS, report
+    return 0 if report.ok else ROWS
 
 
 @app.command
@@ -332,7 +330,7 @@ def _as_json(row: LedgerRow) -> dict[str, Any]:
 
 
 @app.command
-def retry(
+async def retry(
     name: Name, /, *, key: list[str] | None = None, ledger: Ledger = None, yes: Yes = False, output: Output = None
 ) -> int:
     """Start the failed rows of a batch again, with the options of its last call, and go on with what is left.
@@ -341,24 +339,16 @@ def retry(
         key: Only the row with this key; can be repeated.
     """
     _confirm_retry(name, yes)
-    code, report = _go_on(name, ledger, tuple(key) if key else True, output)
-    if report.failed and not report.kickoffs and report.stopped is None:
-        _output.note(
-            "No row was started again: each had as many kickoffs as the crew's max_kickoffs allows, is lost and not "
-            "named by --key, or had other inputs before."
-        )
-    return code
+    return await _go_on(name, ledger, tuple(key) if key else True, output)
 
 
 @app.command
-def resume(name: Name, /, *, ledger: Ledger = None, output: Output = None) -> int:
+async def resume(name: Name, /, *, ledger: Ledger = None, output: Output = None) -> int:
     """Go on with a batch where it stopped, with the options of its last call."""
-    return _go_on(name, ledger, False, output)[0]
+    return await _go_on(name, ledger, False, output)
 
 
-def _go_on(
-    name: str, ledger: str | None, retry_failed: bool | tuple[str, ...], output: str | None
-) -> tuple[int, BatchReport]:
+async def _go_on(name: str, ledger: str | None, retry_failed: bool | tuple[str, ...], output: str | None) -> int:
     """Call a batch again by its name."""
 
     async def call(shown: Progress) -> BatchReport:
@@ -366,22 +356,26 @@ def _go_on(
             if isinstance(retry_failed, tuple):
                 await batch.check_failed(retry_failed)
             again = batch.call(retry_failed=retry_failed)
-        return await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=shown.watch_batch, **again)
+        report = await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=shown.watch_batch, **again)
+        if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
+            _output.note(
+                "No row was started again: each had as many kickoffs as the crew's max_kickoffs allows, is lost and "
+                "not named by --key, or had other inputs before."
+            )
+        return report
 
-    return _run(name, call, output)
+    return await _run(name, call, output)
 
 
 @app.command
-async def cancel(
-    name: Name, /, *, crew: CrewOfRun = None, ledger: Ledger = None, access: CrewAccess = CrewAccess()
-) -> None:
+async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = CrewOfRun()) -> None:
     """Cancel a batch: the flow run that runs it, else stop its runs that are still in flight."""
     async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
         rows = batch.ledger.rows_in([RowState.STARTED, RowState.CLAIMED])
         records = [row.record async for row in rows if row.record is not None]
         if await lock.take():
             batch.ledger.is_exclusive = True
-            done = await _stop_runs(batch, [record for record in records if record.kickoff_id], crew, access)
+            done = await _stop_runs(batch, [record for record in records if record.kickoff_id], crew)
         else:
             done = await _cancel_flow_runs({record.flow_run_id for record in records if record.flow_run_id})
         _output.put(f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip())
@@ -400,14 +394,11 @@ async def _cancel_flow_runs(ids: set[str]) -> str:
     return f"flow run {', '.join(run.name for run in open_runs)} is being cancelled."
 
 
-async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: str | None, access: CrewAccess) -> str:
+async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfRun) -> str:
     """Ask the crew's server to stop runs that nobody waits for."""
     if not records:
         return "no run is in flight."
-    found = await crew_of(records[0], crew, access)
-    if found is None:
-        raise needs_crew(records[0])
-    stopped = 0
+    found, stopped = await crew.need(records[0]), 0
     async with found.client() as client:
         for record in records:
             try:

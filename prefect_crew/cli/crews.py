@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,7 +14,6 @@ from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import CrewAccess, Output, Timeout
-from prefect_crew.cli._prefect import reach_prefect
 from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError
 
 app = App(name="crews")
@@ -47,7 +45,7 @@ class BlockFields:
 
 
 @app.command
-def save(
+async def save(
     name: Name,
     /,
     *,
@@ -69,40 +67,35 @@ def save(
     """
     wait = _without_none({"timeout": timeout, "human_timeout": human_timeout})
     block = access.block(url, **_without_none({**vars(fields), "wait": wait or None}))
-    reach_prefect()
-
-    async def store() -> None:
-        if block.concurrency_limit is not None:
-            async with get_client() as prefect:
-                try:
-                    await prefect.read_global_concurrency_limit_by_name(block.concurrency_limit)
-                except ObjectNotFound:
-                    limit = shlex.quote(block.concurrency_limit)
-                    raise ConfigurationError(
-                        f"The crew {name!r} was not stored: there is no concurrency limit {limit} in Prefect. Create "
-                        f"it: prefect gcl create {limit} --limit N."
-                    ) from None
-        try:
-            async with block.crew.client() as client:
-                inputs = await client.inputs()
-            options = [f"-i {shlex.quote(item.name)}=…" for item in inputs if item.required]
-            then = f"Run it: {' '.join(['prefect-crew run', shlex.quote(name), *options])}"
-        except AuthenticationError:
-            _output.note(f"The crew {name} was not stored: its server refused the token.")
-            raise
-        except CrewError as error:
-            _output.note(f"The crew could not be asked for its inputs, and is stored all the same: {error}", "yellow")
-            then = f"Once its URL is right or it answers, check it: prefect-crew doctor {shlex.quote(name)}"
-        try:
-            await block.asave(name, overwrite=overwrite)
-        except ValueError as error:
-            if "already in use" in str(error):
-                raise ConfigurationError(f"There is a crew {name!r} already. Give --overwrite to replace it.") from None
-            raise ConfigurationError(f"The crew {name!r} was not stored: {reason(error)}") from None
-        _output.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")
-        _output.put(then)
-
-    asyncio.run(store())
+    if block.concurrency_limit is not None:
+        async with get_client() as prefect:
+            try:
+                await prefect.read_global_concurrency_limit_by_name(block.concurrency_limit)
+            except ObjectNotFound:
+                limit = shlex.quote(block.concurrency_limit)
+                raise ConfigurationError(
+                    f"The crew {name!r} was not stored: there is no concurrency limit {limit} in Prefect. Create "
+                    f"it: prefect gcl create {limit} --limit N."
+                ) from None
+    try:
+        async with block.crew.client() as client:
+            inputs = await client.inputs()
+        options = [f"-i {shlex.quote(item.name)}=…" for item in inputs if item.required]
+        then = f"Run it: {' '.join(['prefect-crew run', shlex.quote(name), *options])}"
+    except AuthenticationError:
+        _output.note(f"The crew {name} was not stored: its server refused the token.")
+        raise
+    except CrewError as error:
+        _output.note(f"The crew could not be asked for its inputs, and is stored all the same: {error}", "yellow")
+        then = f"Once its URL is right or it answers, check it: prefect-crew doctor {shlex.quote(name)}"
+    try:
+        await block.asave(name, overwrite=overwrite)
+    except ValueError as error:
+        if "already in use" in str(error):
+            raise ConfigurationError(f"There is a crew {name!r} already. Give --overwrite to replace it.") from None
+        raise ConfigurationError(f"The crew {name!r} was not stored: {reason(error)}") from None
+    _output.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")
+    _output.put(then)
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

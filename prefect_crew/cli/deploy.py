@@ -1,34 +1,53 @@
-"""Commands that create deployments and their flow runs."""
+"""Commands that create deployments and their flow runs, and automations: recovery of crashed flow runs, and alerts."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
+from collections.abc import Coroutine, Sequence
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import UUID
 
-from cyclopts import Group, Parameter, validators
-from prefect.client.orchestration import get_client
+from cyclopts import App, Group, Parameter, validators
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
+from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectNotFound
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.settings import get_current_settings
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
-from prefect_crew.cli._options import CrewAccess, InputFile, Inputs, Key, Output, Pool, gather_inputs, is_url, read_text
-from prefect_crew.cli._prefect import page_url, reach_prefect
+from prefect_crew.cli._options import (
+    CrewAccess,
+    InputFile,
+    Inputs,
+    Key,
+    Output,
+    Pool,
+    Yes,
+    gather_inputs,
+    is_url,
+    read_text,
+)
+from prefect_crew.cli._prefect import page_url
 from prefect_crew.deployments import (
+    RECOVER,
     Target,
+    alert_automations,
+    apply_automation,
     build_deployment,
     crew_target,
     describe_schedule,
     flow_target,
     pipeline_target,
+    read_automations,
+    recovery_automations,
     shared_key,
+    slowest_heartbeat,
 )
 from prefect_crew.deployments import backfill as create_runs
 from prefect_crew.exceptions import ConfigurationError
@@ -54,7 +73,7 @@ def deploy(
     key: Key = None,
     concurrency_limit: int | None = None,
     tag: Annotated[list[str] | None, Parameter(name=["--tag", "-t"])] = None,
-) -> None:
+) -> Coroutine[Any, Any, None]:
     """Deploy a crew, a pipeline or a flow.
 
     Args:
@@ -78,19 +97,10 @@ def deploy(
         raise ConfigurationError("--key is for crews and pipelines. Give a flow its own parameter with -i.")
     if timezone and cron is None and interval is None:
         raise ConfigurationError("--timezone is that of a schedule: give --cron or --interval too.")
-    defaults = gather_inputs(inputs, input_file)
-    reach_prefect(lasting=True)
-    schedule = _schedule(cron, interval, timezone)
+    defaults, schedule = gather_inputs(inputs, input_file), _schedule(cron, interval, timezone)
 
-    async def make() -> tuple[Target, RunnerDeployment, str, str | None, list[str]]:
-        if flow is not None:
-            target, own_name = flow_target(flow, defaults), flow.rpartition(".")[2]
-        elif pipeline is not None:
-            definition = read_pipeline(read_text(pipeline, "pipeline"), str(pipeline))
-            target, own_name = await pipeline_target(definition, defaults), definition.name
-        else:
-            own_name = crew or ""
-            target = await crew_target(await CrewAccess().load(own_name), defaults)
+    async def make() -> None:
+        target, own_name = await _target(crew, pipeline, flow, defaults)
         full_name = f"{target.form.name}/{name or own_name}"
         deployment = build_deployment(
             target,
@@ -102,29 +112,42 @@ def deploy(
             work_pool_name=pool or get_current_settings().deployments.default_work_pool_name,
             concurrency_limit=concurrency_limit,
         )
-        deployment_id, pool_type = await apply_deployment(deployment)
-        when = [await describe_schedule(one.schedule) for one in await _schedules(full_name) if one.active]
-        return target, deployment, deployment_id, pool_type, when
+        deployment_id, pool_type = await _apply(deployment)
+        _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(target.asks) or 'nothing'}.")
+        if page := page_url(deployment_id, "deployment"):
+            _output.put(page)
+        for one in await _schedules(full_name):
+            if one.active:
+                whose = "Its earlier schedule stays" if schedule is None else "Its schedule"
+                _output.put(f"{whose}: {await describe_schedule(one.schedule)}")
+        if flow is not None:
+            given = "".join(f" -p {name}=…" for name in target.needed)
+        else:
+            given = json.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
+            given = f" -p {shlex.quote(f'inputs={given}')}" if target.needed else ""
+        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{given}")
+        if deployment.work_pool_name:
+            _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(deployment.work_pool_name)}")
+        else:
+            _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
+        if flow is not None and pool_type == "crew" and not flow.startswith("prefect_crew."):
+            module = shlex.quote(flow.rpartition(".")[0])
+            _output.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
 
-    target, deployment, deployment_id, pool_type, when = asyncio.run(make())
-    _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(target.asks) or 'nothing'}.")
-    if page := page_url(deployment_id, "deployment"):
-        _output.put(page)
-    for line in when:
-        _output.put(f"{'Its earlier schedule stays' if schedule is None else 'Its schedule'}: {line}")
+    return make()
+
+
+async def _target(
+    crew: str | None, pipeline: Path | None, flow: str | None, defaults: dict[str, Any]
+) -> tuple[Target, str]:
+    """Return what is deployed, and the name that a deployment of it has if it is given none."""
     if flow is not None:
-        given = "".join(f" -p {name}=…" for name in target.needed)
-    else:
-        given = json.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
-        given = f" -p {shlex.quote(f'inputs={given}')}" if target.needed else ""
-    _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{given}")
-    if deployment.work_pool_name:
-        _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(deployment.work_pool_name)}")
-    else:
-        _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
-    if flow is not None and pool_type == "crew" and not flow.startswith("prefect_crew."):
-        module = shlex.quote(flow.rpartition(".")[0])
-        _output.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
+        return flow_target(flow, defaults), flow.rpartition(".")[2]
+    if pipeline is not None:
+        definition = read_pipeline(read_text(pipeline, "pipeline"), str(pipeline))
+        return await pipeline_target(definition, defaults), definition.name
+    name = str(crew)
+    return await crew_target(await CrewAccess().load(name), defaults), name
 
 
 def _schedule(cron: str | None, interval: float | None, timezone: str | None) -> Schedule | None:
@@ -144,7 +167,7 @@ async def _schedules(full_name: str) -> list[DeploymentSchedule]:
             return []
 
 
-async def apply_deployment(deployment: RunnerDeployment) -> tuple[str, str | None]:
+async def _apply(deployment: RunnerDeployment) -> tuple[str, str | None]:
     """Store a deployment; return its id and the type of its work pool."""
     if again := await shared_key(deployment):
         _output.note(f"Several times of the schedule share the key {again!r}: only the first of them starts a run.")
@@ -183,22 +206,115 @@ async def backfill(
         dry_run: Show the times and create nothing.
     """
     runs = await create_runs(deployment, from_, to, schedule=schedule, dry_run=dry_run)
-    found: list[dict[str, Any]] = [
-        {
-            "scheduled_for": run.scheduled_for.isoformat(),
-            "created": run.created and not dry_run,
-            "flow_run_id": run.flow_run and str(run.flow_run.id),
-            "state": run.flow_run and run.flow_run.state_name,
-        }
-        for run in runs
-    ]
-    rows = [
-        (
-            f"{run.scheduled_for:%Y-%m-%d %H:%M} UTC",
-            "created" if one["created"] else str(one["state"] or "to create"),
-            page_url(one["flow_run_id"]) or one["flow_run_id"] or "",
-        )
-        for run, one in zip(runs, found, strict=True)
-    ]
+    found: list[dict[str, Any]] = []
+    rows: list[tuple[str, ...]] = []
+    for run in runs:
+        created = run.created and not dry_run
+        flow_run_id, state = (str(run.flow_run.id), run.flow_run.state_name) if run.flow_run else (None, None)
+        about = {"scheduled_for": run.scheduled_for.isoformat(), "created": created}
+        found.append({**about, "flow_run_id": flow_run_id, "state": state})
+        word = "created" if created else state or "to create"
+        rows.append((f"{run.scheduled_for:%Y-%m-%d %H:%M} UTC", word, page_url(flow_run_id) or flow_run_id or ""))
     empty = "The range has no time of that schedule."
     _output.put_rows(("Time", "Run", "Where"), rows, empty=empty, json=output and found)
+
+
+automations = App(name="automations")
+
+
+@automations.command
+async def apply(
+    *,
+    pool: Pool = None,
+    notify: str | None = None,
+    max_attempts: int = 3,
+    waiting: Annotated[timedelta, Parameter(show_default="4h")] = timedelta(hours=4),
+    output: Output = None,
+) -> None:
+    """Set up the recovery of crashed flow runs, and with --notify alerts. Safe to run again.
+
+    Recovery is for deployments with the tag recover-crashed: run this again when you have tagged another. Flow runs on
+    a crew worker need none. Alerts are about crews in any flow. What was disabled on Prefect's page stays disabled.
+
+    Args:
+        pool: The work pool of the deployment recover/crashed, which recovers; if left out, the one that it has.
+        notify: The block that sends alerts, such as slack-webhook/crew-alerts. Left out, alerts are not changed.
+        max_attempts: How many attempts a flow run gets, the first one included.
+        waiting: How long a crew may wait for a person before there is an alert: 4h, 90m.
+    """
+    async with get_client() as client:
+        alerts = alert_automations(await _notification_block(client, notify), waiting=waiting) if notify else []
+        recover_id, heartbeat = await _recover_id(client, pool), await slowest_heartbeat(client)
+        wanted = recovery_automations(recover_id, heartbeat=heartbeat, max_attempts=max_attempts)
+        done = {one.name: await apply_automation(client, one) for one in (*wanted, *alerts)}
+        found = await read_automations(client)
+    _put_automations(found, output, done)
+    if not output and not any("alert" in one.name for one in found):
+        _output.put("There are no alerts: give --notify TYPE/NAME, of a block that prefect block ls shows.")
+
+
+@automations.command
+async def ls(*, output: Output = None) -> None:
+    """List the automations of this package, and what each does."""
+    async with get_client() as client:
+        _put_automations(await read_automations(client), output)
+
+
+@automations.command
+async def rm(*, yes: Yes = False, output: Output = None) -> None:
+    """Remove the automations of this package. To remove one of them: prefect automation delete NAME."""
+    async with get_client() as client:
+        found = await read_automations(client)
+        if found:
+            _output.confirm(f"Remove the automations {', '.join(one.name for one in found)}?", yes=yes)
+        for one in found:
+            await client.delete_automation(one.id)
+    _put_automations(found, output, dict.fromkeys([one.name for one in found], "removed"))
+    if not output and found:
+        _output.put(f"The deployment stays. To delete it: prefect deployment delete {RECOVER}")
+
+
+async def _notification_block(client: PrefectClient, notify: str) -> UUID:
+    kind, _, name = notify.partition("/")
+    try:
+        block = await client.read_block_document_by_name(name, kind, include_secrets=False)
+    except ObjectNotFound:
+        raise ConfigurationError(
+            f"There is no block {notify}. prefect block ls shows the types and names of yours. Nothing was changed."
+        ) from None
+    if block.block_schema is None or "notify" not in block.block_schema.capabilities:
+        raise ConfigurationError(
+            f"The block {notify} cannot send notifications. Give one that can, such as a slack-webhook. Nothing was "
+            "changed."
+        )
+    return block.id
+
+
+async def _recover_id(client: PrefectClient, pool: str | None) -> UUID:
+    """Return the id of the deployment that recovers, made on the work pool that is given."""
+    if pool is None:
+        try:
+            return (await client.read_deployment_by_name(RECOVER)).id
+        except ObjectNotFound:
+            pool = get_current_settings().deployments.default_work_pool_name
+    if pool is None:
+        raise ConfigurationError(
+            f"Recovery needs a work pool, for its deployment {RECOVER}: give --pool POOL. Nothing was changed."
+        )
+    target = flow_target("prefect_crew.operations.recover", {})
+    deployment_id, _ = await _apply(build_deployment(target, RECOVER.partition("/")[2], work_pool_name=pool))
+    return UUID(deployment_id)
+
+
+def _put_automations(found: Sequence[Automation], output: str | None, changes: dict[str, str] | None = None) -> None:
+    """Write automations: what each does, and what has become of it or whether it is enabled."""
+    lines = [{"name": one.name, "enabled": one.enabled, "description": one.description} for one in found]
+    for line in lines if changes is not None else []:
+        line["change"] = (changes or {}).get(str(line["name"]), "kept")
+    rows: list[tuple[str, ...]] = []
+    for line in lines:
+        state = str(line.get("change", "enabled"))
+        is_off = not line["enabled"] and state != "removed"
+        rows.append((str(line["name"]), "disabled" if is_off else state, str(line["description"])))
+    empty = "There are no automations of this package: prefect-crew automations apply."
+    _output.put_rows(("Automation", "State", "What it does"), rows, empty=empty, json=output and lines)

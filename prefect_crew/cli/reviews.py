@@ -13,9 +13,9 @@ from cyclopts import App, Parameter
 
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.cli import _output
-from prefect_crew.cli._options import CrewAccess, CrewOfRun, Output
+from prefect_crew.cli._options import CrewOfRun, Output
 from prefect_crew.cli._prefect import page_url
-from prefect_crew.cli.runs import ago, crew_of, crew_option, needs_crew, short_name
+from prefect_crew.cli.runs import ago, crew_option, short_name
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import RecordStore, RunRecord, SentReview
@@ -51,7 +51,6 @@ class AnswerOptions:
     task: str | None = None
     option: str | None = None
     round: int | None = None
-    crew: CrewOfRun = None
     output: Output = None
 
 
@@ -70,7 +69,7 @@ async def ls(*, output: Output = None) -> None:
     async def crew(record: RunRecord) -> Crew | None:
         name = record.crew, record.crew_url
         if name not in stored:
-            stored[name] = await crew_of(record, None, CrewAccess())
+            stored[name] = await CrewOfRun().find(record)
         return stored[name]
 
     async with _open_stores() as (stores, missed):
@@ -95,13 +94,11 @@ async def ls(*, output: Output = None) -> None:
 
 
 @app.command
-async def inspect(
-    run: RunName, /, *, crew: CrewOfRun = None, output: Output = None, access: CrewAccess = CrewAccess()
-) -> None:
+async def inspect(run: RunName, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
     """Show what one run asks, how to answer, and what was answered before."""
     async with _open_stores() as (stores, _):
         record, records = await find_run_in_flight(run, stores)
-        line = await read_pending_review(record, records, lambda record: crew_of(record, crew, access))
+        line = await read_pending_review(record, records, crew.find)
     if line is None:
         raise CrewError(f"Run {record.kickoff_id} of crew {record.crew} does not wait for a person.")
     if output:
@@ -112,19 +109,19 @@ async def inspect(
 
 @app.command
 async def approve(
-    run: RunName, /, *, feedback: str = "", options: AnswerOptions = AnswerOptions(), access: CrewAccess = CrewAccess()
+    run: RunName, /, *, feedback: str = "", options: AnswerOptions = AnswerOptions(), crew: CrewOfRun = CrewOfRun()
 ) -> None:
     """Approve what a run asks: the crew goes on, and so do the flow runs that wait for it.
 
     Args:
         feedback: A hint for the rest of the run.
     """
-    await _answer(run, True, feedback, options, access)
+    await _answer(run, True, feedback, options, crew)
 
 
 @app.command
 async def reject(
-    run: RunName, /, *, feedback: str, options: AnswerOptions = AnswerOptions(), access: CrewAccess = CrewAccess()
+    run: RunName, /, *, feedback: str, options: AnswerOptions = AnswerOptions(), crew: CrewOfRun = CrewOfRun()
 ) -> None:
     """Reject what a run asks: the task is done again with the feedback.
 
@@ -133,17 +130,14 @@ async def reject(
     """
     if not feedback.strip():
         raise ConfigurationError("--feedback is empty: the crew needs to know what to do better.")
-    await _answer(run, False, feedback, options, access)
+    await _answer(run, False, feedback, options, crew)
 
 
-async def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, access: CrewAccess) -> None:
+async def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, crew: CrewOfRun) -> None:
     async with _open_stores() as (stores, _):
         record, records = await find_run_in_flight(run, stores)
-        crew = await crew_of(record, options.crew, access)
-        if crew is None:
-            raise needs_crew(record)
+        opened = OpenRun(await crew.need(record), str(record.kickoff_id), record)
         review, by = Review(approve=approve, feedback=feedback, option=options.option), options.by or _user_name()
-        opened = OpenRun(crew, str(record.kickoff_id), record)
         _, sent = await answer_run(opened, records, review, by=by, task_id=options.task, round=options.round)
     facts = {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id}
     as_json = options.output and {**facts, **sent.model_dump(mode="json")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,8 +24,8 @@ from prefect_crew.cli._options import (
     is_url,
     wait_policy,
 )
+from prefect_crew.cli._output import Progress, SeenRun
 from prefect_crew.cli._prefect import page_url, reach_prefect
-from prefect_crew.cli._progress import Progress, SeenRun
 from prefect_crew.prices import money
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run(
     yes: Yes = False,
     output: Output = None,
     access: CrewAccess = CrewAccess(),
-) -> None:
+) -> Coroutine[Any, Any, None]:
     """Run a crew through Prefect, wait, and write its result. A second run with the same --key finds the first one.
 
     Args:
@@ -81,17 +82,16 @@ def run(
     given = gather_inputs(inputs, input_file)
     if force_new:
         _output.confirm("--force-new starts a new run, even if one with this key is in flight. Go on?", yes=yes)
-    with Progress() as shown:
-        reach_prefect(shown)
 
-        async def run_it() -> CrewResult:
-            from prefect_crew.flows import arun_crew
+    async def run_it() -> None:
+        from prefect_crew.flows import arun_crew
 
+        with Progress() as shown:
             found = replace(await access.load(crew), on_status=shown.watch)
             if allow_extra:
                 found = replace(found, allow_extra_inputs=True)
             shown.phase(f"Crew {found.label}: checking the inputs, and looking for a run of this key")
-            return await arun_crew(
+            answer = await arun_crew(
                 found,
                 given,
                 name=name,
@@ -100,9 +100,9 @@ def run(
                 restore_from=restore_from,
                 wait=wait_policy(found, timeout),
             )
+        put_result(answer, shown.seen, as_json=output is not None)
 
-        answer = asyncio.run(run_it())
-    put_result(answer, shown.seen, as_json=output is not None)
+    return run_it()
 
 
 def put_result(answer: CrewResult, seen: SeenRun | None, *, as_json: bool) -> None:
@@ -133,14 +133,13 @@ async def result(
     key: Annotated[str, Parameter(name="KEY", help="The run's idempotency key, as `runs inspect` shows it.")],
     /,
     *,
-    crew: CrewOfRun = None,
     output: Output = None,
-    access: CrewAccess = CrewAccess(),
+    crew: CrewOfRun = CrewOfRun(),
 ) -> None:
     """Write the whole result of a run that has completed, from its record or from the crew's server."""
     from prefect_crew.flows import get_result
 
-    answer = await get_result(key, crew=None if crew is None else await access.load(crew))
+    answer = await get_result(key, crew=None if crew.crew is None else await crew.load(crew.crew))
     if output:
         _output.put_json({**_plain(answer), "idempotency_key": key})
     else:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -16,17 +15,18 @@ from cyclopts import App, Group, Parameter, validators
 from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.cli import _output
-from prefect_crew.cli._options import CrewAccess, CrewOfRun, Ledger, Output, Yes
-from prefect_crew.cli._prefect import page_url, reach_prefect
-from prefect_crew.client.models import CrewStatus, StopOutcome
+from prefect_crew.cli._options import CrewOfRun, Ledger, Output, Yes
+from prefect_crew.cli._prefect import page_url
+from prefect_crew.client.models import StopOutcome
 from prefect_crew.costs import HEADER, cells, grouped, read_costs
-from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError
 from prefect_crew.prices import Spending
 from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.prune import prune as prune_records
 from prefect_crew.records.resolve import (
+    Look,
+    check_unused,
     in_flight,
     resolve_lost,
     resolve_never_started,
@@ -130,37 +130,12 @@ def short_name(record: RunRecord) -> str:
     return record.idempotency_key if len(record.idempotency_key) <= 45 else record.kickoff_id or record.idempotency_key
 
 
-async def crew_of(record: RunRecord, crew: str | None, access: CrewAccess) -> Crew | None:
-    """Return the crew of a run: the one that is given, else the stored one; None where that is not its crew."""
-    try:
-        found = await access.load(crew or record.crew)
-    except ConfigurationError:
-        if crew is not None:
-            raise
-        return None
-    if found.url == record.crew_url:
-        return found
-    if crew is None:
-        return None
-    raise ConfigurationError(f"Run {record.idempotency_key!r} is of the crew at {record.crew_url}, not of {found.url}.")
-
-
-def needs_crew(record: RunRecord) -> CrewError:
-    """Return the error that the crew of a run has to be given."""
-    return CrewError(
-        f"The crew of run {record.kickoff_id}, {record.crew}, is not stored with the URL {record.crew_url}. Give "
-        "--crew: that URL, with CREW_TOKEN, or the name of a stored crew."
-    )
-
-
 @asynccontextmanager
-async def _status_call(
-    record: RunRecord, crew: str | None, access: CrewAccess
-) -> AsyncGenerator[Callable[[str], Awaitable[CrewStatus]] | None]:
+async def _status_call(record: RunRecord, crew: CrewOfRun) -> AsyncGenerator[Look | None]:
     """Give the status call of a run's crew; None, and a note, where the crew is not known."""
-    found = await crew_of(record, crew, access)
+    found = await crew.find(record)
     if found is None:
-        _output.note(f"The crew's server was not asked. {needs_crew(record)}")
+        _output.note(f"The crew's server was not asked. {crew.missing(record)}")
         yield None
     else:
         async with found.client() as client:
@@ -214,15 +189,13 @@ async def ls(
 
 
 @app.command
-async def inspect(
-    run: KeyOrId, /, *, crew: CrewOfRun = None, output: Output = None, access: CrewAccess = CrewAccess()
-) -> None:
+async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
     """Show every attempt at one idempotency key, and ask the crew about one in flight."""
     records = PrefectRecords()
     attempts = await _attempts(run, records)
     lines, latest, status = [await look_at(one, records) for one in attempts], attempts[-1], None
     if latest.phase is RecordPhase.STARTED and latest.kickoff_id is not None:
-        async with _status_call(latest, crew, access) as look:
+        async with _status_call(latest, crew) as look:
             try:
                 status = await look(latest.kickoff_id) if look else None
             except CrewError as error:
@@ -293,17 +266,12 @@ def _as_json(line: RunLine) -> dict[str, Any]:
 
 
 @app.command
-async def cancel(
-    run: KeyOrId, /, *, crew: CrewOfRun = None, output: Output = None, access: CrewAccess = CrewAccess()
-) -> None:
+async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
     """Ask the crew's server to stop a run. Flow runs that wait for it then fail."""
     record = (await _attempts(run, PrefectRecords()))[-1]
     if record.kickoff_id is None:
         raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
-    found = await crew_of(record, crew, access)
-    if found is None:
-        raise needs_crew(record)
-    answer = await stop_run(found, record.kickoff_id)
+    answer = await stop_run(await crew.need(record), record.kickoff_id)
     has_ended = answer.state is not None and answer.state.ended
     if not answer.accepted and not has_ended:
         why = answer.message or {
@@ -318,17 +286,16 @@ async def cancel(
 
 
 @app.command
-def resolve(
+async def resolve(
     key: Annotated[str, Parameter(name="KEY", help="The idempotency key; of a row of a batch: batch/NAME/ROW.")],
     /,
     *,
     kickoff_id: Annotated[str | None, Parameter(group=OUTCOME)] = None,
     never_started: Annotated[bool, Parameter(group=OUTCOME)] = False,
     lost: Annotated[bool, Parameter(group=OUTCOME)] = False,
-    crew: CrewOfRun = None,
     ledger: Ledger = None,
     yes: Yes = False,
-    access: CrewAccess = CrewAccess(),
+    crew: CrewOfRun = CrewOfRun(),
 ) -> None:
     """Say what became of an uncertain kickoff, or of a lost run. Look at the crew's page before.
 
@@ -341,41 +308,28 @@ def resolve(
         _output.confirm(
             f"The next call with the key {key!r} will start a new run, even if this one goes on. Go on?", yes=yes
         )
-    reach_prefect()
-
-    async def say() -> str:
-        async with _open_store(key, ledger) as (records, batch):
-            again = f"prefect-crew batch resume {shlex.quote(batch)}" if batch else "A call with this key"
-            if lost and batch:
-                raise ConfigurationError(
-                    f"--lost is not for rows of a batch: prefect-crew batch retry {shlex.quote(batch)}."
-                )
-            record = await (in_flight if lost else unresolved)(key, records)
-            if never_started:
-                await resolve_never_started(record, records)
-                return f"{key} never started. {again} starts it."
-            async with _status_call(record, crew, access) as look:
-                if kickoff_id is None:
-                    await resolve_lost(record, records, look=look)
-                    return f"run {record.kickoff_id} of {key} is lost. {again} starts another."
-                if batch:
-                    await _check_unused(kickoff_id, record)
+    async with _open_store(key, ledger) as (records, batch):
+        again = f"prefect-crew batch resume {shlex.quote(batch)}" if batch else "A call with this key"
+        if lost and batch:
+            raise ConfigurationError(
+                f"--lost is not for rows of a batch: prefect-crew batch retry {shlex.quote(batch)}."
+            )
+        record = await (in_flight if lost else unresolved)(key, records)
+        if never_started:
+            await resolve_never_started(record, records)
+            said = f"{key} never started. {again} starts it."
+        elif kickoff_id is None:
+            async with _status_call(record, crew) as look:
+                await resolve_lost(record, records, look=look)
+            said = f"run {record.kickoff_id} of {key} is lost. {again} starts another."
+        else:
+            if batch:  # a ledger does not know the runs outside of its batches
+                await check_unused(kickoff_id, record, PrefectRecords())
+            async with _status_call(record, crew) as look:
                 state = await resolve_started(record, kickoff_id, records, look=look)
             now = f", {state} now" if state else ""
-            return f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."
-
-    _output.put(f"Resolved: {asyncio.run(say())}")
-
-
-async def _check_unused(kickoff_id: str, record: RunRecord) -> None:
-    """Refuse the id of another run: a ledger does not know the runs outside of its batches."""
-    holder = await PrefectRecords().of_kickoff(kickoff_id)
-    if holder is not None and holder.idempotency_key != record.idempotency_key:
-        raise ConfigurationError(
-            f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt {holder.attempt}), "
-            f"not to {record.idempotency_key!r}. Nothing was changed. Look for another run on the crew's page, or give "
-            "--never-started if there is none."
-        )
+            said = f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."
+    _output.put(f"Resolved: {said}")
 
 
 @asynccontextmanager
@@ -397,7 +351,7 @@ async def _open_store(key: str, ledger: str | None) -> AsyncGenerator[tuple[Reco
 
 
 @app.command
-def prune(
+async def prune(
     *, older_than: timedelta | None = None, dry_run: bool = False, yes: Yes = False, output: Output = None
 ) -> None:
     """Remove old records of ended runs. A later call with such a key then starts a new run.
@@ -406,14 +360,13 @@ def prune(
         older_than: How long ago a run and its flow runs ended: 90d, 12h, at least 1h; left out, 30d or the setting.
         dry_run: Only count.
     """
-    reach_prefect()
     records = PrefectRecords()
-    done = asyncio.run(prune_records(records, older_than=older_than, dry_run=True))
+    done = await prune_records(records, older_than=older_than, dry_run=True)
     if not dry_run:
         if done.runs:
             question = f"Remove {done.runs} run records? A later call with one of their keys starts a new run."
             _output.confirm(question, yes=yes)
-        done = asyncio.run(prune_records(records, older_than=older_than))
+        done = await prune_records(records, older_than=older_than)
     verb = "would be removed" if dry_run else "removed"
     said = f"{done.runs} records and {done.notes} left-over notes {verb}. {done.kept} records stay."
     _output.put(said, json=output and {**vars(done), "dry_run": dry_run})

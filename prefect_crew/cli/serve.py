@@ -18,8 +18,8 @@ from cyclopts import App, Parameter, validators
 from cyclopts.types import Port
 
 from prefect_crew.cli import _output
+from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url, reach_prefect
-from prefect_crew.cli._progress import Progress
 from prefect_crew.devserver._faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
 from prefect_crew.exceptions import ConfigurationError
 
@@ -154,8 +154,8 @@ def demo() -> None:
     _output.note("No account, no key: the crew is scripted and lives on this machine.", "dim")
     for name, value in INPUTS.items():
         _output.note(f"  {name:<10} {value}")
+    url = reach_prefect()
     with Progress() as shown:
-        url = reach_prefect(shown)
         shown.phase("Starting a crew server on this machine")
         from prefect_crew.crew import WaitPolicy
         from prefect_crew.devserver import CrewServer

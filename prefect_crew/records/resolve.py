@@ -60,13 +60,7 @@ async def resolve_started(
         ConfigurationError: Another record holds the id, or the crew's server does not know it. Nothing is changed.
         CrewError: The status call failed, or somebody else has resolved it since. Nothing is changed.
     """
-    holder = await records.of_kickoff(kickoff_id)
-    if holder is not None and (holder.idempotency_key, holder.attempt) != (record.idempotency_key, record.attempt):
-        raise ConfigurationError(
-            f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt {holder.attempt}). "
-            f"It is not run {record.idempotency_key!r}. Nothing was changed. Look for another run on the crew's page, "
-            "or give --never-started if there is none."
-        )
+    await check_unused(kickoff_id, record, records)
     state = None if look is None else (await look(kickoff_id)).state
     if state is CrewState.UNKNOWN:
         raise ConfigurationError(
@@ -81,6 +75,17 @@ async def resolve_started(
         )
     await _resolve(record, records, RecordPhase.STARTED, kickoff_id=kickoff_id)
     return state
+
+
+async def check_unused(kickoff_id: str, record: RunRecord, records: RecordStore) -> None:
+    """Refuse a kickoff id that another record of a store holds. Raises ConfigurationError."""
+    holder = await records.of_kickoff(kickoff_id)
+    if holder is not None and (holder.idempotency_key, holder.attempt) != (record.idempotency_key, record.attempt):
+        raise ConfigurationError(
+            f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt {holder.attempt}). "
+            f"It is not run {record.idempotency_key!r}. Nothing was changed. Look for another run on the crew's page, "
+            "or give --never-started if there is none."
+        )
 
 
 async def resolve_never_started(record: RunRecord, records: RecordStore) -> None:

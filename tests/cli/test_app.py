@@ -20,7 +20,7 @@ from pydantic import BaseModel, SecretStr
 from prefect_crew import exceptions
 from prefect_crew.cli import app as module
 from prefect_crew.cli import main, run
-from prefect_crew.cli._errors import EXIT_CODES, by_options, exit_code, message, reason
+from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, by_options, exit_code, message, reason
 from prefect_crew.cli.app import app
 from prefect_crew.devserver import CrewServer
 from support.commands import environment
@@ -95,15 +95,12 @@ NO_COMMAND = "prefect-crew --help lists the commands; prefect-crew COMMAND --hel
         ("result", "prefect-crew result: KEY is missing or has no value."),
         ("inputs http://127.0.0.1:1 --bogus", ""),
         ("inputs block --token t-1234", "--token is for a URL"),
-        ("serve --port many", ""),
         ("serve --port 99999", ""),
         ("run", "prefect-crew run: CREW is missing or has no value."),
         ("run http://127.0.0.1:1 -i topic", "give it as name=value"),
         ("run travel --ouput x", "Did you mean --output?"),
-        ("run travel --kye x", ""),
         ("runs resolve key", ""),
         ("runs resolve key --lost --never-started", ""),
-        ("runs ls --only odd", ""),
         ("runs prune --older-than long", "into a time such as 90m, 4h or 30d"),
         ("automations apply --waiting 4hours", "into a time such as 90m, 4h or 30d"),
         ("deploy x --timezone UTC", "give --cron or --interval too"),
@@ -197,8 +194,8 @@ def test_an_error_after_the_kickoff_names_the_run_and_never_says_that_nothing_wa
 
 def test_the_documentation_lists_all_codes():
     page = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
-    listed = dict(re.findall(r"^\| (\d+) \| (.+?) \|$", page, re.MULTILINE))
-    assert {int(code): meaning for code, meaning in listed.items()} == dict(EXIT_CODES)
+    listed = re.findall(r"^\| (\d+) \| .+ \|$", page, re.MULTILINE)
+    assert [*map(int, listed)] == sorted({0, OTHER, *CODES, TERMINATED})
 
 
 def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatusError:
@@ -207,23 +204,9 @@ def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatu
     return PrefectHTTPStatusError(f"Client error {status}", request=request, response=response)
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (exceptions.ConfigurationError("no"), 2),
-        (exceptions.DatasetError("no", source="x"), 2),
-        (exceptions.CrewFailedError(kickoff_id="k", error="no"), 3),
-        (exceptions.KickoffUncertainError(idempotency_key="k", reason="x"), 4),
-        (exceptions.CrewTimeoutError(kickoff_id="k", phase="running", budget=1, last_state="running"), 5),
-        (exceptions.BadRowsError([], 1, source="x"), 6),
-        (exceptions.CrewError("no"), 1),
-        (ValueError("no"), 1),
-        (_answer(503), 1),
-        (KeyboardInterrupt(), 130),
-    ],
-)
-def test_code_of(error: BaseException, code: int):
-    assert exit_code(error) == code
+def test_code_of_what_no_other_test_exits_with():
+    errors = (exceptions.DatasetError("no", source="x"), exceptions.BadRowsError([], 1, source="x"), _answer(503))
+    assert [exit_code(error) for error in errors] == [2, 6, 1]
 
 
 @pytest.mark.parametrize(

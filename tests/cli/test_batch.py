@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 
 from prefect_crew.batches.database import Database
-from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
-from support.batches import let_an_hour_pass, record_of
+from support.batches import let_an_hour_pass
 from support.commands import TOKEN, environment
 from support.deployed import wait_until
 from support.environment import program
 from support.prefect_server import PrefectServer
 from support.processes import Process
+from support.records import new_record
 from support.scripts import script
 
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
@@ -257,12 +257,6 @@ def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(here, picky, call
     assert here("batch", "inspect", "nobody's").code == 2
 
 
-def _record(kickoff_id: str) -> dict[str, Any]:
-    """Return the fields of a run record that holds an id."""
-    record = record_of(Ledger("ledger.db", "b"), "k", phase=RecordPhase.STARTED, kickoff_id=kickoff_id)
-    return {**dict(record), "idempotency_key": f"key {kickoff_id}"}
-
-
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
 def test_an_uncertain_row_is_resolved_and_gone_on_with(
     here, picky, call, name: str, leads: str, output: str, started: bool
@@ -279,7 +273,7 @@ def test_an_uncertain_row_is_resolved_and_gone_on_with(
     assert here("runs", "resolve", f"batch/{name}/z", "--never-started", "--yes").code == 2
     if started:
         assert here("runs", "resolve", key, "--kickoff-id", "made up").code == 2
-        other = RunRecord(**_record(kickoff_id := f"k-{uuid.uuid4()}"))
+        other = new_record(phase=RecordPhase.STARTED, kickoff_id=(kickoff_id := f"k-{uuid.uuid4()}"))
         assert asyncio.run(PrefectRecords().claim(other))
         taken = here("runs", "resolve", key, "--kickoff-id", kickoff_id)
         assert f"belongs to the idempotency key '{other.idempotency_key}'" in taken.err

@@ -7,10 +7,10 @@ import uuid
 from datetime import UTC, datetime
 
 from prefect_crew.client.models import TokenUsage
-from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.model import RecordPhase, RunRecord
 from support.commands import Command
 from support.prefect_server import PrefectServer
-from support.records import key, put
+from support.records import new_record, put
 
 PERIOD = ("--from", "2001-05-01", "--to", "2001-05-02")
 """Years ago, when no other test's runs ended."""
@@ -18,10 +18,9 @@ PERIOD = ("--from", "2001-05-01", "--to", "2001-05-02")
 
 def ended(day: str, crew: str, cost: float | None) -> RunRecord:
     """Return the record of a run that ended late on a day."""
-    of = {"idempotency_key": key(), "attempt": 1, "crew": crew, "crew_url": "https://crew.example", "owner": "o"}
-    at = {"claimed_at": utcnow(), "ended_at": datetime.fromisoformat(f"{day}T23:59:59").replace(tzinfo=UTC)}
-    used = {"usage": cost and TokenUsage(total_tokens=12, prompt_tokens=10), "cost": cost, "inputs_digest": "d"}
-    return RunRecord.model_validate({**of, **at, **used, "phase": RecordPhase.ENDED, "kickoff_id": str(uuid.uuid4())})
+    at = {"phase": RecordPhase.ENDED, "ended_at": datetime.fromisoformat(f"{day}T23:59:59").replace(tzinfo=UTC)}
+    usage = cost and TokenUsage(total_tokens=12, prompt_tokens=10)
+    return new_record(crew=crew, kickoff_id=str(uuid.uuid4()), usage=usage, cost=cost, **at)
 
 
 def test_runs_of_the_days_that_are_asked_for_are_added_up(prefect_api: PrefectServer, here: Command):

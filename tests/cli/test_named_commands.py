@@ -6,7 +6,6 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
@@ -19,9 +18,10 @@ from prefect_crew.cli.app import app
 from prefect_crew.cli.runs import Condition, todo
 from prefect_crew.deployments import PROBLEM
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, IdempotencyConflictError, KickoffUncertainError
-from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.reviews.questions import how_to_answer
 from prefect_crew.runs.run import OpenRun
+from support.records import new_record
 
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|input marks)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
@@ -81,12 +81,7 @@ def test_every_command_that_is_named_exists():
 HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"
 
 
-def record(**fields: object) -> RunRecord:
-    owner = {"crew": HOSTILE, "crew_url": "https://x", "inputs_digest": "0" * 32, "owner": "o", "attempt": 1}
-    begun = {"claimed_at": datetime(2026, 1, 1, tzinfo=UTC), "phase": RecordPhase.STARTED, "kickoff_id": HOSTILE}
-    return RunRecord.model_validate({"idempotency_key": HOSTILE, **owner, **begun, **fields})
-
-
+RECORD = new_record(HOSTILE, crew=HOSTILE, phase=RecordPhase.STARTED, kickoff_id=HOSTILE)
 CREW = DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests")).crew
 ALERT = {"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
 TEXTS = {
@@ -95,9 +90,9 @@ TEXTS = {
     "lost": str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
     "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", budget=1, last_state="running")),
     "answer": how_to_answer(OpenRun(crew=CREW, kickoff_id=HOSTILE)),
-    "to do: uncertain": todo(record(), Condition.UNCERTAIN),
-    "to do: orphaned": todo(record(), Condition.ORPHANED),
-    "to do: waiting": todo(record(), Condition.WAITING),
+    "to do: uncertain": todo(RECORD, Condition.UNCERTAIN),
+    "to do: orphaned": todo(RECORD, Condition.ORPHANED),
+    "to do: waiting": todo(RECORD, Condition.WAITING),
     "row lost": explain_lost(CrewLostError(kickoff_id="k"), HOSTILE, HOSTILE),
     "alert": jinja2.Template(PROBLEM).render(event={"event": "crew.uncertain", **ALERT}),
 }

@@ -13,7 +13,7 @@ from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.report import BatchProgress
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
-from prefect_crew.cli._progress import Progress, SeenRun
+from prefect_crew.cli._output import Progress, SeenRun
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.runs.run import OpenRun
 from prefect_crew.states import CrewState
@@ -114,8 +114,8 @@ def test_on_a_terminal_the_lines_stay_and_a_last_one_is_redrawn(screen: io.Strin
     with Progress() as live:
         live.phase("Checking")
         live.watch(run(), status(task="[bold]x[/bold]\x1b[2J", total_tasks=2))
-        live._line.refresh()  # type: ignore[union-attr]
-        live.note("see [link]")
+        _output.current.line.refresh()  # type: ignore[union-attr]
+        _output.note("see [link]")
         live.watch(run(), status(CrewState.COMPLETED, total_tasks=2))
     drawn = screen.getvalue()
     for part in ("Checking", "Crew travel running (0 of 2 tasks done)", "see [link]", "Crew travel: completed"):
@@ -129,7 +129,7 @@ def test_a_batch_is_a_bar_on_a_terminal_and_a_line_at_its_end(screen: io.StringI
         name = "[red]leads[/red]\x1b[2J"
         shown.watch_batch(batch("checking", name))
         shown.watch_batch(batch("running", name, completed=600))
-        shown._line.refresh()  # type: ignore[union-attr]
+        _output.current.line.refresh()  # type: ignore[union-attr]
         shown.watch_batch(batch("done", name, completed=1_193, failed=7))
     drawn = screen.getvalue()
     assert "600/1200" in drawn

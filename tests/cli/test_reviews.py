@@ -23,7 +23,7 @@ from prefect_crew.runs.reviews.answer import ASKS
 from support.commands import TOKEN
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
-from support.records import put
+from support.records import new_record, put
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 WAIT = WaitPolicy(initial=0.1, factor=1, jitter=0, next_round_after=1, human_timeout=90)
@@ -116,10 +116,9 @@ async def answers(name: str, key: str) -> list[tuple[Any, ...]]:
 
 def write(crews: CrewServer, **facts: Any) -> RunRecord:
     """Write a record as somebody else would have left it."""
-    now, run = utcnow(), {"idempotency_key": f"key {uuid.uuid4()}", "attempt": 1, "kickoff_id": f"k-{uuid.uuid4()}"}
-    of = {"crew": "not-stored", "crew_url": f"{crews.url}/reviewed", "inputs_digest": "d" * 32, "owner": "o"}
-    asks = {"phase": RecordPhase.STARTED, "claimed_at": now, "human_since": now, "human_task": "draft"}
-    return asyncio.run(put(RunRecord.model_validate({**run, **of, **asks, **facts})))
+    of = {"crew": "not-stored", "crew_url": f"{crews.url}/reviewed"}
+    asks = {"phase": RecordPhase.STARTED, "human_since": utcnow(), "human_task": "draft"}
+    return asyncio.run(put(new_record(**of | asks | facts)))
 
 
 def asked(crews: CrewServer) -> str:

@@ -17,7 +17,7 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from support.commands import TOKEN
 from support.prefect_server import PrefectServer
-from support.records import let_pass, put
+from support.records import let_pass, new_record, put
 
 Write = Callable[..., RunRecord]
 
@@ -27,8 +27,8 @@ def write(prefect_api: PrefectServer, crews: CrewServer) -> Write:
     """Write a record as it would stand after something; its key is a new one."""
 
     def write(**facts: Any) -> RunRecord:
-        known = {"idempotency_key": f"key {uuid.uuid4()}", "crew": "greeting", "crew_url": f"{crews.url}/greet"}
-        return asyncio.run(put(record(**{**known, "claimed_at": utcnow() - timedelta(minutes=5), **facts})))
+        known = {"crew": "greeting", "crew_url": f"{crews.url}/greet", "claimed_at": utcnow() - timedelta(minutes=5)}
+        return asyncio.run(put(new_record(**known | facts)))
 
     return write
 
@@ -174,9 +174,7 @@ def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
 
 
 def record(**facts: Any) -> RunRecord:
-    of = {"crew": "travel", "crew_url": "https://travel.example.com", "inputs_digest": "d" * 32, "owner": "o"}
-    begun = {"idempotency_key": "daily", "attempt": 1, "claimed_at": NOW - timedelta(seconds=20)}
-    return RunRecord.model_validate({**of, **begun, **facts})
+    return new_record(**{"idempotency_key": "daily", "claimed_at": NOW - timedelta(seconds=20), **facts})
 
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -214,8 +212,8 @@ def test_since_when_and_what_to_do():
     assert RunLine(record(**ASKED), Condition.WAITING).since == ASKED["human_since"]
     assert todo(record(phase=RecordPhase.ENDED, state="completed"), Condition.ENDED) == ""
     assert "reviews inspect k1." in todo(record(**ASKED), Condition.WAITING)
-    of_url = record(**ASKED, crew="travel.example.com")
-    assert "reviews inspect k1 --crew https://travel.example.com." in todo(of_url, Condition.WAITING)
+    of_url = record(**ASKED, crew="travel.test")
+    assert "reviews inspect k1 --crew https://travel.test." in todo(of_url, Condition.WAITING)
 
 
 def test_a_run_with_a_derived_key_is_listed_by_its_kickoff_id():
