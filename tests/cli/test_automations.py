@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import pytest
@@ -35,15 +34,15 @@ def test_they_are_set_up_listed_and_removed(here, pool: str):
         "alerts-of-a-test", overwrite=True, _sync=True
     )
     notify = ("--notify", "custom-webhook/alerts-of-a-test")
-    again = json.loads(here("automations", "apply", *notify, "--waiting", "90m", "-o", "json").out)
+    again = here("automations", "apply", *notify, "--waiting", "90m", "-o", "json").json
     assert {one["name"]: one["change"] for one in again} == dict.fromkeys(RECOVERY, "updated") | dict.fromkeys(
         ALERTS, "created"
     )
     assert next(one for one in again if one["name"] == ALERTS[-1])["description"].endswith("for 1:30:00.")
-    kept = json.loads(here("automations", "apply", "-o", "json").out)
+    kept = here("automations", "apply", "-o", "json").json
     assert {one["change"] for one in kept if one["name"] in ALERTS} == {"kept"}
 
-    listed = json.loads(here("automations", "ls", "-o", "json").out)
+    listed = here("automations", "ls", "-o", "json").json
     assert [one["name"] for one in listed] == sorted([*RECOVERY, *ALERTS])
     assert all(one["enabled"] and one["description"].endswith(".") for one in listed)
 
