@@ -10,7 +10,6 @@ import pytest
 
 from prefect_crew.devserver import CrewServer
 from support.commands import TOKEN, Command, Finished, outside
-from support.prefect_server import environment as settings
 
 SCRIPTS = {
     "greet": """
@@ -77,10 +76,3 @@ def crews() -> Iterator[CrewServer]:
     """Several crews on one port: `f"{crews.url}/greet"`, and broken, reviewed, slow."""
     with CrewServer(SCRIPTS, token=TOKEN) as server:
         yield server
-
-
-@pytest.fixture
-def away(tmp_path: Path) -> Iterator[None]:
-    """Let this process be a client of a Prefect server that is not there."""
-    with settings({"PREFECT_API_URL": "http://127.0.0.1:1/api", "PREFECT_HOME": str(tmp_path / "home")}):
-        yield

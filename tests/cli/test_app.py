@@ -148,11 +148,6 @@ def test_what_prefect_counts_while_a_process_ends_is_not_shown(here):
     assert not logging.getLogger("EventsWorker").isEnabledFor(logging.WARNING)
 
 
-def test_an_address_of_prefect_that_is_none_is_said_in_one_sentence(alone):
-    done = alone("crews", "ls", env={"PREFECT_API_URL": "nonsense"})
-    assert (done.code, ".." in done.err, "The Prefect API at nonsense does not answer" in done.err) == (1, False, True)
-
-
 def test_a_token_never_appears_even_with_debug(here, crews: CrewServer):
     for given in (["--token", "wrong-token-9"], ["--token=wrong-token-9"]):
         done = here("inputs", f"{crews.url}/greet", *given, "--debug")

@@ -203,7 +203,6 @@ def test_a_pipeline_asks_for_its_inputs_and_runs_by_its_entrypoint(
     ("before", "after", "said"),
     [
         ("{{ who }}", "{{ whom }}", "'whom' is neither an input of the pipeline nor a step"),
-        ("inputs: {who:", "inputs: {whom:", "gives the unknown inputs whom"),
         ("crew: ", "crew: no-", "No crew is stored under the name 'no-"),
     ],
 )

@@ -122,10 +122,12 @@ def test_a_timeout_leaves_the_crew_running(here, prefect_api: PrefectServer, cre
     assert here("runs", "cancel", kickoff_id, "--crew", crew).code == 0
 
 
-def test_a_prefect_api_that_is_away_is_a_paragraph(here, crews: CrewServer, away: None):
-    done = here("run", f"{crews.url}/greet", "-i", "who=Ada", "-o", "json")
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/api", "nonsense"])
+def test_a_prefect_api_that_is_away_is_a_paragraph(alone, crews: CrewServer, url: str):
+    done = alone("run", f"{crews.url}/greet", "-i", "who=Ada", "-o", "json", env={"PREFECT_API_URL": url})
     assert (done.code, done.json["error"]["type"]) == (1, "PrefectAwayError")
-    assert "http://127.0.0.1:1/api does not answer" in done.err
+    assert f"The Prefect API at {url} does not answer" in done.err
+    assert ".." not in done.err
 
 
 @pytest.mark.parametrize(
