@@ -102,8 +102,9 @@ def faults() -> str:
 
 def crew_script() -> str:
     """Return the fields of a script: a table for each kind of object in it."""
-    path = ROOT / "prefect_crew" / "devserver" / "crew.schema.json"
-    schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    from prefect_crew.devserver import CrewScript
+
+    schema = CrewScript.model_json_schema()
     parts = [
         ("The whole", schema),
         ("`inputs`", schema["$defs"]["InputSpec"]),

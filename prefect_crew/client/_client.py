@@ -36,6 +36,7 @@ from prefect_crew.states import CrewState
 
 T = TypeVar("T")
 
+_KINDS = {401: AuthenticationError, 403: AuthenticationError, 404: NotFoundError, 429: RateLimitedError}
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
 _HEALTHY = re.compile(rb"\A[^<]*\bhealthy\b", re.IGNORECASE)
 
@@ -269,7 +270,7 @@ class CrewClient:
         said = facts.message or ""
         if 300 <= answer.status < 400:
             said = f"A redirect to {_redirection(answer)}, not followed. Give the crew's final URL"
-        kind = kind or _kind_of(answer.status)
+        kind = kind or _KINDS.get(answer.status) or (ServerError if 500 <= answer.status < 600 else CrewAPIError)
         more: dict[str, Any] = {}
         if issubclass(kind, InvalidInputsError):
             more["missing_inputs"] = [call.shown(name) for name in facts.missing_inputs]
@@ -283,11 +284,6 @@ class CrewClient:
             retry_after=_parsing.parse_retry_after(answer.headers.get("retry-after")),
             **more,
         )
-
-
-def _kind_of(status: int) -> type[CrewAPIError]:
-    kinds = {401: AuthenticationError, 403: AuthenticationError, 404: NotFoundError, 429: RateLimitedError}
-    return kinds.get(status) or (ServerError if 500 <= status < 600 else CrewAPIError)
 
 
 def _redirection(answer: Answer) -> str:

@@ -85,9 +85,6 @@ waiting Question, called (model, TokenUsage), completed None, failed None, stopp
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
-def _ignore(run: Run, event: str, value: Any) -> None: ...
-
-
 @dataclass(eq=False, repr=False)
 class Run:
     """One run: what its program reports to, and what the server's answers are made of.
@@ -110,7 +107,7 @@ class Run:
     restore_from: str | None = None
     is_flow: bool = False
     base_url: str = ""
-    listener: Listener = _ignore
+    listener: Listener = lambda _run, _event, _value: None
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC), init=False)
     planned: list[str] = field(default_factory=list[str], init=False)
     tasks: list[TaskResult] = field(default_factory=list[TaskResult], init=False)

@@ -272,8 +272,3 @@ def load_program(spec: Spec, *, speed: float = 1.0) -> Program:
     if text.endswith(".py"):
         raise ValueError(f"{text} is Python code. Name the function or class that builds the crew: {text}:NAME.")
     return ScriptedProgram(load_script(text), speed=speed)
-
-
-if __name__ == "__main__":
-    schema = json.dumps(CrewScript.model_json_schema(), indent=2)
-    Path(__file__).with_name("crew.schema.json").write_text(f"{schema}\n", encoding="utf-8")
