@@ -106,14 +106,19 @@ async def plain_http(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
+BROKEN = {
+    "reset": then(reset=True),
+    "cut-short": then(answer(STARTED)[:-5]),
+    "no-answer": then(seconds=60),
+    "not-http": then(b"220 mail.example.com ESMTP\r\n\r\n"),
+}
+
+
 @pytest.mark.parametrize(
     ("handler", "at", "sent"),
     [
-        pytest.param(then(reset=True), "", True, id="reset"),
+        *(pytest.param(handler, "", True, id=name) for name, handler in BROKEN.items()),
         pytest.param(then(), "", True, id="dropped"),
-        pytest.param(then(answer(STARTED)[:-5]), "", True, id="cut-short"),
-        pytest.param(then(seconds=60), "", True, id="no-answer"),
-        pytest.param(then(b"220 mail.example.com ESMTP\r\n\r\n"), "", True, id="not-http"),
         pytest.param(plain_http, "https://127.0.0.1:{port}", False, id="no-tls"),
         pytest.param(plain_http, "https://crew.invalid", False, id="no-such-name"),
         pytest.param(plain_http, "http://127.0.0.1:{free}", False, id="refused"),
@@ -192,11 +197,15 @@ async def test_a_proxy_that_does_not_connect_is_not_sent_and_one_that_cannot_be_
     heads: list[str] = []
     async with raw_server(refusing(heads)) as url:
         monkeypatch.setenv("HTTPS_PROXY", url)
+        lane = poll_lane("https://crew.invalid", token=SecretStr(TOKEN), timeout=5.0)
+        with pytest.raises(CrewConnectionError, match="403 Forbidden"):
+            await lane.exchange(Call("GET", "/status/1", "1"))
+        await lane.aclose()
         async with CrewClient("https://crew.invalid", TOKEN) as client:
             with pytest.raises(CrewConnectionError, match="403 Forbidden") as caught:
                 await client.kickoff({})
     assert not caught.value.sent
-    assert [head.split()[:2] for head in heads] == [["CONNECT", "crew.invalid:443"]]
+    assert [head.split()[:2] for head in heads] == [["CONNECT", "crew.invalid:443"]] * 2
     assert TOKEN not in "".join(heads)
     monkeypatch.setenv("HTTPS_PROXY", "gopher://u:s3cret@p")
     with pytest.raises(ConfigurationError, match="proxy cannot be used") as refused:
@@ -266,6 +275,7 @@ async def test_a_lane_polls_over_one_connection_as_long_as_the_server_keeps_it()
 
     async with raw_server(twice) as url:
         lane = poll_lane(f"{url}/base", token=SecretStr(TOKEN), timeout=5.0)
+        assert isinstance(lane, PollLane)
         for run in ("1", "2"):
             assert (await lane.exchange(Call("GET", f"/status/{run}", run))).is_success
         await asyncio.sleep(0.8)
@@ -275,15 +285,7 @@ async def test_a_lane_polls_over_one_connection_as_long_as_the_server_keeps_it()
     assert crew.tokens == [[TOKEN, TOKEN], [TOKEN]]
 
 
-@pytest.mark.parametrize(
-    "handler",
-    [
-        pytest.param(then(reset=True), id="reset"),
-        pytest.param(then(answer(STARTED)[:-5]), id="cut-short"),
-        pytest.param(then(seconds=60), id="no-answer"),
-        pytest.param(then(b"220 mail.example.com ESMTP\r\n\r\n"), id="not-http"),
-    ],
-)
+@pytest.mark.parametrize("handler", BROKEN.values(), ids=BROKEN)
 async def test_a_lane_says_what_became_of_a_poll_as_everybody_does(handler: Handler):
     call, told = Call("GET", "/status/1", "1"), list[str]()
     async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=1.0) as client:
@@ -295,12 +297,6 @@ async def test_a_lane_says_what_became_of_a_poll_as_everybody_does(handler: Hand
             told.append(str(caught.value))
         await lane.aclose()
     assert told == [told[0]] * 3
-
-
-async def test_a_lane_polls_through_a_proxy_as_everybody_does(monkeypatch: pytest.MonkeyPatch):
-    assert isinstance(poll_lane("https://crew.invalid", token=SecretStr(TOKEN), timeout=5.0), PollLane)
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    assert not isinstance(poll_lane("https://crew.invalid", token=SecretStr(TOKEN), timeout=5.0), PollLane)
 
 
 async def test_clients_share_connections_while_one_of_them_is_open():
