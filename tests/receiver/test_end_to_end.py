@@ -1,0 +1,116 @@
+"""Real webhooks of a real crew server, to a receiver on a port, as events on a real Prefect server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
+from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.receiver.app import create_receiver
+from prefect_crew.runs.reviews.answer import resume_run
+from support.webhooks import SECRET, events_of, served
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+TASKS = [
+    (
+        "research",
+        "Researcher",
+        "found about",
+        [{"content": "think of {{ customer }}"}, {"tool": "search", "content": "x"}],
+    ),
+    ("write", "Writer", "written for", [{"content": "write it down"}]),
+]
+SCRIPT: dict[str, Any] = {
+    "name": "report",
+    "inputs": ["customer"],
+    "tasks": [
+        {"name": name, "agent": agent, "seconds": 0.2, "output": f"what was {said} {{{{ customer }}}}", "steps": steps}
+        for name, agent, said, steps in TASKS
+    ],
+}
+EVENTS = {
+    "crew.webhook.task": 2,
+    "crew.webhook.step": 3,
+    "crew.webhook.crew": 1,
+    "crew.webhook.stream.crew_kickoff_completed": 1,
+}
+QUICK = WaitPolicy(initial=0.2, max_interval=0.5)
+
+
+@pytest.fixture
+def key() -> str:
+    return f"end-to-end/{uuid.uuid4()}"
+
+
+@pytest.fixture
+async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
+    async with served(create_receiver(SECRET)) as url:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+        yield url
+
+
+async def webhooks_of(key: str, *, at_least: int, named: str = "crew.webhook.") -> list[dict[str, Any]]:
+    """Return the events about webhooks of a run, once there are so many."""
+    wanted = at_least
+    while True:
+        events = await events_of(key, at_least=wanted)
+        found = [dict(event) for event in events if event["event"].startswith(named)]
+        if len(found) >= at_least:
+            return found
+        wanted = len(events) + 1
+
+
+def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
+    return server.crew(wait=QUICK, **fields)
+
+
+@pytest.mark.parametrize(("generation", "faults"), [("first", []), ("later", ["webhook:double"])])
+async def test_a_run_tells_of_itself_once(generation: Any, faults: list[str], receiver: str, key: str):
+    with CrewServer(CrewScript.model_validate(SCRIPT), generation=generation, faults=faults) as server:
+        result = await arun_crew(crew_of(server), {"customer": "ACME"}, idempotency_key=key)
+        await asyncio.sleep(2 * len(faults))
+        events = await webhooks_of(key, at_least=7)
+    assert Counter(event["event"] for event in events) == EVENTS
+    for event in events:
+        assert event["resource"]["prefect-crew.idempotency-key"] == key
+        assert event["payload"]["said"]["kickoff_id"] == result.kickoff_id
+        roles = {related["prefect.resource.role"] for related in event["related"]}
+        assert {"crew", "flow-run"} <= roles
+    assert {"Researcher", "Writer"} <= {event["payload"]["said"].get("agent") for event in events}
+    assert "ACME" not in json.dumps(events)
+
+
+async def test_with_secret_inputs_no_name_is_reported(receiver: str, key: str):
+    with CrewServer(CrewScript.model_validate(SCRIPT)) as server:
+        await arun_crew(crew_of(server, secret_inputs=["customer"]), {"customer": "ACME"}, idempotency_key=key)
+        events = await webhooks_of(key, at_least=5)
+    assert "ACME" not in json.dumps(events)
+    assert "Researcher" not in json.dumps(events)
+
+
+async def test_the_same_question_asked_again_is_reported_again(receiver: str, key: str):
+    script = {**SCRIPT, "tasks": [SCRIPT["tasks"][0], {**SCRIPT["tasks"][1], "human": True}]}
+
+    async def question(number: int) -> dict[str, Any]:
+        """Return a question, counted from 1, once it is reported."""
+        return (await webhooks_of(key, at_least=number, named="crew.webhook.human_input"))[-1]["payload"]
+
+    with CrewServer(CrewScript.model_validate(script)) as server:
+        crew = crew_of(server)
+        running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key))
+        first = await question(1)
+        await resume_run(crew.crew, first["said"]["kickoff_id"], feedback="again", approve=False)
+        second = await question(2)
+        await resume_run(crew.crew, first["said"]["kickoff_id"], feedback="", approve=True)
+        assert (await running).output == "what was written for ACME"
+    assert (first["round"], second["round"]) == (0, 1)
+    assert first["said"] == second["said"] != {}
