@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+TURNS = {code: f"[U+{code:04X}]" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+"""Characters that turn the direction of what follows them, beyond their own text, and what is shown for them."""
 # What could move the cursor, change the title or turn the direction of a line, in text from a crew.
-_CONTROLS = {
+_CONTROLS = TURNS | {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
-} | {ord(char): f"[U+{ord(char):04X}]" for char in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
+}
 EXCERPT = 500
 """Characters of an error body that an error keeps."""
 _NAMES, _NAME = 30, 80  # names that a message lists, and characters of each: a server may name any number

@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
+from prefect_crew._text import TURNS
 from prefect_crew.client.models import CrewStatus
 
 OUTPUT_CAP = 60_000
 """Characters of a result that an artifact shows; Prefect Cloud refuses bodies over 5 MiB."""
 CELL_CAP = 300
-# Characters that turn the direction of what follows them, beyond their own text.
-_TURNS = {ord(char): f"[U+{ord(char):04X}]" for char in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
-# Of these, what no honest text needs: they show letters in an order in which they do not stand.
-_OVERRIDES = {ord(char): f"[U+{ord(char):04X}]" for char in "\u202d\u202e"}
+# Of those that turn the direction, what no honest text needs: they show letters in an order in which they do not stand.
+_OVERRIDES = {code: TURNS[code] for code in (0x202D, 0x202E)}
 
 
 def cell(text: str, cap: int = CELL_CAP) -> str:
@@ -32,13 +31,13 @@ def cell(text: str, cap: int = CELL_CAP) -> str:
 
 def prose(text: str) -> str:
     """Return text as part of a line: nothing in it markup."""
-    escaped = html.escape(" ".join(text.split()).translate(_TURNS), quote=False)
+    escaped = html.escape(" ".join(text.split()).translate(TURNS), quote=False)
     return re.sub(r"([\\`*_\[\]~#!$])", r"\\\1", escaped)
 
 
 def code(text: str) -> str:
     """Return text as inline code, whatever backticks it holds."""
-    flat = " ".join(text.split()).translate(_TURNS).replace("|", "¦")
+    flat = " ".join(text.split()).translate(TURNS).replace("|", "¦")
     fence = "`" * (_longest_run(flat) + 1)
     pad = " " if "`" in flat else ""
     return f"{fence}{pad}{flat}{pad}{fence}"
@@ -59,12 +58,12 @@ def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
     lines = (textwrap.wrap(line, LINE, **whole) for line in shown.split("\n"))
     shown = "\n".join("\n".join(parts) for parts in lines)
     fence = "`" * max(3, _longest_run(shown) + 1)
-    return f"{fence}text\n{shown.translate(_TURNS)}\n{fence}"
+    return f"{fence}text\n{shown.translate(TURNS)}\n{fence}"
 
 
 def commands(*lines: str) -> str:
     """Return commands of ours as a block that can be copied. A line is never broken, and begins with its command."""
-    return "\n".join(["```bash", *(" ".join(line.splitlines()).translate(_TURNS) for line in lines), "```"])
+    return "\n".join(["```bash", *(" ".join(line.splitlines()).translate(TURNS) for line in lines), "```"])
 
 
 _SAFE_IN_URLS = ":/?#[]@!$&'*+,;=%"

@@ -246,12 +246,6 @@ class RunRecord(Outcome):
     earlier: list[dict[str, Any]] = Field(default_factory=list[dict[str, Any]], exclude=True)
     """What the latest runs of its crew used, for who asked for it."""
 
-    def __eq__(self, other: object) -> bool:
-        """Return whether both say the same, whenever they were read."""
-        return isinstance(other, RunRecord) and self.model_dump() == other.model_dump()
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
-
     @property
     def counts(self) -> bool:
         """Whether this attempt started a run, or may have."""

@@ -85,8 +85,9 @@ async def test_what_is_written_is_read_again_by_another_process(ledger: Ledger, 
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
     record.result = StoredResult(output="ü 🙂 \0 \u202e", data={"nul": "\0"}, usage=TokenUsage(total_tokens=3))
     await ledger.save(record)
-    assert list(await other.attempts(record.idempotency_key)) == [record]
-    assert await other.of_kickoff(kickoff_id) == record
+    for found in (*await other.attempts(record.idempotency_key), await other.of_kickoff(kickoff_id)):
+        assert found is not None
+        assert found.model_dump() == record.model_dump()
     assert await other.of_kickoff("run 2") is None
     assert await other.attempts(other.idempotency_key("other")) == []
 

@@ -110,42 +110,26 @@ async def test_equal_calls_in_a_loop_have_different_keys_and_a_flow_retry_reatta
     assert sorted(key.rpartition("/")[2] for key in keys(server)) == ["1", "1", "2"]
 
 
-async def test_a_retried_task_of_the_users_finds_its_runs_again(server: Any):
+async def test_a_retried_task_of_the_users_finds_its_runs_again_and_those_of_tasks_that_it_calls(server: Any):
     crew, fail = server.crew(), fails_once()
 
+    async def start(text: str) -> str:
+        return (await arun_crew(crew, {"text": text})).kickoff_id
+
+    research = task(start, name="research")
+
     @task(retries=1)
-    async def research() -> list[str]:
-        found = [(await arun_crew(crew, {"text": "same"})).kickoff_id for _ in range(2)]
+    async def plan() -> list[str]:
+        found = [*[await start("same") for _ in range(2)], *await asyncio.gather(research("a"), research("a"))]
         fail()
         return found
 
     @flow
     async def trip() -> list[str]:
-        return [*await research(), (await arun_crew(crew, {"text": "same"})).kickoff_id]
+        return [*await plan(), await start("same")]
 
-    assert len(set(await trip())) == 3
-    assert server.kickoffs == 3
-
-
-async def test_a_task_that_a_retried_task_calls_finds_its_run_again(server: Any):
-    crew, fail = server.crew(), fails_once()
-
-    @task
-    async def research(text: str) -> str:
-        return (await arun_crew(crew, {"text": text})).output
-
-    @task(retries=1)
-    async def plan() -> list[str]:
-        outputs = [*await asyncio.gather(research("a"), research("b"))]
-        fail()
-        return outputs
-
-    @flow
-    async def trip() -> list[str]:
-        return await plan()
-
-    assert await trip() == ["a", "b"]
-    assert server.kickoffs == 2
+    assert len(set(await trip())) == 5
+    assert server.kickoffs == 5
 
 
 async def test_a_retried_task_without_a_flow_finds_its_run_again(server: Any):
@@ -224,29 +208,19 @@ async def test_a_subflow_that_a_retried_task_makes_anew_finds_its_run_again(serv
     assert server.kickoffs == 1
 
 
-async def test_the_name_of_a_step_takes_the_crews_place(server: Any):
-    crew = server.crew()
+async def test_the_name_of_a_step_takes_the_crews_place_and_a_long_one_is_cut_and_still_its_own(server: Any):
+    crew, long = server.crew(), "n" * 1000
 
     @flow
     async def trip() -> None:
-        await arun_crew(crew, {"text": "a"}, name="research")
-        await arun_crew(crew, {"text": "a"}, name="check")
+        for name in ("research", "check", f"{long}a", f"{long}b"):
+            await arun_crew(crew, {"text": "a"}, name=name)
         await arun_crew(crew.crew.called("travel"), {"text": "a"})
 
     await trip()
-    assert [key.split("/")[1] for key in keys(server)] == ["research", "check", "travel"]
-
-
-async def test_a_long_name_makes_a_key_that_fits_and_is_still_its_own(server: Any):
-    crew = server.crew()
-
-    @flow
-    async def trip() -> None:
-        for end in "ab":
-            await arun_crew(crew, {"text": "a"}, name="n" * 1000 + end)
-
-    await trip()
-    assert len(keys(server)) == 2
+    research, check, *cut, travel = [key.split("/")[1] for key in keys(server)]
+    assert (research, check, travel) == ("research", "check", "travel")
+    assert len(set(cut)) == 2
     assert all(len(key) <= MAX_KEY for key in keys(server))
 
 
