@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import uuid
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ async def begun(state: Any = None) -> FlowRun:
         return await client.read_flow_run(made.id)
 
 
+@cache
 def gone() -> str:
     """Return the name of a process that was here and is gone."""
     command = [sys.executable, "-c", "from prefect_crew.records.owners import this_process; print(this_process())"]
@@ -125,18 +127,11 @@ async def test_ones_own_flow_run_is_never_set_to_crashed():
     assert state.is_completed()
 
 
-# Processes by their names
-
-
-def test_a_process_is_gone_once_it_has_ended():
+def test_a_process_is_gone_once_it_has_ended_and_of_others_nothing_is_known():
     name = this_process()
     assert name is not None
     assert name == this_process()
-    assert not process_is_gone(name)
+    for one in (name, "", "elsewhere/boot/pid:[1] 999999999", "nonsense", "x y z"):
+        assert not process_is_gone(one), one
     assert process_is_gone(gone())
     assert process_is_gone(f"{gone()} 17"), "as an earlier version named it, with the time of its start"
-
-
-@pytest.mark.parametrize("name", ["", "elsewhere/boot/pid:[1] 999999999", "nonsense", "x y z"])
-def test_of_another_machine_and_of_nonsense_nothing_is_known(name: str):
-    assert not process_is_gone(name)
