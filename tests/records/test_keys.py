@@ -18,6 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
 from prefect_crew import CrewStep, arun_crew, arun_pipeline, get_result, kickoff_crew
+from prefect_crew.artifacts.run import RunArtifact
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records import keys as keys_module
 from prefect_crew.records.keys import render_key
@@ -131,6 +132,23 @@ async def test_a_retried_task_of_the_users_finds_its_runs_again_and_those_of_tas
 
     assert len(set(await trip())) == 7
     assert server.kickoffs == 7
+
+
+async def test_a_retried_task_of_ours_finds_its_run_again(server: Any, monkeypatch: pytest.MonkeyPatch):
+    crew, fail = server.crew(), fails_once()
+
+    async def show(*_: Any) -> None:
+        fail()
+
+    monkeypatch.setattr(RunArtifact, "show", show)  # after the kickoff
+    kickoff = kickoff_crew.with_options(retries=1, retry_delay_seconds=0, retry_condition_fn=lambda *_: True)
+
+    @flow
+    async def trip() -> list[str]:
+        return [await kickoff(crew, {"text": "same"}) for _ in range(2)]
+
+    assert len(set(await trip())) == 2
+    assert server.kickoffs == 2
 
 
 async def test_a_retried_task_without_a_flow_finds_its_run_again(server: Any):
