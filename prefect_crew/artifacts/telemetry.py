@@ -40,6 +40,7 @@ _seconds = _meter.create_histogram(
 _tokens = _meter.create_counter("prefect_crew.tokens", "{token}", "Tokens that ended runs reported")
 _cost = _meter.create_counter("prefect_crew.cost", description="What ended runs cost, by the crew's price")
 _uncertain = _meter.create_counter("prefect_crew.kickoffs.uncertain", "{kickoff}", "Kickoffs that became uncertain")
+_waiting = _meter.create_up_down_counter("prefect_crew.runs.waiting", "{run}", "Runs that wait for a person")
 
 
 def is_tracing() -> bool:
@@ -50,6 +51,11 @@ def is_tracing() -> bool:
 def count_uncertain(record: RunRecord) -> None:
     """Count a kickoff that this process has sent, of which nobody knows what became."""
     _uncertain.add(1, {"crewai.crew.name": record.crew})
+
+
+def count_waiting(crew: str | None, change: int) -> None:
+    """Count a run that began (1) or ceased (-1) to wait for a person while this process waits for it."""
+    _waiting.add(change, {"crewai.crew.name": crew or "unknown"})
 
 
 def end_run(

@@ -23,16 +23,8 @@ from prefect.exceptions import PrefectException
 
 from prefect_crew.records.budgets import delete_past_counters
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import (
-    USED,
-    WAITER,
-    PrefectRecords,
-    delete_variable,
-    read_named,
-    server_time,
-    waiter_prefix,
-)
-from prefect_crew.records.totals import add_to_totals
+from prefect_crew.records.store import USED, PrefectRecords, delete_variable, read_named, server_time, waiter_prefix
+from prefect_crew.records.totals import add_to_totals, total_of
 from prefect_crew.settings import CrewSettings
 
 YOUNGEST = timedelta(hours=1)
@@ -163,19 +155,21 @@ async def prune(
     """
     older_than = timedelta(days=CrewSettings().keep_records_days) if older_than is None else older_than
     # The notes first: a run that is claimed and waited for after that has a record that we know of.
-    notes = await read_named(WAITER)
+    notes = await store.waiter_notes()
     by_key = defaultdict[str, list[RunRecord]](list)
     async for record in store.all():
         by_key[record.idempotency_key].append(record)
     records = [record for attempts in by_key.values() for record in attempts]
     needed = tuple(waiter_prefix(record) for record in records if record.phase is RecordPhase.STARTED)
-    left_over = [note for note in notes if not note.name.startswith(needed)]
+    left_over = [name for name in notes if not name.startswith(needed)]
     if not dry_run:
-        for note in left_over:
-            await delete_variable(note.id)
+        for name in left_over:
+            await store.delete_note(name)
         for used in await read_named(USED):
             if used.age >= max(older_than, YOUNGEST).total_seconds():
                 await delete_variable(used.id)
+        for permit in await store.left_permits(max(older_than, YOUNGEST).total_seconds()):
+            await delete_variable(permit)
         await delete_past_counters(older_than)
     old = [one for attempts in by_key.values() if all(_is_old(one, older_than) for one in attempts) for one in attempts]
     going = prunable(old, older_than, await read_owners(old))
@@ -191,7 +185,7 @@ async def prune(
                 if record.phase is RecordPhase.ENDED:
                     owner = owners.get(record.flow_run_id or "", GONE)
                     flow = flows.get(owner.flow_id, {}).get("name")
-                    await add_to_totals(record, flow, owner.tags)
+                    await add_to_totals(record, total_of(record, flow, owner.tags))
                 await store.delete(record)
         await asyncio.sleep(pause)
     return Pruned(runs=len(going), notes=len(left_over), kept=len(records) - len(going))

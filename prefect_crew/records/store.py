@@ -12,6 +12,7 @@ value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of fl
 - `crew_answer_RUN_NUMBER` is a person's answer.
 - `crew_used_CREW_TIME_CLAIM` is what an ended run used; whoever creates it counts that in the run's budgets. By their
   names the newest of a crew comes first, and all come after the attempts at a key: a start reads both in one request.
+  The last of a crew is what runs used before there were any, by their records.
 - `crew_used_span_CLAIM` notes that somebody writes an ended run's span.
 
 `model.fold` says what claim and permits mean together. Changes go by the Variable's id: by its name they could reach
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -68,7 +70,7 @@ USUAL = 3
 _OPEN = (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.STARTED)
 """Records in these phases are tagged as claimed: only their permits say more. Others have any tag."""
 _NAME = re.compile(r"(crew_run_[0-9a-f]{32}_\d+)(?:_([0-9a-f]{32})_(\d+))?")
-WAITER = "crew_wait_"
+_WAITER = "crew_wait_"
 _SHORTER = {"input_marks": None, "result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
 """What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
 _Model = TypeVar("_Model", RunRecord, Permit)
@@ -94,7 +96,7 @@ def record_name(idempotency_key: str, attempt: int) -> str:
 
 def waiter_prefix(record: RunRecord) -> str:
     """Return what the names of the notes of who waits for a run begin with."""
-    return f"{WAITER}{digest(record.idempotency_key)}_{record.attempt}_"
+    return f"{_WAITER}{digest(record.idempotency_key)}_{record.attempt}_"
 
 
 def _answer_prefix(record: RunRecord) -> str:
@@ -181,9 +183,11 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
 
 
 def _used_in(variables: Sequence[Variable]) -> list[dict[str, Any]]:
-    notes = (one.value for one in variables if one.name.startswith(USED))
+    found: list[Any] = []
+    for note in (one.value for one in variables if one.name.startswith(USED)):
+        found += cast("list[Any]", note) if isinstance(note, list) else [note]
     # Somebody else may use our names.
-    return [cast("dict[str, Any]", used) for used in notes if isinstance(used, dict)][:KEPT]
+    return [cast("dict[str, Any]", used) for used in found if isinstance(used, dict)][:KEPT]
 
 
 def _attempts_prefix(idempotency_key: str) -> str:
@@ -276,7 +280,7 @@ async def _patch(ref: str, body: Mapping[str, Any]) -> None:
 
 
 async def delete_variable(ref: str) -> None:
-    """Delete the Variable of this id, or of `name/NAME`, if it is there."""
+    """Delete the Variable of this id, if it is there."""
     async with get_client() as client:
         try:
             await client.request("DELETE", "/variables/{id}", path_params={"id": ref})
@@ -347,6 +351,11 @@ class PrefectRecords:
         used = _used_prefix(record.crew_url) if with_earlier else None
         variables = await read_named(_attempts_prefix(record.idempotency_key), tag_of_more=used)
         record.earlier = _used_in(variables)
+        if with_earlier and not record.earlier and (earlier := await self._latest_used(record.crew_url)):
+            record.earlier = earlier
+            # So that only the first start of a crew under a budget looks through the records. Without it the next does.
+            with suppress(httpx.HTTPError, PrefectException):
+                await create_variable({"name": f"{used}{'9' * 10}", "value": earlier, "tags": [used]})
         found = _attempts_in(variables, record.idempotency_key)
         others = [(one.attempt, one.owner) for one in found if one.ref != record.ref]
         return others == [(one.attempt, one.owner) for one in known] and len(found) > len(others)
@@ -487,8 +496,19 @@ class PrefectRecords:
         return self.all(RecordPhase.STARTED)
 
     async def earlier(self, crew_url: str) -> list[dict[str, Any]]:
-        """Return what the latest runs of a crew under a budget used."""
-        return _used_in(await read_named(_used_prefix(crew_url)))
+        """Return what the latest runs of a crew used: those under a budget, if there are any."""
+        async for page in read_pages({"tags": {"all_": [_used_prefix(crew_url)]}}):
+            if used := _used_in(page):
+                return used
+        return await self._latest_used(crew_url)
+
+    async def _latest_used(self, crew_url: str) -> list[dict[str, Any]]:
+        """Return what the latest runs of a crew used by their records, as far as they are among the latest of all."""
+        json = {"variables": {"tags": {"all_": [TAG, f"phase:{RecordPhase.ENDED}"]}}, "limit": PAGE}
+        async with get_client() as client:
+            answer = await client.request("POST", "/variables/filter", json={**json, "sort": "UPDATED_DESC"})
+        ended = [_parse(one["value"], RunRecord) for one in answer.json() if later_version(one["value"]) is None]
+        return [one.used for one in ended if one is not None and one.crew_url == crew_url and one.used][:KEPT]
 
     # Deleting
 
@@ -504,6 +524,20 @@ class PrefectRecords:
         for gone in (str(record.ref), *(one.id for one in permits)):
             await delete_variable(gone)
 
+    async def left_permits(self, age: float) -> list[str]:
+        """Return the ids of permits whose records are gone, since whoever deleted them was killed in between.
+
+        A record is made before its permits: one that is `age` seconds old and has none has lost it.
+        """
+        left = list[str]()
+        async for page in read_pages({"tags": {"all_": [PERMIT_TAG]}}):
+            named = [(one.id, _NAME.fullmatch(one.name)) for one in page if one.age > age]
+            claims = {permit: str(UUID(name[2])) for permit, name in named if name is not None and name[2]}
+            asked = {"id": {"any_": [*claims.values()]}}
+            there = {one.id async for found in read_pages(asked) for one in found} if claims else set[str]()
+            left += [permit for permit, claim in claims.items() if claim not in there]
+        return left
+
     # Who waits for a run
 
     async def owner_ended(self, record: RunRecord) -> bool:
@@ -517,13 +551,25 @@ class PrefectRecords:
 
     async def remove_waiter(self, record: RunRecord, flow_run_id: str) -> None:
         """Take that note away."""
-        await delete_variable(f"name/{waiter_prefix(record)}{flow_run_id.replace('-', '')}")
+        await self.delete_note(waiter_prefix(record) + flow_run_id.replace("-", ""))
 
     async def other_waiters(self, record: RunRecord, flow_run_id: str | None) -> list[str]:
         """Return the ids of other flow runs that wait for the run and have not ended, the owner's among them."""
         waiting = {str(one.value["flow_run_id"]) for one in await read_named(waiter_prefix(record))}
         waiting |= {record.flow_run_id} if record.flow_run_id else set()
         return [other for other in sorted(waiting - {flow_run_id}) if await _is_alive(other)]
+
+    async def waiter_notes(self) -> list[str]:
+        """Return the names of all notes that some flow run waits for a run."""
+        return [one.name for one in await read_named(_WAITER)]
+
+    async def delete_note(self, name: str) -> None:
+        """Take a note away by its name."""
+        async with get_client() as client:
+            try:
+                await client.delete_variable_by_name(name)
+            except ObjectNotFound:
+                return
 
     # What people answered. It stands apart from the record, which whoever waits for the run writes at the same moment:
     # a Variable is replaced, not compared.
@@ -543,7 +589,7 @@ class PrefectRecords:
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
         """Take back an answer that the crew's server refused."""
-        await delete_variable(f"name/{_answer_name(record, number)}")
+        await self.delete_note(_answer_name(record, number))
 
 
 async def _is_alive(flow_run_id: str) -> bool:

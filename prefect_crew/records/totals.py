@@ -77,7 +77,7 @@ def spending_of(record: RunRecord) -> Spending:
     return Spending(1, int(is_reported), int(record.cost is not None), usage, record.cost)
 
 
-def total_of(record: RunRecord, flow: str | None = None, tags: Sequence[str] = ()) -> DayTotal:
+def total_of(record: RunRecord, flow: str | None, tags: Sequence[str]) -> DayTotal:
     """Return the total of one run that has ended."""
     return DayTotal(
         day=(record.ended_at or record.claimed_at).date(),
@@ -99,14 +99,13 @@ def _summed(totals: Sequence[DayTotal]) -> list[DayTotal]:
     ]
 
 
-async def add_to_totals(record: RunRecord, flow: str | None = None, tags: Sequence[str] = ()) -> None:
+async def add_to_totals(record: RunRecord, total: DayTotal) -> None:
     """Add a run whose record is about to be deleted to the totals of its day, unless it was added before.
 
     Raises:
         CrewError: Others add to the same day without a pause.
     """
-    total, ref = total_of(record, flow, tags), str(record.ref)
-    prefix = f"crew_usage_{total.day:%Y%m%d}_"
+    prefix, ref = f"crew_usage_{total.day:%Y%m%d}_", str(record.ref)
     for _ in range(MOST_TRIES):
         parts, free, replaced = _parts_in(await read_named(prefix))
         for one in replaced:

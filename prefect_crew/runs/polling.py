@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from prefect_crew.artifacts.telemetry import count_waiting
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import RETRY_AFTER_CAP, WaitPolicy, fast_intervals
 from prefect_crew.exceptions import (
@@ -159,19 +160,23 @@ async def poll(
     if not first_look:
         # Counted from the kickoff: what was written down since is not a reason to look later.
         await watcher.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
-    while True:
-        try:
-            status = await look()
-        except AuthenticationError:
-            raise
-        except NO_ANSWER as error:
-            await state.failed(error)
-            asked = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
-            await watcher.pause(max(state.next_delay(), asked))
-            continue
-        if await state.take(status):
-            return status
-        await watcher.pause(state.next_pause())
+    try:
+        while True:
+            try:
+                status = await look()
+            except AuthenticationError:
+                raise
+            except NO_ANSWER as error:
+                await state.failed(error)
+                asked = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
+                await watcher.pause(max(state.next_delay(), asked))
+                continue
+            if await state.take(status):
+                return status
+            await watcher.pause(state.next_pause())
+    finally:
+        if state.waits:
+            count_waiting(crew, -1)
 
 
 @dataclass
@@ -186,6 +191,7 @@ class _Poll:
     rng: Callable[[], float]
     seen: CrewState | None = None
     unknown: int = 0
+    waits: bool = False
     failing_for: float = 0.0
     """Seconds that failed looks have cost since the last good answer."""
     failed_at: float | None = None
@@ -224,6 +230,10 @@ class _Poll:
             if self.seen is not None and status.state is not self.seen:
                 self.delays = poll_delays(self.policy, self.rng)
             self.seen = status.state
+            waits = self.seen is CrewState.WAITING
+            if waits is not self.waits:
+                self.waits = waits
+                count_waiting(self.names["crew"], 1 if waits else -1)
             if self.phases.see(self.seen, self.now()) and not self.seen.ended:
                 await self.watcher.on_human_wait(self.phases)
             await self.watcher.on_status(status)

@@ -45,7 +45,7 @@ from prefect_crew.testing import CrewServerFactory
 from support.collector import Collector, SeenSpan
 from support.prefect_server import PrefectServer
 from support.records import new_record
-from support.scripts import script, slow
+from support.scripts import ASKS, script, slow
 from support.servers import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -85,18 +85,23 @@ def one(collector: Collector) -> SeenSpan:
 # Spans
 
 
-def test_a_run_is_a_span_with_what_is_known_of_it_and_its_tasks_within_prefects_own_span(
+def test_a_run_is_a_span_with_its_crew_its_flow_run_its_tokens_and_its_cost(
     crew_server: CrewServerFactory, collector: Collector
 ):
     server, idempotency_key, ids = crew_server(STEPS, response_format="union"), key(), []
     crew = server.crew(price=PRICE)
 
     @flow
-    async def trip() -> None:
-        ids.append(str(flow_run.get_id()))
-        await arun_crew(crew, {"topic": "tea"}, idempotency_key=idempotency_key)
+    async def trip(topic: str) -> None:
+        from prefect.context import FlowRunContext
 
-    asyncio.run(trip())
+        context = FlowRunContext.get()
+        assert context is not None
+        assert context.flow_run is not None
+        ids.append(str(context.flow_run.id))
+        await arun_crew(crew, {"topic": topic}, idempotency_key=idempotency_key)
+
+    asyncio.run(trip("tea"))
     span = one(collector)
     label = span.attributes["crewai.crew.name"]
     assert (span.name, span.scope, span.failed) == (f"invoke_workflow {label}", "prefect_crew", False)
@@ -108,9 +113,7 @@ def test_a_run_is_a_span_with_what_is_known_of_it_and_its_tasks_within_prefects_
     assert span.start == pytest.approx(record.kicked_off_at.timestamp(), abs=1e-6)
     assert span.end == pytest.approx(record.ended_at.timestamp(), abs=1e-6)
     assert span.attributes.pop("crewai.crew.execution_duration_ms") > 0
-    around = next(one for one in collector.all() if one.id == span.parent)
-    assert (around.scope, around.attributes["prefect.run.type"]) == ("prefect", "task")
-    assert around.attributes["prefect.run.id"] == span.attributes.pop("prefect.task_run.id")
+    assert span.attributes.pop("prefect.task_run.id")
     assert span.attributes == {
         "gen_ai.operation.name": "invoke_workflow",
         "gen_ai.workflow.name": label,
@@ -130,20 +133,23 @@ def test_a_run_is_a_span_with_what_is_known_of_it_and_its_tasks_within_prefects_
         "prefect.flow_run.id": ids[0],
     }
     assert collector.hides("a page on tea")
-    research, write = collector.tasks(span)
-    assert [task.name for task in (research, write)] == ["execute_task research", "execute_task write"]
-    for number, (task, agent) in enumerate([(research, "Researcher"), (write, "Writer")], start=1):
-        assert task.attributes.pop("prefect_crew.task.execution_time") > 0
-        assert task.attributes == {
-            "gen_ai.operation.name": "execute_task",
-            "gen_ai.agent.name": agent,
-            "crewai.agent.role": agent,
-            "crewai.task.name": task.name.removeprefix("execute_task "),
-            "crewai.execution_uuid": kickoff_id,
-            "prefect_crew.task.number": number,
-            "prefect_crew.task.times": "seen",
-        }
-    assert span.start <= research.start < research.end == write.start < write.end == span.end
+
+
+def test_its_tasks_are_children_in_their_order_with_the_times_that_were_seen(
+    crew_server: CrewServerFactory, collector: Collector
+):
+    run_crew(crew_server(STEPS, response_format="union").crew(), {"topic": "tea"})
+    run = one(collector)
+    research, write = collector.tasks(run)
+    assert [research.name, write.name] == ["execute_task research", "execute_task write"]
+    assert [span.attributes["crewai.agent.role"] for span in (research, write)] == ["Researcher", "Writer"]
+    assert [span.attributes["gen_ai.agent.name"] for span in (research, write)] == ["Researcher", "Writer"]
+    assert [span.attributes["prefect_crew.task.number"] for span in (research, write)] == [1, 2]
+    assert {span.attributes["crewai.execution_uuid"] for span in (research, write)} == {
+        run.attributes["crewai.execution_uuid"]
+    }
+    assert {span.attributes["prefect_crew.task.times"] for span in (research, write)} == {"seen"}
+    assert run.start <= research.start < research.end == write.start < write.end == run.end
 
 
 def test_a_task_that_was_not_seen_at_work_has_no_times(crew_server: CrewServerFactory, collector: Collector):
@@ -156,6 +162,20 @@ def test_a_task_that_was_not_seen_at_work_has_no_times(crew_server: CrewServerFa
     assert all(task.start == task.end == span.end for task in collector.tasks(span))
 
 
+def test_it_stands_within_prefects_own_span_of_the_wait(crew_server: CrewServerFactory, collector: Collector):
+    crew = crew_server("echo", speed=100).crew()
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(crew, {"text": "a"})
+
+    asyncio.run(trip())
+    run = one(collector)
+    around = next(span for span in collector.all() if span.id == run.parent)
+    assert (around.scope, around.attributes["prefect.run.type"]) == ("prefect", "task")
+    assert around.attributes["prefect.run.id"] == run.attributes["prefect.task_run.id"]
+
+
 def test_a_run_that_failed_says_why_and_in_which_tasks_it_was_seen(
     crew_server: CrewServerFactory, collector: Collector
 ):
@@ -165,6 +185,12 @@ def test_a_run_that_failed_says_why_and_in_which_tasks_it_was_seen(
     span = one(collector)
     assert (span.failed, span.message, span.attributes["error.type"]) == (True, "the site is down", "failed")
     assert [task.name for task in collector.tasks(span)] == ["execute_task look", "execute_task fetch"]
+
+
+def test_a_later_call_that_finds_the_run_writes_no_second_span(crew_server: CrewServerFactory, collector: Collector):
+    crew, idempotency_key = crew_server("echo", speed=100).crew(), key()
+    ids = {run_crew(crew, {"text": "a"}, idempotency_key=idempotency_key).kickoff_id for _ in range(3)}
+    assert {one(collector).attributes["crewai.execution_uuid"]} == ids
 
 
 @pytest.mark.parametrize("early", ["the owner", "the other", "neither"])
@@ -259,9 +285,7 @@ async def test_a_run_that_was_lost_has_a_span_of_the_wait_that_found_it_so(
     assert (span.failed, span.attributes["prefect_crew.state"]) == (True, "unknown")
 
 
-def test_a_run_that_another_flow_run_takes_over_names_both_and_a_later_call_writes_no_second_span(
-    crew_server: CrewServerFactory, collector: Collector
-):
+def test_a_run_that_another_flow_run_takes_over_names_both(crew_server: CrewServerFactory, collector: Collector):
     crew, idempotency_key, ids = crew_server("echo").crew(), key(), []
 
     @flow
@@ -274,10 +298,10 @@ def test_a_run_that_another_flow_run_takes_over_names_both_and_a_later_call_writ
         ids.append(str(flow_run.get_id()))
         await arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
 
-    for call in (begin, finish, finish):
-        asyncio.run(call())
+    asyncio.run(begin())
+    asyncio.run(finish())
     attributes = one(collector).attributes
-    assert [attributes["prefect_crew.kickoff.flow_run_id"], attributes["prefect.flow_run.id"]] == ids[:2]
+    assert [attributes["prefect_crew.kickoff.flow_run_id"], attributes["prefect.flow_run.id"]] == ids
 
 
 def test_each_row_of_a_batch_has_its_span(crew_server: CrewServerFactory, collector: Collector, tmp_path: Path):
@@ -416,6 +440,23 @@ def test_a_kickoff_that_became_uncertain_is_counted_once(crew_server: CrewServer
         with pytest.raises(KickoffUncertainError):
             run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
     assert points(reader, f"127.0.0.1:{server.port}") == {"kickoffs.uncertain": 1}
+
+
+async def test_a_run_counts_as_waiting_while_it_waits_for_a_person(
+    crew_server: CrewServerFactory, reader: InMemoryMetricReader
+):
+    server = crew_server(ASKS, response_format="union")
+    run, name = await server.crew().trigger({}), f"127.0.0.1:{server.port}"
+    waiting = asyncio.ensure_future(run.wait_for_completion(wait=QUICK))
+    while points(reader, name).get("runs.waiting") != 1:
+        await asyncio.sleep(0.05)
+    await run.resume("fine", approve=True)
+    await waiting
+    assert points(reader, name)["runs.waiting"] == 0
+    again = await server.crew().trigger({})
+    with pytest.raises(CrewTimeoutError):
+        await again.wait_for_completion(wait=WaitPolicy(initial=0.1, factor=1, human_timeout=0.5))
+    assert points(reader, name)["runs.waiting"] == 0, "nobody waits here any more"
 
 
 # A program

@@ -45,7 +45,7 @@ from prefect_crew.records import budgets as counters
 from prefect_crew.records.model import RecordPhase, digest
 from prefect_crew.records.prune import prune
 from prefect_crew.records.resolve import resolve_never_started
-from prefect_crew.records.store import USED, PrefectRecords, create_variable, read_named
+from prefect_crew.records.store import USED, PrefectRecords, read_named
 from prefect_crew.runs import kickoff, stop
 from prefect_crew.runs.run import finish_run
 from prefect_crew.states import CrewState
@@ -82,10 +82,10 @@ async def counted(name: str) -> int:
 
 
 async def have_used(url: str, tokens: int, runs: int = 1) -> None:
-    """Let earlier runs of a crew under a budget have used so many tokens each."""
-    tag = f"{USED}{digest(url, 16)}_"
-    for number in range(runs):
-        assert await create_variable({"name": f"{tag}{number:02}", "value": {"tokens": tokens}, "tags": [tag]})
+    """Let earlier runs of a crew, under no budget, have used so many tokens each."""
+    for _ in range(runs):
+        facts: dict[str, Any] = {"phase": RecordPhase.ENDED, "usage": TokenUsage(total_tokens=tokens)}
+        assert await PrefectRecords().claim(new_record(crew_url=url, **facts))
 
 
 def refusal(name: str, counter: str, measure: str) -> BudgetExceededError:
@@ -299,6 +299,15 @@ async def test_a_run_reserves_the_median_and_its_end_corrects_that(crew_server: 
         await crew.trigger({})
 
 
+async def test_who_uses_more_than_there_is_fills_the_counter(crew_server: CrewServerFactory, name: str):
+    server = crew_server(used(900), response_format="union")
+    crew = server.crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
+    runs = [await crew.trigger({}) for _ in range(2)]
+    for run in runs:
+        await run.wait_for_completion()
+    assert await counted(name) == 1000
+
+
 async def test_a_run_that_reports_nothing_counts_as_its_reserve(crew_server: CrewServerFactory, name: str):
     crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
     await arun_crew(crew, {"text": "a"})
@@ -313,7 +322,7 @@ async def test_what_a_run_uses_counts_also_where_the_runs_before_used_nothing(
     await have_used(server.url, 0, runs=3)
     for _ in range(2):
         await arun_crew(crew, {})
-    assert await counted(name) == 1000, "the second one used more than there was, and filled the counter"
+    assert await counted(name) == 1000
     with pytest.raises(BudgetExceededError):
         await arun_crew(crew, {})
 
@@ -439,11 +448,28 @@ async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name
             asked.clear()
             await arun_crew(crew, {"text": f"{what} {number}"}, idempotency_key=f"{name}-{what}-{number}")
             seen.append(Counter(one for one in asked if "csrf" not in one and not one.startswith("GET /v2/")))
-        assert seen[0]["POST /v2/concurrency_limits/"] == len(crew.budgets), "the first one creates the counter"
-        # Prefect itself asks for more now and then. What each asks for counts.
+        # The first one creates the counter; Prefect itself asks for more now and then. What each asks for counts.
         found[what] = reduce(and_, seen[1:])
     one_more = found["none"] + Counter(["POST /v2/concurrency_limits/increment"])
     assert found["kickoffs"] == found["cost"] == found["median"] == found["stop"] == one_more
+
+
+async def test_only_the_first_start_under_a_budget_looks_through_the_records(
+    crew_server: CrewServerFactory, name: str, asked: list[str]
+):
+    server = crew_server(used(700), response_format="union")
+    await arun_crew(server.crew(), {})
+    seen: list[Counter[str]] = []
+    for per in ("day", "day", "month"):
+        asked.clear()
+        await server.crew(budgets=[Budget(max_tokens=9000, per=per, name=name)]).trigger({})
+        seen.append(Counter(one for one in asked if "variables" in one or "concurrency" in one))
+    first, second, third = seen
+    increment, create = "POST /v2/concurrency_limits/increment", "POST /v2/concurrency_limits/"
+    assert first - second == Counter(["POST /variables/filter", "POST /variables/", create])
+    assert third - second == Counter([create]), "the first start in a period makes its counter"
+    assert second[increment] == third[increment] == 1
+    assert await counted(name) == 3 * 700
 
 
 async def test_an_end_that_is_corrected_costs_two_requests(crew_server: CrewServerFactory, name: str, asked: list[str]):

@@ -67,8 +67,10 @@ def decision(record: RunRecord) -> Decision:
 async def test_a_run_that_the_crew_knows_is_waited_for_from_then_on(state: CrewState):
     record, store, kickoff_id = await stored(), PrefectRecords(), f"k-{uuid.uuid4()}"
     assert decision(record) is Decision.UNCERTAIN
-    read = await unresolved(record.idempotency_key, store)
-    assert await resolve_started(read, kickoff_id, store, look=look(state)) is state
+    assert (
+        await resolve_started(await unresolved(record.idempotency_key, store), kickoff_id, store, look=look(state))
+        is state
+    )
     resolved = await latest(record)
     assert (resolved.phase, resolved.kickoff_id, resolved.reason) == (RecordPhase.STARTED, kickoff_id, None)
     assert resolved.kicked_off_at == record.claimed_at
@@ -98,44 +100,43 @@ async def test_the_slower_of_two_resolvers_gets_an_error(resolved_as: str):
     assert (await latest(record)).phase is RecordPhase.STARTED
 
 
+async def test_an_id_that_the_crew_does_not_know_changes_nothing():
+    record, store = await stored(), PrefectRecords()
+    with pytest.raises(ConfigurationError, match="does not know run k9"):
+        await resolve_started(
+            await unresolved(record.idempotency_key, store), "k9", store, look=look(CrewState.UNKNOWN)
+        )
+    assert (await latest(record)).phase is RecordPhase.UNCERTAIN
+
+
 async def test_an_id_of_another_record_changes_nothing():
     store, kickoff_id = PrefectRecords(), f"k-{uuid.uuid4()}"
     other = await stored(phase=RecordPhase.STARTED, kickoff_id=kickoff_id)
     record = await stored()
-    read = await unresolved(record.idempotency_key, store)
     with pytest.raises(ConfigurationError, match=f"belongs to the idempotency key '{other.idempotency_key}'"):
-        await resolve_started(read, kickoff_id, store, look=look(CrewState.RUNNING))
+        await resolve_started(
+            await unresolved(record.idempotency_key, store), kickoff_id, store, look=look(CrewState.RUNNING)
+        )
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
-@pytest.mark.parametrize(
-    ("facts", "said"),
-    [
-        pytest.param({}, "does not know run k9", id="an-id-that-the-crew-does-not-know"),
-        pytest.param(
-            {"phase": RecordPhase.CLAIMED, "good_for": LONG_AGO},
-            "was never sent: the process that claimed it ended first",
-            id="a-claim-that-sent-nothing",
-        ),
-    ],
-)
-async def test_what_started_no_run_is_not_resolved_as_started(facts: dict[str, Any], said: str):
-    record, store = await stored(**facts), PrefectRecords()
-    read = await unresolved(record.idempotency_key, store)
-    with pytest.raises(ConfigurationError, match=said):
-        await resolve_started(read, "k9", store, look=None if facts else look(CrewState.UNKNOWN))
-    assert (await latest(record)).phase is record.phase
-
-
 async def test_a_kickoff_that_may_still_be_sent_is_not_resolved_whatever_its_flow_run_says():
+    gone = str(uuid.uuid4())
+    orphan = await stored(phase=RecordPhase.CLAIMED, permit=60.0, flow_run_id=gone)
     store = PrefectRecords()
-    orphan = await stored(phase=RecordPhase.CLAIMED, permit=60.0, flow_run_id=str(uuid.uuid4()))
     assert await store.owner_ended(orphan)
     with pytest.raises(CrewError, match=r"on its way\. Nothing was changed\. Resolve it in \d+ s"):
         await unresolved(orphan.idempotency_key, store)
     with pytest.raises(CrewError, match="may still be sent"):
         await resolve_never_started(await latest(orphan), store)
     assert (await latest(orphan)).phase is RecordPhase.CLAIMED
+
+
+async def test_a_claim_whose_kickoff_was_never_sent_is_no_run():
+    store = PrefectRecords()
+    record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
+    with pytest.raises(ConfigurationError, match="was never sent: the process that claimed it ended first"):
+        await resolve_started(await unresolved(record.idempotency_key, store), "k1", store)
 
 
 async def test_a_late_write_takes_nothing_back():
@@ -159,6 +160,7 @@ async def test_a_late_write_takes_nothing_back():
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
+        pytest.param({"phase": RecordPhase.CLAIMED, "permit": 60.0}, "may still be sent", id="posted-now"),
         pytest.param({"phase": RecordPhase.STARTED, "kickoff_id": "k1"}, "run k1 is started", id="started"),
         pytest.param(
             {"phase": RecordPhase.ENDED, "kickoff_id": "k1", "state": "failed"}, "run k1 is failed", id="ended"

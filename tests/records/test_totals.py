@@ -40,9 +40,13 @@ async def deleted(records: Sequence[RunRecord]) -> None:
         await PrefectRecords().delete(one)
 
 
+def plain(one: RunRecord, flow: str | None = None, tags: Sequence[str] = ()) -> DayTotal:
+    return total_of(one, flow, tags)
+
+
 async def added(records: Sequence[RunRecord], **facts: Any) -> None:
     for one in records:
-        await add_to_totals(one, **facts)
+        await add_to_totals(one, plain(one, **facts))
 
 
 async def totals(crew: str) -> list[DayTotal]:
@@ -58,9 +62,9 @@ async def names(day: date) -> list[str]:
 
 
 def test_long_names_are_cut():
-    total = total_of(record(crew="c" * 500), "f" * 500, ["t" * 500, *(f"t{number:02}" for number in range(20))])
+    total = plain(record(crew="c" * 500), "f" * 500, ["t" * 500, *(f"t{number:02}" for number in range(20))])
     assert (len(total.crew), len(total.flow or ""), total.tags) == (60, 60, [f"t{number:02}" for number in range(10)])
-    assert total_of(record(), None, ["t" * 500]).tags == ["t" * 60]
+    assert plain(record(), None, ["t" * 500]).tags == ["t" * 60]
 
 
 async def test_who_dies_before_it_has_deleted_the_records_counts_none_of_them_twice(prefect_api: PrefectServer):
@@ -113,7 +117,7 @@ async def test_a_day_with_many_groups_has_several_variables_and_loses_none(prefe
     crew, day = f"crew-{uuid.uuid4().hex}", datetime(2020, 1, 4, tzinfo=UTC)
     records = await stored(20, crew, ended_at=day)
     for number, one in enumerate(records):
-        await add_to_totals(one, f"f{number}", ["t" * 60] * 3)
+        await add_to_totals(one, plain(one, f"f{number}", ["t" * 60] * 3))
     await deleted(records)
     assert len(await totals(crew)) == len(records)
     assert len(await names(day)) > 1
