@@ -61,7 +61,7 @@ async def identify(
         ConfigurationError: The key is empty, too long or no Unicode, or its template is none.
     """
     around = _task_attempts()
-    own, callers = (around[-1].task_run_id, _calling_tasks.get()) if inside_own_task else (None, around)
+    callers = (*_calling_tasks.get(), around[-1]) if inside_own_task else around
     caller, start = Caller(owner=str(uuid4())), utcnow()
     if (context := FlowRunContext.get()) is not None and (flow_run := context.flow_run) is not None:
         calls, root = await _calls_and_root(context, flow_run)
@@ -72,15 +72,14 @@ async def identify(
         caller = caller.model_copy(update=named)
     else:
         # A task without a flow is retried under its own id; any other call is new.
-        task = callers[0].task_run_id if callers else own
-        top = f"call/{uuid4()}" if task is None else f"task/{task}"
+        top = f"task/{callers[0].task_run_id}" if callers else f"call/{uuid4()}"
         calls = _calls_of((top, 0), None)
     if idempotency_key is not None:
-        base = key = _checked(render_key(idempotency_key, start))
-        number = calls.take_number(base, own, callers)
+        key = _checked(render_key(idempotency_key, start))
+        number = calls.take_number(key, callers)
     else:
         base = f"{top}/{_short(name or label)}/{inputs_digest}"
-        number = calls.take_number(base, own, callers)
+        number = calls.take_number(base, callers)
         key = _checked(f"{base}/{number}")
     return RunIdentity(idempotency_key=key, place=f"{top}/{number}", caller=caller)
 
@@ -207,37 +206,29 @@ class _Calls:
 
     root: _Root | None = None
     counts: defaultdict[str, count[int]] = field(default_factory=lambda: defaultdict(lambda: count(1)))
-    of_own: dict[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
     given: defaultdict[tuple[object, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
     repeated: defaultdict[tuple[_Attempts, str], int] = field(default_factory=lambda: defaultdict(int))
     children: defaultdict[tuple[_Attempts, str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
     lock: threading.Lock = field(default_factory=threading.Lock)
     context: weakref.ref[FlowRunContext] | None = None
 
-    def take_number(self, base: str, own: str | None, callers: _Attempts) -> int:
-        """Return the number of a call: `own` is the id of our own task run around it, `callers` those of the user's."""
+    def take_number(self, base: str, callers: _Attempts) -> int:
+        """Return the number of a call, from tasks: as often as an attempt of them calls, what their first one got."""
         with self.lock:
-            if own is not None and (own, base) in self.of_own:
-                return self.of_own[own, base]
-            number = self._repeat(base, callers) if callers else next(self.counts[base])
-            if own is not None:
-                self.of_own[own, base] = number
-            return number
-
-    def _repeat(self, base: str, callers: _Attempts) -> int:
-        """Return the number of a call from tasks: as often as an attempt of them calls, what their first one got."""
-        place: list[tuple[str, int]] = []  # what a retry of the outermost task repeats: at each level, which of a kind
-        for level, task in enumerate(callers[1:], start=1):
-            siblings = self.children[callers[:level], task.task_key, base]
-            if task.task_run_id not in siblings:
-                siblings.append(task.task_run_id)
-            place.append((task.task_key, siblings.index(task.task_run_id)))
-        given = self.given[callers[0].task_run_id, tuple(place), base]
-        at = self.repeated[callers, base]
-        self.repeated[callers, base] += 1
-        if at == len(given):
-            given.append(next(self.counts[base]))
-        return given[at]
+            if not callers:
+                return next(self.counts[base])
+            place: list[tuple[str, int]] = []  # what a retry of the outermost repeats: at each level, which of a kind
+            for level, task in enumerate(callers[1:], start=1):
+                siblings = self.children[callers[:level], task.task_key, base]
+                if task.task_run_id not in siblings:
+                    siblings.append(task.task_run_id)
+                place.append((task.task_key, siblings.index(task.task_run_id)))
+            given = self.given[callers[0].task_run_id, tuple(place), base]
+            at = self.repeated[callers, base]
+            self.repeated[callers, base] += 1
+            if at == len(given):
+                given.append(next(self.counts[base]))
+            return given[at]
 
     @property
     def is_needed(self) -> bool:
