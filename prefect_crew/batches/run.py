@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import tempfile
 import time
-from collections.abc import Awaitable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
@@ -20,13 +20,13 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel
 
-from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, sync_version
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions, InputsFrom, KeyFrom, OnFailure, plain_call
-from prefect_crew.batches.outcomes import STOPPED_BY_BUDGET, STOPPED_BY_US, STOPPED_WITH_BATCH, RowState
+from prefect_crew.batches.outcomes import STOPPED_BY_BUDGET, STOPPED_BY_US, RowState
 from prefect_crew.batches.output import Output
 from prefect_crew.batches.ownership import (
     BatchLock,
@@ -54,7 +54,6 @@ from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import (
     BadRowsError,
     BatchBusyError,
-    BatchCancelledError,
     BatchChangedError,
     ConfigurationError,
     CrewError,
@@ -64,7 +63,6 @@ from prefect_crew.prices import ONE_TOKEN, Spending, cost_of
 from prefect_crew.records.budgets import reserves_median, to_stop
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.store import KEPT, PrefectRecords
-from prefect_crew.runs.stop import cancellation_asked, is_cancelled, watch_ctrl_c
 from prefect_crew.webhooks import webhooks_for
 
 if TYPE_CHECKING:
@@ -73,14 +71,6 @@ if TYPE_CHECKING:
 
 MAX_NAME = 200
 """Characters of a batch's name."""
-TICK = 1.0
-"""Seconds between two looks at how the batch stands."""
-LOOK_EVERY = 2.0
-"""Seconds between two looks at whether the flow run was cancelled: each of them may let many kickoffs pass."""
-ASK_WITHIN = 5.0
-KICK_OFF_WITHIN = 10.0
-STOP_WITHIN = 12.0
-"""Seconds for each step of a cancellation: Prefect kills a cancelled process after about 30."""
 EXPORT_WITHIN = 10.0
 """Seconds within which the output of a batch that was cancelled is written, or not."""
 BEGIN_FOR = 60.0
@@ -513,61 +503,10 @@ class _Batch:
                     known = known or await PrefectRecords().earlier(self.job.crew.url)
                 runner.earlier.extend(reversed(known))
             try:
-                await self._run_until_cancelled(runner)
+                await runner.run_until_cancelled(self.plan.jobs(), lambda: self._tick(runner))
             finally:
                 await self._begin_generation(runner.started, now=True)
                 self.progress.in_flight = len(runner.waiting)
-
-    async def _run_until_cancelled(self, runner: Runner) -> None:
-        """Run all rows; on a cancellation do what `on_cancel` says, if somebody asked for it, else leave them.
-
-        Raises:
-            BatchCancelledError: This flow run was cancelled, and nobody else ends it.
-            asyncio.CancelledError: The task was cancelled. What is in flight was dealt with.
-            CrewError: What the rows or a tick raise.
-        """
-        own, on_cancel = flow_run_id(), self.job.options.on_cancel
-        rows = asyncio.ensure_future(runner.run(self.plan.jobs()))
-        with watch_ctrl_c():
-            try:
-                await self._tick_during(rows, runner, own)
-                if not rows.done():
-                    await self._end_rows(rows, runner, on_cancel)
-                    raise BatchCancelledError(name=self.job.name)
-            except asyncio.CancelledError:
-                if not rows.done():
-                    await self._end_rows(rows, runner, on_cancel if await _is_cancellation_asked(own) else "leave")
-                raise
-            finally:
-                await cancel_and_wait(rows)
-
-    async def _tick_during(self, rows: asyncio.Future[None], runner: Runner, own: str | None) -> None:
-        """Look at the batch about once a second, until its rows have ended or the flow run `own` is cancelled."""
-        while not rows.done() and not await is_cancelled(own, every=LOOK_EVERY):
-            await asyncio.wait({rows}, timeout=TICK)
-            if not rows.done():
-                await self._tick(runner)
-        if rows.done():
-            rows.result()
-
-    async def _end_rows(self, rows: asyncio.Future[None], runner: Runner, on_cancel: str) -> None:
-        """Kick off nothing more; stop what is in flight, wait for it (drain) or leave it."""
-        runner.stop("the batch was cancelled.")
-        if on_cancel == "drain":
-            run_logger().info("Batch %s waits for %d runs in flight.", self.job.name, len(runner.waiting))
-            await self._tick_during(rows, runner, None)
-            return
-        # A kickoff that is under way gets its id first: cut off, it would be uncertain.
-        await _is_done_within(KICK_OFF_WITHIN, runner.throttle.idle())
-        if on_cancel == "stop":
-            if not await _is_done_within(STOP_WITHIN, runner.stop_runs(STOPPED_WITH_BATCH)):
-                run_logger().warning("Not every run in flight could be stopped in %.0f s.", STOP_WITHIN)
-        else:
-            run_logger().warning(
-                "%d runs of batch %s are left in flight; the same call reattaches to them.",
-                *(len(runner.waiting), self.job.name),
-            )
-        await cancel_and_wait(rows)
 
     async def _tick(self, runner: Runner) -> None:
         """Show how the batch stands. About once a second."""
@@ -641,17 +580,3 @@ class _Batch:
             errors=dict(progress.errors),
             spending=spent,
         )
-
-
-async def _is_cancellation_asked(own: str | None) -> bool:
-    try:
-        return await asyncio.wait_for(cancellation_asked(own), ASK_WITHIN)
-    except (httpx.HTTPError, PrefectException, TimeoutError):
-        return False
-
-
-async def _is_done_within(seconds: float, work: Awaitable[None]) -> bool:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(work, seconds)
-        return True
-    return False

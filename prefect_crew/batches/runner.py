@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, nullcontext, suppress
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -16,7 +16,8 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound, PrefectException
 
-from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
@@ -24,6 +25,7 @@ from prefect_crew.batches.outcomes import (
     ERROR_CAP,
     RETRYABLE,
     STOPPED_BY_US,
+    STOPPED_WITH_BATCH,
     RowState,
     explain_lost,
     judge,
@@ -37,6 +39,7 @@ from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
+    BatchCancelledError,
     BudgetExceededError,
     ConfigurationError,
     CrewError,
@@ -56,7 +59,7 @@ from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import OpenRun, close_record, finish_run
-from prefect_crew.runs.stop import close_stopped
+from prefect_crew.runs.stop import cancellation_asked, close_stopped, is_cancelled, watch_ctrl_c
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
@@ -66,6 +69,14 @@ LOG_EVERY = 60.0
 """Seconds between two log lines about the same kind of thing, however many rows meet it."""
 RowEnd = tuple[RowState, str | None]
 """How a row stands at its end in this call, and the class of its error if it has one."""
+TICK = 1.0
+"""Seconds between two looks at how the batch stands."""
+LOOK_EVERY = 2.0
+"""Seconds between two looks at whether the flow run was cancelled: each of them may let many kickoffs pass."""
+ASK_WITHIN = 5.0
+KICK_OFF_WITHIN = 10.0
+STOP_WITHIN = 12.0
+"""Seconds for each step of a cancellation: Prefect kills a cancelled process after about 30."""
 
 
 class Runner:
@@ -117,6 +128,50 @@ class Runner:
             self.shut = True
             for row in self._running - {asyncio.current_task()}:
                 row.cancel()
+
+    async def run_until_cancelled(self, jobs: Iterator[RowJob], tick: Callable[[], Awaitable[None]]) -> None:
+        """Run all rows; on a cancellation do what `on_cancel` says, if somebody asked for it, else leave them.
+
+        `tick` is called about once a second, until the rows have ended.
+
+        Raises:
+            BatchCancelledError: This flow run was cancelled, and nobody else ends it.
+            asyncio.CancelledError: The task was cancelled. What is in flight was dealt with.
+            CrewError: What the rows or a tick raise.
+        """
+        own, on_cancel = flow_run_id(), self._options.on_cancel
+        rows = asyncio.ensure_future(self.run(jobs))
+        with watch_ctrl_c():
+            try:
+                await _tick_during(rows, tick, own)
+                if not rows.done():
+                    await self._end(rows, tick, on_cancel)
+                    raise BatchCancelledError(name=self.ledger.batch)
+            except asyncio.CancelledError:
+                if not rows.done():
+                    await self._end(rows, tick, on_cancel if await _is_cancellation_asked(own) else "leave")
+                raise
+            finally:
+                await cancel_and_wait(rows)
+
+    async def _end(self, rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], on_cancel: str) -> None:
+        """Kick off nothing more; stop what is in flight, wait for it (drain) or leave it."""
+        self.stop("the batch was cancelled.")
+        if on_cancel == "drain":
+            run_logger().info("Batch %s waits for %d runs in flight.", self.ledger.batch, len(self.waiting))
+            await _tick_during(rows, tick, None)
+            return
+        # A kickoff that is under way gets its id first: cut off, it would be uncertain.
+        await _is_done_within(KICK_OFF_WITHIN, self.throttle.idle())
+        if on_cancel == "stop":
+            if not await _is_done_within(STOP_WITHIN, self.stop_runs(STOPPED_WITH_BATCH)):
+                run_logger().warning("Not every run in flight could be stopped in %.0f s.", STOP_WITHIN)
+        else:
+            run_logger().warning(
+                "%d runs of batch %s are left in flight; the same call reattaches to them.",
+                *(len(self.waiting), self.ledger.batch),
+            )
+        await cancel_and_wait(rows)
 
     async def run(self, jobs: Iterator[RowJob]) -> None:
         """Run all rows, read as there is room for them, and return when each has ended or been left.
@@ -532,3 +587,27 @@ async def hold_concurrency_slots(session: CrewSession, options: BatchOptions, st
         stack.push_async_callback(slots.release)
         await stack.enter_async_context(slots.kept())
     return most
+
+
+async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:
+    """Look at the batch about once a second, until its rows have ended or the flow run `own` is cancelled."""
+    while not rows.done() and not await is_cancelled(own, every=LOOK_EVERY):
+        await asyncio.wait({rows}, timeout=TICK)
+        if not rows.done():
+            await tick()
+    if rows.done():
+        rows.result()
+
+
+async def _is_cancellation_asked(own: str | None) -> bool:
+    try:
+        return await asyncio.wait_for(cancellation_asked(own), ASK_WITHIN)
+    except (httpx.HTTPError, PrefectException, TimeoutError):
+        return False
+
+
+async def _is_done_within(seconds: float, work: Awaitable[None]) -> bool:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(work, seconds)
+        return True
+    return False

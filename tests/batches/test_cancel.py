@@ -35,8 +35,8 @@ ROWS = [{"topic": str(number)} for number in range(40)]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("prefect_crew.runs.stop.LOOK_EVERY", 0.2)
-    monkeypatch.setattr("prefect_crew.batches.run.LOOK_EVERY", 0.2)
-    monkeypatch.setattr("prefect_crew.batches.run.TICK", 0.2)
+    monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.2)
+    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.2)
 
 
 async def cancelled(batch: Batches, server: Any, rows: Any, **options: Any) -> tuple[BaseException | None, str]:

@@ -43,7 +43,7 @@ async def test_a_batch_has_one_artifact(batch: Batches, crew_server: CrewServerF
 async def test_progress_moves_while_rows_run(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("prefect_crew.batches.run.TICK", 0.1)
+    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
     monkeypatch.setattr("prefect_crew.batches.report.SHOW_EVERY", 0.1)
     seen: list[tuple[str, int, int]] = []
 
