@@ -74,9 +74,11 @@ class CrewTask(Task[P, Any], Generic[P, R]):
         del args, kwargs  # error reporters show the variables of frames
         return coroutine if in_async_context() else run_sync(coroutine)
 
-    async def acall(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the task from a coroutine, whatever kind of flow is around it."""
-        args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
+    def acall(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        """Run the task from a coroutine, whatever kind of flow is around it. It takes the inputs as they are now."""
+        return self._run_hiding(*_hidden(args), **{name: _hidden(value) for name, value in kwargs.items()})
+
+    async def _run_hiding(self, *args: Any, **kwargs: Any) -> Any:
         with _called(*args, **kwargs):
             return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 

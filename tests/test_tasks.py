@@ -142,6 +142,21 @@ async def test_equal_calls_in_one_flow_are_not_one(crew_server: CrewServerFactor
     assert len({*await trip()}) == 2, "no cache takes one for the other"
 
 
+async def test_a_call_takes_its_inputs_when_it_is_made(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+
+    @flow
+    async def trip() -> None:
+        inputs, calls = dict[str, str](), list[Any]()
+        for text in "abc":
+            inputs["text"] = text
+            calls.append(kickoff_crew(server.crew(), inputs))
+        await asyncio.gather(*calls)
+
+    await trip()
+    assert sorted(run.inputs["text"] for run in server.runs) == ["a", "b", "c"]
+
+
 # Retries
 
 
@@ -224,6 +239,15 @@ def test_no_frame_of_a_task_that_fails_shows_its_inputs(way: str):
     shown = trip()
     assert "_crew" in shown
     assert not [line for line in shown.splitlines() if "pass-1234" in line]
+
+
+async def test_no_frame_of_a_task_that_is_cancelled_before_it_begins_shows_its_inputs():
+    for call in (kickoff_crew, kickoff_crew.acall):
+        began = asyncio.ensure_future(call("some-block", {"text": "pass-1234"}))
+        began.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await began
+        assert "pass-1234" not in shown_with(caught.value)
 
 
 # As tasks of Prefect: every keyword of Prefect's own calls, wherever they are called

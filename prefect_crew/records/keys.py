@@ -208,7 +208,7 @@ class _Calls:
     counts: defaultdict[str, count[int]] = field(default_factory=lambda: defaultdict(lambda: count(1)))
     given: defaultdict[tuple[object, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
     repeated: defaultdict[tuple[_Attempts, str], int] = field(default_factory=lambda: defaultdict(int))
-    children: defaultdict[tuple[_Attempts, str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+    children: defaultdict[tuple[_Attempts, str, str], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     lock: threading.Lock = field(default_factory=threading.Lock)
     context: weakref.ref[FlowRunContext] | None = None
 
@@ -220,9 +220,7 @@ class _Calls:
             place: list[tuple[str, int]] = []  # what a retry of the outermost repeats: at each level, which of a kind
             for level, task in enumerate(callers[1:], start=1):
                 siblings = self.children[callers[:level], task.task_key, base]
-                if task.task_run_id not in siblings:
-                    siblings.append(task.task_run_id)
-                place.append((task.task_key, siblings.index(task.task_run_id)))
+                place.append((task.task_key, siblings.setdefault(task.task_run_id, len(siblings))))
             given = self.given[callers[0].task_run_id, tuple(place), base]
             at = self.repeated[callers, base]
             self.repeated[callers, base] += 1
