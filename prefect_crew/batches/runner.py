@@ -407,7 +407,7 @@ class Runner:
         crew = self.session.crew.hiding(job.hidden)
         run = OpenRun(crew, kickoff_id, record, job.inputs, owned=True, webhooks=self._options.webhooks)
         with withholding(run.redact_text):
-            async with waker_for(record.idempotency_key) if record.has_webhooks else nullcontext() as waker:
+            async with waker_for(record.idempotency_key, crew.url) if record.has_webhooks else nullcontext() as waker:
                 status = await poll(
                     lambda: self.session.call(lambda client: client.status(kickoff_id)),
                     kickoff_id=kickoff_id,

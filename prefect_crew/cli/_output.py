@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -94,7 +95,13 @@ def note(text: str, style: str | None = None) -> None:
 
 @contextmanager
 def asking() -> Generator[None]:
-    """Let Ctrl-C end a question at once: asyncio would only note it, and the terminal would be read on."""
+    """Let Ctrl-C end a question at once: asyncio would only note it, and the terminal would be read on.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

@@ -45,7 +45,7 @@ NOTES = 500  # texts that people are to judge, which wait to be stored at most, 
 BATCH = 50  # events that are sent in one request
 ATTEMPT = 10.0  # seconds for one attempt to send a batch: Prefect's client would retry for a minute by itself
 AT_ONCE = 8  # requests to the Prefect API at the same time
-RECORDS, RECORD_GOOD_FOR = 1000, 60.0  # how many records are remembered; seconds for a record
+RECORDS, RECORD_GOOD_FOR = 1000, 60.0  # how many records and texts are remembered; seconds for a record
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 CLOSE_WITHIN = 5.0
 RESOLVING = 100  # runs that are being resolved at the same time
@@ -154,6 +154,7 @@ class Forwarder:
         self._events: deque[WebhookEvent] = deque(maxlen=limit)
         self._notes: deque[WebhookEvent | FeedbackRequest] = deque(maxlen=NOTES)
         self._known: dict[RunName, tuple[float, RunRecord | None]] = {}
+        self._stored: dict[tuple[str, int | None, int], int] = {}
         self._resolving: dict[RunName, asyncio.Task[None]] = {}
         self._counts: Counter[str] = Counter()
         self._is_away: bool | None = None
@@ -264,11 +265,7 @@ class Forwarder:
         """Store what a person is asked. Nobody sends it a second time."""
         try:
             async with asyncio.timeout(ATTEMPT):
-                if isinstance(note, FeedbackRequest):
-                    await keep_request(note)
-                else:
-                    hook = note.hook
-                    await keep_output(hook.idempotency_key, hook.attempt or 1, hook.round, note.output or "")
+                await (keep_request(note) if isinstance(note, FeedbackRequest) else self._store_output(note))
         except Exception as error:
             if _is_transient(error):
                 raise
@@ -276,6 +273,17 @@ class Forwarder:
             logger.warning("The question of a run could not be stored: %s", _what(error))
         if isinstance(note, WebhookEvent):
             self.recent.add(note)
+
+    async def _store_output(self, event: WebhookEvent) -> None:
+        hook, digest = event.hook, hash(event.output)
+        question = (hook.idempotency_key, hook.attempt, hook.round)
+        # A server may send it again and again, also after it was answered and forgotten.
+        if self._stored.get(question) == digest:
+            return
+        await keep_output(hook.idempotency_key, hook.attempt or 1, hook.round, event.output or "")
+        if len(self._stored) >= RECORDS:
+            self._stored.clear()
+        self._stored[question] = digest
 
     async def _send(self, batch: Sequence[WebhookEvent]) -> None:
         """Send events. Those that Prefect refuses are counted and given up, and hold up no others."""

@@ -49,6 +49,8 @@ RECONNECT = 5.0
 ANSWER_WITHIN = 30.0  # seconds for an answer of the receiver, which holds it back for ten while there is nothing to say
 USAGE_WITHIN = 0.5
 """Seconds for which the end of a run waits for the webhooks that may tell its tokens, where its status does not."""
+SILENT = 600.0
+"""Seconds for which nothing waits for them any more after they were waited for in vain, by crew."""
 _TELLING = {COMPLETED, "crew.webhook.stream.crew_kickoff_completed"}
 """The webhooks of a completed run that may tell its tokens."""
 Question = tuple[int, int]  # the attempt at the idempotency key, and how many answers of people came before, modulo 256
@@ -57,9 +59,10 @@ Question = tuple[int, int]  # the attempt at the idempotency key, and how many a
 class Waker:
     """Ends the pauses of one waiter. Of the event loop that made it."""
 
-    def __init__(self, hub: _Hub, idempotency_key: str, *, calls: bool = False) -> None:
+    def __init__(self, hub: _Hub, idempotency_key: str, crew: str, *, calls: bool = False) -> None:
         self._hub = hub
         self._idempotency_key = idempotency_key
+        self._crew = crew
         self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
@@ -94,18 +97,20 @@ class Waker:
         if not status.state.ended:
             return status
         self._has_ended = True
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(USAGE_WITHIN):
                 while self._may_hear_more(status):
                     await self._event.wait()
                     self._event.clear()
+        except TimeoutError:
+            self._hub.note_silent(self._crew)
         tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
         return status.model_copy(update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models})
 
     def _may_hear_more(self, status: CrewStatus) -> bool:
         """Return whether a webhook may still tell the tokens of an ended run."""
         tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
-        if status.usage or not self._hub.is_connected:
+        if status.usage or not self._hub.may_hear_of(self._crew):
             return False
         if self._calls:
             return status.state is not CrewState.STOPPED and not tokens.has_all_calls
@@ -202,6 +207,7 @@ class _Hub:
         self._was_refused = False
         self._distrusted_until = 0.0
         self._heard: OrderedDict[str, None] = OrderedDict()
+        self._silent_until: dict[str, float] = {}  # by the address of a crew
 
     @property
     def is_connected(self) -> bool:
@@ -254,6 +260,14 @@ class _Hub:
         """Return the tokens of a run as far as webhooks have reported them."""
         with self._lock:
             return deepcopy(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
+
+    def may_hear_of(self, crew: str) -> bool:
+        """Return whether webhooks reach this process, and those about a crew's runs tell tokens, as far as is known."""
+        return self.is_connected and time.monotonic() >= self._silent_until.get(crew, 0.0)
+
+    def note_silent(self, crew: str) -> None:
+        """Note that the tokens of a crew's run were waited for in vain."""
+        self._silent_until[crew] = time.monotonic() + SILENT
 
     async def _listen(self) -> None:
         try:
@@ -352,13 +366,13 @@ def subscribe() -> None:
 
 
 @asynccontextmanager
-async def waker_for(idempotency_key: str) -> AsyncGenerator[Waker | None]:
-    """Give a waker for a run's waiter; None where webhooks are off."""
+async def waker_for(idempotency_key: str, crew: str) -> AsyncGenerator[Waker | None]:
+    """Give a waker for a run's waiter; None where webhooks are off. `crew` is its address."""
     if not (settings := CrewSettings()).webhook_url:
         yield None
         return
     _hub.start()
-    waker = Waker(_hub, idempotency_key, calls=settings.webhook_llm_calls)
+    waker = Waker(_hub, idempotency_key, crew, calls=settings.webhook_llm_calls)
     _hub.add(idempotency_key, waker)
     try:
         yield waker

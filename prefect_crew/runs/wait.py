@@ -138,7 +138,7 @@ class _Waiter(Watcher):
                 if record is not None and self.own is not None and not run.owned and record.flow_run_id != self.own:
                     await stack.enter_async_context(self._noted_as_waiter(record, self.own))
                 if record is not None and record.has_webhooks:
-                    self.waker = await stack.enter_async_context(waker_for(record.idempotency_key))
+                    self.waker = await stack.enter_async_context(waker_for(record.idempotency_key, run.crew.url))
                 self.meet_people()
                 try:
                     status = await poll(

@@ -148,7 +148,9 @@ async def test_a_question_is_reported_when_what_it_asks_can_be_read(
     assert kept == [0, 0], "what is to be judged was kept before"
 
 
-async def test_texts_that_keep_coming_hold_up_no_events(key: str, monkeypatch: pytest.MonkeyPatch):
+async def test_texts_that_keep_coming_hold_up_no_events_and_the_same_text_is_stored_once(
+    key: str, monkeypatch: pytest.MonkeyPatch
+):
     forwarder, stored = Forwarder(), list[str]()
 
     async def keep_slowly(key: str, *_: Any) -> None:
@@ -160,6 +162,10 @@ async def test_texts_that_keep_coming_hold_up_no_events(key: str, monkeypatch: p
         forwarder.put(event_about(f"{key}/{number}", "human_input-first", task_output="a draft"))
     await until(lambda: forwarder.report()["forwarded"] >= module.BATCH, "a batch is forwarded")
     assert len(stored) < module.BATCH, "not after all the texts"
+    await until(lambda: not forwarder._notes, "all texts are stored")
+    forwarder.put(event_about(f"{key}/0", "human_input-first", task_output="a draft"))
+    await until(lambda: not forwarder._notes, "it is seen to")
+    assert stored.count(f"{key}/0") == 1
     await forwarder.aclose()
 
 

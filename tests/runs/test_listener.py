@@ -114,7 +114,7 @@ async def test_a_run_with_webhooks_of_the_users_own_is_polled_for(receiver: str)
 async def test_a_webhook_that_comes_before_the_status_shows_its_end_costs_no_long_pause() -> None:
     hub = _Hub()
     hub._has_receiver = True
-    waker = Waker(hub, "key")
+    waker = Waker(hub, "key", "")
     hub.add("key", waker)
     assert waker.stretch(1.0) == listener_module.SAFETY[0]
     hub._hear(ending("crew", 1))
@@ -273,8 +273,10 @@ async def test_the_end_waits_a_moment_for_tokens() -> None:
     hub, done = _Hub(), CrewStatus(kickoff_id="k-1", state=DONE)
     hub._has_receiver = True
 
-    async def seconds(*events: dict[str, object], calls: bool = False) -> tuple[float, TokenUsage | None]:
-        waker, started = Waker(hub, "key", calls=calls), time.monotonic()
+    async def seconds(
+        *events: dict[str, object], crew: str = "", calls: bool = False
+    ) -> tuple[float, TokenUsage | None]:
+        waker, started = Waker(hub, "key", crew, calls=calls), time.monotonic()
         hub.add("key", waker)
         for event in events:
             asyncio.get_running_loop().call_later(0.2, hub._hear, event)
@@ -282,8 +284,9 @@ async def test_the_end_waits_a_moment_for_tokens() -> None:
         hub.remove("key", waker)
         return time.monotonic() - started, status.usage
 
-    took, usage = await seconds()
+    took, usage = await seconds(crew="https://silent.example")
     assert (took >= 0.5, usage) == (True, None)
+    assert (await seconds(crew="https://silent.example"))[0] < 0.2, "it is known to be silent"
     took, usage = await seconds(ending("crew", 9))
     assert (0.1 < took < 0.5, usage) == (True, TokenUsage(total_tokens=9))
     took, usage = await seconds(ending("crew", None), ending(COMPLETED, None))
@@ -306,7 +309,7 @@ async def test_the_end_waits_a_moment_for_tokens() -> None:
 )
 async def test_tokens_are_counted_once_for_each_event(events: list[dict[str, object]], total: int | None) -> None:
     hub = _Hub()
-    waker = Waker(hub, "key")
+    waker = Waker(hub, "key", "")
     hub.add("key", waker)
     for event in [*events, *events]:
         hub._hear(event)
@@ -336,7 +339,7 @@ async def test_the_same_question_asked_again_is_known_by_its_webhook(receiver: s
 
 
 async def test_a_question_of_another_attempt_is_another() -> None:
-    waker = Waker(_Hub(), "key")
+    waker = Waker(_Hub(), "key", "")
     waker.wake((1, 2))
     asked = [(1, 2), (2, 2), (1, 1), (1, 258)]
     assert [waker.has_question_after(*one) for one in asked] == [True, False, False, True]

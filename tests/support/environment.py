@@ -30,7 +30,9 @@ QUIET = {
 
 CERTIFICATES = "SSL_CERT_FILE"
 """The variable that names the file of the certificate authorities to trust."""
-_ONLINE = os.environ.get(CERTIFICATES)
+ONLINE = "TESTS_ONLINE_CERTIFICATES"
+"""The variable that keeps the name of the file that was trusted before, for processes of pytest-xdist as well."""
+os.environ.setdefault(ONLINE, os.environ.get(CERTIFICATES, ""))
 
 
 def trust_hardly_anyone(folder: Path) -> None:
@@ -49,7 +51,7 @@ def trust_hardly_anyone(folder: Path) -> None:
 def online() -> dict[str, str]:
     """Return this process's environment with the authorities of whoever runs the tests."""
     kept = {name: value for name, value in os.environ.items() if name != CERTIFICATES}
-    return kept if _ONLINE is None else {**kept, CERTIFICATES: _ONLINE}
+    return {**kept, CERTIFICATES: os.environ[ONLINE]} if os.environ[ONLINE] else kept
 
 
 def isolated(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
