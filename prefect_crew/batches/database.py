@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -351,6 +350,9 @@ def short(error: Exception) -> str:
 # ledger says of an attempt never goes backwards: a write is made only where it follows from what is there, in the
 # statement that makes it. It may land late, after others have written, and nobody can call it back.
 
+UNHURRIED = 0.05
+"""Seconds that a write which is not urgent may wait for others."""
+
 
 @dataclass(slots=True, eq=False)
 class _Write:
@@ -364,7 +366,7 @@ class _Write:
 
     @property
     def marks(self) -> tuple[Any, ...]:
-        """What no other write of the same group may have."""
+        """What no other write of the same statement may have."""
         return (self.identity, self.values["kickoff"]) if self.values["alone"] else (self.identity,)
 
 
@@ -380,16 +382,20 @@ class GroupWriter:
         self._statements = _ON_SQLITE if database.path is not None else _ON_POSTGRESQL
         self.retry_for = 120.0
         self.commits = 0
-        self._pending: deque[_Write] = deque()
+        self._pending: list[_Write] = []
+        self._is_due = False
+        self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
 
     async def close(self) -> None:
         """Write what is left, and end."""
         self._is_closed = True
-        await self._begin_writing()
+        self._write_soon()
+        if self._task is not None:
+            await self._task
 
-    async def put(self, values: dict[str, Any], *, is_claim: bool) -> bool:
+    async def put(self, values: dict[str, Any], *, is_claim: bool, urgent: bool = True) -> bool:
         """Write an attempt, and return once it is on disk whether it was: not where what is there is later than it.
 
         Args:
@@ -397,30 +403,37 @@ class GroupWriter:
                 posted; `mine`, 1 if whoever writes has claimed it; `was`, the phase that alone it may replace, None for
                 any; `alone`, 1 if it is to be made only where no other attempt holds the kickoff.
             is_claim: Whether it claims its place; else it replaces what is there.
+            urgent: Whether a commit is begun for it; else it goes with the next one, or with one of its own soon.
 
         Raises:
             LedgerError: It could not be written for `retry_for` seconds, or the writer is closed.
         """
         if self._is_closed:
             raise LedgerError("is closed.", ledger=self._database.address)
-        write = _Write(values, is_claim, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        write = _Write(values, is_claim, loop.create_future())
         self._pending.append(write)
-        self._begin_writing()
+        if urgent:
+            self._write_soon()
+        elif self._timer is None:
+            self._timer = loop.call_later(UNHURRIED, self._write_soon)
         # A caller that is cancelled here leaves the write to its commit: only the answer is not waited for any more.
         return await write.done
 
-    def _begin_writing(self) -> asyncio.Task[None]:
+    def _write_soon(self) -> None:
+        self._is_due = True
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._write_groups())
-        return self._task
 
     async def _write_groups(self) -> None:
-        while self._pending:
-            group, marks = list[_Write](), set[Any]()
-            while self._pending and marks.isdisjoint(self._pending[0].marks):
-                group.append(self._pending.popleft())
-                marks.update(group[-1].marks)
-            await self._write_group(group)
+        while self._is_due:
+            self._is_due = False
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            group, self._pending = self._pending, []
+            if group:
+                await self._write_group(group)
 
     async def _write_group(self, group: Sequence[_Write]) -> None:
         """Commit a group, and tell each write of it whether it was made.
@@ -472,12 +485,13 @@ class GroupWriter:
 
     def _commit(self, connection: sa.Connection, group: Sequence[_Write]) -> set[_Write]:
         made = set[_Write]()
-        for statement, is_claim in ((self._statements.claim, True), (self._statements.change, False)):
-            writes = {write.identity: write for write in group if write.is_claim is is_claim}
-            if writes:
-                values = to_json([[write.values[name] for name in _GIVEN] for write in writes.values()]).decode()
-                done: Any = connection.execute(statement, {"writes": values})
-                made |= {writes[key, attempt] for key, attempt in done}
+        for part in _in_order(group):
+            for statement, is_claim in ((self._statements.claim, True), (self._statements.change, False)):
+                writes = {write.identity: write for write in part if write.is_claim is is_claim}
+                if writes:
+                    values = to_json([[write.values[name] for name in _GIVEN] for write in writes.values()]).decode()
+                    done: Any = connection.execute(statement, {"writes": values})
+                    made |= {writes[key, attempt] for key, attempt in done}
         if made:
             self.follow_rows(connection, sorted({write.values["row_key"] for write in made}))
         return made
@@ -486,6 +500,17 @@ class GroupWriter:
         """Have some rows be in the state of the attempt that counts."""
         values = {"batch": self._batch, "keys": to_json(list(keys)).decode()}
         connection.execute(self._statements.follow, values).close()
+
+
+def _in_order(writes: Iterable[_Write]) -> list[list[_Write]]:
+    """Return writes in parts, in their order. A part has each attempt once, and each kickoff that is to be alone."""
+    parts: list[dict[Any, _Write]] = []
+    for write in writes:
+        at = max((number for number, part in enumerate(parts, 1) if not part.keys().isdisjoint(write.marks)), default=0)
+        if at == len(parts):
+            parts.append({})
+        parts[at] |= dict.fromkeys(write.marks, write)
+    return [list(dict.fromkeys(part.values())) for part in parts]
 
 
 def _is_transient(error: Exception) -> bool:

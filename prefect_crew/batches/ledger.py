@@ -360,7 +360,9 @@ class Ledger:
     async def _write(self, record: RunRecord, *, alone: bool = False) -> bool:
         """Write down what is known of an attempt; `alone`: only if no other one holds its kickoff."""
         try:
-            return await self.writer.put({**self._values(record), "alone": int(alone)}, is_claim=False)
+            # Nothing is sent on the strength of an end, so it need not hurry.
+            urgent = record.phase is not RecordPhase.ENDED
+            return await self.writer.put({**self._values(record), "alone": int(alone)}, is_claim=False, urgent=urgent)
         except LedgerError:
             self._log_unsaved(record, "that could not be recorded. Once the ledger is back: ")
             raise

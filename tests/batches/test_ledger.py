@@ -122,8 +122,10 @@ async def test_of_two_attempts_with_one_kickoff_the_second_is_told_whose_it_is(l
         for number, record in enumerate([before, *records]):
             record.phase, record.kickoff_id = RecordPhase.STARTED, f"run {number // 2}"
         assert await other.save_started(before) is None
+        commits = ledger.writer.commits
         # At the same moment, as where a proxy gives one answer to kickoffs that are under way together.
         said = await asyncio.gather(*(ledger.save_started(record) for record in records))
+        assert ledger.writer.commits == commits + 1
         assert said[0] == before.idempotency_key
         assert said[1:] == [None if number % 2 else records[number - 1].idempotency_key for number in range(1, 20)]
         for record, holder in zip(records, said, strict=True):
@@ -611,10 +613,17 @@ async def test_an_uncertain_kickoff_that_may_be_on_its_way_has_not_surely_never_
     assert (await stored(ledger, record)).kickoff_id == "seen"
 
 
-async def test_writes_of_one_attempt_that_come_at_once_are_made_in_their_order(ledger: Ledger):
+async def test_writes_of_one_attempt_that_share_a_commit_are_made_in_their_order(ledger: Ledger):
     record = record_of(ledger, "k")
-    later = (at(record, UNCERTAIN), at(record, STARTED), at(record, ENDED))
-    await asyncio.gather(ledger.claim(record), *(ledger.save(one) for one in later))
+    writes = [
+        ledger.claim(record),
+        ledger.save(at(record, UNCERTAIN)),
+        ledger.save(at(record, STARTED)),
+        ledger.save(at(record, ENDED)),
+    ]
+    tasks = [asyncio.ensure_future(write) for write in writes]
+    await asyncio.gather(*tasks)
+    assert ledger.writer.commits < 3
     assert (await stored(ledger, record)).phase is ENDED
 
 
