@@ -111,6 +111,7 @@ class RowPlan:
         self._options = options
         self._crew = crew
         self._expected = expected
+        self._names = [item.name for item in expected]
         self._rows = options.row_range or slice(None)
         inputs = options.inputs
         self._mapping: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs
@@ -213,8 +214,8 @@ class RowPlan:
         unknown = [] if self._crew.allow_extra_inputs else unknown_inputs(self._expected, inputs)
         if not unknown:
             return None
-        names = [item.name for item in self._expected]
-        return f"gives the unknown inputs {with_guesses(unknown, names)}; the crew takes {listed_names(names)}"
+        guessed = with_guesses(unknown, self._names)
+        return f"gives the unknown inputs {guessed}; the crew takes {listed_names(self._names)}"
 
     def _shown(self, row: Row) -> Any:
         """Return what a row holds, with secret columns masked; None where nobody can tell which they are."""

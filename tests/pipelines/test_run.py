@@ -520,30 +520,49 @@ LOGIN = script(
 REPEATS = script({"name": "say", "output": "{{ text }}"}, inputs=["text"])
 REFUSES = script({"name": "say", "fail": "refused: {{ text }}"}, inputs=["text"])
 
+Make = Callable[[str, DeployedCrew, DeployedCrew], list[CrewStep]]
+
 
 def new() -> str:
     return f"hunter-{uuid.uuid4().hex}"
 
 
 LOGS_IN = {"user": "me", "password": "{{ login }}"}
-WAYS: dict[str, Callable[[str], tuple[Any, Any, dict[str, Any], list[str]]]] = {
-    "a SecretStr of the crew's name": lambda secret: (None, None, {"user": "me", "password": SecretStr(secret)}, []),
-    "a text that a function puts into a secret input": lambda secret: (
-        *({"user": "me", "password": lambda context: context.inputs["code"]}, None),
-        *({"code": secret}, ["password"]),
+WAYS: dict[str, tuple[Make, Callable[[str], dict[str, Any]], list[str]]] = {
+    "a SecretStr of the crew's name": (
+        lambda secret, first, _: [CrewStep("a", first)],
+        lambda secret: {"user": "me", "password": SecretStr(secret)},
+        [],
     ),
-    "a secret of the step itself": lambda secret: ({"user": "me", "password": SecretStr(secret)}, None, {}, []),
-    "a text that goes to another crew as well": lambda secret: (
-        *(LOGS_IN, {"text": "as {{ login }}"}),
-        *({"login": secret}, ["password"]),
+    "a text that a function puts into a secret input": (
+        lambda secret, first, _: [
+            CrewStep("a", first, {"user": "me", "password": lambda context: context.inputs["code"]})
+        ],
+        lambda secret: {"code": secret},
+        ["password"],
     ),
-    "an output that repeats it, and a template that changes it": lambda secret: (
-        *(LOGS_IN, {"text": "{{ a.output }} {{ login | upper }}"}),
-        *({"login": SecretStr(secret)}, []),
+    "a secret of the step itself": (
+        lambda secret, first, _: [CrewStep("a", first, {"user": "me", "password": SecretStr(secret)})],
+        lambda secret: {},
+        [],
+    ),
+    "a text that goes to another crew as well": (
+        lambda secret, first, second: [
+            CrewStep("a", first, LOGS_IN),
+            CrewStep("b", second, {"text": "as {{ login }}"}, after=["a"]),
+        ],
+        lambda secret: {"login": secret},
+        ["password"],
+    ),
+    "an output that repeats it, and a template that changes it": (
+        lambda secret, first, second: [
+            CrewStep("a", first, LOGS_IN),
+            CrewStep("b", second, {"text": "{{ a.output }} {{ login | upper }}"}),
+        ],
+        lambda secret: {"login": SecretStr(secret)},
+        [],
     ),
 }
-"""Of a secret: the inputs of a first step and of a second one, if there is one, those of the pipeline, and which of the
-first crew's are secret."""
 
 
 async def test_a_secret_reaches_the_crew_and_nothing_else(
@@ -552,13 +571,11 @@ async def test_a_secret_reaches_the_crew_and_nothing_else(
     secrets = {way: new() for way in WAYS}
     first, second = crew_server(LOGIN), crew_server(REPEATS)
     with caplog.at_level(logging.DEBUG):
-        for way, make in WAYS.items():
-            mine, other, inputs, secret_inputs = make(secrets[way])
-            steps = [CrewStep("a", first.crew(secret_inputs=secret_inputs), mine)]
-            steps += [CrewStep("b", second.crew(), other, after=["a"])] if other else []
-            result = await asyncio.to_thread(run_pipeline, steps, inputs, name=f"secret {way}")
+        for way, (make, inputs, secret_inputs) in WAYS.items():
+            steps = make(secrets[way], first.crew(secret_inputs=secret_inputs), second.crew())
+            result = await asyncio.to_thread(run_pipeline, steps, inputs(secrets[way]), name=f"secret {way}")
             assert result["a"].output == f"logged in as me with {secrets[way]}"
-            if other:
+            if len(steps) > 1:
                 assert secrets[way] in second.runs[-1].inputs["text"]
     kept = await asyncio.to_thread(stored_texts, prefect_api)
     assert "secret a SecretStr of the crew's name" in kept
