@@ -255,6 +255,10 @@ class Ledger:
         sent = attempts.c.phase != str(RecordPhase.NOT_STARTED)
         return int((await self._rows(sa.select(sa.func.count()).where(attempts.c.batch == self.batch, sent)))[0][0])
 
+    async def is_empty(self) -> bool:
+        """Return whether the batch has come to no row yet."""
+        return not await self._rows(sa.select(rows.c.row_key).where(rows.c.batch == self.batch).limit(1))
+
     async def run_times(self) -> RunTimes:
         """Return how long runs took that have ended, from their recorded kickoffs to the ends that were seen."""
         ended = (attempts.c.batch == self.batch, attempts.c.seconds.is_not(None))

@@ -199,7 +199,7 @@ class Runner:
 
     async def _rows_to_run(self, jobs: Iterator[RowJob]) -> AsyncGenerator[tuple[RowJob, Sequence[RunRecord]]]:
         """Yield the rows that are not done, with their attempts. Once the batch has stopped: those in flight."""
-        is_new = not await self.ledger.counts()
+        is_new = await self.ledger.is_empty()
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
             states = await self.ledger.enter_rows(page, self.session.crew, anew=self._judge_again)
             for _ in (state for state in states.values() if state is RowState.CONFLICT):
@@ -590,13 +590,22 @@ async def hold_concurrency_slots(session: CrewSession, options: BatchOptions, st
 
 
 async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:
-    """Look at the batch about once a second, until its rows have ended or the flow run `own` is cancelled."""
-    while not rows.done() and not await is_cancelled(own, every=LOOK_EVERY):
-        await asyncio.wait({rows}, timeout=TICK)
-        if not rows.done():
+    """Look at the batch about once a second, until its rows have ended or the flow run `own` is cancelled.
+
+    A look that takes long is cut off by the end of the rows. Raises what the rows, or else a look, raise.
+    """
+
+    async def look() -> None:
+        while not await is_cancelled(own, every=LOOK_EVERY):
+            await asyncio.sleep(TICK)
             await tick()
-    if rows.done():
-        rows.result()
+
+    looking = asyncio.ensure_future(look())
+    try:
+        await asyncio.wait((rows, looking), return_when=asyncio.FIRST_COMPLETED)
+        (rows if rows.done() else looking).result()
+    finally:
+        await cancel_and_wait(looking)
 
 
 async def _is_cancellation_asked(own: str | None) -> bool:

@@ -14,7 +14,7 @@ from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
 
-from prefect_crew import ConfigurationError, run_deployed_pipeline
+from prefect_crew import ConfigurationError, PipelineFailedError, run_deployed_pipeline
 from prefect_crew.devserver import CrewServer
 from prefect_crew.pipelines.definition import PipelineDefinition, PipelineInput, read_pipeline
 from prefect_crew.testing import CrewServerFactory
@@ -177,6 +177,20 @@ async def test_a_pipeline_runs_from_plain_values(save: SaveCrew, seen: Seen):
     assert server.kickoffs == 2
     run = seen.flow_run(run_id)
     assert (run["name"], run["state_type"]) == (f"{pipeline['name']} · tea", "COMPLETED")
+
+
+async def test_steps_take_what_a_crew_step_takes(save: SaveCrew):
+    crew, _ = save()
+    slow, server = save(script({"seconds": 60, "output": "late"}, inputs=["text"]))
+    steps = [
+        {"name": "first", "crew": crew, "inputs": {"text": "x"}},
+        {"name": "second", "crew": slow, "inputs": {"text": "y"}, "after": ["first"], "wait": {"timeout": 0.3}},
+    ]
+    with pytest.raises(PipelineFailedError) as caught:
+        await run_deployed_pipeline({"name": "p", "steps": steps})
+    assert list(caught.value.results) == ["first"]
+    assert "0.3" in str(caught.value.errors["second"])
+    assert server.kickoffs == 1
 
 
 async def test_all_mistakes_are_reported_and_nothing_is_started(save: SaveCrew):

@@ -339,12 +339,13 @@ async def test_the_same_key_starts_with_what_failed_and_pays_for_nothing_again(
     assert [page.count("started earlier") for page in pages] == [0, 2, 4]
 
 
-def test_a_retry_of_the_flow_run_starts_with_what_failed(crew_server: CrewServerFactory, echo: CrewServer):
-    fails_first = crew_server(FailsFirst())
+@pytest.mark.parametrize("given", [False, True], ids=["key-left-out", "key-given"])
+def test_a_retry_of_the_flow_run_starts_with_what_failed(crew_server: CrewServerFactory, echo: CrewServer, given: bool):
+    fails_first, idempotency_key = crew_server(FailsFirst()), key() if given else None
 
     @flow(retries=1)
     async def trip() -> str:
-        return (await arun_pipeline(chain(echo, fails_first)))["c"].output
+        return (await arun_pipeline(chain(echo, fails_first), idempotency_key=idempotency_key))["c"].output
 
     assert asyncio.run(trip()) == "abc"
     assert (echo.kickoffs, fails_first.kickoffs) == (3, 2)
