@@ -204,6 +204,13 @@ async def test_secret_inputs_are_masked_also_where_another_one_repeats_them(ledg
     assert json.loads(line[1]) == {"topic": "pay with ********", "pin": "********"}
 
 
+async def test_a_batch_whose_changed_rows_were_not_entered_to_the_end_is_not_new(ledger: Ledger):
+    assert await ledger.is_empty()
+    await ledger.enter_rows([RowJob(0, 1, "k", {"topic": "tea"}, "d")], CREW)
+    await ledger.enter_changed(iter(()), CREW)
+    assert (await ledger.counts(), await ledger.is_empty()) == ({}, False)
+
+
 async def test_a_claim_whose_process_has_died_is_uncertain(ledger: Ledger, other: Ledger):
     await enter(ledger, "theirs", "ours")
     assert await other.claim(record_of(other, "theirs", good_for=30.0))

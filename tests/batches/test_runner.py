@@ -15,6 +15,7 @@ from prefect_crew import WaitPolicy, resume_crew
 from prefect_crew.batches import throttle
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.report import BatchArtifact, BatchProgress, BatchReport
 from prefect_crew.batches.runner import FirstPoll
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.crew import CrewSession
@@ -64,6 +65,23 @@ async def test_a_share_of_failures_stops_a_batch_and_the_same_call_goes_on(
     assert (again.completed, again.failed, again.skipped) == (60 - len(bad), len(bad), 0)
     assert server.kickoffs == 60
     assert len(batch.lines()) == 60
+
+
+async def test_a_look_that_takes_long_does_not_hold_up_the_end(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    looks = list[bool]()
+
+    async def update(self: BatchArtifact, progress: BatchProgress, report: BatchReport | None = None) -> None:
+        if report is None:
+            looks.append(True)
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(BatchArtifact, "update", update)
+    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.05)
+    async with asyncio.timeout(30):
+        report = await batch(crew_server(slow(1.0)).crew(), topics(1), name="looked-at", inputs={"text": "topic"})
+    assert (report.completed, len(looks)) == (1, 1)
 
 
 async def test_a_limit_on_kickoffs_holds_for_all_calls_together(batch: Batches, crew_server: CrewServerFactory):
