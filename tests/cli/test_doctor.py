@@ -60,7 +60,7 @@ class _Files(SimpleHTTPRequestHandler):
         """Not on stderr."""
 
 
-async def test_what_is_found_of_prefect_and_of_a_pool(prefect_api: PrefectServer, tmp_path: Path):
+async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServer, tmp_path: Path):
     async def look(pool: str) -> tuple[str, str, str]:
         found = Findings(quiet=True)
         await check_prefect(found)
@@ -75,11 +75,21 @@ async def test_what_is_found_of_prefect_and_of_a_pool(prefect_api: PrefectServer
         deployment = pool.deploy("a")
         for name in ("here", "there"):
             pool.call("POST", f"/work_pools/{pool.name}/workers/heartbeat", {"name": name})
-        for states in (("PENDING", "RUNNING"), ("PENDING",), ("PENDING", "RUNNING", "COMPLETED"), ()):
+        for owner, *states in (
+            ("here", "PENDING", "RUNNING"),
+            ("gone", "PENDING", "RUNNING"),
+            ("gone", "PENDING"),
+            ("gone", "PENDING", "RUNNING", "COMPLETED"),
+            (None, "PENDING"),  # a worker may be about to take it
+        ):
             run_id = pool.start(deployment)
             for state in states:
                 pool.set_state(run_id, state)
-        assert await look(pool.name) == ("ok", "workers online: here, there; flow runs begun: 2", "")
+            if owner is not None:
+                pool.call("PATCH", f"/flow_runs/{run_id}", {"infrastructure_pid": f"{owner}/1"})
+        level, found, fix = await look(pool.name)
+    assert (level, "within two heartbeats" in fix) == ("warning", True)
+    assert found == ("workers online: here, there; flow runs begun: 4, 2 of them left by workers that are gone (gone)")
     assert not [record async for record in PrefectRecords().all() if record.crew == "doctor"]
 
 
