@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -286,7 +286,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
 
 
 @app.command
-async def resolve(
+def resolve(
     key: Annotated[str, Parameter(name="KEY", help="The idempotency key; of a row of a batch: batch/NAME/ROW.")],
     /,
     *,
@@ -296,7 +296,7 @@ async def resolve(
     ledger: Ledger = None,
     yes: Yes = False,
     crew: CrewOfRun = CrewOfRun(),
-) -> None:
+) -> Coroutine[Any, Any, None]:
     """Say what became of an uncertain kickoff, or of a lost run. Look at the crew's page before.
 
     Args:
@@ -308,28 +308,32 @@ async def resolve(
         _output.confirm(
             f"The next call with the key {key!r} will start a new run, even if this one goes on. Go on?", yes=yes
         )
-    async with _open_store(key, ledger) as (records, batch):
-        again = f"prefect-crew batch resume {shlex.quote(batch)}" if batch else "A call with this key"
-        if lost and batch:
-            raise ConfigurationError(
-                f"--lost is not for rows of a batch: prefect-crew batch retry {shlex.quote(batch)}."
-            )
-        record = await (in_flight if lost else unresolved)(key, records)
-        if never_started:
-            await resolve_never_started(record, records)
-            said = f"{key} never started. {again} starts it."
-        elif kickoff_id is None:
-            async with _status_call(record, crew) as look:
-                await resolve_lost(record, records, look=look)
-            said = f"run {record.kickoff_id} of {key} is lost. {again} starts another."
-        else:
-            if batch:  # a ledger does not know the runs outside of its batches
-                await check_unused(kickoff_id, record, PrefectRecords())
-            async with _status_call(record, crew) as look:
-                state = await resolve_started(record, kickoff_id, records, look=look)
-            now = f", {state} now" if state else ""
-            said = f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."
-    _output.put(f"Resolved: {said}")
+
+    async def write() -> None:
+        async with _open_store(key, ledger) as (records, batch):
+            again = f"prefect-crew batch resume {shlex.quote(batch)}" if batch else "A call with this key"
+            if lost and batch:
+                raise ConfigurationError(
+                    f"--lost is not for rows of a batch: prefect-crew batch retry {shlex.quote(batch)}."
+                )
+            record = await (in_flight if lost else unresolved)(key, records)
+            if never_started:
+                await resolve_never_started(record, records)
+                said = f"{key} never started. {again} starts it."
+            elif kickoff_id is None:
+                async with _status_call(record, crew) as look:
+                    await resolve_lost(record, records, look=look)
+                said = f"run {record.kickoff_id} of {key} is lost. {again} starts another."
+            else:
+                if batch:  # a ledger does not know the runs outside of its batches
+                    await check_unused(kickoff_id, record, PrefectRecords())
+                async with _status_call(record, crew) as look:
+                    state = await resolve_started(record, kickoff_id, records, look=look)
+                now = f", {state} now" if state else ""
+                said = f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."
+        _output.put(f"Resolved: {said}")
+
+    return write()
 
 
 @asynccontextmanager
