@@ -104,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")
         try:
             return run(arguments)
-        except BaseException as error:
+        except BaseException as raised:
+            # pydantic wraps whatever its functions raise, Ctrl-C too.
+            error = raised.__cause__ if raised.__cause__ and _errors.is_signal(raised.__cause__) else raised
             if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # Rich exits so
                 # The reader has gone, as `head` does. Python would complain once more when it flushes.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,7 +15,7 @@ import cyclopts
 import httpx
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, SecretStr, model_serializer
 
 from prefect_crew import exceptions
 from prefect_crew.cli import app as module
@@ -166,6 +166,19 @@ def test_json_tells_errors_as_one_document(here):
 class _Model(BaseModel):
     number: int
     token: SecretStr = SecretStr("")
+
+
+def test_ctrl_c_within_a_serializer_of_pydantic_is_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class Settings(BaseModel):
+        @model_serializer
+        def write(self) -> dict[str, str]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run", lambda _: Settings().model_dump())
+    assert main(["runs", "ls"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
 
 
 @pytest.mark.usefixtures("instant_polling")
