@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
+from pydantic_core import PydanticSerializationError
 
 from prefect_crew.cli import _errors, _output, doctor, serve
 from prefect_crew.cli import run as run_commands
@@ -105,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return run(arguments)
         except BaseException as raised:
-            # pydantic wraps whatever its functions raise, Ctrl-C too.
-            error = raised.__cause__ if raised.__cause__ and _errors.is_signal(raised.__cause__) else raised
+            error = _signal_within(raised) or raised
             if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # Rich exits so
                 # The reader has gone, as `head` does. Python would complain once more when it flushes.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -118,6 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             with _signals(_IGNORED):  # what is closed now takes a few seconds at most
                 invocation.at_end.close()
+
+
+def _signal_within(error: BaseException) -> BaseException | None:
+    """Return the signal of which pydantic has made an error of its own, since it came within one of its functions.
+
+    Only the text of such an error still tells what it was.
+    """
+    if not isinstance(error, PydanticSerializationError):
+        return None
+    kind = next((kind for kind in (KeyboardInterrupt, TerminatedError) if kind.__name__ in str(error)), None)
+    return None if kind is None else kind().with_traceback(error.__traceback__)
 
 
 def run(arguments: list[str]) -> int:

@@ -15,7 +15,7 @@ import cyclopts
 import httpx
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
-from pydantic import BaseModel, SecretStr, model_serializer
+from pydantic import BaseModel, SecretStr, SerializerFunctionWrapHandler, model_serializer
 
 from prefect_crew import exceptions
 from prefect_crew.cli import app as module
@@ -168,17 +168,32 @@ class _Model(BaseModel):
     token: SecretStr = SecretStr("")
 
 
-def test_ctrl_c_within_a_serializer_of_pydantic_is_ctrl_c(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("signal", "code", "said"),
+    [(KeyboardInterrupt, 130, "Interrupted.\n"), (module.TerminatedError, TERMINATED, "Ended by a signal.\n")],
+)
+def test_a_signal_within_a_serializer_of_pydantic_is_that_signal(
+    signal: type[BaseException],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    class Settings(BaseModel):
+    class Part(BaseModel):
         @model_serializer
         def write(self) -> dict[str, str]:
-            raise KeyboardInterrupt
+            raise signal
+
+    class Settings(BaseModel):  # as Prefect's are: nested, so that the error of the inner one has no cause
+        part: Part = Part()
+
+        @model_serializer(mode="wrap")
+        def write(self, handler: SerializerFunctionWrapHandler) -> dict[str, str]:
+            return handler(self)
 
     monkeypatch.setattr(module, "run", lambda _: Settings().model_dump())
-    assert main(["runs", "ls"]) == 130
-    assert capsys.readouterr().err == "Interrupted.\n"
+    assert main(["runs", "ls"]) == code
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.usefixtures("instant_polling")

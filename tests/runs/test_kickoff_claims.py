@@ -18,6 +18,7 @@ from prefect.exceptions import TerminationSignal
 
 from prefect_crew import CrewFailedError, CrewResult, DeployedCrew
 from prefect_crew.client._client import CrewClient
+from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer
@@ -376,13 +377,18 @@ async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(
     assert await phases(idempotency_key) == [RecordPhase.CLAIMED]
 
 
-async def test_without_a_new_permit_nothing_is_sent_again(crew_server: CrewServerFactory, proxy: Proxy):
+async def test_without_a_new_permit_nothing_is_sent_again(
+    crew_server: CrewServerFactory, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+):
     server, idempotency_key = crew_server("echo", faults=["kickoff:429=0.2@1"]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
-    await until(lambda: server.requests["kickoff"], "the kickoff is sent")
-    proxy.refuse = "POST /api/variables/"
+
+    def refuse_permits(problem: Exception) -> float | None:
+        proxy.refuse = "POST /api/variables/"
+        return kickoff_delay(problem)
+
+    monkeypatch.setattr(kickoff_module, "kickoff_delay", refuse_permits)  # after the answer, before the next permit
     with pytest.raises(httpx.HTTPError):
-        await calling
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     proxy.refuse = None
     assert server.requests["kickoff"] == 1
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
