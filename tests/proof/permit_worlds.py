@@ -142,6 +142,15 @@ WORLDS = {
     "a root has ended a moment before its subflow's record could go, and is retried": Scenario(
         calls=SUBFLOWS, roots=(Root(((0.0, 60.0), (95.0, 110.0))),), prunes=(Prune(at=64.0, older_than=20.0),)
     ),
+    "an owner that is said to have crashed falls asleep as it posts, and reports a kickoff of a pruned key": Scenario(
+        calls=(Call(freeze_at=26, freeze_for=400.0, crashed_at=1.0),),
+        faults=("kickoff:redirect-before-accept@1",),
+        prefect_faults=((3, "lost"),),
+        rotate_at=0.1,
+        resolve_after=100.0,
+        resolve_every=2.0,
+        prunes=(Prune(at=170.0),),
+    ),
     "a root has ended long ago, and is being retried while records are pruned": Scenario(
         calls=SUBFLOWS, roots=(Root(((0.0, 1.0), (60.0, 110.0))),), prunes=(Prune(at=64.0, older_than=20.0),)
     ),

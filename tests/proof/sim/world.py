@@ -340,7 +340,10 @@ class World:
 
     def _send_person(self, idempotency_key: str, said: KickoffUncertainError) -> None:
         """Have a person resolve a run, some time after it was reported, and well after whoever posted must know."""
-        record = self.prefect.records(idempotency_key)[-1]
+        records = self.prefect.records(idempotency_key)
+        if not records:  # they were pruned while whoever reports it was frozen: nothing is left to resolve
+            return
+        record = records[-1]
         claimed_at = datetime.fromisoformat(record["claimed_at"]).timestamp()
         known_by = claimed_at + record["good_for"] + record["post_deadline"] + 10
         wait = max(known_by - self.loop.wall(), 0.0) + 15 + (self.scenario.resolve_after or 0.0)
