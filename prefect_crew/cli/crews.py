@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -45,7 +46,7 @@ class BlockFields:
 
 
 @app.command
-async def save(
+def save(
     name: Name,
     /,
     *,
@@ -55,7 +56,7 @@ async def save(
     timeout: Timeout = None,
     human_timeout: float | None = None,
     overwrite: bool = False,
-) -> None:
+) -> Coroutine[Any, Any, None]:
     """Store a crew as a Prefect block, so that flows and commands need only its name.
 
     A token that is not given is asked for.
@@ -66,7 +67,12 @@ async def save(
         overwrite: Replace the crew of this name.
     """
     wait = _without_none({"timeout": timeout, "human_timeout": human_timeout})
+    # What is wrong with it is said before Prefect is reached.
     block = access.block(url, **_without_none({**vars(fields), "wait": wait or None}))
+    return _save(name, block, overwrite=overwrite)
+
+
+async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
     if block.concurrency_limit is not None:
         async with get_client() as prefect:
             try:

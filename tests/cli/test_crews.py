@@ -66,14 +66,25 @@ def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer,
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("Not-A-Name --url http://127.0.0.1:1", "not stored"),
-        ("fine --url http://x.example.com", "plain text"),
-        ("fine --url http://127.0.0.1:1 --max-kickoffs 0", "max_kickoffs"),
-        ("fine --url http://127.0.0.1:1 --timeout -1", "timeout"),
-        ("fine --url http://127.0.0.1:1 --concurrency-limit no-limit", "prefect gcl create no-limit --limit N"),
+        ("--url http://x.example.com", "plain text"),
+        ("--url http://127.0.0.1:1 --max-kickoffs 0", "max_kickoffs"),
+        ("--url http://127.0.0.1:1 --timeout -1", "timeout"),
+    ],
+)
+def test_wrong_fields_are_refused_before_prefect_is_reached(here, line: str, said: str):
+    done = here("crews", "save", "fine", *line.split())
+    assert (done.code, TOKEN in done.err) == (2, False)
+    assert said in done.err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("Not-A-Name", "not stored"),
+        ("fine --concurrency-limit no-limit", "prefect gcl create no-limit --limit N"),
     ],
 )
 def test_what_cannot_be_stored(here, prefect_api: PrefectServer, line: str, said: str):
-    done = here("crews", "save", *line.split())
+    done = here("crews", "save", *line.split(), "--url", "http://127.0.0.1:1")
     assert (done.code, TOKEN in done.err) == (2, False)
     assert said in done.err
