@@ -170,7 +170,7 @@ $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	@touch $@
 
 # The pins. The first file serves every supported Python; the second Python 3.11 only: the floors of pyproject.toml, the
-# rest as of the days after Prefect 3.8.0, but for anyio, whose floor is younger, and today's test tools.
+# rest as of the days after Prefect 3.8.6, but for anyio and cyclopts, whose floors are younger, and today's test tools.
 
 COMPILE = $(UV) pip compile --quiet --upgrade --no-annotate --custom-compile-command "make constraints"
 FLOORS := $(VENV)/floors.txt
@@ -178,7 +178,8 @@ FLOORS := $(VENV)/floors.txt
 constraints: | $(UV)
 	$(COMPILE) --universal --python-version 3.11 --extra all --group dev --group docs --group release pyproject.toml --output-file constraints.txt
 	$(COMPILE) --python-version 3.11 --extra data pyproject.toml --output-file $(FLOORS) \
-	    --resolution lowest-direct --exclude-newer 2026-07-27 --exclude-newer-package anyio=2026-11-01
+	    --resolution lowest-direct --exclude-newer 2026-09-17 --exclude-newer-package anyio=2026-11-20 \
+	    --exclude-newer-package cyclopts=2026-11-20
 	$(COMPILE) --python-version 3.11 --extra data --group test pyproject.toml --output-file constraints-oldest.txt \
 	    --constraints $(FLOORS)
 
