@@ -1,7 +1,7 @@
 # A bare machine needs python3 (3.11 to 3.14, with venv), git, make and the package registries; the rest is built here.
 #
 #   make demo        a crew through Prefect, on this machine, without an account
-#   make test        the tests, but for the slow ones and those of whole programs
+#   make test        the tests, but for the slow ones, those of whole programs, and the proofs
 #
 # Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest,
 # WORKERS=0 to run the tests one after the other.
@@ -23,12 +23,15 @@ AT_ONCE = -n $(WORKERS) --dist worksteal
 PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python3.14)
 SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 
-.PHONY: help demo test programs prove sample wheel-smoke mutate bench coverage oldest lint format docs audit dist constraints clean
+# Where it is set, as in many images, each of the hundreds of processes here would compile all of Prefect once more.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest lint format docs audit dist constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests of whole programs), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, lint, format, docs (the site), audit, dist, constraints, clean."
+	@echo "Also: programs (tests of whole programs), proofs (of what is promised), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, lint, format, docs (the site), audit, dist, constraints, clean."
 
 # Running
 
@@ -36,14 +39,18 @@ demo: $(VENV)/.core
 	@exec $(BIN)/prefect-crew demo $(ARGS)
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow and not programs" $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow and not programs and not proofs" $(ARGS)
 
-# Those that start whole programs: the pages of the documentation, deployments, workers, the demo, CrewAI.
+# Those that start whole programs: the pages of the documentation, deployments, workers, scripts that are killed, CrewAI.
 programs: $(VENV)/.tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "programs and not slow" $(ARGS)
 
+# That a run is started at most once, is not lost, and shows no secret: for every change of starting, waiting or records.
+proofs: $(VENV)/.tests
+	$(BIN)/python -m pytest $(AT_ONCE) -m "proofs and not slow" $(ARGS)
+
 # All of them: the quick ones side by side, then the slow ones, which measure, kill and load, one after the other.
-prove: test programs
+prove: test programs proofs
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # Some of the slow tests: SAMPLE of those that come in large numbers, chosen by SEED, none begun after TIME seconds.

@@ -115,15 +115,17 @@ PROGRAMS = (
     "batches/test_cancel.py",
 )
 """Tests that mostly start programs: pages of the documentation, deployments, workers, the command line, CrewAI. There
-are few, and they take as much CPU time as all others."""
+are few, and they take more CPU time than all others."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if item.path.relative_to(TESTS).as_posix().startswith(PROGRAMS):
+    path, fixtures = item.path.relative_to(TESTS).as_posix(), getattr(item, "fixturenames", ())
+    if path.startswith("proof/"):
+        item.add_marker("proofs")
+    elif path.startswith(PROGRAMS) or "alone" in fixtures:
         item.add_marker("programs")
     if item.get_closest_marker("crewai"):
         item.add_marker(pytest.mark.xdist_group("crewai"))  # whose import takes ten seconds in each process
-    fixtures = getattr(item, "fixturenames", ())
     if "postgres" in fixtures:
         item.add_marker("postgres")
     if "chromium" in fixtures:

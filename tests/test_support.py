@@ -41,6 +41,7 @@ def test_it(tmp_path):
 """
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("signal_number", "exit_code"),
     [(signal.SIGTERM, pytest.ExitCode.INTERRUPTED), (0, pytest.ExitCode.TESTS_FAILED)],

@@ -36,6 +36,7 @@ def test_several_servers_in_one_test_with_options_and_ports(
     assert crew_server("echo", port=server.port).port == server.port
 
 
+@pytest.mark.programs
 def test_servers_end_with_their_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """

@@ -465,6 +465,7 @@ async def test_a_run_counts_as_waiting_while_it_waits_for_a_person(
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "traces.md"
 
 
+@pytest.mark.programs
 def test_the_program_of_the_guide_exports_spans_and_metrics(crew_server: CrewServerFactory, prefect_api: PrefectServer):
     server = crew_server("echo", speed=100)
     with Collector() as collector:

@@ -63,7 +63,7 @@ def here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Command:
-    """`alone("inputs", url)`: the command in a process of its own, without any Prefect server."""
+    """`alone("inputs", url)`: the command in a process of its own, without any Prefect server. Marks `programs`."""
 
     def run(*arguments: str, **options: Any) -> Finished:
         return outside(tmp_path / "home", *arguments, **options)

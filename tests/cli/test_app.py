@@ -70,6 +70,7 @@ def test_help_and_version_do_without_prefect():
     assert done.stdout.splitlines()[-2:] == [version("prefect-crew"), "(0, 0) False"]
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("line", [["--help"], ["serve", "--help"], ["inputs", "URL"]])
 def test_a_reader_that_has_gone(tmp_path: Path, crews: CrewServer, line: list[str]):
     """As behind `prefect-crew … | head -1`: the convention is 128 + SIGPIPE, and nothing on standard error."""

@@ -23,6 +23,7 @@ def pool(prefect_api: PrefectServer, here) -> Iterator[str]:
     command("prefect", "--no-prompt", "deployment", "delete", "recover/crashed", env=prefect_api.env())
 
 
+@pytest.mark.programs
 def test_they_are_set_up_listed_and_removed(here, pool: str):
     assert here("automations", "ls").out.startswith("There are no automations of this package")
     first = here("automations", "apply", "--pool", pool)

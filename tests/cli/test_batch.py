@@ -156,6 +156,7 @@ def running(
         yield server, process
 
 
+@pytest.mark.programs
 def test_ctrl_c_says_how_to_go_on(running: tuple[CrewServer, Process], name: str):
     _, process = running
     process.send(signal.SIGINT)
@@ -164,6 +165,7 @@ def test_ctrl_c_says_how_to_go_on(running: tuple[CrewServer, Process], name: str
     assert "Traceback" not in process.output
 
 
+@pytest.mark.programs
 def test_a_batch_is_cancelled_in_the_process_that_runs_it(here, running: tuple[CrewServer, Process], name: str):
     _, process = running
     assert "A process runs it now" in here("batch", "inspect", name).out
@@ -173,6 +175,7 @@ def test_a_batch_is_cancelled_in_the_process_that_runs_it(here, running: tuple[C
     assert here("batch", "inspect", name, "-o", "json").json["states"] == {"pending": 25, "stopped": 5}
 
 
+@pytest.mark.programs
 def test_of_a_batch_that_was_killed_the_runs_are_stopped(here, running: tuple[CrewServer, Process], name: str):
     server, process = running
     process.kill()

@@ -130,6 +130,7 @@ def test_a_prefect_api_that_is_away_is_a_paragraph(alone, crews: CrewServer, url
     assert ".." not in done.err
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize(
     ("number", "code", "state"), [(signal.SIGINT, 130, "stopped"), (signal.SIGTERM, 143, "running")]
 )

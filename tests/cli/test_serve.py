@@ -10,12 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
+import pytest
 
 from support.commands import environment
 from support.environment import program
 from support.processes import Process
 
 
+@pytest.mark.programs
 def test_a_crew_is_served_until_ctrl_c(tmp_path: Path):
     (tmp_path / "crew.yaml").write_text("name: mine\ninputs: [who]\ntasks: [{name: greet, output: 'Hello {{ who }}'}]")
     options = ("--port", "0", "--token", "given-token", "--response-format", "union", "--fault", "inputs:500@2")
@@ -34,6 +36,7 @@ def test_a_crew_is_served_until_ctrl_c(tmp_path: Path):
         assert process.family() == []
 
 
+@pytest.mark.programs
 def test_the_token_of_the_environment_is_taken_and_a_random_one_shown(tmp_path: Path):
     for env, shown in (({}, False), ({"CREW_TOKEN": ""}, True)):
         command = [program("prefect-crew"), "serve", "echo", "--port", "0"]

@@ -1,6 +1,6 @@
 """Mistakes, one at a time, in the modules that decide and post: each has to be seen. `make mutate` makes some.
 
-The simulation of `make test` looks first, then the own tests of the module. Nothing is changed here, only in a
+The simulation of `make proofs` looks first, then the own tests of the module. Nothing is changed here, only in a
 copy of the tree. A mistake with which a run can be started twice must never be seen by nobody.
 """
 

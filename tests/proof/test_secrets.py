@@ -342,7 +342,7 @@ LEFT: dict[str, Given] = {}
 
 
 def _slow(name: str) -> bool:
-    """Whether it is one more of a kind: `make test` has one or two of each."""
+    """Whether it is one more of a kind: `make proofs` has one or two of each."""
     return " answered with " in name and not name.endswith((" 401", " 500", " html", " drop", " None"))
 
 

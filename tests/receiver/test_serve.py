@@ -83,6 +83,7 @@ async def test_what_is_no_http_harms_nothing_and_half_a_body_is_not_waited_for(
     assert await exchange(port, raw(urls)) == 200
 
 
+@pytest.mark.programs
 async def test_the_command_takes_webhooks_and_ends_on_a_signal(receiver_process: tuple[Process, int], urls: Urls):
     process, url = receiver_process[0], f"http://127.0.0.1:{receiver_process[1]}"
     assert url in process.output

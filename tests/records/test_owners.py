@@ -72,6 +72,7 @@ async def until(condition: Any) -> None:
     raise AssertionError("that never came")
 
 
+@pytest.mark.programs
 async def test_a_run_that_outlived_its_script_is_waited_for_and_the_dead_flow_run_crashes(
     crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
 ):

@@ -359,6 +359,7 @@ def script(prefect_server: PrefectServer, tmp_path: Path) -> Any:
         process.stop()
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("moment", ["waiting", "posting"])
 def test_ctrl_c_on_a_script_stops_the_crew(crew_server: CrewServerFactory, script: Any, seen: Seen, moment: str):
     faults = ["kickoff:latency=2", "kickoff:stuck"] if moment == "posting" else ["kickoff:stuck"]
@@ -372,6 +373,7 @@ def test_ctrl_c_on_a_script_stops_the_crew(crew_server: CrewServerFactory, scrip
     assert seen.record(idempotency_key)["state"] == "stopped"
 
 
+@pytest.mark.programs
 def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
     crew_server: CrewServerFactory, script: Any, seen: Seen
 ):
