@@ -217,6 +217,8 @@ def session_of(crew: Crew | CrewSession) -> CrewSession:
 
 RETRY_AFTER_CAP = 300.0
 """Seconds. A server that asks for more than this is asked again after this long."""
+LONGEST = 10_000_000_000
+"""Seconds that a limit may be at most, 300 years: a date is made of it, and none is later than the year 9999."""
 
 
 class WaitPolicy(BaseModel):
@@ -227,7 +229,7 @@ class WaitPolicy(BaseModel):
     to five minutes is seen within 1 s and a tenth of its time.
     """
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     initial: float = Field(
         default=1.0, gt=0, title="First poll after", description="Seconds from the kickoff to the first poll."
@@ -242,6 +244,7 @@ class WaitPolicy(BaseModel):
     timeout: float | None = Field(
         default=3600.0,
         gt=0,
+        le=LONGEST,
         description="Seconds for pending and running together, counted from the recorded kickoff. Empty: no limit.",
     )
     pending_timeout: float | None = Field(
@@ -252,6 +255,7 @@ class WaitPolicy(BaseModel):
     human_timeout: float | None = Field(
         default=86400.0,
         gt=0,
+        le=LONGEST,
         description="Seconds for people's answers, counted apart from the timeout. Empty: no limit.",
     )
     error_timeout: float = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from typing import Any
 
@@ -58,6 +59,8 @@ def test_the_url_is_cleaned():
         *({"url": url} for url in (None, "", "travel.test", "http://travel.test", "https://me:hunter2@travel.test")),
         *({"max_kickoffs": 0}, {"request_timeout": 0}, {"price": -1}, {"show": "everything"}, {"token": None}),
         *({"wait": {"initial": 0}}, {"max_kickoff": 1}, {"wait": {"timeot": 60}}),
+        # No date is so far away: they would fail once a kickoff has its permit, or when a form is put up.
+        *({"wait": {"timeout": 1e12}}, {"wait": {"human_timeout": 1e12}}, {"wait": {"timeout": math.inf}}),
     ],
     ids=str,
 )
