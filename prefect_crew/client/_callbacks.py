@@ -138,6 +138,12 @@ def _read_url(url: str) -> httpx.URL | None:
     return found if found.host and found.scheme in ("http", "https") else None
 
 
+def approves(request: FeedbackRequest, option: str) -> bool:
+    """Return whether an outcome approves: it is called so, or, where none is, is the first not called the contrary."""
+    called_so = [one for one in request.options if one.casefold() in _YES]
+    return option in (called_so or [one for one in request.options if one.casefold() not in _NO][:1])
+
+
 def feedback_text(request: FeedbackRequest, *, approve: bool, feedback: str, option: str | None) -> str:
     """Return what is sent to a Flow: the outcome first, where it names some, then the words.
 

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, create_model
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.escape import prose, reading
+from prefect_crew.client._callbacks import approves
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import utcnow
@@ -66,14 +67,11 @@ class ReviewForm(RunInput):
         return create_model(cls.__name__, __base__=cls, **fields).with_initial_data(description=text)
 
     def review(self, question: Question) -> Review:
-        """Return what was filled in about a question as an answer. A Flow's first option approves."""
-        options = () if question.request is None else question.request.options
-        decision = str(self.decision)
-        return Review(
-            approve=decision in ("approve", *options[:1]),
-            feedback=self.feedback,
-            option=decision if decision in options else None,
-        )
+        """Return what was filled in about a question as an answer."""
+        request, decision = question.request, str(self.decision)
+        if request is None or decision not in request.options:
+            return Review(approve=decision == "approve", feedback=self.feedback)
+        return Review(approve=approves(request, decision), feedback=self.feedback, option=decision)
 
 
 def _of_run(kickoff_id: str) -> str:

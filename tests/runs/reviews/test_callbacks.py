@@ -226,3 +226,24 @@ def test_the_form_offers_what_the_flow_can_go_on_with() -> None:
     form = ReviewForm.about(Question("k-1", "publish", 1, None, request=request), "text")
     assert form.model_json_schema()["properties"]["decision"]["enum"] == ["yes", "no"]
     assert ReviewForm.model_json_schema()["properties"]["decision"]["enum"] == ["approve", "reject"]
+
+
+@pytest.mark.parametrize(
+    ("options", "approving"),
+    [
+        (("reject", "approve"), ["approve"]),
+        (("Accept", "reject"), ["Accept"]),
+        (("no-go", "yes"), ["yes"]),
+        (("publish", "needs_revision"), ["publish"]),
+        (("No", "publish", "archive"), ["publish"]),
+        (("reject", "denied"), []),
+    ],
+)
+def test_the_form_records_the_outcome_that_is_called_so_as_an_approval(
+    options: tuple[str, ...], approving: list[str]
+) -> None:
+    question = Question("k-1", "publish", 1, None, request=parse_request(ask(emit=options)["content"]))
+    form = ReviewForm.about(question, "text")
+    given = [form.model_validate({"decision": option}).review(question) for option in options]
+    assert [one.option for one in given] == list(options)
+    assert [one.option for one in given if one.approve] == approving
