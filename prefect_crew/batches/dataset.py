@@ -6,11 +6,8 @@ import csv
 import hashlib
 import io
 import json
-import lzma
 import os
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +40,6 @@ ROW_LIMIT = 1 << 28
 PART = 5_000
 """Rows of a frame that are converted at once."""
 _fsspec = cast("Any", fsspec)
-_UNREADABLE = (OSError, EOFError, ImportError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -124,6 +120,12 @@ def shown_address(address: str) -> str:
     return "::".join(_shown_link(link) for link in address.split("::")) if is_remote(address) else address
 
 
+def told(error: Exception, address: str) -> str:
+    """Return what an error tells of an address. Its text may quote the address, so not where a part is not shown."""
+    kind = type(error).__name__
+    return getattr(error, "strerror", None) or (f"{kind}: {error}" if shown_address(address) == address else kind)
+
+
 def _shown_link(link: str) -> str:
     if "://" not in link:
         return link
@@ -153,7 +155,7 @@ class _File:
 
     def __init__(self, address: str, name: str) -> None:
         self.name = name
-        self._address = address
+        self.address = address
         self._path = None if is_remote(address) else Path(address.removeprefix("file://"))
         self._is_http = address.startswith(("http://", "https://"))
         self._seen: tuple[int, int] | None = None
@@ -180,24 +182,24 @@ class _File:
     def _chunks(self) -> Iterator[bytes]:
         if self._is_http:
             # Not by fsspec, which needs a further package for it.
-            with httpx.stream("GET", self._address, follow_redirects=True, timeout=60.0) as response:
+            with httpx.stream("GET", self.address, follow_redirects=True, timeout=60.0) as response:
                 response.raise_for_status()
                 yield from response.iter_bytes()
             return
-        with _fsspec.open(self._address, "rb", compression="infer") as source:
+        with _fsspec.open(self.address, "rb", compression="infer") as source:
             while chunk := source.read(1 << 20):
                 yield chunk
 
     def digest(self) -> str:
         """Return the SHA-256 of the file. Raises DatasetError: it cannot be read."""
-        with _reporting(self.name), self.fetch().open("rb") as file:
+        with _reporting(self.name, self.address), self.fetch().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @contextmanager
     def open(self) -> Generator[IO[bytes]]:
         """Open it, decompressed as its ending says."""
         is_stored = self._path is not None or self._is_http
-        compression = _fsspec.utils.infer_compression(self._address.partition("?")[0]) if is_stored else None
+        compression = _fsspec.utils.infer_compression(self.address.partition("?")[0]) if is_stored else None
         with self.fetch().open("rb") as file:
             if compression is None:
                 yield file
@@ -207,7 +209,7 @@ class _File:
 
 
 def _read_file(file: _File, kind: DatasetFormat, encoding: str) -> Iterator[Row]:
-    with _reporting(file.name):
+    with _reporting(file.name, file.address):
         if kind == "parquet":
             yield from _of_mappings(_parquet(file.fetch(), file.name))
             return
@@ -222,19 +224,19 @@ def _read_file(file: _File, kind: DatasetFormat, encoding: str) -> Iterator[Row]
 
 
 @contextmanager
-def _reporting(name: str) -> Generator[None]:
+def _reporting(name: str, address: str) -> Generator[None]:
     """Raise what is wrong with a file as a DatasetError."""
     try:
         yield
     except DatasetError:
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise DatasetError(f"cannot be opened: {error.strerror or error}.", source=name) from None
+        raise DatasetError(f"cannot be opened: {told(error, address)}.", source=name) from None
     except httpx.HTTPError as error:
         status = f"HTTP {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else str(error)
         raise DatasetError(f"cannot be fetched: {status or type(error).__name__}.", source=name) from None
-    except _UNREADABLE as error:
-        raise DatasetError(f"cannot be read: {type(error).__name__}: {error}.", source=name) from error
+    except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
+        raise DatasetError(f"cannot be read: {told(error, address)}.", source=name) from None
 
 
 def _lines(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:

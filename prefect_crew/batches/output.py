@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
 from prefect_crew.batches.database import create_private
-from prefect_crew.batches.dataset import is_remote, polars, shown_address
+from prefect_crew.batches.dataset import is_remote, polars, shown_address, told
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
 from prefect_crew.batches.rows import rejected_name
@@ -54,7 +54,7 @@ class Output:
         except DatasetError as error:
             problem = error.reason
         except (ImportError, ValueError) as error:
-            problem = f"cannot be written: {error}."
+            problem = f"cannot be written: {told(error, address)}."
         if problem is not None:
             raise ConfigurationError(f"The output {self.name} {problem} Nothing was started.")
 
@@ -127,9 +127,9 @@ class Output:
             yield
         except (OSError, ImportError, ValueError) as error:
             raise OutputError(
-                f"The output {self.name} cannot be written: {getattr(error, 'strerror', None) or error}. All results "
-                "are in the ledger: the same call writes them again."
-            ) from error
+                f"The output {self.name} cannot be written: {told(error, self.address)}. All results are in the "
+                "ledger: the same call writes them again."
+            ) from None
 
     def _write_page(self, page: list[tuple[str, str, str, str | None, float | None]], file: IO[bytes]) -> int:
         lines = [self._line(*row) for row in page if RowState(row[2]).has_line]

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import traceback
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
@@ -202,6 +203,22 @@ def test_what_lies_elsewhere_is_fetched_once(httpserver: Any):
     assert "secret" not in dataset.name
     with pytest.raises(DatasetError, match=r"none\.csv: cannot be fetched: HTTP 404"):
         values(open_dataset(f"{url}/none.csv"))
+
+
+@pytest.mark.parametrize("kind", [FileNotFoundError, ValueError, Exception])
+def test_no_error_of_a_library_shows_what_is_secret_in_the_address(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+):
+    def refuse(address: str, *_: Any, **__: Any) -> Any:
+        raise kind(f"404, url={address}")
+
+    monkeypatch.setattr(fsspec, "open", refuse)
+    address = "simplecache::http://user:hunter2@h.test/none.csv?sig=hunter3"
+    with pytest.raises(DatasetError, match=rf"none\.csv: cannot be .*{kind.__name__}\.") as caught:
+        values(open_dataset(address))
+    assert "hunter" not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(DatasetError, match="404, url=memory:"):
+        values(open_dataset("memory://x/none.csv"))
 
 
 WRONG: dict[str, tuple[str, bytes, str]] = {

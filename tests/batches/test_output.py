@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import traceback
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
 import pytest
 from pydantic import BaseModel
 
@@ -115,6 +117,19 @@ async def test_a_write_that_fails_leaves_the_file_of_before(ledger: Ledger, path
     with pytest.raises(OutputError, match="the same call writes them again"):
         await output.write(ledger)
     assert path.read_text() == "before"
+
+
+async def test_an_error_of_a_library_does_not_show_what_is_secret_in_the_address(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(address: str, *_: Any, **__: Any) -> Any:
+        raise ValueError(address)
+
+    output = Output("memory://user:hunter2@x/out.jsonl")
+    monkeypatch.setattr(fsspec, "open", refuse)
+    with pytest.raises(OutputError, match="cannot be written: ValueError") as caught:
+        await output.write(ledger)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
 class Place(BaseModel):
