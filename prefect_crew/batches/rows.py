@@ -224,7 +224,8 @@ class RowPlan:
         if row.fault is not None:
             return row.raw
         secret = self._secret_columns
-        return {name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()}
+        shown = {name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()}
+        return self._redactor(row.values).tree(shown)  # another column may repeat one
 
     def _redactor(self, values: Values) -> Redactor:
         columns = values if self._secret_columns is None else self._secret_columns

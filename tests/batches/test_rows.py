@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -221,6 +223,13 @@ def test_no_reason_of_a_bad_row_has_a_secret_input():
         found = reasons([{"topic": "tea", "code": "hunter22"}], inputs=inputs, crew=HIDES)
         assert found == [(1, f"who has {MASK}?")]
     assert reasons([{"code": SecretStr("hunter22")}], inputs=revealed, crew=HIDES) == [(1, f"who has {MASK}?")]
+
+
+def test_a_row_that_is_set_aside_has_no_secret_input_also_where_another_column_repeats_it():
+    file = io.BytesIO()
+    rows = [{"topic": 7, "code": "hunter22", "note": "of hunter22"}]
+    plan(rows, inputs={"topic": "topic", "pin": "code", "tone": "none"}, crew=HIDES).check(file)
+    assert json.loads(file.getvalue())["row"] == {"topic": 7, "code": MASK, "note": f"of {MASK}"}
 
 
 def test_a_key_that_holds_a_secret_input_is_refused():
