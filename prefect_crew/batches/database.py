@@ -104,6 +104,9 @@ def open_url(ledger: str) -> sa.URL:
     if kind == "sqlite" and url.database:
         return sa.URL.create("sqlite", database=str(Path(url.database).absolute()))
     if kind in ("postgresql", "postgres"):
+        # It ends the password too early, and what follows would be shown.
+        if "@" in f"{url.host}" or ("@" in f"{url.database}" and "%40" not in ledger):
+            raise ConfigurationError("The ledger's URL has a second '@': write %40 for one in a name or a password.")
         # asyncpg calls `ssl` what everybody else calls `sslmode`.
         query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}
         return url.set(drivername="postgresql+asyncpg", query=query)

@@ -453,6 +453,9 @@ def test_the_default_ledger_is_next_to_a_local_output(tmp_path: Path):
         ("mysql://u:pa55word@h/db", None),
         ("sqlite://", None),
         ("postgresql://host:port/db", None),
+        ("postgresql://u%40org:pw%40@h/d%40b", "postgresql+asyncpg"),
+        ("postgresql://u:p@ss@pa55word/db", None),
+        ("postgresql://u:p@ss/pa55word@h/db", None),
     ],
 )
 def test_the_address_of_a_ledger(address: str, driver: str | None):
