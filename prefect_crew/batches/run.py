@@ -26,7 +26,7 @@ from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions, InputsFrom, KeyFrom, OnFailure, plain_call
-from prefect_crew.batches.outcomes import STOPPED_BY_BUDGET, STOPPED_BY_US, RowState
+from prefect_crew.batches.outcomes import STOPPED_BY_BUDGET, RowState
 from prefect_crew.batches.output import Output
 from prefect_crew.batches.ownership import (
     BatchLock,
@@ -521,8 +521,7 @@ class _Batch:
         if progress.people:
             await self._note_people(True)
         await self._begin_generation(runner.started)
-        in_flight = [one for one in runner.waiting.values() if one.reason not in STOPPED_BY_US]
-        if records := await to_stop(self.job.crew, in_flight):
+        if records := await to_stop(self.job.crew, runner.stoppable):
             await runner.stop_runs(STOPPED_BY_BUDGET, records)
         if not await self.lock.still_held():
             runner.stop(

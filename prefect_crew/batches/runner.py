@@ -110,6 +110,7 @@ class Runner:
         self.first_poll = FirstPoll() if options.wait is None else None
         self.earlier: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._warned: set[str] = set()
+        self._stopped: set[str | None] = set()
         self._on_end = on_end
         self._judge_again = judge_again
         self._failed = self._ended = 0
@@ -212,8 +213,7 @@ class Runner:
                 latest = latest_start(attempts)
                 if latest is not None and latest.phase is RecordPhase.ENDED:
                     state, count = await self._judge(job, latest), _kickoffs(attempts)
-                    owed = count if latest.reason in STOPPED_BY_US else 0
-                    if not self._starts_again(job, state, count=count, before=count, owed=owed):
+                    if not self._starts_again(job, state, count=count, before=count, owed=_owed(attempts)):
                         continue
                 if self.throttle.stopped is None or (latest is not None and latest.phase is RecordPhase.STARTED):
                     yield job, attempts
@@ -246,7 +246,7 @@ class Runner:
         None if it has none since the batch starts nothing more.
         """
         before = count = _kickoffs(attempts)
-        record = latest_start(attempts)
+        owed, record = _owed(attempts), latest_start(attempts)
         if record is not None and (record.phase is not RecordPhase.STARTED or record.crew_url != self.session.crew.url):
             record = None
         place, end, found = None, None, record is not None
@@ -268,12 +268,12 @@ class Runner:
             state, _ = end
             if state is RowState.COMPLETED:
                 self.throttle.completed()
-            if not self._starts_again(job, state, count=count, before=before):
+            if not self._starts_again(job, state, count=count, before=before, owed=owed):
                 return end
             place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED else None
             record = None
 
-    def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int = 0) -> bool:
+    def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int) -> bool:
         most = self.session.crew.max_kickoffs
         return self.throttle.stopped is None and self._options.starts_again(
             state, job.key, count=count, before=before, most=most, owed=owed
@@ -367,7 +367,7 @@ class Runner:
             finally:
                 del self.waiting[job.key]
         state = await self._judge(job, record)
-        if state is not RowState.COMPLETED:
+        if state is not RowState.COMPLETED and record.reason not in STOPPED_BY_US:
             self.throttle.failed(job.key, record.error or "the crew gave no reason")
         return state, RETRYABLE.get(state)
 
@@ -435,11 +435,14 @@ class Runner:
 
         await finish_run(record, self.ledger, write, lambda: run.view(status), settings=self._settings)
 
+    @property
+    def stoppable(self) -> list[RunRecord]:
+        """The runs in flight that the crew's server has not accepted to stop in this call."""
+        return [record for record in self.waiting.values() if record.kickoff_id not in self._stopped]
+
     async def stop_runs(self, reason: str, records: Iterable[RunRecord] | None = None) -> None:
         """Ask the crew's server once for each run in flight, or for some of them, to stop it."""
-        chosen = [
-            one for one in (self.waiting.values() if records is None else records) if one.reason not in STOPPED_BY_US
-        ]
+        chosen = self.stoppable if records is None else records
         stopped = await asyncio.gather(*(self.stop_run(record, reason) for record in chosen))
         failed = len(stopped) - sum(stopped)
         run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(stopped), failed)
@@ -447,16 +450,13 @@ class Runner:
     async def stop_run(self, record: RunRecord, reason: str | None = None) -> bool:
         """Ask the crew's server to stop a run, write down what came of it, and return whether it was accepted."""
         try:
-            answer = await self.session.call(lambda client: client.stop(str(record.kickoff_id)))
-            record.reason = reason or record.reason
-            await close_stopped(self.session.client, self.session.crew, record, answer, self.ledger)
-            if reason is not None and answer.accepted and record.phase is not RecordPhase.ENDED:
-                record.reason = reason
-                await self.ledger.save(record)
+            accepted = await stop_row(self.session, record, reason, self.ledger)
         except CrewError as error:
             self.log_seldom("stop", "Run %s could not be stopped: %s", record.kickoff_id, error)
             return False
-        return answer.accepted
+        if accepted and reason is not None:
+            self._stopped.add(record.kickoff_id)
+        return accepted
 
     def log_seldom(self, kind: str, message: str, *args: object) -> None:
         """Log a warning, but not again for a minute."""
@@ -560,6 +560,36 @@ class _RowWatcher(Watcher):
 def _kickoffs(attempts: Sequence[RunRecord]) -> int:
     """Return how many attempts at a row are, or may be, a kickoff."""
     return sum(attempt.counts for attempt in attempts)
+
+
+def _owed(attempts: Sequence[RunRecord]) -> int:
+    """Return how many kickoffs a row gets in addition, since we stopped its run."""
+    latest = latest_start(attempts)
+    return _kickoffs(attempts) if latest is not None and latest.reason in STOPPED_BY_US else 0
+
+
+async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, ledger: Ledger) -> bool:
+    """Ask the crew's server to stop a run of a row, write down what came of it, and return whether it was accepted.
+
+    `reason` stays in the record unless the server has surely not accepted it. Raises CrewError.
+    """
+
+    async def note(why: str | None) -> None:
+        if reason is not None and record.reason != why:
+            record.reason = why
+            await ledger.save(record)
+
+    before = record.reason
+    await note(reason)  # first: a poll may see the end before the answer comes, and the answer may be lost
+    try:
+        answer = await session.call(lambda client: client.stop(str(record.kickoff_id)))
+    except CrewError as error:
+        if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
+            await note(before)
+        raise
+    await close_stopped(session.client, session.crew, record, answer, ledger)
+    await note(reason if answer.accepted else before)
+    return answer.accepted
 
 
 async def hold_concurrency_slots(session: CrewSession, options: BatchOptions, stack: AsyncExitStack) -> int:

@@ -23,6 +23,7 @@ from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH, RowState
 from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import aplan_batch, arun_batch
+from prefect_crew.batches.runner import stop_row
 from prefect_crew.batches.stored import BatchStatus, StoredBatch, list_batches, open_stored_batch
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import ROWS, by_options
@@ -40,9 +41,9 @@ from prefect_crew.cli._options import (
 )
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url
+from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RunRecord
-from prefect_crew.runs.stop import close_stopped
 
 SET_ASIDE = "set-aside"
 SHOWN = 100
@@ -399,16 +400,12 @@ async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfR
     if not records:
         return "no run is in flight."
     found, stopped = await crew.need(records[0]), 0
-    async with found.client() as client:
+    async with CrewSession(found) as session:
         for record in records:
             try:
-                answer = await client.stop(str(record.kickoff_id))
+                stopped += await stop_row(session, record, STOPPED_WITH_BATCH, batch.ledger)
             except CrewError as error:
                 _output.note(f"Run {record.kickoff_id} was not stopped: {error}")
-                continue
-            record.reason = STOPPED_WITH_BATCH
-            await close_stopped(client, found, record, answer, batch.ledger)
-            stopped += answer.accepted
     return f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
 
 

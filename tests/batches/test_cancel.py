@@ -20,6 +20,10 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
 from prefect_crew import BatchReport
+from prefect_crew.cli._options import CrewOfRun
+from prefect_crew.cli.batch import cancel
+from prefect_crew.client import CrewClient
+from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import BatchCancelledError
 from prefect_crew.testing import CrewServerFactory
@@ -83,6 +87,31 @@ async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
     # What we had stopped is started again, the rest is not.
     assert server.kickoffs == count + 10 * (on_cancel == "stop")
     assert len(batch.lines()) == count
+
+
+@pytest.mark.parametrize("answer", ["late", "lost", "requested", "requested by command"])
+async def test_a_row_that_was_stopped_runs_again_whatever_came_of_the_answer(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, answer: str
+):
+    held, name, by_command = Held(), f"answer {answer}", answer.endswith("command")
+    server = crew_server(held, faults=["stop:504-after-accept"] if answer == "lost" else [])
+    stop = CrewClient.stop
+
+    async def answered(self: CrewClient, kickoff_id: str) -> StopAnswer:
+        found = await stop(self, kickoff_id)
+        if answer == "late":
+            await asyncio.sleep(0.5)  # a poll sees the end first
+            return found
+        return found.model_copy(update={"outcome": StopOutcome.REQUESTED, "state": None})
+
+    monkeypatch.setattr(CrewClient, "stop", answered)
+    await cancelled(batch, server, ROWS[:20], name=name, on_cancel="leave" if by_command else "stop")
+    if by_command:
+        await cancel(name, crew=CrewOfRun(crew=server.url, token=server.token))
+    assert {str(run.state) for run in server.runs} == {"stopped"}
+    held.release()
+    report = await batch(server.crew(), ROWS[:20], name=name, breaker=5)
+    assert (report.completed, report.failed, server.kickoffs) == (20, 0, 30)
 
 
 @pytest.mark.parametrize("way", ["evicted", "timed out"])
