@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
+from prefect_crew._text import one_line
 from prefect_crew.artifacts.events import resources_of
 from prefect_crew.client._parsing import (
     RUN_KEYS,
@@ -152,20 +153,23 @@ def _counts(usage: TokenUsage | None) -> dict[str, Any]:
 
 
 def _said(hook: Hook, facts: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an event says: no name, and no id that may be a sentence, where these may hold a secret."""
+    """Return what an event says: no name, and no id that may be a sentence, where these may hold a secret.
+
+    No control characters: PostgreSQL stores no NUL, and the Prefect server would lose the events beside it as well.
+    """
     said: dict[str, Any] = {}
     for key, value in ({**facts, **names} if hook.names else facts).items():
         if not isinstance(value, str):
             said |= {key: value} if isinstance(value, int | float) else {}
         elif not key.endswith("id"):
-            said |= {key: text} if (text := " ".join(value.split())[:_MAX_NAME]) else {}
-        elif len(value) <= _MAX_ID and (hook.names or _ID.fullmatch(value)):
+            said |= {key: text} if (text := one_line(value)[:_MAX_NAME]) else {}
+        elif _short(value) and (hook.names or _ID.fullmatch(value)):
             said[key] = value  # ids are whole or absent: half an id is another id
     return said
 
 
 def _short(value: str | None) -> str | None:
-    return value if value is not None and len(value) <= _MAX_ID else None
+    return value if value is not None and len(value) <= _MAX_ID and value.isprintable() else None
 
 
 def _idempotency_key(meta: Any) -> str | None:

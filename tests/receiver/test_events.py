@@ -46,6 +46,17 @@ def test_an_id_with_control_characters_names_no_run(bad: str):
 
 
 @pytest.mark.parametrize("names", [pytest.param(True, id="names"), pytest.param(False, id="no-names")])
+def test_no_control_character_gets_into_an_event(names: bool):
+    """PostgreSQL stores no text with a NUL: all events that came to the Prefect server with it would be lost."""
+    body = {"kickoff_id": "k-1", "task_id": "t\0", "task_name": "a\0b", "agent": "\x1b[2J"}
+    (event,) = read("task", body, names=names)
+    assert event.said == {"kickoff_id": "k-1"} | ({"name": "a�b", "agent": "�[2J"} if names else {})
+    one = {"id": "e\0", "execution_id": "k\0", "timestamp": "\0", "type": "t", "data": {"task_name": "\0"}}
+    (event,) = read("stream", {"events": [one]}, names=names)
+    assert (event.said, event.kickoff_id) == ({"at": "�", "name": "�"} if names else {}, None)
+
+
+@pytest.mark.parametrize("names", [pytest.param(True, id="names"), pytest.param(False, id="no-names")])
 @pytest.mark.parametrize("which", BODIES)
 def test_only_what_cannot_be_a_secret_is_read(which: str, names: bool):
     pieces = read(which.partition("-")[0], BODIES[which], names=names)  # pyright: ignore[reportArgumentType]
