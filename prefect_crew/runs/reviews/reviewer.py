@@ -380,7 +380,7 @@ class People:
     async def aclose(self, *, ended: bool) -> None:
         """The wait is over, and so is the run if it has `ended`: take back what was put up for an answer."""
         record = self.run.record
-        if ended and record is not None and record.has_webhooks and self.answers:
+        if ended and record is not None and record.has_webhooks:
             await self._read("What is kept of run %s", forget_notes(record))
         if self._form is not None:
             await self._form.aclose(ended=ended)

@@ -25,7 +25,7 @@ from prefect_crew.tasks import kickoff_crew, resume_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
 from support.scripts import ASKS
-from support.webhooks import served
+from support.webhooks import served, until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 APPROVED = Review(approve=True)
@@ -219,6 +219,20 @@ async def test_a_function_sees_what_the_webhook_brought(receiver: str) -> None:
     assert seen == ["Draft 1 on tea.", "Draft 2 on tea."]
     (record,) = await PrefectRecords().attempts(key)
     assert [await kept_output(record, answers) for answers in (0, 1)] == [None, None], "nothing stays"
+
+
+async def test_what_the_webhook_brought_is_forgotten_though_the_answer_came_on_the_crews_page(receiver: str) -> None:
+    key = f"judged/{uuid.uuid4()}"
+    with CrewServer(SCRIPT) as server:
+        crew = server.crew()
+        waiting = asyncio.create_task(reviewed(crew, None, key))
+        await until(lambda: server.runs, "the run starts")
+        while not (given := await PrefectRecords().attempts(key)) or not await kept_output(given[0], 0):
+            await asyncio.sleep(0.05)
+        async with crew.client() as client:
+            await client.resume(str(given[0].kickoff_id), "draft", "", True)
+        await waiting
+    assert await kept_output(given[0], 0) is None
 
 
 async def test_the_command_line_sees_it_as_well_and_of_secret_inputs_nothing_is_kept(receiver: str) -> None:
