@@ -86,10 +86,11 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Checked:
-    """What the first reading of a data set found. `fingerprint` does not depend on the rows' order."""
+    """What the first reading of a data set found. `fingerprint` does not depend on the rows' order, `order` does."""
 
     total: int
     fingerprint: str
+    order: str
     bad: Sequence[BadRow] = ()
     bad_count: int = 0
 
@@ -150,11 +151,13 @@ class RowPlan:
         """
         bad: list[BadRow] = []
         bad_count = total = fingerprint = 0
+        order = hashlib.sha256()
         for row, job in self._read():
             if isinstance(job, RowJob):
                 total += 1
                 digest = hashlib.sha256(f"{job.key}\0{job.digest}".encode()).digest()
                 fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
+                order.update(digest)
                 continue
             bad_count += 1
             if len(bad) < BAD_ROWS:
@@ -165,7 +168,7 @@ class RowPlan:
         if total == bad_count == 0:
             where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
             raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
-        return Checked(total, f"{fingerprint:032x}", bad, bad_count)
+        return Checked(total, f"{fingerprint:032x}", order.hexdigest(), bad, bad_count)
 
     def jobs(self) -> Iterator[RowJob]:
         """Yield the rows that can be run, in the order of the data set."""

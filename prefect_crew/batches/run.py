@@ -366,12 +366,13 @@ class _Batch:
         source = await asyncio.to_thread(plan.source)
         self.checked = self.exported.get("checked")
         if self.checked is not None and self.checked["source"] == source:
-            checked = Checked(self.checked["total"], self.checked["fingerprint"])
+            checked = Checked(self.checked["total"], self.checked["fingerprint"], self.checked["order"])
         else:
             checked = await asyncio.to_thread(plan.check, rejected)
             is_kept = source is not None and not checked.bad_count
-            found = {"source": source, "total": checked.total, "fingerprint": checked.fingerprint}
-            self.checked = found if is_kept else None
+            found = {"total": checked.total, "fingerprint": checked.fingerprint, "order": checked.order}
+            self.checked = {"source": source, **found} if is_kept else None
+        self.order = checked.order
         if checked.bad and (options.on_bad_row == "refuse" or not checked.total):
             alone = not checked.total
             raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
@@ -407,7 +408,7 @@ class _Batch:
         if before is not None:
             await ledger.note_orphaned()
             self.throttle.kickoffs = await ledger.kickoffs()
-            if before.fingerprint != entry.fingerprint:
+            if before.fingerprint != entry.fingerprint or self.exported.get("order", self.order) != self.order:
                 await ledger.enter_changed(plan.jobs(), job.crew)
         self.kickoffs_before = self.throttle.kickoffs
 
@@ -449,6 +450,7 @@ class _Batch:
         address = whole_address(self.job.output)
         counts = {str(state): count for state, count in self.progress.counts.items()}
         now = {"output": address, "counts": counts, "lines": self.job.line_options, "checked": self.checked}
+        now |= {"order": self.order, "kickoffs": await self.ledger.kickoffs()}
         if now.items() <= self.exported.items() and await asyncio.to_thread(self.output.exists):
             return
         outputs = sorted({*self.exported.get("outputs", ()), address})

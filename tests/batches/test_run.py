@@ -157,6 +157,28 @@ async def test_an_output_that_is_gone_is_written_again(batch: Batches, crew_serv
     assert len(after) > 0
 
 
+async def test_an_output_is_written_again_whose_lines_are_others_though_their_states_are_the_same(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server, runs = crew_server(ECHO), list[str]()
+
+    async def shown(rows: list[dict[str, Any]], **options: Any) -> list[str]:
+        await batch(server.crew(), rows, name="same", **options)
+        return [line["inputs"]["topic"] for line in batch.lines().values()]
+
+    assert await shown(topics(3)) == ["topic 0", "topic 1", "topic 2"]
+    assert await shown(topics(4)[1:], on_change="continue") == ["topic 1", "topic 2", "topic 3"]
+    assert await shown(topics(4)[:0:-1]) == ["topic 3", "topic 2", "topic 1"]
+    assert server.kickoffs == 4
+    server = crew_server(PICKY)
+    for retry in (False, True):
+        await batch(server.crew(), [{"topic": "bad one"}], name="bad", output=f"{batch.output}.2", retry_failed=retry)
+        [line] = batch.lines(Path(f"{batch.output}.2")).values()
+        assert line["state"] == "failed"
+        runs.append(line["kickoff_id"])
+    assert runs[0] != runs[1]
+
+
 async def test_who_comes_second_hears_so_before_it_reads_the_data_set(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(ECHO, faults=["status:500"])
     first = asyncio.ensure_future(batch(server.crew(), topics(5), name="read"))
