@@ -71,7 +71,7 @@ UNOWNED_FOR = 60.0
 """Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
 takes it names itself right after, and until then an earlier owner may still be named."""
 CANCELLED_UNOWNED_FOR = 10.0
-"""The same for one that is being cancelled."""
+"""The same for one that is being cancelled, also where its worker is gone: one that lives cancels it before."""
 HAND_OVER_WITHIN = 25.0
 """Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30. A kickoff that is being sent is waited
 for; what is not given back by then is adopted later."""
@@ -627,11 +627,12 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         if held is not None:
             held.end("cancelled", "Flow run was cancelled.")
             return
-        is_of_gone_worker = owner_name(flow_run) is not None and not self._owns(flow_run)
         waited = _clock() - self._cancelling_since[flow_run.id]
+        if waited < CANCELLED_UNOWNED_FOR or not self._is_orphan(flow_run):
+            return
+        self._workers = await read_workers(self.client, self._work_pool_name)  # its own may have started since
         if (
             self._is_orphan(flow_run)
-            and (is_of_gone_worker or waited >= CANCELLED_UNOWNED_FOR)
             and await self._claim(flow_run)
             and (await self.client.read_flow_run(flow_run.id)).state_id == flow_run.state_id
         ):

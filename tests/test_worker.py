@@ -25,7 +25,7 @@ from prefect_crew._internal.flow_engine import many_flow_runs
 from prefect_crew.client._client import CrewClient
 from prefect_crew.records import prune
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.worker import HANDED_OVER, CrewJobConfiguration, CrewWorker, hand_over, stop_crews_of
+from prefect_crew.worker import HANDED_OVER, CrewJobConfiguration, CrewWorker, _clock, hand_over, stop_crews_of
 from support.crew_pool import EXITS, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
@@ -216,6 +216,29 @@ async def test_a_flow_run_may_be_ended_before_its_flow_has_begun(
         found = await worker.client.read_flow_run(flow_run.id)
     assert found.state is not None
     assert (found.state.name, found.state.message) == (state, "In good time.")
+
+
+@pytest.mark.usefixtures("connection")
+@pytest.mark.parametrize(
+    ("is_online", "seconds", "state"), [(True, 60, "Cancelling"), (False, 1, "Cancelling"), (False, 60, "Cancelled")]
+)
+async def test_a_flow_run_is_cancelled_for_another_worker_only_once_that_is_surely_gone(
+    pool: CrewPool, monkeypatch: pytest.MonkeyPatch, is_online: bool, seconds: float, state: str
+):
+    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    deployment = await asyncio.to_thread(pool.deploy, "theirs", f"{USER_FLOWS}.sleeps")
+    later = datetime.now(UTC) + timedelta(hours=1)
+    run_id = UUID(await asyncio.to_thread(partial(pool.start, deployment, at=later, seconds=1)))
+    async with CrewWorker(pool.name, name="looks") as worker:
+        owner = f"owner {uuid4()}"
+        if is_online:  # since the last look at the workers
+            await worker.client.send_worker_heartbeat(pool.name, owner, heartbeat_interval_seconds=30)
+        await worker.client.update_flow_run(run_id, infrastructure_pid=f"{owner}/1")
+        for begun in (Running(), Cancelling()):
+            await worker.client.set_flow_run_state(run_id, begun, force=True)
+        worker._cancelling_since[run_id] = _clock() - seconds
+        await worker._cancel(await worker.client.read_flow_run(run_id))
+        assert (await worker.client.read_flow_run(run_id)).state_name == state
 
 
 @pytest.mark.usefixtures("connection")
