@@ -18,6 +18,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._text import listed_names, with_guesses
 from prefect_crew.batches.dataset import Dataset, Row
 from prefect_crew.batches.options import BatchOptions, InputsFrom, KeyFrom, is_column
+from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
@@ -28,6 +29,7 @@ from prefect_crew.exceptions import (
     CrewConnectionError,
     CrewError,
     DatasetError,
+    RateLimitedError,
     ServerError,
 )
 from prefect_crew.templates import compiled, names_in
@@ -43,21 +45,21 @@ _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 async def expected_inputs(session: CrewSession) -> list[CrewInput]:
     """Return what the crew names as its inputs; empty where it does not say.
 
-    Raises AuthenticationError, and CrewConnectionError: its server does not answer.
+    Raises AuthenticationError, and CrewConnectionError, RateLimitedError or ServerError: it cannot say so now.
     """
     for is_last in (False, False, True):
         try:
             return await session.call(lambda client: client.inputs())
         except AuthenticationError:
             raise
-        except CrewError as error:
-            if isinstance(error, CrewConnectionError) and is_last:
+        except (CrewConnectionError, RateLimitedError, ServerError) as error:
+            # Not taken for a crew that does not say: all columns were inputs then, and so every row another one.
+            if is_last:
                 raise
-            if not isinstance(error, CrewConnectionError | ServerError) or is_last:
-                run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
-                break
-            # A moment's trouble must not make all columns inputs, and so every row another one.
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(kickoff_delay(error) or 1.0)
+        except CrewError as error:
+            run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
+            break
     return []
 
 

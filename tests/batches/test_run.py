@@ -31,6 +31,8 @@ from prefect_crew.exceptions import (
     ConfigurationError,
     CrewConnectionError,
     LedgerMissingError,
+    RateLimitedError,
+    ServerError,
 )
 from prefect_crew.testing import CrewServerFactory
 from support.batches import CREW, Batches, attempts_read_in_scans
@@ -301,11 +303,25 @@ async def test_no_secret_is_written_out_with_a_row_that_was_set_aside(
     assert [json.loads(line)["row"] for line in text.splitlines()] == [{"topic": "", "account": "********"}, None]
 
 
-async def test_a_moment_without_inputs_does_not_change_what_a_row_is(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO, faults=["inputs:500@1", "inputs:drop@2"])
+@pytest.mark.parametrize("faults", [("inputs:500@1", "inputs:drop@2"), ("inputs:429@1", "inputs:503@2")])
+async def test_a_moment_without_inputs_does_not_change_what_a_row_is(
+    batch: Batches, crew_server: CrewServerFactory, faults: tuple[str, str]
+):
+    server = crew_server(ECHO, faults=faults)
     report = await batch(server.crew(), topics(2, note="no input"))
     assert report.ok
     assert all(set(line["inputs"]) == {"topic"} for line in batch.lines().values())
+
+
+@pytest.mark.parametrize("fault", ["inputs:429=0.1", "inputs:502"])
+async def test_a_server_that_cannot_say_its_inputs_now_starts_nothing(
+    batch: Batches, crew_server: CrewServerFactory, fault: str
+):
+    server = crew_server(ECHO, faults=[fault])
+    with pytest.raises((RateLimitedError, ServerError)):
+        await batch(server.crew(), topics(2, note="no input"))
+    assert server.kickoffs == 0
+    assert (await batch(crew_server(ECHO, faults=["inputs:404"]).crew(allow_extra_inputs=True), topics(2))).ok
 
 
 async def test_a_server_that_is_away_is_said_before_anything_is_made(batch: Batches, crew_server: CrewServerFactory):
