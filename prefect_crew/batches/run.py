@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import httpx
@@ -19,6 +20,8 @@ from prefect.client.schemas.objects import WorkerStatus
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectException
 from pydantic import BaseModel
+from pydantic.errors import PydanticUserError
+from pydantic_core import to_json
 
 from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import run_logger
@@ -303,9 +306,16 @@ class BatchJob:
         """What the lines of the output depend on, other than the rows."""
         kind = self.options.output_type
         return {
-            "output_type": None if kind is None else f"{kind.__module__}.{kind.__qualname__}",
+            "output_type": None if kind is None else f"{kind.__module__}.{kind.__qualname__} {_digest_of(kind)}",
             "secret_inputs": sorted(self.crew.secret_inputs),
         }
+
+
+def _digest_of(output_type: type[BaseModel]) -> str:
+    """Return a digest of the JSON schema of a type, which is another one once its fields are; empty if it has none."""
+    with suppress(PydanticUserError):
+        return sha256(to_json(output_type.model_json_schema())).hexdigest()
+    return ""
 
 
 async def _batch_job(

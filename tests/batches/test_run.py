@@ -363,6 +363,12 @@ async def test_typed_results_become_columns_and_misfits_have_their_reason(
     assert {line["state"] for line in batch.lines().values()} == {"completed", "invalid-output"}
     async with Ledger(f"{batch.output}.ledger.db", "typed") as ledger:
         assert await ledger.counts() == {"completed": 1, "invalid-output": 1}
+    # The same type by its name, before and after it was edited.
+    Loose.__qualname__ = Lead.__qualname__
+    for kind, score in ((Lead, 7), (Loose, "high")):
+        await batch(server.crew(), topics(2), name="typed", output_type=kind)
+        [line] = (line for line in batch.lines().values() if line["state"] == "completed")
+        assert (line["data"]["score"], server.kickoffs) == (score, 2)
 
 
 async def test_an_output_is_exported_while_the_batch_runs_and_written_where_it_stops(
