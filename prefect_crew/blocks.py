@@ -16,10 +16,21 @@ import httpx
 from prefect.blocks.abstract import JobBlock, JobRun
 from prefect.blocks.system import Secret
 from prefect.exceptions import ObjectNotFound
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    HttpUrl,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic import Secret as SealedValue
 
 from prefect_crew._internal.asyncio_tasks import dual
+from prefect_crew._text import problems_of
 from prefect_crew.budgets import Budget
 from prefect_crew.client._transport import checked_url
 from prefect_crew.client.models import CrewResult, ResumeAnswer, StopAnswer
@@ -305,7 +316,7 @@ async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
     """Return a crew as plain values, loading the block that a text names.
 
     Raises:
-        ConfigurationError: There is no such block.
+        ConfigurationError: There is no such block, or it is not valid.
     """
     if isinstance(crew, Crew):
         return crew
@@ -334,7 +345,15 @@ async def find_crew(record: RunRecord) -> Crew | None:
 
 
 async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:
-    return (await kind.aload(name)).crew
+    try:
+        return (await kind.aload(name)).crew
+    except RuntimeError as error:  # Prefect's own does not say which field is wrong
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        raise ConfigurationError(
+            f"The block deployed-crew/{name} is not valid: {'; '.join(problems_of(error.__cause__))}. Correct it on "
+            f"Prefect's page, or replace it: prefect-crew crews save {name} --url URL --overwrite."
+        ) from None
 
 
 async def values_of_blocks(given: Mapping[str, Any], secret_inputs: Collection[str]) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from prefect_crew.artifacts.escape import cell, table
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.exceptions import CrewError
 from prefect_crew.prices import Spending, money
-from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.prune import FLOW_RUN_ID, read_by_id
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.records.totals import DayTotal, read_totals, spending_of
+from prefect_crew.records.totals import DayTotal, read_totals, total_of
 
 By = Literal["crew", "day", "flow", "batch", "tag"]
+TRIES = 5
+"""Times that the records are read while somebody prunes them."""
 
 
 def grouped(rows: Iterable[DayTotal], by: By) -> dict[str, Spending]:
@@ -43,13 +45,19 @@ async def read_costs(
     Flows and tags are looked up only if they are in `by`. What could not be read is the second value, in sentences.
     """
     missed: list[str] = []
-    records = [record async for record in PrefectRecords().all(RecordPhase.ENDED)]
-    # After the records: whoever prunes counts a run before its record goes.
-    rows, counted = await read_totals()
+    records, totals = list[RunRecord](), await read_totals()
+    for _ in range(TRIES):
+        records = [record async for record in PrefectRecords().all(RecordPhase.ENDED)]
+        # Whoever prunes counts a run before its record goes. A total that changed may be of a run that was just read.
+        before, totals = totals, await read_totals()
+        if totals == before:
+            break
+    else:
+        missed.append("Records are being pruned at this moment, so that some runs may count twice. Ask again later.")
+    rows, counted = totals
     for record in records:
         if record.ended_at is not None and record.ref not in counted:
-            day, crew, run = record.ended_at.date(), record.crew, record.flow_run_id
-            rows.append(DayTotal(day=day, crew=crew, spending=spending_of(record), flow_run_id=run))
+            rows.append(total_of(record).model_copy(update={"flow_run_id": record.flow_run_id}))
     for name, ledger in await list_batches():
         try:
             async with open_stored_batch(name) as batch:
@@ -73,7 +81,7 @@ async def _with_flows(rows: Sequence[DayTotal]) -> list[DayTotal]:
     flows = await read_by_id("/flows/filter", (run["flow_id"] for run in runs.values()))
     names = {flow_id: flow["name"] for flow_id, flow in flows.items()}
     known = {run_id: {"flow": names.get(run["flow_id"]), "tags": run["tags"]} for run_id, run in runs.items()}
-    return [row.model_copy(update=known.get(row.flow_run_id, {})) for row in rows]
+    return [DayTotal.model_validate({**dict(row), **known.get(row.flow_run_id or "", {})}) for row in rows]
 
 
 HEADER = ("Runs", "Tokens", "Cost", "Without tokens")

@@ -13,6 +13,7 @@ from types import BuiltinMethodType
 from typing import Any, cast
 
 from jinja2 import StrictUndefined, TemplateError, nodes
+from jinja2.exceptions import TemplateRuntimeError
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -29,6 +30,8 @@ _TASK_FIELDS = ("name", "agent", "output", "data", "execution_time", "descriptio
 
 def _readable(value: Any) -> Any:
     """Put structured values into a text as JSON, not as Python writes them."""
+    if callable(value) and not isinstance(value, StrictUndefined):
+        raise TemplateRuntimeError("it names a method where a value is meant; a key such as items is data['items']")
     if isinstance(value, Mapping | list | tuple) or value is None or isinstance(value, bool):
         return to_json(value).decode()
     return value

@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import sys
 import tempfile
 import time
@@ -223,9 +222,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory, prefect_template: P
 @pytest.fixture(scope="module")
 def no_records(prefect_server: PrefectServer) -> None:
     """No run record of an earlier module: a test that looks through all records reads those of its own module."""
-    assert prefect_server.database is not None
-    with contextlib.closing(sqlite3.connect(prefect_server.database, timeout=30.0)) as database, database:
-        database.execute("DELETE FROM variable")
+    prefect_server.forget_records()
 
 
 @pytest.fixture

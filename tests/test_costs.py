@@ -7,13 +7,14 @@ import uuid
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect import flow, tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from prefect_crew import CrewFailedError, Price, arun_crew, get_result
+from prefect_crew import CrewFailedError, Price, arun_crew, costs, get_result
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.costs import costs_markdown, grouped, read_costs
 from prefect_crew.devserver import CrewScript
@@ -21,13 +22,13 @@ from prefect_crew.devserver._runs import Outcome, Run
 from prefect_crew.devserver._scripts import ScriptedProgram
 from prefect_crew.operations import costs_page
 from prefect_crew.prices import Spending, money
-from prefect_crew.records.model import utcnow
+from prefect_crew.records.model import RecordPhase, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.totals import DayTotal, add_to_totals, total_of
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.prefect_server import PrefectServer
-from support.records import attempts, key
+from support.records import attempts, key, new_record, put
 
 ONE, TWO = date(2001, 5, 1), date(2001, 5, 2)
 TOKENS = Price(per_1k_input=2, per_1k_output=10)
@@ -126,6 +127,30 @@ async def test_a_run_costs_the_same_once_its_record_is_removed(
     assert await costs() == before, "also if whoever prunes was killed before the record was deleted"
     await PrefectRecords().delete(kept)
     assert await costs() == before
+
+
+async def test_runs_that_are_pruned_at_that_moment_count_once(
+    prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
+):
+    label = f"{'long-' * 20}{uuid.uuid4().hex[:8]}"
+    ended = [await put(new_record(crew=label, phase=RecordPhase.ENDED, cost=1.0, ended_at=utcnow())) for _ in "abc"]
+    read = costs.read_totals
+
+    async def prune_and_read() -> Any:
+        for one in (ended.pop() for _ in ended[1:]):
+            await add_to_totals(one, total_of(one))
+            await PrefectRecords().delete(one)
+        return await read()
+
+    async def of_crew() -> list[tuple[int, float | None]]:
+        rows, missed = await read_costs(["crew"])
+        assert not missed
+        return [(one.runs, one.cost) for name, one in grouped(rows, "crew").items() if name == label[:60]]
+
+    assert await of_crew() == [(3, 3.0)]
+    calls = iter([read, prune_and_read])
+    monkeypatch.setattr(costs, "read_totals", lambda: next(calls, read)())
+    assert await of_crew() == [(3, 3.0)]
 
 
 async def test_a_failed_run_has_cost_what_it_reported(prefect_api: PrefectServer, crew_server: CrewServerFactory):

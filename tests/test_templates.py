@@ -121,6 +121,8 @@ class Called:
 @pytest.mark.parametrize(
     "template",
     [
+        "{{ research.data.items }}",
+        "{{ topic.title }}",
         "{{ research.__class__ }}",
         "{{ research.__class__.__mro__[1].__subclasses__() }}",
         "{{ topic.__len__() }}",

@@ -35,7 +35,12 @@ Inputs = Annotated[
     list[str] | None, Parameter(name=["--input", "-i"], help="An input, as name=value; can be repeated.")
 ]
 InputFile = Annotated[
-    str | None, Parameter(name=["--input-file", "-f"], help="A file of inputs, JSON or YAML; - reads standard input.")
+    str | None,
+    Parameter(
+        name=["--input-file", "-f"],
+        allow_leading_hyphen=True,
+        help="A file of inputs, JSON or YAML; - reads standard input.",
+    ),
 ]
 Key = Annotated[
     str | None,
@@ -107,7 +112,9 @@ class CrewAccess:
 
         try:
             found = await load_crew(crew)
-        except ConfigurationError:
+        except ConfigurationError as error:
+            if error.__cause__ is None:  # there is one, and it is not valid
+                raise
             raise ConfigurationError(
                 f"No crew is stored under the name {crew!r}. Store it: prefect-crew crews save {shlex.quote(crew)} "
                 "--url URL. Or give the crew's URL in its place, with CREW_TOKEN."
@@ -220,7 +227,7 @@ def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, An
         return inputs
     import yaml
 
-    text = sys.stdin.read() if file == "-" else read_text(Path(file), "inputs")
+    text = read_text(Path(file), "inputs")
     try:
         # JSON first: YAML reads most of it, but not tabs, and it takes some numbers for others.
         value = json.loads(text)
@@ -242,9 +249,9 @@ def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, An
 
 
 def read_text(file: Path, what: str) -> str:
-    """Return the text of a file. Raises ConfigurationError if it cannot be read, or is not text in UTF-8."""
+    """Return the text of a file, - is standard input. Raises ConfigurationError if it cannot be read as UTF-8."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"The {what} in {file} cannot be read: {error}.") from None
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
+from pydantic import ValidationError
 
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import CrewAccess, Output, Timeout
@@ -112,7 +113,7 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 async def ls(*, output: Output = None) -> None:
     """List the stored crews. To delete one: prefect block delete deployed-crew/NAME."""
     found = await _read()
-    rows = [(one["name"], one["url"]) for one in found]
+    rows = [(one["name"], one.get("problem") or one["url"]) for one in found]
     empty = "No crew is stored: prefect-crew crews save NAME --url URL."
     _output.put_rows(("Crew", "URL"), rows, empty=empty, json=output and found)
 
@@ -123,6 +124,8 @@ async def inspect(name: Name, /, *, output: Output = None) -> None:
     found = next((one for one in await _read() if one["name"] == name), None)
     if found is None:
         raise ConfigurationError(f"No crew is stored under the name {name!r}. To list them: prefect-crew crews ls.")
+    if "problem" in found:
+        await load_crew(name)  # which says what to do
     fields = {**found, **{f"wait.{field}": value for field, value in found["wait"].items()}, "wait": None}
     shown = [(field, str(value)) for field, value in fields.items() if value not in (None, [], "")]
     _output.put_rows(("Field", "Value"), shown, json=output and found)
@@ -137,6 +140,10 @@ async def _read() -> list[dict[str, Any]]:
             return []
     found: list[dict[str, Any]] = []
     for document in sorted(documents, key=lambda one: str(one.name)):
-        block: DeployedCrew = DeployedCrew.model_validate(document.data)
+        try:
+            block: DeployedCrew = DeployedCrew.model_validate(document.data)
+        except ValidationError as error:
+            found.append({"name": document.name, "problem": reason(error)})
+            continue
         found.append({"name": document.name, **block.model_dump(mode="json", exclude={"token"})})
     return found

@@ -21,6 +21,7 @@ from prefect_crew.client.models import StopOutcome
 from prefect_crew.costs import HEADER, cells, grouped, read_costs
 from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError
 from prefect_crew.prices import Spending
+from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.prune import prune as prune_records
@@ -110,7 +111,7 @@ def todo(record: RunRecord, condition: Condition) -> str:
         return (
             f"No flow run waits for it.{'' if record.human_since is None else f' {answer}'} A call with its key waits "
             "for the latest attempt. If the crew's server has forgotten this one: "
-            f"prefect-crew runs resolve {key} --lost."
+            f"prefect-crew runs resolve {kickoff_id} --lost."
         )
     if condition is Condition.WAITING:
         return answer
@@ -268,7 +269,9 @@ def _as_json(line: RunLine) -> dict[str, Any]:
 @app.command
 async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
     """Ask the crew's server to stop a run. Flow runs that wait for it then fail."""
-    record = (await _attempts(run, PrefectRecords()))[-1]
+    attempts = await _attempts(run, PrefectRecords())
+    named = next((one for one in attempts if one.kickoff_id == run), None)
+    record = named or latest_start(attempts) or attempts[-1]
     if record.kickoff_id is None:
         raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
     answer = await stop_run(await crew.need(record), record.kickoff_id)
@@ -302,11 +305,11 @@ def resolve(
     Args:
         kickoff_id: The kickoff started this run.
         never_started: The kickoff started no run.
-        lost: The run was started, and the crew's server has forgotten it.
+        lost: The run was started, and the crew's server has forgotten it. KEY may be its kickoff id.
     """
     if kickoff_id is None:
         _output.confirm(
-            f"The next call with the key {key!r} will start a new run, even if this one goes on. Go on?", yes=yes
+            f"Run {key!r}: the next call with its key will start a new run, even if this one goes on. Go on?", yes=yes
         )
 
     async def write() -> None:
@@ -323,7 +326,7 @@ def resolve(
             elif kickoff_id is None:
                 async with _status_call(record, crew) as look:
                     await resolve_lost(record, records, look=look)
-                said = f"run {record.kickoff_id} of {key} is lost. {again} starts another."
+                said = f"run {record.kickoff_id} of {record.idempotency_key} is lost. {again} starts another."
             else:
                 if batch:  # a ledger does not know the runs outside of its batches
                     await check_unused(kickoff_id, record, PrefectRecords())

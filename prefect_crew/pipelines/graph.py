@@ -161,7 +161,7 @@ class Pipeline:
                 continue
             names.setdefault(key, set()).update(used)
             for name in sorted(used.keys() - known - self.inputs.keys() - RESERVED):
-                self.problems.append(f"{where}: {name!r} is neither an input of the pipeline nor a step")
+                self.problems.append(f"{where}: {name!r} is no step, and no input that has a value")
             for name in sorted(used.keys() & known):
                 needed.add(name)
                 for attribute in sorted(used[name].difference(RESULT_FIELDS)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
@@ -44,13 +45,17 @@ another id, and a start notes the one that it found. So no clock says which runs
 
 def _periods(crew: Crew, record: RunRecord) -> list[BudgetPeriod]:
     batch = crew.batch or record.flow_run_id or record.idempotency_key
-    periods = dict[str, BudgetPeriod]()
+    holding, warning = dict[str, BudgetPeriod](), dict[str, BudgetPeriod]()
     for budget in crew.budgets:
         for period in budget.periods(name=crew.label, batch=batch, at=record.claimed_at):
             # A crew and a flow of one name share a counter: a run counts in it once, and the lower limit holds.
-            other = periods.setdefault(period.counter, period)
-            periods[period.counter] = min(other, period, key=lambda one: one.limit)
-    return list(periods.values())
+            found = warning if period.on_limit == "warn" else holding
+            found[period.counter] = min(found.get(period.counter, period), period, key=lambda one: one.limit)
+    for name in warning.keys() & holding.keys():
+        # A counter has one limit, so a limit that only warns is counted apart from one that holds.
+        one = warning[name]
+        warning[name] = replace(one, counter=f"{name.removesuffix(one.measure)}warn.{one.measure}")
+    return [*holding.values(), *warning.values()]
 
 
 def reserves_median(crew: Crew) -> bool:

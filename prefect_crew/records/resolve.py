@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
+from prefect_crew.client._transport import encoded_id
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import ConfigurationError, CrewError
@@ -60,6 +61,7 @@ async def resolve_started(
         ConfigurationError: Another record holds the id, or the crew's server does not know it. Nothing is changed.
         CrewError: The status call failed, or somebody else has resolved it since. Nothing is changed.
     """
+    encoded_id(kickoff_id)  # raises if it is none
     await check_unused(kickoff_id, record, records)
     state = None if look is None else (await look(kickoff_id)).state
     if state is CrewState.UNKNOWN:
@@ -98,17 +100,19 @@ async def resolve_never_started(record: RunRecord, records: RecordStore) -> None
     await release(record)
 
 
-async def in_flight(idempotency_key: str, records: RecordStore) -> RunRecord:
-    """Return the latest attempt at a key that was started and has not been seen to end.
+async def in_flight(name: str, records: RecordStore) -> RunRecord:
+    """Return the run of a kickoff id, or else the latest of a key, that was started and has not been seen to end.
 
     Raises:
         CrewError: There is none.
     """
-    attempts = await records.attempts(idempotency_key)
+    attempts = await records.attempts(name)
+    if not attempts and (held := await records.of_kickoff(name)):
+        attempts = [held]
     started = [one for one in attempts if one.phase is RecordPhase.STARTED]
     if not started:
         is_now = f"it is {attempts[-1].state or attempts[-1].phase}" if attempts else "no run has this key"
-        raise CrewError(f"Run {idempotency_key!r} is not in flight: {is_now}. Only a run in flight can be lost.")
+        raise CrewError(f"Run {name!r} is not in flight: {is_now}. Only a run in flight can be lost.")
     return started[-1]
 
 

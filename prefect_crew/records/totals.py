@@ -14,8 +14,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import date
+from typing import Annotated
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_core import to_json
 
 from prefect_crew.exceptions import CrewError
@@ -31,14 +32,19 @@ LONGEST, MOST_TAGS = 60, 10
 _NAME = re.compile(r"crew_usage_\d{8}_(\d+)")
 
 
+_Short = Annotated[str, AfterValidator(lambda name: name[:LONGEST])]
+
+
 class DayTotal(BaseModel):
     """What runs of one crew used and cost that ended on one day (UTC), of one flow and batch, with equal tags."""
 
     day: date
-    crew: str
+    crew: _Short
     spending: Spending
-    flow: str | None = None
-    tags: list[str] = Field(default_factory=list[str])
+    flow: _Short | None = None
+    tags: Annotated[list[_Short], AfterValidator(lambda tags: sorted(tags)[:MOST_TAGS])] = Field(
+        default_factory=list[str]
+    )
     """Those of the flow runs."""
     batch: str | None = None
     flow_run_id: str | None = None
@@ -77,15 +83,10 @@ def spending_of(record: RunRecord) -> Spending:
     return Spending(1, int(is_reported), int(record.cost is not None), usage, record.cost)
 
 
-def total_of(record: RunRecord, flow: str | None, tags: Sequence[str]) -> DayTotal:
+def total_of(record: RunRecord, flow: str | None = None, tags: Sequence[str] = ()) -> DayTotal:
     """Return the total of one run that has ended."""
-    return DayTotal(
-        day=(record.ended_at or record.claimed_at).date(),
-        crew=record.crew[:LONGEST],
-        flow=flow and flow[:LONGEST],
-        tags=[tag[:LONGEST] for tag in sorted(tags)[:MOST_TAGS]],
-        spending=spending_of(record),
-    )
+    day = (record.ended_at or record.claimed_at).date()
+    return DayTotal(day=day, crew=record.crew, flow=flow, tags=list(tags), spending=spending_of(record))
 
 
 def _summed(totals: Sequence[DayTotal]) -> list[DayTotal]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
+from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew
 from prefect_crew.devserver import CrewServer
@@ -61,6 +65,21 @@ def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer,
     assert (saved.code, f"prefect-crew doctor {name}" in saved.out) == (0, True)
     assert "could not be asked for its inputs, and is stored all the same" in saved.err
     assert DeployedCrew.load(name).url == "http://127.0.0.1:1"
+
+
+def test_a_block_that_is_not_valid_is_named_with_its_field(here, prefect_api: PrefectServer, name: str):
+    block: Any = DeployedCrew(url="http://127.0.0.1:1", token=SecretStr(TOKEN))
+    with get_client(sync_client=True) as prefect:
+        wrong = BlockDocumentUpdate(data={"max_kickoffs": 0}, merge_existing_data=True)
+        prefect.update_block_document(block.save(name, _sync=True), wrong)
+    listed = here("crews", "ls")
+    assert (listed.code, f"{name}\tmax_kickoffs: " in listed.out) == (0, True)
+    for line in (("crews", "inspect", name), ("run", name)):
+        refused = here(*line)
+        assert refused.code == 2
+        assert f"The block deployed-crew/{name} is not valid: max_kickoffs: " in refused.err
+        assert f"prefect-crew crews save {name} --url URL --overwrite" in refused.err
+        assert TOKEN not in refused.err
 
 
 @pytest.mark.parametrize(

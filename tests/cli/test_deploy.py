@@ -202,7 +202,7 @@ def test_a_pipeline_asks_for_its_inputs_and_runs_by_its_entrypoint(
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ("{{ who }}", "{{ whom }}", "'whom' is neither an input of the pipeline nor a step"),
+        ("{{ who }}", "{{ whom }}", "'whom' is no step, and no input that has a value"),
         ("crew: ", "crew: no-", "No crew is stored under the name 'no-"),
     ],
 )

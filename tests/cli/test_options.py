@@ -25,6 +25,12 @@ def test_pairs_are_laid_over_the_file_and_a_dash_reads_standard_input(monkeypatc
     assert gather_inputs(["size=small"], "-") == {"topic": "tea", "size": "small"}
 
 
+def test_standard_input_that_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"who: J\xe9r\xf4me"), encoding="utf-8"))
+    with pytest.raises(ConfigurationError, match="inputs in - cannot be read"):
+        gather_inputs([], "-")
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

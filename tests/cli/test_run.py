@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -49,6 +50,12 @@ def test_json_is_one_document_and_the_rest_goes_elsewhere(alone, prefect_server:
     assert "completed after" in done.err
     for noise in (TOKEN, "Traceback", "INFO", "Beginning flow run", "Finished in state"):
         assert noise not in done.err
+
+
+@pytest.mark.parametrize("option", [("-f", "-"), ("--input-file", "-"), ("-f-",)])
+def test_inputs_come_from_standard_input(here, greet: str, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]):
+    monkeypatch.setattr("sys.stdin", io.StringIO("who: Ada"))
+    assert "**Hello** Ada" in here("run", greet, *option).out
 
 
 def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewServer):

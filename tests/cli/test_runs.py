@@ -129,19 +129,38 @@ def test_a_run_that_never_started_is_started_anew_once_a_person_confirms(
     assert crews.kickoffs == kickoffs + 1
 
 
+def test_of_two_runs_of_a_key_the_one_that_is_named_is_cancelled(here, write: Write, crews: CrewServer):
+    crew: dict[str, Any] = {"idempotency_key": str(uuid.uuid4()), "crew": "slow", "crew_url": f"{crews.url}/slow"}
+    runs = [kicked_off(crews, "slow") for _ in range(2)]
+    first, _ = (
+        write(**crew, attempt=attempt, phase=RecordPhase.STARTED, kickoff_id=run, kicked_off_at=utcnow())
+        for attempt, run in enumerate(runs, 1)
+    )
+    write(**crew, attempt=3, phase=RecordPhase.NOT_STARTED)
+    for name, states in ((runs[0], ["stopped", "running"]), (first.idempotency_key, ["stopped", "stopped"])):
+        assert here("runs", "cancel", name, "--crew", f"{crews.url}/slow").code == 0
+        assert [str(crews.run(run).state) for run in runs] == states
+
+
+def test_an_empty_kickoff_id_resolves_nothing(here, write: Write):
+    record = write(**uncertain())
+    refused = here("runs", "resolve", record.idempotency_key, "--kickoff-id", "")
+    assert (refused.code, "is not a valid id" in refused.err) == (2, True)
+
+
 def test_a_run_that_the_server_has_forgotten_can_be_given_up(
     here, write: Write, crews: CrewServer, instant_polling: None
 ):
     facts = {"phase": RecordPhase.STARTED, "inputs_digest": DIGEST, "kicked_off_at": utcnow() - timedelta(minutes=5)}
     record, crew = write(**facts, kickoff_id=f"gone-{uuid.uuid4()}"), ("--crew", f"{crews.url}/greet")
     ran = ("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", record.idempotency_key)
-    lost, advice = here(*ran), f"prefect-crew runs resolve '{record.idempotency_key}' --lost"
-    assert (lost.code, advice in lost.err) == (3, True)
-    assert advice in here("runs", "inspect", record.idempotency_key).out
+    lost, advice = here(*ran), "prefect-crew runs resolve {} --lost"
+    assert (lost.code, advice.format(f"'{record.idempotency_key}'") in lost.err) == (3, True)
+    assert advice.format(record.kickoff_id) in here("runs", "inspect", record.idempotency_key).out
     known = write(**facts, kickoff_id=kicked_off(crews))
     refused = here("runs", "resolve", known.idempotency_key, "--lost", *crew, "--yes")
     assert (refused.code, "Nothing was changed" in refused.err) == (2, True), refused.err
-    assert here("runs", "resolve", record.idempotency_key, "--lost", *crew, "--yes").code == 0
+    assert here("runs", "resolve", str(record.kickoff_id), "--lost", *crew, "--yes").code == 0
     assert here("runs", "resolve", record.idempotency_key, "--lost", "--yes").code == 1
     kickoffs = crews.kickoffs
     assert (here(*ran).code, crews.kickoffs) == (0, kickoffs + 1)

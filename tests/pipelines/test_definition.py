@@ -201,7 +201,7 @@ async def test_all_mistakes_are_reported_and_nothing_is_started(save: SaveCrew):
     ]
     with pytest.raises(ConfigurationError) as caught:
         await run_deployed_pipeline({"name": "p", "inputs": {"topic": None}, "steps": steps}, {"topic": "tea"})
-    for said in ("'topik' is neither an input", "a step has no 'outptu'", "under the name 'never-stored'"):
+    for said in ("'topik' is no step", "a step has no 'outptu'", "under the name 'never-stored'"):
         assert said in str(caught.value)
     with pytest.raises(ConfigurationError, match="lacks the inputs topic"):
         await run_deployed_pipeline(report_of(crew), {"audience": "me"})

@@ -212,7 +212,7 @@ async def test_all_mistakes_are_reported_at_once_and_nothing_is_started(crew_ser
     message = str(raised.value)
     for part in (
         "nothing was started",
-        "'topik' is neither an input of the pipeline nor a step",
+        "'topik' is no step, and no input that has a value",
         "step 'a' lacks the inputs tone of its crew",
         "depend on each other in a circle",
         "comes after 'nowhere'",

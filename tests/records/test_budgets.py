@@ -51,6 +51,7 @@ from prefect_crew.runs.run import finish_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
+from support.prefect_server import PrefectServer
 from support.records import new_record
 from support.scripts import script, slow
 from support.webhooks import until
@@ -62,6 +63,12 @@ def used(tokens: int, seconds: float = 0.0) -> str:
     """Return a crew that says how many tokens it used."""
     usage = {"total_tokens": tokens, "prompt_tokens": tokens - 10, "completion_tokens": 10}
     return script({"output": "done", "seconds": seconds}, usage=usage)
+
+
+@pytest.fixture(autouse=True)
+def no_earlier_runs(prefect_server: PrefectServer) -> None:
+    """What the runs of a crew used is told by its URL, and a port may have been that of an earlier test's crew."""
+    prefect_server.forget_records()
 
 
 @pytest.fixture
@@ -434,6 +441,19 @@ async def test_a_run_counts_once_in_a_counter_that_two_budgets_share(crew_server
     with pytest.raises(BudgetExceededError, match="2 of 2 kickoffs"):
         await arun_crew(crew, {"text": "c"})
     assert await counted(name) == 2
+
+
+async def test_a_limit_that_warns_and_a_higher_one_that_holds_both_do(
+    crew_server: CrewServerFactory, name: str, caplog: pytest.LogCaptureFixture
+):
+    limits = ((1, "warn"), (2, "refuse"))
+    budgets = [Budget(max_kickoffs=most, per="day", name=name, on_limit=how) for most, how in limits]
+    crew = crew_server("echo").crew(budgets=budgets)
+    for text in "ab":
+        await arun_crew(crew, {"text": text})
+    assert f"Budget {name!r} has no room" in caplog.text
+    with pytest.raises(BudgetExceededError, match="2 of 2 kickoffs"):
+        await arun_crew(crew, {"text": "c"})
 
 
 async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name: str, asked: list[str]):

@@ -125,6 +125,12 @@ class PrefectServer:
                 time.sleep(0.1)
         return False
 
+    def forget_records(self) -> None:
+        """Delete all run records, and whatever else stands in a Variable, of a server on SQLite."""
+        assert self.database is not None
+        with closing(sqlite3.connect(self.database, timeout=30.0)) as database, database:
+            database.execute("DELETE FROM variable")
+
     def stop(self) -> None:
         """End it: SIGTERM, SIGKILL ten seconds later, and surely gone afterwards. Harmless if it does not run."""
         if self._process is not None:
