@@ -171,13 +171,13 @@ class Forwarder:
     def put(self, item: WebhookEvent | FeedbackRequest) -> None:
         """Take an event, or what a Flow asks of a person. Where there is no room, the oldest is dropped."""
         self._counts["received"] += 1
-        if isinstance(item, FeedbackRequest):
-            self._notes.append(item)
+        is_request = isinstance(item, FeedbackRequest)
+        if is_request or (item.output and len(item.output) <= MAX_OUTPUT and item.hook.attempt is not None):
+            self._counts["dropped"] += len(self._notes) == NOTES and isinstance(self._notes[0], FeedbackRequest)
+            self._notes.append(item)  # it is stored before anybody is woken who reads it
         else:
-            if item.output is not None and len(item.output) <= MAX_OUTPUT and item.hook.attempt is not None:
-                self._notes.append(item)  # it is stored before anybody is woken who reads it
-            else:
-                self.recent.add(item)
+            self.recent.add(item)
+        if not is_request:
             self._counts["dropped"] += self._is_full
             self._events.append(replace(item, output=None))
         self.start()
@@ -190,13 +190,17 @@ class Forwarder:
     @property
     def is_ready(self) -> bool:
         """Whether what is taken now reaches Prefect, at once or later."""
-        return not self._is_closing and not (self._is_away and self._is_full)
+        return not self._is_closing and not (self._is_away and (self._is_full or len(self._notes) == NOTES))
+
+    @property
+    def _requests(self) -> int:
+        return sum(isinstance(note, FeedbackRequest) for note in self._notes)
 
     def report(self) -> dict[str, Any]:
         """Return how Prefect answers, what waits, and how much was received, forwarded, dropped, refused, resolved."""
         prefect = {None: "not asked yet", True: "away", False: "answers"}[self._is_away]
         counts = {name: self._counts[name] for name in ("received", "forwarded", "dropped", "refused", "resolved")}
-        return {"prefect": prefect, **counts, "waiting": len(self._events)}
+        return {"prefect": prefect, **counts, "waiting": len(self._events) + self._requests}
 
     async def aclose(self) -> None:
         """Forward what is left, for five seconds at most, and end."""
@@ -211,6 +215,11 @@ class Forwarder:
             logger.warning(
                 "%d webhooks were not forwarded to Prefect before the receiver stopped; waits find out by polling.",
                 len(self._events),
+            )
+        if self._requests:
+            logger.warning(
+                "%d requests of Flows were not kept before the receiver stopped: answer them on the platform.",
+                self._requests,
             )
 
     async def _run(self) -> None:

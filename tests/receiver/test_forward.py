@@ -12,7 +12,9 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
+from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.receiver import forward as module
 from prefect_crew.receiver.events import WebhookEvent, read_events
 from prefect_crew.receiver.forward import Forwarder
@@ -146,6 +148,24 @@ async def test_a_question_is_reported_when_what_it_asks_can_be_read(
     forwarder.put(event_about(key, "human_input-first"))
     await until(lambda: forwarder.recent._kept, "the question is reported")
     assert kept == [0, 0], "what is to be judged was kept before"
+
+
+def request_of(flow: str) -> FeedbackRequest:
+    return FeedbackRequest(id=flow, kickoff_id=flow, task_id="t", callback_url=SecretStr("https://x.example/r"))
+
+
+async def test_what_flows_ask_is_counted_as_webhooks_are(
+    key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    with environment({"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}):
+        forwarder = Forwarder()
+        for number in range(module.NOTES + 2):
+            forwarder.put(request_of(f"{key}/{number}"))
+        await until(lambda: forwarder.report()["prefect"] == "away", "it is noticed that Prefect is away")
+        report = forwarder.report()
+        assert (report["waiting"], report["dropped"], forwarder.is_ready) == (module.NOTES, 2, False)
+        await forwarder.aclose()
+    assert f"{module.NOTES} requests of Flows were not kept" in caplog.text
 
 
 async def test_texts_that_keep_coming_hold_up_no_events_and_the_same_text_is_stored_once(
