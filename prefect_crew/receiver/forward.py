@@ -276,9 +276,9 @@ class Forwarder:
             async with asyncio.timeout(ATTEMPT):
                 await (keep_request(note) if isinstance(note, FeedbackRequest) else self._store_output(note))
         except Exception as error:
-            if _is_transient(error):
+            # One odd text must not hold up all others, nor a key that may write events and no blocks.
+            if _is_transient(error) and _what(error) != "HTTP 403":
                 raise
-            # One odd text must not hold up all others.
             logger.warning("The question of a run could not be stored: %s", _what(error))
         if isinstance(note, WebhookEvent):
             self.recent.add(note)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import SecretStr
 
@@ -152,6 +153,24 @@ async def test_a_question_is_reported_when_what_it_asks_can_be_read(
 
 def request_of(flow: str) -> FeedbackRequest:
     return FeedbackRequest(id=flow, kickoff_id=flow, task_id="t", callback_url=SecretStr("https://x.example/r"))
+
+
+async def test_a_text_that_may_not_be_stored_holds_up_no_events(
+    key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """The key of the receiver may write events, and no blocks."""
+
+    async def refuse(*_: Any) -> None:
+        raise httpx.HTTPStatusError("", request=httpx.Request("POST", "http://x"), response=httpx.Response(403))
+
+    monkeypatch.setattr(module, "keep_output", refuse)
+    monkeypatch.setattr(module, "keep_request", refuse)
+    forwarder.put(event_about(key, "human_input-first"))
+    forwarder.put(request_of(key))
+    forwarder.put(event_about(key, "crew-first"))
+    await events_of(key, at_least=2)
+    assert caplog.text.count("could not be stored: HTTP 403") == 2
+    assert forwarder.report()["waiting"] == 0
 
 
 async def test_what_flows_ask_is_counted_as_webhooks_are(
