@@ -375,7 +375,7 @@ class _Batch:
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
         source = await asyncio.to_thread(plan.source)
         self.checked = self.exported.get("checked")
-        if self.checked is not None and self.checked["source"] == source:
+        if self.checked is not None and self.checked["source"] == source and "order" in self.checked:
             checked = Checked(self.checked["total"], self.checked["fingerprint"], self.checked["order"])
         else:
             checked = await asyncio.to_thread(plan.check, rejected)
