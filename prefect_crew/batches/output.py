@@ -11,10 +11,10 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import date, datetime
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Annotated, Any, cast
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from prefect_crew.batches.database import create_private
@@ -161,24 +161,25 @@ class Output:
             return data
         try:
             if data is None:
-                return self._output_type.model_validate_json(result["output"]).model_dump(mode="json")
-            return self._output_type.model_validate(data).model_dump(mode="json")
+                return self._output_type.model_validate_json(result["output"]).model_dump(mode="json", by_alias=False)
+            return self._output_type.model_validate(data).model_dump(mode="json", by_alias=False)
         except ValidationError:
             return data
 
-    # Parquet: `seconds` is a number and all else text; each field of `output_type` has a column `data_NAME` as well.
+    # Parquet: `seconds` is a number and all else text; each field of `output_type` has a column `data_NAME` as well, by
+    # the name that it has in `data`: not by an alias.
 
     def _flat(self, line: dict[str, Any]) -> dict[str, Any]:
         data: Any = line["data"]
         for name, kind in self._fields().items():
-            value = cast("dict[str, Any]", data).get(name) if isinstance(data, dict) else None
-            is_text = kind is str and value is not None and not isinstance(value, str)
-            line[f"data_{name}"] = to_json(value).decode() if is_text else value
+            line[f"data_{name}"] = _cell(
+                cast("dict[str, Any]", data).get(name) if isinstance(data, dict) else None, kind
+            )
         return line | {name: None if line[name] is None else to_json(line[name]).decode() for name in STRUCTURED}
 
     def _fields(self) -> dict[str, type]:
         fields = {} if self._output_type is None else self._output_type.model_fields
-        return {field.serialization_alias or name: _plain_type(field.annotation) for name, field in fields.items()}
+        return {name: _plain_type(field.annotation) for name, field in fields.items()}
 
     def _write_parquet(self, lines: Path, target: IO[bytes]) -> None:
         library: Any = polars("Parquet")
@@ -196,6 +197,20 @@ class Output:
         library.scan_ndjson(lines, schema=schema).sink_parquet(whole)
         with whole.open("rb") as file:
             shutil.copyfileobj(file, target)
+
+
+_CELLS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (float, bool, date, datetime)}
+_CELLS[int] = TypeAdapter(Annotated[int, Field(ge=-(2**63), lt=2**63)])
+
+
+def _cell(value: Any, kind: type) -> Any:
+    """Return a value as a column of Parquet takes it, None where it cannot: `data` has it."""
+    if kind is str:
+        return value if value is None or isinstance(value, str) else to_json(value).decode()
+    try:
+        return _CELLS[kind].dump_python(_CELLS[kind].validate_python(value), mode="json")
+    except ValidationError:
+        return None
 
 
 def _plain_type(annotation: Any) -> type:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import fsspec
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.output import COLUMNS, Output
@@ -169,6 +169,28 @@ async def test_parquet_has_a_column_for_each_field_of_the_type(ledger: Ledger, t
     assert first == {**LISBON.model_dump(), "tags": '["sea"]'}
     assert frame["data_founded"].dtype == polars.Date
     assert frame["seconds"].dtype == polars.Float64
+
+
+class Renamed(BaseModel):
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    count: int = Field(alias="Count")
+    seen: datetime | None = Field(default=None, serialization_alias="Seen")
+
+
+async def test_parquet_names_fields_as_data_does_and_leaves_out_what_a_column_cannot_hold(
+    ledger: Ledger, tmp_path: Path
+):
+    polars = pytest.importorskip("polars", reason="needs the extra `data`")
+    path = tmp_path / "out.parquet"
+    await enter(ledger, "a", "b", "c")
+    await end(ledger, "a", output='{"Count": 7, "seen": "2026-01-01T12:00:00Z"}')
+    await end(ledger, "b", output='{"Count": 9223372036854775808}')
+    await end(ledger, "c", data={"count": "many"})  # it was judged by another type
+    await Output(str(path), output_type=Renamed).write(ledger)
+    frame = polars.read_parquet(path)
+    assert (frame["data_count"].to_list(), frame["data_seen"].to_list()) == ([7, None, None], [SEEN, None, None])
+    assert [json.loads(data)["count"] for data in frame["data"]] == [7, 2**63, "many"]
 
 
 def test_parquet_without_the_extra_is_refused_before_anything_is_started(
