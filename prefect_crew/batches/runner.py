@@ -246,10 +246,12 @@ class Runner:
         None if it has none since the batch starts nothing more.
         """
         before = count = _kickoffs(attempts)
-        owed, record = _owed(attempts), latest_start(attempts)
-        if record is not None and (record.phase is not RecordPhase.STARTED or record.crew_url != self.session.crew.url):
+        owed, record, place, end = _owed(attempts), latest_start(attempts), None, None
+        if record is not None and record.crew_url != self.session.crew.url:
             record = None
-        place, end, found = None, None, record is not None
+        if record is not None and record.phase is not RecordPhase.STARTED:
+            record, place = None, self._place(job, record, state_of(record))
+        found = record is not None
         while True:
             if record is None:
                 if not await self.throttle.admit(job.key):
@@ -270,8 +272,11 @@ class Runner:
                 self.throttle.completed()
             if not self._starts_again(job, state, count=count, before=before, owed=owed):
                 return end
-            place = f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED else None
-            record = None
+            record, place = None, self._place(job, record, state)
+
+    def _place(self, job: RowJob, record: RunRecord, state: RowState) -> str | None:
+        """Return what the start after this attempt is known by, None if it needs no force."""
+        return f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED else None
 
     def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int) -> bool:
         most = self.session.crew.max_kickoffs

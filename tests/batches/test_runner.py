@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from prefect import flow
+from pydantic import BaseModel
 from sqlalchemy.exc import OperationalError
 
 from prefect_crew import WaitPolicy, resume_crew
@@ -38,6 +39,10 @@ from support.webhooks import until
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
+
+
+class Score(BaseModel):
+    score: int
 
 
 def topics(count: int, bad: set[int] | None = None) -> list[dict[str, Any]]:
@@ -106,6 +111,18 @@ async def test_retries_wait_for_the_circuit_breaker_and_are_counted_by_it(
     assert server.kickoffs <= 5 + 20 + 3, "the five, those in flight with them, and three that were tried"
     assert report.failed + report.skipped == 200
     assert len(batch.lines()) == report.failed, "a row whose retry was not sent any more has failed"
+
+
+async def test_what_an_earlier_call_has_seen_fail_does_not_count_for_the_circuit_breaker(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    crew = Held(until=lambda _: True)
+    server, options = crew_server(crew), {"name": "misfits", "output_type": Score, "breaker_pause": 0.1}
+    report = await batch(server.crew(), topics(30), breaker=None, **options)
+    assert report.errors == {"OutputTypeError": 30}
+    crew.output = '{"score": 1}'
+    report = await batch(server.crew(), topics(30), breaker=5, retry_failed=True, **options)
+    assert (report.completed, report.kickoffs, report.stopped) == (30, 30, None)
 
 
 # Kickoffs that are refused

@@ -11,7 +11,7 @@ from prefect_crew.devserver import Outcome, ProgramError, Run, load_program
 
 
 class Held:
-    """A crew whose tasks run until `release()`, or until `until(number of the task)`, and whose output is "done".
+    """A crew whose tasks run until `release()`, or until `until(number of the task)`, and whose `output` is "done".
 
     Serve it as any other: `crew_server(held)`. A task named "draft" waits for a person instead.
     """
@@ -19,6 +19,7 @@ class Held:
     name = "held"
 
     def __init__(self, *tasks: str, until: Callable[[int], bool] | None = None) -> None:
+        self.output = "done"
         self._tasks = tasks or ("task_1",)
         self._released = threading.Event()
         self._until = until or (lambda _: self._released.is_set())
@@ -39,8 +40,8 @@ class Held:
             else:
                 while not self._until(number):
                     await asyncio.sleep(0.005)
-            run.task_ended(TaskResult(name=name, output="done"))
-        return Outcome("done")
+            run.task_ended(TaskResult(name=name, output=self.output))
+        return Outcome(self.output)
 
 
 class FailsFirst:
