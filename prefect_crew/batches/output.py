@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import date, datetime
 from pathlib import Path
 from typing import IO, Annotated, Any, cast
+from uuid import uuid4
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -115,11 +116,15 @@ class Output:
             with _fsspec.open(self.address, "wb", compression="infer") as target:
                 yield target
             return
-        new = self._path.with_name(f".{self._path.name}.new")
+        # Another process may write the same output at the same time.
+        new = self._path.with_name(f".{self._path.name}.{uuid4().hex[:8]}.new")
         create_private(new)
-        with _fsspec.open(str(new), "wb", compression=_fsspec.utils.infer_compression(self._path.name)) as target:
-            yield target
-        new.replace(self._path)
+        try:
+            with _fsspec.open(str(new), "wb", compression=_fsspec.utils.infer_compression(self._path.name)) as target:
+                yield target
+            new.replace(self._path)
+        finally:
+            new.unlink(missing_ok=True)
 
     @contextmanager
     def _reporting(self) -> Generator[None]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import traceback
 from datetime import UTC, date, datetime, timedelta
+from errno import ENOSPC
+from os import strerror
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,16 +110,27 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     Output(str(path)).check(is_new=True)
 
 
-async def test_a_write_that_fails_leaves_the_file_of_before(ledger: Ledger, path: Path):
+async def test_a_write_that_fails_leaves_the_file_of_before(
+    ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
+):
     await enter(ledger, "k")
     await end(ledger, "k")
     output = Output(str(path))
     output.check(is_new=True)
     path.write_text("before")
-    path.with_name(f".{path.name}.new").mkdir()
-    with pytest.raises(OutputError, match="the same call writes them again"):
-        await output.write(ledger)
-    assert path.read_text() == "before"
+
+    def refuse(*_: object) -> None:
+        raise OSError(ENOSPC, strerror(ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(Output, "_write_page", refuse)
+        with pytest.raises(OutputError, match=r"No space.*the same call writes them again"):
+            await output.write(ledger)
+    assert [(one.name, one.read_text()) for one in path.parent.iterdir()] == [(path.name, "before")]
+    # Two at a time, of one ledger: each is whole.
+    assert await asyncio.gather(output.write(ledger), output.write(ledger)) == [1, 1]
+    assert [line["key"] for line in written(path)] == ["k"]
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
 
 
 async def test_an_error_of_a_library_does_not_show_what_is_secret_in_the_address(

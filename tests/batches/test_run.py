@@ -390,7 +390,7 @@ async def test_an_output_is_exported_while_the_batch_runs_and_written_where_it_s
     with pytest.raises(asyncio.CancelledError):
         await running
     assert batch.output.read_bytes() == Path(early).read_bytes()
-    assert not batch.output.with_name(f".{batch.output.name}.new").exists()
+    assert not list(batch.folder.glob(".*.new"))
 
 
 # Prefect
