@@ -32,7 +32,8 @@ class CrewSettings(PrefectBaseSettings):
     )
     review_secret: SecretStr | None = Field(
         default=None,
-        description="The signing secrets of Flows' review webhooks, as the platform shows them, separated by blanks.",
+        description="The signing secrets of Flows' review webhooks, as the platform shows them, separated by blanks. "
+        "The receiver needs them, and so do flows with `review=`, which then wait for these webhooks.",
     )
     keep_records_days: int = Field(
         default=30,
