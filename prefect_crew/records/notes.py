@@ -18,6 +18,7 @@ from prefect_crew.records.model import RunRecord, digest
 
 MAX_OUTPUT = 200_000
 """Characters of what is to be judged; of a longer one nothing is kept, since half of it is not what is judged."""
+PAGE = 200  # blocks in one answer of Prefect, at most
 _REQUEST = "crew-request-"
 
 
@@ -35,12 +36,19 @@ async def _save(name: str, value: Any) -> None:
 
 
 async def _find(prefix: str) -> dict[str, tuple[UUID, Any]]:
-    """Return id and value of the blocks whose names begin with a text, by their names."""
-    wanted = {"block_documents": {"name": {"like_": f"{prefix}%"}}, "include_secrets": True, "limit": 200}
+    """Return id and value of the blocks whose names begin with a text, by their names, the newest first."""
+    wanted = {"block_documents": {"name": {"like_": f"{prefix}%"}}, "include_secrets": True, "limit": PAGE}
+    found = list[dict[str, Any]]()
     async with get_client() as client:
-        answer = await client.request("POST", "/block_documents/filter", json=wanted)
-    found = {str(one["name"]): (UUID(one["id"]), one["data"].get("value")) for one in answer.json()}
-    return {name: one for name, one in found.items() if name.startswith(prefix)}
+        while len(found) % PAGE == 0:
+            answer = await client.request("POST", "/block_documents/filter", json=wanted | {"offset": len(found)})
+            page: list[dict[str, Any]] = answer.json()
+            found += page
+            if not page:
+                break
+    found.sort(key=lambda one: str(one["created"]), reverse=True)
+    named = {str(one["name"]): (UUID(one["id"]), one["data"].get("value")) for one in found}
+    return {name: one for name, one in named.items() if name.startswith(prefix)}
 
 
 async def _delete(prefix: str) -> None:
@@ -66,7 +74,10 @@ async def kept_output(record: RunRecord, answers: int) -> str | None:
 
 async def forget_notes(record: RunRecord) -> None:
     """Forget all that is kept of an attempt's questions."""
-    await _delete(_of_run(record.idempotency_key, record.attempt))
+    if record.has_webhooks:
+        await _delete(_of_run(record.idempotency_key, record.attempt))
+    if record.kickoff_id is not None:
+        await _delete(_of_request(record.kickoff_id))
 
 
 async def keep_request(request: FeedbackRequest) -> None:
@@ -78,7 +89,7 @@ async def keep_request(request: FeedbackRequest) -> None:
 
 
 async def kept_requests(kickoff_id: str | None = None) -> list[FeedbackRequest]:
-    """Return what a Flow asks and has no answer that was sent from here, or what all Flows ask."""
+    """Return what a Flow asks and has no answer that was sent from here, or what all Flows ask, the latest first."""
     found = await _find(_REQUEST if kickoff_id is None else _of_request(kickoff_id))
     return [FeedbackRequest.model_validate(value) for _, value in found.values()]
 

@@ -514,8 +514,7 @@ class PrefectRecords:
 
     async def delete(self, record: RunRecord) -> None:
         """Forget an attempt, and what people answered. A later call with its key is then a new start."""
-        if record.has_webhooks:
-            await forget_notes(record)
+        await forget_notes(record)
         for answer in await read_named(_answer_prefix(record)):
             await delete_variable(answer.id)
         permits = await read_named(_permit_name(record, ""))

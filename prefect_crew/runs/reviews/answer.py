@@ -56,6 +56,8 @@ between."""
 ASKS = "prefect-crew-batch-asks"
 """The tag of a batch, on the Prefect server, of which some rows wait for people, or did at the last look."""
 AT_ONCE = 8  # status calls at a time
+ANSWERED_ELSEWHERE = (401, 403, 404, 409, 410)
+"""What a callback answers where its token is used up, or was never one."""
 CrewOf = Callable[[RunRecord], Awaitable[Crew | None]]  # None where a record's crew is not a stored block
 
 
@@ -176,7 +178,7 @@ async def answer_question(
 async def open_request(
     kickoff_id: str, before: Sequence[SentReview], kept: Sequence[FeedbackRequest] | None = None
 ) -> FeedbackRequest | None:
-    """Return what a Flow asks and nobody has answered from here, the first of several; None if it asks nothing so.
+    """Return what a Flow asks and nobody has answered from here, the latest of several; None if it asks nothing so.
 
     `kept` are what all Flows ask, where that has been read.
 
@@ -295,7 +297,7 @@ async def _post_to_callback(run: OpenRun, request: FeedbackRequest, review: Revi
             allow_http=run.crew.allow_http,
         )
     except CrewAPIError as error:
-        if error.status_code in (401, 403, 404, 409, 410):  # answered elsewhere: its token is used up, or was never one
+        if error.status_code in ANSWERED_ELSEWHERE:
             await _write(run, forget_request(request))
         raise
     await _write(run, forget_request(request))

@@ -18,6 +18,7 @@ from prefect_crew.records.model import RecordStore, SentReview, utcnow
 from prefect_crew.records.notes import forget_notes
 from prefect_crew.runs.listener import Waker
 from prefect_crew.runs.reviews.answer import (
+    ANSWERED_ELSEWHERE,
     answer_question,
     answers_record,
     open_request,
@@ -288,9 +289,11 @@ class People:
         try:
             await self._send(question, review, by=name)
         except CrewAPIError as error:
-            # The request of a Flow, which takes its answer elsewhere, may be on its way.
-            may_be_flow = request is None and CrewSettings().review_secret is not None
-            if error.status_code not in REFUSALS or not may_be_flow or self._was_refused:
+            # The request of a Flow, which takes its answer elsewhere, may be on its way: the first one, where the crew
+            # has refused the answer, or the next one, where this was answered on the platform.
+            is_refusal = error.status_code in (REFUSALS if request is None else ANSWERED_ELSEWHERE)
+            may_be_flow = request is not None or CrewSettings().review_secret is not None
+            if not is_refusal or not may_be_flow or self._was_refused:
                 raise
             self._look_anew(name, error)
             self._held_until, self._was_refused = time.monotonic() + REQUEST_WITHIN, True
@@ -380,7 +383,7 @@ class People:
     async def aclose(self, *, ended: bool) -> None:
         """The wait is over, and so is the run if it has `ended`: take back what was put up for an answer."""
         record = self.run.record
-        if ended and record is not None and record.has_webhooks:
+        if ended and record is not None:
             await self._read("What is kept of run %s", forget_notes(record))
         if self._form is not None:
             await self._form.aclose(ended=ended)

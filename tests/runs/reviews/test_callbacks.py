@@ -22,6 +22,7 @@ from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer, ReviewWebhook
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError
 from prefect_crew.receiver.app import create_receiver
+from prefect_crew.records import notes
 from prefect_crew.records.notes import kept_requests
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import reviewer
@@ -171,6 +172,76 @@ async def test_what_was_answered_elsewhere_is_refused_and_forgotten(hook: Review
             await resume_run(server.crew().crew, kickoff_id, feedback="", approve=True)
         assert await kept_requests(kickoff_id) == []
         assert await PrefectRecords().reviews((await PrefectRecords().attempts(key))[0]) == []
+
+
+TWO = CrewScript.model_validate(
+    {
+        "name": "flow",
+        "inputs": [],
+        "tasks": [
+            {"name": "outline", "human": True, "output": "Outline."},
+            {"name": "publish", "human": True, "output": "Text."},
+        ],
+    }
+)
+
+
+async def answer_on_the_platform(kickoff_id: str, task: str) -> None:
+    """Answer a request at its callback URL as the platform's own page does, and wait for what is asked next."""
+    before = await kept_requests(kickoff_id)
+    (url,) = [one.callback_url.get_secret_value() for one in before if one.task_id == task]
+    async with httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.post(url, json={"feedback": "approve"})).status_code == 200
+    while len(await kept_requests(kickoff_id)) == len(before):
+        await asyncio.sleep(0.05)
+
+
+async def test_the_latest_request_is_what_is_asked(hook: ReviewWebhook) -> None:
+    """Nothing tells of an answer that was given on the platform."""
+    with CrewServer(TWO, review_webhook=hook) as server:
+        for _ in range(5):  # their names are digests, in any order
+            key = f"flow/{uuid.uuid4()}"
+            kickoff_id = await _kicked_off(server.crew(), key)
+            await answer_on_the_platform(kickoff_id, "outline")
+            assert [one.task_id for one in await kept_requests(kickoff_id)] == ["publish", "outline"]
+            assert await run_with(server, lambda _: Review(approve=True), key) == "Text."
+
+
+async def test_a_function_whose_answer_comes_after_that_on_the_platform_is_asked_the_next(hook: ReviewWebhook) -> None:
+    asked: list[str] = []
+
+    async def judge(request: ReviewRequest) -> Review:
+        asked.append(request.task_id)
+        if request.task_id == "outline":
+            await answer_on_the_platform(request.kickoff_id, "outline")
+        return Review(approve=True)
+
+    with CrewServer(TWO, review_webhook=hook) as server:
+        assert await run_with(server, judge) == "Text."
+    assert asked == ["outline", "publish"]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_what_was_answered_on_the_platform_is_forgotten_with_its_run(ends: bool, hook: ReviewWebhook) -> None:
+    key = f"flow/{uuid.uuid4()}"
+    with CrewServer(TWO, review_webhook=hook) as server:
+        kickoff_id = await _kicked_off(server.crew(), key)
+        await answer_on_the_platform(kickoff_id, "outline")
+        if ends:
+            await run_with(server, lambda _: Review(approve=True), key)
+        else:
+            await PrefectRecords().delete((await PrefectRecords().attempts(key))[0])
+    assert await kept_requests(kickoff_id) == []
+
+
+async def test_all_requests_are_read_however_many_there_are(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes, "PAGE", 2)
+    (request,) = [parse_request(ask()["content"])]
+    assert request is not None
+    kickoff_id = str(uuid.uuid4())
+    for number in range(5):
+        await notes.keep_request(request.model_copy(update={"id": str(number), "kickoff_id": kickoff_id}))
+    assert [one.id for one in await kept_requests(kickoff_id)] == ["4", "3", "2", "1", "0"]
 
 
 # What the receiver believes.
