@@ -42,7 +42,8 @@ class BatchEntry:
 
     Attributes:
         fingerprint: That of its rows' keys and inputs.
-        call: How it was called, as plain values. `line_options`: what its lines depend on, other than the rows.
+        call: How it was called, as plain values, and by which flow run.
+        line_options: What its lines depend on, other than the rows.
         set_aside: The rows that cannot be run, as its last call found them.
         exported: What the output was last written with, and of which check of the rows.
         generation: Grows while rows are started, here and on the Prefect server.

@@ -24,7 +24,7 @@ from pydantic.errors import PydanticUserError
 from pydantic_core import to_json
 
 from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
-from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import Ledger
@@ -370,6 +370,9 @@ class _Batch:
         ledger.is_exclusive = True
         self.before = before = await ledger.entry()  # what the ledger knew before this call
         check_bound(before, await read_binding(job.name), ledger)
+        by = {"flow_run_id": flow_run_id()}
+        if before is not None and before.call is not None:
+            await ledger.note(call={**before.call, **by})  # reading the rows may take minutes
         self.exported = {} if before is None else before.exported or {}
         self.output.check(is_new=whole_address(job.output) not in self.exported.get("outputs", ()))
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
@@ -406,7 +409,7 @@ class _Batch:
             crew_url=job.crew.url,
             fingerprint=checked.fingerprint,
             total=checked.total,
-            call=call,
+            call={**call, **by},
             line_options=job.line_options,
         )
         await bind(entry, ledger, job.ledger.public)

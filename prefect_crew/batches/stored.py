@@ -72,6 +72,11 @@ class StoredBatch:
     def _call(self) -> Mapping[str, Any]:
         return self.entry.call or {"why_not": "its call is not on record"}
 
+    @property
+    def flow_run_id(self) -> str | None:
+        """The flow run that runs it, or did so last."""
+        return self._call.get("flow_run_id")
+
     async def status(self) -> BatchStatus:
         """Return how it stands."""
         ledger, entry, aside = self.ledger, self.entry, self.entry.set_aside

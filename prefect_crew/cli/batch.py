@@ -6,14 +6,16 @@ import asyncio
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 from cyclopts import App, Parameter
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from prefect_crew._text import listed_rows
@@ -372,27 +374,24 @@ async def _go_on(name: str, ledger: str | None, retry_failed: bool | tuple[str, 
 async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = CrewOfRun()) -> None:
     """Cancel a batch: the flow run that runs it, else stop its runs that are still in flight."""
     async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
-        rows = batch.ledger.rows_in([RowState.STARTED, RowState.CLAIMED])
-        records = [row.record async for row in rows if row.record is not None]
         if await lock.take():
             batch.ledger.is_exclusive = True
-            done = await _stop_runs(batch, [record for record in records if record.kickoff_id], crew)
+            rows = batch.ledger.rows_in([RowState.STARTED])
+            done = await _stop_runs(batch, [row.record async for row in rows if row.record is not None], crew)
         else:
-            done = await _cancel_flow_runs({record.flow_run_id for record in records if record.flow_run_id})
+            done = await _cancel_flow_run(batch.flow_run_id)
         _output.put(f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip())
 
 
-async def _cancel_flow_runs(ids: set[str]) -> str:
-    """Ask Prefect to cancel the flow runs that have not ended, which do what `on_cancel` says."""
+async def _cancel_flow_run(run_id: str | None) -> str:
+    """Ask Prefect to cancel a flow run that has not ended, which does what `on_cancel` says."""
     async with get_client() as client:
-        wanted = FlowRunFilter.model_validate({"id": FlowRunFilterId.model_validate({"any_": sorted(ids)})})
-        found = await client.read_flow_runs(flow_run_filter=wanted) if ids else []
-        open_runs = [run for run in found if run.state is not None and not run.state.is_final()]
-        for run in open_runs:
-            await client.set_flow_run_state(run.id, Cancelling())
-    if not open_runs:
-        raise CrewError("A process runs this batch, and its flow run is not known. Cancel it on Prefect's page.")
-    return f"flow run {', '.join(run.name for run in open_runs)} is being cancelled."
+        with suppress(ObjectNotFound):
+            run = None if run_id is None else await client.read_flow_run(UUID(run_id))
+            if run is not None and run.state is not None and not run.state.is_final():
+                await client.set_flow_run_state(run.id, Cancelling())
+                return f"flow run {run.name} is being cancelled."
+    raise CrewError("A process runs this batch, and its flow run is not known. Cancel it on Prefect's page.")
 
 
 async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfRun) -> str:

@@ -31,7 +31,7 @@ from support.batches import Batches
 from support.held import Held
 from support.prefect_server import PrefectServer
 from support.processes import Process, ProcessError
-from support.scripts import script, slow
+from support.scripts import FAILS, script, slow
 
 ROWS = [{"topic": str(number)} for number in range(40)]
 
@@ -112,6 +112,30 @@ async def test_a_row_that_was_stopped_runs_again_whatever_came_of_the_answer(
     held.release()
     report = await batch(server.crew(), ROWS[:20], name=name, breaker=5)
     assert (report.completed, report.failed, server.kickoffs) == (20, 0, 30)
+
+
+@pytest.mark.parametrize("way", ["goes on", "pauses"])
+async def test_the_command_cancels_the_flow_run_that_runs_the_batch_now(
+    batch: Batches, crew_server: CrewServerFactory, way: str
+):
+    server, looks = crew_server(Held() if way == "goes on" else FAILS), asyncio.Queue[str]()
+    rows = ROWS[:10] if way == "goes on" else ROWS
+    if way == "goes on":  # it starts nothing, and the flow run that did never ends, as that of a killed process
+        await cancelled(batch, server, rows, name=way, on_cancel="leave")
+
+    @flow
+    async def mine() -> BatchReport:
+        options: dict[str, Any] = {"name": way, "max_in_flight": 10, "breaker": 5, "breaker_pause": 60}
+        return await batch(server.crew(), rows, on_progress=lambda now: looks.put_nowait(now.phase), **options)
+
+    running = asyncio.ensure_future(mine())
+    async with asyncio.timeout(30):
+        while await looks.get() != "running":
+            pass
+        await asyncio.sleep(0.5)
+        await cancel(way)
+        with pytest.raises(BatchCancelledError):
+            await running
 
 
 @pytest.mark.parametrize("way", ["evicted", "timed out"])
