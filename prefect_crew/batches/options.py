@@ -13,6 +13,7 @@ from prefect_crew._text import problems_of
 from prefect_crew.batches.dataset import Dataset, is_remote, shown_address, whole_address
 from prefect_crew.batches.outcomes import RETRYABLE, RowState
 from prefect_crew.budgets import Budget
+from prefect_crew.client.redaction import holds_secret
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
@@ -88,7 +89,7 @@ class BatchOptions(BaseModel):
     @field_validator("on_failure", mode="before")
     @classmethod
     def _check_on_failure(cls, limit: Any) -> Any:
-        is_number = type(limit) in (int, float) and limit > 0 and (limit <= 1 or limit == int(limit))
+        is_number = type(limit) in (int, float) and limit > 0 and (limit <= 1 or limit % 1 == 0)
         if not is_number and limit not in ("continue", "stop"):
             raise ValueError("give 'continue', 'stop', a number of failed rows, or a share of the rows below 1")
         return limit
@@ -109,7 +110,7 @@ class BatchOptions(BaseModel):
         if isinstance(limit, float) and limit < 1:
             over = ended >= SHARE_AFTER and failed / ended > limit
             return f"{failed} of {ended} rows failed, more than {limit:.0%}." if over else None
-        return f"{failed} rows failed, and on_failure is {limit:g}." if failed >= float(limit) else None
+        return f"{failed} rows failed, and on_failure is {limit:g}." if failed >= limit else None
 
     def starts_again(self, state: RowState, key: str, *, count: int, before: int, most: int, owed: int = 0) -> bool:
         """Return whether a row is started once more.
@@ -145,15 +146,22 @@ def plain_call(
     for name in ("key", "inputs"):
         if callable(getattr(options, name)):
             return {"why_not": f"{name} is a function"}
-    sources = {} if inputs is None or callable(inputs) else {name: inputs.get(name) for name in secret_inputs}
-    if given := [name for name, source in sources.items() if source is not None and not is_column(source)]:
-        return {"why_not": f"the secret inputs {', '.join(given)} do not come from a column as it is"}
+    sources: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs
+    secret = [name for name in secret_inputs if sources.get(name) is not None and not is_column(sources[name])]
+    if secret:
+        return {"why_not": f"the secret inputs {', '.join(secret)} do not come from a column as it is"}
     if options.webhooks is not None:
         return {"why_not": "its webhooks were passed as a Python object"}
     try:
         chosen = options.model_dump(mode="json", exclude_defaults=True, exclude=OF_ONE_CALL)
     except (PydanticSerializationError, ValueError) as error:
         return {"why_not": f"an option cannot be stored as JSON: {error}"}
+    if holds_secret(inputs) or holds_secret(options.meta):
+        return {"why_not": "an option holds a secret"}
+    stored: Mapping[str, Any] = chosen.get("inputs") or {}
+    # As a text, a constant would be the name of a column.
+    if texts := [name for name in stored if isinstance(stored[name], str) and not isinstance(sources[name], str)]:
+        return {"why_not": f"the constants of the inputs {', '.join(texts)} cannot be stored as JSON"}
     where = {"dataset": whole_address(address), "output": whole_address(output), "ledger": ledger}
     return {"crew": crew, **where, "format": dataset.format, "encoding": dataset.encoding, "options": chosen}
 

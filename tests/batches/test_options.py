@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from prefect_crew.states import CrewState
         pytest.param({"kickoffs_per_second": float("nan")}, id="not a number"),
         pytest.param({"on_failure": "halt"}, id="unknown policy"),
         pytest.param({"on_failure": 0}, id="no failures"),
+        pytest.param({"on_failure": float("inf")}, id="endless failures"),
         pytest.param({"on_failure": None}, id="no policy"),
         pytest.param({"wait": "x"}, id="wait"),
         pytest.param({"output_type": dict}, id="type of the output"),
@@ -88,10 +90,12 @@ def call(**options: Any) -> dict[str, Any]:
         {"inputs": {"pin": 4711}},
         {"inputs": {"pin": SecretStr("4711")}},
         {"inputs": {"pin": "{{ user }}:4711"}},
+        {"inputs": {"other": [SecretStr("4711")]}},
+        {"meta": {"other": SecretStr("4711")}},
         {"output": "s3://key:4711@bucket/out.jsonl"},
         {"dataset": open_dataset("simplecache::https://user:4711@files.test/rows.csv")},
     ],
-    ids=["number", "type", "template", "output", "data set"],
+    ids=["number", "type", "template", "list", "meta", "output", "data set"],
 )
 def test_a_call_that_holds_a_secret_is_not_stored(given: dict[str, Any]):
     assert list(call(**given)) == ["why_not"]
@@ -118,6 +122,7 @@ def test_a_call_with_what_is_no_plain_value_says_why_it_is_not_stored():
     for options, why in (
         ({"key": lambda row: row["id"]}, "key is a function"),
         ({"inputs": {"topic": lambda row: "x"}}, "an option cannot be stored as JSON"),
+        ({"inputs": {"price": Decimal("5.10")}}, "the constants of the inputs price cannot be stored as JSON"),
         ({"output_type": Local}, "cannot be imported elsewhere"),
         ({"webhooks": Webhooks(crew="https://hooks.test/x")}, "its webhooks were passed as a Python object"),
     ):
