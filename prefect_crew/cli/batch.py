@@ -233,7 +233,7 @@ async def ls(
 
 
 async def _list(pattern: str) -> list[tuple[str, str]]:
-    return [(name, ledger) for name, ledger in await list_batches() if fnmatchcase(name, pattern)]
+    return [(name, ledger) for name, ledger in await list_batches() if pattern == name or fnmatchcase(name, pattern)]
 
 
 @app.command
@@ -245,8 +245,11 @@ async def inspect(
     output: Output = None,
 ) -> None:
     """Show how a batch stands, also while another process runs it."""
-    is_pattern, found = any(sign in name for sign in "*?["), list[BatchStatus]()
-    for one in [one for one, _ in await _list(name)] if is_pattern else [name]:
+    fitting, found = [name], list[BatchStatus]()
+    if any(sign in name for sign in "*?["):
+        fitting = [one for one, _ in await _list(name)]
+    is_pattern = name not in fitting  # a name may have such signs in it
+    for one in fitting if is_pattern else [name]:
         async with open_stored_batch(one, ledger) as batch:
             found.append(await batch.status())
     if is_pattern:

@@ -102,6 +102,10 @@ def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: 
     found = here("batch", "inspect", f"{name}/*", "-o", "json").json
     assert (found["total"], found["completed"], found["failed"], len(found["batches"])) == (3, 2, 1, 2)
     assert here("batch", "inspect", f"{name}/*").out.splitlines()[-1].split()[:4] == ["together", "3", "2", "1"]
+    # A name may have the signs of a pattern in it.
+    here("batch", "run", block, leads, "--key", "id", "--name", f"{name} [eu]", "--export", str(tmp_path / "eu.jsonl"))
+    assert here("batch", "inspect", f"{name} [eu]", "-o", "json").json["name"] == f"{name} [eu]"
+    assert [one["name"] for one in here("batch", "ls", f"{name} [eu]", "-o", "json").json] == [f"{name} [eu]"]
 
 
 def test_what_cannot_be_run_is_said_by_line_and_refused_or_set_aside(
