@@ -611,8 +611,8 @@ async def hold_concurrency_slots(session: CrewSession, options: BatchOptions, st
             found = await client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:
             raise missing_limit(crew) from None
-    most = chosen or min(IN_FLIGHT, found.limit)
-    if most > found.limit:
+    most = chosen or max(1, min(IN_FLIGHT, found.limit))
+    if most > found.limit > 0:
         raise ConfigurationError(
             f"max_in_flight is {most}, and crew {crew.label} allows {found.limit} runs in flight in all "
             f"(concurrency limit {limit!r}). Give max_in_flight={found.limit} or less."

@@ -34,7 +34,7 @@ RENEW = 100.0
 """Seconds between two renewals."""
 LOOK_AGAIN = (0.5, 1.5)
 """Seconds between two looks for a free slot: from, to. What the server proposes grows with how long runs take."""
-_LOCKED, _GONE = 423, 410
+_LOCKED, _GONE, _TOO_MANY = 423, 410, 422
 
 
 @dataclass
@@ -96,7 +96,7 @@ async def take_slots(crew: Crew, count: int = 1) -> Slots | None:
     """Take slots of a crew's limit, once that many are free; None if it has no limit.
 
     Raises:
-        ConfigurationError: There is no such limit.
+        ConfigurationError: There is no such limit, or it never has that many.
     """
     if crew.concurrency_limit is None:
         return None
@@ -121,6 +121,11 @@ async def _taken(crew: Crew, count: int) -> UUID | None:
                 lease_duration=LEASE,
             )
         except httpx.HTTPStatusError as error:
+            if error.response.status_code == _TOO_MANY:
+                raise ConfigurationError(
+                    f"Crew {crew.label} has the concurrency limit {crew.concurrency_limit!r}, which is below {count}. "
+                    f"Nothing was started. Raise it: prefect gcl update {crew.concurrency_limit} --limit N."
+                ) from None
             if error.response.status_code != _LOCKED:
                 raise
             return None

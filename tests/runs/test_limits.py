@@ -104,10 +104,14 @@ async def test_it_holds_for_every_way_to_start_a_run(crew_server: CrewServerFact
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_limit_that_does_not_exist_starts_nothing_in_any_way(crew_server: CrewServerFactory, way: str):
+@pytest.mark.parametrize("slots", [None, 0])
+async def test_a_limit_that_does_not_exist_or_allows_nothing_starts_nothing_in_any_way(
+    crew_server: CrewServerFactory, way: str, slots: int | None
+):
     server = crew_server(slow(0.1))
-    crew = server.crew(concurrency_limit="nobody-made-it")
-    with pytest.raises(Exception, match="'nobody-made-it', which does not exist") as raised:
+    crew = server.crew(concurrency_limit="nobody-made-it" if slots is None else await limit(slots))
+    message = "'nobody-made-it', which does not exist" if slots is None else "which is below 1"
+    with pytest.raises(Exception, match=message) as raised:
         await WAYS[way](crew, 1)
     errors = getattr(raised.value, "errors", {"one": raised.value})
     assert all(isinstance(error, ConfigurationError) for error in errors.values())
