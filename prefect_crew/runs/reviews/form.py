@@ -49,13 +49,13 @@ class ReviewForm(RunInput):
     question: str = Field(default="", title="Question", description="What this form is about: leave it as it is.")
 
     @classmethod
-    def about(cls, question: Question, text: str) -> type[ReviewForm]:
-        """Return the form of one question, with the text that stands above its fields.
+    def about(cls, question: Question, text: str, mark: str = "") -> type[ReviewForm]:
+        """Return the form of one question, with the text that stands above its fields, and what marks this question.
 
         Prefect takes what is submitted for the form that is up at that moment, also from a page that still shows the
         one before. So each form names its question, and Prefect's server refuses the name of another.
         """
-        name = f"{question.task}, round {question.round}, run {question.kickoff_id}"
+        name = f"{question.task}, round {question.round}, run {question.kickoff_id}, {mark[:8]}"
         own = cls.model_fields["question"]
         only = Field(default=name, title=own.title, description=own.description, json_schema_extra={"enum": [name]})
         fields: dict[str, Any] = {"question": (str, only)}
@@ -117,9 +117,14 @@ class Form:
         await self.take_down()
         self.question = question
         if question is not None:
-            # The same in every process and attempt, so that an answer is found by whoever comes after.
-            self._base = _of_run(question.kickoff_id) + digest(question.task_id, question.round)
-            self._model = ReviewForm.about(question, _text(self._run, question))
+            # The same in every process and attempt, so that an answer is found by whoever comes after. Another one for
+            # the next question, though its round is the same where the one before was answered on the crew's page.
+            since = None if self._run.record is None else self._run.record.human_since
+            request = None if question.request is None else question.request.id
+            moment = None if since is None else since.timestamp()
+            mark = digest(question.task_id, question.round, question.asked, request, moment)
+            self._base = _of_run(question.kickoff_id) + mark
+            self._model = ReviewForm.about(question, _text(self._run, question), mark)
 
     async def look(self) -> ReviewForm | None:
         """Return what was filled in, also while no process was there. Else put the form up if it is not."""
