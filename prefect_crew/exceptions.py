@@ -481,15 +481,20 @@ class BatchChangedError(_FactsError):
 
 
 class DatasetError(_FactsError):
-    """A data set cannot be read. `source` is its name, `line` is 1-based, None where there is none."""
+    """A data set cannot be read. `source` is its name, `line` is 1-based, None where there is none.
+
+    `begun`: rows of it may have been started before.
+    """
 
     reason: str = field(kw_only=False)
     source: str
     line: int | None = None
+    begun: bool = False
 
     def _text(self) -> str:
         where = self.source if self.line is None else f"{self.source}, line {self.line}"
-        return f"{where}: {self.reason} Nothing of this data set was started."
+        known = "What was started is in the batch's ledger." if self.begun else "Nothing of this data set was started."
+        return f"{where}: {self.reason} {known}"
 
 
 class BadRowsError(DatasetError):

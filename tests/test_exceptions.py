@@ -65,6 +65,7 @@ ERRORS: list[CrewError] = [
     E.BatchBusyError(name="b"),
     E.BatchChangedError(name="b", difference="row 3"),
     E.DatasetError("It is odd.", source="a.csv", line=3),
+    E.DatasetError("It is odd.", source="a.csv", begun=True),
     E.BadRowsError([BadRow(3, "lacks name")], 1, source="a.csv"),
     E.LedgerError("cannot be read.", ledger="l.db"),
     E.LedgerMissingError(name="b", ledger="l.db"),

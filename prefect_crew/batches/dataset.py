@@ -151,7 +151,7 @@ def _format_of(address: str, name: str) -> DatasetFormat:
 
 
 class _File:
-    """A file on this machine, which must not change between two readings; or one elsewhere, fetched once."""
+    """A file on this machine, which must not change once it is read; or one elsewhere, fetched once."""
 
     def __init__(self, address: str, name: str) -> None:
         self.name = name
@@ -164,13 +164,7 @@ class _File:
     def fetch(self) -> Path:
         """Return where the file is on this machine."""
         if self._path is not None:
-            stat = self._path.stat()
-            now = (stat.st_size, stat.st_mtime_ns)
-            if self._seen not in (None, now):
-                raise DatasetError(
-                    "changed while it was read. Run the batch again when it does not change any more.", source=self.name
-                )
-            self._seen = now
+            self._check(self._path.stat())
             return self._path
         if self._fetched is None:
             folder = tempfile.TemporaryDirectory(prefix="prefect-crew-")
@@ -178,6 +172,14 @@ class _File:
                 target.writelines(self._chunks())
             self._fetched = folder
         return Path(self._fetched.name) / "data"
+
+    def _check(self, stat: os.stat_result) -> None:
+        now = (stat.st_size, stat.st_mtime_ns)
+        if self._seen not in (None, now):
+            raise DatasetError(
+                "changed while it was read. Run the batch again when it does not change any more.", source=self.name
+            )
+        self._seen = now
 
     def _chunks(self) -> Iterator[bytes]:
         if self._is_http:
@@ -196,25 +198,29 @@ class _File:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     @contextmanager
-    def open(self) -> Generator[IO[bytes]]:
-        """Open it, decompressed as its ending says."""
+    def open(self) -> Generator[tuple[IO[bytes], Callable[[], None]]]:
+        """Open it, decompressed as its ending says, with a check that it has not changed, which raises DatasetError."""
         is_stored = self._path is not None or self._is_http
         compression = _fsspec.utils.infer_compression(self.address.partition("?")[0]) if is_stored else None
         with self.fetch().open("rb") as file:
+
+            def check() -> None:
+                self._check(os.fstat(file.fileno()))
+
             if compression is None:
-                yield file
+                yield file, check
                 return
             with _fsspec.compression.compr[compression](file, mode="rb") as content:
-                yield content if hasattr(content, "read1") else io.BufferedReader(content)
+                yield content if hasattr(content, "read1") else io.BufferedReader(content), check
 
 
 def _read_file(file: _File, kind: DatasetFormat, encoding: str) -> Iterator[Row]:
     with _reporting(file.name, file.address):
         if kind == "parquet":
-            yield from _of_mappings(_parquet(file.fetch(), file.name))
+            yield from _of_mappings(_parquet(file))
             return
-        with file.open() as content:
-            lines = _lines(content, file.name, encoding)
+        with file.open() as (content, check):
+            lines = _lines(content, file.name, encoding, check)
             if kind == "jsonl":
                 yield from _jsonl(lines)
             elif kind == "json":
@@ -239,8 +245,8 @@ def _reporting(name: str, address: str) -> Generator[None]:
         raise DatasetError(f"cannot be read: {told(error, address)}.", source=name) from None
 
 
-def _lines(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
-    """Yield the lines with their ends. Only a line feed ends one."""
+def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None]) -> Iterator[str]:
+    """Yield the lines with their ends, as long as `check` does not raise. Only a line feed ends one."""
     try:
         text = io.TextIOWrapper(cast("Any", file), encoding, newline="\n")
     except LookupError:
@@ -250,8 +256,10 @@ def _lines(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
         while line := text.readline(ROW_LIMIT + 1):
             if len(line) > ROW_LIMIT:
                 raise DatasetError("has a line without an end.", source=name, line=number)
+            check()
             yield line
             number += 1
+        check()
     except UnicodeDecodeError as error:
         shown = error.object[error.start : error.end][:8].hex(" ")
         number += error.object[: error.start].decode(error.encoding, "ignore").count("\n")
@@ -347,16 +355,18 @@ def polars(what: str) -> ModuleType:
     return polars
 
 
-def _parquet(path: Path, name: str) -> Iterator[Mapping[str, Any]]:
-    library: Any = polars(name)
+def _parquet(file: _File) -> Iterator[Mapping[str, Any]]:
+    library: Any = polars(file.name)
+    path = file.fetch()
     try:
         scan, start, part = library.scan_parquet(path), 0, [None]
         while len(part):
             part = scan.slice(start, PART).collect()
+            file.fetch()  # raises if it has changed
             yield from part.iter_rows(named=True)
             start += PART
     except (library.exceptions.PolarsError, OSError) as error:
-        raise DatasetError(f"is not a Parquet file: {error}.", source=name) from None
+        raise DatasetError(f"is not a Parquet file: {error}.", source=file.name) from None
 
 
 def _frame_rows(frame: Any, library: str, name: str) -> Iterator[Mapping[Any, Any]]:

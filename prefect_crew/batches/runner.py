@@ -44,6 +44,7 @@ from prefect_crew.exceptions import (
     ConfigurationError,
     CrewError,
     CrewLostError,
+    DatasetError,
     IdempotencyConflictError,
     KickoffUncertainError,
     LedgerError,
@@ -191,8 +192,10 @@ class Runner:
                     row.add_done_callback(self._row_done)
         except BaseExceptionGroup as errors:
             first = errors.exceptions[0]
+            if isinstance(first, DatasetError):
+                first = DatasetError(first.reason, source=first.source, line=first.line, begun=True)
             self.throttle.stop(str(first))
-            raise first from first.__cause__
+            raise first from errors.exceptions[0].__cause__
 
     def _row_done(self, row: asyncio.Task[None]) -> None:
         self._running.discard(row)

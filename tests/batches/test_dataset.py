@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from decimal import Decimal
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -309,14 +310,16 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
         values(open_dataset(source, encoding="klingon" if source == "x.csv" else "utf-8"))
 
 
-def test_a_file_that_changes_between_two_readings_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_file_that_changes_between_two_readings_or_within_one_is_refused(tmp_path: Path, count: int):
     path = tmp_path / "rows.csv"
     path.write_text(CSV)
     dataset = open_dataset(path)
-    values(dataset)
+    rows = dataset.rows()
+    assert len(list(islice(rows, count)) if count else values(dataset)) == (count or len(ROWS))
     path.write_text(CSV + "late,row\n")
     with pytest.raises(DatasetError, match="changed while it was read"):
-        values(dataset)
+        list(rows)
 
 
 @pytest.mark.parametrize(

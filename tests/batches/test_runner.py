@@ -21,7 +21,7 @@ from prefect_crew.batches.runner import FirstPoll
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import CrewError, LedgerError
+from prefect_crew.exceptions import CrewError, DatasetError, LedgerError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResult
@@ -51,6 +51,22 @@ def topics(count: int, bad: set[int] | None = None) -> list[dict[str, Any]]:
 
 def ledger_of(batch: Batches, name: str) -> Ledger:
     return Ledger(f"{batch.output}.ledger.db", name)
+
+
+async def test_a_file_that_is_appended_to_ends_the_batch_before_a_row_that_was_not_checked(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server, path = crew_server(ECHO), batch.folder / "rows.csv"
+    path.write_text("topic\n" + "tea\n" * 3000)
+
+    def append(progress: BatchProgress) -> None:
+        if progress.phase == "running":
+            with path.open("a") as file:
+                file.write("late\n" * 3000)
+
+    with pytest.raises(DatasetError, match=r"changed while it was read.*What was started is in the batch's ledger\."):
+        await batch(server.crew(), path, name="appended to", max_in_flight=10, on_progress=append)
+    assert 0 < server.kickoffs < 3000
 
 
 # Crews that fail
