@@ -537,6 +537,8 @@ class _RowWatcher(Watcher):
         elif status.state.ended:
             if record.human_since is not None:
                 emit("resumed", record)  # the crew went on and ended between two polls
+            if record.human_since is not None or self._people is not None:
+                await self.people.aclose(ended=True)
         elif self._people is not None:
             await self._people.ask(status)
 
