@@ -223,6 +223,6 @@ class WebhookSender:
         async with self._slots, httpx.AsyncClient(**options) as client:
             try:
                 await client.post(url, **request)
-            except httpx.HTTPError as error:
-                # Without the URL: it may hold all that protects the receiver.
+            except Exception as error:  # noqa: BLE001 - httpx raises others too, where a URL or a header cannot be sent
+                # Without the text of the error: the URL and the headers may hold all that protects the receiver.
                 logger.warning("The %s webhook was not delivered: %s", kind, type(error).__name__)

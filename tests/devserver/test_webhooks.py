@@ -202,3 +202,17 @@ def test_a_bad_receiver_costs_the_run_nothing(serve: Serve, trouble: str, caplog
         else:
             receiver.wait_for(lambda it: len(it.got) == 1)
     assert "hidden-in-the-url" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "token"),
+    [("http://127.0.0.1:9/x", "tök-en"), ("http://127.0.0.1:99999/x", "s3cret"), ("http://xn--a/x", "s3cret")],
+)
+def test_what_cannot_be_sent_is_logged_without_its_secrets(
+    serve: Serve, caplog: pytest.LogCaptureFixture, url: str, token: str
+) -> None:
+    _, client = serve("echo")
+    target = {"url": url, "authentication": {"strategy": "bearer", "token": token}}
+    finished(client, kickoff(client, {"text": "x"}, webhooks={**target, "events": ["task_completed"]}))
+    until(lambda: "The stream webhook was not delivered: " in caplog.text)
+    assert token not in caplog.text
