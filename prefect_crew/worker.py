@@ -477,6 +477,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             text = "Another worker %r runs: this one continues as %r. Give each worker of a pool its own name."
             self._logger.warning(text, self.name, name)
             self.name = name
+            if self._worker_channel is not None:  # it has kept the old name; `_watch_pool` has a new one made
+                self._worker_channel.stop()
+                self._worker_channel = None
 
     def _owns(self, flow_run: FlowRun) -> bool:
         return (flow_run.infrastructure_pid or "").endswith(f"/{self.boot}")
@@ -511,6 +514,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 if asked >= heartbeat_due:
                     await self._adopt_orphans()
                     heartbeat_due = asked + self.heartbeat_interval_seconds
+                if self._worker_channel is None:
+                    await self.sync_with_backend()
                 for flow_run in cancelling:
                     await self._cancel(flow_run)
                 self._confirmed_at = asked
