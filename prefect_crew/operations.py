@@ -188,9 +188,11 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
 
 
 def _new_files(folder: Path, pattern: str, unchanged_seconds: float) -> list[Path]:
-    """Return the files that have not changed for so long, the oldest first."""
+    """Return the files that have not changed for so long, the oldest first; none of those that were moved."""
     found: list[tuple[float, Path]] = []
     for path in folder.glob(pattern):
+        if not {"done", "refused"}.isdisjoint(path.relative_to(folder).parts[:-1]):
+            continue
         with suppress(FileNotFoundError):  # another run of this flow has just moved it
             changed = path.stat().st_mtime
             if path.is_file() and time.time() - changed >= unchanged_seconds:

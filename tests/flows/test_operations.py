@@ -135,8 +135,9 @@ async def test_what_cannot_be_run_is_set_apart_and_the_others_go_on(echo: CrewSe
     folder.receive("bad.csv", "subject\ntea\n")
     folder.receive("empty.csv", "")
     folder.receive("good.csv", "topic\ntea\n")
-    (report,) = await folder.look("batch-echo")
+    (report,) = await folder.look("batch-echo", pattern="**/*.csv")
     assert (report["completed"], echo.kickoffs) == (1, 1)
+    assert await folder.look("batch-echo", pattern="**/*.csv") == []
     assert folder.files == {"refused/bad.csv", "refused/empty.csv", "done/good.csv"}
 
 
