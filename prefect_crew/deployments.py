@@ -9,7 +9,6 @@ paths, which any worker runs without pulling code.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
@@ -137,13 +136,14 @@ def build_deployment(
     return deployment
 
 
-async def shared_key(deployment: RunnerDeployment) -> str | None:
-    """Return an idempotency key that two times of the deployment's schedule share: the later one starts no run."""
-    key = deployment.parameters.get("idempotency_key")
-    for chosen in deployment.schedules or () if key else ():
-        keys = [render_key(str(key), moment) for moment in await _dates(chosen.schedule, n=50)]
-        if again := next((key for key, after in itertools.pairwise(keys) if key == after), None):
-            return again
+async def shared_key(key: str | None, schedule: Any) -> str | None:
+    """Return an idempotency key that several of the next times of a schedule share: the later ones start no run."""
+    seen = set[str]()
+    for moment in await _dates(schedule, n=MOST) if key else ():
+        rendered = render_key(str(key), moment)
+        if rendered in seen:
+            return rendered
+        seen.add(rendered)
     return None
 
 
@@ -351,7 +351,7 @@ async def backfill(
             raise ConfigurationError(f"A backfill is for at most {MOST} times, all in the past: choose another range.")
         parameters = {**target.parameters, **chosen.parameters}
         key = parameters.get("idempotency_key")
-        if isinstance(key, str) and "scheduled_start" not in key and len(times) > 1:
+        if isinstance(key, str) and len(times) > 1 and len({render_key(key, moment) for moment in times}) == 1:
             raise ConfigurationError(
                 f"The idempotency key {key!r} is the same for every time, so that all would get one run. Put the time "
                 "into it, such as {{ scheduled_start:%Y-%m-%d }}."
@@ -544,5 +544,6 @@ async def slowest_heartbeat(client: PrefectClient) -> int:
     tagged = await client.read_deployments(
         deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[RECOVERED_TAG])), limit=PAGE
     )
-    named = [one.job_variables.get("env", {}).get("PREFECT_FLOWS_HEARTBEAT_FREQUENCY") for one in tagged]
-    return max((int(seconds or PREFECTS_HEARTBEAT) for seconds in named), default=PREFECTS_HEARTBEAT)
+    environments: list[dict[str, Any]] = [one.job_variables.get("env") or {} for one in tagged]
+    named = [env.get("PREFECT_FLOWS_HEARTBEAT_FREQUENCY") for env in environments]
+    return max((int(float(seconds or PREFECTS_HEARTBEAT)) for seconds in named), default=PREFECTS_HEARTBEAT)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, date, datetime, timedelta, timezone
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import pytest
@@ -12,7 +14,7 @@ from prefect import flow, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
-from prefect_crew.deployments import backfill, build_deployment, crew_target
+from prefect_crew.deployments import backfill, build_deployment, crew_target, shared_key, slowest_heartbeat
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError
 from support.prefect_server import PrefectServer
@@ -55,6 +57,7 @@ async def test_the_form_asks_for_each_input_and_says_what_it_is():
 
 KEY = "day-{{ scheduled_start:%Y-%m-%d }}"
 FIRST, LAST = date(2024, 2, 27), date(2024, 3, 1)
+HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 SIX = DeploymentScheduleCreate(
     schedule=CronSchedule(cron="0 6 * * *", timezone="UTC"),
     slug="six",
@@ -131,6 +134,7 @@ async def test_times_in_other_zones_and_intervals(prefect_api: PrefectServer):
 
 TWO = (SIX, SIX.model_copy(update={"slug": "other"}))
 SAME_KEY = SIX.model_copy(update={"parameters": {"idempotency_key": "always"}})
+YEARLY_KEY = SIX.model_copy(update={"parameters": {"idempotency_key": "year-{{ scheduled_start:%Y }}"}})
 HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
 
 
@@ -144,6 +148,7 @@ HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
         ((), {}, "has no schedule to take the times from"),
         (TWO, {}, "schedule=….*: (six, other|other, six)"),
         ((SAME_KEY,), {}, "same for every time"),
+        ((YEARLY_KEY,), {}, "same for every time"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -154,6 +159,31 @@ async def test_what_would_go_wrong_is_refused_and_nothing_is_created(
     with pytest.raises(ConfigurationError, match=problem):
         await backfill(name, **{"start": FIRST, "end": LAST, **call})
     assert await count(deployment) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "again"),
+    [
+        ("day-{{ scheduled_start:%Y-%m-%d }}", None),
+        ("month-{{ scheduled_start:%B }}", "month-"),
+        ("weekday-{{ scheduled_start:%A }}", "weekday-"),  # seven keys, none of them twice in a row
+        ("{{ scheduled_start:%m-%d }}", "-"),
+        (None, None),
+    ],
+)
+async def test_a_key_that_comes_again_is_found(key: str | None, again: str | None):
+    found = await shared_key(key, SIX.schedule)
+    assert found is None if again is None else again in (found or "")
+
+
+@pytest.mark.parametrize(
+    ("job_variables", "seconds"),
+    [({}, 180), ({"env": None}, 180), ({"env": {HEARTBEAT: "60"}}, 60), ({"env": {HEARTBEAT: "60.0"}}, 60)],
+)
+async def test_the_slowest_heartbeat_is_that_of_the_job_variables(job_variables: dict[str, Any], seconds: int):
+    deployment = SimpleNamespace(job_variables=job_variables)
+    client: Any = SimpleNamespace(read_deployments=AsyncMock(return_value=[deployment]))
+    assert await slowest_heartbeat(client) == seconds
 
 
 async def test_a_deployment_that_does_not_exist_is_named(prefect_api: PrefectServer):

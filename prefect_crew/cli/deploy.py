@@ -12,7 +12,7 @@ from uuid import UUID
 
 from cyclopts import App, Group, Parameter, validators
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.objects import DeploymentSchedule
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectNotFound
@@ -80,7 +80,8 @@ def deploy(
         crew: The name of a stored crew.
         pipeline: A file with a pipeline, YAML or JSON.
         flow: The import path of an asynchronous flow, my_package.flows.my_flow.
-        pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default one.
+        pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default one, or
+            the one that it has.
         cron: A cron schedule. Each required input then needs a default.
         interval: A schedule: the seconds between two runs.
         timezone: The schedule's time zone, such as Europe/Lisbon.
@@ -102,12 +103,13 @@ def deploy(
     async def make() -> None:
         target, own_name = await _target(crew, pipeline, flow, defaults)
         full_name = f"{target.form.name}/{name or own_name}"
+        earlier = await _stored(full_name)
         deployment = build_deployment(
             target,
             name or own_name,
             idempotency_key=key,
             schedule=schedule,
-            has_schedule=bool(await _schedules(full_name)),
+            has_schedule=earlier is not None and bool(earlier.schedules),
             tags=tag or (),
             work_pool_name=pool or get_current_settings().deployments.default_work_pool_name,
             concurrency_limit=concurrency_limit,
@@ -116,18 +118,22 @@ def deploy(
         _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(target.asks) or 'nothing'}.")
         if page := page_url(deployment_id, "deployment"):
             _output.put(page)
-        for one in await _schedules(full_name):
+        stored = await _stored(full_name)
+        for one in stored.schedules if stored else ():
             if one.active:
                 whose = "Its earlier schedule stays" if schedule is None else "Its schedule"
                 _output.put(f"{whose}: {await describe_schedule(one.schedule)}")
+                if again := await shared_key(key, one.schedule):
+                    shared = f"Several times of the schedule share the key {again!r}"
+                    _output.note(f"{shared}: only the first of them starts a run.")
         if flow is not None:
             given = "".join(f" -p {name}=…" for name in target.needed)
         else:
             given = json.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
             given = f" -p {shlex.quote(f'inputs={given}')}" if target.needed else ""
         _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{given}")
-        if deployment.work_pool_name:
-            _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(deployment.work_pool_name)}")
+        if stored and stored.work_pool_name:  # left out, it keeps the pool that it has
+            _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(stored.work_pool_name)}")
         else:
             _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
         if flow is not None and pool_type == "crew" and not flow.startswith("prefect_crew."):
@@ -155,22 +161,20 @@ def _schedule(cron: str | None, interval: float | None, timezone: str | None) ->
         if cron is not None:
             return Cron(cron, timezone=timezone)
         return None if interval is None else Interval(timedelta(seconds=interval), timezone=timezone)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigurationError(f"The schedule cannot be made: {reason(error)}") from None
 
 
-async def _schedules(full_name: str) -> list[DeploymentSchedule]:
+async def _stored(full_name: str) -> DeploymentResponse | None:
     async with get_client() as client:
         try:
-            return (await client.read_deployment_by_name(full_name)).schedules
+            return await client.read_deployment_by_name(full_name)
         except ObjectNotFound:
-            return []
+            return None
 
 
 async def _apply(deployment: RunnerDeployment) -> tuple[str, str | None]:
     """Store a deployment; return its id and the type of its work pool."""
-    if again := await shared_key(deployment):
-        _output.note(f"Several times of the schedule share the key {again!r}: only the first of them starts a run.")
     pool_type: str | None = None
     try:
         if deployment.work_pool_name:

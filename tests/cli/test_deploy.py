@@ -108,6 +108,7 @@ def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: 
     assert "errors.pydantic.dev" not in nowhere
     minutely = deploy(*ada, "--cron", "* * * * *", "--key", key)
     assert "Several times of the schedule share the key 'daily-" in minutely
+    assert "Several times of the schedule share the key 'daily-" in deploy(*ada, "--key", key)  # of the one that stays
     assert "is the same for every time of the schedule" in deploy(*ada, "--key", "always", code=2)
     assert "Its schedule: every 1:00:00 (UTC). The next run: " in deploy(*ada, "--interval", "3600")
     assert [one.schedule.interval.total_seconds() for one in deployment(full_name).schedules] == [3600]
@@ -123,12 +124,14 @@ def test_a_run_has_its_inputs_as_text_and_the_key_of_its_time(
     here, prefect_api: PrefectServer, crews: CrewServer, name: str
 ):
     pool = work_pool(prefect_api, "process")
-    made = here("deploy", name, "--pool", pool, "--key", f"{name}-{{{{ scheduled_start:%Y }}}}")
+    key = ("--key", f"{name}-{{{{ scheduled_start:%Y }}}}")
+    made = here("deploy", name, "--pool", pool, *key)
     assert f"prefect worker start --pool {pool}" in made.out
+    assert f"prefect worker start --pool {pool}" in here("deploy", name, *key).out, "it keeps its pool"
     state = asyncio.run(run_of(deployment(f"deployed-crew/{name}"), {"inputs": {"who": 35}}))
     assert state.is_completed(), state
-    key = f"{name}-{time.gmtime().tm_year}"
-    assert [one.inputs for one in crews.runs if one.meta and one.meta["idempotency_key"] == key] == [{"who": "35"}]
+    filled = f"{name}-{time.gmtime().tm_year}"
+    assert [one.inputs for one in crews.runs if one.meta and one.meta["idempotency_key"] == filled] == [{"who": "35"}]
 
 
 def test_a_secret_input_is_the_name_of_a_block_and_loaded_in_the_run(
@@ -261,6 +264,7 @@ def test_a_flow_is_deployed_by_its_import_path(here, prefect_api: PrefectServer,
         ("{name} --pool no-such-pool", "prefect work-pool create no-such-pool"),
         ("{name} -i colour=red", "does not know the inputs colour; it takes who."),
         ("{name} --cron now -i who=Ada", "cron"),
+        ("{name} --interval 1e15 -i who=Ada", "The schedule cannot be made"),
         ("{name} --key trip-{{{{start}}}}", "'{{start}}' is not known"),
         ("--pipeline {file} -i colour=red", "it takes who, times, tone."),
         ("--pipeline {file} -i times=two", "The default of the input times must be JSON of the"),
