@@ -62,15 +62,30 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
 def _check(url: str) -> None:
     import httpx
     from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    with get_client(httpx_settings={"timeout": ANSWER_WITHIN}, sync_client=True) as client:
+    def judge(response: httpx.Response) -> None:
+        # Raised here, since the client would wait before it gives up, and takes a page of another server for an answer.
+        is_page = response.is_success and "html" in response.headers.get("Content-Type", "")
+        if is_page or response.is_error:
+            said = f"GET {response.url.path} was answered with {'a page' if is_page else response.status_code}"
+            raise httpx.HTTPStatusError(said, request=response.request, response=response)
+
+    timeout = httpx.Timeout(ANSWER_WITHIN, connect=ANSWER_WITHIN / 4)  # the client tries to connect four times
+    asking = {"timeout": timeout, "event_hooks": {"response": [judge]}}
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(asking, sync_client=True) as client:
         problem = client.api_healthcheck()
-    if isinstance(problem, httpx.TransportError):  # any answer will do
-        why = str(problem).rstrip(".") or type(problem).__name__
-        raise PrefectAwayError(
-            f"The Prefect API at {url} does not answer: {why}. Start that server, or set "
-            "PREFECT_API_URL to one that runs; without PREFECT_API_URL Prefect starts an embedded one."
-        ) from None
+    code = problem.response.status_code if isinstance(problem, httpx.HTTPStatusError) else None
+    if problem is None or code == 429:  # which says that it is there
+        return
+    why = str(problem).rstrip(".") or type(problem).__name__
+    fix = "Start that server, or set PREFECT_API_URL to one that runs; without it Prefect starts an embedded one."
+    if code in (401, 403):
+        fix = "Check PREFECT_API_KEY or PREFECT_API_AUTH_STRING."
+    elif code is not None and code < 500:
+        fix = "Check PREFECT_API_URL: that of a server ends in /api, such as http://127.0.0.1:4200/api."
+    how = "" if code is None else " as it should"
+    raise PrefectAwayError(f"The Prefect API at {url} does not answer{how}: {why}. {fix}") from None
 
 
 def _start_embedded() -> None:

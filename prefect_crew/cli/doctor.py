@@ -52,7 +52,7 @@ class Findings(list[Finding]):
 def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: CrewAccess = CrewAccess()) -> int:
     """Check the Prefect API and, optionally, a crew, and suggest fixes. Nothing is kicked off."""
     found = Findings(quiet=output is not None)
-    is_away = False
+    is_away, url = False, None
     try:
         url = reach_prefect()
     except PrefectAwayError as error:
@@ -64,8 +64,18 @@ def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: Cr
         found.add("ok", "Prefect API", f"{url} answers" if url else embedded, "" if url else fix)
 
     async def look() -> None:
+        nonlocal is_away
+        import httpx
+        from prefect.exceptions import PrefectException
+
         if not is_away:
-            await check_prefect(found)
+            try:
+                await check_prefect(found)
+            except (httpx.HTTPError, PrefectException, ValueError) as error:  # a page is no JSON, a ValueError
+                is_away = True
+                failed = f"{url or 'It'} was asked for more: {type(error).__name__}: {error}".splitlines()[0]
+                fix = "Check PREFECT_API_URL, and PREFECT_API_KEY or PREFECT_API_AUTH_STRING."
+                found.add("problem", "Prefect API", failed, fix)
         if crew is None:
             return
         if is_away and not is_url(crew):
@@ -135,7 +145,7 @@ async def check_prefect(found: Findings) -> None:
     """Look at Prefect, whose API is known to answer: versions, the block type, records, pools of crew workers.
 
     Raises:
-        httpx.HTTPError: The API does not answer after all.
+        httpx.HTTPError, PrefectException, ValueError: The API does not answer as it should after all.
     """
     import prefect
     from prefect.client.orchestration import get_client

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import threading
+import time
+from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from prefect_crew.cli import _prefect
 from prefect_crew.cli.doctor import Findings, check_crew, check_prefect
 from prefect_crew.client._client import CrewClient
 from prefect_crew.devserver import CrewServer
+from prefect_crew.exceptions import PrefectAwayError
 from prefect_crew.records.store import PrefectRecords
 from support.crew_pool import CrewPool
 from support.prefect_server import PrefectServer
@@ -91,6 +100,76 @@ async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServe
     assert (level, "within two heartbeats" in fix) == ("warning", True)
     assert found == ("workers online: here, there; flow runs begun: 4, 2 of them left by workers that are gone (gone)")
     assert not [record async for record in PrefectRecords().all() if record.crew == "doctor"]
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """Answers `/health` with `health`, and all else with `others`; a text is a page."""
+
+    health: int | str = "true"
+    others: int | str = 401
+
+    def do_GET(self) -> None:
+        answer = self.health if self.path.endswith("/health") else self.others
+        body = (answer if isinstance(answer, str) else "{}").encode()
+        self.send_response(answer if isinstance(answer, int) else 200)
+        self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        """Not on stderr."""
+
+
+@contextlib.contextmanager
+def prefect_that(**answers: int | str) -> Iterator[str]:
+    """Give the URL of a server that answers so, as the Prefect API of this process."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("", (_Answers,), answers)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield url
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ({"health": 404}, "/health was answered with 404. Check PREFECT_API_URL: that of a server ends in /api"),
+        (
+            {"health": "<html>"},
+            "/health was answered with a page. Check PREFECT_API_URL: that of a server ends in /api",
+        ),
+        ({"health": 401}, "/health was answered with 401. Check PREFECT_API_KEY"),
+        ({"health": 503}, "/health was answered with 503. Start that server"),
+        ({"others": 401}, "401 Unauthorized"),
+        ({"others": "<html>"}, "JSONDecodeError"),
+        ({"health": 429}, "401 Unauthorized"),
+    ],
+    ids=str,
+)
+def test_a_prefect_api_that_is_none_is_a_problem_and_the_crew_is_looked_at(
+    here, crews: CrewServer, answers: dict[str, int | str], said: str
+):
+    began = time.monotonic()
+    with prefect_that(**answers) as url:
+        done = here("doctor", f"{crews.url}/greet", "-o", "json")
+        by_name = here("doctor", "never-stored", "-o", "json")
+    assert time.monotonic() - began < 5
+    assert (done.code, done.json["problems"]) == (1, 1)
+    (problem,) = [one for one in done.json["findings"] if one["level"] == "problem"]
+    assert (problem["subject"], said in problem["found"], url in problem["found"]) == ("Prefect API", True, True)
+    assert [one["level"] for one in done.json["findings"] if one["subject"] == "token"] == ["ok"]
+    assert [one["subject"] for one in by_name.json["findings"] if one["level"] == "problem"] == ["Prefect API", "crew"]
+
+
+def test_a_prefect_api_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_prefect, "ANSWER_WITHIN", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        began, url = time.monotonic(), f"http://127.0.0.1:{server.getsockname()[1]}/api"
+        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(PrefectAwayError, match="does not answer"):
+            _prefect._check(url)
+    assert time.monotonic() - began < 1.5
 
 
 def test_what_is_found_is_written_line_by_line_also_if_prefect_is_away(
