@@ -123,7 +123,9 @@ def shown_address(address: str) -> str:
 def told(error: Exception, address: str) -> str:
     """Return what an error tells of an address. Its text may quote the address, so not where a part is not shown."""
     kind = type(error).__name__
-    return getattr(error, "strerror", None) or (f"{kind}: {error}" if shown_address(address) == address else kind)
+    if shown_address(address) != address:
+        return kind
+    return getattr(error, "strerror", None) or f"{kind}: {error}"
 
 
 def _shown_link(link: str) -> str:

@@ -211,7 +211,7 @@ def test_no_error_of_a_library_shows_what_is_secret_in_the_address(
     monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ):
     def refuse(address: str, *_: Any, **__: Any) -> Any:
-        raise kind(f"404, url={address}")
+        raise kind(404, f"404, url={address}")
 
     monkeypatch.setattr(fsspec, "open", refuse)
     address = "simplecache::http://user:hunter2@h.test/none.csv?sig=hunter3"
