@@ -362,6 +362,21 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
     async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
         return [] if self._leave_until is not None else await super()._get_scheduled_flow_runs()
 
+    async def _submit_run(self, flow_run: FlowRun) -> None:
+        """Begin a flow run; later where the Prefect server is away. Prefect's own method would end the worker then."""
+        try:
+            await super()._submit_run(flow_run)
+        except httpx.HTTPError as error:
+            if not is_away(error):
+                raise
+            # It came from before: nothing of the flow run has begun.
+            self._logger.warning("The Prefect server does not answer (%s): flow run %r waits.", error, flow_run.name)
+            self._taken_over.discard(flow_run.id)
+            if self._cancelling_observer is not None:
+                self._cancelling_observer.remove_in_flight_flow_run_id(flow_run.id)
+            self._release_limit_slot(flow_run.id)
+            self._submitting_flow_run_ids.discard(flow_run.id)
+
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
         """Name this worker as the owner while the flow run is Pending. Prefect's own worker does so too late for that.
 

@@ -14,11 +14,13 @@ from typing import Any
 from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
+import httpx
 import prefect.flow_engine
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running
 
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs
@@ -260,6 +262,23 @@ async def test_a_worker_that_goes_on_under_another_name_is_online_under_that_one
             while (await read_workers(worker.client, pool.name)).get("twin"):
                 await asyncio.sleep(0.5)
         assert (await read_workers(worker.client, pool.name))[f"twin-{worker.boot}"]
+
+
+@pytest.mark.usefixtures("connection")
+async def test_what_the_worker_was_about_to_begin_is_taken_later_where_the_server_is_away(
+    pool: CrewPool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    flow_run = FlowRun(flow_id=uuid4(), deployment_id=uuid4(), name="early")
+    async with CrewWorker(pool.name, name="goes on", limit=1) as worker:
+        monkeypatch.setattr(worker.client, "read_deployment", AsyncMock(side_effect=httpx.ConnectError("refused")))
+        for _ in range(2):  # its place is free again
+            worker._taken_over.add(flow_run.id)
+            assert await worker._submit_scheduled_flow_runs([WorkerFlowRunResponse.model_construct(flow_run=flow_run)])
+            async with asyncio.timeout(10):
+                while worker._submitting_flow_run_ids:
+                    await asyncio.sleep(0.01)
+            assert (worker.limiter.borrowed_tokens, worker._taken_over) == (0, set())
 
 
 @pytest.mark.usefixtures("connection")
