@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -16,7 +16,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._text import one_line
 from prefect_crew.budgets import Budget
 from prefect_crew.client.redaction import Redactor, holds_secret
-from prefect_crew.exceptions import AuthenticationError, InvalidCallError
+from prefect_crew.exceptions import AuthenticationError, ConfigurationError, InvalidCallError
 from prefect_crew.prices import Price
 
 if TYPE_CHECKING:
@@ -114,8 +114,13 @@ class Crew:
     def sealed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return inputs with the secret ones as pydantic's secrets, whose repr shows nothing.
 
-        Error reporters show the local variables of all frames, those of Prefect's engine as well.
+        Error reporters show the local variables of all frames, those of Prefect's engine as well. Raises
+        ConfigurationError: they are not given by name.
         """
+        if not isinstance(cast("Any", inputs), Mapping):
+            raise ConfigurationError(
+                f"Inputs are given by name, as a mapping, and not as {type(inputs).__name__}. Nothing was started."
+            )
         return {
             name: Secret(value) if name in self.secret_inputs and not holds_secret(value) else value
             for name, value in inputs.items()

@@ -9,15 +9,13 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from uuid import UUID
 
-import httpx
 from prefect import flow
 from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
-from prefect.exceptions import PrefectException
 from pydantic import BaseModel, Field
 
 from prefect_crew._internal.asyncio_tasks import dual, sync_version
 from prefect_crew._internal.prefect_api import label_flow_run
-from prefect_crew.blocks import DeployedCrew, load_crew, values_of_blocks
+from prefect_crew.blocks import DeployedCrew, find_crew, load_crew, values_of_blocks
 from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewResult
@@ -251,15 +249,12 @@ async def get_result(
         # Only what may be shown is on record.
         result = record.completed(record.result.result(record.kickoff_id))
         return result if output_type is None else parse_data(result, output_type)
-    try:
-        found = await load_crew(crew or record.crew)
-    except (ValueError, httpx.HTTPError, PrefectException) as error:
-        if crew is not None:
-            raise
+    found = await find_crew(record) if crew is None else await load_crew(crew)
+    if found is None:
         raise CrewError(
-            f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is not a stored "
-            "block to ask for it. Give the crew (crew=…)."
-        ) from error
+            f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is not stored "
+            f"with the URL {record.crew_url}. Give the crew (crew=…)."
+        )
     run = OpenRun(found, record.kickoff_id, record)
     async with CrewSession(run.crew) as session:
         # No variable holds the result: error reporters show the local variables of all frames.

@@ -327,7 +327,10 @@ async def test_a_large_result_is_read_from_the_crew(crew_server: CrewServerFacto
     await arun_crew(server.crew().crew.called(block), idempotency_key=idempotency_key)
     with pytest.raises(CrewError, match=r"Give the crew \(crew=…\)"):
         await get_result(idempotency_key)
-    await server.crew().asave(block)
+    await crew_server("echo").crew().asave(block)
+    with pytest.raises(CrewError, match=f"not stored with the URL {server.url}"):
+        await get_result(idempotency_key)
+    await server.crew().asave(block, overwrite=True)
     assert len((await get_result(idempotency_key)).output) == 9000
     assert len((await get_result(idempotency_key, crew=server.crew())).output) == 9000
     server.faults.add("status:forgotten")

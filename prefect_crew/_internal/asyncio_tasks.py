@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -73,15 +74,29 @@ def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
 
 
 def in_async_context() -> bool:
-    """Return whether the caller can await: an event loop runs here, and the task or flow around it is async, if any."""
+    """Return whether the caller can await: an event loop runs here, and the task or flow around it is async, if any.
+
+    In one that is not, it may be in a coroutine of an event loop that the user runs there.
+    """
     if not _loop_runs():
         return False
     task_context, flow_context = TaskRunContext.get(), FlowRunContext.get()
+    around: Any = None
     if task_context is not None:
-        return bool(task_context.task.isasync)
-    if flow_context is not None and flow_context.flow is not None:
-        return bool(flow_context.flow.isasync)
-    return True
+        around = task_context.task
+    elif flow_context is not None:
+        around = flow_context.flow
+    return around is None or bool(around.isasync) or _in_coroutine()
+
+
+def _in_coroutine() -> bool:
+    """Return whether a coroutine is among the callers, back to the function that Prefect called."""
+    frame = inspect.currentframe()
+    while frame is not None and not str(frame.f_globals.get("__name__")).startswith("prefect."):
+        if frame.f_code.co_flags & inspect.CO_COROUTINE:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _loop_runs() -> bool:

@@ -70,6 +70,8 @@ RUN_KEYS = ("kickoff_id", "kickoffId", "execution_id", "executionId")
 """Keys that name a run everywhere."""
 MAX_ID = 1000
 """Characters of a usable id. Longer ones fit neither a URL nor the record of a run."""
+MAX_DEPTH = 100
+"""Levels of a structured result, at most: pydantic writes some 250, so a much deeper one could not be stored."""
 MAX_COUNT = 10**12
 """A larger count is taken for not reported: sums over millions of runs stay within the 64 bits that databases have."""
 
@@ -151,9 +153,12 @@ def name_of(value: Any, *keys: str) -> str | None:
 
 
 def _structured(value: Any) -> Any:
-    """Return a structure as it is, and one that is written as text (in a code fence or not) decoded."""
+    """Return a structure as it is, and one that is written as text (in a code fence or not) decoded.
+
+    One that is nested too deep is None.
+    """
     if not isinstance(value, str):
-        return value
+        return None if _is_deep(value) else value
     text = value.strip()
     if text.startswith("```"):  # no pattern: models write endless blanks
         info, line_break, inside = text[3:].partition("\n")
@@ -161,9 +166,20 @@ def _structured(value: Any) -> Any:
     if text[:1] not in ("{", "["):  # a bare number or word is text
         return None
     try:
-        return _loads(text)
+        found = _loads(text)
     except (ValueError, RecursionError):
         return None
+    return None if _is_deep(found) else found
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether a structure has more than `MAX_DEPTH` levels."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else as_list(one))]
+        if not level:
+            return False
+    return True
 
 
 # Errors
@@ -287,9 +303,12 @@ def _data_of(body: Mapping[str, Any]) -> Any:
     """Return the structured result of a completed run, or None."""
     result = body.get("result")
     values = [_structured(value) for value in values_at(body, *_DATA)]
-    values += [value for value in values_at(body, "result.output", "output") if isinstance(value, dict | list)]
+    others: list[Any] = [
+        value for value in values_at(body, "result.output", "output") if isinstance(value, dict | list)
+    ]
     if not isinstance(result, str) and not (as_object(result).keys() & _RESULT_KEYS):
-        values.append(result)
+        others.append(result)
+    values += [_structured(value) for value in others]
     values += [_structured(value) for value in _outputs(body) if isinstance(value, str)]
     given = [value for value in values if value is not None]
     # An empty object in a preferred place says less than a full one in a later place.

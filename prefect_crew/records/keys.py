@@ -275,4 +275,6 @@ async def _find_root(flow_run: FlowRun) -> _Root:
             if tracker.flow_run_id is None:
                 break
             at = await client.read_flow_run(UUID(str(tracker.flow_run_id)))
-    return _Root("/".join([str(at.id), *path]), at.expected_start_time)
+    below = "/".join(path)
+    below = below if len(below) <= LONGEST_NAME else f"{below[:LONGEST_NAME]}~{digest(below, 16)}"
+    return _Root("/".join(filter(None, (str(at.id), below))), at.expected_start_time)

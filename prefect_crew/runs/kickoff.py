@@ -19,7 +19,7 @@ from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.telemetry import count_uncertain
-from prefect_crew.client._retry_safety import KickoffFate, kickoff_delay, kickoff_fate, post_deadline
+from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate, post_deadline
 from prefect_crew.client.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import holds_secret, withholding
@@ -66,6 +66,8 @@ LIMITED_FOR = 600.0
 """Seconds for which a kickoff is tried again while the server answers 429, or 503 with a time to come back."""
 FINISH = 25.0
 """Seconds that a cancelled caller leaves a POST in flight to end: Prefect kills a cancelled process after about 30."""
+LEAST_DELAY = 0.1
+"""Seconds before a kickoff is sent for the second time, at least; before each further one it is twice as long."""
 AGAIN = 0.1
 """Seconds after which a claim is read again that somebody else has."""
 
@@ -345,7 +347,7 @@ async def _post_until_taken(
         CrewError: It surely did not start a run. The claim is given back.
     """
     loop = asyncio.get_running_loop()
-    until = loop.time() + LIMITED_FOR
+    until, least = loop.time() + LIMITED_FOR, LEAST_DELAY
     if not record.permit:  # the claim of a ledger is its permit as well
         lease = await _take_permit(record, records, lease)
     while True:
@@ -358,6 +360,9 @@ async def _post_until_taken(
             async with _giving_back(record, records):
                 is_renewed = isinstance(problem, AuthenticationError) and await session.renew(client)
                 delay = 0.0 if is_renewed else kickoff_delay(problem)
+                if delay is not None and not is_renewed:
+                    # Each try makes a permit. A server may say 0, or a date that has passed by our clock.
+                    delay, least = max(delay, least), min(least * 2, BARE_DELAY)
                 if delay is None or loop.time() + delay > until:
                     raise
             if delay and not start.quiet:
@@ -619,6 +624,8 @@ async def _take_slot(start: Start, records: RecordStore) -> Slots | None:
     """Take a slot of the crew's limit for a call that may start a run: what is in flight or completed needs none."""
     latest = latest_start(await records.attempts(start.identity.idempotency_key))
     failed = latest is None or (latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED)
+    if latest is not None and latest.phase is RecordPhase.CLAIMED:  # one that was given up is started anew
+        failed = not latest.open_for or await records.owner_ended(latest)
     return await take_slots(start.crew) if failed or start.force_new else None
 
 

@@ -7,10 +7,38 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from prefect import flow
+from prefect.logging import disable_run_logger
 
-from prefect_crew._internal.asyncio_tasks import cancel_and_wait
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait, in_async_context
 from prefect_crew.batches import throttle
 from prefect_crew.runs import listener
+from support.prefect_server import PrefectServer
+
+
+def test_in_a_sync_flow_only_coroutines_await(prefect_api: PrefectServer):
+    seen: dict[str, bool] = {}
+
+    async def look(name: str) -> None:
+        (seen[name],) = [in_async_context() for _ in range(1)]
+
+    @flow
+    def sync(name: str) -> None:
+        seen[f"{name}, itself"] = in_async_context()
+        if name == "alone":
+            asyncio.run(look("alone, its coroutine"))
+
+    @flow
+    async def around() -> None:
+        await look("async flow")
+        sync("called by an async one")
+
+    with disable_run_logger():
+        sync("alone")
+        asyncio.run(around())
+    awaits = {"alone, its coroutine", "async flow"}
+    assert {name for name, is_awaited in seen.items() if is_awaited} == awaits, seen
+    assert len(seen) == 4
 
 
 async def test_what_a_cancelled_task_finishes_is_waited_for_and_not_cut_off():

@@ -128,6 +128,16 @@ async def test_an_id_with_control_characters_is_none(bad: str):
     assert await ask("kickoff", as_body({"kickoff_id": "run 1; é/'\"$(x)"})) == "run 1; é/'\"$(x)"
 
 
+@pytest.mark.parametrize("levels", [100, 101, 500])
+@pytest.mark.parametrize("is_nested", [False, True], ids=["as-it-is", "as-text"])
+async def test_a_structure_of_too_many_levels_is_text_alone(is_nested: bool, levels: int):
+    text = "[" * levels + "]" * levels
+    body = {"state": "SUCCESS", "result": text if is_nested else json.loads(text)}
+    status = await ask("status", as_body(body))
+    assert (status.output, status.data is None) == (text, levels > 100)
+    assert status.model_dump_json(exclude={"raw"})
+
+
 @pytest.mark.parametrize("is_nested", [False, True], ids=["as-it-is", "as-text"])
 async def test_a_body_of_very_many_lists_is_not_taken_into_memory(is_nested: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_parsing, "MAX_CONTAINERS", 1_000)

@@ -243,6 +243,22 @@ async def test_the_name_of_a_step_takes_the_crews_place_and_a_long_one_is_cut_an
     assert all(len(key) <= MAX_KEY for key in keys(server))
 
 
+async def test_a_long_way_of_subflows_is_cut_and_still_their_own(server: Any):
+    crew = server.crew()
+
+    @flow(name="a-subflow-with-a-name-of-fifty-characters-and-more", retries=1)
+    async def down(left: int, text: str = "a") -> None:
+        if left:
+            await down(left - 1, text)
+            return
+        await arun_crew(crew, {"text": text})
+
+    await down(8)
+    await down(9)
+    assert len({*keys(server)}) == server.kickoffs == 2
+    assert all(len(key) <= MAX_KEY for key in keys(server))
+
+
 async def test_a_plain_call_starts_a_new_run_each_time(server: Any):
     for _ in range(2):
         await arun_crew(server.crew(), {"text": "a"})

@@ -222,6 +222,16 @@ async def test_a_server_that_asks_to_come_back_is_come_back_to(
     assert caplog.text.count("It is sent again in") == 2
 
 
+async def test_one_that_asks_for_no_time_is_asked_less_and_less(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kickoff, "LIMITED_FOR", 1.0)
+    server = crew_server("echo", faults=["kickoff:429=0"])
+    with pytest.raises(RateLimitedError):
+        await server.crew().trigger({"text": "a"})
+    assert server.requests["kickoff"] <= 5
+
+
 async def test_a_server_that_asks_for_too_much_time_is_left_alone(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):

@@ -14,6 +14,7 @@ from prefect import flow, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 
 from prefect_crew import CrewStep, DeployedCrew, WaitPolicy, arun_batch, arun_crew, arun_pipeline
+from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import (
     ConfigurationError,
@@ -27,6 +28,7 @@ from prefect_crew.runs import limits
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.tasks import kickoff_crew, stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
+from support.records import new_record, put
 from support.scripts import FAILS, slow
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -168,6 +170,14 @@ async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServe
     with pytest.raises(CrewTimeoutError):
         await arun_crew(crew_server(slow(60)).crew(concurrency_limit=other), {}, wait=WaitPolicy(timeout=0.2))
     assert await held(other) == 1
+
+
+async def test_a_start_in_place_of_one_that_was_given_up_takes_a_slot(crew_server: CrewServerFactory):
+    server, name, idempotency_key = crew_server(slow(60)), await limit(1), str(uuid.uuid4())
+    crew = server.crew(concurrency_limit=name)
+    await put(new_record(idempotency_key, crew_url=server.url, inputs_digest=inputs_digest({}), open_for=0.0))
+    await crew.trigger({}, idempotency_key=idempotency_key)
+    assert (server.kickoffs, await held(name)) == (1, 1)
 
 
 async def test_what_is_found_needs_no_slot(crew_server: CrewServerFactory):
