@@ -122,6 +122,8 @@ OTHERS = {
     "AttributeError": "_internal.lazy",
     # Caught: the client, the ledger and the command line make errors or exit codes of them, a kickoff decides again.
     "ReadTimeout": "client._transport",
+    "HTTPStatusError": "cli._prefect",
+    "TemplateRuntimeError": "templates",
     "ClaimLostError": "batches.ledger runs.kickoff",
     "OSError": "batches.database cli.serve",
     "RuntimeError": "_internal.web_server",
