@@ -249,6 +249,7 @@ class CrewServer:
 
     def open(self) -> None:
         """Begin to run, on this event loop, for the first time or again; see `CrewRuns.open`."""
+        self._sender.open()
         for crew in self.crews.values():
             crew.open()
 

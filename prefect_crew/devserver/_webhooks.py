@@ -157,6 +157,10 @@ class WebhookSender:
         self._faults = faults
         self._spawn = spawn
         self._generation: Generation = generation
+        self.open()
+
+    def open(self) -> None:
+        """Begin to send, on the event loop that runs from now on."""
         self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
 
     def __call__(self, run: Run, event: str, value: Any) -> None:

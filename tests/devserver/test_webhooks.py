@@ -12,7 +12,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from prefect_crew.devserver import CrewServer
+from prefect_crew.devserver import CrewServer, _webhooks
 from support.receiver import Receiver
 from support.servers import Serve, finished, kickoff, until
 
@@ -216,3 +216,14 @@ def test_what_cannot_be_sent_is_logged_without_its_secrets(
     finished(client, kickoff(client, {"text": "x"}, webhooks={**target, "events": ["task_completed"]}))
     until(lambda: "The stream webhook was not delivered: " in caplog.text)
     assert token not in caplog.text
+
+
+def test_all_arrive_after_a_restart_too(receiver: Receiver, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_webhooks, "_MAX_CONCURRENT", 1)
+    server, client = serve("echo")
+    receiver.delay = 0.05
+    for life in (1, 2):
+        for _ in range(3):
+            kickoff(client, {"text": "x"}, crewWebhookUrl=f"{receiver.url}/crew")
+        receiver.wait_for(lambda it, life=life: len(it.got) == 3 * life, seconds=3)
+        server.restart()
