@@ -227,6 +227,8 @@ class CrewRuns:
     """
 
     def __init__(self, program: Program, *, listener: Listener, spawn: Spawn, max_runs: int | None) -> None:
+        if max_runs is not None and max_runs < 1:
+            raise ValueError(f"max_runs must be above 0, not {max_runs}: that many runs go on at once.")
         self.program = program
         self.is_flow: bool = getattr(program, "flow", False)
         self._listener = listener
