@@ -21,8 +21,9 @@ from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
 from prefect_crew.devserver._runs import Outcome, Program, ProgramError, Run
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
-_SCOPE = {"inputs", "tasks", "previous", "kickoff_id", "feedback", "round", *cast("dict[str, Any]", _JINJA.globals)}  # pyright: ignore[reportUnknownMemberType]
-"""What a template sees beside the inputs."""
+_OF_RUN = {"tasks", "previous", "kickoff_id", "feedback", "round"}
+_SCOPE = {"inputs", *_OF_RUN, *cast("dict[str, Any]", _JINJA.globals)}  # pyright: ignore[reportUnknownMemberType]
+"""What a template sees beside the inputs; where an input has a name of `_OF_RUN`, it does not see that input."""
 BUNDLED = ("echo", "travel")
 """The crews that come with this package."""
 
@@ -101,9 +102,13 @@ class CrewScript(_Part):
         # Each run would fail at a wrong template, after it has begun.
         for where, text in _texts(self.model_dump(include={"tasks", "output", "data"})):
             try:
-                unknown = find_undeclared_variables(_JINJA.parse(text)) - {*inputs, *_SCOPE}
+                used = find_undeclared_variables(_JINJA.parse(text))
             except TemplateSyntaxError as error:
                 raise ValueError(f"{where} is not a template: {error.message} (line {error.lineno} of it)") from None
+            if hidden := sorted(used & _OF_RUN & {*inputs}):
+                name = hidden[0]
+                raise ValueError(f"{where} uses {name}, which is not the input of this name here: write inputs.{name}")
+            unknown = used - {*inputs, *_SCOPE}
             if inputs and unknown:  # a crew that names no inputs takes any
                 raise ValueError(f"{where} uses {', '.join(sorted(unknown))}, and the inputs are {', '.join(inputs)}")
         return self

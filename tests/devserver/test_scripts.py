@@ -40,6 +40,10 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
             f"{T}steps: [{{content: '{{{{ topik }}}}'}}]\ninputs: [topic]",
             [": tasks.0.steps.0.content uses topik, and the inputs are topic"],
         ),
+        (
+            f"{T}output: '{{{{ round }}}} {{{{ inputs.round }}}}'\ninputs: [round]",
+            [": tasks.0.output uses round, which is not the input of this name here: write inputs.round"],
+        ),
     ],
     ids=lambda value: value[0][-30:] if isinstance(value, list) else "",
 )
