@@ -242,7 +242,9 @@ class CrewRuns:
         self._slots = asyncio.Semaphore(self._max_runs) if self._max_runs else contextlib.nullcontext()
         for run in list(self.runs.values()):
             if not run.state.ended:
-                self.start(replace(run))
+                again = replace(run)
+                again.faults |= {name: value for name, value in run.faults.items() if name in ("stuck", "forgotten")}
+                self.start(again)
 
     def start(self, run: Run) -> None:
         """Accept a run, which goes on by itself from then on."""

@@ -58,6 +58,18 @@ def test_a_restart_keeps_ended_runs_and_the_token_and_begins_other_runs_again(se
     assert server.run(running).targets.human_input is not None
 
 
+def test_a_restart_heals_no_run_that_is_stuck_or_forgotten(serve: Serve) -> None:
+    server, client = serve("echo", faults=["kickoff:stuck", "status:forgotten@2"])
+    kickoff_id = kickoff(client, {"text": "x"})
+    assert [client.get(f"/status/{kickoff_id}").status_code for _ in range(2)] == [200, 404]
+    server.faults.clear()
+    server.restart()
+    assert client.get(f"/status/{kickoff_id}").status_code == 404
+    until(lambda: server.run(kickoff_id).state is not CrewState.PENDING)
+    time.sleep(0.05)
+    assert server.run(kickoff_id).state is CrewState.RUNNING
+
+
 def test_after_the_end_nobody_answers_and_the_port_is_free(serve: Serve) -> None:
     server, client = serve(SLEEPS)
     run = server.run(kickoff(client, {"text": "x"}))
