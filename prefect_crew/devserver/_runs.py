@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -125,6 +126,7 @@ class Run:
     _status_calls: int = field(default=0, init=False)
     _began: float = field(default_factory=lambda: time.monotonic(), init=False)
     _seconds: float | None = field(default=None, init=False)
+    _asking: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock), init=False)
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.state}>"
@@ -166,15 +168,21 @@ class Run:
             self.listener(self, "step", self.last_step)
 
     async def ask(self, *, task_id: str, output: str) -> Answer:
-        """Wait until a person has answered; until then the run's state is "waiting"."""
-        question = Question(task_id, output, asyncio.get_running_loop().create_future())
-        if not self.state.ended:
+        """Wait until a person has answered; until then the run's state is "waiting".
+
+        Questions about one task are asked one after the other, since an answer names the task alone. Where the run
+        has ended, this is cancelled.
+        """
+        async with self._asking[task_id]:
+            if self.state.ended:
+                raise asyncio.CancelledError
+            question = Question(task_id, output, asyncio.get_running_loop().create_future())
             self.questions[task_id] = question
             self.listener(self, "waiting", question)
-        try:
-            return await question.answer
-        finally:
-            self.questions.pop(task_id, None)
+            try:
+                return await question.answer
+            finally:
+                self.questions.pop(task_id, None)
 
     # Called by the server
 
@@ -217,6 +225,7 @@ class Run:
         if outcome is not None:
             self.output, self.data, self.usage = outcome.output, outcome.data, outcome.usage
         self._state = state  # last, since other threads read it first
+        self.questions.clear()
         self.listener(self, str(state), None)
 
 

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from prefect_crew.client.models import CrewInput, TaskResult
-from prefect_crew.devserver import CrewServer, Outcome, Run
+from prefect_crew.devserver import Answer, CrewServer, Outcome, Run
 from prefect_crew.devserver._server import CRASH_EXIT_CODE
 from prefect_crew.states import CrewState
 from support.servers import Serve, finished, kickoff, until
@@ -136,6 +136,42 @@ def test_whatever_a_program_raises_is_a_failed_run_and_a_stopped_one_stays_stopp
     time.sleep(0.1)
     assert client.get(f"/status/{run.id}").json()["status"] == "stopped"
     assert run.tasks == []
+
+
+class Twice:
+    """A program that asks two questions about one task at once."""
+
+    name = "twice"
+
+    def inputs(self) -> list[CrewInput]:
+        return []
+
+    async def execute(self, run: Run) -> Outcome:
+        answers = await asyncio.gather(*(run.ask(task_id="review", output=text) for text in ("one", "two")))
+        return Outcome(" ".join(answer.feedback for answer in answers))
+
+
+def test_questions_about_one_task_are_asked_one_after_the_other(serve: Serve) -> None:
+    server, client = serve(Twice(), response_format="union")
+    kickoff_id = kickoff(client)
+    for output in ("one", "two"):
+        until(lambda output=output: [asked.output for asked in server.run(kickoff_id).questions.values()] == [output])
+        answer = {"execution_id": kickoff_id, "task_id": "review", "human_feedback": f"a {output}", "is_approve": True}
+        assert client.post("/resume", json=answer).status_code == 200
+    assert finished(client, kickoff_id)["output"] == "a one a two"
+
+
+async def test_the_end_of_a_run_ends_its_questions_and_none_can_be_answered() -> None:
+    run = Run({})
+    run.begin()
+    asking = [asyncio.create_task(run.ask(task_id="review", output="x")) for _ in range(2)]
+    await asyncio.sleep(0)
+    run.end(CrewState.STOPPED)
+    assert run.answer("review", Answer(approve=True, feedback="")) is None
+    assert [type(error) for error in await asyncio.gather(*asking, return_exceptions=True)] == [
+        asyncio.CancelledError,
+        asyncio.CancelledError,
+    ]
 
 
 # A process
