@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -112,9 +114,37 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     if not _loop_runs():
         return asyncio.run(coroutine)
     # A sync flow that an async one called: its thread's loop is busy with us, so the coroutine gets a thread.
+    begun: Future[Callable[[], Any]] = Future()
+
+    async def work() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(coroutine)
+        begun.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
+        return await task
+
     context = contextvars.copy_context()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(context.run, asyncio.run, coroutine).result()
+    with _raising_at_ctrl_c(), ThreadPoolExecutor(max_workers=1) as pool:
+        running = pool.submit(context.run, asyncio.run, work())
+        try:
+            return running.result()
+        except BaseException:
+            if not running.done():  # it is a signal or a timeout that was raised here
+                with suppress(RuntimeError):  # the loop has just ended
+                    begun.result()()
+            raise
+
+
+@contextmanager
+def _raising_at_ctrl_c() -> Generator[None]:
+    """Have Ctrl-C raise in this thread: asyncio's handler only cancels a task of the loop, which is blocked."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def dual(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Any]:
