@@ -243,7 +243,10 @@ class WaitPolicy(BaseModel):
         default=1.1, ge=1, title="Growth", description="How many times longer each pause is than the one before."
     )
     max_interval: float = Field(
-        default=30.0, gt=0, title="Longest pause", description="Seconds, at most, between two later polls."
+        default=30.0,
+        gt=0,
+        title="Longest pause",
+        description="Seconds, at most and but for the jitter, between two later polls.",
     )
     jitter: float = Field(default=0.1, ge=0, lt=1, description="The share of a pause by which it varies at random.")
     timeout: float | None = Field(
