@@ -184,7 +184,10 @@ def _quiet_logs() -> None:
     said = set[str]()
 
     def route(record: logging.LogRecord) -> bool:
-        text = record.getMessage().partition("\n")[0]
+        try:
+            text = record.getMessage().partition("\n")[0]
+        except Exception:  # noqa: BLE001 - what a filter raises reaches whoever logs, unlike what a handler raises
+            return False
         if record.pathname.startswith(_PACKAGE):
             # Whether a crew that was to be stopped has stopped is said at any level.
             matters = record.levelno >= (logging.INFO if record.module == "stop" else logging.WARNING)

@@ -15,11 +15,12 @@ import cyclopts
 import httpx
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
+from prefect.logging.handlers import PrefectConsoleHandler
 from pydantic import BaseModel, SecretStr, SerializerFunctionWrapHandler, model_serializer
 
 from prefect_crew import exceptions
+from prefect_crew.cli import _output, _prefect, main, run
 from prefect_crew.cli import app as module
-from prefect_crew.cli import main, run
 from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, by_options, exit_code, message, reason
 from prefect_crew.cli.app import app
 from prefect_crew.devserver import CrewServer
@@ -211,6 +212,18 @@ def test_an_error_after_the_kickoff_names_the_run_and_never_says_that_nothing_wa
     assert done.json["error"].items() >= {"kickoff_id": kickoff_id, "exit_code": 1}.items()
     monkeypatch.setattr(module, "run", lambda _: json.loads("{"))
     assert kickoff_id not in here("doctor").err, "the run of an earlier command"
+
+
+def test_a_log_call_of_others_that_is_wrong_does_not_raise():
+    handler = PrefectConsoleHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        with _output.begin().at_end:
+            _prefect._quiet_logs()
+            assert handler.filters
+            assert not handler.filter(logging.makeLogRecord({"msg": "after %d", "args": ("x",)}))
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 # Exit codes
