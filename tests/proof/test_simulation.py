@@ -19,6 +19,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew.client._retry_safety import KickoffFate
 from prefect_crew.records import decision, prune, totals
+from prefect_crew.records import notes as notes_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records.decision import Decision
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
@@ -128,7 +129,10 @@ async def by_id() -> list[Any]:
 def test_the_simulated_api_answers_as_a_real_server(prefect_api: PrefectServer) -> None:
     real, real_by_id = asyncio.run(tour()), asyncio.run(by_id())
     loop, simulated = SimLoop(), SimPrefect(latency=lambda: 0.01)
-    with mock.patch.object(store_module, "get_client", simulated.client):
+    with (
+        mock.patch.object(store_module, "get_client", simulated.client),
+        mock.patch.object(notes_module, "get_client", simulated.client),
+    ):
         assert loop.run_until_complete(tour()) == real
         assert loop.run_until_complete(by_id()) == real_by_id
     loop.close()
