@@ -79,7 +79,10 @@ def _check(url: str) -> None:
     if problem is None or code == 429:  # which says that it is there
         return
     why = str(problem).rstrip(".") or type(problem).__name__
-    fix = "Start that server, or set PREFECT_API_URL to one that runs; without it Prefect starts an embedded one."
+    fix = (
+        "Start that server, or set PREFECT_API_URL to one that runs; without PREFECT_API_URL Prefect starts an "
+        "embedded one."
+    )
     if code in (401, 403):
         fix = "Check PREFECT_API_KEY or PREFECT_API_AUTH_STRING."
     elif code is not None and code < 500:
