@@ -66,9 +66,9 @@ def test_needs(step: CrewStep, needs: set[str]):
         pytest.param([CrewStep("a/b", "c")], ["without slashes"], id="a-slash"),
         pytest.param([CrewStep(" ", "c")], ["cannot be named ' '"], id="blank"),
         pytest.param([CrewStep("a", "c", after=["b"])], ["comes after 'b', which is not a step"], id="after-nothing"),
-        pytest.param([CrewStep("a", "c", {"x": "{{ u }}"})], ["input 'x': 'u' is neither"], id="an-unknown-name"),
-        pytest.param([CrewStep("a", "c", {"x": ["{{ u }}"]})], ["input 'x': 'u' is neither"], id="within-a-list"),
-        pytest.param([CrewStep("a", "c", {"x": "{{ steps.u.output }}"})], ["'u' is neither"], id="an-unknown-step"),
+        pytest.param([CrewStep("a", "c", {"x": "{{ u }}"})], ["input 'x': 'u' is no step"], id="an-unknown-name"),
+        pytest.param([CrewStep("a", "c", {"x": ["{{ u }}"]})], ["input 'x': 'u' is no step"], id="within-a-list"),
+        pytest.param([CrewStep("a", "c", {"x": "{{ steps.u.output }}"})], ["'u' is no step"], id="an-unknown-step"),
         pytest.param([CrewStep("a", "c", {"x": "{{ t"})], ["input 'x'", "is not a template"], id="no-template"),
         pytest.param([CrewStep("a", "c", {"x": "{{ a.output }}"})], ["in a circle: a -> a"], id="itself"),
         pytest.param(
@@ -78,7 +78,7 @@ def test_needs(step: CrewStep, needs: set[str]):
         ),
         pytest.param(
             [CrewStep("a", "c", after=["b"]), CrewStep("b", "c", {"x": "{{ u }}"}, after=["a"]), CrewStep("b", "c")],
-            ["two steps are named 'b'", "'u' is neither"],
+            ["two steps are named 'b'", "'u' is no step"],
             id="several-at-once",
         ),
     ],

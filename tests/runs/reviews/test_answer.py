@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from prefect_crew import CrewRun, DeployedCrew, Review, ReviewRequest, WaitPolic
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.exceptions import CrewError, CrewTimeoutError, NotFoundError
-from prefect_crew.records.model import SentReview
+from prefect_crew.records.model import RunRecord, SentReview
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import list_pending_reviews, resume_run
@@ -227,8 +227,12 @@ async def test_what_the_webhook_brought_is_forgotten_though_the_answer_came_on_t
         crew = server.crew()
         waiting = asyncio.create_task(reviewed(crew, None, key))
         await until(lambda: server.runs, "the run starts")
-        while not (given := await PrefectRecords().attempts(key)) or not await kept_output(given[0], 0):
+        given: Sequence[RunRecord] = ()
+        is_seen = False  # by the wait, which forgets it
+        while not is_seen or not await kept_output(given[0], 0):
             await asyncio.sleep(0.05)
+            given = await PrefectRecords().attempts(key)
+            is_seen = bool(given) and given[0].human_since is not None
         async with crew.client() as client:
             await client.resume(str(given[0].kickoff_id), "draft", "", True)
         await waiting
