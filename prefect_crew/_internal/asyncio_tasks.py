@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import wraps
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import anyio
@@ -92,10 +93,14 @@ def in_async_context() -> bool:
 
 
 def _in_coroutine() -> bool:
-    """Return whether a coroutine is among the callers, back to the function that Prefect called."""
-    frame = inspect.currentframe()
-    while frame is not None and not str(frame.f_globals.get("__name__")).startswith("prefect."):
-        if frame.f_code.co_flags & inspect.CO_COROUTINE:
+    """Return whether a coroutine of the user's is among the callers, back to what Prefect or this package called."""
+    frame, is_theirs = inspect.currentframe(), False
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package == "prefect" or (package == "prefect_crew" and is_theirs):
+            return False
+        is_theirs = package != "prefect_crew"
+        if is_theirs and frame.f_code.co_flags & inspect.CO_COROUTINE:
             return True
         frame = frame.f_back
     return False
@@ -135,12 +140,21 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @contextmanager
 def _raising_at_ctrl_c() -> Generator[None]:
-    """Have Ctrl-C raise in this thread: asyncio's handler only cancels a task of the loop, which is blocked."""
+    """Have Ctrl-C raise in this thread: asyncio's handler only cancels a task of the loop, which is blocked.
+
+    Whoever handles it is told first. Where the loop itself handles signals, as in a crew worker, nothing is raised.
+    """
     before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    is_of_loop = getattr(before, "__module__", "") == "asyncio.unix_events"  # in whose place the loop is woken
+    if threading.current_thread() is not threading.main_thread() or not callable(before) or is_of_loop:
         yield
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def raise_too(number: int, frame: FrameType | None) -> None:
+        before(number, frame)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, raise_too)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -25,11 +26,17 @@ def test_in_a_sync_flow_only_coroutines_await(prefect_api: PrefectServer):
     async def look(name: str) -> None:
         (seen[name],) = [in_async_context() for _ in range(1)]
 
+    async def plain() -> None:
+        seen["called by a coroutine of this package"] = in_async_context()
+
+    ours = FunctionType(plain.__code__, {**plain.__globals__, "__name__": "prefect_crew.x"}, closure=plain.__closure__)
+
     @flow
     def sync(name: str) -> None:
         seen[f"{name}, itself"] = in_async_context()
         if name == "alone":
             asyncio.run(look("alone, its coroutine"))
+            asyncio.run(ours())
 
     @flow
     async def around() -> None:
@@ -41,7 +48,7 @@ def test_in_a_sync_flow_only_coroutines_await(prefect_api: PrefectServer):
         asyncio.run(around())
     awaits = {"alone, its coroutine", "async flow"}
     assert {name for name, is_awaited in seen.items() if is_awaited} == awaits, seen
-    assert len(seen) == 4
+    assert len(seen) == 5
 
 
 async def test_what_a_cancelled_task_finishes_is_waited_for_and_not_cut_off():

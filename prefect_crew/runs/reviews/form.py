@@ -104,6 +104,7 @@ class Form:
         self._own = UUID(own)
         self._run = run
         self._until = None if policy.human_timeout is None else timedelta(seconds=policy.human_timeout) + MARGIN
+        self._mark = ""
         self._base = ""
         """What the key of a pause with this question's form begins with."""
         self._model = ReviewForm
@@ -112,19 +113,22 @@ class Form:
 
     async def show(self, question: Question | None) -> None:
         """Be the form of this question and of no other; `look` puts it up."""
-        if self.question is question:
+        before = self.question
+        if before is question:
             return
         await self.take_down()
         self.question = question
-        if question is not None:
+        if question is None:
+            return
+        if before is None or not before.is_same_as(question):
             # The same in every process and attempt, so that an answer is found by whoever comes after. Another one for
             # the next question, though its round is the same where the one before was answered on the crew's page.
             since = None if self._run.record is None else self._run.record.human_since
             request = None if question.request is None else question.request.id
             moment = None if since is None else since.timestamp()
-            mark = digest(question.task_id, question.round, question.asked, request, moment)
-            self._base = _of_run(question.kickoff_id) + mark
-            self._model = ReviewForm.about(question, _text(self._run, question), mark)
+            self._mark = digest(question.task_id, question.round, question.asked, request, moment)
+        self._base = _of_run(question.kickoff_id) + self._mark
+        self._model = ReviewForm.about(question, _text(self._run, question), self._mark)
 
     async def look(self) -> ReviewForm | None:
         """Return what was filled in, also while no process was there. Else put the form up if it is not."""

@@ -307,7 +307,7 @@ class People:
         try:
             sent = await self._send(question, filled.review(question), by=filled.name.strip() or "the form")
         except CrewAPIError as error:
-            if error.status_code not in REFUSALS:
+            if error.status_code not in (REFUSALS if question.request is None else ANSWERED_ELSEWHERE):
                 raise
             sent = False
             self._look_anew("the form", error)
