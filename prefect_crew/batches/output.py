@@ -23,7 +23,7 @@ from prefect_crew.batches.dataset import is_remote, polars, shown_address, told
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
 from prefect_crew.batches.rows import rejected_name
-from prefect_crew.exceptions import ConfigurationError, DatasetError, OutputError
+from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError, OutputError
 
 _fsspec = cast("Any", fsspec)
 COLUMNS = ("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error")
@@ -130,7 +130,9 @@ class Output:
     def _reporting(self) -> Generator[None]:
         try:
             yield
-        except (OSError, ImportError, ValueError) as error:
+        except CrewError:
+            raise
+        except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
             raise OutputError(
                 f"The output {self.name} cannot be written: {told(error, self.address)}. All results are in the "
                 "ledger: the same call writes them again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shlex
 import tempfile
 import time
@@ -312,9 +313,14 @@ class BatchJob:
 
 
 def _digest_of(output_type: type[BaseModel]) -> str:
-    """Return a digest of the JSON schema of a type, which is another one once its fields are; empty if it has none."""
-    with suppress(PydanticUserError):
-        return sha256(to_json(output_type.model_json_schema())).hexdigest()
+    """Return a digest of the JSON schema of a type, which is another one once its fields are; empty if it has none.
+
+    Without defaults: those that are sets have another order in each process.
+    """
+    with suppress(PydanticUserError, ValueError):
+        schema = to_json(output_type.model_json_schema())
+        fields = json.loads(schema, object_hook=lambda one: {name: one[name] for name in one if name != "default"})
+        return sha256(to_json(fields)).hexdigest()
     return ""
 
 
@@ -421,7 +427,7 @@ class _Batch:
         if before is not None:
             await ledger.note_orphaned()
             self.throttle.kickoffs = await ledger.kickoffs()
-            if before.fingerprint != entry.fingerprint or self.exported.get("order", self.order) != self.order:
+            if before.fingerprint != entry.fingerprint or self.exported.get("order") != self.order:
                 await ledger.enter_changed(plan.jobs(), job.crew)
         self.kickoffs_before = self.throttle.kickoffs
 

@@ -403,7 +403,7 @@ class Runner:
         if record.error is None:
             is_lost = isinstance(error, CrewLostError)
             record.error = (explain_lost(error, job.key, self.ledger.batch) if is_lost else str(error))[:ERROR_CAP]
-            record.reason = record.reason or kind
+            record.reason = kind if is_lost else record.reason or kind
             await self.ledger.save(record)
         return state_of(record), kind
 

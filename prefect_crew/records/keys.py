@@ -78,7 +78,10 @@ async def identify(
         key = _checked(render_key(idempotency_key, start))
         number = calls.take_number(key, callers)
     else:
-        base = f"{top}/{_short(name or label)}/{inputs_digest}"
+        about = f"{_short(name or label)}/{inputs_digest}"
+        base = f"{top}/{about}"
+        if len(f"{base}/1000000") > MAX_KEY:  # of a subflow far below
+            base = f"{top[:LONGEST_NAME]}~{digest(top, 16)}/{about}"
         number = calls.take_number(base, callers)
         key = _checked(f"{base}/{number}")
     return RunIdentity(idempotency_key=key, place=f"{top}/{number}", caller=caller)
@@ -275,6 +278,4 @@ async def _find_root(flow_run: FlowRun) -> _Root:
             if tracker.flow_run_id is None:
                 break
             at = await client.read_flow_run(UUID(str(tracker.flow_run_id)))
-    below = "/".join(path)
-    below = below if len(below) <= LONGEST_NAME else f"{below[:LONGEST_NAME]}~{digest(below, 16)}"
-    return _Root("/".join(filter(None, (str(at.id), below))), at.expected_start_time)
+    return _Root("/".join([str(at.id), *path]), at.expected_start_time)

@@ -19,7 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
-from prefect_crew import BatchReport
+from prefect_crew import BatchReport, WaitPolicy
 from prefect_crew.cli._options import CrewOfRun
 from prefect_crew.cli.batch import cancel
 from prefect_crew.client import CrewClient
@@ -112,6 +112,16 @@ async def test_a_row_that_was_stopped_runs_again_whatever_came_of_the_answer(
     held.release()
     report = await batch(server.crew(), ROWS[:20], name=name, breaker=5)
     assert (report.completed, report.failed, server.kickoffs) == (20, 0, 30)
+
+
+async def test_a_run_that_is_forgotten_after_a_stop_without_an_answer_is_lost(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    server, quick = crew_server(Held(), faults=["stop:504-after-accept"]), WaitPolicy(grace=0, error_timeout=0.5)
+    await cancelled(batch, server, ROWS[:20], name="forgotten", on_cancel="stop")
+    server.faults.add("status:forgotten")
+    await batch(server.crew(), ROWS[:20], name="forgotten", wait=quick)
+    assert {line["state"] for line in batch.lines().values()} == {"lost"}
 
 
 @pytest.mark.parametrize("way", ["goes on", "pauses"])

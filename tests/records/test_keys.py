@@ -253,10 +253,11 @@ async def test_a_long_way_of_subflows_is_cut_and_still_their_own(server: Any):
             return
         await arun_crew(crew, {"text": text})
 
-    await down(8)
-    await down(9)
-    assert len({*keys(server)}) == server.kickoffs == 2
+    for depth in (4, 8, 9):
+        await down(depth)
+    assert len({*keys(server)}) == server.kickoffs == 3
     assert all(len(key) <= MAX_KEY for key in keys(server))
+    assert ["~" in key for key in keys(server)] == [False, True, True]
 
 
 async def test_a_plain_call_starts_a_new_run_each_time(server: Any):
