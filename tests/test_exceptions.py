@@ -128,7 +128,8 @@ OTHERS = {
     "OSError": "batches.database cli.serve",
     "RuntimeError": "_internal.web_server",
     "TerminatedError": "cli.app",
-    # Prefect's signals, and methods that a subclass has.
+    # Python's and Prefect's signals, and methods that a subclass has.
+    "KeyboardInterrupt": "_internal.asyncio_tasks",
     "CancelledError": "_internal.flow_engine",
     "InfrastructureNotAvailable": "worker",
     "NotImplementedError": "deployments exceptions",
