@@ -7,12 +7,11 @@ surely did not start a run. What makes a retried flow find its runs again is the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from uuid import UUID
 
-from prefect import Task, tags, unmapped
+from prefect import Task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
@@ -56,15 +55,6 @@ def _hidden(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def _called(*args: Any, kickoff_id: object = None, **_: Any) -> Generator[None]:
-    """Note the user's tasks around a call, and tag what is done about a run that was found, not started."""
-    runs = [one.run for one in (*args, kickoff_id) if isinstance(one, KickoffId)]
-    found = [run.record.phase is RecordPhase.ENDED for run in runs if run.record is not None and not run.owned]
-    with calling_task(), tags(*("from-record" if ended else "reattached" for ended in found)):
-        yield
-
-
 class CrewTask(Task[P, Any], Generic[P, R]):
     """A Prefect task over an async function that can be called from sync code as well. `with_options` keeps it one."""
 
@@ -79,19 +69,19 @@ class CrewTask(Task[P, Any], Generic[P, R]):
         return self._run_hiding(*_hidden(args), **{name: _hidden(value) for name, value in kwargs.items()})
 
     async def _run_hiding(self, *args: Any, **kwargs: Any) -> Any:
-        with _called(*args, **kwargs):
+        with calling_task():
             return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 
     def submit(self, *args: Any, **kwargs: Any) -> Any:
         """Submit the task to the flow's task runner, as Prefect's own."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
-        with _called(*args, **kwargs):
+        with calling_task():
             return cast("Any", super()).submit(*args, **kwargs)
 
     def map(self, *args: Any, **kwargs: Any) -> Any:
         """Map the task over iterables on the flow's task runner, as Prefect's own."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
-        with _called(*args, **kwargs):
+        with calling_task():
             return cast("Any", super()).map(*args, **kwargs)
 
     def apply_async(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -123,6 +113,18 @@ async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State
     return isinstance(error, CrewError) and kickoff_fate(error) is KickoffFate.RETRY
 
 
+def _origin(kickoff_id: object) -> str:
+    """Return the end of a task run's name: whether its call found the run, and whether the run had ended by then.
+
+    It is no tag: for each tag of a task run Prefect asks its server for a concurrency slot, and the task run fails
+    where the server is away. A run is found exactly after something went wrong.
+    """
+    run = kickoff_id.run if isinstance(kickoff_id, KickoffId) else None
+    if run is None or run.record is None or run.owned:
+        return ""
+    return " (from record)" if run.record.phase is RecordPhase.ENDED else " (reattached)"
+
+
 def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R]]:
     def task_run_name(parameters: dict[str, Any]) -> str:
         crew = parameters.get("crew")
@@ -131,8 +133,10 @@ def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any
         if not what and isinstance(crew, Crew):
             given = cast("dict[str, Any]", inputs if isinstance(inputs, Mapping) else {})
             what = crew.title(given, parameters.get("idempotency_key"))
-        kickoff_id = "" if parameters.get("name") else str(parameters.get("kickoff_id") or "")[:8]
-        return f"{verb} {what or crew} {kickoff_id}".strip()[:200]
+        kickoff_id = parameters.get("kickoff_id")
+        origin = _origin(kickoff_id)
+        of_run = "" if parameters.get("name") else str(kickoff_id or "")[:8]
+        return f"{verb} {what or crew} {of_run}".strip()[: 200 - len(origin)] + origin
 
     name: Any = task_run_name
 

@@ -20,6 +20,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, Cre
 from prefect_crew.tasks import CrewTask, discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import free_port
+from support.proxy import Proxy
 from support.scripts import slow
 from support.seen import Seen
 
@@ -113,7 +114,7 @@ def test_without_a_step_the_first_input_that_may_be_shown_tells_kickoffs_apart(c
     assert len(called(parameters={"crew": "c" * 300})) == 200
 
 
-def test_a_run_that_was_found_is_tagged_where_it_is_waited_for(crew_server: CrewServerFactory, seen: Seen):
+def test_a_run_that_was_found_is_named_so_where_it_is_waited_for(crew_server: CrewServerFactory, seen: Seen):
     server, ids, key = crew_server(slow(0.5)), list[Any](), f"run {uuid.uuid4()}"
 
     @flow
@@ -125,10 +126,26 @@ def test_a_run_that_was_found_is_tagged_where_it_is_waited_for(crew_server: Crew
         await wait_for_crew(server.crew(), await kickoff_crew(server.crew(), idempotency_key=key), name="ended")
 
     asyncio.run(trip())
-    tags = {run["name"]: sorted(run["tags"]) for run in seen.task_runs(ids[0], count=6)}
-    assert tags["wait new"] == []
-    assert tags["wait same"] == ["reattached"]
-    assert tags["wait ended"] == ["from-record"]
+    runs = seen.task_runs(ids[0], count=6)
+    assert {"wait new", "wait same (reattached)", "wait ended (from record)"} <= {run["name"] for run in runs}
+    assert not any(run["tags"] for run in runs), "for each tag Prefect asks its server for a slot"
+    assert server.kickoffs == 1
+
+
+@pytest.mark.parametrize("answer", ["500", "502", "503", "504", ""])
+def test_a_wait_that_reattaches_needs_no_slot_of_a_concurrency_limit(
+    crew_server: CrewServerFactory, proxy: Proxy, answer: str
+):
+    server, key = crew_server(slow(0.5)), f"run {uuid.uuid4()}"
+
+    @flow
+    async def trip() -> str:
+        kickoff_id = [await kickoff_crew(server.crew(), idempotency_key=key) for _ in range(2)][1]
+        return (await wait_for_crew(server.crew(), kickoff_id)).kickoff_id
+
+    proxy.refuse, proxy.answer = "/concurrency_limits", answer
+    assert asyncio.run(trip())
+    assert proxy.count("/concurrency_limits") == 0
     assert server.kickoffs == 1
 
 

@@ -19,6 +19,8 @@ class Proxy:
     def __init__(self, target_port: int) -> None:
         self.requests: list[str] = []
         self.refuse: str | None = None
+        self.answer = "403"
+        """The status that refused requests get; empty: the connection is closed."""
         self._target = target_port
         self._listener: socket.socket | None = None
         self._open: set[socket.socket] = set()
@@ -87,7 +89,9 @@ class Proxy:
                     lines = [f"{m[1].decode()} {m[2].decode()}" for m in _REQUEST_LINE.finditer(data)]
                     self.requests += lines
                     if self.refuse and any(re.search(self.refuse, line) for line in lines):
-                        source.sendall(b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+                        if self.answer:
+                            head = f"HTTP/1.1 {self.answer} Refused\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+                            source.sendall(head.encode())
                         break
                 sink.sendall(data)
         for one in (source, sink):
