@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import httpx
-from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr
 
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import one_line
 from prefect_crew.budgets import Budget
 from prefect_crew.client.redaction import Redactor, holds_secret
@@ -195,7 +195,7 @@ class CrewSession:
                 if fresh is None:
                     return False
                 client = await self._stack.enter_async_context(self._connect(fresh))
-            except (httpx.HTTPError, PrefectException, ValueError):
+            except (*PREFECT_ERRORS, ValueError):
                 return False
             self.crew, self._client = fresh, client
             run_logger().info("Crew %s: its stored block has a new token, which is used from now on.", fresh.label)

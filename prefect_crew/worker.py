@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID, uuid4
 
 import anyio.abc
-import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import (
@@ -38,7 +37,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import AsyncClientContext
-from prefect.exceptions import Abort, InfrastructureNotAvailable, ObjectNotFound, Pause, PrefectException
+from prefect.exceptions import Abort, InfrastructureNotAvailable, ObjectNotFound, Pause
 from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Failed
@@ -49,6 +48,7 @@ from pydantic import Field
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs, run_held_flow
 from prefect_crew._internal.prefect_api import read_all_flow_runs
+from prefect_crew._internal.prefect_errors import HTTP_ERRORS, PREFECT_ERRORS, STATUS_ERRORS, is_away
 from prefect_crew.blocks import find_crew
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import RecordPhase
@@ -184,7 +184,7 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
                     raise ConfigurationError(f"no block {record.crew!r} has its address")
                 answer = await stop_run(crew, record.kickoff_id, idempotency_key=record.idempotency_key)
                 log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
-            except (CrewError, httpx.HTTPError, PrefectException) as error:
+            except (CrewError, *PREFECT_ERRORS) as error:
                 text = "Crew run %s could not be stopped (%s): it continues at %s."
                 log.warning(text, record.kickoff_id, error, record.crew_url)
 
@@ -366,7 +366,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         """Begin a flow run; later where the Prefect server is away. Prefect's own method would end the worker then."""
         try:
             await super()._submit_run(flow_run)
-        except httpx.HTTPError as error:
+        except HTTP_ERRORS as error:
             if not is_away(error):
                 raise
             # It came from before: nothing of the flow run has begun.
@@ -389,7 +389,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
     ) -> None:
         """Say that a flow run crashed, unless it is the Prefect server that was away: then it is adopted later."""
         error = sys.exception()
-        if isinstance(error, httpx.HTTPError) and is_away(error):
+        if error is not None and is_away(error):
             self._logger.warning("The Prefect server does not answer (%s): flow run %r waits.", error, flow_run.name)
             return
         await super()._propose_crashed_state(flow_run, message, client)
@@ -460,7 +460,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         while True:
             try:
                 return await run_held_flow(flow, held)
-            except httpx.HTTPError as error:
+            except HTTP_ERRORS as error:
                 if not is_away(error):
                     raise
                 self._logger.warning(
@@ -534,7 +534,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 for flow_run in cancelling:
                     await self._cancel(flow_run)
                 self._confirmed_at = asked
-            except (httpx.HTTPError, PrefectException) as error:
+            except PREFECT_ERRORS as error:
                 self._logger.debug("The Prefect server could not be asked: %s", error)
             except Exception:
                 # One flow run that cannot be dealt with must not be the last one that is looked for.
@@ -628,7 +628,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             key = f"adopted-{flow_run.state_id}-{number}"
             try:
                 await self.client.create_flow_run_input(flow_run.id, key, json.dumps(self.identity))
-            except httpx.HTTPStatusError as error:
+            except STATUS_ERRORS as error:
                 if error.response.status_code != 409:
                     raise
             else:
@@ -668,13 +668,6 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         if flow_run.start_time is not None:
             await stop_crews_of(self.client, flow_run)
         await self.client.set_flow_run_state(flow_run.id, Cancelled(message=why), force=True)
-
-
-def is_away(error: httpx.HTTPError) -> bool:
-    """Return whether an error says that the Prefect server is away, and not what it thinks of a request."""
-    return isinstance(error, httpx.TransportError) or (
-        isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error
-    )
 
 
 def _clock() -> float:

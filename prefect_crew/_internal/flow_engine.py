@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import Any, Literal
 from uuid import UUID
 
-import httpx
 import prefect.flow_engine
 import prefect.results
 from anyio import CancelScope
@@ -28,6 +27,7 @@ from prefect.flows import Flow
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling
 
+from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
 from prefect_crew.exceptions import CrewError
 
 RENEW_RETRY = 10.0
@@ -62,7 +62,7 @@ async def run_held_flow(flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
     """Run a flow run's flow as `prefect.flow_engine.run_flow_async` does, and return its last state.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API could not be asked before the flow began.
+        PREFECT_ERRORS: The Prefect API could not be asked before the flow began.
         BaseException: What ended the flow, if not an Exception, once its state is written.
     """
     engine = _Engine(flow=flow, flow_run=held.flow_run, parameters=held.flow_run.parameters)
@@ -175,8 +175,8 @@ async def _renew(lease_id: UUID, duration: float) -> None:
             try:
                 await shared.client.renew_concurrency_lease(lease_id=lease_id, lease_duration=duration)
                 pause = duration * RENEW_AFTER
-            except httpx.HTTPError as error:
-                if isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error:
+            except HTTP_ERRORS as error:
+                if isinstance(error, STATUS_ERRORS) and error.response.is_client_error:
                     get_run_logger().info("The flow run lost its slot in the deployment's concurrency limit: %s", error)
                     return
                 pause = RENEW_RETRY

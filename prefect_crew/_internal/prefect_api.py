@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import httpx
 import prefect
+from prefect.client.base import PrefectHttpxAsyncClient
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import ContextModel, FlowRunContext
-from prefect.exceptions import MissingContextError, PrefectException, PrefectHTTPStatusError
+from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
 from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, STATUS_ERRORS, TRANSPORT_ERRORS
 from prefect_crew._text import one_line
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ async def label_flow_run(*, name: str) -> None:
         async with get_client() as client:
             await client.update_flow_run(flow_run.id, name=name)
         flow_run.name = name
-    except (httpx.HTTPError, PrefectException) as error:
+    except PREFECT_ERRORS as error:
         run_logger().debug("The flow run could not be renamed: %s", error)
 
 
@@ -167,7 +169,7 @@ def is_transient(error: Exception) -> bool:
     """Return whether the Prefect API may take the same request a moment later."""
     if isinstance(error, PrefectHTTPStatusError):
         return error.response.status_code >= 500 or error.response.status_code in (408, 429)
-    return isinstance(error, httpx.TransportError)
+    return isinstance(error, TRANSPORT_ERRORS)
 
 
 def is_busy(error: Exception) -> bool:
@@ -194,7 +196,7 @@ async def request_soon(
         again: Tells which errors are worth another attempt.
 
     Raises:
-        PrefectHTTPStatusError, httpx.TransportError: The last attempt's.
+        TRANSPORT_ERRORS, PrefectHTTPStatusError: The last attempt's.
     """
     loop, here = asyncio.get_running_loop(), _this_loop()
     until, delay = loop.time() + give_up_after, 0.02
@@ -212,7 +214,7 @@ async def request_soon(
                         # whoever sent the next request on it at this moment would lose that.
                         await asyncio.sleep(CLOSING)
                     raise
-        except (PrefectHTTPStatusError, httpx.TransportError) as error:
+        except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
             if not again(error) or loop.time() + delay > until:
                 raise
         # At random, so that those who met on a locked database do not meet again.
@@ -230,9 +232,9 @@ async def _request_once(client: PrefectClient, method: str, path: str, *, json: 
     request: httpx.Request = inner.build_request(method, path, json=json)
     if getattr(inner, "enable_csrf_support", False):
         await inner._add_csrf_headers(request)  # noqa: SLF001
-    response = await httpx.AsyncClient.send(inner, request)
+    response: httpx.Response = await cast("Any", super(PrefectHttpxAsyncClient, inner)).send(request)
     try:
         response.raise_for_status()
-    except httpx.HTTPStatusError as error:
+    except STATUS_ERRORS as error:
         raise PrefectHTTPStatusError.from_httpx_error(error) from None
     return response

@@ -13,15 +13,15 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
-from prefect.exceptions import PrefectException, PrefectHTTPStatusError
+from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew._internal.prefect_api import is_busy, request_soon, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import (
     OUTPUT_CAP,
     cell,
@@ -94,7 +94,7 @@ class MarkdownArtifact:
             async with asyncio.timeout(SHOW_WITHIN):
                 if await self.find() is None or not await self._update(data):
                     await self._create(data)
-        except (httpx.HTTPError, PrefectException, ValueError) as error:
+        except (*PREFECT_ERRORS, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         except TimeoutError:
             return f"the Prefect API did not accept it within {SHOW_WITHIN:g} s"
@@ -104,7 +104,7 @@ class MarkdownArtifact:
         """Return its id, asking the server where another process made it; None where there is none.
 
         Raises:
-            httpx.HTTPError, PrefectException: The Prefect API is away.
+            PREFECT_ERRORS: The Prefect API is away.
         """
         if self.id is not None or self.is_new:
             return self.id

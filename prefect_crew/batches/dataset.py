@@ -18,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 import httpx
 
+from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
 from prefect_crew.exceptions import DatasetError
 
 if TYPE_CHECKING:
@@ -240,8 +241,8 @@ def _reporting(name: str, address: str) -> Generator[None]:
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise DatasetError(f"cannot be opened: {told(error, address)}.", source=name) from None
-    except httpx.HTTPError as error:
-        status = f"HTTP {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else str(error)
+    except HTTP_ERRORS as error:
+        status = f"HTTP {error.response.status_code}" if isinstance(error, STATUS_ERRORS) else str(error)
         raise DatasetError(f"cannot be fetched: {status or type(error).__name__}.", source=name) from None
     except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
         raise DatasetError(f"cannot be read: {told(error, address)}.", source=name) from None

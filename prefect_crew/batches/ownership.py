@@ -86,7 +86,7 @@ async def begin_generation(ledger: Ledger, public: str, *, give_up_after: float)
     Raises:
         LedgerError: The ledger cannot be written.
         LedgerMissingError: The batch is bound to another ledger by now.
-        httpx.HTTPError, PrefectException: The Prefect API is away.
+        PREFECT_ERRORS: The Prefect API is away.
     """
     generation = await ledger.advance()
     entry = await ledger.entry()

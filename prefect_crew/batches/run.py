@@ -14,18 +14,17 @@ from functools import partial, wraps
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import httpx
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkerStatus
 from prefect.context import FlowRunContext, TaskRunContext
-from prefect.exceptions import PrefectException
 from pydantic import BaseModel
 from pydantic.errors import PydanticUserError
 from pydantic_core import to_json
 
 from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import Ledger
@@ -519,7 +518,7 @@ class _Batch:
             if reserves_median(self.job.crew):
                 completed = self.ledger.rows_in([RowState.COMPLETED], limit=KEPT)
                 known = [row.record.used async for row in completed if row.record is not None]
-                with suppress(httpx.HTTPError, PrefectException):  # then a share of the budget is reserved
+                with suppress(*PREFECT_ERRORS):  # then a share of the budget is reserved
                     # Of a new batch nothing is known: other runs of its crew tell.
                     known = known or await PrefectRecords().earlier(self.job.crew.url)
                 runner.earlier.extend(reversed(known))
@@ -561,7 +560,7 @@ class _Batch:
         try:
             self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=SOON)
             self.begun = started
-        except (httpx.HTTPError, PrefectException, CrewError) as error:
+        except (*PREFECT_ERRORS, CrewError) as error:
             log = "The Prefect server could not record that batch %s continues: %s"
             run_logger().warning(log, self.job.name, error)
         self.begin_after = time.monotonic() + BEGIN_EVERY
@@ -572,7 +571,7 @@ class _Batch:
         try:
             await note_waiting_for_people(self.job.name, waits)
             self.people_noted = waits
-        except (httpx.HTTPError, PrefectException) as error:
+        except PREFECT_ERRORS as error:
             log = "The Prefect server could not record whether rows of batch %s wait for people: %s"
             run_logger().debug(log, self.job.name, error)
 

@@ -11,13 +11,13 @@ from itertools import islice
 from typing import Any
 from uuid import uuid4
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
@@ -325,7 +325,7 @@ class Runner:
             return None
         except CrewError as error:
             return await self._no_run(job, error)
-        except (httpx.HTTPError, PrefectException) as error:
+        except PREFECT_ERRORS as error:
             self.throttle.refused(CrewError(f"A budget could not be asked for on the Prefect server: {error}."))
             return None
         finally:
@@ -651,7 +651,7 @@ async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[
 async def _is_cancellation_asked(own: str | None) -> bool:
     try:
         return await asyncio.wait_for(cancellation_asked(own), ASK_WITHIN)
-    except (httpx.HTTPError, PrefectException, TimeoutError):
+    except (*PREFECT_ERRORS, TimeoutError):
         return False
 
 

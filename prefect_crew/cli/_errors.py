@@ -59,16 +59,17 @@ def message(error: BaseException, run: str | None = None) -> str:
     """
     if is_signal(error):
         return "Interrupted." if isinstance(error, KeyboardInterrupt) else "Ended by a signal."
-    import httpx  # errors of it come from Prefect's client: those of the crew's client are errors of this package
+    # They come from Prefect's client: those of the crew's client are errors of this package.
+    from prefect_crew._internal.prefect_errors import HTTP_ERRORS
 
     said = reason(error)
     if isinstance(error, CrewError | CycloptsError):
         for words, plain in _PLAIN.items():
             said = re.sub(words, plain, said)
         return by_options(said)
-    response: httpx.Response | None = getattr(error, "response", None)
+    response: Any = getattr(error, "response", None)
     is_away = response is None or response.status_code in (502, 503, 504)
-    if (isinstance(error, httpx.HTTPError) and is_away) or "Failed to reach API" in said:
+    if (isinstance(error, HTTP_ERRORS) and is_away) or "Failed to reach API" in said:
         return (
             f"The Prefect API does not answer ({type(error).__name__}: {said}). Start a server with `prefect server "
             "start`, or check PREFECT_API_URL: prefect-crew doctor."

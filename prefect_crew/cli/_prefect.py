@@ -62,20 +62,23 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
 def _check(url: str) -> None:
     import httpx
     from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    from prefect_crew._internal.prefect_errors import STATUS_ERRORS
 
     def judge(response: httpx.Response) -> None:
         # Raised here, since the client would wait before it gives up, and takes a page of another server for an answer.
         is_page = response.is_success and "html" in response.headers.get("Content-Type", "")
         if is_page or response.is_error:
             said = f"GET {response.url.path} was answered with {'a page' if is_page else response.status_code}"
-            raise httpx.HTTPStatusError(said, request=response.request, response=response)
+            raise PrefectHTTPStatusError(said, request=response.request, response=response)
 
     timeout = httpx.Timeout(ANSWER_WITHIN, connect=ANSWER_WITHIN / 4)  # the client tries to connect four times
     asking = {"timeout": timeout, "event_hooks": {"response": [judge]}}
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(asking, sync_client=True) as client:
         problem = client.api_healthcheck()
-    code = problem.response.status_code if isinstance(problem, httpx.HTTPStatusError) else None
+    code = problem.response.status_code if isinstance(problem, STATUS_ERRORS) else None
     if problem is None or code == 429:  # which says that it is there
         return
     why = str(problem).rstrip(".") or type(problem).__name__
@@ -137,6 +140,8 @@ def _use_server(url: str | None) -> None:
 def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
     import httpx
 
+    from prefect_crew._internal.prefect_errors import TRANSPORT_ERRORS
+
     until, is_up = time.monotonic() + START_WITHIN, False
     with httpx.Client(trust_env=False) as client:
         while not is_up:
@@ -146,7 +151,7 @@ def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
                     f"Prefect's embedded server did not start: {why}. Try `prefect server start`, which shows more."
                 )
             time.sleep(0.05)
-            with suppress(httpx.TransportError):
+            with suppress(*TRANSPORT_ERRORS):
                 is_up = client.get(url).is_success
 
 

@@ -65,13 +65,12 @@ def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: Cr
 
     async def look() -> None:
         nonlocal is_away
-        import httpx
-        from prefect.exceptions import PrefectException
+        from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 
         if not is_away:
             try:
                 await check_prefect(found)
-            except (httpx.HTTPError, PrefectException, ValueError) as error:  # a page is no JSON, a ValueError
+            except (*PREFECT_ERRORS, ValueError) as error:  # a page is no JSON, a ValueError
                 is_away = True
                 failed = f"{url or 'It'} was asked for more: {type(error).__name__}: {error}".splitlines()[0]
                 fix = "Check PREFECT_API_URL, and PREFECT_API_KEY or PREFECT_API_AUTH_STRING."
@@ -145,7 +144,7 @@ async def check_prefect(found: Findings) -> None:
     """Look at Prefect, whose API is known to answer: versions, the block type, records, pools of crew workers.
 
     Raises:
-        httpx.HTTPError, PrefectException, ValueError: The API does not answer as it should after all.
+        PREFECT_ERRORS, ValueError: The API does not answer as it should after all.
     """
     import prefect
     from prefect.client.orchestration import get_client
@@ -176,9 +175,7 @@ def _numbers(version: str) -> list[int]:
 
 async def _check_records(found: Findings) -> None:
     """See whether a record can be written, and a second one of its name cannot."""
-    import httpx
-    from prefect.exceptions import PrefectException
-
+    from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
     from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
     from prefect_crew.records.store import PrefectRecords
 
@@ -191,7 +188,7 @@ async def _check_records(found: Findings) -> None:
         claimed = await records.claim(first), await records.claim(second)
         read = [one.owner for one in await records.attempts(first.idempotency_key)]
         await records.delete(first)
-    except (httpx.HTTPError, PrefectException) as error:
+    except PREFECT_ERRORS as error:
         failed = f"A Variable could not be written, read and removed: {type(error).__name__}: {error}".splitlines()[0]
         fix = "Runs are recorded in Prefect Variables: the API key needs the permission to write them."
         found.add("problem", "records", failed, fix)

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import httpx
-from prefect.exceptions import PrefectException
-
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import cell, code, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.pipelines.graph import Pipeline
@@ -137,7 +135,7 @@ class PipelineArtifact:
         runs = [view.run for view in self._views.values() if view.run is not None]
         try:  # what other processes have made for the runs that were found
             await asyncio.gather(*(run.artifact.find() for run in runs))
-        except (httpx.HTTPError, PrefectException) as error:
+        except PREFECT_ERRORS as error:
             run_logger().debug("The artifacts of earlier runs are not linked: %s", error)
         await self._put()
 

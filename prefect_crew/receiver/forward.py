@@ -19,14 +19,13 @@ from time import monotonic
 from typing import Any
 from uuid import uuid4
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.context import AsyncClientContext
-from prefect.exceptions import PrefectException
 from prefect.settings import get_current_settings
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import OneLine
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, STATUS_ERRORS, TRANSPORT_ERRORS
 from prefect_crew.artifacts.events import emit
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import FeedbackRequest
@@ -365,7 +364,7 @@ class Forwarder:
                     said_key=event.said_key,
                     load=find_crew,
                 )
-            except (httpx.HTTPError, PrefectException):
+            except PREFECT_ERRORS:
                 outcome = Resolution.NO_ANSWER
             except Exception:
                 logger.exception("Idempotency key %s could not be resolved by its webhook.", key)
@@ -377,7 +376,7 @@ class Forwarder:
             logger.info(
                 "Idempotency key %s is resolved: according to a webhook its kickoff started %s.", key, kickoff_id
             )
-            with suppress(httpx.HTTPError, PrefectException):  # the record says it, too
+            with suppress(*PREFECT_ERRORS):  # the record says it, too
                 if record := attempt_of(await self._records.attempts(key), hook.attempt):
                     emit("resolved", record, once=True)
         elif outcome is not Resolution.NOT_NEEDED:
@@ -401,18 +400,18 @@ async def _reach_prefect() -> None:
     """Raise what keeps the Prefect API from being reached. A client of its own: an unanswered start leaves one open."""
     async with get_client() as client:
         problem = await asyncio.wait_for(client.api_healthcheck(), ATTEMPT)
-    if isinstance(problem, httpx.TransportError):
+    if isinstance(problem, TRANSPORT_ERRORS):
         raise problem
 
 
 def _is_transient(error: Exception) -> bool:
     """Return whether the Prefect API may take the same a little later: it is away, overloaded, or refuses our key."""
-    if isinstance(error, httpx.HTTPStatusError):
+    if isinstance(error, STATUS_ERRORS):
         return error.response.status_code >= 500 or error.response.status_code in (401, 403, 408, 429)
-    return isinstance(error, httpx.TransportError | TimeoutError)
+    return isinstance(error, (*TRANSPORT_ERRORS, TimeoutError))
 
 
 def _what(problem: Exception) -> str:
-    if isinstance(problem, httpx.HTTPStatusError):
+    if isinstance(problem, STATUS_ERRORS):
         return f"HTTP {problem.response.status_code}"
     return type(problem).__name__

@@ -16,14 +16,14 @@ from datetime import timedelta
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.events import emit_event
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectException, PrefectHTTPStatusError
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 
 from prefect_crew._internal.prefect_api import is_busy, request_soon, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.budgets import PREFIX, UNITS, BudgetPeriod, slots_of
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BudgetExceededError, ConfigurationError
@@ -72,7 +72,7 @@ async def reserve(crew: Crew, record: RunRecord, warned: set[str]) -> None:
     Raises:
         BudgetExceededError: One of them has no room. Nothing stays counted.
         ConfigurationError: A budget limits the cost, and the crew has no price.
-        httpx.HTTPError: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API is away or refuses.
     """
     try:
         for period in _periods(crew, record):
@@ -124,7 +124,7 @@ async def release_given_back(record: RunRecord, records: RecordStore) -> None:
     made a permit, or where that is not on record who will resolve it."""
     if not record.reserved:
         return
-    with suppress(httpx.HTTPError, PrefectException):
+    with suppress(*PREFECT_ERRORS):
         found = await records.attempts(record.idempotency_key)
         given_back = (record.owner, record.permit, RecordPhase.NOT_STARTED)
         if any((one.owner, one.permit, one.phase) == given_back for one in found):
@@ -158,7 +158,7 @@ async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> dict[st
                     # More than there is room for: what is left of it is taken.
                     stands = await client.read_global_concurrency_limit_by_name(name)
                     slots = max(0, min(slots, stands.limit - stands.active_slots))
-        except (httpx.HTTPError, PrefectException) as error:
+        except PREFECT_ERRORS as error:
             what = record.idempotency_key
             run_logger().warning("The counter %s could not be corrected for run %s: %s", name, what, error)
     return changed
@@ -254,7 +254,7 @@ async def note_exceeded(error: BudgetExceededError, crew: Crew) -> None:
             with suppress(ObjectAlreadyExists):  # inactive: a start reads it with its counter, and takes none of it
                 made = GlobalConcurrencyLimitCreate(name=mark, limit=1, active=False)
                 await client.create_global_concurrency_limit(made)
-    except (httpx.HTTPError, PrefectException) as problem:
+    except PREFECT_ERRORS as problem:
         run_logger().warning("Runs in flight under budget %r are not stopped: %s", error.budget, problem)
 
 
@@ -266,7 +266,7 @@ async def to_stop(crew: Crew, records: Iterable[RunRecord]) -> list[RunRecord]:
         stopping = periods & {*(record.reserved or ())}
         for name in stopping - {*marks}:
             marks[name] = None
-            with suppress(httpx.HTTPError, PrefectException):  # most often that there is none
+            with suppress(*PREFECT_ERRORS):  # most often that there is none
                 async with get_client() as client:
                     marks[name] = str((await client.read_global_concurrency_limit_by_name(MARK.format(name))).id)
         if any(marks[name] not in (None, (record.marks or {}).get(name)) for name in stopping):

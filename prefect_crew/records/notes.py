@@ -2,7 +2,7 @@
 
 The text that is to be judged may be long and is not for everyone, and a callback holds a token. A Variable is read by
 whoever sees the server and holds 5,000 characters; a block is encrypted, and is where a crew's token is kept as well.
-Every function raises httpx.HTTPError or PrefectException where the Prefect API is away or refuses.
+Every function raises one of PREFECT_ERRORS where the Prefect API is away or refuses.
 """
 
 from __future__ import annotations

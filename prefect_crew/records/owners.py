@@ -9,12 +9,12 @@ import uuid
 from pathlib import Path
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import get_client
-from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.records.model import RunRecord
 
 
@@ -73,7 +73,7 @@ async def crash_dead_owner(record: RunRecord) -> None:
             await client.set_flow_run_state(flow_run.id, Crashed(message=message))
     except ObjectNotFound:
         return
-    except (httpx.HTTPError, PrefectException) as error:
+    except PREFECT_ERRORS as error:
         run_logger().debug("Whether flow run %s is dead is not known: %s", owner, error)
     else:
         run_logger().warning("Flow run %s is set to Crashed: its process ended. Its crew's run continues here.", owner)

@@ -1,6 +1,6 @@
 """Removing the records of runs that nobody can ask for any more: their flow runs ended long ago.
 
-Everything here raises httpx.HTTPError where the Prefect API is away or refuses.
+Everything here raises one of PREFECT_ERRORS where the Prefect API is away or refuses.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from datetime import datetime, timedelta
 from math import inf
 from typing import Any, Literal
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import TERMINAL_STATES
-from prefect.exceptions import PrefectException
 
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.records.budgets import delete_past_counters
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import USED, PrefectRecords, delete_variable, read_named, server_time, waiter_prefix
@@ -200,7 +199,7 @@ async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Lo
             pruned = await prune(PrefectRecords(), pause=PAUSE)
             if pruned.runs:
                 log.info("%d old run records were removed, %d stay.", pruned.runs, pruned.kept)
-        except (httpx.HTTPError, PrefectException) as error:
+        except PREFECT_ERRORS as error:
             log.debug("Old run records are not removed now: the Prefect server does not answer (%s).", error)
         except Exception:  # nobody waits for this task, which lives as long as its worker: the log has it, whole
             log.exception("Old run records could not be removed. The worker tries it again later.")

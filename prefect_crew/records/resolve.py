@@ -226,7 +226,7 @@ async def resolve_from_webhook(
         load: Finds the crew that the status call is made to.
 
     Raises:
-        httpx.HTTPError: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API is away or refuses.
     """
     record = attempt_of(await records.attempts(idempotency_key), attempt)
     if record is None or not record.is_unresolved:

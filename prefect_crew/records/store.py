@@ -31,11 +31,12 @@ from uuid import UUID, uuid4
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.exceptions import ObjectNotFound, PrefectException, PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
 from pydantic_core import to_json
 
 from prefect_crew._internal.prefect_api import is_busy, request_soon, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, TRANSPORT_ERRORS
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.model import (
@@ -241,7 +242,7 @@ async def create_variable(variable: Mapping[str, Any]) -> str | None:
                 answer = await request_soon(
                     client, "POST", path, json=variable, give_up_after=BUSY_FOR, one_at_a_time=False, again=is_busy
                 )
-            except (PrefectHTTPStatusError, httpx.TransportError) as error:
+            except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
                 if isinstance(error, PrefectHTTPStatusError) and error.response.status_code not in RETRIED_BY_CLIENT:
                     raise
                 answer = await client.request("POST", path, json=variable)
@@ -323,7 +324,7 @@ class PrefectRecords:
     """The record store on the Prefect server. Its methods may be called from any event loop.
 
     Raises:
-        httpx.HTTPError: The Prefect API is away or refuses. `save` outlasts five minutes of absence.
+        PREFECT_ERRORS: The Prefect API is away or refuses. `save` outlasts five minutes of absence.
     """
 
     async def claim(self, record: RunRecord) -> bool:
@@ -354,7 +355,7 @@ class PrefectRecords:
         if with_earlier and not record.earlier and (earlier := await self._latest_used(record.crew_url)):
             record.earlier = earlier
             # So that only the first start of a crew under a budget looks through the records. Without it the next does.
-            with suppress(httpx.HTTPError, PrefectException):
+            with suppress(*PREFECT_ERRORS):
                 await create_variable({"name": f"{used}{'9' * 10}", "value": earlier, "tags": [used]})
         found = _attempts_in(variables, record.idempotency_key)
         others = [(one.attempt, one.owner) for one in found if one.ref != record.ref]
@@ -415,7 +416,7 @@ class PrefectRecords:
         """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
         try:
             holders = await self.holders(str(record.kickoff_id))
-        except (httpx.HTTPError, PrefectException, CrewError):
+        except (*PREFECT_ERRORS, CrewError):
             holders = []  # what cannot be asked must not keep the id from being written
         mine = (record.idempotency_key, record.attempt)
         other = next((key for key, attempt in holders if (key, attempt) != mine), None)

@@ -4,7 +4,7 @@
 follows it where both together are too large. So creating a number compares with what was read: of two processes that
 add to a day at the same time, one gets the number, and the other reads again. `refs` names the records that were
 counted and still stood at that moment: a process may be killed after it has counted, and before it deletes them.
-Everything here raises httpx.HTTPError where the Prefect API is away or refuses.
+Everything here raises one of PREFECT_ERRORS where the Prefect API is away or refuses.
 """
 
 from __future__ import annotations

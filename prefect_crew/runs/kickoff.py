@@ -12,11 +12,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
-import httpx
-from prefect.exceptions import PrefectException
-
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.telemetry import count_uncertain
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate, post_deadline
@@ -479,7 +477,7 @@ async def _save_started(record: RunRecord, records: RecordStore) -> str | None:
         return await records.save_started(record)
     except CrewError:
         raise
-    except (httpx.HTTPError, PrefectException) as error:
+    except PREFECT_ERRORS as error:
         _log_unsaved(record, error)
         return None
     except BaseException:
@@ -495,7 +493,7 @@ async def _save(record: RunRecord, records: RecordStore) -> None:
     """
     try:
         await records.save(record)
-    except (httpx.HTTPError, PrefectException) as error:
+    except PREFECT_ERRORS as error:
         _log_unsaved(record, error)
 
 

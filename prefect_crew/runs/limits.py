@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
-from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.prefect_api import lock_here, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, STATUS_ERRORS
 from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Slots:
                 await client.renew_concurrency_lease(self.lease, LEASE)
             except ObjectNotFound:
                 return False
-            except httpx.HTTPStatusError as error:
+            except STATUS_ERRORS as error:
                 if error.response.status_code != _GONE:
                     raise
                 return False
@@ -62,7 +62,7 @@ class Slots:
         try:
             async with get_client() as client:
                 await client.release_concurrency_slots_with_lease(self.lease)
-        except (httpx.HTTPError, PrefectException) as error:
+        except PREFECT_ERRORS as error:
             run_logger().debug("The slots of %s are free when their lease ends: %s", self.crew.label, error)
 
     @asynccontextmanager
@@ -82,7 +82,7 @@ class Slots:
             await asyncio.sleep(RENEW)
             try:
                 held = await self.renew()
-            except (httpx.HTTPError, PrefectException) as error:
+            except PREFECT_ERRORS as error:
                 run_logger().debug("The slots of crew %s could not be renewed now: %s", self.crew.label, error)
         run_logger().warning(
             "The slots of crew %s in the concurrency limit %s were lost: for now more of its runs may be in flight "
@@ -120,7 +120,7 @@ async def _taken(crew: Crew, count: int) -> UUID | None:
                 mode="concurrency",
                 lease_duration=LEASE,
             )
-        except httpx.HTTPStatusError as error:
+        except STATUS_ERRORS as error:
             if error.response.status_code == _TOO_MANY:
                 raise ConfigurationError(
                     f"Crew {crew.label} has the concurrency limit {crew.concurrency_limit!r}, which is below {count}. "
@@ -156,6 +156,6 @@ async def slot_of(crew: Crew, record: RunRecord | None) -> Slots | None:
                 return slots
         lease = await _taken(crew, 1)
         return None if lease is None else Slots(crew, lease)
-    except (httpx.HTTPError, PrefectException, ConfigurationError) as error:
+    except (*PREFECT_ERRORS, ConfigurationError) as error:
         run_logger().warning("A run of crew %s in flight counts against no limit: %s", crew.label, error)
         return None

@@ -26,6 +26,7 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from websockets.exceptions import WebSocketException
 
+from prefect_crew._internal.prefect_errors import HTTP_ERRORS
 from prefect_crew._text import one_line
 from prefect_crew.client._parsing import as_list, as_object, tokens_of
 from prefect_crew.client.models import CrewStatus, TokenUsage
@@ -294,7 +295,7 @@ class _Hub:
                 try:
                     answer = await client.get(url, params={"after": cursor})
                     body = as_object(answer.json()) if answer.is_success else {}
-                except (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError):
+                except (*HTTP_ERRORS, httpx.InvalidURL, ValueError, RecursionError):
                     body = {}  # nothing that a receiver would say
                 webhooks, found = as_list(body.get("webhooks")), body.get("cursor")
                 for webhook in webhooks:
@@ -316,7 +317,7 @@ class _Hub:
                         key = event.resource.get(KEY_LABEL)
                         known = {"id": str(event.id), "event": event.event, "idempotency_key": key}
                         self._hear({**event.payload, **known})
-            except (WebSocketException, httpx.HTTPError, OSError, ValueError):
+            except (*HTTP_ERRORS, WebSocketException, OSError, ValueError):
                 pass  # away: the waiters look by themselves until it is back
             except Exception as error:
                 if type(error) is not Exception:

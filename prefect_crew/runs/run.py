@@ -10,11 +10,10 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import httpx
-from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ValidationError
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import TASKS_CAP, RunArtifact, RunView
 from prefect_crew.artifacts.telemetry import end_run, is_tracing
 from prefect_crew.client.models import CrewResult, CrewStatus
@@ -231,7 +230,7 @@ async def find_run(
         else:
             attempts = await records.attempts(idempotency_key)
             record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
-    except (httpx.HTTPError, PrefectException) as error:
+    except PREFECT_ERRORS as error:
         run_logger().warning("The record of run %s could not be read (%s): going on without it.", kickoff_id, error)
     if known is None:
         return OpenRun(crew, str(kickoff_id), record)
@@ -292,7 +291,7 @@ async def finish_run(
 async def _is_first(record: RunRecord, records: RecordStore, what: Literal["use", "span"]) -> bool:
     try:
         return await records.note_end(record, what)
-    except (httpx.HTTPError, PrefectException) as error:
+    except PREFECT_ERRORS as error:
         lacks = "keeps its reserve of budgets" if what == "use" else "has no span"
         run_logger().warning("Run %s %s: %s", record.kickoff_id, lacks, error)
         return False

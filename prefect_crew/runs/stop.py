@@ -18,12 +18,12 @@ from types import FrameType
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound, PrefectException
+from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client import CrewClient
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
@@ -108,7 +108,7 @@ async def _is_cancelled_on_server(run_id: str | None) -> bool:
     Whoever cancels a flow means its subflows too, whose own states do not say so.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away.
+        PREFECT_ERRORS: The Prefect API is away.
     """
     if run_id is None:
         return False
@@ -162,7 +162,7 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
     try:
         async with asyncio.timeout(LOOK_WITHIN):
             cancelled = await _is_cancelled_on_server(run_id)
-    except (httpx.HTTPError, PrefectException, TimeoutError):
+    except (*PREFECT_ERRORS, TimeoutError):
         return False
     _asked[key] = time.monotonic(), cancelled
     return cancelled
@@ -172,7 +172,7 @@ async def cancellation_asked(own: str | None) -> bool:
     """Return whether somebody wants the crew stopped: the flow run is being cancelled, or Ctrl-C was pressed.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away.
+        PREFECT_ERRORS: The Prefect API is away.
     """
     return (_watch.pressed and not started_by_runner()) or await _is_cancelled_on_server(own)
 
@@ -193,7 +193,7 @@ async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key
             if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
                 try:
                     await close_stopped(session.client, run.crew, run.record, answer, PrefectRecords())
-                except (httpx.HTTPError, PrefectException) as error:
+                except PREFECT_ERRORS as error:
                     run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
                 if run.record.slot is not None:
                     await Slots(run.crew, UUID(run.record.slot)).release()
@@ -222,7 +222,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
     try:
         # Not `asyncio.timeout`: in a task that was cancelled, Python before 3.11.3 raises CancelledError for it.
         return await asyncio.wait_for(stop(), STOP_WITHIN)
-    except (CrewError, httpx.HTTPError, PrefectException, TimeoutError) as error:
+    except (CrewError, *PREFECT_ERRORS, TimeoutError) as error:
         kind = type(error).__name__
         text = "Crew run %s could not be stopped (%s: %s): it continues at %s."
         log.warning(text, record.kickoff_id, kind, error, record.crew_url)

@@ -9,11 +9,9 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
-import httpx
-from prefect.exceptions import PrefectException
-
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancel_and_wait, cancelled_once
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import progress
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.telemetry import end_run
@@ -236,7 +234,7 @@ class _Waiter(Watcher):
         try:
             if self.run.owned or await self._closed() is None:
                 await self.records.save(record)
-        except (httpx.HTTPError, PrefectException) as error:
+        except PREFECT_ERRORS as error:
             self.log.warning("Whether run %s waits for a person could not be recorded: %s", self.run.kickoff_id, error)
 
     async def on_error(self, error: CrewError) -> None:
@@ -298,7 +296,7 @@ class _Waiter(Watcher):
             if record is not None:
                 return await stop_once(self.session, record, self.records)
             return (await self.session.call(lambda client: client.stop(run.kickoff_id))).accepted
-        except (CrewError, httpx.HTTPError, PrefectException) as error:
+        except (CrewError, *PREFECT_ERRORS) as error:
             self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, run.redact(str(error)))
             return False
 
@@ -317,13 +315,13 @@ class _Waiter(Watcher):
         """Note that this flow run waits for a run of somebody else's, so that they do not stop it."""
         try:
             await self.records.add_waiter(record, flow_run)
-        except (httpx.HTTPError, PrefectException) as error:
+        except PREFECT_ERRORS as error:
             text = "It could not be recorded that this flow run waits for run %s: %s"
             self.log.warning(text, self.run.kickoff_id, error)
         try:
             yield
         finally:
-            with suppress(httpx.HTTPError, PrefectException):  # a note of a flow run that has ended holds nobody up
+            with suppress(*PREFECT_ERRORS):  # a note of a flow run that has ended holds nobody up
                 await self.records.remove_waiter(record, flow_run)
 
     async def _close(self, status: CrewStatus) -> None:
@@ -349,7 +347,7 @@ class _Waiter(Watcher):
 
             try:
                 await finish_run(record, self.records, write, lambda: run.view(status))
-            except (httpx.HTTPError, PrefectException) as problem:
+            except PREFECT_ERRORS as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
             if closed is not None:  # whoever closed it did not know what it used
                 return
@@ -363,7 +361,7 @@ class _Waiter(Watcher):
             return None
         try:
             attempts = await self.records.attempts(self.run.record.idempotency_key)
-        except (httpx.HTTPError, PrefectException):
+        except PREFECT_ERRORS:
             return None
         ended = (one for one in attempts if one.phase is RecordPhase.ENDED)
         return next((one for one in ended if one.kickoff_id == self.run.kickoff_id), None)

@@ -19,6 +19,7 @@ from prefect.client.orchestration import get_client
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client._callbacks import FeedbackRequest, feedback_text, post_feedback
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
@@ -30,7 +31,6 @@ from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, Sent
 from prefect_crew.records.notes import forget_request, kept_output, kept_requests
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.questions import (
-    PREFECT_ERRORS,
     Question,
     QuestionState,
     Review,
@@ -183,7 +183,7 @@ async def open_request(
     `kept` are what all Flows ask, where that has been read.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API is away or refuses.
     """
     sent = {one.request for one in before if one.outcome == "sent"}
     kept = await kept_requests(kickoff_id) if kept is None else kept
@@ -194,7 +194,7 @@ async def with_kept_output(run: OpenRun, question: Question) -> Question:
     """Return a question with what its webhook has brought, where the status does not show what is to be judged.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API is away or refuses.
     """
     if question.asked or question.request or run.record is None or not run.record.has_webhooks:
         return question
@@ -406,7 +406,7 @@ async def list_pending_reviews(stores: Sequence[RecordStore], crew_of: CrewOf) -
     Each crew's server is asked, where its block is stored; else what the record has counts.
 
     Raises:
-        httpx.HTTPError: The Prefect API is away.
+        PREFECT_ERRORS: The Prefect API is away.
         LedgerError: The ledger of a batch cannot be read.
     """
     gate, requests = asyncio.Semaphore(AT_ONCE), await kept_requests()
@@ -426,7 +426,7 @@ async def read_pending_review(
     """Return what a run in flight asks, None if it asks nothing. `requests` are what all Flows ask.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API is away or refuses.
     """
     kickoff_id, crew = str(record.kickoff_id), await crew_of(record)
     run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)

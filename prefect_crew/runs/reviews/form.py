@@ -20,12 +20,13 @@ from prefect.utilities.urls import url_for
 from pydantic import Field, ValidationError, create_model
 
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import prose, reading
 from prefect_crew.client._callbacks import approves
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import utcnow
-from prefect_crew.runs.reviews.questions import PREFECT_ERRORS, Question, Review, digest, where_to_look
+from prefect_crew.runs.reviews.questions import Question, Review, digest, where_to_look
 
 if TYPE_CHECKING:
     from prefect_crew.runs.listener import Waker

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import httpx
-from prefect.exceptions import PrefectException
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_crew.client._callbacks import FeedbackRequest
@@ -52,7 +50,6 @@ class Review(BaseModel):
     option: str | None = None
 
 
-PREFECT_ERRORS = (httpx.HTTPError, PrefectException)  # what is raised where the Prefect API is away or refuses
 ReviewFunction = Callable[[ReviewRequest], "Review | Awaitable[Review]"]
 ReviewChoice = ReviewFunction | Literal["form"]  # what answers: a function, or a person in Prefect's input form
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
@@ -27,7 +28,6 @@ from prefect_crew.runs.reviews.answer import (
 )
 from prefect_crew.runs.reviews.form import Form
 from prefect_crew.runs.reviews.questions import (
-    PREFECT_ERRORS,
     Question,
     QuestionState,
     Review,

@@ -1,0 +1,65 @@
+"""The errors of Prefect's client, whichever HTTP library it is built on."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+
+import prefect_crew
+from prefect_crew._internal.prefect_errors import (
+    HTTP_ERRORS,
+    PREFECT_ERRORS,
+    STATUS_ERRORS,
+    TRANSPORT_ERRORS,
+    is_away,
+)
+
+
+def libraries() -> list[Any]:
+    names = [name for name in ("httpx", "httpx2") if importlib.util.find_spec(name)]
+    return [pytest.param(importlib.import_module(name), id=name) for name in names]
+
+
+@pytest.mark.parametrize("library", libraries())
+def test_the_errors_of_each_http_library_are_caught(library: Any):
+    request = library.Request("GET", "http://127.0.0.1")
+    refused = library.ConnectError("refused", request=request)
+    status = library.HTTPStatusError("no", request=request, response=library.Response(503, request=request))
+    assert isinstance(refused, PREFECT_ERRORS)
+    assert isinstance(refused, HTTP_ERRORS)
+    assert isinstance(refused, TRANSPORT_ERRORS)
+    assert isinstance(status, PREFECT_ERRORS)
+    assert isinstance(status, STATUS_ERRORS)
+    assert not isinstance(status, TRANSPORT_ERRORS)
+    assert is_away(refused)
+    assert is_away(status)
+
+
+def test_errors_of_prefect_itself_are_caught():
+    assert isinstance(ObjectNotFound(Exception()), PREFECT_ERRORS)
+    request = httpx.Request("GET", "http://127.0.0.1")
+    missing = PrefectHTTPStatusError("no", request=request, response=httpx.Response(404, request=request))
+    assert isinstance(missing, PREFECT_ERRORS)
+    assert not is_away(missing)
+
+
+def test_no_other_module_names_errors_of_httpx():
+    """Ruff forbids those of its list; a new name of httpx is found here."""
+    errors = {name for name in httpx.__all__ if isinstance(kind := getattr(httpx, name), type) and caught(kind)}
+    package = Path(prefect_crew.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.is_relative_to(package / "client") or path.name == "prefect_errors.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "httpx":
+                assert node.attr not in errors, f"{path}:{node.lineno} names httpx.{node.attr}"
+
+
+def caught(kind: type) -> bool:
+    return issubclass(kind, httpx.HTTPError)
