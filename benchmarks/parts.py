@@ -281,7 +281,26 @@ def demo(bench: Bench) -> list[Row]:
     ]
 
 
+def past(bench: Bench) -> list[Row]:
+    records, times = (500, 1) if bench.small else (150_000, 9)
+    rows: list[Row] = []
+    for server in ("sqlite", "postgres"):
+        options = ("--on", server, "--records", records, "--times", times)
+        for figures in bench.measure("past", *options, on="none")[1:]:
+            name = figures["what"].partition(" on ")[0]
+            work = f"{name.replace('_', ' ')}, beside {records:,} ended records, {server}"
+            seconds = f"{number(figures['past_seconds'])} s; on an empty server {number(figures['empty_seconds'])} s"
+            read = f"; Variables read {figures['past_rows']:,}" if "past_rows" in figures else ""
+            limit = {"list_open_runs": 1.0, "costs_of_7_days": 10.0}.get(name)
+            if limit is None:
+                rows.append(Row(work, "times an empty server", figures["ratio"], 1.2, of=seconds + read))
+            else:
+                rows.append(Row(work, "s", figures["past_seconds"], limit, of=seconds + read))
+    return rows
+
+
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
+    "past": past,
     "late": late,
     "rows-10k": rows_10k,
     "rows-1k": rows_1k,
