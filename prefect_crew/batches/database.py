@@ -343,7 +343,7 @@ def _prepare_session(connection: Any, _: Any) -> None:
     connection.commit()
 
 
-def short(error: Exception) -> str:
+def short(error: BaseException) -> str:
     """Return the first line of a database's error."""
     said = str(getattr(error, "orig", None) or error).splitlines()
     return (said[0] if said else type(error).__name__)[:300].rstrip(".")
@@ -445,14 +445,18 @@ class GroupWriter:
         whose POST was just answered. A commit of which nobody knows whether it took place can be made again: a claim
         that is there is known by its owner, and an update follows from itself.
         """
-        made, failure = set[_Write](), None
+        made, failure, ending = set[_Write](), None, None
         while True:
             try:
                 made = await self.keep_trying(lambda connection: self._commit(connection, group), "written")
             except asyncio.CancelledError:
                 continue
-            except (SQLAlchemyError, OSError) as error:
-                failure = LedgerError(f"cannot be written: {short(error)}.", ledger=self._database.address)
+            except BaseException as error:  # whatever it is: a row whose write nobody answers waits for ever
+                is_of_database = isinstance(error, SQLAlchemyError | OSError)
+                reason = short(error) if is_of_database else f"{type(error).__name__}: {short(error)}"
+                failure = LedgerError(f"cannot be written: {reason}.", ledger=self._database.address)
+                failure.__cause__ = error
+                ending = None if isinstance(error, Exception) else error
             break
         self.commits += 1
         for write in group:
@@ -463,6 +467,8 @@ class GroupWriter:
             else:
                 write.done.set_exception(failure)
                 write.done.exception()  # a caller that was cancelled does not read it
+        if ending is not None:
+            raise ending
 
     async def keep_trying(self, work: Callable[[sa.Connection], T], what: str) -> T:
         """Do something in the database that can be done twice, and try again while it is away; `what` is for the log.

@@ -164,6 +164,23 @@ async def test_a_writer_that_is_cancelled_with_everything_else_writes_all_the_sa
     assert (await other.attempts(record.idempotency_key))[0].human_task == "draft"
 
 
+@pytest.mark.parametrize("failure", [ValueError("not JSON"), RuntimeError("no thread is left")])
+async def test_a_commit_that_fails_in_an_unknown_way_is_told_to_each_row_of_it(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, failure: Exception
+):
+    def refuse(*_: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.writer, "_commit", refuse)
+        claims = (ledger.claim(record_of(ledger, key)) for key in ("a", "b"))
+        told = await asyncio.wait_for(asyncio.gather(*claims, return_exceptions=True), 20)
+    assert [str(error) for error in told] == [
+        str(LedgerError(f"cannot be written: {type(failure).__name__}: {failure}.", ledger=ledger.address))
+    ] * 2
+    assert await asyncio.wait_for(ledger.claim(record_of(ledger, "c")), 20), "the writer goes on"
+
+
 # What it knows
 
 
