@@ -170,7 +170,7 @@ class Output:
             if data is None:
                 return self._output_type.model_validate_json(result["output"]).model_dump(mode="json", by_alias=False)
             return self._output_type.model_validate(data).model_dump(mode="json", by_alias=False)
-        except ValidationError:
+        except Exception:  # noqa: BLE001  a validator or a serializer of the user's raises anything
             return data
 
     # Parquet: `seconds` is a number and all else text; each field of `output_type` has a column `data_NAME` as well, by

@@ -355,6 +355,7 @@ class Runner:
 
     async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> RowEnd | None:
         """Wait for a run and return how it has ended; None if it is left in flight since the token is refused."""
+        is_judged = False
         if record.phase is not RecordPhase.ENDED:
             self.waiting[job.key] = record
             try:
@@ -364,6 +365,7 @@ class Runner:
                     record.reason = record.reason if record.reason in STOPPED_BY_US else None
                     await self.ledger.save(record)
                 await self._poll(job, record, first_look=first_look)
+                is_judged = True
             except LedgerError:
                 raise
             except AuthenticationError as error:
@@ -374,13 +376,13 @@ class Runner:
                     return await self._without_result(job, record, error)
             finally:
                 del self.waiting[job.key]
-        state = await self._judge(job, record)
+        state = state_of(record) if is_judged else await self._judge(job, record)
         if state is not RowState.COMPLETED and record.reason not in STOPPED_BY_US:
             self.throttle.failed(job.key, record.error or "the crew gave no reason")
         return state, RETRYABLE.get(state)
 
     async def _judge(self, job: RowJob, record: RunRecord) -> RowState:
-        """Return how a row stands whose run has ended, and write down whether its result fits `output_type`."""
+        """Return the state of a row whose run has ended, and save whether its result fits `output_type`."""
         noted = record.error
         crew = self.session.crew.hiding(job.hidden)
         state = judge(record, crew=crew, inputs=job.inputs, output_type=self._options.output_type)
@@ -432,6 +434,8 @@ class Runner:
         error = None if has_result else run.redact(status.error or "The crew gave no reason.")[:ERROR_CAP]
         result = run.redact.model(StoredResult.of(status.result())) if has_result else None
         close_record(record, run.crew, status, phases.human_seconds, error, result)
+        # Before the end is saved: a process that is killed right after has saved a misfit as what it is.
+        judge(record, crew=run.crew, inputs=job.inputs, output_type=self._options.output_type)
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)
         if record.used:

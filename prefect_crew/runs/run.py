@@ -387,21 +387,23 @@ def parse_data(result: CrewResult, output_type: type[M], *, run: OpenRun | None 
     """Return the result with its `data` as an instance of a pydantic model.
 
     Raises:
-        OutputTypeError: Neither the structured result nor the text fits. Its message shows as much of the text as
-            `run` may show; all of it is in its `output`.
+        OutputTypeError: Neither the structured result nor the text fits, or a validator of the model failed. Its
+            message shows as much of the text as `run` may show; all of it is in its `output`.
     """
+    # A validator's message may quote the result; its type does not.
+    is_quoted = run is None or run.show == "full"
     try:
         if result.data is None:
             data = output_type.model_validate_json(result.output)
         else:
             data = output_type.model_validate(result.data)
     except ValidationError as error:
-        # A validator's message may quote what it refused; its type does not.
-        reason = "msg" if run is None or run.show == "full" else "type"
         problems = [
-            f"{'.'.join(str(part) for part in problem['loc']) or 'the text'}: {problem[reason]}"
+            f"{'.'.join(str(part) for part in problem['loc']) or 'the text'}: {problem['msg' if is_quoted else 'type']}"
             for problem in error.errors(include_url=False, include_input=False)
         ]
+    except Exception as error:  # noqa: BLE001  a validator of the user's raises anything
+        problems = [f"{output_type.__name__}: {type(error).__name__}{f': {error}' if is_quoted else ''}"]
     else:
         return result.model_copy(update={"data": data})
     shown = None

@@ -16,9 +16,10 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, SecretStr, field_serializer, model_validator
 
 from prefect_crew import BatchFailedError, arun_batch, plan_batch, run_batch
+from prefect_crew.batches.database import GroupWriter
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.rows import RowPlan
@@ -369,6 +370,45 @@ async def test_typed_results_become_columns_and_misfits_have_their_reason(
         await batch(server.crew(), topics(2), name="typed", output_type=kind)
         [line] = (line for line in batch.lines().values() if line["state"] == "completed")
         assert (line["data"]["score"], server.kickoffs) == (score, 2)
+
+
+class Strict(BaseModel):
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_report(cls, data: Any) -> Any:
+        return data["report"]  # a KeyError, which pydantic does not make a ValidationError of
+
+    @field_serializer("name")
+    def _shown(self, name: str) -> str:
+        raise LookupError(name)
+
+
+async def test_a_validator_that_raises_whatever_it_likes_fails_its_row_alone(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server, ends = crew_server(script({"output": '{"{{ topic }}": {"name": "x"}}'}, inputs=["topic"])), list[str]()
+    put = GroupWriter.put
+
+    async def seen(self: GroupWriter, values: dict[str, Any], **options: Any) -> bool:
+        ends.extend([values["state"]] if values["phase"] == "ended" else [])
+        return await put(self, values, **options)
+
+    monkeypatch.setattr(GroupWriter, "put", seen)
+    rows = [{"topic": topic} for topic in ("other", "report", "another")]
+    given: dict[str, Any] = {"name": f"strict {uuid.uuid4().hex[:8]}", "output_type": Strict, "key": "topic"}
+    for errors in ({"OutputTypeError": 2}, {}):
+        report = await batch(server.crew(), rows, **given)
+        assert (report.completed, report.failed, dict(report.errors)) == (1, 2, errors)
+        lines = batch.lines()
+        assert [line["state"] for line in lines.values()] == ["invalid-output", "completed", "invalid-output"]
+        assert "KeyError: 'report'" in lines["other"]["error"]
+        # What its own serializer refuses is there as the crew's server gave it.
+        assert (lines["other"]["data"], lines["report"]["output"]) == (None, '{"report": {"name": "x"}}')
+        batch.output.unlink()
+    assert server.kickoffs == 3
+    assert sorted(ends) == ["completed", "invalid-output", "invalid-output"], "one write has the end and its judgement"
 
 
 async def test_an_output_is_exported_while_the_batch_runs_and_written_where_it_stops(

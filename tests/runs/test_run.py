@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import pytest
 from prefect.serializers import Serializer
-from pydantic import BaseModel, SecretStr, field_validator
+from pydantic import BaseModel, SecretStr, field_validator, model_validator
 from pydantic_core import from_json, to_json
 
 from prefect_crew.artifacts.run import render_run
@@ -198,6 +198,23 @@ def result(output: str = "", data: Any = None) -> CrewResult:
 def test_data_becomes_a_model(given: CrewResult):
     assert parse_data(given, Trip).data == Trip(city="Lisbon", days=3)
     assert parse_data(given, Trip).output == given.output
+
+
+class FromReport(BaseModel):
+    @model_validator(mode="before")
+    @classmethod
+    def _of_report(cls, data: Any) -> Any:
+        return data["report"]
+
+
+def test_a_validator_that_raises_whatever_it_likes_is_a_misfit():
+    with pytest.raises(OutputTypeError) as caught:
+        parse_data(result('{"other": 1}'), FromReport)
+    assert caught.value.problems == ["FromReport: KeyError: 'report'"]
+    assert caught.value.__context__ is None, "its frames hold the whole result"
+    with pytest.raises(OutputTypeError) as caught:
+        parse_data(result('{"other": 1}'), FromReport, run=OpenRun(crew(show="summary"), "r1", inputs={}))
+    assert caught.value.problems == ["FromReport: KeyError"]
 
 
 def test_what_does_not_fit_is_shown_with_the_text():
