@@ -451,7 +451,7 @@ class GroupWriter:
                 made = await self.keep_trying(lambda connection: self._commit(connection, group), "written")
             except asyncio.CancelledError:
                 continue
-            except BaseException as error:  # whatever it is: a row whose write nobody answers waits for ever
+            except BaseException as error:  # noqa: BLE001  a row whose write nobody answers waits for ever
                 is_of_database = isinstance(error, SQLAlchemyError | OSError)
                 reason = short(error) if is_of_database else f"{type(error).__name__}: {short(error)}"
                 failure = LedgerError(f"cannot be written: {reason}.", ledger=self._database.address)

@@ -154,8 +154,25 @@ class Ledger:
         return await self._run(lambda connection: connection.execute(statement).scalar_one(), "written", once=True)
 
     async def note(self, **values: Any) -> None:
-        """Write down `set_aside` or `exported` of a `BatchEntry`, as JSON values."""
+        """Write down `call` or `set_aside` of a `BatchEntry`, as JSON values."""
         await self._execute(sa.update(batches).where(batches.c.name == self.batch).values(values))
+
+    async def note_export(self, address: str, exported: Mapping[str, Any] | None = None) -> None:
+        """Write down that the file at an address is an export of this batch, in addition to all others that are.
+
+        `exported` replaces everything else that `BatchEntry.exported` knows; None leaves it.
+        """
+        ours = sa.update(batches).where(batches.c.name == self.batch)
+
+        def write(connection: sa.Connection) -> None:
+            # As an UPDATE it takes the lock: the process that runs the batch and a command may both write an export.
+            before = connection.execute(ours.values(name=batches.c.name).returning(batches.c.exported)).scalar()
+            before = cast("dict[str, Any]", before or {})
+            outputs = sorted({*before.get("outputs", ()), address})
+            values = {**(before if exported is None else exported), "outputs": outputs}
+            connection.execute(ours.values(exported=values)).close()
+
+        await self._run(write, "written")
 
     # Its rows.
 

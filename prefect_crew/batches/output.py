@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from prefect_crew.batches.database import create_private
-from prefect_crew.batches.dataset import is_remote, polars, shown_address, told
+from prefect_crew.batches.dataset import COMPRESSED, is_remote, polars, shown_address, told
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
 from prefect_crew.batches.rows import rejected_name
@@ -27,12 +27,14 @@ from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError,
 
 _fsspec = cast("Any", fsspec)
 COLUMNS = ("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error")
+LINES, PARQUET = (".jsonl", ".ndjson"), (".parquet", ".pq")
+"""The endings of outputs. One of lines may be followed by that of a compression."""
 STRUCTURED = ("inputs", "data", "tasks", "usage")
 """Columns that are JSON in Parquet."""
 
 
 class Output:
-    """Where the lines of a batch go: `.parquet` is Parquet, anything else JSON Lines, compressed as its ending says.
+    """Where the lines of a batch go: a file of JSON Lines, compressed as its ending says, or of Parquet.
 
     `output_type` is what `data` is an instance of, None where it is as the crew's server gave it.
 
@@ -43,14 +45,22 @@ class Output:
         self.address = address
         self.name = shown_address(address)
         self._output_type = output_type
-        self._is_parquet = address.endswith((".parquet", ".pq"))
         self._path = None if is_remote(address) else Path(address.removeprefix("file://"))
+        file = Path(address.partition("?")[0] if self._path is None else address)
+        self._is_parquet = file.suffix.lower() in PARQUET
+        ending = Path(file.stem).suffix if file.suffix.lower() in COMPRESSED else file.suffix
         is_http = address.startswith(("http://", "https://"))
         problem = "is an http address, which cannot be written to." if is_http else None
+        if problem is None and not (self._is_parquet or ending.lower() in LINES):
+            problem = (
+                f"has the ending {file.suffix!r}, and an output is JSON Lines ({' or '.join(LINES)}, also compressed: "
+                f"{', '.join(f'{LINES[0]}{kind}' for kind in sorted(COMPRESSED))}) or Parquet "
+                f"({' or '.join(PARQUET)}). Give it such an ending."
+            )
         try:
             if self._is_parquet:
                 polars(self.name)
-            if self._path is None and not is_http:
+            if self._path is None and problem is None:
                 _fsspec.core.url_to_fs(address)
         except DatasetError as error:
             problem = error.reason
@@ -59,19 +69,17 @@ class Output:
         if problem is not None:
             raise ConfigurationError(f"The output {self.name} {problem} Nothing was started.")
 
-    def check(self, *, is_new: bool) -> None:
+    def check(self, *, is_new: bool, advice: str = "or move that file. Nothing was started.") -> None:
         """Make sure that a file can be written, and that one that is there is of this batch. Raises OutputError.
 
-        `is_new`: the batch has written none so far, so that what is there belongs to something else.
+        `is_new`: the batch has not written this file so far, so a file that is there belongs to something else.
+        `advice` is what else to do then than to choose another output.
         """
         with self._reporting():
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             if is_new and self.exists() and not (self._path and self._path.stat().st_size == 0):
-                raise OutputError(
-                    f"{self.name} exists already and is not from this batch. Choose another output, or move that "
-                    "file. Nothing was started."
-                )
+                raise OutputError(f"{self.name} exists already and is not from this batch. Choose another, {advice}")
 
     def exists(self) -> bool:
         """Return whether the output is there; False for one elsewhere that cannot be looked at."""
@@ -86,16 +94,18 @@ class Output:
     async def write(self, ledger: Ledger) -> int:
         """Write the lines of all rows that have ended, in the order of the data set; return how many there are.
 
-        A file on this machine is replaced once the new one is whole. Raises OutputError, LedgerError.
+        The file is written on this machine first. Only once it is whole does it take the place of the one before, so a
+        write that is cut off leaves that one. Raises OutputError, LedgerError.
         """
         count = 0
-        with self._reporting(), self._target() as target, tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
+        with self._reporting(), self._new() as new, tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
             lines = Path(folder) / "lines.jsonl"
-            with lines.open("wb") if self._is_parquet else nullcontext(target) as file:
+            with lines.open("wb") if self._is_parquet else self._opened(new) as file:
                 async for page in ledger.lines():
                     count += await asyncio.to_thread(self._write_page, page, file)
             if self._is_parquet:
-                await asyncio.to_thread(self._write_parquet, lines, target)
+                await asyncio.to_thread(self._write_parquet, lines, new)
+            await asyncio.to_thread(self._put, new)
         return count
 
     def write_rejected(self, lines: IO[bytes] | None) -> None:
@@ -104,27 +114,41 @@ class Output:
         with rejected._reporting():
             if lines is not None:
                 lines.seek(0)
-                with rejected._target() as target:
-                    shutil.copyfileobj(lines, target)
+                with rejected._new() as new:
+                    with rejected._opened(new) as target:
+                        shutil.copyfileobj(lines, target)
+                    rejected._put(new)
             elif rejected.exists():
                 filesystem, path = _fsspec.core.url_to_fs(rejected.address)
                 filesystem.rm(path)
 
     @contextmanager
-    def _target(self) -> Generator[IO[bytes]]:
-        if self._path is None:
-            with _fsspec.open(self.address, "wb", compression="infer") as target:
-                yield target
-            return
-        # Another process may write the same output at the same time.
-        new = self._path.with_name(f".{self._path.name}.{uuid4().hex[:8]}.new")
-        create_private(new)
-        try:
-            with _fsspec.open(str(new), "wb", compression=_fsspec.utils.infer_compression(self._path.name)) as target:
-                yield target
+    def _new(self) -> Generator[Path]:
+        """Give an empty file on this machine for the new output, and remove it at the end if it is still there."""
+        with tempfile.TemporaryDirectory(prefix="prefect-crew-") if self._path is None else nullcontext("") as folder:
+            # Next to a local output: a rename puts it there. Another process may write the same output at this time.
+            new = Path(folder) / "new" if self._path is None else self._path
+            new = new.with_name(f".{new.name}.{uuid4().hex[:8]}.new")
+            create_private(new)
+            try:
+                yield new
+            finally:
+                new.unlink(missing_ok=True)
+
+    def _opened(self, new: Path) -> Any:
+        name = self.address.partition("?")[0] if self._path is None else self._path.name
+        return _fsspec.open(str(new), "wb", compression=_fsspec.utils.infer_compression(name))
+
+    def _put(self, new: Path) -> None:
+        """Have a whole file take the place of the output.
+
+        In one step, and in one thread: an upload that is left in the middle by an exception would be committed so.
+        """
+        if self._path is not None:
             new.replace(self._path)
-        finally:
-            new.unlink(missing_ok=True)
+            return
+        filesystem, path = _fsspec.core.url_to_fs(self.address)
+        filesystem.put_file(str(new), path)
 
     @contextmanager
     def _reporting(self) -> Generator[None]:
@@ -188,7 +212,7 @@ class Output:
         fields = {} if self._output_type is None else self._output_type.model_fields
         return {name: _plain_type(field.annotation) for name, field in fields.items()}
 
-    def _write_parquet(self, lines: Path, target: IO[bytes]) -> None:
+    def _write_parquet(self, lines: Path, new: Path) -> None:
         library: Any = polars("Parquet")
         types_of: dict[type, Any] = {
             int: library.Int64,
@@ -200,10 +224,7 @@ class Output:
         }
         schema = dict.fromkeys(COLUMNS, library.String) | {"seconds": library.Float64}
         schema |= {f"data_{name}": types_of[kind] for name, kind in self._fields().items()}
-        whole = lines.with_name("whole.parquet")
-        library.scan_ndjson(lines, schema=schema).sink_parquet(whole)
-        with whole.open("rb") as file:
-            shutil.copyfileobj(file, target)
+        library.scan_ndjson(lines, schema=schema).sink_parquet(new)
 
 
 _CELLS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (float, bool, date, datetime)}

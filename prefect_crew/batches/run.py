@@ -471,10 +471,9 @@ class _Batch:
         now |= {"order": self.order, "kickoffs": await self.ledger.kickoffs()}
         if now.items() <= self.exported.items() and await asyncio.to_thread(self.output.exists):
             return
-        outputs = sorted({*self.exported.get("outputs", ()), address})
-        await self.ledger.note(exported={"outputs": outputs})  # what is written of it is this batch's, whatever happens
+        await self.ledger.note_export(address, {})  # before the file is there, which is then known for this batch's
         await self.output.write(self.ledger)
-        await self.ledger.note(exported={**now, "outputs": outputs})
+        await self.ledger.note_export(address, now)
 
     async def _export_in_time(self) -> None:
         """Write the output of a batch that was cancelled or has failed. Prefect kills a cancelled process soon."""

@@ -12,6 +12,7 @@ from typing import Any, cast
 from prefect.client.orchestration import get_client
 
 from prefect_crew.batches.database import LedgerAddress, ledger_address
+from prefect_crew.batches.dataset import whole_address
 from prefect_crew.batches.ledger import BatchEntry, Ledger, LedgerRow
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import STOPPED_BY_US, RowState, state_of
@@ -152,10 +153,11 @@ class StoredBatch:
         given = {name: call[name] for name in ("crew", "dataset", "output", "format", "encoding")}
         return {**given, "name": self.name, "ledger": self.address.full, **call["options"], **more}
 
-    async def export(self, output: str | None = None) -> tuple[str, int]:
+    async def export(self, output: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:
         """Write its lines, also while it runs; return where they are, for people, and how many.
 
-        Without `output` it is that of its last call. Raises ConfigurationError, OutputError.
+        Without `output` it is that of its last call. A file that is not from this batch is replaced only with
+        `overwrite`. Raises ConfigurationError, OutputError.
         """
         address = output or self._call.get("output")
         if address is None:
@@ -163,7 +165,11 @@ class StoredBatch:
                 f"The output file of batch {self.name!r} is not on record: {self._call.get('why_not')}. Give a file."
             )
         options = BatchOptions(**self._call.get("options", {}))
-        target = Output(address, output_type=options.output_type)
+        target, whole = Output(address, output_type=options.output_type), whole_address(address)
+        entry = await self.ledger.entry() or self.entry  # another process may have written an export by now
+        is_new = whole not in (entry.exported or {}).get("outputs", ())
+        target.check(is_new=is_new and not overwrite, advice="or replace it with overwrite=True. Nothing was written.")
+        await self.ledger.note_export(whole)
         return target.name, await target.write(self.ledger)
 
 

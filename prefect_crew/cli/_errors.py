@@ -110,7 +110,7 @@ _PLAIN = {
 """What stands for the words of the parser."""
 _ARGUMENT = re.compile(
     r"(?<!in Python )\b(on_change|on_bad_row|max_in_flight|retry_failed|ledger|format|encoding|every|schedule|"
-    r"force_new|crew)=(?:True\b|'([^']*)'|(…|\d+))"
+    r"force_new|overwrite|crew)=(?:True\b|'([^']*)'|(…|\d+))"
 )
 
 

@@ -415,14 +415,20 @@ async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfR
 async def export(
     name: Name,
     file: Annotated[
-        str | None, Parameter(name="FILE", help="JSON Lines or .parquet; if left out, that of the batch's last call.")
+        str | None,
+        Parameter(name="FILE", help="A .jsonl or .parquet file; if left out, that of the batch's last call."),
     ] = None,
     /,
     *,
+    overwrite: bool = False,
     ledger: Ledger = None,
 ) -> None:
-    """Write the results of all rows that have ended, also while the batch runs."""
+    """Write the results of all rows that have ended, also while the batch runs.
+
+    Args:
+        overwrite: Replace a file that is not an export of this batch.
+    """
     _look_here()
     async with open_stored_batch(name, ledger) as batch:
-        where, count = await batch.export(file)
+        where, count = await batch.export(file, overwrite=overwrite)
     _output.put(f"{count:,} lines of batch {name} are in {where}.")

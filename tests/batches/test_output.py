@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import traceback
 from datetime import UTC, date, datetime, timedelta
 from errno import ENOSPC
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_crew.batches.ledger import Ledger
@@ -133,14 +135,51 @@ async def test_a_write_that_fails_leaves_the_file_of_before(
     assert [one.name for one in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize(
+    "place", ["out.jsonl.gz", "memory://cut-off/out.jsonl", "simplecache::memory://cut-off/b.jsonl"]
+)
+async def test_a_write_that_is_cut_off_leaves_the_file_of_before(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    monkeypatch.setattr("prefect_crew.batches.ledger.PAGE", 2)
+    await enter(ledger, "a", "b", "c", "d")
+    for key in ("a", "b", "c"):
+        await end(ledger, key)
+    output = Output(place if "://" in place else str(tmp_path / place))
+    await output.write(ledger)
+    with fsspec.open(output.address, "rb") as file:
+        before = file.read()
+    await end(ledger, "d")
+    second, go_on, write_page = threading.Event(), threading.Event(), Output._write_page
+
+    def slowly(self: Output, page: Any, file: Any) -> int:
+        if page[0][0] == "c":
+            second.set()
+            go_on.wait(20)
+        return write_page(self, page, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "_write_page", slowly)
+        writing = asyncio.ensure_future(output.write(ledger))
+        assert await asyncio.to_thread(second.wait, 20)
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        go_on.set()
+    with fsspec.open(output.address, "rb") as file:
+        assert file.read() == before
+    assert await output.write(ledger) == 4
+    assert "://" in place or [one.name for one in tmp_path.glob("*out*")] == [place]
+
+
 async def test_an_error_of_a_library_does_not_show_what_is_secret_in_the_address(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ):
-    def refuse(address: str, *_: Any, **__: Any) -> Any:
+    def refuse(self: object, local: str, address: str, *_: Any, **__: Any) -> Any:
         raise ValueError(address)
 
     output = Output("memory://user:hunter2@x/out.jsonl")
-    monkeypatch.setattr(fsspec, "open", refuse)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
     with pytest.raises(OutputError, match="cannot be written: ValueError") as caught:
         await output.write(ledger)
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
@@ -174,7 +213,7 @@ async def test_parquet_has_a_column_for_each_field_of_the_type(ledger: Ledger, t
     await end(ledger, "d", output='{"city": "Sintra", "people": 7}')
     await output.write(ledger)
     frame = polars.read_parquet(path)
-    assert frame["key"].to_list() == ["a", "b", "c", "d"]
+    assert (frame["key"].to_list(), path.stat().st_mode & 0o777) == (["a", "b", "c", "d"], 0o600)
     assert json.loads(frame["inputs"][0]) == {"topic": "a"}
     assert frame["error"].to_list() == [None, "the engine is down", None, None]
     assert json.loads(frame["data"][2]) == "text"
@@ -219,3 +258,18 @@ def test_parquet_without_the_extra_is_refused_before_anything_is_started(
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_started(address: str):
     with pytest.raises(ConfigurationError, match="Nothing was started"):
         Output(address)
+
+
+@pytest.mark.parametrize(
+    "name", ["out.csv", "out", "out.jsonl.zst", "out.parquet.gz", "out.xlsx", "s3://bucket/out.json"]
+)
+def test_an_ending_that_is_not_known_is_refused_with_those_that_are(name: str):
+    with pytest.raises(
+        ConfigurationError, match=r"\.jsonl or \.ndjson, also compressed: .*\.jsonl\.gz.*\.parquet.*Nothing"
+    ):
+        Output(name)
+
+
+@pytest.mark.parametrize("name", ["out.JSONL", "out.ndjson.gz", "out.jsonl.xz", "memory://b/out.jsonl.bz2?x=1", "o.pq"])
+def test_endings_that_are_known(name: str):
+    Output(name)

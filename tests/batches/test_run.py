@@ -175,8 +175,10 @@ async def test_an_output_is_written_again_whose_lines_are_others_though_their_st
     assert server.kickoffs == 4
     server = crew_server(PICKY)
     for retry in (False, True):
-        await batch(server.crew(), [{"topic": "bad one"}], name="bad", output=f"{batch.output}.2", retry_failed=retry)
-        [line] = batch.lines(Path(f"{batch.output}.2")).values()
+        await batch(
+            server.crew(), [{"topic": "bad one"}], name="bad", output=f"{batch.output}.jsonl", retry_failed=retry
+        )
+        [line] = batch.lines(Path(f"{batch.output}.jsonl")).values()
         assert line["state"] == "failed"
         runs.append(line["kickoff_id"])
     assert runs[0] != runs[1]
@@ -423,6 +425,7 @@ async def test_an_output_is_exported_while_the_batch_runs_and_written_where_it_s
             await asyncio.sleep(0.05)
     async with open_stored_batch("exported") as stored:
         assert await stored.export(early) == (early, 5)
+        assert await stored.export(early) == (early, 5), "it is of this batch"
         with pytest.raises(ConfigurationError, match="is not on record: its crew is not a stored block"):
             await stored.export()
     assert not batch.output.exists()

@@ -93,6 +93,23 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, call, name: 
     assert here("batch", "cancel", name).out == f"Batch {name}: no run is in flight.\n", "and nothing to go on with"
 
 
+def test_an_export_replaces_no_file_of_something_else(here, picky, call, name: str, tmp_path: Path, output: str):
+    _, crew = picky()
+    leads = tmp_path / "leads.jsonl"
+    leads.write_text(before := '{"topic": "tea"}\n')
+    here(*call(crew, str(leads)))
+    refused = here("batch", "export", name, str(leads))
+    assert (refused.code, leads.read_text()) == (1, before)
+    assert "leads.jsonl exists already and is not from this batch" in refused.err
+    assert "or replace it with --overwrite. Nothing was written." in refused.err
+    csv = here("batch", "export", name, str(tmp_path / "out.csv"))
+    assert (csv.code, "has the ending '.csv'" in csv.err, (tmp_path / "out.csv").exists()) == (2, True, False)
+    assert here("batch", "export", name, str(leads), "--overwrite").out == f"1 lines of batch {name} are in {leads}.\n"
+    assert lines(str(leads)).keys() == lines(output).keys()
+    for file in (str(leads), output):
+        assert here("batch", "export", name, file).code == 0, "it is from this batch by now"
+
+
 def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: str, leads: str, tmp_path: Path):
     _, block = picky()
     for part, rows in (("1", "0:2"), ("2", "2:")):
