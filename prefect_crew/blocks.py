@@ -352,7 +352,7 @@ async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:
             raise
         raise ConfigurationError(
             f"The block deployed-crew/{name} is not valid: {'; '.join(problems_of(error.__cause__))}. Correct it on "
-            f"Prefect's page, or replace it: prefect-crew crews save {name} --url URL --overwrite."
+            f"Prefect's page, or give the field: prefect-crew crews save {name} --overwrite."
         ) from None
 
 

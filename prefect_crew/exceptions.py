@@ -138,7 +138,7 @@ class AuthenticationError(CrewAPIError):
 
     advice: ClassVar[str] = (
         "Check the bearer token on the Status tab of the crew's page: each crew has its own, and a User Bearer Token "
-        "may do less than the organisation's. Then store it: prefect-crew crews save NAME --url URL."
+        "may do less than the organisation's. Then renew the stored one: prefect-crew crews save NAME --overwrite."
     )
 
 
@@ -174,7 +174,7 @@ class InvalidInputsError(CrewAPIError):
         unknown = with_guesses(self.unknown_inputs, self.known_inputs)
         return (
             f"{missing}Unknown inputs: {unknown}. The crew takes: {listed_names(self.known_inputs)}. {self.advice} "
-            "To send them all the same: allow_extra_inputs=True on the block, or --allow-extra."
+            "To send them anyway: allow_extra_inputs=True on the block, or --allow-extra."
         )
 
 

@@ -94,7 +94,7 @@ class CrewAccess:
         from prefect_crew.blocks import DeployedCrew
 
         try:
-            return DeployedCrew(url=url, token=SecretStr(self._token(url)), allow_http=self.allow_http, **fields)
+            return DeployedCrew(url=url, token=SecretStr(self.read_token(url)), allow_http=self.allow_http, **fields)
         except ValidationError as error:
             raise ConfigurationError(reason(error)) from None
 
@@ -130,14 +130,23 @@ class CrewAccess:
             return (await self.load(crew)).client()
         from prefect_crew.client._client import CrewClient
 
-        return CrewClient(crew, self._token(crew), allow_http=self.allow_http)
+        return CrewClient(crew, self.read_token(crew), allow_http=self.allow_http)
 
     @property
     def _is_on_command_line(self) -> bool:
         return bool(self.token) and self.token != os.environ.get("CREW_TOKEN")
 
-    def _token(self, url: str) -> str:
-        """Return the token for a URL: from the command line, a file, the environment, or a person."""
+    @property
+    def has_token(self) -> bool:
+        """Whether a token is given, so that nobody is asked for one."""
+        return bool(self.token) or self.token_file is not None
+
+    def read_token(self, url: str) -> str:
+        """Return the token for a URL: from the command line, a file, the environment, or a person.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
         token = self.token
         if self._is_on_command_line:
             _output.note("Other users of this machine can see --token. Set CREW_TOKEN, or give --token-file.", "yellow")

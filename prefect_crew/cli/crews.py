@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from cyclopts import App, Parameter
 from prefect.client.orchestration import get_client
@@ -51,7 +52,7 @@ def save(
     name: Name,
     /,
     *,
-    url: str,
+    url: str | None = None,
     access: CrewAccess = CrewAccess(),
     fields: BlockFields = BlockFields(),
     timeout: Timeout = None,
@@ -60,17 +61,89 @@ def save(
 ) -> Coroutine[Any, Any, None]:
     """Store a crew as a Prefect block, so that flows and commands need only its name.
 
-    A token that is not given is asked for.
+    A token that is not given is asked for. --overwrite changes a stored crew and keeps what is not given; alone, it
+    renews the token.
 
     Args:
         url: The crew's URL, from the Status tab of its page.
         human_timeout: Seconds that people may take to answer.
-        overwrite: Replace the crew of this name.
+        overwrite: Change the stored crew of this name.
     """
     wait = _without_none({"timeout": timeout, "human_timeout": human_timeout})
-    # What is wrong with it is said before Prefect is reached.
-    block = access.block(url, **_without_none({**vars(fields), "wait": wait or None}))
-    return _save(name, block, overwrite=overwrite)
+    changes = _without_none({"url": url, **vars(fields), "wait": wait or None})
+    if overwrite:
+        return _change(name, access, changes)
+    # The command names a mistake in the fields before it reaches Prefect.
+    return _save(name, _new_block(name, access, changes), overwrite=False)
+
+
+def _new_block(name: str, access: CrewAccess, fields: dict[str, Any]) -> DeployedCrew:
+    if "url" not in fields:
+        raise ConfigurationError(
+            f"Give the URL of the crew {name!r}: --url URL. To change a stored crew, such as its token: --overwrite."
+        )
+    return access.block(**fields)
+
+
+async def _change(name: str, access: CrewAccess, changes: dict[str, Any]) -> None:
+    stored = await _read_stored(name)
+    if stored is None:
+        await _save(name, _new_block(name, access, changes), overwrite=True)
+        return
+    url = str(changes.get("url", stored["url"]))
+    fields: dict[str, Any] = {**stored, **changes, "wait": {**(stored.get("wait") or {}), **changes.get("wait", {})}}
+    # The stored token belongs to the stored URL alone. Without any other change a new token is meant.
+    if access.has_token or not changes or url.rstrip("/") != stored["url"]:
+        fields["token"] = access.read_token(url)
+    else:
+        _output.current.hide(fields["token"])
+    fields["allow_http"] = access.allow_http or stored.get("allow_http", False)
+    try:
+        block: DeployedCrew = DeployedCrew.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigurationError(
+            f"The crew {name!r} was not changed: {reason(error)} Give that field, correct it on Prefect's page, or "
+            f"delete the crew and store it anew: prefect block delete deployed-crew/{name}."
+        ) from None
+    await _save(name, block, overwrite=True)
+    kept = [field for field in _set_fields(block) if field not in {*changes, "url", "token", "allow_http"} - {"wait"}]
+    if kept:
+        _output.put(f"Kept as they were: {', '.join(kept)}.")
+
+
+def _set_fields(block: DeployedCrew) -> list[str]:
+    """Return the names of the fields whose values are not the defaults."""
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in DeployedCrew.model_fields.items()}
+    return [name for name, default in defaults.items() if getattr(block, name) != default]
+
+
+async def save_served(name: str, url: str, token: str) -> None:
+    """Store a crew that the dev server serves, and keep what else is stored for it.
+
+    Raises:
+        ConfigurationError: The stored crew of this name is not on this machine, or cannot be stored.
+    """
+    stored = await _read_stored(name) or {}
+    if stored and urlsplit(str(stored["url"])).hostname not in ("127.0.0.1", "::1", "localhost"):
+        raise ConfigurationError(
+            f"The crew {name!r} is a crew at {stored['url']}, and was not replaced by one of this machine. Give "
+            "--save another name."
+        )
+    try:
+        block: DeployedCrew = DeployedCrew.model_validate({**stored, "url": url, "token": token})
+        await block.asave(name, overwrite=True)
+    except ValueError as error:
+        raise ConfigurationError(f"The crew {name!r} was not stored: {reason(error)}") from None
+
+
+async def _read_stored(name: str) -> dict[str, Any] | None:
+    """Return the fields of a stored crew, with its token and without a check of them; None if there is no such crew."""
+    async with get_client() as client:
+        try:
+            document = await client.read_block_document_by_name(name, "deployed-crew")
+        except ObjectNotFound:
+            return None
+    return {field: value for field, value in document.data.items() if field in DeployedCrew.model_fields}
 
 
 async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
@@ -99,7 +172,9 @@ async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
         await block.asave(name, overwrite=overwrite)
     except ValueError as error:
         if "already in use" in str(error):
-            raise ConfigurationError(f"There is a crew {name!r} already. Give --overwrite to replace it.") from None
+            raise ConfigurationError(
+                f"There is a crew {name!r} already. Give --overwrite to change it: what is not given is kept."
+            ) from None
         raise ConfigurationError(f"The crew {name!r} was not stored: {reason(error)}") from None
     _output.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")
     _output.put(then)

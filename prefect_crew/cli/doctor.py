@@ -122,7 +122,7 @@ async def check_crew(client: CrewClient, found: Findings) -> None:
     except AuthenticationError as error:
         fix = (
             "Copy it again from the Status tab of the crew's page; every crew has its own, and a User Bearer Token may "
-            "do less than a Bearer Token. Then: prefect-crew crews save NAME --url URL --overwrite."
+            "do less than a Bearer Token. Then: prefect-crew crews save NAME --overwrite."
         )
         found.add("problem", "token", f"It is refused with {error.status_code}.", fix)
     except NotFoundError:

@@ -10,7 +10,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from pydantic import SecretStr
 
-from prefect_crew import DeployedCrew
+from prefect_crew import Budget, DeployedCrew, WaitPolicy
 from prefect_crew.devserver import CrewServer
 from support.commands import TOKEN
 from support.prefect_server import PrefectServer
@@ -60,6 +60,61 @@ def test_a_name_is_not_taken_over_by_chance_nor_with_a_refused_token(
     assert (missed.code, f"prefect-crew crews save {name}-new --url URL" in missed.err) == (2, True)
 
 
+BUDGET = Budget(max_cost=0.5, per="day")
+
+
+@pytest.fixture
+def stored(crews: CrewServer, name: str) -> str:
+    """The name of a stored crew with fields that are not the defaults, among them some that no option can set."""
+    fields: dict[str, Any] = {"price": 0.25, "budgets": [BUDGET], "wait": WaitPolicy(timeout=77, factor=2)}
+    crews.crew(url=f"{crews.url}/greet", **fields).save(name, _sync=True)
+    return name
+
+
+def test_an_overwritten_crew_keeps_what_is_not_given(here, prefect_api: PrefectServer, crews: CrewServer, stored: str):
+    url = f"{crews.url}/broken"
+    saved = here("crews", "save", stored, "--url", url, "--human-timeout", "5", "--show", "none", "--overwrite")
+    assert (saved.code, saved.err) == (0, "")
+    block = DeployedCrew.load(stored)
+    assert (block.url, block.show, block.wait.human_timeout) == (url, "none", 5)
+    assert (block.price, block.budgets, block.wait.timeout, block.wait.factor) == (0.25, [BUDGET], 77, 2)
+    assert "Kept as they were: price, budgets, wait.\n" in saved.out
+
+
+def test_a_token_is_renewed_alone(
+    here, prefect_api: PrefectServer, crews: CrewServer, stored: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(crews, "token", "renewed-token")
+    refused = here("run", stored, "-i", "who=Ada")
+    assert (refused.code, "prefect-crew crews save NAME --overwrite" in refused.err) == (1, True)
+    monkeypatch.setenv("CREW_TOKEN", "renewed-token")
+    saved = here("crews", "save", stored, "--overwrite")
+    assert (saved.code, saved.err) == (0, "")
+    block = DeployedCrew.load(stored)
+    assert (block.token.get_secret_value(), block.url, block.price) == ("renewed-token", f"{crews.url}/greet", 0.25)
+    assert here("inputs", stored).code == 0
+
+
+def test_a_token_is_kept_with_its_url_alone(
+    here, prefect_api: PrefectServer, crews: CrewServer, stored: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("CREW_TOKEN")
+    assert here("crews", "save", stored, "--price", "0.5", "--overwrite").code == 0
+    assert DeployedCrew.load(stored).token.get_secret_value() == TOKEN
+    for options in ((), ("--url", f"{crews.url}/broken")):  # a new token is meant, or is for another crew
+        asked = here("crews", "save", stored, *options, "--overwrite")
+        assert (asked.code, "set CREW_TOKEN" in asked.err) == (2, True)
+    block = DeployedCrew.load(stored)
+    assert (block.price, block.url) == (0.5, f"{crews.url}/greet")
+
+
+def test_a_crew_that_is_not_stored_needs_its_url(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
+    for options in ((), ("--overwrite",)):
+        done = here("crews", "save", name, *options)
+        assert (done.code, "--url" in done.err) == (2, True)
+    assert here("crews", "save", name, "--url", f"{crews.url}/greet", "--overwrite").code == 0
+
+
 def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer, name: str):
     saved = here("crews", "save", name, "--url", "http://127.0.0.1:1")
     assert (saved.code, f"prefect-crew doctor {name}" in saved.out) == (0, True)
@@ -78,8 +133,12 @@ def test_a_block_that_is_not_valid_is_named_with_its_field(here, prefect_api: Pr
         refused = here(*line)
         assert refused.code == 2
         assert f"The block deployed-crew/{name} is not valid: max_kickoffs: " in refused.err
-        assert f"prefect-crew crews save {name} --url URL --overwrite" in refused.err
+        assert f"prefect-crew crews save {name} --overwrite" in refused.err
         assert TOKEN not in refused.err
+    unmended = here("crews", "save", name, "--overwrite")
+    assert (unmended.code, "max_kickoffs" in unmended.err, TOKEN in unmended.err) == (2, True, False)
+    assert here("crews", "save", name, "--max-kickoffs", "2", "--overwrite").code == 0
+    assert DeployedCrew.load(name).max_kickoffs == 2
 
 
 @pytest.mark.parametrize(

@@ -67,11 +67,11 @@ def test_a_token_comes_from_the_line_a_file_the_environment_or_a_person(
         (CrewAccess(token="from-the-env", token_file=tmp_path / "token"), "from-the-file"),
         (CrewAccess(token="from-the-env"), "from-the-env"),
     ):
-        assert access._token(url) == token
+        assert access.read_token(url) == token
         assert ("Other users of this machine can see --token" in capsys.readouterr().err) is (token == "from-the-line")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr(_options, "getpass", lambda _: "typed ")
-    assert CrewAccess()._token(url) == "typed"
+    assert CrewAccess().read_token(url) == "typed"
     monkeypatch.setattr(_options, "getpass", lambda _: "")
     with pytest.raises(ConfigurationError, match="set CREW_TOKEN, or give --token-file"):
-        CrewAccess()._token(url)
+        CrewAccess().read_token(url)
