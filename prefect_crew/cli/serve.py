@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,6 +53,7 @@ def serve(
     speed: float = 1.0,
     no_stop: bool = False,
     max_runs: int | None = None,
+    save: Annotated[str | None, Parameter(name="--save")] = None,
 ) -> int:
     """Serve a crew on this machine as a deployed one is served, until Ctrl-C.
 
@@ -63,6 +66,7 @@ def serve(
         speed: How many times faster a script runs than its seconds say.
         no_stop: Serve without /stop, as some servers do.
         max_runs: How many runs go on at once; others are pending.
+        save: Store the crew as a Prefect block under this name, so that flows and commands need only that.
     """
     from prefect_crew.devserver import serve as serve_crew
 
@@ -79,9 +83,21 @@ def serve(
                 speed=speed,
                 stop=not no_stop,
                 max_runs=max_runs,
+                name=save,
+                on_listening=None if save is None else partial(_store, save),
             )
     except ValueError as error:
         raise ConfigurationError("; ".join(str(error).splitlines())) from error
+
+
+def _store(name: str, url: str, token: str) -> None:
+    reach_prefect()
+    from prefect_crew.cli.crews import save_served
+
+    _output.current.hide(token)
+    asyncio.run(save_served(name, url, token))
+    _output.note(f"Stored crew {name} ({url}) as the block deployed-crew/{name}.")
+    _output.current.at_end.close()  # an embedded server has done its part
 
 
 @contextmanager

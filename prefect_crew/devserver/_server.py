@@ -545,12 +545,23 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    name: str | None = None,
+    on_listening: Callable[[str, str], None] | None = None,
     **options: Unpack[ServerOptions],
 ) -> int:
     """Serve a crew until Ctrl-C or SIGTERM; runs in flight are cancelled then. Returns 0.
 
-    Standard output gets one line once the server answers: where it is, and the token where it is a random one. The
-    other arguments are those of `CrewServer`.
+    Standard output gets one line once the server answers: where it is, and how to run the crew. The other arguments are
+    those of `CrewServer`.
+
+    Args:
+        spec: What is served.
+        host: The address to listen on.
+        port: The port; 0 takes a free one.
+        name: The name under which the crew is stored; without one it is run by its URL, with the token if that is a
+            random one.
+        on_listening: Called with the crew's URL and its token, before the server answers.
+        **options: Those of `CrewServer`.
 
     Raises:
         ValueError: An option or the crew makes no sense.
@@ -558,10 +569,13 @@ def serve(
     """
     server = CrewServer(spec, **options)
     with contextlib.closing(open_listener(host, port)) as listener:
-        name, served = next(iter(server.crews.items()))
+        path, served = next(iter(server.crews.items()))
         inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in served.program.inputs() if item.required)
-        crew = f"{url_of(listener)}/{name}".rstrip("/")
-        line = f"{'' if options.get('token') else f'CREW_TOKEN={server.token} '}prefect-crew run {crew}{inputs}"
-        line = f"Serving the crew {served.program.name} at {crew}  Try: {line}  Stop: Ctrl-C"
+        url = f"{url_of(listener)}/{path}".rstrip("/")
+        if on_listening is not None:
+            on_listening(url, server.token)
+        token = "" if name or options.get("token") else f"CREW_TOKEN={server.token} "
+        line = f"{token}prefect-crew run {shlex.quote(name) if name else url}{inputs}"
+        line = f"Serving the crew {served.program.name} at {url}  Try: {line}  Stop: Ctrl-C"
         asyncio.run(_Uvicorn(server, on_started=lambda: print_line(line)).serve(sockets=[listener]))
     return 0

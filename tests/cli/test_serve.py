@@ -6,14 +6,18 @@ import re
 import signal
 import socket
 import tomllib
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 import pytest
+from pydantic import SecretStr
 
+from prefect_crew import DeployedCrew
 from support.commands import environment
 from support.environment import program
+from support.prefect_server import PrefectServer
 from support.processes import Process
 
 
@@ -45,6 +49,32 @@ def test_the_token_of_the_environment_is_taken_and_a_random_one_shown(tmp_path: 
             assert ("CREW_TOKEN=" in said) is shown
             process.send(signal.SIGTERM)
             assert process.wait(15) == 0
+
+
+@pytest.mark.programs
+def test_the_served_crew_is_stored(prefect_api: PrefectServer, tmp_path: Path):
+    name = f"served-{uuid.uuid4()}"
+    command = [program("prefect-crew"), "serve", "echo", "--port", "0", "--save", name]
+    for attempt in range(2):  # the second server has another port and another token
+        env = environment(tmp_path, {"CREW_TOKEN": "", **prefect_api.env()})
+        with Process(command, log=tmp_path / f"log-{attempt}", env=env) as process:
+            output = process.wait_for("Stop: Ctrl-C")
+            assert f"deployed-crew/{name}" in output
+            assert f"Try: prefect-crew run {name} -i text=…" in output
+            assert "CREW_TOKEN=" not in output
+            block = DeployedCrew.load(name)
+            with httpx.Client(headers={"Authorization": f"Bearer {block.token.get_secret_value()}"}) as client:
+                assert client.get(f"{block.url}/inputs").json()["inputs"] == ["text"]
+            process.send(signal.SIGINT)
+            assert process.wait(15) == 0
+
+
+def test_a_crew_of_another_machine_is_not_replaced_by_a_served_one(here, prefect_api: PrefectServer):
+    name = f"hosted-{uuid.uuid4()}"
+    DeployedCrew(url="https://crew.example.com", token=SecretStr("hosted")).save(name, _sync=True)
+    done = here("serve", "echo", "--port", "0", "--save", name)
+    assert (done.code, f"{name!r} is a crew at https://crew.example.com" in done.err) == (2, True)
+    assert DeployedCrew.load(name).token.get_secret_value() == "hosted"
 
 
 def test_a_port_that_is_taken(here):
