@@ -156,7 +156,7 @@ async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_
 
 
 async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
-    """Stop the crews whose runs a flow run, or a subflow of it, has started and no other flow run waits for.
+    """Stop the crews whose runs a flow run, or a subflow of it, has started.
 
     Rows of a batch are in its ledger, not here: `prefect-crew batch cancel` stops those.
     """
@@ -175,8 +175,6 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
         if record.kickoff_id is None:
             text = "The kickoff of run %r is uncertain: if it started a run, that continues at %s."
             log.warning(text, record.idempotency_key, record.crew_url)
-        elif others := await records.other_waiters(record, record.flow_run_id):
-            log.warning("Crew run %s continues: flow run %s waits for it too.", record.kickoff_id, ", ".join(others))
         else:
             try:
                 crew = await find_crew(record)

@@ -43,7 +43,7 @@ class Condition(StrEnum):
     """What a run is, as far as its record and the flow runs around it tell. What needs a person comes first.
 
     Uncertain: a kickoff was sent, and it is not known whether it started a run. Orphaned: it was started, and the flow
-    runs that waited for it have ended. Waiting: for a person. Claimed: its kickoff is being sent.
+    run that started it has ended. Waiting: for a person. Claimed: its kickoff is being sent.
     """
 
     UNCERTAIN = "uncertain"
@@ -79,20 +79,19 @@ class RunLine:
 
 
 async def look_at(record: RunRecord, records: PrefectRecords) -> RunLine:
-    """Return what a record means, asking after its flow runs only where that matters."""
-    owner_ended = record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
-    has_waiters = record.phase is not RecordPhase.STARTED or bool(await records.other_waiters(record, None))
-    return RunLine(record, condition_of(record, owner_ended=owner_ended, has_waiters=has_waiters))
+    """Return what a record means, asking after its flow run only where that matters."""
+    is_open = record.phase in (RecordPhase.CLAIMED, RecordPhase.STARTED)
+    return RunLine(record, condition_of(record, owner_ended=is_open and await records.owner_ended(record)))
 
 
-def condition_of(record: RunRecord, *, owner_ended: bool, has_waiters: bool) -> Condition:
+def condition_of(record: RunRecord, *, owner_ended: bool) -> Condition:
     """Return what a run is. `owner_ended`: whether the flow run that claimed it is known to have ended."""
     if record.phase is RecordPhase.CLAIMED:
         if record.open_for and not owner_ended:
             return Condition.CLAIMED
         return Condition.UNCERTAIN if record.permit else Condition.NOT_STARTED
     if record.phase is RecordPhase.STARTED:
-        if not has_waiters:
+        if owner_ended or record.flow_run_id is None:
             return Condition.ORPHANED
         return Condition.IN_FLIGHT if record.human_since is None else Condition.WAITING
     return {RecordPhase.ENDED: Condition.ENDED, RecordPhase.UNCERTAIN: Condition.UNCERTAIN}.get(
@@ -108,9 +107,10 @@ def todo(record: RunRecord, condition: Condition) -> str:
         resolve = f"prefect-crew runs resolve {key} --kickoff-id ID, or --never-started"
         return f"Look at the crew's page, then: {resolve}."
     if condition is Condition.ORPHANED:
+        owner = "No flow run started it." if record.flow_run_id is None else "The flow run that started it has ended."
         return (
-            f"No flow run waits for it.{'' if record.human_since is None else f' {answer}'} A call with its key waits "
-            "for the latest attempt. If the crew's server has forgotten this one: "
+            f"{owner}{'' if record.human_since is None else f' {answer}'} A call with its key waits for the latest "
+            "attempt. If the crew's server has forgotten this one: "
             f"prefect-crew runs resolve {kickoff_id} --lost."
         )
     if condition is Condition.WAITING:
@@ -375,7 +375,7 @@ async def prune(
             _output.confirm(question, yes=yes)
         done = await prune_records(records, older_than=older_than)
     verb = "would be removed" if dry_run else "removed"
-    said = f"{done.runs} records and {done.notes} left-over notes {verb}. {done.kept} records stay."
+    said = f"{done.runs} records {verb}. {done.kept} records stay."
     _output.put(said, json=output and {**vars(done), "dry_run": dry_run})
 
 

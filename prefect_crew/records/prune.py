@@ -22,7 +22,7 @@ from prefect.client.schemas.objects import TERMINAL_STATES
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.records.budgets import delete_past_counters
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import USED, PrefectRecords, delete_variable, read_named, server_time, waiter_prefix
+from prefect_crew.records.store import USED, PrefectRecords, delete_variable, read_named, server_time
 from prefect_crew.records.totals import add_to_totals, total_of
 from prefect_crew.settings import CrewSettings
 
@@ -45,7 +45,6 @@ class Pruned:
     """What `prune` removed, or with `dry_run` would have, and how many records it kept."""
 
     runs: int
-    notes: int
     kept: int
 
 
@@ -141,7 +140,7 @@ async def read_by_id(
 async def prune(
     store: PrefectRecords, *, older_than: timedelta | None = None, dry_run: bool = False, pause: float = 0.0
 ) -> Pruned:
-    """Remove the records of runs whose flow runs ended long ago, notes that are left over, and counters of the past.
+    """Remove the records of runs whose flow runs ended long ago, and counters of the past.
 
     What the runs used is added to the totals of their days first. Several may prune at the same time.
 
@@ -153,17 +152,11 @@ async def prune(
         pause: Seconds between two keys, so that a long list does not keep the Prefect server busy.
     """
     older_than = timedelta(days=CrewSettings().keep_records_days) if older_than is None else older_than
-    # The notes first: a run that is claimed and waited for after that has a record that we know of.
-    notes = await store.waiter_notes()
     by_key = defaultdict[str, list[RunRecord]](list)
     async for record in store.all():
         by_key[record.idempotency_key].append(record)
     records = [record for attempts in by_key.values() for record in attempts]
-    needed = tuple(waiter_prefix(record) for record in records if record.phase is RecordPhase.STARTED)
-    left_over = [name for name in notes if not name.startswith(needed)]
     if not dry_run:
-        for name in left_over:
-            await store.delete_note(name)
         for used in await read_named(USED):
             if used.age >= max(older_than, YOUNGEST).total_seconds():
                 await delete_variable(used.id)
@@ -187,7 +180,7 @@ async def prune(
                     await add_to_totals(record, total_of(record, flow, owner.tags))
                 await store.delete(record)
         await asyncio.sleep(pause)
-    return Pruned(runs=len(going), notes=len(left_over), kept=len(records) - len(going))
+    return Pruned(runs=len(going), kept=len(records) - len(going))
 
 
 async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:

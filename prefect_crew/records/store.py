@@ -8,7 +8,6 @@ value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of fl
 - `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is a permit of that claim. Whoever created it changes it: the claim's owner, or
   somebody who resolved it. Whoever waits for the run notes there whether a person has to answer; it stays its
   creator's.
-- `crew_wait_KEY_ATTEMPT_FLOWRUN` notes that a flow run waits for the run.
 - `crew_answer_RUN_NUMBER` is a person's answer.
 - `crew_used_CREW_TIME_CLAIM` is what an ended run used; whoever creates it counts that in the run's budgets. By their
   names the newest of a crew comes first, and all come after the attempts at a key: a start reads both in one request.
@@ -71,7 +70,6 @@ USUAL = 3
 _OPEN = (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.STARTED)
 """Records in these phases are tagged as claimed: only their permits say more. Others have any tag."""
 _NAME = re.compile(r"(crew_run_[0-9a-f]{32}_\d+)(?:_([0-9a-f]{32})_(\d+))?")
-_WAITER = "crew_wait_"
 _SHORTER = {"input_marks": None, "result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
 """What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
 _Model = TypeVar("_Model", RunRecord, Permit)
@@ -93,11 +91,6 @@ class Variable(NamedTuple):
 def record_name(idempotency_key: str, attempt: int) -> str:
     """Return the name of the Variable that holds an attempt at an idempotency key."""
     return f"crew_run_{digest(idempotency_key)}_{attempt}"
-
-
-def waiter_prefix(record: RunRecord) -> str:
-    """Return what the names of the notes of who waits for a run begin with."""
-    return f"{_WAITER}{digest(record.idempotency_key)}_{record.attempt}_"
 
 
 def _answer_prefix(record: RunRecord) -> str:
@@ -538,38 +531,11 @@ class PrefectRecords:
             left += [permit for permit, claim in claims.items() if claim not in there]
         return left
 
-    # Who waits for a run
+    # The flow run that claimed a record
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether the owner's flow run has ended or is gone; False where there is none to ask about."""
         return record.flow_run_id is not None and not await _is_alive(record.flow_run_id)
-
-    async def add_waiter(self, record: RunRecord, flow_run_id: str) -> None:
-        """Note that a flow run other than the owner waits for the run. A second note of the same is not an error."""
-        name = waiter_prefix(record) + flow_run_id.replace("-", "")
-        await create_variable({"name": name, "value": {"flow_run_id": flow_run_id}, "tags": []})
-
-    async def remove_waiter(self, record: RunRecord, flow_run_id: str) -> None:
-        """Take that note away."""
-        await self.delete_note(waiter_prefix(record) + flow_run_id.replace("-", ""))
-
-    async def other_waiters(self, record: RunRecord, flow_run_id: str | None) -> list[str]:
-        """Return the ids of other flow runs that wait for the run and have not ended, the owner's among them."""
-        waiting = {str(one.value["flow_run_id"]) for one in await read_named(waiter_prefix(record))}
-        waiting |= {record.flow_run_id} if record.flow_run_id else set()
-        return [other for other in sorted(waiting - {flow_run_id}) if await _is_alive(other)]
-
-    async def waiter_notes(self) -> list[str]:
-        """Return the names of all notes that some flow run waits for a run."""
-        return [one.name for one in await read_named(_WAITER)]
-
-    async def delete_note(self, name: str) -> None:
-        """Take a note away by its name."""
-        async with get_client() as client:
-            try:
-                await client.delete_variable_by_name(name)
-            except ObjectNotFound:
-                return
 
     # What people answered. It stands apart from the record, which whoever waits for the run writes at the same moment:
     # a Variable is replaced, not compared.
@@ -589,7 +555,9 @@ class PrefectRecords:
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
         """Take back an answer that the crew's server refused."""
-        await self.delete_note(_answer_name(record, number))
+        async with get_client() as client:
+            with suppress(ObjectNotFound):
+                await client.delete_variable_by_name(_answer_name(record, number))
 
 
 async def _is_alive(flow_run_id: str) -> bool:

@@ -1,4 +1,4 @@
-"""Stop a crew: when somebody asks for it, and when its wait is cancelled and nobody else waits.
+"""Stop a crew: when somebody asks for it, and when the flow run that started it is cancelled.
 
 Under Prefect a cancelled flow run, a timeout, a worker that is shut down and Ctrl-C all arrive as one and the same
 cancellation. What tells them apart is the flow run's state on the server, and the signal itself. A worker that is shut
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import threading
 import time
@@ -208,7 +209,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
 
     async def stop() -> bool:
         if await cancellation_asked(flow_run_id()):
-            return not await others_wait(record) and await stop_once(session, record, records)
+            return not await is_of_another(record, records) and await stop_once(session, record, records)
         log.warning(
             "Crew run %s is left running at %s: nobody asked to stop it. A retry of this flow run, or a call with "
             "idempotency key %r, waits for it again.",
@@ -229,13 +230,27 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
         return False
 
 
-async def others_wait(record: RunRecord) -> bool:
-    """Return whether a flow run other than this one waits for a run, which is then not stopped; say so in the log."""
-    others = await PrefectRecords().other_waiters(record, flow_run_id())
-    if others:
-        text = "Crew run %s is left running: flow run %s waits for it too."
-        run_logger().warning(text, record.kickoff_id, ", ".join(others))
-    return bool(others)
+async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
+    """Return whether another flow run, which has not ended, started a run. The run then goes on, and the log says so.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    owner = record.flow_run_id
+    if owner is None or owner == flow_run_id() or await records.owner_ended(record):
+        return False
+    # A subflow says nothing of a cancellation of its parent, nor of the process that it ran in.
+    if await _is_cancelled_on_server(owner):
+        return False
+    run_logger().warning(
+        "Crew run %s is left running at %s: flow run %s started it and has not ended. To stop the crew, cancel that "
+        "flow run, or: prefect-crew runs cancel %s",
+        record.kickoff_id,
+        record.crew_url,
+        owner,
+        shlex.quote(record.idempotency_key),
+    )
+    return True
 
 
 async def stop_once(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import time
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancel_and_wait, cancelled_once
@@ -37,7 +36,7 @@ from prefect_crew.runs.run import (
     read_result,
     result_of,
 )
-from prefect_crew.runs.stop import is_cancelled, others_wait, stop_if_asked, stop_once, watch_ctrl_c
+from prefect_crew.runs.stop import is_cancelled, is_of_another, stop_if_asked, stop_once, watch_ctrl_c
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -133,8 +132,6 @@ class _Waiter(Watcher):
         run, record, ended = self.run, self.run.record, False
         with watch_ctrl_c():
             async with AsyncExitStack() as stack:
-                if record is not None and self.own is not None and not run.owned and record.flow_run_id != self.own:
-                    await stack.enter_async_context(self._noted_as_waiter(record, self.own))
                 if record is not None and record.has_webhooks:
                     self.waker = await stack.enter_async_context(waker_for(record.idempotency_key, run.crew.url))
                 self.meet_people()
@@ -287,10 +284,10 @@ class _Waiter(Watcher):
     # What is done at the end
 
     async def _stop_late(self) -> bool:
-        """Stop a run that is over its time; False where somebody else waits for it, or it cannot be stopped."""
+        """Stop a run that is over its time; False where another flow run started it, or it cannot be stopped."""
         run, record = self.run, self.run.record
         try:
-            if record is not None and await others_wait(record):
+            if record is not None and await is_of_another(record, self.records):
                 return False
             self._has_stopped = True
             if record is not None:
@@ -309,20 +306,6 @@ class _Waiter(Watcher):
         if is_taken and record.phase is RecordPhase.ENDED:
             await self._show(CrewStatus(kickoff_id=self.run.kickoff_id, state=CrewState.STOPPED), force=True)
         return is_taken
-
-    @asynccontextmanager
-    async def _noted_as_waiter(self, record: RunRecord, flow_run: str) -> AsyncGenerator[None]:
-        """Note that this flow run waits for a run of somebody else's, so that they do not stop it."""
-        try:
-            await self.records.add_waiter(record, flow_run)
-        except PREFECT_ERRORS as error:
-            text = "It could not be recorded that this flow run waits for run %s: %s"
-            self.log.warning(text, self.run.kickoff_id, error)
-        try:
-            yield
-        finally:
-            with suppress(*PREFECT_ERRORS):  # a note of a flow run that has ended holds nobody up
-                await self.records.remove_waiter(record, flow_run)
 
     async def _close(self, status: CrewStatus) -> None:
         """Write the end down, show it, tell automations: once, by whoever closes the record."""

@@ -57,7 +57,7 @@ def test_what_needs_a_person_is_listed_first_and_inspect_says_what_to_do(here, w
     assert {line["condition"] for line in only} == {"uncertain"}
     for one, parts in (
         (record, ("the connection broke", f"runs resolve '{record.idempotency_key}' --kickoff-id ID")),
-        (started, ("No flow run waits for it. A call with its key waits for the latest attempt.",)),
+        (started, ("No flow run started it. A call with its key waits for the latest attempt.",)),
         (ended, ("FAILED  key", "Error: no idea", f"Inputs: digest {ended.inputs_digest}")),
     ):
         about = here("runs", "inspect", one.idempotency_key).out
@@ -184,7 +184,7 @@ def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
     assert (counted["runs"] >= 1, counted["dry_run"]) == (True, True)
     assert here("runs", "inspect", old.idempotency_key).code == 0
     assert here("runs", "prune").code == 2, "nobody confirmed"
-    assert here("runs", "prune", "--yes").out.startswith(f"{counted['runs']} records and ")
+    assert here("runs", "prune", "--yes").out.startswith(f"{counted['runs']} records removed.")
     assert here("runs", "inspect", old.idempotency_key).code == 1
     assert here("runs", "inspect", open_.idempotency_key).code == 0
 
@@ -197,30 +197,36 @@ def record(**facts: Any) -> RunRecord:
 
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
-STARTED = {"phase": RecordPhase.STARTED, "kickoff_id": "k1", "kicked_off_at": NOW - timedelta(seconds=19)}
+STARTED = {
+    "phase": RecordPhase.STARTED,
+    "kickoff_id": "k1",
+    "kicked_off_at": NOW - timedelta(seconds=19),
+    "flow_run_id": "f1",
+}
 ASKED = {**STARTED, "human_since": NOW - timedelta(seconds=5), "human_task": "draft"}
 
 
 @pytest.mark.parametrize(
-    ("facts", "owner_ended", "has_waiters", "condition"),
+    ("facts", "owner_ended", "condition"),
     [
-        pytest.param({"open_for": 20.0}, False, True, Condition.CLAIMED, id="being-sent"),
-        pytest.param({"open_for": 20.0}, True, True, Condition.NOT_STARTED, id="claimed-by-a-dead-flow-run"),
-        pytest.param({"open_for": 0.0}, False, True, Condition.NOT_STARTED, id="claimed-too-long-ago"),
-        pytest.param({"permit": 1, "open_for": 20.0}, True, True, Condition.UNCERTAIN, id="sent-by-a-dead-flow-run"),
-        pytest.param({"permit": 1, "open_for": 0.0}, False, True, Condition.UNCERTAIN, id="sent-too-long-ago"),
-        pytest.param({"phase": RecordPhase.UNCERTAIN}, False, True, Condition.UNCERTAIN, id="uncertain"),
-        pytest.param(STARTED, False, True, Condition.IN_FLIGHT, id="in-flight"),
-        pytest.param(ASKED, False, True, Condition.WAITING, id="waiting"),
-        pytest.param(STARTED, False, False, Condition.ORPHANED, id="orphaned"),
-        pytest.param(ASKED, False, False, Condition.ORPHANED, id="orphaned-while-waiting"),
-        pytest.param({"phase": RecordPhase.ENDED, "state": "failed"}, False, True, Condition.ENDED, id="ended"),
-        pytest.param({"phase": RecordPhase.NOT_STARTED}, True, False, Condition.NOT_STARTED, id="not-started"),
+        pytest.param({"open_for": 20.0}, False, Condition.CLAIMED, id="being-sent"),
+        pytest.param({"open_for": 20.0}, True, Condition.NOT_STARTED, id="claimed-by-a-dead-flow-run"),
+        pytest.param({"open_for": 0.0}, False, Condition.NOT_STARTED, id="claimed-too-long-ago"),
+        pytest.param({"permit": 1, "open_for": 20.0}, True, Condition.UNCERTAIN, id="sent-by-a-dead-flow-run"),
+        pytest.param({"permit": 1, "open_for": 0.0}, False, Condition.UNCERTAIN, id="sent-too-long-ago"),
+        pytest.param({"phase": RecordPhase.UNCERTAIN}, False, Condition.UNCERTAIN, id="uncertain"),
+        pytest.param(STARTED, False, Condition.IN_FLIGHT, id="in-flight"),
+        pytest.param(ASKED, False, Condition.WAITING, id="waiting"),
+        pytest.param(STARTED, True, Condition.ORPHANED, id="orphaned"),
+        pytest.param(ASKED, True, Condition.ORPHANED, id="orphaned-while-waiting"),
+        pytest.param({**STARTED, "flow_run_id": None}, False, Condition.ORPHANED, id="of-no-flow-run"),
+        pytest.param({"phase": RecordPhase.ENDED, "state": "failed"}, False, Condition.ENDED, id="ended"),
+        pytest.param({"phase": RecordPhase.NOT_STARTED}, True, Condition.NOT_STARTED, id="not-started"),
     ],
 )
-def test_condition(facts: dict[str, Any], owner_ended: bool, has_waiters: bool, condition: Condition):
+def test_condition(facts: dict[str, Any], owner_ended: bool, condition: Condition):
     found = record(**facts)
-    assert condition_of(found, owner_ended=owner_ended, has_waiters=has_waiters) is condition
+    assert condition_of(found, owner_ended=owner_ended) is condition
     needs_a_person = (Condition.UNCERTAIN, Condition.ORPHANED, Condition.WAITING, Condition.ENDED)
     assert bool(todo(found, condition)) is (condition in needs_a_person)
 

@@ -22,7 +22,7 @@ from prefect_crew.records import decision, prune, totals
 from prefect_crew.records import notes as notes_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records.decision import Decision
-from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, utcnow
 from prefect_crew.records.store import PrefectRecords, Variable
 from prefect_crew.runs import kickoff
 from proof.sim.loop import Process, SimLoop, StuckError, current_process
@@ -34,6 +34,7 @@ from proof.sim.world import World
 from support.prefect_server import PrefectServer
 
 KEY = uuid.uuid4().hex
+ANSWER = SentReview(task_id="draft", round=1, approve=True, by="ada", at=utcnow())
 IDS = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
 
 
@@ -69,11 +70,11 @@ async def tour() -> list[Any]:
     found = await store.of_kickoff(f"run-of-{KEY}")
     seen += [found and found.attempt, await store.of_kickoff("nobody's")]
     seen.append([one.attempt async for one in store.all(RecordPhase.CLAIMED) if one.idempotency_key == KEY])
-    await store.add_waiter(first, str(uuid.UUID(int=8)))
-    await store.add_waiter(first, str(uuid.UUID(int=8)))
-    seen.append(await store.other_waiters(first, None))
-    await store.remove_waiter(first, str(uuid.UUID(int=8)))
-    await store.remove_waiter(first, str(uuid.UUID(int=8)))
+    for number in (1, 2, 2):
+        await store.add_review(first, number, ANSWER)
+    await store.remove_review(first, 2)
+    await store.remove_review(first, 2)
+    seen.append([one.by for one in await store.reviews(first)])
     for one in (first, second, second):
         await store.delete(one)
     seen.append(await store.attempts(KEY))

@@ -20,7 +20,7 @@ from prefect_crew.prices import Spending
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.prune import GONE, Owner, Pruned, owner_ids, prunable, prune, prune_regularly, read_owners
-from prefect_crew.records.store import PrefectRecords, delete_variable, read_named, record_name, waiter_prefix
+from prefect_crew.records.store import PrefectRecords, delete_variable, read_named, record_name
 from prefect_crew.records.totals import DayTotal, read_totals
 from support.prefect_server import PrefectServer
 from support.records import new_record
@@ -103,25 +103,21 @@ async def pruned(store: PrefectRecords, **options: Any) -> Pruned:
         return await prune(store, older_than=timedelta(0), **options)
 
 
-async def test_records_and_left_over_notes_go_from_a_real_server(prefect_api: PrefectServer):
+async def test_records_of_ended_runs_go_from_a_real_server(prefect_api: PrefectServer):
     store, mark = PrefectRecords(), uuid.uuid4().hex
     ended = record(f"{mark} ended", RecordPhase.ENDED)
     flying = record(f"{mark} flying", RecordPhase.STARTED)
     for one in (ended, flying):
         assert await store.claim(one)
-        await store.add_waiter(one, str(uuid.uuid4()))
     assert (await prune(store, older_than=timedelta(0), dry_run=True)).runs == 0, "nothing is an hour old"
     counted = await pruned(store, dry_run=True)
     assert counted.runs >= 1
     assert await store.attempts(ended.idempotency_key)
     done = await pruned(store)
     # Records of other tests on this server may come of age in between.
-    assert (done.runs >= counted.runs, done.notes) == (True, counted.notes)
+    assert done.runs >= counted.runs
     assert await store.attempts(ended.idempotency_key) == []
     assert len(await store.attempts(flying.idempotency_key)) == 1
-    notes = await store.waiter_notes()
-    assert not any(name.startswith(waiter_prefix(ended)) for name in notes)
-    assert sum(name.startswith(waiter_prefix(flying)) for name in notes) == 1
 
 
 async def test_permits_that_a_killed_pruner_left_go_with_the_next_pruning(prefect_api: PrefectServer):
@@ -246,7 +242,7 @@ async def test_a_worker_prunes_now_and_then_and_goes_on_where_it_fails(
     answers: list[Any] = [
         httpx.ConnectError("away"),
         ValueError("odd"),
-        Pruned(runs=2, notes=0, kept=5),
+        Pruned(runs=2, kept=5),
         asyncio.CancelledError(),
     ]
     monkeypatch.setattr(prune_module, "prune", mock.AsyncMock(side_effect=answers))

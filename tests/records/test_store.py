@@ -200,31 +200,14 @@ async def test_long_texts_give_way_to_what_the_record_is_for():
     assert record.step.startswith(saved.step)
 
 
-# Waiters
-
-
-async def test_other_waiters_are_flow_runs_that_go_on():
-    owner, waiter, gone, cancelling = [
-        await flow_run(),
-        await flow_run(),
-        await flow_run(Completed()),
-        await flow_run(Cancelling()),
-    ]
-    record = new_record(flow_run_id=owner)
-    for one in (waiter, gone, cancelling, str(uuid.uuid4())):
-        await RECORDS.add_waiter(record, one)
-    assert await RECORDS.other_waiters(record, waiter) == [owner]
-    assert await RECORDS.other_waiters(record, None) == sorted([owner, waiter])
-    await RECORDS.add_waiter(record, waiter)
-    await RECORDS.remove_waiter(record, waiter)
-    await RECORDS.remove_waiter(record, waiter)
-    assert await RECORDS.other_waiters(record, owner) == []
+# Owners
 
 
 async def test_an_owner_has_ended_when_its_flow_run_has_or_is_gone():
     assert not await RECORDS.owner_ended(new_record())
     assert not await RECORDS.owner_ended(new_record(flow_run_id=await flow_run()))
-    assert await RECORDS.owner_ended(new_record(flow_run_id=await flow_run(Cancelled())))
+    for state in (Completed(), Cancelling(), Cancelled()):
+        assert await RECORDS.owner_ended(new_record(flow_run_id=await flow_run(state)))
     assert await RECORDS.owner_ended(new_record(flow_run_id=str(uuid.uuid4())))
 
 
@@ -253,8 +236,6 @@ async def test_what_the_api_refuses_is_raised_and_not_taken_for_a_conflict(proxy
     proxy.refuse = "POST /api/variables/"
     with pytest.raises(httpx.HTTPStatusError):
         await RECORDS.claim(new_record())
-    with pytest.raises(httpx.HTTPStatusError):
-        await RECORDS.add_waiter(new_record(), str(uuid.uuid4()))
     with pytest.raises(httpx.HTTPStatusError):
         await RECORDS.add_review(new_record(), 1, review())
 

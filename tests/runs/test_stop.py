@@ -1,4 +1,4 @@
-"""A crew is stopped where somebody asked for that and nobody else waits for it; else it is left running."""
+"""A crew is stopped where the flow run that started it is cancelled, or has ended; else it is left running."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ from prefect_crew import (
 from prefect_crew.client.models import StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import record_name
 from prefect_crew.runs import stop
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
@@ -171,29 +170,71 @@ def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServer
     assert (record["phase"], record["reason"]) == ("started", "stop was asked for: unsupported")
 
 
+# Who started the run
+
+
 @pytest.mark.usefixtures("quick_look")
-def test_a_run_that_another_flow_run_waits_for_is_left_running(crew_server: CrewServerFactory, seen: Seen):
-    server, idempotency_key, outputs = crew_server(slow(5)), key(), list[str]()
-    digest = record_name(idempotency_key, 1).split("_")[2]
+@pytest.mark.parametrize("what", ["the flow run that started it", "a flow run that waits for it as well"])
+def test_a_run_that_two_flow_runs_wait_for_is_stopped_with_the_one_that_started_it(
+    crew_server: CrewServerFactory, seen: Seen, what: str
+):
+    is_owner = what == "the flow run that started it"
+    server, idempotency_key = crew_server(slow(60 if is_owner else 8)), key()
+    ended, ids, before = list[Any](), list[str](), list[int]()
+
+    async def run(*, first: bool) -> str:
+        if not first:
+            await until(lambda: server.requests["status"], "the first one waits")
+            before.append(server.requests["status"])
+        return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
 
     @flow
-    async def second() -> None:
-        await until(lambda: server.kickoffs, "a run is started")
-        outputs.append((await arun_crew(server.crew(), idempotency_key=idempotency_key)).output)
+    async def other() -> None:
+        ids.append(str(flow_run.id))
+        try:
+            ended.append(await run(first=not is_owner))
+        except CrewError as error:
+            ended.append(type(error))
 
-    other = threading.Thread(target=lambda: asyncio.run(second()))
-    other.start()
-    error, flow_run_id = cancelled(
-        server,
-        seen,
-        lambda: arun_crew(server.crew(), idempotency_key=idempotency_key),
-        when=lambda: server.requests["status"] and seen.variables(f"crew_wait_{digest}%"),
-    )
-    other.join()
-    assert outputs == ["done"]
+    def both_wait() -> bool:
+        return bool(before) and server.requests["status"] > before[0] + 10
+
+    thread = threading.Thread(target=lambda: asyncio.run(other()))
+    thread.start()
+    error, flow_run_id = cancelled(server, seen, lambda: run(first=is_owner), when=both_wait)
+    thread.join()
+    assert server.kickoffs == 1
+    if is_owner:
+        assert (type(error), ended) == (CrewStoppedError, [CrewStoppedError])
+        assert server.requests["stop"] == 1
+        return
+    assert (ended, server.requests["stop"]) == (["done"], 0)
     assert "continues at" in str(error)
-    assert server.requests["stop"] == 0
-    assert "waits for it too" in seen.logs(flow_run_id)
+    assert f"flow run {ids[0]} started it and has not ended" in seen.logs(flow_run_id)
+    assert f"prefect-crew runs cancel '{idempotency_key}'" in seen.logs(flow_run_id)
+
+
+@pytest.mark.usefixtures("quick_look")
+@pytest.mark.parametrize("owner", ["ended", "a subflow of a cancelled flow run"])
+def test_a_run_whose_flow_run_has_ended_is_stopped_with_the_one_that_waits_for_it(
+    crew_server: CrewServerFactory, seen: Seen, owner: str
+):
+    server, kickoff_ids, ids = crew_server(slow(60)), list[str](), list[str]()
+
+    @flow
+    async def start() -> None:
+        ids.append(str(flow_run.id))
+        kickoff_ids.append(await kickoff_crew(server.crew()))
+
+    async def call() -> None:
+        await start()
+        if owner != "ended":  # as one whose process was killed
+            await asyncio.to_thread(seen.set_state, ids[0], "RUNNING")
+        await wait_for_crew(server.crew(), str(kickoff_ids[0]))
+
+    error, _ = cancelled(server, seen, call)
+    assert isinstance(error, CrewStoppedError)
+    assert server.requests["stop"] == 1
 
 
 @pytest.mark.usefixtures("quick_look")
