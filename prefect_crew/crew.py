@@ -139,15 +139,18 @@ class Crew:
         hides = Redactor(self.hidden).hides
         return [name for name, value in inputs.items() if name in self.secret_inputs or hides(value)]
 
+    def with_token(self, token: SecretStr) -> Crew:
+        """Return a copy with a renewed token, to which the old one stays a secret; itself if it is the same token."""
+        return self if token == self.token else replace(self, token=token, hidden=(*self.hidden, self.token))
+
     async def reloaded(self) -> Crew | None:
-        """Return the crew as its block is stored now, if the token has changed since this one was loaded, else None."""
-        if self.reload is None:
-            return None
-        stored = await self.reload()
-        if stored.token == self.token:
-            return None
-        kept = {name: getattr(self, name) for name in ("on_status", "expected_inputs", "budgets", "batch")}
-        return replace(stored.hiding(self.secret_inputs, texts=self.hidden), **kept)
+        """Return the crew with the token that its block has now, None if that is the token already.
+
+        Nothing else of the block is taken up. The record of a run names its URL and the time that its POST may take,
+        and whoever made this crew chose what it shows.
+        """
+        stored = None if self.reload is None else await self.reload()
+        return None if stored is None or stored.token == self.token else self.with_token(stored.token)
 
 
 class CrewSession:

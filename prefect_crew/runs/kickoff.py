@@ -410,7 +410,7 @@ async def _post_and_react(
 
 async def _post(start: Start, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease) -> None:
     """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
-    redact = start.crew.redactor(start.inputs)
+    redact = start.crew.with_token(session.crew.token).redactor(start.inputs)
 
     def last_look() -> None:
         if lease.is_over:
@@ -585,7 +585,7 @@ async def open_run(
             # Open as long as the POST may be in flight, so that a Ctrl-C then stops what it started.
             with watch_ctrl_c(), withholding(crew.redactor(start.inputs)):
                 started = await start_run(start, records, session, check=lambda: check_inputs(session, start))
-            known = session.crew.hiding(crew.secret_inputs, texts=crew.hidden)
+            crew = crew.with_token(session.crew.token)
     except CrewError as error:
         error.about(identity.idempotency_key, crew.label)
         # An uncertain one may be in flight, and counts until its slot's lease ends.
@@ -596,7 +596,7 @@ async def open_run(
         raise
     record = started.record
     run = OpenRun(
-        known,
+        crew,
         str(record.kickoff_id),
         record,
         start.inputs,

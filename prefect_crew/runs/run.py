@@ -109,10 +109,9 @@ class OpenRun:
         return self.crew.redactor(self.inputs)
 
     def use_token_of(self, crew: Crew) -> None:
-        """Take up the crew with its new token; the old one stays a secret."""
-        old = self.crew.token
-        if crew.token != old:
-            self.crew = crew.hiding(self.crew.secret_inputs, texts=[*self.crew.hidden, old])
+        """Take up the token of the crew that a session has renewed; the old one stays a secret."""
+        if crew.token != self.crew.token:
+            self.crew = self.crew.with_token(crew.token)
             self.__dict__.pop("redact", None)
 
     @property

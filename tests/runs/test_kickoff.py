@@ -11,7 +11,7 @@ import pytest
 from prefect import flow
 from pydantic import SecretStr
 
-from prefect_crew import Webhooks, arun_crew, kickoff_crew
+from prefect_crew import DeployedCrew, Webhooks, arun_crew, kickoff_crew
 from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -166,6 +166,27 @@ async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_rene
     await calling
     assert (server.unauthorized, server.kickoffs) == (1, 1)
     assert await phases(idempotency_key) == [RecordPhase.STARTED]
+
+
+async def test_only_the_token_of_a_block_that_was_stored_anew_is_taken_up(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    """The record says where a run is and how long its POST may take; its caller, what may be shown of it."""
+    server, other = crew_server(TRIP), crew_server(TRIP)
+    name = f"moved-{uuid.uuid4().hex[:8]}"
+    await server.crew(request_timeout=20.0).asave(name)
+    crew = await DeployedCrew.aload(name)
+    crew.show = "none"
+    server.token = other.token = "the-new-token"
+    await other.crew(request_timeout=500.0).asave(name, overwrite=True)
+    run = await crew.trigger({"city": "Lisbon"}, idempotency_key=(idempotency_key := key()))
+    assert (server.unauthorized, server.kickoffs, other.requests["kickoff"]) == (1, 1, 0)
+    result = await run.fetch_result()
+    assert result.output == "Lisbon"
+    (record,) = await attempts(idempotency_key)
+    assert (record.crew_url, record.post_deadline) == (server.url, 40.0)
+    assert record.result is None, "show='none' was set on the object in use, and holds"
+    assert "has a new token" in caplog.text
 
 
 # Fates
