@@ -265,20 +265,16 @@ def state_of(body: Mapping[str, Any]) -> _State | None:
 
 
 def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
-    """Return the state on which all of a status agrees: what is said to have failed has not completed."""
+    """Return the state on which all of a status agrees: a run that names an error has not completed."""
     if state is not CrewState.COMPLETED:
         return state
-    if (other := known_state(as_text(body.get("status")) or "")) in (CrewState.FAILED, CrewState.STOPPED):
+    status, inner = as_text(body.get("status")) or "", as_object(body.get("result"))
+    word, colon, _ = status.partition(":")  # "error: task 2 failed" beside a `state`
+    if (other := known_state(word if colon else status)) in (CrewState.FAILED, CrewState.STOPPED):
         return other or state
-    inner = as_object(body.get("result"))
-    if error_text(inner.get("error")) and inner.keys() <= _ERROR_KEYS:
-        return CrewState.FAILED  # the result is an error and nothing else
-    if pick(error_text, body, "error", "error_message"):
-        # What the last task wrote is not a result of a run that names its error.
-        own = {**body, "last_executed_task": None}
-        if _data_of(own) is None and not _output_of(own, None):
-            return CrewState.FAILED
-    return state
+    # An error beside a result contradicts it; a result may also be an error and nothing else.
+    has_error = error_text(inner.get("error")) and inner.keys() <= _ERROR_KEYS | _RESULT_KEYS
+    return CrewState.FAILED if has_error or pick(error_text, body, "error", "error_message") else state
 
 
 def _sentence(body: Mapping[str, Any]) -> str | None:
