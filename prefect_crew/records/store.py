@@ -268,6 +268,19 @@ async def _created_here(variable: dict[str, Any], model: type[_Model]) -> tuple[
     return str(stands.id), parsed
 
 
+async def _create_alone(name: str, value: Mapping[str, Any], tags: Sequence[str] = ()) -> bool:
+    """Create a Variable; False if somebody else has. Atomic.
+
+    Prefect's client sends a request again whose reply was lost, and then meets its own Variable: the nonce tells.
+    """
+    nonce = str(uuid4())
+    if await create_variable({"name": name, "value": {**value, "nonce": nonce}, "tags": [*tags]}) is not None:
+        return True
+    async with get_client() as client:
+        variable: Any = await client.read_variable_by_name(name)
+    return variable is not None and variable.value.get("nonce") == nonce
+
+
 async def _patch(ref: str, body: Mapping[str, Any]) -> None:
     async with get_client() as client:
         await request_soon(client, "PATCH", f"/variables/{ref}", json=body, give_up_after=SAVE_FOR)
@@ -420,14 +433,9 @@ class PrefectRecords:
     async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
         """Note that this caller counts what a run used, or writes its span; False if somebody else does. Atomic."""
         tag, newest_first = _used_prefix(record.crew_url), 9_999_999_999 - int(record.claimed_at.timestamp())
-        name, by = {"use": f"{tag}{newest_first:010}_", "span": f"{USED}span_"}[what], str(uuid4())
+        name = {"use": f"{tag}{newest_first:010}_", "span": f"{USED}span_"}[what]
         name += str(record.ref).replace("-", "")
-        more = {"value": {**record.used, "by": by}, "tags": [tag]} if what == "use" else {"value": {"by": by}}
-        if await create_variable({"name": name, **more}) is not None:
-            return True
-        async with get_client() as client:  # the conflict may be with our own, which was sent twice
-            stands: Any = await client.read_variable_by_name(name)
-        return stands is not None and stands.value.get("by") == by
+        return await _create_alone(name, record.used if what == "use" else {}, [tag] if what == "use" else [])
 
     async def _current(self, record: RunRecord) -> RunRecord | None:
         """Return a claim as it stands now, None if it is gone."""
@@ -546,8 +554,7 @@ class PrefectRecords:
 
     async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
         """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
-        value = review.model_dump(mode="json")
-        return await create_variable({"name": _answer_name(record, number), "value": value, "tags": []}) is not None
+        return await _create_alone(_answer_name(record, number), review.model_dump(mode="json"))
 
     async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
         """Write down what became of it."""

@@ -14,6 +14,7 @@ from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling, Completed, Running
 
 from prefect_crew._internal import prefect_api
+from prefect_crew._internal.prefect_api import request_soon
 from prefect_crew.client.models import TaskResult
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records import store
@@ -256,6 +257,22 @@ async def test_answers_stand_next_to_the_record_each_written_by_one():
     assert await RECORDS.reviews(record.model_copy(update={"kickoff_id": "another"})) == []
     await RECORDS.delete(record)
     assert await RECORDS.reviews(record) == []
+
+
+async def test_an_answer_whose_creation_lost_its_reply_is_known_as_ones_own(monkeypatch: pytest.MonkeyPatch):
+    record, replies = new_record(), 0
+    await RECORDS.claim(record)
+
+    async def losing(*args: Any, **options: Any) -> Any:
+        nonlocal replies
+        await request_soon(*args, **options)
+        replies += 1
+        raise httpx.ReadError("the reply was lost")
+
+    monkeypatch.setattr(store, "request_soon", losing)  # so Prefect's client repeats it, and is answered 409
+    assert await RECORDS.add_review(record, 1, review()), "nobody else answers"
+    assert not await RECORDS.add_review(record, 1, review()), "somebody else's words may be the same"
+    assert (replies, len(await RECORDS.reviews(record))) == (1, 1)
 
 
 # Versions
