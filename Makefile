@@ -8,6 +8,7 @@
 
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
+HTTPX2_VENV ?= .venv-httpx2
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 SAMPLE ?= 20
@@ -26,12 +27,12 @@ SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info
 # Where it is set, as in many images, each of the hundreds of processes here would compile all of Prefect once more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest lint format docs audit dist constraints clean
+.PHONY: help demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests of whole programs), proofs (of what is promised), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, lint, format, docs (the site), audit, dist, constraints, clean."
+	@echo "Also: programs (tests of whole programs), proofs (of what is promised), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, docs (the site), audit, dist, constraints, clean."
 
 # Running
 
@@ -176,6 +177,22 @@ $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	    -e '.[data]' --group test
 	@touch $@
 
+# The tests of what talks to the Prefect API, with httpx2 in the place of httpx in every process of an environment of its
+# own: Prefect is about to move its client there. respx, which tests/client uses, does not know httpx2.
+
+httpx2: $(HTTPX2_VENV)/.tests
+	$(HTTPX2_VENV)/bin/python -m pytest $(AT_ONCE) -m "not slow and not programs and not proofs" \
+	    tests/_internal tests/artifacts tests/records tests/runs tests/receiver tests/pipelines tests/test_crew.py \
+	    tests/test_flows.py tests/test_tasks.py tests/test_worker.py $(ARGS)
+
+$(HTTPX2_VENV)/.tests: pyproject.toml constraints.txt | $(UV)
+	@echo "Building $(HTTPX2_VENV), in which httpx is httpx2 …"
+	@$(UV) venv --quiet --clear --python $(BIN)/python $(HTTPX2_VENV)
+	@$(UV) pip install --quiet --python $(HTTPX2_VENV)/bin/python -c constraints.txt -e '.[data]' --group test httpx2
+	@echo 'import httpx2; httpx2.alias_httpx()' > \
+	    "$$($(HTTPX2_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/httpx2_alias.pth"
+	@touch $@
+
 # The pins. The first file serves every supported Python; the second Python 3.11 only: the floors of pyproject.toml, the
 # rest as of the days after Prefect 3.8.6, but for anyio and cyclopts, whose floors are younger, and today's test tools.
 
@@ -191,4 +208,4 @@ constraints: | $(UV)
 	    --constraints $(FLOORS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) build
+	rm -rf $(VENV) $(OLDEST_VENV) $(HTTPX2_VENV) build
