@@ -178,13 +178,9 @@ async def start_run(
     while True:
         found = await _decide_and_claim(start, records, is_checked=check is not None)
         if not start.quiet:
+            record = found.record
             run_logger().info(
-                "Idempotency key %s: %s (crew %s, attempt %d%s)",
-                found.record.idempotency_key,
-                found.decision,
-                found.record.crew,
-                found.record.attempt,
-                f", run {found.record.kickoff_id}" if found.record.kickoff_id else "",
+                "Crew %s: %s. (key %s)", record.crew, _step_taken(found.decision, record), record.idempotency_key
             )
         if found.decision is Decision.UNCERTAIN:
             raise _uncertain(found.record)
@@ -204,6 +200,24 @@ async def start_run(
             run_logger().warning("Run %s: %s What is on record now counts.", found.record.idempotency_key, lost)
         else:
             return found
+
+
+def _step_taken(decision: Decision, record: RunRecord) -> str:
+    """Return for the log what a call does, and why."""
+    run = f"found run {record.kickoff_id}"
+    match decision:
+        case Decision.START:
+            return "a run is started"
+        case Decision.START_AGAIN:
+            return "the last run of this key gave no result, and another run is started"
+        case Decision.REATTACH:
+            return f"{run}, which is in flight. This call waits for it and starts nothing"
+        case Decision.RETURN if record.state is CrewState.COMPLETED:
+            return f"{run}, which has completed. Its result is used and nothing is started"
+        case Decision.RETURN:
+            return f"{run}, which has {record.state or 'ended'}. Nothing is started"
+        case _:
+            return "nobody knows whether an earlier kickoff started a run. Nothing is started"
 
 
 # Decide and claim

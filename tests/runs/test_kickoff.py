@@ -40,6 +40,59 @@ TRIP = script({"output": "{{ city }}"}, inputs=["city"])
 TONED = script({"output": "{{ city }}"}, inputs=["city", {"name": "tone", "required": False, "default": "dry"}])
 
 
+# The log
+
+
+@pytest.mark.parametrize(
+    ("spec", "second"),
+    [
+        ("echo", "found run {run}, which has completed. Its result is used and nothing is started."),
+        (FAILS, "found run {run}, which has failed. Nothing is started."),
+    ],
+    ids=["completed", "failed"],
+)
+async def test_the_log_says_what_a_retry_finds(
+    crew_server: CrewServerFactory, spec: Any, second: str, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server(spec)
+    crew = server.crew(max_kickoffs=1).crew.called("travel")
+
+    @flow(retries=1)
+    async def trip() -> None:
+        await arun_crew(crew, {"text": "a"} if spec == "echo" else {})
+        raise ConnectionError("the mail server is down")
+
+    with caplog.at_level(logging.INFO), pytest.raises((ConnectionError, CrewFailedError)):
+        await trip()
+    (run,) = server.runs
+    said = [one.getMessage() for one in caplog.records if one.getMessage().startswith("Crew travel: ")]
+    assert [one.partition(" (key ")[0] for one in said] == [
+        "Crew travel: a run is started.",
+        f"Crew travel: {second.format(run=run.id)}",
+    ]
+
+
+async def test_the_log_says_that_a_call_waits_or_starts_another_run(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server, idempotency_key = crew_server(FAILS), key()
+    crew = server.crew()
+    with caplog.at_level(logging.INFO):
+        run = await crew.trigger(idempotency_key=idempotency_key)
+        await crew.trigger(idempotency_key=idempotency_key)
+        with pytest.raises(CrewFailedError):
+            await run.wait_for_completion()
+        await crew.trigger(idempotency_key=idempotency_key)
+    said = [one.getMessage() for one in caplog.records if idempotency_key in one.getMessage()]
+    start = f"Crew {crew.label}: "
+    assert [one for one in said if one.startswith(start)] == [
+        f"{start}a run is started. (key {idempotency_key})",
+        f"{start}found run {run.kickoff_id}, which is in flight. This call waits for it and starts nothing. "
+        f"(key {idempotency_key})",
+        f"{start}the last run of this key gave no result, and another run is started. (key {idempotency_key})",
+    ]
+
+
 # Inputs
 
 
