@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from itertools import count
 from typing import NamedTuple
 from uuid import UUID, uuid4
@@ -26,7 +27,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, TaskRunContext
 
-from prefect_crew._internal.prefect_api import contexts_around
+from prefect_crew._internal.prefect_api import contexts_around, is_entered, run_logger
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.model import MAX_KEY, digest, utcnow
@@ -78,6 +79,8 @@ async def identify(
         key = _checked(render_key(idempotency_key, start))
         number = calls.take_number(key, callers)
     else:
+        if calls.root is None or not calls.root.is_deployed:
+            _announce_no_key()
         about = f"{_short(name or label)}/{inputs_digest}"
         base = f"{top}/{about}"
         if len(f"{base}/1000000") > MAX_KEY:  # of a subflow far below
@@ -85,6 +88,19 @@ async def identify(
         number = calls.take_number(base, callers)
         key = _checked(f"{base}/{number}")
     return RunIdentity(idempotency_key=key, place=f"{top}/{number}", caller=caller)
+
+
+@cache
+def _announce_no_key() -> None:
+    """Say once in a process that a later process does not find its runs.
+
+    Not for a deployed flow run: a worker continues it as the same flow run. The level is INFO: Prefect shows it in a
+    script, and a call without a key is no mistake.
+    """
+    run_logger().info(
+        "No idempotency_key is given, so only retries of this flow run find this run again. If the script is started "
+        "again, it starts another run. To prevent that, give an idempotency_key."
+    )
 
 
 async def scheduled_start() -> datetime:
@@ -158,10 +174,11 @@ def _short(name: str) -> str:
 
 
 class _Root(NamedTuple):
-    """Where a flow run belongs: the id of its root with the path below it, and when the root was scheduled to start."""
+    """Where a flow run belongs: the id of its root with the path below it, and what the root is."""
 
     path: str
     scheduled_start: datetime | None
+    is_deployed: bool
 
 
 class _TaskAttempt(NamedTuple):
@@ -235,8 +252,7 @@ class _Calls:
     def is_needed(self) -> bool:
         """Whether the flow run is under way in this process, and may call once more."""
         context = None if self.context is None else self.context()
-        # Prefect takes the token away when it leaves the context, which others may hold for long after that.
-        return context is not None and context._token is not None  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+        return context is not None and is_entered(context)
 
 
 _KEPT = 1000
@@ -278,4 +294,4 @@ async def _find_root(flow_run: FlowRun) -> _Root:
             if tracker.flow_run_id is None:
                 break
             at = await client.read_flow_run(UUID(str(tracker.flow_run_id)))
-    return _Root("/".join([str(at.id), *path]), at.expected_start_time)
+    return _Root("/".join([str(at.id), *path]), at.expected_start_time, is_deployed=at.deployment_id is not None)

@@ -291,6 +291,32 @@ async def test_a_key_that_cannot_be_used_starts_nothing(server: Any, call: str, 
     assert server.kickoffs == 0
 
 
+@pytest.mark.parametrize("where", ["alone", "in a flow", "with a key", "in a deployed flow"])
+async def test_a_process_says_once_that_a_later_one_does_not_find_its_runs(
+    server: Any, where: str, caplog: pytest.LogCaptureFixture
+):
+    crew = server.crew()
+    keys_module._announce_no_key.cache_clear()
+
+    @flow
+    async def trip() -> None:
+        for text in ("a", "b"):
+            key = str(uuid.uuid4()) if where == "with a key" else None
+            await arun_crew(crew, {"text": text}, idempotency_key=key)
+
+    with caplog.at_level("INFO"):
+        if where == "in a deployed flow":
+            async with get_client() as client:
+                deployment = await client.create_deployment(await client.create_flow(trip), name=str(uuid.uuid4()))
+                await run_flow_async(trip, flow_run=await client.create_flow_run_from_deployment(deployment))
+        elif where == "alone":
+            await trip.fn()
+        else:
+            await trip()
+    expected = 1 if where in ("alone", "in a flow") else 0
+    assert caplog.text.count("If the script is started again, it starts another run") == expected
+
+
 async def scheduled(function: Flow[Any, Any], at: datetime) -> uuid.UUID:
     """Make a flow run that was scheduled for some time."""
     async with get_client() as client:
