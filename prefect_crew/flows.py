@@ -14,7 +14,7 @@ from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
 from pydantic import BaseModel, Field
 
 from prefect_crew._internal.asyncio_tasks import dual, sync_version
-from prefect_crew._internal.prefect_api import label_flow_run
+from prefect_crew._internal.prefect_api import flow_runs_unseen, label_flow_run, run_logger
 from prefect_crew.blocks import DeployedCrew, find_crew, load_crew, values_of_blocks
 from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import encode_inputs
@@ -119,6 +119,8 @@ async def arun_crew(
 
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
+    if idempotency_key is None:
+        _warn_of_lost_context()
     own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
     own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, inputs, idempotency_key)
     form = "form" if review == "form" else None
@@ -126,6 +128,23 @@ async def arun_crew(
 
 
 run_crew = sync_version(arun_crew)
+
+
+_warned = set[UUID]()  # Flow runs whose lost context was said: the threads of one have nothing in common to keep it in.
+
+
+def _warn_of_lost_context() -> None:
+    """Warn, once for a flow run, where a thread of it calls that Prefect does not know to be of the flow run."""
+    for flow_name, flow_run in flow_runs_unseen():
+        if flow_name == run_deployed_crew.name or flow_run.id in _warned:
+            continue
+        _warned.add(flow_run.id)
+        run_logger().warning(
+            "This thread does not see the flow run %s, so its retries will not find this run: they start another. Give "
+            "an idempotency_key, or keep the context: contextvars.copy_context().run(run_crew, …), asyncio.to_thread, "
+            "or a task with .submit.",
+            flow_run.name,
+        )
 
 
 def _stored(crew: Crew, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from datetime import date
 from typing import Any, cast
@@ -72,6 +75,53 @@ async def test_in_a_running_loop_the_sync_one_names_the_async_one(crew_server: C
     with pytest.raises(RuntimeError, match=r"use `await arun_crew\(\.\.\.\)` instead"):
         run_crew(crew, {"text": "a"})
     assert (await arun_crew(crew, {"text": "a"})).output == "a"
+
+
+LOST = "This thread does not see the flow run"
+
+
+@pytest.mark.parametrize(
+    ("way", "warnings"),
+    [("a pool", 1), ("a pool with keys", 0), ("a pool with the context", 0), ("a pool of an async flow", 1)],
+)
+def test_a_thread_without_the_context_of_its_flow_run_warns(
+    crew_server: CrewServerFactory, way: str, warnings: int, caplog: pytest.LogCaptureFixture
+):
+    crew = crew_server("echo").crew()
+
+    def call(number: int) -> None:
+        run_crew(crew, {"text": str(number)}, idempotency_key=key() if way == "a pool with keys" else None)
+
+    @flow
+    def threads() -> str:
+        with ThreadPoolExecutor(2) as pool:
+            for number in range(2):
+                pool.submit(*((copy_context().run,) if way == "a pool with the context" else ()), call, number)
+        return flow_run.name
+
+    @flow
+    async def async_threads() -> str:
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(*(loop.run_in_executor(None, call, number) for number in range(2)))
+        return flow_run.name
+
+    name = asyncio.run(async_threads()) if way == "a pool of an async flow" else threads()
+    said = [one.getMessage() for one in caplog.records if one.getMessage().startswith(LOST)]
+    is_found = sys.version_info >= (3, 12) or way != "a pool of an async flow"
+    assert [f"{LOST} {name}," in one for one in said] == [True] * (warnings if is_found else 0)
+
+
+def test_threads_without_any_flow_do_not_warn(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
+    crew = crew_server("echo").crew()
+
+    @flow
+    def ended() -> None:
+        run_crew(crew, {"text": "of a flow run that has ended"})
+
+    ended()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda number: run_crew(crew, {"text": str(number)}), range(3)))
+    assert LOST not in caplog.text
 
 
 def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen: Seen):
