@@ -37,7 +37,7 @@ from prefect_crew.client.models import CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.prices import Price
-from prefect_crew.settings import CrewSettings
+from prefect_crew.settings import CrewSettings, documentation_url
 
 if TYPE_CHECKING:
     from prefect_crew.client._client import CrewClient
@@ -51,6 +51,8 @@ _BLOCK_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 class DeployedCrew(JobBlock[CrewResult]):
     """A crew that is deployed behind the crew API, with what holds for every run of it.
+
+    `prefect-crew docs` prints the documentation.
 
     Example:
         Load a stored crew and run it:
@@ -70,7 +72,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     _logo_url = HttpUrl(
         "https://raw.githubusercontent.com/PrefectHQ/prefect/420d0d6a78bb6df1fc18bcf188fdad43c1d22ea9/assets/block-logos/webhook.png"
     )
-    _documentation_url = HttpUrl("https://docs.crewai.com/en/api-reference/introduction")
+    _documentation_url = HttpUrl(documentation_url())
 
     # In the order of Prefect's form: what everybody fills in, then what a run may cost and show, then the rest.
     url: str = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import metadata
 from typing import Annotated, Any, ClassVar
 
 from prefect.settings.base import PrefectBaseSettings, build_settings_config
@@ -9,13 +10,19 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 
+def documentation_url() -> str:
+    """Return the address that Prefect's pages link: that of the project, or else CrewAI's page on the crew API."""
+    addresses = dict(line.split(", ", 1) for line in metadata("prefect-crew").get_all("Project-URL") or ())
+    return addresses.get("Documentation", "https://docs.crewai.com/en/api-reference/introduction")
+
+
 class CrewSettings(PrefectBaseSettings):
     """`PREFECT_INTEGRATIONS_CREW_*`. Read anew at each use, so that a changed profile or environment counts."""
 
     model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "crew"))
 
-    url: str | None = Field(default=None, description="The crew that `DeployedCrew.from_env()` means.")
-    token: SecretStr | None = Field(default=None, description="Its bearer token.")
+    url: str | None = Field(default=None, description="The URL of the crew that `DeployedCrew.from_env()` returns.")
+    token: SecretStr | None = Field(default=None, description="The bearer token of that crew.")
     webhook_url: str | None = Field(
         default=None,
         description="The webhook receiver's public base URL. If it is set, every kickoff asks for webhooks.",

@@ -55,7 +55,7 @@ from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.prune import prune_regularly
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.stop import stop_run, stop_was_asked
-from prefect_crew.settings import CrewSettings
+from prefect_crew.settings import CrewSettings, documentation_url
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
@@ -63,7 +63,8 @@ if TYPE_CHECKING:
 
 POOL_DESCRIPTION = (
     "Runs flows of prefect-crew, and asynchronous flows of your own, as coroutines of a few small processes. A flow "
-    "run that waits for a crew holds no process. Start a worker: prefect worker start --pool NAME."
+    "run that waits for a crew holds no process. Start a worker: prefect worker start --pool NAME. "
+    "Documentation: prefect-crew docs guides/crew-worker."
 )
 LOOK_EVERY = 2.0
 """Seconds between two looks for flow runs that are being cancelled."""
@@ -261,7 +262,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
     job_configuration = CrewJobConfiguration
     _description = POOL_DESCRIPTION
     _display_name = "Crew"
-    _documentation_url = "https://docs.crewai.com/en/api-reference/introduction"
+    _documentation_url = documentation_url()
     _logo_url = "https://raw.githubusercontent.com/PrefectHQ/prefect/420d0d6a78bb6df1fc18bcf188fdad43c1d22ea9/assets/block-logos/webhook.png"
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -26,6 +26,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from pydantic_core import PydanticSerializationError
 
 from prefect_crew.cli import _errors, _output, doctor, serve
+from prefect_crew.cli import docs as documentation
 from prefect_crew.cli import run as run_commands
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url, reach_prefect
@@ -41,8 +42,9 @@ app = App(
     name="prefect-crew",
     help="Run deployed CrewAI crews from Prefect: each run is started at most once, and never lost.",
     help_format="plaintext",
-    help_epilogue="PREFECT_API_URL or the Prefect profile names the Prefect server. --debug with any command shows the "
-    "traceback of an error. Exit codes: 2 cannot be used, 3 failed, 4 uncertain, 5 timeout, 6 rows, 1 any other error.",
+    help_epilogue="`prefect-crew docs` prints the documentation. PREFECT_API_URL or the Prefect profile names the "
+    "Prefect server. --debug with any command shows the traceback of an error. Exit codes: 2 cannot be used, 3 failed, "
+    "4 uncertain, 5 timeout, 6 rows, 1 any other error.",
     version=version("prefect-crew"),
     help_flags=["--help", "-h"],
     default_parameter=Parameter(negative=(), show_default=_shown),
@@ -60,7 +62,7 @@ LAZY = {
 }
 """Commands that are imported when they are used, since that imports Prefect, and what the list says of them."""
 GROUPS: dict[str, Sequence[Any]] = {
-    "Try and check": (serve.demo, serve.init, serve.serve, doctor.doctor),
+    "Try and check": (serve.demo, serve.init, serve.serve, doctor.doctor, documentation.docs),
     "Run a crew": (run_commands.run, run_commands.result, run_commands.inputs),
     "Follow and decide": ("runs", "reviews", "batch", "costs"),
     "Set up": ("crews", "deploy", "backfill", "automations", "receiver"),

@@ -36,7 +36,8 @@ def faults_help() -> str:
     kinds = "\n".join(f"  {name:<{len(phases) + 10}}{kind.text}" for name, kind in names.items())
     return (
         f"Faults: PLACE:NAME[=VALUE][@WHEN], such as kickoff:500@1 or status:latency=2@3-5.\n"
-        f"Places of requests: {', '.join(HTTP_PLACES)}.\nPlaces of deliveries: {', '.join(WEBHOOK_PLACES)}.\n{kinds}"
+        f"Places of requests: {', '.join(HTTP_PLACES)}.\nPlaces of deliveries: {', '.join(WEBHOOK_PLACES)}.\n{kinds}\n"
+        "Fields of a script: prefect-crew docs reference/dev-server"
     )
 
 

@@ -1,0 +1,54 @@
+"""`prefect-crew docs`: the pages without a network."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from prefect_crew.cli.app import main
+from prefect_crew.cli.docs import page_text, pages
+
+
+def test_the_list_names_pages_that_can_be_printed(capsys: pytest.CaptureFixture[str]):
+    assert main(["docs"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(listed)[:2] == ["index", "tutorial"]
+    assert listed["guides/recover"] == "Recover from crashes"
+    assert main(["docs", "tutorial"]) == 0
+    assert "## 2. Start Prefect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", pages())
+def test_a_page_is_whole_and_its_links_are_names_of_pages(name: str):
+    text = page_text(name, pages()[name])
+    assert not re.search(r"^(<!--|:::|\[\]\(\))", text, re.MULTILINE)
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    links = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)[^)]*\)", prose)
+    assert not [link for link in links if link not in pages()]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("reference/settings", "| `PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS` |"),
+        ("reference/dev-server", "| `seconds` |"),
+        ("reference/python", "arun_crew(crew: "),
+        ("reference/python", "| `max_kickoffs` | `3` |"),
+        ("reference/exceptions", "KickoffUncertainError"),
+        ("reference/cli", "prefect-crew runs resolve"),
+        ("changelog", "## 0.1.0"),
+    ],
+)
+def test_a_text_that_is_made_from_the_code_is_filled_in(name: str, text: str):
+    assert text in page_text(name, pages()[name])
+
+
+def test_a_name_that_two_pages_share_prints_both(capsys: pytest.CaptureFixture[str]):
+    assert main(["docs", "batches"]) == 0
+    assert {"Run a batch", "Batches"} <= set(re.findall(r"^# (.*)$", capsys.readouterr().out, re.MULTILINE))
+
+
+def test_a_mistyped_page_is_guessed(capsys: pytest.CaptureFixture[str]):
+    assert main(["docs", "recver"]) == 2
+    assert "did you mean recover?" in capsys.readouterr().err
