@@ -7,6 +7,8 @@ The private API of Prefect here is in `_request_once` and `embedded_server`.
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import logging
 import os
 import random
@@ -15,8 +17,9 @@ import threading
 import traceback
 import weakref
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import UUID
@@ -155,12 +158,72 @@ def flow_runs_unseen() -> list[tuple[str, FlowRun]]:
 CROWDED_FOR = 300.0
 """Seconds for which changes go one after the other once the server refused one: SQLite takes one writer at a time."""
 LONGEST = 2.0
-"""Seconds for which a change waits for the one before: a request that hangs must not hold up the others."""
-AT_ONCE = 16
-"""Requests under way at the same time, as many as Prefect's client has connections. More would wait in its pool, which
-goes through all of them whenever one ends."""
+"""Seconds after which a change holds up no other one: a request may hang."""
+AT_ONCE = 8
+"""Requests under way at the same time. More of them gain nothing: one process answers them all. Those that wait here go
+on in the order of their urgency."""
 CLOSING = 0.003
 """Seconds after which a connection that the server closes is seen to be closed."""
+
+
+class Urgency(IntEnum):
+    """Which of the requests that wait for each other goes first.
+
+    Runs that begin at once do not all wait for all: the first one works while the others begin.
+    """
+
+    CONTINUE = 0
+    """What a run needs that has begun."""
+    BEGIN = 1
+    SHOW = 2
+
+
+class _Turns:
+    """Lets so many callers through at the same time. Of those who wait the most urgent one is next, then the first."""
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+        self._waiting: list[tuple[Urgency, int, asyncio.Future[None]]] = []
+        self._number = itertools.count()
+
+    @property
+    def free(self) -> int:
+        return self._free
+
+    @asynccontextmanager
+    async def turn(self, urgency: Urgency, *, longest: float | None = None) -> AsyncGenerator[None]:
+        """Wait for a turn, and have it. After `longest` seconds the next caller has one as well."""
+        loop = asyncio.get_running_loop()
+        if self._free:
+            self._free -= 1
+        else:
+            await self._wait(urgency)
+        timer = None if longest is None else loop.call_later(longest, self._pass_on)
+        try:
+            yield
+        finally:
+            if timer is None or loop.time() < timer.when():
+                self._pass_on()
+            if timer is not None:
+                timer.cancel()
+
+    async def _wait(self, urgency: Urgency) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (urgency, next(self._number), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it came at the same moment
+                self._pass_on()
+            raise
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            *_, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
 
 
 @dataclass
@@ -168,7 +231,8 @@ class _Loop:
     """What the requests of one event loop share."""
 
     crowded_until: float = float("-inf")
-    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
+    requests: _Turns = field(default_factory=lambda: _Turns(AT_ONCE))
+    changes: _Turns = field(default_factory=lambda: _Turns(1))
     locks: dict[str, asyncio.Lock] = field(default_factory=dict[str, asyncio.Lock])
 
 
@@ -183,20 +247,6 @@ def _this_loop() -> _Loop:
 def lock_here(name: str) -> asyncio.Lock:
     """Return the lock of this name that belongs to the running event loop."""
     return _this_loop().locks.setdefault(name, asyncio.Lock())
-
-
-@asynccontextmanager
-async def _one_at_a_time() -> AsyncGenerator[None]:
-    """Make one change at a time: the server was seen to refuse two at once."""
-    lock, is_held = lock_here("changes"), False
-    with suppress(TimeoutError):
-        async with asyncio.timeout(LONGEST):
-            is_held = await lock.acquire()
-    try:
-        yield
-    finally:
-        if is_held:
-            lock.release()
 
 
 def is_transient(error: Exception) -> bool:
@@ -218,42 +268,49 @@ async def request_soon(
     *,
     json: Any,
     give_up_after: float,
-    one_at_a_time: bool = True,
+    urgency: Urgency = Urgency.CONTINUE,
     again: Callable[[Exception], bool] = is_transient,
 ) -> httpx.Response:
-    """Make one request, again and again while the Prefect API is away or busy, for `give_up_after` seconds. Prefect's
+    """Make one change, again and again while the Prefect API is away or busy, for `give_up_after` seconds. Prefect's
     client sleeps 2 s after a 503.
 
     Args:
         client, method, path, json, give_up_after: The request.
-        one_at_a_time: False for a request that the server never refuses because of another one.
+        urgency: Which change goes first, where several wait.
         again: Tells which errors are worth another attempt.
 
     Raises:
         TRANSPORT_ERRORS, PrefectHTTPStatusError: The last attempt's.
     """
     loop, here = asyncio.get_running_loop(), _this_loop()
-    until, delay = loop.time() + give_up_after, 0.02
+    until, delay = None, 0.02
     while True:
-        is_crowded = one_at_a_time and loop.time() < here.crowded_until
+        # Also those that the server never refuses: one of them beside a change that it may refuse makes it do so.
+        is_crowded = loop.time() < here.crowded_until
         try:
-            async with _one_at_a_time() if is_crowded else nullcontext():
-                try:
-                    async with here.slots:
-                        return await _request_once(client, method, path, json=json)
-                except PrefectHTTPStatusError as error:
-                    if is_busy(error):
-                        here.crowded_until = loop.time() + CROWDED_FOR
-                        # The server closes the connection after such an answer (its exception goes on to uvicorn):
-                        # whoever sent the next request on it at this moment would lose that.
-                        await asyncio.sleep(CLOSING)
-                    raise
+            async with (
+                here.changes.turn(urgency, longest=LONGEST) if is_crowded else nullcontext(),
+                here.requests.turn(urgency),
+            ):
+                until = until or loop.time() + give_up_after  # not the time for which it waited for others
+                return await _request_once(client, method, path, json=json)
         except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
-            if not again(error) or loop.time() + delay > until:
+            if is_busy(error):
+                here.crowded_until = loop.time() + CROWDED_FOR
+                # The server closes the connection after such an answer (its exception goes on to uvicorn): whoever
+                # sent the next request on it at this moment would lose that.
+                await asyncio.sleep(CLOSING)
+            if not again(error) or (until is not None and loop.time() + delay > until):
                 raise
         # At random, so that those who met on a locked database do not meet again.
         await asyncio.sleep(delay * (0.5 + random.random()))  # noqa: S311  no secret depends on it
         delay = min(delay * 1.7, 10.0)
+
+
+async def read_in_turn(client: PrefectClient, path: str, *, json: Any) -> httpx.Response:
+    """Ask the Prefect API for what meets a filter, by a POST, when it is this request's turn."""
+    async with _this_loop().requests.turn(Urgency.CONTINUE):
+        return await client.request("POST", path, json=json)  # pyright: ignore[reportArgumentType] - a true route
 
 
 async def _request_once(client: PrefectClient, method: str, path: str, *, json: Any) -> httpx.Response:

@@ -20,7 +20,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectHTTPStatusError
 
-from prefect_crew._internal.prefect_api import is_busy, request_soon, run_logger
+from prefect_crew._internal.prefect_api import Urgency, is_busy, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import (
     OUTPUT_CAP,
@@ -121,7 +121,8 @@ class MarkdownArtifact:
         try:
             async with get_client() as client:
                 body = {"data": data}
-                await request_soon(client, "PATCH", f"/artifacts/{self.id}", json=body, give_up_after=SHOW_FOR)
+                path = f"/artifacts/{self.id}"
+                await request_soon(client, "PATCH", path, json=body, give_up_after=SHOW_FOR, urgency=Urgency.SHOW)
         except PrefectHTTPStatusError as error:
             if error.response.status_code != 404:
                 raise
@@ -143,7 +144,9 @@ class MarkdownArtifact:
         body = artifact.model_dump(mode="json", exclude_unset=True)
         async with get_client() as client:
             # Nothing but busy is repeated, for the same reason.
-            made = await request_soon(client, "POST", "/artifacts/", json=body, give_up_after=SHOW_FOR, again=is_busy)
+            made = await request_soon(
+                client, "POST", "/artifacts/", json=body, give_up_after=SHOW_FOR, urgency=Urgency.SHOW, again=is_busy
+            )
         self.id = UUID(made.json()["id"])
 
 

@@ -34,7 +34,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from prefect_crew._internal.prefect_api import is_busy, request_soon, run_logger
+from prefect_crew._internal.prefect_api import Urgency, is_busy, read_in_turn, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, TRANSPORT_ERRORS
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.keys import normalize_key
@@ -221,7 +221,7 @@ def later_version(value: Any) -> CrewError | None:
 # Requests
 
 
-async def create_variable(variable: Mapping[str, Any]) -> str | None:
+async def create_variable(variable: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE) -> str | None:
     """Create a Variable and return its id; None if there is one of its name.
 
     While the server is busy it has done nothing, and is asked again soon. All else is for Prefect's client to repeat,
@@ -231,9 +231,8 @@ async def create_variable(variable: Mapping[str, Any]) -> str | None:
     async with get_client() as client:
         try:
             try:
-                # Not one at a time: the server reads nothing before it writes this, so a locked database makes it wait.
                 answer = await request_soon(
-                    client, "POST", path, json=variable, give_up_after=BUSY_FOR, one_at_a_time=False, again=is_busy
+                    client, "POST", path, json=variable, give_up_after=BUSY_FOR, urgency=urgency, again=is_busy
                 )
             except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
                 if isinstance(error, PrefectHTTPStatusError) and error.response.status_code not in RETRIED_BY_CLIENT:
@@ -246,13 +245,15 @@ async def create_variable(variable: Mapping[str, Any]) -> str | None:
     return str(answer.json()["id"])
 
 
-async def _created_here(variable: dict[str, Any], model: type[_Model]) -> tuple[str, _Model | None] | None:
+async def _created_here(
+    variable: dict[str, Any], model: type[_Model], *, urgency: Urgency = Urgency.CONTINUE
+) -> tuple[str, _Model | None] | None:
     """Create a Variable and return its id with None; what stands there instead with its id; None if that is gone.
 
     Raises:
         CrewError: What stands there is nothing that this version can read.
     """
-    if (ref := await create_variable(variable)) is not None:
+    if (ref := await create_variable(variable, urgency=urgency)) is not None:
         return ref, None
     # Prefect's client sends a request again after a read timeout or a 502: the conflict may be with our own.
     async with get_client() as client:
@@ -302,7 +303,7 @@ async def read_pages(variables: Mapping[str, Any]) -> AsyncIterator[list[Variabl
     while True:
         json = {"variables": variables, "limit": PAGE, "offset": offset, "sort": "NAME_ASC"}
         async with get_client() as client:
-            page = variables_in(await client.request("POST", "/variables/filter", json=json))
+            page = variables_in(await read_in_turn(client, "/variables/filter", json=json))
         yield page
         if len(page) < PAGE:
             return
@@ -340,7 +341,7 @@ class PrefectRecords:
             CrewError: What is stored there is not a record that this version can read.
         """
         name = record_name(record.idempotency_key, record.attempt)
-        created = await _created_here({"name": name, **_body(record)}, RunRecord)
+        created = await _created_here({"name": name, **_body(record)}, RunRecord, urgency=Urgency.BEGIN)
         if created is None:
             return False
         record.ref, existing = created

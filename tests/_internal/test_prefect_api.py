@@ -10,7 +10,7 @@ import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew._internal import prefect_api
-from prefect_crew._internal.prefect_api import is_busy, request_soon
+from prefect_crew._internal.prefect_api import Urgency, is_busy, request_soon
 
 
 class Server:
@@ -70,14 +70,33 @@ async def test_the_last_error_is_raised(serve: Any, statuses: list[int], options
 
 async def test_changes_go_one_after_the_other_once_the_server_refused_two_at_once(serve: Any):
     server = serve(seconds=0.01)
-    await asyncio.gather(*(ask() for _ in range(5)))
-    assert server.most == 5
+    await asyncio.gather(*(ask() for _ in range(50)))
+    assert server.most == prefect_api.AT_ONCE
     server.statuses, server.most = [503], 0
     await ask()
     await asyncio.gather(*(ask() for _ in range(5)))
     assert server.most == 1
-    await asyncio.gather(*(ask(one_at_a_time=False) for _ in range(100)))
-    assert server.most == prefect_api.AT_ONCE, "what the server never refuses waits only for a connection"
+
+
+async def test_what_has_begun_goes_before_what_has_not_and_that_before_what_is_only_shown(serve: Any):
+    server, order = serve(seconds=0.01), list[Urgency]()
+
+    async def one(urgency: Urgency) -> None:
+        await ask(urgency=urgency)
+        order.append(urgency)
+
+    first = [asyncio.create_task(one(Urgency.SHOW)) for _ in range(prefect_api.AT_ONCE)]
+    await asyncio.sleep(0)
+    await asyncio.gather(*first, *(one(urgency) for urgency in reversed(Urgency) for _ in range(3)))
+    assert order[len(first) :] == sorted(order[len(first) :])
+    assert server.requests == len(order)
+
+
+async def test_the_time_for_which_a_change_waits_for_its_turn_is_none_of_its_attempts(serve: Any):
+    before = 5 * prefect_api.AT_ONCE
+    serve(*[200] * before, 503, seconds=0.1)
+    answers = await asyncio.gather(*(ask(give_up_after=0.3) for _ in range(before + 1)))
+    assert all(answer.is_success for answer in answers)
 
 
 async def test_a_request_that_hangs_holds_up_nobody_for_long(serve: Any, monkeypatch: pytest.MonkeyPatch):
@@ -92,4 +111,18 @@ async def test_a_request_that_hangs_holds_up_nobody_for_long(serve: Any, monkeyp
     assert (await asyncio.wait_for(ask(), 5)).is_success
     hanging.cancel()
     await asyncio.wait({hanging})
-    assert not prefect_api.lock_here("changes").locked(), "whoever is cancelled releases the lock"
+    slow = serve(seconds=0.01)
+    await asyncio.gather(*(ask() for _ in range(3)))
+    assert slow.most == 1, "whoever had a turn for too long gives none back for a second time"
+
+
+async def test_whoever_is_cancelled_passes_the_turn_on(serve: Any):
+    serve(seconds=0.02)
+    asking = [asyncio.create_task(ask()) for _ in range(40)]
+    await asyncio.sleep(0.03)
+    for one in asking[::2]:
+        one.cancel()
+    await asyncio.wait(asking)
+    server = serve(seconds=0.01)
+    await asyncio.gather(*(ask() for _ in range(20)))
+    assert server.most == prefect_api.AT_ONCE
