@@ -546,12 +546,10 @@ class _RowWatcher(Watcher):
         elif self._people is not None:
             await self._people.ask(status)
 
-    async def pause(self, seconds: float) -> None:
-        await (asyncio.sleep if self._waker is None else self._waker.pause)(seconds)
+    async def pause(self, seconds: float) -> bool:
+        return await (super().pause if self._waker is None else self._waker.pause)(seconds)
 
-    def stretch(self, delay: float) -> float:
-        if self._waker is not None:
-            return self._waker.stretch(delay)
+    def next_pause(self, delay: float) -> float:
         first, self._first_pause = self._first_pause, 0.0
         return max(delay, first)
 

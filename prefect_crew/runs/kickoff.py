@@ -49,7 +49,7 @@ from prefect_crew.runs.run import OpenRun, no_kickoff_left
 from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked, watch_ctrl_c
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
-from prefect_crew.webhooks import webhooks_for
+from prefect_crew.webhooks import is_prefect_cloud, webhooks_for
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
@@ -589,7 +589,7 @@ async def open_run(
     slots = await _take_slot(start, records) if crew.concurrency_limit else None
     if slots is not None:
         start = replace(start, slot=str(slots.lease))
-    if start.settings.webhook_url:
+    if start.settings.webhook_url and not is_prefect_cloud(start.settings.webhook_url):
         subscribe()
     try:
         async with (

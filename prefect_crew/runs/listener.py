@@ -1,17 +1,13 @@
 """End the pauses of waits early, when a webhook has come: one listener a process, however many runs it waits for.
 
-It asks the receiver itself, which answers within milliseconds. It also reads Prefect's events, which take a second: an
-answer that somebody else has given is only there, and so is all that Prefect Cloud's own receiver takes. A webhook
-proves nothing and may never come, so the status call goes on being made, only more rarely, and as often as without
-webhooks once the receiver was found not to answer.
+It asks the receiver, which answers within milliseconds. A webhook proves nothing and may never come: it only brings the
+next status call forward. Polls go on as the policy says, so no end is seen later than without webhooks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
-import math
 import threading
 import time
 from collections import OrderedDict
@@ -22,31 +18,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from prefect.events.clients import get_events_subscriber
-from prefect.events.filters import EventFilter, EventNameFilter
-from websockets.exceptions import WebSocketException
 
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS
-from prefect_crew._text import one_line
 from prefect_crew.client._parsing import as_list, as_object, tokens_of
 from prefect_crew.client.models import CrewStatus, TokenUsage
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
-from prefect_crew.webhooks import ASKED, CALLED, COMPLETED, WAKING, latest_webhooks_of
+from prefect_crew.webhooks import ASKED, CALLED, COMPLETED, is_prefect_cloud, latest_webhooks_of
 
-ANSWERED = "crew.reviewed"
-KEY_LABEL = "prefect-crew.idempotency-key"
-SAFETY = (15.0, 30.0, 60.0)
-"""Seconds between two looks while webhooks are trusted: the first, the second, all further ones."""
-AFTER_WAKE = 0.5
-"""Seconds between the look that a webhook caused and the next one, if it showed nothing new; then twice as many each. A
-webhook may come before the status shows what it is about."""
-DISTRUST = 600.0
-"""Seconds for which the receiver is not relied on after a run was found changed that no webhook had reported."""
-KEPT = 300.0  # seconds for which an event is remembered for a waiter that begins to wait after it
-MOST_KEPT = 10_000  # runs of which events are remembered
-RECONNECT = 5.0
+KEPT = 300.0  # seconds for which a webhook is remembered for a waiter that begins to wait after it
+MOST_KEPT = 10_000  # runs of which webhooks are remembered
+AWAY = (1.0, 2.0, 5.0)
+"""Seconds before the receiver is asked again after each failure in a row; the last counts for all further ones."""
 ANSWER_WITHIN = 30.0  # seconds for an answer of the receiver, which holds it back for ten while there is nothing to say
 USAGE_WITHIN = 0.5
 """Seconds for which the end of a run waits for the webhooks that may tell its tokens, where its status does not."""
@@ -68,11 +53,7 @@ class Waker:
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._has_ended = False
-        self._looks = 0
-        self._next_soon = math.inf
-        self._was_soon = False
         self._asked: set[Question] = set()
-        self.woken = False
 
     def wake(self, asked: Question | None = None, *, ends_pause: bool = True) -> None:
         """Tell of a webhook; from any thread. `asked`: what a person is asked, if that is what it says."""
@@ -117,32 +98,16 @@ class Waker:
             return status.state is not CrewState.STOPPED and not tokens.has_all_calls
         return status.state is CrewState.COMPLETED and not (tokens.usage or tokens.heard >= _TELLING)
 
-    def stretch(self, delay: float) -> float:
-        """Return the pause before the next look, in seconds: a long one while a webhook is sure to end it."""
-        if not self._hub.trusted:
-            return delay
-        soon, self._next_soon = self._next_soon, 2 * self._next_soon
-        self._was_soon = soon < SAFETY[0]
-        if self._was_soon:
-            return soon
-        longer = SAFETY[min(self._looks, len(SAFETY) - 1)]
-        self._looks += 1
-        return max(delay, longer)
-
-    async def pause(self, seconds: float) -> None:
-        """Sleep, until something has happened at the most."""
+    async def pause(self, seconds: float) -> bool:
+        """Sleep, until a webhook comes at the longest; True if one did."""
         try:
             async with asyncio.timeout(seconds):
                 await self._event.wait()
-            self.woken, self._next_soon = True, AFTER_WAKE
         except TimeoutError:
-            self.woken = False
+            self._hub.warn_of_trouble()
+            return False
         self._event.clear()
-
-    def note_missed(self) -> None:
-        """Note that a run was found changed, which a webhook should have reported."""
-        if not self.woken and not self._was_soon:
-            self._hub.distrust()
+        return True
 
 
 @dataclass
@@ -196,32 +161,51 @@ class _Run:
     tokens: dict[str, _Tokens] = field(default_factory=dict[str, _Tokens])
 
 
+class _ReceiverError(Exception):
+    """The receiver did not say which webhooks came; the text says what it does instead."""
+
+
+async def _ask(client: httpx.AsyncClient, url: str, cursor: str) -> dict[str, Any]:
+    """Return what the receiver says about the webhooks after a cursor, with the cursor after them."""
+    try:
+        answer = await client.get(url, params={"after": cursor})
+        body = as_object(answer.json()) if answer.is_success else {}
+    except (*HTTP_ERRORS, httpx.InvalidURL) as error:
+        raise _ReceiverError(f"does not answer at {url} ({type(error).__name__})") from error
+    except (ValueError, RecursionError):
+        answer, body = None, {}
+    if answer is not None and not answer.is_success:
+        raise _ReceiverError(f"answers HTTP {answer.status_code} to GET {url}")
+    if not isinstance(body.get("cursor"), str):
+        raise _ReceiverError(f"answers GET {url} with something else than webhooks")
+    return {**body}
+
+
 class _Hub:
-    """The subscription, in a thread of its own since waiters come from many event loops."""
+    """What the receiver reports, read in a thread of its own since waiters come from many event loops."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._runs: OrderedDict[str, _Run] = OrderedDict()
-        self._has_events = False
-        self._has_receiver = False
-        self._was_refused = False
-        self._distrusted_until = 0.0
         self._heard: OrderedDict[str, None] = OrderedDict()
         self._silent_until: dict[str, float] = {}  # by the address of a crew
+        self._has_receiver = False
+        self._trouble: str | None = None
+        self._warned: set[str | None] = set()
 
     @property
-    def is_connected(self) -> bool:
-        """Whether webhooks reach this process, as far as is known."""
-        return self._has_events or self._has_receiver
+    def is_in_trouble(self) -> bool:
+        """Whether no webhook reaches this process, as far as is known."""
+        return self._trouble is not None
 
-    @property
-    def trusted(self) -> bool:
-        """Whether webhooks reach this process, and none was found to be missing lately."""
-        return self.is_connected and time.monotonic() >= self._distrusted_until
-
-    def distrust(self) -> None:
-        self._distrusted_until = time.monotonic() + DISTRUST
+    def warn_of_trouble(self) -> None:
+        """Say in the log of the flow run around this call, once, that no webhook reaches this process."""
+        trouble, own = self._trouble, flow_run_id()
+        if trouble is None or own in self._warned:
+            return
+        self._warned.add(own)
+        run_logger().warning("%s Runs are polled as without webhooks.", trouble)
 
     def start(self) -> None:
         with self._lock:
@@ -264,7 +248,7 @@ class _Hub:
 
     def may_hear_of(self, crew: str) -> bool:
         """Return whether webhooks reach this process, and those about a crew's runs tell tokens, as far as is known."""
-        return self.is_connected and time.monotonic() >= self._silent_until.get(crew, 0.0)
+        return self._has_receiver and time.monotonic() >= self._silent_until.get(crew, 0.0)
 
     def note_silent(self, crew: str) -> None:
         """Note that the tokens of a crew's run were waited for in vain."""
@@ -272,67 +256,41 @@ class _Hub:
 
     async def _listen(self) -> None:
         try:
-            await asyncio.gather(self._read_events(), self._ask_receiver())
-        finally:
-            self._has_events = self._has_receiver = False
-
-    async def _ask_receiver(self) -> None:
-        """Ask the receiver for the latest webhooks, again and again. One that is away is no fault: there are Prefect's
-        events, and polling."""
-        try:
             place = latest_webhooks_of(CrewSettings())
+            if place is not None:
+                await self._ask_receiver(*place)
         except ConfigurationError as error:
-            logging.getLogger("prefect_crew").warning("%s Waits poll as without webhooks.", error)
-            return
-        if place is None:
-            return
-        (url, token), cursor = place, ""
+            self._trouble = str(error)
+        finally:
+            self._has_receiver = False
+
+    async def _ask_receiver(self, url: str, token: str) -> None:
+        """Ask the receiver for the latest webhooks, again and again."""
+        cursor, failures = "", 0
         # A token does not go through a proxy in clear text.
         async with httpx.AsyncClient(
             headers={"Authorization": f"Bearer {token}"}, timeout=ANSWER_WITHIN, trust_env=url.startswith("https:")
         ) as client:
             while True:
                 try:
-                    answer = await client.get(url, params={"after": cursor})
-                    body = as_object(answer.json()) if answer.is_success else {}
-                except (*HTTP_ERRORS, httpx.InvalidURL, ValueError, RecursionError):
-                    body = {}  # nothing that a receiver would say
-                webhooks, found = as_list(body.get("webhooks")), body.get("cursor")
-                for webhook in webhooks:
+                    body = await _ask(client, url, cursor)
+                except _ReceiverError as error:
+                    self._has_receiver, failures = False, failures + 1
+                    if failures > 1:  # a receiver that is started again is back by then
+                        self._trouble = f"The webhook receiver {error}."
+                    await asyncio.sleep(AWAY[min(failures, len(AWAY)) - 1])
+                    continue
+                cursor, failures = body["cursor"], 0
+                self._has_receiver, self._trouble = True, None
+                self._warned.clear()
+                for webhook in as_list(body.get("webhooks")):
                     self._hear(as_object(webhook))
-                # Where several receivers share the webhooks, or one of them has just started, some may have gone
-                # elsewhere.
-                self._has_receiver = isinstance(found, str) and body.get("missed") is not True
-                cursor = found if isinstance(found, str) else cursor
-                if not self._has_receiver:
-                    await asyncio.sleep(RECONNECT)
-
-    async def _read_events(self) -> None:
-        names = EventFilter(event=EventNameFilter(name=[*WAKING, ANSWERED]))
-        while True:
-            try:
-                async with get_events_subscriber(filter=names, reconnection_attempts=0) as events:
-                    self._has_events, self._was_refused = True, False
-                    async for event in events:
-                        key = event.resource.get(KEY_LABEL)
-                        known = {"id": str(event.id), "event": event.event, "idempotency_key": key}
-                        self._hear({**event.payload, **known})
-            except (*HTTP_ERRORS, WebSocketException, OSError, ValueError):
-                pass  # away: the waiters look by themselves until it is back
-            except Exception as error:
-                if type(error) is not Exception:
-                    raise
-                # Prefect's subscriber raises a plain Exception where its server refuses the credentials.
-                if not self._was_refused:
-                    logging.getLogger("prefect_crew").warning(
-                        "Webhooks do not shorten waits in this process: %s", one_line(str(error))
-                    )
-                self._was_refused = True
-            self._has_events = False
-            await asyncio.sleep(RECONNECT)
+                if body.get("missed") is True:
+                    # Several receivers behind one address take turns, and none has the cursor of another.
+                    await asyncio.sleep(AWAY[-1])
 
     def _hear(self, event: Mapping[str, Any]) -> None:
-        """Wake the waiters of the run that an event is about, once: most come from the receiver and from Prefect."""
+        """Wake the waiters of the run that a webhook is about, once."""
         id_, name, idempotency_key = event.get("id"), event.get("event"), event.get("idempotency_key")
         if not (isinstance(id_, str) and isinstance(name, str) and isinstance(idempotency_key, str)):
             return
@@ -352,13 +310,11 @@ class _Hub:
             wakers = list(run.wakers)
             if name != CALLED:
                 run.notified_at, run.asked = time.monotonic(), asked or run.asked
-                if name != ANSWERED:  # webhooks do come
-                    self._distrusted_until = 0.0
         for waker in wakers:
             waker.wake(asked, ends_pause=name != CALLED)
 
 
-_hub = _Hub()  # Process-wide: one subscription serves the waiters of all event loops.
+_hub = _Hub()  # Process-wide: one connection serves the waiters of all event loops.
 
 
 def subscribe() -> None:
@@ -368,8 +324,9 @@ def subscribe() -> None:
 
 @asynccontextmanager
 async def waker_for(idempotency_key: str, crew: str) -> AsyncGenerator[Waker | None]:
-    """Give a waker for a run's waiter; None where webhooks are off. `crew` is its address."""
-    if not (settings := CrewSettings()).webhook_url:
+    """Give a waker for a run's waiter; None where no receiver of ours takes webhooks. `crew` is its address."""
+    settings = CrewSettings()
+    if not settings.webhook_url or is_prefect_cloud(settings.webhook_url):
         yield None
         return
     _hub.start()

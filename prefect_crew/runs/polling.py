@@ -1,4 +1,4 @@
-"""The loop that waits for a run: how often to look at its status, and until when. Without Prefect or HTTP."""
+"""The loop that waits for a run: how often to look at its status, and until when."""
 
 from __future__ import annotations
 
@@ -26,13 +26,20 @@ from prefect_crew.exceptions import (
 from prefect_crew.records.model import RunRecord
 from prefect_crew.states import CrewState
 
+LOOK = 60.0
+"""Seconds that a look may take, for the budget of errors."""
 NO_ANSWER = (CrewConnectionError, ResponseFormatError, CrewAPIError)
 """What a look that tells nothing about the run raises."""
 
 
-def poll_delays(policy: WaitPolicy, rng: Callable[[], float] = random.random) -> Iterator[float]:
-    """Yield the pauses between looks, in seconds, without end. `rng` gives numbers in [0, 1)."""
-    delay = policy.initial
+def poll_delays(
+    policy: WaitPolicy, rng: Callable[[], float] = random.random, *, again: bool = False
+) -> Iterator[float]:
+    """Yield the pauses between looks, in seconds, without end.
+
+    `rng` gives numbers in [0, 1). `again`: they begin anew, and `initial` is none that is longer than the later ones.
+    """
+    delay = min(policy.initial, policy.max_interval) if again else policy.initial
     while True:
         yield delay * (1 + policy.jitter * (2 * rng() - 1))
         delay = min(delay * policy.factor, policy.max_interval)
@@ -104,13 +111,18 @@ class Watcher:
     async def on_error(self, error: CrewError) -> None:
         """Take in that a look failed."""
 
-    async def pause(self, seconds: float) -> None:
-        """Wait so long, or until something has happened."""
+    async def pause(self, seconds: float) -> bool:
+        """Wait so long, or until there is news: True then, and the pauses begin with `initial` again."""
         await asyncio.sleep(seconds)
+        return False
 
-    def stretch(self, delay: float) -> float:
-        """Return a longer pause where `pause` is sure to end early, or a shorter one; a budget still cuts it."""
+    def next_pause(self, delay: float) -> float:
+        """Return how long the next pause is where the policy says `delay`; a budget still cuts it."""
         return delay
+
+    def has_answered(self) -> bool:
+        """Return whether an answer was sent since this was last asked: the pauses then begin with `initial` again."""
+        return False
 
     async def more_time(self) -> float:
         """Return how many more seconds people get, whose time is over; 0 ends the wait."""
@@ -159,7 +171,7 @@ async def poll(
     state = _Poll(names, policy, phases, watcher, now, rng)
     if not first_look:
         # Counted from the kickoff: what was written down since is not a reason to look later.
-        await watcher.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
+        await state.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
     try:
         while True:
             try:
@@ -169,11 +181,13 @@ async def poll(
             except NO_ANSWER as error:
                 await state.failed(error)
                 asked = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
-                await watcher.pause(max(state.next_delay(), asked))
+                await state.pause(max(state.next_delay(), asked))
                 continue
             if await state.take(status):
                 return status
-            await watcher.pause(state.next_pause())
+            if watcher.has_answered():
+                state.begin_anew()
+            await state.pause(state.next_pause())
     finally:
         if state.waits:
             count_waiting(crew, -1)
@@ -195,9 +209,21 @@ class _Poll:
     failing_for: float = 0.0
     """Seconds that failed looks have cost since the last good answer."""
     failed_at: float | None = None
+    paused: float = 0.0
+    """Seconds that the last pause was to take."""
 
     def __post_init__(self) -> None:
         self.delays, self.began = poll_delays(self.policy, self.rng), self.now()
+
+    def begin_anew(self) -> None:
+        """Have the pauses begin with `initial` again."""
+        self.delays = poll_delays(self.policy, self.rng, again=True)
+
+    async def pause(self, seconds: float) -> None:
+        """Pause before the next look."""
+        self.paused = seconds
+        if await self.watcher.pause(seconds):
+            self.begin_anew()
 
     @property
     def left(self) -> tuple[str, float, float] | None:
@@ -208,7 +234,7 @@ class _Poll:
 
     def next_pause(self) -> float:
         """Cut the next delay to the end of the budget that ends first: the last look falls on it, not after it."""
-        delay, left = self.watcher.stretch(self.next_delay()), self.left
+        delay, left = self.watcher.next_pause(self.next_delay()), self.left
         if left is None or left[2] <= 0:
             return delay
         # Not less than a clock of seconds since the epoch can show: the look must not fall just before the end.
@@ -228,7 +254,7 @@ class _Poll:
         else:
             self.unknown = 0
             if self.seen is not None and status.state is not self.seen:
-                self.delays = poll_delays(self.policy, self.rng)
+                self.begin_anew()
             self.seen = status.state
             waits = self.seen is CrewState.WAITING
             if waits is not self.waits:
@@ -258,7 +284,8 @@ class _Poll:
             self.failed_at = None
         else:
             if self.failed_at is not None:
-                self.failing_for += moment - self.failed_at
+                # A laptop that slept in between did not ask anybody.
+                self.failing_for += min(moment - self.failed_at, self.paused + LOOK)
             self.failed_at = moment
         await self.watcher.on_error(error)
         if self.failing_for >= self.policy.error_timeout:

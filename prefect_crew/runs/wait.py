@@ -190,9 +190,6 @@ class _Waiter(Watcher):
         run.notify(status)
         is_new_state = before is None or before.state is not status.state
         is_new_task = status.current_task is not None and (before is None or before.current_task != status.current_task)
-        # A failed crew sends no webhook, so that one was not missed.
-        if self.waker is not None and is_new_state and status.state in (CrewState.COMPLETED, CrewState.WAITING):
-            self.waker.note_missed()
         if self._in_trouble:
             self._in_trouble = False
             self.log.info("Crew run %s: the status call answers again.", run.kickoff_id)
@@ -243,21 +240,19 @@ class _Waiter(Watcher):
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
 
-    async def pause(self, seconds: float) -> None:
+    async def pause(self, seconds: float) -> bool:
         """Pause between two looks at the run. One that has no artifact yet gets it meanwhile, if the pause is long."""
         began, first = time.monotonic(), self._shown_at + SHOW_EVERY - time.monotonic()
         if self.run.artifact.is_new and first < seconds:
-            if first > 0:
-                await self._pause(first)
-                if self.waker is not None and self.waker.woken:
-                    return
+            if first > 0 and await self._pause(first):
+                return True
             await self._show(self.last, force=True)
             seconds -= time.monotonic() - began
-        await self._pause(max(seconds, 0.0))
+        return await self._pause(max(seconds, 0.0))
 
-    async def _pause(self, seconds: float) -> None:
-        """Pause, and look meanwhile whether the flow run was cancelled."""
-        pause = asyncio.sleep if self.waker is None else self.waker.pause
+    async def _pause(self, seconds: float) -> bool:
+        """Pause, and look meanwhile whether the flow run was cancelled; True if there is news."""
+        pause = super().pause if self.waker is None else self.waker.pause
         pausing = pause(seconds) if self.people is None else self.people.pause(pause, seconds)
         if seconds <= stop.LOOK_EVERY or self.own is None or stop.started_by_runner():
             return await pausing
@@ -270,10 +265,11 @@ class _Waiter(Watcher):
         finally:
             await cancel_and_wait(task)
 
-    def stretch(self, delay: float) -> float:
-        longer = delay if self.waker is None else self.waker.stretch(delay)
-        soon = None if self.people is None else self.people.next_look()
-        return longer if soon is None else min(longer, soon)
+    def next_pause(self, delay: float) -> float:
+        return delay if self.people is None else self.people.next_pause(delay)
+
+    def has_answered(self) -> bool:
+        return self.people is not None and self.people.has_answered()
 
     async def more_time(self) -> float:
         return 0.0 if self.people is None else await self.people.more_time()

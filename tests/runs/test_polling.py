@@ -59,14 +59,21 @@ class World(Watcher):
     human_waits: list[bool] = field(default_factory=list)
     troubles: int = 0
     stops: str | None = None
+    news: Sequence[float] = ()
+    """When a webhook comes, in seconds from the kickoff."""
+    answers: list[float] = field(default_factory=list)
+    """When somebody answers, in seconds from the kickoff: the look after it sends the answer."""
 
     def now(self) -> float:
         return self.time
 
-    async def pause(self, seconds: float) -> None:
+    async def pause(self, seconds: float) -> bool:
         assert seconds >= 0
         assert len(self.looks) < 20_000, "the loop spins"
-        self.time += seconds
+        end = self.time + seconds
+        news = next((at for at in self.news if self.time < self.started + at < end), None)
+        self.time = end if news is None else self.started + news
+        return news is not None
 
     async def look(self) -> CrewStatus:
         self.looks.append(self.time - self.started)
@@ -86,6 +93,11 @@ class World(Watcher):
 
     async def stop(self, phase: str) -> bool:
         return phase == self.stops
+
+    def has_answered(self) -> bool:
+        sent = [at for at in self.answers if self.started + at <= self.time]
+        self.answers = [at for at in self.answers if at not in sent]
+        return bool(sent)
 
     async def wait(self, policy: WaitPolicy = STEADY, *, phases: Phases | None = None, **options: object) -> CrewStatus:
         return await poll(
@@ -172,6 +184,59 @@ async def test_a_change_of_state_makes_it_look_often_again():
     world = World(steps((14, PENDING), (30, RUNNING)))
     await world.wait(policy)
     assert world.looks == [1, 4, 13, 23, 24, 27, 36]
+
+
+async def test_after_an_answer_it_looks_often_again_while_the_state_stays_the_same():
+    policy = STEADY.model_copy(update={"initial": 1.0, "factor": 3.0, "max_interval": 30.0})
+    world = World(steps((150, WAITING)), answers=[95.0])
+    await world.wait(policy)
+    assert world.looks == [1, 4, 13, 40, 70, 100, 101, 104, 113, 140, 170]
+
+
+async def test_a_webhook_brings_a_look_forward_and_never_makes_one_later():
+    policy = STEADY.model_copy(update={"initial": 60.0, "max_interval": 5.0})
+    alone = World(steps((83, RUNNING)))
+    await alone.wait(policy)
+    early = World(steps((83, RUNNING)), news=[7.0, 83.0])
+    await early.wait(policy)
+    assert alone.looks == [60, 65, 70, 75, 80, 85]
+    assert early.looks == [7, *range(12, 83, 5), 83]
+
+
+@given(
+    end=st.floats(1, 3000),
+    news=st.lists(st.floats(0.1, 3000), max_size=8),
+    initial=st.floats(0.5, 100),
+    factor=st.floats(1, 3),
+    longest=st.floats(0.5, 100),
+)
+async def test_with_webhooks_the_end_is_seen_within_a_pause_that_the_policy_knows(
+    end: float, news: list[float], initial: float, factor: float, longest: float
+):
+    policy = STEADY.model_copy(update={"initial": initial, "factor": factor, "max_interval": longest})
+    world = World(steps((end, RUNNING)), news=sorted(news))
+    await world.wait(policy)
+    assert world.looks[-1] <= max(initial, end + longest) + 1e-6
+
+
+async def test_a_change_of_state_after_a_long_first_pause_does_not_bring_it_back():
+    world = World(steps((60, PENDING), (83, RUNNING)))
+    await world.wait(STEADY.model_copy(update={"initial": 60.0, "max_interval": 5.0}))
+    assert world.looks == [60, 65, 70, 75, 80, 85]
+
+
+async def test_a_laptop_that_slept_between_two_failed_looks_has_not_been_asking():
+    looks: list[float] = []
+
+    def at(seconds: float) -> Seen:
+        looks.append(seconds)
+        if len(looks) == 2:
+            world.time += 28_800  # it sleeps in the second look
+        return broken() if len(looks) < 5 else COMPLETED
+
+    world = World(at)
+    await world.wait(STEADY.model_copy(update={"error_timeout": 300.0}))
+    assert world.troubles == 4
 
 
 # Budgets, trouble, and runs that the server does not know

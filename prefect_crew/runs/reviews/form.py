@@ -29,7 +29,6 @@ from prefect_crew.records.model import utcnow
 from prefect_crew.runs.reviews.questions import Question, Review, digest, where_to_look
 
 if TYPE_CHECKING:
-    from prefect_crew.runs.listener import Waker
     from prefect_crew.runs.run import OpenRun
 
 MARGIN = timedelta(days=1)  # how long a flow run stays paused after people's time is over, should its process have died
@@ -211,13 +210,13 @@ class Form:
                 if error.response.status_code != 404:
                     raise
 
-    async def pause(self, pause: Callable[[float], Awaitable[None]], seconds: float, waker: Waker | None) -> None:
-        """Pause between two looks at the run, and end it as soon as the form was filled in."""
+    async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
+        """Pause between two looks at the run, and end it as soon as there is news or the form was filled in."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            await pause(min(left, LOOK_EVERY))
-            if (waker is not None and waker.woken) or await self.look() is not None:
-                return
+            if await pause(min(left, LOOK_EVERY)) or await self.look() is not None:
+                return True
+        return False
 
     async def aclose(self, *, ended: bool) -> None:
         """Take the form down. Where the run has ended, what was filled in too late is deleted."""

@@ -58,8 +58,6 @@ REFUSALS = (400, 404, 409)  # what `/resume` answers where the run does not wait
 REQUEST_WITHIN = 60.0
 """Seconds that the request of a Flow may take to arrive, where `/resume` has refused an answer to it."""
 OUTPUT_WITHIN = 5.0  # seconds for which a question of which the status shows nothing waits for what its webhook brings
-SOON = 120.0
-"""Seconds after an answer for which the status is read more often than the policy says, to see the crew go on."""
 UNSAVED = 120.0  # seconds for which whoever sends an answer may still write down what became of it
 
 
@@ -92,7 +90,7 @@ class People:
         self.answers: list[SentReview] = []
         self._form = Form(flow_run_id(), self.run, self.policy) if self.review == "form" else None
         self._function: ReviewFunction | None = None if self.review == "form" else self.review
-        self._has_extra_time = False
+        self._has_extra_time = self._has_answered = False
         # What tells one question from the next, from look to look.
         self._open: Question | None = None
         self._answered: SentReview | None = None  # the answer to what the status still shows
@@ -325,6 +323,7 @@ class People:
             return None if isinstance(error, CrewLostError) else False
         self.answers = [*question.before, sent]
         self._open, self._answered, self._was_refused = None, None if sent.moved_on else sent, False
+        self._has_answered = True
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
             "Crew run %s: task %s, round %d: %s by %s.", self.run.kickoff_id, question.task, question.round, verdict, by
@@ -364,21 +363,18 @@ class People:
 
     # Pauses, and the end
 
-    async def pause(self, pause: Callable[[float], Awaitable[None]], seconds: float) -> None:
-        """Pause, and end it as soon as the form was filled in."""
-        if self._form is None:
-            await pause(seconds)
-        else:
-            await self._form.pause(pause, seconds, self.waker)
+    async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
+        """Pause, and end it as soon as there is news or the form was filled in: True then."""
+        return await (pause(seconds) if self._form is None else self._form.pause(pause, seconds))
 
-    def next_look(self) -> float | None:
-        """Return after how many seconds a look would be welcome, since an answer has just been given; else None."""
-        if self._held_until is not None:
-            return 1.0
-        if self._answered is None:
-            return None
-        since = (utcnow() - self._answered.at).total_seconds()
-        return max(1.0, since) if since < SOON else None
+    def next_pause(self, delay: float) -> float:
+        """Return a shorter pause where what is to be judged is about to arrive."""
+        return delay if self._held_until is None else min(delay, 1.0)
+
+    def has_answered(self) -> bool:
+        """Return whether an answer was sent since this was last asked."""
+        sent, self._has_answered = self._has_answered, False
+        return sent
 
     async def aclose(self, *, ended: bool) -> None:
         """The wait is over, and so is the run if it has `ended`: take back what was put up for an answer."""
