@@ -139,7 +139,7 @@ def measure(given: argparse.Namespace) -> None:
     from support.prefect_server import drain
 
     url = os.environ["PREFECT_API_URL"]
-    requests, pid = Requests(url), int(os.environ["BENCHMARK_PREFECT_PID"])
+    requests, pid, receiver_pid = Requests(url), int(os.environ["BENCHMARK_PREFECT_PID"]), 0
     with contextlib.ExitStack() as stack:
         if given.way.startswith("webhooks"):
             running = stack.enter_context(contextlib.ExitStack())
