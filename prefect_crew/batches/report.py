@@ -161,7 +161,7 @@ class BatchProgress:
 
     Attributes:
         name: The batch.
-        phase: What is done now.
+        phase: What is done now. `waiting`: nothing is in flight, and the crew's concurrency limit has no free slot.
         total: Rows that can be run; 0 while they are checked. `set_aside`: those that cannot.
         counts: How many rows stand in each state, as the ledger was last read.
         in_flight: Runs that are waited for. `people`: those of them that wait for a person.
@@ -171,7 +171,7 @@ class BatchProgress:
     """
 
     name: str
-    phase: Literal["checking", "running", "finishing", "done"] = "checking"
+    phase: Literal["checking", "waiting", "running", "finishing", "done"] = "checking"
     total: int = 0
     set_aside: SetAside = field(default_factory=SetAside)
     counts: Mapping[RowState, int] = field(default_factory=dict[RowState, int])

@@ -49,7 +49,7 @@ from prefect_crew.batches.report import (
     OnProgress,
 )
 from prefect_crew.batches.rows import Checked, RowPlan, SetAside, expected_inputs, rejected_name
-from prefect_crew.batches.runner import Runner, hold_concurrency_slots
+from prefect_crew.batches.runner import Runner, rows_at_once
 from prefect_crew.batches.throttle import BatchClient, Throttle
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
@@ -66,6 +66,7 @@ from prefect_crew.prices import ONE_TOKEN, Spending, cost_of
 from prefect_crew.records.budgets import reserves_median, to_stop
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.store import KEPT, PrefectRecords
+from prefect_crew.runs.limits import SlotPool
 from prefect_crew.webhooks import webhooks_for
 
 if TYPE_CHECKING:
@@ -498,7 +499,7 @@ class _Batch:
             progress.uncertain_keys = [row.key async for row in uncertain]
         self.refresh_after = time.monotonic() + 20 * (time.monotonic() - began)
 
-    def _tell(self, phase: Literal["checking", "running", "finishing", "done"]) -> None:
+    def _tell(self, phase: Literal["checking", "waiting", "running", "finishing", "done"]) -> None:
         self.progress.phase = phase
         if self.on_progress is not None:
             self.on_progress(self.progress)
@@ -508,10 +509,12 @@ class _Batch:
         async with AsyncExitStack() as stack:
             runner = Runner(
                 *(self.session, self.throttle, self.ledger, options),
-                max_in_flight=await hold_concurrency_slots(self.session, options, stack),
+                max_in_flight=await rows_at_once(self.session.crew, options),
                 on_end=self.progress.add,
                 judge_again=not self._lines_stay,
             )
+            if self.session.crew.concurrency_limit is not None:
+                self.throttle.slots = await stack.enter_async_context(SlotPool(self.session.crew))
             self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=BEGIN_FOR)
             self.begin_after = time.monotonic() + BEGIN_EVERY
             if reserves_median(self.job.crew):
@@ -535,7 +538,7 @@ class _Batch:
         progress.tick()
         if time.monotonic() > self.refresh_after:
             await self._refresh()
-        self._tell("running")
+        self._tell("waiting" if self.throttle.waits_for_slot and not runner.waiting else "running")
         await self.artifact.update(progress)
         if progress.people:
             await self._note_people(True)

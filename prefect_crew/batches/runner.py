@@ -6,14 +6,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from itertools import islice
 from typing import Any
 from uuid import uuid4
 
-from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
@@ -36,7 +34,7 @@ from prefect_crew.batches.throttle import Throttle
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import CrewSession
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
     BatchCancelledError,
@@ -55,7 +53,7 @@ from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
 from prefect_crew.records.store import KEPT
 from prefect_crew.runs.kickoff import Start, Started, start_run
-from prefect_crew.runs.limits import missing_limit, take_slots
+from prefect_crew.runs.limits import most_at_once
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
@@ -267,6 +265,9 @@ class Runner:
                     return opened
                 record, found = opened.record, not opened.is_new
                 count += opened.is_new
+            elif self.throttle.slots is not None:
+                with suppress(*PREFECT_ERRORS, ConfigurationError):
+                    await self.throttle.slots.take(job.key)  # it is in flight already, with a slot or without one
             end = await self._wait(job, record, first_look=found)
             if end is None:
                 return None
@@ -275,6 +276,7 @@ class Runner:
                 self.throttle.completed()
             if not self._starts_again(job, state, count=count, before=before, owed=owed):
                 return end
+            self.throttle.left(job.key)
             record, place = None, self._place(job, record, state)
 
     def _place(self, job: RowJob, record: RunRecord, state: RowState) -> str | None:
@@ -341,6 +343,8 @@ class Runner:
         if isinstance(error, KickoffUncertainError):
             self.started += 1
             self.throttle.kickoffs += 1
+            if self.throttle.slots is not None:
+                self.throttle.slots.leave(job.key)
         elif kickoff_fate(error) is KickoffFate.RETRY:
             self.throttle.refused(error)
             return None
@@ -358,6 +362,7 @@ class Runner:
         is_judged = False
         if record.phase is not RecordPhase.ENDED:
             self.waiting[job.key] = record
+            self.throttle.wait_for(len(self.waiting))
             try:
                 if record.error is not None:
                     # Noted by an earlier call that has left the run, which is waited for again.
@@ -376,6 +381,7 @@ class Runner:
                     return await self._without_result(job, record, error)
             finally:
                 del self.waiting[job.key]
+                self.throttle.wait_for(len(self.waiting))
         state = state_of(record) if is_judged else await self._judge(job, record)
         if state is not RowState.COMPLETED and record.reason not in STOPPED_BY_US:
             self.throttle.failed(job.key, record.error or "the crew gave no reason")
@@ -604,31 +610,20 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
     return answer.accepted
 
 
-async def hold_concurrency_slots(session: CrewSession, options: BatchOptions, stack: AsyncExitStack) -> int:
-    """Hold slots of the crew's shared limit for as many rows as are in flight at once; return how many that are.
+async def rows_at_once(crew: Crew, options: BatchOptions) -> int:
+    """Return how many rows are in flight at once at the most.
 
-    Raises ConfigurationError: there is no such limit, or it is smaller than what was asked for.
+    Raises ConfigurationError: the crew's limit does not exist, or is smaller than the number that was asked for.
     """
-    crew, chosen = session.crew, options.max_in_flight
-    limit = crew.concurrency_limit
+    chosen, limit = options.max_in_flight, await most_at_once(crew)
     if limit is None:
         return chosen or IN_FLIGHT
-    async with get_client() as client:
-        try:
-            found = await client.read_global_concurrency_limit_by_name(limit)
-        except ObjectNotFound:
-            raise missing_limit(crew) from None
-    most = chosen or max(1, min(IN_FLIGHT, found.limit))
-    if most > found.limit > 0:
+    if chosen is not None and chosen > limit:
         raise ConfigurationError(
-            f"max_in_flight is {most}, and crew {crew.label} allows {found.limit} runs in flight in all "
-            f"(concurrency limit {limit!r}). Give max_in_flight={found.limit} or less."
+            f"max_in_flight is {chosen}, and crew {crew.label} allows {limit} runs in flight in all "
+            f"(concurrency limit {crew.concurrency_limit!r}). Give max_in_flight={limit} or less."
         )
-    slots = await take_slots(crew, most)
-    if slots is not None:
-        stack.push_async_callback(slots.release)
-        await stack.enter_async_context(slots.kept())
-    return most
+    return chosen or min(IN_FLIGHT, limit)
 
 
 async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:

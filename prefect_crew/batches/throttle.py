@@ -11,11 +11,13 @@ from functools import partial
 from typing import Any
 
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._transport import Answer, Call, Connections, PoolLane, poll_lane
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew
-from prefect_crew.exceptions import CrewError, RateLimitedError, ServerError
+from prefect_crew.exceptions import ConfigurationError, CrewError, RateLimitedError, ServerError
+from prefect_crew.runs.limits import SlotPool
 
 POLLS_AT_ONCE = 256
 """Status calls at a time. They cost nothing but time: where answers take 0.2 s, 256 are 1,280 polls a second."""
@@ -54,7 +56,9 @@ class Throttle:
     """Decides when the next run of a batch is kicked off. One for a batch in one process, on one event loop.
 
     - Until a kickoff was accepted, and again once one was refused, they go one by one: a wrong token or a server that
-      is away costs one row's time. Pauses between refused ones double; after 10 minutes of them the batch stops.
+      is away costs one row's time. Pauses between refused ones double; after 10 minutes of them the batch stops. While
+      runs are in flight these minutes do not count: the server, or a budget, is full, and has room at the end of one.
+    - A row takes a slot of the crew's limit, where it has one.
     - After `breaker` failed rows in a row there is a pause; then one row is tried, whose end is waited for. If that
       fails the next pause is twice as long. After three that failed the batch stops.
 
@@ -62,12 +66,17 @@ class Throttle:
         stopped: Why no more runs are kicked off; None as long as they are.
         kickoffs: How many were, or may have been, kicked off by all calls.
         under_way: How many are under way.
+        in_flight: How many runs are waited for.
+        slots: The slots of the crew's limit, None if it has none.
+        waits_for_slot: Whether the next row waits for a slot of the crew's limit.
     """
 
     def __init__(self, options: BatchOptions) -> None:
         self.stopped: str | None = None
         self.kickoffs = 0
-        self.under_way = 0
+        self.under_way = self.in_flight = 0
+        self.waits_for_slot = False
+        self.slots: SlotPool | None = None
         self._options = options
         self._fastest = math.inf
         self._interval = 0.0 if options.kickoffs_per_second is None else 1.0 / options.kickoffs_per_second
@@ -99,9 +108,16 @@ class Throttle:
         False: nothing is kicked off any more.
         """
         async with self._queue:
-            while self.stopped is None and (seconds := self._seconds_to_wait()) > 0:
-                self._changed.clear()
-                await _wait(self._changed, seconds)
+            try:
+                while self.stopped is None:
+                    if (seconds := self._seconds_to_wait()) <= 0:
+                        if await self._has_slot(row):
+                            break
+                        seconds = SlotPool.pause()
+                    self._changed.clear()
+                    await _wait(self._changed, seconds)
+            finally:
+                self.waits_for_slot = False
             if self.stopped is not None:
                 return False
             self.under_way += 1
@@ -110,6 +126,24 @@ class Throttle:
             if self._failures.count:
                 self._trial = row
             return True
+
+    async def _has_slot(self, row: str) -> bool:
+        """Return whether a row has a slot of the crew's limit, and may be kicked off now."""
+        if self.slots is None:
+            return True
+        try:
+            has_slot = await self.slots.take(row)
+        except ConfigurationError as error:
+            self.stop(str(error))
+            return False
+        except PREFECT_ERRORS as error:
+            run_logger().debug("The Prefect server could not be asked for a slot: %s", error)
+            has_slot = False
+        if not has_slot and not self.waits_for_slot:
+            run_logger().info("The batch waits for a slot of the crew's concurrency limit.")
+        self.waits_for_slot = not has_slot
+        # Others may have stopped the batch, or have had it wait, in the meantime.
+        return has_slot and self.stopped is None and self._seconds_to_wait() <= 0
 
     def _seconds_to_wait(self) -> float:
         """Return how long the next kickoff has to wait; infinity: until something changes."""
@@ -169,14 +203,22 @@ class Throttle:
         now = asyncio.get_running_loop().time()
         self._one_by_one = True
         if self._refused_since is None:
-            self._refused_since = now
             run_logger().warning("%s The batch pauses and tries again.", error)
+        if self._refused_since is None or self.in_flight:
+            self._refused_since = now
         elif now - self._refused_since >= GIVE_UP_AFTER:
             self.stop(f"no kickoff was accepted for {GIVE_UP_AFTER / 60:.0f} minutes. Last error: {error}")
         if now >= self._refusals.until:
             self._refusals.pause()
 
     # How rows end.
+
+    def wait_for(self, in_flight: int) -> None:
+        """Note how many runs are in flight. Where one has ended, a server or a budget that was full has room."""
+        if in_flight < self.in_flight:
+            self._refusals.until = 0.0
+            self._changed.set()
+        self.in_flight = in_flight
 
     def completed(self) -> None:
         """Note that a run completed."""
@@ -204,7 +246,10 @@ class Throttle:
         self._changed.set()
 
     def left(self, row: str) -> None:
-        """Note that a row is left without an end: if it was tried, another one is."""
+        """Note that a row has ended, or is left: its slot is free, and if it was tried, another one is."""
+        if self.slots is not None:
+            self.slots.give_back(row)
+            self._changed.set()
         if self._trial == row:
             self._trial = None
             self._changed.set()

@@ -332,6 +332,7 @@ def figures(progress: BatchProgress) -> str:
     from prefect_crew.artifacts.escape import duration
 
     parts = (
+        "waiting for a free slot of the crew's concurrency limit" if progress.phase == "waiting" else "",
         f"{progress.failed:,} failed" if progress.failed else "",
         f"{progress.uncertain:,} uncertain" if progress.uncertain else "",
         f"{progress.in_flight:,} in flight" if progress.in_flight else "",

@@ -3,15 +3,17 @@
 A slot is taken before a run is started, and given back by whoever sees the run's end. In between it is a lease, which
 the start and the wait renew and the record names, so that another process can wait on. A run that nobody waits for, or
 whose process died, loses its slot when the lease runs out. A wait never waits for a slot: its run is in flight already.
+The rows of a batch take theirs from a pool of the batch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -34,6 +36,10 @@ RENEW = 100.0
 """Seconds between two renewals."""
 LOOK_AGAIN = (0.5, 1.5)
 """Seconds between two looks for a free slot: from, to. What the server proposes grows with how long runs take."""
+PASSED_ON = 10.0
+"""Seconds for which a slot goes from one row of a batch to the next. Later it is given back, since others may wait."""
+UNUSED = 1.0
+"""Seconds for which a batch keeps a slot that none of its rows uses."""
 _LOCKED, _GONE, _TOO_MANY = 423, 410, 422
 
 
@@ -43,6 +49,7 @@ class Slots:
 
     crew: Crew
     lease: UUID
+    taken_at: float = field(default_factory=time.monotonic)
 
     async def renew(self) -> bool:
         """Hold them for another lease; False if it has run out."""
@@ -84,48 +91,165 @@ class Slots:
                 held = await self.renew()
             except PREFECT_ERRORS as error:
                 run_logger().debug("The slots of crew %s could not be renewed now: %s", self.crew.label, error)
-        run_logger().warning(
-            "The slots of crew %s in the concurrency limit %s were lost: for now more of its runs may be in flight "
-            "than the limit allows.",
-            self.crew.label,
-            self.crew.concurrency_limit,
-        )
+        _warn_of_lost(self.crew)
 
 
-async def take_slots(crew: Crew, count: int = 1) -> Slots | None:
-    """Take slots of a crew's limit, once that many are free; None if it has no limit.
+class SlotPool:
+    """Slots of a crew's limit for the rows of one batch, as an async context manager. Each row has one, by its key.
+
+    A row takes a slot before its run is started, and gives it back at the run's end. The next row gets a slot that was
+    taken a short time ago, so that short runs cost few requests; an older slot goes back to the Prefect server, where
+    others wait for the limit as well. Without a limit there is always one.
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._held: dict[str, Slots] = {}
+        self._unused: dict[UUID, tuple[float, Slots]] = {}
+        self._asking: asyncio.Task[UUID | None] | None = None
+        self._ask_alone = asyncio.Lock()
+        self._is_due = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> SlotPool:
+        if self._crew.concurrency_limit is not None:
+            self._keeper = asyncio.create_task(self._keep())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._keeper is None:
+            return
+        self._keeper.cancel()
+        await asyncio.wait({self._keeper})
+        with suppress(*PREFECT_ERRORS, ConfigurationError):
+            if self._asking is not None and (lease := await self._asking) is not None:
+                self._unused[lease] = (0.0, Slots(self._crew, lease))
+        slots = [*self._held.values(), *(unused for _, unused in self._unused.values())]
+        await asyncio.gather(*(one.release() for one in slots))
+
+    async def take(self, row: str) -> bool:
+        """Take a slot for a row, and return whether there was one.
+
+        Raises:
+            ConfigurationError: There is no such limit any more, or it allows no run.
+            httpx.HTTPError, PrefectException: The Prefect API is away.
+        """
+        if self._crew.concurrency_limit is None or row in self._held:
+            return True
+        now = time.monotonic()
+        for lease, (_, slots) in self._unused.items():
+            if now - slots.taken_at < PASSED_ON:
+                self._held[row] = slots
+                del self._unused[lease]
+                return True
+        async with self._ask_alone:
+            # A row that is cancelled here leaves the slot to the next row, or to the pool's end.
+            asking = self._asking = self._asking or asyncio.create_task(_taken(self._crew))
+            await asyncio.wait({asking})
+            self._asking = None
+        if (lease := asking.result()) is None:
+            return False
+        self._held[row] = Slots(self._crew, lease)
+        return True
+
+    @staticmethod
+    def pause() -> float:
+        """Return the seconds until the next look for a free slot."""
+        return random.uniform(*LOOK_AGAIN)  # noqa: S311  no secret
+
+    def give_back(self, row: str) -> None:
+        """Give back the slot of a row, if it has one."""
+        if (slots := self._held.pop(row, None)) is not None:
+            now = time.monotonic()
+            self._unused[slots.lease] = (now, slots)
+            if now - slots.taken_at >= PASSED_ON:
+                self._is_due.set()
+
+    def leave(self, row: str) -> None:
+        """Leave the slot of a row whose run may be in flight, and that nobody waits for: it ends with its lease."""
+        self._held.pop(row, None)
+
+    async def _keep(self) -> None:
+        """Give back what no row uses, and renew the rest."""
+        renew_at = time.monotonic() + RENEW
+        while True:
+            self._is_due.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_due.wait(), min(UNUSED, RENEW))
+            now = time.monotonic()
+            for lease, (since, slots) in list(self._unused.items()):
+                if now - since >= UNUSED or now - slots.taken_at >= PASSED_ON:
+                    self._unused.pop(lease, None)
+                    await slots.release()
+            if now >= renew_at:
+                renew_at = now + RENEW
+                for row, slots in list(self._held.items()):
+                    try:
+                        if not await slots.renew() and self._held.get(row) is slots:
+                            del self._held[row]
+                            _warn_of_lost(self._crew)
+                    except PREFECT_ERRORS as error:
+                        run_logger().debug("A slot of crew %s could not be renewed now: %s", self._crew.label, error)
+
+
+def _warn_of_lost(crew: Crew) -> None:
+    run_logger().warning(
+        "The slots of crew %s in the concurrency limit %s were lost: for now more of its runs may be in flight than "
+        "the limit allows.",
+        crew.label,
+        crew.concurrency_limit,
+    )
+
+
+async def take_slots(crew: Crew) -> Slots | None:
+    """Take a slot of a crew's limit, once one is free; None if it has no limit.
 
     Raises:
-        ConfigurationError: There is no such limit, or it never has that many.
+        ConfigurationError: There is no such limit, or it allows no run.
     """
     if crew.concurrency_limit is None:
         return None
-    if (lease := await _taken(crew, count)) is None:
-        run_logger().info("Waiting for %d slots of the concurrency limit %s.", count, crew.concurrency_limit)
+    if (lease := await _taken(crew)) is None:
+        run_logger().info("Waiting for a slot of the concurrency limit %s.", crew.concurrency_limit)
         # Each look that is in vain is a write on the server: of hundreds that wait here, one at a time looks.
         async with lock_here(f"limit {crew.concurrency_limit}"):
-            while (lease := await _taken(crew, count)) is None:  # noqa: ASYNC110  the server tells nobody
+            while (lease := await _taken(crew)) is None:  # noqa: ASYNC110  the server tells nobody
                 await asyncio.sleep(random.uniform(*LOOK_AGAIN))  # noqa: S311  no secret
     return Slots(crew, lease)
 
 
-async def _taken(crew: Crew, count: int) -> UUID | None:
-    """Return the lease of slots that are free, None if there are not enough."""
+async def most_at_once(crew: Crew) -> int | None:
+    """Return how many runs a crew's limit allows at a time, None if it has no limit.
+
+    Raises:
+        ConfigurationError: There is no such limit, or it allows no run.
+    """
+    if crew.concurrency_limit is None:
+        return None
+    async with get_client() as client:
+        try:
+            limit = await client.read_global_concurrency_limit_by_name(crew.concurrency_limit)
+        except ObjectNotFound:
+            raise missing_limit(crew) from None
+    if limit.limit < 1:
+        raise _too_small(crew)
+    return limit.limit
+
+
+async def _taken(crew: Crew) -> UUID | None:
+    """Return the lease of a slot that is free, None if there is none."""
     assert crew.concurrency_limit is not None  # noqa: S101  the callers looked
     async with get_client() as client:
         try:
             response = await client.increment_concurrency_slots_with_lease(
                 names=[crew.concurrency_limit],
-                slots=count,
+                slots=1,
                 mode="concurrency",
                 lease_duration=LEASE,
             )
         except STATUS_ERRORS as error:
             if error.response.status_code == _TOO_MANY:
-                raise ConfigurationError(
-                    f"Crew {crew.label} has the concurrency limit {crew.concurrency_limit!r}, which is below {count}. "
-                    f"Nothing was started. Raise it: prefect gcl update {crew.concurrency_limit} --limit N."
-                ) from None
+                raise _too_small(crew) from None
             if error.response.status_code != _LOCKED:
                 raise
             return None
@@ -133,6 +257,13 @@ async def _taken(crew: Crew, count: int) -> UUID | None:
     if not answer.limits:
         raise missing_limit(crew)
     return answer.lease_id
+
+
+def _too_small(crew: Crew) -> ConfigurationError:
+    return ConfigurationError(
+        f"Crew {crew.label} has the concurrency limit {crew.concurrency_limit!r}, which is below 1. "
+        f"Nothing was started. Raise it: prefect gcl update {crew.concurrency_limit} --limit N."
+    )
 
 
 def missing_limit(crew: Crew) -> ConfigurationError:
@@ -154,7 +285,7 @@ async def slot_of(crew: Crew, record: RunRecord | None) -> Slots | None:
             slots = Slots(crew, UUID(record.slot))
             if await slots.renew():
                 return slots
-        lease = await _taken(crew, 1)
+        lease = await _taken(crew)
         return None if lease is None else Slots(crew, lease)
     except (*PREFECT_ERRORS, ConfigurationError) as error:
         run_logger().warning("A run of crew %s in flight counts against no limit: %s", crew.label, error)

@@ -236,6 +236,21 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
     assert again.completed >= 50 - started
 
 
+async def test_a_server_that_is_full_while_runs_are_in_flight_does_not_end_the_batch(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(throttle, "GIVE_UP_AFTER", 0.2)
+    monkeypatch.setattr(kickoff, "LIMITED_FOR", 0.1)
+    held = Held()
+    server = crew_server(held, faults=[f"kickoff:429=0.05@{number}" for number in range(2, 100)])
+    running = asyncio.ensure_future(batch(server.crew(), topics(4), max_in_flight=2))
+    await until(lambda: server.requests["kickoff"] >= 5, "refused for longer than a batch tries", seconds=60)
+    server.faults.clear()
+    held.release()
+    report = await asyncio.wait_for(running, 60)
+    assert (report.completed, report.stopped, server.kickoffs) == (4, None, 4)
+
+
 # Kickoffs of which nobody knows
 
 

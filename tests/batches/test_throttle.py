@@ -142,6 +142,27 @@ async def test_while_kickoffs_are_refused_pauses_double_and_they_go_one_by_one(m
     assert "no kickoff was accepted" in str(away.stopped)
 
 
+async def test_refusals_do_not_stop_a_batch_whose_runs_are_in_flight(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "GIVE_UP_AFTER", 0.0)
+    full = throttle()
+    full.wait_for(2)
+    for _ in range(3):
+        full.refused(REFUSED)
+    assert full.stopped is None
+    # The end of a run makes room: the next kickoff does not wait for the end of its pause.
+    full._refusals = module.Backoff(60.0)
+    full.refused(REFUSED)
+    waiting = asyncio.ensure_future(full.admit("row"))
+    await asyncio.wait({waiting}, timeout=0.05)
+    assert not waiting.done()
+    full.wait_for(1)
+    assert await asyncio.wait_for(waiting, 5)
+    full.leave()
+    full.wait_for(0)
+    full.refused(REFUSED)
+    assert "no kickoff was accepted" in str(full.stopped), "nothing is in flight any more"
+
+
 # The circuit breaker
 
 

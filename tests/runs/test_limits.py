@@ -8,15 +8,20 @@ import uuid
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.runtime import flow_run
+from prefect.states import Cancelling
 
 from prefect_crew import CrewStep, DeployedCrew, WaitPolicy, arun_batch, arun_crew, arun_pipeline
+from prefect_crew.batches.report import BatchProgress
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import (
+    BatchCancelledError,
     ConfigurationError,
     CrewFailedError,
     CrewTimeoutError,
@@ -30,6 +35,7 @@ from prefect_crew.tasks import kickoff_crew, stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.records import new_record, put
 from support.scripts import FAILS, slow
+from support.webhooks import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -128,6 +134,76 @@ async def test_a_batch_that_would_have_more_in_flight_than_the_limit_is_refused(
     with pytest.raises(ConfigurationError, match="Give max_in_flight=3 or less"):
         await arun_batch(crew, [{"n": 1}], name="too many", output=str(tmp_path / "out.jsonl"), max_in_flight=5)
     assert server.kickoffs == 0
+
+
+async def test_a_batch_that_waits_for_a_slot_says_so_and_is_cancelled(
+    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.1)
+    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
+    server, name, phases, flow_runs = crew_server(slow(0.1)), await limit(2), list[str](), list[Any]()
+    crew = server.crew(concurrency_limit=name)
+    others = [await take_slots(crew.crew) for _ in range(2)]
+    rows, about = [{"n": number} for number in range(3)], {"name": f"waits {name}", "output": f"{tmp_path}/o.jsonl"}
+
+    def see(progress: BatchProgress) -> None:
+        phases.append(progress.phase)
+
+    @flow
+    async def mine() -> Any:
+        flow_runs.append(flow_run.id)
+        return await arun_batch(crew, rows, on_progress=see, **about)
+
+    waiting = asyncio.ensure_future(mine())
+    await until(lambda: "waiting" in phases, "it waits for a slot")
+    async with get_client() as client:
+        await client.set_flow_run_state(flow_runs[0], Cancelling(), force=True)
+    with pytest.raises(BatchCancelledError):
+        await asyncio.wait_for(waiting, 60)
+    assert (server.kickoffs, await held(name)) == (0, 2)
+    await asyncio.gather(*(slots.release() for slots in others if slots is not None))
+    assert (await arun_batch(crew, rows, on_progress=see, **about)).completed == 3
+    assert await held(name) == 0
+
+
+async def test_a_batch_takes_its_slots_one_by_one_and_others_have_their_turn(
+    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(limits, "PASSED_ON", 0.3)
+    server, name = crew_server(slow(0.2)), await limit(3)
+    crew = server.crew(concurrency_limit=name)
+    other = await take_slots(crew.crew)  # it is held until the end: the batch begins with what there is
+    rows = [{"n": number} for number in range(30)]
+    running = asyncio.ensure_future(arun_batch(crew, rows, name=f"long {name}", output=f"{tmp_path}/out.jsonl"))
+    await until(lambda: server.kickoffs >= 4, "the batch runs")
+    assert await held(name) == 3
+    single = await asyncio.wait_for(arun_crew(crew, {"single": 1}), 60)
+    assert not running.done(), "a single run has its turn before the batch has ended"
+    assert single.output
+    assert (await running).completed == 30
+    assert (server.kickoffs, await held(name)) == (31, 1)
+    assert other is not None
+    await other.release()
+
+
+async def test_short_rows_pass_their_slots_on(
+    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    looks, taken = 0, limits._taken
+
+    async def counted(crew: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return await taken(crew)
+
+    monkeypatch.setattr(limits, "_taken", counted)
+    monkeypatch.setattr(limits, "PASSED_ON", 60.0)
+    server, name = crew_server(slow(0.1)), await limit(2)
+    rows = [{"n": number} for number in range(20)]
+    crew = server.crew(concurrency_limit=name)
+    assert (await arun_batch(crew, rows, name=f"short {name}", output=f"{tmp_path}/out.jsonl")).completed == 20
+    assert looks <= 4
+    assert await held(name) == 0
 
 
 async def test_a_run_that_is_only_kicked_off_keeps_its_slot_until_its_lease_ends(crew_server: CrewServerFactory):
