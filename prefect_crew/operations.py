@@ -7,6 +7,7 @@ Each is asynchronous and has plain values as parameters, so that any work pool c
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from asyncio import to_thread
 from contextlib import suppress
@@ -22,13 +23,17 @@ from prefect.states import Scheduled
 
 from prefect_crew._internal.prefect_api import flow_run_id
 from prefect_crew.artifacts.run import MarkdownArtifact
+from prefect_crew.batches.database import holds_password
 from prefect_crew.batches.run import arun_batch
 from prefect_crew.costs import costs_markdown, read_costs
-from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, CrewError, DatasetError
+from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, ConfigurationError, CrewError, DatasetError
 from prefect_crew.prices import Spending
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
+
+LONGEST_NAME = 120
+"""Bytes of a file's name that become a part of its batch's name, and so of the names of its output and its ledger."""
 
 
 @flow(flow_run_name="{name}")
@@ -42,9 +47,11 @@ async def batch_file(
         dataset: The file: a path, a URL, or any fsspec address.
         name: The batch's name. On a schedule: leads-{{ scheduled_start:%Y-%m-%d }}.
         output: Where its lines go. On a schedule with the same placeholder.
-        ledger: A path, the URL of a PostgreSQL, or secret://NAME; empty: a file next to a local output.
+        ledger: A path, the URL of a PostgreSQL without a password, or secret://NAME; empty: a file next to a local
+            output.
         options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id", "wait": {"timeout": 600}}.
     """
+    _check_ledger(ledger)
     report = await arun_batch(crew, dataset, name=name, output=output, ledger=ledger, **(options or {}))
     report.raise_for_failures()
     return report.as_dict()
@@ -64,8 +71,8 @@ async def watch_folder(
 
     The name of a file's batch is made of its name and its content: a file that was not moved is continued, and one that
     comes in a second time starts no run twice. Runs of this flow may overlap. A file that cannot be read, or has a row
-    that cannot be run, is moved to the subfolder `refused`. A file whose batch fails for another reason stays: the
-    others are run, and this flow fails in the end and names it.
+    that cannot be run, is moved to the subfolder `refused`. A file whose batch fails for another reason stays, also
+    where it fails after its first kickoff: the others are run, and this flow fails in the end and names it.
 
     Args:
         crew: The name of the crew's block, as under Blocks.
@@ -73,38 +80,41 @@ async def watch_folder(
         output: The folder for the lines: one file for each that came in, and its ledger unless one is given.
         pattern: Which files.
         unchanged_seconds: Seconds for which a file must not have changed: until then it may still be written.
-        ledger: A path, the URL of a PostgreSQL, or secret://NAME, for all of them.
+        ledger: A path, the URL of a PostgreSQL without a password, or secret://NAME, for all of them.
         options: More of run_batch's options.
 
     Raises:
         CrewError: Files whose batches failed. All others were run.
     """
+    _check_ledger(ledger)
     log, inbox = get_run_logger(), Path(folder)
     if not await to_thread(inbox.is_dir):
         log.warning("The folder %s does not exist here.", folder)
     found = await to_thread(_new_files, inbox, pattern, unchanged_seconds)
     reports, failed = list[dict[str, Any]](), list[str]()
     for path in found:
+        name = path.name
         try:
-            name = f"{path.name}-{(await to_thread(_digest, path))[:12]}"
+            name = await to_thread(_batch_name, path)
             lines = str(Path(output) / f"{name}.jsonl")
             report = await arun_batch(crew, path, name=name, output=lines, ledger=ledger, **(options or {}))
         except BatchBusyError as error:
             log.info("%s", error)  # another run of this flow has the file
         except BatchCancelledError:
             raise  # it is this flow run that was cancelled
-        except (DatasetError, FileNotFoundError) as error:
-            # Gone: another run of this flow has just moved it.
-            if await to_thread(path.exists):
-                log.warning("%s It is moved to the folder refused.", error)
-                await to_thread(_move, path, "refused")
         except Exception as error:
-            why = f"{path.name} ({type(error).__name__}: {error})"
+            if isinstance(error, DatasetError | FileNotFoundError) and not getattr(error, "begun", False):
+                # A file that is gone was moved by another run of this flow.
+                if await to_thread(path.exists):
+                    log.warning("%s It is moved to the folder refused.", error)
+                    await to_thread(_move, path, "refused")
+                continue
+            why = f"{path.name} (batch {name!r}, {type(error).__name__}: {error})"
             log.error("%s", why, exc_info=not isinstance(error, CrewError))  # noqa: TRY400  a traceback if not of ours
             failed.append(why)
         else:
-            # Through is one of which another call would start nothing: failed rows have lines, uncertain ones wait.
-            if report.stopped is None and report.skipped == report.set_aside:
+            # Another call would do nothing for a file that is done: failed rows have lines, uncertain ones wait.
+            if report.stopped is None and report.skipped == report.set_aside and not report.unfinished:
                 await to_thread(_move, path, "done")
             else:
                 log.warning("%s The next run of this flow continues with it.", report)
@@ -187,6 +197,16 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
     return done
 
 
+def _check_ledger(ledger: str | None) -> None:
+    """Refuse a password in a parameter. Raises ConfigurationError."""
+    if ledger and holds_password(ledger):
+        raise ConfigurationError(
+            "The ledger's URL holds a password, or may do so, and Prefect stores and shows the parameters of a flow "
+            "run. Nothing was started. Change that password, save the new URL in a Prefect Secret block, and give "
+            "ledger='secret://NAME'."
+        )
+
+
 def _new_files(folder: Path, pattern: str, unchanged_seconds: float) -> list[Path]:
     """Return the files that have not changed for so long, the oldest first; none of those that were moved."""
     found: list[tuple[float, Path]] = []
@@ -200,10 +220,18 @@ def _new_files(folder: Path, pattern: str, unchanged_seconds: float) -> list[Pat
     return [path for _, path in sorted(found)]
 
 
-def _digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+def _batch_name(path: Path) -> str:
+    """Return the name of a file's batch: the file's name and the first digits of the SHA-256 of its content.
+
+    Braces would make a template of it, and batches and files have names of limited length.
+    """
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    name = "".join(sign if sign.isprintable() and sign not in "{}" else "_" for sign in path.name)
+    if len(name.encode()) > LONGEST_NAME:
+        name = name.encode()[:LONGEST_NAME].decode(errors="ignore")
+        digest += f"-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:6]}"
+    return f"{name}-{digest}"
 
 
 def _move(path: Path, subfolder: str) -> None:

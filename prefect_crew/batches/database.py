@@ -74,9 +74,16 @@ async def ledger_address(ledger: str | None, output: str) -> LedgerAddress:
     url = open_url(given)
     if url.drivername == "sqlite":
         return LedgerAddress(given, str(url.database))
-    has_secret = url.password is not None or any(name.lower() not in _HARMLESS for name in url.query)
     hidden = url.set(drivername="postgresql", password=None, query={}).render_as_string()
-    return LedgerAddress(given, hidden if has_secret else given)
+    return LedgerAddress(given, hidden if holds_password(given) else given)
+
+
+def holds_password(ledger: str) -> bool:
+    """Return whether the address of a ledger may hold a password. Raises ConfigurationError."""
+    if ledger.startswith(SECRET):
+        return False
+    url = open_url(ledger)
+    return url.password is not None or any(name.lower() not in _HARMLESS for name in url.query)
 
 
 def default_ledger(output: str) -> str:

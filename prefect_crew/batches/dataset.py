@@ -8,9 +8,10 @@ import io
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit, urlunsplit
@@ -40,6 +41,13 @@ ROW_LIMIT = 1 << 28
 """Characters of a line, and of a field. A quote that is never closed would else make one row of a whole file."""
 PART = 5_000
 """Rows of a frame that are converted at once."""
+_PARTS = {
+    "DuckDBPyRelation": "give its .pl() or .df()",
+    "DuckDBPyConnection": "give the .pl() or .df() of a query",
+    "RecordBatchReader": "give its .read_all()",
+    "TextFileReader": "give pandas.read_csv without chunksize, or the path of the file",
+}
+"""Objects that hold rows and are no iterables of rows, by the names of their types, and what to give instead."""
 _fsspec = cast("Any", fsspec)
 
 
@@ -69,11 +77,20 @@ class Dataset:
     address: str | None = None
     format: DatasetFormat | None = None
     encoding: str = "utf-8-sig"
+    delimiter: str | None = None
     digest: Callable[[], str] | None = None
 
 
-def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: str = "utf-8-sig") -> Dataset:  # noqa: A002
+def open_dataset(
+    source: Any,
+    *,
+    format: DatasetFormat | None = None,  # noqa: A002
+    encoding: str = "utf-8-sig",
+    delimiter: str | None = None,
+) -> Dataset:
     """Return a data set: that of a path, a URL, an fsspec address, an iterable of mappings, or a frame.
+
+    `delimiter` is what separates the fields of a CSV file, if not a comma.
 
     Raises:
         DatasetError: The format is unknown, or this is not a data set. What is wrong within it is raised while it is
@@ -84,17 +101,22 @@ def open_dataset(source: Any, *, format: DatasetFormat | None = None, encoding: 
         name = shown_address(address)
         kind = format or _format_of(address, name)
         file = _File(address, name)
-        return Dataset(name, lambda: _read_file(file, kind, encoding), address, kind, encoding, file.digest)
+        if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+            raise DatasetError(f"has fields separated by one character, and delimiter is {delimiter!r}.", source=name)
+
+        def read() -> Iterator[Row]:
+            return _read_file(file, kind, encoding, delimiter)
+
+        return Dataset(name, read, address, kind, encoding, delimiter, file.digest)
     kind_name = cast("type[Any]", type(source)).__name__
     library = cast("type[Any]", type(source)).__module__.partition(".")[0]
     if library in ("polars", "pandas", "pyarrow") and kind_name in ("DataFrame", "LazyFrame", "Table", "RecordBatch"):
         name = f"{library} {kind_name}"
         return Dataset(name, lambda: _of_mappings(_frame_rows(source, library, name)))
-    if isinstance(source, Mapping | bytes | bytearray) or not isinstance(source, Iterable):
-        raise DatasetError(
-            f"A {kind_name} is not a data set: give a path, an iterable of mappings, or a data frame.",
-            source="data set",
-        )
+    is_parts = kind_name in _PARTS
+    if is_parts or isinstance(source, Mapping | bytes | bytearray) or not isinstance(source, Iterable):
+        remedy = _PARTS.get(kind_name, "give a path, an iterable of mappings, or a data frame")
+        raise DatasetError(f"is of type {kind_name}, which is not a data set: {remedy}.", source="data set")
     rows = cast("Iterable[Any]", source)
     kept = rows if isinstance(rows, list | tuple) else list(rows)  # rows are read twice
     return Dataset(f"{kind_name} of rows", lambda: _of_mappings(kept))
@@ -217,7 +239,7 @@ class _File:
                 yield content if hasattr(content, "read1") else io.BufferedReader(content), check
 
 
-def _read_file(file: _File, kind: DatasetFormat, encoding: str) -> Iterator[Row]:
+def _read_file(file: _File, kind: DatasetFormat, encoding: str, delimiter: str | None) -> Iterator[Row]:
     with _reporting(file.name, file.address):
         if kind == "parquet":
             yield from _of_mappings(_parquet(file))
@@ -229,7 +251,7 @@ def _read_file(file: _File, kind: DatasetFormat, encoding: str) -> Iterator[Row]
             elif kind == "json":
                 yield from _json(lines, file.name)
             else:
-                yield from _csv(lines, file.name, "\t" if kind == "tsv" else ",")
+                yield from _csv(lines, file.name, "\t" if kind == "tsv" else ",", delimiter)
 
 
 @contextmanager
@@ -271,15 +293,29 @@ def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None])
         ) from None
 
 
-def _csv(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Row]:
-    # The limit of 131,072 characters a field is a process-wide default from 1999; documents are longer.
-    csv.field_size_limit(ROW_LIMIT)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+_FIELD_SIZE_LOCK = threading.Lock()
+
+
+def _next_fields(reader: Iterator[list[str]]) -> list[str]:
+    """Return the next row of a CSV file, whose fields may be long.
+
+    The limit of 131,072 characters a field is of the whole process, which is not ours: it is put back at once.
+    """
+    with _FIELD_SIZE_LOCK:
+        limit = csv.field_size_limit(ROW_LIMIT)
+        try:
+            return next(reader)
+        finally:
+            csv.field_size_limit(limit)
+
+
+def _csv(lines: Iterable[str], name: str, usual: str, delimiter: str | None) -> Iterator[Row]:
+    reader = csv.reader(lines, delimiter=delimiter or usual, strict=True)
     header: list[str] = []
     line = 1
     while True:
         try:
-            fields = next(reader)
+            fields = _next_fields(reader)
         except StopIteration:
             break
         except csv.Error as error:
@@ -295,6 +331,13 @@ def _csv(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Row]:
                     break
                 header = fields
                 _check_columns(header, name, line=1)
+                if delimiter is None and len(header) == 1 and (sign := _other_delimiter(header[0], usual)):
+                    raise DatasetError(
+                        f"has one column, {header[0]!r}. If its fields are separated by {sign!r}, give "
+                        f"delimiter={sign!r}; if it has one column, delimiter={usual!r}.",
+                        source=name,
+                        line=1,
+                    )
             elif len(fields) == len(header):
                 yield Row(line, dict(zip(header, fields, strict=True)))
             elif fields:
@@ -302,6 +345,11 @@ def _csv(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Row]:
         line = reader.line_num + 1
     if not header:
         raise DatasetError("is empty: it has no header line.", source=name)
+
+
+def _other_delimiter(column: str, usual: str) -> str | None:
+    """Return what seems to separate the fields of a file whose header seems to have one column."""
+    return next((sign for sign in ";\t|," if sign != usual and sign in column), None)
 
 
 def _check_columns(columns: Sequence[str], name: str, *, line: int | None = None) -> None:
@@ -341,8 +389,26 @@ def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
 
 def _mapping_row(value: Any, line: int) -> Row:
     if not isinstance(value, Mapping):
-        return Row(line, {}, f"holds a {type(value).__name__}, not an object with inputs", value)
+        return Row(line, {}, f"is of type {type(value).__name__}, not a mapping{_remedy(value)}", value)
     return Row(line, {str(key): item for key, item in cast("Mapping[Any, Any]", value).items()})
+
+
+def _remedy(value: Any) -> str:
+    """Return how a value that is no mapping becomes one, as the end of a sentence."""
+    kind, library = type(value).__name__, type(value).__module__.partition(".")[0]
+    if library == "sqlalchemy":
+        return ": give the result's .mappings()"
+    if hasattr(value, "model_dump"):
+        return ": give its model_dump()"
+    if hasattr(value, "_asdict"):
+        return ": give its _asdict()"
+    if is_dataclass(value):
+        return ": give its dataclasses.asdict()"
+    if library == "sqlite3":
+        return ": give dict(row)" if kind == "Row" else ""
+    if kind in ("DataFrame", "RecordBatch", "Table"):
+        return ": it is a part of many rows, so give the parts as one data frame or table"
+    return ""
 
 
 def _of_mappings(rows: Iterable[Any]) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.database import Database, GroupWriter, answers, attempts, batches, rows, seconds_left, short
-from prefect_crew.batches.outcomes import CONFLICT_REASON, SENDER_ENDED, RowState, state_of
+from prefect_crew.batches.outcomes import CONFLICT_REASON, CORRECTABLE, SENDER_ENDED, RowState, state_of
 from prefect_crew.batches.rows import BadRow, RowJob, SetAside
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.client.redaction import MASK
@@ -176,10 +176,18 @@ class Ledger:
 
     # Its rows.
 
-    async def enter_rows(self, jobs: Sequence[RowJob], crew: Crew, *, anew: bool = False) -> dict[str, RowState]:
+    async def enter_rows(
+        self,
+        jobs: Sequence[RowJob],
+        crew: Crew,
+        *,
+        anew: bool = False,
+        is_retried: Callable[[str], bool] = lambda _: False,
+    ) -> dict[str, RowState]:
         """Write down rows of the data set that are new or have changed, and return how all of them stand by their keys.
 
-        `crew` says which inputs are secret; `anew`: others are than before, so that all are written.
+        `crew` says which inputs are secret; `anew`: others are than before, so that all are written. `is_retried` says
+        by its key that a row is started again if its run has failed: such a row may have other inputs than before.
         """
 
         def write(connection: sa.Connection) -> dict[str, RowState]:
@@ -187,13 +195,21 @@ class Ledger:
             query = sa.select(*columns).where(rows.c.batch == self.batch, rows.c.row_key.in_([job.key for job in jobs]))
             known: Any = connection.execute(query)
             before = {key: (number, digest, RowState(state)) for key, number, digest, state in known}
+            # How these stand without the conflict tells whether there is one.
+            tried = [key for key, (*_, state) in before.items() if state is RowState.CONFLICT and is_retried(key)]
+            if tried:
+                self.writer.follow_rows(connection, tried)
+            read: Any = connection.execute(query) if tried else ()
+            own = {key: RowState(state) for key, _, _, state in read}
             states: dict[str, RowState] = {}
             changed: list[dict[str, Any]] = []
             restored: list[str] = []
             for job in jobs:
                 _, digest, state = before.get(job.key, (None, job.digest, RowState.PENDING))
                 was_conflict = state is RowState.CONFLICT
-                if digest != job.digest and state not in (RowState.PENDING, RowState.NOT_STARTED):
+                is_corrected = own.get(job.key, state) in CORRECTABLE and is_retried(job.key)
+                is_free = state in (RowState.PENDING, RowState.NOT_STARTED) or is_corrected
+                if digest != job.digest and not is_free:
                     state = RowState.CONFLICT
                 else:
                     digest = job.digest

@@ -112,6 +112,10 @@ class BatchOptions(BaseModel):
             return f"{failed} of {ended} rows failed, more than {limit:.0%}." if over else None
         return f"{failed} rows failed, and on_failure is {limit:g}." if failed >= limit else None
 
+    def is_retried(self, key: str) -> bool:
+        """Return whether a row that failed in an earlier call is started again."""
+        return self.retry_failed if isinstance(self.retry_failed, bool) else key in self.retry_failed
+
     def starts_again(self, state: RowState, key: str, *, count: int, before: int, most: int, owed: int = 0) -> bool:
         """Return whether a row is started once more.
 
@@ -163,7 +167,14 @@ def plain_call(
     if texts := [name for name in stored if isinstance(stored[name], str) and not isinstance(sources[name], str)]:
         return {"why_not": f"the constants of the inputs {', '.join(texts)} cannot be stored as JSON"}
     where = {"dataset": whole_address(address), "output": whole_address(output), "ledger": ledger}
-    return {"crew": crew, **where, "format": dataset.format, "encoding": dataset.encoding, "options": chosen}
+    return {
+        "crew": crew,
+        **where,
+        "format": dataset.format,
+        "encoding": dataset.encoding,
+        "delimiter": dataset.delimiter,
+        "options": chosen,
+    }
 
 
 def is_column(source: Any) -> bool:

@@ -48,6 +48,11 @@ class RowState(StrEnum):
         return self in (RowState.COMPLETED, RowState.FAILED, RowState.INVALID_OUTPUT)
 
     @property
+    def is_unfinished(self) -> bool:
+        """Whether the next call continues with the row by itself, although it has no result in this one."""
+        return self in (RowState.TIMED_OUT, RowState.NO_ANSWER, RowState.NOT_STARTED)
+
+    @property
     def has_line(self) -> bool:
         """Whether the output has a line for the row."""
         return self is RowState.COMPLETED or self.is_failed
@@ -80,7 +85,8 @@ STOPPED_BY_US = (STOPPED_WITH_BATCH, STOPPED_BY_BUDGET)
 SENDER_ENDED = "the process that sent it ended before it recorded the answer"
 CONFLICT_REASON = (
     "Not started: this key was kicked off before with other inputs, or for another crew. Give the row another key, or "
-    "the batch another name."
+    "the batch another name. A row whose runs have all failed is started with its new inputs where retry_failed=True "
+    "is given."
 )
 RETRYABLE = {
     RowState.FAILED: "CrewFailedError",
@@ -90,6 +96,8 @@ RETRYABLE = {
 }
 """The states from which a row may be started again, and their class of error. All others started nothing, or left a
 run that may go on."""
+CORRECTABLE = (RowState.FAILED, RowState.STOPPED)
+"""The states in which a row that is started again may have other inputs than before: its run surely has no result."""
 ERROR_CAP = 2_000
 
 

@@ -17,7 +17,7 @@ from prefect_crew._text import by_reason, sparkline
 from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.batches.ledger import LedgerRow
-from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.outcomes import RETRYABLE, RowState
 from prefect_crew.batches.rows import BadRow, SetAside
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.crew import Crew
@@ -45,6 +45,9 @@ class BatchReport:
         name: The batch.
         total: Rows that can be run, plus those that were set aside.
         completed, failed, uncertain: How they stand. Uncertain ones wait to be resolved by a person.
+        conflicts: Of the failed rows those whose keys were kicked off before with other inputs, or for another crew.
+        unfinished: Of the failed rows those that the next call continues with: the wait for their runs has timed out,
+            or the crew's server refused their kickoffs.
         skipped: Rows that were not run: set aside, left in flight, or not reached because the batch stopped.
         seconds: The wall time of this call.
         output: Where the lines are.
@@ -72,6 +75,8 @@ class BatchReport:
     set_aside_output: str | None = None
     uncertain_keys: Sequence[str] = ()
     errors: Mapping[str, int] = field(default_factory=dict[str, int])
+    conflicts: int = 0
+    unfinished: int = 0
     spending: Spending = field(default_factory=Spending)
 
     @property
@@ -199,6 +204,11 @@ class BatchProgress:
         return sum(count for state, count in self.counts.items() if state.is_failed)
 
     @property
+    def retryable(self) -> int:
+        """Failed rows that are started again where somebody asks for it."""
+        return sum(count for state, count in self.counts.items() if state in RETRYABLE)
+
+    @property
     def uncertain(self) -> int:
         """Rows of which nobody knows whether their kickoff started a run."""
         return self.counts.get(RowState.UNCERTAIN, 0)
@@ -310,7 +320,10 @@ class BatchArtifact:
             ]
             name = shlex.quote(self._name)
             retry = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch retry {name}")
-            parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}. To list or to retry all:", retry]
+            to_do, again = "list", commands(f"prefect-crew batch failures {name}")
+            if progress.retryable:
+                to_do, again = "list or to retry", retry
+            parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}. To {to_do} all:", again]
             parts.append(table(("Row", "Run", "State", "Error"), rows))
         if (aside := progress.set_aside).count:
             bad = [(f"{row.line:,}", cell(row.reason)) for row in aside.rows[:FAILURES]]

@@ -137,7 +137,7 @@ class RowPlan:
         given = (options.key, options.inputs, *self._mapping.values())
         if data.digest is None or any(callable(one) or holds_secret(one) for one in given):
             return None
-        how: list[Any] = [version("prefect-crew"), data.digest(), data.format, data.encoding]
+        how: list[Any] = [version("prefect-crew"), data.digest(), data.format, data.encoding, data.delimiter]
         how += [options.key, options.inputs is None, self._mapping, options.rows, self._expected]
         how += [crew.inputs_as_json, crew.allow_extra_inputs, crew.secret_inputs]
         try:
@@ -280,9 +280,9 @@ def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | 
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ConfigurationError) or type(error) in (TypeError, ValueError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    is_plain = isinstance(error, ConfigurationError) or type(error) in (TypeError, ValueError)
+    text = str(error) if is_plain else f"{type(error).__name__}: {error}"
+    return text.rstrip(".")  # it becomes a part of a sentence
 
 
 def _is_empty(value: Any) -> bool:

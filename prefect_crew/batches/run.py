@@ -115,6 +115,7 @@ async def arun_batch(
     budgets: Sequence[Budget] = (),
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
+    delimiter: str | None = None,
     rows: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> BatchReport:
@@ -160,6 +161,7 @@ async def arun_batch(
             left, and the same call goes on with them.
         format: That of a file that does not tell by its name.
         encoding: Likewise.
+        delimiter: What separates the fields of a CSV file, such as ";"; left out, a comma, and a tab in TSV.
         rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:". A data
             set over several machines is several batches over ranges of it, each with a name and an output of its own.
         on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.
@@ -171,7 +173,8 @@ async def arun_batch(
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
     options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
-    job = await _batch_job(crew, dataset, options, name, output, ledger=ledger, format=format, encoding=encoding)
+    file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
+    job = await _batch_job(crew, dataset, options, name, output, ledger=ledger, **file)
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
@@ -248,6 +251,7 @@ async def aplan_batch(
     seconds_per_run: float | None = None,
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
+    delimiter: str | None = None,
     **options: Any,
 ) -> BatchPlan:
     """Read the data set, check every row, and say how many, how long and how much. Nothing is started.
@@ -259,7 +263,8 @@ async def aplan_batch(
         CrewError: The data set cannot be read, the crew refused the token, or the options make no sense.
     """
     chosen = BatchOptions(**options)
-    job = await _batch_job(crew, dataset, chosen, name, output, ledger=ledger, format=format, encoding=encoding)
+    file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
+    job = await _batch_job(crew, dataset, chosen, name, output, ledger=ledger, **file)
     async with CrewSession(job.crew) as session:
         plan = RowPlan(job.dataset, chosen, job.crew, await expected_inputs(session))
     checked = await asyncio.to_thread(plan.check)
@@ -327,7 +332,7 @@ def _digest_of(output_type: type[BaseModel]) -> str:
 async def _batch_job(
     crew: DeployedCrew | Crew | str, dataset: Any, options: BatchOptions, name: str, output: str, **more: Any
 ) -> BatchJob:
-    """Return a batch that is ready to be run, or looked at. `more` are its ledger, format and encoding.
+    """Return a batch that is ready to be run, or looked at. `more` are its ledger, format, encoding and delimiter.
 
     Raises ConfigurationError, DatasetError.
     """
@@ -599,5 +604,7 @@ class _Batch:
             set_aside_output=aside.output,
             uncertain_keys=tuple(progress.uncertain_keys),
             errors=dict(progress.errors),
+            conflicts=progress.counts.get(RowState.CONFLICT, 0),
+            unfinished=sum(count for state, count in progress.counts.items() if state.is_unfinished),
             spending=spent,
         )

@@ -20,6 +20,7 @@ from prefect_crew.artifacts.events import emit
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.batches.outcomes import (
+    CORRECTABLE,
     ERROR_CAP,
     RETRYABLE,
     STOPPED_BY_US,
@@ -203,7 +204,9 @@ class Runner:
         """Yield the rows that are not done, with their attempts. Once the batch has stopped: those in flight."""
         is_new = await self.ledger.is_empty()
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
-            states = await self.ledger.enter_rows(page, self.session.crew, anew=self._judge_again)
+            states = await self.ledger.enter_rows(
+                page, self.session.crew, anew=self._judge_again, is_retried=self._options.is_retried
+            )
             for _ in (state for state in states.values() if state is RowState.CONFLICT):
                 self._on_end(IdempotencyConflictError.__name__)
             page = [job for job in page if not self._has_nothing_to_do(states[job.key])]
@@ -281,7 +284,8 @@ class Runner:
 
     def _place(self, job: RowJob, record: RunRecord, state: RowState) -> str | None:
         """Return what the start after this attempt is known by, None if it needs no force."""
-        return f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED else None
+        is_corrected = state in CORRECTABLE and record.inputs_digest != job.digest
+        return f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED or is_corrected else None
 
     def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int) -> bool:
         most = self.session.crew.max_kickoffs

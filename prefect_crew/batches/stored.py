@@ -150,7 +150,7 @@ class StoredBatch:
                 f"Batch {self.name!r} cannot be run by its name alone: {why_not}. Make the same call again, with the "
                 "same name; it continues where it stopped."
             )
-        given = {name: call[name] for name in ("crew", "dataset", "output", "format", "encoding")}
+        given = {name: call[name] for name in ("crew", "dataset", "output", "format", "encoding", "delimiter")}
         return {**given, "name": self.name, "ledger": self.address.full, **call["options"], **more}
 
     async def export(self, output: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:

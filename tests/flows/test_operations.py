@@ -84,6 +84,16 @@ async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_
     assert report["completed"] == 2
 
 
+async def test_a_password_as_a_parameter_is_refused_and_not_repeated(echo: CrewServer, folder: Folder):
+    calls: list[Any] = [(batch_file, "rows.csv", "a batch", "out.jsonl"), (watch_folder, str(folder.inbox), "out")]
+    for operation, *given in calls:
+        for ledger in ("postgresql://me:hunter2@db.test/x", "postgresql://db.test/x?password=hunter2"):
+            with pytest.raises(ConfigurationError, match=r"holds a password.*secret://NAME") as refused:
+                await operation("batch-echo", *given, ledger=ledger)
+            assert "hunter2" not in str(refused.value)
+    assert echo.kickoffs == 0
+
+
 async def test_a_new_file_is_run_once_and_moved(echo: CrewServer, folder: Folder):
     assert await folder.look("batch-echo") == []
     folder.receive("a.csv", "topic\ntea\nmilk\n")
@@ -129,6 +139,39 @@ async def test_a_look_that_is_cut_off_is_gone_on_with(save_crew: Any, folder: Fo
     assert (report["completed"], slow.kickoffs) == (8, 8)
     assert folder.files == {"done/a.csv"}
     assert len(folder.lines()) == 8
+
+
+async def test_a_file_whose_batch_dies_in_the_middle_stays_and_is_named(save_crew: Any, folder: Folder):
+    slow = save_crew("batch-slow", script({"seconds": 0.1, "output": "on {{ topic }}"}, inputs=["topic"]))
+    path = folder.receive("growing.csv", "topic\n" + "tea\n" * 900)
+    looking = asyncio.ensure_future(folder.look("batch-slow", options={"max_in_flight": 5}))
+    while slow.kickoffs < 5:
+        await asyncio.sleep(0.01)
+    with path.open("a") as file:
+        file.write("late\n" * 900)
+    with pytest.raises(CrewError, match=r"growing\.csv \(batch 'growing\.csv-[0-9a-f]{12}', DatasetError: .*changed"):
+        await looking
+    assert folder.files == {"growing.csv"}
+
+
+async def test_a_file_of_which_rows_go_on_is_not_done(save_crew: Any, folder: Folder):
+    server = save_crew("batch-late", script({"seconds": 600, "output": "on {{ topic }}"}, inputs=["topic"]))
+    server.faults.add("kickoff:422@1")
+    folder.receive("late.csv", "topic\ntea\nmilk\n")
+    options: dict[str, Any] = {"wait": {"initial": 0.1, "timeout": 0.3}, "max_in_flight": 1}
+    (report,) = await folder.look("batch-late", options=options)
+    assert (report["failed"], report["unfinished"], folder.files) == (2, 2, {"late.csv"})
+    (report,) = await folder.look("batch-late", options=options)
+    assert (report["unfinished"], server.kickoffs, folder.files) == (2, 2, {"late.csv"}), "it goes on with both rows"
+
+
+@pytest.mark.parametrize(
+    "name", ["{{ scheduled_start }} {x}.csv", "x" * 200 + ".csv", "ü" * 124 + ".csv", "two\nlines.csv"], ids=str.__len__
+)
+async def test_a_file_may_have_any_name(echo: CrewServer, folder: Folder, name: str):
+    folder.receive(name, "topic\ntea\n")
+    (report,) = await folder.look("batch-echo")
+    assert (report["completed"], folder.files) == (1, {f"done/{name}"})
 
 
 async def test_what_cannot_be_run_is_set_apart_and_the_others_go_on(echo: CrewServer, folder: Folder):
