@@ -6,6 +6,7 @@ What each exit code means is a table in docs/reference/cli.md.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,8 +110,8 @@ _PLAIN = {
 }
 """What stands for the words of the parser."""
 _ARGUMENT = re.compile(
-    r"(?<!in Python )\b(on_change|on_bad_row|max_in_flight|retry_failed|ledger|format|encoding|every|schedule|"
-    r"force_new|overwrite|crew)=(?:True\b|'([^']*)'|(…|\d+))"
+    r"(?<!in Python )\b(on_change|on_bad_row|delimiter|max_in_flight|retry_failed|ledger|format|encoding|every|"
+    r"schedule|force_new|overwrite|crew)=(?:True\b|'([^']*)'|(…|\d+))"
 )
 
 
@@ -118,6 +119,7 @@ def by_options(text: str) -> str:
     """Return a text that names arguments of functions with the options of the command line in their place."""
 
     def option(found: re.Match[str]) -> str:
-        return " ".join(filter(None, (f"--{found[1].replace('_', '-')}", found[2], found[3])))
+        value = shlex.quote(found[2]) if found[2] else found[3]
+        return " ".join(filter(None, (f"--{found[1].replace('_', '-')}", value)))
 
     return _ARGUMENT.sub(option, text)

@@ -99,6 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for argument, following in pairwise([*own, ""]):
         if argument.startswith("--token") and not argument.startswith("--token-file"):
             invocation.hide(argument.partition("=")[2] or following)
+        elif argument.startswith("--ledger") and (found := _PASSWORD.search(argument.partition("=")[2] or following)):
+            invocation.hide(found[1] or found[2])
+            _output.note(
+                "Other users of this machine can see the password in --ledger. Give secret://NAME, a Prefect Secret "
+                "block that holds the URL.",
+                "yellow",
+            )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a crew may write what this terminal's encoding does not have
             stream.reconfigure(errors="backslashreplace")
@@ -120,6 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             with _signals(_IGNORED):  # what is closed now takes a few seconds at most
                 invocation.at_end.close()
+
+
+_PASSWORD = re.compile(r"://[^/@:]*:([^/]+)@|[?&](?:ssl)?password=([^&]+)")
+"""The password in the URL of a ledger."""
 
 
 def _signal_within(error: BaseException) -> BaseException | None:

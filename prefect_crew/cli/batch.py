@@ -15,6 +15,7 @@ from uuid import UUID
 
 from cyclopts import App, Parameter
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
@@ -28,7 +29,7 @@ from prefect_crew.batches.run import aplan_batch, arun_batch
 from prefect_crew.batches.runner import stop_row
 from prefect_crew.batches.stored import BatchStatus, StoredBatch, list_batches, open_stored_batch
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import ROWS, by_options
+from prefect_crew.cli._errors import OTHER, ROWS, by_options
 from prefect_crew.cli._options import (
     CrewAccess,
     CrewName,
@@ -48,6 +49,8 @@ from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RunRecord
 
 SET_ASIDE = "set-aside"
+STOPS_AT_ONCE = 50
+"""Requests to stop a run, at a time."""
 SHOWN = 100
 """Failed rows in the table of `failures`."""
 DataSet = Annotated[
@@ -73,6 +76,7 @@ class BatchChoices:
         inputs: An input, as name=COLUMN, not name=value as in `run`, or name='text with {{ COLUMN }}'; can be repeated.
         format: The file's format, if its name does not tell.
         encoding: The encoding of a text file.
+        delimiter: What separates the fields of a CSV file, such as ';'; a comma if left out.
         max_in_flight: Runs in flight at a time; 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
         on_bad_row: Refuse the data set if rows cannot be run, or set those rows aside.
@@ -84,6 +88,7 @@ class BatchChoices:
     inputs: Annotated[list[str] | None, Parameter(name=["--input", "-i"])] = None
     format: Literal["csv", "tsv", "jsonl", "json", "parquet"] | None = None
     encoding: str = "utf-8-sig"
+    delimiter: str | None = None
     max_in_flight: int | None = None
     kickoffs_per_second: float | None = None
     on_bad_row: Literal["refuse", "set-aside"] = "refuse"
@@ -91,7 +96,9 @@ class BatchChoices:
 
     def options(self) -> dict[str, Any]:
         """Return them as `arun_batch` and `aplan_batch` take them."""
-        return {**vars(self), "inputs": read_pairs(self.inputs or (), "COLUMN, or as a template over them") or None}
+        inputs = read_pairs(self.inputs or (), "COLUMN, or as a template over them") or None
+        delimiter = "\t" if self.delimiter == "\\t" else self.delimiter  # what a person types for a tab
+        return {**vars(self), "inputs": inputs, "delimiter": delimiter}
 
 
 @Parameter(name="*")
@@ -184,9 +191,11 @@ async def _run(
     failures = f"prefect-crew batch failures {shell_name}"
     if report.uncertain:
         _output.note(f"A person has to resolve {report.uncertain:,} uncertain rows: {failures}")
-    elif report.failed:
+    elif report.failed > report.conflicts + report.unfinished:
         again = f"prefect-crew batch retry {shell_name}" if by_name else "make the same call with --retry-failed"
         _output.note(f"What failed: {failures}. To start it again: {again}")
+    elif report.failed:
+        _output.note(f"What failed: {failures}")
     if report.set_aside:
         _output.note(f"What was set aside: {failures}")
     return 0 if report.ok else ROWS
@@ -245,32 +254,37 @@ async def inspect(
     output: Output = None,
 ) -> None:
     """Show how a batch stands, also while another process runs it."""
-    fitting, found = [name], list[BatchStatus]()
-    if any(sign in name for sign in "*?["):
-        fitting = [one for one, _ in await _list(name)]
-    is_pattern = name not in fitting  # a name may have such signs in it
-    for one in fitting if is_pattern else [name]:
-        async with open_stored_batch(one, ledger) as batch:
-            found.append(await batch.status())
-    if is_pattern:
-        _put_sum(found, output)
-    else:
-        _output.put("\n".join(_about(found[0])), json=output and asdict(found[0]))
+    fitting = await _list(name) if any(sign in name for sign in "*?[") else []
+    if not fitting or name in dict(fitting):  # a name may have such signs in it
+        async with open_stored_batch(name, ledger) as batch:
+            status = await batch.status()
+        _output.put("\n".join(_about(status)), json=output and asdict(status))
+        return
+    found, missed = list[BatchStatus](), list[str]()
+    for fitting_name, _ in fitting:
+        try:
+            async with open_stored_batch(fitting_name, ledger) as batch:
+                found.append(await batch.status())
+        except CrewError as error:
+            missed.append(f"Batch {fitting_name!r} is not counted: {error}")
+    _put_sum(found, missed, output)
+    for sentence in missed:
+        _output.note(sentence, "yellow")
 
 
 NONE = "The Prefect server knows no such batch."
 SUMMED = ("total", "completed", "failed", "stopped", "uncertain", "in_flight", "left", "set_aside", "kickoffs")
 
 
-def _put_sum(found: list[BatchStatus], output: str | None) -> None:
-    """Write how several batches stand, and all of them together."""
+def _put_sum(found: list[BatchStatus], missed: list[str], output: str | None) -> None:
+    """Write how several batches stand, and all of them together. `missed` are those whose ledgers are not here."""
     whole = {count: sum(getattr(one, count) for one in found) for count in SUMMED}
     rows = [(one.name, *(f"{getattr(one, count):,}" for count in SUMMED)) for one in found]
     if found:
         rows.append(("together", *(f"{count:,}" for count in whole.values())))
     header = ("Batch", *(count.replace("_", " ").capitalize() for count in SUMMED))
-    as_json = output and {**whole, "batches": [asdict(one) for one in found]}
-    _output.put_rows(header, rows, empty=NONE, json=as_json)
+    as_json = output and {**whole, "batches": [asdict(one) for one in found], "missing": missed}
+    _output.put_rows(header, rows, empty="No ledger of these batches can be opened here.", json=as_json)
 
 
 def _how_to_go_on(found: BatchStatus) -> str:
@@ -337,15 +351,23 @@ def _as_json(row: LedgerRow) -> dict[str, Any]:
 
 @app.command
 async def retry(
-    name: Name, /, *, key: list[str] | None = None, ledger: Ledger = None, yes: Yes = False, output: Output = None
+    name: Name,
+    /,
+    *,
+    key: list[str] | None = None,
+    on_change: Literal["refuse", "continue"] = "refuse",
+    ledger: Ledger = None,
+    yes: Yes = False,
+    output: Output = None,
 ) -> int:
     """Start the failed rows of a batch again, with the options of its last call, and go on with what is left.
 
     Args:
         key: Only the row with this key; can be repeated.
+        on_change: What to do when the rows or the crew have changed, such as rows that were corrected.
     """
     _confirm_retry(name, yes)
-    return await _go_on(name, ledger, tuple(key) if key else True, output)
+    return await _go_on(name, ledger, tuple(key) if key else True, output, on_change=on_change)
 
 
 @app.command
@@ -354,19 +376,26 @@ async def resume(name: Name, /, *, ledger: Ledger = None, output: Output = None)
     return await _go_on(name, ledger, False, output)
 
 
-async def _go_on(name: str, ledger: str | None, retry_failed: bool | tuple[str, ...], output: str | None) -> int:
+async def _go_on(
+    name: str,
+    ledger: str | None,
+    retry_failed: bool | tuple[str, ...],
+    output: str | None,
+    *,
+    on_change: Literal["refuse", "continue"] = "refuse",
+) -> int:
     """Call a batch again by its name."""
 
     async def call(shown: Progress) -> BatchReport:
         async with open_stored_batch(name, ledger) as batch:
             if isinstance(retry_failed, tuple):
                 await batch.check_failed(retry_failed)
-            again = batch.call(retry_failed=retry_failed)
+            again = batch.call(retry_failed=retry_failed, on_change=on_change)
         report = await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=shown.watch_batch, **again)
         if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
             _output.note(
                 "No row was started again: each had as many kickoffs as the crew's max_kickoffs allows, is lost and "
-                "not named by --key, or had other inputs before."
+                "not named by --key, or has a result for other inputs."
             )
         return report
 
@@ -374,16 +403,21 @@ async def _go_on(name: str, ledger: str | None, retry_failed: bool | tuple[str, 
 
 
 @app.command
-async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = CrewOfRun()) -> None:
+async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = CrewOfRun()) -> int:
     """Cancel a batch: the flow run that runs it, else stop its runs that are still in flight."""
     async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
+        code = 0
         if await lock.take():
             batch.ledger.is_exclusive = True
             rows = batch.ledger.rows_in([RowState.STARTED])
-            done = await _stop_runs(batch, [row.record async for row in rows if row.record is not None], crew)
+            records = [row.record async for row in rows if row.record is not None]
+            stopped = await _stop_runs(batch, records, crew) if records else 0
+            done = f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
+            done, code = (done, 0 if stopped else OTHER) if records else ("no run is in flight.", 0)
         else:
             done = await _cancel_flow_run(batch.flow_run_id)
         _output.put(f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip())
+    return code
 
 
 async def _cancel_flow_run(run_id: str | None) -> str:
@@ -392,23 +426,28 @@ async def _cancel_flow_run(run_id: str | None) -> str:
         with suppress(ObjectNotFound):
             run = None if run_id is None else await client.read_flow_run(UUID(run_id))
             if run is not None and run.state is not None and not run.state.is_final():
-                await client.set_flow_run_state(run.id, Cancelling())
+                answer = await client.set_flow_run_state(run.id, Cancelling())
+                if answer.status is not SetStateStatus.ACCEPT:
+                    why = getattr(answer.details, "reason", None) or answer.status
+                    raise CrewError(f"Prefect does not cancel flow run {run.name}, which runs this batch: {why}.")
                 return f"flow run {run.name} is being cancelled."
     raise CrewError("A process runs this batch, and its flow run is not known. Cancel it on Prefect's page.")
 
 
-async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfRun) -> str:
-    """Ask the crew's server to stop runs that nobody waits for."""
-    if not records:
-        return "no run is in flight."
-    found, stopped = await crew.need(records[0]), 0
-    async with CrewSession(found) as session:
-        for record in records:
-            try:
-                stopped += await stop_row(session, record, STOPPED_WITH_BATCH, batch.ledger)
-            except CrewError as error:
-                _output.note(f"Run {record.kickoff_id} was not stopped: {error}")
-    return f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
+async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfRun) -> int:
+    """Ask the crew's server to stop runs that nobody waits for, many at a time; return how many it stops."""
+    gate = asyncio.Semaphore(STOPS_AT_ONCE)
+    async with CrewSession(await crew.need(records[0])) as session:
+
+        async def stop(record: RunRecord) -> bool:
+            async with gate:
+                try:
+                    return await stop_row(session, record, STOPPED_WITH_BATCH, batch.ledger)
+                except CrewError as error:
+                    _output.note(f"Run {record.kickoff_id} was not stopped: {error}")
+                    return False
+
+        return sum(await asyncio.gather(*map(stop, records)))
 
 
 @app.command

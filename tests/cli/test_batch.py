@@ -10,16 +10,24 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas import OrchestrationResult
+from prefect.client.schemas.responses import SetStateStatus, StateAbortDetails
+from prefect.states import Running
 
 from prefect_crew.batches.database import Database
+from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.ownership import BatchLock
+from prefect_crew.client import CrewClient
+from prefect_crew.client.models import StopAnswer
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
-from support.batches import let_an_hour_pass
+from support.batches import enter, let_an_hour_pass, record_of
 from support.commands import TOKEN, environment
 from support.deployed import wait_until
 from support.environment import program
@@ -150,6 +158,34 @@ def test_what_cannot_be_run_is_said_by_line_and_refused_or_set_aside(
     assert [row["line"] for row in here("batch", "failures", name, "-o", "json").json] == [3, 4]
 
 
+def test_another_delimiter_is_said_and_given(here, picky, call, tmp_path: Path):
+    server, crew = picky()
+    path = tmp_path / "rows.csv"
+    path.write_text("id;topic\na;tea\n")
+    said = here(*call(crew, str(path)))
+    assert (said.code, server.kickoffs) == (2, 0)
+    assert "has one column, 'id;topic'. If its fields are separated by ';', give --delimiter ';'" in said.err
+    ran = here(*call(crew, str(path), "--delimiter", ";", "--key", "id"))
+    assert (ran.code, server.kickoffs) == (0, 1), ran.err
+    path.write_text("id\ttopic\na\ttea\n")
+    assert here("batch", "plan", crew, str(path), "--delimiter", "\\t", "--key", "id").code == 0
+
+
+def test_a_row_that_was_corrected_is_retried_and_a_conflict_is_not_told_to_be(
+    here, picky, call, name: str, leads: str, output: str
+):
+    server, crew = picky()
+    here(*call(crew, leads, "--key", "id"))
+    Path(leads).write_text("id,topic\na,coffee\nb,good milk\nc,cake\n")
+    changed = here("batch", "retry", name, "--yes")
+    assert (changed.code, "--on-change continue" in changed.err, server.kickoffs) == (1, True, 3)
+    again = here("batch", "retry", name, "--yes", "--on-change", "continue")
+    assert (again.code, server.kickoffs) == (6, 4)
+    assert lines(output) == {"a": "conflict", "b": "completed", "c": "completed"}
+    assert "batch failures" in again.err
+    assert "To start it again" not in again.err, "a row with a result stays as it is"
+
+
 def test_an_input_of_a_column_that_is_not_there_is_said_once(here, picky, call, tmp_path: Path):
     _, crew = picky()
     path = tmp_path / "rows.jsonl"
@@ -207,6 +243,93 @@ def test_of_a_batch_that_was_killed_the_runs_are_stopped(here, running: tuple[Cr
     assert {str(run.state) for run in server.runs} == {"stopped"}
     found = here("batch", "inspect", name, "-o", "json").json
     assert (found["in_flight"], found["failed"], found["stopped"], found["owed"]) == (0, 5, 5, 5)
+
+
+async def in_flight(path: str, name: str, count: int, **crew: str) -> None:
+    """Write into a ledger that so many rows of its batch are in flight, and nobody waits for them."""
+    async with Ledger(path, name) as ledger:
+        await enter(ledger, *(f"late {number}" for number in range(count)))
+        for number in range(count):
+            record = record_of(ledger, f"late {number}", **crew)
+            assert await ledger.claim(record)
+            record.phase, record.kickoff_id = RecordPhase.STARTED, f"run {uuid.uuid4()}"
+            await ledger.save(record)
+
+
+def test_a_batch_of_which_nothing_could_be_stopped_says_so(
+    here, picky, call, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch
+):
+    server, crew = picky(faults=["stop:500"])
+    here(*call(crew, leads, "--key", "id"))
+    asyncio.run(in_flight(f"{output}.ledger.db", name, 40, crew=crew, crew_url=server.url))
+    stop, at_once = CrewClient.stop, [0, 0]
+
+    async def counted(self: CrewClient, kickoff_id: str) -> StopAnswer:
+        at_once[0] += 1
+        at_once[1] = max(at_once)
+        try:
+            return await stop(self, kickoff_id)
+        finally:
+            at_once[0] -= 1
+
+    monkeypatch.setattr(CrewClient, "stop", counted)
+    cancelled = here("batch", "cancel", name)
+    assert (cancelled.code, "0 of 40 runs in flight were asked to stop." in cancelled.out) == (1, True), cancelled.err
+    assert server.requests["stop"] == 40
+    assert at_once[1] > 10, "many at a time"
+
+
+def test_a_flow_run_that_prefect_does_not_cancel_is_not_told_as_cancelled(
+    here, picky, call, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch
+):
+    _, crew = picky()
+    flow_run_id = UUID(here(*call(crew, leads, "--key", "id", "-o", "json")).json["flow_run_id"])
+
+    async def running() -> None:
+        async with get_client() as client:
+            await client.set_flow_run_state(flow_run_id, Running(), force=True)
+
+    async def aborted(self: PrefectClient, *_: Any, **__: Any) -> OrchestrationResult[Any]:
+        details = StateAbortDetails(reason="its deployment is paused")
+        return OrchestrationResult(state=None, status=SetStateStatus.ABORT, details=details)
+
+    asyncio.run(running())
+    monkeypatch.setattr(PrefectClient, "set_flow_run_state", aborted)
+    refused = asyncio.run(while_owned(f"{output}.ledger.db", name, lambda: here("batch", "cancel", name)))
+    assert (refused.code, "is being cancelled" in refused.out + refused.err) == (1, False)
+    assert "Prefect does not cancel flow run" in refused.err
+    assert "its deployment is paused" in refused.err
+
+
+def test_a_password_in_an_option_is_warned_of_and_not_shown(here, name: str):
+    said = here("batch", "inspect", name, "--ledger", "postgresql://me:hunter2@127.0.0.1:1/x")
+    assert "Other users of this machine can see the password in --ledger" in said.err
+    assert "hunter2" not in said.out + said.err
+
+
+def test_a_pattern_that_no_batch_has_is_an_error_and_a_ledger_elsewhere_none(
+    here, picky, name: str, leads: str, tmp_path: Path
+):
+    _, block = picky()
+    for part in "12":
+        here(
+            "batch",
+            "run",
+            block,
+            leads,
+            "--key",
+            "id",
+            "--name",
+            f"{name}/{part}",
+            "--export",
+            f"{tmp_path}/{part}.jsonl",
+        )
+    none = here("batch", "inspect", f"{name}/x*")
+    assert (none.code, f"There is no batch '{name}/x*'" in none.err) == (2, True)
+    Path(f"{tmp_path}/1.jsonl.ledger.db").rename(tmp_path / "elsewhere.db")
+    found = here("batch", "inspect", f"{name}/*", "-o", "json")
+    assert (found.code, found.json["completed"], len(found.json["batches"]), len(found.json["missing"])) == (0, 2, 1, 1)
+    assert f"Batch '{name}/1' is not counted: " in found.err
 
 
 def test_failed_rows_are_started_again_by_the_name_alone_up_to_the_crews_limit(
