@@ -200,10 +200,12 @@ def about(results: Figures) -> str:
     """Return one sentence on where the results are from."""
     known = results["machine"]
     return (
-        f"Measured on {results['date']} at commit {known['commit']}: {known['cores']} cores ({known['processor']}), "
-        f"{known['memory_gb']} GB, Python {known['python']}, Prefect {known['prefect']}. Values are medians of three "
-        "measurements that alternate with what they are compared with; the 100,000 rows and polling are measured once. "
-        "`load` is the machine's before the work, and the highest while it ran."
+        f"Measured part by part on {results['date']}, the last part at commit {known['commit']}: {known['cores']} "
+        f"cores ({known['processor']}), {known['memory_gb']} GB, Python {known['python']}, Prefect {known['prefect']}. "
+        "A value is the median of three measurements that alternate with those that they are compared with. These were "
+        "measured once: the 100,000 rows, polling, the call that writes the output, and the real crews. `load` is that "
+        "of the machine before the work, and the highest while it ran. "
+        f"`benchmarks/results/{results['date']}.json` has each single measurement."
     )
 
 
