@@ -157,8 +157,9 @@ NEXT = {
         "prefect-crew crews save my-crew --url https://…",
         "prefect-crew run my-crew -i topic=Lisbon",
     ],
-    "The same in Python": ['run_crew(DeployedCrew.load("my-crew"), {"topic": "Lisbon"})'],
+    "The same in Python": ['run_crew("my-crew", {"topic": "Lisbon"})'],
     "A project to start from, with schedules and a worker": ["prefect-crew init my-crews"],
+    "The tutorial": ["prefect-crew docs tutorial"],
 }
 
 
