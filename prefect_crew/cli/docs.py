@@ -98,7 +98,10 @@ def _reference(path: str) -> str:
     module, _, name = path.rpartition(".")
     if path == "prefect_crew.exceptions":
         return inspect.getdoc(import_module(path)) or ""
-    value = getattr(import_module(module), name)
+    try:
+        value = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:  # pytest, which `prefect_crew.testing` needs
+        return f"### {name}\n\nIts text needs {error.name}, which is not installed here."
     is_class = inspect.isclass(value)
     parts = [f"### {name}", *_signature(name, value), inspect.getdoc(value) or ""]
     if is_class and issubclass(value, BaseModel):

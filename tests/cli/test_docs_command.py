@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_a_page_is_whole_and_its_links_are_names_of_pages(name: str):
 )
 def test_a_text_that_is_made_from_the_code_is_filled_in(name: str, text: str):
     assert text in page_text(name, pages()[name])
+
+
+def test_a_page_is_printed_where_a_module_of_its_reference_cannot_be_imported(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "prefect_crew.testing", None)  # as where pytest is not installed
+    text = page_text("reference/python", pages()["reference/python"])
+    assert "### crew_server\n\nIts text needs" in text
+    assert "arun_crew(crew: " in text
 
 
 def test_a_name_that_two_pages_share_prints_both(capsys: pytest.CaptureFixture[str]):
