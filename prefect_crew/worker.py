@@ -37,7 +37,13 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import AsyncClientContext
-from prefect.exceptions import Abort, InfrastructureNotAvailable, ObjectNotFound, Pause
+from prefect.exceptions import (
+    Abort,
+    InfrastructureNotAvailable,
+    InfrastructureNotFound,
+    ObjectNotFound,
+    Pause,
+)
 from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Failed
@@ -113,15 +119,15 @@ async def read_workers(client: PrefectClient, pool: str) -> dict[str, bool]:
     return {worker.name: worker.status == WorkerStatus.ONLINE for worker in workers}
 
 
-def owner_name(flow_run: FlowRun) -> str | None:
-    """Return the worker that has, or had, a flow run; None where none has named itself."""
-    name, slash, _ = (flow_run.infrastructure_pid or "").rpartition("/")
+def worker_name(infrastructure_pid: str | None) -> str | None:
+    """Return the worker that an `infrastructure_pid` names, None where it names none."""
+    name, slash, _ = (infrastructure_pid or "").rpartition("/")
     return name if slash else None
 
 
 def is_orphan(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
     """Return whether a flow run that has begun needs a worker and has none: its own is not among those online."""
-    state, name = flow_run.state, owner_name(flow_run)
+    state, name = flow_run.state, worker_name(flow_run.infrastructure_pid)
     if state is None or (state.is_paused() and state.state_details.pause_reschedule):
         return False  # suspended: it needs none
     if state.is_scheduled() and flow_run.empirical_policy.retry_type != "in_process":
@@ -480,11 +486,11 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
 
     def _end_if_lost(self, current: FlowRun) -> None:
         held = self._held.get(current.id)
-        if held is None or self._owns(current):
+        if held is None or self._is_own(current.infrastructure_pid):
             return
         self._logger.warning("Flow run %r was taken by another worker: it ends here.", current.name)
         held.end("lost", f"Another worker has taken flow run {current.name!r}.")
-        if owner_name(current) == self.name:
+        if worker_name(current.infrastructure_pid) == self.name:
             # A worker takes what an earlier start under its name has left, at once: two of one name that live would
             # take each other's flow runs for ever.
             name = f"{self.name}-{self.boot}"
@@ -495,23 +501,45 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 self._worker_channel.stop()
                 self._worker_channel = None
 
-    def _owns(self, flow_run: FlowRun) -> bool:
-        return (flow_run.infrastructure_pid or "").endswith(f"/{self.boot}")
+    def _is_own(self, infrastructure_pid: str | None) -> bool:
+        return (infrastructure_pid or "").endswith(f"/{self.boot}")
 
     async def kill_infrastructure(
         self, infrastructure_pid: str, configuration: CrewJobConfiguration, grace_seconds: int = 30
     ) -> None:
-        """Cancel a flow run of this worker. Prefect calls it for those that are cancelled before they have begun.
+        """End a flow run of this worker, or stop the crews of a cancelled flow run that no worker has.
+
+        Prefect calls it for a flow run that is cancelled before it has begun, and for a flow run that the Prefect
+        server itself has ended as Cancelled because no worker did.
 
         Raises:
-            InfrastructureNotAvailable: Another worker has it, and cancels it.
+            InfrastructureNotFound: No worker has the flow run.
+            InfrastructureNotAvailable: Another worker, which is online, has it.
         """
-        held = None if configuration.flow_run_id is None else self._held.get(configuration.flow_run_id)
-        if held is None:
-            raise InfrastructureNotAvailable(f"{infrastructure_pid} is another worker.")
-        held.end("cancelled", "Flow run was cancelled.")
-        if held.task is not None:
-            await asyncio.wait({held.task}, timeout=grace_seconds)
+        flow_run_id = configuration.flow_run_id
+        held = None if flow_run_id is None else self._held.get(flow_run_id)
+        if held is not None and self._is_own(infrastructure_pid):
+            held.end("cancelled", "Flow run was cancelled.")
+            if held.task is not None:
+                await asyncio.wait({held.task}, timeout=grace_seconds)
+            return
+        name = worker_name(infrastructure_pid)
+        # What names this worker, and does not run here, has ended or is of an earlier start.
+        if not self._is_own(infrastructure_pid) and name not in (None, self.name):
+            self._workers = await read_workers(self.client, self._work_pool_name)
+            if self._workers.get(name, False):
+                raise InfrastructureNotAvailable(f"Worker {name!r}, which is online, has {infrastructure_pid}.")
+        if flow_run_id is not None and held is None:
+            flow_run = await self.client.read_flow_run(flow_run_id)
+            state = flow_run.state
+            # One that was begun again since then waits for its crews.
+            if (
+                flow_run.start_time is not None
+                and state is not None
+                and (state.is_cancelling() or state.is_cancelled())
+            ):
+                await stop_crews_of(self.client, flow_run)
+        raise InfrastructureNotFound(f"No worker has {infrastructure_pid}.")
 
     # All flow runs of the pool
 
@@ -577,17 +605,17 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
 
     def _unsure_for(self, flow_run: FlowRun) -> float:
         """Return the seconds for which an orphan has to look like one."""
-        name = owner_name(flow_run)
+        name = worker_name(flow_run.infrastructure_pid)
         if name is None or (flow_run.state is not None and flow_run.state.is_pending()):
             return UNOWNED_FOR
         # An earlier start under this worker's own name is over. Another worker may only seem to be gone, where the
         # server itself was away; and what this one has just ended is not yet seen as ended.
-        is_of_earlier_start = name == self.name and not self._owns(flow_run)
+        is_of_earlier_start = name == self.name and not self._is_own(flow_run.infrastructure_pid)
         return 0.0 if is_of_earlier_start else float(self.heartbeat_interval_seconds)
 
     async def _adopt(self, flow_run: FlowRun, limit: asyncio.Semaphore) -> None:
         """Begin an orphan here or give it back to the pool, if no other worker does."""
-        owner = owner_name(flow_run) or "unknown"
+        owner = worker_name(flow_run.infrastructure_pid) or "unknown"
         why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
         try:
             async with limit:
@@ -605,7 +633,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         The way over the pool changes its state three times and not once: hundreds of them would take the server twice
         as long. It is taken where a limit holds: a deployment's, whose slot Pending takes, or this worker's own.
         """
-        if owner_name(flow_run) != self.name or self._leave_until is not None:
+        if worker_name(flow_run.infrastructure_pid) != self.name or self._leave_until is not None:
             return False
         current = await self.client.read_flow_run(flow_run.id)
         state, policy = current.state, current.empirical_policy

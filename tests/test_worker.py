@@ -19,8 +19,9 @@ import prefect.flow_engine
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
+from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound
 from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running
 
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs
@@ -252,6 +253,48 @@ async def test_a_flow_run_is_cancelled_for_another_worker_only_once_that_is_sure
 
 
 @pytest.mark.usefixtures("connection")
+@pytest.mark.parametrize(
+    ("owner", "flow_state"),
+    [
+        ("{worker.identity}", "CANCELLED"),
+        ("{worker.name}/an earlier start", "CANCELLED"),
+        ("gone/1", "CANCELLED"),
+        ("gone/1", "SCHEDULED"),
+        ("is no pid", "CANCELLED"),
+        ("alive/1", "CANCELLED"),
+    ],
+)
+async def test_infrastructure_that_is_to_be_killed_is_not_found_unless_a_worker_that_is_online_has_it(
+    pool: CrewPool, monkeypatch: pytest.MonkeyPatch, owner: str, flow_state: str
+):
+    """As Prefect's own workers answer: those of Docker and Kubernetes for what has ended, or was never there."""
+    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    crew = pool.crews["quick"]
+    asked = crew.requests["stop"]
+    deployment = await asyncio.to_thread(pool.deploy, "killed", f"{USER_FLOWS}.sleeps")
+    later = datetime.now(UTC) + timedelta(hours=1)
+    run_id = UUID(await asyncio.to_thread(partial(pool.start, deployment, at=later, seconds=1)))
+    async with CrewClient(crew.url, crew.token) as client:
+        kickoff_id = await client.kickoff({"topic": "tea"})
+    started = {"flow_run_id": str(run_id), "kickoff_id": kickoff_id, "crew_url": crew.url}
+    await put(record(phase=RecordPhase.STARTED, **started))
+    async with CrewWorker(pool.name, name="kills") as worker:
+        await worker.client.send_worker_heartbeat(pool.name, "alive", heartbeat_interval_seconds=30)
+        await worker.client.set_flow_run_state(run_id, Running(), force=True)
+        flow_run = await worker.client.read_flow_run(run_id)
+        configuration = await CrewJobConfiguration.resolve_for_flow_run(
+            flow_run, client=worker.client, work_pool=worker.work_pool, worker_name=worker.name
+        )
+        # The server has ended it as Cancelled by itself; then somebody may have begun it again.
+        await worker.client.set_flow_run_state(run_id, State(type=StateType(flow_state)), force=True)
+        expected = InfrastructureNotAvailable if owner == "alive/1" else InfrastructureNotFound
+        with pytest.raises(expected):
+            await worker.kill_infrastructure(owner.format(worker=worker), configuration)
+    is_stopped = flow_state == "CANCELLED" and owner != "alive/1"
+    assert crew.requests["stop"] - asked == is_stopped
+
+
+@pytest.mark.usefixtures("connection")
 async def test_a_worker_that_goes_on_under_another_name_is_online_under_that_one(pool: CrewPool):
     async with CrewWorker(pool.name, name="twin", heartbeat_interval_seconds=1) as worker:
         lost = FlowRun(id=uuid4(), flow_id=uuid4(), infrastructure_pid="twin/another")
@@ -381,6 +424,31 @@ def test_cancelling_stops_the_crew_whether_its_worker_is(handed: Handed, is_gone
     assert run["state_name"] == "Cancelled", run["state"]["message"]
     assert [run.state for run in handed.crew.runs] == ["stopped"]
     assert handed.crew.requests["stop"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heir", ["one", "two"])
+def test_a_crew_is_stopped_whose_flow_run_the_prefect_server_itself_has_ended_as_cancelled(
+    tmp_path: Path, prefect_template: Path | None, heir: str
+):
+    timeout = {"PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "20"}
+    with (
+        PrefectServer(tmp_path, template=prefect_template, env=timeout) as server,
+        CrewPool(server, tmp_path, heartbeat=3) as pool,
+    ):
+        handed = Handed(pool)
+        one = pool.worker("one")
+        (run_id,) = handed.start(1)
+        one.kill()
+        pool.set_state(run_id, "CANCELLING")
+        run = pool.wait_for(run_id, seconds=60)
+        assert "cancellation timed out" in run["state"]["message"], "the server has ended it"
+        assert [run.state for run in handed.crew.runs] == ["running"]
+        pool.worker(heir)
+        wait_until(lambda: handed.crew.runs[0].state == "stopped", seconds=60, what="the crew is stopped")
+        assert handed.crew.requests["stop"] == 1
+        assert pool.states(run_id).count("Cancelled") == 1
+        assert "dead-letter" not in server.log.read_text()
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ async def _check_pools(client: PrefectClient, found: Findings) -> None:
     from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterType
 
     from prefect_crew.records.model import utcnow
-    from prefect_crew.worker import BEGUN, UNOWNED_FOR, is_orphan, owner_name, read_flow_runs, read_workers
+    from prefect_crew.worker import BEGUN, UNOWNED_FOR, is_orphan, read_flow_runs, read_workers, worker_name
 
     of_crews = WorkPoolFilter(type=WorkPoolFilterType(any_=["crew"]))
     # One that a worker is about to take has no owner for a moment.
@@ -215,11 +215,13 @@ async def _check_pools(client: PrefectClient, found: Findings) -> None:
         online = ", ".join(sorted(worker for worker, is_online in workers.items() if is_online))
         begun = await read_flow_runs(client, pool.name, *BEGUN)
         orphans = [run for run in begun if is_orphan(run, workers)]
-        left = [run for run in orphans if owner_name(run) or (run.state and run.state.timestamp < since)]
+        left = [
+            run for run in orphans if worker_name(run.infrastructure_pid) or (run.state and run.state.timestamp < since)
+        ]
         said = f"workers online: {online or 'none'}; flow runs begun: {len(begun)}"
         fix = "" if online else f"prefect worker start --pool {shlex.quote(pool.name)}"
         if left:
-            gone = sorted({owner_name(run) or "without a name" for run in left})
+            gone = sorted({worker_name(run.infrastructure_pid) or "without a name" for run in left})
             said += f", {len(left)} of them left by workers that are gone ({', '.join(gone)})"
             fix = fix or "Workers that are online take them within two heartbeats."
         found.add("warning" if fix else "ok", f"crew pool {pool.name}", said, fix)

@@ -47,13 +47,21 @@ def free_port() -> int:
 class PrefectServer:
     """A `prefect server start` process; a context manager."""
 
-    def __init__(self, folder: Path, *, database_url: str | None = None, template: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        database_url: str | None = None,
+        template: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.home = folder / "home"
         self.log = folder / "server.log"
         self.database = None if database_url else self.home / "prefect.db"
         self.port = free_port()
         self._database_url = database_url
         self._template = template
+        self._env = dict(env or {})
         self._process: Process | None = None
         self._has_answered = False
 
@@ -98,7 +106,7 @@ class PrefectServer:
         self.home.mkdir(parents=True, exist_ok=True)
         if self.database and self._template and self._template.exists() and not self.database.exists():
             shutil.copyfile(self._template, self.database)
-        variables = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database_url, **QUICK}
+        variables = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database_url, **QUICK, **self._env}
         for left in reversed(range(1 if self._has_answered else PORT_TRIES)):  # who has clients keeps its port
             options = ["--host", "127.0.0.1", "--port", str(self.port)]
             command = [sys.executable, "-m", "prefect", "server", "start", *options]
