@@ -37,6 +37,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import AsyncClientContext
+from prefect.events.worker import EventsWorker
 from prefect.exceptions import (
     Abort,
     InfrastructureNotAvailable,
@@ -45,6 +46,7 @@ from prefect.exceptions import (
     Pause,
 )
 from prefect.flows import Flow
+from prefect.logging.handlers import APILogWorker
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry, Cancelled, Failed
 from prefect.utilities.engine import propose_state
@@ -57,6 +59,7 @@ from prefect_crew._internal.prefect_api import read_all_flow_runs
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, PREFECT_ERRORS, STATUS_ERRORS, is_away
 from prefect_crew.blocks import find_crew
 from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.records.keys import forget_calls
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.prune import prune_regularly
 from prefect_crew.records.store import PrefectRecords
@@ -73,7 +76,7 @@ POOL_DESCRIPTION = (
     "Documentation: prefect-crew docs guides/crew-worker."
 )
 LOOK_EVERY = 2.0
-"""Seconds between two looks for flow runs that are being cancelled."""
+"""Seconds between two looks for flow runs that are being cancelled or were suspended."""
 UNOWNED_FOR = 60.0
 """Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
 takes it names itself right after, and until then an earlier owner may still be named."""
@@ -81,7 +84,7 @@ CANCELLED_UNOWNED_FOR = 10.0
 """The same for one that is being cancelled, also where its worker is gone: one that lives cancels it before."""
 HAND_OVER_WITHIN = 25.0
 """Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30. A kickoff that is being sent is waited
-for; what is not given back by then is adopted later."""
+for. Then the process ends, and another worker adopts what was not given back."""
 AWAY_PAUSE = 5.0
 """Seconds between two requests to a Prefect server that is away, after the pauses of Prefect's own client."""
 ADOPTIONS_AT_ONCE = 10
@@ -95,6 +98,9 @@ HANDED_OVER = "handed over"
 PAGE = 200
 """Flow runs that the server gives at once, at most."""
 CANCELLING = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
+SUSPENDED_NAMES = ["Suspended", "Resuming"]
+"""States of a flow run whose coroutine has to end: somebody suspended it, and may have resumed it since. A flow run
+that is Paused waits in its coroutine, for a form or for the end of `pause_flow_run`."""
 BEGUN = (
     FlowRunFilterState(
         operator=Operator.or_,  # pyright: ignore[reportCallIssue]
@@ -125,11 +131,16 @@ def worker_name(infrastructure_pid: str | None) -> str | None:
     return name if slash else None
 
 
+def is_suspended(state: State[Any]) -> bool:
+    """Return whether a flow run in this state holds no worker until somebody resumes it."""
+    return state.is_paused() and bool(state.state_details.pause_reschedule)
+
+
 def is_orphan(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
     """Return whether a flow run that has begun needs a worker and has none: its own is not among those online."""
     state, name = flow_run.state, worker_name(flow_run.infrastructure_pid)
-    if state is None or (state.is_paused() and state.state_details.pause_reschedule):
-        return False  # suspended: it needs none
+    if state is None or is_suspended(state):
+        return False
     if state.is_scheduled() and flow_run.empirical_policy.retry_type != "in_process":
         return False  # the pool hands it out
     if name is None:
@@ -141,15 +152,15 @@ def is_orphan(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
 async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_from: UUID | None = None) -> bool:
     """Give a flow run back to its pool, which hands it out again; return whether that was done.
 
-    It is not where the flow run has ended, is the pool's already, or is not in the state `only_from` any more. `why` is
-    the message of its new state.
+    It is not where the flow run has ended, is suspended, is the pool's already, or is not in the state `only_from` any
+    more. `why` is the message of its new state.
 
     A flow run that waits for a retry "in process" is handed out by no pool: so its policy is changed first. Being
     handed over is not an attempt that failed, but the server counts it as one: so there is one retry more.
     """
     flow_run = await client.read_flow_run(flow_run_id)
     state, policy = flow_run.state, flow_run.empirical_policy
-    if state is None or state.is_final() or only_from not in (None, state.id):
+    if state is None or state.is_final() or is_suspended(state) or only_from not in (None, state.id):
         return False
     retry_at = None
     if state.is_scheduled():
@@ -317,6 +328,11 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
 
         async def shut_down() -> None:
             await self.hand_over_all(f"Worker {self.name!r} shuts down.")
+            if self._held:
+                # The event loop would wait for their coroutines, which no cancellation ends, as long as they last.
+                printer(f"Worker {self.name!r} leaves {len(self._held)} flow runs to be adopted: they did not end.")
+                await asyncio.to_thread(_send_logs_and_events)
+                os._exit(1)
             if main is not None:
                 main.cancel()
 
@@ -421,6 +437,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         if (before := self._held.get(flow_run.id)) is not None and before.task is not None:
             before.end("lost", "Another worker had taken the flow run, and it came back.")
             await asyncio.wait({before.task})
+        forget_calls(str(flow_run.id))
         held = self._held[flow_run.id] = HeldFlowRun(flow_run, self._confirm)
         try:
             if task_status is not None:
@@ -431,6 +448,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 await hand_over(self.client, flow_run.id, held.reason)
             elif held.ending == "cancelled":
                 await self._end_cancelled(flow_run, held.reason)
+            elif held.ending == "suspended":
+                await self._leave_suspended(flow_run.id)
         finally:
             if self._held.get(flow_run.id) is held:
                 del self._held[flow_run.id]
@@ -452,6 +471,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         except asyncio.CancelledError:
             if held.ending is None:
                 raise
+            if held.ending == "suspended":
+                log.info("The flow run ended on this worker: it is suspended. Its crews run on.")
         except (Abort, Pause) as signal_of_prefect:
             log.info("The flow run ended on this worker: %s", signal_of_prefect)
         except (SystemExit, KeyboardInterrupt, GeneratorExit):
@@ -473,13 +494,18 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 )
                 await asyncio.sleep(AWAY_PAUSE)
 
-    async def _confirm(self, held: HeldFlowRun) -> None:
-        """End a flow run as lost if another worker has it.
+    async def _confirm(self, held: HeldFlowRun, state: State[Any]) -> None:
+        """End a flow run as lost if another worker has it, or as suspended where its flow ends right after that.
 
-        The server is asked only where this worker may have been taken for dead: it was frozen, or cut off.
+        The server is asked for a last state, which it would take over Suspended, and where this worker may have been
+        taken for dead: it was frozen, or cut off.
         """
-        if self._may_count_as_gone():
-            self._end_if_lost(await self.client.read_flow_run(held.flow_run.id))
+        if state.is_final() or self._may_count_as_gone():
+            current = await self.client.read_flow_run(held.flow_run.id)
+            if self._may_count_as_gone():
+                self._end_if_lost(current)
+            if current.state_name in SUSPENDED_NAMES:
+                held.end("suspended", "Flow run was suspended.")
 
     def _may_count_as_gone(self) -> bool:
         return _clock() - self._confirmed_at >= 2 * self.heartbeat_interval_seconds
@@ -544,13 +570,14 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
     # All flow runs of the pool
 
     async def _watch_pool(self) -> None:
-        """Look for flow runs that are being cancelled, that are lost, and that another worker has left behind."""
+        """Look for flow runs that are being cancelled, suspended, lost, and that another worker has left behind."""
         heartbeat_due = 0.0
         while True:
             try:
                 asked = _clock()
                 cancelling = await read_flow_runs(self.client, self._work_pool_name, CANCELLING)
                 self._cancelling_since = {one.id: self._cancelling_since.get(one.id, asked) for one in cancelling}
+                await self._end_suspended_ones()
                 if self._may_count_as_gone():
                     await self._end_lost_ones()
                 if asked >= heartbeat_due:
@@ -567,6 +594,18 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
                 # One flow run that cannot be dealt with must not be the last one that is looked for.
                 self._logger.exception("Looking for flow runs that are cancelled or left behind failed.")
             await asyncio.sleep(LOOK_EVERY)
+
+    async def _end_suspended_ones(self) -> None:
+        """End the coroutines of flow runs that somebody has suspended; their crews run on."""
+        before = dict(self._held)  # what begins during the request may have been resumed just before
+        if not before:
+            return
+        state = FlowRunFilterState(name=FlowRunFilterStateName(any_=SUSPENDED_NAMES))
+        wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(before)), state=state)
+        for flow_run in await read_all_flow_runs(self.client, flow_run_filter=wanted):
+            held = self._held.get(flow_run.id)
+            if held is not None and held is before[flow_run.id]:
+                held.end("suspended", "Flow run was suspended.")
 
     async def _end_lost_ones(self) -> None:
         """End the coroutines of flow runs that another worker has taken."""
@@ -686,6 +725,13 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             self._logger.warning("Flow run %r is being cancelled, and no worker has it.", flow_run.name)
             await self._end_cancelled(flow_run, "Flow run was cancelled while no worker had it.")
 
+    async def _leave_suspended(self, flow_run_id: UUID) -> None:
+        """Have the pool hand a suspended flow run out once it is resumed, also where its last attempt is a retry."""
+        policy = (await self.client.read_flow_run(flow_run_id)).empirical_policy
+        if policy.retry_type == "in_process":
+            policy = policy.model_copy(update={"retry_type": "reschedule"})
+            await self.client.update_flow_run(flow_run_id, empirical_policy=policy)
+
     async def _end_cancelled(self, flow_run: FlowRun, why: str) -> None:
         """End a flow run as Cancelled.
 
@@ -695,6 +741,14 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         if flow_run.start_time is not None:
             await stop_crews_of(self.client, flow_run)
         await self.client.set_flow_run_state(flow_run.id, Cancelled(message=why), force=True)
+
+
+def _send_logs_and_events() -> None:
+    """Send what Prefect holds back of logs and events, as it does at the end of a process."""
+    for stream in (APILogWorker, EventsWorker):
+        stream.drain_all(timeout=2)
+    for output in (sys.stdout, sys.stderr):
+        output.flush()
 
 
 def _clock() -> float:

@@ -22,7 +22,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound
-from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running
+from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running, Suspended
 
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs
 from prefect_crew.client._client import CrewClient
@@ -37,7 +37,7 @@ from prefect_crew.worker import (
     read_workers,
     stop_crews_of,
 )
-from support.crew_pool import EXITS, USER_FLOWS, CrewOnCommand, CrewPool
+from support.crew_pool import EXITS, IMPORTABLE, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
 from support.records import attempts, let_pass, put
@@ -424,6 +424,68 @@ def test_cancelling_stops_the_crew_whether_its_worker_is(handed: Handed, is_gone
     assert run["state_name"] == "Cancelled", run["state"]["message"]
     assert [run.state for run in handed.crew.runs] == ["stopped"]
     assert handed.crew.requests["stop"] == 1
+
+
+def test_a_flow_run_that_is_suspended_from_outside_ends_its_coroutine_and_continues_when_it_is_resumed(handed: Handed):
+    pool, crew = handed.pool, handed.crew
+    quick = pool.add_crew("quick", QUICK)
+    pool.worker("one")
+    run_id = pool.start(pool.deploy("steps", f"{USER_FLOWS}.four_steps"))
+    wait_until(lambda: crew.requests["status"] > 0, seconds=60, what="the third step")
+    suspend = {"type": "PAUSED", "name": "Suspended", "state_details": {"pause_reschedule": True}}
+    pool.call("POST", f"/flow_runs/{run_id}/set_state", {"state": suspend})
+    wait_until(lambda: "ended on this worker" in pool.logs(run_id), seconds=30, what="its coroutine has ended")
+    handed.program.ended = True
+    wait_until(lambda: crew.runs[0].state == "completed", seconds=30, what="the crew has gone on")
+    assert pool.flow_run(run_id)["state_name"] == "Suspended"
+    assert "step four begins" not in pool.logs(run_id)
+    pool.call("POST", f"/flow_runs/{run_id}/resume", {})
+    run = pool.wait_for(run_id)
+    assert run["state_name"] == "Completed", run["state"]["message"]
+    assert pool.states(run_id)[-4:] == ["Resuming", "Pending", "Running", "Completed"]
+    wait_until(lambda: "step four begins" in pool.logs(run_id), seconds=30, what="its last step")
+    assert pool.logs(run_id).count("step one begins") == 1
+    assert (quick.kickoffs, crew.kickoffs, crew.requests["stop"]) == (1, 1, 0)
+
+
+@pytest.mark.usefixtures("connection")
+async def test_a_flow_that_ends_right_after_it_was_suspended_stays_suspended(
+    pool: CrewPool, monkeypatch: pytest.MonkeyPatch
+):
+    deployment = await asyncio.to_thread(pool.deploy, "suspended", f"{USER_FLOWS}.sleeps")
+    later = datetime.now(UTC) + timedelta(hours=1)
+    run_id = await asyncio.to_thread(partial(pool.start, deployment, at=later, seconds=3))
+    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WORKER_MODULES", USER_FLOWS)
+    monkeypatch.syspath_prepend(IMPORTABLE)
+    async with CrewWorker(pool.name, name="ends") as worker:
+        await worker.client.set_flow_run_state(UUID(run_id), Running(), force=True)
+        flow_run = await worker.client.read_flow_run(UUID(run_id))
+        configuration = await CrewJobConfiguration.resolve_for_flow_run(
+            flow_run, client=worker.client, work_pool=worker.work_pool, worker_name=worker.name
+        )
+        running = asyncio.create_task(worker.run(flow_run, configuration))
+        while pool.states(run_id).count("Running") < 2:
+            await asyncio.sleep(0.1)
+        await worker.client.set_flow_run_state(flow_run.id, Suspended())
+        await running
+        assert (await worker.client.read_flow_run(flow_run.id)).state_name == "Suspended"
+        assert not await hand_over(worker.client, flow_run.id, "Its worker shuts down.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("times", "code"), [(1, 0), (10**6, 1)])
+def test_a_flow_that_swallows_cancellations_keeps_no_worker_from_its_end(handed: Handed, times: int, code: int):
+    pool, one = handed.pool, handed.pool.worker("one")
+    deployment = pool.deploy("swallows", f"{USER_FLOWS}.swallows")
+    cancelled, kept = (pool.start(deployment, times=number) for number in (1, times))
+    for run_id in (cancelled, kept):
+        pool.wait_for(run_id, "RUNNING")
+    pool.set_state(cancelled, "CANCELLING")
+    assert pool.wait_for(cancelled, seconds=30)["state_name"] == "Cancelled"
+    one.process.send(signal.SIGTERM)
+    assert one.process.wait(45) == code
+    assert pool.flow_run(kept)["state_name"] == ("Running" if code else "AwaitingRetry")
 
 
 @pytest.mark.slow

@@ -36,26 +36,43 @@ RENEW_AFTER = 0.75
 """The share of a lease's duration after which it is renewed, as in Prefect's own."""
 BLOCKED_AFTER = 5.0
 """Seconds that one step of a coroutine may take before its flow run is named in a warning."""
-Ending = Literal["cancelled", "handed over", "lost"]
-"""Why a worker ends a flow run's coroutine: it is being cancelled, the worker shuts down, or another worker has it."""
+CANCEL_AGAIN_AFTER = 5.0
+"""Seconds that a coroutine has to end by itself once it is cancelled; then it is cancelled again each second."""
+Ending = Literal["cancelled", "suspended", "handed over", "lost"]
+"""Why a worker ends a flow run's coroutine: somebody cancels or suspends the flow run, the worker shuts down, or
+another worker has it."""
 
 
 @dataclass(eq=False)
 class HeldFlowRun:
-    """A flow run whose coroutine runs in this process. `confirm` ends it as lost if another worker has it."""
+    """A flow run whose coroutine runs in this process.
+
+    `confirm` is called before a state is written, and ends it where the server already says why it has to end.
+    """
 
     flow_run: FlowRun
-    confirm: Callable[[HeldFlowRun], Awaitable[None]]
+    confirm: Callable[[HeldFlowRun, State[Any]], Awaitable[None]]
     ending: Ending | None = None
     reason: str = ""
     task: asyncio.Task[None] | None = None
+    is_out: bool = False
+    """Whether a cancellation has left the flow's own code."""
 
     def end(self, ending: Ending, reason: str) -> None:
         """End the coroutine. "lost" overrides an earlier ending: then nothing more is said to the server."""
         if self.ending is None or ending == "lost":
+            is_first = self.ending is None
             self.ending, self.reason = ending, reason
             if self.task is not None:
                 self.task.cancel()
+                if is_first:
+                    self.task.get_loop().call_later(CANCEL_AGAIN_AFTER, self._cancel_again)
+
+    def _cancel_again(self) -> None:
+        """Cancel the coroutine each second: the flow's code may have swallowed a CancelledError."""
+        if self.task is not None and not self.task.done() and not self.is_out:
+            self.task.cancel()
+            self.task.get_loop().call_later(1.0, self._cancel_again)
 
 
 async def run_held_flow(flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
@@ -80,12 +97,14 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
 
     async def set_state(self, state: State[Any], force: bool = False) -> State[Any]:
         if self.held.ending is None:
-            await self.held.confirm(self.held)
-        if self.held.ending == "lost" or (self.held.ending == "handed over" and not state.is_completed()):
+            await self.held.confirm(self.held, state)
+        is_of_server = self.held.ending in ("lost", "suspended")  # which has a state that nobody may overwrite
+        if is_of_server or (self.held.ending == "handed over" and not state.is_completed()):
             raise asyncio.CancelledError  # whatever the flow has made of the first one
         return await super().set_state(state, force)
 
     async def handle_crash(self, exc: BaseException) -> None:
+        self.held.is_out = True
         if self.held.ending is None:
             await super().handle_crash(exc)
             return

@@ -274,6 +274,16 @@ def _calls_of(flow_run: tuple[str, int], context: FlowRunContext | None) -> _Cal
         return calls
 
 
+def forget_calls(flow_run_id: str) -> None:
+    """Number the calls of a flow run from one: it begins again in this process.
+
+    A flow run that was suspended and is resumed keeps its `run_count`, by which attempts are told apart otherwise.
+    """
+    with _lock:
+        for key in [key for key in _flow_runs if key[0] == flow_run_id]:
+            del _flow_runs[key]
+
+
 async def _calls_and_root(context: FlowRunContext, flow_run: FlowRun) -> tuple[_Calls, _Root]:
     calls = _calls_of((str(flow_run.id), flow_run.run_count), context)
     root = calls.root = calls.root or await _find_root(flow_run)

@@ -8,7 +8,7 @@ import time
 
 from prefect import flow, get_run_logger, task
 
-from prefect_crew import arun_batch
+from prefect_crew import arun_batch, arun_crew
 
 
 @flow
@@ -85,3 +85,35 @@ async def fails_once_and_waits() -> int:
     if flow_run.run_count == 1:
         raise ValueError("the first attempt fails")
     return flow_run.run_count
+
+
+@flow
+async def swallows(times: int) -> None:
+    """End with the cancellation after so many that are swallowed."""
+    while True:
+        try:
+            await asyncio.sleep(120)
+        except asyncio.CancelledError:
+            get_run_logger().warning("swallowed")
+            times -= 1
+            if times < 0:
+                raise
+
+
+@task(persist_result=True)
+async def step(name: str) -> str:
+    get_run_logger().info("step %s begins", name)
+    return name
+
+
+@flow(retries=1)
+async def four_steps() -> list[str]:
+    """Run a task, two crews and a task, in the second attempt: the first fails."""
+    from prefect.runtime import flow_run
+
+    if flow_run.run_count == 1:
+        raise ValueError("the first attempt fails")
+    one = await step("one")
+    two = await arun_crew("quick", {"topic": "tea"})
+    three = await arun_crew("on-command", {"topic": "tea"})
+    return [one, two.output, three.output, await step("four")]
