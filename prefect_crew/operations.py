@@ -29,6 +29,7 @@ from prefect_crew.costs import costs_markdown, read_costs
 from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, ConfigurationError, CrewError, DatasetError
 from prefect_crew.prices import Spending
 from prefect_crew.records.model import utcnow
+from prefect_crew.records.owners import count_attempts
 from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
 
@@ -180,7 +181,7 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
         run = await client.read_flow_run(flow_run_id)
         # A run that dies before it begins is never counted by Prefect, so its crashes count as well.
         states = await client.read_flow_run_states(flow_run_id)
-        attempts = max(run.run_count, sum(state.type is StateType.CRASHED for state in states))
+        attempts = max(count_attempts(states)[0], sum(state.type is StateType.CRASHED for state in states))
         if run.state is None or not run.state.is_crashed():
             done = f"left alone, it is {run.state.name if run.state else 'without a state'}"
         elif run.deployment_id is None:

@@ -54,7 +54,7 @@ from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerRes
 from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs, run_held_flow
+from prefect_crew._internal.flow_engine import HeldFlowRun, check_prefect, many_flow_runs, run_held_flow
 from prefect_crew._internal.prefect_api import read_all_flow_runs
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, PREFECT_ERRORS, STATUS_ERRORS, is_away
 from prefect_crew.blocks import find_crew
@@ -307,6 +307,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
 
     async def setup(self) -> None:
         """Prepare the worker: what all flow runs share, and the look for cancelled and orphaned ones."""
+        check_prefect()
         await super().setup()
         await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))

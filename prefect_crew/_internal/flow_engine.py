@@ -1,22 +1,27 @@
 """Prefect's flow engine, and the event loop, for many flow runs in one process, as the crew worker needs it.
 
-Private API of Prefect, for these reasons. To ask for upstream: an engine that takes "why was I cancelled" as an
-argument, and that leaves signals, heartbeats and the watch for suspensions to the process that runs many of them.
+Private API of Prefect: NAMES lists it, with the versions that have it. To ask for upstream: an engine that takes "why
+was I cancelled" as an argument, and that leaves signals, heartbeats and the watch for suspensions to the process that
+runs many of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
+import operator
+import re
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 from uuid import UUID
 
+import prefect
 import prefect.flow_engine
 import prefect.results
 from anyio import CancelScope
@@ -28,8 +33,37 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelling
 
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import ConfigurationError, CrewError
 
+TESTED = ("3.8.6", "3.9.1")
+"""The oldest and the newest Prefect with which the crew worker is tested."""
+NAMES: Mapping[str, str | None] = {
+    "prefect.flow_engine:capture_sigterm": None,
+    "prefect.flow_engine:_send_heartbeats": None,
+    # From 3.9.4 on it begins before the flow is loaded, in a process that the worker does not start.
+    "prefect.flow_engine:observe_flow_run_suspension": "3.9.4",
+    "prefect.flow_engine:amaintain_concurrency_lease": None,
+    "prefect.results:_read_server_default_result_storage_block_id": None,
+    "prefect.results:_aread_server_default_result_storage_block_id": None,
+    "prefect.flow_engine:AsyncFlowRunEngine.start": None,
+    "prefect.flow_engine:AsyncFlowRunEngine.is_running": None,
+    "prefect.flow_engine:AsyncFlowRunEngine.run_context": None,
+    "prefect.flow_engine:AsyncFlowRunEngine.call_flow_fn": None,
+    "prefect.flow_engine:AsyncFlowRunEngine.call_hooks": None,
+    "prefect.flow_engine:AsyncFlowRunEngine.set_state": None,
+    "prefect.flow_engine:AsyncFlowRunEngine.handle_crash": None,
+    "prefect.workers.base:BaseWorker._submit_run": None,
+    "prefect.workers.base:BaseWorker._get_scheduled_flow_runs": None,
+    "prefect.workers.base:BaseWorker._submit_scheduled_flow_runs": None,
+    "prefect.workers.base:BaseWorker._give_worker_labels_to_flow_run": None,
+    "prefect.workers.base:BaseWorker._propose_pending_state": None,
+    "prefect.workers.base:BaseWorker._propose_submitting_state": None,
+    "prefect.workers.base:BaseWorker._propose_crashed_state": None,
+    "prefect.workers.base:BaseWorker._emit_flow_run_executed_event": None,
+    "prefect.workers.base:BaseWorker._release_limit_slot": None,
+}
+"""What the worker replaces, overrides or calls of Prefect, each with the first version that may lack it. Without a
+name the worker would go wrong in silence: a SIGTERM in the midst of all flow runs, a thread for each of them."""
 RENEW_RETRY = 10.0
 """Seconds between two tries to renew a lease where the Prefect server is away."""
 RENEW_AFTER = 0.75
@@ -117,6 +151,36 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
                 await self.call_hooks(self.flow_run.state)
 
 
+def check_prefect() -> None:
+    """Refuse to go on with a Prefect that lacks one of the NAMES.
+
+    Raises:
+        ConfigurationError: Names are missing.
+    """
+    version = _numbers(prefect.__version__)
+    missing = [
+        name for name, until in NAMES.items() if not _exists(name) and (until is None or version < _numbers(until))
+    ]
+    if missing:
+        raise ConfigurationError(
+            f"The crew worker needs names of Prefect that {prefect.__version__} lacks: {', '.join(missing)}. No flow "
+            f"run was begun. It is tested with Prefect {TESTED[0]} to {TESTED[1]}: install one of these."
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+def _exists(name: str) -> bool:
+    module, _, path = name.partition(":")
+    try:
+        operator.attrgetter(path)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
 @contextmanager
 def many_flow_runs(warn: Callable[..., None]) -> Generator[None]:
     """Have this event loop hold many flow runs, while this is open: one cannot end it, nor block it without a warning,
@@ -132,36 +196,36 @@ def _light_engine() -> Generator[None]:
     It also holds for subflows, whose engine is Prefect's own.
     - `capture_sigterm` would have a SIGTERM raise in the middle of the event loop; the worker has a handler of its own.
     - `_send_heartbeats` starts a thread a flow run. The worker's heartbeat stands for all its flow runs.
-    - `observe_flow_run_suspension` (from 3.9) starts a thread with an event loop and a subscription a flow run, and
-      blocks until it is ready and when it ends.
+    - `observe_flow_run_suspension` starts a thread with an event loop and a subscription a flow run, and blocks until
+      it is ready and when it ends. The worker looks for suspended flow runs itself.
     - `amaintain_concurrency_lease` starts a thread with a client a flow run of a deployment with a limit, and crashes
       the flow run once a lease cannot be renewed: so where the server is away, and where the flow run is paused, which
       gives its slot back.
-    - The server is asked for its default result storage three times a flow run (from 3.9), twice of that by a call that
-      blocks the event loop. Once a minute is enough.
+    - The server is asked for its default result storage three times a flow run, twice of that by a call that blocks the
+      event loop. Once a minute is enough.
     """
     engine, results = prefect.flow_engine, prefect.results
-    ask = "_read_server_default_result_storage_block_id"
+    ask_server = results._read_server_default_result_storage_block_id  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+
+    @lru_cache(maxsize=1)
+    def answer_of(_minute: float) -> Any:
+        return ask_server()
+
+    def answer() -> Any:
+        return answer_of(time.monotonic() // 60)
+
+    async def aanswer() -> Any:
+        return answer()
+
     replaced: dict[tuple[Any, str], Any] = {
         (engine, "capture_sigterm"): _nothing,
         (engine, "_send_heartbeats"): _nothing,
         (engine, "observe_flow_run_suspension"): _nothing,
         (engine, "amaintain_concurrency_lease"): _renewed_lease,
+        (results, "_read_server_default_result_storage_block_id"): answer,
+        (results, "_aread_server_default_result_storage_block_id"): aanswer,
     }
-    if hasattr(results, ask):
-        ask_server = getattr(results, ask)
-
-        @lru_cache(maxsize=1)
-        def answer_of(_minute: float) -> Any:
-            return ask_server()
-
-        def answer() -> Any:
-            return answer_of(time.monotonic() // 60)
-
-        async def aanswer() -> Any:
-            return answer()
-
-        replaced |= {(results, ask): answer, (results, ask.replace("_read", "_aread")): aanswer}
+    # `check_prefect` has seen that only such names are missing as may be.
     before = {place: getattr(*place) for place in replaced if hasattr(*place)}
     for module, name in before:
         setattr(module, name, replaced[module, name])

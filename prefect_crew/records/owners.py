@@ -6,10 +6,12 @@ import os
 import socket
 import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
@@ -53,6 +55,25 @@ def _machine() -> str | None:
         return None
 
 
+def count_attempts(states: Sequence[State]) -> tuple[int, bool]:
+    """Return how often a flow run was begun, and whether it was resumed before the last of these attempts.
+
+    A flow run that is resumed, as after each form, continues its attempt. Up to Prefect 3.9.2 `run_count` counts the
+    first of them as an attempt, and does not count some that follow.
+    """
+    attempts, resumed, was_resumed, before_last = 0, False, False, False
+    for state in sorted(states, key=lambda state: state.timestamp):
+        if state.is_paused() or state.name == "Resuming":
+            resumed = True
+        elif state.is_running() and resumed:
+            resumed, was_resumed = False, True
+        elif state.is_running():
+            attempts, before_last = attempts + 1, was_resumed
+        elif not state.is_pending():
+            resumed = False
+    return attempts, before_last
+
+
 async def crash_dead_owner(record: RunRecord) -> None:
     """Set the flow run that started a run to Crashed if its process ran on this machine and is gone.
 
@@ -66,8 +87,12 @@ async def crash_dead_owner(record: RunRecord) -> None:
         async with get_client() as client:
             flow_run = await client.read_flow_run(UUID(owner))
             state = flow_run.state
-            if state is None or not state.is_running() or flow_run.run_count != record.flow_run_count:
+            if state is None or not state.is_running():
                 return
+            if flow_run.run_count != record.flow_run_count:
+                attempts, before_last = count_attempts(await client.read_flow_run_states(flow_run.id))
+                if before_last or attempts != record.flow_run_count:
+                    return  # it was begun again since, or nobody knows
             went_on = f"flow run {own}" if own else "a script"
             message = f"Its process ended. Its crew's run continues with {went_on}."
             await client.set_flow_run_state(flow_run.id, Crashed(message=message))

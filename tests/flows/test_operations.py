@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import prefect
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
+from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pending, Running
 
 from prefect_crew import BatchFailedError, arun_crew
 from prefect_crew.devserver import CrewServer
@@ -297,6 +298,26 @@ async def test_a_run_that_dies_before_it_begins_has_a_limit_as_well(prefect_api:
     run = await new_run(Pending(), Crashed(), Pending(), Crashed())
     assert run.run_count == 0
     assert (await recovered(run.id, max_attempts=2)).startswith("given up after 2 attempts")
+
+
+async def test_a_form_that_was_answered_is_no_attempt(prefect_api: PrefectServer):
+    run = await new_run()
+    async with get_client() as client:
+        for state in (Running(), Paused(), Running(), Paused(), Running(), Crashed()):
+            await client.set_flow_run_state(run.id, state)
+    assert await recovered(run.id, max_attempts=2) == "scheduled again, attempt 2 of 2"
+
+
+async def test_up_to_prefect_3_9_2_the_first_form_of_a_flow_run_takes_one_of_its_retries(prefect_api: PrefectServer):
+    run = await new_run()
+    async with get_client() as client:
+        policy = run.empirical_policy.model_copy(update={"retries": 1, "retry_delay": 0})
+        await client.update_flow_run(run.id, empirical_policy=policy)
+        for state in (Running(), Paused(), Running(), Failed()):
+            await client.set_flow_run_state(run.id, state)
+        name = (await client.read_flow_run(run.id)).state_name
+    version = tuple(map(int, prefect.__version__.split(".")[:3]))
+    assert name == ("Failed" if version < (3, 9, 3) else "AwaitingRetry")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from prefect import flow, get_client, runtime
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
-from prefect.states import Paused, Running
+from prefect.states import Failed, Paused, Running, Scheduled
 
 from prefect_crew import arun_crew
 from prefect_crew.records.model import RunRecord
@@ -117,6 +117,19 @@ async def test_a_flow_run_that_is_not_known_to_be_dead_is_left_alone():
         state = (await flow_run(record.flow_run_id)).state
         assert state is not None
         assert not state.is_final(), case
+
+
+async def test_a_dead_flow_run_that_showed_forms_crashes_unless_it_was_begun_again_since():
+    once, again = [await begun() for _ in range(2)]
+    async with get_client() as client:
+        for owner in (once, again):
+            for state in (Paused(), Running(), Paused(), Running()):
+                await client.set_flow_run_state(owner.id, state)
+        for state in (Failed(), Scheduled(), Running()):
+            await client.set_flow_run_state(again.id, state, force=True)
+    for owner, is_dead in ((once, True), (again, False)):
+        await crash_dead_owner(record_of(owner))  # as it was in its first attempt
+        assert (await flow_run(str(owner.id))).state_name == ("Crashed" if is_dead else "Running")
 
 
 async def test_ones_own_flow_run_is_never_set_to_crashed():
