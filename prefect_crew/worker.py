@@ -37,6 +37,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import AsyncClientContext
+from prefect.events.schemas.events import Event
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import (
     Abort,
@@ -217,7 +218,7 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
         ConfigurationError: It is no such path, is not allowed, cannot be imported, or is no asynchronous flow.
     """
     module, _, name = (entrypoint or "").rpartition(".")
-    if not module or ":" in module or "/" in module:
+    if not module or not {":", "/"}.isdisjoint(entrypoint or ""):
         raise ConfigurationError(
             f"{entrypoint!r} is not an import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a "
             "file to a process work pool: prefect deploy."
@@ -237,7 +238,12 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
         ) from error
     if not isinstance(flow, Flow):
         raise ConfigurationError(f"{entrypoint} is not a flow: decorate the function with @flow.")
-    if not flow.isasync or flow.isgenerator:
+    if flow.isgenerator:
+        raise ConfigurationError(
+            f"The flow {entrypoint} is a generator, and a crew worker runs flows that return: return what it yields, "
+            "or deploy it to a process work pool: prefect deploy."
+        )
+    if not flow.isasync:
         raise ConfigurationError(
             f"The flow {entrypoint} is synchronous, and a crew worker runs asynchronous ones only: write it as `async "
             "def`, or deploy it to a process work pool: prefect deploy."
@@ -248,6 +254,7 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
 class CrewJobConfiguration(BaseJobConfiguration):
     """What a deployment may set for a crew worker: nothing. Flow runs share the worker's process and environment."""
 
+    without_effect: list[str] = Field(default=[], description="The job variables that somebody has set.")
     entrypoint: str | None = Field(default=None, description="The import path of the deployment's flow.")
     flow_run_id: UUID | None = Field(default=None, description="The flow run that this was made for.")
 
@@ -262,10 +269,20 @@ class CrewJobConfiguration(BaseJobConfiguration):
     ) -> None:
         """Keep what `run` needs; there is no command, environment or label to prepare."""
         self.entrypoint, self.flow_run_id = deployment and deployment.entrypoint, flow_run.id
+        self.without_effect = sorted(
+            {**((deployment and deployment.job_variables) or {}), **(flow_run.job_variables or {})}
+        )
         self._related_objects = {"deployment": deployment, "flow": flow, "flow-run": flow_run}
 
 
-class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
+class CrewWorkerResult(BaseWorkerResult):
+    """What became of a flow run on this worker."""
+
+    exit_code: int = 0
+    """What a process of its own would have ended with. As `status_code`, Prefect would set the flow run to Crashed."""
+
+
+class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     """Runs flow runs as coroutines of its own process.
 
     Example:
@@ -433,7 +450,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         flow_run: FlowRun,
         configuration: CrewJobConfiguration,
         task_status: anyio.abc.TaskStatus[Any] | None = None,
-    ) -> BaseWorkerResult:
+    ) -> CrewWorkerResult:
         """Run a flow run to its end, whatever that is: the state on the server tells it."""
         if (before := self._held.get(flow_run.id)) is not None and before.task is not None:
             before.end("lost", "Another worker had taken the flow run, and it came back.")
@@ -454,17 +471,32 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
         finally:
             if self._held.get(flow_run.id) is held:
                 del self._held[flow_run.id]
-        return BaseWorkerResult(identifier=self.identity, status_code=0)
+        has_crashed = held.ending is None and (held.task.cancelled() or held.task.result())
+        return CrewWorkerResult(identifier=self.identity, status_code=0, exit_code=int(has_crashed))
 
-    async def _execute(self, held: HeldFlowRun, configuration: CrewJobConfiguration) -> None:
-        """Run the flow; nothing that it raises gets out of here."""
+    def _emit_flow_run_executed_event(
+        self, result: BaseWorkerResult, configuration: BaseJobConfiguration, submitted_event: Event | None = None
+    ) -> None:
+        if isinstance(result, CrewWorkerResult):
+            result = result.model_copy(update={"status_code": result.exit_code})
+        super()._emit_flow_run_executed_event(result, configuration, submitted_event)
+
+    async def _execute(self, held: HeldFlowRun, configuration: CrewJobConfiguration) -> bool:
+        """Run the flow, and return whether it has crashed; nothing that it raises gets out of here."""
         flow_run = held.flow_run
         log = flow_run_logger(flow_run)
+        if configuration.without_effect:
+            log.warning(
+                "The job variables %s have no effect: flow runs share the process of the crew worker. Set environment "
+                "variables where the worker starts.",
+                ", ".join(configuration.without_effect),
+            )
         try:
             flow = load_flow(configuration.entrypoint, allowed=CrewSettings().worker_modules)
             state = await self._run_flow(flow, held)
             if state.is_cancelling():
                 held.end("cancelled", "Flow run was cancelled.")
+            return state.is_crashed()
         except ConfigurationError as error:
             log.error("%s", error)  # noqa: TRY400 - the sentence says it all
             with contextlib.suppress(Abort):
@@ -478,9 +510,12 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, BaseWorkerResult]):
             log.info("The flow run ended on this worker: %s", signal_of_prefect)
         except (SystemExit, KeyboardInterrupt, GeneratorExit):
             log.warning("Only this flow run ends: the crew worker continues.")
+            return True
         except Exception as error:
             log.exception("The flow run could not be run.")
             await self._propose_crashed_state(flow_run, f"The worker could not run it: {type(error).__name__}: {error}")
+            return True
+        return False
 
     async def _run_flow(self, flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
         """Run a flow run; again from its top where the Prefect server was away before the flow began."""

@@ -43,6 +43,7 @@ from support.prefect_server import PrefectServer, connected
 from support.records import attempts, let_pass, put
 from support.workers import Worker
 
+STATUS_CODE = "prefect.infrastructure.status-code"
 QUICK = """
 name: quick
 inputs: [topic]
@@ -116,6 +117,8 @@ def test_a_deployed_crew_runs_as_a_coroutine_of_the_worker_and_sends_no_heartbea
         (f"{USER_FLOWS}.fails_once", "Completed", ""),
         (f"{USER_FLOWS}.too_slow", "TimedOut", "exceeded timeout"),
         (f"{USER_FLOWS}.synchronous", "Failed", "is synchronous"),
+        (f"{USER_FLOWS}.yields", "Failed", "is a generator"),
+        ("myf.py:quick", "Failed", "is not an import path of a flow"),
         (f"{USER_FLOWS}.missing", "Failed", "cannot be imported"),
         (f"{EXITS}.anything", "Failed", "cannot be imported (SystemExit: 5)"),
         ("email.message_from_string", "Failed", "is not allowed to import email. Add it to PREFECT_INTEGRATIONS_CREW_"),
@@ -127,6 +130,27 @@ def test_a_flow_of_ones_own_ends_alone_and_what_is_none_is_refused(
     run = pool.wait_for(pool.start(pool.deploy("own", entrypoint)))
     assert run["state_name"] == state, run["state"]["message"]
     assert message in (run["state"]["message"] or "")
+
+
+@pytest.mark.usefixtures("worker")
+@pytest.mark.parametrize(("name", "code"), [("greet", "0"), ("exits", "1")])
+def test_what_a_flow_run_ended_with_is_told_in_an_event_and_job_variables_without_effect_in_its_log(
+    pool: CrewPool, name: str, code: str
+):
+    deployment = pool.deploy(f"told-{name}", f"{USER_FLOWS}.{name}", job_variables={"image": "mine", "env": {"A": "1"}})
+    run_id = pool.start(deployment, **({"name": "Ada"} if name == "greet" else {}))
+    pool.wait_for(run_id)
+    wait_until(lambda: "The job variables env, image have no effect" in pool.logs(run_id), seconds=30, what="its log")
+
+    def codes() -> list[str]:
+        executed = {"name": ["prefect.worker.executed-flow-run"]}
+        wanted = {"related": {"id": [f"prefect.flow-run.{run_id}"]}, "event": executed}
+        events = pool.call("POST", "/events/filter", {"filter": wanted, "limit": 50})["events"]
+        related = [resource for event in events for resource in event["related"]]
+        return [one[STATUS_CODE] for one in related if STATUS_CODE in one]
+
+    wait_until(lambda: codes() == [code], seconds=60, what="its event")
+    assert pool.states(run_id)[-1] == ("Crashed" if code == "1" else "Completed")
 
 
 @pytest.mark.usefixtures("worker")

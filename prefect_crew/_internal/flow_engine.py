@@ -88,7 +88,7 @@ class HeldFlowRun:
     confirm: Callable[[HeldFlowRun, State[Any]], Awaitable[None]]
     ending: Ending | None = None
     reason: str = ""
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[bool] | None = None
     is_out: bool = False
     """Whether a cancellation has left the flow's own code."""
 

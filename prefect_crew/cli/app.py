@@ -160,7 +160,7 @@ def run(arguments: list[str]) -> int:
     answer: Any = command(*bound.args, **bound.kwargs)
     if iscoroutine(answer):
         with closing(answer):
-            reach_prefect(lasting=arguments[0] in ("automations", "deploy"))
+            reach_prefect(lasting=arguments[0] in ("automations", "backfill", "deploy"))
             answer = asyncio.run(answer)
     sys.stdout.flush()  # so that a pipe that is closed is noticed here at the latest
     return answer if isinstance(answer, int) else 0

@@ -114,8 +114,9 @@ def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: 
     assert [one.schedule.interval.total_seconds() for one in deployment(full_name).schedules] == [3600]
 
 
-def test_it_needs_a_server_that_stays(alone):
-    done = alone("deploy", "travel", env={"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true"})
+@pytest.mark.parametrize("line", ["deploy travel", "backfill travel/daily --from 2024-02-28 --to 2024-03-01"])
+def test_it_needs_a_server_that_stays(alone, line: str):
+    done = alone(*line.split(), env={"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true"})
     assert done.code == 1
     assert "prefect server start" in done.err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import AsyncGenerator
 
 from prefect import flow, get_run_logger, task
 
@@ -30,6 +31,12 @@ async def batch_in_a_subflow(crew: str, dataset: str, name: str, output: str) ->
 @flow
 def synchronous() -> None:
     """Refused: it would hold up the event loop."""
+
+
+@flow
+async def yields() -> AsyncGenerator[int]:
+    """Refused: a flow run of it would have no end of its own."""
+    yield 1
 
 
 @flow
