@@ -25,7 +25,7 @@ from pydantic import SecretStr
 from prefect_crew.client._transport import checked_url
 from prefect_crew.client.webhooks import LLM_CALL, RUN_ENDS, BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.model import claim_of, utcnow
+from prefect_crew.records.model import RunRecord, claim_of, utcnow
 from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
@@ -37,8 +37,10 @@ VERSION = 2
 """Of the payload. A receiver takes no other."""
 SHORTEST_SECRET = 32
 """Characters. Whoever has one URL can try secrets against it on a machine of their own."""
-MAX_TOKEN = 4096
-"""Characters of a token. An idempotency key of 500 characters takes up to 2,700 of them."""
+MAX_TOKEN = 6144
+"""Characters of a token. An idempotency key of 500 characters takes up to 2,700 of them, 4,000 if none is printable."""
+LONGEST_NAME = 80
+"""Characters of a crew's or a step's name that a token holds: up to 430 of its own."""
 BEARER_KINDS: tuple[WebhookKind, ...] = ("human_input", "stream")
 """The kinds for which the crew API can send a bearer token, and so has to."""
 ASKED = "crew.webhook.human_input"
@@ -60,7 +62,8 @@ class Hook:
 
     `attempt` is the attempt at the idempotency key, and `claim` its claim as `claim_of` gives it: two ledgers may hold
     records of equal keys. `names`: whether names of tasks and agents may stand in events. `round` counts the answers of
-    people that the run had when this was signed.
+    people that the run had when this was signed. `crew`, `step` and `flow_run_id` are what events say of the run: the
+    receiver asks nobody for them.
     """
 
     kind: WebhookKind
@@ -70,22 +73,23 @@ class Hook:
     names: bool = True
     round: int = 0
     claim: str | None = None
+    crew: str | None = None
+    step: str | None = None
+    flow_run_id: str | None = None
 
 
 def webhooks_for(
     crew: Crew,
-    idempotency_key: str,
+    run: RunRecord | str,
     *,
-    attempt: int | None = None,
-    owner: str | None = None,
     round: int = 0,  # noqa: A002 - the word of the domain
     settings: CrewSettings | None = None,
 ) -> Webhooks | None:
     """Return the webhooks of one run as the settings have them, None where they switch no webhooks on.
 
-    They are for its kickoff, and for each `/resume` again, the first of which is round 1. `owner` is that of the
-    attempt's record. With an address of Prefect Cloud's own webhooks, all kinds go there and no secret is needed.
-    Raises ConfigurationError where the address or the secret cannot be used.
+    They are for its kickoff, and for each `/resume` again, the first of which is round 1. `run` is its record, or its
+    idempotency key where there is none yet. With an address of Prefect Cloud's own webhooks, all kinds go there and no
+    secret is needed. Raises ConfigurationError where the address or the secret cannot be used.
     """
     settings = settings or CrewSettings()
     url, secret = settings.webhook_url, settings.webhook_secret
@@ -98,15 +102,19 @@ def webhooks_for(
             "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL is set without PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET. Set the "
             "receiver's secret, or unset the URL: then polling alone finds out that runs have ended."
         )
+    record = None if isinstance(run, str) else run
     hook = Hook(
         "crew",
-        idempotency_key,
+        run if record is None else record.idempotency_key,
         hooks_expire(crew.wait, utcnow()),
-        attempt,
+        None if record is None else record.attempt,
         # A name may repeat an input, and the receiver does not know the secret ones.
         names=crew.show != "none" and not crew.secret_inputs,
         round=round,
-        claim=None if owner is None else claim_of(owner),
+        claim=None if record is None else claim_of(record.owner),
+        crew=crew.label[:LONGEST_NAME],
+        step=None if record is None or record.step is None else record.step[:LONGEST_NAME],
+        flow_run_id=None if record is None else record.flow_run_id,
     )
     return hook_urls(url, secret, hook, (*RUN_ENDS, LLM_CALL) if settings.webhook_llm_calls else RUN_ENDS)
 

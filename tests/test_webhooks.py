@@ -7,6 +7,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
+from uuid import UUID
 
 import pytest
 from hypothesis import example, given
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from prefect_crew import DeployedCrew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.webhooks import (
+    LONGEST_NAME,
     MAX_TOKEN,
     Hook,
     WebhookKind,
@@ -28,6 +30,7 @@ from prefect_crew.webhooks import (
     token_of,
 )
 from prefect_crew.webhooks import webhooks_for as targets_for
+from support.records import new_record
 from support.webhooks import SECRET, headers_of, url_of
 
 KINDS = get_args(WebhookKind)
@@ -45,12 +48,16 @@ def read(hook: Hook, token: str, *, kind: str | None = None, secret: str = SECRE
     return read_token(kind or hook.kind, token, secret, now=now, authorization=bearer)
 
 
-@given(any_key, kinds, st.none() | st.integers(1, 2**31), st.booleans(), st.integers(0, 255), claims)
-@example("\U0010fffd" * 500, "human_input", 99, False, 9, claim_of("o"))
+@given(
+    *(any_key, kinds, st.none() | st.integers(1, 2**31), st.booleans(), st.integers(0, 255), claims),
+    st.text(max_size=LONGEST_NAME),
+)
+@example("\U0010fffd" * 500, "human_input", 99, False, 9, claim_of("o"), "\U0010fffd" * LONGEST_NAME)
+@example("\0" * 500, "human_input", 99, False, 9, claim_of("o"), "\0" * LONGEST_NAME)
 def test_what_was_signed_is_read_again_and_fits_into_a_url(
-    idempotency_key: str, kind: WebhookKind, attempt: int | None, names: bool, number: int, claim: str | None
+    idempotency_key: str, kind: WebhookKind, attempt: int | None, names: bool, number: int, claim: str | None, name: str
 ):
-    hook = Hook(kind, idempotency_key, LATER, attempt, names, number, claim)
+    hook = Hook(kind, idempotency_key, LATER, attempt, names, number, claim, name, name, str(UUID(int=0)))
     token = token_of(hook, SECRET)
     assert read(hook, token) == hook
     assert len(token) < MAX_TOKEN
@@ -64,7 +71,8 @@ def test_urls_that_this_version_signed_are_read_by_this_and_all_later_ones():
         *_, kind, token = case["url"].split("/")
         hook = read_token(kind, token, golden["secret"], now=NOW, authorization=case["authorization"])
         assert hook is not None
-        assert {**asdict(hook), "expires": hook.expires.isoformat()} == case["says"]
+        later: dict[str, Any] = dict.fromkeys(("crew", "step", "flow_run_id"))
+        assert {**asdict(hook), "expires": hook.expires.isoformat()} == {**later, **case["says"]}
 
 
 @given(any_key, kinds, st.data())
@@ -166,7 +174,9 @@ def webhooks_for(monkeypatch: pytest.MonkeyPatch, url: str | None, secret: str |
         if value is not None:
             monkeypatch.setenv(f"PREFECT_INTEGRATIONS_CREW_WEBHOOK_{name}", value)
     crew = DeployedCrew.model_validate({"url": "https://crew.example.com", "token": "t-o-k-e-n", **fields})
-    return targets_for(crew.crew, "key", attempt=2, owner="me", round=1)
+    own = "6f0c8b3e-8a35-4a35-9d39-0d4f3d1f6a11"
+    record = new_record("key", attempt=2, owner="me", step="research", flow_run_id=own)
+    return targets_for(crew.crew, record, round=1)
 
 
 def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPatch):
@@ -181,6 +191,8 @@ def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPat
     hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
     assert hook is not None
     assert (hook.idempotency_key, hook.attempt, hook.round, hook.claim) == ("key", 2, 1, claim_of("me"))
+    assert (hook.crew, hook.step) == ("crew.example.com", "research")
+    assert hook.flow_run_id == "6f0c8b3e-8a35-4a35-9d39-0d4f3d1f6a11"
 
 
 def test_an_address_without_a_secret_is_refused_unless_it_is_prefect_clouds(monkeypatch: pytest.MonkeyPatch):

@@ -15,18 +15,24 @@ from prefect.events import emit_event
 from prefect_crew.records.model import RunRecord
 
 
-def resources_of(record: RunRecord) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return what every event about a run has as its resource, and the crew, step and flow run related to it."""
+def resources_of(
+    idempotency_key: str, run: str, name: str, crew: str, step: str | None, flow_run_id: str | None
+) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Return what every event about a run has as its resource, and the crew, step and flow run related to it.
+
+    `run` is what the resource's id says: the kickoff id, or the key and the attempt where that is not known. `name` is
+    what people call it.
+    """
     resource = {
-        "prefect.resource.id": f"prefect-crew.run.{record.kickoff_id or f'{record.idempotency_key}/{record.attempt}'}",
-        "prefect.resource.name": f"{record.crew} run {record.kickoff_id or record.idempotency_key}",
-        "prefect-crew.idempotency-key": record.idempotency_key,
-        "prefect-crew.crew": record.crew,
+        "prefect.resource.id": f"prefect-crew.run.{run}",
+        "prefect.resource.name": f"{crew} run {name}",
+        "prefect-crew.idempotency-key": idempotency_key,
+        "prefect-crew.crew": crew,
     }
     ids = {
-        "crew": f"prefect-crew.crew.{record.crew}",
-        "step": f"prefect-crew.step.{record.step}" if record.step else None,
-        "flow-run": f"prefect.flow-run.{record.flow_run_id}" if record.flow_run_id else None,
+        "crew": f"prefect-crew.crew.{crew}",
+        "step": f"prefect-crew.step.{step}" if step else None,
+        "flow-run": f"prefect.flow-run.{flow_run_id}" if flow_run_id else None,
     }
     related = [{"prefect.resource.id": id_, "prefect.resource.role": role} for role, id_ in ids.items() if id_]
     return resource, related
@@ -41,8 +47,10 @@ def emit(event: str, record: RunRecord, *, once: bool = False, **payload: Any) -
         once: Give it an id made of the run and the event, so that the server keeps one even if two waiters emit it.
         payload: Plain values, already redacted.
     """
-    resource, related = resources_of(record)
-    run = f"{record.idempotency_key}/{record.attempt}"
+    run, name = f"{record.idempotency_key}/{record.attempt}", record.kickoff_id or record.idempotency_key
+    resource, related = resources_of(
+        record.idempotency_key, record.kickoff_id or run, name, record.crew, record.step, record.flow_run_id
+    )
     if FlowRunContext.get() is not None:
         # Inside a flow run Prefect adds the flow run itself.
         related = [one for one in related if one["prefect.resource.role"] != "flow-run"]

@@ -31,7 +31,7 @@ from prefect_crew.client._parsing import (
 )
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ResponseFormatError
-from prefect_crew.records.model import RunRecord, utcnow
+from prefect_crew.records.model import utcnow
 from prefect_crew.webhooks import Hook
 
 MAX_STREAMED = 200  # events of one stream delivery that are passed on
@@ -182,18 +182,12 @@ def event_name(event: WebhookEvent) -> str:
     return f"crew.webhook.{event.name}"
 
 
-def prefect_event(event: WebhookEvent, record: RunRecord | None) -> dict[str, Any]:
-    """Return the event as Prefect's API takes it. Without a record it is about the idempotency key alone."""
+def prefect_event(event: WebhookEvent) -> dict[str, Any]:
+    """Return the event as Prefect's API takes it. The signed URL says which run it is about, never the body."""
     hook = event.hook
-    if record is not None:
-        resource, related = resources_of(record)
-    else:
-        run = f"{hook.idempotency_key}/{hook.attempt}" if hook.attempt else hook.idempotency_key
-        resource = {
-            "prefect.resource.id": f"prefect-crew.run.{run}",
-            "prefect-crew.idempotency-key": hook.idempotency_key,
-        }
-        related = []
+    key = hook.idempotency_key
+    run = key if hook.attempt is None else f"{key}/{hook.attempt}"
+    resource, related = resources_of(key, run, key, hook.crew or "unknown", hook.step, hook.flow_run_id)
     return {
         "id": str(event.id),
         "occurred": event.received.isoformat(),
@@ -201,10 +195,9 @@ def prefect_event(event: WebhookEvent, record: RunRecord | None) -> dict[str, An
         "resource": resource,
         "related": related,
         "payload": {
-            "idempotency_key": hook.idempotency_key,
-            "attempt": hook.attempt if record is None else record.attempt,
+            "idempotency_key": key,
+            "attempt": hook.attempt,
             "claim": hook.claim,
-            "kickoff_id": None if record is None else record.kickoff_id,
             "round": hook.round,
             "said": dict(event.said),
         },

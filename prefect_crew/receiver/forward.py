@@ -2,8 +2,8 @@
 
 One task with two bounded queues forwards to Prefect. The latest webhooks are kept for processes that ask for what came
 after the last one that they have. Such an answer is held back until there is something to say. So a webhook reaches a
-waiting process within milliseconds, while Prefect's events, which everybody else reads, take a second, and longer when
-many come at once.
+waiting process within milliseconds, while Prefect's events, which automations read, take a second, and longer when many
+come at once. What an event says of a run stands in the signed URL, so no webhook costs a request for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from time import monotonic
 from typing import Any
 from uuid import uuid4
 
@@ -31,7 +30,6 @@ from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.events import WebhookEvent, event_name, prefect_event
-from prefect_crew.records.model import RunRecord
 from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_request
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
@@ -44,7 +42,9 @@ NOTES = 500  # texts that people are to judge, which wait to be stored at most, 
 BATCH = 50  # events that are sent in one request
 ATTEMPT = 10.0  # seconds for one attempt to send a batch: Prefect's client would retry for a minute by itself
 AT_ONCE = 8  # requests to the Prefect API at the same time
-RECORDS, RECORD_GOOD_FOR = 1000, 60.0  # how many records and texts are remembered; seconds for a record
+REMEMBERED = 1000  # runs whose records were looked at, and texts that were stored, that are remembered
+LOOK_AFTER, LOOK_AT_ONCE = 3.0, 100
+"""Seconds after the first webhook of a run after which its record is looked at, and how many records in one request."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 CLOSE_WITHIN = 5.0
 RESOLVING = 100  # runs that are being resolved at the same time
@@ -152,7 +152,9 @@ class Forwarder:
         self._records = PrefectRecords()
         self._events: deque[WebhookEvent] = deque(maxlen=limit)
         self._notes: deque[WebhookEvent | FeedbackRequest] = deque(maxlen=NOTES)
-        self._known: dict[RunName, tuple[float, RunRecord | None]] = {}
+        self._unseen: dict[RunName, WebhookEvent] = {}
+        self._seen: dict[RunName, None] = {}
+        self._looking: asyncio.Task[None] | None = None
         self._stored: dict[tuple[str, int | None, int], int] = {}
         self._resolving: dict[RunName, asyncio.Task[None]] = {}
         self._counts: Counter[str] = Counter()
@@ -179,6 +181,7 @@ class Forwarder:
         if not is_request:
             self._counts["dropped"] += self._is_full
             self._events.append(replace(item, output=None))
+            self._note_run(item)
         self.start()
         self._news.set()
 
@@ -207,7 +210,7 @@ class Forwarder:
         self._news.set()
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=CLOSE_WITHIN)
-        for task in (self._task, *self._resolving.values()):
+        for task in (self._task, self._looking, *self._resolving.values()):
             if task is not None:
                 await cancel_and_wait(task)
         if self._events:
@@ -289,7 +292,7 @@ class Forwarder:
         if self._stored.get(question) == digest:
             return
         await keep_output(hook.idempotency_key, hook.attempt or 1, hook.round, event.output or "")
-        if len(self._stored) >= RECORDS:
+        if len(self._stored) >= REMEMBERED:
             self._stored.clear()
         self._stored[question] = digest
 
@@ -314,33 +317,43 @@ class Forwarder:
                 )
 
     async def _post(self, batch: Sequence[WebhookEvent]) -> None:
-        names = {(event.hook.idempotency_key, event.hook.attempt) for event in batch}
-        found = dict(zip(names, await asyncio.gather(*map(self._record, names)), strict=True))
-        pairs = [(event, found[event.hook.idempotency_key, event.hook.attempt]) for event in batch]
-        events = [prefect_event(event, record) for event, record in pairs]
+        events = [prefect_event(event) for event in batch]
         async with get_client() as client:
             await client.request("POST", "/events", json=events)  # pyright: ignore[reportArgumentType] - a true route
         self._counts["forwarded"] += len(batch)
-        for event, record in pairs:
-            if record is not None and record.is_unresolved and event.kickoff_id is not None:
-                self._begin_to_resolve(event, event.kickoff_id)
-
-    async def _record(self, name: RunName) -> RunRecord | None:
-        """Return the record of a run. There is none on the server for a batch's row: its ledger has it."""
-        until, record = self._known.get(name, (0.0, None))
-        if monotonic() < until:
-            return record
-        async with self._gate:
-            record = attempt_of(await self._records.attempts(name[0]), name[1])
-        if record is not None and record.is_unresolved:
-            return record  # it may soon say more
-        if len(self._known) >= RECORDS:
-            self._known.clear()
-        record = None if record is None else record.model_copy(update={"result": None})
-        self._known[name] = monotonic() + RECORD_GOOD_FOR, record
-        return record
 
     # Uncertain kickoffs
+
+    def _note_run(self, event: WebhookEvent) -> None:
+        """Have the record of a run looked at, once: whether its kickoff is uncertain, which a webhook can resolve."""
+        name = event.hook.idempotency_key, event.hook.attempt
+        if event.kickoff_id is None or event.hook.attempt is None or name in self._seen:
+            return
+        if self._is_closing or len(self._unseen) >= REMEMBERED:
+            return
+        self._unseen.setdefault(name, event)
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look(), name="look at the records of runs")
+
+    async def _look(self) -> None:
+        """Look at the records of runs whose webhooks have come, many in one request. A kickoff that is under way may
+        be answered by then."""
+        while self._unseen:
+            await asyncio.sleep(LOOK_AFTER)
+            some = dict(itertools.islice(self._unseen.items(), LOOK_AT_ONCE))
+            try:
+                unresolved = await asyncio.wait_for(self._records.unresolved_among(some), ATTEMPT)
+            except (*PREFECT_ERRORS, TimeoutError) as error:
+                logger.debug("The records of runs could not be read: %s", _what(error))
+                continue
+            for name, event in some.items():
+                del self._unseen[name]
+                if name in unresolved:
+                    self._begin_to_resolve(event, str(event.kickoff_id))  # if that is in vain, its next webhook tries
+                else:
+                    if len(self._seen) >= REMEMBERED:
+                        self._seen.clear()
+                    self._seen[name] = None
 
     def _begin_to_resolve(self, event: WebhookEvent, kickoff_id: str) -> None:
         name = event.hook.idempotency_key, event.hook.attempt

@@ -21,7 +21,7 @@ another one that was created under it since.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -448,6 +448,14 @@ class PrefectRecords:
         """Return all attempts at a key, the first one first."""
         idempotency_key = normalize_key(idempotency_key)
         return _attempts_in(await read_named(_attempts_prefix(idempotency_key)), idempotency_key)
+
+    async def unresolved_among(self, runs: Iterable[tuple[str, int | None]]) -> set[tuple[str, int | None]]:
+        """Return the attempts, of these keys and numbers, of which nobody knows what became of their kickoffs."""
+        names = [record_name(key, attempt) for key, attempt in runs if attempt is not None]
+        pages = read_pages({"name": {"any_": names}})
+        claims = [one async for page in pages for one in page if later_version(one.value) is None]
+        records = await self._with_permits(claims)
+        return {(record.idempotency_key, record.attempt) for record in records if record.is_unresolved}
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""

@@ -431,9 +431,7 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
             raise ClaimLostError("its permit grew too old before its kickoff could be sent.")
 
     try:
-        webhooks = start.webhooks or webhooks_for(
-            start.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, settings=start.settings
-        )
+        webhooks = start.webhooks or webhooks_for(start.crew, record, settings=start.settings)
         with withholding(redact):
             # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
             meta = {**(start.meta or {}), "idempotency_key": record.idempotency_key, "run_attempt": record.attempt}

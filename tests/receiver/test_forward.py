@@ -59,41 +59,43 @@ async def forwarder() -> AsyncIterator[Forwarder]:
 
 @pytest.mark.parametrize("which", ["step-later", "human_input-first"])
 async def test_a_webhook_becomes_an_event_about_its_run(which: str, key: str, forwarder: Forwarder):
-    known = record(key)
-    assert await PrefectRecords().claim(known)
-    forwarder.put(event_about(key, which))
-    (event,) = await events_of(key)
-    assert event["event"] == f"crew.webhook.{which.partition('-')[0]}"
-    assert event["resource"] == {
-        "prefect.resource.id": f"prefect-crew.run.id-of-{key}",
-        "prefect.resource.name": f"travel run id-of-{key}",
+    own = str(uuid.uuid4())
+    event = event_about(key, which)
+    named = replace(event.hook, crew="travel", step="research", flow_run_id=own)
+    forwarder.put(replace(event, hook=named))
+    (found,) = await events_of(key)
+    assert found["event"] == f"crew.webhook.{which.partition('-')[0]}"
+    assert found["resource"] == {
+        "prefect.resource.id": f"prefect-crew.run.{key}/1",
+        "prefect.resource.name": f"travel run {key}",
         "prefect-crew.idempotency-key": key,
         "prefect-crew.crew": "travel",
     }
-    assert {one["prefect.resource.role"]: one["prefect.resource.id"] for one in event["related"]} == {
+    assert {one["prefect.resource.role"]: one["prefect.resource.id"] for one in found["related"]} == {
         "crew": "prefect-crew.crew.travel",
         "step": "prefect-crew.step.research",
-        "flow-run": f"prefect.flow-run.{known.flow_run_id}",
+        "flow-run": f"prefect.flow-run.{own}",
     }
-    payload = event["payload"]
+    payload = found["payload"]
     assert payload["said"]["kickoff_id"] == "k-1"
-    assert (payload["idempotency_key"], payload["kickoff_id"], payload["attempt"]) == (key, f"id-of-{key}", 1)
+    assert (payload["idempotency_key"], payload["attempt"], payload["round"]) == (key, 1, 0)
 
 
-async def test_the_attempt_of_the_url_chooses_among_records_and_without_one_it_is_about_the_key(
-    key: str, forwarder: Forwarder
+async def test_no_webhook_costs_a_request_to_prefect_and_the_records_of_a_hundred_runs_are_read_at_once(
+    key: str, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
 ):
-    forwarder.put(event_about(f"{key}/x", attempt=None))
-    for attempt in (1, 2):
-        assert await PrefectRecords().claim(record(key, attempt=attempt, kickoff_id=f"{key}-{attempt}"))
-    for attempt in (1, 2, None):
-        forwarder.put(event_about(key, "task-first", attempt=attempt, task_id=str(attempt)))
-    events = await events_of(key, at_least=3)
-    found = {event["payload"]["said"]["task_id"]: event["payload"]["kickoff_id"] for event in events}
-    assert found == {"1": f"{key}-1", "2": f"{key}-2", "None": f"{key}-2"}
-    (event,) = await events_of(f"{key}/x")
-    assert event["resource"]["prefect.resource.id"] == f"prefect-crew.run.{key}/x"
-    assert (event["payload"]["kickoff_id"], event["related"]) == (None, [])
+    monkeypatch.setattr(module, "LOOK_AFTER", 1.0)
+    with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
+        forwarder = Forwarder()
+        for number in range(100):
+            for which in ("task-first", "crew-first"):
+                forwarder.put(event_about(f"{key}/{number}", which))
+        await until(lambda: forwarder.report()["forwarded"] == 200, "all are forwarded")
+        await until(lambda: proxy.count("/variables/filter"), "the records are read")
+        await asyncio.sleep(1.5)
+        assert proxy.count("/variables/filter") == 1
+        assert proxy.count("POST /api/events") < 20
+        await forwarder.aclose()
 
 
 async def test_what_comes_while_prefect_is_away_waits_and_the_oldest_is_dropped(
@@ -240,8 +242,9 @@ async def test_what_nobody_expected_of_prefect_is_said_and_tried_again(
 
 
 async def test_a_kickoff_that_cannot_be_resolved_is_left_to_a_person(
-    key: str, forwarder: Forwarder, caplog: pytest.LogCaptureFixture
+    key: str, forwarder: Forwarder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(module, "LOOK_AFTER", 0.1)
     await PrefectRecords().claim(record(key, phase=RecordPhase.UNCERTAIN, kickoff_id=None, crew="no-such-block"))
     forwarder.put(event_about(key, meta={"idempotency_key": key}))
     await events_of(key)

@@ -133,9 +133,7 @@ async def answer_question(
         option=review.option,
     )
     if request is None and webhooks is None and record.has_webhooks:
-        webhooks = webhooks_for(
-            run.crew, record.idempotency_key, attempt=record.attempt, owner=record.owner, round=number
-        )
+        webhooks = webhooks_for(run.crew, record, round=number)
     try:
         is_ours = await records.add_review(record, number, sent)
     except PREFECT_ERRORS as error:
