@@ -158,7 +158,7 @@ def flow_runs_unseen() -> list[tuple[str, FlowRun]]:
 CROWDED_FOR = 300.0
 """Seconds for which changes go one after the other once the server refused one: SQLite takes one writer at a time."""
 LONGEST = 2.0
-"""Seconds after which a change holds up no other one: a request may hang."""
+"""Seconds after which a request holds up no other one: it may hang, or be repeated by Prefect's client."""
 AT_ONCE = 8
 """Requests under way at the same time. More of them gain nothing: one process answers them all. Those that wait here go
 on in the order of their urgency."""
@@ -186,26 +186,28 @@ class _Turns:
         self._waiting: list[tuple[Urgency, int, asyncio.Future[None]]] = []
         self._number = itertools.count()
 
-    @property
-    def free(self) -> int:
-        return self._free
-
     @asynccontextmanager
-    async def turn(self, urgency: Urgency, *, longest: float | None = None) -> AsyncGenerator[None]:
-        """Wait for a turn, and have it. After `longest` seconds the next caller has one as well."""
+    async def turn(self, urgency: Urgency) -> AsyncGenerator[None]:
+        """Wait for a turn, and have it. After `LONGEST` seconds the next caller has one as well."""
         loop = asyncio.get_running_loop()
         if self._free:
             self._free -= 1
         else:
             await self._wait(urgency)
-        timer = None if longest is None else loop.call_later(longest, self._pass_on)
+        passed_on = False
+
+        def pass_on() -> None:
+            nonlocal passed_on
+            if not passed_on:
+                passed_on = True
+                self._pass_on()
+
+        timer = loop.call_later(LONGEST, pass_on)
         try:
             yield
         finally:
-            if timer is None or loop.time() < timer.when():
-                self._pass_on()
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
+            pass_on()
 
     async def _wait(self, urgency: Urgency) -> None:
         turn = asyncio.get_running_loop().create_future()
@@ -289,7 +291,7 @@ async def request_soon(
         is_crowded = loop.time() < here.crowded_until
         try:
             async with (
-                here.changes.turn(urgency, longest=LONGEST) if is_crowded else nullcontext(),
+                here.changes.turn(urgency) if is_crowded else nullcontext(),
                 here.requests.turn(urgency),
             ):
                 until = until or loop.time() + give_up_after  # not the time for which it waited for others
