@@ -102,10 +102,10 @@ def webhooks_for(
             "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL is set without PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET. Set the "
             "receiver's secret, or unset the URL: then polling alone finds out that runs have ended."
         )
-    record = None if isinstance(run, str) else run
+    record, key = (None, run) if isinstance(run, str) else (run, run.idempotency_key)
     hook = Hook(
         "crew",
-        run if record is None else record.idempotency_key,
+        key,
         hooks_expire(crew.wait, utcnow()),
         None if record is None else record.attempt,
         # A name may repeat an input, and the receiver does not know the secret ones.
