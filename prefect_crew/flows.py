@@ -115,7 +115,7 @@ async def arun_crew(
     @wraps(run_deployed_crew.fn)
     async def run(*_: Any, **__: Any) -> CrewResult:
         given: dict[str, Any] = {"meta": meta, "output_type": output_type, "review": review, "webhooks": webhooks}
-        return await _run(crew, inputs, **given, **stored)
+        return await run_tasks(crew, inputs, **given, **stored)
 
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
@@ -158,7 +158,7 @@ def _stored(crew: Crew, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
-async def _run(
+async def run_tasks(
     crew: Crew,
     inputs: Mapping[str, Any],
     *,
@@ -169,7 +169,7 @@ async def _run(
     output_type: type[BaseModel] | None = None,
     **kickoff: Any,
 ) -> CrewResult:
-    """Kick a crew off and wait for it; `kickoff` are options of `kickoff_crew` alone."""
+    """Kick a crew off and wait for it, by tasks of the flow around; `kickoff` are options of `kickoff_crew` alone."""
     # Where no flow around has a client of Prefect's on this event loop, each task would make one and close it.
     async with AsyncClientContext.get_or_create(), CrewSession(crew) as session:
         kickoff_id = await kickoff_crew.acall(session, inputs, idempotency_key=idempotency_key, name=name, **kickoff)
@@ -221,7 +221,7 @@ async def run_deployed_crew(
         )
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
     await label_flow_run(name=stored.title(given, key))
-    return await _run(
+    return await run_tasks(
         stored,
         await values_of_blocks(given, stored.secret_inputs),
         name=name,
@@ -240,7 +240,8 @@ async def get_result(
     """Return the result of a completed run from anywhere that shares the Prefect server. Awaited in async code.
 
     Args:
-        idempotency_key: The run's key. Of several attempts the latest that completed counts.
+        idempotency_key: The run's key. Of several attempts the latest that completed counts. A kickoff id, in its
+            place, is that of one attempt.
         crew: Needed only where the record does not hold the result (it was large, or is not shown) and the crew's
             block is not stored under the name that the record has.
         output_type: As for `run_crew`.
@@ -251,9 +252,15 @@ async def get_result(
         CrewError: There is no such run, or it has not ended.
     """
     check_choices(idempotency_key=idempotency_key, output_type=output_type)
-    attempts = await PrefectRecords().attempts(idempotency_key)
+    records = PrefectRecords()
+    attempts = await records.attempts(idempotency_key)
+    if not attempts and (attempt := await records.of_kickoff(idempotency_key)) is not None:
+        attempts = [attempt]
     if not attempts:
-        raise CrewError(f"No run has the key {idempotency_key!r}. To list them: prefect-crew runs ls --all.")
+        raise CrewError(
+            f"No run has the key or kickoff id {idempotency_key!r}. To list them: prefect-crew runs ls --all."
+        )
+    idempotency_key = attempts[-1].idempotency_key
     record = next((one for one in reversed(attempts) if one.state is CrewState.COMPLETED), attempts[-1])
     names: dict[str, Any] = {"crew": record.crew, "idempotency_key": idempotency_key}
     if record.kickoff_id is None:

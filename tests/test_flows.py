@@ -35,6 +35,7 @@ from prefect_crew.exceptions import (
     OutputTypeError,
 )
 from prefect_crew.testing import CrewServerFactory
+from support.held import FailsFirst
 from support.proxy import Proxy
 from support.records import key
 from support.scripts import FAILS, script, slow
@@ -397,8 +398,21 @@ async def test_of_several_attempts_the_one_that_completed_counts(crew_server: Cr
     assert (await get_result(idempotency_key)).output == "1"
 
 
+async def test_a_kickoff_id_means_its_own_attempt(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server(FailsFirst()), key()
+    crew = server.crew()
+    with pytest.raises(CrewFailedError):
+        await arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
+    await arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
+    first, second = (run.id for run in server.runs)
+    result = await get_result(second)
+    assert (result.kickoff_id, result.idempotency_key) == (second, idempotency_key)
+    with pytest.raises(CrewFailedError):
+        await get_result(first)
+
+
 async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServerFactory):
-    with pytest.raises(CrewError, match="No run has the key 'nobody'"):
+    with pytest.raises(CrewError, match="No run has the key or kickoff id 'nobody'"):
         await get_result("nobody")
     failed, stopped, uncertain, running = key(), key(), key(), key()
     with pytest.raises(CrewFailedError):

@@ -130,7 +130,7 @@ def _plain(answer: CrewResult) -> dict[str, Any]:
 
 
 async def result(
-    key: Annotated[str, Parameter(name="KEY", help="The run's idempotency key, as `runs inspect` shows it.")],
+    key: Annotated[str, Parameter(name="KEY", help="The run's idempotency key, or its kickoff id.")],
     /,
     *,
     output: Output = None,
@@ -141,6 +141,6 @@ async def result(
 
     answer = await get_result(key, crew=None if crew.crew is None else await crew.load(crew.crew))
     if output:
-        _output.put_json({**_plain(answer), "idempotency_key": key})
+        _output.put_json(_plain(answer))
     else:
         _output.put_markdown(answer.output)

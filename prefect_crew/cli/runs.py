@@ -99,13 +99,15 @@ def condition_of(record: RunRecord, *, owner_ended: bool) -> Condition:
     )
 
 
-def todo(record: RunRecord, condition: Condition) -> str:
-    """Return what a person does about a run; empty where nothing has to be done."""
+def todo(record: RunRecord, condition: Condition, state: CrewState | None = None) -> str:
+    """Return what a person does about a run, which has this state on its server; empty where nothing has to be done."""
     key, kickoff_id = shlex.quote(record.idempotency_key), shlex.quote(record.kickoff_id or "ID")
     answer = f"It waits for a person: prefect-crew reviews inspect {kickoff_id}{crew_option(record)}."
     if condition is Condition.UNCERTAIN:
         resolve = f"prefect-crew runs resolve {key} --kickoff-id ID, or --never-started"
         return f"Look at the crew's page, then: {resolve}."
+    if condition is Condition.ORPHANED and state is CrewState.COMPLETED:
+        return f"It has completed, and nobody took its result: prefect-crew result {kickoff_id}{crew_option(record)}."
     if condition is Condition.ORPHANED:
         owner = "No flow run started it." if record.flow_run_id is None else "The flow run that started it has ended."
         return (
@@ -220,7 +222,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
                 "Inputs": f"digest {record.inputs_digest}",
                 "Reason": record.reason if line.condition is Condition.UNCERTAIN else None,
                 "Error": record.error,
-                "To do": todo(record, line.condition),
+                "To do": todo(record, line.condition, status.state if status and record is latest else None),
             }
         )
     if status is not None:

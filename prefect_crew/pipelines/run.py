@@ -27,7 +27,7 @@ from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import MASK, HiddenValues, Redactor, holds_secret, revealed
 from prefect_crew.crew import WaitPolicy, titled
 from prefect_crew.exceptions import ConfigurationError, PipelineFailedError
-from prefect_crew.flows import arun_crew
+from prefect_crew.flows import run_tasks
 from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.definition import PipelineDefinition
 from prefect_crew.pipelines.graph import CrewStep, Pipeline, PipelinePlan, step_key
@@ -264,13 +264,16 @@ class _Run:
         # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
         made = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
         crew = crew.hiding(made, texts=map(SecretStr, Redactor(self._secrets).texts))
-        return await arun_crew(
-            replace(crew, on_status=partial(self._on_run, step.name)),
-            inputs,
+        crew = replace(crew, on_status=partial(self._on_run, step.name))
+        return await run_tasks(
+            crew,
+            crew.sealed(inputs),
             name=step.name,
             idempotency_key=step_key(self.idempotency_key, step),
             wait=step.wait,
             output_type=step.output_type,
             review=step.review,
-            restore_from=step.restore_from,
+            restore_from=step.restore_from and str(step.restore_from),
+            # Prefect draws an arrow from each of them; it sees by itself only a result that is passed on unchanged.
+            wait_for=[self.results[name] for name in sorted(self.pipeline.needs[step.name])],
         )

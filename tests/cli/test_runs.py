@@ -15,9 +15,11 @@ from prefect_crew.cli.runs import Condition, RunLine, condition_of, short_name, 
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.states import CrewState
 from support.commands import TOKEN
 from support.prefect_server import PrefectServer
 from support.records import let_pass, new_record, put
+from support.servers import until
 
 Write = Callable[..., RunRecord]
 
@@ -165,6 +167,17 @@ def test_a_run_that_the_server_has_forgotten_can_be_given_up(
     kickoffs = crews.kickoffs
     assert (here(*ran).code, crews.kickoffs) == (0, kickoffs + 1)
     assert "ORPHANED" not in here("runs", "inspect", record.idempotency_key).out
+
+
+def test_a_run_that_has_completed_with_nobody_waiting_leads_to_its_result(here, write: Write, crews: CrewServer):
+    url, kickoff_id = f"{crews.url}/greet", kicked_off(crews)
+    until(lambda: crews.run(kickoff_id).state is CrewState.COMPLETED)
+    write(phase=RecordPhase.STARTED, kickoff_id=kickoff_id, kicked_off_at=utcnow(), crew="greet", crew_url=url)
+    shown = here("runs", "inspect", kickoff_id, "--crew", url).out
+    assert f"prefect-crew result {kickoff_id}" in shown
+    assert "--lost" not in shown
+    done = here("result", kickoff_id, "--crew", url)
+    assert (done.code, done.out) == (0, "**Hello** Ada\n")
 
 
 def test_without_its_crew_a_resolution_says_that_nobody_was_asked(here, write: Write):

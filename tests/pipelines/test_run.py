@@ -460,6 +460,29 @@ def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: CrewServer, see
     assert names == [f"{verb} {n}" for verb in ("kickoff", "wait") for n in range(3)]
 
 
+def test_prefects_graph_has_an_arrow_from_each_step_that_a_step_needs(echo: CrewServer, seen: Seen):
+    ids: list[Any] = []
+    needs = {"template": "{{ first.output }}", "mixed": "on {{ first.output }}", "after": "x"}
+    needs["function"] = lambda context: context["first"].output.upper()
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        steps = [CrewStep("first", echo.crew(), {"text": "a"})]
+        for name, text in needs.items():
+            after = ["first"] if name in ("after", "function") else []
+            steps.append(CrewStep(name, echo.crew(), {"text": text}, after=after))
+        await arun_pipeline(steps)
+
+    asyncio.run(trip())
+    runs = {run["name"]: run for run in seen.task_runs(ids[0], count=10)}
+    first = runs["wait first"]["id"]
+    for name in needs:
+        inputs = [source.get("id") for given in runs[f"kickoff {name}"]["task_inputs"].values() for source in given]
+        assert first in inputs, name
+    assert runs["kickoff first"]["task_inputs"].get("wait_for", []) == []
+
+
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
 async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_where_only_a_function_takes_it(
     echo: CrewServer, inside: bool
