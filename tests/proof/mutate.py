@@ -1,7 +1,8 @@
 """Mistakes, one at a time, in the modules that decide and post: each has to be seen. `make mutate` makes some.
 
 The simulation of `make proofs` looks first, then the own tests of the module. Nothing is changed here, only in a
-copy of the tree. A mistake with which a run can be started twice must never be seen by nobody.
+copy of the tree. A mistake with which a run can be started twice must never be seen by nobody: who reads the list
+decides that. The exit code is 1 where fewer are seen than LEAST.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ OWN_TESTS = {
 """The modules that decide and post, and what tests each of them in addition to the simulation."""
 LONGEST = 300.0
 """Seconds; who takes longer has been held up by the mistake, which counts as seen."""
+LEAST = 0.8
+"""The share of mistakes that has to be seen. Some change nothing that anybody could see: a log level, a pause."""
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     one: other
     for pair in ((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn))
@@ -115,8 +118,8 @@ def passes(tree: Path, tests: list[str]) -> bool:
             return False
 
 
-def main() -> None:
-    """Make mistakes and tell who saw them."""
+def main() -> int:
+    """Make mistakes, print who saw them, and return the exit code: 1 where too few were seen."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mutants", type=int, default=30)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
@@ -140,7 +143,11 @@ def main() -> None:
             shutil.copy(ROOT / "prefect_crew" / module, tree / "prefect_crew" / module)
             survivors += who == "NOBODY"
             print(f"{who:10} {time.monotonic() - began:4.0f} s  {module}:{line}  {change}", flush=True)
-    print(f"{survivors} of {len(chosen)} were seen by nobody.")
+    seen = len(chosen) - survivors
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    share = f"{seen} of {len(chosen)} mistakes were seen ({seen / len(chosen):.0%}; at least {LEAST:.0%} must be)"
+    print(f"{share}: SEED={asked.seed} at {commit.stdout.strip() or 'an unknown commit'}.")
+    return 0 if seen >= LEAST * len(chosen) else 1
 
 
 def _killers(tree: Path, module: str) -> list[tuple[str, list[str]]]:
@@ -149,4 +156,4 @@ def _killers(tree: Path, module: str) -> list[tuple[str, list[str]]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
