@@ -1,7 +1,7 @@
 # A bare machine needs python3 (3.11 to 3.14, with venv), git, make and the package registries; the rest is built here.
 #
 #   make demo        a crew through Prefect, on this machine, without an account
-#   make test        the tests, but for the slow ones, those of whole programs, and the proofs
+#   make test        the tests, but for the slow ones, those of whole programs, and the proofs (as plain pytest does)
 #
 # Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest,
 # WORKERS=0 to run the tests one after the other.
@@ -40,7 +40,7 @@ demo: $(VENV)/.core
 	@exec $(BIN)/prefect-crew demo $(ARGS)
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest $(AT_ONCE) -m "not slow and not programs and not proofs" $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
 
 # Those that start whole programs: the pages of the documentation, deployments, workers, scripts that are killed, CrewAI.
 programs: $(VENV)/.tests

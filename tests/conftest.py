@@ -59,7 +59,13 @@ hypothesis.settings.load_profile("prefect-crew")
 # The run
 
 
-def pytest_configure() -> None:
+QUICK = "not slow and not programs and not proofs"
+"""What plain `pytest` runs. Naming a file or a test runs all of it; `-m` says what else is meant."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:
+        config.option.markexpr = QUICK
     own = os.getpid()
 
     def end(number: int, _: Any) -> None:
