@@ -267,7 +267,7 @@ async def test_a_plain_call_starts_a_new_run_each_time(server: Any):
     assert len(keys(server)) == 4
 
 
-@pytest.mark.parametrize("call", ["run_crew", "trigger", "pipeline", "result"])
+@pytest.mark.parametrize("call", ["run_crew", "trigger", "pipeline"])
 @pytest.mark.parametrize(
     ("idempotency_key", "says"),
     [
@@ -283,12 +283,27 @@ async def test_a_key_that_cannot_be_used_starts_nothing(server: Any, call: str, 
         "run_crew": lambda: arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key),
         "trigger": lambda: crew.trigger({"text": "a"}, idempotency_key=idempotency_key),
         "pipeline": lambda: arun_pipeline([CrewStep("a", crew, {"text": "a"})], idempotency_key=idempotency_key),
-        "result": lambda: get_result(idempotency_key),
     }
-    with pytest.raises(CrewError, match=says if call != "result" else f"{says}|No run has the key") as raised:
+    with pytest.raises(ConfigurationError, match=says):
         await calls[call]()
-    assert call == "result" or isinstance(raised.value, ConfigurationError)
     assert server.kickoffs == 0
+
+
+@pytest.mark.parametrize(
+    ("idempotency_key", "error", "says"),
+    [
+        pytest.param("  ", CrewError, "No run has the key", id="empty"),
+        pytest.param("k" * (MAX_KEY + 1), CrewError, "No run has the key", id="long"),
+        pytest.param("half a \ud800", ConfigurationError, "half a character", id="surrogate"),
+        pytest.param(7, ConfigurationError, "idempotency_key", id="number"),
+    ],
+)
+async def test_a_key_that_cannot_be_used_has_no_result(
+    prefect_api: object, idempotency_key: Any, error: type[CrewError], says: str
+):
+    with pytest.raises(error, match=says) as raised:
+        await get_result(idempotency_key)
+    assert type(raised.value) is error
 
 
 @pytest.mark.parametrize("where", ["alone", "in a flow", "with a key", "in a deployed flow"])

@@ -145,18 +145,26 @@ def test_a_cancelled_flow_that_goes_on_starts_nothing_more(crew_server: CrewServ
     assert "was cancelled, so no run was started" in str(errors[1])
 
 
+WITHIN_A_LONG_PAUSE = WaitPolicy(initial=0.1, factor=1000, max_interval=300)
+
+
 @pytest.mark.usefixtures("quick_look")
-@pytest.mark.parametrize("trouble", [True, False], ids=["the crew's server is in trouble", "within a long pause"])
-def test_a_cancellation_is_noticed(
-    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch, trouble: bool
-):
-    if not trouble:
-        monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])
-    server = crew_server(slow(60), faults=["status:429@1-"] if trouble else [])
-    wait = WaitPolicy(initial=0.1, factor=1000, max_interval=300)
-    error, _ = cancelled(server, seen, lambda: arun_crew(server.crew(), wait=wait))
+def test_a_cancellation_is_noticed_while_the_crews_server_is_in_trouble(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(slow(60), faults=["status:429@1-"])
+    error, _ = cancelled(server, seen, lambda: arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
     assert isinstance(error, CrewStoppedError)
-    assert trouble or server.requests["status"] == 2, "the wait, and whoever stopped it: what it had used"
+    assert server.requests["stop"] == 1
+
+
+@pytest.mark.usefixtures("quick_look")
+def test_a_cancellation_is_noticed_within_a_long_pause(
+    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])
+    server = crew_server(slow(60))
+    error, _ = cancelled(server, seen, lambda: arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
+    assert isinstance(error, CrewStoppedError)
+    assert server.requests["status"] == 2, "the wait, and whoever stopped it: what it had used"
 
 
 @pytest.mark.usefixtures("quick_look")
@@ -466,21 +474,21 @@ async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFac
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "outcome"),
+    ("script", "options", "outcome", "of_nobody"),
     [
-        ("echo", {}, StopOutcome.NOT_STOPPABLE),
-        (slow(60), {"stop": False}, StopOutcome.UNSUPPORTED),
+        ("echo", {}, StopOutcome.NOT_STOPPABLE, StopOutcome.UNKNOWN_RUN),
+        (slow(60), {"stop": False}, StopOutcome.UNSUPPORTED, StopOutcome.UNSUPPORTED),
     ],
     ids=["ended", "no stop"],
 )
 async def test_what_cannot_be_stopped_is_an_answer_and_changes_nothing(
-    crew_server: CrewServerFactory, script: str, options: dict[str, Any], outcome: StopOutcome
+    crew_server: CrewServerFactory, script: str, options: dict[str, Any], outcome: StopOutcome, of_nobody: StopOutcome
 ):
     server = crew_server(script, **options)
     run = await server.crew().trigger({"text": "a"})
     answer = await run.stop()
     assert (answer.outcome, answer.accepted) == (outcome, False)
-    assert (await CrewRun(server.crew(), "nobody").stop()).outcome in (StopOutcome.UNKNOWN_RUN, StopOutcome.UNSUPPORTED)
+    assert (await CrewRun(server.crew(), "nobody").stop()).outcome is of_nobody
     record = await record_of(run.kickoff_id)
     assert record.phase is RecordPhase.STARTED
 
