@@ -88,10 +88,11 @@ class _Live(ResponseFormat):
 
     def status(self, run: Run) -> dict[str, Any]:
         body: dict[str, Any] = {"state": WORDS[run.state][0]}
-        if run.state is CrewState.COMPLETED:
-            return {**body, "result": run.output or "", "result_json": run.data}
         if run.state is CrewState.FAILED:
             return {**body, "status": run.error or "", "result": None}
+        if run.state is CrewState.COMPLETED:
+            body |= {"result": run.output or "", "result_json": run.data}
+        # Also of a completed run: a client of hosted crews reads the output there.
         return {**body, "last_executed_task": _described(run.tasks[-1])} if run.tasks else body
 
     def unknown(self) -> tuple[int, dict[str, Any]]:

@@ -81,10 +81,13 @@ class _RefusedError(Exception):
 
 
 class _JSON(JSONResponse):
-    """JSON in ASCII, since crews say what JSON can hold and UTF-8 cannot, and programs what JSON cannot."""
+    """JSON in ASCII, since crews say what JSON can hold and UTF-8 cannot, and programs what JSON cannot.
+
+    It has no blanks, as hosted crews write it (they are FastAPI): some clients cut the id out of the text.
+    """
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, default=str).encode()
+        return json.dumps(content, default=str, separators=(",", ":")).encode()
 
 
 class CrewServer:
@@ -333,7 +336,7 @@ class CrewServer:
             return self._unauthorized()
         status: int = getattr(error, "status_code", 404)
         message = f"There is no route {request.method} {request.url.path} here."
-        return _JSON(self._format.error(HTTPStatus(status).phrase, message), status)
+        return _JSON(self._format.error(HTTPStatus(status).phrase, message), status, getattr(error, "headers", None))
 
     async def _answer(self, request: Request, place: str, work: Callable[[], Awaitable[Response]]) -> Response:
         """Do the work of a call, and do wrong what the faults say."""

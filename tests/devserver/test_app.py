@@ -119,8 +119,14 @@ def test_what_is_not_there(travel: httpx.Client, slow: httpx.Client) -> None:
         assert (answer.status_code, set(answer.json())) == (404, {"error", "message"})
         assert answer.json()["error"] == "Execution not found"
     assert travel.get(f"/status/{kickoff(slow)}").status_code == 404, "it is a run of another crew on this server"
-    calls = ["GET /nothing", "GET /kickoff", "POST /inputs"]
-    assert [travel.request(*call.split()).status_code for call in calls] == [404, 405, 405]
+    answers = [travel.request(*call.split()) for call in ("GET /nothing", "GET /kickoff", "POST /inputs")]
+    assert [answer.status_code for answer in answers] == [404, 405, 405]
+    assert [set(answer.headers.get("allow", "").split(", ")) for answer in answers] == [{""}, {"POST"}, {"GET", "HEAD"}]
+
+
+def test_json_has_no_blanks_as_that_of_hosted_crews(travel: httpx.Client) -> None:
+    answer = travel.post("/kickoff", json={"inputs": INPUTS})
+    assert re.fullmatch(r'\{"kickoff_id":"[0-9a-f-]{36}"\}', answer.text)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,8 @@ async def test_live(serve: Serve) -> None:
     _, body = await reach(server, "slow")
     assert (body.keys(), body["state"]) == ({"state", "last_executed_task"}, "STARTED")
     _, body = await reach(server, "good")
-    assert body == {"state": "SUCCESS", "result": "three", "result_json": {"answer": "42"}}
+    last = {"name": "three", "agent": "C", "description": None, "output": "three"}
+    assert body == {"state": "SUCCESS", "result": "three", "result_json": {"answer": "42"}, "last_executed_task": last}
     _, body = await reach(server, "bad")
     assert body == {"state": "FAILED", "status": "it broke", "result": None}
     refused = client.post("/kickoff", json={"inputs": {}})
