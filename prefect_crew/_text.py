@@ -55,11 +55,23 @@ def with_guesses(unknown: Sequence[str], known: Iterable[str]) -> str:
     return listed_names([guess(name) for name in unknown[:_NAMES]] + [*unknown[_NAMES:]])
 
 
-def problems_of(error: ValidationError) -> list[str]:
-    """Return what pydantic has refused, each with its place. Not with the value, which may be a secret."""
-    words = {"extra_forbidden": "there is no such field", "missing": "it is missing"}
+def problems_of(error: ValidationError, fields: Iterable[str] = ()) -> list[str]:
+    """Return what pydantic has refused, each with its place. Not with the value, which may be a secret.
+
+    `fields` are names that a field which is not known may be meant for.
+    """
     found = error.errors(include_url=False, include_input=False, include_context=False)
-    said = [words.get(one["type"]) or one["msg"].removeprefix("Value error, ") for one in found]
+    fields = list(fields)
+
+    def text(problem: Any) -> str:
+        if problem["type"] == "missing":
+            return "it is missing"
+        if problem["type"] != "extra_forbidden":
+            return problem["msg"].removeprefix("Value error, ")
+        near = get_close_matches(str(problem["loc"][-1])[:_NAME], fields, n=1)
+        return f"there is no such field{f' (did you mean {near[0]}?)' if near else ''}"
+
+    said = [text(problem) for problem in found]
     places = [".".join(map(str, one["loc"])) for one in found]
     return [f"{place}: {text}" if place else text for place, text in zip(places, said, strict=True)]
 

@@ -246,7 +246,8 @@ def load_script(source: str | os.PathLike[str]) -> CrewScript:
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        raise ValueError("\n".join(f"{name}: {problem}" for problem in problems_of(error))) from None
+        fields = {field for model in (CrewScript, TaskSpec, StepSpec, InputSpec) for field in model.model_fields}
+        raise ValueError("\n".join(f"{name}: {problem}" for problem in problems_of(error, sorted(fields)))) from None
 
 
 Spec = str | os.PathLike[str] | CrewScript | Program

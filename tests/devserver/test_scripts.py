@@ -27,7 +27,7 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
         ("name: x\ntasks: [\n", [" is not YAML: .* line 3, column 1"]),
         ("- a\n", [": Input should be a valid dictionary"]),
         (X, [": tasks: it is missing"]),
-        (f"{T}second: 3\n", [r": tasks.0.second: there is no such field"]),
+        (f"{T}second: 3\n", [r": tasks.0.second: there is no such field \(did you mean seconds\?\)$"]),
         (f"{T}output: |\n      {{% if a %}}\n", [": tasks.0.output is not a template: Unexpected end of template"]),
         (f"{T}data: {{a: ['{{{{']}}\n", [": tasks.0.data.a.0 is not a template"]),
         (
