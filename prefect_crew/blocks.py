@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import lru_cache, partial
@@ -330,9 +331,10 @@ async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
         if not isinstance(error.__cause__, ObjectNotFound):
             raise
         raise ConfigurationError(
-            f"No crew is stored under the name {crew!r}. Store it: prefect-crew crews save NAME --url URL, or "
-            "DeployedCrew(url=…, token=…).save(NAME). Or give a DeployedCrew in its place."
-        ) from error
+            f"No crew is stored under the name {crew!r}. Store it: prefect-crew crews save {shlex.quote(crew)} --url "
+            "URL, or DeployedCrew(url=…, token=…).save(NAME). Or give in its place a DeployedCrew; on the command line "
+            "the crew's URL, with CREW_TOKEN."
+        ) from None
 
 
 async def find_crew(record: RunRecord) -> Crew | None:

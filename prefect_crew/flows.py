@@ -205,12 +205,12 @@ async def run_deployed_crew(
     """Run one deployed crew. What `run_crew` runs outside of a flow, and a flow to deploy as it is."""
     try:
         stored = await load_crew(crew)
-    except ValueError as error:
+    except ValueError:
         await label_flow_run(name=crew)
         raise ConfigurationError(
             f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save it under "
             "that name, or call run_crew again with the crew and the same idempotency key, which finds the run again."
-        ) from error
+        ) from None
     given = dict(inputs or {})
     missing = [key for key, value in given.items() if value in (MASK, TOO_LARGE)]
     if missing:

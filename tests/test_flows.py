@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import sys
+import traceback
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -324,8 +325,9 @@ async def test_a_stored_flow_run_can_be_run_again_for_a_stored_block(
 
 
 async def test_a_name_under_which_no_crew_is_stored():
-    with pytest.raises(ConfigurationError, match="No crew is stored under the name 'nobody'"):
+    with pytest.raises(ConfigurationError, match="No crew is stored under the name 'nobody'") as raised:
         await arun_crew("nobody", {})
+    assert "ObjectNotFound" not in "".join(traceback.format_exception(raised.value)), "one traceback is enough"
     again = r"No block deployed-crew/nobody is stored.*and the same idempotency key"
     with pytest.raises(ConfigurationError, match=again):
         await run_deployed_crew(crew="nobody", inputs={"text": "a"})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,13 +111,8 @@ class CrewAccess:
 
         try:
             found = await load_crew(crew)
-        except ConfigurationError as error:
-            if error.__cause__ is None:  # there is one, and it is not valid
-                raise
-            raise ConfigurationError(
-                f"No crew is stored under the name {crew!r}. Store it: prefect-crew crews save {shlex.quote(crew)} "
-                "--url URL. Or give the crew's URL in its place, with CREW_TOKEN."
-            ) from None
+        except ConfigurationError:
+            raise
         except ValueError as error:
             raise ConfigurationError(f"The block {crew!r} cannot be loaded: {reason(error)}") from None
         _output.current.hide(found.token.get_secret_value())
