@@ -75,7 +75,7 @@ class Throttle:
         self.stopped: str | None = None
         self.kickoffs = 0
         self.under_way = self.in_flight = 0
-        self.waits_for_slot = False
+        self.waits_for_slot = self._has_waited = False
         self.slots: SlotPool | None = None
         self._options = options
         self._fastest = math.inf
@@ -139,7 +139,8 @@ class Throttle:
         except PREFECT_ERRORS as error:
             run_logger().debug("The Prefect server could not be asked for a slot: %s", error)
             has_slot = False
-        if not has_slot and not self.waits_for_slot:
+        if not has_slot and not self._has_waited:
+            self._has_waited = True
             run_logger().info("The batch waits for a slot of the crew's concurrency limit.")
         self.waits_for_slot = not has_slot
         # Others may have stopped the batch, or have had it wait, in the meantime.

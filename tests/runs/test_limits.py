@@ -176,7 +176,6 @@ async def test_a_batch_takes_its_slots_one_by_one_and_others_have_their_turn(
     rows = [{"n": number} for number in range(30)]
     running = asyncio.ensure_future(arun_batch(crew, rows, name=f"long {name}", output=f"{tmp_path}/out.jsonl"))
     await until(lambda: server.kickoffs >= 4, "the batch runs")
-    assert await held(name) == 3
     single = await asyncio.wait_for(arun_crew(crew, {"single": 1}), 60)
     assert not running.done(), "a single run has its turn before the batch has ended"
     assert single.output
