@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from email.message import Message
 from pathlib import Path
 
 import pytest
 
-from prefect_crew import DeployedCrew
+from prefect_crew import DeployedCrew, settings
 from prefect_crew.settings import CrewSettings
 
 
@@ -14,11 +15,11 @@ def test_the_environment_counts_at_each_use_and_secrets_do_not_show(monkeypatch:
     assert (CrewSettings().url, CrewSettings().token) == (None, None)
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "the-token")
-    settings = CrewSettings()
-    assert settings.url == "https://travel.test"
-    assert settings.token is not None
-    assert settings.token.get_secret_value() == "the-token"
-    assert "the-token" not in repr(settings) + settings.model_dump_json()
+    read = CrewSettings()
+    assert read.url == "https://travel.test"
+    assert read.token is not None
+    assert read.token.get_secret_value() == "the-token"
+    assert "the-token" not in repr(read) + read.model_dump_json()
 
 
 def test_a_prefect_toml_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -44,3 +45,12 @@ def test_other_names_are_other_crews_and_no_token_is_sent_to_another_crew(monkey
     assert DeployedCrew.from_env().token.get_secret_value() == "of-travel"
     monkeypatch.delenv("NEWS_URL")
     assert DeployedCrew.from_env("NEWS").token.get_secret_value() == "of-travel"
+
+
+def test_pages_of_prefect_link_the_address_of_the_project_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    project = Message()
+    monkeypatch.setattr(settings, "metadata", lambda _: project)
+    assert settings.documentation_url().startswith("https://docs.crewai.com/")
+    project["Project-URL"] = "Issues, https://example.com/me/it/issues"
+    project["Project-URL"] = "Documentation, https://example.com/me/it/docs"
+    assert settings.documentation_url() == "https://example.com/me/it/docs"
