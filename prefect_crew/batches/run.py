@@ -364,6 +364,7 @@ class _Batch:
         self.begun = 0
         self.begin_after = self.refresh_after = 0.0
         self.people_noted: bool | None = None
+        self.is_lock_lost = False
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Check the rows, take the lock, and bind the batch's name to its ledger. Raises CrewError."""
@@ -443,14 +444,15 @@ class _Batch:
             if not self._is_done:
                 await self._run_rows()
         except BaseException as error:
-            if not isinstance(error, LedgerError):
+            if not isinstance(error, LedgerError) and not self.is_lock_lost:
                 await self._export_in_time()
             await self.artifact.update(self.progress, await self._report())
             raise
         self._tell("finishing")
         await self._refresh()
-        await self._export()
-        await self._note_people(bool([record async for record in self.ledger.may_ask()]))
+        if not self.is_lock_lost:
+            await self._export()
+            await self._note_people(bool([record async for record in self.ledger.may_ask()]))
         report = await self._report()
         self._tell("done")
         await self.artifact.update(self.progress, report)
@@ -551,6 +553,7 @@ class _Batch:
         if records := await to_stop(self.job.crew, runner.stoppable):
             await runner.stop_runs(STOPPED_BY_BUDGET, records)
         if not await self.lock.still_held():
+            self.is_lock_lost = True  # the ledger, the output and the name are another process's
             runner.stop(
                 "its lock was lost: another process has taken the batch over, or a file of its ledger was removed or "
                 "replaced.",
@@ -562,7 +565,7 @@ class _Batch:
 
         `now`: no more will be started.
         """
-        if started == self.begun or (time.monotonic() < self.begin_after and not now):
+        if started == self.begun or self.is_lock_lost or (time.monotonic() < self.begin_after and not now):
             return
         try:
             self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=SOON)

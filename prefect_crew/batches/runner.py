@@ -185,7 +185,7 @@ class Runner:
                     await self._slots.acquire()
                     if self.shut:
                         self._slots.release()
-                        continue
+                        break
                     row = group.create_task(self._run_row(job, attempts))
                     self._running.add(row)
                     row.add_done_callback(self._row_done)
@@ -204,6 +204,8 @@ class Runner:
         """Yield the rows that are not done, with their attempts. Once the batch has stopped: those in flight."""
         is_new = await self.ledger.is_empty()
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
+            if self.shut:  # another process may own the ledger by now
+                return
             states = await self.ledger.enter_rows(
                 page, self.session.crew, anew=self._judge_again, is_retried=self._options.is_retried
             )

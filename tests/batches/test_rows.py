@@ -130,6 +130,7 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
 )
 def test_a_row_that_cannot_be_run_says_why(row: dict[str, Any], options: dict[str, Any], reason: str):
     [(line, found)] = reasons([row], **options)
+    assert not found.endswith("."), "it becomes a part of a sentence"
     assert line == 1
     assert reason in found
 

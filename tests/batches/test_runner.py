@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 from prefect_crew import WaitPolicy, resume_crew
 from prefect_crew.batches import throttle
-from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.report import BatchArtifact, BatchProgress, BatchReport
 from prefect_crew.batches.runner import FirstPoll
@@ -69,6 +69,25 @@ async def test_a_file_that_is_appended_to_ends_the_batch_before_a_row_that_was_n
     with pytest.raises(DatasetError, match=r"changed while it was read.*What was started is in the batch's ledger\."):
         await batch(server.crew(), path, name="appended to", max_in_flight=10, on_progress=append)
     assert 0 < server.kickoffs < 3000
+
+
+async def test_a_batch_that_has_lost_its_lock_writes_nothing_more(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.05)
+    server = crew_server(Held())
+    running = asyncio.ensure_future(batch(server.crew(), topics(2000), name="lock lost", max_in_flight=5))
+    while server.kickoffs < 5:
+        await asyncio.sleep(0.01)
+    (file,) = batch.folder.glob("*.lock")
+    file.unlink()
+    report = await asyncio.wait_for(running, 60)
+    assert str(report.stopped).startswith("its lock was lost: another process has taken the batch over")
+    async with ledger_of(batch, "lock lost") as ledger:
+        assert sum((await ledger.counts()).values()) <= 2 * PAGE, "it reads no further"
+        entry = await ledger.entry()
+    assert entry is not None
+    assert (entry.exported, entry.generation, batch.output.exists()) == (None, 1, False)
 
 
 # Crews that fail
