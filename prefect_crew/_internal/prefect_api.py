@@ -17,7 +17,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -156,7 +156,7 @@ def flow_runs_unseen() -> list[tuple[str, FlowRun]]:
 # Requests
 
 CROWDED_FOR = 300.0
-"""Seconds for which changes go one after the other once the server refused one: SQLite takes one writer at a time."""
+"""Seconds for which changes go alone once the server refused one: SQLite takes one writer at a time."""
 LONGEST = 2.0
 """Seconds after which a request holds up no other one: it may hang, or be repeated by Prefect's client."""
 AT_ONCE = 8
@@ -182,50 +182,47 @@ class _Turns:
     """Lets so many callers through at the same time. Of those who wait the most urgent one is next, then the first."""
 
     def __init__(self, most: int) -> None:
-        self._free = most
-        self._waiting: list[tuple[Urgency, int, asyncio.Future[None]]] = []
+        self._most = self._free = most
+        self._waiting: list[tuple[Urgency, int, int, asyncio.Future[None]]] = []
         self._number = itertools.count()
 
     @asynccontextmanager
-    async def turn(self, urgency: Urgency) -> AsyncGenerator[None]:
-        """Wait for a turn, and have it. After `LONGEST` seconds the next caller has one as well."""
-        loop = asyncio.get_running_loop()
-        if self._free:
-            self._free -= 1
-        else:
-            await self._wait(urgency)
-        passed_on = False
+    async def turn(self, urgency: Urgency, *, alone: bool = False) -> AsyncGenerator[None]:
+        """Wait for a turn, and have it: `alone` while nobody else has one. After `LONGEST` seconds it is over."""
+        needs, loop = self._most if alone else 1, asyncio.get_running_loop()
+        turn = loop.create_future()
+        heapq.heappush(self._waiting, (urgency, next(self._number), needs, turn))
+        self._pass_on(0)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self._pass_on(0 if turn.cancelled() else needs)
+            raise
+        is_over = False
 
-        def pass_on() -> None:
-            nonlocal passed_on
-            if not passed_on:
-                passed_on = True
-                self._pass_on()
+        def end() -> None:
+            nonlocal is_over
+            if not is_over:
+                is_over = True
+                self._pass_on(needs)
 
-        timer = loop.call_later(LONGEST, pass_on)
+        timer = loop.call_later(LONGEST, end)
         try:
             yield
         finally:
             timer.cancel()
-            pass_on()
+            end()
 
-    async def _wait(self, urgency: Urgency) -> None:
-        turn = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (urgency, next(self._number), turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it came at the same moment
-                self._pass_on()
-            raise
-
-    def _pass_on(self) -> None:
+    def _pass_on(self, given_back: int) -> None:
+        self._free += given_back
         while self._waiting:
-            *_, turn = heapq.heappop(self._waiting)
+            *_, needs, turn = self._waiting[0]
             if not turn.done():
+                if needs > self._free:
+                    return
+                self._free -= needs
                 turn.set_result(None)
-                return
-        self._free += 1
+            heapq.heappop(self._waiting)
 
 
 @dataclass
@@ -234,7 +231,6 @@ class _Loop:
 
     crowded_until: float = float("-inf")
     requests: _Turns = field(default_factory=lambda: _Turns(AT_ONCE))
-    changes: _Turns = field(default_factory=lambda: _Turns(1))
     locks: dict[str, asyncio.Lock] = field(default_factory=dict[str, asyncio.Lock])
 
 
@@ -271,6 +267,7 @@ async def request_soon(
     json: Any,
     give_up_after: float,
     urgency: Urgency = Urgency.CONTINUE,
+    alone: bool = True,
     again: Callable[[Exception], bool] = is_transient,
 ) -> httpx.Response:
     """Make one change, again and again while the Prefect API is away or busy, for `give_up_after` seconds. Prefect's
@@ -279,6 +276,7 @@ async def request_soon(
     Args:
         client, method, path, json, give_up_after: The request.
         urgency: Which change goes first, where several wait.
+        alone: False for a change that the server never refuses because of another one: it writes before it reads.
         again: Tells which errors are worth another attempt.
 
     Raises:
@@ -287,13 +285,10 @@ async def request_soon(
     loop, here = asyncio.get_running_loop(), _this_loop()
     until, delay = None, 0.02
     while True:
-        # Also those that the server never refuses: one of them beside a change that it may refuse makes it do so.
-        is_crowded = loop.time() < here.crowded_until
+        # SQLite refuses a change that has read before it writes, where anything is written in between.
+        is_alone = alone and loop.time() < here.crowded_until
         try:
-            async with (
-                here.changes.turn(urgency) if is_crowded else nullcontext(),
-                here.requests.turn(urgency),
-            ):
+            async with here.requests.turn(urgency, alone=is_alone):
                 until = until or loop.time() + give_up_after  # not the time for which it waited for others
                 return await _request_once(client, method, path, json=json)
         except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:

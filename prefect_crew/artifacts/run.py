@@ -144,9 +144,8 @@ class MarkdownArtifact:
         body = artifact.model_dump(mode="json", exclude_unset=True)
         async with get_client() as client:
             # Nothing but busy is repeated, for the same reason.
-            made = await request_soon(
-                client, "POST", "/artifacts/", json=body, give_up_after=SHOW_FOR, urgency=Urgency.SHOW, again=is_busy
-            )
+            new: dict[str, Any] = {"json": body, "urgency": Urgency.SHOW, "alone": False}
+            made = await request_soon(client, "POST", "/artifacts/", give_up_after=SHOW_FOR, again=is_busy, **new)
         self.id = UUID(made.json()["id"])
 
 

@@ -231,9 +231,8 @@ async def create_variable(variable: Mapping[str, Any], *, urgency: Urgency = Urg
     async with get_client() as client:
         try:
             try:
-                answer = await request_soon(
-                    client, "POST", path, json=variable, give_up_after=BUSY_FOR, urgency=urgency, again=is_busy
-                )
+                new: dict[str, Any] = {"json": variable, "urgency": urgency, "alone": False}
+                answer = await request_soon(client, "POST", path, give_up_after=BUSY_FOR, again=is_busy, **new)
             except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
                 if isinstance(error, PrefectHTTPStatusError) and error.response.status_code not in RETRIED_BY_CLIENT:
                     raise

@@ -76,6 +76,21 @@ async def test_changes_go_one_after_the_other_once_the_server_refused_two_at_onc
     await ask()
     await asyncio.gather(*(ask() for _ in range(5)))
     assert server.most == 1
+    await asyncio.gather(*(ask(alone=False) for _ in range(50)))
+    assert server.most == prefect_api.AT_ONCE, "a change that is never refused goes beside others of its kind"
+
+
+async def test_a_change_that_goes_alone_is_held_up_by_no_stream_of_others(serve: Any):
+    server = serve(503, seconds=0.01)
+    await ask()
+    others = [asyncio.create_task(ask(alone=False, urgency=Urgency.BEGIN)) for _ in range(100)]
+    await asyncio.sleep(0.015)
+    waiting = [asyncio.create_task(ask()) for _ in range(3)]
+    waiting[0].cancel()  # while it is next
+    await asyncio.wait({waiting[2]})
+    assert not all(one.done() for one in others), "it does not wait until all of them are over"
+    await asyncio.gather(*others, *waiting[1:])
+    assert server.requests == 104
 
 
 async def test_what_has_begun_goes_before_what_has_not_and_that_before_what_is_only_shown(serve: Any):
