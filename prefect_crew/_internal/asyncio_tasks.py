@@ -11,12 +11,12 @@ import contextvars
 import inspect
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import wraps
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import anyio
 from prefect.context import FlowRunContext, TaskRunContext
@@ -43,6 +43,36 @@ async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         if not task.cancelled():
             task.exception()  # or asyncio complains that nobody has asked for it
+
+
+async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call a function in a thread of its own, in the context of the caller, and return what it returns.
+
+    A caller that is cancelled leaves the thread behind, and neither the event loop nor the process waits for its end.
+    Those of `asyncio.to_thread` are waited for, for minutes.
+    """
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is None:
+            result.set_result(cast("T", value))
+        else:
+            result.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+
+    def work() -> None:
+        value, error = None, None
+        try:
+            value = context.run(function, *args)
+        except BaseException as raised:  # noqa: BLE001  it is raised where the result is awaited
+            error = raised
+        with suppress(RuntimeError):  # the event loop is closed, and nobody waits any more
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=work, name=getattr(function, "__name__", None), daemon=True).start()
+    return await result
 
 
 def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -172,17 +202,30 @@ def dual(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Any]:
     return call
 
 
-def sync_version(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
-    """Return the sync function for an async one whose name begins with an `a`. In a running event loop it raises."""
-    name = function.__name__.removeprefix("a")
+def sync_version(
+    function: Callable[P, Coroutine[Any, Any, T]], *, hints: Mapping[str, str] | None = None
+) -> Callable[P, T]:
+    """Return the sync function for an async one whose name begins with an `a`. In a running event loop it raises.
+
+    `hints` say for an argument that there is not what to write in its place.
+    """
+    name, parameters = function.__name__.removeprefix("a"), inspect.signature(function).parameters
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if _loop_runs():
             del args, kwargs  # error reporters show the variables of frames
             raise InvalidCallError(
-                f"{name}() would block the event loop that runs here: use `await {function.__name__}(...)` instead."
+                f"{name}() would block the event loop that runs here: use `await {function.__name__}(...)` instead. In "
+                "a sync flow that an async one calls, make that flow async, or call it by "
+                "`await asyncio.to_thread(flow)`."
             )
+        for argument in kwargs:
+            if argument not in parameters:
+                del args, kwargs
+                hint = (hints or {}).get(argument)
+                advice = f"Write {hint}" if hint else f"It takes: {', '.join(parameters)}"
+                raise InvalidCallError(f"{name}() got an unexpected keyword argument {argument!r}. {advice}.")
         coroutine = function(*args, **kwargs)
         args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]
         return asyncio.run(coroutine)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prefect_crew._internal.asyncio_tasks import call_in_thread, cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
@@ -26,7 +27,7 @@ from prefect_crew.runs.reviews.answer import (
     uncertain_error,
     with_kept_output,
 )
-from prefect_crew.runs.reviews.form import Form
+from prefect_crew.runs.reviews.form import PREFECT_WITHIN, Form
 from prefect_crew.runs.reviews.questions import (
     Question,
     QuestionState,
@@ -91,6 +92,10 @@ class People:
         self._form = Form(flow_run_id(), self.run, self.policy) if self.review == "form" else None
         self._function: ReviewFunction | None = None if self.review == "form" else self.review
         self._has_extra_time = self._has_answered = False
+        # The review function while it thinks, and the question that it was given.
+        self._thinking: asyncio.Task[Review] | None = None
+        self._thinks_about: Question | None = None
+        self._has_ended_pause = False  # once for each decision: where looks fail, the pauses between them stay
         # What tells one question from the next, from look to look.
         self._open: Question | None = None
         self._answered: SentReview | None = None  # the answer to what the status still shows
@@ -131,7 +136,8 @@ class People:
         """Return what is asked, the same object as long as it is the same question; None if nothing is.
 
         An answered question that the server still shows is none. The next round differs from it by another output, by
-        another state in between, or by a webhook, which says how many answers came before.
+        another state in between, or by a webhook, which says how many answers came before; after a rejection also by
+        time alone, since a task that was rejected may ask again in the same words.
         """
         try:
             if status.state is CrewState.WAITING:
@@ -165,8 +171,11 @@ class People:
             return None
         self._open = self._answered = None
         if found.state is QuestionState.ANSWERED:
-            self._answered, self._held_until = self.answers[-1], None
-            return None
+            last, soon = self.answers[-1], self.policy.next_round_after
+            if last.approve or soon is None or (utcnow() - last.at).total_seconds() < soon:
+                self._answered, self._held_until = last, None
+                return None
+            found = replace(found, state=QuestionState.OPEN)
         if found.asked is None and request is None:
             found = await self._with_kept_output(found)
             is_hooked = self.run.record is not None and self.run.record.has_webhooks
@@ -200,8 +209,9 @@ class People:
             return False  # whoever sends it would write over this
         moved_on = last.model_copy(update={"moved_on": True})
         try:
-            await self.records.save_review(answers_record(self.run), len(self.answers), moved_on)
-        except (*PREFECT_ERRORS, CrewError) as error:
+            async with asyncio.timeout(PREFECT_WITHIN):  # the next look tries again
+                await self.records.save_review(answers_record(self.run), len(self.answers), moved_on)
+        except (*PREFECT_ERRORS, CrewError, TimeoutError) as error:
             run_logger().debug("It could not be recorded that run %s continues: %s", self.run.kickoff_id, error)
             return False
         self.answers[-1] = moved_on
@@ -217,9 +227,10 @@ class People:
 
     async def _read(self, what: str, reading: Awaitable[T]) -> T | None:
         try:
-            return await reading
-        except PREFECT_ERRORS as error:
-            run_logger().debug(f"{what} could not be read: %s", self.run.kickoff_id, error)
+            async with asyncio.timeout(PREFECT_WITHIN):
+                return await reading
+        except (*PREFECT_ERRORS, TimeoutError) as error:
+            run_logger().debug(f"{what} could not be read: %r", self.run.kickoff_id, error)
             return None
 
     # Who is informed
@@ -263,10 +274,41 @@ class People:
         if self._form is not None:
             await self._form.show(question)
             await self._answer_by_form(self._form)
-        elif self._function is not None and question is not None:
+        elif self._function is not None:
             await self._answer_by_function(self._function, question)
 
-    async def _answer_by_function(self, function: ReviewFunction, question: Question) -> None:
+    async def _answer_by_function(self, function: ReviewFunction, question: Question | None) -> None:
+        """Have the function think about the question, and send its answer once it has come: the wait goes on meanwhile.
+
+        What it thinks about a question that is not asked any more is dropped.
+        """
+        about = self._thinks_about
+        if about is not None and (question is None or not about.is_same_as(question)):
+            await self._stop_thinking()
+        if question is None:
+            return
+        if self._thinking is None:
+            self._thinks_about, self._has_ended_pause = question, False
+            self._thinking = asyncio.create_task(self._think(function, question))
+            await asyncio.sleep(0)  # a function that decides at once is not waited for until the next look
+        if not self._thinking.done():
+            return
+        review = self._thinking.result()
+        await self._stop_thinking()
+        name, request = getattr(function, "__name__", "a function"), question.request
+        try:
+            await self._send(question, review, by=name)
+        except CrewAPIError as error:
+            # The request of a Flow, which takes its answer elsewhere, may be on its way: the first one, where the crew
+            # has refused the answer, or the next one, where this was answered on the platform.
+            is_refusal = error.status_code in (REFUSALS if request is None else ANSWERED_ELSEWHERE)
+            may_be_flow = request is not None or CrewSettings().review_secret is not None
+            if not is_refusal or not may_be_flow or self._was_refused:
+                raise
+            self._look_anew(name, error)
+            self._held_until, self._was_refused = time.monotonic() + REQUEST_WITHIN, True
+
+    async def _think(self, function: ReviewFunction, question: Question) -> Review:
         request = question.request
         asked = ReviewRequest(
             kickoff_id=question.kickoff_id,
@@ -279,22 +321,19 @@ class People:
         )
         # A plain function may take its time: in a thread, other runs do not wait for it.
         is_async = inspect.iscoroutinefunction(function)
-        given: Any = function(asked) if is_async else await asyncio.to_thread(function, asked)
-        review: Any = await given if inspect.isawaitable(given) else given
+        answer: Any = function(asked) if is_async else await call_in_thread(function, asked)
+        review: Any = await answer if inspect.isawaitable(answer) else answer
         if not isinstance(review, Review):
-            raise CrewError(f"The review function returned a {type(review).__name__}, not a Review.")
-        name = getattr(function, "__name__", "a function")
-        try:
-            await self._send(question, review, by=name)
-        except CrewAPIError as error:
-            # The request of a Flow, which takes its answer elsewhere, may be on its way: the first one, where the crew
-            # has refused the answer, or the next one, where this was answered on the platform.
-            is_refusal = error.status_code in (REFUSALS if request is None else ANSWERED_ELSEWHERE)
-            may_be_flow = request is not None or CrewSettings().review_secret is not None
-            if not is_refusal or not may_be_flow or self._was_refused:
-                raise
-            self._look_anew(name, error)
-            self._held_until, self._was_refused = time.monotonic() + REQUEST_WITHIN, True
+            raise CrewError(
+                f"The review function returned a {type(review).__name__}, not a Review. Nothing was sent, and run "
+                f"{question.kickoff_id} waits on: correct the function, then wait for the run again under the same key."
+            )
+        return review
+
+    async def _stop_thinking(self) -> None:
+        thinking, self._thinking, self._thinks_about = self._thinking, None, None
+        if thinking is not None:
+            await cancel_and_wait(thinking)
 
     async def _answer_by_form(self, form: Form) -> bool:
         """Send what was filled in, if anything was; False if nothing was sent."""
@@ -344,6 +383,7 @@ class People:
                 return GOES_ON_WITHIN
         except CrewError as error:
             run_logger().warning("The form's answer to run %s was not used: %s", kickoff_id, error)
+        await self._stop_thinking()
         if self.policy.on_human_timeout != "reject" or budget is None or self._has_extra_time:
             return 0.0
         question = self.question
@@ -364,8 +404,18 @@ class People:
     # Pauses, and the end
 
     async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
-        """Pause, and end it as soon as there is news or the form was filled in: True then."""
-        return await (pause(seconds) if self._form is None else self._form.pause(pause, seconds))
+        """Pause, and end it as soon as there is news, the form was filled in or the function has decided: True then."""
+        if self._form is not None:
+            return await self._form.pause(pause, seconds)
+        if self._thinking is None or self._has_ended_pause:
+            return await pause(seconds)
+        pausing = asyncio.ensure_future(pause(seconds))
+        try:
+            await asyncio.wait({pausing, self._thinking}, return_when=asyncio.FIRST_COMPLETED)
+            self._has_ended_pause = self._thinking.done()
+            return self._has_ended_pause or pausing.result()
+        finally:
+            await cancel_and_wait(pausing)
 
     def next_pause(self, delay: float) -> float:
         """Return a shorter pause where what is to be judged is about to arrive."""
@@ -378,6 +428,7 @@ class People:
 
     async def aclose(self, *, ended: bool) -> None:
         """The wait is over, and so is the run if it has `ended`: take back what was put up for an answer."""
+        await self._stop_thinking()
         record = self.run.record
         if ended and record is not None:
             await self._read("What is kept of run %s", forget_notes(record))

@@ -110,6 +110,18 @@ async def test_where_only_time_tells_that_it_is_another_question_a_function_is_n
         assert len(server.resumes) == 2
 
 
+async def test_a_rejected_task_that_asks_again_in_the_same_words_is_the_next_round_after_a_while() -> None:
+    asked: list[int] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request.round)
+        return Review(approve=len(asked) == 2, feedback="Shorter.")
+
+    async with asking(rounds=2, between=False) as (server, crew):
+        assert await run_of(crew, judge, next_round_after=1.0) == "done"
+        assert (asked, [one["is_approve"] for one in server.resumes]) == ([1, 2], [False, True])
+
+
 async def test_a_retried_flow_does_not_answer_the_next_round_with_the_answer_of_the_last() -> None:
     attempts: list[int] = []
 

@@ -15,16 +15,18 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run as this_flow_run
 from prefect.states import Running
 
-from prefect_crew import CrewTimeoutError, Review, WaitPolicy, arun_crew, resume_crew
+from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import form
+from support.asking import AskingServer
 from support.chromium import Chromium
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
 from support.review_page import answer_on_page
 from support.seen import Seen
+from support.webhooks import served
 
 SCRIPT = CrewScript.model_validate(
     {
@@ -138,6 +140,19 @@ class FlowRun:
         assert self.state is not None
         assert self.state.is_completed()
         return self._outcome
+
+
+async def test_a_rejected_task_that_asks_again_in_the_same_words_gets_a_form_of_its_own_after_a_while() -> None:
+    asking = AskingServer(rounds=2, between=False)
+    async with served(asking.app()) as url:
+        crew = DeployedCrew(url=url, token="secret-token", wait=WaitPolicy(next_round_after=1.0))  # type: ignore[arg-type]
+        run = FlowRun(lambda: arun_crew(crew, {}, review="form"))
+        first = await asyncio.to_thread(run.form)
+        await asyncio.to_thread(run.fill_in, decision="reject", feedback="Warmer.")
+        await asyncio.to_thread(run.form, not_key=first)
+        await asyncio.to_thread(run.fill_in, decision="approve")
+        assert (await asyncio.to_thread(run.result)).output == "done"
+        assert [one["is_approve"] for one in asking.resumes] == [False, True]
 
 
 def test_the_form_shows_the_output_and_takes_each_answer_once(server: CrewServer, seen: Seen) -> None:

@@ -100,6 +100,41 @@ async def test_a_plain_function_takes_its_time_while_everything_else_goes_on() -
         assert [await reviewed()] == logged_by
 
 
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_peoples_time_goes_on_while_a_function_thinks(is_async: bool) -> None:
+    ended = threading.Event()
+
+    async def think(request: ReviewRequest) -> Review:
+        await asyncio.sleep(30)
+        return Review(approve=True)
+
+    def think_in_a_thread(request: ReviewRequest) -> Review:
+        ended.wait(30)
+        return Review(approve=True)
+
+    with CrewServer(SCRIPT) as server:
+        with pytest.raises(CrewTimeoutError) as caught:
+            await run_with(server, think if is_async else think_in_a_thread, human_timeout=1.0)
+        ended.set()
+        assert (caught.value.phase, server.requests["resume"]) == ("human", 0)
+
+
+async def test_what_a_function_thinks_of_a_question_that_somebody_else_answered_is_dropped() -> None:
+    asked: list[str] = []
+
+    async def think(request: ReviewRequest) -> Review:
+        asked.append(request.kickoff_id)
+        await asyncio.sleep(30)
+        return Review(approve=False, feedback="Too late.")
+
+    with CrewServer(SCRIPT) as server:
+        running = asyncio.ensure_future(run_with(server, think))
+        await until(lambda: asked, "the function thinks")
+        await resume_crew(server.crew(), asked[0], feedback="Fine.", approve=True)
+        assert "Too late." not in await asyncio.wait_for(running, 25)
+        assert server.requests["resume"] == 1
+
+
 async def test_what_is_no_review_is_refused_before_it_is_sent() -> None:
     with CrewServer(SCRIPT) as server:
         with pytest.raises(CrewError, match="not a Review"):
