@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ from pydantic import (
 from pydantic import Secret as SealedValue
 
 from prefect_crew._internal.asyncio_tasks import dual
+from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew._text import problems_of
 from prefect_crew.budgets import Budget
 from prefect_crew.client._transport import checked_url
@@ -315,6 +317,7 @@ def _address(url: str) -> str:
     return f"{parts.netloc.decode()}{parts.path.rstrip('/')}"
 
 
+@naming_prefect_away("The crew's block could not be loaded, and nothing was started.")
 async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
     """Return a crew as plain values, loading the block that a text names.
 
@@ -325,6 +328,12 @@ async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
         return crew
     if isinstance(crew, DeployedCrew):
         return crew.crew
+    if inspect.iscoroutine(cast("Any", crew)):
+        cast("Any", crew).close()
+        raise ConfigurationError(
+            "The crew is a coroutine: where an event loop runs, as in a notebook, DeployedCrew.load() and save() have "
+            'to be awaited. Write await DeployedCrew.aload("NAME") and await crew.asave("NAME"). Nothing was started.'
+        )
     try:
         return await _load_block(DeployedCrew, crew)
     except ValueError as error:

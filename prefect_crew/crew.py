@@ -168,14 +168,20 @@ class CrewSession:
         self._renewing = asyncio.Lock()
 
     async def __aenter__(self) -> CrewSession:
-        if not self._entered:
-            self._client = await self._stack.enter_async_context(self._connect(self.crew))
-        self._entered += 1
+        self._entered += 1  # before the client is there: of two that enter at once the second one uses that
+        async with self._renewing:
+            if self._client is None:
+                try:
+                    self._client = await self._stack.enter_async_context(self._connect(self.crew))
+                except BaseException:
+                    self._entered -= 1
+                    raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._entered -= 1
         if not self._entered:
+            self._client = None
             await self._stack.aclose()
 
     @property
@@ -299,7 +305,8 @@ class WaitPolicy(BaseModel):
         default=300.0,
         ge=0,
         description="Seconds after an accepted answer after which the same question counts as the next round, if "
-        "nothing else tells them apart. The command line and a task may answer it then. Empty: never.",
+        "nothing else tells them apart. The command line and a task may answer it then; after a rejection the form and "
+        "a function are asked again. Empty: never.",
     )
 
     def stops(self, phase: str) -> bool:

@@ -31,7 +31,7 @@
     ├── LedgerError                  the ledger of a batch cannot be read or written
     ├── LedgerMissingError           the batch is kept in another ledger
     ├── OutputError                  the output of a batch cannot be written
-    └── PrefectAwayError             the Prefect API does not answer (command line)
+    └── PrefectAwayError             the Prefect API does not answer
 
 A message says what happened, to which run, and what to do next. The same facts are attributes, which are also the
 keyword arguments of the class. All errors survive pickling, since Prefect stores exceptions that way.
@@ -74,10 +74,10 @@ class CrewError(Exception):
         CrewError.__init__(self, f"{self} {text}")
 
     def about(self, idempotency_key: str, crew: str) -> None:
-        """Set the idempotency key, and name the run in the message unless that names it already."""
+        """Set the idempotency key, and name it in the message unless that names it already."""
         self.idempotency_key = idempotency_key
         if idempotency_key not in str(self):
-            self.add(f"Run {idempotency_key!r} of crew {crew}.")
+            self.add(f"Crew {crew}, idempotency key {idempotency_key!r}.")
 
     def __reduce__(self) -> Any:
         # Most subclasses take keyword arguments, which BaseException's own reduce cannot replay.
@@ -130,7 +130,11 @@ class CrewAPIError(_FactsError):
 
     def _text(self) -> str:
         said = _clause(self.message or self.body) or "an empty body"
-        return f"{self.method} {self.path} answered {self.status_code}{_of(self.kickoff_id)}: {said}. {self.advice}"
+        return f"{self.method} {self.path} answered {self.status_code}{_of(self.kickoff_id)}: {said}. {self._advice}"
+
+    @property
+    def _advice(self) -> str:
+        return self.advice
 
 
 class AuthenticationError(CrewAPIError):
@@ -190,6 +194,15 @@ class ServerError(CrewAPIError):
     advice: ClassVar[str] = (
         "Ask the crew's operators (CrewAI's support for a hosted crew), and give them this whole message."
     )
+
+    @property
+    def _advice(self) -> str:
+        if self.status_code not in (502, 503, 504):
+            return self.advice
+        return (
+            "The crew's server is not available. This is usually temporary: run again with the same idempotency key, "
+            f"which starts no second run. If it lasts: {self.advice[0].lower()}{self.advice[1:]}"
+        )
 
 
 class CrewConnectionError(_FactsError):
@@ -354,7 +367,7 @@ class CrewLostError(_RunError):
     last_state: str | None = None
 
     def _text(self) -> str:
-        seen = f"it was last seen {self.last_state}" if self.last_state else "it was never seen"
+        seen = f"it was last seen {self.last_state}" if self.last_state else "no status of it came in this call"
         again = "force_new=True starts another"
         if self.last_state == CrewState.COMPLETED:
             seen = "it has completed, but its record does not hold the result, and the server has forgotten it"

@@ -15,11 +15,12 @@ from pydantic import BaseModel, Field
 
 from prefect_crew._internal.asyncio_tasks import dual, sync_version
 from prefect_crew._internal.prefect_api import flow_runs_unseen, label_flow_run, run_logger
+from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import DeployedCrew, find_crew, load_crew, values_of_blocks
 from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import encode_inputs
 from prefect_crew.client.models import CrewResult
-from prefect_crew.client.redaction import MASK, holds_secret
+from prefect_crew.client.redaction import MASK, HiddenValues, holds_secret
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
 from prefect_crew.records.keys import render_key, scheduled_start
@@ -39,6 +40,10 @@ STORED_BYTES = 400_000
 TOO_LARGE = "(too large to be stored with the flow run)"
 
 
+@naming_prefect_away(
+    "Run again with the same key once it is back: a run that was started is found. Without a key that was given, look "
+    "first: prefect-crew runs ls."
+)
 async def arun_crew(
     crew: DeployedCrew | Crew | str,
     inputs: Mapping[str, Any] | None = None,
@@ -87,8 +92,11 @@ async def arun_crew(
         CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
         CrewTimeoutError: A time budget is over; the run may go on.
         OutputTypeError: The result does not fit `output_type`.
+        PrefectAwayError: The Prefect API does not answer.
         CrewError: Anything else that the crew's server did.
     """
+    # Whatever raises from here on: error reporters show the local variables of all frames.
+    inputs = HiddenValues(inputs) if isinstance(inputs, Mapping) else inputs
     check_choices(
         idempotency_key=idempotency_key,
         name=name,
@@ -127,7 +135,16 @@ async def arun_crew(
     return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(crew, inputs), review=form, **stored)
 
 
-run_crew = sync_version(arun_crew)
+run_crew = sync_version(
+    arun_crew,
+    hints={
+        "key": "idempotency_key=…",
+        "timeout": "wait=WaitPolicy(timeout=…)",
+        "human_timeout": "wait=WaitPolicy(human_timeout=…)",
+        "poll_interval": "wait=WaitPolicy(max_interval=…)",
+        "token": "crew=DeployedCrew(url=…, token=…)",
+    },
+)
 
 
 _warned = set[UUID]()  # Flow runs whose lost context was said: the threads of one have nothing in common to keep it in.
@@ -234,6 +251,7 @@ async def run_deployed_crew(
 
 
 @dual
+@naming_prefect_away("The result is read from its records: ask again once it is back.")
 async def get_result(
     idempotency_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[BaseModel] | None = None
 ) -> CrewResult:

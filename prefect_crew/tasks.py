@@ -14,7 +14,7 @@ from uuid import UUID
 from prefect import Task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import FlowRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import BaseModel
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
@@ -25,7 +25,7 @@ from prefect_crew.client.models import CrewInput, CrewResult, ResumeAnswer, Stop
 from prefect_crew.client.redaction import HiddenValues
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
-from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.exceptions import ConfigurationError, CrewError, PrefectAwayError
 from prefect_crew.records.keys import calling_task, identify
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.kickoff import open_run
@@ -106,10 +106,18 @@ class CrewTask(Task[P, Any], Generic[P, R]):
         return cast("CrewTask[P, R]", copy)
 
 
+def _inside_own_task() -> bool:
+    """Return whether one of these tasks runs around this call. None does where a user calls `kickoff_crew.fn`."""
+    context = TaskRunContext.get()
+    return context is not None and isinstance(context.task, CrewTask)
+
+
 async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Retry a kickoff, or an answer for a person, only if the server surely did not take it."""
     del task, task_run
     error = await state.aresult(raise_on_failure=False)
+    if isinstance(error, PrefectAwayError):  # raised before anything was sent
+        return True
     return isinstance(error, CrewError) and kickoff_fate(error) is KickoffFate.RETRY
 
 
@@ -191,6 +199,7 @@ async def kickoff_crew(
         BudgetExceededError: A budget has no room for another run; nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started; it is not sent again.
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
+        PrefectAwayError: The Prefect API did not answer, so nothing was started; Prefect retries this.
     """
     if not isinstance(crew, CrewSession):
         check_choices(
@@ -212,7 +221,7 @@ async def kickoff_crew(
         meta=meta,
         webhooks=webhooks,
         restore_from=restore_from,
-        inside_own_task=True,
+        inside_own_task=_inside_own_task(),
     )
     return KickoffId(run)
 
@@ -272,7 +281,7 @@ async def resume_crew(
         CrewAPIError, CrewConnectionError: As the server answered, or did not.
     """
     # By the run alone, since what a retry finds to say about it may differ.
-    identity = await identify("answer", kickoff_id, idempotency_key=None, name=None, inside_own_task=True)
+    identity = await identify("answer", kickoff_id, idempotency_key=None, name=None, inside_own_task=_inside_own_task())
     return await resume_run(
         await load_crew(crew),
         kickoff_id,

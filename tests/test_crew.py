@@ -14,7 +14,9 @@ from pydantic_core import to_json
 
 from prefect_crew import AuthenticationError, DeployedCrew, Price
 from prefect_crew.blocks import load_crew
+from prefect_crew.client._client import CrewClient
 from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.exceptions import InvalidCallError
 from prefect_crew.testing import CrewServerFactory
 
 
@@ -122,3 +124,22 @@ async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewS
     await asyncio.to_thread(lambda: DeployedCrew.delete(crew.label))
     async with CrewSession(crew) as session:
         assert not await session.renew(session.client)
+
+
+async def test_two_that_enter_a_session_at_once_share_one_client():
+    opened: list[CrewClient] = []
+
+    class Slow(CrewClient):
+        async def __aenter__(self) -> CrewClient:
+            opened.append(self)
+            await asyncio.sleep(0)
+            return await super().__aenter__()
+
+    session = CrewSession(crew(), lambda crew: Slow(crew.url, crew.token))
+    await asyncio.gather(session.__aenter__(), session.__aenter__())
+    assert opened == [session.client]
+    await session.__aexit__(None, None, None)
+    assert session.client is opened[0], "it stays open for the other one"
+    await session.__aexit__(None, None, None)
+    with pytest.raises(InvalidCallError, match="not open"):
+        _ = session.client

@@ -23,7 +23,7 @@ from prefect.runtime import flow_run
 from prefect.states import Scheduled
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew import WaitPolicy, arun_crew, get_result, run_crew, run_deployed_crew
+from prefect_crew import DeployedCrew, WaitPolicy, arun_crew, get_result, run_crew, run_deployed_crew
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import (
@@ -33,9 +33,11 @@ from prefect_crew.exceptions import (
     CrewLostError,
     CrewStoppedError,
     IdempotencyConflictError,
+    InvalidCallError,
     OutputTypeError,
 )
 from prefect_crew.testing import CrewServerFactory
+from support.frames import locals_of
 from support.held import FailsFirst
 from support.proxy import Proxy
 from support.records import key
@@ -466,3 +468,36 @@ def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, ide
     ]
     assert len(kinds) <= 6
     assert [one.split()[0] for one in shown] == ["POST"], "a run that is over soon is shown once, at its end"
+
+
+# Calls that cannot be made
+
+
+async def test_a_crew_that_was_not_awaited_is_said_to_be_a_coroutine():
+    """In a notebook `DeployedCrew.load()` returns one."""
+    with pytest.raises(ConfigurationError, match=r"await DeployedCrew\.aload"):
+        await arun_crew(DeployedCrew.aload("travel"), {"text": "a"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (
+            "timeout",
+            r"^run_crew\(\) got an unexpected .* 'timeout'\. Write wait=WaitPolicy\(timeout=…\)\.",
+        ),
+        ("key", r"^run_crew\(\) .* Write idempotency_key=…\."),
+        ("color", r"^run_crew\(\) .* It takes: crew, inputs, name, idempotency_key"),
+    ],
+)
+def test_an_argument_that_there_is_not_is_named_with_what_to_write(option: str, says: str):
+    with pytest.raises(InvalidCallError, match=says):
+        run_crew("travel", **{option: 5})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"wait": 5}, {"crew": "no-such-crew"}], ids=["options", "crew"])
+def test_no_frame_of_a_call_that_is_refused_shows_its_inputs(options: dict[str, Any]):
+    crew = options.pop("crew", None) or DeployedCrew(url="https://travel.test", token="t", secret_inputs=["pin"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError) as caught:
+        run_crew(crew, {"pin": "hunter" + "22"}, **options)
+    assert "hunter22" not in locals_of(caught.value, but=__file__)

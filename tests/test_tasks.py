@@ -412,3 +412,36 @@ def test_a_copy_with_options_stays_one_of_ours():
     for one in TASKS.values():
         copy = one.with_options(name="mine", retries=7, retry_condition_fn=lambda task, run, state: True)
         assert (type(copy), copy.fn, copy.name, copy.retries) == (type(one), one.fn, "mine", 7)
+
+
+# The functions themselves
+
+
+async def test_the_function_of_a_task_is_called_without_its_task(crew_server: CrewServerFactory):
+    """As Prefect's page on tests tells people to."""
+    server = crew_server("echo")
+    crew = server.crew()
+    alone = await kickoff_crew.fn(crew, {"text": "a"})
+
+    @flow(retries=1)
+    async def trip() -> str:
+        kickoff_id = await kickoff_crew.fn(crew, {"text": "a"})
+        if flow_run.run_count == 1:
+            raise RuntimeError("after the kickoff")
+        return str(kickoff_id)
+
+    @task
+    async def users_task() -> str:
+        return str(await kickoff_crew.fn(crew, {"text": "a"}))
+
+    inside, in_a_task = await trip(), await users_task()
+    assert len({str(alone), inside, in_a_task}) == server.kickoffs == 3, "a retry finds its run"
+    with pytest.raises(CrewError, match="does not wait for a person"):
+        await resume_crew.fn(crew, inside, approve=True)
+
+
+async def test_a_run_of_another_crew_is_not_waited_for(crew_server: CrewServerFactory):
+    echo, travel = crew_server("echo").crew(), crew_server("echo").crew()
+    kickoff_id = str(await kickoff_crew.fn(travel, {"text": "a"}))
+    with pytest.raises(ConfigurationError, match=f"Run {kickoff_id} is of crew .* not of crew"):
+        await wait_for_crew.fn(echo, kickoff_id)

@@ -7,10 +7,18 @@ httpx's. This module alone knows both. Import the tuples and catch them: `except
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import httpx
 from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_API_URL
+
+from prefect_crew.exceptions import PrefectAwayError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _libraries() -> list[Any]:
@@ -40,4 +48,32 @@ else:
 
 def is_away(error: BaseException) -> bool:
     """Return whether an error says that the Prefect API is away, and not what it thinks of a request."""
+    if isinstance(error, RuntimeError) and "Failed to reach API" in str(error):  # of Prefect's own check of the version
+        return True
     return isinstance(error, TRANSPORT_ERRORS) or (isinstance(error, STATUS_ERRORS) and error.response.is_server_error)
+
+
+def naming_prefect_away(
+    what_next: str,
+) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
+    """Have a coroutine function raise PrefectAwayError where the Prefect API is away. `what_next` ends its message."""
+
+    def decorate(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        @wraps(function)
+        async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            coroutine = function(*args, **kwargs)
+            args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
+            try:
+                return await coroutine
+            except (*PREFECT_ERRORS, RuntimeError) as error:
+                if not is_away(error):
+                    raise
+                where = PREFECT_API_URL.value() or "of Prefect's own temporary server"
+                raise PrefectAwayError(
+                    f"The Prefect API {where} does not answer ({type(error).__name__}: {error}). {what_next} To see "
+                    "what is wrong: prefect-crew doctor."
+                ) from error
+
+        return call
+
+    return decorate

@@ -201,13 +201,15 @@ class RowPlan:
             raise ConfigurationError(f"lacks {', '.join(missing)}{mapped}")
         if unknown := self._unknown(encoded):
             raise ConfigurationError(unknown)
-        digest = inputs_digest(encoded, is_text=not self._crew.inputs_as_json)
+        secret = {*self._crew.secret_inputs, *hidden}  # of which none tells two rows apart
+        plain = {name: value for name, value in encoded.items() if name not in secret}
+        digest = inputs_digest(plain, is_text=not self._crew.inputs_as_json)
         if self._options.key is None:
             key = f"{digest}-{keys.count(digest)}"
         else:
             key = _key_of(self._options.key, row.values)
-            secret = [encoded[name] for name in (*self._crew.secret_inputs, *hidden) if name in encoded]
-            if secret and Redactor(secret).hides(key):
+            values = [encoded[name] for name in secret if name in encoded]
+            if values and Redactor(values).hides(key):
                 raise ConfigurationError(
                     "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
                 )

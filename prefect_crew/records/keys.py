@@ -2,8 +2,9 @@
 
 A key that the user gives holds everywhere, without the blanks around it and in Unicode's form NFC. Left out, it is made
 of what stays the same when Prefect retries: the root flow run, the path of subflows below it (a parent's retry makes a
-subflow anew under another id, but with the same number), the step's name or the crew, a digest of the inputs, and how
-many equal calls came before. A slash stands between these parts, and is written %2F within one.
+subflow anew under another id, but with the same number), the crew (after a step's name a digest of it), a digest of the
+inputs that are not secret, and how many equal calls came before. A slash stands between these parts, and is written %2F
+within one.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ async def identify(
     Args:
         label, inputs_digest: What it is about.
         idempotency_key: The user's key, which may be a template over the scheduled time; None makes one.
-        name: The step's name, which takes the crew's place in a key that is made.
+        name: The step's name, which stands before the crew in a key that is made.
         inside_own_task: Whether one of this package's tasks asks, within its own task run.
 
     Raises:
@@ -81,7 +82,9 @@ async def identify(
     else:
         if calls.root is None or not calls.root.is_deployed:
             _announce_no_key()
-        about = f"{_short(name or label)}/{inputs_digest}"
+        # Two crews under one name are told apart by more than their order, which changes where calls are concurrent.
+        crew = _short(label) if name is None else f"{_short(name)}~{digest(label, 8)}"
+        about = f"{crew}/{inputs_digest}"
         base = f"{top}/{about}"
         if len(f"{base}/1000000") > MAX_KEY:  # of a subflow far below
             base = f"{top[:LONGEST_NAME]}~{digest(top, 16)}/{about}"

@@ -84,7 +84,7 @@ class InputMarks(BaseModel):
         found = [f"its inputs differ: {listed_names(names)}"] if names else []
         if self.restore_from != now.restore_from:
             found.append("it starts from another state (restore_from)")
-        return "; ".join(found) or "a secret input differs"
+        return "; ".join(found) or "an input is secret in one of the two calls"
 
 
 @lru_cache(maxsize=64)  # 20 ms, so that a token which a person made up is not found by trying words

@@ -9,26 +9,28 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import UUID
 
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.telemetry import count_uncertain
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate, post_deadline
 from prefect_crew.client.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
-from prefect_crew.client.redaction import holds_secret, withholding
+from prefect_crew.client.redaction import HiddenValues, holds_secret, withholding
 from prefect_crew.crew import Crew, CrewSession, session_of
 from prefect_crew.exceptions import (
     AuthenticationError,
     BudgetExceededError,
     ConfigurationError,
+    CrewAPIError,
     CrewError,
     InvalidInputsError,
     KickoffUncertainError,
+    ResponseFormatError,
 )
 from prefect_crew.prices import ONE_TOKEN, cost_of
 from prefect_crew.records.budgets import (
@@ -74,9 +76,10 @@ AGAIN = 0.1
 class Start:
     """What is to be started, the same for every attempt.
 
-    `inputs` are encoded, `digest` is theirs and that of `restore_from`. `quiet`: no log line about the decision,
-    for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms. `earlier` is what
-    the latest runs of a batch used; None where the store tells it. `warned` are the budgets that the log has warned of.
+    `inputs` are encoded; `digest` is of those that are not secret, and of `restore_from`. `quiet`: no log line about
+    the decision, for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
+    `earlier` is what the latest runs of a batch used; None where the store tells it. `warned` are the budgets that the
+    log has warned of.
     """
 
     crew: Crew
@@ -241,7 +244,8 @@ async def _decide_and_claim(start: Start, records: RecordStore, *, is_checked: b
             claim = await _claim(start, records, decision, attempts, good_for)
             if claim is not None:
                 return claim
-            delay = AGAIN
+            # Whoever took the name is read next. An API that refuses a name and does not show it is not asked at once.
+            await asyncio.sleep(delay)
         elif record is None:
             continue
         elif decision is Decision.VOID:
@@ -549,6 +553,7 @@ async def _to_its_end(
 # One run of a user's
 
 
+@naming_prefect_away("Nothing was started. Run again with the same key once it is back.")
 async def open_run(
     crew: Crew | CrewSession,
     inputs: Mapping[str, Any],
@@ -566,6 +571,8 @@ async def open_run(
     An open session is used, and stays open. The caller has checked the options.
     """
     given, crew = crew, crew.crew if isinstance(crew, CrewSession) else crew
+    # Whatever raises from here on: error reporters show the local variables of all frames.
+    inputs = HiddenValues(inputs) if isinstance(cast("Any", inputs), Mapping) else inputs
     try:
         encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
     except (TypeError, ValueError) as error:
@@ -573,7 +580,9 @@ async def open_run(
     # Who gives one of pydantic's secrets has said that it is one.
     crew = crew.hiding(name for name, value in inputs.items() if holds_secret(value))
     state = None if restore_from is None else str(UUID(str(restore_from)))
-    digest = inputs_digest(encoded, restore_from=state)
+    # A secret tells no two runs apart: a flow that fetches a new one for each attempt finds its run again.
+    secret = crew.secret_among(encoded)
+    digest = inputs_digest({name: encoded[name] for name in encoded if name not in secret}, restore_from=state)
     identity = await identify(
         crew.label, digest, idempotency_key=idempotency_key, name=name, inside_own_task=inside_own_task
     )
@@ -613,6 +622,7 @@ async def open_run(
         record,
         start.inputs,
         owned=started.is_new,
+        is_found=not started.is_new,
         meta=start.meta,
         webhooks=start.webhooks,
     )
@@ -642,9 +652,13 @@ async def _take_slot(start: Start, records: RecordStore) -> Slots | None:
 async def check_inputs(session: CrewSession, start: Start) -> None:
     """Check inputs against `GET /inputs`, and the price. A crew that does not say what it needs is not an obstacle.
 
+    A web page or a redirect in place of an answer is one: `/kickoff` would answer in the same way, and nobody would
+    know whether it started a run.
+
     Raises:
         InvalidInputsError: Some are missing, or the crew does not name them and extra ones are not allowed.
-        AuthenticationError, ConfigurationError: The token is refused; the price is that of a model nobody knows.
+        AuthenticationError, ConfigurationError: The token is refused; the URL is not that of a crew, or the price is
+            that of a model nobody knows.
     """
     cost_of(start.crew.price, ONE_TOKEN)  # raises if it is that of a model that nobody knows
     expected: Sequence[CrewInput] = session.crew.expected_inputs or ()
@@ -654,6 +668,12 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
         except AuthenticationError:
             raise
         except CrewError as error:
+            if _is_no_crew(error):
+                raise ConfigurationError(
+                    f"{start.crew.url} is not the URL of a crew: GET /inputs was answered with a web page or a "
+                    f"redirect. ({error}) Nothing was started. Correct the crew's URL, then run again with the same "
+                    "key."
+                ) from error
             run_logger().warning("The crew's inputs could not be checked before the kickoff: %s", error)
     missing = missing_inputs(expected, start.inputs)
     unknown = [] if start.crew.allow_extra_inputs else unknown_inputs(expected, start.inputs)
@@ -666,3 +686,10 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
             method="GET",
             path="/inputs",
         )
+
+
+def _is_no_crew(error: CrewError) -> bool:
+    """Return whether an error of `GET /inputs` says that a web page, or nothing but another address, is at the URL."""
+    if isinstance(error, ResponseFormatError):
+        return error.body.lstrip().startswith("<")
+    return isinstance(error, CrewAPIError) and 300 <= error.status_code < 400

@@ -19,7 +19,14 @@ from prefect_crew.artifacts.telemetry import end_run, is_tracing
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, OutputTypeError
+from prefect_crew.exceptions import (
+    ConfigurationError,
+    CrewError,
+    CrewFailedError,
+    CrewLostError,
+    CrewStoppedError,
+    OutputTypeError,
+)
 from prefect_crew.prices import cost_of
 from prefect_crew.records.budgets import change, corrections
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, SentReview, StoredResult, utcnow
@@ -43,7 +50,8 @@ class OpenRun:
     """A run with a kickoff id.
 
     `record` is None for a run that was kicked off elsewhere. `inputs` is None where only the id is known. `owned`: this
-    process started it, so nobody else closes it. `advice` is what to do about a failure where that is not the usual.
+    process started it, so nobody else closes it. `is_found`: another call started it, which may have given other secret
+    inputs than `inputs` has. `advice` is what to do about a failure where that is not the usual.
     `task_seen` is the task that the crew was last seen at, `tasks_seen` when each was first seen. `meta` and `webhooks`
     are what the kickoff was given: the record has none of them, since they may hold secrets.
     """
@@ -53,6 +61,7 @@ class OpenRun:
     record: RunRecord | None = None
     inputs: Mapping[str, Any] | None = field(default=None, repr=False)
     owned: bool = False
+    is_found: bool = False
     advice: str | None = None
     task_seen: str | None = field(default=None, repr=False)
     tasks_seen: dict[str, datetime] = field(default_factory=dict[str, datetime], repr=False)
@@ -116,8 +125,13 @@ class OpenRun:
 
     @property
     def is_blind(self) -> bool:
-        """Whether the crew has secret inputs whose values are not known here, so that no text can be masked."""
-        return self.inputs is None and bool(self.crew.secret_inputs)
+        """Whether the crew has secret inputs whose values are not known here, so that no text can be masked.
+
+        A call that finds a run may have given other secrets than the call that started it.
+        """
+        if self.inputs is None:
+            return bool(self.crew.secret_inputs)
+        return self.is_found and self.record is not None and bool(self.record.secret_inputs)
 
     @property
     def show(self) -> str:
@@ -231,10 +245,23 @@ async def find_run(
             record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
     except PREFECT_ERRORS as error:
         run_logger().warning("The record of run %s could not be read (%s): going on without it.", kickoff_id, error)
+    if record is not None and record.crew_url != crew.url:
+        raise ConfigurationError(
+            f"Run {kickoff_id} is of crew {record.crew} at {record.crew_url}, not of crew {crew.label} at {crew.url}. "
+            f"Nothing was sent. Give the crew {record.crew} with this kickoff id."
+        )
     if known is None:
         return OpenRun(crew, str(kickoff_id), record)
     hiding = crew.hiding(known.crew.secret_inputs, texts=known.crew.hidden)
-    return OpenRun(hiding, str(kickoff_id), record, known.inputs, meta=known.meta, webhooks=known.webhooks)
+    return OpenRun(
+        hiding,
+        str(kickoff_id),
+        record,
+        known.inputs,
+        is_found=known.is_found,
+        meta=known.meta,
+        webhooks=known.webhooks,
+    )
 
 
 # Ends

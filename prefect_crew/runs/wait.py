@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
+NOTED_WITHIN = 5.0
+"""Seconds that a wait which ends gives a note about people's time to be saved."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on, and before the first one."""
 
@@ -114,6 +116,7 @@ class _Waiter(Watcher):
         self.last: CrewStatus | None = None
         self.waker: Waker | None = None
         self.people: People | None = None
+        self._noting: asyncio.Task[None] | None = None
         self._in_trouble = self._has_stopped = self._is_over_budget = False
         self._is_stale = run.artifact.is_new
         # A run that was kicked off right here has just been shown, or may be over soon.
@@ -170,6 +173,7 @@ class _Waiter(Watcher):
                     await self._show_unless_closed(str(error) if run.show == "full" else bare)
                     raise
                 finally:
+                    await self._end_noting(NOTED_WITHIN)
                     if self.people is not None:
                         await self.people.aclose(ended=ended)
         self.log.info("Crew run %s %s.", run.kickoff_id, status.state)
@@ -225,11 +229,23 @@ class _Waiter(Watcher):
         phases.note_in(record)
         if phases.human_since is None:
             emit("resumed", record)
+        # Beside the polls: while the Prefect API is away, saving goes on for minutes.
+        await self._end_noting(0.0)
+        self._noting = asyncio.create_task(self._note(record))
+
+    async def _note(self, record: RunRecord) -> None:
         try:
             if self.run.owned or await self._closed() is None:
                 await self.records.save(record)
         except PREFECT_ERRORS as error:
             self.log.warning("Whether run %s waits for a person could not be recorded: %s", self.run.kickoff_id, error)
+
+    async def _end_noting(self, within: float) -> None:
+        """Let a note about people's time be saved `within` seconds, and take it back then: the record changes next."""
+        noting, self._noting = self._noting, None
+        if noting is not None:
+            await asyncio.wait({noting}, timeout=within)
+            await cancel_and_wait(noting)
 
     async def on_error(self, error: CrewError) -> None:
         if not self._in_trouble:
@@ -282,6 +298,7 @@ class _Waiter(Watcher):
     async def _stop_late(self) -> bool:
         """Stop a run that is over its time; False where another flow run started it, or it cannot be stopped."""
         run, record = self.run, self.run.record
+        await self._end_noting(NOTED_WITHIN)
         try:
             if record is not None and await is_of_another(record, self.records):
                 return False
@@ -298,6 +315,7 @@ class _Waiter(Watcher):
         record = self.run.record
         if record is None or self._has_stopped:  # /stop is sent once
             return False
+        await self._end_noting(NOTED_WITHIN)
         is_taken = await stop_if_asked(self.session, record, self.records)
         if is_taken and record.phase is RecordPhase.ENDED:
             await self._show(CrewStatus(kickoff_id=self.run.kickoff_id, state=CrewState.STOPPED), force=True)

@@ -227,7 +227,7 @@ async def test_a_subflow_that_a_retried_task_makes_anew_finds_its_run_again(serv
     assert server.kickoffs == 1
 
 
-async def test_the_name_of_a_step_takes_the_crews_place_and_a_long_one_is_cut_and_still_its_own(server: Any):
+async def test_the_name_of_a_step_stands_before_the_crew_and_a_long_one_is_cut_and_still_its_own(server: Any):
     crew, long = server.crew(), "n" * 1000
 
     @flow
@@ -235,10 +235,13 @@ async def test_the_name_of_a_step_takes_the_crews_place_and_a_long_one_is_cut_an
         for name in ("research", "check", f"{long}a", f"{long}b"):
             await arun_crew(crew, {"text": "a"}, name=name)
         await arun_crew(crew.crew.called("travel"), {"text": "a"})
+        await arun_crew(crew.crew.called("travel"), {"text": "a"}, name="research")
 
     await trip()
-    research, check, *cut, travel = [key.split("/")[1] for key in keys(server)]
-    assert (research, check, travel) == ("research", "check", "travel")
+    research, check, *cut, travel, other = [key.split("/")[1] for key in keys(server)]
+    assert (research[:9], check[:6], travel, other[:9]) == ("research~", "check~", "travel", "research~")
+    assert other != research, "of two crews under one name each has keys of its own, in whatever order they come"
+    assert all(key.endswith("/1") for key in keys(server))
     assert len(set(cut)) == 2
     assert all(len(key) <= MAX_KEY for key in keys(server))
 
@@ -442,7 +445,7 @@ async def test_a_step_whose_name_holds_a_slash_is_not_the_step_of_a_subflow(serv
 
     await trip()
     assert server.kickoffs == 3
-    parts = [key.split("/")[1:-2] for key in keys(server)]
+    parts = [[part.partition("~")[0] for part in key.split("/")[1:-2]] for key in keys(server)]
     assert sorted(parts) == [["child-0", "b"], ["child-0%252Fb"], ["child-0%2Fb"]]
 
 

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from prefect import flow
+from prefect.runtime import flow_run as this_flow_run
 from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew, Webhooks, arun_crew, kickoff_crew
+from prefect_crew.client.inputs import inputs_digest
+from prefect_crew.crew import Crew
 from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -31,7 +34,6 @@ from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.records import attempts, key, phases
 from support.scripts import FAILS, script
-from support.webhooks import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
@@ -117,7 +119,7 @@ async def test_missing_and_unknown_inputs_start_nothing_and_may_be_corrected_und
     assert (error.before_kickoff, error.idempotency_key) == (True, idempotency_key)
     assert str(error).startswith(f"{said} Nothing was started.")
     assert "allow_extra_inputs=True" in str(error)
-    assert str(error).endswith(f"Run {idempotency_key!r} of crew {server.crew().label}.")
+    assert str(error).endswith(f"Crew {server.crew().label}, idempotency key {idempotency_key!r}."), "there is no run"
     assert server.requests["kickoff"] == 0
     await server.crew().trigger({"city": "Lisbon", "tone": "dry"}, idempotency_key=idempotency_key)
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
@@ -167,6 +169,15 @@ async def test_inputs_that_cannot_be_asked_for_do_not_stop_a_run(
     assert "could not be checked before the kickoff" in caplog.text
 
 
+@pytest.mark.parametrize("fault", ["html", "redirect"])
+async def test_a_web_page_in_place_of_the_inputs_starts_nothing(crew_server: CrewServerFactory, fault: str):
+    """`/kickoff` would answer with the page as well, and nobody would know whether it started a run."""
+    server, idempotency_key = crew_server(TRIP, faults=[f"inputs:{fault}@1"]), key()
+    with pytest.raises(ConfigurationError, match=r"is not the URL of a crew.*Nothing was started"):
+        await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
+    assert (server.requests["kickoff"], await phases(idempotency_key)) == (0, [RecordPhase.NOT_STARTED])
+
+
 @pytest.mark.parametrize("code", [401, 403])
 async def test_a_refused_token_stops_a_run_before_its_kickoff(crew_server: CrewServerFactory, code: int):
     server, idempotency_key = crew_server(TRIP, faults=[f"inputs:{code}@1"]), key()
@@ -208,16 +219,21 @@ async def test_a_kickoff_carries_inputs_as_text_or_json_its_key_the_users_meta_a
 # Tokens
 
 
-async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_renewed_too(crew_server: CrewServerFactory):
-    server, name = crew_server(TRIP, faults=["inputs:latency=2.5"]), f"rotated-{uuid.uuid4().hex[:8]}"
-    crew = server.crew()
+async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_renewed_too(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server, name = crew_server(TRIP, faults=["kickoff:401-before-accept@1"]), f"rotated-{uuid.uuid4().hex[:8]}"
+    crew, reloaded = server.crew(), Crew.reloaded
     await crew.asave(name)
-    calling = asyncio.ensure_future(crew.trigger({"city": "Lisbon"}, idempotency_key=(idempotency_key := key())))
-    await until(lambda: server.requests["inputs"], "the inputs are checked")
-    server.token = "the-new-token"
-    await server.crew().asave(name, overwrite=True)
-    await calling
-    assert (server.unauthorized, server.kickoffs) == (1, 1)
+
+    async def rotated(crew: Crew) -> Crew | None:
+        server.token = "the-new-token"
+        await server.crew().asave(name, overwrite=True)
+        return await reloaded(crew)
+
+    monkeypatch.setattr(Crew, "reloaded", rotated)
+    await crew.trigger({"city": "Lisbon"}, idempotency_key=(idempotency_key := key()))
+    assert (server.requests["kickoff"], server.kickoffs) == (2, 1)
     assert await phases(idempotency_key) == [RecordPhase.STARTED]
 
 
@@ -384,16 +400,38 @@ async def test_another_crew_or_other_inputs_under_a_key_are_a_conflict_that_name
     other = crew_server("echo")
     assert "crew" in await conflict(other.crew(), given, idempotency_key)
     assert other.requests["kickoff"] == 0
-    secret = await conflict(crew, {**given, "pin": "9999"}, idempotency_key)
-    assert secret == "a secret input differs"
     # What is secret for one of the two is compared with nothing.
-    assert await conflict(crew, {**given, "text": SecretStr("b")}, idempotency_key) == secret
+    secret = await conflict(crew, {**given, "text": SecretStr("b")}, idempotency_key)
+    assert secret == "an input is secret in one of the two calls"
     state = uuid.uuid4()
     assert (
         await conflict(crew, given, idempotency_key, restore_from=state)
         == "it starts from another state (restore_from)"
     )
     assert server.requests["kickoff"] == 1
+
+
+async def test_calls_that_differ_in_nothing_but_a_secret_input_are_the_same_run(crew_server: CrewServerFactory):
+    """A flow may fetch a token that holds for minutes on each attempt."""
+    server, idempotency_key, tokens = crew_server("echo"), key(), iter(("1234", "5678"))
+    crew, given = server.crew(allow_extra_inputs=True, secret_inputs=["pin"]), {"text": "a", "pin": "1234"}
+    first = await crew.trigger(given, idempotency_key=idempotency_key)
+    for pin in ("9999", SecretStr("0000")):
+        assert (
+            await crew.trigger({**given, "pin": pin}, idempotency_key=idempotency_key)
+        ).kickoff_id == first.kickoff_id
+    (record,) = await attempts(idempotency_key)
+    assert record.inputs_digest == inputs_digest({"text": "a"})
+
+    @flow(retries=1)
+    async def retried() -> str:
+        result = await arun_crew(crew, {"text": "b", "pin": next(tokens), "key": SecretStr(uuid.uuid4().hex)})
+        if this_flow_run.run_count == 1:
+            raise RuntimeError("after the run")
+        return result.kickoff_id
+
+    await retried()
+    assert server.kickoffs == 2
 
 
 async def test_nothing_is_said_of_inputs_that_cannot_be_compared(

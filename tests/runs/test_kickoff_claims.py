@@ -15,14 +15,15 @@ import anyio
 import httpx
 import pytest
 from prefect.exceptions import TerminationSignal
+from prefect.states import Failed
 
-from prefect_crew import CrewFailedError, CrewResult, DeployedCrew
+from prefect_crew import CrewFailedError, CrewResult, DeployedCrew, kickoff_crew
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import CrewError, KickoffUncertainError
+from prefect_crew.exceptions import CrewError, KickoffUncertainError, PrefectAwayError
 from prefect_crew.records import store
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
@@ -353,9 +354,30 @@ async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
 async def test_nothing_is_sent_where_no_claim_can_be_written(crew_server: CrewServerFactory, proxy: Proxy):
     server = crew_server("echo")
     proxy.cut()
-    with pytest.raises(httpx.HTTPError):
+    with pytest.raises(PrefectAwayError, match=r"does not answer.*Nothing was started") as caught:
         await server.crew().trigger({"text": "a"}, idempotency_key=key())
+    assert isinstance(caught.value.__cause__, httpx.HTTPError)
     assert not server.requests
+
+
+async def test_a_kickoff_task_is_retried_where_prefect_was_away_and_not_where_it_refused():
+    for error, is_retried in ((PrefectAwayError("away"), True), (CrewError("refused"), False)):
+        state: Any = Failed(data=error)
+        assert kickoff_crew.retry_condition_fn is not None
+        assert await kickoff_crew.retry_condition_fn(kickoff_crew, None, state) is is_retried  # type: ignore[arg-type, misc]
+
+
+async def test_a_name_that_is_refused_and_not_shown_is_not_asked_for_in_a_tight_loop(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    """A replica of the Prefect API that lags answers 409, and then does not list the name."""
+    monkeypatch.setattr(kickoff_module, "AGAIN", 60.0)
+    claimed = AsyncMock(return_value=False)
+    monkeypatch.setattr(PrefectRecords, "claim", claimed)
+    server = crew_server("echo")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(server.crew().trigger({"text": "a"}, idempotency_key=key()), 3)
+    assert claimed.call_count <= 2
 
 
 async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(

@@ -96,6 +96,15 @@ def test_where_the_secrets_are_not_known_no_text_is_shown(run: OpenRun):
     assert "withheld" in shown
 
 
+def test_a_call_that_finds_a_run_does_not_know_the_secrets_that_it_was_started_with():
+    started = record().model_copy(update={"secret_inputs": ["pin"]})
+    run = OpenRun(crew(secret_inputs=["pin"]), "r1", started, {"text": "a", "pin": "5678"}, is_found=True)
+    assert "1234" not in run.redact_text("log in with 1234")
+    ours = OpenRun(run.crew, "r1", started, run.inputs, owned=True)
+    assert ours.redact_text("log in with 1234") == "log in with 1234"
+    assert OpenRun(crew(), "r1", record(), {"text": "a"}, is_found=True).redact_text("a text") == "a text"
+
+
 def test_a_new_token_is_a_secret_as_well_as_the_old_one():
     run = OpenRun(crew(), "r1", inputs={})
     assert run.redact("the-token, the-other-token") == f"{MASK}, the-other-token"

@@ -482,6 +482,21 @@ async def test_a_prefect_api_that_is_away_for_a_while_does_not_end_the_wait(
     assert record.phase is RecordPhase.ENDED
 
 
+async def test_a_note_that_cannot_be_saved_does_not_keep_the_wait_from_polling(
+    crew_server: CrewServerFactory, proxy: Proxy
+):
+    server = crew_server(script({"name": "draft", "output": "a draft", "human": True}), response_format="union")
+    run = await server.crew().trigger({})
+    proxy.refuse, proxy.answer = "PATCH /api/variables", "503"
+    waiting = asyncio.ensure_future(run.wait_for_completion())
+    await until(lambda: proxy.count("PATCH /api/variables") > 1, "the note is saved again and again")
+    polls = server.requests["status"]
+    await until(lambda: server.requests["status"] > polls + 2, "the run is polled meanwhile")
+    proxy.refuse = None
+    await run.resume("fine", approve=True)
+    await waiting
+
+
 @pytest.mark.parametrize(
     ("refused", "says"),
     [
