@@ -58,9 +58,10 @@ __all__ = [
     "NotFoundError", "OutputError", "OutputTypeError", "PipelineContext", "PipelineFailedError", "PipelinePlan",
     "PipelineResult", "PrefectAwayError", "Price", "RateLimitedError", "ResponseFormatError", "ResumeAnswer", "Review",
     "ReviewLimitError", "ReviewRequest", "ServerError", "Spending", "StopAnswer", "StreamWebhook", "TaskResult",
-    "TokenUsage", "WaitPolicy", "Webhooks", "aplan_batch", "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline",
-    "discover_inputs", "get_result", "kickoff_crew", "plan_batch", "plan_pipeline", "resume_crew", "run_batch",
-    "run_crew", "run_deployed_crew", "run_deployed_pipeline", "run_pipeline", "stop_crew", "wait_for_crew",
+    "TokenUsage", "TooManyAttemptsError", "WaitPolicy", "Webhooks", "aplan_batch", "aplan_pipeline", "arun_batch",
+    "arun_crew", "arun_pipeline", "discover_inputs", "get_result", "kickoff_crew", "plan_batch", "plan_pipeline",
+    "resume_crew", "run_batch", "run_crew", "run_deployed_crew", "run_deployed_pipeline", "run_pipeline", "stop_crew",
+    "wait_for_crew",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(

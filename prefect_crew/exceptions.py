@@ -14,6 +14,7 @@
     ├── OutputTypeError              a completed run whose result does not fit the `output_type`
     ├── KickoffUncertainError        the kickoff may or may not have started a run
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
+    ├── TooManyAttemptsError         the idempotency key has no number left for another attempt
     ├── BudgetExceededError          a budget has no room for another run
     ├── CrewFailedError              the crew ran and failed
     ├── CrewStoppedError             the run was stopped
@@ -56,7 +57,7 @@ __all__ = [
     "CrewFailedError", "CrewLostError", "CrewStoppedError", "CrewTimeoutError", "DatasetError",
     "IdempotencyConflictError", "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "LedgerError",
     "LedgerMissingError", "NotFoundError", "OutputError", "OutputTypeError", "PipelineFailedError", "PrefectAwayError",
-    "RateLimitedError", "ResponseFormatError", "ReviewLimitError", "ServerError",
+    "RateLimitedError", "ResponseFormatError", "ReviewLimitError", "ServerError", "TooManyAttemptsError",
 ]  # fmt: skip
 
 
@@ -297,6 +298,20 @@ class IdempotencyConflictError(_FactsError):
         return (
             f"Idempotency key {self.idempotency_key!r} belongs to another run: {self.difference}. Nothing was started. "
             f"Use another key, or look at that run: prefect-crew runs inspect {shlex.quote(self.idempotency_key)}."
+        )
+
+
+class TooManyAttemptsError(_FactsError):
+    """The idempotency key has as many attempts on record as it may have. Nothing was started."""
+
+    idempotency_key: str  # pyright: ignore[reportIncompatibleVariableOverride]
+    attempts: int
+
+    def _text(self) -> str:
+        return (
+            f"Run {self.idempotency_key!r} has {self.attempts} attempts on record, the most that an idempotency key "
+            "may have. Nothing was started. Use another key; or remove old records with prefect-crew runs prune, which "
+            "takes those of a key once its last attempt is old enough, and run again."
         )
 
 

@@ -43,6 +43,7 @@ ERRORS: list[CrewError] = [
     E.OutputTypeError(kickoff_id="k1", output_type="Trip", output="Lisbon", problems=["city: missing"]),
     E.KickoffUncertainError(idempotency_key="daily", reason="timeout. Look.", sent={"crew": "travel"}),
     E.IdempotencyConflictError(idempotency_key="daily", difference="other inputs", kickoff_id="k1"),
+    E.TooManyAttemptsError(idempotency_key="daily", attempts=64),
     E.BudgetExceededError(**BUDGET, measure="cost", needed=0.4, resets_at=datetime(2026, 11, 27, tzinfo=UTC)),
     E.BudgetExceededError(**BUDGET, measure="kickoffs", needed=1),
     E.BudgetExceededError(**BUDGET, measure="tokens", needed=800.0, on_limit="warn"),

@@ -343,6 +343,10 @@ class Ledger:
         record.permit += claimed
         return claimed
 
+    async def withdraw(self, record: RunRecord) -> None:
+        """Write down that an attempt was not started: its claim is its permit as well."""
+        await self.save(record)
+
     async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
         """Return True: one process at a time works on a batch, and nobody prunes its ledger."""
         return True

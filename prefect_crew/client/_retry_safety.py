@@ -12,6 +12,7 @@ from prefect_crew.exceptions import (
     InvalidInputsError,
     RateLimitedError,
     ServerError,
+    TooManyAttemptsError,
 )
 
 DELAY_CAP = 120.0
@@ -36,7 +37,7 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
     A 5xx often comes from a proxy that had passed the request on, so only a 503 that names a time to come back is a
     refusal: the server that sends it chose not to take the request. What is not known here is uncertain.
     """
-    if isinstance(error, ConfigurationError | BudgetExceededError):
+    if isinstance(error, ConfigurationError | BudgetExceededError | TooManyAttemptsError):
         return KickoffFate.REFUSED
     if isinstance(error, InvalidInputsError) and error.before_kickoff:
         return KickoffFate.REFUSED

@@ -363,6 +363,10 @@ class RecordStore(Protocol):
         """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic."""
         ...
 
+    async def withdraw(self, record: RunRecord) -> None:
+        """Take back a claim that no permit was asked of, while nobody else may resolve it."""
+        ...
+
     async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
         """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
 
@@ -392,7 +396,10 @@ class RecordStore(Protocol):
         ...
 
     async def save_started(self, record: RunRecord) -> str | None:
-        """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
+        """Write down the kickoff id of a claim; return the key of another record that holds the same id.
+
+        Then the caller takes the id back.
+        """
         ...
 
     async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:

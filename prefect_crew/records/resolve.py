@@ -75,7 +75,11 @@ async def resolve_started(
             f"The kickoff of run {record.idempotency_key!r} was never sent: the process that claimed it ended first. "
             f"So run {kickoff_id} belongs to something else. Nothing was changed. Run again with the same key."
         )
-    await _resolve(record, records, RecordPhase.STARTED, kickoff_id=kickoff_id)
+    try:
+        await _resolve(record, records, RecordPhase.STARTED, kickoff_id=kickoff_id)
+    except CrewError:
+        await check_unused(kickoff_id, record, records)  # another record may have been given the id since
+        raise
     return state
 
 

@@ -3,16 +3,21 @@
 A Variable's name is unique on the server, so creating one is an atomic claim (measured: 20 racers, one winner). Its
 value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of flow runs or artifacts removes it.
 
-- `crew_run_KEY_ATTEMPT` is the claim. The call that made it changes it if it gives it back without a permit; after that
-  only whoever sees the run's end does.
+- `crew_run_KEY_ATTEMPT` is the claim. The call that made it deletes or changes it if it gives it back without a permit;
+  after that only whoever sees the run's end changes it.
 - `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is a permit of that claim. Whoever created it changes it: the claim's owner, or
   somebody who resolved it. Whoever waits for the run notes there whether a person has to answer; it stays its
   creator's.
+- `crew_kickoff_ID` names the claim whose run has this kickoff id. Its creation decides which of two records that were
+  given one id keeps it.
 - `crew_answer_RUN_NUMBER` is a person's answer.
-- `crew_used_CREW_TIME_CLAIM` is what an ended run used; whoever creates it counts that in the run's budgets. By their
-  names the newest of a crew comes first, and all come after the attempts at a key: a start reads both in one request.
-  The last of a crew is what runs used before there were any, by their records.
-- `crew_used_span_CLAIM` notes that somebody writes an ended run's span.
+- `crew_used_use_CLAIM` notes that somebody counts what an ended run used in its budgets, `crew_used_span_CLAIM` that
+  somebody writes its span.
+- `crew_usual_CREW` lists what the latest runs of a crew used, the newest first, for budgets. Two that change it at the
+  same moment lose one of the two runs in it.
+
+Every name can be told in advance, and a server has an index of names only: a start, a second call and a resolution read
+exact names. `LIKE` and tags read all Variables of the server.
 
 `model.fold` says what claim and permits mean together. Changes go by the Variable's id: by its name they could reach
 another one that was created under it since.
@@ -36,7 +41,7 @@ from pydantic_core import to_json
 
 from prefect_crew._internal.prefect_api import Urgency, is_busy, read_in_turn, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, TRANSPORT_ERRORS
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import CrewError, TooManyAttemptsError
 from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.model import (
     RECORD_VERSION,
@@ -53,20 +58,29 @@ from prefect_crew.records.notes import forget_notes
 
 TAG = "prefect-crew"
 PERMIT_TAG = "prefect-crew-permit"
+KICKOFF_TAG = "prefect-crew-kickoff"
 VALUE_LIMIT = 4900
 """Bytes of JSON; Prefect refuses more than 5,000."""
 PAGE = 200
+"""Variables in one answer, at most, and so names in one request. An answer is a snapshot; two are not."""
+MOST_ATTEMPTS = 64
+"""Attempts that an idempotency key may have on record: one request reads them all."""
 BUSY_FOR = 10.0
 """Seconds for which a claim is repeated by us while the Prefect API is busy."""
 RETRIED_BY_CLIENT = (408, 429, 502, 503)
 """Answers after which Prefect's client sends a request again by itself."""
 USED = "crew_used_"
+TRIES = 5
+"""Attempts to name a run by its kickoff id, where somebody else deletes that name at the same time."""
 KEPT = 50
 """Runs of a crew whose use counts for what the next one is expected to use, the latest ones."""
 SAVE_FOR = 300.0
 """Seconds for which saving a record outlasts a Prefect API that is away."""
-USUAL = 3
-"""Permits of a claim that are looked for by their names where many records are read; those with more are read whole."""
+USUAL = 4
+"""Permits of a claim that the first request asks for. For a claim that has as many, further requests ask for `PAGE`
+more: a server that answers 429 for ten minutes makes some 130."""
+ANSWERS = 50
+"""Answers to a run that one request asks for."""
 _OPEN = (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.STARTED)
 """Records in these phases are tagged as claimed: only their permits say more. Others have any tag."""
 _NAME = re.compile(r"(crew_run_[0-9a-f]{32}_\d+)(?:_([0-9a-f]{32})_(\d+))?")
@@ -76,11 +90,13 @@ _Model = TypeVar("_Model", RunRecord, Permit)
 
 
 class Variable(NamedTuple):
-    """A Variable as it was read; its age, and for how long nobody has changed it, in seconds by the server's clock."""
+    """A Variable as it was read, with its age, and for how long nobody has changed it, in seconds by the server's
+    clock."""
 
     id: str
     name: str
     value: Any
+    created: datetime
     age: float
     idle: float
 
@@ -93,25 +109,33 @@ def record_name(idempotency_key: str, attempt: int) -> str:
     return f"crew_run_{digest(idempotency_key)}_{attempt}"
 
 
-def _answer_prefix(record: RunRecord) -> str:
-    # By the run and not by its key: also whoever finds no record of it, or cannot read it, finds its answers.
-    return f"crew_answer_{digest(f'{record.crew_url} {record.kickoff_id}')}_"
-
-
 def _answer_name(record: RunRecord, number: int) -> str:
-    return f"{_answer_prefix(record)}{number:04}"
+    # By the run and not by its key: also whoever finds no record of it, or cannot read it, finds its answers.
+    return f"crew_answer_{digest(f'{record.crew_url} {record.kickoff_id}')}_{number:04}"
 
 
-def _permit_name(record: RunRecord, number: object) -> str:
-    return f"{record_name(record.idempotency_key, record.attempt)}_{str(record.ref).replace('-', '')}_{number}"
+def _attempt_names(idempotency_key: str) -> list[str]:
+    return [record_name(idempotency_key, number + 1) for number in range(MOST_ATTEMPTS)]
 
 
-def _used_prefix(crew_url: str) -> str:
-    return f"{USED}{digest(crew_url, 16)}_"
+def _hex(ref: str | None) -> str:
+    return str(ref).replace("-", "")
 
 
-def _kickoff_tag(kickoff_id: str) -> str:
-    return f"kickoff:{digest(kickoff_id)}"
+def _permit_name(record: RunRecord, number: int) -> str:
+    return f"{record_name(record.idempotency_key, record.attempt)}_{_hex(record.ref)}_{number}"
+
+
+def _kickoff_name(kickoff_id: str) -> str:
+    return f"crew_kickoff_{digest(kickoff_id)}"
+
+
+def _end_name(record: RunRecord, what: Literal["use", "span"]) -> str:
+    return f"{USED}{what}_{_hex(record.ref)}"
+
+
+def _usual_name(crew_url: str) -> str:
+    return f"crew_usual_{digest(crew_url, 16)}"
 
 
 def _body(record: RunRecord | Permit) -> dict[str, Any]:
@@ -125,7 +149,7 @@ def _body(record: RunRecord | Permit) -> dict[str, Any]:
         elif name in value:
             value[name] = value[name][:most]
     tags = [TAG if isinstance(record, RunRecord) else PERMIT_TAG, f"phase:{record.phase}"]
-    return {"value": value, "tags": [*tags, *([_kickoff_tag(record.kickoff_id)] if record.kickoff_id else [])]}
+    return {"value": value, "tags": tags}
 
 
 def server_time(response: httpx.Response) -> datetime:
@@ -139,17 +163,22 @@ def variables_in(response: httpx.Response) -> list[Variable]:
     """Return the Variables in an answer, with their ages by the clock of the server that gave it."""
     now = server_time(response)
 
-    def since(moment: str) -> float:
-        return max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
+    def since(moment: datetime) -> float:
+        return max(0.0, (now - moment).total_seconds())
 
-    return [
-        Variable(one["id"], one["name"], one["value"], since(one["created"]), since(one["updated"]))
-        for one in response.json()
-    ]
+    variables: list[Variable] = []
+    for stored in response.json():
+        created, updated = datetime.fromisoformat(stored["created"]), datetime.fromisoformat(stored["updated"])
+        variables.append(
+            Variable(stored["id"], stored["name"], stored["value"], created, since(created), since(updated))
+        )
+    return variables
 
 
 def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
-    """Return the records among some Variables, each with what its permits among them say, the first attempt first.
+    """Return the records among some Variables, each with what its permits among them say, in the order of attempts.
+
+    That is the order in which the server created them, then that of their numbers: a number may be taken again.
 
     Raises:
         CrewError: A later version wrote one of them.
@@ -168,28 +197,20 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
             permit = permit.model_copy(update={"ref": variable.id, "age": variable.age, "idle": variable.idle})
             permits.setdefault((name, claim), {})[int(number)] = permit
     records: list[RunRecord] = []
-    for name, variable, record in claims:
-        theirs = permits.get((name, variable.id.replace("-", "")), {})
+    for name, variable, record in sorted(claims, key=lambda claim: (claim[1].created, claim[2].attempt)):
+        theirs = permits.get((name, _hex(variable.id)), {})
         idle = min([variable.idle, *(permit.idle for permit in theirs.values())])
         record = record.model_copy(update={"ref": variable.id, "idle": idle})
         records.append(fold(record, [theirs[number] for number in sorted(theirs)], age=variable.age))
-    return sorted(records, key=lambda record: record.attempt)
+    return records
 
 
-def _used_in(variables: Sequence[Variable]) -> list[dict[str, Any]]:
-    found: list[Any] = []
-    for note in (one.value for one in variables if one.name.startswith(USED)):
-        found += cast("list[Any]", note) if isinstance(note, list) else [note]
+def _used_in(variables: Sequence[Variable], crew_url: str) -> list[dict[str, Any]]:
+    """Return what the latest runs of a crew used, by the Variable among these that lists it."""
+    listed: list[Any] = [variable.value for variable in variables if variable.name == _usual_name(crew_url)]
+    used = cast("list[Any]", listed[0]) if listed and isinstance(listed[0], list) else []
     # Somebody else may use our names.
-    return [cast("dict[str, Any]", used) for used in found if isinstance(used, dict)][:KEPT]
-
-
-def _attempts_prefix(idempotency_key: str) -> str:
-    return f"crew_run_{digest(idempotency_key)}_"
-
-
-def _attempts_in(variables: Sequence[Variable], idempotency_key: str) -> list[RunRecord]:
-    return [record for record in records_in(variables) if record.idempotency_key == idempotency_key]
+    return [cast("dict[str, Any]", run) for run in used if isinstance(run, dict)][:KEPT]
 
 
 def _parse(value: Any, model: type[_Model]) -> _Model | None:
@@ -216,6 +237,14 @@ def later_version(value: Any) -> CrewError | None:
         f"prefect-crew (record version {version}, this one reads up to {RECORD_VERSION}). Nothing was started. "
         "Upgrade prefect-crew here, then run again with the same key."
     )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _is_gone(error: Exception) -> bool:
+    return isinstance(error, PrefectHTTPStatusError) and error.response.status_code == 404
 
 
 # Requests
@@ -309,21 +338,37 @@ async def read_pages(variables: Mapping[str, Any]) -> AsyncIterator[list[Variabl
         offset += PAGE
 
 
-async def read_named(prefix: str, *, tag_of_more: str | None = None) -> list[Variable]:
-    """Return the Variables whose names begin with a text, in the order of their names.
-
-    `tag_of_more`: the first of those that have this tag as well, whose names come after them all.
-    """
-    wanted: dict[str, Any] = {"name": {"like_": prefix + "%"}}
-    if tag_of_more is not None:
-        wanted |= {"operator": "or_", "tags": {"all_": [tag_of_more]}}
+async def read_named(prefix: str) -> list[Variable]:
+    """Return the Variables whose names begin with a text, in the order of their names. It reads all of the server's."""
     found: list[Variable] = []
-    async for page in read_pages(wanted):
+    async for page in read_pages({"name": {"like_": prefix + "%"}}):
         # `_` is a wildcard of LIKE, and the server looks anywhere in the name.
-        found += [one for one in page if one.name.startswith(prefix) or one.name.startswith(tag_of_more or prefix)]
-        if tag_of_more is not None and page and page[-1].name.startswith(tag_of_more):
-            break
+        found += [one for one in page if one.name.startswith(prefix)]
     return found
+
+
+async def read_exact(names: Sequence[str]) -> list[Variable]:
+    """Return the Variables of these names, `PAGE` at most, as they stand at one moment."""
+    json = {"variables": {"name": {"any_": [*names]}}, "limit": PAGE, "offset": 0}
+    async with get_client() as client:
+        return variables_in(await read_in_turn(client, "/variables/filter", json=json))
+
+
+async def _read_permits(records: Sequence[RunRecord]) -> list[Variable]:
+    """Return the permits of claims, by their names. Numbers have no gap: a permit is made after the one before."""
+    permits: list[Variable] = []
+    for start in range(0, len(records), PAGE // USUAL):
+        some = records[start : start + PAGE // USUAL]
+        permits += await read_exact([_permit_name(record, number + 1) for record in some for number in range(USUAL)])
+    names = {permit.name for permit in permits}
+    for record in records:
+        number = USUAL
+        while _permit_name(record, number) in names:
+            more = await read_exact([_permit_name(record, number + 1 + further) for further in range(PAGE)])
+            permits += more
+            names |= {permit.name for permit in more}
+            number += PAGE
+    return permits
 
 
 class PrefectRecords:
@@ -334,11 +379,14 @@ class PrefectRecords:
     """
 
     async def claim(self, record: RunRecord) -> bool:
-        """Create the attempt's Variable; False if another owner's stands there.
+        """Create the attempt's Variable; False if another one stands there.
 
         Raises:
             CrewError: What is stored there is not a record that this version can read.
+            TooManyAttemptsError: The key has as many attempts on record as it may have.
         """
+        if record.attempt > MOST_ATTEMPTS:
+            raise TooManyAttemptsError(idempotency_key=record.idempotency_key, attempts=MOST_ATTEMPTS)
         name = record_name(record.idempotency_key, record.attempt)
         created = await _created_here({"name": name, **_body(record)}, RunRecord, urgency=Urgency.BEGIN)
         if created is None:
@@ -346,26 +394,44 @@ class PrefectRecords:
         record.ref, existing = created
         if existing is None:
             return True
-        # One that was resolved or voided since is a claim no more, whoever made it: its permits say so.
-        found = await self._current(record)
-        return found is not None and (found.owner, found.phase, found.permit) == (record.owner, record.phase, 0)
+        # An earlier claim of the same caller was made at another time. The caller has given it back, and the request
+        # that does so may still arrive.
+        if (existing.owner, existing.claimed_at) != (record.owner, record.claimed_at):
+            return False
+        # A claim that was resolved or voided since is a claim no more, whoever made it: its permits say so.
+        current = await self._current(record)
+        return current is not None and (current.phase, current.permit) == (RecordPhase.CLAIMED, 0)
+
+    async def withdraw(self, record: RunRecord) -> None:
+        """Delete a claim that nobody has asked a permit of. It then takes up no number of its key.
+
+        The request goes out once. Where its answer is lost, it may arrive at any later time: it can only reach this
+        claim, for which nothing is sent any more. The claim says until then that nothing was started.
+        """
+        try:
+            async with get_client() as client:
+                await request_soon(client, "DELETE", f"/variables/{record.ref}", json=None, give_up_after=0.0)
+        except PREFECT_ERRORS as unanswered:
+            if _is_gone(unanswered):
+                return
+            try:
+                await self.save(record)
+            except PrefectHTTPStatusError as error:
+                if not _is_gone(error):
+                    raise
 
     async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
         """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
 
-        One that was pruned since, or that somebody claimed who did not see this one, may belong to a run.
+        One that was pruned since, or that somebody claimed who did not see this one, may belong to a run. They are
+        compared by their ids: a number that was given back may have been taken again, by the same caller as well.
         """
-        used = _used_prefix(record.crew_url) if with_earlier else None
-        variables = await read_named(_attempts_prefix(record.idempotency_key), tag_of_more=used)
-        record.earlier = _used_in(variables)
-        if with_earlier and not record.earlier and (earlier := await self._latest_used(record.crew_url)):
-            record.earlier = earlier
-            # So that only the first start of a crew under a budget looks through the records. Without it the next does.
-            with suppress(*PREFECT_ERRORS):
-                await create_variable({"name": f"{used}{'9' * 10}", "value": earlier, "tags": [used]})
-        found = _attempts_in(variables, record.idempotency_key)
-        others = [(one.attempt, one.owner) for one in found if one.ref != record.ref]
-        return others == [(one.attempt, one.owner) for one in known] and len(found) > len(others)
+        names = _attempt_names(record.idempotency_key)
+        variables = await read_exact([*names, _usual_name(record.crew_url)] if with_earlier else names)
+        if with_earlier:
+            record.earlier = _used_in(variables, record.crew_url) or await self._note_usual(record.crew_url)
+        attempts = {one.ref for one in records_in(variables)}
+        return attempts == {record.ref, *(one.ref for one in known)}
 
     async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
         """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
@@ -382,6 +448,12 @@ class PrefectRecords:
         """Create the next permit of a record as it was read, with what was found out; False if somebody else did."""
         outcome = resolution(record, phase, **found)
         if not await self._add_permit(record, owner=str(uuid4()), **outcome):
+            return False
+        if phase is RecordPhase.STARTED and await self._name_kickoff(record.model_copy(update=outcome)) is not None:
+            # Somebody else was given this id at the same moment: it is as uncertain as before.
+            permit = cast("Permit", record.strongest)
+            before = {**record.outcome(), "phase": RecordPhase.UNCERTAIN}
+            await _patch(str(permit.ref), _body(permit.model_copy(update=before)))
             return False
         for name, value in {**outcome, "open_for": 0.0}.items():
             setattr(record, name, value)
@@ -419,23 +491,59 @@ class PrefectRecords:
             await _patch(ref, body)
 
     async def save_started(self, record: RunRecord) -> str | None:
-        """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
+        """Write down the kickoff id of a claim, then name the claim by it.
+
+        Return the key of another record that holds this id: then the caller takes the id back.
+        """
+        await self.save(record)
+        return await self._name_kickoff(record)
+
+    async def _name_kickoff(self, record: RunRecord) -> str | None:
+        """Create the Variable by which a record is found that holds a kickoff id already.
+
+        Of two records that were given one id, one creates it: return the key of the other one, None if that is this
+        record. The name of a record that was pruned, or does not hold the id any more, is free.
+        """
+        kickoff_id = str(record.kickoff_id)
+        value = {"idempotency_key": record.idempotency_key, "claim": record.ref}
+        name = _kickoff_name(kickoff_id)
         try:
-            holders = await self.holders(str(record.kickoff_id))
-        except (*PREFECT_ERRORS, CrewError):
-            holders = []  # what cannot be asked must not keep the id from being written
-        mine = (record.idempotency_key, record.attempt)
-        other = next((key for key, attempt in holders if (key, attempt) != mine), None)
-        if other is None:
-            await self.save(record)
-        return other
+            for _ in range(TRIES):
+                if await create_variable({"name": name, "value": value, "tags": [KICKOFF_TAG]}) is not None:
+                    return None
+                for named in await read_exact([name]):
+                    if named.value == value:  # Prefect's client sends a request again after a read timeout or a 502
+                        return None
+                    if (holder := await self._holder(named, kickoff_id)) is not None:
+                        return holder.idempotency_key
+                    await delete_variable(named.id)
+        except (*PREFECT_ERRORS, CrewError) as error:
+            # What cannot be asked must not keep the run from being waited for.
+            run_logger().warning("Run %s is not found by its id, only by its key: %s", kickoff_id, error)
+        return None
+
+    async def _holder(self, named: Variable, kickoff_id: str) -> RunRecord | None:
+        """Return the record that a Variable names by a kickoff id, None if it does not hold that id."""
+        value = _mapping(named.value)
+        attempts = await self.attempts(str(value.get("idempotency_key", "")))
+        return next((one for one in attempts if (one.ref, one.kickoff_id) == (value.get("claim"), kickoff_id)), None)
 
     async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
         """Note that this caller counts what a run used, or writes its span; False if somebody else does. Atomic."""
-        tag, newest_first = _used_prefix(record.crew_url), 9_999_999_999 - int(record.claimed_at.timestamp())
-        name = {"use": f"{tag}{newest_first:010}_", "span": f"{USED}span_"}[what]
-        name += str(record.ref).replace("-", "")
-        return await _create_alone(name, record.used if what == "use" else {}, [tag] if what == "use" else [])
+        is_first = await _create_alone(_end_name(record, what), {})
+        if is_first and what == "use" and record.used:
+            with suppress(*PREFECT_ERRORS):  # the counter is right without it
+                await self._add_to_usual(record)
+        return is_first
+
+    async def _add_to_usual(self, record: RunRecord) -> None:
+        name = _usual_name(record.crew_url)
+        variables = await read_exact([name])
+        value = [record.used, *_used_in(variables, record.crew_url)][:KEPT]
+        if not variables:
+            await create_variable({"name": name, "value": value, "tags": []})
+        for variable in variables:
+            await _patch(variable.id, {"value": value})
 
     async def _current(self, record: RunRecord) -> RunRecord | None:
         """Return a claim as it stands now, None if it is gone."""
@@ -444,9 +552,18 @@ class PrefectRecords:
     # Reading
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
-        """Return all attempts at a key, the first one first."""
-        idempotency_key = normalize_key(idempotency_key)
-        return _attempts_in(await read_named(_attempts_prefix(idempotency_key)), idempotency_key)
+        """Return all attempts at a key, the first one first: in one request, and in a second one the permits of those
+        that have not ended."""
+        return await self._with_permits(await read_exact(_attempt_names(normalize_key(idempotency_key))))
+
+    async def _with_permits(self, claims: Sequence[Variable]) -> list[RunRecord]:
+        """Return the records in claims, with what their permits say.
+
+        A claim that says how it ended needs none. Permits are read after their claim: what they say may be later.
+        """
+        records = records_in(claims)
+        permits = await _read_permits([record for record in records if record.phase is RecordPhase.CLAIMED])
+        return records_in([*claims, *permits]) if permits else records
 
     async def unresolved_among(self, runs: Iterable[tuple[str, int | None]]) -> set[tuple[str, int | None]]:
         """Return the attempts, of these keys and numbers, of which nobody knows what became of their kickoffs."""
@@ -458,48 +575,30 @@ class PrefectRecords:
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""
-        for idempotency_key, attempt in await self.holders(kickoff_id):
-            for record in await self.attempts(idempotency_key):
-                if record.attempt == attempt and record.kickoff_id == kickoff_id:
-                    return record
+        for named in await read_exact([_kickoff_name(kickoff_id)]):
+            return await self._holder(named, kickoff_id)
         return None
-
-    async def holders(self, kickoff_id: str) -> list[tuple[str, int]]:
-        """Return the idempotency keys and attempts that a kickoff id is on record for, in no promised order."""
-        holders: dict[tuple[str, int], None] = {}
-        async for page in read_pages({"tags": {"all_": [_kickoff_tag(kickoff_id)]}}):
-            for variable in page:
-                held = _parse(variable.value, Permit)  # what it reads of a record is the same
-                if held is not None and held.kickoff_id == kickoff_id:
-                    holders[held.idempotency_key, held.attempt] = None
-        return list(holders)
 
     async def all(self, phase: RecordPhase | None = None) -> AsyncIterator[RunRecord]:
         """Yield every record that this version can read, or those in one phase, in no promised order."""
         problem: CrewError | None = None
         tags = [TAG, f"phase:{RecordPhase.CLAIMED}"] if phase in _OPEN else [TAG]
         async for page in read_pages({"tags": {"all_": tags}}):
-            problems = {one.id: error for one in page if (error := later_version(one.value)) is not None}
-            problem = next(iter(problems.values()), problem)
-            for record in await self._with_permits([one for one in page if one.id not in problems]):
+            problems = [error for one in page if (error := later_version(one.value)) is not None]
+            claims = [one for one in page if later_version(one.value) is None]
+            open_ones = [record for record in records_in(claims) if record.phase is RecordPhase.CLAIMED]
+            permits = await _read_permits(open_ones)
+            unknown = [permit for permit in permits if later_version(permit.value) is not None]
+            problems += [error for permit in unknown if (error := later_version(permit.value)) is not None]
+            problem = next(iter(problems), problem)
+            # Of a claim with a permit that cannot be read nobody knows here what became of it.
+            left_out = {named[2] for permit in unknown if (named := _NAME.fullmatch(permit.name)) is not None}
+            read = [claim for claim in claims if _hex(claim.id) not in left_out]
+            for record in records_in([*read, *(permit for permit in permits if permit not in unknown)]):
                 if phase is None or record.phase is phase:
                     yield record
         if problem is not None:
             run_logger().warning("Left out of this list: %s", problem)
-
-    async def _with_permits(self, claims: Sequence[Variable]) -> list[RunRecord]:
-        """Return the records in claims, with what their permits say: one request for sixty that have not ended."""
-        records = {record.ref: record for record in records_in(claims)}
-        open_ones = [record for record in records.values() if record.phase is RecordPhase.CLAIMED]
-        permits: list[Variable] = []
-        for start in range(0, len(open_ones), PAGE // USUAL):
-            some = open_ones[start : start + PAGE // USUAL]
-            names = [_permit_name(record, number + 1) for record in some for number in range(USUAL)]
-            permits += [one async for page in read_pages({"name": {"any_": names}}) for one in page]
-        for record in records_in([*claims, *permits]) if permits else ():
-            whole = await self._current(record) if record.permit == USUAL else None
-            records[record.ref] = whole or record
-        return list(records.values())
 
     def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight: any of them may wait for a person."""
@@ -507,30 +606,40 @@ class PrefectRecords:
 
     async def earlier(self, crew_url: str) -> list[dict[str, Any]]:
         """Return what the latest runs of a crew used: those under a budget, if there are any."""
-        async for page in read_pages({"tags": {"all_": [_used_prefix(crew_url)]}}):
-            if used := _used_in(page):
-                return used
-        return await self._latest_used(crew_url)
+        used = _used_in(await read_exact([_usual_name(crew_url)]), crew_url)
+        return used or await self._latest_used(crew_url)
+
+    async def _note_usual(self, crew_url: str) -> list[dict[str, Any]]:
+        """Return what the latest runs of a crew used by their records, and list it for all others."""
+        used = await self._latest_used(crew_url)
+        with suppress(*PREFECT_ERRORS):  # then the next start looks through the records as well
+            await create_variable({"name": _usual_name(crew_url), "value": used, "tags": []})
+        return used
 
     async def _latest_used(self, crew_url: str) -> list[dict[str, Any]]:
-        """Return what the latest runs of a crew used by their records, as far as they are among the latest of all."""
-        json = {"variables": {"tags": {"all_": [TAG, f"phase:{RecordPhase.ENDED}"]}}, "limit": PAGE}
+        """Return what the latest runs of a crew used by their records, as far as they are among what the server has
+        changed last."""
+        json = {"limit": PAGE, "offset": 0, "sort": "UPDATED_DESC"}
         async with get_client() as client:
-            answer = await client.request("POST", "/variables/filter", json={**json, "sort": "UPDATED_DESC"})
-        ended = [_parse(one["value"], RunRecord) for one in answer.json() if later_version(one["value"]) is None]
-        return [one.used for one in ended if one is not None and one.crew_url == crew_url and one.used][:KEPT]
+            answer = await read_in_turn(client, "/variables/filter", json=json)
+        stored: list[dict[str, Any]] = [one for one in answer.json() if later_version(one["value"]) is None]
+        records = [_parse(one["value"], RunRecord) for one in stored if TAG in one["tags"]]
+        return [one.used for one in records if one is not None and one.crew_url == crew_url and one.used][:KEPT]
 
     # Deleting
 
     async def delete(self, record: RunRecord) -> None:
         """Forget an attempt, and what people answered. A later call with its key is then a new start."""
         await forget_notes(record)
-        for answer in await read_named(_answer_prefix(record)):
-            await delete_variable(answer.id)
-        permits = await read_named(_permit_name(record, ""))
-        # By id: under the name somebody may have made a claim anew. The record first: without its permits it would seem
-        # to be claimed.
-        for gone in (str(record.ref), *(one.id for one in permits)):
+        notes = await self._answers(record)
+        named = [_kickoff_name(record.kickoff_id)] if record.kickoff_id else []
+        for note in await read_exact([*named, _end_name(record, "use"), _end_name(record, "span")]):
+            if note.name not in named or _mapping(note.value).get("claim") == record.ref:
+                notes.append(note)
+        permits = await _read_permits([record])
+        # By id: under the name somebody may have made a claim anew. The record before its permits: without them it
+        # would seem to be claimed.
+        for gone in (*(one.id for one in notes), str(record.ref), *(one.id for one in permits)):
             await delete_variable(gone)
 
     async def left_permits(self, age: float) -> list[str]:
@@ -558,7 +667,16 @@ class PrefectRecords:
 
     async def reviews(self, record: RunRecord) -> list[SentReview]:
         """Return what people have answered to a run, in order."""
-        return [SentReview.model_validate(one.value) for one in await read_named(_answer_prefix(record))]
+        return [SentReview.model_validate(one.value) for one in await self._answers(record)]
+
+    async def _answers(self, record: RunRecord) -> list[Variable]:
+        answers: list[Variable] = []
+        first, names = 1, [""]
+        while first == 1 or names[-1] in {answer.name for answer in answers}:
+            names = [_answer_name(record, first + further) for further in range(ANSWERS)]
+            answers += await read_exact(names)
+            first += ANSWERS
+        return sorted(answers, key=lambda answer: answer.name)
 
     async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
         """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""

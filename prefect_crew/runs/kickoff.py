@@ -294,7 +294,7 @@ async def _claim(
 ) -> _Claim | None:
     """Claim the next attempt; None if somebody else has. Raises BudgetExceededError: there is no room for it."""
     lease = Lease(good_for)
-    record = start.record(known[-1].attempt + 1 if known else 1, good_for)
+    record = start.record(max((attempt.attempt for attempt in known), default=0) + 1, good_for)
 
     async def claim() -> bool:
         if start.earlier is not None:  # a ledger's claim is its permit as well
@@ -308,7 +308,7 @@ async def _claim(
     async def give_up(claiming: asyncio.Task[bool]) -> None:
         await asyncio.wait({claiming})
         if not claiming.cancelled() and claiming.exception() is None and claiming.result():
-            await _give_back(record, records, asyncio.CancelledError())
+            await _give_back(record, records, asyncio.CancelledError(), lease)
 
     if not await _to_its_end(claim(), give_up):
         return None
@@ -320,13 +320,13 @@ async def _make_sure(
 ) -> None:
     """Check the kickoff, and at the same time that the claim was decided by what is still on record. Then reserve.
 
-    Gives the claim back where one fails, however it fails: nothing was sent.
+    Gives the claim back where one fails, however it fails: nothing was sent. A start that is refused leaves no record.
 
     Raises:
         ClaimLostError: The claim was decided by something else.
         BudgetExceededError: There is no room for the run.
     """
-    async with _giving_back(claim.record, records):
+    async with _giving_back(claim.record, records, claim.lease):
         with_earlier = bool(start.crew.budgets) and reserves_median(start.crew)
         confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known, with_earlier=with_earlier))
         confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
@@ -461,7 +461,7 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
     if not start.quiet:
         # Before anything else: whatever fails from here on, a person finds the id in a log.
         run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
-    # A proxy that caches or deduplicates kickoffs gives one id to two of them.
+    # A proxy that caches or deduplicates kickoffs gives one id to two of them: one of their records keeps it.
     if (other := await _save_started(record, records)) is not None:
         record.reason = f"the crew's server answered with run {kickoff_id}, which is that of idempotency key {other!r}"
         record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
@@ -471,24 +471,38 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
 
 
 @asynccontextmanager
-async def _giving_back(record: RunRecord, records: RecordStore) -> AsyncGenerator[None]:
-    """Give a claim back for whatever is raised in here: nothing that was sent for it has started a run."""
+async def _giving_back(record: RunRecord, records: RecordStore, unused: Lease | None = None) -> AsyncGenerator[None]:
+    """Give a claim back for whatever is raised in here, as `_give_back`: no request has started a run for it."""
     try:
         yield
     except BaseException as problem:
-        await _give_back(record, records, problem)
+        await _give_back(record, records, problem, unused)
         raise
 
 
-async def _give_back(record: RunRecord, records: RecordStore, error: BaseException) -> None:
-    """Write down that a claimed run was surely not started, for this reason."""
+async def _give_back(
+    record: RunRecord, records: RecordStore, error: BaseException, unused: Lease | None = None
+) -> None:
+    """Write down that a claimed run was surely not started, for this reason.
+
+    `unused` is the lease of a claim that no permit was asked of. The claim of a start that is refused is deleted while
+    its lease lasts, so that a refusal each minute does not fill the numbers of a key. One that is lost to another call
+    stays: two calls that each delete the claim which the other has read would never agree.
+    """
     record.phase, record.reason = RecordPhase.NOT_STARTED, f"{type(error).__name__}"
-    await _save(record, records)
-    await release_given_back(record, records)
+    if unused is None or record.permit:  # the claim of a ledger is its permit as well
+        await _save(record, records)
+        await release_given_back(record, records)
+    elif unused.is_over or isinstance(error, ClaimLostError):
+        await _save(record, records)
+        await release(record)
+    else:
+        await _save(record, records, write=records.withdraw)
+        await release(record)
 
 
 async def _save_started(record: RunRecord, records: RecordStore) -> str | None:
-    """Write down the id of a run, as `_save`; return the key of another record that holds it, which leaves ours."""
+    """Write down the id of a run, as `_save`; return the key of another record that holds this id."""
     try:
         return await records.save_started(record)
     except CrewError:
@@ -496,19 +510,17 @@ async def _save_started(record: RunRecord, records: RecordStore) -> str | None:
     except PREFECT_ERRORS as error:
         _log_unsaved(record, error)
         return None
-    except BaseException:
-        # Cut off, perhaps over whose id it is: that it is on record matters more.
-        await _save(record, records)
-        raise
 
 
-async def _save(record: RunRecord, records: RecordStore) -> None:
+async def _save(
+    record: RunRecord, records: RecordStore, *, write: Callable[[RunRecord], Awaitable[None]] | None = None
+) -> None:
     """Write down what is known; if that cannot be done, say it where a person finds it, and go on.
 
     The record then stays a claim, which later calls take for uncertain: nothing is started twice because of it.
     """
     try:
-        await records.save(record)
+        await (write or records.save)(record)
     except PREFECT_ERRORS as error:
         _log_unsaved(record, error)
 

@@ -26,7 +26,7 @@ HOOKS = {
     "claim": ("prefect_crew.records.store", "PrefectRecords.claim"),
     "confirm": ("prefect_crew.records.store", "PrefectRecords.confirm"),
     "permit": ("prefect_crew.records.store", "PrefectRecords.permit"),
-    "holders": ("prefect_crew.records.store", "PrefectRecords.holders"),
+    "name": ("prefect_crew.records.store", "PrefectRecords._name_kickoff"),
     "inputs": ("prefect_crew.client._client", "CrewClient.inputs"),
     "kickoff": ("prefect_crew.client._client", "CrewClient.kickoff"),
     "save": ("prefect_crew.records.store", "PrefectRecords.save"),
@@ -72,7 +72,7 @@ class Kill:
 
 def _points() -> Iterator[Kill]:
     for hook in (
-        *("open", "identify", "claim", "confirm", "inputs", "permit", "kickoff", "holders", "save", "artifact"),
+        *("open", "identify", "claim", "confirm", "inputs", "permit", "kickoff", "save", "name", "artifact"),
         "wait",
     ):
         yield Kill(hook, "before")

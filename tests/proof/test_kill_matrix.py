@@ -34,8 +34,6 @@ DOUBTFUL = {
     "during kickoff (kickoff:latency=1)",
     "during kickoff (kickoff:timeout-after-accept=2)",
     "after kickoff",
-    "before holders",
-    "after holders",
     "before save",
 }
 """The points between the permit and the record, of those that are named after a function."""

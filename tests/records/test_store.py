@@ -9,14 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling, Completed, Running
 
 from prefect_crew._internal import prefect_api
 from prefect_crew._internal.prefect_api import request_soon
 from prefect_crew.client.models import TaskResult
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import CrewError, TooManyAttemptsError
 from prefect_crew.records import store
 from prefect_crew.records.model import (
     RECORD_VERSION,
@@ -31,7 +31,7 @@ from prefect_crew.records.store import PrefectRecords, create_variable, delete_v
 from prefect_crew.states import CrewState
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
-from support.records import new_record
+from support.records import LONG_AGO, new_record, put
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -75,12 +75,78 @@ async def test_a_claim_does_not_wait_for_other_changes(monkeypatch: pytest.Monke
         assert await asyncio.wait_for(RECORDS.claim(new_record()), 60)
 
 
-async def test_attempts_are_claims_of_their_own_in_order_on_however_many_pages(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "PAGE", 3)
+async def test_a_key_has_64_attempts_at_most_which_one_request_reads():
     key = f"again {uuid.uuid4()}"
-    for attempt in [*range(1, 12)]:
+    for start in range(1, 65, 8):
+        claims = [RECORDS.claim(new_record(key, attempt=attempt)) for attempt in range(start, start + 8)]
+        assert all(await asyncio.gather(*claims))
+    assert {record.attempt for record in await RECORDS.attempts(key)} == {*range(1, 65)}
+    with pytest.raises(TooManyAttemptsError, match=r"64 attempts on record.* Nothing was started.* runs prune"):
+        await RECORDS.claim(new_record(key, attempt=65))
+
+
+async def test_attempts_are_in_the_order_in_which_the_server_created_them():
+    key = f"again {uuid.uuid4()}"
+    for attempt in (2, 1, 3):
         assert await RECORDS.claim(new_record(key, attempt=attempt))
-    assert [record.attempt for record in await RECORDS.attempts(key)] == [*range(1, 12)]
+    assert [record.attempt for record in await RECORDS.attempts(key)] == [2, 1, 3]
+
+
+async def test_all_permits_of_a_claim_are_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "PAGE", 3)
+    monkeypatch.setattr(store, "USUAL", 2)
+    record, other = new_record(), new_record()
+    for one in (record, other):
+        assert await RECORDS.claim(one)
+    for number in range(1, 13):
+        assert await RECORDS.permit(record, 30, late=False)
+        (read,) = await RECORDS.attempts(record.idempotency_key)
+        assert read.permit == number
+    permits = {one.ref: one.permit async for one in RECORDS.all(RecordPhase.CLAIMED)}
+    assert (permits[record.ref], permits[other.ref]) == (12, 0)
+
+
+async def test_a_claim_that_was_withdrawn_is_gone_and_no_late_request_reaches_the_next_one():
+    first = new_record()
+    assert await RECORDS.claim(first)
+    await RECORDS.withdraw(first)
+    assert await RECORDS.attempts(first.idempotency_key) == []
+    second = new_record(first.idempotency_key, owner=first.owner)
+    assert await RECORDS.claim(second)
+    first.phase = RecordPhase.NOT_STARTED
+    await RECORDS.withdraw(first)
+    (record,) = await RECORDS.attempts(first.idempotency_key)
+    assert (record.ref, record.phase) == (second.ref, RecordPhase.CLAIMED)
+
+
+async def test_a_claim_that_cannot_be_withdrawn_says_that_nothing_was_started(proxy: Proxy):
+    record = new_record(phase=RecordPhase.CLAIMED)
+    assert await RECORDS.claim(record)
+    record.phase = RecordPhase.NOT_STARTED
+    proxy.refuse = "DELETE /api/variables/"
+    await RECORDS.withdraw(record)
+    assert [one.phase for one in await RECORDS.attempts(record.idempotency_key)] == [RecordPhase.NOT_STARTED]
+
+
+async def test_an_earlier_claim_of_the_same_caller_is_not_taken_for_its_own():
+    # The request that deletes the earlier one may arrive at any time.
+    first = new_record()
+    assert await RECORDS.claim(first)
+    assert not await RECORDS.claim(new_record(first.idempotency_key, owner=first.owner))
+
+
+async def test_a_claim_is_confirmed_by_the_ids_of_what_it_was_decided_by():
+    first = new_record()
+    assert await RECORDS.claim(first)
+    second = new_record(first.idempotency_key, attempt=2)
+    known = await RECORDS.attempts(first.idempotency_key)
+    assert await RECORDS.claim(second)
+    assert await RECORDS.confirm(second, known)
+    await RECORDS.withdraw(first)
+    assert not await RECORDS.confirm(second, known)
+    anew = new_record(first.idempotency_key, owner=first.owner)
+    assert await RECORDS.claim(anew)
+    assert not await RECORDS.confirm(second, known), "the number was taken again, by the same caller"
 
 
 @pytest.mark.parametrize(
@@ -122,18 +188,82 @@ async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
     assert await RECORDS.of_kickoff(kickoff_id) is None
     assert await RECORDS.permit(record, 30, late=False)
     record.phase, record.kickoff_id = RecordPhase.STARTED, kickoff_id
-    await RECORDS.save(record)
+    assert await RECORDS.save_started(record) is None
     found = await RECORDS.of_kickoff(kickoff_id)
     assert found is not None
     assert found.model_dump() == record.model_dump()
-    assert await RECORDS.holders(kickoff_id) == [(record.idempotency_key, 1)]
     assert await is_among(record, RecordPhase.STARTED)
     assert not await is_among(record, RecordPhase.CLAIMED)
     record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
     await RECORDS.save(record)
     assert await is_among(record, RecordPhase.ENDED)
     assert not await is_among(record, RecordPhase.STARTED)
-    assert await RECORDS.holders(kickoff_id) == [(record.idempotency_key, 1)]
+    found = await RECORDS.of_kickoff(kickoff_id)
+    assert found is not None
+    assert found.ref == record.ref
+
+
+async def started(kickoff_id: str) -> RunRecord:
+    return await put(new_record(phase=RecordPhase.STARTED, kickoff_id=kickoff_id))
+
+
+async def test_of_two_records_with_one_id_at_the_same_moment_one_keeps_it():
+    kickoff_id = f"r {uuid.uuid4()}"
+    records = [await put(new_record(), permit=30) for _ in range(4)]
+    for record in records:
+        record.phase, record.kickoff_id = RecordPhase.STARTED, kickoff_id
+    others = await asyncio.gather(*map(RECORDS.save_started, records))
+    (holder,) = [record for record, other in zip(records, others, strict=True) if other is None]
+    assert {other for other in others if other is not None} == {holder.idempotency_key}
+    found = await RECORDS.of_kickoff(kickoff_id)
+    assert found is not None
+    assert found.ref == holder.ref
+
+
+async def test_the_id_of_a_record_that_was_pruned_is_free_and_so_is_a_name_that_was_left():
+    kickoff_id = f"r {uuid.uuid4()}"
+    await RECORDS.delete(await started(kickoff_id))
+    assert await RECORDS.of_kickoff(kickoff_id) is None
+    record = await started(kickoff_id)
+    await delete_variable(str(record.ref))
+    assert await RECORDS.of_kickoff(kickoff_id) is None
+    await started(kickoff_id)
+    assert await RECORDS.of_kickoff(kickoff_id) is not None
+
+
+async def test_a_resolution_takes_back_an_id_that_another_record_was_given_at_the_same_moment():
+    kickoff_id = f"r {uuid.uuid4()}"
+    await put(new_record(), permit=LONG_AGO)
+    record = await put(new_record(), permit=LONG_AGO)
+    holder = await started(kickoff_id)
+    assert not await RECORDS.resolve(record, RecordPhase.STARTED, kickoff_id=kickoff_id)
+    assert [(one.phase, one.kickoff_id) for one in await RECORDS.attempts(record.idempotency_key)] == [
+        (RecordPhase.UNCERTAIN, None)
+    ]
+    found = await RECORDS.of_kickoff(kickoff_id)
+    assert found is not None
+    assert found.ref == holder.ref
+
+
+async def test_no_start_nor_look_reads_by_tag_or_by_like(monkeypatch: pytest.MonkeyPatch):
+    filters: list[dict[str, Any]] = []
+    request = PrefectClient.request
+
+    async def noted(self: PrefectClient, method: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        if path == "/variables/filter":
+            filters.append(kwargs["json"]["variables"])
+        return await request(self, method, path, *args, **kwargs)
+
+    monkeypatch.setattr(PrefectClient, "request", noted)
+    kickoff_id = f"r {uuid.uuid4()}"
+    record = await started(kickoff_id)
+    assert await RECORDS.confirm(record, [], with_earlier=False)
+    assert await RECORDS.of_kickoff(kickoff_id) is not None
+    assert await RECORDS.reviews(record) == []
+    assert await RECORDS.permit(record, 30, late=True) is False
+    await RECORDS.delete(record)
+    assert filters
+    assert all([*one] == ["name"] and [*one["name"]] == ["any_"] for one in filters), filters
 
 
 async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_knows():
@@ -220,7 +350,7 @@ async def test_a_save_outlasts_an_api_that_is_away(proxy: Proxy):
     assert await RECORDS.claim(record)
     proxy.cut()
     record.phase, record.kickoff_id = RecordPhase.STARTED, f"r {uuid.uuid4()}"
-    saving = asyncio.ensure_future(RECORDS.save(record))
+    saving = asyncio.ensure_future(RECORDS.save_started(record))
     done, _ = await asyncio.wait({saving}, timeout=1.0)
     assert not done
     proxy.restore()
@@ -298,6 +428,23 @@ async def test_a_record_of_a_later_version_is_never_taken_for_one_of_this(phase:
     with pytest.raises(CrewError, match="Nothing was started"):
         await RECORDS.claim(record)
     await remove(record)
+
+
+async def test_a_permit_of_a_later_version_leaves_its_record_out_of_lists_which_say_so(
+    caplog: pytest.LogCaptureFixture,
+):
+    mine, theirs = new_record(), new_record()
+    for record in (mine, theirs):
+        assert await RECORDS.claim(record)
+    name = f"{record_name(theirs.idempotency_key, 1)}_{str(theirs.ref).replace('-', '')}_1"
+    value = {"idempotency_key": theirs.idempotency_key, "version": RECORD_VERSION + 1}
+    await create_variable({"name": name, "value": value, "tags": [store.PERMIT_TAG]})
+    listed = [record.idempotency_key async for record in RECORDS.all()]
+    assert mine.idempotency_key in listed
+    assert theirs.idempotency_key not in listed
+    assert f"Left out of this list: The record of run {theirs.idempotency_key!r}" in caplog.text
+    await remove(theirs)
+    await delete_variable(f"name/{name}")
 
 
 async def test_a_record_of_a_later_version_is_left_out_of_lists_which_say_so(caplog: pytest.LogCaptureFixture):

@@ -184,7 +184,7 @@ async def test_a_refused_token_stops_a_run_before_its_kickoff(crew_server: CrewS
     with pytest.raises(AuthenticationError):
         await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
     assert server.requests["kickoff"] == 0
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
+    assert await phases(idempotency_key) == []
     await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
     assert server.kickoffs == 1
 

@@ -23,7 +23,13 @@ from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import CrewError, KickoffUncertainError, PrefectAwayError
+from prefect_crew.exceptions import (
+    CrewError,
+    InvalidInputsError,
+    KickoffUncertainError,
+    PrefectAwayError,
+    TooManyAttemptsError,
+)
 from prefect_crew.records import store
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
@@ -127,7 +133,7 @@ async def test_a_claim_next_to_another_that_it_was_not_decided_by_is_given_back(
     for _ in range(3):
         run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
         assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
-        assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+        assert await phases(idempotency_key) == [RecordPhase.STARTED, RecordPhase.NOT_STARTED]
 
 
 async def test_a_kickoff_whose_permit_is_over_is_not_sent_and_its_run_is_claimed_anew(
@@ -168,6 +174,28 @@ async def test_an_id_that_another_record_holds_is_uncertain(crew_server: CrewSer
         with pytest.raises(KickoffUncertainError, match=f"which is that of idempotency key '{first}'"):
             await server.crew().trigger({"text": "a"}, idempotency_key=second)
     assert await phases(second) == [RecordPhase.UNCERTAIN]
+
+
+async def test_an_id_that_two_kickoffs_bring_at_the_same_moment_is_uncertain_for_one_of_them(
+    crew_server: CrewServerFactory,
+):
+    server, keys, shared = crew_server("echo"), [key(), key()], f"shared {uuid.uuid4()}"
+    both = asyncio.Barrier(2)
+
+    async def kickoff(*_: Any, **__: Any) -> str:
+        await both.wait()
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrewClient, "kickoff", kickoff)
+        calls = [server.crew().trigger({"text": "a"}, idempotency_key=one) for one in keys]
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+    assert sorted(type(end).__name__ for end in ends) == ["CrewRun", "KickoffUncertainError"]
+    records = [record for one in keys for record in await attempts(one)]
+    assert sorted(str(record.phase) for record in records) == ["started", "uncertain"]
+    holder = await RECORDS.of_kickoff(shared)
+    assert holder is not None
+    assert holder.ref == next(record.ref for record in records if record.phase is RecordPhase.STARTED)
 
 
 # Cancelled callers
@@ -245,8 +273,42 @@ async def test_a_caller_that_is_cancelled_before_its_kickoff_gives_the_claim_bac
 ):
     server, idempotency_key = crew_server("echo", faults=[fault]), key()
     await cancelled_at(request_of_it, server, idempotency_key, way)
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
+    # Without a permit its claim is deleted.
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED] * server.requests["kickoff"]
     assert server.kickoffs == 0
+
+
+async def test_a_start_that_is_refused_again_and_again_leaves_no_record(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server("echo"), key()
+    for _ in range(3):
+        with pytest.raises(InvalidInputsError, match="text"):
+            await server.crew().trigger({}, idempotency_key=idempotency_key)
+        assert await phases(idempotency_key) == []
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    (record,) = await attempts(idempotency_key)
+    assert (record.attempt, record.kickoff_id) == (1, run.kickoff_id)
+
+
+async def test_a_start_that_is_refused_once_its_claim_is_over_says_so_on_record(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kickoff_module, "Lease", lambda seconds: Lease(LONG_AGO))
+    server, idempotency_key = crew_server("echo"), key()
+    with pytest.raises(InvalidInputsError):
+        await server.crew().trigger({}, idempotency_key=idempotency_key)
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
+
+
+async def test_a_key_without_a_number_left_starts_nothing_and_says_what_to_do(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(store, "MOST_ATTEMPTS", 2)
+    server, idempotency_key = crew_server("echo"), key()
+    for attempt in (1, 2):
+        await claim(idempotency_key, server.crew(), attempt=attempt, phase=RecordPhase.NOT_STARTED)
+    with pytest.raises(TooManyAttemptsError, match=r"Nothing was started. .* prefect-crew runs prune"):
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    assert not server.requests
 
 
 async def test_a_kickoff_that_is_not_on_its_way_yet_is_not_sent_once_its_caller_is_cancelled(
@@ -297,7 +359,7 @@ async def test_a_refused_token_that_cannot_be_renewed_has_started_nothing(
 
 @pytest.mark.parametrize(
     ("cut", "phase"),
-    [((CrewClient, "kickoff"), RecordPhase.UNCERTAIN), ((PrefectRecords, "holders"), RecordPhase.STARTED)],
+    [((CrewClient, "kickoff"), RecordPhase.UNCERTAIN), ((PrefectRecords, "_name_kickoff"), RecordPhase.STARTED)],
     ids=["in the midst of the kickoff", "over whose its id is"],
 )
 async def test_a_signal_is_not_taken_for_a_refusal_and_leaves_an_id_on_record(

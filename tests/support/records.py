@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -55,7 +56,7 @@ async def record_of(kickoff_id: str) -> RunRecord:
 def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the attempts that Variables hold, as the record store reads them; `permit` is the number of permits."""
     found = [
-        Variable(one["id"], one["name"], one["value"], 0.0, 0.0)
+        Variable(one["id"], one["name"], one["value"], datetime.fromisoformat(one["created"]), 0.0, 0.0)
         for one in variables
         if store_module.later_version(one["value"]) is None
     ]
@@ -95,6 +96,8 @@ async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:
     if permit is not None or phase in (RecordPhase.UNCERTAIN, RecordPhase.STARTED):
         assert await store.permit(record, LONG_AGO if permit is None else permit, late=False)
     record.phase = phase
-    if phase is not RecordPhase.CLAIMED:
+    if phase is RecordPhase.STARTED:
+        assert await store.save_started(record) is None
+    elif phase is not RecordPhase.CLAIMED:
         await store.save(record)
     return record

@@ -128,8 +128,12 @@ class SimPrefect:
         return sorted(values, key=lambda value: value["attempt"])
 
     def gone(self, idempotency_key: str) -> list[Mapping[str, Any]]:
-        """Return the attempts at an idempotency key that were deleted, as they stood then."""
-        deleted = [change.before for change in self.changes if change.value is None and change.before is not None]
+        """Return the attempts at an idempotency key that were pruned, as they stood then.
+
+        Those are left out that a call withdrew.
+        """
+        pruned = [change for change in self.changes if change.by is None or change.by.facts["call"] is None]
+        deleted = [change.before for change in pruned if change.value is None and change.before is not None]
         return [value for value in deleted if value["idempotency_key"] == idempotency_key]
 
     async def take(self, request: httpx.Request, by: Process | None) -> httpx.Response:
