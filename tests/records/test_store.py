@@ -13,7 +13,6 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling, Completed, Running
 
-from prefect_crew._internal import prefect_api
 from prefect_crew._internal.prefect_api import request_soon
 from prefect_crew.client.models import TaskResult
 from prefect_crew.exceptions import CrewError, TooManyAttemptsError
@@ -66,13 +65,6 @@ async def test_one_of_two_claims_wins_and_ones_own_counts_when_it_comes_twice():
     assert await RECORDS.claim(first)
     assert not await RECORDS.claim(second)
     assert await RECORDS.claim(first), "Prefect's client sends a request again after a read timeout"
-
-
-async def test_a_claim_does_not_wait_for_other_changes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prefect_api, "LONGEST", 600.0)
-    prefect_api._this_loop().crowded_until = float("inf")
-    async with prefect_api._one_at_a_time():
-        assert await asyncio.wait_for(RECORDS.claim(new_record()), 60)
 
 
 async def test_a_key_has_64_attempts_at_most_which_one_request_reads():
