@@ -160,8 +160,9 @@ CROWDED_FOR = 300.0
 LONGEST = 2.0
 """Seconds after which a request holds up no other one: it may hang, or be repeated by Prefect's client."""
 AT_ONCE = 8
-"""Requests under way at the same time. More of them gain nothing: one process answers them all. Those that wait here go
-on in the order of their urgency."""
+"""Requests under way at the same time. Those that wait here go on in the order of their urgency."""
+CROWDED = 3
+"""The same, once the server refused a change: what has to go alone waits for all that are under way."""
 CLOSING = 0.003
 """Seconds after which a connection that the server closes is seen to be closed."""
 
@@ -183,20 +184,20 @@ class _Turns:
 
     def __init__(self, most: int) -> None:
         self._most = self._free = most
-        self._waiting: list[tuple[Urgency, int, int, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[Urgency, int, bool, asyncio.Future[int]]] = []
         self._number = itertools.count()
 
     @asynccontextmanager
     async def turn(self, urgency: Urgency, *, alone: bool = False) -> AsyncGenerator[None]:
         """Wait for a turn, and have it: `alone` while nobody else has one. After `LONGEST` seconds it is over."""
-        needs, loop = self._most if alone else 1, asyncio.get_running_loop()
-        turn = loop.create_future()
-        heapq.heappush(self._waiting, (urgency, next(self._number), needs, turn))
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[int] = loop.create_future()
+        heapq.heappush(self._waiting, (urgency, next(self._number), alone, turn))
         self._pass_on(0)
         try:
-            await turn
+            taken = await turn
         except asyncio.CancelledError:
-            self._pass_on(0 if turn.cancelled() else needs)
+            self._pass_on(0 if turn.cancelled() else turn.result())
             raise
         is_over = False
 
@@ -204,7 +205,7 @@ class _Turns:
             nonlocal is_over
             if not is_over:
                 is_over = True
-                self._pass_on(needs)
+                self._pass_on(taken)
 
         timer = loop.call_later(LONGEST, end)
         try:
@@ -213,15 +214,21 @@ class _Turns:
             timer.cancel()
             end()
 
+    def limit(self, most: int) -> None:
+        """Let so many through from now on."""
+        change, self._most = most - self._most, most
+        self._pass_on(change)
+
     def _pass_on(self, given_back: int) -> None:
         self._free += given_back
         while self._waiting:
-            *_, needs, turn = self._waiting[0]
+            *_, alone, turn = self._waiting[0]
             if not turn.done():
+                needs = self._most if alone else 1
                 if needs > self._free:
                     return
                 self._free -= needs
-                turn.set_result(None)
+                turn.set_result(needs)
             heapq.heappop(self._waiting)
 
 
@@ -286,9 +293,10 @@ async def request_soon(
     until, delay = None, 0.02
     while True:
         # SQLite refuses a change that has read before it writes, where anything is written in between.
-        is_alone = alone and loop.time() < here.crowded_until
+        is_crowded = loop.time() < here.crowded_until
+        here.requests.limit(CROWDED if is_crowded else AT_ONCE)
         try:
-            async with here.requests.turn(urgency, alone=is_alone):
+            async with here.requests.turn(urgency, alone=alone and is_crowded):
                 until = until or loop.time() + give_up_after  # not the time for which it waited for others
                 return await _request_once(client, method, path, json=json)
         except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
