@@ -26,7 +26,6 @@ from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
-    FlowRunFilterParentFlowRunId,
     FlowRunFilterState,
     FlowRunFilterStateName,
     FlowRunFilterStateType,
@@ -61,10 +60,9 @@ from prefect_crew._internal.prefect_errors import HTTP_ERRORS, PREFECT_ERRORS, S
 from prefect_crew.blocks import find_crew
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.keys import forget_calls
-from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.model import RunRecord
 from prefect_crew.records.prune import prune_regularly
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.stop import stop_run, stop_was_asked
+from prefect_crew.runs.stop import open_runs_of, stop_run, stop_was_asked
 from prefect_crew.settings import CrewSettings, documentation_url
 
 if TYPE_CHECKING:
@@ -89,6 +87,8 @@ for. Then the process ends, and another worker adopts what was not given back.""
 AWAY_PAUSE = 5.0
 """Seconds between two requests to a Prefect server that is away, after the pauses of Prefect's own client."""
 ADOPTIONS_AT_ONCE = 10
+STOPS_AT_ONCE = 10
+"""Flow runs that are ended as Cancelled at the same time, and crews of one of them that are asked to stop."""
 
 
 # The flow runs of a pool, as the Prefect server knows them
@@ -175,35 +175,30 @@ async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_
 
 
 async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
-    """Stop the crews whose runs a flow run, or a subflow of it, has started.
+    """Stop the crews whose runs a flow run, or a subflow of it, has started. A second call asks no crew again.
 
     Rows of a batch are in its ledger, not here: `prefect-crew batch cancel` stops those.
     """
-    ids, at = [flow_run.id], 0
-    while at < len(ids):  # the subflows, level by level
-        parents = FlowRunFilterParentFlowRunId(any_=ids[at:])
-        at = len(ids)
-        children = await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
-        ids += [one.id for one in children]
-    names = {str(one) for one in ids}
-    records, log = PrefectRecords(), flow_run_logger(flow_run)
-    async for record in records.all():
-        is_open = record.phase in (RecordPhase.STARTED, RecordPhase.UNCERTAIN)
-        if record.flow_run_id not in names or not is_open or stop_was_asked(record):
-            continue
+    log, limit = flow_run_logger(flow_run), asyncio.Semaphore(STOPS_AT_ONCE)
+
+    async def stop(record: RunRecord) -> None:
         if record.kickoff_id is None:
             text = "The kickoff of run %r is uncertain: if it started a run, that continues at %s."
             log.warning(text, record.idempotency_key, record.crew_url)
-        else:
-            try:
-                crew = await find_crew(record)
-                if crew is None:
-                    raise ConfigurationError(f"no block {record.crew!r} has its address")
+            return
+        try:
+            crew = await find_crew(record)
+            if crew is None:
+                raise ConfigurationError(f"no block {record.crew!r} has its address")
+            async with limit:
                 answer = await stop_run(crew, record.kickoff_id, idempotency_key=record.idempotency_key)
-                log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
-            except (CrewError, *PREFECT_ERRORS) as error:
-                text = "Crew run %s could not be stopped (%s): it continues at %s."
-                log.warning(text, record.kickoff_id, error, record.crew_url)
+            log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
+        except (CrewError, *PREFECT_ERRORS) as error:
+            text = "Crew run %s could not be stopped (%s): it continues at %s."
+            log.warning(text, record.kickoff_id, error, record.crew_url)
+
+    open_runs = await open_runs_of(client, flow_run)
+    await asyncio.gather(*(stop(record) for record in open_runs if not stop_was_asked(record)))
 
 
 # What a worker runs
@@ -309,6 +304,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         self._orphaned_since: dict[UUID, float] = {}  # by the id of their states
         self._cancelling_since: dict[UUID, float] = {}
         self._taken_over: set[UUID] = set()
+        self._ending_cancelled = asyncio.Semaphore(STOPS_AT_ONCE)
 
     @property
     def identity(self) -> str:
@@ -621,8 +617,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                     heartbeat_due = asked + self.heartbeat_interval_seconds
                 if self._worker_channel is None:
                     await self.sync_with_backend()
-                for flow_run in cancelling:
-                    await self._cancel(flow_run)
+                await self._cancel_all(cancelling)
                 self._confirmed_at = asked
             except PREFECT_ERRORS as error:
                 self._logger.debug("The Prefect server could not be asked: %s", error)
@@ -743,6 +738,12 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 return False  # it is alive, and is about to do it
         return False
 
+    async def _cancel_all(self, flow_runs: Iterable[FlowRun]) -> None:
+        """Cancel flow runs at the same time, and raise the first problem after all have been dealt with."""
+        problems = await asyncio.gather(*map(self._cancel, flow_runs), return_exceptions=True)
+        for problem in filter(None, problems):
+            raise problem
+
     async def _cancel(self, flow_run: FlowRun) -> None:
         """Cancel a flow run that is Cancelling: its coroutine here, or what a worker that is gone has left of it."""
         held = self._held.get(flow_run.id)
@@ -774,9 +775,10 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         Its own coroutine stops the crew that it waits for. This stops one that an earlier attempt has started, where
         the coroutine had not come so far yet, or was not there.
         """
-        if flow_run.start_time is not None:
-            await stop_crews_of(self.client, flow_run)
-        await self.client.set_flow_run_state(flow_run.id, Cancelled(message=why), force=True)
+        async with self._ending_cancelled:
+            if flow_run.start_time is not None:
+                await stop_crews_of(self.client, flow_run)
+            await self.client.set_flow_run_state(flow_run.id, Cancelled(message=why), force=True)
 
 
 def _send_logs_and_events() -> None:

@@ -1,6 +1,7 @@
 """What people look at: one Markdown artifact a run, under a key per crew, updated as the run goes on.
 
-An artifact is a view. It may be missing or cleaned away without any harm: the record is what counts.
+An artifact is a view. It may be missing or cleaned away without any harm to its run: the record is what counts. It
+belongs to the flow run that started the run, and names the run's claim: so whoever cancels that flow run finds the run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
@@ -48,6 +49,8 @@ SHOW_WITHIN = 15.0
 """Seconds for all of it: one that is away must not keep a wait from looking at its run."""
 NEWEST = 200
 """How many artifacts under a key are looked through, the newest first, for one that another process made."""
+CLAIM = "claim"
+"""The name in an artifact's metadata of its run's claim."""
 TASKS_CAP = 200
 """Tasks of a run that an artifact lists."""
 BAR = 12
@@ -68,18 +71,44 @@ def artifact_key(label: str, *, prefix: str = "crew") -> str:
     return f"{prefix}-" + (re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") or "run")
 
 
+async def claims_shown(client: PrefectClient, flow_run_ids: Sequence[UUID]) -> list[str]:
+    """Return the names of the claims that the artifacts of flow runs name.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    names, offset = dict[str, None](), 0
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[*flow_run_ids]))
+    while True:
+        page = await client.read_artifacts(artifact_filter=wanted, limit=NEWEST, offset=offset)
+        claims = (artifact.metadata_.get(CLAIM) for artifact in page if artifact.metadata_)
+        names |= dict.fromkeys(claim for claim in claims if claim)
+        if len(page) < NEWEST:
+            return [*names]
+        offset += NEWEST
+
+
 class MarkdownArtifact:
     """One artifact that is made once and then updated, distinguished from others under its key by its description.
 
-    `id` is its id, as far as it is known here; `is_new`: it surely is not there yet.
+    `id` is its id, as far as it is known here; `is_new`: it surely is not there yet. `flow_run_id` is the flow run that
+    it belongs to, that around its first update if left out. `metadata` is for programs.
     """
 
-    def __init__(self, key: str, description: str, *, flow_run_id: str | None = None, is_new: bool = False) -> None:
+    def __init__(
+        self,
+        key: str,
+        description: str,
+        *,
+        flow_run_id: str | None = None,
+        is_new: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self.key = key
         self.description = description
         self.id: UUID | None = None
         self.is_new = is_new
-        self._flow_run_id = flow_run_id
+        self._flow_run_id, self._metadata = flow_run_id, metadata
         self._in_trouble = False
 
     async def keep(self, data: str) -> None:
@@ -130,16 +159,19 @@ class MarkdownArtifact:
         return True
 
     async def _create(self, data: str) -> None:
-        """Make the artifact, of the flow and task run that this is called from."""
+        """Make the artifact, of its flow run. If that is the one around this call, then of the task run as well."""
         self.is_new = False  # who knows whether a request that is lost makes it
         flow, task = FlowRunContext.get(), TaskRunContext.get()
+        around = flow.flow_run.id if flow and flow.flow_run else None
+        owner = around if self._flow_run_id is None else UUID(self._flow_run_id)
         artifact = ArtifactCreate(
             key=self.key,
             type="markdown",
             description=self.description,
             data=data,
-            flow_run_id=flow.flow_run.id if flow and flow.flow_run else None,
-            task_run_id=task.task_run.id if task else None,
+            metadata_=None if self._metadata is None else dict(self._metadata),
+            flow_run_id=owner,
+            task_run_id=task.task_run.id if task and owner == around else None,
         )
         body = artifact.model_dump(mode="json", exclude_unset=True)
         async with get_client() as client:
@@ -286,11 +318,14 @@ def _result(view: RunView, output: str) -> str:
 
 
 class RunArtifact(MarkdownArtifact):
-    """The artifact of one run."""
+    """The artifact of one run. `claim` is the name of the Variable that holds the run's claim, where it has one."""
 
-    def __init__(self, crew: str, kickoff_id: str, *, flow_run_id: str | None, is_new: bool = False) -> None:
+    def __init__(
+        self, crew: str, kickoff_id: str, *, flow_run_id: str | None, is_new: bool = False, claim: str | None = None
+    ) -> None:
         description = f"Run {prose(kickoff_id)} of crew {prose(crew)}"
-        super().__init__(artifact_key(crew), description, flow_run_id=flow_run_id, is_new=is_new)
+        metadata = None if claim is None else {CLAIM: claim, "kickoff_id": kickoff_id}
+        super().__init__(artifact_key(crew), description, flow_run_id=flow_run_id, is_new=is_new, metadata=metadata)
 
     async def show(self, view: RunView) -> None:
         """Bring the artifact up to date, or make it."""

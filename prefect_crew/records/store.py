@@ -205,6 +205,11 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
     return records
 
 
+def readable_records(variables: Sequence[Variable]) -> list[RunRecord]:
+    """Return the records among some Variables, as `records_in`, without those that a later version wrote."""
+    return records_in([variable for variable in variables if later_version(variable.value) is None])
+
+
 def _used_in(variables: Sequence[Variable], crew_url: str) -> list[dict[str, Any]]:
     """Return what the latest runs of a crew used, by the Variable among these that lists it."""
     listed: list[Any] = [variable.value for variable in variables if variable.name == _usual_name(crew_url)]

@@ -30,7 +30,7 @@ from prefect_crew.exceptions import (
 from prefect_crew.prices import cost_of
 from prefect_crew.records.budgets import change, corrections
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, SentReview, StoredResult, utcnow
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
@@ -92,7 +92,8 @@ class OpenRun:
     def artifact(self) -> RunArtifact:
         """Its artifact, whether or not that has been made."""
         owner = None if self.record is None else self.record.flow_run_id
-        return RunArtifact(self.crew.label, self.kickoff_id, flow_run_id=owner, is_new=self.owned)
+        claim = None if self.record is None else record_name(self.record.idempotency_key, self.record.attempt)
+        return RunArtifact(self.crew.label, self.kickoff_id, flow_run_id=owner, is_new=self.owned, claim=claim)
 
     @property
     def attempt(self) -> str | None:

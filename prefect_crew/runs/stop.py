@@ -13,26 +13,30 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
 from types import FrameType
 from typing import Any
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, read_all_flow_runs, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
+from prefect_crew.artifacts.run import claims_shown
 from prefect_crew.client import CrewClient
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, session_of
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.store import PAGE, PrefectRecords, read_pages, readable_records, server_time, variables_in
 from prefect_crew.runs.limits import Slots
 from prefect_crew.runs.run import cost_of_run, find_run, finish_run
 from prefect_crew.states import CrewState
@@ -43,6 +47,10 @@ LOOK_WITHIN = 5.0
 """Seconds that such a question may take, or one for what a stopped run used: what is waited for is the crew."""
 STOP_WITHIN = 20.0
 """Seconds for all that is done on a cancellation: Prefect kills a cancelled process after about 30."""
+LATEST = 2000
+"""Variables that are looked through for a run whose artifact is missing, at most."""
+CLOCKS_APART = timedelta(minutes=5)
+"""How much the clock of the process that began a flow run may differ from that of the Prefect server."""
 _STOP_ASKED = "stop was asked for"
 
 
@@ -178,6 +186,51 @@ async def cancellation_asked(own: str | None) -> bool:
     return (_watch.pressed and not started_by_runner()) or await _is_cancelled_on_server(own)
 
 
+# The runs of a flow run
+
+
+async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunRecord]:
+    """Return the runs that a flow run or a subflow of it has started, and that have not ended by their records.
+
+    Their artifacts name their claims. A process that was killed before it had made an artifact, and a wait that was
+    cancelled before, leave runs without one: their claims are among the Variables that changed last.
+
+    Raises:
+        httpx.HTTPError, PrefectException: The Prefect API is away.
+    """
+    ids, at = [flow_run.id], 0
+    while at < len(ids):  # the subflows, level by level
+        parents = FlowRunFilterParentFlowRunId(any_=ids[at:])
+        at = len(ids)
+        children = await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
+        ids += [child.id for child in children]
+    names, owners = await claims_shown(client, ids), {str(id_) for id_ in ids}
+    claims = list[RunRecord]()
+    for start in range(0, len(names), PAGE):
+        async for page in read_pages({"name": {"any_": names[start : start + PAGE]}}):
+            claims += readable_records(page)
+    claims += await _latest_claims(client, flow_run.start_time, owners)
+    refs = {claim.ref for claim in claims if claim.flow_run_id in owners and claim.phase is RecordPhase.CLAIMED}
+    open_runs = list[RunRecord]()
+    for key in dict.fromkeys(claim.idempotency_key for claim in claims if claim.ref in refs):
+        open_runs += [attempt for attempt in await PrefectRecords().attempts(key) if attempt.ref in refs]
+    return [record for record in open_runs if record.phase in (RecordPhase.STARTED, RecordPhase.UNCERTAIN)]
+
+
+async def _latest_claims(client: PrefectClient, since: datetime | None, owners: Collection[str]) -> list[RunRecord]:
+    """Return the claims of flow runs among the Variables that changed last, back to a moment, `LATEST` at most."""
+    claims = list[RunRecord]()
+    for offset in range(0, LATEST, PAGE):
+        json = {"limit": PAGE, "offset": offset, "sort": "UPDATED_DESC"}
+        response = await client.request("POST", "/variables/filter", json=json)
+        page = variables_in(response)
+        claims += [claim for claim in readable_records(page) if claim.flow_run_id in owners]
+        until = server_time(response) - timedelta(seconds=page[-1].idle) if page else None
+        if len(page) < PAGE or until is None or (since is not None and until < since - CLOCKS_APART):
+            break
+    return claims
+
+
 # Stop the crew
 
 
@@ -196,6 +249,9 @@ async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key
                     await close_stopped(session.client, run.crew, run.record, answer, PrefectRecords())
                 except PREFECT_ERRORS as error:
                     run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
+                if run.record.ended_at is not None:
+                    stopped = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED)
+                    await run.artifact.show(run.view(stopped))
                 if run.record.slot is not None:
                     await Slots(run.crew, UUID(run.record.slot)).release()
     return answer
@@ -282,7 +338,8 @@ async def close_stopped(
     """
     if answer.outcome is StopOutcome.NOT_STOPPABLE:
         return  # it has ended: whoever looks sees how, and writes it down
-    stored = await records.of_kickoff(str(record.kickoff_id)) or record
+    attempts = await records.attempts(record.idempotency_key)
+    stored = next((attempt for attempt in attempts if attempt.kickoff_id == record.kickoff_id), record)
     if stored.phase is RecordPhase.ENDED:
         return  # somebody else saw the end, and what is here is older
     if answer.outcome is not StopOutcome.STOPPED:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 NOTED_WITHIN = 5.0
 """Seconds that a wait which ends gives a note about people's time to be saved."""
 SHOW_EVERY = 5.0
-"""Seconds, at least, between two updates of the artifact of a run that goes on, and before the first one."""
+"""Seconds, at least, between two updates of the artifact of a run that goes on."""
 
 
 @cancelled_once
@@ -118,8 +118,9 @@ class _Waiter(Watcher):
         self.people: People | None = None
         self._noting: asyncio.Task[None] | None = None
         self._in_trouble = self._has_stopped = self._is_over_budget = False
-        self._is_stale = run.artifact.is_new
-        # A run that was kicked off right here has just been shown, or may be over soon.
+        self._is_stale = False
+        self._first_page: asyncio.Task[None] | None = None
+        # A run that was kicked off right here has just been shown.
         self._shown_at = time.monotonic() if run.owned else 0.0
 
     def meet_people(self, *, asked: bool = False) -> None:
@@ -138,6 +139,9 @@ class _Waiter(Watcher):
                 if record is not None and record.has_webhooks:
                     self.waker = await stack.enter_async_context(waker_for(record.idempotency_key, run.crew.url))
                 self.meet_people()
+                if run.artifact.is_new:
+                    # Beside the wait. Whoever cancels the flow run while its process is gone finds the run by it.
+                    self._first_page = asyncio.create_task(self._show(None, force=True))
                 try:
                     status = await poll(
                         self._look,
@@ -176,6 +180,8 @@ class _Waiter(Watcher):
                     await self._end_noting(NOTED_WITHIN)
                     if self.people is not None:
                         await self.people.aclose(ended=ended)
+                    if not ended and self._first_page is not None:
+                        await cancel_and_wait(self._first_page)
         self.log.info("Crew run %s %s.", run.kickoff_id, status.state)
         await self._close(status)
         return result_of(run, status)
@@ -257,17 +263,8 @@ class _Waiter(Watcher):
             raise _CancelledOnServerError
 
     async def pause(self, seconds: float) -> bool:
-        """Pause between two looks at the run. One that has no artifact yet gets it meanwhile, if the pause is long."""
-        began, first = time.monotonic(), self._shown_at + SHOW_EVERY - time.monotonic()
-        if self.run.artifact.is_new and first < seconds:
-            if first > 0 and await self._pause(first):
-                return True
-            await self._show(self.last, force=True)
-            seconds -= time.monotonic() - began
-        return await self._pause(max(seconds, 0.0))
-
-    async def _pause(self, seconds: float) -> bool:
-        """Pause, and look meanwhile whether the flow run was cancelled; True if there is news."""
+        """Pause between two looks at the run, and look meanwhile whether the flow run was cancelled; True if there is
+        news."""
         pause = super().pause if self.waker is None else self.waker.pause
         pausing = pause(seconds) if self.people is None else self.people.pause(pause, seconds)
         if seconds <= stop.LOOK_EVERY or self.own is None or stop.started_by_runner():
@@ -383,6 +380,8 @@ class _Waiter(Watcher):
         now = time.monotonic()
         if not force and now - self._shown_at < SHOW_EVERY:
             return
+        if (first := self._first_page) is not None and first is not asyncio.current_task():
+            await asyncio.wait({first})  # or two requests would make the artifact
         self._shown_at, self._is_stale = now, False
         notes, to_do = ([], []) if self.people is None else self.people.notes
         notes += [note] if note else []
@@ -390,6 +389,8 @@ class _Waiter(Watcher):
         view = self.run.view(status, notes=[self.run.redact(one) for one in notes], to_do=to_do, reviews=given)
         is_first = self.run.artifact.id is None
         await self.run.artifact.show(view)
+        if self.run.artifact.id is None:  # the Prefect API did not take it
+            self._is_stale = True
         if is_first and self.run.artifact.id is not None and not (status is not None and status.state.ended):
             self.run.notify(None)  # so that it can be linked to
 

@@ -27,8 +27,10 @@ from prefect_crew.artifacts import run as run_module
 from prefect_crew.artifacts.run import MarkdownArtifact, RunArtifact, artifact_key
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ServerError
+from prefect_crew.records.store import record_name
 from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.kickoff import open_run
+from prefect_crew.runs.stop import stop_run
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
@@ -97,6 +99,50 @@ def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerF
         assert part in artifact["data"]
 
 
+@pytest.mark.parametrize("show", ["full", "none"])
+def test_an_artifact_names_its_claim_from_the_kickoff_on_and_is_written_twice(
+    crew_server: CrewServerFactory, seen: Seen, name: str, proxy: Proxy, show: Any
+):
+    crew = crew_server(script({"output": "done"}, inputs=["pin"])).crew(show=show, secret_inputs=["pin"])
+    key = f"{name} today"
+
+    @flow
+    async def trip() -> None:
+        await arun_crew(crew.crew.called(name), {"pin": "4711471"}, idempotency_key=key)
+
+    asyncio.run(trip())
+    (artifact,) = seen.artifacts(artifact_key(name))
+    record = seen.record(key)
+    assert artifact["metadata_"] == {"claim": record_name(key, 1), "kickoff_id": record["kickoff_id"]}
+    assert "4711471" not in str(artifact)
+    assert proxy.requests.count("POST /api/artifacts/") == 1
+    assert (proxy.count("PATCH /api/artifacts/"), proxy.count("/api/artifacts")) == (1, 2)
+
+
+def test_a_cancelled_run_that_has_just_begun_is_shown_as_stopped(crew_server: CrewServerFactory, seen: Seen, name: str):
+    run = kicked_off(crew_server(slow(60)).crew().crew.called(name))
+    assert "○ pending" in shown(seen, name)
+    asyncio.run(stop_run(run.crew, run.kickoff_id))
+    assert "■ stopped" in shown(seen, name)
+
+
+async def test_an_artifact_belongs_to_the_flow_run_that_started_the_run(
+    crew_server: CrewServerFactory, seen: Seen, name: str
+):
+    crew, ids = crew_server("echo").crew().crew.called(name), list[str]()
+    other = str(uuid.uuid4())
+
+    @flow
+    async def trip() -> None:
+        ids.append(str(flow_run.id))
+        for owner in (None, str(flow_run.id), other):
+            await MarkdownArtifact(artifact_key(crew.label), f"for {owner}", flow_run_id=owner).keep("text")
+
+    await trip()
+    made = await asyncio.to_thread(seen.artifacts, artifact_key(name))
+    assert [artifact["flow_run_id"] for artifact in made] == [ids[0], ids[0], other]
+
+
 @pytest.mark.parametrize("answers", [True, False], ids=["answers", "does not answer"])
 def test_a_run_that_lasts_is_shown_while_it_goes_on(
     crew_server: CrewServerFactory, seen: Seen, name: str, monkeypatch: pytest.MonkeyPatch, answers: bool
@@ -105,17 +151,19 @@ def test_a_run_that_lasts_is_shown_while_it_goes_on(
     server = crew_server(slow(60), faults=[] if answers else ["status:500"])
     crew = server.crew(wait=WaitPolicy(error_timeout=600)).crew.called(name)
 
+    texts: list[str] = []
+
     @flow
-    async def trip() -> list[str]:
+    async def trip() -> None:
         running = asyncio.ensure_future(arun_crew(crew))
-        while not (found := await asyncio.to_thread(seen.artifacts, artifact_key(name))):
+        while not texts or (answers and "● running" not in texts[-1]):
             await asyncio.sleep(0.05)
+            texts.extend(one["data"] for one in await asyncio.to_thread(seen.artifacts, artifact_key(name)))
         running.cancel()
         await asyncio.wait({running})
-        return [one["data"] for one in found]
 
-    (text,) = asyncio.run(trip())
-    assert ("● running" if answers else "○ pending") in text
+    asyncio.run(trip())
+    assert answers or "○ pending" in texts[-1]
 
 
 def test_a_run_whose_server_answers_no_more_says_so(crew_server: CrewServerFactory, seen: Seen, name: str):

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from prefect_crew import (
 )
 from prefect_crew.client.models import StopOutcome
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.runs import stop
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
@@ -526,3 +527,82 @@ async def test_a_stop_that_cannot_be_recorded_is_reported(
 
     assert (await asyncio.to_thread(refused)).accepted
     assert f"It could not be recorded that run {run.kickoff_id} was stopped" in caplog.text
+
+
+# The runs of a flow run
+
+
+async def started(server: CrewServer) -> tuple[uuid.UUID, str, str]:
+    """Kick a crew off in a flow and, with another key, in a subflow of it; return the flow run and the kickoff ids."""
+    ids: list[Any] = []
+
+    @flow
+    async def city() -> None:
+        ids.append(await kickoff_crew(server.crew(show="none", secret_inputs=["pin"]), {"pin": "4711471"}))
+
+    @flow
+    async def trip() -> None:
+        ids.append(flow_run.id)
+        ids.append(await kickoff_crew(server.crew()))
+        await city()
+
+    await trip()
+    return uuid.UUID(ids[0]), str(ids[1]), str(ids[2])
+
+
+async def open_ids(flow_run_id: uuid.UUID) -> set[str]:
+    async with get_client() as client:
+        return {
+            str(record.kickoff_id)
+            for record in await stop.open_runs_of(client, await client.read_flow_run(flow_run_id))
+        }
+
+
+async def test_the_runs_of_a_flow_run_are_found_by_its_artifacts(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stop, "LATEST", 0)
+    server = crew_server(slow(60))
+    await kickoff_crew(server.crew())  # somebody else's
+    flow_run_id, *kickoff_ids = await started(server)
+    assert await open_ids(flow_run_id) == set(kickoff_ids)
+    await stop.stop_run(server.crew().crew, kickoff_ids[0])
+    assert await open_ids(flow_run_id) == {kickoff_ids[1]}
+
+
+@pytest.mark.parametrize("most", [stop.LATEST, 0], ids=["by what changed last", "not without a look there"])
+def test_a_run_whose_process_died_before_its_artifact_was_made_is_found(
+    crew_server: CrewServerFactory, prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch, most: int
+):
+    monkeypatch.setattr(stop, "LATEST", most)
+    server = crew_server(slow(60))
+    with through(prefect_server) as proxy:
+        proxy.refuse = "POST /api/artifacts/$"
+        flow_run_id, *kickoff_ids = asyncio.run(started(server))
+        assert proxy.requests.count("POST /api/artifacts/") == 2
+    assert asyncio.run(open_ids(flow_run_id)) == (set(kickoff_ids) if most else set())
+
+
+async def test_the_search_among_what_changed_last_goes_back_to_the_begin_of_the_flow_run(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stop, "PAGE", 1)
+    flow_run_id, *_ = await started(crew_server(slow(60)))
+    async with get_client() as client:
+        begun = await client.read_flow_run(flow_run_id)
+        monkeypatch.setattr(stop, "CLOCKS_APART", timedelta(0))
+        owners = {str(begun.id)}
+        assert len(await stop._latest_claims(client, begun.start_time, owners)) == 1
+        assert await stop._latest_claims(client, utcnow() + timedelta(minutes=1), owners) == []
+
+
+def test_what_is_read_for_a_flow_run_does_not_grow_with_the_records(
+    crew_server: CrewServerFactory, prefect_server: PrefectServer
+):
+    flow_run_id, *_ = asyncio.run(started(crew_server(slow(60))))
+    with through(prefect_server) as proxy:
+        asyncio.run(open_ids(flow_run_id))
+        # The claims by their names, the latest changes, and for each key its attempts and their permits.
+        assert proxy.count("POST /api/variables/filter") <= 1 + 1 + 2 * 2
+        assert proxy.count("POST /api/artifacts/filter") == 1
+        assert proxy.count("POST /api/flow_runs/filter") == 2

@@ -33,7 +33,7 @@ from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs import polling, wait
+from prefect_crew.runs import polling
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -384,7 +384,6 @@ async def shown(seen: Seen, server: CrewServer, crew: DeployedCrew) -> str:
 async def test_a_run_that_lasts_has_its_page_before_the_first_look(
     crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(wait, "SHOW_EVERY", 0.3)
     monkeypatch.setattr(polling, "fast_intervals", [])
     server = crew_server(slow(60))
     crew, page = server.crew(wait=WaitPolicy(initial=60)), ""
