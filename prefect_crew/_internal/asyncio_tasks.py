@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-import signal
 import threading
-from collections.abc import Callable, Coroutine, Generator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import wraps
-from types import FrameType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import anyio
@@ -26,6 +24,8 @@ from prefect_crew.exceptions import InvalidCallError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+LOOK_EVERY = 0.2
+"""Seconds between two looks of blocked sync code whether the task around it was cancelled."""
 ENDINGS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, ExternalSignal)
 """How a task is ended from outside: cancelled, or by a signal whose exception was raised in the midst of it."""
 
@@ -75,12 +75,15 @@ async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
     return await result
 
 
-def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Have a cancellation reach a coroutine once, and see what it then does to its end.
+def cancelled_once(
+    function: Callable[P, Coroutine[Any, Any, T]], within: Callable[[], float | None] = lambda: None
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Have a cancellation reach a coroutine once, and see what it then does to its end, for so many seconds at most.
 
     A timeout of Prefect is a cancel scope of anyio: it cancels at every await until the scope is left, also through
     `asyncio.gather`, and would cut off what a cancelled start, wait or batch has to do yet: give a claim back, see a
-    kickoff in flight to its end, stop a crew. That has time limits of its own.
+    kickoff in flight to its end, stop a crew. After the seconds of `within` the rest goes on by itself; without
+    them the coroutine has time limits of its own.
     """
 
     @wraps(function)
@@ -92,11 +95,12 @@ def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
         except BaseException:
             if not work.done() and not work.cancelling():  # a loop that ends has cancelled all of its tasks itself
                 work.cancel()
-            while not work.done():
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for its error
+            loop, seconds = asyncio.get_running_loop(), within()
+            until = None if seconds is None else loop.time() + seconds
+            while not work.done() and (until is None or loop.time() < until):
                 with suppress(asyncio.CancelledError), anyio.CancelScope(shield=True):
-                    await asyncio.wait({work})
-            if not work.cancelled():
-                work.exception()  # or asyncio complains that nobody has asked for it
+                    await asyncio.wait({work}, timeout=None if until is None else until - loop.time())
             raise
         return work.result()
 
@@ -156,39 +160,25 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
         begun.set_result(lambda: loop.call_soon_threadsafe(task.cancel))
         return await task
 
-    context = contextvars.copy_context()
-    with _raising_at_ctrl_c(), ThreadPoolExecutor(max_workers=1) as pool:
+    def cancel() -> None:
+        with suppress(RuntimeError):  # the loop has just ended
+            begun.result()()
+
+    context, around = contextvars.copy_context(), asyncio.current_task()
+    before = 0 if around is None else around.cancelling()
+    with ThreadPoolExecutor(max_workers=1) as pool:
         running = pool.submit(context.run, asyncio.run, work())
         try:
+            # Ctrl-C only asks the task around this call to end, which cannot: its loop is blocked.
+            while not wait({running}, timeout=LOOK_EVERY).done:
+                if around is not None and around.cancelling() > before:
+                    before = around.cancelling()
+                    cancel()
             return running.result()
         except BaseException:
             if not running.done():  # it is a signal or a timeout that was raised here
-                with suppress(RuntimeError):  # the loop has just ended
-                    begun.result()()
+                cancel()
             raise
-
-
-@contextmanager
-def _raising_at_ctrl_c() -> Generator[None]:
-    """Have Ctrl-C raise in this thread: asyncio's handler only cancels a task of the loop, which is blocked.
-
-    Whoever handles it is told first. Where the loop itself handles signals, as in a crew worker, nothing is raised.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    is_of_loop = getattr(before, "__module__", "") == "asyncio.unix_events"  # in whose place the loop is woken
-    if threading.current_thread() is not threading.main_thread() or not callable(before) or is_of_loop:
-        yield
-        return
-
-    def raise_too(number: int, frame: FrameType | None) -> None:
-        before(number, frame)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, raise_too)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def dual(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Any]:

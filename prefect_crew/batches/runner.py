@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
@@ -59,7 +60,7 @@ from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import OpenRun, close_record, finish_run
-from prefect_crew.runs.stop import cancellation_asked, close_stopped, is_cancelled, watch_ctrl_c
+from prefect_crew.runs.stop import close_stopped, is_cancelled, is_cancelled_on_server
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
@@ -142,18 +143,17 @@ class Runner:
         """
         own, on_cancel = flow_run_id(), self._options.on_cancel
         rows = asyncio.ensure_future(self.run(jobs))
-        with watch_ctrl_c():
-            try:
-                await _tick_during(rows, tick, own)
-                if not rows.done():
-                    await self._end(rows, tick, on_cancel)
-                    raise BatchCancelledError(name=self.ledger.batch)
-            except asyncio.CancelledError:
-                if not rows.done():
-                    await self._end(rows, tick, on_cancel if await _is_cancellation_asked(own) else "leave")
-                raise
-            finally:
-                await cancel_and_wait(rows)
+        try:
+            await _tick_during(rows, tick, own)
+            if not rows.done():
+                await self._end(rows, tick, on_cancel)
+                raise BatchCancelledError(name=self.ledger.batch)
+        except asyncio.CancelledError:
+            if not rows.done():
+                await self._end(rows, tick, on_cancel if await _is_flow_run_cancelled(own) else "leave")
+            raise
+        finally:
+            await cancel_and_wait(rows)
 
     async def _end(self, rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], on_cancel: str) -> None:
         """Kick off nothing more; stop what is in flight, wait for it (drain) or leave it."""
@@ -169,8 +169,9 @@ class Runner:
                 run_logger().warning("Not every run in flight could be stopped in %.0f s.", STOP_WITHIN)
         else:
             run_logger().warning(
-                "%d runs of batch %s are left in flight; the same call reattaches to them.",
-                *(len(self.waiting), self.ledger.batch),
+                "%d runs of batch %s are left in flight. The same call waits for them. To stop them: "
+                "prefect-crew batch cancel %s",
+                *(len(self.waiting), self.ledger.batch, shlex.quote(self.ledger.batch)),
             )
         await cancel_and_wait(rows)
 
@@ -651,9 +652,9 @@ async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[
         await cancel_and_wait(looking)
 
 
-async def _is_cancellation_asked(own: str | None) -> bool:
+async def _is_flow_run_cancelled(own: str | None) -> bool:
     try:
-        return await asyncio.wait_for(cancellation_asked(own), ASK_WITHIN)
+        return await asyncio.wait_for(is_cancelled_on_server(own), ASK_WITHIN)
     except (*PREFECT_ERRORS, TimeoutError):
         return False
 

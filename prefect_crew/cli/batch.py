@@ -109,7 +109,7 @@ class RunChoices(BatchChoices):
     Args:
         on_failure: continue; stop at the first failed row; or a number of failed rows, or a share below 1, to stop at.
         on_change: What to do when the rows or the crew have changed.
-        on_cancel: What to do with runs in flight at Ctrl-C or a cancellation: stop, wait for (drain), or leave them.
+        on_cancel: What to do with runs in flight at a cancellation: stop, wait for (drain), or leave them.
         retries: How many more times to kick off a failed row.
         retry_failed: Start the failed rows of earlier calls again.
         max_kickoffs: A limit on kickoffs, of all calls together.
@@ -181,7 +181,8 @@ async def _run(
             report = await call(shown)
     except (asyncio.CancelledError, KeyboardInterrupt):
         again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call again"
-        _output.note(f"To go on where it stopped: {again}")
+        stop = f"prefect-crew batch cancel {shell_name}"
+        _output.note(f"To go on where it stopped: {again}. To stop the runs in flight: {stop}")
         raise
     page = page_url(shown.flow_run_id)
     as_json = output and {**report.as_dict(), "flow_run_id": shown.flow_run_id, "flow_run_url": page}

@@ -48,7 +48,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
 from prefect_crew.runs.run import OpenRun, no_kickoff_left
-from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked, watch_ctrl_c
+from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import is_prefect_cloud, webhooks_for
@@ -65,7 +65,8 @@ PERMIT_GOOD_FOR = 30.0
 LIMITED_FOR = 600.0
 """Seconds for which a kickoff is tried again while the server answers 429, or 503 with a time to come back."""
 FINISH = 25.0
-"""Seconds that a cancelled caller leaves a POST in flight to end: Prefect kills a cancelled process after about 30."""
+"""Seconds for all that a cancelled start still does, such as to see a POST in flight to its end: Prefect kills a
+cancelled process after about 30."""
 LEAST_DELAY = 0.1
 """Seconds before a kickoff is sent for the second time, at least; before each further one it is twice as long."""
 AGAIN = 0.1
@@ -163,8 +164,7 @@ class ClaimLostError(Exception):
     sent since."""
 
 
-@cancelled_once
-async def start_run(
+async def _start_run(
     start: Start,
     records: RecordStore,
     session: CrewSession,
@@ -203,6 +203,9 @@ async def start_run(
             run_logger().warning("Run %s: %s What is on record now counts.", found.record.idempotency_key, lost)
         else:
             return found
+
+
+start_run = cancelled_once(_start_run, lambda: FINISH)
 
 
 def _step_taken(decision: Decision, record: RunRecord) -> str:
@@ -476,7 +479,10 @@ async def _giving_back(record: RunRecord, records: RecordStore, unused: Lease | 
     try:
         yield
     except BaseException as problem:
-        await _give_back(record, records, problem, unused)
+        # A courtesy: a claim without a permit expires by itself. With one, a refused kickoff would seem uncertain.
+        limit = None if record.permit and isinstance(problem, Exception) else FINISH
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_give_back(record, records, problem, unused), limit)
         raise
 
 
@@ -615,8 +621,7 @@ async def open_run(
             nullcontext() if slots is None else slots.kept(),
             session_of(given if isinstance(given, CrewSession) else crew) as session,
         ):
-            # Open as long as the POST may be in flight, so that a Ctrl-C then stops what it started.
-            with watch_ctrl_c(), withholding(crew.redactor(start.inputs)):
+            with withholding(crew.redactor(start.inputs)):
                 started = await start_run(start, records, session, check=lambda: check_inputs(session, start))
             crew = crew.with_token(session.crew.token)
     except CrewError as error:

@@ -1,8 +1,8 @@
 """Stop a crew: when somebody asks for it, and when the flow run that started it is cancelled.
 
 Under Prefect a cancelled flow run, a timeout, a worker that is shut down and Ctrl-C all arrive as one and the same
-cancellation. What tells them apart is the flow run's state on the server, and the signal itself. A worker that is shut
-down or evicted leaves the crew running: the next call reattaches to the run.
+cancellation of a task. Only the flow run's state on the Prefect server tells the first one from the others, which leave
+the crew running: the next call reattaches to the run.
 """
 
 from __future__ import annotations
@@ -10,14 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-import signal
-import threading
 import time
-from collections.abc import Collection, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from datetime import datetime, timedelta
-from types import FrameType
-from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -54,29 +50,6 @@ CLOCKS_APART = timedelta(minutes=5)
 _STOP_ASKED = "stop was asked for"
 
 
-# Was Ctrl-C pressed? asyncio turns a SIGINT into a plain cancellation: so it is noted on its way.
-
-
-class _Watch:
-    """How many waits watch, whether Ctrl-C was pressed since the first of them began, and what handled it before."""
-
-    users = 0
-    pressed = False
-    previous: Any = None
-    loop: asyncio.AbstractEventLoop
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        first, self.pressed = not self.pressed, True
-        if first and self.previous is signal.default_int_handler:
-            # Between two steps of the loop: in the midst of one it could cut off what writes down a kickoff.
-            self.loop.call_soon_threadsafe(signal.default_int_handler, signum, None)
-        elif callable(self.previous):
-            self.previous(signum, frame)
-
-
-_watch = _Watch()  # Process-wide, as a signal's handler is.
-
-
 def started_by_runner() -> bool:
     """Return whether a Prefect runner or worker started this process, or is it: Ctrl-C shuts that down, no more.
 
@@ -85,33 +58,10 @@ def started_by_runner() -> bool:
     return bool(os.environ.get("PREFECT__FLOW_RUN_ID") or os.environ.get("PREFECT__WORKER_NAME"))
 
 
-@contextmanager
-def watch_ctrl_c() -> Generator[None]:
-    """Note Ctrl-C while this is open, on an event loop. The handler that was there is called as before; Python's own,
-    which raises KeyboardInterrupt wherever the program is, by the loop, and at once when pressed again.
-
-    Outside the main thread, where Python allows no handlers, it does nothing; nor under a runner or worker.
-    """
-    if threading.current_thread() is not threading.main_thread() or started_by_runner():
-        yield
-        return
-    if _watch.users == 0:
-        _watch.pressed, _watch.loop = False, asyncio.get_running_loop()
-        _watch.previous = signal.signal(signal.SIGINT, _watch.handle)
-    _watch.users += 1
-    try:
-        yield
-    finally:
-        _watch.users -= 1
-        # Somebody may have set another handler on top, which is then theirs to keep.
-        if _watch.users == 0 and signal.getsignal(signal.SIGINT) == _watch.handle:
-            signal.signal(signal.SIGINT, _watch.previous)
-
-
 # Is the flow run cancelled?
 
 
-async def _is_cancelled_on_server(run_id: str | None) -> bool:
+async def is_cancelled_on_server(run_id: str | None) -> bool:
     """Return whether a flow run, or one around it, is cancelled or being cancelled.
 
     Whoever cancels a flow means its subflows too, whose own states do not say so.
@@ -170,20 +120,11 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
         del _asked[next(iter(_asked))]
     try:
         async with asyncio.timeout(LOOK_WITHIN):
-            cancelled = await _is_cancelled_on_server(run_id)
+            cancelled = await is_cancelled_on_server(run_id)
     except (*PREFECT_ERRORS, TimeoutError):
         return False
     _asked[key] = time.monotonic(), cancelled
     return cancelled
-
-
-async def cancellation_asked(own: str | None) -> bool:
-    """Return whether somebody wants the crew stopped: the flow run is being cancelled, or Ctrl-C was pressed.
-
-    Raises:
-        PREFECT_ERRORS: The Prefect API is away.
-    """
-    return (_watch.pressed and not started_by_runner()) or await _is_cancelled_on_server(own)
 
 
 # The runs of a flow run
@@ -210,7 +151,8 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
         async for page in read_pages({"name": {"any_": names[start : start + PAGE]}}):
             claims += readable_records(page)
     claims += await _latest_claims(client, flow_run.start_time, owners)
-    refs = {claim.ref for claim in claims if claim.flow_run_id in owners and claim.phase is RecordPhase.CLAIMED}
+    # Only an end stands in the claim itself; all else is said by permits, which are read next.
+    refs = {claim.ref for claim in claims if claim.flow_run_id in owners and claim.phase is not RecordPhase.ENDED}
     open_runs = list[RunRecord]()
     for key in dict.fromkeys(claim.idempotency_key for claim in claims if claim.ref in refs):
         open_runs += [attempt for attempt in await PrefectRecords().attempts(key) if attempt.ref in refs]
@@ -264,14 +206,15 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
     """
 
     async def stop() -> bool:
-        if await cancellation_asked(flow_run_id()):
+        if await is_cancelled_on_server(flow_run_id()):
             return not await is_of_another(record, records) and await stop_once(session, record, records)
         log.warning(
-            "Crew run %s is left running at %s: nobody asked to stop it. A retry of this flow run, or a call with "
-            "idempotency key %r, waits for it again.",
+            "Crew run %s is left running at %s: its flow run was not cancelled. A call with idempotency key %r waits "
+            "for it, and so does a retry of this flow run. To stop the crew: %s",
             record.kickoff_id,
             record.crew_url,
             record.idempotency_key,
+            cancel_command(record),
         )
         return False
 
@@ -286,6 +229,13 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
         return False
 
 
+def cancel_command(record: RunRecord) -> str:
+    """Return the command that stops a run, whoever waits for it."""
+    address = record.crew_url.partition("://")[2].rstrip("/")
+    crew = f" --crew {shlex.quote(record.crew_url)}" if record.crew == address else ""
+    return f"prefect-crew runs cancel {shlex.quote(str(record.kickoff_id))}{crew}"
+
+
 async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
     """Return whether another flow run, which has not ended, started a run. The run then goes on, and the log says so.
 
@@ -296,15 +246,15 @@ async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
     if owner is None or owner == flow_run_id() or await records.owner_ended(record):
         return False
     # A subflow says nothing of a cancellation of its parent, nor of the process that it ran in.
-    if await _is_cancelled_on_server(owner):
+    if await is_cancelled_on_server(owner):
         return False
     run_logger().warning(
         "Crew run %s is left running at %s: flow run %s started it and has not ended. To stop the crew, cancel that "
-        "flow run, or: prefect-crew runs cancel %s",
+        "flow run, or: %s",
         record.kickoff_id,
         record.crew_url,
         owner,
-        shlex.quote(record.idempotency_key),
+        cancel_command(record),
     )
     return True
 

@@ -36,7 +36,7 @@ from prefect_crew.runs.run import (
     read_result,
     result_of,
 )
-from prefect_crew.runs.stop import is_cancelled, is_of_another, stop_if_asked, stop_once, watch_ctrl_c
+from prefect_crew.runs.stop import is_cancelled, is_of_another, stop_if_asked, stop_once
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -134,54 +134,53 @@ class _Waiter(Watcher):
     async def wait(self) -> CrewResult:
         """Wait until the run has ended, and return its result."""
         run, record, ended = self.run, self.run.record, False
-        with watch_ctrl_c():
-            async with AsyncExitStack() as stack:
-                if record is not None and record.has_webhooks:
-                    self.waker = await stack.enter_async_context(waker_for(record.idempotency_key, run.crew.url))
-                self.meet_people()
-                if run.artifact.is_new:
-                    # Beside the wait. Whoever cancels the flow run while its process is gone finds the run by it.
-                    self._first_page = asyncio.create_task(self._show(None, force=True))
-                try:
-                    status = await poll(
-                        self._look,
-                        **run.names,
-                        policy=self.policy,
-                        phases=self.phases,
-                        watcher=self,
-                        first_look=not run.owned,
-                    )
-                    ended = True
-                    status = status if self.waker is None else await self.waker.with_usage(status)
-                except ENDINGS:
-                    await self._stop_if_asked()
-                    raise
-                except _CancelledOnServerError:
-                    raise await self._after_cancellation() from None
-                except CrewTimeoutError as error:
-                    if record is not None:
-                        emit("timed_out", record, phase=error.phase, budget=error.budget)
-                    await self._show_unless_closed(str(error))
-                    raise
-                except CrewLostError as error:
-                    if record is not None:
-                        emit("lost", record, once=True)
-                        end_run(record.model_copy(update={"state": CrewState.UNKNOWN, "ended_at": utcnow()}))
-                    lost = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN)
-                    await self._show(lost, force=True, note=str(error))
-                    raise
-                except NO_ANSWER as error:
-                    error.add(self._once_it_answers())
-                    # What the server said in place of a status may be any text of the crew.
-                    bare = f"The status call gives no answer. {self._once_it_answers()}"
-                    await self._show_unless_closed(str(error) if run.show == "full" else bare)
-                    raise
-                finally:
-                    await self._end_noting(NOTED_WITHIN)
-                    if self.people is not None:
-                        await self.people.aclose(ended=ended)
-                    if not ended and self._first_page is not None:
-                        await cancel_and_wait(self._first_page)
+        async with AsyncExitStack() as stack:
+            if record is not None and record.has_webhooks:
+                self.waker = await stack.enter_async_context(waker_for(record.idempotency_key, run.crew.url))
+            self.meet_people()
+            if run.artifact.is_new:
+                # Beside the wait. Whoever cancels the flow run while its process is gone finds the run by it.
+                self._first_page = asyncio.create_task(self._show(None, force=True))
+            try:
+                status = await poll(
+                    self._look,
+                    **run.names,
+                    policy=self.policy,
+                    phases=self.phases,
+                    watcher=self,
+                    first_look=not run.owned,
+                )
+                ended = True
+                status = status if self.waker is None else await self.waker.with_usage(status)
+            except ENDINGS:
+                await self._stop_if_asked()
+                raise
+            except _CancelledOnServerError:
+                raise await self._after_cancellation() from None
+            except CrewTimeoutError as error:
+                if record is not None:
+                    emit("timed_out", record, phase=error.phase, budget=error.budget)
+                await self._show_unless_closed(str(error))
+                raise
+            except CrewLostError as error:
+                if record is not None:
+                    emit("lost", record, once=True)
+                    end_run(record.model_copy(update={"state": CrewState.UNKNOWN, "ended_at": utcnow()}))
+                lost = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN)
+                await self._show(lost, force=True, note=str(error))
+                raise
+            except NO_ANSWER as error:
+                error.add(self._once_it_answers())
+                # What the server said in place of a status may be any text of the crew.
+                bare = f"The status call gives no answer. {self._once_it_answers()}"
+                await self._show_unless_closed(str(error) if run.show == "full" else bare)
+                raise
+            finally:
+                await self._end_noting(NOTED_WITHIN)
+                if self.people is not None:
+                    await self.people.aclose(ended=ended)
+                if not ended and self._first_page is not None:
+                    await cancel_and_wait(self._first_page)
         self.log.info("Crew run %s %s.", run.kickoff_id, status.state)
         await self._close(status)
         return result_of(run, status)

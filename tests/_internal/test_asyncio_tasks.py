@@ -14,7 +14,7 @@ import pytest
 from prefect import flow
 from prefect.logging import disable_run_logger
 
-from prefect_crew._internal.asyncio_tasks import cancel_and_wait, in_async_context
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, in_async_context
 from prefect_crew.batches import throttle
 from prefect_crew.runs import listener
 from support.prefect_server import PrefectServer
@@ -136,3 +136,24 @@ asyncio.run(outer())
 def test_ctrl_c_ends_what_sync_code_within_async_code_waits_for():
     done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, timeout=40, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "stopped\n"), done.stderr
+
+
+async def test_what_a_cancelled_coroutine_finishes_is_waited_for_within_its_limit_and_goes_on_by_itself():
+    finished = asyncio.Event()
+
+    async def start() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.3)
+            finished.set()
+
+    for limit, is_waited_for in ((0.05, False), (60.0, True)):
+        finished.clear()
+        running = asyncio.ensure_future(cancelled_once(start, lambda limit=limit: limit)())
+        await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert finished.is_set() is is_waited_for
+        await finished.wait()

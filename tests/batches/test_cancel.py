@@ -205,7 +205,7 @@ class Programs:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_stops_the_runs_in_flight_and_sigterm_leaves_them(
+def test_a_signal_leaves_the_runs_in_flight(
     prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory, number: signal.Signals
 ):
     server = crew_server(slow(30))
@@ -220,7 +220,7 @@ def test_ctrl_c_stops_the_runs_in_flight_and_sigterm_leaves_them(
             with contextlib.suppress(ProcessError):
                 process.wait(30 if number == signal.SIGINT else 3)
         assert not process.running
-    assert {str(run.state) for run in server.runs} == {"stopped" if number == signal.SIGINT else "running"}
+    assert {str(run.state) for run in server.runs} == {"running"}
     assert server.kickoffs == 20
 
 

@@ -214,11 +214,14 @@ def running(
 
 
 @pytest.mark.programs
-def test_ctrl_c_says_how_to_go_on(running: tuple[CrewServer, Process], name: str):
-    _, process = running
+def test_ctrl_c_leaves_the_runs_in_flight_and_says_how_to_go_on(running: tuple[CrewServer, Process], name: str):
+    server, process = running
     process.send(signal.SIGINT)
     assert process.wait(60) == 130, process.output
-    assert f"To go on where it stopped: prefect-crew batch resume '{name}'" in process.output.replace("\n", " ")
+    assert server.requests["stop"] == 0
+    said = process.output.replace("\n", " ")
+    assert f"To go on where it stopped: prefect-crew batch resume '{name}'" in said
+    assert f"To stop the runs in flight: prefect-crew batch cancel '{name}'" in said
     assert "Traceback" not in process.output
 
 

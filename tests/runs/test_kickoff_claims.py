@@ -410,6 +410,30 @@ async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
     assert await phases(idempotency_key) in ([RecordPhase.CLAIMED], [RecordPhase.UNCERTAIN])
 
 
+@pytest.mark.parametrize("at", ["inputs", "kickoff"])
+async def test_a_cancelled_start_does_not_wait_for_a_claim_that_is_given_back_slowly(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, at: str
+):
+    async def hang(*_: Any) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    begun = asyncio.Event()
+    monkeypatch.setattr(kickoff_module, "FINISH", 0.3)
+    monkeypatch.setattr(PrefectRecords, "save", hang)
+    fault = {"inputs": "inputs:latency=60", "kickoff": "kickoff:404"}[at]
+    server, idempotency_key = crew_server("echo", faults=[fault]), key()
+    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
+    if at == "inputs":
+        await until(lambda: server.requests["inputs"], "the inputs are asked for")
+    else:
+        await asyncio.wait_for(begun.wait(), 20)  # the kickoff was refused
+    calling.cancel()
+    done, _ = await asyncio.wait({calling}, timeout=10)
+    assert done, "it ends without the save"
+    assert calling.cancelled()
+
+
 # A Prefect API that is away
 
 

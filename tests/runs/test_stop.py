@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import sys
 import textwrap
@@ -220,7 +221,7 @@ def test_a_run_that_two_flow_runs_wait_for_is_stopped_with_the_one_that_started_
     assert (ended, server.requests["stop"]) == (["done"], 0)
     assert "continues at" in str(error)
     assert f"flow run {ids[0]} started it and has not ended" in seen.logs(flow_run_id)
-    assert f"prefect-crew runs cancel '{idempotency_key}'" in seen.logs(flow_run_id)
+    assert "prefect-crew runs cancel " in seen.logs(flow_run_id)
 
 
 @pytest.mark.usefixtures("quick_look")
@@ -341,7 +342,7 @@ def test_a_worker_that_shuts_down_leaves_the_crew_running(crew_server: CrewServe
     idempotency_key = next(iter(server.kickoffs_by_key))
     assert seen.record(idempotency_key)["phase"] == "started"
     logs = seen.logs(flow_run_id)
-    assert f"is left running at {server.url}: nobody asked to stop it" in logs
+    assert f"is left running at {server.url}: its flow run was not cancelled" in logs
     assert idempotency_key in logs
 
 
@@ -378,11 +379,34 @@ def test_a_run_that_ended_at_that_moment_is_closed_by_whoever_sees_its_end(crew_
 
 
 SCRIPT = """
-import os
-from prefect_crew import DeployedCrew, run_crew
+import asyncio, os
+from prefect import flow
+from prefect_crew import DeployedCrew, arun_crew, kickoff_crew, run_crew, wait_for_crew
 
 crew = DeployedCrew(url=os.environ["CREW_URL"], token=os.environ["CREW_TOKEN"])
-run_crew(crew, {"text": "a"}, idempotency_key=os.environ["KEY"])
+options = {"idempotency_key": os.environ["KEY"] or None}
+
+@flow
+def sync_flow():
+    wait_for_crew(crew, kickoff_crew(crew, {"text": "a"}, **options))
+
+@flow
+async def async_flow():
+    await arun_crew(crew, {"text": "a"}, **options)
+
+@flow
+async def around():
+    sync_flow()
+
+match os.environ["KIND"]:
+    case "script":
+        run_crew(crew, {"text": "a"}, **options)
+    case "sync flow":
+        sync_flow()
+    case "async flow":
+        asyncio.run(async_flow())
+    case "sync flow in an async one":
+        asyncio.run(around())
 """
 
 
@@ -391,12 +415,13 @@ def script(prefect_server: PrefectServer, tmp_path: Path) -> Any:
     """Give a function that starts a plain script, which runs a crew with an idempotency key."""
     processes: list[Process] = []
 
-    def start(server: CrewServer, idempotency_key: str) -> Process:
+    def start(server: CrewServer, idempotency_key: str, kind: str = "script") -> Process:
         env = prefect_server.env(
             home=tmp_path / "home",
             CREW_URL=server.url,
             CREW_TOKEN=server.token,
             KEY=idempotency_key,
+            KIND=kind,
             PYTHONUNBUFFERED="1",
         )
         source = tmp_path / "script.py"
@@ -410,17 +435,47 @@ def script(prefect_server: PrefectServer, tmp_path: Path) -> Any:
 
 
 @pytest.mark.programs
-@pytest.mark.parametrize("moment", ["waiting", "posting"])
-def test_ctrl_c_on_a_script_stops_the_crew(crew_server: CrewServerFactory, script: Any, seen: Seen, moment: str):
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        ("script", "waiting"),
+        ("script", "posting"),
+        ("sync flow", "waiting"),
+        ("async flow", "waiting"),
+        ("sync flow in an async one", "waiting"),
+    ],
+)
+def test_ctrl_c_leaves_the_crew_running_and_says_how_to_stop_it(
+    crew_server: CrewServerFactory, script: Any, seen: Seen, kind: str, moment: str
+):
     faults = ["kickoff:latency=2", "kickoff:stuck"] if moment == "posting" else ["kickoff:stuck"]
     server, idempotency_key = crew_server("echo", faults=faults), key()
-    process = script(server, idempotency_key)
+    process = script(server, idempotency_key, kind)
     wait_until(lambda: server.requests["kickoff" if moment == "posting" else "status"])
     process.send(signal.SIGINT)
     assert process.wait(60) != 0
-    assert [str(run.state) for run in server.runs] == ["stopped"], process.tail()
-    assert server.requests["stop"] == 1
-    assert seen.record(idempotency_key)["state"] == "stopped"
+    (run,) = server.runs
+    assert (str(run.state), server.requests["stop"]) == ("running", 0), process.output
+    record = seen.record(idempotency_key)
+    assert (record["phase"], record["kickoff_id"]) == ("started", run.id)
+    assert f"Crew run {run.id} is left running" in process.output
+    assert f"idempotency key {idempotency_key!r} waits for it" in process.output
+    assert f"prefect-crew runs cancel {run.id} --crew {server.url}" in process.output
+
+
+@pytest.mark.programs
+def test_the_key_in_the_log_finds_the_run_of_a_script_that_gave_none(
+    crew_server: CrewServerFactory, script: Any, tmp_path: Path
+):
+    server = crew_server(slow(20))
+    process = script(server, "")
+    wait_until(lambda: server.requests["status"])
+    process.send(signal.SIGINT)
+    assert process.wait(60) != 0
+    found = re.search(r"A call with idempotency key '(.+?)' waits for it", process.output)
+    assert found is not None, process.output
+    assert run_crew(server.crew(), {"text": "a"}, idempotency_key=found[1]).output == "done"
+    assert server.kickoffs == 1
 
 
 @pytest.mark.programs
