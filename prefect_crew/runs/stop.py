@@ -43,6 +43,8 @@ LOOK_WITHIN = 5.0
 """Seconds that such a question may take, or one for what a stopped run used: what is waited for is the crew."""
 STOP_WITHIN = 20.0
 """Seconds for all that is done on a cancellation: Prefect kills a cancelled process after about 30."""
+FIRST_LATEST = 20
+"""Variables in the first of these pages: a flow run that began a moment ago needs no more."""
 LATEST = 2000
 """Variables that are looked through for a run whose artifact is missing, at most."""
 CLOCKS_APART = timedelta(minutes=5)
@@ -161,15 +163,16 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
 
 async def _latest_claims(client: PrefectClient, since: datetime | None, owners: Collection[str]) -> list[RunRecord]:
     """Return the claims of flow runs among the Variables that changed last, back to a moment, `LATEST` at most."""
-    claims = list[RunRecord]()
-    for offset in range(0, LATEST, PAGE):
-        json = {"limit": PAGE, "offset": offset, "sort": "UPDATED_DESC"}
+    claims, offset, limit = list[RunRecord](), 0, FIRST_LATEST
+    while offset < LATEST:
+        json = {"limit": limit, "offset": offset, "sort": "UPDATED_DESC"}
         response = await client.request("POST", "/variables/filter", json=json)
         page = variables_in(response)
         claims += [claim for claim in readable_records(page) if claim.flow_run_id in owners]
         until = server_time(response) - timedelta(seconds=page[-1].idle) if page else None
-        if len(page) < PAGE or until is None or (since is not None and until < since - CLOCKS_APART):
+        if len(page) < limit or until is None or (since is not None and until < since - CLOCKS_APART):
             break
+        offset, limit = offset + limit, PAGE
     return claims
 
 

@@ -151,10 +151,11 @@ def test_a_signal_leaves_the_crew_running_and_says_how_to_stop_it(
         assert process.wait(30) == code
         assert process.family() == []
     (run,) = [run for run in crews.runs if run.meta and run.meta.get("idempotency_key") == key]
-    found = str(run.state)
+    assert str(run.state) == "running", process.output
     assert f"To stop the crew: prefect-crew runs cancel {run.id} --crew {url}" in process.output.replace("\n", " ")
     here("runs", "cancel", run.id, "--crew", url)
-    assert (found, str(run.state)) == ("running", "stopped"), process.output
+    (state,) = [str(other.state) for other in crews.runs if other.id == run.id]
+    assert state == "stopped"
     assert "Traceback" not in process.output
     document, _ = json.JSONDecoder().raw_decode(process.output, process.output.index('{\n  "error"'))
     assert document["error"].items() >= {"kickoff_id": run.id, "idempotency_key": key, "exit_code": code}.items()
