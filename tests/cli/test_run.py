@@ -140,10 +140,10 @@ def test_a_prefect_api_that_is_away_is_a_paragraph(alone, crews: CrewServer, url
 @pytest.mark.programs
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_the_crew_running_and_says_how_to_stop_it(
-    here, crews: CrewServer, prefect_server: PrefectServer, tmp_path: Path, number: int, code: int
+    here, crews: CrewServer, prefect_api: PrefectServer, tmp_path: Path, number: int, code: int
 ):
     url, key = f"{crews.url}/slow", f"{number}-{time.time()}"
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_server.api_url})
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
     command = [program("prefect-crew"), "run", url, "-i", "who=Ada", "--key", key, "-o", "json"]
     with Process(command, log=tmp_path / "log", env=env) as process:
         process.wait_for("(0 of 1 tasks done)")
@@ -153,7 +153,8 @@ def test_a_signal_leaves_the_crew_running_and_says_how_to_stop_it(
     (run,) = [run for run in crews.runs if run.meta and run.meta.get("idempotency_key") == key]
     assert str(run.state) == "running", process.output
     assert f"To stop the crew: prefect-crew runs cancel {run.id} --crew {url}" in process.output.replace("\n", " ")
-    here("runs", "cancel", run.id, "--crew", url)
+    cancelled = here("runs", "cancel", run.id, "--crew", url)
+    assert cancelled.code == 0, cancelled.err
     (state,) = [str(other.state) for other in crews.runs if other.id == run.id]
     assert state == "stopped"
     assert "Traceback" not in process.output

@@ -384,10 +384,10 @@ async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_reported(
     server, idempotency_key = crew_server("echo"), key()
     create = store.create_variable
 
-    async def spoilt(variable: dict[str, Any]) -> str | None:
+    async def spoilt(variable: dict[str, Any], **options: Any) -> str | None:
         if variable["tags"][0] == store.PERMIT_TAG:
             await create(variable | {"value": "edited"})
-        return await create(variable)
+        return await create(variable, **options)
 
     monkeypatch.setattr(store, "create_variable", spoilt)
     if good_for < 0:

@@ -339,7 +339,7 @@ async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
     late = await server.crew().trigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewTimeoutError, match="It was left running"):
         await late.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.2, on_timeout="stop"))
-    assert "waits for it too" in caplog.text
+    assert "started it and has not ended" in caplog.text
     assert server.requests["stop"] == 0
     assert await running == "done"
 
