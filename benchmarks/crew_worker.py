@@ -5,6 +5,7 @@
     python benchmarks/crew_worker.py lag --runs 100          crew end to Completed, and schedule to Running
     python benchmarks/crew_worker.py requests                requests to Prefect for one flow run
     python benchmarks/crew_worker.py killed --runs 200       SIGKILL to all waited for again
+    python benchmarks/crew_worker.py cancelled --runs 50     so many cancelled at once, until their crews are stopped
     python benchmarks/crew_worker.py idle                    CPU and memory of a worker without work
     python benchmarks/crew_worker.py ranges --rows 10000     two ranges of a batch's rows on two workers, and on one
 
@@ -19,6 +20,7 @@ another one.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
 import signal
@@ -32,8 +34,10 @@ from typing import Any
 from batch import write_rows
 from figures import cpu_seconds, family_cpu_seconds, lags, memory_mb, peak_mb, process_status, report
 from lean_server import TOKEN, lean_server
+from past import PostgresDatabase, Sqlite, make_past
 from servers import postgres, prefect_server_of, receiver
 
+from prefect_crew import DeployedCrew
 from support.crew_pool import CrewOnCommand, CrewPool
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer, connected
@@ -186,6 +190,33 @@ def killed(options: argparse.Namespace) -> None:
             one.completed(runs)
 
 
+def cancelled(options: argparse.Namespace) -> None:
+    """Cancel all flow runs at once, with `--past` on a server that has so many ended records."""
+    with trial(options) as (one, _):
+        pool: CrewPool = one.pool
+        if options.past:
+            path = pool.server.database
+            database = PostgresDatabase(pool.server.database_url) if path is None else Sqlite(path)
+            with lean_server(0.0) as crew, connected(pool.server, pool.server.home):
+                block: Any = DeployedCrew(url=crew.url, token=TOKEN)  # type: ignore[arg-type]
+                asyncio.run(make_past(database, block, options.past))
+        pool.worker("bench")
+        runs = one.start(options.runs)
+        began = time.monotonic()
+        for run_id in runs:
+            pool.call("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+        asked = time.monotonic() - began
+
+        def states() -> list[str]:
+            page = pool.call("POST", "/flow_runs/filter", {"flow_runs": {"id": {"any_": runs}}, "limit": 200})
+            return [run["state_name"] for run in page]
+
+        wait_until(lambda: set(states()) == {"Cancelled"}, seconds=600, what="all cancelled", pause=0.5)
+        seconds = time.monotonic() - began
+        stops = one.crew.requests["stop"]
+        report("cancelled", runs=options.runs, past=options.past, asked_seconds=asked, seconds=seconds, stops=stops)
+
+
 def idle(options: argparse.Namespace) -> None:
     with trial(options) as (one, _):
         worker = one.pool.worker("bench")
@@ -211,8 +242,6 @@ def ranges(options: argparse.Namespace) -> None:
 
 
 def _two_ranges(options: argparse.Namespace, server: PrefectServer, folder: Path, workers: int, ledger: str) -> None:
-    from prefect_crew import DeployedCrew
-
     folder.mkdir()
     pool_name = f"ranges-{os.getpid()}-{folder.name}"
     with CrewPool(server, folder, pool_name) as pool, lean_server(0.0) as crew:
@@ -253,12 +282,13 @@ def parsed(text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["fleet", "lag", "requests", "killed", "idle", "ranges"])
+    parser.add_argument("what", choices=["fleet", "lag", "requests", "killed", "cancelled", "idle", "ranges"])
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--hold", type=float, default=20.0, help="seconds for which all wait")
     parser.add_argument("--kind", choices=["crew", "process"], default="crew")
     parser.add_argument("--webhooks", action="store_true", help="lag: with a receiver, in a process of its own")
     parser.add_argument("--database", choices=["postgres", "sqlite"], default="postgres")
+    parser.add_argument("--past", type=int, default=0, help="for `cancelled`: ended records on the server")
     parser.add_argument("--rows", type=int, default=10_000, help="for `ranges`")
     parser.add_argument("--times", type=int, default=1, help="for `ranges`")
     # The workers have their flow runs by then, and start them at that time.
