@@ -29,7 +29,7 @@ from support.environment import program
 from support.prefect_server import PrefectServer
 
 COMMANDS = {
-    "": ["demo", "init", "serve", "doctor", "run", "result", "inputs", "costs", "deploy", "backfill"],
+    "": ["demo", "init", "serve", "doctor", "run", "result", "inputs", "costs", "deploy", "backfill", "docs"],
     "runs": ["ls", "inspect", "cancel", "resolve", "prune"],
     "reviews": ["ls", "inspect", "approve", "reject"],
     "batch": ["run", "plan", "ls", "inspect", "failures", "retry", "resume", "cancel", "export"],

@@ -25,7 +25,6 @@ from prefect_crew.client import CrewClient
 from prefect_crew.client.models import StopAnswer
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
 from support.batches import enter, let_an_hour_pass, record_of
 from support.commands import TOKEN, environment
@@ -33,7 +32,7 @@ from support.deployed import wait_until
 from support.environment import program
 from support.prefect_server import PrefectServer
 from support.processes import Process
-from support.records import new_record
+from support.records import new_record, put
 from support.scripts import script
 
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
@@ -424,7 +423,7 @@ def test_an_uncertain_row_is_resolved_and_gone_on_with(
     if started:
         assert here("runs", "resolve", key, "--kickoff-id", "made up").code == 2
         other = new_record(phase=RecordPhase.STARTED, kickoff_id=(kickoff_id := f"k-{uuid.uuid4()}"))
-        assert asyncio.run(PrefectRecords().claim(other))
+        asyncio.run(put(other))
         taken = here("runs", "resolve", key, "--kickoff-id", kickoff_id)
         assert f"belongs to the idempotency key '{other.idempotency_key}'" in taken.err
         known = {line["kickoff_id"] for line in map(json.loads, Path(output).read_text().splitlines())}
