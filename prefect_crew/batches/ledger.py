@@ -399,6 +399,10 @@ class Ledger:
         await self._raise_unsaved(record, mine)
         return None
 
+    async def other_holder(self, record: RunRecord) -> str | None:
+        """Return None: an id is written only where no other attempt holds it."""
+        return None
+
     async def _write(self, record: RunRecord, *, alone: bool = False) -> bool:
         """Write down what is known of an attempt; `alone`: only if no other one holds its kickoff."""
         try:

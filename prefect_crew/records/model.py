@@ -402,6 +402,13 @@ class RecordStore(Protocol):
         """
         ...
 
+    async def other_holder(self, record: RunRecord) -> str | None:
+        """Return the key of another record that holds the kickoff id of a record that was found, None if there is none.
+
+        Then the caller takes the id back.
+        """
+        ...
+
     async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
         """Note that this caller counts what an ended run used, or writes its span; False if somebody else does that.
 

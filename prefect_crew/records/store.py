@@ -503,6 +503,16 @@ class PrefectRecords:
         await self.save(record)
         return await self._name_kickoff(record)
 
+    async def other_holder(self, record: RunRecord) -> str | None:
+        """Return the key of another record that holds a found record's kickoff id, None if there is none.
+
+        The record's owner may have written the id and not have named the claim yet, or have died before it could.
+        """
+        for named in await read_exact([_kickoff_name(str(record.kickoff_id))]):
+            if _mapping(named.value).get("claim") == record.ref:
+                return None
+        return await self._name_kickoff(record)
+
     async def _name_kickoff(self, record: RunRecord) -> str | None:
         """Create the Variable by which a record is found that holds a kickoff id already.
 

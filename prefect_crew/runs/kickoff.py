@@ -188,6 +188,8 @@ async def _start_run(
         if found.decision is Decision.UNCERTAIN:
             raise _uncertain(found.record)
         if not isinstance(found, _Claim):
+            if found.decision is Decision.REATTACH:
+                await _take_back_shared_id(found.record, records, await records.other_holder(found.record))
             return found
         try:
             await _make_sure(start, found, records, check)
@@ -464,13 +466,22 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
     if not start.quiet:
         # Before anything else: whatever fails from here on, a person finds the id in a log.
         run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
-    # A proxy that caches or deduplicates kickoffs gives one id to two of them: one of their records keeps it.
-    if (other := await _save_started(record, records)) is not None:
-        record.reason = f"the crew's server answered with run {kickoff_id}, which is that of idempotency key {other!r}"
-        record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
-        await _save(record, records)
-        count_uncertain(record)
-        raise _uncertain(record)
+    await _take_back_shared_id(record, records, await _save_started(record, records))
+
+
+async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: str | None) -> None:
+    """Raise KickoffUncertainError if another record, whose key is `other`, holds the kickoff id of this one.
+
+    A proxy that caches or deduplicates kickoffs gives one id to two of them: one of their records keeps it.
+    """
+    if other is None:
+        return
+    run = record.kickoff_id
+    record.reason = f"the crew's server answered with run {run}, which is that of idempotency key {other!r}"
+    record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
+    await _save(record, records)
+    count_uncertain(record)
+    raise _uncertain(record)
 
 
 @asynccontextmanager

@@ -185,7 +185,7 @@ def _prefect_faults(deal: _Decks) -> tuple[tuple[int | str, str], ...]:
     """Return what goes wrong with a request to the Prefect API, in a third of the worlds."""
     if not deal("prefect", True, False, False):
         return ()
-    kinds = PREFECT_FAULTS if PERMITS else PREFECT_FAULTS[:-2]
+    kinds = PREFECT_FAULTS[:-1] if PERMITS else PREFECT_FAULTS[:-3]
     place = deal("request", *range(1, 13), *(f"write@{number}" for number in range(1, 6)), 20, 30)
     return ((place, deal("prefect fault", *kinds)),)
 

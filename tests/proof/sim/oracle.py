@@ -52,10 +52,12 @@ def broken_promises(world: World, *, strict: bool = False) -> list[str]:
     """
     checks = (
         *(_never_twice, _never_two_at_once, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts),
-        *(_records, _prunes, _totals, _starts_after_failures, _needlessly_uncertain, _requests, _budgets),
+        *(_records, _withdrawals, _prunes, _totals, _starts_after_failures, _needlessly_uncertain, _requests, _budgets),
     )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
     world.excusing = not strict
+    if world.site.same_ids:  # nobody can tell whose run it is, so the other checks, which go by keys, say nothing
+        checks = (_one_key_for_each_id, _records, _withdrawals, _prunes, _totals, _requests, _budgets)
     return [*world.violations, *unclaimed, *(problem for check in checks for problem in check(world))]
 
 
@@ -279,7 +281,9 @@ def _records(world: World) -> Iterator[str]:
         # Nor can a machine take back the write over which it fell asleep: of its own claim, once it is awake.
         owner = world.owners[now["owner"]]
         stale = world.excusing and "writing" in owner.frozen_in and change.at >= owner.frozen_until
-        if before is not None and not (stale and now["phase"] != "ended"):
+        # A kickoff that was answered with the id of another one: its record takes the id back.
+        is_taken_back = bool(world.site.same_ids) and now["phase"] == "uncertain"
+        if before is not None and not (stale and now["phase"] != "ended") and not is_taken_back:
             if now["phase"] not in _NEXT[before["phase"]] and not (late and now["phase"] == "started"):
                 yield f"records: {change.name} went from {before['phase']} to {now['phase']} at {change.at:.2f}"
             if before.get("kickoff_id") and now.get("kickoff_id") != before["kickoff_id"]:
@@ -292,6 +296,32 @@ def _records(world: World) -> Iterator[str]:
         run = world.site.run(str(value.get("kickoff_id")))
         if value["phase"] == "ended" and (run is None or str(run.state) != value["state"]):
             yield f"records: {name} says {value['state']}, the server {run}"
+
+
+def _one_key_for_each_id(world: World) -> Iterator[str]:
+    """Where two kickoffs are answered with one id, the results of that run are those of one key."""
+    keys: defaultdict[str, set[str]] = defaultdict(set)
+    for end in world.endings:
+        if isinstance(end.value, CrewResult):
+            keys[end.value.kickoff_id].add(key_of(end.call.key))
+        elif type(end.value) is CrewError:
+            yield f"{end.process.name} got a bare CrewError: {end.value}"
+    yield from (f"one id: the result of {id_} was given to {sorted(of)}" for id_, of in keys.items() if len(of) > 1)
+    for key, said in world.final.items():
+        if not isinstance(said[-1], CrewResult):
+            yield f"never lost: in the end {key} gives {type(said[-1]).__name__}: {said[-1]}"
+
+
+def _withdrawals(world: World) -> Iterator[str]:
+    """A call removes a claim of its own only, and only while nobody could have started a run for it."""
+    for change in world.prefect.changes:
+        before = change.before
+        if change.value is not None or before is None or change.by is None or change.by.facts["call"] is None:
+            continue
+        if world.owners[before["owner"]] is not change.by:
+            yield f"withdrawals: {change.by.name} removed {change.name} at {change.at:.2f}, which is not its own"
+        if before["phase"] not in ("claimed", "not-started") or (before["phase"] == "claimed" and before["permit"]):
+            yield f"withdrawals: {change.name} was removed at {change.at:.2f}, and a kickoff of it may have been sent"
 
 
 def _prunes(world: World) -> Iterator[str]:

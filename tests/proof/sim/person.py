@@ -41,7 +41,9 @@ async def resolve_if_allowed(world: World, idempotency_key: str) -> None:
     records = PrefectRecords()
     record = await unresolved(idempotency_key, records)
     held = {
-        one.get("kickoff_id") for one in [*world.prefect.records(idempotency_key), *world.prefect.gone(idempotency_key)]
+        one.get("kickoff_id")
+        for key in {idempotency_key, *(run.meta["idempotency_key"] for run in world.site.runs), *world.site.same_ids}
+        for one in [*world.prefect.records(key), *world.prefect.gone(key)]
     }
     unknown = [
         run.id

@@ -12,6 +12,7 @@ import json
 import ssl
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,9 +27,10 @@ from support.records import stored_records
 
 __all__ = ["PREFECT_FAULTS", "Change", "SimPrefect"]
 
-PREFECT_FAULTS = ("refused", "500", "503", "lost", "500-after", "timeout", "slow", "late")
+PREFECT_FAULTS = ("refused", "500", "503", "lost", "500-after", "timeout", "slow", "late", "twice")
 """What can become of one request: not connected; 500 or 503 instead of the work; done and the connection lost; done and
-answered 500; nothing done and no answer; done and answered after `SLOW` seconds; no answer, and done after `LATE`."""
+answered 500; nothing done and no answer; done and answered after `SLOW` seconds; no answer, and done after `LATE`;
+done and answered, and done once more after `LATE`."""
 SLOW = 40.0
 LATE = 90.0
 NO_ANSWER = 60.0
@@ -81,7 +83,8 @@ class SimPrefect:
     Args:
         latency: Seconds that a request takes to arrive, and its answer to come back; called for each.
         wall: The server's clock, in seconds since 1970.
-        faults: By the number of the request, from 1, or as `write@3` by that of the change of a Variable.
+        faults: By the number of the request, from 1; as `write@3` by that of the change of a Variable, as `delete@1`
+            by that of its deletion, as `read@2` by that of the reading of Variables.
         outages: Spans of time, in seconds from the beginning, during which nobody is at home.
         read: What the Variables say about attempts, as this package's record store reads them.
 
@@ -104,7 +107,7 @@ class SimPrefect:
     changes: list[Change] = field(default_factory=list[Change])
     asked: list[tuple[float, Process | None]] = field(default_factory=list[tuple[float, "Process | None"]])
     requests: int = 0
-    writes: int = 0
+    counts: Counter[str] = field(default_factory=Counter[str])
     fired: list[str] = field(default_factory=list[str])
     closed: bool = False
     _stored: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
@@ -146,9 +149,9 @@ class SimPrefect:
         # A client of Prefect's asks for a token once, before its first change: that is not a request of ours.
         self.asked += [(loop.time(), by)] * (path != "/csrf-token")
         fault = self.faults.get(self.requests)
-        if path.startswith("/variables") and not path.endswith("/filter") and request.method != "GET":
-            self.writes += 1
-            fault = fault or self.faults.get(f"write@{self.writes}")
+        for kind in _kinds_of(request.method, path):
+            self.counts[kind] += 1
+            fault = fault or self.faults.get(f"{kind}@{self.counts[kind]}")
         if any(start <= loop.time() < end for start, end in self.outages):
             fault = "refused"
         if fault:
@@ -156,7 +159,7 @@ class SimPrefect:
         if fault == "refused":
             raise httpx.ConnectError("Connection refused", request=request)
         await asyncio.sleep(self.latency())
-        if fault == "late":
+        if fault in ("late", "twice"):
             loop.call_later(LATE, lambda: self.closed or self.do(request.method, path, request.content, by))
         if fault in ("timeout", "late"):
             await asyncio.sleep(NO_ANSWER)
@@ -311,6 +314,16 @@ class SimPrefect:
         state = {"type": self.flow_runs[run_id], "name": self.flow_runs[run_id].title()}
         count = self.run_counts.get(run_id, 0)
         return 200, {"id": run_id, "flow_id": run_id, "name": "simulated", "state": state, "run_count": count}
+
+
+def _kinds_of(method: str, path: str) -> Iterator[str]:
+    """Yield by which counts a fault may name a request."""
+    if path == "/variables/filter":
+        yield "read"
+    elif path.startswith("/variables") and method != "GET":
+        yield "write"
+        if method == "DELETE":
+            yield "delete"
 
 
 def _conditions(wanted: Mapping[str, Any], one: Variable) -> Iterator[bool]:

@@ -40,6 +40,9 @@ class Call(_Short):
         other_inputs: Give other inputs than the key's first call should have.
         at_once: Calls made side by side in this process.
         force_new: As `run_crew`'s.
+        incomplete: Leave out an input, so that the start is refused before it asks for a permit; repaired for the
+            attempts after that.
+        same_owner: The retries of the kickoff task keep the nonce of its first try.
         misconfigured: Give a `meta` that is not JSON, so that nothing can be sent; repaired for the attempts after
             that.
         flow: Whether it is a flow run on the Prefect server.
@@ -61,6 +64,8 @@ class Call(_Short):
     other_inputs: bool = False
     at_once: int = 1
     force_new: bool = False
+    incomplete: bool = False
+    same_owner: bool = False
     misconfigured: bool = False
     flow: bool = True
     root: int | None = None
@@ -111,7 +116,9 @@ class Scenario(_Short):
         calls: The processes.
         runs: What the accepted kickoffs do, in order; later ones complete at once.
         faults: Of the crew's server, in its own text form.
-        prefect_faults: Number of the request, or `write@3` for the third change of a Variable, and kind.
+        prefect_faults: Number of the request, or `write@3` for the third change of a Variable, `delete@1` for the
+            first deletion, `read@2` for the second reading, and kind.
+        same_id_for: Seconds for which a proxy answers each further kickoff as the first one, and starts nothing.
         outages: Start and length, in seconds, of the Prefect API being away.
         down_for: Seconds until a crew server that has crashed is back.
         rotate_at: When the crew's token changes; the stored block has the new one `rotate_late` seconds later.
@@ -143,3 +150,4 @@ class Scenario(_Short):
     seed: int = 0
     order: int = 0
     budget: int | None = None
+    same_id_for: float = 0.0

@@ -103,7 +103,8 @@ class CrewSite:
     """The server, with what it was asked. `stored_token` is what the block on the Prefect server holds.
 
     `accepted_at` and `ended_at` are when each run began and ended, in seconds since the scenario began;
-    `kickoff_faults` are those that came, with the moment and the idempotency key of the kickoff.
+    `kickoff_faults` are those that came, with the moment and the idempotency key of the kickoff; `same_ids` are the
+    keys of kickoffs that were answered with the id of another one, and started nothing.
     """
 
     def __init__(self, scenario: Scenario, prefect: SimPrefect) -> None:
@@ -123,6 +124,9 @@ class CrewSite:
         self.kickoff_faults: list[tuple[float, str, Fired]] = []
         self.faults.fired = _Noted(self._note_fault)
         self._arriving = ""
+        self.same_id_for = scenario.same_id_for
+        self._first: tuple[asyncio.Future[list[Any]], float] | None = None
+        self.same_ids: list[str] = []
         self._scenario = scenario
         self._prefect = prefect
 
@@ -177,7 +181,33 @@ class CrewSite:
         async def again() -> Any:
             return next(given, None) or await receive()
 
-        await self._app(scope, again, send)
+        if (answer := self._repeated_answer()) is None:
+            await self._app(scope, again, self._noting_answer(send))
+            return
+        self.same_ids.append(key)
+        for part in await answer:
+            await send(part)
+
+    def _repeated_answer(self) -> asyncio.Future[list[Any]] | None:
+        """Return the answer to an earlier kickoff, which a proxy gives to this one; None if this one is passed on."""
+        loop = asyncio.get_running_loop()
+        first, at = self._first or (None, 0.0)
+        if first is not None and loop.time() < at + self.same_id_for:
+            return first
+        self._first = (loop.create_future(), loop.time())
+        return None
+
+    def _noting_answer(self, send: Any) -> Any:
+        parts: list[Any] = []
+        answer = None if self._first is None else self._first[0]
+
+        async def noted(part: Any) -> None:
+            parts.append(part)
+            if part["type"] == "http.response.body" and not part.get("more_body") and answer and not answer.done():
+                answer.set_result(parts)
+            await send(part)
+
+        return noted
 
     def _note_fault(self, fired: Fired) -> None:
         # It is drawn as soon as the request has arrived.

@@ -15,6 +15,7 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewResult
 from prefect_crew.crew import Crew, WaitPolicy
-from prefect_crew.exceptions import CrewError, IdempotencyConflictError, KickoffUncertainError
+from prefect_crew.exceptions import CrewError, IdempotencyConflictError, KickoffUncertainError, PrefectAwayError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RunRecord
@@ -52,6 +53,9 @@ TASK_RETRIES = (2.0, 10.0, 30.0)
 """As the kickoff task's."""
 HANGS_AFTER = 6 * 3600.0
 """Simulated seconds after which a call that still waits is taken to hang."""
+
+
+_owner: contextvars.ContextVar[str | None] = contextvars.ContextVar("proof_owner", default=None)
 
 
 def key_of(number: int) -> str:
@@ -156,7 +160,9 @@ class World:
         place = f"{facts['place']}/{facts['calls']}"
         if facts["call"].force_new:
             self.forced.add((idempotency_key, place))
-        owner = str(uuid.uuid4())
+        kept = _owner.get() if facts["call"].same_owner else None
+        owner = kept or str(uuid.uuid4())
+        _owner.set(owner)
         self.owners[owner] = process
         caller = Caller(owner=owner, flow_run_id=facts["flow_run_id"], flow_run_count=facts["count"])
         return RunIdentity(idempotency_key=idempotency_key, place=place, caller=caller)
@@ -207,6 +213,8 @@ class World:
             late |= (await asyncio.wait(self.outlived, timeout=HANGS_AFTER))[1]
         if late:
             self.violations.append(f"{len(late)} calls still wait after {HANGS_AFTER:g} s")
+            await self._bury()
+            return
         for life in [*lives, *self.outlived]:
             if life.done() and not life.cancelled() and (error := life.exception()):
                 raise error
@@ -230,7 +238,7 @@ class World:
                     self.prefect.parents[flow_run_id] = _root_id(call.root)
                 self.prefect.flow_runs[flow_run_id] = "RUNNING"
                 self.prefect.run_counts[flow_run_id] = count
-            good = await self._watch(process, call)
+            good = await self._watch(process, call if attempt == 0 else replace(call, incomplete=False))
             gone = process.dead or self.prefect.flow_runs.get(flow_run_id or "") == "CRASHED"
             if flow_run_id and not gone and self.prefect.flow_runs[flow_run_id] != "CANCELLED":
                 self.prefect.flow_runs[flow_run_id] = "COMPLETED" if good else "FAILED"
@@ -398,7 +406,7 @@ class World:
 
     async def run_crew(self, call: Call) -> CrewResult:
         """Do what the tasks of `run_crew` do, with the retries that Prefect makes of the first one."""
-        inputs = {"topic": "other" if call.other_inputs else f"topic-{call.key}"}
+        inputs = {} if call.incomplete else {"topic": "other" if call.other_inputs else f"topic-{call.key}"}
         pauses = list(TASK_RETRIES)
         while True:
             try:
@@ -411,7 +419,8 @@ class World:
                     inside_own_task=True,
                 )
             except CrewError as error:
-                if not pauses or kickoff_fate(error) is not KickoffFate.RETRY:
+                is_away = isinstance(error, PrefectAwayError)
+                if not pauses or not (is_away or kickoff_fate(error) is KickoffFate.RETRY):
                     raise
                 await asyncio.sleep(pauses.pop(0))
             else:
@@ -423,6 +432,7 @@ class World:
         """Repair everything, wait until nothing is in flight, and ask for each key's run again, as a user would."""
         self.over = True
         self.site.faults.clear()
+        self.site.same_id_for = 0.0
         self.prefect.heal()
         for clerk in self.clerks:
             clerk.kill()
