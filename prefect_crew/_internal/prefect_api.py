@@ -170,13 +170,16 @@ CLOSING = 0.003
 class Urgency(IntEnum):
     """Which of the requests that wait for each other goes first.
 
-    Runs that begin at once do not all wait for all: the first one works while the others begin.
+    Runs that begin at once do not all wait for all: the first one is kicked off before the second one is claimed, and
+    crews work meanwhile.
     """
 
     CONTINUE = 0
-    """What a run needs that has begun."""
+    """What stands between a claim and its id on record."""
     BEGIN = 1
-    SHOW = 2
+    FINISH = 2
+    """What can wait until the others have begun: the name by which a run is found, and its end."""
+    SHOW = 3
 
 
 class _Turns:
@@ -281,7 +284,8 @@ async def request_soon(
     client sleeps 2 s after a 503.
 
     Args:
-        client, method, path, json, give_up_after: The request.
+        client, method, path, json, give_up_after: The request. `json` may be a function that is called when it is this
+            request's turn.
         urgency: Which change goes first, where several wait.
         alone: False for a change that the server never refuses because of another one: it writes before it reads.
         again: Tells which errors are worth another attempt.
@@ -298,7 +302,7 @@ async def request_soon(
         try:
             async with here.requests.turn(urgency, alone=alone and is_crowded):
                 until = until or loop.time() + give_up_after  # not the time for which it waited for others
-                return await _request_once(client, method, path, json=json)
+                return await _request_once(client, method, path, json=json() if callable(json) else json)
         except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
             if is_busy(error):
                 here.crowded_until = loop.time() + CROWDED_FOR

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -45,8 +45,8 @@ from prefect_crew.states import CrewState
 
 SHOW_FOR = 5.0
 """Seconds for which showing something outlasts a Prefect API that is busy."""
-SHOW_WITHIN = 15.0
-"""Seconds for all of it: one that is away must not keep a wait from looking at its run."""
+SHOW_WITHIN = 30.0
+"""Seconds for all of it, with the time for which it waits for its turn: one that is away must not keep a result."""
 NEWEST = 200
 """How many artifacts under a key are looked through, the newest first, for one that another process made."""
 CLAIM = "claim"
@@ -111,18 +111,22 @@ class MarkdownArtifact:
         self._flow_run_id, self._metadata = flow_run_id, metadata
         self._in_trouble = False
 
-    async def keep(self, data: str) -> None:
-        """Bring the artifact to `data`. Trouble is logged once: an artifact never fails what it is about."""
+    async def keep(self, data: str | Callable[[], str]) -> None:
+        """Bring the artifact to `data`, or to what a function returns once it is the turn of this request.
+
+        Trouble is logged once: an artifact never fails what it is about.
+        """
         if (trouble := await self.put(data)) and not self._in_trouble:
             self._in_trouble = True
             run_logger().warning("The artifact %r could not be updated: %s", self.description, trouble)
 
-    async def put(self, data: str) -> str | None:
+    async def put(self, data: str | Callable[[], str]) -> str | None:
         """Bring the artifact to `data`; make it if there is none (any more). Return the trouble, if any."""
         try:
             async with asyncio.timeout(SHOW_WITHIN):
-                if await self.find() is None or not await self._update(data):
-                    await self._create(data)
+                text = data if callable(data) else lambda: data
+                if await self.find() is None or not await self._update(text):
+                    await self._create(text)
         except (*PREFECT_ERRORS, ValueError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
         except TimeoutError:
@@ -145,12 +149,11 @@ class MarkdownArtifact:
         self.id = next((one.id for one in found if one.description == self.description), None)
         return self.id
 
-    async def _update(self, data: str) -> bool:
+    async def _update(self, data: Callable[[], str]) -> bool:
         """Update the artifact; False if somebody has removed it."""
         try:
             async with get_client() as client:
-                body = {"data": data}
-                path = f"/artifacts/{self.id}"
+                path, body = f"/artifacts/{self.id}", lambda: {"data": data()}
                 await request_soon(client, "PATCH", path, json=body, give_up_after=SHOW_FOR, urgency=Urgency.SHOW)
         except PrefectHTTPStatusError as error:
             if error.response.status_code != 404:
@@ -158,9 +161,8 @@ class MarkdownArtifact:
             return False
         return True
 
-    async def _create(self, data: str) -> None:
+    async def _create(self, data: Callable[[], str]) -> None:
         """Make the artifact, of its flow run. If that is the one around this call, then of the task run as well."""
-        self.is_new = False  # who knows whether a request that is lost makes it
         flow, task = FlowRunContext.get(), TaskRunContext.get()
         around = flow.flow_run.id if flow and flow.flow_run else None
         owner = around if self._flow_run_id is None else UUID(self._flow_run_id)
@@ -168,12 +170,16 @@ class MarkdownArtifact:
             key=self.key,
             type="markdown",
             description=self.description,
-            data=data,
             metadata_=None if self._metadata is None else dict(self._metadata),
             flow_run_id=owner,
             task_run_id=task.task_run.id if task and owner == around else None,
         )
-        body = artifact.model_dump(mode="json", exclude_unset=True)
+        empty = artifact.model_dump(mode="json", exclude_unset=True)
+
+        def body() -> dict[str, Any]:
+            self.is_new = False  # who knows whether a request that is lost makes it
+            return {**empty, "data": data()}
+
         async with get_client() as client:
             # Nothing but busy is repeated, for the same reason.
             new: dict[str, Any] = {"json": body, "urgency": Urgency.SHOW, "alone": False}
@@ -327,6 +333,6 @@ class RunArtifact(MarkdownArtifact):
         metadata = None if claim is None else {CLAIM: claim, "kickoff_id": kickoff_id}
         super().__init__(artifact_key(crew), description, flow_run_id=flow_run_id, is_new=is_new, metadata=metadata)
 
-    async def show(self, view: RunView) -> None:
-        """Bring the artifact up to date, or make it."""
-        await self.keep(render_run(view))
+    async def show(self, view: Callable[[], RunView]) -> None:
+        """Bring the artifact up to date, or make it: to what there is to see once it is the turn of this request."""
+        await self.keep(lambda: render_run(view()))

@@ -302,22 +302,25 @@ async def _created_here(
     return str(stands.id), parsed
 
 
-async def _create_alone(name: str, value: Mapping[str, Any], tags: Sequence[str] = ()) -> bool:
+async def _create_alone(
+    name: str, value: Mapping[str, Any], tags: Sequence[str] = (), *, urgency: Urgency = Urgency.CONTINUE
+) -> bool:
     """Create a Variable; False if somebody else has. Atomic.
 
     Prefect's client sends a request again whose reply was lost, and then meets its own Variable: the nonce tells.
     """
     nonce = str(uuid4())
-    if await create_variable({"name": name, "value": {**value, "nonce": nonce}, "tags": [*tags]}) is not None:
+    variable = {"name": name, "value": {**value, "nonce": nonce}, "tags": [*tags]}
+    if await create_variable(variable, urgency=urgency) is not None:
         return True
     async with get_client() as client:
-        variable: Any = await client.read_variable_by_name(name)
-    return variable is not None and variable.value.get("nonce") == nonce
+        stands: Any = await client.read_variable_by_name(name)
+    return stands is not None and stands.value.get("nonce") == nonce
 
 
-async def _patch(ref: str, body: Mapping[str, Any]) -> None:
+async def _patch(ref: str, body: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE) -> None:
     async with get_client() as client:
-        await request_soon(client, "PATCH", f"/variables/{ref}", json=body, give_up_after=SAVE_FOR)
+        await request_soon(client, "PATCH", f"/variables/{ref}", json=body, give_up_after=SAVE_FOR, urgency=urgency)
 
 
 async def delete_variable(ref: str) -> None:
@@ -486,14 +489,15 @@ class PrefectRecords:
             permit = strongest.model_copy(update=record.outcome())
             return await _patch(str(permit.ref), _body(permit))
         ref, body = str(record.ref), _body(record)
+        urgency = Urgency.FINISH if record.phase is RecordPhase.ENDED else Urgency.CONTINUE
         try:
-            await _patch(ref, body)
+            await _patch(ref, body, urgency=urgency)
         except PrefectHTTPStatusError as error:
             left_out = [body["value"].pop(name, None) for name in ("result", "usage")]
             if error.response.status_code not in (400, 413, 422) or left_out == [None, None]:
                 raise
             # Numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere.
-            await _patch(ref, body)
+            await _patch(ref, body, urgency=urgency)
 
     async def save_started(self, record: RunRecord) -> str | None:
         """Write down the kickoff id of a claim, then name the claim by it.
@@ -522,9 +526,10 @@ class PrefectRecords:
         kickoff_id = str(record.kickoff_id)
         value = {"idempotency_key": record.idempotency_key, "claim": record.ref}
         name = _kickoff_name(kickoff_id)
+        variable = {"name": name, "value": value, "tags": [KICKOFF_TAG]}
         try:
             for _ in range(TRIES):
-                if await create_variable({"name": name, "value": value, "tags": [KICKOFF_TAG]}) is not None:
+                if await create_variable(variable, urgency=Urgency.FINISH) is not None:
                     return None
                 for named in await read_exact([name]):
                     if named.value == value:  # Prefect's client sends a request again after a read timeout or a 502
@@ -545,7 +550,7 @@ class PrefectRecords:
 
     async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
         """Note that this caller counts what a run used, or writes its span; False if somebody else does. Atomic."""
-        is_first = await _create_alone(_end_name(record, what), {})
+        is_first = await _create_alone(_end_name(record, what), {}, urgency=Urgency.FINISH)
         if is_first and what == "use" and record.used:
             with suppress(*PREFECT_ERRORS):  # the counter is right without it
                 await self._add_to_usual(record)

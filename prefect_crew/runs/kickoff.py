@@ -656,7 +656,7 @@ async def open_run(
     )
     # Who gives a session goes on to wait for the run: that shows it if it lasts, else once, at its end.
     if run.owned and not isinstance(given, CrewSession):
-        await run.artifact.show(run.view(None))
+        await run.artifact.show(lambda: run.view(None))
     if not run.owned:
         if slots is not None:
             await slots.release()

@@ -196,7 +196,7 @@ async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key
                     run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
                 if run.record.ended_at is not None:
                     stopped = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED)
-                    await run.artifact.show(run.view(stopped))
+                    await run.artifact.show(lambda: run.view(stopped))
                 if run.record.slot is not None:
                     await Slots(run.crew, UUID(run.record.slot)).release()
     return answer

@@ -13,6 +13,7 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import progress
 from prefect_crew.artifacts.events import emit
+from prefect_crew.artifacts.run import RunView
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import withholding
@@ -119,7 +120,7 @@ class _Waiter(Watcher):
         self._noting: asyncio.Task[None] | None = None
         self._in_trouble = self._has_stopped = self._is_over_budget = False
         self._is_stale = False
-        self._first_page: asyncio.Task[None] | None = None
+        self._showing: asyncio.Task[None] | None = None
         # A run that was kicked off right here has just been shown.
         self._shown_at = time.monotonic() if run.owned else 0.0
 
@@ -140,7 +141,7 @@ class _Waiter(Watcher):
             self.meet_people()
             if run.artifact.is_new:
                 # Beside the wait. Whoever cancels the flow run while its process is gone finds the run by it.
-                self._first_page = asyncio.create_task(self._show(None, force=True))
+                self._show_beside()
             try:
                 status = await poll(
                     self._look,
@@ -153,6 +154,7 @@ class _Waiter(Watcher):
                 ended = True
                 status = status if self.waker is None else await self.waker.with_usage(status)
             except ENDINGS:
+                await self._end_showing()  # it may still wait for its turn
                 await self._stop_if_asked()
                 raise
             except _CancelledOnServerError:
@@ -167,7 +169,7 @@ class _Waiter(Watcher):
                     emit("lost", record, once=True)
                     end_run(record.model_copy(update={"state": CrewState.UNKNOWN, "ended_at": utcnow()}))
                 lost = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN)
-                await self._show(lost, force=True, note=str(error))
+                await self._show(lost, note=str(error))
                 raise
             except NO_ANSWER as error:
                 error.add(self._once_it_answers())
@@ -179,8 +181,8 @@ class _Waiter(Watcher):
                 await self._end_noting(NOTED_WITHIN)
                 if self.people is not None:
                     await self.people.aclose(ended=ended)
-                if not ended and self._first_page is not None:
-                    await cancel_and_wait(self._first_page)
+                if not ended:
+                    await self._end_showing()
         self.log.info("Crew run %s %s.", run.kickoff_id, status.state)
         await self._close(status)
         return result_of(run, status)
@@ -217,8 +219,10 @@ class _Waiter(Watcher):
             return
         if is_new_state or is_new_task or (before is not None and before.progress != status.progress):
             self._is_stale = True
-        if self._is_stale or asked:
-            await self._show(status, force=asked)
+        if asked:
+            await self._show()
+        elif self._is_stale and time.monotonic() - self._shown_at >= SHOW_EVERY:
+            self._show_beside()
         if self.people is not None:
             await self.people.answer()
         if run.crew.budgets and not self._is_over_budget and run.record and await to_stop(run.crew, [run.record]):
@@ -256,8 +260,8 @@ class _Waiter(Watcher):
         if not self._in_trouble:
             self._in_trouble = True
             self.log.warning("%s The run may be fine; it is polled again.", self.run.redact(str(error)))
-        if self._is_stale:
-            await self._show(self.last)
+        if self._is_stale and time.monotonic() - self._shown_at >= SHOW_EVERY:
+            self._show_beside()
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
 
@@ -314,7 +318,7 @@ class _Waiter(Watcher):
         await self._end_noting(NOTED_WITHIN)
         is_taken = await stop_if_asked(self.session, record, self.records)
         if is_taken and record.phase is RecordPhase.ENDED:
-            await self._show(CrewStatus(kickoff_id=self.run.kickoff_id, state=CrewState.STOPPED), force=True)
+            await self._show(CrewStatus(kickoff_id=self.run.kickoff_id, state=CrewState.STOPPED))
         return is_taken
 
     async def _close(self, status: CrewStatus) -> None:
@@ -346,7 +350,7 @@ class _Waiter(Watcher):
                 return
             said = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
             emit(str(status.state), record, once=True, **said)
-        await self._show(status, force=True)
+        await self._show(status)
 
     async def _closed(self) -> RunRecord | None:
         """Return the record if somebody else has closed it."""
@@ -372,25 +376,36 @@ class _Waiter(Watcher):
     async def _show_unless_closed(self, note: str) -> None:
         """Show that this wait has given up, unless another one has seen the end."""
         if self.run.owned or await self._closed() is None:
-            await self._show(self.last, force=True, note=note)
+            await self._show(note=note)
 
-    async def _show(self, status: CrewStatus | None, *, force: bool = False, note: str | None = None) -> None:
-        """Bring the artifact up to date, every few seconds at most."""
-        now = time.monotonic()
-        if not force and now - self._shown_at < SHOW_EVERY:
-            return
-        if (first := self._first_page) is not None and first is not asyncio.current_task():
-            await asyncio.wait({first})  # or two requests would make the artifact
-        self._shown_at, self._is_stale = now, False
+    def _show_beside(self) -> None:
+        """Bring the artifact up to date beside the wait: looks at the run go on while that waits for its turn."""
+        if self._showing is None or self._showing.done():
+            self._showing = asyncio.create_task(self._show())
+
+    async def _end_showing(self) -> None:
+        if self._showing is not None:
+            await cancel_and_wait(self._showing)
+
+    async def _show(self, status: CrewStatus | None = None, *, note: str | None = None) -> None:
+        """Bring the artifact up to date: to this status, or to the last one once it is this request's turn."""
+        if (showing := self._showing) is not None and showing is not asyncio.current_task():
+            await asyncio.wait({showing})  # or two requests would make the artifact
         notes, to_do = ([], []) if self.people is None else self.people.notes
         notes += [note] if note else []
         given = () if self.people is None else self.people.answers
-        view = self.run.view(status, notes=[self.run.redact(one) for one in notes], to_do=to_do, reviews=given)
+
+        def view() -> RunView:
+            self._shown_at, self._is_stale = time.monotonic(), False
+            redacted = [self.run.redact(text) for text in notes]
+            return self.run.view(status or self.last, notes=redacted, to_do=to_do, reviews=given)
+
         is_first = self.run.artifact.id is None
         await self.run.artifact.show(view)
         if self.run.artifact.id is None:  # the Prefect API did not take it
             self._is_stale = True
-        if is_first and self.run.artifact.id is not None and not (status is not None and status.state.ended):
+        shown = status or self.last
+        if is_first and self.run.artifact.id is not None and not (shown is not None and shown.state.ended):
             self.run.notify(None)  # so that it can be linked to
 
     def _once_it_answers(self) -> str:

@@ -23,6 +23,7 @@ from prefect_crew import (
     kickoff_crew,
     wait_for_crew,
 )
+from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts import run as run_module
 from prefect_crew.artifacts.run import MarkdownArtifact, RunArtifact, artifact_key
 from prefect_crew.crew import Crew
@@ -293,6 +294,26 @@ def test_an_api_that_is_away_costs_a_little_time_and_is_reported(proxy: Proxy, m
     began = time.monotonic()
     assert asyncio.run(put()) == [None, "the Prefect API did not accept it within 1 s"]
     assert time.monotonic() - began < 20
+
+
+async def test_a_page_that_waits_for_its_turn_shows_the_newest_and_is_new_until_it_is_sent(
+    monkeypatch: pytest.MonkeyPatch, seen: Seen, name: str
+):
+    here = prefect_api._Loop(requests=prefect_api._Turns(1))
+    monkeypatch.setattr(prefect_api, "_this_loop", lambda: here)
+    monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
+    artifact, words = MarkdownArtifact(artifact_key(name), "a run", is_new=True), ["oldest"]
+    async with here.requests.turn(prefect_api.Urgency.CONTINUE):
+        with monkeypatch.context() as brief:
+            brief.setattr(run_module, "SHOW_WITHIN", 0.05)
+            assert "did not accept" in str(await artifact.put("never sent"))
+        assert artifact.is_new, "nobody need ask the server for it"
+        putting = asyncio.create_task(artifact.put(lambda: words[-1]))
+        await asyncio.sleep(0.02)
+        words.append("newest")
+    assert await putting is None
+    assert not artifact.is_new
+    assert await asyncio.to_thread(shown, seen, name) == "newest"
 
 
 def test_a_description_is_no_markup_whatever_the_id():

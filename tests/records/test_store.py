@@ -13,6 +13,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling, Completed, Running
 
+from prefect_crew._internal import prefect_api
 from prefect_crew._internal.prefect_api import request_soon
 from prefect_crew.client.models import TaskResult
 from prefect_crew.exceptions import CrewError, TooManyAttemptsError
@@ -65,6 +66,32 @@ async def test_one_of_two_claims_wins_and_ones_own_counts_when_it_comes_twice():
     assert await RECORDS.claim(first)
     assert not await RECORDS.claim(second)
     assert await RECORDS.claim(first), "Prefect's client sends a request again after a read timeout"
+
+
+async def test_the_id_goes_before_the_claims_of_others_and_a_name_and_an_end_after_them(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    began, ended, others = new_record(), new_record(), [new_record() for _ in range(5)]
+    for record in (began, ended):
+        assert await RECORDS.claim(record)
+        assert await RECORDS.permit(record, 60.0, late=False)
+    began.phase, began.kickoff_id = RecordPhase.STARTED, str(uuid.uuid4())
+    ended.phase, ended.state, ended.ended_at = RecordPhase.ENDED, CrewState.COMPLETED, utcnow()
+    turns, made = list[str](), prefect_api._request_once
+
+    async def noted(client: Any, method: str, path: str, *, json: Any) -> httpx.Response:
+        turns.append(f"{method} {'_'.join(json.get('name', path).split('_')[:2])}")
+        return await made(client, method, path, json=json)
+
+    monkeypatch.setattr(prefect_api, "_request_once", noted)
+    here = prefect_api._Loop(requests=prefect_api._Turns(1))
+    monkeypatch.setattr(prefect_api, "_this_loop", lambda: here)
+    monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
+    await asyncio.gather(RECORDS.save_started(began), RECORDS.save(ended), *map(RECORDS.claim, others))
+    ids = [f"PATCH /variables/{record.ref}" for record in (began.strongest, ended) if record is not None]
+    assert turns[0] == ids[0]
+    assert turns[1:6] == ["POST crew_run"] * 5, "those who have not begun lose time meanwhile, and a crew none"
+    assert {*turns[6:]} == {"POST crew_kickoff", ids[1]}
 
 
 async def test_a_key_has_64_attempts_at_most_which_one_request_reads():

@@ -34,6 +34,7 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import polling
+from prefect_crew.runs import wait as wait_module
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -397,6 +398,20 @@ async def test_a_run_that_lasts_has_its_page_before_the_first_look(
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+
+
+async def test_a_page_that_waits_for_its_turn_does_not_keep_the_wait_from_polling(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, proxy: Proxy
+):
+    monkeypatch.setattr(wait_module, "SHOW_EVERY", 0.0)
+    held = Held()
+    server = crew_server(held)
+    proxy.refuse, proxy.answer = "/api/artifacts", "503"
+    running = asyncio.ensure_future(arun_crew(server.crew(), {}))
+    await until(lambda: server.requests["status"] > 3, "the run is polled while its page is refused")
+    proxy.refuse = None
+    held.release()
+    assert (await running).output == "done"
 
 
 @pytest.mark.parametrize(
