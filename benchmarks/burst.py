@@ -217,6 +217,7 @@ def compare(given: argparse.Namespace) -> None:
         }
         times = f"{middle['seconds'] / least:.2f} times Prefect's own; " if least else ""
         print(f"{way}: {times}" + ", ".join(f"{name} {number(value)}" for name, value in middle.items()))
+    report("burst", **{f"{way}_seconds": median(one["seconds"] for one in several) for way, several in found.items()})
 
 
 def main() -> None:

@@ -163,6 +163,8 @@ AT_ONCE = 8
 """Requests under way at the same time. Those that wait here go on in the order of their urgency."""
 CROWDED = 3
 """The same, once the server refused a change: what has to go alone waits for all that are under way."""
+PATIENCE = 30.0
+"""Seconds for which a request waits for newer, more urgent ones: no stream of claims holds up an end for ever."""
 CLOSING = 0.003
 """Seconds after which a connection that the server closes is seen to be closed."""
 
@@ -187,7 +189,7 @@ class _Turns:
 
     def __init__(self, most: int) -> None:
         self._most = self._free = most
-        self._waiting: list[tuple[Urgency, int, bool, asyncio.Future[int]]] = []
+        self._waiting: list[tuple[float, int, bool, asyncio.Future[int]]] = []
         self._number = itertools.count()
 
     @asynccontextmanager
@@ -195,7 +197,8 @@ class _Turns:
         """Wait for a turn, and have it: `alone` while nobody else has one. After `LONGEST` seconds it is over."""
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[int] = loop.create_future()
-        heapq.heappush(self._waiting, (urgency, next(self._number), alone, turn))
+        rank = float("-inf") if urgency is Urgency.CONTINUE else loop.time() + urgency * PATIENCE
+        heapq.heappush(self._waiting, (rank, next(self._number), alone, turn))
         self._pass_on(0)
         try:
             taken = await turn

@@ -153,8 +153,9 @@ class MarkdownArtifact:
         """Update the artifact; False if somebody has removed it."""
         try:
             async with get_client() as client:
-                path, body = f"/artifacts/{self.id}", lambda: {"data": data()}
-                await request_soon(client, "PATCH", path, json=body, give_up_after=SHOW_FOR, urgency=Urgency.SHOW)
+                # Unlike that of a Variable, it writes before it reads.
+                new: dict[str, Any] = {"json": lambda: {"data": data()}, "urgency": Urgency.SHOW, "alone": False}
+                await request_soon(client, "PATCH", f"/artifacts/{self.id}", give_up_after=SHOW_FOR, **new)
         except PrefectHTTPStatusError as error:
             if error.response.status_code != 404:
                 raise

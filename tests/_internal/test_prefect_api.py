@@ -107,6 +107,25 @@ async def test_what_has_begun_goes_before_what_has_not_and_that_before_what_is_o
     assert server.requests == len(order)
 
 
+async def test_an_end_that_has_waited_for_long_goes_before_claims_that_came_later(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
+    monkeypatch.setattr(prefect_api, "PATIENCE", 0.02)
+    server, order = serve(seconds=0.05), list[Urgency]()
+
+    async def one(urgency: Urgency) -> None:
+        await ask(urgency=urgency)
+        order.append(urgency)
+
+    asking = [asyncio.create_task(one(urgency)) for urgency in (Urgency.CONTINUE, Urgency.FINISH)]
+    await asyncio.sleep(0.03)
+    asking += [asyncio.create_task(one(urgency)) for urgency in (Urgency.BEGIN, Urgency.CONTINUE)]
+    await asyncio.gather(*asking)
+    assert order == [Urgency.CONTINUE, Urgency.CONTINUE, Urgency.FINISH, Urgency.BEGIN]
+    assert server.requests == 4
+
+
 async def test_the_time_for_which_a_change_waits_for_its_turn_is_none_of_its_attempts(serve: Any):
     before = 5 * prefect_api.AT_ONCE
     serve(*[200] * before, 503, seconds=0.1)
