@@ -390,6 +390,8 @@ class _Waiter(Watcher):
     async def _show(self, status: CrewStatus | None = None, *, note: str | None = None) -> None:
         """Bring the artifact up to date: to this status, or to the last one once it is this request's turn."""
         if (showing := self._showing) is not None and showing is not asyncio.current_task():
+            if self.run.artifact.is_new:  # its turn has not come: this request makes the artifact
+                await cancel_and_wait(showing)
             await asyncio.wait({showing})  # or two requests would make the artifact
         notes, to_do = ([], []) if self.people is None else self.people.notes
         notes += [note] if note else []

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +30,7 @@ from prefect_crew import (
     kickoff_crew,
     wait_for_crew,
 )
+from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
@@ -412,6 +414,32 @@ async def test_a_page_that_waits_for_its_turn_does_not_keep_the_wait_from_pollin
     proxy.refuse = None
     held.release()
     assert (await running).output == "done"
+
+
+async def test_a_page_whose_turn_comes_after_the_end_is_written_once(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, proxy: Proxy, seen: Seen
+):
+    free, take, asked = asyncio.Event(), prefect_api._Turns.turn, 0
+
+    @contextlib.asynccontextmanager
+    async def late(self: Any, urgency: prefect_api.Urgency, *, alone: bool = False) -> AsyncIterator[None]:
+        nonlocal asked
+        if urgency is prefect_api.Urgency.SHOW:
+            asked += 1
+            await free.wait()
+        async with take(self, urgency, alone=alone):
+            yield
+
+    monkeypatch.setattr(prefect_api._Turns, "turn", late)
+    server = crew_server("echo")
+    crew = server.crew()
+    running = asyncio.ensure_future(arun_crew(crew, {"text": "a"}))
+    await until(lambda: asked > 1, "its end is to be shown")
+    assert proxy.count("/api/artifacts") == 0
+    free.set()
+    assert (await running).output == "a"
+    assert proxy.count("/api/artifacts") == 1
+    assert "completed" in await shown(seen, server, crew)
 
 
 @pytest.mark.parametrize(
