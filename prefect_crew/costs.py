@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from typing import Literal
 
 from prefect_crew._text import sparkline
@@ -12,7 +12,7 @@ from prefect_crew.artifacts.escape import cell, table
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.exceptions import CrewError
 from prefect_crew.prices import Spending, money
-from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.records.prune import FLOW_RUN_ID, read_by_id
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.totals import DayTotal, read_totals, total_of
@@ -20,6 +20,8 @@ from prefect_crew.records.totals import DayTotal, read_totals, total_of
 By = Literal["crew", "day", "flow", "batch", "tag"]
 TRIES = 5
 """Times that the records are read while somebody prunes them."""
+CLOCKS = timedelta(hours=1)
+"""By how much the clock of a process that wrote an end may differ from the Prefect server's."""
 
 
 def grouped(rows: Iterable[DayTotal], by: By) -> dict[str, Spending]:
@@ -45,11 +47,11 @@ async def read_costs(
     Flows and tags are looked up only if they are in `by`. What could not be read is the second value, in sentences.
     """
     missed: list[str] = []
-    records, totals = list[RunRecord](), await read_totals()
+    records, totals = list[RunRecord](), await read_totals(since=since, until=until)
     for _ in range(TRIES):
-        records = [record async for record in PrefectRecords().all(RecordPhase.ENDED)]
+        records = await _read_ended(since)
         # Whoever prunes counts a run before its record goes. A total that changed may be of a run that was just read.
-        before, totals = totals, await read_totals()
+        before, totals = totals, await read_totals(since=since, until=until)
         if totals == before:
             break
     else:
@@ -71,6 +73,21 @@ async def read_costs(
     if {"flow", "tag"} & set(by):
         found = await _with_flows(found)
     return found, missed
+
+
+async def _read_ended(since: date | None) -> list[RunRecord]:
+    """Return the records of the runs that ended on a day (UTC) or later, and perhaps some of the day before.
+
+    A record is changed when its run ends, or later.
+    """
+    store, now = PrefectRecords(), utcnow()
+    first = datetime.fromtimestamp(0, UTC) if since is None else datetime.combine(since, time.min, UTC)
+    records = dict[str | None, RunRecord]()
+    # The second reading is for those that somebody changed meanwhile: they are among the latest now.
+    for moment in (first, now):
+        async for record in store.ended_since(moment - CLOCKS):
+            records[record.ref] = record
+    return list(records.values())
 
 
 async def _with_flows(rows: Sequence[DayTotal]) -> list[DayTotal]:

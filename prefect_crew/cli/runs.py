@@ -146,6 +146,8 @@ async def _status_call(record: RunRecord, crew: CrewOfRun) -> AsyncGenerator[Loo
 
 
 app = App(name="runs")
+SHARE = 0.5
+"""Of the Prefect server's time that `prune` takes: a person waits for it."""
 KeyOrId = Annotated[str, Parameter(name="KEY", help="The run's idempotency key, or its kickoff id.")]
 OUTCOME = Group("What became of it, one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
 
@@ -178,7 +180,7 @@ async def ls(
     chosen, records, order = set(only or (Condition if all_ else OPEN)), PrefectRecords(), list(Condition)
     ended = (RecordPhase.ENDED, RecordPhase.NOT_STARTED)
     phases = [phase for phase in RecordPhase if not chosen <= set(OPEN) or phase not in ended]
-    found = [await look_at(record, records) for phase in phases async for record in records.all(phase)]
+    found = [await look_at(record, records) async for record in records.all(*phases)]
     lines = sorted(
         (line for line in found if line.condition in chosen),
         key=lambda line: (order.index(line.condition), -line.since.timestamp()),
@@ -370,14 +372,14 @@ async def prune(
         dry_run: Only count.
     """
     records = PrefectRecords()
-    done = await prune_records(records, older_than=older_than, dry_run=True)
+    done = await prune_records(records, older_than=older_than, dry_run=True, share=SHARE)
     if not dry_run:
         if done.runs:
             question = f"Remove {done.runs} run records? A later call with one of their keys starts a new run."
             _output.confirm(question, yes=yes)
-        done = await prune_records(records, older_than=older_than)
+        done = await prune_records(records, older_than=older_than, share=SHARE)
     verb = "would be removed" if dry_run else "removed"
-    said = f"{done.runs} records {verb}. {done.kept} records stay."
+    said = f"{done.runs} records {verb}. {done.kept} as old stay: their runs are open, or flow runs may ask for them."
     _output.put(said, json=output and {**vars(done), "dry_run": dry_run})
 
 

@@ -1,5 +1,8 @@
 """Removing the records of runs that nobody can ask for any more: their flow runs ended long ago.
 
+It walks through the server's Variables from the end of those that nobody has changed for longest, of which the server
+has an index, and stops at the first page with one that is young. It never holds more than a page of them.
+
 Everything here raises one of PREFECT_ERRORS where the Prefect API is away or refuses.
 """
 
@@ -9,7 +12,7 @@ import asyncio
 import logging
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -22,7 +25,19 @@ from prefect.client.schemas.objects import TERMINAL_STATES
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.records.budgets import delete_past_counters
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import USED, PrefectRecords, delete_variable, read_named, server_time
+from prefect_crew.records.store import (
+    PAGE as VARIABLES,
+)
+from prefect_crew.records.store import (
+    PrefectRecords,
+    Variable,
+    claims_named_in,
+    count_variables,
+    delete_variable,
+    read_by_change,
+    server_time,
+    without_claim,
+)
 from prefect_crew.records.totals import add_to_totals, total_of
 from prefect_crew.settings import CrewSettings
 
@@ -35,14 +50,19 @@ EVERY = 6 * 3600.0
 do not all do it at once."""
 FIRST_WITHIN = 3600.0
 """Seconds within which it does so for the first time."""
-PAUSE = 0.2
-"""Seconds between two of its keys: each takes a dozen requests to the Prefect server."""
+SHARE = 0.05
+"""Of the Prefect server's time that pruning takes: after each step it pauses 19 times as long as the step took."""
+LONGEST_PAUSE = 60.0
+"""Seconds of a pause at most: a machine may sleep within a step."""
 FLOW_RUN_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What `prune` removed, or with `dry_run` would have, and how many records it kept."""
+    """How many records `prune` removed, or with `dry_run` would have; and how many it kept that are as old.
+
+    Those are of runs that have not ended, or that their flow runs may still ask for.
+    """
 
     runs: int
     kept: int
@@ -137,8 +157,50 @@ async def read_by_id(
     return found
 
 
+class _Walk:
+    """The way through the server's Variables from the one that nobody has changed for longest.
+
+    The server lists them from the other end only, so each page is asked for by its distance from the last one. Where
+    others delete some that were passed, the walk passes over some that were not: the next prune meets those.
+    """
+
+    def __init__(self) -> None:
+        self._passed = 0
+        self._until: datetime | None = None
+        self.is_over = False
+
+    async def next_page(self) -> list[Variable]:
+        """Return the next Variables, those first that nobody has changed for longest."""
+        left = await count_variables() - self._passed
+        page = (await read_by_change(max(0, left - VARIABLES)))[: max(0, left)][::-1]
+        self.is_over = left <= VARIABLES
+        self._passed += len(page)
+        self._until = page[-1].updated if page else None
+        return page
+
+    def deleted(self, variables: Iterable[Variable]) -> None:
+        """Note that Variables were deleted: those that the walk has passed count no more."""
+        self._passed -= sum(self._until is not None and one.updated <= self._until for one in variables)
+
+
+class _Pace:
+    """Pauses that leave the Prefect server to others for most of the time."""
+
+    def __init__(self, share: float) -> None:
+        self._factor = 1 / share - 1
+        self._began = self._now()
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def pause(self) -> None:
+        """Pause in proportion to the time since the last pause."""
+        await asyncio.sleep(min((self._now() - self._began) * self._factor, LONGEST_PAUSE))
+        self._began = self._now()
+
+
 async def prune(
-    store: PrefectRecords, *, older_than: timedelta | None = None, dry_run: bool = False, pause: float = 0.0
+    store: PrefectRecords, *, older_than: timedelta | None = None, dry_run: bool = False, share: float = SHARE
 ) -> Pruned:
     """Remove the records of runs whose flow runs ended long ago, and counters of the past.
 
@@ -149,38 +211,55 @@ async def prune(
         older_than: The age, counted from when a run's end was written down, and from the end of the flow run that
             started it and of those above it. An hour at least; left out, the setting `keep_records_days`.
         dry_run: Only count.
-        pause: Seconds between two keys, so that a long list does not keep the Prefect server busy.
+        share: Of the Prefect server's time that this takes, at most.
     """
     older_than = timedelta(days=CrewSettings().keep_records_days) if older_than is None else older_than
-    by_key = defaultdict[str, list[RunRecord]](list)
-    async for record in store.all():
-        by_key[record.idempotency_key].append(record)
-    records = [record for attempts in by_key.values() for record in attempts]
+    least = max(older_than, YOUNGEST).total_seconds()
+    runs, kept, pace, walk = 0, 0, _Pace(share), _Walk()
     if not dry_run:
-        for used in await read_named(USED):
-            if used.age >= max(older_than, YOUNGEST).total_seconds():
-                await delete_variable(used.id)
-        for permit in await store.left_permits(max(older_than, YOUNGEST).total_seconds()):
-            await delete_variable(permit)
         await delete_past_counters(older_than)
-    old = [one for attempts in by_key.values() if all(_is_old(one, older_than) for one in attempts) for one in attempts]
-    going = prunable(old, older_than, await read_owners(old))
-    for key in () if dry_run else dict.fromkeys(record.idempotency_key for record in going):
-        # Read again: since the list was made, the key may have been used. Whoever claims it from here on sees that
-        # attempts are gone which it decided by, and decides again.
-        attempts = await store.attempts(key)
-        if {one.ref for one in attempts} <= {one.ref for one in by_key[key]}:
-            # So may its flow runs: one that was retried since asks for its runs again.
-            owners = await read_owners(attempts)
-            flows = await read_by_id("/flows/filter", (owner.flow_id for owner in owners.values()))
-            for record in prunable(attempts, older_than, owners):
-                if record.phase is RecordPhase.ENDED:
-                    owner = owners.get(record.flow_run_id or "", GONE)
-                    flow = flows.get(owner.flow_id, {}).get("name")
-                    await add_to_totals(record, total_of(record, flow, owner.tags))
-                await store.delete(record)
-        await asyncio.sleep(pause)
-    return Pruned(runs=len(going), kept=len(records) - len(going))
+    is_young = False
+    while not (walk.is_over or is_young):
+        page = await walk.next_page()
+        old = [variable for variable in page if variable.idle >= least]
+        is_young = len(old) < len(page)
+        records, _ = await store.readable(old)
+        going = prunable(records, older_than, await read_owners(one for one in records if _is_old(one, older_than)))
+        kept += len(records) - len(going)
+        if not dry_run:
+            left = {*await without_claim(claims_named_in(old))}
+            for ref in left:
+                await delete_variable(ref)
+            walk.deleted(one for one in old if one.id in left)
+        await pace.pause()
+        for key, theirs in Counter(record.idempotency_key for record in going).items():
+            # Read again, as a whole: the page has some of the attempts at the key, and it may have been used since.
+            removed = await _prune_key(store, key, older_than, walk, dry_run=dry_run)
+            kept += 0 if removed else theirs
+            # Where nothing is deleted, the walk meets the other attempts later.
+            runs += min(removed, theirs) if dry_run else removed
+            await pace.pause()
+    return Pruned(runs=runs, kept=kept)
+
+
+async def _prune_key(store: PrefectRecords, key: str, older_than: timedelta, walk: _Walk, *, dry_run: bool) -> int:
+    """Remove all attempts at a key or none; return how many.
+
+    Whoever claims it from here on sees that attempts are gone which it decided by, and decides again.
+    """
+    attempts = await store.attempts(key)
+    # So may its flow runs: one that was retried since asks for its runs again.
+    owners = await read_owners(attempts)
+    going = prunable(attempts, older_than, owners)
+    if not dry_run:
+        flows = await read_by_id("/flows/filter", (owner.flow_id for owner in owners.values()))
+        for record in going:
+            if record.phase is RecordPhase.ENDED:
+                owner = owners.get(record.flow_run_id or "", GONE)
+                flow = flows.get(owner.flow_id, {}).get("name")
+                await add_to_totals(record, total_of(record, flow, owner.tags))
+            walk.deleted(await store.delete(record))
+    return len(going)
 
 
 async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
@@ -189,9 +268,9 @@ async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Lo
     while True:
         await asyncio.sleep(seconds)
         try:
-            pruned = await prune(PrefectRecords(), pause=PAUSE)
+            pruned = await prune(PrefectRecords())
             if pruned.runs:
-                log.info("%d old run records were removed, %d stay.", pruned.runs, pruned.kept)
+                log.info("%d old run records were removed, %d as old stay.", pruned.runs, pruned.kept)
         except PREFECT_ERRORS as error:
             log.debug("Old run records are not removed now: the Prefect server does not answer (%s).", error)
         except Exception:  # nobody waits for this task, which lives as long as its worker: the log has it, whole

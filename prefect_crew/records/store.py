@@ -16,8 +16,9 @@ value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of fl
 - `crew_usual_CREW` lists what the latest runs of a crew used, the newest first, for budgets. Two that change it at the
   same moment lose one of the two runs in it.
 
-Every name can be told in advance, and a server has an index of names only: a start, a second call and a resolution read
-exact names. `LIKE` and tags read all Variables of the server.
+Every name can be told in advance, and a server has an index of names, of ids and of when a Variable was changed. So a
+start, a second call and a resolution read exact names. Costs and pruning read by the time of the last change, from one
+end. `LIKE` and tags read all Variables of the server: only a list that a person asked for does that, by a tag.
 
 `model.fold` says what claim and permits mean together. Changes go by the Variable's id: by its name they could reach
 another one that was created under it since.
@@ -25,6 +26,7 @@ another one that was created under it since.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +36,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 from uuid import UUID, uuid4
 
 import httpx
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
 from pydantic_core import to_json
@@ -70,6 +72,8 @@ BUSY_FOR = 10.0
 RETRIED_BY_CLIENT = (408, 429, 502, 503)
 """Answers after which Prefect's client sends a request again by itself."""
 USED = "crew_used_"
+OVERLAP = 5
+"""Variables of a page by change that the next page has as well: else some between them may have been missed."""
 TRIES = 5
 """Attempts to name a run by its kickoff id, where somebody else deletes that name at the same time."""
 KEPT = 50
@@ -84,14 +88,18 @@ ANSWERS = 50
 _OPEN = (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.STARTED)
 """Records in these phases are tagged as claimed: only their permits say more. Others have any tag."""
 _NAME = re.compile(r"(crew_run_[0-9a-f]{32}_\d+)(?:_([0-9a-f]{32})_(\d+))?")
+_END_NAME = re.compile(r"crew_used_(?:use|span)_([0-9a-f]{32})")
+_KICKOFF_NAME = re.compile(r"crew_kickoff_[0-9a-f]{32}")
 _SHORTER = {"input_marks": None, "result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
 """What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
 _Model = TypeVar("_Model", RunRecord, Permit)
 
 
 class Variable(NamedTuple):
-    """A Variable as it was read, with its age, and for how long nobody has changed it, in seconds by the server's
-    clock."""
+    """A Variable as it was read.
+
+    `age`: seconds since it was created, and `idle`: since it was changed, both by the server's clock.
+    """
 
     id: str
     name: str
@@ -99,6 +107,7 @@ class Variable(NamedTuple):
     created: datetime
     age: float
     idle: float
+    updated: datetime
 
 
 # Names and values
@@ -170,7 +179,7 @@ def variables_in(response: httpx.Response) -> list[Variable]:
     for stored in response.json():
         created, updated = datetime.fromisoformat(stored["created"]), datetime.fromisoformat(stored["updated"])
         variables.append(
-            Variable(stored["id"], stored["name"], stored["value"], created, since(created), since(updated))
+            Variable(stored["id"], stored["name"], stored["value"], created, since(created), since(updated), updated)
         )
     return variables
 
@@ -246,6 +255,33 @@ def later_version(value: Any) -> CrewError | None:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def claims_named_in(variables: Iterable[Variable]) -> dict[str, str]:
+    """Return the ids of Variables that belong to a claim, each with the id of that claim."""
+    claims = dict[str, str]()
+    for one in variables:
+        if (permit := _NAME.fullmatch(one.name)) is not None and permit[2]:
+            claims[one.id] = str(UUID(permit[2]))
+        elif (note := _END_NAME.fullmatch(one.name)) is not None:
+            claims[one.id] = str(UUID(note[1]))
+        elif _KICKOFF_NAME.fullmatch(one.name) and isinstance(claim := _mapping(one.value).get("claim"), str):
+            with suppress(ValueError):  # somebody else may use our names
+                claims[one.id] = str(UUID(claim))
+    return claims
+
+
+async def _claims_resolved_in(variables: Sequence[Variable]) -> list[Variable]:
+    """Return the claims, not among the Variables, of permits among them that say how the run ended."""
+    there = {one.name for one in variables}
+    ends = [_NAME.fullmatch(one.name) for one in variables if _mapping(one.value).get("phase") == RecordPhase.ENDED]
+    names = {name[1] for name in ends if name is not None and name[2]} - there
+    return await read_exact([*names]) if names else []
+
+
+def _warn_of(problem: CrewError | None) -> None:
+    if problem is not None:
+        run_logger().warning("Left out of this list: %s", problem)
 
 
 def _is_gone(error: Exception) -> bool:
@@ -346,20 +382,65 @@ async def read_pages(variables: Mapping[str, Any]) -> AsyncIterator[list[Variabl
         offset += PAGE
 
 
-async def read_named(prefix: str) -> list[Variable]:
-    """Return the Variables whose names begin with a text, in the order of their names. It reads all of the server's."""
-    found: list[Variable] = []
-    async for page in read_pages({"name": {"like_": prefix + "%"}}):
-        # `_` is a wildcard of LIKE, and the server looks anywhere in the name.
-        found += [one for one in page if one.name.startswith(prefix)]
-    return found
-
-
 async def read_exact(names: Sequence[str]) -> list[Variable]:
     """Return the Variables of these names, `PAGE` at most, as they stand at one moment."""
     json = {"variables": {"name": {"any_": [*names]}}, "limit": PAGE, "offset": 0}
     async with get_client() as client:
         return variables_in(await read_in_turn(client, "/variables/filter", json=json))
+
+
+async def read_by_change(offset: int) -> list[Variable]:
+    """Return a page of all Variables of the server, the latest change first. The server has an index of that."""
+    async with get_client() as client:
+        return variables_in(await _ask_by_change(client, offset))
+
+
+async def _ask_by_change(client: PrefectClient, offset: int) -> httpx.Response:
+    return await read_in_turn(
+        client, "/variables/filter", json={"limit": PAGE, "offset": offset, "sort": "UPDATED_DESC"}
+    )
+
+
+async def _pages_by_change(since: datetime) -> AsyncIterator[list[Variable]]:
+    """Yield the Variables of the server that were changed since a moment, page by page, the latest change first.
+
+    While one page is looked at, the server prepares the next one. Some Variables come twice.
+    """
+    offset, before = 0, set[str]()
+    async with get_client() as client:
+        asked = asyncio.create_task(_ask_by_change(client, offset))
+        try:
+            while True:
+                page = variables_in(await asked)
+                ids = {variable.id for variable in page}
+                # Where the pages do not meet, Variables were deleted, so that those after them moved up.
+                meets = not offset or not before.isdisjoint(ids)
+                is_last = meets and (len(page) < PAGE or page[-1].updated < since)
+                offset = offset + PAGE - OVERLAP if meets else max(0, offset - PAGE // 2)
+                if not is_last:
+                    asked = asyncio.create_task(_ask_by_change(client, offset))
+                if meets:
+                    before = ids
+                    yield page
+                if is_last:
+                    return
+        finally:
+            asked.cancel()
+
+
+async def count_variables() -> int:
+    """Return how many Variables the server has."""
+    async with get_client() as client:
+        return int((await read_in_turn(client, "/variables/count", json={})).json())
+
+
+async def without_claim(claim_by_id: Mapping[str, str]) -> list[str]:
+    """Return the ids of the Variables, `PAGE` at most, whose claims are gone. Both are named by their ids."""
+    if not claim_by_id:
+        return []
+    asked = {"id": {"any_": [*{*claim_by_id.values()}]}}
+    there = {claim.id async for page in read_pages(asked) for claim in page}
+    return [ref for ref, claim in claim_by_id.items() if claim not in there]
 
 
 async def _read_permits(records: Sequence[RunRecord]) -> list[Variable]:
@@ -599,26 +680,51 @@ class PrefectRecords:
             return await self._holder(named, kickoff_id)
         return None
 
-    async def all(self, phase: RecordPhase | None = None) -> AsyncIterator[RunRecord]:
-        """Yield every record that this version can read, or those in one phase, in no promised order."""
+    async def all(self, *phases: RecordPhase) -> AsyncIterator[RunRecord]:
+        """Yield every record that this version can read, or those in some phases, in no promised order.
+
+        The server reads all its Variables for each page of the answer: this is for lists that a person asks for.
+        """
+        tags = [TAG, f"phase:{RecordPhase.CLAIMED}"] if phases and {*phases} <= {*_OPEN} else [TAG]
         problem: CrewError | None = None
-        tags = [TAG, f"phase:{RecordPhase.CLAIMED}"] if phase in _OPEN else [TAG]
         async for page in read_pages({"tags": {"all_": tags}}):
-            problems = [error for one in page if (error := later_version(one.value)) is not None]
-            claims = [one for one in page if later_version(one.value) is None]
-            open_ones = [record for record in records_in(claims) if record.phase is RecordPhase.CLAIMED]
-            permits = await _read_permits(open_ones)
-            unknown = [permit for permit in permits if later_version(permit.value) is not None]
-            problems += [error for permit in unknown if (error := later_version(permit.value)) is not None]
-            problem = next(iter(problems), problem)
-            # Of a claim with a permit that cannot be read nobody knows here what became of it.
-            left_out = {named[2] for permit in unknown if (named := _NAME.fullmatch(permit.name)) is not None}
-            read = [claim for claim in claims if _hex(claim.id) not in left_out]
-            for record in records_in([*read, *(permit for permit in permits if permit not in unknown)]):
-                if phase is None or record.phase is phase:
+            records, unreadable = await self.readable(page)
+            problem = unreadable or problem
+            for record in records:
+                if not phases or record.phase in phases:
                     yield record
-        if problem is not None:
-            run_logger().warning("Left out of this list: %s", problem)
+        _warn_of(problem)
+
+    async def ended_since(self, moment: datetime) -> AsyncIterator[RunRecord]:
+        """Yield the records of runs that ended since a moment by the server's clock, the latest change first.
+
+        The server reads what was changed since then, and nothing else. A record may come twice.
+        """
+        problem: CrewError | None = None
+        async for page in _pages_by_change(moment):
+            records, unreadable = await self.readable([*page, *await _claims_resolved_in(page)])
+            problem = unreadable or problem
+            for record in records:
+                if record.phase is RecordPhase.ENDED:
+                    yield record
+        _warn_of(problem)
+
+    async def readable(self, variables: Sequence[Variable]) -> tuple[list[RunRecord], CrewError | None]:
+        """Return the records whose claims are among Variables, and the problem with those that this version cannot
+        read."""
+        claims = [one for one in variables if (named := _NAME.fullmatch(one.name)) is not None and named[2] is None]
+        problems = [error for one in claims if (error := later_version(one.value)) is not None]
+        claims = [one for one in claims if later_version(one.value) is None]
+        records = records_in(claims)
+        permits = await _read_permits([record for record in records if record.phase is RecordPhase.CLAIMED])
+        unknown = [permit for permit in permits if later_version(permit.value) is not None]
+        problems += [error for permit in unknown if (error := later_version(permit.value)) is not None]
+        # Of a claim with a permit that cannot be read nobody knows here what became of it.
+        left_out = {named[2] for permit in unknown if (named := _NAME.fullmatch(permit.name)) is not None}
+        read = [claim for claim in claims if _hex(claim.id) not in left_out]
+        if permits:
+            records = records_in([*read, *(permit for permit in permits if permit not in unknown)])
+        return records, next(iter(problems), None)
 
     def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight: any of them may wait for a person."""
@@ -648,33 +754,24 @@ class PrefectRecords:
 
     # Deleting
 
-    async def delete(self, record: RunRecord) -> None:
-        """Forget an attempt, and what people answered. A later call with its key is then a new start."""
+    async def delete(self, record: RunRecord) -> list[Variable]:
+        """Forget an attempt, and what people answered; return what was deleted. A later call with its key is then a new
+        start."""
         await forget_notes(record)
-        notes = await self._answers(record)
+        claim = record_name(record.idempotency_key, record.attempt)
         named = [_kickoff_name(record.kickoff_id)] if record.kickoff_id else []
-        for note in await read_exact([*named, _end_name(record, "use"), _end_name(record, "span")]):
-            if note.name not in named or _mapping(note.value).get("claim") == record.ref:
-                notes.append(note)
+        found = await read_exact([claim, *named, _end_name(record, "use"), _end_name(record, "span")])
+        notes = await self._answers(record)
+        notes += [one for one in found if one.name not in (claim, *named)]
+        notes += [one for one in found if one.name in named and _mapping(one.value).get("claim") == record.ref]
+        claims = [one for one in found if one.id == record.ref]
         permits = await _read_permits([record])
         # By id: under the name somebody may have made a claim anew. The record before its permits: without them it
         # would seem to be claimed.
-        for gone in (*(one.id for one in notes), str(record.ref), *(one.id for one in permits)):
-            await delete_variable(gone)
-
-    async def left_permits(self, age: float) -> list[str]:
-        """Return the ids of permits whose records are gone, since whoever deleted them was killed in between.
-
-        A record is made before its permits: one that is `age` seconds old and has none has lost it.
-        """
-        left = list[str]()
-        async for page in read_pages({"tags": {"all_": [PERMIT_TAG]}}):
-            named = [(one.id, _NAME.fullmatch(one.name)) for one in page if one.age > age]
-            claims = {permit: str(UUID(name[2])) for permit, name in named if name is not None and name[2]}
-            asked = {"id": {"any_": [*claims.values()]}}
-            there = {one.id async for found in read_pages(asked) for one in found} if claims else set[str]()
-            left += [permit for permit, claim in claims.items() if claim not in there]
-        return left
+        gone = [*notes, *claims, *permits]
+        for one in gone:
+            await delete_variable(one.id)
+        return gone
 
     # The flow run that claimed a record
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -75,6 +76,9 @@ async def tour() -> list[Any]:
     await store.remove_review(first, 2)
     await store.remove_review(first, 2)
     seen.append([one.by for one in await store.reviews(first)])
+    # What was changed last comes first, and the count is that of all.
+    changed = [one.id for one in await store_module.read_by_change(0)]
+    seen += [changed.index(first.ref) < changed.index(second.ref), await store_module.count_variables() >= len(changed)]
     for one in (first, second, second):
         await store.delete(one)
     seen.append(await store.attempts(KEY))
@@ -319,21 +323,21 @@ def _counts_nothing() -> Any:
 
 def _forgets_what_others_counted() -> Any:
     counted: set[tuple[Process | None, str]] = set()
-    create, read = totals.create_variable, totals.read_named
+    create, read = totals.create_variable, totals.read_exact
 
     async def create_variable(variable: Any) -> str | None:
         counted.update((current_process(), ref) for ref in variable["value"]["refs"])
         return await create(variable)
 
-    async def read_named(prefix: str) -> list[Variable]:
+    async def read_exact(names: Sequence[str]) -> list[Variable]:
         return [
-            one._replace(value={**one.value, "refs": [*filter(mine, one.value["refs"])]}) for one in await read(prefix)
+            one._replace(value={**one.value, "refs": [*filter(mine, one.value["refs"])]}) for one in await read(names)
         ]
 
     def mine(ref: str) -> bool:
         return (current_process(), ref) in counted
 
-    return mock.patch.multiple(totals, create_variable=create_variable, read_named=read_named)
+    return mock.patch.multiple(totals, create_variable=create_variable, read_exact=read_exact)
 
 
 TWO = Scenario(calls=(Call(), Call()), runs=(CrewRun(seconds=3),))

@@ -45,14 +45,14 @@ from prefect_crew.records import budgets as counters
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.prune import prune
 from prefect_crew.records.resolve import resolve_never_started
-from prefect_crew.records.store import USED, PrefectRecords, read_named
+from prefect_crew.records.store import USED, PrefectRecords
 from prefect_crew.runs import kickoff, stop
 from prefect_crew.runs.run import finish_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.prefect_server import PrefectServer
-from support.records import new_record
+from support.records import new_record, read_named
 from support.scripts import script, slow
 from support.webhooks import until
 

@@ -20,10 +20,10 @@ from prefect_crew.prices import Spending
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.prune import GONE, Owner, Pruned, owner_ids, prunable, prune, prune_regularly, read_owners
-from prefect_crew.records.store import PrefectRecords, delete_variable, read_named, record_name
+from prefect_crew.records.store import PrefectRecords, delete_variable, record_name
 from prefect_crew.records.totals import DayTotal, read_totals
 from support.prefect_server import PrefectServer
-from support.records import new_record
+from support.records import new_record, read_named
 
 NOW = utcnow()
 AGE = timedelta(days=90)
@@ -252,4 +252,4 @@ async def test_a_worker_prunes_now_and_then_and_goes_on_where_it_fails(
         await prune_regularly(logging.getLogger("test-prune"))
     said = [(one.levelname, one.getMessage()) for one in caplog.records if one.name == "test-prune"]
     assert [level for level, _ in said] == ["DEBUG", "ERROR", "INFO"]
-    assert said[2][1] == "2 old run records were removed, 5 stay."
+    assert said[2][1] == "2 old run records were removed, 5 as old stay."

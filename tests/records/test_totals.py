@@ -16,10 +16,10 @@ from prefect_crew.client.models import TokenUsage
 from prefect_crew.prices import Spending
 from prefect_crew.records import totals as totals_module
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import PrefectRecords, read_named
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.totals import DayTotal, add_to_totals, read_totals, total_of
 from support.prefect_server import PrefectServer
-from support.records import new_record
+from support.records import new_record, read_named
 
 ENDED = datetime(2026, 4, 1, 12, tzinfo=UTC)
 
@@ -132,7 +132,7 @@ async def test_what_somebody_else_keeps_under_such_a_name_stays(prefect_api: Pre
         await client.request("POST", "/variables/", json=body)
     await added(await stored(1, crew, ended_at=day))
     assert await counted(crew) == 1
-    assert await names(day) == ["crew_usage_20200106_4", "crew_usage_20200106_5"]
+    assert await names(day) == ["crew_usage_20200106_1", "crew_usage_20200106_4"]
 
 
 @pytest.mark.parametrize("kind", ["crew", "flow", "tags"])

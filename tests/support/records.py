@@ -56,7 +56,7 @@ async def record_of(kickoff_id: str) -> RunRecord:
 def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the attempts that Variables hold, as the record store reads them; `permit` is the number of permits."""
     found = [
-        Variable(one["id"], one["name"], one["value"], datetime.fromisoformat(one["created"]), 0.0, 0.0)
+        Variable(one["id"], one["name"], one["value"], datetime.fromisoformat(one["created"]), 0.0, 0.0, utcnow())
         for one in variables
         if store_module.later_version(one["value"]) is None
     ]
@@ -64,6 +64,13 @@ def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
         {**record.model_dump(mode="json", exclude_none=True), "permit": record.permit}
         for record in store_module.records_in(found)
     ]
+
+
+async def read_named(prefix: str) -> list[Variable]:
+    """Return the Variables whose names begin with a text, in the order of their names."""
+    # `_` is a wildcard of LIKE, and the server looks anywhere in the name.
+    pages = store_module.read_pages({"name": {"like_": prefix + "%"}})
+    return [one async for page in pages for one in page if one.name.startswith(prefix)]
 
 
 def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> None:

@@ -204,6 +204,8 @@ class SimPrefect:
             return self._flow_run(method, parts[1], body)
         if parts == ["variables", "filter"]:
             return 200, self._filter(body)
+        if parts == ["variables", "count"]:
+            return 200, len(self.variables)
         if parts == ["variables"] and method == "POST":
             if body["name"] in self.variables:
                 return 409, {"detail": f"A variable with the name {body['name']!r} already exists."}
@@ -275,9 +277,11 @@ class SimPrefect:
         self._stored = stored
 
     def _filter(self, body: Any) -> list[dict[str, Any]]:
-        wanted = body["variables"] or {}
+        wanted = body.get("variables") or {}
         some = any if wanted.get("operator") == "or_" else all
         found = [one for _, one in sorted(self.variables.items()) if some(_conditions(wanted, one))]
+        if body.get("sort") == "UPDATED_DESC":
+            found.sort(key=lambda one: datetime.fromisoformat(one["updated"]), reverse=True)
         return found[body["offset"] : body["offset"] + body["limit"]]
 
     def _found(self, kind: str, id_: str) -> dict[str, Any] | None:

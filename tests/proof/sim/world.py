@@ -374,7 +374,7 @@ class World:
         fate = {name: getattr(plan, name) for name in ("kill_at", "freeze_at", "freeze_for", "skew")}
         clerk = self._clerk(f"prune {number}", **fate)
         clerk.facts.update(began=self.loop.time(), older_than=plan.older_than)
-        main = clerk.start(_quietly(prune(PrefectRecords(), older_than=timedelta(seconds=plan.older_than))))
+        main = clerk.start(_quietly(prune(PrefectRecords(), older_than=timedelta(seconds=plan.older_than), share=1.0)))
         died = self.loop.create_task(clerk.died.wait())
         await asyncio.wait({main, died}, return_when=asyncio.FIRST_COMPLETED)
         died.cancel()
