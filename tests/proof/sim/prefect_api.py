@@ -324,7 +324,7 @@ def _kinds_of(method: str, path: str) -> Iterator[str]:
     """Yield by which counts a fault may name a request."""
     if path == "/variables/filter":
         yield "read"
-    elif path.startswith("/variables") and method != "GET":
+    elif path.startswith("/variables") and path != "/variables/count" and method != "GET":
         yield "write"
         if method == "DELETE":
             yield "delete"
