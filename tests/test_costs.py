@@ -136,11 +136,11 @@ async def test_runs_that_are_pruned_at_that_moment_count_once(
     ended = [await put(new_record(crew=label, phase=RecordPhase.ENDED, cost=1.0, ended_at=utcnow())) for _ in "abc"]
     read = costs.read_totals
 
-    async def prune_and_read() -> Any:
+    async def prune_and_read(**period: Any) -> Any:
         for one in (ended.pop() for _ in ended[1:]):
             await add_to_totals(one, total_of(one))
             await PrefectRecords().delete(one)
-        return await read()
+        return await read(**period)
 
     async def of_crew() -> list[tuple[int, float | None]]:
         rows, missed = await read_costs(["crew"])
@@ -149,7 +149,7 @@ async def test_runs_that_are_pruned_at_that_moment_count_once(
 
     assert await of_crew() == [(3, 3.0)]
     calls = iter([read, prune_and_read])
-    monkeypatch.setattr(costs, "read_totals", lambda: next(calls, read)())
+    monkeypatch.setattr(costs, "read_totals", lambda **period: next(calls, read)(**period))
     assert await of_crew() == [(3, 3.0)]
 
 

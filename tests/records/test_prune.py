@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.prices import Spending
 from prefect_crew.records import prune as prune_module
+from prefect_crew.records import store as store_module
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.prune import GONE, Owner, Pruned, owner_ids, prunable, prune, prune_regularly, read_owners
 from prefect_crew.records.store import PrefectRecords, delete_variable, record_name
@@ -100,7 +102,38 @@ def test_the_first_attempt_which_a_new_call_would_claim_goes_last():
 async def pruned(store: PrefectRecords, **options: Any) -> Pruned:
     """Prune as if an hour had passed since everything that stands there was written."""
     with mock.patch.object(prune_module, "YOUNGEST", timedelta(0)):
-        return await prune(store, older_than=timedelta(0), **options)
+        return await prune(store, older_than=timedelta(0), share=1.0, **options)
+
+
+async def test_a_walk_over_many_pages_removes_all_that_is_old(
+    prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
+):
+    store, mark = PrefectRecords(), uuid.uuid4().hex
+    monkeypatch.setattr(store_module, "PAGE", 7)
+    monkeypatch.setattr(prune_module, "VARIABLES", 7)
+    records = [record(f"{mark} {number}", RecordPhase.ENDED) for number in range(20)]
+    flying = record(f"{mark} flying", RecordPhase.STARTED)
+    for one in (*records[:10], flying, *records[10:]):
+        assert await store.claim(one)
+    await pruned(store)
+    assert [one.idempotency_key for one in records if await store.attempts(one.idempotency_key)] == []
+    assert len(await store.attempts(flying.idempotency_key)) == 1
+
+
+async def test_pruning_leaves_the_server_to_others_for_most_of_the_time(
+    prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
+):
+    pauses = list[float]()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(prune_module.asyncio, "sleep", sleep)
+    began = time.monotonic()
+    await prune(PrefectRecords(), dry_run=True)
+    took = time.monotonic() - began
+    assert pauses
+    assert 0 < sum(pauses) <= 19.1 * took
 
 
 async def test_records_of_ended_runs_go_from_a_real_server(prefect_api: PrefectServer):

@@ -47,7 +47,7 @@ async def flow_run(state: Any = None) -> str:
 
 async def is_among(record: RunRecord, phase: RecordPhase | None = None) -> bool:
     """Return whether a record is among all of a phase."""
-    return record.ref in [found.ref async for found in RECORDS.all(phase)]
+    return record.ref in [found.ref async for found in RECORDS.all(*([] if phase is None else [phase]))]
 
 
 @pytest.fixture
