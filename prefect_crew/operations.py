@@ -110,7 +110,8 @@ async def watch_folder(
                     log.warning("%s It is moved to the folder refused.", error)
                     await to_thread(_move, path, "refused")
                 continue
-            why = f"{path.name} (batch {name!r}, {type(error).__name__}: {error})"
+            reason = str(error).rstrip(".")
+            why = f"{path.name} (batch {name!r}, {type(error).__name__}: {reason})"
             log.error("%s", why, exc_info=not isinstance(error, CrewError))  # noqa: TRY400  a traceback if not of ours
             failed.append(why)
         else:

@@ -200,6 +200,7 @@ def sync_version(
     `hints` say for an argument that there is not what to write in its place.
     """
     name, parameters = function.__name__.removeprefix("a"), inspect.signature(function).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -211,7 +212,7 @@ def sync_version(
                 "`await asyncio.to_thread(flow)`."
             )
         for argument in kwargs:
-            if argument not in parameters:
+            if argument not in parameters and not takes_any:
                 del args, kwargs
                 hint = (hints or {}).get(argument)
                 advice = f"Write {hint}" if hint else f"It takes: {', '.join(parameters)}"

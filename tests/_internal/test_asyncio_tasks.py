@@ -14,7 +14,7 @@ import pytest
 from prefect import flow
 from prefect.logging import disable_run_logger
 
-from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, in_async_context
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, in_async_context, sync_version
 from prefect_crew.batches import throttle
 from prefect_crew.runs import listener
 from support.prefect_server import PrefectServer
@@ -157,3 +157,10 @@ async def test_what_a_cancelled_coroutine_finishes_is_waited_for_within_its_limi
             await running
         assert finished.is_set() is is_waited_for
         await finished.wait()
+
+
+def test_a_sync_version_passes_on_the_options_that_its_function_takes_by_any_name():
+    async def aplan(name: str, **options: int) -> dict[str, int]:
+        return {name: len(options), **options}
+
+    assert sync_version(aplan)("rows", key=1) == {"rows": 1, "key": 1}

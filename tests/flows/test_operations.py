@@ -194,7 +194,7 @@ async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(
     taken.mkdir(parents=True)
     for looks in (1, 2):
         with pytest.raises(
-            CrewError, match=r"batches of 1 of \d files in .*a\.csv \(OutputError: .*The next run"
+            CrewError, match=r"batches of 1 of \d files in .*a\.csv \(batch 'a.csv-\w+', OutputError: .*The next run"
         ) as caught:
             await folder.look("batch-echo")
         assert "b.csv" not in str(caught.value)
