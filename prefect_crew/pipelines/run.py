@@ -181,14 +181,15 @@ async def _name_flow_run(
     await label_flow_run(name=titled(name, key, inputs, secret))
 
 
-def _digest_of(inputs: Mapping[str, Any]) -> str:
-    """Return the digest of the inputs that are not one of pydantic's secrets: a secret tells no two runs apart."""
-    return inputs_digest(encode_inputs({name: value for name, value in inputs.items() if not holds_secret(value)}))
+def _digest_of(pipeline: Pipeline) -> str:
+    """Return the digest of the inputs that are not secret: a secret tells no two runs apart. The crews are loaded."""
+    secret = pipeline.secret_inputs
+    return inputs_digest(encode_inputs({name: pipeline.inputs[name] for name in pipeline.inputs if name not in secret}))
 
 
 @cancelled_once
 async def _run(pipeline: Pipeline, name: str, idempotency_key: str | None, budgets: Sequence[Budget]) -> PipelineResult:
-    identity = await identify(name, _digest_of(pipeline.inputs), idempotency_key=idempotency_key, name=None)
+    identity = await identify(name, _digest_of(pipeline), idempotency_key=idempotency_key, name=None)
     key = identity.idempotency_key
     await pipeline.refuse_problems(key)
     pipeline.crews = {step: crew.under(budgets, name=name, batch=key) for step, crew in pipeline.crews.items()}

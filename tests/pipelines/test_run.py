@@ -351,6 +351,31 @@ def test_a_retry_of_the_flow_run_starts_with_what_failed(crew_server: CrewServer
     assert (echo.kickoffs, fails_first.kickoffs) == (3, 2)
 
 
+SECRET_OF_A_CREW = {
+    "of the crew's name": ("pin", None),
+    "by a template": ("code", {"text": "{{ topic }}", "pin": "{{ code }}"}),
+}
+
+
+@pytest.mark.parametrize("way", SECRET_OF_A_CREW)
+async def test_a_retry_with_a_plain_secret_that_is_fetched_anew_finds_its_runs(
+    crew_server: CrewServerFactory, way: str
+):
+    secret, inputs = SECRET_OF_A_CREW[way]
+    server = crew_server(script({"output": "{{ text }}"}, inputs=["text", "pin"]))
+    crew, attempts = server.crew(secret_inputs=["pin"], allow_extra_inputs=True), list[str]()
+
+    @flow(retries=1)
+    async def trip() -> None:
+        given = {"topic": "tea", "text": "tea", secret: f"fresh-{uuid.uuid4()}"}
+        attempts.append((await arun_pipeline([CrewStep("a", crew, inputs)], given)).idempotency_key)
+        if len(attempts) == 1:
+            raise RuntimeError("after the first attempt")
+
+    await trip()
+    assert (server.kickoffs, len(set(attempts))) == (1, 1)
+
+
 async def test_equal_pipelines_in_one_flow_have_different_keys(echo: CrewServer):
     steps = [CrewStep("a", echo.crew(), {"text": "a"})]
 
