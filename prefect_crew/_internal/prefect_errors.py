@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Coroutine
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 import httpx
 from prefect.exceptions import PrefectException
@@ -53,10 +53,36 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, TRANSPORT_ERRORS) or (isinstance(error, STATUS_ERRORS) and error.response.is_server_error)
 
 
+def shown_url(url: str) -> str:
+    """Return the Prefect API's URL as people may see it: without a user and a password."""
+    return str(httpx.URL(url).copy_with(userinfo=b""))
+
+
+def _is_of_user(error: BaseException) -> bool:
+    """Return whether an error of httpx comes from a user's function: no request of it went to the Prefect API.
+
+    Prefect's temporary server, whose port no setting has, is at 127.0.0.1.
+    """
+    if not isinstance(error, HTTP_ERRORS):
+        return False
+    try:
+        asked: httpx.URL = cast("Any", error).request.url
+    except RuntimeError:  # of httpx: the error has no request, since no client raised it
+        return True
+    api_url = PREFECT_API_URL.value()
+    if api_url is None:
+        return asked.host != "127.0.0.1"
+    api = httpx.URL(api_url)
+    return (asked.host, asked.port) != (api.host, api.port)
+
+
 def naming_prefect_away(
     what_next: str,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
-    """Have a coroutine function raise PrefectAwayError where the Prefect API is away. `what_next` ends its message."""
+    """Have a coroutine function raise PrefectAwayError where the Prefect API is away. `what_next` ends its message.
+
+    An error of httpx that a user's function raises, such as a review function, is raised as it is.
+    """
 
     def decorate(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         @wraps(function)
@@ -66,11 +92,14 @@ def naming_prefect_away(
             try:
                 return await coroutine
             except (*PREFECT_ERRORS, RuntimeError) as error:
-                if not is_away(error):
+                if not is_away(error) or _is_of_user(error):
                     raise
-                where = PREFECT_API_URL.value() or "of Prefect's own temporary server"
+                url = PREFECT_API_URL.value()
+                where = shown_url(url) if url else "of Prefect's own temporary server"
+                # The text about a status has the whole URL in it, with the password that may be there.
+                reason = "" if isinstance(error, STATUS_ERRORS) else f": {error}"
                 raise PrefectAwayError(
-                    f"The Prefect API {where} does not answer ({type(error).__name__}: {error}). {what_next} To see "
+                    f"The Prefect API {where} does not answer ({type(error).__name__}{reason}). {what_next} To see "
                     "what is wrong: prefect-crew doctor."
                 ) from error
 

@@ -45,7 +45,9 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
         url = settings.api.url
         _quiet_logs()
         if url:
-            shown.phase(f"Asking the Prefect API at {url}")
+            from prefect_crew._internal.prefect_errors import shown_url
+
+            shown.phase(f"Asking the Prefect API at {shown_url(url)}")
             _check(url)
         elif lasting or not settings.server.ephemeral.enabled:
             why = "this needs a Prefect server that stays"
@@ -65,7 +67,7 @@ def _check(url: str) -> None:
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    from prefect_crew._internal.prefect_errors import STATUS_ERRORS
+    from prefect_crew._internal.prefect_errors import STATUS_ERRORS, shown_url
 
     def judge(response: httpx.Response) -> None:
         # Raised here, since the client would wait before it gives up, and takes a page of another server for an answer.
@@ -91,7 +93,7 @@ def _check(url: str) -> None:
     elif code is not None and code < 500:
         fix = "Check PREFECT_API_URL: that of a server ends in /api, such as http://127.0.0.1:4200/api."
     how = "" if code is None else " as it should"
-    raise PrefectAwayError(f"The Prefect API at {url} does not answer{how}: {why}. {fix}") from None
+    raise PrefectAwayError(f"The Prefect API at {shown_url(url)} does not answer{how}: {why}. {fix}") from None
 
 
 def _start_embedded() -> None:

@@ -59,9 +59,11 @@ def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: Cr
         is_away = True
         found.add("problem", "Prefect API", str(error))
     else:
+        from prefect_crew._internal.prefect_errors import shown_url
+
         fix = "For workers, schedules and other machines: prefect server start, and set PREFECT_API_URL."
         embedded = "PREFECT_API_URL is not set: each command starts an embedded server."
-        found.add("ok", "Prefect API", f"{url} answers" if url else embedded, "" if url else fix)
+        found.add("ok", "Prefect API", f"{shown_url(url)} answers" if url else embedded, "" if url else fix)
 
     async def look() -> None:
         nonlocal is_away

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 import prefect_crew
 from prefect_crew._internal.prefect_errors import (
@@ -18,7 +19,9 @@ from prefect_crew._internal.prefect_errors import (
     STATUS_ERRORS,
     TRANSPORT_ERRORS,
     is_away,
+    naming_prefect_away,
 )
+from prefect_crew.exceptions import PrefectAwayError
 
 
 def libraries() -> list[Any]:
@@ -47,6 +50,46 @@ def test_errors_of_prefect_itself_are_caught():
     missing = PrefectHTTPStatusError("no", request=request, response=httpx.Response(404, request=request))
     assert isinstance(missing, PREFECT_ERRORS)
     assert not is_away(missing)
+
+
+async def raised_by(error: Exception, api_url: str | None) -> Exception:
+    """Return what a function that raises an error raises where the Prefect API's absence is named."""
+
+    @naming_prefect_away("Run again.")
+    async def fails() -> None:
+        raise error
+
+    with temporary_settings({PREFECT_API_URL: api_url}), pytest.raises(Exception) as caught:  # noqa: PT011
+        await fails()
+    return caught.value
+
+
+@pytest.mark.parametrize("library", libraries())
+async def test_a_password_in_the_api_url_is_not_shown(library: Any):
+    url = "http://me:hunter22@prefect.example:4200/api"
+    request = library.Request("GET", f"{url}/flow_runs")
+    response = library.Response(503, request=request)
+    status = library.HTTPStatusError(f"Server error for url {request.url}", request=request, response=response)
+    for error in (status, library.ConnectError("refused", request=request)):
+        away = await raised_by(error, url)
+        assert isinstance(away, PrefectAwayError)
+        assert "http://prefect.example:4200/api does not answer" in str(away)
+        assert "hunter22" not in str(away)
+
+
+@pytest.mark.parametrize("library", libraries())
+async def test_a_users_own_http_error_is_not_the_absence_of_prefect(library: Any):
+    users = [
+        library.ConnectError("refused", request=library.Request("GET", "http://127.0.0.1:9/mine")),
+        library.ReadTimeout("slow", request=library.Request("GET", "https://mine.example/api")),
+        library.ConnectError("made by hand"),
+    ]
+    for error in users:
+        assert await raised_by(error, "http://127.0.0.1:4200/api") is error
+    for error in users[1:]:
+        assert await raised_by(error, None) is error
+    of_prefect = library.ConnectError("refused", request=library.Request("GET", "http://127.0.0.1:8123/api/x"))
+    assert isinstance(await raised_by(of_prefect, None), PrefectAwayError)
 
 
 def test_no_other_module_names_errors_of_httpx():
