@@ -30,19 +30,17 @@ ENDINGS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, ExternalSignal
 """How a task is ended from outside: cancelled, or by a signal whose exception was raised in the midst of it."""
 
 
-async def cancel_and_wait(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks once each, and return when all have ended, however they did.
+async def cancel_and_wait(*tasks: asyncio.Future[Any], within: float | None = None) -> None:
+    """Cancel tasks once each, and return when all have ended, however they did, or after the seconds of `within`.
 
     Not `asyncio.gather`: a second cancellation of the caller would cancel the tasks a second time, and cut off what
     they finish after the first one: a POST in flight, the stop of a crew.
     """
     for task in tasks:
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio complains of its error
         task.cancel()
     if tasks:
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # or asyncio complains that nobody has asked for it
+        await asyncio.wait(tasks, timeout=within)
 
 
 async def call_in_thread(function: Callable[..., T], *args: Any) -> T:

@@ -59,6 +59,7 @@ REFUSALS = (400, 404, 409)  # what `/resume` answers where the run does not wait
 REQUEST_WITHIN = 60.0
 """Seconds that the request of a Flow may take to arrive, where `/resume` has refused an answer to it."""
 OUTPUT_WITHIN = 5.0  # seconds for which a question of which the status shows nothing waits for what its webhook brings
+STOP_WITHIN = 5.0  # seconds for a review function to end, once nobody waits for its answer
 UNSAVED = 120.0  # seconds for which whoever sends an answer may still write down what became of it
 
 
@@ -295,7 +296,7 @@ class People:
             return
         review = self._thinking.result()
         await self._stop_thinking()
-        name, request = getattr(function, "__name__", "a function"), question.request
+        name, request = _name_of(function), question.request
         try:
             await self._send(question, review, by=name)
         except CrewAPIError as error:
@@ -321,8 +322,16 @@ class People:
         )
         # A plain function may take its time: in a thread, other runs do not wait for it.
         is_async = inspect.iscoroutinefunction(function)
-        answer: Any = function(asked) if is_async else await call_in_thread(function, asked)
-        review: Any = await answer if inspect.isawaitable(answer) else answer
+        try:
+            answer: Any = function(asked) if is_async else await call_in_thread(function, asked)
+            review: Any = await answer if inspect.isawaitable(answer) else answer
+        except Exception as error:
+            # Else its error would be read as one of the crew's server, or of the Prefect API.
+            reason = self.run.redact_text(f"{type(error).__name__}: {error}")
+            raise CrewError(
+                f"The review function {_name_of(function)} raised {reason.rstrip('.')}. Nothing was sent, and run "
+                f"{question.kickoff_id} waits on: correct the function, then wait for the run again under the same key."
+            ) from error
         if not isinstance(review, Review):
             raise CrewError(
                 f"The review function returned a {type(review).__name__}, not a Review. Nothing was sent, and run "
@@ -333,7 +342,7 @@ class People:
     async def _stop_thinking(self) -> None:
         thinking, self._thinking, self._thinks_about = self._thinking, None, None
         if thinking is not None:
-            await cancel_and_wait(thinking)
+            await cancel_and_wait(thinking, within=STOP_WITHIN)  # a function may take no cancellation
 
     async def _answer_by_form(self, form: Form) -> bool:
         """Send what was filled in, if anything was; False if nothing was sent."""
@@ -434,3 +443,7 @@ class People:
             await self._read("What is kept of run %s", forget_notes(record))
         if self._form is not None:
             await self._form.aclose(ended=ended)
+
+
+def _name_of(function: ReviewFunction) -> str:
+    return getattr(function, "__name__", "a function")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from unittest.mock import AsyncMock
 
+import httpx
 import pytest
 from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
+from prefect.settings import PREFECT_API_URL
 
 from prefect_crew import CrewStep, Review, ReviewRequest, WaitPolicy, Webhooks, arun_crew, arun_pipeline
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.exceptions import CrewError, CrewTimeoutError, ReviewLimitError
+from prefect_crew.exceptions import CrewError, CrewTimeoutError, PrefectAwayError, ReviewLimitError
 from prefect_crew.records.model import SentReview, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.kickoff import open_run
@@ -140,6 +143,43 @@ async def test_what_is_no_review_is_refused_before_it_is_sent() -> None:
         with pytest.raises(CrewError, match="not a Review"):
             await run_with(server, lambda _: True)
         assert server.requests["resume"] == 0
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_an_error_of_a_function_names_the_function(is_async: bool) -> None:
+    mine = httpx.ConnectError("refused", request=httpx.Request("GET", PREFECT_API_URL.value()))
+
+    async def ask_my_service(request: ReviewRequest) -> Review:
+        raise mine
+
+    def ask_my_service_in_a_thread(request: ReviewRequest) -> Review:
+        raise mine
+
+    with CrewServer(SCRIPT) as server:
+        with pytest.raises(CrewError, match=r"The review function ask_my_service.* raised ConnectError") as caught:
+            await run_with(server, ask_my_service if is_async else ask_my_service_in_a_thread)
+        assert not isinstance(caught.value, PrefectAwayError)
+        assert caught.value.__cause__ is mine
+        assert (server.kickoffs, server.requests["resume"]) == (1, 0)
+
+
+async def test_a_function_that_takes_no_cancellation_does_not_hold_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reviewer, "STOP_WITHIN", 0.2)
+    ended = asyncio.Event()
+
+    async def insist(request: ReviewRequest) -> Review:
+        while not ended.is_set():
+            with suppress(asyncio.CancelledError):
+                await ended.wait()
+        return Review(approve=True)
+
+    with CrewServer(SCRIPT) as server:
+        running = asyncio.ensure_future(run_with(server, insist, human_timeout=0.5))
+        done, _ = await asyncio.wait({running}, timeout=20)
+        ended.set()
+        with pytest.raises(CrewTimeoutError):
+            await running
+        assert (len(done), server.requests["resume"]) == (1, 0)
 
 
 async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
