@@ -366,7 +366,7 @@ class Runner:
 
     async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> RowEnd | None:
         """Wait for a run and return how it has ended; None if it is left in flight since the token is refused."""
-        is_judged = False
+        is_judged = is_lost = False
         if record.phase is not RecordPhase.ENDED:
             self.waiting[job.key] = record
             self.throttle.wait_for(len(self.waiting))
@@ -384,9 +384,12 @@ class Runner:
                 self.stop(str(error), shut=True)
                 return None
             except CrewError as error:
+                is_lost = isinstance(error, CrewLostError)
                 if record.ended_at is None:
                     return await self._without_result(job, record, error)
             finally:
+                if self.throttle.slots is not None and not is_lost and record.ended_at is None:
+                    self.throttle.slots.leave(job.key)  # it is in flight, as a run whose wait was given up
                 del self.waiting[job.key]
                 self.throttle.wait_for(len(self.waiting))
         state = state_of(record) if is_judged else await self._judge(job, record)

@@ -144,7 +144,10 @@ class Throttle:
             run_logger().info("The batch waits for a slot of the crew's concurrency limit.")
         self.waits_for_slot = not has_slot
         # Others may have stopped the batch, or have had it wait, in the meantime.
-        return has_slot and self.stopped is None and self._seconds_to_wait() <= 0
+        may_go = has_slot and self.stopped is None and self._seconds_to_wait() <= 0
+        if not may_go:
+            self.slots.give_back(row)  # others need it while the batch waits
+        return may_go
 
     def _seconds_to_wait(self) -> float:
         """Return how long the next kickoff has to wait; infinity: until something changes."""

@@ -635,13 +635,8 @@ async def open_run(
             with withholding(crew.redactor(start.inputs)):
                 started = await start_run(start, records, session, check=lambda: check_inputs(session, start))
             crew = crew.with_token(session.crew.token)
-    except CrewError as error:
-        error.about(identity.idempotency_key, crew.label)
-        # An uncertain one may be in flight, and counts until its slot's lease ends.
-        if slots is not None and not isinstance(error, KickoffUncertainError):
-            await slots.release()
-        if isinstance(error, BudgetExceededError):
-            await note_exceeded(error, crew)
+    except (CrewError, *PREFECT_ERRORS) as error:
+        await _after_failure(error, crew, identity.idempotency_key, slots)
         raise
     record = started.record
     run = OpenRun(
@@ -666,6 +661,17 @@ async def open_run(
             run.advice = no_kickoff_left(crew)
     run.notify(None)
     return run
+
+
+async def _after_failure(error: Exception, crew: Crew, idempotency_key: str, slots: Slots | None) -> None:
+    """Say in an error which start failed, and give back what the start took."""
+    if isinstance(error, CrewError):
+        error.about(idempotency_key, crew.label)
+    # An uncertain one may be in flight, and counts until its slot's lease ends.
+    if slots is not None and not isinstance(error, KickoffUncertainError):
+        await slots.release()
+    if isinstance(error, BudgetExceededError):
+        await note_exceeded(error, crew)
 
 
 async def _take_slot(start: Start, records: RecordStore) -> Slots | None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -73,6 +73,23 @@ async def test_more_are_under_way_where_answers_take_long(chosen: int | None, an
     for seconds in answers:
         far.answered(seconds)
     assert await admitted(far, 300) == at_once
+
+
+async def test_a_row_that_has_to_wait_after_all_gives_its_slot_back():
+    pausing, held = throttle(), set[str]()
+
+    class Slots:
+        async def take(self, row: str) -> bool:
+            held.add(row)
+            pausing.refused(REFUSED)  # meanwhile the server refuses the kickoff of another row
+            return True
+
+        def give_back(self, row: str) -> None:
+            held.discard(row)
+
+    pausing.slots = cast("Any", Slots())
+    assert await admitted(pausing, 1) == 0
+    assert held == set()
 
 
 async def test_rows_are_admitted_in_their_order_as_others_leave():

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
@@ -234,6 +235,52 @@ async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
     with pytest.raises(InvalidInputsError):
         await arun_crew(crew, {})
     assert await held(name) == 0
+
+
+async def test_a_start_that_the_prefect_api_refuses_gives_the_slot_back(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server, name = crew_server("echo"), await limit(1)
+
+    async def refused(*_: Any) -> bool:
+        raise ObjectNotFound(Exception("refused"))
+
+    monkeypatch.setattr(PrefectRecords, "claim", refused)
+    with pytest.raises(ObjectNotFound):
+        await arun_crew(server.crew(concurrency_limit=name), {"text": "a"})
+    assert (server.kickoffs, await held(name)) == (0, 0)
+
+
+@pytest.mark.parametrize("end", ["left", "refused token", "out of time"])
+async def test_a_row_that_is_left_in_flight_keeps_its_slot(
+    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+):
+    monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.1)
+    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
+    server, name, flow_runs = crew_server(slow(60)), await limit(2), list[Any]()
+    crew = server.crew(concurrency_limit=name)
+    wait = WaitPolicy(timeout=0.5) if end == "out of time" else None
+    about: dict[str, Any] = {
+        "name": f"left {name}",
+        "output": f"{tmp_path}/o.jsonl",
+        "on_cancel": "leave",
+        "wait": wait,
+    }
+
+    @flow
+    async def rows() -> None:
+        flow_runs.append(flow_run.id)
+        await arun_batch(crew, [{"n": number} for number in range(2)], **about)
+
+    running = asyncio.ensure_future(rows())
+    await until(lambda: server.kickoffs == 2, "both rows are in flight")
+    if end == "left":
+        async with get_client() as client:
+            await client.set_flow_run_state(flow_runs[0], Cancelling(), force=True)
+    if end == "refused token":
+        monkeypatch.setattr(server, "token", "another")
+    await asyncio.gather(running, return_exceptions=True)
+    assert (server.kickoffs, await held(name)) == (2, 2)
 
 
 async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServerFactory):
