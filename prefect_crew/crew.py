@@ -169,13 +169,13 @@ class CrewSession:
 
     async def __aenter__(self) -> CrewSession:
         self._entered += 1  # before the client is there: of two that enter at once the second one uses that
-        async with self._renewing:
-            if self._client is None:
-                try:
+        try:
+            async with self._renewing:
+                if self._client is None:
                     self._client = await self._stack.enter_async_context(self._connect(self.crew))
-                except BaseException:
-                    self._entered -= 1
-                    raise
+        except BaseException:  # cancelled while it waits for the lock, too: the last one to leave closes the client
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial, wraps
@@ -147,7 +148,8 @@ run_crew = sync_version(
 )
 
 
-_warned = set[UUID]()  # Flow runs whose lost context was said: the threads of one have nothing in common to keep it in.
+# The latest flow runs whose lost context the log has warned of: the threads of one share no place to keep it in.
+_warned = deque[UUID](maxlen=100)
 
 
 def _warn_of_lost_context() -> None:
@@ -155,7 +157,7 @@ def _warn_of_lost_context() -> None:
     for flow_name, flow_run in flow_runs_unseen():
         if flow_name == run_deployed_crew.name or flow_run.id in _warned:
             continue
-        _warned.add(flow_run.id)
+        _warned.append(flow_run.id)
         run_logger().warning(
             "This thread does not see the flow run %s, so its retries will not find this run: they start another. Give "
             "an idempotency_key, or keep the context: contextvars.copy_context().run(run_crew, …), asyncio.to_thread, "

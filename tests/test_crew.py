@@ -126,6 +126,26 @@ async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewS
         assert not await session.renew(session.client)
 
 
+async def test_who_is_cancelled_while_another_opens_a_session_does_not_count_in_it():
+    is_open = asyncio.Event()
+
+    class Slow(CrewClient):
+        async def __aenter__(self) -> CrewClient:
+            await is_open.wait()
+            return await super().__aenter__()
+
+    session = CrewSession(crew(), lambda crew: Slow(crew.url, crew.token))
+    first, second = asyncio.ensure_future(session.__aenter__()), asyncio.ensure_future(session.__aenter__())
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.wait({second})
+    is_open.set()
+    await first
+    await session.__aexit__(None, None, None)
+    with pytest.raises(InvalidCallError, match="not open"):
+        _ = session.client
+
+
 async def test_two_that_enter_a_session_at_once_share_one_client():
     opened: list[CrewClient] = []
 

@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
 from datetime import date
+from types import SimpleNamespace
 from typing import Any, cast
+from uuid import uuid4
 
 import pytest
 from prefect import flow, get_client, task
@@ -23,7 +25,7 @@ from prefect.runtime import flow_run
 from prefect.states import Scheduled
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew import DeployedCrew, WaitPolicy, arun_crew, get_result, run_crew, run_deployed_crew
+from prefect_crew import DeployedCrew, WaitPolicy, arun_crew, flows, get_result, run_crew, run_deployed_crew
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import (
@@ -113,6 +115,13 @@ def test_a_thread_without_the_context_of_its_flow_run_warns(
     said = [one.getMessage() for one in caplog.records if one.getMessage().startswith(LOST)]
     is_found = sys.version_info >= (3, 12) or way != "a pool of an async flow"
     assert [f"{LOST} {name}," in one for one in said] == [True] * (warnings if is_found else 0)
+
+
+def test_a_process_that_lasts_keeps_no_list_of_all_flow_runs_that_it_has_warned_of(monkeypatch: pytest.MonkeyPatch):
+    unseen = [("trips", SimpleNamespace(id=uuid4(), name=f"trip {number}")) for number in range(300)]
+    monkeypatch.setattr(flows, "flow_runs_unseen", lambda: unseen)
+    flows._warn_of_lost_context()
+    assert len(flows._warned) <= 100
 
 
 def test_threads_without_any_flow_do_not_warn(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
