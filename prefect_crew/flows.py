@@ -24,6 +24,7 @@ from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK, HiddenValues, holds_secret
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
+from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import check_choices
@@ -280,8 +281,9 @@ async def get_result(
         raise CrewError(
             f"No run has the key or kickoff id {idempotency_key!r}. To list them: prefect-crew runs ls --all."
         )
-    idempotency_key = attempts[-1].idempotency_key
-    record = next((one for one in reversed(attempts) if one.state is CrewState.COMPLETED), attempts[-1])
+    completed = [attempt for attempt in attempts if attempt.state is CrewState.COMPLETED]
+    record = completed[-1] if completed else latest_start(attempts) or attempts[-1]
+    idempotency_key = record.idempotency_key
     names: dict[str, Any] = {"crew": record.crew, "idempotency_key": idempotency_key}
     if record.kickoff_id is None:
         raise CrewError(

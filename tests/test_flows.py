@@ -38,11 +38,12 @@ from prefect_crew.exceptions import (
     InvalidCallError,
     OutputTypeError,
 )
+from prefect_crew.records.model import RecordPhase
 from prefect_crew.testing import CrewServerFactory
 from support.frames import locals_of
 from support.held import FailsFirst
 from support.proxy import Proxy
-from support.records import key
+from support.records import key, new_record, put
 from support.scripts import FAILS, script, slow
 from support.seen import Seen
 
@@ -507,3 +508,12 @@ def test_no_frame_of_a_call_that_is_refused_shows_its_inputs(options: dict[str, 
     with pytest.raises(ConfigurationError) as caught:
         run_crew(crew, {"pin": "hunter" + "22"}, **options)
     assert "hunter22" not in locals_of(caught.value, but=__file__)
+
+
+async def test_a_start_that_was_refused_after_a_failed_run_does_not_hide_its_failure(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server(FAILS), key()
+    with pytest.raises(CrewFailedError):
+        await arun_crew(server.crew(), idempotency_key=idempotency_key)
+    await put(new_record(idempotency_key, attempt=2, phase=RecordPhase.NOT_STARTED))
+    with pytest.raises(CrewFailedError):
+        await get_result(idempotency_key)

@@ -198,7 +198,8 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
     """Show every attempt at one idempotency key, and ask the crew about one in flight."""
     records = PrefectRecords()
     attempts = await _attempts(run, records)
-    lines, latest, status = [await look_at(one, records) for one in attempts], attempts[-1], None
+    lines, status = [await look_at(one, records) for one in attempts], None
+    latest = latest_start(attempts) or attempts[-1]
     if latest.phase is RecordPhase.STARTED and latest.kickoff_id is not None:
         async with _status_call(latest, crew) as look:
             try:
@@ -208,7 +209,8 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
     if output:
         found = [_as_json(line) for line in lines]
         if status is not None:
-            found[-1]["status"] = status.model_dump(mode="json", exclude={"raw": True, "tasks": {"__all__": {"raw"}}})
+            shown = status.model_dump(mode="json", exclude={"raw": True, "tasks": {"__all__": {"raw"}}})
+            found[attempts.index(latest)]["status"] = shown
         _output.put_json(found)
         return
     for line in lines:

@@ -54,11 +54,6 @@ def latest_start(attempts: Sequence[RunRecord]) -> RunRecord | None:
     return next((attempt for attempt in reversed(attempts) if attempt.counts), None)
 
 
-def current_attempt(attempts: Sequence[RunRecord]) -> RunRecord | None:
-    """Return the attempt that a call with the key is about: the latest start, else the last attempt."""
-    return latest_start(attempts) or (attempts[-1] if attempts else None)
-
-
 def decide(
     record: RunRecord | None,
     *,

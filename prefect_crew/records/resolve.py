@@ -115,7 +115,8 @@ async def in_flight(name: str, records: RecordStore) -> RunRecord:
         attempts = [held]
     started = [one for one in attempts if one.phase is RecordPhase.STARTED]
     if not started:
-        is_now = f"it is {attempts[-1].state or attempts[-1].phase}" if attempts else "no run has this key"
+        latest = latest_start(attempts) or (attempts[-1] if attempts else None)
+        is_now = "no run has this key" if latest is None else f"it is {latest.state or latest.phase}"
         raise CrewError(f"Run {name!r} is not in flight: {is_now}. Only a run in flight can be lost.")
     return started[-1]
 

@@ -186,3 +186,11 @@ def test_a_ledger_that_is_elsewhere_is_named(here: Any, block: str, listed: Any,
     assert f"Rows of batch '{name}' wait for people" in listing.err
     assert str(ledger) in " ".join(listing.err.split())
     assert not ledger.exists()
+
+
+def test_a_start_that_was_refused_does_not_hide_the_run_that_waits(here: Any, crews: CrewServer) -> None:
+    record = write(crews, kickoff_id=asked(crews))
+    refused = new_record(record.idempotency_key, attempt=2, phase=RecordPhase.NOT_STARTED)
+    asyncio.run(put(refused))
+    crew = ("--crew", f"{crews.url}/reviewed", "--by", "Ada")
+    assert "approved by Ada" in here("reviews", "approve", record.idempotency_key, *crew).out

@@ -259,3 +259,12 @@ def test_a_run_with_a_derived_key_is_listed_by_its_kickoff_id():
     assert short_name(record(**STARTED, idempotency_key=derived)) == "k1"
     assert short_name(record(idempotency_key=derived)) == derived
     assert short_name(record(**STARTED)) == "daily"
+
+
+def test_a_start_that_was_refused_does_not_hide_the_run_before_it(here, write: Write, crews: CrewServer):
+    kickoff_id = kicked_off(crews)
+    record = write(phase=RecordPhase.STARTED, kickoff_id=kickoff_id, kicked_off_at=utcnow())
+    write(idempotency_key=record.idempotency_key, attempt=2, phase=RecordPhase.NOT_STARTED)
+    crew = ("--crew", f"{crews.url}/greet")
+    started, refused = here("runs", "inspect", record.idempotency_key, *crew, "-o", "json").json
+    assert (started["status"]["kickoff_id"], "status" in refused) == (kickoff_id, False)

@@ -27,6 +27,7 @@ from prefect_crew.client.models import CrewStatus, ResumeAnswer
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError, CrewLostError
+from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, SentReview, utcnow
 from prefect_crew.records.notes import forget_request, kept_output, kept_requests
 from prefect_crew.records.store import PrefectRecords
@@ -476,7 +477,7 @@ async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[
     """
     for store in stores:
         attempts = await store.attempts(name)
-        record = attempts[-1] if attempts else await store.of_kickoff(name)
+        record = latest_start(attempts) or attempts[-1] if attempts else await store.of_kickoff(name)
         # A ledger knows the runs of all batches that are kept in it.
         if record is None or not (attempts or await store.attempts(record.idempotency_key)):
             continue
