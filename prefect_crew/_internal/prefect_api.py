@@ -282,6 +282,7 @@ async def request_soon(
     urgency: Urgency = Urgency.CONTINUE,
     alone: bool = True,
     again: Callable[[Exception], bool] = is_transient,
+    before_sending: Callable[[], None] | None = None,
 ) -> httpx.Response:
     """Make one change, again and again while the Prefect API is away or busy, for `give_up_after` seconds. Prefect's
     client sleeps 2 s after a 503.
@@ -292,6 +293,7 @@ async def request_soon(
         urgency: Which change goes first, where several wait.
         alone: False for a change that the server never refuses because of another one: it writes before it reads.
         again: Tells which errors are worth another attempt.
+        before_sending: Is called once, right before the request is sent for the first time.
 
     Raises:
         TRANSPORT_ERRORS, PrefectHTTPStatusError: The last attempt's.
@@ -304,7 +306,10 @@ async def request_soon(
         here.requests.limit(CROWDED if is_crowded else AT_ONCE)
         try:
             async with here.requests.turn(urgency, alone=alone and is_crowded):
-                until = until or loop.time() + give_up_after  # not the time for which it waited for others
+                if until is None:
+                    until = loop.time() + give_up_after  # not the time for which it waited for others
+                    if before_sending is not None:
+                        before_sending()
                 return await _request_once(client, method, path, json=json() if callable(json) else json)
         except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
             if is_busy(error):

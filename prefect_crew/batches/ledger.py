@@ -25,7 +25,7 @@ from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError, LedgerError
 from prefect_crew.prices import Spending
 from prefect_crew.records.keys import escape_name
-from prefect_crew.records.model import SPARE, RecordPhase, RunRecord, SentReview, resolution
+from prefect_crew.records.model import SPARE, Lease, RecordPhase, RunRecord, SentReview, resolution
 from prefect_crew.runs.kickoff import ClaimLostError
 
 T = TypeVar("T")
@@ -335,7 +335,7 @@ class Ledger:
 
     # The record protocol.
 
-    async def claim(self, record: RunRecord) -> bool:
+    async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
         """Write a new attempt, with the permit to post it for `good_for` seconds; False if there is another."""
         self._own_claims.add(record.owner)
         record.open_for = record.good_for + record.post_deadline + SPARE
@@ -360,7 +360,7 @@ class Ledger:
             del self._ends[next(iter(self._ends))]
         return is_first
 
-    async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
+    async def permit(self, record: RunRecord, good_for: float, *, late: bool, lease: Lease | None = None) -> bool:
         """Take the right to send the kickoff of a claim once more; False if somebody has resolved it."""
         record.open_for = good_for + record.post_deadline + SPARE  # `permit` stays 1, as it is read
         with suppress(ClaimLostError):

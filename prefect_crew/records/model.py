@@ -339,6 +339,9 @@ def resolution(record: RunRecord, phase: RecordPhase, **found: Any) -> dict[str,
 class Lease:
     """For how long a claim or a permit may be used by whoever asked for it. Make it before asking.
 
+    The store begins it anew right before its request is sent for the first time: not later, since that request may make
+    what it asks for, and not earlier, since the request may wait a long time for others of this process.
+
     Of two clocks the one counts that says more: one stands still while a machine sleeps, the other can be set back.
     """
 
@@ -351,6 +354,10 @@ class Lease:
         """Whether it may be used no more."""
         return max(time.time() - self._wall, time.monotonic() - self._monotonic) > self.seconds
 
+    def begin(self) -> None:
+        """Let its time begin now."""
+        self._wall, self._monotonic = time.time(), time.monotonic()
+
     def end(self) -> None:
         """Let it be used no more."""
         self.seconds = -1.0
@@ -359,8 +366,11 @@ class Lease:
 class RecordStore(Protocol):
     """Where records live, and what people answered. Every method may raise whatever its storage raises."""
 
-    async def claim(self, record: RunRecord) -> bool:
-        """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic."""
+    async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
+        """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic.
+
+        `lease` begins when this is asked of the store.
+        """
         ...
 
     async def withdraw(self, record: RunRecord) -> None:
@@ -374,11 +384,11 @@ class RecordStore(Protocol):
         """
         ...
 
-    async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
+    async def permit(self, record: RunRecord, good_for: float, *, late: bool, lease: Lease | None = None) -> bool:
         """Take the right to send the kickoff of a claim that this caller owns; False if somebody has resolved it.
 
         Atomic among all callers. `late`: the caller has not been heard of for longer than it may; the record may be
-        gone.
+        gone. `lease` begins when this is asked of the store.
         """
         ...
 

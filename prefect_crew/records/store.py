@@ -47,6 +47,7 @@ from prefect_crew.exceptions import CrewError, TooManyAttemptsError
 from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.model import (
     RECORD_VERSION,
+    Lease,
     Permit,
     RecordPhase,
     RunRecord,
@@ -291,7 +292,9 @@ def _is_gone(error: Exception) -> bool:
 # Requests
 
 
-async def create_variable(variable: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE) -> str | None:
+async def create_variable(
+    variable: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE, lease: Lease | None = None
+) -> str | None:
     """Create a Variable and return its id; None if there is one of its name.
 
     While the server is busy it has done nothing, and is asked again soon. All else is for Prefect's client to repeat,
@@ -302,6 +305,7 @@ async def create_variable(variable: Mapping[str, Any], *, urgency: Urgency = Urg
         try:
             try:
                 new: dict[str, Any] = {"json": variable, "urgency": urgency, "alone": False}
+                new["before_sending"] = None if lease is None else lease.begin
                 answer = await request_soon(client, "POST", path, give_up_after=BUSY_FOR, again=is_busy, **new)
             except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
                 if isinstance(error, PrefectHTTPStatusError) and error.response.status_code not in RETRIED_BY_CLIENT:
@@ -315,14 +319,18 @@ async def create_variable(variable: Mapping[str, Any], *, urgency: Urgency = Urg
 
 
 async def _created_here(
-    variable: dict[str, Any], model: type[_Model], *, urgency: Urgency = Urgency.CONTINUE
+    variable: dict[str, Any],
+    model: type[_Model],
+    *,
+    urgency: Urgency = Urgency.CONTINUE,
+    lease: Lease | None = None,
 ) -> tuple[str, _Model | None] | None:
     """Create a Variable and return its id with None; what stands there instead with its id; None if that is gone.
 
     Raises:
         CrewError: What stands there is nothing that this version can read.
     """
-    if (ref := await create_variable(variable, urgency=urgency)) is not None:
+    if (ref := await create_variable(variable, urgency=urgency, lease=lease)) is not None:
         return ref, None
     # Prefect's client sends a request again after a read timeout or a 502: the conflict may be with our own.
     async with get_client() as client:
@@ -467,7 +475,7 @@ class PrefectRecords:
         PREFECT_ERRORS: The Prefect API is away or refuses. `save` outlasts five minutes of absence.
     """
 
-    async def claim(self, record: RunRecord) -> bool:
+    async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
         """Create the attempt's Variable; False if another one stands there.
 
         Raises:
@@ -477,7 +485,8 @@ class PrefectRecords:
         if record.attempt > MOST_ATTEMPTS:
             raise TooManyAttemptsError(idempotency_key=record.idempotency_key, attempts=MOST_ATTEMPTS)
         name = record_name(record.idempotency_key, record.attempt)
-        created = await _created_here({"name": name, **_body(record)}, RunRecord, urgency=Urgency.BEGIN)
+        variable = {"name": name, **_body(record)}
+        created = await _created_here(variable, RunRecord, urgency=Urgency.BEGIN, lease=lease)
         if created is None:
             return False
         record.ref, existing = created
@@ -522,10 +531,10 @@ class PrefectRecords:
         attempts = {one.ref for one in records_in(variables)}
         return attempts == {record.ref, *(one.ref for one in known)}
 
-    async def permit(self, record: RunRecord, good_for: float, *, late: bool) -> bool:
+    async def permit(self, record: RunRecord, good_for: float, *, late: bool, lease: Lease | None = None) -> bool:
         """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
         held = {"reserved": record.reserved, "marks": record.marks}
-        if not await self._add_permit(record, owner=record.owner, good_for=good_for, **held):
+        if not await self._add_permit(record, lease, owner=record.owner, good_for=good_for, **held):
             return False
         if not late:
             return True
@@ -548,11 +557,12 @@ class PrefectRecords:
             setattr(record, name, value)
         return True
 
-    async def _add_permit(self, record: RunRecord, **fields: Any) -> bool:
+    async def _add_permit(self, record: RunRecord, lease: Lease | None = None, **fields: Any) -> bool:
         """Create the next permit of a record and note it there; False if another one of this number stands there."""
         number = record.permit + 1
         permit = Permit(idempotency_key=record.idempotency_key, attempt=record.attempt, **fields)
-        created = await _created_here({"name": _permit_name(record, number), **_body(permit)}, Permit)
+        variable = {"name": _permit_name(record, number), **_body(permit)}
+        created = await _created_here(variable, Permit, lease=lease)
         if created is None:
             return False
         ref, existing = created

@@ -273,14 +273,6 @@ async def _decide(
         # A retry of the very call that forced an attempt means that attempt, not yet another one.
         ours = [attempt for attempt in attempts if attempt.forced_by == start.identity.place]
         record, force_new = (latest_start(ours), False) if ours else (record, True)
-    elif record is not None:
-        check_same_run(
-            record,
-            crew_url=start.crew.url,
-            inputs_digest=start.digest,
-            marks=start.marks,
-            secret_inputs=start.secret_inputs,
-        )
     owner_ended = record is not None and record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
     decision = decide(
         record,
@@ -291,6 +283,15 @@ async def _decide(
         force_new=force_new,
         asked_at=start.asked_at,
     )
+    # What another call claimed and surely never sent binds nobody. Nor does what is forced look at any record.
+    if record is not None and not start.force_new and decision is not Decision.VOID:
+        check_same_run(
+            record,
+            crew_url=start.crew.url,
+            inputs_digest=start.digest,
+            marks=start.marks,
+            secret_inputs=start.secret_inputs,
+        )
     return decision, record
 
 
@@ -305,7 +306,7 @@ async def _claim(
         if start.earlier is not None:  # a ledger's claim is its permit as well
             record.earlier = list(start.earlier)
             await reserve(start.crew, record, start.warned)
-        is_ours = await records.claim(record)
+        is_ours = await records.claim(record, lease)
         if not is_ours:
             await release(record)
         return is_ours
@@ -403,7 +404,7 @@ async def _take_permit(record: RunRecord, records: RecordStore, lease: Lease, *,
     new = Lease(pause + PERMIT_GOOD_FOR)
     async with _giving_back(record, records):
         # A permit that comes to stand late says less than what gives the claim back.
-        if await _to_its_end(records.permit(record, new.seconds, late=lease.is_over)):
+        if await _to_its_end(records.permit(record, new.seconds, late=lease.is_over, lease=new)):
             await asyncio.sleep(pause)
             return new
     record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write

@@ -251,7 +251,7 @@ def test_a_world_without_a_future_says_so() -> None:
 
 
 def _claims_nothing() -> Any:
-    async def claim(self: PrefectRecords, record: RunRecord) -> bool:
+    async def claim(self: PrefectRecords, record: RunRecord, lease: Any = None) -> bool:
         try:
             await self.save(record)
         except Exception:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.states import Failed
 
 from prefect_crew import CrewFailedError, CrewResult, DeployedCrew, kickoff_crew
+from prefect_crew._internal import prefect_api
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client.inputs import inputs_digest
@@ -75,7 +77,9 @@ async def test_who_finds_a_claim_waits_for_its_id_or_starts_a_run_where_it_is_gi
 
 
 @pytest.mark.parametrize(
-    "fields", [{"good_for": LONG_AGO}, {"flow_run_id": str(uuid.uuid4())}], ids=["time is up", "flow run is gone"]
+    "fields",
+    [{"good_for": LONG_AGO}, {"flow_run_id": str(uuid.uuid4())}, {"good_for": LONG_AGO, "inputs_digest": "d" * 32}],
+    ids=["time is up", "flow run is gone", "other inputs"],
 )
 async def test_a_claim_that_nothing_was_sent_for_is_voided_and_the_run_is_started(
     crew_server: CrewServerFactory, fields: dict[str, Any]
@@ -524,3 +528,27 @@ def test_twenty_callers_start_one_run(crew_server: CrewServerFactory, seen: Seen
     events = [one["event"] for one in seen.events(kickoff_id)]
     assert events.count("crew.failed" if script == FAILS else "crew.completed") == 1
     assert len(seen.records(idempotency_key)) == 1
+
+
+async def test_a_claim_and_a_permit_that_wait_for_other_requests_begin_when_they_are_sent(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server, idempotency_key, began = crew_server("echo"), key(), list[float]()
+    begin, once = Lease.begin, prefect_api._request_once
+
+    def noted(lease: Lease) -> None:
+        lease._wall, lease._monotonic = 0.0, 0.0  # what it waited for before does not count
+        assert lease.is_over
+        begin(lease)
+        began.append(time.monotonic())
+
+    async def sent(client: Any, method: str, path: str, *, json: Any) -> Any:
+        if method == "POST" and str(json.get("name")).startswith("crew_run_"):
+            began.append(0.0)
+        return await once(client, method, path, json=json)
+
+    monkeypatch.setattr(Lease, "begin", noted)
+    monkeypatch.setattr(prefect_api, "_request_once", sent)
+    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    assert [bool(moment) for moment in began] == [True, False] * 2, "each begins right before its request"
+    assert len(await attempts(idempotency_key)) == 1
