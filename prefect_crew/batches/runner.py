@@ -52,14 +52,14 @@ from prefect_crew.exceptions import (
 from prefect_crew.records.budgets import note_exceeded
 from prefect_crew.records.decision import Caller, latest_start
 from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
+from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, secret_mark
 from prefect_crew.records.store import KEPT
 from prefect_crew.runs.kickoff import Start, Started, start_run
 from prefect_crew.runs.limits import most_at_once
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import OpenRun, close_record, finish_run
+from prefect_crew.runs.run import WITHHELD, OpenRun, close_record, finish_run
 from prefect_crew.runs.stop import close_stopped, is_cancelled, is_cancelled_on_server
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -431,7 +431,12 @@ class Runner:
         """Wait until a run has ended, and write its end down. `first_look`: poll at once. Raises as `poll`."""
         kickoff_id, phases = str(record.kickoff_id), Phases.of(record)
         crew = self.session.crew.hiding(job.hidden)
-        run = OpenRun(crew, kickoff_id, record, job.inputs, owned=True, webhooks=self._options.webhooks)
+        # A row that was started with other secrets may repeat them, and nobody knows them here.
+        mark = secret_mark(crew.token.get_secret_value(), job.inputs, crew.secret_among(job.inputs))
+        is_found = first_look and record.secret_mark != mark
+        run = OpenRun(
+            *(crew, kickoff_id, record, job.inputs), owned=True, is_found=is_found, webhooks=self._options.webhooks
+        )
         with withholding(run.redact_text):
             async with waker_for(record.idempotency_key, crew.url) if record.has_webhooks else nullcontext() as waker:
                 status = await poll(
@@ -447,11 +452,16 @@ class Runner:
         run.use_token_of(self.session.crew)
         has_result = status.state is CrewState.COMPLETED
         is_stopped_here = record.phase is RecordPhase.ENDED
-        error = None if has_result else run.redact(status.error or "The crew gave no reason.")[:ERROR_CAP]
-        result = run.redact.model(StoredResult.of(status.result())) if has_result else None
+        error = None if has_result else run.redact_text(status.error or "The crew gave no reason.")[:ERROR_CAP]
+        result = None
+        if has_result:
+            stored = StoredResult.of(status.result())
+            withheld = {"output": WITHHELD, "data": None, "tasks": []}
+            result = stored.model_copy(update=withheld) if run.is_blind else run.redact.model(stored)
         close_record(record, run.crew, status, phases.human_seconds, error, result)
         # Before the end is saved: a process that is killed right after has saved a misfit as what it is.
-        judge(record, crew=run.crew, inputs=job.inputs, output_type=self._options.output_type)
+        if not run.is_blind:
+            judge(record, crew=run.crew, inputs=job.inputs, output_type=self._options.output_type)
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)
         if record.used:

@@ -96,6 +96,14 @@ def _mark(key: bytes, *parts: Any) -> str:
     return hmac.new(key, json.dumps(parts, ensure_ascii=False).encode(), "sha256").hexdigest()[:8]
 
 
+def secret_mark(token: str, inputs: Mapping[str, Any], secret: Collection[str]) -> str | None:
+    """Return a fingerprint of the secret inputs, keyed by the crew's token; None without a token or a secret."""
+    if not token or not secret:
+        return None
+    texts = encode_inputs({name: inputs[name] for name in sorted(secret) if name in inputs})
+    return _mark(_key(token), "secrets", texts)
+
+
 class StoredResult(BaseModel):
     """The part of a result that a record keeps, where it is small enough."""
 
@@ -227,6 +235,8 @@ class RunRecord(Outcome):
     step: str | None = None
     secret_inputs: list[str] = Field(default_factory=list[str])
     """Names of the inputs that hold one: without their values, nothing that the crew says may be shown."""
+    secret_mark: str | None = None
+    """The fingerprint of these inputs: a later call that gives the same ones can mask them."""
     has_webhooks: bool = False
     """Whether its kickoff asked for webhooks to this package's receiver."""
     error: str | None = None

@@ -42,7 +42,7 @@ from prefect_crew.records.budgets import (
 )
 from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
-from prefect_crew.records.model import InputMarks, Lease, RecordPhase, RecordStore, RunRecord, utcnow
+from prefect_crew.records.model import InputMarks, Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
 from prefect_crew.records.owners import crash_dead_owner
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots, take_slots
@@ -133,6 +133,10 @@ class Start:
             slot=self.slot,
             step=self.name,
             secret_inputs=self.secret_inputs,
+            # A single run is found blind whatever its secrets are: the mark is for rows.
+            secret_mark=secret_mark(self.crew.token.get_secret_value(), self.inputs, self.secret_inputs)
+            if self.quiet
+            else None,
             # In the claim: whoever kicks off may be gone before anything else of it is written down.
             has_webhooks=self.webhooks is None and bool(self.settings.webhook_url),
         )

@@ -18,7 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext
 from pydantic import BaseModel, SecretStr, field_serializer, model_validator
 
-from prefect_crew import BatchFailedError, arun_batch, plan_batch, run_batch
+from prefect_crew import BatchFailedError, BatchReport, arun_batch, plan_batch, run_batch
 from prefect_crew.batches.database import GroupWriter
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import RowState
@@ -35,8 +35,10 @@ from prefect_crew.exceptions import (
     RateLimitedError,
     ServerError,
 )
+from prefect_crew.runs.run import WITHHELD
 from prefect_crew.testing import CrewServerFactory
 from support.batches import CREW, Batches, attempts_read_in_scans
+from support.held import Held
 from support.scripts import script, slow
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"], usage={"total_tokens": 5})
@@ -539,6 +541,31 @@ REPEATS = script(
     {"name": "pay", "output": "paid with {{ inputs.values() | join }}", "fail": "{{ 'no ' + iban if 'bad' in topic }}"},
     inputs=["topic", "iban", "pin", "code"],
 )
+
+
+@pytest.mark.parametrize("is_rotated", [True, False])
+async def test_a_batch_that_goes_on_with_another_secret_writes_nothing_that_it_cannot_mask(
+    batch: Batches, crew_server: CrewServerFactory, is_rotated: bool
+):
+    held, old = Held(), f"old-{uuid.uuid4().hex}"
+    held.output = f"paid with {old}"
+    server, new = crew_server(held), f"new-{uuid.uuid4().hex}" if is_rotated else old
+    crew = server.crew(secret_inputs=["iban"])
+
+    async def run(secret: str) -> BatchReport:
+        given = {"topic": "topic", "iban": lambda _: secret}
+        return await batch(crew, [{"topic": "tea"}], name=f"rotated {is_rotated}", key="topic", inputs=given)
+
+    running = asyncio.ensure_future(run(old))
+    while not server.requests["status"]:
+        await asyncio.sleep(0.02)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    held.release()
+    assert ((await run(new)).completed, server.kickoffs) == (1, 1)
+    assert batch.lines()["tea"]["output"] == (WITHHELD if is_rotated else f"paid with {MASK}")
+    everything = b"".join(path.read_bytes() for path in batch.folder.rglob("*") if path.is_file())
+    assert old.encode() not in everything
 
 
 async def test_no_file_of_a_batch_has_a_secret_input_whatever_way_it_came_in(
