@@ -456,7 +456,7 @@ class Runner:
         result = None
         if has_result:
             stored = StoredResult.of(status.result())
-            withheld = {"output": WITHHELD, "data": None, "tasks": []}
+            withheld: dict[str, Any] = {"output": WITHHELD, "data": None, "tasks": []}
             result = stored.model_copy(update=withheld) if run.is_blind else run.redact.model(stored)
         close_record(record, run.crew, status, phases.human_seconds, error, result)
         # Before the end is saved: a process that is killed right after has saved a misfit as what it is.
