@@ -7,6 +7,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -18,6 +19,9 @@ from prefect.states import Crashed
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.records.model import RunRecord
+
+CLOCKS_APART = timedelta(minutes=5)
+"""How much the clock of whoever suspended a flow run may differ from that of the process that claimed the run."""
 
 
 def this_process() -> str | None:
@@ -77,8 +81,8 @@ def count_attempts(states: Sequence[State]) -> tuple[int, bool]:
 async def crash_dead_owner(record: RunRecord) -> None:
     """Set the flow run that started a run to Crashed if its process ran on this machine and is gone.
 
-    A flow run that was started again since, or that is paused, is left alone. A Prefect API that is away does not stop
-    whoever goes on with the run.
+    A flow run that was started again or suspended since, or that is paused, is left alone. A Prefect API that is away
+    does not stop whoever goes on with the run.
     """
     own, owner = flow_run_id(), record.flow_run_id
     if owner is None or owner == own or record.process is None or not process_is_gone(record.process):
@@ -89,8 +93,12 @@ async def crash_dead_owner(record: RunRecord) -> None:
             state = flow_run.state
             if state is None or not state.is_running():
                 return
+            states = await client.read_flow_run_states(flow_run.id)
+            since = record.claimed_at - CLOCKS_APART
+            if any(state.state_details.pause_reschedule and state.timestamp > since for state in states):
+                return  # it was suspended since, and another process goes on with it
             if flow_run.run_count != record.flow_run_count:
-                attempts, before_last = count_attempts(await client.read_flow_run_states(flow_run.id))
+                attempts, before_last = count_attempts(states)
                 if before_last or attempts != record.flow_run_count:
                     return  # it was begun again since, or nobody knows
             went_on = f"flow run {own}" if own else "a script"

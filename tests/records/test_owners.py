@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import uuid
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import pytest
 from prefect import flow, get_client, runtime
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
-from prefect.states import Failed, Paused, Running, Scheduled
+from prefect.states import Failed, Paused, Pending, Running, Scheduled, Suspended
 
 from prefect_crew import arun_crew
-from prefect_crew.records.model import RunRecord
+from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.records.owners import crash_dead_owner, process_is_gone, this_process
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
@@ -130,6 +131,32 @@ async def test_a_dead_flow_run_that_showed_forms_crashes_unless_it_was_begun_aga
     for owner, is_dead in ((once, True), (again, False)):
         await crash_dead_owner(record_of(owner))  # as it was in its first attempt
         assert (await flow_run(str(owner.id))).state_name == ("Crashed" if is_dead else "Running")
+
+
+async def resumed_after_suspension() -> FlowRun:
+    """Make a flow run that another process goes on with; return it as it was in its first process."""
+    first = await begun()
+    async with get_client() as client:
+        await client.set_flow_run_state(first.id, Suspended(timeout_seconds=300))
+        await client.resume_flow_run(first.id)
+        await client.set_flow_run_state(first.id, Pending())
+        await client.set_flow_run_state(first.id, Running())
+    return first
+
+
+async def test_a_flow_run_that_was_suspended_and_resumed_since_is_left_alone():
+    first = await resumed_after_suspension()
+    now = await flow_run(str(first.id))
+    assert now.state_name == "Running"
+    for count in (first.run_count, now.run_count):
+        await crash_dead_owner(record_of(first, flow_run_count=count, claimed_at=first.start_time))
+        assert (await flow_run(str(first.id))).state_name == "Running", count
+
+
+async def test_a_flow_run_that_was_suspended_long_before_its_run_crashes_with_its_process():
+    now = await flow_run(str((await resumed_after_suspension()).id))
+    await crash_dead_owner(record_of(now, claimed_at=utcnow() + timedelta(hours=1)))
+    assert (await flow_run(str(now.id))).state_name == "Crashed"
 
 
 async def test_ones_own_flow_run_is_never_set_to_crashed():
