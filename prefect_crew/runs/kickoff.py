@@ -342,7 +342,11 @@ async def _make_sure(
         confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
         try:
             if check is not None:
-                await check()
+                try:
+                    await check()
+                except CrewError:
+                    if await confirmed:  # else there may be a run, which needs no check
+                        raise
             is_sure = await confirmed
         finally:
             confirmed.cancel()

@@ -76,6 +76,14 @@ async def test_who_finds_a_claim_waits_for_its_id_or_starts_a_run_where_it_is_gi
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED] * given_back + [RecordPhase.STARTED]
 
 
+async def test_who_cannot_check_the_inputs_still_finds_the_run_of_a_later_number(crew_server: CrewServerFactory):
+    # The first number is free, so the call claims it before it has read that the second one holds a run.
+    server, idempotency_key, theirs = crew_server("echo", faults=["inputs:401@1-"]), key(), f"theirs {uuid.uuid4()}"
+    await claim(idempotency_key, server.crew(), permit=60.0, attempt=2, phase=RecordPhase.STARTED, kickoff_id=theirs)
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"good_for": LONG_AGO}, {"flow_run_id": str(uuid.uuid4())}, {"good_for": LONG_AGO, "inputs_digest": "d" * 32}],
