@@ -105,7 +105,6 @@ class Variable(NamedTuple):
     id: str
     name: str
     value: Any
-    created: datetime
     age: float
     idle: float
     updated: datetime
@@ -180,7 +179,7 @@ def variables_in(response: httpx.Response) -> list[Variable]:
     for stored in response.json():
         created, updated = datetime.fromisoformat(stored["created"]), datetime.fromisoformat(stored["updated"])
         variables.append(
-            Variable(stored["id"], stored["name"], stored["value"], created, since(created), since(updated), updated)
+            Variable(stored["id"], stored["name"], stored["value"], since(created), since(updated), updated)
         )
     return variables
 
@@ -188,7 +187,7 @@ def variables_in(response: httpx.Response) -> list[Variable]:
 def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
     """Return the records among some Variables, each with what its permits among them say, in the order of attempts.
 
-    That is the order in which the server created them, then that of their numbers: a number may be taken again.
+    That is the order of their numbers: a server's clock may be set back, or differ from that of another replica.
 
     Raises:
         CrewError: A later version wrote one of them.
@@ -207,7 +206,7 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
             permit = permit.model_copy(update={"ref": variable.id, "age": variable.age, "idle": variable.idle})
             permits.setdefault((name, claim), {})[int(number)] = permit
     records: list[RunRecord] = []
-    for name, variable, record in sorted(claims, key=lambda claim: (claim[1].created, claim[2].attempt)):
+    for name, variable, record in sorted(claims, key=lambda claim: claim[2].attempt):
         theirs = permits.get((name, _hex(variable.id)), {})
         idle = min([variable.idle, *(permit.idle for permit in theirs.values())])
         record = record.model_copy(update={"ref": variable.id, "idle": idle})

@@ -25,9 +25,7 @@ def test_every_phase_has_a_file():
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_a_record_of_an_earlier_version_means_what_it_meant(path: Path):
     golden: dict[str, Any] = json.loads(path.read_text())
-    variables = [
-        Variable(one["id"], one["name"], one["value"], utcnow(), 3.0, 3.0, utcnow()) for one in golden["variables"]
-    ]
+    variables = [Variable(one["id"], one["name"], one["value"], 3.0, 3.0, utcnow()) for one in golden["variables"]]
     (record,) = records_in(variables)
     found = json.loads(record.model_dump_json()) | {"permit": record.permit}
     found["result"] = None if record.result is None else record.result.output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from typing import Any
 
 import httpx
@@ -56,7 +55,7 @@ async def record_of(kickoff_id: str) -> RunRecord:
 def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the attempts that Variables hold, as the record store reads them; `permit` is the number of permits."""
     found = [
-        Variable(one["id"], one["name"], one["value"], datetime.fromisoformat(one["created"]), 0.0, 0.0, utcnow())
+        Variable(one["id"], one["name"], one["value"], 0.0, 0.0, utcnow())
         for one in variables
         if store_module.later_version(one["value"]) is None
     ]
