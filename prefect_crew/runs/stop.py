@@ -27,6 +27,7 @@ from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.run import claims_shown
 from prefect_crew.client import CrewClient
+from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, session_of
@@ -50,6 +51,9 @@ LATEST = 2000
 CLOCKS_APART = timedelta(minutes=5)
 """How much the clock of the process that began a flow run may differ from that of the Prefect server."""
 _STOP_ASKED = "stop was asked for"
+_TAKEN = [f"{_STOP_ASKED}: {outcome}" for outcome in (StopOutcome.STOPPED, StopOutcome.REQUESTED)]
+_being_stopped = set[str]()
+"""The kickoff ids of runs that this process asks to stop at this moment. Several waits may be for one run."""
 
 
 def started_by_runner() -> bool:
@@ -263,18 +267,65 @@ async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
 
 
 async def stop_once(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
-    """Ask the crew's server to stop a run, once, write down what came of it, and return whether it took that."""
+    """Ask the crew's server to stop a run, once, write down what came of it, and return whether it took that.
+
+    The record says so first: the answer may be lost, and others who wait for the run, and a worker, look there.
+    """
     kickoff_id, log = str(record.kickoff_id), run_logger()
-    answer = await session.call(lambda client: client.stop(kickoff_id))
-    if answer.accepted:
-        log.info("Crew run %s was asked to stop: %s.", kickoff_id, answer.outcome)
-    elif answer.outcome is StopOutcome.UNSUPPORTED:
-        text = "Crew run %s continues at %s: its server has no /stop. Idempotency key %r will have its result."
-        log.warning(text, kickoff_id, record.crew_url, record.idempotency_key)
-    else:
-        log.warning("Crew run %s was not stopped: %s. %s", kickoff_id, answer.outcome, answer.message or "")
-    await close_stopped(session.client, session.crew, record, answer, records)
-    return answer.accepted
+    while kickoff_id in _being_stopped:  # noqa: ASYNC110  another wait sends it, maybe in another event loop
+        await asyncio.sleep(0.1)
+    _being_stopped.add(kickoff_id)
+    try:
+        before = record.reason
+        if (stored := await _note_stop(record, records)) is not None:
+            log.info("Crew run %s was asked to stop already, or has ended.", kickoff_id)
+            return stored.state is CrewState.STOPPED or stored.reason in _TAKEN
+        try:
+            answer = await session.call(lambda client: client.stop(kickoff_id))
+        except CrewError as error:
+            if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
+                await _save_reason(before, record, records)
+            raise
+        if answer.accepted:
+            log.info("Crew run %s was asked to stop: %s.", kickoff_id, answer.outcome)
+        elif answer.outcome is StopOutcome.UNSUPPORTED:
+            text = "Crew run %s continues at %s: its server has no /stop. Idempotency key %r will have its result."
+            log.warning(text, kickoff_id, record.crew_url, record.idempotency_key)
+        else:
+            log.warning("Crew run %s was not stopped: %s. %s", kickoff_id, answer.outcome, answer.message or "")
+            await _save_reason(before, record, records)
+        await close_stopped(session.client, session.crew, record, answer, records)
+        return answer.accepted
+    finally:
+        _being_stopped.discard(kickoff_id)
+
+
+async def _note_stop(record: RunRecord, records: RecordStore) -> RunRecord | None:
+    """Note that a stop is asked for; return the record as it stands where that was noted before, or the run has ended.
+
+    A Prefect API that is away keeps nobody from stopping a run.
+    """
+
+    async def note() -> RunRecord | None:
+        attempts = await records.attempts(record.idempotency_key)
+        stored = next((attempt for attempt in attempts if attempt.kickoff_id == record.kickoff_id), None)
+        if stored is not None and (stored.phase is RecordPhase.ENDED or stop_was_asked(stored)):
+            return stored
+        record.reason = _STOP_ASKED
+        await records.save(record)
+        return None
+
+    try:
+        return await asyncio.wait_for(note(), LOOK_WITHIN)
+    except (*PREFECT_ERRORS, TimeoutError) as error:
+        run_logger().debug("That run %s is asked to stop could not be noted: %s", record.kickoff_id, error)
+        return None
+
+
+async def _save_reason(reason: str | None, record: RunRecord, records: RecordStore) -> None:
+    record.reason = reason
+    with suppress(*PREFECT_ERRORS, TimeoutError):
+        await asyncio.wait_for(records.save(record), LOOK_WITHIN)
 
 
 def stop_was_asked(record: RunRecord) -> bool:

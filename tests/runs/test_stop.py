@@ -131,6 +131,27 @@ def test_who_cancels_a_flow_means_its_subflows_too(crew_server: CrewServerFactor
 
 
 @pytest.mark.usefixtures("quick_look")
+def test_two_waits_for_one_run_stop_it_once(crew_server: CrewServerFactory, seen: Seen):
+    server, idempotency_key, ends = crew_server(slow(60), faults=["stop:latency=0.5"]), key(), list[Any]()
+
+    async def two() -> None:
+        waits = (arun_crew(server.crew(), idempotency_key=idempotency_key) for _ in range(2))
+        ends.extend(await asyncio.gather(*waits, return_exceptions=True))
+
+    cancelled(server, seen, two, when=lambda: server.requests["status"] >= 4)
+    assert [type(end) for end in ends] == [CrewStoppedError, CrewStoppedError]
+    assert server.requests["stop"] == 1
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+def test_a_stop_is_on_record_before_it_is_sent(crew_server: CrewServerFactory, seen: Seen):
+    server = crew_server(slow(60), faults=["stop:500"])
+    asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
+    record = seen.record(next(iter(server.kickoffs_by_key)))
+    assert record["reason"] == "stop was asked for", "its answer says nothing, and it is not sent again"
+
+
+@pytest.mark.usefixtures("quick_look")
 def test_a_cancelled_flow_that_goes_on_starts_nothing_more(crew_server: CrewServerFactory, seen: Seen):
     server, errors = crew_server(slow(60)), list[CrewError]()
 
