@@ -67,7 +67,10 @@ VALUE_LIMIT = 4900
 PAGE = 200
 """Variables in one answer, at most, and so names in one request. An answer is a snapshot; two are not."""
 MOST_ATTEMPTS = 64
-"""Attempts that an idempotency key may have on record: one request reads them all."""
+"""Attempts that an idempotency key may have on record: one request reads them all. From the half on, the last ones that
+did not start are deleted before another number is taken."""
+VERDICT_STANDS = 3600.0
+"""Seconds for which a verdict that an attempt did not start is kept at least, where its owner has not said so."""
 BUSY_FOR = 10.0
 """Seconds for which a claim is repeated by us while the Prefect API is busy."""
 RETRIED_BY_CLIENT = (408, 429, 502, 503)
@@ -284,6 +287,15 @@ def _warn_of(problem: CrewError | None) -> None:
         run_logger().warning("Left out of this list: %s", problem)
 
 
+def _is_unused(record: RunRecord) -> bool:
+    """Return whether an attempt did not start, and nothing can be sent for it even if its Variables are deleted.
+
+    Its owner has said so. Or somebody else has, long ago: a verdict keeps an owner that is alive from taking a permit.
+    """
+    is_given_back = record.strongest is None or record.strongest.owner == record.owner
+    return record.phase is RecordPhase.NOT_STARTED and (is_given_back or record.idle > VERDICT_STANDS)
+
+
 def _is_gone(error: Exception) -> bool:
     return isinstance(error, PrefectHTTPStatusError) and error.response.status_code == 404
 
@@ -481,6 +493,8 @@ class PrefectRecords:
             CrewError: What is stored there is not a record that this version can read.
             TooManyAttemptsError: The key has as many attempts on record as it may have.
         """
+        if record.attempt > MOST_ATTEMPTS // 2 and await self._make_room(record.idempotency_key):
+            return False  # the caller reads the attempts anew, and takes a lower number
         if record.attempt > MOST_ATTEMPTS:
             raise TooManyAttemptsError(idempotency_key=record.idempotency_key, attempts=MOST_ATTEMPTS)
         name = record_name(record.idempotency_key, record.attempt)
@@ -498,6 +512,22 @@ class PrefectRecords:
         # A claim that was resolved or voided since is a claim no more, whoever made it: its permits say so.
         current = await self._current(record)
         return current is not None and (current.phase, current.permit) == (RecordPhase.CLAIMED, 0)
+
+    async def _make_room(self, idempotency_key: str) -> bool:
+        """Delete the last attempts at a key that surely did not start; False if there are none.
+
+        From the highest number down to one that stays: the next claim is then still above all that may have started.
+        Whoever has decided by one of them is not confirmed.
+        """
+        unused: list[RunRecord] = []
+        for record in reversed(await self.attempts(idempotency_key)):
+            if not _is_unused(record):
+                break
+            unused.append(record)
+        permits = await _read_permits(unused)
+        for gone in (*(str(record.ref) for record in unused), *(permit.id for permit in permits)):
+            await delete_variable(gone)
+        return bool(unused)
 
     async def withdraw(self, record: RunRecord) -> None:
         """Delete a claim that nobody has asked a permit of. It then takes up no number of its key.

@@ -36,6 +36,7 @@ from prefect_crew.records import store
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff as kickoff_module
+from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.proxy import Proxy
 from support.records import LONG_AGO, attempts, key, new_record, phases, put
@@ -316,11 +317,47 @@ async def test_a_key_without_a_number_left_starts_nothing_and_says_what_to_do(
 ):
     monkeypatch.setattr(store, "MOST_ATTEMPTS", 2)
     server, idempotency_key = crew_server("echo"), key()
+    failed = {"phase": RecordPhase.ENDED, "state": CrewState.FAILED, "ended_at": utcnow()}
     for attempt in (1, 2):
-        await claim(idempotency_key, server.crew(), attempt=attempt, phase=RecordPhase.NOT_STARTED)
+        await claim(idempotency_key, server.crew(), attempt=attempt, **failed)
     with pytest.raises(TooManyAttemptsError, match=r"Nothing was started. .* prefect-crew runs prune"):
         await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     assert not server.requests
+
+
+async def test_kickoffs_that_did_not_start_do_not_use_up_the_numbers_of_a_key(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(store, "MOST_ATTEMPTS", 6)
+    server, idempotency_key = crew_server("echo"), key()
+    failed = {"phase": RecordPhase.ENDED, "state": CrewState.FAILED, "ended_at": utcnow()}
+    await claim(idempotency_key, server.crew(), **failed)
+    refused = [await claim(idempotency_key, server.crew(), attempt=attempt, permit=30.0) for attempt in (2, 3, 4, 5, 6)]
+    for record in refused:
+        record.phase, record.reason = RecordPhase.NOT_STARTED, "ConnectError"
+        await RECORDS.save(record)
+    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    assert [run.kickoff_id] == [one.id for one in server.runs]
+    assert [(one.attempt, one.phase) for one in await attempts(idempotency_key)] == [
+        (1, RecordPhase.ENDED),
+        (2, RecordPhase.STARTED),
+    ]
+    assert not await RECORDS.permit(refused[-1], 30, late=True), "nothing is sent for what was deleted"
+
+
+async def test_a_verdict_about_a_claim_stays_while_its_owner_may_be_alive(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(store, "MOST_ATTEMPTS", 1)
+    server, idempotency_key = crew_server("echo"), key()
+    theirs = await claim(idempotency_key, server.crew())
+    (read,) = await attempts(idempotency_key)
+    assert await RECORDS.resolve(read, RecordPhase.NOT_STARTED)
+    with pytest.raises(TooManyAttemptsError):
+        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    assert not await RECORDS.permit(theirs, 30, late=False)
+    monkeypatch.setattr(store, "VERDICT_STANDS", -1.0)
+    assert (await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)).kickoff_id
 
 
 async def test_a_kickoff_that_is_not_on_its_way_yet_is_not_sent_once_its_caller_is_cancelled(
