@@ -146,7 +146,7 @@ async def test_a_claim_next_to_another_that_it_was_not_decided_by_is_given_back(
     for _ in range(3):
         run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
         assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
-        assert await phases(idempotency_key) == [RecordPhase.STARTED, RecordPhase.NOT_STARTED]
+        assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
 
 async def test_a_kickoff_whose_permit_is_over_is_not_sent_and_its_run_is_claimed_anew(
