@@ -85,7 +85,7 @@ async def test_a_word_that_a_run_is_lost_takes_back_no_end_that_was_seen(prefect
     owner = await started()
     person = await resolve.in_flight("k", RECORDS)
     if first == "the word":
-        prefect.faults = {f"write@{prefect.writes + 1}": "slow"}
+        prefect.faults = {f"write@{prefect.counts['write'] + 1}": "slow"}
         saying = asyncio.ensure_future(resolve.resolve_lost(person, RECORDS, look=forgotten))
         await asyncio.sleep(0.3)
         await completed(owner)
@@ -124,7 +124,7 @@ async def test_a_run_that_the_crew_knows_at_the_second_look_is_not_lost():
 async def test_a_stop_takes_back_no_end_that_was_seen(prefect: SimPrefect):
     owner = await started()
     other = await stored()
-    prefect.faults = {f"write@{prefect.writes + 1}": "slow"}
+    prefect.faults = {f"write@{prefect.counts['write'] + 1}": "slow"}
     answer = StopAnswer(kickoff_id="run", outcome=StopOutcome.STOPPED)
     closing = asyncio.ensure_future(stop.close_stopped(SILENT, CREW, other, answer, RECORDS))
     await asyncio.sleep(0.3)
