@@ -3,7 +3,6 @@ claims and kickoff ids is seen there."""
 
 from __future__ import annotations
 
-from builtins import max as largest
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,15 +48,6 @@ async def _withdraw_always(
 _give_back = kickoff._give_back
 
 
-async def _confirm_by_owner(self: PrefectRecords, record: RunRecord, known: Any, **_: Any) -> bool:
-    attempts = await self.attempts(record.idempotency_key)
-    return {(one.owner, one.attempt) for one in attempts} == {(one.owner, one.attempt) for one in (record, *known)}
-
-
-def _last(*numbers: Any, default: int | None = None) -> Any:
-    return largest(*numbers) if default is None else [default, *numbers[0]][-1]
-
-
 async def _withdraw_by_name(self: PrefectRecords, record: RunRecord) -> None:
     path = f"/variables/name/{store.record_name(record.idempotency_key, record.attempt)}"
     async with store.get_client() as client:
@@ -84,7 +74,6 @@ async def _look_at_no_name(self: PrefectRecords, record: RunRecord) -> None:
     return None
 
 
-VOIDED = "one that has voided a claim sleeps while the same owner claims its number anew, before its step 17"
 ONE_ID = "two kickoffs of two keys are answered with one id"
 MISTAKES: dict[str, tuple[Any, str, Any, str]] = {
     "a claim that is deleted although a permit was taken": (
@@ -94,11 +83,6 @@ MISTAKES: dict[str, tuple[Any, str, Any, str]] = {
     "a claim that is deleted by its name": (
         *(PrefectRecords, "withdraw", _withdraw_by_name),
         "a start is refused again and again, and the deletion of its first claim is twice",
-    ),
-    "claims that are told apart by owner and number": (PrefectRecords, "confirm", _confirm_by_owner, VOIDED),
-    "a next number that is one more than that of the last claim": (
-        *(kickoff, "max", _last),
-        "a claim is deleted while a later run fails, and its number is taken anew",
     ),
     "an id that is named before it is written": (
         *(PrefectRecords, "save_started", _name_first),
