@@ -360,7 +360,9 @@ class Ledger:
             del self._ends[next(iter(self._ends))]
         return is_first
 
-    async def permit(self, record: RunRecord, good_for: float, *, late: bool, lease: Lease | None = None) -> bool:
+    async def permit(
+        self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
+    ) -> bool:
         """Take the right to send the kickoff of a claim once more; False if somebody has resolved it."""
         record.open_for = good_for + record.post_deadline + SPARE  # `permit` stays 1, as it is read
         with suppress(ClaimLostError):

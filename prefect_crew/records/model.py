@@ -394,11 +394,14 @@ class RecordStore(Protocol):
         """
         ...
 
-    async def permit(self, record: RunRecord, good_for: float, *, late: bool, lease: Lease | None = None) -> bool:
+    async def permit(
+        self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
+    ) -> bool:
         """Take the right to send the kickoff of a claim that this caller owns; False if somebody has resolved it.
 
-        Atomic among all callers. `late`: the caller has not been heard of for longer than it may; the record may be
-        gone. `lease` begins when this is asked of the store.
+        Atomic among all callers. `before` is the lease of the claim, or of its last permit: where it is over once this
+        permit stands, the record may have been resolved and removed in between. `lease` begins when this is asked of
+        the store.
         """
         ...
 

@@ -560,12 +560,15 @@ class PrefectRecords:
         attempts = {one.ref for one in records_in(variables)}
         return attempts == {record.ref, *(one.ref for one in known)}
 
-    async def permit(self, record: RunRecord, good_for: float, *, late: bool, lease: Lease | None = None) -> bool:
+    async def permit(
+        self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
+    ) -> bool:
         """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
         held = {"reserved": record.reserved, "marks": record.marks}
         if not await self._add_permit(record, lease, owner=record.owner, good_for=good_for, **held):
             return False
-        if not late:
+        # After the request and not before it: a process may sleep between the two.
+        if before is None or not before.is_over:
             return True
         # Others may have resolved and pruned the record since, and its permits with it: so read what is there now.
         found = await self._current(record)

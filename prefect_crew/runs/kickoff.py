@@ -412,7 +412,7 @@ async def _take_permit(record: RunRecord, records: RecordStore, lease: Lease, *,
     new = Lease(pause + PERMIT_GOOD_FOR)
     async with _giving_back(record, records):
         # A permit that comes to stand late says less than what gives the claim back.
-        if await _to_its_end(records.permit(record, new.seconds, late=lease.is_over, lease=new)):
+        if await _to_its_end(records.permit(record, new.seconds, before=lease, lease=new)):
             await asyncio.sleep(pause)
             return new
     record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write

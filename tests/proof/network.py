@@ -49,7 +49,7 @@ class Ground(Protocol):
         ...
 
     async def recorded(self) -> str:
-        """Return the phase of the record."""
+        """Return the phase of the latest record, "nothing" where there is none."""
         ...
 
     async def run(self, step: Callable[[], Awaitable[T]]) -> T:

@@ -53,7 +53,7 @@ async def posting() -> RunRecord:
         post_deadline=1,
     )
     assert await RECORDS.claim(record)
-    assert await RECORDS.permit(record, 30.0, late=False)
+    assert await RECORDS.permit(record, 30.0)
     return record
 
 
@@ -148,7 +148,7 @@ async def test_a_waiter_that_writes_to_a_verdict_does_not_make_it_the_owners():
     waiter = await stored()
     waiter.human_since = utcnow()
     await RECORDS.save(waiter)
-    assert not await RECORDS.permit(owner, 30.0, late=False), "the owner would send a second kickoff"
+    assert not await RECORDS.permit(owner, 30.0), "the owner would send a second kickoff"
     assert (await stored()).human_since == waiter.human_since
 
 
@@ -156,7 +156,7 @@ async def test_a_permit_that_was_used_is_not_held():
     """Prefect's client sends a request again after a read timeout, maybe once the permit of the first has served."""
     owner = await posting()
     again = owner.model_copy(update={"permit": 0})
-    assert await RECORDS.permit(again.model_copy(), 30.0, late=False)
+    assert await RECORDS.permit(again.model_copy(), 30.0)
     owner.phase, owner.kickoff_id = RecordPhase.STARTED, "run"
     await RECORDS.save(owner)
-    assert not await RECORDS.permit(again, 30.0, late=False)
+    assert not await RECORDS.permit(again, 30.0)

@@ -74,7 +74,8 @@ class SimulatedGround(World):
         return run.state
 
     async def recorded(self) -> str:
-        return self.prefect.records(key_of(0))[-1]["phase"]
+        records = self.prefect.records(key_of(0))
+        return records[-1]["phase"] if records else "nothing"
 
     async def run(self, step: Callable[[], Awaitable[T]]) -> T:
         said: list[T] = []
@@ -127,7 +128,8 @@ class RealGround:
         return self.server.run(kickoff_id).state
 
     async def recorded(self) -> str:
-        return str((await PrefectRecords().attempts(self.idempotency_key))[-1].phase)
+        attempts = await PrefectRecords().attempts(self.idempotency_key)
+        return str(attempts[-1].phase) if attempts else "nothing"
 
     async def run(self, step: Callable[[], Awaitable[T]]) -> T:
         return await step()

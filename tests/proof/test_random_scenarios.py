@@ -18,7 +18,7 @@ from proof.sim.deal import dealt
 
 
 def test_two_hundred_worlds_keep_the_promises() -> None:
-    assert not run_campaign(dealt(200, seed=4)).missing(), "these worlds no longer reach everything"
+    assert not run_campaign(dealt(200, seed=7)).missing(), "these worlds no longer reach everything"
 
 
 @pytest.mark.parametrize("budget", [2, 100])

@@ -9,7 +9,7 @@ import pytest
 from prefect_crew.client.models import CrewResult
 from prefect_crew.exceptions import CrewLostError, KickoffUncertainError
 from proof.sim.oracle import broken_promises
-from proof.sim.scenario import Call, CrewRun, Scenario
+from proof.sim.scenario import Call, CrewRun, Prune, Scenario
 from proof.sim.world import World, key_of
 
 WORLDS = {
@@ -52,6 +52,9 @@ WORLDS = {
     ),
     "the token is rotated while the crew runs": Scenario(
         calls=(Call(again=(1.0, 3.0)),), runs=(CrewRun(seconds=15),), rotate_at=5.0, rotate_late=3.0
+    ),
+    "a machine falls asleep over its permit, and wakes up when its claim was voided and removed": Scenario(
+        calls=(Call(freeze_at=18, freeze_for=400.0, crashed_at=5.0, again=(0.2,)),), prunes=(Prune(at=130.0),), budget=2
     ),
     "what a sleeping machine's claim has reserved of a budget is given back once": Scenario(
         calls=(Call(freeze_at=12, freeze_for=400.0, crashed_at=5.0, again=(3.0,)),), budget=100

@@ -159,7 +159,7 @@ async def test_permits_that_a_killed_pruner_left_go_with_the_next_pruning(prefec
     for one in (gone, stands):
         one.idempotency_key = f"{one.idempotency_key} {uuid.uuid4()}"
         assert await store.claim(one)
-        assert await store.permit(one, 60.0, late=False)
+        assert await store.permit(one, 60.0)
     await delete_variable(str(gone.ref))
     await asyncio.sleep(2.0)  # the Date of an answer has whole seconds, and is one late
     await prune(store, older_than=timedelta(0))

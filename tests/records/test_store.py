@@ -21,6 +21,7 @@ from prefect_crew.records import store
 from prefect_crew.records.model import (
     RECORD_VERSION,
     InputMarks,
+    Lease,
     RecordPhase,
     RunRecord,
     SentReview,
@@ -74,7 +75,7 @@ async def test_the_id_goes_before_the_claims_of_others_and_a_name_and_an_end_aft
     began, ended, others = new_record(), new_record(), [new_record() for _ in range(5)]
     for record in (began, ended):
         assert await RECORDS.claim(record)
-        assert await RECORDS.permit(record, 60.0, late=False)
+        assert await RECORDS.permit(record, 60.0)
     began.phase, began.kickoff_id = RecordPhase.STARTED, str(uuid.uuid4())
     ended.phase, ended.state, ended.ended_at = RecordPhase.ENDED, CrewState.COMPLETED, utcnow()
     turns, made = list[str](), prefect_api._request_once
@@ -118,7 +119,7 @@ async def test_all_permits_of_a_claim_are_read(monkeypatch: pytest.MonkeyPatch):
     for one in (record, other):
         assert await RECORDS.claim(one)
     for number in range(1, 13):
-        assert await RECORDS.permit(record, 30, late=False)
+        assert await RECORDS.permit(record, 30)
         (read,) = await RECORDS.attempts(record.idempotency_key)
         assert read.permit == number
     permits = {one.ref: one.permit async for one in RECORDS.all(RecordPhase.CLAIMED)}
@@ -205,7 +206,7 @@ async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
     await RECORDS.claim(record)
     kickoff_id = f"an id / with % everything {uuid.uuid4()}"
     assert await RECORDS.of_kickoff(kickoff_id) is None
-    assert await RECORDS.permit(record, 30, late=False)
+    assert await RECORDS.permit(record, 30)
     record.phase, record.kickoff_id = RecordPhase.STARTED, kickoff_id
     assert await RECORDS.save_started(record) is None
     found = await RECORDS.of_kickoff(kickoff_id)
@@ -279,7 +280,7 @@ async def test_no_start_nor_look_reads_by_tag_or_by_like(monkeypatch: pytest.Mon
     assert await RECORDS.confirm(record, [], with_earlier=False)
     assert await RECORDS.of_kickoff(kickoff_id) is not None
     assert await RECORDS.reviews(record) == []
-    assert await RECORDS.permit(record, 30, late=True) is False
+    assert await RECORDS.permit(record, 30, before=Lease(-1.0)) is False
     await RECORDS.delete(record)
     assert filters
     assert all([*one] == ["name"] and [*one["name"]] == ["any_"] for one in filters), filters
@@ -291,7 +292,7 @@ async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_
     (theirs,) = await RECORDS.attempts(record.idempotency_key)
     theirs.permit = 1  # one that was deleted since
     assert await RECORDS.resolve(theirs, RecordPhase.NOT_STARTED)
-    assert not await RECORDS.permit(record, 30, late=True)
+    assert not await RECORDS.permit(record, 30, before=Lease(-1.0))
 
 
 # What fits

@@ -70,7 +70,7 @@ async def test_who_finds_a_claim_waits_for_its_id_or_starts_a_run_where_it_is_gi
     if given_back:
         stored.phase = RecordPhase.NOT_STARTED
     else:
-        assert await RECORDS.permit(stored, 30, late=False)
+        assert await RECORDS.permit(stored, 30)
         stored.phase, stored.kickoff_id, stored.kicked_off_at = RecordPhase.STARTED, theirs, utcnow()
     await RECORDS.save(stored)
     assert (await finding).kickoff_id in ({run.id for run in server.runs} if given_back else {theirs})
@@ -99,7 +99,7 @@ async def test_a_claim_that_nothing_was_sent_for_is_voided_and_the_run_is_starte
     assert [run.kickoff_id] == [one.id for one in server.runs]
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
     # Its owner, were it alive, would get that error.
-    assert not await RECORDS.permit(theirs, 30, late=False)
+    assert not await RECORDS.permit(theirs, 30)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ async def test_kickoffs_that_did_not_start_do_not_use_up_the_numbers_of_a_key(
         (1, RecordPhase.ENDED),
         (2, RecordPhase.STARTED),
     ]
-    assert not await RECORDS.permit(refused[-1], 30, late=True), "nothing is sent for what was deleted"
+    assert not await RECORDS.permit(refused[-1], 30, before=Lease(-1.0)), "nothing is sent for what was deleted"
 
 
 async def test_a_verdict_about_a_claim_stays_while_its_owner_may_be_alive(
@@ -355,7 +355,7 @@ async def test_a_verdict_about_a_claim_stays_while_its_owner_may_be_alive(
     assert await RECORDS.resolve(read, RecordPhase.NOT_STARTED)
     with pytest.raises(TooManyAttemptsError):
         await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert not await RECORDS.permit(theirs, 30, late=False)
+    assert not await RECORDS.permit(theirs, 30)
     monkeypatch.setattr(store, "VERDICT_STANDS", -1.0)
     assert (await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)).kickoff_id
 

@@ -100,7 +100,7 @@ async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:
     record.phase = RecordPhase.CLAIMED
     assert await store.claim(record)
     if permit is not None or phase in (RecordPhase.UNCERTAIN, RecordPhase.STARTED):
-        assert await store.permit(record, LONG_AGO if permit is None else permit, late=False)
+        assert await store.permit(record, LONG_AGO if permit is None else permit)
     record.phase = phase
     if phase is RecordPhase.STARTED:
         assert await store.save_started(record) is None
