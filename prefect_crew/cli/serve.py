@@ -185,7 +185,12 @@ def demo() -> None:
             _output.current.hide(server.token)
             shown.phase(f"Crew travel at {server.url}: checking the inputs")
             crew = replace(server.crew(wait=often).crew.called("travel"), on_status=shown.watch)
-            answer = run_crew(crew, INPUTS)
+            try:
+                answer = run_crew(crew, INPUTS)
+            except KeyboardInterrupt:
+                # A crew that is deployed goes on, and the log says so: this one cannot.
+                _output.note("The demo's crew has ended with the demo.", "dim")
+                raise
     _output.put()
     _output.put_markdown(answer.output)
     flow_run_id = shown.seen.flow_run_id if shown.seen else None

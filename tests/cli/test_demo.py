@@ -56,7 +56,7 @@ def test_ctrl_c_leaves_no_process_behind(demo: Terminal, moment: str):
         assert demo.family() == {}
     assert "Traceback" not in demo.output
     if "tasks" in moment:
-        assert "was asked to stop: stopped" in demo.output
+        assert "The demo's crew has ended with the demo." in demo.output
 
 
 def test_a_prefect_server_that_is_set_is_used(here, prefect_api: PrefectServer, instant_polling: None):
