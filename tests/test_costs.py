@@ -7,28 +7,25 @@ import uuid
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prefect import flow, tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from prefect_crew import CrewFailedError, Price, arun_crew, costs, get_result
+from prefect_crew import CrewFailedError, Price, arun_crew, get_result
 from prefect_crew.client.models import TokenUsage
-from prefect_crew.costs import costs_markdown, grouped, read_costs
+from prefect_crew.costs import CostRow, costs_markdown, grouped, read_costs
 from prefect_crew.devserver import CrewScript
 from prefect_crew.devserver._runs import Outcome, Run
 from prefect_crew.devserver._scripts import ScriptedProgram
 from prefect_crew.operations import costs_page
 from prefect_crew.prices import Spending, money
-from prefect_crew.records.model import RecordPhase, utcnow
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.records.totals import DayTotal, add_to_totals, total_of
+from prefect_crew.records.model import utcnow
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.prefect_server import PrefectServer
-from support.records import attempts, key, new_record, put
+from support.records import attempts, key
 
 ONE, TWO = date(2001, 5, 1), date(2001, 5, 2)
 TOKENS = Price(per_1k_input=2, per_1k_output=10)
@@ -46,9 +43,9 @@ def spent(tokens: int | None, cost: float | None) -> Spending:
 
 
 ROWS = [
-    DayTotal(day=TWO, crew="travel", spending=spent(10, 0.5), flow="plan", tags=["team-a", "prod"]),
-    DayTotal(day=ONE, crew="travel", spending=spent(None, None), flow="plan", tags=["prod"]),
-    DayTotal(day=ONE, crew="news", spending=spent(5, 2.0), batch="leads"),
+    CostRow(day=TWO, crew="travel", spending=spent(10, 0.5), flow="plan", tags=["team-a", "prod"]),
+    CostRow(day=ONE, crew="travel", spending=spent(None, None), flow="plan", tags=["prod"]),
+    CostRow(day=ONE, crew="news", spending=spent(5, 2.0), batch="leads"),
 ]
 
 
@@ -72,7 +69,7 @@ def test_a_cost_is_rounded_only_when_it_is_shown(cost: float | None, shown: str)
 
 
 def test_the_page_has_a_chart_by_day_and_escapes_names():
-    rows = [ROWS[0].model_copy(update={"day": ONE + timedelta(days=number), "crew": "a|b"}) for number in (0, 1, 4)]
+    rows = [replace(ROWS[0], day=ONE + timedelta(days=number), crew="a|b") for number in (0, 1, 4)]
     page = costs_markdown([*rows, *ROWS], ["Batch 'x' is left out."], since=ONE)
     assert "Cost by day, 2001-05-01 to 2001-05-05: `█▄▁▁▂`" in page
     assert "a\\|b" in page
@@ -103,54 +100,6 @@ async def test_a_run_has_its_cost_in_the_result_the_record_and_the_artifact(
         wanted = ArtifactFilter(key=ArtifactFilterKey(like_="crew-127-0-0-1-%"))
         pages = [str(one.data) for one in await client.read_artifacts(artifact_filter=wanted)]
     assert any(result.kickoff_id in page and "| Cost | 3.00 |" in page and "1,100" in page for page in pages)
-
-
-async def test_a_run_costs_the_same_once_its_record_is_removed(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory
-):
-    label = f"removed-{uuid.uuid4().hex[:8]}"
-    crew = crew_server(CrewScript.model_validate(ASKING), response_format="union").crew(price=TOKENS)
-    name = key()
-    await arun_crew(crew, {"text": "tea"}, idempotency_key=name)
-    (kept,) = await attempts(name)
-
-    async def costs() -> Spending | None:
-        rows, _ = await read_costs(["crew"])
-        return grouped(rows, "crew").get(label)
-
-    kept.crew = label
-    await PrefectRecords().save(kept)
-    before = await costs()
-    assert before is not None
-    assert (before.runs, before.cost) == (1, pytest.approx(3.0))
-    await add_to_totals(kept, total_of(kept, None, ()))
-    assert await costs() == before, "also if whoever prunes was killed before the record was deleted"
-    await PrefectRecords().delete(kept)
-    assert await costs() == before
-
-
-async def test_runs_that_are_pruned_at_that_moment_count_once(
-    prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
-):
-    label = f"{'long-' * 20}{uuid.uuid4().hex[:8]}"
-    ended = [await put(new_record(crew=label, phase=RecordPhase.ENDED, cost=1.0, ended_at=utcnow())) for _ in "abc"]
-    read = costs.read_totals
-
-    async def prune_and_read(**period: Any) -> Any:
-        for one in (ended.pop() for _ in ended[1:]):
-            await add_to_totals(one, total_of(one))
-            await PrefectRecords().delete(one)
-        return await read(**period)
-
-    async def of_crew() -> list[tuple[int, float | None]]:
-        rows, missed = await read_costs(["crew"])
-        assert not missed
-        return [(one.runs, one.cost) for name, one in grouped(rows, "crew").items() if name == label[:60]]
-
-    assert await of_crew() == [(3, 3.0)]
-    calls = iter([read, prune_and_read])
-    monkeypatch.setattr(costs, "read_totals", lambda **period: next(calls, read)(**period))
-    assert await of_crew() == [(3, 3.0)]
 
 
 async def test_a_failed_run_has_cost_what_it_reported(prefect_api: PrefectServer, crew_server: CrewServerFactory):

@@ -13,8 +13,8 @@ import logging
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from math import inf
 from typing import Any, Literal
@@ -38,7 +38,6 @@ from prefect_crew.records.store import (
     server_time,
     without_claim,
 )
-from prefect_crew.records.totals import add_to_totals, total_of
 from prefect_crew.settings import CrewSettings
 
 YOUNGEST = timedelta(hours=1)
@@ -68,29 +67,19 @@ class Pruned:
     kept: int
 
 
-@dataclass(frozen=True)
-class Owner:
-    """What the Prefect server knows of a flow run that a record names.
-
-    `ended_for` are the seconds, by the server's clock, since it ended and all flow runs above it: any of them may be
-    retried, also if it has completed, and then asks for its runs again. Minus infinity while one has not ended.
-    """
-
-    ended_for: float
-    flow_id: str | None = None
-    tags: Sequence[str] = ()
+GONE = inf
+"""Seconds since a flow run ended that was deleted: it cannot be retried."""
 
 
-GONE = Owner(inf)
-"""One that was deleted: it cannot be retried."""
-
-
-def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mapping[str, Owner]) -> list[RunRecord]:
+def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mapping[str, float]) -> list[RunRecord]:
     """Return the records that may go: of keys whose every attempt, and its flow runs, ended so long ago. Pure.
 
     The first attempt at a key comes last: as long as it stands, nobody claims it anew before later ones that are left.
 
-    `records` are all attempts at some keys; a record stays if one of the flow runs that it names is not in `owners`.
+    Args:
+        records: All attempts at some keys.
+        older_than: The age.
+        owners: As `read_owners`. A record stays if one of the flow runs that it names is not there.
     """
     by_key = defaultdict[str, list[RunRecord]](list)
     for record in records:
@@ -108,9 +97,9 @@ def _is_old(record: RunRecord, older_than: timedelta) -> bool:
     return record.phase in (RecordPhase.ENDED, RecordPhase.NOT_STARTED) and record.idle >= least
 
 
-def _owners_ended(record: RunRecord, older_than: timedelta, owners: Mapping[str, Owner]) -> bool:
+def _owners_ended(record: RunRecord, older_than: timedelta, owners: Mapping[str, float]) -> bool:
     least = max(older_than, YOUNGEST).total_seconds()
-    return all(one in owners and owners[one].ended_for >= least for one in owner_ids(record))
+    return all(owners.get(owner, -inf) >= least for owner in owner_ids(record))
 
 
 def owner_ids(record: RunRecord) -> list[str]:
@@ -119,8 +108,12 @@ def owner_ids(record: RunRecord) -> list[str]:
     return [one for one in dict.fromkeys(named) if FLOW_RUN_ID.fullmatch(one)]
 
 
-async def read_owners(records: Iterable[RunRecord]) -> dict[str, Owner]:
-    """Ask the Prefect server for the flow runs that records name, and for those above them, level by level."""
+async def read_owners(records: Iterable[RunRecord]) -> dict[str, float]:
+    """Return the seconds, by the Prefect server's clock, since each flow run that records name ended, and all flow runs
+    above it: any of them may be retried, also if it has completed, and then asks for its runs again.
+
+    Minus infinity while one has not ended; `GONE` if it was deleted. The server is asked level by level.
+    """
     owners = dict.fromkeys((one for record in records for one in owner_ids(record)), GONE)
     at = {one: one for one in owners}
     while at:
@@ -130,11 +123,8 @@ async def read_owners(records: Iterable[RunRecord]) -> dict[str, Owner]:
         tasks = await read_by_id("/task_runs/filter", (one["parent_task_run_id"] for one in found.values()))
         at = {}
         for first, flow_run in found.items():
-            before = owners[first]
-            if before is GONE:
-                before = Owner(inf, flow_run["flow_id"], flow_run["tags"])
             ended_for = flow_run["unchanged_for"] if flow_run["state_type"] in TERMINAL_STATES else -inf
-            owners[first] = replace(before, ended_for=min(before.ended_for, ended_for))
+            owners[first] = min(owners[first], ended_for)
             if parent := tasks.get(flow_run["parent_task_run_id"], {}).get("flow_run_id"):
                 at[first] = parent
     return owners
@@ -204,7 +194,7 @@ async def prune(
 ) -> Pruned:
     """Remove the records of runs whose flow runs ended long ago, and counters of the past.
 
-    What the runs used is added to the totals of their days first. Several may prune at the same time.
+    Several may prune at the same time.
 
     Args:
         store: The record store.
@@ -249,15 +239,9 @@ async def _prune_key(store: PrefectRecords, key: str, older_than: timedelta, wal
     """
     attempts = await store.attempts(key)
     # So may its flow runs: one that was retried since asks for its runs again.
-    owners = await read_owners(attempts)
-    going = prunable(attempts, older_than, owners)
+    going = prunable(attempts, older_than, await read_owners(attempts))
     if not dry_run:
-        flows = await read_by_id("/flows/filter", (owner.flow_id for owner in owners.values()))
         for record in going:
-            if record.phase is RecordPhase.ENDED:
-                owner = owners.get(record.flow_run_id or "", GONE)
-                flow = flows.get(owner.flow_id, {}).get("name")
-                await add_to_totals(record, total_of(record, flow, owner.tags))
             walk.deleted(await store.delete(record))
     return len(going)
 

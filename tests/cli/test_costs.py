@@ -42,6 +42,7 @@ def test_runs_of_the_days_that_are_asked_for_are_added_up(prefect_api: PrefectSe
         ],
     )
     assert "1 of 3 runs reported no tokens; the cost of 1 of 3 runs is unknown." in told.err
+    assert "Records are kept for 30 days" in told.err
     days = here("costs", "--by", "day", *PERIOD, "-o", "json").json
     found = [(one["name"], one["cost"], one["runs"], one["reported"]) for one in days["groups"]]
     assert found == [("2001-05-01", 0.25, 1, 1), ("2001-05-02", 2.5, 2, 1)]

@@ -30,7 +30,6 @@ OWN_TESTS = {
     "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py"],
     "records/store.py": ["tests/records/test_store.py", "tests/runs/test_kickoff_claims.py"],
     "records/prune.py": ["tests/records/test_prune.py"],
-    "records/totals.py": ["tests/records/test_totals.py"],
     "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py"],
     "records/resolve.py": [
         "tests/records/test_resolve.py",

@@ -6,8 +6,6 @@ import asyncio
 import math
 import re
 import uuid
-from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from types import SimpleNamespace
@@ -19,14 +17,14 @@ import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew.client._retry_safety import KickoffFate
-from prefect_crew.records import decision, prune, totals
+from prefect_crew.records import decision, prune
 from prefect_crew.records import notes as notes_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records.decision import Decision
 from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, utcnow
-from prefect_crew.records.store import PrefectRecords, Variable
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
-from proof.sim.loop import Process, SimLoop, StuckError, current_process
+from proof.sim.loop import Process, SimLoop, StuckError
 from proof.sim.oracle import broken_promises
 from proof.sim.prefect_api import SimPrefect
 from proof.sim.scenario import Call, CrewRun, Prune, Root, Scenario
@@ -148,14 +146,8 @@ async def seen_owners(**flow_runs: str) -> dict[str, Any]:
     """Return what pruning sees of flow runs that have ended two seconds ago, or run, by names for them."""
     await asyncio.sleep(2.0)
     owners = await prune.read_owners([record(1, "one", flow_run_id=run_id) for run_id in flow_runs.values()])
-    names = await prune.read_by_id("/flows/filter", (owner.flow_id for owner in owners.values()))
     return {
-        name: (
-            "gone" if owners[run_id] == prune.GONE else owners[run_id].ended_for > 0.0,
-            [*owners[run_id].tags],
-            names.get(owners[run_id].flow_id, {}).get("name"),
-        )
-        for name, run_id in flow_runs.items()
+        name: "gone" if owners[run_id] == prune.GONE else owners[run_id] > 0.0 for name, run_id in flow_runs.items()
     }
 
 
@@ -171,7 +163,7 @@ def test_the_simulated_flow_runs_are_seen_as_those_of_a_real_server(prefect_api:
             flow = await make("/flows/", name="simulated")
 
             async def run(state: str, parent: str | None = None) -> str:
-                more: dict[str, Any] = {"flow_id": flow, "state": {"type": state}, "tags": ["simulated"]}
+                more: dict[str, Any] = {"flow_id": flow, "state": {"type": state}}
                 if parent is not None:
                     task: dict[str, Any] = {"flow_run_id": parent, "task_key": "sub", "dynamic_key": str(uuid.uuid4())}
                     more["parent_task_run_id"] = await make("/task_runs/", **task)
@@ -208,9 +200,8 @@ def test_the_simulated_flow_runs_are_seen_as_those_of_a_real_server(prefect_api:
     with mock.patch.object(prune, "get_client", simulated.client):
         assert loop.run_until_complete(seen_owners(**made)) == seen
     loop.close()
-    ended = {name: answer[0] for name, answer in seen.items()}
-    assert ended.pop("gone") == "gone"
-    assert [name for name, has_ended in ended.items() if has_ended] == ["below COMPLETED", "below FAILED", "lone"]
+    assert seen.pop("gone") == "gone"
+    assert [name for name, has_ended in seen.items() if has_ended] == ["below COMPLETED", "below FAILED", "lone"]
 
 
 def test_a_killed_process_does_nothing_any_more() -> None:
@@ -309,35 +300,11 @@ def _looks_at_no_root() -> Any:
 
 
 def _takes_completed_for_over() -> Any:
-    async def read_owners(records: Any) -> dict[str, prune.Owner]:
-        found = await read(records)
-        return {one: replace(owner, ended_for=math.copysign(math.inf, owner.ended_for)) for one, owner in found.items()}
+    async def read_owners(records: Any) -> dict[str, float]:
+        return {owner: math.copysign(math.inf, ended_for) for owner, ended_for in (await read(records)).items()}
 
     read = prune.read_owners
     return mock.patch.object(prune, "read_owners", read_owners)
-
-
-def _counts_nothing() -> Any:
-    return mock.patch.object(prune, "add_to_totals", mock.AsyncMock())
-
-
-def _forgets_what_others_counted() -> Any:
-    counted: set[tuple[Process | None, str]] = set()
-    create, read = totals.create_variable, totals.read_exact
-
-    async def create_variable(variable: Any) -> str | None:
-        counted.update((current_process(), ref) for ref in variable["value"]["refs"])
-        return await create(variable)
-
-    async def read_exact(names: Sequence[str]) -> list[Variable]:
-        return [
-            one._replace(value={**one.value, "refs": [*filter(mine, one.value["refs"])]}) for one in await read(names)
-        ]
-
-    def mine(ref: str) -> bool:
-        return (current_process(), ref) in counted
-
-    return mock.patch.multiple(totals, create_variable=create_variable, read_exact=read_exact)
 
 
 TWO = Scenario(calls=(Call(), Call()), runs=(CrewRun(seconds=3),))
@@ -352,7 +319,6 @@ ROOT_RUNS_ON = Scenario(calls=SUBFLOWS, roots=(Root(((0.0, 110.0),)),), prunes=(
 ROOT_ENDED_NOW = Scenario(
     calls=SUBFLOWS, roots=(Root(((0.0, 60.0), (95.0, 110.0))),), prunes=(Prune(at=64.0, older_than=20.0),)
 )
-PRUNE_KILLED = Scenario(calls=(Call(),), prunes=(Prune(at=64.0, kill_at=28), Prune(at=84.0)))
 MISTAKES = {
     "a claim that anybody may overwrite": (_claims_nothing, TWO),
     "a kickoff that is sent again after a 500": (_sends_again, DENIED),
@@ -365,8 +331,6 @@ MISTAKES = {
     "a record that is pruned while its root runs": (_looks_at_no_root, ROOT_RUNS_ON),
     "a record that is pruned while its root can be retried": (_looks_at_no_root, ROOT_ENDED_NOW),
     "a record that is pruned as soon as its root has ended": (_takes_completed_for_over, ROOT_ENDED_NOW),
-    "a run that is not counted when its record is pruned": (_counts_nothing, PRUNE_KILLED),
-    "a run that is counted twice, since who pruned was killed": (_forgets_what_others_counted, PRUNE_KILLED),
 }
 
 

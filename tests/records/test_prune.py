@@ -8,7 +8,7 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -16,14 +16,11 @@ import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
 
-from prefect_crew.client.models import TokenUsage
-from prefect_crew.prices import Spending
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-from prefect_crew.records.prune import GONE, Owner, Pruned, owner_ids, prunable, prune, prune_regularly, read_owners
+from prefect_crew.records.prune import GONE, Pruned, owner_ids, prunable, prune, prune_regularly, read_owners
 from prefect_crew.records.store import PrefectRecords, delete_variable, record_name
-from prefect_crew.records.totals import DayTotal, read_totals
 from support.prefect_server import PrefectServer
 from support.records import new_record, read_named
 
@@ -71,15 +68,15 @@ def test_a_key_goes_as_a_whole_or_not_at_all(later: RecordPhase):
 @pytest.mark.parametrize(
     ("owner", "goes"),
     [
-        pytest.param(Owner(OLD), True, id="ended-long-ago"),
-        pytest.param(Owner(NEW), False, id="ended-of-late"),
-        pytest.param(Owner(-math.inf), False, id="runs"),
+        pytest.param(OLD, True, id="ended-long-ago"),
+        pytest.param(NEW, False, id="ended-of-late"),
+        pytest.param(-math.inf, False, id="runs"),
         pytest.param(GONE, True, id="deleted"),
         pytest.param(None, False, id="not-asked-for"),
     ],
 )
 @pytest.mark.parametrize("named", ["by the record", "by the key"])
-def test_a_record_stays_as_long_as_its_flow_run_can_be_retried(owner: Owner | None, goes: bool, named: str):
+def test_a_record_stays_as_long_as_its_flow_run_can_be_retried(owner: float | None, goes: bool, named: str):
     ours = str(uuid.uuid4())
     key, facts = (f"{ours}/c/d/1", {}) if named == "by the key" else ("a", {"flow_run_id": ours})
     owners = {} if owner is None else {ours: owner}
@@ -244,29 +241,6 @@ async def test_nothing_goes_while_the_flow_runs_cannot_be_asked_for(
     with pytest.raises(httpx.ConnectError):
         await pruned(store)
     assert await store.attempts(one.idempotency_key)
-
-
-async def test_what_a_removed_run_used_is_in_the_total_of_its_day(prefect_api: PrefectServer):
-    store, crew = PrefectRecords(), f"crew-{uuid.uuid4().hex[:8]}"
-    owner = await flow_run("COMPLETED", tags=("team-a", "nightly"))
-    day = datetime(2026, 3, 5, 23, 30, tzinfo=UTC)
-    for number, more in enumerate(
-        (
-            {"usage": TokenUsage(prompt_tokens=7, completion_tokens=5, total_tokens=12), "cost": 0.5},
-            {"usage": TokenUsage(total_tokens=30)},
-            {},
-        )
-    ):
-        one = record(f"{crew} {number}", RecordPhase.ENDED, flow_run_id=owner, **more)
-        assert await store.claim(one.model_copy(update={"crew": crew, "ended_at": day}))
-    failed = record(f"{crew} none", RecordPhase.NOT_STARTED)
-    assert await store.claim(failed.model_copy(update={"crew": crew}))
-    await asyncio.sleep(2.0)
-    await pruned(store)
-    (total,) = [one for one in (await read_totals())[0] if one.crew == crew]
-    usage = TokenUsage(prompt_tokens=7, completion_tokens=5, total_tokens=42)
-    spent = Spending(runs=3, reported=2, priced=1, usage=usage, cost=0.5)
-    assert total == DayTotal(day=day.date(), crew=crew, flow="pruned-flow", tags=["nightly", "team-a"], spending=spent)
 
 
 async def test_a_worker_prunes_now_and_then_and_goes_on_where_it_fails(

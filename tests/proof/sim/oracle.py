@@ -52,12 +52,12 @@ def broken_promises(world: World, *, strict: bool = False) -> list[str]:
     """
     checks = (
         *(_never_twice, _never_two_at_once, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts),
-        *(_records, _withdrawals, _prunes, _totals, _starts_after_failures, _needlessly_uncertain, _requests, _budgets),
+        *(_records, _withdrawals, _prunes, _starts_after_failures, _needlessly_uncertain, _requests, _budgets),
     )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
     world.excusing = not strict
     if world.site.same_ids:  # nobody can tell whose run it is, so the other checks, which go by keys, say nothing
-        checks = (_one_key_for_each_id, _records, _withdrawals, _prunes, _totals, _requests, _budgets)
+        checks = (_one_key_for_each_id, _records, _withdrawals, _prunes, _requests, _budgets)
     return [*world.violations, *unclaimed, *(problem for check in checks for problem in check(world))]
 
 
@@ -359,16 +359,6 @@ def _had_ended(world: World, run_id: str, moment: float, least: float) -> bool:
     past = [(at - EPOCH, state) for at, state in world.prefect.flow_runs.history[run_id] if at - EPOCH <= moment]
     at, state = past[-1]
     return state is None or (state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") and moment - at >= least)
-
-
-def _totals(world: World) -> Iterator[str]:
-    """Each run whose record was pruned counts once in the totals, and no other does but those that are about to be."""
-    removed = sum(change.before["phase"] == "ended" for change, _ in _removed(world))
-    refs = {one["id"] for one in world.prefect.variables.values()}
-    parts = [one["value"] for one in world.prefect.variables.values() if one["name"].startswith("crew_usage_")]
-    about_to_be = refs.intersection(ref for part in parts for ref in part["refs"])
-    if (counted := world.totals) != removed + len(about_to_be):
-        yield f"totals: {counted} runs are counted, {removed} were removed and {len(about_to_be)} are about to be"
 
 
 def _starts_after_failures(world: World) -> Iterator[str]:

@@ -40,7 +40,7 @@ TWICE = 0.02
 
 _UNVERIFIED = ssl.create_default_context()  # made once: it takes 20 ms, and nothing leaves this process
 
-_KINDS = {"flow_runs": 0, "task_runs": 1 << 90, "flows": 1 << 91}
+_KINDS = {"flow_runs": 0, "task_runs": 1 << 90}
 """What makes of the id of a flow run that of its task run in the parent, or of its flow."""
 Variable = Mapping[str, Any]
 
@@ -196,7 +196,7 @@ class SimPrefect:
             return 200, []  # no Flow has asked anything by webhook
         if parts[:2] == ["v2", "concurrency_limits"]:
             return self._counter(method, parts[2:], body)
-        if parts in (["flow_runs", "filter"], ["task_runs", "filter"], ["flows", "filter"]):
+        if parts in (["flow_runs", "filter"], ["task_runs", "filter"]):
             (ids,) = [one["id"]["any_"] for one in body.values() if isinstance(one, dict)]
             found = [self._found(parts[0], one) for one in ids]
             return 200, [one for one in found if one is not None][: body["limit"]]
@@ -285,7 +285,7 @@ class SimPrefect:
         return found[body["offset"] : body["offset"] + body["limit"]]
 
     def _found(self, kind: str, id_: str) -> dict[str, Any] | None:
-        """Return a flow run, the task run that a subflow is in its parent, or a flow: each flow run has its own."""
+        """Return a flow run, or the task run that a subflow is in its parent."""
         run_id = str(uuid.UUID(int=uuid.UUID(id_).int ^ _KINDS[kind]))
         if run_id not in self.flow_runs:
             return None
@@ -296,15 +296,11 @@ class SimPrefect:
         parent = parent if parent in self.flow_runs else None
         if kind == "task_runs":
             return None if parent is None else {"id": id_, "updated": updated, "flow_run_id": parent}
-        if kind == "flows":
-            return {"id": id_, "updated": updated, "name": "simulated"}
-        task, flow = (str(uuid.UUID(int=uuid.UUID(id_).int ^ _KINDS[one])) for one in ("task_runs", "flows"))
+        task = str(uuid.UUID(int=uuid.UUID(id_).int ^ _KINDS["task_runs"]))
         return {
             "id": id_,
             "updated": updated,
             "state_type": state,
-            "flow_id": flow,
-            "tags": ["simulated"],
             "parent_task_run_id": None if parent is None else task,
         }
 

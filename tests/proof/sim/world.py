@@ -35,7 +35,6 @@ from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.records.totals import read_totals
 from prefect_crew.runs import kickoff
 from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.run import KickoffId
@@ -125,7 +124,6 @@ class World:
         self.forced: set[tuple[str, str]] = set()
         self.excusing = True  # as the oracle judges it at this moment
         self.violations: list[str] = []
-        self.totals = 0  # runs that are counted although their records were removed
         self.resolved: list[str] = []
         self.persons: set[str] = set()
         self.trace: list[str] = []
@@ -442,7 +440,6 @@ class World:
                 self.prefect.flow_runs[run_id] = "CRASHED"
         for number in sorted({call.key for call in self.scenario.calls}):
             self.final[key_of(number)] = await self._ask_again(number)
-        self.totals = sum(total.spending.runs for total in (await read_totals())[0])
 
     async def _ask_again(self, number: int) -> list[CrewResult | BaseException]:
         said: list[CrewResult | BaseException] = []
