@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -165,6 +165,8 @@ CROWDED = 3
 """The same, once the server refused a change: what has to go alone waits for all that are under way."""
 PATIENCE = 30.0
 """Seconds for which a request waits for newer, more urgent ones: no stream of claims holds up an end for ever."""
+NAMES_AT_ONCE = 1000
+"""Names in one request from which on no further caller shares it."""
 CLOSING = 0.003
 """Seconds after which a connection that the server closes is seen to be closed."""
 
@@ -238,12 +240,83 @@ class _Turns:
             heapq.heappop(self._waiting)
 
 
+class NamedReads:
+    """Reads by exact names. Reads that callers ask for while a request is under way share the next request.
+
+    A request is one statement of the server, so each caller gets its names as they stand at one moment.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[list[str], asyncio.Future[list[Any] | None]]] = []
+        self._is_busy = False
+
+    async def read(self, names: list[str], ask: Callable[[list[str]], Awaitable[list[Any]]], most: int) -> list[Any]:
+        """Return the rows that `ask` returns for these names, and maybe rows of other callers.
+
+        `most`: rows that one answer of `ask` may have. An answer with so many may be cut off: the caller asks alone.
+        """
+        mine: asyncio.Future[list[Any] | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((names, mine))
+        if self._is_busy:
+            try:
+                rows = await mine
+            except asyncio.CancelledError:
+                if not mine.cancelled():  # it was to make the next request
+                    self._pass_on()
+                raise
+            if rows is not None:
+                return rows if len(rows) < most else await ask(names)
+        self._is_busy = True
+        shared = self._next_reads(mine)
+        try:
+            rows = await ask([*dict.fromkeys([*names, *(name for other, _ in shared for name in other)])])
+        except Exception as error:
+            for _, theirs in shared:
+                if not theirs.done():
+                    theirs.set_exception(error)
+            raise
+        except BaseException:  # a cancellation of this caller is none of the others
+            self._waiting[:0] = shared
+            raise
+        else:
+            for _, theirs in shared:
+                if not theirs.done():
+                    theirs.set_result(rows)
+        finally:
+            self._pass_on()
+        return rows if len(rows) < most or not shared else await ask(names)
+
+    def _next_reads(
+        self, mine: asyncio.Future[list[Any] | None]
+    ) -> list[tuple[list[str], asyncio.Future[list[Any] | None]]]:
+        """Take the reads out of the queue that share the request of `mine`, and `mine` itself."""
+        shared: list[tuple[list[str], asyncio.Future[list[Any] | None]]] = []
+        names = 0
+        while self._waiting and names < NAMES_AT_ONCE:
+            read = self._waiting.pop(0)
+            names += len(read[0])
+            if read[1] is not mine and not read[1].done():
+                shared.append(read)
+        return shared
+
+    def _pass_on(self) -> None:
+        """Let the caller that has waited for longest make the next request."""
+        self._is_busy = False
+        for _, theirs in self._waiting:
+            if not theirs.done():
+                self._is_busy = True
+                theirs.set_result(None)
+                return
+
+
 @dataclass
 class _Loop:
     """What the requests of one event loop share."""
 
     crowded_until: float = float("-inf")
     requests: _Turns = field(default_factory=lambda: _Turns(AT_ONCE))
+    named_reads: dict[str | None, NamedReads] = field(default_factory=dict[str | None, NamedReads])
+    """By the URL of the Prefect API."""
     locks: dict[str, asyncio.Lock] = field(default_factory=dict[str, asyncio.Lock])
 
 
@@ -258,6 +331,11 @@ def _this_loop() -> _Loop:
 def lock_here(name: str) -> asyncio.Lock:
     """Return the lock of this name that belongs to the running event loop."""
     return _this_loop().locks.setdefault(name, asyncio.Lock())
+
+
+def named_reads() -> NamedReads:
+    """Return the reads by exact names of the running event loop and this Prefect API."""
+    return _this_loop().named_reads.setdefault(get_current_settings().api.url, NamedReads())
 
 
 def is_transient(error: Exception) -> bool:

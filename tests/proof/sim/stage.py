@@ -17,6 +17,7 @@ from unittest import mock
 from prefect.client.orchestration import get_client
 
 from prefect_crew._internal import prefect_api
+from prefect_crew._internal.prefect_api import NamedReads
 from prefect_crew.artifacts import events
 from prefect_crew.artifacts.run import RunArtifact
 from prefect_crew.client._client import CrewClient
@@ -53,6 +54,10 @@ def on_stage(world: World) -> Iterator[None]:
     def now() -> datetime:
         return datetime.fromtimestamp(wall(), UTC)
 
+    def named_reads_of_this_process() -> NamedReads:
+        process = current_process()
+        return NamedReads() if process is None else process.facts.setdefault("named reads", NamedReads())
+
     def flow_run_id() -> str | None:
         process = current_process()
         return None if process is None else process.facts["flow_run_id"]
@@ -68,6 +73,7 @@ def on_stage(world: World) -> Iterator[None]:
         # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.
         (prune, "YOUNGEST", timedelta(seconds=SPARE)),
         (stop, "_asked", _PerProcess("asked")),
+        (store, "named_reads", named_reads_of_this_process),
         (events, "emit_event", world.emitted),
         (budgets, "emit_event", mock.Mock()),
         (RunArtifact, "show", nothing),
