@@ -42,7 +42,7 @@ from prefect_crew.records.budgets import (
 )
 from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
-from prefect_crew.records.model import InputMarks, Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
+from prefect_crew.records.model import Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
 from prefect_crew.records.owners import crash_dead_owner
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots, take_slots
@@ -104,14 +104,6 @@ class Start:
         """The names of the inputs that are secret."""
         return self.crew.secret_among(self.inputs)
 
-    @cached_property
-    def marks(self) -> InputMarks | None:
-        """The fingerprints of the inputs, none for a row: its ledger says with what it was run."""
-        if self.quiet:
-            return None
-        token = self.crew.token.get_secret_value()
-        return InputMarks.of(token, self.inputs, secret=self.secret_inputs, restore_from=self.restore_from)
-
     def record(self, attempt: int, good_for: float = 0.0) -> RunRecord:
         """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
         caller = self.identity.caller
@@ -121,7 +113,6 @@ class Start:
             crew=self.crew.label,
             crew_url=self.crew.url,
             inputs_digest=self.digest,
-            input_marks=self.marks,
             owner=caller.owner,
             claimed_at=utcnow(),
             good_for=good_for,
@@ -289,13 +280,7 @@ async def _decide(
     )
     # What another call claimed and surely never sent binds nobody. Nor does what is forced look at any record.
     if record is not None and not start.force_new and decision is not Decision.VOID:
-        check_same_run(
-            record,
-            crew_url=start.crew.url,
-            inputs_digest=start.digest,
-            marks=start.marks,
-            secret_inputs=start.secret_inputs,
-        )
+        check_same_run(record, crew_url=start.crew.url, inputs_digest=start.digest)
     return decision, record
 
 
