@@ -25,6 +25,7 @@ from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew
 from prefect_crew.artifacts.telemetry import end_run
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.runs.run import OpenRun
@@ -63,7 +64,7 @@ def closing(settings: CrewSettings, *, write: bool = True) -> Callable[[], None]
             claimed_at=now - timedelta(seconds=31), kicked_off_at=now - timedelta(seconds=30), ended_at=now,
             kickoff_id="k", phase=RecordPhase.ENDED, state=CrewState.COMPLETED, usage=USAGE, cost=0.4,
         )  # fmt: skip
-        run = OpenRun(crew, "k", record, INPUTS)
+        run = OpenRun(crew, "k", record, crew.take(Inputs.of(INPUTS)))
         for task in tasks:
             run.see_task(task.name)
         if write:

@@ -232,7 +232,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         check_choices(idempotency_key=idempotency_key, meta=meta, webhooks=webhooks, restore_from=restore_from)
         run = await open_run(
             self.crew,
-            inputs or {},
+            inputs,
             idempotency_key=idempotency_key,
             force_new=force_new,
             meta=meta,

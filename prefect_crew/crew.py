@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, Secret, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import one_line
 from prefect_crew.budgets import Budget
-from prefect_crew.client.redaction import Redactor, holds_secret
-from prefect_crew.exceptions import AuthenticationError, ConfigurationError, InvalidCallError
+from prefect_crew.client.inputs import Inputs
+from prefect_crew.client.redaction import Redactor
+from prefect_crew.exceptions import AuthenticationError, InvalidCallError
 from prefect_crew.prices import Price
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ TITLE = 60
 """Characters of what follows the name of a crew or a pipeline in the title of a run."""
 
 
-def titled(label: str, key: str | None, inputs: Mapping[str, Any], secret: Collection[str] = ()) -> str:
-    """Return what a run is called on Prefect's pages: by its key, else by the first input that is not secret.
+def titled(label: str, key: str | None, inputs: Mapping[str, Any]) -> str:
+    """Return what a run is called on Prefect's pages: by its key, else by the first of the inputs that may be shown.
 
     A key that is a template is left out: it is the same for many runs.
     """
-    plain = (value for name, value in inputs.items() if name not in secret and isinstance(value, str | int))
+    plain = (value for value in inputs.values() if isinstance(value, str | int))
     what = key if key and "{{" not in key else next(filter(str, plain), "")
     # Half a character, as JSON may hold it, is refused later and in words of its own.
     text = one_line(str(what)[:1000].encode("utf-8", "replace").decode())
@@ -46,8 +47,8 @@ def titled(label: str, key: str | None, inputs: Mapping[str, Any], secret: Colle
 class Crew:
     """What holds for every run of one crew. The block `DeployedCrew` stores it, checks it and says what is left out.
 
-    `label` is what people call it, `block` the name of its stored block, which `reload` reads anew. `hidden` are texts
-    that are secret in addition to the values of its secret inputs. `on_status` is called with a run and None when it is
+    `label` is what people call it, `block` the name of its stored block, which `reload` reads anew. `old_tokens` were
+    replaced by a renewed one, and stay secret. `on_status` is called with a run and None when it is
     started or found, and once its artifact is there; and with the run and each status that is seen: on the event loop
     that waits, so it must be quick and must not raise. `expected_inputs` are the answer to `GET /inputs`, where
     somebody has just asked for many runs at once. `batch` is the batch or pipeline that its runs belong to, for
@@ -71,7 +72,7 @@ class Crew:
     budgets: tuple[Budget, ...] = ()
     batch: str | None = None
     block: str | None = None
-    hidden: tuple[SecretStr, ...] = field(default=(), repr=False)
+    old_tokens: tuple[SecretStr, ...] = field(default=(), repr=False)
     reload: Callable[[], Awaitable[Crew]] | None = field(default=None, repr=False, compare=False)
     on_status: Callable[[Any, CrewStatus | None], None] | None = field(default=None, repr=False, compare=False)
     expected_inputs: tuple[CrewInput, ...] | None = field(default=None, repr=False, compare=False)
@@ -80,13 +81,9 @@ class Crew:
         """Return a copy that people see under `name`, not under its address; itself if it is stored under another."""
         return self if self.block is not None else replace(self, label=name)
 
-    def hiding(self, names: Iterable[str], *, texts: Iterable[SecretStr] = ()) -> Crew:
-        """Return a copy to which these inputs, and these texts, are secret as well; itself where they are already."""
-        secret = dict.fromkeys((*self.secret_inputs, *names))
-        hidden = dict.fromkeys((*self.hidden, *texts))
-        if len(secret) == len(self.secret_inputs) and len(hidden) == len(self.hidden):
-            return self
-        return replace(self, secret_inputs=tuple(secret), hidden=tuple(hidden))
+    def take(self, inputs: Inputs) -> Inputs:
+        """Return inputs as this crew takes them, with those secret that are secret to it."""
+        return replace(inputs.keep_secret(self.secret_inputs), as_json=self.inputs_as_json)
 
     def under(self, budgets: Iterable[Budget], *, name: str, batch: str | None = None) -> Crew:
         """Return a copy whose runs count in these budgets as well; `name` is for those that have no name."""
@@ -106,42 +103,18 @@ class Crew:
             transport=transport,
         )
 
-    def redactor(self, inputs: Mapping[str, Any] | None = None) -> Redactor:
-        """Return what masks the token, the hidden texts and, of these inputs, the secret ones."""
-        secret = [inputs[name] for name in self.secret_inputs if inputs and name in inputs]
-        return Redactor([*secret, *self.hidden], tokens=[self.token.get_secret_value()])
+    def redactor(self, inputs: Inputs | None = None) -> Redactor:
+        """Return what masks the tokens, and what is secret of these inputs."""
+        tokens = [token.get_secret_value() for token in (self.token, *self.old_tokens)]
+        return Redactor(() if inputs is None else inputs.secret_values, tokens=tokens)
 
-    def sealed(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return inputs with the secret ones as pydantic's secrets, whose repr shows nothing.
-
-        Error reporters show the local variables of all frames, those of Prefect's engine as well. Raises
-        ConfigurationError: they are not given by name.
-        """
-        if not isinstance(cast("Any", inputs), Mapping):
-            raise ConfigurationError(
-                f"Inputs are given by name, as a mapping, and not as {type(inputs).__name__}. Nothing was started."
-            )
-        return {
-            name: Secret(value) if name in self.secret_inputs and not holds_secret(value) else value
-            for name, value in inputs.items()
-        }
-
-    def title(self, inputs: Mapping[str, Any], key: str | None = None) -> str:
+    def title(self, inputs: Inputs, key: str | None = None) -> str:
         """Return what a run is called on Prefect's pages."""
-        crew = self.hiding(name for name, value in inputs.items() if holds_secret(value))
-        shown: dict[str, Any] = crew.redactor(inputs).tree(inputs) if self.show == "full" else {}
-        return titled(self.label, key, shown, crew.secret_among(inputs))
-
-    def secret_among(self, inputs: Mapping[str, Any]) -> list[str]:
-        """Return which of these inputs, as they are sent, are secret or hold a text that is."""
-        if not self.hidden:  # nearly always, and for each row of a batch
-            return [name for name in inputs if name in self.secret_inputs]
-        hides = Redactor(self.hidden).hides
-        return [name for name, value in inputs.items() if name in self.secret_inputs or hides(value)]
+        return titled(self.label, key, inputs.words(self.redactor(inputs)) if self.show == "full" else {})
 
     def with_token(self, token: SecretStr) -> Crew:
         """Return a copy with a renewed token, to which the old one stays a secret; itself if it is the same token."""
-        return self if token == self.token else replace(self, token=token, hidden=(*self.hidden, self.token))
+        return self if token == self.token else replace(self, token=token, old_tokens=(*self.old_tokens, self.token))
 
     async def reloaded(self) -> Crew | None:
         """Return the crew with the token that its block has now, None if that is the token already.

@@ -19,9 +19,9 @@ from prefect_crew._internal.prefect_api import flow_runs_unseen, label_flow_run,
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import DeployedCrew, find_crew, load_crew, values_of_blocks
 from prefect_crew.budgets import Budget
-from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult
-from prefect_crew.client.redaction import MASK, HiddenValues, holds_secret
+from prefect_crew.client.redaction import MASK
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
 from prefect_crew.records.decision import latest_start
@@ -97,8 +97,7 @@ async def arun_crew(
         PrefectAwayError: The Prefect API does not answer.
         CrewError: Anything else that the crew's server did.
     """
-    # Whatever raises from here on: error reporters show the local variables of all frames.
-    inputs = HiddenValues(inputs) if isinstance(inputs, Mapping) else inputs
+    kept, inputs = Inputs.of(inputs), None  # no frame shows the values
     check_choices(
         idempotency_key=idempotency_key,
         name=name,
@@ -112,7 +111,7 @@ async def arun_crew(
     )
     crew = await load_crew(crew)
     crew = under_budgets(crew, budgets) if budgets else crew
-    inputs = crew.sealed(inputs or {})
+    kept = crew.take(kept)
     stored: dict[str, Any] = {
         "name": name,
         "idempotency_key": idempotency_key,
@@ -125,16 +124,16 @@ async def arun_crew(
     @wraps(run_deployed_crew.fn)
     async def run(*_: Any, **__: Any) -> CrewResult:
         given: dict[str, Any] = {"meta": meta, "output_type": output_type, "review": review, "webhooks": webhooks}
-        return await run_tasks(crew, inputs, **given, **stored)
+        return await run_tasks(crew, kept, **given, **stored)
 
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run()
     if idempotency_key is None:
         _warn_of_lost_context()
     own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
-    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, inputs, idempotency_key)
+    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, kept, idempotency_key)
     form = "form" if review == "form" else None
-    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(crew, inputs), review=form, **stored)
+    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(kept), review=form, **stored)
 
 
 run_crew = sync_version(
@@ -167,20 +166,15 @@ def _warn_of_lost_context() -> None:
         )
 
 
-def _stored(crew: Crew, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the inputs as Prefect may store them: plain values, no secret ones, none of what is too large for it."""
-    try:
-        plain = encode_inputs(inputs, as_json=True)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{error} Nothing was started.") from None
-    secret = [name for name, value in inputs.items() if name in crew.secret_inputs or holds_secret(value)]
-    plain |= dict.fromkeys([name for name in plain if name in secret], MASK)
+def _stored(inputs: Inputs) -> dict[str, Any]:
+    """Return the inputs as parameters of the flow run. Prefect refuses those that are too large."""
+    plain = inputs.storable()
     return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
 async def run_tasks(
     crew: Crew,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     *,
     name: str | None,
     idempotency_key: str | None,
@@ -240,10 +234,10 @@ async def run_deployed_crew(
             "to a run in flight."
         )
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
-    await label_flow_run(name=stored.title(given, key))
+    await label_flow_run(name=stored.title(stored.take(Inputs.of(given)), key))
     return await run_tasks(
         stored,
-        await values_of_blocks(given, stored.secret_inputs),
+        stored.take(Inputs.of(await values_of_blocks(given, stored.secret_inputs))),
         name=name,
         idempotency_key=idempotency_key,
         force_new=force_new,

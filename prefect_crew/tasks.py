@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from uuid import UUID
 
@@ -21,8 +22,8 @@ from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
-from prefect_crew.client.redaction import HiddenValues
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
 from prefect_crew.exceptions import ConfigurationError, CrewError, PrefectAwayError
@@ -49,7 +50,7 @@ def _hidden(value: Any) -> Any:
     if isinstance(value, unmapped):
         return unmapped(_hidden(cast("Any", value).unwrap()))
     if isinstance(value, Mapping):
-        return HiddenValues(cast("Mapping[Any, Any]", value))
+        return Unshown(cast("Mapping[Any, Any]", value))
     if type(value) in (list, tuple):
         return type(value)(_hidden(item) for item in value)
     return value
@@ -60,15 +61,12 @@ class CrewTask(Task[P, Any], Generic[P, R]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the task: the result in sync code, an awaitable of it in async code."""
+        args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         coroutine = self.acall(*args, **kwargs)
-        del args, kwargs  # error reporters show the variables of frames
         return coroutine if in_async_context() else run_sync(coroutine)
 
-    def acall(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
-        """Run the task from a coroutine, whatever kind of flow is around it. It takes the inputs as they are now."""
-        return self._run_hiding(*_hidden(args), **{name: _hidden(value) for name, value in kwargs.items()})
-
-    async def _run_hiding(self, *args: Any, **kwargs: Any) -> Any:
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task from a coroutine, whatever kind of flow is around it."""
         with calling_task():
             return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 
@@ -139,12 +137,13 @@ def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any
         crew = getattr(crew, "crew", crew)  # of a block or a session
         what, inputs = parameters.get("name"), parameters.get("inputs")
         if not what and isinstance(crew, Crew):
-            given = cast("dict[str, Any]", inputs if isinstance(inputs, Mapping) else {})
-            what = crew.title(given, parameters.get("idempotency_key"))
+            with suppress(ConfigurationError):  # the body of the task raises it
+                what = crew.title(crew.take(Inputs.of(inputs)), parameters.get("idempotency_key"))
         kickoff_id = parameters.get("kickoff_id")
         origin = _origin(kickoff_id)
         of_run = "" if parameters.get("name") else str(kickoff_id or "")[:8]
-        return f"{verb} {what or crew} {of_run}".strip()[: 200 - len(origin)] + origin
+        what = what or (crew.label if isinstance(crew, Crew) else crew)
+        return f"{verb} {what} {of_run}".strip()[: 200 - len(origin)] + origin
 
     name: Any = task_run_name
 
@@ -179,7 +178,7 @@ def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
 @_task("kickoff", retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
 async def kickoff_crew(
     crew: AnyCrew,
-    inputs: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | Inputs | None = None,
     *,
     idempotency_key: str | None = None,
     name: str | None = None,
@@ -214,7 +213,7 @@ async def kickoff_crew(
         crew = under_budgets(crew, budgets) if budgets else crew
     run = await open_run(
         crew,
-        inputs or {},
+        inputs,
         idempotency_key=idempotency_key,
         name=name,
         force_new=force_new,

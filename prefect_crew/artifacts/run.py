@@ -36,7 +36,7 @@ from prefect_crew.artifacts.escape import (
     reading,
     table,
 )
-from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.client.encoding import encode_inputs
 from prefect_crew.client.models import CrewStatus, TaskResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.prices import money

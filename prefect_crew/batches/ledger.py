@@ -20,7 +20,6 @@ from prefect_crew.batches.database import Database, GroupWriter, answers, attemp
 from prefect_crew.batches.outcomes import CONFLICT_REASON, CORRECTABLE, SENDER_ENDED, RowState, state_of
 from prefect_crew.batches.rows import BadRow, RowJob, SetAside
 from prefect_crew.client.models import TokenUsage
-from prefect_crew.client.redaction import MASK
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError, LedgerError
 from prefect_crew.prices import Spending
@@ -205,14 +204,14 @@ class Ledger:
             changed: list[dict[str, Any]] = []
             restored: list[str] = []
             for job in jobs:
-                _, digest, state = before.get(job.key, (None, job.digest, RowState.PENDING))
+                _, digest, state = before.get(job.key, (None, job.inputs.digest, RowState.PENDING))
                 was_conflict = state is RowState.CONFLICT
                 is_corrected = own.get(job.key, state) in CORRECTABLE and is_retried(job.key)
                 is_free = state in (RowState.PENDING, RowState.NOT_STARTED) or is_corrected
-                if digest != job.digest and not is_free:
+                if digest != job.inputs.digest and not is_free:
                     state = RowState.CONFLICT
                 else:
-                    digest = job.digest
+                    digest = job.inputs.digest
                     if was_conflict:
                         restored.append(job.key)
                 states[job.key] = state
@@ -580,11 +579,7 @@ def _spending(found: Sequence[Any]) -> Spending:
 
 def _masked(job: RowJob, crew: Crew) -> str:
     """Return the inputs of a row as JSON, without what is secret, also where another input repeats it."""
-    crew = crew.hiding(job.hidden)
-    shown: Any = job.inputs
-    if crew.secret_inputs:
-        masked = {name: MASK if name in crew.secret_inputs else value for name, value in job.inputs.items()}
-        shown = crew.redactor(job.inputs).tree(masked)
+    shown = job.inputs.shown(crew.redactor(job.inputs)) if job.inputs.secret_names else job.inputs.encoded
     return to_json(shown, inf_nan_mode="null", serialize_unknown=True).decode()
 
 

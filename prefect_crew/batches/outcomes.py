@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
 
 from pydantic import BaseModel
 
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, OutputTypeError
 from prefect_crew.records.model import RecordPhase, RunRecord
@@ -101,7 +100,7 @@ CORRECTABLE = (RowState.FAILED, RowState.STOPPED)
 ERROR_CAP = 2_000
 
 
-def judge(record: RunRecord, *, crew: Crew, inputs: Mapping[str, Any], output_type: type[BaseModel] | None) -> RowState:
+def judge(record: RunRecord, *, crew: Crew, inputs: Inputs, output_type: type[BaseModel] | None) -> RowState:
     """Note in the record of a completed run whether its result fits `output_type`; return how its row stands."""
     if record.state is CrewState.COMPLETED:
         record.error = None

@@ -7,7 +7,7 @@ import hashlib
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from typing import IO, Any, cast
@@ -19,7 +19,7 @@ from prefect_crew._text import listed_names, with_guesses
 from prefect_crew.batches.dataset import Dataset, Row
 from prefect_crew.batches.options import BatchOptions, InputsFrom, KeyFrom, is_column
 from prefect_crew.client._retry_safety import kickoff_delay
-from prefect_crew.client.inputs import STATE_ID, encode_inputs, inputs_digest, missing_inputs, unknown_inputs
+from prefect_crew.client.inputs import STATE_ID, Inputs, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.crew import Crew, CrewSession
@@ -65,17 +65,12 @@ async def expected_inputs(session: CrewSession) -> list[CrewInput]:
 
 @dataclass(frozen=True, slots=True)
 class RowJob:
-    """One row, ready to be kicked off. `inputs` are encoded, `digest` is theirs; `number` counts rows from 0.
-
-    `hidden` names the inputs that were given as one of pydantic's secrets.
-    """
+    """One row, ready to be kicked off. `number` counts rows from 0."""
 
     number: int
     line: int
     key: str
-    inputs: dict[str, Any] = field(repr=False)
-    digest: str
-    hidden: tuple[str, ...] = ()
+    inputs: Inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +152,7 @@ class RowPlan:
         for row, job in self._read():
             if isinstance(job, RowJob):
                 total += 1
-                digest = hashlib.sha256(f"{job.key}\0{job.digest}".encode()).digest()
+                digest = hashlib.sha256(f"{job.key}\0{job.inputs.digest}".encode()).digest()
                 fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
                 order.update(digest)
                 continue
@@ -192,30 +187,25 @@ class RowPlan:
     def _job(self, row: Row, keys: _Keys, number: int) -> RowJob:
         if row.fault is not None:
             raise ConfigurationError(row.fault)
-        given = self._inputs_of(row.values)
-        encoded = encode_inputs(given, as_json=self._crew.inputs_as_json)
-        hidden = tuple(name for name, value in given.items() if holds_secret(value))
+        inputs = self._crew.take(Inputs.of(self._inputs_of(row.values)))
+        encoded = inputs.encoded
         if missing := missing_inputs(self._expected, encoded):
             by_name = STATE_ID in missing and self._options.inputs is None
             mapped = ", which is never taken from a column by its name alone: map it" if by_name else ""
             raise ConfigurationError(f"lacks {', '.join(missing)}{mapped}")
         if unknown := self._unknown(encoded):
             raise ConfigurationError(unknown)
-        secret = {*self._crew.secret_inputs, *hidden}  # of which none tells two rows apart
-        plain = {name: value for name, value in encoded.items() if name not in secret}
-        digest = inputs_digest(plain, is_text=not self._crew.inputs_as_json)
         if self._options.key is None:
-            key = f"{digest}-{keys.count(digest)}"
+            key = f"{inputs.digest}-{keys.count(inputs.digest)}"
         else:
             key = _key_of(self._options.key, row.values)
-            values = [encoded[name] for name in secret if name in encoded]
-            if values and Redactor(values).hides(key):
+            if inputs.secret_names and Redactor(inputs.secret_values).hides(key):
                 raise ConfigurationError(
                     "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
                 )
             if (earlier := keys.put(key, row.line)) is not None:
                 raise ConfigurationError(f"has the key {key!r} of line {earlier} again")
-        return RowJob(number, row.line, key, encoded, digest, hidden)
+        return RowJob(number, row.line, key, inputs)
 
     def _unknown(self, inputs: Mapping[str, Any]) -> str | None:
         unknown = [] if self._crew.allow_extra_inputs else unknown_inputs(self._expected, inputs)
@@ -284,7 +274,7 @@ def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | 
 def _reason(error: Exception) -> str:
     is_plain = isinstance(error, ConfigurationError) or type(error) in (TypeError, ValueError)
     text = str(error) if is_plain else f"{type(error).__name__}: {error}"
-    return text.rstrip(".")  # it becomes a part of a sentence
+    return text.removesuffix(" Nothing was started.").rstrip(".")  # it becomes a part of a sentence
 
 
 def _is_empty(value: Any) -> bool:

@@ -287,7 +287,7 @@ class Runner:
 
     def _place(self, job: RowJob, record: RunRecord, state: RowState) -> str | None:
         """Return what the start after this attempt is known by, None if it needs no force."""
-        is_corrected = state in CORRECTABLE and record.inputs_digest != job.digest
+        is_corrected = state in CORRECTABLE and record.inputs_digest != job.inputs.digest
         return f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED or is_corrected else None
 
     def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int) -> bool:
@@ -303,14 +303,13 @@ class Runner:
         """
         flow_run_id, flow_run_count = self._flow_run
         start = Start(
-            crew=self.session.crew.hiding(job.hidden),
+            crew=self.session.crew,
             identity=RunIdentity(
                 idempotency_key=self.ledger.idempotency_key(job.key),
                 place=place or self.ledger.batch,
                 caller=Caller(owner=str(uuid4()), flow_run_id=flow_run_id, flow_run_count=flow_run_count),
             ),
             inputs=job.inputs,
-            digest=job.digest,
             name=None,
             meta={**(self._options.meta or {}), "batch": self.ledger.batch},
             webhooks=self._options.webhooks,
@@ -400,8 +399,7 @@ class Runner:
     async def _judge(self, job: RowJob, record: RunRecord) -> RowState:
         """Return the state of a row whose run has ended, and save whether its result fits `output_type`."""
         noted = record.error
-        crew = self.session.crew.hiding(job.hidden)
-        state = judge(record, crew=crew, inputs=job.inputs, output_type=self._options.output_type)
+        state = judge(record, crew=self.session.crew, inputs=job.inputs, output_type=self._options.output_type)
         if record.error != noted:
             await self.ledger.save(record)
         return state
@@ -430,9 +428,9 @@ class Runner:
     async def _poll(self, job: RowJob, record: RunRecord, *, first_look: bool) -> None:
         """Wait until a run has ended, and write its end down. `first_look`: poll at once. Raises as `poll`."""
         kickoff_id, phases = str(record.kickoff_id), Phases.of(record)
-        crew = self.session.crew.hiding(job.hidden)
+        crew = self.session.crew
         # A row that was started with other secrets may repeat them, and nobody knows them here.
-        mark = secret_mark(crew.token.get_secret_value(), job.inputs, crew.secret_among(job.inputs))
+        mark = secret_mark(crew.token.get_secret_value(), job.inputs.encoded, job.inputs.secret_names)
         is_found = first_look and record.secret_mark != mark
         run = OpenRun(
             *(crew, kickoff_id, record, job.inputs), owned=True, is_found=is_found, webhooks=self._options.webhooks

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
-from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.client.encoding import encode_inputs
 from prefect_crew.exceptions import ConfigurationError, CrewError
 
 if TYPE_CHECKING:

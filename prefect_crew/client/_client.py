@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from prefect_crew._text import EXCERPT
 from prefect_crew.client import _parsing
 from prefect_crew.client._transport import AT_ONCE, Answer, Call, Connections, checked_token, checked_url, encoded_id
-from prefect_crew.client.inputs import encode_inputs, is_uuid
+from prefect_crew.client.encoding import encode_inputs, is_uuid
 from prefect_crew.client.models import CrewInput, CrewStatus, ResumeAnswer, StopAnswer
 from prefect_crew.client.redaction import Redactor
 from prefect_crew.client.webhooks import Webhooks

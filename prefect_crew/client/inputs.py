@@ -1,23 +1,19 @@
-"""Inputs as the crew API takes them, and which of them a crew lacks or does not know."""
+"""The inputs of one run, made once at the door; which of them are secret, and which a crew lacks or does not know."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
-import numbers
-from collections.abc import Iterable, Mapping, Sequence, Set
-from datetime import date, datetime, time
-from decimal import Decimal
-from enum import Enum
-from pathlib import PurePath
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
-from uuid import UUID
 
-from pydantic import BaseModel, Secret, SecretBytes, SecretStr
+from pydantic import SecretStr
 
+from prefect_crew.client.encoding import encode_inputs
 from prefect_crew.client.models import CrewInput
+from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.exceptions import ConfigurationError
 
 STATE_ID = "id"
@@ -26,116 +22,110 @@ the existing execution: no two runs may share it by accident."""
 NEVER_UNKNOWN = frozenset({STATE_ID, "crewai_trigger_payload"})
 """Inputs that a crew takes without naming them. The second is what the platform gives a run that a trigger starts."""
 
-_ARRAY_KINDS = frozenset("biufUO")
-"""NumPy's kinds of booleans, numbers, text and objects."""
+
+class Unshown(dict[Any, Any]):
+    """A dict whose repr shows its keys alone: error reporters show the local variables of all frames."""
+
+    def __repr__(self) -> str:
+        return f"Unshown({list(self)})"
 
 
-class _UnsendableError(ValueError):
-    """A value that has no JSON; the text says what it is, without showing it."""
+@dataclass(frozen=True, repr=False, eq=False)
+class Inputs:
+    """The inputs of one run. A public function makes it as its first step, and every later step takes it.
 
+    It is opaque: its repr shows the names alone, so that no frame shows a value, not even one of Prefect's engine. It
+    is a dataclass, since Prefect looks into the parameters of a task for futures and for results of other tasks. Its
+    pickle holds the values, because a task runner sends the parameters of a task to its processes as a pickle.
 
-def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[str, Any]:
-    """Return `inputs` as the API takes them: every value as text, or with `as_json` as JSON values.
-
-    Numbers, booleans ("true", "false"), dates and times (ISO 8601), decimals, UUIDs and paths become their text; an
-    Enum counts as its value; lists, objects, dataclasses and pydantic models become compact JSON with other scripts
-    unescaped. With `as_json` numbers, booleans, lists and objects are JSON's own. None is left out, and is null within
-    a list or an object. A secret is sent as what it hides.
-
-    Raises:
-        ConfigurationError: They are no mapping, a name is not text, or a value cannot be sent. It names the input, and
-            not its value.
+    Args:
+        values: The inputs as their giver has them. One of pydantic's secrets is secret whatever the crew says.
+        secret: The names of further secret inputs.
+        secret_texts: Texts that are secret wherever they stand in an input.
+        as_json: Whether the crew takes JSON values instead of text.
+        restore_from: The id of the state that the run starts from.
     """
-    if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody has types
-        raise ConfigurationError(f"Inputs are a mapping of names to values, not a {type(inputs).__name__}.")
-    encoded: dict[str, Any] = {}
-    for name, value in cast("Mapping[Any, Any]", inputs).items():
-        if not isinstance(name, str):
-            raise ConfigurationError(f"The name of an input is text, not {type(name).__name__}.")
+
+    values: Mapping[str, Any]
+    secret: frozenset[str] = frozenset()
+    secret_texts: tuple[SecretStr, ...] = ()
+    as_json: bool = False
+    restore_from: str | None = None
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any] | Inputs | None) -> Inputs:
+        """Return the inputs that a user gives as a mapping; inputs that were made before as they are.
+
+        Raises:
+            ConfigurationError: They are no mapping.
+        """
+        if isinstance(inputs, Inputs):
+            return inputs
+        if inputs is not None and not isinstance(cast("Any", inputs), Mapping):
+            raise ConfigurationError(
+                f"Inputs are given by name, as a mapping, and not as {type(inputs).__name__}. Nothing was started."
+            )
+        return cls(Unshown(inputs or {}))
+
+    def __repr__(self) -> str:
+        return f"Inputs({list(self.values)})"
+
+    def keep_secret(self, names: Iterable[str], texts: Iterable[SecretStr] = ()) -> Inputs:
+        """Return a copy in which these inputs, and these texts, are secret as well."""
+        return replace(self, secret=self.secret.union(names), secret_texts=(*self.secret_texts, *texts))
+
+    @cached_property
+    def encoded(self) -> Mapping[str, Any]:
+        """The inputs as the crew API takes them, without those that are None.
+
+        Raises:
+            ConfigurationError: A value cannot be sent.
+        """
+        return self._encode(as_json=self.as_json)
+
+    def _encode(self, *, as_json: bool) -> Mapping[str, Any]:
         try:
-            plain = _plain(value)
-            if plain is not None:
-                encoded[_text(name)] = plain if as_json else _as_text(plain)
-        except (_UnsendableError, RecursionError) as error:
-            what = str(error) if isinstance(error, _UnsendableError) else "a value that is nested too deeply"
-            raise ConfigurationError(f"Input {name!r} holds {what}, which cannot be sent.") from None
-    return encoded
+            return Unshown(encode_inputs(self.values, as_json=as_json))
+        except (TypeError, ValueError) as error:
+            problem = str(error)
+        raise ConfigurationError(f"{problem} Nothing was started.")  # out here: the frames of the error hold values
 
+    @cached_property
+    def secret_names(self) -> tuple[str, ...]:
+        """The names of the inputs that are secret, or that hold a secret text."""
+        hides = Redactor(self.secret_texts).hides if self.secret_texts else None
+        return tuple(name for name, value in self.encoded.items() if self._is_secret(name) or (hides and hides(value)))
 
-def _as_text(plain: Any) -> str:
-    if isinstance(plain, str):
-        return plain
-    return json.dumps(plain, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    def _is_secret(self, name: str) -> bool:
+        return name in self.secret or holds_secret(self.values[name])
 
+    @property
+    def secret_values(self) -> list[Any]:
+        """What is secret wherever it stands: the values of the secret inputs, and the secret texts."""
+        return [*(self.encoded[name] for name in self.encoded if self._is_secret(name)), *self.secret_texts]
 
-def _plain(value: Any) -> Any:
-    """Return `value` as JSON values only.
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the inputs that are not secret, and of `restore_from`: equal runs have equal ones.
 
-    pydantic's own `to_jsonable_python` masks secrets, takes bytes for text and NaN for a number, leaves sets without
-    order, and writes UTC as "Z": digests that stand in records would change.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, SecretStr | Secret):
-        return _plain(cast("Any", value).get_secret_value())
-    if isinstance(value, numbers.Number | Decimal):
-        return _number(value)
-    if isinstance(value, datetime | date | time) and value == value:  # pandas' NaT is a datetime, unequal to itself
-        return value.isoformat()
-    if isinstance(value, str | UUID | PurePath):
-        return _text(str(value))
-    return _container(value)
+        A secret tells no two runs apart: a flow that fetches a new one for each attempt finds its run again.
+        """
+        plain = {name: value for name, value in self.encoded.items() if name not in self.secret_names}
+        return inputs_digest(plain, restore_from=self.restore_from, is_text=not self.as_json)
 
+    def shown(self, redact: Redactor) -> dict[str, Any]:
+        """Return the inputs as they are sent, with the secret ones masked, also where another one repeats them."""
+        return {name: MASK if name in self.secret_names else redact.tree(value) for name, value in self.encoded.items()}
 
-def _container(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return _plain(value.model_dump(mode="python"))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {_key(key): _plain(item) for key, item in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, Set):
-        # A set has no order of its own, and equal inputs must have equal digests.
-        return sorted((_plain(item) for item in cast("Set[Any]", value)), key=_as_text)
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview | SecretBytes):
-        return [_plain(item) for item in cast("Sequence[Any]", value)]
-    # An array of NumPy, as pandas has for a list that it read from Parquet. Its times are left out: `tolist` makes bare
-    # numbers of those in nanoseconds.
-    kind = getattr(getattr(cast("Any", value), "dtype", None), "kind", None)
-    if isinstance(kind, str) and kind in _ARRAY_KINDS:
-        return _plain(cast("Any", value).tolist())
-    raise _UnsendableError(f"a value of type {type(cast('object', value)).__name__}")
+    def words(self, redact: Redactor) -> dict[str, str | int]:
+        """Return the inputs that may name a run on Prefect's pages: words and numbers that are not secret."""
+        plain = {name: self.values[name] for name in self.encoded if name not in self.secret_names}
+        return {name: redact.tree(value) for name, value in plain.items() if isinstance(value, str | int)}
 
-
-def _number(value: Any) -> int | float | str:
-    if isinstance(value, numbers.Integral):
-        try:
-            return int(str(int(value)))
-        except ValueError:
-            raise _UnsendableError("a number of too many digits") from None
-    if not isinstance(value, Decimal | numbers.Real):
-        raise _UnsendableError(f"a value of type {type(value).__name__}")
-    # A decimal may be larger than a float can be.
-    if not (value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)):
-        raise _UnsendableError("a number that is not finite")
-    return str(value) if isinstance(value, Decimal) else float(value)
-
-
-def _key(key: Any) -> str:
-    plain = _plain(key)
-    if plain is None or isinstance(plain, list | dict):
-        raise _UnsendableError(f"a value of type {type(key).__name__} as a key")
-    return _as_text(plain)
-
-
-def _text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _UnsendableError("text with a lone surrogate") from None
-    return text
+    def storable(self) -> dict[str, Any]:
+        """Return the inputs as Prefect may store them: JSON values, none of them secret."""
+        plain = self._encode(as_json=True)
+        return {name: MASK if name in self.secret_names else value for name, value in plain.items()}
 
 
 def missing_inputs(expected: Iterable[CrewInput], given: Mapping[str, Any]) -> list[str]:
@@ -147,15 +137,6 @@ def unknown_inputs(expected: Iterable[CrewInput], given: Mapping[str, Any]) -> l
     """Return the names in `given` that the crew does not name, in the given order; none where it names no inputs."""
     known = {item.name for item in expected}
     return [name for name in given if name not in known and name not in NEVER_UNKNOWN] if known else []
-
-
-def is_uuid(value: Any) -> bool:
-    """Return whether an encoded value is the text of a UUID."""
-    try:
-        UUID(value)
-    except (AttributeError, TypeError, ValueError):
-        return False
-    return True
 
 
 def inputs_digest(inputs: Mapping[str, Any], *, restore_from: str | None = None, is_text: bool = False) -> str:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 
-from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.client.encoding import encode_inputs
 
 MASK = "********"
 SHORTEST = 4
@@ -93,28 +93,11 @@ class Redactor:
         return self.tree(value) != value
 
 
-class HiddenValues(dict[Any, Any]):
-    """A dict whose repr shows its keys alone, for frames that hold values before it is known which are secret.
-
-    Error reporters show the local variables of all frames by their repr.
-    """
-
-    def __repr__(self) -> str:
-        return f"HiddenValues({list(self)})"
-
-
 def holds_secret(value: Any) -> bool:
     """Return whether a value is one of pydantic's secrets, or has one within it."""
     if isinstance(value, str | bytes | bytearray | memoryview):
         return False
     return isinstance(value, SecretStr | SecretBytes | Secret) or any(map(holds_secret, _parts(value)))
-
-
-def revealed(value: Any) -> Any:
-    """Return a value with its secrets as what they hide. A value without any is returned as it is."""
-    if isinstance(value, SecretStr | Secret):
-        return cast("Any", value).get_secret_value()
-    return encode_inputs({"": value}, as_json=True).get("") if holds_secret(value) else value
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
-from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.client.encoding import encode_inputs
 
 RUN_ENDS = ("crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed")
 """Events of a stream after which a run may have ended: no plain webhook tells of a failure, and which of these a server

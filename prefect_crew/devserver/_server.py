@@ -30,7 +30,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
 from prefect_crew._text import problems_of
-from prefect_crew.client.inputs import is_uuid
+from prefect_crew.client.encoding import is_uuid
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.devserver._faults import Fault, Faults
 from prefect_crew.devserver._response_formats import FORMATS, WORDS, FormatName

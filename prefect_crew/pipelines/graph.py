@@ -15,9 +15,10 @@ from pydantic import SecretStr
 
 from prefect_crew._text import listed_names, with_guesses
 from prefect_crew.blocks import DeployedCrew, load_crew
-from prefect_crew.client.inputs import encode_inputs, missing_inputs, unknown_inputs
+from prefect_crew.client.encoding import encode_inputs
+from prefect_crew.client.inputs import missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput, CrewResult
-from prefect_crew.client.redaction import MASK, Redactor, holds_secret, revealed
+from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError, NotFoundError
 from prefect_crew.records.store import PrefectRecords
@@ -297,7 +298,7 @@ class Pipeline:
             return {key: value for key, value in self.inputs.items() if not names or key in names}
         seen = {name: results[name] for name in self.before[step.name]}
         context = PipelineContext(self.inputs, seen)
-        plain = {name: revealed(value) for name, value in self.inputs.items()}
+        plain = {name: _revealed(value) for name, value in self.inputs.items()}
         values = {**plain, **seen, "inputs": plain, "steps": seen}
         return {
             key: _call_function(value, context) if callable(value) else _render_texts(value, values)
@@ -321,6 +322,11 @@ class Pipeline:
             blocks.append("\n".join(f"Problem: {problem}" for problem in problems))
         redact = Redactor(self.inputs[name] for name in self.secret_inputs)
         return PipelinePlan([steps[name] for name in self.order], problems, redact("\n\n".join(blocks)))
+
+
+def _revealed(value: Any) -> Any:
+    """Return a value for templates, with its secrets as what they hide. A value without any is returned as it is."""
+    return encode_inputs({"": value}, as_json=True).get("") if holds_secret(value) else value
 
 
 def step_key(idempotency_key: str, step: CrewStep) -> str:

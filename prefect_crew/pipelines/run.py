@@ -22,9 +22,10 @@ from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once
 from prefect_crew._internal.prefect_api import label_flow_run, run_logger
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.budgets import Budget
-from prefect_crew.client.inputs import encode_inputs, inputs_digest
+from prefect_crew.client.encoding import encode_inputs
+from prefect_crew.client.inputs import Inputs, inputs_digest
 from prefect_crew.client.models import CrewResult, CrewStatus
-from prefect_crew.client.redaction import MASK, HiddenValues, Redactor, holds_secret, revealed
+from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.crew import WaitPolicy, titled
 from prefect_crew.exceptions import ConfigurationError, PipelineFailedError
 from prefect_crew.flows import run_tasks
@@ -51,8 +52,8 @@ class PipelineResult:
 
 async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
     """Return what a pipeline would do, with all that is wrong with it. Nothing is started."""
-    inputs = HiddenValues(inputs or {})
-    pipeline = Pipeline(steps, dict(inputs))
+    given, inputs = Inputs.of(inputs), None
+    pipeline = Pipeline(steps, given.values)
     await pipeline.check()
     return pipeline.plan()
 
@@ -91,10 +92,10 @@ async def arun_pipeline(
         PipelineFailedError: A step failed. The independent ones were finished; a second call with the key, or a retry
             of the flow run, starts only what failed.
     """
-    inputs = HiddenValues(inputs or {})
+    given, inputs = Inputs.of(inputs), None  # no frame shows the values
     check_choices(idempotency_key=idempotency_key, name=name, wait=wait, review=review, budgets=budgets)
     steps = [replace(step, wait=step.wait or wait, review=step.review or review) for step in steps]
-    pipeline = Pipeline(steps, dict(inputs))
+    pipeline = Pipeline(steps, given.values)
     await pipeline.check()
     await pipeline.refuse_problems()
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
@@ -103,7 +104,7 @@ async def arun_pipeline(
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_steps.fn)
     async def run_in_flow(*_: Any, **__: Any) -> PipelineResult:
-        await _name_flow_run(pipeline, name, idempotency_key, inputs)
+        await _name_flow_run(pipeline, name, idempotency_key, given.values)
         return await _run(pipeline, name, idempotency_key, budgets)
 
     own_flow = copy(run_steps)
@@ -177,8 +178,8 @@ async def _name_flow_run(
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
     may_show = all(crew.show == "full" for crew in pipeline.crews.values())
     stored = pipeline.stored_inputs() if may_show else {}
-    inputs = {one: stored[one] for one in (*given, *stored) if stored.get(one, MASK) != MASK}
-    await label_flow_run(name=titled(name, key, inputs, secret))
+    names = [one for one in (*given, *stored) if one not in secret and stored.get(one, MASK) != MASK]
+    await label_flow_run(name=titled(name, key, {one: stored[one] for one in names}))
 
 
 def _digest_of(pipeline: Pipeline) -> str:
@@ -263,15 +264,14 @@ class _Run:
             if masked == str(error):
                 raise
             raise ConfigurationError(masked) from None  # its cause says it too
-        self._secrets += [revealed(inputs[name]) for name in inputs if name in crew.secret_inputs]
-        self._secrets += [revealed(value) for value in inputs.values() if holds_secret(value)]
+        secret = [name for name, value in inputs.items() if name in crew.secret_inputs or holds_secret(value)]
+        self._secrets += [inputs[name] for name in secret]
         # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
         made = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
-        crew = crew.hiding(made, texts=map(SecretStr, Redactor(self._secrets).texts))
-        crew = replace(crew, on_status=partial(self._on_run, step.name))
+        kept = crew.take(Inputs.of(inputs)).keep_secret(made, map(SecretStr, Redactor(self._secrets).texts))
         return await run_tasks(
-            crew,
-            crew.sealed(inputs),
+            replace(crew, on_status=partial(self._on_run, step.name)),
+            kept,
             name=step.name,
             idempotency_key=step_key(self.idempotency_key, step),
             wait=step.wait,

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
@@ -18,9 +18,9 @@ from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.telemetry import count_uncertain
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate, post_deadline
-from prefect_crew.client.inputs import encode_inputs, inputs_digest, missing_inputs, unknown_inputs
+from prefect_crew.client.inputs import Inputs, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
-from prefect_crew.client.redaction import HiddenValues, holds_secret, withholding
+from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, session_of
 from prefect_crew.exceptions import (
     AuthenticationError,
@@ -42,7 +42,7 @@ from prefect_crew.records.budgets import (
 )
 from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
-from prefect_crew.records.model import Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
+from prefect_crew.records.model import InputMarks, Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
 from prefect_crew.records.owners import crash_dead_owner
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots, take_slots
@@ -77,7 +77,7 @@ AGAIN = 0.1
 class Start:
     """What is to be started, the same for every attempt.
 
-    `inputs` are encoded; `digest` is of those that are not secret, and of `restore_from`. `quiet`: no log line about
+    `quiet`: no log line about
     the decision, for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
     `earlier` is what the latest runs of a batch used; None where the store tells it. `warned` are the budgets that the
     log has warned of.
@@ -85,13 +85,11 @@ class Start:
 
     crew: Crew
     identity: RunIdentity
-    inputs: dict[str, Any] = field(repr=False)
-    digest: str
+    inputs: Inputs
     name: str | None
     meta: Mapping[str, Any] | None = field(repr=False)
     webhooks: Webhooks | None = field(repr=False)
     force_new: bool = False
-    restore_from: str | None = None
     quiet: bool = False
     settings: CrewSettings = field(default_factory=CrewSettings)
     asked_at: datetime = field(default_factory=utcnow)
@@ -100,9 +98,12 @@ class Start:
     warned: set[str] = field(default_factory=set[str])
 
     @cached_property
-    def secret_inputs(self) -> list[str]:
-        """The names of the inputs that are secret."""
-        return self.crew.secret_among(self.inputs)
+    def marks(self) -> InputMarks | None:
+        """The fingerprints of the inputs, none for a row: its ledger says with what it was run."""
+        if self.quiet:
+            return None
+        token, inputs = self.crew.token.get_secret_value(), self.inputs
+        return InputMarks.of(token, inputs.encoded, secret=inputs.secret_names, restore_from=inputs.restore_from)
 
     def record(self, attempt: int, good_for: float = 0.0) -> RunRecord:
         """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
@@ -112,7 +113,8 @@ class Start:
             attempt=attempt,
             crew=self.crew.label,
             crew_url=self.crew.url,
-            inputs_digest=self.digest,
+            inputs_digest=self.inputs.digest,
+            input_marks=self.marks,
             owner=caller.owner,
             claimed_at=utcnow(),
             good_for=good_for,
@@ -123,9 +125,9 @@ class Start:
             process=caller.process,
             slot=self.slot,
             step=self.name,
-            secret_inputs=self.secret_inputs,
+            secret_inputs=list(self.inputs.secret_names),
             # A single run is found blind whatever its secrets are: the mark is for rows.
-            secret_mark=secret_mark(self.crew.token.get_secret_value(), self.inputs, self.secret_inputs)
+            secret_mark=secret_mark(self.crew.token.get_secret_value(), self.inputs.encoded, self.inputs.secret_names)
             if self.quiet
             else None,
             # In the claim: whoever kicks off may be gone before anything else of it is written down.
@@ -280,7 +282,13 @@ async def _decide(
     )
     # What another call claimed and surely never sent binds nobody. Nor does what is forced look at any record.
     if record is not None and not start.force_new and decision is not Decision.VOID:
-        check_same_run(record, crew_url=start.crew.url, inputs_digest=start.digest)
+        check_same_run(
+            record,
+            crew_url=start.crew.url,
+            inputs_digest=start.inputs.digest,
+            marks=start.marks,
+            secret_inputs=start.inputs.secret_names,
+        )
     return decision, record
 
 
@@ -439,10 +447,10 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
             # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
             meta = {**(start.meta or {}), "idempotency_key": record.idempotency_key, "run_attempt": record.attempt}
             kickoff_id = await session.client.kickoff(
-                start.inputs,
+                start.inputs.encoded,
                 meta=meta,
                 webhooks=webhooks,
-                restore_from=start.restore_from,
+                restore_from=start.inputs.restore_from,
                 before_sending=last_look,
             )
     except ClaimLostError:
@@ -579,7 +587,7 @@ async def _to_its_end(
 @naming_prefect_away("Nothing was started. Run again with the same key once it is back.")
 async def open_run(
     crew: Crew | CrewSession,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Any] | Inputs | None,
     *,
     idempotency_key: str | None = None,
     name: str | None = None,
@@ -594,24 +602,12 @@ async def open_run(
     An open session is used, and stays open. The caller has checked the options.
     """
     given, crew = crew, crew.crew if isinstance(crew, CrewSession) else crew
-    # Whatever raises from here on: error reporters show the local variables of all frames.
-    inputs = HiddenValues(inputs) if isinstance(cast("Any", inputs), Mapping) else inputs
-    try:
-        encoded = encode_inputs(inputs, as_json=crew.inputs_as_json)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{error} Nothing was started.") from None
-    # Who gives one of pydantic's secrets has said that it is one.
-    crew = crew.hiding(name for name, value in inputs.items() if holds_secret(value))
     state = None if restore_from is None else str(UUID(str(restore_from)))
-    # A secret tells no two runs apart: a flow that fetches a new one for each attempt finds its run again.
-    secret = crew.secret_among(encoded)
-    digest = inputs_digest({name: encoded[name] for name in encoded if name not in secret}, restore_from=state)
+    inputs = replace(crew.take(Inputs.of(inputs)), restore_from=state)
     identity = await identify(
-        crew.label, digest, idempotency_key=idempotency_key, name=name, inside_own_task=inside_own_task
+        crew.label, inputs.digest, idempotency_key=idempotency_key, name=name, inside_own_task=inside_own_task
     )
-    start = Start(crew, identity, encoded, digest, name, meta, webhooks, force_new, state)
-    inputs = crew.sealed(inputs)
-    del encoded, meta, webhooks
+    start = Start(crew, identity, inputs, name, meta, webhooks, force_new)
     if is_known_cancelled(identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on starting runs.
         raise CrewError(f"Flow run {identity.caller.flow_run_id} was cancelled, so no run was started.")
@@ -703,8 +699,8 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
                     "key."
                 ) from error
             run_logger().warning("The crew's inputs could not be checked before the kickoff: %s", error)
-    missing = missing_inputs(expected, start.inputs)
-    unknown = [] if start.crew.allow_extra_inputs else unknown_inputs(expected, start.inputs)
+    missing = missing_inputs(expected, start.inputs.encoded)
+    unknown = [] if start.crew.allow_extra_inputs else unknown_inputs(expected, start.inputs.encoded)
     if missing or unknown:
         raise InvalidInputsError(
             missing_inputs=missing,

@@ -9,7 +9,7 @@ from uuid import UUID
 from pydantic import BaseModel
 
 from prefect_crew.budgets import Budget
-from prefect_crew.client.inputs import is_uuid
+from prefect_crew.client.encoding import is_uuid
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError

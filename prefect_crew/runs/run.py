@@ -16,6 +16,7 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import TASKS_CAP, RunArtifact, RunView
 from prefect_crew.artifacts.telemetry import end_run, is_tracing
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession
@@ -59,7 +60,7 @@ class OpenRun:
     crew: Crew
     kickoff_id: str
     record: RunRecord | None = None
-    inputs: Mapping[str, Any] | None = field(default=None, repr=False)
+    inputs: Inputs | None = None
     owned: bool = False
     is_found: bool = False
     advice: str | None = None
@@ -67,11 +68,6 @@ class OpenRun:
     tasks_seen: dict[str, datetime] = field(default_factory=dict[str, datetime], repr=False)
     meta: Mapping[str, Any] | None = field(default=None, repr=False)
     webhooks: Webhooks | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        """Take up which inputs are secret, where only the record says so: a caller may have given a `SecretStr`."""
-        if self.inputs is None and self.record is not None:
-            self.crew = self.crew.hiding(self.record.secret_inputs)
 
     @property
     def idempotency_key(self) -> str | None:
@@ -130,9 +126,10 @@ class OpenRun:
 
         A call that finds a run may have given other secrets than the call that started it.
         """
+        recorded = [] if self.record is None else self.record.secret_inputs
         if self.inputs is None:
-            return bool(self.crew.secret_inputs)
-        return self.is_found and self.record is not None and bool(self.record.secret_inputs)
+            return bool(self.crew.secret_inputs or recorded)
+        return self.is_found and bool(recorded)
 
     @property
     def show(self) -> str:
@@ -183,10 +180,9 @@ class OpenRun:
             state=CrewState.PENDING if status is None else status.state,
             started_at=None if record is None else record.kicked_off_at,
             ended_at=None if record is None else record.ended_at,
-            inputs=None if self.inputs is None else self.redact.tree(self.inputs),
+            inputs=None if self.inputs is None else self.inputs.shown(self.redact),
             status=None if status is None else self.redact_status(status),
             show=self.show,
-            secret_inputs=self.crew.secret_inputs,
             cost=None if record is None else record.cost,
             page_url=self.crew.page_url,
             flow_run_id=None if record is None else record.flow_run_id,
@@ -253,9 +249,8 @@ async def find_run(
         )
     if known is None:
         return OpenRun(crew, str(kickoff_id), record)
-    hiding = crew.hiding(known.crew.secret_inputs, texts=known.crew.hidden)
     return OpenRun(
-        hiding,
+        crew,
         str(kickoff_id),
         record,
         known.inputs,

@@ -31,7 +31,7 @@ from sqlalchemy import text as text_of
 from prefect_crew import ConfigurationError
 from prefect_crew.batches import dataset as dataset_module
 from prefect_crew.batches.dataset import Dataset, Row, open_dataset, shown_address
-from prefect_crew.client.inputs import encode_inputs
+from prefect_crew.client.encoding import encode_inputs
 from prefect_crew.exceptions import DatasetError
 
 CSV = 'topic,place\ntea,"Lisbon, ""old"" town"\ncoffee,São Paulo\n'

@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import uuid
 from contextlib import AsyncExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.rows import BadRow, RowJob, SetAside
 from prefect_crew.batches.stored import StoredBatch
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerError
 from prefect_crew.prices import Spending
@@ -214,16 +215,16 @@ async def test_a_row_stands_as_the_attempt_that_counts(ledger_address: str):
 
 
 async def test_secret_inputs_are_masked_also_where_another_one_repeats_them(ledger: Ledger):
-    job = RowJob(0, 1, "k", {"topic": "pay with hunter22", "pin": "hunter22"}, "d")
+    job = RowJob(0, 1, "k", Inputs.of({"topic": "pay with hunter22", "pin": "hunter22"}))
     await ledger.enter_rows([job], CREW)
-    await ledger.enter_rows([job], CREW.hiding(["pin"]), anew=True)
+    await ledger.enter_rows([replace(job, inputs=job.inputs.keep_secret(["pin"]))], CREW, anew=True)
     ((line, *_),) = [page async for page in ledger.lines()]
     assert json.loads(line[1]) == {"topic": "pay with ********", "pin": "********"}
 
 
 async def test_a_batch_whose_changed_rows_were_not_entered_to_the_end_is_not_new(ledger: Ledger):
     assert await ledger.is_empty()
-    await ledger.enter_rows([RowJob(0, 1, "k", {"topic": "tea"}, "d")], CREW)
+    await ledger.enter_rows([RowJob(0, 1, "k", Inputs.of({"topic": "tea"}))], CREW)
     await ledger.enter_changed(iter(()), CREW)
     assert (await ledger.counts(), await ledger.is_empty()) == ({}, False)
 

@@ -27,7 +27,7 @@ def plan(data: Any, **options: Any) -> RowPlan:
 
 
 def inputs(rows: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
-    return [job.inputs for job in plan(rows, **options).jobs()]
+    return [dict(job.inputs.encoded) for job in plan(rows, **options).jobs()]
 
 
 def keys(rows: list[dict[str, Any]], **options: Any) -> list[str]:
@@ -208,7 +208,7 @@ def test_a_range_without_rows_is_an_error():
 
 # Secret inputs
 
-HIDES = replace(CREW.hiding(["pin"]), allow_extra_inputs=True)
+HIDES = replace(CREW, secret_inputs=("pin",), allow_extra_inputs=True)
 
 
 def test_no_reason_of_a_bad_row_has_a_secret_input():
@@ -240,4 +240,4 @@ def test_a_key_that_holds_a_secret_input_is_refused():
     assert reason == "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
     assert keys(rows, inputs={"topic": "topic", "tone": lambda row: SecretStr(row["code"])}, key="code") == []
     with pytest.raises(ConfigurationError, match="'topic' is a secret input"):
-        plan([{"topic": "tea"}], key="topic", crew=CREW.hiding(["topic"]))
+        plan([{"topic": "tea"}], key="topic", crew=replace(CREW, secret_inputs=("topic",)))

@@ -20,6 +20,7 @@ from prefect_crew.batches.report import BatchArtifact, BatchProgress, BatchRepor
 from prefect_crew.batches.runner import FirstPoll
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.client._callbacks import FeedbackRequest
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import CrewError, DatasetError, LedgerError
@@ -312,7 +313,7 @@ async def start(ledger: Ledger, server: CrewServer, session: CrewSession | None 
     identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
     known: dict[str, Any] = {"quiet": True, "settings": CrewSettings()}
     return await start_run(
-        Start(session.crew, identity, {"text": "a"}, "digest", None, None, None, **known), ledger, session
+        Start(session.crew, identity, Inputs.of({"text": "a"}), None, None, None, **known), ledger, session
     )
 
 

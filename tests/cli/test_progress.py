@@ -14,6 +14,7 @@ from prefect_crew.batches.report import BatchProgress
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
 from prefect_crew.cli._output import Progress, SeenRun
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.runs.run import OpenRun
 from prefect_crew.states import CrewState
@@ -25,7 +26,7 @@ def status(state: CrewState = CrewState.RUNNING, task: str | None = None, **fact
 
 def run(**fields: Any) -> OpenRun:
     crew = DeployedCrew(url="https://travel.example.com", token="token-1", **fields)  # type: ignore[arg-type]
-    return OpenRun(crew.crew.called("travel"), "k1", inputs={"who": "Ada Lovelace"}, owned=True)
+    return OpenRun(crew.crew.called("travel"), "k1", inputs=Inputs.of({"who": "Ada Lovelace"}), owned=True)
 
 
 def batch(phase: Any = "running", name: str = "leads", **counts: Any) -> BatchProgress:

@@ -17,6 +17,7 @@ from pydantic_core import from_json, to_json
 
 from prefect_crew.artifacts.run import render_run
 from prefect_crew.blocks import DeployedCrew
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.client.webhooks import Webhooks
@@ -40,8 +41,13 @@ def record(**fields: Any) -> RunRecord:
     )  # fmt: skip
 
 
-def secretive(inputs: Any, **fields: Any) -> OpenRun:
-    return OpenRun(crew(secret_inputs=["password"], **fields), "r1", record=record(), inputs=inputs)
+def of(inputs: dict[str, Any], *secret: str) -> Inputs:
+    return Inputs.of(inputs).keep_secret(secret)
+
+
+def secretive(inputs: dict[str, Any] | None, **fields: Any) -> OpenRun:
+    known = None if inputs is None else of(inputs, "password")
+    return OpenRun(crew(secret_inputs=["password"], **fields), "r1", record=record(), inputs=known)
 
 
 # What may be shown
@@ -74,7 +80,7 @@ def test_secrets_are_masked_in_every_text_of_a_status_and_of_the_inputs_and_word
     assert "hunter22" not in shown
     assert "the-token" not in shown
     assert "https://me:" in shown
-    run = OpenRun(crew(secret_inputs=["flag"]), "r1", inputs={"flag": "completed"})
+    run = OpenRun(crew(), "r1", inputs=of({"flag": "completed"}, "flag"))
     masked = run.redact_status(STATUS.model_copy(update={"output": "completed"}))
     assert (masked.state, masked.output) == (CrewState.COMPLETED, MASK)
     assert "✓ completed" in render_run(run.view(STATUS))
@@ -98,15 +104,15 @@ def test_where_the_secrets_are_not_known_no_text_is_shown(run: OpenRun):
 
 def test_a_call_that_finds_a_run_does_not_know_the_secrets_that_it_was_started_with():
     started = record().model_copy(update={"secret_inputs": ["pin"]})
-    run = OpenRun(crew(secret_inputs=["pin"]), "r1", started, {"text": "a", "pin": "5678"}, is_found=True)
+    run = OpenRun(crew(), "r1", started, of({"text": "a", "pin": "5678"}, "pin"), is_found=True)
     assert "1234" not in run.redact_text("log in with 1234")
     ours = OpenRun(run.crew, "r1", started, run.inputs, owned=True)
     assert ours.redact_text("log in with 1234") == "log in with 1234"
-    assert OpenRun(crew(), "r1", record(), {"text": "a"}, is_found=True).redact_text("a text") == "a text"
+    assert OpenRun(crew(), "r1", record(), of({"text": "a"}), is_found=True).redact_text("a text") == "a text"
 
 
 def test_a_new_token_is_a_secret_as_well_as_the_old_one():
-    run = OpenRun(crew(), "r1", inputs={})
+    run = OpenRun(crew(), "r1", inputs=of({}))
     assert run.redact("the-token, the-other-token") == f"{MASK}, the-other-token"
     run.use_token_of(replace(crew(), token=SecretStr("the-other-token")))
     assert run.redact("the-token, the-other-token") == f"{MASK}, {MASK}"
@@ -114,7 +120,7 @@ def test_a_new_token_is_a_secret_as_well_as_the_old_one():
 
 def test_the_repr_of_a_run_has_nothing_that_its_crew_or_its_caller_said():
     run = OpenRun(
-        crew(), "r1", record(), {"text": "pass-1234"}, task_seen="pass-1234", meta={"a": "pass-1234"},
+        crew(), "r1", record(), of({"text": "pass-1234"}), task_seen="pass-1234", meta={"a": "pass-1234"},
         webhooks=Webhooks(task="https://hooks.test/pass-1234"),
     )  # fmt: skip
     assert "'r1'" in repr(run)
@@ -127,14 +133,14 @@ def test_the_repr_of_a_run_has_nothing_that_its_crew_or_its_caller_said():
 @pytest.mark.usefixtures("prefect_api")
 async def test_a_kickoff_id_hands_its_run_to_the_first_wait_and_what_no_record_has_to_all():
     webhooks = Webhooks(crew="https://hooks.test/mine")
-    run = OpenRun(crew(), "r1", record(), {"pin": "4711"}, owned=True, webhooks=webhooks)
-    run.crew = run.crew.hiding(["pin"], texts=[SecretStr("hunter22")])
+    inputs = of({"pin": "4711"}, "pin").keep_secret([], [SecretStr("hunter22")])
+    run = OpenRun(crew(), "r1", record(), inputs, owned=True, webhooks=webhooks)
     kickoff_id = KickoffId(run)
     looked_at = await find_run(crew(), kickoff_id)
     assert await find_run(crew(), kickoff_id, to_wait=True) is run
     for again in (looked_at, await find_run(crew(), kickoff_id, to_wait=True)):
         assert again is not run
-        assert (again.kickoff_id, again.inputs, again.webhooks, again.owned) == ("r1", {"pin": "4711"}, webhooks, False)
+        assert (again.kickoff_id, again.inputs, again.webhooks, again.owned) == ("r1", inputs, webhooks, False)
         assert again.redact_text("4711 and hunter22") == f"{MASK} and {MASK}"
     other = replace(crew(), url="https://other.test")
     assert (await find_run(other, KickoffId(run), to_wait=True)).inputs is None
@@ -156,7 +162,7 @@ async def test_a_kickoff_id_hands_its_run_to_the_first_wait_and_what_no_record_h
     ],
 )
 def test_a_kickoff_id_that_is_stored_or_sent_elsewhere_is_plain_text(write: Any, read: Any):
-    kickoff_id = KickoffId(OpenRun(crew(), "r1", inputs={"pin": "4711"}))
+    kickoff_id = KickoffId(OpenRun(crew(), "r1", inputs=of({"pin": "4711"})))
     assert (kickoff_id, repr(kickoff_id), f"{kickoff_id}") == ("r1", "'r1'", "r1")
     stored = write(kickoff_id)
     assert "4711" not in str(stored)
@@ -222,7 +228,7 @@ def test_a_validator_that_raises_whatever_it_likes_is_a_misfit():
     assert caught.value.problems == ["FromReport: KeyError: 'report'"]
     assert caught.value.__context__ is None, "its frames hold the whole result"
     with pytest.raises(OutputTypeError) as caught:
-        parse_data(result('{"other": 1}'), FromReport, run=OpenRun(crew(show="summary"), "r1", inputs={}))
+        parse_data(result('{"other": 1}'), FromReport, run=OpenRun(crew(show="summary"), "r1", inputs=of({})))
     assert caught.value.problems == ["FromReport: KeyError"]
 
 
@@ -244,8 +250,10 @@ def test_a_message_shows_no_more_of_an_output_than_may_be_shown():
     assert f'The text: {{"city": "{MASK}"}}' in str(caught.value)
     assert caught.value.output == '{"city": "hunter22"}', "the caller has it anyway"
     with pytest.raises(OutputTypeError) as caught:
-        parse_data(result('{"city": "Atlantis", "days": 3}'), Trip, run=OpenRun(crew(show="summary"), "r1", inputs={}))
+        parse_data(
+            result('{"city": "Atlantis", "days": 3}'), Trip, run=OpenRun(crew(show="summary"), "r1", inputs=of({}))
+        )
     assert "Atlantis" not in str(caught.value)
     assert "city: value_error" in str(caught.value)
     with pytest.raises(OutputTypeError, match="Atlantis is not to be found"):
-        parse_data(result('{"city": "Atlantis", "days": 3}'), Trip, run=OpenRun(crew(), "r1", inputs={}))
+        parse_data(result('{"city": "Atlantis", "days": 3}'), Trip, run=OpenRun(crew(), "r1", inputs=of({})))

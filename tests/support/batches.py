@@ -23,6 +23,7 @@ from prefect_crew.batches.dataset import Dataset, open_dataset
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.rows import RowJob, RowPlan
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import Crew
 from prefect_crew.records.model import RunRecord, utcnow
@@ -82,9 +83,9 @@ def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> Ru
     return RunRecord(**given | facts)
 
 
-async def enter(ledger: Ledger, *keys: str, digest: str = "d") -> None:
+async def enter(ledger: Ledger, *keys: str) -> None:
     """Write rows of a data set into a ledger, in this order."""
-    jobs = [RowJob(number, number + 1, key, {"topic": key}, digest) for number, key in enumerate(keys)]
+    jobs = [RowJob(number, number + 1, key, Inputs.of({"topic": key})) for number, key in enumerate(keys)]
     for start in range(0, len(jobs), PAGE):
         await ledger.enter_rows(jobs[start : start + PAGE], CREW)
 

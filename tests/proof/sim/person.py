@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prefect_crew.client.inputs import encode_inputs, inputs_digest
+from prefect_crew.client.encoding import encode_inputs
+from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.exceptions import CrewFailedError, CrewStoppedError, CrewTimeoutError, KickoffUncertainError
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.records.store import PrefectRecords
