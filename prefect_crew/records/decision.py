@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import ClassVar
@@ -10,7 +10,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from prefect_crew.exceptions import IdempotencyConflictError
-from prefect_crew.records.model import InputMarks, RecordPhase, RunRecord
+from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.states import CrewState
 
 
@@ -100,15 +100,8 @@ def decide(
     return Decision.START_AGAIN
 
 
-def check_same_run(
-    record: RunRecord,
-    *,
-    crew_url: str,
-    inputs_digest: str,
-    marks: InputMarks | None = None,
-    secret_inputs: Collection[str] = (),
-) -> None:
-    """Raise IdempotencyConflictError if the record is of another crew or other inputs. `marks` are those of the inputs.
+def check_same_run(record: RunRecord, *, crew_url: str, inputs_digest: str) -> None:
+    """Raise IdempotencyConflictError if the record is of another crew or other inputs.
 
     An attempt that surely did not start binds nobody: refused inputs may be corrected under the same key.
     """
@@ -118,11 +111,7 @@ def check_same_run(
     if record.crew_url != crew_url:
         differences.append(f"it ran crew {record.crew} at {record.crew_url}, not {crew_url}")
     if record.inputs_digest != inputs_digest:
-        named = None
-        if record.input_marks is not None and marks is not None:
-            named = record.input_marks.difference(marks, secret={*record.secret_inputs, *secret_inputs})
-        digests = f"its inputs have the digest {record.inputs_digest}, these have {inputs_digest}"
-        differences.append(named or digests)
+        differences.append(f"its inputs differ: their digest is {record.inputs_digest}, now it is {inputs_digest}")
     if differences:
         raise IdempotencyConflictError(
             idempotency_key=record.idempotency_key, difference="; ".join(differences), kickoff_id=record.kickoff_id

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prefect_crew._text import listed_names
 from prefect_crew.client.encoding import encode_inputs
 from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
 from prefect_crew.states import CrewState
@@ -48,60 +47,17 @@ class RecordPhase(StrEnum):
     """The kickoff surely did not start a run."""
 
 
-class InputMarks(BaseModel):
-    """A fingerprint of each input of a run that is not secret, by name, and one of the state that it started from.
-
-    They are keyed by the crew's token, of which `key` is one: after a change of it they are comparable with nothing.
-    """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
-
-    key: str
-    inputs: dict[str, str]
-    restore_from: str
-
-    @classmethod
-    def of(
-        cls, token: str, inputs: Mapping[str, Any], *, secret: Collection[str] = (), restore_from: str | None = None
-    ) -> InputMarks | None:
-        """Return those of encoded inputs, None without a token. Text and JSON forms of one value have the same one."""
-        if not token:
-            return None
-        key = _key(token)
-        texts = {name: value for name, value in encode_inputs(inputs).items() if name not in secret}
-        return cls(
-            key=_mark(key, "key"),
-            inputs={name: _mark(key, "input", name, value) for name, value in texts.items()},
-            restore_from=_mark(key, "restore from", restore_from),
-        )
-
-    def difference(self, now: InputMarks, *, secret: Collection[str]) -> str | None:
-        """Return for people what differs between inputs that do differ, None where that is not known."""
-        if self.key != now.key:
-            return None
-        names = [name for name in {**self.inputs, **now.inputs} if name not in secret]
-        names = [name for name in names if self.inputs.get(name) != now.inputs.get(name)]
-        found = [f"its inputs differ: {listed_names(names)}"] if names else []
-        if self.restore_from != now.restore_from:
-            found.append("it starts from another state (restore_from)")
-        return "; ".join(found) or "an input is secret in one of the two calls"
-
-
-@lru_cache(maxsize=64)  # 20 ms, so that a token which a person made up is not found by trying words
-def _key(token: str) -> bytes:
-    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"prefect-crew input marks", 50_000)
-
-
-def _mark(key: bytes, *parts: Any) -> str:
-    return hmac.new(key, json.dumps(parts, ensure_ascii=False).encode(), "sha256").hexdigest()[:8]
-
-
 def secret_mark(token: str, inputs: Mapping[str, Any], secret: Collection[str]) -> str | None:
     """Return a fingerprint of the secret inputs, keyed by the crew's token; None without a token or a secret."""
     if not token or not secret:
         return None
     texts = encode_inputs({name: inputs[name] for name in sorted(secret) if name in inputs})
-    return _mark(_key(token), "secrets", texts)
+    return hmac.new(_key(token), json.dumps(["secrets", texts], ensure_ascii=False).encode(), "sha256").hexdigest()[:8]
+
+
+@lru_cache(maxsize=64)  # 20 ms, so that a token which a person made up is not found by trying words
+def _key(token: str) -> bytes:
+    return hashlib.pbkdf2_hmac("sha256", token.encode(), b"prefect-crew secret inputs", 50_000)
 
 
 class StoredResult(BaseModel):
@@ -216,8 +172,6 @@ class RunRecord(Outcome):
     crew: str
     crew_url: str
     inputs_digest: str
-    input_marks: InputMarks | None = None
-    """None for a row of a batch, and where it did not fit."""
     owner: str
     claimed_at: datetime
     good_for: float = 0.0

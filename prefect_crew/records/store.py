@@ -96,7 +96,7 @@ _WITHOUT_TAG: dict[str, Any] = {"name": {"like_": "crew_run_"}, "tags": {"is_nul
 _NAME = re.compile(r"(crew_run_[0-9a-f]{32}_\d+)(?:_([0-9a-f]{32})_(\d+))?")
 _END_NAME = re.compile(r"crew_used_(?:use|span)_([0-9a-f]{32})")
 _KICKOFF_NAME = re.compile(r"crew_kickoff_[0-9a-f]{32}")
-_SHORTER = {"input_marks": None, "result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
+_SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
 """What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
 _Model = TypeVar("_Model", RunRecord, Permit)
 

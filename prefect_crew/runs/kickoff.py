@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
@@ -42,7 +41,7 @@ from prefect_crew.records.budgets import (
 )
 from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
-from prefect_crew.records.model import InputMarks, Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
+from prefect_crew.records.model import Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
 from prefect_crew.records.owners import crash_dead_owner
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots, take_slots
@@ -97,14 +96,6 @@ class Start:
     earlier: Sequence[dict[str, Any]] | None = None
     warned: set[str] = field(default_factory=set[str])
 
-    @cached_property
-    def marks(self) -> InputMarks | None:
-        """The fingerprints of the inputs, none for a row: its ledger says with what it was run."""
-        if self.quiet:
-            return None
-        token, inputs = self.crew.token.get_secret_value(), self.inputs
-        return InputMarks.of(token, inputs.encoded, secret=inputs.secret_names, restore_from=inputs.restore_from)
-
     def record(self, attempt: int, good_for: float = 0.0) -> RunRecord:
         """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
         caller = self.identity.caller
@@ -114,7 +105,6 @@ class Start:
             crew=self.crew.label,
             crew_url=self.crew.url,
             inputs_digest=self.inputs.digest,
-            input_marks=self.marks,
             owner=caller.owner,
             claimed_at=utcnow(),
             good_for=good_for,
@@ -282,13 +272,7 @@ async def _decide(
     )
     # What another call claimed and surely never sent binds nobody. Nor does what is forced look at any record.
     if record is not None and not start.force_new and decision is not Decision.VOID:
-        check_same_run(
-            record,
-            crew_url=start.crew.url,
-            inputs_digest=start.inputs.digest,
-            marks=start.marks,
-            secret_inputs=start.inputs.secret_names,
-        )
+        check_same_run(record, crew_url=start.crew.url, inputs_digest=start.inputs.digest)
     return decision, record
 
 

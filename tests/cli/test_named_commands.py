@@ -24,7 +24,7 @@ from prefect_crew.runs.run import OpenRun
 from support.records import new_record
 
 ROOT = Path(__file__).parents[2]
-NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|input marks)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
+NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|secret inputs)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
 """A command and what follows it. The words left out follow the package's own name."""
 PAGES = [
     *(ROOT / "docs").rglob("*.md"),

@@ -72,7 +72,7 @@ def test_a_run_is_found_by_its_kickoff_id_and_the_crew_asked(here, write: Write,
     document = here("runs", "inspect", kickoff_id, *crew, "-o", "json").json[-1]
     assert (document["idempotency_key"], document["status"]["kickoff_id"]) == (record.idempotency_key, kickoff_id)
     assert "raw" not in document["status"]
-    assert not {"owner", "process", "version", "input_marks"} & set(document), "what is of no use to anybody"
+    assert not {"owner", "process", "version"} & set(document), "what is of no use to anybody"
     assert "The crew's server: " in here("runs", "inspect", kickoff_id, *crew).out
     assert "The crew's server was not asked." in here("runs", "inspect", kickoff_id).err
     assert here("runs", "inspect", "nobody used this").code == 1

@@ -127,7 +127,7 @@ def test_an_attempt_that_did_not_start_hides_no_run_before_it():
     ("url", "digest", "says"),
     [
         pytest.param("https://other.test", "d1", r"travel at https://travel.test, not https://other.test", id="crew"),
-        pytest.param("https://travel.test", "d2", r"digest d1, these have d2", id="inputs"),
+        pytest.param("https://travel.test", "d2", r"digest is d1, now it is d2", id="inputs"),
     ],
 )
 def test_a_key_belongs_to_one_crew_and_one_set_of_inputs(url: str, digest: str, says: str):

@@ -20,7 +20,6 @@ from prefect_crew.exceptions import CrewError, TooManyAttemptsError
 from prefect_crew.records import store
 from prefect_crew.records.model import (
     RECORD_VERSION,
-    InputMarks,
     Lease,
     RecordPhase,
     RunRecord,
@@ -327,15 +326,6 @@ async def test_a_result_that_prefect_cannot_hold_is_left_out_and_the_end_is_kept
     saved = await closed(result(output, data=data))
     assert saved.result is None
     assert (saved.phase, saved.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
-
-
-async def test_the_fingerprints_of_inputs_give_way_first():
-    names = [f"input {number}" for number in range(40)]
-    marks = InputMarks.of("token", dict.fromkeys(names, "x"))
-    assert (await closed(result("y" * 2000), input_marks=marks)).input_marks == marks
-    record = await closed(result("y" * 3500), input_marks=marks)
-    assert record.result is not None
-    assert record.input_marks is None
 
 
 async def test_long_texts_give_way_to_what_the_record_is_for():
