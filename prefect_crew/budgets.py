@@ -1,4 +1,4 @@
-"""Budgets: what the runs of a crew, a flow, a batch or a pipeline may use in all."""
+"""Budgets: limits of what the runs of a crew, a flow, a batch or a pipeline may use in all."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ _Count = Annotated[int, Field(gt=0, le=MOST)]
 class Budget(BaseModel):
     """What runs may use in a day, a month or a batch, together: `Budget(max_cost=20, per="day")`.
 
-    A start reserves what a run is expected to use, and its end corrects that. So runs in flight count, in all processes
-    that share a Prefect server. Of several budgets all hold.
+    A start adds the estimate of its run to a counter, and its end adds the difference. So runs in flight count, in all
+    processes that share a Prefect server. Of several budgets all hold.
+
+    The estimate for `max_kickoffs` is 1, and for `max_cost` the crew's price of a run where that is fixed. Otherwise
+    `max_cost` needs `estimate_cost`, and `max_tokens` needs `estimate_tokens`.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
@@ -32,14 +35,20 @@ class Budget(BaseModel):
     )
     max_tokens: _Count | None = Field(default=None, description="How many tokens the runs may use in all.")
     max_kickoffs: _Count | None = Field(default=None, description="How many runs may be started.")
+    estimate_cost: Annotated[float, Field(gt=0, le=MOST // UNITS["cost"], allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="What one run is expected to cost, for max_cost; not needed with a fixed price of a run.",
+    )
+    estimate_tokens: _Count | None = Field(
+        default=None, description="How many tokens one run is expected to use, for max_tokens."
+    )
     per: Literal["batch", "day", "month"] = Field(
         default="batch",
         description="The period: a day or a month in UTC, or one batch, one run of a pipeline or one flow run.",
     )
-    on_limit: Literal["refuse", "stop", "warn"] = Field(
+    on_limit: Literal["refuse", "warn"] = Field(
         default="refuse",
-        description="Without room for another run: refuse it; refuse it and stop the runs in flight; or start it all "
-        "the same, with a warning.",
+        description="Without room for another run: refuse it, or start it all the same, with a warning.",
     )
     name: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
@@ -61,22 +70,31 @@ class Budget(BaseModel):
             in_next = datetime(at.year, at.month, 1, tzinfo=UTC) + timedelta(days=32)
             period, resets_at = f"{at:%Y-%m}", in_next.replace(day=1)
         name = self.name or name
-        counter, limits = f"{PREFIX}.{_plain(name)}.{period}", {one: getattr(self, f"max_{one}") for one in UNITS}
+        counter = f"{PREFIX}.{_plain(name)}.{period}"
+        limits = (
+            ("cost", self.max_cost, self.estimate_cost),
+            ("tokens", self.max_tokens, self.estimate_tokens),
+            ("kickoffs", self.max_kickoffs, 1),
+        )
         return [
-            BudgetPeriod(name, f"{counter}.{measure}", measure, limit, resets_at, self.on_limit)
-            for measure, limit in limits.items()
+            BudgetPeriod(name, f"{counter}.{measure}", measure, limit, estimate, resets_at, self.on_limit)
+            for measure, limit, estimate in limits
             if limit is not None
         ]
 
 
 @dataclass(frozen=True)
 class BudgetPeriod:
-    """One measure of a budget in one period. `counter` is the name of its global concurrency limit in Prefect."""
+    """One measure of a budget in one period. `counter` is the name of its global concurrency limit in Prefect.
+
+    `estimate` is what one run is expected to use, as far as the budget says it.
+    """
 
     budget: str
     counter: str
     measure: str
     limit: float
+    estimate: float | None
     resets_at: datetime | None
     on_limit: str
 

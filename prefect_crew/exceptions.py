@@ -318,9 +318,9 @@ class TooManyAttemptsError(_FactsError):
 class BudgetExceededError(_FactsError):
     """A budget has no room for another run. Nothing was started.
 
-    `measure` is "cost", "tokens" or "kickoffs". `used` has what runs in flight have reserved; `needed` is what another
-    run is expected to use. `resets_at` is when the next day or month begins, UTC; None for a batch. `counter` is the
-    global concurrency limit in Prefect that counts.
+    `measure` is "cost", "tokens" or "kickoffs". `used` includes the estimates of runs in flight; `estimate` is what
+    another run is expected to use. `resets_at` is when the next day or month begins, UTC; None for a batch. `counter`
+    is the global concurrency limit in Prefect that counts.
     """
 
     budget: str
@@ -328,7 +328,7 @@ class BudgetExceededError(_FactsError):
     measure: str
     used: float
     limit: float
-    needed: float
+    estimate: float
     resets_at: datetime | None = None
     on_limit: str = "refuse"
 
@@ -339,8 +339,9 @@ class BudgetExceededError(_FactsError):
             then = f"Nothing was started: run again then with the same key, or raise max_{self.measure}."
         then = "The run starts all the same, since on_limit is 'warn'." if self.on_limit == "warn" else then
         return (
-            f"Budget {self.budget!r} has no room for another run, which takes about {self.needed:,.4g}: "
-            f"{self.used:,.6g} of {self.limit:,.6g} {self.measure} are used or reserved by runs in flight{when}. {then}"
+            f"Budget {self.budget!r} has no room for another run, which takes about {self.estimate:,.4g}: "
+            f"{self.used:,.6g} of {self.limit:,.6g} {self.measure} are used, with the estimates of runs in "
+            f"flight{when}. {then}"
         )
 
 

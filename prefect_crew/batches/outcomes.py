@@ -78,9 +78,7 @@ def state_of(record: RunRecord) -> RowState:
 _OUT_OF_SIGHT = {CrewLostError.__name__: RowState.LOST, CrewTimeoutError.__name__: RowState.TIMED_OUT}
 _ENDS: dict[CrewState | None, RowState] = {CrewState.FAILED: RowState.FAILED, CrewState.STOPPED: RowState.STOPPED}
 STOPPED_WITH_BATCH = "stopped because the batch was cancelled"
-STOPPED_BY_BUDGET = "stopped because a budget had no room for another run"
-STOPPED_BY_US = (STOPPED_WITH_BATCH, STOPPED_BY_BUDGET)
-"""The reasons, in a record, of a run that we stopped. Going on with the batch means to have that row after all."""
+"""The reason, in a record, of a run that we stopped. Going on with the batch means to have that row after all."""
 SENDER_ENDED = "the process that sent it ended before it recorded the answer"
 CONFLICT_REASON = (
     "Not started: this key was kicked off before with other inputs, or for another crew. Give the row another key, or "

@@ -29,7 +29,7 @@ from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions, InputsFrom, KeyFrom, OnFailure, plain_call
-from prefect_crew.batches.outcomes import STOPPED_BY_BUDGET, RowState
+from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.output import Output
 from prefect_crew.batches.ownership import (
     BatchLock,
@@ -63,9 +63,8 @@ from prefect_crew.exceptions import (
     LedgerError,
 )
 from prefect_crew.prices import ONE_TOKEN, Spending, cost_of
-from prefect_crew.records.budgets import reserves_median, to_stop
+from prefect_crew.records.budgets import check_estimates
 from prefect_crew.records.keys import render_key, scheduled_start
-from prefect_crew.records.store import KEPT, PrefectRecords
 from prefect_crew.runs.limits import SlotPool
 from prefect_crew.webhooks import webhooks_for
 
@@ -345,6 +344,7 @@ async def _batch_job(
     address = await ledger_address(more.pop("ledger"), where)
     rows = open_dataset(dataset, **more)
     chosen = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
+    await check_estimates(chosen)
     return BatchJob(chosen, rows, options, full, where, address)
 
 
@@ -524,13 +524,6 @@ class _Batch:
                 self.throttle.slots = await stack.enter_async_context(SlotPool(self.session.crew))
             self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=BEGIN_FOR)
             self.begin_after = time.monotonic() + BEGIN_EVERY
-            if reserves_median(self.job.crew):
-                completed = self.ledger.rows_in([RowState.COMPLETED], limit=KEPT)
-                known = [row.record.used async for row in completed if row.record is not None]
-                with suppress(*PREFECT_ERRORS):  # then a share of the budget is reserved
-                    # Of a new batch nothing is known: other runs of its crew tell.
-                    known = known or await PrefectRecords().earlier(self.job.crew.url)
-                runner.earlier.extend(reversed(known))
             try:
                 await runner.run_until_cancelled(self.plan.jobs(), lambda: self._tick(runner))
             finally:
@@ -550,8 +543,6 @@ class _Batch:
         if progress.people:
             await self._note_people(True)
         await self._begin_generation(runner.started)
-        if records := await to_stop(self.job.crew, runner.stoppable):
-            await runner.stop_runs(STOPPED_BY_BUDGET, records)
         if not await self.lock.still_held():
             self.is_lock_lost = True  # the ledger, the output and the name are another process's
             runner.stop(

@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from itertools import islice
 from typing import Any
@@ -24,7 +24,6 @@ from prefect_crew.batches.outcomes import (
     CORRECTABLE,
     ERROR_CAP,
     RETRYABLE,
-    STOPPED_BY_US,
     STOPPED_WITH_BATCH,
     RowState,
     explain_lost,
@@ -53,7 +52,6 @@ from prefect_crew.records.budgets import note_exceeded
 from prefect_crew.records.decision import Caller, latest_start
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, secret_mark
-from prefect_crew.records.store import KEPT
 from prefect_crew.runs.kickoff import Start, Started, start_run
 from prefect_crew.runs.limits import most_at_once
 from prefect_crew.runs.listener import Waker, waker_for
@@ -85,8 +83,7 @@ class Runner:
 
     `on_end` is called at the end of each row with the class of its error, if it has one; `judge_again` says that the
     results of earlier calls are judged and shown differently than then. `waiting` are the runs in flight by row key,
-    and `started` is how many this call has kicked off. `earlier` is what the latest runs used, for what budgets
-    reserve. `shut`: nothing is waited for any more either.
+    and `started` is how many this call has kicked off. `shut`: nothing is waited for any more either.
     """
 
     def __init__(
@@ -109,9 +106,6 @@ class Runner:
         self._options = options
         self.policy = options.wait or session.crew.wait
         self.first_poll = FirstPoll() if options.wait is None else None
-        self.earlier: deque[dict[str, Any]] = deque(maxlen=KEPT)
-        self._warned: set[str] = set()
-        self._stopped: set[str | None] = set()
         self._on_end = on_end
         self._judge_again = judge_again
         self._failed = self._ended = 0
@@ -316,8 +310,6 @@ class Runner:
             force_new=place is not None,
             quiet=True,
             settings=self._settings,
-            earlier=self.earlier,
-            warned=self._warned,
         )
         others = bool(self.waiting) or self.throttle.under_way > 1
         try:
@@ -325,10 +317,10 @@ class Runner:
         except LedgerError:
             raise
         except BudgetExceededError as error:
-            if others and error.measure != "kickoffs" and error.on_limit != "stop":
-                self.throttle.refused(error)  # they may use less than they have reserved
+            if others and error.measure != "kickoffs":
+                self.throttle.refused(error)  # they may use less than their estimates
             else:
-                await note_exceeded(error, self.session.crew)
+                note_exceeded(error, self.session.crew)
                 self.stop(str(error))
             return None
         except CrewError as error:
@@ -373,7 +365,7 @@ class Runner:
                 if record.error is not None:
                     # Noted by an earlier call that has left the run, which is waited for again.
                     record.error = None
-                    record.reason = record.reason if record.reason in STOPPED_BY_US else None
+                    record.reason = record.reason if record.reason == STOPPED_WITH_BATCH else None
                     await self.ledger.save(record)
                 await self._poll(job, record, first_look=first_look)
                 is_judged = True
@@ -392,7 +384,7 @@ class Runner:
                 del self.waiting[job.key]
                 self.throttle.wait_for(len(self.waiting))
         state = state_of(record) if is_judged else await self._judge(job, record)
-        if state is not RowState.COMPLETED and record.reason not in STOPPED_BY_US:
+        if state is not RowState.COMPLETED and record.reason != STOPPED_WITH_BATCH:
             self.throttle.failed(job.key, record.error or "the crew gave no reason")
         return state, RETRYABLE.get(state)
 
@@ -462,8 +454,6 @@ class Runner:
             judge(record, crew=run.crew, inputs=job.inputs, output_type=self._options.output_type)
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)
-        if record.used:
-            self.earlier.append(record.used)
 
         async def write() -> bool:
             await self.ledger.save(record)
@@ -471,28 +461,19 @@ class Runner:
 
         await finish_run(record, self.ledger, write, lambda: run.view(status), settings=self._settings)
 
-    @property
-    def stoppable(self) -> list[RunRecord]:
-        """The runs in flight that the crew's server has not accepted to stop in this call."""
-        return [record for record in self.waiting.values() if record.kickoff_id not in self._stopped]
-
-    async def stop_runs(self, reason: str, records: Iterable[RunRecord] | None = None) -> None:
-        """Ask the crew's server once for each run in flight, or for some of them, to stop it."""
-        chosen = self.stoppable if records is None else records
-        stopped = await asyncio.gather(*(self.stop_run(record, reason) for record in chosen))
+    async def stop_runs(self, reason: str) -> None:
+        """Ask the crew's server once for each run in flight to stop it."""
+        stopped = await asyncio.gather(*(self.stop_run(record, reason) for record in self.waiting.values()))
         failed = len(stopped) - sum(stopped)
         run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(stopped), failed)
 
     async def stop_run(self, record: RunRecord, reason: str | None = None) -> bool:
         """Ask the crew's server to stop a run, write down what came of it, and return whether it was accepted."""
         try:
-            accepted = await stop_row(self.session, record, reason, self.ledger)
+            return await stop_row(self.session, record, reason, self.ledger)
         except CrewError as error:
             self.log_seldom("stop", "Run %s could not be stopped: %s", record.kickoff_id, error)
             return False
-        if accepted and reason is not None:
-            self._stopped.add(record.kickoff_id)
-        return accepted
 
     def log_seldom(self, kind: str, message: str, *args: object) -> None:
         """Log a warning, but not again for a minute."""
@@ -601,7 +582,7 @@ def _kickoffs(attempts: Sequence[RunRecord]) -> int:
 def _owed(attempts: Sequence[RunRecord]) -> int:
     """Return how many kickoffs a row gets in addition, since we stopped its run."""
     latest = latest_start(attempts)
-    return _kickoffs(attempts) if latest is not None and latest.reason in STOPPED_BY_US else 0
+    return _kickoffs(attempts) if latest is not None and latest.reason == STOPPED_WITH_BATCH else 0
 
 
 async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, ledger: Ledger) -> bool:

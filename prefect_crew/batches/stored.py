@@ -15,7 +15,7 @@ from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import whole_address
 from prefect_crew.batches.ledger import BatchEntry, Ledger, LedgerRow
 from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.outcomes import STOPPED_BY_US, RowState, state_of
+from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH, RowState, state_of
 from prefect_crew.batches.output import Output
 from prefect_crew.batches.ownership import TAG, BatchLock, check_bound, read_binding
 from prefect_crew.batches.rows import BadRow
@@ -94,7 +94,7 @@ class StoredBatch:
             completed=counts[RowState.COMPLETED],
             failed=sum(count for state, count in counts.items() if state.is_failed),
             stopped=counts[RowState.STOPPED],
-            owed=sum([row.record is not None and row.record.reason in STOPPED_BY_US async for row in stopped]),
+            owed=sum([row.record is not None and row.record.reason == STOPPED_WITH_BATCH async for row in stopped]),
             uncertain=counts[RowState.UNCERTAIN],
             in_flight=counts[RowState.STARTED],
             waiting=len([record async for record in ledger.may_ask()]),

@@ -129,8 +129,6 @@ class Outcome(BaseModel):
     """What it cost by the price that held when it ended; None where that is unknown."""
     reserved: dict[str, int] | None = None
     """What it holds of the counters of budgets, in slots by the counter's name."""
-    marks: dict[str, str] | None = None
-    """The last refusal under each of them when it started (`budgets.MARK`)."""
 
     def outcome(self) -> dict[str, Any]:
         """Return these fields alone."""
@@ -207,8 +205,6 @@ class RunRecord(Outcome):
     """The permit that counts. What becomes of the run until its end is written to it."""
     open_for: float = Field(default=0.0, exclude=True)
     """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; 0 if it is not."""
-    earlier: list[dict[str, Any]] = Field(default_factory=list[dict[str, Any]], exclude=True)
-    """What the latest runs of its crew used, for who asked for it."""
 
     @property
     def counts(self) -> bool:
@@ -284,7 +280,7 @@ def fold(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunReco
             phase = strongest.phase
     if phase not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
         update["open_for"] = 0.0
-    return record.model_copy(update={**update, "reserved": held.reserved, "marks": held.marks})
+    return record.model_copy(update={**update, "reserved": held.reserved})
 
 
 def resolution(record: RunRecord, phase: RecordPhase, **found: Any) -> dict[str, Any]:
@@ -341,11 +337,8 @@ class RecordStore(Protocol):
         """Take back a claim that no permit was asked of, while nobody else may resolve it."""
         ...
 
-    async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
-        """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
-
-        `with_earlier`: note in the claim what the latest runs of its crew used.
-        """
+    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+        """Return whether the attempts at the key are a claim and those that it was decided by, and no others."""
         ...
 
     async def permit(

@@ -13,8 +13,6 @@ value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of fl
 - `crew_answer_RUN_NUMBER` is a person's answer.
 - `crew_used_use_CLAIM` notes that somebody counts what an ended run used in its budgets, `crew_used_span_CLAIM` that
   somebody writes its span.
-- `crew_usual_CREW` lists what the latest runs of a crew used, the newest first, for budgets. Two that change it at the
-  same moment lose one of the two runs in it.
 
 Every name can be told in advance, and a server has an index of names, of ids and of when a Variable was changed. So a
 start, a second call and a resolution read exact names. Costs and pruning read by the time of the last change, from one
@@ -81,8 +79,6 @@ OVERLAP = 5
 """Variables of a page by change that the next page has as well: else some between them may have been missed."""
 TRIES = 5
 """Attempts to name a run by its kickoff id, where somebody else deletes that name at the same time."""
-KEPT = 50
-"""Runs of a crew whose use counts for what the next one is expected to use, the latest ones."""
 SAVE_FOR = 300.0
 """Seconds for which saving a record outlasts a Prefect API that is away."""
 USUAL = 4
@@ -146,10 +142,6 @@ def _kickoff_name(kickoff_id: str) -> str:
 
 def _end_name(record: RunRecord, what: Literal["use", "span"]) -> str:
     return f"{USED}{what}_{_hex(record.ref)}"
-
-
-def _usual_name(crew_url: str) -> str:
-    return f"crew_usual_{digest(crew_url, 16)}"
 
 
 def _body(record: RunRecord | Permit) -> dict[str, Any]:
@@ -223,14 +215,6 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
 def readable_records(variables: Sequence[Variable]) -> list[RunRecord]:
     """Return the records among some Variables, as `records_in`, without those that a later version wrote."""
     return records_in([variable for variable in variables if later_version(variable.value) is None])
-
-
-def _used_in(variables: Sequence[Variable], crew_url: str) -> list[dict[str, Any]]:
-    """Return what the latest runs of a crew used, by the Variable among these that lists it."""
-    listed: list[Any] = [variable.value for variable in variables if variable.name == _usual_name(crew_url)]
-    used = cast("list[Any]", listed[0]) if listed and isinstance(listed[0], list) else []
-    # Somebody else may use our names.
-    return [cast("dict[str, Any]", run) for run in used if isinstance(run, dict)][:KEPT]
 
 
 def _parse(value: Any, model: type[_Model]) -> _Model | None:
@@ -561,25 +545,21 @@ class PrefectRecords:
                 if not _is_gone(error):
                     raise
 
-    async def confirm(self, record: RunRecord, known: Sequence[RunRecord], *, with_earlier: bool = False) -> bool:
+    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
         """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
 
         One that was pruned since, or that somebody claimed who did not see this one, may belong to a run. They are
         compared by their ids: a number that was given back may have been taken again, by the same caller as well.
         """
-        names = _attempt_names(record.idempotency_key)
-        variables = await read_exact([*names, _usual_name(record.crew_url)] if with_earlier else names)
-        if with_earlier:
-            record.earlier = _used_in(variables, record.crew_url) or await self._note_usual(record.crew_url)
-        attempts = {one.ref for one in records_in(variables)}
+        attempts = {one.ref for one in records_in(await read_exact(_attempt_names(record.idempotency_key)))}
         return attempts == {record.ref, *(one.ref for one in known)}
 
     async def permit(
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
         """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
-        held = {"reserved": record.reserved, "marks": record.marks}
-        if not await self._add_permit(record, lease, owner=record.owner, good_for=good_for, **held):
+        held = {"owner": record.owner, "good_for": good_for, "reserved": record.reserved}
+        if not await self._add_permit(record, lease, **held):
             return False
         # After the request and not before it: a process may sleep between the two.
         if before is None or not before.is_over:
@@ -687,20 +667,7 @@ class PrefectRecords:
 
     async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
         """Note that this caller counts what a run used, or writes its span; False if somebody else does. Atomic."""
-        is_first = await _create_alone(_end_name(record, what), {}, urgency=Urgency.FINISH)
-        if is_first and what == "use" and record.used:
-            with suppress(*PREFECT_ERRORS):  # the counter is right without it
-                await self._add_to_usual(record)
-        return is_first
-
-    async def _add_to_usual(self, record: RunRecord) -> None:
-        name = _usual_name(record.crew_url)
-        variables = await read_exact([name])
-        value = [record.used, *_used_in(variables, record.crew_url)][:KEPT]
-        if not variables:
-            await create_variable({"name": name, "value": value, "tags": []})
-        for variable in variables:
-            await _patch(variable.id, {"value": value})
+        return await _create_alone(_end_name(record, what), {}, urgency=Urgency.FINISH)
 
     async def _current(self, record: RunRecord) -> RunRecord | None:
         """Return a claim as it stands now, None if it is gone."""
@@ -791,28 +758,6 @@ class PrefectRecords:
     def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight: any of them may wait for a person."""
         return self.all(RecordPhase.STARTED)
-
-    async def earlier(self, crew_url: str) -> list[dict[str, Any]]:
-        """Return what the latest runs of a crew used: those under a budget, if there are any."""
-        used = _used_in(await read_exact([_usual_name(crew_url)]), crew_url)
-        return used or await self._latest_used(crew_url)
-
-    async def _note_usual(self, crew_url: str) -> list[dict[str, Any]]:
-        """Return what the latest runs of a crew used by their records, and list it for all others."""
-        used = await self._latest_used(crew_url)
-        with suppress(*PREFECT_ERRORS):  # then the next start looks through the records as well
-            await create_variable({"name": _usual_name(crew_url), "value": used, "tags": []})
-        return used
-
-    async def _latest_used(self, crew_url: str) -> list[dict[str, Any]]:
-        """Return what the latest runs of a crew used by their records, as far as they are among what the server has
-        changed last."""
-        json = {"limit": PAGE, "offset": 0, "sort": "UPDATED_DESC"}
-        async with get_client() as client:
-            answer = await read_in_turn(client, "/variables/filter", json=json)
-        stored: list[dict[str, Any]] = [one for one in answer.json() if later_version(one["value"]) is None]
-        records = [_parse(one["value"], RunRecord) for one in stored if TAG in one["tags"]]
-        return [one.used for one in records if one is not None and one.crew_url == crew_url and one.used][:KEPT]
 
     # Deleting
 

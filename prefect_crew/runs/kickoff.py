@@ -32,13 +32,7 @@ from prefect_crew.exceptions import (
     ResponseFormatError,
 )
 from prefect_crew.prices import ONE_TOKEN, cost_of
-from prefect_crew.records.budgets import (
-    note_exceeded,
-    release,
-    release_given_back,
-    reserve,
-    reserves_median,
-)
+from prefect_crew.records.budgets import add_estimates, note_exceeded, release, release_given_back
 from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
 from prefect_crew.records.model import Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
@@ -78,8 +72,6 @@ class Start:
 
     `quiet`: no log line about
     the decision, for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
-    `earlier` is what the latest runs of a batch used; None where the store tells it. `warned` are the budgets that the
-    log has warned of.
     """
 
     crew: Crew
@@ -93,8 +85,6 @@ class Start:
     settings: CrewSettings = field(default_factory=CrewSettings)
     asked_at: datetime = field(default_factory=utcnow)
     slot: str | None = None
-    earlier: Sequence[dict[str, Any]] | None = None
-    warned: set[str] = field(default_factory=set[str])
 
     def record(self, attempt: int, good_for: float = 0.0) -> RunRecord:
         """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
@@ -284,9 +274,8 @@ async def _claim(
     record = start.record(max((attempt.attempt for attempt in known), default=0) + 1, good_for)
 
     async def claim() -> bool:
-        if start.earlier is not None:  # a ledger's claim is its permit as well
-            record.earlier = list(start.earlier)
-            await reserve(start.crew, record, start.warned)
+        if start.quiet:  # the claim of a row is its permit as well
+            await add_estimates(start.crew, record)
         is_ours = await records.claim(record, lease)
         if not is_ours:
             await release(record)
@@ -305,7 +294,7 @@ async def _claim(
 async def _make_sure(
     start: Start, claim: _Claim, records: RecordStore, check: Callable[[], Awaitable[None]] | None
 ) -> None:
-    """Check the kickoff, and at the same time that the claim was decided by what is still on record. Then reserve.
+    """Check the kickoff, and at the same time that the claim was decided by what is still on record. Then count it.
 
     Gives the claim back where one fails, however it fails: nothing was sent. A start that is refused leaves no record.
 
@@ -314,8 +303,7 @@ async def _make_sure(
         BudgetExceededError: There is no room for the run.
     """
     async with _giving_back(claim.record, records, claim.lease):
-        with_earlier = bool(start.crew.budgets) and reserves_median(start.crew)
-        confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known, with_earlier=with_earlier))
+        confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known))
         confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
         try:
             if check is not None:
@@ -329,8 +317,8 @@ async def _make_sure(
             confirmed.cancel()
         if not is_sure:
             raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
-        if start.crew.budgets and start.earlier is None:
-            await _to_its_end(reserve(start.crew, claim.record, start.warned))
+        if start.crew.budgets and not start.quiet:
+            await _to_its_end(add_estimates(start.crew, claim.record))
 
 
 def _uncertain(record: RunRecord) -> KickoffUncertainError:
@@ -645,7 +633,7 @@ async def _after_failure(error: Exception, crew: Crew, idempotency_key: str, slo
     if slots is not None and not isinstance(error, KickoffUncertainError):
         await slots.release()
     if isinstance(error, BudgetExceededError):
-        await note_exceeded(error, crew)
+        note_exceeded(error, crew)
 
 
 async def _take_slot(start: Start, records: RecordStore) -> Slots | None:

@@ -19,7 +19,6 @@ from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
 from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
-from prefect_crew.records.budgets import to_stop
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
@@ -118,7 +117,7 @@ class _Waiter(Watcher):
         self.waker: Waker | None = None
         self.people: People | None = None
         self._noting: asyncio.Task[None] | None = None
-        self._in_trouble = self._has_stopped = self._is_over_budget = False
+        self._in_trouble = self._has_stopped = False
         self._is_stale = False
         self._showing: asyncio.Task[None] | None = None
         # A run that was kicked off right here has just been shown.
@@ -225,9 +224,6 @@ class _Waiter(Watcher):
             self._show_beside()
         if self.people is not None:
             await self.people.answer()
-        if run.crew.budgets and not self._is_over_budget and run.record and await to_stop(run.crew, [run.record]):
-            self._is_over_budget = True
-            await self._stop_late()
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
 

@@ -56,7 +56,7 @@ WORLDS = {
     "a machine falls asleep over its permit, and wakes up when its claim was voided and removed": Scenario(
         calls=(Call(freeze_at=18, freeze_for=400.0, crashed_at=5.0, again=(0.2,)),), prunes=(Prune(at=130.0),), budget=2
     ),
-    "what a sleeping machine's claim has reserved of a budget is given back once": Scenario(
+    "the estimate of a sleeping machine's claim is taken off its budget once": Scenario(
         calls=(Call(freeze_at=12, freeze_for=400.0, crashed_at=5.0, again=(3.0,)),), budget=100
     ),
 }

@@ -28,11 +28,11 @@ from prefect_crew import (
     BudgetExceededError,
     ConfigurationError,
     CrewStep,
-    CrewStoppedError,
     DeployedCrew,
     InvalidInputsError,
     KickoffUncertainError,
     PipelineFailedError,
+    WaitPolicy,
     arun_crew,
     arun_pipeline,
     kickoff_crew,
@@ -42,19 +42,18 @@ from prefect_crew.batches.ledger import Ledger
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.prices import Price
 from prefect_crew.records import budgets as counters
-from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.model import RecordPhase, utcnow
 from prefect_crew.records.prune import prune
 from prefect_crew.records.resolve import resolve_never_started
 from prefect_crew.records.store import USED, PrefectRecords
-from prefect_crew.runs import kickoff, stop
+from prefect_crew.runs import kickoff
 from prefect_crew.runs.run import finish_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.prefect_server import PrefectServer
 from support.records import new_record, read_named
-from support.scripts import script, slow
-from support.webhooks import until
+from support.scripts import Held, script
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -63,12 +62,6 @@ def used(tokens: int, seconds: float = 0.0) -> str:
     """Return a crew that says how many tokens it used."""
     usage = {"total_tokens": tokens, "prompt_tokens": tokens - 10, "completion_tokens": 10}
     return script({"output": "done", "seconds": seconds}, usage=usage)
-
-
-@pytest.fixture(autouse=True)
-def no_earlier_runs(prefect_server: PrefectServer) -> None:
-    """What the runs of a crew used is told by its URL, and a port may have been that of an earlier test's crew."""
-    prefect_server.forget_records()
 
 
 @pytest.fixture
@@ -85,19 +78,7 @@ async def limits_of(name: str) -> list[GlobalConcurrencyLimitResponse]:
 
 
 async def counted(name: str) -> int:
-    return sum(limit.active_slots for limit in await limits_of(name) if not limit.name.endswith(".exceeded"))
-
-
-async def have_used(url: str, tokens: int, runs: int = 1) -> None:
-    """Let earlier runs of a crew, under no budget, have used so many tokens each."""
-    for _ in range(runs):
-        facts: dict[str, Any] = {"phase": RecordPhase.ENDED, "usage": TokenUsage(total_tokens=tokens)}
-        assert await PrefectRecords().claim(new_record(crew_url=url, **facts))
-
-
-def refusal(name: str, counter: str, measure: str) -> BudgetExceededError:
-    facts: dict[str, Any] = {"used": 2, "limit": 2, "needed": 1, "on_limit": "stop"}
-    return BudgetExceededError(budget=name, counter=counter, measure=measure, **facts)
+    return sum(limit.active_slots for limit in await limits_of(name))
 
 
 @pytest.fixture
@@ -132,7 +113,7 @@ async def test_a_start_beyond_it_is_refused_and_costs_nothing(crew_server: CrewS
     with pytest.raises(BudgetExceededError, match="no room for another run") as raised:
         await arun_crew(crew, {"text": "2"}, idempotency_key=f"{name}-2")
     error = raised.value
-    assert (error.budget, error.measure, error.used, error.limit, error.needed) == (name, "kickoffs", 2, 2, 1)
+    assert (error.budget, error.measure, error.used, error.limit, error.estimate) == (name, "kickoffs", 2, 2, 1)
     assert error.resets_at is not None
     assert f"{error.resets_at:%Y-%m-%d %H:%M} UTC" in str(error)
     assert (server.kickoffs, await counted(name)) == (2, 2)
@@ -187,7 +168,7 @@ async def test_budgets_of_a_flow_a_pipeline_and_a_block_all_hold(crew_server: Cr
         BudgetExceededError, match=f"Budget 'flow-{name}' .*raise max_kickoffs and make the same call again"
     ):
         await each()
-    assert await counted(name) == 1, "what the refused one had reserved of the block's budget was given back"
+    assert await counted(name) == 1, "the estimate of the refused one was taken off the block's budget"
     steps = [CrewStep(step, crew, {"text": step}) for step in "abc"]
     with pytest.raises(PipelineFailedError) as raised:
         await arun_pipeline(steps, name=f"pipe-{name}", budgets=[Budget(max_kickoffs=2)])
@@ -231,7 +212,7 @@ async def test_what_surely_did_not_start_is_given_back(crew_server: CrewServerFa
     assert await counted(name) == 1
 
 
-async def test_an_uncertain_kickoff_keeps_its_reserve_until_it_is_resolved(crew_server: CrewServerFactory, name: str):
+async def test_an_uncertain_kickoff_keeps_its_estimate_until_it_is_resolved(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo", faults=["kickoff:500-before-accept@1"])
     crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
     with pytest.raises(KickoffUncertainError):
@@ -297,53 +278,71 @@ async def test_a_claim_that_its_owner_gave_up_is_given_back_once(
 # What runs use
 
 
-async def test_a_run_reserves_the_median_and_its_end_corrects_that(crew_server: CrewServerFactory, name: str):
+async def test_a_start_adds_the_estimate_and_the_end_the_difference(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(700), response_format="union")
-    crew = server.crew(budgets=[Budget(max_tokens=2000, per="day", name=name)])
-    first = await crew.trigger({})
-    assert await counted(name) == 100, "a twentieth, as long as nothing is known"
-    await first.wait_for_completion()
-    assert await counted(name) == 700
-    second = await crew.trigger({})
-    assert await counted(name) == 1400
-    await second.wait_for_completion()
-    with pytest.raises(BudgetExceededError, match="takes about 700: 1,400 of 2,000 tokens"):
+    crew = server.crew(budgets=[Budget(max_tokens=2000, estimate_tokens=650, per="day", name=name)])
+    for before in (0, 700):
+        run = await crew.trigger({})
+        assert await counted(name) == before + 650
+        await run.wait_for_completion()
+        assert await counted(name) == before + 700
+    with pytest.raises(BudgetExceededError, match="takes about 650: 1,400 of 2,000 tokens"):
         await crew.trigger({})
 
 
 async def test_who_uses_more_than_there_is_fills_the_counter(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(900), response_format="union")
-    crew = server.crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
+    crew = server.crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
     runs = [await crew.trigger({}) for _ in range(2)]
     for run in runs:
         await run.wait_for_completion()
     assert await counted(name) == 1000
 
 
-async def test_a_run_that_reports_nothing_counts_as_its_reserve(crew_server: CrewServerFactory, name: str):
-    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
+async def test_a_run_that_reports_nothing_counts_as_its_estimate(crew_server: CrewServerFactory, name: str):
+    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
     await arun_crew(crew, {"text": "a"})
     assert await counted(name) == 50
 
 
-async def test_what_a_run_uses_counts_also_where_the_runs_before_used_nothing(
-    crew_server: CrewServerFactory, name: str
+@pytest.mark.parametrize(
+    ("budget", "price", "proposal"),
+    [
+        pytest.param({"max_tokens": 5000}, None, r"Give the budget estimate_tokens=110, the mean", id="tokens"),
+        pytest.param(
+            {"max_cost": 5},
+            Price(per_1k_input=1, per_1k_output=1),
+            r"Give the budget estimate_cost=0\.11, the mean of .* or give the crew a price for each run",
+            id="cost",
+        ),
+        pytest.param({"max_cost": 5}, None, r"estimate_cost=0\.11", id="cost without a price"),
+    ],
+)
+async def test_without_an_estimate_nothing_starts_and_the_mean_of_the_latest_runs_is_proposed(
+    crew_server: CrewServerFactory, name: str, prefect_server: PrefectServer, budget: Any, price: Any, proposal: str
 ):
-    server = crew_server(used(700), response_format="union")
-    crew = server.crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
-    await have_used(server.url, 0, runs=3)
-    for _ in range(2):
-        await arun_crew(crew, {})
-    assert await counted(name) == 1000
-    with pytest.raises(BudgetExceededError):
-        await arun_crew(crew, {})
+    prefect_server.forget_records()  # a port may have been that of the crew of an earlier test
+    server = crew_server("echo")
+    crew = server.crew(budgets=[Budget(per="day", name=name, **budget)], price=price)
+    with pytest.raises(ConfigurationError, match=r"no run of crew .* has reported its use of late"):
+        await arun_crew(crew, {"text": "a"})
+    for tokens in (*[9000] * 3, *[100, 120] * 10):
+        facts: dict[str, Any] = {"phase": RecordPhase.ENDED, "usage": TokenUsage(total_tokens=tokens)}
+        record = new_record(crew_url=server.url, cost=tokens / 1000, ended_at=utcnow(), **facts)
+        assert await PrefectRecords().claim(record)
+    with pytest.raises(ConfigurationError, match=f"Budget '{name}' limits .* {proposal}") as raised:
+        await arun_crew(crew, {"text": "a"}, idempotency_key=name)
+    assert "the last 20 runs" in str(raised.value)
+    assert (server.kickoffs, await counted(name), await PrefectRecords().attempts(name)) == (0, 0, [])
 
 
 async def test_the_cost_follows_the_price(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(1010), response_format="union")
-    budgets = [Budget(max_cost=1, per="day", name=name)]
+    budgets = [Budget(max_cost=1, estimate_cost=0.05, per="day", name=name)]
     crew = server.crew(budgets=budgets, price=Price(per_1k_input=0.3, per_1k_output=1))
-    await arun_crew(crew, {})
+    run = await crew.trigger({})
+    assert await counted(name) == 500
+    await run.wait_for_completion()
     assert await counted(name) == 3100
     fixed = server.crew(budgets=budgets, price=0.2)
     for _ in range(3):
@@ -351,23 +350,22 @@ async def test_the_cost_follows_the_price(crew_server: CrewServerFactory, name: 
     assert await counted(name) == 9100
     with pytest.raises(BudgetExceededError, match=r"takes about 0\.2: 0\.91 of 1 cost"):
         await arun_crew(fixed, {})
-    with pytest.raises(ConfigurationError, match="has no price"):
-        await arun_crew(server.crew(budgets=budgets), {})
-    assert server.kickoffs == 4
+    await arun_crew(server.crew(budgets=budgets), {})
+    assert await counted(name) == 9600, "without a price a run counts as its estimate"
+    assert server.kickoffs == 5
 
 
 async def test_waits_that_see_an_end_at_the_same_moment_settle_it_once(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(100, seconds=0.3), response_format="union")
-    crew = server.crew(budgets=[Budget(max_tokens=1_000_000, per="month", name=name)])
-    await have_used(server.url, 1000)
+    crew = server.crew(budgets=[Budget(max_tokens=1_000_000, estimate_tokens=1000, per="month", name=name)])
     for number in range(1, 4):
         await asyncio.gather(*(arun_crew(crew, {}, idempotency_key=f"{name}-{number}") for _ in range(4)))
         assert await counted(name) == 100 * number
 
 
 async def test_an_end_that_is_seen_twice_leaves_a_full_counter_as_it_is(crew_server: CrewServerFactory, name: str):
-    """The second one finds no room for what the run used beyond its reserve: it gives back no more than it took."""
-    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, per="day", name=name)])
+    """The second one finds no room for what the run used beyond its estimate: it gives back no more than it took."""
+    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
     record = await PrefectRecords().of_kickoff((await crew.trigger({"text": "a"})).kickoff_id)
     assert record is not None
     record.usage = TokenUsage(total_tokens=900)
@@ -378,26 +376,10 @@ async def test_an_end_that_is_seen_twice_leaves_a_full_counter_as_it_is(crew_ser
 
 async def test_whoever_adopts_a_run_settles_what_its_record_says(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(700), response_format="union")
-    run = await server.crew(budgets=[Budget(max_tokens=2000, per="day", name=name)]).trigger({})
+    budget = Budget(max_tokens=2000, estimate_tokens=100, per="day", name=name)
+    run = await server.crew(budgets=[budget]).trigger({})
     await wait_for_crew(server.crew(), str(run.kickoff_id))
     assert await counted(name) == 700
-
-
-async def test_what_a_stopped_run_tells_late_is_counted(
-    crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
-):
-    """Who stops it does not get to know what it used, and its wait does."""
-    monkeypatch.setattr(stop, "LOOK_WITHIN", 0.0)
-    server = crew_server(slow(60), response_format="union")
-    crew = server.crew(budgets=[Budget(max_tokens=1000, per="day", name=name, on_limit="stop")])
-    waiting = asyncio.ensure_future((await crew.trigger({})).wait_for_completion())
-    server.runs[0].usage = TokenUsage(total_tokens=20)
-    assert await counted(name) == 50
-    (limit,) = await limits_of(name)
-    await counters.note_exceeded(refusal(name, limit.name, "tokens"), crew.crew)
-    with pytest.raises(CrewStoppedError):
-        await waiting
-    assert (server.requests["stop"], await counted(name)) == (1, 20)
 
 
 async def test_changing_the_budget_takes_effect_at_once(crew_server: CrewServerFactory, name: str):
@@ -458,14 +440,12 @@ async def test_a_limit_that_warns_and_a_higher_one_that_holds_both_do(
 
 async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name: str, asked: list[str]):
     server = crew_server("echo")
-    await have_used(server.url, 100)
     found: dict[str, Counter[str]] = {}
     crews = {
         "none": server.crew(),
         "kickoffs": server.crew(budgets=[Budget(max_kickoffs=9, per="day", name=name)]),
         "cost": server.crew(budgets=[Budget(max_cost=9, per="day", name=name)], price=0.1),
-        "median": server.crew(budgets=[Budget(max_tokens=9000, per="day", name=name)]),
-        "stop": server.crew(budgets=[Budget(max_kickoffs=9, per="month", name=name, on_limit="stop")]),
+        "tokens": server.crew(budgets=[Budget(max_tokens=9000, estimate_tokens=100, per="day", name=name)]),
     }
     for what, crew in crews.items():
         seen: list[Counter[str]] = []
@@ -476,48 +456,25 @@ async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name
         # The first one creates the counter; Prefect itself asks for more now and then. What each asks for counts.
         found[what] = reduce(and_, seen[1:])
     one_more = found["none"] + Counter(["POST /v2/concurrency_limits/increment"])
-    assert found["kickoffs"] == found["cost"] == found["median"] == found["stop"] == one_more
+    assert found["kickoffs"] == found["cost"] == found["tokens"] == one_more
 
 
-async def test_only_the_first_start_under_a_budget_looks_through_the_records(
-    crew_server: CrewServerFactory, name: str, asked: list[str]
-):
-    server = crew_server(used(700), response_format="union")
-    await arun_crew(server.crew(), {})
-    seen: list[Counter[str]] = []
-    for per in ("day", "day", "month"):
-        asked.clear()
-        await server.crew(budgets=[Budget(max_tokens=9000, per=per, name=name)]).trigger({})
-        seen.append(Counter(one for one in asked if "variables" in one or "concurrency" in one))
-    first, second, third = seen
-    increment, create = "POST /v2/concurrency_limits/increment", "POST /v2/concurrency_limits/"
-    assert first - second == Counter(["POST /variables/filter", "POST /variables/", create])
-    assert third - second == Counter([create]), "the first start in a period makes its counter"
-    assert second[increment] == third[increment] == 1
-    assert await counted(name) == 3 * 700
-
-
-async def test_an_end_that_is_corrected_costs_two_requests_and_two_to_list_it(
-    crew_server: CrewServerFactory, name: str, asked: list[str]
-):
-    crew = crew_server(used(700), response_format="union").crew(budgets=[Budget(max_tokens=20_000, name=name)])
-    run = await crew.trigger({})
+async def test_an_end_that_is_corrected_costs_two_requests(crew_server: CrewServerFactory, name: str, asked: list[str]):
+    budgets = [Budget(max_tokens=20_000, estimate_tokens=1000, name=name)]
+    run = await crew_server(used(700), response_format="union").crew(budgets=budgets).trigger({})
     asked.clear()
     await run.wait_for_completion()
-    variables = ("POST /variables/", "POST /variables/filter")
-    assert [one for one in asked if "v2/concurrency" in one or one in variables] == [
-        *variables,
-        "POST /v2/concurrency_limits/decrement",
-    ]
-    assert len([one for one in asked if one.startswith("PATCH /variables/")]) == 2, "the list, and the end"
+    found = [one for one in asked if "v2/concurrency" in one or one == "POST /variables/"]
+    assert found == ["POST /variables/", "POST /v2/concurrency_limits/decrement"]
 
 
-@pytest.mark.parametrize("tokens", [20, 700], ids=["less than the reserve", "more than the reserve"])
+@pytest.mark.parametrize("tokens", [20, 700], ids=["less than the estimate", "more than the estimate"])
 async def test_who_dies_over_an_end_leaves_the_counter_too_high(
     crew_server: CrewServerFactory, name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Whoever sees the end after that counts what is missing once more, and gives it back: somebody has counted it."""
-    crew = crew_server(used(tokens), response_format="union").crew(budgets=[Budget(max_tokens=2000, name=name)])
+    budgets = [Budget(max_tokens=2000, estimate_tokens=100, name=name)]
+    crew = crew_server(used(tokens), response_format="union").crew(budgets=budgets)
     run = await crew.trigger({})
     save = PrefectRecords.save
 
@@ -536,9 +493,13 @@ async def test_who_dies_over_an_end_leaves_the_counter_too_high(
     assert await counted(name) == max(tokens, 100)
 
 
-async def test_pruning_leaves_what_was_noted_within_the_hour(crew_server: CrewServerFactory, name: str):
+async def test_pruning_leaves_what_was_noted_within_the_hour(
+    crew_server: CrewServerFactory, name: str, prefect_server: PrefectServer
+):
     """Another wait may be about to see the same end, and would settle it once more."""
-    crew = crew_server(used(700), response_format="union").crew(budgets=[Budget(max_tokens=2000, name=name)])
+    prefect_server.forget_records()
+    budgets = [Budget(max_tokens=2000, estimate_tokens=100, name=name)]
+    crew = crew_server(used(700), response_format="union").crew(budgets=budgets)
     await arun_crew(crew, {})
     await prune(PrefectRecords(), older_than=timedelta(0))
     assert len(await read_named(f"{USED}use_")) == 1
@@ -586,23 +547,6 @@ async def test_automations_hear_of_it_once(crew_server: CrewServerFactory, name:
     assert event["payload"] | {"used": 1, "limit": 1, "budget": name, "measure": "kickoffs"} == event["payload"]
 
 
-async def test_stop_stops_what_is_in_flight(crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch):
-    server = crew_server(slow(30))
-    crew = server.crew(budgets=[Budget(max_kickoffs=2, per="day", name=name, on_limit="stop")])
-    other = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=f"{name}-other", on_limit="stop")])
-    runs = [asyncio.ensure_future(arun_crew(crew, {"n": number})) for number in range(2)]
-    left = asyncio.ensure_future(arun_crew(other, {}))
-    await until(lambda: server.kickoffs == 3, "all runs are in flight")
-    with pytest.raises(BudgetExceededError):
-        await arun_crew(crew, {"n": 2})
-    errors = await asyncio.wait_for(asyncio.gather(*runs, return_exceptions=True), 20)
-    assert [type(error) for error in errors] == [CrewStoppedError] * 2
-    assert server.requests["stop"] == 2
-    assert not left.done(), "a run under another budget goes on"
-    left.cancel()
-    await asyncio.wait({left})
-
-
 # In a batch
 
 
@@ -621,34 +565,46 @@ async def test_a_batch_leaves_the_rows_for_which_there_is_no_room(
 
 
 async def test_a_batch_uses_what_runs_in_flight_leave(crew_server: CrewServerFactory, name: str, tmp_path: Path):
-    """Each row reserves 100 and uses 20: all fit, one after another."""
+    """The estimate of each row is 100, and it uses 20: more fit, one after another."""
     server, batch = crew_server(used(20, seconds=0.1), response_format="union"), Batches(tmp_path)
-    await have_used(server.url, 100, runs=20)
     rows = [{"n": f"{number}"} for number in range(12)]
-    report = await batch(server.crew(), rows, name=name, budgets=[Budget(max_tokens=250)])
+    report = await batch(server.crew(), rows, name=name, budgets=[Budget(max_tokens=250, estimate_tokens=100)])
     assert (report.completed, await counted(name)) == (8, 160)
     assert report.stopped is not None
     assert report.stopped.startswith(f"Budget '{name}' has no room for another run, which takes about 100: 160 of 250 ")
 
 
-async def test_a_new_batch_reserves_what_other_runs_of_the_crew_have_used(
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_500_rows_in_flight_use_beyond_the_limit_at_most_what_they_use_beyond_their_estimates(
+    crew_server: CrewServerFactory, name: str, tmp_path: Path, notes: list[str]
+):
+    server, rows = crew_server(Held(500, tokens=800), response_format="union"), [{"text": str(n)} for n in range(520)]
+    options: dict[str, Any] = {"max_in_flight": 510, "wait": WaitPolicy(initial=5.0, max_interval=5.0)}
+    budgets = [Budget(max_tokens=250_000, estimate_tokens=500)]
+    report = await Batches(tmp_path)(server.crew(), rows, name=name, budgets=budgets, **options)
+    used_up = report.spending.tokens
+    notes.append(f"budget of 250,000 tokens, 500 rows in flight: {server.kickoffs} runs used {used_up:,}")
+    assert (report.failed, report.completed, server.kickoffs, report.skipped) == (0, 500, 500, 20)
+    assert (used_up, await counted(name)) == (250_000 + 500 * 300, 250_000)
+
+
+async def test_a_batch_without_an_estimate_is_refused_as_a_whole(
     crew_server: CrewServerFactory, name: str, tmp_path: Path
 ):
-    server, batch = crew_server(used(700), response_format="union"), Batches(tmp_path)
-    await arun_crew(server.crew(budgets=[Budget(max_tokens=9000, name=f"{name}-other")]), {})
-    report = await batch(server.crew(), [{"n": "0"}], name=name, budgets=[Budget(max_tokens=600)])
-    assert (server.kickoffs, report.skipped) == (1, 1)
-    assert report.stopped is not None
-    assert "takes about 700" in report.stopped
+    server, batch = crew_server("echo"), Batches(tmp_path)
+    with pytest.raises(ConfigurationError, match=f"Budget '{name}' limits tokens"):
+        await batch(server.crew(), [{"text": "a"}, {"text": "b"}], name=name, budgets=[Budget(max_tokens=600)])
+    assert (server.kickoffs, await counted(name), [*tmp_path.glob("*.jsonl")]) == (0, 0, [])
 
 
 async def test_a_row_whose_end_is_seen_by_its_wait_and_by_who_stops_it_is_settled_once(
     crew_server: CrewServerFactory, name: str, tmp_path: Path
 ):
-    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=400, per="day", name=name)]).crew
+    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=400, estimate_tokens=100, per="day", name=name)]).crew
     async with Ledger(str(tmp_path / "ledger.db"), name) as ledger:
-        waited = new_record(ledger.idempotency_key("a"), crew_url=crew.url, earlier=[{"tokens": 100}])
-        await counters.reserve(crew, waited, set())
+        waited = new_record(ledger.idempotency_key("a"), crew_url=crew.url)
+        await counters.add_estimates(crew, waited)
         assert await ledger.claim(waited)
         waited.phase, waited.kickoff_id = RecordPhase.STARTED, "k"
         await ledger.save(waited)
@@ -669,27 +625,3 @@ async def test_a_row_that_is_refused_after_a_pause_is_given_back(
     server = crew_server("echo", faults=["kickoff:429-bare@1", "kickoff:422-before-accept@2"])
     report = await Batches(tmp_path)(server.crew(), [{"text": "a"}], name=name, budgets=[Budget(max_kickoffs=9)])
     assert (report.failed, server.requests["kickoff"], await counted(name)) == (1, 2, 0)
-
-
-async def test_a_refusal_stops_the_runs_from_before_it_until_the_budget_is_changed(
-    crew_server: CrewServerFactory, name: str
-):
-    server = crew_server("echo")
-
-    def crew(most: int) -> DeployedCrew:
-        return server.crew(budgets=[Budget(max_kickoffs=most, per="day", name=name, on_limit="stop")])
-
-    async def start(number: int, most: int) -> None:
-        await crew(most).trigger({"text": "a"}, idempotency_key=f"{name}-{number}")
-
-    async def to_stop(most: int) -> list[str]:
-        records = [record for number in range(3) for record in await PrefectRecords().attempts(f"{name}-{number}")]
-        return [one.idempotency_key for one in await counters.to_stop(crew(most).crew, records)]
-
-    await start(0, most=2)
-    (limit,) = await limits_of(name)
-    await counters.note_exceeded(refusal(name, limit.name, "kickoffs"), crew(2).crew)
-    await start(1, most=2)
-    assert await to_stop(most=2) == [f"{name}-0"]
-    await start(2, most=5)
-    assert await to_stop(most=5) == []

@@ -276,7 +276,7 @@ async def test_no_start_nor_look_reads_by_tag_or_by_like(monkeypatch: pytest.Mon
     monkeypatch.setattr(PrefectClient, "request", noted)
     kickoff_id = f"r {uuid.uuid4()}"
     record = await started(kickoff_id)
-    assert await RECORDS.confirm(record, [], with_earlier=False)
+    assert await RECORDS.confirm(record, [])
     assert await RECORDS.of_kickoff(kickoff_id) is not None
     assert await RECORDS.reviews(record) == []
     assert await RECORDS.permit(record, 30, before=Lease(-1.0)) is False

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
+
+from prefect_crew.devserver import CrewScript
+from prefect_crew.devserver._runs import Outcome, Run
+from prefect_crew.devserver._scripts import ScriptedProgram
 
 
 def script(*tasks: dict[str, Any], inputs: Sequence[Any] = (), **more: Any) -> str:
@@ -26,3 +32,20 @@ ASKS = script(
     {"name": "print", "seconds": 0.3, "output": "printed"},
 )
 """A crew that waits for a person once."""
+
+
+class Held(ScriptedProgram):
+    """A crew whose runs end once `most` have begun, or after ten minutes, and each report so many tokens."""
+
+    def __init__(self, most: int, *, tokens: int) -> None:
+        usage = {"total_tokens": tokens, "prompt_tokens": tokens, "completion_tokens": 0}
+        tasks = [{"name": "t", "output": "done"}]
+        super().__init__(CrewScript.model_validate({"name": "c", "inputs": ["text"], "usage": usage, "tasks": tasks}))
+        self.most, self.begun = most, 0
+
+    async def execute(self, run: Run) -> Outcome:
+        self.begun += 1
+        until = time.monotonic() + 600
+        while self.begun < self.most and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        return await super().execute(run)
