@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         CrewStatus,
         HumanInputWebhook,
         ResumeAnswer,
+        Review,
+        ReviewRequest,
         StopAnswer,
         StreamWebhook,
         TaskResult,
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
         run_pipeline,
     )
     from prefect_crew.prices import Price, Spending
-    from prefect_crew.runs.reviews.questions import Review, ReviewRequest
     from prefect_crew.states import CrewState
     from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 
@@ -72,13 +73,12 @@ __getattr__, __dir__ = lazy_names(
         "blocks": "CrewRun DeployedCrew",
         "budgets": "Budget",
         "client": "BasicAuth BearerAuth CrewClient CrewInput CrewResult CrewStatus HumanInputWebhook ResumeAnswer "
-        "StopAnswer StreamWebhook TaskResult TokenUsage Webhooks",
+        "Review ReviewRequest StopAnswer StreamWebhook TaskResult TokenUsage Webhooks",
         "crew": "WaitPolicy",
         "flows": "arun_crew get_result run_crew run_deployed_crew",
         "pipelines.graph": "CrewStep PipelineContext PipelinePlan",
         "pipelines.run": "PipelineResult aplan_pipeline arun_pipeline plan_pipeline run_deployed_pipeline run_pipeline",
         "prices": "Price Spending",
-        "runs.reviews.questions": "Review ReviewRequest",
         "states": "CrewState",
         "tasks": "discover_inputs kickoff_crew resume_crew stop_crew wait_for_crew",
     },

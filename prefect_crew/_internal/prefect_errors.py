@@ -7,7 +7,8 @@ httpx's. This module alone knows both. Import the tuples and catch them: `except
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
@@ -15,7 +16,7 @@ import httpx
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_URL
 
-from prefect_crew.exceptions import PrefectAwayError
+from prefect_crew.exceptions import CrewError, PrefectAwayError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,3 +107,25 @@ def naming_prefect_away(
         return call
 
     return decorate
+
+
+@contextmanager
+def naming_prefect_errors(what: str) -> Generator[None]:
+    """Raise an error of ours in place of an error of Prefect's client.
+
+    `what` says what was not done, to which run, and what to do next.
+
+    Raises:
+        PrefectAwayError: The Prefect API does not answer.
+        CrewError: It refuses, as with 403.
+    """
+    try:
+        yield
+    except PREFECT_ERRORS as error:
+        status = f"HTTP {error.response.status_code}" if isinstance(error, STATUS_ERRORS) else type(error).__name__
+        if is_away(error):
+            raise PrefectAwayError(f"The Prefect API does not answer ({status}). {what}") from error
+        raise CrewError(
+            f"The Prefect API refuses a request ({status}). {what} To see which request is refused: prefect-crew "
+            "doctor."
+        ) from error

@@ -37,10 +37,9 @@ from prefect_crew.artifacts.escape import (
     table,
 )
 from prefect_crew.client.encoding import encode_inputs
-from prefect_crew.client.models import CrewStatus, TaskResult
+from prefect_crew.client.models import CrewStatus, Review, TaskResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.prices import money
-from prefect_crew.records.model import SentReview
 from prefect_crew.states import CrewState
 
 SHOW_FOR = 5.0
@@ -212,7 +211,7 @@ class RunView:
     read_result: str | None = None
     notes: Sequence[str] = ()
     to_do: Sequence[str] = ()
-    reviews: Sequence[SentReview] = ()
+    reviews: Sequence[Review] = ()
     failed_task: str | None = None
     attempt: str | None = None
     advice: str | None = None
@@ -305,7 +304,7 @@ def _reviews(view: RunView) -> str:
             str(review.round),
             answer if review.outcome == "sent" else f"{answer} (nobody knows whether it arrived)",
             cell(review.by, 60),
-            f"{review.at:%Y-%m-%d %H:%M:%S} UTC",
+            f"{review.at:%Y-%m-%d %H:%M:%S} UTC" if review.at else "",
         ]
         rows.append([*row, cell(review.feedback)] if view.show == "full" else row)
     return "### Answers\n\n" + table(header, rows)

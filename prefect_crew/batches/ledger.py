@@ -19,12 +19,12 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.database import Database, GroupWriter, answers, attempts, batches, rows, seconds_left, short
 from prefect_crew.batches.outcomes import CONFLICT_REASON, CORRECTABLE, SENDER_ENDED, RowState, state_of
 from prefect_crew.batches.rows import BadRow, RowJob, SetAside
-from prefect_crew.client.models import TokenUsage
+from prefect_crew.client.models import Review, TokenUsage
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError, LedgerError
 from prefect_crew.prices import Spending
 from prefect_crew.records.keys import escape_name
-from prefect_crew.records.model import SPARE, Lease, RecordPhase, RunRecord, SentReview, resolution
+from prefect_crew.records.model import SPARE, Lease, RecordPhase, RunRecord, resolution
 from prefect_crew.runs.kickoff import ClaimLostError
 
 T = TypeVar("T")
@@ -493,19 +493,19 @@ class Ledger:
             if record.human_since is not None:
                 yield record
 
-    async def reviews(self, record: RunRecord) -> list[SentReview]:
+    async def reviews(self, record: RunRecord) -> list[Review]:
         """Return what people have answered to a run, in order."""
         query = sa.select(answers.c.review).where(*self._attempt(answers, record)).order_by(answers.c.number)
-        return [SentReview.model_validate_json(text) for (text,) in await self._rows(query)]
+        return [Review.model_validate_json(text) for (text,) in await self._rows(query)]
 
-    async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
-        """Write down an answer that is about to be sent; False if there is somebody else's of this number."""
+    async def add_review(self, record: RunRecord, number: int, review: Review) -> bool:
+        """Write down an answer that is about to be sent; False if another answer has this number."""
         place = {"batch": self.batch, "row_key": self.row_key(record.idempotency_key), "attempt": record.attempt}
         values = {**place, "number": number, "review": review.model_dump_json()}
         statement = self.database.insert(answers).values(values).on_conflict_do_nothing()
         return await self._run(lambda connection: connection.execute(statement).rowcount == 1, "written", once=True)
 
-    async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
+    async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
         """Write down what became of it."""
         where = (*self._attempt(answers, record), answers.c.number == number)
         await self._execute(sa.update(answers).where(*where).values(review=review.model_dump_json()))

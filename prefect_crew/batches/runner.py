@@ -534,7 +534,7 @@ class _RowWatcher(Watcher):
         self._run.see_task(status.current_task)
         if status.state is CrewState.WAITING:
             task = record.human_task
-            await self.people.ask(status)
+            await self.people.see_status(status)
             if record.human_task != task:
                 await runner.ledger.save(record)
             runner.log_seldom(
@@ -549,7 +549,7 @@ class _RowWatcher(Watcher):
             if record.human_since is not None or self._people is not None:
                 await self.people.aclose(ended=True)
         elif self._people is not None:
-            await self._people.ask(status)
+            await self._people.see_status(status)
 
     async def pause(self, seconds: float) -> bool:
         return await (super().pause if self._waker is None else self._waker.pause)(seconds)

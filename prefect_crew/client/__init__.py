@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         CrewResult,
         CrewStatus,
         ResumeAnswer,
+        Review,
+        ReviewRequest,
         StopAnswer,
         StopOutcome,
         TaskResult,
@@ -25,14 +27,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BasicAuth", "BearerAuth", "CrewClient", "CrewInput", "CrewResult", "CrewStatus", "HumanInputWebhook",
-    "ResumeAnswer", "StopAnswer", "StopOutcome", "StreamWebhook", "TaskResult", "TokenUsage", "Webhooks",
+    "ResumeAnswer", "Review", "ReviewRequest", "StopAnswer", "StopOutcome", "StreamWebhook", "TaskResult", "TokenUsage",
+    "Webhooks",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "_client": "CrewClient",
-        "models": "CrewInput CrewResult CrewStatus ResumeAnswer StopAnswer StopOutcome TaskResult TokenUsage",
+        "models": "CrewInput CrewResult CrewStatus ResumeAnswer Review ReviewRequest StopAnswer StopOutcome TaskResult "
+        "TokenUsage",
         "webhooks": "BasicAuth BearerAuth HumanInputWebhook StreamWebhook Webhooks",
     },
 )

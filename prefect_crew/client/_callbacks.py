@@ -1,4 +1,4 @@
-"""Review by callback, as Flows ask for it: the signed webhook that asks, and the answer that goes to its callback URL.
+"""Reviews by callback: a Flow's question comes by a signed webhook, and its answer goes to the callback URL in it.
 
 The platform signs `{timestamp}.{body}` with a secret of the webhook's own. The callback URL holds a token of a single
 use: whoever has it can answer, so it is shown nowhere, and no other token is sent to it.
@@ -9,15 +9,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from typing import ClassVar
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import SecretStr
 
 from prefect_crew.client._parsing import RUN_KEYS, as_id, as_list, as_object, as_text, decode, pick, values_at
 from prefect_crew.client._transport import Call, Connections, is_loopback
-from prefect_crew.client.models import ResumeAnswer
+from prefect_crew.client.models import ResumeAnswer, Review, ReviewRequest
 from prefect_crew.client.redaction import Redactor
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError, ResponseFormatError
 
@@ -28,21 +28,6 @@ ANSWER_WITHIN = 30.0
 MOST_OPTIONS = 50
 _YES = frozenset({"approve", "approved", "accept", "accepted", "yes", "ok"})
 _NO = frozenset({"reject", "rejected", "decline", "declined", "deny", "denied", "no"})
-
-
-class FeedbackRequest(BaseModel):
-    """What a Flow asks of a person: `options` are the outcomes that it can go on with, none where any text will do."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
-
-    id: str
-    kickoff_id: str
-    task_id: str
-    callback_url: SecretStr = Field(repr=False)
-    message: str | None = Field(default=None, repr=False)
-    output: str | None = Field(default=None, repr=False)
-    options: tuple[str, ...] = ()
-    assigned_to: str | None = None
 
 
 def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, now: float) -> bool:
@@ -62,12 +47,13 @@ def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, no
     return fits
 
 
-def parse_request(body: bytes) -> FeedbackRequest | None:
-    """Return what a webhook asks, None for one that asks nothing new.
+def parse_question(body: bytes) -> ReviewRequest | None:
+    """Return the question in a webhook, None where it holds no new one.
 
-    Raises ResponseFormatError where it names no run, or no callback URL that can be used.
+    Raises:
+        ResponseFormatError: The webhook names no run, or no callback URL that can be called.
     """
-    expected = "a request for a person's feedback"
+    expected = "a question to a person"
     value = decode(body, expected=expected)
     source = as_object(value)
     if pick(as_text, source, "event_type", "event", "type") not in ("new_request", "escalation"):
@@ -78,7 +64,7 @@ def parse_request(body: bytes) -> FeedbackRequest | None:
     if kickoff_id is None or id_ is None or _read_url(url) is None:
         raise ResponseFormatError(expected=expected, body=f"the keys {', '.join(sorted(source)[:20])}")
     options = map(as_text, as_list(next(values_at(source, "emit_options", "emit"), None)))
-    return FeedbackRequest(
+    return ReviewRequest(
         # The id alone: a response token would be a secret in a name.
         id=hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:32],
         kickoff_id=kickoff_id,
@@ -87,20 +73,17 @@ def parse_request(body: bytes) -> FeedbackRequest | None:
         message=as_text(source.get("message")),
         output=as_text(source.get("output")),
         options=tuple(dict.fromkeys(filter(None, options)))[:MOST_OPTIONS],
-        assigned_to=pick(as_text, source, "assigned_to_email", "assigned_to.email"),
     )
 
 
-async def post_feedback(
-    request: FeedbackRequest, feedback: str, *, source: str, allow_http: bool = False
-) -> ResumeAnswer:
-    """Answer a request at its callback URL, once. No token goes with it but the one in the URL.
+async def post_answer(question: ReviewRequest, review: Review, *, allow_http: bool = False) -> ResumeAnswer:
+    """Send an answer to the callback URL of a Flow's question, once. No token goes with it but the one in the URL.
 
     Raises:
-        ConfigurationError: The URL cannot be called: nothing was sent.
+        ConfigurationError: The URL cannot be called, or the Flow has no such outcome. Nothing was sent.
         CrewAPIError, CrewConnectionError: As a call of `CrewClient`. `kickoff_fate` says what that means.
     """
-    url = request.callback_url.get_secret_value()
+    url = "" if question.callback_url is None else question.callback_url.get_secret_value()
     where = _read_url(url)
     if where is None:
         raise ConfigurationError(
@@ -112,10 +95,10 @@ async def post_feedback(
             f"{label.capitalize()} is plain http: the answer's token would cross the network in plain text. Answer on "
             "the Flow's page, or set allow_http if you trust the network."
         )
-    content = json.dumps({"feedback": feedback, "source": source}).encode()
-    call = Call("POST", "", request.kickoff_id, Redactor((url, *where.params.values())), content)
+    content = json.dumps({"feedback": answer_text(question, review), "source": review.by}).encode()
+    call = Call("POST", "", question.kickoff_id, Redactor((url, *where.params.values())), content)
     connections = Connections(url, label=label, timeout=ANSWER_WITHIN / 2)  # a whole POST takes twice that
-    del url, where, feedback, content  # error reporters show the local variables of all frames
+    del url, where, content  # error reporters show the local variables of all frames
     try:
         answer = await connections.exchange(call)
     finally:
@@ -123,9 +106,9 @@ async def post_feedback(
     if not answer.is_success:
         body = call.shown(answer.text)
         raise CrewAPIError(
-            status_code=answer.status, method="POST", path=label, body=body, kickoff_id=request.kickoff_id
+            status_code=answer.status, method="POST", path=label, body=body, kickoff_id=question.kickoff_id
         )
-    return ResumeAnswer(kickoff_id=request.kickoff_id, status="accepted")
+    return ResumeAnswer(kickoff_id=question.kickoff_id, status="accepted")
 
 
 def _read_url(url: str) -> httpx.URL | None:
@@ -138,25 +121,25 @@ def _read_url(url: str) -> httpx.URL | None:
     return found if found.host and found.scheme in ("http", "https") else None
 
 
-def approves(request: FeedbackRequest, option: str) -> bool:
-    """Return whether an outcome approves: it is called so, or, where none is, is the first not called the contrary."""
-    called_so = [one for one in request.options if one.casefold() in _YES]
-    return option in (called_so or [one for one in request.options if one.casefold() not in _NO][:1])
+def approves(options: Sequence[str], option: str) -> bool:
+    """Return whether an outcome approves: it is called so. Where none is, the first outcome that does not reject."""
+    approving = [name for name in options if name.casefold() in _YES]
+    return option in (approving or [name for name in options if name.casefold() not in _NO][:1])
 
 
-def feedback_text(request: FeedbackRequest, *, approve: bool, feedback: str, option: str | None) -> str:
-    """Return what is sent to a Flow: the outcome first, where it names some, then the words.
+def answer_text(question: ReviewRequest, review: Review) -> str:
+    """Return the text that is sent to a Flow: the outcome first, where it names some, then the feedback.
 
     Raises:
-        ConfigurationError: The outcome is none of those that the Flow can go on with, or none is meant.
+        ConfigurationError: The Flow cannot continue with the outcome, or no outcome is meant.
     """
-    words = _YES if approve else _NO
-    chosen = option or next((one for one in request.options if one.casefold() in words), None)
-    if request.options and chosen not in request.options:
+    words = _YES if review.approve else _NO
+    chosen = review.option or next((name for name in question.options if name.casefold() in words), None)
+    if question.options and chosen not in question.options:
         raise ConfigurationError(
-            f"The Flow continues with one of: {', '.join(request.options)}. Choose one (option=…, --option). "
+            f"The Flow continues with one of: {', '.join(question.options)}. Choose one (option=…, --option). "
             "Nothing was sent."
         )
-    if not chosen and not feedback:
-        chosen = "approved" if approve else "rejected"
-    return ": ".join(part for part in (chosen, feedback) if part)
+    if not chosen and not review.feedback:
+        chosen = "approved" if review.approve else "rejected"
+    return ": ".join(part for part in (chosen, review.feedback) if part)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from prefect_crew.exceptions import InvalidCallError
 from prefect_crew.states import CrewState
@@ -167,3 +168,70 @@ class StopAnswer(_Model):
     def accepted(self) -> bool:
         """Whether the server stopped the run or took the request to."""
         return self.outcome in (StopOutcome.STOPPED, StopOutcome.REQUESTED)
+
+
+class Review(BaseModel):
+    """An answer: approve the task's output, or reject it and have the task done again with the feedback.
+
+    `option` is one of the question's options. Left out, it is the option that says what `approve` does, if there is
+    one. `by` says who answers; left out, the name of the function, `the form` or the user of this machine.
+
+    The other fields are filled in when the answer is written down, before it is sent. `outcome` says whether it
+    arrived. `moved_on`: the crew was seen in another state afterwards, so its next question is another question.
+    `task_id` is masked. `task_digest` is of the crew's own id of the task, `shown_task_digest` of the task that the
+    status named, `output_digest` of the output that the status showed: they tell the next question from this one.
+    `question_id` is the id of a Flow's question. `call` names the call of a flow that answered, and is the same on
+    every retry of it. `nonce` names the attempt to answer: two callers may answer in the same words.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
+
+    approve: bool
+    feedback: str = Field(default="", repr=False)
+    option: str | None = None
+    by: str = ""
+    at: datetime | None = None
+    task_id: str = ""
+    round: int = 0
+    outcome: Literal["intended", "sent", "uncertain"] = "intended"
+    moved_on: bool = False
+    task_digest: str | None = None
+    shown_task_digest: str | None = None
+    output_digest: str | None = None
+    question_id: str | None = None
+    call: str | None = None
+    nonce: str = ""
+
+    def is_older_than(self, seconds: float | None, now: datetime) -> bool:
+        """Return whether the answer was written down more than so many seconds ago; never where `seconds` is None."""
+        return seconds is not None and self.at is not None and (now - self.at).total_seconds() >= seconds
+
+
+class ReviewRequest(BaseModel):
+    """A question that a crew asks a person.
+
+    `output` is the text to judge, where it is known. `round` counts the questions about the task, from 1. `answers` are
+    the earlier answers to the run's questions. `meta` is the kickoff's. A Flow also gives `options`, the outcomes that
+    it can continue with, and `message`, its own words.
+
+    The other fields are for this package. `id` and `callback_url` are those of a Flow's question, whose answer goes to
+    that URL; other answers go to `/resume`. `output_digest` is of the output that the status shows, None where it shows
+    none. `state` says whether the question has its answer; `uncertain`: nobody knows whether the answer arrived.
+    `withheld` says why there is no output.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
+
+    kickoff_id: str
+    task_id: str = Field(repr=False)
+    output: str | None = Field(default=None, repr=False)
+    round: int = 1
+    answers: tuple[Review, ...] = Field(default=(), repr=False)
+    meta: Mapping[str, Any] | None = Field(default=None, repr=False)
+    options: tuple[str, ...] = ()
+    message: str | None = Field(default=None, repr=False)
+    id: str | None = None
+    callback_url: SecretStr | None = Field(default=None, repr=False)
+    output_digest: str | None = None
+    state: Literal["open", "answered", "uncertain"] = "open"
+    withheld: str | None = Field(default=None, repr=False)

@@ -1,6 +1,6 @@
 """The receiver as an ASGI app: it verifies, cuts down, passes on and answers.
 
-    POST /requests               200; 404 for whatever is not signed by the platform: what a Flow asks a person
+    POST /requests               200; 404 for whatever is not signed by the platform: the question of a Flow to a person
     POST /hooks/{kind}/{token}   200; 404 for whatever is not ours, 415, 413, 400, 408
     GET  /recent?after=CURSOR    200 with the webhooks since then, for processes that wait for runs; 404, 503
     GET  /health                 200 while it runs
@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from prefect_crew.client._callbacks import parse_request, signed
+from prefect_crew.client._callbacks import parse_question, signed
 from prefect_crew.exceptions import ConfigurationError, ResponseFormatError
 from prefect_crew.receiver.events import read_events
 from prefect_crew.receiver.forward import Forwarder
@@ -116,7 +116,7 @@ class _Receiver:
         return self._answer(404, "not found")
 
     async def take_request(self, request: Request) -> Response:
-        """Take what a Flow asks a person, from a webhook that its platform has signed."""
+        """Take the question of a Flow, from a webhook that its platform has signed."""
         secret, headers = CrewSettings().review_secret, request.headers
         timestamp = headers.get("x-timestamp") or headers.get("x-crewai-timestamp")
         signature = headers.get("x-signature") or headers.get("x-crewai-signature")
@@ -128,11 +128,11 @@ class _Receiver:
         if not signed(secret, timestamp, signature, body, now=utcnow().timestamp()):
             return self._answer(404, "not found")
         try:
-            asked = parse_request(body)
+            question = parse_question(body)
         except ResponseFormatError:
             return self._answer(400, "this names no run, or no callback URL")
-        if asked is not None:
-            self.forwarder.put(asked)
+        if question is not None:
+            self.forwarder.put(question)
         return self._answer(200)
 
     async def take_webhook(self, request: Request) -> Response:

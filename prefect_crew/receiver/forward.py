@@ -27,10 +27,10 @@ from prefect_crew._internal.prefect_api import OneLine
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, STATUS_ERRORS, TRANSPORT_ERRORS
 from prefect_crew.artifacts.events import emit
 from prefect_crew.blocks import find_crew
-from prefect_crew.client._callbacks import FeedbackRequest
+from prefect_crew.client.models import ReviewRequest
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.events import WebhookEvent, event_name, prefect_event
-from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_request
+from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_question
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.webhooks import CALLED, WAKING
@@ -151,7 +151,7 @@ class Forwarder:
         self.recent = RecentWebhooks()
         self._records = PrefectRecords()
         self._events: deque[WebhookEvent] = deque(maxlen=limit)
-        self._notes: deque[WebhookEvent | FeedbackRequest] = deque(maxlen=NOTES)
+        self._notes: deque[WebhookEvent | ReviewRequest] = deque(maxlen=NOTES)
         self._unseen: dict[RunName, WebhookEvent] = {}
         self._seen: dict[RunName, None] = {}
         self._looking: asyncio.Task[None] | None = None
@@ -169,16 +169,19 @@ class Forwarder:
         if self._task is None and not self._is_closing:
             self._task = asyncio.create_task(self._run(), name="forward webhooks")
 
-    def put(self, item: WebhookEvent | FeedbackRequest) -> None:
-        """Take an event, or what a Flow asks of a person. Where there is no room, the oldest is dropped."""
+    def put(self, item: WebhookEvent | ReviewRequest) -> None:
+        """Take an event, or the question of a Flow. Where there is no room, the oldest is dropped."""
         self._counts["received"] += 1
-        is_request = isinstance(item, FeedbackRequest)
-        if is_request or (item.output and len(item.output) <= MAX_OUTPUT and item.hook.attempt is not None):
-            self._counts["dropped"] += len(self._notes) == NOTES and isinstance(self._notes[0], FeedbackRequest)
+        is_question = isinstance(item, ReviewRequest)
+        if is_question:  # a Flow waits for one answer at a time: its question before has been answered
+            others = (note for note in self._notes if getattr(note, "kickoff_id", None) != item.kickoff_id)
+            self._notes = deque(others, NOTES)
+        if is_question or (item.output and len(item.output) <= MAX_OUTPUT and item.hook.attempt is not None):
+            self._counts["dropped"] += len(self._notes) == NOTES and isinstance(self._notes[0], ReviewRequest)
             self._notes.append(item)  # it is stored before anybody is woken who reads it
         else:
             self.recent.add(item)
-        if not is_request:
+        if not is_question:
             self._counts["dropped"] += self._is_full
             self._events.append(replace(item, output=None))
             self._note_run(item)
@@ -195,14 +198,14 @@ class Forwarder:
         return not self._is_closing and not (self._is_away and (self._is_full or len(self._notes) == NOTES))
 
     @property
-    def _requests(self) -> int:
-        return sum(isinstance(note, FeedbackRequest) for note in self._notes)
+    def _questions(self) -> int:
+        return sum(isinstance(note, ReviewRequest) for note in self._notes)
 
     def report(self) -> dict[str, Any]:
         """Return how Prefect answers, what waits, and how much was received, forwarded, dropped, refused, resolved."""
         prefect = {None: "not asked yet", True: "away", False: "answers"}[self._is_away]
         counts = {name: self._counts[name] for name in ("received", "forwarded", "dropped", "refused", "resolved")}
-        return {"prefect": prefect, **counts, "waiting": len(self._events) + self._requests}
+        return {"prefect": prefect, **counts, "waiting": len(self._events) + self._questions}
 
     async def aclose(self) -> None:
         """Forward what is left, for five seconds at most, and end."""
@@ -218,10 +221,10 @@ class Forwarder:
                 "%d webhooks were not forwarded to Prefect before the receiver stopped; waits find out by polling.",
                 len(self._events),
             )
-        if self._requests:
+        if self._questions:
             logger.warning(
-                "%d requests of Flows were not kept before the receiver stopped: answer them on the platform.",
-                self._requests,
+                "%d questions of Flows were not kept before the receiver stopped: answer them on the platform.",
+                self._questions,
             )
 
     async def _run(self) -> None:
@@ -272,11 +275,11 @@ class Forwarder:
             logger.info("The Prefect API takes events again.")
         self._is_away = problem is not None
 
-    async def _store(self, note: WebhookEvent | FeedbackRequest) -> None:
-        """Store what a person is asked. Nobody sends it a second time."""
+    async def _store(self, note: WebhookEvent | ReviewRequest) -> None:
+        """Store a question, which nobody sends a second time."""
         try:
             async with asyncio.timeout(ATTEMPT):
-                await (keep_request(note) if isinstance(note, FeedbackRequest) else self._store_output(note))
+                await (keep_question(note) if isinstance(note, ReviewRequest) else self._store_output(note))
         except Exception as error:
             # One odd text must not hold up all others, nor a key that may write events and no blocks.
             if _is_transient(error) and _what(error) != "HTTP 403":

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_crew.client.encoding import encode_inputs
-from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
+from prefect_crew.client.models import CrewResult, Review, TaskResult, TokenUsage
 from prefect_crew.states import CrewState
 
 RECORD_VERSION = 2
@@ -80,32 +80,6 @@ class StoredResult(BaseModel):
     def result(self, kickoff_id: str) -> CrewResult:
         """Return it as a result again. Its `raw` is None: the record does not keep it."""
         return CrewResult(kickoff_id=kickoff_id, **dict(self))
-
-
-class SentReview(BaseModel):
-    """A person's answer, written down before it is sent.
-
-    `task_id` is masked, as all that is stored; `mark` is a digest of the crew's own id, `shown_mark` one of the task as
-    the status named it, and `asked` one of what was to be judged, where that was known: it tells the next question from
-    the same one. `moved_on`: the crew was seen in another state after it, so whatever it asks then is another question.
-    `call` names the call of a flow that gave it, the same on every retry. `request` and `option`: which request of a
-    Flow it answers at its callback, and with which outcome.
-    """
-
-    task_id: str
-    mark: str | None = None
-    round: int
-    approve: bool
-    feedback: str = ""
-    by: str
-    at: datetime
-    asked: str | None = None
-    shown_mark: str | None = None
-    moved_on: bool = False
-    call: str | None = None
-    request: str | None = None
-    option: str | None = None
-    outcome: Literal["intended", "sent", "uncertain"] = "intended"
 
 
 class Outcome(BaseModel):
@@ -402,15 +376,15 @@ class RecordStore(Protocol):
         """Yield the runs in flight, or those of them that are known to have waited for a person."""
         ...
 
-    async def reviews(self, record: RunRecord) -> list[SentReview]:
+    async def reviews(self, record: RunRecord) -> list[Review]:
         """Return what people have answered to a run, in order."""
         ...
 
-    async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
-        """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
+    async def add_review(self, record: RunRecord, number: int, review: Review) -> bool:
+        """Write down an answer that is about to be sent; False if another answer, by its nonce, has this number."""
         ...
 
-    async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
+    async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
         """Write down what became of it."""
         ...
 

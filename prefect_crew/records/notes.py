@@ -1,33 +1,47 @@
-"""What a webhook brought of a question: kept for whoever answers, in Prefect's own Secret blocks.
+"""Texts of questions that webhooks brought, kept in Prefect's own Secret blocks until the run has ended.
 
-The text that is to be judged may be long and is not for everyone, and a callback holds a token. A Variable is read by
-whoever sees the server and holds 5,000 characters; a block is encrypted, and is where a crew's token is kept as well.
+The text to judge may be long and is not for everyone, and the callback URL of a Flow's question holds a token. A
+Variable is read by whoever sees the server and holds 5,000 characters. A block is encrypted; a crew's token is kept in
+one as well. Each block is read by its exact name:
+
+- `crew-question-KEY-ATTEMPT-ANSWERS` is the output to judge after so many answers, of a human-input webhook.
+- `crew-question-RUN` is the question of a Flow. A Flow waits for one answer at a time, so a later question replaces it.
+
 Every function raises one of PREFECT_ERRORS where the Prefect API is away or refuses.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
 
-from prefect_crew.client._callbacks import FeedbackRequest
+from prefect_crew.client.models import ReviewRequest
 from prefect_crew.records.model import RunRecord, digest
 
 MAX_OUTPUT = 200_000
-"""Characters of what is to be judged; of a longer one nothing is kept, since half of it is not what is judged."""
-PAGE = 200  # blocks in one answer of Prefect, at most
-_REQUEST = "crew-request-"
+"""Characters of a text to judge; a longer text is not kept, since nobody can judge half of it."""
+PAGE = 200
+"""Names in one request, at most."""
+NUMBERS = 256
+"""A webhook's URL holds how many answers came before its question, modulo this."""
 
 
-def _of_run(idempotency_key: str, attempt: int, answers: int | None = None) -> str:
-    return f"crew-asked-{digest(idempotency_key)}-{attempt}-{'' if answers is None else answers % 256}"
+class _Block(NamedTuple):
+    id: UUID
+    value: Any
 
 
-def _of_request(kickoff_id: str, request_id: str = "") -> str:
-    return f"{_REQUEST}{digest(kickoff_id)}-{request_id}"
+def _output_name(idempotency_key: str, attempt: int, answers: int) -> str:
+    return f"crew-question-{digest(idempotency_key)}-{attempt}-{answers % NUMBERS}"
+
+
+def _question_name(kickoff_id: str) -> str:
+    return f"crew-question-{digest(kickoff_id)}"
 
 
 async def _save(name: str, value: Any) -> None:
@@ -35,65 +49,74 @@ async def _save(name: str, value: Any) -> None:
     await block.save(name, overwrite=True, _sync=False)
 
 
-async def _find(prefix: str) -> dict[str, tuple[UUID, Any]]:
-    """Return id and value of the blocks whose names begin with a text, by their names, the newest first."""
-    wanted = {"block_documents": {"name": {"like_": f"{prefix}%"}}, "include_secrets": True, "limit": PAGE}
-    found = list[dict[str, Any]]()
+async def _read(names: Sequence[str]) -> dict[str, _Block]:
+    """Return the blocks that have these names, by their names. POST /block_documents/filter, once for 200 names."""
+    blocks: dict[str, _Block] = {}
     async with get_client() as client:
-        while len(found) % PAGE == 0:
-            answer = await client.request("POST", "/block_documents/filter", json=wanted | {"offset": len(found)})
-            page: list[dict[str, Any]] = answer.json()
-            found += page
-            if not page:
-                break
-    found.sort(key=lambda one: str(one["created"]), reverse=True)
-    named = {str(one["name"]): (UUID(one["id"]), one["data"].get("value")) for one in found}
-    return {name: one for name, one in named.items() if name.startswith(prefix)}
+        for first in range(0, len(names), PAGE):
+            wanted: dict[str, Any] = {"block_documents": {"name": {"any_": names[first : first + PAGE]}}}
+            wanted |= {"block_types": {"slug": {"any_": ["secret"]}}, "include_secrets": True, "limit": PAGE}
+            documents: list[dict[str, Any]] = (
+                await client.request("POST", "/block_documents/filter", json=wanted)
+            ).json()
+            blocks |= {str(one["name"]): _Block(UUID(one["id"]), one["data"].get("value")) for one in documents}
+    return blocks
 
 
-async def _delete(prefix: str) -> None:
-    found = await _find(prefix)
+async def _delete(*blocks: _Block) -> None:
     async with get_client() as client:
-        for block_id, _ in found.values():
-            await client.delete_block_document(block_id)
+        for block in blocks:
+            try:
+                await client.delete_block_document(block.id)
+            except ObjectNotFound:  # somebody else deleted it
+                continue
 
 
 async def keep_output(idempotency_key: str, attempt: int, answers: int, output: str) -> None:
-    """Keep what is to be judged in the question that came after so many answers, modulo 256."""
+    """Keep the text to judge in the question that came after so many answers."""
     if len(output) <= MAX_OUTPUT:
-        await _save(_of_run(idempotency_key, attempt, answers), {"output": output})
+        await _save(_output_name(idempotency_key, attempt, answers), {"output": output})
 
 
 async def kept_output(record: RunRecord, answers: int) -> str | None:
-    """Return what a webhook brought of the question that came after so many answers, None if nothing is kept."""
-    name = _of_run(record.idempotency_key, record.attempt, answers)
-    _, value = (await _find(name)).get(name, (None, None))
-    output: Any = cast("dict[str, Any]", value).get("output") if isinstance(value, dict) else None
-    return output if isinstance(output, str) else None
+    """Return the text to judge that a webhook brought after so many answers, None if none is kept."""
+    name = _output_name(record.idempotency_key, record.attempt, answers)
+    block = (await _read([name])).get(name)
+    return None if block is None else block.value["output"]
 
 
-async def forget_notes(record: RunRecord) -> None:
-    """Forget all that is kept of an attempt's questions."""
+async def keep_question(question: ReviewRequest) -> None:
+    """Keep a Flow's question, with the URL that takes the answer, in place of the run's question before."""
+    name = _question_name(question.kickoff_id)
+    # A block of its own: whoever forgets the question before deletes that by its id.
+    await _delete(*(await _read([name])).values())
+    value = question.model_dump(mode="json", exclude_defaults=True)
+    if question.callback_url is not None:
+        value["callback_url"] = question.callback_url.get_secret_value()
+    if len(question.output or "") > MAX_OUTPUT:
+        del value["output"]
+    await _save(name, value)
+
+
+async def kept_questions(*kickoff_ids: str) -> dict[str, ReviewRequest]:
+    """Return the questions that Flows ask, by the kickoff ids of their runs."""
+    blocks = await _read([_question_name(kickoff_id) for kickoff_id in kickoff_ids])
+    questions = [ReviewRequest.model_validate(block.value) for block in blocks.values()]
+    return {question.kickoff_id: question for question in questions}
+
+
+async def forget_question(question: ReviewRequest) -> None:
+    """Forget a Flow's question, which takes no more answers, unless a later question stands in its place."""
+    for block in (await _read([_question_name(question.kickoff_id)])).values():
+        if block.value.get("id") == question.id:
+            await _delete(block)
+
+
+async def forget_notes(record: RunRecord, answers: int) -> None:
+    """Forget the questions of an attempt, to which people gave so many answers."""
+    names = [] if record.kickoff_id is None else [_question_name(record.kickoff_id)]
     if record.has_webhooks:
-        await _delete(_of_run(record.idempotency_key, record.attempt))
-    if record.kickoff_id is not None:
-        await _delete(_of_request(record.kickoff_id))
-
-
-async def keep_request(request: FeedbackRequest) -> None:
-    """Keep what a Flow asks, with the URL that takes the answer."""
-    value = {**request.model_dump(mode="json"), "callback_url": request.callback_url.get_secret_value()}
-    if len(request.output or "") > MAX_OUTPUT:
-        value["output"] = None
-    await _save(_of_request(request.kickoff_id, request.id), value)
-
-
-async def kept_requests(kickoff_id: str | None = None) -> list[FeedbackRequest]:
-    """Return what a Flow asks and has no answer that was sent from here, or what all Flows ask, the latest first."""
-    found = await _find(_REQUEST if kickoff_id is None else _of_request(kickoff_id))
-    return [FeedbackRequest.model_validate(value) for _, value in found.values()]
-
-
-async def forget_request(request: FeedbackRequest) -> None:
-    """Forget what was asked: it has its answer."""
-    await _delete(_of_request(request.kickoff_id, request.id))
+        numbers = range(min(answers + 2, NUMBERS))  # one more, should the last answer have been taken back
+        names += [_output_name(record.idempotency_key, record.attempt, number) for number in numbers]
+    if names:
+        await _delete(*(await _read(names)).values())

@@ -42,6 +42,7 @@ from pydantic_core import to_json
 
 from prefect_crew._internal.prefect_api import Urgency, is_busy, named_reads, read_in_turn, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, TRANSPORT_ERRORS
+from prefect_crew.client.models import Review
 from prefect_crew.exceptions import CrewError, TooManyAttemptsError
 from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.model import (
@@ -50,7 +51,6 @@ from prefect_crew.records.model import (
     Permit,
     RecordPhase,
     RunRecord,
-    SentReview,
     digest,
     fold,
     resolution,
@@ -351,7 +351,7 @@ async def _create_alone(
 
     Prefect's client sends a request again whose reply was lost, and then meets its own Variable: the nonce tells.
     """
-    nonce = str(uuid4())
+    nonce = value.get("nonce") or str(uuid4())
     variable = {"name": name, "value": {**value, "nonce": nonce}, "tags": [*tags]}
     if await create_variable(variable, urgency=urgency) is not None:
         return True
@@ -764,11 +764,11 @@ class PrefectRecords:
     async def delete(self, record: RunRecord) -> list[Variable]:
         """Forget an attempt, and what people answered; return what was deleted. A later call with its key is then a new
         start."""
-        await forget_notes(record)
         claim = record_name(record.idempotency_key, record.attempt)
         named = [_kickoff_name(record.kickoff_id)] if record.kickoff_id else []
         found = await read_exact([claim, *named, _end_name(record, "use"), _end_name(record, "span")])
         notes = await self._answers(record)
+        await forget_notes(record, len(notes))
         notes += [one for one in found if one.name not in (claim, *named)]
         notes += [one for one in found if one.name in named and _mapping(one.value).get("claim") == record.ref]
         claims = [one for one in found if one.id == record.ref]
@@ -789,9 +789,9 @@ class PrefectRecords:
     # What people answered. It stands apart from the record, which whoever waits for the run writes at the same moment:
     # a Variable is replaced, not compared.
 
-    async def reviews(self, record: RunRecord) -> list[SentReview]:
+    async def reviews(self, record: RunRecord) -> list[Review]:
         """Return what people have answered to a run, in order."""
-        return [SentReview.model_validate(one.value) for one in await self._answers(record)]
+        return [Review.model_validate(one.value) for one in await self._answers(record)]
 
     async def _answers(self, record: RunRecord) -> list[Variable]:
         answers: list[Variable] = []
@@ -802,11 +802,11 @@ class PrefectRecords:
             first += ANSWERS
         return sorted(answers, key=lambda answer: answer.name)
 
-    async def add_review(self, record: RunRecord, number: int, review: SentReview) -> bool:
-        """Write down an answer that is about to be sent; False if somebody else's of this number stands there."""
+    async def add_review(self, record: RunRecord, number: int, review: Review) -> bool:
+        """Write down an answer that is about to be sent; False if another answer, by its nonce, has this number."""
         return await _create_alone(_answer_name(record, number), review.model_dump(mode="json"))
 
-    async def save_review(self, record: RunRecord, number: int, review: SentReview) -> None:
+    async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
         """Write down what became of it."""
         await _patch(f"name/{_answer_name(record, number)}", {"value": review.model_dump(mode="json")})
 

@@ -17,7 +17,7 @@ from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import TASKS_CAP, RunArtifact, RunView
 from prefect_crew.artifacts.telemetry import end_run, is_tracing
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.client.models import CrewResult, CrewStatus
+from prefect_crew.client.models import CrewResult, CrewStatus, Review
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import (
@@ -30,7 +30,7 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.prices import cost_of
 from prefect_crew.records.budgets import change, corrections
-from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, SentReview, StoredResult, utcnow
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -167,7 +167,7 @@ class OpenRun:
         *,
         notes: Sequence[str] = (),
         to_do: Sequence[str] = (),
-        reviews: Sequence[SentReview] = (),
+        reviews: Sequence[Review] = (),
     ) -> RunView:
         """Return what the artifact shows; `status` is None right after the kickoff."""
         record = self.record

@@ -213,7 +213,7 @@ class _Waiter(Watcher):
             task = "" if run.show == "none" or run.is_blind else run.redact(str(status.current_task))[:200]
             self.log.info("Crew run %s: %s%s", run.kickoff_id, task, progress(status))
         self.meet_people(asked=status.state is CrewState.WAITING)
-        asked = self.people is not None and await self.people.ask(status)
+        asked = self.people is not None and await self.people.see_status(status)
         if status.state.ended:
             return
         if is_new_state or is_new_task or (before is not None and before.progress != status.progress):

@@ -26,10 +26,10 @@ from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.rows import BadRow, RowJob, SetAside
 from prefect_crew.batches.stored import StoredBatch
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.client.models import TokenUsage
+from prefect_crew.client.models import Review, TokenUsage
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerError
 from prefect_crew.prices import Spending
-from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, StoredResult, utcnow
+from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.runs.kickoff import ClaimLostError
 from prefect_crew.states import CrewState
@@ -51,7 +51,7 @@ async def write(ledger: Ledger, *rows: tuple[str, RecordPhase, CrewState | None]
 
 async def test_an_answer_of_a_number_is_on_record_once_with_its_attempt(ledger: Ledger, other: Ledger):
     record, later_attempt = record_of(ledger, "k"), record_of(ledger, "k", attempt=2)
-    review = SentReview(task_id="draft", round=1, approve=False, feedback="wärmer \0", by="Grace", at=utcnow())
+    review = Review(task_id="draft", round=1, approve=False, feedback="wärmer \0", by="Grace", at=utcnow())
     won = await asyncio.gather(*(one.add_review(record, 1, review) for one in (ledger, other) * 4))
     assert sorted(won) == [False] * 7 + [True]
     assert await other.reviews(record) == [review]

@@ -19,15 +19,15 @@ from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.report import BatchArtifact, BatchProgress, BatchReport
 from prefect_crew.batches.runner import FirstPoll
 from prefect_crew.batches.stored import batches_waiting_for_people
-from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.client.inputs import Inputs
+from prefect_crew.client.models import ReviewRequest
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import CrewError, DatasetError, LedgerError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResult
-from prefect_crew.records.notes import keep_request, kept_requests
+from prefect_crew.records.notes import keep_question, kept_questions
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.runs import kickoff
 from prefect_crew.runs.kickoff import Start, Started, start_run
@@ -485,13 +485,13 @@ async def test_a_person_that_a_row_waits_for_is_not_timed_out(batch: Batches, cr
     await asyncio.sleep(0.8)
     url = SecretStr("https://x.example/r")
     for run in server.runs:
-        await keep_request(FeedbackRequest(id="r", kickoff_id=run.id, task_id="draft", callback_url=url))
+        await keep_question(ReviewRequest(id="r", kickoff_id=run.id, task_id="draft", callback_url=url))
     async with crew.client() as client:
         for run in server.runs:
             await client.resume(run.id, "draft", "fine", True)
     report = await running
     assert report.ok
-    assert [await kept_requests(run.id) for run in server.runs] == [[], []], "what was asked is forgotten"
+    assert await kept_questions(*(run.id for run in server.runs)) == {}, "the questions are forgotten"
     async with Ledger(f"{batch.output}.ledger.db", "people") as ledger:
         records = [row.record async for row in ledger.rows_in([RowState.COMPLETED]) if row.record is not None]
     assert all(record.human_seconds > 0.5 and record.state is CrewState.COMPLETED for record in records)

@@ -16,8 +16,9 @@ from prefect import flow
 
 from prefect_crew import DeployedCrew, WaitPolicy, arun_crew, run_batch
 from prefect_crew.batches.stored import list_batches, open_stored_batch
+from prefect_crew.client.models import Review
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, utcnow
+from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import ASKS
 from support.commands import TOKEN
@@ -138,7 +139,8 @@ def asked(crews: CrewServer) -> str:
 def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Any, crews: CrewServer, listed: Any) -> None:
     record = write(crews, kickoff_id=asked(crews))
     (line,) = listed(record.idempotency_key)
-    assert (line["seen"], line["task_id"], line["output"]) == (False, "draft", None)
+    assert (line["task_id"], line["output"]) == ("draft", None)
+    assert "was not asked" in line["withheld"]
     refused = here("reviews", "approve", record.idempotency_key)
     assert (refused.code, "Give --crew" in refused.err) == (1, True)
     crew = ("--crew", f"{crews.url}/reviewed", "--by", "Ada")
@@ -165,7 +167,7 @@ def test_what_cannot_be_answered_is_refused_and_nothing_is_sent(here: Any, block
     record, resumes = write(crews, crew=block, kickoff_id=asked(crews)), crews.requests["resume"]
     for feedback in ((), ("--feedback", " ")):
         assert here("reviews", "reject", record.idempotency_key, *feedback).code == 2
-    sent = SentReview(task_id="draft", round=1, approve=True, by="Grace", at=utcnow(), outcome="uncertain")
+    sent = Review(task_id="draft", round=1, approve=True, by="Grace", at=utcnow(), outcome="uncertain")
     assert asyncio.run(PrefectRecords().add_review(record, 1, sent))
     refused = here("reviews", "approve", record.idempotency_key)
     assert (refused.code, crews.requests["resume"]) == (1, resumes)

@@ -7,7 +7,8 @@ import json
 import pytest
 from pydantic import SecretStr
 
-from prefect_crew.client._callbacks import FeedbackRequest, feedback_text, parse_request, post_feedback
+from prefect_crew.client._callbacks import answer_text, parse_question, post_answer
+from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
 from support.frames import locals_of
 
@@ -15,15 +16,15 @@ REQUEST = {"event_type": "new_request", "id": "r-1", "flow_id": "k-1", "callback
 
 
 def test_a_request_is_read_and_an_outcome_is_one_of_its_options():
-    found = parse_request(json.dumps({**REQUEST, "emit": ["yes", "", 3, "no", "yes"]}).encode())
+    found = parse_question(json.dumps({**REQUEST, "emit": ["yes", "", 3, "no", "yes"]}).encode())
     assert found is not None
     assert (found.kickoff_id, found.task_id, found.options) == ("k-1", "review", ("yes", "no"))
     assert "t0k" not in repr(found)
-    assert feedback_text(found, approve=True, feedback="Fine.", option=None) == "yes: Fine."
-    assert feedback_text(found, approve=False, feedback="", option=None) == "no"
+    assert answer_text(found, Review(approve=True, feedback="Fine.")) == "yes: Fine."
+    assert answer_text(found, Review(approve=False)) == "no"
     with pytest.raises(ConfigurationError):
-        feedback_text(found, approve=True, feedback="", option="maybe")
-    assert parse_request(json.dumps({**REQUEST, "event_type": "other"}).encode()) is None
+        answer_text(found, Review(approve=True, option="maybe"))
+    assert parse_question(json.dumps({**REQUEST, "event_type": "other"}).encode()) is None
 
 
 @pytest.mark.parametrize(
@@ -31,15 +32,15 @@ def test_a_request_is_read_and_an_outcome_is_one_of_its_options():
 )
 def test_a_request_without_a_url_that_can_be_called_is_refused(url: object):
     with pytest.raises(ResponseFormatError) as caught:
-        parse_request(json.dumps({**REQUEST, "callback_url": url}).encode())
+        parse_question(json.dumps({**REQUEST, "callback_url": url}).encode())
     assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://x.example/r", "ftp://x.example/r", "http://[s3cret"])
 async def test_no_answer_goes_to_such_a_url_or_over_plain_http(url: str):
-    request = FeedbackRequest(id="r", kickoff_id="k", task_id="t", callback_url=SecretStr(url))
+    request = ReviewRequest(id="r", kickoff_id="k", task_id="t", callback_url=SecretStr(url))
     with pytest.raises(ConfigurationError) as caught:
-        await post_feedback(request, "yes", source="a person")
+        await post_answer(request, Review(approve=True, by="a person"))
     assert "s3cret" not in str(caught.value)
 
 
@@ -47,11 +48,11 @@ async def test_an_answer_that_fails_leaves_neither_its_words_nor_the_token_in_a_
     """Error reporters show the local variables of all frames."""
     words = ["w0rds"]
     url = SecretStr("http://127.0.0.1:9/r?token=t0k")
-    request = FeedbackRequest(id="r", kickoff_id="k", task_id="t", callback_url=url)
+    request = ReviewRequest(id="r", kickoff_id="k", task_id="t", callback_url=url)
     with pytest.raises(CrewConnectionError) as caught:
-        await post_feedback(request, words.pop(), source="a person")
+        await post_answer(request, Review(approve=True, feedback=words.pop(), by="a person"))
     shown = locals_of(caught.value, but=__file__)
-    assert "post_feedback" in shown
+    assert "post_answer" in shown
     assert "w0rds" not in shown
     assert "t0k" not in shown
     assert str(caught.value.__cause__.request.url) == "http://127.0.0.1:9"  # type: ignore[union-attr]

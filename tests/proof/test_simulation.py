@@ -17,11 +17,12 @@ import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew.client._retry_safety import KickoffFate
+from prefect_crew.client.models import Review
 from prefect_crew.records import decision, prune
 from prefect_crew.records import notes as notes_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records.decision import Decision
-from prefect_crew.records.model import RecordPhase, RunRecord, SentReview, utcnow
+from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
 from proof.sim.loop import Process, SimLoop, StuckError
@@ -33,7 +34,7 @@ from proof.sim.world import World
 from support.prefect_server import PrefectServer
 
 KEY = uuid.uuid4().hex
-ANSWER = SentReview(task_id="draft", round=1, approve=True, by="ada", at=utcnow())
+ANSWER = Review(task_id="draft", round=1, approve=True, by="ada", at=utcnow())
 IDS = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
 
 

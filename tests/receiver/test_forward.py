@@ -15,7 +15,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
-from prefect_crew.client._callbacks import FeedbackRequest
+from prefect_crew.client.models import ReviewRequest
 from prefect_crew.receiver import forward as module
 from prefect_crew.receiver.events import WebhookEvent, read_events
 from prefect_crew.receiver.forward import Forwarder
@@ -153,8 +153,8 @@ async def test_a_question_is_reported_when_what_it_asks_can_be_read(
     assert kept == [0, 0], "what is to be judged was kept before"
 
 
-def request_of(flow: str) -> FeedbackRequest:
-    return FeedbackRequest(id=flow, kickoff_id=flow, task_id="t", callback_url=SecretStr("https://x.example/r"))
+def question_of(flow: str) -> ReviewRequest:
+    return ReviewRequest(id=flow, kickoff_id=flow, task_id="t", callback_url=SecretStr("https://x.example/r"))
 
 
 async def test_a_text_that_may_not_be_stored_holds_up_no_events(
@@ -166,9 +166,9 @@ async def test_a_text_that_may_not_be_stored_holds_up_no_events(
         raise httpx.HTTPStatusError("", request=httpx.Request("POST", "http://x"), response=httpx.Response(403))
 
     monkeypatch.setattr(module, "keep_output", refuse)
-    monkeypatch.setattr(module, "keep_request", refuse)
+    monkeypatch.setattr(module, "keep_question", refuse)
     forwarder.put(event_about(key, "human_input-first"))
-    forwarder.put(request_of(key))
+    forwarder.put(question_of(key))
     forwarder.put(event_about(key, "crew-first"))
     await events_of(key, at_least=2)
     assert caplog.text.count("could not be stored: HTTP 403") == 2
@@ -181,12 +181,12 @@ async def test_what_flows_ask_is_counted_as_webhooks_are(
     with environment({"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}):
         forwarder = Forwarder()
         for number in range(module.NOTES + 2):
-            forwarder.put(request_of(f"{key}/{number}"))
+            forwarder.put(question_of(f"{key}/{number}"))
         await until(lambda: forwarder.report()["prefect"] == "away", "it is noticed that Prefect is away")
         report = forwarder.report()
         assert (report["waiting"], report["dropped"], forwarder.is_ready) == (module.NOTES, 2, False)
         await forwarder.aclose()
-    assert f"{module.NOTES} requests of Flows were not kept" in caplog.text
+    assert f"{module.NOTES} questions of Flows were not kept" in caplog.text
 
 
 async def test_texts_that_keep_coming_hold_up_no_events_and_the_same_text_is_stored_once(

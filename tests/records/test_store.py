@@ -15,7 +15,7 @@ from prefect.states import Cancelled, Cancelling, Completed, Running
 
 from prefect_crew._internal import prefect_api
 from prefect_crew._internal.prefect_api import request_soon
-from prefect_crew.client.models import TaskResult
+from prefect_crew.client.models import Review, TaskResult
 from prefect_crew.exceptions import CrewError, TooManyAttemptsError
 from prefect_crew.records import store
 from prefect_crew.records.model import (
@@ -23,7 +23,6 @@ from prefect_crew.records.model import (
     Lease,
     RecordPhase,
     RunRecord,
-    SentReview,
     StoredResult,
     utcnow,
 )
@@ -381,8 +380,8 @@ async def test_what_the_api_refuses_is_raised_and_not_taken_for_a_conflict(proxy
         await RECORDS.add_review(new_record(), 1, review())
 
 
-def review(**fields: Any) -> SentReview:
-    return SentReview(task_id="draft", round=1, approve=True, by="me", at=utcnow(), **fields)
+def review(**fields: Any) -> Review:
+    return Review(task_id="draft", round=1, approve=True, by="me", at=utcnow(), **fields)
 
 
 async def test_answers_stand_next_to_the_record_each_written_by_one():

@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from starlette.types import ASGIApp
 
 from prefect_crew._internal.web_server import open_listener
-from prefect_crew.client._callbacks import FeedbackRequest
+from prefect_crew.client.models import ReviewRequest
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
 from prefect_crew.receiver.events import WebhookEvent
 from prefect_crew.receiver.forward import Forwarder, RecentWebhooks
@@ -55,16 +55,16 @@ class Kept(Forwarder):
     def __init__(self) -> None:  # pyright: ignore[reportMissingSuperCall]
         self.recent = RecentWebhooks()
         self.events: list[WebhookEvent] = []
-        self.requests: list[FeedbackRequest] = []
+        self.questions: list[ReviewRequest] = []
         self.ready = True
 
     def start(self) -> None:
         """Do nothing."""
 
-    def put(self, item: WebhookEvent | FeedbackRequest) -> None:
+    def put(self, item: WebhookEvent | ReviewRequest) -> None:
         """Keep it."""
-        if isinstance(item, FeedbackRequest):
-            self.requests.append(item)
+        if isinstance(item, ReviewRequest):
+            self.questions.append(item)
         else:
             self.events.append(item)
             self.recent.add(item)

@@ -1,8 +1,8 @@
-"""Answering for people: the runs that wait for one, and one answer a round, whoever gives it.
+"""Answers to the questions of runs: each question is answered once, whoever answers, and all answers are sent here.
 
-A function, the form, a task and the command line all answer through `answer_question`, which writes an answer down
-before it is sent, and what became of it after: `/resume` is no more repeatable than `/kickoff`, and a second one might
-answer the next question.
+A function, the form, a task and the command line turn a question into an answer. `answer_question` writes the answer
+down, sends it and notes whether it arrived: `/resume` is no more repeatable than `/kickoff`, and a second answer might
+go to the next question.
 """
 
 from __future__ import annotations
@@ -11,34 +11,31 @@ import asyncio
 import contextlib
 import shlex
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from prefect.client.orchestration import get_client
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_errors
 from prefect_crew.artifacts.events import emit
-from prefect_crew.client._callbacks import FeedbackRequest, feedback_text, post_feedback
+from prefect_crew.client._callbacks import post_answer
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
-from prefect_crew.client.models import CrewStatus, ResumeAnswer
+from prefect_crew.client.models import CrewStatus, ResumeAnswer, Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError, CrewLostError
 from prefect_crew.records.decision import latest_start
-from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, SentReview, utcnow
-from prefect_crew.records.notes import forget_request, kept_output, kept_requests
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
+from prefect_crew.records.notes import forget_question, kept_output, kept_questions
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.questions import (
-    Question,
-    QuestionState,
-    Review,
     describe_answer,
     digest,
+    is_same_question,
     next_round,
-    question_digest,
+    output_digest,
     question_of,
     waiting_task,
     where_to_look,
@@ -50,15 +47,17 @@ from prefect_crew.webhooks import webhooks_for
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
 
-FEEDBACK_KEPT = 200  # characters of an answer that its record keeps
+FEEDBACK_KEPT = 200  # characters of a feedback that is written down
 LOOKS, LOOK_AGAIN = 5, 1.0
-"""How often a caller that waits for nothing else looks whether the crew goes on after its answer, and the seconds
+"""How often a caller that waits for nothing else looks whether the crew continues after its answer, and the seconds
 between."""
 ASKS = "prefect-crew-batch-asks"
 """The tag of a batch, on the Prefect server, of which some rows wait for people, or did at the last look."""
 AT_ONCE = 8  # status calls at a time
-ANSWERED_ELSEWHERE = (401, 403, 404, 409, 410)
-"""What a callback answers where its token is used up, or was never one."""
+REFUSALS = (400, 404, 409)
+"""Answers of `/resume` where the run does not wait, or not for this answer."""
+REFUSALS_OF_FLOWS = (401, 403, 404, 409, 410)
+"""Answers of a callback URL whose token is used up, or never was a token."""
 CrewOf = Callable[[RunRecord], Awaitable[Crew | None]]  # None where a record's crew is not a stored block
 
 
@@ -71,134 +70,194 @@ async def answer_question(
     records: RecordStore,
     review: Review,
     *,
-    by: str,
-    question: Question | None = None,
+    question: ReviewRequest | None = None,
     task_id: str | None = None,
     round: int | None = None,  # noqa: A002 - the word of the domain
     webhooks: Webhooks | None = None,
     call: str | None = None,
-) -> tuple[ResumeAnswer, SentReview]:
-    """Answer what a run asks at this moment, once: the only place that answers for people.
+    nonce: str | None = None,
+) -> tuple[ResumeAnswer, Review]:
+    """Answer the question that a run asks at this moment, once.
 
-    The answers on record are read before the status, and the new one is created under the next number: whoever answered
-    in between has taken that number, so that an answer never goes to a question that nobody has looked at.
+    The answers on record are read before the status, and the new answer is created under the next number. Whoever
+    answered in between has taken that number: so no answer goes to a question that its giver has not seen.
 
     Args:
-        by: Who answers, for the record.
-        question: The question that a wait has looked at. Another one is not answered.
-        task_id: The task; left out, the one that the status names. Given, a status that does not say that anybody is
-            waited for is taken as it is: not every server's does.
-        round: The round that was looked at. Another one is not answered.
+        run, session, records: The run, and what it is reached by.
+        review: The answer, with its giver.
+        question: The question that a wait has seen. Another question is not answered.
+        task_id: The task; left out, the status names it. Given, the run counts as waiting though the status does not
+            say so: not every server's does.
+        round: The round that the giver has seen. A question of another round is not answered.
         webhooks: The kickoff's webhooks again, where they are not this package's own; left out, those that the run was
             opened with in this process.
         call: The name of the call, the same on every retry of it. A call that has answered before answers nothing more.
+        nonce: The name of this attempt to answer. Give it again after a PrefectAwayError: the answer may be on record.
 
     Returns:
-        The server's answer, and what is on record of it.
+        The server's answer, and the answer as it is on record.
 
     Raises:
-        AnsweredError: The question has its answer on record, is another one by now, or is being answered.
+        AnsweredError: The question has its answer on record, the run asks another question, or somebody answers now.
         CrewLostError: The server does not know the run at this moment. Nothing was sent.
-        CrewError: Nothing waits, or nobody knows whether an earlier answer has arrived.
-        CrewAPIError, CrewConnectionError: As the server answered, or did not. It is not sent again by itself.
+        PrefectAwayError: The Prefect API does not answer. Nothing was sent.
+        CrewError: The run does not wait, the Prefect API refuses, or nobody knows whether an earlier answer arrived.
+        CrewAPIError, CrewConnectionError: As the server answered, or did not. The answer is not sent again by itself.
     """
-    kickoff_id, record = run.kickoff_id, answers_record(run)
-    try:
-        before = await records.reviews(record)
-        if earlier := next((one for one in before if call is not None and one.call == call), None):
+    with naming_prefect_errors(_unsent(run, review, "the earlier answers cannot be read")):
+        answers = await records.reviews(answers_record(run))
+        if earlier := next((answer for answer in answers if call is not None and answer.call == call), None):
             return _repeat_answer(run, earlier), earlier
-        request = await open_request(kickoff_id, before)
-    except PREFECT_ERRORS as error:
-        raise CrewError(
-            f"What run {kickoff_id} asks, and its answers, cannot be read now ({error!r}). Nothing was sent."
-        ) from error
-    status = await session.call(lambda client: client.status(kickoff_id))
-    current = _question_to_answer(run, status, before, request, task_id, question)
+        if answers and answers[-1].nonce == nonce and answers[-1].outcome == "intended":
+            answers.pop()  # this attempt has written it down, and sent nothing
+        of_flow = await open_question_of_flow(run.kickoff_id, answers)
+    status = await session.call(lambda client: client.status(run.kickoff_id))
+    current = _question_to_answer(run, status, answers, of_flow, task_id, question)
+    where = f"Run {run.kickoff_id}, task {run.redact_name(current.task_id)},"
     if round is not None and round != current.round:
-        raise CrewError(
-            f"Run {kickoff_id}, task {current.task}, is at round {current.round}, not {round}. Nothing was sent."
-        )
-    named, number = waiting_task(status), len(before) + 1
-    sent = SentReview(
-        task_id=current.task,
-        mark=digest(current.task_id),
-        round=current.round,
-        approve=review.approve,
-        feedback=run.redact_text(review.feedback)[:FEEDBACK_KEPT] if run.show == "full" else "",
-        by=by[:100],
-        at=utcnow(),
-        asked=question_digest(status),
-        shown_mark=None if named is None else digest(named),
-        call=call,
-        request=None if request is None else request.id,
-        option=review.option,
+        raise CrewError(f"{where} is at round {current.round}, not {round}. Nothing was sent.")
+    _check_unanswered(run, where, current, question or current)
+    named = waiting_task(status)
+    written = review.model_copy(
+        update={
+            "feedback": run.redact_text(review.feedback)[:FEEDBACK_KEPT] if run.show == "full" else "",
+            "by": review.by[:100],
+            "at": utcnow(),
+            "task_id": run.redact_name(current.task_id),
+            "round": current.round,
+            "task_digest": digest(current.task_id),
+            "shown_task_digest": None if named is None else digest(named),
+            "output_digest": output_digest(status),
+            "question_id": current.id,
+            "call": call,
+            "nonce": nonce or uuid4().hex,
+        }
     )
-    if request is None and webhooks is None and record.has_webhooks:
-        webhooks = webhooks_for(run.crew, record, round=number)
-    try:
-        is_ours = await records.add_review(record, number, sent)
-    except PREFECT_ERRORS as error:
-        # It may stand there all the same, and is held then, as one that may have been sent.
-        raise CrewError(
-            f"The answer to run {kickoff_id} could not be put on record, so it was not sent: {error!r}."
-        ) from error
+    looks = LOOKS if question is None else 1  # a wait looks again by itself
+    return await _send_answer(run, session, records, current, review, written, webhooks, looks)
+
+
+async def _send_answer(
+    run: OpenRun,
+    session: CrewSession,
+    records: RecordStore,
+    question: ReviewRequest,
+    review: Review,
+    written: Review,
+    webhooks: Webhooks | None,
+    looks: int,
+) -> tuple[ResumeAnswer, Review]:
+    """Write an answer down, send it, and note whether it arrived and the crew continues. Nothing else sends answers."""
+    record, number = answers_record(run), len(question.answers) + 1
+    with naming_prefect_errors(_unsent(run, review, "it cannot be put on record")):
+        is_ours = await records.add_review(record, number, written)
     if not is_ours:
-        raise AnsweredError(f"Somebody else answers run {kickoff_id} at this moment. Nothing was sent.")
-    # No variable holds the words that are sent: error reporters show the local variables of all frames.
+        raise AnsweredError(f"Somebody else answers run {run.kickoff_id} at this moment. Nothing was sent.")
     try:
-        if request is not None:
-            accepted = await _post_to_callback(run, request, review, by=sent.by)
-        else:
-            accepted = await session.client.resume(
-                kickoff_id, current.task_id, review.feedback, review.approve, webhooks=webhooks or run.webhooks
-            )
+        accepted = await _post(run, session, question, review, number, webhooks)
     except BaseException as error:
         if kickoff_fate(error) is KickoffFate.UNCERTAIN:
-            sent.outcome = "uncertain"
-            await _write(run, records.save_review(record, number, sent))
+            await _note(run, records.save_review(record, number, written.model_copy(update={"outcome": "uncertain"})))
         else:
-            await _write(run, records.remove_review(record, number))
+            await _note(run, records.remove_review(record, number))
         raise
-    # At once, since a fast crew soon asks again; a wait looks again by itself.
-    looking = asyncio.ensure_future(_has_moved_on(run, session, 1 if question is not None else LOOKS))
+    # At once, since a fast crew soon asks again.
+    looking = asyncio.ensure_future(_has_moved_on(run, session, looks))
     try:
-        sent.outcome = "sent"
-        await _write(run, records.save_review(record, number, sent))
+        written = written.model_copy(update={"outcome": "sent"})
+        await _note(run, records.save_review(record, number, written))
         if run.record is not None:
-            emit("reviewed", run.record, task_id=sent.task_id, round=sent.round, approve=sent.approve, by=sent.by)
+            facts = written.model_dump(include={"task_id", "round", "approve", "by"})
+            emit("reviewed", run.record, **facts)
         if await looking:
-            sent.moved_on = True
-            await _write(run, records.save_review(record, number, sent))
+            written = written.model_copy(update={"moved_on": True})
+            await _note(run, records.save_review(record, number, written))
     finally:
         await cancel_and_wait(looking)
-    return accepted, sent
+    return accepted, written
 
 
-async def open_request(
-    kickoff_id: str, before: Sequence[SentReview], kept: Sequence[FeedbackRequest] | None = None
-) -> FeedbackRequest | None:
-    """Return what a Flow asks and nobody has answered from here, the latest of several; None if it asks nothing so.
+async def _post(
+    run: OpenRun,
+    session: CrewSession,
+    question: ReviewRequest,
+    review: Review,
+    number: int,
+    webhooks: Webhooks | None,
+) -> ResumeAnswer:
+    """Send an answer once: to the callback URL of a Flow's question, else to `/resume`."""
+    if question.callback_url is None:
+        if webhooks is None and answers_record(run).has_webhooks:
+            webhooks = webhooks_for(run.crew, answers_record(run), round=number)
+        targets = webhooks or run.webhooks
+        return await session.client.resume(
+            run.kickoff_id, question.task_id, review.feedback, review.approve, webhooks=targets
+        )
+    try:
+        answer = await post_answer(question, review, allow_http=run.crew.allow_http)
+    except CrewAPIError as error:
+        if is_refusal(question, error):
+            await _note(run, forget_question(question))
+        raise
+    await _note(run, forget_question(question))
+    return answer
 
-    `kept` are what all Flows ask, where that has been read.
+
+def is_refusal(question: ReviewRequest, error: CrewAPIError) -> bool:
+    """Return whether an error says that the question takes no answer: it has one, or the run does not wait."""
+    return error.status_code in (REFUSALS if question.callback_url is None else REFUSALS_OF_FLOWS)
+
+
+async def _note(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
+    """Write down what became of an answer. An error is logged: the answer was sent, or was not, all the same."""
+    try:
+        await writing
+    except (*PREFECT_ERRORS, CrewError) as error:
+        run_logger().warning("What became of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
+
+
+async def _has_moved_on(run: OpenRun, session: CrewSession, looks: int) -> bool:
+    """Return whether the crew was seen to continue: an equal question that comes next is another question then."""
+    for look in range(looks):
+        if look:
+            await asyncio.sleep(LOOK_AGAIN)
+        try:
+            state = (await session.client.status(run.kickoff_id)).state
+        except CrewError as error:
+            run_logger().debug("It is not known whether run %s continues: %s", run.kickoff_id, error)
+            return False
+        if state is not CrewState.WAITING:
+            return state is not CrewState.UNKNOWN
+    return False
+
+
+# The question at this moment
+
+
+async def open_question_of_flow(kickoff_id: str, answers: Sequence[Review]) -> ReviewRequest | None:
+    """Return the question of a Flow that a webhook brought; None where there is none, or an answer to it was sent.
 
     Raises:
         PREFECT_ERRORS: The Prefect API is away or refuses.
     """
-    sent = {one.request for one in before if one.outcome == "sent"}
-    kept = await kept_requests(kickoff_id) if kept is None else kept
-    return next((one for one in kept if one.kickoff_id == kickoff_id and one.id not in sent), None)
+    question = (await kept_questions(kickoff_id)).get(kickoff_id)
+    return None if question is None or _is_sent(question, answers) else question
 
 
-async def with_kept_output(run: OpenRun, question: Question) -> Question:
-    """Return a question with what its webhook has brought, where the status does not show what is to be judged.
+def _is_sent(question: ReviewRequest, answers: Sequence[Review]) -> bool:
+    return any(answer.question_id == question.id and answer.outcome == "sent" for answer in answers)
+
+
+async def with_kept_output(run: OpenRun, question: ReviewRequest) -> ReviewRequest:
+    """Return a question with the output that its webhook brought, where the status does not show it.
 
     Raises:
         PREFECT_ERRORS: The Prefect API is away or refuses.
     """
-    if question.asked or question.request or run.record is None or not run.record.has_webhooks:
+    if question.output_digest or question.id or run.record is None or not run.record.has_webhooks:
         return question
-    kept = await kept_output(run.record, len(question.before))
-    return question if kept is None else replace(question, output=kept)
+    output = await kept_output(run.record, len(question.answers))
+    return question if output is None else question.model_copy(update={"output": output})
 
 
 def answers_record(run: OpenRun) -> RunRecord:
@@ -215,7 +274,14 @@ def answers_record(run: OpenRun) -> RunRecord:
     )
 
 
-def uncertain_error(run: OpenRun, last: SentReview) -> CrewError:
+def _unsent(run: OpenRun, review: Review, reason: str) -> str:
+    return (
+        f"Nothing was sent: the answer of {review.by} to run {run.kickoff_id} of crew {run.crew.label} needs its place "
+        f"on record, and {reason}. Once that works, answer again, or wait for the run again under its key."
+    )
+
+
+def uncertain_error(run: OpenRun, last: Review) -> CrewError:
     """Return the error that says why an answer that may have arrived is not sent again, and how to go on."""
     return CrewError(
         f"The answer to run {run.kickoff_id}, task {last.task_id}, round {last.round} (by {describe_answer(last)}) was "
@@ -224,7 +290,7 @@ def uncertain_error(run: OpenRun, last: SentReview) -> CrewError:
     )
 
 
-def _repeat_answer(run: OpenRun, earlier: SentReview) -> ResumeAnswer:
+def _repeat_answer(run: OpenRun, earlier: Review) -> ResumeAnswer:
     """Return what an earlier attempt of the same call was answered with."""
     if earlier.outcome != "sent":
         raise uncertain_error(run, earlier)
@@ -236,98 +302,60 @@ def _repeat_answer(run: OpenRun, earlier: SentReview) -> ResumeAnswer:
 def _question_to_answer(
     run: OpenRun,
     status: CrewStatus,
-    before: Sequence[SentReview],
-    request: FeedbackRequest | None,
+    answers: Sequence[Review],
+    of_flow: ReviewRequest | None,
     task_id: str | None,
-    question: Question | None,
-) -> Question:
-    """Return what a run asks at this moment, or raise where it asks nothing, something else, or has its answer."""
+    seen: ReviewRequest | None,
+) -> ReviewRequest:
+    """Return the question that a run asks at this moment, or raise where it asks none, or another than was seen."""
     kickoff_id, label, state = run.kickoff_id, run.crew.label, status.state
     is_over = state.ended or state is CrewState.UNKNOWN
-    # A request says that somebody is waited for, whatever the status calls it.
-    waits = state is CrewState.WAITING or (request is not None and not is_over)
-    if question is not None:
-        if state is CrewState.UNKNOWN:  # it may be known again in a moment: what the answer is to is not over
+    # A Flow that has asked waits, whatever the status calls it.
+    waits = state is CrewState.WAITING or (of_flow is not None and not is_over)
+    if seen is not None:
+        if state is CrewState.UNKNOWN:  # it may be known again in a moment: the question may still be open
             raise CrewLostError(**run.names)
         if not waits:
             raise AnsweredError(f"Run {kickoff_id} does not wait any more: it is {state}. Nothing was sent.")
-        task_id = waiting_task(status) or question.task_id
+        task_id = waiting_task(status) or seen.task_id
     elif is_over or not (waits or task_id):
         raise CrewError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {state}.")
-    current = question_of(run, status, before, request, task_id=task_id)
+    current = question_of(run, status, answers, of_flow, task_id=task_id)
     if current is None:
         raise CrewError(
             f"Run {kickoff_id} of crew {label} waits, and its status does not name the task. Give it (task_id=…, "
             "--task): the crew's page and the human-input webhook show it."
         )
-    where = f"run {kickoff_id}, task {current.task}"
-    if question is not None and not question.is_same_as(current):
-        raise AnsweredError(f"What {where}, asks is something else by now. Nothing was sent.")
-    shown = (question or current).state
-    if shown is QuestionState.UNCERTAIN:
-        raise uncertain_error(run, current.before[-1])
-    if shown is QuestionState.ANSWERED:
-        last, soon = current.before[-1], run.crew.wait.next_round_after
-        # Where nothing shows that this is another question, time does in the end, for people.
-        if soon is None or (utcnow() - last.at).total_seconds() < soon:
-            raise AnsweredError(
-                f"Round {last.round} of {where}, was already answered: {'approved' if last.approve else 'rejected'} "
-                f"(by {describe_answer(last)}), but the crew's server still shows the same question. Nothing was sent. "
-                "Look again in a moment: prefect-crew reviews ls."
-            )
+    if seen is not None and not is_same_question(seen, current):
+        task = run.redact_name(current.task_id)
+        raise AnsweredError(f"Run {kickoff_id}, task {task}, asks another question by now. Nothing was sent.")
     return current
 
 
-async def _write(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
-    """Write down what became of an answer; if that cannot be done, log it: it was sent, or was not, all the same."""
-    try:
-        await writing
-    except (*PREFECT_ERRORS, CrewError) as error:
-        run_logger().warning("What became of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
-
-
-async def _post_to_callback(run: OpenRun, request: FeedbackRequest, review: Review, *, by: str) -> ResumeAnswer:
-    """Answer a Flow at its callback, and forget its request once that takes no more answers."""
-    try:
-        answer = await post_feedback(
-            request,
-            feedback_text(request, approve=review.approve, feedback=review.feedback, option=review.option),
-            source=by,
-            allow_http=run.crew.allow_http,
+def _check_unanswered(run: OpenRun, where: str, current: ReviewRequest, seen: ReviewRequest) -> None:
+    """Raise where a question has its answer, or may have it."""
+    if seen.state == "open":
+        return
+    last = current.answers[-1]
+    if seen.state == "uncertain":
+        raise uncertain_error(run, last)
+    # Where nothing else shows that this is another question, people may say so after a while.
+    if not last.is_older_than(run.crew.wait.next_round_after, utcnow()):
+        raise AnsweredError(
+            f"{where} was already answered in round {last.round}: {'approved' if last.approve else 'rejected'} (by "
+            f"{describe_answer(last)}), but the crew's server still shows the same question. Nothing was sent. Look "
+            "again in a moment: prefect-crew reviews ls."
         )
-    except CrewAPIError as error:
-        if error.status_code in ANSWERED_ELSEWHERE:
-            await _write(run, forget_request(request))
-        raise
-    await _write(run, forget_request(request))
-    return answer
-
-
-async def _has_moved_on(run: OpenRun, session: CrewSession, looks: int) -> bool:
-    """Look whether the crew goes on, so that an equal question that comes next is known to be another one."""
-    for look in range(looks):
-        if look:
-            await asyncio.sleep(LOOK_AGAIN)
-        try:
-            state = (await session.client.status(run.kickoff_id)).state
-        except CrewError as error:
-            run_logger().debug("It is not known whether run %s continues: %s", run.kickoff_id, error)
-            return False
-        if state is not CrewState.WAITING:
-            return state is not CrewState.UNKNOWN
-    return False
 
 
 # Answering from outside of a wait
 
 
-async def answer_run(
-    run: OpenRun, records: RecordStore, review: Review, *, by: str, **options: Any
-) -> tuple[ResumeAnswer, SentReview]:
-    """Answer for the person that a run waits for: `answer_question` with a session of its own."""
+async def answer_run(run: OpenRun, records: RecordStore, review: Review, **options: Any) -> tuple[ResumeAnswer, Review]:
+    """Answer the question of a run: `answer_question`, which has the options, with a session of its own."""
     with withholding(run.redact_text):
         async with CrewSession(run.crew) as session:
-            return await answer_question(run, session, records, review, by=by, **options)
+            return await answer_question(run, session, records, review, **options)
 
 
 async def resume_run(
@@ -340,9 +368,7 @@ async def resume_run(
     webhooks: Webhooks | None = None,
     call: str | None = None,
 ) -> ResumeAnswer:
-    """Answer for the person that a run waits for, whether or not it is on record.
-
-    `feedback` and `approve` are the answer: approve a task's output, or have it done again with the feedback.
+    """Approve the output that a run shows, or reject it with feedback, whether or not the run is on record.
 
     Raises:
         CrewError: As `answer_question`, which has the other arguments. Or the run may be a row of a batch.
@@ -350,24 +376,20 @@ async def resume_run(
     run = await find_run(crew, kickoff_id)
     if run.record is None:
         await _refuse_row_of_batch(run)
-    review = Review(approve=approve, feedback=feedback)
-    answer, _ = await answer_run(
-        run, PrefectRecords(), review, by="resume_crew", task_id=task_id, webhooks=webhooks, call=call
-    )
+    review = Review(approve=approve, feedback=feedback, by="resume_crew")
+    answer, _ = await answer_run(run, PrefectRecords(), review, task_id=task_id, webhooks=webhooks, call=call)
     return answer
 
 
 async def _refuse_row_of_batch(run: OpenRun) -> None:
     """Raise if a run without a record may be a row of a batch: the answers to that are on record in its ledger."""
     wanted = {"variables": {"tags": {"all_": [ASKS]}}, "limit": 200}
-    try:
+    with naming_prefect_errors(
+        f"Nothing was sent: run {run.kickoff_id} may be a row of a batch. Answer again once that can be read."
+    ):
         async with get_client() as client:
-            found = (await client.request("POST", "/variables/filter", json=wanted)).json()
-    except PREFECT_ERRORS as error:
-        raise CrewError(
-            f"Whether run {run.kickoff_id} is a row of a batch cannot be read now ({error!r}). Nothing was sent."
-        ) from error
-    for batch in [one["value"] for one in found]:
+            batches = (await client.request("POST", "/variables/filter", json=wanted)).json()
+    for batch in [variable["value"] for variable in batches]:
         if batch.get("crew_url", run.crew.url) == run.crew.url:
             raise CrewError(
                 f"Run {run.kickoff_id} is not on record on the Prefect server and may be a row of batch "
@@ -376,53 +398,41 @@ async def _refuse_row_of_batch(run: OpenRun) -> None:
             )
 
 
-# What waits for people
+# The runs that wait for people
 
 
-@dataclass(frozen=True)
-class PendingReview:
-    """A run that waits for a person.
+async def list_open_questions(stores: Sequence[RecordStore], crew_of: CrewOf) -> list[tuple[RunRecord, ReviewRequest]]:
+    """Return the runs in flight that wait for a person, each with its question, the longest waiting first.
 
-    `output` is what is to be judged as it may be shown, None where it may not, or is not known; `withheld` says why.
-    `round` counts the task's questions from 1; `since` is UTC, None where nobody has noted it; `answers` are the
-    earlier ones. `seen`: whether the crew's server was asked, else it is as whoever waits for the run has noted.
-    """
-
-    record: RunRecord
-    task_id: str | None
-    round: int
-    since: datetime | None
-    output: str | None = field(default=None, repr=False)
-    withheld: str | None = None
-    answers: tuple[SentReview, ...] = ()
-    seen: bool = True
-    options: tuple[str, ...] = ()
-
-
-async def list_pending_reviews(stores: Sequence[RecordStore], crew_of: CrewOf) -> list[PendingReview]:
-    """Return the runs in flight that wait for a person, the longest waiting first.
-
-    Each crew's server is asked, where its block is stored; else what the record has counts.
+    Each crew's server is asked, where its block is stored; else the record is believed.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API is away.
+        PREFECT_ERRORS: The Prefect API is away or refuses.
         LedgerError: The ledger of a batch cannot be read.
     """
-    gate, requests = asyncio.Semaphore(AT_ONCE), await kept_requests()
+    gate = asyncio.Semaphore(AT_ONCE)
+    runs = [(record, store) for store in stores async for record in store.may_ask()]
+    of_flows = await kept_questions(*(str(record.kickoff_id) for record, _ in runs))
 
-    async def look(record: RunRecord, store: RecordStore) -> PendingReview | None:
+    async def look(record: RunRecord, store: RecordStore) -> tuple[RunRecord, ReviewRequest] | None:
         async with gate:
-            return await read_pending_review(record, store, crew_of, requests)
+            question = await read_question(record, store, crew_of, of_flows.get(str(record.kickoff_id)))
+            return None if question is None else (record, question)
 
-    looks = [look(record, store) for store in stores async for record in store.may_ask()]
-    found = [asked for asked in await asyncio.gather(*looks) if asked is not None]
-    return sorted(found, key=lambda asked: asked.since or asked.record.kicked_off_at or asked.record.claimed_at)
+    waiting = [run for run in await asyncio.gather(*(look(*run) for run in runs)) if run is not None]
+
+    def since(run: tuple[RunRecord, ReviewRequest]) -> Any:
+        return run[0].human_since or run[0].kicked_off_at or run[0].claimed_at
+
+    return sorted(waiting, key=since)
 
 
-async def read_pending_review(
-    record: RunRecord, records: RecordStore, crew_of: CrewOf, requests: Sequence[FeedbackRequest] | None = None
-) -> PendingReview | None:
-    """Return what a run in flight asks, None if it asks nothing. `requests` are what all Flows ask.
+async def read_question(
+    record: RunRecord, records: RecordStore, crew_of: CrewOf, of_flow: ReviewRequest | None
+) -> ReviewRequest | None:
+    """Return the question of a run in flight as people may see it, None if the run asks none.
+
+    The task is "" where nobody knows it. `of_flow` is the question of a Flow that is kept of the run.
 
     Raises:
         PREFECT_ERRORS: The Prefect API is away or refuses.
@@ -431,42 +441,44 @@ async def read_pending_review(
     run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
     status = None
     if run is not None:
-        # Without an answer, what is on record has to do.
+        # Without an answer of the server, the record is all there is.
         with contextlib.suppress(CrewError), withholding(run.redact_text):
             async with CrewSession(run.crew) as session:
                 status = await session.call(lambda client: client.status(kickoff_id))
     waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
     is_over = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
-    is_asked = requests is None or any(one.kickoff_id == kickoff_id for one in requests)
-    if is_over or not (waits or is_asked):
+    if is_over or not (waits or of_flow):
         return None
     answers = tuple(await records.reviews(record))
-    request = await open_request(kickoff_id, answers, requests)
-    if not waits and request is None:
+    if of_flow is not None and _is_sent(of_flow, answers):
+        of_flow = None
+    if not waits and of_flow is None:
         return None
-    output = None
-    if run is None or status is None:
-        task_id = record.human_task if request is None else request.task_id
-        number = 1 if task_id is None else next_round(answers, task_id)
+    question = None if run is None or status is None else question_of(run, status, answers, of_flow)
+    if run is None or status is None or question is None:
+        task_id = "" if status is not None else record.human_task if of_flow is None else of_flow.task_id
         withheld = "its crew's server was not asked. Look at the crew's page, or give --crew."
+        if run is not None and status is not None:
+            withheld = f"the status does not name the task. {where_to_look(run)}"
+        return ReviewRequest(
+            kickoff_id=kickoff_id,
+            task_id=task_id or "",
+            round=next_round(answers, task_id) if task_id else 1,
+            answers=answers,
+            options=() if of_flow is None else of_flow.options,
+            withheld=withheld,
+        )
+    question = await with_kept_output(run, question)
+    shown: dict[str, Any] = dict.fromkeys(("output", "message", "meta", "callback_url"))
+    shown["task_id"] = run.redact_name(question.task_id)
+    if question.output is None:
+        shown["withheld"] = f"the status does not show it. {where_to_look(run)}"
+    elif run.show != "full":
+        count = len(question.output)
+        shown["withheld"] = f"{count:,} characters that this crew does not show. {where_to_look(run)}"
     else:
-        question = question_of(run, status, answers, request)
-        task_id, number = (None, 1) if question is None else (question.task, question.round)
-        withheld = f"the status does not {'name the task' if question is None else 'show it'}. {where_to_look(run)}"
-        if question is not None and (text := (await with_kept_output(run, question)).output) is not None:
-            withheld = f"{len(text):,} characters that this crew does not show. {where_to_look(run)}"
-            output, withheld = (run.redact(text), None) if run.show == "full" else (None, withheld)
-    return PendingReview(
-        record,
-        task_id,
-        number,
-        record.human_since,
-        output,
-        withheld,
-        answers,
-        seen=status is not None,
-        options=() if request is None else request.options,
-    )
+        shown["output"] = run.redact(question.output)
+    return question.model_copy(update=shown)
 
 
 async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[RunRecord, RecordStore]:

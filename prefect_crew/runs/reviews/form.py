@@ -1,4 +1,4 @@
-"""The form on a flow run's page that asks a person, and what was filled in."""
+"""The form on a flow run's page: it shows a question to a person, whose answer is stored with the flow run."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import prose, reading
 from prefect_crew.client._callbacks import approves
+from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import utcnow
-from prefect_crew.runs.reviews.questions import Question, Review, digest, where_to_look
+from prefect_crew.runs.reviews.questions import digest, is_same_question, where_to_look
 
 if TYPE_CHECKING:
     from prefect_crew.runs.run import OpenRun
 
 MARGIN = timedelta(days=1)  # how long a flow run stays paused after people's time is over, should its process have died
-LOOK_EVERY = 2.0  # seconds between two looks at whether the form was filled in
+LOOK_EVERY = 2.0  # seconds between two looks whether the form was submitted
 SHOWN = 20_000  # characters of an output that the form shows
 PREFECT_WITHIN = 10.0
 """Seconds for one look at the form: a Prefect API that is away must not keep a wait from looking at its run."""
 
 
 class ReviewForm(RunInput):
-    """What the form asks for."""
+    """The fields of the form."""
 
     decision: Literal["approve", "reject"] = Field(
         title="Decision", description="Approve: the crew continues. Reject: the task is done again with the feedback."
@@ -49,44 +50,50 @@ class ReviewForm(RunInput):
     question: str = Field(default="", title="Question", description="What this form is about: leave it as it is.")
 
     @classmethod
-    def about(cls, question: Question, text: str, mark: str = "") -> type[ReviewForm]:
-        """Return the form of one question, with the text that stands above its fields, and what marks this question.
+    def about(cls, question: ReviewRequest, text: str, task: str = "", mark: str = "") -> type[ReviewForm]:
+        """Return the form of one question, with the text above its fields.
 
-        Prefect takes what is submitted for the form that is up at that moment, also from a page that still shows the
-        one before. So each form names its question, and Prefect's server refuses the name of another.
+        Prefect takes a submitted form for the form that is up at that moment, also from a page that still shows the
+        form before. So each form names its question, and Prefect's server refuses the name of another question.
+
+        Args:
+            question, text: The question, and the text.
+            task: The task as people may see it.
+            mark: A digest that this question has alone.
         """
-        name = f"{question.task}, round {question.round}, run {question.kickoff_id}, {mark[:8]}"
+        name = f"{task}, round {question.round}, run {question.kickoff_id}, {mark[:8]}"
         own = cls.model_fields["question"]
         only = Field(default=name, title=own.title, description=own.description, json_schema_extra={"enum": [name]})
         fields: dict[str, Any] = {"question": (str, only)}
-        if question.request is not None and question.request.options:
-            options: list[Any] = list(question.request.options)
-            description = "What the Flow continues with."
+        if question.options:
+            options: list[Any] = list(question.options)
+            description = "The outcome that the Flow continues with."
             outcome = Field(title="Decision", description=description, json_schema_extra={"enum": options})
             fields["decision"] = (str, outcome)
         return create_model(cls.__name__, __base__=cls, **fields).with_initial_data(description=text)
 
-    def review(self, question: Question) -> Review:
-        """Return what was filled in about a question as an answer."""
-        request, decision = question.request, str(self.decision)
-        if request is None or decision not in request.options:
-            return Review(approve=decision == "approve", feedback=self.feedback)
-        return Review(approve=approves(request, decision), feedback=self.feedback, option=decision)
+    def review(self, question: ReviewRequest) -> Review:
+        """Return the submitted form as an answer to its question."""
+        decision, by = str(self.decision), self.name.strip() or "the form"
+        if decision not in question.options:
+            return Review(approve=decision == "approve", feedback=self.feedback, by=by)
+        approve = approves(question.options, decision)
+        return Review(approve=approve, feedback=self.feedback, option=decision, by=by)
 
 
 def _of_run(kickoff_id: str) -> str:
-    """Return what the names of all forms about a run begin with."""
+    """Return the prefix of the names of all forms about a run."""
     return f"crew-review-{digest(kickoff_id)[:8]}-"
 
 
 class Form:
     """The form on the page of the flow run that waits, for one question at a time.
 
-    `question` is the one that it is for, None where it is for none; `page` is where it is.
+    `question` is its question, None where it has none; `page` is the address of the page.
 
     Args:
         own: The flow run.
-        run: What is waited for.
+        run: The run that the flow run waits for.
         policy: How long people may take.
 
     Raises:
@@ -100,19 +107,19 @@ class Form:
                 "Call run_crew, or wait_for_crew in a flow."
             )
         self.page = url_for("flow-run", obj_id=own) or f"flow run {own}"
-        self.question: Question | None = None
+        self.question: ReviewRequest | None = None
         self._own = UUID(own)
         self._run = run
         self._until = None if policy.human_timeout is None else timedelta(seconds=policy.human_timeout) + MARGIN
         self._mark = ""
         self._base = ""
-        """What the key of a pause with this question's form begins with."""
+        """The prefix of the keys of all pauses with this question's form."""
         self._model = ReviewForm
         self._filled: ReviewForm | None = None
         self._was_up = False
 
-    async def show(self, question: Question | None) -> None:
-        """Be the form of this question and of no other; `look` puts it up."""
+    async def show(self, question: ReviewRequest | None) -> None:
+        """Become the form of this question; `look` puts the form up."""
         before = self.question
         if before is question:
             return
@@ -120,18 +127,18 @@ class Form:
         self.question = question
         if question is None:
             return
-        if before is None or not before.is_same_as(question):
-            # The same in every process and attempt, so that an answer is found by whoever comes after. Another one for
-            # the next question, though its round is the same where the one before was answered on the crew's page.
+        if before is None or not is_same_question(before, question):
+            # The same in every process and attempt, so that a later process finds the answer. Another mark for the next
+            # question, though its round is the same where the question before was answered on the crew's page.
             since = None if self._run.record is None else self._run.record.human_since
-            request = None if question.request is None else question.request.id
             moment = None if since is None else since.timestamp()
-            self._mark = digest(question.task_id, question.round, question.asked, request, moment)
+            self._mark = digest(question.task_id, question.round, question.output_digest, question.id, moment)
         self._base = _of_run(question.kickoff_id) + self._mark
-        self._model = ReviewForm.about(question, _text(self._run, question), self._mark)
+        task = self._run.redact_name(question.task_id)
+        self._model = ReviewForm.about(question, _text(self._run, question), task, self._mark)
 
     async def look(self) -> ReviewForm | None:
-        """Return what was filled in, also while no process was there. Else put the form up if it is not."""
+        """Return the submitted form, also if no process was there at that time. Else put the form up."""
         if self.question is not None and self._filled is None:
             try:
                 async with asyncio.timeout(PREFECT_WITHIN), get_client() as client:
@@ -140,7 +147,7 @@ class Form:
                 run_logger().debug("The form for run %s: %r", self._run.kickoff_id, error)
         return self._filled
 
-    async def _look(self, client: PrefectClient, question: Question) -> ReviewForm | None:
+    async def _look(self, client: PrefectClient, question: ReviewRequest) -> ReviewForm | None:
         up = await self._key_up(client)
         is_ours = up is not None and up.startswith(self._base)
         if self._was_up and is_ours:
@@ -153,7 +160,8 @@ class Form:
             run_logger().warning("A form about run %s cannot be used: %s", question.kickoff_id, error)
             await self._delete(client, self._keyset["response"])
         if up is None:
-            message = f"Waits for a person: run {question.kickoff_id}, task {question.task}."
+            task = self._run.redact_name(question.task_id)
+            message = f"Waits for a person: run {question.kickoff_id}, task {task}."
             key = f"{self._base}-{uuid4().hex[:8]}"  # Prefect pauses once for each key
             expires = None if self._until is None else utcnow() + self._until
             state: State[Any] = Paused(message=message, pause_expiration_time=expires, reschedule=False, pause_key=key)
@@ -179,7 +187,7 @@ class Form:
         return None if state is None or not state.is_paused() else state.state_details.pause_key
 
     async def take_down(self) -> None:
-        """Let the flow run be Running again if it is paused with this form; what was filled in stays stored."""
+        """Set the flow run to Running if it is paused with this form. A submitted answer stays stored."""
         if self.question is None:
             return
         self.question, self._filled, self._was_up = None, None, False
@@ -195,12 +203,12 @@ class Form:
         await self._delete(client, self._keyset["schema"], self._keyset["description"])
 
     async def forget_answer(self) -> None:
-        """Delete what was filled in about the last question."""
+        """Delete the submitted answer to the last question."""
         try:
             async with get_client() as client:
                 await self._delete(client, self._keyset["response"])
         except PREFECT_ERRORS as error:
-            run_logger().debug("What was filled in about run %s stays: %s", self._run.kickoff_id, error)
+            run_logger().debug("The submitted form about run %s stays stored: %s", self._run.kickoff_id, error)
 
     async def _delete(self, client: PrefectClient, *keys: str) -> None:
         for key in keys:
@@ -211,7 +219,7 @@ class Form:
                     raise
 
     async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
-        """Pause between two looks at the run, and end it as soon as there is news or the form was filled in."""
+        """Pause between two looks at the run. A webhook or a submitted form ends the pause: True then."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             if await pause(min(left, LOOK_EVERY)) or await self.look() is not None:
@@ -219,7 +227,7 @@ class Form:
         return False
 
     async def aclose(self, *, ended: bool) -> None:
-        """Take the form down. Where the run has ended, what was filled in too late is deleted."""
+        """Take the form down. Where the run has ended, delete an answer that was submitted too late."""
         await self.take_down()
         if not ended:
             return
@@ -232,8 +240,8 @@ class Form:
             run_logger().debug("Old forms about run %s could not be removed: %s", self._run.kickoff_id, error)
 
 
-def _text(run: OpenRun, question: Question) -> str:
-    """Return what stands above the fields of a question's form."""
+def _text(run: OpenRun, question: ReviewRequest) -> str:
+    """Return the text above the fields of a question's form."""
     if question.output is None:
         text = f"_What is to be judged is not known here. {where_to_look(run)}_"
     elif run.show != "full":
@@ -242,5 +250,6 @@ def _text(run: OpenRun, question: Question) -> str:
         output = run.redact(question.output)
         cut = "\n\n_Cut here; the whole text is on the crew's page._" if len(output) > SHOWN else ""
         text = f"{reading(output[:SHOWN])}{cut}"
-    head = f"**{prose(run.crew.label)}** asks about task **{prose(question.task)}**, round {question.round}."
+    task = prose(run.redact_name(question.task_id))
+    head = f"**{prose(run.crew.label)}** asks about task **{task}**, round {question.round}."
     return f"{head}\n\n---\n\n{text}"

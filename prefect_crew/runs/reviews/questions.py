@@ -1,100 +1,22 @@
-"""What a run asks a person, and how one question is distinguished from the next. Nothing here waits, reads or sends."""
+"""Which question a run asks, and how one question differs from the next. Nothing here waits, reads or sends."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from prefect_crew.client._callbacks import FeedbackRequest
 from prefect_crew.client._parsing import waiting_output
-from prefect_crew.client.models import CrewStatus
-from prefect_crew.records.model import SentReview
+from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
 
 if TYPE_CHECKING:
     from prefect_crew.runs.run import OpenRun
 
 
-class ReviewRequest(BaseModel):
-    """What a crew asks of a person.
-
-    `round` counts from 1; `output` is what is to be judged, where it is known; `meta` is what the kickoff was given.
-    `options` are the outcomes that a Flow can go on with, and `message` is its question.
-    """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
-
-    kickoff_id: str
-    task_id: str
-    output: str | None = Field(default=None, repr=False)
-    round: int = 1
-    meta: Mapping[str, Any] | None = Field(default=None, repr=False)
-    options: tuple[str, ...] = ()
-    message: str | None = Field(default=None, repr=False)
-
-
-class Review(BaseModel):
-    """An answer: approve the task's output, or have it done again with the feedback.
-
-    `option` is one of the request's options. Left out, it is the one that says what `approve` does, if there is one.
-    """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
-
-    approve: bool
-    feedback: str = Field(default="", repr=False)
-    option: str | None = None
-
-
 ReviewFunction = Callable[[ReviewRequest], "Review | Awaitable[Review]"]
-ReviewChoice = ReviewFunction | Literal["form"]  # what answers: a function, or a person in Prefect's input form
-
-
-class QuestionState(Enum):
-    """What a question is, given the answers that are on record."""
-
-    OPEN = "open"
-    """It has no answer: something shows that it is another question than the one that was answered last."""
-    ANSWERED = "answered"
-    """It is the one that was answered, as far as anything shows."""
-    UNCERTAIN = "uncertain"
-    """It is the one whose answer may have arrived or not."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a run asks at this moment.
-
-    `task_id` and `output`, what is to be judged, are the crew's own: they go to the crew and to whoever answers. `task`
-    is the task as it may be shown. `round` counts the task's questions from 1; `asked` is the digest of what the status
-    shows to be judged, None where it shows nothing; `before` are the earlier answers. `request` is what a Flow asks,
-    which is answered at its callback.
-    """
-
-    kickoff_id: str
-    task_id: str = field(repr=False)
-    round: int
-    asked: str | None
-    output: str | None = field(default=None, repr=False)
-    before: tuple[SentReview, ...] = field(default=(), repr=False)
-    task: str = ""
-    request: FeedbackRequest | None = field(default=None, repr=False)
-    state: QuestionState = QuestionState.OPEN
-
-    def is_same_as(self, other: Question) -> bool:
-        """Return whether this is the same question, of which the other may know more.
-
-        An answer that was taken back leaves its number to another one: so the answers before count, not how many.
-        """
-        mine, theirs = (
-            (one.task_id, [(answer.mark, answer.at) for answer in one.before], one.request and one.request.id)
-            for one in (self, other)
-        )
-        return mine == theirs and may_be_same(self.asked, other.asked)
+ReviewChoice = ReviewFunction | Literal["form"]
+"""Answers the questions of a run: a function, or a person in Prefect's input form."""
+QuestionState = Literal["open", "answered", "uncertain"]
 
 
 def waiting_task(status: CrewStatus) -> str | None:
@@ -109,9 +31,9 @@ def _shown_output(status: CrewStatus) -> str | None:
 
 
 def judged_output(status: CrewStatus) -> str | None:
-    """Return what a person is to judge, where the status shows it: the documented one does not.
+    """Return the text that a person judges, where the status shows it: the documented status does not.
 
-    That is the output of the task that waits, else the last step of it. An earlier task's output is none.
+    That is the output of the task that waits, else its last step. The output of an earlier task does not count.
     """
     return _shown_output(status) or status.last_step
 
@@ -121,80 +43,91 @@ def digest(*facts: object) -> str:
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def question_digest(status: CrewStatus) -> str | None:
-    """Return a digest of the task that waits and of its output, None where the status does not show that.
+def output_digest(status: CrewStatus) -> str | None:
+    """Return a digest of the task that waits and of its output, None where the status shows no output.
 
-    A message and a last step change while one and the same question is asked, so neither is part of it.
+    A message and a last step change while the crew asks one and the same question, so neither is part of it.
     """
     output = _shown_output(status)
     return None if output is None else digest(waiting_task(status), output)
 
 
-def may_be_same(one: str | None, other: str | None) -> bool:
+def may_be_same(digest: str | None, other: str | None) -> bool:
     """Return whether two digests may be of the same question: they are equal, or one of them is not known."""
-    return one is None or other is None or one == other
+    return digest is None or other is None or digest == other
 
 
-def next_round(before: Sequence[SentReview], task_id: str) -> int:
-    """Return which round of a task's questions comes after these answers, counted from 1."""
-    return sum(earlier.mark == digest(task_id) for earlier in before) + 1
+def is_same_question(question: ReviewRequest, other: ReviewRequest) -> bool:
+    """Return whether two reads show the same question, of which one may show more.
+
+    An answer that was taken back leaves its number to another answer. So the answers are compared, not their number.
+    """
+
+    def place(of: ReviewRequest) -> tuple[object, ...]:
+        return of.task_id, of.id, [(answer.task_digest, answer.at) for answer in of.answers]
+
+    return place(question) == place(other) and may_be_same(question.output_digest, other.output_digest)
+
+
+def next_round(answers: Sequence[Review], task_id: str) -> int:
+    """Return the number of the question about a task that comes after these answers, counted from 1."""
+    return sum(answer.task_digest == digest(task_id) for answer in answers) + 1
 
 
 def question_state(
-    before: Sequence[SentReview], task: str | None, asked: str | None, *, has_webhook: bool = False
+    answers: Sequence[Review], task: str | None, shown: str | None, *, has_webhook: bool = False
 ) -> QuestionState:
-    """Return the state of the question that a status shows, given the answers on record before it was read.
+    """Return whether the question that a status shows has its answer among the answers on record.
 
     Args:
-        before: The answers, in order.
+        answers: The answers on record before the status was read, in order.
         task: The task that the status names, if any.
-        asked: The status's `question_digest`.
-        has_webhook: Whether a webhook tells of a question that came after all these answers.
+        shown: The status's `output_digest`.
+        has_webhook: Whether a webhook reported a question that came after all these answers.
     """
-    last = before[-1] if before else None
+    last = answers[-1] if answers else None
     if last is None or last.moved_on or has_webhook:
-        return QuestionState.OPEN
-    about = last.shown_mark or last.mark  # an answer that does not say its task may be to this one
+        return "open"
+    about = last.shown_task_digest or last.task_digest  # an answer that does not say its task may be to this question
     is_other_task = task is not None and about is not None and digest(task) != about
-    if is_other_task or not may_be_same(asked, last.asked):
-        return QuestionState.OPEN
-    return QuestionState.ANSWERED if last.outcome == "sent" else QuestionState.UNCERTAIN
+    if is_other_task or not may_be_same(shown, last.output_digest):
+        return "open"
+    return "answered" if last.outcome == "sent" else "uncertain"
 
 
 def question_of(
     run: OpenRun,
     status: CrewStatus,
-    before: Sequence[SentReview],
-    request: FeedbackRequest | None = None,
+    answers: Sequence[Review],
+    of_flow: ReviewRequest | None = None,
     *,
     task_id: str | None = None,
     has_webhook: bool = False,
-) -> Question | None:
-    """Return the question that a status, or the request of a Flow, asks after these answers; None without a task.
+) -> ReviewRequest | None:
+    """Return the question that a run asks after these answers; None where no task is known.
 
-    `task_id` is the task where the status does not name it. `request` has no answer that was sent.
+    Args:
+        run, status, answers: The run, its status, and the answers on record before the status was read.
+        of_flow: The question of a Flow that a webhook brought and nobody has answered from here.
+        task_id: The task, where the status does not name it.
+        has_webhook: As for `question_state`.
     """
-    named, asked = waiting_task(status), question_digest(status)
-    if request is not None:
-        task_id, asked, output = request.task_id, None, request.output
-        is_answered = any(one.request == request.id for one in before)
-        state = QuestionState.UNCERTAIN if is_answered else QuestionState.OPEN
-    else:
-        task_id, output = task_id or named, judged_output(status)
-        state = question_state(before, named, asked, has_webhook=has_webhook)
+    named, shown = waiting_task(status), output_digest(status)
+    task_id = task_id or named if of_flow is None else of_flow.task_id
     if task_id is None:
         return None
-    return Question(
-        run.kickoff_id,
-        task_id,
-        next_round(before, task_id),
-        asked,
-        output,
-        tuple(before),
-        task=run.redact_name(task_id),
-        request=request,
-        state=state,
+    about = {"round": next_round(answers, task_id), "answers": tuple(answers), "meta": run.meta}
+    if of_flow is not None:
+        is_answered = any(answer.question_id == of_flow.id for answer in answers)
+        return of_flow.model_copy(update={**about, "state": "uncertain" if is_answered else "open"})
+    question = ReviewRequest(
+        kickoff_id=run.kickoff_id,
+        task_id=task_id,
+        output=judged_output(status),
+        output_digest=shown,
+        state=question_state(answers, named, shown, has_webhook=has_webhook),
     )
+    return question.model_copy(update=about)
 
 
 # Sentences for people
@@ -221,18 +154,21 @@ def where_to_look(run: OpenRun) -> str:
     return f"Look at the crew's page: {run.crew.page_url}" if run.crew.page_url else "Look at the crew's page."
 
 
-def describe_answer(answer: SentReview) -> str:
+def describe_answer(answer: Review) -> str:
     """Return who gave an answer, and when."""
-    return f"{answer.by}, {answer.at:%Y-%m-%d %H:%M:%S} UTC"
+    return answer.by if answer.at is None else f"{answer.by}, {answer.at:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def describe_question(run: OpenRun, question: Question, page: str | None = None, *, with_commands: bool = True) -> str:
+def describe_question(
+    run: OpenRun, question: ReviewRequest, page: str | None = None, *, with_commands: bool = True
+) -> str:
     """Return what people are told about a question, as it goes on after the run's name. `page` has the form."""
-    where = f"task {question.task}, round {question.round}."
-    if question.state is QuestionState.UNCERTAIN:
+    where = f"task {run.redact_name(question.task_id)}, round {question.round}."
+    if question.state == "uncertain":
         return (
-            f"may wait for a person: {where} An answer was sent (by {describe_answer(question.before[-1])}) and nobody "
-            f"knows whether it arrived. It is not sent again. {where_to_look(run)} If it still waits, answer there."
+            f"may wait for a person: {where} An answer was sent (by {describe_answer(question.answers[-1])}) and "
+            f"nobody knows whether it arrived. It is not sent again. {where_to_look(run)} If it still waits, answer "
+            "there."
         )
     parts = [f"waits for a person: {where}", f"The form is on {page} (Resume)." if page else ""]
     if question.output is None or run.show != "full":

@@ -17,10 +17,10 @@ from prefect_crew import CrewRun, DeployedCrew, Review, ReviewRequest, WaitPolic
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.exceptions import CrewError, CrewTimeoutError, NotFoundError
-from prefect_crew.records.model import RunRecord, SentReview
+from prefect_crew.records.model import RunRecord
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.answer import list_pending_reviews, resume_run
+from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
 from prefect_crew.tasks import kickoff_crew, resume_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
@@ -47,7 +47,7 @@ def run_of(crew: DeployedCrew, review: Any = None, retries: int = 0, **policy: A
     return reviewed()
 
 
-async def answers(crew: DeployedCrew) -> list[SentReview]:
+async def answers(crew: DeployedCrew) -> list[Review]:
     return await PrefectRecords().reviews((await PrefectRecords().attempts(crew.url))[-1])
 
 
@@ -153,7 +153,7 @@ async def test_of_several_who_answer_at_once_one_does(on_record: bool) -> None:
 
 
 async def test_nothing_is_sent_while_the_answers_on_record_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def away(*_: Any) -> list[SentReview]:
+    async def away(*_: Any) -> list[Review]:
         raise httpx.ConnectError("away")
 
     async with asking() as (server, crew):
@@ -261,9 +261,9 @@ async def test_the_command_line_sees_it_as_well_and_of_secret_inputs_nothing_is_
             async def same(_: Any, crew: Crew = crew.crew) -> Crew:
                 return crew
 
-            lines = await list_pending_reviews([PrefectRecords()], same)
-            (line,) = [one for one in lines if one.record.idempotency_key == f"{key}/{expected}"]
-            assert line.output == expected
+            waiting = await list_open_questions([PrefectRecords()], same)
+            (question,) = [one for record, one in waiting if record.idempotency_key == f"{key}/{expected}"]
+            assert question.output == expected
 
 
 @pytest.mark.parametrize("response_format", ["documented", "union"])

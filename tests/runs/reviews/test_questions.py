@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from prefect_crew.client._parsing import parse_status
-from prefect_crew.client.models import CrewStatus
-from prefect_crew.records.model import SentReview, utcnow
+from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
+from prefect_crew.records.model import utcnow
 from prefect_crew.runs.reviews.questions import (
-    Question,
     QuestionState,
     digest,
+    is_same_question,
     judged_output,
-    question_digest,
+    output_digest,
     question_state,
 )
 from prefect_crew.states import CrewState
@@ -28,43 +28,43 @@ def waiting(**fields: Any) -> CrewStatus:
 
 
 def test_a_question_is_known_by_its_task_and_what_is_to_be_judged() -> None:
-    assert question_digest(waiting(message="1 s", last_step="a")) is None
-    first = question_digest(waiting(message="1 s", last_step="a", task_output="text"))
-    assert first == question_digest(waiting(message="2 s", last_step="b", task_output="text"))
-    assert first != question_digest(waiting(task_output="another"))
+    assert output_digest(waiting(message="1 s", last_step="a")) is None
+    first = output_digest(waiting(message="1 s", last_step="a", task_output="text"))
+    assert first == output_digest(waiting(message="2 s", last_step="b", task_output="text"))
+    assert first != output_digest(waiting(task_output="another"))
 
 
-def sent(**fields: Any) -> SentReview:
+def sent(**fields: Any) -> Review:
     at = utcnow() - timedelta(seconds=fields.pop("age", 1))
     given = {"task_id": "draft", "round": 1, "approve": True, "by": "Ada", "outcome": "sent"}
-    marks = {"mark": digest("draft"), "shown_mark": digest("draft")}
-    return SentReview(**{**given, **marks, "at": at, **fields})
+    marks = {"task_digest": digest("draft"), "shown_task_digest": digest("draft")}
+    return Review(**{**given, **marks, "at": at, **fields})
 
 
-CASES: dict[str, tuple[list[SentReview], dict[str, Any], QuestionState]] = {
-    "nobody has answered": ([], {}, QuestionState.OPEN),
-    "the same, a moment ago": ([sent()], {}, QuestionState.ANSWERED),
-    "the same, long ago": ([sent(age=9e6)], {}, QuestionState.ANSWERED),
-    "another output": ([sent(asked="a")], {"asked": "b"}, QuestionState.OPEN),
-    "an output that came to be shown": ([sent()], {"asked": "b"}, QuestionState.ANSWERED),
-    "an output that is not shown any more": ([sent(asked="a")], {}, QuestionState.ANSWERED),
-    "another task": ([sent()], {"task": "print"}, QuestionState.OPEN),
-    "a task that is not named": ([sent()], {"task": None}, QuestionState.ANSWERED),
-    "answered under a name of the caller's": ([sent(task_id="7f3a", mark=digest("7f3a"))], {}, QuestionState.ANSWERED),
-    "another state in between": ([sent(moved_on=True)], {}, QuestionState.OPEN),
-    "a webhook of the next one": ([sent()], {"has_webhook": True}, QuestionState.OPEN),
-    "uncertain, long ago": ([sent(outcome="uncertain", age=9e6)], {}, QuestionState.UNCERTAIN),
-    "being sent, or its sender died": ([sent(outcome="intended", age=9e6)], {}, QuestionState.UNCERTAIN),
-    "uncertain, and another output": ([sent(outcome="uncertain", asked="a")], {"asked": "b"}, QuestionState.OPEN),
-    "uncertain, and another state in between": ([sent(outcome="uncertain", moved_on=True)], {}, QuestionState.OPEN),
+CASES: dict[str, tuple[list[Review], dict[str, Any], QuestionState]] = {
+    "nobody has answered": ([], {}, "open"),
+    "the same, a moment ago": ([sent()], {}, "answered"),
+    "the same, long ago": ([sent(age=9e6)], {}, "answered"),
+    "another output": ([sent(output_digest="a")], {"shown": "b"}, "open"),
+    "an output that came to be shown": ([sent()], {"shown": "b"}, "answered"),
+    "an output that is not shown any more": ([sent(output_digest="a")], {}, "answered"),
+    "another task": ([sent()], {"task": "print"}, "open"),
+    "a task that is not named": ([sent()], {"task": None}, "answered"),
+    "answered under a name of the caller's": ([sent(task_id="7f3a", task_digest=digest("7f3a"))], {}, "answered"),
+    "another state in between": ([sent(moved_on=True)], {}, "open"),
+    "a webhook of the next one": ([sent()], {"has_webhook": True}, "open"),
+    "uncertain, long ago": ([sent(outcome="uncertain", age=9e6)], {}, "uncertain"),
+    "being sent, or its sender died": ([sent(outcome="intended", age=9e6)], {}, "uncertain"),
+    "uncertain, and another output": ([sent(outcome="uncertain", output_digest="a")], {"shown": "b"}, "open"),
+    "uncertain, and another state in between": ([sent(outcome="uncertain", moved_on=True)], {}, "open"),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_how_a_question_stands_to_the_answers_on_record(case: tuple[Any, dict[str, Any], QuestionState]) -> None:
     before, given, expected = case
-    facts: dict[str, Any] = {"task": "draft", "asked": None, **given}
-    assert question_state(before, **facts) is expected
+    facts: dict[str, Any] = {"task": "draft", "shown": None, **given}
+    assert question_state(before, **facts) == expected
 
 
 def test_an_earlier_tasks_output_is_not_what_is_to_be_judged() -> None:
@@ -77,8 +77,10 @@ def test_an_earlier_tasks_output_is_not_what_is_to_be_judged() -> None:
 
 def test_a_question_after_another_answer_is_another_though_as_many_came_before() -> None:
     """The answer before it was taken back, since the server refused it, and somebody else has its number now."""
-    taken_back, answer = sent(mark=digest("outline"), outcome="intended", age=9), sent()
-    first, second = (Question("k", "draft", 1, None, None, (one,), task="draft") for one in (taken_back, answer))
-    assert not first.is_same_as(second)
+    taken_back, answer = sent(task_digest=digest("outline"), outcome="intended", age=9), sent()
     known = taken_back.model_copy(update={"outcome": "sent"})
-    assert first.is_same_as(Question("k", "draft", 1, None, None, (known,), task="draft"))
+    first, second, third = (
+        ReviewRequest(kickoff_id="k", task_id="draft", answers=(before,)) for before in (taken_back, answer, known)
+    )
+    assert not is_same_question(first, second)
+    assert is_same_question(first, third)

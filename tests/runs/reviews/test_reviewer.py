@@ -19,15 +19,17 @@ from prefect_crew import CrewStep, Review, ReviewRequest, WaitPolicy, Webhooks, 
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.exceptions import CrewError, CrewTimeoutError, PrefectAwayError, ReviewLimitError
-from prefect_crew.records.model import SentReview, utcnow
+from prefect_crew.records.model import utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.form import Form, ReviewForm
 from prefect_crew.runs.reviews.reviewer import NOBODY, People
+from prefect_crew.runs.wait import wait_for_run
 from prefect_crew.tasks import kickoff_crew, resume_crew
 from prefect_crew.testing import CrewServerFactory
 from support.asking import Asking
+from support.proxy import Proxy
 from support.webhooks import until
 
 SCRIPT = CrewScript.model_validate(
@@ -37,10 +39,11 @@ SCRIPT = CrewScript.model_validate(
         "tasks": [{"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"}],
     }
 )
+APPROVED = Review(approve=True)
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
-async def answers(idempotency_key: str) -> list[SentReview]:
+async def answers(idempotency_key: str) -> list[Review]:
     records = PrefectRecords()
     return await records.reviews((await records.attempts(idempotency_key))[-1])
 
@@ -209,12 +212,12 @@ async def test_nobody_in_time_is_a_rejection_also_where_what_is_asked_is_not_kno
     async with CrewSession(opened.crew) as session:
         policy = WaitPolicy(human_timeout=86400, on_human_timeout="reject")
         people = People(opened, session, PrefectRecords(), policy, None, stop=AsyncMock())
-        await people.ask(await session.client.status(opened.kickoff_id))
+        await people.see_status(await session.client.status(opened.kickoff_id))
         assert people.question is None, "it is held back"
         assert await people.more_time() == 0.5
         assert server.requests["resume"] == 0
         await asyncio.sleep(0.6)
-        await people.ask(await session.client.status(opened.kickoff_id))
+        await people.see_status(await session.client.status(opened.kickoff_id))
         assert await people.more_time() == 86400
         assert server.requests["resume"] == 1
         assert await people.more_time() == 0, "once"
@@ -229,15 +232,17 @@ async def test_what_was_filled_in_is_kept_while_the_server_does_not_know_the_run
     await until(lambda: server.runs[0].state == "waiting", "it asks")
     async with CrewSession(opened.crew) as session:
         people = People(opened, session, PrefectRecords(), WaitPolicy(), None, stop=AsyncMock())
-        await people.ask(await session.client.status(opened.kickoff_id))
+        await people.see_status(await session.client.status(opened.kickoff_id))
         form = AsyncMock(spec=Form)
-        form.question, form.look.return_value = people.question, ReviewForm(decision="approve", name="Ada")
+        form.look.return_value = ReviewForm(decision="approve", name="Ada")
+        people._form = form
         server.faults.add("status:404@1")
-        assert not await people._answer_by_form(form)
+        await people.answer()
+        assert not people.has_answered()
         form.forget_answer.assert_not_called()
-        await people.ask(await session.client.status(opened.kickoff_id))
-        form.question = people.question
-        assert await people._answer_by_form(form)
+        await people.see_status(await session.client.status(opened.kickoff_id))
+        await people.answer()
+        assert people.has_answered()
         form.forget_answer.assert_awaited_once()
     assert server.requests["resume"] == 1
 
@@ -336,3 +341,77 @@ async def test_an_answer_from_elsewhere_in_the_same_moment_is_not_the_end_of_the
         assert (asked, server.requests["resume"]) == ([1, 2], 2)
         given = [(one.round, one.approve, one.by) for one in await answers(server.url)]
         assert given == [(1, False, "resume_crew"), (2, True, "slow")]
+
+
+# The Prefect API is away, or refuses
+
+
+async def test_an_answer_whose_outcome_cannot_be_saved_does_not_keep_the_wait_from_polling(
+    crew_server: CrewServerFactory, proxy: Proxy
+) -> None:
+    proxy.refuse, proxy.answer = "PATCH /api/variables/name/crew_answer", "503"
+    server = crew_server(SCRIPT)
+    run = await server.crew().trigger({})
+    result = await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, review=lambda _: APPROVED), 60)
+    assert result.output == "Draft. "
+    assert (server.requests["resume"], proxy.count("PATCH /api/variables/name/crew_answer") > 1) == (1, True)
+
+
+async def test_while_prefect_is_away_the_run_is_polled_and_the_answer_is_sent_once_it_is_back(
+    crew_server: CrewServerFactory, proxy: Proxy
+) -> None:
+    asked: list[str] = []
+
+    async def judge(request: ReviewRequest) -> Review:
+        asked.append(request.kickoff_id)
+        proxy.cut()
+        return APPROVED
+
+    server = crew_server(SCRIPT)
+    run = await server.crew().trigger({})
+    waiting = asyncio.ensure_future(wait_for_run(run.crew, run.kickoff_id, review=judge))
+    await until(lambda: asked, "the function has answered")
+    polls = server.requests["status"]
+    await until(lambda: server.requests["status"] > polls + 3 or waiting.done(), "the run is polled meanwhile")
+    assert (waiting.done(), server.requests["resume"]) == (False, 0)
+    proxy.restore()
+    assert (await asyncio.wait_for(waiting, 60)).output == "Draft. "
+    assert (len(asked), server.requests["resume"]) == (1, 1)
+
+
+async def test_an_answer_that_was_written_down_as_prefect_went_away_is_known_as_ones_own(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine, lost = PrefectRecords.add_review, list[int]()
+
+    async def lose(self: PrefectRecords, record: Any, number: int, review: Review) -> bool:
+        is_ours = await genuine(self, record, number, review)
+        if not lost:
+            lost.append(number)
+            raise httpx.ReadError("the reply was lost")
+        return is_ours
+
+    monkeypatch.setattr(PrefectRecords, "add_review", lose)
+    server = crew_server(SCRIPT)
+    run = await server.crew().trigger({}, idempotency_key=server.url)
+    result = await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, review=lambda _: APPROVED), 60)
+    assert (result.output, lost, server.requests["resume"]) == ("Draft. ", [1], 1)
+    assert [one.outcome for one in await answers(server.url)] == ["sent"]
+
+
+@pytest.mark.parametrize("refused", ["POST /api/variables/$", "POST /api/variables/filter"], ids=["writing", "reading"])
+async def test_a_prefect_api_that_refuses_ends_the_wait_and_the_error_names_the_run(
+    refused: str, crew_server: CrewServerFactory, proxy: Proxy
+) -> None:
+    def judge(request: ReviewRequest) -> Review:
+        return APPROVED
+
+    server = crew_server(SCRIPT)
+    run = await server.crew().trigger({})
+    proxy.refuse = refused
+    with pytest.raises(CrewError, match=r"The Prefect API refuses a request \(HTTP 403\)") as caught:
+        await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, review=judge), 60)
+    assert run.kickoff_id in str(caught.value)
+    assert "wait for the run again under its key" in str(caught.value)
+    assert not isinstance(caught.value, PrefectAwayError)
+    assert server.requests["resume"] == 0
