@@ -90,7 +90,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         description="The crew's page for people. Artifacts and reviews link to it.",
         examples=["https://app.crewai.com/crewai_plus/deployments/12345"],
     )
-    max_kickoffs: int = Field(
+    max_attempts: int = Field(
         default=3, ge=1, description="How many runs may be started for one idempotency key, including failed ones."
     )
     concurrency_limit: str | None = Field(

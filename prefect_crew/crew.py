@@ -63,7 +63,7 @@ class Crew:
     inputs_as_json: bool
     allow_extra_inputs: bool
     wait: WaitPolicy
-    max_kickoffs: int
+    max_attempts: int
     concurrency_limit: str | None
     show: Literal["full", "summary", "none"]
     secret_inputs: tuple[str, ...]

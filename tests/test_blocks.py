@@ -57,8 +57,8 @@ def test_the_url_is_cleaned():
     "fields",
     [
         *({"url": url} for url in (None, "", "travel.test", "http://travel.test", "https://me:hunter2@travel.test")),
-        *({"max_kickoffs": 0}, {"request_timeout": 0}, {"price": -1}, {"show": "everything"}, {"token": None}),
-        *({"wait": {"initial": 0}}, {"max_kickoff": 1}, {"wait": {"timeot": 60}}),
+        *({"max_attempts": 0}, {"request_timeout": 0}, {"price": -1}, {"show": "everything"}, {"token": None}),
+        *({"wait": {"initial": 0}}, {"max_attempt": 1}, {"wait": {"timeot": 60}}),
         # No date is so far away: they would fail once a kickoff has its permit, or when a form is put up.
         *({"wait": {"timeout": 1e12}}, {"wait": {"human_timeout": 1e12}}, {"wait": {"timeout": math.inf}}),
     ],
@@ -70,7 +70,7 @@ def test_what_makes_no_sense_is_refused_without_the_token_that_was_given_with_it
     for shown in (str(caught.value), repr(caught.value)):
         assert "text-token" not in shown
         assert "hunter2" not in shown
-        assert ("do you mean 'max_kickoffs'" in shown) is ("max_kickoff" in fields)
+        assert ("do you mean 'max_attempts'" in shown) is ("max_attempt" in fields)
         assert ("a crew's wait has no field 'timeot': do you mean 'timeout'" in shown) is ("timeot" in str(fields))
 
 
@@ -88,7 +88,7 @@ async def test_it_is_stored_with_all_that_holds_for_its_runs_and_loaded_by_name(
         show="summary",
         secret_inputs=("pin",),
         price=0.5,
-        max_kickoffs=2,
+        max_attempts=2,
     )
     await block.asave(name)
     loaded = await DeployedCrew.aload(name)

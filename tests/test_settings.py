@@ -40,8 +40,8 @@ def test_other_names_are_other_crews_and_no_token_is_sent_to_another_crew(monkey
     with pytest.raises(ValueError, match=r"No token for https://news\.test/ .* set NEWS_TOKEN"):
         DeployedCrew.from_env("NEWS")
     monkeypatch.setenv("NEWS_TOKEN", "of-the-news")
-    news = DeployedCrew.from_env("NEWS", max_kickoffs=1)
-    assert (news.url, news.token.get_secret_value(), news.max_kickoffs) == ("https://news.test", "of-the-news", 1)
+    news = DeployedCrew.from_env("NEWS", max_attempts=1)
+    assert (news.url, news.token.get_secret_value(), news.max_attempts) == ("https://news.test", "of-the-news", 1)
     assert DeployedCrew.from_env().token.get_secret_value() == "of-travel"
     monkeypatch.delenv("NEWS_URL")
     assert DeployedCrew.from_env("NEWS").token.get_secret_value() == "of-travel"

@@ -149,7 +149,7 @@ async def arun_batch(
         breaker: Failed rows in a row after which the batch pauses; None never does. It then tries single rows, and
             gives up after three that failed.
         breaker_pause: Seconds of the first pause, each further one is twice as long.
-        retries: Further runs of a failed row, never beyond the crew's `max_kickoffs`.
+        retries: Further runs of a failed row, never beyond the crew's `max_attempts`.
         retry_failed: Start the failed rows of earlier calls again: all but lost ones, or those of these keys.
         max_kickoffs: Kickoffs of all calls together.
         wait: How to wait, in place of the crew's policy. Left out, the first poll comes when runs are known to end.

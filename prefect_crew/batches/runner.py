@@ -285,7 +285,7 @@ class Runner:
         return f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED or is_corrected else None
 
     def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int) -> bool:
-        most = self.session.crew.max_kickoffs
+        most = self.session.crew.max_attempts
         return self.throttle.stopped is None and self._options.starts_again(
             state, job.key, count=count, before=before, most=most, owed=owed
         )

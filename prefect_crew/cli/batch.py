@@ -395,7 +395,7 @@ async def _go_on(
         report = await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=shown.watch_batch, **again)
         if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
             _output.note(
-                "No row was started again: each had as many kickoffs as the crew's max_kickoffs allows, is lost and "
+                "No row was started again: each had as many kickoffs as the crew's max_attempts allows, is lost and "
                 "not named by --key, or has a result for other inputs."
             )
         return report

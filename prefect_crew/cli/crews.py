@@ -30,7 +30,7 @@ class BlockFields:
 
     Args:
         allow_extra_inputs: Also send inputs that the crew does not name.
-        max_kickoffs: How many runs one idempotency key may start.
+        max_attempts: How many runs one idempotency key may start.
         concurrency_limit: The Prefect concurrency limit of its runs.
         show: How much artifacts show of inputs and outputs.
         secret_inputs: An input whose value is hidden; can be repeated.
@@ -39,7 +39,7 @@ class BlockFields:
     """
 
     allow_extra_inputs: Annotated[bool | None, Parameter(name="--allow-extra")] = None
-    max_kickoffs: int | None = None
+    max_attempts: int | None = None
     concurrency_limit: str | None = None
     show: Literal["full", "summary", "none"] | None = None
     secret_inputs: Annotated[list[str] | None, Parameter(name="--secret-input")] = None

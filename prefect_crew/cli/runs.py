@@ -118,7 +118,7 @@ def todo(record: RunRecord, condition: Condition, state: CrewState | None = None
     if condition is Condition.WAITING:
         return answer
     if condition is Condition.ENDED and record.state is not CrewState.COMPLETED:
-        return "Run again with its key to start another, as far as the crew's max_kickoffs allows."
+        return "Run again with its key to start another, as far as the crew's max_attempts allows."
     return ""
 
 

@@ -59,7 +59,7 @@ def decide(
     *,
     caller: Caller,
     kickoffs: int = 0,
-    max_kickoffs: int = 3,
+    max_attempts: int = 3,
     owner_ended: bool = False,
     force_new: bool = False,
     asked_at: datetime | None = None,
@@ -69,7 +69,7 @@ def decide(
     Args:
         record: The latest attempt at the key that counts, None if there is none.
         caller: Who asks.
-        kickoffs, max_kickoffs: How many attempts at this key count, `record` among them, and how many may.
+        kickoffs, max_attempts: How many attempts at this key count, `record` among them, and how many may.
         owner_ended: Whether the flow run that claimed the record is known to have ended.
         force_new: Start whatever the record says.
         asked_at: When the call was made, UTC. A run that was in flight then is the one that it is about, also if it
@@ -93,7 +93,7 @@ def decide(
         if not (earlier or owner_ended) and record.open_for:
             return Decision.CLAIMED_ELSEWHERE
         return Decision.UNCERTAIN if record.permit else Decision.VOID
-    if record.state is CrewState.COMPLETED or kickoffs >= max_kickoffs:
+    if record.state is CrewState.COMPLETED or kickoffs >= max_attempts:
         return Decision.RETURN
     if asked_at is not None and record.ended_at is not None and record.ended_at > asked_at and not earlier:
         return Decision.RETURN

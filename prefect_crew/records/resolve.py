@@ -124,7 +124,7 @@ async def in_flight(name: str, records: RecordStore) -> RunRecord:
 async def resolve_lost(record: RunRecord, records: RecordStore, *, look: Look | None = None) -> None:
     """Write down that a run's end will never be known: the crew's server has forgotten it.
 
-    The next call with its key starts another, up to the crew's `max_kickoffs`, as after a failure. `record` is as
+    The next call with its key starts another, up to the crew's `max_attempts`, as after a failure. `record` is as
     `in_flight` returns it; `look` is None where the crew cannot be asked.
 
     Raises:

@@ -40,7 +40,7 @@ from prefect_crew.records.owners import crash_dead_owner
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
-from prefect_crew.runs.run import OpenRun, no_kickoff_left
+from prefect_crew.runs.run import OpenRun, no_attempt_left
 from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -255,7 +255,7 @@ async def _decide(
         record,
         caller=start.identity.caller,
         kickoffs=sum(attempt.counts for attempt in attempts),
-        max_kickoffs=start.crew.max_kickoffs,
+        max_attempts=start.crew.max_attempts,
         owner_ended=owner_ended,
         force_new=force_new,
         asked_at=start.asked_at,
@@ -620,7 +620,7 @@ async def open_run(
         await crash_dead_owner(record)
         had_ended = record.ended_at is not None and record.ended_at <= start.asked_at
         if started.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and had_ended:
-            run.advice = no_kickoff_left(crew)
+            run.advice = no_attempt_left(crew)
     run.notify(None)
     return run
 

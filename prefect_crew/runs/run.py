@@ -94,7 +94,7 @@ class OpenRun:
     @property
     def attempt(self) -> str | None:
         """Which attempt at its key it is, as text; None without a record."""
-        return None if self.record is None else f"attempt {self.record.attempt} of at most {self.crew.max_kickoffs}"
+        return None if self.record is None else f"attempt {self.record.attempt} of at most {self.crew.max_attempts}"
 
     def notify(self, status: CrewStatus | None) -> None:
         """Tell whoever the crew names of a status, or of the run itself."""
@@ -333,22 +333,22 @@ def next_step(run: OpenRun) -> str:
     if run.advice is not None or run.record is None:
         return run.advice or "Correct the crew, then start another run."
     more = "A retry of what called it, or a call with the same key, starts the crew again."
-    if run.record.attempt >= run.crew.max_kickoffs:
-        more = _more_kickoffs(run.crew.label)
+    if run.record.attempt >= run.crew.max_attempts:
+        more = _more_attempts(run.crew.label)
     return f"This was {run.attempt} under its key. {more}"
 
 
-def no_kickoff_left(crew: Crew) -> str:
+def no_attempt_left(crew: Crew) -> str:
     """Return what to do where an idempotency key has no kickoff left."""
     return (
-        f"Nothing was started: crew {crew.label} allows {crew.max_kickoffs} kickoffs for one idempotency key "
-        f"(max_kickoffs). {_more_kickoffs(crew.label)}"
+        f"Nothing was started: crew {crew.label} allows {crew.max_attempts} attempts at one idempotency key "
+        f"(max_attempts). {_more_attempts(crew.label)}"
     )
 
 
-def _more_kickoffs(crew: str) -> str:
+def _more_attempts(crew: str) -> str:
     return (
-        f"For another: in Prefect's UI raise max_kickoffs on the block deployed-crew/{crew} and retry the flow run; "
+        f"For another: in Prefect's UI raise max_attempts on the block deployed-crew/{crew} and retry the flow run; "
         "for a deployment of run_deployed_crew set its parameter force_new; in Python force_new=True; on the command "
         "line --force-new."
     )

@@ -144,7 +144,7 @@ async def test_retries_wait_for_the_circuit_breaker_and_are_counted_by_it(
     server = crew_server(FAILS)
     rows = [{"topic": str(number)} for number in range(200)]
     options: dict[str, Any] = {"name": "down", "max_in_flight": 20, "breaker": 5, "breaker_pause": 0.1}
-    report = await batch(server.crew(max_kickoffs=3), rows, retries=2, **options)
+    report = await batch(server.crew(max_attempts=3), rows, retries=2, **options)
     assert "rows failed in a row" in (report.stopped or "")
     assert server.kickoffs <= 5 + 20 + 3, "the five, those in flight with them, and three that were tried"
     assert report.failed + report.skipped == 200

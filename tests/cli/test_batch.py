@@ -63,7 +63,7 @@ def picky(crew_server: CrewServerFactory) -> Callable[..., tuple[CrewServer, str
 
     def serve(**options: Any) -> tuple[CrewServer, str]:
         server, block = crew_server(PICKY, **options), f"picky-{uuid.uuid4().hex[:8]}"
-        server.crew(max_kickoffs=2).save(block, _sync=True)  # pyright: ignore
+        server.crew(max_attempts=2).save(block, _sync=True)  # pyright: ignore
         return server, block
 
     return serve
@@ -347,7 +347,7 @@ def test_failed_rows_are_started_again_by_the_name_alone_up_to_the_crews_limit(
     again = here("batch", "retry", name, "--yes", "--key", "b", "-o", "json")
     assert (again.code, again.json["kickoffs"], server.kickoffs) == (6, 1, 4)
     more = here("batch", "retry", name, "--yes")
-    assert (server.kickoffs, "max_kickoffs" in more.err) == (4, True)
+    assert (server.kickoffs, "max_attempts" in more.err) == (4, True)
     assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
     for row, why in (("a", "has completed"), ("z", "has started no run for a row 'z'")):
         refused = here("batch", "retry", name, "--yes", "--key", row)

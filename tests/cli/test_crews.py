@@ -23,12 +23,12 @@ def name() -> str:
 
 def test_a_saved_crew_is_used_by_its_name(here, prefect_api: PrefectServer, crews: CrewServer, name: str):
     url = f"{crews.url}/greet"
-    saved = here("crews", "save", name, "--url", url, "--timeout", "77", "--max-kickoffs", "5", "--secret-input", "who")
+    saved = here("crews", "save", name, "--url", url, "--timeout", "77", "--max-attempts", "5", "--secret-input", "who")
     assert saved.code == 0
     assert saved.out.endswith(f"prefect-crew run {name} -i who=…\n")
     block = DeployedCrew.load(name)
     assert (block.url, block.token.get_secret_value()) == (url, TOKEN)
-    assert (block.wait.timeout, block.max_kickoffs, block.secret_inputs) == (77, 5, ["who"])
+    assert (block.wait.timeout, block.max_attempts, block.secret_inputs) == (77, 5, ["who"])
     assert here("inputs", name).out == "Input\tNeeded\nwho\trequired\n"
     assert f"{name}\t{url}\n" in here("crews", "ls").out
     shown = here("crews", "inspect", name)
@@ -125,27 +125,27 @@ def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer,
 def test_a_block_that_is_not_valid_is_named_with_its_field(here, prefect_api: PrefectServer, name: str):
     block: Any = DeployedCrew(url="http://127.0.0.1:1", token=SecretStr(TOKEN))
     with get_client(sync_client=True) as prefect:
-        wrong = BlockDocumentUpdate(data={"max_kickoffs": 0}, merge_existing_data=True)
+        wrong = BlockDocumentUpdate(data={"max_attempts": 0}, merge_existing_data=True)
         prefect.update_block_document(block.save(name, _sync=True), wrong)
     listed = here("crews", "ls")
-    assert (listed.code, f"{name}\tmax_kickoffs: " in listed.out) == (0, True)
+    assert (listed.code, f"{name}\tmax_attempts: " in listed.out) == (0, True)
     for line in (("crews", "inspect", name), ("run", name)):
         refused = here(*line)
         assert refused.code == 2
-        assert f"The block deployed-crew/{name} is not valid: max_kickoffs: " in refused.err
+        assert f"The block deployed-crew/{name} is not valid: max_attempts: " in refused.err
         assert f"prefect-crew crews save {name} --overwrite" in refused.err
         assert TOKEN not in refused.err
     unmended = here("crews", "save", name, "--overwrite")
-    assert (unmended.code, "max_kickoffs" in unmended.err, TOKEN in unmended.err) == (2, True, False)
-    assert here("crews", "save", name, "--max-kickoffs", "2", "--overwrite").code == 0
-    assert DeployedCrew.load(name).max_kickoffs == 2
+    assert (unmended.code, "max_attempts" in unmended.err, TOKEN in unmended.err) == (2, True, False)
+    assert here("crews", "save", name, "--max-attempts", "2", "--overwrite").code == 0
+    assert DeployedCrew.load(name).max_attempts == 2
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("--url http://x.example.com", "plain text"),
-        ("--url http://127.0.0.1:1 --max-kickoffs 0", "max_kickoffs"),
+        ("--url http://127.0.0.1:1 --max-attempts 0", "max_attempts"),
         ("--url http://127.0.0.1:1 --timeout -1", "timeout"),
     ],
 )

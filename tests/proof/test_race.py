@@ -59,7 +59,7 @@ def test_twenty_racers_after_a_failure_start_one_more_run(zygote: Zygote, seen: 
         ended = zygote.run(*[script_of(server, idempotency_key) for _ in range(RACERS)])
         assert {one.error for one in ended} == {"CrewFailedError"}
         assert server.kickoffs == len(records(seen, idempotency_key))
-        assert server.kickoffs <= 3, "max_kickoffs"
+        assert server.kickoffs <= 3, "max_attempts"
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_twenty_processes_race_for_a_budget_on_postgres(
     # Without holding, a slow machine starts one run less: an end adds to the counter before the last start has tried.
     with CrewServer(Held(most, tokens=800), response_format="union") as server:
         budgets = [{**limit, "per": "month", "name": idempotency_key}]
-        crew = {"url": server.url, "token": server.token, "price": 0.07, "max_kickoffs": 1, "budgets": budgets}
+        crew = {"url": server.url, "token": server.token, "price": 0.07, "max_attempts": 1, "budgets": budgets}
         for turn in ("first", "second"):
             scripts = [Script(crew, {"text": "tea"}, f"{idempotency_key} {turn} {number}") for number in range(RACERS)]
             ended = zygote_on_postgres.run(*scripts)

@@ -32,10 +32,10 @@ WORLDS = {
         calls=(Call(at_once=2),), runs=(CrewRun(end="stuck"),), stop_on_timeout=True
     ),
     "who stops a run tells automations of its end": Scenario(
-        calls=(Call(),), runs=(CrewRun(end="stuck"),), max_kickoffs=1, stop_on_timeout=True
+        calls=(Call(),), runs=(CrewRun(end="stuck"),), max_attempts=1, stop_on_timeout=True
     ),
     "an uncertain kickoff stays one behind a forced one that never started": Scenario(
-        calls=(Call(kill_at=9), Call(at=3.0, force_new=True)), faults=("kickoff:400-before-accept@2",), max_kickoffs=1
+        calls=(Call(kill_at=9), Call(at=3.0, force_new=True)), faults=("kickoff:400-before-accept@2",), max_attempts=1
     ),
     "the id cannot be written down until the Prefect API is back": Scenario(
         calls=(Call(),), runs=(CrewRun(seconds=3),), outages=((0.1, 200.0),)
@@ -48,7 +48,7 @@ WORLDS = {
         calls=(Call(flow=False), Call(key=1, flow=False)),
         faults=("kickoff:latency=4@1", "status:crash@1"),
         down_for=0.5,
-        max_kickoffs=1,
+        max_attempts=1,
     ),
     "the token is rotated while the crew runs": Scenario(
         calls=(Call(again=(1.0, 3.0)),), runs=(CrewRun(seconds=15),), rotate_at=5.0, rotate_late=3.0

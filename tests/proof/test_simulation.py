@@ -356,7 +356,7 @@ def test_a_failing_world_is_made_small() -> None:
         calls=(Call(at=3.0, flow=False, again=(1.0, 3.0)), Call(kill_at=5)),
         runs=(CrewRun("fails", 15), CrewRun()),
         faults=("kickoff:500-after-accept@1", "status:500@1"),
-        max_kickoffs=1,
+        max_attempts=1,
     )
     small = shrunk(large, lambda one: "kickoff:500-after-accept@1" in one.faults and any(c.again for c in one.calls))
     assert small == Scenario(calls=(Call(again=(3.0,)),), faults=("kickoff:500-after-accept@1",))

@@ -49,7 +49,7 @@ def decided(existing: RunRecord | None, **options: Any) -> Decision:
         pytest.param(ended(CrewState.STOPPED), {}, Decision.START_AGAIN, id="stopped"),
         pytest.param(FAILED, {"kickoffs": 2}, Decision.START_AGAIN, id="failed twice"),
         pytest.param(FAILED, {"kickoffs": 3}, Decision.RETURN, id="failed as often as allowed"),
-        pytest.param(FAILED, {"kickoffs": 1, "max_kickoffs": 1}, Decision.RETURN, id="may fail once"),
+        pytest.param(FAILED, {"kickoffs": 1, "max_attempts": 1}, Decision.RETURN, id="may fail once"),
         pytest.param(
             FAILED, {"asked_at": NOON - 2 * MINUTE}, Decision.RETURN, id="failed since the call, which waited for it"
         ),

@@ -57,7 +57,7 @@ async def test_the_log_says_what_a_retry_finds(
     crew_server: CrewServerFactory, spec: Any, second: str, caplog: pytest.LogCaptureFixture
 ):
     server = crew_server(spec)
-    crew = server.crew(max_kickoffs=1).crew.called("travel")
+    crew = server.crew(max_attempts=1).crew.called("travel")
 
     @flow(retries=1)
     async def trip() -> None:
@@ -357,7 +357,7 @@ async def test_a_failed_run_is_started_again_up_to_the_limit_and_then_raised_wit
     crew_server: CrewServerFactory,
 ):
     server, idempotency_key = crew_server(FAILS), key()
-    crew, errors = server.crew(max_kickoffs=2).crew.called("travel"), list[str]()
+    crew, errors = server.crew(max_attempts=2).crew.called("travel"), list[str]()
     for _ in range(4):
         with pytest.raises(CrewFailedError, match="the search engine is down") as caught:
             await arun_crew(crew, idempotency_key=idempotency_key)
@@ -371,7 +371,7 @@ async def test_a_failed_run_is_started_again_up_to_the_limit_and_then_raised_wit
     assert "This was attempt 2 of at most 2" in errors[1]
     assert "starts the crew again" not in errors[1]
     for error in errors[2:]:
-        assert "Nothing was started: crew travel allows 2 kickoffs for one idempotency key (max_kickoffs)" in error
+        assert "Nothing was started: crew travel allows 2 attempts at one idempotency key (max_attempts)" in error
     for error in errors[1:]:
         for place in ("block deployed-crew/travel", "parameter force_new", "force_new=True", "--force-new"):
             assert place in error

@@ -111,7 +111,7 @@ def _world(deal: _Decks, fault: str, fate: str, rng: random.Random) -> Scenario:
         down_for=deal("down", 0.5, 5.0, 60.0),
         rotate_at=deal("rotate", *[None] * 8, 0.1, 5.0),
         rotate_late=deal("rotate late", 0.0, 3.0),
-        max_kickoffs=deal("max", 1, 3, 3),
+        max_attempts=deal("max", 1, 3, 3),
         stop_on_timeout=deal("on timeout", False, False, True),
         seed=rng.randrange(1000),
         order=deal("order", 0, rng.randrange(1, 1000), rng.randrange(1, 1000), rng.randrange(1, 1000)),

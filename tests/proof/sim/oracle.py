@@ -102,8 +102,8 @@ def _never_twice(world: World) -> Iterator[str]:
         extra = _forced(world, key) + _lies(world) + asleep + pruned
         if len(runs) > 1 + ended_badly + extra:
             yield f"never twice: {key} was started {len(runs)} times, {1 + ended_badly + extra} were asked for"
-        if len(runs) > world.scenario.max_kickoffs + extra:
-            yield f"never twice: {key} was started {len(runs)} times, more than max_kickoffs"
+        if len(runs) > world.scenario.max_attempts + extra:
+            yield f"never twice: {key} was started {len(runs)} times, more than max_attempts"
 
 
 def _never_two_at_once(world: World) -> Iterator[str]:
@@ -133,7 +133,7 @@ def _never_lost(world: World) -> Iterator[str]:
             or (isinstance(last, CrewLostError) and any("forgotten" in run.faults for run in runs))
             or (
                 isinstance(last, CrewFailedError | CrewStoppedError)
-                and len(counted) >= world.scenario.max_kickoffs
+                and len(counted) >= world.scenario.max_attempts
                 and bad
             )
         )

@@ -140,7 +140,7 @@ class Scenario(_Short):
     down_for: float = 5.0
     rotate_at: float | None = None
     rotate_late: float = 0.0
-    max_kickoffs: int = 3
+    max_attempts: int = 3
     timeout: float = 120.0
     stop_on_timeout: bool = False
     resolve_after: float | None = None

@@ -136,7 +136,7 @@ class World:
             url=f"https://{HOST}",
             token=SecretStr(token),
             request_timeout=REQUEST_TIMEOUT,
-            max_kickoffs=self.scenario.max_kickoffs,
+            max_attempts=self.scenario.max_attempts,
             wait=self.policy,
             budgets=[] if budget is None else [Budget(max_kickoffs=budget, per="month", name="b")],
         ).crew
