@@ -438,7 +438,7 @@ PROBLEM = (
     "{{ event.payload.reason }}. Look at the crew's page, then: prefect-crew runs resolve "
     f"{QUOTED_KEY} --kickoff-id ID, or --never-started."
     "{% elif event.event == 'crew.lost' %}The crew's server no longer knows the run. Look at its page."
-    "{% else %}Its {{ event.payload.phase }} time limit of {{ event.payload.budget }} s is over. It may still run."
+    "{% else %}Its {{ event.payload.phase }} time limit of {{ event.payload.limit }} s is over. It may still run."
     "{% endif %}"
 )
 

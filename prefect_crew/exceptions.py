@@ -399,11 +399,11 @@ class CrewLostError(_RunError):
 class CrewTimeoutError(_RunError):
     """A time limit ended before the crew did. The crew may run on, unless it was `stopped`.
 
-    `phase` is which limit ended: "pending", "running" or "human"; `budget` is that limit in seconds.
+    `phase` is which limit ended: "pending", "running" or "human"; `limit` is that limit in seconds.
     """
 
     phase: str
-    budget: float
+    limit: float
     last_state: str | None
     stopped: bool = False
 
@@ -415,7 +415,7 @@ class CrewTimeoutError(_RunError):
             advice = again if self.stopped else go_on
         return (
             f"{self._run} was still {self.last_state or 'unseen'} after its {self.phase} time limit of "
-            f"{self.budget:g} s. {'It was stopped' if self.stopped else 'It was left running'}. {advice}: "
+            f"{self.limit:g} s. {'It was stopped' if self.stopped else 'It was left running'}. {advice}: "
             f"prefect-crew runs inspect {shlex.quote(self.kickoff_id)}."
         )
 

@@ -292,9 +292,9 @@ class _Poll:
             raise error
 
     async def timed_out(self, left: tuple[str, float, float]) -> CrewTimeoutError:
-        phase, budget, _ = left
+        phase, limit, _ = left
         stopped = await self.watcher.stop(phase)
-        return CrewTimeoutError(**self.names, phase=phase, budget=budget, last_state=self.last, stopped=stopped)
+        return CrewTimeoutError(**self.names, phase=phase, limit=limit, last_state=self.last, stopped=stopped)
 
     @property
     def last(self) -> str | None:

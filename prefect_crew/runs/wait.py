@@ -160,7 +160,7 @@ class _Waiter(Watcher):
                 raise await self._after_cancellation() from None
             except CrewTimeoutError as error:
                 if record is not None:
-                    emit("timed_out", record, phase=error.phase, budget=error.budget)
+                    emit("timed_out", record, phase=error.phase, limit=error.limit)
                 await self._show_unless_closed(str(error))
                 raise
             except CrewLostError as error:

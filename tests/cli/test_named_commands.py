@@ -88,7 +88,7 @@ TEXTS = {
     "uncertain": str(KickoffUncertainError(idempotency_key=HOSTILE, reason="x")),
     "conflict": str(IdempotencyConflictError(idempotency_key=HOSTILE, difference="x")),
     "lost": str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
-    "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", budget=1, last_state="running")),
+    "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", limit=1, last_state="running")),
     "answer": how_to_answer(OpenRun(crew=CREW, kickoff_id=HOSTILE)),
     "to do: uncertain": todo(RECORD, Condition.UNCERTAIN),
     "to do: orphaned": todo(RECORD, Condition.ORPHANED),

@@ -370,7 +370,7 @@ async def test_an_error_about_a_budget_says_what_was_seen_last_and_whether_the_c
     with pytest.raises(CrewTimeoutError) as caught:
         await world.wait(STEADY.model_copy(update={"timeout": 25.0}))
     error = caught.value
-    assert (error.phase, error.budget, error.last_state) == ("running", 25, "running")
+    assert (error.phase, error.limit, error.last_state) == ("running", 25, "running")
     assert error.stopped is (phase == "running")
 
 

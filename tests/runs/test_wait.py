@@ -112,7 +112,7 @@ async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_serv
     with pytest.raises(CrewTimeoutError, match=r"was still running after its running time limit of 0\.5 s") as caught:
         await run.wait_for_completion(BRIEF)
     error = caught.value
-    assert (error.phase, error.budget, error.last_state, error.stopped) == ("running", 0.5, "running", False)
+    assert (error.phase, error.limit, error.last_state, error.stopped) == ("running", 0.5, "running", False)
     assert f"run again with idempotency key {idempotency_key!r} and a larger timeout" in str(error)
     assert server.requests["stop"] == 0
     held.release()

@@ -248,8 +248,8 @@ def _timeouts(world: World) -> Iterator[str]:
             if change.value.get("kickoff_id") == end.value.kickoff_id and change.value.get("kicked_off_at")
         ]
         waited = EPOCH + end.at - min(kickoffs, default=0.0)
-        if waited < end.value.budget - 0.001:
-            yield f"{end.process.name} gave up after {waited:.1f} s, its time was {end.value.budget:g} s"
+        if waited < end.value.limit - 0.001:
+            yield f"{end.process.name} gave up after {waited:.1f} s, its time was {end.value.limit:g} s"
 
 
 _NEXT = {
