@@ -19,7 +19,7 @@ async def one_crew(crew: str, inputs: dict[str, Any], idempotency_key: str | Non
     Args:
         crew: The name of the crew's block, as under Blocks.
         inputs: The crew's inputs by name; prefect-crew inputs CREW lists them.
-        idempotency_key: The identity of one run. On a schedule: daily-{{ scheduled_start:%Y-%m-%d }}, the time that it
+        idempotency_key: The identity of one run. On a schedule: daily-{scheduled_start:%Y-%m-%d}, the time that it
             was scheduled for, in UTC. Empty: each flow run is one.
     """
     result = await arun_crew(crew, inputs, idempotency_key=idempotency_key)
@@ -33,6 +33,6 @@ if __name__ == "__main__":
         parameters={
             "crew": "travel",
             "inputs": {"budget": "1000 USD", "interests": "food, museums", "duration": "3 days", "age": "35"},
-            "idempotency_key": "served-{{ scheduled_start:%Y-%m-%d }}",
+            "idempotency_key": "served-{scheduled_start:%Y-%m-%d}",
         },
     )

@@ -30,7 +30,7 @@ async def report_pipeline(
         research: The block of the crew that takes a topic.
         write: The block of the crew that takes a topic, an audience and notes.
         review: The block of the crew that takes an audience and a draft.
-        idempotency_key: The identity of the whole report, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty:
+        idempotency_key: The identity of the whole report, such as report-{scheduled_start:%Y-%m-%d}. Empty:
             each flow run is one.
     """
     steps = [

@@ -30,7 +30,7 @@ async def reviewed_report(
         draft: The block of the crew that takes a topic, an audience and notes, and asks a person about its draft.
         days_to_answer: How long people may take in all. Then the draft is rejected, once, and they have as long again.
         max_rounds: How often the draft may be asked about.
-        idempotency_key: The identity of the whole report, such as report-{{ scheduled_start:%Y-%m-%d }}. Empty:
+        idempotency_key: The identity of the whole report, such as report-{scheduled_start:%Y-%m-%d}. Empty:
             each flow run is one.
     """
     policy = WaitPolicy(

@@ -37,7 +37,7 @@ def titled(label: str, key: str | None, inputs: Mapping[str, Any]) -> str:
     A key that is a template is left out: it is the same for many runs.
     """
     plain = (value for value in inputs.values() if isinstance(value, str | int))
-    what = key if key and "{{" not in key else next(filter(str, plain), "")
+    what = key if key and "{" not in key else next(filter(str, plain), "")
     # Half a character, as JSON may hold it, is refused later and in words of its own.
     text = one_line(str(what)[:1000].encode("utf-8", "replace").decode())
     return f"{label} · {text if len(text) <= TITLE else f'{text[:TITLE]}…'}" if text else label

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 KEY_HELP = (
-    "A run with the same key is started at most once: such as daily-{{ scheduled_start:%Y-%m-%d }}. Left out, every "
+    "A run with the same key is started at most once: such as daily-{scheduled_start:%Y-%m-%d}. Left out, every "
     "flow run starts one."
 )
 SECRET_HELP = "The name of the Prefect Secret block that holds it: a value would be stored with the flow run."  # noqa: S105
@@ -112,7 +112,7 @@ def build_deployment(
         if render_key(key, datetime.now(UTC)) == key and is_scheduled:
             raise ConfigurationError(
                 f"The idempotency key {key!r} is the same for every time of the schedule, so that all would get the "
-                "first one's result. Put the time into it, such as daily-{{ scheduled_start:%Y-%m-%d }}."
+                "first one's result. Put the time into it, such as daily-{scheduled_start:%Y-%m-%d}."
             )
     try:
         deployment = RunnerDeployment.from_flow(
@@ -354,7 +354,7 @@ async def backfill(
         if isinstance(key, str) and len(times) > 1 and len({render_key(key, moment) for moment in times}) == 1:
             raise ConfigurationError(
                 f"The idempotency key {key!r} is the same for every time, so that all would get one run. Put the time "
-                "into it, such as {{ scheduled_start:%Y-%m-%d }}."
+                "into it, such as {scheduled_start:%Y-%m-%d}."
             )
         known = await _known_runs(client, target, chosen, times) if times else {}
         runs: list[BackfilledRun] = []

@@ -71,7 +71,7 @@ async def arun_crew(
         inputs: Its inputs by name.
         name: The step's name: in task names, and part of an idempotency key that is left out.
         idempotency_key: The identity of this run, across flow runs and machines that share a Prefect server. It may be
-            a template over the scheduled time: `"daily-{{ scheduled_start:%Y-%m-%d }}"`. Left out, it is one that the
+            a template over the scheduled time: `"daily-{scheduled_start:%Y-%m-%d}"`. Left out, it is one that the
             retries of this flow run reattach; outside a flow every call is a new run.
         force_new: Start a new run whatever the record of the key says.
         meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
@@ -205,7 +205,7 @@ async def run_deployed_crew(
     ] = None,
     idempotency_key: Annotated[
         str | None,
-        Field(description="The identity of one run, such as daily-{{ scheduled_start:%Y-%m-%d }}."),
+        Field(description="The identity of one run, such as daily-{scheduled_start:%Y-%m-%d}."),
     ] = None,
     force_new: Annotated[bool, Field(description="Start a new run even if the key has one.")] = False,
     wait: Annotated[WaitPolicy | None, Field(description="How to wait, in place of the block's policy.")] = None,

@@ -55,7 +55,7 @@ async def test_the_form_asks_for_each_input_and_says_what_it_is():
 
 # Backfills
 
-KEY = "day-{{ scheduled_start:%Y-%m-%d }}"
+KEY = "day-{scheduled_start:%Y-%m-%d}"
 FIRST, LAST = date(2024, 2, 27), date(2024, 3, 1)
 HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 SIX = DeploymentScheduleCreate(
@@ -134,7 +134,7 @@ async def test_times_in_other_zones_and_intervals(prefect_api: PrefectServer):
 
 TWO = (SIX, SIX.model_copy(update={"slug": "other"}))
 SAME_KEY = SIX.model_copy(update={"parameters": {"idempotency_key": "always"}})
-YEARLY_KEY = SIX.model_copy(update={"parameters": {"idempotency_key": "year-{{ scheduled_start:%Y }}"}})
+YEARLY_KEY = SIX.model_copy(update={"parameters": {"idempotency_key": "year-{scheduled_start:%Y}"}})
 HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
 
 
@@ -164,10 +164,10 @@ async def test_what_would_go_wrong_is_refused_and_nothing_is_created(
 @pytest.mark.parametrize(
     ("key", "again"),
     [
-        ("day-{{ scheduled_start:%Y-%m-%d }}", None),
-        ("month-{{ scheduled_start:%B }}", "month-"),
-        ("weekday-{{ scheduled_start:%A }}", "weekday-"),  # seven keys, none of them twice in a row
-        ("{{ scheduled_start:%m-%d }}", "-"),
+        ("day-{scheduled_start:%Y-%m-%d}", None),
+        ("month-{scheduled_start:%B}", "month-"),
+        ("weekday-{scheduled_start:%A}", "weekday-"),  # seven keys, none of them twice in a row
+        ("{scheduled_start:%m-%d}", "-"),
         (None, None),
     ],
 )

@@ -106,7 +106,7 @@ def test_without_a_step_the_first_input_that_may_be_shown_tells_kickoffs_apart(c
     given: dict[str, Any] = {"crew": crew, "inputs": {"cities": ["x"], "pin": "4711", "city": " Lis\nbon "}}
     assert called(parameters=given) == "kickoff travel · Lis bon"
     assert called(parameters={**given, "idempotency_key": "lisbon"}) == "kickoff travel · lisbon"
-    assert called(parameters={**given, "idempotency_key": "{{ scheduled_start }}"}) == "kickoff travel · Lis bon"
+    assert called(parameters={**given, "idempotency_key": "{scheduled_start}"}) == "kickoff travel · Lis bon"
     assert called(parameters={**given, "name": "write"}) == "kickoff write"
     assert called(parameters={**given, "inputs": {"a": "with 4711", "pin": "4711"}}) == "kickoff travel · with ********"
     assert called(parameters={**given, "crew": replace(crew, show="summary")}) == "kickoff travel"

@@ -128,7 +128,7 @@ async def arun_batch(
         dataset: CSV, TSV, JSON Lines, JSON or Parquet by path, URL or fsspec address; an iterable of mappings; a pandas
             or polars data frame; an Arrow table.
         name: The batch's name. It, `output` and a path as `dataset` may be templates over the scheduled time:
-            `leads-{{ scheduled_start:%Y-%m-%d }}`.
+            `leads-{scheduled_start:%Y-%m-%d}`.
         output: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
             Parquet. It is written at the end, and when the batch stops; `prefect-crew batch export` writes it at any
             time. A line has key, inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
@@ -339,7 +339,7 @@ async def _batch_job(
     full, where = render_key(name, moment), render_key(str(output), moment)
     if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
         raise ConfigurationError(f"A batch needs a printable name of 1 to {MAX_NAME} characters, not {full[:60]!r}.")
-    if isinstance(dataset, str) and "{{" in dataset:
+    if isinstance(dataset, str) and "{scheduled_start" in dataset:
         dataset = render_key(dataset, moment)
     address = await ledger_address(more.pop("ledger"), where)
     rows = open_dataset(dataset, **more)

@@ -43,9 +43,7 @@ InputFile = Annotated[
 ]
 Key = Annotated[
     str | None,
-    Parameter(
-        name="--key", help="The idempotency key; on a schedule for example 'daily-{{ scheduled_start:%Y-%m-%d }}'."
-    ),
+    Parameter(name="--key", help="The idempotency key; on a schedule for example 'daily-{scheduled_start:%Y-%m-%d}'."),
 ]
 Timeout = Annotated[
     float | None, Parameter(name="--timeout", help="Seconds that a run may take, pending and running together.")

@@ -124,8 +124,8 @@ class Pipeline:
                 self.problems.append(f"step {name!r} has a reserved name: call it something else")
             elif name in self.inputs:
                 self.problems.append(f"step {name!r} has the name of an input: call it something else")
-            if not name.strip() or "/" in name:
-                self.problems.append(f"a step cannot be named {name!r}: give it a word without slashes")
+            if not name.strip() or {*"/{}"} & {*name}:
+                self.problems.append(f"a step cannot be named {name!r}: give it a word without slashes and braces")
         sorter = TopologicalSorter[str](dict.fromkeys(names, ()))
         for step in self.steps:
             self.needs[step.name] = self._needed_by(step, set(names))

@@ -141,7 +141,7 @@ async def run_deployed_pipeline(
     ] = None,
     idempotency_key: Annotated[
         str | None,
-        Field(description="The identity of the whole pipeline, such as report-{{ scheduled_start:%Y-%m-%d }}."),
+        Field(description="The identity of the whole pipeline, such as report-{scheduled_start:%Y-%m-%d}."),
     ] = None,
 ) -> PipelineResult:
     """Run a pipeline that is given as plain values: a flow to deploy as it is, for pipelines without Python code.

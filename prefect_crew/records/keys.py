@@ -34,7 +34,8 @@ from prefect_crew.records.decision import Caller
 from prefect_crew.records.model import MAX_KEY, digest, utcnow
 from prefect_crew.records.owners import this_process
 
-TEMPLATE = re.compile(r"\{\{(?P<inner>.*?)\}\}", re.DOTALL)
+_ESCAPED = str.maketrans({sign: f"%{ord(sign):X}" for sign in "%/{}"})
+TEMPLATE = re.compile(r"\{(?P<inner>[^{}]*)\}")
 LONGEST_NAME = 200
 """Characters of a name or address within a key that is made; what is longer is cut and gets a digest."""
 
@@ -118,15 +119,14 @@ async def scheduled_start() -> datetime:
 
 
 def render_key(template: str, scheduled_start: datetime) -> str:
-    """Fill an idempotency key's `{{ scheduled_start }}` or `{{ scheduled_start:FORMAT }}`, FORMAT as in strftime, in
-    UTC.
+    """Fill an idempotency key's `{scheduled_start}` or `{scheduled_start:FORMAT}`, FORMAT as in strftime, in UTC.
 
     Raises:
-        ConfigurationError: A placeholder is not known, not closed, or without a directive: left as it stands, it would
-            make the same key, and so the same run, for every schedule.
+        ConfigurationError: Another name stands in braces, a brace has no partner or is doubled, or a format has no
+            directive: left as it stands, it would make the same key, and so the same run, for every schedule.
     """
     moment = scheduled_start.astimezone(UTC)
-    usage = "Use {{ scheduled_start:%Y-%m-%d }}, the time that the flow run was scheduled for, in UTC."
+    usage = "Use {scheduled_start:%Y-%m-%d}, the time that the flow run was scheduled for, in UTC."
 
     def fill(match: re.Match[str]) -> str:
         name, colon, form = match["inner"].partition(":")
@@ -138,8 +138,8 @@ def render_key(template: str, scheduled_start: datetime) -> str:
             )
         return moment.strftime(form.strip() or "%Y-%m-%dT%H:%M:%S")
 
-    if "{{" in TEMPLATE.sub("", template):
-        raise ConfigurationError(f"idempotency_key {template!r}: a placeholder is not closed. {usage}")
+    if {"{", "}"} & {*TEMPLATE.sub("", template)}:
+        raise ConfigurationError(f"idempotency_key {template!r}: a brace has no partner, or is doubled. {usage}")
     return TEMPLATE.sub(fill, template)
 
 
@@ -167,8 +167,9 @@ def _checked(key: str) -> str:
 
 
 def escape_name(name: str) -> str:
-    """Return a name as a part of a key that is made: without the separator, and each name in a way of its own."""
-    return name.replace("%", "%25").replace("/", "%2F")
+    """Return a name as a part of a key that is made: without the separator and without braces, which would make a
+    template of the key, and each name in a way of its own."""
+    return name.translate(_ESCAPED)
 
 
 def _short(name: str) -> str:

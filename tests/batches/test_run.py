@@ -497,8 +497,8 @@ async def test_a_scheduled_batch_has_its_name_and_output_from_the_scheduled_time
         report = await batch(
             crew,
             topics(2),
-            name="leads {{ scheduled_start:%Y-%m-%d %H:%M:%S }}",
-            output=str(batch.folder / "leads-{{ scheduled_start:%Y }}.jsonl"),
+            name="leads {scheduled_start:%Y-%m-%d %H:%M:%S}",
+            output=str(batch.folder / "leads-{scheduled_start:%Y}.jsonl"),
         )
         return report, context.flow_run.expected_start_time
 

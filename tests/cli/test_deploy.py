@@ -83,7 +83,7 @@ def test_a_deployment_asks_for_the_inputs_of_its_crew(here, name: str):
 
 
 def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: str):
-    full_name, key = f"deployed-crew/daily {name}", "daily-{{ scheduled_start:%Y-%m-%d }}"
+    full_name, key = f"deployed-crew/daily {name}", "daily-{scheduled_start:%Y-%m-%d}"
 
     def deploy(*options: str, code: int = 0) -> str:
         done = here("deploy", name, "--name", f"daily {name}", *options)
@@ -125,7 +125,7 @@ def test_a_run_has_its_inputs_as_text_and_the_key_of_its_time(
     here, prefect_api: PrefectServer, crews: CrewServer, name: str
 ):
     pool = work_pool(prefect_api, "process")
-    key = ("--key", f"{name}-{{{{ scheduled_start:%Y }}}}")
+    key = ("--key", f"{name}-{{scheduled_start:%Y}}")
     made = here("deploy", name, "--pool", pool, *key)
     assert f"prefect worker start --pool {pool}" in made.out
     assert f"prefect worker start --pool {pool}" in here("deploy", name, *key).out, "it keeps its pool"
@@ -266,7 +266,7 @@ def test_a_flow_is_deployed_by_its_import_path(here, prefect_api: PrefectServer,
         ("{name} -i colour=red", "does not know the inputs colour; it takes who."),
         ("{name} --cron now -i who=Ada", "cron"),
         ("{name} --interval 1e15 -i who=Ada", "The schedule cannot be made"),
-        ("{name} --key trip-{{{{start}}}}", "'{{start}}' is not known"),
+        ("{name} --key trip-{{start}}", "'{start}' is not known"),
         ("--pipeline {file} -i colour=red", "it takes who, times, tone."),
         ("--pipeline {file} -i times=two", "The default of the input times must be JSON of the"),
         ("--pipeline {file} --interval 60", "Missing: who"),
@@ -286,7 +286,7 @@ def test_what_cannot_be_deployed(here, name: str, file: Path, module: str, line:
 
 def test_a_second_backfill_creates_nothing_twice(here, name: str):
     line = ("deploy", name, "--name", f"past {name}", "-i", "who=Ada", "--cron", "0 6 * * *")
-    assert here(*line, "--key", f"{name}-{{{{ scheduled_start:%Y-%m-%d }}}}").code == 0
+    assert here(*line, "--key", f"{name}-{{scheduled_start:%Y-%m-%d}}").code == 0
     line = ("backfill", f"deployed-crew/past {name}", "--from", "2024-02-28", "--to", "2024-03-01")
     planned = here(*line, "--dry-run")
     assert (planned.code, planned.out.count("to create")) == (0, 3)

@@ -82,7 +82,7 @@ def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewS
         ("-i who=Ada -i colour=red", "Unknown inputs: colour."),
         ("-i who=Ada --restore-from 42", "restore_from is '42'"),
         ("-i who=Ada --timeout 0", "timeout"),
-        ("-i who=Ada --key {{tomorrow}}", "scheduled_start"),
+        ("-i who=Ada --key {tomorrow}", "scheduled_start"),
     ],
 )
 def test_what_cannot_be_used_starts_nothing(here, greet: str, crews: CrewServer, options: str, said: str):

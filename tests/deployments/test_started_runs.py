@@ -66,7 +66,7 @@ deployments:
       - interval: 10
         parameters:
           inputs: {topic: tea}
-          idempotency_key: "tea-{{ scheduled_start:%Y-%m-%dT%H:%M:%S }}"
+          idempotency_key: "tea-{scheduled_start:%Y-%m-%dT%H:%M:%S}"
 """
 
 

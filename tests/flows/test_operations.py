@@ -165,7 +165,7 @@ async def test_a_file_of_which_rows_go_on_is_not_done(save_crew: Any, folder: Fo
 
 
 @pytest.mark.parametrize(
-    "name", ["{{ scheduled_start }} {x}.csv", "x" * 200 + ".csv", "ü" * 124 + ".csv", "two\nlines.csv"], ids=str.__len__
+    "name", ["{scheduled_start} {x}.csv", "x" * 200 + ".csv", "ü" * 124 + ".csv", "two\nlines.csv"], ids=str.__len__
 )
 async def test_a_file_may_have_any_name(echo: CrewServer, folder: Folder, name: str):
     folder.receive(name, "topic\ntea\n")

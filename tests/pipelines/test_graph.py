@@ -64,6 +64,7 @@ def test_needs(step: CrewStep, needs: set[str]):
         pytest.param([CrewStep("t", "c")], ["'t' has the name of an input"], id="an-inputs-name"),
         pytest.param([CrewStep("steps", "c")], ["'steps' has a reserved name"], id="reserved"),
         pytest.param([CrewStep("a/b", "c")], ["without slashes"], id="a-slash"),
+        pytest.param([CrewStep("a{b}", "c")], ["and braces"], id="a-brace"),
         pytest.param([CrewStep(" ", "c")], ["cannot be named ' '"], id="blank"),
         pytest.param([CrewStep("a", "c", after=["b"])], ["comes after 'b', which is not a step"], id="after-nothing"),
         pytest.param([CrewStep("a", "c", {"x": "{{ u }}"})], ["input 'x': 'u' is no step"], id="an-unknown-name"),

@@ -35,11 +35,11 @@ START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=UTC)
     ("template", "key"),
     [
         ("daily", "daily"),
-        ("daily-{{ scheduled_start:%Y-%m-%d }}", "daily-2026-05-01"),
-        ("{{scheduled_start:%Y-%m-%d}}", "2026-05-01"),
-        ("{{ scheduled_start:%H:%M }} and {{ scheduled_start:%d.%m. }}", "23:30 and 01.05."),
-        ("at {{ scheduled_start }}", "at 2026-05-01T23:30:05"),
-        ("{not a placeholder} %Y", "{not a placeholder} %Y"),
+        ("daily-{scheduled_start:%Y-%m-%d}", "daily-2026-05-01"),
+        ("{scheduled_start:%Y-%m-%d}", "2026-05-01"),
+        ("{ scheduled_start:%H:%M } and {scheduled_start:%d.%m.}", "23:30 and 01.05."),
+        ("at {scheduled_start}", "at 2026-05-01T23:30:05"),
+        ("(not a placeholder) %Y", "(not a placeholder) %Y"),
     ],
 )
 def test_a_template_over_the_scheduled_time(template: str, key: str):
@@ -48,27 +48,26 @@ def test_a_template_over_the_scheduled_time(template: str, key: str):
 
 def test_a_template_is_in_utc():
     tokyo = START.astimezone(timezone(timedelta(hours=9)))
-    assert render_key("{{ scheduled_start:%Y-%m-%d }}", tokyo) == "2026-05-01"
+    assert render_key("{scheduled_start:%Y-%m-%d}", tokyo) == "2026-05-01"
 
 
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        pytest.param("daily-{{ date }}", r"'\{\{ date \}\}' is not known", id="another name"),
-        pytest.param("daily-{{ scheduled_start | date }}", "is not known", id="a filter"),
-        pytest.param(
-            "daily-{{ scheduled_start:YYYY-MM-DD }}", "'YYYY-MM-DD' is not a format of strftime", id="moment.js"
-        ),
-        pytest.param("daily-{{ scheduled_start: }}", "is not a format", id="an empty format"),
-        pytest.param("daily-{{ scheduled_start", "is not closed", id="not closed"),
-        pytest.param("daily-{{ scheduled_start }", "is not closed", id="half closed"),
-        pytest.param("daily-{{ }}", "is not known", id="nothing"),
+        pytest.param("daily-{date}", r"'\{date\}' is not known", id="another name"),
+        pytest.param("daily-{scheduled_start | date}", "is not known", id="a filter"),
+        pytest.param("daily-{scheduled_start:YYYY-MM-DD}", "'YYYY-MM-DD' is not a format of strftime", id="moment.js"),
+        pytest.param("daily-{scheduled_start:}", "is not a format", id="an empty format"),
+        pytest.param("daily-{scheduled_start", "has no partner", id="not closed"),
+        pytest.param("daily-scheduled_start}", "has no partner", id="not opened"),
+        pytest.param("daily-{{ scheduled_start:%Y-%m-%d }}", "or is doubled", id="double braces"),
+        pytest.param("daily-{}", "is not known", id="nothing"),
     ],
 )
 def test_a_template_that_would_be_the_same_every_day_is_refused(template: str, says: str):
     with pytest.raises(ConfigurationError, match=says) as caught:
         render_key(template, START)
-    assert "Use {{ scheduled_start:%Y-%m-%d }}" in str(caught.value)
+    assert "Use {scheduled_start:%Y-%m-%d}" in str(caught.value)
 
 
 # Keys of real runs
@@ -347,9 +346,7 @@ async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(serv
 
     @flow
     async def child() -> None:
-        seen.append(
-            (await arun_crew(crew, {"text": "a"}, idempotency_key="daily-{{ scheduled_start:%Y-%m-%d }}")).output
-        )
+        seen.append((await arun_crew(crew, {"text": "a"}, idempotency_key="daily-{scheduled_start:%Y-%m-%d}")).output)
 
     @flow(retries=1, retry_delay_seconds=1)
     async def daily() -> None:
