@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 
 __all__ = [
-    "AnsweredError", "AuthenticationError", "BadRowsError", "BasicAuth", "BatchBusyError", "BatchCancelledError",
+    "AlreadyAnsweredError", "AuthenticationError", "BadRowsError", "BasicAuth", "BatchBusyError", "BatchCancelledError",
     "BatchChangedError", "BatchFailedError", "BatchPlan", "BatchReport", "BearerAuth", "Budget", "BudgetExceededError",
     "ConfigurationError", "CrewAPIError", "CrewClient", "CrewConnectionError", "CrewError", "CrewFailedError",
     "CrewInput", "CrewLostError", "CrewResult", "CrewRun", "CrewState", "CrewStatus", "CrewStep", "CrewStoppedError",

@@ -21,7 +21,7 @@
     ├── CrewLostError                the server no longer knows the run
     ├── CrewTimeoutError             a time limit is over; the crew may run on
     ├── ReviewLimitError             a task asked for a person's answer too often
-    ├── AnsweredError                a person's question has its answer already
+    ├── AlreadyAnsweredError         a person's question has its answer already
     ├── PipelineFailedError          at least one step of a pipeline failed
     ├── BatchFailedError             not every row of a batch completed
     ├── BatchCancelledError          the flow run of a batch was cancelled
@@ -51,7 +51,7 @@ from prefect_crew._text import excerpt, listed_names, listed_rows, plain, with_g
 from prefect_crew.states import CrewState
 
 __all__ = [
-    "AnsweredError", "AuthenticationError", "BadRowsError", "BatchBusyError", "BatchCancelledError",
+    "AlreadyAnsweredError", "AuthenticationError", "BadRowsError", "BatchBusyError", "BatchCancelledError",
     "BatchChangedError", "BatchFailedError", "BudgetExceededError", "ConfigurationError", "CrewAPIError",
     "CrewConnectionError", "CrewError",
     "CrewFailedError", "CrewLostError", "CrewStoppedError", "CrewTimeoutError", "DatasetError",
@@ -435,7 +435,7 @@ class ReviewLimitError(_RunError):
         )
 
 
-class AnsweredError(CrewError):
+class AlreadyAnsweredError(CrewError):
     """A question has its answer already, or is being answered at this moment. Nothing was sent."""
 
 

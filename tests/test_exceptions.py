@@ -58,7 +58,7 @@ ERRORS: list[CrewError] = [
     E.CrewTimeoutError(**TIMEOUT, idempotency_key="daily", stopped=True),
     E.ReviewLimitError(**RUN, task_id="t1", max_rounds=3),
     E.ReviewLimitError(**RUN, task_id="t1", max_rounds=3, stopped=True),
-    E.AnsweredError("Run k1 has its answer. Nothing was sent. Wait for it."),
+    E.AlreadyAnsweredError("Run k1 has its answer. Nothing was sent. Wait for it."),
     E.PipelineFailedError(**FAILED_STEP, skipped=["post"], idempotency_key="r"),
     E.BatchFailedError("batch b: 3 of 4 rows completed, 1 failed."),
     E.BatchCancelledError(name="b"),

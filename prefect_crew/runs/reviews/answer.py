@@ -25,7 +25,7 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, ResumeAnswer, Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.exceptions import AnsweredError, CrewAPIError, CrewError, CrewLostError
+from prefect_crew.exceptions import AlreadyAnsweredError, CrewAPIError, CrewError, CrewLostError
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.notes import forget_question, kept_output, kept_questions
@@ -98,7 +98,8 @@ async def answer_question(
         The server's answer, and the answer as it is on record.
 
     Raises:
-        AnsweredError: The question has its answer on record, the run asks another question, or somebody answers now.
+        AlreadyAnsweredError: The question has its answer on record, the run asks another question, or somebody answers
+            now.
         CrewLostError: The server does not know the run at this moment. Nothing was sent.
         PrefectAwayError: The Prefect API does not answer. Nothing was sent.
         CrewError: The run does not wait, the Prefect API refuses, or nobody knows whether an earlier answer arrived.
@@ -152,7 +153,7 @@ async def _send_answer(
     with naming_prefect_errors(_unsent(run, review, "it cannot be put on record")):
         is_ours = await records.add_review(record, number, written)
     if not is_ours:
-        raise AnsweredError(f"Somebody else answers run {run.kickoff_id} at this moment. Nothing was sent.")
+        raise AlreadyAnsweredError(f"Somebody else answers run {run.kickoff_id} at this moment. Nothing was sent.")
     try:
         accepted = await _post(run, session, question, review, number, webhooks)
     except BaseException as error:
@@ -316,7 +317,7 @@ def _question_to_answer(
         if state is CrewState.UNKNOWN:  # it may be known again in a moment: the question may still be open
             raise CrewLostError(**run.names)
         if not waits:
-            raise AnsweredError(f"Run {kickoff_id} does not wait any more: it is {state}. Nothing was sent.")
+            raise AlreadyAnsweredError(f"Run {kickoff_id} does not wait any more: it is {state}. Nothing was sent.")
         task_id = waiting_task(status) or seen.task_id
     elif is_over or not (waits or task_id):
         raise CrewError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {state}.")
@@ -328,7 +329,7 @@ def _question_to_answer(
         )
     if seen is not None and not is_same_question(seen, current):
         task = run.redact_name(current.task_id)
-        raise AnsweredError(f"Run {kickoff_id}, task {task}, asks another question by now. Nothing was sent.")
+        raise AlreadyAnsweredError(f"Run {kickoff_id}, task {task}, asks another question by now. Nothing was sent.")
     return current
 
 
@@ -341,7 +342,7 @@ def _check_unanswered(run: OpenRun, where: str, current: ReviewRequest, seen: Re
         raise uncertain_error(run, last)
     # Where nothing else shows that this is another question, people may say so after a while.
     if not last.is_older_than(run.crew.wait.next_round_after, utcnow()):
-        raise AnsweredError(
+        raise AlreadyAnsweredError(
             f"{where} was already answered in round {last.round}: {'approved' if last.approve else 'rejected'} (by "
             f"{describe_answer(last)}), but the crew's server still shows the same question. Nothing was sent. Look "
             "again in a moment: prefect-crew reviews ls."

@@ -17,7 +17,7 @@ from prefect_crew.artifacts.events import emit
 from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import (
-    AnsweredError,
+    AlreadyAnsweredError,
     CrewAPIError,
     CrewError,
     CrewLostError,
@@ -374,7 +374,7 @@ class People:
             _, sent = await answer_question(
                 self.run, self.session, self.records, review, question=question, nonce=self._nonce
             )
-        except (AnsweredError, CrewLostError, CrewAPIError) as error:
+        except (AlreadyAnsweredError, CrewLostError, CrewAPIError) as error:
             if isinstance(error, CrewAPIError) and not self._is_asked_anew(question, error):
                 raise
             why = self.run.redact(str(error))
