@@ -50,19 +50,21 @@ if TYPE_CHECKING:
     from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 
 __all__ = [
-    "AlreadyAnsweredError", "AuthenticationError", "BadRowsError", "BasicAuth", "BatchBusyError", "BatchCancelledError",
-    "BatchChangedError", "BatchFailedError", "BatchPlan", "BatchReport", "BearerAuth", "Budget", "BudgetExceededError",
-    "ConfigurationError", "CrewAPIError", "CrewClient", "CrewConnectionError", "CrewError", "CrewFailedError",
-    "CrewInput", "CrewLostError", "CrewResult", "CrewRun", "CrewState", "CrewStatus", "CrewStep", "CrewStoppedError",
-    "CrewTimeoutError", "DatasetError", "DeployedCrew", "HumanInputWebhook", "IdempotencyConflictError",
-    "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError",
-    "NotFoundError", "OutputError", "OutputTypeError", "PipelineContext", "PipelineFailedError", "PipelinePlan",
-    "PipelineResult", "PrefectAwayError", "Price", "RateLimitedError", "ResponseFormatError", "ResumeAnswer", "Review",
-    "ReviewLimitError", "ReviewRequest", "ServerError", "Spending", "StopAnswer", "StreamWebhook", "TaskResult",
-    "TokenUsage", "TooManyAttemptsError", "WaitPolicy", "Webhooks", "aplan_batch", "aplan_pipeline", "arun_batch",
-    "arun_crew", "arun_pipeline", "discover_inputs", "get_result", "kickoff_crew", "plan_batch", "plan_pipeline",
-    "resume_crew", "run_batch", "run_crew", "run_deployed_crew", "run_deployed_pipeline", "run_pipeline", "stop_crew",
-    "wait_for_crew",
+    "AlreadyAnsweredError", "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BasicAuth",
+    "BatchBusyError", "BatchCancelledError", "BatchChangedError", "BatchFailedError", "BatchPlan", "BatchReport",
+    "BearerAuth", "Budget", "BudgetExceededError", "ConfigurationError", "CrewAPIError", "CrewClient",
+    "CrewConnectionError", "CrewError", "CrewFailedError", "CrewInput", "CrewLostError", "CrewResult", "CrewRun",
+    "CrewState", "CrewStatus", "CrewStep", "CrewStoppedError", "CrewTimeoutError", "DatasetError", "DeployedCrew",
+    "FlowRunCancelledError", "HumanInputWebhook", "IdempotencyConflictError", "InvalidCallError",
+    "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NoResultError",
+    "NotFoundError", "NotWaitingError", "OutputError", "OutputTypeError", "PipelineContext", "PipelineFailedError",
+    "PipelinePlan", "PipelineResult", "PrefectAwayError", "Price", "RateLimitedError", "ResolveError",
+    "ResponseFormatError", "ResumeAnswer", "Review", "ReviewFunctionError", "ReviewLimitError", "ReviewRequest",
+    "RunNotFoundError", "ServerError", "Spending", "StopAnswer", "StreamWebhook", "TaskResult", "TokenUsage",
+    "TooManyAttemptsError", "UnreadableRecordError", "WaitPolicy", "Webhooks", "aplan_batch", "aplan_pipeline",
+    "arun_batch", "arun_crew", "arun_pipeline", "discover_inputs", "get_result", "kickoff_crew", "plan_batch",
+    "plan_pipeline", "resume_crew", "run_batch", "run_crew", "run_deployed_crew", "run_deployed_pipeline",
+    "run_pipeline", "stop_crew", "wait_for_crew",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(

@@ -12,10 +12,18 @@
     ├── CrewConnectionError          no answer: refused, reset, timed out, DNS, TLS
     ├── ResponseFormatError          an answer in no known format
     ├── OutputTypeError              a completed run whose result does not fit the `output_type`
+    ├── RunNotFoundError             no run has this idempotency key or kickoff id
+    ├── NoResultError                the run has no result: it has not ended, or never began
     ├── KickoffUncertainError        the kickoff may or may not have started a run
+    ├── ResolveError                 the record says, or somebody has found out, something else
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
     ├── TooManyAttemptsError         the idempotency key has no number left for another attempt
     ├── BudgetExceededError          a budget has no room for another run
+    ├── NotWaitingError              the run does not wait for a person
+    ├── AnswerUncertainError         an answer was sent, and nobody knows whether it arrived
+    ├── ReviewFunctionError          the review function raised, or returned no Review
+    ├── UnreadableRecordError        a later version, or somebody else, wrote the record of a run
+    ├── FlowRunCancelledError        the flow run was cancelled, so it starts no run and waits for none
     ├── CrewFailedError              the crew ran and failed
     ├── CrewStoppedError             the run was stopped
     ├── CrewLostError                the server no longer knows the run
@@ -51,13 +59,14 @@ from prefect_crew._text import excerpt, listed_names, listed_rows, plain, with_g
 from prefect_crew.states import CrewState
 
 __all__ = [
-    "AlreadyAnsweredError", "AuthenticationError", "BadRowsError", "BatchBusyError", "BatchCancelledError",
-    "BatchChangedError", "BatchFailedError", "BudgetExceededError", "ConfigurationError", "CrewAPIError",
-    "CrewConnectionError", "CrewError",
-    "CrewFailedError", "CrewLostError", "CrewStoppedError", "CrewTimeoutError", "DatasetError",
-    "IdempotencyConflictError", "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "LedgerError",
-    "LedgerMissingError", "NotFoundError", "OutputError", "OutputTypeError", "PipelineFailedError", "PrefectAwayError",
-    "RateLimitedError", "ResponseFormatError", "ReviewLimitError", "ServerError", "TooManyAttemptsError",
+    "AlreadyAnsweredError", "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BatchBusyError",
+    "BatchCancelledError", "BatchChangedError", "BatchFailedError", "BudgetExceededError", "ConfigurationError",
+    "CrewAPIError", "CrewConnectionError", "CrewError", "CrewFailedError", "CrewLostError", "CrewStoppedError",
+    "CrewTimeoutError", "DatasetError", "FlowRunCancelledError", "IdempotencyConflictError", "InvalidCallError",
+    "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NoResultError",
+    "NotFoundError", "NotWaitingError", "OutputError", "OutputTypeError", "PipelineFailedError", "PrefectAwayError",
+    "RateLimitedError", "ResolveError", "ResponseFormatError", "ReviewFunctionError", "ReviewLimitError",
+    "RunNotFoundError", "ServerError", "TooManyAttemptsError", "UnreadableRecordError",
 ]  # fmt: skip
 
 
@@ -285,6 +294,44 @@ class KickoffUncertainError(_FactsError):
             f"prefect-crew runs resolve {shlex.quote(self.idempotency_key)} --kickoff-id ID, or --never-started; then "
             "run again with the same key."
         )
+
+
+class RunNotFoundError(_FactsError):
+    """No run has the idempotency key or kickoff id `name`. `listing` is a command that lists the runs."""
+
+    name: str
+    listing: str = "prefect-crew runs ls --all"
+
+    def _text(self) -> str:
+        return f"No run has the key or kickoff id {self.name!r}. To list them: {self.listing}."
+
+
+class NoResultError(CrewError):
+    """The run has no result: it has not ended, or never began."""
+
+
+class ResolveError(CrewError):
+    """The kickoff is not uncertain, may still be on its way, or was resolved by somebody else. Nothing was changed."""
+
+
+class UnreadableRecordError(CrewError):
+    """A later version of this package, or somebody else, wrote the record of a run. Nothing was decided by it."""
+
+
+class NotWaitingError(CrewError):
+    """The run does not wait for a person. Nothing was sent."""
+
+
+class AnswerUncertainError(CrewError):
+    """A person's answer was sent, and nobody knows whether it arrived. It is not sent again automatically."""
+
+
+class ReviewFunctionError(CrewError):
+    """The review function raised, or returned no `Review`. Nothing was sent, and the run waits on."""
+
+
+class FlowRunCancelledError(CrewError):
+    """The flow run was cancelled: it starts no run, and waits for none."""
 
 
 class IdempotencyConflictError(_FactsError):

@@ -23,7 +23,13 @@ from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
-from prefect_crew.exceptions import ConfigurationError, CrewError, CrewFailedError, CrewStoppedError
+from prefect_crew.exceptions import (
+    ConfigurationError,
+    CrewFailedError,
+    CrewStoppedError,
+    NoResultError,
+    RunNotFoundError,
+)
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.store import PrefectRecords
@@ -272,15 +278,13 @@ async def get_result(
     if not attempts and (attempt := await records.of_kickoff(idempotency_key)) is not None:
         attempts = [attempt]
     if not attempts:
-        raise CrewError(
-            f"No run has the key or kickoff id {idempotency_key!r}. To list them: prefect-crew runs ls --all."
-        )
+        raise RunNotFoundError(name=idempotency_key)
     completed = [attempt for attempt in attempts if attempt.state is CrewState.COMPLETED]
     record = completed[-1] if completed else latest_start(attempts) or attempts[-1]
     idempotency_key = record.idempotency_key
     names: dict[str, Any] = {"crew": record.crew, "idempotency_key": idempotency_key}
     if record.kickoff_id is None:
-        raise CrewError(
+        raise NoResultError(
             f"Run {idempotency_key!r} has no result: its kickoff is {record.phase}. {record.reason or ''}".strip()
         )
     if record.state is CrewState.FAILED:
@@ -293,7 +297,7 @@ async def get_result(
         return result if output_type is None else parse_data(result, output_type)
     found = await find_crew(record) if crew is None else await load_crew(crew)
     if found is None:
-        raise CrewError(
+        raise ConfigurationError(
             f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is not stored "
             f"with the URL {record.crew_url}. Give the crew (crew=…)."
         )

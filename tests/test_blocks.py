@@ -13,7 +13,12 @@ from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
-from prefect_crew import CrewError, CrewRun, DeployedCrew, WaitPolicy
+from prefect_crew import (
+    CrewRun,
+    DeployedCrew,
+    NoResultError,
+    WaitPolicy,
+)
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -126,7 +131,7 @@ class TestIdiom:
         held = Held()
         run = await (server := crew_server(held)).crew().trigger()
         await until(lambda: server.run(run.kickoff_id).state is CrewState.RUNNING, "it runs")
-        with pytest.raises(CrewError, match=f"Run {run.kickoff_id} .* has no result yet: it is running"):
+        with pytest.raises(NoResultError, match=f"Run {run.kickoff_id} .* has no result yet: it is running"):
             await run.fetch_result()
         held.release()
         await until(lambda: server.run(run.kickoff_id).state.ended, "it ends")

@@ -36,7 +36,9 @@ from prefect_crew.exceptions import (
     CrewStoppedError,
     IdempotencyConflictError,
     InvalidCallError,
+    NoResultError,
     OutputTypeError,
+    RunNotFoundError,
 )
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.testing import CrewServerFactory
@@ -427,7 +429,7 @@ async def test_a_kickoff_id_means_its_own_attempt(crew_server: CrewServerFactory
 
 
 async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServerFactory):
-    with pytest.raises(CrewError, match="No run has the key or kickoff id 'nobody'"):
+    with pytest.raises(RunNotFoundError, match="No run has the key or kickoff id 'nobody'"):
         await get_result("nobody")
     failed, stopped, uncertain, running = key(), key(), key(), key()
     with pytest.raises(CrewFailedError):
@@ -443,7 +445,7 @@ async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServ
         await get_result(uncertain)
     server = crew_server(slow(60))
     await server.crew().trigger({}, idempotency_key=running)
-    with pytest.raises(CrewError, match="has no result yet: it is running"):
+    with pytest.raises(NoResultError, match="has no result yet: it is running"):
         await get_result(running, crew=server.crew())
 
 

@@ -16,7 +16,13 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 
 from prefect_crew import DeployedCrew
-from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, CrewError, InvalidInputsError
+from prefect_crew.exceptions import (
+    ConfigurationError,
+    CrewConnectionError,
+    CrewError,
+    InvalidInputsError,
+    NotWaitingError,
+)
 from prefect_crew.tasks import CrewTask, discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import free_port
@@ -435,7 +441,7 @@ async def test_the_function_of_a_task_is_called_without_its_task(crew_server: Cr
 
     inside, in_a_task = await trip(), await users_task()
     assert len({str(alone), inside, in_a_task}) == server.kickoffs == 3, "a retry finds its run"
-    with pytest.raises(CrewError, match="does not wait for a person"):
+    with pytest.raises(NotWaitingError, match="does not wait for a person"):
         await resume_crew.fn(crew, inside, approve=True)
 
 

@@ -16,7 +16,12 @@ from typing import Any
 from prefect_crew.client._transport import encoded_id
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.exceptions import (
+    ConfigurationError,
+    CrewError,
+    ResolveError,
+    RunNotFoundError,
+)
 from prefect_crew.records.budgets import release
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, claim_of
@@ -38,13 +43,13 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
     """
     attempts = await records.attempts(idempotency_key)
     if not attempts:
-        raise CrewError(f"No run has the key {idempotency_key!r}. To list them: prefect-crew runs ls --all.")
+        raise RunNotFoundError(name=idempotency_key)
     # The one that a call with the key would find: an attempt that did not start hides no other.
     record = latest_start(attempts) or attempts[-1]
     if not record.is_unresolved:
         run = record.kickoff_id
         is_now = f"run {run} is {record.state or 'started'}" if run else f"it is {record.phase}"
-        raise CrewError(f"Run {idempotency_key!r} is not uncertain: {is_now}. There is nothing to resolve.")
+        raise ResolveError(f"Run {idempotency_key!r} is not uncertain: {is_now}. There is nothing to resolve.")
     _check_over(record, record.phase)
     return record
 
@@ -117,7 +122,7 @@ async def in_flight(name: str, records: RecordStore) -> RunRecord:
     if not started:
         latest = latest_start(attempts) or (attempts[-1] if attempts else None)
         is_now = "no run has this key" if latest is None else f"it is {latest.state or latest.phase}"
-        raise CrewError(f"Run {name!r} is not in flight: {is_now}. Only a run in flight can be lost.")
+        raise ResolveError(f"Run {name!r} is not in flight: {is_now}. Only a run in flight can be lost.")
     return started[-1]
 
 
@@ -159,7 +164,7 @@ def _check_over(record: RunRecord, phase: RecordPhase) -> None:
     # the sender's flow run: its process may be alive.
     needs_wait = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
     if needs_wait and record.open_for:
-        raise CrewError(
+        raise ResolveError(
             f"The kickoff of run {record.idempotency_key!r} may still be sent, or on its way. Nothing was changed. "
             f"Resolve it in {record.open_for:.0f} s, if it is still uncertain then."
         )
@@ -174,7 +179,7 @@ def _resolved_by_another(record: RunRecord, current: RunRecord | None) -> CrewEr
     is_now = "gone"
     if current is not None:
         is_now = f"{current.state or current.phase}, run {current.kickoff_id or 'unknown'}"
-    return CrewError(f"Run {record.idempotency_key!r} was resolved by somebody else: now it is {is_now}.")
+    return ResolveError(f"Run {record.idempotency_key!r} was resolved by somebody else: now it is {is_now}.")
 
 
 # By a webhook

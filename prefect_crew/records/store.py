@@ -43,7 +43,11 @@ from pydantic_core import to_json
 from prefect_crew._internal.prefect_api import Urgency, is_busy, named_reads, read_in_turn, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, TRANSPORT_ERRORS
 from prefect_crew.client.models import Review
-from prefect_crew.exceptions import CrewError, TooManyAttemptsError
+from prefect_crew.exceptions import (
+    CrewError,
+    TooManyAttemptsError,
+    UnreadableRecordError,
+)
 from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.model import (
     RECORD_VERSION,
@@ -236,7 +240,7 @@ def later_version(value: Any) -> CrewError | None:
     version = cast("dict[str, Any]", value).get("version") if isinstance(value, dict) else None
     if not isinstance(version, int) or version <= RECORD_VERSION:
         return None
-    return CrewError(
+    return UnreadableRecordError(
         f"The record of run {cast('dict[str, Any]', value).get('idempotency_key')!r} was written by a later version of "
         f"prefect-crew (record version {version}, this one reads up to {RECORD_VERSION}). Nothing was started. "
         "Upgrade prefect-crew here, then run again with the same key."
@@ -336,7 +340,7 @@ async def _created_here(
     if stands is None:
         return None
     if (parsed := _parse(stands.value, model)) is None:
-        raise CrewError(
+        raise UnreadableRecordError(
             f"The Variable {variable['name']} should hold the record of run {variable['value']['idempotency_key']!r}, "
             "and this version cannot read it. Nothing was started. Upgrade prefect-crew if a later version wrote it; "
             "else delete the Variable."

@@ -27,6 +27,7 @@ from prefect_crew.exceptions import (
     ConfigurationError,
     CrewAPIError,
     CrewError,
+    FlowRunCancelledError,
     InvalidInputsError,
     KickoffUncertainError,
     ResponseFormatError,
@@ -582,7 +583,7 @@ async def open_run(
     start = Start(crew, identity, inputs, name, meta, webhooks, force_new)
     if is_known_cancelled(identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on starting runs.
-        raise CrewError(f"Flow run {identity.caller.flow_run_id} was cancelled, so no run was started.")
+        raise FlowRunCancelledError(f"Flow run {identity.caller.flow_run_id} was cancelled, so no run was started.")
     records = PrefectRecords()
     slots = await _take_slot(start, records) if crew.concurrency_limit else None
     if slots is not None:

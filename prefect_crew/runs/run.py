@@ -26,6 +26,7 @@ from prefect_crew.exceptions import (
     CrewFailedError,
     CrewLostError,
     CrewStoppedError,
+    NoResultError,
     OutputTypeError,
 )
 from prefect_crew.prices import cost_of
@@ -374,7 +375,7 @@ def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewErr
         return CrewStoppedError(advice=next_step(run), **names)
     if state is CrewState.UNKNOWN:
         return CrewLostError(**names)
-    return CrewError(
+    return NoResultError(
         f"Run {run.kickoff_id} of crew {run.crew.label} has no result yet: it is {state}. Wait for it with "
         "wait_for_crew."
     )

@@ -18,7 +18,14 @@ from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
-from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, CrewTimeoutError
+from prefect_crew.exceptions import (
+    CrewError,
+    CrewFailedError,
+    CrewLostError,
+    CrewStoppedError,
+    CrewTimeoutError,
+    FlowRunCancelledError,
+)
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
@@ -364,7 +371,7 @@ class _Waiter(Watcher):
         run = self.run
         if await self._stop_if_asked():
             return CrewStoppedError(**run.names)
-        return CrewError(
+        return FlowRunCancelledError(
             f"The flow run was cancelled while it waited for run {run.kickoff_id} of crew {run.crew.label}, which "
             f"continues at {run.crew.url}. See what it does: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
         )

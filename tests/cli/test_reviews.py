@@ -156,12 +156,12 @@ def test_where_the_status_names_no_task_the_commands_ask_for_it(here: Any, noted
         crew = ("--crew", f"{live.url}/reviewed")
         command = f"prefect-crew reviews approve {kickoff_id} --crew {live.url}/reviewed --task {noted or 'TASK'}"
         assert f"Answer: {command}\n" in here("reviews", "inspect", kickoff_id, *crew).out
-        assert here("reviews", "approve", kickoff_id, *crew).code == 1
+        assert here("reviews", "approve", kickoff_id, *crew).code == 2
         assert here("reviews", "approve", kickoff_id, *crew, "--task", "draft").code == 0
 
 
 def test_what_cannot_be_answered_is_refused_and_nothing_is_sent(here: Any, block: str, crews: CrewServer) -> None:
-    assert "No run in flight is 'nobody has this'" in here("reviews", "approve", "nobody has this").err
+    assert "No run has the key or kickoff id 'nobody has this'" in here("reviews", "approve", "nobody has this").err
     gone = write(crews, phase=RecordPhase.ENDED, state="failed", ended_at=utcnow(), kickoff_id="ended")
     assert "has ended (failed)" in here("reviews", "inspect", gone.idempotency_key).err
     record, resumes = write(crews, crew=block, kickoff_id=asked(crews)), crews.requests["resume"]

@@ -19,7 +19,11 @@ from prefect.states import Scheduled
 
 from prefect_crew import CrewStep, arun_crew, arun_pipeline, get_result, kickoff_crew
 from prefect_crew.artifacts.run import RunArtifact
-from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.exceptions import (
+    ConfigurationError,
+    CrewError,
+    RunNotFoundError,
+)
 from prefect_crew.records import keys as keys_module
 from prefect_crew.records.keys import render_key
 from prefect_crew.records.model import MAX_KEY
@@ -294,8 +298,8 @@ async def test_a_key_that_cannot_be_used_starts_nothing(server: Any, call: str, 
 @pytest.mark.parametrize(
     ("idempotency_key", "error", "says"),
     [
-        pytest.param("  ", CrewError, "No run has the key", id="empty"),
-        pytest.param("k" * (MAX_KEY + 1), CrewError, "No run has the key", id="long"),
+        pytest.param("  ", RunNotFoundError, "No run has the key", id="empty"),
+        pytest.param("k" * (MAX_KEY + 1), RunNotFoundError, "No run has the key", id="long"),
         pytest.param("half a \ud800", ConfigurationError, "half a character", id="surrogate"),
         pytest.param(7, ConfigurationError, "idempotency_key", id="number"),
     ],

@@ -25,7 +25,16 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, ResumeAnswer, Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.exceptions import AlreadyAnsweredError, CrewAPIError, CrewError, CrewLostError
+from prefect_crew.exceptions import (
+    AlreadyAnsweredError,
+    AnswerUncertainError,
+    ConfigurationError,
+    CrewAPIError,
+    CrewError,
+    CrewLostError,
+    NotWaitingError,
+    RunNotFoundError,
+)
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.notes import forget_question, kept_output, kept_questions
@@ -116,7 +125,7 @@ async def answer_question(
     current = _question_to_answer(run, status, answers, of_flow, task_id, question)
     where = f"Run {run.kickoff_id}, task {run.redact_name(current.task_id)},"
     if round is not None and round != current.round:
-        raise CrewError(f"{where} is at round {current.round}, not {round}. Nothing was sent.")
+        raise AlreadyAnsweredError(f"{where} is at round {current.round}, not {round}. Nothing was sent.")
     _check_unanswered(run, where, current, question or current)
     named = waiting_task(status)
     written = review.model_copy(
@@ -284,7 +293,7 @@ def _unsent(run: OpenRun, review: Review, reason: str) -> str:
 
 def uncertain_error(run: OpenRun, last: Review) -> CrewError:
     """Return the error that says why an answer that may have arrived is not sent again, and how to go on."""
-    return CrewError(
+    return AnswerUncertainError(
         f"The answer to run {run.kickoff_id}, task {last.task_id}, round {last.round} (by {describe_answer(last)}) was "
         f"sent and nobody knows whether it arrived. It is not sent again automatically. {where_to_look(run)} If the "
         "run still waits, answer there. Then wait for it again under the same key."
@@ -320,10 +329,10 @@ def _question_to_answer(
             raise AlreadyAnsweredError(f"Run {kickoff_id} does not wait any more: it is {state}. Nothing was sent.")
         task_id = waiting_task(status) or seen.task_id
     elif is_over or not (waits or task_id):
-        raise CrewError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {state}.")
+        raise NotWaitingError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {state}.")
     current = question_of(run, status, answers, of_flow, task_id=task_id)
     if current is None:
-        raise CrewError(
+        raise ConfigurationError(
             f"Run {kickoff_id} of crew {label} waits, and its status does not name the task. Give it (task_id=…, "
             "--task): the crew's page and the human-input webhook show it."
         )
@@ -497,6 +506,6 @@ async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[
         if record.phase is not RecordPhase.STARTED or record.kickoff_id is None:
             has_ended = record.phase is RecordPhase.ENDED
             why = f"it has ended ({record.state})" if has_ended else f"its kickoff is {record.phase}"
-            raise CrewError(f"Run {record.idempotency_key!r} does not wait for a person: {why}.")
+            raise NotWaitingError(f"Run {record.idempotency_key!r} does not wait for a person: {why}.")
         return record, store
-    raise CrewError(f"No run in flight is {name!r}. prefect-crew reviews ls lists those that wait for a person.")
+    raise RunNotFoundError(name=name, listing="prefect-crew reviews ls")

@@ -16,7 +16,11 @@ from prefect_crew.exceptions import (
     CrewLostError,
     CrewStoppedError,
     CrewTimeoutError,
+    FlowRunCancelledError,
     KickoffUncertainError,
+    NoResultError,
+    RunNotFoundError,
+    UnreadableRecordError,
 )
 from prefect_crew.records.model import SPARE
 from prefect_crew.states import CrewState
@@ -41,6 +45,8 @@ WRITTEN_WITHIN = 1.0
 WINDOW = 5.0
 MOST_REQUESTS = {"Prefect": 30, "crew": 20}
 """What one call may ask of each server within so many simulated seconds: a wait without pauses asks a hundred times."""
+UNEXPECTED = (CrewError, FlowRunCancelledError, NoResultError, RunNotFoundError, UnreadableRecordError)
+"""What no call in a simulated world is told."""
 FINAL_EVENTS = ("crew.completed", "crew.failed", "crew.stopped", "crew.lost")
 
 
@@ -191,8 +197,8 @@ def _true_results(world: World) -> Iterator[str]:
     for end in world.endings:
         if isinstance(end.value, CrewResult):
             yield from _true_result(world, end, end.value)
-        elif type(end.value) is CrewError:
-            yield f"{end.process.name} got a bare CrewError: {end.value}"
+        elif type(end.value) in UNEXPECTED:
+            yield f"{end.process.name} got a {type(end.value).__name__}: {end.value}"
 
 
 def _true_result(world: World, end: Ending, result: CrewResult) -> Iterator[str]:
@@ -304,8 +310,8 @@ def _one_key_for_each_id(world: World) -> Iterator[str]:
     for end in world.endings:
         if isinstance(end.value, CrewResult):
             keys[end.value.kickoff_id].add(key_of(end.call.key))
-        elif type(end.value) is CrewError:
-            yield f"{end.process.name} got a bare CrewError: {end.value}"
+        elif type(end.value) in UNEXPECTED:
+            yield f"{end.process.name} got a {type(end.value).__name__}: {end.value}"
     yield from (f"one id: the result of {id_} was given to {sorted(of)}" for id_, of in keys.items() if len(of) > 1)
     for key, said in world.final.items():
         if not isinstance(said[-1], CrewResult):

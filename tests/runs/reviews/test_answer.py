@@ -16,7 +16,12 @@ from prefect import flow
 from prefect_crew import CrewRun, DeployedCrew, Review, ReviewRequest, WaitPolicy, arun_crew
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.exceptions import CrewError, CrewTimeoutError, NotFoundError
+from prefect_crew.exceptions import (
+    CrewError,
+    CrewTimeoutError,
+    NotFoundError,
+    NotWaitingError,
+)
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
@@ -193,7 +198,7 @@ async def test_a_run_that_waits_for_nobody_takes_no_answer(crew_server: CrewServ
     await run.wait_for_completion()
     if state == "unknown":
         run = CrewRun(server.crew(), "nobody")
-    with pytest.raises(CrewError, match=f"does not wait for a person: it is {state}"):
+    with pytest.raises(NotWaitingError, match=f"does not wait for a person: it is {state}"):
         await run.resume("fine", approve=True)
     assert server.requests["resume"] == 0
 
