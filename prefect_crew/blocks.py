@@ -36,6 +36,7 @@ from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew._text import problems_of
 from prefect_crew.budgets import Budget
 from prefect_crew.client._transport import checked_url
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, ResumeAnswer, StopAnswer
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
@@ -226,19 +227,18 @@ class DeployedCrew(JobBlock[CrewResult]):
         The options, and what is raised before and at the kickoff, are those of `run_crew`.
         """
         from prefect_crew.runs.kickoff import open_run
-        from prefect_crew.runs.options import check_choices
+        from prefect_crew.runs.options import RunOptions
         from prefect_crew.runs.run import KickoffId
 
-        check_choices(idempotency_key=idempotency_key, meta=meta, webhooks=webhooks, restore_from=restore_from)
-        run = await open_run(
-            self.crew,
-            inputs,
+        kept, inputs = Inputs.of(inputs), None  # no frame shows the values
+        options = RunOptions.of(
             idempotency_key=idempotency_key,
             force_new=force_new,
             meta=meta,
             webhooks=webhooks,
             restore_from=restore_from,
         )
+        run = await open_run(self.crew, kept, options)
         return CrewRun(run.crew, KickoffId(run), idempotency_key=run.idempotency_key)
 
 
@@ -258,9 +258,11 @@ class CrewRun(JobRun[CrewResult]):
         Raises:
             CrewFailedError, CrewStoppedError, CrewLostError, CrewTimeoutError: As `wait_for_crew`.
         """
+        from prefect_crew.runs.options import RunOptions
         from prefect_crew.runs.wait import wait_for_run
 
-        self._result = await wait_for_run(self.crew, self.kickoff_id, idempotency_key=self.idempotency_key, wait=wait)
+        options = RunOptions.of(idempotency_key=self.idempotency_key, wait=wait)
+        self._result = await wait_for_run(self.crew, self.kickoff_id, options)
 
     @dual
     async def fetch_result(self) -> CrewResult:

@@ -33,7 +33,7 @@ from prefect_crew.exceptions import (
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.options import check_choices
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun, parse_data, read_result
 from prefect_crew.states import CrewState
@@ -104,42 +104,35 @@ async def arun_crew(
         CrewError: Anything else that the crew's server did.
     """
     kept, inputs = Inputs.of(inputs), None  # no frame shows the values
-    check_choices(
-        idempotency_key=idempotency_key,
+    options = RunOptions.of(
         name=name,
+        idempotency_key=idempotency_key,
+        force_new=force_new,
+        meta=meta,
         wait=wait,
         output_type=output_type,
         review=review,
-        meta=meta,
         webhooks=webhooks,
         restore_from=restore_from,
         budgets=budgets,
     )
-    crew = await load_crew(crew)
-    crew = under_budgets(crew, budgets) if budgets else crew
+    crew = under_budgets(await load_crew(crew), options.budgets)
     kept = crew.take(kept)
-    stored: dict[str, Any] = {
-        "name": name,
-        "idempotency_key": idempotency_key,
-        "force_new": force_new,
-        "wait": wait,
-        "restore_from": None if restore_from is None else str(UUID(str(restore_from))),
-    }
+    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
+        return await run_tasks(crew, kept, options)
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_deployed_crew.fn)
     async def run(*_: Any, **__: Any) -> CrewResult:
-        given: dict[str, Any] = {"meta": meta, "output_type": output_type, "review": review, "webhooks": webhooks}
-        return await run_tasks(crew, kept, **given, **stored)
+        return await run_tasks(crew, kept, options)
 
-    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await run()
     if idempotency_key is None:
         _warn_of_lost_context()
     own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
     own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, kept, idempotency_key)
-    form = "form" if review == "form" else None
-    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(kept), review=form, **stored)
+    stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from")
+    stored["review"] = "form" if options.review == "form" else None
+    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(kept), **stored)
 
 
 run_crew = sync_version(
@@ -178,25 +171,18 @@ def _stored(inputs: Inputs) -> dict[str, Any]:
     return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
-async def run_tasks(
-    crew: Crew,
-    inputs: Inputs,
-    *,
-    name: str | None,
-    idempotency_key: str | None,
-    wait: WaitPolicy | None,
-    review: ReviewChoice | None,
-    output_type: type[BaseModel] | None = None,
-    **kickoff: Any,
-) -> CrewResult:
-    """Kick a crew off and wait for it, by tasks of the flow around; `kickoff` are options of `kickoff_crew` alone."""
+async def run_tasks(crew: Crew, inputs: Inputs, options: RunOptions, *, wait_for: Sequence[Any] = ()) -> CrewResult:
+    """Kick a crew off and wait for it, by tasks of the flow around. The crew is under the budgets of the options.
+
+    Prefect draws an arrow to the first task from each of `wait_for`.
+    """
     # Where no flow around has a client of Prefect's on this event loop, each task would make one and close it.
     async with AsyncClientContext.get_or_create(), CrewSession(crew) as session:
-        kickoff_id = await kickoff_crew.acall(session, inputs, idempotency_key=idempotency_key, name=name, **kickoff)
-        called = name or crew.title(inputs, idempotency_key)
-        return await wait_for_crew.acall(
-            session, kickoff_id, name=called, wait=wait, output_type=output_type, review=review
-        )
+        kickoff = options.arguments("idempotency_key", "name", "force_new", "meta", "webhooks", "restore_from")
+        kickoff_id = await kickoff_crew.acall(session, inputs, **kickoff, wait_for=wait_for or None)
+        called = options.name or crew.title(inputs, options.idempotency_key)
+        wait = options.arguments("wait", "output_type", "review")
+        return await wait_for_crew.acall(session, kickoff_id, name=called, **wait)
 
 
 @flow(name="deployed-crew", validate_parameters=True)  # it names its flow run itself
@@ -244,12 +230,14 @@ async def run_deployed_crew(
     return await run_tasks(
         stored,
         stored.take(Inputs.of(await values_of_blocks(given, stored.secret_inputs))),
-        name=name,
-        idempotency_key=idempotency_key,
-        force_new=force_new,
-        wait=wait,
-        review=review,
-        restore_from=restore_from,
+        RunOptions.of(
+            name=name,
+            idempotency_key=idempotency_key,
+            force_new=force_new,
+            wait=wait,
+            review=review,
+            restore_from=restore_from,
+        ),
     )
 
 
@@ -272,7 +260,7 @@ async def get_result(
         CrewFailedError, CrewStoppedError: The run has no result.
         CrewError: There is no such run, or it has not ended.
     """
-    check_choices(idempotency_key=idempotency_key, output_type=output_type)
+    RunOptions.of(idempotency_key=idempotency_key, output_type=output_type)
     records = PrefectRecords()
     attempts = await records.attempts(idempotency_key)
     if not attempts and (attempt := await records.of_kickoff(idempotency_key)) is not None:

@@ -30,7 +30,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewError, PrefectAwayEr
 from prefect_crew.records.keys import calling_task, identify
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.kickoff import open_run
-from prefect_crew.runs.options import check_choices
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import KickoffId
@@ -171,6 +171,8 @@ async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
 
 def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
     """Return a crew under budgets of the flow around this call, or of the crew's own where there is none."""
+    if not budgets:
+        return crew
     context = FlowRunContext.get()
     return crew.under(budgets, name=crew.label if context is None or context.flow is None else context.flow.name)
 
@@ -200,29 +202,18 @@ async def kickoff_crew(
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
         PrefectAwayError: The Prefect API did not answer, so nothing was started; Prefect retries this.
     """
-    if not isinstance(crew, CrewSession):
-        check_choices(
-            idempotency_key=idempotency_key,
-            name=name,
-            meta=meta,
-            webhooks=webhooks,
-            restore_from=restore_from,
-            budgets=budgets,
-        )
-        crew = await load_crew(crew)
-        crew = under_budgets(crew, budgets) if budgets else crew
-    run = await open_run(
-        crew,
-        inputs,
+    options = RunOptions.of(
         idempotency_key=idempotency_key,
         name=name,
         force_new=force_new,
         meta=meta,
         webhooks=webhooks,
         restore_from=restore_from,
-        inside_own_task=_inside_own_task(),
+        budgets=budgets,
     )
-    return KickoffId(run)
+    if not isinstance(crew, CrewSession):
+        crew = under_budgets(await load_crew(crew), options.budgets)
+    return KickoffId(await open_run(crew, Inputs.of(inputs), options, inside_own_task=_inside_own_task()))
 
 
 @_task("wait")
@@ -248,17 +239,9 @@ async def wait_for_crew(
         CrewError: The status call gave no answer for too long.
     """
     del name
-    if not isinstance(crew, CrewSession):
-        check_choices(wait=wait, output_type=output_type, review=review)
-        crew = await load_crew(crew)
-    return await wait_for_run(
-        crew,
-        kickoff_id,
-        idempotency_key=idempotency_key,
-        wait=wait,
-        output_type=output_type,
-        review=review,
-    )
+    options = RunOptions.of(idempotency_key=idempotency_key, wait=wait, output_type=output_type, review=review)
+    crew = crew if isinstance(crew, CrewSession) else await load_crew(crew)
+    return await wait_for_run(crew, kickoff_id, options)
 
 
 @_task("resume", retry_condition_fn=_surely_not_done)

@@ -52,9 +52,10 @@ from prefect_crew.records.budgets import note_exceeded
 from prefect_crew.records.decision import Caller, latest_start
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, secret_mark
-from prefect_crew.runs.kickoff import Start, Started, start_run
+from prefect_crew.runs.kickoff import RunRequest, Started, start_run
 from prefect_crew.runs.limits import most_at_once
 from prefect_crew.runs.listener import Waker, waker_for
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import WITHHELD, OpenRun, close_record, finish_run
@@ -113,6 +114,8 @@ class Runner:
         self._slots = asyncio.Semaphore(max_in_flight)
         self._running: set[asyncio.Task[None]] = set()
         self._settings = CrewSettings()
+        meta = {**(options.meta or {}), "batch": ledger.batch}
+        self._run_options = RunOptions.of(meta=meta, webhooks=options.webhooks)
         context = FlowRunContext.get()
         flow_run = None if context is None else context.flow_run
         self._flow_run = (None, 0) if flow_run is None else (str(flow_run.id), flow_run.run_count)
@@ -296,7 +299,7 @@ class Runner:
         `place` is what a start by force is known by; None starts only where the record allows it.
         """
         flow_run_id, flow_run_count = self._flow_run
-        start = Start(
+        request = RunRequest(
             crew=self.session.crew,
             identity=RunIdentity(
                 idempotency_key=self.ledger.idempotency_key(job.key),
@@ -304,16 +307,13 @@ class Runner:
                 caller=Caller(owner=str(uuid4()), flow_run_id=flow_run_id, flow_run_count=flow_run_count),
             ),
             inputs=job.inputs,
-            name=None,
-            meta={**(self._options.meta or {}), "batch": self.ledger.batch},
-            webhooks=self._options.webhooks,
-            force_new=place is not None,
+            options=self._run_options.model_copy(update={"force_new": place is not None}),
             quiet=True,
             settings=self._settings,
         )
         others = bool(self.waiting) or self.throttle.under_way > 1
         try:
-            opened = await start_run(start, self.ledger, self.session)
+            opened = await start_run(request, self.ledger, self.session)
         except LedgerError:
             raise
         except BudgetExceededError as error:

@@ -22,7 +22,7 @@ from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError, NotFoundError
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.options import check_choices
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.templates import GLOBALS, RESULT_FIELDS, compiled, uses_in
 
@@ -131,7 +131,7 @@ class Pipeline:
             self.needs[step.name] = self._needed_by(step, set(names))
             sorter.add(step.name, *self.needs[step.name])
             try:
-                check_choices(
+                RunOptions.of(
                     wait=step.wait,
                     output_type=step.output_type,
                     review=step.review,

@@ -33,7 +33,7 @@ from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.definition import PipelineDefinition
 from prefect_crew.pipelines.graph import CrewStep, Pipeline, PipelinePlan, step_key
 from prefect_crew.records.keys import identify, render_key, scheduled_start
-from prefect_crew.runs.options import check_choices
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun
 
@@ -93,19 +93,19 @@ async def arun_pipeline(
             of the flow run, starts only what failed.
     """
     given, inputs = Inputs.of(inputs), None  # no frame shows the values
-    check_choices(idempotency_key=idempotency_key, name=name, wait=wait, review=review, budgets=budgets)
+    options = RunOptions.of(idempotency_key=idempotency_key, name=name, wait=wait, review=review, budgets=budgets)
     steps = [replace(step, wait=step.wait or wait, review=step.review or review) for step in steps]
     pipeline = Pipeline(steps, given.values)
     await pipeline.check()
     await pipeline.refuse_problems()
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await _run(pipeline, name, idempotency_key, budgets)
+        return await _run(pipeline, name, idempotency_key, options.budgets)
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_steps.fn)
     async def run_in_flow(*_: Any, **__: Any) -> PipelineResult:
         await _name_flow_run(pipeline, name, idempotency_key, given.values)
-        return await _run(pipeline, name, idempotency_key, budgets)
+        return await _run(pipeline, name, idempotency_key, options.budgets)
 
     own_flow = copy(run_steps)
     own_flow.fn = run_in_flow
@@ -272,12 +272,14 @@ class _Run:
         return await run_tasks(
             replace(crew, on_status=partial(self._on_run, step.name)),
             kept,
-            name=step.name,
-            idempotency_key=step_key(self.idempotency_key, step),
-            wait=step.wait,
-            output_type=step.output_type,
-            review=step.review,
-            restore_from=step.restore_from and str(step.restore_from),
+            RunOptions.of(
+                name=step.name,
+                idempotency_key=step_key(self.idempotency_key, step),
+                wait=step.wait,
+                output_type=step.output_type,
+                review=step.review,
+                restore_from=step.restore_from,
+            ),
             # Prefect draws an arrow from each of them; it sees by itself only a result that is passed on unchanged.
             wait_for=[self.results[name] for name in sorted(self.pipeline.needs[step.name])],
         )

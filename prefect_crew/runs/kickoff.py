@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
-from uuid import UUID
+from typing import Any, TypeVar
 
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
@@ -41,15 +40,12 @@ from prefect_crew.records.owners import crash_dead_owner
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.run import OpenRun, no_attempt_left
 from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import is_prefect_cloud, webhooks_for
-
-if TYPE_CHECKING:
-    from prefect_crew.client.webhooks import Webhooks
-
 
 T = TypeVar("T")
 CLAIM_GOOD_FOR = 30.0
@@ -68,8 +64,8 @@ AGAIN = 0.1
 
 
 @dataclass(frozen=True)
-class Start:
-    """What is to be started, the same for every attempt.
+class RunRequest:
+    """What a caller asks for: the run of a key, or another one. It never changes, whatever becomes of the attempts.
 
     `quiet`: no log line about
     the decision, for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
@@ -78,10 +74,7 @@ class Start:
     crew: Crew
     identity: RunIdentity
     inputs: Inputs
-    name: str | None
-    meta: Mapping[str, Any] | None = field(repr=False)
-    webhooks: Webhooks | None = field(repr=False)
-    force_new: bool = False
+    options: RunOptions
     quiet: bool = False
     settings: CrewSettings = field(default_factory=CrewSettings)
     asked_at: datetime = field(default_factory=utcnow)
@@ -100,19 +93,19 @@ class Start:
             claimed_at=utcnow(),
             good_for=good_for,
             post_deadline=post_deadline(self.crew.request_timeout),
-            forced_by=self.identity.place if self.force_new else None,
+            forced_by=self.identity.place if self.options.force_new else None,
             flow_run_id=caller.flow_run_id,
             flow_run_count=caller.flow_run_count,
             process=caller.process,
             slot=self.slot,
-            step=self.name,
+            step=self.options.name,
             secret_inputs=list(self.inputs.secret_names),
             # A single run is found blind whatever its secrets are: the mark is for rows.
             secret_mark=secret_mark(self.crew.token.get_secret_value(), self.inputs.encoded, self.inputs.secret_names)
             if self.quiet
             else None,
             # In the claim: whoever kicks off may be gone before anything else of it is written down.
-            has_webhooks=self.webhooks is None and bool(self.settings.webhook_url),
+            has_webhooks=self.options.webhooks is None and bool(self.settings.webhook_url),
         )
 
 
@@ -143,7 +136,7 @@ class ClaimLostError(Exception):
 
 
 async def _start_run(
-    start: Start,
+    request: RunRequest,
     records: RecordStore,
     session: CrewSession,
     *,
@@ -157,8 +150,8 @@ async def _start_run(
     loop = asyncio.get_running_loop()
     until = None
     while True:
-        found = await _decide_and_claim(start, records, is_checked=check is not None)
-        if not start.quiet:
+        found = await _decide_and_claim(request, records, is_checked=check is not None)
+        if not request.quiet:
             record = found.record
             run_logger().info(
                 "Crew %s: %s. (key %s)", record.crew, _step_taken(found.decision, record), record.idempotency_key
@@ -170,8 +163,8 @@ async def _start_run(
                 await _take_back_shared_id(found.record, records, await records.other_holder(found.record))
             return found
         try:
-            await _make_sure(start, found, records, check)
-            await _post_until_taken(start, found.record, records, session, found.lease)
+            await _make_sure(request, found, records, check)
+            await _post_until_taken(request, found.record, records, session, found.lease)
         except ClaimLostError as lost:
             until = loop.time() + LIMITED_FOR if until is None else until  # from the first that was lost
             if loop.time() > until:
@@ -209,22 +202,22 @@ def _step_taken(decision: Decision, record: RunRecord) -> str:
 # Decide and claim
 
 
-async def _decide_and_claim(start: Start, records: RecordStore, *, is_checked: bool) -> Started:
+async def _decide_and_claim(request: RunRequest, records: RecordStore, *, is_checked: bool) -> Started:
     """Return a decision with the record that it is about; one that starts a run comes as a claim that is ours."""
     # The time of the check twice, where a token was rotated.
-    good_for = CLAIM_GOOD_FOR + (2 * start.crew.request_timeout if is_checked else 0.0)
-    if not start.force_new:
+    good_for = CLAIM_GOOD_FOR + (2 * request.crew.request_timeout if is_checked else 0.0)
+    if not request.options.force_new:
         # The common case in one request: nobody knows the key yet.
         with suppress(BudgetExceededError):  # of a row: one that has a run needs no room
-            first = await _claim(start, records, Decision.START, (), good_for)
+            first = await _claim(request, records, Decision.START, (), good_for)
             if first is not None:
                 return first
     delay, read_again = AGAIN, False
     while True:
-        attempts = await records.attempts(start.identity.idempotency_key)
-        decision, record = await _decide(start, attempts, records)
+        attempts = await records.attempts(request.identity.idempotency_key)
+        decision, record = await _decide(request, attempts, records)
         if decision.starts:
-            claim = await _claim(start, records, decision, attempts, good_for)
+            claim = await _claim(request, records, decision, attempts, good_for)
             if claim is not None:
                 return claim
             # Whoever took the name is read next. An API that refuses a name and does not show it is not asked at once.
@@ -244,39 +237,39 @@ async def _decide_and_claim(start: Start, records: RecordStore, *, is_checked: b
 
 
 async def _decide(
-    start: Start, attempts: Sequence[RunRecord], records: RecordStore
+    request: RunRequest, attempts: Sequence[RunRecord], records: RecordStore
 ) -> tuple[Decision, RunRecord | None]:
-    record, force_new = latest_start(attempts), start.force_new
+    record, force_new = latest_start(attempts), request.options.force_new
     if force_new:
         # A retry of the very call that forced an attempt means that attempt, not yet another one.
-        ours = [attempt for attempt in attempts if attempt.forced_by == start.identity.place]
+        ours = [attempt for attempt in attempts if attempt.forced_by == request.identity.place]
         record, force_new = (latest_start(ours), False) if ours else (record, True)
     owner_ended = record is not None and record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
     decision = decide(
         record,
-        caller=start.identity.caller,
+        caller=request.identity.caller,
         kickoffs=sum(attempt.counts for attempt in attempts),
-        max_attempts=start.crew.max_attempts,
+        max_attempts=request.crew.max_attempts,
         owner_ended=owner_ended,
         force_new=force_new,
-        asked_at=start.asked_at,
+        asked_at=request.asked_at,
     )
     # What another call claimed and surely never sent binds nobody. Nor does what is forced look at any record.
-    if record is not None and not start.force_new and decision is not Decision.VOID:
-        check_same_run(record, crew_url=start.crew.url, inputs_digest=start.inputs.digest)
+    if record is not None and not request.options.force_new and decision is not Decision.VOID:
+        check_same_run(record, crew_url=request.crew.url, inputs_digest=request.inputs.digest)
     return decision, record
 
 
 async def _claim(
-    start: Start, records: RecordStore, decision: Decision, known: Sequence[RunRecord], good_for: float
+    request: RunRequest, records: RecordStore, decision: Decision, known: Sequence[RunRecord], good_for: float
 ) -> _Claim | None:
     """Claim the next attempt; None if somebody else has. Raises BudgetExceededError: there is no room for it."""
     lease = Lease(good_for)
-    record = start.record(max((attempt.attempt for attempt in known), default=0) + 1, good_for)
+    record = request.record(max((attempt.attempt for attempt in known), default=0) + 1, good_for)
 
     async def claim() -> bool:
-        if start.quiet:  # the claim of a row is its permit as well
-            await add_estimates(start.crew, record)
+        if request.quiet:  # the claim of a row is its permit as well
+            await add_estimates(request.crew, record)
         is_ours = await records.claim(record, lease)
         if not is_ours:
             await release(record)
@@ -293,7 +286,7 @@ async def _claim(
 
 
 async def _make_sure(
-    start: Start, claim: _Claim, records: RecordStore, check: Callable[[], Awaitable[None]] | None
+    request: RunRequest, claim: _Claim, records: RecordStore, check: Callable[[], Awaitable[None]] | None
 ) -> None:
     """Check the kickoff, and at the same time that the claim was decided by what is still on record. Then count it.
 
@@ -318,8 +311,8 @@ async def _make_sure(
             confirmed.cancel()
         if not is_sure:
             raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
-        if start.crew.budgets and not start.quiet:
-            await _to_its_end(add_estimates(start.crew, claim.record))
+        if request.crew.budgets and not request.quiet:
+            await _to_its_end(add_estimates(request.crew, claim.record))
 
 
 def _uncertain(record: RunRecord) -> KickoffUncertainError:
@@ -333,7 +326,7 @@ def _uncertain(record: RunRecord) -> KickoffUncertainError:
 
 
 async def _post_until_taken(
-    start: Start, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
+    request: RunRequest, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
 ) -> None:
     """Post a claimed run and write its id down; POST again only what surely did not start a run.
 
@@ -349,7 +342,7 @@ async def _post_until_taken(
     while True:
         client = session.client
         try:
-            return await _post_and_react(start, record, records, session, lease)
+            return await _post_and_react(request, record, records, session, lease)
         except (CrewError, ClaimLostError) as problem:
             if record.phase is not RecordPhase.CLAIMED:
                 raise
@@ -361,7 +354,7 @@ async def _post_until_taken(
                     delay, least = max(delay, least), min(least * 2, BARE_DELAY)
                 if delay is None or loop.time() + delay > until:
                     raise
-            if delay and not start.quiet:
+            if delay and not request.quiet:
                 run_logger().warning("%s It is sent again in %.0f s.", problem, delay)
             # Before the pause, so that nobody resolves the claim during it.
             lease = await _take_permit(record, records, lease, pause=delay)
@@ -388,7 +381,7 @@ async def _take_permit(record: RunRecord, records: RecordStore, lease: Lease, *,
 
 
 async def _post_and_react(
-    start: Start, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
+    request: RunRequest, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
 ) -> None:
     """Make one POST, and see one that is in flight to its end even if the caller is cancelled."""
 
@@ -403,27 +396,33 @@ async def _post_and_react(
         elif record.phase is RecordPhase.CLAIMED and isinstance(error, (CrewError, ClaimLostError)):
             await _give_back(record, records, error)
 
-    await _to_its_end(_post(start, record, records, session, lease), react)
+    await _to_its_end(_post(request, record, records, session, lease), react)
 
 
-async def _post(start: Start, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease) -> None:
+async def _post(
+    request: RunRequest, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
+) -> None:
     """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
-    redact = start.crew.with_token(session.crew.token).redactor(start.inputs)
+    redact = request.crew.with_token(session.crew.token).redactor(request.inputs)
 
     def last_look() -> None:
         if lease.is_over:
             raise ClaimLostError("its permit grew too old before its kickoff could be sent.")
 
     try:
-        webhooks = start.webhooks or webhooks_for(start.crew, record, settings=start.settings)
+        webhooks = request.options.webhooks or webhooks_for(request.crew, record, settings=request.settings)
         with withholding(redact):
             # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
-            meta = {**(start.meta or {}), "idempotency_key": record.idempotency_key, "run_attempt": record.attempt}
+            meta = {
+                **(request.options.meta or {}),
+                "idempotency_key": record.idempotency_key,
+                "run_attempt": record.attempt,
+            }
             kickoff_id = await session.client.kickoff(
-                start.inputs.encoded,
+                request.inputs.encoded,
                 meta=meta,
                 webhooks=webhooks,
-                restore_from=start.inputs.restore_from,
+                restore_from=request.inputs.restore_from,
                 before_sending=last_look,
             )
     except ClaimLostError:
@@ -438,7 +437,7 @@ async def _post(start: Start, record: RunRecord, records: RecordStore, session: 
             raise
         raise _uncertain(record) from error
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
-    if not start.quiet:
+    if not request.quiet:
         # Before anything else: whatever fails from here on, a person finds the id in a log.
         run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
     await _take_back_shared_id(record, records, await _save_started(record, records))
@@ -559,44 +558,38 @@ async def _to_its_end(
 
 @naming_prefect_away("Nothing was started. Run again with the same key once it is back.")
 async def open_run(
-    crew: Crew | CrewSession,
-    inputs: Mapping[str, Any] | Inputs | None,
-    *,
-    idempotency_key: str | None = None,
-    name: str | None = None,
-    force_new: bool = False,
-    meta: Mapping[str, Any] | None = None,
-    webhooks: Webhooks | None = None,
-    restore_from: str | UUID | None = None,
-    inside_own_task: bool = False,
+    crew: Crew | CrewSession, inputs: Inputs, options: RunOptions, *, inside_own_task: bool = False
 ) -> OpenRun:
     """Find the run of a key, or start it. What it returns has a kickoff id. Raises as `run_crew`.
 
-    An open session is used, and stays open. The caller has checked the options.
+    An open session is used, and stays open.
     """
     given, crew = crew, crew.crew if isinstance(crew, CrewSession) else crew
-    state = None if restore_from is None else str(UUID(str(restore_from)))
-    inputs = replace(crew.take(Inputs.of(inputs)), restore_from=state)
+    inputs = replace(crew.take(inputs), restore_from=options.restore_from)
     identity = await identify(
-        crew.label, inputs.digest, idempotency_key=idempotency_key, name=name, inside_own_task=inside_own_task
+        crew.label,
+        inputs.digest,
+        idempotency_key=options.idempotency_key,
+        name=options.name,
+        inside_own_task=inside_own_task,
     )
-    start = Start(crew, identity, inputs, name, meta, webhooks, force_new)
+    request = RunRequest(crew, identity, inputs, options)
     if is_known_cancelled(identity.caller.flow_run_id):
         # A flow that catches the end of one wait must not go on starting runs.
         raise FlowRunCancelledError(f"Flow run {identity.caller.flow_run_id} was cancelled, so no run was started.")
     records = PrefectRecords()
-    slots = await _take_slot(start, records) if crew.concurrency_limit else None
+    slots = await _take_slot(request, records) if crew.concurrency_limit else None
     if slots is not None:
-        start = replace(start, slot=str(slots.lease))
-    if start.settings.webhook_url and not is_prefect_cloud(start.settings.webhook_url):
+        request = replace(request, slot=str(slots.lease))
+    if request.settings.webhook_url and not is_prefect_cloud(request.settings.webhook_url):
         subscribe()
     try:
         async with (
             nullcontext() if slots is None else slots.kept(),
             session_of(given if isinstance(given, CrewSession) else crew) as session,
         ):
-            with withholding(crew.redactor(start.inputs)):
-                started = await start_run(start, records, session, check=lambda: check_inputs(session, start))
+            with withholding(crew.redactor(request.inputs)):
+                started = await start_run(request, records, session, check=lambda: check_inputs(session, request))
             crew = crew.with_token(session.crew.token)
     except (CrewError, *PREFECT_ERRORS) as error:
         await _after_failure(error, crew, identity.idempotency_key, slots)
@@ -606,11 +599,11 @@ async def open_run(
         crew,
         str(record.kickoff_id),
         record,
-        start.inputs,
+        request.inputs,
         owned=started.is_new,
         is_found=not started.is_new,
-        meta=start.meta,
-        webhooks=start.webhooks,
+        meta=request.options.meta,
+        webhooks=request.options.webhooks,
     )
     # Who gives a session goes on to wait for the run: that shows it if it lasts, else once, at its end.
     if run.owned and not isinstance(given, CrewSession):
@@ -619,7 +612,7 @@ async def open_run(
         if slots is not None:
             await slots.release()
         await crash_dead_owner(record)
-        had_ended = record.ended_at is not None and record.ended_at <= start.asked_at
+        had_ended = record.ended_at is not None and record.ended_at <= request.asked_at
         if started.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and had_ended:
             run.advice = no_attempt_left(crew)
     run.notify(None)
@@ -637,16 +630,16 @@ async def _after_failure(error: Exception, crew: Crew, idempotency_key: str, slo
         note_exceeded(error, crew)
 
 
-async def _take_slot(start: Start, records: RecordStore) -> Slots | None:
+async def _take_slot(request: RunRequest, records: RecordStore) -> Slots | None:
     """Take a slot of the crew's limit for a call that may start a run: what is in flight or completed needs none."""
-    latest = latest_start(await records.attempts(start.identity.idempotency_key))
+    latest = latest_start(await records.attempts(request.identity.idempotency_key))
     failed = latest is None or (latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED)
     if latest is not None and latest.phase is RecordPhase.CLAIMED:  # one that was given up is started anew
         failed = not latest.open_for or await records.owner_ended(latest)
-    return await take_slots(start.crew) if failed or start.force_new else None
+    return await take_slots(request.crew) if failed or request.options.force_new else None
 
 
-async def check_inputs(session: CrewSession, start: Start) -> None:
+async def check_inputs(session: CrewSession, request: RunRequest) -> None:
     """Check inputs against `GET /inputs`, and the price. A crew that does not say what it needs is not an obstacle.
 
     A web page or a redirect in place of an answer is one: `/kickoff` would answer in the same way, and nobody would
@@ -657,7 +650,7 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
         AuthenticationError, ConfigurationError: The token is refused; the URL is not that of a crew, or the price is
             that of a model nobody knows.
     """
-    cost_of(start.crew.price, ONE_TOKEN)  # raises if it is that of a model that nobody knows
+    cost_of(request.crew.price, ONE_TOKEN)  # raises if it is that of a model that nobody knows
     expected: Sequence[CrewInput] = session.crew.expected_inputs or ()
     if session.crew.expected_inputs is None:
         try:
@@ -667,13 +660,13 @@ async def check_inputs(session: CrewSession, start: Start) -> None:
         except CrewError as error:
             if _is_no_crew(error):
                 raise ConfigurationError(
-                    f"{start.crew.url} is not the URL of a crew: GET /inputs was answered with a web page or a "
+                    f"{request.crew.url} is not the URL of a crew: GET /inputs was answered with a web page or a "
                     f"redirect. ({error}) Nothing was started. Correct the crew's URL, then run again with the same "
                     "key."
                 ) from error
             run_logger().warning("The crew's inputs could not be checked before the kickoff: %s", error)
-    missing = missing_inputs(expected, start.inputs.encoded)
-    unknown = [] if start.crew.allow_extra_inputs else unknown_inputs(expected, start.inputs.encoded)
+    missing = missing_inputs(expected, request.inputs.encoded)
+    unknown = [] if request.crew.allow_extra_inputs else unknown_inputs(expected, request.inputs.encoded)
     if missing or unknown:
         raise InvalidInputsError(
             missing_inputs=missing,

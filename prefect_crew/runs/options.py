@@ -1,55 +1,94 @@
-"""The options of a call, other than its crew and inputs: checked before anything is started."""
+"""The options of a run, other than its crew and inputs: one value, checked before anything is started."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 from uuid import UUID
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 
 from prefect_crew.budgets import Budget
 from prefect_crew.client.encoding import is_uuid
+from prefect_crew.client.inputs import Unshown
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 
-_CHOICES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "idempotency_key": ("a text", lambda given: isinstance(given, str)),
-    "name": ("a text", lambda given: isinstance(given, str)),
-    "wait": ("a WaitPolicy, such as WaitPolicy(timeout=600)", lambda given: isinstance(given, WaitPolicy)),
-    "output_type": (
-        "a pydantic model: a class that inherits from pydantic.BaseModel",
-        lambda given: isinstance(given, type) and issubclass(given, BaseModel),
-    ),
-    "review": ("'form' or a function", lambda given: given == "form" or callable(given)),
-    "meta": ("a mapping: an object of JSON", lambda given: isinstance(given, Mapping)),
-    "restore_from": ("the UUID of a Flow's state", lambda given: isinstance(given, UUID) or is_uuid(given)),
-    "budgets": (
-        "Budgets, such as [Budget(max_cost=20, per='day')]",
-        lambda given: isinstance(given, list | tuple) and all(isinstance(one, Budget) for one in cast("Any", given)),
-    ),
-    "webhooks": ("Webhooks(task=…, crew=…)", lambda given: isinstance(given, Webhooks)),
-}
+
+def _unshown(meta: Any) -> Any:
+    return Unshown(cast("Mapping[str, Any]", meta)) if isinstance(meta, Mapping) else meta
 
 
-def check_choices(**choices: Any) -> None:
-    """Refuse what can be known not to work: not everybody has types, and a kickoff cannot be undone.
+def _state_id(state: Any) -> Any:
+    if state is None or isinstance(state, UUID) or is_uuid(state):
+        return None if state is None else str(UUID(str(state)))
+    raise ValueError("no UUID")
 
-    Raises:
-        ConfigurationError: One of them is of a kind that it cannot be; the message says which it should be.
+
+def _as_tuple(budgets: Any) -> Any:
+    return tuple(cast("list[Any]", budgets or ())) if budgets is None or isinstance(budgets, list) else budgets
+
+
+def _whole(text: str) -> str:
+    text.encode()  # raises UnicodeEncodeError, a ValueError, where it holds half a character
+    return text
+
+
+class RunOptions(BaseModel):
+    """The options of `run_crew`, as its docstring tells them. Each description says of which kind an option has to be.
+
+    A public function makes it of its keyword arguments, before anything is started. No repr shows `meta`, which may
+    hold secrets.
     """
-    for name, given in choices.items():
-        wanted, fits = _CHOICES[name]
-        if given is not None and not fits(given):
-            # A text that was meant for a choice is shown; of anything else the type says enough, and holds no secret.
-            shown = repr(given[:40]) if name in ("review", "restore_from") and isinstance(given, str) else None
-            kind = (
-                f"the class {given.__name__}" if isinstance(given, type) else f"a value of type {type(given).__name__}"
-            )
-            raise ConfigurationError(f"{name} is {shown or kind}; it has to be {wanted}. Nothing was started.")
-        if isinstance(given, str) and any("\ud800" <= letter <= "\udfff" for letter in given):
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+    name: Annotated[str, AfterValidator(_whole)] | None = Field(default=None, description="a text")
+    idempotency_key: Annotated[str, AfterValidator(_whole)] | None = Field(default=None, description="a text")
+    force_new: bool = Field(default=False, description="True or False")
+    meta: Annotated[InstanceOf[Mapping[str, Any]] | None, BeforeValidator(_unshown)] = Field(
+        default=None, description="a mapping: an object of JSON"
+    )
+    wait: InstanceOf[WaitPolicy] | None = Field(
+        default=None, description="a WaitPolicy, such as WaitPolicy(timeout=600)"
+    )
+    output_type: type[BaseModel] | None = Field(
+        default=None, description="a pydantic model: a class that inherits from pydantic.BaseModel"
+    )
+    review: Literal["form"] | Callable[..., Any] | None = Field(default=None, description="'form' or a function")
+    webhooks: InstanceOf[Webhooks] | None = Field(default=None, repr=False, description="Webhooks(task=…, crew=…)")
+    restore_from: Annotated[str | None, BeforeValidator(_state_id)] = Field(
+        default=None, description="the UUID of a Flow's state"
+    )
+    budgets: Annotated[tuple[InstanceOf[Budget], ...], BeforeValidator(_as_tuple)] = Field(
+        default=(), description="Budgets, such as [Budget(max_cost=20, per='day')]"
+    )
+
+    @classmethod
+    def of(cls, **options: Any) -> RunOptions:
+        """Return the options that a user has given.
+
+        Raises:
+            ConfigurationError: One of them is of a kind that it cannot be. The message says of which it has to be.
+        """
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = str(problem["loc"][0])
+        value: Any = options[name]
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ConfigurationError(
-                f"{name} {given!r} holds half a character (a lone surrogate), which cannot be stored. Nothing was "
+                f"{name} {value!r} holds half a character (a lone surrogate), which cannot be stored. Nothing was "
                 "started."
             )
+        # A text that was meant for a choice is shown; of anything else the type says enough, and holds no secret.
+        shown = repr(value[:40]) if name in ("review", "restore_from") and isinstance(value, str) else None
+        kind = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
+        wanted = cls.model_fields[name].description
+        raise ConfigurationError(f"{name} is {shown or kind}; it has to be {wanted}. Nothing was started.")
+
+    def arguments(self, *names: str) -> dict[str, Any]:
+        """Return the options of these names as keyword arguments of a task."""
+        return {name: getattr(self, name) for name in names}

@@ -6,7 +6,6 @@ import asyncio
 import shlex
 import time
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
 
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancel_and_wait, cancelled_once
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
@@ -31,6 +30,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.runs.limits import slot_of
 from prefect_crew.runs.listener import Waker, waker_for
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People
@@ -46,10 +46,6 @@ from prefect_crew.runs.run import (
 from prefect_crew.runs.stop import is_cancelled, is_of_another, stop_if_asked, stop_once
 from prefect_crew.states import CrewState
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-
-
 NOTED_WITHIN = 5.0
 """Seconds that a wait which ends gives a note about people's time to be saved."""
 SHOW_EVERY = 5.0
@@ -60,21 +56,20 @@ SHOW_EVERY = 5.0
 async def wait_for_run(
     crew: Crew | CrewSession,
     kickoff_id: str,
-    *,
-    idempotency_key: str | None = None,
-    wait: WaitPolicy | None = None,
-    output_type: type[BaseModel] | None = None,
-    review: ReviewChoice | None = None,
+    options: RunOptions | None = None,
 ) -> CrewResult:
     """Wait until a run has ended and return its result. Raises as `wait_for_crew`.
 
     An open session is used, and stays open.
     """
+    options = options or RunOptions()
     async with session_of(crew) as session:
-        run = await find_run(session.crew, kickoff_id, idempotency_key, to_wait=True)
-        waiting = _result(_Waiter(run, session, wait or session.crew.wait, review))
+        run = await find_run(session.crew, kickoff_id, options.idempotency_key, to_wait=True)
+        waiting = _result(_Waiter(run, session, options.wait or session.crew.wait, options.review))
+        if options.output_type is None:
+            return await waiting
         # No variable holds the result: error reporters show the local variables of all frames.
-        return await waiting if output_type is None else parse_data(await waiting, output_type, run=run)
+        return parse_data(await waiting, options.output_type, run=run)
 
 
 async def _result(waiter: _Waiter) -> CrewResult:

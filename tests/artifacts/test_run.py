@@ -26,11 +26,13 @@ from prefect_crew import (
 from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts import run as run_module
 from prefect_crew.artifacts.run import MarkdownArtifact, RunArtifact, artifact_key
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ServerError
 from prefect_crew.records.store import record_name
 from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.kickoff import open_run
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
@@ -55,7 +57,7 @@ def name() -> str:
 
 def kicked_off(crew: Crew, inputs: dict[str, Any] | None = None, **options: Any) -> CrewRun:
     """Do what `DeployedCrew.trigger` does, for a crew that is named and not stored."""
-    run = asyncio.run(open_run(crew, inputs or {}, **options))
+    run = asyncio.run(open_run(crew, Inputs.of(inputs), RunOptions(**options)))
     return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key)
 
 

@@ -30,7 +30,8 @@ from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResu
 from prefect_crew.records.notes import keep_question, kept_questions
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.runs import kickoff
-from prefect_crew.runs.kickoff import Start, Started, start_run
+from prefect_crew.runs.kickoff import RunRequest, Started, start_run
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -313,7 +314,7 @@ async def start(ledger: Ledger, server: CrewServer, session: CrewSession | None 
     identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
     known: dict[str, Any] = {"quiet": True, "settings": CrewSettings()}
     return await start_run(
-        Start(session.crew, identity, Inputs.of({"text": "a"}), None, None, None, **known), ledger, session
+        RunRequest(session.crew, identity, Inputs.of({"text": "a"}), RunOptions(), **known), ledger, session
     )
 
 

@@ -9,11 +9,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError
 from prefect_crew.runs.kickoff import open_run
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.answer import resume_run
-from prefect_crew.runs.run import KickoffId
+from prefect_crew.runs.run import KickoffId, OpenRun
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 from prefect_crew.states import CrewState
@@ -70,9 +72,13 @@ async def row(ground: Ground, place: str, idempotency_key: str) -> tuple[str, ..
     return first, str(started), phase, again, str(ground.started())
 
 
+async def open_tea(crew: Crew, idempotency_key: str) -> OpenRun:
+    return await open_run(crew, Inputs.of({"topic": "tea"}), RunOptions(idempotency_key=idempotency_key))
+
+
 async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], idempotency_key: str) -> tuple[str, ...]:
     async def begin() -> str:
-        return (await open_run(ground.crew, {"topic": "tea"}, idempotency_key=idempotency_key)).kickoff_id
+        return (await open_tea(ground.crew, idempotency_key)).kickoff_id
 
     kickoff_id = await ground.run(begin)
     wanted = CrewState.WAITING if act is _answer else CrewState.RUNNING
@@ -90,7 +96,7 @@ async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], idemp
 async def _call(crew: Crew, idempotency_key: str) -> str:
     """Run a crew as the two tasks do, without Prefect's retries of the first."""
     try:
-        run = await open_run(crew, {"topic": "tea"}, idempotency_key=idempotency_key)
+        run = await open_tea(crew, idempotency_key)
         await wait_for_run(crew, KickoffId(run))
     except CrewError as error:
         return type(error).__name__

@@ -27,6 +27,7 @@ from pydantic import SecretStr
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import CrewError, IdempotencyConflictError, KickoffUncertainError, PrefectAwayError
@@ -37,6 +38,7 @@ from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
 from prefect_crew.runs import wait as wait_module
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.run import KickoffId
 from proof.sim.loop import Process, SimLoop, current_process
 from proof.sim.person import resolve_if_allowed, resolve_truly
@@ -410,10 +412,12 @@ class World:
             try:
                 run = await kickoff.open_run(
                     self.crew,
-                    inputs,
-                    idempotency_key=key_of(call.key),
-                    force_new=call.force_new,
-                    meta={"nothing": float("nan")} if call.misconfigured else None,
+                    Inputs.of(inputs),
+                    RunOptions(
+                        idempotency_key=key_of(call.key),
+                        force_new=call.force_new,
+                        meta={"nothing": float("nan")} if call.misconfigured else None,
+                    ),
                     inside_own_task=True,
                 )
             except CrewError as error:

@@ -16,12 +16,14 @@ from prefect.runtime import flow_run as this_flow_run
 from prefect.settings import PREFECT_API_URL
 
 from prefect_crew import CrewStep, Review, ReviewRequest, WaitPolicy, Webhooks, arun_crew, arun_pipeline
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.exceptions import CrewError, CrewTimeoutError, PrefectAwayError, ReviewLimitError
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.kickoff import open_run
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.form import Form, ReviewForm
 from prefect_crew.runs.reviews.reviewer import NOBODY, People
@@ -204,7 +206,7 @@ async def test_nobody_in_time_is_a_rejection_also_where_what_is_asked_is_not_kno
     """What is to be judged may come by a webhook: a wait that begins after people's time is over holds back a while."""
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.5)
     server = crew_server(Asking())
-    opened = await open_run(server.crew().crew, {}, idempotency_key=server.url)
+    opened = await open_run(server.crew().crew, Inputs.of({}), RunOptions(idempotency_key=server.url))
     await until(lambda: server.runs[0].state == "waiting", "it asks")
     assert opened.record is not None
     opened.record.has_webhooks = True
@@ -228,7 +230,7 @@ async def test_what_was_filled_in_is_kept_while_the_server_does_not_know_the_run
     crew_server: CrewServerFactory,
 ) -> None:
     server = crew_server(SCRIPT)
-    opened = await open_run(server.crew().crew, {}, idempotency_key=server.url)
+    opened = await open_run(server.crew().crew, Inputs.of({}), RunOptions(idempotency_key=server.url))
     await until(lambda: server.runs[0].state == "waiting", "it asks")
     async with CrewSession(opened.crew) as session:
         people = People(opened, session, PrefectRecords(), WaitPolicy(), None, stop=AsyncMock())

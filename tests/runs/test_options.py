@@ -1,0 +1,60 @@
+"""The options of a run: checked once, as one value."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from prefect_crew import Budget, WaitPolicy
+from prefect_crew.client.webhooks import Webhooks
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.runs.options import RunOptions
+
+STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+
+
+class Trip(BaseModel):
+    city: str
+
+
+def test_they_are_kept_as_they_are_given_and_never_change():
+    def review(request: Any) -> Any: ...
+
+    given: dict[str, Any] = {
+        "name": "plan", "idempotency_key": "k", "force_new": True, "wait": WaitPolicy(timeout=5), "output_type": Trip,
+        "review": review, "webhooks": Webhooks(crew="https://hooks.test/mine"), "meta": {"a": 1},
+    }  # fmt: skip
+    options = RunOptions.of(**given, restore_from=UUID(STATE), budgets=[Budget(max_kickoffs=2)])
+    assert options.arguments(*given) == given
+    assert (options.restore_from, options.budgets) == (STATE, (Budget(max_kickoffs=2),))
+    with pytest.raises(ValidationError, match="frozen"):
+        options.name = "other"
+    assert RunOptions.of(**dict.fromkeys(set(given) - {"force_new"})) == RunOptions()
+
+
+def test_no_repr_shows_what_may_hold_a_secret():
+    options = RunOptions.of(meta={"login": "pass-1234"}, webhooks=Webhooks(crew="https://hooks.test/pass-1234"))
+    assert "login" in repr(options)
+    assert "pass-1234" not in repr(options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("force_new", "yes", "force_new is a value of type str; it has to be True or False"),
+        ("name", 3, "name is a value of type int; it has to be a text"),
+        ("budgets", [3], "budgets is a value of type list; it has to be Budgets"),
+        ("budgets", Budget(max_kickoffs=1), "budgets is a value of type Budget; it has to be Budgets"),
+        ("wait", {"timeout": 5}, "wait is a value of type dict; it has to be a WaitPolicy"),
+        ("restore_from", "state-1", "restore_from is 'state-1'; it has to be the UUID"),
+        *((option, "half a \ud800", "holds half a character") for option in ("name", "idempotency_key", "review")),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_before_anything_is_started(option: str, value: Any, message: str):
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        RunOptions.of(**{option: value})
+    assert str(caught.value).endswith("Nothing was started.")
+    assert caught.value.__context__ is None, "the error of pydantic holds what was given"
