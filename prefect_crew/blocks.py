@@ -238,7 +238,8 @@ class DeployedCrew(JobBlock[CrewResult]):
             webhooks=webhooks,
             restore_from=restore_from,
         )
-        run = await open_run(self.crew, kept, options)
+        crew = self.crew
+        run = await open_run(crew, crew.take(kept, restore_from=options.restore_from), options)
         return CrewRun(run.crew, KickoffId(run), idempotency_key=run.idempotency_key)
 
 

@@ -81,9 +81,10 @@ class Crew:
         """Return a copy that people see under `name`, not under its address; itself if it is stored under another."""
         return self if self.block is not None else replace(self, label=name)
 
-    def take(self, inputs: Inputs) -> Inputs:
-        """Return inputs as this crew takes them, with those secret that are secret to it."""
-        return replace(inputs.keep_secret(self.secret_inputs), as_json=self.inputs_as_json)
+    def take(self, inputs: Inputs, *, restore_from: str | None = None) -> Inputs:
+        """Return inputs as this crew takes them, with those secret that it calls so, for a run from a state."""
+        kept = inputs.keep_secret(self.secret_inputs)
+        return replace(kept, as_json=self.inputs_as_json, restore_from=restore_from)
 
     def under(self, budgets: Iterable[Budget], *, name: str, batch: str | None = None) -> Crew:
         """Return a copy whose runs count in these budgets as well; `name` is for those that have no name."""

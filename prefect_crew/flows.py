@@ -117,7 +117,7 @@ async def arun_crew(
         budgets=budgets,
     )
     crew = under_budgets(await load_crew(crew), options.budgets)
-    kept = crew.take(kept)
+    kept = crew.take(kept, restore_from=options.restore_from)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run_tasks(crew, kept, options)
 
@@ -172,7 +172,8 @@ def _stored(inputs: Inputs) -> dict[str, Any]:
 
 
 async def run_tasks(crew: Crew, inputs: Inputs, options: RunOptions, *, wait_for: Sequence[Any] = ()) -> CrewResult:
-    """Kick a crew off and wait for it, by tasks of the flow around. The crew is under the budgets of the options.
+    """Kick a crew off and wait for it, by tasks of the flow around. The crew has taken the inputs, and is under the
+    budgets of the options.
 
     Prefect draws an arrow to the first task from each of `wait_for`.
     """
@@ -227,18 +228,16 @@ async def run_deployed_crew(
         )
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
     await label_flow_run(name=stored.title(stored.take(Inputs.of(given)), key))
-    return await run_tasks(
-        stored,
-        stored.take(Inputs.of(await values_of_blocks(given, stored.secret_inputs))),
-        RunOptions.of(
-            name=name,
-            idempotency_key=idempotency_key,
-            force_new=force_new,
-            wait=wait,
-            review=review,
-            restore_from=restore_from,
-        ),
+    options = RunOptions.of(
+        name=name,
+        idempotency_key=idempotency_key,
+        force_new=force_new,
+        wait=wait,
+        review=review,
+        restore_from=restore_from,
     )
+    kept = Inputs.of(await values_of_blocks(given, stored.secret_inputs))
+    return await run_tasks(stored, stored.take(kept, restore_from=options.restore_from), options)
 
 
 @dual

@@ -211,9 +211,11 @@ async def kickoff_crew(
         restore_from=restore_from,
         budgets=budgets,
     )
+    kept, inputs = Inputs.of(inputs), None  # no frame shows the values
     if not isinstance(crew, CrewSession):
         crew = under_budgets(await load_crew(crew), options.budgets)
-    return KickoffId(await open_run(crew, Inputs.of(inputs), options, inside_own_task=_inside_own_task()))
+        kept = crew.take(kept, restore_from=options.restore_from)
+    return KickoffId(await open_run(crew, kept, options, inside_own_task=_inside_own_task()))
 
 
 @_task("wait")

@@ -268,18 +268,19 @@ class _Run:
         self._secrets += [inputs[name] for name in secret]
         # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
         made = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
-        kept = crew.take(Inputs.of(inputs)).keep_secret(made, map(SecretStr, Redactor(self._secrets).texts))
+        options = RunOptions.of(
+            name=step.name,
+            idempotency_key=step_key(self.idempotency_key, step),
+            wait=step.wait,
+            output_type=step.output_type,
+            review=step.review,
+            restore_from=step.restore_from,
+        )
+        kept = Inputs.of(inputs).keep_secret(made, map(SecretStr, Redactor(self._secrets).texts))
         return await run_tasks(
             replace(crew, on_status=partial(self._on_run, step.name)),
-            kept,
-            RunOptions.of(
-                name=step.name,
-                idempotency_key=step_key(self.idempotency_key, step),
-                wait=step.wait,
-                output_type=step.output_type,
-                review=step.review,
-                restore_from=step.restore_from,
-            ),
+            crew.take(kept, restore_from=options.restore_from),
+            options,
             # Prefect draws an arrow from each of them; it sees by itself only a result that is passed on unchanged.
             wait_for=[self.results[name] for name in sorted(self.pipeline.needs[step.name])],
         )

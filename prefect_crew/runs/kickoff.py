@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequ
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
 from prefect_crew._internal.prefect_api import run_logger
@@ -159,8 +159,9 @@ async def _start_run(
         if found.decision is Decision.UNCERTAIN:
             raise _uncertain(found.record)
         if not isinstance(found, _Claim):
-            if found.decision is Decision.REATTACH:
-                await _take_back_shared_id(found.record, records, await records.other_holder(found.record))
+            is_in_flight = found.decision is Decision.REATTACH
+            if is_in_flight and (other := await records.other_holder(found.record)) is not None:
+                await _take_back_shared_id(found.record, records, other)
             return found
         try:
             await _make_sure(request, found, records, check)
@@ -403,7 +404,7 @@ async def _post(
     request: RunRequest, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
 ) -> None:
     """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
-    redact = request.crew.with_token(session.crew.token).redactor(request.inputs)
+    redact = session.crew.redactor(request.inputs)
 
     def last_look() -> None:
         if lease.is_over:
@@ -440,16 +441,15 @@ async def _post(
     if not request.quiet:
         # Before anything else: whatever fails from here on, a person finds the id in a log.
         run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
-    await _take_back_shared_id(record, records, await _save_started(record, records))
+    if (other := await _save_started(record, records)) is not None:
+        await _take_back_shared_id(record, records, other)
 
 
-async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: str | None) -> None:
-    """Raise KickoffUncertainError if another record, whose key is `other`, holds the kickoff id of this one.
+async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: str) -> NoReturn:
+    """Raise KickoffUncertainError, since another record, whose key is `other`, holds the kickoff id of this one.
 
     A proxy that caches or deduplicates kickoffs gives one id to two of them: one of their records keeps it.
     """
-    if other is None:
-        return
     run = record.kickoff_id
     record.reason = f"the crew's server answered with run {run}, which is that of idempotency key {other!r}"
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
@@ -562,10 +562,9 @@ async def open_run(
 ) -> OpenRun:
     """Find the run of a key, or start it. What it returns has a kickoff id. Raises as `run_crew`.
 
-    An open session is used, and stays open.
+    An open session is used, and stays open. The crew has taken the inputs.
     """
     given, crew = crew, crew.crew if isinstance(crew, CrewSession) else crew
-    inputs = replace(crew.take(inputs), restore_from=options.restore_from)
     identity = await identify(
         crew.label,
         inputs.digest,
@@ -590,7 +589,7 @@ async def open_run(
         ):
             with withholding(crew.redactor(request.inputs)):
                 started = await start_run(request, records, session, check=lambda: check_inputs(session, request))
-            crew = crew.with_token(session.crew.token)
+            crew = session.crew  # with a renewed token, if there was one
     except (CrewError, *PREFECT_ERRORS) as error:
         await _after_failure(error, crew, identity.idempotency_key, slots)
         raise

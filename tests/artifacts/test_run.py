@@ -57,7 +57,7 @@ def name() -> str:
 
 def kicked_off(crew: Crew, inputs: dict[str, Any] | None = None, **options: Any) -> CrewRun:
     """Do what `DeployedCrew.trigger` does, for a crew that is named and not stored."""
-    run = asyncio.run(open_run(crew, Inputs.of(inputs), RunOptions(**options)))
+    run = asyncio.run(open_run(crew, crew.take(Inputs.of(inputs)), RunOptions(**options)))
     return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key)
 
 

@@ -73,7 +73,7 @@ async def row(ground: Ground, place: str, idempotency_key: str) -> tuple[str, ..
 
 
 async def open_tea(crew: Crew, idempotency_key: str) -> OpenRun:
-    return await open_run(crew, Inputs.of({"topic": "tea"}), RunOptions(idempotency_key=idempotency_key))
+    return await open_run(crew, crew.take(Inputs.of({"topic": "tea"})), RunOptions(idempotency_key=idempotency_key))
 
 
 async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], idempotency_key: str) -> tuple[str, ...]:

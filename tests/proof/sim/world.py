@@ -412,7 +412,7 @@ class World:
             try:
                 run = await kickoff.open_run(
                     self.crew,
-                    Inputs.of(inputs),
+                    self.crew.take(Inputs.of(inputs)),
                     RunOptions(
                         idempotency_key=key_of(call.key),
                         force_new=call.force_new,
