@@ -10,7 +10,7 @@ from typing import Any
 
 from prefect import flow
 
-from prefect_crew import arun_crew, get_result
+from prefect_crew import aget_result, arun_crew
 
 
 @flow(flow_run_name="{crew} after {after}")
@@ -26,7 +26,7 @@ async def follow_up(
         takes: The input of that crew that gets the other's output.
         inputs: Its other inputs by name.
     """
-    before = await get_result(idempotency_key, crew=after)
+    before = await aget_result(idempotency_key, crew=after)
     result = await arun_crew(
         crew, {**(inputs or {}), takes: before.output}, idempotency_key=f"{crew} after {idempotency_key}"
     )

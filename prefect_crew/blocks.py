@@ -31,7 +31,7 @@ from pydantic import (
 )
 from pydantic import Secret as SealedValue
 
-from prefect_crew._internal.asyncio_tasks import dual
+from prefect_crew._internal.asyncio_tasks import sync_version
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew._text import problems_of
 from prefect_crew.budgets import Budget
@@ -211,8 +211,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         """Return a client for it, to be used as an async context manager."""
         return self.crew.client(transport=transport)
 
-    @dual
-    async def trigger(
+    async def atrigger(
         self,
         inputs: Mapping[str, Any] | None = None,
         *,
@@ -222,7 +221,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         webhooks: Webhooks | None = None,
         restore_from: str | UUID | None = None,
     ) -> CrewRun:
-        """Kick the crew off and return the run, without waiting for it. Awaited in async code.
+        """Kick the crew off and return the run, without waiting for it. `trigger` is for sync code.
 
         The options, and what is raised before and at the kickoff, are those of `run_crew`.
         """
@@ -242,9 +241,32 @@ class DeployedCrew(JobBlock[CrewResult]):
         run = await open_run(crew, crew.take(kept, restore_from=options.restore_from), options)
         return CrewRun(run.crew, KickoffId(run), idempotency_key=run.idempotency_key)
 
+    def trigger(  # pyright: ignore[reportIncompatibleMethodOverride] - of Prefect's it is async
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+        force_new: bool = False,
+        meta: Mapping[str, Any] | None = None,
+        webhooks: Webhooks | None = None,
+        restore_from: str | UUID | None = None,
+    ) -> CrewRun:
+        """Do the same from sync code."""
+        return sync_version(self.atrigger)(
+            inputs,
+            idempotency_key=idempotency_key,
+            force_new=force_new,
+            meta=meta,
+            webhooks=webhooks,
+            restore_from=restore_from,
+        )
+
 
 class CrewRun(JobRun[CrewResult]):
-    """A run that `DeployedCrew.trigger` started or found. Each method is awaited in async code."""
+    """A run that `DeployedCrew.trigger` started or found.
+
+    Each method has an async twin, whose name begins with an `a`: `stop` is for sync code, `astop` for async code.
+    """
 
     def __init__(self, crew: DeployedCrew | Crew, kickoff_id: str, *, idempotency_key: str | None = None) -> None:
         self.crew: Crew = crew if isinstance(crew, Crew) else crew.crew
@@ -252,8 +274,7 @@ class CrewRun(JobRun[CrewResult]):
         self.idempotency_key = idempotency_key
         self._result: CrewResult | None = None
 
-    @dual
-    async def wait_for_completion(self, wait: WaitPolicy | None = None) -> None:
+    async def await_for_completion(self, wait: WaitPolicy | None = None) -> None:
         """Wait until the run has ended, by `wait` or by the block's policy.
 
         Raises:
@@ -265,8 +286,11 @@ class CrewRun(JobRun[CrewResult]):
         options = RunOptions.of(idempotency_key=self.idempotency_key, wait=wait)
         self._result = await wait_for_run(self.crew, self.kickoff_id, options)
 
-    @dual
-    async def fetch_result(self) -> CrewResult:
+    def wait_for_completion(self, wait: WaitPolicy | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Do the same from sync code."""
+        sync_version(self.await_for_completion)(wait)
+
+    async def afetch_result(self) -> CrewResult:
         """Return the result of a run that has completed.
 
         Raises:
@@ -280,23 +304,29 @@ class CrewRun(JobRun[CrewResult]):
                 self._result = await read_result(run, session)
         return self._result
 
-    @dual
-    async def stop(self) -> StopAnswer:
+    def fetch_result(self) -> CrewResult:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Do the same from sync code."""
+        return sync_version(self.afetch_result)()
+
+    async def astop(self) -> StopAnswer:
         """Ask the crew's server to stop the run."""
         from prefect_crew.runs.stop import stop_run
 
         return await stop_run(self.crew, self.kickoff_id, idempotency_key=self.idempotency_key)
 
-    @dual
-    async def resume(
+    stop = sync_version(astop)
+
+    async def aresume(
         self, feedback: str, *, approve: bool, task_id: str | None = None, webhooks: Webhooks | None = None
     ) -> ResumeAnswer:
-        """Answer for the person that the run waits for."""
+        """Approve the output that the run shows, or reject it with feedback."""
         from prefect_crew.runs.reviews.answer import resume_run
 
         return await resume_run(
             self.crew, self.kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks
         )
+
+    resume = sync_version(aresume)
 
 
 def _known(values: Mapping[str, Any], model: type[BaseModel], what: str) -> dict[str, Any]:

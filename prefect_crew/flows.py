@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial, wraps
@@ -14,8 +13,8 @@ from prefect import flow
 from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
 from pydantic import BaseModel, Field
 
-from prefect_crew._internal.asyncio_tasks import dual, sync_version
-from prefect_crew._internal.prefect_api import flow_runs_unseen, label_flow_run, run_logger
+from prefect_crew._internal.asyncio_tasks import sync_version
+from prefect_crew._internal.prefect_api import label_flow_run
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import DeployedCrew, find_crew, load_crew, values_of_blocks
 from prefect_crew.budgets import Budget
@@ -126,8 +125,6 @@ async def arun_crew(
     async def run(*_: Any, **__: Any) -> CrewResult:
         return await run_tasks(crew, kept, options)
 
-    if idempotency_key is None:
-        _warn_of_lost_context()
     own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
     own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, kept, idempotency_key)
     stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from")
@@ -145,24 +142,6 @@ run_crew = sync_version(
         "token": "crew=DeployedCrew(url=…, token=…)",
     },
 )
-
-
-# The latest flow runs whose lost context the log has warned of: the threads of one share no place to keep it in.
-_warned = deque[UUID](maxlen=100)
-
-
-def _warn_of_lost_context() -> None:
-    """Warn, once for a flow run, where a thread of it calls that Prefect does not know to be of the flow run."""
-    for flow_name, flow_run in flow_runs_unseen():
-        if flow_name == run_deployed_crew.name or flow_run.id in _warned:
-            continue
-        _warned.append(flow_run.id)
-        run_logger().warning(
-            "This thread does not see the flow run %s, so its retries will not find this run: they start another. Give "
-            "an idempotency_key, or keep the context: contextvars.copy_context().run(run_crew, …), asyncio.to_thread, "
-            "or a task with .submit.",
-            flow_run.name,
-        )
 
 
 def _stored(inputs: Inputs) -> dict[str, Any]:
@@ -240,12 +219,13 @@ async def run_deployed_crew(
     return await run_tasks(stored, stored.take(kept, restore_from=options.restore_from), options)
 
 
-@dual
 @naming_prefect_away("The result is read from its records: ask again once it is back.")
-async def get_result(
+async def aget_result(
     idempotency_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[BaseModel] | None = None
 ) -> CrewResult:
-    """Return the result of a completed run from anywhere that shares the Prefect server. Awaited in async code.
+    """Return the result of a completed run from anywhere that shares the Prefect server.
+
+    `get_result` is for sync code, `aget_result` for async code.
 
     Args:
         idempotency_key: The run's key. Of several attempts the latest that completed counts. A kickoff id, in its
@@ -293,3 +273,6 @@ async def get_result(
         # No variable holds the result: error reporters show the local variables of all frames.
         reading = read_result(run, session)
         return await reading if output_type is None else parse_data(await reading, output_type, run=run)
+
+
+get_result = sync_version(aget_result)

@@ -129,10 +129,10 @@ class TestIdiom:
 
     async def test_a_result_can_be_fetched_without_having_waited(self, crew_server: CrewServerFactory):
         held = Held()
-        run = await (server := crew_server(held)).crew().trigger()
+        run = await (server := crew_server(held)).crew().atrigger()
         await until(lambda: server.run(run.kickoff_id).state is CrewState.RUNNING, "it runs")
         with pytest.raises(NoResultError, match=f"Run {run.kickoff_id} .* has no result yet: it is running"):
-            await run.fetch_result()
+            await run.afetch_result()
         held.release()
         await until(lambda: server.run(run.kickoff_id).state.ended, "it ends")
-        assert (await run.fetch_result()).output == "done"
+        assert (await run.afetch_result()).output == "done"

@@ -13,7 +13,7 @@ from prefect import flow, tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from prefect_crew import CrewFailedError, Price, arun_crew, get_result
+from prefect_crew import CrewFailedError, Price, aget_result, arun_crew
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.costs import CostRow, costs_markdown, grouped, read_costs
 from prefect_crew.devserver import CrewScript
@@ -91,7 +91,7 @@ async def test_a_run_has_its_cost_in_the_result_the_record_and_the_artifact(
     result = await arun_crew(crew, {"text": "tea"}, idempotency_key=name)
     assert result.cost == pytest.approx(3.0)
     again = await arun_crew(crew, {"text": "tea"}, idempotency_key=name)
-    read = await get_result(name)
+    read = await aget_result(name)
     assert (again.cost, again.usage) == (read.cost, read.usage) == (result.cost, result.usage)
     assert result.idempotency_key == again.idempotency_key == read.idempotency_key == name
     (kept,) = await attempts(name)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
 import traceback
 import uuid
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import replace
 from datetime import date
-from types import SimpleNamespace
 from typing import Any, cast
-from uuid import uuid4
 
 import pytest
 from prefect import flow, get_client, task
@@ -25,7 +20,16 @@ from prefect.runtime import flow_run
 from prefect.states import Scheduled
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew import DeployedCrew, WaitPolicy, arun_crew, flows, get_result, run_crew, run_deployed_crew
+from prefect_crew import (
+    CrewRun,
+    DeployedCrew,
+    WaitPolicy,
+    aget_result,
+    arun_crew,
+    get_result,
+    run_crew,
+    run_deployed_crew,
+)
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import (
@@ -79,66 +83,53 @@ def test_in_sync_flows_tasks_and_subflows(crew_server: CrewServerFactory):
     assert trip() == ["flow", "task", "task", "subflow"]
 
 
+def test_in_a_sync_flow_that_an_async_flow_has_called(crew_server: CrewServerFactory):
+    """The outer event loop, which the sync flow occupies, goes on with its own work afterwards."""
+    server, idempotency_key, beats = crew_server(slow(0.5)), key(), list[int]()
+    crew = server.crew()
+
+    @flow
+    def inner() -> list[str]:
+        run = crew.trigger({})
+        run.wait_for_completion()
+        outputs = [run_crew(crew, idempotency_key=idempotency_key).output, get_result(idempotency_key).output]
+        return [*outputs, run.fetch_result().output]
+
+    async def beat() -> None:
+        while True:
+            beats.append(1)
+            await asyncio.sleep(0.01)
+
+    @flow
+    async def outer() -> list[str]:
+        beating = asyncio.create_task(beat())
+        await asyncio.sleep(0.05)
+        outputs, before = inner(), len(beats)
+        await asyncio.sleep(0.1)
+        beating.cancel()
+        assert len(beats) > before + 1
+        return outputs
+
+    assert asyncio.run(outer()) == ["done"] * 3
+    assert server.kickoffs == 2
+
+
 async def test_in_a_running_loop_the_sync_one_names_the_async_one(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
-    with pytest.raises(RuntimeError, match=r"use `await arun_crew\(\.\.\.\)` instead"):
-        run_crew(crew, {"text": "a"})
+    run = CrewRun(crew, "nobody")
+    twins = {
+        "arun_crew": lambda: run_crew(crew, {"text": "a"}),
+        "aget_result": lambda: get_result("a"),
+        "atrigger": lambda: crew.trigger({"text": "a"}),
+        "await_for_completion": run.wait_for_completion,
+        "afetch_result": run.fetch_result,
+        "astop": run.stop,
+        "aresume": lambda: run.resume("fine", approve=True),
+    }
+    for name, call in twins.items():
+        with pytest.raises(RuntimeError, match=rf"use `await {name}\(\.\.\.\)` instead"):
+            call()
     assert (await arun_crew(crew, {"text": "a"})).output == "a"
-
-
-LOST = "This thread does not see the flow run"
-
-
-@pytest.mark.parametrize(
-    ("way", "warnings"),
-    [("a pool", 1), ("a pool with keys", 0), ("a pool with the context", 0), ("a pool of an async flow", 1)],
-)
-def test_a_thread_without_the_context_of_its_flow_run_warns(
-    crew_server: CrewServerFactory, way: str, warnings: int, caplog: pytest.LogCaptureFixture
-):
-    crew = crew_server("echo").crew()
-
-    def call(number: int) -> None:
-        run_crew(crew, {"text": str(number)}, idempotency_key=key() if way == "a pool with keys" else None)
-
-    @flow
-    def threads() -> str:
-        with ThreadPoolExecutor(2) as pool:
-            for number in range(2):
-                pool.submit(*((copy_context().run,) if way == "a pool with the context" else ()), call, number)
-        return flow_run.name
-
-    @flow
-    async def async_threads() -> str:
-        loop = asyncio.get_running_loop()
-        await asyncio.gather(*(loop.run_in_executor(None, call, number) for number in range(2)))
-        return flow_run.name
-
-    name = asyncio.run(async_threads()) if way == "a pool of an async flow" else threads()
-    said = [one.getMessage() for one in caplog.records if one.getMessage().startswith(LOST)]
-    if sys.version_info < (3, 12) and way == "a pool of an async flow":
-        warnings = len(said)  # before Python 3.12 the flow is seen only while its own code runs: maybe
-    assert [f"{LOST} {name}," in one for one in said] == [True] * warnings
-
-
-def test_a_process_that_lasts_keeps_no_list_of_all_flow_runs_that_it_has_warned_of(monkeypatch: pytest.MonkeyPatch):
-    unseen = [("trips", SimpleNamespace(id=uuid4(), name=f"trip {number}")) for number in range(300)]
-    monkeypatch.setattr(flows, "flow_runs_unseen", lambda: unseen)
-    flows._warn_of_lost_context()
-    assert len(flows._warned) <= 100
-
-
-def test_threads_without_any_flow_do_not_warn(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
-    crew = crew_server("echo").crew()
-
-    @flow
-    def ended() -> None:
-        run_crew(crew, {"text": "of a flow run that has ended"})
-
-    ended()
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda number: run_crew(crew, {"text": str(number)}), range(3)))
-    assert LOST not in caplog.text
 
 
 def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen: Seen):
@@ -382,11 +373,11 @@ async def test_a_result_is_read_by_its_key_without_the_crew_and_becomes_a_model(
     server, idempotency_key = crew_server(script({"output": '{"city": "Lisbon"}'})), key()
     first = await arun_crew(server.crew(), idempotency_key=idempotency_key)
     asked = server.requests.total()
-    again = await get_result(idempotency_key)
+    again = await aget_result(idempotency_key)
     assert again == first.model_copy(update={"raw": None, "tasks": again.tasks})
-    assert (await get_result(idempotency_key, output_type=Trip)).data == Trip(city="Lisbon")
+    assert (await aget_result(idempotency_key, output_type=Trip)).data == Trip(city="Lisbon")
     with pytest.raises(OutputTypeError):
-        await get_result(idempotency_key, output_type=Login)
+        await aget_result(idempotency_key, output_type=Login)
     assert server.requests.total() == asked
 
 
@@ -394,16 +385,16 @@ async def test_a_large_result_is_read_from_the_crew(crew_server: CrewServerFacto
     server, idempotency_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), name()
     await arun_crew(server.crew().crew.called(block), idempotency_key=idempotency_key)
     with pytest.raises(CrewError, match=r"Give the crew \(crew=…\)"):
-        await get_result(idempotency_key)
+        await aget_result(idempotency_key)
     await crew_server("echo").crew().asave(block)
     with pytest.raises(CrewError, match=f"not stored with the URL {server.url}"):
-        await get_result(idempotency_key)
+        await aget_result(idempotency_key)
     await server.crew().asave(block, overwrite=True)
-    assert len((await get_result(idempotency_key)).output) == 9000
-    assert len((await get_result(idempotency_key, crew=server.crew())).output) == 9000
+    assert len((await aget_result(idempotency_key)).output) == 9000
+    assert len((await aget_result(idempotency_key, crew=server.crew())).output) == 9000
     server.faults.add("status:forgotten")
     with pytest.raises(CrewLostError):
-        await get_result(idempotency_key)
+        await aget_result(idempotency_key)
 
 
 async def test_of_several_attempts_the_one_that_completed_counts(crew_server: CrewServerFactory):
@@ -412,7 +403,7 @@ async def test_of_several_attempts_the_one_that_completed_counts(crew_server: Cr
     await arun_crew(server.crew(), {"n": 1}, idempotency_key=idempotency_key)
     with pytest.raises(CrewFailedError):
         await arun_crew(server.crew(), {"n": 2}, idempotency_key=idempotency_key, force_new=True)
-    assert (await get_result(idempotency_key)).output == "1"
+    assert (await aget_result(idempotency_key)).output == "1"
 
 
 async def test_a_kickoff_id_means_its_own_attempt(crew_server: CrewServerFactory):
@@ -422,31 +413,31 @@ async def test_a_kickoff_id_means_its_own_attempt(crew_server: CrewServerFactory
         await arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
     await arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
     first, second = (run.id for run in server.runs)
-    result = await get_result(second)
+    result = await aget_result(second)
     assert (result.kickoff_id, result.idempotency_key) == (second, idempotency_key)
     with pytest.raises(CrewFailedError):
-        await get_result(first)
+        await aget_result(first)
 
 
 async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServerFactory):
     with pytest.raises(RunNotFoundError, match="No run has the key or kickoff id 'nobody'"):
-        await get_result("nobody")
+        await aget_result("nobody")
     failed, stopped, uncertain, running = key(), key(), key(), key()
     with pytest.raises(CrewFailedError):
         await arun_crew(crew_server(FAILS).crew(), idempotency_key=failed)
     with pytest.raises(CrewFailedError, match="the search engine is down"):
-        await get_result(failed)
-    await (await crew_server(slow(60)).crew().trigger({}, idempotency_key=stopped)).stop()
+        await aget_result(failed)
+    await (await crew_server(slow(60)).crew().atrigger({}, idempotency_key=stopped)).astop()
     with pytest.raises(CrewStoppedError):
-        await get_result(stopped)
+        await aget_result(stopped)
     with pytest.raises(CrewError):
-        await crew_server("echo", faults=["kickoff:500"]).crew().trigger({"text": "a"}, idempotency_key=uncertain)
+        await crew_server("echo", faults=["kickoff:500"]).crew().atrigger({"text": "a"}, idempotency_key=uncertain)
     with pytest.raises(CrewError, match=r"its kickoff is uncertain\. ServerError"):
-        await get_result(uncertain)
+        await aget_result(uncertain)
     server = crew_server(slow(60))
-    await server.crew().trigger({}, idempotency_key=running)
+    await server.crew().atrigger({}, idempotency_key=running)
     with pytest.raises(NoResultError, match="has no result yet: it is running"):
-        await get_result(running, crew=server.crew())
+        await aget_result(running, crew=server.crew())
 
 
 # What it costs
@@ -519,4 +510,4 @@ async def test_a_start_that_was_refused_after_a_failed_run_does_not_hide_its_fai
         await arun_crew(server.crew(), idempotency_key=idempotency_key)
     await put(new_record(idempotency_key, attempt=2, phase=RecordPhase.NOT_STARTED))
     with pytest.raises(CrewFailedError):
-        await get_result(idempotency_key)
+        await aget_result(idempotency_key)

@@ -1,7 +1,7 @@
 """Coroutines as asyncio tasks, and from sync code.
 
-A cancelled task does what it has yet to do before it ends. One async implementation is callable from sync and from
-async code, the way Prefect's own tools behave.
+A cancelled task does what it has yet to do before it ends. A sync twin runs the coroutine of its async function, also
+in a sync flow that an async flow has called.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def cancelled_once(
 def in_async_context() -> bool:
     """Return whether the caller can await: an event loop runs here, and the task or flow around it is async, if any.
 
-    In one that is not, it may be in a coroutine of an event loop that the user runs there.
+    A sync flow that an async flow has called runs on the thread of that event loop, and cannot await.
     """
     if not _loop_runs():
         return False
@@ -121,21 +121,7 @@ def in_async_context() -> bool:
         around = task_context.task
     elif flow_context is not None:
         around = flow_context.flow
-    return around is None or bool(around.isasync) or _in_coroutine()
-
-
-def _in_coroutine() -> bool:
-    """Return whether a coroutine of the user's is among the callers, back to what Prefect or this package called."""
-    frame, is_theirs = inspect.currentframe(), False
-    while frame is not None:
-        package = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if package == "prefect" or (package == "prefect_crew" and is_theirs):
-            return False
-        is_theirs = package != "prefect_crew"
-        if is_theirs and frame.f_code.co_flags & inspect.CO_COROUTINE:
-            return True
-        frame = frame.f_back
-    return False
+    return around is None or bool(around.isasync)
 
 
 def _loop_runs() -> bool:
@@ -179,35 +165,24 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
             raise
 
 
-def dual(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Any]:
-    """Make an async function answer with its result in sync code and with an awaitable in async code."""
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> Any:
-        coroutine = function(*args, **kwargs)
-        return coroutine if in_async_context() else run_sync(coroutine)
-
-    return call
-
-
 def sync_version(
     function: Callable[P, Coroutine[Any, Any, T]], *, hints: Mapping[str, str] | None = None
 ) -> Callable[P, T]:
-    """Return the sync function for an async one whose name begins with an `a`. In a running event loop it raises.
+    """Return the sync twin of an async function whose name begins with an `a`.
 
-    `hints` say for an argument that there is not what to write in its place.
+    Where the caller can await, the twin raises, since it would block the event loop. `hints` say for an argument that
+    does not exist which argument to write in its place.
     """
-    name, parameters = function.__name__.removeprefix("a"), inspect.signature(function).parameters
+    name, parameters = function.__name__.removeprefix("a"), dict(inspect.signature(function).parameters)
+    parameters.pop("self", None)
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if _loop_runs():
+        if in_async_context():
             del args, kwargs  # error reporters show the variables of frames
             raise InvalidCallError(
-                f"{name}() would block the event loop that runs here: use `await {function.__name__}(...)` instead. In "
-                "a sync flow that an async one calls, make that flow async, or call it by "
-                "`await asyncio.to_thread(flow)`."
+                f"{name}() would block the event loop that runs here: use `await {function.__name__}(...)` instead."
             )
         for argument in kwargs:
             if argument not in parameters and not takes_any:
@@ -217,7 +192,7 @@ def sync_version(
                 raise InvalidCallError(f"{name}() got an unexpected keyword argument {argument!r}. {advice}.")
         coroutine = function(*args, **kwargs)
         args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]
-        return asyncio.run(coroutine)
+        return run_sync(coroutine)
 
     call.__name__ = call.__qualname__ = name
     return call

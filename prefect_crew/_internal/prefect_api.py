@@ -13,8 +13,6 @@ import logging
 import os
 import random
 import sys
-import threading
-import traceback
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,7 +20,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from uuid import UUID
 
 import httpx
 import prefect
@@ -125,32 +122,6 @@ def contexts_around(kind: type[ContextT]) -> list[ContextT]:
 def is_entered(context: ContextModel) -> bool:
     """Return whether Prefect is still within a context. Others may hold the context for long after that."""
     return context._token is not None  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
-
-
-def flow_runs_unseen() -> list[tuple[str, FlowRun]]:
-    """Return the flow runs that other threads of this process are in, each with its flow's name.
-
-    A thread that a flow starts by itself has no context of the flow run. A flow that occupies a thread is found by its
-    engine on the stack, one that waits in an event loop by the context of its asyncio task (from Python 3.12).
-    """
-    stacks = {**sys._current_frames()}  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - documented, for this
-    stacks.pop(threading.get_ident(), None)
-    runs: dict[UUID, tuple[str, FlowRun]] = {}
-    for frame, _ in (step for top in stacks.values() for step in traceback.walk_stack(top)):
-        function = frame.f_code.co_name
-        if function in ("run_flow_sync", "run_flow_async") and frame.f_globals.get("__name__") == "prefect.flow_engine":
-            around: list[Any] = [frame.f_locals.get("engine")]
-        elif function == "run_forever" and isinstance(loop := frame.f_locals.get("self"), asyncio.AbstractEventLoop):
-            tasks: list[Any] = [task for task in asyncio.all_tasks(loop) if hasattr(task, "get_context")]
-            around = [task.get_context().get(FlowRunContext.__var__) for task in tasks]
-        else:
-            continue
-        for holder in around:  # an engine or a context
-            if isinstance(holder, FlowRunContext) and not is_entered(holder):
-                continue
-            if holder is not None and holder.flow is not None and holder.flow_run is not None:
-                runs[holder.flow_run.id] = (holder.flow.name, holder.flow_run)
-    return [*runs.values()]
 
 
 # Requests

@@ -137,9 +137,9 @@ async def result(
     crew: CrewOfRun = CrewOfRun(),
 ) -> None:
     """Write the whole result of a run that has completed, from its record or from the crew's server."""
-    from prefect_crew.flows import get_result
+    from prefect_crew.flows import aget_result
 
-    answer = await get_result(key, crew=None if crew.crew is None else await crew.load(crew.crew))
+    answer = await aget_result(key, crew=None if crew.crew is None else await crew.load(crew.crew))
     if output:
         _output.put_json(_plain(answer))
     else:

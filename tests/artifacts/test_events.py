@@ -53,12 +53,12 @@ def test_the_events_of_a_run_come_in_order(crew_server: CrewServerFactory, seen:
     server = crew_server(ASKS, response_format="union")
 
     async def answered() -> str:
-        run = await server.crew().trigger({})
-        waiting = asyncio.ensure_future(run.wait_for_completion())
+        run = await server.crew().atrigger({})
+        waiting = asyncio.ensure_future(run.await_for_completion())
         while str(server.run(run.kickoff_id).state) != "waiting":
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.2)
-        await run.resume("fine", approve=True)
+        await run.aresume("fine", approve=True)
         await waiting
         return run.kickoff_id
 

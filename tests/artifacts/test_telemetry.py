@@ -215,8 +215,8 @@ async def test_a_run_that_two_wait_for_has_one_span(
 
 async def test_a_run_that_somebody_stops_has_one_span(crew_server: CrewServerFactory, collector: Collector):
     crew = crew_server(slow(60), response_format="union").crew()
-    run = await crew.trigger({})
-    waiting = asyncio.ensure_future(run.wait_for_completion(wait=QUICK))
+    run = await crew.atrigger({})
+    waiting = asyncio.ensure_future(run.await_for_completion(wait=QUICK))
     await asyncio.sleep(0.5)
     await stop_crew(crew, run.kickoff_id)
     with pytest.raises(CrewStoppedError):
@@ -251,7 +251,7 @@ async def test_a_run_that_two_stop_at_the_same_time_has_one_span(
     crew_server: CrewServerFactory, collector: Collector, at: str
 ):
     crew = crew_server(slow(60), response_format="union").crew()
-    run = await crew.trigger({})
+    run = await crew.atrigger({})
     records, slow_records = PrefectRecords(), SlowRecords(at)
     first, second = [await records.of_kickoff(run.kickoff_id) for _ in range(2)]
     assert first is not None
@@ -269,18 +269,18 @@ async def test_a_run_that_two_stop_at_the_same_time_has_one_span(
 async def test_a_run_that_ran_out_of_time_and_was_stopped_has_one_span(
     crew_server: CrewServerFactory, collector: Collector
 ):
-    run = await crew_server(slow(60), response_format="union").crew().trigger({})
+    run = await crew_server(slow(60), response_format="union").crew().atrigger({})
     with pytest.raises(CrewTimeoutError):
-        await run.wait_for_completion(wait=WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"))
+        await run.await_for_completion(wait=WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"))
     assert one(collector).attributes["prefect_crew.state"] == "stopped"
 
 
 async def test_a_run_that_was_lost_has_a_span_of_the_wait_that_found_it_so(
     crew_server: CrewServerFactory, collector: Collector
 ):
-    run = await crew_server(slow(60), faults=["status:forgotten@3"]).crew().trigger({})
+    run = await crew_server(slow(60), faults=["status:forgotten@3"]).crew().atrigger({})
     with pytest.raises(CrewLostError):
-        await run.wait_for_completion()
+        await run.await_for_completion()
     span = one(collector)
     assert (span.failed, span.attributes["prefect_crew.state"]) == (True, "unknown")
 
@@ -446,16 +446,16 @@ async def test_a_run_counts_as_waiting_while_it_waits_for_a_person(
     crew_server: CrewServerFactory, reader: InMemoryMetricReader
 ):
     server = crew_server(ASKS, response_format="union")
-    run, name = await server.crew().trigger({}), f"127.0.0.1:{server.port}"
-    waiting = asyncio.ensure_future(run.wait_for_completion(wait=QUICK))
+    run, name = await server.crew().atrigger({}), f"127.0.0.1:{server.port}"
+    waiting = asyncio.ensure_future(run.await_for_completion(wait=QUICK))
     while points(reader, name).get("runs.waiting") != 1:
         await asyncio.sleep(0.05)
-    await run.resume("fine", approve=True)
+    await run.aresume("fine", approve=True)
     await waiting
     assert points(reader, name)["runs.waiting"] == 0
-    again = await server.crew().trigger({})
+    again = await server.crew().atrigger({})
     with pytest.raises(CrewTimeoutError):
-        await again.wait_for_completion(wait=WaitPolicy(initial=0.1, factor=1, human_timeout=0.5))
+        await again.await_for_completion(wait=WaitPolicy(initial=0.1, factor=1, human_timeout=0.5))
     assert points(reader, name)["runs.waiting"] == 0, "nobody waits here any more"
 
 

@@ -437,7 +437,7 @@ async def test_without_the_ledger_the_message_says_how_to_answer_a_row(batch: Ba
         await client.resume(kickoff_id, "draft", "fine", True)
     assert (await running).ok
     another = crew_server(ASKS)
-    run = await another.crew().trigger({"topic": "tea"})
+    run = await another.crew().atrigger({"topic": "tea"})
     await until(lambda: [str(run.state) for run in another.runs] == ["waiting"], "it asks")
     await resume_run(another.crew().crew, run.kickoff_id, feedback="", approve=True)
     assert another.requests["resume"] == 1, "a batch of another crew is not an obstacle"

@@ -22,9 +22,9 @@ from prefect_crew import (
     CrewStep,
     DeployedCrew,
     PipelineContext,
+    aget_result,
     arun_crew,
     arun_pipeline,
-    get_result,
     plan_pipeline,
     run_pipeline,
 )
@@ -94,7 +94,7 @@ async def test_steps_feed_each_other(echo: CrewServer):
     assert texts(echo)[2:] == ["on tea & tea costs", "ON TEA & TEA COSTS", "bye"]
     assert echo.requests["inputs"] == 1, "a crew is asked once, however many steps it has"
     assert echo.kickoffs_by_key == {f"{idempotency_key}/{step.name}": 1 for step in steps}
-    assert (await get_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
+    assert (await aget_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
 
 
 async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: CrewServerFactory, seen: Seen):

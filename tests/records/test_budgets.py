@@ -129,7 +129,7 @@ async def by_tasks(crew: DeployedCrew, text: str) -> None:
 
 
 async def by_trigger(crew: DeployedCrew, text: str) -> None:
-    await (await crew.trigger({"text": text})).wait_for_completion()
+    await (await crew.atrigger({"text": text})).await_for_completion()
 
 
 async def by_pipeline(crew: DeployedCrew, text: str) -> None:
@@ -266,10 +266,10 @@ async def test_a_claim_that_its_owner_gave_up_is_given_back_once(
         return await permit(*args, **options)
 
     monkeypatch.setattr(PrefectRecords, "permit", sleep)
-    first = asyncio.ensure_future(crew.trigger({"text": "a"}, idempotency_key=name))
+    first = asyncio.ensure_future(crew.atrigger({"text": "a"}, idempotency_key=name))
     await asleep.wait()
     assert await counted(name) == 1
-    second = await crew.trigger({"text": "a"}, idempotency_key=name)
+    second = await crew.atrigger({"text": "a"}, idempotency_key=name)
     wake_up.set()
     assert (await first).kickoff_id == second.kickoff_id
     assert (server.kickoffs, await counted(name)) == (1, 1)
@@ -282,20 +282,20 @@ async def test_a_start_adds_the_estimate_and_the_end_the_difference(crew_server:
     server = crew_server(used(700), response_format="union")
     crew = server.crew(budgets=[Budget(max_tokens=2000, estimate_tokens=650, per="day", name=name)])
     for before in (0, 700):
-        run = await crew.trigger({})
+        run = await crew.atrigger({})
         assert await counted(name) == before + 650
-        await run.wait_for_completion()
+        await run.await_for_completion()
         assert await counted(name) == before + 700
     with pytest.raises(BudgetExceededError, match="takes about 650: 1,400 of 2,000 tokens"):
-        await crew.trigger({})
+        await crew.atrigger({})
 
 
 async def test_who_uses_more_than_there_is_fills_the_counter(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(900), response_format="union")
     crew = server.crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
-    runs = [await crew.trigger({}) for _ in range(2)]
+    runs = [await crew.atrigger({}) for _ in range(2)]
     for run in runs:
-        await run.wait_for_completion()
+        await run.await_for_completion()
     assert await counted(name) == 1000
 
 
@@ -340,9 +340,9 @@ async def test_the_cost_follows_the_price(crew_server: CrewServerFactory, name: 
     server = crew_server(used(1010), response_format="union")
     budgets = [Budget(max_cost=1, estimate_cost=0.05, per="day", name=name)]
     crew = server.crew(budgets=budgets, price=Price(per_1k_input=0.3, per_1k_output=1))
-    run = await crew.trigger({})
+    run = await crew.atrigger({})
     assert await counted(name) == 500
-    await run.wait_for_completion()
+    await run.await_for_completion()
     assert await counted(name) == 3100
     fixed = server.crew(budgets=budgets, price=0.2)
     for _ in range(3):
@@ -366,7 +366,7 @@ async def test_waits_that_see_an_end_at_the_same_moment_settle_it_once(crew_serv
 async def test_an_end_that_is_seen_twice_leaves_a_full_counter_as_it_is(crew_server: CrewServerFactory, name: str):
     """The second one finds no room for what the run used beyond its estimate: it gives back no more than it took."""
     crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
-    record = await PrefectRecords().of_kickoff((await crew.trigger({"text": "a"})).kickoff_id)
+    record = await PrefectRecords().of_kickoff((await crew.atrigger({"text": "a"})).kickoff_id)
     assert record is not None
     record.usage = TokenUsage(total_tokens=900)
     for _ in range(2):
@@ -377,7 +377,7 @@ async def test_an_end_that_is_seen_twice_leaves_a_full_counter_as_it_is(crew_ser
 async def test_whoever_adopts_a_run_settles_what_its_record_says(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(700), response_format="union")
     budget = Budget(max_tokens=2000, estimate_tokens=100, per="day", name=name)
-    run = await server.crew(budgets=[budget]).trigger({})
+    run = await server.crew(budgets=[budget]).atrigger({})
     await wait_for_crew(server.crew(), str(run.kickoff_id))
     assert await counted(name) == 700
 
@@ -461,9 +461,9 @@ async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name
 
 async def test_an_end_that_is_corrected_costs_two_requests(crew_server: CrewServerFactory, name: str, asked: list[str]):
     budgets = [Budget(max_tokens=20_000, estimate_tokens=1000, name=name)]
-    run = await crew_server(used(700), response_format="union").crew(budgets=budgets).trigger({})
+    run = await crew_server(used(700), response_format="union").crew(budgets=budgets).atrigger({})
     asked.clear()
-    await run.wait_for_completion()
+    await run.await_for_completion()
     found = [one for one in asked if "v2/concurrency" in one or one == "POST /variables/"]
     assert found == ["POST /variables/", "POST /v2/concurrency_limits/decrement"]
 
@@ -475,7 +475,7 @@ async def test_who_dies_over_an_end_leaves_the_counter_too_high(
     """Whoever sees the end after that counts what is missing once more, and gives it back: somebody has counted it."""
     budgets = [Budget(max_tokens=2000, estimate_tokens=100, name=name)]
     crew = crew_server(used(tokens), response_format="union").crew(budgets=budgets)
-    run = await crew.trigger({})
+    run = await crew.atrigger({})
     save = PrefectRecords.save
 
     class Died(BaseException):
@@ -486,7 +486,7 @@ async def test_who_dies_over_an_end_leaves_the_counter_too_high(
 
     monkeypatch.setattr(PrefectRecords, "save", die)
     with pytest.raises(Died):
-        await run.wait_for_completion()
+        await run.await_for_completion()
     assert await counted(name) == max(tokens, 100)
     monkeypatch.setattr(PrefectRecords, "save", save)
     await wait_for_crew(crew, str(run.kickoff_id))

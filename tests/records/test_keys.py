@@ -17,7 +17,7 @@ from prefect.flows import Flow
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
-from prefect_crew import CrewStep, arun_crew, arun_pipeline, get_result, kickoff_crew
+from prefect_crew import CrewStep, aget_result, arun_crew, arun_pipeline, kickoff_crew
 from prefect_crew.artifacts.run import RunArtifact
 from prefect_crew.exceptions import (
     ConfigurationError,
@@ -125,7 +125,7 @@ async def test_a_retried_task_of_the_users_finds_its_runs_again_and_those_of_tas
     @task(retries=1)
     async def plan() -> list[str]:
         found = [*[await start("same") for _ in range(2)], *await asyncio.gather(research("a"), research("a"))]
-        found += [(await crew.trigger({"text": "same"})).kickoff_id for _ in range(2)]
+        found += [(await crew.atrigger({"text": "same"})).kickoff_id for _ in range(2)]
         fail()
         return found
 
@@ -269,7 +269,7 @@ async def test_a_long_way_of_subflows_is_cut_and_still_their_own(server: Any):
 async def test_a_plain_call_starts_a_new_run_each_time(server: Any):
     for _ in range(2):
         await arun_crew(server.crew(), {"text": "a"})
-        await server.crew().trigger({"text": "a"})
+        await server.crew().atrigger({"text": "a"})
     assert len(keys(server)) == 4
 
 
@@ -287,7 +287,7 @@ async def test_a_key_that_cannot_be_used_starts_nothing(server: Any, call: str, 
     crew = server.crew()
     calls: dict[str, Callable[[], Any]] = {
         "run_crew": lambda: arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key),
-        "trigger": lambda: crew.trigger({"text": "a"}, idempotency_key=idempotency_key),
+        "trigger": lambda: crew.atrigger({"text": "a"}, idempotency_key=idempotency_key),
         "pipeline": lambda: arun_pipeline([CrewStep("a", crew, {"text": "a"})], idempotency_key=idempotency_key),
     }
     with pytest.raises(ConfigurationError, match=says):
@@ -308,7 +308,7 @@ async def test_a_key_that_cannot_be_used_has_no_result(
     prefect_api: object, idempotency_key: Any, error: type[CrewError], says: str
 ):
     with pytest.raises(error, match=says) as raised:
-        await get_result(idempotency_key)
+        await aget_result(idempotency_key)
     assert type(raised.value) is error
 
 
@@ -423,11 +423,11 @@ async def test_a_flow_run_keeps_its_numbers_however_many_others_come_and_go(
 async def test_keys_that_look_the_same_are_one(server: Any, other: str):
     number = uuid.uuid4()
     mine, theirs = f"café {number}", other.format(number)
-    first = await server.crew().trigger({"text": "a"}, idempotency_key=mine)
-    second = await server.crew().trigger({"text": "a"}, idempotency_key=theirs)
+    first = await server.crew().atrigger({"text": "a"}, idempotency_key=mine)
+    second = await server.crew().atrigger({"text": "a"}, idempotency_key=theirs)
     assert first.kickoff_id == second.kickoff_id
-    await second.wait_for_completion()
-    assert (await get_result(theirs)).kickoff_id == first.kickoff_id
+    await second.await_for_completion()
+    assert (await aget_result(theirs)).kickoff_id == first.kickoff_id
     assert server.kickoffs == 1
 
 

@@ -80,11 +80,11 @@ async def test_the_log_says_that_a_call_waits_or_starts_another_run(
     server, idempotency_key = crew_server(FAILS), key()
     crew = server.crew()
     with caplog.at_level(logging.INFO):
-        run = await crew.trigger(idempotency_key=idempotency_key)
-        await crew.trigger(idempotency_key=idempotency_key)
+        run = await crew.atrigger(idempotency_key=idempotency_key)
+        await crew.atrigger(idempotency_key=idempotency_key)
         with pytest.raises(CrewFailedError):
-            await run.wait_for_completion()
-        await crew.trigger(idempotency_key=idempotency_key)
+            await run.await_for_completion()
+        await crew.atrigger(idempotency_key=idempotency_key)
     said = [one.getMessage() for one in caplog.records if idempotency_key in one.getMessage()]
     start = f"Crew {crew.label}: "
     assert [one for one in said if one.startswith(start)] == [
@@ -113,7 +113,7 @@ async def test_missing_and_unknown_inputs_start_nothing_and_may_be_corrected_und
 ):
     server, idempotency_key = crew_server(TONED), key()
     with pytest.raises(InvalidInputsError) as caught:
-        await server.crew().trigger(given, idempotency_key=idempotency_key)
+        await server.crew().atrigger(given, idempotency_key=idempotency_key)
     error = caught.value
     assert (error.missing_inputs, error.unknown_inputs, error.known_inputs) == (missing, unknown, ["city", "tone"])
     assert (error.before_kickoff, error.idempotency_key) == (True, idempotency_key)
@@ -121,7 +121,7 @@ async def test_missing_and_unknown_inputs_start_nothing_and_may_be_corrected_und
     assert "allow_extra_inputs=True" in str(error)
     assert str(error).endswith(f"Crew {server.crew().label}, idempotency key {idempotency_key!r}."), "there is no run"
     assert server.requests["kickoff"] == 0
-    await server.crew().trigger({"city": "Lisbon", "tone": "dry"}, idempotency_key=idempotency_key)
+    await server.crew().atrigger({"city": "Lisbon", "tone": "dry"}, idempotency_key=idempotency_key)
     assert await phases(idempotency_key) == [RecordPhase.STARTED]
 
 
@@ -140,12 +140,12 @@ async def test_extra_inputs_that_are_sent_without_a_word(
 ):
     server = crew_server(spec)
     crew: Any = server.crew(allow_extra_inputs=allow)
-    run = await crew.trigger(given)
+    run = await crew.atrigger(given)
     assert server.run(run.kickoff_id).inputs == given
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     if allow:
         with pytest.raises(InvalidInputsError, match=r"Missing inputs: city\. Nothing was started"):
-            await crew.trigger({"color": "red"})
+            await crew.atrigger({"color": "red"})
 
 
 async def test_a_flow_that_refuses_its_id_has_started_nothing_and_its_message_is_shown(crew_server: CrewServerFactory):
@@ -153,7 +153,7 @@ async def test_a_flow_that_refuses_its_id_has_started_nothing_and_its_message_is
     with pytest.raises(
         InvalidInputsError, match=r"'inputs\.id' must be a valid UUID\. Nothing was started\."
     ) as caught:
-        await server.crew().trigger({"city": "Lisbon", "id": "42"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"city": "Lisbon", "id": "42"}, idempotency_key=idempotency_key)
     assert caught.value.missing_inputs == []
     assert "Give every required input" not in str(caught.value)
     assert (server.kickoffs, await phases(idempotency_key)) == (0, [RecordPhase.NOT_STARTED])
@@ -164,7 +164,7 @@ async def test_inputs_that_cannot_be_asked_for_do_not_stop_a_run(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
 ):
     server = crew_server(TRIP, faults=[f"inputs:{fault}"])
-    await server.crew().trigger({"city": "Lisbon"})
+    await server.crew().atrigger({"city": "Lisbon"})
     assert server.kickoffs == 1
     assert "could not be checked before the kickoff" in caplog.text
 
@@ -174,7 +174,7 @@ async def test_a_web_page_in_place_of_the_inputs_starts_nothing(crew_server: Cre
     """`/kickoff` would answer with the page as well, and nobody would know whether it started a run."""
     server, idempotency_key = crew_server(TRIP, faults=[f"inputs:{fault}@1"]), key()
     with pytest.raises(ConfigurationError, match=r"is not the URL of a crew.*Nothing was started"):
-        await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
     assert (server.requests["kickoff"], await phases(idempotency_key)) == (0, [])
 
 
@@ -182,10 +182,10 @@ async def test_a_web_page_in_place_of_the_inputs_starts_nothing(crew_server: Cre
 async def test_a_refused_token_stops_a_run_before_its_kickoff(crew_server: CrewServerFactory, code: int):
     server, idempotency_key = crew_server(TRIP, faults=[f"inputs:{code}@1"]), key()
     with pytest.raises(AuthenticationError):
-        await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
     assert server.requests["kickoff"] == 0
     assert await phases(idempotency_key) == []
-    await server.crew().trigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
+    await server.crew().atrigger({"city": "Lisbon"}, idempotency_key=idempotency_key)
     assert server.kickoffs == 1
 
 
@@ -197,7 +197,7 @@ async def test_a_refused_token_stops_a_run_before_its_kickoff(crew_server: CrewS
 async def test_inputs_that_cannot_be_sent_start_nothing(crew_server: CrewServerFactory, inputs: Any):
     server = crew_server(TRIP)
     with pytest.raises(ConfigurationError, match="Nothing was started"):
-        await server.crew().trigger(inputs)
+        await server.crew().atrigger(inputs)
     assert not server.requests
 
 
@@ -209,7 +209,7 @@ async def test_a_kickoff_carries_inputs_as_text_or_json_its_key_the_users_meta_a
     given["webhooks"] = Webhooks(crew="http://127.0.0.1:9/crew")
     for as_json, expected in ((False, {"city": '["Lisbon","Porto"]', "days": "3"}), (True, inputs)):
         crew, idempotency_key = server.crew(inputs_as_json=as_json, allow_extra_inputs=True), key()
-        run = await crew.trigger(inputs, idempotency_key=idempotency_key, **given)
+        run = await crew.atrigger(inputs, idempotency_key=idempotency_key, **given)
         sent = server.run(run.kickoff_id)
         assert sent.inputs == expected
         assert sent.meta == {"order": 7, "idempotency_key": idempotency_key, "run_attempt": 1}
@@ -232,7 +232,7 @@ async def test_a_token_that_is_rotated_between_the_check_and_the_kickoff_is_rene
         return await reloaded(crew)
 
     monkeypatch.setattr(Crew, "reloaded", rotated)
-    await crew.trigger({"city": "Lisbon"}, idempotency_key=(idempotency_key := key()))
+    await crew.atrigger({"city": "Lisbon"}, idempotency_key=(idempotency_key := key()))
     assert (server.requests["kickoff"], server.kickoffs) == (2, 1)
     assert await phases(idempotency_key) == [RecordPhase.STARTED]
 
@@ -248,9 +248,9 @@ async def test_only_the_token_of_a_block_that_was_stored_anew_is_taken_up(
     crew.show = "none"
     server.token = other.token = "the-new-token"
     await other.crew(request_timeout=500.0).asave(name, overwrite=True)
-    run = await crew.trigger({"city": "Lisbon"}, idempotency_key=(idempotency_key := key()))
+    run = await crew.atrigger({"city": "Lisbon"}, idempotency_key=(idempotency_key := key()))
     assert (server.unauthorized, server.kickoffs, other.requests["kickoff"]) == (1, 1, 0)
-    result = await run.fetch_result()
+    result = await run.afetch_result()
     assert result.output == "Lisbon"
     (record,) = await attempts(idempotency_key)
     assert (record.crew_url, record.post_deadline) == (server.url, 40.0)
@@ -269,13 +269,13 @@ async def test_what_may_have_started_is_uncertain_and_never_sent_again(
     server, idempotency_key = crew_server("echo", faults=[f"kickoff:{fault}@1"]), key()
     crew = server.crew(request_timeout=0.5)
     with pytest.raises(KickoffUncertainError, match="resolve") as caught:
-        await crew.trigger({"text": "a"}, idempotency_key=idempotency_key)
+        await crew.atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert caught.value.idempotency_key == idempotency_key
     assert caught.value.sent["crew"] == crew.label
     assert isinstance(caught.value.__cause__, CrewError)
     for _ in range(2):
         with pytest.raises(KickoffUncertainError):
-            await crew.trigger({"text": "a"}, idempotency_key=idempotency_key)
+            await crew.atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert (server.requests["kickoff"], server.requests["inputs"]) == (1, 1)
     (record,) = await attempts(idempotency_key)
     assert (record.phase, record.kickoff_id) == (RecordPhase.UNCERTAIN, None)
@@ -291,11 +291,11 @@ async def test_what_was_refused_did_not_start_and_is_raised_at_once(
 ):
     server, idempotency_key = crew_server("echo", faults=[f"kickoff:{fault}@1"]), key()
     with pytest.raises(kind) as caught:
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert caught.value.status_code == int(fault)
     assert server.requests["kickoff"] == 1
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
-    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert server.kickoffs == 1
 
 
@@ -305,7 +305,7 @@ async def test_a_server_that_asks_to_come_back_is_come_back_to(
 ):
     server, idempotency_key = crew_server("echo", faults=[f"kickoff:{fault}@1-2"]), key()
     began = asyncio.get_running_loop().time()
-    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert asyncio.get_running_loop().time() - began >= 0.4
     assert (server.requests["kickoff"], server.kickoffs) == (3, 1)
     assert await phases(idempotency_key) == [RecordPhase.STARTED]
@@ -318,7 +318,7 @@ async def test_one_that_asks_for_no_time_is_asked_less_and_less(
     monkeypatch.setattr(kickoff, "LIMITED_FOR", 1.0)
     server = crew_server("echo", faults=["kickoff:429=0"])
     with pytest.raises(RateLimitedError):
-        await server.crew().trigger({"text": "a"})
+        await server.crew().atrigger({"text": "a"})
     assert server.requests["kickoff"] <= 5
 
 
@@ -328,7 +328,7 @@ async def test_a_server_that_asks_for_too_much_time_is_left_alone(
     monkeypatch.setattr(kickoff, "LIMITED_FOR", 1.0)
     server, idempotency_key = crew_server("echo", faults=["kickoff:429=3600@1"]), key()
     with pytest.raises(RateLimitedError) as caught:
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert caught.value.retry_after == 3600
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
 
@@ -344,9 +344,9 @@ async def test_a_completed_run_of_equal_inputs_is_returned_without_a_request_to_
     # They are equal whatever their order and form.
     for as_json, inputs in ((False, {"city": "Lisbon", "days": 3}), (True, {"days": 3, "city": "Lisbon"})):
         crew = server.crew(inputs_as_json=as_json, allow_extra_inputs=True)
-        run = await crew.trigger(inputs, idempotency_key=idempotency_key)
-        await run.wait_for_completion()
-        found.append((run.kickoff_id, (await run.fetch_result()).output))
+        run = await crew.atrigger(inputs, idempotency_key=idempotency_key)
+        await run.await_for_completion()
+        found.append((run.kickoff_id, (await run.afetch_result()).output))
         asked = asked if as_json else server.requests.total()
     assert found == [found[0]] * 2
     assert found[0][1] == "Lisbon"
@@ -379,7 +379,7 @@ async def test_a_failed_run_is_started_again_up_to_the_limit_and_then_raised_wit
 
 async def conflict(crew: Any, inputs: dict[str, Any], idempotency_key: str, **options: Any) -> str:
     with pytest.raises(IdempotencyConflictError, match="Nothing was started") as caught:
-        await crew.trigger(inputs, idempotency_key=idempotency_key, **options)
+        await crew.atrigger(inputs, idempotency_key=idempotency_key, **options)
     assert caught.value.idempotency_key == idempotency_key
     return caught.value.difference
 
@@ -388,7 +388,7 @@ async def test_another_crew_or_other_inputs_under_a_key_are_a_conflict(crew_serv
     server, idempotency_key = crew_server("echo"), key()
     crew = server.crew(allow_extra_inputs=True, secret_inputs=["pin"])
     given = {"text": "a", "days": 3, "pin": "1234"}
-    await crew.trigger(given, idempotency_key=idempotency_key)
+    await crew.atrigger(given, idempotency_key=idempotency_key)
     differing = {**given, "text": "b"}
     for inputs, options in (
         (differing, {}),
@@ -408,10 +408,10 @@ async def test_calls_that_differ_in_nothing_but_a_secret_input_are_the_same_run(
     """A flow may fetch a token that holds for minutes on each attempt."""
     server, idempotency_key, tokens = crew_server("echo"), key(), iter(("1234", "5678"))
     crew, given = server.crew(allow_extra_inputs=True, secret_inputs=["pin"]), {"text": "a", "pin": "1234"}
-    first = await crew.trigger(given, idempotency_key=idempotency_key)
+    first = await crew.atrigger(given, idempotency_key=idempotency_key)
     for pin in ("9999", SecretStr("0000")):
         assert (
-            await crew.trigger({**given, "pin": pin}, idempotency_key=idempotency_key)
+            await crew.atrigger({**given, "pin": pin}, idempotency_key=idempotency_key)
         ).kickoff_id == first.kickoff_id
     (record,) = await attempts(idempotency_key)
     assert record.inputs_digest == inputs_digest({"text": "a"})
@@ -430,23 +430,23 @@ async def test_calls_that_differ_in_nothing_but_a_secret_input_are_the_same_run(
 async def test_force_new_starts_again_whatever_the_record_says(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), key()
     with pytest.raises(KickoffUncertainError):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    forced = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key, force_new=True)
-    await forced.wait_for_completion()
-    again = await server.crew().trigger({"text": "b"}, idempotency_key=idempotency_key, force_new=True)
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
+    forced = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key, force_new=True)
+    await forced.await_for_completion()
+    again = await server.crew().atrigger({"text": "b"}, idempotency_key=idempotency_key, force_new=True)
     assert again.kickoff_id != forced.kickoff_id
     assert [record.attempt for record in await attempts(idempotency_key)] == [1, 2, 3]
-    found = await server.crew().trigger({"text": "b"}, idempotency_key=idempotency_key)
+    found = await server.crew().atrigger({"text": "b"}, idempotency_key=idempotency_key)
     assert found.kickoff_id == again.kickoff_id
 
 
 async def test_a_forced_kickoff_that_did_not_start_keeps_the_completed_run(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo", faults=["kickoff:404@2"]), key()
-    first = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
-    await first.wait_for_completion()
+    first = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
+    await first.await_for_completion()
     with pytest.raises(NotFoundError):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key, force_new=True)
-    assert (await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)).kickoff_id == first.kickoff_id
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key, force_new=True)
+    assert (await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)).kickoff_id == first.kickoff_id
     assert server.kickoffs == 1
 
 
@@ -467,7 +467,7 @@ async def test_a_retry_of_a_flow_that_forced_a_run_means_that_run(crew_server: C
     first = await trip()
     assert runs == first * 3
     assert len(set(first)) == server.kickoffs == 2
-    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key, force_new=True)
+    await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key, force_new=True)
     assert server.kickoffs == 3
 
 
@@ -478,7 +478,7 @@ async def test_the_decision_is_one_line(crew_server: CrewServerFactory, caplog: 
     server, idempotency_key = crew_server("echo"), key()
     for words in ("a run is started", "which is in flight"):
         caplog.clear()
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
         key_named = f"(key {idempotency_key})"
         (line,) = [record.getMessage() for record in caplog.records if key_named in record.getMessage()]
         assert line.startswith(f"Crew {server.crew().label}: ")

@@ -64,7 +64,7 @@ async def test_who_finds_a_claim_waits_for_its_id_or_starts_a_run_where_it_is_gi
 ):
     server, idempotency_key, theirs = crew_server("echo"), key(), f"theirs {uuid.uuid4()}"
     stored = await claim(idempotency_key, server.crew())
-    finding = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
+    finding = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
     done, _ = await asyncio.wait({finding}, timeout=0.5)
     assert not done
     if given_back:
@@ -81,7 +81,7 @@ async def test_who_cannot_check_the_inputs_still_finds_the_run_of_a_later_number
     # The first number is free, so the call claims it before it has read that the second one holds a run.
     server, idempotency_key, theirs = crew_server("echo", faults=["inputs:401@1-"]), key(), f"theirs {uuid.uuid4()}"
     await claim(idempotency_key, server.crew(), permit=60.0, attempt=2, phase=RecordPhase.STARTED, kickoff_id=theirs)
-    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
 
 
@@ -95,7 +95,7 @@ async def test_a_claim_that_nothing_was_sent_for_is_voided_and_the_run_is_starte
 ):
     server, idempotency_key = crew_server("echo"), key()
     theirs = await claim(idempotency_key, server.crew(), **fields)
-    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert [run.kickoff_id] == [one.id for one in server.runs]
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
     # Its owner, were it alive, would get that error.
@@ -113,7 +113,7 @@ async def test_a_kickoff_that_may_have_been_sent_is_uncertain(
     server, idempotency_key = crew_server("echo"), key()
     await claim(idempotency_key, server.crew(), permit=permit, **fields)
     with pytest.raises(KickoffUncertainError, match="ended before it recorded the answer"):
-        await asyncio.wait_for(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key), 20)
+        await asyncio.wait_for(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key), 20)
     assert server.requests["kickoff"] == 0
 
 
@@ -123,7 +123,7 @@ async def test_a_kickoff_that_may_have_been_sent_is_uncertain(
 async def resolved(crew_server: CrewServerFactory, phase: RecordPhase, **said: Any) -> tuple[Any, Any]:
     """Kick a crew off, and resolve the claim while its inputs are checked."""
     server, idempotency_key = crew_server("echo", faults=["inputs:latency=1"]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
+    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
     await until(lambda: server.requests["inputs"], "the inputs are checked")
     (stored,) = await attempts(idempotency_key)
     assert await RECORDS.resolve(stored, phase, **said)
@@ -144,7 +144,7 @@ async def test_a_claim_next_to_another_that_it_was_not_decided_by_is_given_back(
     theirs = f"theirs {uuid.uuid4()}"
     await claim(idempotency_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=theirs)
     for _ in range(3):
-        run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
         assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
         assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
 
@@ -160,7 +160,7 @@ async def test_a_kickoff_whose_permit_is_over_is_not_sent_and_its_run_is_claimed
 
     monkeypatch.setattr(kickoff_module, "Lease", lease)
     server, idempotency_key = crew_server("echo"), key()
-    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert len(leases) == 5
     assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
@@ -173,7 +173,7 @@ async def test_permits_that_are_over_again_and_again_end_in_an_error(
     monkeypatch.setattr(kickoff_module, "Lease", lambda seconds: Lease(LONG_AGO))
     server, idempotency_key = crew_server("echo"), key()
     with pytest.raises(CrewError, match="each claim of it was lost before its kickoff could be sent"):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert server.requests["kickoff"] == 0
     assert set(await phases(idempotency_key)) == {RecordPhase.NOT_STARTED}
 
@@ -181,11 +181,11 @@ async def test_permits_that_are_over_again_and_again_end_in_an_error(
 async def test_an_id_that_another_record_holds_is_uncertain(crew_server: CrewServerFactory):
     # A proxy that caches or deduplicates kickoffs gives one id to two of them.
     server, first, second = crew_server("echo"), key(), key()
-    run = await server.crew().trigger({"text": "a"}, idempotency_key=first)
+    run = await server.crew().atrigger({"text": "a"}, idempotency_key=first)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CrewClient, "kickoff", AsyncMock(return_value=run.kickoff_id))
         with pytest.raises(KickoffUncertainError, match=f"which is that of idempotency key '{first}'"):
-            await server.crew().trigger({"text": "a"}, idempotency_key=second)
+            await server.crew().atrigger({"text": "a"}, idempotency_key=second)
     assert await phases(second) == [RecordPhase.UNCERTAIN]
 
 
@@ -201,7 +201,7 @@ async def test_an_id_that_two_kickoffs_bring_at_the_same_moment_is_uncertain_for
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CrewClient, "kickoff", kickoff)
-        calls = [server.crew().trigger({"text": "a"}, idempotency_key=one) for one in keys]
+        calls = [server.crew().atrigger({"text": "a"}, idempotency_key=one) for one in keys]
         ends = await asyncio.gather(*calls, return_exceptions=True)
     assert sorted(type(end).__name__ for end in ends) == ["CrewRun", "KickoffUncertainError"]
     records = [record for one in keys for record in await attempts(one)]
@@ -220,7 +220,7 @@ async def cancelled_at(request: str, server: CrewServer, idempotency_key: str, w
 
     async def call() -> None:
         with scope if way != "cancelled" else nullcontext():
-            calls = [server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)]
+            calls = [server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)]
             await (asyncio.gather(*calls) if way == "timed out in a gather" else calls[0])
         raise asyncio.CancelledError
 
@@ -244,7 +244,7 @@ async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_can
     assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
     assert "is left running" in caplog.text
     assert server.requests["stop"] == 0
-    found = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    found = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert found.kickoff_id == record.kickoff_id
 
 
@@ -253,7 +253,7 @@ def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_event_loop_ends(cre
     server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
 
     async def call() -> None:
-        calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
+        calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
         await until(lambda: server.requests["kickoff"], "the kickoff is sent")
         asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
         await calling
@@ -295,9 +295,9 @@ async def test_a_start_that_is_refused_again_and_again_leaves_no_record(crew_ser
     server, idempotency_key = crew_server("echo"), key()
     for _ in range(3):
         with pytest.raises(InvalidInputsError, match="text"):
-            await server.crew().trigger({}, idempotency_key=idempotency_key)
+            await server.crew().atrigger({}, idempotency_key=idempotency_key)
         assert await phases(idempotency_key) == []
-    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     (record,) = await attempts(idempotency_key)
     assert (record.attempt, record.kickoff_id) == (1, run.kickoff_id)
 
@@ -308,7 +308,7 @@ async def test_a_start_that_is_refused_once_its_claim_is_over_says_so_on_record(
     monkeypatch.setattr(kickoff_module, "Lease", lambda seconds: Lease(LONG_AGO))
     server, idempotency_key = crew_server("echo"), key()
     with pytest.raises(InvalidInputsError):
-        await server.crew().trigger({}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({}, idempotency_key=idempotency_key)
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
 
 
@@ -321,7 +321,7 @@ async def test_a_key_without_a_number_left_starts_nothing_and_says_what_to_do(
     for attempt in (1, 2):
         await claim(idempotency_key, server.crew(), attempt=attempt, **failed)
     with pytest.raises(TooManyAttemptsError, match=r"Nothing was started. .* prefect-crew runs prune"):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert not server.requests
 
 
@@ -336,7 +336,7 @@ async def test_kickoffs_that_did_not_start_do_not_use_up_the_numbers_of_a_key(
     for record in refused:
         record.phase, record.reason = RecordPhase.NOT_STARTED, "ConnectError"
         await RECORDS.save(record)
-    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert [run.kickoff_id] == [one.id for one in server.runs]
     assert [(one.attempt, one.phase) for one in await attempts(idempotency_key)] == [
         (1, RecordPhase.ENDED),
@@ -354,10 +354,10 @@ async def test_a_verdict_about_a_claim_stays_while_its_owner_may_be_alive(
     (read,) = await attempts(idempotency_key)
     assert await RECORDS.resolve(read, RecordPhase.NOT_STARTED)
     with pytest.raises(TooManyAttemptsError):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert not await RECORDS.permit(theirs, 30)
     monkeypatch.setattr(store, "VERDICT_STANDS", -1.0)
-    assert (await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)).kickoff_id
+    assert (await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)).kickoff_id
 
 
 async def test_a_kickoff_that_is_not_on_its_way_yet_is_not_sent_once_its_caller_is_cancelled(
@@ -373,7 +373,7 @@ async def test_a_kickoff_that_is_not_on_its_way_yet_is_not_sent_once_its_caller_
 
     monkeypatch.setattr(CrewClient, "kickoff", kickoff)
     server, idempotency_key = crew_server("echo"), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
+    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
     await connecting.wait()
     calling.cancel()
     await asyncio.wait({calling}, timeout=0.1)
@@ -397,7 +397,7 @@ async def test_a_refused_token_that_cannot_be_renewed_has_started_nothing(
 
     monkeypatch.setattr(Crew, "reloaded", reloaded)
     server, idempotency_key = crew_server("echo", faults=["kickoff:401"]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
+    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
     await reading.wait()
     if problem == "cancelled":
         calling.cancel()
@@ -420,7 +420,7 @@ async def test_a_signal_is_not_taken_for_a_refusal_and_leaves_an_id_on_record(
     monkeypatch.setattr(*cut, interrupted)
     server, idempotency_key = crew_server("echo"), key()
     with pytest.raises(TerminationSignal):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     (record,) = await attempts(idempotency_key)
     assert (record.phase, record.kickoff_id) == (phase, next((run.id for run in server.runs), None))
 
@@ -442,7 +442,7 @@ async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_reported(
     if good_for < 0:
         await claim(idempotency_key, server.crew(), good_for=good_for)
     with pytest.raises(CrewError, match="this version cannot read it"):
-        await asyncio.wait_for(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key), 20)
+        await asyncio.wait_for(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key), 20)
     assert server.requests["kickoff"] == 0
 
 
@@ -472,7 +472,7 @@ async def test_a_cancelled_start_does_not_wait_for_a_claim_that_is_given_back_sl
     monkeypatch.setattr(PrefectRecords, "save", hang)
     fault = {"inputs": "inputs:latency=60", "kickoff": "kickoff:404"}[at]
     server, idempotency_key = crew_server("echo", faults=[fault]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
+    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
     if at == "inputs":
         await until(lambda: server.requests["inputs"], "the inputs are asked for")
     else:
@@ -490,7 +490,7 @@ async def test_nothing_is_sent_where_no_claim_can_be_written(crew_server: CrewSe
     server = crew_server("echo")
     proxy.cut()
     with pytest.raises(PrefectAwayError, match=r"does not answer.*Nothing was started") as caught:
-        await server.crew().trigger({"text": "a"}, idempotency_key=key())
+        await server.crew().atrigger({"text": "a"}, idempotency_key=key())
     assert isinstance(caught.value.__cause__, httpx.HTTPError)
     assert not server.requests
 
@@ -511,7 +511,7 @@ async def test_a_name_that_is_refused_and_not_shown_is_not_asked_for_in_a_tight_
     monkeypatch.setattr(PrefectRecords, "claim", claimed)
     server = crew_server("echo")
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(server.crew().trigger({"text": "a"}, idempotency_key=key()), 3)
+        await asyncio.wait_for(server.crew().atrigger({"text": "a"}, idempotency_key=key()), 3)
     assert claimed.call_count <= 2
 
 
@@ -524,7 +524,7 @@ async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(
 ):
     monkeypatch.setattr(store, "SAVE_FOR", 0.5)
     server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0"]), key()
-    calling = asyncio.ensure_future(server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))
+    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
     await until(lambda: server.requests["kickoff"], "the kickoff is sent")
     proxy.cut()
     run = await calling
@@ -545,7 +545,7 @@ async def test_without_a_new_permit_nothing_is_sent_again(
 
     monkeypatch.setattr(kickoff_module, "kickoff_delay", refuse_permits)  # after the answer, before the next permit
     with pytest.raises(httpx.HTTPError):
-        await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     proxy.refuse = None
     assert server.requests["kickoff"] == 1
     assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
@@ -559,9 +559,9 @@ def test_twenty_callers_start_one_run(crew_server: CrewServerFactory, seen: Seen
     server, idempotency_key = crew_server(script), key()
 
     async def result() -> Any:
-        run = await server.crew().trigger({}, idempotency_key=idempotency_key)
-        await run.wait_for_completion()
-        return await run.fetch_result()
+        run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
+        await run.await_for_completion()
+        return await run.afetch_result()
 
     async def race() -> list[Any]:
         return [*await asyncio.gather(*(result() for _ in range(20)), return_exceptions=True)]
@@ -594,6 +594,6 @@ async def test_a_claim_and_a_permit_that_wait_for_other_requests_begin_when_they
 
     monkeypatch.setattr(Lease, "begin", noted)
     monkeypatch.setattr(prefect_api, "_request_once", sent)
-    await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert [bool(moment) for moment in began] == [True, False] * 2, "each begins right before its request"
     assert len(await attempts(idempotency_key)) == 1

@@ -67,8 +67,8 @@ async def by_tasks(crew: DeployedCrew, number: int) -> None:
 
 
 async def by_trigger(crew: DeployedCrew, number: int) -> None:
-    run = await crew.trigger({"n": number})
-    await run.wait_for_completion()
+    run = await crew.atrigger({"n": number})
+    await run.await_for_completion()
 
 
 async def by_pipeline(crew: DeployedCrew, number: int) -> None:
@@ -209,8 +209,8 @@ async def test_short_rows_pass_their_slots_on(
 async def test_a_run_that_is_only_kicked_off_keeps_its_slot_until_its_lease_ends(crew_server: CrewServerFactory):
     server, name = crew_server("echo"), await limit(1)
     crew = server.crew(concurrency_limit=name)
-    first = await crew.trigger({"text": "a"})
-    second = asyncio.ensure_future(crew.trigger({"text": "b"}))
+    first = await crew.atrigger({"text": "a"})
+    second = asyncio.ensure_future(crew.atrigger({"text": "b"}))
     await asyncio.sleep(0.3)
     assert (server.kickoffs, await held(name), second.done()) == (1, 1, False)
     (record,) = await PrefectRecords().attempts(str(first.idempotency_key))
@@ -221,7 +221,7 @@ async def test_a_run_that_is_only_kicked_off_keeps_its_slot_until_its_lease_ends
 async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
     name = await limit(1)
     crew = crew_server(slow(60)).crew(concurrency_limit=name)
-    run = await crew.trigger({"text": "a"})
+    run = await crew.atrigger({"text": "a"})
     assert await held(name) == 1
     await stop_crew(crew, run.kickoff_id)
     assert await held(name) == 0
@@ -229,7 +229,7 @@ async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
         await arun_crew(crew_server(FAILS).crew(concurrency_limit=name))
     assert await held(name) == 0
     crew = crew_server("echo").crew(concurrency_limit=name)
-    run = await crew.trigger({"text": "a"})
+    run = await crew.atrigger({"text": "a"})
     await wait_for_crew(crew, str(run.kickoff_id))  # as another process, which does not know what the kickoff knew
     assert await held(name) == 0
     with pytest.raises(InvalidInputsError):
@@ -298,7 +298,7 @@ async def test_a_start_in_place_of_one_that_was_given_up_takes_a_slot(crew_serve
     server, name, idempotency_key = crew_server(slow(60)), await limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)
     await put(new_record(idempotency_key, crew_url=server.url, inputs_digest=inputs_digest({}), open_for=0.0))
-    await crew.trigger({}, idempotency_key=idempotency_key)
+    await crew.atrigger({}, idempotency_key=idempotency_key)
     assert (server.kickoffs, await held(name)) == (1, 1)
 
 
@@ -321,11 +321,11 @@ async def test_a_wait_whose_slot_was_lost_takes_another_if_one_is_free_and_does_
     server, name = crew_server(slow(0.2)), await limit(1)
     crew = server.crew(concurrency_limit=name)
     for is_taken in (False, True):
-        run = await crew.trigger({"a": 1})
+        run = await crew.atrigger({"a": 1})
         (record,) = await PrefectRecords().attempts(str(run.idempotency_key))
         await Slots(crew.crew, uuid.UUID(record.slot)).release()
         taken = await take_slots(crew.crew) if is_taken else None
-        await run.wait_for_completion()
+        await run.await_for_completion()
         assert await held(name) == (taken is not None), "that of somebody else"
 
 

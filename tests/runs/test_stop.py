@@ -519,33 +519,33 @@ def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
 
 async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory):
     server = crew_server(slow(60))
-    run = await server.crew(price=0.25).trigger({})
-    answer = await run.stop()
+    run = await server.crew(price=0.25).atrigger({})
+    answer = await run.astop()
     assert (answer.outcome, answer.accepted) == (StopOutcome.STOPPED, True)
     record = await record_of(run.kickoff_id)
     assert (record.phase, record.state, record.cost) == (RecordPhase.ENDED, CrewState.STOPPED, 0.25)
     assert record.ended_at is not None
     with pytest.raises(CrewStoppedError):
-        await run.wait_for_completion()
+        await run.await_for_completion()
 
 
 async def test_a_status_call_that_hangs_does_not_undo_a_stop(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(stop, "LOOK_WITHIN", 0.2)
-    run = await crew_server(slow(60), faults=["status:timeout"]).crew().trigger({})
+    run = await crew_server(slow(60), faults=["status:timeout"]).crew().atrigger({})
     async with asyncio.timeout(5):
-        assert (await run.stop()).outcome is StopOutcome.STOPPED
+        assert (await run.astop()).outcome is StopOutcome.STOPPED
     record = await record_of(run.kickoff_id)
     assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.STOPPED)
 
 
 async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFactory):
     server = crew_server(slow(0.5), stop=False)
-    run = await server.crew(secret_inputs=["pin"]).trigger({"pin": "4711471"})
-    assert (await run.stop()).outcome is StopOutcome.UNSUPPORTED
-    await run.wait_for_completion()
-    assert (await run.fetch_result()).output == "done"
+    run = await server.crew(secret_inputs=["pin"]).atrigger({"pin": "4711471"})
+    assert (await run.astop()).outcome is StopOutcome.UNSUPPORTED
+    await run.await_for_completion()
+    assert (await run.afetch_result()).output == "done"
     record = await record_of(run.kickoff_id)
     assert record.result is not None, "the secret inputs are known to this process, so the result may be kept"
 
@@ -562,39 +562,39 @@ async def test_what_cannot_be_stopped_is_an_answer_and_changes_nothing(
     crew_server: CrewServerFactory, script: str, options: dict[str, Any], outcome: StopOutcome, of_nobody: StopOutcome
 ):
     server = crew_server(script, **options)
-    run = await server.crew().trigger({"text": "a"})
-    answer = await run.stop()
+    run = await server.crew().atrigger({"text": "a"})
+    answer = await run.astop()
     assert (answer.outcome, answer.accepted) == (outcome, False)
-    assert (await CrewRun(server.crew(), "nobody").stop()).outcome is of_nobody
+    assert (await CrewRun(server.crew(), "nobody").astop()).outcome is of_nobody
     record = await record_of(run.kickoff_id)
     assert record.phase is RecordPhase.STARTED
 
 
 async def test_a_server_that_cannot_be_asked_is_an_error(crew_server: CrewServerFactory):
     server = crew_server(slow(60), faults=["stop:500"])
-    run = await server.crew().trigger({})
+    run = await server.crew().atrigger({})
     with pytest.raises(CrewAPIError, match="500"):
-        await run.stop()
+        await run.astop()
     assert server.requests["stop"] == 1
 
 
 async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
     server, name = crew_server(Held("draft", "print"), response_format="union"), f"actions-{uuid.uuid4().hex[:8]}"
     await server.crew().asave(name)
-    run = await (await DeployedCrew.aload(name)).trigger({})
+    run = await (await DeployedCrew.aload(name)).atrigger({})
     await until(lambda: server.run(run.kickoff_id).state is CrewState.WAITING, "a person is waited for")
     server.token = "the-new-token"
     with pytest.raises(AuthenticationError):
-        await run.stop()
+        await run.astop()
     await server.crew().asave(name, overwrite=True)
-    assert (await run.resume("fine", approve=True)).status == "resumed"
-    assert (await run.stop()).accepted
+    assert (await run.aresume("fine", approve=True)).status == "resumed"
+    assert (await run.astop()).accepted
 
 
 async def test_a_stop_that_cannot_be_recorded_is_reported(
     crew_server: CrewServerFactory, prefect_server: PrefectServer, caplog: pytest.LogCaptureFixture
 ):
-    run = await crew_server(slow(60)).crew().trigger({})
+    run = await crew_server(slow(60)).crew().atrigger({})
 
     def refused() -> Any:
         with through(prefect_server) as proxy:

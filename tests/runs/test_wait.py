@@ -55,8 +55,8 @@ STOPPING = WaitPolicy(initial=0.1, timeout=0.5, on_timeout="stop")
 
 
 async def ended(run: CrewRun) -> Any:
-    await run.wait_for_completion()
-    return await run.fetch_result()
+    await run.await_for_completion()
+    return await run.afetch_result()
 
 
 # Ends
@@ -65,7 +65,7 @@ async def ended(run: CrewRun) -> Any:
 async def test_a_completed_run_gives_its_whole_result_and_closes_its_record(crew_server: CrewServerFactory):
     server = crew_server("travel", speed=100, response_format="union")
     inputs = {"budget": "1000 USD", "interests": "food", "duration": "2 days", "age": "30"}
-    run = await server.crew().trigger(inputs)
+    run = await server.crew().atrigger(inputs)
     result = await ended(run)
     assert result.output.startswith("# Bologna, Italy: 2 days")
     assert result.data == {"destination": "Bologna", "country": "Italy", "days": "2", "season": "May or October"}
@@ -80,24 +80,24 @@ async def test_a_completed_run_gives_its_whole_result_and_closes_its_record(crew
 
 
 async def test_a_failed_run_raises_the_crews_own_error(crew_server: CrewServerFactory):
-    run = await crew_server(FAILS).crew().trigger({})
+    run = await crew_server(FAILS).crew().atrigger({})
     with pytest.raises(CrewFailedError, match="failed: the search engine is down") as caught:
-        await run.wait_for_completion()
+        await run.await_for_completion()
     assert (caught.value.error, caught.value.kickoff_id) == ("the search engine is down", run.kickoff_id)
     record = await record_of(run.kickoff_id)
     assert (record.state, record.error) == (CrewState.FAILED, "the search engine is down")
     with pytest.raises(CrewFailedError, match="the search engine is down"):
-        await run.fetch_result()
+        await run.afetch_result()
 
 
 async def test_a_run_that_the_server_forgets_is_lost_and_not_started_again(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(slow(60), faults=["status:forgotten@3"]), key()
-    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewLostError, match="last seen running") as caught:
-        await run.wait_for_completion()
+        await run.await_for_completion()
     assert (caught.value.kickoff_id, caught.value.idempotency_key) == (run.kickoff_id, idempotency_key)
     assert (await record_of(run.kickoff_id)).phase is RecordPhase.STARTED
-    again = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    again = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     assert again.kickoff_id == run.kickoff_id
     assert server.kickoffs == 1
 
@@ -108,15 +108,15 @@ async def test_a_run_that_the_server_forgets_is_lost_and_not_started_again(crew_
 async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_server: CrewServerFactory):
     held = Held()
     server, idempotency_key = crew_server(held), key()
-    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewTimeoutError, match=r"was still running after its running time limit of 0\.5 s") as caught:
-        await run.wait_for_completion(BRIEF)
+        await run.await_for_completion(BRIEF)
     error = caught.value
     assert (error.phase, error.limit, error.last_state, error.stopped) == ("running", 0.5, "running", False)
     assert f"run again with idempotency key {idempotency_key!r} and a larger timeout" in str(error)
     assert server.requests["stop"] == 0
     held.release()
-    result = await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
+    result = await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))
     assert (result.output, server.kickoffs) == ("done", 1)
 
 
@@ -125,16 +125,16 @@ async def test_a_run_that_ended_while_nobody_waited_has_its_result_although_its_
 ):
     held = Held()
     server, idempotency_key = crew_server(held), key()
-    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     record = await record_of(run.kickoff_id)
     assert record.kicked_off_at
     record.kicked_off_at -= timedelta(hours=2)
     await RECORDS.save(record)
     with pytest.raises(CrewTimeoutError, match=r"running time limit of 3,?600 s"):
-        await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
+        await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))
     held.release()
     await until(lambda: server.runs[0].state.ended, "the crew has ended")
-    assert (await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))).output == "done"
+    assert (await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))).output == "done"
 
 
 async def test_a_task_timeout_ends_the_wait_at_once_and_leaves_the_crew_running(
@@ -168,9 +168,9 @@ async def test_a_crew_that_is_over_its_time_can_be_stopped(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, options: dict[str, Any], says: str
 ):
     server = crew_server(slow(60), **options)
-    run = await server.crew().trigger({})
+    run = await server.crew().atrigger({})
     with pytest.raises(CrewTimeoutError) as caught:
-        await run.wait_for_completion(STOPPING)
+        await run.await_for_completion(STOPPING)
     record = await record_of(run.kickoff_id)
     assert caught.value.stopped is (not options)
     assert ("It was stopped." if caught.value.stopped else "It was left running") in str(caught.value)
@@ -189,18 +189,18 @@ async def test_each_wait_for_a_person_is_reported_once_and_its_time_is_on_record
     asks = script({"name": "draft", "output": "a draft {{ feedback }}", "human": True}, {"name": "print"})
     server = crew_server(asks, response_format="union")
     crew = server.crew()
-    run = await crew.trigger({})
-    waiting = asyncio.ensure_future(run.wait_for_completion(WaitPolicy(initial=0.1, timeout=2.0)))
+    run = await crew.atrigger({})
+    waiting = asyncio.ensure_future(run.await_for_completion(WaitPolicy(initial=0.1, timeout=2.0)))
     while (await record_of(run.kickoff_id)).human_since is None:
         await asyncio.sleep(0.05)
     await asyncio.sleep(2.2)
     assert not waiting.done(), "a person's time does not count against the timeout"
     assert caplog.text.count(f"Crew run {run.kickoff_id} waits for a person") == 1
     assert f"prefect-crew reviews approve {run.kickoff_id}" in caplog.text
-    await run.resume("shorter", approve=False)
+    await run.aresume("shorter", approve=False)
     while len([one for one in caplog.records if "waits for a person" in one.getMessage()]) < 2:
         await asyncio.sleep(0.05)
-    await run.resume("fine", approve=True)
+    await run.aresume("fine", approve=True)
     await waiting
     record = await record_of(run.kickoff_id)
     assert record.human_since is None
@@ -216,14 +216,14 @@ async def test_each_wait_for_a_person_is_reported_once_and_its_time_is_on_record
 
 async def test_a_large_result_is_whole_for_the_caller_and_read_again_from_the_status(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(script({"output": "{{ 'שלום ' * 3000 }}"})), key()
-    first = await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
+    first = await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))
     assert len(first.output) == 15_000
-    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     assert (await record_of(run.kickoff_id)).result is None
     assert (await ended(run)).output == first.output
     server.faults.add("status:forgotten")
     with pytest.raises(CrewLostError, match="it has completed, but its record does not hold the result"):
-        await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))
+        await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))
 
 
 class Trip(BaseModel):
@@ -296,8 +296,8 @@ async def test_the_log_tells_each_task_once_and_no_poll(
     # Each task goes on until it has been seen several times.
     seen_often = Held("task_1", "task_2", "task_3", until=lambda number: server.requests["status"] >= 5 * number)
     server = crew_server(seen_often)
-    run = await server.crew().trigger({})
-    await run.wait_for_completion()
+    run = await server.crew().atrigger({})
+    await run.await_for_completion()
     lines = [one.getMessage() for one in caplog.records if one.getMessage().startswith(f"Crew run {run.kickoff_id}")]
     assert lines == [
         f"Crew run {run.kickoff_id}: task_1 (0 of 3 tasks done)",
@@ -339,9 +339,9 @@ async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
 
     running = asyncio.ensure_future(waiting())
     await until(lambda: server.requests["status"] > 0, "it is waited for")
-    late = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    late = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewTimeoutError, match="It was left running"):
-        await late.wait_for_completion(WaitPolicy(initial=0.1, timeout=0.2, on_timeout="stop"))
+        await late.await_for_completion(WaitPolicy(initial=0.1, timeout=0.2, on_timeout="stop"))
     assert "started it and has not ended" in caplog.text
     assert server.requests["stop"] == 0
     assert await running == "done"
@@ -355,7 +355,7 @@ async def test_trouble_with_the_status_call_does_not_end_the_wait(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
 ):
     server = crew_server(slow(0.2), faults=[f"status:{fault}@1-3", f"status:{fault}@5"])
-    run = await server.crew().trigger({})
+    run = await server.crew().atrigger({})
     assert (await ended(run)).output == "done"
     assert server.kickoffs == 1
     assert caplog.text.count("The run may be fine") <= 2, "no log line a poll"
@@ -364,13 +364,13 @@ async def test_trouble_with_the_status_call_does_not_end_the_wait(
 
 async def test_errors_end_the_wait_in_the_end_and_the_run_is_found_again(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo", faults=["status:500"]), key()
-    run = await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     with pytest.raises(CrewError, match="500") as caught:
-        await run.wait_for_completion(WaitPolicy(initial=0.1, error_timeout=0.3))
+        await run.await_for_completion(WaitPolicy(initial=0.1, error_timeout=0.3))
     assert run.kickoff_id in str(caught.value)
     assert f"run again with idempotency key {idempotency_key!r} to wait for it" in str(caught.value)
     server.faults.clear()
-    assert (await ended(await server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key))).output == "a"
+    assert (await ended(await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))).output == "a"
     assert server.kickoffs == 1
 
 
@@ -470,9 +470,9 @@ async def test_a_token_that_is_rotated_during_the_wait_is_taken_up(
 ):
     server, name = crew_server(slow(60)), f"rotated-{uuid.uuid4().hex[:8]}"
     await asyncio.to_thread(server.crew().save, name)
-    run = await (await DeployedCrew.aload(name)).trigger({})
+    run = await (await DeployedCrew.aload(name)).atrigger({})
     await asyncio.to_thread(lambda: server.crew(token="the-new-token").save(name, overwrite=True))
-    waiting = asyncio.ensure_future(run.wait_for_completion())
+    waiting = asyncio.ensure_future(run.await_for_completion())
     await until(lambda: server.requests["status"] > 0, "it is waited for")
     server.token = "the-new-token"
     while "has a new token" not in caplog.text:
@@ -482,19 +482,19 @@ async def test_a_token_that_is_rotated_during_the_wait_is_taken_up(
         await asyncio.sleep(0.01)
     assert server.unauthorized == 1
     assert not waiting.done()
-    await run.stop()
+    await run.astop()
     with pytest.raises(CrewStoppedError):
         await waiting
 
 
 async def test_a_refused_token_ends_the_wait_and_keeps_the_run(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(slow(0.3)), key()
-    run = await server.crew().trigger({}, idempotency_key=idempotency_key)
+    run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     server.token = "the-new-token"
     with pytest.raises(AuthenticationError) as caught:
-        await run.wait_for_completion()
+        await run.await_for_completion()
     assert caught.value.kickoff_id == run.kickoff_id
-    assert (await ended(await server.crew().trigger({}, idempotency_key=idempotency_key))).output == "done"
+    assert (await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))).output == "done"
     assert server.kickoffs == 1
 
 
@@ -528,14 +528,14 @@ async def test_a_note_that_cannot_be_saved_does_not_keep_the_wait_from_polling(
     crew_server: CrewServerFactory, proxy: Proxy
 ):
     server = crew_server(script({"name": "draft", "output": "a draft", "human": True}), response_format="union")
-    run = await server.crew().trigger({})
+    run = await server.crew().atrigger({})
     proxy.refuse, proxy.answer = "PATCH /api/variables", "503"
-    waiting = asyncio.ensure_future(run.wait_for_completion())
+    waiting = asyncio.ensure_future(run.await_for_completion())
     await until(lambda: proxy.count("PATCH /api/variables") > 1, "the note is saved again and again")
     polls = server.requests["status"]
     await until(lambda: server.requests["status"] > polls + 2, "the run is polled meanwhile")
     proxy.refuse = None
-    await run.resume("fine", approve=True)
+    await run.aresume("fine", approve=True)
     await waiting
 
 
@@ -552,7 +552,7 @@ async def test_whatever_prefect_refuses_the_result_is_there(
     crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture, refused: str, says: str
 ):
     server = crew_server(slow(0.2))
-    run = await server.crew().trigger({})
+    run = await server.crew().atrigger({})
     run = CrewRun(server.crew(), str(run.kickoff_id))  # as in another process
     proxy.refuse = refused
     assert (await ended(run)).output == "done"
@@ -565,13 +565,13 @@ async def test_whatever_prefect_refuses_the_result_is_there(
 async def test_without_a_record_a_late_crew_can_be_stopped(crew_server: CrewServerFactory):
     server, run = await foreign(crew_server, slow(60))
     with pytest.raises(CrewTimeoutError, match="It was stopped"):
-        await run.wait_for_completion(STOPPING)
+        await run.await_for_completion(STOPPING)
     assert server.requests["stop"] == 1
 
 
 async def test_without_a_record_a_cancelled_wait_leaves_the_crew_alone(crew_server: CrewServerFactory):
     server, run = await foreign(crew_server, slow(60))
-    waiting = asyncio.ensure_future(run.wait_for_completion())
+    waiting = asyncio.ensure_future(run.await_for_completion())
     await until(lambda: server.requests["status"] > 0, "it is waited for")
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):

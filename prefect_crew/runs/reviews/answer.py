@@ -127,24 +127,32 @@ async def answer_question(
     if round is not None and round != current.round:
         raise AlreadyAnsweredError(f"{where} is at round {current.round}, not {round}. Nothing was sent.")
     _check_unanswered(run, where, current, question or current)
+    written = _to_write_down(run, status, current, review).model_copy(
+        update={"call": call, "nonce": nonce or uuid4().hex}
+    )
+    looks = LOOKS if question is None else 1  # a wait looks again by itself
+    return await _send_answer(run, session, records, current, review, written, webhooks, looks)
+
+
+def _to_write_down(run: OpenRun, status: CrewStatus, question: ReviewRequest, review: Review) -> Review:
+    """Return an answer as it may be stored, with all that tells its question from the next."""
     named = waiting_task(status)
-    written = review.model_copy(
+    return review.model_copy(
         update={
             "feedback": run.redact_text(review.feedback)[:FEEDBACK_KEPT] if run.show == "full" else "",
             "by": review.by[:100],
             "at": utcnow(),
-            "task_id": run.redact_name(current.task_id),
-            "round": current.round,
-            "task_digest": digest(current.task_id),
+            "task_id": run.redact_name(question.task_id),
+            "round": question.round,
+            "task_digest": digest(question.task_id),
             "shown_task_digest": None if named is None else digest(named),
             "output_digest": output_digest(status),
-            "question_id": current.id,
-            "call": call,
-            "nonce": nonce or uuid4().hex,
+            "question_id": question.id,
+            # An earlier answer may be given again: what became of that says nothing about this one.
+            "outcome": "intended",
+            "moved_on": False,
         }
     )
-    looks = LOOKS if question is None else 1  # a wait looks again by itself
-    return await _send_answer(run, session, records, current, review, written, webhooks, looks)
 
 
 async def _send_answer(

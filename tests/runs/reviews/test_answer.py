@@ -181,25 +181,25 @@ async def test_an_answer_is_for_the_task_that_the_status_names_and_a_refused_one
     crew_server: CrewServerFactory,
 ):
     server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
-    run = await server.crew().trigger({})
+    run = await server.crew().atrigger({})
     await waits(server, run)
     with pytest.raises(NotFoundError):
-        await run.resume("shorter", approve=False)
-    assert (await run.resume("shorter", approve=False)).status == "retrying"
+        await run.aresume("shorter", approve=False)
+    assert (await run.aresume("shorter", approve=False)).status == "retrying"
     await waits(server, run)
-    assert (await run.resume("fine", approve=True, task_id="draft")).status == "resumed"
-    await run.wait_for_completion()
+    assert (await run.aresume("fine", approve=True, task_id="draft")).status == "resumed"
+    await run.await_for_completion()
 
 
 @pytest.mark.parametrize("state", ["completed", "unknown"])
 async def test_a_run_that_waits_for_nobody_takes_no_answer(crew_server: CrewServerFactory, state: str):
     server = crew_server("echo")
-    run = await server.crew().trigger({"text": "a"})
-    await run.wait_for_completion()
+    run = await server.crew().atrigger({"text": "a"})
+    await run.await_for_completion()
     if state == "unknown":
         run = CrewRun(server.crew(), "nobody")
     with pytest.raises(NotWaitingError, match=f"does not wait for a person: it is {state}"):
-        await run.resume("fine", approve=True)
+        await run.aresume("fine", approve=True)
     assert server.requests["resume"] == 0
 
 

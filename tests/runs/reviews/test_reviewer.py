@@ -353,7 +353,7 @@ async def test_an_answer_whose_outcome_cannot_be_saved_does_not_keep_the_wait_fr
 ) -> None:
     proxy.refuse, proxy.answer = "PATCH /api/variables/name/crew_answer", "503"
     server = crew_server(SCRIPT)
-    run = await server.crew().trigger({})
+    run = await server.crew().atrigger({})
     result = await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, RunOptions(review=lambda _: APPROVED)), 60)
     assert result.output == "Draft. "
     assert (server.requests["resume"], proxy.count("PATCH /api/variables/name/crew_answer") > 1) == (1, True)
@@ -370,7 +370,7 @@ async def test_while_prefect_is_away_the_run_is_polled_and_the_answer_is_sent_on
         return APPROVED
 
     server = crew_server(SCRIPT)
-    run = await server.crew().trigger({})
+    run = await server.crew().atrigger({})
     waiting = asyncio.ensure_future(wait_for_run(run.crew, run.kickoff_id, RunOptions(review=judge)))
     await until(lambda: asked, "the function has answered")
     polls = server.requests["status"]
@@ -395,7 +395,7 @@ async def test_an_answer_that_was_written_down_as_prefect_went_away_is_known_as_
 
     monkeypatch.setattr(PrefectRecords, "add_review", lose)
     server = crew_server(SCRIPT)
-    run = await server.crew().trigger({}, idempotency_key=server.url)
+    run = await server.crew().atrigger({}, idempotency_key=server.url)
     result = await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, RunOptions(review=lambda _: APPROVED)), 60)
     assert (result.output, lost, server.requests["resume"]) == ("Draft. ", [1], 1)
     assert [one.outcome for one in await answers(server.url)] == ["sent"]
@@ -409,7 +409,7 @@ async def test_a_prefect_api_that_refuses_ends_the_wait_and_the_error_names_the_
         return APPROVED
 
     server = crew_server(SCRIPT)
-    run = await server.crew().trigger({})
+    run = await server.crew().atrigger({})
     proxy.refuse = refused
     with pytest.raises(CrewError, match=r"The Prefect API refuses a request \(HTTP 403\)") as caught:
         await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, RunOptions(review=judge)), 60)
