@@ -562,9 +562,11 @@ async def open_run(
 ) -> OpenRun:
     """Find the run of a key, or start it. What it returns has a kickoff id. Raises as `run_crew`.
 
-    An open session is used, and stays open. The crew has taken the inputs.
+    An open session is used, and stays open.
     """
     given, crew = crew, crew.crew if isinstance(crew, CrewSession) else crew
+    # Callers have done so to name the run. Inputs that the crew has not taken would show what it calls secret.
+    inputs = crew.take(inputs, restore_from=options.restore_from)
     identity = await identify(
         crew.label,
         inputs.digest,

@@ -25,8 +25,9 @@ def status(state: CrewState = CrewState.RUNNING, task: str | None = None, **fact
 
 
 def run(**fields: Any) -> OpenRun:
-    crew = DeployedCrew(url="https://travel.example.com", token="token-1", **fields)  # type: ignore[arg-type]
-    return OpenRun(crew.crew.called("travel"), "k1", inputs=Inputs.of({"who": "Ada Lovelace"}), owned=True)
+    stored = DeployedCrew(url="https://travel.example.com", token="token-1", **fields)  # type: ignore[arg-type]
+    crew = stored.crew.called("travel")
+    return OpenRun(crew, "k1", inputs=crew.take(Inputs.of({"who": "Ada Lovelace"})), owned=True)
 
 
 def batch(phase: Any = "running", name: str = "leads", **counts: Any) -> BatchProgress:

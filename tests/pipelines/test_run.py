@@ -181,7 +181,7 @@ def test_in_a_sync_flow_and_in_a_script_and_in_a_task(echo: CrewServer):
 
 @pytest.mark.parametrize(
     ("show", "idempotency_key", "title"),
-    [("full", None, " · tea"), ("full", "report {x}", " · report {x}"), ("summary", None, "")],
+    [("full", None, " · tea"), ("full", "report x", " · report x"), ("summary", None, "")],
 )
 def test_the_name_of_a_pipelines_flow_run_tells_it_from_others(
     crew_server: CrewServerFactory, seen: Seen, show: str, idempotency_key: str | None, title: str

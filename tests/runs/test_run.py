@@ -22,7 +22,14 @@ from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew
-from prefect_crew.exceptions import CrewError, CrewFailedError, CrewLostError, CrewStoppedError, OutputTypeError
+from prefect_crew.exceptions import (
+    CrewError,
+    CrewFailedError,
+    CrewLostError,
+    CrewStoppedError,
+    NoResultError,
+    OutputTypeError,
+)
 from prefect_crew.records.model import RunRecord
 from prefect_crew.runs.run import WITHHELD, KickoffId, OpenRun, find_run, parse_data, result_of
 from prefect_crew.states import CrewState
@@ -174,7 +181,12 @@ def test_a_kickoff_id_that_is_stored_or_sent_elsewhere_is_plain_text(write: Any,
 
 @pytest.mark.parametrize(
     ("state", "kind"),
-    [("failed", CrewFailedError), ("stopped", CrewStoppedError), ("unknown", CrewLostError), ("running", CrewError)],
+    [
+        ("failed", CrewFailedError),
+        ("stopped", CrewStoppedError),
+        ("unknown", CrewLostError),
+        ("running", NoResultError),
+    ],
 )
 def test_any_other_state_is_raised_and_never_returned(state: str, kind: type[CrewError]):
     run = secretive({"password": "hunter22"})

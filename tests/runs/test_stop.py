@@ -29,6 +29,7 @@ from prefect_crew import (
     CrewRun,
     CrewStoppedError,
     DeployedCrew,
+    FlowRunCancelledError,
     WaitPolicy,
     arun_crew,
     kickoff_crew,
@@ -164,7 +165,7 @@ def test_a_cancelled_flow_that_goes_on_starts_nothing_more(crew_server: CrewServ
 
     cancelled(server, seen, trips)
     assert server.kickoffs == 1
-    assert [type(error) for error in errors] == [CrewStoppedError, CrewError, CrewError]
+    assert [type(error) for error in errors] == [CrewStoppedError, FlowRunCancelledError, FlowRunCancelledError]
     assert "was cancelled, so no run was started" in str(errors[1])
 
 
