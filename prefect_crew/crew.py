@@ -83,6 +83,9 @@ class Crew:
 
     def take(self, inputs: Inputs, *, restore_from: str | None = None) -> Inputs:
         """Return inputs as this crew takes them, with those secret that it calls so, for a run from a state."""
+        is_same = (inputs.as_json, inputs.restore_from) == (self.inputs_as_json, restore_from)
+        if is_same and inputs.secret.issuperset(self.secret_inputs):
+            return inputs  # with what it has computed
         kept = inputs.keep_secret(self.secret_inputs)
         return replace(kept, as_json=self.inputs_as_json, restore_from=restore_from)
 
