@@ -73,6 +73,7 @@ def test_a_run_renders_as_meant(
         page.open(prefect_server.artifact_url(artifact_id, ui=ui))
         page.wait_for_text("Execution time")
         page.wait_for_text("still inside")
+        page.wait_for_text("75%")  # drawn a moment later
         page.screenshot(tmp_path / "run.png")
         text = page.text().replace("\u2060", "")  # a word joiner makes a tag text
 
