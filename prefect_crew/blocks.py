@@ -252,8 +252,9 @@ class DeployedCrew(JobBlock[CrewResult]):
         restore_from: str | UUID | None = None,
     ) -> CrewRun:
         """Do the same from sync code."""
+        kept, inputs = Inputs.of(inputs), None  # no frame shows the values
         return sync_version(self.atrigger)(
-            inputs,
+            cast("Any", kept),  # which the async one takes as they are
             idempotency_key=idempotency_key,
             force_new=force_new,
             meta=meta,

@@ -10,6 +10,7 @@ from typing import Any
 from prefect_crew.client.models import CrewResult
 from prefect_crew.devserver._faults import Fired
 from prefect_crew.exceptions import (
+    AnswerUncertainError,
     BudgetExceededError,
     CrewError,
     CrewFailedError,
@@ -19,6 +20,9 @@ from prefect_crew.exceptions import (
     FlowRunCancelledError,
     KickoffUncertainError,
     NoResultError,
+    NotWaitingError,
+    ResolveError,
+    ReviewFunctionError,
     RunNotFoundError,
     UnreadableRecordError,
 )
@@ -45,7 +49,17 @@ WRITTEN_WITHIN = 1.0
 WINDOW = 5.0
 MOST_REQUESTS = {"Prefect": 30, "crew": 20}
 """What one call may ask of each server within so many simulated seconds: a wait without pauses asks a hundred times."""
-UNEXPECTED = (CrewError, FlowRunCancelledError, NoResultError, RunNotFoundError, UnreadableRecordError)
+UNEXPECTED = (
+    CrewError,
+    AnswerUncertainError,
+    FlowRunCancelledError,
+    NoResultError,
+    NotWaitingError,
+    ResolveError,
+    ReviewFunctionError,
+    RunNotFoundError,
+    UnreadableRecordError,
+)
 """What no call in a simulated world is told."""
 FINAL_EVENTS = ("crew.completed", "crew.failed", "crew.stopped", "crew.lost")
 
