@@ -7,10 +7,10 @@ import inspect
 import os
 import re
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypedDict, Unpack, cast
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -47,6 +47,22 @@ if TYPE_CHECKING:
     from prefect_crew.client._client import CrewClient
     from prefect_crew.client.webhooks import Webhooks
     from prefect_crew.records.model import RunRecord
+
+    class BlockFields(TypedDict, total=False):
+        """The fields of a `DeployedCrew` other than its URL and token, with the types that it takes."""
+
+        page_url: str | None
+        max_attempts: int
+        concurrency_limit: str | None
+        price: float | Price | None
+        budgets: Sequence[Budget]
+        show: Literal["full", "summary", "none"]
+        secret_inputs: list[str] | tuple[str, ...] | set[str] | frozenset[str]
+        inputs_as_json: bool
+        allow_extra_inputs: bool
+        request_timeout: float
+        allow_http: bool
+        wait: WaitPolicy
 
 
 # Prefect imports this module whenever it starts. What runs a crew takes half a second more, so methods import it.
@@ -129,6 +145,15 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
     wait: WaitPolicy = Field(default=WaitPolicy(), description="How to wait for this crew's runs.")
 
+    if TYPE_CHECKING:
+        # pydantic makes a secret of a text, and type checkers do not know that.
+        def __init__(self, *, url: str, token: SecretStr | str, **fields: Unpack[BlockFields]) -> None: ...
+
+        # Prefect's types say of these that they may give a coroutine. For async code there are `aload` and `asave`.
+        @classmethod
+        def load(cls, name: str, validate: bool = True, client: Any = None) -> Self: ...  # noqa: D102
+        def save(self, name: str | None = None, overwrite: bool = False, client: Any = None) -> UUID: ...  # noqa: D102
+
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
@@ -166,7 +191,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         return self
 
     @classmethod
-    def from_env(cls, prefix: str = "CREW", **fields: Any) -> DeployedCrew:
+    def from_env(cls, prefix: str = "CREW", **fields: Unpack[BlockFields]) -> Self:
         """Return the crew that the environment names, without a stored block.
 
         Reads `{prefix}_URL` and `{prefix}_TOKEN`, else the settings `PREFECT_INTEGRATIONS_CREW_URL` and `_TOKEN`; never

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from prefect import flow
 from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import sync_version
 from prefect_crew._internal.prefect_api import label_flow_run
@@ -19,7 +19,7 @@ from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import DeployedCrew, find_crew, load_crew, values_of_blocks
 from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.client.models import CrewResult
+from prefect_crew.client.models import CrewResult, Data
 from prefect_crew.client.redaction import MASK
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import (
@@ -60,12 +60,12 @@ async def arun_crew(
     force_new: bool = False,
     meta: Mapping[str, Any] | None = None,
     wait: WaitPolicy | None = None,
-    output_type: type[BaseModel] | None = None,
+    output_type: type[Data] | None = None,
     review: ReviewChoice | None = None,
     webhooks: Webhooks | None = None,
     restore_from: str | UUID | None = None,
     budgets: Sequence[Budget] = (),
-) -> CrewResult:
+) -> CrewResult[Data]:
     """Run a deployed crew and return its result. A run is started at most once.
 
     Inside a flow (or a task) it runs tasks of that flow; outside of one it runs a flow of its own. `run_crew` is for
@@ -122,7 +122,7 @@ async def arun_crew(
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_deployed_crew.fn)
-    async def run(*_: Any, **__: Any) -> CrewResult:
+    async def run(*_: Any, **__: Any) -> CrewResult[Any]:
         return await run_tasks(crew, kept, options)
 
     own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
@@ -150,7 +150,9 @@ def _stored(inputs: Inputs) -> dict[str, Any]:
     return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
-async def run_tasks(crew: Crew, inputs: Inputs, options: RunOptions, *, wait_for: Sequence[Any] = ()) -> CrewResult:
+async def run_tasks(
+    crew: Crew, inputs: Inputs, options: RunOptions, *, wait_for: Sequence[Any] = ()
+) -> CrewResult[Any]:
     """Kick a crew off and wait for it, by tasks of the flow around. The crew has taken the inputs, and is under the
     budgets of the options.
 
@@ -221,8 +223,8 @@ async def run_deployed_crew(
 
 @naming_prefect_away("The result is read from its records: ask again once it is back.")
 async def aget_result(
-    idempotency_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[BaseModel] | None = None
-) -> CrewResult:
+    idempotency_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[Data] | None = None
+) -> CrewResult[Data]:
     """Return the result of a completed run from anywhere that shares the Prefect server.
 
     `get_result` is for sync code, `aget_result` for async code.
@@ -239,7 +241,7 @@ async def aget_result(
         CrewFailedError, CrewStoppedError: The run has no result.
         CrewError: There is no such run, or it has not ended.
     """
-    RunOptions.of(idempotency_key=idempotency_key, output_type=output_type)
+    options = RunOptions.of(idempotency_key=idempotency_key, output_type=output_type)
     records = PrefectRecords()
     attempts = await records.attempts(idempotency_key)
     if not attempts and (attempt := await records.of_kickoff(idempotency_key)) is not None:
@@ -260,8 +262,7 @@ async def aget_result(
         raise CrewStoppedError(kickoff_id=record.kickoff_id, **names)
     if record.result is not None:
         # Only what may be shown is on record.
-        result = record.completed(record.result.result(record.kickoff_id))
-        return result if output_type is None else parse_data(result, output_type)
+        return parse_data(record.completed(record.result.result(record.kickoff_id)), options.output_type)
     found = await find_crew(record) if crew is None else await load_crew(crew)
     if found is None:
         raise ConfigurationError(
@@ -271,8 +272,7 @@ async def aget_result(
     run = OpenRun(found, record.kickoff_id, record)
     async with CrewSession(run.crew) as session:
         # No variable holds the result: error reporters show the local variables of all frames.
-        reading = read_result(run, session)
-        return await reading if output_type is None else parse_data(await reading, output_type, run=run)
+        return parse_data(await read_result(run, session), options.output_type, run=run)
 
 
 get_result = sync_version(aget_result)

@@ -7,23 +7,25 @@ surely did not start a run. What makes a retried flow find its runs again is the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack, cast, overload
 from uuid import UUID
 
 from prefect import Task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
-from pydantic import BaseModel
+from prefect.futures import PrefectFuture, PrefectFutureList
+from prefect.tasks import TaskOptions
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.inputs import Inputs, Unshown
-from prefect_crew.client.models import CrewInput, CrewResult, ResumeAnswer, StopAnswer
+from prefect_crew.client.models import CrewInput, CrewResult, Data, ResumeAnswer, StopAnswer
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
 from prefect_crew.exceptions import ConfigurationError, CrewError, PrefectAwayError
@@ -38,7 +40,35 @@ from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 R = TypeVar("R")
+Now = TypeVar("Now")
+K = TypeVar("K", bound="CrewTask[..., Any, ..., Any]")
+
+
+# What type checkers know. The call of a task gives its result in sync code and an awaitable of it in async code, and no
+# type depends on that. So to them it is a result that can be awaited: both kinds of code have the exact type. They find
+# no forgotten `await`.
+
+if TYPE_CHECKING:
+
+    class _StateNow(State[R]):
+        def __await__(self) -> Generator[Any, Any, State[R]]: ...
+
+    class _InputsNow(list[CrewInput]):
+        def __await__(self) -> Generator[Any, Any, list[CrewInput]]: ...
+
+    class _TextNow(str):
+        def __await__(self) -> Generator[Any, Any, str]: ...
+
+    class _ResultNow(CrewResult[Data]):
+        def __await__(self) -> Generator[Any, Any, CrewResult[Data]]: ...
+
+    class _ResumeNow(ResumeAnswer):
+        def __await__(self) -> Generator[Any, Any, ResumeAnswer]: ...
+
+    class _StopNow(StopAnswer):
+        def __await__(self) -> Generator[Any, Any, StopAnswer]: ...
 
 
 def _hidden(value: Any) -> Any:
@@ -56,27 +86,55 @@ def _hidden(value: Any) -> Any:
     return value
 
 
-class CrewTask(Task[P, Any], Generic[P, R]):
-    """A Prefect task over an async function that can be called from sync code as well. `with_options` keeps it one."""
+class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
+    """A Prefect task over an async function that can be called from sync code as well. `with_options` keeps it one.
 
+    Of a call, type checkers know its parameters `P`; of `submit` and `map` their names, `Q`: each value may be a future
+    or several values. `R` is the result, `Now` what a call gives.
+    """
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Now: ...
+    @overload
+    def __call__(
+        self, *args: Any, wait_for: Any = None, return_state: Literal[True], **kwargs: Any
+    ) -> _StateNow[R]: ...
+    @overload
+    def __call__(self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any) -> Now: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the task: the result in sync code, an awaitable of it in async code."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         coroutine = self.acall(*args, **kwargs)
         return coroutine if in_async_context() else run_sync(coroutine)
 
-    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+    async def acall(self, *args: Any, **kwargs: Any) -> R:
         """Run the task from a coroutine, whatever kind of flow is around it."""
         with calling_task():
             return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
 
-    def submit(self, *args: Any, **kwargs: Any) -> Any:
+    @overload
+    def submit(self, *args: Q.args, **kwargs: Q.kwargs) -> PrefectFuture[R]: ...
+    @overload
+    def submit(self, *args: Any, wait_for: Any = None, return_state: Literal[True], **kwargs: Any) -> State[R]: ...
+    @overload
+    def submit(
+        self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any
+    ) -> PrefectFuture[R]: ...
+    def submit(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Submit the task to the flow's task runner, as Prefect's own."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with calling_task():
             return cast("Any", super()).submit(*args, **kwargs)
 
-    def map(self, *args: Any, **kwargs: Any) -> Any:
+    @overload
+    def map(self, *args: Q.args, **kwargs: Q.kwargs) -> PrefectFutureList[R]: ...
+    @overload
+    def map(self, *args: Any, wait_for: Any = None, return_state: Literal[True], **kwargs: Any) -> list[State[R]]: ...
+    @overload
+    def map(
+        self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any
+    ) -> PrefectFutureList[R]: ...
+    def map(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Map the task over iterables on the flow's task runner, as Prefect's own."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with calling_task():
@@ -96,12 +154,61 @@ class CrewTask(Task[P, Any], Generic[P, R]):
 
     delay = apply_async  # pyright: ignore[reportAssignmentType]
 
-    def with_options(self, **options: Any) -> CrewTask[P, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def with_options(self, **options: Unpack[TaskOptions]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a copy with other options, as Prefect's own does."""
-        copy = super().with_options(**options)
+        copy = super().with_options(**cast("Any", options))
         # Prefect makes a plain Task here whatever the subclass, which differs from ours in its methods only.
         copy.__class__ = type(self)
-        return cast("CrewTask[P, R]", copy)
+        return cast("Self", copy)
+
+
+class _WaitOptions(TypedDict, total=False):
+    idempotency_key: str | None
+    name: str | None
+    wait: WaitPolicy | None
+    review: ReviewChoice | None
+    wait_for: Any
+
+
+class _WaitNames(TypedDict, total=False):
+    idempotency_key: Any
+    name: Any
+    wait: Any
+    review: Any
+    wait_for: Any
+
+
+class WaitTask(CrewTask[..., CrewResult[Any], ..., Any]):
+    """The task `wait_for_crew`, whose `output_type` says what the `data` of its result is."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            crew: AnyCrew,
+            kickoff_id: str,
+            *,
+            output_type: type[Data] | None = None,
+            **options: Unpack[_WaitOptions],
+        ) -> _ResultNow[Data]: ...
+        @overload
+        def __call__(self, *args: Any, return_state: Literal[True], **options: Any) -> _StateNow[CrewResult[Any]]: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
+        @overload
+        def submit(
+            self, crew: Any, kickoff_id: Any, *, output_type: type[Data] | None = None, **options: Unpack[_WaitNames]
+        ) -> PrefectFuture[CrewResult[Data]]: ...
+        @overload
+        def submit(self, *args: Any, return_state: Literal[True], **options: Any) -> State[CrewResult[Any]]: ...
+        def submit(self, *args: Any, **kwargs: Any) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
+        @overload
+        def map(
+            self, crew: Any, kickoff_id: Any, *, output_type: type[Data] | None = None, **options: Unpack[_WaitNames]
+        ) -> PrefectFutureList[CrewResult[Data]]: ...
+        @overload
+        def map(self, *args: Any, return_state: Literal[True], **options: Any) -> list[State[CrewResult[Any]]]: ...
+        def map(self, *args: Any, **kwargs: Any) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
 
 
 def _inside_own_task() -> bool:
@@ -131,7 +238,19 @@ def _origin(kickoff_id: object) -> str:
     return " (from record)" if run.record.phase is RecordPhase.ENDED else " (reattached)"
 
 
-def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R]]:
+@overload
+def _task(verb: str, like: type[K], **options: Unpack[TaskOptions]) -> Callable[[Callable[..., Any]], K]: ...
+@overload
+def _task(
+    verb: str, like: Callable[Q, Now], **options: Unpack[TaskOptions]
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R, Q, Now]]: ...
+def _task(verb: str, like: Any, **options: Any) -> Any:
+    """Make a task of an async function.
+
+    `like` is for type checkers: a function with the names of the task's parameters that returns what a call gives, or a
+    class of tasks.
+    """
+
     def task_run_name(parameters: dict[str, Any]) -> str:
         crew = parameters.get("crew")
         crew = getattr(crew, "crew", crew)  # of a block or a session
@@ -145,20 +264,19 @@ def _task(verb: str, **options: Any) -> Callable[[Callable[P, Coroutine[Any, Any
         what = what or (crew.label if isinstance(crew, Crew) else crew)
         return f"{verb} {what} {of_run}".strip()[: 200 - len(origin)] + origin
 
-    name: Any = task_run_name
-
-    def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> CrewTask[P, R]:
-        # No tags: for those of a task Prefect looks for a concurrency limit, each time it is run.
-        return CrewTask(fn=function, cache_policy=NO_CACHE, task_run_name=name, **options)
-
-    return decorate
+    # No tags: for those of a task Prefect looks for a concurrency limit, each time it is run.
+    kind = like if isinstance(like, type) else CrewTask
+    return partial(kind, cache_policy=NO_CACHE, task_run_name=task_run_name, **options)
 
 
 AnyCrew = DeployedCrew | Crew | CrewSession | str
 """A crew, the name of a stored block, or an open session of a crew, whose giver has checked the options."""
 
 
-@_task("inputs", retries=2, retry_delay_seconds=2)
+def _like_inputs(crew: Any) -> _InputsNow: ...
+
+
+@_task("inputs", _like_inputs, retries=2, retry_delay_seconds=2)
 async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
     """Return the inputs that a crew names; empty where it names none. `crew` may be the name of a stored block.
 
@@ -177,7 +295,21 @@ def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
     return crew.under(budgets, name=crew.label if context is None or context.flow is None else context.flow.name)
 
 
-@_task("kickoff", retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
+def _like_kickoff(
+    crew: Any,
+    inputs: Any = None,
+    *,
+    idempotency_key: Any = None,
+    name: Any = None,
+    force_new: Any = False,
+    meta: Any = None,
+    webhooks: Any = None,
+    restore_from: Any = None,
+    budgets: Any = (),
+) -> _TextNow: ...
+
+
+@_task("kickoff", _like_kickoff, retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
 async def kickoff_crew(
     crew: AnyCrew,
     inputs: Mapping[str, Any] | Inputs | None = None,
@@ -218,7 +350,7 @@ async def kickoff_crew(
     return KickoffId(await open_run(crew, kept, options, inside_own_task=_inside_own_task()))
 
 
-@_task("wait")
+@_task("wait", WaitTask)
 async def wait_for_crew(
     crew: AnyCrew,
     kickoff_id: str,
@@ -226,9 +358,9 @@ async def wait_for_crew(
     idempotency_key: str | None = None,
     name: str | None = None,
     wait: WaitPolicy | None = None,
-    output_type: type[BaseModel] | None = None,
+    output_type: type[Data] | None = None,
     review: ReviewChoice | None = None,
-) -> CrewResult:
+) -> CrewResult[Data]:
     """Wait until a run has ended and return its result. It may be called as often as wanted.
 
     `idempotency_key` is the run's; left out, the record is found by the id. `name` goes into the task run's name. The
@@ -246,7 +378,12 @@ async def wait_for_crew(
     return await wait_for_run(crew, kickoff_id, options)
 
 
-@_task("resume", retry_condition_fn=_surely_not_done)
+def _like_resume(
+    crew: Any, kickoff_id: Any, *, feedback: Any = "", approve: Any, task_id: Any = None, webhooks: Any = None
+) -> _ResumeNow: ...
+
+
+@_task("resume", _like_resume, retry_condition_fn=_surely_not_done)
 async def resume_crew(
     crew: DeployedCrew | Crew | str,
     kickoff_id: str,
@@ -277,7 +414,10 @@ async def resume_crew(
     )
 
 
-@_task("stop")
+def _like_stop(crew: Any, kickoff_id: Any, *, idempotency_key: Any = None) -> _StopNow: ...
+
+
+@_task("stop", _like_stop)
 async def stop_crew(
     crew: DeployedCrew | Crew | str, kickoff_id: str, *, idempotency_key: str | None = None
 ) -> StopAnswer:

@@ -43,9 +43,10 @@ def _viewed(value: Any) -> Any:
     pydantic's classmethods read files, and run what is pickled; what else a result holds is not for templates.
     """
     if isinstance(value, BaseModel):
-        names: Collection[str] = type(value).model_fields
-        if isinstance(value, CrewResult | TaskResult):
-            names = RESULT_FIELDS if isinstance(value, CrewResult) else _TASK_FIELDS
+        kind = type(value)
+        names: Collection[str] = kind.model_fields
+        if issubclass(kind, CrewResult | TaskResult):
+            names = RESULT_FIELDS if issubclass(kind, CrewResult) else _TASK_FIELDS
         return {name: _viewed(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         given = cast("Mapping[Any, Any]", value)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ImportString, ValidationError, field_serializer, field_validator
 from pydantic_core import PydanticSerializationError
@@ -25,14 +25,41 @@ OF_ONE_CALL = {"retry_failed", "on_change"}
 """Options that are about one call only."""
 
 
-InputsFrom = Mapping[str, Any] | Callable[..., Any]
+RowFunction = Callable[[Mapping[str, Any]], Any]
+"""A function of the row, which is a mapping of the columns."""
+InputsFrom = Mapping[str, RowFunction | object] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """A function of the row; or inputs by name, each a template over the row's columns, a column's name, a function of the
 row, or any constant that is not text."""
-KeyFrom = str | Callable[..., Any]
+KeyFrom = str | RowFunction
 """The name of a column, or a function of the row."""
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OnFailure = Literal["continue", "stop"] | int | float
+
+
+class BatchArguments(TypedDict, total=False):
+    """The options of `run_batch` for type checkers, with what it takes in place of the fields of `BatchOptions`."""
+
+    key: KeyFrom | None
+    inputs: InputsFrom | None
+    rows: str | None
+    max_in_flight: int | None
+    kickoffs_per_second: float | None
+    kickoffs_at_once: int | None
+    on_failure: OnFailure
+    on_bad_row: Literal["refuse", "set-aside"]
+    on_change: Literal["refuse", "continue"]
+    on_cancel: Literal["stop", "drain", "leave"]
+    breaker: int | None
+    breaker_pause: float
+    retries: int
+    retry_failed: bool | Collection[str]
+    max_kickoffs: int | None
+    wait: WaitPolicy | None
+    output_type: type[BaseModel] | None
+    meta: Mapping[str, Any] | None
+    webhooks: Webhooks | None
+    budgets: Sequence[Budget]
 
 
 class BatchOptions(BaseModel):
@@ -45,7 +72,7 @@ class BatchOptions(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     key: KeyFrom | None = None
-    inputs: InputsFrom | None = None
+    inputs: Mapping[str, Any] | Callable[..., Any] | None = None
     rows: str | None = None
     max_in_flight: Count | None = None
     kickoffs_per_second: Seconds | None = None

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -28,7 +28,15 @@ from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.options import IN_FLIGHT, BatchOptions, InputsFrom, KeyFrom, OnFailure, plain_call
+from prefect_crew.batches.options import (
+    IN_FLIGHT,
+    BatchArguments,
+    BatchOptions,
+    InputsFrom,
+    KeyFrom,
+    OnFailure,
+    plain_call,
+)
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.output import Output
 from prefect_crew.batches.ownership import (
@@ -251,7 +259,7 @@ async def aplan_batch(
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
     delimiter: str | None = None,
-    **options: Any,
+    **options: Unpack[BatchArguments],
 ) -> BatchPlan:
     """Read the data set, check every row, and say how many, how long and how much. Nothing is started.
 

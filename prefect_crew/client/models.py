@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr
 
 from prefect_crew.exceptions import InvalidCallError
 from prefect_crew.states import CrewState
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as _TypeVar
+
+    # The type of `result.data`: the model of `output_type`, else the plain JSON value.
+    Data = _TypeVar("Data", bound="BaseModel | JsonValue", default=JsonValue, covariant=True)
+else:
+    Data = TypeVar("Data")  # without a bound and a default pydantic takes any value as it is
 
 
 class _Model(BaseModel):
@@ -62,17 +70,18 @@ class TaskResult(_Model):
     raw: Any = Field(default=None, repr=False)
 
 
-class CrewResult(_Model):
+class CrewResult(_Model, Generic[Data]):
     """What a completed run gave.
 
-    `output` is the text; `data` the structured result, or None; `execution_time` is in seconds, as the server
-    measured it; `usage` are the tokens that were reported, `cost` is what the run cost by the crew's price, each None
-    where that is unknown; `raw` the whole body of the last status answer, None where the result is read from a record.
+    `output` is the text. `data` is the structured result, or None; with an `output_type` it is an instance of that
+    model, and type checkers know it: `CrewResult[Trip]`. `execution_time` is in seconds, as the server measured it.
+    `usage` are the tokens that were reported, `cost` is what the run cost by the crew's price, each None where that is
+    unknown. `raw` is the whole body of the last status answer, None where the result is read from a record.
     `idempotency_key` is the run's, also a derived one; None without a record, as from a `CrewClient`.
     """
 
     output: str
-    data: Any = None
+    data: Data = cast("Any", None)
     tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
     kickoff_id: str
     idempotency_key: str | None = None

@@ -11,7 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any, cast
 from uuid import UUID
 
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 from prefect_crew._text import listed_names, with_guesses
 from prefect_crew.blocks import DeployedCrew, load_crew
@@ -26,6 +26,8 @@ from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.templates import GLOBALS, RESULT_FIELDS, compiled, uses_in
 
+InputOfStep = Callable[["PipelineContext"], Any] | object
+"""A text, which is a template; a function of the context; or any other value."""
 RESERVED = frozenset({"inputs", "steps"})
 """What templates call the mappings of all inputs and of all results."""
 
@@ -52,10 +54,10 @@ class CrewStep:
 
     name: str
     crew: DeployedCrew | Crew | str
-    inputs: Mapping[str, Any] | None = field(default=None, repr=False)
+    inputs: Mapping[str, InputOfStep] | None = field(default=None, repr=False)
     after: Sequence[str] = ()
     wait: WaitPolicy | None = None
-    output_type: Any = None
+    output_type: type[BaseModel] | None = None
     review: ReviewChoice | None = None
     restore_from: str | UUID | None = None
 
@@ -70,9 +72,9 @@ class PipelineContext:
     """What a step's function sees: `context.inputs["topic"]`, `context["research"].output`."""
 
     inputs: Mapping[str, Any] = field(repr=False)
-    results: Mapping[str, CrewResult]
+    results: Mapping[str, CrewResult[Any]]
 
-    def __getitem__(self, step: str) -> CrewResult:
+    def __getitem__(self, step: str) -> CrewResult[Any]:
         try:
             return self.results[step]
         except KeyError:
@@ -287,7 +289,7 @@ class Pipeline:
 
     # The inputs of steps
 
-    def inputs_of(self, step: CrewStep, results: Mapping[str, CrewResult]) -> Mapping[str, Any]:
+    def inputs_of(self, step: CrewStep, results: Mapping[str, CrewResult[Any]]) -> Mapping[str, Any]:
         """Return a step's inputs, once all that it needs has run.
 
         Raises:

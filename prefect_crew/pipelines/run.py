@@ -42,11 +42,11 @@ from prefect_crew.runs.run import OpenRun
 class PipelineResult:
     """What a pipeline gave: `results["research"]` is that step's CrewResult. `seconds` is the wall time."""
 
-    results: Mapping[str, CrewResult]
+    results: Mapping[str, CrewResult[Any]]
     idempotency_key: str
     seconds: float
 
-    def __getitem__(self, step: str) -> CrewResult:
+    def __getitem__(self, step: str) -> CrewResult[Any]:
         return self.results[step]
 
 
@@ -216,7 +216,7 @@ class _Run:
     pipeline: Pipeline
     idempotency_key: str
     artifact: PipelineArtifact
-    results: dict[str, CrewResult] = field(default_factory=dict[str, CrewResult])
+    results: dict[str, CrewResult[Any]] = field(default_factory=dict[str, "CrewResult[Any]"])
     errors: dict[str, Exception] = field(default_factory=dict[str, Exception])
 
     def __post_init__(self) -> None:
@@ -255,7 +255,7 @@ class _Run:
         if status is None:  # it is known which run the step's is
             self.artifact.opened(step, run)
 
-    async def _crew(self, step: CrewStep) -> CrewResult:
+    async def _crew(self, step: CrewStep) -> CrewResult[Any]:
         crew = self.pipeline.crews[step.name]
         try:
             inputs = self.pipeline.inputs_of(step, self.results)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -403,16 +403,17 @@ async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
     return result_of(run, status)
 
 
-M = TypeVar("M", bound=BaseModel)
-
-
-def parse_data(result: CrewResult, output_type: type[M], *, run: OpenRun | None = None) -> CrewResult:
-    """Return the result with its `data` as an instance of a pydantic model.
+def parse_data(
+    result: CrewResult, output_type: type[BaseModel] | None, *, run: OpenRun | None = None
+) -> CrewResult[Any]:
+    """Return the result with its `data` as an instance of a pydantic model; as it is where there is no model.
 
     Raises:
         OutputTypeError: Neither the structured result nor the text fits, or a validator of the model failed. Its
             message shows as much of the text as `run` may show; all of it is in its `output`.
     """
+    if output_type is None:
+        return result
     # A validator's message may quote the result; its type does not.
     is_quoted = run is None or run.show == "full"
     try:

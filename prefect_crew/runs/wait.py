@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import time
 from contextlib import AsyncExitStack
+from typing import Any
 
 from prefect_crew._internal.asyncio_tasks import ENDINGS, cancel_and_wait, cancelled_once
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
@@ -57,7 +58,7 @@ async def wait_for_run(
     crew: Crew | CrewSession,
     kickoff_id: str,
     options: RunOptions | None = None,
-) -> CrewResult:
+) -> CrewResult[Any]:
     """Wait until a run has ended and return its result. Raises as `wait_for_crew`.
 
     An open session is used, and stays open.
@@ -66,8 +67,6 @@ async def wait_for_run(
     async with session_of(crew) as session:
         run = await find_run(session.crew, kickoff_id, options.idempotency_key, to_wait=True)
         waiting = _result(_Waiter(run, session, options.wait or session.crew.wait, options.review))
-        if options.output_type is None:
-            return await waiting
         # No variable holds the result: error reporters show the local variables of all frames.
         return parse_data(await waiting, options.output_type, run=run)
 

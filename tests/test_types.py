@@ -1,0 +1,105 @@
+"""What type checkers know of the package, and that it is so when it runs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefect_crew import DeployedCrew, blocks, tasks
+from prefect_crew.batches.options import BatchArguments, BatchOptions
+from prefect_crew.batches.run import arun_batch
+
+HERE = Path(__file__).parent
+PROGRAMS = [HERE / "typed" / "right.py", HERE / "typed" / "wrong.py"]
+Found = set[tuple[str, int]]
+
+
+def checker(name: str) -> str:
+    program = Path(sys.executable).with_name(name)
+    if not program.exists():
+        pytest.skip(f"needs {name} (make lint installs it)")
+    return str(program)
+
+
+def by_mypy(folder: Path) -> Found:
+    command = [checker("mypy"), "--strict", "--python-executable", sys.executable, "--cache-dir", str(folder / "cache")]
+    ran = subprocess.run([*command, *map(str, PROGRAMS)], cwd=folder, capture_output=True, text=True)
+    return {
+        (Path(place[1]).name, int(place[2]))
+        for place in re.finditer(r"^(.*?\.py):(\d+): error", ran.stdout, re.MULTILINE)
+    }
+
+
+def by_pyright(folder: Path) -> Found:
+    (folder / "pyrightconfig.json").write_text(json.dumps({"include": ["*.py"], "typeCheckingMode": "strict"}))
+    for program in PROGRAMS:
+        (folder / program.name).write_text(program.read_text())
+    command = [checker("pyright"), "--pythonpath", sys.executable, "--project", str(folder), "--outputjson"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    problems = json.loads(ran.stdout)["generalDiagnostics"]
+    return {(Path(problem["file"]).name, problem["range"]["start"]["line"] + 1) for problem in problems}
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize("check", [by_mypy, by_pyright])
+def test_a_checker_in_strict_mode_accepts_a_program_and_refuses_each_mistake(
+    check: Callable[[Path], Found], tmp_path: Path
+):
+    marks = ("# wrong", "# pyright") if check is by_pyright else ("# wrong",)
+    lines = PROGRAMS[1].read_text().splitlines()
+    wrong = {("wrong.py", number) for number, line in enumerate(lines, 1) if line.endswith(marks)}
+    assert len(wrong) >= 10
+    assert check(tmp_path) == wrong
+
+
+def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    found = inspect.signature(function).parameters.values()
+    return [(parameter.name, parameter.kind, parameter.default) for parameter in found]
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        (tasks.discover_inputs, tasks._like_inputs),
+        (tasks.kickoff_crew, tasks._like_kickoff),
+        (tasks.resume_crew, tasks._like_resume),
+        (tasks.stop_crew, tasks._like_stop),
+    ],
+)
+def test_submit_and_map_have_the_parameters_of_their_task(task: Any, names: Callable[..., Any]):
+    assert parameters(names) == parameters(task.fn)
+
+
+@pytest.mark.parametrize("options", [tasks._WaitOptions, tasks._WaitNames])
+def test_the_wait_has_the_options_of_its_function(options: Any):
+    own = {"crew", "kickoff_id", "output_type"}
+    assert {*options.__annotations__} - {"wait_for"} == {*inspect.signature(tasks.wait_for_crew.fn).parameters} - own
+
+
+def test_the_options_of_a_batch_are_the_same_in_its_three_places():
+    signature = inspect.signature(arun_batch).parameters
+    assert {*BatchArguments.__annotations__} == BatchOptions.model_fields.keys()
+    for name, field in BatchOptions.model_fields.items():
+        assert signature[name].default == field.default, name
+
+
+def test_the_fields_of_a_block_are_those_that_type_checkers_know():
+    module = ast.parse(Path(blocks.__file__).read_text())
+    fields = next(part for part in ast.walk(module) if isinstance(part, ast.ClassDef) and part.name == "BlockFields")
+    names = [
+        part.target.id for part in fields.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+    ]
+    assert ["url", "token", *sorted(names)] == [
+        "url",
+        "token",
+        *sorted({*DeployedCrew.model_fields} - {"url", "token"}),
+    ]
