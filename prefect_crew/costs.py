@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Literal
 
-from prefect_crew._text import sparkline
-from prefect_crew.artifacts.escape import cell, table
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.exceptions import CrewError
-from prefect_crew.prices import Spending, money
+from prefect_crew.prices import Spending
 from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.records.prune import FLOW_RUN_ID, read_by_id
 from prefect_crew.records.store import PrefectRecords
@@ -119,29 +117,3 @@ async def _with_flows(rows: Sequence[CostRow]) -> list[CostRow]:
     names = {flow_id: flow["name"] for flow_id, flow in flows.items()}
     known = {run_id: {"flow": names.get(run["flow_id"]), "tags": run["tags"]} for run_id, run in runs.items()}
     return [replace(row, **known.get(row.flow_run_id, {})) for row in rows]
-
-
-HEADER = ("Runs", "Tokens", "Cost", "Without tokens")
-
-
-def cells(name: str, spending: Spending) -> tuple[str, ...]:
-    """Return the row of a table, under a first title and `HEADER`."""
-    tokens = f"{spending.tokens:,}" if spending.reported else "–"
-    return name, f"{spending.runs:,}", tokens, money(spending.cost), f"{spending.runs - spending.reported:,}"
-
-
-def costs_markdown(rows: Sequence[CostRow], gaps: Sequence[str], *, since: date) -> str:
-    """Return the page of costs: a table by crew, and a chart and a table by day."""
-    total = Spending.sum(row.spending for row in rows)
-    days = grouped(rows, "day")
-    parts = [f"## Costs since {since}", f"{total.runs:,} runs: {total}."]
-    last = max((row.day for row in rows), default=since)
-    every = [days.get(str(since + timedelta(number)), Spending()) for number in range((last - since).days + 1)]
-    costs = [spending.cost or 0.0 for spending in every]
-    what, figures = ("Cost", costs) if any(costs) else ("Tokens", [float(spending.tokens) for spending in every])
-    if chart := sparkline(figures):
-        parts.append(f"{what} by day, {since} to {last}: `{chart}`")
-    for by, groups in (("crew", grouped(rows, "crew")), ("day", days)):
-        shown = [cells(cell(name), spending) for name, spending in groups.items()]
-        parts += [f"### By {by}", table((by.capitalize(), *HEADER), shown)]
-    return "\n\n".join([*parts, *map(cell, gaps)]) + "\n"

@@ -15,15 +15,15 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from prefect_crew import CrewFailedError, Price, aget_result, arun_crew
 from prefect_crew.client.models import TokenUsage
-from prefect_crew.costs import CostRow, costs_markdown, grouped, read_costs
+from prefect_crew.costs import CostRow, grouped, read_costs
 from prefect_crew.devserver import CrewScript
 from prefect_crew.devserver._runs import Outcome, Run
 from prefect_crew.devserver._scripts import ScriptedProgram
-from prefect_crew.operations import costs_page
 from prefect_crew.prices import Spending, money
 from prefect_crew.records.model import utcnow
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
+from support.deployed import load_flow
 from support.prefect_server import PrefectServer
 from support.records import attempts, key
 
@@ -66,15 +66,6 @@ def test_rows_are_added_up_and_what_is_unknown_stays_so():
 )
 def test_a_cost_is_rounded_only_when_it_is_shown(cost: float | None, shown: str):
     assert money(cost) == shown
-
-
-def test_the_page_has_a_chart_by_day_and_escapes_names():
-    rows = [replace(ROWS[0], day=ONE + timedelta(days=number), crew="a|b") for number in (0, 1, 4)]
-    page = costs_markdown([*rows, *ROWS], ["Batch 'x' is left out."], since=ONE)
-    assert "Cost by day, 2001-05-01 to 2001-05-05: `█▄▁▁▂`" in page
-    assert "a\\|b" in page
-    assert "(1 of 6 runs reported no tokens; the cost of 1 of 6 runs is unknown)" in page
-    assert "Batch 'x' is left out." in page
 
 
 @pytest.fixture
@@ -158,9 +149,9 @@ async def test_a_flow_keeps_the_page(prefect_api: PrefectServer, crew_server: Cr
         await arun_crew(crew, {"text": "tea"})
 
     await once()
-    said = await costs_page(days=2)
-    assert "tokens, cost" in said
+    summary = await load_flow("costs_page.py:costs_page")(days=2)
+    assert "tokens, cost" in summary
     async with get_client() as client:
-        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=["crew-costs"]))
-        pages = [str(one.data) for one in await client.read_artifacts(artifact_filter=wanted)]
-    assert any("### By crew" in page and str(utcnow().date()) in page for page in pages)
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=["crew-costs-by-crew", "crew-costs-by-day"]))
+        tables = [json.loads(str(page.data)) for page in await client.read_artifacts(artifact_filter=wanted)]
+    assert {str(utcnow().date()), crew.label} <= {row.get("day", row.get("crew")) for table in tables for row in table}

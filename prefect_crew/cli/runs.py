@@ -18,9 +18,9 @@ from prefect_crew.cli import _output
 from prefect_crew.cli._options import CrewOfRun, Ledger, Output, Yes
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.client.models import StopOutcome
-from prefect_crew.costs import HEADER, cells, grouped, read_costs
+from prefect_crew.costs import grouped, read_costs
 from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError
-from prefect_crew.prices import Spending
+from prefect_crew.prices import Spending, money
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
@@ -401,11 +401,18 @@ async def costs(
     """
     rows, missed = await read_costs([by], since=from_, until=to)
     groups, total = grouped(rows, by), Spending.sum(row.spending for row in rows)
-    shown = [cells(name, spent) for name, spent in groups.items()]
-    if len(shown) > 1:
-        shown.append(cells("together", total))
-    found = [{"name": name, **spent.as_dict()} for name, spent in groups.items()]
-    as_json = output and {"by": by, "groups": found, "total": total.as_dict(), "missing": missed}
-    _output.put_rows((by.capitalize(), *HEADER), shown, empty="No run has ended in this time.", json=as_json)
+    rows_shown = [_cells(name, spending) for name, spending in groups.items()]
+    if len(rows_shown) > 1:
+        rows_shown.append(_cells("together", total))
+    sums = [{"name": name, **spending.as_dict()} for name, spending in groups.items()]
+    as_json = output and {"by": by, "groups": sums, "total": total.as_dict(), "missing": missed}
+    titles = (by.capitalize(), "Runs", "Tokens", "Cost", "Without tokens")
+    _output.put_rows(titles, rows_shown, empty="No run has ended in this time.", json=as_json)
     for line in ([f"{total.unknown}."] if total.unknown else []) + missed:
         _output.note(line, "yellow")
+
+
+def _cells(name: str, spending: Spending) -> tuple[str, ...]:
+    """Return the row of a table about what runs used and cost."""
+    tokens = f"{spending.tokens:,}" if spending.reported else "–"
+    return name, f"{spending.runs:,}", tokens, money(spending.cost), f"{spending.runs - spending.reported:,}"

@@ -215,7 +215,7 @@ NOT_COPIED = ("__pycache__", ".env", ".venv", ".pytest_cache", "results")
 
 
 def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is empty, or not there yet.")], /) -> None:
-    """Write a project to start from: a scheduled crew, a pipeline and a batch for a crew worker, with a test."""
+    """Write a project to start from: what to deploy on a crew worker, with a test, and flows to copy and change."""
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
         raise ConfigurationError(f"{folder} is not an empty folder: nothing was written. Give the name of a new one.")
     for source, target in _sources():
@@ -231,5 +231,5 @@ def _sources() -> list[tuple[Path, str]]:
     package = Path(__file__).parents[1]
     if (starter := package / "starter").is_dir():
         return [(starter, "")]
-    repository = package.parent  # an editable install: pyproject.toml has the same two folders for the wheel
-    return [(repository / "deployments" / "starter", ""), (repository / "flows" / "crews", "crews")]
+    repository = package.parent  # an editable install: pyproject.toml names the same files for the wheel
+    return [(repository / "deployments" / "starter", ""), (repository / "flows", "flows")]

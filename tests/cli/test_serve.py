@@ -97,10 +97,12 @@ def test_the_help_lists_the_faults(here):
 
 # init
 
+ROOT = Path(__file__).parents[2]
 WRITTEN = {
     *("README.md", "prefect.yaml", "topics.csv", "requirements.txt", "tests/test_deployments.py"),
     *("compose.yaml", "Dockerfile", ".env.example", ".dockerignore", ".gitignore"),
-    *(f"crews/{name}.yaml" for name in ("draft", "research", "review", "write")),
+    *(f"flows/crews/{name}.yaml" for name in ("draft", "research", "review", "write")),
+    *(f"flows/{path.name}" for path in (ROOT / "flows").glob("*.py")),
 }
 
 
@@ -115,7 +117,7 @@ def test_a_project_is_written(here, tmp_path: Path):
 
 def test_the_wheel_has_what_is_written_and_nothing_else():
     """Listed file by file: a folder would take along a .env that somebody has made to try the project."""
-    build = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     listed = build["targets"]["wheel"]["force-include"]
     assert {target.removeprefix("prefect_crew/starter/") for target in listed.values()} == WRITTEN - {
         "requirements.txt"

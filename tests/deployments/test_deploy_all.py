@@ -20,12 +20,12 @@ IN_PROCESSES = [
     "fan-out/cities",
     "batch-file/by-hand",
     "watch-folder/inbox",
+    "costs-page/page",
     "follow-up/after-research",
 ]
 ON_THE_CREW_WORKER = {
     "deployed-crew/evenings": "prefect_crew.run_deployed_crew",
     "deployed-pipeline/report": "prefect_crew.run_deployed_pipeline",
-    "costs-page/page": "prefect_crew.operations.costs_page",
     "prune-records/sweep": "prefect_crew.operations.prune_records",
 }
 RECOVER = "recover/crashed"

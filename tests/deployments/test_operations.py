@@ -14,8 +14,6 @@ from support.prefect_server import PrefectServer
 
 INPUTS: dict[str, dict[str, Any]] = {
     "batch_file": {"crew": "echo", "dataset": "rows.csv", "name": "rows of KIND", "output": "rows.jsonl"},
-    "watch_folder": {"crew": "echo", "folder": "inbox", "output": "outbox", "unchanged_seconds": 0.0},
-    "costs_page": {"days": 7},
     "prune_records": {"dry_run": True, "older_than_days": 30},
     "recover": {"max_attempts": 5},
 }
@@ -24,14 +22,12 @@ INPUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["crew", "process"])
 def test_each_is_deployed_and_run_without_the_repository(kind: str, prefect_server: PrefectServer, tmp_path: Path):
     (tmp_path / "rows.csv").write_text("text\ntea\n")
-    (tmp_path / "inbox").mkdir()
-    (tmp_path / "inbox" / "new.csv").write_text(f"text\nmilk on {kind}\n")  # its content names its batch
     with CrewPool(prefect_server, tmp_path, kind=kind) as pool:
         crew = pool.add_crew("echo", "echo")
         pool.worker(f"operations-{kind}")
         started: dict[str, str] = {}
         for name, inputs in INPUTS.items():
-            paths = {"dataset", "folder", "output"} & set(inputs)
+            paths = {"dataset", "output"} & set(inputs)
             given = {**inputs, **{path: str(tmp_path / inputs[path]) for path in paths}}
             (tmp_path / "inputs.json").write_text(json.dumps(given).replace("KIND", kind))
             line = ("prefect-crew", "deploy", "--flow", f"prefect_crew.operations.{name}", "--pool", pool.name)
@@ -47,6 +43,5 @@ def test_each_is_deployed_and_run_without_the_repository(kind: str, prefect_serv
         assert ended == dict.fromkeys(INPUTS, "COMPLETED")
         # A process sends its last logs after its last state.
         wait_until(lambda: "left alone" in pool.logs(started["recover"]), seconds=30, what="the recovery's log")
-        assert crew.kickoffs == 2
+        assert crew.kickoffs == 1
     assert (tmp_path / "rows.jsonl").exists()
-    assert (tmp_path / "inbox" / "done" / "new.csv").exists()

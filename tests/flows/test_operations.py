@@ -1,11 +1,7 @@
-"""The flows to deploy as they are: a batch of a file, a folder whose new files are run once, pruning, recovering."""
+"""The flows to deploy as they are: a batch of a file, pruning, recovering."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,8 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pendin
 
 from prefect_crew import BatchFailedError, arun_crew
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.operations import batch_file, prune_records, recover, watch_folder
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.operations import batch_file, prune_records, recover
 from prefect_crew.records.store import PrefectRecords
 from support.prefect_server import PrefectServer
 from support.records import let_pass
@@ -29,36 +25,6 @@ from support.scripts import script
 
 ECHO = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
-
-
-class Folder:
-    """A folder that the flow watches."""
-
-    def __init__(self, place: Path) -> None:
-        self.inbox, self.outbox = place / "inbox", place / "outbox"
-        self.inbox.mkdir()
-
-    def receive(self, name: str, text: str, *, age: float = 60.0) -> Path:
-        path = self.inbox / name
-        path.write_text(text)
-        past = path.stat().st_mtime - age
-        os.utime(path, (past, past))
-        return path
-
-    async def look(self, crew: str, **more: Any) -> list[dict[str, Any]]:
-        return await watch_folder(crew, str(self.inbox), str(self.outbox), **more)
-
-    @property
-    def files(self) -> set[str]:
-        return {str(path.relative_to(self.inbox)) for path in self.inbox.rglob("*") if path.is_file()}
-
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for path in self.outbox.glob("*.jsonl") for line in path.read_text().splitlines()]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    return Folder(tmp_path)
 
 
 @pytest.fixture
@@ -83,124 +49,13 @@ async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_
     assert report["completed"] == 2
 
 
-async def test_a_password_as_a_parameter_is_refused_and_not_repeated(echo: CrewServer, folder: Folder):
-    calls: list[Any] = [(batch_file, "rows.csv", "a batch", "out.jsonl"), (watch_folder, str(folder.inbox), "out")]
-    for operation, *given in calls:
-        for ledger in ("postgresql://me:hunter2@db.test/x", "postgresql://db.test/x?password=hunter2"):
-            with pytest.raises(ConfigurationError, match=r"holds a password.*secret://NAME") as refused:
-                await operation("batch-echo", *given, ledger=ledger)
-            assert "hunter2" not in str(refused.value)
+async def test_a_password_as_a_parameter_is_refused_and_not_repeated(echo: CrewServer):
+    operation: Any = batch_file
+    for ledger in ("postgresql://me:hunter2@db.test/x", "postgresql://db.test/x?password=hunter2"):
+        with pytest.raises(ConfigurationError, match=r"holds a password.*secret://NAME") as refused:
+            await operation("batch-echo", "rows.csv", "a batch", "out.jsonl", ledger=ledger)
+        assert "hunter2" not in str(refused.value)
     assert echo.kickoffs == 0
-
-
-async def test_a_new_file_is_run_once_and_moved(echo: CrewServer, folder: Folder):
-    assert await folder.look("batch-echo") == []
-    folder.receive("a.csv", "topic\ntea\nmilk\n")
-    folder.receive("b.csv", "topic\ncake\n")
-    folder.receive("fresh.csv", "topic\nstill being writ", age=0)
-    folder.receive("notes.txt", "no rows")
-    reports = await folder.look("batch-echo")
-    assert [report["completed"] for report in reports] == [2, 1]
-    assert folder.files == {"done/a.csv", "done/b.csv", "fresh.csv", "notes.txt"}
-    assert await folder.look("batch-echo") == []
-    assert echo.kickoffs == 3
-    # The same file again starts nothing new; another one of its name is.
-    folder.receive("a.csv", "topic\ntea\nmilk\n")
-    await folder.look("batch-echo")
-    assert echo.kickoffs == 3
-    folder.receive("a.csv", "topic\nwine\n")
-    await folder.look("batch-echo")
-    assert echo.kickoffs == 4
-    assert folder.files >= {"done/a.csv", "done/a-again.csv", "done/a-again-again.csv"}
-    assert sorted(line["output"] for line in folder.lines()) == ["on cake", "on milk", "on tea", "on wine"]
-
-
-async def test_two_looks_at_once_start_nothing_twice(echo: CrewServer, folder: Folder):
-    for number in range(3):
-        folder.receive(f"{number}.csv", f"topic\ntea {number}\nmilk {number}\n")
-    looks = await asyncio.gather(*(folder.look("batch-echo") for _ in range(3)))
-    assert sum(report["kickoffs"] for look in looks for report in look) == echo.kickoffs == 6
-    await folder.look("batch-echo")
-    assert folder.files == {"done/0.csv", "done/1.csv", "done/2.csv"}
-    assert echo.kickoffs == len(folder.lines()) == 6
-
-
-async def test_a_look_that_is_cut_off_is_gone_on_with(save_crew: Any, folder: Folder):
-    slow = save_crew("batch-slow", script({"seconds": 20, "output": "on {{ topic }}"}, inputs=["topic"]))
-    folder.receive("a.csv", "topic\n" + "".join(f"topic {number}\n" for number in range(8)))
-    looking = asyncio.ensure_future(folder.look("batch-slow", options={"max_in_flight": 5}))
-    while slow.kickoffs < 5:
-        await asyncio.sleep(0.02)
-    looking.cancel()  # by nobody who asked for a stop, as when a machine goes down
-    await asyncio.gather(looking, return_exceptions=True)
-    assert folder.files == {"a.csv"}
-    (report,) = await folder.look("batch-slow")
-    assert (report["completed"], slow.kickoffs) == (8, 8)
-    assert folder.files == {"done/a.csv"}
-    assert len(folder.lines()) == 8
-
-
-async def test_a_file_whose_batch_dies_in_the_middle_stays_and_is_named(save_crew: Any, folder: Folder):
-    slow = save_crew("batch-slow", script({"seconds": 0.1, "output": "on {{ topic }}"}, inputs=["topic"]))
-    path = folder.receive("growing.csv", "topic\n" + "tea\n" * 900)
-    looking = asyncio.ensure_future(folder.look("batch-slow", options={"max_in_flight": 5}))
-    while slow.kickoffs < 5:
-        await asyncio.sleep(0.01)
-    with path.open("a") as file:
-        file.write("late\n" * 900)
-    with pytest.raises(CrewError, match=r"growing\.csv \(batch 'growing\.csv-[0-9a-f]{12}', DatasetError: .*changed"):
-        await looking
-    assert folder.files == {"growing.csv"}
-
-
-async def test_a_file_of_which_rows_go_on_is_not_done(save_crew: Any, folder: Folder):
-    server = save_crew("batch-late", script({"seconds": 600, "output": "on {{ topic }}"}, inputs=["topic"]))
-    server.faults.add("kickoff:422@1")
-    folder.receive("late.csv", "topic\ntea\nmilk\n")
-    options: dict[str, Any] = {"wait": {"initial": 0.1, "timeout": 0.3}, "max_in_flight": 1}
-    (report,) = await folder.look("batch-late", options=options)
-    assert (report["failed"], report["unfinished"], folder.files) == (2, 2, {"late.csv"})
-    (report,) = await folder.look("batch-late", options=options)
-    assert (report["unfinished"], server.kickoffs, folder.files) == (2, 2, {"late.csv"}), "it goes on with both rows"
-
-
-@pytest.mark.parametrize(
-    "name", ["{scheduled_start} {x}.csv", "x" * 200 + ".csv", "ü" * 124 + ".csv", "two\nlines.csv"], ids=str.__len__
-)
-async def test_a_file_may_have_any_name(echo: CrewServer, folder: Folder, name: str):
-    folder.receive(name, "topic\ntea\n")
-    (report,) = await folder.look("batch-echo")
-    assert (report["completed"], folder.files) == (1, {f"done/{name}"})
-
-
-async def test_what_cannot_be_run_is_set_apart_and_the_others_go_on(echo: CrewServer, folder: Folder):
-    folder.receive("bad.csv", "subject\ntea\n")
-    folder.receive("empty.csv", "")
-    folder.receive("good.csv", "topic\ntea\n")
-    (report,) = await folder.look("batch-echo", pattern="**/*.csv")
-    assert (report["completed"], echo.kickoffs) == (1, 1)
-    assert await folder.look("batch-echo", pattern="**/*.csv") == []
-    assert folder.files == {"refused/bad.csv", "refused/empty.csv", "done/good.csv"}
-
-
-async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(echo: CrewServer, folder: Folder):
-    first = folder.receive("a.csv", "topic\ntea\n", age=120)
-    folder.receive("b.csv", "topic\nmilk\n", age=90)
-    folder.receive("c.csv", "topic\nrye\n", age=60)
-    # The lines of the oldest cannot be written: something else is there.
-    taken = folder.outbox / f"a.csv-{hashlib.sha256(first.read_bytes()).hexdigest()[:12]}.jsonl"
-    taken.mkdir(parents=True)
-    for looks in (1, 2):
-        with pytest.raises(
-            CrewError, match=r"batches of 1 of \d files in .*a\.csv \(batch 'a.csv-\w+', OutputError: .*The next run"
-        ) as caught:
-            await folder.look("batch-echo")
-        assert "b.csv" not in str(caught.value)
-        assert echo.kickoffs == 2, f"after {looks} looks"
-        assert folder.files == {"a.csv", "done/b.csv", "done/c.csv"}
-    taken.rmdir()
-    (report,) = await folder.look("batch-echo")
-    assert (report["completed"], folder.files) == (1, {"done/a.csv", "done/b.csv", "done/c.csv"})
 
 
 # The sweep: old ended runs go, everything else stays

@@ -36,8 +36,10 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture
 def crews(crew_server: CrewServerFactory, instant_polling: None) -> dict[str, CrewServer]:
-    """The crews of the folder crews, each stored under its name. The two fixtures come with prefect-crew."""
-    servers = {script.stem: crew_server(str(script), speed=50) for script in (PROJECT / "crews").glob("*.yaml")}
+    """The crews of the folder flows/crews, each stored under its name. The two fixtures come with prefect-crew."""
+    servers = {
+        script.stem: crew_server(str(script), speed=50) for script in (PROJECT / "flows" / "crews").glob("*.yaml")
+    }
     for name, server in servers.items():
         server.crew().save(name, overwrite=True)
     return servers

@@ -1,0 +1,36 @@
+"""A page of what runs have used and cost: an artifact that a deployment with a schedule keeps up to date."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import acreate_table_artifact
+
+from prefect_crew import Spending
+from prefect_crew.costs import grouped, read_costs
+
+
+@flow
+async def costs_page(days: int = 30) -> str:
+    """Write the artifacts `crew-costs-by-crew` and `crew-costs-by-day`, and return the sum in words.
+
+    Args:
+        days: How far they go back, in days (UTC), today included.
+    """
+    since = datetime.now(UTC).date() - timedelta(days=days - 1)
+    rows, gaps = await read_costs(["crew", "day"], since=since)
+    for gap in gaps:
+        get_run_logger().warning("%s", gap)
+    for by in ("crew", "day"):
+        table = [
+            {by: name, "runs": spending.runs, "tokens": spending.tokens, "cost": spending.cost}
+            for name, spending in grouped(rows, by).items()
+        ]
+        # An artifact without rows has no columns.
+        await acreate_table_artifact(
+            table or [{by: "none", "runs": 0, "tokens": 0, "cost": None}],
+            key=f"crew-costs-by-{by}",
+            description=" ".join([f"What crews have used and cost since {since}.", *gaps]),
+        )
+    return str(Spending.sum(row.spending for row in rows))
