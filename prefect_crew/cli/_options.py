@@ -200,21 +200,21 @@ class CrewOfRun(CrewAccess):
         )
 
 
-def read_pairs(pairs: Sequence[str], value: str = "value") -> dict[str, str]:
-    """Return `name=value` pairs as a dictionary; a value may hold further equals signs.
+def read_pairs(option: str, pairs: Sequence[str], value: str = "value") -> dict[str, str]:
+    """Return the `name=value` pairs of an option as a dictionary; a value may hold further equals signs.
 
     Raises:
         ConfigurationError: One is no such pair, or a name is given twice.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
         if not sign or not name.strip():
-            raise ConfigurationError(f"-i {pair!r}: give it as name={value}.")
-        if name in found:
-            raise ConfigurationError(f"-i {name}: it is given twice.")
-        found[name] = text
-    return found
+            raise ConfigurationError(f"{option} {pair!r}: give it as name={value}.")
+        if name in values:
+            raise ConfigurationError(f"{option} {name}: it is given twice.")
+        values[name] = text
+    return values
 
 
 def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, An
     Raises:
         ConfigurationError: A pair is none; the file cannot be read, or holds no object; or a value cannot be sent.
     """
-    inputs = read_pairs(pairs or ())
+    inputs = read_pairs("-i", pairs or ())
     if file is None:
         return inputs
     import yaml

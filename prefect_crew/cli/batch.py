@@ -72,8 +72,8 @@ class BatchChoices:
 
     Args:
         ledger: A path, a PostgreSQL URL or secret://NAME; if left out, a file next to a local export.
-        key: The column that holds the key of each row, not a key as in `run`; if left out, a digest of the inputs.
-        inputs: An input, as name=COLUMN, not name=value as in `run`, or name='text with {{ COLUMN }}'; can be repeated.
+        key_column: The column that holds the key of each row; if left out, a digest of the row's inputs.
+        map: An input and its column, as NAME=COLUMN, or NAME='text with {{ COLUMN }}'; can be repeated.
         format: The file's format, if its name does not tell.
         encoding: The encoding of a text file.
         delimiter: What separates the fields of a CSV file, such as ';'; a comma if left out.
@@ -84,8 +84,8 @@ class BatchChoices:
     """
 
     ledger: str | None = None
-    key: str | None = None
-    inputs: Annotated[list[str] | None, Parameter(name=["--input", "-i"])] = None
+    key_column: str | None = None
+    map: Annotated[list[str] | None, Parameter(negative=())] = None
     format: Literal["csv", "tsv", "jsonl", "json", "parquet"] | None = None
     encoding: str = "utf-8-sig"
     delimiter: str | None = None
@@ -96,9 +96,14 @@ class BatchChoices:
 
     def options(self) -> dict[str, Any]:
         """Return them as `arun_batch` and `aplan_batch` take them."""
-        inputs = read_pairs(self.inputs or (), "COLUMN, or as a template over them") or None
-        delimiter = "\t" if self.delimiter == "\\t" else self.delimiter  # what a person types for a tab
-        return {**vars(self), "inputs": inputs, "delimiter": delimiter}
+        options = {
+            **vars(self),
+            "key": self.key_column,
+            "inputs": read_pairs("--map", self.map or (), "COLUMN") or None,
+        }
+        options["delimiter"] = "\t" if self.delimiter == "\\t" else self.delimiter  # what a person types for a tab
+        del options["key_column"], options["map"]
+        return options
 
 
 @Parameter(name="*")

@@ -83,9 +83,9 @@ def call(name: str, output: str) -> Callable[..., tuple[str, ...]]:
 
 def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, call, name: str, leads: str, output: str):
     server, crew = picky()
-    planned = here("batch", "plan", crew, leads, "--key", "id", "--seconds-per-run", "90", "-o", "json")
+    planned = here("batch", "plan", crew, leads, "--key-column", "id", "--seconds-per-run", "90", "-o", "json")
     assert (planned.code, planned.json["rows"], planned.json["seconds"], server.kickoffs) == (0, 3, 90, 0)
-    ran = here(*call(crew, leads, "--key", "id", "-o", "json"))
+    ran = here(*call(crew, leads, "--key-column", "id", "-o", "json"))
     assert (ran.code, ran.json["completed"], ran.json["failed"], ran.json["kickoffs"]) == (6, 2, 1, 3)
     assert ran.json["flow_run_url"].endswith(ran.json["flow_run_id"])
     assert f"Batch {name}: checking every row" in ran.err
@@ -121,13 +121,24 @@ def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: 
     _, block = picky()
     for part, rows in (("1", "0:2"), ("2", "2:")):
         given = ("--name", f"{name}/{part}", "--export", str(tmp_path / f"{part}.jsonl"), "--rows", rows)
-        here("batch", "run", block, leads, "--key", "id", *given)
+        here("batch", "run", block, leads, "--key-column", "id", *given)
     assert [one["name"] for one in here("batch", "ls", f"{name}/*", "-o", "json").json] == [f"{name}/1", f"{name}/2"]
     found = here("batch", "inspect", f"{name}/*", "-o", "json").json
     assert (found["total"], found["completed"], found["failed"], len(found["batches"])) == (3, 2, 1, 2)
     assert here("batch", "inspect", f"{name}/*").out.splitlines()[-1].split()[:4] == ["together", "3", "2", "1"]
     # A name may have the signs of a pattern in it.
-    here("batch", "run", block, leads, "--key", "id", "--name", f"{name} [eu]", "--export", str(tmp_path / "eu.jsonl"))
+    here(
+        "batch",
+        "run",
+        block,
+        leads,
+        "--key-column",
+        "id",
+        "--name",
+        f"{name} [eu]",
+        "--export",
+        str(tmp_path / "eu.jsonl"),
+    )
     assert here("batch", "inspect", f"{name} [eu]", "-o", "json").json["name"] == f"{name} [eu]"
     assert [one["name"] for one in here("batch", "ls", f"{name} [eu]", "-o", "json").json] == [f"{name} [eu]"]
 
@@ -138,9 +149,9 @@ def test_what_cannot_be_run_is_said_by_line_and_refused_or_set_aside(
     server, crew = picky()
     path = tmp_path / "dirty.csv"
     path.write_text("id,topic\na,tea\nb\nc,\n")
-    given = call(crew, str(path), "--key", "id")
+    given = call(crew, str(path), "--key-column", "id")
     assert here("batch", "plan", crew, str(path)).code == 6
-    planned = here("batch", "plan", crew, str(path), "--key", "id", "--on-bad-row", "set-aside")
+    planned = here("batch", "plan", crew, str(path), "--key-column", "id", "--on-bad-row", "set-aside")
     assert planned.code == 0
     for part in ("1 rows, 1 to run", "Line 3 cannot be run: has 1 fields", "Line 4 cannot be run: lacks topic"):
         assert part in planned.out
@@ -164,17 +175,17 @@ def test_another_delimiter_is_said_and_given(here, picky, call, tmp_path: Path):
     said = here(*call(crew, str(path)))
     assert (said.code, server.kickoffs) == (2, 0)
     assert "has one column, 'id;topic'. If its fields are separated by ';', give --delimiter ';'" in said.err
-    ran = here(*call(crew, str(path), "--delimiter", ";", "--key", "id"))
+    ran = here(*call(crew, str(path), "--delimiter", ";", "--key-column", "id"))
     assert (ran.code, server.kickoffs) == (0, 1), ran.err
     path.write_text("id\ttopic\na\ttea\n")
-    assert here("batch", "plan", crew, str(path), "--delimiter", "\\t", "--key", "id").code == 0
+    assert here("batch", "plan", crew, str(path), "--delimiter", "\\t", "--key-column", "id").code == 0
 
 
 def test_a_row_that_was_corrected_is_retried_and_a_conflict_is_not_told_to_be(
     here, picky, call, name: str, leads: str, output: str
 ):
     server, crew = picky()
-    here(*call(crew, leads, "--key", "id"))
+    here(*call(crew, leads, "--key-column", "id"))
     Path(leads).write_text("id,topic\na,coffee\nb,good milk\nc,cake\n")
     changed = here("batch", "retry", name, "--yes")
     assert (changed.code, "--on-change continue" in changed.err, server.kickoffs) == (1, True, 3)
@@ -189,7 +200,7 @@ def test_an_input_of_a_column_that_is_not_there_is_said_once(here, picky, call, 
     _, crew = picky()
     path = tmp_path / "rows.jsonl"
     path.write_text('{"topic": "tea"}\n' * 20)
-    said = here(*call(crew, str(path), "-i", "topic=topci"))
+    said = here(*call(crew, str(path), "--map", "topic=topci"))
     assert said.code == 6
     assert "none of its 20 rows can be run: input 'topic' is taken from column topci (did you mean topic?)" in said.err
     assert "(a constant text is a template as well: {{ 'text' }})" in said.err
@@ -262,7 +273,7 @@ def test_a_batch_of_which_nothing_could_be_stopped_says_so(
     here, picky, call, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch
 ):
     server, crew = picky(faults=["stop:500"])
-    here(*call(crew, leads, "--key", "id"))
+    here(*call(crew, leads, "--key-column", "id"))
     asyncio.run(in_flight(f"{output}.ledger.db", name, 40, crew=crew, crew_url=server.url))
     stop, at_once = CrewClient.stop, [0, 0]
 
@@ -285,7 +296,7 @@ def test_a_flow_run_that_prefect_does_not_cancel_is_not_told_as_cancelled(
     here, picky, call, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch
 ):
     _, crew = picky()
-    flow_run_id = UUID(here(*call(crew, leads, "--key", "id", "-o", "json")).json["flow_run_id"])
+    flow_run_id = UUID(here(*call(crew, leads, "--key-column", "id", "-o", "json")).json["flow_run_id"])
 
     async def running() -> None:
         async with get_client() as client:
@@ -319,7 +330,7 @@ def test_a_pattern_that_no_batch_has_is_an_error_and_a_ledger_elsewhere_none(
             "run",
             block,
             leads,
-            "--key",
+            "--key-column",
             "id",
             "--name",
             f"{name}/{part}",
@@ -339,7 +350,7 @@ def test_failed_rows_are_started_again_by_the_name_alone_up_to_the_crews_limit(
 ):
     server, crew = picky()
     monkeypatch.chdir(tmp_path)
-    here("batch", "run", crew, "leads.csv", "--name", name, "--export", "out.jsonl", "--key", "id")
+    here("batch", "run", crew, "leads.csv", "--name", name, "--export", "out.jsonl", "--key-column", "id")
     monkeypatch.chdir("/")
     resumed = here("batch", "resume", name)
     assert (resumed.code, server.kickoffs, "prefect-crew batch retry" in resumed.err) == (6, 3, True)
@@ -359,7 +370,7 @@ def test_inputs_come_from_columns_and_templates(here, picky, call, name: str, tm
     path = tmp_path / "rows.csv"
     path.write_text("what,how\ntea,hot\n", encoding="utf-16")
     options = ("--encoding", "utf-16", "--on-failure", "stop", "--max-in-flight", "3", "--timeout", "30")
-    ran = here(*call(crew, str(path), "-i", "topic={{ how }} {{ what }}", *options))
+    ran = here(*call(crew, str(path), "--map", "topic={{ how }} {{ what }}", *options))
     assert ran.code == 0, ran.err
     assert ran.out.startswith(f"Batch {name}: 1 of 1 rows completed in ")
     assert json.loads(Path(output).read_text())["output"] == "on hot tea"
@@ -373,7 +384,7 @@ def test_a_model_of_the_working_directory_goes_with_the_name(
     (tmp_path / f"{module}.py").write_text("import pydantic\nclass Tea(pydantic.BaseModel):\n    cups: int\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
-    assert here(*call(crew, leads, "--key", "id", "--output-type", f"{module}:Tea")).code == 6
+    assert here(*call(crew, leads, "--key-column", "id", "--output-type", f"{module}:Tea")).code == 6
     assert here("batch", "retry", name, "--yes", "--key", "a", "-o", "json").json["kickoffs"] == 1
     assert lines(output) == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
 
@@ -411,7 +422,7 @@ def test_an_uncertain_row_is_resolved_and_gone_on_with(
     here, picky, call, name: str, leads: str, output: str, started: bool
 ):
     server, crew = picky(faults=["kickoff:drop-after-accept@1"])
-    ran = here(*call(crew, leads, "--key", "id", "-o", "json"))
+    ran = here(*call(crew, leads, "--key-column", "id", "-o", "json"))
     (row,) = ran.json["uncertain_keys"]
     key = f"batch/{name}/{row}"
     assert (ran.code, server.kickoffs) == (6, 3)
