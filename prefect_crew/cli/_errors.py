@@ -47,8 +47,8 @@ def is_signal(error: BaseException) -> bool:
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of an error: that of the first of its classes that has one."""
-    found = (code for kind in type(error).__mro__ for code, kinds in CODES.items() if kind in kinds)
-    return next(found, TERMINATED if is_signal(error) else OTHER)
+    codes = (code for kind in type(error).__mro__ for code, kinds in CODES.items() if kind in kinds)
+    return next(codes, TERMINATED if is_signal(error) else OTHER)
 
 
 def message(error: BaseException, run: str | None = None) -> str:
@@ -63,24 +63,24 @@ def message(error: BaseException, run: str | None = None) -> str:
     # They come from Prefect's client: those of the crew's client are errors of this package.
     from prefect_crew._internal.prefect_errors import HTTP_ERRORS
 
-    said = reason(error)
+    text = reason(error)
     if isinstance(error, CrewError | CycloptsError):
         for words, plain in _PLAIN.items():
-            said = re.sub(words, plain, said)
-        return by_options(said)
+            text = re.sub(words, plain, text)
+        return by_options(text)
     response: Any = getattr(error, "response", None)
     is_away = response is None or response.status_code in (502, 503, 504)
-    if (isinstance(error, HTTP_ERRORS) and is_away) or "Failed to reach API" in said:
+    if (isinstance(error, HTTP_ERRORS) and is_away) or "Failed to reach API" in text:
         return (
-            f"The Prefect API does not answer ({type(error).__name__}: {said}). Start a server with `prefect server "
+            f"The Prefect API does not answer ({type(error).__name__}: {text}). Start a server with `prefect server "
             "start`, or check PREFECT_API_URL: prefect-crew doctor."
         )
     if response is not None or any(kind.__module__ == "prefect.exceptions" for kind in type(error).__mro__):
-        refusal = said if response is None else _refusal(response)
+        refusal = text if response is None else _refusal(response)
         return f"The Prefect API refused: {refusal}. To check what it needs: prefect-crew doctor."
     if isinstance(error, OSError) and error.args:
-        return said
-    return " ".join(filter(None, [f"{type(error).__name__}: {said}.", run, "This is unexpected: --debug shows more."]))
+        return text
+    return " ".join(filter(None, [f"{type(error).__name__}: {text}.", run, "This is unexpected: --debug shows more."]))
 
 
 def reason(error: BaseException) -> str:
@@ -118,8 +118,8 @@ _ARGUMENT = re.compile(
 def by_options(text: str) -> str:
     """Return a text that names arguments of functions with the options of the command line in their place."""
 
-    def option(found: re.Match[str]) -> str:
-        value = shlex.quote(found[2]) if found[2] else found[3]
-        return " ".join(filter(None, (f"--{found[1].replace('_', '-')}", value)))
+    def option(match: re.Match[str]) -> str:
+        value = shlex.quote(match[2]) if match[2] else match[3]
+        return " ".join(filter(None, (f"--{match[1].replace('_', '-')}", value)))
 
     return _ARGUMENT.sub(option, text)

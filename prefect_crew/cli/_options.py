@@ -108,13 +108,13 @@ class CrewAccess:
         from prefect_crew.blocks import load_crew
 
         try:
-            found = await load_crew(crew)
+            loaded_crew = await load_crew(crew)
         except ConfigurationError:
             raise
         except ValueError as error:
             raise ConfigurationError(f"The block {crew!r} cannot be loaded: {reason(error)}") from None
-        _output.current.hide(found.token.get_secret_value())
-        return found
+        _output.current.hide(loaded_crew.token.get_secret_value())
+        return loaded_crew
 
     async def client(self, crew: str) -> CrewClient:
         """Return a client for a URL, without any Prefect, or for a stored crew."""
@@ -171,25 +171,25 @@ class CrewOfRun(CrewAccess):
             ConfigurationError: A crew is given, and it is not that of the run.
         """
         try:
-            found = await self.load(self.crew or record.crew)
+            loaded_crew = await self.load(self.crew or record.crew)
         except ConfigurationError:
             if self.crew is not None:
                 raise
             return None
-        if found.url == record.crew_url:
-            return found
+        if loaded_crew.url == record.crew_url:
+            return loaded_crew
         if self.crew is None:
             return None
         raise ConfigurationError(
-            f"Run {record.idempotency_key!r} is of the crew at {record.crew_url}, not of {found.url}."
+            f"Run {record.idempotency_key!r} is of the crew at {record.crew_url}, not of {loaded_crew.url}."
         )
 
     async def need(self, record: RunRecord) -> Crew:
         """Return the crew of a run. Raises CrewError if it has to be given."""
-        found = await self.find(record)
-        if found is None:
+        loaded_crew = await self.find(record)
+        if loaded_crew is None:
             raise CrewError(self.missing(record))
-        return found
+        return loaded_crew
 
     @staticmethod
     def missing(record: RunRecord) -> str:
@@ -249,12 +249,12 @@ def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, An
     return inputs
 
 
-def read_text(file: Path, what: str) -> str:
+def read_text(file: Path, content: str) -> str:
     """Return the text of a file, - is standard input. Raises ConfigurationError if it cannot be read as UTF-8."""
     try:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"The {what} in {file} cannot be read: {error}.") from None
+        raise ConfigurationError(f"The {content} in {file} cannot be read: {error}.") from None
 
 
 def wait_policy(crew: Crew, timeout: float | None) -> WaitPolicy | None:

@@ -251,31 +251,31 @@ class Progress(AbstractContextManager["Progress"]):
     def phase(self, text: str, hint: str = "") -> None:
         """Say what is waited for from now on. `hint`: that it may take long."""
         self._since = time.monotonic()
-        shown = f"{text}{f' ({hint})' if hint else ''}"
+        line = f"{text}{f' ({hint})' if hint else ''}"
         if self._is_live:
-            self._draw(shown)
+            self._draw(line)
         elif hint or not self._is_quiet:
-            note(f"{shown} …")
+            note(f"{line} …")
 
     def watch(self, run: OpenRun, status: CrewStatus | None) -> None:
         """Take in a run and its status, as a crew's `on_status` is called."""
-        seen = self.seen
-        if seen is None or seen.kickoff_id != run.kickoff_id:
+        watched = self.seen
+        if watched is None or watched.kickoff_id != run.kickoff_id:
             from prefect_crew._internal.prefect_api import flow_run_id  # Prefect is loaded by now
 
             in_flow_run = flow_run_id() or (run.record.flow_run_id if run.record else None)
-            seen = SeenRun(run.crew.label, run.kickoff_id, run.idempotency_key, in_flow_run)
-            self.seen = current.seen = seen
-            note(f"Crew {seen.label}: {'kicked off' if run.owned else 'found'} run {seen.kickoff_id}")
+            watched = SeenRun(run.crew.label, run.kickoff_id, run.idempotency_key, in_flow_run)
+            self.seen = current.seen = watched
+            note(f"Crew {watched.label}: {'kicked off' if run.owned else 'found'} run {watched.kickoff_id}")
         if status is not None:
             task = None if status.current_task is None or run.show == "none" else run.redact_name(status.current_task)
-            for line in seen.update(status, task and " ".join(task.split())[:80]):
-                note(f"Crew {seen.label}: {line}")
-        if seen.state.ended:
+            for line in watched.update(status, task and " ".join(task.split())[:80]):
+                note(f"Crew {watched.label}: {line}")
+        if watched.state.ended:
             self.close()
         elif self._is_live:
-            word = "waits for a person" if seen.state is CrewState.WAITING else str(seen.state)
-            self._draw(f"Crew {seen.label} {word}{seen.share}", since=seen.since)
+            word = "waits for a person" if watched.state is CrewState.WAITING else str(watched.state)
+            self._draw(f"Crew {watched.label} {word}{watched.share}", since=watched.since)
 
     def watch_batch(self, progress: BatchProgress) -> None:
         """Show how a batch stands: what `on_progress` of `run_batch` is given."""
@@ -290,8 +290,8 @@ class Progress(AbstractContextManager["Progress"]):
         elif self._is_live or phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
             self.close()
             self._said_at = time.monotonic()
-            said = (f"{progress.done:,} of {progress.total:,} rows", figures(progress))
-            note(f"Batch {name}: {' · '.join(filter(None, said))}")
+            parts = (f"{progress.done:,} of {progress.total:,} rows", figures(progress))
+            note(f"Batch {name}: {' · '.join(filter(None, parts))}")
 
     def close(self) -> None:
         """Stop drawing."""

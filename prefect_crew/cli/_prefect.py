@@ -36,8 +36,8 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
     Raises:
         PrefectAwayError: It does not answer, or none is set and Prefect may not start its own.
     """
-    with Progress(quiet=True) as shown:
-        shown.phase("Loading Prefect")
+    with Progress(quiet=True) as progress:
+        progress.phase("Loading Prefect")
         importlib.import_module("prefect.main")  # which sets up the logging that _quiet_logs changes
         from prefect.settings import get_current_settings
 
@@ -47,7 +47,7 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
         if url:
             from prefect_crew._internal.prefect_errors import shown_url
 
-            shown.phase(f"Asking the Prefect API at {shown_url(url)}")
+            progress.phase(f"Asking the Prefect API at {shown_url(url)}")
             _check(url)
         elif lasting or not settings.server.ephemeral.enabled:
             why = "this needs a Prefect server that stays"
@@ -56,7 +56,7 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
                 "Start one with `prefect server start`, then set PREFECT_API_URL=http://127.0.0.1:4200/api."
             )
         else:
-            shown.phase("Starting Prefect's embedded server", "10 to 20 seconds the first time")
+            progress.phase("Starting Prefect's embedded server", "10 to 20 seconds the first time")
             _start_embedded()
     return url
 
@@ -73,8 +73,8 @@ def _check(url: str) -> None:
         # Raised here, since the client would wait before it gives up, and takes a page of another server for an answer.
         is_page = response.is_success and "html" in response.headers.get("Content-Type", "")
         if is_page or response.is_error:
-            said = f"GET {response.url.path} was answered with {'a page' if is_page else response.status_code}"
-            raise PrefectHTTPStatusError(said, request=response.request, response=response)
+            problem = f"GET {response.url.path} was answered with {'a page' if is_page else response.status_code}"
+            raise PrefectHTTPStatusError(problem, request=response.request, response=response)
 
     timeout = httpx.Timeout(ANSWER_WITHIN, connect=ANSWER_WITHIN / 4)  # the client tries to connect four times
     asking = {"timeout": timeout, "event_hooks": {"response": [judge]}}
@@ -191,7 +191,7 @@ def _quiet_logs() -> None:
     for name in ("EventsWorker", "APILogWorker"):
         # As the process exits, they count what they still send. That is no problem, and no filter is left by then.
         logging.getLogger(name).setLevel(logging.ERROR)
-    said = set[str]()
+    messages = set[str]()
 
     def route(record: logging.LogRecord) -> bool:
         try:
@@ -205,8 +205,8 @@ def _quiet_logs() -> None:
             matters = "Retry " in text
         else:
             matters = record.levelno >= logging.ERROR
-        if matters and text not in said:
-            said.add(text)
+        if matters and text not in messages:
+            messages.add(text)
             _output.note(text)
         return False
 

@@ -99,8 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for argument, following in pairwise([*own, ""]):
         if argument.startswith("--token") and not argument.startswith("--token-file"):
             invocation.hide(argument.partition("=")[2] or following)
-        elif argument.startswith("--ledger") and (found := _PASSWORD.search(argument.partition("=")[2] or following)):
-            invocation.hide(found[1] or found[2])
+        elif argument.startswith("--ledger") and (
+            password := _PASSWORD.search(argument.partition("=")[2] or following)
+        ):
+            invocation.hide(password[1] or password[2])
             _output.note(
                 "Other users of this machine can see the password in --ledger. Give secret://NAME, a Prefect Secret "
                 "block that holds the URL.",
@@ -153,9 +155,9 @@ def run(arguments: list[str]) -> int:
         CycloptsError: The line makes no sense.
         Exception: Whatever the command raises.
     """
-    with Progress(quiet=True) as shown:
+    with Progress(quiet=True) as progress:
         if arguments and arguments[0] in LAZY:
-            shown.phase("Loading Prefect")
+            progress.phase("Loading Prefect")
         command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     answer: Any = command(*bound.args, **bound.kwargs)
     if iscoroutine(answer):
@@ -168,27 +170,27 @@ def run(arguments: list[str]) -> int:
 
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Write an error for people, and with `-o json` for programs; return its exit code."""
-    seen = _output.current.seen
-    code, text = _errors.exit_code(error), _errors.message(error, seen and seen.on_record)
+    watched = _output.current.seen
+    code, text = _errors.exit_code(error), _errors.message(error, watched and watched.on_record)
     if _output.current.debug:
         sys.stderr.write(_output.redact("".join(traceback.format_exception(error))))
     _output.note(text, "bold" if _errors.is_signal(error) else "red")
     facts = {
-        name: getattr(error, name, None) or getattr(seen, name, None)
+        name: getattr(error, name, None) or getattr(watched, name, None)
         for name in ("idempotency_key", "kickoff_id", "task", "flow_run_id")
     }
     facts["flow_run_url"] = page_url(facts["flow_run_id"])
-    known = {name: value for name, value in facts.items() if value is not None}
-    if "task" in known and isinstance(error, CrewError):
-        _output.note(f"The crew was last seen at task {known['task']}.", "dim")
-    if known.get("idempotency_key", "") not in text:
-        _output.note(f"Idempotency key {known['idempotency_key']}", "dim")
-    if "flow_run_url" in known:
-        _output.note(known["flow_run_url"], "dim")
+    facts_of_run = {name: value for name, value in facts.items() if value is not None}
+    if "task" in facts_of_run and isinstance(error, CrewError):
+        _output.note(f"The crew was last seen at task {facts_of_run['task']}.", "dim")
+    if facts_of_run.get("idempotency_key", "") not in text:
+        _output.note(f"Idempotency key {facts_of_run['idempotency_key']}", "dim")
+    if "flow_run_url" in facts_of_run:
+        _output.note(facts_of_run["flow_run_url"], "dim")
     if isinstance(error, CycloptsError):
         _output.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
     if as_json:
-        _output.put_json({"error": {"type": type(error).__name__, "message": text, "exit_code": code, **known}})
+        _output.put_json({"error": {"type": type(error).__name__, "message": text, "exit_code": code, **facts_of_run}})
     return code
 
 

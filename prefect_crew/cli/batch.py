@@ -154,10 +154,15 @@ def run(
     if choices.retry_failed:
         _confirm_retry(name, yes)
 
-    async def call(shown: Progress) -> BatchReport:
-        found = await access.load(crew)
-        given: dict[str, Any] = {"name": name, "output": export, "wait": wait_policy(found, timeout), **options}
-        return await arun_batch(found, dataset, on_progress=shown.watch_batch, **given)
+    async def call(progress: Progress) -> BatchReport:
+        loaded_crew = await access.load(crew)
+        arguments: dict[str, Any] = {
+            "name": name,
+            "output": export,
+            "wait": wait_policy(loaded_crew, timeout),
+            **options,
+        }
+        return await arun_batch(loaded_crew, dataset, on_progress=progress.watch_batch, **arguments)
 
     return _run(name, call, output, by_name=not is_url(crew))
 
@@ -182,15 +187,15 @@ async def _run(
     _look_here()
     shell_name = shlex.quote(name)
     try:
-        with Progress() as shown:
-            report = await call(shown)
+        with Progress() as progress:
+            report = await call(progress)
     except (asyncio.CancelledError, KeyboardInterrupt):
         again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call again"
         stop = f"prefect-crew batch cancel {shell_name}"
         _output.note(f"To go on where it stopped: {again}. To stop the runs in flight: {stop}")
         raise
-    page = page_url(shown.flow_run_id)
-    as_json = output and {**report.as_dict(), "flow_run_id": shown.flow_run_id, "flow_run_url": page}
+    page = page_url(progress.flow_run_id)
+    as_json = output and {**report.as_dict(), "flow_run_id": progress.flow_run_id, "flow_run_url": page}
     _output.put(by_options(str(report)), json=as_json)
     if page:
         _output.note(page, "dim")
@@ -227,11 +232,11 @@ async def plan(
         export: Its file of results, next to which its ledger is.
         seconds_per_run: How long one run takes; if left out, the mean of the runs in the ledger.
     """
-    loaded = await access.load(crew)
-    given: dict[str, Any] = {"seconds_per_run": seconds_per_run, **choices.options()}
-    found = await aplan_batch(loaded, dataset, name=name, output=export, **given)
-    _output.put(by_options(str(found)), json=output and found.as_dict())
-    return ROWS if found.bad_count and choices.on_bad_row == "refuse" else 0
+    loaded_crew = await access.load(crew)
+    arguments: dict[str, Any] = {"seconds_per_run": seconds_per_run, **choices.options()}
+    batch_plan = await aplan_batch(loaded_crew, dataset, name=name, output=export, **arguments)
+    _output.put(by_options(str(batch_plan)), json=output and batch_plan.as_dict())
+    return ROWS if batch_plan.bad_count and choices.on_bad_row == "refuse" else 0
 
 
 @app.command
@@ -242,9 +247,9 @@ async def ls(
     output: Output = None,
 ) -> None:
     """List the batches that the Prefect server knows, and where their ledgers are."""
-    found = await _list(pattern)
-    as_json = output and [{"name": name, "ledger": ledger} for name, ledger in found]
-    _output.put_rows(("Batch", "Ledger"), found, empty=NONE, json=as_json)
+    batches = await _list(pattern)
+    as_json = output and [{"name": name, "ledger": ledger} for name, ledger in batches]
+    _output.put_rows(("Batch", "Ledger"), batches, empty=NONE, json=as_json)
 
 
 async def _list(pattern: str) -> list[tuple[str, str]]:
@@ -266,14 +271,14 @@ async def inspect(
             status = await batch.status()
         _output.put("\n".join(_about(status)), json=output and asdict(status))
         return
-    found, missed = list[BatchStatus](), list[str]()
+    statuses, missed = list[BatchStatus](), list[str]()
     for fitting_name, _ in fitting:
         try:
             async with open_stored_batch(fitting_name, ledger) as batch:
-                found.append(await batch.status())
+                statuses.append(await batch.status())
         except CrewError as error:
             missed.append(f"Batch {fitting_name!r} is not counted: {error}")
-    _put_sum(found, missed, output)
+    _put_sum(statuses, missed, output)
     for sentence in missed:
         _output.note(sentence, "yellow")
 
@@ -282,67 +287,70 @@ NONE = "The Prefect server knows no such batch."
 SUMMED = ("total", "completed", "failed", "stopped", "uncertain", "in_flight", "left", "set_aside", "kickoffs")
 
 
-def _put_sum(found: list[BatchStatus], missed: list[str], output: str | None) -> None:
+def _put_sum(statuses: list[BatchStatus], missed: list[str], output: str | None) -> None:
     """Write how several batches stand, and all of them together. `missed` are those whose ledgers are not here."""
-    whole = {count: sum(getattr(one, count) for one in found) for count in SUMMED}
-    rows = [(one.name, *(f"{getattr(one, count):,}" for count in SUMMED)) for one in found]
-    if found:
+    whole = {count: sum(getattr(status, count) for status in statuses) for count in SUMMED}
+    rows = [(status.name, *(f"{getattr(status, count):,}" for count in SUMMED)) for status in statuses]
+    if statuses:
         rows.append(("together", *(f"{count:,}" for count in whole.values())))
     header = ("Batch", *(count.replace("_", " ").capitalize() for count in SUMMED))
-    as_json = output and {**whole, "batches": [asdict(one) for one in found], "missing": missed}
+    as_json = output and {**whole, "batches": [asdict(status) for status in statuses], "missing": missed}
     _output.put_rows(header, rows, empty="No ledger of these batches can be opened here.", json=as_json)
 
 
-def _how_to_go_on(found: BatchStatus) -> str:
+def _how_to_go_on(status: BatchStatus) -> str:
     """Return what a person does to go on with a batch; empty where it has run every row."""
-    if not (found.left or found.in_flight or found.owed):
+    if not (status.left or status.in_flight or status.owed):
         return ""
-    again = f"prefect-crew batch resume {shlex.quote(found.name)}"
-    return f"To go on where it stopped: {f'make the same call again ({found.why_not})' if found.why_not else again}"
+    again = f"prefect-crew batch resume {shlex.quote(status.name)}"
+    return f"To go on where it stopped: {f'make the same call again ({status.why_not})' if status.why_not else again}"
 
 
-def _about(found: BatchStatus) -> Iterator[str]:
-    yield f"Batch {found.name}: {found.completed:,} of {found.total:,} rows completed"
+def _about(status: BatchStatus) -> Iterator[str]:
+    yield f"Batch {status.name}: {status.completed:,} of {status.total:,} rows completed"
     words = {word: word.replace("_", " ") for word in SUMMED[2:-1]}
     words |= {"stopped": "of them stopped", "left": "not started yet"}
-    counts = (f"{count:,} {said}" for word, said in words.items() if (count := getattr(found, word)))
-    if said := " · ".join(counts):
-        yield f"  {said}"
-    if found.running:
+    counts = (f"{count:,} {summary}" for word, summary in words.items() if (count := getattr(status, word)))
+    if summary := " · ".join(counts):
+        yield f"  {summary}"
+    if status.running:
         yield "  A process runs it now"
-    elif again := _how_to_go_on(found):
+    elif again := _how_to_go_on(status):
         yield f"  No process runs it. {again}"
-    if found.waiting:
-        yield f"  {found.waiting:,} in flight wait for a person: prefect-crew reviews ls"
-    if found.set_aside:
-        shown = listed_rows(found.set_aside_rows, found.set_aside)
-        yield f"  Set aside: {shown}. All are in {found.set_aside_output}"
+    if status.waiting:
+        yield f"  {status.waiting:,} in flight wait for a person: prefect-crew reviews ls"
+    if status.set_aside:
+        listed = listed_rows(status.set_aside_rows, status.set_aside)
+        yield f"  Set aside: {listed}. All are in {status.set_aside_output}"
     seconds = ""
-    if found.median is not None and found.longest is not None:
-        seconds = f" · a row takes {duration(found.median)} (median), at most {duration(found.longest)}"
-    yield f"  {found.kickoffs:,} kickoffs{seconds}"
-    if found.output:
-        yield f"  Export: {found.output}"
-    yield f"  Ledger: {found.ledger}"
+    if status.median is not None and status.longest is not None:
+        seconds = f" · a row takes {duration(status.median)} (median), at most {duration(status.longest)}"
+    yield f"  {status.kickoffs:,} kickoffs{seconds}"
+    if status.output:
+        yield f"  Export: {status.output}"
+    yield f"  Ledger: {status.ledger}"
 
 
 @app.command
 async def failures(name: Name, /, *, ledger: Ledger = None, output: Output = None) -> None:
     """List the rows that failed, are uncertain or were set aside, with their runs and the reason."""
     async with open_stored_batch(name, ledger) as batch:
-        found, aside = [row async for row in batch.failures(None if output else SHOWN)], batch.entry.set_aside
+        rows_of_ledger, aside = [row async for row in batch.failures(None if output else SHOWN)], batch.entry.set_aside
     if output:
         bad = [{"key": None, "line": row.line, "state": SET_ASIDE, "error": row.reason} for row in aside.rows]
-        _output.put_json([*map(_as_json, found), *bad])
+        _output.put_json([*map(_as_json, rows_of_ledger), *bad])
         return
-    rows = [(row.key, (row.record and row.record.kickoff_id) or "", str(row.state), row.error or "") for row in found]
+    rows = [
+        (row.key, (row.record and row.record.kickoff_id) or "", str(row.state), row.error or "")
+        for row in rows_of_ledger
+    ]
     rows += [(f"line {row.line}", "", SET_ASIDE, row.reason) for row in aside.rows[:SHOWN]]
     _output.put_rows(("Row", "Run", "State", "Error"), rows, empty=f"No row of batch {name} failed.")
-    if len(found) == SHOWN:
+    if len(rows_of_ledger) == SHOWN:
         _output.note(f"The first {SHOWN}; -o json shows all.")
     if aside.count:
         _output.note(f"Rows that were set aside cannot be run. All {aside.count:,} are in {aside.output}.")
-    if first := next((row.record for row in found if str(row.state) in ("uncertain", "claimed")), None):
+    if first := next((row.record for row in rows_of_ledger if str(row.state) in ("uncertain", "claimed")), None):
         _output.note(
             f"To resolve an uncertain row, look at the crew's page, then: prefect-crew runs resolve "
             f"{shlex.quote(first.idempotency_key)} --kickoff-id ID, or --never-started."
@@ -350,8 +358,8 @@ async def failures(name: Name, /, *, ledger: Ledger = None, output: Output = Non
 
 
 def _as_json(row: LedgerRow) -> dict[str, Any]:
-    shown = {"idempotency_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"}
-    about = {} if row.record is None else row.record.model_dump(mode="json", include=shown)
+    fields = {"idempotency_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"}
+    about = {} if row.record is None else row.record.model_dump(mode="json", include=fields)
     return {"key": row.key, "state": str(row.state), "error": row.error or None, **about}
 
 
@@ -392,12 +400,12 @@ async def _go_on(
 ) -> int:
     """Call a batch again by its name."""
 
-    async def call(shown: Progress) -> BatchReport:
+    async def call(progress: Progress) -> BatchReport:
         async with open_stored_batch(name, ledger) as batch:
             if isinstance(retry_failed, tuple):
                 await batch.check_failed(retry_failed)
             again = batch.call(retry_failed=retry_failed, on_change=on_change)
-        report = await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=shown.watch_batch, **again)
+        report = await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=progress.watch_batch, **again)
         if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
             _output.note(
                 "No row was started again: each had as many kickoffs as the crew's max_attempts allows, is lost and "

@@ -106,9 +106,11 @@ async def _change(name: str, access: CrewAccess, changes: dict[str, Any]) -> Non
             f"delete the crew and store it anew: prefect block delete deployed-crew/{name}."
         ) from None
     await _save(name, block, overwrite=True)
-    kept = [field for field in _set_fields(block) if field not in {*changes, "url", "token", "allow_http"} - {"wait"}]
-    if kept:
-        _output.put(f"Kept as they were: {', '.join(kept)}.")
+    unchanged = [
+        field for field in _set_fields(block) if field not in {*changes, "url", "token", "allow_http"} - {"wait"}
+    ]
+    if unchanged:
+        _output.put(f"Kept as they were: {', '.join(unchanged)}.")
 
 
 def _set_fields(block: DeployedCrew) -> list[str]:
@@ -187,23 +189,23 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 @app.command
 async def ls(*, output: Output = None) -> None:
     """List the stored crews. To delete one: prefect block delete deployed-crew/NAME."""
-    found = await _read()
-    rows = [(one["name"], one.get("problem") or one["url"]) for one in found]
+    crews = await _read()
+    rows = [(crew["name"], crew.get("problem") or crew["url"]) for crew in crews]
     empty = "No crew is stored: prefect-crew crews save NAME --url URL."
-    _output.put_rows(("Crew", "URL"), rows, empty=empty, json=output and found)
+    _output.put_rows(("Crew", "URL"), rows, empty=empty, json=output and crews)
 
 
 @app.command
 async def inspect(name: Name, /, *, output: Output = None) -> None:
     """Show the fields of a stored crew, without its token."""
-    found = next((one for one in await _read() if one["name"] == name), None)
-    if found is None:
+    crew = next((stored_crew for stored_crew in await _read() if stored_crew["name"] == name), None)
+    if crew is None:
         raise ConfigurationError(f"No crew is stored under the name {name!r}. To list them: prefect-crew crews ls.")
-    if "problem" in found:
+    if "problem" in crew:
         await load_crew(name)  # which says what to do
-    fields = {**found, **{f"wait.{field}": value for field, value in found["wait"].items()}, "wait": None}
-    shown = [(field, str(value)) for field, value in fields.items() if value not in (None, [], "")]
-    _output.put_rows(("Field", "Value"), shown, json=output and found)
+    fields = {**crew, **{f"wait.{field}": value for field, value in crew["wait"].items()}, "wait": None}
+    rows = [(field, str(value)) for field, value in fields.items() if value not in (None, [], "")]
+    _output.put_rows(("Field", "Value"), rows, json=output and crew)
 
 
 async def _read() -> list[dict[str, Any]]:
@@ -213,12 +215,12 @@ async def _read() -> list[dict[str, Any]]:
             documents = await client.read_block_documents_by_type("deployed-crew", include_secrets=False)
         except ObjectNotFound:  # the block type is not registered: no crew was ever stored
             return []
-    found: list[dict[str, Any]] = []
-    for document in sorted(documents, key=lambda one: str(one.name)):
+    crews: list[dict[str, Any]] = []
+    for document in sorted(documents, key=lambda block_document: str(block_document.name)):
         try:
             block: DeployedCrew = DeployedCrew.model_validate(document.data)
         except ValidationError as error:
-            found.append({"name": document.name, "problem": reason(error)})
+            crews.append({"name": document.name, "problem": reason(error)})
             continue
-        found.append({"name": document.name, **block.model_dump(mode="json", exclude={"token"})})
-    return found
+        crews.append({"name": document.name, **block.model_dump(mode="json", exclude={"token"})})
+    return crews

@@ -119,19 +119,19 @@ def deploy(
         if page := page_url(deployment_id, "deployment"):
             _output.put(page)
         stored = await _stored(full_name)
-        for one in stored.schedules if stored else ():
-            if one.active:
+        for timetable in stored.schedules if stored else ():
+            if timetable.active:
                 whose = "Its earlier schedule stays" if schedule is None else "Its schedule"
-                _output.put(f"{whose}: {await describe_schedule(one.schedule)}")
-                if again := await shared_key(key, one.schedule):
+                _output.put(f"{whose}: {await describe_schedule(timetable.schedule)}")
+                if again := await shared_key(key, timetable.schedule):
                     shared = f"Several times of the schedule share the key {again!r}"
                     _output.note(f"{shared}: only the first of them starts a run.")
         if flow is not None:
-            given = "".join(f" -p {name}=…" for name in target.needed)
+            parameters = "".join(f" -p {name}=…" for name in target.needed)
         else:
-            given = json.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
-            given = f" -p {shlex.quote(f'inputs={given}')}" if target.needed else ""
-        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{given}")
+            parameters = json.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
+            parameters = f" -p {shlex.quote(f'inputs={parameters}')}" if target.needed else ""
+        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{parameters}")
         if stored and stored.work_pool_name:  # left out, it keeps the pool that it has
             _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(stored.work_pool_name)}")
         else:
@@ -210,17 +210,17 @@ async def backfill(
         dry_run: Show the times and create nothing.
     """
     runs = await create_runs(deployment, from_, to, schedule=schedule, dry_run=dry_run)
-    found: list[dict[str, Any]] = []
+    documents: list[dict[str, Any]] = []
     rows: list[tuple[str, ...]] = []
     for run in runs:
         created = run.created and not dry_run
         flow_run_id, state = (str(run.flow_run.id), run.flow_run.state_name) if run.flow_run else (None, None)
         about = {"scheduled_for": run.scheduled_for.isoformat(), "created": created}
-        found.append({**about, "flow_run_id": flow_run_id, "state": state})
+        documents.append({**about, "flow_run_id": flow_run_id, "state": state})
         word = "created" if created else state or "to create"
         rows.append((f"{run.scheduled_for:%Y-%m-%d %H:%M} UTC", word, page_url(flow_run_id) or flow_run_id or ""))
     empty = "The range has no time of that schedule."
-    _output.put_rows(("Time", "Run", "Where"), rows, empty=empty, json=output and found)
+    _output.put_rows(("Time", "Run", "Where"), rows, empty=empty, json=output and documents)
 
 
 automations = App(name="automations")
@@ -249,11 +249,11 @@ async def apply(
     async with get_client() as client:
         alerts = alert_automations(await _notification_block(client, notify), waiting=waiting) if notify else []
         recover_id, heartbeat = await _recover_id(client, pool), await slowest_heartbeat(client)
-        wanted = recovery_automations(recover_id, heartbeat=heartbeat, max_attempts=max_attempts)
-        done = {one.name: await apply_automation(client, one) for one in (*wanted, *alerts)}
-        found = await read_automations(client)
-    _put_automations(found, output, done)
-    if not output and not any("alert" in one.name for one in found):
+        recovery = recovery_automations(recover_id, heartbeat=heartbeat, max_attempts=max_attempts)
+        done = {automation.name: await apply_automation(client, automation) for automation in (*recovery, *alerts)}
+        stored = await read_automations(client)
+    _put_automations(stored, output, done)
+    if not output and not any("alert" in automation.name for automation in stored):
         _output.put("There are no alerts: give --notify TYPE/NAME, of a block that prefect block ls shows.")
 
 
@@ -268,13 +268,13 @@ async def ls(*, output: Output = None) -> None:
 async def rm(*, yes: Yes = False, output: Output = None) -> None:
     """Remove the automations of this package. To remove one of them: prefect automation delete NAME."""
     async with get_client() as client:
-        found = await read_automations(client)
-        if found:
-            _output.confirm(f"Remove the automations {', '.join(one.name for one in found)}?", yes=yes)
-        for one in found:
-            await client.delete_automation(one.id)
-    _put_automations(found, output, dict.fromkeys([one.name for one in found], "removed"))
-    if not output and found:
+        stored = await read_automations(client)
+        if stored:
+            _output.confirm(f"Remove the automations {', '.join(automation.name for automation in stored)}?", yes=yes)
+        for automation in stored:
+            await client.delete_automation(automation.id)
+    _put_automations(stored, output, dict.fromkeys([automation.name for automation in stored], "removed"))
+    if not output and stored:
         _output.put(f"The deployment stays. To delete it: prefect deployment delete {RECOVER}")
 
 
@@ -310,9 +310,14 @@ async def _recover_id(client: PrefectClient, pool: str | None) -> UUID:
     return UUID(deployment_id)
 
 
-def _put_automations(found: Sequence[Automation], output: str | None, changes: dict[str, str] | None = None) -> None:
+def _put_automations(
+    automations: Sequence[Automation], output: str | None, changes: dict[str, str] | None = None
+) -> None:
     """Write automations: what each does, and what has become of it or whether it is enabled."""
-    lines = [{"name": one.name, "enabled": one.enabled, "description": one.description} for one in found]
+    lines = [
+        {"name": automation.name, "enabled": automation.enabled, "description": automation.description}
+        for automation in automations
+    ]
     for line in lines if changes is not None else []:
         line["change"] = (changes or {}).get(str(line["name"]), "kept")
     rows: list[tuple[str, ...]] = []

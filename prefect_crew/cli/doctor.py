@@ -41,29 +41,29 @@ class Findings(list[Finding]):
         super().__init__()
         self._is_quiet = quiet
 
-    def add(self, level: Literal["ok", "warning", "problem"], subject: str, found: str, fix: str = "") -> None:
+    def add(self, level: Literal["ok", "warning", "problem"], subject: str, fact: str, fix: str = "") -> None:
         """Take one in."""
-        self.append(Finding(level, subject, found, fix))
+        self.append(Finding(level, subject, fact, fix))
         if not self._is_quiet:
             mark, style = MARKS[level]
-            _output.put(f"{mark} {subject}: {found}{f'{chr(10)}  → {fix}' if fix else ''}", style)
+            _output.put(f"{mark} {subject}: {fact}{f'{chr(10)}  → {fix}' if fix else ''}", style)
 
 
 def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: CrewAccess = CrewAccess()) -> int:
     """Check the Prefect API and, optionally, a crew, and suggest fixes. Nothing is kicked off."""
-    found = Findings(quiet=output is not None)
+    findings = Findings(quiet=output is not None)
     is_away, url = False, None
     try:
         url = reach_prefect()
     except PrefectAwayError as error:
         is_away = True
-        found.add("problem", "Prefect API", str(error))
+        findings.add("problem", "Prefect API", str(error))
     else:
         from prefect_crew._internal.prefect_errors import shown_url
 
         fix = "For workers, schedules and other machines: prefect server start, and set PREFECT_API_URL."
         embedded = "PREFECT_API_URL is not set: each command starts an embedded server."
-        found.add("ok", "Prefect API", f"{shown_url(url)} answers" if url else embedded, "" if url else fix)
+        findings.add("ok", "Prefect API", f"{shown_url(url)} answers" if url else embedded, "" if url else fix)
 
     async def look() -> None:
         nonlocal is_away
@@ -71,41 +71,41 @@ def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: Cr
 
         if not is_away:
             try:
-                await check_prefect(found)
+                await check_prefect(findings)
             except (*PREFECT_ERRORS, ValueError) as error:  # a page is no JSON, a ValueError
                 is_away = True
                 failed = f"{url or 'It'} was asked for more: {type(error).__name__}: {error}".splitlines()[0]
                 fix = "Check PREFECT_API_URL, and PREFECT_API_KEY or PREFECT_API_AUTH_STRING."
-                found.add("problem", "Prefect API", failed, fix)
+                findings.add("problem", "Prefect API", failed, fix)
         if crew is None:
             return
         if is_away and not is_url(crew):
-            found.add("problem", "crew", f"Without the Prefect API the block {crew!r} cannot be loaded.")
+            findings.add("problem", "crew", f"Without the Prefect API the block {crew!r} cannot be loaded.")
             return
         try:
             client = await access.client(crew)
         except CrewError as error:
-            found.add("problem", "crew", str(error))
+            findings.add("problem", "crew", str(error))
             return
         async with client:
-            await check_crew(client, found)
+            await check_crew(client, findings)
 
     asyncio.run(look())
-    problems = sum(finding.level == "problem" for finding in found)
-    as_json = output and {"problems": problems, "findings": [asdict(finding) for finding in found]}
+    problems = sum(finding.level == "problem" for finding in findings)
+    as_json = output and {"problems": problems, "findings": [asdict(finding) for finding in findings]}
     _output.put(f"\nProblems: {problems}.", json=as_json)
     return _errors.OTHER if problems else 0
 
 
-async def check_crew(client: CrewClient, found: Findings) -> None:
+async def check_crew(client: CrewClient, findings: Findings) -> None:
     """Look at a crew: its URL, TLS, token and `/inputs`. `client` is open."""
     url, is_healthy = urlsplit(client.url), True
     subject = "TLS" if url.scheme == "https" else "server"
     if url.scheme == "https" or url.hostname in ("127.0.0.1", "::1", "localhost"):
-        found.add("ok", "URL", client.url)
+        findings.add("ok", "URL", client.url)
     else:
         unsafe = f"{client.url} sends the token over the network without encryption."
-        found.add("warning", "URL", unsafe, "Use https, unless nobody else uses this network.")
+        findings.add("warning", "URL", unsafe, "Use https, unless nobody else uses this network.")
     try:
         is_healthy = await client.health()
     except AuthenticationError:
@@ -116,9 +116,9 @@ async def check_crew(client: CrewClient, found: Findings) -> None:
             "firewall or proxy is in between. For a CA of your own set SSL_CERT_FILE."
         )
         no_answer = f"No answer: {error.reason}." if isinstance(error, CrewConnectionError) else str(error)
-        found.add("problem", subject, no_answer, fix)
+        findings.add("problem", subject, no_answer, fix)
         return
-    found.add("ok", subject, "the certificate is accepted" if subject == "TLS" else "it answers")
+    findings.add("ok", subject, "the certificate is accepted" if subject == "TLS" else "it answers")
     try:
         inputs = await client.inputs()
     except AuthenticationError as error:
@@ -126,23 +126,25 @@ async def check_crew(client: CrewClient, found: Findings) -> None:
             "Copy it again from the Status tab of the crew's page; every crew has its own, and a User Bearer Token may "
             "do less than a Bearer Token. Then: prefect-crew crews save NAME --overwrite."
         )
-        found.add("problem", "token", f"It is refused with {error.status_code}.", fix)
+        findings.add("problem", "token", f"It is refused with {error.status_code}.", fix)
     except NotFoundError:
         if is_healthy:
             fix = "Check that the URL is the crew's own, without a path."
-            found.add("warning", "inputs", "GET /inputs is answered with 404, so no kickoff's inputs are checked.", fix)
+            findings.add(
+                "warning", "inputs", "GET /inputs is answered with 404, so no kickoff's inputs are checked.", fix
+            )
         else:
             fix = "Copy the URL again from the Status tab of the crew's page."
-            found.add("problem", "crew", "All is answered with 404: there seems to be no crew at this URL.", fix)
+            findings.add("problem", "crew", "All is answered with 404: there seems to be no crew at this URL.", fix)
     except CrewError as error:
-        found.add("problem", "inputs", str(error), "Until this works, no kickoff's inputs are checked.")
+        findings.add("problem", "inputs", str(error), "Until this works, no kickoff's inputs are checked.")
     else:
-        found.add("ok", "token", "it is accepted")
+        findings.add("ok", "token", "it is accepted")
         names = ", ".join(f"{item.name}{'' if item.required else ' (optional)'}" for item in inputs)
-        found.add("ok", "inputs", f"the crew takes {names or 'none that it names'}")
+        findings.add("ok", "inputs", f"the crew takes {names or 'none that it names'}")
 
 
-async def check_prefect(found: Findings) -> None:
+async def check_prefect(findings: Findings) -> None:
     """Look at Prefect, whose API is known to answer: versions, the block type, records, pools of crew workers.
 
     Raises:
@@ -157,25 +159,25 @@ async def check_prefect(found: Findings) -> None:
         server = await client.api_version()
         if _numbers(server) < _numbers(own):
             old = f"It is {server}, older than the {own} that is installed here."
-            found.add("warning", "Prefect server", old, "Upgrade it: a server is at least as new as its clients.")
+            findings.add("warning", "Prefect server", old, "Upgrade it: a server is at least as new as its clients.")
         else:
-            found.add("ok", "Prefect server", f"version {server}; here: {own}")
+            findings.add("ok", "Prefect server", f"version {server}; here: {own}")
         try:
             blocks = await client.read_block_documents_by_type("deployed-crew")
             names = ", ".join(sorted(str(block.name) for block in blocks)) or "none"
-            found.add("ok", "block type", f"it is registered; stored crews: {names}")
+            findings.add("ok", "block type", f"it is registered; stored crews: {names}")
         except ObjectNotFound:
             fix = "prefect block register -m prefect_crew, or store a crew: prefect-crew crews save NAME --url URL."
-            found.add("warning", "block type", "deployed-crew is not registered.", fix)
-        await _check_records(found)
-        await _check_pools(client, found)
+            findings.add("warning", "block type", "deployed-crew is not registered.", fix)
+        await _check_records(findings)
+        await _check_pools(client, findings)
 
 
 def _numbers(version: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3]]
 
 
-async def _check_records(found: Findings) -> None:
+async def _check_records(findings: Findings) -> None:
     """See whether a record can be written, and a second one of its name cannot."""
     from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
     from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
@@ -188,21 +190,21 @@ async def _check_records(found: Findings) -> None:
     first, second = (RunRecord.model_validate({**about, **state, "owner": str(uuid4())}) for _ in range(2))
     try:
         claimed = await records.claim(first), await records.claim(second)
-        read = [one.owner for one in await records.attempts(first.idempotency_key)]
+        read = [record.owner for record in await records.attempts(first.idempotency_key)]
         await records.delete(first)
     except PREFECT_ERRORS as error:
         failed = f"A Variable could not be written, read and removed: {type(error).__name__}: {error}".splitlines()[0]
         fix = "Runs are recorded in Prefect Variables: the API key needs the permission to write them."
-        found.add("problem", "records", failed, fix)
+        findings.add("problem", "records", failed, fix)
         return
     if (claimed, read) == ((True, False), [first.owner]):
-        found.add("ok", "records", "one was claimed once, read and removed")
+        findings.add("ok", "records", "one was claimed once, read and removed")
     else:
         fix = "Do not run crews with this Prefect API: two calls with one key could start two runs."
-        found.add("problem", "records", "A record could be claimed twice, or was not read back.", fix)
+        findings.add("problem", "records", "A record could be claimed twice, or was not read back.", fix)
 
 
-async def _check_pools(client: PrefectClient, found: Findings) -> None:
+async def _check_pools(client: PrefectClient, findings: Findings) -> None:
     """Look at each pool of crew workers: who is online, and what those that are gone have left."""
     from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterType
 
@@ -217,13 +219,13 @@ async def _check_pools(client: PrefectClient, found: Findings) -> None:
         online = ", ".join(sorted(worker for worker, is_online in workers.items() if is_online))
         begun = await read_flow_runs(client, pool.name, *BEGUN)
         orphans = [run for run in begun if is_orphan(run, workers)]
-        left = [
+        orphaned = [
             run for run in orphans if worker_name(run.infrastructure_pid) or (run.state and run.state.timestamp < since)
         ]
-        said = f"workers online: {online or 'none'}; flow runs begun: {len(begun)}"
+        summary = f"workers online: {online or 'none'}; flow runs begun: {len(begun)}"
         fix = "" if online else f"prefect worker start --pool {shlex.quote(pool.name)}"
-        if left:
-            gone = sorted({worker_name(run.infrastructure_pid) or "without a name" for run in left})
-            said += f", {len(left)} of them left by workers that are gone ({', '.join(gone)})"
+        if orphaned:
+            gone = sorted({worker_name(run.infrastructure_pid) or "without a name" for run in orphaned})
+            summary += f", {len(orphaned)} of them left by workers that are gone ({', '.join(gone)})"
             fix = fix or "Workers that are online take them within two heartbeats."
-        found.add("warning" if fix else "ok", f"crew pool {pool.name}", said, fix)
+        findings.add("warning" if fix else "ok", f"crew pool {pool.name}", summary, fix)

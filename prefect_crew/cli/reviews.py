@@ -136,10 +136,10 @@ async def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions
         record, records = await find_run_in_flight(run, stores)
         opened = OpenRun(await crew.need(record), str(record.kickoff_id), record)
         review = Review(approve=approve, feedback=feedback, option=options.option, by=options.by or _user_name())
-        _, sent = await answer_run(opened, records, review, task_id=options.task, round=options.round)
+        _, written = await answer_run(opened, records, review, task_id=options.task, round=options.round)
     facts = {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id}
-    as_json = options.output and {**facts, **sent.model_dump(mode="json")}
-    _output.put(f"Run {record.kickoff_id}: {_sentence(sent)}", json=as_json)
+    as_json = options.output and {**facts, **written.model_dump(mode="json")}
+    _output.put(f"Run {record.kickoff_id}: {_sentence(written)}", json=as_json)
 
 
 def _user_name() -> str:

@@ -41,16 +41,16 @@ def inputs(crew: CrewName, /, *, output: Output = None, access: CrewAccess = Cre
         async with await access.client(crew) as client:
             return await client.inputs()
 
-    found = asyncio.run(ask())
+    crew_inputs = asyncio.run(ask())
     columns: dict[str, list[str]] = {
-        "Input": [item.name for item in found],
-        "Needed": ["required" if item.required else "optional" for item in found],
-        "Default": ["" if item.default is None else str(item.default) for item in found],
-        "Type": [item.type or "" for item in found],
-        "Description": [item.description or "" for item in found],
+        "Input": [item.name for item in crew_inputs],
+        "Needed": ["required" if item.required else "optional" for item in crew_inputs],
+        "Default": ["" if item.default is None else str(item.default) for item in crew_inputs],
+        "Type": [item.type or "" for item in crew_inputs],
+        "Description": [item.description or "" for item in crew_inputs],
     }
     columns = {name: column for name, column in columns.items() if any(column)}
-    as_json = output and [item.model_dump(mode="json") for item in found]
+    as_json = output and [item.model_dump(mode="json") for item in crew_inputs]
     rows = zip(*columns.values(), strict=True)
     _output.put_rows([*columns], rows, empty="The crew names no inputs.", json=as_json)
 
@@ -79,38 +79,38 @@ def run(
         restore_from: The id of a saved state of a CrewAI Flow, from which the run starts.
         allow_extra: Also send inputs that the crew does not name.
     """
-    given = gather_inputs(inputs, input_file)
+    values = gather_inputs(inputs, input_file)
     if force_new:
         _output.confirm("--force-new starts a new run, even if one with this key is in flight. Go on?", yes=yes)
 
     async def run_it() -> None:
         from prefect_crew.flows import arun_crew
 
-        with Progress() as shown:
-            found = replace(await access.load(crew), on_status=shown.watch)
+        with Progress() as progress:
+            loaded_crew = replace(await access.load(crew), on_status=progress.watch)
             if allow_extra:
-                found = replace(found, allow_extra_inputs=True)
-            shown.phase(f"Crew {found.label}: checking the inputs, and looking for a run of this key")
+                loaded_crew = replace(loaded_crew, allow_extra_inputs=True)
+            progress.phase(f"Crew {loaded_crew.label}: checking the inputs, and looking for a run of this key")
             answer = await arun_crew(
-                found,
-                given,
+                loaded_crew,
+                values,
                 name=name,
                 idempotency_key=key,
                 force_new=force_new,
                 restore_from=restore_from,
-                wait=wait_policy(found, timeout),
+                wait=wait_policy(loaded_crew, timeout),
             )
-        put_result(answer, shown.seen, as_json=output is not None)
+        put_result(answer, progress.seen, as_json=output is not None)
 
     return run_it()
 
 
-def put_result(answer: CrewResult, seen: SeenRun | None, *, as_json: bool) -> None:
+def put_result(answer: CrewResult, watched: SeenRun | None, *, as_json: bool) -> None:
     """Write a result: as JSON, or its text, with where to find it on standard error."""
-    flow_run_id = seen.flow_run_id if seen else None
+    flow_run_id = watched.flow_run_id if watched else None
     page = page_url(flow_run_id)
     if as_json:
-        where = {"crew": seen and seen.label, "flow_run_id": flow_run_id, "flow_run_url": page}
+        where = {"crew": watched and watched.label, "flow_run_id": flow_run_id, "flow_run_url": page}
         _output.put_json({**where, **_plain(answer)})
         return
     _output.put_markdown(answer.output)

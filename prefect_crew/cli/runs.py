@@ -136,12 +136,12 @@ def short_name(record: RunRecord) -> str:
 @asynccontextmanager
 async def _status_call(record: RunRecord, crew: CrewOfRun) -> AsyncGenerator[Look | None]:
     """Give the status call of a run's crew; None, and a note, where the crew is not known."""
-    found = await crew.find(record)
-    if found is None:
+    loaded_crew = await crew.find(record)
+    if loaded_crew is None:
         _output.note(f"The crew's server was not asked. {crew.missing(record)}")
         yield None
     else:
-        async with found.client() as client:
+        async with loaded_crew.client() as client:
             yield client.status
 
 
@@ -177,12 +177,12 @@ async def ls(
         only: Only these; can be repeated.
         all_: Also those that have ended.
     """
-    chosen, records, order = set(only or (Condition if all_ else OPEN)), PrefectRecords(), list(Condition)
+    conditions, records, order = set(only or (Condition if all_ else OPEN)), PrefectRecords(), list(Condition)
     ended = (RecordPhase.ENDED, RecordPhase.NOT_STARTED)
-    phases = [phase for phase in RecordPhase if not chosen <= set(OPEN) or phase not in ended]
-    found = [await look_at(record, records) async for record in records.all(*phases)]
+    phases = [phase for phase in RecordPhase if not conditions <= set(OPEN) or phase not in ended]
+    looks = [await look_at(record, records) async for record in records.all(*phases)]
     lines = sorted(
-        (line for line in found if line.condition in chosen),
+        (line for line in looks if line.condition in conditions),
         key=lambda line: (order.index(line.condition), -line.since.timestamp()),
     )
     rows = [(line.word, short_name(line.record), line.record.crew, ago(line.since)) for line in lines]
@@ -198,7 +198,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
     """Show every attempt at one idempotency key, and ask the crew about one in flight."""
     records = PrefectRecords()
     attempts = await _attempts(run, records)
-    lines, status = [await look_at(one, records) for one in attempts], None
+    lines, status = [await look_at(attempt, records) for attempt in attempts], None
     latest = latest_start(attempts) or attempts[-1]
     if latest.phase is RecordPhase.STARTED and latest.kickoff_id is not None:
         async with _status_call(latest, crew) as look:
@@ -207,11 +207,11 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
             except CrewError as error:
                 _output.note(str(error))
     if output:
-        found = [_as_json(line) for line in lines]
+        documents = [_as_json(line) for line in lines]
         if status is not None:
-            shown = status.model_dump(mode="json", exclude={"raw": True, "tasks": {"__all__": {"raw"}}})
-            found[attempts.index(latest)]["status"] = shown
-        _output.put_json(found)
+            document = status.model_dump(mode="json", exclude={"raw": True, "tasks": {"__all__": {"raw"}}})
+            documents[attempts.index(latest)]["status"] = document
+        _output.put_json(documents)
         return
     for line in lines:
         record = line.record
@@ -267,8 +267,8 @@ SHOWN = {
 
 def _as_json(line: RunLine) -> dict[str, Any]:
     page = page_url(line.record.flow_run_id)
-    what = {"condition": str(line.condition), "todo": todo(line.record, line.condition)}
-    about = {**what, "since": line.since.isoformat(), "page": page}
+    state = {"condition": str(line.condition), "todo": todo(line.record, line.condition)}
+    about = {**state, "since": line.since.isoformat(), "page": page}
     return {**about, **line.record.model_dump(mode="json", include=SHOWN)}
 
 
@@ -276,8 +276,8 @@ def _as_json(line: RunLine) -> dict[str, Any]:
 async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
     """Ask the crew's server to stop a run. Flow runs that wait for it then fail."""
     attempts = await _attempts(run, PrefectRecords())
-    named = next((one for one in attempts if one.kickoff_id == run), None)
-    record = named or latest_start(attempts) or attempts[-1]
+    record_of_id = next((attempt for attempt in attempts if attempt.kickoff_id == run), None)
+    record = record_of_id or latest_start(attempts) or attempts[-1]
     if record.kickoff_id is None:
         raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
     answer = await stop_run(await crew.need(record), record.kickoff_id)
@@ -288,10 +288,10 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
             StopOutcome.UNKNOWN_RUN: "the server does not know this run",
         }.get(answer.outcome, "the server gave no reason")
         raise CrewError(f"Run {run} was not stopped: {why}.")
-    said = f"Run {run} had already ended: {answer.state}."
+    sentence = f"Run {run} had already ended: {answer.state}."
     if answer.accepted:
-        said = f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}."
-    _output.put(said, json=output and answer.model_dump(mode="json", exclude={"raw"}))
+        sentence = f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}."
+    _output.put(sentence, json=output and answer.model_dump(mode="json", exclude={"raw"}))
 
 
 @app.command
@@ -328,19 +328,19 @@ def resolve(
             record = await (in_flight if lost else unresolved)(key, records)
             if never_started:
                 await resolve_never_started(record, records)
-                said = f"{key} never started. {again} starts it."
+                sentence = f"{key} never started. {again} starts it."
             elif kickoff_id is None:
                 async with _status_call(record, crew) as look:
                     await resolve_lost(record, records, look=look)
-                said = f"run {record.kickoff_id} of {record.idempotency_key} is lost. {again} starts another."
+                sentence = f"run {record.kickoff_id} of {record.idempotency_key} is lost. {again} starts another."
             else:
                 if batch:  # a ledger does not know the runs outside of its batches
                     await check_unused(kickoff_id, record, PrefectRecords())
                 async with _status_call(record, crew) as look:
                     state = await resolve_started(record, kickoff_id, records, look=look)
                 now = f", {state} now" if state else ""
-                said = f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."
-        _output.put(f"Resolved: {said}")
+                sentence = f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."
+        _output.put(f"Resolved: {sentence}")
 
     return write()
 
@@ -381,8 +381,10 @@ async def prune(
             _output.confirm(question, yes=yes)
         done = await prune_records(records, older_than=older_than, share=SHARE)
     verb = "would be removed" if dry_run else "removed"
-    said = f"{done.runs} records {verb}. {done.kept} as old stay: their runs are open, or flow runs may ask for them."
-    _output.put(said, json=output and {**vars(done), "dry_run": dry_run})
+    sentence = (
+        f"{done.runs} records {verb}. {done.kept} as old stay: their runs are open, or flow runs may ask for them."
+    )
+    _output.put(sentence, json=output and {**vars(done), "dry_run": dry_run})
 
 
 async def costs(

@@ -173,8 +173,8 @@ def demo() -> None:
     for name, value in INPUTS.items():
         _output.note(f"  {name:<10} {value}")
     url = reach_prefect()
-    with Progress() as shown:
-        shown.phase("Starting a crew server on this machine")
+    with Progress() as progress:
+        progress.phase("Starting a crew server on this machine")
         from prefect_crew.crew import WaitPolicy
         from prefect_crew.devserver import CrewServer
         from prefect_crew.flows import run_crew
@@ -183,8 +183,8 @@ def demo() -> None:
         often = WaitPolicy(initial=0.2, factor=1.0, max_interval=0.2, timeout=300)
         with CrewServer("travel", speed=2) as server:
             _output.current.hide(server.token)
-            shown.phase(f"Crew travel at {server.url}: checking the inputs")
-            crew = replace(server.crew(wait=often).crew.called("travel"), on_status=shown.watch)
+            progress.phase(f"Crew travel at {server.url}: checking the inputs")
+            crew = replace(server.crew(wait=often).crew.called("travel"), on_status=progress.watch)
             try:
                 answer = run_crew(crew, INPUTS)
             except KeyboardInterrupt:
@@ -193,7 +193,7 @@ def demo() -> None:
                 raise
     _output.put()
     _output.put_markdown(answer.output)
-    flow_run_id = shown.seen.flow_run_id if shown.seen else None
+    flow_run_id = progress.seen.flow_run_id if progress.seen else None
     _output.note("")
     if url is None:
         _output.note(
@@ -204,8 +204,8 @@ def demo() -> None:
     _output.note("Where to go from here", "bold")
     if shutil.which("prefect-crew") is None:
         _output.note(f"  The commands are in {Path(sys.executable).parent}: activate that environment first.")
-    for what, how in {"This run in Prefect, and its page of results": [page] if page else embedded, **NEXT}.items():
-        _output.note(f"  {what}")
+    for title, how in {"This run in Prefect, and its page of results": [page] if page else embedded, **NEXT}.items():
+        _output.note(f"  {title}")
         for line in how:
             _output.note(f"      {line}", "cyan")
 
