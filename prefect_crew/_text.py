@@ -44,13 +44,13 @@ def listed_names(names: Sequence[str]) -> str:
     return f"{', '.join(excerpt(name, _NAME) for name in names[:_NAMES])}{more}"
 
 
-def with_guesses(unknown: Sequence[str], known: Iterable[str]) -> str:
+def with_guesses(unknown: Sequence[str], names: Iterable[str]) -> str:
     """Return unknown names for people, each with the known one that is nearest to it, if one is near."""
-    near = [name for name in islice(known, 200) if len(name) <= _NAME]  # the cost grows with all of these
+    near = [name for name in islice(names, 200) if len(name) <= _NAME]  # the cost grows with all of these
 
     def guess(name: str) -> str:
-        found = get_close_matches(name, near, n=1) if len(name) <= _NAME else []
-        return f"{name} (did you mean {found[0]}?)" if found else name
+        matches = get_close_matches(name, near, n=1) if len(name) <= _NAME else []
+        return f"{name} (did you mean {matches[0]}?)" if matches else name
 
     return listed_names([guess(name) for name in unknown[:_NAMES]] + [*unknown[_NAMES:]])
 
@@ -60,7 +60,7 @@ def problems_of(error: ValidationError, fields: Iterable[str] = ()) -> list[str]
 
     `fields` are names that a field which is not known may be meant for.
     """
-    found = error.errors(include_url=False, include_input=False, include_context=False)
+    details = error.errors(include_url=False, include_input=False, include_context=False)
     fields = list(fields)
 
     def text(problem: Any) -> str:
@@ -71,9 +71,9 @@ def problems_of(error: ValidationError, fields: Iterable[str] = ()) -> list[str]
         near = get_close_matches(str(problem["loc"][-1])[:_NAME], fields, n=1)
         return f"there is no such field{f' (did you mean {near[0]}?)' if near else ''}"
 
-    said = [text(problem) for problem in found]
-    places = [".".join(map(str, one["loc"])) for one in found]
-    return [f"{place}: {text}" if place else text for place, text in zip(places, said, strict=True)]
+    texts = [text(problem) for problem in details]
+    places = [".".join(map(str, detail["loc"])) for detail in details]
+    return [f"{place}: {text}" if place else text for place, text in zip(places, texts, strict=True)]
 
 
 def by_reason(rows: Sequence[Any], count: int) -> tuple[list[tuple[str, str]], int]:
@@ -89,7 +89,7 @@ def by_reason(rows: Sequence[Any], count: int) -> tuple[list[tuple[str, str]], i
     groups: dict[str, list[int]] = {}
     for row in rows:
         groups.setdefault(row.reason, []).append(row.line)
-    found: list[tuple[str, str]] = []
+    reasons: list[tuple[str, str]] = []
     rest = count
     for reason, lines in list(groups.items())[:SHOWN]:
         total = count if len(groups) == 1 else len(lines)
@@ -97,15 +97,17 @@ def by_reason(rows: Sequence[Any], count: int) -> tuple[list[tuple[str, str]], i
         if total > len(words):
             words.append(f"{total - len(words):,} more")
         *most, last = words
-        found.append((f"lines {', '.join(most)} and {last}" if most else f"line {last}", reason))
+        reasons.append((f"lines {', '.join(most)} and {last}" if most else f"line {last}", reason))
         rest -= total
-    return found, rest
+    return reasons, rest
 
 
 def listed_rows(rows: Sequence[Any], count: int) -> str:
     """Return where and why rows cannot be run, as one text."""
-    found, rest = by_reason(rows, count)
-    return "; ".join([f"{where}: {reason}" for where, reason in found] + ([f"and {rest:,} more rows"] if rest else []))
+    reasons, rest = by_reason(rows, count)
+    return "; ".join(
+        [f"{where}: {reason}" for where, reason in reasons] + ([f"and {rest:,} more rows"] if rest else [])
+    )
 
 
 _LEVELS = "▁▂▃▄▅▆▇█"

@@ -83,12 +83,12 @@ async def read_costs(
 
 def _pruned_days(since: date | None) -> list[str]:
     """Return a sentence where the period begins before the time for which records are kept."""
-    kept = CrewSettings().keep_records_days
-    first = utcnow().date() - timedelta(days=kept)
+    days = CrewSettings().keep_records_days
+    first = utcnow().date() - timedelta(days=days)
     if since is None or since >= first:
         return []
     return [
-        f"Records are kept for {kept} days: of the days before {first}, runs whose records were pruned are missing. "
+        f"Records are kept for {days} days: of the days before {first}, runs whose records were pruned are missing. "
         "PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS keeps them longer."
     ]
 
@@ -115,5 +115,5 @@ async def _with_flows(rows: Sequence[CostRow]) -> list[CostRow]:
     runs = await read_by_id("/flow_runs/filter", ids)
     flows = await read_by_id("/flows/filter", (run["flow_id"] for run in runs.values()))
     names = {flow_id: flow["name"] for flow_id, flow in flows.items()}
-    known = {run_id: {"flow": names.get(run["flow_id"]), "tags": run["tags"]} for run_id, run in runs.items()}
-    return [replace(row, **known.get(row.flow_run_id, {})) for row in rows]
+    facts = {run_id: {"flow": names.get(run["flow_id"]), "tags": run["tags"]} for run_id, run in runs.items()}
+    return [replace(row, **facts.get(row.flow_run_id, {})) for row in rows]

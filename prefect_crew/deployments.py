@@ -125,7 +125,9 @@ def build_deployment(
             **options,
         )
     except ValidationError as error:
-        problems = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors(include_url=False))
+        problems = "; ".join(
+            problem["msg"].removeprefix("Value error, ") for problem in error.errors(include_url=False)
+        )
         raise ConfigurationError(f"The deployment cannot be made: {problems}.") from None
     except ValueError as error:
         raise ConfigurationError(f"The deployment cannot be made: {error}") from None
@@ -138,12 +140,12 @@ def build_deployment(
 
 async def shared_key(key: str | None, schedule: Any) -> str | None:
     """Return an idempotency key that several of the next times of a schedule share: the later ones start no run."""
-    seen = set[str]()
+    keys = set[str]()
     for moment in await _dates(schedule, n=MOST) if key else ():
         rendered = render_key(str(key), moment)
-        if rendered in seen:
+        if rendered in keys:
             return rendered
-        seen.add(rendered)
+        keys.add(rendered)
     return None
 
 
@@ -155,12 +157,12 @@ async def describe_schedule(schedule: Any) -> str:
     return f"{rule}{zone}. The next run: {f'{dates[0]:%Y-%m-%d %H:%M %Z}' if dates else 'none'}."
 
 
-async def _dates(schedule: Any, **wanted: Any) -> list[datetime]:
+async def _dates(schedule: Any, **bounds: Any) -> list[datetime]:
     """Return dates of a schedule, as `get_dates` of the server's schedules does: the client's do not compute theirs."""
     from prefect.server.schemas import schedules as server
 
     rule = getattr(server, type(schedule).__name__).model_validate(schedule.model_dump())
-    return await rule.get_dates(**wanted)
+    return await rule.get_dates(**bounds)
 
 
 async def crew_target(crew: Crew, defaults: Mapping[str, Any]) -> Target:
@@ -173,10 +175,10 @@ async def crew_target(crew: Crew, defaults: Mapping[str, Any]) -> Target:
         CrewError: The crew does not say what it takes.
     """
     async with crew.client() as client:
-        found = await client.inputs()
+        crew_inputs = await client.inputs()
     inputs = {
         item.name: as_pipeline_input(item).model_copy(update={"secret": item.name in crew.secret_inputs})
-        for item in found
+        for item in crew_inputs
     }
     inputs = await _with_defaults(f"Crew {crew.label!r}", inputs, defaults)
     parameters: dict[str, Any] = {"crew": crew.label}
@@ -242,25 +244,25 @@ async def _with_defaults(
 ) -> dict[str, PipelineInput]:
     """Return the inputs with these defaults, once the Secret blocks of secret ones were found to exist."""
     _refuse_unknown(owner, defaults, list(inputs))
-    found = dict(inputs)
+    fields = dict(inputs)
     for name, value in defaults.items():
-        kind = None if found[name].secret else found[name].type
-        found[name] = found[name].model_copy(update={"default": _read_as(kind, name, value)})
-    named = {name: item.default for name, item in found.items() if item.secret and item.default is not None}
-    await values_of_blocks(named, set(named))
-    return found
+        kind = None if fields[name].secret else fields[name].type
+        fields[name] = fields[name].model_copy(update={"default": _read_as(kind, name, value)})
+    secrets = {name: item.default for name, item in fields.items() if item.secret and item.default is not None}
+    await values_of_blocks(secrets, set(secrets))
+    return fields
 
 
-def _refuse_unknown(owner: str, defaults: Mapping[str, Any], known: Sequence[str]) -> None:
-    if unknown := [name for name in defaults if name not in known]:
+def _refuse_unknown(owner: str, defaults: Mapping[str, Any], names: Sequence[str]) -> None:
+    if unknown := [name for name in defaults if name not in names]:
         raise ConfigurationError(
-            f"{owner} does not know the inputs {', '.join(unknown)}; it takes {', '.join(known) or 'none'}."
+            f"{owner} does not know the inputs {', '.join(unknown)}; it takes {', '.join(names) or 'none'}."
         )
 
 
 def _kind_of(field: Mapping[str, Any]) -> str | None:
     """Return the JSON type of a parameter that takes values of one, besides None."""
-    kinds = {one.get("type") for one in field.get("anyOf", [field])} - {"null"}
+    kinds = {choice.get("type") for choice in field.get("anyOf", [field])} - {"null"}
     return kinds.pop() if len(kinds) == 1 else None
 
 
@@ -299,11 +301,11 @@ def _stand_in(
 def _field_of(name: str, item: PipelineInput, required: bool, position: int) -> dict[str, Any]:
     kinds = ["string"] if item.secret else [item.type] if item.type and item.type != "string" else TEXT
     kinds = kinds if required else [*kinds, "null"]
-    one: dict[str, Any] = {"type": kinds[0]} if len(kinds) == 1 else {"anyOf": [{"type": kind} for kind in kinds]}
+    type_of: dict[str, Any] = {"type": kinds[0]} if len(kinds) == 1 else {"anyOf": [{"type": kind} for kind in kinds]}
     description = " ".join(part for part in (SECRET_HELP if item.secret else None, item.description) if part)
     about = {"title": name, "position": position, **({"description": description} if description else {})}
     has_default = item.default is not None or not required
-    return {**about, **one, **({"default": item.default} if has_default else {})}
+    return {**about, **type_of, **({"default": item.default} if has_default else {})}
 
 
 class BackfilledRun(NamedTuple):
@@ -338,28 +340,28 @@ async def backfill(
             target = await client.read_deployment_by_name(deployment)
         except (ObjectNotFound, ValueError):
             raise ConfigurationError(f"There is no deployment {deployment!r}: see prefect deployment ls.") from None
-        found = [one for one in target.schedules if schedule in (None, one.slug)]
-        if len(found) != 1:
-            slugs = ", ".join(one.slug or "(without a slug)" for one in target.schedules)
+        timetables = [entry for entry in target.schedules if schedule in (None, entry.slug)]
+        if len(timetables) != 1:
+            slugs = ", ".join(entry.slug or "(without a slug)" for entry in target.schedules)
             choose = f"Give schedule=…, the slug of one schedule of {target.name}: {slugs}."
             none = f"{target.name} has no schedule to take the times from: give it one."
             raise ConfigurationError(f"{choose if slugs else none} Nothing was created.")
-        (chosen,) = found
-        dates = await _dates(chosen.schedule, n=MOST + 1, start=first, end=last)
+        (timetable,) = timetables
+        dates = await _dates(timetable.schedule, n=MOST + 1, start=first, end=last)
         times = [_utc(moment, time.min) for moment in dates]
         if len(times) > MOST or (times and times[-1] > datetime.now(UTC)):
             raise ConfigurationError(f"A backfill is for at most {MOST} times, all in the past: choose another range.")
-        parameters = {**target.parameters, **chosen.parameters}
+        parameters = {**target.parameters, **timetable.parameters}
         key = parameters.get("idempotency_key")
         if isinstance(key, str) and len(times) > 1 and len({render_key(key, moment) for moment in times}) == 1:
             raise ConfigurationError(
                 f"The idempotency key {key!r} is the same for every time, so that all would get one run. Put the time "
                 "into it, such as {scheduled_start:%Y-%m-%d}."
             )
-        known = await _known_runs(client, target, chosen, times) if times else {}
+        existing = await _known_runs(client, target, timetable, times) if times else {}
         runs: list[BackfilledRun] = []
         for moment in times:
-            flow_run = known.get(moment)
+            flow_run = existing.get(moment)
             if flow_run is None and not dry_run:
                 flow_run = await client.create_flow_run_from_deployment(
                     target.id,
@@ -367,9 +369,9 @@ async def backfill(
                     state=Scheduled(scheduled_time=moment),  # pyright: ignore[reportArgumentType]  it takes any datetime
                     tags=["backfill"],
                     # For two calls at the same time: Prefect then gives both the same flow run.
-                    idempotency_key=_backfill_key(target, chosen, moment),
+                    idempotency_key=_backfill_key(target, timetable, moment),
                 )
-            runs.append(BackfilledRun(moment, moment not in known, flow_run))
+            runs.append(BackfilledRun(moment, moment not in existing, flow_run))
         return runs
 
 
@@ -386,7 +388,7 @@ async def _known_runs(
     client: PrefectClient, target: DeploymentResponse, schedule: DeploymentSchedule, times: Sequence[datetime]
 ) -> dict[datetime, FlowRun]:
     """Return, by their times, the flow runs that the schedule or an earlier backfill has created."""
-    known: dict[datetime, FlowRun] = {}
+    by_time: dict[datetime, FlowRun] = {}
     between = ExpectedStartTime.model_validate({"after_": times[0], "before_": times[-1]})
     of_target = DeploymentFilter(id=DeploymentFilterId(any_=[target.id]))
     runs = FlowRunFilter(expected_start_time=between)
@@ -395,8 +397,8 @@ async def _known_runs(
         # A new deploy may give a schedule another id; its slug stays.
         is_scheduled = by is not None and by.type == "SCHEDULE" and schedule.slug in (None, by.display_value)
         if moment and (is_scheduled or run.idempotency_key == _backfill_key(target, schedule, moment)):
-            known.setdefault(moment, run)
-    return known
+            by_time.setdefault(moment, run)
+    return by_time
 
 
 # Automations
@@ -495,11 +497,11 @@ def alert_automations(block_id: UUID, *, waiting: timedelta) -> list[AutomationC
     is_bad = "a run has failed, is uncertain or lost, or its time limit is over"
     word = "{{ event.event | replace('crew.', '') | replace('_', ' ') }}"
     is_late, late = f"a crew has waited for a person for {waiting}", f"No one has answered for {waiting}. {QUESTION}"
-    asked = _when(CREW_RUNS, ["crew.waiting"])
+    question = _when(CREW_RUNS, ["crew.waiting"])
     unanswered = _unless(CREW_RUNS, WAIT_ENDS, after="crew.waiting", within=waiting.total_seconds())
     return [
         alert("problem", is_bad, _when(CREW_RUNS, PROBLEMS), word, PROBLEM),
-        alert("asked", "a crew asks a person, once a question", asked, "asks a person", QUESTION),
+        alert("asked", "a crew asks a person, once a question", question, "asks a person", QUESTION),
         alert("waiting", is_late, unanswered, "waiting for a person", late),
     ]
 
@@ -523,18 +525,18 @@ def _unless(runs: dict[str, Any], events: Sequence[str], *, after: str, within: 
 async def read_automations(client: PrefectClient) -> list[Automation]:
     """Return the automations of this package, by name."""
     ours = AutomationFilter(tags=AutomationFilterTags(all_=[TAG]))
-    return sorted(await client.read_automations(automations=ours), key=lambda one: one.name)
+    return sorted(await client.read_automations(automations=ours), key=lambda automation: automation.name)
 
 
-async def apply_automation(client: PrefectClient, wanted: AutomationCore) -> Literal["created", "updated"]:
+async def apply_automation(client: PrefectClient, automation: AutomationCore) -> Literal["created", "updated"]:
     """Create an automation, or bring the one of its name up to date. One that was disabled stays disabled."""
-    existing = await client.read_automations_by_name(wanted.name)
+    existing = await client.read_automations_by_name(automation.name)
     if not existing:
-        await client.create_automation(wanted)
+        await client.create_automation(automation)
         return "created"
     # Given whole: of what is left unset the client would send nothing.
-    wanted.enabled = existing[0].enabled
-    whole = AutomationCore.model_validate(wanted.model_dump(exclude={"owner_resource"}))
+    automation.enabled = existing[0].enabled
+    whole = AutomationCore.model_validate(automation.model_dump(exclude={"owner_resource"}))
     await client.update_automation(existing[0].id, whole)
     return "updated"
 
@@ -544,6 +546,6 @@ async def slowest_heartbeat(client: PrefectClient) -> int:
     tagged = await client.read_deployments(
         deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[RECOVERED_TAG])), limit=PAGE
     )
-    environments: list[dict[str, Any]] = [one.job_variables.get("env") or {} for one in tagged]
-    named = [env.get("PREFECT_FLOWS_HEARTBEAT_FREQUENCY") for env in environments]
-    return max((int(float(seconds or PREFECTS_HEARTBEAT)) for seconds in named), default=PREFECTS_HEARTBEAT)
+    environments: list[dict[str, Any]] = [deployment.job_variables.get("env") or {} for deployment in tagged]
+    frequencies = [env.get("PREFECT_FLOWS_HEARTBEAT_FREQUENCY") for env in environments]
+    return max((int(float(seconds or PREFECTS_HEARTBEAT)) for seconds in frequencies), default=PREFECTS_HEARTBEAT)

@@ -58,9 +58,9 @@ async def prune_records(older_than_days: int | None = None, dry_run: bool = Fals
     """
     older_than = None if older_than_days is None else timedelta(days=older_than_days)
     pruned = await prune(PrefectRecords(), older_than=older_than, dry_run=dry_run)
-    said = f"{pruned.runs} records {'would go' if dry_run else 'removed'}, {pruned.kept} kept"
-    get_run_logger().info("%s", said)
-    return said
+    summary = f"{pruned.runs} records {'would go' if dry_run else 'removed'}, {pruned.kept} kept"
+    get_run_logger().info("%s", summary)
+    return summary
 
 
 @flow(flow_run_name="recover {flow_run_id}", retries=3, retry_delay_seconds=10)

@@ -163,9 +163,9 @@ def _list_price(model: str, usage: TokenUsage, otherwise: str | None = None) -> 
     put_in, out = _input_and_output(usage) or (0, 0)
     cached = min(usage.cached_prompt_tokens or 0, put_in)
     tokens = Usage(input_tokens=put_in, output_tokens=out, cache_read_tokens=cached)
-    for one in dict.fromkeys(filter(None, (model, otherwise))):
+    for full_name in dict.fromkeys(filter(None, (model, otherwise))):
         # CrewAI names a model "provider/model"; the provider may be one of many that resell it.
-        *providers, name = one.split("/")
+        *providers, name = full_name.split("/")
         for provider in (*providers[:1], None):
             with suppress(LookupError, ValueError):
                 return float(calc_price(tokens, name, provider_id=provider).total_price)

@@ -49,9 +49,9 @@ def _viewed(value: Any) -> Any:
             names = RESULT_FIELDS if issubclass(kind, CrewResult) else _TASK_FIELDS
         return {name: _viewed(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
-        given = cast("Mapping[Any, Any]", value)
-        seen = {key: _viewed(item) for key, item in given.items()}
-        return seen if any(seen[key] is not item for key, item in given.items()) else given
+        mapping = cast("Mapping[Any, Any]", value)
+        view = {key: _viewed(item) for key, item in mapping.items()}
+        return view if any(view[key] is not item for key, item in mapping.items()) else mapping
     if isinstance(value, list | tuple):
         items = cast("Sequence[Any]", value)
         views = [_viewed(item) for item in items]
@@ -105,18 +105,18 @@ def uses_in(template: str, *, collections: Collection[str] = ()) -> dict[str, se
         ConfigurationError: It is not a template.
     """
     tree = _parsed(template)
-    found = {name: set[str]() for name in find_undeclared_variables(tree) - set(collections)}
+    uses = {name: set[str]() for name in find_undeclared_variables(tree) - set(collections)}
     lookups = list(tree.find_all((nodes.Getitem, nodes.Getattr)))
     keys = {id(lookup): _key_of(lookup, collections) for lookup in lookups}
-    found |= {key: set[str]() for key in keys.values() if key is not None}
+    uses |= {key: set[str]() for key in keys.values() if key is not None}
     for lookup in lookups:
         inside = lookup.node
         name = inside.name if isinstance(inside, nodes.Name) else keys.get(id(inside))
-        if isinstance(lookup, nodes.Getattr) and name in found:
-            found[name].add(lookup.attr)
+        if isinstance(lookup, nodes.Getattr) and name in uses:
+            uses[name].add(lookup.attr)
     by_key = {id(lookup.node) for lookup in lookups if keys[id(lookup)] is not None}
     whole = (node.name for node in tree.find_all(nodes.Name) if id(node) not in by_key)
-    return found | {name: set[str]() for name in whole if name in collections}
+    return uses | {name: set[str]() for name in whole if name in collections}
 
 
 def _key_of(lookup: nodes.Getitem | nodes.Getattr, collections: Collection[str]) -> str | None:
@@ -172,7 +172,7 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
         except TemplateError as error:
             raise ConfigurationError(f"The template {template!r} cannot be filled: {error}") from None
         except Exception as error:  # noqa: BLE001  a number added to a text, too long a range: whatever operators raise
-            said = f"{type(error).__name__}: {error}"
-            raise ConfigurationError(f"The template {template!r} cannot be filled: {said}") from None
+            problem = f"{type(error).__name__}: {error}"
+            raise ConfigurationError(f"The template {template!r} cannot be filled: {problem}") from None
 
     return fill

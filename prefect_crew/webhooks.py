@@ -128,7 +128,7 @@ def is_prefect_cloud(url: str) -> bool:
 def hooks_expire(wait: WaitPolicy, now: datetime) -> datetime:
     """Return until when a run's webhooks are taken: as long as anybody may wait for it, and a day more."""
     budgets = (wait.timeout, wait.human_timeout)
-    return now + timedelta(seconds=sum(UNLIMITED if one is None else one for one in budgets) + EXPIRY_MARGIN)
+    return now + timedelta(seconds=sum(UNLIMITED if budget is None else budget for budget in budgets) + EXPIRY_MARGIN)
 
 
 def hook_urls(base_url: str, secret: SecretStr | str, run: Hook, stream_events: Sequence[str] = RUN_ENDS) -> Webhooks:
@@ -188,7 +188,7 @@ def recent_bearer(secret: SecretStr | str) -> str:
 
 def may_read_recent(secret: SecretStr | str, authorization: str | None) -> bool:
     """Return whether a request's Authorization header has that token of a secret; compared in constant time."""
-    return any(_brings(authorization, recent_bearer(one)) for one in _secrets(secret))
+    return any(_brings(authorization, recent_bearer(key)) for key in _secrets(secret))
 
 
 def read_token(
@@ -202,7 +202,7 @@ def read_token(
     if len(token) > MAX_TOKEN:
         return None
     payload, _, signature = token.partition(".")
-    signers = [one for one in _secrets(secret) if _equal(signature, _signature(one, "url", payload))]
+    signers = [key for key in _secrets(secret) if _equal(signature, _signature(key, "url", payload))]
     if not signers:
         return None
     fields: dict[str, Any] = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
@@ -218,13 +218,13 @@ def read_token(
 
 def checked_secret(secret: SecretStr | str) -> str:
     """Return a secret, or several separated by blanks, of which each is long enough, else raise ConfigurationError."""
-    found = _secrets(secret)
-    if (length := min(map(len, found))) < SHORTEST_SECRET:
+    keys = _secrets(secret)
+    if (length := min(map(len, keys))) < SHORTEST_SECRET:
         raise ConfigurationError(
             f"The webhook secret has {length} characters; it needs at least {SHORTEST_SECRET}, since anybody with a "
             'URL can try to guess it. Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
-    return " ".join(found)
+    return " ".join(keys)
 
 
 def _payload(hook: Hook) -> str:
@@ -250,8 +250,8 @@ def _brings(authorization: str | None, token: str) -> bool:
     return _equal(bearer.strip(), token) and scheme.lower() == "bearer"
 
 
-def _equal(one: str, other: str) -> bool:
-    return hmac.compare_digest(_bytes(one), _bytes(other))
+def _equal(text: str, other: str) -> bool:
+    return hmac.compare_digest(_bytes(text), _bytes(other))
 
 
 def _bytes(text: str) -> bytes:

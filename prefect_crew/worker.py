@@ -113,11 +113,13 @@ BEGUN = (
 
 async def read_flow_runs(client: PrefectClient, pool: str, *states: FlowRunFilterState) -> list[FlowRun]:
     """Return the flow runs of a pool in these kinds of states."""
-    found: list[FlowRun] = []
+    flow_runs: list[FlowRun] = []
     for state in states:
         of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
-        found += await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(state=state), work_pool_filter=of_pool)
-    return found
+        flow_runs += await read_all_flow_runs(
+            client, flow_run_filter=FlowRunFilter(state=state), work_pool_filter=of_pool
+        )
+    return flow_runs
 
 
 async def read_workers(client: PrefectClient, pool: str) -> dict[str, bool]:
@@ -219,7 +221,9 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
             "file to a process work pool: prefect deploy."
         )
     permitted = None if allowed is None else ["prefect_crew", *allowed]
-    if permitted is not None and not any(module == one or module.startswith(f"{one}.") for one in permitted):
+    if permitted is not None and not any(
+        module == package or module.startswith(f"{package}.") for package in permitted
+    ):
         raise ConfigurationError(
             f"This crew worker is not allowed to import {module}. Add it to PREFECT_INTEGRATIONS_CREW_WORKER_MODULES "
             f"where the worker starts. Allowed: {', '.join(permitted)}."
@@ -606,19 +610,21 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         heartbeat_due = 0.0
         while True:
             try:
-                asked = _clock()
+                read_at = _clock()
                 cancelling = await read_flow_runs(self.client, self._work_pool_name, CANCELLING)
-                self._cancelling_since = {one.id: self._cancelling_since.get(one.id, asked) for one in cancelling}
+                self._cancelling_since = {
+                    flow_run.id: self._cancelling_since.get(flow_run.id, read_at) for flow_run in cancelling
+                }
                 await self._end_suspended_ones()
                 if self._may_count_as_gone():
                     await self._end_lost_ones()
-                if asked >= heartbeat_due:
+                if read_at >= heartbeat_due:
                     await self._adopt_orphans()
-                    heartbeat_due = asked + self.heartbeat_interval_seconds
+                    heartbeat_due = read_at + self.heartbeat_interval_seconds
                 if self._worker_channel is None:
                     await self.sync_with_backend()
                 await self._cancel_all(cancelling)
-                self._confirmed_at = asked
+                self._confirmed_at = read_at
             except PREFECT_ERRORS as error:
                 self._logger.debug("The Prefect server could not be asked: %s", error)
             except Exception:
@@ -632,8 +638,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         if not before:
             return
         state = FlowRunFilterState(name=FlowRunFilterStateName(any_=SUSPENDED_NAMES))
-        wanted = FlowRunFilter(id=FlowRunFilterId(any_=list(before)), state=state)
-        for flow_run in await read_all_flow_runs(self.client, flow_run_filter=wanted):
+        flow_run_filter = FlowRunFilter(id=FlowRunFilterId(any_=list(before)), state=state)
+        for flow_run in await read_all_flow_runs(self.client, flow_run_filter=flow_run_filter):
             held = self._held.get(flow_run.id)
             if held is not None and held is before[flow_run.id]:
                 held.end("suspended", "Flow run was suspended.")

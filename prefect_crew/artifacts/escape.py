@@ -53,12 +53,12 @@ LINE = 60
 
 def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
     """Return text as a block of code, capped, whatever backticks it holds. Long lines are broken: no page does so."""
-    shown = text if len(text) <= cap else f"{text[:cap]}…"
+    content = text if len(text) <= cap else f"{text[:cap]}…"
     whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
-    lines = (textwrap.wrap(line, LINE, **whole) for line in shown.split("\n"))
-    shown = "\n".join("\n".join(parts) for parts in lines)
-    fence = "`" * max(3, _longest_run(shown) + 1)
-    return f"{fence}text\n{shown.translate(TURNS)}\n{fence}"
+    lines = (textwrap.wrap(line, LINE, **whole) for line in content.split("\n"))
+    content = "\n".join("\n".join(parts) for parts in lines)
+    fence = "`" * max(3, _longest_run(content) + 1)
+    return f"{fence}text\n{content.translate(TURNS)}\n{fence}"
 
 
 def commands(*lines: str) -> str:
@@ -98,20 +98,20 @@ def reading(text: str) -> str:
     anything but a page or a mail address shows as text. Only code in fences at the margin stays as it is, up to the
     first fence within a list or a quotation, after which it is not sure what is code.
     """
-    shown: list[str] = []
+    tamed: list[str] = []
     fence, is_sure = "", True
     for line in text.translate(_OVERRIDES).splitlines():
         if fence:
-            shown.append(line)
+            tamed.append(line)
             if re.fullmatch(rf" {{0,3}}{fence[0]}{{{len(fence)},}}[ \t]*", line):
                 fence = ""
         elif is_sure and (opening := _FENCE.fullmatch(line)):
-            shown.append(line)
+            tamed.append(line)
             fence = opening[1] or opening[2]
         else:
             is_sure = is_sure and not _MAY_OPEN.match(line)
-            shown.append(_tame(line))
-    return "\n".join([*shown, fence] if fence else shown)
+            tamed.append(_tame(line))
+    return "\n".join([*tamed, fence] if fence else tamed)
 
 
 def _tame(text: str) -> str:

@@ -53,7 +53,7 @@ def emit(event: str, record: RunRecord, *, once: bool = False, **payload: Any) -
     )
     if FlowRunContext.get() is not None:
         # Inside a flow run Prefect adds the flow run itself.
-        related = [one for one in related if one["prefect.resource.role"] != "flow-run"]
+        related = [entry for entry in related if entry["prefect.resource.role"] != "flow-run"]
     emit_event(
         event=f"crew.{event}",
         resource=resource,

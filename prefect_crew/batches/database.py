@@ -59,9 +59,9 @@ async def ledger_address(ledger: str | None, output: str) -> LedgerAddress:
 
     Left out, it is a file next to the output. Raises ConfigurationError.
     """
-    given = ledger or default_ledger(output)
-    if given.startswith(SECRET):
-        name = given.removeprefix(SECRET)
+    address = ledger or default_ledger(output)
+    if address.startswith(SECRET):
+        name = address.removeprefix(SECRET)
         try:
             value = str((await cast("Any", Secret).aload(name)).get())
         except ValueError:
@@ -70,12 +70,12 @@ async def ledger_address(ledger: str | None, output: str) -> LedgerAddress:
                 f"Secret(value='postgresql://…').save({name!r})."
             ) from None
         open_url(value)
-        return LedgerAddress(value, given)
-    url = open_url(given)
+        return LedgerAddress(value, address)
+    url = open_url(address)
     if url.drivername == "sqlite":
-        return LedgerAddress(given, str(url.database))
+        return LedgerAddress(address, str(url.database))
     hidden = url.set(drivername="postgresql", password=None, query={}).render_as_string()
-    return LedgerAddress(given, hidden if holds_password(given) else given)
+    return LedgerAddress(address, hidden if holds_password(address) else address)
 
 
 def holds_password(ledger: str) -> bool:
@@ -352,8 +352,8 @@ def _prepare_session(connection: Any, _: Any) -> None:
 
 def short(error: BaseException) -> str:
     """Return the first line of a database's error."""
-    said = str(getattr(error, "orig", None) or error).splitlines()
-    return (said[0] if said else type(error).__name__)[:300].rstrip(".")
+    lines = str(getattr(error, "orig", None) or error).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
 
 
 # Writes of attempts in groups: what comes in while one commit is under way goes into the next one together. What the
@@ -452,10 +452,10 @@ class GroupWriter:
         whose POST was just answered. A commit of which nobody knows whether it took place can be made again: a claim
         that is there is known by its owner, and an update follows from itself.
         """
-        made, failure, ending = set[_Write](), None, None
+        written, failure, ending = set[_Write](), None, None
         while True:
             try:
-                made = await self.keep_trying(lambda connection: self._commit(connection, group), "written")
+                written = await self.keep_trying(lambda connection: self._commit(connection, group), "written")
             except asyncio.CancelledError:
                 continue
             except BaseException as error:  # noqa: BLE001  a row whose write nobody answers waits for ever
@@ -470,14 +470,14 @@ class GroupWriter:
             if write.done.done():
                 continue
             if failure is None:
-                write.done.set_result(write in made)
+                write.done.set_result(write in written)
             else:
                 write.done.set_exception(failure)
                 write.done.exception()  # a caller that was cancelled does not read it
         if ending is not None:
             raise ending
 
-    async def keep_trying(self, work: Callable[[sa.Connection], T], what: str) -> T:
+    async def keep_trying(self, work: Callable[[sa.Connection], T], deed: str) -> T:
         """Do something in the database that can be done twice, and try again while it is away; `what` is for the log.
 
         Raises SQLAlchemyError, OSError.
@@ -494,23 +494,23 @@ class GroupWriter:
                     logged = True
                     run_logger().warning(
                         "The ledger %s cannot be %s (%s). The batch pauses; it is tried again for %.0f s.",
-                        *(self._database.address, what, short(error), self.retry_for),
+                        *(self._database.address, deed, short(error), self.retry_for),
                     )
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
 
     def _commit(self, connection: sa.Connection, group: Sequence[_Write]) -> set[_Write]:
-        made = set[_Write]()
+        written = set[_Write]()
         for part in _in_order(group):
             for statement, is_claim in ((self._statements.claim, True), (self._statements.change, False)):
                 writes = {write.identity: write for write in part if write.is_claim is is_claim}
                 if writes:
                     values = to_json([[write.values[name] for name in _GIVEN] for write in writes.values()]).decode()
                     done: Any = connection.execute(statement, {"writes": values})
-                    made |= {writes[key, attempt] for key, attempt in done}
-        if made:
-            self.follow_rows(connection, sorted({write.values["row_key"] for write in made}))
-        return made
+                    written |= {writes[key, attempt] for key, attempt in done}
+        if written:
+            self.follow_rows(connection, sorted({write.values["row_key"] for write in written}))
+        return written
 
     def follow_rows(self, connection: sa.Connection, keys: Sequence[str]) -> None:
         """Have some rows be in the state of the attempt that counts."""

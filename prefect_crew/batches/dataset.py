@@ -118,8 +118,8 @@ def open_dataset(
         remedy = _PARTS.get(kind_name, "give a path, an iterable of mappings, or a data frame")
         raise DatasetError(f"is of type {kind_name}, which is not a data set: {remedy}.", source="data set")
     rows = cast("Iterable[Any]", source)
-    kept = rows if isinstance(rows, list | tuple) else list(rows)  # rows are read twice
-    return Dataset(f"{kind_name} of rows", lambda: _of_mappings(kept))
+    mappings = rows if isinstance(rows, list | tuple) else list(rows)  # rows are read twice
+    return Dataset(f"{kind_name} of rows", lambda: _of_mappings(mappings))
 
 
 # Addresses
@@ -163,8 +163,8 @@ def _format_of(address: str, name: str) -> DatasetFormat:
     for part in address.split("::"):  # the innermost first
         path = Path(part.partition("?")[0])
         ending = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
-        if found := ENDINGS.get(ending.lower()):
-            return found
+        if kind := ENDINGS.get(ending.lower()):
+            return kind
     raise DatasetError(
         f"the format is not known from the file ending {ending!r}. Known: {', '.join(sorted(ENDINGS))}; or give "
         "format=….",
@@ -286,10 +286,10 @@ def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None])
             number += 1
         check()
     except UnicodeDecodeError as error:
-        shown = error.object[error.start : error.end][:8].hex(" ")
+        digits = error.object[error.start : error.end][:8].hex(" ")
         number += error.object[: error.start].decode(error.encoding, "ignore").count("\n")
         raise DatasetError(
-            f"the bytes {shown} are not {encoding}. Give the file's encoding=….", source=name, line=number
+            f"the bytes {digits} are not {encoding}. Give the file's encoding=….", source=name, line=number
         ) from None
 
 
@@ -415,12 +415,12 @@ def _of_mappings(rows: Iterable[Any]) -> Iterator[Row]:
     return (_mapping_row(value, number) for number, value in enumerate(rows, start=1))
 
 
-def polars(what: str) -> ModuleType:
+def polars(source: str) -> ModuleType:
     """Return polars, which the extra `data` brings. Raises DatasetError."""
     try:
         import polars
     except ImportError:
-        raise DatasetError("needs polars: pip install 'prefect-crew[data]'.", source=what) from None
+        raise DatasetError("needs polars: pip install 'prefect-crew[data]'.", source=source) from None
     return polars
 
 

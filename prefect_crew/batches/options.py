@@ -104,8 +104,8 @@ class BatchOptions(BaseModel):
         """The rows of `rows`, counted from 0, the last one excluded; None for all. Raises ConfigurationError."""
         if self.rows is None:
             return None
-        given = re.fullmatch(r"(\d*):(\d*)", self.rows.strip())
-        start, stop = (int(number) if number else None for number in given.groups()) if given else (None, None)
+        match = re.fullmatch(r"(\d*):(\d*)", self.rows.strip())
+        start, stop = (int(number) if number else None for number in match.groups()) if match else (None, None)
         if (start is stop is None) or (stop is not None and (start or 0) >= stop):
             raise ConfigurationError(
                 f"rows is {self.rows!r}: give a range START:STOP of row numbers from 0, the last one excluded, such as "
@@ -152,10 +152,10 @@ class BatchOptions(BaseModel):
             most: How many the crew's block allows.
             owed: Further kickoffs that it gets whatever the options say.
         """
-        is_lost, chosen = state is RowState.LOST, self.retry_failed
-        asked = (chosen and not is_lost) if isinstance(chosen, bool) else key in chosen
+        is_lost, choice = state is RowState.LOST, self.retry_failed
+        is_asked_for = (choice and not is_lost) if isinstance(choice, bool) else key in choice
         more = max(0 if is_lost else self.retries, owed)
-        return state in RETRYABLE and count < min((before + 1 if asked else 1) + more, most)
+        return state in RETRYABLE and count < min((before + 1 if is_asked_for else 1) + more, most)
 
 
 def plain_call(
@@ -171,9 +171,9 @@ def plain_call(
         return {"why_not": "its crew is not a stored block"}
     if address is None:
         return {"why_not": "its data set was passed as a Python object"}
-    for what, where in (("data set", address), ("output", output)):
+    for kind, where in (("data set", address), ("output", output)):
         if is_remote(where) and shown_address(where) != where:
-            return {"why_not": f"the address of its {what} may contain a password"}
+            return {"why_not": f"the address of its {kind} may contain a password"}
     for name in ("key", "inputs"):
         if callable(getattr(options, name)):
             return {"why_not": f"{name} is a function"}
@@ -184,12 +184,12 @@ def plain_call(
     if options.webhooks is not None:
         return {"why_not": "its webhooks were passed as a Python object"}
     try:
-        chosen = options.model_dump(mode="json", exclude_defaults=True, exclude=OF_ONE_CALL)
+        fields = options.model_dump(mode="json", exclude_defaults=True, exclude=OF_ONE_CALL)
     except (PydanticSerializationError, ValueError) as error:
         return {"why_not": f"an option cannot be stored as JSON: {error}"}
     if holds_secret(inputs) or holds_secret(options.meta):
         return {"why_not": "an option holds a secret"}
-    stored: Mapping[str, Any] = chosen.get("inputs") or {}
+    stored: Mapping[str, Any] = fields.get("inputs") or {}
     # As a text, a constant would be the name of a column.
     if texts := [name for name in stored if isinstance(stored[name], str) and not isinstance(sources[name], str)]:
         return {"why_not": f"the constants of the inputs {', '.join(texts)} cannot be stored as JSON"}
@@ -200,7 +200,7 @@ def plain_call(
         "format": dataset.format,
         "encoding": dataset.encoding,
         "delimiter": dataset.delimiter,
-        "options": chosen,
+        "options": fields,
     }
 
 

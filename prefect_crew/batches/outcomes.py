@@ -113,8 +113,8 @@ def judge(record: RunRecord, *, crew: Crew, inputs: Inputs, output_type: type[Ba
 
 def explain_lost(error: CrewLostError, key: str, batch: str) -> str:
     """Return why a row whose run is lost has no result, and what to do."""
-    seen = f", last seen {error.last_state}," if error.last_state else ""
+    state = f", last seen {error.last_state}," if error.last_state else ""
     return (
-        f"Run {error.kickoff_id}{seen} is not known to the crew's server. It is not started again automatically. To "
+        f"Run {error.kickoff_id}{state} is not known to the crew's server. It is not started again automatically. To "
         f"start it again: prefect-crew batch retry {shlex.quote(batch)} --key {shlex.quote(key)}."
     )

@@ -171,15 +171,15 @@ class Output:
 
     def _line(self, key: str, inputs: str, state: str, record: str | None, seconds: float | None) -> dict[str, Any]:
         """Return the line of a row. `seconds` is the server's execution time, else that from kickoff to the end."""
-        known: dict[str, Any] = {} if record is None else from_json(record)
-        result: Mapping[str, Any] = known.get("result") or {}
+        fields: dict[str, Any] = {} if record is None else from_json(record)
+        result: Mapping[str, Any] = fields.get("result") or {}
         line: dict[str, Any] = dict.fromkeys(COLUMNS)
         line |= {"key": key, "inputs": from_json(inputs), "state": state, "tasks": []}
-        line["kickoff_id"] = known.get("kickoff_id")
+        line["kickoff_id"] = fields.get("kickoff_id")
         if state == RowState.CONFLICT:
             return line | {"error": CONFLICT_REASON}
         line["seconds"] = result.get("execution_time", None if seconds is None else round(seconds, 3))
-        line["error"] = known.get("error") or ("it was stopped" if state == RowState.STOPPED else None)
+        line["error"] = fields.get("error") or ("it was stopped" if state == RowState.STOPPED else None)
         if result:
             line |= {"output": result["output"], "usage": result.get("usage"), "tasks": result.get("tasks", [])}
             line["data"] = None if state == RowState.INVALID_OUTPUT else self._data(result)

@@ -48,11 +48,11 @@ def check_bound(entry: BatchEntry | None, binding: dict[str, Any] | None, ledger
         return
     if entry is None or binding.get("ledger_id") != entry.ledger_id:
         raise LedgerMissingError(name=ledger.batch, ledger=str(binding.get("ledger")))
-    known = binding.get("generation")
-    if isinstance(known, int) and entry.generation < known:
+    generation = binding.get("generation")
+    if isinstance(generation, int) and entry.generation < generation:
         raise LedgerError(
             f"is an older copy: it has generation {entry.generation} of batch {entry.name!r}, and the Prefect server "
-            f"knows {known}. Rows that were started since are not in it, so nothing was started.",
+            f"knows {generation}. Rows that were started since are not in it, so nothing was started.",
             ledger=ledger.address,
             advice=(
                 "Use the newer ledger. If that is lost, and its rows may be started again: prefect variable unset "
@@ -173,12 +173,12 @@ class BatchLock:
         await self._disconnect()
         query = select(batches.c.generation).where(batches.c.name == self._batch)
         try:
-            taken = await self._take_on_server()
+            is_ours = await self._take_on_server()
             generation = (await self._connection.execute(query)).scalar()
         except (SQLAlchemyError, OSError):
             await self._disconnect()  # nothing is claimed either while it is away
             return True
-        return taken and self.generation in (None, generation)
+        return is_ours and self.generation in (None, generation)
 
     def _take_file(self, path: Path) -> bool:
         while self._file is None:

@@ -146,8 +146,8 @@ class BatchPlan:
         return to_jsonable_python(asdict(self))
 
     def __str__(self) -> str:
-        left = self.rows - self.done
-        done = f"{self.done:,} done, {left:,} to run" if self.done else f"{left:,} to run"
+        remaining = self.rows - self.done
+        done = f"{self.done:,} done, {remaining:,} to run" if self.done else f"{remaining:,} to run"
         lines = [f"Batch {self.name}: {self.rows:,} rows, {done}, {self.max_in_flight:,} at a time."]
         listed, more = by_reason(self.bad, self.bad_count)
         lines += [f"{where[:1].upper()}{where[1:]} cannot be run: {reason}." for where, reason in listed]
@@ -243,8 +243,8 @@ class BatchProgress:
     @property
     def seconds_left(self) -> float | None:
         """How long the rest takes at this rate; None where there is no rest, or nothing tells."""
-        rate, left = self.rate, self.total - self.done
-        return left / rate if rate > 0 and left > 0 else None
+        rate, remaining = self.rate, self.total - self.done
+        return remaining / rate if rate > 0 and remaining > 0 else None
 
     def tick(self) -> None:
         """Remember how many rows had ended now."""
@@ -290,8 +290,8 @@ class BatchArtifact:
             return
         self._shown_at = time.monotonic()
         problems = {"failed": progress.failed, "uncertain": progress.uncertain, "set aside": progress.set_aside.count}
-        said = ", ".join(f"{count:,} {word}" for word, count in problems.items() if count)
-        parts = [f"## Batch {prose(self._name)} · {prose(self._crew.label)}{f': {said}' if said else ''}"]
+        counts = ", ".join(f"{count:,} {word}" for word, count in problems.items() if count)
+        parts = [f"## Batch {prose(self._name)} · {prose(self._crew.label)}{f': {counts}' if counts else ''}"]
         if report is not None and report.stopped:
             parts += ["### Stopped", fenced(report.stopped)]
         parts += [table(("", ""), self._figures(progress, report)), *self._failures(progress)]
@@ -300,23 +300,25 @@ class BatchArtifact:
     def _failures(self, progress: BatchProgress) -> list[str]:
         parts: list[str] = []
         if progress.uncertain_keys:
-            shown = ", ".join(code(key) for key in progress.uncertain_keys[:FAILURES])
+            text = ", ".join(code(key) for key in progress.uncertain_keys[:FAILURES])
             command = f"prefect-crew runs resolve {shlex.quote(f'batch/{escape_name(self._name)}/KEY')}"
             parts += [
                 "### Uncertain",
                 f"Nobody knows whether {progress.uncertain:,} kickoffs started a run. Look at the crew's page, then "
-                f"resolve each: {shown}",
+                f"resolve each: {text}",
                 commands(f"{command} --kickoff-id ID", f"{command} --never-started"),
             ]
         if progress.failures:
             rows = [
                 (
-                    code(one.key),
-                    code(one.record.kickoff_id) if one.record is not None and one.record.kickoff_id else "–",
-                    cell(str(one.state)),
-                    cell((one.error or "–") if self._crew.show != "none" else "not shown"),
+                    code(failure.key),
+                    code(failure.record.kickoff_id)
+                    if failure.record is not None and failure.record.kickoff_id
+                    else "–",
+                    cell(str(failure.state)),
+                    cell((failure.error or "–") if self._crew.show != "none" else "not shown"),
                 )
-                for one in progress.failures
+                for failure in progress.failures
             ]
             name = shlex.quote(self._name)
             retry = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch retry {name}")
@@ -327,8 +329,8 @@ class BatchArtifact:
             parts.append(table(("Row", "Run", "State", "Error"), rows))
         if (aside := progress.set_aside).count:
             bad = [(f"{row.line:,}", cell(row.reason)) for row in aside.rows[:FAILURES]]
-            shown, where = f"{len(bad):,} of {aside.count:,} rows that cannot be run", code(aside.output or "")
-            parts += ["### Set aside", f"The first {shown}. All are in {where}.", table(("Line", "Why"), bad)]
+            text, where = f"{len(bad):,} of {aside.count:,} rows that cannot be run", code(aside.output or "")
+            parts += ["### Set aside", f"The first {text}. All are in {where}.", table(("Line", "Why"), bad)]
         return parts
 
     def _figures(self, progress: BatchProgress, report: BatchReport | None) -> list[tuple[str, str]]:
@@ -348,13 +350,13 @@ class BatchArtifact:
         if progress.people:
             rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
         if report is None:
-            left = progress.seconds_left
+            seconds = progress.seconds_left
             return [
                 *rows,
                 ("In flight", f"{progress.in_flight:,}"),
                 ("Rate", f"{progress.rate:.1f} rows/s"),
                 ("Time so far", duration(progress.seconds)),
-                ("Time left", "–" if left is None else duration(left)),
+                ("Time left", "–" if seconds is None else duration(seconds)),
             ]
         rows += [
             ("Not run", f"{report.skipped - report.set_aside:,}"),

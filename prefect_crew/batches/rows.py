@@ -129,8 +129,8 @@ class RowPlan:
     def source(self) -> str | None:
         """Return a digest of all that the rows are made of; None where that is a function or a secret."""
         options, crew, data = self._options, self._crew, self.dataset
-        given = (options.key, options.inputs, *self._mapping.values())
-        if data.digest is None or any(callable(one) or holds_secret(one) for one in given):
+        settings = (options.key, options.inputs, *self._mapping.values())
+        if data.digest is None or any(callable(setting) or holds_secret(setting) for setting in settings):
             return None
         how: list[Any] = [version("prefect-crew"), data.digest(), data.format, data.encoding, data.delimiter]
         how += [options.key, options.inputs is None, self._mapping, options.rows, self._expected]
@@ -221,8 +221,8 @@ class RowPlan:
         if row.fault is not None:
             return row.raw
         secret = self._secret_columns
-        shown = {name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()}
-        return self._redactor(row.values).tree(shown)  # another column may repeat one
+        values = {name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()}
+        return self._redactor(row.values).tree(values)  # another column may repeat one
 
     def _redactor(self, values: Values) -> Redactor:
         columns = values if self._secret_columns is None else self._secret_columns
@@ -283,7 +283,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _by_name(expected: Sequence[CrewInput]) -> Callable[[Values], Values]:
-    names = {known.name for known in expected} - {STATE_ID}
+    names = {item.name for item in expected} - {STATE_ID}
 
     def inputs_of(values: Values) -> Values:
         if names and names.isdisjoint(values):

@@ -269,25 +269,25 @@ async def aplan_batch(
     Raises:
         CrewError: The data set cannot be read, the crew refused the token, or the options make no sense.
     """
-    chosen = BatchOptions(**options)
+    batch_options = BatchOptions(**options)
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, chosen, name, output, ledger=ledger, **file)
+    job = await _batch_job(crew, dataset, batch_options, name, output, ledger=ledger, **file)
     async with CrewSession(job.crew) as session:
-        plan = RowPlan(job.dataset, chosen, job.crew, await expected_inputs(session))
+        plan = RowPlan(job.dataset, batch_options, job.crew, await expected_inputs(session))
     checked = await asyncio.to_thread(plan.check)
     done, duration, each = 0, seconds_per_run, cost_of(job.crew.price, None)
     if not job.ledger.is_missing:
-        async with Ledger(job.ledger.full, job.name) as known:
-            done = sum(count for state, count in (await known.counts()).items() if state.is_final)
-            duration = (await known.run_times()).mean if duration is None else duration
-            spent = await known.spending()
+        async with Ledger(job.ledger.full, job.name) as stored:
+            done = sum(count for state, count in (await stored.counts()).items() if state.is_final)
+            duration = (await stored.run_times()).mean if duration is None else duration
+            spent = await stored.spending()
             if each is None and spent.cost is not None:
                 each = spent.cost / spent.priced
-    left = max(checked.total - done, 0)
-    most = chosen.max_in_flight or IN_FLIGHT
-    seconds = None if duration is None else -(-left // most) * duration
-    if chosen.kickoffs_per_second is not None:
-        seconds = max(seconds or 0.0, left / chosen.kickoffs_per_second)
+    rest = max(checked.total - done, 0)
+    most = batch_options.max_in_flight or IN_FLIGHT
+    seconds = None if duration is None else -(-rest // most) * duration
+    if batch_options.kickoffs_per_second is not None:
+        seconds = max(seconds or 0.0, rest / batch_options.kickoffs_per_second)
     return BatchPlan(
         name=job.name,
         rows=checked.total,
@@ -296,7 +296,7 @@ async def aplan_batch(
         bad_count=checked.bad_count,
         max_in_flight=most,
         seconds=seconds,
-        price=None if each is None else each * left,
+        price=None if each is None else each * rest,
     )
 
 
@@ -331,7 +331,7 @@ def _digest_of(output_type: type[BaseModel]) -> str:
     """
     with suppress(PydanticUserError, ValueError):
         schema = to_json(output_type.model_json_schema())
-        fields = json.loads(schema, object_hook=lambda one: {name: one[name] for name in one if name != "default"})
+        fields = json.loads(schema, object_hook=lambda part: {name: part[name] for name in part if name != "default"})
         return sha256(to_json(fields)).hexdigest()
     return ""
 
@@ -351,9 +351,9 @@ async def _batch_job(
         dataset = render_key(dataset, moment)
     address = await ledger_address(more.pop("ledger"), where)
     rows = open_dataset(dataset, **more)
-    chosen = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
-    await check_estimates(chosen)
-    return BatchJob(chosen, rows, options, full, where, address)
+    loaded_crew = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
+    await check_estimates(loaded_crew)
+    return BatchJob(loaded_crew, rows, options, full, where, address)
 
 
 class _Batch:
@@ -403,8 +403,8 @@ class _Batch:
         else:
             checked = await asyncio.to_thread(plan.check, rejected)
             is_kept = source is not None and not checked.bad_count
-            found = {"total": checked.total, "fingerprint": checked.fingerprint, "order": checked.order}
-            self.checked = {"source": source, **found} if is_kept else None
+            facts = {"total": checked.total, "fingerprint": checked.fingerprint, "order": checked.order}
+            self.checked = {"source": source, **facts} if is_kept else None
         self.order = checked.order
         if checked.bad and (options.on_bad_row == "refuse" or not checked.total):
             alone = not checked.total

@@ -83,7 +83,7 @@ class StoredBatch:
         ledger, entry, aside = self.ledger, self.entry, self.entry.set_aside
         counts = Counter(await ledger.counts())
         if counts[RowState.CLAIMED]:
-            orphaned = sum(one.phase is RecordPhase.CLAIMED and not one.open_for for one in await ledger.unresolved())
+            orphaned = sum(run.phase is RecordPhase.CLAIMED and not run.open_for for run in await ledger.unresolved())
             orphaned = min(orphaned, counts[RowState.CLAIMED])
             counts.update({RowState.UNCERTAIN: orphaned, RowState.CLAIMED: -orphaned})
         times = await ledger.run_times()
@@ -150,8 +150,8 @@ class StoredBatch:
                 f"Batch {self.name!r} cannot be run by its name alone: {why_not}. Make the same call again, with the "
                 "same name; it continues where it stopped."
             )
-        given = {name: call[name] for name in ("crew", "dataset", "output", "format", "encoding", "delimiter")}
-        return {**given, "name": self.name, "ledger": self.address.full, **call["options"], **more}
+        arguments = {name: call[name] for name in ("crew", "dataset", "output", "format", "encoding", "delimiter")}
+        return {**arguments, "name": self.name, "ledger": self.address.full, **call["options"], **more}
 
     async def export(self, output: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:
         """Write its lines, also while it runs; return where they are, for people, and how many.
@@ -185,11 +185,11 @@ async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenera
     binding = await read_binding(name)
     if binding is None:
         raise ConfigurationError(f"There is no batch {name!r}. To list all: prefect-crew batch ls.")
-    known = str(binding.get("ledger"))
-    address = await ledger_address(ledger or known, "")
+    place = str(binding.get("ledger"))
+    address = await ledger_address(ledger or place, "")
     # Opening it would make the file.
     if address.is_missing:
-        raise LedgerMissingError(name=name, ledger=known)
+        raise LedgerMissingError(name=name, ledger=place)
     async with Ledger(address.full, name) as opened:
         entry = await opened.entry()
         check_bound(entry, binding, opened)
@@ -219,15 +219,15 @@ async def batches_waiting_for_people() -> AsyncGenerator[tuple[list[StoredBatch]
 
 async def list_batches(*tags: str) -> list[tuple[str, str]]:
     """Return name and ledger of every batch that the Prefect server knows, by name; only those with all these tags."""
-    found: list[tuple[str, str]] = []
+    batches: list[tuple[str, str]] = []
     offset = 0
     body: dict[str, Any] = {"variables": {"tags": {"all_": [TAG, *tags]}}, "limit": _PAGE, "sort": "NAME_ASC"}
     async with get_client() as client:
         while offset % _PAGE == 0:
             answer = await client.request("POST", "/variables/filter", json={**body, "offset": offset})
             page = cast("list[dict[str, Any]]", answer.json())
-            found += [(str(one["value"]["batch"]), str(one["value"]["ledger"])) for one in page]
+            batches += [(str(variable["value"]["batch"]), str(variable["value"]["ledger"])) for variable in page]
             if not page:
                 break
             offset += len(page)
-    return sorted(found)
+    return sorted(batches)

@@ -95,8 +95,8 @@ class Throttle:
         """How many kickoffs may be under way at a time: more where answers take long, unless somebody says how many."""
         if self._options.kickoffs_at_once is not None:
             return self._options.kickoffs_at_once
-        wanted = FEWEST_KICKOFFS if self._fastest == math.inf else round(KICKOFFS_A_SECOND * (self._fastest - NEAR))
-        return min(MOST_KICKOFFS, max(FEWEST_KICKOFFS, wanted))
+        number = FEWEST_KICKOFFS if self._fastest == math.inf else round(KICKOFFS_A_SECOND * (self._fastest - NEAR))
+        return min(MOST_KICKOFFS, max(FEWEST_KICKOFFS, number))
 
     def answered(self, seconds: float) -> None:
         """Note how long the answer to a kickoff took. The fastest counts: a busy server is not sent more."""

@@ -39,11 +39,11 @@ def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, no
         return False
     if abs(now - int(timestamp)) > MAX_AGE:
         return False
-    given = signature.strip().encode("utf-8", "surrogateescape")
+    mac = signature.strip().encode("utf-8", "surrogateescape")
     fits = False
-    for one in secret.get_secret_value().split():
-        digest = hmac.new(one.encode("utf-8", "surrogatepass"), timestamp.encode() + b"." + body, hashlib.sha256)
-        fits |= hmac.compare_digest(given, b"sha256=" + digest.hexdigest().encode())
+    for key in secret.get_secret_value().split():
+        digest = hmac.new(key.encode("utf-8", "surrogatepass"), timestamp.encode() + b"." + body, hashlib.sha256)
+        fits |= hmac.compare_digest(mac, b"sha256=" + digest.hexdigest().encode())
     return fits
 
 
@@ -115,10 +115,10 @@ def _read_url(url: str) -> httpx.URL | None:
     """Return a URL that can be called, else None."""
     try:
         urlsplit(url)  # refuses an open bracket, which httpx takes for a part of the host's name
-        found = httpx.URL(url)
+        address = httpx.URL(url)
     except (httpx.InvalidURL, ValueError):
         return None
-    return found if found.host and found.scheme in ("http", "https") else None
+    return address if address.host and address.scheme in ("http", "https") else None
 
 
 def approves(options: Sequence[str], option: str) -> bool:
@@ -134,12 +134,12 @@ def answer_text(question: ReviewRequest, review: Review) -> str:
         ConfigurationError: The Flow cannot continue with the outcome, or no outcome is meant.
     """
     words = _YES if review.approve else _NO
-    chosen = review.option or next((name for name in question.options if name.casefold() in words), None)
-    if question.options and chosen not in question.options:
+    option = review.option or next((name for name in question.options if name.casefold() in words), None)
+    if question.options and option not in question.options:
         raise ConfigurationError(
             f"The Flow continues with one of: {', '.join(question.options)}. Choose one (option=…, --option). "
             "Nothing was sent."
         )
-    if not chosen and not review.feedback:
-        chosen = "approved" if review.approve else "rejected"
-    return ": ".join(part for part in (chosen, review.feedback) if part)
+    if not option and not review.feedback:
+        option = "approved" if review.approve else "rejected"
+    return ": ".join(part for part in (option, review.feedback) if part)

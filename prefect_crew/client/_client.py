@@ -200,10 +200,10 @@ class CrewClient:
         if answer.is_success:
             parse = partial(_parsing.parse_stop, kickoff_id=kickoff_id)
             return await self._parsed(call, answer, "the answer to a stop", parse)
-        found = _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status)
-        if found is None:
+        stop_answer = _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status)
+        if stop_answer is None:
             raise self._error(call, answer)
-        return found
+        return stop_answer
 
     async def health(self) -> bool:
         """Return whether `GET /` says that the server is healthy. A page of something else does not say so.
@@ -256,9 +256,9 @@ class CrewClient:
             return parse(None if is_empty else _parsing.decode(answer.body, expected=expected))
 
         with contextlib.suppress(ResponseFormatError):
-            found = await asyncio.to_thread(read) if len(answer.body) > AT_ONCE else read()
-            if found is not None:
-                return found
+            parsed = await asyncio.to_thread(read) if len(answer.body) > AT_ONCE else read()
+            if parsed is not None:
+                return parsed
         # Masked as a whole, and cut then: half a secret would not be found any more.
         body = call.shown(answer.text)[: 4 * EXCERPT]
         raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
@@ -267,9 +267,9 @@ class CrewClient:
         """Return the error for an answer that is none of 2xx."""
         body = call.shown(answer.text)
         facts = _parsing.parse_error(body)
-        said = facts.message or ""
+        message = facts.message or ""
         if 300 <= answer.status < 400:
-            said = f"A redirect to {_redirection(answer)}, not followed. Give the crew's final URL"
+            message = f"A redirect to {_redirection(answer)}, not followed. Give the crew's final URL"
         kind = kind or _KINDS.get(answer.status) or (ServerError if 500 <= answer.status < 600 else CrewAPIError)
         more: dict[str, Any] = {}
         if issubclass(kind, InvalidInputsError):
@@ -278,7 +278,7 @@ class CrewClient:
             status_code=answer.status,
             method=call.method,
             path=f"{urlsplit(self.url).path}{call.path}",
-            message=call.shown(said),  # once more: what was escaped in the body is plain now
+            message=call.shown(message),  # once more: what was escaped in the body is plain now
             body=body,
             kickoff_id=call.kickoff_id,
             retry_after=_parsing.parse_retry_after(answer.headers.get("retry-after")),

@@ -135,16 +135,16 @@ def text_of(value: Any) -> str | None:
 def values_at(value: Any, *paths: str) -> Iterator[Any]:
     """Yield what stands at these paths of an object, such as `result.output`, without what is missing or null."""
     for path in paths:
-        found = value
+        place = value
         for key in path.split("."):
-            found = as_object(found).get(key)
-        if found is not None:
-            yield found
+            place = as_object(place).get(key)
+        if place is not None:
+            yield place
 
 
 def pick(read: Callable[[Any], T | None], value: Any, *paths: str) -> T | None:
     """Return the first value at these paths that is usable, as `read` gives it."""
-    return next((found for one in values_at(value, *paths) if (found := read(one)) is not None), None)
+    return next((result for raw in values_at(value, *paths) if (result := read(raw)) is not None), None)
 
 
 def name_of(value: Any, *keys: str) -> str | None:
@@ -166,17 +166,21 @@ def _structured(value: Any) -> Any:
     if text[:1] not in ("{", "["):  # a bare number or word is text
         return None
     try:
-        found = _loads(text)
+        structure = _loads(text)
     except (ValueError, RecursionError):
         return None
-    return None if _is_deep(found) else found
+    return None if _is_deep(structure) else structure
 
 
 def _is_deep(value: Any) -> bool:
     """Return whether a structure has more than `MAX_DEPTH` levels."""
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [item for one in level for item in (one.values() if isinstance(one, dict) else as_list(one))]
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else as_list(container))
+        ]
         if not level:
             return False
     return True
@@ -203,10 +207,10 @@ def parse_error(text: str) -> ErrorFacts:
     except (ValueError, RecursionError):
         return ErrorFacts(None, (), None)
     parts = (pick(error_text, raw, key) for key in ("error", "message", "detail"))
-    said = ": ".join(dict.fromkeys(filter(None, parts))) or error_text(raw) or ""
+    message = ": ".join(dict.fromkeys(filter(None, parts))) or error_text(raw) or ""
     places = (f"{place}missing_inputs" for place in ("details.", "", "detail.", "detail.details."))
     listed = next(values_at(raw, *places), None)
-    return ErrorFacts(as_text(said[:_LONG]), tuple(dict.fromkeys(filter(None, map(as_text, as_list(listed))))), raw)
+    return ErrorFacts(as_text(message[:_LONG]), tuple(dict.fromkeys(filter(None, map(as_text, as_list(listed))))), raw)
 
 
 def parse_retry_after(value: str | None) -> float | None:
@@ -291,8 +295,8 @@ def _output_of(body: Mapping[str, Any], data: Any) -> str:
     """Return the text of a completed run, "" where the server left it empty. `data` is its structured result."""
     places = _outputs(body)
     values = (value for value in (*places, data) if value is not None and not isinstance(value, str))
-    found = next(filter(None, map(as_text, places)), None) or next(filter(None, map(text_of, values)), None)
-    return found or next((value for value in places if isinstance(value, str)), "")
+    text = next(filter(None, map(as_text, places)), None) or next(filter(None, map(text_of, values)), None)
+    return text or next((value for value in places if isinstance(value, str)), "")
 
 
 def _data_of(body: Mapping[str, Any]) -> Any:
@@ -306,9 +310,9 @@ def _data_of(body: Mapping[str, Any]) -> Any:
         others.append(result)
     values += [_structured(value) for value in others]
     values += [_structured(value) for value in _outputs(body) if isinstance(value, str)]
-    given = [value for value in values if value is not None]
+    present = [value for value in values if value is not None]
     # An empty object in a preferred place says less than a full one in a later place.
-    return next((value for value in given if value not in ({}, [])), given[0] if given else None)
+    return next((value for value in present if value not in ({}, [])), present[0] if present else None)
 
 
 def _tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
@@ -396,15 +400,19 @@ def parse_inputs(value: Any) -> list[CrewInput] | None:
     if items is None or needed is None or not all(as_text(item.get("name")) for item in (*items, *needed)):
         return None
     required = {item["name"] for item in needed}
-    found: dict[str, CrewInput] = {}
+    inputs: dict[str, CrewInput] = {}
     for item in (*items, *needed):
-        name, default, said = item["name"], item.get("default"), item.get("required")
+        name, default, required_word = item["name"], item.get("default"), item.get("required")
         # Anything but a clear no is a yes: to ask for one input too many is the smaller mistake.
-        is_no = said is False or (isinstance(said, str) and said.strip().casefold() == "false")
-        is_required = listed is None and default is None if said is None else not is_no
+        is_no = required_word is False or (
+            isinstance(required_word, str) and required_word.strip().casefold() == "false"
+        )
+        is_required = listed is None and default is None if required_word is None else not is_no
         facts = {"type": as_text(item.get("type")), "description": as_text(item.get("description"))}
-        found.setdefault(name, CrewInput(name=name, required=is_required or name in required, default=default, **facts))
-    return list(found.values())
+        inputs.setdefault(
+            name, CrewInput(name=name, required=is_required or name in required, default=default, **facts)
+        )
+    return list(inputs.values())
 
 
 def _items(value: Any) -> list[dict[str, Any]] | None:
@@ -432,18 +440,18 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
     A body without a state says nothing of the run, even with a result: every known server gives one.
     """
     source = as_object(value)
-    found = state_of(source)
+    state_word = state_of(source)
     ids = {own.casefold() for key in RUN_KEYS if (own := as_id(source.get(key)))}
-    if found is None or (ids and kickoff_id.casefold() not in ids):
+    if state_word is None or (ids and kickoff_id.casefold() not in ids):
         return None
-    state = _agreed_state(source, found.state)
+    state = _agreed_state(source, state_word.state)
     completed, total, progress = _progress(source)
     data = _data_of(source) if state is CrewState.COMPLETED else None
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "kickoff_id": kickoff_id,
         "state": state,
-        "raw_state": found.word,
-        "known_state": found.is_known,
+        "raw_state": state_word.word,
+        "known_state": state_word.is_known,
         "message": _sentence(source) or as_text(source.get("message")),
         "current_task": name_of(source.get("current_task"), *_TASK_KEYS),
         "last_task": name_of(source.get("last_executed_task"), *_TASK_KEYS),
@@ -461,7 +469,7 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
         "raw": value,
     }
     # Without what it did not say: each wait holds the last one, and pydantic keeps the names of all that was given.
-    return CrewStatus(**{name: value for name, value in said.items() if value is not None})
+    return CrewStatus(**{name: value for name, value in fields.items() if value is not None})
 
 
 def _progress(source: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:
@@ -509,13 +517,13 @@ def parse_stop(value: Any, kickoff_id: str) -> StopAnswer | None:
     if not isinstance(value, dict | None):
         return None
     source = as_object(value)
-    found = state_of(source)
-    state = found.state if found and found.is_known else None
+    state_word = state_of(source)
+    state = state_word.state if state_word and state_word.is_known else None
     return StopAnswer(
         kickoff_id=kickoff_id,
         outcome=StopOutcome.REQUESTED if state is None else _STOP_OUTCOMES.get(state, StopOutcome.REQUESTED),
         state=state,
-        raw_state=found.word if found else None,
+        raw_state=state_word.word if state_word else None,
         message=_sentence(source) or as_text(source.get("message")),
         raw=value,
     )
@@ -528,13 +536,13 @@ def parse_refused_stop(text: str, kickoff_id: str, status_code: int) -> StopAnsw
     """
     facts = parse_error(text)
     answer = StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.UNSUPPORTED, message=facts.message, raw=facts.raw)
-    if status_code in (400, 409) and (found := _CURRENT_STATE.search(facts.message or text[:_LONG])):
-        word = found.group(1).strip()
+    if status_code in (400, 409) and (match := _CURRENT_STATE.search(facts.message or text[:_LONG])):
+        word = match.group(1).strip()
         state = {"outcome": StopOutcome.NOT_STOPPABLE, "state": known_state(word), "raw_state": word}
         return answer.model_copy(update=state)
     if status_code not in (404, 405, 410, 501):
         return None
-    said = " ".join(text for text in values_at(facts.raw, "error", "detail") if isinstance(text, str))
-    if status_code == 410 or (status_code == 404 and (_NO_RUN.search(said) or kickoff_id in said)):
+    message = " ".join(text for text in values_at(facts.raw, "error", "detail") if isinstance(text, str))
+    if status_code == 410 or (status_code == 404 and (_NO_RUN.search(message) or kickoff_id in message)):
         return answer.model_copy(update={"outcome": StopOutcome.UNKNOWN_RUN})
     return answer

@@ -55,8 +55,8 @@ class Redactor:
         if not self._values:
             return _token_secrets(self._tokens)
         texts = {text for value in self._values for text in _texts(value)}
-        found = {form for text in texts for form in _forms(text)}.union(*map(_token_forms, self._tokens))
-        return _longest_first(found)
+        forms = {form for text in texts for form in _forms(text)}.union(*map(_token_forms, self._tokens))
+        return _longest_first(forms)
 
     def __repr__(self) -> str:
         return "Redactor(…)"
@@ -147,11 +147,11 @@ def _forms(text: str) -> set[str]:
     # Twice: an error may quote the JSON of a request within the JSON of its own.
     quoted = _json_forms(plain)
     quoted |= _json_forms(quoted)
-    pages = {html.escape(one, quote=marks) for one in plain | quoted for marks in (True, False)}
+    pages = {html.escape(form, quote=marks) for form in plain | quoted for marks in (True, False)}
     pages |= {page.replace("&#x27;", "&#39;") for page in pages}
     pages |= {page.replace("&quot;", "&#34;") for page in pages}
-    addresses = {quote(one, safe=safe, errors="replace") for one in plain for safe in ("", "/")}
-    return {*plain, *quoted, *pages, *addresses, *(repr(one)[1:-1] for one in plain)}
+    addresses = {quote(form, safe=safe, errors="replace") for form in plain for safe in ("", "/")}
+    return {*plain, *quoted, *pages, *addresses, *(repr(form)[1:-1] for form in plain)}
 
 
 @lru_cache(maxsize=16)  # the same for each row of a batch
@@ -159,9 +159,9 @@ def _token_secrets(tokens: tuple[str, ...]) -> tuple[str, ...]:
     return _longest_first(set[str]().union(*map(_token_forms, tokens)))
 
 
-def _longest_first(found: Iterable[str]) -> tuple[str, ...]:
+def _longest_first(texts: Iterable[str]) -> tuple[str, ...]:
     """Return what can be searched for, so that a secret that holds another is not left in pieces."""
-    return tuple(sorted((one for one in found if len(one) >= SHORTEST and one.strip("*")), key=len, reverse=True))
+    return tuple(sorted((text for text in texts if len(text) >= SHORTEST and text.strip("*")), key=len, reverse=True))
 
 
 @lru_cache(maxsize=16)

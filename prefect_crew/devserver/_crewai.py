@@ -198,18 +198,18 @@ class CrewAIProgram:
         return result
 
 
-def _is_flow(made: Any) -> bool:
-    return isinstance(made, Flow)
+def _is_flow(crew: Any) -> bool:
+    return isinstance(crew, Flow)
 
 
 def _build(factory: Callable[[], Any]) -> Any:
     """Return the Crew or Flow that a factory builds; of a `@CrewBase` class, its crew."""
-    made = factory()
-    crew = getattr(made, "crew", None)
-    made = crew() if callable(crew) and not _is_flow(made) else made
-    if not (_is_flow(made) or isinstance(made, Crew)):
-        raise TypeError(f"it returned {type(made).__name__}")
-    return made
+    product = factory()
+    crew = getattr(product, "crew", None)
+    product = crew() if callable(crew) and not _is_flow(product) else product
+    if not (_is_flow(product) or isinstance(product, Crew)):
+        raise TypeError(f"it returned {type(product).__name__}")
+    return product
 
 
 def _crew_inputs(crew: Crew) -> list[CrewInput]:
@@ -337,7 +337,9 @@ class _Watch:
     def _method_result(self, event: events.MethodExecutionFinishedEvent) -> TaskResult:
         name = event.method_name
         # Of a method whose feedback chose among outcomes, the event has the outcome; its output was what a person saw.
-        history = [one for one in self._made.human_feedback_history if one.method_name == name and one.outcome]
+        history = [
+            review for review in self._made.human_feedback_history if review.method_name == name and review.outcome
+        ]
         output, data = _result_of(history[-1] if history else event.result)
         seconds = time.monotonic() - self._began.get(name, time.monotonic())
         return TaskResult(name=name, output=output, data=data, execution_time=round(seconds, 3))
@@ -410,14 +412,14 @@ class _FlowFeedback:
 
     def request_feedback(self, context: PendingFeedbackContext, flow: Flow[Any]) -> str:
         answer = _current.get().ask(context.method_name, context.method_output)
-        said = answer.feedback.strip()
+        feedback = answer.feedback.strip()
         verdict = "Approved" if answer.approve else "Rejected"
         if not context.emit:  # an empty text means approval to a flow
-            return said if said or answer.approve else verdict
+            return feedback if feedback or answer.approve else verdict
         # A model reads it to choose among the outcomes. A person who names one is taken at their word.
-        if said.casefold() in (outcome.casefold() for outcome in context.emit):
-            return said
-        return f"{verdict}: {said}" if said else verdict
+        if feedback.casefold() in (outcome.casefold() for outcome in context.emit):
+            return feedback
+        return f"{verdict}: {feedback}" if feedback else verdict
 
     def request_input(self, message: str, flow: Flow[Any], metadata: dict[str, Any] | None = None) -> str | None:
         return _current.get().ask(current_flow_method_name.get(), message).feedback
@@ -434,16 +436,16 @@ def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
     run = bridge.run
     stopping = (InterceptionPoint.PRE_MODEL_CALL, InterceptionPoint.PRE_TOOL_CALL, InterceptionPoint.PRE_STEP)
     with scoped_hooks({point: [bridge.check] for point in stopping}):
-        made = _build(factory)
-        made.stream = False  # its chunks would have no reader here
-        verbose = not _is_flow(made) and (made.verbose or any(agent.verbose for agent in made.agents))
+        crew = _build(factory)
+        crew.stream = False  # its chunks would have no reader here
+        verbose = not _is_flow(crew) and (crew.verbose or any(agent.verbose for agent in crew.agents))
         set_suppress_console_output(not verbose)
-        add_stream_sink(_Watch(made, bridge).see)
-        restored = {"restore_from_state_id": run.restore_from} if _is_flow(made) and run.restore_from else {}
-        result = made.kickoff(inputs=dict(run.inputs), **restored)
+        add_stream_sink(_Watch(crew, bridge).see)
+        restored = {"restore_from_state_id": run.restore_from} if _is_flow(crew) and run.restore_from else {}
+        result = crew.kickoff(inputs=dict(run.inputs), **restored)
     if isinstance(result, HumanFeedbackPending):
         raise ProgramError("The flow asks people by a provider of its own, for whose answers nobody waits here.")
     output, data = _result_of(result)
-    counted = made.usage_metrics if _is_flow(made) else result.token_usage
+    counted = crew.usage_metrics if _is_flow(crew) else result.token_usage
     usage = TokenUsage(**counted.model_dump(include=set(TokenUsage.model_fields)))
     return Outcome(output, data, usage if usage.successful_requests or usage.total_tokens else None)

@@ -125,5 +125,5 @@ def _current(run: Run) -> str | None:
 
 
 def _progress(run: Run) -> dict[str, int]:
-    known = max(len(run.planned), len(run.tasks) + (run.current_task is not None))
-    return {"completed_tasks": len(run.tasks), "total_tasks": known}
+    total = max(len(run.planned), len(run.tasks) + (run.current_task is not None))
+    return {"completed_tasks": len(run.tasks), "total_tasks": total}

@@ -412,10 +412,10 @@ class CrewServer:
 
     async def _callback(self, request: Request, crew: CrewRuns) -> Response:
         feedback = (await _read(request, _Callback))[0].feedback
-        asked, review = self._sender.asked.get(request.path_params["token"]), self._sender.review
-        if asked is None or review is None:
+        entry, review = self._sender.asked.get(request.path_params["token"]), self._sender.review
+        if entry is None or review is None:
             raise _RefusedError(401, "unauthorized", "Invalid response token")
-        run, question = asked
+        run, question = entry
         if run.questions.get(question.task_id) is not question:
             raise _RefusedError(409, "already_responded", "Feedback was already provided.")
         approve = not review.options or feedback.casefold().startswith(review.options[0].casefold())

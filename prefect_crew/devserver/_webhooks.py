@@ -116,8 +116,8 @@ def _event_data(run: Run, type_: str, value: Any) -> dict[str, Any]:
         case (("crew_kickoff_failed" | "method_execution_failed"), _):
             return {"error": run.error or ""}
         case "llm_call_completed", (str(model), TokenUsage() as usage):
-            said = {"messages": [{"role": "user", "content": str(dict(run.inputs))}], "response": "…"}
-            return {"model": model, "call_type": "llm_call", "usage": _counts(usage), **said}
+            texts = {"messages": [{"role": "user", "content": str(dict(run.inputs))}], "response": "…"}
+            return {"model": model, "call_type": "llm_call", "usage": _counts(usage), **texts}
         case _, TaskResult():
             return {"task_name": value.name, "agent_role": value.agent, "output": value.output or ""}
         case _, Step():

@@ -84,13 +84,13 @@ class PipelineDefinition(_Plain):
         """Return the steps as `run_pipeline` takes them."""
         return [CrewStep(**{name: getattr(step, name) for name in StepDefinition.model_fields}) for step in self.steps]
 
-    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs of a run, with the defaults of those that were not given.
 
         Raises:
             ConfigurationError: One is missing, or is none of this pipeline's.
         """
-        values = {name: value for name, value in given.items() if value is not None}
+        values = {name: value for name, value in inputs.items() if value is not None}
         if unknown := [name for name in values if name not in self.inputs]:
             raise ConfigurationError(
                 f"Pipeline {self.name!r} does not take the inputs {with_guesses(unknown, list(self.inputs))}; it takes "
@@ -124,8 +124,8 @@ def as_pipeline_input(item: CrewInput) -> PipelineInput:
     """Return an input of a crew as one of a pipeline."""
     kind: Any = _TYPES.get((item.type or "").lower())
     own = None if item.default is None else f"The crew's own default: {excerpt(str(item.default), 200)}."
-    said = [item.description, own]
-    return PipelineInput(type=kind, description=" ".join(filter(None, said)) or None, required=item.required)
+    parts = [item.description, own]
+    return PipelineInput(type=kind, description=" ".join(filter(None, parts)) or None, required=item.required)
 
 
 _TYPES = {
@@ -148,22 +148,22 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
         ConfigurationError: It is not a pipeline; the message names the step and the field.
     """
     try:
-        found = yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{file} is neither YAML nor JSON: {' '.join(str(error).split())}.") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ConfigurationError(f"{file} holds no pipeline: expected a mapping with `steps`, and `inputs` and `name`.")
-    raw = cast("dict[Any, Any]", found)
+    raw = cast("dict[Any, Any]", content)
     raw.setdefault("name", re.split(r"[\\/]", file)[-1].rsplit(".", 1)[0])
     try:
         # Through JSON, which is what Prefect stores: a date of YAML, for one, has no JSON.
         return PipelineDefinition.model_validate(json.loads(json.dumps(raw, allow_nan=False)))
     except ValidationError as error:
 
-        def named(found: re.Match[str]) -> str:
-            step = raw["steps"][int(found[1])]
+        def named(match: re.Match[str]) -> str:
+            step = raw["steps"][int(match[1])]
             name = cast("dict[str, Any]", step).get("name") if isinstance(step, dict) else None
-            return f"step {name!r}" if name else f"step {int(found[1]) + 1}"
+            return f"step {name!r}" if name else f"step {int(match[1]) + 1}"
 
         problems = [re.sub(r"^steps\.(\d+)", named, problem) for problem in problems_of(error)]
         raise ConfigurationError(f"{file} is not a pipeline that can run: {'; '.join(problems)}.") from None

@@ -62,8 +62,8 @@ class CrewStep:
     restore_from: str | UUID | None = None
 
     def __post_init__(self) -> None:
-        given: Any = self.inputs
-        if not isinstance(given, Mapping | None):
+        inputs: Any = self.inputs
+        if not isinstance(inputs, Mapping | None):
             raise ConfigurationError(f"Step {self.name!r} needs its inputs by name, as a mapping. Nothing was started.")
 
 
@@ -148,12 +148,12 @@ class Pipeline:
         for name in self.order:
             self.before[name] = self.needs[name].union(*(self.before[other] for other in self.needs[name]))
 
-    def _needed_by(self, step: CrewStep, known: set[str]) -> set[str]:
+    def _needed_by(self, step: CrewStep, step_names: set[str]) -> set[str]:
         """Return the steps that a step needs, and note what it names that is not there."""
         after = {step.after} if isinstance(step.after, str) else set(step.after)
-        for name in sorted(after - known):
+        for name in sorted(after - step_names):
             self.problems.append(f"step {step.name!r} comes after {name!r}, which is not a step")
-        needed = after & known
+        needed = after & step_names
         names = self.uses.setdefault(step.name, {})
         for key, text in _templates_of(step):
             where = f"step {step.name!r}, input {key!r}"
@@ -163,9 +163,9 @@ class Pipeline:
                 self.problems.append(f"{where}: {error}")
                 continue
             names.setdefault(key, set()).update(used)
-            for name in sorted(used.keys() - known - self.inputs.keys() - RESERVED):
+            for name in sorted(used.keys() - step_names - self.inputs.keys() - RESERVED):
                 self.problems.append(f"{where}: {name!r} is no step, and no input that has a value")
-            for name in sorted(used.keys() & known):
+            for name in sorted(used.keys() & step_names):
                 needed.add(name)
                 for attribute in sorted(used[name].difference(RESULT_FIELDS)):
                     # What begins with an underscore is for the sandbox to forbid.
@@ -180,8 +180,8 @@ class Pipeline:
         """Load the crews, ask each for its inputs, and note all that is wrong."""
         await self.load()
         # One question a crew, however many steps it has; with another token it is another question.
-        asked = {_address_and_token(crew): crew for crew in self.crews.values()}
-        answers = dict(zip(asked, await asyncio.gather(*map(self._ask, asked.values())), strict=True))
+        crews = {_address_and_token(crew): crew for crew in self.crews.values()}
+        answers = dict(zip(crews, await asyncio.gather(*map(self._ask, crews.values())), strict=True))
         for name, crew in self.crews.items():
             if answer := answers[_address_and_token(crew)]:
                 token, expected = answer
@@ -223,14 +223,14 @@ class Pipeline:
     def check_inputs(self) -> None:
         """Note the inputs that each step lacks, and those that its crew does not name."""
         for step in {step.name: step for step in self.steps}.values():
-            given = self.inputs if step.inputs is None else step.inputs
-            known, crew = self._expected_by(step) or (), self.crews.get(step.name)
-            if missing := missing_inputs(known, given):
+            values = self.inputs if step.inputs is None else step.inputs
+            expected, crew = self._expected_by(step) or (), self.crews.get(step.name)
+            if missing := missing_inputs(expected, values):
                 self.problems.append(f"step {step.name!r} lacks the inputs {', '.join(missing)} of its crew")
             if step.inputs is None or (crew is not None and crew.allow_extra_inputs):
                 continue
-            if unknown := unknown_inputs(known, given):
-                names = [item.name for item in known]
+            if unknown := unknown_inputs(expected, values):
+                names = [item.name for item in expected]
                 guessed = f"{with_guesses(unknown, names)}; its crew takes {listed_names(names)}"
                 self.problems.append(f"step {step.name!r} gives the unknown inputs {guessed}")
 
@@ -258,18 +258,18 @@ class Pipeline:
 
         To be asked for once the crews are loaded.
         """
-        found = {name for name, value in self.inputs.items() if holds_secret(value)}
+        names = {name for name, value in self.inputs.items() if holds_secret(value)}
         for step in self.steps:
             if crew := self.crews.get(step.name):
                 sources = self._sources_of(step)
-                found |= set[str]().union(*(sources.get(name, ()) for name in crew.secret_inputs))
-                found |= self.inputs.keys() & crew.secret_inputs
-        return found
+                names |= set[str]().union(*(sources.get(name, ()) for name in crew.secret_inputs))
+                names |= self.inputs.keys() & crew.secret_inputs
+        return names
 
     def stored_inputs(self) -> dict[str, Any]:
         """Return the pipeline's inputs as Prefect may store them."""
         encoded, secret = encode_inputs(self.inputs), self.secret_inputs
-        by_function = any(callable(given) for step in self.steps for given in (step.inputs or {}).values())
+        by_function = any(callable(value) for step in self.steps for value in (step.inputs or {}).values())
         if by_function and any(crew.secret_inputs for crew in self.crews.values()):
             secret = set(encoded)  # nobody knows which of them the function reads
         redact = Redactor(self.inputs[name] for name in secret)
@@ -296,12 +296,12 @@ class Pipeline:
             ConfigurationError: A template or a function uses what is not there.
         """
         if step.inputs is None:
-            names = {known.name for known in self._expected_by(step) or ()}
+            names = {item.name for item in self._expected_by(step) or ()}
             return {key: value for key, value in self.inputs.items() if not names or key in names}
-        seen = {name: results[name] for name in self.before[step.name]}
-        context = PipelineContext(self.inputs, seen)
+        before = {name: results[name] for name in self.before[step.name]}
+        context = PipelineContext(self.inputs, before)
         plain = {name: _revealed(value) for name, value in self.inputs.items()}
-        values = {**plain, **seen, "inputs": plain, "steps": seen}
+        values = {**plain, **before, "inputs": plain, "steps": before}
         return {
             key: _call_function(value, context) if callable(value) else _render_texts(value, values)
             for key, value in step.inputs.items()
@@ -316,8 +316,8 @@ class Pipeline:
             after = ", ".join(other for other in self.order if other in self.needs[name])
             lines = [f"{name}: crew {crew.label if crew else step.crew}" + (f", after {after}" if after else "")]
             hidden = crew.secret_inputs if crew else ()
-            shown = {key: MASK if key in hidden else value for key, value in (step.inputs or {}).items()}
-            lines += [f"  {k} = {f'from {_name_of(v)}' if callable(v) else v}" for k, v in shown.items()]
+            inputs = {key: MASK if key in hidden else value for key, value in (step.inputs or {}).items()}
+            lines += [f"  {k} = {f'from {_name_of(v)}' if callable(v) else v}" for k, v in inputs.items()]
             blocks.append("\n".join(lines))
         problems = [*self.problems, *self.unreachable]
         if problems:

@@ -52,8 +52,8 @@ class PipelineResult:
 
 async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
     """Return what a pipeline would do, with all that is wrong with it. Nothing is started."""
-    given, inputs = Inputs.of(inputs), None
-    pipeline = Pipeline(steps, given.values)
+    taken_inputs, inputs = Inputs.of(inputs), None
+    pipeline = Pipeline(steps, taken_inputs.values)
     await pipeline.check()
     return pipeline.plan()
 
@@ -92,10 +92,10 @@ async def arun_pipeline(
         PipelineFailedError: A step failed. The independent ones were finished; a second call with the key, or a retry
             of the flow run, starts only what failed.
     """
-    given, inputs = Inputs.of(inputs), None  # no frame shows the values
+    taken_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
     options = RunOptions.of(idempotency_key=idempotency_key, name=name, wait=wait, review=review, budgets=budgets)
     steps = [replace(step, wait=step.wait or wait, review=step.review or review) for step in steps]
-    pipeline = Pipeline(steps, given.values)
+    pipeline = Pipeline(steps, taken_inputs.values)
     await pipeline.check()
     await pipeline.refuse_problems()
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
@@ -104,7 +104,7 @@ async def arun_pipeline(
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_steps.fn)
     async def run_in_flow(*_: Any, **__: Any) -> PipelineResult:
-        await _name_flow_run(pipeline, name, idempotency_key, given.values)
+        await _name_flow_run(pipeline, name, idempotency_key, taken_inputs.values)
         return await _run(pipeline, name, idempotency_key, options.budgets)
 
     own_flow = copy(run_steps)
@@ -150,20 +150,20 @@ async def run_deployed_pipeline(
         ConfigurationError: The pipeline cannot run; the message has all that is wrong. Nothing was started.
         PipelineFailedError: A step failed, as for `run_pipeline`.
     """
-    given = pipeline.values(inputs or {})
-    bare = Pipeline(pipeline.crew_steps(), given)
+    values = pipeline.values(inputs or {})
+    bare = Pipeline(pipeline.crew_steps(), values)
     await bare.load()
     blocks = {name: list(crew.secret_inputs) for name, crew in bare.crews.items()}
     if stored := pipeline.stored_secrets(blocks):
         raise ConfigurationError(f"The pipeline cannot run, nothing was started: {'; '.join(stored)}.")
     secret = bare.secret_inputs | {name for name, item in pipeline.inputs.items() if item.secret}
-    hidden = await values_of_blocks({name: given[name] for name in given if name in secret}, secret)
+    hidden = await values_of_blocks({name: values[name] for name in values if name in secret}, secret)
     # Those that were loaded, so that each is loaded once; one that is not stored is refused with all other problems.
     steps = [replace(step, crew=bare.crews.get(step.name, step.crew)) for step in bare.steps]
     await _name_flow_run(bare, pipeline.name, idempotency_key, inputs or {}, secret)
     return await arun_pipeline(
         steps,
-        {**given, **hidden},
+        {**values, **hidden},
         name=pipeline.name,
         idempotency_key=idempotency_key,
         wait=pipeline.wait,
@@ -172,14 +172,18 @@ async def run_deployed_pipeline(
 
 
 async def _name_flow_run(
-    pipeline: Pipeline, name: str, idempotency_key: str | None, given: Mapping[str, Any], secret: Collection[str] = ()
+    pipeline: Pipeline, name: str, idempotency_key: str | None, values: Mapping[str, Any], secret: Collection[str] = ()
 ) -> None:
     """Name the flow run around it by its key, else by the first input that may be shown, of the `given` ones first."""
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
     may_show = all(crew.show == "full" for crew in pipeline.crews.values())
     stored = pipeline.stored_inputs() if may_show else {}
-    names = [one for one in (*given, *stored) if one not in secret and stored.get(one, MASK) != MASK]
-    await label_flow_run(name=titled(name, key, {one: stored[one] for one in names}))
+    names = [
+        input_name
+        for input_name in (*values, *stored)
+        if input_name not in secret and stored.get(input_name, MASK) != MASK
+    ]
+    await label_flow_run(name=titled(name, key, {input_name: stored[input_name] for input_name in names}))
 
 
 def _digest_of(pipeline: Pipeline) -> str:
@@ -267,7 +271,7 @@ class _Run:
         secret = [name for name, value in inputs.items() if name in crew.secret_inputs or holds_secret(value)]
         self._secrets += [inputs[name] for name in secret]
         # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
-        made = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
+        derived = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
         options = RunOptions.of(
             name=step.name,
             idempotency_key=step_key(self.idempotency_key, step),
@@ -276,10 +280,10 @@ class _Run:
             review=step.review,
             restore_from=step.restore_from,
         )
-        kept = Inputs.of(inputs).keep_secret(made, map(SecretStr, Redactor(self._secrets).texts))
+        step_inputs = Inputs.of(inputs).keep_secret(derived, map(SecretStr, Redactor(self._secrets).texts))
         return await run_tasks(
             replace(crew, on_status=partial(self._on_run, step.name)),
-            crew.take(kept, restore_from=options.restore_from),
+            crew.take(step_inputs, restore_from=options.restore_from),
             options,
             # Prefect draws an arrow from each of them; it sees by itself only a result that is passed on unchanged.
             wait_for=[self.results[name] for name in sorted(self.pipeline.needs[step.name])],

@@ -54,13 +54,13 @@ def create_receiver(
     Raises:
         ConfigurationError: There is no secret, or it is too short; or no Prefect API is set.
     """
-    chosen = secret if secret is not None else CrewSettings().webhook_secret
-    if chosen is None:
+    signing_secret = secret if secret is not None else CrewSettings().webhook_secret
+    if signing_secret is None:
         raise ConfigurationError(
             "The receiver has no secret: set PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET to the same value as where "
             'crews are kicked off. Make one: python -c "import secrets; print(secrets.token_urlsafe(32))"'
         )
-    receiver = _Receiver(SecretStr(checked_secret(chosen)), forwarder or Forwarder(), max_body)
+    receiver = _Receiver(SecretStr(checked_secret(signing_secret)), forwarder or Forwarder(), max_body)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None]:
@@ -107,10 +107,10 @@ class _Receiver:
         """Answer a process that waits for runs, once there is something to say or after some seconds."""
         if not may_read_recent(self._secret, request.headers.get("authorization")):
             return self._answer(404, "not found")
-        found = await self.forwarder.recent.after(request.query_params.get("after", ""))
-        if found is None:
+        answer = await self.forwarder.recent.after(request.query_params.get("after", ""))
+        if answer is None:
             return self._answer(503, "too many processes wait here: they poll")
-        return JSONResponse(found, headers={"Cache-Control": "no-store"})
+        return JSONResponse(answer, headers={"Cache-Control": "no-store"})
 
     async def nothing_here(self, _request: Request, _error: Exception) -> Response:
         return self._answer(404, "not found")

@@ -77,8 +77,8 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
     facts = repr((hook.kind, hook.idempotency_key, hook.attempt, hook.round)).encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(facts + b"\0" + body).hexdigest()
     if hook.kind == "stream":
-        found = source.get("events", value)
-        items = as_list(found) if isinstance(found, list) else [found]
+        stream = source.get("events", value)
+        items = as_list(stream) if isinstance(stream, list) else [stream]
         events = [as_object(item) for item in items if isinstance(item, dict)]
         is_one = any(pick(as_id, item, *RUN_KEYS) or as_text(item.get("type")) for item in events)
         if len(events) < len(items) or (events and not is_one):
@@ -89,7 +89,7 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
     if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
         raise ResponseFormatError(expected=f"{expected} that names its run", body=shown(body))
     state = state_of(source)
-    said = {
+    facts_of_body = {
         "kickoff_id": kickoff_id,
         "task_id": as_id(source.get("task_id")),
         "state": str(state.state) if state and state.is_known else None,
@@ -106,7 +106,7 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
         hook=hook,
         name=hook.kind,
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/{digest}"),
-        said=_said(hook, said, names),
+        said=_said(hook, facts_of_body, names),
         kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(source.get("meta")),
         output=_output_of(source) if hook.kind == "human_input" and hook.names else None,
@@ -129,7 +129,7 @@ def _streamed(hook: Hook, event: Mapping[str, Any], place: str) -> WebhookEvent:
     id_, kickoff_id, time = as_id(event.get("id")), pick(as_id, event, *RUN_KEYS), text_of(event.get("timestamp"))
     data = as_object(event.get("data"))
     model = as_text(data.get("model")) or ""
-    said = {
+    facts = {
         "id": id_,
         "kickoff_id": kickoff_id,
         "at": time if hook.names or _TIME.fullmatch(time or "") else None,
@@ -142,7 +142,7 @@ def _streamed(hook: Hook, event: Mapping[str, Any], place: str) -> WebhookEvent:
         hook=hook,
         name=f"stream.{type_}",
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/stream/{type_}/{same}"),
-        said=_said(hook, said, {"name": data.get("task_name"), "agent": data.get("agent_role")}),
+        said=_said(hook, facts, {"name": data.get("task_name"), "agent": data.get("agent_role")}),
         kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(data.get("meta")),
     )
@@ -157,15 +157,15 @@ def _said(hook: Hook, facts: Mapping[str, Any], names: Mapping[str, Any]) -> dic
 
     No control characters: PostgreSQL stores no NUL, and the Prefect server would lose the events beside it as well.
     """
-    said: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in ({**facts, **names} if hook.names else facts).items():
         if not isinstance(value, str):
-            said |= {key: value} if isinstance(value, int | float) else {}
+            result |= {key: value} if isinstance(value, int | float) else {}
         elif not key.endswith("id"):
-            said |= {key: text} if (text := one_line(value)[:_MAX_NAME]) else {}
+            result |= {key: text} if (text := one_line(value)[:_MAX_NAME]) else {}
         elif _short(value) and (hook.names or _ID.fullmatch(value)):
-            said[key] = value  # ids are whole or absent: half an id is another id
-    return said
+            result[key] = value  # ids are whole or absent: half an id is another id
+    return result
 
 
 def _short(value: str | None) -> str | None:

@@ -105,20 +105,20 @@ class RecentWebhooks:
         for one. None: too many wait already.
         """
         start, _, number = cursor.partition("-")
-        known = start == self._start and number.isdecimal() and len(number) < 20 and int(number) <= self._last
-        seen = int(number) if known else max(0, self._last - MOST_IN_ANSWER)
-        if known and seen == self._last and not self._is_closing:
+        is_ours = start == self._start and number.isdecimal() and len(number) < 20 and int(number) <= self._last
+        number_before = int(number) if is_ours else max(0, self._last - MOST_IN_ANSWER)
+        if is_ours and number_before == self._last and not self._is_closing:
             if self._held >= MOST_HELD:
                 return None
             await self._wait()
         first = self._last - len(self._kept)
-        begin = max(0, seen - first)
-        found = list(itertools.islice(self._kept, begin, begin + MOST_IN_ANSWER))
+        begin = max(0, number_before - first)
+        webhooks = list(itertools.islice(self._kept, begin, begin + MOST_IN_ANSWER))
         return {
-            "cursor": f"{self._start}-{first + begin + len(found)}",
+            "cursor": f"{self._start}-{first + begin + len(webhooks)}",
             # Without a cursor nothing was missed: the process has only just begun to wait.
-            "missed": (bool(cursor) and not known) or seen < first,
-            "webhooks": found,
+            "missed": (bool(cursor) and not is_ours) or number_before < first,
+            "webhooks": webhooks,
         }
 
     async def _wait(self) -> None:
