@@ -11,7 +11,7 @@ from typing import Literal
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.exceptions import CrewError
 from prefect_crew.prices import Spending
-from prefect_crew.records.model import RunRecord, utcnow
+from prefect_crew.records.model import Entry, utcnow
 from prefect_crew.records.prune import FLOW_RUN_ID, read_by_id
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.settings import CrewSettings
@@ -35,13 +35,13 @@ class CostRow:
     flow_run_id: str | None = None
 
 
-def row_of(record: RunRecord) -> CostRow:
+def row_of(end: Entry) -> CostRow:
     """Return the row of one run that has ended."""
-    usage = record.usage or (record.result and record.result.usage)
+    usage = end.usage or (end.result and end.result.usage)
     is_reported = usage is not None and usage.total_tokens is not None
-    spending = Spending(1, int(is_reported), int(record.cost is not None), usage, record.cost)
-    day = (record.ended_at or record.claimed_at).date()
-    return CostRow(day, record.crew, spending, flow_run_id=record.flow_run_id)
+    spending = Spending(1, int(is_reported), int(end.cost is not None), usage, end.cost)
+    day = (end.ended_at or utcnow()).date()
+    return CostRow(day, str(end.crew), spending, flow_run_id=end.flow_run_id)
 
 
 def grouped(rows: Iterable[CostRow], by: By) -> dict[str, Spending]:
@@ -66,7 +66,7 @@ async def read_costs(
 
     The rows have the names of flows, and tags, only if these are in `by`.
     """
-    rows, gaps = [row_of(record) for record in await _read_ended(since)], _pruned_days(since)
+    rows, gaps = [row_of(end) for end in await _read_ends(since)], _pruned_days(since)
     for name, ledger in await list_batches():
         try:
             async with open_stored_batch(name) as batch:
@@ -93,19 +93,16 @@ def _pruned_days(since: date | None) -> list[str]:
     ]
 
 
-async def _read_ended(since: date | None) -> list[RunRecord]:
-    """Return the records of the runs that ended on a day (UTC) or later, and perhaps some of the day before.
-
-    A record is changed when its run ends, or later.
-    """
+async def _read_ends(since: date | None) -> list[Entry]:
+    """Return the ends of the runs that ended on a day (UTC) or later, and perhaps some of the day before."""
     store, now = PrefectRecords(), utcnow()
     first = datetime.fromtimestamp(0, UTC) if since is None else datetime.combine(since, time.min, UTC)
-    records = dict[str | None, RunRecord]()
-    # The second reading finds the records that somebody changed during the first: they are among the latest now.
+    ends = dict[str | None, Entry]()
+    # The second reading finds the ends that somebody created during the first: they are among the latest now.
     for moment in (first, now):
-        async for record in store.ended_since(moment - CLOCKS):
-            records[record.ref] = record
-    return [record for record in records.values() if record.ended_at is not None]
+        async for end in store.ended_since(moment - CLOCKS):
+            ends[end.claim] = end
+    return [*ends.values()]
 
 
 async def _with_flows(rows: Sequence[CostRow]) -> list[CostRow]:

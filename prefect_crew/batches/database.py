@@ -411,7 +411,8 @@ class GroupWriter:
         Args:
             values: The columns of `attempts` but `posts_until`; `good_for`, for how many more seconds a claim may be
                 posted; `mine`, 1 if whoever writes has claimed it; `was`, the phase that alone it may replace, None for
-                any; `alone`, 1 if it is to be made only where no other attempt holds the kickoff.
+                any; `alone`, 1 if it is to be made only where no other attempt holds the kickoff, and no end stands but
+                that the crew's server has forgotten the run.
             is_claim: Whether it claims its place; else it replaces what is there.
             urgent: Whether a commit is begun for it; else it goes with the next one, or with one of its own soon.
 
@@ -548,7 +549,7 @@ _TYPES = {
     "alone": "integer",
 }
 _IS_ALONE = f"""
-    new_alone = 0 OR NOT EXISTS (
+    new_alone = 0 OR (a.phase <> 'ended' OR a.state = 'lost' OR a.record = new_record) AND NOT EXISTS (
         SELECT 1 FROM {attempts.name} AS other WHERE other.kickoff = new_kickoff
             AND (other.batch, other.row_key, other.attempt) <> (a.batch, a.row_key, a.attempt)
     )

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -31,8 +31,6 @@ T = TypeVar("T")
 LEDGER_VERSION = 2
 PAGE = 400
 """Rows that are read or written at once."""
-ENDS = 10_000
-"""Ends that are remembered, the latest ones: what is still in flight ends again within seconds, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,6 @@ class Ledger:
         self.is_exclusive = False
         self._left = seconds_left(self.database)
         self._own_claims: set[str] = set()
-        self._ends: dict[tuple[str, str], None] = {}  # by the owners of the attempts
 
     async def __aenter__(self) -> Ledger:
         await self.database.__aenter__()
@@ -339,7 +336,7 @@ class Ledger:
         self._own_claims.add(record.owner)
         record.open_for = record.good_for + record.post_deadline + SPARE
         claimed = await self.writer.put(self._values(record), is_claim=True)
-        record.permit += claimed
+        record.entries += claimed
         return claimed
 
     async def withdraw(self, record: RunRecord) -> None:
@@ -349,15 +346,6 @@ class Ledger:
     async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
         """Return True: one process at a time works on a batch, and nobody prunes its ledger."""
         return True
-
-    async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
-        """Return False if this process does that already: one at a time works on a batch, and both who waits for a run
-        and who stops it may see its end."""
-        is_first = (record.owner, what) not in self._ends
-        self._ends[record.owner, what] = None
-        if len(self._ends) > ENDS:
-            del self._ends[next(iter(self._ends))]
-        return is_first
 
     async def permit(
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
@@ -378,6 +366,22 @@ class Ledger:
         for name, value in found.items():
             setattr(record, name, value)
         return True
+
+    async def end(self, record: RunRecord, **end: Any) -> bool:
+        """Write down how a run ended; False if the ledger says already how it did, and note that in the record."""
+        mine = record.owner in self._own_claims
+        ended = record.model_copy(update=resolution(record, RecordPhase.ENDED, **end))
+        is_closed = await self._write(ended, alone=True)
+        attempts = () if is_closed else await self.attempts(record.idempotency_key)
+        stands = next((one for one in attempts if one.attempt == record.attempt and one.is_final), None)
+        if not is_closed and stands is None:
+            await self._raise_unsaved(ended, mine)
+        for name, value in (stands or ended).outcome().items():
+            setattr(record, name, value)
+        return is_closed
+
+    async def unlist(self, record: RunRecord) -> None:
+        """Do nothing: rows are found by their state."""
 
     async def save(self, record: RunRecord) -> None:
         """Write down what is known of an attempt by now, unless the ledger knows more already.
@@ -405,7 +409,7 @@ class Ledger:
         return None
 
     async def _write(self, record: RunRecord, *, alone: bool = False) -> bool:
-        """Write down what is known of an attempt; `alone`: only if no other one holds its kickoff."""
+        """Write down what is known of an attempt; `alone`: only if no other holds its kickoff, and no end stands."""
         try:
             # Nothing is sent on the strength of an end, so it need not hurry.
             urgent = record.phase is not RecordPhase.ENDED
@@ -589,4 +593,4 @@ def _digest(kickoff_id: str) -> str:
 
 def _record(text: str, left: float | None = None) -> RunRecord:
     # Here a claim is its permit as well: one write a row less.
-    return RunRecord.model_validate_json(text).model_copy(update={"permit": 1, "open_for": max(0.0, float(left or 0))})
+    return RunRecord.model_validate_json(text).model_copy(update={"entries": 1, "open_for": max(0.0, float(left or 0))})

@@ -58,7 +58,7 @@ from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import WITHHELD, OpenRun, close_record, finish_run
+from prefect_crew.runs.run import WITHHELD, OpenRun, close_run, end_of
 from prefect_crew.runs.stop import close_stopped, is_cancelled, is_cancelled_on_server
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -441,25 +441,26 @@ class Runner:
                 status = status if waker is None else await waker.with_usage(status)
         run.use_token_of(self.session.crew)
         has_result = status.state is CrewState.COMPLETED
-        is_stopped_here = record.phase is RecordPhase.ENDED
         error = None if has_result else run.redact_text(status.error or "The crew gave no reason.")[:ERROR_CAP]
         result = None
         if has_result:
             stored = StoredResult.of(status.result())
             withheld: dict[str, Any] = {"output": WITHHELD, "data": None, "tasks": []}
             result = stored.model_copy(update=withheld) if run.is_blind else run.redact.model(stored)
-        close_record(record, run.crew, status, phases.human_seconds, error, result)
+        end = end_of(run.crew, status, phases.human_seconds, error, result)
         # Before the end is saved: a process that is killed right after has saved a misfit as what it is.
         if not run.is_blind:
-            judge(record, crew=run.crew, inputs=job.inputs, output_type=self._options.output_type)
+            judged = record.model_copy(update=end)
+            judge(judged, crew=run.crew, inputs=job.inputs, output_type=self._options.output_type)
+            end["error"] = judged.error
+        if record.phase is RecordPhase.ENDED:  # it was stopped here, which has closed it: this says more of the end
+            for name, value in end.items():
+                setattr(record, name, value)
+            await self.ledger.save(record)
+        else:
+            await close_run(record, self.ledger, end, lambda: run.view(status), settings=self._settings)
         if has_result and self.first_poll is not None:
             self.first_poll.add(record)
-
-        async def write() -> bool:
-            await self.ledger.save(record)
-            return not is_stopped_here
-
-        await finish_run(record, self.ledger, write, lambda: run.view(status), settings=self._settings)
 
     async def stop_runs(self, reason: str) -> None:
         """Ask the crew's server once for each run in flight to stop it."""

@@ -89,7 +89,7 @@ def condition_of(record: RunRecord, *, owner_ended: bool) -> Condition:
     if record.phase is RecordPhase.CLAIMED:
         if record.open_for and not owner_ended:
             return Condition.CLAIMED
-        return Condition.UNCERTAIN if record.permit else Condition.NOT_STARTED
+        return Condition.UNCERTAIN if record.entries else Condition.NOT_STARTED
     if record.phase is RecordPhase.STARTED:
         if owner_ended or record.flow_run_id is None:
             return Condition.ORPHANED

@@ -96,15 +96,15 @@ async def _no_estimate(crew: Crew, period: BudgetPeriod) -> ConfigurationError:
 
 async def _latest_use(crew: Crew, measure: str) -> list[float]:
     """Return what the latest runs of a crew used, as far as they reported it and the Prefect API answers."""
-    amounts, count = dict[str | None, float](), 0
+    amounts, count = list[float](), 0
     with suppress(*PREFECT_ERRORS):
-        async for record in PrefectRecords().ended_since(utcnow() - LOOK_BACK):
+        async for end in PrefectRecords().ended_since(utcnow() - LOOK_BACK):
             count += 1
-            if record.crew_url == crew.url and measure in record.used:
-                amounts[record.ref] = record.used[measure]
+            if end.crew_url == crew.url and measure in end.used:
+                amounts.append(end.used[measure])
             if len(amounts) >= LATEST or count >= MOST_READ:
                 break
-    return [*amounts.values()]
+    return amounts
 
 
 async def add_estimates(crew: Crew, record: RunRecord) -> None:
@@ -152,8 +152,8 @@ async def release_given_back(record: RunRecord, records: RecordStore) -> None:
         return
     with suppress(*PREFECT_ERRORS):
         found = await records.attempts(record.idempotency_key)
-        given_back = (record.owner, record.permit, RecordPhase.NOT_STARTED)
-        if any((one.owner, one.permit, one.phase) == given_back for one in found):
+        given_back = (record.owner, record.entries, RecordPhase.NOT_STARTED)
+        if any((one.owner, one.entries, one.phase) == given_back for one in found):
             await release(record)
 
 

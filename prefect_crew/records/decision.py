@@ -92,7 +92,7 @@ def decide(
     if record.phase is RecordPhase.CLAIMED:
         if not (earlier or owner_ended) and record.open_for:
             return Decision.CLAIMED_ELSEWHERE
-        return Decision.UNCERTAIN if record.permit else Decision.VOID
+        return Decision.UNCERTAIN if record.entries else Decision.VOID
     if record.state is CrewState.COMPLETED or kickoffs >= max_attempts:
         return Decision.RETURN
     if asked_at is not None and record.ended_at is not None and record.ended_at > asked_at and not earlier:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -83,7 +83,7 @@ class StoredResult(BaseModel):
 
 
 class Outcome(BaseModel):
-    """What became of a kickoff: a permit says it of itself, a record of all its permits."""
+    """What became of a kickoff: an entry says what its creator knows, a record what all its entries say together."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
@@ -97,6 +97,8 @@ class Outcome(BaseModel):
     state: CrewState | None = None
     ended_at: datetime | None = None
     reason: str | None = None
+    error: str | None = None
+    result: StoredResult | None = None
     usage: TokenUsage | None = None
     """Tokens that the run used, however it ended; None where nobody reported any."""
     cost: float | None = None
@@ -104,15 +106,29 @@ class Outcome(BaseModel):
     reserved: dict[str, int] | None = None
     """What it holds of the counters of budgets, in slots by the counter's name."""
 
+    @property
+    def used(self) -> dict[str, float]:
+        """What is known of what the run used, by what budgets measure."""
+        known = {"cost": self.cost, "tokens": self.usage and self.usage.total_tokens}
+        return {measure: amount for measure, amount in known.items() if amount is not None}
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the crew's server has said how the run ended. A person may say that it has forgotten the run: an end
+        that is seen after all counts more."""
+        return self.phase is RecordPhase.ENDED and self.state is not CrewState.UNKNOWN
+
     def outcome(self) -> dict[str, Any]:
         """Return these fields alone."""
         return {name: getattr(self, name) for name in Outcome.model_fields}
 
 
-class Permit(Outcome):
-    """The right to send one kickoff of a claim (phase CLAIMED), and what became of it; or what somebody else found out.
+class Entry(Outcome):
+    """One entry in the log of a claim. It is created once, under the next number: of two callers one creates it.
 
-    It belongs to whoever created it, also where those who wait for the run write to it.
+    A permit (phase CLAIMED) is the right to send one kickoff. Its creator changes it, to note what became of that, and
+    those who wait for the run note there whether a person has to answer. A resolution (STARTED, NOT_STARTED) says what
+    somebody else found out. The end (ENDED) closes the run; nobody changes it.
     """
 
     version: int = RECORD_VERSION
@@ -120,10 +136,16 @@ class Permit(Outcome):
     attempt: int
     owner: str
     good_for: float = 0.0
-    """Seconds from its creation within which the kickoff begins to be sent."""
+    """Seconds from the creation of a permit within which the kickoff begins to be sent."""
+    crew: str | None = None
+    """In an end, with `crew_url` and `flow_run_id`: who adds up what runs cost reads ends, and no claims."""
+    crew_url: str | None = None
+    flow_run_id: str | None = None
 
     # What the store tells, and no part of what is stored.
     ref: str | None = Field(default=None, exclude=True)
+    claim: str | None = Field(default=None, exclude=True)
+    """The `ref` of its claim."""
     age: float = Field(default=0.0, exclude=True)
     """Seconds since it was created, by the store's clock, as of when it was read."""
     idle: float = Field(default=0.0, exclude=True)
@@ -165,18 +187,16 @@ class RunRecord(Outcome):
     """The fingerprint of these inputs: a later call that gives the same ones can mask them."""
     has_webhooks: bool = False
     """Whether its kickoff asked for webhooks to this package's receiver."""
-    error: str | None = None
-    result: StoredResult | None = None
 
     # What the store tells, and no part of what is stored.
     ref: str | None = Field(default=None, exclude=True)
     """What the store knows this claim by: another claim of the same attempt has another."""
-    permit: int = Field(default=0, exclude=True)
-    """How many permits there are."""
+    entries: int = Field(default=0, exclude=True)
+    """How many entries its log has."""
     idle: float = Field(default=0.0, exclude=True)
-    """Seconds since it or a permit of it was changed, by the store's clock, as of when it was read."""
-    strongest: Permit | None = Field(default=None, exclude=True)
-    """The permit that counts. What becomes of the run until its end is written to it."""
+    """Seconds since it or an entry of it was changed, by the store's clock, as of when it was read."""
+    strongest: Entry | None = Field(default=None, exclude=True)
+    """The entry that counts. What becomes of the run until its end is written to it."""
     open_for: float = Field(default=0.0, exclude=True)
     """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; 0 if it is not."""
 
@@ -189,12 +209,6 @@ class RunRecord(Outcome):
     def is_unresolved(self) -> bool:
         """Whether nobody has written down what became of the kickoff."""
         return self.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN)
-
-    @property
-    def used(self) -> dict[str, float]:
-        """What is known of what the run used, by what budgets measure."""
-        known = {"cost": self.cost, "tokens": self.usage and self.usage.total_tokens}
-        return {measure: amount for measure, amount in known.items() if amount is not None}
 
     def completed(self, result: CrewResult) -> CrewResult:
         """Return the run's result with its key, and with the tokens and the cost that are on record."""
@@ -232,24 +246,28 @@ _RANK = {
 """What counts where two say different things of one claim: an id is stronger than a word that there is none."""
 
 
-def fold(record: RunRecord, permits: Sequence[Permit], *, age: float) -> RunRecord:
-    """Return what a claim and its permits say together.
+def _rank(outcome: Outcome) -> tuple[int, bool]:
+    return _RANK[outcome.phase], outcome.is_final
+
+
+def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecord:
+    """Return what a claim and the entries of its log say together.
 
     The highest rank counts, and of equal ones the first, so that no write that arrives late takes anything back.
 
     Args:
         record: The claim.
-        permits: Its permits, in the order of their numbers.
+        entries: Those of its log, in the order of their numbers.
         age: Seconds since the claim was made, by the store's clock.
     """
-    held = next((one for one in permits if one.reserved), record)
-    update: dict[str, Any] = {"permit": len(permits), "open_for": max(0.0, record.good_for - age)}
+    held = next((entry for entry in entries if entry.reserved), record)
+    update: dict[str, Any] = {"entries": len(entries), "open_for": max(0.0, record.good_for - age)}
     phase = record.phase
-    if permits:
-        strongest, last = max(permits, key=lambda permit: _RANK[permit.phase]), permits[-1]
+    if entries:
+        strongest, last = max(entries, key=_rank), entries[-1]
         update["strongest"] = strongest
         update["open_for"] = max(0.0, last.good_for + record.post_deadline + SPARE - last.age)
-        if _RANK[strongest.phase] > _RANK[phase]:
+        if _rank(strongest) > _rank(record):
             update |= strongest.outcome()
             phase = strongest.phase
     if phase not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
@@ -329,14 +347,24 @@ class RecordStore(Protocol):
     async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
         """Write down what was found out about a record as it was read, as `resolution`, and note it there.
 
-        False if somebody else has found something out since. An end that the crew's status reported outranks it,
-        whichever is written first. It is for the caller to see that the claim's owner can send no more
-        (`RunRecord.open_for`); where nothing was sent yet, it needs no waiting.
+        False if somebody else has found something out since. It is for the caller to see that the claim's owner can
+        send no more (`RunRecord.open_for`); where nothing was sent yet, it needs no waiting.
         """
         ...
 
     async def save(self, record: RunRecord) -> None:
-        """Write down what became of a run that this caller started, waits for or closes."""
+        """Write down what became of a run that this caller started or waits for."""
+        ...
+
+    async def end(self, record: RunRecord, **end: Any) -> bool:
+        """Write down how a run ended, as `resolution`, and note it in the record. Atomic: one caller closes a run.
+
+        False if somebody else has: the record then says how, unless it is gone.
+        """
+        ...
+
+    async def unlist(self, record: RunRecord) -> None:
+        """Take a run that has ended off the list of those that are open. Where that fails, the list reads its end."""
         ...
 
     async def save_started(self, record: RunRecord) -> str | None:
@@ -350,13 +378,6 @@ class RecordStore(Protocol):
         """Return the key of another record that holds the kickoff id of a record that was found, None if there is none.
 
         Then the caller takes the id back.
-        """
-        ...
-
-    async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
-        """Note that this caller counts what an ended run used, or writes its span; False if somebody else does that.
-
-        Atomic.
         """
         ...
 

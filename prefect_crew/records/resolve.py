@@ -75,7 +75,7 @@ async def resolve_started(
             "the crew's page; give --never-started if there is no such run."
         )
     _check_over(record, RecordPhase.STARTED)
-    if record.phase is RecordPhase.CLAIMED and not record.permit:
+    if record.phase is RecordPhase.CLAIMED and not record.entries:
         raise ConfigurationError(
             f"The kickoff of run {record.idempotency_key!r} was never sent: the process that claimed it ended first. "
             f"So run {kickoff_id} belongs to something else. Nothing was changed. Run again with the same key."
@@ -147,6 +147,7 @@ async def resolve_lost(record: RunRecord, records: RecordStore, *, look: Look | 
     current = await _current(record, records)
     if not lost or current is None or current.state is not CrewState.UNKNOWN:
         raise _resolved_by_another(record, current)
+    await records.unlist(record)
 
 
 async def _resolve(record: RunRecord, records: RecordStore, phase: RecordPhase, **found: Any) -> None:

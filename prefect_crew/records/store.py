@@ -3,23 +3,21 @@
 A Variable's name is unique on the server, so creating one is an atomic claim (measured: 20 racers, one winner). Its
 value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of flow runs or artifacts removes it.
 
-- `crew_run_KEY_ATTEMPT` is the claim. The call that made it deletes or changes it if it gives it back without a permit;
-  after that only whoever sees the run's end changes it.
-- `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is a permit of that claim. Whoever created it changes it: the claim's owner, or
-  somebody who resolved it. Whoever waits for the run notes there whether a person has to answer; it stays its
-  creator's.
+- `crew_run_KEY_ATTEMPT` is the claim. The call that made it deletes or changes it if it gives it back without a permit.
+  Nobody changes it after that but for its tag, by which lists find what is open.
+- `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is an entry in the log of that claim (`model.Entry`): a permit, a resolution, or
+  the end. Numbers have no gap. Whoever created a permit or a resolution changes it, and those who wait for the run note
+  there whether a person has to answer. Nobody changes an end.
 - `crew_kickoff_ID` names the claim whose run has this kickoff id. Its creation decides which of two records that were
   given one id keeps it.
 - `crew_answer_RUN_NUMBER` is a person's answer.
-- `crew_used_use_CLAIM` notes that somebody counts what an ended run used in its budgets, `crew_used_span_CLAIM` that
-  somebody writes its span.
 
 Every name can be told in advance, and a server has an index of names, of ids and of when a Variable was changed. So a
 start, a second call and a resolution read exact names. Costs and pruning read by the time of the last change, from one
 end. `LIKE` and tags read all Variables of the server: only a list that a person asked for does that. A claim that is
 open has no tag, since a server finds Variables without tags ten times as fast as those with one.
 
-`model.fold` says what claim and permits mean together. Changes go by the Variable's id: by its name they could reach
+`model.fold` says what claim and entries mean together. Changes go by the Variable's id: by its name they could reach
 another one that was created under it since.
 """
 
@@ -27,10 +25,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 from uuid import UUID, uuid4
 
@@ -51,8 +50,8 @@ from prefect_crew.exceptions import (
 from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.model import (
     RECORD_VERSION,
+    Entry,
     Lease,
-    Permit,
     RecordPhase,
     RunRecord,
     digest,
@@ -63,7 +62,7 @@ from prefect_crew.records.model import (
 from prefect_crew.records.notes import forget_notes
 
 TAG = "prefect-crew"
-PERMIT_TAG = "prefect-crew-permit"
+ENTRY_TAG = "prefect-crew-entry"
 KICKOFF_TAG = "prefect-crew-kickoff"
 VALUE_LIMIT = 4900
 """Bytes of JSON; Prefect refuses more than 5,000."""
@@ -78,27 +77,29 @@ BUSY_FOR = 10.0
 """Seconds for which a claim is repeated by us while the Prefect API is busy."""
 RETRIED_BY_CLIENT = (408, 429, 502, 503)
 """Answers after which Prefect's client sends a request again by itself."""
-USED = "crew_used_"
 OVERLAP = 5
 """Variables of a page by change that the next page has as well: else some between them may have been missed."""
 TRIES = 5
 """Attempts to name a run by its kickoff id, where somebody else deletes that name at the same time."""
+UNLIST_FOR = 5.0
+"""Seconds for which the change of a tag outlasts a Prefect API that is busy."""
 SAVE_FOR = 300.0
 """Seconds for which saving a record outlasts a Prefect API that is away."""
-USUAL = 4
-"""Permits of a claim that the first request asks for. For a claim that has as many, further requests ask for `PAGE`
-more: a server that answers 429 for ten minutes makes some 130."""
+LEAST, MOST = PAGE // MOST_ATTEMPTS, 20
+"""Entries of a claim that the first request asks for: the log of a usual run has two, a permit and the end. One request
+is enough for all attempts at a key. For a claim that has as many entries, further requests ask for `PAGE` more: a
+server that answers 429 for ten minutes makes some 130."""
 ANSWERS = 50
 """Answers to a run that one request asks for."""
 _OPEN = (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.STARTED)
-"""Claims in these phases have no tag: a server finds Variables without tags ten times as fast as those with one."""
+"""Claims of runs in these phases have no tag: a server finds Variables without tags ten times as fast as those with
+one. Nor have some of ended ones: whoever ended the run may have died before it gave the claim its tag."""
 _WITHOUT_TAG: dict[str, Any] = {"name": {"like_": "crew_run_"}, "tags": {"is_null_": True}}
 _NAME = re.compile(r"(crew_run_[0-9a-f]{32}_\d+)(?:_([0-9a-f]{32})_(\d+))?")
-_END_NAME = re.compile(r"crew_used_(?:use|span)_([0-9a-f]{32})")
 _KICKOFF_NAME = re.compile(r"crew_kickoff_[0-9a-f]{32}")
 _SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
 """What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
-_Model = TypeVar("_Model", RunRecord, Permit)
+_Model = TypeVar("_Model", RunRecord, Entry)
 
 
 class Variable(NamedTuple):
@@ -113,6 +114,12 @@ class Variable(NamedTuple):
     age: float
     idle: float
     updated: datetime
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of its value; none where somebody else uses our names."""
+        value: Any = self.value
+        return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 # Names and values
@@ -136,7 +143,7 @@ def _hex(ref: str | None) -> str:
     return str(ref).replace("-", "")
 
 
-def _permit_name(record: RunRecord, number: int) -> str:
+def _entry_name(record: RunRecord, number: int) -> str:
     return f"{record_name(record.idempotency_key, record.attempt)}_{_hex(record.ref)}_{number}"
 
 
@@ -144,11 +151,7 @@ def _kickoff_name(kickoff_id: str) -> str:
     return f"crew_kickoff_{digest(kickoff_id)}"
 
 
-def _end_name(record: RunRecord, what: Literal["use", "span"]) -> str:
-    return f"{USED}{what}_{_hex(record.ref)}"
-
-
-def _body(record: RunRecord | Permit) -> dict[str, Any]:
+def _body(record: RunRecord | Entry) -> dict[str, Any]:
     """Return value and tags of a Variable. The value is made to fit: a result is kept whole or not at all."""
     value = record.model_dump(mode="json", exclude_none=True)
     for name, most in _SHORTER.items():
@@ -158,8 +161,8 @@ def _body(record: RunRecord | Permit) -> dict[str, Any]:
             value.pop(name, None)
         elif name in value:
             value[name] = value[name][:most]
-    if isinstance(record, Permit):
-        return {"value": value, "tags": [PERMIT_TAG]}
+    if isinstance(record, Entry):
+        return {"value": value, "tags": [ENTRY_TAG]}
     return {"value": value, "tags": [] if record.phase in _OPEN else [TAG]}
 
 
@@ -187,14 +190,14 @@ def variables_in(response: httpx.Response) -> list[Variable]:
 
 
 def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
-    """Return the records among some Variables, each with what its permits among them say, in the order of attempts.
+    """Return the records among some Variables, each with what its entries among them say, in the order of attempts.
 
     That is the order of their numbers: a server's clock may be set back, or differ from that of another replica.
 
     Raises:
         CrewError: A later version wrote one of them.
     """
-    permits: dict[tuple[str, str], dict[int, Permit]] = {}
+    entries: dict[tuple[str, str], dict[int, Entry]] = {}
     claims: list[tuple[str, Variable, RunRecord]] = []
     for variable in variables:
         parts = _NAME.fullmatch(variable.name)
@@ -204,21 +207,24 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
         if claim is None:
             if (record := _parse(variable.value, RunRecord)) is not None:
                 claims.append((name, variable, record))
-        elif (permit := _parse(variable.value, Permit)) is not None:
-            permit = permit.model_copy(update={"ref": variable.id, "age": variable.age, "idle": variable.idle})
-            permits.setdefault((name, claim), {})[int(number)] = permit
+        elif (entry := entry_in(variable)) is not None:
+            entries.setdefault((name, claim), {})[int(number)] = entry
     records: list[RunRecord] = []
     for name, variable, record in sorted(claims, key=lambda claim: claim[2].attempt):
-        theirs = permits.get((name, _hex(variable.id)), {})
-        idle = min([variable.idle, *(permit.idle for permit in theirs.values())])
+        theirs = entries.get((name, _hex(variable.id)), {})
+        idle = min([variable.idle, *(entry.idle for entry in theirs.values())])
         record = record.model_copy(update={"ref": variable.id, "idle": idle})
         records.append(fold(record, [theirs[number] for number in sorted(theirs)], age=variable.age))
     return records
 
 
-def readable_records(variables: Sequence[Variable]) -> list[RunRecord]:
-    """Return the records among some Variables, as `records_in`, without those that a later version wrote."""
-    return records_in([variable for variable in variables if later_version(variable.value) is None])
+def entry_in(variable: Variable) -> Entry | None:
+    """Return the entry that a Variable holds, None if it holds none. Raises as `_parse`."""
+    name = _NAME.fullmatch(variable.name)
+    if name is None or name[2] is None or (entry := _parse(variable.value, Entry)) is None:
+        return None
+    facts = {"ref": variable.id, "claim": str(UUID(name[2])), "age": variable.age, "idle": variable.idle}
+    return entry.model_copy(update=facts)
 
 
 def _parse(value: Any, model: type[_Model]) -> _Model | None:
@@ -247,30 +253,22 @@ def later_version(value: Any) -> CrewError | None:
     )
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+def _note(record: RunRecord, facts: Mapping[str, Any]) -> None:
+    """Note in a record what stands on the server now. Nothing is sent for it any more."""
+    for name, value in {**facts, "open_for": 0.0}.items():
+        setattr(record, name, value)
 
 
 def claims_named_in(variables: Iterable[Variable]) -> dict[str, str]:
     """Return the ids of Variables that belong to a claim, each with the id of that claim."""
     claims = dict[str, str]()
     for one in variables:
-        if (permit := _NAME.fullmatch(one.name)) is not None and permit[2]:
-            claims[one.id] = str(UUID(permit[2]))
-        elif (note := _END_NAME.fullmatch(one.name)) is not None:
-            claims[one.id] = str(UUID(note[1]))
-        elif _KICKOFF_NAME.fullmatch(one.name) and isinstance(claim := _mapping(one.value).get("claim"), str):
+        if (entry := _NAME.fullmatch(one.name)) is not None and entry[2]:
+            claims[one.id] = str(UUID(entry[2]))
+        elif _KICKOFF_NAME.fullmatch(one.name) and isinstance(claim := one.fields.get("claim"), str):
             with suppress(ValueError):  # somebody else may use our names
                 claims[one.id] = str(UUID(claim))
     return claims
-
-
-async def _claims_resolved_in(variables: Sequence[Variable]) -> list[Variable]:
-    """Return the claims, not among the Variables, of permits among them that say how the run ended."""
-    there = {one.name for one in variables}
-    ends = [_NAME.fullmatch(one.name) for one in variables if _mapping(one.value).get("phase") == RecordPhase.ENDED]
-    names = {name[1] for name in ends if name is not None and name[2]} - there
-    return await read_exact([*names]) if names else []
 
 
 def _warn_of(problem: CrewError | None) -> None:
@@ -320,19 +318,29 @@ async def create_variable(
     return str(answer.json()["id"])
 
 
+async def _create_surely(variable: Mapping[str, Any]) -> str | None:
+    """Create a Variable as `create_variable`, again and again for five minutes while the Prefect API is away."""
+    new: dict[str, Any] = {"json": variable, "urgency": Urgency.FINISH, "alone": False}
+    async with get_client() as client:
+        try:
+            answer = await request_soon(client, "POST", "/variables/", give_up_after=SAVE_FOR, **new)
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != 409:
+                raise
+            return None
+    return str(answer.json()["id"])
+
+
 async def _created_here(
-    variable: dict[str, Any],
-    model: type[_Model],
-    *,
-    urgency: Urgency = Urgency.CONTINUE,
-    lease: Lease | None = None,
+    variable: dict[str, Any], model: type[_Model], creating: Awaitable[str | None]
 ) -> tuple[str, _Model | None] | None:
-    """Create a Variable and return its id with None; what stands there instead with its id; None if that is gone.
+    """Await the creation of a Variable, and return its id with None; what stands there instead with its id; None if
+    that is gone.
 
     Raises:
         CrewError: What stands there is nothing that this version can read.
     """
-    if (ref := await create_variable(variable, urgency=urgency, lease=lease)) is not None:
+    if (ref := await creating) is not None:
         return ref, None
     # Prefect's client sends a request again after a read timeout or a 502: the conflict may be with our own.
     async with get_client() as client:
@@ -364,9 +372,12 @@ async def _create_alone(
     return stands is not None and stands.value.get("nonce") == nonce
 
 
-async def _patch(ref: str, body: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE) -> None:
+async def _patch(
+    ref: str, body: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE, give_up_after: float = SAVE_FOR
+) -> None:
     async with get_client() as client:
-        await request_soon(client, "PATCH", f"/variables/{ref}", json=body, give_up_after=SAVE_FOR, urgency=urgency)
+        change: dict[str, Any] = {"json": body, "give_up_after": give_up_after, "urgency": urgency}
+        await request_soon(client, "PATCH", f"/variables/{ref}", **change)
 
 
 async def delete_variable(ref: str) -> None:
@@ -464,21 +475,22 @@ async def without_claim(claim_by_id: Mapping[str, str]) -> list[str]:
     return [ref for ref, claim in claim_by_id.items() if claim not in there]
 
 
-async def _read_permits(records: Sequence[RunRecord]) -> list[Variable]:
-    """Return the permits of claims, by their names. Numbers have no gap: a permit is made after the one before."""
-    permits: list[Variable] = []
-    for start in range(0, len(records), PAGE // USUAL):
-        some = records[start : start + PAGE // USUAL]
-        permits += await read_exact([_permit_name(record, number + 1) for record in some for number in range(USUAL)])
-    names = {permit.name for permit in permits}
-    for record in records:
-        number = USUAL
-        while _permit_name(record, number) in names:
-            more = await read_exact([_permit_name(record, number + 1 + further) for further in range(PAGE)])
-            permits += more
-            names |= {permit.name for permit in more}
-            number += PAGE
-    return permits
+async def _read_entries(records: Sequence[RunRecord]) -> list[Variable]:
+    """Return the entries of claims, by their names. Numbers have no gap: an entry is made after the one before."""
+    entries: list[Variable] = []
+    for start in range(0, len(records), PAGE // LEAST):
+        some = records[start : start + PAGE // LEAST]
+        first = min(MOST, PAGE // len(some))
+        entries += await read_exact([_entry_name(record, number + 1) for record in some for number in range(first)])
+        names = {entry.name for entry in entries}
+        for record in some:
+            number = first
+            while _entry_name(record, number) in names:
+                more = await read_exact([_entry_name(record, number + 1 + further) for further in range(PAGE)])
+                entries += more
+                names |= {entry.name for entry in more}
+                number += PAGE
+    return entries
 
 
 class PrefectRecords:
@@ -501,7 +513,8 @@ class PrefectRecords:
             raise TooManyAttemptsError(idempotency_key=record.idempotency_key, attempts=MOST_ATTEMPTS)
         name = record_name(record.idempotency_key, record.attempt)
         variable = {"name": name, **_body(record)}
-        created = await _created_here(variable, RunRecord, urgency=Urgency.BEGIN, lease=lease)
+        creating = create_variable(variable, urgency=Urgency.BEGIN, lease=lease)
+        created = await _created_here(variable, RunRecord, creating)
         if created is None:
             return False
         record.ref, existing = created
@@ -513,7 +526,7 @@ class PrefectRecords:
             return False
         # A claim that was resolved or voided since is a claim no more, whoever made it: its permits say so.
         current = await self._current(record)
-        return current is not None and (current.phase, current.permit) == (RecordPhase.CLAIMED, 0)
+        return current is not None and (current.phase, current.entries) == (RecordPhase.CLAIMED, 0)
 
     async def _make_room(self, idempotency_key: str) -> bool:
         """Delete the last attempts at a key that surely did not start; False if there are none.
@@ -526,8 +539,8 @@ class PrefectRecords:
             if not _is_unused(record):
                 break
             unused.append(record)
-        permits = await _read_permits(unused)
-        for gone in (*(str(record.ref) for record in unused), *(permit.id for permit in permits)):
+        entries = await _read_entries(unused)
+        for gone in (*(str(record.ref) for record in unused), *(entry.id for entry in entries)):
             await delete_variable(gone)
         return bool(unused)
 
@@ -563,62 +576,88 @@ class PrefectRecords:
     ) -> bool:
         """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
         held = {"owner": record.owner, "good_for": good_for, "reserved": record.reserved}
-        if not await self._add_permit(record, lease, **held):
+        if not await self._add_entry(record, partial(create_variable, lease=lease), **held):
             return False
         # After the request and not before it: a process may sleep between the two.
         if before is None or not before.is_over:
             return True
         # Others may have resolved and pruned the record since, and its permits with it: so read what is there now.
         found = await self._current(record)
-        return found is not None and found.phase is RecordPhase.CLAIMED and found.permit == record.permit
+        return found is not None and found.phase is RecordPhase.CLAIMED and found.entries == record.entries
 
     async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
-        """Create the next permit of a record as it was read, with what was found out; False if somebody else did."""
+        """Create the next entry of a record as it was read, with what was found out; False if somebody else did."""
         outcome = resolution(record, phase, **found)
-        if not await self._add_permit(record, owner=str(uuid4()), **outcome):
+        if not await self._add_entry(record, create_variable, owner=str(uuid4()), **outcome):
             return False
         if phase is RecordPhase.STARTED and await self._name_kickoff(record.model_copy(update=outcome)) is not None:
             # Somebody else was given this id at the same moment: it is as uncertain as before.
-            permit = cast("Permit", record.strongest)
+            entry = cast("Entry", record.strongest)
             before = {**record.outcome(), "phase": RecordPhase.UNCERTAIN}
-            await _patch(str(permit.ref), _body(permit.model_copy(update=before)))
+            await _patch(str(entry.ref), _body(entry.model_copy(update=before)))
             return False
-        for name, value in {**outcome, "open_for": 0.0}.items():
-            setattr(record, name, value)
+        _note(record, outcome)
         return True
 
-    async def _add_permit(self, record: RunRecord, lease: Lease | None = None, **fields: Any) -> bool:
-        """Create the next permit of a record and note it there; False if another one of this number stands there."""
-        number = record.permit + 1
-        permit = Permit(idempotency_key=record.idempotency_key, attempt=record.attempt, **fields)
-        variable = {"name": _permit_name(record, number), **_body(permit)}
-        created = await _created_here(variable, Permit, lease=lease)
+    async def _add_entry(
+        self, record: RunRecord, create: Callable[[dict[str, Any]], Awaitable[str | None]], **fields: Any
+    ) -> bool:
+        """Create the next entry of a record and note it there; False if another one of this number stands there."""
+        number = record.entries + 1
+        entry = Entry(idempotency_key=record.idempotency_key, attempt=record.attempt, **fields)
+        if entry.phase is RecordPhase.ENDED:
+            entry.crew, entry.crew_url, entry.flow_run_id = record.crew, record.crew_url, record.flow_run_id
+        variable = {"name": _entry_name(record, number), **_body(entry)}
+        created = await _created_here(variable, Entry, create(variable))
         if created is None:
             return False
         ref, existing = created
-        if existing is not None and (existing.owner, existing.phase) != (permit.owner, permit.phase):
+        if existing is not None and (existing.owner, existing.phase) != (entry.owner, entry.phase):
             return False
-        record.permit, record.strongest = number, permit.model_copy(update={"ref": ref})
+        record.entries, record.strongest = number, entry.model_copy(update={"ref": ref})
         return True
+
+    async def end(self, record: RunRecord, **end: Any) -> bool:
+        """Create the end of a run's log, again and again for five minutes while the Prefect API is away.
+
+        False if another end stands there: it is noted in the record. Nothing that is written later takes it back. Other
+        entries that this caller has not read are passed over, also the word of a person that the run is lost.
+        """
+        outcome = resolution(record, RecordPhase.ENDED, **end)
+        known, owner = record, str(uuid4())
+        for _ in range(TRIES):
+            try:
+                is_added = await self._add_entry(known, _create_surely, owner=owner, **outcome)
+            except PrefectHTTPStatusError as error:
+                left_out = [outcome.pop(name) for name in ("result", "usage") if outcome.get(name) is not None]
+                if error.response.status_code not in (400, 413, 422) or not left_out:
+                    raise
+                # Numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere.
+                continue
+            if is_added:
+                _note(record, {**outcome, "entries": known.entries, "strongest": known.strongest})
+                return True
+            current = await self._current(record)
+            if current is None or current.is_final:
+                if current is not None:
+                    _note(record, {**current.outcome(), "entries": current.entries, "strongest": current.strongest})
+                return False
+            known = current
+        return False
+
+    async def unlist(self, record: RunRecord) -> None:
+        """Give a claim its tag: lists of open runs find claims without one. It says nothing that the log does not."""
+        with suppress(*PREFECT_ERRORS):  # a list reads the log of each claim that it finds
+            await _patch(str(record.ref), {"tags": [TAG]}, urgency=Urgency.SHOW, give_up_after=UNLIST_FOR)
 
     async def save(self, record: RunRecord) -> None:
         """Write down what became of a run, again and again for five minutes while the Prefect API is away.
 
-        The end stands in the record itself; what comes before it, in the permit of whoever found it out.
+        It stands in the entry of whoever found it out; that a claim was given back without a permit, in the claim.
         """
-        if (strongest := record.strongest) is not None and record.phase is not RecordPhase.ENDED:
-            permit = strongest.model_copy(update=record.outcome())
-            return await _patch(str(permit.ref), _body(permit))
-        ref, body = str(record.ref), _body(record)
-        urgency = Urgency.FINISH if record.phase is RecordPhase.ENDED else Urgency.CONTINUE
-        try:
-            await _patch(ref, body, urgency=urgency)
-        except PrefectHTTPStatusError as error:
-            left_out = [body["value"].pop(name, None) for name in ("result", "usage")]
-            if error.response.status_code not in (400, 413, 422) or left_out == [None, None]:
-                raise
-            # Numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere.
-            await _patch(ref, body, urgency=urgency)
+        strongest = record.strongest
+        changed = record if strongest is None else strongest.model_copy(update=record.outcome())
+        await _patch(str(changed.ref), _body(changed))
 
     async def save_started(self, record: RunRecord) -> str | None:
         """Write down the kickoff id of a claim, then name the claim by it.
@@ -634,7 +673,7 @@ class PrefectRecords:
         The record's owner may have written the id and not have named the claim yet, or have died before it could.
         """
         for named in await read_exact([_kickoff_name(str(record.kickoff_id))]):
-            if _mapping(named.value).get("claim") == record.ref:
+            if named.fields.get("claim") == record.ref:
                 return None
         return await self._name_kickoff(record)
 
@@ -665,13 +704,9 @@ class PrefectRecords:
 
     async def _holder(self, named: Variable, kickoff_id: str) -> RunRecord | None:
         """Return the record that a Variable names by a kickoff id, None if it does not hold that id."""
-        value = _mapping(named.value)
+        value = named.fields
         attempts = await self.attempts(str(value.get("idempotency_key", "")))
         return next((one for one in attempts if (one.ref, one.kickoff_id) == (value.get("claim"), kickoff_id)), None)
-
-    async def note_end(self, record: RunRecord, what: Literal["use", "span"]) -> bool:
-        """Note that this caller counts what a run used, or writes its span; False if somebody else does. Atomic."""
-        return await _create_alone(_end_name(record, what), {}, urgency=Urgency.FINISH)
 
     async def _current(self, record: RunRecord) -> RunRecord | None:
         """Return a claim as it stands now, None if it is gone."""
@@ -680,25 +715,24 @@ class PrefectRecords:
     # Reading
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
-        """Return all attempts at a key, the first one first: in one request, and in a second one the permits of those
-        that have not ended."""
-        return await self._with_permits(await read_exact(_attempt_names(normalize_key(idempotency_key))))
+        """Return all attempts at a key, the first one first: in one request, and their entries in a second one."""
+        return await self._with_entries(await read_exact(_attempt_names(normalize_key(idempotency_key))))
 
-    async def _with_permits(self, claims: Sequence[Variable]) -> list[RunRecord]:
-        """Return the records in claims, with what their permits say.
+    async def _with_entries(self, claims: Sequence[Variable]) -> list[RunRecord]:
+        """Return the records in claims, with what their entries say.
 
-        A claim that says how it ended needs none. Permits are read after their claim: what they say may be later.
+        A claim that was given back has none that count. Entries are read after their claim: what they say may be later.
         """
         records = records_in(claims)
-        permits = await _read_permits([record for record in records if record.phase is RecordPhase.CLAIMED])
-        return records_in([*claims, *permits]) if permits else records
+        entries = await _read_entries([record for record in records if record.phase is RecordPhase.CLAIMED])
+        return records_in([*claims, *entries]) if entries else records
 
     async def unresolved_among(self, runs: Iterable[tuple[str, int | None]]) -> set[tuple[str, int | None]]:
         """Return the attempts, of these keys and numbers, of which nobody knows what became of their kickoffs."""
         names = [record_name(key, attempt) for key, attempt in runs if attempt is not None]
         pages = read_pages({"name": {"any_": names}})
         claims = [one async for page in pages for one in page if later_version(one.value) is None]
-        records = await self._with_permits(claims)
+        records = await self._with_entries(claims)
         return {(record.idempotency_key, record.attempt) for record in records if record.is_unresolved}
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
@@ -728,18 +762,19 @@ class PrefectRecords:
                         yield record
         _warn_of(problem)
 
-    async def ended_since(self, moment: datetime) -> AsyncIterator[RunRecord]:
-        """Yield the records of runs that ended since a moment by the server's clock, the latest change first.
+    async def ended_since(self, moment: datetime) -> AsyncIterator[Entry]:
+        """Yield the ends of runs that ended since a moment by the server's clock, the latest first; one for each run.
 
-        The server reads what was changed since then, and nothing else. A record may come twice.
+        The server reads what was changed since then, and nothing else.
         """
-        problem: CrewError | None = None
+        problem, claims = None, set[str | None]()
         async for page in _pages_by_change(moment):
-            records, unreadable = await self.readable([*page, *await _claims_resolved_in(page)])
-            problem = unreadable or problem
-            for record in records:
-                if record.phase is RecordPhase.ENDED:
-                    yield record
+            for variable in page:
+                if (unreadable := later_version(variable.value)) is not None:
+                    problem = unreadable
+                elif (end := entry_in(variable)) and end.phase is RecordPhase.ENDED and end.claim not in claims:
+                    claims.add(end.claim)
+                    yield end
         _warn_of(problem)
 
     async def readable(self, variables: Sequence[Variable]) -> tuple[list[RunRecord], CrewError | None]:
@@ -749,14 +784,14 @@ class PrefectRecords:
         problems = [error for one in claims if (error := later_version(one.value)) is not None]
         claims = [one for one in claims if later_version(one.value) is None]
         records = records_in(claims)
-        permits = await _read_permits([record for record in records if record.phase is RecordPhase.CLAIMED])
-        unknown = [permit for permit in permits if later_version(permit.value) is not None]
-        problems += [error for permit in unknown if (error := later_version(permit.value)) is not None]
-        # Of a claim with a permit that cannot be read nobody knows here what became of it.
-        left_out = {named[2] for permit in unknown if (named := _NAME.fullmatch(permit.name)) is not None}
+        entries = await _read_entries([record for record in records if record.phase is RecordPhase.CLAIMED])
+        unknown = [entry for entry in entries if later_version(entry.value) is not None]
+        problems += [error for entry in unknown if (error := later_version(entry.value)) is not None]
+        # Of a claim with an entry that cannot be read nobody knows here what became of it.
+        left_out = {named[2] for entry in unknown if (named := _NAME.fullmatch(entry.name)) is not None}
         read = [claim for claim in claims if _hex(claim.id) not in left_out]
-        if permits:
-            records = records_in([*read, *(permit for permit in permits if permit not in unknown)])
+        if entries:
+            records = records_in([*read, *(entry for entry in entries if entry not in unknown)])
         return records, next(iter(problems), None)
 
     def may_ask(self) -> AsyncIterator[RunRecord]:
@@ -770,16 +805,15 @@ class PrefectRecords:
         start."""
         claim = record_name(record.idempotency_key, record.attempt)
         named = [_kickoff_name(record.kickoff_id)] if record.kickoff_id else []
-        found = await read_exact([claim, *named, _end_name(record, "use"), _end_name(record, "span")])
+        found = await read_exact([claim, *named])
         notes = await self._answers(record)
         await forget_notes(record, len(notes))
-        notes += [one for one in found if one.name not in (claim, *named)]
-        notes += [one for one in found if one.name in named and _mapping(one.value).get("claim") == record.ref]
+        notes += [one for one in found if one.name in named and one.fields.get("claim") == record.ref]
         claims = [one for one in found if one.id == record.ref]
-        permits = await _read_permits([record])
-        # By id: under the name somebody may have made a claim anew. The record before its permits: without them it
-        # would seem to be claimed.
-        gone = [*notes, *claims, *permits]
+        entries = await _read_entries([record])
+        # By id: under the name somebody may have made a claim anew. The claim before its entries: without them it
+        # would seem to have no permit.
+        gone = [*notes, *claims, *entries]
         for one in gone:
             await delete_variable(one.id)
         return gone

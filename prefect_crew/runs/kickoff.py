@@ -338,7 +338,7 @@ async def _post_until_taken(
     """
     loop = asyncio.get_running_loop()
     until, least = loop.time() + LIMITED_FOR, LEAST_DELAY
-    if not record.permit:  # the claim of a ledger is its permit as well
+    if not record.entries:  # the claim of a ledger is its permit as well
         lease = await _take_permit(record, records, lease)
     while True:
         client = session.client
@@ -376,7 +376,7 @@ async def _take_permit(record: RunRecord, records: RecordStore, lease: Lease, *,
             await asyncio.sleep(pause)
             return new
     record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
-    if not record.permit:  # which would have told others what to give back
+    if not record.entries:  # which would have told others what to give back
         await release(record)
     raise ClaimLostError("somebody resolved its claim while this process was asleep, or away.")
 
@@ -465,7 +465,7 @@ async def _giving_back(record: RunRecord, records: RecordStore, unused: Lease | 
         yield
     except BaseException as problem:
         # A courtesy: a claim without a permit expires by itself. With one, a refused kickoff would seem uncertain.
-        limit = None if record.permit and isinstance(problem, Exception) else FINISH
+        limit = None if record.entries and isinstance(problem, Exception) else FINISH
         with suppress(TimeoutError):
             await asyncio.wait_for(_give_back(record, records, problem, unused), limit)
         raise
@@ -481,7 +481,7 @@ async def _give_back(
     stays: two calls that each delete the claim which the other has read would never agree.
     """
     record.phase, record.reason = RecordPhase.NOT_STARTED, f"{type(error).__name__}"
-    if unused is None or record.permit:  # the claim of a ledger is its permit as well
+    if unused is None or record.entries:  # the claim of a ledger is its permit as well
         await _save(record, records)
         await release_given_back(record, records)
     elif unused.is_over or isinstance(error, ClaimLostError):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.run import TASKS_CAP, RunArtifact, RunView
-from prefect_crew.artifacts.telemetry import end_run, is_tracing
+from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, CrewStatus, Review
 from prefect_crew.client.redaction import Redactor, withholding
@@ -264,60 +265,52 @@ async def find_run(
 # Ends
 
 
-def close_record(
-    record: RunRecord, crew: Crew, status: CrewStatus, human: float, error: str | None, result: StoredResult | None
-) -> None:
-    """Write into a record how its run ended, with the seconds that people took.
+def end_of(
+    crew: Crew, status: CrewStatus, human: float, error: str | None, result: StoredResult | None
+) -> dict[str, Any]:
+    """Return how a run ended, for `close_run`, with the seconds that people took.
 
     `error` and `result` are as they may be stored.
     """
-    record.phase, record.state, record.ended_at = RecordPhase.ENDED, status.state, utcnow()
-    record.human_seconds, record.human_since = human, None
-    record.error, record.result = error, result
-    record.usage, record.cost = status.usage, cost_of_run(crew, status)
+    used = {"usage": status.usage, "cost": cost_of_run(crew, status)}
+    return {"state": status.state, "human_seconds": human, "error": error, "result": result, **used}
 
 
-async def finish_run(
+async def close_run(
     record: RunRecord,
     records: RecordStore,
-    write: Callable[[], Awaitable[bool | None]],
+    end: Mapping[str, Any],
     view: Callable[[], RunView] | None = None,
     *,
+    report: Mapping[str, Any] | None = None,
     settings: CrewSettings | None = None,
 ) -> bool:
-    """Write down a run's end, and see to what follows it: the counters of its budgets, its span and metrics.
+    """Write down a run's end. Whoever creates it closes the run: the counters of its budgets, its span, its event.
 
-    Of several that see one end, one does each of that. Asked only where it matters: it is a request. What a run used
-    beyond its reserve is counted first, and what it left is given back last: a process that is killed in between leaves
-    the counters too high.
+    What a run used beyond its estimate is counted first, and taken back where somebody else has closed the run. What it
+    used less is taken off last. A process that is killed in between leaves the counters too high.
 
-    `write` writes the end down, and returns False if one stands there; it raises whatever the storage raises. `view`
-    and `settings` are for the span. Returns whether the end was written.
+    Args:
+        record: The run, as it was read.
+        records: Where its record lives. This raises whatever the storage raises.
+        end: How it ended, as `end_of`.
+        view, settings: For the span.
+        report: What the event says beyond the state; None for no event.
+
+    Returns:
+        Whether this call has closed the run. If not, the record says how somebody else has.
     """
-    if not record.reserved or not (changes := corrections(record)):
-        written = await write() is not False
-    else:
-        counted = await change(record, {name: slots for name, slots in changes.items() if slots > 0})
-        corrects = await _is_first(record, records, "use")
-        written = await write() is not False
-        left = {name: slots for name, slots in changes.items() if slots < 0}
-        await change(record, left if corrects else {name: -slots for name, slots in counted.items()})
-    is_first = await _is_first(record, records, "span") if is_tracing() else written
-    if is_first and not written:  # what stands there instead counts
-        attempts = await records.attempts(record.idempotency_key)
-        record = next((one for one in attempts if one.attempt == record.attempt), record)
-    if is_first and record.phase is RecordPhase.ENDED:
-        end_run(record, view, settings=settings)
-    return written
-
-
-async def _is_first(record: RunRecord, records: RecordStore, what: Literal["use", "span"]) -> bool:
-    try:
-        return await records.note_end(record, what)
-    except PREFECT_ERRORS as error:
-        lacks = "keeps its reserve of budgets" if what == "use" else "has no span"
-        run_logger().warning("Run %s %s: %s", record.kickoff_id, lacks, error)
+    changes = corrections(record.model_copy(update=dict(end))) if record.reserved else {}
+    counted = await change(record, {name: slots for name, slots in changes.items() if slots > 0})
+    if not await records.end(record, **end):
+        await change(record, {name: -slots for name, slots in counted.items()})
         return False
+    await change(record, {name: slots for name, slots in changes.items() if slots < 0})
+    end_run(record, view, settings=settings)
+    if report is not None:
+        emit(str(record.state), record, once=True, state=str(record.state), **report)
+    await records.unlist(record)
+    return True
 
 
 def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:

@@ -24,7 +24,6 @@ from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.prefect_api import flow_run_id, read_all_flow_runs, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.run import claims_shown
 from prefect_crew.client import CrewClient
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
@@ -33,9 +32,9 @@ from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, session_of
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
-from prefect_crew.records.store import PAGE, PrefectRecords, read_pages, readable_records, server_time, variables_in
+from prefect_crew.records.store import PAGE, PrefectRecords, Variable, read_exact, server_time, variables_in
 from prefect_crew.runs.limits import Slots
-from prefect_crew.runs.run import cost_of_run, find_run, finish_run
+from prefect_crew.runs.run import close_run, cost_of_run, find_run
 from prefect_crew.states import CrewState
 
 LOOK_EVERY = 10.0
@@ -152,27 +151,22 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
         children = await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
         ids += [child.id for child in children]
     names, owners = await claims_shown(client, ids), {str(id_) for id_ in ids}
-    claims = list[RunRecord]()
+    claims = await _latest_claims(client, flow_run.start_time, owners)
     for start in range(0, len(names), PAGE):
-        async for page in read_pages({"name": {"any_": names[start : start + PAGE]}}):
-            claims += readable_records(page)
-    claims += await _latest_claims(client, flow_run.start_time, owners)
-    # Only an end stands in the claim itself; all else is said by permits, which are read next.
-    refs = {claim.ref for claim in claims if claim.flow_run_id in owners and claim.phase is not RecordPhase.ENDED}
-    open_runs = list[RunRecord]()
-    for key in dict.fromkeys(claim.idempotency_key for claim in claims if claim.ref in refs):
-        open_runs += [attempt for attempt in await PrefectRecords().attempts(key) if attempt.ref in refs]
-    return [record for record in open_runs if record.phase in (RecordPhase.STARTED, RecordPhase.UNCERTAIN)]
+        claims += await read_exact(names[start : start + PAGE])
+    records, _ = await PrefectRecords().readable([*{claim.id: claim for claim in claims}.values()])
+    is_open = (RecordPhase.STARTED, RecordPhase.UNCERTAIN)
+    return [record for record in records if record.flow_run_id in owners and record.phase in is_open]
 
 
-async def _latest_claims(client: PrefectClient, since: datetime | None, owners: Collection[str]) -> list[RunRecord]:
+async def _latest_claims(client: PrefectClient, since: datetime | None, owners: Collection[str]) -> list[Variable]:
     """Return the claims of flow runs among the Variables that changed last, back to a moment, `LATEST` at most."""
-    claims, offset, limit = list[RunRecord](), 0, FIRST_LATEST
+    claims, offset, limit = list[Variable](), 0, FIRST_LATEST
     while offset < LATEST:
         json = {"limit": limit, "offset": offset, "sort": "UPDATED_DESC"}
         response = await client.request("POST", "/variables/filter", json=json)
         page = variables_in(response)
-        claims += [claim for claim in readable_records(page) if claim.flow_run_id in owners]
+        claims += [one for one in page if one.fields.get("flow_run_id") in owners]
         until = server_time(response) - timedelta(seconds=page[-1].idle) if page else None
         if len(page) < limit or until is None or (since is not None and until < since - CLOCKS_APART):
             break
@@ -353,13 +347,9 @@ async def close_stopped(
     status = CrewStatus(kickoff_id=str(record.kickoff_id), state=CrewState.STOPPED)
     with suppress(CrewError, TimeoutError):  # without an answer nobody knows what it used
         status = await asyncio.wait_for(client.status(status.kickoff_id), LOOK_WITHIN)
-    stored.usage, stored.cost = status.usage, cost_of_run(crew, status)
-
-    async def write() -> bool:
-        # Not over what is written in between: whoever waits for the run may have seen how it ended.
-        return await records.resolve(stored, RecordPhase.ENDED, state=CrewState.STOPPED, reason=record.reason)
-
-    if await finish_run(stored, records, write):
+    used = {"usage": status.usage, "cost": cost_of_run(crew, status)}
+    end = {"state": CrewState.STOPPED, "reason": record.reason, **used}
+    # Whoever waits for the run may have seen in between how it ended.
+    if await close_run(stored, records, end, report={}):
         for name, value in stored.outcome().items():
             setattr(record, name, value)
-        emit("stopped", record, once=True, state=str(record.state))

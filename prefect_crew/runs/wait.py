@@ -37,9 +37,9 @@ from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import (
     OpenRun,
-    close_record,
+    close_run,
+    end_of,
     find_run,
-    finish_run,
     parse_data,
     read_result,
     result_of,
@@ -319,34 +319,25 @@ class _Waiter(Watcher):
         return is_taken
 
     async def _close(self, status: CrewStatus) -> None:
-        """Write the end down, show it, tell automations: once, by whoever closes the record."""
+        """Write the end down, and show it if this wait closes the run, or has started it."""
         run, record = self.run, self.run.record
-        if record is not None:
-            closed = None if run.owned else await self._closed()
-            if closed is not None and (closed.used or not record.reserved):
-                return
+        if record is not None and record.phase is not RecordPhase.ENDED:
             result = None
             if status.state is CrewState.COMPLETED and run.show == "full":
                 result = StoredResult.of(status.result())
                 if run.redact.hides(result.model_dump(mode="json")):
                     result = None
             error = run.redact_text(status.error or "")[:500] or None
-            is_stopped_here = record.phase is RecordPhase.ENDED
-            close_record(record, run.crew, status, self.phases.human_seconds, error, result)
-
-            async def write() -> bool:
-                if closed is None:
-                    await self.records.save(record)
-                return closed is None and not is_stopped_here
-
+            end = end_of(run.crew, status, self.phases.human_seconds, error, result)
+            report = {"error": error, "execution_time": status.execution_time}
             try:
-                await finish_run(record, self.records, write, lambda: run.view(status))
-            except PREFECT_ERRORS as problem:
+                is_closed = await close_run(record, self.records, end, lambda: run.view(status), report=report)
+            except (*PREFECT_ERRORS, CrewError) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
-            if closed is not None:  # whoever closed it did not know what it used
-                return
-            said = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
-            emit(str(status.state), record, once=True, **said)
+                emit(str(status.state), record, once=True, state=str(status.state), **report)
+            else:
+                if not (is_closed or run.owned):
+                    return
         await self._show(status)
 
     async def _closed(self) -> RunRecord | None:

@@ -67,14 +67,14 @@ def test_the_events_of_a_run_come_in_order(crew_server: CrewServerFactory, seen:
     assert ours == ["crew.waiting", "crew.resumed", "crew.completed"]
 
 
-def test_a_run_makes_five_events_at_most_those_of_its_record_included(crew_server: CrewServerFactory, seen: Seen):
+def test_a_run_makes_six_events_at_most_those_of_its_record_included(crew_server: CrewServerFactory, seen: Seen):
     key, crew = f"counted {uuid.uuid4()}", crew_server("echo").crew()
     kickoff_ids = [asyncio.run(arun_crew(crew, {"text": "a"}, idempotency_key=key)).kickoff_id for _ in range(2)]
     seen.resolve_events()
     variables = [f"prefect.variable.{one['id']}" for one in seen.variables(f"{record_name(key, 1)}%")]
     body = {"filter": {"resource": {"id": [f"prefect-crew.run.{kickoff_ids[0]}", *variables]}}, "limit": 50}
     events = sorted(event["event"] for event in seen.post("/events/filter", body)["events"])
-    of_record = ["prefect.variable.created"] * 2 + ["prefect.variable.updated"] * 2
+    of_record = ["prefect.variable.created"] * 3 + ["prefect.variable.updated"] * 2
     assert events == ["crew.completed", *of_record], "and none for the second call, which started nothing"
 
 

@@ -257,8 +257,9 @@ def test_show_and_secret_inputs_decide_what_is_seen(
     assert result.output == "Lisbon by tram with hunter22"
     assert all(part in shown(seen, name) for part in there)
     assert not any(part in shown(seen, name) for part in not_there)
-    ((_, record),) = [(one["name"], one["value"]) for one in seen.variables() if one["value"].get("crew") == name]
-    assert ("result" in record) is (fields == {"show": "full"})
+    values = [one["value"] for one in seen.variables() if one["value"].get("crew") == name]
+    (end,) = [value for value in values if value["phase"] == "ended"]
+    assert ("result" in end) is (fields == {"show": "full"})
 
 
 # Trouble

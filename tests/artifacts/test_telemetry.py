@@ -38,7 +38,7 @@ from prefect_crew import (
 from prefect_crew.artifacts import telemetry
 from prefect_crew.artifacts.run import RunView
 from prefect_crew.prices import Price
-from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.model import RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.stop import close_stopped
 from prefect_crew.testing import CrewServerFactory
@@ -236,17 +236,14 @@ class SlowRecords(PrefectRecords):
             self.held.set()
             await self.go_on.wait()
 
-    async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
+    async def end(self, record: RunRecord, **end: Any) -> bool:
         await self._hold("before it is written")
-        return await super().resolve(record, phase, **found)
-
-    async def note_end(self, record: RunRecord, *what: Any) -> bool:
-        is_first = await super().note_end(record, *what)
-        await self._hold("after it is noted")
+        is_first = await super().end(record, **end)
+        await self._hold("after it is written")
         return is_first
 
 
-@pytest.mark.parametrize("at", ["before it is written", "after it is noted"])
+@pytest.mark.parametrize("at", ["before it is written", "after it is written"])
 async def test_a_run_that_two_stop_at_the_same_time_has_one_span(
     crew_server: CrewServerFactory, collector: Collector, at: str
 ):

@@ -30,6 +30,8 @@ HOOKS = {
     "inputs": ("prefect_crew.client._client", "CrewClient.inputs"),
     "kickoff": ("prefect_crew.client._client", "CrewClient.kickoff"),
     "save": ("prefect_crew.records.store", "PrefectRecords.save"),
+    "end": ("prefect_crew.records.store", "PrefectRecords.end"),
+    "unlist": ("prefect_crew.records.store", "PrefectRecords.unlist"),
     "artifact": ("prefect_crew.artifacts.run", "MarkdownArtifact._create"),
     "wait": ("prefect_crew.tasks", "wait_for_run"),
     "status": ("prefect_crew.client._client", "CrewClient.status"),
@@ -88,10 +90,11 @@ def _points() -> Iterator[Kill]:
         yield Kill("status", "after", nth)
     yield Kill("wait", "during", delay=0.5)  # between two looks
     yield Kill("wait", "during", delay=1.0)
-    yield Kill("save", "before", 2)
-    yield Kill("save", "after", 2)
+    yield Kill("end", "before")
+    yield Kill("end", "after")
     yield Kill("event", "before")  # the end: a script emits no other
     yield Kill("event", "after")
+    yield Kill("unlist", "after")
     yield Kill("show", "after", 1)
     yield Kill("wait", "after")
     for nth in range(1, REQUESTS + 1):

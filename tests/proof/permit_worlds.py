@@ -168,6 +168,35 @@ WORLDS = {
 }
 """Each by its name in words."""
 
+for fate in ("refused", "500", "503", "lost", "500-after", "timeout", "slow", "late", "twice"):
+    WORLDS |= {
+        f"two wait for a run that fails, and the request of the first end is {fate}": Scenario(
+            calls=(Call(), Call(at=0.3), Call(at=20.0)),
+            runs=(CrewRun(end="fails", seconds=1.0), CrewRun(seconds=3.0)),
+            prefect_faults=(("write@5", fate),),
+        ),
+        f"a run that is over its time is stopped by both who wait for it, and the request of the first end is {fate}": (
+            Scenario(
+                calls=(Call(), Call(at=0.3)),
+                runs=(CrewRun(end="stuck"), CrewRun(seconds=3.0)),
+                prefect_faults=(("write@6", fate),),
+                stop_on_timeout=True,
+            )
+        ),
+    }
+
+for step in range(23, 40):
+    at = f", before its step {step}"
+    WORLDS |= {
+        f"an owner falls asleep over an end that another wait has seen{at}": Scenario(
+            calls=(Call(freeze_at=step, freeze_for=60.0), Call(at=0.3), Call(at=30.0)),
+            runs=(CrewRun(end="fails", seconds=1.0), CrewRun(seconds=3.0)),
+        ),
+        f"an owner is killed over an end that another wait has seen{at}": Scenario(
+            calls=(Call(kill_at=step, crashed_after=0.5, again=(15.0,)), Call(at=0.3)), runs=(CrewRun(seconds=3.0),)
+        ),
+    }
+
 for step in range(1, 18):
     at = f", before its step {step}"
     WORLDS |= {

@@ -60,7 +60,7 @@ def test_a_script_that_was_killed_is_called_again(kill: Kill, zygote: Zygote, se
         assert server.kickoffs <= 1
         stood = records(seen, idempotency_key)
         claimed = bool(stood) and stood[-1]["phase"] == "claimed"
-        doubtful = claimed and stood[-1]["permit"] > 0
+        doubtful = claimed and stood[-1]["entries"] > 0
         if kill.hook != "request":
             assert doubtful == (str(kill) in DOUBTFUL)
         if claimed:

@@ -16,7 +16,7 @@ from prefect_crew.records import resolve, store
 from prefect_crew.records.decision import Caller, Decision, decide
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs import stop
+from prefect_crew.runs import run, stop
 from prefect_crew.states import CrewState
 from proof.sim import prefect_api
 from proof.sim.prefect_api import SimPrefect
@@ -34,7 +34,7 @@ def prefect(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimPrefect]:
     monkeypatch.setattr(prefect_api, "SLOW", 1.0)
     monkeypatch.setattr(resolve, "LOOK_AGAIN", 0.01)
     monkeypatch.setattr(store, "get_client", server.client)
-    with mock.patch.object(stop, "emit"):
+    with mock.patch.object(run, "emit"):
         yield server
 
 
@@ -66,9 +66,7 @@ async def started() -> RunRecord:
 
 async def completed(record: RunRecord) -> None:
     """Write the end down, as whoever waits for the run."""
-    record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState.COMPLETED, utcnow()
-    record.result = StoredResult(output="42")
-    await RECORDS.save(record)
+    await RECORDS.end(record, state=CrewState.COMPLETED, result=StoredResult(output="42"))
 
 
 async def stored() -> RunRecord:
@@ -155,7 +153,7 @@ async def test_a_waiter_that_writes_to_a_verdict_does_not_make_it_the_owners():
 async def test_a_permit_that_was_used_is_not_held():
     """Prefect's client sends a request again after a read timeout, maybe once the permit of the first has served."""
     owner = await posting()
-    again = owner.model_copy(update={"permit": 0})
+    again = owner.model_copy(update={"entries": 0})
     assert await RECORDS.permit(again.model_copy(), 30.0)
     owner.phase, owner.kickoff_id = RecordPhase.STARTED, "run"
     await RECORDS.save(owner)

@@ -18,7 +18,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew.client._retry_safety import KickoffFate
 from prefect_crew.client.models import Review
-from prefect_crew.records import decision, prune
+from prefect_crew.records import decision, model, prune
 from prefect_crew.records import notes as notes_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records.decision import Decision
@@ -280,6 +280,27 @@ def _is_never_sure() -> Any:
     return mock.patch.object(kickoff, "kickoff_fate", return_value=KickoffFate.UNCERTAIN)
 
 
+def _closes_anyway() -> Any:
+    end = PrefectRecords.end
+
+    async def end_anyway(self: PrefectRecords, record: RunRecord, **facts: Any) -> bool:
+        await end(self, record, **facts)
+        return True
+
+    return mock.patch.object(PrefectRecords, "end", end_anyway)
+
+
+def _adds_an_end() -> Any:
+    async def current(self: PrefectRecords, record: RunRecord) -> RunRecord:
+        return record.model_copy(update={"entries": record.entries + 1})  # as if somebody had said something else
+
+    return mock.patch.object(PrefectRecords, "_current", current)
+
+
+def _takes_an_end_back() -> Any:
+    return mock.patch.dict(model._RANK, {RecordPhase.ENDED: -1})
+
+
 def _forgets_the_id() -> Any:
     async def save(record: RunRecord, records: Any) -> None:
         return None
@@ -328,6 +349,9 @@ MISTAKES = {
     "a refused kickoff that is made uncertain": (_is_never_sure, REFUSED),
     "a mistake of the user that is made uncertain": (_is_never_sure, MISCONFIGURED),
     "an id that is not written down": (_forgets_the_id, KILLED),
+    "a run that two callers close": (_closes_anyway, TWO),
+    "a log with two ends": (_adds_an_end, TWO),
+    "an end that counts less than what came before it": (_takes_an_end_back, TWO),
     "a record that is pruned whatever its flow run does": (_looks_at_no_flow_run, ROOT_RUNS_ON),
     "a record that is pruned while its root runs": (_looks_at_no_root, ROOT_RUNS_ON),
     "a record that is pruned while its root can be retried": (_looks_at_no_root, ROOT_ENDED_NOW),

@@ -10,7 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial, reduce
+from functools import reduce
 from operator import and_
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,17 @@ from prefect_crew.batches.ledger import Ledger
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.prices import Price
 from prefect_crew.records import budgets as counters
-from prefect_crew.records.model import RecordPhase, utcnow
+from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.prune import prune
 from prefect_crew.records.resolve import resolve_never_started
-from prefect_crew.records.store import USED, PrefectRecords
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
-from prefect_crew.runs.run import finish_run
+from prefect_crew.runs.run import close_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.prefect_server import PrefectServer
-from support.records import new_record, read_named
+from support.records import new_record, put, record_of
 from support.scripts import Held, script
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -328,8 +328,7 @@ async def test_without_an_estimate_nothing_starts_and_the_mean_of_the_latest_run
         await arun_crew(crew, {"text": "a"})
     for tokens in (*[9000] * 3, *[100, 120] * 10):
         facts: dict[str, Any] = {"phase": RecordPhase.ENDED, "usage": TokenUsage(total_tokens=tokens)}
-        record = new_record(crew_url=server.url, cost=tokens / 1000, ended_at=utcnow(), **facts)
-        assert await PrefectRecords().claim(record)
+        await put(new_record(crew_url=server.url, cost=tokens / 1000, **facts))
     with pytest.raises(ConfigurationError, match=f"Budget '{name}' limits .* {proposal}") as raised:
         await arun_crew(crew, {"text": "a"}, idempotency_key=name)
     assert "the last 20 runs" in str(raised.value)
@@ -368,9 +367,9 @@ async def test_an_end_that_is_seen_twice_leaves_a_full_counter_as_it_is(crew_ser
     crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
     record = await PrefectRecords().of_kickoff((await crew.atrigger({"text": "a"})).kickoff_id)
     assert record is not None
-    record.usage = TokenUsage(total_tokens=900)
-    for _ in range(2):
-        await finish_run(record, PrefectRecords(), partial(PrefectRecords().save, record))
+    end = {"state": CrewState.COMPLETED, "usage": TokenUsage(total_tokens=900)}
+    for seen in (record, record.model_copy()):
+        await close_run(seen, PrefectRecords(), end)
         assert await counted(name) == 900
 
 
@@ -466,43 +465,41 @@ async def test_an_end_that_is_corrected_costs_two_requests(crew_server: CrewServ
     await run.await_for_completion()
     found = [one for one in asked if "v2/concurrency" in one or one == "POST /variables/"]
     assert found == ["POST /variables/", "POST /v2/concurrency_limits/decrement"]
+    assert len([one for one in asked if one.startswith("PATCH /variables/")]) == 1, "the claim's tag"
 
 
 @pytest.mark.parametrize("tokens", [20, 700], ids=["less than the estimate", "more than the estimate"])
 async def test_who_dies_over_an_end_leaves_the_counter_too_high(
     crew_server: CrewServerFactory, name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """Whoever sees the end after that counts what is missing once more, and gives it back: somebody has counted it."""
+    """Whoever sees the end after that counts what is missing once more: the counter is too high then, never too low."""
     budgets = [Budget(max_tokens=2000, estimate_tokens=100, name=name)]
     crew = crew_server(used(tokens), response_format="union").crew(budgets=budgets)
     run = await crew.atrigger({})
-    save = PrefectRecords.save
+    end = PrefectRecords.end
 
     class Died(BaseException):
         pass
 
-    async def die(*_: Any) -> None:
+    async def die(*_: Any, **__: Any) -> None:
         raise Died
 
-    monkeypatch.setattr(PrefectRecords, "save", die)
+    monkeypatch.setattr(PrefectRecords, "end", die)
     with pytest.raises(Died):
         await run.await_for_completion()
     assert await counted(name) == max(tokens, 100)
-    monkeypatch.setattr(PrefectRecords, "save", save)
+    monkeypatch.setattr(PrefectRecords, "end", end)
     await wait_for_crew(crew, str(run.kickoff_id))
-    assert await counted(name) == max(tokens, 100)
+    assert await counted(name) == tokens + max(tokens - 100, 0)
 
 
-async def test_pruning_leaves_what_was_noted_within_the_hour(
-    crew_server: CrewServerFactory, name: str, prefect_server: PrefectServer
-):
+async def test_pruning_leaves_the_end_of_a_run_for_an_hour(crew_server: CrewServerFactory, name: str):
     """Another wait may be about to see the same end, and would settle it once more."""
-    prefect_server.forget_records()
     budgets = [Budget(max_tokens=2000, estimate_tokens=100, name=name)]
     crew = crew_server(used(700), response_format="union").crew(budgets=budgets)
-    await arun_crew(crew, {})
+    kickoff_id = (await arun_crew(crew, {})).kickoff_id
     await prune(PrefectRecords(), older_than=timedelta(0))
-    assert len(await read_named(f"{USED}use_")) == 1
+    assert (await record_of(kickoff_id)).is_final
 
 
 async def test_pruning_removes_the_counters_of_the_past(
@@ -610,12 +607,9 @@ async def test_a_row_whose_end_is_seen_by_its_wait_and_by_who_stops_it_is_settle
         await ledger.save(waited)
         stopped = await ledger.of_kickoff("k")
         assert stopped is not None
-        waited.phase, waited.state = RecordPhase.ENDED, CrewState.STOPPED
-        waited.usage = stopped.usage = TokenUsage(total_tokens=20)
-        ended = partial(ledger.resolve, stopped, RecordPhase.ENDED, state=CrewState.STOPPED)
-        await asyncio.gather(
-            finish_run(stopped, ledger, ended), finish_run(waited, ledger, partial(ledger.save, waited))
-        )
+        end = {"state": CrewState.STOPPED, "usage": TokenUsage(total_tokens=20)}
+        closed = await asyncio.gather(*(close_run(record, ledger, end) for record in (stopped, waited)))
+        assert sorted(closed) == [False, True]
     assert await counted(name) == 20
 
 

@@ -67,13 +67,13 @@ def decided(existing: RunRecord | None, **options: Any) -> Decision:
         pytest.param(
             record(flow_run_id="flow-1", flow_run_count=1), {}, Decision.VOID, id="claimed by our own last attempt"
         ),
-        pytest.param(record(permit=1), {}, Decision.CLAIMED_ELSEWHERE, id="sent by another, who has time"),
-        pytest.param(record(permit=1, open_for=0.0), {}, Decision.UNCERTAIN, id="sent by another, whose time is up"),
+        pytest.param(record(entries=1), {}, Decision.CLAIMED_ELSEWHERE, id="sent by another, who has time"),
+        pytest.param(record(entries=1, open_for=0.0), {}, Decision.UNCERTAIN, id="sent by another, whose time is up"),
         pytest.param(
-            record(permit=1), {"owner_ended": True}, Decision.UNCERTAIN, id="sent by a flow run that has ended"
+            record(entries=1), {"owner_ended": True}, Decision.UNCERTAIN, id="sent by a flow run that has ended"
         ),
         pytest.param(
-            record(permit=1, flow_run_id="flow-1", flow_run_count=1),
+            record(entries=1, flow_run_id="flow-1", flow_run_count=1),
             {},
             Decision.UNCERTAIN,
             id="sent by our own last attempt",

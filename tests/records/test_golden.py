@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew.records.model import Permit, RecordPhase, RunRecord, utcnow
+from prefect_crew.records.model import Entry, RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import Variable, records_in
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.json"))
@@ -27,7 +27,7 @@ def test_a_record_of_an_earlier_version_means_what_it_meant(path: Path):
     golden: dict[str, Any] = json.loads(path.read_text())
     variables = [Variable(one["id"], one["name"], one["value"], 3.0, 3.0, utcnow()) for one in golden["variables"]]
     (record,) = records_in(variables)
-    found = json.loads(record.model_dump_json()) | {"permit": record.permit}
+    found = json.loads(record.model_dump_json()) | {"entries": record.entries}
     found["result"] = None if record.result is None else record.result.output
     assert {name: found[name] for name in golden["means"]} == golden["means"]
     may_still_be_sent = record.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN)
@@ -37,5 +37,5 @@ def test_a_record_of_an_earlier_version_means_what_it_meant(path: Path):
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_this_version_writes_what_it_read(path: Path):
     for one in json.loads(path.read_text())["variables"]:
-        model = Permit if one["tags"][0].endswith("permit") else RunRecord
+        model = Entry if one["tags"][:1] == ["prefect-crew-entry"] else RunRecord
         assert model.model_validate(one["value"]).model_dump(mode="json", exclude_none=True) == one["value"]

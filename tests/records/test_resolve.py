@@ -149,8 +149,7 @@ async def test_a_late_write_takes_nothing_back():
     await store.save(late)
     now = await latest(late)
     assert (now.phase, now.kickoff_id) == (RecordPhase.STARTED, kickoff_id)
-    ended = now.model_copy(update={"phase": RecordPhase.ENDED, "state": CrewState.COMPLETED})
-    await store.save(ended)
+    assert await store.end(now.model_copy(), state=CrewState.COMPLETED)
     await store.save(now)
     late.phase, late.kickoff_id = RecordPhase.STARTED, kickoff_id
     await store.save(late)
@@ -235,7 +234,7 @@ async def started(crew: DeployedCrew) -> str:
 async def test_which_records_are_resolved(fields: dict[str, Any], outcome: Resolution, crew: DeployedCrew):
     permit, kickoff_id = fields.get("permit"), fields.get("kickoff") or await started(crew)
     record = uncertain(crew, **fields)
-    record.permit = 0
+    record.entries = 0
     await put(record, permit=permit)
     assert await resolve(record.idempotency_key, kickoff_id, RECORDS, attempt=1) is outcome
     (now,) = await RECORDS.attempts(record.idempotency_key)

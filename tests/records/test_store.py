@@ -75,7 +75,6 @@ async def test_the_id_goes_before_the_claims_of_others_and_a_name_and_an_end_aft
         assert await RECORDS.claim(record)
         assert await RECORDS.permit(record, 60.0)
     began.phase, began.kickoff_id = RecordPhase.STARTED, str(uuid.uuid4())
-    ended.phase, ended.state, ended.ended_at = RecordPhase.ENDED, CrewState.COMPLETED, utcnow()
     turns, made = list[str](), prefect_api._request_once
 
     async def noted(client: Any, method: str, path: str, *, json: Any) -> httpx.Response:
@@ -86,11 +85,12 @@ async def test_the_id_goes_before_the_claims_of_others_and_a_name_and_an_end_aft
     here = prefect_api._Loop(requests=prefect_api._Turns(1))
     monkeypatch.setattr(prefect_api, "_this_loop", lambda: here)
     monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
-    await asyncio.gather(RECORDS.save_started(began), RECORDS.save(ended), *map(RECORDS.claim, others))
-    ids = [f"PATCH /variables/{record.ref}" for record in (began.strongest, ended) if record is not None]
-    assert turns[0] == ids[0]
+    ending = RECORDS.end(ended, state=CrewState.COMPLETED)
+    await asyncio.gather(RECORDS.save_started(began), ending, *map(RECORDS.claim, others))
+    assert began.strongest is not None
+    assert turns[0] == f"PATCH /variables/{began.strongest.ref}"
     assert turns[1:6] == ["POST crew_run"] * 5, "those who have not begun lose time meanwhile, and a crew none"
-    assert {*turns[6:]} == {"POST crew_kickoff", ids[1]}
+    assert sorted(turns[6:]) == ["POST crew_kickoff", "POST crew_run"]
 
 
 async def test_a_key_has_64_attempts_at_most_which_one_request_reads():
@@ -112,15 +112,16 @@ async def test_a_server_clock_that_was_set_back_does_not_change_the_order_of_att
 
 async def test_all_permits_of_a_claim_are_read(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(store, "PAGE", 3)
-    monkeypatch.setattr(store, "USUAL", 2)
+    monkeypatch.setattr(store, "LEAST", 1)
+    monkeypatch.setattr(store, "MOST", 2)
     record, other = new_record(), new_record()
     for one in (record, other):
         assert await RECORDS.claim(one)
     for number in range(1, 13):
         assert await RECORDS.permit(record, 30)
         (read,) = await RECORDS.attempts(record.idempotency_key)
-        assert read.permit == number
-    permits = {one.ref: one.permit async for one in RECORDS.all(RecordPhase.CLAIMED)}
+        assert read.entries == number
+    permits = {one.ref: one.entries async for one in RECORDS.all(RecordPhase.CLAIMED)}
     assert (permits[record.ref], permits[other.ref]) == (12, 0)
 
 
@@ -212,8 +213,7 @@ async def test_a_record_is_found_by_its_kickoff_id_and_by_its_phase():
     assert found.model_dump() == record.model_dump()
     assert await is_among(record, RecordPhase.STARTED)
     assert not await is_among(record, RecordPhase.CLAIMED)
-    record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
-    await RECORDS.save(record)
+    assert await RECORDS.end(record, state=CrewState.COMPLETED)
     assert await is_among(record, RecordPhase.ENDED)
     assert not await is_among(record, RecordPhase.STARTED)
     found = await RECORDS.of_kickoff(kickoff_id)
@@ -288,7 +288,7 @@ async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_
     record = new_record()
     assert await RECORDS.claim(record)
     (theirs,) = await RECORDS.attempts(record.idempotency_key)
-    theirs.permit = 1  # one that was deleted since
+    theirs.entries = 1  # one that was deleted since
     assert await RECORDS.resolve(theirs, RecordPhase.NOT_STARTED)
     assert not await RECORDS.permit(record, 30, before=Lease(-1.0))
 
@@ -304,11 +304,7 @@ async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
     """Claim, close, and return what stands on the server."""
     record = new_record()
     await RECORDS.claim(record)
-    record.phase, record.state, record.ended_at = RecordPhase.ENDED, CrewState.COMPLETED, utcnow()
-    record.kickoff_id, record.result = f"r {uuid.uuid4()}", stored
-    for name, value in fields.items():
-        setattr(record, name, value)
-    await RECORDS.save(record)
+    assert await RECORDS.end(record, state=CrewState.COMPLETED, result=stored, **fields)
     (saved,) = await RECORDS.attempts(record.idempotency_key)
     return saved
 
@@ -439,7 +435,7 @@ async def test_a_record_of_a_later_version_is_never_taken_for_one_of_this(phase:
     await remove(record)
 
 
-async def test_a_permit_of_a_later_version_leaves_its_record_out_of_lists_which_say_so(
+async def test_an_entry_of_a_later_version_leaves_its_record_out_of_lists_which_say_so(
     caplog: pytest.LogCaptureFixture,
 ):
     mine, theirs = new_record(), new_record()
@@ -447,7 +443,7 @@ async def test_a_permit_of_a_later_version_leaves_its_record_out_of_lists_which_
         assert await RECORDS.claim(record)
     name = f"{record_name(theirs.idempotency_key, 1)}_{str(theirs.ref).replace('-', '')}_1"
     value = {"idempotency_key": theirs.idempotency_key, "version": RECORD_VERSION + 1}
-    await create_variable({"name": name, "value": value, "tags": [store.PERMIT_TAG]})
+    await create_variable({"name": name, "value": value, "tags": [store.ENTRY_TAG]})
     listed = [record.idempotency_key async for record in RECORDS.all()]
     assert mine.idempotency_key in listed
     assert theirs.idempotency_key not in listed

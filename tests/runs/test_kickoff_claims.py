@@ -434,7 +434,7 @@ async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_reported(
     create = store.create_variable
 
     async def spoilt(variable: dict[str, Any], **options: Any) -> str | None:
-        if variable["tags"] == [store.PERMIT_TAG]:
+        if variable["tags"] == [store.ENTRY_TAG]:
             await create(variable | {"value": "edited"})
         return await create(variable, **options)
 

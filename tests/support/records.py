@@ -53,14 +53,14 @@ async def record_of(kickoff_id: str) -> RunRecord:
 
 
 def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the attempts that Variables hold, as the record store reads them; `permit` is the number of permits."""
+    """Return the attempts that Variables hold, as the record store reads them; `entries` is their number."""
     found = [
         Variable(one["id"], one["name"], one["value"], 0.0, 0.0, utcnow())
         for one in variables
         if store_module.later_version(one["value"]) is None
     ]
     return [
-        {**record.model_dump(mode="json", exclude_none=True), "permit": record.permit}
+        {**record.model_dump(mode="json", exclude_none=True), "entries": record.entries}
         for record in store_module.records_in(found)
     ]
 
@@ -95,7 +95,7 @@ def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> No
 
 
 async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:
-    """Write a record down as its run does: the claim, a permit of it, and what became of that."""
+    """Write a record down as its run does: the claim, a permit of it, and what became of that; or the end."""
     store, phase = PrefectRecords(), record.phase
     record.phase = RecordPhase.CLAIMED
     assert await store.claim(record)
@@ -104,6 +104,10 @@ async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:
     record.phase = phase
     if phase is RecordPhase.STARTED:
         assert await store.save_started(record) is None
+    elif phase is RecordPhase.ENDED:
+        end = {name: value for name, value in record.outcome().items() if name in record.model_fields_set - {"phase"}}
+        assert await store.end(record, **end)
+        await store.unlist(record)
     elif phase is not RecordPhase.CLAIMED:
         await store.save(record)
     return record

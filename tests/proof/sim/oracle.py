@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -26,7 +26,8 @@ from prefect_crew.exceptions import (
     RunNotFoundError,
     UnreadableRecordError,
 )
-from prefect_crew.records.model import SPARE
+from prefect_crew.records.model import SPARE, utcnow
+from prefect_crew.records.store import Variable, entry_in
 from prefect_crew.states import CrewState
 from proof.sim.loop import EPOCH, Process
 from proof.sim.prefect_api import Change
@@ -72,12 +73,21 @@ def broken_promises(world: World, *, strict: bool = False) -> list[str]:
     """
     checks = (
         *(_never_twice, _never_two_at_once, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts),
-        *(_records, _withdrawals, _prunes, _starts_after_failures, _needlessly_uncertain, _requests, _budgets),
+        *(
+            _records,
+            _closed_once,
+            _withdrawals,
+            _prunes,
+            _starts_after_failures,
+            _needlessly_uncertain,
+            _requests,
+            _budgets,
+        ),
     )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
     world.excusing = not strict
     if world.site.same_ids:  # nobody can tell whose run it is, so the other checks, which go by keys, say nothing
-        checks = (_one_key_for_each_id, _records, _withdrawals, _prunes, _requests, _budgets)
+        checks = (_one_key_for_each_id, _records, _closed_once, _withdrawals, _prunes, _requests, _budgets)
     return [*world.violations, *unclaimed, *(problem for check in checks for problem in check(world))]
 
 
@@ -303,8 +313,11 @@ def _records(world: World) -> Iterator[str]:
         stale = world.excusing and "writing" in owner.frozen_in and change.at >= owner.frozen_until
         # A kickoff that was answered with the id of another one: its record takes the id back.
         is_taken_back = bool(world.site.same_ids) and now["phase"] == "uncertain"
-        if before is not None and not (stale and now["phase"] != "ended") and not is_taken_back:
-            if now["phase"] not in _NEXT[before["phase"]] and not (late and now["phase"] == "started"):
+        # Nothing that is written late takes back an end: it is an entry of its own, which nobody changes.
+        has_ended = before is not None and before["phase"] == "ended"
+        if before is not None and (has_ended or not (stale and now["phase"] != "ended")) and not is_taken_back:
+            is_late_id = late and now["phase"] == "started" and not has_ended
+            if now["phase"] not in _NEXT[before["phase"]] and not is_late_id:
                 yield f"records: {change.name} went from {before['phase']} to {now['phase']} at {change.at:.2f}"
             if before.get("kickoff_id") and now.get("kickoff_id") != before["kickoff_id"]:
                 yield f"records: {change.name} changed its run at {change.at:.2f}"
@@ -316,6 +329,19 @@ def _records(world: World) -> Iterator[str]:
         run = world.site.run(str(value.get("kickoff_id")))
         if value["phase"] == "ended" and (run is None or str(run.state) != value["state"]):
             yield f"records: {name} says {value['state']}, the server {run}"
+
+
+def _closed_once(world: World) -> Iterator[str]:
+    """One caller closes a run, and its log has one end. Whoever sleeps until the record was pruned closes it again."""
+    there = {one["id"] for one in world.prefect.variables.values()}
+    closed = ((claim, count) for claim, count in world.closed.items() if claim in there)
+    yield from (f"ends: {claim} was closed {count} times" for claim, count in closed if count > 1)
+    ends: Counter[str | None] = Counter(
+        entry.claim
+        for one in world.prefect.variables.values()
+        if (entry := entry_in(Variable(one["id"], one["name"], one["value"], 0.0, 0.0, utcnow()))) and entry.is_final
+    )
+    yield from (f"ends: the log of {claim} has {count}" for claim, count in ends.items() if count > 1)
 
 
 def _one_key_for_each_id(world: World) -> Iterator[str]:
@@ -340,7 +366,7 @@ def _withdrawals(world: World) -> Iterator[str]:
             continue
         if world.owners[before["owner"]] is not change.by:
             yield f"withdrawals: {change.by.name} removed {change.name} at {change.at:.2f}, which is not its own"
-        if before["phase"] not in ("claimed", "not-started") or (before["phase"] == "claimed" and before["permit"]):
+        if before["phase"] not in ("claimed", "not-started") or (before["phase"] == "claimed" and before["entries"]):
             yield f"withdrawals: {change.name} was removed at {change.at:.2f}, and a kickoff of it may have been sent"
 
 

@@ -173,7 +173,7 @@ class CrewSite:
             return
         message = await receive()
         key = json.loads(message["body"])["meta"]["idempotency_key"]
-        if not any(record["phase"] == "claimed" and record["permit"] for record in self._prefect.records(key)):
+        if not any(record["phase"] == "claimed" and record["entries"] for record in self._prefect.records(key)):
             self.unclaimed.append(key)
         self._arriving = key
         given = iter((message,))

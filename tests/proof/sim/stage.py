@@ -80,6 +80,7 @@ def on_stage(world: World) -> Iterator[None]:
         (Run, "end", world.site.noting_end(Run.end)),
         (CrewClient, "kickoff", _noting("posting", CrewClient.kickoff)),
         (store.PrefectRecords, "save", _noting("writing", store.PrefectRecords.save)),
+        (store.PrefectRecords, "end", world.ending(store.PrefectRecords.end)),
         (Crew, "reloaded", lambda crew: world.reloaded(crew)),
         *((module, "time", clock) for module in _modules_with("time", time)),
         *((module, "get_client", world.prefect.client) for module in _modules_with("get_client", get_client)),

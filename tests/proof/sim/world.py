@@ -120,6 +120,7 @@ class World:
         self.events: dict[str, str] = {}
         self.event_count: Counter[tuple[str, str]] = Counter()
         self.owners: dict[str, Process] = {}
+        self.closed: Counter[str] = Counter()  # how many callers were told that they close a run, by its claim
         self.asks: list[Ask] = []
         self.decisions: list[Decided] = []
         self.over = False  # what happens from here on is the aftermath
@@ -177,6 +178,16 @@ class World:
                 key, phase = key_of(process.facts["call"].key), "nothing" if record is None else str(record.phase)
                 self.decisions.append(Decided(self.loop.time(), key, phase, str(decision)))
             return decision
+
+        return noted
+
+    def ending(self, end: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `PrefectRecords.end`, with a note of whoever closes a run."""
+
+        async def noted(records: PrefectRecords, record: RunRecord, **facts: Any) -> bool:
+            is_closed = await end(records, record, **facts)
+            self.closed[str(record.ref)] += is_closed
+            return is_closed
 
         return noted
 
