@@ -300,7 +300,8 @@ async def close_run(
     Returns:
         Whether this call has closed the run. If not, the record says how somebody else has.
     """
-    changes = corrections(record.model_copy(update=dict(end))) if record.reserved else {}
+    end = {"reason": record.reason, **end}  # a row that was stopped by its batch says so
+    changes = corrections(record.model_copy(update=end)) if record.reserved else {}
     counted = await change(record, {name: slots for name, slots in changes.items() if slots > 0})
     if not await records.end(record, **end):
         await change(record, {name: -slots for name, slots in counted.items()})
