@@ -598,15 +598,18 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
             await ledger.save(record)
 
     before = record.reason
-    await note(reason)  # first: a poll may see the end before the answer comes, and the answer may be lost
+    # First: a poll may see the end before the answer comes, and write it down with this reason. Or the answer is lost.
+    await note(reason)
     try:
         answer = await session.call(lambda client: client.stop(str(record.kickoff_id)))
     except CrewError as error:
         if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
             await note(before)
         raise
-    await close_stopped(session.client, session.crew, record, answer, ledger)
-    await note(reason if answer.accepted else before)
+    if reason is not None and not answer.accepted:
+        await note(before)
+    else:
+        await close_stopped(session.client, session.crew, record, answer, ledger)
     return answer.accepted
 
 

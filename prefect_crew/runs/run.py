@@ -310,7 +310,6 @@ async def close_run(
     end_run(record, view, settings=settings)
     if report is not None:
         emit(str(record.state), record, once=True, state=str(record.state), **report)
-    await records.unlist(record)
     return True
 
 

@@ -341,8 +341,10 @@ async def close_stopped(
     if stored.phase is RecordPhase.ENDED:
         return  # somebody else saw the end, and what is here is older
     if answer.outcome is not StopOutcome.STOPPED:
-        record.reason = f"{_STOP_ASKED}: {answer.outcome}"
-        await records.save(record)
+        # A row that is stopped with its batch keeps that reason: its wait may write its end at any moment.
+        if record.reason is None or stop_was_asked(record):
+            record.reason = f"{_STOP_ASKED}: {answer.outcome}"
+            await records.save(record)
         return
     status = CrewStatus(kickoff_id=str(record.kickoff_id), state=CrewState.STOPPED)
     with suppress(CrewError, TimeoutError):  # without an answer nobody knows what it used
@@ -353,3 +355,4 @@ async def close_stopped(
     if await close_run(stored, records, end, report={}):
         for name, value in stored.outcome().items():
             setattr(record, name, value)
+        await records.unlist(stored)

@@ -320,7 +320,7 @@ class _Waiter(Watcher):
 
     async def _close(self, status: CrewStatus) -> None:
         """Write the end down, and show it if this wait closes the run, or has started it."""
-        run, record = self.run, self.run.record
+        run, record, is_closed = self.run, self.run.record, False
         if record is not None and record.phase is not RecordPhase.ENDED:
             result = None
             if status.state is CrewState.COMPLETED and run.show == "full":
@@ -339,6 +339,8 @@ class _Waiter(Watcher):
                 if not (is_closed or run.owned):
                     return
         await self._show(status)
+        if record is not None and is_closed:  # people look at the artifact first
+            await self.records.unlist(record)
 
     async def _closed(self) -> RunRecord | None:
         """Return the record if somebody else has closed it."""

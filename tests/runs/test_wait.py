@@ -542,7 +542,7 @@ async def test_a_note_that_cannot_be_saved_does_not_keep_the_wait_from_polling(
 @pytest.mark.parametrize(
     ("refused", "says"),
     [
-        ("PATCH /api/variables", "could not be recorded"),
+        ("POST /api/variables/$", "could not be recorded"),
         ("POST /api/variables/filter", "could not be read"),
         ("/artifacts", "could not be updated"),
     ],
