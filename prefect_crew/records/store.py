@@ -293,37 +293,30 @@ def _is_gone(error: Exception) -> bool:
 
 
 async def create_variable(
-    variable: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE, lease: Lease | None = None
+    variable: Mapping[str, Any],
+    *,
+    urgency: Urgency = Urgency.CONTINUE,
+    lease: Lease | None = None,
+    is_patient: bool = False,
 ) -> str | None:
-    """Create a Variable and return its id; None if there is one of its name.
+    """Create a Variable and return its id; None if there is one of its name, which may be our own: an answer was lost.
 
-    While the server is busy it has done nothing, and is asked again soon. All else is for Prefect's client to repeat,
-    which does not tell whether the conflict is with its own first attempt.
+    While the server is busy it has done nothing, and is asked again soon. All else is for Prefect's client to repeat.
+    `is_patient`: it is asked again and again for five minutes while it is away.
     """
     path = "/variables/"
     async with get_client() as client:
         try:
             try:
                 new: dict[str, Any] = {"json": variable, "urgency": urgency, "alone": False}
+                new |= {"give_up_after": SAVE_FOR} if is_patient else {"give_up_after": BUSY_FOR, "again": is_busy}
                 new["before_sending"] = None if lease is None else lease.begin
-                answer = await request_soon(client, "POST", path, give_up_after=BUSY_FOR, again=is_busy, **new)
+                answer = await request_soon(client, "POST", path, **new)
             except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
-                if isinstance(error, PrefectHTTPStatusError) and error.response.status_code not in RETRIED_BY_CLIENT:
+                is_status = isinstance(error, PrefectHTTPStatusError)
+                if is_patient or (is_status and error.response.status_code not in RETRIED_BY_CLIENT):
                     raise
                 answer = await client.request("POST", path, json=variable)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code != 409:
-                raise
-            return None
-    return str(answer.json()["id"])
-
-
-async def _create_surely(variable: Mapping[str, Any]) -> str | None:
-    """Create a Variable as `create_variable`, again and again for five minutes while the Prefect API is away."""
-    new: dict[str, Any] = {"json": variable, "urgency": Urgency.FINISH, "alone": False}
-    async with get_client() as client:
-        try:
-            answer = await request_soon(client, "POST", "/variables/", give_up_after=SAVE_FOR, **new)
         except PrefectHTTPStatusError as error:
             if error.response.status_code != 409:
                 raise
@@ -373,10 +366,10 @@ async def _create_alone(
 
 
 async def _patch(
-    ref: str, body: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE, give_up_after: float = SAVE_FOR
+    ref: str, body: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE, give_up_after: float | None = None
 ) -> None:
     async with get_client() as client:
-        change: dict[str, Any] = {"json": body, "give_up_after": give_up_after, "urgency": urgency}
+        change: dict[str, Any] = {"json": body, "give_up_after": give_up_after or SAVE_FOR, "urgency": urgency}
         await request_soon(client, "PATCH", f"/variables/{ref}", **change)
 
 
@@ -625,9 +618,10 @@ class PrefectRecords:
         """
         outcome = resolution(record, RecordPhase.ENDED, **end)
         known, owner = record, str(uuid4())
+        create = partial(create_variable, urgency=Urgency.FINISH, is_patient=True)
         for _ in range(TRIES):
             try:
-                is_added = await self._add_entry(known, _create_surely, owner=owner, **outcome)
+                is_added = await self._add_entry(known, create, owner=owner, **outcome)
             except PrefectHTTPStatusError as error:
                 left_out = [outcome.pop(name) for name in ("result", "usage") if outcome.get(name) is not None]
                 if error.response.status_code not in (400, 413, 422) or not left_out:

@@ -302,11 +302,16 @@ async def close_run(
     """
     end = {"reason": record.reason, **end}  # a row that was stopped by its batch says so
     changes = corrections(record.model_copy(update=end)) if record.reserved else {}
-    counted = await change(record, {name: slots for name, slots in changes.items() if slots > 0})
-    if not await records.end(record, **end):
+    more = {name: slots for name, slots in changes.items() if slots > 0}
+    less = {name: slots for name, slots in changes.items() if slots < 0}
+    counted = await change(record, more) if more else {}
+    is_closed = await records.end(record, **end)
+    if counted and not is_closed:
         await change(record, {name: -slots for name, slots in counted.items()})
+    if not is_closed:
         return False
-    await change(record, {name: slots for name, slots in changes.items() if slots < 0})
+    if less:
+        await change(record, less)
     end_run(record, view, settings=settings)
     if report is not None:
         emit(str(record.state), record, once=True, state=str(record.state), **report)
