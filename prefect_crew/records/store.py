@@ -139,12 +139,9 @@ def _attempt_names(idempotency_key: str) -> list[str]:
     return [record_name(idempotency_key, number + 1) for number in range(MOST_ATTEMPTS)]
 
 
-def _hex(ref: str | None) -> str:
-    return str(ref).replace("-", "")
-
-
 def _entry_name(record: RunRecord, number: int) -> str:
-    return f"{record_name(record.idempotency_key, record.attempt)}_{_hex(record.ref)}_{number}"
+    claim = str(record.ref).replace("-", "")
+    return f"{record_name(record.idempotency_key, record.attempt)}_{claim}_{number}"
 
 
 def _kickoff_name(kickoff_id: str) -> str:
@@ -211,7 +208,7 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
             entries.setdefault((name, claim), {})[int(number)] = entry
     records: list[RunRecord] = []
     for name, variable, record in sorted(claims, key=lambda claim: claim[2].attempt):
-        theirs = entries.get((name, _hex(variable.id)), {})
+        theirs = entries.get((name, variable.id.replace("-", "")), {})
         idle = min([variable.idle, *(entry.idle for entry in theirs.values())])
         record = record.model_copy(update={"ref": variable.id, "idle": idle})
         records.append(fold(record, [theirs[number] for number in sorted(theirs)], age=variable.age))
@@ -783,7 +780,7 @@ class PrefectRecords:
         problems += [error for entry in unknown if (error := later_version(entry.value)) is not None]
         # Of a claim with an entry that cannot be read nobody knows here what became of it.
         left_out = {named[2] for entry in unknown if (named := _NAME.fullmatch(entry.name)) is not None}
-        read = [claim for claim in claims if _hex(claim.id) not in left_out]
+        read = [claim for claim in claims if claim.id.replace("-", "") not in left_out]
         if entries:
             records = records_in([*read, *(entry for entry in entries if entry not in unknown)])
         return records, next(iter(problems), None)
