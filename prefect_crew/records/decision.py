@@ -61,6 +61,7 @@ def decide(
     kickoffs: int = 0,
     max_attempts: int = 3,
     owner_ended: bool = False,
+    is_own: bool = False,
     force_new: bool = False,
     asked_at: datetime | None = None,
 ) -> Decision:
@@ -71,6 +72,7 @@ def decide(
         caller: Who asks.
         kickoffs, max_attempts: How many attempts at this key count, `record` among them, and how many may.
         owner_ended: Whether the flow run that claimed the record is known to have ended.
+        is_own: Whether this very call has claimed the record, in a try that has ended, and surely sent nothing for it.
         force_new: Start whatever the record says.
         asked_at: When the call was made, UTC. A run that was in flight then is the one that it is about, also if it
             has failed since.
@@ -90,6 +92,8 @@ def decide(
         record.flow_run_id == caller.flow_run_id and record.flow_run_count < caller.flow_run_count
     )
     if record.phase is RecordPhase.CLAIMED:
+        if is_own:
+            return Decision.VOID
         if not (earlier or owner_ended) and record.open_for:
             return Decision.CLAIMED_ELSEWHERE
         return Decision.UNCERTAIN if record.entries else Decision.VOID

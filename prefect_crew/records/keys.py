@@ -40,6 +40,23 @@ LONGEST_NAME = 200
 """Characters of a name or address within a key that is made; what is longer is cut and gets a digest."""
 
 
+@dataclass
+class Nonce:
+    """What tells the claims of one call from those of others. It lives in this process only.
+
+    A retry of the kickoff task keeps it as long as no kickoff may have left under it. A claim or a permit whose answer
+    was lost, since the Prefect API went away, is then found again as the call's own, and no person is needed.
+    """
+
+    text: str = field(default_factory=lambda: str(uuid4()))
+    has_sent: bool = False
+    """Whether a kickoff may have left."""
+
+    def of_next_try(self) -> Nonce:
+        """Return the nonce of the call's next try, which begins after this one has ended."""
+        return Nonce() if self.has_sent else self
+
+
 @dataclass(frozen=True)
 class RunIdentity:
     """Which run a call is about, who calls, and from where (`place`: the same on every retry of this call)."""
@@ -47,6 +64,8 @@ class RunIdentity:
     idempotency_key: str
     place: str
     caller: Caller
+    nonce: Nonce = field(default_factory=Nonce)
+    """Its text is the caller's `owner`."""
 
 
 async def identify(
@@ -63,9 +82,13 @@ async def identify(
     Raises:
         ConfigurationError: The key is empty, too long or no Unicode, or its template is none.
     """
-    around = _task_attempts()
-    callers = (*_calling_tasks.get(), around[-1]) if inside_own_task else around
-    caller, start = Caller(owner=str(uuid4())), utcnow()
+    around, calling = _task_attempts(), _calling.get(_Calling())
+    callers, nonce = around, Nonce()
+    if inside_own_task:
+        callers, task_run_id = (*calling.tasks, around[-1]), around[-1].task_run_id
+        # Prefect makes the tries of a task run one after the other.
+        nonce = calling.nonces[task_run_id] = calling.nonces.get(task_run_id, nonce).of_next_try()
+    caller, start = Caller(owner=nonce.text), utcnow()
     if (context := FlowRunContext.get()) is not None and (flow_run := context.flow_run) is not None:
         calls, root = await _calls_and_root(context, flow_run)
         top, start = root.path, root.scheduled_start or start
@@ -91,7 +114,7 @@ async def identify(
             base = f"{top[:LONGEST_NAME]}~{digest(top, 16)}/{about}"
         number = calls.take_number(base, callers)
         key = _checked(f"{base}/{number}")
-    return RunIdentity(idempotency_key=key, place=f"{top}/{number}", caller=caller)
+    return RunIdentity(idempotency_key=key, place=f"{top}/{number}", caller=caller, nonce=nonce)
 
 
 @cache
@@ -206,18 +229,30 @@ def _task_attempts() -> _Attempts:
     )
 
 
-# Not an argument: between the call of one of our tasks and its body lies Prefect's engine.
-_calling_tasks: ContextVar[_Attempts] = ContextVar("prefect_crew_calling_tasks", default=())
+@dataclass(frozen=True)
+class _Calling:
+    """A call of one of our tasks, or of `map`, which makes several task runs of it.
+
+    `tasks` are those that the code calls it from. `nonces` are those of its task runs, by their ids.
+    """
+
+    tasks: _Attempts = ()
+    nonces: dict[str, Nonce] = field(default_factory=dict[str, Nonce])
+
+
+# Not an argument: between the call of one of our tasks and its body lies Prefect's engine, which retries the body. A
+# task runner in another process brings none: then each try has a nonce of its own.
+_calling: ContextVar[_Calling] = ContextVar("prefect_crew_calling")
 
 
 @contextmanager
 def calling_task() -> Generator[None]:
     """Note the tasks that the code calls one of ours from, as they are at this moment."""
-    token = _calling_tasks.set(_task_attempts())
+    token = _calling.set(_Calling(_task_attempts()))
     try:
         yield
     finally:
-        _calling_tasks.reset(token)
+        _calling.reset(token)
 
 
 @dataclass

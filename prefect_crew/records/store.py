@@ -173,16 +173,11 @@ def server_time(response: httpx.Response) -> datetime:
 def variables_in(response: httpx.Response) -> list[Variable]:
     """Return the Variables in an answer, with their ages by the clock of the server that gave it."""
     now = server_time(response)
-
-    def since(moment: datetime) -> float:
-        return max(0.0, (now - moment).total_seconds())
-
     variables: list[Variable] = []
     for stored in response.json():
         created, updated = datetime.fromisoformat(stored["created"]), datetime.fromisoformat(stored["updated"])
-        variables.append(
-            Variable(stored["id"], stored["name"], stored["value"], since(created), since(updated), updated)
-        )
+        age, idle = (max(0.0, (now - moment).total_seconds()) for moment in (created, updated))
+        variables.append(Variable(stored["id"], stored["name"], stored["value"], age, idle, updated))
     return variables
 
 

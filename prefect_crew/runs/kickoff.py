@@ -80,6 +80,11 @@ class RunRequest:
     asked_at: datetime = field(default_factory=utcnow)
     slot: str | None = None
 
+    def has_given_up(self, record: RunRecord) -> bool:
+        """Return whether a try of this call before has claimed a record and surely sent no kickoff for it."""
+        nonce = self.identity.nonce
+        return record.owner == nonce.text and not (record.entries and nonce.has_sent)
+
     def record(self, attempt: int, good_for: float = 0.0) -> RunRecord:
         """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
         caller = self.identity.caller
@@ -226,7 +231,9 @@ async def _decide_and_claim(request: RunRequest, records: RecordStore, *, is_che
         elif record is None:
             continue
         elif decision is Decision.VOID:
-            if not await records.resolve(record, RecordPhase.NOT_STARTED, reason="the call that claimed it gave it up"):
+            if await records.resolve(record, RecordPhase.NOT_STARTED, reason="the call that claimed it gave it up"):
+                await release(record)  # what a permit of this very call says
+            else:
                 await asyncio.sleep(AGAIN)
         elif decision is Decision.CLAIMED_ELSEWHERE:
             await asyncio.sleep(delay)
@@ -252,6 +259,7 @@ async def _decide(
         kickoffs=sum(attempt.counts for attempt in attempts),
         max_attempts=request.crew.max_attempts,
         owner_ended=owner_ended,
+        is_own=record is not None and request.has_given_up(record),
         force_new=force_new,
         asked_at=request.asked_at,
     )
@@ -409,6 +417,7 @@ async def _post(
     def last_look() -> None:
         if lease.is_over:
             raise ClaimLostError("its permit grew too old before its kickoff could be sent.")
+        request.identity.nonce.has_sent = True
 
     try:
         webhooks = request.options.webhooks or webhooks_for(request.crew, record, settings=request.settings)
@@ -636,7 +645,7 @@ async def _take_slot(request: RunRequest, records: RecordStore) -> Slots | None:
     latest = latest_start(await records.attempts(request.identity.idempotency_key))
     failed = latest is None or (latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED)
     if latest is not None and latest.phase is RecordPhase.CLAIMED:  # one that was given up is started anew
-        failed = not latest.open_for or await records.owner_ended(latest)
+        failed = not latest.open_for or request.has_given_up(latest) or await records.owner_ended(latest)
     return await take_slots(request.crew) if failed or request.options.force_new else None
 
 

@@ -185,6 +185,24 @@ for fate in ("refused", "500", "503", "lost", "500-after", "timeout", "slow", "l
         ),
     }
 
+for step in range(1, 24):
+    WORLDS[f"the Prefect API is away for 40 s, {0.02 * step:.2f} s after a call has begun"] = Scenario(
+        calls=(Call(),), runs=(CrewRun(seconds=3.0),), outages=((0.02 * step, 40.0),), budget=1
+    )
+
+for write, what in ((1, "claim"), (2, "permit")):
+    for fate in ("lost", "500-after", "timeout", "late"):
+        for refused in (1, 2, 20, 40):
+            name = f"the answer about a {what} is {fate}, and the next {refused} changes are refused"
+            WORLDS[name] = Scenario(
+                calls=(Call(), Call(at=100.0)),
+                runs=(CrewRun(seconds=3.0),),
+                prefect_faults=(
+                    (f"write@{write}", fate),
+                    *((f"write@{write + number}", "refused") for number in range(1, refused + 1)),
+                ),
+            )
+
 for step in range(23, 40):
     at = f", before its step {step}"
     WORLDS |= {

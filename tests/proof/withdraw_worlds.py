@@ -64,7 +64,7 @@ for step in range(1, 18):
             resolve_every=0.5,
         ),
         f"one that has voided a claim sleeps while the same owner claims its number anew{at}": Scenario(
-            calls=(Call(crashed_at=1.0, same_owner=True), Call(at=2.0, freeze_at=step, freeze_for=6.0)),
+            calls=(Call(crashed_at=1.0), Call(at=2.0, freeze_at=step, freeze_for=6.0)),
             runs=LONG,
             faults=SLOW_INPUTS,
             prefect_faults=UNCONFIRMED,

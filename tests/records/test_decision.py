@@ -67,6 +67,10 @@ def decided(existing: RunRecord | None, **options: Any) -> Decision:
         pytest.param(
             record(flow_run_id="flow-1", flow_run_count=1), {}, Decision.VOID, id="claimed by our own last attempt"
         ),
+        pytest.param(record(), {"is_own": True}, Decision.VOID, id="claimed by an earlier try of this call"),
+        pytest.param(
+            record(entries=1), {"is_own": True}, Decision.VOID, id="an earlier try of this call has a permit, unused"
+        ),
         pytest.param(record(entries=1), {}, Decision.CLAIMED_ELSEWHERE, id="sent by another, who has time"),
         pytest.param(record(entries=1, open_for=0.0), {}, Decision.UNCERTAIN, id="sent by another, whose time is up"),
         pytest.param(

@@ -502,6 +502,50 @@ async def test_a_kickoff_task_is_retried_where_prefect_was_away_and_not_where_it
         assert await kickoff_crew.retry_condition_fn(kickoff_crew, None, state) is is_retried  # type: ignore[arg-type, misc]
 
 
+@pytest.mark.parametrize("what", ["claim", "permit"])
+async def test_a_retry_knows_its_own_claim_whose_answer_was_lost(
+    crew_server: CrewServerFactory, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, what: str
+):
+    """Nothing was sent for it, so nobody waits until its time is up, and no person is asked."""
+    create, save, tags = store.create_variable, PrefectRecords.save, {"claim": [], "permit": [store.ENTRY_TAG]}[what]
+    away = httpx.ReadError("lost", request=httpx.Request("POST", f"{proxy.url}/api/variables/"))
+    is_lost = False
+
+    async def create_and_lose(variable: dict[str, Any], **options: Any) -> str | None:
+        nonlocal is_lost
+        ref = await create(variable, **options)
+        if variable["tags"] == tags and not is_lost:
+            is_lost = True
+            monkeypatch.setattr(PrefectRecords, "save", AsyncMock(side_effect=away))  # it cannot be given back either
+            raise away
+        return ref
+
+    monkeypatch.setattr(store, "create_variable", create_and_lose)
+    server, idempotency_key = crew_server("echo"), key()
+    retried = kickoff_crew.with_options(retry_delay_seconds=[2.0])
+    calling = asyncio.ensure_future(retried(server.crew(), {"text": "a"}, idempotency_key=idempotency_key))
+    await until(lambda: is_lost, "an answer is lost")
+    await asyncio.sleep(0.5)
+    monkeypatch.setattr(PrefectRecords, "save", save)
+    kickoff_id = await asyncio.wait_for(calling, 20)
+    assert server.requests["kickoff"] == 1
+    given_up, started = await attempts(idempotency_key)
+    assert (given_up.phase, given_up.entries) == (RecordPhase.NOT_STARTED, {"claim": 1, "permit": 2}[what])
+    assert (started.phase, started.kickoff_id, started.owner) == (RecordPhase.STARTED, kickoff_id, given_up.owner)
+
+
+async def test_a_try_after_one_that_has_sent_a_kickoff_claims_under_a_nonce_of_its_own(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kickoff_module, "LIMITED_FOR", 0.05)
+    server, idempotency_key = crew_server("echo", faults=["kickoff:503=1@1"]), key()
+    retried = kickoff_crew.with_options(retry_delay_seconds=[0.1])
+    await retried(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
+    refused, started = await attempts(idempotency_key)
+    assert (refused.phase, started.phase) == (RecordPhase.NOT_STARTED, RecordPhase.STARTED)
+    assert refused.owner != started.owner
+
+
 async def test_a_name_that_is_refused_and_not_shown_is_not_asked_for_in_a_tight_loop(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):

@@ -72,17 +72,9 @@ def broken_promises(world: World, *, strict: bool = False) -> list[str]:
     late over a newer one.
     """
     checks = (
-        *(_never_twice, _never_two_at_once, _never_lost, _certain, _true_results, _events, _honest_stops, _timeouts),
-        *(
-            _records,
-            _closed_once,
-            _withdrawals,
-            _prunes,
-            _starts_after_failures,
-            _needlessly_uncertain,
-            _requests,
-            _budgets,
-        ),
+        *(_never_twice, _never_two_at_once, _never_lost, _certain, _own_claims, _true_results, _events),
+        *(_honest_stops, _timeouts, _records, _closed_once, _withdrawals, _prunes, _starts_after_failures),
+        *(_needlessly_uncertain, _requests, _budgets),
     )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
     world.excusing = not strict
@@ -182,6 +174,18 @@ def _certain(world: World) -> Iterator[str]:
     for end in world.endings:
         if isinstance(end.value, KickoffUncertainError) and not _may_be_uncertain(world, end, end.value):
             yield f"certain: {end.process.name} was informed that {key_of(end.call.key)} is uncertain, for no reason"
+
+
+def _own_claims(world: World) -> Iterator[str]:
+    """A call that never sent a kickoff is not informed that its own claim is uncertain, whatever became of that."""
+    for end in world.endings:
+        if not isinstance(end.value, KickoffUncertainError) or end.call.at_once > 1 or _hurt(end.process):
+            continue
+        attempt = f"{end.value.idempotency_key}/{end.value.sent['attempt']}"
+        claims = [one.value for one in world.prefect.changes if one.name == attempt and one.value is not None]
+        is_own = world.owners[claims[-1]["owner"]] is end.process
+        if is_own and not end.process.facts.get("began posting"):
+            yield f"certain: {end.process.name} sent no kickoff, and its own claim {attempt} is called uncertain"
 
 
 def _may_be_uncertain(world: World, end: Ending, error: KickoffUncertainError) -> bool:

@@ -25,12 +25,13 @@ from prefect.client.orchestration import PrefectClient
 from proof.sim.loop import Process, current_process
 from support.records import stored_records
 
-__all__ = ["PREFECT_FAULTS", "Change", "SimPrefect"]
+__all__ = ["API", "PREFECT_FAULTS", "Change", "SimPrefect"]
 
 PREFECT_FAULTS = ("refused", "500", "503", "lost", "500-after", "timeout", "slow", "late", "twice")
 """What can become of one request: not connected; 500 or 503 instead of the work; done and the connection lost; done and
 answered 500; nothing done and no answer; done and answered after `SLOW` seconds; no answer, and done after `LATE`;
 done and answered, and done once more after `LATE`."""
+API = "http://prefect.test/api"
 SLOW = 40.0
 LATE = 90.0
 NO_ANSWER = 60.0
@@ -119,7 +120,7 @@ class SimPrefect:
     def client(self, **_: Any) -> PrefectClient:
         """Return a client of it, in place of `get_client()`."""
         settings: dict[str, Any] = {"transport": _Transport(self), "verify": _UNVERIFIED}
-        return PrefectClient("http://prefect.test/api", httpx_settings=settings)
+        return PrefectClient(API, httpx_settings=settings)
 
     def heal(self) -> None:
         """From now on, do everything right."""

@@ -42,7 +42,6 @@ class Call(_Short):
         force_new: As `run_crew`'s.
         incomplete: Leave out an input, so that the start is refused before it asks for a permit; repaired for the
             attempts after that.
-        same_owner: The retries of the kickoff task keep the nonce of its first try.
         misconfigured: Give a `meta` that is not JSON, so that nothing can be sent; repaired for the attempts after
             that.
         flow: Whether it is a flow run on the Prefect server.
@@ -65,7 +64,6 @@ class Call(_Short):
     at_once: int = 1
     force_new: bool = False
     incomplete: bool = False
-    same_owner: bool = False
     misconfigured: bool = False
     flow: bool = True
     root: int | None = None

@@ -16,7 +16,7 @@ from unittest import mock
 
 from prefect.client.orchestration import get_client
 
-from prefect_crew._internal import prefect_api
+from prefect_crew._internal import prefect_api, prefect_errors
 from prefect_crew._internal.prefect_api import NamedReads
 from prefect_crew.artifacts import events
 from prefect_crew.artifacts.run import RunArtifact
@@ -28,6 +28,7 @@ from prefect_crew.records.model import SPARE, utcnow
 from prefect_crew.runs import kickoff, polling, stop, wait
 from prefect_crew.runs.kickoff import RunRequest
 from proof.sim.loop import current_process
+from proof.sim.prefect_api import API
 from proof.sim.site import HOST
 from support.transports import carried_by
 
@@ -74,6 +75,8 @@ def on_stage(world: World) -> Iterator[None]:
         (prune, "YOUNGEST", timedelta(seconds=SPARE)),
         (stop, "_asked", _PerProcess("asked")),
         (store, "named_reads", named_reads_of_this_process),
+        # By which an error of ours is told from one of a user's function.
+        (prefect_errors, "PREFECT_API_URL", mock.Mock(value=lambda: API)),
         (events, "emit_event", world.emitted),
         (budgets, "emit_event", mock.Mock()),
         (RunArtifact, "show", nothing),
@@ -101,7 +104,7 @@ def _noting(what: str, function: Any) -> Any:
 
     async def noted(*args: Any, **kwargs: Any) -> Any:
         facts: dict[str, Any] = process.facts if (process := current_process()) else {}
-        facts[what] = True
+        facts[what] = facts[f"began {what}"] = True
         facts.pop(f"done {what}", None)
         try:
             value = await function(*args, **kwargs)

@@ -32,7 +32,7 @@ from prefect_crew.client.models import CrewResult
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import CrewError, IdempotencyConflictError, KickoffUncertainError, PrefectAwayError
 from prefect_crew.records.decision import Caller
-from prefect_crew.records.keys import RunIdentity
+from prefect_crew.records.keys import Nonce, RunIdentity
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
@@ -56,7 +56,7 @@ HANGS_AFTER = 6 * 3600.0
 """Simulated seconds after which a call that still waits is taken to hang."""
 
 
-_owner: contextvars.ContextVar[str | None] = contextvars.ContextVar("proof_owner", default=None)
+_nonce: contextvars.ContextVar[Nonce | None] = contextvars.ContextVar("proof_nonce", default=None)
 
 
 def key_of(number: int) -> str:
@@ -161,12 +161,12 @@ class World:
         place = f"{facts['place']}/{facts['calls']}"
         if facts["call"].force_new:
             self.forced.add((idempotency_key, place))
-        kept = _owner.get() if facts["call"].same_owner else None
-        owner = kept or str(uuid.uuid4())
-        _owner.set(owner)
-        self.owners[owner] = process
-        caller = Caller(owner=owner, flow_run_id=facts["flow_run_id"], flow_run_count=facts["count"])
-        return RunIdentity(idempotency_key=idempotency_key, place=place, caller=caller)
+        # The tries of a call are in one context; each call has one of its own.
+        nonce = Nonce() if (before := _nonce.get()) is None else before.of_next_try()
+        _nonce.set(nonce)
+        self.owners[nonce.text] = process
+        caller = Caller(owner=nonce.text, flow_run_id=facts["flow_run_id"], flow_run_count=facts["count"])
+        return RunIdentity(idempotency_key=idempotency_key, place=place, caller=caller, nonce=nonce)
 
     def deciding(self, decide: Callable[..., Any]) -> Callable[..., Any]:
         """Return `decide`, with a note of what it says."""
