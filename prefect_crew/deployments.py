@@ -28,6 +28,7 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from prefect_crew._internal.prefect_api import read_all_flow_runs
+from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ConfigurationError
@@ -316,6 +317,7 @@ class BackfilledRun(NamedTuple):
     flow_run: FlowRun | None
 
 
+@naming_prefect_away("Call it again once it is back: it makes no flow run twice.")
 async def backfill(
     deployment: str, start: date, end: date, *, schedule: str | None = None, dry_run: bool = False
 ) -> list[BackfilledRun]:

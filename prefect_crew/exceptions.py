@@ -14,6 +14,7 @@
     ├── OutputTypeError              a completed run whose result does not fit the `output_type`
     ├── RunNotFoundError             no run has this idempotency key or kickoff id
     ├── NoResultError                the run has no result: it has not ended, or never began
+    ├── NotStartedError              no kickoff could be sent in ten minutes; nothing was started
     ├── KickoffUncertainError        the kickoff may or may not have started a run
     ├── ResolveError                 the record says, or somebody has found out, something else
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
@@ -40,7 +41,8 @@
     ├── LedgerError                  the ledger of a batch cannot be read or written
     ├── LedgerMissingError           the batch is kept in another ledger
     ├── OutputError                  the output of a batch cannot be written
-    └── PrefectAwayError             the Prefect API does not answer
+    ├── PrefectAwayError             the Prefect API does not answer
+    └── PrefectRefusedError          the Prefect API refuses a request, as with a wrong PREFECT_API_KEY
 
 A message says what happened, to which run, and what to do next. The same facts are attributes, which are also the
 keyword arguments of the class. All errors survive pickling, since Prefect stores exceptions that way.
@@ -64,9 +66,10 @@ __all__ = [
     "CrewAPIError", "CrewConnectionError", "CrewError", "CrewFailedError", "CrewLostError", "CrewStoppedError",
     "CrewTimeoutError", "DatasetError", "FlowRunCancelledError", "IdempotencyConflictError", "InvalidCallError",
     "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NoResultError",
-    "NotFoundError", "NotWaitingError", "OutputError", "OutputTypeError", "PipelineFailedError", "PrefectAwayError",
-    "RateLimitedError", "ResolveError", "ResponseFormatError", "ReviewFunctionError", "ReviewLimitError",
-    "RunNotFoundError", "ServerError", "TooManyAttemptsError", "UnreadableRecordError",
+    "NotFoundError", "NotStartedError", "NotWaitingError", "OutputError", "OutputTypeError", "PipelineFailedError",
+    "PrefectAwayError", "PrefectRefusedError", "RateLimitedError", "ResolveError", "ResponseFormatError",
+    "ReviewFunctionError", "ReviewLimitError", "RunNotFoundError", "ServerError", "TooManyAttemptsError",
+    "UnreadableRecordError",
 ]  # fmt: skip
 
 
@@ -297,17 +300,26 @@ class KickoffUncertainError(_FactsError):
 
 
 class RunNotFoundError(_FactsError):
-    """No run has the idempotency key or kickoff id `name`. `listing` is a command that lists the runs."""
+    """No run on record has the idempotency key or kickoff id `name`.
+
+    `listing` is a command that lists the runs; `advice` replaces the advice to list them.
+    """
 
     name: str
     listing: str = "prefect-crew runs ls --all"
+    advice: str | None = None
 
     def _text(self) -> str:
-        return f"No run has the key or kickoff id {self.name!r}. To list them: {self.listing}."
+        advice = self.advice or f"To list them: {self.listing}."
+        return f"No run has the key or kickoff id {self.name!r}. {advice}"
 
 
 class NoResultError(CrewError):
     """The run has no result: it has not ended, or never began."""
+
+
+class NotStartedError(CrewError):
+    """No claim of the run held until its kickoff could be sent, for ten minutes. Nothing was started."""
 
 
 class ResolveError(CrewError):
@@ -624,6 +636,10 @@ class OutputError(CrewError):
 
 class PrefectAwayError(CrewError):
     """The Prefect API does not answer, or there is none."""
+
+
+class PrefectRefusedError(CrewError):
+    """The Prefect API refuses a request: the key is wrong (401), or may not do that (403), or it is another one."""
 
 
 def _clause(text: str) -> str:

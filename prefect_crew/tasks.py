@@ -21,6 +21,7 @@ from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect.tasks import TaskOptions
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
+from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
@@ -107,6 +108,7 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
         coroutine = self.acall(*args, **kwargs)
         return coroutine if in_async_context() else run_sync(coroutine)
 
+    @naming_prefect_away("Call the task again once it is back: a run that was started is found.")
     async def acall(self, *args: Any, **kwargs: Any) -> R:
         """Run the task from a coroutine, whatever kind of flow is around it."""
         with calling_task():

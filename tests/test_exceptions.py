@@ -60,6 +60,8 @@ ERRORS: list[CrewError] = [
     E.ReviewLimitError(**RUN, task_id="t1", max_rounds=3, stopped=True),
     E.AlreadyAnsweredError("Run k1 has its answer. Nothing was sent. Wait for it."),
     E.RunNotFoundError(name="daily"),
+    E.RunNotFoundError(name="k1", advice="It may be a row of batch 'b', so nothing was sent."),
+    E.NotStartedError("Run 'daily' was not started: each claim of it was lost. Run again."),
     E.NoResultError("Run k1 has no result yet. Wait for it."),
     E.ResolveError("Run 'daily' is not uncertain. There is nothing to resolve."),
     E.NotWaitingError("Run k1 does not wait for a person: it is running."),
@@ -79,6 +81,7 @@ ERRORS: list[CrewError] = [
     E.LedgerMissingError(name="b", ledger="l.db"),
     E.OutputError("o.jsonl cannot be written. Free some space."),
     E.PrefectAwayError("No Prefect API at x. Start a server."),
+    E.PrefectRefusedError("The Prefect API refuses a request (HTTP 401). Check PREFECT_API_KEY."),
 ]
 
 

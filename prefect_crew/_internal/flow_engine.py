@@ -33,7 +33,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelling
 
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
-from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.exceptions import ConfigurationError, InvalidCallError
 
 TESTED = ("3.8.6", "3.9.1")
 """The oldest and the newest Prefect with which the crew worker is tested."""
@@ -296,7 +296,10 @@ async def _without_exit(work: Coroutine[Any, Any, Any], name: str) -> Any:
     try:
         return await work
     except (SystemExit, KeyboardInterrupt) as exit_:
-        raise CrewError(f"A task of {name} raised {type(exit_).__name__}.") from exit_
+        raise InvalidCallError(
+            f"A task of {name} raised {type(exit_).__name__}, which would end the worker with all its flow runs. Raise "
+            "another error there."
+        ) from exit_
 
 
 @contextmanager

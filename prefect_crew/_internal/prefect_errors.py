@@ -16,7 +16,7 @@ import httpx
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_URL
 
-from prefect_crew.exceptions import CrewError, PrefectAwayError
+from prefect_crew.exceptions import CrewError, PrefectAwayError, PrefectRefusedError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,11 +47,28 @@ else:
     """No answer came: refused, reset, timed out."""
 
 
+def _is_version_check(error: BaseException) -> bool:
+    """Return whether Prefect's own check of the version failed: a RuntimeError, whose cause is the request's error."""
+    return isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the status of the answer that an error is about, None where no answer came."""
+    error = error.__cause__ or error if _is_version_check(error) else error
+    return error.response.status_code if isinstance(error, STATUS_ERRORS) else None
+
+
 def is_away(error: BaseException) -> bool:
     """Return whether an error says that the Prefect API is away, and not what it thinks of a request."""
-    if isinstance(error, RuntimeError) and "Failed to reach API" in str(error):  # of Prefect's own check of the version
-        return True
-    return isinstance(error, TRANSPORT_ERRORS) or (isinstance(error, STATUS_ERRORS) and error.response.is_server_error)
+    status = _status(error)
+    if status is not None:
+        return status >= 500
+    return isinstance(error, TRANSPORT_ERRORS) or _is_version_check(error)
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Return whether an error says that the Prefect API is away, or refuses the key of this program."""
+    return is_away(error) or _status(error) in (401, 403)
 
 
 def shown_url(url: str) -> str:
@@ -77,12 +94,30 @@ def _is_of_user(error: BaseException) -> bool:
     return (asked.host, asked.port) != (api.host, api.port)
 
 
+def prefect_error(error: BaseException, what_next: str) -> CrewError:
+    """Return the error of ours for an error of Prefect's client. `what_next` says what was not done, and what to do."""
+    url, status = PREFECT_API_URL.value(), _status(error)
+    api = f"The Prefect API {shown_url(url)}" if url else "Prefect's own temporary server"
+    # The text about a status has the whole URL in it, with the password that may be there.
+    reason = f"HTTP {status}" if status is not None else f"{type(error).__name__}: {error}"
+    doctor = "To see what is wrong: prefect-crew doctor."
+    if is_away(error):
+        return PrefectAwayError(f"{api} does not answer ({reason}). {what_next} {doctor}")
+    if status in (401, 403):
+        doctor = (
+            "Check PREFECT_API_KEY, or PREFECT_API_AUTH_STRING for a server of your own, and what that key may do: "
+            "prefect-crew doctor."
+        )
+    return PrefectRefusedError(f"{api} refuses a request ({reason}). {what_next} {doctor}")
+
+
 def naming_prefect_away(
     what_next: str,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
-    """Have a coroutine function raise PrefectAwayError where the Prefect API is away. `what_next` ends its message.
+    """Have a coroutine function raise an error of ours where the Prefect API is away, or refuses the key.
 
-    An error of httpx that a user's function raises, such as a review function, is raised as it is.
+    `what_next` says what was not done, and what to do next. An error of httpx that a user's function raises, such as a
+    review function, is raised as it is.
     """
 
     def decorate(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -92,17 +127,10 @@ def naming_prefect_away(
             args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
             try:
                 return await coroutine
-            except (*PREFECT_ERRORS, RuntimeError) as error:
-                if not is_away(error) or _is_of_user(error):
+            except (*HTTP_ERRORS, RuntimeError) as error:
+                if not is_unreachable(error) or _is_of_user(error):
                     raise
-                url = PREFECT_API_URL.value()
-                where = shown_url(url) if url else "of Prefect's own temporary server"
-                # The text about a status has the whole URL in it, with the password that may be there.
-                reason = "" if isinstance(error, STATUS_ERRORS) else f": {error}"
-                raise PrefectAwayError(
-                    f"The Prefect API {where} does not answer ({type(error).__name__}{reason}). {what_next} To see "
-                    "what is wrong: prefect-crew doctor."
-                ) from error
+                raise prefect_error(error, what_next) from error
 
         return call
 
@@ -117,15 +145,9 @@ def naming_prefect_errors(what: str) -> Generator[None]:
 
     Raises:
         PrefectAwayError: The Prefect API does not answer.
-        CrewError: It refuses, as with 403.
+        PrefectRefusedError: It refuses, as with 403.
     """
     try:
         yield
     except PREFECT_ERRORS as error:
-        status = f"HTTP {error.response.status_code}" if isinstance(error, STATUS_ERRORS) else type(error).__name__
-        if is_away(error):
-            raise PrefectAwayError(f"The Prefect API does not answer ({status}). {what}") from error
-        raise CrewError(
-            f"The Prefect API refuses a request ({status}). {what} To see which request is refused: prefect-crew "
-            "doctor."
-        ) from error
+        raise prefect_error(error, what) from error

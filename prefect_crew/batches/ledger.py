@@ -21,7 +21,7 @@ from prefect_crew.batches.outcomes import CONFLICT_REASON, CORRECTABLE, SENDER_E
 from prefect_crew.batches.rows import BadRow, RowJob, SetAside
 from prefect_crew.client.models import Review, TokenUsage
 from prefect_crew.crew import Crew
-from prefect_crew.exceptions import CrewError, LedgerError
+from prefect_crew.exceptions import LedgerError, ResolveError, RunNotFoundError
 from prefect_crew.prices import Spending
 from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import SPARE, Lease, RecordPhase, RunRecord, resolution
@@ -386,7 +386,7 @@ class Ledger:
     async def save(self, record: RunRecord) -> None:
         """Write down what is known of an attempt by now, unless the ledger knows more already.
 
-        Raises ClaimLostError: it is a claim of ours that somebody has resolved. CrewError: somebody else's has changed.
+        Raises ClaimLostError: it is a claim of ours that somebody has resolved. ResolveError: somebody else's changed.
         """
         mine = record.owner in self._own_claims
         if not await self._write(record):
@@ -427,11 +427,14 @@ class Ledger:
         found = await self._rows(sa.select(attempts.c.record).where(*self._attempt(attempts, record)))
         what = f"row {self.row_key(record.idempotency_key)!r} of batch {self.batch!r}"
         if not found:
-            raise CrewError(f"Attempt {record.attempt} at {what} is not in the ledger {self.address}.")
+            raise RunNotFoundError(
+                name=record.idempotency_key,
+                advice=f"The ledger {self.address} does not hold attempt {record.attempt} at {what}.",
+            )
         there = _record(found[0][0])
         known = f"{there.phase}{f', run {there.kickoff_id}' if there.kickoff_id else ''}"
         if not mine:
-            raise CrewError(f"{what[:1].upper()}{what[1:]} is {known} in the ledger. Nothing was changed.")
+            raise ResolveError(f"{what[:1].upper()}{what[1:]} is {known} in the ledger. Nothing was changed.")
         if record.kickoff_id in (None, there.kickoff_id):
             run_logger().warning("The ledger already says that %s is %s. It is not changed.", what, known)
         else:

@@ -24,7 +24,7 @@ from pydantic_core import to_json
 
 from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import Ledger
@@ -94,6 +94,7 @@ SOON = 2.0
 """Seconds for which a further one is reported."""
 
 
+@naming_prefect_away("Make the same call again once it is back: it goes on where this one stopped.")
 async def arun_batch(
     crew: DeployedCrew | Crew | str,
     dataset: Any,
@@ -248,6 +249,7 @@ async def _check_adoptable(job: BatchJob) -> None:
                 )
 
 
+@naming_prefect_away("Nothing was started.")
 async def aplan_batch(
     crew: DeployedCrew | Crew | str,
     dataset: Any,

@@ -16,7 +16,7 @@ from prefect.context import FlowRunContext
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, prefect_error
 from prefect_crew.artifacts.events import emit
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
@@ -326,7 +326,7 @@ class Runner:
         except CrewError as error:
             return await self._no_run(job, error)
         except PREFECT_ERRORS as error:
-            self.throttle.refused(CrewError(f"A budget could not be asked for on the Prefect server: {error}."))
+            self.throttle.refused(prefect_error(error, "A budget could not be asked for, and rows wait."))
             return None
         finally:
             self.throttle.leave()

@@ -60,27 +60,34 @@ def message(error: BaseException, run: str | None = None) -> str:
     """
     if is_signal(error):
         return "Interrupted." if isinstance(error, KeyboardInterrupt) else "Ended by a signal."
-    # They come from Prefect's client: those of the crew's client are errors of this package.
-    from prefect_crew._internal.prefect_errors import HTTP_ERRORS
-
     text = reason(error)
     if isinstance(error, CrewError | CycloptsError):
         for words, plain in _PLAIN.items():
             text = re.sub(words, plain, text)
         return by_options(text)
     response: Any = getattr(error, "response", None)
-    is_away = response is None or response.status_code in (502, 503, 504)
-    if (isinstance(error, HTTP_ERRORS) and is_away) or "Failed to reach API" in text:
-        return (
-            f"The Prefect API does not answer ({type(error).__name__}: {text}). Start a server with `prefect server "
-            "start`, or check PREFECT_API_URL: prefect-crew doctor."
-        )
     if response is not None or any(kind.__module__ == "prefect.exceptions" for kind in type(error).__mro__):
         refusal = text if response is None else _refusal(response)
         return f"The Prefect API refused: {refusal}. To check what it needs: prefect-crew doctor."
     if isinstance(error, OSError) and error.args:
         return text
     return " ".join(filter(None, [f"{type(error).__name__}: {text}.", run, "This is unexpected: --debug shows more."]))
+
+
+def own_error(error: BaseException) -> BaseException:
+    """Return the error of ours for one of Prefect's client that says that its API is away, or refuses the key.
+
+    Errors of the crew's client are errors of ours.
+    """
+    if isinstance(error, CrewError | CycloptsError) or is_signal(error):
+        return error
+    from prefect_crew._internal.prefect_errors import is_unreachable, prefect_error
+
+    if not is_unreachable(error):
+        return error
+    own = prefect_error(error, "Start a server with `prefect server start`, or check PREFECT_API_URL.")
+    own.__cause__ = error
+    return own
 
 
 def reason(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._output import Progress
-from prefect_crew.exceptions import PrefectAwayError
+from prefect_crew.exceptions import PrefectAwayError, PrefectRefusedError
 
 START_WITHIN = 120
 """Seconds for the embedded server: it makes its database the first time, and machines are slow."""
@@ -35,6 +35,7 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
 
     Raises:
         PrefectAwayError: It does not answer, or none is set and Prefect may not start its own.
+        PrefectRefusedError: It refuses the key.
     """
     with Progress(quiet=True) as progress:
         progress.phase("Loading Prefect")
@@ -93,7 +94,8 @@ def _check(url: str) -> None:
     elif code is not None and code < 500:
         fix = "Check PREFECT_API_URL: that of a server ends in /api, such as http://127.0.0.1:4200/api."
     how = "" if code is None else " as it should"
-    raise PrefectAwayError(f"The Prefect API at {shown_url(url)} does not answer{how}: {why}. {fix}") from None
+    kind = PrefectRefusedError if code in (401, 403) else PrefectAwayError
+    raise kind(f"The Prefect API at {shown_url(url)} does not answer{how}: {why}. {fix}") from None
 
 
 def _start_embedded() -> None:

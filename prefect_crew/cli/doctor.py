@@ -14,7 +14,14 @@ from uuid import uuid4
 from prefect_crew.cli import _errors, _output
 from prefect_crew.cli._options import CrewAccess, CrewName, Output, is_url
 from prefect_crew.cli._prefect import reach_prefect
-from prefect_crew.exceptions import AuthenticationError, CrewConnectionError, CrewError, NotFoundError, PrefectAwayError
+from prefect_crew.exceptions import (
+    AuthenticationError,
+    CrewConnectionError,
+    CrewError,
+    NotFoundError,
+    PrefectAwayError,
+    PrefectRefusedError,
+)
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -55,7 +62,7 @@ def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: Cr
     is_away, url = False, None
     try:
         url = reach_prefect()
-    except PrefectAwayError as error:
+    except (PrefectAwayError, PrefectRefusedError) as error:
         is_away = True
         findings.add("problem", "Prefect API", str(error))
     else:

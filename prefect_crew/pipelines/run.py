@@ -20,6 +20,7 @@ from pydantic import Field, SecretStr
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import label_flow_run, run_logger
+from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.budgets import Budget
 from prefect_crew.client.encoding import encode_inputs
@@ -50,6 +51,7 @@ class PipelineResult:
         return self.results[step]
 
 
+@naming_prefect_away("Nothing was started.")
 async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
     """Return what a pipeline would do, with all that is wrong with it. Nothing is started."""
     taken_inputs, inputs = Inputs.of(inputs), None
@@ -61,6 +63,7 @@ async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | 
 plan_pipeline = sync_version(aplan_pipeline)
 
 
+@naming_prefect_away("Run again with the same key once it is back: the runs that were started are found.")
 async def arun_pipeline(
     steps: Sequence[CrewStep],
     inputs: Mapping[str, Any] | None = None,

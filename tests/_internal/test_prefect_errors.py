@@ -21,7 +21,7 @@ from prefect_crew._internal.prefect_errors import (
     is_away,
     naming_prefect_away,
 )
-from prefect_crew.exceptions import PrefectAwayError
+from prefect_crew.exceptions import PrefectAwayError, PrefectRefusedError
 
 
 def libraries() -> list[Any]:
@@ -90,6 +90,30 @@ async def test_a_users_own_http_error_is_not_the_absence_of_prefect(library: Any
         assert await raised_by(error, None) is error
     of_prefect = library.ConnectError("refused", request=library.Request("GET", "http://127.0.0.1:8123/api/x"))
     assert isinstance(await raised_by(of_prefect, None), PrefectAwayError)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_refused_key_is_named(status: int):
+    url = "http://me:hunter22@prefect.example:4200/api"
+    request = httpx.Request("GET", f"{url}/flow_runs")
+    answer = PrefectHTTPStatusError(
+        f"For {request.url}", request=request, response=httpx.Response(status, request=request)
+    )
+    of_check = RuntimeError("Failed to reach API at http://prefect.example:4200/api")
+    of_check.__cause__ = answer
+    for error in (answer, of_check):
+        refused = await raised_by(error, url)
+        assert isinstance(refused, PrefectRefusedError)
+        assert (
+            f"http://prefect.example:4200/api refuses a request (HTTP {status}). Run again. Check PREFECT_API_KEY"
+            in str(refused)
+        )
+        assert "hunter22" not in str(refused)
+    of_user = RuntimeError("mine")
+    of_user.__cause__ = answer
+    assert await raised_by(of_user, url) is of_user
+    taken = PrefectHTTPStatusError("no", request=request, response=httpx.Response(409, request=request))
+    assert await raised_by(taken, url) is taken, "what a caller may handle"
 
 
 def test_no_other_module_names_errors_of_httpx():

@@ -16,17 +16,18 @@ import httpx
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.logging.handlers import PrefectConsoleHandler
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import BaseModel, SecretStr, SerializerFunctionWrapHandler, model_serializer
 
 from prefect_crew import exceptions
 from prefect_crew.cli import _output, _prefect, main, run
 from prefect_crew.cli import app as module
-from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, by_options, exit_code, message, reason
+from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, by_options, exit_code, message, own_error, reason
 from prefect_crew.cli.app import app
 from prefect_crew.devserver import CrewServer
 from support.commands import environment
 from support.environment import program
-from support.prefect_server import PrefectServer
+from support.prefect_server import PrefectServer, free_port
 
 COMMANDS = {
     "": ["demo", "init", "serve", "doctor", "run", "result", "inputs", "costs", "deploy", "backfill", "docs"],
@@ -250,16 +251,18 @@ def test_code_of_what_no_other_test_exits_with():
     ("error", "said"),
     [
         (_answer(409, {"detail": "taken\nalready"}), "answered with 409, taken already."),
-        (_answer(503), "The Prefect API does not answer"),
+        (_answer(503), "does not answer (HTTP 503)"),
+        (_answer(403), "Check PREFECT_API_KEY"),
         (httpx.ConnectError("refused"), "prefect server start"),
         (RuntimeError("Failed to reach API at http://x."), "prefect server start"),
         (KeyError("x"), "KeyError: 'x'. This is unexpected: --debug shows more."),
     ],
 )
 def test_a_message_is_one_line_that_says_what_to_do(error: Exception, said: str):
-    assert said in message(error)
-    assert message(error).isprintable()
-    assert "developer.mozilla" not in message(error)
+    text = message(own_error(error))
+    assert said in text
+    assert text.isprintable()
+    assert "developer.mozilla" not in text
 
 
 def test_a_message_about_wrong_fields_shows_no_value():
@@ -283,3 +286,58 @@ def test_a_message_about_wrong_fields_shows_no_value():
 )
 def test_arguments_are_named_as_the_command_line_has_them(said: str, shown: str):
     assert by_options(said) == shown
+
+
+# A Prefect API that does not answer
+
+
+WITHOUT_PREFECT = {"demo", "init", "serve", "docs", "doctor", "receiver start"}
+"""Commands that start a server of their own, need none, or say themselves that it is away."""
+AWAY = [
+    "run travel -i text=a",
+    "result daily",
+    "inputs travel",
+    "runs ls",
+    "runs inspect daily",
+    "runs cancel daily",
+    "runs resolve daily --never-started --yes",
+    "runs prune --older-than 30d --yes",
+    "reviews ls",
+    "reviews inspect daily",
+    "reviews approve daily",
+    "reviews reject daily --feedback no",
+    "batch run travel rows.csv --name b --export b.jsonl",
+    "batch plan travel rows.csv",
+    "batch ls",
+    "batch inspect b",
+    "batch failures b",
+    "batch retry b",
+    "batch resume b",
+    "batch cancel b",
+    "batch export b",
+    "costs",
+    "crews save travel --url http://127.0.0.1:1",
+    "crews ls",
+    "crews inspect travel",
+    "deploy travel --pool crews",
+    "backfill trip/daily --from 2026-01-01 --to 2026-01-02",
+    "automations apply --pool crews",
+    "automations ls",
+    "automations rm",
+]
+
+
+def test_every_command_that_needs_prefect_is_tried_without_it():
+    commands = {f"{group} {name}".strip() for group, listed in COMMANDS.items() for name in listed}
+    assert {name for name in commands if not any(f"{line} ".startswith(f"{name} ") for line in AWAY)} == WITHOUT_PREFECT
+
+
+@pytest.mark.parametrize("line", AWAY)
+def test_a_command_says_that_prefect_does_not_answer(here, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: url}):
+        done = here(*line.split())
+    assert (done.code, done.out) == (OTHER, ""), done.err
+    assert f"The Prefect API at {url} does not answer" in done.err

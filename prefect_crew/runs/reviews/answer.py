@@ -409,10 +409,11 @@ async def _refuse_row_of_batch(run: OpenRun) -> None:
             batches = (await client.request("POST", "/variables/filter", json=wanted)).json()
     for batch in [variable["value"] for variable in batches]:
         if batch.get("crew_url", run.crew.url) == run.crew.url:
-            raise CrewError(
-                f"Run {run.kickoff_id} is not on record on the Prefect server and may be a row of batch "
-                f"{batch.get('batch')!r}, so nothing was sent. Answer a row with prefect-crew reviews approve "
-                f"{shlex.quote(run.kickoff_id)}, or reject; any other run on the crew's own page."
+            raise RunNotFoundError(
+                name=run.kickoff_id,
+                advice=f"It may be a row of batch {batch.get('batch')!r}, so nothing was sent. Answer a row with "
+                f"prefect-crew reviews approve {shlex.quote(run.kickoff_id)}, or reject; any other run on the crew's "
+                "own page.",
             )
 
 

@@ -1,0 +1,64 @@
+"""A Prefect API that does not answer: each public function that needs it raises PrefectAwayError."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+import prefect_crew as pc
+from prefect_crew.deployments import backfill
+from prefect_crew.testing import CrewServerFactory
+from support.prefect_server import free_port
+
+INPUTS = {"text": "a"}
+
+
+@pytest.fixture
+def away() -> Iterator[str]:
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
+
+
+def batch(crew: pc.DeployedCrew, folder: Path) -> Any:
+    return pc.run_batch(crew, [INPUTS], name="b", output=str(folder / "b.jsonl"))
+
+
+CALLS: dict[str, Callable[[pc.DeployedCrew, Path], Any]] = {
+    "run_crew": lambda crew, _: pc.run_crew(crew, INPUTS),
+    "run_crew of a block": lambda *_: pc.run_crew("travel", INPUTS),
+    "arun_crew": lambda crew, _: asyncio.run(pc.arun_crew(crew, INPUTS)),
+    "get_result": lambda *_: pc.get_result("daily"),
+    "aget_result": lambda *_: asyncio.run(pc.aget_result("daily")),
+    "trigger": lambda crew, _: crew.trigger(INPUTS),
+    "atrigger": lambda crew, _: asyncio.run(crew.atrigger(INPUTS)),
+    "resume": lambda crew, _: pc.CrewRun(crew, "k1").resume("Yes.", approve=True),
+    "run_pipeline": lambda crew, _: pc.run_pipeline([pc.CrewStep("a", crew, INPUTS)]),
+    "arun_pipeline": lambda crew, _: asyncio.run(pc.arun_pipeline([pc.CrewStep("a", crew, INPUTS)])),
+    "plan_pipeline": lambda *_: pc.plan_pipeline([pc.CrewStep("a", "travel", INPUTS)]),
+    "run_batch": batch,
+    "plan_batch": lambda *_: pc.plan_batch("travel", [INPUTS]),
+    "backfill": lambda *_: asyncio.run(backfill("trip/daily", date(2026, 1, 1), date(2026, 1, 2))),
+    "discover_inputs": lambda crew, _: pc.discover_inputs(crew),
+    "kickoff_crew": lambda crew, _: pc.kickoff_crew(crew, INPUTS),
+    "wait_for_crew": lambda crew, _: pc.wait_for_crew(crew, "k1"),
+    "resume_crew": lambda crew, _: pc.resume_crew(crew, "k1", approve=True),
+    "stop_crew": lambda crew, _: pc.stop_crew(crew, "k1"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_says_that_prefect_does_not_answer(
+    name: str, away: str, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server = crew_server("echo")
+    with pytest.raises(pc.PrefectAwayError, match=r"does not answer .+ prefect-crew doctor\.$") as caught:
+        CALLS[name](server.crew(), tmp_path)
+    assert away in str(caught.value)
+    assert server.requests.keys() <= {"inputs"}, "nothing was started or answered"
