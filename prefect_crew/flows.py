@@ -11,6 +11,7 @@ from uuid import UUID
 
 from prefect import flow
 from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
+from prefect.tasks import TaskOptions
 from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import sync_version
@@ -36,7 +37,7 @@ from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import OpenRun, parse_data, read_result
 from prefect_crew.states import CrewState
-from prefect_crew.tasks import kickoff_crew, under_budgets, wait_for_crew
+from prefect_crew.tasks import tasks_of, under_budgets
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
@@ -65,6 +66,8 @@ async def arun_crew(
     webhooks: Webhooks | None = None,
     restore_from: str | UUID | None = None,
     budgets: Sequence[Budget] = (),
+    kickoff_options: TaskOptions | None = None,
+    wait_options: TaskOptions | None = None,
 ) -> CrewResult[Data]:
     """Run a deployed crew and return its result. A run is started at most once.
 
@@ -90,6 +93,10 @@ async def arun_crew(
             is part of what tells runs apart. The API takes one that it does not know for none, and says nothing.
         budgets: What this run and all others under the same budgets may use, in addition to the block's. One without a
             name is the flow's, or outside a flow the crew's.
+        kickoff_options: Options of Prefect for the task that kicks the crew off, such as `{"retries": 5, "tags":
+            ["night"]}`: those that its `with_options` takes, but for caches, stored results and `retry_condition_fn`.
+        wait_options: Options of Prefect for the task that waits, such as `{"timeout_seconds": 600}`. The crew goes on
+            when that time is over; `wait=WaitPolicy(timeout=600)` can stop it.
 
     Raises:
         InvalidCallError: The sync one was called where an event loop runs, which it would block.
@@ -114,7 +121,10 @@ async def arun_crew(
         webhooks=webhooks,
         restore_from=restore_from,
         budgets=budgets,
+        kickoff_options=kickoff_options,
+        wait_options=wait_options,
     )
+    tasks_of(options)  # it raises before a flow run begins
     crew = under_budgets(await load_crew(crew), options.budgets)
     kept = crew.take(kept, restore_from=options.restore_from)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
@@ -161,10 +171,11 @@ async def run_tasks(
     # Where no flow around has a client of Prefect's on this event loop, each task would make one and close it.
     async with AsyncClientContext.get_or_create(), CrewSession(crew) as session:
         kickoff = options.arguments("idempotency_key", "name", "force_new", "meta", "webhooks", "restore_from")
-        kickoff_id = await kickoff_crew.acall(session, inputs, **kickoff, wait_for=wait_for or None)
+        kickoff_task, wait_task = tasks_of(options)
+        kickoff_id = await kickoff_task.acall(session, inputs, **kickoff, wait_for=wait_for or None)
         called = options.name or crew.title(inputs, options.idempotency_key)
         wait = options.arguments("wait", "output_type", "review")
-        return await wait_for_crew.acall(session, kickoff_id, name=called, **wait)
+        return await wait_task.acall(session, kickoff_id, name=called, **wait)
 
 
 @flow(name="deployed-crew", validate_parameters=True)  # it names its flow run itself

@@ -7,6 +7,7 @@ surely did not start a run. What makes a retried flow find its runs again is the
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,6 +23,7 @@ from prefect.tasks import TaskOptions
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
 from prefect_crew._internal.prefect_errors import naming_prefect_away
+from prefect_crew._text import with_guesses
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
@@ -378,6 +380,49 @@ async def wait_for_crew(
     options = RunOptions.of(idempotency_key=idempotency_key, wait=wait, output_type=output_type, review=review)
     crew = crew if isinstance(crew, CrewSession) else await load_crew(crew)
     return await wait_for_run(crew, kickoff_id, options)
+
+
+_REFUSED = {
+    **dict.fromkeys(
+        ("cache_policy", "cache_key_fn", "cache_expiration", "refresh_cache"),
+        "a cached kickoff id is not held against the record, which alone tells what became of a run",
+    ),
+    **dict.fromkeys(
+        ("persist_result", "result_storage", "result_serializer", "result_storage_key", "cache_result_in_memory"),
+        "Prefect would find a stored kickoff id without the record, which alone tells what became of a run",
+    ),
+    "retry_condition_fn": "a kickoff is repeated only after an error that surely started nothing",
+}
+"""The options of Prefect that `kickoff_options` does not take, and why."""
+
+
+def tasks_of(options: RunOptions) -> tuple[CrewTask[..., str, ..., Any], WaitTask]:
+    """Return the kickoff and the wait of `run_crew`, with the options of Prefect for them.
+
+    Raises:
+        ConfigurationError: Prefect's tasks have no such option, or a kickoff cannot have it. Nothing was started.
+    """
+    for name, why in _REFUSED.items():
+        if name in (options.kickoff_options or {}):
+            raise ConfigurationError(f"kickoff_options cannot have {name!r}: {why}. Nothing was started. Leave it out.")
+    kickoff: CrewTask[..., str, ..., Any] = kickoff_crew
+    return _with(kickoff, "kickoff_options", options.kickoff_options), _with(
+        wait_for_crew, "wait_options", options.wait_options
+    )
+
+
+def _with(task: K, argument: str, options: Mapping[str, Any] | None) -> K:
+    if not options:
+        return task
+    known = inspect.signature(Task[..., Any].with_options).parameters.keys() - {"self"}
+    if unknown := [name for name in options if name not in known]:
+        raise ConfigurationError(
+            f"{argument} has {with_guesses(unknown, sorted(known))}, which no task of Prefect has. Nothing was started."
+        )
+    try:
+        return task.with_options(**cast("TaskOptions", options))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{argument} cannot be used: {error}. Nothing was started.") from None
 
 
 def _like_resume(

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 from prefect import flow, get_client, task
 from prefect.blocks.system import Secret
+from prefect.cache_policies import INPUTS
 from prefect.client.orchestration import PrefectClient
 from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
@@ -34,6 +35,7 @@ from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import (
     ConfigurationError,
+    CrewConnectionError,
     CrewError,
     CrewFailedError,
     CrewLostError,
@@ -48,6 +50,7 @@ from prefect_crew.records.model import RecordPhase
 from prefect_crew.testing import CrewServerFactory
 from support.frames import locals_of
 from support.held import FailsFirst
+from support.prefect_server import free_port
 from support.proxy import Proxy
 from support.records import key, new_record, put
 from support.scripts import FAILS, script, slow
@@ -60,6 +63,73 @@ FLOW = "deployed-crew"
 
 def name() -> str:
     return f"crew-{uuid.uuid4().hex[:8]}"
+
+
+# Options of Prefect for its two tasks
+
+
+def test_each_of_the_two_tasks_has_its_options_of_prefect(crew_server: CrewServerFactory, seen: Seen):
+    crew, ids = crew_server("echo").crew(), list[Any]()
+
+    @flow
+    def trip() -> str:
+        ids.append(flow_run.id)
+        options: Any = {"kickoff_options": {"retries": 7, "tags": ["night"]}, "wait_options": {"retries": 1}}
+        return run_crew(crew, {"text": "a"}, **options).output
+
+    assert trip() == "a"
+    kickoff, wait = sorted(seen.task_runs(ids[0], count=2), key=lambda run: run["name"])
+    assert (kickoff["tags"], kickoff["empirical_policy"]["retries"]) == (["night"], 7)
+    assert (wait["tags"], wait["empirical_policy"]["retries"]) == ([], 1)
+
+
+async def test_a_kickoff_that_surely_did_not_start_is_repeated_as_often_as_asked():
+    crew, began = DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t"), list[int]()
+
+    def note(task: Any, task_run: Any, state: Any) -> None:
+        began.append(task_run.run_count)
+
+    options: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 0, "on_running": [note]}
+    with pytest.raises(CrewConnectionError):
+        await arun_crew(crew, {"text": "a"}, kickoff_options=options)  # type: ignore[arg-type]
+    assert began == [1, 2, 3]
+
+
+async def test_a_kickoff_that_is_cut_off_by_its_time_is_found_again(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo", faults=["kickoff:latency=2@1"]), key()
+    with pytest.raises(TimeoutError):
+        await arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key, kickoff_options={"timeout_seconds": 1})
+    assert (await arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key)).output == "a"
+    assert server.requests["kickoff"] == 1
+
+
+async def test_a_wait_that_is_cut_off_by_its_time_leaves_the_crew_running(crew_server: CrewServerFactory):
+    server, run_key = crew_server("echo", faults=["kickoff:stuck"]), key()
+    with pytest.raises(TimeoutError):
+        await arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key, wait_options={"timeout_seconds": 1})
+    assert (server.requests["kickoff"], server.requests["stop"]) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"kickoff_options": {"cache_policy": INPUTS}}, "cannot have 'cache_policy': a cached kickoff id"),
+        ({"kickoff_options": {"persist_result": True}}, "cannot have 'persist_result': Prefect would find"),
+        ({"kickoff_options": {"result_storage": "local-file-system/x"}}, "cannot have 'result_storage'"),
+        ({"kickoff_options": {"retry_condition_fn": print}}, "cannot have 'retry_condition_fn': a kickoff is repeated"),
+        ({"kickoff_options": {"retry": 3}}, r"kickoff_options has retry \(did you mean retries\?\)"),
+        ({"wait_options": {"retrys": 3}}, "wait_options has retrys"),
+        ({"wait_options": {"timeout_seconds": "soon"}}, "wait_options cannot be used"),
+        ({"wait_options": 3}, "wait_options is a value of type int; it has to be a mapping"),
+    ],
+)
+def test_an_option_that_a_task_cannot_have_is_refused_before_anything_is_started(
+    options: dict[str, Any], says: str, crew_server: CrewServerFactory
+):
+    server = crew_server("echo")
+    with pytest.raises(ConfigurationError, match=rf"{says}.*Nothing was started"):
+        run_crew(server.crew(), {"text": "a"}, **options)
+    assert not server.requests
 
 
 # Where it is called

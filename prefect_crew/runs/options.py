@@ -64,6 +64,12 @@ class RunOptions(BaseModel):
     budgets: Annotated[tuple[InstanceOf[Budget], ...], BeforeValidator(_as_tuple)] = Field(
         default=(), description="Budgets, such as [Budget(max_cost=20, per='day')]"
     )
+    kickoff_options: InstanceOf[Mapping[str, Any]] | None = Field(
+        default=None, repr=False, description="a mapping of options of Prefect for a task, such as {'retries': 5}"
+    )
+    wait_options: InstanceOf[Mapping[str, Any]] | None = Field(
+        default=None, repr=False, description="a mapping of options of Prefect for a task, such as {'retries': 5}"
+    )
 
     @classmethod
     def of(cls, **options: Any) -> RunOptions:

@@ -52,7 +52,9 @@ async def aplan(topic: str) -> Trip:
 def main() -> None:
     trip = pc.run_crew(crew, {"topic": "Lisbon"}, output_type=Trip, review=answer, wait=pc.WaitPolicy(timeout=600))
     assert_type(trip.data, Trip)
-    text = pc.run_crew(pc.DeployedCrew.from_env(show="none"), {"topic": "Lisbon"})
+    text = pc.run_crew(
+        pc.DeployedCrew.from_env(show="none"), kickoff_options={"retries": 5}, wait_options={"tags": ["a"]}
+    )
     assert_type(text.data, JsonValue)
     assert_type(pc.get_result("daily", crew=crew, output_type=Trip).data.city, str)
     run = pc.DeployedCrew.load("travel").trigger({"topic": "Lisbon"})

@@ -21,6 +21,7 @@ crew = pc.DeployedCrew(url="https://my-crew.crewai.com", token="…", max_attemp
 pc.DeployedCrew.from_env(secret_input=["pin"])  # wrong
 pc.run_crew(crew, {"topic": "Lisbon"}, idempotency="daily")  # wrong
 print(pc.run_crew(crew, output_type=Trip).data.town)  # wrong
+pc.run_crew(crew, kickoff_options={"retry": 5})  # wrong
 pc.get_result("daily", output=Trip)  # wrong
 pc.kickoff_crew(crew, {"topic": "Lisbon"}, idempotency="daily")  # wrong
 pc.wait_for_crew(crew)  # wrong
