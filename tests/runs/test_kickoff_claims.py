@@ -15,10 +15,12 @@ from unittest.mock import AsyncMock
 import anyio
 import httpx
 import pytest
+from prefect import flow
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
 from prefect.states import Failed
 
-from prefect_crew import CrewFailedError, CrewResult, DeployedCrew, kickoff_crew
+from prefect_crew import CrewFailedError, CrewResult, DeployedCrew, arun_crew, kickoff_crew
 from prefect_crew._internal import prefect_api
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import kickoff_delay
@@ -30,10 +32,12 @@ from prefect_crew.exceptions import (
     InvalidInputsError,
     KickoffUncertainError,
     PrefectAwayError,
+    ResolveError,
     TooManyAttemptsError,
 )
 from prefect_crew.records import store
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, utcnow
+from prefect_crew.records.resolve import unresolved
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff as kickoff_module
 from prefect_crew.states import CrewState
@@ -481,6 +485,25 @@ async def test_a_cancelled_start_does_not_wait_for_a_claim_that_is_given_back_sl
     done, _ = await asyncio.wait({calling}, timeout=10)
     assert done, "it ends without the save"
     assert calling.cancelled()
+
+
+async def test_a_retry_of_the_flow_run_says_at_once_that_its_kickoff_is_uncertain_and_only_resolving_waits(
+    crew_server: CrewServerFactory,
+):
+    server, idempotency_key = crew_server("echo"), key()
+
+    @flow(retries=1)
+    async def trip() -> None:
+        if flow_run.run_count == 1:  # its process was killed with a permit that is good for ten minutes
+            await claim(idempotency_key, server.crew(), permit=600, flow_run_id=str(flow_run.id), flow_run_count=1)
+            raise RuntimeError("killed")
+        await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
+
+    with pytest.raises(KickoffUncertainError):
+        await trip()
+    assert server.requests["kickoff"] == 0
+    with pytest.raises(ResolveError, match=r"may still be sent, or on its way.*Resolve it in (59\d|6\d\d) s"):
+        await unresolved(idempotency_key, RECORDS)
 
 
 # A Prefect API that is away
