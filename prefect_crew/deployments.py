@@ -317,7 +317,7 @@ class BackfilledRun(NamedTuple):
     flow_run: FlowRun | None
 
 
-@naming_prefect_away("Call it again once it is back: it makes no flow run twice.")
+@naming_prefect_away("Call it again: it makes no flow run twice.")
 async def backfill(
     deployment: str, start: date, end: date, *, schedule: str | None = None, dry_run: bool = False
 ) -> list[BackfilledRun]:

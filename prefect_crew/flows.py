@@ -49,8 +49,8 @@ TOO_LARGE = "(too large to be stored with the flow run)"
 
 
 @naming_prefect_away(
-    "Run again with the same key once it is back: a run that was started is found. Without a key that was given, look "
-    "first: prefect-crew runs ls."
+    "Run again with the same key: a run that was started is found. Without a key that was given, look first: "
+    "prefect-crew runs ls."
 )
 async def arun_crew(
     crew: DeployedCrew | Crew | str,
@@ -232,7 +232,7 @@ async def run_deployed_crew(
     return await run_tasks(stored, stored.take(kept, restore_from=options.restore_from), options)
 
 
-@naming_prefect_away("The result is read from its records: ask again once it is back.")
+@naming_prefect_away("The result is read from its records: ask again.")
 async def aget_result(
     idempotency_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[Data] | None = None
 ) -> CrewResult[Data]:

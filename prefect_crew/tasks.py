@@ -110,7 +110,7 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
         coroutine = self.acall(*args, **kwargs)
         return coroutine if in_async_context() else run_sync(coroutine)
 
-    @naming_prefect_away("Call the task again once it is back: a run that was started is found.")
+    @naming_prefect_away("Call the task again: a run that was started is found.")
     async def acall(self, *args: Any, **kwargs: Any) -> R:
         """Run the task from a coroutine, whatever kind of flow is around it."""
         with calling_task():

@@ -94,7 +94,7 @@ SOON = 2.0
 """Seconds for which a further one is reported."""
 
 
-@naming_prefect_away("Make the same call again once it is back: it goes on where this one stopped.")
+@naming_prefect_away("Make the same call again: it goes on where this one stopped.")
 async def arun_batch(
     crew: DeployedCrew | Crew | str,
     dataset: Any,

@@ -63,7 +63,7 @@ async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | 
 plan_pipeline = sync_version(aplan_pipeline)
 
 
-@naming_prefect_away("Run again with the same key once it is back: the runs that were started are found.")
+@naming_prefect_away("Run again with the same key: the runs that were started are found.")
 async def arun_pipeline(
     steps: Sequence[CrewStep],
     inputs: Mapping[str, Any] | None = None,

@@ -565,7 +565,7 @@ async def _to_its_end(
 # One run of a user's
 
 
-@naming_prefect_away("Nothing was started. Run again with the same key once it is back.")
+@naming_prefect_away("Nothing was started. Run again with the same key.")
 async def open_run(
     crew: Crew | CrewSession, inputs: Inputs, options: RunOptions, *, inside_own_task: bool = False
 ) -> OpenRun:

@@ -32,6 +32,7 @@ from prefect_crew.exceptions import (
     InvalidInputsError,
     KickoffUncertainError,
     PrefectAwayError,
+    PrefectRefusedError,
     ResolveError,
     TooManyAttemptsError,
 )
@@ -611,7 +612,7 @@ async def test_without_a_new_permit_nothing_is_sent_again(
         return kickoff_delay(problem)
 
     monkeypatch.setattr(kickoff_module, "kickoff_delay", refuse_permits)  # after the answer, before the next permit
-    with pytest.raises(httpx.HTTPError):
+    with pytest.raises(PrefectRefusedError, match=r"HTTP 403.*Nothing was started"):
         await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     proxy.refuse = None
     assert server.requests["kickoff"] == 1

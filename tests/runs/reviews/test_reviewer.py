@@ -19,7 +19,13 @@ from prefect_crew import CrewStep, Review, ReviewRequest, WaitPolicy, Webhooks, 
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.exceptions import CrewError, CrewTimeoutError, PrefectAwayError, ReviewLimitError
+from prefect_crew.exceptions import (
+    CrewError,
+    CrewTimeoutError,
+    PrefectAwayError,
+    PrefectRefusedError,
+    ReviewLimitError,
+)
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.kickoff import open_run
@@ -411,7 +417,7 @@ async def test_a_prefect_api_that_refuses_ends_the_wait_and_the_error_names_the_
     server = crew_server(SCRIPT)
     run = await server.crew().atrigger({})
     proxy.refuse = refused
-    with pytest.raises(CrewError, match=r"The Prefect API refuses a request \(HTTP 403\)") as caught:
+    with pytest.raises(PrefectRefusedError, match=r"The Prefect API \S+ refuses a request \(HTTP 403\)") as caught:
         await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, RunOptions(review=judge)), 60)
     assert run.kickoff_id in str(caught.value)
     assert "wait for the run again under its key" in str(caught.value)
