@@ -234,7 +234,7 @@ async def run_deployed_crew(
 
 @naming_prefect_away("The result is read from its records: ask again.")
 async def aget_result(
-    idempotency_key: str, *, crew: DeployedCrew | Crew | str | None = None, output_type: type[Data] | None = None
+    idempotency_key: str, *, crew: DeployedCrew | str | None = None, output_type: type[Data] | None = None
 ) -> CrewResult[Data]:
     """Return the result of a completed run from anywhere that shares the Prefect server.
 

@@ -190,7 +190,7 @@ class WaitTask(CrewTask[..., CrewResult[Any], ..., Any]):
         @overload
         def __call__(
             self,
-            crew: AnyCrew,
+            crew: DeployedCrew | str,
             kickoff_id: str,
             *,
             output_type: type[Data] | None = None,
@@ -281,7 +281,7 @@ def _like_inputs(crew: Any) -> _InputsNow: ...
 
 
 @_task("inputs", _like_inputs, retries=2, retry_delay_seconds=2)
-async def discover_inputs(crew: DeployedCrew | Crew | str) -> list[CrewInput]:
+async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
     """Return the inputs that a crew names; empty where it names none. `crew` may be the name of a stored block.
 
     Raises:
@@ -432,7 +432,7 @@ def _like_resume(
 
 @_task("resume", _like_resume, retry_condition_fn=_surely_not_done)
 async def resume_crew(
-    crew: DeployedCrew | Crew | str,
+    crew: DeployedCrew | str,
     kickoff_id: str,
     *,
     feedback: str = "",
@@ -465,9 +465,7 @@ def _like_stop(crew: Any, kickoff_id: Any, *, idempotency_key: Any = None) -> _S
 
 
 @_task("stop", _like_stop)
-async def stop_crew(
-    crew: DeployedCrew | Crew | str, kickoff_id: str, *, idempotency_key: str | None = None
-) -> StopAnswer:
+async def stop_crew(crew: DeployedCrew | str, kickoff_id: str, *, idempotency_key: str | None = None) -> StopAnswer:
     """Ask the crew's server to stop a run. An ended run and a missing `/stop` are answers, not errors.
 
     Raises:

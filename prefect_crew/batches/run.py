@@ -96,7 +96,7 @@ SOON = 2.0
 
 @naming_prefect_away("Make the same call again: it goes on where this one stopped.")
 async def arun_batch(
-    crew: DeployedCrew | Crew | str,
+    crew: DeployedCrew | str,
     dataset: Any,
     *,
     name: str,
@@ -251,7 +251,7 @@ async def _check_adoptable(job: BatchJob) -> None:
 
 @naming_prefect_away("Nothing was started.")
 async def aplan_batch(
-    crew: DeployedCrew | Crew | str,
+    crew: DeployedCrew | str,
     dataset: Any,
     *,
     name: str = "plan",

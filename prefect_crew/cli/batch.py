@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 from uuid import UUID
 
 from cyclopts import App, Parameter
@@ -162,7 +162,7 @@ def run(
             "wait": wait_policy(loaded_crew, timeout),
             **options,
         }
-        return await arun_batch(loaded_crew, dataset, on_progress=progress.watch_batch, **arguments)
+        return await arun_batch(cast("Any", loaded_crew), dataset, on_progress=progress.watch_batch, **arguments)
 
     return _run(name, call, output, by_name=not is_url(crew))
 
@@ -234,7 +234,7 @@ async def plan(
     """
     loaded_crew = await access.load(crew)
     arguments: dict[str, Any] = {"seconds_per_run": seconds_per_run, **choices.options()}
-    batch_plan = await aplan_batch(loaded_crew, dataset, name=name, output=export, **arguments)
+    batch_plan = await aplan_batch(cast("Any", loaded_crew), dataset, name=name, output=export, **arguments)
     _output.put(by_options(str(batch_plan)), json=output and batch_plan.as_dict())
     return ROWS if batch_plan.bad_count and choices.on_bad_row == "refuse" else 0
 

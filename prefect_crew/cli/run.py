@@ -139,7 +139,8 @@ async def result(
     """Write the whole result of a run that has completed, from its record or from the crew's server."""
     from prefect_crew.flows import aget_result
 
-    answer = await aget_result(key, crew=None if crew.crew is None else await crew.load(crew.crew))
+    loaded_crew: Any = None if crew.crew is None else await crew.load(crew.crew)
+    answer = await aget_result(key, crew=loaded_crew)
     if output:
         _output.put_json(_plain(answer))
     else:

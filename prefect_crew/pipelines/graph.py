@@ -53,7 +53,7 @@ class CrewStep:
     """
 
     name: str
-    crew: DeployedCrew | Crew | str
+    crew: DeployedCrew | str
     inputs: Mapping[str, InputOfStep] | None = field(default=None, repr=False)
     after: Sequence[str] = ()
     wait: WaitPolicy | None = None
