@@ -32,6 +32,7 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import render_key, scheduled_start
+from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
@@ -243,8 +244,8 @@ async def aget_result(
     Args:
         idempotency_key: The run's key. Of several attempts the latest that completed counts. A kickoff id, in its
             place, is that of one attempt.
-        crew: Needed only where the record does not hold the result (it was large, or is not shown) and the crew's
-            block is not stored under the name that the record has.
+        crew: Needed only where the result is not on record (it is not shown, holds a secret input or is larger than 5
+            MB) and the crew's block is not stored under the name that the record has.
         output_type: As for `run_crew`.
 
     Raises:
@@ -271,9 +272,9 @@ async def aget_result(
         raise CrewFailedError(kickoff_id=record.kickoff_id, error=record.error or "", **names)
     if record.state is CrewState.STOPPED:
         raise CrewStoppedError(kickoff_id=record.kickoff_id, **names)
-    if record.result is not None:
+    if (stored := await stored_result(record)) is not None:
         # Only what may be shown is on record.
-        return parse_data(record.completed(record.result.result(record.kickoff_id)), options.output_type)
+        return parse_data(record.completed(stored.result(record.kickoff_id)), options.output_type)
     found = await find_crew(record) if crew is None else await load_crew(crew)
     if found is None:
         raise ConfigurationError(

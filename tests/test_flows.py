@@ -46,6 +46,7 @@ from prefect_crew.exceptions import (
     OutputTypeError,
     RunNotFoundError,
 )
+from prefect_crew.records import results
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.testing import CrewServerFactory
 from support.frames import locals_of
@@ -451,7 +452,35 @@ async def test_a_result_is_read_by_its_key_without_the_crew_and_becomes_a_model(
     assert server.requests.total() == asked
 
 
-async def test_a_large_result_is_read_from_the_crew(crew_server: CrewServerFactory):
+async def test_a_large_result_is_read_without_the_crews_server(crew_server: CrewServerFactory):
+    server, idempotency_key = crew_server(script({"output": "{{ 'שלום ' * 9000 }}"})), key()
+    first = await arun_crew(server.crew(), idempotency_key=idempotency_key)
+    server.stop()
+    assert len(first.output) == 45_000
+    again = await aget_result(idempotency_key)
+    assert again == first.model_copy(update={"raw": None, "tasks": again.tasks})
+    assert (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output == first.output
+
+
+async def test_a_retried_flow_has_its_large_result_without_the_crews_server(crew_server: CrewServerFactory):
+    server, outputs = crew_server(script({"output": "{{ 'x' * 9000 }}"})), list[str]()
+
+    @flow(retries=1)
+    async def mine() -> None:
+        outputs.append((await arun_crew(server.crew())).output)
+        if len(outputs) == 1:
+            server.stop()
+            raise ValueError
+
+    await mine()
+    assert outputs == ["x" * 9000] * 2
+    assert server.kickoffs == 1
+
+
+async def test_a_result_that_is_too_large_for_prefect_is_read_from_the_crew(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(results, "LARGEST", 8000)
     server, idempotency_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), name()
     await arun_crew(server.crew().crew.called(block), idempotency_key=idempotency_key)
     with pytest.raises(CrewError, match=r"Give the crew \(crew=…\)"):

@@ -61,7 +61,7 @@ def _key(token: str) -> bytes:
 
 
 class StoredResult(BaseModel):
-    """The part of a result that a record keeps, where it is small enough."""
+    """The part of a result that is kept: in the end of its run, or in an artifact if it is too large for that."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
@@ -99,6 +99,8 @@ class Outcome(BaseModel):
     reason: str | None = None
     error: str | None = None
     result: StoredResult | None = None
+    result_id: str | None = None
+    """The id of the artifact that holds the result, where that is too large for this."""
     usage: TokenUsage | None = None
     """Tokens that the run used, however it ended; None where nobody reported any."""
     cost: float | None = None

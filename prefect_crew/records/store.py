@@ -60,6 +60,7 @@ from prefect_crew.records.model import (
     utcnow,
 )
 from prefect_crew.records.notes import forget_notes
+from prefect_crew.records.results import forget_result, keep_result
 
 TAG = "prefect-crew"
 ENTRY_TAG = "prefect-crew-entry"
@@ -560,8 +561,8 @@ class PrefectRecords:
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
         """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
-        held = {"owner": record.owner, "good_for": good_for, "reserved": record.reserved}
-        if not await self._add_entry(record, partial(create_variable, lease=lease), **held):
+        about = record.model_dump(include={"idempotency_key", "attempt", "owner", "reserved"})
+        if not await self._add_entry(record, Entry(good_for=good_for, **about), partial(create_variable, lease=lease)):
             return False
         # After the request and not before it: a process may sleep between the two.
         if before is None or not before.is_over:
@@ -573,7 +574,8 @@ class PrefectRecords:
     async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
         """Create the next entry of a record as it was read, with what was found out; False if somebody else did."""
         outcome = resolution(record, phase, **found)
-        if not await self._add_entry(record, create_variable, owner=str(uuid4()), **outcome):
+        about = record.model_dump(include={"idempotency_key", "attempt"})
+        if not await self._add_entry(record, Entry(owner=str(uuid4()), **about, **outcome), create_variable):
             return False
         if phase is RecordPhase.STARTED and await self._name_kickoff(record.model_copy(update=outcome)) is not None:
             # Somebody else was given this id at the same moment: it is as uncertain as before.
@@ -585,13 +587,10 @@ class PrefectRecords:
         return True
 
     async def _add_entry(
-        self, record: RunRecord, create: Callable[[dict[str, Any]], Awaitable[str | None]], **fields: Any
+        self, record: RunRecord, entry: Entry, create: Callable[[dict[str, Any]], Awaitable[str | None]]
     ) -> bool:
         """Create the next entry of a record and note it there; False if another one of this number stands there."""
         number = record.entries + 1
-        entry = Entry(idempotency_key=record.idempotency_key, attempt=record.attempt, **fields)
-        if entry.phase is RecordPhase.ENDED:
-            entry.crew, entry.crew_url, entry.flow_run_id = record.crew, record.crew_url, record.flow_run_id
         variable = {"name": _entry_name(record, number), **_body(entry)}
         created = await _created_here(variable, Entry, create(variable))
         if created is None:
@@ -606,29 +605,37 @@ class PrefectRecords:
         """Create the end of a run's log, again and again for five minutes while the Prefect API is away.
 
         False if another end stands there: it is noted in the record. Nothing that is written later takes it back. Other
-        entries that this caller has not read are passed over, also the word of a person that the run is lost.
+        entries that this caller has not read are passed over, also the word of a person that the run is lost. A result
+        that the end has no room for is written first: it becomes an artifact, whose id the end holds.
         """
-        outcome = resolution(record, RecordPhase.ENDED, **end)
-        known, owner = record, str(uuid4())
+        about = record.model_dump(include={"idempotency_key", "attempt", "crew", "crew_url", "flow_run_id"})
+        entry = Entry(owner=str(uuid4()), **about, **resolution(record, RecordPhase.ENDED, **end))
+        if entry.result is not None and "result" not in _body(entry)["value"]:
+            entry.result_id = await keep_result(entry.result)
+        known: RunRecord | None = record
         create = partial(create_variable, urgency=Urgency.FINISH, is_patient=True)
         for _ in range(TRIES):
             try:
-                is_added = await self._add_entry(known, create, owner=owner, **outcome)
+                is_added = await self._add_entry(known, entry, create)
             except PrefectHTTPStatusError as error:
-                left_out = [outcome.pop(name) for name in ("result", "usage") if outcome.get(name) is not None]
-                if error.response.status_code not in (400, 413, 422) or not left_out:
+                if error.response.status_code not in (400, 413, 422) or not (entry.result or entry.usage):
                     raise
-                # Numbers beyond 64 bits, too deep a nesting: what Prefect cannot hold is read elsewhere.
+                # Numbers beyond 64 bits, too deep a nesting: an artifact holds them as text.
+                if entry.result is not None and entry.result_id is None:
+                    entry.result_id = await keep_result(entry.result)
+                entry.result = entry.usage = None
                 continue
             if is_added:
-                _note(record, {**outcome, "entries": known.entries, "strongest": known.strongest})
+                _note(record, {**entry.outcome(), "entries": known.entries, "strongest": known.strongest})
                 return True
-            current = await self._current(record)
-            if current is None or current.is_final:
-                if current is not None:
-                    _note(record, {**current.outcome(), "entries": current.entries, "strongest": current.strongest})
-                return False
-            known = current
+            known = await self._current(record)
+            if known is None:
+                break
+            if known.is_final:
+                _note(record, {**known.outcome(), "entries": known.entries, "strongest": known.strongest})
+                break
+        with suppress(*PREFECT_ERRORS):
+            await forget_result(entry.result_id)
         return False
 
     async def unlist(self, record: RunRecord) -> None:
@@ -794,6 +801,7 @@ class PrefectRecords:
         found = await read_exact([claim, *named])
         notes = await self._answers(record)
         await forget_notes(record, len(notes))
+        await forget_result(record.result_id)
         notes += [one for one in found if one.name in named and one.fields.get("claim") == record.ref]
         claims = [one for one in found if one.id == record.ref]
         entries = await _read_entries([record])

@@ -33,6 +33,7 @@ from prefect_crew.exceptions import (
 from prefect_crew.prices import cost_of
 from prefect_crew.records.budgets import change, corrections
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, StoredResult, utcnow
+from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -392,8 +393,8 @@ async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
         last = str(record.state)
         if record.state is not CrewState.COMPLETED:
             raise failure(run, record.state, record.error)
-        if record.result is not None:
-            return record.completed(record.result.result(run.kickoff_id))
+        if (stored := await stored_result(record)) is not None:
+            return record.completed(stored.result(run.kickoff_id))
     with withholding(run.redact_text):
         status = await session.call(lambda client: client.status(run.kickoff_id))
     if status.state is CrewState.UNKNOWN:

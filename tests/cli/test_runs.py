@@ -14,7 +14,7 @@ import pytest
 from prefect_crew.cli.runs import Condition, RunLine, condition_of, short_name, todo
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.states import CrewState
 from support.commands import TOKEN
 from support.prefect_server import PrefectServer
@@ -178,6 +178,13 @@ def test_a_run_that_has_completed_with_nobody_waiting_leads_to_its_result(here, 
     assert "--lost" not in shown
     done = here("result", kickoff_id, "--crew", url)
     assert (done.code, done.out) == (0, "**Hello** Ada\n")
+
+
+def test_a_large_result_is_written_without_the_crews_server(here, write: Write):
+    facts: dict[str, Any] = {"phase": RecordPhase.ENDED, "state": CrewState.COMPLETED, "crew": "not-stored"}
+    record = write(**facts, kickoff_id=f"k-{uuid.uuid4()}", result=StoredResult(output="x" * 9000))
+    done = here("result", record.idempotency_key)
+    assert (done.code, done.out) == (0, f"{'x' * 9000}\n")
 
 
 def test_without_its_crew_a_resolution_says_that_nobody_was_asked(here, write: Write):

@@ -35,6 +35,7 @@ class Echo:
         task: The task that waits for a person; "{said}" is all that it was sent.
         received: The inputs that it was sent, in one text.
         discreet: Whether it keeps the token to itself.
+        more: Characters that it adds to its output.
     """
 
     inputs: int | str | None = None
@@ -48,6 +49,7 @@ class Echo:
     asked: int = 0
     kickoffs: int = 0
     discreet: bool = False
+    more: int = 0
 
     def said(self, request: Request) -> str:
         token = "a token" if self.discreet else request.headers.get("authorization")
@@ -87,7 +89,10 @@ class Echo:
             return self.answer(request, state, None)
         said = self.said(request)
         task = {"task_id": said, "name": said, "agent": said, "output": said, "description": said}
-        ended = {"result": {"output": said, "tasks": [task], "json_dict": {said: [said]}}, "execution_time": 1.0}
+        ended = {
+            "result": {"output": said + "x" * self.more, "tasks": [task], "json_dict": {said: [said]}},
+            "execution_time": 1.0,
+        }
         running = {"current_task": said, "last_step": said, "progress": {"completed_tasks": 0, "total_tasks": 2}}
         body = {"state": state.replace("{said}", said), "status": said, **(ended if state == "COMPLETED" else running)}
         if state == "FAILED":

@@ -77,6 +77,7 @@ class Case:
 
 CASES = {
     "a success": Case(Echo),
+    "a success with a large result": Case(lambda: Echo(more=20_000)),
     "a success after a while": Case(lambda: Echo(states=("PENDING", "STARTED", "REFLECTING", "COMPLETED"))),
     "a success with a summary": Case(Echo, options={"show": "summary"}),
     "a result that does not fit": Case(Echo, act="typed"),

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
@@ -17,7 +18,7 @@ from prefect_crew._internal import prefect_api
 from prefect_crew._internal.prefect_api import request_soon
 from prefect_crew.client.models import Review, TaskResult
 from prefect_crew.exceptions import CrewError, TooManyAttemptsError
-from prefect_crew.records import store
+from prefect_crew.records import results, store
 from prefect_crew.records.model import (
     RECORD_VERSION,
     Lease,
@@ -317,10 +318,47 @@ async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
         pytest.param("", 2**70, id="beyond 64 bits"),
     ],
 )
-async def test_a_result_that_prefect_cannot_hold_is_left_out_and_the_end_is_kept(output: str, data: Any):
+async def test_a_result_that_a_variable_cannot_hold_is_an_artifact_that_goes_with_its_record(output: str, data: Any):
     saved = await closed(result(output, data=data))
     assert saved.result is None
     assert (saved.phase, saved.state) == (RecordPhase.ENDED, CrewState.COMPLETED)
+    assert await results.stored_result(saved) == result(output, data=data)
+    await RECORDS.delete(saved)
+    assert await results.stored_result(saved) is None
+
+
+async def test_of_two_who_see_an_end_the_second_leaves_no_result():
+    record = new_record()
+    assert await RECORDS.claim(record)
+    again = record.model_copy()
+    assert await RECORDS.end(record, state=CrewState.COMPLETED, result=result("x" * 6000))
+    made, forgotten = list[str | None](), results.forget_result
+
+    async def forget(result_id: str | None) -> None:
+        made.append(result_id)
+        await forgotten(result_id)
+
+    with mock.patch.object(store, "forget_result", forget):
+        assert not await RECORDS.end(again, state=CrewState.COMPLETED, result=result("y" * 6000))
+    assert again.result_id == record.result_id
+    assert made not in ([None], [record.result_id])
+    assert await results.stored_result(record.model_copy(update={"result": None, "result_id": made[0]})) is None
+
+
+@pytest.mark.parametrize("answer", ["403", ""], ids=["refuses it", "is away"])
+async def test_the_end_is_kept_without_a_result_that_prefect(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture, answer: str
+):
+    proxy.refuse, proxy.answer = "POST /api/artifacts/", answer
+    saved = await closed(result("x" * 6000))
+    assert (saved.phase, saved.state, saved.result_id) == (RecordPhase.ENDED, CrewState.COMPLETED, None)
+    assert "it is read from the crew's server" in caplog.text
+
+
+async def test_a_result_beyond_5_mb_is_left_out_and_one_of_4_mb_is_kept():
+    for size, is_kept in ((4_000_000, True), (6_000_000, False)):
+        stored = await results.stored_result(await closed(result("x" * size)))
+        assert (stored is not None) is is_kept
 
 
 async def test_long_texts_give_way_to_what_the_record_is_for():

@@ -33,6 +33,7 @@ from prefect_crew import (
 from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewServer
+from prefect_crew.records import results
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import polling
@@ -214,7 +215,10 @@ async def test_each_wait_for_a_person_is_reported_once_and_its_time_is_on_record
 # Results that the record does not hold
 
 
-async def test_a_large_result_is_whole_for_the_caller_and_read_again_from_the_status(crew_server: CrewServerFactory):
+async def test_a_result_that_is_too_large_to_be_stored_is_whole_for_the_caller_and_read_again_from_the_status(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(results, "LARGEST", 8000)
     server, idempotency_key = crew_server(script({"output": "{{ 'שלום ' * 3000 }}"})), key()
     first = await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))
     assert len(first.output) == 15_000
