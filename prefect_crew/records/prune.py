@@ -25,13 +25,10 @@ from prefect.client.schemas.objects import TERMINAL_STATES
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.records.budgets import delete_past_counters
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import (
-    PAGE as VARIABLES,
-)
-from prefect_crew.records.store import (
-    PrefectRecords,
+from prefect_crew.records.store import PrefectRecords, claims_named_in
+from prefect_crew.records.variables import PAGE as VARIABLES
+from prefect_crew.records.variables import (
     Variable,
-    claims_named_in,
     count_variables,
     delete_variable,
     read_by_change,

@@ -23,24 +23,21 @@ another one that was created under it since.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 from uuid import UUID, uuid4
 
-import httpx
-from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from prefect_crew._internal.prefect_api import Urgency, is_busy, named_reads, read_in_turn, request_soon, run_logger
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, TRANSPORT_ERRORS
+from prefect_crew._internal.prefect_api import Urgency, request_soon, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.client.models import Review
 from prefect_crew.exceptions import (
     CrewError,
@@ -57,35 +54,34 @@ from prefect_crew.records.model import (
     digest,
     fold,
     resolution,
-    utcnow,
 )
 from prefect_crew.records.notes import forget_notes
 from prefect_crew.records.results import forget_result, keep_result
+from prefect_crew.records.variables import (
+    PAGE,
+    Variable,
+    create_variable,
+    delete_variable,
+    pages_by_change,
+    patch_variable,
+    read_exact,
+    read_pages,
+)
 
 TAG = "prefect-crew"
 ENTRY_TAG = "prefect-crew-entry"
 KICKOFF_TAG = "prefect-crew-kickoff"
 VALUE_LIMIT = 4900
 """Bytes of JSON; Prefect refuses more than 5,000."""
-PAGE = 200
-"""Variables in one answer, at most, and so names in one request. An answer is a snapshot; two are not."""
 MOST_ATTEMPTS = 64
 """Attempts that an idempotency key may have on record: one request reads them all. From the half on, the last ones that
 did not start are deleted before another number is taken."""
 VERDICT_STANDS = 3600.0
 """Seconds for which a verdict that an attempt did not start is kept at least, where its owner has not said so."""
-BUSY_FOR = 10.0
-"""Seconds for which a claim is repeated by us while the Prefect API is busy."""
-RETRIED_BY_CLIENT = (408, 429, 502, 503)
-"""Answers after which Prefect's client sends a request again by itself."""
-OVERLAP = 5
-"""Variables of a page by change that the next page has as well: else some between them may have been missed."""
 TRIES = 5
 """Attempts to name a run by its kickoff id, where somebody else deletes that name at the same time."""
 UNLIST_FOR = 5.0
 """Seconds for which the change of a tag outlasts a Prefect API that is busy."""
-SAVE_FOR = 300.0
-"""Seconds for which saving a record outlasts a Prefect API that is away."""
 LEAST, MOST = PAGE // MOST_ATTEMPTS, 20
 """Entries of a claim that the first request asks for: the log of a usual run has two, a permit and the end. One request
 is enough for all attempts at a key. For a claim that has as many entries, further requests ask for `PAGE` more: a
@@ -101,26 +97,6 @@ _KICKOFF_NAME = re.compile(r"crew_kickoff_[0-9a-f]{32}")
 _SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
 """What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
 _Model = TypeVar("_Model", RunRecord, Entry)
-
-
-class Variable(NamedTuple):
-    """A Variable as it was read.
-
-    `age`: seconds since it was created, and `idle`: since it was changed, both by the server's clock.
-    """
-
-    id: str
-    name: str
-    value: Any
-    age: float
-    idle: float
-    updated: datetime
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The fields of its value; none where somebody else uses our names."""
-        value: Any = self.value
-        return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 # Names and values
@@ -162,24 +138,6 @@ def _body(record: RunRecord | Entry) -> dict[str, Any]:
     if isinstance(record, Entry):
         return {"value": value, "tags": [ENTRY_TAG]}
     return {"value": value, "tags": [] if record.phase in _OPEN else [TAG]}
-
-
-def server_time(response: httpx.Response) -> datetime:
-    """Return when an answer was made, by the clock of the server that gave it."""
-    date = response.headers.get("Date")
-    # A proxy that takes it away leaves our own clock: without any, a claim of a dead owner would never grow old.
-    return utcnow() if date is None else parsedate_to_datetime(date)
-
-
-def variables_in(response: httpx.Response) -> list[Variable]:
-    """Return the Variables in an answer, with their ages by the clock of the server that gave it."""
-    now = server_time(response)
-    variables: list[Variable] = []
-    for stored in response.json():
-        created, updated = datetime.fromisoformat(stored["created"]), datetime.fromisoformat(stored["updated"])
-        age, idle = (max(0.0, (now - moment).total_seconds()) for moment in (created, updated))
-        variables.append(Variable(stored["id"], stored["name"], stored["value"], age, idle, updated))
-    return variables
 
 
 def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
@@ -285,38 +243,6 @@ def _is_gone(error: Exception) -> bool:
 # Requests
 
 
-async def create_variable(
-    variable: Mapping[str, Any],
-    *,
-    urgency: Urgency = Urgency.CONTINUE,
-    lease: Lease | None = None,
-    is_patient: bool = False,
-) -> str | None:
-    """Create a Variable and return its id; None if there is one of its name, which may be our own: an answer was lost.
-
-    While the server is busy it has done nothing, and is asked again soon. All else is for Prefect's client to repeat.
-    `is_patient`: it is asked again and again for five minutes while it is away.
-    """
-    path = "/variables/"
-    async with get_client() as client:
-        try:
-            try:
-                new: dict[str, Any] = {"json": variable, "urgency": urgency, "alone": False}
-                new |= {"give_up_after": SAVE_FOR} if is_patient else {"give_up_after": BUSY_FOR, "again": is_busy}
-                new["before_sending"] = None if lease is None else lease.begin
-                answer = await request_soon(client, "POST", path, **new)
-            except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
-                is_status = isinstance(error, PrefectHTTPStatusError)
-                if is_patient or (is_status and error.response.status_code not in RETRIED_BY_CLIENT):
-                    raise
-                answer = await client.request("POST", path, json=variable)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code != 409:
-                raise
-            return None
-    return str(answer.json()["id"])
-
-
 async def _created_here(
     variable: dict[str, Any], model: type[_Model], creating: Awaitable[str | None]
 ) -> tuple[str, _Model | None] | None:
@@ -356,109 +282,6 @@ async def _create_alone(
     async with get_client() as client:
         stands: Any = await client.read_variable_by_name(name)
     return stands is not None and stands.value.get("nonce") == nonce
-
-
-async def _patch(
-    ref: str, body: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE, give_up_after: float | None = None
-) -> None:
-    async with get_client() as client:
-        change: dict[str, Any] = {"json": body, "give_up_after": give_up_after or SAVE_FOR, "urgency": urgency}
-        await request_soon(client, "PATCH", f"/variables/{ref}", **change)
-
-
-async def delete_variable(ref: str) -> None:
-    """Delete the Variable of this id, if it is there."""
-    async with get_client() as client:
-        try:
-            await client.request("DELETE", "/variables/{id}", path_params={"id": ref})
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code != 404:
-                raise
-
-
-async def read_pages(
-    variables: Mapping[str, Any], *, sort: Literal["NAME_ASC", "CREATED_DESC"] = "NAME_ASC"
-) -> AsyncIterator[list[Variable]]:
-    """Yield the Variables that meet a filter, page by page.
-
-    For few Variables that no index finds, sort by creation: a server that sorts by name follows the index of names, and
-    looks each Variable up by itself. For many, each page by creation is a scan of its own.
-    """
-    offset = 0
-    while True:
-        json = {"variables": variables, "limit": PAGE, "offset": offset, "sort": sort}
-        async with get_client() as client:
-            page = variables_in(await read_in_turn(client, "/variables/filter", json=json))
-        yield page
-        if len(page) < PAGE:
-            return
-        offset += PAGE
-
-
-async def read_exact(names: Sequence[str]) -> list[Variable]:
-    """Return the Variables of these names, `PAGE` at most, as they stand at one moment."""
-    variables = await named_reads().read([*names], _ask_by_name, PAGE)
-    return [variable for variable in variables if variable.name in names]
-
-
-async def _ask_by_name(names: list[str]) -> list[Variable]:
-    json = {"variables": {"name": {"any_": names}}, "limit": PAGE, "offset": 0}
-    async with get_client() as client:
-        return variables_in(await read_in_turn(client, "/variables/filter", json=json))
-
-
-async def read_by_change(offset: int) -> list[Variable]:
-    """Return a page of all Variables of the server, the latest change first. The server has an index of that."""
-    async with get_client() as client:
-        return variables_in(await _ask_by_change(client, offset))
-
-
-async def _ask_by_change(client: PrefectClient, offset: int) -> httpx.Response:
-    return await read_in_turn(
-        client, "/variables/filter", json={"limit": PAGE, "offset": offset, "sort": "UPDATED_DESC"}
-    )
-
-
-async def _pages_by_change(since: datetime) -> AsyncIterator[list[Variable]]:
-    """Yield the Variables of the server that were changed since a moment, page by page, the latest change first.
-
-    While one page is looked at, the server prepares the next one. Some Variables come twice.
-    """
-    offset, before = 0, set[str]()
-    async with get_client() as client:
-        asked = asyncio.create_task(_ask_by_change(client, offset))
-        try:
-            while True:
-                page = variables_in(await asked)
-                ids = {variable.id for variable in page}
-                # Where the pages do not meet, Variables were deleted, so that those after them moved up.
-                meets = not offset or not before.isdisjoint(ids)
-                is_last = meets and (len(page) < PAGE or page[-1].updated < since)
-                offset = offset + PAGE - OVERLAP if meets else max(0, offset - PAGE // 2)
-                if not is_last:
-                    asked = asyncio.create_task(_ask_by_change(client, offset))
-                if meets:
-                    before = ids
-                    yield page
-                if is_last:
-                    return
-        finally:
-            asked.cancel()
-
-
-async def count_variables() -> int:
-    """Return how many Variables the server has."""
-    async with get_client() as client:
-        return int((await read_in_turn(client, "/variables/count", json={})).json())
-
-
-async def without_claim(claim_by_id: Mapping[str, str]) -> list[str]:
-    """Return the ids of the Variables, `PAGE` at most, whose claims are gone. Both are named by their ids."""
-    if not claim_by_id:
-        return []
-    asked = {"id": {"any_": [*{*claim_by_id.values()}]}}
-    there = {claim.id async for page in read_pages(asked) for claim in page}
-    return [ref for ref, claim in claim_by_id.items() if claim not in there]
 
 
 async def _read_entries(records: Sequence[RunRecord]) -> list[Variable]:
@@ -581,7 +404,7 @@ class PrefectRecords:
             # Somebody else was given this id at the same moment: it is as uncertain as before.
             entry = cast("Entry", record.strongest)
             before = {**record.outcome(), "phase": RecordPhase.UNCERTAIN}
-            await _patch(str(entry.ref), _body(entry.model_copy(update=before)))
+            await patch_variable(str(entry.ref), _body(entry.model_copy(update=before)))
             return False
         _note(record, outcome)
         return True
@@ -641,7 +464,7 @@ class PrefectRecords:
     async def unlist(self, record: RunRecord) -> None:
         """Give a claim its tag: lists of open runs find claims without one. It says nothing that the log does not."""
         with suppress(*PREFECT_ERRORS):  # a list reads the log of each claim that it finds
-            await _patch(str(record.ref), {"tags": [TAG]}, urgency=Urgency.SHOW, give_up_after=UNLIST_FOR)
+            await patch_variable(str(record.ref), {"tags": [TAG]}, urgency=Urgency.SHOW, give_up_after=UNLIST_FOR)
 
     async def save(self, record: RunRecord) -> None:
         """Write down what became of a run, again and again for five minutes while the Prefect API is away.
@@ -650,7 +473,7 @@ class PrefectRecords:
         """
         strongest = record.strongest
         changed = record if strongest is None else strongest.model_copy(update=record.outcome())
-        await _patch(str(changed.ref), _body(changed))
+        await patch_variable(str(changed.ref), _body(changed))
 
     async def save_started(self, record: RunRecord) -> str | None:
         """Write down the kickoff id of a claim, then name the claim by it.
@@ -761,7 +584,7 @@ class PrefectRecords:
         The server reads what was changed since then, and nothing else.
         """
         problem, claims = None, set[str | None]()
-        async for page in _pages_by_change(moment):
+        async for page in pages_by_change(moment):
             for variable in page:
                 if (unreadable := later_version(variable.value)) is not None:
                     problem = unreadable
@@ -840,7 +663,7 @@ class PrefectRecords:
 
     async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
         """Write down what became of it."""
-        await _patch(f"name/{_answer_name(record, number)}", {"value": review.model_dump(mode="json")})
+        await patch_variable(f"name/{_answer_name(record, number)}", {"value": review.model_dump(mode="json")})
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
         """Take back an answer that the crew's server refused."""

@@ -32,7 +32,8 @@ from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, session_of
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
-from prefect_crew.records.store import PAGE, PrefectRecords, Variable, read_exact, server_time, variables_in
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.variables import PAGE, Variable, read_exact, server_time, variables_in
 from prefect_crew.runs.limits import Slots
 from prefect_crew.runs.run import close_run, cost_of_run, find_run
 from prefect_crew.states import CrewState

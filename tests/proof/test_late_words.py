@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.records import resolve, store
+from prefect_crew.records import resolve, store, variables
 from prefect_crew.records.decision import Caller, Decision, decide
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords
@@ -33,7 +33,8 @@ def prefect(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimPrefect]:
     server = SimPrefect(latency=lambda: 0.0)
     monkeypatch.setattr(prefect_api, "SLOW", 1.0)
     monkeypatch.setattr(resolve, "LOOK_AGAIN", 0.01)
-    monkeypatch.setattr(store, "get_client", server.client)
+    for module in (store, variables):
+        monkeypatch.setattr(module, "get_client", server.client)
     with mock.patch.object(run, "emit"):
         yield server
 

@@ -21,6 +21,7 @@ from prefect_crew.client.models import Review
 from prefect_crew.records import decision, model, prune
 from prefect_crew.records import notes as notes_module
 from prefect_crew.records import store as store_module
+from prefect_crew.records import variables as variables_module
 from prefect_crew.records.decision import Decision
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
@@ -76,8 +77,11 @@ async def tour() -> list[Any]:
     await store.remove_review(first, 2)
     seen.append([one.by for one in await store.reviews(first)])
     # What was changed last comes first, and the count is that of all.
-    changed = [one.id for one in await store_module.read_by_change(0)]
-    seen += [changed.index(first.ref) < changed.index(second.ref), await store_module.count_variables() >= len(changed)]
+    changed = [one.id for one in await variables_module.read_by_change(0)]
+    seen += [
+        changed.index(first.ref) < changed.index(second.ref),
+        await variables_module.count_variables() >= len(changed),
+    ]
     for one in (first, second, second):
         await store.delete(one)
     seen.append(await store.attempts(KEY))
@@ -135,6 +139,7 @@ def test_the_simulated_api_answers_as_a_real_server(prefect_api: PrefectServer) 
     loop, simulated = SimLoop(), SimPrefect(latency=lambda: 0.01)
     with (
         mock.patch.object(store_module, "get_client", simulated.client),
+        mock.patch.object(variables_module, "get_client", simulated.client),
         mock.patch.object(notes_module, "get_client", simulated.client),
     ):
         assert loop.run_until_complete(tour()) == real

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from prefect_crew.records.model import Entry, RecordPhase, RunRecord, utcnow
-from prefect_crew.records.store import Variable, records_in
+from prefect_crew.records.store import records_in
+from prefect_crew.records.variables import Variable
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.json"))
 

@@ -17,10 +17,11 @@ import pytest
 from prefect.client.orchestration import PrefectClient, get_client
 
 from prefect_crew.records import prune as prune_module
-from prefect_crew.records import store as store_module
+from prefect_crew.records import variables
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.prune import GONE, Pruned, owner_ids, prunable, prune, prune_regularly, read_owners
-from prefect_crew.records.store import PrefectRecords, delete_variable, record_name
+from prefect_crew.records.store import PrefectRecords, record_name
+from prefect_crew.records.variables import delete_variable
 from support.prefect_server import PrefectServer
 from support.records import new_record, read_named
 
@@ -106,7 +107,7 @@ async def test_a_walk_over_many_pages_removes_all_that_is_old(
     prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
 ):
     store, mark = PrefectRecords(), uuid.uuid4().hex
-    monkeypatch.setattr(store_module, "PAGE", 7)
+    monkeypatch.setattr(variables, "PAGE", 7)
     monkeypatch.setattr(prune_module, "VARIABLES", 7)
     records = [record(f"{mark} {number}", RecordPhase.ENDED) for number in range(20)]
     flying = record(f"{mark} flying", RecordPhase.STARTED)

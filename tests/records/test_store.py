@@ -18,7 +18,7 @@ from prefect_crew._internal import prefect_api
 from prefect_crew._internal.prefect_api import request_soon
 from prefect_crew.client.models import Review, TaskResult
 from prefect_crew.exceptions import CrewError, TooManyAttemptsError
-from prefect_crew.records import results, store
+from prefect_crew.records import results, store, variables
 from prefect_crew.records.model import (
     RECORD_VERSION,
     Lease,
@@ -27,7 +27,8 @@ from prefect_crew.records.model import (
     StoredResult,
     utcnow,
 )
-from prefect_crew.records.store import PrefectRecords, create_variable, delete_variable, record_name
+from prefect_crew.records.store import PrefectRecords, record_name
+from prefect_crew.records.variables import create_variable, delete_variable
 from prefect_crew.states import CrewState
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
@@ -113,6 +114,7 @@ async def test_a_server_clock_that_was_set_back_does_not_change_the_order_of_att
 
 async def test_all_permits_of_a_claim_are_read(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(store, "PAGE", 3)
+    monkeypatch.setattr(variables, "PAGE", 3)
     monkeypatch.setattr(store, "LEAST", 1)
     monkeypatch.setattr(store, "MOST", 2)
     record, other = new_record(), new_record()
@@ -442,7 +444,7 @@ async def test_an_answer_whose_creation_lost_its_reply_is_known_as_ones_own(monk
         replies += 1
         raise httpx.ReadError("the reply was lost")
 
-    monkeypatch.setattr(store, "request_soon", losing)  # so Prefect's client repeats it, and is answered 409
+    monkeypatch.setattr(variables, "request_soon", losing)  # so Prefect's client repeats it, and is answered 409
     assert await RECORDS.add_review(record, 1, review()), "nobody else answers"
     assert not await RECORDS.add_review(record, 1, review()), "somebody else's words may be the same"
     assert (replies, len(await RECORDS.reviews(record))) == (1, 1)

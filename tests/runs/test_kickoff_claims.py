@@ -36,7 +36,7 @@ from prefect_crew.exceptions import (
     ResolveError,
     TooManyAttemptsError,
 )
-from prefect_crew.records import store
+from prefect_crew.records import store, variables
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, utcnow
 from prefect_crew.records.resolve import unresolved
 from prefect_crew.records.store import PrefectRecords
@@ -590,7 +590,7 @@ async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
-    monkeypatch.setattr(store, "SAVE_FOR", 0.5)
+    monkeypatch.setattr(variables, "SAVE_FOR", 0.5)
     server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0"]), key()
     calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
     await until(lambda: server.requests["kickoff"], "the kickoff is sent")

@@ -11,8 +11,10 @@ import pytest
 
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records import store as store_module
+from prefect_crew.records import variables as variables_module
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-from prefect_crew.records.store import PrefectRecords, Variable
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.variables import Variable
 
 LONG_AGO = -1000.0
 """As what a claim or permit is good for: it is over, however little time has passed."""
@@ -68,14 +70,14 @@ def stored_records(variables: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
 async def read_named(prefix: str) -> list[Variable]:
     """Return the Variables whose names begin with a text, in the order of their names."""
     # `_` is a wildcard of LIKE, and the server looks anywhere in the name.
-    pages = store_module.read_pages({"name": {"like_": prefix + "%"}})
+    pages = variables_module.read_pages({"name": {"like_": prefix + "%"}})
     return [one async for page in pages for one in page if one.name.startswith(prefix)]
 
 
 def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> None:
     """Let the Prefect server say of a run's record, and of all flow runs, until `patch` is undone, that nobody has
     changed them for days."""
-    found, read = store_module.variables_in, prune_module.read_by_id
+    found, read = variables_module.variables_in, prune_module.read_by_id
 
     def later(response: httpx.Response) -> list[Variable]:
         variables: list[Variable] = []
@@ -90,7 +92,7 @@ def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> No
             for id_, one in (await read(*asked)).items()
         }
 
-    patch.setattr(store_module, "variables_in", later)
+    patch.setattr(variables_module, "variables_in", later)
     patch.setattr(prune_module, "read_by_id", later_read)
 
 

@@ -27,7 +27,8 @@ from prefect_crew.exceptions import (
     UnreadableRecordError,
 )
 from prefect_crew.records.model import SPARE, utcnow
-from prefect_crew.records.store import Variable, entry_in
+from prefect_crew.records.store import entry_in
+from prefect_crew.records.variables import Variable
 from prefect_crew.states import CrewState
 from proof.sim.loop import EPOCH, Process
 from proof.sim.prefect_api import Change

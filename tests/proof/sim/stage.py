@@ -23,7 +23,7 @@ from prefect_crew.artifacts.run import RunArtifact
 from prefect_crew.client._client import CrewClient
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import Run
-from prefect_crew.records import budgets, prune, store
+from prefect_crew.records import budgets, prune, store, variables
 from prefect_crew.records.model import SPARE, utcnow
 from prefect_crew.runs import kickoff, polling, stop, wait
 from prefect_crew.runs.kickoff import RunRequest
@@ -74,7 +74,7 @@ def on_stage(world: World) -> Iterator[None]:
         # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.
         (prune, "YOUNGEST", timedelta(seconds=SPARE)),
         (stop, "_asked", _PerProcess("asked")),
-        (store, "named_reads", named_reads_of_this_process),
+        (variables, "named_reads", named_reads_of_this_process),
         # By which an error of ours is told from one of a user's function.
         (prefect_errors, "PREFECT_API_URL", mock.Mock(value=lambda: API)),
         (events, "emit_event", world.emitted),
