@@ -141,14 +141,14 @@ async def _add_estimate(crew: Crew, record: RunRecord, period: BudgetPeriod) -> 
 
 async def release(record: RunRecord) -> None:
     """Take the estimate of a run off the counters, which surely did not start."""
-    await change(record, {name: -slots for name, slots in (record.reserved or {}).items()})
-    record.reserved = None
+    await change(record, {name: -slots for name, slots in (record.estimates or {}).items()})
+    record.estimates = None
 
 
 async def release_given_back(record: RunRecord, records: RecordStore) -> None:
     """Take the estimate of a claim that its owner gave back off the counters, unless the caller does that who resolved
     the claim, or will resolve it where nothing of this is on record."""
-    if not record.reserved:
+    if not record.estimates:
         return
     with suppress(*PREFECT_ERRORS):
         found = await records.attempts(record.idempotency_key)
@@ -163,7 +163,7 @@ def corrections(record: RunRecord) -> dict[str, int]:
     The estimate of a run stays that did not report its use.
     """
     more = dict[str, int]()
-    for name, estimate in (record.reserved or {}).items():
+    for name, estimate in (record.estimates or {}).items():
         measure = name.rpartition(".")[2]
         if (used := record.used.get(measure)) is not None and (slots := slots_of(measure, used) - estimate):
             more[name] = slots
@@ -217,7 +217,7 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
                     continue
                 found[name] = {"limit": limit}
             if found and found[name]["limit"] == limit:
-                record.reserved = {**(record.reserved or {}), name: slots}
+                record.estimates = {**(record.estimates or {}), name: slots}
                 return None
             if found:  # the budget was changed: its limit holds from now on, for this start as well
                 await _post(client, "decrement", name, slots)

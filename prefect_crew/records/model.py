@@ -105,8 +105,8 @@ class Outcome(BaseModel):
     """Tokens that the run used, however it ended; None where nobody reported any."""
     cost: float | None = None
     """What it cost by the price that held when it ended; None where that is unknown."""
-    reserved: dict[str, int] | None = None
-    """What it holds of the counters of budgets, in slots by the counter's name."""
+    estimates: dict[str, int] | None = None
+    """What is counted for it in the counters of budgets, in slots by the counter's name."""
 
     @property
     def used(self) -> dict[str, float]:
@@ -262,7 +262,7 @@ def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecor
         entries: Those of its log, in the order of their numbers.
         age: Seconds since the claim was made, by the store's clock.
     """
-    held = next((entry for entry in entries if entry.reserved), record)
+    held = next((entry for entry in entries if entry.estimates), record)
     update: dict[str, Any] = {"entries": len(entries), "open_for": max(0.0, record.good_for - age)}
     phase = record.phase
     if entries:
@@ -274,7 +274,7 @@ def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecor
             phase = strongest.phase
     if phase not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
         update["open_for"] = 0.0
-    return record.model_copy(update={**update, "reserved": held.reserved})
+    return record.model_copy(update={**update, "estimates": held.estimates})
 
 
 def resolution(record: RunRecord, phase: RecordPhase, **found: Any) -> dict[str, Any]:

@@ -384,7 +384,7 @@ class PrefectRecords:
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
         """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
-        about = record.model_dump(include={"idempotency_key", "attempt", "owner", "reserved"})
+        about = record.model_dump(include={"idempotency_key", "attempt", "owner", "estimates"})
         if not await self._add_entry(record, Entry(good_for=good_for, **about), partial(create_variable, lease=lease)):
             return False
         # After the request and not before it: a process may sleep between the two.

@@ -302,7 +302,7 @@ async def close_run(
         Whether this call has closed the run. If not, the record says how somebody else has.
     """
     end = {"reason": record.reason, **end}  # a row that was stopped by its batch says so
-    changes = corrections(record.model_copy(update=end)) if record.reserved else {}
+    changes = corrections(record.model_copy(update=end)) if record.estimates else {}
     more = {name: slots for name, slots in changes.items() if slots > 0}
     less = {name: slots for name, slots in changes.items() if slots < 0}
     counted = await change(record, more) if more else {}
