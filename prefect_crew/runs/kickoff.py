@@ -29,6 +29,7 @@ from prefect_crew.exceptions import (
     FlowRunCancelledError,
     InvalidInputsError,
     KickoffUncertainError,
+    NotStartedError,
     ResponseFormatError,
 )
 from prefect_crew.prices import ONE_TOKEN, cost_of
@@ -174,7 +175,7 @@ async def _start_run(
         except ClaimLostError as lost:
             until = loop.time() + LIMITED_FOR if until is None else until  # from the first that was lost
             if loop.time() > until:
-                raise CrewError(
+                raise NotStartedError(
                     f"Run {found.record.idempotency_key!r} was not started: for {LIMITED_FOR / 60:g} minutes each "
                     "claim of it was lost before its kickoff could be sent. The Prefect API answers too slowly, or "
                     "this machine sleeps. Fix that, then run again with the same key."
