@@ -565,8 +565,8 @@ def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, ide
     others = [one for n, one in enumerate(others) if not (one.startswith("PATCH") and one in others[:n])]
     kinds = [re.sub("/[0-9a-f-]{36}$", "/ID", request).replace("/api/", "") for request in others]
     create, read, change = "POST variables/", "POST variables/filter", "PATCH variables/ID"
-    # The claim, the second reading, the permit, the id, the name of the id, the end.
-    assert kinds == [create, read, create, change, create, change]
+    # The claim, the second reading, the permit, the id, the name of the id, the end, the tag of the claim.
+    assert kinds == [create, read, create, change, create, create, change]
     assert [one.split()[0] for one in shown] == ["POST", "PATCH"], "the artifact is made at the start"
 
 

@@ -285,7 +285,7 @@ def resolution(record: RunRecord, phase: RecordPhase, **found: Any) -> dict[str,
         # The kickoff was sent right after the claim; nobody knows the moment better.
         outcome["kicked_off_at"] = record.kicked_off_at or record.claimed_at
     if phase is RecordPhase.ENDED:
-        outcome |= {"ended_at": utcnow(), "human_since": None}
+        outcome |= {"ended_at": found.get("ended_at", utcnow()), "human_since": None}
     return outcome
 
 
