@@ -239,6 +239,20 @@ class Work:
 
         return cancel
 
+    async def flow_run_of_a_deployment(self) -> Callable[[], Awaitable[Any]]:
+        """A flow run that a page, an automation or `run_deployment` makes: Prefect reads all Variables for it."""
+        from prefect.client.orchestration import get_client
+
+        async with get_client() as client:
+            flow_id = await client.create_flow_from_name("deployed")
+            deployment_id = await client.create_deployment(flow_id, name="by hand")
+
+        async def create() -> None:
+            async with get_client() as client:
+                await client.create_flow_run_from_deployment(deployment_id)
+
+        return create
+
     async def list_open_runs(self) -> Callable[[], Awaitable[Any]]:
         from prefect_crew.records.model import RecordPhase
         from prefect_crew.records.store import PrefectRecords
@@ -256,7 +270,7 @@ class Work:
 
 
 RATIO = ("start", "second_call", "resolve_by_key", "look_up_by_kickoff_id", "cancel")
-LISTS = ("list_open_runs", "costs_of_7_days")
+LISTS = ("flow_run_of_a_deployment", "list_open_runs", "costs_of_7_days")
 
 
 async def measure(work: Work, name: str, database: Database) -> tuple[float, int | None]:
