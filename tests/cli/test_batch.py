@@ -127,18 +127,8 @@ def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: 
     assert (found["total"], found["completed"], found["failed"], len(found["batches"])) == (3, 2, 1, 2)
     assert here("batch", "inspect", f"{name}/*").out.splitlines()[-1].split()[:4] == ["together", "3", "2", "1"]
     # A name may have the signs of a pattern in it.
-    here(
-        "batch",
-        "run",
-        block,
-        leads,
-        "--key-column",
-        "id",
-        "--name",
-        f"{name} [eu]",
-        "--export",
-        str(tmp_path / "eu.jsonl"),
-    )
+    eu = ("--name", f"{name} [eu]", "--export", f"{tmp_path}/eu.jsonl")
+    here("batch", "run", block, leads, "--key-column", "id", *eu)
     assert here("batch", "inspect", f"{name} [eu]", "-o", "json").json["name"] == f"{name} [eu]"
     assert [one["name"] for one in here("batch", "ls", f"{name} [eu]", "-o", "json").json] == [f"{name} [eu]"]
 
@@ -325,18 +315,8 @@ def test_a_pattern_that_no_batch_has_is_an_error_and_a_ledger_elsewhere_none(
 ):
     _, block = picky()
     for part in "12":
-        here(
-            "batch",
-            "run",
-            block,
-            leads,
-            "--key-column",
-            "id",
-            "--name",
-            f"{name}/{part}",
-            "--export",
-            f"{tmp_path}/{part}.jsonl",
-        )
+        place = ("--name", f"{name}/{part}", "--export", f"{tmp_path}/{part}.jsonl")
+        here("batch", "run", block, leads, "--key-column", "id", *place)
     none = here("batch", "inspect", f"{name}/x*")
     assert (none.code, f"There is no batch '{name}/x*'" in none.err) == (2, True)
     Path(f"{tmp_path}/1.jsonl.ledger.db").rename(tmp_path / "elsewhere.db")
