@@ -28,7 +28,8 @@ from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus, TaskResult, TokenUsage
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.options import RunRequest
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
@@ -64,7 +65,7 @@ def closing(settings: CrewSettings, *, write: bool = True) -> Callable[[], None]
             claimed_at=now - timedelta(seconds=31), kicked_off_at=now - timedelta(seconds=30), ended_at=now,
             kickoff_id="k", phase=RecordPhase.ENDED, state=CrewState.COMPLETED, usage=USAGE, cost=0.4,
         )  # fmt: skip
-        run = OpenRun(crew, "k", record, crew.take(Inputs.of(INPUTS)))
+        run = LiveRun(crew, "k", record, RunRequest(crew, crew.take(Inputs.of(INPUTS))))
         for task in tasks:
             run.see_task(task.name)
         if write:

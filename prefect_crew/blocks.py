@@ -38,7 +38,7 @@ from prefect_crew.budgets import Budget
 from prefect_crew.client._transport import checked_url
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, ResumeAnswer, StopAnswer
-from prefect_crew.crew import Crew, CrewSession, WaitPolicy
+from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.prices import Price
 from prefect_crew.settings import CrewSettings, documentation_url
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from prefect_crew.client._client import CrewClient
     from prefect_crew.client.webhooks import Webhooks
     from prefect_crew.records.model import RunRecord
+    from prefect_crew.runs.run import LiveRun
 
     class BlockFields(TypedDict, total=False):
         """The fields of a `DeployedCrew` other than its URL and token, with the types that it takes."""
@@ -251,8 +252,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         The options, and what is raised before and at the kickoff, are those of `run_crew`.
         """
         from prefect_crew.runs.kickoff import open_run
-        from prefect_crew.runs.options import RunOptions
-        from prefect_crew.runs.run import KickoffId
+        from prefect_crew.runs.options import RunOptions, RunRequest
 
         kept, inputs = Inputs.of(inputs), None  # no frame shows the values
         options = RunOptions.of(
@@ -262,9 +262,8 @@ class DeployedCrew(JobBlock[CrewResult]):
             webhooks=webhooks,
             restore_from=restore_from,
         )
-        crew = self.crew
-        run = await open_run(crew, crew.take(kept, restore_from=options.restore_from), options)
-        return CrewRun(run.crew, KickoffId(run), idempotency_key=run.idempotency_key)
+        run = await open_run(RunRequest.of(self.crew, kept, options))
+        return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
 
     def trigger(  # pyright: ignore[reportIncompatibleMethodOverride] - of Prefect's it is async
         self,
@@ -294,11 +293,30 @@ class CrewRun(JobRun[CrewResult]):
     Each method has an async twin, whose name begins with an `a`: `stop` is for sync code, `astop` for async code.
     """
 
-    def __init__(self, crew: DeployedCrew | Crew, kickoff_id: str, *, idempotency_key: str | None = None) -> None:
+    def __init__(
+        self,
+        crew: DeployedCrew | Crew,
+        kickoff_id: str,
+        *,
+        idempotency_key: str | None = None,
+        live: LiveRun | None = None,
+    ) -> None:
         self.crew: Crew = crew if isinstance(crew, Crew) else crew.crew
         self.kickoff_id = kickoff_id
         self.idempotency_key = idempotency_key
+        self._live = live
         self._result: CrewResult | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the inputs, whose secrets no stored result of a flow may hold.
+        return {**self.__dict__, "_live": None}
+
+    @property
+    def _run(self) -> LiveRun:
+        """The run for one method, with a session of its own: each sync one has another event loop."""
+        from prefect_crew.runs.run import LiveRun
+
+        return LiveRun(self.crew, self.kickoff_id) if self._live is None else self._live.anew(self.crew)
 
     async def await_for_completion(self, wait: WaitPolicy | None = None) -> None:
         """Wait until the run has ended, by `wait` or by the block's policy.
@@ -310,7 +328,7 @@ class CrewRun(JobRun[CrewResult]):
         from prefect_crew.runs.wait import wait_for_run
 
         options = RunOptions.of(idempotency_key=self.idempotency_key, wait=wait)
-        self._result = await wait_for_run(self.crew, self.kickoff_id, options)
+        self._result = await wait_for_run(self._run, options)
 
     def wait_for_completion(self, wait: WaitPolicy | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Do the same from sync code."""
@@ -322,12 +340,13 @@ class CrewRun(JobRun[CrewResult]):
         Raises:
             CrewError: It has not completed; the message says where it stands.
         """
-        from prefect_crew.runs.run import find_run, read_result
+        from prefect_crew.runs.run import read_record, read_result
 
         if self._result is None:
-            run = await find_run(self.crew, self.kickoff_id, self.idempotency_key)
-            async with CrewSession(run.crew) as session:
-                self._result = await read_result(run, session)
+            run = self._run
+            await read_record(run, self.idempotency_key)
+            async with run.session:
+                self._result = await read_result(run)
         return self._result
 
     def fetch_result(self) -> CrewResult:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -338,7 +357,7 @@ class CrewRun(JobRun[CrewResult]):
         """Ask the crew's server to stop the run."""
         from prefect_crew.runs.stop import stop_run
 
-        return await stop_run(self.crew, self.kickoff_id, idempotency_key=self.idempotency_key)
+        return await stop_run(self._run, idempotency_key=self.idempotency_key)
 
     stop = sync_version(astop)
 
@@ -348,9 +367,7 @@ class CrewRun(JobRun[CrewResult]):
         """Approve the output that the run shows, or reject it with feedback."""
         from prefect_crew.runs.reviews.answer import resume_run
 
-        return await resume_run(
-            self.crew, self.kickoff_id, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks
-        )
+        return await resume_run(self._run, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks)
 
     resume = sync_version(aresume)
 

@@ -142,9 +142,10 @@ class CrewSession:
         self._stack = AsyncExitStack()
         self._client: CrewClient | None = None
         self._entered = 0
-        self._renewing = asyncio.Lock()
 
     async def __aenter__(self) -> CrewSession:
+        if not self._entered:
+            self._renewing = asyncio.Lock()  # of this event loop
         self._entered += 1  # before the client is there: of two that enter at once the second one uses that
         try:
             async with self._renewing:
@@ -199,11 +200,6 @@ class CrewSession:
             if not await self.renew(client):
                 raise
         return await request(self.client)
-
-
-def session_of(crew: Crew | CrewSession) -> CrewSession:
-    """Return a session to enter: a crew's own, or the one that is given, which stays open if it is."""
-    return crew if isinstance(crew, CrewSession) else CrewSession(crew)
 
 
 RETRY_AFTER_CAP = 300.0

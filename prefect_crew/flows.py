@@ -22,7 +22,7 @@ from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, Data
 from prefect_crew.client.redaction import MASK
-from prefect_crew.crew import Crew, CrewSession, WaitPolicy
+from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import (
     ConfigurationError,
     CrewFailedError,
@@ -34,9 +34,9 @@ from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import OpenRun, parse_data, read_result
+from prefect_crew.runs.run import LiveRun, parse_data, read_result
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import tasks_of, under_budgets
 
@@ -127,20 +127,20 @@ async def arun_crew(
     )
     tasks_of(options)  # it raises before a flow run begins
     crew = under_budgets(await load_crew(crew), options.budgets)
-    kept = crew.take(kept, restore_from=options.restore_from)
+    request = RunRequest.of(crew, kept, options)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await run_tasks(crew, kept, options)
+        return await run_tasks(request)
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
     @wraps(run_deployed_crew.fn)
     async def run(*_: Any, **__: Any) -> CrewResult[Any]:
-        return await run_tasks(crew, kept, options)
+        return await run_tasks(request)
 
     own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
-    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, kept, idempotency_key)
+    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, request.inputs, idempotency_key)
     stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from")
     stored["review"] = "form" if options.review == "form" else None
-    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(kept), **stored)
+    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(request.inputs), **stored)
 
 
 run_crew = sync_version(
@@ -161,22 +161,20 @@ def _stored(inputs: Inputs) -> dict[str, Any]:
     return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
-async def run_tasks(
-    crew: Crew, inputs: Inputs, options: RunOptions, *, wait_for: Sequence[Any] = ()
-) -> CrewResult[Any]:
-    """Kick a crew off and wait for it, by tasks of the flow around. The crew has taken the inputs, and is under the
-    budgets of the options.
+async def run_tasks(request: RunRequest, *, wait_for: Sequence[Any] = ()) -> CrewResult[Any]:
+    """Kick a crew off and wait for it, by tasks of the flow around, which take the live run in place of its crew. The
+    crew is under the budgets of the options.
 
-    Prefect draws an arrow to the first task from each of `wait_for`.
+    Prefect draws an arrow to the first task from each of `wait_for`, and from the tasks whose results are inputs.
     """
+    run = LiveRun(request.crew, request=request)
     # Where no flow around has a client of Prefect's on this event loop, each task would make one and close it.
-    async with AsyncClientContext.get_or_create(), CrewSession(crew) as session:
-        kickoff = options.arguments("idempotency_key", "name", "force_new", "meta", "webhooks", "restore_from")
-        kickoff_task, wait_task = tasks_of(options)
-        kickoff_id = await kickoff_task.acall(session, inputs, **kickoff, wait_for=wait_for or None)
-        called = options.name or crew.title(inputs, options.idempotency_key)
-        wait = options.arguments("wait", "output_type", "review")
-        return await wait_task.acall(session, kickoff_id, name=called, **wait)
+    kickoff_task, wait_task = tasks_of(request.options)
+    async with AsyncClientContext.get_or_create(), run.session:
+        # Both tasks know these by the live run: they are for a user's template of a task run's name.
+        names = request.options.arguments("name", "idempotency_key")
+        kickoff_id = await kickoff_task.acall(run, request.inputs, **names, wait_for=wait_for or None)
+        return await wait_task.acall(run, kickoff_id, **names)
 
 
 @flow(name="deployed-crew", validate_parameters=True)  # it names its flow run itself
@@ -230,7 +228,7 @@ async def run_deployed_crew(
         restore_from=restore_from,
     )
     kept = Inputs.of(await values_of_blocks(given, stored.secret_inputs))
-    return await run_tasks(stored, stored.take(kept, restore_from=options.restore_from), options)
+    return await run_tasks(RunRequest.of(stored, kept, options))
 
 
 @naming_prefect_away("The result is read from its records: ask again.")
@@ -275,16 +273,16 @@ async def aget_result(
     if (stored := await stored_result(record)) is not None:
         # Only what may be shown is on record.
         return parse_data(record.completed(stored.result(record.kickoff_id)), options.output_type)
-    found = await find_crew(record) if crew is None else await load_crew(crew)
-    if found is None:
+    block = await find_crew(record) if crew is None else await load_crew(crew)
+    if block is None:
         raise ConfigurationError(
             f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is not stored "
             f"with the URL {record.crew_url}. Give the crew (crew=…)."
         )
-    run = OpenRun(found, record.kickoff_id, record)
-    async with CrewSession(run.crew) as session:
+    run = LiveRun(block, record.kickoff_id, record)
+    async with run.session:
         # No variable holds the result: error reporters show the local variables of all frames.
-        return parse_data(await read_result(run, session), options.output_type, run=run)
+        return parse_data(await read_result(run), options.output_type, run=run)
 
 
 get_result = sync_version(aget_result)

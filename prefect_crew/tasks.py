@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack, cast, overload
 from uuid import UUID
@@ -30,15 +31,15 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.models import CrewInput, CrewResult, Data, ResumeAnswer, StopAnswer
 from prefect_crew.client.webhooks import Webhooks
-from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, PrefectAwayError
 from prefect_crew.records.keys import calling_task, identify
-from prefect_crew.records.model import RecordPhase
-from prefect_crew.runs.kickoff import open_run
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.records.model import RecordPhase, utcnow
+from prefect_crew.runs.kickoff import kick_off, open_run
+from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import KickoffId
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 
@@ -230,14 +231,13 @@ async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State
     return isinstance(error, CrewError) and kickoff_fate(error) is KickoffFate.RETRY
 
 
-def _origin(kickoff_id: object) -> str:
-    """Return the end of a task run's name: whether its call found the run, and whether the run had ended by then.
+def _origin(run: LiveRun) -> str:
+    """Return the end of a wait's name: whether its call found the run, and whether the run had ended by then.
 
     It is no tag: for each tag of a task run Prefect asks its server for a concurrency slot, and the task run fails
     where the server is away. A run is found exactly after something went wrong.
     """
-    run = kickoff_id.run if isinstance(kickoff_id, KickoffId) else None
-    if run is None or run.record is None or run.owned:
+    if run.record is None or run.owned:
         return ""
     return " (from record)" if run.record.phase is RecordPhase.ENDED else " (reattached)"
 
@@ -256,25 +256,29 @@ def _task(verb: str, like: Any, **options: Any) -> Any:
     """
 
     def task_run_name(parameters: dict[str, Any]) -> str:
-        crew = parameters.get("crew")
-        crew = getattr(crew, "crew", crew)  # of a block or a session
-        what, inputs = parameters.get("name"), parameters.get("inputs")
-        if not what and isinstance(crew, Crew):
+        crew, kickoff_id, origin = parameters.get("crew"), str(parameters.get("kickoff_id") or ""), ""
+        if isinstance(crew, LiveRun) and crew.request is not None:
+            kickoff_id, origin = "", _origin(crew)
+            options, inputs = crew.request.options, parameters.get("inputs") or crew.request.inputs
+            title, key = options.name, options.idempotency_key
+        else:
+            title, inputs, key = (parameters.get(name) for name in ("name", "inputs", "idempotency_key"))
+        crew = getattr(crew, "crew", crew)  # of a block or a live run
+        if title:
+            kickoff_id = ""
+        elif isinstance(crew, Crew):
             with suppress(ConfigurationError):  # the body of the task raises it
-                what = crew.title(crew.take(Inputs.of(inputs)), parameters.get("idempotency_key"))
-        kickoff_id = parameters.get("kickoff_id")
-        origin = _origin(kickoff_id)
-        of_run = "" if parameters.get("name") else str(kickoff_id or "")[:8]
-        what = what or (crew.label if isinstance(crew, Crew) else crew)
-        return f"{verb} {what} {of_run}".strip()[: 200 - len(origin)] + origin
+                title = crew.title(crew.take(Inputs.of(inputs)), key)
+        title = title or (crew.label if isinstance(crew, Crew) else crew)
+        return f"{verb} {title} {kickoff_id[:8]}".strip()[: 200 - len(origin)] + origin
 
     # No tags: for those of a task Prefect looks for a concurrency limit, each time it is run.
     kind = like if isinstance(like, type) else CrewTask
     return partial(kind, cache_policy=NO_CACHE, task_run_name=task_run_name, **options)
 
 
-AnyCrew = DeployedCrew | Crew | CrewSession | str
-"""A crew, the name of a stored block, or an open session of a crew, whose giver has checked the options."""
+AnyCrew = DeployedCrew | Crew | LiveRun | str
+"""A crew, the name of a stored block, or the live run of `run_crew`, which has the request in it."""
 
 
 def _like_inputs(crew: Any) -> _InputsNow: ...
@@ -287,7 +291,7 @@ async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
     Raises:
         CrewError: `GET /inputs` failed; a crew without it raises NotFoundError.
     """
-    async with session_of(await load_crew(crew)) as session:
+    async with CrewSession(await load_crew(crew)) as session:
         return await session.client.inputs()
 
 
@@ -338,6 +342,13 @@ async def kickoff_crew(
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
         PrefectAwayError: The Prefect API did not answer, so nothing was started; Prefect retries this.
     """
+    kept, inputs = Inputs.of(inputs), None  # no frame shows the values
+    if isinstance(crew, LiveRun):
+        if crew.request is not None:  # Prefect has put results in the place of futures
+            await kick_off(
+                crew, replace(crew.request, inputs=kept, asked_at=utcnow()), inside_own_task=_inside_own_task()
+            )
+        return crew.kickoff_id
     options = RunOptions.of(
         idempotency_key=idempotency_key,
         name=name,
@@ -347,11 +358,9 @@ async def kickoff_crew(
         restore_from=restore_from,
         budgets=budgets,
     )
-    kept, inputs = Inputs.of(inputs), None  # no frame shows the values
-    if not isinstance(crew, CrewSession):
-        crew = under_budgets(await load_crew(crew), options.budgets)
-        kept = crew.take(kept, restore_from=options.restore_from)
-    return KickoffId(await open_run(crew, kept, options, inside_own_task=_inside_own_task()))
+    crew = under_budgets(await load_crew(crew), options.budgets)
+    run = await open_run(RunRequest.of(crew, kept, options), inside_own_task=_inside_own_task())
+    return run.kickoff_id
 
 
 @_task("wait", WaitTask)
@@ -377,9 +386,10 @@ async def wait_for_crew(
         CrewError: The status call gave no answer for too long.
     """
     del name
+    if isinstance(crew, LiveRun):
+        return await wait_for_run(crew, None if crew.request is None else crew.request.options)
     options = RunOptions.of(idempotency_key=idempotency_key, wait=wait, output_type=output_type, review=review)
-    crew = crew if isinstance(crew, CrewSession) else await load_crew(crew)
-    return await wait_for_run(crew, kickoff_id, options)
+    return await wait_for_run(LiveRun.of(await load_crew(crew), kickoff_id), options)
 
 
 _REFUSED = {
@@ -451,8 +461,7 @@ async def resume_crew(
     # By the run alone, since what a retry finds to say about it may differ.
     identity = await identify("answer", kickoff_id, idempotency_key=None, name=None, inside_own_task=_inside_own_task())
     return await resume_run(
-        await load_crew(crew),
-        kickoff_id,
+        LiveRun.of(await load_crew(crew), kickoff_id),
         feedback=feedback,
         approve=approve,
         task_id=task_id,
@@ -471,4 +480,4 @@ async def stop_crew(crew: DeployedCrew | str, kickoff_id: str, *, idempotency_ke
     Raises:
         CrewError: The server could not be asked.
     """
-    return await stop_run(await load_crew(crew), kickoff_id, idempotency_key=idempotency_key)
+    return await stop_run(LiveRun(await load_crew(crew), kickoff_id), idempotency_key=idempotency_key)

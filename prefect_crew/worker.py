@@ -62,6 +62,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.keys import forget_calls
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.prune import prune_regularly
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import open_runs_of, stop_run, stop_was_asked
 from prefect_crew.settings import CrewSettings, documentation_url
 
@@ -193,7 +194,7 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
             if crew is None:
                 raise ConfigurationError(f"no block {record.crew!r} has its address")
             async with limit:
-                answer = await stop_run(crew, record.kickoff_id, idempotency_key=record.idempotency_key)
+                answer = await stop_run(LiveRun(crew, record.kickoff_id), idempotency_key=record.idempotency_key)
             log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
         except (CrewError, *PREFECT_ERRORS) as error:
             text = "Crew run %s could not be stopped (%s): it continues at %s."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import uuid
 from typing import Any
 
@@ -124,8 +125,13 @@ class TestIdiom:
     def test_in_sync_code(self, crew_server: CrewServerFactory):
         run = crew_server("echo").crew().trigger({"text": "a"})
         assert isinstance(run, CrewRun)
+        again = pickle.loads(pickle.dumps(run))
         run.wait_for_completion()
-        assert run.fetch_result().output == "a"
+        assert run.fetch_result().output == again.fetch_result().output == "a"
+
+    def test_a_pickle_of_it_has_no_inputs(self, crew_server: CrewServerFactory):
+        run = crew_server("echo").crew(secret_inputs=["text"]).trigger({"text": "pass-4711"})
+        assert b"pass-4711" not in pickle.dumps(run)
 
     async def test_a_result_can_be_fetched_without_having_waited(self, crew_server: CrewServerFactory):
         held = Held()

@@ -84,6 +84,26 @@ def test_each_of_the_two_tasks_has_its_options_of_prefect(crew_server: CrewServe
     assert (wait["tags"], wait["empirical_policy"]["retries"]) == ([], 1)
 
 
+def test_a_users_name_for_a_task_run_is_made_of_the_arguments(crew_server: CrewServerFactory, seen: Seen):
+    crew, ids, run_key = crew_server("echo").crew(), list[Any](), key()
+
+    @task
+    def city() -> str:
+        return "Lisbon"
+
+    @flow
+    def trip() -> None:
+        ids.append(flow_run.id)
+        named: Any = {"task_run_name": "call {name} {idempotency_key}"}
+        run_crew(crew, {"text": "a"}, name="a", idempotency_key=run_key, kickoff_options=named, wait_options=named)
+        run_crew(crew, {"text": cast("Any", city.submit())})
+
+    trip()
+    names = [run["name"] for run in seen.task_runs(ids[0], count=5)]
+    assert names.count(f"call a {run_key}") == 2
+    assert len([name for name in names if name.endswith("Lisbon")]) == 2, names
+
+
 async def test_a_kickoff_that_surely_did_not_start_is_repeated_as_often_as_asked():
     crew, began = DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t"), list[int]()
 

@@ -10,9 +10,9 @@ import asyncio
 import contextvars
 import inspect
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -26,6 +26,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 LOOK_EVERY = 0.2
 """Seconds between two looks of blocked sync code whether the task around it was cancelled."""
+UNCUT_FOR = 5.0
+"""Seconds, after a cancellation, for which `OwnTask.uncut` holds where nobody has limited the wait for the end."""
 ENDINGS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, ExternalSignal)
 """How a task is ended from outside: cancelled, or by a signal whose exception was raised in the midst of it."""
 
@@ -73,34 +75,68 @@ async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
     return await result
 
 
-def cancelled_once(
-    function: Callable[P, Coroutine[Any, Any, T]], within: Callable[[], float | None] = lambda: None
-) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Have a cancellation reach a coroutine once, and see what it then does to its end, for so many seconds at most.
+class OwnTask:
+    """A coroutine in a task of its own. A cancellation of its caller reaches it once, and not within `uncut`.
 
     A timeout of Prefect is a cancel scope of anyio: it cancels at every await until the scope is left, also through
     `asyncio.gather`, and would cut off what a cancelled start, wait or batch has to do yet: give a claim back, see a
-    kickoff in flight to its end, stop a crew. After the seconds of `within` the rest goes on by itself; without
-    them the coroutine has time limits of its own.
+    kickoff in flight to its end, stop a crew.
     """
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+        self._is_uncut = False
+
+    async def run(self, coroutine: Coroutine[Any, Any, T], *, within: float | None = None) -> T:
+        """Return the coroutine's result. Once the caller is cancelled, wait for its end, for `within` seconds at most.
+
+        After that the coroutine goes on by itself; without `within` it has time limits of its own, and what is `uncut`
+        is cut off after five seconds.
+        """
+        task = asyncio.create_task(coroutine)
+        # An event loop that ends, as on a signal or the timeout of a flow that is not async, cancels all tasks that it
+        # knows of: so it cancels the caller, which waits, and not this one.
+        asyncio.tasks._unregister_task(task)  # noqa: SLF001  documented, for those who extend asyncio
+        try:
+            await asyncio.wait({task})
+        except BaseException:
+            self.is_cancelled = True
+            loop = asyncio.get_running_loop()
+            if not self._is_uncut:
+                task.cancel()
+            elif within is None:
+                loop.call_later(UNCUT_FOR, task.cancel)
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for its error
+            until = None if within is None else loop.time() + within
+            while not task.done() and (until is None or loop.time() < until):
+                with suppress(asyncio.CancelledError), anyio.CancelScope(shield=True):
+                    await asyncio.wait({task}, timeout=None if until is None else until - loop.time())
+            raise
+        return task.result()
+
+    @contextmanager
+    def uncut(self) -> Generator[None]:
+        """Let no cancellation cut off what is awaited in here. The coroutine looks at `is_cancelled` afterwards."""
+        self._is_uncut = True
+        try:
+            yield
+        finally:
+            self._is_uncut = False
+
+    def raise_if_cancelled(self) -> None:
+        """Raise CancelledError where the caller was cancelled, within `uncut` as well."""
+        if self.is_cancelled:
+            raise asyncio.CancelledError
+
+
+def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Have a cancellation reach a coroutine function once, and wait then for its end: it runs as an `OwnTask`."""
 
     @wraps(function)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        work = asyncio.create_task(function(*args, **kwargs))
+        coroutine = function(*args, **kwargs)
         args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
-        try:
-            await asyncio.wait({work})
-        except BaseException:
-            if not work.done() and not work.cancelling():  # a loop that ends has cancelled all of its tasks itself
-                work.cancel()
-            work.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for its error
-            loop, seconds = asyncio.get_running_loop(), within()
-            until = None if seconds is None else loop.time() + seconds
-            while not work.done() and (until is None or loop.time() < until):
-                with suppress(asyncio.CancelledError), anyio.CancelScope(shield=True):
-                    await asyncio.wait({work}, timeout=None if until is None else until - loop.time())
-            raise
-        return work.result()
+        return await OwnTask().run(coroutine)
 
     return call
 

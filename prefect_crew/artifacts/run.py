@@ -53,6 +53,7 @@ CLAIM = "claim"
 TASKS_CAP = 200
 """Tasks of a run that an artifact lists."""
 BAR = 12
+_INPUTS = "### Inputs\n\n"
 # Signs that every font has: not every machine has one for emoji.
 _STATES = {
     CrewState.PENDING: "○ pending",
@@ -90,7 +91,8 @@ async def claims_shown(client: PrefectClient, flow_run_ids: Sequence[UUID]) -> l
 class MarkdownArtifact:
     """One artifact that is made once and then updated, distinguished from others under its key by its description.
 
-    `id` is its id, as far as it is known here; `is_new`: it surely is not there yet. `flow_run_id` is the flow run that
+    `id` is its id, as far as it is known here; `is_new`: it surely is not there yet. `earlier` is its text where
+    somebody else has made it. `flow_run_id` is the flow run that
     it belongs to, that around its first update if left out. `metadata` is for programs.
     """
 
@@ -106,6 +108,7 @@ class MarkdownArtifact:
         self.key = key
         self.description = description
         self.id: UUID | None = None
+        self.earlier = ""
         self.is_new = is_new
         self._flow_run_id, self._metadata = flow_run_id, metadata
         self._in_trouble = False
@@ -144,8 +147,12 @@ class MarkdownArtifact:
         if self._flow_run_id is not None:
             wanted.flow_run_id = ArtifactFilterFlowRunId(any_=[UUID(self._flow_run_id)])
         async with get_client() as client:
-            found = await client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC, limit=NEWEST)
-        self.id = next((one.id for one in found if one.description == self.description), None)
+            artifacts = await client.read_artifacts(
+                artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC, limit=NEWEST
+            )
+        artifact = next((artifact for artifact in artifacts if artifact.description == self.description), None)
+        if artifact is not None:
+            self.id, self.earlier = artifact.id, str(artifact.data)
         return self.id
 
     async def _update(self, data: Callable[[], str]) -> bool:
@@ -224,8 +231,11 @@ class RunView:
         return encode_inputs({name: MASK if name in self.secret_inputs else value for name, value in given.items()})
 
 
-def render_run(view: RunView) -> str:
-    """Return the Markdown of a run. The result comes last, so that nothing in it can swallow what is ours."""
+def render_run(view: RunView, earlier: str = "") -> str:
+    """Return the Markdown of a run. The result comes last, so that nothing in it can swallow what is ours.
+
+    The inputs are those of the `earlier` Markdown where the view does not know them.
+    """
     status = view.status if view.show != "none" else None
     parts = [f"## {_STATES[view.state]} · {prose(view.crew)}"]
     if view.state is CrewState.FAILED:
@@ -236,7 +246,9 @@ def render_run(view: RunView) -> str:
     parts.append(_facts(view, status))
     if view.show == "full" and view.inputs:
         rows = [(f"**{cell(name)}**", cell(str(text))) for name, text in view.shown_inputs().items()]
-        parts.append("### Inputs\n\n" + table(("Input", "Value"), rows))
+        parts.append(_INPUTS + table(("Input", "Value"), rows))
+    elif view.show == "full" and view.inputs is None:
+        parts.append(_inputs_shown(earlier))
     if view.reviews:
         parts.append(_reviews(view))
     if status is not None and status.tasks:
@@ -248,6 +260,12 @@ def render_run(view: RunView) -> str:
     if view.status is not None and view.status.output is not None and view.state is CrewState.COMPLETED:
         parts.append(_result(view, view.status.output))
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _inputs_shown(markdown: str) -> str:
+    """Return the inputs as the Markdown of a run shows them; "" where a text of the crew may stand before them."""
+    before, heading, after = markdown.partition(_INPUTS)
+    return heading + after.partition("\n\n")[0].strip() if heading and "```" not in before else ""
 
 
 def _failure(view: RunView, status: CrewStatus | None) -> list[str]:
@@ -335,4 +353,4 @@ class RunArtifact(MarkdownArtifact):
 
     async def show(self, view: Callable[[], RunView]) -> None:
         """Bring the artifact up to date, or make it: to what there is to see once it is the turn of this request."""
-        await self.keep(lambda: render_run(view()))
+        await self.keep(lambda: render_run(view(), self.earlier))

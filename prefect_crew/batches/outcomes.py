@@ -7,11 +7,9 @@ from enum import StrEnum
 
 from pydantic import BaseModel
 
-from prefect_crew.client.inputs import Inputs
-from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, OutputTypeError
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.runs.run import OpenRun, parse_data
+from prefect_crew.runs.run import LiveRun, parse_data
 from prefect_crew.states import CrewState
 
 
@@ -98,12 +96,11 @@ CORRECTABLE = (RowState.FAILED, RowState.STOPPED)
 ERROR_CAP = 2_000
 
 
-def judge(record: RunRecord, *, crew: Crew, inputs: Inputs, output_type: type[BaseModel] | None) -> RowState:
+def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) -> RowState:
     """Note in the record of a completed run whether its result fits `output_type`; return how its row stands."""
     if record.state is CrewState.COMPLETED:
         record.error = None
         if output_type is not None and record.result is not None:
-            run = OpenRun(crew, str(record.kickoff_id), record, inputs)
             try:
                 parse_data(record.completed(record.result.result(run.kickoff_id)), output_type, run=run)
             except OutputTypeError as error:

@@ -52,13 +52,13 @@ from prefect_crew.records.budgets import note_exceeded
 from prefect_crew.records.decision import Caller, latest_start
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, secret_mark
-from prefect_crew.runs.kickoff import RunRequest, Started, start_run
+from prefect_crew.runs.kickoff import start_run
 from prefect_crew.runs.limits import most_at_once
 from prefect_crew.runs.listener import Waker, waker_for
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import WITHHELD, OpenRun, close_run, end_of
+from prefect_crew.runs.run import WITHHELD, LiveRun, close_run, end_of
 from prefect_crew.runs.stop import close_stopped, is_cancelled, is_cancelled_on_server
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -260,14 +260,15 @@ class Runner:
             if record is None:
                 if not await self.throttle.admit(job.key):
                     return end
-                opened = await self._kick_off(job, place)
-                if opened is None:
+                owner = str(uuid4())
+                start = await self._kick_off(job, place, owner)
+                if start is None:
                     self.throttle.left(job.key)
                     continue
-                if not isinstance(opened, Started):
-                    return opened
-                record, found = opened.record, not opened.is_new
-                count += opened.is_new
+                if not isinstance(start, RunRecord):
+                    return start
+                record, found = start, start.owner != owner
+                count += not found
             elif self.throttle.slots is not None:
                 with suppress(*PREFECT_ERRORS, ConfigurationError):
                     await self.throttle.slots.take(job.key)  # it is in flight already, with a slot or without one
@@ -293,27 +294,26 @@ class Runner:
             state, job.key, count=count, before=before, most=most, owed=owed
         )
 
-    async def _kick_off(self, job: RowJob, place: str | None) -> Started | RowEnd | None:
+    def _request(self, job: RowJob, *, force_new: bool = False) -> RunRequest:
+        options = self._run_options.model_copy(update={"force_new": True}) if force_new else self._run_options
+        return RunRequest(self.session.crew, job.inputs, options, quiet=True, settings=self._settings)
+
+    async def _kick_off(self, job: RowJob, place: str | None, owner: str) -> RunRecord | RowEnd | None:
         """Start a row's run, or find the one that it has; None if it surely did not start, and may be tried again.
 
-        `place` is what a start by force is known by; None starts only where the record allows it.
+        `place` is what a start by force is known by; None starts only where the record allows it. The record of a run
+        that this call starts has `owner`.
         """
         flow_run_id, flow_run_count = self._flow_run
-        request = RunRequest(
-            crew=self.session.crew,
-            identity=RunIdentity(
-                idempotency_key=self.ledger.idempotency_key(job.key),
-                place=place or self.ledger.batch,
-                caller=Caller(owner=str(uuid4()), flow_run_id=flow_run_id, flow_run_count=flow_run_count),
-            ),
-            inputs=job.inputs,
-            options=self._run_options.model_copy(update={"force_new": place is not None}),
-            quiet=True,
-            settings=self._settings,
+        identity = RunIdentity(
+            idempotency_key=self.ledger.idempotency_key(job.key),
+            place=place or self.ledger.batch,
+            caller=Caller(owner=owner, flow_run_id=flow_run_id, flow_run_count=flow_run_count),
         )
+        request = self._request(job, force_new=place is not None)
         others = bool(self.waiting) or self.throttle.under_way > 1
         try:
-            opened = await start_run(request, self.ledger, self.session)
+            _, record = await start_run(request, identity, self.ledger, self.session)
         except LedgerError:
             raise
         except BudgetExceededError as error:
@@ -330,10 +330,10 @@ class Runner:
             return None
         finally:
             self.throttle.leave()
-        if opened.is_new:
+        if record.owner == owner:
             self.started += 1
             self.throttle.accepted()
-        return opened
+        return record
 
     async def _no_run(self, job: RowJob, error: CrewError) -> RowEnd | None:
         """Return the end of a row whose kickoff brought no run, None if it is to be tried again or left."""
@@ -391,7 +391,8 @@ class Runner:
     async def _judge(self, job: RowJob, record: RunRecord) -> RowState:
         """Return the state of a row whose run has ended, and save whether its result fits `output_type`."""
         noted = record.error
-        state = judge(record, crew=self.session.crew, inputs=job.inputs, output_type=self._options.output_type)
+        run = LiveRun(self.session, str(record.kickoff_id), record, self._request(job))
+        state = judge(run, record, self._options.output_type)
         if record.error != noted:
             await self.ledger.save(record)
         return state
@@ -424,8 +425,8 @@ class Runner:
         # A row that was started with other secrets may repeat them, and nobody knows them here.
         mark = secret_mark(crew.token.get_secret_value(), job.inputs.encoded, job.inputs.secret_names)
         is_found = first_look and record.secret_mark != mark
-        run = OpenRun(
-            *(crew, kickoff_id, record, job.inputs), owned=True, is_found=is_found, webhooks=self._options.webhooks
+        run = LiveRun(
+            *(self.session, kickoff_id, record, self._request(job)), records=self.ledger, owned=True, is_found=is_found
         )
         with withholding(run.redact_text):
             async with waker_for(record.idempotency_key, crew.url) if record.has_webhooks else nullcontext() as waker:
@@ -439,7 +440,6 @@ class Runner:
                     first_look=first_look,
                 )
                 status = status if waker is None else await waker.with_usage(status)
-        run.use_token_of(self.session.crew)
         has_result = status.state is CrewState.COMPLETED
         error = None if has_result else run.redact_text(status.error or "The crew gave no reason.")[:ERROR_CAP]
         result = None
@@ -451,7 +451,7 @@ class Runner:
         # Before the end is saved: a process that is killed right after has saved a misfit as what it is.
         if not run.is_blind:
             judged = record.model_copy(update=end)
-            judge(judged, crew=run.crew, inputs=job.inputs, output_type=self._options.output_type)
+            judge(run, judged, self._options.output_type)
             end["error"] = judged.error
         if record.phase is RecordPhase.ENDED:  # it was stopped here, which has closed it: this says more of the end
             for name, value in end.items():
@@ -509,7 +509,7 @@ class FirstPoll:
 class _RowWatcher(Watcher):
     """What is done while one row's run is polled."""
 
-    def __init__(self, runner: Runner, run: OpenRun, record: RunRecord, waker: Waker | None) -> None:
+    def __init__(self, runner: Runner, run: LiveRun, record: RunRecord, waker: Waker | None) -> None:
         self._runner = runner
         self._run = run
         self._record = record
@@ -523,7 +523,7 @@ class _RowWatcher(Watcher):
         if self._people is None:
             runner = self._runner
             self._people = People(
-                *(self._run, runner.session, runner.ledger, runner.policy, None),
+                *(self._run, runner.policy, None),
                 stop=lambda: runner.stop_run(self._record),
                 waker=self._waker,
                 quiet=True,

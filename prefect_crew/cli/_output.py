@@ -34,7 +34,7 @@ from prefect_crew.states import CrewState
 if TYPE_CHECKING:
     from prefect_crew.batches.report import BatchProgress
     from prefect_crew.client.models import CrewStatus
-    from prefect_crew.runs.run import OpenRun
+    from prefect_crew.runs.run import LiveRun
 
 
 @dataclass
@@ -257,7 +257,7 @@ class Progress(AbstractContextManager["Progress"]):
         elif hint or not self._is_quiet:
             note(f"{line} …")
 
-    def watch(self, run: OpenRun, status: CrewStatus | None) -> None:
+    def watch(self, run: LiveRun, status: CrewStatus | None) -> None:
         """Take in a run and its status, as a crew's `on_status` is called."""
         watched = self.seen
         if watched is None or watched.kickoff_id != run.kickoff_id:

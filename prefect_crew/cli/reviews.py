@@ -24,7 +24,7 @@ from prefect_crew.records.notes import kept_questions
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import answer_run, find_run_in_flight, list_open_questions, read_question
 from prefect_crew.runs.reviews.questions import describe_answer
-from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.run import LiveRun
 
 RunName = Annotated[str, Parameter(name="ID", help="The run: its idempotency key or its kickoff id.")]
 
@@ -134,9 +134,9 @@ async def reject(
 async def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, crew: CrewOfRun) -> None:
     async with _open_stores() as (stores, _):
         record, records = await find_run_in_flight(run, stores)
-        opened = OpenRun(await crew.need(record), str(record.kickoff_id), record)
+        live_run = LiveRun(await crew.need(record), str(record.kickoff_id), record, records=records)
         review = Review(approve=approve, feedback=feedback, option=options.option, by=options.by or _user_name())
-        _, written = await answer_run(opened, records, review, task_id=options.task, round=options.round)
+        _, written = await answer_run(live_run, review, task_id=options.task, round=options.round)
     facts = {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id}
     as_json = options.output and {**facts, **written.model_dump(mode="json")}
     _output.put(f"Run {record.kickoff_id}: {_sentence(written)}", json=as_json)

@@ -35,6 +35,7 @@ from prefect_crew.records.resolve import (
     unresolved,
 )
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.states import CrewState
 
@@ -280,7 +281,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
     record = record_of_id or latest_start(attempts) or attempts[-1]
     if record.kickoff_id is None:
         raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
-    answer = await stop_run(await crew.need(record), record.kickoff_id)
+    answer = await stop_run(LiveRun(await crew.need(record), record.kickoff_id))
     has_ended = answer.state is not None and answer.state.ended
     if not answer.accepted and not has_ended:
         why = answer.message or {

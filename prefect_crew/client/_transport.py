@@ -310,6 +310,8 @@ class Connections:
         if call.content is not None:
             request.headers["Content-Type"] = "application/json"
         seconds = post_deadline(self._timeout) if call.method == "POST" else GET_DEADLINE * self._timeout
+        if call.before_sending is not None and not isinstance(transport, httpx.AsyncHTTPTransport):
+            call.before_sending()  # a transport of the user's need not tell of its steps
         with anyio.move_on_after(seconds):
             response = await transport.handle_async_request(request)
             del request  # its repr shows the whole URL

@@ -15,7 +15,7 @@ from prefect_crew.artifacts.escape import cell, code, duration, fenced, flow_run
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.records.model import RecordPhase
-from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.run import LiveRun
 
 WIDTH = 20
 """Characters of the timeline."""
@@ -49,7 +49,7 @@ class StepView:
     earlier: float | None = None
     error: str | None = None
     page_url: str | None = None
-    run: OpenRun | None = None
+    run: LiveRun | None = None
 
 
 def render_pipeline(
@@ -144,7 +144,7 @@ class PipelineArtifact:
         self._views[step].state, self._views[step].started = "running", time.time()
         self._changed = True
 
-    def opened(self, step: str, run: OpenRun) -> None:
+    def opened(self, step: str, run: LiveRun) -> None:
         """Note which run a step's is."""
         view, record = self._views[step], run.record
         view.run = run

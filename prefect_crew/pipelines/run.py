@@ -34,9 +34,9 @@ from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.definition import PipelineDefinition
 from prefect_crew.pipelines.graph import CrewStep, Pipeline, PipelinePlan, step_key
 from prefect_crew.records.keys import identify, render_key, scheduled_start
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.run import LiveRun
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class _Run:
                 raise
         self._ended[step.name].set()
 
-    def _on_run(self, step: str, run: OpenRun, status: CrewStatus | None) -> None:
+    def _on_run(self, step: str, run: LiveRun, status: CrewStatus | None) -> None:
         if status is None:  # it is known which run the step's is
             self.artifact.opened(step, run)
 
@@ -285,9 +285,7 @@ class _Run:
         )
         step_inputs = Inputs.of(inputs).keep_secret(derived, map(SecretStr, Redactor(self._secrets).texts))
         return await run_tasks(
-            replace(crew, on_status=partial(self._on_run, step.name)),
-            crew.take(step_inputs, restore_from=options.restore_from),
-            options,
+            RunRequest.of(replace(crew, on_status=partial(self._on_run, step.name)), step_inputs, options),
             # Prefect draws an arrow from each of them; it sees by itself only a result that is passed on unchanged.
             wait_for=[self.results[name] for name in sorted(self.pipeline.needs[step.name])],
         )

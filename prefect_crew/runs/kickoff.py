@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime
-from typing import Any, NoReturn, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NoReturn, TypeVar
 
-from prefect_crew._internal.asyncio_tasks import ENDINGS, cancelled_once
+from prefect_crew._internal.asyncio_tasks import OwnTask
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.telemetry import count_uncertain
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate, post_deadline
-from prefect_crew.client.inputs import Inputs, missing_inputs, unknown_inputs
+from prefect_crew.client.inputs import missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew, CrewSession, session_of
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
     BudgetExceededError,
@@ -38,13 +38,11 @@ from prefect_crew.records.decision import Decision, check_same_run, decide, late
 from prefect_crew.records.keys import RunIdentity, identify
 from prefect_crew.records.model import Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
 from prefect_crew.records.owners import crash_dead_owner
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
-from prefect_crew.runs.options import RunOptions
-from prefect_crew.runs.run import OpenRun, no_attempt_left
+from prefect_crew.runs.options import RunRequest
+from prefect_crew.runs.run import LiveRun, no_attempt_left
 from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked
-from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import is_prefect_cloud, webhooks_for
 
@@ -64,128 +62,349 @@ AGAIN = 0.1
 """Seconds after which a claim is read again that somebody else has."""
 
 
-@dataclass(frozen=True)
-class RunRequest:
-    """What a caller asks for: the run of a key, or another one. It never changes, whatever becomes of the attempts.
-
-    `quiet`: no log line about
-    the decision, for one row among thousands. `settings` say whether there are webhooks; reading them takes 3 ms.
-    """
-
-    crew: Crew
-    identity: RunIdentity
-    inputs: Inputs
-    options: RunOptions
-    quiet: bool = False
-    settings: CrewSettings = field(default_factory=CrewSettings)
-    asked_at: datetime = field(default_factory=utcnow)
-    slot: str | None = None
-
-    def has_given_up(self, record: RunRecord) -> bool:
-        """Return whether a try of this call before has claimed a record and surely sent no kickoff for it."""
-        nonce = self.identity.nonce
-        return record.owner == nonce.text and not (record.entries and nonce.has_sent)
-
-    def record(self, attempt: int, good_for: float = 0.0) -> RunRecord:
-        """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
-        caller = self.identity.caller
-        return RunRecord(
-            idempotency_key=self.identity.idempotency_key,
-            attempt=attempt,
-            crew=self.crew.label,
-            crew_url=self.crew.url,
-            inputs_digest=self.inputs.digest,
-            owner=caller.owner,
-            claimed_at=utcnow(),
-            good_for=good_for,
-            post_deadline=post_deadline(self.crew.request_timeout),
-            forced_by=self.identity.place if self.options.force_new else None,
-            flow_run_id=caller.flow_run_id,
-            flow_run_count=caller.flow_run_count,
-            process=caller.process,
-            slot=self.slot,
-            step=self.options.name,
-            secret_inputs=list(self.inputs.secret_names),
-            # A single run is found blind whatever its secrets are: the mark is for rows.
-            secret_mark=secret_mark(self.crew.token.get_secret_value(), self.inputs.encoded, self.inputs.secret_names)
-            if self.quiet
-            else None,
-            # In the claim: whoever kicks off may be gone before anything else of it is written down.
-            has_webhooks=self.options.webhooks is None and bool(self.settings.webhook_url),
-        )
-
-
-@dataclass(frozen=True)
-class Started:
-    """What a call with an idempotency key came to: a run with a kickoff id."""
-
-    decision: Decision
-    record: RunRecord
-
-    @property
-    def is_new(self) -> bool:
-        """Whether this call started it."""
-        return self.decision.starts
-
-
-@dataclass(frozen=True)
-class _Claim(Started):
-    """A claim that is ours, which nothing was sent for yet. `known` are the attempts that it was decided by."""
-
-    known: Sequence[RunRecord]
-    lease: Lease
-
-
 class ClaimLostError(Exception):
     """The claim is not ours any more, was decided by what is on record no more, or was not used in time. Nothing was
     sent since."""
 
 
-async def _start_run(
+async def start_run(
     request: RunRequest,
+    identity: RunIdentity,
     records: RecordStore,
     session: CrewSession,
     *,
+    slot: str | None = None,
     check: Callable[[], Awaitable[None]] | None = None,
-) -> Started:
-    """Find the run of an idempotency key, or start it. Raises as `run_crew`.
+) -> tuple[Decision, RunRecord]:
+    """Find the run of an idempotency key, or start it. Return how it was decided, and its record. Raises as `run_crew`.
 
-    `check` raises a CrewError where the kickoff would be in vain. It is called once the claim stands: a run that is
-    found needs no check, and costs the crew's server no request.
+    Args:
+        request: What is asked for.
+        identity: Which run it is about, and who asks.
+        records, session: Where its record lives, and what its crew is reached by.
+        slot: The lease of the run's slot in the crew's limit.
+        check: Raises a CrewError where the kickoff would be in vain. It is called once the claim stands: a run that is
+            found needs no check, and costs the crew's server no request.
     """
-    loop = asyncio.get_running_loop()
-    until = None
-    while True:
-        found = await _decide_and_claim(request, records, is_checked=check is not None)
-        if not request.quiet:
-            record = found.record
-            run_logger().info(
-                "Crew %s: %s. (key %s)", record.crew, _step_taken(found.decision, record), record.idempotency_key
-            )
-        if found.decision is Decision.UNCERTAIN:
-            raise _uncertain(found.record)
-        if not isinstance(found, _Claim):
-            is_in_flight = found.decision is Decision.REATTACH
-            if is_in_flight and (other := await records.other_holder(found.record)) is not None:
-                await _take_back_shared_id(found.record, records, other)
-            return found
+    work = OwnTask()
+    return await work.run(_Start(request, identity, records, session, slot, check, work).run(), within=FINISH)
+
+
+@dataclass
+class _Start:
+    """One call of `start_run`, with the attempt that it has claimed: its record, and the lease of its last claim or
+    permit. `known` are the attempts that the claim was decided by."""
+
+    request: RunRequest
+    identity: RunIdentity
+    records: RecordStore
+    session: CrewSession
+    slot: str | None
+    check: Callable[[], Awaitable[None]] | None
+    work: OwnTask
+    record: RunRecord = field(init=False)
+    lease: Lease = field(init=False)
+    known: Sequence[RunRecord] = ()
+
+    async def run(self) -> tuple[Decision, RunRecord]:
+        """Decide, claim and post, until there is a run or an error."""
+        loop = asyncio.get_running_loop()
+        until = None
+        while True:
+            decision = await self._find_or_claim()
+            record, key = self.record, self.identity.idempotency_key
+            if not self.request.quiet:
+                run_logger().info("Crew %s: %s. (key %s)", record.crew, _step_taken(decision, record), key)
+            if decision is Decision.UNCERTAIN:
+                raise _uncertain(record)
+            if decision is Decision.REATTACH and (other := await self.records.other_holder(record)) is not None:
+                await _take_back_shared_id(record, self.records, other)
+            if not decision.starts:
+                return decision, record
+            try:
+                await self._make_sure()
+                await self._post_until_taken()
+            except ClaimLostError as lost:
+                self.work.raise_if_cancelled()
+                until = loop.time() + LIMITED_FOR if until is None else until  # from the first that was lost
+                if loop.time() > until:
+                    raise NotStartedError(
+                        f"Run {key!r} was not started: for {LIMITED_FOR / 60:g} minutes each claim of it was lost "
+                        "before its kickoff could be sent. The Prefect API answers too slowly, or this machine sleeps. "
+                        "Fix that, then run again with the same key."
+                    ) from None
+                run_logger().warning("Run %s: %s What is on record now counts.", key, lost)
+            else:
+                return decision, record
+
+    # Decide and claim
+
+    async def _find_or_claim(self) -> Decision:
+        """Decide by the attempts on record; `record` is the run that is found, or a claim of ours to start it by."""
+        if not self.request.options.force_new:
+            # The common case in one request: nobody knows the key yet.
+            with suppress(BudgetExceededError):  # of a row: one that has a run needs no room
+                if await self._claim(()):
+                    return Decision.START
+            self.work.raise_if_cancelled()
+        delay, read_again = AGAIN, False
+        while True:
+            attempts = await self.records.attempts(self.identity.idempotency_key)
+            decision, record = await self._decide(attempts)
+            if decision.starts:
+                if await self._claim(attempts):
+                    return decision
+                # Whoever took the name is read next. An API that refuses a name and does not show it is not asked at
+                # once.
+                await asyncio.sleep(delay)
+            elif record is None:
+                continue
+            elif decision is Decision.VOID:
+                reason = "the call that claimed it gave it up"
+                if await self.records.resolve(record, RecordPhase.NOT_STARTED, reason=reason):
+                    await release(record)  # what a permit of this very call says
+                else:
+                    await asyncio.sleep(AGAIN)
+            elif decision is Decision.CLAIMED_ELSEWHERE:
+                await asyncio.sleep(delay)
+                delay = min(delay * 1.5, 2.0)
+            elif decision is not Decision.UNCERTAIN or record.phase is not RecordPhase.CLAIMED or read_again:
+                self.record = record
+                return decision
+            # A claim that was read before its owner was seen to have ended may have become a run in between.
+            read_again = decision is Decision.UNCERTAIN
+
+    async def _decide(self, attempts: Sequence[RunRecord]) -> tuple[Decision, RunRecord | None]:
+        request, identity = self.request, self.identity
+        record, force_new = latest_start(attempts), request.options.force_new
+        if force_new:
+            # A retry of the very call that forced an attempt means that attempt, not yet another one.
+            forced = [attempt for attempt in attempts if attempt.forced_by == identity.place]
+            record, force_new = (latest_start(forced), False) if forced else (record, True)
+        is_claim = record is not None and record.phase is RecordPhase.CLAIMED
+        decision = decide(
+            record,
+            caller=identity.caller,
+            kickoffs=sum(attempt.counts for attempt in attempts),
+            max_attempts=request.crew.max_attempts,
+            owner_ended=record is not None and is_claim and await self.records.owner_ended(record),
+            is_own=record is not None and _has_given_up(identity, record),
+            force_new=force_new,
+            asked_at=request.asked_at,
+        )
+        # What another call claimed and surely never sent binds nobody. Nor does what is forced look at any record.
+        if record is not None and not request.options.force_new and decision is not Decision.VOID:
+            check_same_run(record, crew_url=request.crew.url, inputs_digest=request.inputs.digest)
+        return decision, record
+
+    async def _claim(self, known: Sequence[RunRecord]) -> bool:
+        """Claim the attempt after those that are known; False if somebody else has. Raises BudgetExceededError: there
+        is no room for it."""
+        request = self.request
+        # The time of the check twice, where a token was rotated.
+        lease = Lease(CLAIM_GOOD_FOR + (0.0 if self.check is None else 2 * request.crew.request_timeout))
+        record = self._new_record(max((attempt.attempt for attempt in known), default=0) + 1, lease.seconds)
+        with self.work.uncut():
+            if request.quiet:  # the claim of a row is its permit as well
+                await add_estimates(request.crew, record)
+            is_ours = await self.records.claim(record, lease)
+            if not is_ours:
+                await release(record)
+        self.record, self.lease, self.known = record, lease, known
+        if is_ours and self.work.is_cancelled:
+            await _give_back(record, self.records, asyncio.CancelledError(), lease)
+        self.work.raise_if_cancelled()
+        return is_ours
+
+    def _new_record(self, attempt: int, good_for: float) -> RunRecord:
+        """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
+        request, caller = self.request, self.identity.caller
+        crew, inputs = request.crew, request.inputs
+        return RunRecord(
+            idempotency_key=self.identity.idempotency_key,
+            attempt=attempt,
+            crew=crew.label,
+            crew_url=crew.url,
+            inputs_digest=inputs.digest,
+            owner=caller.owner,
+            claimed_at=utcnow(),
+            good_for=good_for,
+            post_deadline=post_deadline(crew.request_timeout),
+            forced_by=self.identity.place if request.options.force_new else None,
+            flow_run_id=caller.flow_run_id,
+            flow_run_count=caller.flow_run_count,
+            process=caller.process,
+            slot=self.slot,
+            step=request.options.name,
+            secret_inputs=list(inputs.secret_names),
+            # A single run is found blind whatever its secrets are: the mark is for rows.
+            secret_mark=secret_mark(crew.token.get_secret_value(), inputs.encoded, inputs.secret_names)
+            if request.quiet
+            else None,
+            # In the claim: whoever kicks off may be gone before anything else of it is written down.
+            has_webhooks=request.options.webhooks is None and bool(request.settings.webhook_url),
+        )
+
+    async def _make_sure(self) -> None:
+        """Check the kickoff, and at the same time that the claim was decided by what is still on record. Then count it.
+
+        Gives the claim back where one fails, however it fails: nothing was sent. A start that is refused leaves no
+        record.
+
+        Raises:
+            ClaimLostError: The claim was decided by something else.
+            BudgetExceededError: There is no room for the run.
+        """
+        async with self._giving_back(self.lease):
+            confirmed = asyncio.ensure_future(self.records.confirm(self.record, self.known))
+            confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
+            try:
+                if self.check is not None:
+                    try:
+                        await self.check()
+                    except CrewError:
+                        if await confirmed:  # else there may be a run, which needs no check
+                            raise
+                is_sure = await confirmed
+            finally:
+                confirmed.cancel()
+            if not is_sure:
+                raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
+            if self.request.crew.budgets and not self.request.quiet:
+                with self.work.uncut():
+                    await add_estimates(self.request.crew, self.record)
+                self.work.raise_if_cancelled()
+
+    # Post
+
+    async def _post_until_taken(self) -> None:
+        """Post a claimed run and write its id down; post again only what surely did not start a run.
+
+        Raises:
+            ClaimLostError: Somebody else has resolved the claim, or its kickoff was not sent in time. Nothing was
+                posted.
+            KickoffUncertainError: It was posted, and nobody knows what became of it. That is on record.
+            CrewError: It surely did not start a run. The claim is given back.
+        """
+        loop, record = asyncio.get_running_loop(), self.record
+        until, least = loop.time() + LIMITED_FOR, LEAST_DELAY
+        if not record.entries:  # the claim of a ledger is its permit as well
+            await self._take_permit()
+        while True:
+            client = self.session.client
+            try:
+                with self.work.uncut():  # a POST in flight is seen to its end
+                    await self._post()
+                    await asyncio.sleep(0)  # a cancellation that comes with its answer is seen
+                break
+            except (CrewError, ClaimLostError) as problem:
+                if record.phase is not RecordPhase.CLAIMED:
+                    raise
+                async with self._giving_back():
+                    if self.work.is_cancelled:
+                        raise
+                    is_renewed = isinstance(problem, AuthenticationError) and await self.session.renew(client)
+                    delay = 0.0 if is_renewed else kickoff_delay(problem)
+                    if delay is not None and not is_renewed:
+                        # Each try makes a permit. A server may say 0, or a date that has passed by our clock.
+                        delay, least = max(delay, least), min(least * 2, BARE_DELAY)
+                    if delay is None or loop.time() + delay > until:
+                        raise
+                if delay and not self.request.quiet:
+                    run_logger().warning("%s It is sent again in %.0f s.", problem, delay)
+                # Before the pause, so that nobody resolves the claim during it.
+                await self._take_permit(pause=delay)
+        if self.work.is_cancelled:
+            await stop_if_asked(self.session, record, self.records)
+        self.work.raise_if_cancelled()
+
+    async def _take_permit(self, *, pause: float = 0.0) -> None:
+        """Take the next permit of the claim, and wait for `pause` seconds. Its lease takes the place of the one before.
+
+        Gives the claim back where it fails or is cancelled.
+
+        Raises:
+            ClaimLostError: Somebody else has resolved the claim.
+        """
+        record, lease = self.record, Lease(pause + PERMIT_GOOD_FOR)
+        async with self._giving_back():
+            # A permit that comes to stand late says less than what gives the claim back.
+            with self.work.uncut():
+                is_taken = await self.records.permit(record, lease.seconds, before=self.lease, lease=lease)
+            if is_taken:
+                self.work.raise_if_cancelled()
+                await asyncio.sleep(pause)
+                self.lease = lease
+                return
+        record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
+        if not record.entries:  # which would have told others what to give back
+            await release(record)
+        raise ClaimLostError("somebody resolved its claim while this process was asleep, or away.")
+
+    async def _post(self) -> None:
+        """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
+        request, record, records = self.request, self.record, self.records
+        redact, has_left = self.session.crew.redactor(request.inputs), False
+
+        def last_look() -> None:
+            nonlocal has_left
+            if self.lease.is_over or self.work.is_cancelled:
+                raise ClaimLostError("its permit grew too old before its kickoff could be sent.")
+            self.identity.nonce.has_sent = has_left = True
+
         try:
-            await _make_sure(request, found, records, check)
-            await _post_until_taken(request, found.record, records, session, found.lease)
-        except ClaimLostError as lost:
-            until = loop.time() + LIMITED_FOR if until is None else until  # from the first that was lost
-            if loop.time() > until:
-                raise NotStartedError(
-                    f"Run {found.record.idempotency_key!r} was not started: for {LIMITED_FOR / 60:g} minutes each "
-                    "claim of it was lost before its kickoff could be sent. The Prefect API answers too slowly, or "
-                    "this machine sleeps. Fix that, then run again with the same key."
-                ) from None
-            run_logger().warning("Run %s: %s What is on record now counts.", found.record.idempotency_key, lost)
-        else:
-            return found
+            webhooks = request.options.webhooks or webhooks_for(request.crew, record, settings=request.settings)
+            with withholding(redact):
+                # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
+                meta = {
+                    **(request.options.meta or {}),
+                    "idempotency_key": record.idempotency_key,
+                    "run_attempt": record.attempt,
+                }
+                kickoff_id = await self.session.client.kickoff(
+                    request.inputs.encoded,
+                    meta=meta,
+                    webhooks=webhooks,
+                    restore_from=request.inputs.restore_from,
+                    before_sending=last_look,
+                )
+        except ClaimLostError:
+            raise
+        except BaseException as error:
+            if not has_left and _loop_ends(error):
+                raise ClaimLostError("its event loop ended before its kickoff could be sent.") from None
+            if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
+                raise
+            record.phase, record.reason = RecordPhase.UNCERTAIN, redact(f"{type(error).__name__}: {error}")[:500]
+            await _despite_loop_end(partial(_save, records=records), record)
+            count_uncertain(record)
+            if not isinstance(error, Exception):
+                raise
+            raise _uncertain(record) from error
+        record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
+        if not request.quiet:
+            # Before anything else: whatever fails from here on, a person finds the id in a log.
+            run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
+        if (other := await _save_started(record, records)) is not None:
+            await _take_back_shared_id(record, records, other)
+
+    @asynccontextmanager
+    async def _giving_back(self, unused: Lease | None = None) -> AsyncGenerator[None]:
+        """Give the claim back for whatever is raised in here, as `_give_back`: no request has started a run for it."""
+        try:
+            yield
+        except BaseException as problem:
+            # A courtesy: a claim without a permit expires by itself. With one, a refused kickoff would seem uncertain.
+            limit = None if self.record.entries and isinstance(problem, Exception) else FINISH
+            with suppress(TimeoutError), self.work.uncut():
+                await asyncio.wait_for(_give_back(self.record, self.records, problem, unused), limit)
+            raise
 
 
-start_run = cancelled_once(_start_run, lambda: FINISH)
+def _has_given_up(identity: RunIdentity, record: RunRecord) -> bool:
+    """Return whether a try of this call before has claimed a record and surely sent no kickoff for it."""
+    nonce = identity.nonce
+    return record.owner == nonce.text and not (record.entries and nonce.has_sent)
 
 
 def _step_taken(decision: Decision, record: RunRecord) -> str:
@@ -206,253 +425,11 @@ def _step_taken(decision: Decision, record: RunRecord) -> str:
             return "nobody knows whether an earlier kickoff started a run. Nothing is started"
 
 
-# Decide and claim
-
-
-async def _decide_and_claim(request: RunRequest, records: RecordStore, *, is_checked: bool) -> Started:
-    """Return a decision with the record that it is about; one that starts a run comes as a claim that is ours."""
-    # The time of the check twice, where a token was rotated.
-    good_for = CLAIM_GOOD_FOR + (2 * request.crew.request_timeout if is_checked else 0.0)
-    if not request.options.force_new:
-        # The common case in one request: nobody knows the key yet.
-        with suppress(BudgetExceededError):  # of a row: one that has a run needs no room
-            first = await _claim(request, records, Decision.START, (), good_for)
-            if first is not None:
-                return first
-    delay, read_again = AGAIN, False
-    while True:
-        attempts = await records.attempts(request.identity.idempotency_key)
-        decision, record = await _decide(request, attempts, records)
-        if decision.starts:
-            claim = await _claim(request, records, decision, attempts, good_for)
-            if claim is not None:
-                return claim
-            # Whoever took the name is read next. An API that refuses a name and does not show it is not asked at once.
-            await asyncio.sleep(delay)
-        elif record is None:
-            continue
-        elif decision is Decision.VOID:
-            if await records.resolve(record, RecordPhase.NOT_STARTED, reason="the call that claimed it gave it up"):
-                await release(record)  # what a permit of this very call says
-            else:
-                await asyncio.sleep(AGAIN)
-        elif decision is Decision.CLAIMED_ELSEWHERE:
-            await asyncio.sleep(delay)
-            delay = min(delay * 1.5, 2.0)
-        elif decision is not Decision.UNCERTAIN or record.phase is not RecordPhase.CLAIMED or read_again:
-            return Started(decision, record)
-        # A claim that was read before its owner was seen to have ended may have become a run in between.
-        read_again = decision is Decision.UNCERTAIN
-
-
-async def _decide(
-    request: RunRequest, attempts: Sequence[RunRecord], records: RecordStore
-) -> tuple[Decision, RunRecord | None]:
-    record, force_new = latest_start(attempts), request.options.force_new
-    if force_new:
-        # A retry of the very call that forced an attempt means that attempt, not yet another one.
-        ours = [attempt for attempt in attempts if attempt.forced_by == request.identity.place]
-        record, force_new = (latest_start(ours), False) if ours else (record, True)
-    owner_ended = record is not None and record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
-    decision = decide(
-        record,
-        caller=request.identity.caller,
-        kickoffs=sum(attempt.counts for attempt in attempts),
-        max_attempts=request.crew.max_attempts,
-        owner_ended=owner_ended,
-        is_own=record is not None and request.has_given_up(record),
-        force_new=force_new,
-        asked_at=request.asked_at,
-    )
-    # What another call claimed and surely never sent binds nobody. Nor does what is forced look at any record.
-    if record is not None and not request.options.force_new and decision is not Decision.VOID:
-        check_same_run(record, crew_url=request.crew.url, inputs_digest=request.inputs.digest)
-    return decision, record
-
-
-async def _claim(
-    request: RunRequest, records: RecordStore, decision: Decision, known: Sequence[RunRecord], good_for: float
-) -> _Claim | None:
-    """Claim the next attempt; None if somebody else has. Raises BudgetExceededError: there is no room for it."""
-    lease = Lease(good_for)
-    record = request.record(max((attempt.attempt for attempt in known), default=0) + 1, good_for)
-
-    async def claim() -> bool:
-        if request.quiet:  # the claim of a row is its permit as well
-            await add_estimates(request.crew, record)
-        is_ours = await records.claim(record, lease)
-        if not is_ours:
-            await release(record)
-        return is_ours
-
-    async def give_up(claiming: asyncio.Task[bool]) -> None:
-        await asyncio.wait({claiming})
-        if not claiming.cancelled() and claiming.exception() is None and claiming.result():
-            await _give_back(record, records, asyncio.CancelledError(), lease)
-
-    if not await _to_its_end(claim(), give_up):
-        return None
-    return _Claim(decision, record, known, lease)
-
-
-async def _make_sure(
-    request: RunRequest, claim: _Claim, records: RecordStore, check: Callable[[], Awaitable[None]] | None
-) -> None:
-    """Check the kickoff, and at the same time that the claim was decided by what is still on record. Then count it.
-
-    Gives the claim back where one fails, however it fails: nothing was sent. A start that is refused leaves no record.
-
-    Raises:
-        ClaimLostError: The claim was decided by something else.
-        BudgetExceededError: There is no room for the run.
-    """
-    async with _giving_back(claim.record, records, claim.lease):
-        confirmed = asyncio.ensure_future(records.confirm(claim.record, claim.known))
-        confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
-        try:
-            if check is not None:
-                try:
-                    await check()
-                except CrewError:
-                    if await confirmed:  # else there may be a run, which needs no check
-                        raise
-            is_sure = await confirmed
-        finally:
-            confirmed.cancel()
-        if not is_sure:
-            raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
-        if request.crew.budgets and not request.quiet:
-            await _to_its_end(add_estimates(request.crew, claim.record))
-
-
 def _uncertain(record: RunRecord) -> KickoffUncertainError:
     """Return the error about a kickoff of which nobody knows what became, having emitted its event once."""
     reason = record.reason or "the process that sent it ended before it recorded the answer"
     emit("uncertain", record, once=True, reason=reason)
     return KickoffUncertainError(idempotency_key=record.idempotency_key, reason=reason, sent=record.sent)
-
-
-# Post
-
-
-async def _post_until_taken(
-    request: RunRequest, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
-) -> None:
-    """Post a claimed run and write its id down; POST again only what surely did not start a run.
-
-    Raises:
-        ClaimLostError: Somebody else has resolved the claim, or its kickoff was not sent in time. Nothing was posted.
-        KickoffUncertainError: It was posted, and nobody knows what became of it. That is on record.
-        CrewError: It surely did not start a run. The claim is given back.
-    """
-    loop = asyncio.get_running_loop()
-    until, least = loop.time() + LIMITED_FOR, LEAST_DELAY
-    if not record.entries:  # the claim of a ledger is its permit as well
-        lease = await _take_permit(record, records, lease)
-    while True:
-        client = session.client
-        try:
-            return await _post_and_react(request, record, records, session, lease)
-        except (CrewError, ClaimLostError) as problem:
-            if record.phase is not RecordPhase.CLAIMED:
-                raise
-            async with _giving_back(record, records):
-                is_renewed = isinstance(problem, AuthenticationError) and await session.renew(client)
-                delay = 0.0 if is_renewed else kickoff_delay(problem)
-                if delay is not None and not is_renewed:
-                    # Each try makes a permit. A server may say 0, or a date that has passed by our clock.
-                    delay, least = max(delay, least), min(least * 2, BARE_DELAY)
-                if delay is None or loop.time() + delay > until:
-                    raise
-            if delay and not request.quiet:
-                run_logger().warning("%s It is sent again in %.0f s.", problem, delay)
-            # Before the pause, so that nobody resolves the claim during it.
-            lease = await _take_permit(record, records, lease, pause=delay)
-
-
-async def _take_permit(record: RunRecord, records: RecordStore, lease: Lease, *, pause: float = 0.0) -> Lease:
-    """Take the next permit of a claim, wait for `pause` seconds, and return how long it is good for.
-
-    `lease` is that of the claim, or of the permit before. Gives the claim back where it fails or is cancelled.
-
-    Raises:
-        ClaimLostError: Somebody else has resolved the claim.
-    """
-    new = Lease(pause + PERMIT_GOOD_FOR)
-    async with _giving_back(record, records):
-        # A permit that comes to stand late says less than what gives the claim back.
-        if await _to_its_end(records.permit(record, new.seconds, before=lease, lease=new)):
-            await asyncio.sleep(pause)
-            return new
-    record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
-    if not record.entries:  # which would have told others what to give back
-        await release(record)
-    raise ClaimLostError("somebody resolved its claim while this process was asleep, or away.")
-
-
-async def _post_and_react(
-    request: RunRequest, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
-) -> None:
-    """Make one POST, and see one that is in flight to its end even if the caller is cancelled."""
-
-    async def react(post: asyncio.Task[None]) -> None:
-        lease.end()  # what is not on its way yet is not sent any more
-        await asyncio.wait({post})
-        if post.cancelled():
-            return
-        if (error := post.exception()) is None:
-            await stop_if_asked(session, record, records)
-        # Of anything else, such as a signal raised within it, nobody knows whether it came before the POST.
-        elif record.phase is RecordPhase.CLAIMED and isinstance(error, (CrewError, ClaimLostError)):
-            await _give_back(record, records, error)
-
-    await _to_its_end(_post(request, record, records, session, lease), react)
-
-
-async def _post(
-    request: RunRequest, record: RunRecord, records: RecordStore, session: CrewSession, lease: Lease
-) -> None:
-    """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
-    redact = session.crew.redactor(request.inputs)
-
-    def last_look() -> None:
-        if lease.is_over:
-            raise ClaimLostError("its permit grew too old before its kickoff could be sent.")
-        request.identity.nonce.has_sent = True
-
-    try:
-        webhooks = request.options.webhooks or webhooks_for(request.crew, record, settings=request.settings)
-        with withholding(redact):
-            # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
-            meta = {
-                **(request.options.meta or {}),
-                "idempotency_key": record.idempotency_key,
-                "run_attempt": record.attempt,
-            }
-            kickoff_id = await session.client.kickoff(
-                request.inputs.encoded,
-                meta=meta,
-                webhooks=webhooks,
-                restore_from=request.inputs.restore_from,
-                before_sending=last_look,
-            )
-    except ClaimLostError:
-        raise
-    except BaseException as error:
-        if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
-            raise
-        record.phase, record.reason = RecordPhase.UNCERTAIN, redact(f"{type(error).__name__}: {error}")[:500]
-        await _save(record, records)
-        count_uncertain(record)
-        if not isinstance(error, Exception):
-            raise
-        raise _uncertain(record) from error
-    record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
-    if not request.quiet:
-        # Before anything else: whatever fails from here on, a person finds the id in a log.
-        run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
-    if (other := await _save_started(record, records)) is not None:
-        await _take_back_shared_id(record, records, other)
 
 
 async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: str) -> NoReturn:
@@ -466,19 +443,6 @@ async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: s
     await _save(record, records)
     count_uncertain(record)
     raise _uncertain(record)
-
-
-@asynccontextmanager
-async def _giving_back(record: RunRecord, records: RecordStore, unused: Lease | None = None) -> AsyncGenerator[None]:
-    """Give a claim back for whatever is raised in here, as `_give_back`: no request has started a run for it."""
-    try:
-        yield
-    except BaseException as problem:
-        # A courtesy: a claim without a permit expires by itself. With one, a refused kickoff would seem uncertain.
-        limit = None if record.entries and isinstance(problem, Exception) else FINISH
-        with suppress(TimeoutError):
-            await asyncio.wait_for(_give_back(record, records, problem, unused), limit)
-        raise
 
 
 async def _give_back(
@@ -505,12 +469,35 @@ async def _give_back(
 async def _save_started(record: RunRecord, records: RecordStore) -> str | None:
     """Write down the id of a run, as `_save`; return the key of another record that holds this id."""
     try:
-        return await records.save_started(record)
+        return await _despite_loop_end(records.save_started, record)
     except CrewError:
         raise
     except PREFECT_ERRORS as error:
         _log_unsaved(record, error)
         return None
+
+
+async def _despite_loop_end(write: Callable[[RunRecord], Awaitable[T]], record: RunRecord) -> T:
+    """Write something down, once more where the event loop ended meanwhile, which cancels its tasks once.
+
+    Only within `OwnTask.uncut`: elsewhere a CancelledError may be meant for the caller.
+    """
+    try:
+        return await write(record)
+    except (asyncio.CancelledError, ValueError) as error:
+        if not _loop_ends(error):
+            raise
+        return await write(record)
+
+
+def _loop_ends(error: BaseException) -> bool:
+    """Return whether an error says that the event loop ends, which cancels the tasks that anyio makes a connection by.
+
+    Once all of them are cancelled, anyio makes an empty group of errors, which is a ValueError.
+    """
+    task = asyncio.current_task()
+    is_own = task is not None and task.cancelling() > 0  # it is this task that was cancelled
+    return type(error) in (asyncio.CancelledError, ValueError) and not is_own
 
 
 async def _save(
@@ -539,95 +526,59 @@ def _log_unsaved(record: RunRecord, error: Exception) -> None:
     )
 
 
-async def _to_its_end(
-    work: Coroutine[Any, Any, T], then: Callable[[asyncio.Task[T]], Coroutine[Any, Any, None]] | None = None
-) -> T:
-    """Return what a write or a kickoff gives, which no cancellation of the caller cuts off.
-
-    A cancellation is raised once that has ended, and `then`, which is given the task, has done what follows. After
-    `FINISH` seconds it is raised anyway, and both go on by themselves.
-    """
-    task = asyncio.create_task(work)
-    # An event loop that ends, as on a signal or the timeout of a flow that is not async, cancels all tasks that it
-    # knows of: so it cancels the caller, which waits, and not this one.
-    asyncio.tasks._unregister_task(task)  # noqa: SLF001  documented, for those who extend asyncio
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # of one that is left, nobody asks
-    try:
-        await asyncio.wait({task})
-    except ENDINGS:
-        following = None if then is None else asyncio.create_task(then(task))
-        await asyncio.wait({task}, timeout=FINISH)
-        if following is not None and task.done():
-            await following
-        raise
-    return task.result()
-
-
 # One run of a user's
 
 
-@naming_prefect_away("Nothing was started. Run again with the same key.")
-async def open_run(
-    crew: Crew | CrewSession, inputs: Inputs, options: RunOptions, *, inside_own_task: bool = False
-) -> OpenRun:
-    """Find the run of a key, or start it. What it returns has a kickoff id. Raises as `run_crew`.
+async def open_run(request: RunRequest, *, inside_own_task: bool = False) -> LiveRun:
+    """Find the run of a request, or start it, for a caller that does not wait for it. Raises as `run_crew`."""
+    run = LiveRun(request.crew)
+    await kick_off(run, request, inside_own_task=inside_own_task)
+    run.remember()
+    if run.owned:
+        await run.artifact.show(lambda: run.view(None))  # a wait shows it if it lasts, else once, at its end
+    return run
 
-    An open session is used, and stays open.
-    """
-    given, crew = crew, crew.crew if isinstance(crew, CrewSession) else crew
-    # Callers have done so to name the run. Inputs that the crew has not taken would show what it calls secret.
-    inputs = crew.take(inputs, restore_from=options.restore_from)
+
+@naming_prefect_away("Nothing was started. Run again with the same key.")
+async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool = False) -> None:
+    """Find the run of a request, or start it: `run` has its kickoff id and its record then. Raises as `run_crew`."""
+    run.request, crew, options = request, request.crew, request.options
     identity = await identify(
         crew.label,
-        inputs.digest,
+        request.inputs.digest,
         idempotency_key=options.idempotency_key,
         name=options.name,
         inside_own_task=inside_own_task,
     )
-    request = RunRequest(crew, identity, inputs, options)
-    if is_known_cancelled(identity.caller.flow_run_id):
+    key, flow_run_id = identity.idempotency_key, identity.caller.flow_run_id
+    if is_known_cancelled(flow_run_id):
         # A flow that catches the end of one wait must not go on starting runs.
-        raise FlowRunCancelledError(f"Flow run {identity.caller.flow_run_id} was cancelled, so no run was started.")
-    records = PrefectRecords()
-    slots = await _take_slot(request, records) if crew.concurrency_limit else None
-    if slots is not None:
-        request = replace(request, slot=str(slots.lease))
+        raise FlowRunCancelledError(f"Flow run {flow_run_id} was cancelled, so no run was started.")
+    slots = await _take_slot(request, identity, run.records) if crew.concurrency_limit else None
     if request.settings.webhook_url and not is_prefect_cloud(request.settings.webhook_url):
         subscribe()
     try:
-        async with (
-            nullcontext() if slots is None else slots.kept(),
-            session_of(given if isinstance(given, CrewSession) else crew) as session,
-        ):
-            with withholding(crew.redactor(request.inputs)):
-                started = await start_run(request, records, session, check=lambda: check_inputs(session, request))
-            crew = session.crew  # with a renewed token, if there was one
+        async with nullcontext() if slots is None else slots.kept(), run.session:
+            with withholding(run.redact):
+                decision, record = await start_run(
+                    *(request, identity, run.records, run.session),
+                    slot=None if slots is None else str(slots.lease),
+                    check=lambda: check_inputs(run.session, request),
+                )
     except (CrewError, *PREFECT_ERRORS) as error:
-        await _after_failure(error, crew, identity.idempotency_key, slots)
+        await _after_failure(error, crew, key, slots)
         raise
-    record = started.record
-    run = OpenRun(
-        crew,
-        str(record.kickoff_id),
-        record,
-        request.inputs,
-        owned=started.is_new,
-        is_found=not started.is_new,
-        meta=request.options.meta,
-        webhooks=request.options.webhooks,
-    )
-    # Who gives a session goes on to wait for the run: that shows it if it lasts, else once, at its end.
-    if run.owned and not isinstance(given, CrewSession):
-        await run.artifact.show(lambda: run.view(None))
+    run.record, run.kickoff_id, run.is_fresh = record, str(record.kickoff_id), True
+    run.owned = record.owner == identity.caller.owner
+    run.is_found = not run.owned
     if not run.owned:
         if slots is not None:
             await slots.release()
         await crash_dead_owner(record)
         had_ended = record.ended_at is not None and record.ended_at <= request.asked_at
-        if started.decision is Decision.RETURN and record.state is not CrewState.COMPLETED and had_ended:
+        if decision is Decision.RETURN and record.state is not CrewState.COMPLETED and had_ended:
             run.advice = no_attempt_left(crew)
     run.notify(None)
-    return run
 
 
 async def _after_failure(error: Exception, crew: Crew, idempotency_key: str, slots: Slots | None) -> None:
@@ -641,12 +592,12 @@ async def _after_failure(error: Exception, crew: Crew, idempotency_key: str, slo
         note_exceeded(error, crew)
 
 
-async def _take_slot(request: RunRequest, records: RecordStore) -> Slots | None:
+async def _take_slot(request: RunRequest, identity: RunIdentity, records: RecordStore) -> Slots | None:
     """Take a slot of the crew's limit for a call that may start a run: what is in flight or completed needs none."""
-    latest = latest_start(await records.attempts(request.identity.idempotency_key))
+    latest = latest_start(await records.attempts(identity.idempotency_key))
     failed = latest is None or (latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED)
     if latest is not None and latest.phase is RecordPhase.CLAIMED:  # one that was given up is started anew
-        failed = not latest.open_for or request.has_given_up(latest) or await records.owner_ended(latest)
+        failed = not latest.open_for or _has_given_up(identity, latest) or await records.owner_ended(latest)
     return await take_slots(request.crew) if failed or request.options.force_new else None
 
 

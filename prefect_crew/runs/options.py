@@ -1,8 +1,10 @@
-"""The options of a run, other than its crew and inputs: one value, checked before anything is started."""
+"""What a caller asks for: the options of a run, checked before anything is started, and the request that holds them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal, cast
 from uuid import UUID
 
@@ -10,10 +12,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from prefect_crew.budgets import Budget
 from prefect_crew.client.encoding import is_uuid
-from prefect_crew.client.inputs import Unshown
+from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.webhooks import Webhooks
-from prefect_crew.crew import WaitPolicy
+from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.records.model import utcnow
+from prefect_crew.settings import CrewSettings
 
 
 def _unshown(meta: Any) -> Any:
@@ -98,3 +102,24 @@ class RunOptions(BaseModel):
     def arguments(self, *names: str) -> dict[str, Any]:
         """Return the options of these names as keyword arguments of a task."""
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a caller asks for. A public function makes it once, and it never changes, whatever becomes of the attempts.
+
+    `quiet`: no log line about the decision, for one row among thousands. `settings` say whether there are webhooks;
+    reading them takes 3 ms.
+    """
+
+    crew: Crew
+    inputs: Inputs
+    options: RunOptions = field(default_factory=RunOptions)
+    quiet: bool = False
+    settings: CrewSettings = field(default_factory=CrewSettings)
+    asked_at: datetime = field(default_factory=lambda: utcnow())
+
+    @classmethod
+    def of(cls, crew: Crew, inputs: Inputs, options: RunOptions) -> RunRequest:
+        """Return the request for one run, with the inputs as the crew takes them."""
+        return cls(crew, crew.take(inputs, restore_from=options.restore_from), options)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
 
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.run import TASKS_CAP, RunArtifact, RunView
 from prefect_crew.artifacts.telemetry import end_run
-from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, CrewStatus, Review
 from prefect_crew.client.redaction import Redactor, withholding
 from prefect_crew.crew import Crew, CrewSession
@@ -39,7 +38,7 @@ from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
-    from prefect_crew.client.webhooks import Webhooks
+    from prefect_crew.runs.options import RunRequest
 
 
 WITHHELD = "withheld: it may contain secret inputs, whose values are not known here"
@@ -49,28 +48,92 @@ _TEXTS = ("raw_state", "message", "current_task", "last_task", "last_step", "hum
 _TASK_TEXTS = ("name", "agent", "output", "data", "description")
 
 
-@dataclass
-class OpenRun:
-    """A run with a kickoff id.
+_KEPT = 1000
+"""How many runs a process remembers, the newest, as they were when their kickoff was done."""
+_kicked_off: OrderedDict[str, LiveRun] = OrderedDict()
+# By kickoff id. Not an argument: a user's own flow passes nothing but the id from the kickoff to the wait, and a record
+# holds neither secret inputs nor `meta` nor webhooks.
 
-    `record` is None for a run that was kicked off elsewhere. `inputs` is None where only the id is known. `owned`: this
-    process started it, so nobody else closes it. `is_found`: another call started it, which may have given other secret
-    inputs than `inputs` has. `advice` is what to do about a failure where that is not the usual.
-    `task_seen` is the task that the crew was last seen at, `tasks_seen` when each was first seen. `meta` and `webhooks`
-    are what the kickoff was given: the record has none of them, since they may hold secrets.
+
+class LiveRun:
+    """One run as this process knows it: made once by a public function, and passed on from its kickoff to its end.
+
+    It is no dataclass: Prefect would look into each of its parts, since a task takes it for its crew.
+
+    Args:
+        crew: Its crew. An open session is used, and stays open; else the run has a session of its own to enter.
+        kickoff_id: Its id, "" until its kickoff is done.
+        record: Its record. None for a run that was kicked off elsewhere, and before the record is read.
+        request: What its caller has asked for. None where only the id is known.
+        records: Where its record lives.
+        owned: Whether this process has started it, so that nobody else closes it.
+        is_found: Whether another call has started it, which may have given other secret inputs than the request has.
     """
 
-    crew: Crew
-    kickoff_id: str
-    record: RunRecord | None = None
-    inputs: Inputs | None = None
-    owned: bool = False
-    is_found: bool = False
-    advice: str | None = None
-    task_seen: str | None = field(default=None, repr=False)
-    tasks_seen: dict[str, datetime] = field(default_factory=dict[str, datetime], repr=False)
-    meta: Mapping[str, Any] | None = field(default=None, repr=False)
-    webhooks: Webhooks | None = field(default=None, repr=False)
+    def __init__(
+        self,
+        crew: Crew | CrewSession,
+        kickoff_id: str = "",
+        record: RunRecord | None = None,
+        request: RunRequest | None = None,
+        *,
+        records: RecordStore | None = None,
+        owned: bool = False,
+        is_found: bool = False,
+    ) -> None:
+        self.session = crew if isinstance(crew, CrewSession) else CrewSession(crew)
+        self.kickoff_id = kickoff_id
+        self.record = record
+        self.request = request
+        self.records: RecordStore = PrefectRecords() if records is None else records
+        self.owned = owned
+        self.is_found = is_found
+        self.is_fresh = False
+        """Whether its record is as its kickoff has left it, and so needs no reading."""
+        self.is_unread = False
+        """Whether its record could not be read, which says which of its inputs are secret."""
+        self.advice: str | None = None
+        """What to do about a failure where that is not the usual."""
+        self.task_seen: str | None = None
+        """The task that the crew was last seen at."""
+        self.tasks_seen = dict[str, datetime]()
+        """When each task was first seen at work, by its name."""
+        self._redactor: tuple[Crew, Redactor] | None = None
+
+    @classmethod
+    def of(cls, crew: Crew, kickoff_id: str) -> LiveRun:
+        """Return the run of a kickoff id, with all that is known of it where this process has kicked it off."""
+        run = _kicked_off.get(kickoff_id)
+        return cls(crew, kickoff_id) if run is None or run.crew.url != crew.url else run.anew(crew)
+
+    def anew(self, crew: Crew) -> LiveRun:
+        """Return the same run with a session of its own, for another call, which may be on another event loop."""
+        record = None if self.record is None else self.record.model_copy(deep=True)
+        run = LiveRun(crew, self.kickoff_id, record, self.request, is_found=self.is_found)
+        run.advice = self.advice
+        return run
+
+    def remember(self) -> None:
+        """Have `LiveRun.of` know this run by its id."""
+        _kicked_off[self.kickoff_id] = self.anew(self.crew)
+        if len(_kicked_off) > _KEPT:
+            _kicked_off.popitem(last=False)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: It holds the token and the inputs, and a session of this process.
+        """
+        raise TypeError("A live run cannot be pickled: it holds secrets. Pass the crew and the kickoff id instead.")
+
+    def __repr__(self) -> str:  # nothing that its crew or its caller said
+        return f"LiveRun({self.kickoff_id!r} of crew {self.crew.label!r})"
+
+    @property
+    def crew(self) -> Crew:
+        """Its crew, with the newest token."""
+        return self.session.crew
 
     @property
     def idempotency_key(self) -> str | None:
@@ -112,16 +175,13 @@ class OpenRun:
 
     # What may be shown
 
-    @cached_property
+    @property
     def redact(self) -> Redactor:
-        """What masks the token and the secret inputs."""
-        return self.crew.redactor(self.inputs)
-
-    def use_token_of(self, crew: Crew) -> None:
-        """Take up the token of the crew that a session has renewed; the old one stays a secret."""
-        if crew.token != self.crew.token:
-            self.crew = self.crew.with_token(crew.token)
-            self.__dict__.pop("redact", None)
+        """What masks the tokens and the secret inputs."""
+        crew = self.crew
+        if self._redactor is None or self._redactor[0] is not crew:  # its session has renewed the token
+            self._redactor = crew, crew.redactor(None if self.request is None else self.request.inputs)
+        return self._redactor[1]
 
     @property
     def is_blind(self) -> bool:
@@ -130,9 +190,9 @@ class OpenRun:
         A call that finds a run may have given other secrets than the call that started it.
         """
         recorded = [] if self.record is None else self.record.secret_inputs
-        if self.inputs is None:
-            return bool(self.crew.secret_inputs or recorded)
-        return self.is_found and bool(recorded)
+        if self.request is None:
+            return bool(self.is_unread or self.crew.secret_inputs or recorded)
+        return self.is_found and bool(self.is_unread or recorded)
 
     @property
     def show(self) -> str:
@@ -183,7 +243,7 @@ class OpenRun:
             state=CrewState.PENDING if status is None else status.state,
             started_at=None if record is None else record.kicked_off_at,
             ended_at=None if record is None else record.ended_at,
-            inputs=None if self.inputs is None else self.inputs.shown(self.redact),
+            inputs=None if self.request is None else self.request.inputs.shown(self.redact),
             status=None if status is None else self.redact_status(status),
             show=self.show,
             cost=None if record is None else record.cost,
@@ -201,66 +261,31 @@ class OpenRun:
         )
 
 
-class KickoffId(str):
-    """A kickoff id that knows its run, so that a wait in the same flow run need not ask the Prefect server for it.
+async def read_record(run: LiveRun, idempotency_key: str | None = None) -> None:
+    """Read the record of a run: by its key, else by its id. A record that is known stays while the Prefect API is away.
 
-    Stored, copied or sent to another process it is plain text: what it knows holds secrets.
+    Raises:
+        ConfigurationError: The run is of another crew.
     """
-
-    __slots__ = ("flow_run_id", "is_new", "run")
-    run: OpenRun
-    flow_run_id: str | None
-    is_new: bool
-    """Whether the run is still as its kickoff left it."""
-
-    def __new__(cls, run: OpenRun) -> KickoffId:  # noqa: D102
-        self = super().__new__(cls, run.kickoff_id)
-        self.run, self.flow_run_id, self.is_new = run, flow_run_id(), True
-        return self
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (str(self),)
-
-
-async def find_run(
-    crew: Crew, kickoff_id: str, idempotency_key: str | None = None, *, to_wait: bool = False
-) -> OpenRun:
-    """Return a run by its id, with its record where one is found. A Prefect API that is away leaves it without.
-
-    `to_wait`: the caller waits for its end and closes its record.
-    """
-    known: OpenRun | None = None
-    if isinstance(kickoff_id, KickoffId) and kickoff_id.run.crew.url == crew.url:
-        known = kickoff_id.run
-        if to_wait and kickoff_id.is_new and kickoff_id.flow_run_id == flow_run_id():
-            kickoff_id.is_new = False  # the first wait of the same flow run changes it
-            return known
-    records = PrefectRecords()
-    record = None
+    kickoff_id, crew, record = run.kickoff_id, run.crew, None
+    run.is_unread = False
     try:
         if idempotency_key is None:
-            record = await records.of_kickoff(kickoff_id)
+            record = await run.records.of_kickoff(kickoff_id)
         else:
-            attempts = await records.attempts(idempotency_key)
+            attempts = await run.records.attempts(idempotency_key)
             record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
     except PREFECT_ERRORS as error:
-        run_logger().warning("The record of run %s could not be read (%s): going on without it.", kickoff_id, error)
+        record, run.is_unread = run.record, run.record is None
+        run_logger().warning(
+            "The record of run %s could not be read (%s): going on with what is known of it.", kickoff_id, error
+        )
     if record is not None and record.crew_url != crew.url:
         raise ConfigurationError(
             f"Run {kickoff_id} is of crew {record.crew} at {record.crew_url}, not of crew {crew.label} at {crew.url}. "
             f"Nothing was sent. Give the crew {record.crew} with this kickoff id."
         )
-    if known is None:
-        return OpenRun(crew, str(kickoff_id), record)
-    return OpenRun(
-        crew,
-        str(kickoff_id),
-        record,
-        known.inputs,
-        is_found=known.is_found,
-        meta=known.meta,
-        webhooks=known.webhooks,
-    )
+    run.record, run.owned = record, False
 
 
 # Ends
@@ -328,7 +353,7 @@ def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:
         return None
 
 
-def next_step(run: OpenRun) -> str:
+def next_step(run: LiveRun) -> str:
     """Return what a person can do about the failure of a run."""
     if run.advice is not None or run.record is None:
         return run.advice or "Correct the crew, then start another run."
@@ -354,7 +379,7 @@ def _more_attempts(crew: str) -> str:
     )
 
 
-def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
+def result_of(run: LiveRun, status: CrewStatus) -> CrewResult:
     """Return the result of a completed run; whatever else a status says is raised, never returned."""
     if status.state is CrewState.COMPLETED:
         record = run.record
@@ -365,7 +390,7 @@ def result_of(run: OpenRun, status: CrewStatus) -> CrewResult:
     raise failure(run, status.state, run.redact_text(status.error or ""))
 
 
-def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewError:
+def failure(run: LiveRun, state: CrewState | None, error: str | None) -> CrewError:
     """Return the error for a run that has no result; `error` is the crew's own as it may be shown."""
     names = run.names
     if state is CrewState.FAILED:
@@ -380,7 +405,7 @@ def failure(run: OpenRun, state: CrewState | None, error: str | None) -> CrewErr
     )
 
 
-async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
+async def read_result(run: LiveRun) -> CrewResult:
     """Return the result of a run that has completed: from its record, else from the status call.
 
     Raises:
@@ -396,14 +421,14 @@ async def read_result(run: OpenRun, session: CrewSession) -> CrewResult:
         if (stored := await stored_result(record)) is not None:
             return record.completed(stored.result(run.kickoff_id))
     with withholding(run.redact_text):
-        status = await session.call(lambda client: client.status(run.kickoff_id))
+        status = await run.session.call(lambda client: client.status(run.kickoff_id))
     if status.state is CrewState.UNKNOWN:
         raise CrewLostError(**run.names, last_state=last)
     return result_of(run, status)
 
 
 def parse_data(
-    result: CrewResult, output_type: type[BaseModel] | None, *, run: OpenRun | None = None
+    result: CrewResult, output_type: type[BaseModel] | None, *, run: LiveRun | None = None
 ) -> CrewResult[Any]:
     """Return the result with its `data` as an instance of a pydantic model; as it is where there is no model.
 

@@ -29,13 +29,13 @@ from prefect_crew.client import CrewClient
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew, CrewSession, session_of
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import PAGE, Variable, read_exact, server_time, variables_in
 from prefect_crew.runs.limits import Slots
-from prefect_crew.runs.run import close_run, cost_of_run, find_run
+from prefect_crew.runs.run import LiveRun, close_run, cost_of_run, read_record
 from prefect_crew.states import CrewState
 
 LOOK_EVERY = 10.0
@@ -178,23 +178,24 @@ async def _latest_claims(client: PrefectClient, since: datetime | None, owners: 
 # Stop the crew
 
 
-async def stop_run(crew: Crew | CrewSession, kickoff_id: str, *, idempotency_key: str | None = None) -> StopAnswer:
+async def stop_run(run: LiveRun, *, idempotency_key: str | None = None) -> StopAnswer:
     """Ask the crew's server to stop a run, and write down what came of it.
 
     Raises:
         CrewError: The server could not be asked. An ended run, an unknown one and a missing `/stop` are answers.
     """
-    async with session_of(crew) as session:
-        run = await find_run(session.crew, kickoff_id, idempotency_key)
+    kickoff_id = run.kickoff_id
+    async with run.session as session:
+        await read_record(run, idempotency_key)
         with withholding(run.redact_text):
             answer = await session.call(lambda client: client.stop(kickoff_id))
             if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
                 try:
-                    await close_stopped(session.client, run.crew, run.record, answer, PrefectRecords())
+                    await close_stopped(session.client, run.crew, run.record, answer, run.records)
                 except PREFECT_ERRORS as error:
                     run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
                 if run.record.ended_at is not None:
-                    stopped = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED)
+                    stopped = CrewStatus(kickoff_id=kickoff_id, state=CrewState.STOPPED)
                     await run.artifact.show(lambda: run.view(stopped))
                 if run.record.slot is not None:
                     await Slots(run.crew, UUID(run.record.slot)).release()

@@ -8,7 +8,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
-from prefect_crew._internal.asyncio_tasks import ENDINGS, cancel_and_wait, cancelled_once
+from prefect_crew._internal.asyncio_tasks import ENDINGS, OwnTask, cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import progress
@@ -17,7 +17,7 @@ from prefect_crew.artifacts.run import RunView
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew, CrewSession, WaitPolicy, session_of
+from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import (
     CrewError,
     CrewFailedError,
@@ -27,7 +27,6 @@ from prefect_crew.exceptions import (
     FlowRunCancelledError,
 )
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.runs.limits import slot_of
 from prefect_crew.runs.listener import Waker, waker_for
@@ -36,11 +35,11 @@ from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import (
-    OpenRun,
+    LiveRun,
     close_run,
     end_of,
-    find_run,
     parse_data,
+    read_record,
     read_result,
     result_of,
 )
@@ -53,20 +52,22 @@ SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
 
 
-@cancelled_once
-async def wait_for_run(
-    crew: Crew | CrewSession,
-    kickoff_id: str,
-    options: RunOptions | None = None,
-) -> CrewResult[Any]:
+async def wait_for_run(run: LiveRun, options: RunOptions | None = None) -> CrewResult[Any]:
     """Wait until a run has ended and return its result. Raises as `wait_for_crew`.
 
-    An open session is used, and stays open.
+    The first wait after its kickoff knows its record; a later one reads the record.
     """
-    options = options or RunOptions()
-    async with session_of(crew) as session:
-        run = await find_run(session.crew, kickoff_id, options.idempotency_key, to_wait=True)
-        waiting = _result(_Waiter(run, session, options.wait or session.crew.wait, options.review))
+    work = OwnTask()
+    return await work.run(_wait_for_run(run, options or RunOptions(), work))
+
+
+async def _wait_for_run(run: LiveRun, options: RunOptions, work: OwnTask) -> CrewResult[Any]:
+    async with run.session:
+        if not run.is_fresh:
+            # The options may hold a template; the record has the key that came of it.
+            await read_record(run, run.idempotency_key or options.idempotency_key)
+        run.is_fresh = False
+        waiting = _result(_Waiter(run, options.wait or run.crew.wait, options.review, work))
         # No variable holds the result: error reporters show the local variables of all frames.
         return parse_data(await waiting, options.output_type, run=run)
 
@@ -79,7 +80,7 @@ async def _result(waiter: _Waiter) -> CrewResult:
             if waiter.own is not None:
                 waiter.meet_people()
             try:
-                return await read_result(run, waiter.session)
+                return await read_result(run)
             finally:
                 if waiter.people is not None:
                     await waiter.people.aclose(ended=True)
@@ -107,10 +108,9 @@ class _CancelledOnServerError(Exception):
 class _Waiter(Watcher):
     """One wait for one run: what it does with each status, and at the end."""
 
-    def __init__(self, run: OpenRun, session: CrewSession, policy: WaitPolicy, review: ReviewChoice | None) -> None:
-        self.run, self.session, self.policy = run, session, policy
+    def __init__(self, run: LiveRun, policy: WaitPolicy, review: ReviewChoice | None, work: OwnTask) -> None:
+        self.run, self.policy, self.work = run, policy, work
         self.review: ReviewChoice | None = review
-        self.records = PrefectRecords()
         self.log = run_logger()
         self.own = flow_run_id()
         self.phases = Phases.of(run.record)
@@ -129,7 +129,7 @@ class _Waiter(Watcher):
         run."""
         if asked or self.review == "form" or self.phases.human_seconds or self.phases.human_since:
             self.people = self.people or People(
-                self.run, self.session, self.records, self.policy, self.review, stop=self._stop_late, waker=self.waker
+                self.run, self.policy, self.review, stop=self._stop_late, waker=self.waker
             )
 
     async def wait(self) -> CrewResult:
@@ -188,10 +188,7 @@ class _Waiter(Watcher):
         return result_of(run, status)
 
     async def _look(self) -> CrewStatus:
-        try:
-            return await self.session.call(lambda client: client.status(self.run.kickoff_id))
-        finally:
-            self.run.use_token_of(self.session.crew)
+        return await self.run.session.call(lambda client: client.status(self.run.kickoff_id))
 
     # What `poll` tells and asks
 
@@ -242,7 +239,7 @@ class _Waiter(Watcher):
     async def _note(self, record: RunRecord) -> None:
         try:
             if self.run.owned or await self._closed() is None:
-                await self.records.save(record)
+                await self.run.records.save(record)
         except PREFECT_ERRORS as error:
             self.log.warning("Whether run %s waits for a person could not be recorded: %s", self.run.kickoff_id, error)
 
@@ -297,30 +294,35 @@ class _Waiter(Watcher):
         run, record = self.run, self.run.record
         await self._end_noting(NOTED_WITHIN)
         try:
-            if record is not None and await is_of_another(record, self.records):
+            if record is not None and await is_of_another(record, self.run.records):
                 return False
             self._has_stopped = True
             if record is not None:
-                return await stop_once(self.session, record, self.records)
-            return (await self.session.call(lambda client: client.stop(run.kickoff_id))).accepted
+                return await stop_once(self.run.session, record, self.run.records)
+            return (await self.run.session.call(lambda client: client.stop(run.kickoff_id))).accepted
         except (CrewError, *PREFECT_ERRORS) as error:
             self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, run.redact(str(error)))
             return False
 
     async def _stop_if_asked(self) -> bool:
         """Stop the crew where a person has cancelled, and show it; True if its server took that."""
+        if self.run.is_unread:
+            await read_record(self.run)
         record = self.run.record
         if record is None or self._has_stopped:  # /stop is sent once
             return False
         await self._end_noting(NOTED_WITHIN)
-        is_taken = await stop_if_asked(self.session, record, self.records)
+        is_taken = await stop_if_asked(self.run.session, record, self.run.records)
         if is_taken and record.phase is RecordPhase.ENDED:
             await self._show(CrewStatus(kickoff_id=self.run.kickoff_id, state=CrewState.STOPPED))
         return is_taken
 
     async def _close(self, status: CrewStatus) -> None:
         """Write the end down, and show it if this wait closes the run, or has started it."""
-        run, record, is_closed = self.run, self.run.record, False
+        run, is_closed = self.run, False
+        if run.is_unread:  # the Prefect API was away when the wait began
+            await read_record(run)
+        record = run.record
         if record is not None and record.phase is not RecordPhase.ENDED:
             result = None
             if status.state is CrewState.COMPLETED and run.show == "full":
@@ -331,23 +333,25 @@ class _Waiter(Watcher):
             end = end_of(run.crew, status, self.phases.human_seconds, error, result)
             report = {"error": error, "execution_time": status.execution_time}
             try:
-                is_closed = await close_run(record, self.records, end, lambda: run.view(status), report=report)
+                with self.work.uncut():  # the counters, the span and the event belong to the end that it creates
+                    is_closed = await close_run(record, run.records, end, lambda: run.view(status), report=report)
             except (*PREFECT_ERRORS, CrewError) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
                 emit(str(status.state), record, once=True, state=str(status.state), **report)
             else:
                 if not (is_closed or run.owned):
                     return
+            self.work.raise_if_cancelled()
         await self._show(status)
         if record is not None and is_closed:  # people look at the artifact first
-            await self.records.unlist(record)
+            await run.records.unlist(record)
 
     async def _closed(self) -> RunRecord | None:
         """Return the record if somebody else has closed it."""
         if self.run.record is None:
             return None
         try:
-            attempts = await self.records.attempts(self.run.record.idempotency_key)
+            attempts = await self.run.records.attempts(self.run.record.idempotency_key)
         except PREFECT_ERRORS:
             return None
         ended = (one for one in attempts if one.phase is RecordPhase.ENDED)

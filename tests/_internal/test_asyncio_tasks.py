@@ -13,7 +13,7 @@ import pytest
 from prefect import flow
 from prefect.logging import disable_run_logger
 
-from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, in_async_context, sync_version
+from prefect_crew._internal.asyncio_tasks import OwnTask, cancel_and_wait, in_async_context, sync_version
 from prefect_crew.batches import throttle
 from prefect_crew.runs import listener
 from support.prefect_server import PrefectServer
@@ -141,7 +141,7 @@ async def test_what_a_cancelled_coroutine_finishes_is_waited_for_within_its_limi
 
     for limit, is_waited_for in ((0.05, False), (60.0, True)):
         finished.clear()
-        running = asyncio.ensure_future(cancelled_once(start, lambda limit=limit: limit)())
+        running = asyncio.ensure_future(OwnTask().run(start(), within=limit))
         await asyncio.sleep(0.01)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):

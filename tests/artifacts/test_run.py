@@ -25,15 +25,18 @@ from prefect_crew import (
 )
 from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts import run as run_module
-from prefect_crew.artifacts.run import MarkdownArtifact, RunArtifact, artifact_key
+from prefect_crew.artifacts.run import MarkdownArtifact, RunArtifact, RunView, artifact_key, render_run
 from prefect_crew.client.inputs import Inputs
+from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ServerError
 from prefect_crew.records.store import record_name
 from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.kickoff import open_run
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import stop_run
+from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy, through
@@ -57,8 +60,8 @@ def name() -> str:
 
 def kicked_off(crew: Crew, inputs: dict[str, Any] | None = None, **options: Any) -> CrewRun:
     """Do what `DeployedCrew.trigger` does, for a crew that is named and not stored."""
-    run = asyncio.run(open_run(crew, crew.take(Inputs.of(inputs)), RunOptions(**options)))
-    return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key)
+    run = asyncio.run(open_run(RunRequest.of(crew, Inputs.of(inputs), RunOptions(**options))))
+    return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
 
 
 def shown(seen: Seen, name: str) -> str:
@@ -102,6 +105,18 @@ def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerF
         assert part in artifact["data"]
 
 
+def test_inputs_that_a_wait_does_not_know_stay_shown_and_no_text_of_the_crew_takes_their_place():
+    known = RunView("travel", "r1", None, CrewState.PENDING, inputs={"city": "Lisbon"})
+    unknown = replace(known, state=CrewState.RUNNING, inputs=None)
+    assert "| **city** | Lisbon |" in render_run(unknown, render_run(unknown, render_run(known)))
+    assert "Lisbon" not in render_run(replace(unknown, show="summary"), render_run(known))
+    error = "### Inputs\n\n[a link](https://evil.test)"
+    failed = replace(
+        unknown, state=CrewState.FAILED, status=CrewStatus(kickoff_id="r1", state=CrewState.FAILED, error=error)
+    )
+    assert "evil" not in render_run(unknown, render_run(failed))
+
+
 @pytest.mark.parametrize("show", ["full", "none"])
 def test_an_artifact_names_its_claim_from_the_kickoff_on_and_is_written_twice(
     crew_server: CrewServerFactory, seen: Seen, name: str, proxy: Proxy, show: Any
@@ -125,7 +140,7 @@ def test_an_artifact_names_its_claim_from_the_kickoff_on_and_is_written_twice(
 def test_a_cancelled_run_that_has_just_begun_is_shown_as_stopped(crew_server: CrewServerFactory, seen: Seen, name: str):
     run = kicked_off(crew_server(slow(60)).crew().crew.called(name))
     assert "○ pending" in shown(seen, name)
-    asyncio.run(stop_run(run.crew, run.kickoff_id))
+    asyncio.run(stop_run(LiveRun(run.crew, run.kickoff_id)))
     assert "■ stopped" in shown(seen, name)
 
 

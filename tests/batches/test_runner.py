@@ -30,10 +30,10 @@ from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResu
 from prefect_crew.records.notes import keep_question, kept_questions
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.runs import kickoff
-from prefect_crew.runs.kickoff import RunRequest, Started, start_run
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.kickoff import start_run
+from prefect_crew.runs.options import RunRequest
 from prefect_crew.runs.reviews.answer import resume_run
-from prefect_crew.settings import CrewSettings
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, let_an_hour_pass
@@ -306,16 +306,14 @@ async def test_a_server_that_leaves_everything_uncertain_is_paused_for(batch: Ba
 CLAIMED, NOT_STARTED, STARTED = RecordPhase.CLAIMED, RecordPhase.NOT_STARTED, RecordPhase.STARTED
 
 
-async def start(ledger: Ledger, server: CrewServer, session: CrewSession | None = None) -> Started:
+async def start(ledger: Ledger, server: CrewServer, session: CrewSession | None = None) -> RunRecord:
     """Start the row "k", as a batch does."""
     if session is None:
         async with CrewSession(server.crew().crew) as session:
             return await start(ledger, server, session)
     identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
-    known: dict[str, Any] = {"quiet": True, "settings": CrewSettings()}
-    return await start_run(
-        RunRequest(session.crew, identity, Inputs.of({"text": "a"}), RunOptions(), **known), ledger, session
-    )
+    request = RunRequest(session.crew, Inputs.of({"text": "a"}), quiet=True)
+    return (await start_run(request, identity, ledger, session))[1]
 
 
 async def phases(ledger: Ledger) -> list[RecordPhase]:
@@ -340,7 +338,7 @@ async def test_a_row_is_not_sent_once_its_claim_is_over(
     monkeypatch.setattr(kickoff, "webhooks_for", sleeping)
     server = crew_server("echo")
     claimed = await start(ledger, server)
-    assert claimed.record.attempt == 2
+    assert claimed.attempt == 2
     assert await phases(ledger) == [NOT_STARTED, STARTED]
     assert server.requests["kickoff"] == 1
 
@@ -429,7 +427,7 @@ async def test_without_the_ledger_the_message_says_how_to_answer_a_row(batch: Ba
         async with batches_waiting_for_people() as (batches, _):
             listed = [one.name for one in batches]
     kickoff_id = server.runs[0].id
-    for answering in (in_a_flow(kickoff_id), resume_run(crew.crew, kickoff_id, feedback="", approve=True)):
+    for answering in (in_a_flow(kickoff_id), resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)):
         with pytest.raises(CrewError, match=r"nothing was sent\. Answer a row with prefect-crew reviews approve"):
             await answering
     assert server.requests["resume"] == 0
@@ -439,7 +437,7 @@ async def test_without_the_ledger_the_message_says_how_to_answer_a_row(batch: Ba
     another = crew_server(ASKS)
     run = await another.crew().atrigger({"topic": "tea"})
     await until(lambda: [str(run.state) for run in another.runs] == ["waiting"], "it asks")
-    await resume_run(another.crew().crew, run.kickoff_id, feedback="", approve=True)
+    await resume_run(LiveRun(another.crew().crew, run.kickoff_id), feedback="", approve=True)
     assert another.requests["resume"] == 1, "a batch of another crew is not an obstacle"
 
 

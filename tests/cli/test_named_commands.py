@@ -20,7 +20,7 @@ from prefect_crew.deployments import PROBLEM
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, IdempotencyConflictError, KickoffUncertainError
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.reviews.questions import how_to_answer
-from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.run import LiveRun
 from support.records import new_record
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ TEXTS = {
     "conflict": str(IdempotencyConflictError(idempotency_key=HOSTILE, difference="x")),
     "lost": str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
     "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", limit=1, last_state="running")),
-    "answer": how_to_answer(OpenRun(crew=CREW, kickoff_id=HOSTILE)),
+    "answer": how_to_answer(LiveRun(crew=CREW, kickoff_id=HOSTILE)),
     "to do: uncertain": todo(RECORD, Condition.UNCERTAIN),
     "to do: orphaned": todo(RECORD, Condition.ORPHANED),
     "to do: waiting": todo(RECORD, Condition.WAITING),

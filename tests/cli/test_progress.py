@@ -16,7 +16,8 @@ from prefect_crew.cli import _output
 from prefect_crew.cli._output import Progress, SeenRun
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
-from prefect_crew.runs.run import OpenRun
+from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
 
 
@@ -24,10 +25,11 @@ def status(state: CrewState = CrewState.RUNNING, task: str | None = None, **fact
     return CrewStatus(kickoff_id="k1", state=state, current_task=task, **facts)
 
 
-def run(**fields: Any) -> OpenRun:
+def run(**fields: Any) -> LiveRun:
     stored = DeployedCrew(url="https://travel.example.com", token="token-1", **fields)  # type: ignore[arg-type]
     crew = stored.crew.called("travel")
-    return OpenRun(crew, "k1", inputs=crew.take(Inputs.of({"who": "Ada Lovelace"})), owned=True)
+    request = RunRequest.of(crew, Inputs.of({"who": "Ada Lovelace"}), RunOptions())
+    return LiveRun(crew, "k1", request=request, owned=True)
 
 
 def batch(phase: Any = "running", name: str = "leads", **counts: Any) -> BatchProgress:

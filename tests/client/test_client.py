@@ -113,6 +113,24 @@ async def test_ids_are_encoded_into_the_path(kickoff_id: str, path: bytes):
     assert paths == [path]
 
 
+async def test_a_kickoff_by_any_transport_is_announced_and_can_be_called_off():
+    sent: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.url.path)
+        return httpx.Response(200, json={"kickoff_id": "k1"})
+
+    def call_off() -> None:
+        raise LookupError("not now")
+
+    async with CrewClient(URL, TOKEN, transport=httpx.MockTransport(answer)) as client:
+        with pytest.raises(LookupError, match="not now"):
+            await client.kickoff({}, before_sending=call_off)
+        assert sent == []
+        assert await client.kickoff({}, before_sending=lambda: sent.append("announced")) == "k1"
+    assert sent == ["announced", "/kickoff"]
+
+
 FIRST, SECOND = "/status/k1", "/k1/status"
 RUNNING = httpx.Response(200, json={"state": "RUNNING"})
 NOT_FOUND = httpx.Response(404, json={"detail": "Not Found"})

@@ -21,7 +21,7 @@ from typing import Any, Literal
 __all__ = ["POINTS", "Kill", "arm", "arm_from"]
 
 HOOKS = {
-    "open": ("prefect_crew.tasks", "open_run"),
+    "open": ("prefect_crew.tasks", "kick_off"),
     "identify": ("prefect_crew.runs.kickoff", "identify"),
     "claim": ("prefect_crew.records.store", "PrefectRecords.claim"),
     "confirm": ("prefect_crew.records.store", "PrefectRecords.confirm"),

@@ -13,9 +13,9 @@ from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import CrewError
 from prefect_crew.runs.kickoff import open_run
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.answer import resume_run
-from prefect_crew.runs.run import KickoffId, OpenRun
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 from prefect_crew.states import CrewState
@@ -72,8 +72,9 @@ async def row(ground: Ground, place: str, idempotency_key: str) -> tuple[str, ..
     return first, str(started), phase, again, str(ground.started())
 
 
-async def open_tea(crew: Crew, idempotency_key: str) -> OpenRun:
-    return await open_run(crew, crew.take(Inputs.of({"topic": "tea"})), RunOptions(idempotency_key=idempotency_key))
+async def open_tea(crew: Crew, idempotency_key: str) -> LiveRun:
+    options = RunOptions(idempotency_key=idempotency_key)
+    return await open_run(RunRequest.of(crew, Inputs.of({"topic": "tea"}), options))
 
 
 async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], idempotency_key: str) -> tuple[str, ...]:
@@ -96,8 +97,7 @@ async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], idemp
 async def _call(crew: Crew, idempotency_key: str) -> str:
     """Run a crew as the two tasks do, without Prefect's retries of the first."""
     try:
-        run = await open_tea(crew, idempotency_key)
-        await wait_for_run(crew, KickoffId(run))
+        await wait_for_run(await open_tea(crew, idempotency_key))
     except CrewError as error:
         return type(error).__name__
     return "result"
@@ -105,7 +105,7 @@ async def _call(crew: Crew, idempotency_key: str) -> str:
 
 async def _answer(crew: Crew, kickoff_id: str) -> str:
     try:
-        await resume_run(crew, kickoff_id, feedback="", approve=True)
+        await resume_run(LiveRun(crew, kickoff_id), feedback="", approve=True)
     except CrewError as error:
         return type(error).__name__
     return "answered"
@@ -113,6 +113,6 @@ async def _answer(crew: Crew, kickoff_id: str) -> str:
 
 async def _stop(crew: Crew, kickoff_id: str) -> str:
     try:
-        return str((await stop_run(crew, kickoff_id)).outcome)
+        return str((await stop_run(LiveRun(crew, kickoff_id))).outcome)
     except CrewError as error:
         return type(error).__name__

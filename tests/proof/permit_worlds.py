@@ -37,18 +37,18 @@ WORLDS = {
         calls=(Call(crashed_at=1.0, again=(1.0, 15.0)),), faults=SLOW_KICKOFF, resolve_every=0.5
     ),
     "an owner that is said to have crashed falls asleep before its kickoff": Scenario(
-        calls=(Call(freeze_at=9, freeze_for=5.0, crashed_at=1.0), Call(at=3.0)), resolve_every=0.5
+        calls=(Call(freeze_at=7, freeze_for=5.0, crashed_at=1.0), Call(at=3.0)), resolve_every=0.5
     ),
     "an owner that is said to have crashed falls asleep over its claim": Scenario(
-        calls=(Call(freeze_at=5, freeze_for=30.0, crashed_at=1.0), Call(at=3.0)), resolve_every=0.5
+        calls=(Call(freeze_at=4, freeze_for=30.0, crashed_at=1.0), Call(at=3.0)), resolve_every=0.5
     ),
     "an owner that is said to have crashed falls asleep after a 429": Scenario(
-        calls=(Call(freeze_at=11, freeze_for=30.0, crashed_at=1.0), Call(at=0.3, again=(15.0,))),
+        calls=(Call(freeze_at=9, freeze_for=30.0, crashed_at=1.0), Call(at=0.3, again=(15.0,))),
         faults=LIMITED_TWICE,
         resolve_every=2.0,
     ),
     "a forced run is started while an owner that is said to have crashed and sleeps": Scenario(
-        calls=(Call(freeze_at=8, freeze_for=30.0, crashed_at=1.0), Call(at=2.0, force_new=True), Call(at=20.0)),
+        calls=(Call(freeze_at=6, freeze_for=30.0, crashed_at=1.0), Call(at=2.0, force_new=True), Call(at=20.0)),
         runs=(CrewRun(seconds=50),),
         resolve_every=0.5,
     ),
@@ -63,7 +63,7 @@ WORLDS = {
         calls=(Call(skew=-120.0), Call(at=3.0)), faults=SLOW_KICKOFF, resolve_every=2.0
     ),
     "the clock of an owner is set back ten minutes while it pauses for a 429": Scenario(
-        calls=(Call(skew=-600.0, skew_at=11), Call(at=0.3)), faults=LIMITED, resolve_every=0.5, order=1
+        calls=(Call(skew=-600.0, skew_at=9), Call(at=0.3)), faults=LIMITED, resolve_every=0.5, order=1
     ),
     "a caller whose clock is two minutes fast meets a kickoff that takes its time": Scenario(
         calls=(Call(), Call(at=1.0, skew=120.0)), faults=SLOW_KICKOFF
@@ -72,27 +72,27 @@ WORLDS = {
         calls=(Call(), Call(at=0.3, skew=120.0)), faults=LIMITED
     ),
     "a caller whose clock is two minutes slow meets an owner that died": Scenario(
-        calls=(Call(flow=False, kill_at=8), Call(at=1.0, skew=-120.0, again=(50.0, 50.0))), resolve_every=2.0
+        calls=(Call(flow=False, kill_at=6), Call(at=1.0, skew=-120.0, again=(50.0, 50.0))), resolve_every=2.0
     ),
     "an owner sleeps over the renewal of its claim, and one with a slow clock goes on": Scenario(
-        calls=(Call(freeze_at=9, freeze_for=100.0), Call(at=0.3, skew=-120.0)),
+        calls=(Call(freeze_at=7, freeze_for=100.0), Call(at=0.3, skew=-120.0)),
         faults=LIMITED_TWICE,
         resolve_every=2.0,
         seed=1,
     ),
     # Writes hang, and land late.
     "a machine sleeps over the pause for a 429, and writes its claim over what was resolved": Scenario(
-        calls=(Call(flow=False, freeze_at=12, freeze_for=400.0), Call(at=1.0, flow=False, again=(15.0, 50.0))),
+        calls=(Call(flow=False, freeze_at=10, freeze_for=400.0), Call(at=1.0, flow=False, again=(15.0, 50.0))),
         faults=("kickoff:429-before-accept@1",),
         resolve_after=0.0,
     ),
     "a machine sleeps over the pause for a 429 that hid a run, and writes its claim over it": Scenario(
-        calls=(Call(flow=False, freeze_at=12, freeze_for=400.0), Call(at=1.0, flow=False, again=(15.0, 50.0))),
+        calls=(Call(flow=False, freeze_at=10, freeze_for=400.0), Call(at=1.0, flow=False, again=(15.0, 50.0))),
         faults=("kickoff:429-after-accept@1",),
         resolve_after=0.0,
     ),
     "a cancelled caller gives its claim back, and the write that kept it goes out after that": Scenario(
-        calls=(Call(cancel_at=11, asked=True),),
+        calls=(Call(cancel_at=9, asked=True),),
         faults=("kickoff:503-before-accept@1",),
         prefect_faults=((3, "timeout"),),
     ),
@@ -111,27 +111,27 @@ WORLDS = {
     "the id of a run is written late, over its end": Scenario(calls=(Call(),), prefect_faults=(("write@2", "late"),)),
     # Old records are pruned.
     "a key is pruned while the owner, without a flow, sleeps over its end, and started anew": Scenario(
-        calls=(Call(flow=False, freeze_at=23, freeze_for=100.0), Call(at=0.3, skew=120.0, again=(15.0, 90.0))),
+        calls=(Call(flow=False, freeze_at=18, freeze_for=100.0), Call(at=0.3, skew=120.0, again=(15.0, 90.0))),
         runs=(CrewRun(end="fails", seconds=1.0),),
         prunes=(Prune(at=85.0),),
     ),
     "a key is not pruned while the owner's flow run sleeps over its end": Scenario(
-        calls=(Call(freeze_at=23, freeze_for=100.0), Call(at=0.3, skew=120.0, again=(15.0, 90.0))),
+        calls=(Call(freeze_at=18, freeze_for=100.0), Call(at=0.3, skew=120.0, again=(15.0, 90.0))),
         runs=(CrewRun(end="fails", seconds=1.0),),
         prunes=(Prune(at=85.0),),
     ),
     "a claim that lands late meets a key that was pruned, without a flow": Scenario(
-        calls=(Call(flow=False, cancel_at=6, again=(60.0,)), Call(at=75.0)),
+        calls=(Call(flow=False, cancel_at=5, again=(60.0,)), Call(at=75.0)),
         prefect_faults=(("write@3", "timeout"),),
         prunes=(Prune(at=70.0, freeze_at=9, freeze_for=30.0),),
     ),
     "a claim that lands late meets a key that is not pruned, since its flow run was retried": Scenario(
-        calls=(Call(cancel_at=6, again=(60.0,)), Call(at=75.0)),
+        calls=(Call(cancel_at=5, again=(60.0,)), Call(at=75.0)),
         prefect_faults=(("write@3", "timeout"),),
         prunes=(Prune(at=70.0, freeze_at=9, freeze_for=30.0),),
     ),
     "one whose clock is a day fast prunes the claim of an owner that is said to have crashed, and sleeps": Scenario(
-        calls=(Call(freeze_at=11, freeze_for=30.0, crashed_at=1.0), Call(at=2.0), Call(at=25.0)),
+        calls=(Call(freeze_at=9, freeze_for=30.0, crashed_at=1.0), Call(at=2.0), Call(at=25.0)),
         runs=(CrewRun(seconds=1.0), CrewRun(seconds=100.0)),
         prunes=(Prune(at=10.0, older_than=3600.0, skew=86400.0),),
     ),
@@ -143,7 +143,7 @@ WORLDS = {
         calls=SUBFLOWS, roots=(Root(((0.0, 60.0), (95.0, 110.0))),), prunes=(Prune(at=64.0, older_than=20.0),)
     ),
     "an owner that is said to have crashed falls asleep as it posts, and reports a kickoff of a pruned key": Scenario(
-        calls=(Call(freeze_at=26, freeze_for=400.0, crashed_at=1.0),),
+        calls=(Call(freeze_at=21, freeze_for=400.0, crashed_at=1.0),),
         faults=("kickoff:redirect-before-accept@1",),
         prefect_faults=((3, "lost"),),
         rotate_at=0.1,

@@ -86,7 +86,7 @@ MISTAKES: dict[str, tuple[Any, str, Any, str]] = {
     ),
     "an id that is named before it is written": (
         *(PrefectRecords, "save_started", _name_first),
-        f"{ONE_ID}, and one of the callers sleeps, before its step 13",
+        f"{ONE_ID}, and one of the callers sleeps, before its step 11",
     ),
     "an id that two records keep": (
         *(PrefectRecords, "_name_kickoff", _keep_id),

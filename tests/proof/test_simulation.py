@@ -335,9 +335,9 @@ def _takes_completed_for_over() -> Any:
 
 
 TWO = Scenario(calls=(Call(), Call()), runs=(CrewRun(seconds=3),))
-KILLED = Scenario(calls=(Call(kill_at=25, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=15),))
+KILLED = Scenario(calls=(Call(kill_at=20, crashed_after=0.5, again=(1.0,)),), runs=(CrewRun(seconds=15),))
 SLOW = Scenario(calls=(Call(), Call(at=0.2)), faults=("kickoff:429-before-accept=15@1",))
-FAILING = Scenario(calls=(Call(), Call(at=0.03, freeze_at=8, freeze_for=30.0)), runs=(CrewRun(end="fails"),))
+FAILING = Scenario(calls=(Call(), Call(at=0.03, freeze_at=6, freeze_for=30.0)), runs=(CrewRun(end="fails"),))
 REFUSED = Scenario(calls=(Call(again=(1.0,)),), faults=("kickoff:400-before-accept@1",))
 MISCONFIGURED = Scenario(calls=(Call(misconfigured=True, again=(1.0,)),))
 DENIED = Scenario(calls=(Call(again=(1.0,)),), faults=("kickoff:500-after-accept@1",))
@@ -382,7 +382,7 @@ def test_the_order_of_what_is_ready_is_drawn_by_the_seed() -> None:
 
 def test_a_failing_world_is_made_small() -> None:
     large = Scenario(
-        calls=(Call(at=3.0, flow=False, again=(1.0, 3.0)), Call(kill_at=5)),
+        calls=(Call(at=3.0, flow=False, again=(1.0, 3.0)), Call(kill_at=4)),
         runs=(CrewRun("fails", 15), CrewRun()),
         faults=("kickoff:500-after-accept@1", "status:500@1"),
         max_attempts=1,

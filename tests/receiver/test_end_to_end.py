@@ -15,6 +15,7 @@ from prefect_crew import DeployedCrew, WaitPolicy, arun_crew
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs.reviews.answer import resume_run
+from prefect_crew.runs.run import LiveRun
 from support.webhooks import SECRET, events_of, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -108,9 +109,9 @@ async def test_the_same_question_asked_again_is_reported_again(receiver: str, ke
         crew = crew_of(server)
         running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key))
         first = await question(1)
-        await resume_run(crew.crew, first["said"]["kickoff_id"], feedback="again", approve=False)
+        await resume_run(LiveRun(crew.crew, first["said"]["kickoff_id"]), feedback="again", approve=False)
         second = await question(2)
-        await resume_run(crew.crew, first["said"]["kickoff_id"], feedback="", approve=True)
+        await resume_run(LiveRun(crew.crew, first["said"]["kickoff_id"]), feedback="", approve=True)
         assert (await running).output == "what was written for ACME"
     assert (first["round"], second["round"]) == (0, 1)
     assert first["said"] == second["said"] != {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from prefect.states import Failed
 
 from prefect_crew import CrewFailedError, CrewResult, DeployedCrew, arun_crew, kickoff_crew
 from prefect_crew._internal import prefect_api
+from prefect_crew.client import _transport
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client.inputs import inputs_digest
@@ -665,3 +667,101 @@ async def test_a_claim_and_a_permit_that_wait_for_other_requests_begin_when_they
     await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert [bool(moment) for moment in began] == [True, False] * 2, "each begins right before its request"
     assert len(await attempts(idempotency_key)) == 1
+
+
+def hold_connections(monkeypatch: pytest.MonkeyPatch, are_held: Callable[[Any], bool], *, seconds: float) -> Any:
+    """Hold the first connection to a port of which `are_held` is true, and return what is set once it is held."""
+    connect, held = asyncio.BaseEventLoop.create_connection, threading.Event()
+
+    async def slow_connect(loop: Any, factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
+        if not held.is_set() and are_held(port):
+            held.set()
+            await asyncio.sleep(seconds)
+        return await connect(loop, factory, host, port, **options)
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", slow_connect)
+    return held
+
+
+def test_a_loop_that_ends_before_the_first_byte_leaves_nothing_uncertain(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server, idempotency_key = crew_server("echo"), key()
+    monkeypatch.setattr(_transport, "POST_KEEPALIVE", -1.0)  # the kickoff needs a connection of its own
+    connecting = hold_connections(
+        monkeypatch, lambda port: bool(server.requests["inputs"]) and str(port) in server.url, seconds=60
+    )
+
+    async def call() -> None:
+        calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
+        await until(connecting.is_set, "the kickoff is about to be sent")
+        asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
+        await calling
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(call())
+    assert server.requests["kickoff"] == 0
+    assert asyncio.run(phases(idempotency_key)) == [RecordPhase.NOT_STARTED]
+
+
+def test_an_id_is_on_record_although_the_loop_ends_while_it_is_written(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server, idempotency_key = crew_server("echo"), key()
+    connecting = hold_connections(
+        monkeypatch, lambda port: bool(server.requests["kickoff"]) and str(port) not in server.url, seconds=1
+    )
+
+    async def call() -> None:
+        calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
+        await until(connecting.is_set, "the id is about to be written")
+        asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
+        await calling
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(call())
+    assert server.requests["kickoff"] == 1
+    assert asyncio.run(phases(idempotency_key)) == [RecordPhase.STARTED]
+
+
+async def test_a_claim_is_given_back_although_its_caller_is_cancelled_meanwhile(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    withdraw, withdrawing = PrefectRecords.withdraw, asyncio.Event()
+
+    async def slow_withdraw(records: PrefectRecords, record: RunRecord) -> None:
+        withdrawing.set()
+        await asyncio.sleep(0.3)
+        await withdraw(records, record)
+
+    monkeypatch.setattr(PrefectRecords, "withdraw", slow_withdraw)
+    server, idempotency_key = crew_server("echo"), key()
+    calling = asyncio.ensure_future(server.crew().atrigger({"no": "text"}, idempotency_key=idempotency_key))
+    await withdrawing.wait()
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    assert await phases(idempotency_key) == []
+
+
+async def test_a_cancelled_call_writes_nothing_over_a_claim_that_somebody_has_resolved(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    permit, asking = PrefectRecords.permit, asyncio.Event()
+
+    async def slow_permit(records: PrefectRecords, record: RunRecord, good_for: float, **options: Any) -> bool:
+        asking.set()
+        await asyncio.sleep(0.3)
+        stored = (await attempts(idempotency_key))[0]
+        assert await RECORDS.resolve(stored, RecordPhase.STARTED, kickoff_id="theirs")
+        return await permit(records, record, good_for, **options)
+
+    monkeypatch.setattr(PrefectRecords, "permit", slow_permit)
+    server, idempotency_key = crew_server("echo"), key()
+    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
+    await asking.wait()
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    assert await phases(idempotency_key) == [RecordPhase.STARTED]
+    assert server.requests["kickoff"] == 0

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import pickle
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-import orjson
+import httpx
 import pytest
-from prefect.serializers import Serializer
 from pydantic import BaseModel, SecretStr, field_validator, model_validator
-from pydantic_core import from_json, to_json
 
 from prefect_crew.artifacts.run import render_run
 from prefect_crew.blocks import DeployedCrew
@@ -23,6 +19,7 @@ from prefect_crew.client.redaction import MASK
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import (
+    ConfigurationError,
     CrewError,
     CrewFailedError,
     CrewLostError,
@@ -30,8 +27,10 @@ from prefect_crew.exceptions import (
     NoResultError,
     OutputTypeError,
 )
-from prefect_crew.records.model import RunRecord
-from prefect_crew.runs.run import WITHHELD, KickoffId, OpenRun, find_run, parse_data, result_of
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.run import WITHHELD, LiveRun, parse_data, read_record, result_of
 from prefect_crew.states import CrewState
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -48,13 +47,13 @@ def record(**fields: Any) -> RunRecord:
     )  # fmt: skip
 
 
-def of(inputs: dict[str, Any], *secret: str) -> Inputs:
-    return Inputs.of(inputs).keep_secret(secret)
+def asked(inputs: dict[str, Any], *secret: str, **options: Any) -> RunRequest:
+    return RunRequest(crew(), Inputs.of(inputs).keep_secret(secret), RunOptions(**options))
 
 
-def secretive(inputs: dict[str, Any] | None, **fields: Any) -> OpenRun:
-    known = None if inputs is None else of(inputs, "password")
-    return OpenRun(crew(secret_inputs=["password"], **fields), "r1", record=record(), inputs=known)
+def secretive(inputs: dict[str, Any] | None, **fields: Any) -> LiveRun:
+    request = None if inputs is None else asked(inputs, "password")
+    return LiveRun(crew(secret_inputs=["password"], **fields), "r1", record(), request)
 
 
 # What may be shown
@@ -87,7 +86,7 @@ def test_secrets_are_masked_in_every_text_of_a_status_and_of_the_inputs_and_word
     assert "hunter22" not in shown
     assert "the-token" not in shown
     assert "https://me:" in shown
-    run = OpenRun(crew(), "r1", inputs=of({"flag": "completed"}, "flag"))
+    run = LiveRun(crew(), "r1", request=asked({"flag": "completed"}, "flag"))
     masked = run.redact_status(STATUS.model_copy(update={"output": "completed"}))
     assert (masked.state, masked.output) == (CrewState.COMPLETED, MASK)
     assert "✓ completed" in render_run(run.view(STATUS))
@@ -95,10 +94,10 @@ def test_secrets_are_masked_in_every_text_of_a_status_and_of_the_inputs_and_word
 
 @pytest.mark.parametrize(
     "run",
-    [secretive(None), OpenRun(crew(), "r1", record(secret_inputs=["password"]))],
+    [secretive(None), LiveRun(crew(), "r1", record(secret_inputs=["password"]))],
     ids=["of the block", "of the record"],
 )
-def test_where_the_secrets_are_not_known_no_text_is_shown(run: OpenRun):
+def test_where_the_secrets_are_not_known_no_text_is_shown(run: LiveRun):
     assert (run.is_blind, run.show, run.redact_text("hunter22 failed")) == (True, "summary", WITHHELD)
     assert (run.redact_name("task-1"), run.redact_name("log in as hunter22")) == ("task-1", "(withheld)")
     masked = run.redact_status(STATUS)
@@ -111,69 +110,73 @@ def test_where_the_secrets_are_not_known_no_text_is_shown(run: OpenRun):
 
 def test_a_call_that_finds_a_run_does_not_know_the_secrets_that_it_was_started_with():
     started = record().model_copy(update={"secret_inputs": ["pin"]})
-    run = OpenRun(crew(), "r1", started, of({"text": "a", "pin": "5678"}, "pin"), is_found=True)
+    run = LiveRun(crew(), "r1", started, asked({"text": "a", "pin": "5678"}, "pin"), is_found=True)
     assert "1234" not in run.redact_text("log in with 1234")
-    ours = OpenRun(run.crew, "r1", started, run.inputs, owned=True)
+    ours = LiveRun(run.crew, "r1", started, run.request, owned=True)
     assert ours.redact_text("log in with 1234") == "log in with 1234"
-    assert OpenRun(crew(), "r1", record(), of({"text": "a"}), is_found=True).redact_text("a text") == "a text"
+    plain = LiveRun(crew(), "r1", record(), asked({"text": "a"}), is_found=True)
+    assert plain.redact_text("a text") == "a text"
+    plain.record, plain.is_unread = None, True  # it may name secret inputs
+    assert plain.redact_text("a text") == WITHHELD
 
 
 def test_a_new_token_is_a_secret_as_well_as_the_old_one():
-    run = OpenRun(crew(), "r1", inputs=of({}))
+    run = LiveRun(crew(), "r1", request=asked({}))
     assert run.redact("the-token, the-other-token") == f"{MASK}, the-other-token"
-    run.use_token_of(replace(crew(), token=SecretStr("the-other-token")))
+    run.session.crew = run.crew.with_token(SecretStr("the-other-token"))
     assert run.redact("the-token, the-other-token") == f"{MASK}, {MASK}"
 
 
 def test_the_repr_of_a_run_has_nothing_that_its_crew_or_its_caller_said():
-    run = OpenRun(
-        crew(), "r1", record(), of({"text": "pass-1234"}), task_seen="pass-1234", meta={"a": "pass-1234"},
-        webhooks=Webhooks(task="https://hooks.test/pass-1234"),
-    )  # fmt: skip
+    webhooks = Webhooks(task="https://hooks.test/pass-1234")
+    request = asked({"text": "pass-1234"}, meta={"a": "pass-1234"}, webhooks=webhooks)
+    run = LiveRun(crew(), "r1", record(), request)
+    run.see_task("pass-1234")
     assert "'r1'" in repr(run)
     assert "pass-1234" not in repr(run)
 
 
-# From the kickoff to the wait
+def test_a_live_run_is_not_pickled():
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(LiveRun(crew(), "r1", record(), asked({"pin": "4711"}, "pin")))
+
+
+# Its record
 
 
 @pytest.mark.usefixtures("prefect_api")
-async def test_a_kickoff_id_hands_its_run_to_the_first_wait_and_what_no_record_has_to_all():
+async def test_a_record_that_is_read_is_not_of_this_process_and_what_no_record_has_stays():
     webhooks = Webhooks(crew="https://hooks.test/mine")
-    inputs = of({"pin": "4711"}, "pin").keep_secret([], [SecretStr("hunter22")])
-    run = OpenRun(crew(), "r1", record(), inputs, owned=True, webhooks=webhooks)
-    kickoff_id = KickoffId(run)
-    looked_at = await find_run(crew(), kickoff_id)
-    assert await find_run(crew(), kickoff_id, to_wait=True) is run
-    for again in (looked_at, await find_run(crew(), kickoff_id, to_wait=True)):
-        assert again is not run
-        assert (again.kickoff_id, again.inputs, again.webhooks, again.owned) == ("r1", inputs, webhooks, False)
-        assert again.redact_text("4711 and hunter22") == f"{MASK} and {MASK}"
-    other = replace(crew(), url="https://other.test")
-    assert (await find_run(other, KickoffId(run), to_wait=True)).inputs is None
+    request = asked({"pin": "4711"}, "pin", webhooks=webhooks)
+    run = LiveRun(crew(), "r1", record(), request, owned=True)
+    await read_record(run)
+    assert (run.record, run.owned, run.request) == (None, False, request)
+    assert run.redact_text("4711") == MASK
+    stored = record()
+    assert await run.records.claim(stored)
+    await run.records.save_started(stored.model_copy(update={"phase": RecordPhase.STARTED}))
+    for key in (None, "k"):
+        await read_record(run, key)
+        assert run.record is not None
+        assert run.record.ref == stored.ref
+    other = LiveRun(replace(crew(), url="https://other.test"), "r1")
+    with pytest.raises(ConfigurationError, match="is of crew travel at"):
+        await read_record(other)
 
 
-@pytest.mark.parametrize(
-    ("write", "read"),
-    [
-        pytest.param(json.dumps, json.loads, id="json"),
-        pytest.param(orjson.dumps, orjson.loads, id="orjson"),
-        pytest.param(to_json, from_json, id="pydantic"),
-        pytest.param(pickle.dumps, pickle.loads, id="pickle"),
-        pytest.param(copy.copy, copy.copy, id="copy"),
-        pytest.param(copy.deepcopy, copy.deepcopy, id="deepcopy"),
-        *(
-            pytest.param(Serializer(type=kind).dumps, Serializer(type=kind).loads, id=f"prefect-{kind}")
-            for kind in ("json", "pickle", "compressed/json", "compressed/pickle")
-        ),
-    ],
-)
-def test_a_kickoff_id_that_is_stored_or_sent_elsewhere_is_plain_text(write: Any, read: Any):
-    kickoff_id = KickoffId(OpenRun(crew(), "r1", inputs=of({"pin": "4711"})))
-    assert (kickoff_id, repr(kickoff_id), f"{kickoff_id}") == ("r1", "'r1'", "r1")
-    stored = write(kickoff_id)
-    assert "4711" not in str(stored)
-    assert (read(stored), type(read(stored))) == ("r1", str)
+async def test_a_record_that_cannot_be_read_may_name_secret_inputs(monkeypatch: pytest.MonkeyPatch):
+    async def away(*_: Any) -> None:
+        raise httpx.ConnectError("away")
+
+    run = LiveRun(crew(), "r1")
+    assert run.redact_text("a text") == "a text"
+    monkeypatch.setattr(PrefectRecords, "of_kickoff", away)
+    await read_record(run)
+    assert run.redact_text("a text") == WITHHELD
+    known = LiveRun(crew(), "r1", record())
+    await read_record(known)
+    assert known.record is not None
+    assert known.redact_text("a text") == "a text"
 
 
 # Ends
@@ -240,7 +243,7 @@ def test_a_validator_that_raises_whatever_it_likes_is_a_misfit():
     assert caught.value.problems == ["FromReport: KeyError: 'report'"]
     assert caught.value.__context__ is None, "its frames hold the whole result"
     with pytest.raises(OutputTypeError) as caught:
-        parse_data(result('{"other": 1}'), FromReport, run=OpenRun(crew(show="summary"), "r1", inputs=of({})))
+        parse_data(result('{"other": 1}'), FromReport, run=LiveRun(crew(show="summary"), "r1", request=asked({})))
     assert caught.value.problems == ["FromReport: KeyError"]
 
 
@@ -263,9 +266,9 @@ def test_a_message_shows_no_more_of_an_output_than_may_be_shown():
     assert caught.value.output == '{"city": "hunter22"}', "the caller has it anyway"
     with pytest.raises(OutputTypeError) as caught:
         parse_data(
-            result('{"city": "Atlantis", "days": 3}'), Trip, run=OpenRun(crew(show="summary"), "r1", inputs=of({}))
+            result('{"city": "Atlantis", "days": 3}'), Trip, run=LiveRun(crew(show="summary"), "r1", request=asked({}))
         )
     assert "Atlantis" not in str(caught.value)
     assert "city: value_error" in str(caught.value)
     with pytest.raises(OutputTypeError, match="Atlantis is not to be found"):
-        parse_data(result('{"city": "Atlantis", "days": 3}'), Trip, run=OpenRun(crew(), "r1", inputs=of({})))
+        parse_data(result('{"city": "Atlantis", "days": 3}'), Trip, run=LiveRun(crew(), "r1", request=asked({})))

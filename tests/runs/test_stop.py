@@ -40,6 +40,7 @@ from prefect_crew.client.models import StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.runs import stop
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -600,7 +601,7 @@ async def test_a_stop_that_cannot_be_recorded_is_reported(
     def refused() -> Any:
         with through(prefect_server) as proxy:
             proxy.refuse = "POST /api/variables/$"
-            return asyncio.run(stop.stop_run(run.crew, run.kickoff_id))
+            return asyncio.run(stop.stop_run(LiveRun(run.crew, run.kickoff_id)))
 
     assert (await asyncio.to_thread(refused)).accepted
     assert f"It could not be recorded that run {run.kickoff_id} was stopped" in caplog.text
@@ -643,7 +644,7 @@ async def test_the_runs_of_a_flow_run_are_found_by_its_artifacts(
     await kickoff_crew(server.crew())  # somebody else's
     flow_run_id, *kickoff_ids = await started(server)
     assert await open_ids(flow_run_id) == set(kickoff_ids)
-    await stop.stop_run(server.crew().crew, kickoff_ids[0])
+    await stop.stop_run(LiveRun(server.crew().crew, kickoff_ids[0]))
     assert await open_ids(flow_run_id) == {kickoff_ids[1]}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from prefect import flow
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from prefect_crew import (
     AuthenticationError,
@@ -25,19 +25,26 @@ from prefect_crew import (
     CrewTimeoutError,
     DeployedCrew,
     OutputTypeError,
+    Review,
+    ReviewRequest,
     WaitPolicy,
     arun_crew,
     kickoff_crew,
     wait_for_crew,
 )
-from prefect_crew._internal import prefect_api
+from prefect_crew._internal import asyncio_tasks, prefect_api
 from prefect_crew.artifacts.run import artifact_key
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records import results
-from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import polling
 from prefect_crew.runs import wait as wait_module
+from prefect_crew.runs.kickoff import open_run
+from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs.wait import wait_for_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -91,6 +98,14 @@ async def test_a_failed_run_raises_the_crews_own_error(crew_server: CrewServerFa
         await run.afetch_result()
 
 
+async def test_a_call_that_may_start_no_more_says_so_once_it_has_waited(crew_server: CrewServerFactory):
+    crew, idempotency_key = crew_server(FAILS).crew(max_attempts=1), key()
+    for advice in ("This was attempt 1 of at most 1", "Nothing was started: crew"):
+        run = await crew.atrigger({}, idempotency_key=idempotency_key)
+        with pytest.raises(CrewFailedError, match=advice):
+            await run.await_for_completion()
+
+
 async def test_a_run_that_the_server_forgets_is_lost_and_not_started_again(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(slow(60), faults=["status:forgotten@3"]), key()
     run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
@@ -101,6 +116,135 @@ async def test_a_run_that_the_server_forgets_is_lost_and_not_started_again(crew_
     again = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     assert again.kickoff_id == run.kickoff_id
     assert server.kickoffs == 1
+
+
+async def test_a_run_whose_key_is_a_template_is_waited_for_twice_with_one_record(crew_server: CrewServerFactory):
+    server = crew_server(script({"output": "done"}))
+    options = RunOptions.of(idempotency_key=key() + "-{scheduled_start:%Y}")
+    run = await open_run(RunRequest.of(server.crew().crew, Inputs.of(None), options))
+    first, looks = await wait_for_run(run, options), server.requests["status"]
+    second = await wait_for_run(run, options)
+    assert second.idempotency_key == first.idempotency_key == run.idempotency_key
+    assert server.requests["status"] == looks, "the record has the result"
+
+
+async def test_an_end_is_reported_by_the_wait_that_writes_it_down_although_it_is_cancelled_meanwhile(
+    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
+):
+    end, ending = PrefectRecords.end, asyncio.Event()
+
+    async def slow_end(records: PrefectRecords, record: RunRecord, **how: Any) -> bool:
+        is_closed = await end(records, record, **how)
+        ending.set()
+        await asyncio.sleep(0.3)
+        return is_closed
+
+    monkeypatch.setattr(PrefectRecords, "end", slow_end)
+    run = await crew_server(script({"output": "done"})).crew().atrigger({})
+    waiting = asyncio.ensure_future(run.await_for_completion())
+    await ending.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    events = await asyncio.to_thread(seen.events, run.kickoff_id)
+    assert [event["event"] for event in events].count("crew.completed") == 1
+
+
+async def test_a_cancelled_wait_does_not_wait_for_an_end_that_cannot_be_written_down(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    async def slow_end(*_: Any, **__: Any) -> bool:
+        ending.set()
+        await asyncio.sleep(60)
+        raise httpx.ConnectError("away")
+
+    ending = asyncio.Event()
+    monkeypatch.setattr(PrefectRecords, "end", slow_end)
+    monkeypatch.setattr(asyncio_tasks, "UNCUT_FOR", 0.2)
+    run = await crew_server(script({"output": "done"})).crew().atrigger({})
+    waiting = asyncio.ensure_future(run.await_for_completion())
+    await ending.wait()
+    waiting.cancel()
+    done, _ = await asyncio.wait({waiting}, timeout=20)
+    assert done
+
+
+@pytest.mark.parametrize("way", ["trigger", "tasks"])
+async def test_a_run_that_this_process_has_started_is_closed_although_its_record_could_not_be_read_at_first(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, way: str
+):
+    attempts, reads = PrefectRecords.attempts, list[str]()
+
+    async def away_once(records: PrefectRecords, key: str) -> Any:
+        reads.append(key)
+        if len(reads) == 1:
+            raise httpx.ConnectError("away")
+        return await attempts(records, key)
+
+    @flow
+    async def trip() -> str:
+        kickoff_id = await kickoff_crew(crew, {})
+        monkeypatch.setattr(PrefectRecords, "attempts", away_once)
+        await wait_for_crew(crew, kickoff_id)
+        return kickoff_id
+
+    crew = crew_server(script({"output": "done"})).crew()
+    if way == "tasks":
+        kickoff_id = await trip()
+    else:
+        run = await crew.atrigger({})
+        monkeypatch.setattr(PrefectRecords, "attempts", away_once)
+        await run.await_for_completion()
+        kickoff_id = run.kickoff_id
+    assert len(reads) == 1
+    assert (await record_of(kickoff_id)).phase is RecordPhase.ENDED
+
+
+async def test_a_record_that_could_not_be_read_at_first_is_read_at_the_end(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    of_kickoff, reads = PrefectRecords.of_kickoff, list[str]()
+
+    async def away_once(records: PrefectRecords, kickoff_id: str) -> Any:
+        reads.append(kickoff_id)
+        if len(reads) == 1:
+            raise httpx.ConnectError("away")
+        return await of_kickoff(records, kickoff_id)
+
+    crew = crew_server(script({"output": "done"})).crew()
+    run = await crew.atrigger({})
+    monkeypatch.setattr(PrefectRecords, "of_kickoff", away_once)
+    assert (await wait_for_run(LiveRun(crew.crew, run.kickoff_id))).idempotency_key == run.idempotency_key
+    assert (await record_of(run.kickoff_id)).phase is RecordPhase.ENDED
+
+
+async def test_the_tasks_of_a_users_own_flow_know_what_the_kickoff_was_given(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, seen: Seen
+):
+    async def not_named(*_: Any) -> None:
+        """Do what a Prefect API that goes away at this moment makes of it."""
+
+    metas: list[Any] = []
+
+    def review(question: ReviewRequest) -> Review:
+        metas.append(question.meta)
+        return Review(approve=True)
+
+    @flow
+    async def trip() -> str:
+        kickoff_id = await kickoff_crew(crew, {"pin": SecretStr("hunter22")}, meta={"ticket": 7})
+        await wait_for_crew(crew, kickoff_id, review=review)
+        return kickoff_id
+
+    monkeypatch.setattr(PrefectRecords, "_name_kickoff", not_named)
+    tasks = ({"output": "a draft for {{ pin }}", "human": True}, {"output": "printed for {{ pin }}"})
+    crew = crew_server(script(*tasks, inputs=["pin"])).crew().crew.called(f"crew-{uuid.uuid4().hex[:8]}")
+    kickoff_id = await trip()
+    assert metas == [{"ticket": 7}]
+    (artifact,) = await asyncio.to_thread(seen.artifacts, artifact_key(crew.label))
+    assert kickoff_id in artifact["data"]
+    assert "printed for" in artifact["data"]
+    assert "hunter22" not in artifact["data"]
 
 
 # Time

@@ -24,7 +24,7 @@ from prefect_crew.client._callbacks import post_answer
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, ResumeAnswer, Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.crew import Crew
 from prefect_crew.exceptions import (
     AlreadyAnsweredError,
     AnswerUncertainError,
@@ -38,7 +38,6 @@ from prefect_crew.exceptions import (
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.notes import forget_question, kept_output, kept_questions
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.questions import (
     describe_answer,
     digest,
@@ -49,7 +48,7 @@ from prefect_crew.runs.reviews.questions import (
     waiting_task,
     where_to_look,
 )
-from prefect_crew.runs.run import OpenRun, find_run
+from prefect_crew.runs.run import LiveRun, read_record
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import webhooks_for
 
@@ -74,9 +73,7 @@ CrewOf = Callable[[RunRecord], Awaitable[Crew | None]]  # None where a record's 
 
 
 async def answer_question(
-    run: OpenRun,
-    session: CrewSession,
-    records: RecordStore,
+    run: LiveRun,
     review: Review,
     *,
     question: ReviewRequest | None = None,
@@ -92,7 +89,7 @@ async def answer_question(
     answered in between has taken that number: so no answer goes to a question that its giver has not seen.
 
     Args:
-        run, session, records: The run, and what it is reached by.
+        run: The run, in an open session.
         review: The answer, with its giver.
         question: The question that a wait has seen. Another question is not answered.
         task_id: The task; left out, the status names it. Given, the run counts as waiting though the status does not
@@ -115,13 +112,13 @@ async def answer_question(
         CrewAPIError, CrewConnectionError: As the server answered, or did not. The answer is not sent again by itself.
     """
     with naming_prefect_errors(_unsent(run, review, "the earlier answers cannot be read")):
-        answers = await records.reviews(answers_record(run))
+        answers = await run.records.reviews(answers_record(run))
         if earlier := next((answer for answer in answers if call is not None and answer.call == call), None):
             return _repeat_answer(run, earlier), earlier
         if answers and answers[-1].nonce == nonce and answers[-1].outcome == "intended":
             answers.pop()  # this attempt has written it down, and sent nothing
         of_flow = await open_question_of_flow(run.kickoff_id, answers)
-    status = await session.call(lambda client: client.status(run.kickoff_id))
+    status = await run.session.call(lambda client: client.status(run.kickoff_id))
     current = _question_to_answer(run, status, answers, of_flow, task_id, question)
     where = f"Run {run.kickoff_id}, task {run.redact_name(current.task_id)},"
     if round is not None and round != current.round:
@@ -131,10 +128,10 @@ async def answer_question(
         update={"call": call, "nonce": nonce or uuid4().hex}
     )
     looks = LOOKS if question is None else 1  # a wait looks again by itself
-    return await _send_answer(run, session, records, current, review, written, webhooks, looks)
+    return await _send_answer(run, current, review, written, webhooks, looks)
 
 
-def _to_write_down(run: OpenRun, status: CrewStatus, question: ReviewRequest, review: Review) -> Review:
+def _to_write_down(run: LiveRun, status: CrewStatus, question: ReviewRequest, review: Review) -> Review:
     """Return an answer as it may be stored, with all that tells its question from the next."""
     named = waiting_task(status)
     return review.model_copy(
@@ -156,9 +153,7 @@ def _to_write_down(run: OpenRun, status: CrewStatus, question: ReviewRequest, re
 
 
 async def _send_answer(
-    run: OpenRun,
-    session: CrewSession,
-    records: RecordStore,
+    run: LiveRun,
     question: ReviewRequest,
     review: Review,
     written: Review,
@@ -166,13 +161,13 @@ async def _send_answer(
     looks: int,
 ) -> tuple[ResumeAnswer, Review]:
     """Write an answer down, send it, and note whether it arrived and the crew continues. Nothing else sends answers."""
-    record, number = answers_record(run), len(question.answers) + 1
+    records, record, number = run.records, answers_record(run), len(question.answers) + 1
     with naming_prefect_errors(_unsent(run, review, "it cannot be put on record")):
         is_ours = await records.add_review(record, number, written)
     if not is_ours:
         raise AlreadyAnsweredError(f"Somebody else answers run {run.kickoff_id} at this moment. Nothing was sent.")
     try:
-        accepted = await _post(run, session, question, review, number, webhooks)
+        accepted = await _post(run, question, review, number, webhooks)
     except BaseException as error:
         if kickoff_fate(error) is KickoffFate.UNCERTAIN:
             await _note(run, records.save_review(record, number, written.model_copy(update={"outcome": "uncertain"})))
@@ -180,7 +175,7 @@ async def _send_answer(
             await _note(run, records.remove_review(record, number))
         raise
     # At once, since a fast crew soon asks again.
-    looking = asyncio.ensure_future(_has_moved_on(run, session, looks))
+    looking = asyncio.ensure_future(_has_moved_on(run, looks))
     try:
         written = written.model_copy(update={"outcome": "sent"})
         await _note(run, records.save_review(record, number, written))
@@ -196,20 +191,16 @@ async def _send_answer(
 
 
 async def _post(
-    run: OpenRun,
-    session: CrewSession,
-    question: ReviewRequest,
-    review: Review,
-    number: int,
-    webhooks: Webhooks | None,
+    run: LiveRun, question: ReviewRequest, review: Review, number: int, webhooks: Webhooks | None
 ) -> ResumeAnswer:
     """Send an answer once: to the callback URL of a Flow's question, else to `/resume`."""
     if question.callback_url is None:
         if webhooks is None and answers_record(run).has_webhooks:
             webhooks = webhooks_for(run.crew, answers_record(run), round=number)
-        targets = webhooks or run.webhooks
-        return await session.client.resume(
-            run.kickoff_id, question.task_id, review.feedback, review.approve, webhooks=targets
+        if webhooks is None and run.request is not None:
+            webhooks = run.request.options.webhooks
+        return await run.session.client.resume(
+            run.kickoff_id, question.task_id, review.feedback, review.approve, webhooks=webhooks
         )
     try:
         answer = await post_answer(question, review, allow_http=run.crew.allow_http)
@@ -226,7 +217,7 @@ def is_refusal(question: ReviewRequest, error: CrewAPIError) -> bool:
     return error.status_code in (REFUSALS if question.callback_url is None else REFUSALS_OF_FLOWS)
 
 
-async def _note(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
+async def _note(run: LiveRun, writing: Coroutine[Any, Any, None]) -> None:
     """Write down what became of an answer. An error is logged: the answer was sent, or was not, all the same."""
     try:
         await writing
@@ -234,13 +225,13 @@ async def _note(run: OpenRun, writing: Coroutine[Any, Any, None]) -> None:
         run_logger().warning("What became of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
 
 
-async def _has_moved_on(run: OpenRun, session: CrewSession, looks: int) -> bool:
+async def _has_moved_on(run: LiveRun, looks: int) -> bool:
     """Return whether the crew was seen to continue: an equal question that comes next is another question then."""
     for look in range(looks):
         if look:
             await asyncio.sleep(LOOK_AGAIN)
         try:
-            state = (await session.client.status(run.kickoff_id)).state
+            state = (await run.session.client.status(run.kickoff_id)).state
         except CrewError as error:
             run_logger().debug("It is not known whether run %s continues: %s", run.kickoff_id, error)
             return False
@@ -266,7 +257,7 @@ def _is_sent(question: ReviewRequest, answers: Sequence[Review]) -> bool:
     return any(answer.question_id == question.id and answer.outcome == "sent" for answer in answers)
 
 
-async def with_kept_output(run: OpenRun, question: ReviewRequest) -> ReviewRequest:
+async def with_kept_output(run: LiveRun, question: ReviewRequest) -> ReviewRequest:
     """Return a question with the output that its webhook brought, where the status does not show it.
 
     Raises:
@@ -278,7 +269,7 @@ async def with_kept_output(run: OpenRun, question: ReviewRequest) -> ReviewReque
     return question if output is None else question.model_copy(update={"output": output})
 
 
-def answers_record(run: OpenRun) -> RunRecord:
+def answers_record(run: LiveRun) -> RunRecord:
     """Return the record whose answers are read and written: the run's, or a stand-in that is never stored itself."""
     return run.record or RunRecord(
         idempotency_key=f"kickoff id {run.kickoff_id}",
@@ -292,14 +283,14 @@ def answers_record(run: OpenRun) -> RunRecord:
     )
 
 
-def _unsent(run: OpenRun, review: Review, reason: str) -> str:
+def _unsent(run: LiveRun, review: Review, reason: str) -> str:
     return (
         f"Nothing was sent: the answer of {review.by} to run {run.kickoff_id} of crew {run.crew.label} needs its place "
         f"on record, and {reason}. Once that works, answer again, or wait for the run again under its key."
     )
 
 
-def uncertain_error(run: OpenRun, last: Review) -> CrewError:
+def uncertain_error(run: LiveRun, last: Review) -> CrewError:
     """Return the error that says why an answer that may have arrived is not sent again, and how to go on."""
     return AnswerUncertainError(
         f"The answer to run {run.kickoff_id}, task {last.task_id}, round {last.round} (by {describe_answer(last)}) was "
@@ -308,7 +299,7 @@ def uncertain_error(run: OpenRun, last: Review) -> CrewError:
     )
 
 
-def _repeat_answer(run: OpenRun, earlier: Review) -> ResumeAnswer:
+def _repeat_answer(run: LiveRun, earlier: Review) -> ResumeAnswer:
     """Return what an earlier attempt of the same call was answered with."""
     if earlier.outcome != "sent":
         raise uncertain_error(run, earlier)
@@ -318,7 +309,7 @@ def _repeat_answer(run: OpenRun, earlier: Review) -> ResumeAnswer:
 
 
 def _question_to_answer(
-    run: OpenRun,
+    run: LiveRun,
     status: CrewStatus,
     answers: Sequence[Review],
     of_flow: ReviewRequest | None,
@@ -350,7 +341,7 @@ def _question_to_answer(
     return current
 
 
-def _check_unanswered(run: OpenRun, where: str, current: ReviewRequest, seen: ReviewRequest) -> None:
+def _check_unanswered(run: LiveRun, where: str, current: ReviewRequest, seen: ReviewRequest) -> None:
     """Raise where a question has its answer, or may have it."""
     if seen.state == "open":
         return
@@ -369,16 +360,15 @@ def _check_unanswered(run: OpenRun, where: str, current: ReviewRequest, seen: Re
 # Answering from outside of a wait
 
 
-async def answer_run(run: OpenRun, records: RecordStore, review: Review, **options: Any) -> tuple[ResumeAnswer, Review]:
-    """Answer the question of a run: `answer_question`, which has the options, with a session of its own."""
+async def answer_run(run: LiveRun, review: Review, **options: Any) -> tuple[ResumeAnswer, Review]:
+    """Answer the question of a run whose session is not open: `answer_question`, which has the options."""
     with withholding(run.redact_text):
-        async with CrewSession(run.crew) as session:
-            return await answer_question(run, session, records, review, **options)
+        async with run.session:
+            return await answer_question(run, review, **options)
 
 
 async def resume_run(
-    crew: Crew,
-    kickoff_id: str,
+    run: LiveRun,
     *,
     feedback: str,
     approve: bool,
@@ -391,15 +381,15 @@ async def resume_run(
     Raises:
         CrewError: As `answer_question`, which has the other arguments. Or the run may be a row of a batch.
     """
-    run = await find_run(crew, kickoff_id)
+    await read_record(run)
     if run.record is None:
         await _refuse_row_of_batch(run)
     review = Review(approve=approve, feedback=feedback, by="resume_crew")
-    answer, _ = await answer_run(run, PrefectRecords(), review, task_id=task_id, webhooks=webhooks, call=call)
+    answer, _ = await answer_run(run, review, task_id=task_id, webhooks=webhooks, call=call)
     return answer
 
 
-async def _refuse_row_of_batch(run: OpenRun) -> None:
+async def _refuse_row_of_batch(run: LiveRun) -> None:
     """Raise if a run without a record may be a row of a batch: the answers to that are on record in its ledger."""
     wanted = {"variables": {"tags": {"all_": [ASKS]}}, "limit": 200}
     with naming_prefect_errors(
@@ -457,12 +447,12 @@ async def read_question(
         PREFECT_ERRORS: The Prefect API is away or refuses.
     """
     kickoff_id, crew = str(record.kickoff_id), await crew_of(record)
-    run = None if crew is None else OpenRun(crew=crew, kickoff_id=kickoff_id, record=record)
+    run = None if crew is None else LiveRun(crew, kickoff_id, record)
     status = None
     if run is not None:
         # Without an answer of the server, the record is all there is.
         with contextlib.suppress(CrewError), withholding(run.redact_text):
-            async with CrewSession(run.crew) as session:
+            async with run.session as session:
                 status = await session.call(lambda client: client.status(kickoff_id))
     waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
     is_over = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)

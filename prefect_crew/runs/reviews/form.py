@@ -30,7 +30,7 @@ from prefect_crew.records.model import utcnow
 from prefect_crew.runs.reviews.questions import digest, is_same_question, where_to_look
 
 if TYPE_CHECKING:
-    from prefect_crew.runs.run import OpenRun
+    from prefect_crew.runs.run import LiveRun
 
 MARGIN = timedelta(days=1)  # how long a flow run stays paused after people's time is over, should its process have died
 LOOK_EVERY = 2.0  # seconds between two looks whether the form was submitted
@@ -100,7 +100,7 @@ class Form:
         ConfigurationError: There is no flow run, and so no page to ask on.
     """
 
-    def __init__(self, own: str | None, run: OpenRun, policy: WaitPolicy) -> None:
+    def __init__(self, own: str | None, run: LiveRun, policy: WaitPolicy) -> None:
         if own is None:
             raise ConfigurationError(
                 f"The question of run {run.kickoff_id} cannot be shown as a form, because this is not a flow run. "
@@ -240,7 +240,7 @@ class Form:
             run_logger().debug("Old forms about run %s could not be removed: %s", self._run.kickoff_id, error)
 
 
-def _text(run: OpenRun, question: ReviewRequest) -> str:
+def _text(run: LiveRun, question: ReviewRequest) -> str:
     """Return the text above the fields of a question's form."""
     if question.output is None:
         text = f"_What is to be judged is not known here. {where_to_look(run)}_"

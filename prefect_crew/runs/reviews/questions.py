@@ -10,7 +10,7 @@ from prefect_crew.client._parsing import waiting_output
 from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
 
 if TYPE_CHECKING:
-    from prefect_crew.runs.run import OpenRun
+    from prefect_crew.runs.run import LiveRun
 
 
 ReviewFunction = Callable[[ReviewRequest], "Review | Awaitable[Review]"]
@@ -96,7 +96,7 @@ def question_state(
 
 
 def question_of(
-    run: OpenRun,
+    run: LiveRun,
     status: CrewStatus,
     answers: Sequence[Review],
     of_flow: ReviewRequest | None = None,
@@ -116,7 +116,8 @@ def question_of(
     task_id = task_id or named if of_flow is None else of_flow.task_id
     if task_id is None:
         return None
-    about = {"round": next_round(answers, task_id), "answers": tuple(answers), "meta": run.meta}
+    meta = None if run.request is None else run.request.options.meta
+    about = {"round": next_round(answers, task_id), "answers": tuple(answers), "meta": meta}
     if of_flow is not None:
         is_answered = any(answer.question_id == of_flow.id for answer in answers)
         return of_flow.model_copy(update={**about, "state": "uncertain" if is_answered else "open"})
@@ -133,23 +134,23 @@ def question_of(
 # Sentences for people
 
 
-def answer_commands(run: OpenRun) -> list[str]:
+def answer_commands(run: LiveRun) -> list[str]:
     """Return the commands that answer."""
     which = run.as_argument()
     return [f"prefect-crew reviews approve {which}", f"prefect-crew reviews reject {which} --feedback TEXT"]
 
 
-def how_to_answer(run: OpenRun) -> str:
+def how_to_answer(run: LiveRun) -> str:
     """Return how to answer, for logs and events."""
     page = f": {run.crew.page_url}" if run.crew.page_url else "."
     return f"{', or: '.join(answer_commands(run))}. {_token(run)}The crew's own page takes answers too{page}"
 
 
-def _token(run: OpenRun) -> str:
+def _token(run: LiveRun) -> str:
     return "" if run.crew.block else "The crew's token goes into CREW_TOKEN. "
 
 
-def where_to_look(run: OpenRun) -> str:
+def where_to_look(run: LiveRun) -> str:
     """Return where a person finds what is not known here."""
     return f"Look at the crew's page: {run.crew.page_url}" if run.crew.page_url else "Look at the crew's page."
 
@@ -160,7 +161,7 @@ def describe_answer(answer: Review) -> str:
 
 
 def describe_question(
-    run: OpenRun, question: ReviewRequest, page: str | None = None, *, with_commands: bool = True
+    run: LiveRun, question: ReviewRequest, page: str | None = None, *, with_commands: bool = True
 ) -> str:
     """Return what people are told about a question, as it goes on after the run's name. `page` has the form."""
     where = f"task {run.redact_name(question.task_id)}, round {question.round}."

@@ -25,7 +25,7 @@ from prefect_crew.exceptions import (
     ReviewFunctionError,
     ReviewLimitError,
 )
-from prefect_crew.records.model import RecordStore, utcnow
+from prefect_crew.records.model import utcnow
 from prefect_crew.records.notes import forget_notes
 from prefect_crew.runs.listener import Waker
 from prefect_crew.runs.reviews.answer import (
@@ -54,8 +54,7 @@ from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
-    from prefect_crew.crew import CrewSession
-    from prefect_crew.runs.run import OpenRun
+    from prefect_crew.runs.run import LiveRun
 
 T = TypeVar("T")
 
@@ -78,7 +77,7 @@ class People:
     `question` is the open question or None; `answers` are the answers on record at the last read.
 
     Args:
-        run, session, records: The run, and what it is reached by.
+        run: The run, in an open session.
         policy: How long people may take, and how many questions about a task they get.
         review: Answers the questions; None leaves that to whoever comes by.
         stop: Stops the crew; True if its server accepted that.
@@ -86,9 +85,7 @@ class People:
         quiet: Write no log line about each question: the batch does, about many.
     """
 
-    run: OpenRun
-    session: CrewSession
-    records: RecordStore
+    run: LiveRun
     policy: WaitPolicy
     review: ReviewChoice | None
     stop: Callable[[], Awaitable[bool]]
@@ -223,7 +220,7 @@ class People:
         moved_on = last.model_copy(update={"moved_on": True})
         try:
             async with asyncio.timeout(PREFECT_WITHIN):  # the next look tries again
-                await self.records.save_review(answers_record(self.run), len(self.answers), moved_on)
+                await self.run.records.save_review(answers_record(self.run), len(self.answers), moved_on)
         except (*PREFECT_ERRORS, CrewError, TimeoutError) as error:
             run_logger().debug("It could not be recorded that run %s continues: %s", self.run.kickoff_id, error)
             return False
@@ -235,7 +232,7 @@ class People:
 
     async def _read_answers(self, *, is_needed: bool = False) -> bool:
         """Read the answers on record; False if they cannot be read now. `is_needed`: nobody can answer without them."""
-        reading = self.records.reviews(answers_record(self.run))
+        reading = self.run.records.reviews(answers_record(self.run))
         is_needed = is_needed and (self._function is not None or self._form is not None)
         answers = await self._read("The answers to run %s", reading, is_needed=is_needed)
         self.answers = self.answers if answers is None else answers
@@ -374,9 +371,7 @@ class People:
         if self._form is not None:
             await self._form.take_down()
         try:
-            _, sent = await answer_question(
-                self.run, self.session, self.records, review, question=question, nonce=self._nonce
-            )
+            _, sent = await answer_question(self.run, review, question=question, nonce=self._nonce)
         except (AlreadyAnsweredError, CrewLostError, CrewAPIError) as error:
             if isinstance(error, CrewAPIError) and not self._is_asked_anew(question, error):
                 raise
@@ -436,7 +431,7 @@ class People:
             return OUTPUT_WITHIN  # it is about to open
         self._has_extra_time = True
         try:
-            answers = await self.records.reviews(answers_record(self.run))
+            answers = await self.run.records.reviews(answers_record(self.run))
             # Where another process has rejected it, the time that began anew is over as well.
             if question is not None and not any(answer.by == NOBODY for answer in answers):
                 review = Review(approve=False, feedback=self.policy.human_message, by=NOBODY)

@@ -50,13 +50,14 @@ _ENDS = (
     *((CrewRun("stuck"),), (CrewRun("asks"),), (CrewRun("asks", 15), CrewRun("fails", 1))),
 )
 _STEPS = {
-    "nothing": range(1, 6),
-    "claimed": (*range(6, 19), *range(20, 23)),
-    "posting": (19,),
-    "started": range(23, 33),
+    "nothing": (1, 2, 3, 3, 4),
+    "claimed": (5, 5, 6, 7, 8, 9, 10, 11, 11, 12, 12, 13, 13, 15, 16, 17),
+    "posting": (14,),
+    "started": range(18, 28),
     "any": (*range(1, 45), 50, 80, 150),
 }
-"""The steps of an undisturbed call by how far its run has got, as `campaign.FATES` names it."""
+"""The steps of an undisturbed call by how far its run has got, as `campaign.FATES` names it. A step that stands twice
+is drawn twice as often."""
 _AGAIN = ((0.2,), (1.0, 3.0), (15.0, 50.0), (3.0,), (50.0, 50.0, 50.0))
 
 

@@ -226,8 +226,17 @@ def _true_results(world: World) -> Iterator[str]:
     for end in world.endings:
         if isinstance(end.value, CrewResult):
             yield from _true_result(world, end, end.value)
-        elif type(end.value) in UNEXPECTED:
+        elif type(end.value) in UNEXPECTED and not _of_cancelled_flow_run(world, end):
             yield f"{end.process.name} got a {type(end.value).__name__}: {end.value}"
+
+
+def _of_cancelled_flow_run(world: World, end: Ending) -> bool:
+    """Return whether an attempt of a flow run ended since a person had cancelled that flow run during an earlier one.
+
+    An attempt is retried while the one before it goes on where that was said to have crashed and had not.
+    """
+    is_cancelled = end.process.facts["flow_run_id"] in world.cancelled_runs
+    return isinstance(end.value, FlowRunCancelledError) and is_cancelled and not end.process.was_cancelled
 
 
 def _true_result(world: World, end: Ending, result: CrewResult) -> Iterator[str]:
@@ -355,7 +364,7 @@ def _one_key_for_each_id(world: World) -> Iterator[str]:
     for end in world.endings:
         if isinstance(end.value, CrewResult):
             keys[end.value.kickoff_id].add(key_of(end.call.key))
-        elif type(end.value) in UNEXPECTED:
+        elif type(end.value) in UNEXPECTED and not _of_cancelled_flow_run(world, end):
             yield f"{end.process.name} got a {type(end.value).__name__}: {end.value}"
     yield from (f"one id: the result of {id_} was given to {sorted(of)}" for id_, of in keys.items() if len(of) > 1)
     for key, said in world.final.items():

@@ -26,7 +26,6 @@ from prefect_crew.devserver import Run
 from prefect_crew.records import budgets, prune, store, variables
 from prefect_crew.records.model import SPARE, utcnow
 from prefect_crew.runs import kickoff, polling, stop, wait
-from prefect_crew.runs.kickoff import RunRequest
 from proof.sim.loop import current_process
 from proof.sim.prefect_api import API
 from proof.sim.site import HOST
@@ -68,7 +67,6 @@ def on_stage(world: World) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (kickoff, "identify", world.identify),
         # Its default was bound to the real clock when the class was made.
-        (kickoff, "RunRequest", lambda *args, **fields: RunRequest(*args, **{"asked_at": now(), **fields})),
         (kickoff, "decide", world.deciding(kickoff.decide)),
         (wait, "poll", functools.partial(polling.poll, now=wall)),
         # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.

@@ -38,8 +38,8 @@ from prefect_crew.records.prune import prune
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import kickoff
 from prefect_crew.runs import wait as wait_module
-from prefect_crew.runs.options import RunOptions
-from prefect_crew.runs.run import KickoffId
+from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.run import LiveRun
 from proof.sim.loop import Process, SimLoop, current_process
 from proof.sim.person import resolve_if_allowed, resolve_truly
 from proof.sim.prefect_api import SimPrefect
@@ -121,6 +121,7 @@ class World:
         self.event_count: Counter[tuple[str, str]] = Counter()
         self.owners: dict[str, Process] = {}
         self.closed: Counter[str] = Counter()  # how many callers were told that they close a run, by its claim
+        self.cancelled_runs = set[str]()  # the ids of the flow runs that a person has cancelled
         self.asks: list[Ask] = []
         self.decisions: list[Decided] = []
         self.over = False  # what happens from here on is the aftermath
@@ -287,6 +288,7 @@ class World:
     def _cancelling(self, call: Call, process: Process) -> None:
         run_id = process.facts["flow_run_id"]
         if call.asked and run_id:
+            self.cancelled_runs.add(run_id)
             self.prefect.flow_runs[run_id] = "CANCELLING"
             self.loop.call_later(30, self._cancelled, run_id)
 
@@ -418,26 +420,23 @@ class World:
     async def run_crew(self, call: Call) -> CrewResult:
         """Do what the tasks of `run_crew` do, with the retries that Prefect makes of the first one."""
         inputs = {} if call.incomplete else {"topic": "other" if call.other_inputs else f"topic-{call.key}"}
-        pauses = list(TASK_RETRIES)
+        options = RunOptions(
+            idempotency_key=key_of(call.key),
+            force_new=call.force_new,
+            meta={"nothing": float("nan")} if call.misconfigured else None,
+        )
+        request = RunRequest.of(self.crew, Inputs.of(inputs), options)
+        pauses, run = list(TASK_RETRIES), LiveRun(self.crew)
         while True:
             try:
-                run = await kickoff.open_run(
-                    self.crew,
-                    self.crew.take(Inputs.of(inputs)),
-                    RunOptions(
-                        idempotency_key=key_of(call.key),
-                        force_new=call.force_new,
-                        meta={"nothing": float("nan")} if call.misconfigured else None,
-                    ),
-                    inside_own_task=True,
-                )
+                await kickoff.kick_off(run, request, inside_own_task=True)
             except CrewError as error:
                 is_away = isinstance(error, PrefectAwayError)
                 if not pauses or not (is_away or kickoff_fate(error) is KickoffFate.RETRY):
                     raise
                 await asyncio.sleep(pauses.pop(0))
             else:
-                return await wait_module.wait_for_run(self.crew, KickoffId(run))
+                return await wait_module.wait_for_run(run)
 
     # What is found when all is over.
 

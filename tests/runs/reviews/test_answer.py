@@ -26,6 +26,7 @@ from prefect_crew.records.model import RunRecord
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.tasks import kickoff_crew, resume_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
@@ -76,7 +77,7 @@ async def test_an_answer_that_arrived_without_a_word_is_not_sent_again_and_the_r
             await run_of(crew, judge, retries=1)
         record = (await PrefectRecords().attempts(crew.url))[-1]
         with pytest.raises(CrewError, match="not sent again automatically"):
-            await resume_run(crew.crew, str(record.kickoff_id), feedback="", approve=True)
+            await resume_run(LiveRun(crew.crew, str(record.kickoff_id)), feedback="", approve=True)
         assert len(server.resumes) == 1
         assert asked == [1], "nobody is asked what could not be answered"
         assert [one.outcome for one in await answers(crew)] == ["uncertain"]
@@ -109,9 +110,9 @@ async def test_where_only_time_tells_that_it_is_another_question_a_function_is_n
         assert (asked, len(server.resumes)) == ([(1, {"ticket": 7})], 1)
         kickoff_id = str((await PrefectRecords().attempts(crew.url))[-1].kickoff_id)
         with pytest.raises(CrewError, match="still shows the same question"):
-            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
         soon = DeployedCrew(url=crew.url, token="secret-token", wait=WaitPolicy(next_round_after=0.2))
-        await resume_run(soon.crew, kickoff_id, feedback="", approve=True)
+        await resume_run(LiveRun(soon.crew, kickoff_id), feedback="", approve=True)
         assert len(server.resumes) == 2
 
 
@@ -151,7 +152,7 @@ async def test_of_several_who_answer_at_once_one_does(on_record: bool) -> None:
     async with asking(lag=30) as (server, crew):
         async with crew.client() as client:
             kickoff_id = await _kicked_off(crew) if on_record else await client.kickoff({})
-        answered = [resume_run(crew.crew, kickoff_id, feedback=str(n), approve=True) for n in range(5)]
+        answered = [resume_run(LiveRun(crew.crew, kickoff_id), feedback=str(n), approve=True) for n in range(5)]
         outcomes = await asyncio.gather(*answered, return_exceptions=True)
         assert len(server.resumes) == 1
         assert sum(isinstance(one, CrewError) for one in outcomes) == 4, outcomes
@@ -165,7 +166,7 @@ async def test_nothing_is_sent_while_the_answers_on_record_cannot_be_read(monkey
         kickoff_id = await _kicked_off(crew)
         monkeypatch.setattr(PrefectRecords, "reviews", away)
         with pytest.raises(CrewError, match="Nothing was sent"):
-            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
         assert server.resumes == []
 
 

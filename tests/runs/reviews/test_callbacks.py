@@ -27,6 +27,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
 from prefect_crew.runs.reviews.form import ReviewForm
+from prefect_crew.runs.run import LiveRun
 from support.webhooks import SECRET, Kept, served, until
 
 REVIEW_SECRET = "whsec-of-the-tests"
@@ -161,14 +162,14 @@ async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_i
         assert question.task_id == "publish"
         assert "was not asked" in str(question.withheld), "a crew that is not stored cannot be asked"
         with pytest.raises(ConfigurationError, match="continues with one of: approve, needs_revision"):
-            await resume_run(crew.crew, kickoff_id, feedback="", approve=False)
+            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=False)
         assert server.requests["resume"] == 0
         with pytest.raises(CrewError) as raised:
-            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
         url = await callback_of(kickoff_id)
         assert url.rpartition("/")[2] not in str(raised.value)
         with pytest.raises(CrewError, match="not sent again automatically"):
-            await resume_run(crew.crew, kickoff_id, feedback="", approve=True)
+            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
         assert server.requests["resume"] == 1
 
 
@@ -182,7 +183,7 @@ async def test_what_was_answered_elsewhere_is_refused_and_forgotten(hook: Review
         async with httpx.AsyncClient(trust_env=False) as client:
             assert (await client.post(url, json={"feedback": "approve"})).status_code == 200
         with pytest.raises(CrewError, match="409"):
-            await resume_run(server.crew().crew, kickoff_id, feedback="", approve=True)
+            await resume_run(LiveRun(server.crew().crew, kickoff_id), feedback="", approve=True)
         assert await kept(kickoff_id) is None
         assert await PrefectRecords().reviews((await PrefectRecords().attempts(key))[0]) == []
 

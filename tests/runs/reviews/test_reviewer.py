@@ -17,7 +17,6 @@ from prefect.settings import PREFECT_API_URL
 
 from prefect_crew import CrewStep, Review, ReviewRequest, WaitPolicy, Webhooks, arun_crew, arun_pipeline
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.exceptions import (
     CrewError,
@@ -29,10 +28,11 @@ from prefect_crew.exceptions import (
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.kickoff import open_run
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.form import Form, ReviewForm
 from prefect_crew.runs.reviews.reviewer import NOBODY, People
+from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.wait import wait_for_run
 from prefect_crew.tasks import kickoff_crew, resume_crew
 from prefect_crew.testing import CrewServerFactory
@@ -212,14 +212,14 @@ async def test_nobody_in_time_is_a_rejection_also_where_what_is_asked_is_not_kno
     """What is to be judged may come by a webhook: a wait that begins after people's time is over holds back a while."""
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.5)
     server = crew_server(Asking())
-    opened = await open_run(server.crew().crew, Inputs.of({}), RunOptions(idempotency_key=server.url))
+    opened = await open_run(RunRequest.of(server.crew().crew, Inputs.of({}), RunOptions(idempotency_key=server.url)))
     await until(lambda: server.runs[0].state == "waiting", "it asks")
     assert opened.record is not None
     opened.record.has_webhooks = True
     opened.record.human_since = utcnow() - timedelta(hours=30)
-    async with CrewSession(opened.crew) as session:
+    async with opened.session as session:
         policy = WaitPolicy(human_timeout=86400, on_human_timeout="reject")
-        people = People(opened, session, PrefectRecords(), policy, None, stop=AsyncMock())
+        people = People(opened, policy, None, stop=AsyncMock())
         await people.see_status(await session.client.status(opened.kickoff_id))
         assert people.question is None, "it is held back"
         assert await people.more_time() == 0.5
@@ -236,10 +236,10 @@ async def test_what_was_filled_in_is_kept_while_the_server_does_not_know_the_run
     crew_server: CrewServerFactory,
 ) -> None:
     server = crew_server(SCRIPT)
-    opened = await open_run(server.crew().crew, Inputs.of({}), RunOptions(idempotency_key=server.url))
+    opened = await open_run(RunRequest.of(server.crew().crew, Inputs.of({}), RunOptions(idempotency_key=server.url)))
     await until(lambda: server.runs[0].state == "waiting", "it asks")
-    async with CrewSession(opened.crew) as session:
-        people = People(opened, session, PrefectRecords(), WaitPolicy(), None, stop=AsyncMock())
+    async with opened.session as session:
+        people = People(opened, WaitPolicy(), None, stop=AsyncMock())
         await people.see_status(await session.client.status(opened.kickoff_id))
         form = AsyncMock(spec=Form)
         form.look.return_value = ReviewForm(decision="approve", name="Ada")
@@ -360,7 +360,9 @@ async def test_an_answer_whose_outcome_cannot_be_saved_does_not_keep_the_wait_fr
     proxy.refuse, proxy.answer = "PATCH /api/variables/name/crew_answer", "503"
     server = crew_server(SCRIPT)
     run = await server.crew().atrigger({})
-    result = await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, RunOptions(review=lambda _: APPROVED)), 60)
+    result = await asyncio.wait_for(
+        wait_for_run(LiveRun(run.crew, run.kickoff_id), RunOptions(review=lambda _: APPROVED)), 60
+    )
     assert result.output == "Draft. "
     assert (server.requests["resume"], proxy.count("PATCH /api/variables/name/crew_answer") > 1) == (1, True)
 
@@ -377,7 +379,7 @@ async def test_while_prefect_is_away_the_run_is_polled_and_the_answer_is_sent_on
 
     server = crew_server(SCRIPT)
     run = await server.crew().atrigger({})
-    waiting = asyncio.ensure_future(wait_for_run(run.crew, run.kickoff_id, RunOptions(review=judge)))
+    waiting = asyncio.ensure_future(wait_for_run(LiveRun(run.crew, run.kickoff_id), RunOptions(review=judge)))
     await until(lambda: asked, "the function has answered")
     polls = server.requests["status"]
     await until(lambda: server.requests["status"] > polls + 3 or waiting.done(), "the run is polled meanwhile")
@@ -402,7 +404,9 @@ async def test_an_answer_that_was_written_down_as_prefect_went_away_is_known_as_
     monkeypatch.setattr(PrefectRecords, "add_review", lose)
     server = crew_server(SCRIPT)
     run = await server.crew().atrigger({}, idempotency_key=server.url)
-    result = await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, RunOptions(review=lambda _: APPROVED)), 60)
+    result = await asyncio.wait_for(
+        wait_for_run(LiveRun(run.crew, run.kickoff_id), RunOptions(review=lambda _: APPROVED)), 60
+    )
     assert (result.output, lost, server.requests["resume"]) == ("Draft. ", [1], 1)
     assert [one.outcome for one in await answers(server.url)] == ["sent"]
 
@@ -418,7 +422,7 @@ async def test_a_prefect_api_that_refuses_ends_the_wait_and_the_error_names_the_
     run = await server.crew().atrigger({})
     proxy.refuse = refused
     with pytest.raises(PrefectRefusedError, match=r"The Prefect API \S+ refuses a request \(HTTP 403\)") as caught:
-        await asyncio.wait_for(wait_for_run(run.crew, run.kickoff_id, RunOptions(review=judge)), 60)
+        await asyncio.wait_for(wait_for_run(LiveRun(run.crew, run.kickoff_id), RunOptions(review=judge)), 60)
     assert run.kickoff_id in str(caught.value)
     assert "wait for the run again under its key" in str(caught.value)
     assert not isinstance(caught.value, PrefectAwayError)
