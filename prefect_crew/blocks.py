@@ -168,8 +168,8 @@ class DeployedCrew(JobBlock[CrewResult]):
     def _of_any_version(cls, value: Any, info: ValidationInfo) -> Any:
         # What is stored may have been written by another version, whose other fields keep nobody from loading it.
         model = WaitPolicy if info.field_name == "wait" else Price
-        what = f"a crew's {info.field_name}"
-        return _known(cast("dict[str, Any]", value), model, what) if isinstance(value, dict) else value
+        subject = f"a crew's {info.field_name}"
+        return _known(cast("dict[str, Any]", value), model, subject) if isinstance(value, dict) else value
 
     @field_validator("secret_inputs", mode="before")
     @classmethod
@@ -211,10 +211,10 @@ class DeployedCrew(JobBlock[CrewResult]):
                 f"No crew in the environment: set {prefix}_URL and {prefix}_TOKEN "
                 "(the Status tab of the crew's page shows both), or PREFECT_INTEGRATIONS_CREW_URL and _TOKEN."
             )
-        found = SecretStr(token) if token else settings.token if url == settings.url else None
-        if found is None:
+        secret = SecretStr(token) if token else settings.token if url == settings.url else None
+        if secret is None:
             raise ConfigurationError(f"No token for {url} in the environment: set {prefix}_TOKEN.")
-        return cls(url=url, token=found, **fields)
+        return cls(url=url, token=secret, **fields)
 
     @property
     def label(self) -> str:
@@ -254,7 +254,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         from prefect_crew.runs.kickoff import open_run
         from prefect_crew.runs.options import RunOptions, RunRequest
 
-        kept, inputs = Inputs.of(inputs), None  # no frame shows the values
+        own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
         options = RunOptions.of(
             idempotency_key=idempotency_key,
             force_new=force_new,
@@ -262,7 +262,7 @@ class DeployedCrew(JobBlock[CrewResult]):
             webhooks=webhooks,
             restore_from=restore_from,
         )
-        run = await open_run(RunRequest.of(self.crew, kept, options))
+        run = await open_run(RunRequest.of(self.crew, own_inputs, options))
         return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
 
     def trigger(  # pyright: ignore[reportIncompatibleMethodOverride] - of Prefect's it is async
@@ -276,9 +276,9 @@ class DeployedCrew(JobBlock[CrewResult]):
         restore_from: str | UUID | None = None,
     ) -> CrewRun:
         """Do the same from sync code."""
-        kept, inputs = Inputs.of(inputs), None  # no frame shows the values
+        own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
         return sync_version(self.atrigger)(
-            cast("Any", kept),  # which the async one takes as they are
+            cast("Any", own_inputs),  # which the async one takes as they are
             idempotency_key=idempotency_key,
             force_new=force_new,
             meta=meta,
@@ -372,7 +372,7 @@ class CrewRun(JobRun[CrewResult]):
     resume = sync_version(aresume)
 
 
-def _known(values: Mapping[str, Any], model: type[BaseModel], what: str) -> dict[str, Any]:
+def _known(values: Mapping[str, Any], model: type[BaseModel], subject: str) -> dict[str, Any]:
     """Return the values that a model has fields for.
 
     Raises:
@@ -382,7 +382,7 @@ def _known(values: Mapping[str, Any], model: type[BaseModel], what: str) -> dict
     for name in values:
         near = [] if name in fields else get_close_matches(name, fields, n=1, cutoff=0.8)
         if near:
-            raise ValueError(f"{what} has no field {name!r}: do you mean {near[0]!r}?")
+            raise ValueError(f"{subject} has no field {name!r}: do you mean {near[0]!r}?")
     return {name: value for name, value in values.items() if name in fields}
 
 

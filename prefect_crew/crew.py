@@ -37,9 +37,9 @@ def titled(label: str, key: str | None, inputs: Mapping[str, Any]) -> str:
     A key that is a template is left out: it is the same for many runs.
     """
     plain = (value for value in inputs.values() if isinstance(value, str | int))
-    what = key if key and "{" not in key else next(filter(str, plain), "")
+    title = key if key and "{" not in key else next(filter(str, plain), "")
     # Half a character, as JSON may hold it, is refused later and in words of its own.
-    text = one_line(str(what)[:1000].encode("utf-8", "replace").decode())
+    text = one_line(str(title)[:1000].encode("utf-8", "replace").decode())
     return f"{label} · {text if len(text) <= TITLE else f'{text[:TITLE]}…'}" if text else label
 
 
@@ -86,13 +86,13 @@ class Crew:
         is_same = (inputs.as_json, inputs.restore_from) == (self.inputs_as_json, restore_from)
         if is_same and inputs.secret.issuperset(self.secret_inputs):
             return inputs  # with what it has computed
-        kept = inputs.keep_secret(self.secret_inputs)
-        return replace(kept, as_json=self.inputs_as_json, restore_from=restore_from)
+        own_inputs = inputs.keep_secret(self.secret_inputs)
+        return replace(own_inputs, as_json=self.inputs_as_json, restore_from=restore_from)
 
     def under(self, budgets: Iterable[Budget], *, name: str, batch: str | None = None) -> Crew:
         """Return a copy whose runs count in these budgets as well; `name` is for those that have no name."""
-        named = (one if one.name else one.model_copy(update={"name": name}) for one in budgets)
-        return replace(self, budgets=(*self.budgets, *named), batch=batch or self.batch)
+        with_names = (budget if budget.name else budget.model_copy(update={"name": name}) for budget in budgets)
+        return replace(self, budgets=(*self.budgets, *with_names), batch=batch or self.batch)
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""

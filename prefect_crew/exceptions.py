@@ -142,8 +142,8 @@ class CrewAPIError(_FactsError):
         super().__post_init__()
 
     def _text(self) -> str:
-        said = _clause(self.message or self.body) or "an empty body"
-        return f"{self.method} {self.path} answered {self.status_code}{_of(self.kickoff_id)}: {said}. {self._advice}"
+        words = _clause(self.message or self.body) or "an empty body"
+        return f"{self.method} {self.path} answered {self.status_code}{_of(self.kickoff_id)}: {words}. {self._advice}"
 
     @property
     def _advice(self) -> str:
@@ -442,15 +442,15 @@ class CrewLostError(_RunError):
     last_state: str | None = None
 
     def _text(self) -> str:
-        seen = f"it was last seen {self.last_state}" if self.last_state else "no status of it came in this call"
+        last_sight = f"it was last seen {self.last_state}" if self.last_state else "no status of it came in this call"
         again = "force_new=True starts another"
         if self.last_state == CrewState.COMPLETED:
-            seen = "it has completed, but its record does not hold the result, and the server has forgotten it"
+            last_sight = "it has completed, but its record does not hold the result, and the server has forgotten it"
         elif self.idempotency_key:
             key = shlex.quote(self.idempotency_key)
             again += f", and so does the key after prefect-crew runs resolve {key} --lost"
         return (
-            f"{self._run} is not known to the server: {seen}. Check the URL, then the crew's page. "
+            f"{self._run} is not known to the server: {last_sight}. Check the URL, then the crew's page. "
             f"It is not started again automatically: {again}."
         )
 
@@ -581,8 +581,10 @@ class DatasetError(_FactsError):
 
     def _text(self) -> str:
         where = self.source if self.line is None else f"{self.source}, line {self.line}"
-        known = "What was started is in the batch's ledger." if self.begun else "Nothing of this data set was started."
-        return f"{where}: {self.reason} {known}"
+        consequence = (
+            "What was started is in the batch's ledger." if self.begun else "Nothing of this data set was started."
+        )
+        return f"{where}: {self.reason} {consequence}"
 
 
 class BadRowsError(DatasetError):

@@ -110,7 +110,7 @@ async def arun_crew(
         PrefectAwayError: The Prefect API does not answer.
         CrewError: Anything else that the crew's server did.
     """
-    kept, inputs = Inputs.of(inputs), None  # no frame shows the values
+    own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
     options = RunOptions.of(
         name=name,
         idempotency_key=idempotency_key,
@@ -127,7 +127,7 @@ async def arun_crew(
     )
     tasks_of(options)  # it raises before a flow run begins
     crew = under_budgets(await load_crew(crew), options.budgets)
-    request = RunRequest.of(crew, kept, options)
+    request = RunRequest.of(crew, own_inputs, options)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run_tasks(request)
 
@@ -209,8 +209,8 @@ async def run_deployed_crew(
             f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save it under "
             "that name, or call run_crew again with the crew and the same idempotency key, which finds the run again."
         ) from None
-    given = dict(inputs or {})
-    missing = [key for key, value in given.items() if value in (MASK, TOO_LARGE)]
+    parameters = dict(inputs or {})
+    missing = [key for key, value in parameters.items() if value in (MASK, TOO_LARGE)]
     if missing:
         raise ConfigurationError(
             f"The inputs {', '.join(missing)} are secret or too large, and so not stored with a flow run: this one "
@@ -218,7 +218,7 @@ async def run_deployed_crew(
             "to a run in flight."
         )
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
-    await label_flow_run(name=stored.title(stored.take(Inputs.of(given)), key))
+    await label_flow_run(name=stored.title(stored.take(Inputs.of(parameters)), key))
     options = RunOptions.of(
         name=name,
         idempotency_key=idempotency_key,
@@ -227,8 +227,8 @@ async def run_deployed_crew(
         review=review,
         restore_from=restore_from,
     )
-    kept = Inputs.of(await values_of_blocks(given, stored.secret_inputs))
-    return await run_tasks(RunRequest.of(stored, kept, options))
+    own_inputs = Inputs.of(await values_of_blocks(parameters, stored.secret_inputs))
+    return await run_tasks(RunRequest.of(stored, own_inputs, options))
 
 
 @naming_prefect_away("The result is read from its records: ask again.")

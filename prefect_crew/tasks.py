@@ -342,11 +342,11 @@ async def kickoff_crew(
         CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
         PrefectAwayError: The Prefect API did not answer, so nothing was started; Prefect retries this.
     """
-    kept, inputs = Inputs.of(inputs), None  # no frame shows the values
+    own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
     if isinstance(crew, LiveRun):
         if crew.request is not None:  # Prefect has put results in the place of futures
             await kick_off(
-                crew, replace(crew.request, inputs=kept, asked_at=utcnow()), inside_own_task=_inside_own_task()
+                crew, replace(crew.request, inputs=own_inputs, asked_at=utcnow()), inside_own_task=_inside_own_task()
             )
         return crew.kickoff_id
     options = RunOptions.of(
@@ -359,7 +359,7 @@ async def kickoff_crew(
         budgets=budgets,
     )
     crew = under_budgets(await load_crew(crew), options.budgets)
-    run = await open_run(RunRequest.of(crew, kept, options), inside_own_task=_inside_own_task())
+    run = await open_run(RunRequest.of(crew, own_inputs, options), inside_own_task=_inside_own_task())
     return run.kickoff_id
 
 
@@ -424,10 +424,10 @@ def tasks_of(options: RunOptions) -> tuple[CrewTask[..., str, ..., Any], WaitTas
 def _with(task: K, argument: str, options: Mapping[str, Any] | None) -> K:
     if not options:
         return task
-    known = inspect.signature(Task[..., Any].with_options).parameters.keys() - {"self"}
-    if unknown := [name for name in options if name not in known]:
+    names = inspect.signature(Task[..., Any].with_options).parameters.keys() - {"self"}
+    if unknown := [name for name in options if name not in names]:
         raise ConfigurationError(
-            f"{argument} has {with_guesses(unknown, sorted(known))}, which no task of Prefect has. Nothing was started."
+            f"{argument} has {with_guesses(unknown, sorted(names))}, which no task of Prefect has. Nothing was started."
         )
     try:
         return task.with_options(**cast("TaskOptions", options))

@@ -68,13 +68,13 @@ def flow_run_id() -> str | None:
 
 async def read_all_flow_runs(client: PrefectClient, **filters: Any) -> list[FlowRun]:
     """Return all flow runs that fit the filters of `read_flow_runs`, which gives 200 at once at most."""
-    found: list[FlowRun] = []
-    while len(found) % 200 == 0:
-        page = await client.read_flow_runs(**filters, limit=200, offset=len(found))
-        found += page
+    flow_runs: list[FlowRun] = []
+    while len(flow_runs) % 200 == 0:
+        page = await client.read_flow_runs(**filters, limit=200, offset=len(flow_runs))
+        flow_runs += page
         if not page:
             break
-    return found
+    return flow_runs
 
 
 def embedded_server(port: str) -> tuple[list[str], dict[str, str]]:
@@ -110,13 +110,13 @@ def contexts_around(kind: type[ContextT]) -> list[ContextT]:
     Prefect shows the innermost only. What it replaced stands in the token that will bring it back; there is no public
     way to the parent context.
     """
-    found: list[ContextT] = []
+    contexts: list[ContextT] = []
     context: Any = kind.get()
     while isinstance(context, kind):
-        found.append(context)
+        contexts.append(context)
         token = context._token  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
         context = None if token is None else token.old_value
-    return found
+    return contexts
 
 
 def is_entered(context: ContextModel) -> bool:

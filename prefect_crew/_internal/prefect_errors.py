@@ -84,14 +84,14 @@ def _is_of_user(error: BaseException) -> bool:
     if not isinstance(error, HTTP_ERRORS):
         return False
     try:
-        asked: httpx.URL = cast("Any", error).request.url
+        url: httpx.URL = cast("Any", error).request.url
     except RuntimeError:  # of httpx: the error has no request, since no client raised it
         return True
     api_url = PREFECT_API_URL.value()
     if api_url is None:
-        return asked.host != "127.0.0.1"
+        return url.host != "127.0.0.1"
     api = httpx.URL(api_url)
-    return (asked.host, asked.port) != (api.host, api.port)
+    return (url.host, url.port) != (api.host, api.port)
 
 
 def prefect_error(error: BaseException, what_next: str) -> CrewError:
@@ -138,10 +138,10 @@ def naming_prefect_away(
 
 
 @contextmanager
-def naming_prefect_errors(what: str) -> Generator[None]:
+def naming_prefect_errors(advice: str) -> Generator[None]:
     """Raise an error of ours in place of an error of Prefect's client.
 
-    `what` says what was not done, to which run, and what to do next.
+    `advice` says what was not done, to which run, and what to do next.
 
     Raises:
         PrefectAwayError: The Prefect API does not answer.
@@ -150,4 +150,4 @@ def naming_prefect_errors(what: str) -> Generator[None]:
     try:
         yield
     except PREFECT_ERRORS as error:
-        raise prefect_error(error, what) from error
+        raise prefect_error(error, advice) from error

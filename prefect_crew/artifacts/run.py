@@ -78,9 +78,9 @@ async def claims_shown(client: PrefectClient, flow_run_ids: Sequence[UUID]) -> l
         httpx.HTTPError, PrefectException: The Prefect API is away.
     """
     names, offset = dict[str, None](), 0
-    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[*flow_run_ids]))
+    of_flow_runs = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[*flow_run_ids]))
     while True:
-        page = await client.read_artifacts(artifact_filter=wanted, limit=NEWEST, offset=offset)
+        page = await client.read_artifacts(artifact_filter=of_flow_runs, limit=NEWEST, offset=offset)
         claims = (artifact.metadata_.get(CLAIM) for artifact in page if artifact.metadata_)
         names |= dict.fromkeys(claim for claim in claims if claim)
         if len(page) < NEWEST:
@@ -143,12 +143,12 @@ class MarkdownArtifact:
         """
         if self.id is not None or self.is_new:
             return self.id
-        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[self.key]))
+        of_run = ArtifactFilter(key=ArtifactFilterKey(any_=[self.key]))
         if self._flow_run_id is not None:
-            wanted.flow_run_id = ArtifactFilterFlowRunId(any_=[UUID(self._flow_run_id)])
+            of_run.flow_run_id = ArtifactFilterFlowRunId(any_=[UUID(self._flow_run_id)])
         async with get_client() as client:
             artifacts = await client.read_artifacts(
-                artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC, limit=NEWEST
+                artifact_filter=of_run, sort=ArtifactSort.CREATED_DESC, limit=NEWEST
             )
         artifact = next((artifact for artifact in artifacts if artifact.description == self.description), None)
         if artifact is not None:
@@ -190,8 +190,8 @@ class MarkdownArtifact:
         async with get_client() as client:
             # Nothing but busy is repeated, for the same reason.
             new: dict[str, Any] = {"json": body, "urgency": Urgency.SHOW, "alone": False}
-            made = await request_soon(client, "POST", "/artifacts/", give_up_after=SHOW_FOR, again=is_busy, **new)
-        self.id = UUID(made.json()["id"])
+            answer = await request_soon(client, "POST", "/artifacts/", give_up_after=SHOW_FOR, again=is_busy, **new)
+        self.id = UUID(answer.json()["id"])
 
 
 @dataclass(frozen=True)
@@ -227,8 +227,8 @@ class RunView:
 
     def shown_inputs(self) -> dict[str, Any]:
         """Return the inputs as they are sent, with the secret ones masked."""
-        given = self.inputs or {}
-        return encode_inputs({name: MASK if name in self.secret_inputs else value for name, value in given.items()})
+        inputs = self.inputs or {}
+        return encode_inputs({name: MASK if name in self.secret_inputs else value for name, value in inputs.items()})
 
 
 def render_run(view: RunView, earlier: str = "") -> str:
@@ -276,7 +276,7 @@ def _failure(view: RunView, status: CrewStatus | None) -> list[str]:
 
 
 def _facts(view: RunView, status: CrewStatus | None) -> str:
-    known = view.status
+    latest = view.status
     rows = {
         "Run": code(view.kickoff_id),
         "Crew": view.page_url and link(view.crew, view.page_url),
@@ -285,9 +285,9 @@ def _facts(view: RunView, status: CrewStatus | None) -> str:
         "Attempt": view.attempt.removeprefix("attempt ") if view.attempt and view.state is CrewState.FAILED else None,
         "Kicked off": view.started_at and f"{view.started_at:%Y-%m-%d %H:%M:%S} UTC",
         "Ended": view.ended_at and f"{view.ended_at:%Y-%m-%d %H:%M:%S} UTC",
-        "Execution time": duration(known.execution_time) if known and known.execution_time is not None else None,
+        "Execution time": duration(latest.execution_time) if latest and latest.execution_time is not None else None,
         "Current task": status and not view.state.ended and cell(status.current_task or ""),
-        "Message": known and view.show == "full" and cell(known.message or ""),
+        "Message": latest and view.show == "full" and cell(latest.message or ""),
         "Cost": None if view.cost is None else money(view.cost),
     }
     if view.state is CrewState.FAILED:
@@ -337,8 +337,8 @@ def _result(view: RunView, output: str) -> str:
     if view.read_result is not None:
         about.append(f"The whole text:\n\n{commands(view.read_result)}")
     text = reading(output[:OUTPUT_CAP]) if view.show == "full" else ""
-    shown = "\n\n".join(filter(None, (" ".join(about), text)))
-    return f"### Result\n\n{shown}" if shown else ""
+    markdown = "\n\n".join(filter(None, (" ".join(about), text)))
+    return f"### Result\n\n{markdown}" if markdown else ""
 
 
 class RunArtifact(MarkdownArtifact):

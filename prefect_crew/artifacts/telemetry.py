@@ -79,24 +79,24 @@ def end_run(
         _cost.add(record.cost, labels)
     tracer = trace.get_tracer(NAME)
     # Enough for a sampler to decide by.
-    known = {
+    attributes = {
         "gen_ai.operation.name": "invoke_workflow",
         "gen_ai.workflow.name": record.crew,
         "gen_ai.agent.name": record.crew,  # what the conventions call it from their own v0.1 on
         "crewai.execution_uuid": str(record.kickoff_id),
         **labels,
     }
-    span = tracer.start_span(f"invoke_workflow {record.crew}", attributes=known, start_time=begin)
+    span = tracer.start_span(f"invoke_workflow {record.crew}", attributes=attributes, start_time=begin)
     if not span.is_recording():
         return
     nothing = RunView(record.crew, str(record.kickoff_id), None, CrewState.UNKNOWN, show="none")
-    shown = nothing if view is None else view()
-    with_content = shown.show == "full" and (settings or CrewSettings()).trace_content
-    _set(span, _attributes(record, shown, with_content=with_content))
+    run_view = nothing if view is None else view()
+    with_content = run_view.show == "full" and (settings or CrewSettings()).trace_content
+    _set(span, _attributes(record, run_view, with_content=with_content))
     if record.state is not CrewState.COMPLETED:
-        span.set_status(Status(StatusCode.ERROR, None if shown.show == "none" else record.error))
-    if shown.show != "none":
-        _write_tasks(tracer, span, shown, begin, end, with_content=with_content)
+        span.set_status(Status(StatusCode.ERROR, None if run_view.show == "none" else record.error))
+    if run_view.show != "none":
+        _write_tasks(tracer, span, run_view, begin, end, with_content=with_content)
     span.end(end)
 
 
@@ -146,16 +146,16 @@ def _write_tasks(tracer: Tracer, run: Span, view: RunView, begin: int, end: int,
     No server tells when a task began. One that was seen at work lasts from then until the next one was seen, or the run
     had ended; one that was not is a point at the run's end, and says that its times are unknown.
     """
-    tasks, seen = ([] if view.status is None else [*view.status.tasks]), view.tasks_seen
+    tasks, first_seen = ([] if view.status is None else [*view.status.tasks]), view.tasks_seen
     if view.state is not CrewState.COMPLETED:
-        named = {task.name for task in tasks}
-        tasks += [TaskResult(name=name) for name in seen if name not in named]
-    starts = sorted(seen.values())
+        names = {task.name for task in tasks}
+        tasks += [TaskResult(name=name) for name in first_seen if name not in names]
+    starts = sorted(first_seen.values())
     context = trace.set_span_in_context(run)
     for number, task in enumerate(tasks[:TASKS_CAP], start=1):
-        at = seen.get(task.name or "")
+        at = first_seen.get(task.name or "")
         name, agent = (None if text is None else text[:NAME_CAP] for text in (task.name, task.agent))
-        following = next((_ns(one) for one in starts if at is not None and one > at), end)
+        following = next((_ns(moment) for moment in starts if at is not None and moment > at), end)
         start = end if at is None else min(max(_ns(at), begin), end)
         span = tracer.start_span(f"execute_task {name or number}", context, start_time=start)
         attributes: dict[str, Any] = {

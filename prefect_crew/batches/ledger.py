@@ -120,10 +120,10 @@ class Ledger:
 
     async def entry(self) -> BatchEntry | None:
         """Return what is known of the batch, None if it is new here. Raises LedgerError."""
-        found = await self._rows(sa.select(batches).where(batches.c.name == self.batch))
-        if not found:
+        entries = await self._rows(sa.select(batches).where(batches.c.name == self.batch))
+        if not entries:
             return None
-        values: dict[str, Any] = dict(zip(batches.c.keys(), found[0], strict=True))
+        values: dict[str, Any] = dict(zip(batches.c.keys(), entries[0], strict=True))
         if values["version"] > LEDGER_VERSION:
             raise LedgerError("was written by a later version of prefect-crew: update this one.", ledger=self.address)
         aside: dict[str, Any] = values.pop("set_aside") or {}
@@ -189,8 +189,8 @@ class Ledger:
         def write(connection: sa.Connection) -> dict[str, RowState]:
             columns = (rows.c.row_key, rows.c.number, rows.c.digest, rows.c.state)
             query = sa.select(*columns).where(rows.c.batch == self.batch, rows.c.row_key.in_([job.key for job in jobs]))
-            known: Any = connection.execute(query)
-            before = {key: (number, digest, RowState(state)) for key, number, digest, state in known}
+            stored: Any = connection.execute(query)
+            before = {key: (number, digest, RowState(state)) for key, number, digest, state in stored}
             # How these stand without the conflict tells whether there is one.
             tried = [key for key, (*_, state) in before.items() if state is RowState.CONFLICT and is_retried(key)]
             if tried:
@@ -222,8 +222,8 @@ class Ledger:
                 connection.execute(insert, changed).close()
             if restored:
                 self.writer.follow_rows(connection, restored)
-                found: Any = connection.execute(query)
-                states |= {key: RowState(state) for key, _, _, state in found}
+                rows_now: Any = connection.execute(query)
+                states |= {key: RowState(state) for key, _, _, state in rows_now}
             return states
 
         return await self._run(write, "written")
@@ -242,19 +242,19 @@ class Ledger:
     async def counts(self) -> dict[RowState, int]:
         """Return how many rows of the data set stand in each state, without those that the batch has not come to."""
         ours = (rows.c.batch == self.batch, rows.c.number.is_not(None))
-        found = await self._rows(sa.select(rows.c.state, sa.func.count()).where(*ours).group_by(rows.c.state))
-        return {RowState(state): int(count) for state, count in found}
+        groups = await self._rows(sa.select(rows.c.state, sa.func.count()).where(*ours).group_by(rows.c.state))
+        return {RowState(state): int(count) for state, count in groups}
 
     async def rows_in(self, states: Collection[RowState], *, limit: int | None = None) -> AsyncIterator[LedgerRow]:
         """Yield the rows of the data set that stand in one of some states, one state after another."""
         count = 0
         for state in states:
             async for page in self._pages(self._left, state=state):
-                for key, inputs, _, record, left in page:
+                for key, inputs, _, record, seconds in page:
                     if count == limit:
                         return
                     count += 1
-                    yield LedgerRow(key, from_json(inputs), state, None if record is None else _record(record, left))
+                    yield LedgerRow(key, from_json(inputs), state, None if record is None else _record(record, seconds))
 
     def lines(self) -> AsyncIterator[list[tuple[str, str, str, str | None, float | None]]]:
         """Yield the rows of the data set that the batch has come to, in their order and in pages.
@@ -274,16 +274,16 @@ class Ledger:
         if state is not None:
             query = query.where(rows.c.state == str(state))
         last: Sequence[Any] = (-1, "")
-        while found := await self._rows(
+        while page := await self._rows(
             query.where(sa.tuple_(*order) > sa.tuple_(*map(sa.literal, last[: len(order)]))).order_by(*order)
         ):
-            last = found[-1]
-            yield [row[1:] for row in found]
+            last = page[-1]
+            yield [row[1:] for row in page]
 
     async def kickoffs(self) -> int:
         """Return how many kickoffs were, or may have been, sent for this batch in all."""
-        sent = attempts.c.phase != str(RecordPhase.NOT_STARTED)
-        return int((await self._rows(sa.select(sa.func.count()).where(attempts.c.batch == self.batch, sent)))[0][0])
+        counts = attempts.c.phase != str(RecordPhase.NOT_STARTED)
+        return int((await self._rows(sa.select(sa.func.count()).where(attempts.c.batch == self.batch, counts)))[0][0])
 
     async def is_empty(self) -> bool:
         """Return whether the batch has come to no row yet."""
@@ -302,8 +302,8 @@ class Ledger:
 
     async def spending(self) -> Spending:
         """Return what all runs that have ended used and cost."""
-        (found,) = await self._rows(sa.select(*_SPENT).where(*self._ended))
-        return _spending(found)
+        (sums,) = await self._rows(sa.select(*_SPENT).where(*self._ended))
+        return _spending(sums)
 
     async def spending_by_day(self) -> list[tuple[str, str | None, Spending]]:
         """Return it for each day (UTC, as YYYY-MM-DD) on which runs ended and each flow run that started some."""
@@ -318,7 +318,7 @@ class Ledger:
 
         day, flow_run = after("ended_at", 10), after("flow_run_id", 36)
         query = sa.select(day, flow_run, *_SPENT).where(*self._ended).group_by(day, flow_run).order_by(day)
-        return [(str(on), by, _spending(found)) for on, by, *found in await self._rows(query)]
+        return [(str(on), by, _spending(sums)) for on, by, *sums in await self._rows(query)]
 
     @property
     def _ended(self) -> tuple[sa.ColumnElement[bool], ...]:
@@ -326,8 +326,8 @@ class Ledger:
 
     async def label(self) -> str | None:
         """Return what people call the crew; None before the first run."""
-        found = await self._rows(sa.select(attempts.c.record).where(attempts.c.batch == self.batch).limit(1))
-        return _record(found[0][0]).crew if found else None
+        records = await self._rows(sa.select(attempts.c.record).where(attempts.c.batch == self.batch).limit(1))
+        return _record(records[0][0]).crew if records else None
 
     # The record protocol.
 
@@ -359,11 +359,11 @@ class Ledger:
 
     async def resolve(self, record: RunRecord, phase: RecordPhase, **facts: Any) -> bool:
         """Write down what was found out about an attempt; False if it was changed since, or may still be posted."""
-        found = resolution(record, phase, **facts)
-        values = {**self._values(record.model_copy(update=found)), "mine": 0, "was": str(record.phase)}
+        changes = resolution(record, phase, **facts)
+        values = {**self._values(record.model_copy(update=changes)), "mine": 0, "was": str(record.phase)}
         if not await self.writer.put(values, is_claim=False):
             return False
-        for name, value in found.items():
+        for name, value in changes.items():
             setattr(record, name, value)
         return True
 
@@ -373,7 +373,7 @@ class Ledger:
         ended = record.model_copy(update=resolution(record, RecordPhase.ENDED, **end))
         is_closed = await self._write(ended, alone=True)
         attempts = () if is_closed else await self.attempts(record.idempotency_key)
-        stands = next((one for one in attempts if one.attempt == record.attempt and one.is_final), None)
+        stands = next((attempt for attempt in attempts if attempt.attempt == record.attempt and attempt.is_final), None)
         if not is_closed and stands is None:
             await self._raise_unsaved(ended, mine)
         for name, value in (stands or ended).outcome().items():
@@ -424,21 +424,21 @@ class Ledger:
     async def _raise_unsaved(self, record: RunRecord, mine: bool) -> None:
         if record.phase is RecordPhase.CLAIMED and mine:
             raise ClaimLostError
-        found = await self._rows(sa.select(attempts.c.record).where(*self._attempt(attempts, record)))
-        what = f"row {self.row_key(record.idempotency_key)!r} of batch {self.batch!r}"
-        if not found:
+        records = await self._rows(sa.select(attempts.c.record).where(*self._attempt(attempts, record)))
+        place = f"row {self.row_key(record.idempotency_key)!r} of batch {self.batch!r}"
+        if not records:
             raise RunNotFoundError(
                 name=record.idempotency_key,
-                advice=f"The ledger {self.address} does not hold attempt {record.attempt} at {what}.",
+                advice=f"The ledger {self.address} does not hold attempt {record.attempt} at {place}.",
             )
-        there = _record(found[0][0])
-        known = f"{there.phase}{f', run {there.kickoff_id}' if there.kickoff_id else ''}"
+        stored = _record(records[0][0])
+        state = f"{stored.phase}{f', run {stored.kickoff_id}' if stored.kickoff_id else ''}"
         if not mine:
-            raise ResolveError(f"{what[:1].upper()}{what[1:]} is {known} in the ledger. Nothing was changed.")
-        if record.kickoff_id in (None, there.kickoff_id):
-            run_logger().warning("The ledger already says that %s is %s. It is not changed.", what, known)
+            raise ResolveError(f"{place[:1].upper()}{place[1:]} is {state} in the ledger. Nothing was changed.")
+        if record.kickoff_id in (None, stored.kickoff_id):
+            run_logger().warning("The ledger already says that %s is %s. It is not changed.", place, state)
         else:
-            self._log_unsaved(record, f"the ledger already says that it is {known}. ")
+            self._log_unsaved(record, f"the ledger already says that it is {state}. ")
 
     def _log_unsaved(self, record: RunRecord, why: str) -> None:
         """Log the id of a run that is in no ledger: nobody else knows it."""
@@ -460,10 +460,10 @@ class Ledger:
         """Return the attempts at up to `PAGE` rows by row key; a row without any is left out."""
         query = sa.select(attempts.c.row_key, attempts.c.record, self._left).order_by(attempts.c.attempt)
         query = query.where(attempts.c.batch == self.batch, attempts.c.row_key.in_(row_keys))
-        found: dict[str, list[RunRecord]] = {}
-        for key, text, left in await self._rows(query):
-            found.setdefault(key, []).append(_record(text, left))
-        return found
+        by_row: dict[str, list[RunRecord]] = {}
+        for key, text, seconds in await self._rows(query):
+            by_row.setdefault(key, []).append(_record(text, seconds))
+        return by_row
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the attempt that holds a kickoff id, if any, of whichever batch."""
@@ -531,12 +531,12 @@ class Ledger:
     async def _execute(self, statement: Any) -> None:
         await self._run(lambda connection: connection.execute(statement).close(), "written")
 
-    async def _run(self, work: Callable[[sa.Connection], T], what: str, *, once: bool = False) -> T:
+    async def _run(self, work: Callable[[sa.Connection], T], purpose: str, *, once: bool = False) -> T:
         """Do something in the database. It is tried again while that is away, but for what can be done only `once`."""
         try:
-            return await (self.database.run(work) if once else self.writer.keep_trying(work, what))
+            return await (self.database.run(work) if once else self.writer.keep_trying(work, purpose))
         except (SQLAlchemyError, OSError) as error:
-            raise LedgerError(f"cannot be {what}: {short(error)}.", ledger=self.address) from error
+            raise LedgerError(f"cannot be {purpose}: {short(error)}.", ledger=self.address) from error
 
     def _values(self, record: RunRecord) -> dict[str, Any]:
         seconds = usage = None
@@ -578,22 +578,24 @@ _SPENT = (
 )
 
 
-def _spending(found: Sequence[Any]) -> Spending:
-    runs, reported, priced, cost, *counts = found
+def _spending(row: Sequence[Any]) -> Spending:
+    runs, reported, priced, cost, *counts = row
     usage = {name: int(count) for name, count in zip(TokenUsage.model_fields, counts, strict=True) if count is not None}
     return Spending(runs, reported, priced, TokenUsage(**usage) if usage else None, cost)
 
 
 def _masked(job: RowJob, crew: Crew) -> str:
     """Return the inputs of a row as JSON, without what is secret, also where another input repeats it."""
-    shown = job.inputs.shown(crew.redactor(job.inputs)) if job.inputs.secret_names else job.inputs.encoded
-    return to_json(shown, inf_nan_mode="null", serialize_unknown=True).decode()
+    inputs = job.inputs.shown(crew.redactor(job.inputs)) if job.inputs.secret_names else job.inputs.encoded
+    return to_json(inputs, inf_nan_mode="null", serialize_unknown=True).decode()
 
 
 def _digest(kickoff_id: str) -> str:
     return sha256(kickoff_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _record(text: str, left: float | None = None) -> RunRecord:
+def _record(text: str, seconds: float | None = None) -> RunRecord:
     # Here a claim is its permit as well: one write a row less.
-    return RunRecord.model_validate_json(text).model_copy(update={"entries": 1, "open_for": max(0.0, float(left or 0))})
+    return RunRecord.model_validate_json(text).model_copy(
+        update={"entries": 1, "open_for": max(0.0, float(seconds or 0))}
+    )

@@ -211,9 +211,9 @@ class Runner:
                 self._on_end(IdempotencyConflictError.__name__)
             page = [job for job in page if not self._has_nothing_to_do(states[job.key])]
             begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
-            known = await self.ledger.attempts_of(begun) if begun else {}
+            by_row = await self.ledger.attempts_of(begun) if begun else {}
             for job in page:
-                attempts = known.get(job.key, ())
+                attempts = by_row.get(job.key, ())
                 latest = latest_start(attempts)
                 if latest is not None and latest.phase is RecordPhase.ENDED:
                     state, count = await self._judge(job, latest), _kickoffs(attempts)
@@ -255,7 +255,7 @@ class Runner:
             record = None
         if record is not None and record.phase is not RecordPhase.STARTED:
             record, place = None, self._place(job, record, state_of(record))
-        found = record is not None
+        is_found = record is not None
         while True:
             if record is None:
                 if not await self.throttle.admit(job.key):
@@ -267,12 +267,12 @@ class Runner:
                     continue
                 if not isinstance(start, RunRecord):
                     return start
-                record, found = start, start.owner != owner
-                count += not found
+                record, is_found = start, start.owner != owner
+                count += not is_found
             elif self.throttle.slots is not None:
                 with suppress(*PREFECT_ERRORS, ConfigurationError):
                     await self.throttle.slots.take(job.key)  # it is in flight already, with a slot or without one
-            end = await self._wait(job, record, first_look=found)
+            end = await self._wait(job, record, first_look=is_found)
             if end is None:
                 return None
             state, _ = end
@@ -618,15 +618,15 @@ async def rows_at_once(crew: Crew, options: BatchOptions) -> int:
 
     Raises ConfigurationError: the crew's limit does not exist, or is smaller than the number that was asked for.
     """
-    chosen, limit = options.max_in_flight, await most_at_once(crew)
+    most, limit = options.max_in_flight, await most_at_once(crew)
     if limit is None:
-        return chosen or IN_FLIGHT
-    if chosen is not None and chosen > limit:
+        return most or IN_FLIGHT
+    if most is not None and most > limit:
         raise ConfigurationError(
-            f"max_in_flight is {chosen}, and crew {crew.label} allows {limit} runs in flight in all "
+            f"max_in_flight is {most}, and crew {crew.label} allows {limit} runs in flight in all "
             f"(concurrency limit {crew.concurrency_limit!r}). Give max_in_flight={limit} or less."
         )
-    return chosen or min(IN_FLIGHT, limit)
+    return most or min(IN_FLIGHT, limit)
 
 
 async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:

@@ -372,9 +372,9 @@ class PollLane(Connections):
 
     async def _connected(self) -> httpcore.AsyncHTTPConnection:
         """Return a connection that the server has not closed, as far as is known."""
-        kept = self._connection
-        if kept is not None and kept.is_idle() and not kept.has_expired():
-            return kept
+        connection = self._connection
+        if connection is not None and connection.is_idle() and not connection.has_expired():
+            return connection
         await self.aclose()
         tls = tls_context() if self._base.scheme == "https" else None
         origin = self._core_url(b"/").origin

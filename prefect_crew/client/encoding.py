@@ -49,8 +49,8 @@ def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[s
             if plain is not None:
                 encoded[_text(name)] = plain if as_json else as_text(plain)
         except (_UnsendableError, RecursionError) as error:
-            what = str(error) if isinstance(error, _UnsendableError) else "a value that is nested too deeply"
-            raise ConfigurationError(f"Input {name!r} holds {what}, which cannot be sent.") from None
+            problem = str(error) if isinstance(error, _UnsendableError) else "a value that is nested too deeply"
+            raise ConfigurationError(f"Input {name!r} holds {problem}, which cannot be sent.") from None
     return encoded
 
 

@@ -128,15 +128,15 @@ class Inputs:
         return {name: MASK if name in self.secret_names else value for name, value in plain.items()}
 
 
-def missing_inputs(expected: Iterable[CrewInput], given: Mapping[str, Any]) -> list[str]:
-    """Return the names of required inputs that `given` lacks or holds None for, in the crew's order."""
-    return [item.name for item in expected if item.required and given.get(item.name) is None]
+def missing_inputs(expected: Iterable[CrewInput], inputs: Mapping[str, Any]) -> list[str]:
+    """Return the names of required inputs that `inputs` lacks or holds None for, in the crew's order."""
+    return [item.name for item in expected if item.required and inputs.get(item.name) is None]
 
 
-def unknown_inputs(expected: Iterable[CrewInput], given: Mapping[str, Any]) -> list[str]:
-    """Return the names in `given` that the crew does not name, in the given order; none where it names no inputs."""
-    known = {item.name for item in expected}
-    return [name for name in given if name not in known and name not in NEVER_UNKNOWN] if known else []
+def unknown_inputs(expected: Iterable[CrewInput], inputs: Mapping[str, Any]) -> list[str]:
+    """Return the names in `inputs` that the crew does not name, in the given order; none where it names no inputs."""
+    names = {item.name for item in expected}
+    return [name for name in inputs if name not in names and name not in NEVER_UNKNOWN] if names else []
 
 
 def inputs_digest(inputs: Mapping[str, Any], *, restore_from: str | None = None, is_text: bool = False) -> str:

@@ -134,7 +134,7 @@ class CrewServer:
         if generation not in get_args(Generation):
             raise ValueError(f"generation must be first or later, not {generation!r}.")
         specs = spec if isinstance(spec, Mapping) else {"": spec}
-        programs = {name: load_program(one, speed=options.get("speed", 1.0)) for name, one in specs.items()}
+        programs = {name: load_program(source, speed=options.get("speed", 1.0)) for name, source in specs.items()}
         self.port: int = port
         self.token: str = options.get("token") or secrets.token_urlsafe(24)
         self.faults: Faults = Faults(options.get("faults", ()))

@@ -125,7 +125,7 @@ class SlotPool:
             if self._asking is not None and (lease := await self._asking) is not None:
                 self._unused[lease] = (0.0, Slots(self._crew, lease))
         slots = [*self._held.values(), *(unused for _, unused in self._unused.values())]
-        await asyncio.gather(*(one.release() for one in slots))
+        await asyncio.gather(*(slot.release() for slot in slots))
 
     async def take(self, row: str) -> bool:
         """Take a slot for a row, and return whether there was one.

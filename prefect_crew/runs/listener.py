@@ -55,10 +55,10 @@ class Waker:
         self._has_ended = False
         self._asked: set[Question] = set()
 
-    def wake(self, asked: Question | None = None, *, ends_pause: bool = True) -> None:
-        """Tell of a webhook; from any thread. `asked`: what a person is asked, if that is what it says."""
-        if asked is not None:
-            self._asked.add(asked)
+    def wake(self, question: Question | None = None, *, ends_pause: bool = True) -> None:
+        """Tell of a webhook; from any thread. `question`: what a person is asked, if the webhook says that."""
+        if question is not None:
+            self._asked.add(question)
         if ends_pause or self._has_ended:
             with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
                 self._loop.call_soon_threadsafe(self._event.set)
@@ -127,28 +127,28 @@ class _Tokens:
     @property
     def usage(self) -> TokenUsage | None:
         """The one that says most: calls tell what went in and out, yet some of them may be missing."""
-        told = self.whole or self.crews
-        if told is not None and (told.prompt_tokens is not None or not self.has_all_calls):
-            return told
+        whole = self.whole or self.crews
+        if whole is not None and (whole.prompt_tokens is not None or not self.has_all_calls):
+            return whole
         return TokenUsage.sum(self.models.values())
 
     @property
     def has_all_calls(self) -> bool:
         """Whether the calls of models come to as much as is known in all."""
-        told, called = self.whole or self.crews or TokenUsage(), TokenUsage.sum(self.models.values())
-        return called is not None and (called.total_tokens or 0) >= (told.total_tokens or 0)
+        whole, called = self.whole or self.crews or TokenUsage(), TokenUsage.sum(self.models.values())
+        return called is not None and (called.total_tokens or 0) >= (whole.total_tokens or 0)
 
-    def add(self, name: str, said: Mapping[str, Any]) -> None:
+    def add(self, name: str, body: Mapping[str, Any]) -> None:
         """Take up a webhook, once."""
         self.heard.add(name)
-        usage, model = tokens_of(said), said.get("model")
+        usage, model = tokens_of(body), body.get("model")
         if name == COMPLETED:
             self.whole = usage or self.whole
         elif usage is not None and name != CALLED:
             self.crews = TokenUsage.sum(filter(None, [self.crews, usage]))
         elif usage is not None and isinstance(model, str) and (model in self.models or len(self.models) < 100):
-            known = TokenUsage.sum(filter(None, [self.models.get(model), usage]))
-            self.models[model] = known or usage
+            total = TokenUsage.sum(filter(None, [self.models.get(model), usage]))
+            self.models[model] = total or usage
 
 
 @dataclass
@@ -221,7 +221,7 @@ class _Hub:
         run = self._runs.setdefault(idempotency_key, _Run())
         self._runs.move_to_end(idempotency_key)
         if len(self._runs) > MOST_KEPT:
-            oldest = next((key for key, one in self._runs.items() if not one.wakers), None)
+            oldest = next((key for key, other in self._runs.items() if not other.wakers), None)
             if oldest is not None:
                 del self._runs[oldest]
         return run
@@ -230,9 +230,9 @@ class _Hub:
         with self._lock:
             run = self._run(idempotency_key)
             run.wakers.add(waker)
-            notified_at, asked = run.notified_at, run.asked
+            notified_at, question = run.notified_at, run.asked
         if time.monotonic() - notified_at < KEPT:
-            waker.wake(asked)
+            waker.wake(question)
 
     def remove(self, idempotency_key: str, waker: Waker) -> None:
         with self._lock:
@@ -294,24 +294,24 @@ class _Hub:
         id_, name, idempotency_key = event.get("id"), event.get("event"), event.get("idempotency_key")
         if not (isinstance(id_, str) and isinstance(name, str) and isinstance(idempotency_key, str)):
             return
-        said, attempt, answers = as_object(event.get("said")), event.get("attempt"), event.get("round")
-        asked: Question | None = None
+        body, attempt, answers = as_object(event.get("said")), event.get("attempt"), event.get("round")
+        question: Question | None = None
         if name == ASKED and isinstance(attempt, int) and isinstance(answers, int):
-            asked = attempt, answers
+            question = attempt, answers
         with self._lock:
             if id_ in self._heard:
                 return
             self._heard[id_] = None
             if len(self._heard) > MOST_KEPT:
                 self._heard.popitem(last=False)
-            run, kickoff_id = self._run(idempotency_key), said.get("kickoff_id")
+            run, kickoff_id = self._run(idempotency_key), body.get("kickoff_id")
             if isinstance(kickoff_id, str) and (kickoff_id in run.tokens or len(run.tokens) < 100):
-                run.tokens.setdefault(kickoff_id, _Tokens()).add(name, said)
+                run.tokens.setdefault(kickoff_id, _Tokens()).add(name, body)
             wakers = list(run.wakers)
             if name != CALLED:
-                run.notified_at, run.asked = time.monotonic(), asked or run.asked
+                run.notified_at, run.asked = time.monotonic(), question or run.asked
         for waker in wakers:
-            waker.wake(asked, ends_pause=name != CALLED)
+            waker.wake(question, ends_pause=name != CALLED)
 
 
 _hub = _Hub()  # Process-wide: one connection serves the waiters of all event loops.

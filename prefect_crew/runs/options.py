@@ -94,10 +94,10 @@ class RunOptions(BaseModel):
                 "started."
             )
         # A text that was meant for a choice is shown; of anything else the type says enough, and holds no secret.
-        shown = repr(value[:40]) if name in ("review", "restore_from") and isinstance(value, str) else None
+        quote = repr(value[:40]) if name in ("review", "restore_from") and isinstance(value, str) else None
         kind = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
-        wanted = cls.model_fields[name].description
-        raise ConfigurationError(f"{name} is {shown or kind}; it has to be {wanted}. Nothing was started.")
+        kind_needed = cls.model_fields[name].description
+        raise ConfigurationError(f"{name} is {quote or kind}; it has to be {kind_needed}. Nothing was started.")
 
     def arguments(self, *names: str) -> dict[str, Any]:
         """Return the options of these names as keyword arguments of a task."""

@@ -180,8 +180,8 @@ async def poll(
                 raise
             except NO_ANSWER as error:
                 await state.failed(error)
-                asked = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
-                await state.pause(max(state.next_delay(), asked))
+                least = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
+                await state.pause(max(state.next_delay(), least))
                 continue
             if await state.take(status):
                 return status
@@ -234,11 +234,11 @@ class _Poll:
 
     def next_pause(self) -> float:
         """Cut the next delay to the end of the budget that ends first: the last look falls on it, not after it."""
-        delay, left = self.watcher.next_pause(self.next_delay()), self.left
-        if left is None or left[2] <= 0:
+        delay, time_left = self.watcher.next_pause(self.next_delay()), self.left
+        if time_left is None or time_left[2] <= 0:
             return delay
         # Not less than a clock of seconds since the epoch can show: the look must not fall just before the end.
-        return min(delay, max(left[2], 0.001))
+        return min(delay, max(time_left[2], 0.001))
 
     async def take(self, status: CrewStatus) -> bool:
         """Take a good answer in; True if the run has ended. First its end, then the clock."""
@@ -265,21 +265,21 @@ class _Poll:
             await self.watcher.on_status(status)
             if self.seen.ended:
                 return True
-        left = self.left
-        if left is not None and left[2] <= 0:
-            more = await self.watcher.more_time() if left[0] == "human" else 0.0
+        time_left = self.left
+        if time_left is not None and time_left[2] <= 0:
+            more = await self.watcher.more_time() if time_left[0] == "human" else 0.0
             self.phases.human_extra += more
             if more <= 0:
-                raise await self.timed_out(left)
+                raise await self.timed_out(time_left)
         return False
 
     async def failed(self, error: CrewError) -> None:
         """Raise if there has been no answer for too long."""
-        moment, left = self.now(), self.left
+        moment, time_left = self.now(), self.left
         # Without an answer nobody knows whether the run has ended: a budget that is over gets this much longer, and so
         # does a wait that begins after it was over, as after a restart.
-        if left is not None and min(-left[2], moment - self.began) >= self.policy.error_timeout:
-            raise await self.timed_out(left) from error
+        if time_left is not None and min(-time_left[2], moment - self.began) >= self.policy.error_timeout:
+            raise await self.timed_out(time_left) from error
         if isinstance(error, RateLimitedError):
             self.failed_at = None
         else:
@@ -291,8 +291,8 @@ class _Poll:
         if self.failing_for >= self.policy.error_timeout:
             raise error
 
-    async def timed_out(self, left: tuple[str, float, float]) -> CrewTimeoutError:
-        phase, limit, _ = left
+    async def timed_out(self, time_left: tuple[str, float, float]) -> CrewTimeoutError:
+        phase, limit, _ = time_left
         stopped = await self.watcher.stop(phase)
         return CrewTimeoutError(**self.names, phase=phase, limit=limit, last_state=self.last, stopped=stopped)
 

@@ -385,8 +385,8 @@ def result_of(run: LiveRun, status: CrewStatus) -> CrewResult:
         record = run.record
         if record is not None and record.phase is RecordPhase.ENDED:
             return record.completed(status.result())
-        known = {"cost": cost_of_run(run.crew, status), "idempotency_key": run.idempotency_key}
-        return status.result().model_copy(update=known)
+        facts = {"cost": cost_of_run(run.crew, status), "idempotency_key": run.idempotency_key}
+        return status.result().model_copy(update=facts)
     raise failure(run, status.state, run.redact_text(status.error or ""))
 
 
@@ -454,17 +454,17 @@ def parse_data(
         problems = [f"{output_type.__name__}: {type(error).__name__}{f': {error}' if is_quoted else ''}"]
     else:
         return result.model_copy(update={"data": data})
-    shown = None
+    quote = None
     if run is not None:
         problems = [run.redact(problem) for problem in problems]
-        shown = run.redact(result.output) if run.show == "full" else "not shown"
+        quote = run.redact(result.output) if run.show == "full" else "not shown"
     # Out here, since the validator's own error quotes the whole result and would come along as its context.
     refusal = OutputTypeError(
         kickoff_id=result.kickoff_id,
         output_type=output_type.__name__,
         output=result.output,
         problems=problems,
-        shown=shown,
+        shown=quote,
     )
     del result  # error reporters show the local variables of all frames
     raise refusal

@@ -167,7 +167,7 @@ async def _latest_claims(client: PrefectClient, since: datetime | None, owners: 
         json = {"limit": limit, "offset": offset, "sort": "UPDATED_DESC"}
         response = await client.request("POST", "/variables/filter", json=json)
         page = variables_in(response)
-        claims += [one for one in page if one.fields.get("flow_run_id") in owners]
+        claims += [variable for variable in page if variable.fields.get("flow_run_id") in owners]
         until = server_time(response) - timedelta(seconds=page[-1].idle) if page else None
         if len(page) < limit or until is None or (since is not None and until < since - CLOCKS_APART):
             break

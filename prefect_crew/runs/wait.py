@@ -211,12 +211,12 @@ class _Waiter(Watcher):
             task = "" if run.show == "none" or run.is_blind else run.redact(str(status.current_task))[:200]
             self.log.info("Crew run %s: %s%s", run.kickoff_id, task, progress(status))
         self.meet_people(asked=status.state is CrewState.WAITING)
-        asked = self.people is not None and await self.people.see_status(status)
+        is_asked = self.people is not None and await self.people.see_status(status)
         if status.state.ended:
             return
         if is_new_state or is_new_task or (before is not None and before.progress != status.progress):
             self._is_stale = True
-        if asked:
+        if is_asked:
             await self._show()
         elif self._is_stale and time.monotonic() - self._shown_at >= SHOW_EVERY:
             self._show_beside()
@@ -354,8 +354,8 @@ class _Waiter(Watcher):
             attempts = await self.run.records.attempts(self.run.record.idempotency_key)
         except PREFECT_ERRORS:
             return None
-        ended = (one for one in attempts if one.phase is RecordPhase.ENDED)
-        return next((one for one in ended if one.kickoff_id == self.run.kickoff_id), None)
+        ended = (attempt for attempt in attempts if attempt.phase is RecordPhase.ENDED)
+        return next((attempt for attempt in ended if attempt.kickoff_id == self.run.kickoff_id), None)
 
     async def _after_cancellation(self) -> CrewError:
         """Stop the crew and return the error to raise. The server ends the flow run, which is Cancelling, by itself."""
@@ -389,19 +389,19 @@ class _Waiter(Watcher):
             await asyncio.wait({showing})  # or two requests would make the artifact
         notes, to_do = ([], []) if self.people is None else self.people.notes
         notes += [note] if note else []
-        given = () if self.people is None else self.people.answers
+        answers = () if self.people is None else self.people.answers
 
         def view() -> RunView:
             self._shown_at, self._is_stale = time.monotonic(), False
             redacted = [self.run.redact(text) for text in notes]
-            return self.run.view(status or self.last, notes=redacted, to_do=to_do, reviews=given)
+            return self.run.view(status or self.last, notes=redacted, to_do=to_do, reviews=answers)
 
         is_first = self.run.artifact.id is None
         await self.run.artifact.show(view)
         if self.run.artifact.id is None:  # the Prefect API did not take it
             self._is_stale = True
-        shown = status or self.last
-        if is_first and self.run.artifact.id is not None and not (shown is not None and shown.state.ended):
+        last = status or self.last
+        if is_first and self.run.artifact.id is not None and not (last is not None and last.state.ended):
             self.run.notify(None)  # so that it can be linked to
 
     def _once_it_answers(self) -> str:

@@ -133,7 +133,7 @@ async def answer_question(
 
 def _to_write_down(run: LiveRun, status: CrewStatus, question: ReviewRequest, review: Review) -> Review:
     """Return an answer as it may be stored, with all that tells its question from the next."""
-    named = waiting_task(status)
+    task = waiting_task(status)
     return review.model_copy(
         update={
             "feedback": run.redact_text(review.feedback)[:FEEDBACK_KEPT] if run.show == "full" else "",
@@ -142,7 +142,7 @@ def _to_write_down(run: LiveRun, status: CrewStatus, question: ReviewRequest, re
             "task_id": run.redact_name(question.task_id),
             "round": question.round,
             "task_digest": digest(question.task_id),
-            "shown_task_digest": None if named is None else digest(named),
+            "shown_task_digest": None if task is None else digest(task),
             "output_digest": output_digest(status),
             "question_id": question.id,
             # An earlier answer may be given again: what became of that says nothing about this one.
@@ -314,19 +314,19 @@ def _question_to_answer(
     answers: Sequence[Review],
     of_flow: ReviewRequest | None,
     task_id: str | None,
-    seen: ReviewRequest | None,
+    last_seen: ReviewRequest | None,
 ) -> ReviewRequest:
     """Return the question that a run asks at this moment, or raise where it asks none, or another than was seen."""
     kickoff_id, label, state = run.kickoff_id, run.crew.label, status.state
     is_over = state.ended or state is CrewState.UNKNOWN
     # A Flow that has asked waits, whatever the status calls it.
     waits = state is CrewState.WAITING or (of_flow is not None and not is_over)
-    if seen is not None:
+    if last_seen is not None:
         if state is CrewState.UNKNOWN:  # it may be known again in a moment: the question may still be open
             raise CrewLostError(**run.names)
         if not waits:
             raise AlreadyAnsweredError(f"Run {kickoff_id} does not wait any more: it is {state}. Nothing was sent.")
-        task_id = waiting_task(status) or seen.task_id
+        task_id = waiting_task(status) or last_seen.task_id
     elif is_over or not (waits or task_id):
         raise NotWaitingError(f"Run {kickoff_id} of crew {label} does not wait for a person: it is {state}.")
     current = question_of(run, status, answers, of_flow, task_id=task_id)
@@ -335,18 +335,18 @@ def _question_to_answer(
             f"Run {kickoff_id} of crew {label} waits, and its status does not name the task. Give it (task_id=…, "
             "--task): the crew's page and the human-input webhook show it."
         )
-    if seen is not None and not is_same_question(seen, current):
+    if last_seen is not None and not is_same_question(last_seen, current):
         task = run.redact_name(current.task_id)
         raise AlreadyAnsweredError(f"Run {kickoff_id}, task {task}, asks another question by now. Nothing was sent.")
     return current
 
 
-def _check_unanswered(run: LiveRun, where: str, current: ReviewRequest, seen: ReviewRequest) -> None:
+def _check_unanswered(run: LiveRun, where: str, current: ReviewRequest, last_seen: ReviewRequest) -> None:
     """Raise where a question has its answer, or may have it."""
-    if seen.state == "open":
+    if last_seen.state == "open":
         return
     last = current.answers[-1]
-    if seen.state == "uncertain":
+    if last_seen.state == "uncertain":
         raise uncertain_error(run, last)
     # Where nothing else shows that this is another question, people may say so after a while.
     if not last.is_older_than(run.crew.wait.next_round_after, utcnow()):
@@ -391,12 +391,12 @@ async def resume_run(
 
 async def _refuse_row_of_batch(run: LiveRun) -> None:
     """Raise if a run without a record may be a row of a batch: the answers to that are on record in its ledger."""
-    wanted = {"variables": {"tags": {"all_": [ASKS]}}, "limit": 200}
+    filter_ = {"variables": {"tags": {"all_": [ASKS]}}, "limit": 200}
     with naming_prefect_errors(
         f"Nothing was sent: run {run.kickoff_id} may be a row of a batch. Answer again once that can be read."
     ):
         async with get_client() as client:
-            batches = (await client.request("POST", "/variables/filter", json=wanted)).json()
+            batches = (await client.request("POST", "/variables/filter", json=filter_)).json()
     for batch in [variable["value"] for variable in batches]:
         if batch.get("crew_url", run.crew.url) == run.crew.url:
             raise RunNotFoundError(
@@ -478,16 +478,16 @@ async def read_question(
             withheld=withheld,
         )
     question = await with_kept_output(run, question)
-    shown: dict[str, Any] = dict.fromkeys(("output", "message", "meta", "callback_url"))
-    shown["task_id"] = run.redact_name(question.task_id)
+    changes: dict[str, Any] = dict.fromkeys(("output", "message", "meta", "callback_url"))
+    changes["task_id"] = run.redact_name(question.task_id)
     if question.output is None:
-        shown["withheld"] = f"the status does not show it. {where_to_look(run)}"
+        changes["withheld"] = f"the status does not show it. {where_to_look(run)}"
     elif run.show != "full":
         count = len(question.output)
-        shown["withheld"] = f"{count:,} characters that this crew does not show. {where_to_look(run)}"
+        changes["withheld"] = f"{count:,} characters that this crew does not show. {where_to_look(run)}"
     else:
-        shown["output"] = run.redact(question.output)
-    return question.model_copy(update=shown)
+        changes["output"] = run.redact(question.output)
+    return question.model_copy(update=changes)
 
 
 async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[RunRecord, RecordStore]:

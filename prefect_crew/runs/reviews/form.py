@@ -221,8 +221,8 @@ class Form:
     async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
         """Pause between two looks at the run. A webhook or a submitted form ends the pause: True then."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            if await pause(min(left, LOOK_EVERY)) or await self.look() is not None:
+        while (seconds_left := end - time.monotonic()) > 0:
+            if await pause(min(seconds_left, LOOK_EVERY)) or await self.look() is not None:
                 return True
         return False
 
@@ -234,8 +234,8 @@ class Form:
         prefix = _of_run(self._run.kickoff_id)
         try:
             async with get_client() as client:
-                left = await client.filter_flow_run_input(self._own, prefix, limit=200, exclude_keys=set())
-                await self._delete(client, *(one.key for one in left))
+                inputs = await client.filter_flow_run_input(self._own, prefix, limit=200, exclude_keys=set())
+                await self._delete(client, *(item.key for item in inputs))
         except PREFECT_ERRORS as error:
             run_logger().debug("Old forms about run %s could not be removed: %s", self._run.kickoff_id, error)
 

@@ -112,8 +112,8 @@ def question_of(
         task_id: The task, where the status does not name it.
         has_webhook: As for `question_state`.
     """
-    named, shown = waiting_task(status), output_digest(status)
-    task_id = task_id or named if of_flow is None else of_flow.task_id
+    task, output = waiting_task(status), output_digest(status)
+    task_id = task_id or task if of_flow is None else of_flow.task_id
     if task_id is None:
         return None
     meta = None if run.request is None else run.request.options.meta
@@ -125,8 +125,8 @@ def question_of(
         kickoff_id=run.kickoff_id,
         task_id=task_id,
         output=judged_output(status),
-        output_digest=shown,
-        state=question_state(answers, named, shown, has_webhook=has_webhook),
+        output_digest=output,
+        state=question_state(answers, task, output, has_webhook=has_webhook),
     )
     return question.model_copy(update=about)
 

@@ -161,12 +161,12 @@ class People:
             self._looked_at = utcnow()
 
     async def _question_of_waiting(self, status: CrewStatus) -> ReviewRequest | None:
-        task_id, shown, question = waiting_task(status), output_digest(status), self._open
+        task_id, output, question = waiting_task(status), output_digest(status), self._open
         if question is not None and (task_id is None or self._sending is not None):
             return question
-        if question is not None and self._is_still(question, str(task_id), shown):
-            if question.output_digest is None and shown is not None:
-                update = {"output_digest": shown, "output": judged_output(status)}
+        if question is not None and self._is_still(question, str(task_id), output):
+            if question.output_digest is None and output is not None:
+                update = {"output_digest": output, "output": judged_output(status)}
                 self._open = question.model_copy(update=update)
             elif question.output_digest is None and question.output == judged_output(status):
                 self._open = await self._with_kept_output(question)
@@ -197,10 +197,10 @@ class People:
         self._open, self._held_until = question, None
         return question
 
-    def _is_still(self, question: ReviewRequest, task_id: str, shown: str | None) -> bool:
+    def _is_still(self, question: ReviewRequest, task_id: str, output: str | None) -> bool:
         if question.id is not None:
             return True  # until the state changes, or somebody has answered it
-        is_same = question.task_id == task_id and may_be_same(question.output_digest, shown)
+        is_same = question.task_id == task_id and may_be_same(question.output_digest, output)
         return is_same and not self._has_webhook(len(question.answers) + 1)
 
     def _has_webhook(self, answers: int) -> bool:
@@ -238,7 +238,7 @@ class People:
         self.answers = self.answers if answers is None else answers
         return answers is not None
 
-    async def _read(self, what: str, reading: Awaitable[T], *, is_needed: bool = False) -> T | None:
+    async def _read(self, subject: str, reading: Awaitable[T], *, is_needed: bool = False) -> T | None:
         """Return what can be read within some seconds, else None. `is_needed`: raise where the Prefect API refuses."""
         try:
             async with asyncio.timeout(PREFECT_WITHIN):
@@ -250,7 +250,7 @@ class People:
                     "and the earlier answers cannot be read. Once that works, wait for the run again under its key."
                 ):
                     raise
-            run_logger().debug(f"{what} could not be read: %r", self.run.kickoff_id, error)
+            run_logger().debug(f"{subject} could not be read: %r", self.run.kickoff_id, error)
             return None
 
     # Who is informed
@@ -371,7 +371,7 @@ class People:
         if self._form is not None:
             await self._form.take_down()
         try:
-            _, sent = await answer_question(self.run, review, question=question, nonce=self._nonce)
+            _, answer = await answer_question(self.run, review, question=question, nonce=self._nonce)
         except (AlreadyAnsweredError, CrewLostError, CrewAPIError) as error:
             if isinstance(error, CrewAPIError) and not self._is_asked_anew(question, error):
                 raise
@@ -382,13 +382,13 @@ class People:
                 await self._drop_answer()
             return False
         await self._drop_answer()
-        self.answers = [*question.answers, sent]
-        self._open, self._answered, self._was_refused = None, None if sent.moved_on else sent, False
+        self.answers = [*question.answers, answer]
+        self._open, self._answered, self._was_refused = None, None if answer.moved_on else answer, False
         self._has_answered, self._nonce, self._has_warned = True, uuid4().hex, False
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
             "Crew run %s: task %s, round %d: %s by %s.",
-            *(self.run.kickoff_id, sent.task_id, sent.round, verdict, review.by),
+            *(self.run.kickoff_id, answer.task_id, answer.round, verdict, review.by),
         )
         return True
 
@@ -464,8 +464,8 @@ class People:
 
     def has_answered(self) -> bool:
         """Return whether an answer was sent since this was last asked."""
-        sent, self._has_answered = self._has_answered, False
-        return sent
+        has_answered, self._has_answered = self._has_answered, False
+        return has_answered
 
     async def aclose(self, *, ended: bool) -> None:
         """End with the wait: take the form down. Where the run has `ended`, forget what webhooks brought."""
