@@ -255,18 +255,23 @@ async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_can
     assert found.kickoff_id == record.kickoff_id
 
 
-def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_event_loop_ends(crew_server: CrewServerFactory):
-    # So ends that of `run_crew` in a flow that is not async, where the flow times out or a worker shuts down.
-    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
+def end_the_loop(server: CrewServer, idempotency_key: str, is_time: Callable[[], Any], moment: str) -> None:
+    """Call the crew, and end the event loop as Ctrl-C does once it is time."""
 
     async def call() -> None:
         calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-        await until(lambda: server.requests["kickoff"], "the kickoff is sent")
+        await until(is_time, moment)
         asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
         await calling
 
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(call())
+
+
+def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_event_loop_ends(crew_server: CrewServerFactory):
+    # So ends that of `run_crew` in a flow that is not async, where the flow times out or a worker shuts down.
+    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
+    end_the_loop(server, idempotency_key, lambda: server.requests["kickoff"], "the kickoff is sent")
     (record,) = asyncio.run(attempts(idempotency_key))
     assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
 
@@ -691,15 +696,7 @@ def test_a_loop_that_ends_before_the_first_byte_leaves_nothing_uncertain(
     connecting = hold_connections(
         monkeypatch, lambda port: bool(server.requests["inputs"]) and str(port) in server.url, seconds=60
     )
-
-    async def call() -> None:
-        calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-        await until(connecting.is_set, "the kickoff is about to be sent")
-        asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
-        await calling
-
-    with pytest.raises(KeyboardInterrupt):
-        asyncio.run(call())
+    end_the_loop(server, idempotency_key, connecting.is_set, "the kickoff is about to be sent")
     assert server.requests["kickoff"] == 0
     assert asyncio.run(phases(idempotency_key)) == [RecordPhase.NOT_STARTED]
 
@@ -711,15 +708,7 @@ def test_an_id_is_on_record_although_the_loop_ends_while_it_is_written(
     connecting = hold_connections(
         monkeypatch, lambda port: bool(server.requests["kickoff"]) and str(port) not in server.url, seconds=1
     )
-
-    async def call() -> None:
-        calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-        await until(connecting.is_set, "the id is about to be written")
-        asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
-        await calling
-
-    with pytest.raises(KeyboardInterrupt):
-        asyncio.run(call())
+    end_the_loop(server, idempotency_key, connecting.is_set, "the id is about to be written")
     assert server.requests["kickoff"] == 1
     assert asyncio.run(phases(idempotency_key)) == [RecordPhase.STARTED]
 
