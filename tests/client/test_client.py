@@ -13,7 +13,7 @@ import respx
 from pydantic import SecretStr
 
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import (
     AuthenticationError,
@@ -312,3 +312,21 @@ async def test_a_client_is_opened_once_and_used_open():
             await client.__aenter__()
     with pytest.raises(RuntimeError, match="not open"):
         await client.kickoff({})
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after", "delay"),
+    [
+        (RateLimitedError, 429, None, BARE_DELAY),
+        (RateLimitedError, 429, 7.0, 7.0),
+        (ServerError, 503, 3.0, 3.0),
+        (ServerError, 503, None, None),
+        (ServerError, 500, 3.0, None),
+    ],
+)
+def test_only_a_refusal_says_when_a_kickoff_may_be_sent_again(
+    error: type[CrewAPIError], status: int, retry_after: float | None, delay: float | None
+):
+    # Of any other 5xx nobody knows whether it started a run, whatever time it names.
+    answer = error(status_code=status, method="POST", path="/kickoff", message="", body="", retry_after=retry_after)
+    assert kickoff_delay(answer) == delay
