@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -713,6 +713,15 @@ def test_an_id_is_on_record_although_the_loop_ends_while_it_is_written(
     assert asyncio.run(phases(idempotency_key)) == [RecordPhase.STARTED]
 
 
+async def cancel_after(event: asyncio.Event, call: Coroutine[Any, Any, Any]) -> None:
+    """Make a call, and cancel it once the event is set."""
+    calling = asyncio.ensure_future(call)
+    await event.wait()
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+
 async def test_a_claim_is_given_back_although_its_caller_is_cancelled_meanwhile(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
@@ -725,11 +734,7 @@ async def test_a_claim_is_given_back_although_its_caller_is_cancelled_meanwhile(
 
     monkeypatch.setattr(PrefectRecords, "withdraw", slow_withdraw)
     server, idempotency_key = crew_server("echo"), key()
-    calling = asyncio.ensure_future(server.crew().atrigger({"no": "text"}, idempotency_key=idempotency_key))
-    await withdrawing.wait()
-    calling.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await calling
+    await cancel_after(withdrawing, server.crew().atrigger({"no": "text"}, idempotency_key=idempotency_key))
     assert await phases(idempotency_key) == []
 
 
@@ -747,10 +752,6 @@ async def test_a_cancelled_call_writes_nothing_over_a_claim_that_somebody_has_re
 
     monkeypatch.setattr(PrefectRecords, "permit", slow_permit)
     server, idempotency_key = crew_server("echo"), key()
-    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-    await asking.wait()
-    calling.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await calling
+    await cancel_after(asking, server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
     assert await phases(idempotency_key) == [RecordPhase.STARTED]
     assert server.requests["kickoff"] == 0
