@@ -88,7 +88,9 @@ async def burst(given: argparse.Namespace, server: LeanServer) -> dict[str, Any]
     from prefect import flow, task
     from prefect.cache_policies import NO_CACHE
 
-    from prefect_crew import CrewState, DeployedCrew, arun_crew
+    from prefect_crew import CrewState, DeployedCrew
+    from prefect_crew.flows import run_loaded_crew
+    from prefect_crew.runs.options import RunOptions
 
     seen: dict[str, float] = {}
     returned: dict[str, float] = {}
@@ -112,7 +114,8 @@ async def burst(given: argparse.Namespace, server: LeanServer) -> dict[str, Any]
         await sleep(await start(number))
 
     async def run(number: int) -> None:
-        result = await arun_crew(crew, {"topic": str(number)}, name=f"run-{number}")
+        options = RunOptions.of(name=f"run-{number}")
+        result = await run_loaded_crew(crew, {"topic": str(number)}, options)
         returned[result.kickoff_id] = time.time()
 
     one: Callable[[int], Awaitable[None]] = tasks if given.way == "prefect" else run

@@ -33,7 +33,9 @@ AT_ONCE = 20
 async def lag(given: argparse.Namespace, server: LeanServer) -> None:
     from prefect import flow
 
-    from prefect_crew import CrewState, DeployedCrew, arun_crew
+    from prefect_crew import CrewState, DeployedCrew
+    from prefect_crew.flows import run_loaded_crew
+    from prefect_crew.runs.options import RunOptions
 
     seen: dict[str, float] = {}
     returned: dict[str, float] = {}
@@ -49,7 +51,8 @@ async def lag(given: argparse.Namespace, server: LeanServer) -> None:
     crew = replace(DeployedCrew(url=server.url, token=TOKEN).crew, on_status=note)  # type: ignore[arg-type]
 
     async def one(number: int) -> None:
-        result = await arun_crew(crew, {"topic": str(number)}, name=f"run-{number}")
+        options = RunOptions.of(name=f"run-{number}")
+        result = await run_loaded_crew(crew, {"topic": str(number)}, options)
         returned[result.kickoff_id] = time.time()
 
     @flow(name="waiting", validate_parameters=False)

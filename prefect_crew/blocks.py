@@ -263,7 +263,7 @@ class DeployedCrew(JobBlock[CrewResult]):
             restore_from=restore_from,
         )
         run = await open_run(RunRequest.of(self.crew, own_inputs, options))
-        return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
+        return CrewRun(self, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
 
     def trigger(  # pyright: ignore[reportIncompatibleMethodOverride] - of Prefect's it is async
         self,
@@ -295,13 +295,13 @@ class CrewRun(JobRun[CrewResult]):
 
     def __init__(
         self,
-        crew: DeployedCrew | Crew,
+        crew: DeployedCrew,
         kickoff_id: str,
         *,
         idempotency_key: str | None = None,
         live: LiveRun | None = None,
     ) -> None:
-        self.crew: Crew = crew if isinstance(crew, Crew) else crew.crew
+        self._crew = crew.crew if live is None else live.crew
         self.kickoff_id = kickoff_id
         self.idempotency_key = idempotency_key
         self._live = live
@@ -316,7 +316,7 @@ class CrewRun(JobRun[CrewResult]):
         """The run for one method, with a session of its own: each sync one has another event loop."""
         from prefect_crew.runs.run import LiveRun
 
-        return LiveRun(self.crew, self.kickoff_id) if self._live is None else self._live.anew(self.crew)
+        return LiveRun(self._crew, self.kickoff_id) if self._live is None else self._live.anew(self._crew)
 
     async def await_for_completion(self, wait: WaitPolicy | None = None) -> None:
         """Wait until the run has ended, by `wait` or by the block's policy.

@@ -49,12 +49,15 @@ STORED_BYTES = 400_000
 TOO_LARGE = "(too large to be stored with the flow run)"
 
 
-@naming_prefect_away(
-    "Run again with the same key: a run that was started is found. Without a key that was given, look first: "
+_naming_prefect_away = naming_prefect_away(
+    "Run again with the same key: a run that was started is found. Without a key of your own, look first: "
     "prefect-crew runs ls."
 )
+
+
+@_naming_prefect_away
 async def arun_crew(
-    crew: DeployedCrew | Crew | str,
+    crew: DeployedCrew | str,
     inputs: Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
@@ -126,7 +129,14 @@ async def arun_crew(
         wait_options=wait_options,
     )
     tasks_of(options)  # it raises before a flow run begins
-    crew = under_budgets(await load_crew(crew), options.budgets)
+    loaded_crew = under_budgets(await load_crew(crew), options.budgets)
+    return await run_loaded_crew(loaded_crew, own_inputs, options)
+
+
+@_naming_prefect_away
+async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, options: RunOptions) -> CrewResult[Any]:
+    """Run a crew by tasks of the flow around this call, or by a flow of its own where there is none."""
+    own_inputs, inputs = Inputs.of(inputs), {}  # no frame shows the values
     request = RunRequest.of(crew, own_inputs, options)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run_tasks(request)
@@ -137,7 +147,7 @@ async def arun_crew(
         return await run_tasks(request)
 
     own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
-    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, request.inputs, idempotency_key)
+    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, request.inputs, options.idempotency_key)
     stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from")
     stored["review"] = "form" if options.review == "form" else None
     return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(request.inputs), **stored)

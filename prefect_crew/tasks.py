@@ -277,10 +277,6 @@ def _task(verb: str, like: Any, **options: Any) -> Any:
     return partial(kind, cache_policy=NO_CACHE, task_run_name=task_run_name, **options)
 
 
-AnyCrew = DeployedCrew | Crew | LiveRun | str
-"""A crew, the name of a stored block, or the live run of `run_crew`, which has the request in it."""
-
-
 def _like_inputs(crew: Any) -> _InputsNow: ...
 
 
@@ -319,7 +315,7 @@ def _like_kickoff(
 
 @_task("kickoff", _like_kickoff, retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
 async def kickoff_crew(
-    crew: AnyCrew,
+    crew: DeployedCrew | str,
     inputs: Mapping[str, Any] | Inputs | None = None,
     *,
     idempotency_key: str | None = None,
@@ -343,12 +339,12 @@ async def kickoff_crew(
         PrefectAwayError: The Prefect API did not answer, so nothing was started; Prefect retries this.
     """
     own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
-    if isinstance(crew, LiveRun):
-        if crew.request is not None:  # Prefect has put results in the place of futures
-            await kick_off(
-                crew, replace(crew.request, inputs=own_inputs, asked_at=utcnow()), inside_own_task=_inside_own_task()
-            )
-        return crew.kickoff_id
+    run = cast("object", crew)
+    if isinstance(run, LiveRun):  # from `run_crew`, with the request in it
+        if run.request is not None:  # Prefect has put results in the place of futures
+            request = replace(run.request, inputs=own_inputs, asked_at=utcnow())
+            await kick_off(run, request, inside_own_task=_inside_own_task())
+        return run.kickoff_id
     options = RunOptions.of(
         idempotency_key=idempotency_key,
         name=name,
@@ -358,14 +354,13 @@ async def kickoff_crew(
         restore_from=restore_from,
         budgets=budgets,
     )
-    crew = under_budgets(await load_crew(crew), options.budgets)
-    run = await open_run(RunRequest.of(crew, own_inputs, options), inside_own_task=_inside_own_task())
-    return run.kickoff_id
+    request = RunRequest.of(under_budgets(await load_crew(crew), options.budgets), own_inputs, options)
+    return (await open_run(request, inside_own_task=_inside_own_task())).kickoff_id
 
 
 @_task("wait", WaitTask)
 async def wait_for_crew(
-    crew: AnyCrew,
+    crew: DeployedCrew | str,
     kickoff_id: str,
     *,
     idempotency_key: str | None = None,
@@ -386,8 +381,9 @@ async def wait_for_crew(
         CrewError: The status call gave no answer for too long.
     """
     del name
-    if isinstance(crew, LiveRun):
-        return await wait_for_run(crew, None if crew.request is None else crew.request.options)
+    run = cast("object", crew)
+    if isinstance(run, LiveRun):  # from `run_crew`, with the request in it
+        return await wait_for_run(run, None if run.request is None else run.request.options)
     options = RunOptions.of(idempotency_key=idempotency_key, wait=wait, output_type=output_type, review=review)
     return await wait_for_run(LiveRun.of(await load_crew(crew), kickoff_id), options)
 

@@ -343,7 +343,7 @@ class Ledger:
         """Write down that an attempt was not started: its claim is its permit as well."""
         await self.save(record)
 
-    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+    async def confirm(self, record: RunRecord, earlier: Sequence[RunRecord]) -> bool:
         """Return True: one process at a time works on a batch, and nobody prunes its ledger."""
         return True
 

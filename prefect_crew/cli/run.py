@@ -84,22 +84,22 @@ def run(
         _output.confirm("--force-new starts a new run, even if one with this key is in flight. Go on?", yes=yes)
 
     async def run_it() -> None:
-        from prefect_crew.flows import arun_crew
+        from prefect_crew.flows import run_loaded_crew
+        from prefect_crew.runs.options import RunOptions
 
         with Progress() as progress:
             loaded_crew = replace(await access.load(crew), on_status=progress.watch)
             if allow_extra:
                 loaded_crew = replace(loaded_crew, allow_extra_inputs=True)
             progress.phase(f"Crew {loaded_crew.label}: checking the inputs, and looking for a run of this key")
-            answer = await arun_crew(
-                loaded_crew,
-                values,
+            options = RunOptions.of(
                 name=name,
                 idempotency_key=key,
                 force_new=force_new,
                 restore_from=restore_from,
                 wait=wait_policy(loaded_crew, timeout),
             )
+            answer = await run_loaded_crew(loaded_crew, values, options)
         put_result(answer, progress.seen, as_json=output is not None)
 
     return run_it()

@@ -175,9 +175,11 @@ def demo() -> None:
     url = reach_prefect()
     with Progress() as progress:
         progress.phase("Starting a crew server on this machine")
+        from prefect_crew._internal.asyncio_tasks import sync_version
         from prefect_crew.crew import WaitPolicy
         from prefect_crew.devserver import CrewServer
-        from prefect_crew.flows import run_crew
+        from prefect_crew.flows import run_loaded_crew
+        from prefect_crew.runs.options import RunOptions
 
         # Often enough to see each task; a crew on the network is asked less often.
         often = WaitPolicy(initial=0.2, factor=1.0, max_interval=0.2, timeout=300)
@@ -186,7 +188,7 @@ def demo() -> None:
             progress.phase(f"Crew travel at {server.url}: checking the inputs")
             crew = replace(server.crew(wait=often).crew.called("travel"), on_status=progress.watch)
             try:
-                answer = run_crew(crew, INPUTS)
+                answer = sync_version(run_loaded_crew)(crew, INPUTS, RunOptions())
             except KeyboardInterrupt:
                 # A crew that is deployed goes on, and the log says so: this one cannot.
                 _output.note("The demo's crew has ended with the demo.", "dim")

@@ -383,8 +383,8 @@ _STEP_KEYS = ("description", "thought", "content", "text", "output", "result", "
 _TASK_IDS = ("human_task_id", "task_id", "taskId")
 _ASKED_OF = ("task_output", "output", "prompt")
 _HUMAN = ("human_input", "human_feedback", "human_input_request", "pending_human_input", "current_task")
-_HUMAN_TASK = tuple(f"{part}{key}" for part in ("", *(f"{one}." for one in _HUMAN)) for key in _TASK_IDS)
-_HUMAN_OUTPUT = tuple(f"{part}{key}" for part in (*(f"{one}." for one in _HUMAN), "") for key in _ASKED_OF)
+_HUMAN_TASK = tuple(f"{part}{key}" for part in ("", *(f"{name}." for name in _HUMAN)) for key in _TASK_IDS)
+_HUMAN_OUTPUT = tuple(f"{part}{key}" for part in (*(f"{name}." for name in _HUMAN), "") for key in _ASKED_OF)
 
 
 def parse_inputs(value: Any) -> list[CrewInput] | None:

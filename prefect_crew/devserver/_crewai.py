@@ -151,14 +151,14 @@ class CrewAIProgram:
     """Runs at once by default; each needs a thread."""
 
     def __init__(self, factory: Callable[[], Any], module: str) -> None:
-        made = _build(factory)
-        if made is _build(factory):
+        crew = _build(factory)
+        if crew is _build(factory):
             raise TypeError("it returned the same object twice")
-        self.flow = _is_flow(made)
-        named = made.name if made.name != "crew" else None  # CrewAI's default
-        self.name: str = named or (type(made).__name__ if self.flow else module)
+        self.flow = _is_flow(crew)
+        name = crew.name if crew.name != "crew" else None  # CrewAI's default
+        self.name: str = name or (type(crew).__name__ if self.flow else module)
         self._factory = factory
-        self._inputs = _flow_inputs(made) if self.flow else _crew_inputs(made)
+        self._inputs = _flow_inputs(crew) if self.flow else _crew_inputs(crew)
 
     def inputs(self) -> list[CrewInput]:
         return self._inputs

@@ -71,7 +71,7 @@ class PipelineDefinition(_Plain):
         min_length=1, description="Its name: on its artifact, and in an idempotency key that is left out."
     )
     description: str | None = Field(default=None, description="What it does, for people.")
-    inputs: dict[str, Annotated[PipelineInput, BeforeValidator(lambda said: {} if said is None else said)]] = Field(
+    inputs: dict[str, Annotated[PipelineInput, BeforeValidator(lambda value: {} if value is None else value)]] = Field(
         default_factory=dict[str, PipelineInput], description="Its inputs by name, for the templates of the steps."
     )
     steps: tuple[StepDefinition, ...] = Field(min_length=1, description="Its steps, in any order.")

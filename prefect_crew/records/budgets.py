@@ -151,9 +151,9 @@ async def release_given_back(record: RunRecord, records: RecordStore) -> None:
     if not record.estimates:
         return
     with suppress(*PREFECT_ERRORS):
-        found = await records.attempts(record.idempotency_key)
+        attempts = await records.attempts(record.idempotency_key)
         given_back = (record.owner, record.entries, RecordPhase.NOT_STARTED)
-        if any((one.owner, one.entries, one.phase) == given_back for one in found):
+        if any((attempt.owner, attempt.entries, attempt.phase) == given_back for attempt in attempts):
             await release(record)
 
 
@@ -201,13 +201,13 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
     name, limit = period.counter, slots_of(period.measure, period.limit)
     async with get_client() as client:
         for _ in range(TRIES):
-            found = await _post(client, "increment", name, slots)
-            if found is not None and name not in found:
+            counters = await _post(client, "increment", name, slots)
+            if counters is not None and name not in counters:
                 if slots > limit:
                     return 0
                 try:
-                    made = GlobalConcurrencyLimitCreate(name=name, limit=limit, active_slots=slots)
-                    body = made.model_dump(mode="json", exclude_unset=True)
+                    new = GlobalConcurrencyLimitCreate(name=name, limit=limit, active_slots=slots)
+                    body = new.model_dump(mode="json", exclude_unset=True)
                     await request_soon(
                         client, "POST", "/v2/concurrency_limits/", json=body, give_up_after=BUSY_FOR, again=is_busy
                     )
@@ -215,11 +215,11 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
                     if error.response.status_code != 409:  # somebody else has just created it
                         raise
                     continue
-                found[name] = {"limit": limit}
-            if found and found[name]["limit"] == limit:
+                counters[name] = {"limit": limit}
+            if counters and counters[name]["limit"] == limit:
                 record.estimates = {**(record.estimates or {}), name: slots}
                 return None
-            if found:  # the budget was changed: its limit holds from now on, for this start as well
+            if counters:  # the budget was changed: its limit holds from now on, for this start as well
                 await _post(client, "decrement", name, slots)
             counter = await client.read_global_concurrency_limit_by_name(name)
             if counter.limit != limit:

@@ -94,8 +94,8 @@ async def identify(
         top, start = root.path, root.scheduled_start or start
         # A task runner may have brought the task to another process than the flow run's.
         process = None if context.detached else this_process()
-        named = {"flow_run_id": str(flow_run.id), "flow_run_count": flow_run.run_count, "process": process}
-        caller = caller.model_copy(update=named)
+        fields = {"flow_run_id": str(flow_run.id), "flow_run_count": flow_run.run_count, "process": process}
+        caller = caller.model_copy(update=fields)
     else:
         # A task without a flow is retried under its own id; any other call is new.
         top = f"task/{callers[0].task_run_id}" if callers else f"call/{uuid4()}"
@@ -280,12 +280,12 @@ class _Calls:
             for level, task in enumerate(callers[1:], start=1):
                 siblings = self.children[callers[:level], task.task_key, base]
                 place.append((task.task_key, siblings.setdefault(task.task_run_id, len(siblings))))
-            given = self.given[callers[0].task_run_id, tuple(place), base]
+            numbers = self.given[callers[0].task_run_id, tuple(place), base]
             at = self.repeated[callers, base]
             self.repeated[callers, base] += 1
-            if at == len(given):
-                given.append(next(self.counts[base]))
-            return given[at]
+            if at == len(numbers):
+                numbers.append(next(self.counts[base]))
+            return numbers[at]
 
     @property
     def is_needed(self) -> bool:
@@ -307,7 +307,7 @@ def _calls_of(flow_run: tuple[str, int], context: FlowRunContext | None) -> _Cal
         _flow_runs.move_to_end(flow_run)
         calls.context = None if context is None else weakref.ref(context)
         if (more := len(_flow_runs) - _KEPT) > 0:
-            over = [key for key, one in _flow_runs.items() if not one.is_needed and one is not calls]
+            over = [key for key, other in _flow_runs.items() if not other.is_needed and other is not calls]
             for key in over[:more]:
                 del _flow_runs[key]
         return calls

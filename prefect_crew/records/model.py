@@ -111,8 +111,8 @@ class Outcome(BaseModel):
     @property
     def used(self) -> dict[str, float]:
         """What is known of what the run used, by what budgets measure."""
-        known = {"cost": self.cost, "tokens": self.usage and self.usage.total_tokens}
-        return {measure: amount for measure, amount in known.items() if amount is not None}
+        amounts = {"cost": self.cost, "tokens": self.usage and self.usage.total_tokens}
+        return {measure: amount for measure, amount in amounts.items() if amount is not None}
 
     @property
     def is_final(self) -> bool:
@@ -214,8 +214,8 @@ class RunRecord(Outcome):
 
     def completed(self, result: CrewResult) -> CrewResult:
         """Return the run's result with its key, and with the tokens and the cost that are on record."""
-        known = {"idempotency_key": self.idempotency_key, "usage": self.usage or result.usage, "cost": self.cost}
-        return result.model_copy(update=known)
+        facts = {"idempotency_key": self.idempotency_key, "usage": self.usage or result.usage, "cost": self.cost}
+        return result.model_copy(update=facts)
 
     @property
     def sent(self) -> dict[str, str]:
@@ -277,15 +277,15 @@ def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecor
     return record.model_copy(update={**update, "estimates": held.estimates})
 
 
-def resolution(record: RunRecord, phase: RecordPhase, **found: Any) -> dict[str, Any]:
+def resolution(record: RunRecord, phase: RecordPhase, **facts: Any) -> dict[str, Any]:
     """Return the outcome of a record for which somebody found out that it is STARTED with a `kickoff_id`, ENDED in a
     `state`, or NOT_STARTED."""
-    outcome: dict[str, Any] = {**record.outcome(), "phase": phase, "reason": None, **found}
+    outcome: dict[str, Any] = {**record.outcome(), "phase": phase, "reason": None, **facts}
     if phase is RecordPhase.STARTED:
         # The kickoff was sent right after the claim; nobody knows the moment better.
         outcome["kicked_off_at"] = record.kicked_off_at or record.claimed_at
     if phase is RecordPhase.ENDED:
-        outcome |= {"ended_at": found.get("ended_at", utcnow()), "human_since": None}
+        outcome |= {"ended_at": facts.get("ended_at", utcnow()), "human_since": None}
     return outcome
 
 
@@ -331,7 +331,7 @@ class RecordStore(Protocol):
         """Take back a claim that no permit was asked of, while nobody else may resolve it."""
         ...
 
-    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+    async def confirm(self, record: RunRecord, earlier: Sequence[RunRecord]) -> bool:
         """Return whether the attempts at the key are a claim and those that it was decided by, and no others."""
         ...
 
@@ -346,7 +346,7 @@ class RecordStore(Protocol):
         """
         ...
 
-    async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
+    async def resolve(self, record: RunRecord, phase: RecordPhase, **facts: Any) -> bool:
         """Write down what was found out about a record as it was read, as `resolution`, and note it there.
 
         False if somebody else has found something out since. It is for the caller to see that the claim's owner can

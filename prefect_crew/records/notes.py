@@ -54,12 +54,15 @@ async def _read(names: Sequence[str]) -> dict[str, _Block]:
     blocks: dict[str, _Block] = {}
     async with get_client() as client:
         for first in range(0, len(names), PAGE):
-            wanted: dict[str, Any] = {"block_documents": {"name": {"any_": names[first : first + PAGE]}}}
-            wanted |= {"block_types": {"slug": {"any_": ["secret"]}}, "include_secrets": True, "limit": PAGE}
+            filters: dict[str, Any] = {"block_documents": {"name": {"any_": names[first : first + PAGE]}}}
+            filters |= {"block_types": {"slug": {"any_": ["secret"]}}, "include_secrets": True, "limit": PAGE}
             documents: list[dict[str, Any]] = (
-                await client.request("POST", "/block_documents/filter", json=wanted)
+                await client.request("POST", "/block_documents/filter", json=filters)
             ).json()
-            blocks |= {str(one["name"]): _Block(UUID(one["id"]), one["data"].get("value")) for one in documents}
+            blocks |= {
+                str(document["name"]): _Block(UUID(document["id"]), document["data"].get("value"))
+                for document in documents
+            }
     return blocks
 
 

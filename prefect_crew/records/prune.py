@@ -84,7 +84,7 @@ def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mappin
     return [
         attempt
         for attempts in by_key.values()
-        if all(_is_old(one, older_than) and _owners_ended(one, older_than, owners) for one in attempts)
+        if all(_is_old(record, older_than) and _owners_ended(record, older_than, owners) for record in attempts)
         for attempt in sorted(attempts, key=lambda attempt: attempt.attempt, reverse=True)
     ]
 
@@ -101,8 +101,8 @@ def _owners_ended(record: RunRecord, older_than: timedelta, owners: Mapping[str,
 
 def owner_ids(record: RunRecord) -> list[str]:
     """Return the ids of the flow runs that a record names: its owner, and the root in a key that was made."""
-    named = (record.flow_run_id or "", record.idempotency_key.partition("/")[0])
-    return [one for one in dict.fromkeys(named) if FLOW_RUN_ID.fullmatch(one)]
+    names = (record.flow_run_id or "", record.idempotency_key.partition("/")[0])
+    return [name for name in dict.fromkeys(names) if FLOW_RUN_ID.fullmatch(name)]
 
 
 async def read_owners(records: Iterable[RunRecord]) -> dict[str, float]:
@@ -111,15 +111,15 @@ async def read_owners(records: Iterable[RunRecord]) -> dict[str, float]:
 
     Minus infinity while one has not ended; `GONE` if it was deleted. The server is asked level by level.
     """
-    owners = dict.fromkeys((one for record in records for one in owner_ids(record)), GONE)
-    at = {one: one for one in owners}
+    owners = dict.fromkeys((owner for record in records for owner in owner_ids(record)), GONE)
+    at = {owner: owner for owner in owners}
     while at:
         flow_runs = await read_by_id("/flow_runs/filter", at.values())
         # One that was deleted has left the one below it as a root.
-        found = {first: flow_runs[reached] for first, reached in at.items() if reached in flow_runs}
-        tasks = await read_by_id("/task_runs/filter", (one["parent_task_run_id"] for one in found.values()))
+        roots = {first: flow_runs[reached] for first, reached in at.items() if reached in flow_runs}
+        tasks = await read_by_id("/task_runs/filter", (owner["parent_task_run_id"] for owner in roots.values()))
         at = {}
-        for first, flow_run in found.items():
+        for first, flow_run in roots.items():
             ended_for = flow_run["unchanged_for"] if flow_run["state_type"] in TERMINAL_STATES else -inf
             owners[first] = min(owners[first], ended_for)
             if parent := tasks.get(flow_run["parent_task_run_id"], {}).get("flow_run_id"):
@@ -131,17 +131,17 @@ async def read_by_id(
     path: Literal["/flow_runs/filter", "/task_runs/filter", "/flows/filter"], ids: Iterable[str | None]
 ) -> dict[str | None, dict[str, Any]]:
     """Return what there is, by id, with the seconds for which nobody has changed it."""
-    wanted = sorted({one for one in ids if one is not None})
-    found = dict[str | None, dict[str, Any]]()
+    wanted_ids = sorted({item for item in ids if item is not None})
+    by_id = dict[str | None, dict[str, Any]]()
     async with get_client() as client:
-        for start in range(0, len(wanted), PAGE):
-            json = {path.split("/")[1]: {"id": {"any_": wanted[start : start + PAGE]}}, "limit": PAGE}
+        for start in range(0, len(wanted_ids), PAGE):
+            json = {path.split("/")[1]: {"id": {"any_": wanted_ids[start : start + PAGE]}}, "limit": PAGE}
             response = await client.request("POST", path, json=json)
             now = server_time(response)
-            for one in response.json():
-                unchanged_for = (now - datetime.fromisoformat(one["updated"])).total_seconds()
-                found[one["id"]] = {**one, "unchanged_for": unchanged_for}
-    return found
+            for item in response.json():
+                unchanged_for = (now - datetime.fromisoformat(item["updated"])).total_seconds()
+                by_id[item["id"]] = {**item, "unchanged_for": unchanged_for}
+    return by_id
 
 
 class _Walk:
@@ -158,16 +158,16 @@ class _Walk:
 
     async def next_page(self) -> list[Variable]:
         """Return the next Variables, those first that nobody has changed for longest."""
-        left = await count_variables() - self._passed
-        page = (await read_by_change(max(0, left - VARIABLES)))[: max(0, left)][::-1]
-        self.is_over = left <= VARIABLES
+        count = await count_variables() - self._passed
+        page = (await read_by_change(max(0, count - VARIABLES)))[: max(0, count)][::-1]
+        self.is_over = count <= VARIABLES
         self._passed += len(page)
         self._until = page[-1].updated if page else None
         return page
 
     def deleted(self, variables: Iterable[Variable]) -> None:
         """Note that Variables were deleted: those that the walk has passed count no more."""
-        self._passed -= sum(self._until is not None and one.updated <= self._until for one in variables)
+        self._passed -= sum(self._until is not None and variable.updated <= self._until for variable in variables)
 
 
 class _Pace:
@@ -211,13 +211,15 @@ async def prune(
         old = [variable for variable in page if variable.idle >= least]
         is_young = len(old) < len(page)
         records, _ = await store.readable(old)
-        going = prunable(records, older_than, await read_owners(one for one in records if _is_old(one, older_than)))
+        going = prunable(
+            records, older_than, await read_owners(record for record in records if _is_old(record, older_than))
+        )
         kept += len(records) - len(going)
         if not dry_run:
-            left = {*await without_claim(claims_named_in(old))}
-            for ref in left:
+            orphans = {*await without_claim(claims_named_in(old))}
+            for ref in orphans:
                 await delete_variable(ref)
-            walk.deleted(one for one in old if one.id in left)
+            walk.deleted(variable for variable in old if variable.id in orphans)
         await pace.pause()
         for key, theirs in Counter(record.idempotency_key for record in going).items():
             # Read again, as a whole: the page has some of the attempts at the key, and it may have been used since.

@@ -118,7 +118,7 @@ async def in_flight(name: str, records: RecordStore) -> RunRecord:
     attempts = await records.attempts(name)
     if not attempts and (held := await records.of_kickoff(name)):
         attempts = [held]
-    started = [one for one in attempts if one.phase is RecordPhase.STARTED]
+    started = [attempt for attempt in attempts if attempt.phase is RecordPhase.STARTED]
     if not started:
         latest = latest_start(attempts) or (attempts[-1] if attempts else None)
         is_now = "no run has this key" if latest is None else f"it is {latest.state or latest.phase}"
@@ -150,9 +150,9 @@ async def resolve_lost(record: RunRecord, records: RecordStore, *, look: Look | 
     await records.unlist(record)
 
 
-async def _resolve(record: RunRecord, records: RecordStore, phase: RecordPhase, **found: Any) -> None:
+async def _resolve(record: RunRecord, records: RecordStore, phase: RecordPhase, **facts: Any) -> None:
     _check_over(record, phase)
-    if not await records.resolve(record, phase, **found):
+    if not await records.resolve(record, phase, **facts):
         current = await _current(record, records)
         if current is not None:
             _check_over(current, phase)
@@ -214,7 +214,7 @@ def attempt_of(attempts: Sequence[RunRecord], attempt: int | None) -> RunRecord 
     """Return the attempt of this number, or where none is given the latest that started, or may have started, a run."""
     if attempt is None:
         return latest_start(attempts)
-    return next((one for one in attempts if one.attempt == attempt), None)
+    return next((candidate for candidate in attempts if candidate.attempt == attempt), None)
 
 
 async def resolve_from_webhook(

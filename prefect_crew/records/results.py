@@ -50,8 +50,8 @@ async def stored_result(record: RunRecord) -> StoredResult | None:
         return record.result
     try:
         async with get_client() as client:
-            wanted = ArtifactFilter(id=ArtifactFilterId(any_=[UUID(record.result_id)]))
-            for artifact in await client.read_artifacts(artifact_filter=wanted):
+            by_id = ArtifactFilter(id=ArtifactFilterId(any_=[UUID(record.result_id)]))
+            for artifact in await client.read_artifacts(artifact_filter=by_id):
                 return StoredResult.model_validate_json(str(artifact.data))
     except (*PREFECT_ERRORS, ValueError) as error:
         reason = type(error).__name__

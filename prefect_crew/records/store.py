@@ -213,12 +213,12 @@ def _note(record: RunRecord, facts: Mapping[str, Any]) -> None:
 def claims_named_in(variables: Iterable[Variable]) -> dict[str, str]:
     """Return the ids of Variables that belong to a claim, each with the id of that claim."""
     claims = dict[str, str]()
-    for one in variables:
-        if (entry := _NAME.fullmatch(one.name)) is not None and entry[2]:
-            claims[one.id] = str(UUID(entry[2]))
-        elif _KICKOFF_NAME.fullmatch(one.name) and isinstance(claim := one.fields.get("claim"), str):
+    for variable in variables:
+        if (entry := _NAME.fullmatch(variable.name)) is not None and entry[2]:
+            claims[variable.id] = str(UUID(entry[2]))
+        elif _KICKOFF_NAME.fullmatch(variable.name) and isinstance(claim := variable.fields.get("claim"), str):
             with suppress(ValueError):  # somebody else may use our names
-                claims[one.id] = str(UUID(claim))
+                claims[variable.id] = str(UUID(claim))
     return claims
 
 
@@ -371,14 +371,14 @@ class PrefectRecords:
                 if not _is_gone(error):
                     raise
 
-    async def confirm(self, record: RunRecord, known: Sequence[RunRecord]) -> bool:
+    async def confirm(self, record: RunRecord, earlier: Sequence[RunRecord]) -> bool:
         """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
 
         One that was pruned since, or that somebody claimed who did not see this one, may belong to a run. They are
         compared by their ids: a number that was given back may have been taken again, by the same caller as well.
         """
-        attempts = {one.ref for one in records_in(await read_exact(_attempt_names(record.idempotency_key)))}
-        return attempts == {record.ref, *(one.ref for one in known)}
+        attempts = {attempt.ref for attempt in records_in(await read_exact(_attempt_names(record.idempotency_key)))}
+        return attempts == {record.ref, *(attempt.ref for attempt in earlier)}
 
     async def permit(
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
@@ -391,12 +391,12 @@ class PrefectRecords:
         if before is None or not before.is_over:
             return True
         # Others may have resolved and pruned the record since, and its permits with it: so read what is there now.
-        found = await self._current(record)
-        return found is not None and found.phase is RecordPhase.CLAIMED and found.entries == record.entries
+        current = await self._current(record)
+        return current is not None and current.phase is RecordPhase.CLAIMED and current.entries == record.entries
 
-    async def resolve(self, record: RunRecord, phase: RecordPhase, **found: Any) -> bool:
+    async def resolve(self, record: RunRecord, phase: RecordPhase, **facts: Any) -> bool:
         """Create the next entry of a record as it was read, with what was found out; False if somebody else did."""
-        outcome = resolution(record, phase, **found)
+        outcome = resolution(record, phase, **facts)
         about = record.model_dump(include={"idempotency_key", "attempt"})
         if not await self._add_entry(record, Entry(owner=str(uuid4()), **about, **outcome), create_variable):
             return False
@@ -435,11 +435,11 @@ class PrefectRecords:
         entry = Entry(owner=str(uuid4()), **about, **resolution(record, RecordPhase.ENDED, **end))
         if entry.result is not None and "result" not in _body(entry)["value"]:
             entry.result_id = await keep_result(entry.result)
-        known: RunRecord | None = record
+        current: RunRecord | None = record
         create = partial(create_variable, urgency=Urgency.FINISH, is_patient=True)
         for _ in range(TRIES):
             try:
-                is_added = await self._add_entry(known, entry, create)
+                is_added = await self._add_entry(current, entry, create)
             except PrefectHTTPStatusError as error:
                 if error.response.status_code not in (400, 413, 422) or not (entry.result or entry.usage):
                     raise
@@ -449,13 +449,13 @@ class PrefectRecords:
                 entry.result = entry.usage = None
                 continue
             if is_added:
-                _note(record, {**entry.outcome(), "entries": known.entries, "strongest": known.strongest})
+                _note(record, {**entry.outcome(), "entries": current.entries, "strongest": current.strongest})
                 return True
-            known = await self._current(record)
-            if known is None:
+            current = await self._current(record)
+            if current is None:
                 break
-            if known.is_final:
-                _note(record, {**known.outcome(), "entries": known.entries, "strongest": known.strongest})
+            if current.is_final:
+                _note(record, {**current.outcome(), "entries": current.entries, "strongest": current.strongest})
                 break
         with suppress(*PREFECT_ERRORS):
             await forget_result(entry.result_id)
@@ -488,8 +488,8 @@ class PrefectRecords:
 
         The record's owner may have written the id and not have named the claim yet, or have died before it could.
         """
-        for named in await read_exact([_kickoff_name(str(record.kickoff_id))]):
-            if named.fields.get("claim") == record.ref:
+        for pointer in await read_exact([_kickoff_name(str(record.kickoff_id))]):
+            if pointer.fields.get("claim") == record.ref:
                 return None
         return await self._name_kickoff(record)
 
@@ -507,26 +507,31 @@ class PrefectRecords:
             for _ in range(TRIES):
                 if await create_variable(variable, urgency=Urgency.FINISH) is not None:
                     return None
-                for named in await read_exact([name]):
-                    if named.value == value:  # Prefect's client sends a request again after a read timeout or a 502
+                for pointer in await read_exact([name]):
+                    if pointer.value == value:  # Prefect's client sends a request again after a read timeout or a 502
                         return None
-                    if (holder := await self._holder(named, kickoff_id)) is not None:
+                    if (holder := await self._holder(pointer, kickoff_id)) is not None:
                         return holder.idempotency_key
-                    await delete_variable(named.id)
+                    await delete_variable(pointer.id)
         except (*PREFECT_ERRORS, CrewError) as error:
             # What cannot be asked must not keep the run from being waited for.
             run_logger().warning("Run %s is not found by its id, only by its key: %s", kickoff_id, error)
         return None
 
-    async def _holder(self, named: Variable, kickoff_id: str) -> RunRecord | None:
+    async def _holder(self, pointer: Variable, kickoff_id: str) -> RunRecord | None:
         """Return the record that a Variable names by a kickoff id, None if it does not hold that id."""
-        value = named.fields
+        value = pointer.fields
         attempts = await self.attempts(str(value.get("idempotency_key", "")))
-        return next((one for one in attempts if (one.ref, one.kickoff_id) == (value.get("claim"), kickoff_id)), None)
+        return next(
+            (attempt for attempt in attempts if (attempt.ref, attempt.kickoff_id) == (value.get("claim"), kickoff_id)),
+            None,
+        )
 
     async def _current(self, record: RunRecord) -> RunRecord | None:
         """Return a claim as it stands now, None if it is gone."""
-        return next((one for one in await self.attempts(record.idempotency_key) if one.ref == record.ref), None)
+        return next(
+            (attempt for attempt in await self.attempts(record.idempotency_key) if attempt.ref == record.ref), None
+        )
 
     # Reading
 
@@ -547,14 +552,14 @@ class PrefectRecords:
         """Return the attempts, of these keys and numbers, of which nobody knows what became of their kickoffs."""
         names = [record_name(key, attempt) for key, attempt in runs if attempt is not None]
         pages = read_pages({"name": {"any_": names}})
-        claims = [one async for page in pages for one in page if later_version(one.value) is None]
+        claims = [variable async for page in pages for variable in page if later_version(variable.value) is None]
         records = await self._with_entries(claims)
         return {(record.idempotency_key, record.attempt) for record in records if record.is_unresolved}
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the record that holds a kickoff id, if any."""
-        for named in await read_exact([_kickoff_name(kickoff_id)]):
-            return await self._holder(named, kickoff_id)
+        for pointer in await read_exact([_kickoff_name(kickoff_id)]):
+            return await self._holder(pointer, kickoff_id)
         return None
 
     async def all(self, *phases: RecordPhase) -> AsyncIterator[RunRecord]:
@@ -596,15 +601,19 @@ class PrefectRecords:
     async def readable(self, variables: Sequence[Variable]) -> tuple[list[RunRecord], CrewError | None]:
         """Return the records whose claims are among Variables, and the problem with those that this version cannot
         read."""
-        claims = [one for one in variables if (named := _NAME.fullmatch(one.name)) is not None and named[2] is None]
-        problems = [error for one in claims if (error := later_version(one.value)) is not None]
-        claims = [one for one in claims if later_version(one.value) is None]
+        claims = [
+            variable
+            for variable in variables
+            if (parts := _NAME.fullmatch(variable.name)) is not None and parts[2] is None
+        ]
+        problems = [error for variable in claims if (error := later_version(variable.value)) is not None]
+        claims = [variable for variable in claims if later_version(variable.value) is None]
         records = records_in(claims)
         entries = await _read_entries([record for record in records if record.phase is RecordPhase.CLAIMED])
         unknown = [entry for entry in entries if later_version(entry.value) is not None]
         problems += [error for entry in unknown if (error := later_version(entry.value)) is not None]
         # Of a claim with an entry that cannot be read nobody knows here what became of it.
-        left_out = {named[2] for entry in unknown if (named := _NAME.fullmatch(entry.name)) is not None}
+        left_out = {parts[2] for entry in unknown if (parts := _NAME.fullmatch(entry.name)) is not None}
         read = [claim for claim in claims if claim.id.replace("-", "") not in left_out]
         if entries:
             records = records_in([*read, *(entry for entry in entries if entry not in unknown)])
@@ -620,19 +629,19 @@ class PrefectRecords:
         """Forget an attempt, and what people answered; return what was deleted. A later call with its key is then a new
         start."""
         claim = record_name(record.idempotency_key, record.attempt)
-        named = [_kickoff_name(record.kickoff_id)] if record.kickoff_id else []
-        found = await read_exact([claim, *named])
+        pointers = [_kickoff_name(record.kickoff_id)] if record.kickoff_id else []
+        variables = await read_exact([claim, *pointers])
         notes = await self._answers(record)
         await forget_notes(record, len(notes))
         await forget_result(record.result_id)
-        notes += [one for one in found if one.name in named and one.fields.get("claim") == record.ref]
-        claims = [one for one in found if one.id == record.ref]
+        notes += [item for item in variables if item.name in pointers and item.fields.get("claim") == record.ref]
+        claims = [item for item in variables if item.id == record.ref]
         entries = await _read_entries([record])
         # By id: under the name somebody may have made a claim anew. The claim before its entries: without them it
         # would seem to have no permit.
         gone = [*notes, *claims, *entries]
-        for one in gone:
-            await delete_variable(one.id)
+        for variable in gone:
+            await delete_variable(variable.id)
         return gone
 
     # The flow run that claimed a record
@@ -646,7 +655,7 @@ class PrefectRecords:
 
     async def reviews(self, record: RunRecord) -> list[Review]:
         """Return what people have answered to a run, in order."""
-        return [Review.model_validate(one.value) for one in await self._answers(record)]
+        return [Review.model_validate(note.value) for note in await self._answers(record)]
 
     async def _answers(self, record: RunRecord) -> list[Variable]:
         answers: list[Variable] = []

@@ -170,24 +170,24 @@ async def pages_by_change(since: datetime) -> AsyncIterator[list[Variable]]:
     """
     offset, before = 0, set[str]()
     async with get_client() as client:
-        asked = asyncio.create_task(_ask_by_change(client, offset))
+        next_page = asyncio.create_task(_ask_by_change(client, offset))
         try:
             while True:
-                page = variables_in(await asked)
+                page = variables_in(await next_page)
                 ids = {variable.id for variable in page}
                 # Where the pages do not meet, Variables were deleted, so that those after them moved up.
                 meets = not offset or not before.isdisjoint(ids)
                 is_last = meets and (len(page) < PAGE or page[-1].updated < since)
                 offset = offset + PAGE - OVERLAP if meets else max(0, offset - PAGE // 2)
                 if not is_last:
-                    asked = asyncio.create_task(_ask_by_change(client, offset))
+                    next_page = asyncio.create_task(_ask_by_change(client, offset))
                 if meets:
                     before = ids
                     yield page
                 if is_last:
                     return
         finally:
-            asked.cancel()
+            next_page.cancel()
 
 
 async def count_variables() -> int:
@@ -200,6 +200,6 @@ async def without_claim(claim_by_id: Mapping[str, str]) -> list[str]:
     """Return the ids of the Variables, `PAGE` at most, whose claims are gone. Both are named by their ids."""
     if not claim_by_id:
         return []
-    asked = {"id": {"any_": [*{*claim_by_id.values()}]}}
-    there = {claim.id async for page in read_pages(asked) for claim in page}
+    of_claims = {"id": {"any_": [*{*claim_by_id.values()}]}}
+    there = {claim.id async for page in read_pages(of_claims) for claim in page}
     return [ref for ref, claim in claim_by_id.items() if claim not in there]

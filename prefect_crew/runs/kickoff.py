@@ -93,7 +93,7 @@ async def start_run(
 @dataclass
 class _Start:
     """One call of `start_run`, with the attempt that it has claimed: its record, and the lease of its last claim or
-    permit. `known` are the attempts that the claim was decided by."""
+    permit. `earlier` are the attempts that the claim was decided by."""
 
     request: RunRequest
     identity: RunIdentity
@@ -104,7 +104,7 @@ class _Start:
     work: OwnTask
     record: RunRecord = field(init=False)
     lease: Lease = field(init=False)
-    known: Sequence[RunRecord] = ()
+    earlier: Sequence[RunRecord] = ()
 
     async def run(self) -> tuple[Decision, RunRecord]:
         """Decide, claim and post, until there is a run or an error."""
@@ -197,20 +197,20 @@ class _Start:
             check_same_run(record, crew_url=request.crew.url, inputs_digest=request.inputs.digest)
         return decision, record
 
-    async def _claim(self, known: Sequence[RunRecord]) -> bool:
-        """Claim the attempt after those that are known; False if somebody else has. Raises BudgetExceededError: there
+    async def _claim(self, earlier: Sequence[RunRecord]) -> bool:
+        """Claim the attempt after the earlier ones; False if somebody else has. Raises BudgetExceededError: there
         is no room for it."""
         request = self.request
         # The time of the check twice, where a token was rotated.
         lease = Lease(CLAIM_GOOD_FOR + (0.0 if self.check is None else 2 * request.crew.request_timeout))
-        record = self._new_record(max((attempt.attempt for attempt in known), default=0) + 1, lease.seconds)
+        record = self._new_record(max((attempt.attempt for attempt in earlier), default=0) + 1, lease.seconds)
         with self.work.uncut():
             if request.quiet:  # the claim of a row is its permit as well
                 await add_estimates(request.crew, record)
             is_ours = await self.records.claim(record, lease)
             if not is_ours:
                 await release(record)
-        self.record, self.lease, self.known = record, lease, known
+        self.record, self.lease, self.earlier = record, lease, earlier
         if is_ours and self.work.is_cancelled:
             await _give_back(record, self.records, asyncio.CancelledError(), lease)
         self.work.raise_if_cancelled()
@@ -256,7 +256,7 @@ class _Start:
             BudgetExceededError: There is no room for the run.
         """
         async with self._giving_back(self.lease):
-            confirmed = asyncio.ensure_future(self.records.confirm(self.record, self.known))
+            confirmed = asyncio.ensure_future(self.records.confirm(self.record, self.earlier))
             confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
             try:
                 if self.check is not None:

@@ -29,7 +29,7 @@ KILLS = {
     "between answer and record": Kill("kickoff", "after"),
     "after the record": Kill("save", "after"),
     "while it waits": Kill("status", "after", 2),
-    "before the end is on record": Kill("save", "before", 2),
+    "before the end is on record": Kill("end", "before"),
 }
 
 
