@@ -30,7 +30,7 @@ async def batch(given: argparse.Namespace) -> None:
     # From the answer to the kickoff, which is late.
     first = max(given.seconds - given.latency, 0.001)
     found = await arun_batch(
-        crew, given.dataset, name=f"bench {os.getpid()}", output=given.output, ledger=given.ledger,
+        crew, given.dataset, name=f"bench {os.getpid()}", export=given.output, ledger=given.ledger,
         max_in_flight=given.in_flight, wait=WaitPolicy(initial=first, factor=1, max_interval=10, jitter=0),
     )  # fmt: skip
     assert found.completed == given.rows, str(found)

@@ -258,7 +258,7 @@ def _two_ranges(options: argparse.Namespace, server: PrefectServer, folder: Path
         runs: list[str] = []
         for number, rows in enumerate((f"0:{half}", f"{half}:"), 1):
             more = {"rows": rows, "max_in_flight": 500, "wait": {"initial": 0.05, "factor": 1, "jitter": 0}}
-            given |= {"name": f"{pool_name}/{number}", "output": str(folder / f"{number}.jsonl"), "options": more}
+            given |= {"name": f"{pool_name}/{number}", "export": str(folder / f"{number}.jsonl"), "options": more}
             runs.append(pool.start(deployment, at=at, **given))
         found = [pool.wait_for(run, seconds=900) for run in runs]
         assert {run["state_type"] for run in found} == {"COMPLETED"}, [run["state"] for run in found]

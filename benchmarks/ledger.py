@@ -43,7 +43,7 @@ async def call(folder: Path, **more: Any) -> Any:
     crew = DeployedCrew(url=place["url"], token=TOKEN)  # type: ignore[arg-type]
     output = str(folder / "out.jsonl")
     policy = WaitPolicy(initial=0.01, factor=1, jitter=0)
-    return await arun_batch(crew, str(folder / "rows.csv"), name=place["name"], output=output, wait=policy, **more)
+    return await arun_batch(crew, str(folder / "rows.csv"), name=place["name"], export=output, wait=policy, **more)
 
 
 async def make(folder: Path, given: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ async def watch_folder(
         try:
             name = batch_name(path)
             lines = str(Path(output) / f"{name}.jsonl")
-            report: BatchReport = await arun_batch(crew, path, name=name, output=lines, **(options or {}))
+            report: BatchReport = await arun_batch(crew, path, name=name, export=lines, **(options or {}))
         except (BatchBusyError, FileNotFoundError) as error:
             log.info("%s: another look has it or has moved it. %s", path.name, error)
         except BatchCancelledError:

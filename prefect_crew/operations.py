@@ -25,7 +25,7 @@ from prefect_crew.records.store import PrefectRecords
 
 @flow(flow_run_name="{name}")
 async def batch_file(
-    crew: str, dataset: str, name: str, output: str, ledger: str | None = None, options: dict[str, Any] | None = None
+    crew: str, dataset: str, name: str, export: str, ledger: str | None = None, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Run a crew once for each row of a file. Retried or scheduled again, it goes on where it stopped.
 
@@ -33,13 +33,13 @@ async def batch_file(
         crew: The name of the crew's block, as under Blocks.
         dataset: The file: a path, a URL, or any fsspec address.
         name: The batch's name. On a schedule: leads-{scheduled_start:%Y-%m-%d}.
-        output: Where its lines go. On a schedule with the same placeholder.
+        export: Where its lines go. On a schedule with the same placeholder.
         ledger: A path, the URL of a PostgreSQL without a password, or secret://NAME; empty: a file next to a local
-            output.
+            export.
         options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id", "wait": {"timeout": 600}}.
     """
     _check_ledger(ledger)
-    report = await arun_batch(crew, dataset, name=name, output=output, ledger=ledger, **(options or {}))
+    report = await arun_batch(crew, dataset, name=name, export=export, ledger=ledger, **(options or {}))
     report.raise_for_failures()
     return report.as_dict()
 

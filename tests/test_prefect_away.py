@@ -27,7 +27,7 @@ def away() -> Iterator[str]:
 
 
 def batch(crew: pc.DeployedCrew, folder: Path) -> Any:
-    return pc.run_batch(crew, [INPUTS], name="b", output=str(folder / "b.jsonl"))
+    return pc.run_batch(crew, [INPUTS], name="b", export=str(folder / "b.jsonl"))
 
 
 CALLS: dict[str, Callable[[pc.DeployedCrew, Path], Any]] = {

@@ -615,7 +615,7 @@ def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_
     within = pool.deploy("batch-within", f"{USER_FLOWS}.batch_in_a_subflow")
 
     def run(name: str, deployment: str = own) -> dict[str, Any]:
-        given = {"crew": "quick", "dataset": str(rows), "name": name, "output": str(pool.folder / f"{name}.jsonl")}
+        given = {"crew": "quick", "dataset": str(rows), "name": name, "export": str(pool.folder / f"{name}.jsonl")}
         return pool.wait_for(pool.start(deployment, **given), seconds=120)
 
     pool.worker("one")

@@ -54,12 +54,12 @@ class LedgerAddress:
         return self.is_local and not Path(str(open_url(self.full).database)).exists()
 
 
-async def ledger_address(ledger: str | None, output: str) -> LedgerAddress:
+async def ledger_address(ledger: str | None, export: str) -> LedgerAddress:
     """Return where a ledger is: by a path, a URL, or `secret://NAME` for a Prefect Secret block that holds one of them.
 
-    Left out, it is a file next to the output. Raises ConfigurationError.
+    Left out, it is a file next to the export. Raises ConfigurationError.
     """
-    address = ledger or default_ledger(output)
+    address = ledger or default_ledger(export)
     if address.startswith(SECRET):
         name = address.removeprefix(SECRET)
         try:
@@ -86,16 +86,16 @@ def holds_password(ledger: str) -> bool:
     return url.password is not None or any(name.lower() not in _HARMLESS for name in url.query)
 
 
-def default_ledger(output: str) -> str:
-    """Return the path of the ledger next to a local output. Raises ConfigurationError."""
-    if is_remote(output):
+def default_ledger(export: str) -> str:
+    """Return the path of the ledger next to a local export. Raises ConfigurationError."""
+    if is_remote(export):
         raise ConfigurationError(
-            f"The output {shown_address(output)} is not on this machine, so the ledger cannot be stored next to it: "
+            f"The export {shown_address(export)} is not on this machine, so the ledger cannot be stored next to it: "
             "give ledger=…, a path or the URL of a PostgreSQL database."
         )
-    path = Path(output.removeprefix("file://"))
+    path = Path(export.removeprefix("file://"))
     if not path.name:
-        raise ConfigurationError(f"The output {output!r} names no file. Nothing was started.")
+        raise ConfigurationError(f"The export {export!r} names no file. Nothing was started.")
     return str(path.with_name(f"{path.name}.ledger.db"))
 
 

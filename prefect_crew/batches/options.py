@@ -159,7 +159,7 @@ class BatchOptions(BaseModel):
 
 
 def plain_call(
-    *, crew: str | None, secret_inputs: Sequence[str], dataset: Dataset, output: str, ledger: str, options: BatchOptions
+    *, crew: str | None, secret_inputs: Sequence[str], dataset: Dataset, export: str, ledger: str, options: BatchOptions
 ) -> dict[str, Any]:
     """Return a call as JSON values. Where that cannot be, its only key is `why_not`.
 
@@ -171,7 +171,7 @@ def plain_call(
         return {"why_not": "its crew is not a stored block"}
     if address is None:
         return {"why_not": "its data set was passed as a Python object"}
-    for kind, where in (("data set", address), ("output", output)):
+    for kind, where in (("data set", address), ("export", export)):
         if is_remote(where) and shown_address(where) != where:
             return {"why_not": f"the address of its {kind} may contain a password"}
     for name in ("key", "inputs"):
@@ -193,7 +193,7 @@ def plain_call(
     # As a text, a constant would be the name of a column.
     if texts := [name for name in stored if isinstance(stored[name], str) and not isinstance(sources[name], str)]:
         return {"why_not": f"the constants of the inputs {', '.join(texts)} cannot be stored as JSON"}
-    where = {"dataset": whole_address(address), "output": whole_address(output), "ledger": ledger}
+    where = {"dataset": whole_address(address), "export": whole_address(export), "ledger": ledger}
     return {
         "crew": crew,
         **where,

@@ -53,7 +53,7 @@ class Output:
         problem = "is an http address, which cannot be written to." if is_http else None
         if problem is None and not (self._is_parquet or ending.lower() in LINES):
             problem = (
-                f"has the ending {file.suffix!r}, and an output is JSON Lines ({' or '.join(LINES)}, also compressed: "
+                f"has the ending {file.suffix!r}, and an export is JSON Lines ({' or '.join(LINES)}, also compressed: "
                 f"{', '.join(f'{LINES[0]}{kind}' for kind in sorted(COMPRESSED))}) or Parquet "
                 f"({' or '.join(PARQUET)}). Give it such an ending."
             )
@@ -67,7 +67,7 @@ class Output:
         except (ImportError, ValueError) as error:
             problem = f"cannot be written: {told(error, address)}."
         if problem is not None:
-            raise ConfigurationError(f"The output {self.name} {problem} Nothing was started.")
+            raise ConfigurationError(f"The export {self.name} {problem} Nothing was started.")
 
     def check(self, *, is_new: bool, advice: str = "or move that file. Nothing was started.") -> None:
         """Make sure that a file can be written, and that one that is there is of this batch. Raises OutputError.
@@ -158,7 +158,7 @@ class Output:
             raise
         except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
             raise OutputError(
-                f"The output {self.name} cannot be written: {told(error, self.address)}. All results are in the "
+                f"The export {self.name} cannot be written: {told(error, self.address)}. All results are in the "
                 "ledger: the same call writes them again."
             ) from None
 

@@ -50,7 +50,7 @@ class BatchReport:
             or the crew's server refused their kickoffs.
         skipped: Rows that were not run: set aside, left in flight, or not reached because the batch stopped.
         seconds: The wall time of this call.
-        output: Where the lines are.
+        export: Where the lines are.
         stopped: Why the batch kicked off nothing more, None if it did not stop.
         kickoffs: Runs that this call started.
         set_aside: Rows that cannot be run. `set_aside_rows`: the first 100 of them; `set_aside_output`: the file with
@@ -67,7 +67,7 @@ class BatchReport:
     uncertain: int
     skipped: int
     seconds: float
-    output: str
+    export: str
     stopped: str | None = None
     kickoffs: int = 0
     set_aside: int = 0
@@ -112,7 +112,7 @@ class BatchReport:
             ("set aside", self.set_aside),
         )
         parts += [f"{count:,} {word}" for word, count in rest if count]
-        text = f"Batch {self.name}: {', '.join(parts)} in {duration(self.seconds)}. Output: {self.output}"
+        text = f"Batch {self.name}: {', '.join(parts)} in {duration(self.seconds)}. Export: {self.export}"
         if self.set_aside_output:
             text += f". Set aside: {self.set_aside_output}"
         if self.usage is not None or self.cost is not None:
@@ -368,4 +368,4 @@ class BatchArtifact:
             rows.append(("Cost of all calls", money(report.cost)))
         if (report.usage is not None or report.cost is not None) and report.spending.unknown:
             rows.append(("Unknown", report.spending.unknown))
-        return [*rows, ("Output", code(report.output))]
+        return [*rows, ("Export", code(report.export))]

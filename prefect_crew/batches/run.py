@@ -100,7 +100,7 @@ async def arun_batch(
     dataset: Any,
     *,
     name: str,
-    output: str,
+    export: str,
     ledger: str | None = None,
     key: KeyFrom | None = None,
     inputs: InputsFrom | None = None,
@@ -136,13 +136,13 @@ async def arun_batch(
         crew: A crew, or the name of a stored block.
         dataset: CSV, TSV, JSON Lines, JSON or Parquet by path, URL or fsspec address; an iterable of mappings; a pandas
             or polars data frame; an Arrow table.
-        name: The batch's name. It, `output` and a path as `dataset` may be templates over the scheduled time:
+        name: The batch's name. It, `export` and a path as `dataset` may be templates over the scheduled time:
             `leads-{scheduled_start:%Y-%m-%d}`.
-        output: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
+        export: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
             Parquet. It is written at the end, and when the batch stops; `prefect-crew batch export` writes it at any
             time. A line has key, inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
         ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
-            left out, a file next to a local output.
+            left out, a file next to a local export.
         key: A column or a function of the row; left out, a digest of the inputs and how many equal ones came before.
         inputs: How a row becomes inputs: a function of the row, or by name a column, a template over the columns, a
             function of the row, or a constant that is not text; left out, the columns of the crew's names.
@@ -171,7 +171,7 @@ async def arun_batch(
         encoding: Likewise.
         delimiter: What separates the fields of a CSV file, such as ";"; left out, a comma, and a tab in TSV.
         rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:". A data
-            set over several machines is several batches over ranges of it, each with a name and an output of its own.
+            set over several machines is several batches over ranges of it, each with a name and an export of its own.
         on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.
 
     Raises:
@@ -182,7 +182,7 @@ async def arun_batch(
     """
     options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, options, name, output, ledger=ledger, **file)
+    job = await _batch_job(crew, dataset, options, name, export, ledger=ledger, **file)
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
 
     # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
@@ -194,7 +194,7 @@ async def arun_batch(
         return await run()
     own_flow = run_batch_flow.with_options()
     own_flow.fn = run
-    names = {"crew": job.crew.label, "dataset": job.dataset.name, "output": shown_address(job.output)}
+    names = {"crew": job.crew.label, "dataset": job.dataset.name, "export": shown_address(job.export)}
     return await cast("Any", own_flow)(batch=job.name, **names)
 
 
@@ -202,9 +202,9 @@ run_batch = sync_version(arun_batch)
 
 
 @flow(name="run-batch", flow_run_name="{batch}")
-async def run_batch_flow(batch: str, crew: str, dataset: str, output: str) -> BatchReport:
+async def run_batch_flow(batch: str, crew: str, dataset: str, export: str) -> BatchReport:
     """Run a batch that `run_batch` was called with outside of a flow: its name, and what a page shows of it."""
-    del crew, dataset, output
+    del crew, dataset, export
     raise ConfigurationError(
         f"Batch {batch!r} was defined in Python and cannot be retried from this run's parameters. Call run_batch "
         "again with the same name, which continues where it stopped, or write a flow around it and retry that."
@@ -255,7 +255,7 @@ async def aplan_batch(
     dataset: Any,
     *,
     name: str = "plan",
-    output: str = "batch.jsonl",
+    export: str = "batch.jsonl",
     ledger: str | None = None,
     seconds_per_run: float | None = None,
     format: DatasetFormat | None = None,  # noqa: A002
@@ -273,7 +273,7 @@ async def aplan_batch(
     """
     batch_options = BatchOptions(**options)
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, batch_options, name, output, ledger=ledger, **file)
+    job = await _batch_job(crew, dataset, batch_options, name, export, ledger=ledger, **file)
     async with CrewSession(job.crew) as session:
         plan = RowPlan(job.dataset, batch_options, job.crew, await expected_inputs(session))
     checked = await asyncio.to_thread(plan.check)
@@ -313,12 +313,12 @@ class BatchJob:
     dataset: Dataset
     options: BatchOptions
     name: str
-    output: str
+    export: str
     ledger: LedgerAddress
 
     @property
     def line_options(self) -> dict[str, Any]:
-        """What the lines of the output depend on, other than the rows."""
+        """What the lines of the export depend on, other than the rows."""
         kind = self.options.output_type
         return {
             "output_type": None if kind is None else f"{kind.__module__}.{kind.__qualname__} {_digest_of(kind)}",
@@ -339,14 +339,14 @@ def _digest_of(output_type: type[BaseModel]) -> str:
 
 
 async def _batch_job(
-    crew: DeployedCrew | Crew | str, dataset: Any, options: BatchOptions, name: str, output: str, **more: Any
+    crew: DeployedCrew | Crew | str, dataset: Any, options: BatchOptions, name: str, export: str, **more: Any
 ) -> BatchJob:
     """Return a batch that is ready to be run, or looked at. `more` are its ledger, format, encoding and delimiter.
 
     Raises ConfigurationError, DatasetError.
     """
     moment = await scheduled_start()
-    full, where = render_key(name, moment), render_key(str(output), moment)
+    full, where = render_key(name, moment), render_key(str(export), moment)
     if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
         raise ConfigurationError(f"A batch needs a printable name of 1 to {MAX_NAME} characters, not {full[:60]!r}.")
     if isinstance(dataset, str) and "{scheduled_start" in dataset:
@@ -369,7 +369,7 @@ class _Batch:
         self.session = CrewSession(job.crew, partial(BatchClient, throttle=self.throttle))
         self.ledger = Ledger(job.ledger.full, job.name)
         self.lock = BatchLock(self.ledger.database, job.name)
-        self.output = Output(job.output, output_type=job.options.output_type)
+        self.output = Output(job.export, output_type=job.options.output_type)
         self.artifact = BatchArtifact(job.name, job.crew)
         self.begun = 0
         self.begin_after = self.refresh_after = 0.0
@@ -396,7 +396,7 @@ class _Batch:
         if before is not None and before.call is not None:
             await ledger.note(call={**before.call, **by})  # reading the rows may take minutes
         self.exported = {} if before is None else before.exported or {}
-        self.output.check(is_new=whole_address(job.output) not in self.exported.get("outputs", ()))
+        self.output.check(is_new=whole_address(job.export) not in self.exported.get("outputs", ()))
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
         source = await asyncio.to_thread(plan.source)
         self.checked = self.exported.get("checked")
@@ -423,7 +423,7 @@ class _Batch:
             crew=job.crew.block,
             secret_inputs=job.crew.secret_inputs,
             dataset=job.dataset,
-            output=job.output,
+            export=job.export,
             ledger=job.ledger.public,
             options=options,
         )
@@ -483,7 +483,7 @@ class _Batch:
 
     async def _export(self) -> None:
         """Write the output, unless it is there as it would be written."""
-        address = whole_address(self.job.output)
+        address = whole_address(self.job.export)
         counts = {str(state): count for state, count in self.progress.counts.items()}
         now = {"output": address, "counts": counts, "lines": self.job.line_options, "checked": self.checked}
         now |= {"order": self.order, "kickoffs": await self.ledger.kickoffs()}
@@ -500,7 +500,7 @@ class _Batch:
             await asyncio.wait_for(self._export(), EXPORT_WITHIN)
         except (CrewError, TimeoutError) as error:
             run_logger().warning(
-                "The output of batch %s was not written (%s). To write it: prefect-crew batch export %s",
+                "The export of batch %s was not written (%s). To write it: prefect-crew batch export %s",
                 *(self.job.name, error or "it takes long", shlex.quote(self.job.name)),
             )
 
@@ -600,7 +600,7 @@ class _Batch:
             uncertain=progress.uncertain,
             skipped=progress.whole - progress.done,
             seconds=progress.seconds,
-            output=self.output.name,
+            export=self.output.name,
             stopped=self.throttle.stopped,
             kickoffs=kickoffs - self.kickoffs_before,
             set_aside=aside.count,

@@ -51,7 +51,7 @@ class BatchStatus:
     states: Mapping[str, int]
     median: float | None
     longest: float | None
-    output: str | None
+    export: str | None
     ledger: str
     running: bool
     why_not: str | None
@@ -103,7 +103,7 @@ class StoredBatch:
             states={str(state): count for state, count in counts.items() if count},
             median=times.median,
             longest=times.longest,
-            output=self._call.get("output"),
+            export=self._call.get("export"),
             ledger=ledger.address,
             running=await BatchLock(ledger.database, self.name).is_taken(),
             why_not=self._call.get("why_not"),
@@ -150,19 +150,19 @@ class StoredBatch:
                 f"Batch {self.name!r} cannot be run by its name alone: {why_not}. Make the same call again, with the "
                 "same name; it continues where it stopped."
             )
-        arguments = {name: call[name] for name in ("crew", "dataset", "output", "format", "encoding", "delimiter")}
+        arguments = {name: call[name] for name in ("crew", "dataset", "export", "format", "encoding", "delimiter")}
         return {**arguments, "name": self.name, "ledger": self.address.full, **call["options"], **more}
 
-    async def export(self, output: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:
+    async def export(self, file: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:
         """Write its lines, also while it runs; return where they are, for people, and how many.
 
-        Without `output` it is that of its last call. A file that is not from this batch is replaced only with
+        Without `file` it is that of its last call. A file that is not from this batch is replaced only with
         `overwrite`. Raises ConfigurationError, OutputError.
         """
-        address = output or self._call.get("output")
+        address = file or self._call.get("export")
         if address is None:
             raise ConfigurationError(
-                f"The output file of batch {self.name!r} is not on record: {self._call.get('why_not')}. Give a file."
+                f"The export of batch {self.name!r} is not on record: {self._call.get('why_not')}. Give a file."
             )
         options = BatchOptions(**self._call.get("options", {}))
         target, whole = Output(address, output_type=options.output_type), whole_address(address)

@@ -158,7 +158,7 @@ def run(
         loaded_crew = await access.load(crew)
         arguments: dict[str, Any] = {
             "name": name,
-            "output": export,
+            "export": export,
             "wait": wait_policy(loaded_crew, timeout),
             **options,
         }
@@ -234,7 +234,7 @@ async def plan(
     """
     loaded_crew = await access.load(crew)
     arguments: dict[str, Any] = {"seconds_per_run": seconds_per_run, **choices.options()}
-    batch_plan = await aplan_batch(cast("Any", loaded_crew), dataset, name=name, output=export, **arguments)
+    batch_plan = await aplan_batch(cast("Any", loaded_crew), dataset, name=name, export=export, **arguments)
     _output.put(by_options(str(batch_plan)), json=output and batch_plan.as_dict())
     return ROWS if batch_plan.bad_count and choices.on_bad_row == "refuse" else 0
 
@@ -326,8 +326,8 @@ def _about(status: BatchStatus) -> Iterator[str]:
     if status.median is not None and status.longest is not None:
         seconds = f" · a row takes {duration(status.median)} (median), at most {duration(status.longest)}"
     yield f"  {status.kickoffs:,} kickoffs{seconds}"
-    if status.output:
-        yield f"  Export: {status.output}"
+    if status.export:
+        yield f"  Export: {status.export}"
     yield f"  Ledger: {status.ledger}"
 
 

@@ -305,7 +305,7 @@ def test_a_run_that_another_flow_run_takes_over_names_both(crew_server: CrewServ
 def test_each_row_of_a_batch_has_its_span(crew_server: CrewServerFactory, collector: Collector, tmp_path: Path):
     server = crew_server(STEPS, response_format="union", speed=20)
     rows = [{"topic": f"tea {number}"} for number in range(5)]
-    run_batch(server.crew(price=PRICE), rows, name=key(), output=str(tmp_path / "out.jsonl"))
+    run_batch(server.crew(price=PRICE), rows, name=key(), export=str(tmp_path / "out.jsonl"))
     spans = collector.runs()
     assert {span.attributes["crewai.execution_uuid"] for span in spans} == {run.id for run in server.runs}
     assert len(spans) == 5

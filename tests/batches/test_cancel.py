@@ -183,7 +183,7 @@ from prefect_crew import DeployedCrew, WaitPolicy, run_batch
 
 url, token, dataset, output, ledger, name, rows = sys.argv[1:]
 report = run_batch(
-    DeployedCrew(url=url, token=token), dataset, name=name, output=output, ledger=ledger or None, rows=rows,
+    DeployedCrew(url=url, token=token), dataset, name=name, export=output, ledger=ledger or None, rows=rows,
     max_in_flight=20, wait=WaitPolicy(initial=0.05, factor=1, max_interval=0.5),
 )
 print("REPORT", report.completed, report.failed, report.uncertain, report.kickoffs)

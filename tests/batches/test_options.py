@@ -79,7 +79,7 @@ def test_when_a_policy_stops(policy: Any, failed: int, ended: int, stops: bool):
 
 
 def call(**options: Any) -> dict[str, Any]:
-    given = {"dataset": open_dataset("https://files.test/rows.csv"), "output": "out.jsonl", **options}
+    given = {"dataset": open_dataset("https://files.test/rows.csv"), "export": "out.jsonl", **options}
     chosen = BatchOptions(**{name: given.pop(name) for name in [*given] if name in BatchOptions.model_fields})
     return plain_call(crew="payer", secret_inputs=["pin"], ledger="out.db", options=chosen, **given)
 
@@ -92,10 +92,10 @@ def call(**options: Any) -> dict[str, Any]:
         {"inputs": {"pin": "{{ user }}:4711"}},
         {"inputs": {"other": [SecretStr("4711")]}},
         {"meta": {"other": SecretStr("4711")}},
-        {"output": "s3://key:4711@bucket/out.jsonl"},
+        {"export": "s3://key:4711@bucket/out.jsonl"},
         {"dataset": open_dataset("simplecache::https://user:4711@files.test/rows.csv")},
     ],
-    ids=["number", "type", "template", "list", "meta", "output", "data set"],
+    ids=["number", "type", "template", "list", "meta", "export", "data set"],
 )
 def test_a_call_that_holds_a_secret_is_not_stored(given: dict[str, Any]):
     assert list(call(**given)) == ["why_not"]

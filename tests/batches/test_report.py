@@ -113,7 +113,7 @@ async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_s
     assert server.kickoffs == 0
     assert list(batch.folder.glob("*.db")) == []
     await batch(crew, rows[:4], name="planned")
-    plan = await aplan_batch(crew, rows, name="planned", output=str(batch.output), max_in_flight=1)
+    plan = await aplan_batch(crew, rows, name="planned", export=str(batch.output), max_in_flight=1)
     assert (plan.rows, plan.done, plan.price) == (10, 4, 3.0)
     assert plan.seconds is not None
     assert 6 * 0.2 <= plan.seconds < 60

@@ -155,13 +155,13 @@ async def test_the_ledger_of_another_machine_is_missed(batch: Batches, crew_serv
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with pytest.raises(LedgerMissingError, match=r"uses another ledger, .*out\.jsonl\.ledger\.db.*nothing was start"):
-        await batch(server.crew(), topics(3), name="here", output=str(elsewhere / "out.jsonl"))
+        await batch(server.crew(), topics(3), name="here", export=str(elsewhere / "out.jsonl"))
     assert server.kickoffs == 3
     report = await batch(
         server.crew(),
         topics(3),
         name="here",
-        output=str(elsewhere / "b.jsonl"),
+        export=str(elsewhere / "b.jsonl"),
         ledger=str(batch.output) + ".ledger.db",
     )
     assert (report.completed, server.kickoffs) == (3, 3)
@@ -182,12 +182,12 @@ async def test_an_output_that_is_gone_is_written_again(batch: Batches, crew_serv
     output = place if "://" in place else str(batch.folder / place)
     files: Any = fsspec
     ledger = str(batch.folder / "ledger.db")
-    await batch(server.crew(), topics(3), name=name, output=output, ledger=ledger)
+    await batch(server.crew(), topics(3), name=name, export=output, ledger=ledger)
     before = exported(output)
     assert [row["output"] for row in before] == [f"on topic {number}" for number in range(3)]
     filesystem, path = files.core.url_to_fs(output)
     filesystem.rm(path)
-    report = await batch(server.crew(), topics(3), name=name, output=output, ledger=ledger)
+    report = await batch(server.crew(), topics(3), name=name, export=output, ledger=ledger)
     assert (report.completed, server.kickoffs) == (3, 3)
     assert exported(output) == before
 
@@ -208,7 +208,7 @@ async def test_an_output_is_written_again_whose_lines_are_others_though_their_st
     server = crew_server(PICKY)
     for retry in (False, True):
         await batch(
-            server.crew(), [{"topic": "bad one"}], name="bad", output=f"{batch.output}.jsonl", retry_failed=retry
+            server.crew(), [{"topic": "bad one"}], name="bad", export=f"{batch.output}.jsonl", retry_failed=retry
         )
         [line] = batch.lines(Path(f"{batch.output}.jsonl")).values()
         assert line["state"] == "failed"
@@ -480,7 +480,7 @@ async def test_a_flow_of_its_own_is_named_after_the_batch_and_stores_no_secret(
     async with get_client() as client:
         runs = await client.read_flow_runs(limit=200)
     [run] = [run for run in runs if run.name == name]
-    assert set(run.parameters) == {"batch", "crew", "dataset", "output"}
+    assert set(run.parameters) == {"batch", "crew", "dataset", "export"}
     assert server.token not in json.dumps(run.parameters)
 
 
@@ -498,20 +498,20 @@ async def test_a_scheduled_batch_has_its_name_and_output_from_the_scheduled_time
             crew,
             topics(2),
             name="leads {scheduled_start:%Y-%m-%d %H:%M:%S}",
-            output=str(batch.folder / "leads-{scheduled_start:%Y}.jsonl"),
+            export=str(batch.folder / "leads-{scheduled_start:%Y}.jsonl"),
         )
         return report, context.flow_run.expected_start_time
 
     report, moment = await nightly()
     assert report.name == f"leads {moment:%Y-%m-%d %H:%M:%S}"
-    assert report.output.endswith(f"leads-{moment:%Y}.jsonl")
+    assert report.export.endswith(f"leads-{moment:%Y}.jsonl")
 
 
 def test_sync_code_has_the_same(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(ECHO)
-    report = run_batch(server.crew(), topics(3), name="sync", output=str(batch.output))
+    report = run_batch(server.crew(), topics(3), name="sync", export=str(batch.output))
     assert report.completed == 3
-    plan = plan_batch(server.crew(), topics(4), name="sync", output=str(batch.output))
+    plan = plan_batch(server.crew(), topics(4), name="sync", export=str(batch.output))
     assert (plan.rows, plan.done) == (4, 3)
 
 
@@ -522,7 +522,7 @@ def test_sync_code_has_the_same(batch: Batches, crew_server: CrewServerFactory):
 async def test_names_that_no_ledger_could_keep_are_refused():
     for name in ("", " ", "x" * 201, "a\nb", "a\0b"):
         with pytest.raises(ConfigurationError, match="printable name of 1 to 200"):
-            await arun_batch(CREW, topics(1), name=name, output="out.jsonl")
+            await arun_batch(CREW, topics(1), name=name, export="out.jsonl")
 
 
 async def test_webhooks_without_a_secret_are_reported_before_anything_is_started(
@@ -584,7 +584,7 @@ async def test_no_file_of_a_batch_has_a_secret_input_whatever_way_it_came_in(
         for ending in ("jsonl.gz", "jsonl"):
             report = await batch(
                 *(crew, [{"topic": "tea"}, {"topic": "bad"}]), key="topic", inputs=given,
-                output=str(batch.folder / f"out.{ending}"),
+                export=str(batch.folder / f"out.{ending}"),
             )  # fmt: skip
             assert (report.completed, report.failed) == (1, 1)
     finally:

@@ -59,7 +59,7 @@ def reviewed_run(block: str, key: str) -> str:
 
 def reviewed_rows(block: str, name: str, folder: Path, rows: int, wait: WaitPolicy = WAIT) -> Any:
     data = [{"id": f"row {number}", "who": f"person {number}"} for number in range(rows)]
-    return run_batch(block, data, name=name, key="id", output=str(folder / "out.jsonl"), wait=wait)
+    return run_batch(block, data, name=name, key="id", export=str(folder / "out.jsonl"), wait=wait)
 
 
 @pytest.mark.parametrize("rows", [pytest.param(0, id="a-run"), pytest.param(3, id="rows-of-a-batch")])

@@ -13,7 +13,7 @@ from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer
 
 INPUTS: dict[str, dict[str, Any]] = {
-    "batch_file": {"crew": "echo", "dataset": "rows.csv", "name": "rows of KIND", "output": "rows.jsonl"},
+    "batch_file": {"crew": "echo", "dataset": "rows.csv", "name": "rows of KIND", "export": "rows.jsonl"},
     "prune_records": {"dry_run": True, "older_than_days": 30},
     "recover": {"max_attempts": 5},
 }
@@ -27,7 +27,7 @@ def test_each_is_deployed_and_run_without_the_repository(kind: str, prefect_serv
         pool.worker(f"operations-{kind}")
         started: dict[str, str] = {}
         for name, inputs in INPUTS.items():
-            paths = {"dataset", "output"} & set(inputs)
+            paths = {"dataset", "export"} & set(inputs)
             given = {**inputs, **{path: str(tmp_path / inputs[path]) for path in paths}}
             (tmp_path / "inputs.json").write_text(json.dumps(given).replace("KIND", kind))
             line = ("prefect-crew", "deploy", "--flow", f"prefect_crew.operations.{name}", "--pool", pool.name)

@@ -126,7 +126,7 @@ class Place:
         self.crew = {"url": server.url, "token": server.token, "request_timeout": 1.0}
         self.options: dict[str, Any] = {
             "name": self.name,
-            "output": str(self.output),
+            "export": str(self.output),
             "key": "id" if world.keyed else None,
             "max_in_flight": world.max_in_flight,
             "retries": world.retries,

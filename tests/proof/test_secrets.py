@@ -260,7 +260,7 @@ def batch(name: str, given: Given) -> None:
     rows = [{"number": number, **given.inputs} for number in range(2)]
     inputs = {key: key for key in ("topic", "secret", "nested")}
     output = get_current_settings().home / f"{name}.jsonl"
-    report = run_batch(name, rows, name=name, key="number", inputs=inputs, output=str(output), max_in_flight=1)
+    report = run_batch(name, rows, name=name, key="number", inputs=inputs, export=str(output), max_in_flight=1)
     assert report.total == 2
 
 

@@ -78,7 +78,7 @@ async def by_pipeline(crew: DeployedCrew, number: int) -> None:
 async def by_batch(crew: DeployedCrew, number: int) -> None:
     with TemporaryDirectory() as folder:
         rows = [{"n": f"{number}{one}"} for one in "ab"]
-        await arun_batch(crew, rows, name=f"limited {uuid.uuid4().hex}", output=f"{folder}/out.jsonl")
+        await arun_batch(crew, rows, name=f"limited {uuid.uuid4().hex}", export=f"{folder}/out.jsonl")
 
 
 WAYS = {
@@ -133,7 +133,7 @@ async def test_a_batch_that_would_have_more_in_flight_than_the_limit_is_refused(
     server = crew_server(slow(0.1))
     crew = server.crew(concurrency_limit=await limit(3))
     with pytest.raises(ConfigurationError, match="Give max_in_flight=3 or less"):
-        await arun_batch(crew, [{"n": 1}], name="too many", output=str(tmp_path / "out.jsonl"), max_in_flight=5)
+        await arun_batch(crew, [{"n": 1}], name="too many", export=str(tmp_path / "out.jsonl"), max_in_flight=5)
     assert server.kickoffs == 0
 
 
@@ -145,7 +145,7 @@ async def test_a_batch_that_waits_for_a_slot_says_so_and_is_cancelled(
     server, name, phases, flow_runs = crew_server(slow(0.1)), await limit(2), list[str](), list[Any]()
     crew = server.crew(concurrency_limit=name)
     others = [await take_slots(crew.crew) for _ in range(2)]
-    rows, about = [{"n": number} for number in range(3)], {"name": f"waits {name}", "output": f"{tmp_path}/o.jsonl"}
+    rows, about = [{"n": number} for number in range(3)], {"name": f"waits {name}", "export": f"{tmp_path}/o.jsonl"}
 
     def see(progress: BatchProgress) -> None:
         phases.append(progress.phase)
@@ -175,7 +175,7 @@ async def test_a_batch_takes_its_slots_one_by_one_and_others_have_their_turn(
     crew = server.crew(concurrency_limit=name)
     other = await take_slots(crew.crew)  # it is held until the end: the batch begins with what there is
     rows = [{"n": number} for number in range(30)]
-    running = asyncio.ensure_future(arun_batch(crew, rows, name=f"long {name}", output=f"{tmp_path}/out.jsonl"))
+    running = asyncio.ensure_future(arun_batch(crew, rows, name=f"long {name}", export=f"{tmp_path}/out.jsonl"))
     await until(lambda: server.kickoffs >= 4, "the batch runs")
     single = await asyncio.wait_for(arun_crew(crew, {"single": 1}), 60)
     assert not running.done(), "a single run has its turn before the batch has ended"
@@ -201,7 +201,7 @@ async def test_short_rows_pass_their_slots_on(
     server, name = crew_server(slow(0.1)), await limit(2)
     rows = [{"n": number} for number in range(20)]
     crew = server.crew(concurrency_limit=name)
-    assert (await arun_batch(crew, rows, name=f"short {name}", output=f"{tmp_path}/out.jsonl")).completed == 20
+    assert (await arun_batch(crew, rows, name=f"short {name}", export=f"{tmp_path}/out.jsonl")).completed == 20
     assert looks <= 4
     assert await held(name) == 0
 
@@ -262,7 +262,7 @@ async def test_a_row_that_is_left_in_flight_keeps_its_slot(
     wait = WaitPolicy(timeout=0.5) if end == "out of time" else None
     about: dict[str, Any] = {
         "name": f"left {name}",
-        "output": f"{tmp_path}/o.jsonl",
+        "export": f"{tmp_path}/o.jsonl",
         "on_cancel": "leave",
         "wait": wait,
     }

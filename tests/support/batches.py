@@ -40,7 +40,7 @@ class Batches:
 
     async def __call__(self, crew: DeployedCrew, rows: Any, *, name: str | None = None, **options: Any) -> BatchReport:
         """Run a batch; a name of its own unless one is given."""
-        options.setdefault("output", str(self.output))
+        options.setdefault("export", str(self.output))
         options.setdefault("wait", WaitPolicy(initial=0.02, factor=1.0, jitter=0))
         return await arun_batch(crew, rows, name=name or f"batch {uuid.uuid4().hex[:8]}", **options)
 

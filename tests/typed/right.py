@@ -61,9 +61,9 @@ def main() -> None:
     run.wait_for_completion()
     assert_type(run.fetch_result().output, str)
     assert_type(run.resume("Shorter.", approve=False), pc.ResumeAnswer)
-    report = pc.run_batch(crew, "leads.csv", name="leads", output="leads.jsonl", key=lambda row: row["id"])
+    report = pc.run_batch(crew, "leads.csv", name="leads", export="leads.jsonl", key=lambda row: row["id"])
     planned = pc.plan_batch(crew, [{"a": 1}], inputs=lambda row: {"topic": row["a"]}, retries=1)
-    pc.run_batch(crew, [{"a": 1}], name="b", output="b.jsonl", inputs={"topic": lambda row: row["a"], "year": 2026})
+    pc.run_batch(crew, [{"a": 1}], name="b", export="b.jsonl", inputs={"topic": lambda row: row["a"], "year": 2026})
     steps = [
         pc.CrewStep("research", "research", {"topic": "{{ topic }}"}, output_type=Trip),
         pc.CrewStep("write", crew, {"notes": lambda context: context["research"].output.upper()}, after=["research"]),

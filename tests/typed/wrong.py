@@ -29,8 +29,8 @@ pc.kickoff_crew.submit(crew, idempotency="daily")  # wrong
 pc.wait_for_crew.map(crew, ["a", "b"], polcy=pc.WaitPolicy())  # wrong
 pc.kickoff_crew.with_options(retry=5)  # wrong
 pc.stop_crew(crew, "id").accept  # wrong
-pc.run_batch(crew, "a.csv", name="a", output="a.jsonl", inputs=topic_of)  # wrong
-pc.run_batch(crew, "a.csv", name="a", output="a.jsonl", key=lambda row: row.topic)  # pyright
+pc.run_batch(crew, "a.csv", name="a", export="a.jsonl", inputs=topic_of)  # wrong
+pc.run_batch(crew, "a.csv", name="a", export="a.jsonl", key=lambda row: row.topic)  # pyright
 pc.plan_batch(crew, "a.csv", retry=5)  # wrong
 pc.CrewStep("write", crew, {"notes": lambda context: context.research})  # pyright
 pc.CrewStep("write", crew, {}, output_type=5)  # wrong

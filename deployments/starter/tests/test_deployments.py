@@ -60,6 +60,6 @@ def test_the_pipeline(crews: dict[str, CrewServer]):
 def test_the_batch(crews: dict[str, CrewServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(PROJECT)
     output = tmp_path / "topics.jsonl"
-    report = run("topics", output=str(output))
+    report = run("topics", export=str(output))
     assert report["completed"] == crews["research"].kickoffs == 3
     assert "coffee is older" in output.read_text(encoding="utf-8")

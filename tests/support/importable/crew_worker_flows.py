@@ -23,7 +23,7 @@ async def greet(name: str) -> str:
 async def batch_in_a_subflow(crew: str, dataset: str, name: str, output: str) -> None:
     @flow
     async def within() -> None:
-        await arun_batch(crew, dataset, name=name, output=output)
+        await arun_batch(crew, dataset, name=name, export=output)
 
     await within()
 
