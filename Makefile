@@ -50,9 +50,11 @@ programs: $(VENV)/.tests
 proofs: $(VENV)/.tests
 	$(BIN)/python -m pytest $(AT_ONCE) -m "proofs and not slow" $(ARGS)
 
-# All of them: the quick ones side by side, then the slow ones, which measure, kill and load, one after the other.
+# All of them: the quick ones and the slow proofs side by side, then the other slow ones, which measure and load, one
+# after the other.
 prove: test programs proofs
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m slow tests/proof $(ARGS)
+	$(BIN)/python -m pytest -m slow --ignore tests/proof $(ARGS)
 
 # Some of the slow tests: SAMPLE of those that come in large numbers, chosen by SEED, none begun after TIME seconds.
 sample: $(VENV)/.tests

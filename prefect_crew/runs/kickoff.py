@@ -58,8 +58,9 @@ FINISH = 25.0
 cancelled process after about 30."""
 LEAST_DELAY = 0.1
 """Seconds before a kickoff is sent for the second time, at least; before each further one it is twice as long."""
-AGAIN = 0.1
-"""Seconds after which a claim is read again that somebody else has."""
+AGAIN = 0.2
+"""Seconds after which a claim that another call holds is read again, at first; each further pause is twice as long, up
+to 2 s."""
 
 
 class ClaimLostError(Exception):
@@ -167,7 +168,7 @@ class _Start:
                     await asyncio.sleep(AGAIN)
             elif decision is Decision.CLAIMED_ELSEWHERE:
                 await asyncio.sleep(delay)
-                delay = min(delay * 1.5, 2.0)
+                delay = min(delay * 2, 2.0)
             elif decision is not Decision.UNCERTAIN or record.phase is not RecordPhase.CLAIMED or read_again:
                 self.record = record
                 return decision

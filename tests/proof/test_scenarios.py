@@ -25,6 +25,11 @@ WORLDS = {
         faults=("kickoff:no-id@1",),
         resolve_after=0.0,
     ),
+    "one call waits for a second try of its kickoff, and two others for that call": Scenario(
+        calls=(Call(), Call(), Call(at=3.0)),
+        runs=(CrewRun(end="asks"),),
+        faults=("kickoff:429-bare-before-accept@1",),
+    ),
     "whoever is cancelled over the write that keeps a claim gives it back after that": Scenario(
         calls=(Call(flow=False, cancel_at=10),), faults=("kickoff:429-before-accept@1",), seed=17
     ),
