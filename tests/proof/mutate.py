@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import copy
 import os
 import random
 import shutil
@@ -77,18 +76,29 @@ def changed(node: ast.AST) -> Iterator[ast.AST]:
             return
 
 
-def mutants(source: str) -> Iterator[tuple[int, str, str]]:
-    """Yield every module that differs from a source by one mistake: its line, what was changed, and its text."""
+Site = tuple[int, int]
+"""The number of a node in a module, and that of a mistake among those that could stand in its place."""
+
+
+def _nodes(tree: ast.Module) -> list[ast.expr | ast.stmt]:
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.expr, ast.stmt))]
+
+
+def sites(source: str) -> Iterator[Site]:
+    """Yield every place of a module at which a mistake can be made."""
+    for number, node in enumerate(_nodes(ast.parse(source))):
+        for choice, _ in enumerate(changed(node)):
+            yield number, choice
+
+
+def mutant(source: str, site: Site) -> tuple[int, str, str]:
+    """Return a module that differs from a source by one mistake: its line, what was changed, and its text."""
     tree = ast.parse(source)
-    sites = [node for node in ast.walk(tree) if isinstance(node, (ast.expr, ast.stmt))]
-    for number, site in enumerate(sites):
-        for choice, _ in enumerate(changed(site)):
-            other = copy.deepcopy(tree)
-            old = [node for node in ast.walk(other) if isinstance(node, (ast.expr, ast.stmt))][number]
-            new = list(changed(old))[choice]
-            change = f"{_short(old)}  ->  {_short(new)}"
-            _Replace(old, new).visit(other)
-            yield site.lineno, change, ast.unparse(ast.fix_missing_locations(other))
+    old = _nodes(tree)[site[0]]
+    new = list(changed(old))[site[1]]
+    line, change = old.lineno, f"{_short(old)}  ->  {_short(new)}"
+    _Replace(old, new).visit(tree)
+    return line, change, ast.unparse(ast.fix_missing_locations(tree))
 
 
 class _Replace(ast.NodeTransformer):
@@ -124,11 +134,13 @@ def main() -> int:
     parser.add_argument("--mutants", type=int, default=30)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--module", choices=OWN_TESTS, help="only this one")
-    asked = parser.parse_args()
-    modules = [asked.module] if asked.module else list(OWN_TESTS)
-    found = [(m, *one) for m in modules for one in mutants((ROOT / "prefect_crew" / m).read_text("utf-8"))]
-    chosen = sorted(random.Random(asked.seed).sample(found, min(asked.mutants, len(found))))
-    print(f"{len(chosen)} of {len(found)} mutants, SEED={asked.seed}", flush=True)
+    options = parser.parse_args()
+    modules = [options.module] if options.module else list(OWN_TESTS)
+    sources = {module: (ROOT / "prefect_crew" / module).read_text("utf-8") for module in modules}
+    places = [(module, site) for module, source in sources.items() for site in sites(source)]
+    sample = random.Random(options.seed).sample(places, min(options.mutants, len(places)))
+    chosen = sorted((module, *mutant(sources[module], site)) for module, site in sample)
+    print(f"{len(chosen)} of {len(places)} mutants, SEED={options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder) / "tree"
         skipped = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
@@ -142,13 +154,13 @@ def main() -> int:
             began = time.monotonic()
             (tree / "prefect_crew" / module).write_text(text, "utf-8")
             who = next((name for name, tests in _killers(tree, module) if not passes(tree, tests, limit)), "NOBODY")
-            shutil.copy(ROOT / "prefect_crew" / module, tree / "prefect_crew" / module)
+            (tree / "prefect_crew" / module).write_text(sources[module], "utf-8")
             survivors += who == "NOBODY"
             print(f"{who:10} {time.monotonic() - began:4.0f} s  {module}:{line}  {change}", flush=True)
     seen = len(chosen) - survivors
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     share = f"{seen} of {len(chosen)} mistakes were seen ({seen / len(chosen):.0%}; at least {LEAST:.0%} must be)"
-    print(f"{share}: SEED={asked.seed} at {commit.stdout.strip() or 'an unknown commit'}.")
+    print(f"{share}: SEED={options.seed} at {commit.stdout.strip() or 'an unknown commit'}.")
     return 0 if seen >= LEAST * len(chosen) else 1
 
 
