@@ -1,10 +1,11 @@
-"""The counters of budgets on the Prefect server: estimates of runs in flight, and what ended runs have used.
+"""The counters of budgets on the Prefect server: the estimates of runs in flight, and the use of ended runs.
 
-A counter is a global concurrency limit without decay: Prefect changes its slots in one conditional UPDATE, which no
-Variable offers. A start adds the run's estimate once its claim stands, and its permit notes how much. Until then the
-estimate is the owner's alone; from then on whoever writes down that it did not start takes it off. Whoever creates the
-end of a run adds the difference between its use and the estimate. Order and failure are chosen so that a counter may be
-too high, after a crash or a lost answer, and never too low.
+A counter is a global concurrency limit without decay: Prefect changes its slots in one conditional UPDATE, and a
+Variable has no such change. After a start has created its claim, it adds the run's estimate to the counter; its permit
+stores how much. Before the permit, only the owner can take the estimate off. After it, the caller that writes
+NOT_STARTED takes the estimate off. The caller that creates the end of a run adds the difference between use and
+estimate. The order of these steps ensures that a counter may be too high after a crash or a lost answer, and never too
+low.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ from prefect_crew.records.store import PrefectRecords
 BUSY_FOR = 10.0
 """Seconds for which a change is repeated while the Prefect API is busy."""
 TRIES = 5
-"""Attempts at a counter that others create or change at the same time."""
+"""Attempts to change a counter while others create or change it."""
 LATEST = 20
-"""Runs of a crew whose mean is proposed as an estimate."""
+"""The number of a crew's latest runs whose mean use is proposed as an estimate."""
 LOOK_BACK = timedelta(days=7)
 MOST_READ = 2000
-"""For how long ago, and in how many records, these runs are looked for."""
+"""The age, and the number of ends, within which `_latest_use` looks for these runs."""
 KEEP = timedelta(days=32)
-"""A counter that nobody has changed for so long is of a past day or month, or of a batch that is over."""
+"""A counter that nobody has changed for this time is of a past day or month, or of a finished batch."""
 
-# The counters of which the log of a flow run has warned: the rows of a batch share no place to keep it in.
+# The counters for which a flow run has logged a warning. Module-level: the rows of a batch share no other place.
 _warned = deque[tuple[str | None, str]](maxlen=100)
 
 
 def _periods(crew: Crew, batch: str, at: datetime) -> list[BudgetPeriod]:
-    """Return the counters of a run of a crew that is claimed at a moment, each with its limit and estimate."""
+    """Return the counters for a run that is claimed at a moment, each with its limit and the run's estimate."""
     refusing, warning = dict[str, BudgetPeriod](), dict[str, BudgetPeriod]()
     price = cost_of(crew.price, None)  # None where it depends on the tokens
     for budget in crew.budgets:
@@ -62,14 +63,14 @@ def _periods(crew: Crew, batch: str, at: datetime) -> list[BudgetPeriod]:
             periods = warning if period.on_limit == "warn" else refusing
             periods[period.counter] = min(periods.get(period.counter, period), period, key=lambda each: each.limit)
     for name in warning.keys() & refusing.keys():
-        # A counter has one limit, so a limit that only warns is counted apart from one that refuses.
+        # A counter has one limit, so a budget that only warns gets a counter of its own.
         period = warning[name]
         warning[name] = replace(period, counter=f"{name.removesuffix(period.measure)}warn.{period.measure}")
     return [*refusing.values(), *warning.values()]
 
 
 async def check_estimates(crew: Crew) -> None:
-    """Check that each budget of a crew has an estimate of what a run uses.
+    """Check that each budget of a crew has an estimate of a run's use.
 
     Raises:
         ConfigurationError: A budget has none. The message proposes the mean of the crew's latest runs.
@@ -95,7 +96,7 @@ async def _no_estimate(crew: Crew, period: BudgetPeriod) -> ConfigurationError:
 
 
 async def _latest_use(crew: Crew, measure: str) -> list[float]:
-    """Return what the latest runs of a crew used, as far as they reported it and the Prefect API answers."""
+    """Return the use of a crew's latest runs, without runs that reported none; empty if the Prefect API is away."""
     amounts, count = list[float](), 0
     with suppress(*PREFECT_ERRORS):
         async for end in PrefectRecords().ended_since(utcnow() - LOOK_BACK):
@@ -108,7 +109,7 @@ async def _latest_use(crew: Crew, measure: str) -> list[float]:
 
 
 async def add_estimates(crew: Crew, record: RunRecord) -> None:
-    """Count a run that is about to start in all budgets of its crew, and note in its record what was counted.
+    """Add a run's estimates to the counters of all its budgets before the run starts, and set them in its record.
 
     Raises:
         BudgetExceededError: A budget has no room. Nothing stays counted.
@@ -140,14 +141,16 @@ async def _add_estimate(crew: Crew, record: RunRecord, period: BudgetPeriod) -> 
 
 
 async def release(record: RunRecord) -> None:
-    """Take the estimate of a run off the counters, which surely did not start."""
+    """Take the estimates of a run that surely did not start off the counters."""
     await change(record, {name: -slots for name, slots in (record.estimates or {}).items()})
     record.estimates = None
 
 
 async def release_given_back(record: RunRecord, records: RecordStore) -> None:
-    """Take the estimate of a claim that its owner gave back off the counters, unless the caller does that who resolved
-    the claim, or will resolve it where nothing of this is on record."""
+    """Take the estimates of a claim off the counters after its owner gave the claim back.
+
+    Only if the record says that the owner gave it back: else the caller that resolves the claim does this.
+    """
     if not record.estimates:
         return
     with suppress(*PREFECT_ERRORS):
@@ -158,9 +161,9 @@ async def release_given_back(record: RunRecord, records: RecordStore) -> None:
 
 
 def corrections(record: RunRecord) -> dict[str, int]:
-    """Return by how many slots the use of an ended run differs from its estimate, by counter.
+    """Return the slots by which the use of an ended run differs from its estimate, by counter.
 
-    The estimate of a run stays that did not report its use.
+    If the run did not report its use, the counter keeps the estimate.
     """
     more = dict[str, int]()
     for name, estimate in (record.estimates or {}).items():
@@ -171,9 +174,9 @@ def corrections(record: RunRecord) -> dict[str, int]:
 
 
 async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> dict[str, int]:
-    """Change counters as far as they go, and return by how much each was changed.
+    """Change counters as far as their limits allow. Return the change of each counter, in slots.
 
-    It never fails: the run it is about has ended, or was refused.
+    It logs errors of Prefect and does not raise them: the run has ended, or was refused.
     """
     changed = dict[str, int]()
     for name, slots in slots_by_name.items():
@@ -184,7 +187,7 @@ async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> dict[st
                     if not slots or await _post(client, how, name, abs(slots)) is not None:
                         changed[name] = slots
                         break
-                    # The counter has not so much room: take what is left of it.
+                    # The counter has less room: fill it up to its limit.
                     counter = await client.read_global_concurrency_limit_by_name(name)
                     slots = max(0, min(slots, counter.limit - counter.active_slots))
         except PREFECT_ERRORS as error:
@@ -194,9 +197,10 @@ async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> dict[st
 
 
 async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | None:
-    """Take slots of a counter, which is created or given the budget's limit where needed, and note them in a record.
+    """Take slots of a counter and set them in the record. Return None, or the number of taken slots if there is no
+    room.
 
-    Where there is no room, return how many slots are taken.
+    If needed, this creates the counter, or sets its limit to the limit of the budget.
     """
     name, limit = period.counter, slots_of(period.measure, period.limit)
     async with get_client() as client:
@@ -219,33 +223,33 @@ async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | No
             if counters and counters[name]["limit"] == limit:
                 record.estimates = {**(record.estimates or {}), name: slots}
                 return None
-            if counters:  # the budget was changed: its limit holds from now on, for this start as well
+            if counters:  # somebody has changed the budget: the new limit holds from now on, for this start as well
                 await _post(client, "decrement", name, slots)
             counter = await client.read_global_concurrency_limit_by_name(name)
             if counter.limit != limit:
                 await client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=limit))
-            elif counter.active_slots + slots > limit:  # else somebody has just changed it, or given some back
+            elif counter.active_slots + slots > limit:  # else somebody has just changed it, or given slots back
                 return counter.active_slots
     return limit
 
 
 async def _post(client: PrefectClient, how: str, name: str, slots: int) -> dict[str, Any] | None:
-    """Change a counter; return it by its name, nothing where there is none, None where it has no room.
+    """Change a counter. Return it by its name, an empty dict if it does not exist, None if it has no room.
 
-    Nothing is sent twice but what surely changed nothing: Prefect's client would, after a lost answer.
+    A request is repeated only if it surely changed nothing. Prefect's own method also repeats it after a lost answer.
     """
     path, body = f"/v2/concurrency_limits/{how}", {"names": [name], "slots": slots}
     try:
         answer = await request_soon(client, "POST", path, json=body, give_up_after=BUSY_FOR, again=is_busy)
     except PrefectHTTPStatusError as error:
-        if error.response.status_code not in (422, 423):  # beyond the limit as a whole, or with what is taken
+        if error.response.status_code not in (422, 423):  # 422: more slots than the limit; 423: too few free slots
             raise
         return None
     return {counter["name"]: counter for counter in answer.json()}
 
 
 async def delete_past_counters(older_than: timedelta) -> None:
-    """Delete the counters that nobody has changed for so long, `KEEP` at least."""
+    """Delete the counters that nobody has changed for `older_than`, and at least for `KEEP`."""
     counters, before = list[GlobalConcurrencyLimitResponse](), utcnow() - max(older_than, KEEP)
     async with get_client() as client:
         while page := await client.read_global_concurrency_limits(limit=200, offset=len(counters)):
@@ -257,7 +261,7 @@ async def delete_past_counters(older_than: timedelta) -> None:
 
 
 def note_exceeded(error: BudgetExceededError, crew: Crew) -> None:
-    """Tell automations, once in a period, that a budget has no room."""
+    """Emit the event `prefect-crew.budget.exceeded` for automations, once for each counter."""
     facts = {name: getattr(error, name) for name in ("budget", "measure", "used", "limit", "estimate", "on_limit")}
     emit_event(
         event="prefect-crew.budget.exceeded",

@@ -1,4 +1,4 @@
-"""What a call with an idempotency key does, decided by the records of that key. Pure."""
+"""The decision of a call with an idempotency key (start, reattach, return, …) by the records of that key. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from prefect_crew.states import CrewState
 
 
 class Caller(BaseModel):
-    """Who asks: a nonce of the call, and the flow run and attempt of it that it is made from, if any."""
+    """The caller: the nonce of its call (`owner`), and its flow run, the number of the attempt and the process, if
+    any."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
@@ -26,31 +27,31 @@ class Caller(BaseModel):
 
 
 class Decision(StrEnum):
-    """What a call does about an idempotency key."""
+    """The next step of a call with an idempotency key."""
 
     START = "start"
-    """Nothing was started under this key: claim and kick off."""
+    """No run has this key: claim the key and kick off."""
     REATTACH = "reattach"
-    """A run is in flight: wait for that one."""
+    """A run is in flight: wait for that run."""
     RETURN = "return"
-    """The run has ended and is not started again: give its result, or its failure."""
+    """The run has ended and the call does not start another: return its result, or raise its failure."""
     START_AGAIN = "start again"
-    """The run failed, and a call with its key asks for another."""
+    """The run failed: start another under the same key."""
     UNCERTAIN = "uncertain"
-    """A kickoff was sent and nobody knows whether it started a run: a person has to resolve it."""
+    """Somebody sent a kickoff, and nobody knows whether it started a run: a person has to resolve it."""
     CLAIMED_ELSEWHERE = "claimed elsewhere"
-    """Another call is posting at this moment: wait for its id."""
+    """Another call holds the claim and may send the kickoff now: wait for its kickoff id."""
     VOID = "void"
-    """Another call claimed it and surely sent nothing: void its claim, and decide again."""
+    """Another call holds the claim and surely sent nothing: void its claim, and decide again."""
 
     @property
     def starts(self) -> bool:
-        """Whether it leads to a kickoff."""
+        """Whether this decision leads to a kickoff."""
         return self in (Decision.START, Decision.START_AGAIN)
 
 
 def latest_start(attempts: Sequence[RunRecord]) -> RunRecord | None:
-    """Return the last attempt that started a run, or may have. One that surely did not start hides none before it."""
+    """Return the last attempt that started a run, or may have. It skips attempts that surely did not start."""
     return next((attempt for attempt in reversed(attempts) if attempt.counts), None)
 
 
@@ -68,18 +69,18 @@ def decide(
     """Decide what a call with an idempotency key does.
 
     Args:
-        record: The latest attempt at the key that counts, None if there is none.
-        caller: Who asks.
-        kickoffs, max_attempts: How many attempts at this key count, `record` among them, and how many may.
-        owner_ended: Whether the flow run that claimed the record is known to have ended.
-        is_own: Whether this very call has claimed the record, in a try that has ended, and surely sent nothing for it.
-        force_new: Start whatever the record says.
-        asked_at: When the call was made, UTC. A run that was in flight then is the one that it is about, also if it
+        record: The latest attempt at the key that counts (`RunRecord.counts`), or None.
+        caller: The caller.
+        kickoffs, max_attempts: The number of attempts at this key that count, `record` among them, and its limit.
+        owner_ended: Whether the flow run that claimed the record has surely ended.
+        is_own: Whether this very call made the claim, in a try that has ended, and surely sent no kickoff for it.
+        force_new: Start a run, whatever the record says.
+        asked_at: The time of the call, UTC. If a run was in flight then, the call is about that run, even if the run
             has failed since.
 
-    A record's `state` is the crew's status as it was last read. A started run that ended while nobody looked is
-    reattached to, which looks at its status first: so a failed crew is only started again by somebody who knows of
-    the failure.
+    A record's `state` is the last status of the crew that somebody read. If a run ended while nobody polled it, the
+    call reattaches, and so reads the status first. So a call starts a failed crew again only if the failure is on
+    record.
     """
     if record is None or record.phase is RecordPhase.NOT_STARTED or force_new:
         return Decision.START
@@ -87,7 +88,7 @@ def decide(
         return Decision.REATTACH
     if record.phase is RecordPhase.UNCERTAIN:
         return Decision.UNCERTAIN
-    # An earlier attempt of the very flow run that asks has ended, or this attempt would not be.
+    # An earlier attempt of the caller's own flow run has ended, or the caller's attempt would not exist.
     earlier = record.flow_run_id is not None and (
         record.flow_run_id == caller.flow_run_id and record.flow_run_count < caller.flow_run_count
     )
@@ -107,7 +108,7 @@ def decide(
 def check_same_run(record: RunRecord, *, crew_url: str, inputs_digest: str) -> None:
     """Raise IdempotencyConflictError if the record is of another crew or other inputs.
 
-    An attempt that surely did not start binds nobody: refused inputs may be corrected under the same key.
+    An attempt that surely did not start is no conflict: a caller may correct refused inputs under the same key.
     """
     if record.phase is RecordPhase.NOT_STARTED:
         return

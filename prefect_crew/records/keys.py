@@ -1,10 +1,10 @@
-"""Which idempotency key a call has, so that a retry of the call finds the same run again.
+"""The idempotency key of a call: a retry of the call gets the same key, and so finds the same run.
 
-A key that the user gives holds everywhere, without the blanks around it and in Unicode's form NFC. Left out, it is made
-of what stays the same when Prefect retries: the root flow run, the path of subflows below it (a parent's retry makes a
-subflow anew under another id, but with the same number), the crew (after a step's name a digest of it), a digest of the
-inputs that are not secret, and how many equal calls came before. A slash stands between these parts, and is written %2F
-within one.
+A user's key holds everywhere, without surrounding blanks and in Unicode's form NFC. Without a user's key, the key is
+derived from facts that stay the same when Prefect retries: the root flow run, the path of subflows below it (a retried
+parent creates a subflow again under another id, but with the same number), the crew (after a step's name a digest of
+it), a digest of the inputs that are not secret, and the number of equal calls before. A slash separates these parts; a
+slash within a part is written %2F.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from prefect_crew.records.owners import this_process
 _ESCAPED = str.maketrans({sign: f"%{ord(sign):X}" for sign in "%/{}"})
 TEMPLATE = re.compile(r"\{(?P<inner>[^{}]*)\}")
 LONGEST_NAME = 200
-"""Characters of a name or address within a key that is made; what is longer is cut and gets a digest."""
+"""The most characters of a name or address within a derived key. A longer one is cut and gets a digest."""
 
 
 @dataclass
 class Nonce:
-    """What tells the claims of one call from those of others. It lives in this process only.
+    """A text that marks the claims of one call as its own. It lives in this process only.
 
-    A retry of the kickoff task keeps it as long as no kickoff may have left under it. A claim or a permit whose answer
-    was lost, since the Prefect API went away, is then found again as the call's own, and no person is needed.
+    A retry of the kickoff task keeps the nonce as long as no kickoff may have been sent under it. If the answer to a
+    claim or a permit was lost, the retry then recognizes it as its own, and no person has to resolve it.
     """
 
     text: str = field(default_factory=lambda: str(uuid4()))
     has_sent: bool = False
-    """Whether a kickoff may have left."""
+    """Whether a kickoff may have been sent."""
 
     def of_next_try(self) -> Nonce:
-        """Return the nonce of the call's next try, which begins after this one has ended."""
+        """Return the nonce for the call's next try, which begins after this try has ended."""
         return Nonce() if self.has_sent else self
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Which run a call is about, who calls, and from where (`place`: the same on every retry of this call)."""
+    """The run and the caller of a call. `place` names the call's position and is the same on every retry of it."""
 
     idempotency_key: str
     place: str
@@ -71,28 +71,28 @@ class RunIdentity:
 async def identify(
     label: str, inputs_digest: str, *, idempotency_key: str | None, name: str | None, inside_own_task: bool = False
 ) -> RunIdentity:
-    """Return the identity of a call to the crew `label`, its name or address, with inputs of a digest.
+    """Return the identity of a call to a crew.
 
     Args:
-        label, inputs_digest: What it is about.
-        idempotency_key: The user's key, which may be a template over the scheduled time; None makes one.
-        name: The step's name, which stands before the crew in a key that is made.
-        inside_own_task: Whether one of this package's tasks asks, within its own task run.
+        label, inputs_digest: The crew's name or address, and the digest of the inputs.
+        idempotency_key: The user's key, which may be a template over the scheduled time; None derives a key.
+        name: The step's name, which stands before the crew in a derived key.
+        inside_own_task: Whether the caller is one of this package's tasks, within its own task run.
 
     Raises:
-        ConfigurationError: The key is empty, too long or no Unicode, or its template is none.
+        ConfigurationError: The key is empty, too long, no valid Unicode or no valid template.
     """
     around, calling = _task_attempts(), _calling.get(_Calling())
     callers, nonce = around, Nonce()
     if inside_own_task:
         callers, task_run_id = (*calling.tasks, around[-1]), around[-1].task_run_id
-        # Prefect makes the tries of a task run one after the other.
+        # Prefect runs the tries of a task run one after the other.
         nonce = calling.nonces[task_run_id] = calling.nonces.get(task_run_id, nonce).of_next_try()
     caller, start = Caller(owner=nonce.text), utcnow()
     if (context := FlowRunContext.get()) is not None and (flow_run := context.flow_run) is not None:
         calls, root = await _calls_and_root(context, flow_run)
         top, start = root.path, root.scheduled_start or start
-        # A task runner may have brought the task to another process than the flow run's.
+        # A task runner may run the task in another process than the flow run.
         process = None if context.detached else this_process()
         fields = {"flow_run_id": str(flow_run.id), "flow_run_count": flow_run.run_count, "process": process}
         caller = caller.model_copy(update=fields)
@@ -106,11 +106,11 @@ async def identify(
     else:
         if calls.root is None or not calls.root.is_deployed:
             _announce_no_key()
-        # Two crews under one name are told apart by more than their order, which changes where calls are concurrent.
+        # The digest keeps two crews under one step name apart: their order changes if the calls are concurrent.
         crew = _short(label) if name is None else f"{_short(name)}~{digest(label, 8)}"
         about = f"{crew}/{inputs_digest}"
         base = f"{top}/{about}"
-        if len(f"{base}/1000000") > MAX_KEY:  # of a subflow far below
+        if len(f"{base}/1000000") > MAX_KEY:  # a subflow many levels below the root
             base = f"{top[:LONGEST_NAME]}~{digest(top, 16)}/{about}"
         number = calls.take_number(base, callers)
         key = _checked(f"{base}/{number}")
@@ -119,7 +119,7 @@ async def identify(
 
 @cache
 def _announce_no_key() -> None:
-    """Say once in a process that a later process does not find its runs.
+    """Log once in a process that a later process will not find its runs.
 
     Not for a deployed flow run: a worker continues it as the same flow run. The level is INFO: Prefect shows it in a
     script, and a call without a key is no mistake.
@@ -131,7 +131,7 @@ def _announce_no_key() -> None:
 
 
 async def scheduled_start() -> datetime:
-    """Return when the root of this flow run was scheduled to start; outside of one, now. UTC."""
+    """Return the scheduled start of this flow run's root, UTC. Outside of a flow run: now."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return utcnow()
@@ -145,8 +145,8 @@ def render_key(template: str, scheduled_start: datetime) -> str:
     """Fill an idempotency key's `{scheduled_start}` or `{scheduled_start:FORMAT}`, FORMAT as in strftime, in UTC.
 
     Raises:
-        ConfigurationError: Another name stands in braces, a brace has no partner or is doubled, or a format has no
-            directive: left as it stands, it would make the same key, and so the same run, for every schedule.
+        ConfigurationError: Another name is in braces, a brace has no partner or is doubled, or a format has no
+            directive: without one, each scheduled flow run would get the same key, and so the same run.
     """
     moment = scheduled_start.astimezone(UTC)
     usage = "Use {scheduled_start:%Y-%m-%d}, the time that the flow run was scheduled for, in UTC."
@@ -167,7 +167,7 @@ def render_key(template: str, scheduled_start: datetime) -> str:
 
 
 def normalize_key(idempotency_key: str) -> str:
-    """Return a key as it is stored and looked for: without blanks around it, and with composed letters (NFC)."""
+    """Return a key in its stored form: without surrounding blanks, and with composed letters (NFC)."""
     return unicodedata.normalize("NFC", idempotency_key.strip())
 
 
@@ -186,12 +186,12 @@ def _checked(key: str) -> str:
     return key
 
 
-# A key that is made
+# A derived key
 
 
 def escape_name(name: str) -> str:
-    """Return a name as a part of a key that is made: without the separator and without braces, which would make a
-    template of the key, and each name in a way of its own."""
+    """Escape slash, braces and percent sign of a name for a derived key. Braces would make the key a template.
+    Different names stay different."""
     return name.translate(_ESCAPED)
 
 
@@ -201,7 +201,7 @@ def _short(name: str) -> str:
 
 
 class _Root(NamedTuple):
-    """Where a flow run belongs: the id of its root with the path below it, and what the root is."""
+    """The root of a flow run: `path` has the root's id and the subflows below it."""
 
     path: str
     scheduled_start: datetime | None
@@ -221,7 +221,7 @@ _Attempts = tuple[_TaskAttempt, ...]
 
 
 def _task_attempts() -> _Attempts:
-    """Return the attempts of tasks around this call, the outermost first."""
+    """Return the task attempts that enclose this call, the outermost first."""
     runs = [(context.task.task_key, context.task_run) for context in reversed(contexts_around(TaskRunContext))]
     return tuple(
         _TaskAttempt(key, str(run.id), run.run_count, None if run.flow_run_id is None else str(run.flow_run_id))
@@ -231,23 +231,23 @@ def _task_attempts() -> _Attempts:
 
 @dataclass(frozen=True)
 class _Calling:
-    """A call of one of our tasks, or of `map`, which makes several task runs of it.
+    """A call of one of our tasks, or of its `map`, which makes several task runs.
 
-    `tasks` are those that the code calls it from. `nonces` are those of its task runs, by their ids.
+    `tasks` are the task attempts that enclose the call. `nonces` has the nonce of each of its task runs, by their ids.
     """
 
     tasks: _Attempts = ()
     nonces: dict[str, Nonce] = field(default_factory=dict[str, Nonce])
 
 
-# Not an argument: between the call of one of our tasks and its body lies Prefect's engine, which retries the body. A
-# task runner in another process brings none: then each try has a nonce of its own.
+# Not an argument: Prefect's engine runs between the call of one of our tasks and its body, and retries the body. In a
+# task runner's other process this variable is not set: then each try has a nonce of its own.
 _calling: ContextVar[_Calling] = ContextVar("prefect_crew_calling")
 
 
 @contextmanager
 def calling_task() -> Generator[None]:
-    """Note the tasks that the code calls one of ours from, as they are at this moment."""
+    """Note the task attempts that enclose the call of one of our tasks, at the moment of the call."""
     token = _calling.set(_Calling(_task_attempts()))
     try:
         yield
@@ -257,10 +257,10 @@ def calling_task() -> Generator[None]:
 
 @dataclass
 class _Calls:
-    """Numbers equal calls within one attempt of one flow run, so that a retried task is given its numbers again.
+    """Numbers equal calls within one attempt of one flow run, so that a retried task gets the same numbers again.
 
-    A retried task keeps its id, but makes the tasks that it calls anew under other ids: those are distinguished by the
-    order in which they first come here with equal calls.
+    A retried task keeps its id, but the tasks that it calls get new ids. These are told apart by the order in which
+    they first make equal calls.
     """
 
     root: _Root | None = None
@@ -272,11 +272,15 @@ class _Calls:
     context: weakref.ref[FlowRunContext] | None = None
 
     def take_number(self, base: str, callers: _Attempts) -> int:
-        """Return the number of a call, from tasks: as often as an attempt of them calls, what their first one got."""
+        """Return the number of a call. `callers` are the enclosing task attempts.
+
+        The n-th equal call of a later attempt of these tasks gets the number that the n-th call of their first attempt
+        got.
+        """
         with self.lock:
             if not callers:
                 return next(self.counts[base])
-            place: list[tuple[str, int]] = []  # what a retry of the outermost repeats: at each level, which of a kind
+            place: list[tuple[str, int]] = []  # for each inner task: its key, and its order among its like
             for level, task in enumerate(callers[1:], start=1):
                 siblings = self.children[callers[:level], task.task_key, base]
                 place.append((task.task_key, siblings.setdefault(task.task_run_id, len(siblings))))
@@ -289,15 +293,15 @@ class _Calls:
 
     @property
     def is_needed(self) -> bool:
-        """Whether the flow run is under way in this process, and may call once more."""
+        """Whether the flow run still runs in this process, and may call again."""
         context = None if self.context is None else self.context()
         return context is not None and is_entered(context)
 
 
 _KEPT = 1000
-"""How many flow runs a process remembers that are not under way here: a long-lived one must not grow without end."""
+"""The number of flow runs that a process remembers after they ended here: its memory must not grow without end."""
 _lock = threading.Lock()
-# By flow run and attempt. Not an argument: the calls of a flow have nothing in common but Prefect's context of it.
+# By flow run and attempt. Not an argument: the calls of a flow share nothing but Prefect's context of the flow run.
 _flow_runs: OrderedDict[tuple[str, int], _Calls] = OrderedDict()
 
 
@@ -314,9 +318,9 @@ def _calls_of(flow_run: tuple[str, int], context: FlowRunContext | None) -> _Cal
 
 
 def forget_calls(flow_run_id: str) -> None:
-    """Number the calls of a flow run from one: it begins again in this process.
+    """Number the calls of a flow run from one again: it begins again in this process.
 
-    A flow run that was suspended and is resumed keeps its `run_count`, by which attempts are told apart otherwise.
+    A flow run that is resumed after a suspension keeps its `run_count`, so the numbers would go on.
     """
     with _lock:
         for key in [key for key in _flow_runs if key[0] == flow_run_id]:
@@ -336,8 +340,8 @@ async def _find_root(flow_run: FlowRun) -> _Root:
     while at.parent_task_run_id is not None:
         async with get_client() as client:
             tracker = await client.read_task_run(at.parent_task_run_id)
-            # A retried task makes its subflows anew, under a random key or, before Prefect 3.9, the next number: only
-            # the name of such a subflow holds.
+            # A retried task creates its subflows again, under a random key or, before Prefect 3.9, under the next
+            # number: only the name of such a subflow stays the same.
             numbered = tracker.dynamic_key.isdigit() and str(tracker.flow_run_id) not in called_from_tasks_of
             path.insert(0, escape_name(tracker.name if numbered else tracker.task_key.rpartition("-")[0]))
             if tracker.flow_run_id is None:

@@ -1,4 +1,4 @@
-"""The record of a run: what is stored about it, what its parts say together, and what a call does about it. Pure."""
+"""The record of a run: its fields, the log of its entries, and the rules that combine both (`fold`). No I/O."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ RECORD_VERSION = 2
 MAX_KEY = 500
 """Characters of an idempotency key."""
 SPARE = 5.0
-"""Seconds added to the time that the owner of a permit may take, before it may be resolved. The store tells its time in
-whole seconds, and one late."""
+"""Extra seconds, after the time that the owner of a permit may take, before anybody may resolve the run. The server's
+`Date` header has whole seconds, and may be one second late."""
 
 
 def utcnow() -> datetime:
@@ -36,13 +36,13 @@ class RecordPhase(StrEnum):
     """How far the start of a run got."""
 
     CLAIMED = "claimed"
-    """A caller is about to post, or died before it could write down what came of it."""
+    """A caller is about to send `POST /kickoff`, or died before it could store the outcome."""
     STARTED = "started"
     """The kickoff id is known."""
     ENDED = "ended"
-    """The end was seen; `state` says which."""
+    """The run has ended; `state` says how."""
     UNCERTAIN = "uncertain"
-    """Posted, and nobody knows whether that started a run."""
+    """A caller sent `POST /kickoff`, and nobody knows whether the request started a run."""
     NOT_STARTED = "not-started"
     """The kickoff surely did not start a run."""
 
@@ -55,13 +55,13 @@ def secret_mark(token: str, inputs: Mapping[str, Any], secret: Collection[str]) 
     return hmac.new(_key(token), json.dumps(["secrets", texts], ensure_ascii=False).encode(), "sha256").hexdigest()[:8]
 
 
-@lru_cache(maxsize=64)  # 20 ms, so that a token which a person made up is not found by trying words
+@lru_cache(maxsize=64)  # one call takes 20 ms, so that nobody finds a short token by trying words
 def _key(token: str) -> bytes:
     return hashlib.pbkdf2_hmac("sha256", token.encode(), b"prefect-crew secret inputs", 50_000)
 
 
 class StoredResult(BaseModel):
-    """The part of a result that is kept: in the end of its run, or in an artifact if it is too large for that."""
+    """The stored part of a result: in the end of the run's log, or in an artifact if it is too large for a Variable."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
@@ -73,17 +73,17 @@ class StoredResult(BaseModel):
 
     @classmethod
     def of(cls, result: CrewResult) -> StoredResult:
-        """Take a result's parts, without its raw bodies."""
+        """Copy a result without the raw bodies of the server's answers."""
         tasks = [task.model_copy(update={"raw": None}) for task in result.tasks]
         return cls.model_validate({**dict(result), "tasks": tasks})
 
     def result(self, kickoff_id: str) -> CrewResult:
-        """Return it as a result again. Its `raw` is None: the record does not keep it."""
+        """Return a `CrewResult` with these parts. Its `raw` is None: the record does not store the raw body."""
         return CrewResult(kickoff_id=kickoff_id, **dict(self))
 
 
 class Outcome(BaseModel):
-    """What became of a kickoff: an entry says what its creator knows, a record what all its entries say together."""
+    """The outcome of a kickoff. An entry has the facts that its creator knows; a record combines all its entries."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
 
@@ -93,31 +93,31 @@ class Outcome(BaseModel):
     human_since: datetime | None = None
     human_seconds: float = 0.0
     human_task: str | None = None
-    """The task that waits for a person, or was the last to do so."""
+    """The crew's task that waits for a person, or the last task that did."""
     state: CrewState | None = None
     ended_at: datetime | None = None
     reason: str | None = None
     error: str | None = None
     result: StoredResult | None = None
     result_id: str | None = None
-    """The id of the artifact that holds the result, where that is too large for this."""
+    """The id of the artifact that holds the result, if the result is too large for a Variable."""
     usage: TokenUsage | None = None
-    """Tokens that the run used, however it ended; None where nobody reported any."""
+    """Tokens that the run used, however it ended; None if nobody reported any."""
     cost: float | None = None
-    """What it cost by the price that held when it ended; None where that is unknown."""
+    """The cost of the run, by the crew's price at its end; None if unknown."""
     estimates: dict[str, int] | None = None
-    """What is counted for it in the counters of budgets, in slots by the counter's name."""
+    """The estimate of the run in each counter of a budget: slots by the counter's name."""
 
     @property
     def used(self) -> dict[str, float]:
-        """What is known of what the run used, by what budgets measure."""
+        """The known use of the run: amounts by `cost` and `tokens`, without unknown ones."""
         amounts = {"cost": self.cost, "tokens": self.usage and self.usage.total_tokens}
         return {measure: amount for measure, amount in amounts.items() if amount is not None}
 
     @property
     def is_final(self) -> bool:
-        """Whether the crew's server has said how the run ended. A person may say that it has forgotten the run: an end
-        that is seen after all counts more."""
+        """Whether the crew's server has reported the end of the run. A person may declare that the server has forgotten
+        the run; an end that the server reports later replaces that."""
         return self.phase is RecordPhase.ENDED and self.state is not CrewState.UNKNOWN
 
     def outcome(self) -> dict[str, Any]:
@@ -126,11 +126,11 @@ class Outcome(BaseModel):
 
 
 class Entry(Outcome):
-    """One entry in the log of a claim. It is created once, under the next number: of two callers one creates it.
+    """One entry in the log of a claim. A caller creates it under the next number: of two callers, only one succeeds.
 
-    A permit (phase CLAIMED) is the right to send one kickoff. Its creator changes it, to note what became of that, and
-    those who wait for the run note there whether a person has to answer. A resolution (STARTED, NOT_STARTED) says what
-    somebody else found out. The end (ENDED) closes the run; nobody changes it.
+    A permit (phase CLAIMED) is the right to send one kickoff. Its creator later writes the outcome of the kickoff to
+    it, and waiting callers write to it whether a person has to answer. A resolution (STARTED, NOT_STARTED) is the
+    outcome that somebody else found out. The end (ENDED) closes the run; nobody changes it.
     """
 
     version: int = RECORD_VERSION
@@ -138,28 +138,29 @@ class Entry(Outcome):
     attempt: int
     owner: str
     good_for: float = 0.0
-    """Seconds from the creation of a permit within which the kickoff begins to be sent."""
+    """Seconds, from the creation of a permit, within which its creator begins to send the kickoff."""
     crew: str | None = None
-    """In an end, with `crew_url` and `flow_run_id`: who adds up what runs cost reads ends, and no claims."""
+    """Set in an end, as are `crew_url` and `flow_run_id`: the report of costs reads ends, and no claims."""
     crew_url: str | None = None
     flow_run_id: str | None = None
 
-    # What the store tells, and no part of what is stored.
+    # The store fills these fields when it reads the entry; the Variable does not contain them.
     ref: str | None = Field(default=None, exclude=True)
     claim: str | None = Field(default=None, exclude=True)
     """The `ref` of its claim."""
     age: float = Field(default=0.0, exclude=True)
-    """Seconds since it was created, by the store's clock, as of when it was read."""
+    """Seconds from the creation of the entry to this read, by the store's clock."""
     idle: float = Field(default=0.0, exclude=True)
-    """Seconds since it was changed."""
+    """Seconds from the last change of the entry to this read, by the store's clock."""
 
 
 class RunRecord(Outcome):
     """One attempt at one idempotency key. Times are UTC.
 
-    `crew` is for people; `crew_url` and `inputs_digest` are what the run is compared by: the inputs are not kept.
-    `owner` is a nonce of the call that claimed it: Prefect's client may send a request twice and then meets its own
-    claim. `flow_run_id` and `flow_run_count` name the owner's flow run and which attempt of it.
+    `crew` is for people. A later call with the key compares `crew_url` and `inputs_digest`: the record has no inputs.
+    `owner` is a nonce of the call that made the claim. With it a call recognizes its own claim when Prefect's client
+    has sent the request twice. `flow_run_id` and `flow_run_count` are the owner's flow run and the number of its
+    attempt.
     """
 
     version: int = RECORD_VERSION
@@ -171,36 +172,37 @@ class RunRecord(Outcome):
     owner: str
     claimed_at: datetime
     good_for: float = 0.0
-    """Seconds from the claim within which its owner takes a permit."""
+    """Seconds, from the creation of the claim, within which its owner takes a permit."""
     post_deadline: float = 0.0
-    """Seconds that one kickoff takes at most."""
+    """Seconds that one `POST /kickoff` takes at most."""
     forced_by: str | None = None
-    """The call that started it whatever the record said (`force_new`)."""
+    """The call that started the run with `force_new`, whatever the earlier attempts said."""
     flow_run_id: str | None = None
     flow_run_count: int = 0
     process: str | None = None
     """The operating system process of the owner's flow run, as `owners.this_process` names it."""
     slot: str | None = None
-    """The lease of its slot in the crew's shared limit, for whoever waits for the run."""
+    """The lease of the run's slot in the crew's concurrency limit, for each caller that waits for the run."""
     step: str | None = None
     secret_inputs: list[str] = Field(default_factory=list[str])
-    """Names of the inputs that hold one: without their values, nothing that the crew says may be shown."""
+    """Names of the secret inputs. A process that does not know their values cannot mask them, and shows no text of the
+    crew."""
     secret_mark: str | None = None
-    """The fingerprint of these inputs: a later call that gives the same ones can mask them."""
+    """The fingerprint of the secret inputs: a later call with the same values can mask them."""
     has_webhooks: bool = False
-    """Whether its kickoff asked for webhooks to this package's receiver."""
+    """Whether the kickoff asked for webhooks to this package's receiver."""
 
-    # What the store tells, and no part of what is stored.
+    # The store fills these fields when it reads the record; the Variable does not contain them.
     ref: str | None = Field(default=None, exclude=True)
-    """What the store knows this claim by: another claim of the same attempt has another."""
+    """The store's id of this claim. Another claim of the same attempt has another id."""
     entries: int = Field(default=0, exclude=True)
-    """How many entries its log has."""
+    """The number of entries in its log."""
     idle: float = Field(default=0.0, exclude=True)
-    """Seconds since it or an entry of it was changed, by the store's clock, as of when it was read."""
+    """Seconds from the last change of the claim or of one of its entries to this read, by the store's clock."""
     strongest: Entry | None = Field(default=None, exclude=True)
-    """The entry that counts. What becomes of the run until its end is written to it."""
+    """The entry with the highest rank (`fold`). Callers write to it until the run ends."""
     open_for: float = Field(default=0.0, exclude=True)
-    """Seconds for which the kickoff may still be sent, or on its way, by the store's clock; 0 if it is not."""
+    """Seconds for which the owner may still send the kickoff or have it on its way, by the store's clock; else 0."""
 
     @property
     def counts(self) -> bool:
@@ -209,17 +211,17 @@ class RunRecord(Outcome):
 
     @property
     def is_unresolved(self) -> bool:
-        """Whether nobody has written down what became of the kickoff."""
+        """Whether the record does not say if the kickoff started a run."""
         return self.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN)
 
     def completed(self, result: CrewResult) -> CrewResult:
-        """Return the run's result with its key, and with the tokens and the cost that are on record."""
+        """Return the run's result with its key, and with the tokens and the cost of the record."""
         facts = {"idempotency_key": self.idempotency_key, "usage": self.usage or result.usage, "cost": self.cost}
         return result.model_copy(update=facts)
 
     @property
     def sent(self) -> dict[str, str]:
-        """What a person needs to find the run on the crew's page."""
+        """The facts by which a person finds the run on the crew's page."""
         return {
             "crew": self.crew,
             "at": f"{self.claimed_at:%Y-%m-%d %H:%M:%S} UTC",
@@ -229,12 +231,12 @@ class RunRecord(Outcome):
 
 
 def digest(text: str, length: int = 32) -> str:
-    """Return what stands for a text in the name of a Variable or a block."""
+    """Return the SHA-256 of a text, cut to a length, for the name of a Variable or a block."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
 def claim_of(owner: str) -> str:
-    """Return what a webhook's URL says of the claim that it was made for."""
+    """Return the digest of a claim's owner that stands in the URLs of its webhooks."""
     return digest(owner, 16)
 
 
@@ -245,7 +247,8 @@ _RANK = {
     RecordPhase.STARTED: 3,
     RecordPhase.ENDED: 4,
 }
-"""What counts where two say different things of one claim: an id is stronger than a word that there is none."""
+"""The rank of a phase where two entries of one claim disagree: a kickoff id is stronger than the statement that no run
+started."""
 
 
 def _rank(outcome: Outcome) -> tuple[int, bool]:
@@ -253,13 +256,14 @@ def _rank(outcome: Outcome) -> tuple[int, bool]:
 
 
 def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecord:
-    """Return what a claim and the entries of its log say together.
+    """Return the record that a claim and the entries of its log make together.
 
-    The highest rank counts, and of equal ones the first, so that no write that arrives late takes anything back.
+    The entry with the highest rank counts, and the first of several with that rank. So a write that arrives late cannot
+    undo an earlier one.
 
     Args:
         record: The claim.
-        entries: Those of its log, in the order of their numbers.
+        entries: The entries of its log, in the order of their numbers.
         age: Seconds since the claim was made, by the store's clock.
     """
     held = next((entry for entry in entries if entry.estimates), record)
@@ -278,11 +282,11 @@ def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecor
 
 
 def resolution(record: RunRecord, phase: RecordPhase, **facts: Any) -> dict[str, Any]:
-    """Return the outcome of a record for which somebody found out that it is STARTED with a `kickoff_id`, ENDED in a
+    """Return the outcome of a record after somebody found out that the run is STARTED with a `kickoff_id`, ENDED in a
     `state`, or NOT_STARTED."""
     outcome: dict[str, Any] = {**record.outcome(), "phase": phase, "reason": None, **facts}
     if phase is RecordPhase.STARTED:
-        # The kickoff was sent right after the claim; nobody knows the moment better.
+        # The owner sends the kickoff right after the claim; nobody knows the moment better.
         outcome["kicked_off_at"] = record.kicked_off_at or record.claimed_at
     if phase is RecordPhase.ENDED:
         outcome |= {"ended_at": facts.get("ended_at", utcnow()), "human_since": None}
@@ -291,12 +295,13 @@ def resolution(record: RunRecord, phase: RecordPhase, **facts: Any) -> dict[str,
 
 @dataclass
 class Lease:
-    """For how long a claim or a permit may be used by whoever asked for it. Make it before asking.
+    """The time for which a caller may use its claim or permit. Make the lease before the request for either.
 
-    The store begins it anew right before its request is sent for the first time: not later, since that request may make
-    what it asks for, and not earlier, since the request may wait a long time for others of this process.
+    The store restarts the lease right before it sends the request for the first time: not later, since that request may
+    create the claim or permit, and not earlier, since the request may wait long for other requests of this process.
 
-    Of two clocks the one counts that says more: one stands still while a machine sleeps, the other can be set back.
+    The larger of two times counts: the monotonic clock stands still while a machine sleeps, and the wall clock can be
+    set back.
     """
 
     seconds: float
@@ -305,81 +310,83 @@ class Lease:
 
     @property
     def is_over(self) -> bool:
-        """Whether it may be used no more."""
+        """Whether the time is over."""
         return max(time.time() - self._wall, time.monotonic() - self._monotonic) > self.seconds
 
     def begin(self) -> None:
-        """Let its time begin now."""
+        """Restart the time."""
         self._wall, self._monotonic = time.time(), time.monotonic()
 
     def end(self) -> None:
-        """Let it be used no more."""
+        """End the time now."""
         self.seconds = -1.0
 
 
 class RecordStore(Protocol):
-    """Where records live, and what people answered. Every method may raise whatever its storage raises."""
+    """A store of run records and of people's answers. Every method may raise the errors of its storage."""
 
     async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
-        """Write a new record, and note its `ref` in it; False if somebody else's stands in its place. Atomic.
+        """Write a new record and set its `ref`. Return False if another caller's record has its place. Atomic.
 
-        `lease` begins when this is asked of the store.
+        `lease` begins when the store sends the request.
         """
         ...
 
     async def withdraw(self, record: RunRecord) -> None:
-        """Take back a claim that no permit was asked of, while nobody else may resolve it."""
+        """Take back a claim for which the caller has asked no permit, while nobody else may resolve it."""
         ...
 
     async def confirm(self, record: RunRecord, earlier: Sequence[RunRecord]) -> bool:
-        """Return whether the attempts at the key are a claim and those that it was decided by, and no others."""
+        """Return whether the key has exactly these attempts: this claim, and the earlier ones that the caller read
+        before it decided to claim."""
         ...
 
     async def permit(
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
-        """Take the right to send the kickoff of a claim that this caller owns; False if somebody has resolved it.
+        """Take the right to send the kickoff of a claim that this caller owns. Return False if somebody has resolved
+        it.
 
-        Atomic among all callers. `before` is the lease of the claim, or of its last permit: where it is over once this
-        permit stands, the record may have been resolved and removed in between. `lease` begins when this is asked of
-        the store.
+        Atomic among all callers. `before` is the lease of the claim, or of its last permit. If it is over when this
+        permit exists, somebody may have resolved and deleted the record in between. `lease` begins when the store sends
+        the request.
         """
         ...
 
     async def resolve(self, record: RunRecord, phase: RecordPhase, **facts: Any) -> bool:
-        """Write down what was found out about a record as it was read, as `resolution`, and note it there.
+        """Write the outcome of a run (`resolution`) to the store, and set it in the record.
 
-        False if somebody else has found something out since. It is for the caller to see that the claim's owner can
-        send no more (`RunRecord.open_for`); where nothing was sent yet, it needs no waiting.
+        Return False if somebody else has written an entry since the record was read. The caller makes sure that the
+        claim's owner cannot send any more (`RunRecord.open_for`). Without a permit there is nothing to wait for.
         """
         ...
 
     async def save(self, record: RunRecord) -> None:
-        """Write down what became of a run that this caller started or waits for."""
+        """Write the current outcome of a run that this caller started or waits for."""
         ...
 
     async def end(self, record: RunRecord, **end: Any) -> bool:
-        """Write down how a run ended, as `resolution`, and note it in the record. Atomic: one caller closes a run.
+        """Write the end of a run (`resolution`), and set it in the record. Atomic: only one caller closes a run.
 
-        False if somebody else has: the record then says how, unless it is gone.
+        Return False if somebody else has closed it: the record then has that end, unless it was deleted.
         """
         ...
 
     async def unlist(self, record: RunRecord) -> None:
-        """Take a run that has ended off the list of those that are open. Where that fails, the list reads its end."""
+        """Take an ended run off the list of open runs. If that fails, the list finds the run and reads its end."""
         ...
 
     async def save_started(self, record: RunRecord) -> str | None:
-        """Write down the kickoff id of a claim; return the key of another record that holds the same id.
+        """Write the kickoff id of a claim. Return the key of another record that holds the same id, else None.
 
-        Then the caller takes the id back.
+        If there is one, the caller takes the id back.
         """
         ...
 
     async def other_holder(self, record: RunRecord) -> str | None:
-        """Return the key of another record that holds the kickoff id of a record that was found, None if there is none.
+        """Return the key of another record that holds the kickoff id of this record, or None.
 
-        Then the caller takes the id back.
+        If there is one, the caller takes the id back.
         """
         ...
 
@@ -396,19 +403,19 @@ class RecordStore(Protocol):
         ...
 
     def may_ask(self) -> AsyncIterator[RunRecord]:
-        """Yield the runs in flight, or those of them that are known to have waited for a person."""
+        """Yield the runs in flight that may wait for a person: all of them, or fewer if the store knows which."""
         ...
 
     async def reviews(self, record: RunRecord) -> list[Review]:
-        """Return what people have answered to a run, in order."""
+        """Return people's answers to the questions of a run, in order."""
         ...
 
     async def add_review(self, record: RunRecord, number: int, review: Review) -> bool:
-        """Write down an answer that is about to be sent; False if another answer, by its nonce, has this number."""
+        """Write an answer before it is sent. Return False if an answer with another nonce has this number."""
         ...
 
     async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
-        """Write down what became of it."""
+        """Write the outcome of an answer: whether the crew's server took it."""
         ...
 
     async def remove_review(self, record: RunRecord, number: int) -> None:

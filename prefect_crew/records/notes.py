@@ -1,13 +1,13 @@
-"""Texts of questions that webhooks brought, kept in Prefect's own Secret blocks until the run has ended.
+"""The texts of questions from webhooks. Prefect's own Secret blocks hold them until the run has ended.
 
-The text to judge may be long and is not for everyone, and the callback URL of a Flow's question holds a token. A
-Variable is read by whoever sees the server and holds 5,000 characters. A block is encrypted; a crew's token is kept in
-one as well. Each block is read by its exact name:
+The text to judge may be long and is not for everyone, and the callback URL of a Flow's question contains a token.
+Everybody with access to the server can read a Variable, and it holds 5,000 characters. A block is encrypted; a crew's
+token is in a block as well. Each block is read by its exact name:
 
 - `crew-question-KEY-ATTEMPT-ANSWERS` is the output to judge after so many answers, of a human-input webhook.
 - `crew-question-RUN` is the question of a Flow. A Flow waits for one answer at a time, so a later question replaces it.
 
-Every function raises one of PREFECT_ERRORS where the Prefect API is away or refuses.
+Every function raises one of PREFECT_ERRORS if the Prefect API is away or refuses.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from prefect_crew.client.models import ReviewRequest
 from prefect_crew.records.model import RunRecord, digest
 
 MAX_OUTPUT = 200_000
-"""Characters of a text to judge; a longer text is not kept, since nobody can judge half of it."""
+"""The most characters of a text to judge. A longer text is not stored: nobody can judge a part of it."""
 PAGE = 200
 """Names in one request, at most."""
 NUMBERS = 256
-"""A webhook's URL holds how many answers came before its question, modulo this."""
+"""A webhook's URL has the number of answers before its question, modulo this."""
 
 
 class _Block(NamedTuple):
@@ -50,7 +50,7 @@ async def _save(name: str, value: Any) -> None:
 
 
 async def _read(names: Sequence[str]) -> dict[str, _Block]:
-    """Return the blocks that have these names, by their names. POST /block_documents/filter, once for 200 names."""
+    """Return the existing blocks by their names. One `POST /block_documents/filter` reads 200 names."""
     blocks: dict[str, _Block] = {}
     async with get_client() as client:
         for first in range(0, len(names), PAGE):
@@ -76,22 +76,22 @@ async def _delete(*blocks: _Block) -> None:
 
 
 async def keep_output(idempotency_key: str, attempt: int, answers: int, output: str) -> None:
-    """Keep the text to judge in the question that came after so many answers."""
+    """Store the text to judge of the question that came after this number of answers."""
     if len(output) <= MAX_OUTPUT:
         await _save(_output_name(idempotency_key, attempt, answers), {"output": output})
 
 
 async def kept_output(record: RunRecord, answers: int) -> str | None:
-    """Return the text to judge that a webhook brought after so many answers, None if none is kept."""
+    """Return the stored text to judge of the question after this number of answers, or None."""
     name = _output_name(record.idempotency_key, record.attempt, answers)
     block = (await _read([name])).get(name)
     return None if block is None else block.value["output"]
 
 
 async def keep_question(question: ReviewRequest) -> None:
-    """Keep a Flow's question, with the URL that takes the answer, in place of the run's question before."""
+    """Store a Flow's question, with the URL for the answer, in place of the run's earlier question."""
     name = _question_name(question.kickoff_id)
-    # A block of its own: whoever forgets the question before deletes that by its id.
+    # A new block: a caller that forgets the earlier question deletes the earlier block by its id.
     await _delete(*(await _read([name])).values())
     value = question.model_dump(mode="json", exclude_defaults=True)
     if question.callback_url is not None:
@@ -102,24 +102,24 @@ async def keep_question(question: ReviewRequest) -> None:
 
 
 async def kept_questions(*kickoff_ids: str) -> dict[str, ReviewRequest]:
-    """Return the questions that Flows ask, by the kickoff ids of their runs."""
+    """Return the stored questions of Flows, by the kickoff ids of their runs."""
     blocks = await _read([_question_name(kickoff_id) for kickoff_id in kickoff_ids])
     questions = [ReviewRequest.model_validate(block.value) for block in blocks.values()]
     return {question.kickoff_id: question for question in questions}
 
 
 async def forget_question(question: ReviewRequest) -> None:
-    """Forget a Flow's question, which takes no more answers, unless a later question stands in its place."""
+    """Delete a Flow's question, which takes no more answers, unless a later question has replaced it."""
     for block in (await _read([_question_name(question.kickoff_id)])).values():
         if block.value.get("id") == question.id:
             await _delete(block)
 
 
 async def forget_notes(record: RunRecord, answers: int) -> None:
-    """Forget the questions of an attempt, to which people gave so many answers."""
+    """Delete the stored questions of an attempt. `answers` is the number of people's answers to them."""
     names = [] if record.kickoff_id is None else [_question_name(record.kickoff_id)]
     if record.has_webhooks:
-        numbers = range(min(answers + 2, NUMBERS))  # one more, should the last answer have been taken back
+        numbers = range(min(answers + 2, NUMBERS))  # one more, in case the last answer was taken back
         names += [_output_name(record.idempotency_key, record.attempt, number) for number in numbers]
     if names:
         await _delete(*(await _read(names)).values())

@@ -1,4 +1,4 @@
-"""Which process owns a claim's flow run, and whether it is gone."""
+"""The process that runs the flow run of a claim, and whether that process has ended."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.records.model import RunRecord
 
 CLOCKS_APART = timedelta(minutes=5)
-"""How much the clock of whoever suspended a flow run may differ from that of the process that claimed the run."""
+"""The most by which two clocks may differ: the clock of the process that suspended a flow run, and the clock of the
+process that claimed the run."""
 
 
 def this_process() -> str | None:
-    """Return a name of this process that no other process of this or another machine has now; None where none is known.
+    """Return a name of this process that no other process of any machine has now; None if the system offers none.
 
-    It holds the host, its boot, and the namespace of its process ids: containers of one host may share all else.
+    It has the host, the boot id, and the namespace of process ids: containers of one host may share the first two.
     """
     machine = _machine()
     return machine and f"{machine} {os.getpid()}"
 
 
 def process_is_gone(name: str) -> bool:
-    """Return whether a process is known to have ended. False wherever that is not known here, or its id is in use."""
+    """Return whether a process has surely ended. False if this machine cannot know it, or the process id is in use."""
     machine, pid, *_ = [*name.split(" "), ""]
     if not pid.isdecimal() or machine != _machine():
         return False
@@ -42,28 +43,28 @@ def process_is_gone(name: str) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it is somebody else's
+    except OSError:  # the process belongs to another user
         return False
     return False
 
 
 def _machine() -> str | None:
-    """Return what two processes share exactly if they see the same process ids."""
+    """Return a text that is equal for two processes exactly if they see the same process ids."""
     host = socket.gethostname().replace(" ", "_")
     if sys.platform == "darwin":
         return f"{host}/{uuid.getnode():x}"
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{host}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # as on Windows, where to ask for a process would end it
+    except OSError:  # as on Windows, where `os.kill(pid, 0)` would end the process
         return None
 
 
 def count_attempts(states: Sequence[State]) -> tuple[int, bool]:
-    """Return how often a flow run was begun, and whether it was resumed before the last of these attempts.
+    """Return the number of a flow run's attempts, and whether it was resumed before the last of them.
 
-    A flow run that is resumed, as after each form, continues its attempt. Up to Prefect 3.9.2 `run_count` counts the
-    first of them as an attempt, and does not count some that follow.
+    A flow run that is resumed, for example after a form, continues its attempt. Up to Prefect 3.9.2, `run_count` counts
+    the first resumption as an attempt, and does not count some later attempts.
     """
     attempts, resumed, was_resumed, before_last = 0, False, False, False
     for state in sorted(states, key=lambda state: state.timestamp):
@@ -79,10 +80,10 @@ def count_attempts(states: Sequence[State]) -> tuple[int, bool]:
 
 
 async def crash_dead_owner(record: RunRecord) -> None:
-    """Set the flow run that started a run to Crashed if its process ran on this machine and is gone.
+    """Set the flow run that started a run to Crashed if its process ran on this machine and has ended.
 
-    A flow run that was started again or suspended since, or that is paused, is left alone. A Prefect API that is away
-    does not stop whoever goes on with the run.
+    A flow run that was started again or suspended since, or that is paused, is left alone. If the Prefect API is away,
+    the function logs that and returns: the caller goes on with the run.
     """
     own, owner = flow_run_id(), record.flow_run_id
     if owner is None or owner == own or record.process is None or not process_is_gone(record.process):
@@ -96,11 +97,11 @@ async def crash_dead_owner(record: RunRecord) -> None:
             states = await client.read_flow_run_states(flow_run.id)
             since = record.claimed_at - CLOCKS_APART
             if any(state.state_details.pause_reschedule and state.timestamp > since for state in states):
-                return  # it was suspended since, and another process goes on with it
+                return  # somebody has suspended the flow run since, and another process goes on with it
             if flow_run.run_count != record.flow_run_count:
                 attempts, before_last = count_attempts(states)
                 if before_last or attempts != record.flow_run_count:
-                    return  # it was begun again since, or nobody knows
+                    return  # the flow run has begun again since, or the states do not say
             went_on = f"flow run {own}" if own else "a script"
             message = f"Its process ended. Its crew's run continues with {went_on}."
             await client.set_flow_run_state(flow_run.id, Crashed(message=message))

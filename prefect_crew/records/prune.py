@@ -1,9 +1,9 @@
-"""Removing the records of runs that nobody can ask for any more: their flow runs ended long ago.
+"""Removing the records of runs that no flow run can ask for any more: their flow runs ended long ago.
 
-It walks through the server's Variables from the end of those that nobody has changed for longest, of which the server
-has an index, and stops at the first page with one that is young. It never holds more than a page of them.
+`prune` walks through the server's Variables from the longest unchanged one on, by the server's index of changes, and
+stops at the first page with a young Variable. It never holds more than one page.
 
-Everything here raises one of PREFECT_ERRORS where the Prefect API is away or refuses.
+Everything here raises one of PREFECT_ERRORS if the Prefect API is away or refuses.
 """
 
 from __future__ import annotations
@@ -38,26 +38,27 @@ from prefect_crew.records.variables import (
 from prefect_crew.settings import CrewSettings
 
 YOUNGEST = timedelta(hours=1)
-"""What was changed within this time stays, whatever age is asked for: more than clocks may differ."""
+"""A Variable that was changed within this time stays, whatever age the caller gives: clocks differ by less than
+this."""
 PAGE = 50
 """Flow runs in one answer: each brings its parameters, of up to 512 KiB."""
 EVERY = 6 * 3600.0
-"""Seconds between two times that a worker prunes: half of that to one and a half, so that workers that started together
-do not all do it at once."""
+"""Seconds between two prunes of a worker, times a random factor of 0.5 to 1.5: workers that started together must not
+prune at the same time."""
 FIRST_WITHIN = 3600.0
-"""Seconds within which it does so for the first time."""
+"""Seconds within which a worker prunes for the first time."""
 SHARE = 0.05
-"""Of the Prefect server's time that pruning takes: after each step it pauses 19 times as long as the step took."""
+"""The share of the Prefect server's time for pruning: after each step it pauses 19 times as long as the step took."""
 LONGEST_PAUSE = 60.0
-"""Seconds of a pause at most: a machine may sleep within a step."""
+"""The longest pause in seconds: if a machine sleeps within a step, the step seems long."""
 FLOW_RUN_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """How many records `prune` removed, or with `dry_run` would have; and how many it kept that are as old.
+    """The number of records that `prune` removed (with `dry_run`, would remove), and of equally old ones that it kept.
 
-    Those are of runs that have not ended, or that their flow runs may still ask for.
+    It keeps records of runs that have not ended, and of runs that their flow runs may still ask for.
     """
 
     runs: int
@@ -65,18 +66,19 @@ class Pruned:
 
 
 GONE = inf
-"""Seconds since a flow run ended that was deleted: it cannot be retried."""
+"""Stands for the seconds since the end of a deleted flow run: nobody can retry it."""
 
 
 def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mapping[str, float]) -> list[RunRecord]:
-    """Return the records that may go: of keys whose every attempt, and its flow runs, ended so long ago. Pure.
+    """Return the records to delete: of keys whose attempts, and the flow runs of these, all ended long enough ago.
+    Pure.
 
-    The first attempt at a key comes last: as long as it stands, nobody claims it anew before later ones that are left.
+    The first attempt at a key comes last: as long as it exists, no caller claims it anew below later attempts.
 
     Args:
         records: All attempts at some keys.
         older_than: The age.
-        owners: As `read_owners`. A record stays if one of the flow runs that it names is not there.
+        owners: The result of `read_owners`. A record stays if this lacks a flow run of the record.
     """
     by_key = defaultdict[str, list[RunRecord]](list)
     for record in records:
@@ -100,22 +102,23 @@ def _owners_ended(record: RunRecord, older_than: timedelta, owners: Mapping[str,
 
 
 def owner_ids(record: RunRecord) -> list[str]:
-    """Return the ids of the flow runs that a record names: its owner, and the root in a key that was made."""
+    """Return the ids of the flow runs that a record names: its owner, and the root flow run in a derived key."""
     names = (record.flow_run_id or "", record.idempotency_key.partition("/")[0])
     return [name for name in dict.fromkeys(names) if FLOW_RUN_ID.fullmatch(name)]
 
 
 async def read_owners(records: Iterable[RunRecord]) -> dict[str, float]:
-    """Return the seconds, by the Prefect server's clock, since each flow run that records name ended, and all flow runs
-    above it: any of them may be retried, also if it has completed, and then asks for its runs again.
+    """Return, for each flow run that records name, the seconds since it and all flow runs above it have ended.
 
-    Minus infinity while one has not ended; `GONE` if it was deleted. The server is asked level by level.
+    Somebody may retry any of them, even a completed one, and it then asks for its runs again. The value is minus
+    infinity while one of them has not ended, and `GONE` if the flow run was deleted. Seconds are by the Prefect
+    server's clock. Each level of flow runs takes two requests.
     """
     owners = dict.fromkeys((owner for record in records for owner in owner_ids(record)), GONE)
     at = {owner: owner for owner in owners}
     while at:
         flow_runs = await read_by_id("/flow_runs/filter", at.values())
-        # One that was deleted has left the one below it as a root.
+        # If a flow run was deleted, the flow run below it counts as the root.
         roots = {first: flow_runs[reached] for first, reached in at.items() if reached in flow_runs}
         tasks = await read_by_id("/task_runs/filter", (owner["parent_task_run_id"] for owner in roots.values()))
         at = {}
@@ -130,7 +133,7 @@ async def read_owners(records: Iterable[RunRecord]) -> dict[str, float]:
 async def read_by_id(
     path: Literal["/flow_runs/filter", "/task_runs/filter", "/flows/filter"], ids: Iterable[str | None]
 ) -> dict[str | None, dict[str, Any]]:
-    """Return what there is, by id, with the seconds for which nobody has changed it."""
+    """Return the existing objects by id, each with the seconds since its last change (`unchanged_for`)."""
     wanted_ids = sorted({item for item in ids if item is not None})
     by_id = dict[str | None, dict[str, Any]]()
     async with get_client() as client:
@@ -145,10 +148,10 @@ async def read_by_id(
 
 
 class _Walk:
-    """The way through the server's Variables from the one that nobody has changed for longest.
+    """A walk through the server's Variables from the longest unchanged one on.
 
-    The server lists them from the other end only, so each page is asked for by its distance from the last one. Where
-    others delete some that were passed, the walk passes over some that were not: the next prune meets those.
+    The server lists them from the other end, so the walk asks for each page by its distance from the last Variable. If
+    others delete Variables that the walk has passed, it skips some that it has not: the next prune meets these.
     """
 
     def __init__(self) -> None:
@@ -157,7 +160,7 @@ class _Walk:
         self.is_over = False
 
     async def next_page(self) -> list[Variable]:
-        """Return the next Variables, those first that nobody has changed for longest."""
+        """Return the next Variables, the longest unchanged one first."""
         count = await count_variables() - self._passed
         page = (await read_by_change(max(0, count - VARIABLES)))[: max(0, count)][::-1]
         self.is_over = count <= VARIABLES
@@ -166,7 +169,7 @@ class _Walk:
         return page
 
     def deleted(self, variables: Iterable[Variable]) -> None:
-        """Note that Variables were deleted: those that the walk has passed count no more."""
+        """Note that Variables were deleted: the walk counts only passed Variables that still exist."""
         self._passed -= sum(self._until is not None and variable.updated <= self._until for variable in variables)
 
 
@@ -189,16 +192,17 @@ class _Pace:
 async def prune(
     store: PrefectRecords, *, older_than: timedelta | None = None, dry_run: bool = False, share: float = SHARE
 ) -> Pruned:
-    """Remove the records of runs whose flow runs ended long ago, and counters of the past.
+    """Remove the records of runs whose flow runs ended long ago, and counters of past periods.
 
-    Several may prune at the same time.
+    Several processes may prune at the same time.
 
     Args:
         store: The record store.
-        older_than: The age, counted from when a run's end was written down, and from the end of the flow run that
-            started it and of those above it. An hour at least; left out, the setting `keep_records_days`.
+        older_than: The age, counted from the moment at which the end of a run was stored, and from the end of the flow
+            run that started it and of all flow runs above it. At least an hour. Default: the setting
+            `keep_records_days`.
         dry_run: Only count.
-        share: Of the Prefect server's time that this takes, at most.
+        share: The largest share of the Prefect server's time that this takes.
     """
     older_than = timedelta(days=CrewSettings().keep_records_days) if older_than is None else older_than
     least = max(older_than, YOUNGEST).total_seconds()
@@ -222,22 +226,23 @@ async def prune(
             walk.deleted(variable for variable in old if variable.id in orphans)
         await pace.pause()
         for key, theirs in Counter(record.idempotency_key for record in going).items():
-            # Read again, as a whole: the page has some of the attempts at the key, and it may have been used since.
+            # Read the whole key again: the page has only some of its attempts, and a call may have used the key since.
             removed = await _prune_key(store, key, older_than, walk, dry_run=dry_run)
             kept += 0 if removed else theirs
-            # Where nothing is deleted, the walk meets the other attempts later.
+            # With `dry_run`, the walk meets the other attempts of the key later.
             runs += min(removed, theirs) if dry_run else removed
             await pace.pause()
     return Pruned(runs=runs, kept=kept)
 
 
 async def _prune_key(store: PrefectRecords, key: str, older_than: timedelta, walk: _Walk, *, dry_run: bool) -> int:
-    """Remove all attempts at a key or none; return how many.
+    """Remove all attempts at a key or none. Return the number of removed attempts.
 
-    Whoever claims it from here on sees that attempts are gone which it decided by, and decides again.
+    A caller that read the attempts before, and claims the key now, finds in `confirm` that they are gone: it decides
+    again.
     """
     attempts = await store.attempts(key)
-    # So may its flow runs: one that was retried since asks for its runs again.
+    # Read the flow runs again as well: somebody may have retried one since, and it asks for its runs again.
     going = prunable(attempts, older_than, await read_owners(attempts))
     if not dry_run:
         for record in going:
@@ -246,7 +251,7 @@ async def _prune_key(store: PrefectRecords, key: str, older_than: timedelta, wal
 
 
 async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
-    """Prune now and then, for as long as a worker lives. Where it fails, it is tried again the next time."""
+    """Prune every few hours as long as a worker lives. After a failure, the next round tries again."""
     seconds = random.uniform(0.02, 1.0) * FIRST_WITHIN  # noqa: S311  no secret depends on it
     while True:
         await asyncio.sleep(seconds)
@@ -256,6 +261,6 @@ async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Lo
                 log.info("%d old run records were removed, %d as old stay.", pruned.runs, pruned.kept)
         except PREFECT_ERRORS as error:
             log.debug("Old run records are not removed now: the Prefect server does not answer (%s).", error)
-        except Exception:  # nobody waits for this task, which lives as long as its worker: the log has it, whole
+        except Exception:  # nobody awaits this task, which lives as long as its worker: the log gets the traceback
             log.exception("Old run records could not be removed. The worker tries it again later.")
         seconds = random.uniform(0.5, 1.5) * EVERY  # noqa: S311

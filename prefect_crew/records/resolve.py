@@ -1,9 +1,7 @@
-"""Resolving an uncertain kickoff: somebody says whether it started a run, and the record goes on as if that had been
-seen.
+"""Resolving an uncertain kickoff: a person or a webhook reports whether it started a run, and the record takes that.
 
-A person says it on the command line, or a webhook of the run. The crew's status call has the last word where it can be
-asked, and no other record may hold the id. The signed URL of a webhook says which start it is about; the id in its body
-is only a claim.
+A person uses the command line. If the crew can be asked, its status call decides, and no other record may hold the
+kickoff id. The signed URL of a webhook proves which start the webhook is about; the id in its body proves nothing.
 """
 
 from __future__ import annotations
@@ -30,21 +28,21 @@ from prefect_crew.states import CrewState
 RESOLVED_BY_PERSON = "resolved: it never started"
 LOST = "resolved: the crew's server has forgotten it"
 LOOK_AGAIN = 2.0
-"""Seconds after which the crew is asked once more about a run that its server does not know."""
+"""Seconds after which `resolve_lost` asks a second time about a run that the crew's server does not know."""
 Look = Callable[[str], Awaitable[CrewStatus]]
-"""Asks the crew's status call about a kickoff id."""
+"""Makes the crew's status call for a kickoff id."""
 
 
 async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
-    """Return the record of a key that is to be resolved: its latest attempt, uncertain or a claim that nobody holds.
+    """Return the latest attempt at a key, which has to be uncertain, or a claim whose owner can send no more.
 
     Raises:
-        CrewError: There is none, or there is nothing to resolve about it.
+        CrewError: The key has no attempt, or there is nothing to resolve, or it is too early.
     """
     attempts = await records.attempts(idempotency_key)
     if not attempts:
         raise RunNotFoundError(name=idempotency_key)
-    # The one that a call with the key would find: an attempt that did not start hides no other.
+    # The same attempt that a call with the key would find.
     record = latest_start(attempts) or attempts[-1]
     if not record.is_unresolved:
         run = record.kickoff_id
@@ -57,16 +55,16 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
 async def resolve_started(
     record: RunRecord, kickoff_id: str, records: RecordStore, *, look: Look | None = None
 ) -> CrewState | None:
-    """Write down that the kickoff started the run `kickoff_id`. The next call with its key waits for that run.
+    """Store that the kickoff started the run `kickoff_id`. The next call with its key waits for that run.
 
-    `record` is as `unresolved` returns it; `look` is None where the crew cannot be asked. Returns the run's state, None
-    if it could not be asked for.
+    `record` is the result of `unresolved`; `look` is None if nobody can ask the crew. Returns the run's state, None
+    without `look`.
 
     Raises:
         ConfigurationError: Another record holds the id, or the crew's server does not know it. Nothing is changed.
-        CrewError: The status call failed, or somebody else has resolved it since. Nothing is changed.
+        CrewError: The status call failed, or somebody else has resolved the run since. Nothing is changed.
     """
-    encoded_id(kickoff_id)  # raises if it is none
+    encoded_id(kickoff_id)  # raises if the text cannot be an id
     await check_unused(kickoff_id, record, records)
     state = None if look is None else (await look(kickoff_id)).state
     if state is CrewState.UNKNOWN:
@@ -83,13 +81,13 @@ async def resolve_started(
     try:
         await _resolve(record, records, RecordPhase.STARTED, kickoff_id=kickoff_id)
     except CrewError:
-        await check_unused(kickoff_id, record, records)  # another record may have been given the id since
+        await check_unused(kickoff_id, record, records)  # another record may have got the id since
         raise
     return state
 
 
 async def check_unused(kickoff_id: str, record: RunRecord, records: RecordStore) -> None:
-    """Refuse a kickoff id that another record of a store holds. Raises ConfigurationError."""
+    """Raise ConfigurationError if another record of the store holds a kickoff id."""
     holder = await records.of_kickoff(kickoff_id)
     if holder is not None and (holder.idempotency_key, holder.attempt) != (record.idempotency_key, record.attempt):
         raise ConfigurationError(
@@ -100,17 +98,17 @@ async def check_unused(kickoff_id: str, record: RunRecord, records: RecordStore)
 
 
 async def resolve_never_started(record: RunRecord, records: RecordStore) -> None:
-    """Write down that the kickoff started no run. The next call with its key starts one.
+    """Store that the kickoff started no run. The next call with its key starts a run.
 
     Raises:
-        CrewError: Somebody else has resolved it since. Nothing is changed.
+        CrewError: Somebody else has resolved the run since. Nothing is changed.
     """
     await _resolve(record, records, RecordPhase.NOT_STARTED, reason=RESOLVED_BY_PERSON)
     await release(record)
 
 
 async def in_flight(name: str, records: RecordStore) -> RunRecord:
-    """Return the run of a kickoff id, or else the latest of a key, that was started and has not been seen to end.
+    """Return the run in flight of an idempotency key (the latest) or of a kickoff id.
 
     Raises:
         CrewError: There is none.
@@ -127,17 +125,17 @@ async def in_flight(name: str, records: RecordStore) -> RunRecord:
 
 
 async def resolve_lost(record: RunRecord, records: RecordStore, *, look: Look | None = None) -> None:
-    """Write down that a run's end will never be known: the crew's server has forgotten it.
+    """Store that the crew's server has forgotten a run, so that nobody will know its end.
 
-    The next call with its key starts another, up to the crew's `max_attempts`, as after a failure. `record` is as
-    `in_flight` returns it; `look` is None where the crew cannot be asked.
+    The next call with its key starts another run, up to the crew's `max_attempts`, as after a failure. `record` is the
+    result of `in_flight`; `look` is None if nobody can ask the crew.
 
     Raises:
         ConfigurationError: The crew's server knows the run. Nothing is changed.
-        CrewError: The status call failed, or the record says something else by now. Nothing is changed.
+        CrewError: The status call failed, or somebody else has changed the record. Nothing is changed.
     """
     for pause in () if look is None else (0.0, LOOK_AGAIN):
-        await asyncio.sleep(pause)  # one answer of a load balancer between two releases is not proof
+        await asyncio.sleep(pause)  # one answer is no proof: it may come from an old server during a release
         if look and (state := (await look(str(record.kickoff_id))).state) is not CrewState.UNKNOWN:
             raise ConfigurationError(
                 f"The server of crew {record.crew} knows run {record.kickoff_id}: it is {state}. Nothing was changed. "
@@ -160,9 +158,9 @@ async def _resolve(record: RunRecord, records: RecordStore, phase: RecordPhase, 
 
 
 def _check_over(record: RunRecord, phase: RecordPhase) -> None:
-    """Raise CrewError if it is too early to say this of a kickoff."""
-    # Its sender may know by now that it is uncertain; the request may be on its way all the same. Whatever the state of
-    # the sender's flow run: its process may be alive.
+    """Raise CrewError if it is too early to resolve a kickoff to this phase."""
+    # The sender may have stored that the kickoff is uncertain; its request may still be on its way. The state of the
+    # sender's flow run does not matter: its process may be alive.
     needs_wait = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
     if needs_wait and record.open_for:
         raise ResolveError(
@@ -176,7 +174,7 @@ async def _current(record: RunRecord, records: RecordStore) -> RunRecord | None:
 
 
 def _resolved_by_another(record: RunRecord, current: RunRecord | None) -> CrewError:
-    """Return the error about a record that was changed since it was read: a webhook may resolve what a person reads."""
+    """Return the error about a record that somebody changed after it was read: a person and a webhook may meet."""
     is_now = "gone"
     if current is not None:
         is_now = f"{current.state or current.phase}, run {current.kickoff_id or 'unknown'}"
@@ -187,22 +185,22 @@ def _resolved_by_another(record: RunRecord, current: RunRecord | None) -> CrewEr
 
 
 class Resolution(StrEnum):
-    """What became of an attempt to resolve."""
+    """The outcome of an attempt to resolve a run by a webhook."""
 
     RESOLVED = "resolved"
     """The record has the id now: the next call with its key waits for that run."""
     NOT_NEEDED = "not needed"
-    """There is no such record, or it is known what became of its kickoff."""
+    """There is no such record, or the record is not uncertain."""
     TOO_EARLY = "too early"
-    """Whoever sent the kickoff may still write its outcome down."""
+    """The sender of the kickoff may still store its outcome."""
     NO_CREW = "no crew"
-    """The crew is not stored as a block, or as one of another address: its server cannot be asked."""
+    """No block stores the crew with this address, so nobody can ask its server."""
     NOT_KNOWN = "not known"
-    """The status call does not know the id, or not yet."""
+    """The crew's server does not know the id, or does not know it yet."""
     NO_ANSWER = "no answer"
-    """The status call failed, or the record was changed at that moment."""
+    """The status call failed, or somebody changed the record at that moment."""
     REFUSED = "refused"
-    """Another record holds the id, or the webhook is of another claim or names another idempotency key itself."""
+    """Another record holds the id, or the webhook is of another claim, or its body has another idempotency key."""
 
     @property
     def may_change(self) -> bool:
@@ -211,7 +209,7 @@ class Resolution(StrEnum):
 
 
 def attempt_of(attempts: Sequence[RunRecord], attempt: int | None) -> RunRecord | None:
-    """Return the attempt of this number, or where none is given the latest that started, or may have started, a run."""
+    """Return the attempt with this number. Without a number: the latest one that started a run, or may have."""
     if attempt is None:
         return latest_start(attempts)
     return next((candidate for candidate in attempts if candidate.attempt == attempt), None)
@@ -227,14 +225,14 @@ async def resolve_from_webhook(
     said_key: str | None = None,
     load: Callable[[RunRecord], Awaitable[Crew | None]],
 ) -> Resolution:
-    """Resolve a run whose kickoff is uncertain by a webhook that came to its own URL. Harmless to call for any run.
+    """Resolve an uncertain kickoff by a webhook that came to the run's own URL. The call is harmless for any other run.
 
     Args:
-        idempotency_key, attempt, claim: From the signed URL: the run, its attempt (left out, the latest that may have
-            started a run), and the claim that the URL was made for.
+        idempotency_key, attempt, claim: From the signed URL: the run, its attempt (None: the latest that may have
+            started a run), and the claim of the URL.
         kickoff_id, said_key: From the body: the id, and the idempotency key in `meta`, if there is one.
-        records: Where records live.
-        load: Finds the crew that the status call is made to.
+        records: The record store.
+        load: Finds the crew for the status call.
 
     Raises:
         PREFECT_ERRORS: The Prefect API is away or refuses.

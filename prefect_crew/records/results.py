@@ -1,8 +1,8 @@
 """Results that are too large for a Variable. Each is the data of a Prefect artifact of type `result` without a key.
 
-Prefect's pages do not list artifacts of this type. An artifact holds up to 5 MB, is written in one request, and is
-found by its id, which the end of the run names. So everybody who shares the Prefect server reads the result, also when
-the crew's server is gone. The artifact belongs to no flow run: it lives as long as the record, and is pruned with it.
+Prefect's pages do not list artifacts of this type. An artifact holds up to 5 MB, and one request writes it. The end of
+the run has its id. So each process that shares the Prefect server can read the result, even after the crew's server is
+gone. The artifact belongs to no flow run: it lives as long as the record, and `prune` deletes it with the record.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from prefect_crew.records.model import RunRecord, StoredResult
 LARGEST = 5_000_000
 """Bytes of JSON: Prefect Cloud refuses a request over 5 MiB."""
 KEEP_FOR = 10.0
-"""Seconds for which the artifact is tried again while the Prefect API is busy: the end of the run waits for it."""
+"""Seconds for which the request is repeated while the Prefect API is busy: the end of the run waits for it."""
 
 
 async def keep_result(result: StoredResult) -> str | None:
-    """Create the artifact of a result, and return its id; None if the result is too large or Prefect does not take it.
+    """Create the artifact of a result and return its id. Return None if the result is too large or Prefect refuses it.
 
-    The end of the run is then written without it, and the result is read from the crew's server.
+    The end of the run then has no result, and callers read it from the crew's server.
     """
     try:
         text = result.model_dump_json()
         if len(text.encode()) > LARGEST:
             return None
-        # A text, and no JSON: a database may not hold each number and depth of a result.
+        # As a text, not as JSON: databases limit the size of numbers and the depth of JSON.
         artifact = {"type": "result", "data": text, "description": "The result of a crew's run"}
         async with get_client() as client:
             new: dict[str, object] = {"json": artifact, "urgency": Urgency.FINISH, "alone": False, "again": is_busy}
@@ -45,7 +45,7 @@ async def keep_result(result: StoredResult) -> str | None:
 
 
 async def stored_result(record: RunRecord) -> StoredResult | None:
-    """Return the result that is on record, None where the crew's server has to be asked."""
+    """Return the stored result of a run. None: ask the crew's server."""
     if record.result is not None or record.result_id is None:
         return record.result
     try:
@@ -60,10 +60,10 @@ async def stored_result(record: RunRecord) -> StoredResult | None:
 
 
 async def forget_result(result_id: str | None) -> None:
-    """Delete the artifact of a result, if there is one. Raises one of PREFECT_ERRORS where Prefect does not do so."""
+    """Delete the artifact of a result, if there is one. Raises one of PREFECT_ERRORS if Prefect does not delete it."""
     if result_id is not None:
         async with get_client() as client:
             try:
                 await client.delete_artifact(UUID(result_id))
-            except ObjectNotFound:  # somebody else has
+            except ObjectNotFound:  # somebody else has deleted it
                 return

@@ -1,24 +1,25 @@
-"""Run records in Prefect Variables: found from any machine that shares the Prefect server or workspace.
+"""Run records in Prefect Variables. Any machine that shares the Prefect server or workspace finds them.
 
-A Variable's name is unique on the server, so creating one is an atomic claim (measured: 20 racers, one winner). Its
-value holds 5,000 bytes of JSON and is replaced, not compared; no clean-up of flow runs or artifacts removes it.
+A Variable's name is unique on the server, so the creation of a Variable is an atomic claim (measured: 20 racers, one
+winner). Its value holds 5,000 bytes of JSON. The server replaces a value, and does not compare it with the old one.
+No clean-up of flow runs or artifacts removes a Variable.
 
-- `crew_run_KEY_ATTEMPT` is the claim. The call that made it deletes or changes it if it gives it back without a permit.
-  Nobody changes it after that but for its tag, by which lists find what is open.
+- `crew_run_KEY_ATTEMPT` is the claim. If the call that made it gives it back without a permit, the call deletes or
+  changes it. After that only its tag changes, by which lists find open runs.
 - `crew_run_KEY_ATTEMPT_CLAIM_NUMBER` is an entry in the log of that claim (`model.Entry`): a permit, a resolution, or
-  the end. Numbers have no gap. Whoever created a permit or a resolution changes it, and those who wait for the run note
-  there whether a person has to answer. Nobody changes an end.
-- `crew_kickoff_ID` names the claim whose run has this kickoff id. Its creation decides which of two records that were
-  given one id keeps it.
+  the end. Numbers have no gap. The creator of a permit or a resolution changes it, and waiting callers write to it
+  whether a person has to answer. Nobody changes an end.
+- `crew_kickoff_ID` holds the claim whose run has this kickoff id. If two records were given one id, the record whose
+  caller creates this Variable keeps the id.
 - `crew_answer_RUN_NUMBER` is a person's answer.
 
-Every name can be told in advance, and a server has an index of names, of ids and of when a Variable was changed. So a
+Callers can compute every name, and the server has an index of names, of ids and of the time of the last change. So a
 start, a second call and a resolution read exact names. Costs and pruning read by the time of the last change, from one
-end. `LIKE` and tags read all Variables of the server: only a list that a person asked for does that. A claim that is
-open has no tag, since a server finds Variables without tags ten times as fast as those with one.
+end. `LIKE` and tags make the server read all its Variables: only a list that a person asked for does that. An open
+claim has no tag, since a server finds Variables without tags ten times as fast as Variables with a tag.
 
-`model.fold` says what claim and entries mean together. Changes go by the Variable's id: by its name they could reach
-another one that was created under it since.
+`model.fold` combines a claim and its entries. A change addresses a Variable by its id: under the same name, somebody
+may have created another Variable since.
 """
 
 from __future__ import annotations
@@ -74,28 +75,28 @@ KICKOFF_TAG = "prefect-crew-kickoff"
 VALUE_LIMIT = 4900
 """Bytes of JSON; Prefect refuses more than 5,000."""
 MOST_ATTEMPTS = 64
-"""Attempts that an idempotency key may have on record: one request reads them all. From the half on, the last ones that
-did not start are deleted before another number is taken."""
+"""The most attempts of one idempotency key on record: one request reads them all. When a key has half as many, a new
+claim first deletes the last attempts that did not start."""
 VERDICT_STANDS = 3600.0
-"""Seconds for which a verdict that an attempt did not start is kept at least, where its owner has not said so."""
+"""Seconds for which an attempt that somebody other than its owner declared as not started stays on record at least."""
 TRIES = 5
-"""Attempts to name a run by its kickoff id, where somebody else deletes that name at the same time."""
+"""Attempts to create the Variable of a kickoff id, or the end of a run, while others change the same names."""
 UNLIST_FOR = 5.0
-"""Seconds for which the change of a tag outlasts a Prefect API that is busy."""
+"""Seconds for which the request for a tag is repeated while the Prefect API is busy."""
 LEAST, MOST = PAGE // MOST_ATTEMPTS, 20
-"""Entries of a claim that the first request asks for: the log of a usual run has two, a permit and the end. One request
-is enough for all attempts at a key. For a claim that has as many entries, further requests ask for `PAGE` more: a
-server that answers 429 for ten minutes makes some 130."""
+"""Entries of a claim that the first request asks for, at least and at most. The log of a usual run has two: a permit
+and the end. One request is enough for all attempts at a key. For a claim with more entries, further requests ask for
+`PAGE` each: a crew's server that answers 429 for ten minutes causes about 130 entries."""
 ANSWERS = 50
 """Answers to a run that one request asks for."""
 _OPEN = (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.STARTED)
-"""Claims of runs in these phases have no tag: a server finds Variables without tags ten times as fast as those with
-one. Nor have some of ended ones: whoever ended the run may have died before it gave the claim its tag."""
+"""The phases in which a claim has no tag. The claim of an ended run may lack it too, if the process that ended the run
+died before it set the tag."""
 _WITHOUT_TAG: dict[str, Any] = {"name": {"like_": "crew_run_"}, "tags": {"is_null_": True}}
 _NAME = re.compile(r"(crew_run_[0-9a-f]{32}_\d+)(?:_([0-9a-f]{32})_(\d+))?")
 _KICKOFF_NAME = re.compile(r"crew_kickoff_[0-9a-f]{32}")
 _SHORTER = {"result": None, "step": 100, "error": 200, "reason": 200, "crew": 100}
-"""What gives way in a record that is too large, in this order: dropped, or cut to so many characters."""
+"""The fields of a too large record that are dropped (None) or cut to so many characters, in this order."""
 _Model = TypeVar("_Model", RunRecord, Entry)
 
 
@@ -108,7 +109,7 @@ def record_name(idempotency_key: str, attempt: int) -> str:
 
 
 def _answer_name(record: RunRecord, number: int) -> str:
-    # By the run and not by its key: also whoever finds no record of it, or cannot read it, finds its answers.
+    # By the run and not by its key: a caller that has no record of the run, or cannot read it, still finds the answers.
     return f"crew_answer_{digest(f'{record.crew_url} {record.kickoff_id}')}_{number:04}"
 
 
@@ -126,7 +127,7 @@ def _kickoff_name(kickoff_id: str) -> str:
 
 
 def _body(record: RunRecord | Entry) -> dict[str, Any]:
-    """Return value and tags of a Variable. The value is made to fit: a result is kept whole or not at all."""
+    """Return value and tags of a Variable. The value is cut until it fits; a result stays whole or is left out."""
     value = record.model_dump(mode="json", exclude_none=True)
     for name, most in _SHORTER.items():
         if len(to_json(value)) <= VALUE_LIMIT:
@@ -141,12 +142,12 @@ def _body(record: RunRecord | Entry) -> dict[str, Any]:
 
 
 def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
-    """Return the records among some Variables, each with what its entries among them say, in the order of attempts.
+    """Return the records among some Variables, each combined with its entries among them, by the number of the attempt.
 
-    That is the order of their numbers: a server's clock may be set back, or differ from that of another replica.
+    Clocks give no order: a server's clock may be set back, or differ from the clock of another replica.
 
     Raises:
-        CrewError: A later version wrote one of them.
+        CrewError: A later version wrote one of the records.
     """
     entries: dict[tuple[str, str], dict[int, Entry]] = {}
     claims: list[tuple[str, Variable, RunRecord]] = []
@@ -170,7 +171,7 @@ def records_in(variables: Sequence[Variable]) -> list[RunRecord]:
 
 
 def entry_in(variable: Variable) -> Entry | None:
-    """Return the entry that a Variable holds, None if it holds none. Raises as `_parse`."""
+    """Return the entry that a Variable holds, or None. Raises the errors of `_parse`."""
     name = _NAME.fullmatch(variable.name)
     if name is None or name[2] is None or (entry := _parse(variable.value, Entry)) is None:
         return None
@@ -179,10 +180,10 @@ def entry_in(variable: Variable) -> Entry | None:
 
 
 def _parse(value: Any, model: type[_Model]) -> _Model | None:
-    """Return what a Variable holds, None if it is not this: somebody else may use our names.
+    """Return the value of a Variable as a model, None if it is something else: other software may use our names.
 
     Raises:
-        CrewError: A later version wrote it. What its fields mean is not known here, so nothing is decided by them.
+        CrewError: A later version wrote it. This version does not know the meaning of its fields, and decides nothing.
     """
     if (problem := later_version(value)) is not None:
         raise problem
@@ -205,7 +206,7 @@ def later_version(value: Any) -> CrewError | None:
 
 
 def _note(record: RunRecord, facts: Mapping[str, Any]) -> None:
-    """Note in a record what stands on the server now. Nothing is sent for it any more."""
+    """Set in a record the facts that the server now stores. From here on nobody sends a kickoff for it."""
     for name, value in {**facts, "open_for": 0.0}.items():
         setattr(record, name, value)
 
@@ -217,7 +218,7 @@ def claims_named_in(variables: Iterable[Variable]) -> dict[str, str]:
         if (entry := _NAME.fullmatch(variable.name)) is not None and entry[2]:
             claims[variable.id] = str(UUID(entry[2]))
         elif _KICKOFF_NAME.fullmatch(variable.name) and isinstance(claim := variable.fields.get("claim"), str):
-            with suppress(ValueError):  # somebody else may use our names
+            with suppress(ValueError):  # other software may use our names
                 claims[variable.id] = str(UUID(claim))
     return claims
 
@@ -228,9 +229,10 @@ def _warn_of(problem: CrewError | None) -> None:
 
 
 def _is_unused(record: RunRecord) -> bool:
-    """Return whether an attempt did not start, and nothing can be sent for it even if its Variables are deleted.
+    """Return whether an attempt did not start, and its owner can send no kickoff even if its Variables are deleted.
 
-    Its owner has said so. Or somebody else has, long ago: a verdict keeps an owner that is alive from taking a permit.
+    Either the owner itself wrote that the attempt did not start, or somebody else did so long ago. The entry of
+    somebody else prevents that a living owner takes a permit, so it has to stay for some time.
     """
     is_given_back = record.strongest is None or record.strongest.owner == record.owner
     return record.phase is RecordPhase.NOT_STARTED and (is_given_back or record.idle > VERDICT_STANDS)
@@ -246,11 +248,11 @@ def _is_gone(error: Exception) -> bool:
 async def _created_here(
     variable: dict[str, Any], model: type[_Model], creating: Awaitable[str | None]
 ) -> tuple[str, _Model | None] | None:
-    """Await the creation of a Variable, and return its id with None; what stands there instead with its id; None if
-    that is gone.
+    """Create a Variable. Return (id, None) if we created it, (id, model) of the existing one if the name was taken,
+    None if the existing one is gone.
 
     Raises:
-        CrewError: What stands there is nothing that this version can read.
+        CrewError: This version cannot read the existing one.
     """
     if (ref := await creating) is not None:
         return ref, None
@@ -271,9 +273,10 @@ async def _created_here(
 async def _create_alone(
     name: str, value: Mapping[str, Any], tags: Sequence[str] = (), *, urgency: Urgency = Urgency.CONTINUE
 ) -> bool:
-    """Create a Variable; False if somebody else has. Atomic.
+    """Create a Variable. Return False if somebody else has created it. Atomic.
 
-    Prefect's client sends a request again whose reply was lost, and then meets its own Variable: the nonce tells.
+    Prefect's client repeats a request whose answer was lost, and then gets a conflict with its own Variable. The nonce
+    in the value shows that.
     """
     nonce = value.get("nonce") or str(uuid4())
     variable = {"name": name, "value": {**value, "nonce": nonce}, "tags": [*tags]}
@@ -285,7 +288,7 @@ async def _create_alone(
 
 
 async def _read_entries(records: Sequence[RunRecord]) -> list[Variable]:
-    """Return the entries of claims, by their names. Numbers have no gap: an entry is made after the one before."""
+    """Read the entries of claims by their names. Numbers have no gap: a caller creates entry N + 1 after entry N."""
     entries: list[Variable] = []
     for start in range(0, len(records), PAGE // LEAST):
         some = records[start : start + PAGE // LEAST]
@@ -306,14 +309,14 @@ class PrefectRecords:
     """The record store on the Prefect server. Its methods may be called from any event loop.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API is away or refuses. `save` outlasts five minutes of absence.
+        PREFECT_ERRORS: The Prefect API is away or refuses. `save` and `end` repeat their request for five minutes.
     """
 
     async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
-        """Create the attempt's Variable; False if another one stands there.
+        """Create the attempt's Variable. Return False if another caller's Variable has its name.
 
         Raises:
-            CrewError: What is stored there is not a record that this version can read.
+            CrewError: This version cannot read the Variable that has the name.
             TooManyAttemptsError: The key has as many attempts on record as it may have.
         """
         if record.attempt > MOST_ATTEMPTS // 2 and await self._make_room(record.idempotency_key):
@@ -329,19 +332,19 @@ class PrefectRecords:
         record.ref, existing = created
         if existing is None:
             return True
-        # An earlier claim of the same caller was made at another time. The caller has given it back, and the request
-        # that does so may still arrive.
+        # An earlier claim of the same caller has another time. The caller has given it back, and the request that
+        # deletes it may still arrive.
         if (existing.owner, existing.claimed_at) != (record.owner, record.claimed_at):
             return False
-        # A claim that was resolved or voided since is a claim no more, whoever made it: its permits say so.
+        # Somebody may have resolved or voided the claim since: its entries show that.
         current = await self._current(record)
         return current is not None and (current.phase, current.entries) == (RecordPhase.CLAIMED, 0)
 
     async def _make_room(self, idempotency_key: str) -> bool:
-        """Delete the last attempts at a key that surely did not start; False if there are none.
+        """Delete the last attempts at a key that surely did not start. Return False if there are none.
 
-        From the highest number down to one that stays: the next claim is then still above all that may have started.
-        Whoever has decided by one of them is not confirmed.
+        It deletes from the highest number down to the first attempt that must stay: so the next claim has a higher
+        number than each attempt that may have started. `confirm` refuses a caller that decided by a deleted attempt.
         """
         unused: list[RunRecord] = []
         for record in reversed(await self.attempts(idempotency_key)):
@@ -354,10 +357,10 @@ class PrefectRecords:
         return bool(unused)
 
     async def withdraw(self, record: RunRecord) -> None:
-        """Delete a claim that nobody has asked a permit of. It then takes up no number of its key.
+        """Delete a claim for which nobody has asked a permit. Its number is then free again.
 
-        The request goes out once. Where its answer is lost, it may arrive at any later time: it can only reach this
-        claim, for which nothing is sent any more. The claim says until then that nothing was started.
+        The DELETE request is sent once. If its answer is lost, the request may still arrive later. It names this claim
+        by its id, and nobody sends a kickoff for this claim any more. Until then the claim says that nothing started.
         """
         try:
             async with get_client() as client:
@@ -372,10 +375,10 @@ class PrefectRecords:
                     raise
 
     async def confirm(self, record: RunRecord, earlier: Sequence[RunRecord]) -> bool:
-        """Return whether the attempts at the key are a claim and those that it was decided by, and no others.
+        """Return whether the key has exactly these attempts: this claim, and the earlier ones that the caller read.
 
-        One that was pruned since, or that somebody claimed who did not see this one, may belong to a run. They are
-        compared by their ids: a number that was given back may have been taken again, by the same caller as well.
+        An attempt that is gone, or a new one of a caller that did not see this claim, may belong to a run. The ids are
+        compared, not the numbers: a caller, even the same one, may have claimed a free number again.
         """
         attempts = {attempt.ref for attempt in records_in(await read_exact(_attempt_names(record.idempotency_key)))}
         return attempts == {record.ref, *(attempt.ref for attempt in earlier)}
@@ -383,25 +386,25 @@ class PrefectRecords:
     async def permit(
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
-        """Create the next permit of a claim; False if somebody else did, or the record is gone or resolved."""
+        """Create the next permit of a claim. Return False if another entry has its number, or the record is gone."""
         about = record.model_dump(include={"idempotency_key", "attempt", "owner", "estimates"})
         if not await self._add_entry(record, Entry(good_for=good_for, **about), partial(create_variable, lease=lease)):
             return False
         # After the request and not before it: a process may sleep between the two.
         if before is None or not before.is_over:
             return True
-        # Others may have resolved and pruned the record since, and its permits with it: so read what is there now.
+        # Others may have resolved and pruned the record since, and its entries with it: so read it again.
         current = await self._current(record)
         return current is not None and current.phase is RecordPhase.CLAIMED and current.entries == record.entries
 
     async def resolve(self, record: RunRecord, phase: RecordPhase, **facts: Any) -> bool:
-        """Create the next entry of a record as it was read, with what was found out; False if somebody else did."""
+        """Create the next entry of a record, with its outcome. Return False if another entry has its number."""
         outcome = resolution(record, phase, **facts)
         about = record.model_dump(include={"idempotency_key", "attempt"})
         if not await self._add_entry(record, Entry(owner=str(uuid4()), **about, **outcome), create_variable):
             return False
         if phase is RecordPhase.STARTED and await self._name_kickoff(record.model_copy(update=outcome)) is not None:
-            # Somebody else was given this id at the same moment: it is as uncertain as before.
+            # Another record got this kickoff id at the same moment: this one is as uncertain as before.
             entry = cast("Entry", record.strongest)
             before = {**record.outcome(), "phase": RecordPhase.UNCERTAIN}
             await patch_variable(str(entry.ref), _body(entry.model_copy(update=before)))
@@ -412,7 +415,7 @@ class PrefectRecords:
     async def _add_entry(
         self, record: RunRecord, entry: Entry, create: Callable[[dict[str, Any]], Awaitable[str | None]]
     ) -> bool:
-        """Create the next entry of a record and note it there; False if another one of this number stands there."""
+        """Create the next entry of a record and set it in the record. Return False if its number is taken."""
         number = record.entries + 1
         variable = {"name": _entry_name(record, number), **_body(entry)}
         created = await _created_here(variable, Entry, create(variable))
@@ -425,11 +428,11 @@ class PrefectRecords:
         return True
 
     async def end(self, record: RunRecord, **end: Any) -> bool:
-        """Create the end of a run's log, again and again for five minutes while the Prefect API is away.
+        """Create the end in a run's log. Repeat the request for five minutes while the Prefect API is away.
 
-        False if another end stands there: it is noted in the record. Nothing that is written later takes it back. Other
-        entries that this caller has not read are passed over, also the word of a person that the run is lost. A result
-        that the end has no room for is written first: it becomes an artifact, whose id the end holds.
+        Return False if the log has an end: the record then gets that one. No later entry undoes an end. If another
+        entry has the number, the end gets the next one, also after a person's resolution that the run is lost. A result
+        that is too large for the end is stored first, as an artifact whose id the end holds.
         """
         about = record.model_dump(include={"idempotency_key", "attempt", "crew", "crew_url", "flow_run_id"})
         entry = Entry(owner=str(uuid4()), **about, **resolution(record, RecordPhase.ENDED, **end))
@@ -443,7 +446,7 @@ class PrefectRecords:
             except PrefectHTTPStatusError as error:
                 if error.response.status_code not in (400, 413, 422) or not (entry.result or entry.usage):
                     raise
-                # Numbers beyond 64 bits, too deep a nesting: an artifact holds them as text.
+                # Prefect refuses numbers beyond 64 bits and too deep nesting: an artifact holds them as text.
                 if entry.result is not None and entry.result_id is None:
                     entry.result_id = await keep_result(entry.result)
                 entry.result = entry.usage = None
@@ -462,31 +465,33 @@ class PrefectRecords:
         return False
 
     async def unlist(self, record: RunRecord) -> None:
-        """Give a claim its tag: lists of open runs find claims without one. It says nothing that the log does not."""
+        """Give a claim its tag: lists of open runs look for claims without a tag, and then read their logs."""
         with suppress(*PREFECT_ERRORS):  # a list reads the log of each claim that it finds
             await patch_variable(str(record.ref), {"tags": [TAG]}, urgency=Urgency.SHOW, give_up_after=UNLIST_FOR)
 
     async def save(self, record: RunRecord) -> None:
-        """Write down what became of a run, again and again for five minutes while the Prefect API is away.
+        """Write the outcome of a run. Repeat the request for five minutes while the Prefect API is away.
 
-        It stands in the entry of whoever found it out; that a claim was given back without a permit, in the claim.
+        The outcome is written to the strongest entry. A claim without an entry, that its owner gives back, takes it
+        itself.
         """
         strongest = record.strongest
         changed = record if strongest is None else strongest.model_copy(update=record.outcome())
         await patch_variable(str(changed.ref), _body(changed))
 
     async def save_started(self, record: RunRecord) -> str | None:
-        """Write down the kickoff id of a claim, then name the claim by it.
+        """Write the kickoff id of a claim, then create the Variable `crew_kickoff_ID`.
 
-        Return the key of another record that holds this id: then the caller takes the id back.
+        Return the key of another record that holds this id, else None. If there is one, the caller takes the id back.
         """
         await self.save(record)
         return await self._name_kickoff(record)
 
     async def other_holder(self, record: RunRecord) -> str | None:
-        """Return the key of another record that holds a found record's kickoff id, None if there is none.
+        """Return the key of another record that holds this record's kickoff id, or None.
 
-        The record's owner may have written the id and not have named the claim yet, or have died before it could.
+        It creates the Variable `crew_kickoff_ID` if that is missing: the owner may have written the id and not yet
+        created that Variable, or have died before.
         """
         for pointer in await read_exact([_kickoff_name(str(record.kickoff_id))]):
             if pointer.fields.get("claim") == record.ref:
@@ -494,10 +499,10 @@ class PrefectRecords:
         return await self._name_kickoff(record)
 
     async def _name_kickoff(self, record: RunRecord) -> str | None:
-        """Create the Variable by which a record is found that holds a kickoff id already.
+        """Create the Variable `crew_kickoff_ID`, by which a record is found from its kickoff id.
 
-        Of two records that were given one id, one creates it: return the key of the other one, None if that is this
-        record. The name of a record that was pruned, or does not hold the id any more, is free.
+        If two records were given one id, only one of them gets this Variable. Return None if that is this record, else
+        the key of the other one. A Variable whose record was pruned, or does not hold the id any more, is replaced.
         """
         kickoff_id = str(record.kickoff_id)
         value = {"idempotency_key": record.idempotency_key, "claim": record.ref}
@@ -514,12 +519,12 @@ class PrefectRecords:
                         return holder.idempotency_key
                     await delete_variable(pointer.id)
         except (*PREFECT_ERRORS, CrewError) as error:
-            # What cannot be asked must not keep the run from being waited for.
+            # The caller has to wait for the run also if the Prefect API fails here.
             run_logger().warning("Run %s is not found by its id, only by its key: %s", kickoff_id, error)
         return None
 
     async def _holder(self, pointer: Variable, kickoff_id: str) -> RunRecord | None:
-        """Return the record that a Variable names by a kickoff id, None if it does not hold that id."""
+        """Return the record that a Variable `crew_kickoff_ID` names, None if the record does not hold that id."""
         value = pointer.fields
         attempts = await self.attempts(str(value.get("idempotency_key", "")))
         return next(
@@ -528,7 +533,7 @@ class PrefectRecords:
         )
 
     async def _current(self, record: RunRecord) -> RunRecord | None:
-        """Return a claim as it stands now, None if it is gone."""
+        """Read a claim again, None if it is gone."""
         return next(
             (attempt for attempt in await self.attempts(record.idempotency_key) if attempt.ref == record.ref), None
         )
@@ -536,20 +541,22 @@ class PrefectRecords:
     # Reading
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
-        """Return all attempts at a key, the first one first: in one request, and their entries in a second one."""
+        """Return all attempts at a key, the first one first. One request reads the claims, a second one the entries."""
         return await self._with_entries(await read_exact(_attempt_names(normalize_key(idempotency_key))))
 
     async def _with_entries(self, claims: Sequence[Variable]) -> list[RunRecord]:
-        """Return the records in claims, with what their entries say.
+        """Return the records of claims, combined with their entries.
 
-        A claim that was given back has none that count. Entries are read after their claim: what they say may be later.
+        A claim that its owner gave back has no entries that count. Entries are read after the claims, so they may be
+        newer.
         """
         records = records_in(claims)
         entries = await _read_entries([record for record in records if record.phase is RecordPhase.CLAIMED])
         return records_in([*claims, *entries]) if entries else records
 
     async def unresolved_among(self, runs: Iterable[tuple[str, int | None]]) -> set[tuple[str, int | None]]:
-        """Return the attempts, of these keys and numbers, of which nobody knows what became of their kickoffs."""
+        """Return the unresolved attempts among these keys and numbers: nobody knows whether their kickoff started a
+        run."""
         names = [record_name(key, attempt) for key, attempt in runs if attempt is not None]
         pages = read_pages({"name": {"any_": names}})
         claims = [variable async for page in pages for variable in page if later_version(variable.value) is None]
@@ -563,11 +570,11 @@ class PrefectRecords:
         return None
 
     async def all(self, *phases: RecordPhase) -> AsyncIterator[RunRecord]:
-        """Yield every record that this version can read, or those in some phases, in no promised order.
+        """Yield every record that this version can read, or only records in some phases. The order is not promised.
 
-        The server reads all its Variables for each page of the answer: this is for lists that a person asks for.
+        The server reads all its Variables for each page of the answer, so only lists that a person asks for use this.
         """
-        # The open ones first: a run that ends in between is then read twice, not missed.
+        # Open runs first: a run that ends between the two reads is then read twice, not missed.
         pages = [read_pages(_WITHOUT_TAG, sort="CREATED_DESC")]
         if not phases or not {*phases} <= {*_OPEN}:
             pages.append(read_pages({"tags": {"all_": [TAG]}}))
@@ -584,9 +591,9 @@ class PrefectRecords:
         _warn_of(problem)
 
     async def ended_since(self, moment: datetime) -> AsyncIterator[Entry]:
-        """Yield the ends of runs that ended since a moment by the server's clock, the latest first; one for each run.
+        """Yield the ends of runs since a moment by the server's clock, the latest first, one for each run.
 
-        The server reads what was changed since then, and nothing else.
+        The server reads only Variables that were changed since then.
         """
         problem, claims = None, set[str | None]()
         async for page in pages_by_change(moment):
@@ -599,7 +606,7 @@ class PrefectRecords:
         _warn_of(problem)
 
     async def readable(self, variables: Sequence[Variable]) -> tuple[list[RunRecord], CrewError | None]:
-        """Return the records whose claims are among Variables, and the problem with those that this version cannot
+        """Return the records whose claims are among Variables, and the error about records that this version cannot
         read."""
         claims = [
             variable
@@ -612,7 +619,7 @@ class PrefectRecords:
         entries = await _read_entries([record for record in records if record.phase is RecordPhase.CLAIMED])
         unknown = [entry for entry in entries if later_version(entry.value) is not None]
         problems += [error for entry in unknown if (error := later_version(entry.value)) is not None]
-        # Of a claim with an entry that cannot be read nobody knows here what became of it.
+        # If this version cannot read an entry of a claim, it does not know the state of the run.
         left_out = {parts[2] for entry in unknown if (parts := _NAME.fullmatch(entry.name)) is not None}
         read = [claim for claim in claims if claim.id.replace("-", "") not in left_out]
         if entries:
@@ -626,8 +633,8 @@ class PrefectRecords:
     # Deleting
 
     async def delete(self, record: RunRecord) -> list[Variable]:
-        """Forget an attempt, and what people answered; return what was deleted. A later call with its key is then a new
-        start."""
+        """Delete an attempt and people's answers to it. Return the deleted Variables. A later call with its key then
+        starts a run."""
         claim = record_name(record.idempotency_key, record.attempt)
         pointers = [_kickoff_name(record.kickoff_id)] if record.kickoff_id else []
         variables = await read_exact([claim, *pointers])
@@ -637,7 +644,7 @@ class PrefectRecords:
         notes += [item for item in variables if item.name in pointers and item.fields.get("claim") == record.ref]
         claims = [item for item in variables if item.id == record.ref]
         entries = await _read_entries([record])
-        # By id: under the name somebody may have made a claim anew. The claim before its entries: without them it
+        # By id: somebody may have created a new claim under the name. The claim before its entries: without them it
         # would seem to have no permit.
         gone = [*notes, *claims, *entries]
         for variable in gone:
@@ -647,14 +654,14 @@ class PrefectRecords:
     # The flow run that claimed a record
 
     async def owner_ended(self, record: RunRecord) -> bool:
-        """Return whether the owner's flow run has ended or is gone; False where there is none to ask about."""
+        """Return whether the owner's flow run has ended or is deleted; False if the owner had no flow run."""
         return record.flow_run_id is not None and not await _is_alive(record.flow_run_id)
 
-    # What people answered. It stands apart from the record, which whoever waits for the run writes at the same moment:
-    # a Variable is replaced, not compared.
+    # People's answers. They have Variables of their own: a waiting caller may write the record at the same moment, and
+    # the server replaces a value without comparing it.
 
     async def reviews(self, record: RunRecord) -> list[Review]:
-        """Return what people have answered to a run, in order."""
+        """Return people's answers to the questions of a run, in order."""
         return [Review.model_validate(note.value) for note in await self._answers(record)]
 
     async def _answers(self, record: RunRecord) -> list[Variable]:
@@ -667,11 +674,11 @@ class PrefectRecords:
         return sorted(answers, key=lambda answer: answer.name)
 
     async def add_review(self, record: RunRecord, number: int, review: Review) -> bool:
-        """Write down an answer that is about to be sent; False if another answer, by its nonce, has this number."""
+        """Write an answer before it is sent. Return False if an answer with another nonce has this number."""
         return await _create_alone(_answer_name(record, number), review.model_dump(mode="json"))
 
     async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
-        """Write down what became of it."""
+        """Write the outcome of an answer: whether the crew's server took it."""
         await patch_variable(f"name/{_answer_name(record, number)}", {"value": review.model_dump(mode="json")})
 
     async def remove_review(self, record: RunRecord, number: int) -> None:

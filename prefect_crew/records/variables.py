@@ -1,6 +1,6 @@
-"""Variables of the Prefect server, by the requests that its indexes answer: exact names, ids, and the last change.
+"""Variables of the Prefect server, read by its indexes: exact names, ids, and the time of the last change.
 
-Every function raises one of PREFECT_ERRORS where the Prefect API is away or refuses.
+Every function raises one of PREFECT_ERRORS if the Prefect API is away or refuses.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from prefect_crew._internal.prefect_errors import TRANSPORT_ERRORS
 from prefect_crew.records.model import Lease, utcnow
 
 PAGE = 200
-"""Variables in one answer, at most, and so names in one request. An answer is a snapshot; two are not."""
+"""Variables in one answer, at most, and so names in one request. One answer is a snapshot; two answers are not."""
 BUSY_FOR = 10.0
-"""Seconds for which a claim is repeated by us while the Prefect API is busy."""
+"""Seconds for which this module repeats a creation while the Prefect API is busy."""
 RETRIED_BY_CLIENT = (408, 429, 502, 503)
 """Answers after which Prefect's client sends a request again by itself."""
 OVERLAP = 5
-"""Variables of a page by change that the next page has as well: else some between them may have been missed."""
+"""Variables at the end of a page by change that the next page repeats: so a gap between two pages is noticed."""
 SAVE_FOR = 300.0
-"""Seconds for which saving a record outlasts a Prefect API that is away."""
+"""Seconds for which a change is repeated while the Prefect API is away."""
 
 
 class Variable(NamedTuple):
-    """A Variable as it was read.
+    """A Variable as the server returned it.
 
-    `age`: seconds since it was created, and `idle`: since it was changed, both by the server's clock.
+    `age`: seconds since its creation. `idle`: seconds since its last change. Both by the server's clock.
     """
 
     id: str
@@ -46,20 +46,20 @@ class Variable(NamedTuple):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of its value; none where somebody else uses our names."""
+        """The fields of its value; empty if other software uses our names for something else."""
         value: Any = self.value
         return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def server_time(response: httpx.Response) -> datetime:
-    """Return when an answer was made, by the clock of the server that gave it."""
+    """Return the time of an answer, by the clock of the server that sent it (the header `Date`)."""
     date = response.headers.get("Date")
-    # A proxy that takes it away leaves our own clock: without any, a claim of a dead owner would never grow old.
+    # A proxy may remove the header. Then our own clock counts: without any, a claim of a dead owner never grows old.
     return utcnow() if date is None else parsedate_to_datetime(date)
 
 
 def variables_in(response: httpx.Response) -> list[Variable]:
-    """Return the Variables in an answer, with their ages by the clock of the server that gave it."""
+    """Return the Variables in an answer, with their ages by the clock of the server that sent it."""
     now = server_time(response)
     variables: list[Variable] = []
     for stored in response.json():
@@ -76,10 +76,10 @@ async def create_variable(
     lease: Lease | None = None,
     is_patient: bool = False,
 ) -> str | None:
-    """Create a Variable and return its id; None if there is one of its name, which may be our own: an answer was lost.
+    """Create a Variable and return its id. Return None if the name is taken, perhaps by our own lost request.
 
-    While the server is busy it has done nothing, and is asked again soon. All else is for Prefect's client to repeat.
-    `is_patient`: it is asked again and again for five minutes while it is away.
+    A busy server has done nothing, so the request is repeated soon. After other errors Prefect's client repeats it.
+    `is_patient`: the request is repeated for five minutes while the Prefect API is away.
     """
     path = "/variables/"
     async with get_client() as client:
@@ -104,14 +104,14 @@ async def create_variable(
 async def patch_variable(
     ref: str, body: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE, give_up_after: float | None = None
 ) -> None:
-    """Change the Variable of this id, again and again for five minutes while the Prefect API is away."""
+    """Change the Variable with this id. Repeat the request for five minutes while the Prefect API is away."""
     async with get_client() as client:
         change: dict[str, Any] = {"json": body, "give_up_after": give_up_after or SAVE_FOR, "urgency": urgency}
         await request_soon(client, "PATCH", f"/variables/{ref}", **change)
 
 
 async def delete_variable(ref: str) -> None:
-    """Delete the Variable of this id, if it is there."""
+    """Delete the Variable with this id, if it exists."""
     async with get_client() as client:
         try:
             await client.request("DELETE", "/variables/{id}", path_params={"id": ref})
@@ -123,10 +123,10 @@ async def delete_variable(ref: str) -> None:
 async def read_pages(
     variables: Mapping[str, Any], *, sort: Literal["NAME_ASC", "CREATED_DESC"] = "NAME_ASC"
 ) -> AsyncIterator[list[Variable]]:
-    """Yield the Variables that meet a filter, page by page.
+    """Yield the Variables that match a filter, page by page.
 
-    For few Variables that no index finds, sort by creation: a server that sorts by name follows the index of names, and
-    looks each Variable up by itself. For many, each page by creation is a scan of its own.
+    If few Variables match and no index finds them, sort by creation: to sort by name, a server follows the index of
+    names and looks each Variable up by itself. If many match, sort by name: each page by creation is one scan more.
     """
     offset = 0
     while True:
@@ -140,7 +140,7 @@ async def read_pages(
 
 
 async def read_exact(names: Sequence[str]) -> list[Variable]:
-    """Return the Variables of these names, `PAGE` at most, as they stand at one moment."""
+    """Return the Variables with these names, `PAGE` names at most, as one snapshot."""
     variables = await named_reads().read([*names], _ask_by_name, PAGE)
     return [variable for variable in variables if variable.name in names]
 
@@ -152,7 +152,7 @@ async def _ask_by_name(names: list[str]) -> list[Variable]:
 
 
 async def read_by_change(offset: int) -> list[Variable]:
-    """Return a page of all Variables of the server, the latest change first. The server has an index of that."""
+    """Return a page of all Variables of the server, the latest change first. The server has an index for this order."""
     async with get_client() as client:
         return variables_in(await _ask_by_change(client, offset))
 
@@ -164,9 +164,9 @@ async def _ask_by_change(client: PrefectClient, offset: int) -> httpx.Response:
 
 
 async def pages_by_change(since: datetime) -> AsyncIterator[list[Variable]]:
-    """Yield the Variables of the server that were changed since a moment, page by page, the latest change first.
+    """Yield the Variables that were changed since a moment, page by page, the latest change first.
 
-    While one page is looked at, the server prepares the next one. Some Variables come twice.
+    The next page is requested before the caller gets this one. Some Variables come twice.
     """
     offset, before = 0, set[str]()
     async with get_client() as client:
@@ -175,7 +175,7 @@ async def pages_by_change(since: datetime) -> AsyncIterator[list[Variable]]:
             while True:
                 page = variables_in(await next_page)
                 ids = {variable.id for variable in page}
-                # Where the pages do not meet, Variables were deleted, so that those after them moved up.
+                # If two pages do not overlap, others have deleted Variables, and the following ones have moved up.
                 meets = not offset or not before.isdisjoint(ids)
                 is_last = meets and (len(page) < PAGE or page[-1].updated < since)
                 offset = offset + PAGE - OVERLAP if meets else max(0, offset - PAGE // 2)
@@ -191,13 +191,14 @@ async def pages_by_change(since: datetime) -> AsyncIterator[list[Variable]]:
 
 
 async def count_variables() -> int:
-    """Return how many Variables the server has."""
+    """Return the number of Variables on the server."""
     async with get_client() as client:
         return int((await read_in_turn(client, "/variables/count", json={})).json())
 
 
 async def without_claim(claim_by_id: Mapping[str, str]) -> list[str]:
-    """Return the ids of the Variables, `PAGE` at most, whose claims are gone. Both are named by their ids."""
+    """Return the ids of Variables whose claims are gone. The mapping, of `PAGE` at most, has the claim's id by the
+    Variable's id."""
     if not claim_by_id:
         return []
     of_claims = {"id": {"any_": [*{*claim_by_id.values()}]}}
