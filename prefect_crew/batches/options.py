@@ -45,13 +45,12 @@ class BatchArguments(TypedDict, total=False):
     rows: str | None
     max_in_flight: int | None
     kickoffs_per_second: float | None
-    kickoffs_at_once: int | None
+    kickoffs_at_once: int
     on_failure: OnFailure
     on_bad_row: Literal["refuse", "set-aside"]
     on_change: Literal["refuse", "continue"]
     on_cancel: Literal["stop", "drain", "leave"]
     breaker: int | None
-    breaker_pause: float
     retries: int
     retry_failed: bool | Collection[str]
     max_kickoffs: int | None
@@ -76,13 +75,12 @@ class BatchOptions(BaseModel):
     rows: str | None = None
     max_in_flight: Count | None = None
     kickoffs_per_second: Seconds | None = None
-    kickoffs_at_once: Count | None = None
+    kickoffs_at_once: Count = 64
     on_failure: OnFailure = "continue"
     on_bad_row: Literal["refuse", "set-aside"] = "refuse"
     on_change: Literal["refuse", "continue"] = "refuse"
     on_cancel: Literal["stop", "drain", "leave"] = "stop"
     breaker: Count | None = 20
-    breaker_pause: Seconds = 30.0
     retries: Annotated[int, Field(strict=True, ge=0)] = 0
     retry_failed: Annotated[bool, Field(strict=True)] | frozenset[str] = False
     max_kickoffs: Count | None = None

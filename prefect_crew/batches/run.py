@@ -106,13 +106,12 @@ async def arun_batch(
     inputs: InputsFrom | None = None,
     max_in_flight: int | None = None,
     kickoffs_per_second: float | None = None,
-    kickoffs_at_once: int | None = None,
+    kickoffs_at_once: int = 64,
     on_failure: OnFailure = "continue",
     on_bad_row: Literal["refuse", "set-aside"] = "refuse",
     on_change: Literal["refuse", "continue"] = "refuse",
     on_cancel: Literal["stop", "drain", "leave"] = "stop",
     breaker: int | None = 20,
-    breaker_pause: float = 30.0,
     retries: int = 0,
     retry_failed: bool | Collection[str] = False,
     max_kickoffs: int | None = None,
@@ -148,16 +147,13 @@ async def arun_batch(
             function of the row, or a constant that is not text; left out, the columns of the crew's names.
         max_in_flight: Runs in flight at once, 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
-        kickoffs_at_once: Kickoffs under way at a time: at most so many rows are uncertain if the process dies. Left
-            out: 16, and up to 256 where the crew's answers take long.
+        kickoffs_at_once: Kickoffs under way at a time: at most so many rows are uncertain if the process dies.
         on_failure: "continue", "stop" at the first failed row, after how many failed rows, or after which share below 1
             of the rows that ended.
         on_bad_row: "refuse" the data set, or "set-aside" the rows that cannot be run.
         on_change: "refuse" or "continue" when the rows or the crew are others than before.
         on_cancel: "stop", "drain" or "leave" what is in flight when the flow run is cancelled.
-        breaker: Failed rows in a row after which the batch pauses; None never does. It then tries single rows, and
-            gives up after three that failed.
-        breaker_pause: Seconds of the first pause, each further one is twice as long.
+        breaker: Failed rows in a row after which the batch stops; None never does. The same call goes on.
         retries: Further runs of a failed row, never beyond the crew's `max_attempts`.
         retry_failed: Start the failed rows of earlier calls again: all but lost ones, or those of these keys.
         max_kickoffs: Kickoffs of all calls together.

@@ -337,7 +337,11 @@ class Runner:
 
     async def _no_run(self, job: RowJob, error: CrewError) -> RowEnd | None:
         """Return the end of a row whose kickoff brought no run, None if it is to be tried again or left."""
-        first = self.throttle.stopped is None
+        is_refused_token, is_first = isinstance(error, AuthenticationError), self.throttle.stopped is None
+        if is_refused_token:
+            self.throttle.stop(str(error))  # before the next await: the other kickoffs under way are refused as well
+            if not is_first:
+                return None
         if isinstance(error, KickoffUncertainError):
             self.started += 1
             self.throttle.kickoffs += 1
@@ -346,12 +350,9 @@ class Runner:
         elif kickoff_fate(error) is KickoffFate.RETRY:
             self.throttle.refused(error)
             return None
-        refused_token = isinstance(error, AuthenticationError)
-        end = None
-        if first or not refused_token:
-            attempts = await self.ledger.attempts(self.ledger.idempotency_key(job.key))
-            end = await self._without_result(job, attempts[-1] if attempts else None, error)
-        if refused_token:
+        attempts = await self.ledger.attempts(self.ledger.idempotency_key(job.key))
+        end = await self._without_result(job, attempts[-1] if attempts else None, error)
+        if is_refused_token:
             self.stop(str(error), shut=True)
         return end
 
@@ -385,7 +386,7 @@ class Runner:
                 self.throttle.wait_for(len(self.waiting))
         state = state_of(record) if is_judged else await self._judge(job, record)
         if state is not RowState.COMPLETED and record.reason != STOPPED_WITH_BATCH:
-            self.throttle.failed(job.key, record.error or "the crew gave no reason")
+            self.throttle.failed(record.error or "the crew gave no reason")
         return state, RETRYABLE.get(state)
 
     async def _judge(self, job: RowJob, record: RunRecord) -> RowState:
@@ -399,7 +400,7 @@ class Runner:
 
     async def _without_result(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
         """Return the end of a row whose run has none, and write down why, for those who ask the ledger."""
-        self.throttle.failed(job.key, str(error))
+        self.throttle.failed(str(error))
         if isinstance(error, KickoffUncertainError):
             return RowState.UNCERTAIN, None
         kind = type(error).__name__

@@ -1,66 +1,38 @@
-"""How fast a batch starts runs: its rate, what the server asks for, and pauses while kickoffs or rows fail."""
+"""How fast a batch starts runs: how many kickoffs at once, its rate, what the server asks for, and when it stops."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-import time
-from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
-from typing import Any
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client._transport import Answer, Call, Connections, PoolLane, poll_lane
+from prefect_crew.client._transport import Answer, Call, SpreadTransport
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew
-from prefect_crew.exceptions import ConfigurationError, CrewError, RateLimitedError, ServerError
+from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewError, RateLimitedError, ServerError
 from prefect_crew.runs.limits import SlotPool
 
-POLLS_AT_ONCE = 256
-"""Status calls at a time. They cost nothing but time: where answers take 0.2 s, 256 are 1,280 polls a second."""
-FEWEST_KICKOFFS, MOST_KICKOFFS = 16, 256
-"""Kickoffs under way at a time, where nobody says how many. They bound the rows that a crash leaves uncertain."""
-KICKOFFS_A_SECOND, NEAR = 1250.0, 0.02
-"""What that number aims at, and the seconds of an answer that do not count: a server that is near may take them."""
-TRIALS = 3
-"""Rows that are tried, one after another, before failures in a row stop a batch."""
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-"""Seconds between two kickoffs while the server refuses them."""
+REFUSED_PAUSE = 5.0
+"""Seconds from a refused kickoff to the next one. The end of a run ends this pause."""
 GIVE_UP_AFTER = 600.0
-"""Seconds without an accepted kickoff after which refusals stop a batch."""
-
-
-class Backoff:
-    """Pauses that double from one failure to the next, until something succeeds. `until` is in the loop's time."""
-
-    def __init__(self, first: float, longest: float = math.inf) -> None:
-        self._first = first
-        self._longest = longest
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin anew: something succeeded."""
-        self.count, self.seconds, self.until = 0, 0.0, 0.0
-
-    def pause(self) -> None:
-        """Begin the next pause."""
-        self.count += 1
-        self.seconds = min(2 * self.seconds or self._first, self._longest)
-        self.until = asyncio.get_running_loop().time() + self.seconds
+"""Seconds without an accepted kickoff, and with nothing in flight, after which refusals stop a batch."""
+REQUESTS_AT_ONCE = 256
+"""Status calls at a time, and likewise stops: where answers take 0.2 s, 256 are 1,280 polls a second."""
 
 
 class Throttle:
     """Decides when the next run of a batch is kicked off. One for a batch in one process, on one event loop.
 
-    - Until a kickoff was accepted, and again once one was refused, they go one by one: a wrong token or a server that
-      is away costs one row's time. Pauses between refused ones double; after 10 minutes of them the batch stops. While
-      runs are in flight these minutes do not count: the server, or a budget, is full, and has room at the end of one.
-    - A row takes a slot of the crew's limit, where it has one.
-    - After `breaker` failed rows in a row there is a pause; then one row is tried, whose end is waited for. If that
-      fails the next pause is twice as long. After three that failed the batch stops.
+    - At most `kickoffs_at_once` kickoffs are under way. `kickoffs_per_second` limits their rate.
+    - Where the server sends `Retry-After`, the whole batch waits.
+    - Once a kickoff was refused, one row at a time is tried, until a kickoff is accepted: after a pause, and right
+      away when a run ends, since a server or a budget that was full then has room. After 10 minutes of refusals with
+      nothing in flight the batch stops.
+    - A row takes a slot of the crew's limit, where the crew has one.
+    - After `breaker` failed rows in a row the batch stops.
 
     Attributes:
         stopped: Why no more runs are kicked off; None as long as they are.
@@ -77,30 +49,14 @@ class Throttle:
         self.under_way = self.in_flight = 0
         self.waits_for_slot = self._has_waited = False
         self.slots: SlotPool | None = None
+        self.kickoffs_at_once = options.kickoffs_at_once
         self._options = options
-        self._fastest = math.inf
         self._interval = 0.0 if options.kickoffs_per_second is None else 1.0 / options.kickoffs_per_second
-        self._next_kickoff = self._not_before = 0.0
-        self._one_by_one = True
-        self._refusals = Backoff(FIRST_PAUSE, LONGEST_PAUSE)
+        self._next_kickoff = self._not_before = self._paused_until = 0.0
         self._refused_since: float | None = None
-        self._failures = Backoff(options.breaker_pause)
         self._failed_in_a_row = 0
-        self._trial: str | None = None
         self._queue = asyncio.Lock()
         self._changed = asyncio.Event()
-
-    @property
-    def kickoffs_at_once(self) -> int:
-        """How many kickoffs may be under way at a time: more where answers take long, unless somebody says how many."""
-        if self._options.kickoffs_at_once is not None:
-            return self._options.kickoffs_at_once
-        number = FEWEST_KICKOFFS if self._fastest == math.inf else round(KICKOFFS_A_SECOND * (self._fastest - NEAR))
-        return min(MOST_KICKOFFS, max(FEWEST_KICKOFFS, number))
-
-    def answered(self, seconds: float) -> None:
-        """Note how long the answer to a kickoff took. The fastest counts: a busy server is not sent more."""
-        self._fastest = min(self._fastest, seconds)
 
     async def admit(self, row: str) -> bool:
         """Wait until the run of a row may be kicked off, first come, first served. After True, `leave` has to follow.
@@ -123,8 +79,6 @@ class Throttle:
             self.under_way += 1
             now, next_one = asyncio.get_running_loop().time(), self._next_kickoff
             self._next_kickoff = (next_one if now - next_one < self._interval else now) + self._interval
-            if self._failures.count:
-                self._trial = row
             return True
 
     async def _has_slot(self, row: str) -> bool:
@@ -151,15 +105,15 @@ class Throttle:
 
     def _seconds_to_wait(self) -> float:
         """Return how long the next kickoff has to wait; infinity: until something changes."""
-        most = 1 if self._one_by_one else self.kickoffs_at_once
+        most = self.kickoffs_at_once if self._refused_since is None else 1
         if (limit := self._options.max_kickoffs) is not None:
             if self.kickoffs >= limit:
                 self.stop(f"the limit of {limit} kickoffs is reached.")
                 return 0.0
             most = min(most, limit - self.kickoffs)
-        if self.under_way >= most or self._trial is not None:
+        if self.under_way >= most:
             return math.inf
-        until = max(self._not_before, self._next_kickoff, self._refusals.until, self._failures.until)
+        until = max(self._not_before, self._next_kickoff, self._paused_until)
         return until - asyncio.get_running_loop().time()
 
     def leave(self) -> None:
@@ -199,63 +153,42 @@ class Throttle:
     def accepted(self) -> None:
         """Note that a kickoff was accepted."""
         self.kickoffs += 1
-        self._one_by_one, self._refused_since = False, None
-        self._refusals.reset()
+        self._refused_since, self._paused_until = None, 0.0
 
     def refused(self, error: CrewError) -> None:
         """Note that a kickoff surely did not start a run, and may be sent again."""
         now = asyncio.get_running_loop().time()
-        self._one_by_one = True
         if self._refused_since is None:
             run_logger().warning("%s The batch pauses and tries again.", error)
         if self._refused_since is None or self.in_flight:
             self._refused_since = now
         elif now - self._refused_since >= GIVE_UP_AFTER:
             self.stop(f"no kickoff was accepted for {GIVE_UP_AFTER / 60:.0f} minutes. Last error: {error}")
-        if now >= self._refusals.until:
-            self._refusals.pause()
+        self._paused_until = now + REFUSED_PAUSE
 
     # How rows end.
 
     def wait_for(self, in_flight: int) -> None:
-        """Note how many runs are in flight. Where one has ended, a server or a budget that was full has room."""
+        """Note how many runs are in flight. Where a run has ended, a server or a budget that was full has room."""
         if in_flight < self.in_flight:
-            self._refusals.until = 0.0
+            self._paused_until = 0.0
             self._changed.set()
         self.in_flight = in_flight
 
     def completed(self) -> None:
         """Note that a run completed."""
-        self._failed_in_a_row, self._trial = 0, None
-        if self._failures.count:
-            self._failures.reset()
-            run_logger().info("A row has completed: the batch continues.")
-            self._changed.set()
+        self._failed_in_a_row = 0
 
-    def failed(self, row: str, why: str) -> None:
+    def failed(self, why: str) -> None:
         """Note that a row's run failed, or that it has none."""
         self._failed_in_a_row += 1
-        breaker = self._options.breaker
-        if breaker is None or self._failed_in_a_row < breaker or (self._failures.count and self._trial != row):
-            return  # it may have been in flight when the pause began
-        if self._failures.count >= TRIALS:
+        if self._options.breaker is not None and self._failed_in_a_row >= self._options.breaker:
             self.stop(f"{self._failed_in_a_row} rows failed in a row. Last error: {why}")
-        else:
-            self._failures.pause()
-            run_logger().warning(
-                "%d rows failed in a row. Last error: %s The batch pauses for %.0f s, then tries one row.",
-                *(self._failed_in_a_row, why if why.endswith(".") else f"{why}.", self._failures.seconds),
-            )
-        self._trial = None
-        self._changed.set()
 
     def left(self, row: str) -> None:
-        """Note that a row has ended, or is left: its slot is free, and if it was tried, another one is."""
+        """Note that a row has ended, or is left: its slot is free."""
         if self.slots is not None:
             self.slots.give_back(row)
-            self._changed.set()
-        if self._trial == row:
-            self._trial = None
             self._changed.set()
 
 
@@ -265,67 +198,34 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
             await event.wait()
 
 
-class _Lanes:
-    """Connections for one request at a time each, those that were used last first; opened when they are needed.
-
-    httpcore looks through all connections of a pool at each request: a kickoff and a poll over one pool for all took
-    twice the CPU time.
-    """
-
-    def __init__(self, connect: Callable[[], Connections], number: int) -> None:
-        self._connect = connect
-        self._free: list[Connections] = []
-        self._gate = asyncio.Semaphore(number)
-
-    async def exchange(self, call: Call) -> Answer:
-        async with self._gate:
-            lane = self._free.pop() if self._free else self._connect()
-            try:
-                return await lane.exchange(call)
-            finally:
-                self._free.append(lane)
-
-    async def aclose(self) -> None:
-        for lane in self._free:
-            await lane.aclose()
-
-
 class BatchClient(CrewClient):
-    """A crew client that tells a throttle what the server asks for."""
+    """A crew client that tells a throttle when the server asks for a pause, and whose polls wait for the end of it."""
 
     def __init__(self, crew: Crew, throttle: Throttle) -> None:
+        self._spread = SpreadTransport(crew.url)
         super().__init__(
             crew.url,
             crew.token,
             request_timeout=crew.request_timeout,
             allow_http=crew.allow_http,
             inputs_as_json=crew.inputs_as_json,
+            transport=self._spread,
         )
         self._throttle = throttle
-        most = max(MOST_KICKOFFS, throttle.kickoffs_at_once)
-        own = {"url": self.url, "token": self._token, "timeout": self.request_timeout}
-        self._polling = _Lanes(partial(poll_lane, **own), POLLS_AT_ONCE)
-        self._posting = _Lanes(partial(PoolLane, **own), most)
-
-    async def __aenter__(self) -> BatchClient:
-        return self
+        at_once = max(REQUESTS_AT_ONCE, throttle.kickoffs_at_once)
+        self._gates = {"GET": asyncio.Semaphore(REQUESTS_AT_ONCE), "POST": asyncio.Semaphore(at_once)}
 
     async def __aexit__(self, *_: object) -> None:
-        for lanes in (self._polling, self._posting):
-            await lanes.aclose()
+        await super().__aexit__()
+        await self._spread.aclose()
 
-    def _error(self, call: Any, answer: Any, kind: Any = None) -> Any:
+    def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
         error = super()._error(call, answer, kind)
         self._throttle.heed(error)
         return error
 
     async def _send(self, call: Call) -> Answer:
-        if call.method == "GET":
-            if (seconds := self._throttle.held_for) > 0:
-                await asyncio.sleep(seconds)
-            return await self._polling.exchange(call)
-        began = time.monotonic()
-        answer = await self._posting.exchange(call)
-        if call.path == "/kickoff" and answer.is_success:
-            self._throttle.answered(time.monotonic() - began)
-        return answer
+        if call.method == "GET" and (seconds := self._throttle.held_for) > 0:
+            await asyncio.sleep(seconds)
+        async with self._gates[call.method]:
+            return await super()._send(call)

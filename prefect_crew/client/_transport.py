@@ -12,6 +12,7 @@ import time
 import urllib.request
 import weakref
 import zlib
+from collections import deque
 from collections.abc import AsyncIterable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -19,7 +20,6 @@ from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
 import anyio
-import httpcore
 import httpx
 from pydantic import SecretStr
 
@@ -185,6 +185,8 @@ burst of kickoffs the handshakes.
 """
 KEPT = 50
 """Idle connections to one server, at most: httpx looks at each of them at every request."""
+POOLS = 16
+"""Pools of a client of thousands of runs, for polls and again for what must not be sent twice."""
 
 
 class _Pools:
@@ -331,72 +333,30 @@ class Connections:
                 await self._pools.aclose()
 
 
-class PoolLane(Connections):
-    """A pool of its own, for one request at a time: httpx looks through all connections of a pool at every request."""
+class SpreadTransport(httpx.AsyncHTTPTransport):
+    """httpx's transport over several pools of connections that take turns, for a client of thousands of runs.
 
-    def __init__(self, url: str, *, token: SecretStr, timeout: float, keepalive: float = POST_KEEPALIVE) -> None:
-        super().__init__(url, token=token, timeout=timeout, transport=_open(httpx.URL(url), keepalive))
+    httpx looks through all connections of a pool at every request: over one pool a request took twice the CPU time.
 
-    async def aclose(self) -> None:
-        """Close its connections."""
-        if self._transport is not None:
-            await self._transport.aclose()
-
-
-class PollLane(Connections):
-    """One connection, for one poll at a time: httpx's own, without the pool around it and the models of its requests.
-
-    A poll takes half the CPU time so, and a batch makes thousands of them. It knows no proxy: see `poll_lane`.
+    Raises:
+        ConfigurationError: The environment's proxy cannot be used.
     """
 
-    def __init__(self, url: str, *, token: SecretStr, timeout: float) -> None:
-        super().__init__(url, token=token, timeout=timeout, transport=httpx.AsyncBaseTransport())
-        self._sent = [(b"Host", self._base.netloc), *self._headers.raw]
-        self._connection: httpcore.AsyncHTTPConnection | None = None
+    def __init__(self, url: str) -> None:
+        origin = httpx.URL(url)
+        self._polls = deque(_open(origin, POLL_KEEPALIVE) for _ in range(POOLS))
+        self._posts = deque(_open(origin, POST_KEEPALIVE) for _ in range(POOLS))
 
-    async def _exchange(self, call: Call, transport: httpx.AsyncBaseTransport) -> Answer:
-        connection, seconds = await self._connected(), GET_DEADLINE * self._timeout
-        url = self._core_url(self._base.raw_path.rstrip(b"/") + call.path.encode("ascii"))
-        request = httpcore.Request(call.method, url, headers=self._sent, extensions={"timeout": self._timeouts})
-        try:
-            with anyio.move_on_after(seconds):
-                response = await connection.handle_async_request(request)
-                try:
-                    body = cast("AsyncIterable[bytes]", response.stream)
-                    return await _read(response.status, httpx.Headers(response.headers), body, call.kickoff_id)
-                finally:
-                    await response.aclose()
-        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
-            raise getattr(httpx, type(error).__name__)(str(error)) from None  # httpx calls its own errors the same
-        raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
-
-    async def _connected(self) -> httpcore.AsyncHTTPConnection:
-        """Return a connection that the server has not closed, as far as is known."""
-        connection = self._connection
-        if connection is not None and connection.is_idle() and not connection.has_expired():
-            return connection
-        await self.aclose()
-        tls = tls_context() if self._base.scheme == "https" else None
-        origin = self._core_url(b"/").origin
-        self._connection = httpcore.AsyncHTTPConnection(origin, ssl_context=tls, keepalive_expiry=POLL_KEEPALIVE)
-        return self._connection
-
-    def _core_url(self, target: bytes) -> httpcore.URL:
-        base = self._base
-        return httpcore.URL(scheme=base.raw_scheme, host=base.raw_host, port=base.port, target=target)
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request over the next pool."""
+        pools = self._polls if request.method == "GET" else self._posts
+        pools.rotate()
+        return await pools[0].handle_async_request(request)
 
     async def aclose(self) -> None:
-        """Close the connection; the next poll opens another one."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.aclose()
-
-
-def poll_lane(url: str, *, token: SecretStr, timeout: float) -> Connections:
-    """Return what carries one poll at a time."""
-    if _proxy_for(httpx.URL(url)) is not None:
-        return PoolLane(url, token=token, timeout=timeout, keepalive=POLL_KEEPALIVE)
-    return PollLane(url, token=token, timeout=timeout)
+        """Close all connections."""
+        for pool in (*self._polls, *self._posts):
+            await pool.aclose()
 
 
 # What comes back

@@ -124,7 +124,7 @@ async def test_a_run_that_is_forgotten_after_a_stop_without_an_answer_is_lost(
     assert {line["state"] for line in batch.lines().values()} == {"lost"}
 
 
-@pytest.mark.parametrize("way", ["goes on", "pauses"])
+@pytest.mark.parametrize("way", ["goes on", "waits"])
 async def test_the_command_cancels_the_flow_run_that_runs_the_batch_now(
     batch: Batches, crew_server: CrewServerFactory, way: str
 ):
@@ -135,7 +135,7 @@ async def test_the_command_cancels_the_flow_run_that_runs_the_batch_now(
 
     @flow
     async def mine() -> BatchReport:
-        options: dict[str, Any] = {"name": way, "max_in_flight": 10, "breaker": 5, "breaker_pause": 60}
+        options: dict[str, Any] = {"name": way, "max_in_flight": 10, "kickoffs_per_second": 0.01}
         return await batch(server.crew(), rows, on_progress=lambda now: looks.put_nowait(now.phase), **options)
 
     running = asyncio.ensure_future(mine())

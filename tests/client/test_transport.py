@@ -23,12 +23,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from pydantic import SecretStr
 
 from prefect_crew.client import _parsing, _transport
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
-from prefect_crew.client._transport import Call, PollLane, poll_lane
+from prefect_crew.client._transport import SpreadTransport
 from prefect_crew.exceptions import (
     ConfigurationError,
     CrewConnectionError,
@@ -170,15 +169,10 @@ async def test_certificates_are_checked_with_the_cas_of_the_environment(
         async with CrewClient(url, TOKEN) as client:
             with pytest.raises(CrewConnectionError, match=r"(?i)certificate") as caught:
                 await client.kickoff({})
-            lane = poll_lane(url, token=SecretStr(TOKEN), timeout=5.0)
-            with pytest.raises(CrewConnectionError, match=r"(?i)certificate"):
-                await lane.exchange(Call("GET", "/status/1", "1"))
         assert not caught.value.sent
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         async with CrewClient(url, TOKEN) as client:
             assert await client.kickoff({}) == "k1"
-        assert (await lane.exchange(Call("GET", "/status/1", "1"))).is_success
-        await lane.aclose()
 
 
 def refusing(heads: list[str]) -> Handler:
@@ -197,14 +191,13 @@ async def test_a_proxy_that_does_not_connect_is_not_sent_and_one_that_cannot_be_
     heads: list[str] = []
     async with raw_server(refusing(heads)) as url:
         monkeypatch.setenv("HTTPS_PROXY", url)
-        lane = poll_lane("https://crew.invalid", token=SecretStr(TOKEN), timeout=5.0)
-        with pytest.raises(CrewConnectionError, match="403 Forbidden"):
-            await lane.exchange(Call("GET", "/status/1", "1"))
-        await lane.aclose()
-        async with CrewClient("https://crew.invalid", TOKEN) as client:
-            with pytest.raises(CrewConnectionError, match="403 Forbidden") as caught:
-                await client.kickoff({})
-    assert not caught.value.sent
+        spread = SpreadTransport("https://crew.invalid")
+        for transport in (None, spread):
+            async with CrewClient("https://crew.invalid", TOKEN, transport=transport) as client:
+                with pytest.raises(CrewConnectionError, match="403 Forbidden") as caught:
+                    await client.kickoff({})
+            assert not caught.value.sent
+        await spread.aclose()
     assert [head.split()[:2] for head in heads] == [["CONNECT", "crew.invalid:443"]] * 2
     assert TOKEN not in "".join(heads)
     monkeypatch.setenv("HTTPS_PROXY", "gopher://u:s3cret@p")
@@ -265,38 +258,6 @@ async def test_one_run_takes_one_connection_and_a_later_kickoff_none_that_may_ha
         await client.kickoff({})
     assert crew.paths[-1] == ["/kickoff"]
     assert way != "one run" or crew.paths == [["/inputs", "/kickoff", "/status/k1"], ["/kickoff"]]
-
-
-async def test_a_lane_polls_over_one_connection_as_long_as_the_server_keeps_it():
-    crew = Counted()
-
-    async def twice(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.wait_for(crew(reader, writer), 0.5)
-
-    async with raw_server(twice) as url:
-        lane = poll_lane(f"{url}/base", token=SecretStr(TOKEN), timeout=5.0)
-        assert isinstance(lane, PollLane)
-        for run in ("1", "2"):
-            assert (await lane.exchange(Call("GET", f"/status/{run}", run))).is_success
-        await asyncio.sleep(0.8)
-        assert (await lane.exchange(Call("GET", "/status/3", "3"))).is_success
-        await lane.aclose()
-    assert crew.paths == [["/base/status/1", "/base/status/2"], ["/base/status/3"]]
-    assert crew.tokens == [[TOKEN, TOKEN], [TOKEN]]
-
-
-@pytest.mark.parametrize("handler", BROKEN.values(), ids=BROKEN)
-async def test_a_lane_says_what_became_of_a_poll_as_everybody_does(handler: Handler):
-    call, told = Call("GET", "/status/1", "1"), list[str]()
-    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=1.0) as client:
-        lane = poll_lane(url, token=SecretStr(TOKEN), timeout=1.0)
-        for exchange in (client._send, lane.exchange, lane.exchange):
-            with pytest.raises(CrewConnectionError) as caught:
-                await exchange(call)
-            assert_quiet(caught.value)
-            told.append(str(caught.value))
-        await lane.aclose()
-    assert told == [told[0]] * 3
 
 
 async def test_clients_share_connections_while_one_of_them_is_open():
