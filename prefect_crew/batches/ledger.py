@@ -43,7 +43,7 @@ class BatchEntry:
         line_options: What its lines depend on, other than the rows.
         set_aside: The rows that cannot be run, as its last call found them.
         exported: What the output was last written with, and of which check of the rows.
-        generation: Grows while rows are started, here and on the Prefect server.
+        generation: How many calls had rows to start, here and on the Prefect server.
     """
 
     name: str

@@ -23,6 +23,8 @@ from prefect_crew.runs.reviews.answer import ASKS
 
 TAG = "prefect-crew-batch"
 VERSION = 1
+BEGIN_FOR = 60.0
+"""Seconds for which a call is reported to a Prefect API that is away or busy, before its first row is started."""
 
 
 def binding_name(batch: str) -> str:
@@ -78,10 +80,11 @@ async def bind(entry: BatchEntry, ledger: Ledger, public: str) -> None:
     check_bound(entry, await read_binding(entry.name) or {}, ledger)
 
 
-async def begin_generation(ledger: Ledger, public: str, *, give_up_after: float) -> int:
+async def begin_generation(ledger: Ledger, public: str) -> int:
     """Begin the next generation of a batch that is bound, in its ledger and then on the Prefect server; return it.
 
-    A Prefect API that is away or busy is asked again for `give_up_after` seconds.
+    A call begins one generation, before it starts its first row. So a copy of the ledger from before this call is known
+    for an older one, and a copy from within it is not.
 
     Raises:
         LedgerError: The ledger cannot be written.
@@ -101,7 +104,7 @@ async def begin_generation(ledger: Ledger, public: str, *, give_up_after: float)
             raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
         body = {"value": {**value, "crew_url": entry.crew_url, "generation": generation}}
         # By its id: one that was made anew under the name is not this one.
-        await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, give_up_after=give_up_after)
+        await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, give_up_after=BEGIN_FOR)
     return generation
 
 

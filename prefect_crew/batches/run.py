@@ -84,14 +84,8 @@ MAX_NAME = 200
 """Characters of a batch's name."""
 EXPORT_WITHIN = 10.0
 """Seconds within which the output of a batch that was cancelled is written, or not."""
-BEGIN_FOR = 60.0
-"""Seconds for which a call is reported to a Prefect API that is away or busy, before its first row is started."""
-BEGIN_EVERY = 5.0
-"""Seconds between two generations while rows are started: a copy of the ledger that is older is known for one."""
 LOOK = 0.2
 """Seconds, at most, for which a look at a batch holds its lock."""
-SOON = 2.0
-"""Seconds for which a further one is reported."""
 
 
 @naming_prefect_away("Make the same call again: it goes on where this one stopped.")
@@ -367,8 +361,7 @@ class _Batch:
         self.lock = BatchLock(self.ledger.database, job.name)
         self.output = Output(job.export, output_type=job.options.output_type)
         self.artifact = BatchArtifact(job.name, job.crew)
-        self.begun = 0
-        self.begin_after = self.refresh_after = 0.0
+        self.refresh_after = 0.0
         self.people_noted: bool | None = None
         self.is_lock_lost = False
 
@@ -528,12 +521,10 @@ class _Batch:
             )
             if self.session.crew.concurrency_limit is not None:
                 self.throttle.slots = await stack.enter_async_context(SlotPool(self.session.crew))
-            self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=BEGIN_FOR)
-            self.begin_after = time.monotonic() + BEGIN_EVERY
+            self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public)
             try:
                 await runner.run_until_cancelled(self.plan.jobs(), lambda: self._tick(runner))
             finally:
-                await self._begin_generation(runner.started, now=True)
                 self.progress.in_flight = len(runner.waiting)
 
     async def _tick(self, runner: Runner) -> None:
@@ -548,7 +539,6 @@ class _Batch:
         await self.artifact.update(progress)
         if progress.people:
             await self._note_people(True)
-        await self._begin_generation(runner.started)
         if not await self.lock.still_held():
             self.is_lock_lost = True  # the ledger, the output and the name are another process's
             runner.stop(
@@ -556,21 +546,6 @@ class _Batch:
                 "replaced.",
                 shut=True,
             )
-
-    async def _begin_generation(self, started: int, *, now: bool = False) -> None:
-        """Begin another generation if more rows were started, so that a copy made in between is known for an older one.
-
-        `now`: no more will be started.
-        """
-        if started == self.begun or self.is_lock_lost or (time.monotonic() < self.begin_after and not now):
-            return
-        try:
-            self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public, give_up_after=SOON)
-            self.begun = started
-        except (*PREFECT_ERRORS, CrewError) as error:
-            log = "The Prefect server could not record that batch %s continues: %s"
-            run_logger().warning(log, self.job.name, error)
-        self.begin_after = time.monotonic() + BEGIN_EVERY
 
     async def _note_people(self, waits: bool) -> None:
         if waits is self.people_noted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import shutil
@@ -10,7 +9,7 @@ import sqlite3
 import sys
 import types
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -223,29 +222,6 @@ async def test_a_backup_from_before_the_last_call_is_refused_and_the_newer_one_g
         await client.delete_variable_by_name(binding_name(name))
     report = await batch(server.crew(), topics(6), name=name)
     assert (report.completed, server.kickoffs) == (6, 11)
-
-
-async def test_a_copy_from_the_middle_of_a_call_is_refused(
-    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Also where its machine dies then: the generation grows while rows are started, and not at the end alone."""
-    monkeypatch.setattr("prefect_crew.batches.run.BEGIN_EVERY", 0.0)
-    server = crew_server(script({"output": "on {{ topic }}", "seconds": 0.3}, inputs=["topic"]))
-    ledger, name = tmp_path / "out.jsonl.ledger.db", "copied"
-    running = asyncio.ensure_future(batch(server.crew(), topics(400), name=name, max_in_flight=2))
-    while server.kickoffs < 2:
-        await asyncio.sleep(0.02)
-    copy = copied(ledger, tmp_path / "copy.db")
-    at = await generation(name)
-    while await generation(name) == at:
-        assert not running.done()
-        await asyncio.sleep(0.05)
-    async with Ledger(str(copy), name) as opened:
-        with pytest.raises(LedgerError, match="is an older copy"):
-            check_bound(await opened.entry(), await read_binding(name), opened)
-    running.cancel()
-    with suppress(asyncio.CancelledError):
-        await running
 
 
 class Killed(BaseException):
