@@ -2,8 +2,7 @@
 
 `prefect-crew receiver start` runs pinned to one core, against the Prefect server of PREFECT_API_URL; this program,
 pinned to another, delivers task webhooks with bodies of 2 KB over connections that are kept open: first as fast as
-answers come, then at steady rates. What the Prefect server cannot take in at that time is dropped, which costs no
-answer any time; `forwarded` and `dropped` tell of it.
+answers come, then at steady rates.
 """
 
 from __future__ import annotations
@@ -118,8 +117,7 @@ def tell(name: str, took: list[float], seconds: float, url: str, pid: int) -> No
         p99_ms=1000 * cut[989],
         most_ms=1000 * max(took),
         memory_mb=memory_mb(pid),
-        forwarded=state["forwarded"],
-        dropped=state["dropped"],
+        received=state["received"],
     )
 
 

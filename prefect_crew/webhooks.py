@@ -49,6 +49,9 @@ WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS
 """The events about webhooks that end a pause: an end, a wait for a person. Tasks and steps do not: each would cost a
 status call."""
 CALLED = f"crew.webhook.stream.{LLM_CALL}"
+REPORTED = frozenset(WAKING) - {"crew.webhook.stream.crew_kickoff_completed"}
+"""Those that become Prefect events. A crew that completed is reported by its crew webhook; the stream says it once
+more, and of each crew of a Flow."""
 CLOUD = "api.prefect.cloud"
 EXPIRY_MARGIN = 86_400.0
 """Seconds for which a webhook is still taken after all budgets of its run are spent."""

@@ -123,7 +123,7 @@ def start(
     port: ListenPort = 8001,
     max_body: Annotated[float, Parameter(validator=validators.Number(gte=0.001, lte=1024))] = 1.0,
 ) -> int:
-    """Receive the webhooks of crews and turn them into Prefect events, until Ctrl-C.
+    """Receive the webhooks of crews, which wake waits and become Prefect events, until Ctrl-C.
 
     PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET signs them: set the same one here and where crews are kicked off.
 
@@ -131,7 +131,6 @@ def start(
         max_body: The largest webhook that is taken, in MiB; a webhook holds the crew's whole result.
     """
     from prefect_crew.receiver.app import create_receiver
-    from prefect_crew.receiver.forward import Forwarder
     from prefect_crew.receiver.serve import serve_receiver
 
     # Its own log lines, whatever Prefect's logging is set to.
@@ -140,9 +139,14 @@ def start(
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if _output.current.debug else logging.INFO)
     logger.propagate = False
-    app = create_receiver(max_body=int(max_body * 1024 * 1024), forwarder=Forwarder())
+    app = create_receiver(max_body=int(max_body * 1024 * 1024))
     with _listening(host, port):
-        return serve_receiver(app, host=host, port=port)
+        code = serve_receiver(app, host=host, port=port)
+    if app.state.forwarder.has_unsent_events:
+        # While it exits, Python waits for Prefect's thread, which tries to send each event for 7 s.
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 INPUTS = {

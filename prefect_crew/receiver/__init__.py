@@ -1,4 +1,4 @@
-"""The webhook receiver: what a crew's server posts becomes events on the Prefect server.
+"""The webhook receiver: it wakes the processes that wait for a run, and makes events of ends and questions.
 
     from prefect_crew.receiver import create_receiver
 
@@ -6,10 +6,10 @@
 
 Each event is about the run that the URL was made for:
 
-    crew.webhook.task, .step, .crew, .human_input     one delivery
-    crew.webhook.stream.<type>                        one event of a delivery to the stream
+    crew.webhook.crew, .human_input        the crew completed; a person is asked
+    crew.webhook.stream.<type>             the crew failed, or a Flow ended
 
-A webhook is news, not proof: whoever is woken by one asks the status call.
+A webhook is news, not proof: a process that is woken by a webhook asks the status call.
 """
 
 from __future__ import annotations

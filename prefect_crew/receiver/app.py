@@ -1,10 +1,10 @@
-"""The receiver as an ASGI app: it verifies, cuts down, passes on and answers.
+"""The receiver as an ASGI app: it verifies, cuts down, wakes who waits, and answers.
 
     POST /requests               200; 404 for whatever is not signed by the platform: the question of a Flow to a person
     POST /hooks/{kind}/{token}   200; 404 for whatever is not ours, 415, 413, 400, 408
     GET  /recent?after=CURSOR    200 with the webhooks since then, for processes that wait for runs; 404, 503
     GET  /health                 200 while it runs
-    GET  /ready                  200 while what it takes reaches Prefect, 503 else; with counters
+    GET  /ready                  200 while it takes questions, 503 else; with counters
 
 No answer to a webhook waits for Prefect. Until the token is verified no byte of a body is read, and nothing tells a
 forged token from a stale one or from a wrong path.
@@ -49,7 +49,7 @@ def create_receiver(
         secret: What URLs were signed with, or several separated by blanks; left out, the setting
             PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET.
         max_body: Bytes of a body; larger ones get 413.
-        forwarder: What makes Prefect's events; left out, one with its defaults.
+        forwarder: What wakes waits and makes Prefect's events; left out, one with its defaults.
 
     Raises:
         ConfigurationError: There is no secret, or it is too short; or no Prefect API is set.

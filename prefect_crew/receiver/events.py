@@ -183,15 +183,18 @@ def event_name(event: WebhookEvent) -> str:
 
 
 def prefect_event(event: WebhookEvent) -> dict[str, Any]:
-    """Return the event as Prefect's API takes it. The signed URL says which run it is about, never the body."""
-    hook = event.hook
+    """Return the arguments of Prefect's `emit_event`. The signed URL says which run the event is about, never the body.
+
+    A run, a kind and a round have one id, whatever the bodies say: the server keeps one event of each.
+    """
+    hook, name = event.hook, event_name(event)
     key = hook.idempotency_key
     run = key if hook.attempt is None else f"{key}/{hook.attempt}"
     resource, related = resources_of(key, run, key, hook.crew or "unknown", hook.step, hook.flow_run_id)
     return {
-        "id": str(event.id),
-        "occurred": event.received.isoformat(),
-        "event": event_name(event),
+        "id": uuid5(NAMESPACE_URL, f"prefect-crew/{run}/{hook.claim}/{name}/{hook.round}"),
+        "occurred": event.received,
+        "event": name,
         "resource": resource,
         "related": related,
         "payload": {

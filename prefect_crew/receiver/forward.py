@@ -1,9 +1,9 @@
-"""Hands on what the receiver takes: to the Prefect server, and at once to the processes that wait for runs.
+"""Hands on what the receiver takes: at once to the processes that wait for runs, then to the Prefect server.
 
-One task with two bounded queues forwards to Prefect. The latest webhooks are kept for processes that ask for what came
-after the last one that they have. Such an answer is held back until there is something to say. So a webhook reaches a
-waiting process within milliseconds, while Prefect's events, which automations read, take a second, and longer when many
-come at once. What an event says of a run stands in the signed URL, so no webhook costs a request for it.
+The latest webhooks are kept for processes that ask for what came after the last one that they have. Such an answer is
+held back until there is something to say, so a webhook reaches a waiting process within milliseconds. After that an end
+or a question becomes an event, which automations read: Prefect's own thread sends it. The signed URL has all that an
+event says of a run, so no webhook costs a request to Prefect. The text of a question is stored before anybody is woken.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ import asyncio
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
-from prefect.client.orchestration import get_client
-from prefect.context import AsyncClientContext
+from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
 from prefect.settings import get_current_settings
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import OneLine
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, STATUS_ERRORS, TRANSPORT_ERRORS
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, STATUS_ERRORS, is_away
 from prefect_crew.artifacts.events import emit
 from prefect_crew.blocks import find_crew
 from prefect_crew.client.models import ReviewRequest
@@ -33,16 +32,17 @@ from prefect_crew.receiver.events import WebhookEvent, event_name, prefect_event
 from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_question
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.webhooks import CALLED, WAKING
+from prefect_crew.webhooks import CALLED, REPORTED, WAKING
 
 logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
-QUEUE = 2000  # Events that wait at most, about 3 KB each. Then the oldest is dropped.
 NOTES = 500  # texts that people are to judge, which wait to be stored at most, up to 1 MiB each
-BATCH = 50  # events that are sent in one request
-ATTEMPT = 10.0  # seconds for one attempt to send a batch: Prefect's client would retry for a minute by itself
-AT_ONCE = 8  # requests to the Prefect API at the same time
+ATTEMPT = 10.0  # seconds for one attempt to store a text: Prefect's client would retry for a minute by itself
+AT_ONCE = 8  # texts that are stored at the same time
 REMEMBERED = 1000  # runs whose records were looked at, and texts that were stored, that are remembered
+REPORTS = 10_000
+"""Events that are remembered. Prefect's thread has no limit of its own: an end or a question that comes again is
+reported once, so a URL in the wrong hands fills no memory while the Prefect API is away."""
 LOOK_AFTER, LOOK_AT_ONCE = 3.0, 100
 """Seconds after the first webhook of a run after which its record is looked at, and how many records in one request."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
@@ -58,6 +58,8 @@ GATHER = 0.02  # seconds for which more is waited for once there is something: r
 MOST_HELD = 300  # answers that are held back at the same time
 
 RunName = tuple[str, int | None]  # an idempotency key and an attempt at it
+NoteName = tuple[str, int | None, int]
+"""The question of a run: its key, attempt and number of answers before; of a Flow its kickoff id alone."""
 
 
 class RecentWebhooks:
@@ -134,15 +136,15 @@ class RecentWebhooks:
 
 
 class Forwarder:
-    """Turns webhooks into events on the Prefect server of this process's settings.
+    """Wakes the processes that wait, and tells the Prefect server of this process's settings.
 
-    `put` never waits. The task begins with `start` or with the first `put`, and ends with `aclose`.
+    `put` never waits. `aclose` ends the tasks that it begins.
 
     Raises:
         ConfigurationError: No Prefect API is set: nobody would read events on an embedded server.
     """
 
-    def __init__(self, *, limit: int = QUEUE) -> None:
+    def __init__(self) -> None:
         if not get_current_settings().api.url:
             raise ConfigurationError(
                 "The receiver needs the Prefect API that your flows use: set PREFECT_API_URL, such as "
@@ -150,180 +152,129 @@ class Forwarder:
             )
         self.recent = RecentWebhooks()
         self._records = PrefectRecords()
-        self._events: deque[WebhookEvent] = deque(maxlen=limit)
-        self._notes: deque[WebhookEvent | ReviewRequest] = deque(maxlen=NOTES)
+        self._notes: dict[NoteName, WebhookEvent | ReviewRequest] = {}
+        self._stored: dict[NoteName, int] = {}
+        self._storing: asyncio.Task[None] | None = None
+        self._reported: dict[UUID, None] = {}
         self._unseen: dict[RunName, WebhookEvent] = {}
         self._seen: dict[RunName, None] = {}
         self._looking: asyncio.Task[None] | None = None
-        self._stored: dict[tuple[str, int | None, int], int] = {}
         self._resolving: dict[RunName, asyncio.Task[None]] = {}
         self._counts: Counter[str] = Counter()
-        self._is_away: bool | None = None
         self._is_closing = False
-        self._news = asyncio.Event()
-        self._gate = asyncio.Semaphore(AT_ONCE)
-        self._task: asyncio.Task[None] | None = None
+        self.has_unsent_events = False
+        """Whether Prefect's thread still tries to send events after `aclose`."""
 
     def start(self) -> None:
-        """Begin to forward; harmless if it has begun."""
-        if self._task is None and not self._is_closing:
-            self._task = asyncio.create_task(self._run(), name="forward webhooks")
+        """Connect to the Prefect server for events. The thread keeps what comes while a connection is lost, but gives
+        up after 7 s what waits for its first one."""
+        EventsWorker.instance()
 
     def put(self, item: WebhookEvent | ReviewRequest) -> None:
-        """Take an event, or the question of a Flow. Where there is no room, the oldest is dropped."""
+        """Take a webhook, or the question of a Flow."""
         self._counts["received"] += 1
-        is_question = isinstance(item, ReviewRequest)
-        if is_question:  # a Flow waits for one answer at a time: its question before has been answered
-            others = (note for note in self._notes if getattr(note, "kickoff_id", None) != item.kickoff_id)
-            self._notes = deque(others, NOTES)
-        if is_question or (item.output and len(item.output) <= MAX_OUTPUT and item.hook.attempt is not None):
-            self._counts["dropped"] += len(self._notes) == NOTES and isinstance(self._notes[0], ReviewRequest)
-            self._notes.append(item)  # it is stored before anybody is woken who reads it
+        if isinstance(item, ReviewRequest):
+            self._keep((item.kickoff_id, None, 0), item)  # a Flow waits for one answer at a time: the latest counts
+            return
+        hook = item.hook
+        if item.output and len(item.output) <= MAX_OUTPUT and hook.attempt is not None:
+            self._keep((hook.idempotency_key, hook.attempt, hook.round), item)
         else:
-            self.recent.add(item)
-        if not is_question:
-            self._counts["dropped"] += self._is_full
-            self._events.append(replace(item, output=None))
-            self._note_run(item)
-        self.start()
-        self._news.set()
-
-    @property
-    def _is_full(self) -> bool:
-        return len(self._events) == self._events.maxlen
+            self._report(item)
+        self._note_run(replace(item, output=None))
 
     @property
     def is_ready(self) -> bool:
-        """Whether what is taken now reaches Prefect, at once or later."""
-        return not self._is_closing and not (self._is_away and (self._is_full or len(self._notes) == NOTES))
+        """Whether the text of a question that is taken now is stored, at once or later."""
+        return not self._is_closing and len(self._notes) < NOTES
 
-    @property
-    def _questions(self) -> int:
-        return sum(isinstance(note, ReviewRequest) for note in self._notes)
-
-    def report(self) -> dict[str, Any]:
-        """Return how Prefect answers, what waits, and how much was received, forwarded, dropped, refused, resolved."""
-        prefect = {None: "not asked yet", True: "away", False: "answers"}[self._is_away]
-        counts = {name: self._counts[name] for name in ("received", "forwarded", "dropped", "refused", "resolved")}
-        return {"prefect": prefect, **counts, "waiting": len(self._events) + self._questions}
+    def report(self) -> dict[str, int]:
+        """Return how many webhooks and questions were received, how many runs resolved, how many texts of questions
+        were dropped, and how many wait to be stored."""
+        counts = {name: self._counts[name] for name in ("received", "resolved", "dropped")}
+        return {**counts, "waiting": len(self._notes)}
 
     async def aclose(self) -> None:
-        """Forward what is left, for five seconds at most, and end."""
+        """Store the texts and send the events that are left, for five seconds each at most, and end."""
         self._is_closing = True
-        self._news.set()
-        if self._task is not None:
-            await asyncio.wait({self._task}, timeout=CLOSE_WITHIN)
-        for task in (self._task, self._looking, *self._resolving.values()):
+        if self._storing is not None:
+            await asyncio.wait({self._storing}, timeout=CLOSE_WITHIN)
+        for task in (self._storing, self._looking, *self._resolving.values()):
             if task is not None:
                 await cancel_and_wait(task)
-        if self._events:
+        if self._notes:
             logger.warning(
-                "%d webhooks were not forwarded to Prefect before the receiver stopped; waits find out by polling.",
-                len(self._events),
+                "%d questions were not kept before the receiver stopped: answer them on the platform.",
+                len(self._notes),
             )
-        if self._questions:
-            logger.warning(
-                "%d questions of Flows were not kept before the receiver stopped: answer them on the platform.",
-                self._questions,
-            )
+        futures = await asyncio.to_thread(EventsWorker.drain_all, timeout=CLOSE_WITHIN)
+        self.has_unsent_events = isinstance(futures, tuple) and bool(futures[1])
+        if self.has_unsent_events:
+            logger.warning("Prefect did not take all events before the receiver stopped; waits find out by polling.")
 
-    async def _run(self) -> None:
+    # Events
+
+    def _report(self, event: WebhookEvent) -> None:
+        """Wake the processes that wait. Then report an end or a question to Prefect, once."""
+        self.recent.add(event)
+        if event_name(event) not in REPORTED:
+            return
+        fields = prefect_event(event)
+        if fields["id"] not in self._reported:
+            if len(self._reported) >= REPORTS:
+                self._reported.clear()
+            self._reported[fields["id"]] = None
+            emit_event(**fields)
+
+    # Texts of questions
+
+    def _keep(self, name: NoteName, note: WebhookEvent | ReviewRequest) -> None:
+        """Have a question stored, in place of an earlier text of it. Where there is no room, the oldest is dropped."""
+        if name not in self._notes and len(self._notes) >= NOTES:
+            del self._notes[next(iter(self._notes))]
+            self._counts["dropped"] += 1
+        self._notes[name] = note
+        if self._storing is None or self._storing.done():
+            self._storing = asyncio.create_task(self._store_notes(), name="store questions")
+
+    async def _store_notes(self) -> None:
+        """Store the questions, which nobody sends a second time: again and again while the Prefect API is away."""
         pause = FIRST_PAUSE
-        while True:
-            try:
-                await _reach_prefect()
-                self._say_whether_away(None)
+        while self._notes:
+            notes = dict(itertools.islice(self._notes.items(), AT_ONCE))
+            are_done = await asyncio.gather(*itertools.starmap(self._store, notes.items()))
+            for (name, note), is_done in zip(notes.items(), are_done, strict=True):
+                if is_done and self._notes.get(name) is note:  # no later text has come
+                    del self._notes[name]
+            if all(are_done):
                 pause = FIRST_PAUSE
-                async with AsyncClientContext.get_or_create():
-                    return await self._forward()
-            except Exception as error:  # without this task nothing is forwarded any more, and nobody would know why
-                if not _is_transient(error):
-                    logger.exception("Forwarding webhooks to Prefect failed; it continues in a moment.")
-                self._say_whether_away(error)
+                continue
             await asyncio.sleep(min(pause, FIRST_PAUSE if self._is_closing else LONGEST_PAUSE))
             pause *= 2
 
-    async def _forward(self) -> None:
-        """Forward what comes, until the end.
-
-        Raises:
-            Exception: Prefect takes nothing now, for which `_is_transient` is true; or what nobody expected.
-        """
-        while True:
-            self._news.clear()
-            # What could not be sent stays in its queue. Texts first: a wait that is woken reads them. Many of them hold
-            # up no more than one batch of events.
-            while self._notes or self._events:
-                if self._notes and len(self._events) <= BATCH:
-                    notes = list(itertools.islice(self._notes, AT_ONCE))
-                    await asyncio.gather(*map(self._store, notes))
-                    _remove(self._notes, notes)
-                else:
-                    batch = list(itertools.islice(self._events, BATCH))
-                    await self._send(batch)
-                    _remove(self._events, batch)
-                self._say_whether_away(None)
-            if self._is_closing:
-                return
-            await self._news.wait()
-
-    def _say_whether_away(self, problem: Exception | None) -> None:
-        """Log once that the Prefect API went away, and once that it is back."""
-        if problem is not None and not self._is_away:
-            logger.warning("The Prefect API does not take events (%s); webhooks wait.", _what(problem))
-        elif problem is None and self._is_away:
-            logger.info("The Prefect API takes events again.")
-        self._is_away = problem is not None
-
-    async def _store(self, note: WebhookEvent | ReviewRequest) -> None:
-        """Store a question, which nobody sends a second time."""
+    async def _store(self, name: NoteName, note: WebhookEvent | ReviewRequest) -> bool:
+        """Store a question and report it. False: the Prefect API is away."""
         try:
             async with asyncio.timeout(ATTEMPT):
-                await (keep_question(note) if isinstance(note, ReviewRequest) else self._store_output(note))
-        except Exception as error:
-            # One odd text must not hold up all others, nor a key that may write events and no blocks.
-            if _is_transient(error) and _what(error) != "HTTP 403":
-                raise
-            logger.warning("The question of a run could not be stored: %s", _what(error))
+                await (keep_question(note) if isinstance(note, ReviewRequest) else self._store_output(name, note))
+        except Exception as error:  # noqa: BLE001  one odd text must not hold up all others
+            if is_away(error) or isinstance(error, TimeoutError):
+                return False
+            status = f"HTTP {error.response.status_code}" if isinstance(error, STATUS_ERRORS) else type(error).__name__
+            logger.warning("The question of a run could not be stored: %s", status)
         if isinstance(note, WebhookEvent):
-            self.recent.add(note)
+            self._report(note)
+        return True
 
-    async def _store_output(self, event: WebhookEvent) -> None:
-        hook, digest = event.hook, hash(event.output)
-        question = (hook.idempotency_key, hook.attempt, hook.round)
+    async def _store_output(self, name: NoteName, event: WebhookEvent) -> None:
+        digest = hash(event.output)
         # A server may send it again and again, also after it was answered and forgotten.
-        if self._stored.get(question) == digest:
+        if self._stored.get(name) == digest:
             return
-        await keep_output(hook.idempotency_key, hook.attempt or 1, hook.round, event.output or "")
+        await keep_output(event.hook.idempotency_key, event.hook.attempt or 1, event.hook.round, event.output or "")
         if len(self._stored) >= REMEMBERED:
             self._stored.clear()
-        self._stored[question] = digest
-
-    async def _send(self, batch: Sequence[WebhookEvent]) -> None:
-        """Send events. Those that Prefect refuses are counted and given up, and hold up no others."""
-        try:
-            await asyncio.wait_for(self._post(batch), ATTEMPT)
-        except Exception as error:
-            if _is_transient(error):
-                raise  # all of them are sent again, under the same ids
-            if len(batch) > 1:
-                for event in batch:
-                    await self._send([event])
-                return
-            self._counts["refused"] += 1
-            if self._counts["refused"] == 1:
-                logger.warning(
-                    "Prefect refuses a %s webhook of run %s: %s. Further ones are only counted, in /ready.",
-                    batch[0].name,
-                    batch[0].hook.idempotency_key,
-                    _what(error),
-                )
-
-    async def _post(self, batch: Sequence[WebhookEvent]) -> None:
-        events = [prefect_event(event) for event in batch]
-        async with get_client() as client:
-            await client.request("POST", "/events", json=events)  # pyright: ignore[reportArgumentType] - a true route
-        self._counts["forwarded"] += len(batch)
+        self._stored[name] = digest
 
     # Uncertain kickoffs
 
@@ -347,7 +298,7 @@ class Forwarder:
             try:
                 unresolved = await asyncio.wait_for(self._records.unresolved_among(some), ATTEMPT)
             except (*PREFECT_ERRORS, TimeoutError) as error:
-                logger.debug("The records of runs could not be read: %s", _what(error))
+                logger.debug("The records of runs could not be read: %s", type(error).__name__)
                 continue
             for name, event in some.items():
                 del self._unseen[name]
@@ -403,31 +354,3 @@ class Forwarder:
                 kickoff_id,
                 outcome,
             )
-
-
-def _remove(queue: deque[Any], done: Sequence[object]) -> None:
-    """Remove the first of a queue; some of them may have been dropped meanwhile."""
-    ids = set(map(id, done))
-    while queue and id(queue[0]) in ids:
-        queue.popleft()
-
-
-async def _reach_prefect() -> None:
-    """Raise what keeps the Prefect API from being reached. A client of its own: an unanswered start leaves one open."""
-    async with get_client() as client:
-        problem = await asyncio.wait_for(client.api_healthcheck(), ATTEMPT)
-    if isinstance(problem, TRANSPORT_ERRORS):
-        raise problem
-
-
-def _is_transient(error: Exception) -> bool:
-    """Return whether the Prefect API may take the same a little later: it is away, overloaded, or refuses our key."""
-    if isinstance(error, STATUS_ERRORS):
-        return error.response.status_code >= 500 or error.response.status_code in (401, 403, 408, 429)
-    return isinstance(error, (*TRANSPORT_ERRORS, TimeoutError))
-
-
-def _what(problem: Exception) -> str:
-    if isinstance(problem, STATUS_ERRORS):
-        return f"HTTP {problem.response.status_code}"
-    return type(problem).__name__

@@ -12,21 +12,16 @@ import pytest
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.webhooks import Hook, hook_urls
-from support.environment import program
-from support.prefect_server import PrefectServer, free_port
+from support.prefect_server import PrefectServer
 from support.processes import Process
-from support.webhooks import SECRET, Kept
+from support.webhooks import SECRET, Kept, receiver_of
 
 
 @pytest.fixture
 def receiver_process(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[tuple[Process, int]]:
-    """Run `prefect-crew webhooks` as a process of its own, and give it with its port once it listens."""
-    port = free_port()
-    env = prefect_api.env(PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET=SECRET, PREFECT_LOGGING_LEVEL="DEBUG")
-    command = [program("prefect-crew"), "receiver", "start", "--port", str(port)]
-    with Process(command, log=tmp_path / "webhooks.log", env=env) as process:
-        process.wait_for("Listening for webhooks")
-        yield process, port
+    """Run `prefect-crew receiver start` as a process of its own, and give it with its port once it listens."""
+    with receiver_of(prefect_api.env(), tmp_path) as process:
+        yield process
 
 
 @pytest.fixture

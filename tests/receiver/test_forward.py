@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -20,9 +19,10 @@ from prefect_crew.receiver import forward as module
 from prefect_crew.receiver.events import WebhookEvent, read_events
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.notes import kept_output, kept_questions
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.webhooks import Hook, WebhookKind
-from support.prefect_server import PrefectServer, environment, free_port
+from support.prefect_server import PrefectServer, drain, environment, free_port
 from support.proxy import Proxy
 from support.webhooks import BODIES, events_of, until
 
@@ -52,12 +52,16 @@ def key() -> str:
 
 @pytest.fixture
 async def forwarder() -> AsyncIterator[Forwarder]:
-    forwarder = Forwarder(limit=20)
+    forwarder = Forwarder()
     yield forwarder
     await forwarder.aclose()
 
 
-@pytest.mark.parametrize("which", ["step-later", "human_input-first"])
+def ids_of(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(event["event"]).removeprefix("crew.webhook.") for event in events]
+
+
+@pytest.mark.parametrize("which", ["crew-later", "human_input-first"])
 async def test_a_webhook_becomes_an_event_about_its_run(which: str, key: str, forwarder: Forwarder):
     own = str(uuid.uuid4())
     event = event_about(key, which)
@@ -81,57 +85,101 @@ async def test_a_webhook_becomes_an_event_about_its_run(which: str, key: str, fo
     assert (payload["idempotency_key"], payload["attempt"], payload["round"]) == (key, 1, 0)
 
 
+def streamed(idempotency_key: str, type_: str, **more: Any) -> WebhookEvent:
+    hook = Hook("stream", idempotency_key, utcnow() + timedelta(days=1), 1)
+    event = {"type": type_, "id": str(uuid.uuid4()), "kickoff_id": "k-1", **more}
+    return read_events(hook, json.dumps({"events": [event]}).encode())[0]
+
+
+async def test_ends_and_questions_are_one_event_each_and_nothing_else_is_one(key: str, forwarder: Forwarder):
+    question = event_about(key, "human_input-first", task_output=None)
+    webhooks = [
+        event_about(key, "task-first"),
+        event_about(key, "step-first"),
+        streamed(key, "crew_kickoff_completed"),
+        streamed(key, "llm_call_completed"),
+        *(event_about(key, "crew-first", execution_time=number) for number in range(5)),
+        *(streamed(key, type_) for type_ in ("crew_kickoff_failed", "crew_kickoff_failed", "flow_finished")),
+        question,
+        question,
+        replace(question, hook=replace(question.hook, round=1)),
+    ]
+    for webhook in webhooks:
+        forwarder.put(webhook)
+    await events_of(key, at_least=5)
+    await asyncio.sleep(1.5)  # the server writes events down each second
+    events = await events_of(key, at_least=5)
+    assert sorted(ids_of(events)) == [
+        *("crew", "human_input", "human_input", "stream.crew_kickoff_failed", "stream.flow_finished")
+    ]
+    woken = [webhook["event"] for webhook in forwarder.recent._kept]
+    assert woken.count("crew.webhook.crew") == 5, "each wakes, and tells its tokens"
+    assert "crew.webhook.stream.crew_kickoff_completed" in woken
+
+
+async def test_two_receivers_report_an_end_once(key: str, forwarder: Forwarder):
+    other = Forwarder()
+    for each in (forwarder, other):
+        each.put(event_about(key, "crew-first"))
+    await events_of(key)
+    await asyncio.sleep(1.5)
+    assert len(await events_of(key)) == 1
+    await other.aclose()
+
+
 async def test_no_webhook_costs_a_request_to_prefect_and_the_records_of_a_hundred_runs_are_read_at_once(
     key: str, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(module, "LOOK_AFTER", 1.0)
+    await asyncio.to_thread(drain)
     with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
         forwarder = Forwarder()
+        forwarder.start()
         for number in range(100):
             for which in ("task-first", "crew-first"):
                 forwarder.put(event_about(f"{key}/{number}", which))
-        await until(lambda: forwarder.report()["forwarded"] == 200, "all are forwarded")
+        await events_of(f"{key}/99")
         await until(lambda: proxy.count("/variables/filter"), "the records are read")
         await asyncio.sleep(1.5)
-        assert proxy.count("/variables/filter") == 1
-        assert proxy.count("POST /api/events") < 20
+        posts = [request for request in proxy.requests if "POST" in request and "/events/filter" not in request]
+        assert posts == ["POST /api/variables/filter"], "one look at all records, and this test's look at events"
+        assert proxy.count("/events/in") == 1, "one connection"
         await forwarder.aclose()
 
 
-async def test_what_comes_while_prefect_is_away_waits_and_the_oldest_is_dropped(
-    key: str, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.setattr(module, "ATTEMPT", 0.5)
+async def test_what_ends_while_prefect_is_away_is_reported_when_it_is_back(key: str, prefect_api: PrefectServer):
+    await asyncio.to_thread(drain)
     with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
-        forwarder = Forwarder(limit=20)
-        forwarder.put(event_about(key, "task-first"))
-        await events_of(key)
+        forwarder = Forwarder()
+        forwarder.start()
+        forwarder.put(event_about(f"{key}/before"))
+        await events_of(f"{key}/before")
         proxy.cut()
-        with caplog.at_level(logging.INFO, "prefect_crew.receiver"):
-            for number in range(30):
-                forwarder.put(event_about(key, "crew-first", execution_time=number))
-            await until(lambda: forwarder.report()["prefect"] == "away", "it is noticed that Prefect is away")
-            report = forwarder.report()
-            assert not forwarder.is_ready, "it is away, and the queue is full"
-            assert (report["waiting"], report["dropped"]) == (20, 10)
-            assert "webhooks wait" in caplog.text
-            proxy.restore()
-            events = await events_of(key, at_least=21)
-        assert "takes events again" in caplog.text
-        times = {event["payload"]["said"]["execution_time"] for event in events}
-        assert times == {2.5, *range(10, 30)}, "the oldest went"
-        assert forwarder.is_ready
+        for number in range(3):
+            forwarder.put(event_about(f"{key}/{number}"))
+        assert len(forwarder.recent._kept) == 4, "who waits hears of it all the same"
+        await asyncio.sleep(1)
+        proxy.restore()
+        for number in range(3):
+            await events_of(f"{key}/{number}")
         await forwarder.aclose()
+        assert not forwarder.has_unsent_events
 
 
-async def test_memory_is_bounded_whatever_the_webhooks_hold(key: str):
+async def test_memory_is_bounded_whatever_the_webhooks_hold(key: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "REPORTS", 100)
+    emitted = list[Any]()
+    monkeypatch.setattr(module, "emit_event", lambda **fields: emitted.append(fields))
     with environment({"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}):
-        forwarder = Forwarder(limit=10)
+        forwarder = Forwarder()
         for number in range(1000):
             output = "x" * (module.MAX_OUTPUT + number % 2)
             forwarder.put(event_about(f"{key}/{number}", "human_input-first", task_output=output))
-        assert (len(forwarder._events), len(forwarder._notes)) == (10, module.NOTES)
-        assert all(event.output is None for event in forwarder._events), "a note has it"
+            forwarder.put(event_about(key, "crew-first", execution_time=number))
+        assert len(forwarder._notes) == module.NOTES
+        assert len(forwarder._reported) <= 100
+        assert len([fields for fields in emitted if fields["event"].endswith(".crew")]) < 20, "one URL, one event"
+        assert all(event.output is None for event in forwarder._unseen.values()), "a note has it"
         await forwarder.aclose()
 
 
@@ -151,13 +199,34 @@ async def test_a_question_is_reported_when_what_it_asks_can_be_read(
     forwarder.put(event_about(key, "human_input-first"))
     await until(lambda: forwarder.recent._kept, "the question is reported")
     assert kept == [0, 0], "what is to be judged was kept before"
+    await events_of(key)
+
+
+async def test_a_question_that_comes_while_prefect_is_away_is_kept_when_it_is_back(
+    key: str, prefect_api: PrefectServer
+):
+    await asyncio.to_thread(drain)
+    with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
+        proxy.cut()
+        forwarder = Forwarder()
+        forwarder.put(question_of(key))
+        forwarder.put(event_about(key, "human_input-first", task_output="a draft"))
+        await asyncio.sleep(1)
+        assert forwarder.report()["waiting"] == 2
+        assert not forwarder.recent._kept
+        proxy.restore()
+        await until(lambda: forwarder.report()["waiting"] == 0, "both are stored")
+        assert forwarder.recent._kept
+        await forwarder.aclose()
+    assert (await kept_questions(key))[key].task_id == "t"
+    assert await kept_output(record(key), 0) == "a draft"
 
 
 def question_of(flow: str) -> ReviewRequest:
     return ReviewRequest(id=flow, kickoff_id=flow, task_id="t", callback_url=SecretStr("https://x.example/r"))
 
 
-async def test_a_text_that_may_not_be_stored_holds_up_no_events(
+async def test_a_text_that_may_not_be_stored_holds_up_nothing(
     key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """The key of the receiver may write events, and no blocks."""
@@ -171,74 +240,38 @@ async def test_a_text_that_may_not_be_stored_holds_up_no_events(
     forwarder.put(question_of(key))
     forwarder.put(event_about(key, "crew-first"))
     await events_of(key, at_least=2)
+    await until(lambda: forwarder.report()["waiting"] == 0, "both are given up")
     assert caplog.text.count("could not be stored: HTTP 403") == 2
-    assert forwarder.report()["waiting"] == 0
 
 
-async def test_what_flows_ask_is_counted_as_webhooks_are(
-    key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+async def test_what_flows_ask_is_counted_as_webhooks_are(key: str, caplog: pytest.LogCaptureFixture):
     with environment({"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}):
         forwarder = Forwarder()
         for number in range(module.NOTES + 2):
             forwarder.put(question_of(f"{key}/{number}"))
-        await until(lambda: forwarder.report()["prefect"] == "away", "it is noticed that Prefect is away")
         report = forwarder.report()
         assert (report["waiting"], report["dropped"], forwarder.is_ready) == (module.NOTES, 2, False)
         await forwarder.aclose()
-    assert f"{module.NOTES} questions of Flows were not kept" in caplog.text
+    assert f"{module.NOTES} questions were not kept" in caplog.text
 
 
-async def test_texts_that_keep_coming_hold_up_no_events_and_the_same_text_is_stored_once(
-    key: str, monkeypatch: pytest.MonkeyPatch
+async def test_the_same_text_is_stored_once_and_of_two_texts_the_later_stands(
+    key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch
 ):
-    forwarder, stored = Forwarder(), list[str]()
+    stored = list[str]()
 
-    async def keep_slowly(key: str, *_: Any) -> None:
-        stored.append(key)
-        await asyncio.sleep(0.5)
+    async def keep_slowly(_key: str, _attempt: int, _answers: int, text: str) -> None:
+        await asyncio.sleep(0.2)
+        stored.append(text)
 
     monkeypatch.setattr(module, "keep_output", keep_slowly)
-    for number in range(2 * module.BATCH):
-        forwarder.put(event_about(f"{key}/{number}", "human_input-first", task_output="a draft"))
-    await until(lambda: forwarder.report()["forwarded"] >= module.BATCH, "a batch is forwarded")
-    assert len(stored) < module.BATCH, "not after all the texts"
+    for text in ("first", "second", "third", "third"):
+        forwarder.put(event_about(key, "human_input-first", task_output=text))
+        await asyncio.sleep(0.01)
     await until(lambda: not forwarder._notes, "all texts are stored")
-    forwarder.put(event_about(f"{key}/0", "human_input-first", task_output="a draft"))
+    forwarder.put(event_about(key, "human_input-first", task_output="third"))
     await until(lambda: not forwarder._notes, "it is seen to")
-    assert stored.count(f"{key}/0") == 1
-    await forwarder.aclose()
-
-
-async def test_one_that_prefect_refuses_holds_up_no_other_and_fills_no_log(
-    key: str, forwarder: Forwarder, caplog: pytest.LogCaptureFixture
-):
-    batch = [event_about(key, "step-first", content=str(number)) for number in range(5)]
-    for number, event in enumerate(batch):
-        forwarder.put(replace(event, said={"odd": object()}) if 0 < number < 4 else event)
-    await events_of(key, at_least=2)
-    await until(lambda: forwarder.report()["refused"] == 3, "they are counted")
-    assert key in caplog.text
-    assert caplog.text.count("Prefect refuses") == 1
-
-
-async def test_what_nobody_expected_of_prefect_is_said_and_tried_again(
-    key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    genuine, asked = module.get_client, list[int]()
-
-    def odd() -> Any:
-        asked.append(1)
-        if len(asked) == 1:
-            raise RuntimeError("nobody expected this")
-        return genuine()
-
-    monkeypatch.setattr(module, "get_client", odd)
-    forwarder = Forwarder()
-    forwarder.put(event_about(key))
-    await events_of(key)
-    assert "nobody expected this" in caplog.text
-    await forwarder.aclose()
+    assert stored == ["first", "third"]
 
 
 async def test_a_kickoff_that_cannot_be_resolved_is_left_to_a_person(
@@ -253,10 +286,19 @@ async def test_a_kickoff_that_cannot_be_resolved_is_left_to_a_person(
     assert forwarder.report()["resolved"] == 0
 
 
-async def test_the_end_waits_for_no_prefect_that_is_away(key: str, caplog: pytest.LogCaptureFixture):
-    with environment({"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}):
+async def test_the_end_waits_for_no_prefect_that_is_away(
+    key: str, prefect_api: PrefectServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "CLOSE_WITHIN", 0.5)
+    await asyncio.to_thread(drain)
+    with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
         forwarder = Forwarder()
+        forwarder.put(event_about(f"{key}/before"))
+        await events_of(f"{key}/before")
+        proxy.cut()
         forwarder.put(event_about(key))
-        await until(lambda: forwarder.report()["prefect"] == "away", "it is noticed that Prefect is away")
-        await asyncio.wait_for(forwarder.aclose(), 20)
-    assert "1 webhooks were not forwarded" in caplog.text
+        forwarder.put(question_of(key))
+        await asyncio.wait_for(forwarder.aclose(), 10)
+    assert forwarder.has_unsent_events
+    assert "did not take all events" in caplog.text
+    assert "1 questions were not kept" in caplog.text

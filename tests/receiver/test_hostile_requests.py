@@ -60,7 +60,7 @@ def hostile_requests(urls: Callable[..., Webhooks]) -> dict[str, Hostile]:
     return {
         "forged": mangled,
         "stale": lambda _: post(bodies["crew"], hooks=stale),
-        "replayed": lambda _: post(bodies["step"], kind="step"),
+        "replayed": lambda _: post(bodies["crew"]),
         "oversize": lambda rng: post(b" " * rng.randrange(MIB + 1, 3 * MIB)),
         "chunked": chunked,
         "deep": deep,

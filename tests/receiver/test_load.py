@@ -45,8 +45,8 @@ async def test_a_hundred_webhooks_a_second_for_a_minute(
             await asyncio.sleep(0.1)
     cut = [f"{seconds * 1000:.1f} ms" for seconds in quantiles(took, n=100)]
     notes.append(f"receiver: {len(took)} webhooks at {RATE}/s: p50 {cut[49]}, p99 {cut[98]}")
-    assert state["received"] == state["forwarded"] == len(took)
-    assert state["dropped"] == state["refused"] == 0
+    assert state["received"] == len(took)
+    assert state["dropped"] == 0
     assert sorted(took)[len(took) // 2] < 0.05
-    ends = [event for event in await events_of("load/9", at_least=50) if event["event"] == "crew.webhook.crew"]
-    assert ends
+    events = await events_of("load/19", at_least=1)
+    assert [event["event"] for event in events] == ["crew.webhook.crew"]

@@ -7,7 +7,9 @@ import contextlib
 import signal
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,8 +19,10 @@ from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver import app as receiver_app
 from prefect_crew.receiver import serve
 from prefect_crew.receiver.app import create_receiver
+from support.prefect_server import PrefectServer
 from support.processes import Process
-from support.webhooks import BODIES, SECRET, Kept, events_of, served, until, url_of
+from support.proxy import Proxy
+from support.webhooks import BODIES, SECRET, Kept, events_of, receiver_of, served, until, url_of
 from support.wire import exchange, request
 
 Urls = Callable[..., Webhooks]
@@ -100,6 +104,28 @@ async def test_the_command_takes_webhooks_and_ends_on_a_signal(receiver_process:
     # No log line holds what protects the receiver.
     assert SECRET not in process.output
     assert url_of(hooks, "crew").rpartition("/")[2] not in process.output
+
+
+@pytest.mark.programs
+async def test_the_command_ends_soon_while_prefect_is_away(prefect_api: PrefectServer, urls: Urls, tmp_path: Path):
+    """Python's exit waits for Prefect's thread, which tries to send each event for 7 s."""
+    key = f"served/{uuid.uuid4()}"
+    with (
+        Proxy(prefect_api.port) as proxy,
+        receiver_of(prefect_api.env(PREFECT_API_URL=f"{proxy.url}/api"), tmp_path) as (process, port),
+    ):
+        async with httpx.AsyncClient() as client:
+            for number in range(6):
+                if number == 1:
+                    await events_of(f"{key}/0")
+                    proxy.cut()
+                hooks = urls(f"{key}/{number}", base=f"http://127.0.0.1:{port}")
+                assert (await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])).status_code == 200
+        await until(lambda: "Unable to connect" in process.output, "the log says what is wrong")
+        process.send(signal.SIGTERM)
+        await until(lambda: not process.running, "it ends", seconds=20)
+        assert process.popen.returncode == 0
+        assert "did not take all events" in process.output
 
 
 async def test_beyond_its_limit_the_connection_that_was_idle_for_longest_is_closed(

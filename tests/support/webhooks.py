@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -18,6 +19,9 @@ from prefect_crew.receiver.events import WebhookEvent
 from prefect_crew.receiver.forward import Forwarder, RecentWebhooks
 from prefect_crew.receiver.serve import ReceiverServer
 from support.corpus import cases
+from support.environment import program
+from support.prefect_server import free_port
+from support.processes import Process
 
 SECRET = "a-secret-of-the-tests-that-is-long-enough"
 
@@ -58,6 +62,8 @@ class Kept(Forwarder):
         self.questions: list[ReviewRequest] = []
         self.ready = True
 
+        self.has_unsent_events = False
+
     def start(self) -> None:
         """Do nothing."""
 
@@ -73,11 +79,22 @@ class Kept(Forwarder):
     def is_ready(self) -> bool:
         return self.ready
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, int]:
         return {"received": len(self.events)}
 
     async def aclose(self) -> None:
         """Do nothing."""
+
+
+@contextmanager
+def receiver_of(env: dict[str, str], tmp_path: Path) -> Iterator[tuple[Process, int]]:
+    """Run `prefect-crew receiver start` as a process of its own, and give it with its port once it listens."""
+    port = free_port()
+    env |= {"PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET": SECRET, "PREFECT_LOGGING_LEVEL": "DEBUG"}
+    command = [program("prefect-crew"), "receiver", "start", "--port", str(port)]
+    with Process(command, log=tmp_path / "webhooks.log", env=env) as process:
+        process.wait_for("Listening for webhooks")
+        yield process, port
 
 
 @asynccontextmanager
