@@ -32,6 +32,7 @@ RECENT = 60.0
 """Seconds over which the rate is taken, at least."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact."""
+WAITS_FOR_SLOT = "waiting for a free slot of the crew's concurrency limit"
 BAR = 24
 CHART = 60
 """Columns of the chart of the throughput, at most."""
@@ -351,9 +352,10 @@ class BatchArtifact:
             rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
         if report is None:
             seconds = progress.seconds_left
+            waits = f", {WAITS_FOR_SLOT}" if progress.phase == "waiting" else ""
             return [
                 *rows,
-                ("In flight", f"{progress.in_flight:,}"),
+                ("In flight", f"{progress.in_flight:,}{waits}"),
                 ("Rate", f"{progress.rate:.1f} rows/s"),
                 ("Time so far", duration(progress.seconds)),
                 ("Time left", "–" if seconds is None else duration(seconds)),

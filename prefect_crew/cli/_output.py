@@ -330,9 +330,10 @@ def _as_markup(text: str) -> str:
 def figures(progress: BatchProgress) -> str:
     """Return the state of a batch, without how many rows are done."""
     from prefect_crew.artifacts.escape import duration
+    from prefect_crew.batches.report import WAITS_FOR_SLOT
 
     parts = (
-        "waiting for a free slot of the crew's concurrency limit" if progress.phase == "waiting" else "",
+        WAITS_FOR_SLOT if progress.phase == "waiting" else "",
         f"{progress.failed:,} failed" if progress.failed else "",
         f"{progress.uncertain:,} uncertain" if progress.uncertain else "",
         f"{progress.in_flight:,} in flight" if progress.in_flight else "",

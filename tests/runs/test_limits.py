@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
 from prefect_crew import CrewStep, DeployedCrew, WaitPolicy, arun_batch, arun_crew, arun_pipeline
+from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.batches.report import BatchProgress
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.devserver import CrewServer
@@ -137,6 +139,9 @@ async def test_a_batch_that_would_have_more_in_flight_than_the_limit_is_refused(
     assert server.kickoffs == 0
 
 
+WAITS = "| In flight | 0, waiting for a free slot of the crew's concurrency limit |"
+
+
 async def test_a_batch_that_waits_for_a_slot_says_so_and_is_cancelled(
     crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -157,7 +162,10 @@ async def test_a_batch_that_waits_for_a_slot_says_so_and_is_cancelled(
 
     waiting = asyncio.ensure_future(mine())
     await until(lambda: "waiting" in phases, "it waits for a slot")
-    async with get_client() as client:
+    key = ArtifactFilter(key=ArtifactFilterKey(any_=[artifact_key(str(about["name"]), prefix="batch")]))
+    async with get_client() as client, asyncio.timeout(30):
+        while not any(WAITS in str(page.data) for page in await client.read_artifacts(artifact_filter=key)):
+            await asyncio.sleep(0.1)
         await client.set_flow_run_state(flow_runs[0], Cancelling(), force=True)
     with pytest.raises(BatchCancelledError):
         await asyncio.wait_for(waiting, 60)
