@@ -1,4 +1,4 @@
-"""Start a run at most once: decide, claim, take a permit, post, and write down the id."""
+"""Start a run at most once: decide, claim, take a permit, send `POST /kickoff`, and store the kickoff id."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ from prefect_crew.webhooks import is_prefect_cloud, webhooks_for
 
 T = TypeVar("T")
 CLAIM_GOOD_FOR = 30.0
-"""Seconds, on top of the check of the inputs, after which a claim without a permit is taken for given up."""
+"""Seconds, in addition to the time for the check of the inputs, after which other calls consider a claim without a
+permit as given up."""
 PERMIT_GOOD_FOR = 30.0
-"""Seconds from asking for a permit to the first byte of its kickoff: a connection has to be made in between."""
+"""Seconds from the request for a permit to the first byte of its kickoff: they include the time to connect."""
 LIMITED_FOR = 600.0
-"""Seconds for which a kickoff is tried again while the server answers 429, or 503 with a time to come back."""
+"""Seconds for which a kickoff is sent again while the server answers 429, or 503 with `Retry-After`."""
 FINISH = 25.0
-"""Seconds for all that a cancelled start still does, such as to see a POST in flight to its end: Prefect kills a
-cancelled process after about 30."""
+"""Seconds for the work that a cancelled start still does, such as waiting for the answer to a POST: Prefect kills a
+cancelled process after about 30 s."""
 LEAST_DELAY = 0.1
-"""Seconds before a kickoff is sent for the second time, at least; before each further one it is twice as long."""
+"""Seconds, at least, before a kickoff is sent for the second time; each later pause is at least twice as long."""
 AGAIN = 0.2
-"""Seconds after which a claim that another call holds is read again, at first; each further pause is twice as long, up
-to 2 s."""
+"""Seconds after which a claim of another call is read again; each later pause is twice as long, up to 2 s."""
 
 
 class ClaimLostError(Exception):
-    """The claim is not ours any more, was decided by what is on record no more, or was not used in time. Nothing was
-    sent since."""
+    """Another caller resolved our claim, the records changed after we decided, or our time to send the kickoff is over.
+    Nothing was sent."""
 
 
 async def start_run(
@@ -77,15 +77,16 @@ async def start_run(
     slot: str | None = None,
     check: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Decision, RunRecord]:
-    """Find the run of an idempotency key, or start it. Return how it was decided, and its record. Raises as `run_crew`.
+    """Find the run of an idempotency key, or start it. Return the decision and the record. Raises the errors of
+    `run_crew`.
 
     Args:
-        request: What is asked for.
-        identity: Which run it is about, and who asks.
-        records, session: Where its record lives, and what its crew is reached by.
+        request: The request.
+        identity: The idempotency key of the run, and the caller.
+        records, session: The store of its record, and the session with its crew.
         slot: The lease of the run's slot in the crew's limit.
-        check: Raises a CrewError where the kickoff would be in vain. It is called once the claim stands: a run that is
-            found needs no check, and costs the crew's server no request.
+        check: Raises a CrewError if the crew's server would refuse the kickoff. It is called after the claim was
+            created: for a run that was found, it costs the crew's server no request.
     """
     work = OwnTask()
     return await work.run(_Start(request, identity, records, session, slot, check, work).run(), within=FINISH)
@@ -93,8 +94,8 @@ async def start_run(
 
 @dataclass
 class _Start:
-    """One call of `start_run`, with the attempt that it has claimed: its record, and the lease of its last claim or
-    permit. `earlier` are the attempts that the claim was decided by."""
+    """One call of `start_run`. `record` is the attempt that it has claimed, `lease` the lease of its last claim or
+    permit, `earlier` the attempts that it had read before the claim."""
 
     request: RunRequest
     identity: RunIdentity
@@ -108,7 +109,7 @@ class _Start:
     earlier: Sequence[RunRecord] = ()
 
     async def run(self) -> tuple[Decision, RunRecord]:
-        """Decide, claim and post, until there is a run or an error."""
+        """Decide, claim and send the kickoff, until there is a run or an error."""
         loop = asyncio.get_running_loop()
         until = None
         while True:
@@ -127,7 +128,7 @@ class _Start:
                 await self._post_until_taken()
             except ClaimLostError as lost:
                 self.work.raise_if_cancelled()
-                until = loop.time() + LIMITED_FOR if until is None else until  # from the first that was lost
+                until = loop.time() + LIMITED_FOR if until is None else until  # counted from the first lost claim
                 if loop.time() > until:
                     raise NotStartedError(
                         f"Run {key!r} was not started: for {LIMITED_FOR / 60:g} minutes each claim of it was lost "
@@ -141,10 +142,10 @@ class _Start:
     # Decide and claim
 
     async def _find_or_claim(self) -> Decision:
-        """Decide by the attempts on record; `record` is the run that is found, or a claim of ours to start it by."""
+        """Decide by the attempts on record. `record` is then the run that was found, or our claim to start a run."""
         if not self.request.options.force_new:
-            # The common case in one request: nobody knows the key yet.
-            with suppress(BudgetExceededError):  # of a row: one that has a run needs no room
+            # The common case in one request: the key is new.
+            with suppress(BudgetExceededError):  # raised for a row of a batch; a row that has a run needs no room
                 if await self._claim(()):
                     return Decision.START
             self.work.raise_if_cancelled()
@@ -155,15 +156,15 @@ class _Start:
             if decision.starts:
                 if await self._claim(attempts):
                     return decision
-                # Whoever took the name is read next. An API that refuses a name and does not show it is not asked at
-                # once.
+                # The next round reads the claim that has the name. The pause is for an API that refuses a name and does
+                # not show its Variable.
                 await asyncio.sleep(delay)
             elif record is None:
                 continue
             elif decision is Decision.VOID:
                 reason = "the call that claimed it gave it up"
                 if await self.records.resolve(record, RecordPhase.NOT_STARTED, reason=reason):
-                    await release(record)  # what a permit of this very call says
+                    await release(record)  # the estimates in a permit of this very call
                 else:
                     await asyncio.sleep(AGAIN)
             elif decision is Decision.CLAIMED_ELSEWHERE:
@@ -172,14 +173,14 @@ class _Start:
             elif decision is not Decision.UNCERTAIN or record.phase is not RecordPhase.CLAIMED or read_again:
                 self.record = record
                 return decision
-            # A claim that was read before its owner was seen to have ended may have become a run in between.
+            # The claim was read before its owner's flow run: it may have become a run in between, so read it again.
             read_again = decision is Decision.UNCERTAIN
 
     async def _decide(self, attempts: Sequence[RunRecord]) -> tuple[Decision, RunRecord | None]:
         request, identity = self.request, self.identity
         record, force_new = latest_start(attempts), request.options.force_new
         if force_new:
-            # A retry of the very call that forced an attempt means that attempt, not yet another one.
+            # A retry of the call that forced an attempt is about that attempt and starts no further one.
             forced = [attempt for attempt in attempts if attempt.forced_by == identity.place]
             record, force_new = (latest_start(forced), False) if forced else (record, True)
         is_claim = record is not None and record.phase is RecordPhase.CLAIMED
@@ -193,16 +194,16 @@ class _Start:
             force_new=force_new,
             asked_at=request.asked_at,
         )
-        # What another call claimed and surely never sent binds nobody. Nor does what is forced look at any record.
+        # A claim for which surely nothing was sent is no conflict. With `force_new` no record matters.
         if record is not None and not request.options.force_new and decision is not Decision.VOID:
             check_same_run(record, crew_url=request.crew.url, inputs_digest=request.inputs.digest)
         return decision, record
 
     async def _claim(self, earlier: Sequence[RunRecord]) -> bool:
-        """Claim the attempt after the earlier ones; False if somebody else has. Raises BudgetExceededError: there
-        is no room for it."""
+        """Claim the attempt after the earlier ones. Return False if somebody else has claimed it. Raises
+        BudgetExceededError: a budget has no room for the run."""
         request = self.request
-        # The time of the check twice, where a token was rotated.
+        # Twice the time of the check: it repeats its request after the token was rotated.
         lease = Lease(CLAIM_GOOD_FOR + (0.0 if self.check is None else 2 * request.crew.request_timeout))
         record = self._new_record(max((attempt.attempt for attempt in earlier), default=0) + 1, lease.seconds)
         with self.work.uncut():
@@ -218,7 +219,7 @@ class _Start:
         return is_ours
 
     def _new_record(self, attempt: int, good_for: float) -> RunRecord:
-        """Return the record that claims an attempt, of which a permit is asked for within `good_for` seconds."""
+        """Return the record that claims an attempt; the caller asks for a permit within `good_for` seconds."""
         request, caller = self.request, self.identity.caller
         crew, inputs = request.crew, request.inputs
         return RunRecord(
@@ -238,23 +239,22 @@ class _Start:
             slot=self.slot,
             step=request.options.name,
             secret_inputs=list(inputs.secret_names),
-            # A single run is found blind whatever its secrets are: the mark is for rows.
+            # The mark is for rows. A call that finds a single run considers its secrets unknown in any case.
             secret_mark=secret_mark(crew.token.get_secret_value(), inputs.encoded, inputs.secret_names)
             if request.quiet
             else None,
-            # In the claim: whoever kicks off may be gone before anything else of it is written down.
+            # In the claim: the process may die between the kickoff and the next write.
             has_webhooks=request.options.webhooks is None and bool(request.settings.webhook_url),
         )
 
     async def _make_sure(self) -> None:
-        """Check the kickoff, and at the same time that the claim was decided by what is still on record. Then count it.
+        """Check the inputs and, at the same time, that no other attempt appeared or went. Then add the estimates.
 
-        Gives the claim back where one fails, however it fails: nothing was sent. A start that is refused leaves no
-        record.
+        If one of them fails, this gives the claim back: nothing was sent. A refused start leaves no record.
 
         Raises:
-            ClaimLostError: The claim was decided by something else.
-            BudgetExceededError: There is no room for the run.
+            ClaimLostError: The attempts on record are not the ones that this call decided by.
+            BudgetExceededError: A budget has no room for the run.
         """
         async with self._giving_back(self.lease):
             confirmed = asyncio.ensure_future(self.records.confirm(self.record, self.earlier))
@@ -264,7 +264,7 @@ class _Start:
                     try:
                         await self.check()
                     except CrewError:
-                        if await confirmed:  # else there may be a run, which needs no check
+                        if await confirmed:  # else another call may have started the run, which needs no check
                             raise
                 is_sure = await confirmed
             finally:
@@ -279,24 +279,24 @@ class _Start:
     # Post
 
     async def _post_until_taken(self) -> None:
-        """Post a claimed run and write its id down; post again only what surely did not start a run.
+        """Send the kickoff of a claim and store its id. Send it again only if the last one surely started no run.
 
         Raises:
-            ClaimLostError: Somebody else has resolved the claim, or its kickoff was not sent in time. Nothing was
-                posted.
-            KickoffUncertainError: It was posted, and nobody knows what became of it. That is on record.
-            CrewError: It surely did not start a run. The claim is given back.
+            ClaimLostError: Somebody else has resolved the claim, or the time to send the kickoff is over. Nothing was
+                sent.
+            KickoffUncertainError: The kickoff was sent, and nobody knows whether it started a run. The record says so.
+            CrewError: The kickoff surely started no run. The claim is given back.
         """
         loop, record = asyncio.get_running_loop(), self.record
         until, least = loop.time() + LIMITED_FOR, LEAST_DELAY
-        if not record.entries:  # the claim of a ledger is its permit as well
+        if not record.entries:  # a claim in a ledger is its permit as well
             await self._take_permit()
         while True:
             client = self.session.client
             try:
-                with self.work.uncut():  # a POST in flight is seen to its end
+                with self.work.uncut():  # a cancellation waits until the POST has ended
                     await self._post()
-                    await asyncio.sleep(0)  # a cancellation that comes with its answer is seen
+                    await asyncio.sleep(0)  # so that a cancellation at the moment of the answer is noticed
                 break
             except (CrewError, ClaimLostError) as problem:
                 if record.phase is not RecordPhase.CLAIMED:
@@ -307,7 +307,7 @@ class _Start:
                     is_renewed = isinstance(problem, AuthenticationError) and await self.session.renew(client)
                     delay = 0.0 if is_renewed else kickoff_delay(problem)
                     if delay is not None and not is_renewed:
-                        # Each try makes a permit. A server may say 0, or a date that has passed by our clock.
+                        # Each try creates a permit. `Retry-After` may be 0, or a date that is over by our clock.
                         delay, least = max(delay, least), min(least * 2, BARE_DELAY)
                     if delay is None or loop.time() + delay > until:
                         raise
@@ -320,16 +320,16 @@ class _Start:
         self.work.raise_if_cancelled()
 
     async def _take_permit(self, *, pause: float = 0.0) -> None:
-        """Take the next permit of the claim, and wait for `pause` seconds. Its lease takes the place of the one before.
+        """Take the next permit of the claim, and wait for `pause` seconds. Its lease replaces the last one.
 
-        Gives the claim back where it fails or is cancelled.
+        If this fails or is cancelled, it gives the claim back.
 
         Raises:
             ClaimLostError: Somebody else has resolved the claim.
         """
         record, lease = self.record, Lease(pause + PERMIT_GOOD_FOR)
         async with self._giving_back():
-            # A permit that comes to stand late says less than what gives the claim back.
+            # If the request for the permit arrives after the claim was given back, NOT_STARTED still has a higher rank.
             with self.work.uncut():
                 is_taken = await self.records.permit(record, lease.seconds, before=self.lease, lease=lease)
             if is_taken:
@@ -337,13 +337,13 @@ class _Start:
                 await asyncio.sleep(pause)
                 self.lease = lease
                 return
-        record.phase = RecordPhase.NOT_STARTED  # here alone: what stands there is not ours to write
-        if not record.entries:  # which would have told others what to give back
+        record.phase = RecordPhase.NOT_STARTED  # in memory only: somebody else has written to the record
+        if not record.entries:  # a permit would have told others which estimates to release
             await release(record)
         raise ClaimLostError("somebody resolved its claim while this process was asleep, or away.")
 
     async def _post(self) -> None:
-        """Make one POST and write down what became of it. What surely did not start a run raises and writes nothing."""
+        """Send one `POST /kickoff` and store its outcome. If it surely started no run, raise and store nothing."""
         request, record, records = self.request, self.record, self.records
         redact, has_left = self.session.crew.redactor(request.inputs), False
 
@@ -356,7 +356,7 @@ class _Start:
         try:
             webhooks = request.options.webhooks or webhooks_for(request.crew, record, settings=request.settings)
             with withholding(redact):
-                # The attempt tells two runs of one key apart, for a person who looks for the one of a record.
+                # With the attempt, a person finds the run of a record among several runs of one key.
                 meta = {
                     **(request.options.meta or {}),
                     "idempotency_key": record.idempotency_key,
@@ -384,18 +384,19 @@ class _Start:
             raise _uncertain(record) from error
         record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
         if not request.quiet:
-            # Before anything else: whatever fails from here on, a person finds the id in a log.
+            # Before anything else: if a later step fails, a person finds the id in a log.
             run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
         if (other := await _save_started(record, records)) is not None:
             await _take_back_shared_id(record, records, other)
 
     @asynccontextmanager
     async def _giving_back(self, unused: Lease | None = None) -> AsyncGenerator[None]:
-        """Give the claim back for whatever is raised in here, as `_give_back`: no request has started a run for it."""
+        """If the block raises, give the claim back (`_give_back`): no request has started a run for it."""
         try:
             yield
         except BaseException as problem:
-            # A courtesy: a claim without a permit expires by itself. With one, a refused kickoff would seem uncertain.
+            # A claim without a permit expires by itself, so FINISH seconds are enough. With a permit, a refused kickoff
+            # would seem uncertain, so there is no limit.
             limit = None if self.record.entries and isinstance(problem, Exception) else FINISH
             with suppress(TimeoutError), self.work.uncut():
                 await asyncio.wait_for(_give_back(self.record, self.records, problem, unused), limit)
@@ -403,13 +404,13 @@ class _Start:
 
 
 def _has_given_up(identity: RunIdentity, record: RunRecord) -> bool:
-    """Return whether a try of this call before has claimed a record and surely sent no kickoff for it."""
+    """Return whether an earlier try of this call has claimed a record and surely sent no kickoff for it."""
     nonce = identity.nonce
     return record.owner == nonce.text and not (record.entries and nonce.has_sent)
 
 
 def _step_taken(decision: Decision, record: RunRecord) -> str:
-    """Return for the log what a call does, and why."""
+    """Return the text of the log line about a decision and its reason."""
     run = f"found run {record.kickoff_id}"
     match decision:
         case Decision.START:
@@ -427,16 +428,16 @@ def _step_taken(decision: Decision, record: RunRecord) -> str:
 
 
 def _uncertain(record: RunRecord) -> KickoffUncertainError:
-    """Return the error about a kickoff of which nobody knows what became, having emitted its event once."""
+    """Emit the event about an uncertain kickoff, once, and return the error."""
     reason = record.reason or "the process that sent it ended before it recorded the answer"
     emit("uncertain", record, once=True, reason=reason)
     return KickoffUncertainError(idempotency_key=record.idempotency_key, reason=reason, sent=record.sent)
 
 
 async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: str) -> NoReturn:
-    """Raise KickoffUncertainError, since another record, whose key is `other`, holds the kickoff id of this one.
+    """Raise KickoffUncertainError: another record, whose key is `other`, holds the same kickoff id.
 
-    A proxy that caches or deduplicates kickoffs gives one id to two of them: one of their records keeps it.
+    A proxy that caches or deduplicates requests may answer two kickoffs with one id: only one record keeps it.
     """
     run = record.kickoff_id
     record.reason = f"the crew's server answered with run {run}, which is that of idempotency key {other!r}"
@@ -449,14 +450,14 @@ async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: s
 async def _give_back(
     record: RunRecord, records: RecordStore, error: BaseException, unused: Lease | None = None
 ) -> None:
-    """Write down that a claimed run was surely not started, for this reason.
+    """Store that a claimed run was surely not started, with the error as the reason.
 
-    `unused` is the lease of a claim that no permit was asked of. The claim of a start that is refused is deleted while
-    its lease lasts, so that a refusal each minute does not fill the numbers of a key. One that is lost to another call
-    stays: two calls that each delete the claim which the other has read would never agree.
+    `unused` is the lease of a claim for which no permit was asked. While that lasts, the claim of a refused start is
+    deleted, so that a refusal each minute does not use up the attempts of a key. A claim that was lost to another call
+    stays: two calls that each delete a claim which the other has read would never agree.
     """
     record.phase, record.reason = RecordPhase.NOT_STARTED, f"{type(error).__name__}"
-    if unused is None or record.entries:  # the claim of a ledger is its permit as well
+    if unused is None or record.entries:  # a claim in a ledger is its permit as well
         await _save(record, records)
         await release_given_back(record, records)
     elif unused.is_over or isinstance(error, ClaimLostError):
@@ -468,7 +469,8 @@ async def _give_back(
 
 
 async def _save_started(record: RunRecord, records: RecordStore) -> str | None:
-    """Write down the id of a run, as `_save`; return the key of another record that holds this id."""
+    """Store the kickoff id of a run. Return the key of another record that holds it, else None. Logs errors as
+    `_save`."""
     try:
         return await _despite_loop_end(records.save_started, record)
     except CrewError:
@@ -479,9 +481,9 @@ async def _save_started(record: RunRecord, records: RecordStore) -> str | None:
 
 
 async def _despite_loop_end(write: Callable[[RunRecord], Awaitable[T]], record: RunRecord) -> T:
-    """Write something down, once more where the event loop ended meanwhile, which cancels its tasks once.
+    """Make a write, and repeat it if the event loop ended during it: the loop cancels its tasks once.
 
-    Only within `OwnTask.uncut`: elsewhere a CancelledError may be meant for the caller.
+    Only within `OwnTask.uncut`: elsewhere a CancelledError may be for the caller.
     """
     try:
         return await write(record)
@@ -492,21 +494,21 @@ async def _despite_loop_end(write: Callable[[RunRecord], Awaitable[T]], record: 
 
 
 def _loop_ends(error: BaseException) -> bool:
-    """Return whether an error says that the event loop ends, which cancels the tasks that anyio makes a connection by.
+    """Return whether an error means that the event loop ends, and has cancelled the tasks in which anyio connects.
 
-    Once all of them are cancelled, anyio makes an empty group of errors, which is a ValueError.
+    If all of these are cancelled, anyio creates an empty group of errors, which raises ValueError.
     """
     task = asyncio.current_task()
-    is_own = task is not None and task.cancelling() > 0  # it is this task that was cancelled
+    is_own = task is not None and task.cancelling() > 0  # somebody cancelled this task
     return type(error) in (asyncio.CancelledError, ValueError) and not is_own
 
 
 async def _save(
     record: RunRecord, records: RecordStore, *, write: Callable[[RunRecord], Awaitable[None]] | None = None
 ) -> None:
-    """Write down what is known; if that cannot be done, say it where a person finds it, and go on.
+    """Save a record. If the Prefect API fails, log an error with the command that resolves the run, and go on.
 
-    The record then stays a claim, which later calls take for uncertain: nothing is started twice because of it.
+    The record then stays a claim, and later calls treat it as uncertain: they start nothing.
     """
     try:
         await (write or records.save)(record)
@@ -527,22 +529,23 @@ def _log_unsaved(record: RunRecord, error: Exception) -> None:
     )
 
 
-# One run of a user's
+# One run for a caller
 
 
 async def open_run(request: RunRequest, *, inside_own_task: bool = False) -> LiveRun:
-    """Find the run of a request, or start it, for a caller that does not wait for it. Raises as `run_crew`."""
+    """Find the run of a request, or start it, for a caller that does not wait for it. Raises the errors of
+    `run_crew`."""
     run = LiveRun(request.crew)
     await kick_off(run, request, inside_own_task=inside_own_task)
     run.remember()
     if run.owned:
-        await run.artifact.show(lambda: run.view(None))  # a wait shows it if it lasts, else once, at its end
+        await run.artifact.show(lambda: run.view(None))  # in `run_crew`, the wait shows the artifact
     return run
 
 
 @naming_prefect_away("Nothing was started. Run again with the same key.")
 async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool = False) -> None:
-    """Find the run of a request, or start it: `run` has its kickoff id and its record then. Raises as `run_crew`."""
+    """Find the run of a request, or start it. Set kickoff id and record in `run`. Raises the errors of `run_crew`."""
     run.request, crew, options = request, request.crew, request.options
     identity = await identify(
         crew.label,
@@ -553,7 +556,7 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
     )
     key, flow_run_id = identity.idempotency_key, identity.caller.flow_run_id
     if is_known_cancelled(flow_run_id):
-        # A flow that catches the end of one wait must not go on starting runs.
+        # A cancelled flow may catch the error of one wait: it must not start further runs.
         raise FlowRunCancelledError(f"Flow run {flow_run_id} was cancelled, so no run was started.")
     slots = await _take_slot(request, identity, run.records) if crew.concurrency_limit else None
     if request.settings.webhook_url and not is_prefect_cloud(request.settings.webhook_url):
@@ -583,10 +586,10 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
 
 
 async def _after_failure(error: Exception, crew: Crew, idempotency_key: str, slots: Slots | None) -> None:
-    """Say in an error which start failed, and give back what the start took."""
+    """Add key and crew to the error of a failed start, and release its slot."""
     if isinstance(error, CrewError):
         error.about(idempotency_key, crew.label)
-    # An uncertain one may be in flight, and counts until its slot's lease ends.
+    # An uncertain run may be in flight: it keeps its slot until the lease ends.
     if slots is not None and not isinstance(error, KickoffUncertainError):
         await slots.release()
     if isinstance(error, BudgetExceededError):
@@ -594,26 +597,26 @@ async def _after_failure(error: Exception, crew: Crew, idempotency_key: str, slo
 
 
 async def _take_slot(request: RunRequest, identity: RunIdentity, records: RecordStore) -> Slots | None:
-    """Take a slot of the crew's limit for a call that may start a run: what is in flight or completed needs none."""
+    """Take a slot of the crew's limit for a call that may start a run. A run in flight or completed needs none."""
     latest = latest_start(await records.attempts(identity.idempotency_key))
     failed = latest is None or (latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED)
-    if latest is not None and latest.phase is RecordPhase.CLAIMED:  # one that was given up is started anew
+    if latest is not None and latest.phase is RecordPhase.CLAIMED:  # if its owner gave up, this call starts the run
         failed = not latest.open_for or _has_given_up(identity, latest) or await records.owner_ended(latest)
     return await take_slots(request.crew) if failed or request.options.force_new else None
 
 
 async def check_inputs(session: CrewSession, request: RunRequest) -> None:
-    """Check inputs against `GET /inputs`, and the price. A crew that does not say what it needs is not an obstacle.
+    """Check the inputs against `GET /inputs`, and the crew's price. If `GET /inputs` fails, log that and go on.
 
-    A web page or a redirect in place of an answer is one: `/kickoff` would answer in the same way, and nobody would
-    know whether it started a run.
+    A web page or a redirect as the answer raises: `/kickoff` would answer in the same way, and nobody would know
+    whether it started a run.
 
     Raises:
-        InvalidInputsError: Some are missing, or the crew does not name them and extra ones are not allowed.
-        AuthenticationError, ConfigurationError: The token is refused; the URL is not that of a crew, or the price is
-            that of a model nobody knows.
+        InvalidInputsError: Inputs are missing, or the crew does not know some and `allow_extra_inputs` is False.
+        AuthenticationError, ConfigurationError: The server refuses the token; the URL is not the URL of a crew, or
+            nobody knows the price's model.
     """
-    cost_of(request.crew.price, ONE_TOKEN)  # raises if it is that of a model that nobody knows
+    cost_of(request.crew.price, ONE_TOKEN)  # raises if nobody knows the price's model
     expected: Sequence[CrewInput] = session.crew.expected_inputs or ()
     if session.crew.expected_inputs is None:
         try:
@@ -642,7 +645,7 @@ async def check_inputs(session: CrewSession, request: RunRequest) -> None:
 
 
 def _is_no_crew(error: CrewError) -> bool:
-    """Return whether an error of `GET /inputs` says that a web page, or nothing but another address, is at the URL."""
+    """Return whether an error of `GET /inputs` shows that the server answered with a web page or a redirect."""
     if isinstance(error, ResponseFormatError):
         return error.body.lstrip().startswith("<")
     return isinstance(error, CrewAPIError) and 300 <= error.status_code < 400

@@ -1,9 +1,9 @@
 """Slots of a crew's shared limit, a Prefect global concurrency limit on its runs in flight.
 
-A slot is taken before a run is started, and given back by whoever sees the run's end. In between it is a lease, which
-the start and the wait renew and the record names, so that another process can wait on. A run that nobody waits for, or
-whose process died, loses its slot when the lease runs out. A wait never waits for a slot: its run is in flight already.
-The rows of a batch take theirs from a pool of the batch.
+A call takes a slot before it starts a run, and the wait that sees the run's end gives it back. In between, the slot has
+a lease that the start and the wait renew. The record names the lease, so that another process can go on. A run that
+nobody waits for, or whose process died, loses its slot when the lease ends. A wait never waits for a slot: its run is
+in flight already. The rows of a batch take their slots from a pool of the batch.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
 
 
 LEASE = 300.0
-"""Seconds for which a slot is kept while nobody renews it."""
+"""Seconds after which a slot is free again if nobody renews its lease."""
 RENEW = 100.0
 """Seconds between two renewals."""
 LOOK_AGAIN = (0.5, 1.5)
-"""Seconds between two looks for a free slot: from, to. What the server proposes grows with how long runs take."""
+"""Seconds between two looks for a free slot: from, to. The pause that Prefect's server proposes is not used: it grows
+with the duration of runs."""
 PASSED_ON = 10.0
-"""Seconds for which a slot goes from one row of a batch to the next. Later it is given back, since others may wait."""
+"""Seconds for which a slot goes from one row of a batch to the next. Later the batch gives it back: others may wait."""
 UNUSED = 1.0
 """Seconds for which a batch keeps a slot that none of its rows uses."""
 _LOCKED, _GONE, _TOO_MANY = 423, 410, 422
@@ -45,14 +46,14 @@ _LOCKED, _GONE, _TOO_MANY = 423, 410, 422
 
 @dataclass
 class Slots:
-    """Slots that are held, under one lease."""
+    """Slots that a caller holds, under one lease."""
 
     crew: Crew
     lease: UUID
     taken_at: float = field(default_factory=time.monotonic)
 
     async def renew(self) -> bool:
-        """Hold them for another lease; False if it has run out."""
+        """Renew the lease. Return False if it has ended."""
         async with get_client() as client:
             try:
                 await client.renew_concurrency_lease(self.lease, LEASE)
@@ -65,7 +66,7 @@ class Slots:
         return True
 
     async def release(self) -> None:
-        """Give them back. One that cannot be given back now runs out by itself."""
+        """Give the slots back. If the Prefect API fails, they are free when their lease ends."""
         try:
             async with get_client() as client:
                 await client.release_concurrency_slots_with_lease(self.lease)
@@ -74,8 +75,8 @@ class Slots:
 
     @asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
-        """Renew the lease until the end of the block. A Prefect API that is away ends nothing: the runs go on at the
-        crew's server."""
+        """Renew the lease until the end of the block. If the Prefect API is away, the block goes on: so do the runs at
+        the crew's server."""
         renewing = asyncio.create_task(self._renew_on())
         try:
             yield
@@ -95,11 +96,12 @@ class Slots:
 
 
 class SlotPool:
-    """Slots of a crew's limit for the rows of one batch, as an async context manager. Each row has one, by its key.
+    """Slots of a crew's limit for the rows of one batch, as an async context manager. Each row has one slot, by its
+    key.
 
-    A row takes a slot before its run is started, and gives it back at the run's end. The next row gets a slot that was
-    taken a short time ago, so that short runs cost few requests; an older slot goes back to the Prefect server, where
-    others wait for the limit as well. Without a limit there is always one.
+    A row takes a slot before its run is started, and gives it back at the run's end. The next row gets a slot that is
+    at most `PASSED_ON` old, so that short runs need few requests; an older slot goes back to the Prefect server, since
+    others wait for the limit as well. Without a limit, `take` always succeeds.
     """
 
     def __init__(self, crew: Crew) -> None:
@@ -128,10 +130,10 @@ class SlotPool:
         await asyncio.gather(*(slot.release() for slot in slots))
 
     async def take(self, row: str) -> bool:
-        """Take a slot for a row, and return whether there was one.
+        """Take a slot for a row. Return False if none is free.
 
         Raises:
-            ConfigurationError: There is no such limit any more, or it allows no run.
+            ConfigurationError: The limit does not exist any more, or it allows no run.
             httpx.HTTPError, PrefectException: The Prefect API is away.
         """
         if self._crew.concurrency_limit is None or row in self._held:
@@ -143,7 +145,7 @@ class SlotPool:
                 del self._unused[lease]
                 return True
         async with self._ask_alone:
-            # A row that is cancelled here leaves the slot to the next row, or to the pool's end.
+            # If the row is cancelled here, the next row takes the slot, or the pool gives it back at its end.
             asking = self._asking = self._asking or asyncio.create_task(_taken(self._crew))
             await asyncio.wait({asking})
             self._asking = None
@@ -166,11 +168,11 @@ class SlotPool:
                 self._is_due.set()
 
     def leave(self, row: str) -> None:
-        """Leave the slot of a row whose run may be in flight, and that nobody waits for: it ends with its lease."""
+        """Forget the slot of a row whose run may be in flight without a wait: the slot is free when its lease ends."""
         self._held.pop(row, None)
 
     async def _keep(self) -> None:
-        """Give back what no row uses, and renew the rest."""
+        """Give back the slots that no row uses, and renew the rest."""
         renew_at = time.monotonic() + RENEW
         while True:
             self._is_due.clear()
@@ -202,16 +204,16 @@ def _warn_of_lost(crew: Crew) -> None:
 
 
 async def take_slots(crew: Crew) -> Slots | None:
-    """Take a slot of a crew's limit, once one is free; None if it has no limit.
+    """Wait for a free slot of a crew's limit and take it. Return None if the crew has no limit.
 
     Raises:
-        ConfigurationError: There is no such limit, or it allows no run.
+        ConfigurationError: The limit does not exist, or it allows no run.
     """
     if crew.concurrency_limit is None:
         return None
     if (lease := await _taken(crew)) is None:
         run_logger().info("Waiting for a slot of the concurrency limit %s.", crew.concurrency_limit)
-        # Each look that is in vain is a write on the server: of hundreds that wait here, one at a time looks.
+        # Each look makes the server write, even if no slot is free: of hundreds of waiting runs, one at a time looks.
         async with lock_here(f"limit {crew.concurrency_limit}"):
             while (lease := await _taken(crew)) is None:  # noqa: ASYNC110  the server tells nobody
                 await asyncio.sleep(random.uniform(*LOOK_AGAIN))  # noqa: S311  no secret
@@ -219,10 +221,10 @@ async def take_slots(crew: Crew) -> Slots | None:
 
 
 async def most_at_once(crew: Crew) -> int | None:
-    """Return how many runs a crew's limit allows at a time, None if it has no limit.
+    """Return the number of runs that a crew's limit allows at a time, None if the crew has no limit.
 
     Raises:
-        ConfigurationError: There is no such limit, or it allows no run.
+        ConfigurationError: The limit does not exist, or it allows no run.
     """
     if crew.concurrency_limit is None:
         return None
@@ -237,7 +239,7 @@ async def most_at_once(crew: Crew) -> int | None:
 
 
 async def _taken(crew: Crew) -> UUID | None:
-    """Return the lease of a slot that is free, None if there is none."""
+    """Take a free slot and return its lease, None if no slot is free."""
     assert crew.concurrency_limit is not None  # noqa: S101  the callers looked
     async with get_client() as client:
         try:
@@ -276,9 +278,9 @@ def missing_limit(crew: Crew) -> ConfigurationError:
 
 
 async def slot_of(crew: Crew, record: RunRecord | None) -> Slots | None:
-    """Return the slot of a run that is waited for, or one in its place if there is a free one. The caller keeps it.
+    """Return the slot of a run in flight, for its wait, which renews it. If its lease has ended, take a free slot.
 
-    A run in flight that finds no free slot is waited for all the same, and so is one of a crew whose limit is gone.
+    Return None if no slot is free or the limit does not exist: the wait goes on without a slot.
     """
     try:
         if record is not None and record.slot is not None:

@@ -1,4 +1,4 @@
-"""What a caller asks for: the options of a run, checked before anything is started, and the request that holds them."""
+"""The options of a run, checked before anything is started, and the request that contains them."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def _as_tuple(budgets: Any) -> Any:
 
 
 def _whole(text: str) -> str:
-    text.encode()  # raises UnicodeEncodeError, a ValueError, where it holds half a character
+    text.encode()  # raises UnicodeEncodeError, a ValueError, if the text contains a lone surrogate
     return text
 
 
 class RunOptions(BaseModel):
-    """The options of `run_crew`, as its docstring tells them. Each description says of which kind an option has to be.
+    """The options of `run_crew`; its docstring explains them. The description of a field says which values it takes.
 
-    A public function makes it of its keyword arguments, before anything is started. No repr shows `meta`, which may
-    hold secrets.
+    A public function makes this from its keyword arguments, before anything is started. No repr shows `meta`, which may
+    contain secrets.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
@@ -77,10 +77,10 @@ class RunOptions(BaseModel):
 
     @classmethod
     def of(cls, **options: Any) -> RunOptions:
-        """Return the options that a user has given.
+        """Return the options from a user's keyword arguments.
 
         Raises:
-            ConfigurationError: One of them is of a kind that it cannot be. The message says of which it has to be.
+            ConfigurationError: An option has a value of a wrong kind. The message says which kind it takes.
         """
         try:
             return cls(**options)
@@ -93,23 +93,23 @@ class RunOptions(BaseModel):
                 f"{name} {value!r} holds half a character (a lone surrogate), which cannot be stored. Nothing was "
                 "started."
             )
-        # A text that was meant for a choice is shown; of anything else the type says enough, and holds no secret.
+        # Show the text of an option that is a choice. Of other values show only the type: they may be secret.
         quote = repr(value[:40]) if name in ("review", "restore_from") and isinstance(value, str) else None
         kind = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
         kind_needed = cls.model_fields[name].description
         raise ConfigurationError(f"{name} is {quote or kind}; it has to be {kind_needed}. Nothing was started.")
 
     def arguments(self, *names: str) -> dict[str, Any]:
-        """Return the options of these names as keyword arguments of a task."""
+        """Return some options by their names, as keyword arguments of a task."""
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a caller asks for. A public function makes it once, and it never changes, whatever becomes of the attempts.
+    """The request for one run. A public function makes it once, and it never changes, whatever happens to the attempts.
 
-    `quiet`: no log line about the decision, for one row among thousands. `settings` say whether there are webhooks;
-    reading them takes 3 ms.
+    `quiet` is for a row of a batch: no log line about the decision. `settings` say whether there are webhooks; reading
+    them takes 3 ms.
     """
 
     crew: Crew
@@ -121,5 +121,5 @@ class RunRequest:
 
     @classmethod
     def of(cls, crew: Crew, inputs: Inputs, options: RunOptions) -> RunRequest:
-        """Return the request for one run, with the inputs as the crew takes them."""
+        """Return the request for one run, with the inputs encoded and checked by the crew (`Crew.take`)."""
         return cls(crew, crew.take(inputs, restore_from=options.restore_from), options)

@@ -1,4 +1,4 @@
-"""The loop that waits for a run: how often to look at its status, and until when."""
+"""The loop that polls a run: the pauses between status calls, and the time limits."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from prefect_crew.records.model import RunRecord
 from prefect_crew.states import CrewState
 
 LOOK = 60.0
-"""Seconds that a look may take, for the budget of errors."""
+"""Seconds of one failed status call that count towards `error_timeout`, at most."""
 NO_ANSWER = (CrewConnectionError, ResponseFormatError, CrewAPIError)
-"""What a look that tells nothing about the run raises."""
+"""The errors of a status call that say nothing about the run."""
 
 
 def poll_delays(
     policy: WaitPolicy, rng: Callable[[], float] = random.random, *, again: bool = False
 ) -> Iterator[float]:
-    """Yield the pauses between looks, in seconds, without end.
+    """Yield the pauses between status calls, in seconds, without end.
 
-    `rng` gives numbers in [0, 1). `again`: they begin anew, and `initial` is none that is longer than the later ones.
+    `rng` returns numbers in [0, 1). `again`: the pauses restart, and the first is `initial` or `max_interval`,
+    whichever is shorter.
     """
     delay = min(policy.initial, policy.max_interval) if again else policy.initial
     while True:
@@ -47,9 +48,10 @@ def poll_delays(
 
 @dataclass
 class Phases:
-    """When the phases of a run began, in seconds since the epoch, and how long people have taken.
+    """The times at which the phases of a run began, in seconds since the epoch, and the seconds that people have taken.
 
-    `human_since` is set while a person is waited for. `human_extra` are the seconds that people got beyond the budget.
+    `human_since` is set while the run waits for a person. `human_extra` are the seconds that people got beyond the
+    budget.
     """
 
     kicked_off_at: float
@@ -59,20 +61,20 @@ class Phases:
 
     @classmethod
     def of(cls, record: RunRecord | None) -> Phases:
-        """Return what a record knows of them, so that they survive a restart; without one, the run begins now."""
+        """Return the phases of a record, so that they survive a restart. Without a record, the run begins now."""
         if record is None or record.kicked_off_at is None:
             return cls(time.time())
         since = record.human_since
         return cls(record.kicked_off_at.timestamp(), record.human_seconds, None if since is None else since.timestamp())
 
     def note_in(self, record: RunRecord) -> None:
-        """Write into a record what a restart needs to know of people's time."""
+        """Set people's time in a record, for a restart."""
         since = self.human_since
         record.human_seconds = self.human_seconds
         record.human_since = None if since is None else datetime.fromtimestamp(since, UTC)
 
     def see(self, state: CrewState, now: float) -> bool:
-        """Note the state seen at `now`; True if a wait for a person began or ended with it."""
+        """Note the state of a status at `now`. Return True if a wait for a person began or ended."""
         waits, waited = state is CrewState.WAITING, self.human_since is not None
         if waits and not waited:
             self.human_since = now
@@ -81,11 +83,11 @@ class Phases:
         return waits != waited
 
     def human_time(self, now: float) -> float:
-        """Return the seconds that people have had, with the wait that is under way."""
+        """Return the seconds that people have had, including the current wait for a person."""
         return self.human_seconds + (0.0 if self.human_since is None else max(0.0, now - self.human_since))
 
     def left(self, policy: WaitPolicy, state: CrewState, now: float) -> tuple[str, float, float] | None:
-        """Return the phase whose budget ends first, that budget and the seconds left of it; None without a limit."""
+        """Return the phase whose time limit ends first, that limit and its remaining seconds; None without a limit."""
         human, since = self.human_time(now), now - self.kicked_off_at
         if state is CrewState.WAITING:
             limit = policy.human_timeout
@@ -100,36 +102,36 @@ class Phases:
 
 
 class Watcher:
-    """What `poll` tells, and asks. What these methods raise ends the wait."""
+    """The methods that `poll` calls. An error of one of them ends the wait."""
 
     async def on_status(self, status: CrewStatus) -> None:
-        """Take in a good answer: each one in order, also the last."""
+        """Handle a status: each one in order, including the last."""
 
     async def on_human_wait(self, phases: Phases) -> None:
         """Handle that a wait for a person began (`human_since` is set) or ended: a restart needs to know."""
 
     async def on_error(self, error: CrewError) -> None:
-        """Take in that a look failed."""
+        """Handle the error of a status call."""
 
     async def pause(self, seconds: float) -> bool:
-        """Wait so long, or until there is news: True then, and the pauses begin with `initial` again."""
+        """Wait for some seconds, or until there is news. Return True for news: the pauses restart with `initial`."""
         await asyncio.sleep(seconds)
         return False
 
     def next_pause(self, delay: float) -> float:
-        """Return how long the next pause is where the policy says `delay`; a budget still cuts it."""
+        """Return the next pause; `delay` is the pause by the policy. A time limit may still shorten it."""
         return delay
 
     def has_answered(self) -> bool:
-        """Return whether an answer was sent since this was last asked: the pauses then begin with `initial` again."""
+        """Return whether somebody sent an answer since the last call: the pauses then restart with `initial`."""
         return False
 
     async def more_time(self) -> float:
-        """Return how many more seconds people get, whose time is over; 0 ends the wait."""
+        """Return the extra seconds for people after their time is over; 0 ends the wait."""
         return 0.0
 
     async def stop(self, phase: str) -> bool:
-        """Do what the policy says now that the budget of this phase is over; True if the crew was stopped."""
+        """Do as the policy says after the time limit of a phase. Return True if the crew was stopped."""
         del phase
         return False
 
@@ -147,30 +149,31 @@ async def poll(
     now: Callable[[], float] = time.time,
     rng: Callable[[], float] = random.random,
 ) -> CrewStatus:
-    """Look at a run until it has ended and return its last status, whichever end that is.
+    """Poll a run until it has ended, and return its last status: completed, failed or stopped.
 
-    An error while looking says nothing about the run and costs from `error_timeout`; a 429 costs nothing, and its
-    `Retry-After` is obeyed. Whether the run has ended is looked at before the clock: the time budgets are checked only
-    after a good answer.
+    An error of the status call says nothing about the run: its time counts towards `error_timeout`. A 429 does not
+    count, and `poll` obeys its `Retry-After`. The time limits are checked only after a successful status call: so the
+    end of the run comes before the clock.
 
     Args:
         look: Makes one status call.
         kickoff_id, crew, idempotency_key: The run, for the errors.
-        policy, watcher: How to wait, and who gets what is seen.
-        phases: When the run was kicked off, and what people have taken so far. It is changed as the wait goes on.
-        first_look: Look at once instead of after `initial` seconds: for a run that was kicked off some time ago.
-        now, rng: The clock that `phases` is in, in seconds, and numbers in [0, 1) for the jitter.
+        policy, watcher: The policy, and the receiver of statuses and errors.
+        phases: The time of the kickoff, and the time that people have taken. `poll` changes it.
+        first_look: Make the first status call at once instead of after `initial` seconds: for a run that was kicked off
+            some time ago.
+        now, rng: The clock of `phases`, in seconds, and numbers in [0, 1) for the jitter.
 
     Raises:
-        CrewTimeoutError: A budget of the policy is over. The run may go on.
+        CrewTimeoutError: A time limit of the policy is over. The run may go on.
         CrewLostError: The server does not know the run, after the grace.
-        AuthenticationError: The token was refused.
-        CrewError: No look succeeded for `error_timeout` seconds: the last look's error.
+        AuthenticationError: The server refused the token.
+        CrewError: No status call succeeded for `error_timeout` seconds: the last call's error.
     """
     names: dict[str, Any] = {"kickoff_id": kickoff_id, "crew": crew, "idempotency_key": idempotency_key}
     state = _Poll(names, policy, phases, watcher, now, rng)
     if not first_look:
-        # Counted from the kickoff: what was written down since is not a reason to look later.
+        # Counted from the kickoff: the time for writing records must not delay the first status call.
         await state.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
     try:
         while True:
@@ -195,7 +198,7 @@ async def poll(
 
 @dataclass
 class _Poll:
-    """The state of one `poll` between its looks."""
+    """The state of one `poll` between its status calls."""
 
     names: dict[str, Any]
     policy: WaitPolicy
@@ -207,20 +210,20 @@ class _Poll:
     unknown: int = 0
     waits: bool = False
     failing_for: float = 0.0
-    """Seconds that failed looks have cost since the last good answer."""
+    """Seconds of failed status calls since the last successful one."""
     failed_at: float | None = None
     paused: float = 0.0
-    """Seconds that the last pause was to take."""
+    """The planned seconds of the last pause."""
 
     def __post_init__(self) -> None:
         self.delays, self.began = poll_delays(self.policy, self.rng), self.now()
 
     def begin_anew(self) -> None:
-        """Have the pauses begin with `initial` again."""
+        """Restart the pauses with `initial`."""
         self.delays = poll_delays(self.policy, self.rng, again=True)
 
     async def pause(self, seconds: float) -> None:
-        """Pause before the next look."""
+        """Pause before the next status call."""
         self.paused = seconds
         if await self.watcher.pause(seconds):
             self.begin_anew()
@@ -233,20 +236,20 @@ class _Poll:
         return min([next(self.delays), *fast_intervals])
 
     def next_pause(self) -> float:
-        """Cut the next delay to the end of the budget that ends first: the last look falls on it, not after it."""
+        """Shorten the next pause so that the last status call happens exactly when the first time limit ends."""
         delay, time_left = self.watcher.next_pause(self.next_delay()), self.left
         if time_left is None or time_left[2] <= 0:
             return delay
-        # Not less than a clock of seconds since the epoch can show: the look must not fall just before the end.
+        # At least 1 ms, since the clock is not finer: the status call must not happen just before the end.
         return min(delay, max(time_left[2], 0.001))
 
     async def take(self, status: CrewStatus) -> bool:
-        """Take a good answer in; True if the run has ended. First its end, then the clock."""
+        """Handle a status. Return True if the run has ended. Check its end first, then the clock."""
         self.failing_for, self.failed_at = 0.0, None
         if status.state is CrewState.UNKNOWN:
             self.unknown += 1
-            # Right after the kickoff a run may not be visible yet. Later a second look is worth more than the clock:
-            # one answer of a load balancer between two releases proves nothing.
+            # Right after the kickoff a run may not be visible yet. Later two answers in a row are needed: one answer
+            # proves nothing, since it may come from an old server during a release.
             if self.seen is not None or self.now() - self.phases.kicked_off_at >= self.policy.grace:
                 if self.unknown >= 2:
                     raise CrewLostError(**self.names, last_state=self.last)
@@ -274,17 +277,17 @@ class _Poll:
         return False
 
     async def failed(self, error: CrewError) -> None:
-        """Raise if there has been no answer for too long."""
+        """Handle the error of a status call. Raise if no status call has succeeded for too long."""
         moment, time_left = self.now(), self.left
-        # Without an answer nobody knows whether the run has ended: a budget that is over gets this much longer, and so
-        # does a wait that begins after it was over, as after a restart.
+        # Without an answer nobody knows whether the run has ended: so a time limit is extended by `error_timeout`. A
+        # wait that begins after the limit, for example after a restart, gets the same time.
         if time_left is not None and min(-time_left[2], moment - self.began) >= self.policy.error_timeout:
             raise await self.timed_out(time_left) from error
         if isinstance(error, RateLimitedError):
             self.failed_at = None
         else:
             if self.failed_at is not None:
-                # A laptop that slept in between did not ask anybody.
+                # While a laptop sleeps, it makes no status calls: that time does not count.
                 self.failing_for += min(moment - self.failed_at, self.paused + LOOK)
             self.failed_at = moment
         await self.watcher.on_error(error)

@@ -1,4 +1,4 @@
-"""One run as this process knows it: its record, what may be shown of it, what to do after it failed, its result."""
+"""One run as this process knows it: its record, the texts that it may show, the advice after a failure, its result."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ if TYPE_CHECKING:
 
 WITHHELD = "withheld: it may contain secret inputs, whose values are not known here"
 WITHHELD_WORD = "(withheld)"
-_ID = re.compile(r"[\w.-]{1,80}", re.ASCII)  # nothing that somebody would write an input into
+_ID = re.compile(r"[\w.-]{1,80}", re.ASCII)  # an id or one word: nobody writes an input into it
 _TEXTS = ("raw_state", "message", "current_task", "last_task", "last_step", "human_task_id")
 _TASK_TEXTS = ("name", "agent", "output", "data", "description")
 
 
 _KEPT = 1000
-"""How many runs a process remembers, the newest, as they were when their kickoff was done."""
+"""The number of newest runs that a process remembers, in their state right after the kickoff."""
 _kicked_off: OrderedDict[str, LiveRun] = OrderedDict()
-# By kickoff id. Not an argument: a user's own flow passes nothing but the id from the kickoff to the wait, and a record
-# holds neither secret inputs nor `meta` nor webhooks.
+# By kickoff id. Not an argument: a user's own flow passes only the id from the kickoff to the wait, and a record has
+# neither secret inputs nor `meta` nor webhooks.
 
 
 class LiveRun:
-    """One run as this process knows it: made once by a public function, and passed on from its kickoff to its end.
+    """One run as this process knows it: a public function makes it once, and passes it on from the kickoff to the end.
 
-    It is no dataclass: Prefect would look into each of its parts, since a task takes it for its crew.
+    It is no dataclass: a task takes it as its crew, and Prefect would inspect all fields of a dataclass.
 
     Args:
-        crew: Its crew. An open session is used, and stays open; else the run has a session of its own to enter.
-        kickoff_id: Its id, "" until its kickoff is done.
-        record: Its record. None for a run that was kicked off elsewhere, and before the record is read.
-        request: What its caller has asked for. None where only the id is known.
-        records: Where its record lives.
+        crew: Its crew. An open session is used, and stays open; else the run gets a session of its own to enter.
+        kickoff_id: Its id, "" before its kickoff.
+        record: Its record. None before the record is read, or if no record has the kickoff id.
+        request: The caller's request. None if only the id is known.
+        records: The store of its record.
         owned: Whether this process has started it, so that nobody else closes it.
-        is_found: Whether another call has started it, which may have given other secret inputs than the request has.
+        is_found: Whether another call has started it. That call's secret inputs may differ from the request's.
     """
 
     def __init__(
@@ -89,20 +89,20 @@ class LiveRun:
         self.owned = owned
         self.is_found = is_found
         self.is_fresh = False
-        """Whether its record is as its kickoff has left it, and so needs no reading."""
+        """Whether the kickoff has just set the record, so that the wait need not read it."""
         self.is_unread = False
-        """Whether its record could not be read, which says which of its inputs are secret."""
+        """Whether reading its record failed. Then nobody here knows which of its inputs are secret."""
         self.advice: str | None = None
-        """What to do about a failure where that is not the usual."""
+        """The advice after a failure, if it is not the usual one."""
         self.task_seen: str | None = None
-        """The task that the crew was last seen at."""
+        """The crew's task in the last status that named one."""
         self.tasks_seen = dict[str, datetime]()
-        """When each task was first seen at work, by its name."""
+        """The time of the first status that named a task, by the task's name."""
         self._redactor: tuple[Crew, Redactor] | None = None
 
     @classmethod
     def of(cls, crew: Crew, kickoff_id: str) -> LiveRun:
-        """Return the run of a kickoff id, with all that is known of it where this process has kicked it off."""
+        """Return the run of a kickoff id, with request and record if this process has kicked it off."""
         run = _kicked_off.get(kickoff_id)
         return cls(crew, kickoff_id) if run is None or run.crew.url != crew.url else run.anew(crew)
 
@@ -114,7 +114,7 @@ class LiveRun:
         return run
 
     def remember(self) -> None:
-        """Have `LiveRun.of` know this run by its id."""
+        """Remember this run for `LiveRun.of`."""
         _kicked_off[self.kickoff_id] = self.anew(self.crew)
         if len(_kicked_off) > _KEPT:
             _kicked_off.popitem(last=False)
@@ -127,7 +127,7 @@ class LiveRun:
         """
         raise TypeError("A live run cannot be pickled: it holds secrets. Pass the crew and the kickoff id instead.")
 
-    def __repr__(self) -> str:  # nothing that its crew or its caller said
+    def __repr__(self) -> str:  # without texts of the crew or the caller
         return f"LiveRun({self.kickoff_id!r} of crew {self.crew.label!r})"
 
     @property
@@ -137,47 +137,47 @@ class LiveRun:
 
     @property
     def idempotency_key(self) -> str | None:
-        """Its idempotency key, where a record holds it."""
+        """Its idempotency key, None without a record."""
         return None if self.record is None else self.record.idempotency_key
 
     @property
     def names(self) -> dict[str, Any]:
-        """What errors call it."""
+        """The run's names as keyword arguments of an error."""
         return {"kickoff_id": self.kickoff_id, "crew": self.crew.label, "idempotency_key": self.idempotency_key}
 
     def as_argument(self, name: str | None = None) -> str:
-        """Return its key or its id as an argument of a command, with its crew where that is not a stored block."""
+        """Return its key or its id as an argument of a command, with `--crew` if the crew is not a stored block."""
         crew = "" if self.crew.block else f" --crew {shlex.quote(self.crew.url)}"
         return f"{shlex.quote(name or self.kickoff_id)}{crew}"
 
     @cached_property
     def artifact(self) -> RunArtifact:
-        """Its artifact, whether or not that has been made."""
+        """Its artifact, which may not exist on the server yet."""
         owner = None if self.record is None else self.record.flow_run_id
         claim = None if self.record is None else record_name(self.record.idempotency_key, self.record.attempt)
         return RunArtifact(self.crew.label, self.kickoff_id, flow_run_id=owner, is_new=self.owned, claim=claim)
 
     @property
     def attempt(self) -> str | None:
-        """Which attempt at its key it is, as text; None without a record."""
+        """The text "attempt N of at most M"; None without a record."""
         return None if self.record is None else f"attempt {self.record.attempt} of at most {self.crew.max_attempts}"
 
     def notify(self, status: CrewStatus | None) -> None:
-        """Tell whoever the crew names of a status, or of the run itself."""
+        """Call the crew's `on_status` with a status, or with None for the run itself."""
         if self.crew.on_status is not None:
             self.crew.on_status(self, status)
 
     def see_task(self, name: str | None) -> None:
-        """Note the task that a status says the crew is at."""
+        """Note the current task of a status."""
         self.task_seen = name or self.task_seen
         if name and len(self.tasks_seen) < TASKS_CAP:
             self.tasks_seen.setdefault(name, utcnow())
 
-    # What may be shown
+    # Masking
 
     @property
     def redact(self) -> Redactor:
-        """What masks the tokens and the secret inputs."""
+        """The redactor, which masks the tokens and the secret inputs."""
         crew = self.crew
         if self._redactor is None or self._redactor[0] is not crew:  # its session has renewed the token
             self._redactor = crew, crew.redactor(None if self.request is None else self.request.inputs)
@@ -185,9 +185,9 @@ class LiveRun:
 
     @property
     def is_blind(self) -> bool:
-        """Whether the crew has secret inputs whose values are not known here, so that no text can be masked.
+        """Whether the run has secret inputs whose values are unknown here, so that no text can be masked.
 
-        A call that finds a run may have given other secrets than the call that started it.
+        A call that finds a run may have other secrets than the call that started it.
         """
         recorded = [] if self.record is None else self.record.secret_inputs
         if self.request is None:
@@ -196,21 +196,21 @@ class LiveRun:
 
     @property
     def show(self) -> str:
-        """How much may be shown: no output where secret inputs are unknown and so cannot be masked in it."""
+        """The crew's `show`, but no output ("summary") if unknown secret inputs cannot be masked."""
         return "summary" if self.is_blind and self.crew.show == "full" else self.crew.show
 
     def redact_text(self, text: str) -> str:
-        """Return a text that the crew wrote as logs, errors, events and records may hold it."""
+        """Mask a text of the crew for logs, errors, events and records."""
         return WITHHELD if text and self.is_blind else self.redact(text)
 
     def redact_name(self, word: str) -> str:
-        """Return a word that the crew gave, such as the name of a task, as logs, events and records may hold it."""
+        """Mask a name that the crew gave, such as a task's, for logs, events and records."""
         if self.is_blind:
             return word if _ID.fullmatch(word) else WITHHELD_WORD
         return self.redact(word)
 
     def redact_status(self, status: CrewStatus) -> CrewStatus:
-        """Return a status without its raw body, with every secret masked, and without texts where none can be."""
+        """Return a status without its raw body and with every secret masked. A blind run's status has no texts."""
         if self.is_blind:
             output = None if status.output is None else "*" * len(status.output)
             texts = {**dict.fromkeys((*_TEXTS, "data"), None), "error": status.error and WITHHELD}
@@ -232,7 +232,7 @@ class LiveRun:
         to_do: Sequence[str] = (),
         reviews: Sequence[Review] = (),
     ) -> RunView:
-        """Return what the artifact shows; `status` is None right after the kickoff."""
+        """Return the content of the artifact; `status` is None right after the kickoff."""
         record = self.record
         failed = None if status is None or self.is_blind else status.current_task or self.task_seen
         has_failed = status is not None and status.state in (CrewState.FAILED, CrewState.STOPPED)
@@ -254,7 +254,7 @@ class LiveRun:
             to_do=to_do,
             reviews=reviews,
             failed_task=None if failed is None else self.redact(failed),
-            # A run that goes on, or has completed, needs none.
+            # Only a failed run shows its attempt and an advice.
             attempt=self.attempt if has_failed else None,
             advice=next_step(self) if has_failed else "",
             tasks_seen={} if self.is_blind else {self.redact(name): at for name, at in self.tasks_seen.items()},
@@ -262,7 +262,7 @@ class LiveRun:
 
 
 async def read_record(run: LiveRun, idempotency_key: str | None = None) -> None:
-    """Read the record of a run: by its key, else by its id. A record that is known stays while the Prefect API is away.
+    """Read the record of a run: by its key, else by its id. While the Prefect API is away, the run keeps its record.
 
     Raises:
         ConfigurationError: The run is of another crew.
@@ -294,9 +294,9 @@ async def read_record(run: LiveRun, idempotency_key: str | None = None) -> None:
 def end_of(
     crew: Crew, status: CrewStatus, human: float, error: str | None, result: StoredResult | None
 ) -> dict[str, Any]:
-    """Return how a run ended, for `close_run`, with the seconds that people took.
+    """Return the end of a run, for `close_run`, with the seconds that people took.
 
-    `error` and `result` are as they may be stored.
+    `error` and `result` are masked already.
     """
     used = {"usage": status.usage, "cost": cost_of_run(crew, status)}
     return {"state": status.state, "human_seconds": human, "error": error, "result": result, **used}
@@ -311,22 +311,23 @@ async def close_run(
     report: Mapping[str, Any] | None = None,
     settings: CrewSettings | None = None,
 ) -> bool:
-    """Write down a run's end. Whoever creates it closes the run: the counters of its budgets, its span, its event.
+    """Store a run's end. The call that creates the end closes the run: the counters of its budgets, its span, its
+    event.
 
-    What a run used beyond its estimate is counted first, and taken back where somebody else has closed the run. What it
-    used less is taken off last. A process that is killed in between leaves the counters too high.
+    If a run used more than its estimate, the difference is added first, and taken off again if somebody else has closed
+    the run. If it used less, the difference is taken off last. A process that dies in between leaves counters too high.
 
     Args:
-        record: The run, as it was read.
-        records: Where its record lives. This raises whatever the storage raises.
-        end: How it ended, as `end_of`.
+        record: The run's record.
+        records: The store of the record. This function raises the errors of the store.
+        end: The result of `end_of`.
         view, settings: For the span.
-        report: What the event says beyond the state; None for no event.
+        report: The payload of the event beyond the state; None for no event.
 
     Returns:
-        Whether this call has closed the run. If not, the record says how somebody else has.
+        Whether this call has closed the run. If not, the record has the end that somebody else stored.
     """
-    end = {"reason": record.reason, **end}  # a row that was stopped by its batch says so
+    end = {"reason": record.reason, **end}  # the reason says that a batch stopped its row
     changes = corrections(record.model_copy(update=end)) if record.estimates else {}
     more = {name: slots for name, slots in changes.items() if slots > 0}
     less = {name: slots for name, slots in changes.items() if slots < 0}
@@ -345,7 +346,7 @@ async def close_run(
 
 
 def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:
-    """Return what an ended run cost, None where that is unknown. It never fails: the run is over."""
+    """Return the cost of an ended run, None if unknown. It logs errors and does not raise them: the run is over."""
     try:
         return cost_of(crew.price, status.usage, status.usage_by_model)
     except CrewError as error:
@@ -354,7 +355,7 @@ def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:
 
 
 def next_step(run: LiveRun) -> str:
-    """Return what a person can do about the failure of a run."""
+    """Return the advice for a person after the failure of a run."""
     if run.advice is not None or run.record is None:
         return run.advice or "Correct the crew, then start another run."
     more = "A retry of what called it, or a call with the same key, starts the crew again."
@@ -364,7 +365,7 @@ def next_step(run: LiveRun) -> str:
 
 
 def no_attempt_left(crew: Crew) -> str:
-    """Return what to do where an idempotency key has no kickoff left."""
+    """Return the advice for an idempotency key that has no attempt left."""
     return (
         f"Nothing was started: crew {crew.label} allows {crew.max_attempts} attempts at one idempotency key "
         f"(max_attempts). {_more_attempts(crew.label)}"
@@ -380,7 +381,7 @@ def _more_attempts(crew: str) -> str:
 
 
 def result_of(run: LiveRun, status: CrewStatus) -> CrewResult:
-    """Return the result of a completed run; whatever else a status says is raised, never returned."""
+    """Return the result of a completed run. Raise an error for each other state."""
     if status.state is CrewState.COMPLETED:
         record = run.record
         if record is not None and record.phase is RecordPhase.ENDED:
@@ -391,7 +392,7 @@ def result_of(run: LiveRun, status: CrewStatus) -> CrewResult:
 
 
 def failure(run: LiveRun, state: CrewState | None, error: str | None) -> CrewError:
-    """Return the error for a run that has no result; `error` is the crew's own as it may be shown."""
+    """Return the error for a run that has no result; `error` is the crew's own, already masked."""
     names = run.names
     if state is CrewState.FAILED:
         return CrewFailedError(error=error or "", advice=next_step(run), **names)
@@ -406,12 +407,12 @@ def failure(run: LiveRun, state: CrewState | None, error: str | None) -> CrewErr
 
 
 async def read_result(run: LiveRun) -> CrewResult:
-    """Return the result of a run that has completed: from its record, else from the status call.
+    """Return the result of a completed run: from its record, else from the status call.
 
     Raises:
-        CrewFailedError, CrewStoppedError: How it ended instead.
+        CrewFailedError, CrewStoppedError: The run failed or was stopped.
         CrewLostError: The server has forgotten the run, or the result.
-        CrewError: It has not ended; or the status call failed.
+        CrewError: The run has not ended, or the status call failed.
     """
     record, last = run.record, None if run.record is None else "started"
     if record is not None and record.phase is RecordPhase.ENDED:
@@ -430,11 +431,11 @@ async def read_result(run: LiveRun) -> CrewResult:
 def parse_data(
     result: CrewResult, output_type: type[BaseModel] | None, *, run: LiveRun | None = None
 ) -> CrewResult[Any]:
-    """Return the result with its `data` as an instance of a pydantic model; as it is where there is no model.
+    """Return the result with its `data` as an instance of `output_type`; unchanged if that is None.
 
     Raises:
-        OutputTypeError: Neither the structured result nor the text fits, or a validator of the model failed. Its
-            message shows as much of the text as `run` may show; all of it is in its `output`.
+        OutputTypeError: The structured result, or without one the text, does not fit the model, or one of its
+            validators failed. The message shows the text only if `run` may show it; `output` has the whole text.
     """
     if output_type is None:
         return result
@@ -450,7 +451,7 @@ def parse_data(
             f"{'.'.join(str(part) for part in problem['loc']) or 'the text'}: {problem['msg' if is_quoted else 'type']}"
             for problem in error.errors(include_url=False, include_input=False)
         ]
-    except Exception as error:  # noqa: BLE001  a validator of the user's raises anything
+    except Exception as error:  # noqa: BLE001  a user's validator may raise anything
         problems = [f"{output_type.__name__}: {type(error).__name__}{f': {error}' if is_quoted else ''}"]
     else:
         return result.model_copy(update={"data": data})
@@ -458,7 +459,7 @@ def parse_data(
     if run is not None:
         problems = [run.redact(problem) for problem in problems]
         quote = run.redact(result.output) if run.show == "full" else "not shown"
-    # Out here, since the validator's own error quotes the whole result and would come along as its context.
+    # Outside of the `except` block: the validator's error quotes the whole result and would become the context.
     refusal = OutputTypeError(
         kickoff_id=result.kickoff_id,
         output_type=output_type.__name__,

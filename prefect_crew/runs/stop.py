@@ -1,8 +1,8 @@
-"""Stop a crew: when somebody asks for it, and when the flow run that started it is cancelled.
+"""Stop a crew: when somebody asks for it, and when somebody cancels the flow run that started it.
 
-Under Prefect a cancelled flow run, a timeout, a worker that is shut down and Ctrl-C all arrive as one and the same
-cancellation of a task. Only the flow run's state on the Prefect server tells the first one from the others, which leave
-the crew running: the next call reattaches to the run.
+Under Prefect, a cancelled flow run, a timeout, the shutdown of a worker and Ctrl-C all arrive as the same cancellation
+of a task. Only the flow run's state on the Prefect server shows the first case. The other cases leave the crew running:
+the next call reattaches to the run.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from prefect_crew.runs.run import LiveRun, close_run, cost_of_run, read_record
 from prefect_crew.states import CrewState
 
 LOOK_EVERY = 10.0
-"""Seconds between two questions of one process whether a flow run of its own has been cancelled."""
+"""Seconds between two requests of one process that ask whether its flow run was cancelled."""
 LOOK_WITHIN = 5.0
-"""Seconds that such a question may take, or one for what a stopped run used: what is waited for is the crew."""
+"""Seconds that such a request may take, or a request around a stop: the caller waits for the crew, not for Prefect."""
 STOP_WITHIN = 20.0
-"""Seconds for all that is done on a cancellation: Prefect kills a cancelled process after about 30."""
+"""Seconds for all steps after a cancellation: Prefect kills a cancelled process after about 30 s."""
 FIRST_LATEST = 20
-"""Variables in the first of these pages: a flow run that began a moment ago needs no more."""
+"""Variables in the first page of `_latest_claims`: enough for a flow run that began a moment ago."""
 LATEST = 2000
-"""Variables that are looked through for a run whose artifact is missing, at most."""
+"""The most Variables that `_latest_claims` reads to find runs without an artifact."""
 CLOCKS_APART = timedelta(minutes=5)
-"""How much the clock of the process that began a flow run may differ from that of the Prefect server."""
+"""The most by which the clock of the process that began a flow run may differ from the Prefect server's clock."""
 _STOP_ASKED = "stop was asked for"
 _TAKEN = [f"{_STOP_ASKED}: {outcome}" for outcome in (StopOutcome.STOPPED, StopOutcome.REQUESTED)]
 _being_stopped = set[str]()
-"""The kickoff ids of runs that this process asks to stop at this moment. Several waits may be for one run."""
+"""The kickoff ids of the runs for which this process sends `/stop` now. Several waits may be for one run."""
 
 
 def started_by_runner() -> bool:
-    """Return whether a Prefect runner or worker started this process, or is it: Ctrl-C shuts that down, no more.
+    """Return whether this process is a Prefect worker, or a runner or worker started it: Ctrl-C only shuts that down.
 
-    A worker names itself in its own environment, and in that of the processes that it starts.
+    A worker sets `PREFECT__WORKER_NAME` in its own environment and in the environment of the processes that it starts.
     """
     return bool(os.environ.get("PREFECT__FLOW_RUN_ID") or os.environ.get("PREFECT__WORKER_NAME"))
 
@@ -68,9 +68,9 @@ def started_by_runner() -> bool:
 
 
 async def is_cancelled_on_server(run_id: str | None) -> bool:
-    """Return whether a flow run, or one around it, is cancelled or being cancelled.
+    """Return whether a flow run, or a flow run above it, is cancelled or cancelling.
 
-    Whoever cancels a flow means its subflows too, whose own states do not say so.
+    A person who cancels a flow run means its subflows too, but their own states do not change.
 
     Raises:
         PREFECT_ERRORS: The Prefect API is away.
@@ -91,31 +91,30 @@ async def is_cancelled_on_server(run_id: str | None) -> bool:
     return False
 
 
-# When the server was last asked about an attempt of a flow run, and what it said. Process-wide: many waits of one flow
-# run ask once together, and a flow that goes on after its cancellation starts nothing more.
+# The time of the last request about an attempt of a flow run, and its answer. Process-wide: the many waits of one flow
+# run share one request, and a flow that goes on after its cancellation starts no further run.
 _asked: dict[tuple[str, int], tuple[float, bool]] = {}
 
 
 def _attempt(run_id: str) -> tuple[str, int]:
-    """Return a flow run with the number of its attempt: one that is retried after a cancellation starts afresh."""
+    """Return a flow run's id with the number of its attempt: a retry after a cancellation is not cancelled."""
     context = FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
     return run_id, flow_run.run_count if flow_run is not None and str(flow_run.id) == run_id else 0
 
 
 def is_known_cancelled(run_id: str | None) -> bool:
-    """Return whether this process has seen that a flow run was cancelled. Asks nobody."""
+    """Return whether this process already knows that a flow run was cancelled. It makes no request."""
     return run_id is not None and _asked.get(_attempt(run_id), (0.0, False))[1]
 
 
 async def is_cancelled(run_id: str | None, *, every: float | None = None) -> bool:
-    """Return whether a flow run was cancelled that no runner would tell of it.
+    """Return whether a flow run without a runner was cancelled. A runner would send its process a signal.
 
-    The server is asked once in so many seconds at most, and not before so many have passed: most waits are shorter. An
-    API that is away is not a cancellation.
+    The server is asked at most once in `every` seconds (default `LOOK_EVERY`), and not earlier than that after the
+    first call: most waits are shorter. A Prefect API that is away is not a cancellation.
     """
     if run_id is None or started_by_runner():
-        # A runner sends a signal.
         return False
     key, now = _attempt(run_id), time.monotonic()
     at, cancelled = _asked.setdefault(key, (now, False))
@@ -137,10 +136,10 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
 
 
 async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunRecord]:
-    """Return the runs that a flow run or a subflow of it has started, and that have not ended by their records.
+    """Return the runs that a flow run or its subflows started, and whose records have no end.
 
-    Their artifacts name their claims. A process that was killed before it had made an artifact, and a wait that was
-    cancelled before, leave runs without one: their claims are among the Variables that changed last.
+    The artifacts of runs name their claims. If a process was killed, or a wait cancelled, before it made the artifact,
+    the run has none: its claim is among the Variables that changed last.
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away.
@@ -161,7 +160,7 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
 
 
 async def _latest_claims(client: PrefectClient, since: datetime | None, owners: Collection[str]) -> list[Variable]:
-    """Return the claims of flow runs among the Variables that changed last, back to a moment, `LATEST` at most."""
+    """Return the claims of some flow runs among the Variables that were changed since a moment, `LATEST` at most."""
     claims, offset, limit = list[Variable](), 0, FIRST_LATEST
     while offset < LATEST:
         json = {"limit": limit, "offset": offset, "sort": "UPDATED_DESC"}
@@ -179,10 +178,10 @@ async def _latest_claims(client: PrefectClient, since: datetime | None, owners: 
 
 
 async def stop_run(run: LiveRun, *, idempotency_key: str | None = None) -> StopAnswer:
-    """Ask the crew's server to stop a run, and write down what came of it.
+    """Ask the crew's server to stop a run, and store the outcome.
 
     Raises:
-        CrewError: The server could not be asked. An ended run, an unknown one and a missing `/stop` are answers.
+        CrewError: The request failed. An ended run, an unknown run and a missing `/stop` are answers, not errors.
     """
     kickoff_id = run.kickoff_id
     async with run.session as session:
@@ -203,9 +202,9 @@ async def stop_run(run: LiveRun, *, idempotency_key: str | None = None) -> StopA
 
 
 async def stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
-    """On a cancellation: stop the crew if that was asked for; True if its server took that.
+    """After a cancellation: stop the crew if the flow run was cancelled. Return True if its server accepted that.
 
-    Raises nothing but a further cancellation.
+    Raises only a further cancellation.
     """
 
     async def stop() -> bool:
@@ -223,7 +222,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
 
     log = run_logger()
     try:
-        # Not `asyncio.timeout`: in a task that was cancelled, Python before 3.11.3 raises CancelledError for it.
+        # Not `asyncio.timeout`: in a cancelled task, Python before 3.11.3 raises CancelledError for its timeout.
         return await asyncio.wait_for(stop(), STOP_WITHIN)
     except (CrewError, *PREFECT_ERRORS, TimeoutError) as error:
         kind = type(error).__name__
@@ -233,14 +232,14 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
 
 
 def cancel_command(record: RunRecord) -> str:
-    """Return the command that stops a run, whoever waits for it."""
+    """Return the command that stops a run."""
     address = record.crew_url.partition("://")[2].rstrip("/")
     crew = f" --crew {shlex.quote(record.crew_url)}" if record.crew == address else ""
     return f"prefect-crew runs cancel {shlex.quote(str(record.kickoff_id))}{crew}"
 
 
 async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
-    """Return whether another flow run, which has not ended, started a run. The run then goes on, and the log says so.
+    """Return whether another flow run started a run and has not ended. If so, log that the run goes on.
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away.
@@ -248,7 +247,7 @@ async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
     owner = record.flow_run_id
     if owner is None or owner == flow_run_id() or await records.owner_ended(record):
         return False
-    # A subflow says nothing of a cancellation of its parent, nor of the process that it ran in.
+    # The state of a subflow does not show that its parent was cancelled, or that its process has ended.
     if await is_cancelled_on_server(owner):
         return False
     run_logger().warning(
@@ -263,12 +262,13 @@ async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
 
 
 async def stop_once(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
-    """Ask the crew's server to stop a run, once, write down what came of it, and return whether it took that.
+    """Send `/stop` for a run, once, store the outcome, and return whether the crew's server accepted it.
 
-    The record says so first: the answer may be lost, and others who wait for the run, and a worker, look there.
+    Before the request, the record notes it: the answer may be lost, and other waits for the run, and a worker, read the
+    record.
     """
     kickoff_id, log = str(record.kickoff_id), run_logger()
-    while kickoff_id in _being_stopped:  # noqa: ASYNC110  another wait sends it, maybe in another event loop
+    while kickoff_id in _being_stopped:  # noqa: ASYNC110  another wait sends /stop, maybe in another event loop
         await asyncio.sleep(0.1)
     _being_stopped.add(kickoff_id)
     try:
@@ -297,9 +297,9 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
 
 
 async def _note_stop(record: RunRecord, records: RecordStore) -> RunRecord | None:
-    """Note that a stop is asked for; return the record as it stands where that was noted before, or the run has ended.
+    """Note a `/stop` in the record. Return the stored record if it has such a note already, or the run has ended.
 
-    A Prefect API that is away keeps nobody from stopping a run.
+    Return None too if the Prefect API is away: that must not prevent a stop.
     """
 
     async def note() -> RunRecord | None:
@@ -325,35 +325,35 @@ async def _save_reason(reason: str | None, record: RunRecord, records: RecordSto
 
 
 def stop_was_asked(record: RunRecord) -> bool:
-    """Return whether the record of a run that is in flight says that its server was asked to stop it."""
+    """Return whether the record of a run in flight notes that somebody sent `/stop`."""
     return record.reason is not None and record.reason.startswith(_STOP_ASKED)
 
 
 async def close_stopped(
     client: CrewClient, crew: Crew, record: RunRecord, answer: StopAnswer, records: RecordStore
 ) -> None:
-    """Write down what a stop came to: the end where the server says so, else only that it was asked for.
+    """Store the outcome of a `/stop`: the end if the server says that the run is stopped, else a note.
 
-    An end is reported to automations as well, with what the run used: nobody else may look at it.
+    The call that stores the end also emits the event, with the run's use: perhaps nobody else waits for the run.
     """
     if answer.outcome is StopOutcome.NOT_STOPPABLE:
-        return  # it has ended: whoever looks sees how, and writes it down
+        return  # the run has ended: the next poll sees how, and stores that
     attempts = await records.attempts(record.idempotency_key)
     stored = next((attempt for attempt in attempts if attempt.kickoff_id == record.kickoff_id), record)
     if stored.phase is RecordPhase.ENDED:
-        return  # somebody else saw the end, and what is here is older
+        return  # somebody else has stored the end, which is newer
     if answer.outcome is not StopOutcome.STOPPED:
-        # A row that is stopped with its batch keeps that reason: its wait may write its end at any moment.
+        # If a batch stops its row, the record keeps that reason: the row's wait may store its end at any moment.
         if record.reason is None or stop_was_asked(record):
             record.reason = f"{_STOP_ASKED}: {answer.outcome}"
             await records.save(record)
         return
     status = CrewStatus(kickoff_id=str(record.kickoff_id), state=CrewState.STOPPED)
-    with suppress(CrewError, TimeoutError):  # without an answer nobody knows what it used
+    with suppress(CrewError, TimeoutError):  # without an answer, the use of the run stays unknown
         status = await asyncio.wait_for(client.status(status.kickoff_id), LOOK_WITHIN)
     used = {"usage": status.usage, "cost": cost_of_run(crew, status)}
     end = {"state": CrewState.STOPPED, "reason": record.reason, **used}
-    # Whoever waits for the run may have seen in between how it ended.
+    # A wait for the run may have stored the end in between.
     if await close_run(stored, records, end, report={}):
         for name, value in stored.outcome().items():
             setattr(record, name, value)

@@ -47,15 +47,15 @@ from prefect_crew.runs.stop import is_cancelled, is_of_another, stop_if_asked, s
 from prefect_crew.states import CrewState
 
 NOTED_WITHIN = 5.0
-"""Seconds that a wait which ends gives a note about people's time to be saved."""
+"""Seconds for which a wait, at its end, lets a note about people's time be saved."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
 
 
 async def wait_for_run(run: LiveRun, options: RunOptions | None = None) -> CrewResult[Any]:
-    """Wait until a run has ended and return its result. Raises as `wait_for_crew`.
+    """Wait until a run has ended and return its result. Raises the errors of `wait_for_crew`.
 
-    The first wait after its kickoff knows its record; a later one reads the record.
+    The first wait after the kickoff has the record already; a later wait reads it.
     """
     work = OwnTask()
     return await work.run(_wait_for_run(run, options or RunOptions(), work))
@@ -64,7 +64,7 @@ async def wait_for_run(run: LiveRun, options: RunOptions | None = None) -> CrewR
 async def _wait_for_run(run: LiveRun, options: RunOptions, work: OwnTask) -> CrewResult[Any]:
     async with run.session:
         if not run.is_fresh:
-            # The options may hold a template; the record has the key that came of it.
+            # The key in the options may be a template; the record has the rendered key.
             await read_record(run, run.idempotency_key or options.idempotency_key)
         run.is_fresh = False
         waiting = _result(_Waiter(run, options.wait or run.crew.wait, options.review, work))
@@ -73,7 +73,7 @@ async def _wait_for_run(run: LiveRun, options: RunOptions, work: OwnTask) -> Cre
 
 
 async def _result(waiter: _Waiter) -> CrewResult:
-    """Return the result, and give the run's slot back once it is not in flight any more."""
+    """Return the result, and give the run's slot back when the run is not in flight any more."""
     run = waiter.run
     with withholding(run.redact_text):
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
@@ -102,11 +102,11 @@ async def _result(waiter: _Waiter) -> CrewResult:
 
 
 class _CancelledOnServerError(Exception):
-    """This flow run was cancelled, and no runner will say so."""
+    """This flow run was cancelled, and it has no runner that would send a signal."""
 
 
 class _Waiter(Watcher):
-    """One wait for one run: what it does with each status, and at the end."""
+    """One wait for one run: it handles each status, and the end."""
 
     def __init__(self, run: LiveRun, policy: WaitPolicy, review: ReviewChoice | None, work: OwnTask) -> None:
         self.run, self.policy, self.work = run, policy, work
@@ -121,12 +121,14 @@ class _Waiter(Watcher):
         self._in_trouble = self._has_stopped = False
         self._is_stale = False
         self._showing: asyncio.Task[None] | None = None
-        # A run that was kicked off right here has just been shown.
+        # If this process has kicked the run off, its artifact was shown just now.
         self._shown_at = time.monotonic() if run.owned else 0.0
 
     def meet_people(self, *, asked: bool = False) -> None:
-        """See to people from now on. Most runs never ask any; a form may be left from an earlier attempt of the flow
-        run."""
+        """Create `people` if the run has a question, or may have one. Most runs never ask.
+
+        With `review="form"` at once: an earlier attempt of the flow run may have left a form.
+        """
         if asked or self.review == "form" or self.phases.human_seconds or self.phases.human_since:
             self.people = self.people or People(
                 self.run, self.policy, self.review, stop=self._stop_late, waker=self.waker
@@ -140,7 +142,8 @@ class _Waiter(Watcher):
                 self.waker = await stack.enter_async_context(waker_for(record.idempotency_key, run.crew.url))
             self.meet_people()
             if run.artifact.is_new:
-                # Beside the wait. Whoever cancels the flow run while its process is gone finds the run by it.
+                # Concurrently with the wait. If the process dies and somebody cancels the flow run, the worker finds
+                # the run by its artifact.
                 self._show_beside()
             try:
                 status = await poll(
@@ -154,7 +157,7 @@ class _Waiter(Watcher):
                 ended = True
                 status = status if self.waker is None else await self.waker.with_usage(status)
             except ENDINGS:
-                await self._end_showing()  # it may still wait for its turn
+                await self._end_showing()  # the request may still be queued
                 await self._stop_if_asked()
                 raise
             except _CancelledOnServerError:
@@ -173,7 +176,7 @@ class _Waiter(Watcher):
                 raise
             except NO_ANSWER as error:
                 error.add(self._once_it_answers())
-                # What the server said in place of a status may be any text of the crew.
+                # The server's answer may contain any text of the crew.
                 bare = f"The status call gives no answer. {self._once_it_answers()}"
                 await self._show_unless_closed(str(error) if run.show == "full" else bare)
                 raise
@@ -190,7 +193,7 @@ class _Waiter(Watcher):
     async def _look(self) -> CrewStatus:
         return await self.run.session.call(lambda client: client.status(self.run.kickoff_id))
 
-    # What `poll` tells and asks
+    # The methods that `poll` calls
 
     async def on_status(self, status: CrewStatus) -> None:
         run, before, self.last = self.run, self.last, status
@@ -232,7 +235,7 @@ class _Waiter(Watcher):
         phases.note_in(record)
         if phases.human_since is None:
             emit("resumed", record)
-        # Beside the polls: while the Prefect API is away, saving goes on for minutes.
+        # Concurrently with the polls: while the Prefect API is away, a save is repeated for minutes.
         await self._end_noting(0.0)
         self._noting = asyncio.create_task(self._note(record))
 
@@ -244,7 +247,8 @@ class _Waiter(Watcher):
             self.log.warning("Whether run %s waits for a person could not be recorded: %s", self.run.kickoff_id, error)
 
     async def _end_noting(self, within: float) -> None:
-        """Let a note about people's time be saved `within` seconds, and take it back then: the record changes next."""
+        """Give the note about people's time `within` seconds to be saved, then cancel it: the caller writes the record
+        next."""
         noting, self._noting = self._noting, None
         if noting is not None:
             await asyncio.wait({noting}, timeout=within)
@@ -260,8 +264,8 @@ class _Waiter(Watcher):
             raise _CancelledOnServerError
 
     async def pause(self, seconds: float) -> bool:
-        """Pause between two looks at the run, and look meanwhile whether the flow run was cancelled; True if there is
-        news."""
+        """Pause between two status calls, and check during a long pause whether the flow run was cancelled. Return True
+        if there is news."""
         pause = super().pause if self.waker is None else self.waker.pause
         pausing = pause(seconds) if self.people is None else self.people.pause(pause, seconds)
         if seconds <= stop.LOOK_EVERY or self.own is None or stop.started_by_runner():
@@ -287,10 +291,10 @@ class _Waiter(Watcher):
     async def stop(self, phase: str) -> bool:
         return self.policy.stops(phase) and await self._stop_late()
 
-    # What is done at the end
+    # The end
 
     async def _stop_late(self) -> bool:
-        """Stop a run that is over its time; False where another flow run started it, or it cannot be stopped."""
+        """Stop a run after its time limit. Return False if another flow run started it, or the stop failed."""
         run, record = self.run, self.run.record
         await self._end_noting(NOTED_WITHIN)
         try:
@@ -305,7 +309,8 @@ class _Waiter(Watcher):
             return False
 
     async def _stop_if_asked(self) -> bool:
-        """Stop the crew where a person has cancelled, and show it; True if its server took that."""
+        """Stop the crew if a person has cancelled the flow run, and show that. Return True if its server accepted
+        it."""
         if self.run.is_unread:
             await read_record(self.run)
         record = self.run.record
@@ -318,7 +323,7 @@ class _Waiter(Watcher):
         return is_taken
 
     async def _close(self, status: CrewStatus) -> None:
-        """Write the end down, and show it if this wait closes the run, or has started it."""
+        """Store the end, and show it if this wait closes the run or has started it."""
         run, is_closed = self.run, False
         if run.is_unread:  # the Prefect API was away when the wait began
             await read_record(run)
@@ -333,7 +338,7 @@ class _Waiter(Watcher):
             end = end_of(run.crew, status, self.phases.human_seconds, error, result)
             report = {"error": error, "execution_time": status.execution_time}
             try:
-                with self.work.uncut():  # the counters, the span and the event belong to the end that it creates
+                with self.work.uncut():  # after the end, the counters, the span and the event must be written too
                     is_closed = await close_run(record, run.records, end, lambda: run.view(status), report=report)
             except (*PREFECT_ERRORS, CrewError) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
@@ -343,11 +348,11 @@ class _Waiter(Watcher):
                     return
             self.work.raise_if_cancelled()
         await self._show(status)
-        if record is not None and is_closed:  # people look at the artifact first
+        if record is not None and is_closed:  # after the artifact, which people look at first
             await run.records.unlist(record)
 
     async def _closed(self) -> RunRecord | None:
-        """Return the record if somebody else has closed it."""
+        """Read the record again. Return it if somebody else has closed it, else None."""
         if self.run.record is None:
             return None
         try:
@@ -368,12 +373,13 @@ class _Waiter(Watcher):
         )
 
     async def _show_unless_closed(self, note: str) -> None:
-        """Show that this wait has given up, unless another one has seen the end."""
+        """Show in the artifact that this wait has given up, unless another wait has stored the end."""
         if self.run.owned or await self._closed() is None:
             await self._show(note=note)
 
     def _show_beside(self) -> None:
-        """Bring the artifact up to date beside the wait: looks at the run go on while that waits for its turn."""
+        """Update the artifact concurrently with the wait: the polls go on while the request waits in Prefect's
+        queue."""
         if self._showing is None or self._showing.done():
             self._showing = asyncio.create_task(self._show())
 
@@ -382,11 +388,11 @@ class _Waiter(Watcher):
             await cancel_and_wait(self._showing)
 
     async def _show(self, status: CrewStatus | None = None, *, note: str | None = None) -> None:
-        """Bring the artifact up to date: to this status, or to the last one once it is this request's turn."""
+        """Update the artifact to this status, or to the last one at the moment at which the request is sent."""
         if (showing := self._showing) is not None and showing is not asyncio.current_task():
-            if self.run.artifact.is_new:  # its turn has not come: this request makes the artifact
+            if self.run.artifact.is_new:  # the other request is still queued: this one creates the artifact
                 await cancel_and_wait(showing)
-            await asyncio.wait({showing})  # or two requests would make the artifact
+            await asyncio.wait({showing})  # otherwise two requests would create the artifact
         notes, to_do = ([], []) if self.people is None else self.people.notes
         notes += [note] if note else []
         answers = () if self.people is None else self.people.answers
@@ -398,11 +404,11 @@ class _Waiter(Watcher):
 
         is_first = self.run.artifact.id is None
         await self.run.artifact.show(view)
-        if self.run.artifact.id is None:  # the Prefect API did not take it
+        if self.run.artifact.id is None:  # the Prefect API refused it or is away
             self._is_stale = True
         last = status or self.last
         if is_first and self.run.artifact.id is not None and not (last is not None and last.state.ended):
-            self.run.notify(None)  # so that it can be linked to
+            self.run.notify(None)  # the caller can now link to the artifact
 
     def _once_it_answers(self) -> str:
         run = self.run

@@ -1,8 +1,7 @@
-"""Answers to the questions of runs: each question is answered once, whoever answers, and all answers are sent here.
+"""Answers to the questions of runs. Only this module sends answers, and it sends one answer to each question.
 
-A function, the form, a task and the command line turn a question into an answer. `answer_question` writes the answer
-down, sends it and notes whether it arrived: `/resume` is no more repeatable than `/kickoff`, and a second answer might
-go to the next question.
+A function, the form, a task and the command line turn a question into an answer. `answer_question` stores the answer,
+sends it and stores whether it arrived. It does not repeat `/resume`: a second answer might go to the next question.
 """
 
 from __future__ import annotations
@@ -55,18 +54,18 @@ from prefect_crew.webhooks import webhooks_for
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
 
-FEEDBACK_KEPT = 200  # characters of a feedback that is written down
+FEEDBACK_KEPT = 200  # characters of a feedback that are stored
 LOOKS, LOOK_AGAIN = 5, 1.0
-"""How often a caller that waits for nothing else looks whether the crew continues after its answer, and the seconds
-between."""
+"""The number of status calls, and the seconds between them, by which a caller without a wait checks that the crew
+continues after its answer."""
 ASKS = "prefect-crew-batch-asks"
-"""The tag of a batch, on the Prefect server, of which some rows wait for people, or did at the last look."""
+"""The tag on the Variable of a batch of which some rows wait for people, or did at the last look."""
 AT_ONCE = 8  # status calls at a time
 REFUSALS = (400, 404, 409)
-"""Answers of `/resume` where the run does not wait, or not for this answer."""
+"""Status codes of `/resume` if the run does not wait, or does not wait for this answer."""
 REFUSALS_OF_FLOWS = (401, 403, 404, 409, 410)
-"""Answers of a callback URL whose token is used up, or never was a token."""
-CrewOf = Callable[[RunRecord], Awaitable[Crew | None]]  # None where a record's crew is not a stored block
+"""Status codes of a callback URL if its token is used up or invalid."""
+CrewOf = Callable[[RunRecord], Awaitable[Crew | None]]  # None if a record's crew is not a stored block
 
 
 # One answer
@@ -85,23 +84,24 @@ async def answer_question(
 ) -> tuple[ResumeAnswer, Review]:
     """Answer the question that a run asks at this moment, once.
 
-    The answers on record are read before the status, and the new answer is created under the next number. Whoever
-    answered in between has taken that number: so no answer goes to a question that its giver has not seen.
+    It reads the answers on record before the status, and creates the new answer under the next number. If somebody has
+    answered in between, that number is taken: so no answer goes to a question that its giver has not seen.
 
     Args:
         run: The run, in an open session.
         review: The answer, with its giver.
         question: The question that a wait has seen. Another question is not answered.
-        task_id: The task; left out, the status names it. Given, the run counts as waiting though the status does not
-            say so: not every server's does.
+        task_id: The task; default: the task in the status. With a task, the run counts as waiting whatever its status
+            says: not every server reports the waiting.
         round: The round that the giver has seen. A question of another round is not answered.
-        webhooks: The kickoff's webhooks again, where they are not this package's own; left out, those that the run was
-            opened with in this process.
-        call: The name of the call, the same on every retry of it. A call that has answered before answers nothing more.
-        nonce: The name of this attempt to answer. Give it again after a PrefectAwayError: the answer may be on record.
+        webhooks: The kickoff's webhooks, if they are not this package's own; default: the webhooks of the run's request
+            in this process.
+        call: The name of the call, the same on every retry of it. A call that has answered before sends no other
+        answer. nonce: The name of this attempt to answer. Pass it again after a PrefectAwayError: the answer may be on
+        record.
 
     Returns:
-        The server's answer, and the answer as it is on record.
+        The server's answer, and the stored answer.
 
     Raises:
         AlreadyAnsweredError: The question has its answer on record, the run asks another question, or somebody answers
@@ -109,14 +109,15 @@ async def answer_question(
         CrewLostError: The server does not know the run at this moment. Nothing was sent.
         PrefectAwayError: The Prefect API does not answer. Nothing was sent.
         CrewError: The run does not wait, the Prefect API refuses, or nobody knows whether an earlier answer arrived.
-        CrewAPIError, CrewConnectionError: As the server answered, or did not. The answer is not sent again by itself.
+        CrewAPIError, CrewConnectionError: The server answered with an error, or not at all. The answer is not sent
+            again automatically.
     """
     with naming_prefect_errors(_unsent(run, review, "the earlier answers cannot be read")):
         answers = await run.records.reviews(answers_record(run))
         if earlier := next((answer for answer in answers if call is not None and answer.call == call), None):
             return _repeat_answer(run, earlier), earlier
         if answers and answers[-1].nonce == nonce and answers[-1].outcome == "intended":
-            answers.pop()  # this attempt has written it down, and sent nothing
+            answers.pop()  # this attempt has stored the answer and has not sent it
         of_flow = await open_question_of_flow(run.kickoff_id, answers)
     status = await run.session.call(lambda client: client.status(run.kickoff_id))
     current = _question_to_answer(run, status, answers, of_flow, task_id, question)
@@ -132,7 +133,7 @@ async def answer_question(
 
 
 def _to_write_down(run: LiveRun, status: CrewStatus, question: ReviewRequest, review: Review) -> Review:
-    """Return an answer as it may be stored, with all that tells its question from the next."""
+    """Return an answer for storage: masked, and with the facts that distinguish its question from the next."""
     task = waiting_task(status)
     return review.model_copy(
         update={
@@ -145,7 +146,7 @@ def _to_write_down(run: LiveRun, status: CrewStatus, question: ReviewRequest, re
             "shown_task_digest": None if task is None else digest(task),
             "output_digest": output_digest(status),
             "question_id": question.id,
-            # An earlier answer may be given again: what became of that says nothing about this one.
+            # A caller may pass a `Review` that was sent before: its outcome does not apply to this answer.
             "outcome": "intended",
             "moved_on": False,
         }
@@ -160,7 +161,8 @@ async def _send_answer(
     webhooks: Webhooks | None,
     looks: int,
 ) -> tuple[ResumeAnswer, Review]:
-    """Write an answer down, send it, and note whether it arrived and the crew continues. Nothing else sends answers."""
+    """Store an answer, send it, and store whether it arrived and whether the crew continues. Only this function sends
+    answers."""
     records, record, number = run.records, answers_record(run), len(question.answers) + 1
     with naming_prefect_errors(_unsent(run, review, "it cannot be put on record")):
         is_ours = await records.add_review(record, number, written)
@@ -213,12 +215,12 @@ async def _post(
 
 
 def is_refusal(question: ReviewRequest, error: CrewAPIError) -> bool:
-    """Return whether an error says that the question takes no answer: it has one, or the run does not wait."""
+    """Return whether an error means that the question takes no answer: it has one, or the run does not wait."""
     return error.status_code in (REFUSALS if question.callback_url is None else REFUSALS_OF_FLOWS)
 
 
 async def _note(run: LiveRun, writing: Coroutine[Any, Any, None]) -> None:
-    """Write down what became of an answer. An error is logged: the answer was sent, or was not, all the same."""
+    """Await a write of an answer's outcome, and log its error: an error does not change whether the answer was sent."""
     try:
         await writing
     except (*PREFECT_ERRORS, CrewError) as error:
@@ -226,7 +228,7 @@ async def _note(run: LiveRun, writing: Coroutine[Any, Any, None]) -> None:
 
 
 async def _has_moved_on(run: LiveRun, looks: int) -> bool:
-    """Return whether the crew was seen to continue: an equal question that comes next is another question then."""
+    """Return whether a status shows that the crew continues. If so, an equal question that follows is a new one."""
     for look in range(looks):
         if look:
             await asyncio.sleep(LOOK_AGAIN)
@@ -244,7 +246,7 @@ async def _has_moved_on(run: LiveRun, looks: int) -> bool:
 
 
 async def open_question_of_flow(kickoff_id: str, answers: Sequence[Review]) -> ReviewRequest | None:
-    """Return the question of a Flow that a webhook brought; None where there is none, or an answer to it was sent.
+    """Return the question of a Flow that a webhook brought; None if there is none, or its answer was sent.
 
     Raises:
         PREFECT_ERRORS: The Prefect API is away or refuses.
@@ -258,7 +260,7 @@ def _is_sent(question: ReviewRequest, answers: Sequence[Review]) -> bool:
 
 
 async def with_kept_output(run: LiveRun, question: ReviewRequest) -> ReviewRequest:
-    """Return a question with the output that its webhook brought, where the status does not show it.
+    """Return a question with the output that its webhook brought, if the status does not show the output.
 
     Raises:
         PREFECT_ERRORS: The Prefect API is away or refuses.
@@ -270,7 +272,7 @@ async def with_kept_output(run: LiveRun, question: ReviewRequest) -> ReviewReque
 
 
 def answers_record(run: LiveRun) -> RunRecord:
-    """Return the record whose answers are read and written: the run's, or a stand-in that is never stored itself."""
+    """Return the record that answers are stored under: the run's record, or a stand-in that is never stored."""
     return run.record or RunRecord(
         idempotency_key=f"kickoff id {run.kickoff_id}",
         attempt=1,
@@ -291,7 +293,7 @@ def _unsent(run: LiveRun, review: Review, reason: str) -> str:
 
 
 def uncertain_error(run: LiveRun, last: Review) -> CrewError:
-    """Return the error that says why an answer that may have arrived is not sent again, and how to go on."""
+    """Return the error about an answer that may have arrived: it is not sent again, and a person has to look."""
     return AnswerUncertainError(
         f"The answer to run {run.kickoff_id}, task {last.task_id}, round {last.round} (by {describe_answer(last)}) was "
         f"sent and nobody knows whether it arrived. It is not sent again automatically. {where_to_look(run)} If the "
@@ -300,7 +302,7 @@ def uncertain_error(run: LiveRun, last: Review) -> CrewError:
 
 
 def _repeat_answer(run: LiveRun, earlier: Review) -> ResumeAnswer:
-    """Return what an earlier attempt of the same call was answered with."""
+    """Return an answer of the server for a call that has answered in an earlier attempt."""
     if earlier.outcome != "sent":
         raise uncertain_error(run, earlier)
     message = f"Round {earlier.round} of task {earlier.task_id} was answered by an earlier attempt of this call."
@@ -316,10 +318,10 @@ def _question_to_answer(
     task_id: str | None,
     last_seen: ReviewRequest | None,
 ) -> ReviewRequest:
-    """Return the question that a run asks at this moment, or raise where it asks none, or another than was seen."""
+    """Return the question that a run asks at this moment. Raise if it asks none, or another one than `last_seen`."""
     kickoff_id, label, state = run.kickoff_id, run.crew.label, status.state
     is_over = state.ended or state is CrewState.UNKNOWN
-    # A Flow that has asked waits, whatever the status calls it.
+    # A Flow that has asked waits, whatever its status says.
     waits = state is CrewState.WAITING or (of_flow is not None and not is_over)
     if last_seen is not None:
         if state is CrewState.UNKNOWN:  # it may be known again in a moment: the question may still be open
@@ -342,13 +344,13 @@ def _question_to_answer(
 
 
 def _check_unanswered(run: LiveRun, where: str, current: ReviewRequest, last_seen: ReviewRequest) -> None:
-    """Raise where a question has its answer, or may have it."""
+    """Raise if a question has its answer, or may have it."""
     if last_seen.state == "open":
         return
     last = current.answers[-1]
     if last_seen.state == "uncertain":
         raise uncertain_error(run, last)
-    # Where nothing else shows that this is another question, people may say so after a while.
+    # If nothing else distinguishes this question from the answered one, people may answer it after a while.
     if not last.is_older_than(run.crew.wait.next_round_after, utcnow()):
         raise AlreadyAnsweredError(
             f"{where} was already answered in round {last.round}: {'approved' if last.approve else 'rejected'} (by "
@@ -361,7 +363,7 @@ def _check_unanswered(run: LiveRun, where: str, current: ReviewRequest, last_see
 
 
 async def answer_run(run: LiveRun, review: Review, **options: Any) -> tuple[ResumeAnswer, Review]:
-    """Answer the question of a run whose session is not open: `answer_question`, which has the options."""
+    """Answer the question of a run whose session is not open. The options are those of `answer_question`."""
     with withholding(run.redact_text):
         async with run.session:
             return await answer_question(run, review, **options)
@@ -376,10 +378,12 @@ async def resume_run(
     webhooks: Webhooks | None = None,
     call: str | None = None,
 ) -> ResumeAnswer:
-    """Approve the output that a run shows, or reject it with feedback, whether or not the run is on record.
+    """Approve the output of a run, or reject it with feedback. The run may have no record.
+
+    `answer_question` explains the other arguments.
 
     Raises:
-        CrewError: As `answer_question`, which has the other arguments. Or the run may be a row of a batch.
+        CrewError: The errors of `answer_question`. Or the run may be a row of a batch.
     """
     await read_record(run)
     if run.record is None:
@@ -390,7 +394,7 @@ async def resume_run(
 
 
 async def _refuse_row_of_batch(run: LiveRun) -> None:
-    """Raise if a run without a record may be a row of a batch: the answers to that are on record in its ledger."""
+    """Raise if a run without a record may be a row of a batch: the ledger of a batch stores the answers to its rows."""
     filter_ = {"variables": {"tags": {"all_": [ASKS]}}, "limit": 200}
     with naming_prefect_errors(
         f"Nothing was sent: run {run.kickoff_id} may be a row of a batch. Answer again once that can be read."
@@ -413,7 +417,7 @@ async def _refuse_row_of_batch(run: LiveRun) -> None:
 async def list_open_questions(stores: Sequence[RecordStore], crew_of: CrewOf) -> list[tuple[RunRecord, ReviewRequest]]:
     """Return the runs in flight that wait for a person, each with its question, the longest waiting first.
 
-    Each crew's server is asked, where its block is stored; else the record is believed.
+    If the crew is a stored block, its server is asked for the status; else the record decides.
 
     Raises:
         PREFECT_ERRORS: The Prefect API is away or refuses.
@@ -439,9 +443,9 @@ async def list_open_questions(stores: Sequence[RecordStore], crew_of: CrewOf) ->
 async def read_question(
     record: RunRecord, records: RecordStore, crew_of: CrewOf, of_flow: ReviewRequest | None
 ) -> ReviewRequest | None:
-    """Return the question of a run in flight as people may see it, None if the run asks none.
+    """Return the question of a run in flight, masked for people, None if the run asks none.
 
-    The task is "" where nobody knows it. `of_flow` is the question of a Flow that is kept of the run.
+    The task is "" if it is unknown. `of_flow` is the stored question of a Flow.
 
     Raises:
         PREFECT_ERRORS: The Prefect API is away or refuses.
@@ -450,7 +454,7 @@ async def read_question(
     run = None if crew is None else LiveRun(crew, kickoff_id, record)
     status = None
     if run is not None:
-        # Without an answer of the server, the record is all there is.
+        # If the server does not answer, only the record counts.
         with contextlib.suppress(CrewError), withholding(run.redact_text):
             async with run.session as session:
                 status = await session.call(lambda client: client.status(kickoff_id))
@@ -491,7 +495,7 @@ async def read_question(
 
 
 async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[RunRecord, RecordStore]:
-    """Return the run in flight that an idempotency key or a kickoff id names, and where it is on record.
+    """Return the run in flight of an idempotency key or a kickoff id, and the store that has its record.
 
     Raises:
         CrewError: There is none, or it has ended.
@@ -499,7 +503,7 @@ async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[
     for store in stores:
         attempts = await store.attempts(name)
         record = latest_start(attempts) or attempts[-1] if attempts else await store.of_kickoff(name)
-        # A ledger knows the runs of all batches that are kept in it.
+        # A ledger finds a kickoff id among the runs of all its batches, also of other batches than this store's.
         if record is None or not (attempts or await store.attempts(record.idempotency_key)):
             continue
         if record.phase is not RecordPhase.STARTED or record.kickoff_id is None:

@@ -1,4 +1,4 @@
-"""The form on a flow run's page: it shows a question to a person, whose answer is stored with the flow run."""
+"""The form on a flow run's page: it shows a question to a person, and Prefect stores the answer with the flow run."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from prefect_crew.runs.reviews.questions import digest, is_same_question, where_
 if TYPE_CHECKING:
     from prefect_crew.runs.run import LiveRun
 
-MARGIN = timedelta(days=1)  # how long a flow run stays paused after people's time is over, should its process have died
-LOOK_EVERY = 2.0  # seconds between two looks whether the form was submitted
+MARGIN = timedelta(days=1)  # after people's time is over, a flow run whose process died stays paused for this long
+LOOK_EVERY = 2.0  # seconds between two requests for a submitted form
 SHOWN = 20_000  # characters of an output that the form shows
 PREFECT_WITHIN = 10.0
-"""Seconds for one look at the form: a Prefect API that is away must not keep a wait from looking at its run."""
+"""Seconds for one request about the form: while the Prefect API is away, the wait must go on with its polls."""
 
 
 class ReviewForm(RunInput):
@@ -53,13 +53,13 @@ class ReviewForm(RunInput):
     def about(cls, question: ReviewRequest, text: str, task: str = "", mark: str = "") -> type[ReviewForm]:
         """Return the form of one question, with the text above its fields.
 
-        Prefect takes a submitted form for the form that is up at that moment, also from a page that still shows the
-        form before. So each form names its question, and Prefect's server refuses the name of another question.
+        A page may still show an earlier form when a person submits it, and Prefect then accepts it as the current form.
+        So each form contains the name of its question, and Prefect's server refuses the name of another question.
 
         Args:
             question, text: The question, and the text.
-            task: The task as people may see it.
-            mark: A digest that this question has alone.
+            task: The masked name of the task.
+            mark: A digest that no other question has.
         """
         name = f"{task}, round {question.round}, run {question.kickoff_id}, {mark[:8]}"
         own = cls.model_fields["question"]
@@ -89,15 +89,15 @@ def _of_run(kickoff_id: str) -> str:
 class Form:
     """The form on the page of the flow run that waits, for one question at a time.
 
-    `question` is its question, None where it has none; `page` is the address of the page.
+    `question` is its question or None; `page` is the address of the page.
 
     Args:
         own: The flow run.
         run: The run that the flow run waits for.
-        policy: How long people may take.
+        policy: The time for people.
 
     Raises:
-        ConfigurationError: There is no flow run, and so no page to ask on.
+        ConfigurationError: There is no flow run, and so no page for the form.
     """
 
     def __init__(self, own: str | None, run: LiveRun, policy: WaitPolicy) -> None:
@@ -119,7 +119,7 @@ class Form:
         self._was_up = False
 
     async def show(self, question: ReviewRequest | None) -> None:
-        """Become the form of this question; `look` puts the form up."""
+        """Set the question of the form; `look` puts the form up."""
         before = self.question
         if before is question:
             return
@@ -128,8 +128,8 @@ class Form:
         if question is None:
             return
         if before is None or not is_same_question(before, question):
-            # The same in every process and attempt, so that a later process finds the answer. Another mark for the next
-            # question, though its round is the same where the question before was answered on the crew's page.
+            # The mark is the same in every process and attempt, so that a later process finds the answer. The next
+            # question gets another mark, also if its round is the same: after an answer on the crew's page it is.
             since = None if self._run.record is None else self._run.record.human_since
             moment = None if since is None else since.timestamp()
             self._mark = digest(question.task_id, question.round, question.output_digest, question.id, moment)
@@ -138,7 +138,7 @@ class Form:
         self._model = ReviewForm.about(question, _text(self._run, question), task, self._mark)
 
     async def look(self) -> ReviewForm | None:
-        """Return the submitted form, also if no process was there at that time. Else put the form up."""
+        """Return the submitted form, also if no process ran when a person submitted it. Else put the form up."""
         if self.question is not None and self._filled is None:
             try:
                 async with asyncio.timeout(PREFECT_WITHIN), get_client() as client:
@@ -169,7 +169,8 @@ class Form:
             is_ours = (await client.set_flow_run_state(self._own, state)).status is SetStateStatus.ACCEPT
         self._was_up = is_ours  # else another form is up
         if is_ours:
-            # After the state: as it is set, newer Prefects delete what an earlier one has left; older ones do not.
+            # After the new state: newer versions of Prefect delete the inputs of an earlier form when they set the
+            # state; older ones do not.
             await self._hide(client)
             await self._model.asave(self._keyset, flow_run_id=self._own)
         return None
@@ -179,7 +180,8 @@ class Form:
         return keyset_from_base_key(self._base)
 
     async def _key_up(self, client: PrefectClient) -> str | None:
-        """Return the key of the form with which the flow run is paused, whoever has put it up; None where it is not."""
+        """Return the key of the form with which the flow run is paused, also if another process put it up; None if the
+        flow run is not paused."""
         try:
             state = (await client.read_flow_run(self._own)).state
         except ObjectNotFound:
@@ -219,7 +221,7 @@ class Form:
                     raise
 
     async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
-        """Pause between two looks at the run. A webhook or a submitted form ends the pause: True then."""
+        """Pause between two status calls. A webhook or a submitted form ends the pause: return True then."""
         end = time.monotonic() + seconds
         while (seconds_left := end - time.monotonic()) > 0:
             if await pause(min(seconds_left, LOOK_EVERY)) or await self.look() is not None:
@@ -227,7 +229,7 @@ class Form:
         return False
 
     async def aclose(self, *, ended: bool) -> None:
-        """Take the form down. Where the run has ended, delete an answer that was submitted too late."""
+        """Take the form down. If the run has ended, delete the stored inputs of all forms about it."""
         await self.take_down()
         if not ended:
             return

@@ -1,4 +1,4 @@
-"""Which question a run asks, and how one question differs from the next. Nothing here waits, reads or sends."""
+"""The question that a run asks, and the difference between one question and the next. Pure."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 ReviewFunction = Callable[[ReviewRequest], "Review | Awaitable[Review]"]
 ReviewChoice = ReviewFunction | Literal["form"]
-"""Answers the questions of a run: a function, or a person in Prefect's input form."""
+"""The source of answers to the questions of a run: a function, or a person in Prefect's input form."""
 QuestionState = Literal["open", "answered", "uncertain"]
 
 
 def waiting_task(status: CrewStatus) -> str | None:
-    """Return the task that waits, by its id, else by the name that the documented status has in `current_task`."""
+    """Return the task that waits: its id, else its name in `current_task`, as the documented status has it."""
     return status.human_task_id or status.current_task
 
 
@@ -31,36 +31,36 @@ def _shown_output(status: CrewStatus) -> str | None:
 
 
 def judged_output(status: CrewStatus) -> str | None:
-    """Return the text that a person judges, where the status shows it: the documented status does not.
+    """Return the text that a person judges, None if the status does not show it. The documented status does not.
 
-    That is the output of the task that waits, else its last step. The output of an earlier task does not count.
+    The text is the output of the task that waits, else its last step. The output of an earlier task does not count.
     """
     return _shown_output(status) or status.last_step
 
 
 def digest(*facts: object) -> str:
-    """Return a short digest of what may be long or secret."""
+    """Return a short digest of facts that may be long or secret."""
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def output_digest(status: CrewStatus) -> str | None:
-    """Return a digest of the task that waits and of its output, None where the status shows no output.
+    """Return a digest of the task that waits and of its output, None if the status shows no output.
 
-    A message and a last step change while the crew asks one and the same question, so neither is part of it.
+    A message and a last step may change while the crew asks the same question, so neither is part of the digest.
     """
     output = _shown_output(status)
     return None if output is None else digest(waiting_task(status), output)
 
 
 def may_be_same(digest: str | None, other: str | None) -> bool:
-    """Return whether two digests may be of the same question: they are equal, or one of them is not known."""
+    """Return whether two digests may be of the same question: they are equal, or one of them is None."""
     return digest is None or other is None or digest == other
 
 
 def is_same_question(question: ReviewRequest, other: ReviewRequest) -> bool:
-    """Return whether two reads show the same question, of which one may show more.
+    """Return whether two reads show the same question; one of them may show more of it.
 
-    An answer that was taken back leaves its number to another answer. So the answers are compared, not their number.
+    After an answer was taken back, another answer gets its number. So the answers are compared, not their number.
     """
 
     def place(of: ReviewRequest) -> tuple[object, ...]:
@@ -70,14 +70,14 @@ def is_same_question(question: ReviewRequest, other: ReviewRequest) -> bool:
 
 
 def next_round(answers: Sequence[Review], task_id: str) -> int:
-    """Return the number of the question about a task that comes after these answers, counted from 1."""
+    """Return the number of a task's next question after these answers, counted from 1."""
     return sum(answer.task_digest == digest(task_id) for answer in answers) + 1
 
 
 def question_state(
     answers: Sequence[Review], task: str | None, shown: str | None, *, has_webhook: bool = False
 ) -> QuestionState:
-    """Return whether the question that a status shows has its answer among the answers on record.
+    """Return the state of the question that a status shows: whether the answers on record contain its answer.
 
     Args:
         answers: The answers on record before the status was read, in order.
@@ -88,7 +88,7 @@ def question_state(
     last = answers[-1] if answers else None
     if last is None or last.moved_on or has_webhook:
         return "open"
-    about = last.shown_task_digest or last.task_digest  # an answer that does not say its task may be to this question
+    about = last.shown_task_digest or last.task_digest  # an answer without a task may be to this question
     is_other_task = task is not None and about is not None and digest(task) != about
     if is_other_task or not may_be_same(shown, last.output_digest):
         return "open"
@@ -104,13 +104,13 @@ def question_of(
     task_id: str | None = None,
     has_webhook: bool = False,
 ) -> ReviewRequest | None:
-    """Return the question that a run asks after these answers; None where no task is known.
+    """Return the question that a run asks after these answers; None if the task is unknown.
 
     Args:
         run, status, answers: The run, its status, and the answers on record before the status was read.
-        of_flow: The question of a Flow that a webhook brought and nobody has answered from here.
-        task_id: The task, where the status does not name it.
-        has_webhook: As for `question_state`.
+        of_flow: The question of a Flow that a webhook brought, if it has no answer of this package.
+        task_id: The task, if the status does not name it.
+        has_webhook: See `question_state`.
     """
     task, output = waiting_task(status), output_digest(status)
     task_id = task_id or task if of_flow is None else of_flow.task_id
@@ -135,7 +135,7 @@ def question_of(
 
 
 def answer_commands(run: LiveRun) -> list[str]:
-    """Return the commands that answer."""
+    """Return the commands that answer the question."""
     which = run.as_argument()
     return [f"prefect-crew reviews approve {which}", f"prefect-crew reviews reject {which} --feedback TEXT"]
 
@@ -151,19 +151,20 @@ def _token(run: LiveRun) -> str:
 
 
 def where_to_look(run: LiveRun) -> str:
-    """Return where a person finds what is not known here."""
+    """Return the sentence that sends a person to the crew's page."""
     return f"Look at the crew's page: {run.crew.page_url}" if run.crew.page_url else "Look at the crew's page."
 
 
 def describe_answer(answer: Review) -> str:
-    """Return who gave an answer, and when."""
+    """Return the giver and the time of an answer."""
     return answer.by if answer.at is None else f"{answer.by}, {answer.at:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def describe_question(
     run: LiveRun, question: ReviewRequest, page: str | None = None, *, with_commands: bool = True
 ) -> str:
-    """Return what people are told about a question, as it goes on after the run's name. `page` has the form."""
+    """Return the message to people about a question. It goes on after the run's name. `page` is the page with the
+    form."""
     where = f"task {run.redact_name(question.task_id)}, round {question.round}."
     if question.state == "uncertain":
         return (

@@ -1,4 +1,5 @@
-"""People in one wait: it sees which question is open, informs people, and has a function or the form answer."""
+"""The questions of one run during one wait: find the open question, inform people, get an answer from a function or the
+form."""
 
 from __future__ import annotations
 
@@ -58,16 +59,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NOBODY = "nobody, in time"  # who answered, in the record of a rejection by `on_human_timeout`
+NOBODY = "nobody, in time"  # the giver of a rejection by `on_human_timeout`, in the stored answer
 GOES_ON_WITHIN = 20.0  # seconds for the crew to continue after an answer that came as people's time ended
 REQUEST_WITHIN = 60.0
-"""Seconds that the question of a Flow may take to arrive, where `/resume` has refused an answer to it."""
+"""Seconds within which the question of a Flow may arrive after `/resume` has refused an answer to it."""
 OUTPUT_WITHIN = 5.0  # seconds for which a question without an output waits for the output that its webhook brings
-STOP_WITHIN = 5.0  # seconds for a review function to end, once nobody waits for its answer
+STOP_WITHIN = 5.0  # seconds for a review function to end after its answer is no longer needed
 SEND_WITHIN = 5.0
-"""Seconds for which a look, or the end of the wait, waits for an answer that is being sent. Then the run is polled
-meanwhile: while the Prefect API is away, the outcome of the answer is saved again and again for minutes."""
-UNSAVED = 120.0  # seconds for which whoever sends an answer may still write down what became of it
+"""Seconds for which a poll, or the end of the wait, waits for an answer that is being sent. After that the polls go on:
+while the Prefect API is away, the outcome of the answer is saved again and again for minutes."""
+UNSAVED = 120.0  # seconds within which the sender of an answer may still store its outcome
 
 
 @dataclass(repr=False, eq=False)
@@ -78,11 +79,11 @@ class People:
 
     Args:
         run: The run, in an open session.
-        policy: How long people may take, and how many questions about a task they get.
-        review: Answers the questions; None leaves that to whoever comes by.
+        policy: The time for people, and the most questions about one task.
+        review: The source of answers. None: a person answers on the command line or the crew's page.
         stop: Stops the crew; True if its server accepted that.
         waker: Reports the run's webhooks.
-        quiet: Write no log line about each question: the batch does, about many.
+        quiet: Write no log line about each question: a batch writes one line about many.
     """
 
     run: LiveRun
@@ -98,27 +99,27 @@ class People:
         self._form = Form(flow_run_id(), self.run, self.policy) if self.review == "form" else None
         self._function: ReviewFunction | None = None if self.review == "form" else self.review
         self._has_extra_time = self._has_answered = False
-        # The review function until its answer is sent, and the question that it was given.
+        # The task of the review function, until its answer is sent, and the question that it got.
         self._thinking: asyncio.Task[Review] | None = None
         self._thinks_about: ReviewRequest | None = None
         self._sending: asyncio.Task[bool] | None = None
         self._nonce = uuid4().hex  # of the next attempt to answer
         self._has_warned = False
-        self._has_ended_pause = False  # once for each decision: where looks fail, the pauses between them stay
-        # What tells one question from the next, from look to look.
+        self._has_ended_pause = False  # a decision ends one pause only: if status calls fail, later pauses are full
+        # The open question at the last status.
         self._open: ReviewRequest | None = None
         self._answered: Review | None = None  # the answer to the question that the status still shows
         record = self.run.record
-        # Whether it waited for a person, also if another process has seen it, and was not seen to go on since.
+        # Whether the run waited for a person, also before this wait, and no later status showed that it goes on.
         self._waited = record is not None and bool(record.human_seconds or record.human_since)
         self._looked_at = utcnow()
-        self._held_until: float | None = None  # of a question whose output is not known; monotonic
-        self._was_refused = False  # whether an answer of the function was; it may belong at a Flow's callback
+        self._held_until: float | None = None  # a question without an output waits until then; monotonic
+        self._was_refused = False  # whether `/resume` refused the function's answer: a Flow's callback may take it
 
     # The open question
 
     async def see_status(self, status: CrewStatus) -> bool:
-        """Take in a status; True if a question opened or closed, and people were informed.
+        """Handle a status. Return True if a question opened or closed, so that the caller updates the artifact.
 
         Raises:
             ReviewLimitError: The task has asked more often than `max_rounds` allows.
@@ -128,7 +129,7 @@ class People:
         if question is None or question is before:
             return before is not question
         if before is not None and is_same_question(before, question):
-            return True  # its output came to be known
+            return True  # only its output is new
         if most is not None and question.round > most:
             raise ReviewLimitError(
                 kickoff_id=self.run.kickoff_id,
@@ -145,8 +146,8 @@ class People:
         """Return the open question or None. Returns the identical object while the question has not changed.
 
         An answered question that the server still shows is not open. The next question differs from it by another
-        output, by another state in between, or by a webhook, which says how many answers came before; after a rejection
-        also by time alone, since a task that was rejected may ask again in the same words.
+        output, by another state in between, or by a webhook, which has the number of answers before it. After a
+        rejection also time alone counts, since a rejected task may ask again in the same words.
         """
         try:
             if status.state is CrewState.WAITING:
@@ -173,7 +174,7 @@ class People:
             return self._open
         if self._answered is None and not await self._read_answers(is_needed=True):
             return question
-        # A Flow's status may name no task, and its question does.
+        # A Flow's status may lack the task; its question has it.
         of_flow = await self._read("The question of run %s", open_question_of_flow(self.run.kickoff_id, self.answers))
         has_webhook = self._has_webhook(len(self.answers))
         question = question_of(self.run, status, self.answers, of_flow, has_webhook=has_webhook)
@@ -190,7 +191,7 @@ class People:
             question = await self._with_kept_output(question)
             is_hooked = self.run.record is not None and self.run.record.has_webhooks
             if (question.output is None and is_hooked) or CrewSettings().review_secret is not None:
-                # Its webhook, or the question of a Flow, may be on its way.
+                # The webhook with the output, or the question of a Flow, may be on its way.
                 self._held_until = self._held_until or time.monotonic() + OUTPUT_WITHIN
                 if time.monotonic() < self._held_until:
                     return None
@@ -199,24 +200,24 @@ class People:
 
     def _is_still(self, question: ReviewRequest, task_id: str, output: str | None) -> bool:
         if question.id is not None:
-            return True  # until the state changes, or somebody has answered it
+            return True  # until the state changes, or somebody answers the question
         is_same = question.task_id == task_id and may_be_same(question.output_digest, output)
         return is_same and not self._has_webhook(len(question.answers) + 1)
 
     def _has_webhook(self, answers: int) -> bool:
-        """Return whether a webhook reported a question that came after so many answers."""
+        """Return whether a webhook reported a question that came after this number of answers."""
         record = self.run.record
         return bool(answers and record and self.waker and self.waker.has_question_after(record.attempt, answers))
 
     async def _note_moved_on(self) -> bool:
-        """Note at the last answer that the crew was seen to continue after it; False if that is to be tried again."""
+        """Store in the last answer that the crew continued after it. Return False to try again at the next status."""
         last = self.answers[-1] if self.answers else None
         if last is None or last.moved_on:
             return True
         if not last.is_older_than(0, self._looked_at):
-            return False  # the status may have been read before that answer, and says nothing about it
+            return False  # the status may be older than that answer
         if last.outcome == "intended" and not last.is_older_than(UNSAVED, utcnow()):
-            return False  # whoever sends it would write over this
+            return False  # the sender of the answer would overwrite this
         moved_on = last.model_copy(update={"moved_on": True})
         try:
             async with asyncio.timeout(PREFECT_WITHIN):  # the next look tries again
@@ -231,7 +232,8 @@ class People:
         return await self._read("The output to judge of run %s", with_kept_output(self.run, question)) or question
 
     async def _read_answers(self, *, is_needed: bool = False) -> bool:
-        """Read the answers on record; False if they cannot be read now. `is_needed`: nobody can answer without them."""
+        """Read the answers on record. Return False if that fails now. `is_needed`: an answer has to be sent after
+        it."""
         reading = self.run.records.reviews(answers_record(self.run))
         is_needed = is_needed and (self._function is not None or self._form is not None)
         answers = await self._read("The answers to run %s", reading, is_needed=is_needed)
@@ -239,7 +241,8 @@ class People:
         return answers is not None
 
     async def _read(self, subject: str, reading: Awaitable[T], *, is_needed: bool = False) -> T | None:
-        """Return what can be read within some seconds, else None. `is_needed`: raise where the Prefect API refuses."""
+        """Return the result of `reading`, None after some seconds or an error. `is_needed`: raise if the Prefect API
+        refuses."""
         try:
             async with asyncio.timeout(PREFECT_WITHIN):
                 return await reading
@@ -253,11 +256,11 @@ class People:
             run_logger().debug(f"{subject} could not be read: %r", self.run.kickoff_id, error)
             return None
 
-    # Who is informed
+    # Messages to people
 
     @property
     def notes(self) -> tuple[list[str], list[str]]:
-        """What the artifact says about the open question, and the commands that go with it."""
+        """The notes of the artifact about the open question, and the commands that answer it."""
         run, question = self.run, self.question
         if question is None or (self._function is not None and question.state == "open"):
             return [], []
@@ -268,7 +271,7 @@ class People:
         return [note], [f"prefect-crew reviews inspect {run.as_argument()}", *answer_commands(run)]
 
     def _announce(self, question: ReviewRequest) -> None:
-        """Emit an event about a question, and log it unless a function or a batch sees to it."""
+        """Emit an event about a question. Log it, unless a function answers it or a batch logs it."""
         run, page = self.run, None if self._form is None else self._form.page
         if run.record is not None:
             task = run.record.human_task = run.redact_name(question.task_id)
@@ -278,13 +281,14 @@ class People:
         if not is_quiet or question.state != "open":
             run_logger().warning("Crew run %s %s", run.kickoff_id, describe_question(run, question, page))
 
-    # Who answers
+    # Answers
 
     async def answer(self) -> None:
-        """Send the answer of the function or the form to the open question, once there is one.
+        """Send the answer of the function or the form to the open question, if there is one.
 
         Raises:
-            CrewError: The answer could not be given or sent. A submitted form is kept for the next attempt.
+            CrewError: The function failed, or the answer could not be sent. A submitted form stays for the next
+                attempt.
         """
         question = self.question
         if self._function is None and self._form is None:
@@ -300,7 +304,7 @@ class People:
             review = await self._answer_to(question)
             if question is not None and review is not None:
                 await self._send_beside(question, review)
-        except PrefectAwayError as error:  # the next look tries again
+        except PrefectAwayError as error:  # the next status tries again
             log = run_logger().debug if self._has_warned else run_logger().warning
             log("Crew run %s: %s It is tried again, and the run is polled meanwhile.", self.run.kickoff_id, error)
             self._has_warned = True
@@ -321,11 +325,11 @@ class People:
         if self._thinking is None:
             self._thinks_about, self._has_ended_pause = question, False
             self._thinking = asyncio.create_task(self._think(self._function, question))
-            await asyncio.sleep(0)  # a function that decides at once is not waited for until the next look
+            await asyncio.sleep(0)  # so that the answer of a fast function is sent now, and not after the next status
         return self._thinking.result() if self._thinking.done() else None
 
     async def _think(self, function: ReviewFunction, question: ReviewRequest) -> Review:
-        # A plain function may take its time: in a thread, other runs do not wait for it.
+        # A sync function may take long: it runs in a thread, so that other runs do not wait for it.
         is_async = inspect.iscoroutinefunction(function)
         name = getattr(function, "__name__", "a function")
         next_step = (
@@ -336,7 +340,7 @@ class People:
             answer: Any = function(question) if is_async else await call_in_thread(function, question)
             review: Any = await answer if inspect.isawaitable(answer) else answer
         except Exception as error:
-            # Else its error would be read as an error of the crew's server, or of the Prefect API.
+            # Otherwise a caller could take its error for an error of the crew's server or of the Prefect API.
             reason = self.run.redact_text(f"{type(error).__name__}: {error}").rstrip(".")
             raise ReviewFunctionError(f"The review function {name} raised {reason}. {next_step}") from error
         if not isinstance(review, Review):
@@ -348,10 +352,10 @@ class People:
     async def _stop_thinking(self) -> None:
         thinking, self._thinking, self._thinks_about = self._thinking, None, None
         if thinking is not None:
-            await cancel_and_wait(thinking, within=STOP_WITHIN)  # a function may take no cancellation
+            await cancel_and_wait(thinking, within=STOP_WITHIN)  # a function may ignore its cancellation
 
     async def _send_beside(self, question: ReviewRequest, review: Review) -> bool | None:
-        """Send an answer beside the polls; None if that goes on, else as `_send`."""
+        """Send an answer concurrently with the polls. Return None if that takes longer, else the result of `_send`."""
         self._sending = asyncio.create_task(self._send(question, review))
         return await self._is_sent(within=SEND_WITHIN)
 
@@ -363,10 +367,10 @@ class People:
         return sending.result()
 
     async def _send(self, question: ReviewRequest, review: Review) -> bool:
-        """Send an answer to a question; False if the question takes no answer now. Then the next look sees it anew.
+        """Send an answer to a question. Return False if the question takes no answer now: the next status shows why.
 
         Raises:
-            PrefectAwayError: The Prefect API does not answer. Nothing was sent; the answer is kept.
+            PrefectAwayError: The Prefect API does not answer. Nothing was sent; the answer stays for the next attempt.
         """
         if self._form is not None:
             await self._form.take_down()
@@ -378,7 +382,7 @@ class People:
             why = self.run.redact(str(error))
             run_logger().warning("Crew run %s: the answer of %s was not sent: %s", self.run.kickoff_id, review.by, why)
             self._open, self._answered, self._nonce = None, None, uuid4().hex
-            if not isinstance(error, CrewLostError):  # the server may know the run again at the next look
+            if not isinstance(error, CrewLostError):  # the server may know the run again at the next status call
                 await self._drop_answer()
             return False
         await self._drop_answer()
@@ -393,13 +397,13 @@ class People:
         return True
 
     def _is_asked_anew(self, question: ReviewRequest, error: CrewAPIError) -> bool:
-        """Return whether the open question is looked for anew after the server has refused an answer."""
+        """Return whether to look for the open question again after the server has refused an answer."""
         if not is_refusal(question, error):
             return False
         if self._form is not None:
             return True  # a person sees the question before the next answer
-        # The question of a Flow, which takes its answer elsewhere, may be on its way: the first one, where the crew has
-        # refused the answer, or the next one, where this was answered on the platform.
+        # A Flow takes its answer at another URL, and the webhook with its question may be on its way: the first
+        # question, if `/resume` refused the answer, or the next one, if a person answered this one on the platform.
         may_be_flow = question.id is not None or CrewSettings().review_secret is not None
         if not may_be_flow or self._was_refused:
             return False
@@ -407,13 +411,14 @@ class People:
         return True
 
     async def _drop_answer(self) -> None:
-        """Forget the answer of the function or the form: it was sent, or will not be."""
+        """Forget the answer of the function or the form: it was sent, or will never be sent."""
         await self._stop_thinking()
         if self._form is not None:
             await self._form.forget_answer()
 
     async def more_time(self) -> float:
-        """Return how many more seconds people get, whose time is over: a rejection that nobody made begins it anew."""
+        """Return the extra seconds for people after their time is over. An automatic rejection (`on_human_timeout`)
+        restarts their time."""
         budget, kickoff_id, question = self.policy.human_timeout, self.run.kickoff_id, self.question
         try:
             is_sent = await self._is_sent(within=SEND_WITHIN)
@@ -428,11 +433,11 @@ class People:
         if self.policy.on_human_timeout != "reject" or budget is None or self._has_extra_time:
             return 0.0
         if question is None and self._held_until is not None:
-            return OUTPUT_WITHIN  # it is about to open
+            return OUTPUT_WITHIN  # a question is about to open
         self._has_extra_time = True
         try:
             answers = await self.run.records.reviews(answers_record(self.run))
-            # Where another process has rejected it, the time that began anew is over as well.
+            # If another process has rejected it automatically, the restarted time is over as well.
             if question is not None and not any(answer.by == NOBODY for answer in answers):
                 review = Review(approve=False, feedback=self.policy.human_message, by=NOBODY)
                 await self._send_beside(question, review)
@@ -445,7 +450,8 @@ class People:
     # Pauses, and the end
 
     async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
-        """Pause, and end it as soon as there is news, the form was filled in or the function has decided: True then."""
+        """Pause. End the pause and return True if there is news, a person has submitted the form, or the function has
+        decided."""
         if self._form is not None:
             return await self._form.pause(pause, seconds)
         if self._thinking is None or self._has_ended_pause:
@@ -459,16 +465,16 @@ class People:
             await cancel_and_wait(pausing)
 
     def next_pause(self, delay: float) -> float:
-        """Return a shorter pause where an output to judge is about to arrive."""
+        """Return the next pause, at most 1 s while an output to judge is about to arrive."""
         return delay if self._held_until is None else min(delay, 1.0)
 
     def has_answered(self) -> bool:
-        """Return whether an answer was sent since this was last asked."""
+        """Return whether an answer was sent since the last call."""
         has_answered, self._has_answered = self._has_answered, False
         return has_answered
 
     async def aclose(self, *, ended: bool) -> None:
-        """End with the wait: take the form down. Where the run has `ended`, forget what webhooks brought."""
+        """End with the wait: take the form down. If the run has `ended`, delete the questions that webhooks brought."""
         if self._sending is not None:
             await asyncio.wait({self._sending}, timeout=SEND_WITHIN)
             await cancel_and_wait(self._sending, within=STOP_WITHIN)
