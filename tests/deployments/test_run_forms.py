@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import httpx
 import pytest
 
-from prefect_crew.deployments import build_deployment, crew_target
+from prefect_crew import crew_flow
 from prefect_crew.devserver import CrewServer
 from support.chromium import Chromium
 from support.deployed import wait_until
@@ -34,9 +33,9 @@ def test_it_asks_for_each_input(
     name = f"report-{uuid.uuid4().hex[:8]}"
     with CrewServer(CREW, response_format="live") as server:
         block: Any = server.crew(secret_inputs=["login"])
-        target = asyncio.run(crew_target(block.crew.called(name), {"audience": "everyone"}))
-    made: Any = build_deployment(target, name)
-    deployment_id = made.apply()
+        block.save(name, _sync=True)
+        deployment: Any = crew_flow(name).to_deployment(name, parameters={"inputs": {"audience": "everyone"}})
+    deployment_id = deployment.apply()
     address = f"{prefect_api.ui_url}{'/v2' if ui == 'v2' else ''}/deployments/deployment/{deployment_id}/run"
 
     def run() -> dict[str, Any] | None:

@@ -1,0 +1,85 @@
+"""`crew_flow` and `pipeline_flow` by each way that Prefect has to deploy: real processes, one flow run each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.crew_pool import CrewPool
+from support.deployed import command, wait_until
+from support.prefect_server import PrefectServer
+from support.processes import Process
+
+FLOWS = """
+import sys
+from pathlib import Path
+
+from prefect_crew import crew_flow, pipeline_flow
+
+travel = crew_flow("travel")
+report = pipeline_flow(Path(__file__).with_name("report.yaml"))
+
+if __name__ == "__main__":
+    way, *pool = sys.argv[1:]
+    if way == "deploy":
+        travel.deploy("here", work_pool_name=pool[0], cron="0 7 * * *", parameters={"inputs": {"topic": "tea"}})
+    elif way == "source":
+        here = str(Path(__file__).parent)
+        travel.from_source(here, "my_flows.py:travel").deploy("source", work_pool_name=pool[0])
+    else:
+        report.serve("served", parameters={"inputs": {"topic": "cocoa"}})
+"""
+REPORT = 'inputs: {topic: {}}\nsteps: [{name: one, crew: travel, inputs: {topic: "{{ topic }}"}}]\n'
+CREW = "name: travel\ninputs: [topic]\ntasks: [{name: t, output: 'on {{ topic }}'}]\n"
+
+
+@pytest.fixture
+def pool(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[CrewPool]:
+    (tmp_path / "my_flows.py").write_text(FLOWS)
+    (tmp_path / "report.yaml").write_text(REPORT)
+    with CrewPool(prefect_server, tmp_path) as pool:
+        pool.add_crew("travel", CREW)
+        yield pool
+
+
+def test_deploy_puts_it_on_a_crew_pool_and_a_crew_worker_runs_it(pool: CrewPool, tmp_path: Path):
+    pool.worker("here")
+    command(sys.executable, "my_flows.py", "deploy", pool.name, env=pool.env, cwd=tmp_path)
+    deployment = pool.call("GET", "/deployments/name/deployed-crew/here")
+    assert deployment["entrypoint"] == "prefect_crew.run_deployed_crew"
+    pool.wait_for(pool.start(deployment["id"]), "COMPLETED", seconds=90)
+    assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "tea"}]
+
+
+def test_a_flow_of_a_file_is_refused_on_a_crew_pool_and_nothing_is_deployed(pool: CrewPool, tmp_path: Path):
+    with pytest.raises(AssertionError, match="of the type crew, whose workers import installed code"):
+        command(sys.executable, "my_flows.py", "source", pool.name, env=pool.env, cwd=tmp_path)
+    assert not pool.call("POST", "/deployments/filter", {"deployments": {"name": {"any_": ["source"]}}})
+
+
+def test_prefect_deploy_and_from_source_put_it_on_a_process_pool(prefect_server: PrefectServer, pool: CrewPool):
+    folder = pool.folder
+    with CrewPool(prefect_server, folder, f"{pool.name}-processes", kind="process") as processes:
+        processes.worker("there")
+        line = ("prefect", "--no-prompt", "deploy", "my_flows.py:travel", "--name", "file", "--pool", processes.name)
+        command(*line, "--rrule", "FREQ=YEARLY", "--tag", "mine", env=pool.env, cwd=folder)
+        command(sys.executable, "my_flows.py", "source", processes.name, env=pool.env, cwd=folder)
+        for name in ("file", "source"):
+            deployment = pool.call("GET", f"/deployments/name/deployed-crew/{name}")
+            assert deployment["entrypoint"] == "my_flows.py:travel"
+            assert deployment["parameter_openapi_schema"]["properties"]["inputs"]["required"] == ["topic"]
+            pool.wait_for(pool.start(deployment["id"], inputs={"topic": name}), "COMPLETED", seconds=90)
+    assert [run.inputs["topic"] for run in pool.crews["travel"].runs] == ["file", "source"]
+
+
+def test_serve_runs_it_in_a_process_of_its_own(pool: CrewPool, tmp_path: Path):
+    served = [sys.executable, "my_flows.py", "serve"]
+    with Process(served, log=tmp_path / "log", env=pool.env, cwd=tmp_path) as process:
+        process.wait_for("being served")
+        deployment = pool.call("GET", "/deployments/name/deployed-pipeline/served")
+        pool.wait_for(pool.start(deployment["id"]), "COMPLETED", seconds=90)
+    wait_until(lambda: not process.running, seconds=30, what="the end of the process")
+    assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "cocoa"}]
