@@ -8,6 +8,7 @@ the deployment holds, and the form leaves out, names the crew or holds the pipel
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -63,6 +64,8 @@ SECRET_HELP = "The name of the Prefect Secret block that holds it: a value would
 TEXT = ["string", "number", "boolean"]
 """JSON types of an input that is text: `prefect deployment run` reads a bare number as a number."""
 TYPES: dict[str, Any] = {"integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
+CREW_OF_FORM = "x-crew"
+"""The key in the schema of a form that names the crew."""
 MOST = 1000
 """Times in one backfill."""
 PAGE = 200
@@ -301,12 +304,14 @@ class Form:
         inputs: The inputs by name, with the defaults of the deployment.
         required: The inputs that each run has to give where the deployment has no default.
         parameters: What the deployment holds: the crew or the pipeline, and the defaults.
+        crew: The name of the crew. A deployment of a file holds it in its form alone.
     """
 
     owner: str
     inputs: Mapping[str, PipelineInput]
     required: Sequence[str]
     parameters: Mapping[str, Any]
+    crew: str | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -320,7 +325,9 @@ class Form:
             name: _field_of(name, item, name in self.required, position)
             for position, (name, item) in enumerate(self.inputs.items())
         }
-        return {"type": "object", "properties": fields, "required": [*self.required], "additionalProperties": False}
+        crew = {CREW_OF_FORM: self.crew} if self.crew is not None else {}
+        names = {"properties": fields, "required": [*self.required]}
+        return {"type": "object", **names, "additionalProperties": False, **crew}
 
     @property
     def signature(self) -> inspect.Signature:
@@ -365,7 +372,7 @@ async def _crew_form(name: str, defaults: Mapping[str, Any]) -> Form:
     }
     # A run that gives `inputs` replaces those of the deployment, so defaults make none of them optional.
     required = [key for key, item in inputs.items() if item.required]
-    form = await Form(f"Crew {name!r}", inputs, required, {}).with_defaults(defaults)
+    form = await Form(f"Crew {name!r}", inputs, required, {}, name).with_defaults(defaults)
     values = {key: item.default for key, item in form.inputs.items() if item.default is not None}
     return replace(form, parameters={"crew": name, **({"inputs": values} if values else {})})
 
@@ -394,6 +401,46 @@ async def _pipeline_form(pipeline: PipelineDefinition, defaults: Mapping[str, An
     stored = pipeline.model_dump(mode="json", exclude_defaults=True)  # as short as it was written
     required = [name for name, item in form.inputs.items() if item.needed]
     return replace(form, required=required, parameters={"pipeline": stored})
+
+
+async def outdated_form(deployment: DeploymentResponse) -> tuple[str, str] | None:
+    """Return how the form of a deployment differs from the inputs of today, and how to deploy it again.
+
+    Return None where they are the same, and for a deployment that is not of `crew_flow` or `pipeline_flow`.
+
+    Raises:
+        CrewError, ValueError: The inputs of today cannot be read, or the pipeline cannot run any more.
+    """
+    stored = (deployment.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
+    pipeline, crew = (
+        deployment.parameters.get("pipeline"),
+        deployment.parameters.get("crew") or stored.get(CREW_OF_FORM),
+    )
+    if pipeline is not None:
+        definition = PipelineDefinition.model_validate(pipeline)
+        form, again = await _pipeline_form(definition, {}), "prefect-crew deploy --pipeline FILE"
+    elif crew is not None and "properties" in stored:
+        form, again = await _crew_form(crew, {}), f"prefect-crew deploy {shlex.quote(crew)}"
+    else:
+        return None
+    if ":" in (deployment.entrypoint or ""):
+        again = f"prefect deploy {deployment.entrypoint}"
+    own, today = _plain_fields(stored), _plain_fields(form.schema)
+    differences = [
+        *(f"the input {name} is new" for name in today if name not in own),
+        *(f"the input {name} is gone" for name in own if name not in today),
+        *(f"the input {name} has changed" for name in today if name in own and own[name] != today[name]),
+    ]
+    return (", ".join(differences), f"{again} --name {shlex.quote(deployment.name)}") if differences else None
+
+
+def _plain_fields(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return by name whether an input is required, and what the schema says of it but for its default and place."""
+    required, ignored = schema.get("required", ()), ("default", "position", "title")
+    return {
+        name: (name in required, {key: value for key, value in field.items() if key not in ignored})
+        for name, field in schema.get("properties", {}).items()
+    }
 
 
 def _read_as(kind: str | None, name: str, value: Any) -> Any:

@@ -178,6 +178,7 @@ async def check_prefect(findings: Findings) -> None:
             findings.add("warning", "block type", "deployed-crew is not registered.", fix)
         await _check_records(findings)
         await _check_pools(client, findings)
+        await _check_forms(client, findings)
 
 
 def _numbers(version: str) -> list[int]:
@@ -236,3 +237,34 @@ async def _check_pools(client: PrefectClient, findings: Findings) -> None:
             summary += f", {len(orphaned)} of them left by workers that are gone ({', '.join(gone)})"
             fix = fix or "Workers that are online take them within two heartbeats."
         findings.add("warning" if fix else "ok", f"crew pool {pool.name}", summary, fix)
+
+
+async def _check_forms(client: PrefectClient, findings: Findings) -> None:
+    """Compare the run form of each deployment of a crew or pipeline with the inputs of today."""
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags, FlowFilter, FlowFilterName
+
+    from prefect_crew.deployments import TAG, outdated_form
+    from prefect_crew.flows import run_deployed_crew
+    from prefect_crew.pipelines.run import run_deployed_pipeline
+
+    flows = FlowFilter(name=FlowFilterName(any_=[run_deployed_crew.name, run_deployed_pipeline.name]))
+    tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
+    deployments = [
+        *await client.read_deployments(flow_filter=flows),
+        *await client.read_deployments(deployment_filter=tagged),
+    ]
+    current = 0
+    for deployment in {deployment.id: deployment for deployment in deployments}.values():
+        try:
+            outdated = await outdated_form(deployment)
+        except (CrewError, ValueError) as error:
+            findings.add("warning", f"deployment {deployment.name}", f"Its form cannot be compared: {error}")
+            continue
+        if outdated is None:
+            current += 1
+            continue
+        difference, command = outdated
+        fix = f"Deploy it again as it was, with its defaults and its key: {command}"
+        findings.add("warning", f"deployment {deployment.name}", f"Its form is out of date: {difference}.", fix)
+    if current:
+        findings.add("ok", "deployments", f"up to date: {current}")

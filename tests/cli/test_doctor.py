@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from prefect_crew import crew_flow
 from prefect_crew.cli import _prefect
 from prefect_crew.cli.doctor import Findings, check_crew, check_prefect
 from prefect_crew.client._client import CrewClient
@@ -188,3 +190,32 @@ def test_what_is_found_is_written_line_by_line_also_if_prefect_is_away(
     assert "✓ token: it is accepted" in done.out
     assert done.out.endswith("Problems: 1.\n")
     assert "Traceback" not in done.err
+
+
+def test_a_deployment_whose_form_is_out_of_date_is_named(prefect_api: PrefectServer):
+    name = f"form-{uuid4().hex[:8]}"
+
+    def store(inputs: str, **fields: Any) -> CrewServer:
+        server = CrewServer(f"name: form\ninputs: {inputs}\ntasks: [{{name: t, output: x}}]\n")
+        block: Any = server.__enter__().crew(**fields)
+        block.save(name, overwrite=True, _sync=True)
+        return server
+
+    def look() -> list[tuple[str, str, str]]:
+        found = Findings(quiet=True)
+        asyncio.run(check_prefect(found))
+        return [(one.level, one.found, one.fix) for one in found if one.subject == f"deployment {name}"]
+
+    with store("[topic, audience]"):
+        deployment: Any = crew_flow(name).to_deployment(name, parameters={"inputs": {"topic": "tea"}})
+        deployment.apply()
+        assert look() == []
+    with store("[topic, days]", secret_inputs=["topic"]):
+        [(level, difference, fix)] = look()
+    assert level == "warning"
+    assert difference == (
+        "Its form is out of date: the input days is new, the input audience is gone, the input topic has changed."
+    )
+    assert fix.endswith(f"prefect-crew deploy {name} --name {name}")
+    [(level, difference, _)] = look()
+    assert (level, "cannot be compared" in difference) == ("warning", True)
