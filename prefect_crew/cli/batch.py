@@ -263,14 +263,14 @@ async def inspect(
     *,
     ledger: Ledger = None,
     output: Output = None,
-) -> None:
+) -> int:
     """Show how a batch stands, also while another process runs it."""
     fitting = await _list(name) if any(sign in name for sign in "*?[") else []
     if not fitting or name in dict(fitting):  # a name may have such signs in it
         async with open_stored_batch(name, ledger) as batch:
             status = await batch.status()
         _output.put("\n".join(_about(status)), json=output and asdict(status))
-        return
+        return 0
     statuses, missed = list[BatchStatus](), list[str]()
     for fitting_name, _ in fitting:
         try:
@@ -281,6 +281,7 @@ async def inspect(
     _put_sum(statuses, missed, output)
     for sentence in missed:
         _output.note(sentence, "yellow")
+    return 0 if statuses else OTHER
 
 
 NONE = "The Prefect server knows no such batch."

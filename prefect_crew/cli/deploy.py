@@ -245,15 +245,15 @@ async def ls(*, output: Output = None) -> None:
 
 
 @automations.command
-async def rm(*, yes: Yes = False, output: Output = None) -> None:
-    """Remove the automations of this package. To remove one of them: prefect automation delete NAME."""
+async def delete(*, yes: Yes = False, output: Output = None) -> None:
+    """Delete the automations of this package. To delete one of them: prefect automation delete NAME."""
     async with get_client() as client:
         stored = await read_automations(client)
         if stored:
-            _output.confirm(f"Remove the automations {', '.join(automation.name for automation in stored)}?", yes=yes)
+            _output.confirm(f"Delete the automations {', '.join(automation.name for automation in stored)}?", yes=yes)
         for automation in stored:
             await client.delete_automation(automation.id)
-    _put_automations(stored, output, dict.fromkeys([automation.name for automation in stored], "removed"))
+    _put_automations(stored, output, dict.fromkeys([automation.name for automation in stored], "deleted"))
     if not output and stored:
         _output.put(f"The deployment stays. To delete it: prefect deployment delete {RECOVER}")
 
@@ -304,7 +304,7 @@ def _put_automations(
     rows: list[tuple[str, ...]] = []
     for line in lines:
         state = str(line.get("change", "enabled"))
-        is_off = not line["enabled"] and state != "removed"
+        is_off = not line["enabled"] and state != "deleted"
         rows.append((str(line["name"]), "disabled" if is_off else state, str(line["description"])))
     empty = "There are no automations of this package: prefect-crew automations apply."
     _output.put_rows(("Automation", "State", "What it does"), rows, empty=empty, json=output and lines)

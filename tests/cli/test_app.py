@@ -35,7 +35,7 @@ COMMANDS = {
     "reviews": ["ls", "inspect", "approve", "reject"],
     "batch": ["run", "plan", "ls", "inspect", "failures", "retry", "resume", "cancel", "export"],
     "crews": ["save", "ls", "inspect"],
-    "automations": ["apply", "ls", "rm"],
+    "automations": ["apply", "ls", "delete"],
     "receiver": ["start"],
 }
 
@@ -323,7 +323,7 @@ AWAY = [
     "backfill trip/daily --from 2026-01-01 --to 2026-01-02",
     "automations apply --pool crews",
     "automations ls",
-    "automations rm",
+    "automations delete",
 ]
 
 

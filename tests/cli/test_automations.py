@@ -19,7 +19,7 @@ ALERTS = [f"prefect-crew: alert {what}" for what in ("asked", "problem", "waitin
 def pool(prefect_api: PrefectServer, here) -> Iterator[str]:
     command("prefect", "work-pool", "create", "recovery", "--type", "crew", "--overwrite", env=prefect_api.env())
     yield "recovery"
-    here("automations", "rm", "--yes")
+    here("automations", "delete", "--yes")
     command("prefect", "--no-prompt", "deployment", "delete", "recover/crashed", env=prefect_api.env())
 
 
@@ -47,12 +47,12 @@ def test_they_are_set_up_listed_and_removed(here, pool: str):
     assert [one["name"] for one in listed] == sorted([*RECOVERY, *ALERTS])
     assert all(one["enabled"] and one["description"].endswith(".") for one in listed)
 
-    asks = here("automations", "rm")
+    asks = here("automations", "delete")
     assert (asks.code, asks.out, "--yes" in asks.err) == (2, "", True)
-    removed = here("automations", "rm", "--yes").out
-    assert removed.count("\tremoved\t") == len(listed)
+    removed = here("automations", "delete", "--yes").out
+    assert removed.count("\tdeleted\t") == len(listed)
     assert "prefect deployment delete recover/crashed" in removed
-    assert here("automations", "rm", "--yes").out.startswith("There are no automations")
+    assert here("automations", "delete", "--yes").out.startswith("There are no automations")
 
 
 @pytest.mark.parametrize(

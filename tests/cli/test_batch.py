@@ -323,6 +323,8 @@ def test_a_pattern_that_no_batch_has_is_an_error_and_a_ledger_elsewhere_none(
     found = here("batch", "inspect", f"{name}/*", "-o", "json")
     assert (found.code, found.json["completed"], len(found.json["batches"]), len(found.json["missing"])) == (0, 2, 1, 1)
     assert f"Batch '{name}/1' is not counted: " in found.err
+    Path(f"{tmp_path}/2.jsonl.ledger.db").rename(tmp_path / "also elsewhere.db")
+    assert here("batch", "inspect", f"{name}/*").code == 1, "none was counted"
 
 
 def test_failed_rows_are_started_again_by_the_name_alone_up_to_the_crews_limit(

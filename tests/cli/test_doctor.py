@@ -195,22 +195,23 @@ def test_what_is_found_is_written_line_by_line_also_if_prefect_is_away(
 def test_a_deployment_whose_form_is_out_of_date_is_named(prefect_api: PrefectServer):
     name = f"form-{uuid4().hex[:8]}"
 
-    def store(inputs: str, **fields: Any) -> CrewServer:
-        server = CrewServer(f"name: form\ninputs: {inputs}\ntasks: [{{name: t, output: x}}]\n")
-        block: Any = server.__enter__().crew(**fields)
-        block.save(name, overwrite=True, _sync=True)
-        return server
+    @contextlib.contextmanager
+    def stored(inputs: str, **fields: Any) -> Iterator[None]:
+        with CrewServer(f"name: form\ninputs: {inputs}\ntasks: [{{name: t, output: x}}]\n") as server:
+            block: Any = server.crew(**fields)
+            block.save(name, overwrite=True, _sync=True)
+            yield
 
     def look() -> list[tuple[str, str, str]]:
         found = Findings(quiet=True)
         asyncio.run(check_prefect(found))
         return [(one.level, one.found, one.fix) for one in found if one.subject == f"deployment {name}"]
 
-    with store("[topic, audience]"):
+    with stored("[topic, audience]"):
         deployment: Any = crew_flow(name).to_deployment(name, parameters={"inputs": {"topic": "tea"}})
         deployment.apply()
         assert look() == []
-    with store("[topic, days]", secret_inputs=["topic"]):
+    with stored("[topic, days]", secret_inputs=["topic"]):
         [(level, difference, fix)] = look()
     assert level == "warning"
     assert difference == (
