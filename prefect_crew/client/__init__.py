@@ -1,6 +1,6 @@
-"""The crew API over HTTP, without Prefect: a client, what it gives, and the webhooks that a kickoff may ask for.
+"""The crew API over HTTP, without Prefect: a client, its models, and the webhooks that a kickoff may ask for.
 
-Names are loaded when they are first used, so that each costs only those who use it.
+Names are loaded at their first use, to save import time.
 """
 
 from __future__ import annotations

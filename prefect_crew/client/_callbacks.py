@@ -1,7 +1,7 @@
 """Reviews by callback: a Flow's question comes by a signed webhook, and its answer goes to the callback URL in it.
 
-The platform signs `{timestamp}.{body}` with a secret of the webhook's own. The callback URL holds a token of a single
-use: whoever has it can answer, so it is shown nowhere, and no other token is sent to it.
+The platform signs `{timestamp}.{body}` with the webhook's secret. The callback URL contains a token for a single use:
+everybody who has the URL can answer. So nothing shows the URL, and requests to it contain no other token.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _NO = frozenset({"reject", "rejected", "decline", "declined", "deny", "denied", 
 
 
 def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, now: float) -> bool:
-    """Return whether a webhook is signed with a secret, of which there may be several, separated by blanks.
+    """Return whether a webhook is signed with one of the secrets, which are separated by blanks.
 
-    Every secret is compared with, in constant time, whatever the others say.
+    It always compares with every secret, in constant time.
     """
     if not (timestamp.isascii() and timestamp.isdecimal() and len(timestamp) <= 12):
         return False
@@ -48,10 +48,10 @@ def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, no
 
 
 def parse_question(body: bytes) -> ReviewRequest | None:
-    """Return the question in a webhook, None where it holds no new one.
+    """Return the question in a webhook, None if it contains no new one.
 
     Raises:
-        ResponseFormatError: The webhook names no run, or no callback URL that can be called.
+        ResponseFormatError: The webhook names no run, or has no valid callback URL.
     """
     expected = "a question to a person"
     value = decode(body, expected=expected)
@@ -65,7 +65,7 @@ def parse_question(body: bytes) -> ReviewRequest | None:
         raise ResponseFormatError(expected=expected, body=f"the keys {', '.join(sorted(source)[:20])}")
     options = map(as_text, as_list(next(values_at(source, "emit_options", "emit"), None)))
     return ReviewRequest(
-        # The id alone: a response token would be a secret in a name.
+        # A digest: the id may be a response token, which is a secret and must not be in a name.
         id=hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:32],
         kickoff_id=kickoff_id,
         task_id=pick(as_text, source, "method_name", "flow_class") or "review",
@@ -77,11 +77,11 @@ def parse_question(body: bytes) -> ReviewRequest | None:
 
 
 async def post_answer(question: ReviewRequest, review: Review, *, allow_http: bool = False) -> ResumeAnswer:
-    """Send an answer to the callback URL of a Flow's question, once. No token goes with it but the one in the URL.
+    """Send an answer to the callback URL of a Flow's question, once. The request has no token but the one in the URL.
 
     Raises:
-        ConfigurationError: The URL cannot be called, or the Flow has no such outcome. Nothing was sent.
-        CrewAPIError, CrewConnectionError: As a call of `CrewClient`. `kickoff_fate` says what that means.
+        ConfigurationError: The URL is not valid, or the Flow has no such outcome. Nothing was sent.
+        CrewAPIError, CrewConnectionError: The errors of `CrewClient`. `kickoff_fate` returns their meaning.
     """
     url = "" if question.callback_url is None else question.callback_url.get_secret_value()
     where = _read_url(url)
@@ -112,9 +112,9 @@ async def post_answer(question: ReviewRequest, review: Review, *, allow_http: bo
 
 
 def _read_url(url: str) -> httpx.URL | None:
-    """Return a URL that can be called, else None."""
+    """Return a valid http or https URL, else None."""
     try:
-        urlsplit(url)  # refuses an open bracket, which httpx takes for a part of the host's name
+        urlsplit(url)  # refuses an open bracket, which httpx accepts as a part of the host's name
         address = httpx.URL(url)
     except (httpx.InvalidURL, ValueError):
         return None
@@ -122,16 +122,16 @@ def _read_url(url: str) -> httpx.URL | None:
 
 
 def approves(options: Sequence[str], option: str) -> bool:
-    """Return whether an outcome approves: it is called so. Where none is, the first outcome that does not reject."""
+    """Return whether an outcome approves, by its name. If no name approves, the first one that does not reject does."""
     approving = [name for name in options if name.casefold() in _YES]
     return option in (approving or [name for name in options if name.casefold() not in _NO][:1])
 
 
 def answer_text(question: ReviewRequest, review: Review) -> str:
-    """Return the text that is sent to a Flow: the outcome first, where it names some, then the feedback.
+    """Return the text for a Flow: the outcome, if the Flow names outcomes, then the feedback.
 
     Raises:
-        ConfigurationError: The Flow cannot continue with the outcome, or no outcome is meant.
+        ConfigurationError: The Flow does not have the outcome, or the answer selects none.
     """
     words = _YES if review.approve else _NO
     option = review.option or next((name for name in question.options if name.casefold() in words), None)

@@ -1,4 +1,4 @@
-"""The only way this package calls a crew."""
+"""`CrewClient`: all calls of this package to a crew go through it."""
 
 from __future__ import annotations
 
@@ -48,26 +48,26 @@ class CrewClient:
             kickoff_id = await client.kickoff({"topic": "Lisbon"})
             status = await client.status(kickoff_id)
 
-    Nothing is retried here, and redirects are not followed: the token would go with them. One client belongs to one
-    event loop. Proxies and CAs come from the environment; loopback is never asked through a proxy.
+    The client retries nothing, and follows no redirect: the token would go to the other address. One client belongs to
+    one event loop. Proxies and CAs come from the environment; a request to loopback uses no proxy.
 
     Args:
         url: The crew's base URL. Plain http is refused beyond loopback.
         token: The crew's bearer token.
-        request_timeout: Seconds for which the server may send nothing. Connecting gets half of that, 10 at most. A
-            whole GET gets ten times that, a whole POST twice; a POST that took longer counts as sent.
+        request_timeout: Seconds for which the server may send nothing. Connecting gets half of that, 10 s at most. A
+            whole GET gets ten times that, a whole POST twice; a POST that takes longer counts as sent.
         allow_http: Allow plain http beyond loopback: the token then crosses the network in plain text.
-        inputs_as_json: Send inputs as JSON values rather than as the text that the API documents.
-        transport: How requests are carried, in place of the network. Not closed by this client.
+        inputs_as_json: Send inputs as JSON values instead of the text that the API documents.
+        transport: An httpx transport that carries requests instead of the network. This client does not close it.
 
-    The token and the webhooks of a call are in no error, however the server repeats them.
+    No error shows the token or the webhooks of a call, even if the server repeats them.
 
-    Every call raises, in addition to what it names itself:
+    In addition to its own errors, every call raises:
         AuthenticationError: 401 or 403.
-        RateLimitedError, ServerError: 429 and 5xx, with `retry_after` in seconds where the server asks for it.
-        CrewAPIError: Any other status that is an error, a redirect too.
-        CrewConnectionError: No answer; `sent` is False only where the request surely did not leave.
-        ResponseFormatError: An answer in no known format, larger than 64 MiB, or of more than two million lists and
+        RateLimitedError, ServerError: 429 and 5xx, with `retry_after` in seconds if the server asks for it.
+        CrewAPIError: Any other error status, and a redirect.
+        CrewConnectionError: No answer; `sent` is False only if the request was surely not sent.
+        ResponseFormatError: An answer in no known format, larger than 64 MiB, or with more than two million lists and
             objects.
         ConfigurationError: URL, token, id or inputs cannot be used. Nothing was sent.
     """
@@ -109,7 +109,7 @@ class CrewClient:
             await connections.aclose()
 
     async def inputs(self) -> list[CrewInput]:
-        """Return the inputs that the crew names.
+        """Return the inputs of the crew, from `GET /inputs`.
 
         Raises:
             NotFoundError: The crew's server has no `/inputs`, or there is no crew at this URL.
@@ -128,12 +128,12 @@ class CrewClient:
     ) -> str:
         """Start a run and return its id. It costs money and cannot be undone.
 
-        `meta` is any JSON object; webhooks bring it back. `restore_from` is the id of a state of a Flow, a UUID, that
-        the run starts from; the API ignores one that it does not know. `before_sending` is called once there is a
-        connection, right before the first byte. What it raises is raised, and nothing was sent.
+        `meta` is any JSON object; webhooks contain it. `restore_from` is the id (a UUID) of the Flow state from which
+        the run starts; the API ignores an id that it does not know. The client calls `before_sending` when it has a
+        connection, right before the first byte. If that raises, the error is passed on and nothing was sent.
 
         Raises:
-            InvalidInputsError: 400 or 422; `missing_inputs` where the server says which.
+            InvalidInputsError: 400 or 422. It has `missing_inputs` if the server names them.
         """
         try:
             body: dict[str, Any] = {"inputs": encode_inputs(inputs, as_json=self.inputs_as_json)}
@@ -153,9 +153,10 @@ class CrewClient:
         return await self._parsed(call, answer, "the id of the run that was started", _parsing.parse_kickoff)
 
     async def status(self, kickoff_id: str) -> CrewStatus:
-        """Return the status of a run. A 404 is a status too: CrewState.UNKNOWN.
+        """Return the status of a run. For a 404, its state is CrewState.UNKNOWN.
 
-        Servers differ in the path. Both are asked until one knows a run; that one is then used for this client's life.
+        Servers use `/status/{id}` or `/{id}/status`. The client tries both until one path knows a run, and then uses
+        only that path.
         """
         encoded, text = encoded_id(kickoff_id), ""
         for template in (self._status_path,) if self._status_path else _STATUS_PATHS:
@@ -173,10 +174,9 @@ class CrewClient:
     async def resume(
         self, kickoff_id: str, task_id: str, feedback: str, approve: bool, *, webhooks: Webhooks | None = None
     ) -> ResumeAnswer:
-        """Answer for a person: `approve` the output of task `task_id`, or have it done again with `feedback`.
+        """Answer for a person: `approve` the output of task `task_id`, or have the task done again with `feedback`.
 
-        Give the webhooks of the kickoff again: the server does not carry them over. Like a kickoff, this is not safe to
-        send twice.
+        Pass the webhooks of the kickoff again: the server does not keep them. Like a kickoff, do not send this twice.
 
         Raises:
             NotFoundError: No such run or task.
@@ -189,13 +189,13 @@ class CrewClient:
         return await self._parsed(call, await self._send(call), "the answer to a resume", _parsing.parse_resume)
 
     async def stop(self, kickoff_id: str) -> StopAnswer:
-        """Ask the server to stop a run, and return what came of it. `/stop` is not documented and may be missing.
+        """Ask the server to stop a run, and return the outcome. `/stop` is not documented and may be missing.
 
-        A run that has ended, a run that is not known and a missing `/stop` are outcomes, not errors.
+        An ended run, an unknown run and a missing `/stop` are outcomes, not errors.
         """
         call = self._call("POST", f"/stop/{encoded_id(kickoff_id)}", kickoff_id)
         answer = await self._send(call)
-        # Only the outcome of this answer is of use, so it is masked, where the others are given as they are.
+        # Nobody needs the text of this answer, so it is masked; the texts of other answers are not.
         answer = Answer(answer.status, answer.headers, call.shown(answer.text).encode("utf-8", "replace"))
         if answer.is_success:
             parse = partial(_parsing.parse_stop, kickoff_id=kickoff_id)
@@ -206,7 +206,7 @@ class CrewClient:
         return stop_answer
 
     async def health(self) -> bool:
-        """Return whether `GET /` says that the server is healthy. A page of something else does not say so.
+        """Return whether `GET /` answers with the word "healthy" and no web page.
 
         Raises only AuthenticationError and CrewConnectionError.
         """
@@ -247,7 +247,7 @@ class CrewClient:
         return await self._connections.exchange(call)
 
     async def _parsed(self, call: Call, answer: Answer, expected: str, parse: Callable[[Any], T | None]) -> T:
-        """Return the model of a 2xx, or raise the error that the status means."""
+        """Return the model of a 2xx answer, or raise the error for the status."""
         if not answer.is_success:
             raise self._error(call, answer)
 
@@ -259,12 +259,12 @@ class CrewClient:
             parsed = await asyncio.to_thread(read) if len(answer.body) > AT_ONCE else read()
             if parsed is not None:
                 return parsed
-        # Masked as a whole, and cut then: half a secret would not be found any more.
+        # Mask the whole text first, then cut it: the redactor would not find half a secret.
         body = call.shown(answer.text)[: 4 * EXCERPT]
         raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
 
     def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
-        """Return the error for an answer that is none of 2xx."""
+        """Return the error for an answer whose status is not 2xx."""
         body = call.shown(answer.text)
         facts = _parsing.parse_error(body)
         message = facts.message or ""
@@ -278,7 +278,7 @@ class CrewClient:
             status_code=answer.status,
             method=call.method,
             path=f"{urlsplit(self.url).path}{call.path}",
-            message=call.shown(message),  # once more: what was escaped in the body is plain now
+            message=call.shown(message),  # again: a secret that was escaped in the body is plain text here
             body=body,
             kickoff_id=call.kickoff_id,
             retry_after=_parsing.parse_retry_after(answer.headers.get("retry-after")),
@@ -287,7 +287,7 @@ class CrewClient:
 
 
 def _redirection(answer: Answer) -> str:
-    """Return where a redirect leads, without a query, which may hold what is not for everyone."""
+    """Return the target of a redirect without its query, which may contain secrets."""
     try:
         target = urlsplit(answer.headers.get("location", ""))
     except ValueError:

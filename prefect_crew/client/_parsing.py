@@ -1,7 +1,6 @@
-"""From what a crew's server sends to one model, whatever response format it uses.
+"""Parsers: they turn the answers of a crew's server, in any response format, into one set of models.
 
-Parsers are pure functions of JSON values that may be anything, and linear in their size. None is for what is in no
-known format.
+They are pure functions of any JSON value, and linear in its size. They return None for a value in no known format.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ T = TypeVar("T")
 # JSON
 
 MAX_CONTAINERS = 2_000_000
-"""Lists and objects of a body. Each takes up to 200 bytes of memory where its text takes two."""
+"""The most lists and objects in a body. Each takes up to 200 bytes of memory, and only two bytes of text."""
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def decode(body: bytes, *, expected: str) -> Any:
-    """Return the JSON value of a body, or raise ResponseFormatError, also where it nests too deeply or is too large."""
+    """Return the JSON value of a body. Raise ResponseFormatError if it is no JSON, nests too deeply or is too large."""
     try:
         return _loads(body.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
@@ -45,11 +44,11 @@ def decode(body: bytes, *, expected: str) -> Any:
 
 
 def _loads(text: str) -> Any:
-    # Brackets in texts count as well: a text may be JSON, and is then parsed by itself.
+    # Brackets in texts count as well: a text may contain JSON, which is then parsed too.
     if len(text) > MAX_CONTAINERS and text.count("[") + text.count("{") > MAX_CONTAINERS:
         raise ValueError
     value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
-    if not _SURROGATE_ESCAPE.search(text):  # only an escape can smuggle half a pair into decoded text
+    if not _SURROGATE_ESCAPE.search(text):  # decoded text can get a lone surrogate only from an escape
         return value
     whole = json.dumps(value, ensure_ascii=False).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return json.loads(whole)
@@ -64,16 +63,16 @@ def shown(body: bytes) -> str:
     return body[: 4 * EXCERPT].decode("utf-8", "replace")
 
 
-# Values: each is given as what it should be, or as nothing
+# Values: each function returns a value of its type, or None or an empty one
 
 RUN_KEYS = ("kickoff_id", "kickoffId", "execution_id", "executionId")
-"""Keys that name a run everywhere."""
+"""Keys that hold the id of a run in every answer and webhook."""
 MAX_ID = 1000
-"""Characters of a usable id. Longer ones fit neither a URL nor the record of a run."""
+"""The most characters of an id. A longer one fits neither a URL nor the record of a run."""
 MAX_DEPTH = 100
-"""Levels of a structured result, at most: pydantic writes some 250, so a much deeper one could not be stored."""
+"""The most levels of a structured result: pydantic writes about 250, so a much deeper result could not be stored."""
 MAX_COUNT = 10**12
-"""A larger count is taken for not reported: sums over millions of runs stay within the 64 bits that databases have."""
+"""A larger count counts as not reported: so sums over millions of runs fit into the 64 bits of databases."""
 
 
 def as_object(value: Any) -> dict[str, Any]:
@@ -87,21 +86,21 @@ def as_list(value: Any) -> list[Any]:
 
 
 def as_text(value: Any) -> str | None:
-    """Return `value` if it is text with something in it, else None."""
+    """Return `value` if it is text and not blank, else None."""
     return value if isinstance(value, str) and value.strip() else None
 
 
 def as_id(value: Any) -> str | None:
-    """Return `value` as an id, or None where it can be none. A number is one, a truth value is not."""
+    """Return `value` as an id, or None if it cannot be an id. A number can be an id, a boolean cannot."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value) if abs(value) < 2**63 else None
     text = as_text(value)
-    # An id in which a character had to be replaced is another id.
+    # If decoding has replaced a character, the id is not the server's id.
     return text if text and len(text) <= MAX_ID and "\ufffd" not in text else None
 
 
 def _as_number(value: Any) -> float | None:
-    """Return a finite number from 0 on, also one that is written as text."""
+    """Return a finite number of at least 0, also from text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and len(value) > 40:
@@ -123,7 +122,7 @@ def _as_name(value: Any) -> str | None:
 
 
 def text_of(value: Any) -> str | None:
-    """Return text as it is, structure and numbers as JSON, null as None."""
+    """Return text unchanged, lists, objects and numbers as JSON, null as None."""
     if value is None or isinstance(value, str):
         return as_text(value)
     try:
@@ -133,7 +132,7 @@ def text_of(value: Any) -> str | None:
 
 
 def values_at(value: Any, *paths: str) -> Iterator[Any]:
-    """Yield what stands at these paths of an object, such as `result.output`, without what is missing or null."""
+    """Yield the values at some paths of an object, such as `result.output`, without missing ones and null."""
     for path in paths:
         place = value
         for key in path.split("."):
@@ -143,24 +142,24 @@ def values_at(value: Any, *paths: str) -> Iterator[Any]:
 
 
 def pick(read: Callable[[Any], T | None], value: Any, *paths: str) -> T | None:
-    """Return the first value at these paths that is usable, as `read` gives it."""
+    """Return the first result of `read` for the values at these paths that is not None."""
     return next((result for raw in values_at(value, *paths) if (result := read(raw)) is not None), None)
 
 
 def name_of(value: Any, *keys: str) -> str | None:
-    """Return text as it is, and of an object the first of `keys` that holds a name."""
+    """Return text unchanged; for an object, the value of the first of `keys` that holds a name."""
     return as_text(value) or pick(_as_name, value, *keys)
 
 
 def _structured(value: Any) -> Any:
-    """Return a structure as it is, and one that is written as text (in a code fence or not) decoded.
+    """Return a list or an object, also decoded from text (with or without a code fence).
 
-    One that is nested too deep is None.
+    Return None for text that is neither, and for a value that is nested too deep.
     """
     if not isinstance(value, str):
         return None if _is_deep(value) else value
     text = value.strip()
-    if text.startswith("```"):  # no pattern: models write endless blanks
+    if text.startswith("```"):  # no regular expression: models write endless blanks, which make it slow
         info, line_break, inside = text[3:].partition("\n")
         text = inside[:-3].strip() if line_break and "`" not in info and inside.endswith("```") else text
     if text[:1] not in ("{", "["):  # a bare number or word is text
@@ -189,11 +188,11 @@ def _is_deep(value: Any) -> bool:
 # Errors
 
 _LONG = 2000
-"""Characters of an error's message, at most."""
+"""The most characters of an error's message."""
 
 
 class ErrorFacts(NamedTuple):
-    """What the body of an error says; `raw` is it as JSON, None where it is none."""
+    """The facts in the body of an error. `raw` is the body's JSON value, None if it is no JSON."""
 
     message: str | None
     missing_inputs: tuple[str, ...]
@@ -214,7 +213,7 @@ def parse_error(text: str) -> ErrorFacts:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Return the seconds that `Retry-After` asks for, 0.0 for a time that has passed, None where it says nothing."""
+    """Return the seconds of a `Retry-After` header: 0.0 for a time in the past, None for no usable value."""
     try:
         seconds = float(value or "")
     except ValueError:
@@ -226,7 +225,7 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 def error_text(value: Any, depth: int = 5) -> str | None:
-    """Return the text of an error that is text, an object with a message, or a list of either."""
+    """Return the text of an error. It may be a text, an object with a message, or a list of these."""
     if isinstance(value, str):
         return as_text(value)
     if value is None or isinstance(value, bool) or not value:
@@ -238,7 +237,7 @@ def error_text(value: Any, depth: int = 5) -> str | None:
         source = as_object(value)
         for key in ("message", "msg", "error", "detail", "title"):
             if text := error_text(source.get(key), depth - 1):
-                # Where a validation error of FastAPI stands: `body.inputs.budget`.
+                # The location in a validation error of FastAPI, such as `body.inputs.budget`.
                 where = ".".join(map(str, as_list(source.get("loc")))) if key == "msg" else ""
                 return f"{where}: {text}" if where else text
     return text_of(value)
@@ -251,7 +250,7 @@ _OUTPUT = ("result", *_IN_RESULT, "output", "raw", "last_executed_task.output")
 _DATA = ("result_json", "result.json_dict", "result.pydantic", "output_json")
 _TASKS = ("tasks", "tasks_output", "task_outputs")
 _RESULT_KEYS = {"output", "raw", "result", *_TASKS, "json_dict", "pydantic", "token_usage"}
-"""Keys that make an object under `result` a wrapping of the result rather than the result itself."""
+"""With one of these keys, the object under `result` is an envelope of the result and not the result itself."""
 _ERROR_KEYS = {"error", "error_message", "message", "detail", "details", "type", "code", "status", "state", "traceback"}
 
 
@@ -262,27 +261,28 @@ class _State(NamedTuple):
 
 
 def state_of(body: Mapping[str, Any]) -> _State | None:
-    """Return the state: `state` before `status`. None where neither is a word; an unknown word counts as running."""
+    """Return the state from `state`, else from `status`; None if neither is a word. An unknown word counts as
+    running."""
     word = pick(as_text, body, "state", "status")
     state = known_state(word or "")
     return _State(state or CrewState.RUNNING, word, state is not None) if word else None
 
 
 def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
-    """Return the state on which all of a status agrees: a run that names an error has not completed."""
+    """Return the state that fits all parts of a status: with an error in it, a run has not completed."""
     if state is not CrewState.COMPLETED:
         return state
     status, inner = as_text(body.get("status")) or "", as_object(body.get("result"))
     word, colon, _ = status.partition(":")  # "error: task 2 failed" beside a `state`
     if (other := known_state(word if colon else status)) in (CrewState.FAILED, CrewState.STOPPED):
         return other or state
-    # An error beside a result contradicts it; a result may also be an error and nothing else.
+    # An error next to a result contradicts the result. The `result` itself may also be only an error.
     has_error = error_text(inner.get("error")) and inner.keys() <= _ERROR_KEYS | _RESULT_KEYS
     return CrewState.FAILED if has_error or pick(error_text, body, "error", "error_message") else state
 
 
 def _sentence(body: Mapping[str, Any]) -> str | None:
-    """Return a `status` that is a sentence for people next to a `state`."""
+    """Return `status` if there is a `state` too and `status` is a sentence for people, else None."""
     status = as_text(body.get("status"))
     return status if status and as_text(body.get("state")) and known_state(status) is None else None
 
@@ -292,7 +292,7 @@ def _outputs(body: Mapping[str, Any]) -> list[Any]:
 
 
 def _output_of(body: Mapping[str, Any], data: Any) -> str:
-    """Return the text of a completed run, "" where the server left it empty. `data` is its structured result."""
+    """Return the text of a completed run, "" if the server left it empty. `data` is its structured result."""
     places = _outputs(body)
     values = (value for value in (*places, data) if value is not None and not isinstance(value, str))
     text = next(filter(None, map(as_text, places)), None) or next(filter(None, map(text_of, values)), None)
@@ -311,12 +311,12 @@ def _data_of(body: Mapping[str, Any]) -> Any:
     values += [_structured(value) for value in others]
     values += [_structured(value) for value in _outputs(body) if isinstance(value, str)]
     present = [value for value in values if value is not None]
-    # An empty object in a preferred place says less than a full one in a later place.
+    # A full object in a later place is better than an empty one in an earlier place.
     return next((value for value in present if value not in ({}, [])), present[0] if present else None)
 
 
 def _tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
-    """Return the tasks that ended, in the server's order."""
+    """Return the ended tasks, in the server's order."""
     paths = (*(f"result.{key}" for key in _TASKS), *_TASKS)
     items = pick(lambda value: as_list(value) or None, body, *paths) or []
     return [_task(item) for item in items if isinstance(item, str | dict)]
@@ -349,16 +349,16 @@ _OTHER_COUNTS = {
     "completion_tokens": "output_tokens",
     "cached_prompt_tokens": "cache_read_input_tokens",
 }
-"""What providers of models call the counts, in events of single calls."""
+"""Other names of the counts: providers of models use them in events of single calls."""
 
 
 def usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
-    """Return the tokens used, None where nothing was reported."""
+    """Return the reported use of tokens, or None."""
     return pick(tokens_of, body, "token_usage", "result.token_usage")
 
 
 def tokens_of(value: Any) -> TokenUsage | None:
-    """Return the counts that an object holds, None where it holds none."""
+    """Return the token counts in an object, None if it has none."""
     names = TokenUsage.model_fields
     counts = {name: pick(_as_count, value, name, _OTHER_COUNTS.get(name, name)) for name in names}
     prompt, completion = counts["prompt_tokens"], counts["completion_tokens"]
@@ -368,7 +368,7 @@ def tokens_of(value: Any) -> TokenUsage | None:
 
 
 def _error_of(body: Mapping[str, Any], state: CrewState) -> str | None:
-    """Return why a run failed or was stopped. What a failed run has as its result is its error, and never a result."""
+    """Return the reason why a run failed or was stopped. If a failed run has only a result, that is its error."""
     error = pick(error_text, body, "error", "error_message", "detail")
     if error or state is not CrewState.FAILED:
         return error
@@ -388,11 +388,11 @@ _HUMAN_OUTPUT = tuple(f"{part}{key}" for part in (*(f"{name}." for name in _HUMA
 
 
 def parse_inputs(value: Any) -> list[CrewInput] | None:
-    """Return the inputs that `GET /inputs` names, in its order, each once.
+    """Return the inputs in an answer of `GET /inputs`, in its order, each once.
 
     Accepted under `inputs`: a list of names, a list of `{name, type, required, description, default}`, an object of
-    name to description (or to such an object), null; and a bare list. `required_inputs` takes the same forms: an input
-    that it does not name is optional.
+    name to description (or to such an object), null; and a bare list. `required_inputs` has the same forms: with it, an
+    input that it does not name is optional.
     """
     source = as_object(value)
     listed = source.get("required_inputs")
@@ -403,7 +403,7 @@ def parse_inputs(value: Any) -> list[CrewInput] | None:
     inputs: dict[str, CrewInput] = {}
     for item in (*items, *needed):
         name, default, required_word = item["name"], item.get("default"), item.get("required")
-        # Anything but a clear no is a yes: to ask for one input too many is the smaller mistake.
+        # Any value but a clear "no" means required: to ask for one input too many is the smaller mistake.
         is_no = required_word is False or (
             isinstance(required_word, str) and required_word.strip().casefold() == "false"
         )
@@ -416,7 +416,7 @@ def parse_inputs(value: Any) -> list[CrewInput] | None:
 
 
 def _items(value: Any) -> list[dict[str, Any]] | None:
-    """Return a list of inputs in any of its forms as objects, None where it is no such list."""
+    """Return a list of inputs, in any of its forms, as objects; None if the value is no such list."""
     if isinstance(value, dict):
         pairs = as_object(value).items()
         return [{**(about if isinstance(about, dict) else {"description": about}), "name": key} for key, about in pairs]
@@ -427,17 +427,17 @@ def _items(value: Any) -> list[dict[str, Any]] | None:
 
 def parse_kickoff(value: Any) -> str | None:
     """Return the id of the run that a kickoff started."""
-    # Everywhere else `task_id` names a task.
+    # Only here `task_id` is the id of the run; everywhere else it names a task.
     kickoff_id = pick(as_id, value, *RUN_KEYS, "id", "task_id")
-    # It goes into logs, commands and records, where a line break or an escape of a terminal is more than an id.
+    # The id goes into logs, commands and records, where a line break or an escape sequence would do harm.
     return kickoff_id if kickoff_id is not None and kickoff_id.isprintable() else None
 
 
 def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
-    """Return the status of run `kickoff_id`, None where it has no state or is that of another run.
+    """Return the status of run `kickoff_id`, None if the body has no state or is the status of another run.
 
-    Output and data are set only on a completed run, an error only on a failed or stopped one, whatever else there is.
-    A body without a state says nothing of the run, even with a result: every known server gives one.
+    Only a completed run gets output and data, and only a failed or stopped one an error, whatever the body has. A body
+    without a state says nothing about the run, even with a result: every known server sends a state.
     """
     source = as_object(value)
     state_word = state_of(source)
@@ -468,12 +468,13 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
         "usage": usage_of(source),
         "raw": value,
     }
-    # Without what it did not say: each wait holds the last one, and pydantic keeps the names of all that was given.
+    # Without missing fields, to save memory: each wait keeps its last status, and pydantic keeps the names of set
+    # fields.
     return CrewStatus(**{name: value for name, value in fields.items() if value is not None})
 
 
 def _progress(source: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:
-    """Return tasks completed, tasks in all, and the fraction 0..1."""
+    """Return the number of completed tasks, the number of all tasks, and the fraction 0..1."""
     completed = pick(_as_count, source, "progress.completed_tasks")
     total = pick(_as_count, source, "progress.total_tasks")
     if completed is not None and total:
@@ -485,16 +486,16 @@ def _progress(source: Mapping[str, Any]) -> tuple[int | None, int | None, float 
 
 
 def waiting_output(raw: Any) -> str | None:
-    """Return what the status of a run that waits for a person shows for review, None where it shows nothing."""
+    """Return the output for review in the status of a run that waits for a person, or None."""
     last = as_object(as_object(raw).get("last_executed_task"))
     waits = pick(as_id, raw, *_HUMAN_TASK) or pick(as_text, raw, "current_task")
-    # What it says of another task is not for review.
+    # The output of another task is not for review.
     is_last = waits is None or waits in (pick(as_id, last, *_TASK_IDS), last.get("name"))
     return pick(text_of, raw, *_HUMAN_OUTPUT) or (text_of(last.get("output")) if is_last else None)
 
 
 def parse_resume(value: Any) -> ResumeAnswer | None:
-    """Return what the server said to a resume that it accepted (2xx): `{status, message}`, an id, or nothing at all."""
+    """Return the server's answer to an accepted resume (2xx): `{status, message}`, an id, or an empty body."""
     source = as_object(value)
     status, message = as_text(source.get("status")), as_text(source.get("message"))
     if not isinstance(value, dict | None) or (status is None and error_text(source.get("error"))):
@@ -513,7 +514,7 @@ _STOP_OUTCOMES = {
 
 
 def parse_stop(value: Any, kickoff_id: str) -> StopAnswer | None:
-    """Return what the server said to a `/stop` that it accepted (2xx)."""
+    """Return the server's answer to an accepted `/stop` (2xx)."""
     if not isinstance(value, dict | None):
         return None
     source = as_object(value)
@@ -530,9 +531,10 @@ def parse_stop(value: Any, kickoff_id: str) -> StopAnswer | None:
 
 
 def parse_refused_stop(text: str, kickoff_id: str, status_code: int) -> StopAnswer | None:
-    """Return what an error says about a run that was to be stopped, None where that is an error of another kind.
+    """Return the answer to a `/stop` that the server refused, None for an error of another kind.
 
-    A 404 is a missing route unless its `error` or `detail` speaks of a run: frameworks say "Not Found" and no more.
+    A 404 means that the server has no `/stop`, unless its `error` or `detail` mentions a run: web frameworks only say
+    "Not Found".
     """
     facts = parse_error(text)
     answer = StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.UNSUPPORTED, message=facts.message, raw=facts.raw)

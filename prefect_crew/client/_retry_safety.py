@@ -1,4 +1,4 @@
-"""What a failed kickoff says about the run: surely not started, or nobody knows. Pure."""
+"""The meaning of a failed kickoff: the run surely did not start, or nobody knows. Pure."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from prefect_crew.exceptions import (
 
 DELAY_CAP = 120.0
 BARE_DELAY = 5.0
-"""Seconds after a 429 that names no time to come back."""
+"""Seconds to wait after a 429 without `Retry-After`."""
 
 
 class KickoffFate(StrEnum):
-    """What may be done after a kickoff that brought no id."""
+    """The meaning of a kickoff that returned no id, and so the next step."""
 
     RETRY = "retry"
-    """It surely did not start a run, and may be sent again."""
+    """The kickoff surely did not start a run, and may be sent again."""
     REFUSED = "refused"
-    """It surely did not start a run, and would fail the same way again: raise at once."""
+    """The kickoff surely did not start a run, and would fail again in the same way: raise at once."""
     UNCERTAIN = "uncertain"
-    """It may have started a run. It is never sent again on a guess."""
+    """The kickoff may have started a run. It is never sent again on a guess."""
 
 
 def kickoff_fate(error: BaseException) -> KickoffFate:
-    """Return what `error`, raised by a kickoff, says about the run. docs/reference/faults.md has the table.
+    """Return the meaning of an error of a kickoff. docs/reference/faults.md has the table.
 
-    A 5xx often comes from a proxy that had passed the request on, so only a 503 that names a time to come back is a
-    refusal: the server that sends it chose not to take the request. What is not known here is uncertain.
+    A 5xx often comes from a proxy that has passed the request on. Only a 503 with `Retry-After` surely started nothing:
+    its server chose not to take the request. An error of an unknown kind is uncertain.
     """
     if isinstance(error, ConfigurationError | BudgetExceededError | TooManyAttemptsError):
         return KickoffFate.REFUSED
@@ -54,15 +54,15 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
 
 
 def post_deadline(request_timeout: float) -> float:
-    """Return the seconds after which a POST of a client with this `request_timeout` has ended, one way or the other.
+    """Return the seconds after which a POST of a client with this `request_timeout` has surely ended.
 
-    Half of it suffices for a server that answers at all; the rest is for connecting and for large inputs.
+    Half of them is for the answer; the rest is for connecting and for large inputs.
     """
     return 2 * request_timeout
 
 
 def kickoff_delay(error: BaseException) -> float | None:
-    """Return the seconds that the server itself asks a refused kickoff to wait, None if it does not ask."""
+    """Return the seconds after which the server allows to send a kickoff again, None if the error says nothing."""
     if not isinstance(error, (RateLimitedError, ServerError)) or kickoff_fate(error) is not KickoffFate.RETRY:
         return None
     return min(BARE_DELAY if error.retry_after is None else error.retry_after, DELAY_CAP)

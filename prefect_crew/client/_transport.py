@@ -1,4 +1,4 @@
-"""Where requests may go, how they are sent, and what their failures mean."""
+"""The transport of requests: the check of addresses, the sending, and the meaning of failures."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from prefect_crew.client.redaction import Redactor, withheld
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
 
 MAX_BODY = 64 * 1024 * 1024
-"""Bytes of an answer, also once it is decoded. Results of 12 MB were seen, which some servers write four times into one
-answer: as the result, as the output, as that of the last task, and in the list of tasks."""
+"""The most bytes of an answer, also after decompression. Results of 12 MB occur, and some servers write the result four
+times into one answer: as the result, as the output, as the output of the last task, and in the list of tasks."""
 MAX_ERROR_BODY = 64 * 1024
 AT_ONCE = 256 * 1024
-"""Bytes that are parsed on the event loop. Larger bodies are parsed in a thread, so that the loop is not blocked."""
+"""The most bytes that are parsed on the event loop. A larger body is parsed in a thread, to keep the loop free."""
 GET_DEADLINE = 10
-"""A GET may take this many times the request timeout in all. The timeout counts between two pieces: without this,
-a server that sends a byte a second outlasts every limit."""
+"""A whole GET may take this many times the request timeout. The timeout counts between two pieces of the answer:
+without this limit, a server that sends a byte a second would never time out."""
 
 
 # Where requests may go
 
 
 def checked_token(token: str | SecretStr) -> SecretStr:
-    """Return the token without the blanks that come with pasting. An error does not show it."""
+    """Return the token without surrounding blanks, which pasting adds. Raises ConfigurationError without the token."""
     value = (token.get_secret_value() if isinstance(token, SecretStr) else token).strip()
     if not value:
         raise ConfigurationError("The crew's token is empty. Copy it from the Status tab of the crew's page.")
@@ -55,16 +55,16 @@ def checked_token(token: str | SecretStr) -> SecretStr:
 
 
 def checked_url(url: str, *, allow_http: bool, what: str = "The crew's URL") -> str:
-    """Return a base URL without a slash at its end; `what` is what messages call it.
+    """Return a base URL without a slash at its end; `what` is its name in messages.
 
     Raises:
-        ConfigurationError: It is not an http or https URL, carries credentials, a query or a fragment, or would send a
+        ConfigurationError: It is not an http or https URL, contains credentials, a query or a fragment, or would send a
             token in plain text over a network.
     """
     url = url.strip()
     try:
         httpx.URL(url)
-        parts = urlsplit(url)  # httpx takes an open bracket for a part of the host's name
+        parts = urlsplit(url)  # httpx accepts an open bracket as a part of the host's name
         host = parts.hostname
     except (ValueError, httpx.InvalidURL):
         raise ConfigurationError(f"{what} cannot be read. It looks like https://host.example.com.") from None
@@ -101,12 +101,12 @@ def encoded_id(kickoff_id: str) -> str:
         raise ConfigurationError(
             f"The kickoff id {kickoff_id!a} is not a valid id. Give the id that the kickoff returned."
         )
-    # Dots alone would climb to another path.
+    # An id of only dots would lead to another path.
     return encoded.replace(".", "%2E") if encoded in (".", "..") else encoded
 
 
 def tls_context() -> ssl.SSLContext:
-    """Return what checks a server's certificate, with the environment's CAs or the usual ones."""
+    """Return the SSL context that checks a server's certificate, with the environment's CAs or the usual ones."""
     return _tls_context(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
 
 
@@ -116,7 +116,7 @@ def _tls_context(*_: str | None) -> ssl.SSLContext:
 
 
 def _proxy_for(url: httpx.URL) -> str | None:
-    """Return the environment's proxy for a URL; none for this machine, even where NO_PROXY does not name it."""
+    """Return the environment's proxy for a URL; None for loopback, even if NO_PROXY does not name it."""
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
     if not proxy or is_loopback(url.host) or urllib.request.proxy_bypass(url.host):
@@ -124,15 +124,15 @@ def _proxy_for(url: httpx.URL) -> str | None:
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-# How they are sent
+# Sending
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call, as its errors tell of it.
+    """One call to a server.
 
-    What is sent is kept here and in no local variable: error reporters show those of every frame. `hide` masks the
-    token and the webhooks of the call. `before_sending` is called right before the first byte.
+    The body is kept here and in no local variable: error reporters show the local variables of every frame. `hide`
+    masks the token and the webhooks of the call. `before_sending` is called right before the first byte.
     """
 
     method: str
@@ -143,18 +143,18 @@ class Call:
     before_sending: Callable[[], None] | None = field(default=None, repr=False)
 
     def shown(self, text: str) -> str:
-        """Return what may be shown of a text that the server has sent."""
+        """Mask a text of the server, for errors."""
         return withheld(self.hide(text))
 
     async def trace(self, event: str, _: Any) -> None:
-        """Be told by httpx of each step of the request."""
+        """Call `before_sending` at its time. httpx calls this method for each step of the request."""
         if self.before_sending is not None and event.endswith("send_request_headers.started"):
             self.before_sending()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, read in full. Its repr shows none of it: a server may repeat what it was sent."""
+    """One answer, read in full. Its repr shows only the status: a server may repeat secrets of the request."""
 
     status: int
     headers: Mapping[str, str] = field(repr=False)
@@ -173,34 +173,35 @@ class Answer:
 
 _USER_AGENT = f"prefect-crew/{version('prefect-crew')}"
 _CONNECT = 10.0
-"""Seconds, at most, for a free connection, and for making one: a host that is down should not cost a request's time."""
+"""The most seconds to get a free connection, and to connect: for a host that is down, this is faster than a request's
+timeout."""
 POLL_KEEPALIVE = 60.0
-"""Seconds that an idle connection is kept for the next poll: longer than the longest usual interval."""
+"""Seconds for which an idle connection is kept for the next poll: longer than the longest usual interval."""
 POST_KEEPALIVE = 1.0
-"""Seconds that one is kept for the next kickoff or resume.
+"""Seconds for which an idle connection is kept for the next kickoff or resume.
 
-A server may close an idle connection at the very moment at which a request goes out on it. A poll is then made again; a
-kickoff would be uncertain for nothing. Servers wait five seconds and more, so one second is safe, and still spares a
-burst of kickoffs the handshakes.
+A server may close an idle connection at the moment at which a request goes out on it. A poll is then repeated; a
+kickoff would be uncertain. Servers close connections after five seconds or later, so one second is safe, and it still
+saves handshakes in a burst of kickoffs.
 """
 KEPT = 50
-"""Idle connections to one server, at most: httpx looks at each of them at every request."""
+"""The most idle connections to one server: httpx looks at each of them at every request."""
 POOLS = 16
 """Pools of a client of thousands of runs, for polls and again for what must not be sent twice."""
 
 
 class _Pools:
-    """Connections to one server: some for polls, and some for whatever must not be sent twice.
+    """Connections to one server: one pool for polls, and one for requests that must not be sent twice.
 
-    All clients on an event loop share them while they are open: hundreds of runs that wait in one process need a few
-    connections, and few handshakes. A request carries its token itself, so clients with different tokens share as well.
+    All open clients of an event loop share them: so hundreds of runs that wait in one process need only few connections
+    and few handshakes. Each request has its own token, so clients with different tokens share as well.
     """
 
     def __init__(self, origin: httpx.URL) -> None:
         self.polls, self.posts = _open(origin, POLL_KEEPALIVE), _open(origin, POST_KEEPALIVE)
         self.users = 0
-        # Whether polls came one by one so far, so that there is one connection for them at most, and since when it is
-        # surely idle at the most.
+        # Polls in flight; whether never two polls were in flight at once, so that there is at most one connection for
+        # them; and the time since which that connection is idle at most.
         self.under_way, self.is_single, self.used_at = 0, True, -math.inf
 
     async def aclose(self) -> None:
@@ -219,15 +220,15 @@ def _open(origin: httpx.URL, keepalive: float) -> httpx.AsyncBaseTransport:
 _shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, bytes], _Pools]] = (
     weakref.WeakKeyDictionary()
 )
-"""By where they lead. A module-level state, since clients that know nothing of each other share them."""
+"""By scheme and host. Module-level state, since clients that do not know each other share the pools."""
 
 
 class Connections:
     """The connections of one client to its server.
 
-    Requests go straight to httpx's transport: no cookies, no redirects, and no log of URLs, which `httpx.AsyncClient`
-    would bring with it, at a quarter of a request's CPU time. `label` is what errors show in place of the URL;
-    `transport` carries requests in place of the network, and is not closed.
+    Requests go straight to httpx's transport: `httpx.AsyncClient` would add cookies, redirects and a log of URLs, and a
+    quarter of a request's CPU time. Errors show `label` instead of the URL. `transport` carries requests instead of the
+    network, and this class does not close it.
 
     Raises:
         ConfigurationError: The environment's proxy cannot be used.
@@ -264,13 +265,13 @@ class Connections:
         return f"Connections({self._label!r})"
 
     async def exchange(self, call: Call) -> Answer:
-        """Send a request and read its answer, or raise as `CrewClient` says."""
+        """Send a request and read its answer. Raises the errors that `CrewClient` lists."""
         try:
             return await self._send(call)
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
-            # What came in place of HTTP is the server's own text.
+            # An answer that is not HTTP is a text of the server, so mask it as such.
             redact = call.shown if isinstance(error, httpx.RemoteProtocolError) else call.hide
             origin = f"{self._base.scheme}://{self._base.netloc.decode()}"
             cause = _without_secrets(error, redact, httpx.Request(call.method, origin))
@@ -286,8 +287,9 @@ class Connections:
     async def _send(self, call: Call) -> Answer:
         if self._transport is not None:
             return await self._exchange(call, self._transport)
-        # A kickoff that follows a look at the inputs needs no handshake of its own, nor do the polls that follow it. It
-        # surely takes no connection that was idle for long where requests came one by one.
+        # A kickoff right after `GET /inputs` uses the connection of the polls, and saves a handshake. This is allowed
+        # only if requests came one by one, and the last one just now: then that connection was surely not idle for
+        # long.
         pools = self._pools
         is_fresh = not pools.under_way and time.monotonic() - pools.used_at < POST_KEEPALIVE
         if call.method != "GET" and not (pools.is_single and is_fresh):
@@ -298,7 +300,7 @@ class Connections:
             answer = await self._exchange(call, pools.polls)
         finally:
             pools.under_way -= 1
-        pools.used_at = time.monotonic()  # not where it failed: who knows which connection that has left idle
+        pools.used_at = time.monotonic()  # not after an error: the idle connection may then be another one
         return answer
 
     async def _exchange(self, call: Call, transport: httpx.AsyncBaseTransport) -> Answer:
@@ -313,7 +315,7 @@ class Connections:
             request.headers["Content-Type"] = "application/json"
         seconds = post_deadline(self._timeout) if call.method == "POST" else GET_DEADLINE * self._timeout
         if call.before_sending is not None and not isinstance(transport, httpx.AsyncHTTPTransport):
-            call.before_sending()  # a transport of the user's need not tell of its steps
+            call.before_sending()  # a user's transport may not support httpx's trace
         with anyio.move_on_after(seconds):
             response = await transport.handle_async_request(request)
             del request  # its repr shows the whole URL
@@ -325,7 +327,7 @@ class Connections:
         raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
 
     async def aclose(self) -> None:
-        """Close all connections, unless others use them too. Once."""
+        """Close all connections, unless other clients use them too. Call it once."""
         if self._transport is None:
             self._pools.users -= 1
             if not self._pools.users:
@@ -359,13 +361,13 @@ class SpreadTransport(httpx.AsyncHTTPTransport):
             await pool.aclose()
 
 
-# What comes back
+# Answers and failures
 
 
 def _without_secrets(error: Exception, redact: Callable[[str], str], request: httpx.Request) -> Exception:
-    """Return `error` fit to be a cause: its text redacted, and without the frames and causes that hold the request.
+    """Prepare `error` to be a cause: mask its text, and remove the request, the frames and the causes.
 
-    Whatever prints local variables would print the token with them.
+    A tool that prints the local variables of frames would print the token.
     """
     if isinstance(error, httpx.RequestError):
         error.request = request
@@ -386,16 +388,17 @@ _FAILURES: dict[type[Exception], tuple[bool, str]] = {
     httpx.WriteError: (True, "the connection broke while the request was sent"),
     httpx.RemoteProtocolError: (True, "the connection was closed, or the answer is not HTTP"),
 }
-"""Whether a request that failed may have reached the server, and why it failed. What is not here may have."""
+"""For each error: whether the request may have reached the server, and the reason for the message. After any other
+error the request may have reached it."""
 
 
 async def _read(status: int, headers: httpx.Headers, stream: AsyncIterable[bytes], kickoff_id: str | None) -> Answer:
-    """Read a streamed response, up to its cap; of an error's body only a start."""
+    """Read a streamed response, up to its limit; of an error's body only the start."""
     good = 200 <= status < 300
     limit = MAX_BODY if good else MAX_ERROR_BODY
     chunks: list[bytes] = []
     size = 0
-    # What comes, not what httpx's decoders make of it: those know no limit.
+    # The raw bytes, not httpx's decoders: those have no limit.
     async for chunk in stream:
         chunks.append(chunk)
         size += len(chunk)
@@ -403,7 +406,7 @@ async def _read(status: int, headers: httpx.Headers, stream: AsyncIterable[bytes
             break
     body, problem = b"".join(chunks), None
     coding = headers.get("content-encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):  # not asked for, yet some proxies compress all the same
+    if coding not in ("", "identity"):  # the request does not allow compression, but some proxies compress
         try:
             body = await asyncio.to_thread(_unpacked, body, coding, limit)
         except (LookupError, zlib.error):
@@ -421,6 +424,6 @@ async def _read(status: int, headers: httpx.Headers, stream: AsyncIterable[bytes
 
 
 def _unpacked(body: bytes, coding: str, limit: int) -> bytes:
-    """Return a body decompressed, a byte more than `limit` at most. One that was cut short is no JSON."""
+    """Return the decompressed body, at most one byte more than `limit`. A cut body is no JSON."""
     windows = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
     return zlib.decompressobj(windows[coding]).decompress(body, limit + 1)

@@ -1,4 +1,4 @@
-"""Values as the crew API takes them: text, or JSON."""
+"""The encoding of values for the crew API: as text, or as JSON."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _ARRAY_KINDS = frozenset("biufUO")
 
 
 class _UnsendableError(ValueError):
-    """A value that has no JSON; the text says what it is, without showing it."""
+    """A value that cannot be JSON. The message has its type, not the value."""
 
 
 def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[str, Any]:
-    """Return `inputs` as the API takes them: every value as text, or with `as_json` as JSON values.
+    """Encode `inputs` for the API: every value as text, or with `as_json` as a JSON value.
 
     Numbers, booleans ("true", "false"), dates and times (ISO 8601), decimals, UUIDs and paths become their text; an
-    Enum counts as its value; lists, objects, dataclasses and pydantic models become compact JSON with other scripts
-    unescaped. With `as_json` numbers, booleans, lists and objects are JSON's own. None is left out, and is null within
-    a list or an object. A secret is sent as what it hides.
+    Enum counts as its value; lists, objects, dataclasses and pydantic models become compact JSON, with letters of other
+    scripts unescaped. With `as_json` numbers, booleans, lists and objects stay JSON values. An input that is None is
+    left out; within a list or an object None is null. A secret is sent in plain text.
 
     Raises:
-        ConfigurationError: They are no mapping, a name is not text, or a value cannot be sent. It names the input, and
-            not its value.
+        ConfigurationError: `inputs` is no mapping, a name is not text, or a value cannot be sent. The message names the
+            input and does not show its value.
     """
     if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody has types
         raise ConfigurationError(f"Inputs are a mapping of names to values, not a {type(inputs).__name__}.")
@@ -55,17 +55,17 @@ def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[s
 
 
 def as_text(plain: Any) -> str:
-    """Return a JSON value as the crew API takes it where everything is text."""
+    """Return a JSON value as text, for a crew API that takes only text."""
     if isinstance(plain, str):
         return plain
     return json.dumps(plain, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as JSON values only.
+    """Return `value` as a JSON value.
 
-    pydantic's own `to_jsonable_python` masks secrets, takes bytes for text and NaN for a number, leaves sets without
-    order, and writes UTC as "Z": digests that stand in records would change.
+    Not by pydantic's `to_jsonable_python`: that masks secrets, accepts bytes as text and NaN as a number, leaves sets
+    without order, and writes UTC as "Z", which would change the digests in records.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -94,8 +94,8 @@ def _container(value: Any) -> Any:
         return sorted((_plain(item) for item in cast("Set[Any]", value)), key=as_text)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview | SecretBytes):
         return [_plain(item) for item in cast("Sequence[Any]", value)]
-    # An array of NumPy, as pandas has for a list that it read from Parquet. Its times are left out: `tolist` makes bare
-    # numbers of those in nanoseconds.
+    # An array of NumPy: pandas returns one for a list in Parquet. Arrays of times are refused: `tolist` returns bare
+    # numbers for nanoseconds.
     kind = getattr(getattr(cast("Any", value), "dtype", None), "kind", None)
     if isinstance(kind, str) and kind in _ARRAY_KINDS:
         return _plain(cast("Any", value).tolist())
@@ -110,7 +110,7 @@ def _number(value: Any) -> int | float | str:
             raise _UnsendableError("a number of too many digits") from None
     if not isinstance(value, Decimal | numbers.Real):
         raise _UnsendableError(f"a value of type {type(value).__name__}")
-    # A decimal may be larger than a float can be.
+    # A decimal may be too large for a float.
     if not (value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)):
         raise _UnsendableError("a number that is not finite")
     return str(value) if isinstance(value, Decimal) else float(value)

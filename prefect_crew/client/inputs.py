@@ -1,4 +1,4 @@
-"""The inputs of one run, made once at the door; which of them are secret, and which a crew lacks or does not know."""
+"""The inputs of one run, with the secret ones; and the comparison with the inputs that a crew names."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.exceptions import ConfigurationError
 
 STATE_ID = "id"
-"""The input that a Flow takes for the id of its state. It must be a UUID there, and one that was used before leads to
-the existing execution: no two runs may share it by accident."""
+"""The name of the input that a Flow uses as the id of its state. It must be a UUID. A UUID that was used before leads
+to the existing execution, so two runs must not share it by accident."""
 NEVER_UNKNOWN = frozenset({STATE_ID, "crewai_trigger_payload"})
-"""Inputs that a crew takes without naming them. The second is what the platform gives a run that a trigger starts."""
+"""Inputs that a crew takes but `GET /inputs` does not list. The platform gives the second one to a run that a trigger
+starts."""
 
 
 class Unshown(dict[Any, Any]):
-    """A dict whose repr shows its keys alone: error reporters show the local variables of all frames."""
+    """A dict whose repr shows only its keys: error reporters show the local variables of all frames."""
 
     def __repr__(self) -> str:
         return f"Unshown({list(self)})"
@@ -32,18 +33,18 @@ class Unshown(dict[Any, Any]):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Inputs:
-    """The inputs of one run. A public function makes it as its first step, and every later step takes it.
+    """The inputs of one run. A public function makes them as its first step, and every later step takes them.
 
-    It is opaque: its repr shows the names alone, so that no frame shows a value, not even one of Prefect's engine. It
-    is a dataclass, since Prefect looks into the parameters of a task for futures and for results of other tasks. Its
-    pickle holds the values, because a task runner sends the parameters of a task to its processes as a pickle.
+    The repr shows only the names, so that no frame shows a value, not even a frame of Prefect's engine. The class is a
+    dataclass, since Prefect looks into the parameters of a task for futures and results of other tasks. A pickle
+    contains the values, because a task runner sends the parameters of a task to its processes as a pickle.
 
     Args:
-        values: The inputs as their giver has them. One of pydantic's secrets is secret whatever the crew says.
+        values: The inputs as the caller passes them. A value of pydantic's secret types is always secret.
         secret: The names of further secret inputs.
-        secret_texts: Texts that are secret wherever they stand in an input.
+        secret_texts: Texts that are secret wherever they appear in an input.
         as_json: Whether the crew takes JSON values instead of text.
-        restore_from: The id of the state that the run starts from.
+        restore_from: The id of the Flow state from which the run starts.
     """
 
     values: Mapping[str, Any]
@@ -54,10 +55,10 @@ class Inputs:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any] | Inputs | None) -> Inputs:
-        """Return the inputs that a user gives as a mapping; inputs that were made before as they are.
+        """Return the inputs of a user's mapping. `Inputs` are returned unchanged.
 
         Raises:
-            ConfigurationError: They are no mapping.
+            ConfigurationError: `inputs` is no mapping.
         """
         if isinstance(inputs, Inputs):
             return inputs
@@ -71,12 +72,12 @@ class Inputs:
         return f"Inputs({list(self.values)})"
 
     def keep_secret(self, names: Iterable[str], texts: Iterable[SecretStr] = ()) -> Inputs:
-        """Return a copy in which these inputs, and these texts, are secret as well."""
+        """Return a copy with further secret inputs and secret texts."""
         return replace(self, secret=self.secret.union(names), secret_texts=(*self.secret_texts, *texts))
 
     @cached_property
     def encoded(self) -> Mapping[str, Any]:
-        """The inputs as the crew API takes them, without those that are None.
+        """The inputs encoded for the crew API, without inputs that are None.
 
         Raises:
             ConfigurationError: A value cannot be sent.
@@ -88,11 +89,11 @@ class Inputs:
             return Unshown(encode_inputs(self.values, as_json=as_json))
         except (TypeError, ValueError) as error:
             problem = str(error)
-        raise ConfigurationError(f"{problem} Nothing was started.")  # out here: the frames of the error hold values
+        raise ConfigurationError(f"{problem} Nothing was started.")  # outside: the frames of `error` contain values
 
     @cached_property
     def secret_names(self) -> tuple[str, ...]:
-        """The names of the inputs that are secret, or that hold a secret text."""
+        """The names of the inputs that are secret or contain a secret text."""
         hides = Redactor(self.secret_texts).hides if self.secret_texts else None
         return tuple(name for name, value in self.encoded.items() if self._is_secret(name) or (hides and hides(value)))
 
@@ -101,20 +102,20 @@ class Inputs:
 
     @property
     def secret_values(self) -> list[Any]:
-        """What is secret wherever it stands: the values of the secret inputs, and the secret texts."""
+        """The values to mask everywhere: the values of the secret inputs, and the secret texts."""
         return [*(self.encoded[name] for name in self.encoded if self._is_secret(name)), *self.secret_texts]
 
     @cached_property
     def digest(self) -> str:
-        """The digest of the inputs that are not secret, and of `restore_from`: equal runs have equal ones.
+        """The digest of the inputs that are not secret, and of `restore_from`.
 
-        A secret tells no two runs apart: a flow that fetches a new one for each attempt finds its run again.
+        Secrets are not part of it: so a flow that fetches a new token for each attempt finds its run again.
         """
         plain = {name: value for name, value in self.encoded.items() if name not in self.secret_names}
         return inputs_digest(plain, restore_from=self.restore_from, is_text=not self.as_json)
 
     def shown(self, redact: Redactor) -> dict[str, Any]:
-        """Return the inputs as they are sent, with the secret ones masked, also where another one repeats them."""
+        """Return the encoded inputs with every secret masked, also where another input repeats it."""
         return {name: MASK if name in self.secret_names else redact.tree(value) for name, value in self.encoded.items()}
 
     def words(self, redact: Redactor) -> dict[str, str | int]:
@@ -134,18 +135,18 @@ def missing_inputs(expected: Iterable[CrewInput], inputs: Mapping[str, Any]) -> 
 
 
 def unknown_inputs(expected: Iterable[CrewInput], inputs: Mapping[str, Any]) -> list[str]:
-    """Return the names in `inputs` that the crew does not name, in the given order; none where it names no inputs."""
+    """Return the names in `inputs` that the crew does not name, in their order; an empty list if it names no inputs."""
     names = {item.name for item in expected}
     return [name for name in inputs if name not in names and name not in NEVER_UNKNOWN] if names else []
 
 
 def inputs_digest(inputs: Mapping[str, Any], *, restore_from: str | None = None, is_text: bool = False) -> str:
-    """Return 32 hex digits that equal inputs share, whatever their order: of the SHA-256 of their text form.
+    """Return 32 hex digits of the SHA-256 of the inputs' text form. The order of the inputs does not matter.
 
-    A state that the run is to start from makes it another run. `is_text`: the inputs are encoded already.
+    Another `restore_from` gives another digest. `is_text`: the inputs are encoded already.
     """
     text = inputs if is_text else encode_inputs(inputs)
     canonical = json.dumps(text, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
     if restore_from is not None:
-        canonical += f"\nrestoreFromStateId:{restore_from}"  # no JSON without indentation holds a new line
+        canonical += f"\nrestoreFromStateId:{restore_from}"  # JSON without indentation contains no line break
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""What the crew API says, as one set of models whatever response format the server uses."""
+"""The answers of the crew API as one set of models, whatever response format the server uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefect_crew.states import CrewState
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as _TypeVar
 
-    # The type of `result.data`: the model of `output_type`, else the plain JSON value.
+    # The type of `result.data`: the `output_type`, else a plain JSON value.
     Data = _TypeVar("Data", bound="BaseModel | JsonValue", default=JsonValue, covariant=True)
 else:
     Data = TypeVar("Data")  # without a bound and a default pydantic takes any value as it is
@@ -26,9 +26,9 @@ class _Model(BaseModel):
 
 
 class CrewInput(_Model):
-    """One input of a crew, as `GET /inputs` names it. An optional one that is left out has the crew's own default.
+    """One input of a crew, from `GET /inputs`. If a caller leaves out an optional input, the crew uses its own default.
 
-    `default` is that default where the server tells it, else None.
+    `default` is that default if the server reports it, else None.
     """
 
     name: str
@@ -39,7 +39,7 @@ class CrewInput(_Model):
 
 
 class TokenUsage(_Model):
-    """Tokens that a run used. What the server did not report is None, never 0."""
+    """Tokens that a run used. A count that the server did not report is None, never 0."""
 
     total_tokens: int | None = None
     prompt_tokens: int | None = None
@@ -49,7 +49,7 @@ class TokenUsage(_Model):
 
     @classmethod
     def sum(cls, usages: Iterable[TokenUsage]) -> TokenUsage | None:
-        """Return several usages added up, each count over those that report it; None where none reports any."""
+        """Add up several usages: each count is the sum of its reported values. None if none reports any count."""
         sums: dict[str, int] = {}
         for usage in usages:
             for name, count in usage:
@@ -59,7 +59,7 @@ class TokenUsage(_Model):
 
 
 class TaskResult(_Model):
-    """One task of a run. `execution_time` is in seconds; `name` is what the server calls the task."""
+    """One task of a run. `execution_time` is in seconds; `name` is the server's name of the task."""
 
     name: str | None = None
     agent: str | None = None
@@ -71,13 +71,13 @@ class TaskResult(_Model):
 
 
 class CrewResult(_Model, Generic[Data]):
-    """What a completed run gave.
+    """The result of a completed run.
 
     `output` is the text. `data` is the structured result, or None; with an `output_type` it is an instance of that
     model, and type checkers know it: `CrewResult[Trip]`. `execution_time` is in seconds, as the server measured it.
-    `usage` are the tokens that were reported, `cost` is what the run cost by the crew's price, each None where that is
-    unknown. `raw` is the whole body of the last status answer, None where the result is read from a record.
-    `idempotency_key` is the run's, also a derived one; None without a record, as from a `CrewClient`.
+    `usage` has the reported tokens, `cost` is the cost by the crew's price; each is None if unknown. `raw` is the whole
+    body of the last status answer, None if the result was read from a record. `idempotency_key` is the key of the run,
+    given or derived; None without a record, for example from a `CrewClient`.
     """
 
     output: str
@@ -95,11 +95,11 @@ class CrewResult(_Model, Generic[Data]):
 class CrewStatus(_Model):
     """One answer of the status call.
 
-    `raw_state` is the server's own word; where no documentation has it, `known_state` is False, and it counts as
-    running. `last_task` is the task that ended last, where the server names that one. `progress` is 0..1.
-    `human_task_id` names the task that waits for a person, where the server says so. `output` and `data` are None
-    until there is a result; an output that the server left empty is "". `usage_by_model` is what a stream of events
-    told. The repr shows nothing that the crew wrote.
+    `raw_state` is the server's own word for the state; if no documentation has it, `known_state` is False and the run
+    counts as running. `last_task` is the task that ended last, if the server names it. `progress` is 0..1.
+    `human_task_id` is the task that waits for a person, if the server names it. `output` and `data` are None until
+    there is a result; an output that the server left empty is "". `usage_by_model` comes from a stream of events. The
+    repr shows no text of the crew.
     """
 
     kickoff_id: str
@@ -127,7 +127,7 @@ class CrewStatus(_Model):
         """Return the result of a completed run.
 
         Raises:
-            InvalidCallError: In any other state; a run that did not complete has no result.
+            InvalidCallError: The run has another state, and so no result.
         """
         if self.state is not CrewState.COMPLETED:
             raise InvalidCallError(f"Run {self.kickoff_id} is {self.state}, not completed: it has no result.")
@@ -137,9 +137,9 @@ class CrewStatus(_Model):
 
 
 class ResumeAnswer(_Model):
-    """What the server said to `/resume`. Any 2xx is an acceptance, even an empty one.
+    """The server's answer to `/resume`. Any 2xx means that it accepted, even with an empty body.
 
-    `status` is the server's word, documented as "resumed", "retrying" or "completed"; None where it gave none.
+    `status` is the server's word, documented as "resumed", "retrying" or "completed"; None if it sent none.
     """
 
     kickoff_id: str | None = None
@@ -149,14 +149,14 @@ class ResumeAnswer(_Model):
 
 
 class StopOutcome(StrEnum):
-    """What became of a `/stop`."""
+    """The outcome of a `/stop`."""
 
     STOPPED = "stopped"
     """The server says that the run is stopped."""
     REQUESTED = "requested"
-    """The server took the request, and did not say that the run is stopped. The status call tells."""
+    """The server accepted the request, and did not say that the run is stopped. The status call shows the end."""
     NOT_STOPPABLE = "not stoppable"
-    """The run is in a state that cannot be stopped, for the most part because it has ended."""
+    """The run is in a state that cannot be stopped, mostly because it has ended."""
     UNKNOWN_RUN = "unknown run"
     """The server has `/stop`, and does not know the run."""
     UNSUPPORTED = "unsupported"
@@ -164,7 +164,7 @@ class StopOutcome(StrEnum):
 
 
 class StopAnswer(_Model):
-    """What the server said to `/stop`. `state` is the run's, where the answer tells it."""
+    """The server's answer to `/stop`. `state` is the state of the run, None if the answer does not have it."""
 
     kickoff_id: str
     outcome: StopOutcome
@@ -175,22 +175,22 @@ class StopAnswer(_Model):
 
     @property
     def accepted(self) -> bool:
-        """Whether the server stopped the run or took the request to."""
+        """Whether the server has stopped the run, or accepted the request to stop it."""
         return self.outcome in (StopOutcome.STOPPED, StopOutcome.REQUESTED)
 
 
 class Review(BaseModel):
     """An answer: approve the task's output, or reject it and have the task done again with the feedback.
 
-    `option` is one of the question's options. Left out, it is the option that says what `approve` does, if there is
-    one. `by` says who answers; left out, the name of the function, `the form` or the user of this machine.
+    `option` is one of the question's options. Default: the option with the meaning of `approve`, if there is one. `by`
+    is the name of the giver. Default: the name of the function, `the form` or the user of this machine.
 
-    The other fields are filled in when the answer is written down, before it is sent. `outcome` says whether it
-    arrived. `moved_on`: the crew was seen in another state afterwards, so its next question is another question.
-    `task_id` is masked. `task_digest` is of the crew's own id of the task, `shown_task_digest` of the task that the
-    status named, `output_digest` of the output that the status showed: they tell the next question from this one.
-    `question_id` is the id of a Flow's question. `call` names the call of a flow that answered, and is the same on
-    every retry of it. `nonce` names the attempt to answer: two callers may answer in the same words.
+    This package fills in the other fields when it stores the answer, before it sends it. `outcome` says whether the
+    answer arrived. `moved_on`: a later status showed another state, so the crew's next question is a new one. `task_id`
+    is masked. `task_digest` is of the crew's own id of the task, `shown_task_digest` of the task in the status,
+    `output_digest` of the output in the status: these distinguish the next question from this one. `question_id` is the
+    id of a Flow's question. `call` names the call that answered, and is the same on every retry of it. `nonce` names
+    the attempt to answer: two callers may answer in the same words.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -212,21 +212,21 @@ class Review(BaseModel):
     nonce: str = ""
 
     def is_older_than(self, seconds: float | None, now: datetime) -> bool:
-        """Return whether the answer was written down more than so many seconds ago; never where `seconds` is None."""
+        """Return whether the answer was stored at least `seconds` ago; False if `seconds` is None."""
         return seconds is not None and self.at is not None and (now - self.at).total_seconds() >= seconds
 
 
 class ReviewRequest(BaseModel):
     """A question that a crew asks a person.
 
-    `output` is the text to judge, where it is known. `round` counts the questions about the task, from 1. `answers` are
-    the earlier answers to the run's questions. `meta` is the kickoff's. A Flow also gives `options`, the outcomes that
-    it can continue with, and `message`, its own words.
+    `output` is the text to judge, None if unknown. `round` counts the questions about the task, from 1. `answers` are
+    the earlier answers to the run's questions. `meta` is the `meta` of the kickoff. A Flow also sends `options`, the
+    outcomes that it can continue with, and `message`, its own words.
 
-    The other fields are for this package. `id` and `callback_url` are those of a Flow's question, whose answer goes to
-    that URL; other answers go to `/resume`. `output_digest` is of the output that the status shows, None where it shows
-    none. `state` says whether the question has its answer; `uncertain`: nobody knows whether the answer arrived.
-    `withheld` says why there is no output.
+    The other fields are for this package. `id` and `callback_url` belong to a Flow's question: its answer goes to that
+    URL; other answers go to `/resume`. `output_digest` is of the output in the status, None if the status shows none.
+    `state` says whether the question has its answer; `uncertain`: nobody knows whether the answer arrived. `withheld`
+    says why there is no output.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)

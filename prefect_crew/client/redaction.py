@@ -1,6 +1,6 @@
-"""The redaction of this package: what keeps secrets out of logs, artifacts, events, errors, records and files.
+"""Masking: it keeps secrets out of logs, artifacts, events, errors, records and files.
 
-A crew may repeat whatever it was sent. So every text of a crew goes through a `Redactor` before it is shown or stored.
+A crew may repeat any part of a request. So every text of a crew goes through a `Redactor` before it is shown or stored.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from prefect_crew.client.encoding import encode_inputs
 
 MASK = "********"
 SHORTEST = 4
-"""Characters. A shorter secret is masked as an input, but not searched for in texts, where it would hit at random."""
+"""Characters. A shorter secret is masked as an input, but not searched in texts, where it would match at random."""
 SHORTEST_TOKEN = 8
-"""Characters. No real token is shorter: one that is, is a word such as "wrong" or "test". Masking that word in a
-sentence of the server would make it unreadable, and would tell which word it was. It is masked after "Bearer" only."""
+"""Characters. No real token is shorter. A shorter one is a word such as "wrong" or "test": to mask it in a sentence of
+the server would make the sentence unreadable, and would reveal the word. It is masked only after "Bearer"."""
 SHORTEST_LINE = 8
 """Characters. A crew may repeat one line of a secret, such as a key in PEM."""
 
@@ -32,10 +32,10 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Redactor:
-    """Masks secrets wherever they stand in a text: as they are, one line of them, or escaped for JSON, HTML or a URL.
+    """Masks secrets anywhere in a text: unchanged, one line of them, or escaped for JSON, HTML or a URL.
 
     Args:
-        values: Secret values, of any type that an input may have. The texts and numbers within one are secrets as well.
+        values: Secret values, of any type that an input may have. The texts and numbers within them are secret as well.
         tokens: Bearer tokens.
     """
 
@@ -48,10 +48,10 @@ class Redactor:
         """The texts and numbers within its values."""
         return tuple({text for value in self._values for text in _texts(value) if len(text) >= SHORTEST})
 
-    # On demand: one is made for each kickoff, and most of them have nothing to mask.
+    # On demand: each kickoff makes a redactor, and most of them have nothing to mask.
     @cached_property
     def secrets(self) -> tuple[str, ...]:
-        """What is searched for, the longest first."""
+        """The texts to search for, the longest first."""
         if not self._values:
             return _token_secrets(self._tokens)
         texts = {text for value in self._values for text in _texts(value)}
@@ -81,27 +81,27 @@ class Redactor:
         return value
 
     def model(self, value: ModelT) -> ModelT:
-        """Return a pydantic model of plain values with every secret masked; itself where there is none."""
+        """Return a pydantic model of plain values with every secret masked; the same object if it contains none."""
         if not self.hides(value.model_dump_json()):
-            return value  # nearly always, and ten times faster
+            return value  # the usual case, and ten times faster
         plain = value.model_dump(mode="json")
         masked = self.tree(plain)
         return value if masked == plain else type(value).model_validate(masked)
 
     def hides(self, value: Any) -> bool:
-        """Return whether a secret stands in a text, or anywhere in a JSON-like value."""
+        """Return whether a text or a JSON-like value contains a secret."""
         return self.tree(value) != value
 
 
 def holds_secret(value: Any) -> bool:
-    """Return whether a value is one of pydantic's secrets, or has one within it."""
+    """Return whether a value is of one of pydantic's secret types, or contains such a value."""
     if isinstance(value, str | bytes | bytearray | memoryview):
         return False
     return isinstance(value, SecretStr | SecretBytes | Secret) or any(map(holds_secret, _parts(value)))
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    """Return what a value is made of, as `encode_inputs` takes it apart."""
+    """Return the parts of a value, as `encode_inputs` takes it apart."""
     if isinstance(value, BaseModel):
         return [*value.__dict__.values(), *(value.__pydantic_extra__ or {}).values()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -117,24 +117,24 @@ def _texts(value: Any) -> Iterable[str]:
     try:
         plain = encode_inputs({"": value}, as_json=True).get("")
     except ValueError:
-        return  # it cannot be sent, so nobody repeats it
+        return  # the value cannot be sent, so no crew repeats it
     yield from _within(plain)
     if not isinstance(plain, str):
-        yield json.dumps(plain, ensure_ascii=False, separators=(",", ":"))  # as it is sent
+        yield json.dumps(plain, ensure_ascii=False, separators=(",", ":"))  # the form in which it is sent
 
 
 def _within(plain: Any) -> Iterable[str]:
     if isinstance(plain, str):
         yield plain
         yield from (line for line in map(str.strip, plain.splitlines()) if len(line) >= SHORTEST_LINE)
-        if plain.lstrip()[:1] in ("[", "{"):  # how lists and objects are sent
+        if plain.lstrip()[:1] in ("[", "{"):  # lists and objects are sent as JSON text
             with suppress(ValueError, RecursionError):
                 yield from _within(json.loads(plain))
     elif isinstance(plain, int | float) and not isinstance(plain, bool):
         yield str(plain)
     elif isinstance(plain, dict):
         for key, item in cast("dict[str, Any]", plain).items():
-            # Letters alone are the name of a field, such as "password".
+            # A key of letters only is the name of a field, such as "password", and no secret.
             yield from _within([item] if key.replace("_", "").isalpha() else [key, item])
     elif isinstance(plain, list):
         for item in cast("list[Any]", plain):
@@ -142,7 +142,7 @@ def _within(plain: Any) -> Iterable[str]:
 
 
 def _forms(text: str) -> set[str]:
-    """Return how a text may stand in another: without the blanks around it, escaped for JSON, a page or an address."""
+    """Return the forms of a secret within a text: without surrounding blanks, escaped for JSON, HTML or a URL."""
     plain = {text, text.strip()}
     # Twice: an error may quote the JSON of a request within the JSON of its own.
     quoted = _json_forms(plain)
@@ -154,13 +154,13 @@ def _forms(text: str) -> set[str]:
     return {*plain, *quoted, *pages, *addresses, *(repr(form)[1:-1] for form in plain)}
 
 
-@lru_cache(maxsize=16)  # the same for each row of a batch
+@lru_cache(maxsize=16)  # all rows of a batch have the same tokens
 def _token_secrets(tokens: tuple[str, ...]) -> tuple[str, ...]:
     return _longest_first(set[str]().union(*map(_token_forms, tokens)))
 
 
 def _longest_first(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return what can be searched for, so that a secret that holds another is not left in pieces."""
+    """Return the texts that are long enough to search for, the longest first: a secret may contain another one."""
     return tuple(sorted((text for text in texts if len(text) >= SHORTEST and text.strip("*")), key=len, reverse=True))
 
 
@@ -174,13 +174,13 @@ def _json_forms(texts: Iterable[str]) -> set[str]:
 
 
 _redact: ContextVar[Callable[[str], str] | None] = ContextVar("prefect_crew_withheld", default=None)
-"""A context variable, since one session serves many runs, each with secrets of its own: only whoever works on a run
-knows them, and the functions between it and the client take a call, not a run."""
+"""A context variable, since one session serves many runs, each with its own secrets. Only the caller that works on a
+run knows them, and the functions between it and the client take a call, not a run."""
 
 
 @contextmanager
 def withholding(redact: Callable[[str], str]) -> Generator[None]:
-    """Let errors of the client that are made in this context tell what `redact` leaves of an answer."""
+    """Inside this block, errors of the client pass the server's text through `redact` before they quote it."""
     reset = _redact.set(redact)
     try:
         yield
@@ -189,6 +189,6 @@ def withholding(redact: Callable[[str], str]) -> Generator[None]:
 
 
 def withheld(text: str) -> str:
-    """Return what an error may tell here of a text that a server has sent."""
+    """Mask a text of the server with the `redact` of the enclosing `withholding`, if any."""
     redact = _redact.get()
     return text if redact is None else redact(text)

@@ -1,4 +1,4 @@
-"""The targets that a crew's server is asked to call, as a kickoff and a resume send them."""
+"""The webhooks that a kickoff and a resume ask the crew's server to call."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 from prefect_crew.client.encoding import encode_inputs
 
 RUN_ENDS = ("crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed")
-"""Events of a stream after which a run may have ended: no plain webhook tells of a failure, and which of these a server
-sends differs between crews and Flows. They come in no certain order, and some before the end."""
+"""Events of a stream after which a run may have ended. No plain webhook reports a failure. Crews and Flows send
+different events of these, in no certain order, and some before the end."""
 LLM_CALL = "llm_call_completed"
-"""The event of a stream that tells the model and the tokens of one call. It holds the prompt and the answer as well."""
+"""The event of a stream with the model and the tokens of one call. It also contains the prompt and the answer."""
 
 
 def _check_url(url: str) -> str:
@@ -57,14 +57,14 @@ class BasicAuth(_Model):
 
 
 class HumanInputWebhook(_Model):
-    """Where the server says that a run waits for a person."""
+    """The target for the report that a run waits for a person."""
 
     url: Url
     authentication: BearerAuth | BasicAuth | None = None
 
 
 class StreamWebhook(_Model):
-    """Where the server sends the events named in `events`, at once (`realtime`) or gathered, in no certain order."""
+    """The target for the events named in `events`: at once (`realtime`) or in groups, in no certain order."""
 
     url: Url
     events: list[str] = Field(min_length=1)
@@ -75,8 +75,8 @@ class StreamWebhook(_Model):
 class Webhooks(_Model):
     """The targets of one run.
 
-    `task`, `step` and `crew` are URLs. The API knows no authentication for those three: what stands in the URL is all
-    that protects the receiver.
+    `task`, `step` and `crew` are URLs. The API has no authentication for these three: only a secret in the URL protects
+    the receiver.
     """
 
     task: Url | None = Field(default=None, serialization_alias="taskWebhookUrl")
@@ -87,12 +87,13 @@ class Webhooks(_Model):
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Webhooks:
-        """Return the targets that the body of a kickoff or a resume names; pydantic refuses those that cannot be."""
+        """Return the targets in the body of a kickoff or a resume. Raises pydantic's ValidationError for invalid
+        ones."""
         keys = {name: str(info.serialization_alias) for name, info in cls.model_fields.items()}
         return cls.model_validate({name: body[key] for name, key in keys.items() if key in body})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the keys that the body of a kickoff or a resume carries for these targets, secrets included."""
+        """Return the keys of these targets in the body of a kickoff or a resume, with their secrets."""
         body = self.model_dump(by_alias=True, exclude_none=True)
         if isinstance(self.human_input, str):
             body["humanInputWebhook"] = {"url": self.human_input}
