@@ -1,4 +1,4 @@
-"""Budgets: limits of what the runs of a crew, a flow, a batch or a pipeline may use in all."""
+"""Budgets: limits for the total use of the runs of a crew, a flow, a batch or a pipeline."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 UNITS = {"cost": 10_000, "tokens": 1, "kickoffs": 1}
-"""What is measured, and the slots of a counter for one of each: a counter holds whole numbers, up to `MOST`."""
+"""The measures, and for each the slots of a counter for one unit: a counter has whole numbers, up to `MOST`."""
 MOST = 2**31 - 1
 PREFIX = "prefect-crew.budget"
 _Count = Annotated[int, Field(gt=0, le=MOST)]
 
 
 class Budget(BaseModel):
-    """What runs may use in a day, a month or a batch, together: `Budget(max_cost=20, per="day")`.
+    """A limit for the total use of runs in a day, a month or a batch: `Budget(max_cost=20, per="day")`.
 
     A start adds the estimate of its run to a counter, and its end adds the difference. So runs in flight count, in all
-    processes that share a Prefect server. Of several budgets all hold.
+    processes that share a Prefect server. If a run has several budgets, all of them hold.
 
-    The estimate for `max_kickoffs` is 1, and for `max_cost` the crew's price of a run where that is fixed. Otherwise
-    `max_cost` needs `estimate_cost`, and `max_tokens` needs `estimate_tokens`.
+    The estimate for `max_kickoffs` is 1, and for `max_cost` the crew's price of a run if that is fixed. Otherwise
+    `max_cost` needs `estimate_cost`. `max_tokens` always needs `estimate_tokens`.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
@@ -62,7 +62,8 @@ class Budget(BaseModel):
         return self
 
     def periods(self, *, name: str, batch: str, at: datetime) -> list[BudgetPeriod]:
-        """Return what runs of a moment count in. `name` is for a budget without one; `batch` is what they belong to."""
+        """Return the counters for runs that start at a moment. A budget without a name gets `name`; `batch` is the
+        batch of the runs."""
         period, resets_at = f"batch.{_plain(batch)}", None
         if self.per == "day":
             period, resets_at = f"{at:%Y-%m-%d}", datetime(at.year, at.month, at.day, tzinfo=UTC) + timedelta(days=1)
@@ -87,7 +88,7 @@ class Budget(BaseModel):
 class BudgetPeriod:
     """One measure of a budget in one period. `counter` is the name of its global concurrency limit in Prefect.
 
-    `estimate` is what one run is expected to use, as far as the budget says it.
+    `estimate` is the expected use of one run, None if the budget has none.
     """
 
     budget: str
@@ -100,12 +101,13 @@ class BudgetPeriod:
 
 
 def slots_of(measure: str, amount: float) -> int:
-    """Return the slots for an amount, rounded up, as far as a counter goes."""
+    """Return the slots for an amount, rounded up, `MOST` at most."""
     return min(math.ceil(round(amount * UNITS[measure], 3)), MOST)
 
 
 def _plain(name: str) -> str:
-    """Return a name as Prefect takes it in the name of a limit and in a path: another one for each name."""
+    """Return a name in a form that Prefect accepts in the name of a limit and in a path. Different names stay
+    different."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:80]
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return plain if plain == name else f"{plain}-{digest}"

@@ -1,4 +1,4 @@
-"""Add up what runs used and cost, by crew, day, flow, batch or tag: from records, and from the ledgers of batches."""
+"""Add up the use and the cost of runs, by crew, day, flow, batch or tag, from records and from ledgers of batches."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from prefect_crew.settings import CrewSettings
 
 By = Literal["crew", "day", "flow", "batch", "tag"]
 CLOCKS = timedelta(hours=1)
-"""By how much the clock of a process that wrote an end may differ from the Prefect server's."""
+"""The most by which the clock of a process that wrote an end may differ from the Prefect server's clock."""
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """What runs of one crew used and cost that ended on one day (UTC): one run of a record, or several of a batch."""
+    """The use and the cost of a crew's runs that ended on one day (UTC): one run of a record, or several of a batch."""
 
     day: date
     crew: str
@@ -36,7 +36,7 @@ class CostRow:
 
 
 def row_of(end: Entry) -> CostRow:
-    """Return the row of one run that has ended."""
+    """Return the row of one ended run."""
     usage = end.usage or (end.result and end.result.usage)
     is_reported = usage is not None and usage.total_tokens is not None
     spending = Spending(1, int(is_reported), int(end.cost is not None), usage, end.cost)
@@ -62,9 +62,9 @@ def grouped(rows: Iterable[CostRow], by: By) -> dict[str, Spending]:
 async def read_costs(
     by: Collection[By], *, since: date | None = None, until: date | None = None
 ) -> tuple[list[CostRow], list[str]]:
-    """Return a row for each run that ended from `since` to `until` (UTC, both included), and the gaps, in sentences.
+    """Return a row for each run that ended from `since` to `until` (UTC, both included), and sentences about gaps.
 
-    The rows have the names of flows, and tags, only if these are in `by`.
+    The rows have the names of flows, and tags, only if `by` contains these.
     """
     rows, gaps = [row_of(end) for end in await _read_ends(since)], _pruned_days(since)
     for name, ledger in await list_batches():
@@ -82,7 +82,7 @@ async def read_costs(
 
 
 def _pruned_days(since: date | None) -> list[str]:
-    """Return a sentence where the period begins before the time for which records are kept."""
+    """Return a sentence if the period begins before the time for which records are kept, else none."""
     days = CrewSettings().keep_records_days
     first = utcnow().date() - timedelta(days=days)
     if since is None or since >= first:
@@ -106,8 +106,8 @@ async def _read_ends(since: date | None) -> list[Entry]:
 
 
 async def _with_flows(rows: Sequence[CostRow]) -> list[CostRow]:
-    """Return rows with the names of their flows and the tags of their flow runs, as far as Prefect still has them."""
-    # A result of a row outside of flows may name another id.
+    """Add the names of flows and the tags of flow runs to rows, if Prefect still has them."""
+    # Rows outside of a flow may have an id that is no UUID.
     ids = (row.flow_run_id for row in rows if row.flow_run_id and FLOW_RUN_ID.fullmatch(row.flow_run_id))
     runs = await read_by_id("/flow_runs/filter", ids)
     flows = await read_by_id("/flows/filter", (run["flow_id"] for run in runs.values()))

@@ -28,31 +28,30 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TITLE = 60
-"""Characters of what follows the name of a crew or a pipeline in the title of a run."""
+"""The most characters after the name of a crew or a pipeline in the title of a run."""
 
 
 def titled(label: str, key: str | None, inputs: Mapping[str, Any]) -> str:
-    """Return what a run is called on Prefect's pages: by its key, else by the first of the inputs that may be shown.
+    """Return the title of a run on Prefect's pages: the label and the key, else the first input that is not empty.
 
-    A key that is a template is left out: it is the same for many runs.
+    A key that is a template is left out: it is the same for many runs. `inputs` are the ones that may be shown.
     """
     plain = (value for value in inputs.values() if isinstance(value, str | int))
     title = key if key and "{" not in key else next(filter(str, plain), "")
-    # Half a character, as JSON may hold it, is refused later and in words of its own.
+    # A lone surrogate, which JSON may contain, is refused later, with an error of its own.
     text = one_line(str(title)[:1000].encode("utf-8", "replace").decode())
     return f"{label} · {text if len(text) <= TITLE else f'{text[:TITLE]}…'}" if text else label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crew:
-    """What holds for every run of one crew. The block `DeployedCrew` stores it, checks it and says what is left out.
+    """The settings for every run of one crew. The block `DeployedCrew` stores them, checks them and has the defaults.
 
-    `label` is what people call it, `block` the name of its stored block, which `reload` reads anew. `old_tokens` were
-    replaced by a renewed one, and stay secret. `on_status` is called with a run and None when it is
-    started or found, and once its artifact is there; and with the run and each status that is seen: on the event loop
-    that waits, so it must be quick and must not raise. `expected_inputs` are the answer to `GET /inputs`, where
-    somebody has just asked for many runs at once. `batch` is the batch or pipeline that its runs belong to, for
-    `budgets` that are per batch.
+    `label` is the name for people, `block` the name of the stored block, which `reload` reads again. `old_tokens` were
+    replaced by a renewed token, and stay secret. `on_status` is called as `on_status(run, None)` when the run starts or
+    is found and when its artifact exists, and as `on_status(run, status)` after each poll. It runs on the event loop of
+    the wait, so it must be quick and must not raise. `expected_inputs` is the answer to `GET /inputs`, if a caller has
+    just asked for many runs at once. `batch` is the batch or pipeline of its runs, for `budgets` per batch.
     """
 
     label: str
@@ -78,25 +77,25 @@ class Crew:
     expected_inputs: tuple[CrewInput, ...] | None = field(default=None, repr=False, compare=False)
 
     def called(self, name: str) -> Crew:
-        """Return a copy that people see under `name`, not under its address; itself if it is stored under another."""
+        """Return a copy with the label `name` in place of its address. A stored crew keeps its own name."""
         return self if self.block is not None else replace(self, label=name)
 
     def take(self, inputs: Inputs, *, restore_from: str | None = None) -> Inputs:
-        """Return inputs as this crew takes them, with those secret that it calls so, for a run from a state."""
+        """Return inputs for this crew: with its secret inputs, its encoding, and the Flow state of `restore_from`."""
         is_same = (inputs.as_json, inputs.restore_from) == (self.inputs_as_json, restore_from)
         if is_same and inputs.secret.issuperset(self.secret_inputs):
-            return inputs  # with what it has computed
+            return inputs  # the same object, with its cached properties
         own_inputs = inputs.keep_secret(self.secret_inputs)
         return replace(own_inputs, as_json=self.inputs_as_json, restore_from=restore_from)
 
     def under(self, budgets: Iterable[Budget], *, name: str, batch: str | None = None) -> Crew:
-        """Return a copy whose runs count in these budgets as well; `name` is for those that have no name."""
+        """Return a copy whose runs also count in these budgets; a budget without a name gets `name`."""
         with_names = (budget if budget.name else budget.model_copy(update={"name": name}) for budget in budgets)
         return replace(self, budgets=(*self.budgets, *with_names), batch=batch or self.batch)
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
-        from prefect_crew.client._client import CrewClient  # Prefect imports this module whenever it starts
+        from prefect_crew.client._client import CrewClient  # here: Prefect imports this module at each start
 
         return CrewClient(
             self.url,
@@ -108,32 +107,33 @@ class Crew:
         )
 
     def redactor(self, inputs: Inputs | None = None) -> Redactor:
-        """Return what masks the tokens, and what is secret of these inputs."""
+        """Return the redactor that masks the tokens and the secrets of these inputs."""
         tokens = [token.get_secret_value() for token in (self.token, *self.old_tokens)]
         return Redactor(() if inputs is None else inputs.secret_values, tokens=tokens)
 
     def title(self, inputs: Inputs, key: str | None = None) -> str:
-        """Return what a run is called on Prefect's pages."""
+        """Return the title of a run on Prefect's pages."""
         return titled(self.label, key, inputs.words(self.redactor(inputs)) if self.show == "full" else {})
 
     def with_token(self, token: SecretStr) -> Crew:
-        """Return a copy with a renewed token, to which the old one stays a secret; itself if it is the same token."""
+        """Return a copy with a renewed token; the old token stays secret. Return itself if the token is the same."""
         return self if token == self.token else replace(self, token=token, old_tokens=(*self.old_tokens, self.token))
 
     async def reloaded(self) -> Crew | None:
-        """Return the crew with the token that its block has now, None if that is the token already.
+        """Return the crew with the current token of its block, None if that is the same token.
 
-        Nothing else of the block is taken up. The record of a run names its URL and the time that its POST may take,
-        and whoever made this crew chose what it shows.
+        It takes only the token from the block: the record of a run has the crew's URL and the time limit of the POST,
+        and the caller that made this crew has chosen `show`.
         """
         stored = None if self.reload is None else await self.reload()
         return None if stored is None or stored.token == self.token else self.with_token(stored.token)
 
 
 class CrewSession:
-    """Used as an async context manager; `client` is the one to use at this moment. Entered again, it stays open.
+    """A session with a crew, an async context manager. `client` is the current client.
 
-    `connect` makes a client for a crew, in place of `crew.client()`.
+    It may be entered several times: the last exit closes it. `connect` makes a client for a crew, in place of
+    `crew.client()`.
     """
 
     def __init__(self, crew: Crew, connect: Callable[[Crew], CrewClient] | None = None) -> None:
@@ -145,13 +145,13 @@ class CrewSession:
 
     async def __aenter__(self) -> CrewSession:
         if not self._entered:
-            self._renewing = asyncio.Lock()  # of this event loop
-        self._entered += 1  # before the client is there: of two that enter at once the second one uses that
+            self._renewing = asyncio.Lock()  # a lock belongs to one event loop
+        self._entered += 1  # before the client is made: of two callers that enter at once, the second uses it
         try:
             async with self._renewing:
                 if self._client is None:
                     self._client = await self._stack.enter_async_context(self._connect(self.crew))
-        except BaseException:  # cancelled while it waits for the lock, too: the last one to leave closes the client
+        except BaseException:  # also after a cancellation during the wait for the lock: the last exit closes the client
             await self.__aexit__()
             raise
         return self
@@ -170,9 +170,9 @@ class CrewSession:
         return self._client
 
     async def renew(self, refused: CrewClient) -> bool:
-        """Take up the token that the stored block has now, in place of that of a client whose token was refused.
+        """Use the current token of the stored block, after the server has refused the token of a client.
 
-        False if there is no other token. Many calls may be refused at once: the first of them renews it for all.
+        Return False if there is no other token. If the server refuses many calls at once, the first renews it for all.
         """
         async with self._renewing:
             if self._client is not refused:
@@ -189,9 +189,9 @@ class CrewSession:
             return True
 
     async def call(self, request: Callable[[CrewClient], Awaitable[T]]) -> T:
-        """Make a call, and once more with the stored block's token where this one is refused.
+        """Make a call. If the server refuses the token, make it once more with the stored block's token.
 
-        Only for calls that a refusal leaves undone, which all of them are.
+        This is safe for every call: a server that refuses the token has done nothing.
         """
         client = self.client
         try:
@@ -203,17 +203,17 @@ class CrewSession:
 
 
 RETRY_AFTER_CAP = 300.0
-"""Seconds. A server that asks for more than this is asked again after this long."""
+"""The longest `Retry-After` in seconds that is obeyed."""
 LONGEST = 10_000_000_000
-"""Seconds that a limit may be at most, 300 years: a date is made of it, and none is later than the year 9999."""
+"""The longest time limit in seconds, 300 years: it is added to a date, and dates end with the year 9999."""
 
 
 class WaitPolicy(BaseModel):
     """How to wait for a run. All times are seconds.
 
-    The status call is made after `initial` seconds, then after delays that grow by `factor` up to `max_interval`,
-    each varied by up to `jitter` of itself so that many waiters do not look at once. By default the end of a run of up
-    to five minutes is seen within 1 s and a tenth of its time.
+    The first status call comes after `initial` seconds, the next ones after pauses that grow by `factor` up to
+    `max_interval`. Each pause varies at random by up to the share `jitter`, so that many waits do not poll at once. By
+    default, the wait notices the end of a run of up to five minutes within 1 s and a tenth of the run's time.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -283,7 +283,7 @@ class WaitPolicy(BaseModel):
     )
 
     def stops(self, phase: str) -> bool:
-        """Return whether a crew is stopped when its time in this phase is over, "human" among them."""
+        """Return whether to stop the crew after the time limit of a phase ("pending", "running" or "human")."""
         human = self.on_human_timeout if phase == "human" else None
         return (human or self.on_timeout) == "stop"
 
@@ -294,7 +294,7 @@ fast_intervals: list[float] = []
 
 @contextmanager
 def fast_polling(interval: float = 0.01) -> Generator[None]:
-    """Make every wait in this process look each `interval` seconds, whatever its policy says. For tests."""
+    """Make every wait in this process poll every `interval` seconds, whatever its policy says. For tests."""
     fast_intervals.append(interval)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run costs: by the run, by its tokens, or by the model that answered."""
+"""The cost of a run: a price of each run, of its tokens, or of its model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefect_crew.exceptions import ConfigurationError
 
 
 class Price(BaseModel):
-    """What runs of a crew cost. The parts that are given are added up. The currency is your own.
+    """The price of a crew's runs: the sum of its parts. The currency is your own.
 
     Example:
         ```python
@@ -50,18 +50,18 @@ class Price(BaseModel):
 
 
 ONE_TOKEN = TokenUsage(prompt_tokens=1, completion_tokens=0)
-"""What every price tells the cost of, unless it is that of a model that nobody knows."""
+"""A use by which a price is checked: `cost_of` raises for it only if nobody knows the price's model."""
 
 
 def cost_of(
     price: Price | None, usage: TokenUsage | None, by_model: Mapping[str, TokenUsage] | None = None
 ) -> float | None:
-    """Return what a run cost, None where the tokens in and out that it needs were not reported.
+    """Return the cost of a run, None if the price needs input and output tokens that nobody reported.
 
-    `by_model` are its tokens by the model that was called, as far as they were reported.
+    `by_model` has the reported tokens by the called model.
 
     Raises:
-        ConfigurationError: The price is by model, and the package genai-prices is missing or does not know it.
+        ConfigurationError: The price is by model, and the package genai-prices is missing or does not know the model.
     """
     if price is None or (price.model is None and price.per_1k_input is None):
         return price and price.per_run
@@ -77,18 +77,18 @@ def cost_of(
         return None
     calls = dict(by_model or {})
     if sum(sum(_input_and_output(call) or ()) for call in calls.values()) < sum(split):
-        calls = {price.model: usage}  # some of them were not told
+        calls = {price.model: usage}  # the report by model is incomplete
     return price.per_run + sum(_list_price(model, call, price.model) for model, call in calls.items())
 
 
 @dataclass(frozen=True)
 class Spending:
-    """What runs that have ended used and cost together.
+    """The sum of the use and the cost of ended runs.
 
     Attributes:
-        runs: How many they are. `reported`: those of them that reported tokens; `priced`: those whose cost is known.
-        usage: The tokens that were reported, None where there are none.
-        cost: The costs that are known, None where none is.
+        runs: The number of runs. `reported`: the number that reported tokens; `priced`: the number with a known cost.
+        usage: The sum of the reported tokens, None if no run reported any.
+        cost: The sum of the known costs, None if none is known.
     """
 
     runs: int = 0
@@ -99,7 +99,7 @@ class Spending:
 
     @classmethod
     def sum(cls, parts: Iterable[Spending]) -> Spending:
-        """Return several added up."""
+        """Add up several."""
         every = list(parts)
         counts = {name: sum(getattr(part, name) for part in every) for name in ("runs", "reported", "priced")}
         usage = TokenUsage.sum(part.usage for part in every if part.usage is not None)
@@ -108,7 +108,7 @@ class Spending:
 
     @property
     def tokens(self) -> int:
-        """All tokens that were reported."""
+        """The total of all reported tokens."""
         return 0 if self.usage is None else self.usage.total_tokens or 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Spending:
 
     @property
     def unknown(self) -> str:
-        """What is missing in it, for people; empty where nothing is."""
+        """A text for people about runs without tokens or cost; "" if there are none."""
         of = f"of {self.runs:,} runs"
         parts = [f"{self.runs - self.reported:,} {of} reported no tokens"] if self.reported < self.runs else []
         if 0 < self.priced < self.runs:
@@ -131,7 +131,7 @@ class Spending:
 
 
 def money(cost: float | None) -> str:
-    """Return a cost for people, to the hundredth or to three digits; a dash where it is unknown."""
+    """Return a cost for people, with two decimals or three significant digits; a dash if it is unknown."""
     if cost is None:
         return "–"
     digits = 2 if cost >= 1 or cost <= 0 else min(9, 2 - floor(log10(cost)))
@@ -139,7 +139,7 @@ def money(cost: float | None) -> str:
 
 
 def _input_and_output(usage: TokenUsage) -> tuple[int, int] | None:
-    """Return the tokens that went in and those that came out, None where that was not reported."""
+    """Return input and output tokens, None if they were not reported."""
     put_in, out, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
     if total is not None:
         put_in = total - out if put_in is None and out is not None else put_in
@@ -148,10 +148,10 @@ def _input_and_output(usage: TokenUsage) -> tuple[int, int] | None:
 
 
 def _list_price(model: str, usage: TokenUsage, otherwise: str | None = None) -> float:
-    """Return what tokens cost by the list of genai-prices, in US dollars, as those of another model if need be.
+    """Return the cost of tokens by the list of genai-prices, in US dollars. Try the model `otherwise` second.
 
     Raises:
-        ConfigurationError: It is not installed, or knows neither.
+        ConfigurationError: genai-prices is not installed, or knows neither model.
     """
     try:
         from genai_prices import Usage, calc_price  # an extra, and 30 ms to import
@@ -164,7 +164,7 @@ def _list_price(model: str, usage: TokenUsage, otherwise: str | None = None) -> 
     cached = min(usage.cached_prompt_tokens or 0, put_in)
     tokens = Usage(input_tokens=put_in, output_tokens=out, cache_read_tokens=cached)
     for full_name in dict.fromkeys(filter(None, (model, otherwise))):
-        # CrewAI names a model "provider/model"; the provider may be one of many that resell it.
+        # CrewAI names a model "provider/model"; the provider may be a reseller that the list does not have.
         *providers, name = full_name.split("/")
         for provider in (*providers[:1], None):
             with suppress(LookupError, ValueError):

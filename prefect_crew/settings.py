@@ -11,13 +11,13 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 
 def documentation_url() -> str:
-    """Return the address that Prefect's pages link: that of the project, or else CrewAI's page on the crew API."""
+    """Return the address to which Prefect's pages link: the project's documentation, else CrewAI's page on the API."""
     addresses = dict(line.split(", ", 1) for line in metadata("prefect-crew").get_all("Project-URL") or ())
     return addresses.get("Documentation", "https://docs.crewai.com/en/api-reference/introduction")
 
 
 class CrewSettings(PrefectBaseSettings):
-    """`PREFECT_INTEGRATIONS_CREW_*`. Read anew at each use, so that a changed profile or environment counts."""
+    """`PREFECT_INTEGRATIONS_CREW_*`. Each use reads them again, so that a changed profile or environment counts."""
 
     model_config: ClassVar[SettingsConfigDict] = build_settings_config(("integrations", "crew"))
 

@@ -1,7 +1,6 @@
-"""Inputs written as templates over other values: a sandbox, strict about names. Pure.
+"""Inputs as templates over other values: in a sandbox that refuses unknown names. Pure.
 
-Used by pipelines and batches; a template's text is the user's own, the values put into it may be anything that a crew
-wrote.
+Pipelines and batches use it. The text of a template is the user's own; the values in it may be any text of a crew.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from prefect_crew.client.models import CrewResult, TaskResult
 from prefect_crew.exceptions import ConfigurationError
 
 RESULT_FIELDS = ("output", "data", "tasks", "usage", "execution_time", "kickoff_id", "state")
-"""What a template sees of a step's result."""
+"""The fields of a step's result that a template can read."""
 _TASK_FIELDS = ("name", "agent", "output", "data", "execution_time", "description")
 
 
 def _readable(value: Any) -> Any:
-    """Put structured values into a text as JSON, not as Python writes them."""
+    """Return structured values as JSON for the text, not in Python's form."""
     if callable(value) and not isinstance(value, StrictUndefined):
         raise TemplateRuntimeError("it names a method where a value is meant; a key such as items is data['items']")
     if isinstance(value, Mapping | list | tuple) or value is None or isinstance(value, bool):
@@ -38,9 +37,10 @@ def _readable(value: Any) -> Any:
 
 
 def _viewed(value: Any) -> Any:
-    """Return `value` with mappings of their fields in the place of models, and itself where it holds none.
+    """Return `value` with each model replaced by a mapping of its fields; unchanged if it contains no model.
 
-    pydantic's classmethods read files, and run what is pickled; what else a result holds is not for templates.
+    Templates must not call pydantic's classmethods, which read files and load pickles. Other parts of a result are not
+    for templates.
     """
     if isinstance(value, BaseModel):
         kind = type(value)
@@ -60,14 +60,14 @@ def _viewed(value: Any) -> Any:
 
 
 _HARMLESS = (str, bytes, int, float, list, tuple, dict, set, frozenset, date, time, timedelta, Decimal)
-"""Of these, Python's own methods may be called, as far as they change nothing."""
+"""The types whose own methods a template may call, unless they change the value."""
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which by itself lets a template call whatever public method a value has."""
+    """Jinja's sandbox with stricter rules: Jinja's own allows a template to call every public method of a value."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        # Models within other objects are not seen through.
+        # `_viewed` does not replace models within other objects, so no attribute of a model is safe.
         return not isinstance(obj, BaseModel) and super().is_safe_attribute(obj, attr, value)
 
     def is_safe_callable(self, obj: Any) -> bool:
@@ -82,13 +82,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 _ENVIRONMENT: Any = _Sandbox(undefined=StrictUndefined, finalize=_readable, keep_trailing_newline=True)
 GLOBALS = frozenset(_ENVIRONMENT.globals)
-"""Names that Jinja brings, such as `range`. `names_in` takes them for those, whatever values there are."""
+"""Names that Jinja itself has, such as `range`. `names_in` never returns them, even if a value has the same name."""
 _METHODS = frozenset(dir(dict))
-"""What a collection has in addition to its names: `steps.items()`."""
+"""The attributes of a collection that are not names in it, such as in `steps.items()`."""
 
 
 def names_in(template: str, *, collections: Collection[str] = ()) -> set[str]:
-    """Return the names that a template needs: its own, and those looked up in a collection such as `steps["a b"]`.
+    """Return the names that a template needs: direct names, and names in a collection such as `steps["a b"]`.
 
     Raises:
         ConfigurationError: It is not a template.
@@ -97,9 +97,9 @@ def names_in(template: str, *, collections: Collection[str] = ()) -> set[str]:
 
 
 def uses_in(template: str, *, collections: Collection[str] = ()) -> dict[str, set[str]]:
-    """Return the names that a template needs, as `names_in`, and the attributes that it reads of each.
+    """Return the names that a template needs, as `names_in` does, each with the attributes that the template reads.
 
-    A collection is one of them where it is used as a whole or by an expression, such as `steps[name]`.
+    A collection is among them if the template uses it as a whole or by an expression, such as `steps[name]`.
 
     Raises:
         ConfigurationError: It is not a template.
@@ -120,7 +120,7 @@ def uses_in(template: str, *, collections: Collection[str] = ()) -> dict[str, se
 
 
 def _key_of(lookup: nodes.Getitem | nodes.Getattr, collections: Collection[str]) -> str | None:
-    """Return the name that is looked up in a collection, as far as the template itself tells."""
+    """Return the name that a template looks up in a collection, None if it is not a constant name."""
     if not isinstance(lookup.node, nodes.Name) or lookup.node.name not in collections:
         return None
     if isinstance(lookup, nodes.Getattr):
@@ -143,23 +143,23 @@ _OTHERS = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)
 
 
 def _problem(node: nodes.Node) -> str | None:
-    """Return what is wrong with a part of a template that Jinja would report only when it runs that part, if at all."""
+    """Return the problem of a part of a template, or None. Jinja reports it only when it runs that part, if at all."""
     if isinstance(node, nodes.Filter) and node.name not in _ENVIRONMENT.filters:
         return f"there is no filter {node.name!r}"
     if isinstance(node, nodes.Test) and node.name not in _ENVIRONMENT.tests:
         return f"there is no test {node.name!r}"
-    # What every object has, such as `__class__`, and a mapping's own `__typename` is not.
+    # Attributes that every object has, such as `__class__`; but not a key of a mapping such as `__typename`.
     if isinstance(node, nodes.Getattr) and hasattr(object, node.attr):
         return f"{node.attr!r} is not allowed in a template"
     return "it asks for another template, and there is none" if isinstance(node, _OTHERS) else None
 
 
 def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
-    """Return what fills a template with values.
+    """Return a function that fills a template with values.
 
     Raises:
-        ConfigurationError: It is not a template. What is returned raises it where a name or an attribute is not there,
-            or the template does what the sandbox forbids.
+        ConfigurationError: It is not a template. The returned function raises it if a name or an attribute is missing,
+            or if the sandbox forbids an operation.
     """
     try:
         ready = _ENVIRONMENT.from_string(_parsed(template))
@@ -171,7 +171,7 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
             return ready.render(_viewed(values))
         except TemplateError as error:
             raise ConfigurationError(f"The template {template!r} cannot be filled: {error}") from None
-        except Exception as error:  # noqa: BLE001  a number added to a text, too long a range: whatever operators raise
+        except Exception as error:  # noqa: BLE001  operators may raise anything: a number plus a text, a too long range
             problem = f"{type(error).__name__}: {error}"
             raise ConfigurationError(f"The template {template!r} cannot be filled: {problem}") from None
 

@@ -1,12 +1,12 @@
-"""Fixtures for your own tests; pytest finds them by itself once this package is installed.
+"""Fixtures for your own tests. pytest finds them when this package is installed.
 
     async def test_my_flow(crew_server, instant_polling):
         server = crew_server("my-crew.yaml", faults=["status:500@1"])
         result = await arun_crew(server.crew(), {"topic": "Lisbon"})
         assert server.kickoffs == 1
 
-This module is imported at the start of every pytest run in an environment with this package: what is heavy is imported
-within the fixtures.
+Every pytest run in an environment with this package imports this module at its start: so the fixtures import the heavy
+modules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["CrewServerFactory", "crew_server", "instant_polling", "scripted_crew
 
 
 class CrewServerFactory(Protocol):
-    """The function that the fixture `crew_server` gives: each call starts a server."""
+    """The function of the fixture `crew_server`: each call starts a server."""
 
     def __call__(
         self, spec: Spec | Mapping[str, Spec] = "echo", *, port: int = 0, **options: Unpack[ServerOptions]
@@ -38,11 +38,11 @@ class CrewServerFactory(Protocol):
 
 @pytest.fixture
 def crew_server() -> Iterator[CrewServerFactory]:
-    """Give a function that starts crew servers on ports of 127.0.0.1; they are stopped when the test ends.
+    """Provide a function that starts crew servers on ports of 127.0.0.1; they stop at the end of the test.
 
-    It takes what `prefect_crew.devserver.CrewServer` takes, and returns one: a script (its YAML text, a file, or the
-    name of a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI code, or a program; and
-    options such as faults, response_format and speed.
+    It takes the arguments of `prefect_crew.devserver.CrewServer` and returns one. The first is a script (its YAML text,
+    a file, or the name of a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI code, or a
+    program. The options are, among others, `faults`, `response_format` and `speed`.
     """
     from prefect_crew.devserver import CrewServer
 
@@ -56,13 +56,13 @@ def crew_server() -> Iterator[CrewServerFactory]:
 
 @pytest.fixture
 def scripted_crew(crew_server: CrewServerFactory) -> CrewServer:
-    """Give a running server whose crew has one input `text` and at once returns it as its output."""
+    """Provide a running server. Its crew has one input, `text`, and immediately returns it as its output."""
     return crew_server("echo")
 
 
 @pytest.fixture
 def instant_polling() -> Iterator[None]:
-    """Make every wait for a crew look each 10 ms, whatever its `WaitPolicy` says; its time limits stay."""
+    """Make every wait for a crew poll every 10 ms, whatever its `WaitPolicy` says; its time limits stay."""
     from prefect_crew.crew import fast_polling
 
     with fast_polling():

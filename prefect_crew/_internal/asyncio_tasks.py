@@ -1,7 +1,7 @@
-"""Coroutines as asyncio tasks, and from sync code.
+"""Coroutines in asyncio tasks, and coroutines from sync code.
 
-A cancelled task does what it has yet to do before it ends. A sync twin runs the coroutine of its async function, also
-in a sync flow that an async flow has called.
+A cancelled task completes its cleanup before it ends. A sync twin runs the coroutine of its async function, also in a
+sync flow that an async flow has called.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from prefect_crew.exceptions import InvalidCallError
 P = ParamSpec("P")
 T = TypeVar("T")
 LOOK_EVERY = 0.2
-"""Seconds between two looks of blocked sync code whether the task around it was cancelled."""
+"""Seconds between two checks of blocked sync code whether the task around it was cancelled."""
 UNCUT_FOR = 5.0
-"""Seconds, after a cancellation, for which `OwnTask.uncut` holds where nobody has limited the wait for the end."""
+"""Seconds, after a cancellation, for which `OwnTask.uncut` holds if the caller of `run` gives no limit (`within`)."""
 ENDINGS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, ExternalSignal)
-"""How a task is ended from outside: cancelled, or by a signal whose exception was raised in the midst of it."""
+"""The exceptions that end a task from outside: its cancellation, or the exception of a signal."""
 
 
 async def cancel_and_wait(*tasks: asyncio.Future[Any], within: float | None = None) -> None:
-    """Cancel tasks once each, and return when all have ended, however they did, or after the seconds of `within`.
+    """Cancel each task once, and return when all have ended, with or without an error, or after `within` seconds.
 
-    Not `asyncio.gather`: a second cancellation of the caller would cancel the tasks a second time, and cut off what
-    they finish after the first one: a POST in flight, the stop of a crew.
+    Not `asyncio.gather`: a second cancellation of the caller would cancel the tasks a second time, and interrupt their
+    cleanup: a POST in flight, the stop of a crew.
     """
     for task in tasks:
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio complains of its error
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs its error
         task.cancel()
     if tasks:
         await asyncio.wait(tasks, timeout=within)
 
 
 async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Call a function in a thread of its own, in the context of the caller, and return what it returns.
+    """Call a function in a thread of its own, in the context of the caller, and return its result.
 
-    A caller that is cancelled leaves the thread behind, and neither the event loop nor the process waits for its end.
-    Those of `asyncio.to_thread` are waited for, for minutes.
+    If the caller is cancelled, the thread goes on, and neither the event loop nor the process waits for its end. For
+    threads of `asyncio.to_thread` they would wait, for minutes.
     """
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     result: asyncio.Future[T] = loop.create_future()
@@ -66,9 +66,9 @@ async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
         value, error = None, None
         try:
             value = context.run(function, *args)
-        except BaseException as raised:  # noqa: BLE001  it is raised where the result is awaited
+        except BaseException as raised:  # noqa: BLE001  the await of the result raises it
             error = raised
-        with suppress(RuntimeError):  # the event loop is closed, and nobody waits any more
+        with suppress(RuntimeError):  # the event loop is closed, and nobody waits for the result
             loop.call_soon_threadsafe(settle, value, error)
 
     threading.Thread(target=work, name=getattr(function, "__name__", None), daemon=True).start()
@@ -76,11 +76,11 @@ async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
 
 
 class OwnTask:
-    """A coroutine in a task of its own. A cancellation of its caller reaches it once, and not within `uncut`.
+    """A coroutine in a task of its own. A cancellation of the caller cancels it once, and not within `uncut`.
 
-    A timeout of Prefect is a cancel scope of anyio: it cancels at every await until the scope is left, also through
-    `asyncio.gather`, and would cut off what a cancelled start, wait or batch has to do yet: give a claim back, see a
-    kickoff in flight to its end, stop a crew.
+    A timeout of Prefect is a cancel scope of anyio: it cancels at every await until the code leaves the scope, also
+    through `asyncio.gather`. It would interrupt the cleanup of a cancelled start, wait or batch: to give a claim back,
+    to wait for the answer to a kickoff, to stop a crew.
     """
 
     def __init__(self) -> None:
@@ -88,14 +88,15 @@ class OwnTask:
         self._is_uncut = False
 
     async def run(self, coroutine: Coroutine[Any, Any, T], *, within: float | None = None) -> T:
-        """Return the coroutine's result. Once the caller is cancelled, wait for its end, for `within` seconds at most.
+        """Return the coroutine's result. If the caller is cancelled, wait for the coroutine's end, `within` seconds at
+        most.
 
-        After that the coroutine goes on by itself; without `within` it has time limits of its own, and what is `uncut`
-        is cut off after five seconds.
+        After that the coroutine goes on by itself. Without `within` it has its own time limits, and a block in `uncut`
+        is cancelled after five seconds.
         """
         task = asyncio.create_task(coroutine)
-        # An event loop that ends, as on a signal or the timeout of a flow that is not async, cancels all tasks that it
-        # knows of: so it cancels the caller, which waits, and not this one.
+        # When an event loop ends, for example on a signal or the timeout of a sync flow, it cancels all registered
+        # tasks: so it cancels the caller, which waits here, and not this task.
         asyncio.tasks._unregister_task(task)  # noqa: SLF001  documented, for those who extend asyncio
         try:
             await asyncio.wait({task})
@@ -106,7 +107,7 @@ class OwnTask:
                 task.cancel()
             elif within is None:
                 loop.call_later(UNCUT_FOR, task.cancel)
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for its error
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs its error
             until = None if within is None else loop.time() + within
             while not task.done() and (until is None or loop.time() < until):
                 with suppress(asyncio.CancelledError), anyio.CancelScope(shield=True):
@@ -116,7 +117,7 @@ class OwnTask:
 
     @contextmanager
     def uncut(self) -> Generator[None]:
-        """Let no cancellation cut off what is awaited in here. The coroutine looks at `is_cancelled` afterwards."""
+        """Protect the awaits in this block from a cancellation. The coroutine checks `is_cancelled` afterwards."""
         self._is_uncut = True
         try:
             yield
@@ -124,13 +125,13 @@ class OwnTask:
             self._is_uncut = False
 
     def raise_if_cancelled(self) -> None:
-        """Raise CancelledError where the caller was cancelled, within `uncut` as well."""
+        """Raise CancelledError if the caller was cancelled, also during `uncut`."""
         if self.is_cancelled:
             raise asyncio.CancelledError
 
 
 def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Have a cancellation reach a coroutine function once, and wait then for its end: it runs as an `OwnTask`."""
+    """Make a coroutine function run as an `OwnTask`: a cancellation cancels it once, and waits for its end."""
 
     @wraps(function)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -145,7 +146,8 @@ def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
 
 
 def in_async_context() -> bool:
-    """Return whether the caller can await: an event loop runs here, and the task or flow around it is async, if any.
+    """Return whether the caller can await: an event loop runs here, and the task or flow around the call, if any, is
+    async.
 
     A sync flow that an async flow has called runs on the thread of that event loop, and cannot await.
     """
@@ -172,7 +174,7 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end from sync code, with the caller's context variables."""
     if not _loop_runs():
         return asyncio.run(coroutine)
-    # A sync flow that an async one called: its thread's loop is busy with us, so the coroutine gets a thread.
+    # In a sync flow that an async flow has called, this call blocks the thread's loop: the coroutine gets a thread.
     begun: Future[Callable[[], Any]] = Future()
 
     async def work() -> T:
@@ -189,14 +191,14 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     with ThreadPoolExecutor(max_workers=1) as pool:
         running = pool.submit(context.run, asyncio.run, work())
         try:
-            # Ctrl-C only asks the task around this call to end, which cannot: its loop is blocked.
+            # Ctrl-C only cancels the task around this call, and that cannot end: its loop is blocked.
             while not wait({running}, timeout=LOOK_EVERY).done:
                 if around is not None and around.cancelling() > before:
                     before = around.cancelling()
                     cancel()
             return running.result()
         except BaseException:
-            if not running.done():  # it is a signal or a timeout that was raised here
+            if not running.done():  # a signal or a timeout raised here, not the coroutine
                 cancel()
             raise
 
@@ -206,8 +208,8 @@ def sync_version(
 ) -> Callable[P, T]:
     """Return the sync twin of an async function whose name begins with an `a`.
 
-    Where the caller can await, the twin raises, since it would block the event loop. `hints` say for an argument that
-    does not exist which argument to write in its place.
+    If the caller can await, the twin raises, since it would block the event loop. `hints` has, for an argument that
+    does not exist, the argument to write instead.
     """
     name, parameters = function.__name__.removeprefix("a"), dict(inspect.signature(function).parameters)
     parameters.pop("self", None)

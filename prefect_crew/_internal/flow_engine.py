@@ -1,8 +1,8 @@
-"""Prefect's flow engine, and the event loop, for many flow runs in one process, as the crew worker needs it.
+"""Prefect's flow engine and the event loop, changed so that the crew worker can run many flow runs in one process.
 
-Private API of Prefect: NAMES lists it, with the versions that have it. To ask for upstream: an engine that takes "why
-was I cancelled" as an argument, and that leaves signals, heartbeats and the watch for suspensions to the process that
-runs many of them.
+Private API of Prefect: NAMES lists it, with the versions that have it. To ask for upstream: an engine that takes the
+reason of a cancellation as an argument, and that leaves signals, heartbeats and the watch for suspensions to the
+process that runs many flow runs.
 """
 
 from __future__ import annotations
@@ -62,26 +62,27 @@ NAMES: Mapping[str, str | None] = {
     "prefect.workers.base:BaseWorker._emit_flow_run_executed_event": None,
     "prefect.workers.base:BaseWorker._release_limit_slot": None,
 }
-"""What the worker replaces, overrides or calls of Prefect, each with the first version that may lack it. Without a
-name the worker would go wrong in silence: a SIGTERM in the midst of all flow runs, a thread for each of them."""
+"""The names of Prefect that the worker replaces, overrides or calls, each with the first version that may lack it. If
+one of the others is missing, the worker would fail silently: a SIGTERM in the middle of all flow runs, or a thread for
+each of them."""
 RENEW_RETRY = 10.0
-"""Seconds between two tries to renew a lease where the Prefect server is away."""
+"""Seconds between two tries to renew a lease while the Prefect server is away."""
 RENEW_AFTER = 0.75
-"""The share of a lease's duration after which it is renewed, as in Prefect's own."""
+"""The share of a lease's duration after which it is renewed, the same as Prefect's."""
 BLOCKED_AFTER = 5.0
-"""Seconds that one step of a coroutine may take before its flow run is named in a warning."""
+"""Seconds that one step of a coroutine may take before a warning names its flow run."""
 CANCEL_AGAIN_AFTER = 5.0
-"""Seconds that a coroutine has to end by itself once it is cancelled; then it is cancelled again each second."""
+"""Seconds within which a cancelled coroutine has to end; after that it is cancelled again each second."""
 Ending = Literal["cancelled", "suspended", "handed over", "lost"]
-"""Why a worker ends a flow run's coroutine: somebody cancels or suspends the flow run, the worker shuts down, or
-another worker has it."""
+"""The reason why a worker ends a flow run's coroutine: somebody cancelled or suspended the flow run, the worker shuts
+down, or another worker has taken it."""
 
 
 @dataclass(eq=False)
 class HeldFlowRun:
     """A flow run whose coroutine runs in this process.
 
-    `confirm` is called before a state is written, and ends it where the server already says why it has to end.
+    `confirm` is called before a state is written. It ends the flow run if the server has a reason for that already.
     """
 
     flow_run: FlowRun
@@ -90,10 +91,10 @@ class HeldFlowRun:
     reason: str = ""
     task: asyncio.Task[bool] | None = None
     is_out: bool = False
-    """Whether a cancellation has left the flow's own code."""
+    """Whether the flow's own code has ended after a cancellation."""
 
     def end(self, ending: Ending, reason: str) -> None:
-        """End the coroutine. "lost" overrides an earlier ending: then nothing more is said to the server."""
+        """End the coroutine. "lost" overrides an earlier ending: then this process writes no state to the server."""
         if self.ending is None or ending == "lost":
             is_first = self.ending is None
             self.ending, self.reason = ending, reason
@@ -110,11 +111,11 @@ class HeldFlowRun:
 
 
 async def run_held_flow(flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
-    """Run a flow run's flow as `prefect.flow_engine.run_flow_async` does, and return its last state.
+    """Run the flow of a flow run, like `prefect.flow_engine.run_flow_async`, and return its last state.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API could not be asked before the flow began.
-        BaseException: What ended the flow, if not an Exception, once its state is written.
+        PREFECT_ERRORS: A request to the Prefect API failed before the flow began.
+        BaseException: The exception that ended the flow, if it is not an Exception; raised after the state was written.
     """
     engine = _Engine(flow=flow, flow_run=held.flow_run, parameters=held.flow_run.parameters)
     engine.held = held
@@ -132,9 +133,9 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
     async def set_state(self, state: State[Any], force: bool = False) -> State[Any]:
         if self.held.ending is None:
             await self.held.confirm(self.held, state)
-        is_of_server = self.held.ending in ("lost", "suspended")  # which has a state that nobody may overwrite
+        is_of_server = self.held.ending in ("lost", "suspended")  # the server's state must not be overwritten
         if is_of_server or (self.held.ending == "handed over" and not state.is_completed()):
-            raise asyncio.CancelledError  # whatever the flow has made of the first one
+            raise asyncio.CancelledError  # again: the flow may have swallowed the first one
         return await super().set_state(state, force)
 
     async def handle_crash(self, exc: BaseException) -> None:
@@ -142,7 +143,7 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
         if self.held.ending is None:
             await super().handle_crash(exc)
             return
-        # The worker tells the server.
+        # The worker writes the state to the server.
         self._raised = exc  # type: ignore[assignment]
         if self.held.ending == "cancelled":
             self.flow_run.state = Cancelling(message=self.held.reason)
@@ -152,7 +153,7 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
 
 
 def check_prefect() -> None:
-    """Refuse to go on with a Prefect that lacks one of the NAMES.
+    """Check that the installed Prefect has all of the NAMES.
 
     Raises:
         ConfigurationError: Names are missing.
@@ -183,26 +184,26 @@ def _exists(name: str) -> bool:
 
 @contextmanager
 def many_flow_runs(warn: Callable[..., None]) -> Generator[None]:
-    """Have this event loop hold many flow runs, while this is open: one cannot end it, nor block it without a warning,
-    which `warn` logs."""
+    """Prepare this event loop for many flow runs, within the block. A flow run cannot end the loop, and if it blocks
+    the loop, `warn` logs a warning."""
     with _light_engine(), _contained_exits(), _warning_when_blocked(warn):
         yield
 
 
 @contextmanager
 def _light_engine() -> Generator[None]:
-    """Have Prefect's engine run flow runs without what it starts and asks for each, while this is open.
+    """Replace, within the block, the functions by which Prefect's engine starts threads and requests for each flow run.
 
-    It also holds for subflows, whose engine is Prefect's own.
-    - `capture_sigterm` would have a SIGTERM raise in the middle of the event loop; the worker has a handler of its own.
-    - `_send_heartbeats` starts a thread a flow run. The worker's heartbeat stands for all its flow runs.
-    - `observe_flow_run_suspension` starts a thread with an event loop and a subscription a flow run, and blocks until
-      it is ready and when it ends. The worker looks for suspended flow runs itself.
-    - `amaintain_concurrency_lease` starts a thread with a client a flow run of a deployment with a limit, and crashes
-      the flow run once a lease cannot be renewed: so where the server is away, and where the flow run is paused, which
+    This also holds for subflows, which run in Prefect's own engine.
+    - `capture_sigterm` would make a SIGTERM raise in the middle of the event loop; the worker has its own handler.
+    - `_send_heartbeats` starts a thread for each flow run. The worker's heartbeat is enough for all its flow runs.
+    - `observe_flow_run_suspension` starts a thread with an event loop and a subscription for each flow run, and blocks
+      at its start and its end. The worker looks for suspended flow runs itself.
+    - `amaintain_concurrency_lease` starts a thread with a client for each flow run of a deployment with a limit. It
+      crashes the flow run when it cannot renew a lease: if the server is away, and if the flow run is paused, which
       gives its slot back.
-    - The server is asked for its default result storage three times a flow run, twice of that by a call that blocks the
-      event loop. Once a minute is enough.
+    - Prefect asks the server for its default result storage three times for each flow run, twice by a call that blocks
+      the event loop. Once a minute is enough.
     """
     engine, results = prefect.flow_engine, prefect.results
     ask_server = results._read_server_default_result_storage_block_id  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
@@ -225,7 +226,7 @@ def _light_engine() -> Generator[None]:
         (results, "_read_server_default_result_storage_block_id"): answer,
         (results, "_aread_server_default_result_storage_block_id"): aanswer,
     }
-    # `check_prefect` has seen that only such names are missing as may be.
+    # `check_prefect` has made sure that only names are missing that may be missing.
     before = {place: getattr(*place) for place in replaced if hasattr(*place)}
     for module, name in before:
         setattr(module, name, replaced[module, name])
@@ -242,7 +243,7 @@ def _nothing(*_args: Any, **_options: Any) -> nullcontext[None]:
 
 @asynccontextmanager
 async def _renewed_lease(lease_id: UUID, lease_duration: float, **_options: Any) -> AsyncGenerator[None]:
-    """Renew a flow run's slot of its deployment's limit. Without the slot it goes on: its crew runs anyway."""
+    """Renew a flow run's slot in its deployment's limit. If it loses the slot, it goes on: its crew runs anyway."""
     renewing = asyncio.create_task(_renew(lease_id, lease_duration), name=f"lease {lease_id}")
     try:
         yield
@@ -270,9 +271,9 @@ async def _renew(lease_id: UUID, duration: float) -> None:
 
 @contextmanager
 def _contained_exits() -> Generator[None]:
-    """Keep a SystemExit in a task of a flow run from ending the event loop, and with it all other flow runs.
+    """Prevent that a SystemExit in a task of a flow run ends the event loop with all other flow runs.
 
-    asyncio raises it out of the loop itself, past whatever awaits the task.
+    asyncio raises it from the loop itself, and not where the task is awaited.
     """
     loop = asyncio.get_running_loop()
     before = loop.get_task_factory()
@@ -281,7 +282,7 @@ def _contained_exits() -> Generator[None]:
         context = FlowRunContext.get()
         if context is None or context.flow_run is None:
             return asyncio.Task(work, loop=loop, **options)
-        name = f"Flow run {context.flow_run.name!r}"  # for the warning when it blocks the loop
+        name = f"Flow run {context.flow_run.name!r}"  # for the warning about a blocked event loop
         options["name"] = name
         return asyncio.Task(_without_exit(work, name), loop=loop, **options)
 
@@ -304,7 +305,7 @@ async def _without_exit(work: Coroutine[Any, Any, Any], name: str) -> Any:
 
 @contextmanager
 def _warning_when_blocked(warn: Callable[..., None]) -> Generator[None]:
-    """Name a flow run that blocks the event loop: while it does, no other goes on, and no heartbeat is sent."""
+    """Warn about a flow run that blocks the event loop: no other one goes on then, and no heartbeat is sent."""
     loop, loop_thread, ended = asyncio.get_running_loop(), threading.get_ident(), threading.Event()
     beat = time.monotonic()
 

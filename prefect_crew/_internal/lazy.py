@@ -1,4 +1,4 @@
-"""Names that a package loads when they are first used: Prefect imports this package whenever it starts."""
+"""Names that a package loads at their first use: Prefect imports this package at each start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def lazy_names(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], 
 
     Args:
         package: Its `__name__`.
-        names: By module within the package: the names that it holds, separated by blanks.
+        names: By module within the package: its names, separated by blanks.
     """
     homes = {name: module for module, listed in names.items() for name in listed.split()}
 

@@ -1,7 +1,7 @@
-"""What Prefect's client and contexts do not offer: requests that are repeated soon, one change at a time on SQLite, the
-contexts around a call, and a logger whose every message is one line.
+"""Functions that Prefect's client and contexts lack: requests that are repeated soon, one change at a time on SQLite,
+the contexts around a call, and a logger that writes each message on one line.
 
-The private API of Prefect here is in `_request_once` and `embedded_server`.
+Private API of Prefect is used in `_request_once`, `embedded_server`, `contexts_around` and `is_entered`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ContextT = TypeVar("ContextT", bound=ContextModel)
 
 
 class OneLine(Adapter):
-    """A logger whose every message is one line: a crew's words make no line of their own, and steer no terminal."""
+    """A logger that writes each message on one line: a crew's text cannot add lines or control a terminal."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         """Log a message."""
@@ -61,13 +61,13 @@ def run_logger() -> OneLine:
 
 
 def flow_run_id() -> str | None:
-    """Return the id of the flow run around this call."""
+    """Return the id of the flow run around this call, or None."""
     context = FlowRunContext.get()
     return None if context is None or context.flow_run is None else str(context.flow_run.id)
 
 
 async def read_all_flow_runs(client: PrefectClient, **filters: Any) -> list[FlowRun]:
-    """Return all flow runs that fit the filters of `read_flow_runs`, which gives 200 at once at most."""
+    """Return all flow runs that match the filters of `read_flow_runs`, which returns at most 200 at a time."""
     flow_runs: list[FlowRun] = []
     while len(flow_runs) % 200 == 0:
         page = await client.read_flow_runs(**filters, limit=200, offset=len(flow_runs))
@@ -80,21 +80,21 @@ async def read_all_flow_runs(client: PrefectClient, **filters: Any) -> list[Flow
 def embedded_server(port: str) -> tuple[list[str], dict[str, str]]:
     """Return the command and the environment of Prefect's embedded server on a loopback port.
 
-    They are those of `SubprocessASGIServer`, which imports all of a server before it starts one. To be asked for
-    upstream: that class in a module of its own.
+    They are the same as in Prefect's `SubprocessASGIServer`, which imports the whole server before it starts one. To
+    ask for upstream: that class in a module of its own.
     """
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on"]
     env = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
     env |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-    command += ["--app-dir", str(Path(prefect.__file__).parents[1])]  # before what the working directory holds
+    command += ["--app-dir", str(Path(prefect.__file__).parents[1])]  # before modules in the working directory
     return [*command, "--host", "127.0.0.1", "--port", port, "--log-level", "error"], env
 
 
 async def label_flow_run(*, name: str) -> None:
-    """Rename the flow run around this call. It does without where the Prefect API is away."""
+    """Rename the flow run around this call. If the Prefect API is away, log that and keep the name."""
     context = FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
-    if flow_run is None or name == flow_run.name:  # an earlier attempt of it has done so
+    if flow_run is None or name == flow_run.name:  # an earlier attempt of the flow run has renamed it
         return
     try:
         async with get_client() as client:
@@ -107,8 +107,8 @@ async def label_flow_run(*, name: str) -> None:
 def contexts_around(kind: type[ContextT]) -> list[ContextT]:
     """Return Prefect's contexts of a kind around this call, the innermost first.
 
-    Prefect shows the innermost only. What it replaced stands in the token that will bring it back; there is no public
-    way to the parent context.
+    Prefect's public API returns only the innermost one. The context that it replaced is in the token that will restore
+    it.
     """
     contexts: list[ContextT] = []
     context: Any = kind.get()
@@ -120,45 +120,46 @@ def contexts_around(kind: type[ContextT]) -> list[ContextT]:
 
 
 def is_entered(context: ContextModel) -> bool:
-    """Return whether Prefect is still within a context. Others may hold the context for long after that."""
+    """Return whether Prefect has not yet left a context. Other code may keep the context object for longer."""
     return context._token is not None  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
 
 # Requests
 
 CROWDED_FOR = 300.0
-"""Seconds for which changes go alone once the server refused one: SQLite takes one writer at a time."""
+"""Seconds for which each change is sent alone after the server refused one: SQLite takes one writer at a time."""
 LONGEST = 2.0
-"""Seconds after which a request holds up no other one: it may hang, or be repeated by Prefect's client."""
+"""Seconds after which a request blocks no other one: it may hang, or Prefect's client may repeat it."""
 AT_ONCE = 8
-"""Requests under way at the same time. Those that wait here go on in the order of their urgency."""
+"""The most requests in flight. Waiting requests are sent by their urgency."""
 CROWDED = 3
-"""The same, once the server refused a change: what has to go alone waits for all that are under way."""
+"""The most requests in flight after the server refused a change: a change that is sent alone waits for all of them."""
 PATIENCE = 30.0
-"""Seconds for which a request waits for newer, more urgent ones: no stream of claims holds up an end for ever."""
+"""Seconds after which newer, more urgent requests no longer overtake a request: claims must not delay an end for
+ever."""
 NAMES_AT_ONCE = 1000
-"""Names in one request from which on no further caller shares it."""
+"""The number of names in one request from which on no further caller shares it."""
 CLOSING = 0.003
-"""Seconds after which a connection that the server closes is seen to be closed."""
+"""Seconds after which this process notices that the server has closed a connection."""
 
 
 class Urgency(IntEnum):
-    """Which of the requests that wait for each other goes first.
+    """The order in which waiting requests are sent.
 
-    Runs that begin at once do not all wait for all: the first one is kicked off before the second one is claimed, and
-    crews work meanwhile.
+    If many runs begin at the same time, the first is kicked off before the second is claimed, so that its crew works
+    already.
     """
 
     CONTINUE = 0
-    """What stands between a claim and its id on record."""
+    """Requests between a claim and its stored kickoff id."""
     BEGIN = 1
     FINISH = 2
-    """What can wait until the others have begun: the name by which a run is found, and its end."""
+    """Requests that can wait until other runs have begun: the Variable `crew_kickoff_ID`, and the end of a run."""
     SHOW = 3
 
 
 class _Turns:
-    """Lets so many callers through at the same time. Of those who wait the most urgent one is next, then the first."""
+    """Lets at most `most` callers through at the same time. The next one is the most urgent, then the first."""
 
     def __init__(self, most: int) -> None:
         self._most = self._free = most
@@ -167,7 +168,10 @@ class _Turns:
 
     @asynccontextmanager
     async def turn(self, urgency: Urgency, *, alone: bool = False) -> AsyncGenerator[None]:
-        """Wait for a turn, and have it: `alone` while nobody else has one. After `LONGEST` seconds it is over."""
+        """Wait for a turn. The block is the turn; for other callers it ends after `LONGEST` seconds at the latest.
+
+        `alone`: only while nobody else has a turn.
+        """
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[int] = loop.create_future()
         rank = float("-inf") if urgency is Urgency.CONTINUE else loop.time() + urgency * PATIENCE
@@ -194,7 +198,7 @@ class _Turns:
             end()
 
     def limit(self, most: int) -> None:
-        """Let so many through from now on."""
+        """Change the number of callers at the same time."""
         change, self._most = most - self._most, most
         self._pass_on(change)
 
@@ -212,9 +216,9 @@ class _Turns:
 
 
 class NamedReads:
-    """Reads by exact names. Reads that callers ask for while a request is under way share the next request.
+    """Reads by exact names. Callers that come while a request is in flight share the next request.
 
-    A request is one statement of the server, so each caller gets its names as they stand at one moment.
+    One request is one SQL statement of the server, so each caller gets a snapshot.
     """
 
     def __init__(self) -> None:
@@ -222,9 +226,9 @@ class NamedReads:
         self._is_busy = False
 
     async def read(self, names: list[str], ask: Callable[[list[str]], Awaitable[list[Any]]], most: int) -> list[Any]:
-        """Return the rows that `ask` returns for these names, and maybe rows of other callers.
+        """Return the rows of `ask` for these names, and perhaps rows for other callers.
 
-        `most`: rows that one answer of `ask` may have. An answer with so many may be cut off: the caller asks alone.
+        `most`: the most rows in one answer of `ask`. An answer with so many may be cut: then the caller asks alone.
         """
         mine: asyncio.Future[list[Any] | None] = asyncio.get_running_loop().create_future()
         self._waiting.append((names, mine))
@@ -232,7 +236,7 @@ class NamedReads:
             try:
                 rows = await mine
             except asyncio.CancelledError:
-                if not mine.cancelled():  # it was to make the next request
+                if not mine.cancelled():  # this caller should have made the next request
                     self._pass_on()
                 raise
             if rows is not None:
@@ -246,7 +250,7 @@ class NamedReads:
                 if not theirs.done():
                     theirs.set_exception(error)
             raise
-        except BaseException:  # a cancellation of this caller is none of the others
+        except BaseException:  # a cancellation of this caller must not cancel the others
             self._waiting[:0] = shared
             raise
         else:
@@ -260,7 +264,7 @@ class NamedReads:
     def _next_reads(
         self, mine: asyncio.Future[list[Any] | None]
     ) -> list[tuple[list[str], asyncio.Future[list[Any] | None]]]:
-        """Take the reads out of the queue that share the request of `mine`, and `mine` itself."""
+        """Take from the queue `mine` and the reads that share its request. Return the others."""
         shared: list[tuple[list[str], asyncio.Future[list[Any] | None]]] = []
         names = 0
         while self._waiting and names < NAMES_AT_ONCE:
@@ -282,7 +286,7 @@ class NamedReads:
 
 @dataclass
 class _Loop:
-    """What the requests of one event loop share."""
+    """The state that the requests of one event loop share."""
 
     crowded_until: float = float("-inf")
     requests: _Turns = field(default_factory=lambda: _Turns(AT_ONCE))
@@ -291,7 +295,7 @@ class _Loop:
     locks: dict[str, asyncio.Lock] = field(default_factory=dict[str, asyncio.Lock])
 
 
-# By event loop, since a lock belongs to one; requests from one loop come from flows that know nothing of each other.
+# By event loop, since a lock belongs to one. Module-level: the requests of one loop come from independent flows.
 _loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
 
 
@@ -300,24 +304,24 @@ def _this_loop() -> _Loop:
 
 
 def lock_here(name: str) -> asyncio.Lock:
-    """Return the lock of this name that belongs to the running event loop."""
+    """Return the running event loop's lock with this name."""
     return _this_loop().locks.setdefault(name, asyncio.Lock())
 
 
 def named_reads() -> NamedReads:
-    """Return the reads by exact names of the running event loop and this Prefect API."""
+    """Return the `NamedReads` of the running event loop and the current Prefect API."""
     return _this_loop().named_reads.setdefault(get_current_settings().api.url, NamedReads())
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether the Prefect API may take the same request a moment later."""
+    """Return whether the Prefect API may accept the same request a moment later."""
     if isinstance(error, PrefectHTTPStatusError):
         return error.response.status_code >= 500 or error.response.status_code in (408, 429)
     return isinstance(error, TRANSPORT_ERRORS)
 
 
 def is_busy(error: Exception) -> bool:
-    """Return whether the Prefect API has done nothing because it was busy: asking again is safe, whatever is asked."""
+    """Return whether the Prefect API was busy and so did nothing (503): any request may be repeated."""
     return isinstance(error, PrefectHTTPStatusError) and error.response.status_code == 503
 
 
@@ -333,48 +337,49 @@ async def request_soon(
     again: Callable[[Exception], bool] = is_transient,
     before_sending: Callable[[], None] | None = None,
 ) -> httpx.Response:
-    """Make one change, again and again while the Prefect API is away or busy, for `give_up_after` seconds. Prefect's
-    client sleeps 2 s after a 503.
+    """Make one change. Repeat it while the Prefect API is away or busy, for `give_up_after` seconds.
+
+    Prefect's own client sleeps 2 s after a 503.
 
     Args:
-        client, method, path, json, give_up_after: The request. `json` may be a function that is called when it is this
-            request's turn.
-        urgency: Which change goes first, where several wait.
+        client, method, path, json, give_up_after: The request. `json` may be a function that is called when the request
+            is sent.
+        urgency: The order among waiting changes.
         alone: False for a change that the server never refuses because of another one: it writes before it reads.
-        again: Tells which errors are worth another attempt.
-        before_sending: Is called once, right before the request is sent for the first time.
+        again: Returns whether to repeat the request after an error.
+        before_sending: Called once, right before the request is sent for the first time.
 
     Raises:
-        TRANSPORT_ERRORS, PrefectHTTPStatusError: The last attempt's.
+        TRANSPORT_ERRORS, PrefectHTTPStatusError: The error of the last attempt.
     """
     loop, here = asyncio.get_running_loop(), _this_loop()
     until, delay = None, 0.02
     while True:
-        # SQLite refuses a change that has read before it writes, where anything is written in between.
+        # SQLite refuses a change that reads before it writes if another one writes in between.
         is_crowded = loop.time() < here.crowded_until
         here.requests.limit(CROWDED if is_crowded else AT_ONCE)
         try:
             async with here.requests.turn(urgency, alone=alone and is_crowded):
                 if until is None:
-                    until = loop.time() + give_up_after  # not the time for which it waited for others
+                    until = loop.time() + give_up_after  # without the time in the queue
                     if before_sending is not None:
                         before_sending()
                 return await _request_once(client, method, path, json=json() if callable(json) else json)
         except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
             if is_busy(error):
                 here.crowded_until = loop.time() + CROWDED_FOR
-                # The server closes the connection after such an answer (its exception goes on to uvicorn): whoever
-                # sent the next request on it at this moment would lose that.
+                # The server closes the connection after such an answer (its exception reaches uvicorn): another request
+                # on that connection would be lost.
                 await asyncio.sleep(CLOSING)
             if not again(error) or (until is not None and loop.time() + delay > until):
                 raise
-        # At random, so that those who met on a locked database do not meet again.
+        # A random pause, so that callers that met on a locked database do not meet again.
         await asyncio.sleep(delay * (0.5 + random.random()))  # noqa: S311  no secret depends on it
         delay = min(delay * 1.7, 10.0)
 
 
 async def read_in_turn(client: PrefectClient, path: str, *, json: Any) -> httpx.Response:
-    """Ask the Prefect API for what meets a filter, by a POST, when it is this request's turn."""
+    """Read objects by a filter from the Prefect API, by a POST, when it is this request's turn."""
     async with _this_loop().requests.turn(Urgency.CONTINUE):
         return await client.request("POST", path, json=json)  # pyright: ignore[reportArgumentType] - a true route
 
@@ -382,8 +387,8 @@ async def read_in_turn(client: PrefectClient, path: str, *, json: Any) -> httpx.
 async def _request_once(client: PrefectClient, method: str, path: str, *, json: Any) -> httpx.Response:
     """Make one request with the client's own connection, address and credentials, and without its retries.
 
-    It reaches into Prefect's client, which offers no request without retries and waits 2 s after a 503 also where it is
-    set to retry nothing (prefect/client/base.py). To ask upstream for: `Retry-After` on the 503 of a locked SQLite.
+    It uses private API, since Prefect's client offers no request without retries, and waits 2 s after a 503 even if it
+    is set to retry nothing (prefect/client/base.py). To ask for upstream: `Retry-After` on the 503 of a locked SQLite.
     """
     inner = cast("Any", client)._client  # noqa: SLF001
     request: httpx.Request = inner.build_request(method, path, json=json)

@@ -1,7 +1,7 @@
-"""The errors of Prefect's client, under each of the HTTP libraries that it may be built on.
+"""The errors of Prefect's client, for each HTTP library that it may use.
 
 Prefect is about to move its client from httpx to httpx2 (PrefectHQ/prefect#23118), whose errors are no subclasses of
-httpx's. This module alone knows both. Import the tuples and catch them: `except PREFECT_ERRORS`.
+httpx's. Only this module knows both. Import the tuples and catch them: `except PREFECT_ERRORS`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def _libraries() -> list[Any]:
-    """Return httpx, and httpx2 where it is installed."""
+    """Return httpx, and httpx2 if it is installed."""
     try:
         return [httpx, importlib.import_module("httpx2")]
     except ImportError:
@@ -37,7 +37,7 @@ HTTP_ERRORS: tuple[type[Exception], ...] = tuple(library.HTTPError for library i
 PREFECT_ERRORS: tuple[type[Exception], ...] = (*HTTP_ERRORS, PrefectException)
 """Every error of Prefect's client: the Prefect API is away, or refuses."""
 
-if TYPE_CHECKING:  # pyright reads the attributes of what `isinstance` and `except` let through
+if TYPE_CHECKING:  # so that pyright knows the attributes of a caught error
     STATUS_ERRORS = (httpx.HTTPStatusError,)
     TRANSPORT_ERRORS = (httpx.TransportError,)
 else:
@@ -48,18 +48,18 @@ else:
 
 
 def _is_version_check(error: BaseException) -> bool:
-    """Return whether Prefect's own check of the version failed: a RuntimeError, whose cause is the request's error."""
+    """Return whether Prefect's own check of the version failed: a RuntimeError, caused by the error of the request."""
     return isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the status of the answer that an error is about, None where no answer came."""
+    """Return the HTTP status of an error's answer, None if no answer came."""
     error = error.__cause__ or error if _is_version_check(error) else error
     return error.response.status_code if isinstance(error, STATUS_ERRORS) else None
 
 
 def is_away(error: BaseException) -> bool:
-    """Return whether an error says that the Prefect API is away, and not what it thinks of a request."""
+    """Return whether an error means that the Prefect API is away, and not that it refuses a request."""
     status = _status(error)
     if status is not None:
         return status >= 500
@@ -67,25 +67,25 @@ def is_away(error: BaseException) -> bool:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Return whether an error says that the Prefect API is away, or refuses the key of this program."""
+    """Return whether an error means that the Prefect API is away, or refuses the API key (401, 403)."""
     return is_away(error) or _status(error) in (401, 403)
 
 
 def shown_url(url: str) -> str:
-    """Return the Prefect API's URL as people may see it: without a user and a password."""
+    """Return the Prefect API's URL for people: without a user and a password."""
     return str(httpx.URL(url).copy_with(userinfo=b""))
 
 
 def _is_of_user(error: BaseException) -> bool:
-    """Return whether an error of httpx comes from a user's function: no request of it went to the Prefect API.
+    """Return whether an error of httpx comes from a user's function: its request did not go to the Prefect API.
 
-    Prefect's temporary server, whose port no setting has, is at 127.0.0.1.
+    Prefect's temporary server is at 127.0.0.1; no setting has its port.
     """
     if not isinstance(error, HTTP_ERRORS):
         return False
     try:
         url: httpx.URL = cast("Any", error).request.url
-    except RuntimeError:  # of httpx: the error has no request, since no client raised it
+    except RuntimeError:  # raised by httpx if the error has no request, since no client raised it
         return True
     api_url = PREFECT_API_URL.value()
     if api_url is None:
@@ -95,10 +95,10 @@ def _is_of_user(error: BaseException) -> bool:
 
 
 def prefect_error(error: BaseException, what_next: str) -> CrewError:
-    """Return the error of ours for an error of Prefect's client. `what_next` says what was not done, and what to do."""
+    """Return a CrewError for an error of Prefect's client. `what_next` says what was not done, and what to do next."""
     url, status = PREFECT_API_URL.value(), _status(error)
     api = f"The Prefect API {shown_url(url)}" if url else "Prefect's own temporary server"
-    # The text about a status has the whole URL in it, with the password that may be there.
+    # The text of an error with a status contains the whole URL, perhaps with a password.
     reason = f"HTTP {status}" if status is not None else f"{type(error).__name__}: {error}"
     doctor = "To see what is wrong: prefect-crew doctor."
     if is_away(error):
@@ -114,10 +114,10 @@ def prefect_error(error: BaseException, what_next: str) -> CrewError:
 def naming_prefect_away(
     what_next: str,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
-    """Have a coroutine function raise an error of ours where the Prefect API is away, or refuses the key.
+    """Make a coroutine function raise a CrewError if the Prefect API is away, or refuses the API key.
 
-    `what_next` says what was not done, and what to do next. An error of httpx that a user's function raises, such as a
-    review function, is raised as it is.
+    `what_next` says what was not done, and what to do next. An error of httpx from a user's function, such as a review
+    function, is passed on unchanged.
     """
 
     def decorate(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -139,13 +139,13 @@ def naming_prefect_away(
 
 @contextmanager
 def naming_prefect_errors(advice: str) -> Generator[None]:
-    """Raise an error of ours in place of an error of Prefect's client.
+    """Raise a CrewError in place of an error of Prefect's client.
 
     `advice` says what was not done, to which run, and what to do next.
 
     Raises:
         PrefectAwayError: The Prefect API does not answer.
-        PrefectRefusedError: It refuses, as with 403.
+        PrefectRefusedError: The Prefect API refuses the request, for example with 403.
     """
     try:
         yield

@@ -1,1 +1,1 @@
-"""What people see of a run: Markdown, artifacts, events."""
+"""The output for people and automations about a run: Markdown, artifacts, events."""

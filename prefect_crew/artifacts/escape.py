@@ -1,7 +1,7 @@
-"""Escape text for Markdown, so that Prefect's page renders it as meant, whatever a crew wrote. Pure.
+"""Escape text for Markdown, so that Prefect's page renders any text of a crew as text. Pure.
 
-Prefect's interfaces render Markdown with their own sanitiser; this module does not lean on it. Text from outside is
-escaped where it would become markup, and shown capped: the whole of it is one command away.
+Prefect's interfaces render Markdown with their own sanitiser; this module does not rely on it. It escapes text from
+outside that would become markup, and cuts it: a command shows the whole text.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from prefect_crew._text import TURNS
 from prefect_crew.client.models import CrewStatus
 
 OUTPUT_CAP = 60_000
-"""Characters of a result that an artifact shows; Prefect Cloud refuses bodies over 5 MiB."""
+"""The most characters of a result in an artifact; Prefect Cloud refuses bodies over 5 MiB."""
 CELL_CAP = 300
-# Of those that turn the direction, what no honest text needs: they show letters in an order in which they do not stand.
+# The two overrides among the characters that change the direction: they show letters in a wrong order, and no honest
+# text needs them.
 _OVERRIDES = {code: TURNS[code] for code in (0x202D, 0x202E)}
 
 
 def cell(text: str, cap: int = CELL_CAP) -> str:
-    """Return text as one table cell: on one line, capped, nothing in it markup."""
+    """Return text as one table cell: on one line, cut to `cap`, without markup."""
     flat = " ".join(text.split())
     return prose(flat if len(flat) <= cap else f"{flat[:cap]}…").replace("|", "\\|")
 
 
 def prose(text: str) -> str:
-    """Return text as part of a line: nothing in it markup."""
+    """Return text as part of a line, without markup."""
     escaped = html.escape(" ".join(text.split()).translate(TURNS), quote=False)
     return re.sub(r"([\\`*_\[\]~#!$])", r"\\\1", escaped)
 
 
 def code(text: str) -> str:
-    """Return text as inline code, whatever backticks it holds."""
+    """Return text as inline code, also text with backticks."""
     flat = " ".join(text.split()).translate(TURNS).replace("|", "¦")
     fence = "`" * (_longest_run(flat) + 1)
     pad = " " if "`" in flat else ""
@@ -48,11 +49,12 @@ def _longest_run(text: str) -> int:
 
 
 LINE = 60
-"""Characters of a line in a block of code that fit Prefect's page in a window of 1280 pixels."""
+"""Characters of a line of code that fit Prefect's page in a window of 1280 pixels."""
 
 
 def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
-    """Return text as a block of code, capped, whatever backticks it holds. Long lines are broken: no page does so."""
+    """Return text as a block of code, cut to `cap`, also text with backticks. It breaks long lines: the page does
+    not."""
     content = text if len(text) <= cap else f"{text[:cap]}…"
     whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
     lines = (textwrap.wrap(line, LINE, **whole) for line in content.split("\n"))
@@ -62,7 +64,7 @@ def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
 
 
 def commands(*lines: str) -> str:
-    """Return commands of ours as a block that can be copied. A line is never broken, and begins with its command."""
+    """Return commands as a block that people can copy. A line is never broken, and begins with its command."""
     return "\n".join(["```bash", *(" ".join(line.splitlines()).translate(TURNS) for line in lines), "```"])
 
 
@@ -70,23 +72,24 @@ _SAFE_IN_URLS = ":/?#[]@!$&'*+,;=%"
 
 
 def link(text: str, url: str, cap: int = CELL_CAP) -> str:
-    """Return a link for a line or a table's cell. Not as code: the older interface shows the backticks within one."""
+    """Return a link for a line or a table's cell. Not as code: the older interface shows backticks within a link."""
     return f"[{cell(text, cap)}]({quote(url, safe=_SAFE_IN_URLS, errors='replace')})"
 
 
 def flow_run_link(flow_run_id: str) -> str:
-    """Return a link from an artifact's page to a flow run. Relative: nobody here knows where the page is looked at."""
+    """Return a link from an artifact's page to a flow run. It is relative: the address of the page is unknown here."""
     return link(flow_run_id[:8], f"../../runs/flow-run/{flow_run_id}")
 
 
 _MAY_OPEN = re.compile(r"[ \t>*+\-0-9.)]*(`{3,}|~{3,})")
 _FENCE = re.compile(r"(`{3,}+)[^`|]*|(~{3,}+)[^|]*")
-"""What opens code at the margin. With a bar in the line, some take it for the head of a table."""
-# Every pattern here begins anew at places that it cannot pass twice, or is bounded: a text may repeat anything.
+"""The opening of a fenced block of code at the margin. If the line has a bar, some renderers see the head of a
+table."""
+# Every pattern here is linear or bounded: a crew's text may repeat any character many times.
 _TAG_OR_IMAGE = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)")
 _LOOK = 300
 """Characters of a link's target in which its scheme must stand."""
-# A link's target, or that of a reference; it may stand on the next line, which is then not looked at.
+# The target of a link or of a reference. If it is on the next line, the pattern does not see it.
 _TARGET = re.compile(rf"\](?P<mark>[(:])(?=\s{{0,20}}(?P<target>[^\s)]{{0,{_LOOK + 1}}}))")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(:?)")
 
@@ -94,9 +97,9 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(:?)")
 def reading(text: str) -> str:
     """Return a crew's Markdown for reading: its own formatting stays, its HTML shows as text, its images as links.
 
-    Nothing is loaded from elsewhere when somebody opens the page, and nothing runs when somebody clicks: a link to
-    anything but a page or a mail address shows as text. Only code in fences at the margin stays as it is, up to the
-    first fence within a list or a quotation, after which it is not sure what is code.
+    The page loads nothing from other servers when somebody opens it, and runs nothing when somebody clicks: a link that
+    is neither http, https nor mailto shows as text. Only fenced code at the margin stays unchanged, up to the first
+    fence within a list or a quotation: after that it is not sure which lines are code.
     """
     tamed: list[str] = []
     fence, is_sure = "", True
@@ -115,9 +118,9 @@ def reading(text: str) -> str:
 
 
 def _tame(text: str) -> str:
-    """Return Markdown whose HTML is text, whose images are links, and whose links lead to pages and nowhere else.
+    """Turn HTML in Markdown into text, images into links, and links with other targets than pages into text.
 
-    An invisible word joiner behind a `<` or `!` makes it text, in inline code as well, where an entity would be seen.
+    An invisible word joiner after a `<` or `!` makes it text. In inline code, an entity would be visible.
     """
     return _TARGET.sub(_led_to, _TAG_OR_IMAGE.sub("\\g<0>\u2060", text))
 
@@ -127,13 +130,13 @@ def _led_to(link: re.Match[str]) -> str:
 
 
 def _is_harmless(target: str) -> bool:
-    """Return whether a link leads to a page or a mail address. Where its start does not tell, it counts as harmful."""
+    """Return whether a link leads to a page or a mail address. If its start does not show that, return False."""
     is_cut = len(target) > _LOOK
     if is_cut:
         entity = target.rfind("&")
         if entity >= 0 and ";" not in target[entity:]:
-            target = target[:entity]  # half an entity is another character
-    # As a renderer reads it: without escapes, entities, and what stands before the scheme.
+            target = target[:entity]  # half an entity would be another character
+    # As a renderer reads it: without escapes, entities, and characters before the scheme.
     target = re.sub(r"[\x00-\x20\\<\u2060]", "", html.unescape(target))
     scheme = _SCHEME.match(target)
     if scheme is None:
@@ -151,7 +154,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them."""
+    """Return seconds as text for people, such as `2 min 05 s`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -160,7 +163,7 @@ def duration(seconds: float) -> str:
 
 
 def progress(status: CrewStatus) -> str:
-    """Return how far a run is, as far as its status tells, for the end of a line."""
+    """Return the progress in a status for the end of a line, "" if the status has none."""
     if status.total_tasks:
         return f" ({status.completed_tasks or 0} of {status.total_tasks} tasks done)"
     return f" ({status.progress:.0%})" if status.progress is not None else ""

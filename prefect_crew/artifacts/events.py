@@ -1,7 +1,7 @@
-"""What automations listen to: events about runs, with the crew, the run, the flow run and the step as resources.
+"""Events about runs for automations, with the run, the crew, the flow run and the step as resources.
 
-docs/reference/events.md lists them. Emitting is a hand-over to Prefect's own background thread (0.15 ms) and raises
-nothing when the API is away.
+docs/reference/events.md lists them. `emit` passes an event to Prefect's own background thread (0.15 ms) and raises
+nothing if the API is away.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from prefect_crew.records.model import RunRecord
 def resources_of(
     idempotency_key: str, run: str, name: str, crew: str, step: str | None, flow_run_id: str | None
 ) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return what every event about a run has as its resource, and the crew, step and flow run related to it.
+    """Return the resource of an event about a run, and the related resources: crew, step and flow run.
 
-    `run` is what the resource's id says: the kickoff id, or the key and the attempt where that is not known. `name` is
-    what people call it.
+    `run` is part of the resource's id: the kickoff id, or key and attempt if that is unknown. `name` is for people.
     """
     resource = {
         "prefect.resource.id": f"prefect-crew.run.{run}",
@@ -44,8 +43,8 @@ def emit(event: str, record: RunRecord, *, once: bool = False, **payload: Any) -
     Args:
         event: The last part of its name.
         record: The run.
-        once: Give it an id made of the run and the event, so that the server keeps one even if two waiters emit it.
-        payload: Plain values, already redacted.
+        once: Derive the event's id from the run and the event, so that the server keeps only one if two waits emit it.
+        payload: Plain values, already masked.
     """
     run, name = f"{record.idempotency_key}/{record.attempt}", record.kickoff_id or record.idempotency_key
     resource, related = resources_of(

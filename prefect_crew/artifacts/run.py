@@ -1,7 +1,8 @@
-"""What people look at: one Markdown artifact a run, under a key per crew, updated as the run goes on.
+"""The Markdown artifact of a run, under a key per crew. It is updated while the run goes on.
 
-An artifact is a view. It may be missing or cleaned away without any harm to its run: the record is what counts. It
-belongs to the flow run that started the run, and names the run's claim: so whoever cancels that flow run finds the run.
+An artifact is only a view: it may be missing or deleted without harm to its run, since only the record counts. It
+belongs to the flow run that started the run, and names the run's claim: so a worker that cancels that flow run finds
+the run.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ from prefect_crew.prices import money
 from prefect_crew.states import CrewState
 
 SHOW_FOR = 5.0
-"""Seconds for which showing something outlasts a Prefect API that is busy."""
+"""Seconds for which a request for an artifact is repeated while the Prefect API is busy."""
 SHOW_WITHIN = 30.0
-"""Seconds for all of it, with the time for which it waits for its turn: one that is away must not keep a result."""
+"""Seconds for a whole update, with its time in the queue: a Prefect API that is away must not delay a result."""
 NEWEST = 200
-"""How many artifacts under a key are looked through, the newest first, for one that another process made."""
+"""The number of newest artifacts under a key among which an artifact of another process is looked for."""
 CLAIM = "claim"
-"""The name in an artifact's metadata of its run's claim."""
+"""The key in an artifact's metadata for the name of its run's claim."""
 TASKS_CAP = 200
-"""Tasks of a run that an artifact lists."""
+"""The most tasks of a run in an artifact."""
 BAR = 12
 _INPUTS = "### Inputs\n\n"
-# Signs that every font has: not every machine has one for emoji.
+# Signs that every font has: some machines have no font for emoji.
 _STATES = {
     CrewState.PENDING: "○ pending",
     CrewState.RUNNING: "● running",
@@ -72,7 +73,7 @@ def artifact_key(label: str, *, prefix: str = "crew") -> str:
 
 
 async def claims_shown(client: PrefectClient, flow_run_ids: Sequence[UUID]) -> list[str]:
-    """Return the names of the claims that the artifacts of flow runs name.
+    """Return the names of claims in the metadata of flow runs' artifacts.
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API is away.
@@ -89,11 +90,11 @@ async def claims_shown(client: PrefectClient, flow_run_ids: Sequence[UUID]) -> l
 
 
 class MarkdownArtifact:
-    """One artifact that is made once and then updated, distinguished from others under its key by its description.
+    """One artifact: created once and then updated. Its description distinguishes it from others under its key.
 
-    `id` is its id, as far as it is known here; `is_new`: it surely is not there yet. `earlier` is its text where
-    somebody else has made it. `flow_run_id` is the flow run that
-    it belongs to, that around its first update if left out. `metadata` is for programs.
+    `id` is its id, None if unknown here. `is_new`: it surely does not exist yet. `earlier` is its text if another
+    process has created it. `flow_run_id` is the flow run that it belongs to; default: the flow run around its first
+    update. `metadata` is for programs.
     """
 
     def __init__(
@@ -114,16 +115,16 @@ class MarkdownArtifact:
         self._in_trouble = False
 
     async def keep(self, data: str | Callable[[], str]) -> None:
-        """Bring the artifact to `data`, or to what a function returns once it is the turn of this request.
+        """Update the artifact to `data`, or to the result of a function that is called when the request is sent.
 
-        Trouble is logged once: an artifact never fails what it is about.
+        It logs a problem once and does not raise it: an artifact must not fail its run.
         """
         if (trouble := await self.put(data)) and not self._in_trouble:
             self._in_trouble = True
             run_logger().warning("The artifact %r could not be updated: %s", self.description, trouble)
 
     async def put(self, data: str | Callable[[], str]) -> str | None:
-        """Bring the artifact to `data`; make it if there is none (any more). Return the trouble, if any."""
+        """Update the artifact to `data`, or create it if it does not exist. Return the problem or None."""
         try:
             async with asyncio.timeout(SHOW_WITHIN):
                 text = data if callable(data) else lambda: data
@@ -136,7 +137,7 @@ class MarkdownArtifact:
         return None
 
     async def find(self) -> UUID | None:
-        """Return its id, asking the server where another process made it; None where there is none.
+        """Return its id. Ask the server if another process may have created it. None if it does not exist.
 
         Raises:
             PREFECT_ERRORS: The Prefect API is away.
@@ -156,10 +157,10 @@ class MarkdownArtifact:
         return self.id
 
     async def _update(self, data: Callable[[], str]) -> bool:
-        """Update the artifact; False if somebody has removed it."""
+        """Update the artifact. Return False if somebody has deleted it."""
         try:
             async with get_client() as client:
-                # Unlike that of a Variable, it writes before it reads.
+                # Not alone: unlike the change of a Variable, this request writes before it reads.
                 new: dict[str, Any] = {"json": lambda: {"data": data()}, "urgency": Urgency.SHOW, "alone": False}
                 await request_soon(client, "PATCH", f"/artifacts/{self.id}", give_up_after=SHOW_FOR, **new)
         except PrefectHTTPStatusError as error:
@@ -169,7 +170,7 @@ class MarkdownArtifact:
         return True
 
     async def _create(self, data: Callable[[], str]) -> None:
-        """Make the artifact, of its flow run. If that is the one around this call, then of the task run as well."""
+        """Create the artifact for its flow run. If this call runs in that flow run, also for the task run."""
         flow, task = FlowRunContext.get(), TaskRunContext.get()
         around = flow.flow_run.id if flow and flow.flow_run else None
         owner = around if self._flow_run_id is None else UUID(self._flow_run_id)
@@ -184,11 +185,11 @@ class MarkdownArtifact:
         empty = artifact.model_dump(mode="json", exclude_unset=True)
 
         def body() -> dict[str, Any]:
-            self.is_new = False  # who knows whether a request that is lost makes it
+            self.is_new = False  # a request whose answer is lost may create it
             return {**empty, "data": data()}
 
         async with get_client() as client:
-            # Nothing but busy is repeated, for the same reason.
+            # For the same reason, the request is repeated only if the server was busy.
             new: dict[str, Any] = {"json": body, "urgency": Urgency.SHOW, "alone": False}
             answer = await request_soon(client, "POST", "/artifacts/", give_up_after=SHOW_FOR, again=is_busy, **new)
         self.id = UUID(answer.json()["id"])
@@ -196,10 +197,10 @@ class MarkdownArtifact:
 
 @dataclass(frozen=True)
 class RunView:
-    """What may be shown of a run, in its artifact and its span. Times are UTC; `inputs` are the caller's own values.
+    """The content of a run's artifact and span, already masked. Times are UTC.
 
-    `page_url` is the crew's page for people. `notes` are what stands first, `to_do` the commands that go with them.
-    `read_result` is the command that writes the whole result.
+    `page_url` is the crew's page for people. `notes` come first, with the commands in `to_do`. `read_result` is the
+    command that writes the whole result.
     """
 
     crew: str
@@ -223,18 +224,18 @@ class RunView:
     attempt: str | None = None
     advice: str | None = None
     tasks_seen: Mapping[str, datetime] = field(default_factory=dict[str, datetime])
-    """When each task was first seen at work, by its name."""
+    """The time of the first status that named a task, by the task's name."""
 
     def shown_inputs(self) -> dict[str, Any]:
-        """Return the inputs as they are sent, with the secret ones masked."""
+        """Return the inputs in their encoded form, with the secret ones masked."""
         inputs = self.inputs or {}
         return encode_inputs({name: MASK if name in self.secret_inputs else value for name, value in inputs.items()})
 
 
 def render_run(view: RunView, earlier: str = "") -> str:
-    """Return the Markdown of a run. The result comes last, so that nothing in it can swallow what is ours.
+    """Return the Markdown of a run. The result comes last, so that its markup cannot affect our own text.
 
-    The inputs are those of the `earlier` Markdown where the view does not know them.
+    If the view does not know the inputs, they are taken from the `earlier` Markdown.
     """
     status = view.status if view.show != "none" else None
     parts = [f"## {_STATES[view.state]} · {prose(view.crew)}"]
@@ -263,13 +264,13 @@ def render_run(view: RunView, earlier: str = "") -> str:
 
 
 def _inputs_shown(markdown: str) -> str:
-    """Return the inputs as the Markdown of a run shows them; "" where a text of the crew may stand before them."""
+    """Return the part with the inputs of a run's Markdown; "" if a text of the crew may come before it."""
     before, heading, after = markdown.partition(_INPUTS)
     return heading + after.partition("\n\n")[0].strip() if heading and "```" not in before else ""
 
 
 def _failure(view: RunView, status: CrewStatus | None) -> list[str]:
-    """Return why a run failed, where, and what to do: that is what people come for."""
+    """Return the error of a failed run, the task in which it failed, and the advice."""
     error = ["### Error", fenced(status.error or "The crew gave no reason.")] if status else []
     where = f"It failed in task **{cell(view.failed_task, 80)}**. " if status and view.failed_task else ""
     return [*error, where + prose(view.advice or "")]
@@ -291,7 +292,7 @@ def _facts(view: RunView, status: CrewStatus | None) -> str:
         "Cost": None if view.cost is None else money(view.cost),
     }
     if view.state is CrewState.FAILED:
-        del rows["Message"]  # the error says it
+        del rows["Message"]  # the error contains it
     return table(("", ""), [(name, str(text)) for name, text in rows.items() if text])
 
 
@@ -342,7 +343,7 @@ def _result(view: RunView, output: str) -> str:
 
 
 class RunArtifact(MarkdownArtifact):
-    """The artifact of one run. `claim` is the name of the Variable that holds the run's claim, where it has one."""
+    """The artifact of one run. `claim` is the name of the Variable with the run's claim, None without a record."""
 
     def __init__(
         self, crew: str, kickoff_id: str, *, flow_run_id: str | None, is_new: bool = False, claim: str | None = None
@@ -352,5 +353,5 @@ class RunArtifact(MarkdownArtifact):
         super().__init__(artifact_key(crew), description, flow_run_id=flow_run_id, is_new=is_new, metadata=metadata)
 
     async def show(self, view: Callable[[], RunView]) -> None:
-        """Bring the artifact up to date, or make it: to what there is to see once it is the turn of this request."""
+        """Update or create the artifact. `view` is called when the request is sent."""
         await self.keep(lambda: render_run(view(), self.earlier))

@@ -1,9 +1,9 @@
-"""What OpenTelemetry gets to know of runs where its SDK is set up: one span for each run that ended, and metrics.
+"""OpenTelemetry, if the user has set up its SDK: one span for each ended run, and metrics.
 
-The span is written by whoever sees to what follows the run's end, with the times of its record: it needs nothing while
-the run is under way. Its parent is the span around that wait, that of Prefect's task run. The names are those of the
-semantic conventions for GenAI as of v1.41 and of CrewAI (crewai/telemetry/tracing/semantic_conventions.py), which has
-`crewai.execution_uuid`, the kickoff id, on each span of the same run. `benchmarks/traces.py` measures the cost.
+The call that closes the run writes the span, with the times of the record: so a run in flight needs no span. The parent
+is the current span, which is the span of Prefect's task run in a wait. The names are from the semantic conventions for
+GenAI, v1.41, and from CrewAI (crewai/telemetry/tracing/semantic_conventions.py), which puts `crewai.execution_uuid`,
+the kickoff id, on each span of the same run. `benchmarks/traces.py` measures the cost.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from prefect_crew.states import CrewState
 
 NAME = "prefect_crew"
 NAME_CAP, CONTENT_CAP = 200, 64_000
-"""Characters of a name and of a text on a span. A collector refuses a request that is too large, with all its spans."""
+"""The most characters of a name and of a text on a span. A collector refuses a too large request with all its spans."""
 
-# Until an SDK is set up they do nothing; then they become its own.
+# Without an SDK these do nothing; the SDK replaces them when the user sets it up.
 _meter = metrics.get_meter(NAME)
 _runs = _meter.create_counter("prefect_crew.runs", "{run}", "Runs that ended, by state")
 _seconds = _meter.create_histogram(
@@ -44,17 +44,17 @@ _waiting = _meter.create_up_down_counter("prefect_crew.runs.waiting", "{run}", "
 
 
 def is_tracing() -> bool:
-    """Return whether spans go anywhere: the user has set up an SDK."""
+    """Return whether the user has set up an SDK, so that spans are exported."""
     return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
 
 
 def count_uncertain(record: RunRecord) -> None:
-    """Count a kickoff that this process has sent, of which nobody knows what became."""
+    """Count a kickoff that this process has sent and that became uncertain."""
     _uncertain.add(1, {"crewai.crew.name": record.crew})
 
 
 def count_waiting(crew: str | None, change: int) -> None:
-    """Count a run that began (1) or ceased (-1) to wait for a person while this process waits for it."""
+    """Count a run that began (1) or ended (-1) to wait for a person, while this process waits for the run."""
     _waiting.add(change, {"crewai.crew.name": crew or "unknown"})
 
 
@@ -63,7 +63,7 @@ def end_run(
 ) -> None:
     """Write the span of a run and count it.
 
-    `view` makes what may be shown of it beyond its record. Without `settings` they are read, which takes 3 ms.
+    `view` returns the facts beyond the record, masked. Without `settings`, the function reads them, which takes 3 ms.
     """
     kicked_off = record.kicked_off_at or record.claimed_at
     begin, end = _ns(kicked_off), max(_ns(kicked_off), _ns(record.ended_at or kicked_off))
@@ -78,11 +78,11 @@ def end_run(
     if record.cost is not None:
         _cost.add(record.cost, labels)
     tracer = trace.get_tracer(NAME)
-    # Enough for a sampler to decide by.
+    # The attributes by which a sampler decides.
     attributes = {
         "gen_ai.operation.name": "invoke_workflow",
         "gen_ai.workflow.name": record.crew,
-        "gen_ai.agent.name": record.crew,  # what the conventions call it from their own v0.1 on
+        "gen_ai.agent.name": record.crew,  # the name of the workflow in the GenAI conventions' own v0.1 and later
         "crewai.execution_uuid": str(record.kickoff_id),
         **labels,
     }
@@ -101,7 +101,7 @@ def end_run(
 
 
 def _attributes(record: RunRecord, view: RunView, *, with_content: bool) -> Iterator[tuple[str, Any]]:
-    """Yield what the record tells, Prefect's contexts, and the crew's last status as far as it may be shown."""
+    """Yield attributes from the record, from Prefect's contexts, and from the crew's last status if `view` has it."""
     yield "server.address", httpx.URL(record.crew_url).host
     yield "error.type", None if record.state is CrewState.COMPLETED else str(record.state)
     yield "prefect_crew.state", str(record.state)
@@ -115,12 +115,12 @@ def _attributes(record: RunRecord, view: RunView, *, with_content: bool) -> Iter
         yield "gen_ai.usage.output_tokens", usage.completion_tokens
         yield "gen_ai.usage.cache_read.input_tokens", usage.cached_prompt_tokens
         yield "prefect_crew.total_tokens", usage.total_tokens
-    # Not their names: this package names its own runs by an input.
+    # Without the names of flow run and task run: they may contain an input.
     if (flow := FlowRunContext.get()) is not None and flow.flow_run is not None:
         yield "prefect.flow_run.id", str(flow.flow_run.id)
     if (task := TaskRunContext.get()) is not None:
         yield "prefect.task_run.id", str(task.task_run.id)
-    # It may have been another one, which has ended since.
+    # The flow run that started the run may be another one than the current one.
     yield "prefect_crew.kickoff.flow_run_id", record.flow_run_id
     if (status := view.status) is None:
         return
@@ -135,16 +135,17 @@ def _attributes(record: RunRecord, view: RunView, *, with_content: bool) -> Iter
 
 
 def _message(role: str, text: str, **more: str) -> str:
-    """Return a text as the conventions want it: a JSON list of messages, each with parts."""
+    """Return a text in the form of the conventions: a JSON list of messages, each with parts."""
     parts = [{"type": "text", "content": text[:CONTENT_CAP]}]
     return json.dumps([{"role": role, "parts": parts, **more}], ensure_ascii=False)
 
 
 def _write_tasks(tracer: Tracer, run: Span, view: RunView, begin: int, end: int, *, with_content: bool) -> None:
-    """Write a span for each task that is known, in their order.
+    """Write a span for each known task, in their order.
 
-    No server tells when a task began. One that was seen at work lasts from then until the next one was seen, or the run
-    had ended; one that was not is a point at the run's end, and says that its times are unknown.
+    The crew API does not report when a task starts. If a status named the task, its span starts at that status, and
+    ends when a status first named the next task, or at the end of the run. Other tasks are a point at the end of the
+    run, with the attribute that their times are unknown.
     """
     tasks, first_seen = ([] if view.status is None else [*view.status.tasks]), view.tasks_seen
     if view.state is not CrewState.COMPLETED:
@@ -178,5 +179,5 @@ def _set(span: Span, attributes: Iterable[tuple[str, Any]]) -> None:
 
 
 def _ns(moment: datetime) -> int:
-    """Return a time as OpenTelemetry has it: nanoseconds since the epoch, exact to the microsecond."""
+    """Return a time in OpenTelemetry's form: nanoseconds since the epoch, exact to the microsecond."""
     return round(moment.timestamp() * 1e6) * 1000
