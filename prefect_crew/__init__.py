@@ -1,7 +1,7 @@
 """Run deployed CrewAI crews from Prefect: one crew, pipelines, batches. No run is started twice, and none is lost.
 
-All names but the errors are loaded when they are first used: Prefect imports this package whenever it starts, and what
-needs no Prefect (the client, the dev server, `prefect-crew --help`) does not wait for its import.
+All names except the errors are loaded at their first use: Prefect imports this package at each start, and the parts
+that need no Prefect (the client, the dev server, `prefect-crew --help`) must not wait for its import.
 """
 # ruff: noqa: F403, F405
 

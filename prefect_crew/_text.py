@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 TURNS = {code: f"[U+{code:04X}]" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-"""Characters that turn the direction of what follows them, beyond their own text, and what is shown for them."""
-# What could move the cursor, change the title or turn the direction of a line, in text from a crew.
+"""Characters that change the direction of the text after them, each with its visible replacement."""
+# Characters in a crew's text that could move the cursor, change the title or change the direction of a line.
 _CONTROLS = TURNS | {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
 }
 EXCERPT = 500
-"""Characters of an error body that an error keeps."""
+"""The most characters of an answer's body in an error."""
 _NAMES, _NAME = 30, 80  # names that a message lists, and characters of each: a server may name any number
 SHOWN, _LINES = 20, 10  # reasons or columns that a message lists, and lines that it names for each reason
 
 
 def plain(text: str) -> str:
-    """Return text from outside made safe for a terminal: nothing in it controls the terminal."""
+    """Return text from outside without control characters, so that it cannot control the terminal."""
     return text.translate(_CONTROLS)
 
 
@@ -33,19 +33,19 @@ def one_line(text: str) -> str:
 
 
 def excerpt(text: str, limit: int = EXCERPT) -> str:
-    """Return `text` on one line, cut to `limit` characters with a note of how much is missing."""
+    """Return `text` on one line, cut to `limit` characters, with the number of missing characters."""
     flat = one_line(text)
     return flat if len(flat) <= limit else f"{flat[:limit]}… ({len(flat) - limit} more characters)"
 
 
 def listed_names(names: Sequence[str]) -> str:
-    """Return names for people, on one line and not too many."""
+    """Return a list of names for people, on one line, with a limited number of names."""
     more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
     return f"{', '.join(excerpt(name, _NAME) for name in names[:_NAMES])}{more}"
 
 
 def with_guesses(unknown: Sequence[str], names: Iterable[str]) -> str:
-    """Return unknown names for people, each with the known one that is nearest to it, if one is near."""
+    """Return unknown names for people, each with a similar known name, if there is one."""
     near = [name for name in islice(names, 200) if len(name) <= _NAME]  # the cost grows with all of these
 
     def guess(name: str) -> str:
@@ -56,9 +56,9 @@ def with_guesses(unknown: Sequence[str], names: Iterable[str]) -> str:
 
 
 def problems_of(error: ValidationError, fields: Iterable[str] = ()) -> list[str]:
-    """Return what pydantic has refused, each with its place. Not with the value, which may be a secret.
+    """Return pydantic's problems, each with its place and without the value, which may be a secret.
 
-    `fields` are names that a field which is not known may be meant for.
+    `fields` are the known names, from which a similar one is proposed for an unknown field.
     """
     details = error.errors(include_url=False, include_input=False, include_context=False)
     fields = list(fields)
@@ -80,11 +80,11 @@ def by_reason(rows: Sequence[Any], count: int) -> tuple[list[tuple[str, str]], i
     """Group rows that cannot be run by their reason.
 
     Args:
-        rows: The known ones, each with `line` and `reason`.
-        count: How many there are in all.
+        rows: The known rows, each with `line` and `reason`.
+        count: The number of all such rows.
 
     Returns:
-        Where and why, a reason at a time, and how many rows are not among these.
+        Pairs of lines and reason, one for each reason, and the number of rows that are not among these.
     """
     groups: dict[str, list[int]] = {}
     for row in rows:
@@ -103,7 +103,7 @@ def by_reason(rows: Sequence[Any], count: int) -> tuple[list[tuple[str, str]], i
 
 
 def listed_rows(rows: Sequence[Any], count: int) -> str:
-    """Return where and why rows cannot be run, as one text."""
+    """Return the lines of rows that cannot be run, with the reasons, as one text."""
     reasons, rest = by_reason(rows, count)
     return "; ".join(
         [f"{where}: {reason}" for where, reason in reasons] + ([f"and {rest:,} more rows"] if rest else [])
@@ -114,7 +114,7 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(figures: Sequence[float]) -> str | None:
-    """Return figures as a chart on one line, the highest as a full block; None before there is enough to see."""
+    """Return figures as a chart on one line, the highest as a full block; None for fewer than three figures."""
     if len(figures) < 3 or not max(figures):
         return None
     return "".join(_LEVELS[round(figure / max(figures) * (len(_LEVELS) - 1))] for figure in figures)

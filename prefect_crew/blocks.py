@@ -1,4 +1,4 @@
-"""A deployed crew as a Prefect block, and a run of it, in Prefect's JobBlock idiom."""
+"""`DeployedCrew`, a deployed crew as a Prefect block, and `CrewRun`, a run of it: Prefect's JobBlock and JobRun."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ if TYPE_CHECKING:
         wait: WaitPolicy
 
 
-# Prefect imports this module whenever it starts. What runs a crew takes half a second more, so methods import it.
+# Prefect imports this module at each start. The modules that run a crew take half a second, so methods import them.
 _BLOCK_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 class DeployedCrew(JobBlock[CrewResult]):
-    """A crew that is deployed behind the crew API, with what holds for every run of it.
+    """A crew that is deployed behind the crew API, with the settings for every run of it.
 
     `prefect-crew docs` prints the documentation.
 
@@ -85,7 +85,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         ```
     """
 
-    # A value that is refused is shown with the token, as it was given, unless this is said.
+    # Without this, pydantic's error about one field shows all values, and so the token.
     model_config: ClassVar[ConfigDict] = ConfigDict(hide_input_in_errors=True)
 
     _block_type_name = "Deployed Crew"
@@ -95,7 +95,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
     _documentation_url = HttpUrl(documentation_url())
 
-    # In the order of Prefect's form: what everybody fills in, then what a run may cost and show, then the rest.
+    # The order of Prefect's form: first the fields that everybody fills in, then cost and `show`, then the rest.
     url: str = Field(
         title="URL",
         description="The crew's base URL, from the Status tab of its page, such as https://my-crew.crewai.com.",
@@ -147,10 +147,10 @@ class DeployedCrew(JobBlock[CrewResult]):
     wait: WaitPolicy = Field(default=WaitPolicy(), description="How to wait for this crew's runs.")
 
     if TYPE_CHECKING:
-        # pydantic makes a secret of a text, and type checkers do not know that.
+        # pydantic accepts a text for a secret, and type checkers do not know that.
         def __init__(self, *, url: str, token: SecretStr | str, **fields: Unpack[BlockFields]) -> None: ...
 
-        # Prefect's types say of these that they may give a coroutine. For async code there are `aload` and `asave`.
+        # By Prefect's types these may return a coroutine. For async code there are `aload` and `asave`.
         @classmethod
         def load(cls, name: str, validate: bool = True, client: Any = None) -> Self: ...  # noqa: D102
         def save(self, name: str | None = None, overwrite: bool = False, client: Any = None) -> UUID: ...  # noqa: D102
@@ -158,7 +158,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
-        # Prefect's blocks take any field, and a limit whose name is misspelt would be none.
+        # Prefect's blocks accept any field, so a limit with a misspelt name would have no effect.
         if isinstance(values, dict):
             _known(cast("dict[str, Any]", values), cls, "a deployed crew")
         return cast("Any", values)
@@ -166,7 +166,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     @field_validator("wait", "price", mode="before")
     @classmethod
     def _of_any_version(cls, value: Any, info: ValidationInfo) -> Any:
-        # What is stored may have been written by another version, whose other fields keep nobody from loading it.
+        # Another version may have stored the value: its further fields must not prevent loading.
         model = WaitPolicy if info.field_name == "wait" else Price
         subject = f"a crew's {info.field_name}"
         return _known(cast("dict[str, Any]", value), model, subject) if isinstance(value, dict) else value
@@ -179,7 +179,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     @field_validator("page_url")
     @classmethod
     def _is_page(cls, value: str | None) -> str | None:
-        # It is shown as a link, so nothing but the address of a page may stand there.
+        # Artifacts show it as a link, so it must be the address of a page.
         page = (value or "").strip()
         parts = urlsplit(page)
         if page and (parts.scheme not in ("http", "https") or not parts.hostname or parts.password is not None):
@@ -193,10 +193,10 @@ class DeployedCrew(JobBlock[CrewResult]):
 
     @classmethod
     def from_env(cls, prefix: str = "CREW", **fields: Unpack[BlockFields]) -> Self:
-        """Return the crew that the environment names, without a stored block.
+        """Return a crew from environment variables, without a stored block.
 
-        Reads `{prefix}_URL` and `{prefix}_TOKEN`, else the settings `PREFECT_INTEGRATIONS_CREW_URL` and `_TOKEN`; never
-        one of each, since a token must not be sent to another crew.
+        It reads `{prefix}_URL` and `{prefix}_TOKEN`, else the settings `PREFECT_INTEGRATIONS_CREW_URL` and `_TOKEN`. It
+        never combines the URL of one pair with the token of the other: a token must not be sent to another crew.
         `fields` are further fields of the block.
 
         Raises:
@@ -218,19 +218,19 @@ class DeployedCrew(JobBlock[CrewResult]):
 
     @property
     def label(self) -> str:
-        """What people call it: the block's name, else its address."""
+        """The crew's name for people: the block's name, else its address."""
         return self._block_document_name or _address(self.url)
 
     @property
     def crew(self) -> Crew:
-        """The crew as plain values, as everything that runs it takes it."""
+        """The crew as plain values, for the modules that run it."""
         name = self._block_document_name
         fields: dict[str, Any] = {field: getattr(self, field) for field in DeployedCrew.model_fields}
         fields |= {"label": self.label, "block": name, "secret_inputs": tuple(self.secret_inputs)}
         fields["budgets"] = tuple(self.budgets)
         if isinstance(self.price, int | float):
             fields["price"] = Price(per_run=self.price)
-        # Whatever its author called it, this very class is what the store gives back for its slug.
+        # `type(self)`: Prefect's store returns this class for the slug, also if a user has subclassed it.
         return Crew(**fields, reload=None if name is None else partial(_load_block, type(self), name))
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
@@ -247,9 +247,9 @@ class DeployedCrew(JobBlock[CrewResult]):
         webhooks: Webhooks | None = None,
         restore_from: str | UUID | None = None,
     ) -> CrewRun:
-        """Kick the crew off and return the run, without waiting for it. `trigger` is for sync code.
+        """Kick the crew off and return the run, without waiting for its end. `trigger` is for sync code.
 
-        The options, and what is raised before and at the kickoff, are those of `run_crew`.
+        `run_crew` explains the options, and the errors before and at the kickoff.
         """
         from prefect_crew.runs.kickoff import open_run
         from prefect_crew.runs.options import RunOptions, RunRequest
@@ -265,7 +265,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         run = await open_run(RunRequest.of(self.crew, own_inputs, options))
         return CrewRun(self, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
 
-    def trigger(  # pyright: ignore[reportIncompatibleMethodOverride] - of Prefect's it is async
+    def trigger(  # pyright: ignore[reportIncompatibleMethodOverride] - Prefect's method is async
         self,
         inputs: Mapping[str, Any] | None = None,
         *,
@@ -278,7 +278,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         """Do the same from sync code."""
         own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
         return sync_version(self.atrigger)(
-            cast("Any", own_inputs),  # which the async one takes as they are
+            cast("Any", own_inputs),  # the async method accepts `Inputs` too
             idempotency_key=idempotency_key,
             force_new=force_new,
             meta=meta,
@@ -308,12 +308,12 @@ class CrewRun(JobRun[CrewResult]):
         self._result: CrewResult | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without the inputs, whose secrets no stored result of a flow may hold.
+        # Without the live run, which has the inputs: a stored result of a flow must not contain secrets.
         return {**self.__dict__, "_live": None}
 
     @property
     def _run(self) -> LiveRun:
-        """The run for one method, with a session of its own: each sync one has another event loop."""
+        """The run for one method call, with a session of its own: each sync method runs in another event loop."""
         from prefect_crew.runs.run import LiveRun
 
         return LiveRun(self._crew, self.kickoff_id) if self._live is None else self._live.anew(self._crew)
@@ -322,7 +322,7 @@ class CrewRun(JobRun[CrewResult]):
         """Wait until the run has ended, by `wait` or by the block's policy.
 
         Raises:
-            CrewFailedError, CrewStoppedError, CrewLostError, CrewTimeoutError: As `wait_for_crew`.
+            CrewFailedError, CrewStoppedError, CrewLostError, CrewTimeoutError: See `wait_for_crew`.
         """
         from prefect_crew.runs.options import RunOptions
         from prefect_crew.runs.wait import wait_for_run
@@ -335,10 +335,10 @@ class CrewRun(JobRun[CrewResult]):
         sync_version(self.await_for_completion)(wait)
 
     async def afetch_result(self) -> CrewResult:
-        """Return the result of a run that has completed.
+        """Return the result of a completed run.
 
         Raises:
-            CrewError: It has not completed; the message says where it stands.
+            CrewError: The run has not completed; the message has its state.
         """
         from prefect_crew.runs.run import read_record, read_result
 
@@ -364,7 +364,7 @@ class CrewRun(JobRun[CrewResult]):
     async def aresume(
         self, feedback: str, *, approve: bool, task_id: str | None = None, webhooks: Webhooks | None = None
     ) -> ResumeAnswer:
-        """Approve the output that the run shows, or reject it with feedback."""
+        """Approve the output of the run, or reject it with feedback."""
         from prefect_crew.runs.reviews.answer import resume_run
 
         return await resume_run(self._run, feedback=feedback, approve=approve, task_id=task_id, webhooks=webhooks)
@@ -373,10 +373,10 @@ class CrewRun(JobRun[CrewResult]):
 
 
 def _known(values: Mapping[str, Any], model: type[BaseModel], subject: str) -> dict[str, Any]:
-    """Return the values that a model has fields for.
+    """Return the values whose names are fields of a model.
 
     Raises:
-        ValueError: One of the others is nearly the name of a field, and so misspelt.
+        ValueError: Another name is similar to a field's name, and so misspelt.
     """
     fields = model.model_fields
     for name in values:
@@ -388,14 +388,14 @@ def _known(values: Mapping[str, Any], model: type[BaseModel], subject: str) -> d
 
 @lru_cache(maxsize=64)
 def _address(url: str) -> str:
-    """Return an address for people: without the scheme. A batch asks for it at each of its rows."""
+    """Return an address for people, without the scheme. Cached: a batch needs it for each of its rows."""
     parts = httpx.URL(url)
     return f"{parts.netloc.decode()}{parts.path.rstrip('/')}"
 
 
 @naming_prefect_away("The crew's block could not be loaded, and nothing was started.")
 async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
-    """Return a crew as plain values, loading the block that a text names.
+    """Return a crew as plain values. For a name, load the block.
 
     Raises:
         ConfigurationError: There is no such block, or it is not valid.
@@ -423,7 +423,7 @@ async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
 
 
 async def find_crew(record: RunRecord) -> Crew | None:
-    """Return the stored crew of a record, None where no block of that name has the record's address."""
+    """Return the stored crew of a record, None if there is no block with its name or the block has another URL."""
     if not _BLOCK_NAME.fullmatch(record.crew):
         return None
     try:
@@ -436,7 +436,7 @@ async def find_crew(record: RunRecord) -> Crew | None:
 async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:
     try:
         return (await kind.aload(name)).crew
-    except RuntimeError as error:  # Prefect's own does not say which field is wrong
+    except RuntimeError as error:  # Prefect's own message does not name the wrong field
         if not isinstance(error.__cause__, ValidationError):
             raise
         raise ConfigurationError(
@@ -446,13 +446,13 @@ async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:
 
 
 async def values_of_blocks(given: Mapping[str, Any], secret_inputs: Collection[str]) -> dict[str, Any]:
-    """Return inputs with the values of Prefect Secret blocks in place of their names, for those that are secret.
+    """Replace the secret inputs, which are names of Prefect Secret blocks, by the values of these blocks.
 
-    Prefect stores a flow's parameters, so one is the name of a block and never a secret. The values are pydantic's
-    secrets: error reporters show the local variables of whoever holds them.
+    Prefect stores the parameters of a flow, so a secret input is the name of a block. The values are of pydantic's
+    secret type: error reporters show the local variables of all frames.
 
     Raises:
-        ConfigurationError: There is no such block. What was given is not shown: it may be the secret itself.
+        ConfigurationError: There is no such block. The message does not show the name: it may be the secret itself.
     """
     names = [name for name in given if name in secret_inputs]
     values = await asyncio.gather(*(_secret_value(name, given[name]) for name in names))

@@ -16,7 +16,7 @@
     ├── NoResultError                the run has no result: it has not ended, or never began
     ├── NotStartedError              no kickoff could be sent in ten minutes; nothing was started
     ├── KickoffUncertainError        the kickoff may or may not have started a run
-    ├── ResolveError                 the record says, or somebody has found out, something else
+    ├── ResolveError                 there is nothing to resolve, it is too early, or somebody else has resolved it
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
     ├── TooManyAttemptsError         the idempotency key has no number left for another attempt
     ├── BudgetExceededError          a budget has no room for another run
@@ -42,7 +42,7 @@
     ├── LedgerMissingError           the batch is kept in another ledger
     ├── OutputError                  the output of a batch cannot be written
     ├── PrefectAwayError             the Prefect API does not answer
-    └── PrefectRefusedError          the Prefect API refuses a request, as with a wrong PREFECT_API_KEY
+    └── PrefectRefusedError          the Prefect API refuses a request, for example for a wrong PREFECT_API_KEY
 
 A message says what happened, to which run, and what to do next. The same facts are attributes, which are also the
 keyword arguments of the class. All errors survive pickling, since Prefect stores exceptions that way.
@@ -74,7 +74,7 @@ __all__ = [
 
 
 class CrewError(Exception):
-    """Root of all errors of this package. `idempotency_key` is the run's, where it is about a run that has one."""
+    """Root of all errors of this package. `idempotency_key` is the key of the run, None if the run has none."""
 
     idempotency_key: str | None = None
 
@@ -117,14 +117,14 @@ class ConfigurationError(CrewError, ValueError):
 
 
 class InvalidCallError(CrewError, RuntimeError):
-    """A function or an object was used where, or when, it cannot be: a mistake in the calling code."""
+    """A function or an object cannot be used in this place or at this time: a mistake in the calling code."""
 
 
 class CrewAPIError(_FactsError):
     """The crew's server answered with an error.
 
-    `message` is what it says, `body` an excerpt of the answer; `kickoff_id` the run that the request was about;
-    `retry_after` the seconds that it asks to wait, or None.
+    `message` is the server's message, `body` an excerpt of the answer, `kickoff_id` the run of the request, and
+    `retry_after` the seconds of the header `Retry-After`, or None.
     """
 
     advice: ClassVar[str] = "See the crew's page and the answer above."
@@ -168,8 +168,8 @@ class NotFoundError(CrewAPIError):
 class InvalidInputsError(CrewAPIError):
     """The inputs do not fit the crew. Nothing was started.
 
-    `missing_inputs` are required inputs that were not given, as far as the server names them. `known_inputs`, which the
-    crew takes, and `unknown_inputs`, which it does not, are there where `before_kickoff` says that none was sent.
+    `missing_inputs` are the missing required inputs, if the server names them. If `before_kickoff` is True, no kickoff
+    was sent, and `known_inputs` are the inputs that the crew takes, `unknown_inputs` the ones that it does not take.
     """
 
     advice: ClassVar[str] = "Nothing was started. prefect-crew inputs CREW lists what the crew takes."
@@ -219,9 +219,9 @@ class ServerError(CrewAPIError):
 
 
 class CrewConnectionError(_FactsError):
-    """No answer came: refused, reset, timed out, or a name or certificate that did not check out.
+    """No answer came: the connection was refused, reset or timed out, or its name or certificate is not valid.
 
-    `sent` says whether the request may have reached the server: False only where it surely did not.
+    `sent` says whether the request may have reached the server. It is False only if the request surely did not.
     """
 
     method: str
@@ -257,10 +257,10 @@ class ResponseFormatError(_FactsError):
 
 
 class OutputTypeError(_FactsError):
-    """The run completed, and its result does not fit the type that was asked for. The result is kept.
+    """The run completed, and its result does not fit the `output_type`. The result stays on record.
 
-    `problems` says what did not fit, a line each; `output` is the whole text, and `shown` the text as the message may
-    show it: the message becomes the state of a flow run, for all to read.
+    `problems` has one line for each misfit. `output` is the whole text, `shown` the masked text for the message: the
+    message becomes the state of a flow run, which everybody can read.
     """
 
     kickoff_id: str
@@ -279,9 +279,9 @@ class OutputTypeError(_FactsError):
 
 
 class KickoffUncertainError(_FactsError):
-    """A kickoff was sent, and it is unknown whether it started a run. It is never sent again on a guess.
+    """A kickoff was sent, and nobody knows whether it started a run. It is never sent again on a guess.
 
-    `reason` says why it is unknown, `sent` what was sent: crew, time, digest of the inputs.
+    `reason` says why nobody knows it. `sent` has the facts of the kickoff: crew, time, digest of the inputs, attempt.
     """
 
     idempotency_key: str  # pyright: ignore[reportIncompatibleVariableOverride]  # always there
@@ -377,9 +377,9 @@ class TooManyAttemptsError(_FactsError):
 class BudgetExceededError(_FactsError):
     """A budget has no room for another run. Nothing was started.
 
-    `measure` is "cost", "tokens" or "kickoffs". `used` includes the estimates of runs in flight; `estimate` is what
-    another run is expected to use. `resets_at` is when the next day or month begins, UTC; None for a batch. `counter`
-    is the global concurrency limit in Prefect that counts.
+    `measure` is "cost", "tokens" or "kickoffs". `used` includes the estimates of runs in flight; `estimate` is the
+    expected use of another run. `resets_at` is the start of the next day or month, UTC; None for a batch. `counter` is
+    the name of the counter, a global concurrency limit in Prefect.
     """
 
     budget: str
@@ -405,7 +405,7 @@ class BudgetExceededError(_FactsError):
 
 
 class _RunError(_FactsError):
-    """What the errors about one run share."""
+    """The base of the errors about one run."""
 
     kickoff_id: str
     crew: str | None = None
@@ -499,10 +499,10 @@ class AlreadyAnsweredError(CrewError):
 
 
 class PipelineFailedError(_FactsError):
-    """At least one step of a pipeline failed; the independent ones were finished.
+    """At least one step of a pipeline failed; independent steps were finished.
 
-    `failed` and `skipped` are names of steps: a skipped one needed one that failed. `results` and `errors` are by the
-    step's name; `idempotency_key` is the pipeline's.
+    `failed` and `skipped` are names of steps: a skipped step needed a failed one. `results` and `errors` are by the
+    step's name; `idempotency_key` is the pipeline's key.
     """
 
     failed: Sequence[str]
@@ -542,7 +542,7 @@ class BatchCancelledError(_FactsError):
 
 
 class BatchBusyError(_FactsError):
-    """Another process works on batch `name` at this moment, or on the part of it that `what` names."""
+    """Another process works on batch `name` at this moment, or on a part of it, which `what` names."""
 
     name: str
     what: str = ""
@@ -555,7 +555,7 @@ class BatchBusyError(_FactsError):
 
 
 class BatchChangedError(_FactsError):
-    """The rows or the crew are not those that batch `name` began with."""
+    """The rows or the crew differ from the rows or the crew with which batch `name` began."""
 
     name: str
     difference: str
@@ -569,7 +569,7 @@ class BatchChangedError(_FactsError):
 
 
 class DatasetError(_FactsError):
-    """A data set cannot be read. `source` is its name, `line` is 1-based, None where there is none.
+    """A data set cannot be read. `source` is its name, `line` the number of the line from 1, or None.
 
     `begun`: rows of it may have been started before.
     """
@@ -633,7 +633,7 @@ class LedgerMissingError(_FactsError):
 
 
 class OutputError(CrewError):
-    """The output cannot be written. What has ended is in the ledger: run the batch again with the same name."""
+    """The output cannot be written. The ledger has all ended rows: run the batch again with the same name."""
 
 
 class PrefectAwayError(CrewError):
@@ -641,7 +641,7 @@ class PrefectAwayError(CrewError):
 
 
 class PrefectRefusedError(CrewError):
-    """The Prefect API refuses a request: the key is wrong (401), or may not do that (403), or it is another one."""
+    """The Prefect API refuses a request: the API key is wrong (401) or may not do that (403), or another status."""
 
 
 def _clause(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`run_crew`: one crew, from its inputs to its result, as tasks of the flow around it or as a flow of its own."""
+"""`run_crew`: run one crew and return its result, by tasks of the flow around the call, or in a flow of its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 STORED_BYTES = 400_000
-"""Prefect takes 512 KiB of parameters for a flow run."""
+"""The most bytes of inputs that are stored with a flow run: Prefect accepts 512 KiB of parameters."""
 TOO_LARGE = "(too large to be stored with the flow run)"
 
 
@@ -75,43 +75,44 @@ async def arun_crew(
 ) -> CrewResult[Data]:
     """Run a deployed crew and return its result. A run is started at most once.
 
-    Inside a flow (or a task) it runs tasks of that flow; outside of one it runs a flow of its own. `run_crew` is for
+    Inside a flow (or a task) it runs tasks of that flow; outside of a flow it runs a flow of its own. `run_crew` is for
     sync code, `arun_crew` for async code.
 
     Args:
         crew: A crew, or the name of a stored block.
-        inputs: Its inputs by name.
-        name: The step's name: in task names, and part of an idempotency key that is left out.
+        inputs: The crew's inputs by name.
+        name: The step's name: in task names, and part of a derived idempotency key.
         idempotency_key: The identity of this run, across flow runs and machines that share a Prefect server. It may be
-            a template over the scheduled time: `"daily-{scheduled_start:%Y-%m-%d}"`. Left out, it is one that the
-            retries of this flow run reattach; outside a flow every call is a new run.
-        force_new: Start a new run whatever the record of the key says.
+            a template over the scheduled time: `"daily-{scheduled_start:%Y-%m-%d}"`. Default: inside a flow, a key is
+            derived, so that retries of this flow run find the run again; outside of a flow, every call is a new run.
+        force_new: Start a new run, whatever the record of the key says.
         meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
         wait: How to wait, in place of the block's policy.
         output_type: A pydantic model; `result.data` is then an instance of it.
-        review: What answers when the crew waits for a person: "form" asks in a form on the flow run's page; a function,
-            sync or async, goes from ReviewRequest to Review. Left out, the wait goes on while the log, the artifact
-            and an event say who is waited for and how to answer.
-        webhooks: Targets of your own for the crew's webhooks.
-        restore_from: The id of a state of a Flow, a UUID, that the run starts from: the API's `restoreFromStateId`. It
-            is part of what tells runs apart. The API takes one that it does not know for none, and says nothing.
-        budgets: What this run and all others under the same budgets may use, in addition to the block's. One without a
-            name is the flow's, or outside a flow the crew's.
-        kickoff_options: Options of Prefect for the task that kicks the crew off, such as `{"retries": 5, "tags":
-            ["night"]}`: those that its `with_options` takes, but for caches, stored results and `retry_condition_fn`.
-        wait_options: Options of Prefect for the task that waits, such as `{"timeout_seconds": 600}`. The crew goes on
-            when that time is over; `wait=WaitPolicy(timeout=600)` can stop it.
+        review: The source of answers when the crew waits for a person. "form" shows a form on the flow run's page. A
+            function, sync or async, takes a ReviewRequest and returns a Review. Default: the wait goes on, and the log,
+            the artifact and an event say which run waits for a person and how to answer.
+        webhooks: Your own targets for the crew's webhooks.
+        restore_from: The id (a UUID) of a Flow state from which the run starts: the API's `restoreFromStateId`. Two
+            calls with different states are different runs. If the API does not know the id, it starts with an empty
+            state and gives no error.
+        budgets: Limits for the total use of this run and all other runs under the same budgets, in addition to the
+            block's. A budget without a name gets the flow's name, or outside of a flow the crew's.
+        kickoff_options: Prefect's options for the task that kicks the crew off, such as `{"retries": 5, "tags":
+            ["night"]}`: all options of its `with_options` except caches, stored results and `retry_condition_fn`.
+        wait_options: Prefect's options for the task that waits, such as `{"timeout_seconds": 600}`. After that timeout
+            the crew goes on; `wait=WaitPolicy(timeout=600)` can stop it.
 
     Raises:
-        InvalidCallError: The sync one was called where an event loop runs, which it would block.
+        InvalidCallError: The sync version was called where an event loop runs, which it would block.
         InvalidInputsError, IdempotencyConflictError: Nothing was started.
         BudgetExceededError: A budget has no room for another run. Nothing was started.
-        KickoffUncertainError: Nobody knows whether a run was started. A person resolves it.
-        CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
-        CrewTimeoutError: A time budget is over; the run may go on.
+        KickoffUncertainError: Nobody knows whether a run was started. A person has to resolve it.
+        CrewFailedError, CrewStoppedError, CrewLostError: The run failed, was stopped, or its server has forgotten it.
+        CrewTimeoutError: A time limit is over; the run may go on.
         OutputTypeError: The result does not fit `output_type`.
         PrefectAwayError: The Prefect API does not answer.
-        CrewError: Anything else that the crew's server did.
+        CrewError: Any other failure of the crew's server.
     """
     own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
     options = RunOptions.of(
@@ -128,25 +129,25 @@ async def arun_crew(
         kickoff_options=kickoff_options,
         wait_options=wait_options,
     )
-    tasks_of(options)  # it raises before a flow run begins
+    tasks_of(options)  # checks the task options before a flow run begins
     loaded_crew = under_budgets(await load_crew(crew), options.budgets)
     return await run_loaded_crew(loaded_crew, own_inputs, options)
 
 
 @_naming_prefect_away
 async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, options: RunOptions) -> CrewResult[Any]:
-    """Run a crew by tasks of the flow around this call, or by a flow of its own where there is none."""
+    """Run a crew by tasks of the flow around this call, or without one in a flow of its own."""
     own_inputs, inputs = Inputs.of(inputs), {}  # no frame shows the values
     request = RunRequest.of(crew, own_inputs, options)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run_tasks(request)
 
-    # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
+    # This closure passes the whole request to the flow: Prefect must not or cannot store some of it as parameters.
     @wraps(run_deployed_crew.fn)
     async def run(*_: Any, **__: Any) -> CrewResult[Any]:
         return await run_tasks(request)
 
-    own_flow = copy(run_deployed_crew)  # `with_options` reads the signature anew, for 15 ms
+    own_flow = copy(run_deployed_crew)  # `with_options` would read the signature again, which takes 15 ms
     own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, request.inputs, options.idempotency_key)
     stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from")
     stored["review"] = "form" if options.review == "form" else None
@@ -166,28 +167,29 @@ run_crew = sync_version(
 
 
 def _stored(inputs: Inputs) -> dict[str, Any]:
-    """Return the inputs as parameters of the flow run. Prefect refuses those that are too large."""
+    """Return the inputs as parameters of the flow run; placeholders if they are too large for Prefect."""
     plain = inputs.storable()
     return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
 async def run_tasks(request: RunRequest, *, wait_for: Sequence[Any] = ()) -> CrewResult[Any]:
-    """Kick a crew off and wait for it, by tasks of the flow around, which take the live run in place of its crew. The
-    crew is under the budgets of the options.
+    """Kick a crew off and wait for it, by tasks of the flow around this call. The tasks take the live run as their
+    crew.
 
-    Prefect draws an arrow to the first task from each of `wait_for`, and from the tasks whose results are inputs.
+    The crew of the request already has the budgets of the options. Prefect draws an arrow to the first task from each
+    task in `wait_for`, and from each task whose result is an input.
     """
     run = LiveRun(request.crew, request=request)
-    # Where no flow around has a client of Prefect's on this event loop, each task would make one and close it.
+    # Without a shared client of Prefect on this event loop, each task would open and close its own.
     kickoff_task, wait_task = tasks_of(request.options)
     async with AsyncClientContext.get_or_create(), run.session:
-        # Both tasks know these by the live run: they are for a user's template of a task run's name.
+        # The tasks have these in the live run; they are passed for a user's template of a task run's name.
         names = request.options.arguments("name", "idempotency_key")
         kickoff_id = await kickoff_task.acall(run, request.inputs, **names, wait_for=wait_for or None)
         return await wait_task.acall(run, kickoff_id, **names)
 
 
-@flow(name="deployed-crew", validate_parameters=True)  # it names its flow run itself
+@flow(name="deployed-crew", validate_parameters=True)  # the body names the flow run
 async def run_deployed_crew(
     crew: Annotated[str, Field(description="The name of the crew's block, under Blocks.")],
     inputs: Annotated[
@@ -210,7 +212,7 @@ async def run_deployed_crew(
         str | None, Field(description="The id (a UUID) of a saved state of a CrewAI Flow from which the run starts.")
     ] = None,
 ) -> CrewResult:
-    """Run one deployed crew. What `run_crew` runs outside of a flow, and a flow to deploy as it is."""
+    """Run one deployed crew. You can deploy this flow as it is; `run_crew` uses it outside of a flow."""
     try:
         stored = await load_crew(crew)
     except ValueError:
@@ -245,20 +247,20 @@ async def run_deployed_crew(
 async def aget_result(
     idempotency_key: str, *, crew: DeployedCrew | str | None = None, output_type: type[Data] | None = None
 ) -> CrewResult[Data]:
-    """Return the result of a completed run from anywhere that shares the Prefect server.
+    """Return the result of a completed run, on any machine that shares the Prefect server.
 
     `get_result` is for sync code, `aget_result` for async code.
 
     Args:
-        idempotency_key: The run's key. Of several attempts the latest that completed counts. A kickoff id, in its
-            place, is that of one attempt.
-        crew: Needed only where the result is not on record (it is not shown, holds a secret input or is larger than 5
-            MB) and the crew's block is not stored under the name that the record has.
-        output_type: As for `run_crew`.
+        idempotency_key: The run's key. If it has several attempts, the latest completed one counts. A kickoff id in its
+            place selects one attempt.
+        crew: Needed only if the result is not on record (the crew does not show it, it contains a secret input, or it
+            is larger than 5 MB) and no block is stored under the crew's name in the record.
+        output_type: See `run_crew`.
 
     Raises:
-        CrewLostError: The remote side has forgotten the result.
-        CrewFailedError, CrewStoppedError: The run has no result.
+        CrewLostError: The crew's server has forgotten the result.
+        CrewFailedError, CrewStoppedError: The run failed or was stopped, so it has no result.
         CrewError: There is no such run, or it has not ended.
     """
     options = RunOptions.of(idempotency_key=idempotency_key, output_type=output_type)
@@ -281,7 +283,7 @@ async def aget_result(
     if record.state is CrewState.STOPPED:
         raise CrewStoppedError(kickoff_id=record.kickoff_id, **names)
     if (stored := await stored_result(record)) is not None:
-        # Only what may be shown is on record.
+        # The stored result is masked already.
         return parse_data(record.completed(stored.result(record.kickoff_id)), options.output_type)
     block = await find_crew(record) if crew is None else await load_crew(crew)
     if block is None:

@@ -7,12 +7,12 @@ from enum import StrEnum
 
 
 class CrewState(StrEnum):
-    """Where a run stands. `str(state)` is the plain word."""
+    """The state of a run. `str(state)` is the plain word."""
 
     PENDING = "pending"
     RUNNING = "running"
     WAITING = "waiting"
-    """For a person: the run goes on after `/resume`."""
+    """The run waits for a person, and goes on after `/resume`."""
     COMPLETED = "completed"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -35,7 +35,7 @@ STATE_WORDS = {
     CrewState.STOPPED: "REVOKED STOPPED CANCELLED CANCELED ABORTED",
     CrewState.UNKNOWN: "NOT_FOUND",
 }
-"""Every known word, by what it means. Case, spaces, hyphens and underscores do not count."""
+"""The known words for each state. Case, spaces, hyphens and underscores do not count."""
 _LONGEST = 100
 _SEPARATORS = re.compile(r"[\s_-]+")
 

@@ -1,7 +1,7 @@
-"""The Prefect tasks, usable alone in anyone's flow: a call returns in a sync flow and is awaited in an async one.
+"""The Prefect tasks, for any flow. In a sync flow a call returns the result; in an async flow the call is awaited.
 
-None of them is cached, and only what is safe to repeat is repeated: Prefect retries a kickoff only after an error that
-surely did not start a run. What makes a retried flow find its runs again is the record, not a stored result.
+No task is cached, and Prefect retries only safe steps: a kickoff only after an error that surely started no run. A
+retried flow finds its runs again by their records, not by stored results.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ Now = TypeVar("Now")
 K = TypeVar("K", bound="CrewTask[..., Any, ..., Any]")
 
 
-# What type checkers know. The call of a task gives its result in sync code and an awaitable of it in async code, and no
-# type depends on that. So to them it is a result that can be awaited: both kinds of code have the exact type. They find
-# no forgotten `await`.
+# Types for type checkers. The call of a task returns its result in sync code and an awaitable in async code, and no
+# type can depend on that. So its type here is a result that can also be awaited: it is exact in both kinds of code. A
+# type checker does not find a forgotten `await`.
 
 if TYPE_CHECKING:
 
@@ -76,10 +76,10 @@ if TYPE_CHECKING:
 
 
 def _hidden(value: Any) -> Any:
-    """Return an argument, or several, with dicts whose repr hides their values: a task's inputs may be secret.
+    """Replace the mappings in arguments by dicts whose repr hides the values: a task's inputs may be secret.
 
-    Which ones are, only the crew's block says, and it is not loaded yet. The frames of Prefect's engine hold all of
-    them, and error reporters show those.
+    Only the crew's block says which inputs are secret, and it is not loaded yet. The frames of Prefect's engine contain
+    all arguments, and error reporters show frames.
     """
     if isinstance(value, unmapped):
         return unmapped(_hidden(cast("Any", value).unwrap()))
@@ -91,10 +91,10 @@ def _hidden(value: Any) -> Any:
 
 
 class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
-    """A Prefect task over an async function that can be called from sync code as well. `with_options` keeps it one.
+    """A Prefect task over an async function. Sync code can call it as well. `with_options` returns a `CrewTask`, too.
 
-    Of a call, type checkers know its parameters `P`; of `submit` and `map` their names, `Q`: each value may be a future
-    or several values. `R` is the result, `Now` what a call gives.
+    For type checkers: `P` are the parameters of a call. `Q` are the names of the parameters of `submit` and `map`,
+    where each value may be a future or several values. `R` is the result, `Now` the type that a call returns.
     """
 
     @overload
@@ -106,7 +106,7 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
     @overload
     def __call__(self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any) -> Now: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Run the task: the result in sync code, an awaitable of it in async code."""
+        """Run the task. Return the result in sync code, an awaitable of it in async code."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         coroutine = self.acall(*args, **kwargs)
         return coroutine if in_async_context() else run_sync(coroutine)
@@ -126,7 +126,7 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
         self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any
     ) -> PrefectFuture[R]: ...
     def submit(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Submit the task to the flow's task runner, as Prefect's own."""
+        """Submit the task to the flow's task runner, like Prefect's own method."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with calling_task():
             return cast("Any", super()).submit(*args, **kwargs)
@@ -140,13 +140,13 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
         self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any
     ) -> PrefectFutureList[R]: ...
     def map(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Map the task over iterables on the flow's task runner, as Prefect's own."""
+        """Map the task over iterables on the flow's task runner, like Prefect's own method."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with calling_task():
             return cast("Any", super()).map(*args, **kwargs)
 
     def apply_async(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Refuse to be run by a task worker: Prefect stores the parameters, the crew's token among them.
+        """Refuse to defer the task to a task worker: Prefect would store the parameters, with the crew's token.
 
         Raises:
             ConfigurationError: Always. Nothing was stored.
@@ -160,9 +160,9 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
     delay = apply_async  # pyright: ignore[reportAssignmentType]
 
     def with_options(self, **options: Unpack[TaskOptions]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a copy with other options, as Prefect's own does."""
+        """Return a copy with other options, like Prefect's own method."""
         copy = super().with_options(**cast("Any", options))
-        # Prefect makes a plain Task here whatever the subclass, which differs from ours in its methods only.
+        # Prefect's method always makes a plain Task; our subclass differs from it only in its methods.
         copy.__class__ = type(self)
         return cast("Self", copy)
 
@@ -184,7 +184,7 @@ class _WaitNames(TypedDict, total=False):
 
 
 class WaitTask(CrewTask[..., CrewResult[Any], ..., Any]):
-    """The task `wait_for_crew`, whose `output_type` says what the `data` of its result is."""
+    """The task `wait_for_crew`. Its `output_type` is the type of the result's `data`."""
 
     if TYPE_CHECKING:
 
@@ -217,13 +217,13 @@ class WaitTask(CrewTask[..., CrewResult[Any], ..., Any]):
 
 
 def _inside_own_task() -> bool:
-    """Return whether one of these tasks runs around this call. None does where a user calls `kickoff_crew.fn`."""
+    """Return whether this call runs in the task run of one of these tasks. With `kickoff_crew.fn` it does not."""
     context = TaskRunContext.get()
     return context is not None and isinstance(context.task, CrewTask)
 
 
 async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Retry a kickoff, or an answer for a person, only if the server surely did not take it."""
+    """Retry a kickoff, or an answer for a person, only if the crew's server surely did not accept it."""
     del task, task_run
     error = await state.aresult(raise_on_failure=False)
     if isinstance(error, PrefectAwayError):  # raised before anything was sent
@@ -234,8 +234,8 @@ async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State
 def _origin(run: LiveRun) -> str:
     """Return the end of a wait's name: whether its call found the run, and whether the run had ended by then.
 
-    It is no tag: for each tag of a task run Prefect asks its server for a concurrency slot, and the task run fails
-    where the server is away. A run is found exactly after something went wrong.
+    It is in the name and no tag: for each tag of a task run Prefect asks its server for a concurrency slot, and the
+    task run fails if the server is away. A run is mostly found after such trouble.
     """
     if run.record is None or run.owned:
         return ""
@@ -251,7 +251,7 @@ def _task(
 def _task(verb: str, like: Any, **options: Any) -> Any:
     """Make a task of an async function.
 
-    `like` is for type checkers: a function with the names of the task's parameters that returns what a call gives, or a
+    `like` is for type checkers: a function with the names of the task's parameters and the return type of a call, or a
     class of tasks.
     """
 
@@ -272,7 +272,7 @@ def _task(verb: str, like: Any, **options: Any) -> Any:
         title = title or (crew.label if isinstance(crew, Crew) else crew)
         return f"{verb} {title} {kickoff_id[:8]}".strip()[: 200 - len(origin)] + origin
 
-    # No tags: for those of a task Prefect looks for a concurrency limit, each time it is run.
+    # No tags: for each tag Prefect looks for a concurrency limit at each task run.
     kind = like if isinstance(like, type) else CrewTask
     return partial(kind, cache_policy=NO_CACHE, task_run_name=task_run_name, **options)
 
@@ -282,7 +282,7 @@ def _like_inputs(crew: Any) -> _InputsNow: ...
 
 @_task("inputs", _like_inputs, retries=2, retry_delay_seconds=2)
 async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
-    """Return the inputs that a crew names; empty where it names none. `crew` may be the name of a stored block.
+    """Return the inputs that a crew names; an empty list if it names none. `crew` may be the name of a stored block.
 
     Raises:
         CrewError: `GET /inputs` failed; a crew without it raises NotFoundError.
@@ -292,7 +292,8 @@ async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
 
 
 def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
-    """Return a crew under budgets of the flow around this call, or of the crew's own where there is none."""
+    """Return a crew with further budgets. A budget without a name gets the name of the flow around this call, else the
+    crew's name."""
     if not budgets:
         return crew
     context = FlowRunContext.get()
@@ -334,14 +335,14 @@ async def kickoff_crew(
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
         IdempotencyConflictError: The key belongs to another run; nothing was started.
         BudgetExceededError: A budget has no room for another run; nothing was started.
-        KickoffUncertainError: Nobody knows whether a run was started; it is not sent again.
-        CrewConnectionError, RateLimitedError, ServerError: It surely did not start; Prefect retries this.
+        KickoffUncertainError: Nobody knows whether a run was started; the kickoff is not sent again.
+        CrewConnectionError, RateLimitedError, ServerError: The run surely did not start; Prefect retries this.
         PrefectAwayError: The Prefect API did not answer, so nothing was started; Prefect retries this.
     """
     own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
     run = cast("object", crew)
     if isinstance(run, LiveRun):  # from `run_crew`, with the request in it
-        if run.request is not None:  # Prefect has put results in the place of futures
+        if run.request is not None:  # with these inputs: Prefect has replaced futures in them by results
             request = replace(run.request, inputs=own_inputs, asked_at=utcnow())
             await kick_off(run, request, inside_own_task=_inside_own_task())
         return run.kickoff_id
@@ -369,14 +370,14 @@ async def wait_for_crew(
     output_type: type[Data] | None = None,
     review: ReviewChoice | None = None,
 ) -> CrewResult[Data]:
-    """Wait until a run has ended and return its result. It may be called as often as wanted.
+    """Wait until a run has ended and return its result. You can call it for the same run any number of times.
 
-    `idempotency_key` is the run's; left out, the record is found by the id. `name` goes into the task run's name. The
-    other arguments are those of `run_crew`.
+    `idempotency_key` is the key of the run; without it, the record is found by the id. `name` goes into the task run's
+    name. `run_crew` explains the other arguments.
 
     Raises:
-        CrewFailedError, CrewStoppedError, CrewLostError: How the run ended instead.
-        CrewTimeoutError: A time budget is over; the run may go on.
+        CrewFailedError, CrewStoppedError, CrewLostError: The run failed, was stopped, or its server has forgotten it.
+        CrewTimeoutError: A time limit is over; the run may go on.
         OutputTypeError: The result does not fit `output_type`.
         CrewError: The status call gave no answer for too long.
     """
@@ -399,11 +400,11 @@ _REFUSED = {
     ),
     "retry_condition_fn": "a kickoff is repeated only after an error that surely started nothing",
 }
-"""The options of Prefect that `kickoff_options` does not take, and why."""
+"""The options of Prefect that `kickoff_options` refuses, each with the reason."""
 
 
 def tasks_of(options: RunOptions) -> tuple[CrewTask[..., str, ..., Any], WaitTask]:
-    """Return the kickoff and the wait of `run_crew`, with the options of Prefect for them.
+    """Return the tasks of `run_crew`, kickoff and wait, with Prefect's options for them.
 
     Raises:
         ConfigurationError: Prefect's tasks have no such option, or a kickoff cannot have it. Nothing was started.
@@ -446,15 +447,15 @@ async def resume_crew(
     task_id: str | None = None,
     webhooks: Webhooks | None = None,
 ) -> ResumeAnswer:
-    """Answer for the person that a run waits for; `task_id` left out is the one that the status names.
+    """Answer in place of the person for whom a run waits. `task_id` defaults to the task in the status.
 
-    A retry of the flow run finds that this call has answered, and answers nothing more.
+    If the flow run is retried after this call has answered, the call sends no other answer.
 
     Raises:
         CrewError: The run does not wait, its task is not known, or its question has an answer on record.
-        CrewAPIError, CrewConnectionError: As the server answered, or did not.
+        CrewAPIError, CrewConnectionError: The server answered with an error, or not at all.
     """
-    # By the run alone, since what a retry finds to say about it may differ.
+    # The identity has only the run and not the answer: a retry may answer in other words.
     identity = await identify("answer", kickoff_id, idempotency_key=None, name=None, inside_own_task=_inside_own_task())
     return await resume_run(
         LiveRun.of(await load_crew(crew), kickoff_id),
@@ -474,6 +475,6 @@ async def stop_crew(crew: DeployedCrew | str, kickoff_id: str, *, idempotency_ke
     """Ask the crew's server to stop a run. An ended run and a missing `/stop` are answers, not errors.
 
     Raises:
-        CrewError: The server could not be asked.
+        CrewError: The request failed.
     """
     return await stop_run(LiveRun(await load_crew(crew), kickoff_id), idempotency_key=idempotency_key)

@@ -1,8 +1,9 @@
-"""The crew worker: it runs flow runs as coroutines of one process, and adopts those of a worker that is gone.
+"""The crew worker: it runs flow runs as coroutines of one process, and takes over the flow runs of a dead worker.
 
-A flow run names its worker, and that worker's start, in `infrastructure_pid`. Giving a flow run back to its pool, on a
-shutdown or because its worker is gone, is one thing: `hand_over`. The pool then hands it out again. What an earlier
-start of the same worker has left Running begins here at once. The flow finds its crew's run by the run record.
+The `infrastructure_pid` of a flow run has the name of its worker and the number of that worker's start. `hand_over`
+gives a flow run back to its pool, on a shutdown and after the death of its worker. The pool then hands it out again. A
+flow run that an earlier start of the same worker has left Running begins here at once. The flow finds its crew's run by
+the run record.
 """
 
 from __future__ import annotations
@@ -76,33 +77,34 @@ POOL_DESCRIPTION = (
     "Documentation: prefect-crew docs guides/crew-worker."
 )
 LOOK_EVERY = 2.0
-"""Seconds between two looks for flow runs that are being cancelled or were suspended."""
+"""Seconds between two requests for cancelled and suspended flow runs."""
 UNOWNED_FOR = 60.0
 """Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
-takes it names itself right after, and until then an earlier owner may still be named."""
+takes it writes its name right after, and until then the flow run may have the name of an earlier owner."""
 CANCELLED_UNOWNED_FOR = 10.0
-"""The same for one that is being cancelled, also where its worker is gone: one that lives cancels it before."""
+"""The same for a flow run that is Cancelling, also if its worker is gone: a living worker cancels it within this
+time."""
 HAND_OVER_WITHIN = 25.0
-"""Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30. A kickoff that is being sent is waited
-for. Then the process ends, and another worker adopts what was not given back."""
+"""Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30 s. The worker waits for kickoffs in
+flight. Then the process ends, and another worker takes over the flow runs that were not given back."""
 AWAY_PAUSE = 5.0
-"""Seconds between two requests to a Prefect server that is away, after the pauses of Prefect's own client."""
+"""Seconds between two requests to a Prefect server that is away, in addition to the pauses of Prefect's own client."""
 ADOPTIONS_AT_ONCE = 10
 STOPS_AT_ONCE = 10
-"""Flow runs that are ended as Cancelled at the same time, and crews of one of them that are asked to stop."""
+"""The most flow runs that are ended as Cancelled at the same time, and the most `/stop` requests for one of them."""
 
 
-# The flow runs of a pool, as the Prefect server knows them
+# The flow runs of a pool on the Prefect server
 
 
 HANDED_OVER = "handed over"
-"""What stands in `infrastructure_pid` of a flow run that went back to its pool: no worker's name."""
+"""The `infrastructure_pid` of a flow run that was given back to its pool: it is no worker's name."""
 PAGE = 200
-"""Flow runs that the server gives at once, at most."""
+"""The most flow runs in one answer of the server."""
 CANCELLING = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
 SUSPENDED_NAMES = ["Suspended", "Resuming"]
-"""States of a flow run whose coroutine has to end: somebody suspended it, and may have resumed it since. A flow run
-that is Paused waits in its coroutine, for a form or for the end of `pause_flow_run`."""
+"""States in which the coroutine of a flow run has to end: somebody suspended the flow run, and may have resumed it
+since. A Paused flow run waits in its coroutine, for a form or for the end of `pause_flow_run`."""
 BEGUN = (
     FlowRunFilterState(
         operator=Operator.or_,  # pyright: ignore[reportCallIssue]
@@ -113,7 +115,7 @@ BEGUN = (
 
 
 async def read_flow_runs(client: PrefectClient, pool: str, *states: FlowRunFilterState) -> list[FlowRun]:
-    """Return the flow runs of a pool in these kinds of states."""
+    """Return the flow runs of a pool that match one of the state filters."""
     flow_runs: list[FlowRun] = []
     for state in states:
         of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
@@ -124,43 +126,43 @@ async def read_flow_runs(client: PrefectClient, pool: str, *states: FlowRunFilte
 
 
 async def read_workers(client: PrefectClient, pool: str) -> dict[str, bool]:
-    """Return the workers of a pool by their names, and whether each is online."""
+    """Return for each worker of a pool, by its name, whether it is online."""
     workers = await client.read_workers_for_work_pool(pool)
     return {worker.name: worker.status == WorkerStatus.ONLINE for worker in workers}
 
 
 def worker_name(infrastructure_pid: str | None) -> str | None:
-    """Return the worker that an `infrastructure_pid` names, None where it names none."""
+    """Return the name of the worker in an `infrastructure_pid`, or None."""
     name, slash, _ = (infrastructure_pid or "").rpartition("/")
     return name if slash else None
 
 
 def is_suspended(state: State[Any]) -> bool:
-    """Return whether a flow run in this state holds no worker until somebody resumes it."""
+    """Return whether a flow run in this state needs no worker until somebody resumes it."""
     return state.is_paused() and bool(state.state_details.pause_reschedule)
 
 
 def is_orphan(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
-    """Return whether a flow run that has begun needs a worker and has none: its own is not among those online."""
+    """Return whether a flow run that has begun needs a worker and has none: its own worker is not online."""
     state, name = flow_run.state, worker_name(flow_run.infrastructure_pid)
     if state is None or is_suspended(state):
         return False
     if state.is_scheduled() and flow_run.empirical_policy.retry_type != "in_process":
-        return False  # the pool hands it out
+        return False  # the pool will hand it out
     if name is None:
-        # Between two owners. Where it is not Pending, its worker has died while it handed the flow run over.
+        # Between two owners. If it is not Pending, its worker has died while it gave the flow run back.
         return state.is_pending() or flow_run.infrastructure_pid == HANDED_OVER
     return not workers.get(name, False)
 
 
 async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_from: UUID | None = None) -> bool:
-    """Give a flow run back to its pool, which hands it out again; return whether that was done.
+    """Give a flow run back to its pool, which hands it out again. Return whether this was done.
 
-    It is not where the flow run has ended, is suspended, is the pool's already, or is not in the state `only_from` any
-    more. `why` is the message of its new state.
+    Return False if the flow run has ended, is suspended, belongs to the pool already, or is not in the state
+    `only_from` any more. `why` is the message of its new state.
 
-    A flow run that waits for a retry "in process" is handed out by no pool: so its policy is changed first. Being
-    handed over is not an attempt that failed, but the server counts it as one: so there is one retry more.
+    A pool hands out no flow run that waits for a retry "in process": so its policy is changed first. A handover is no
+    failed attempt, but the server counts it as one: so the policy gets one retry more.
     """
     flow_run = await client.read_flow_run(flow_run_id)
     state, policy = flow_run.state, flow_run.empirical_policy
@@ -178,9 +180,9 @@ async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_
 
 
 async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
-    """Stop the crews whose runs a flow run, or a subflow of it, has started. A second call asks no crew again.
+    """Stop the crews whose runs a flow run or its subflows started. A second call sends no second `/stop`.
 
-    Rows of a batch are in its ledger, not here: `prefect-crew batch cancel` stops those.
+    It does not stop the rows of a batch, which are in a ledger: `prefect-crew batch cancel` does.
     """
     log, limit = flow_run_logger(flow_run), asyncio.Semaphore(STOPS_AT_ONCE)
 
@@ -204,16 +206,16 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
     await asyncio.gather(*(stop(record) for record in open_runs if not stop_was_asked(record)))
 
 
-# What a worker runs
+# The flow of a deployment
 
 
 def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -> Flow[..., Any]:
     """Import an asynchronous flow by its path, such as `my_package.flows.my_flow`.
 
-    `allowed` are modules in addition to this package's, each with all below it; any module if left out.
+    `allowed` are the allowed modules in addition to this package's, each with its submodules; None allows any module.
 
     Raises:
-        ConfigurationError: It is no such path, is not allowed, cannot be imported, or is no asynchronous flow.
+        ConfigurationError: The path is no such path, is not allowed, cannot be imported, or is no asynchronous flow.
     """
     module, _, name = (entrypoint or "").rpartition(".")
     if not module or not {":", "/"}.isdisjoint(entrypoint or ""):
@@ -252,7 +254,7 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
 
 
 class CrewJobConfiguration(BaseJobConfiguration):
-    """What a deployment may set for a crew worker: nothing. Flow runs share the worker's process and environment."""
+    """A deployment can set nothing for a crew worker: flow runs share the worker's process and environment."""
 
     without_effect: list[str] = Field(default=[], description="The job variables that somebody has set.")
     entrypoint: str | None = Field(default=None, description="The import path of the deployment's flow.")
@@ -267,7 +269,7 @@ class CrewJobConfiguration(BaseJobConfiguration):
         worker_name: str | None = None,
         worker_id: UUID | None = None,
     ) -> None:
-        """Keep what `run` needs; there is no command, environment or label to prepare."""
+        """Keep the facts for `run`; there is no command, environment or label to prepare."""
         self.entrypoint, self.flow_run_id = deployment and deployment.entrypoint, flow_run.id
         self.without_effect = sorted(
             {**((deployment and deployment.job_variables) or {}), **(flow_run.job_variables or {})}
@@ -276,10 +278,11 @@ class CrewJobConfiguration(BaseJobConfiguration):
 
 
 class CrewWorkerResult(BaseWorkerResult):
-    """What became of a flow run on this worker."""
+    """The outcome of a flow run on this worker."""
 
     exit_code: int = 0
-    """What a process of its own would have ended with. As `status_code`, Prefect would set the flow run to Crashed."""
+    """The exit code that a process of its own would have. With it as `status_code`, Prefect would set the flow run to
+    Crashed."""
 
 
 class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
@@ -313,25 +316,25 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
 
     @property
     def identity(self) -> str:
-        """What its flow runs name as their owner: its name, which holds no slash, and the number of this start."""
+        """The owner in its flow runs: the worker's name, which has no slash, and the number of this start."""
         return f"{self.name}/{self.boot}"
 
     @classmethod
     def get_default_base_job_template(cls) -> dict[str, Any]:
-        """Return a template without variables: there is nothing to set. The server takes no empty configuration."""
+        """Return a template without variables: there is nothing to set. The server refuses an empty configuration."""
         return {"job_configuration": {"name": None}, "variables": {"type": "object", "properties": {}}}
 
     # Start and end
 
     async def setup(self) -> None:
-        """Prepare the worker: what all flow runs share, and the look for cancelled and orphaned ones."""
+        """Prepare the shared client and event loop, and start the watch for cancelled and orphaned flow runs."""
         check_prefect()
         await super().setup()
         await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
         for work in (self._watch_pool(), prune_regularly(self._logger)):
             self._exit_stack.push_async_callback(cancel_and_wait, asyncio.create_task(work))
-        self._exit_stack.push_async_exit(self._leave)  # the last, so that all of this is there until flow runs ended
+        self._exit_stack.push_async_exit(self._leave)  # pushed last: it runs first, and waits for the flow runs
 
     async def start(
         self, run_once: bool = False, with_healthcheck: bool = False, printer: Callable[..., None] = print
@@ -348,7 +351,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         async def shut_down() -> None:
             await self.hand_over_all(f"Worker {self.name!r} shuts down.")
             if self._held:
-                # The event loop would wait for their coroutines, which no cancellation ends, as long as they last.
+                # These coroutines ignore their cancellation, and the event loop would wait for them.
                 printer(f"Worker {self.name!r} leaves {len(self._held)} flow runs to be adopted: they did not end.")
                 await asyncio.to_thread(_send_logs_and_events)
                 os._exit(1)
@@ -362,7 +365,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             shutdown.append(loop.create_task(shut_down()))
 
         if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
-            yield  # asyncio takes no handlers here
+            yield  # asyncio allows no signal handlers here
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in before:
@@ -375,7 +378,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 signal.signal(number, handler)
 
     async def hand_over_all(self, why: str) -> None:
-        """Take no new flow runs, and give all that run here, or are about to, back to the pool."""
+        """Take no new flow runs, and give all flow runs that run here, or are about to, back to the pool."""
         if self._leave_until is None:
             self._leave_until = time.monotonic() + HAND_OVER_WITHIN
         while (self._held or self._submitting_flow_run_ids) and time.monotonic() < self._leave_until:
@@ -384,7 +387,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             await asyncio.sleep(0.1)
 
     async def _leave(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: Any) -> None:
-        """Wait for flow runs after `--run-once`; give them back where the worker ends by an error of its own."""
+        """Wait for flow runs after `--run-once`; give them back if the worker ends with an error."""
         if error is not None:
             await self.hand_over_all(f"Worker {self.name!r} ended.")
             return
@@ -392,7 +395,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             await asyncio.sleep(0.1)
 
     async def sync_with_backend(self) -> None:
-        """Send a heartbeat, and describe the pool where it has no description."""
+        """Send a heartbeat, and give the pool a description if it has none."""
         await super().sync_with_backend()
         pool = self._work_pool
         if pool is not None and pool.description is None:
@@ -403,13 +406,14 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         return [] if self._leave_until is not None else await super()._get_scheduled_flow_runs()
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
-        """Begin a flow run; later where the Prefect server is away. Prefect's own method would end the worker then."""
+        """Begin a flow run. If the Prefect server is away, try later. Prefect's own method would end the worker
+        then."""
         try:
             await super()._submit_run(flow_run)
         except HTTP_ERRORS as error:
             if not is_away(error):
                 raise
-            # It came from before: nothing of the flow run has begun.
+            # The error came before the flow run began.
             self._logger.warning("The Prefect server does not answer (%s): flow run %r waits.", error, flow_run.name)
             self._taken_over.discard(flow_run.id)
             if self._cancelling_observer is not None:
@@ -418,16 +422,16 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             self._submitting_flow_run_ids.discard(flow_run.id)
 
     async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
-        """Name this worker as the owner while the flow run is Pending. Prefect's own worker does so too late for that.
+        """Name this worker as the owner while the flow run is still Pending. Prefect's own worker does so later.
 
-        Labels with the worker's name would cost a request each and say no more.
+        It writes no labels with the worker's name: they would cost a request each and have no other information.
         """
         await self.client.update_flow_run(flow_run_id, infrastructure_pid=self.identity)
 
     async def _propose_crashed_state(
         self, flow_run: FlowRun, message: str, client: PrefectClient | None = None
     ) -> None:
-        """Say that a flow run crashed, unless it is the Prefect server that was away: then it is adopted later."""
+        """Set a flow run to Crashed, unless the Prefect server was away: then a worker takes it over later."""
         error = sys.exception()
         if error is not None and is_away(error):
             self._logger.warning("The Prefect server does not answer (%s): flow run %r waits.", error, flow_run.name)
@@ -435,14 +439,14 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         await super()._propose_crashed_state(flow_run, message, client)
 
     async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
-        """Return whether a flow run may begin. One that is taken over begins as it is, Running."""
+        """Return whether a flow run may begin. A flow run that was taken over begins without Pending: it is Running."""
         if flow_run.id not in self._taken_over:
             return await super()._propose_pending_state(flow_run)
         self._taken_over.discard(flow_run.id)
         return True
 
     async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
-        """Nothing is submitted to anywhere: the coroutine begins at once."""
+        """Do nothing: there is no infrastructure, and the coroutine begins at once."""
 
     # One flow run
 
@@ -452,7 +456,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         configuration: CrewJobConfiguration,
         task_status: anyio.abc.TaskStatus[Any] | None = None,
     ) -> CrewWorkerResult:
-        """Run a flow run to its end, whatever that is: the state on the server tells it."""
+        """Run a flow run to its end. Its state on the server says how it ended."""
         if (before := self._held.get(flow_run.id)) is not None and before.task is not None:
             before.end("lost", "Another worker had taken the flow run, and it came back.")
             await asyncio.wait({before.task})
@@ -483,7 +487,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         super()._emit_flow_run_executed_event(result, configuration, submitted_event)
 
     async def _execute(self, held: HeldFlowRun, configuration: CrewJobConfiguration) -> bool:
-        """Run the flow, and return whether it has crashed; nothing that it raises gets out of here."""
+        """Run the flow, and return whether it has crashed. Errors of the flow do not leave this method."""
         flow_run = held.flow_run
         log = flow_run_logger(flow_run)
         if configuration.without_effect:
@@ -499,7 +503,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 held.end("cancelled", "Flow run was cancelled.")
             return state.is_crashed()
         except ConfigurationError as error:
-            log.error("%s", error)  # noqa: TRY400 - the sentence says it all
+            log.error("%s", error)  # noqa: TRY400 - the message needs no traceback
             with contextlib.suppress(Abort):
                 await propose_state(self.client, Failed(message=str(error)), flow_run_id=flow_run.id)
         except asyncio.CancelledError:
@@ -519,7 +523,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         return False
 
     async def _run_flow(self, flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
-        """Run a flow run; again from its top where the Prefect server was away before the flow began."""
+        """Run a flow run. If the Prefect server was away before the flow began, start again."""
         while True:
             try:
                 return await run_held_flow(flow, held)
@@ -532,10 +536,10 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 await asyncio.sleep(AWAY_PAUSE)
 
     async def _confirm(self, held: HeldFlowRun, state: State[Any]) -> None:
-        """End a flow run as lost if another worker has it, or as suspended where its flow ends right after that.
+        """Before a state is written: end the flow run as lost if another worker has it, or as suspended if it is.
 
-        The server is asked for a last state, which it would take over Suspended, and where this worker may have been
-        taken for dead: it was frozen, or cut off.
+        It asks the server in two cases: before a final state, which would replace Suspended, and if other workers may
+        consider this worker dead, since it was frozen or cut off.
         """
         if state.is_final() or self._may_count_as_gone():
             current = await self.client.read_flow_run(held.flow_run.id)
@@ -554,13 +558,13 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         self._logger.warning("Flow run %r was taken by another worker: it ends here.", current.name)
         held.end("lost", f"Another worker has taken flow run {current.name!r}.")
         if worker_name(current.infrastructure_pid) == self.name:
-            # A worker takes what an earlier start under its name has left, at once: two of one name that live would
-            # take each other's flow runs for ever.
+            # A worker at once takes over flow runs of an earlier start under its name: two living workers with one name
+            # would take each other's flow runs for ever.
             name = f"{self.name}-{self.boot}"
             text = "Another worker %r runs: this one continues as %r. Give each worker of a pool its own name."
             self._logger.warning(text, self.name, name)
             self.name = name
-            if self._worker_channel is not None:  # it has kept the old name; `_watch_pool` has a new one made
+            if self._worker_channel is not None:  # the channel has the old name; `_watch_pool` makes a new one
                 self._worker_channel.stop()
                 self._worker_channel = None
 
@@ -573,7 +577,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         """End a flow run of this worker, or stop the crews of a cancelled flow run that no worker has.
 
         Prefect calls it for a flow run that is cancelled before it has begun, and for a flow run that the Prefect
-        server itself has ended as Cancelled because no worker did.
+        server has ended as Cancelled because no worker did.
 
         Raises:
             InfrastructureNotFound: No worker has the flow run.
@@ -587,7 +591,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 await asyncio.wait({held.task}, timeout=grace_seconds)
             return
         name = worker_name(infrastructure_pid)
-        # What names this worker, and does not run here, has ended or is of an earlier start.
+        # A flow run with this worker's name that does not run here has ended, or belongs to an earlier start.
         if not self._is_own(infrastructure_pid) and name not in (None, self.name):
             self._workers = await read_workers(self.client, self._work_pool_name)
             if self._workers.get(name, False):
@@ -595,7 +599,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         if flow_run_id is not None and held is None:
             flow_run = await self.client.read_flow_run(flow_run_id)
             state = flow_run.state
-            # One that was begun again since then waits for its crews.
+            # Only if it is still cancelled: a flow run that began again waits for its crews.
             if (
                 flow_run.start_time is not None
                 and state is not None
@@ -607,7 +611,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     # All flow runs of the pool
 
     async def _watch_pool(self) -> None:
-        """Look for flow runs that are being cancelled, suspended, lost, and that another worker has left behind."""
+        """Look again and again for flow runs that are cancelled, suspended, lost, or left behind by another worker."""
         heartbeat_due = 0.0
         while True:
             try:
@@ -629,13 +633,13 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             except PREFECT_ERRORS as error:
                 self._logger.debug("The Prefect server could not be asked: %s", error)
             except Exception:
-                # One flow run that cannot be dealt with must not be the last one that is looked for.
+                # An error about one flow run must not end the watch for all others.
                 self._logger.exception("Looking for flow runs that are cancelled or left behind failed.")
             await asyncio.sleep(LOOK_EVERY)
 
     async def _end_suspended_ones(self) -> None:
         """End the coroutines of flow runs that somebody has suspended; their crews run on."""
-        before = dict(self._held)  # what begins during the request may have been resumed just before
+        before = dict(self._held)  # a flow run that begins during the request may have been resumed just before
         if not before:
             return
         state = FlowRunFilterState(name=FlowRunFilterStateName(any_=SUSPENDED_NAMES))
@@ -654,12 +658,12 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 self._end_if_lost(flow_run)
 
     async def _adopt_orphans(self) -> None:
-        """Adopt what a worker that is gone has left, as soon as that is sure."""
-        await self._end_lost_ones()  # also while its heartbeats arrive: another worker may have been given its name
+        """Take over the flow runs of a worker that is surely gone."""
+        await self._end_lost_ones()  # also while heartbeats arrive: another worker may have the same name
         self._workers = await read_workers(self.client, self._work_pool_name)
         if not self._workers.get(self.name, True):
-            # Its heartbeats did not arrive. The next one may be minutes away: Prefect makes fewer the longer the server
-            # is away.
+            # This worker's heartbeats did not arrive. The next one may come minutes later: the longer the server is
+            # away, the fewer Prefect sends.
             await self.sync_with_backend()
         now = _clock()
         orphans = {
@@ -676,22 +680,22 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     def _is_orphan(self, flow_run: FlowRun) -> bool:
         if flow_run.id in self._held or flow_run.id in self._submitting_flow_run_ids:
             return False
-        # What an earlier start under this worker's own name has left is an orphan too, and what is this one's but does
-        # not run here.
+        # Flow runs of an earlier start under this worker's name are orphans too, and so are flow runs of this start
+        # that do not run here.
         return is_orphan(flow_run, {**self._workers, self.name: False})
 
     def _unsure_for(self, flow_run: FlowRun) -> float:
-        """Return the seconds for which an orphan has to look like one."""
+        """Return the seconds for which a flow run has to look like an orphan before it is taken over."""
         name = worker_name(flow_run.infrastructure_pid)
         if name is None or (flow_run.state is not None and flow_run.state.is_pending()):
             return UNOWNED_FOR
-        # An earlier start under this worker's own name is over. Another worker may only seem to be gone, where the
-        # server itself was away; and what this one has just ended is not yet seen as ended.
+        # An earlier start under this worker's name has surely ended. Another worker may only seem to be gone, if the
+        # server was away. And the state of a flow run that this worker has just ended may not be written yet.
         is_of_earlier_start = name == self.name and not self._is_own(flow_run.infrastructure_pid)
         return 0.0 if is_of_earlier_start else float(self.heartbeat_interval_seconds)
 
     async def _adopt(self, flow_run: FlowRun, limit: asyncio.Semaphore) -> None:
-        """Begin an orphan here or give it back to the pool, if no other worker does."""
+        """Begin an orphan here or give it back to the pool, unless another worker does."""
         owner = worker_name(flow_run.infrastructure_pid) or "unknown"
         why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
         try:
@@ -705,10 +709,11 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             self._logger.info("Flow run %r is not adopted: %s", flow_run.name, error)
 
     async def _take_over(self, flow_run: FlowRun, why: str) -> bool:
-        """Begin what an earlier start under this worker's name has left Running; return whether it begins here.
+        """Begin a flow run that an earlier start under this worker's name has left Running. Return whether it begins.
 
-        The way over the pool changes its state three times and not once: hundreds of them would take the server twice
-        as long. It is taken where a limit holds: a deployment's, whose slot Pending takes, or this worker's own.
+        The way over the pool changes the state three times instead of once, and would take the server twice as long for
+        hundreds of flow runs. It is needed only under a limit: a deployment's, whose slot a flow run takes at Pending,
+        or this worker's own.
         """
         if worker_name(flow_run.infrastructure_pid) != self.name or self._leave_until is not None:
             return False
@@ -727,7 +732,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         return True
 
     async def _claim(self, flow_run: FlowRun) -> bool:
-        """Return whether this worker is the one to deal with an orphaned state: one worker creates the input."""
+        """Return whether this worker may handle an orphan: of several workers, only one creates the flow run input."""
         for number in range(1, 100):
             key = f"adopted-{flow_run.state_id}-{number}"
             try:
@@ -739,20 +744,20 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 return True
             claimer = str(json.loads(await self.client.read_flow_run_input(flow_run.id, key)))
             if claimer == self.identity:
-                return True  # an earlier try of this worker's that got no further
+                return True  # an earlier try of this worker, which failed later
             name = claimer.rpartition("/")[0]
             if name != self.name and self._workers.get(name, False):
-                return False  # it is alive, and is about to do it
+                return False  # the other worker is alive, and handles the orphan
         return False
 
     async def _cancel_all(self, flow_runs: Iterable[FlowRun]) -> None:
-        """Cancel flow runs at the same time, and raise the first problem after all have been dealt with."""
+        """Cancel flow runs concurrently. Raise the first error after all are done."""
         problems = await asyncio.gather(*map(self._cancel, flow_runs), return_exceptions=True)
         for problem in filter(None, problems):
             raise problem
 
     async def _cancel(self, flow_run: FlowRun) -> None:
-        """Cancel a flow run that is Cancelling: its coroutine here, or what a worker that is gone has left of it."""
+        """Cancel a flow run that is Cancelling: end its coroutine here, or if its worker is gone, stop its crews."""
         held = self._held.get(flow_run.id)
         if held is not None:
             held.end("cancelled", "Flow run was cancelled.")
@@ -760,7 +765,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         waited = _clock() - self._cancelling_since[flow_run.id]
         if waited < CANCELLED_UNOWNED_FOR or not self._is_orphan(flow_run):
             return
-        self._workers = await read_workers(self.client, self._work_pool_name)  # its own may have started since
+        self._workers = await read_workers(self.client, self._work_pool_name)  # its worker may have started since
         if (
             self._is_orphan(flow_run)
             and await self._claim(flow_run)
@@ -770,7 +775,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             await self._end_cancelled(flow_run, "Flow run was cancelled while no worker had it.")
 
     async def _leave_suspended(self, flow_run_id: UUID) -> None:
-        """Have the pool hand a suspended flow run out once it is resumed, also where its last attempt is a retry."""
+        """Make the pool hand out a suspended flow run after it is resumed, also if its last attempt was a retry."""
         policy = (await self.client.read_flow_run(flow_run_id)).empirical_policy
         if policy.retry_type == "in_process":
             policy = policy.model_copy(update={"retry_type": "reschedule"})
@@ -779,8 +784,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     async def _end_cancelled(self, flow_run: FlowRun, why: str) -> None:
         """End a flow run as Cancelled.
 
-        Its own coroutine stops the crew that it waits for. This stops one that an earlier attempt has started, where
-        the coroutine had not come so far yet, or was not there.
+        Its own coroutine stops the crew that it waits for. This stops the crews that an earlier attempt started, if the
+        coroutine did not reach their waits, or does not exist.
         """
         async with self._ending_cancelled:
             if flow_run.start_time is not None:
@@ -789,7 +794,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
 
 
 def _send_logs_and_events() -> None:
-    """Send what Prefect holds back of logs and events, as it does at the end of a process."""
+    """Send the logs and events in Prefect's queues, as Prefect does at the end of a process."""
     for stream in (APILogWorker, EventsWorker):
         stream.drain_all(timeout=2)
     for output in (sys.stdout, sys.stderr):
@@ -797,5 +802,5 @@ def _send_logs_and_events() -> None:
 
 
 def _clock() -> float:
-    """Return seconds that also pass while the machine sleeps, where the system has such a clock."""
+    """Return a clock in seconds that also runs while the machine sleeps, if the system has one."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

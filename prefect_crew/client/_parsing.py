@@ -273,7 +273,7 @@ def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
     if state is not CrewState.COMPLETED:
         return state
     status, inner = as_text(body.get("status")) or "", as_object(body.get("result"))
-    word, colon, _ = status.partition(":")  # "error: task 2 failed" beside a `state`
+    word, colon, _ = status.partition(":")  # "error: task 2 failed" next to a `state`
     if (other := known_state(word if colon else status)) in (CrewState.FAILED, CrewState.STOPPED):
         return other or state
     # An error next to a result contradicts the result. The `result` itself may also be only an error.
@@ -436,8 +436,8 @@ def parse_kickoff(value: Any) -> str | None:
 def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
     """Return the status of run `kickoff_id`, None if the body has no state or is the status of another run.
 
-    Only a completed run gets output and data, and only a failed or stopped one an error, whatever the body has. A body
-    without a state says nothing about the run, even with a result: every known server sends a state.
+    Only a completed run gets output and data, and only a failed or stopped one an error, even if the body has more. A
+    body without a state says nothing about the run, even with a result: every known server sends a state.
     """
     source = as_object(value)
     state_word = state_of(source)

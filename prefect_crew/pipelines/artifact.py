@@ -20,7 +20,7 @@ from prefect_crew.runs.run import LiveRun
 WIDTH = 20
 """Characters of the timeline."""
 SHOW_AFTER = 0.5
-"""Seconds after which a pipeline that goes on is shown for the first time."""
+"""Seconds after which a running pipeline is shown for the first time."""
 SHOW_EVERY = 2.0
 """Seconds, at least, between two updates while the pipeline runs."""
 StepState = Literal["waiting", "running", "interrupted", "completed", "failed", "skipped"]
@@ -36,10 +36,10 @@ _MARKS: dict[StepState, str] = {
 
 @dataclass
 class StepView:
-    """A step as it is shown. Times are seconds since the epoch.
+    """A step in the artifact. Times are seconds since the epoch.
 
-    `error` is why it failed, with what to do. `earlier` is how long a run took that had ended before this call; it is
-    None for a run that this call waited for. `page_url` is the crew's page.
+    `error` is the error of a failed step, with advice. `earlier` is the duration of a run that had ended before this
+    call, None for a run that this call waited for. `page_url` is the crew's page.
     """
 
     crew: str
@@ -78,7 +78,7 @@ def render_pipeline(
         if view.error is not None:
             attempt = f" ({view.run.attempt})" if view.run and view.run.attempt else ""
             errors.append(f"### Step {prose(step)} failed{attempt}\n\n{fenced(view.error)}")
-        state = _MARKS[view.state].replace(" ", "\u00a0", 1)  # the newer interface would break the line there
+        state = _MARKS[view.state].replace(" ", "\u00a0", 1)  # so that the newer interface does not break the line
         crew = link(view.crew, view.page_url) if view.page_url else cell(view.crew)
         times = _times(view, start, max(end - start, 1e-9), now)
         rows.append([f"**{cell(step)}**", needs, state, *times, crew, _link(view)])
@@ -87,7 +87,7 @@ def render_pipeline(
 
 
 def _times(view: StepView, start: float, span: float, now: float) -> tuple[str, str]:
-    """Return how long a step took, and its part of the timeline."""
+    """Return the duration of a step, and its part of the timeline."""
     if view.earlier is not None:
         return duration(view.earlier), "started earlier"
     if view.started is None:
@@ -99,7 +99,7 @@ def _times(view: StepView, start: float, span: float, now: float) -> tuple[str, 
 
 
 def _link(view: StepView) -> str:
-    """Return a link to the artifact of a step's run. Relative, since nobody here knows where the page is looked at."""
+    """Return a link to the artifact of a step's run. It is relative: the address of the page is unknown here."""
     if view.run is None:
         return ""
     artifact = view.run.artifact.id
@@ -133,7 +133,7 @@ class PipelineArtifact:
         self._over.set()
         await self._keeper
         runs = [view.run for view in self._views.values() if view.run is not None]
-        try:  # what other processes have made for the runs that were found
+        try:  # find the artifacts that other processes have created for these runs
             await asyncio.gather(*(run.artifact.find() for run in runs))
         except PREFECT_ERRORS as error:
             run_logger().debug("The artifacts of earlier runs are not linked: %s", error)
@@ -145,7 +145,7 @@ class PipelineArtifact:
         self._changed = True
 
     def opened(self, step: str, run: LiveRun) -> None:
-        """Note which run a step's is."""
+        """Note the run of a step."""
         view, record = self._views[step], run.record
         view.run = run
         if record is not None and not run.owned and record.phase is RecordPhase.ENDED:
@@ -154,13 +154,13 @@ class PipelineArtifact:
         self._changed = True
 
     def ended(self, step: str, state: StepState, error: str | None = None) -> None:
-        """Note what came of a step, and why it failed."""
+        """Note the outcome of a step, and its error if it failed."""
         view = self._views[step]
         view.state, view.error, view.ended = state, error, time.time()
         self._changed = True
 
     async def _keep(self) -> None:
-        delay = SHOW_AFTER  # not at once: the first kickoffs go before it
+        delay = SHOW_AFTER  # not at once: the first kickoffs have priority
         while not self._over.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), delay)

@@ -1,4 +1,4 @@
-"""A pipeline as plain values, in YAML or JSON or as a parameter of a deployed flow: steps without Python code."""
+"""A pipeline as plain values: in YAML, in JSON, or as a parameter of a deployed flow. Its steps need no Python code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.pipelines.graph import CrewStep, leaves_in
 
 _NAME_ALONE = re.compile(r"""\s*\{\{[\s(]*[^\W\d]\w*(\.\w+|\[\s*("[^"]*"|'[^']*')\s*\])*[\s)]*\}\}\s*""")
-"""A template that is the name of an input, or of a part of one, and nothing else."""
+"""A template with only the name of an input, or of a part of an input."""
 
 
 class _Plain(BaseModel):
@@ -41,12 +41,12 @@ class PipelineInput(_Plain):
 
     @property
     def needed(self) -> bool:
-        """Whether a run has to give it."""
+        """Whether each run has to give this input."""
         return self.required and self.default is None
 
 
 class StepDefinition(_Plain):
-    """One step: what `CrewStep` takes, as far as that is plain values."""
+    """One step: the arguments of `CrewStep` that are plain values."""
 
     name: str = Field(description="Its name, unique in the pipeline.")
     crew: str = Field(description="The name of the crew's block, under Blocks.")
@@ -81,14 +81,14 @@ class PipelineDefinition(_Plain):
     )
 
     def crew_steps(self) -> list[CrewStep]:
-        """Return the steps as `run_pipeline` takes them."""
+        """Return the steps for `run_pipeline`."""
         return [CrewStep(**{name: getattr(step, name) for name in StepDefinition.model_fields}) for step in self.steps]
 
     def values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the inputs of a run, with the defaults of those that were not given.
+        """Return the inputs of a run, with defaults for missing ones.
 
         Raises:
-            ConfigurationError: One is missing, or is none of this pipeline's.
+            ConfigurationError: A required input is missing, or the pipeline does not have an input.
         """
         values = {name: value for name, value in inputs.items() if value is not None}
         if unknown := [name for name in values if name not in self.inputs]:
@@ -105,7 +105,7 @@ class PipelineDefinition(_Plain):
         return {**defaults, **values}
 
     def stored_secrets(self, secret_inputs: Mapping[str, Sequence[str]]) -> list[str]:
-        """Return a problem for each secret input of a crew that has its value in here, where everybody can read it.
+        """Return a problem for each secret input of a crew whose value is in a step, where everybody can read it.
 
         Args:
             secret_inputs: The names of each step's secret inputs, by the step's name.
@@ -121,7 +121,7 @@ class PipelineDefinition(_Plain):
 
 
 def as_pipeline_input(item: CrewInput) -> PipelineInput:
-    """Return an input of a crew as one of a pipeline."""
+    """Return a pipeline's input for an input of a crew."""
     kind: Any = _TYPES.get((item.type or "").lower())
     own = None if item.default is None else f"The crew's own default: {excerpt(str(item.default), 200)}."
     parts = [item.description, own]
@@ -138,7 +138,7 @@ _TYPES = {
 
 
 def read_pipeline(text: str, file: str) -> PipelineDefinition:
-    """Return the pipeline that a file holds. Its name, where it has none, is the file's.
+    """Return the pipeline in a file. If it has no name, it gets the file's name.
 
     Args:
         text: The file's content, YAML or JSON.
@@ -156,7 +156,7 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
     raw = cast("dict[Any, Any]", content)
     raw.setdefault("name", re.split(r"[\\/]", file)[-1].rsplit(".", 1)[0])
     try:
-        # Through JSON, which is what Prefect stores: a date of YAML, for one, has no JSON.
+        # Through JSON, since Prefect stores JSON. A date in YAML, for example, has no JSON form and is refused.
         return PipelineDefinition.model_validate(json.loads(json.dumps(raw, allow_nan=False)))
     except ValidationError as error:
 

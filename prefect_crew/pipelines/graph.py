@@ -1,4 +1,4 @@
-"""The steps of a pipeline: what needs what, what is wrong before anything starts, what each step's inputs become."""
+"""The steps of a pipeline: their order, the problems before the start, and the inputs of each step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from prefect_crew.templates import GLOBALS, RESULT_FIELDS, compiled, uses_in
 InputOfStep = Callable[["PipelineContext"], Any] | object
 """A text, which is a template; a function of the context; or any other value."""
 RESERVED = frozenset({"inputs", "steps"})
-"""What templates call the mappings of all inputs and of all results."""
+"""The names in templates of the mappings of all inputs and of all results."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class CrewStep:
         inputs: Its inputs by name. A text is a template over the pipeline's inputs and earlier steps:
             `"{{ topic }}"`, `"{{ research.output }}"`, `"{{ research.data.title }}"`,
             `"{{ research.tasks[0].output }}"`, `"{{ steps['a b'].output }}"`. Texts within lists and mappings are
-            templates too. A function of the context gives its value: `lambda context: context["research"].output`.
-            Left out, the pipeline's inputs of the crew's names.
-        after: Names of steps to wait for, in addition to those that its templates use. A function sees these steps
-            only.
+            templates too. A function of the context returns the value: `lambda context: context["research"].output`.
+            Default: the pipeline's inputs with the names of the crew's inputs.
+        after: Names of steps to wait for, in addition to the steps that its templates use. A function sees only steps
+            that this step waits for, directly or through other steps.
         wait: How to wait for it, in place of the block's policy.
-        output_type: A pydantic model that its `data` is to be an instance of.
-        review: What answers when it waits for a person, as for `run_crew`, in place of the pipeline's.
-        restore_from: The id of a state of a Flow that it starts from, as for `run_crew`.
+        output_type: A pydantic model; the `data` of its result is then an instance of it.
+        review: The source of answers when it waits for a person, as for `run_crew`, in place of the pipeline's.
+        restore_from: The id of a Flow state from which it starts, as for `run_crew`.
     """
 
     name: str
@@ -69,7 +69,7 @@ class CrewStep:
 
 @dataclass(frozen=True)
 class PipelineContext:
-    """What a step's function sees: `context.inputs["topic"]`, `context["research"].output`."""
+    """The argument of a step's function: `context.inputs["topic"]`, `context["research"].output`."""
 
     inputs: Mapping[str, Any] = field(repr=False)
     results: Mapping[str, CrewResult[Any]]
@@ -85,7 +85,7 @@ class PipelineContext:
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """What a pipeline would do: its steps in their order, and all that is wrong. Printing it shows it."""
+    """The plan of a pipeline: its steps in their order, and all problems. `print` shows it."""
 
     steps: Sequence[CrewStep]
     problems: Sequence[str]
@@ -99,10 +99,10 @@ class PipelinePlan:
 class Pipeline:
     """The steps of one pipeline and its inputs. `check` loads the crews and asks each for its inputs.
 
-    `problems` has all that is wrong, so far. `unreachable` says which crews did not answer: a problem too, but not for
-    a pipeline that was started before. `order` has the steps' names, each after all that it needs; it is empty where
-    they depend on each other in a circle. `before` has what a step needs, also by way of others. `uses` has the names
-    in the templates of a step, by its inputs. `crews` are by the steps' names.
+    `problems` has all problems found so far. `unreachable` has the crews that did not answer: a problem too, but not
+    for a pipeline that was started before. `order` has the steps' names, each after the steps that it needs; it is
+    empty if they depend on each other in a circle. `before` has the steps that a step needs, directly or through
+    others. `uses` has the names in the templates of a step, by its inputs. `crews` are by the steps' names.
     """
 
     steps: Sequence[CrewStep]
@@ -149,7 +149,7 @@ class Pipeline:
             self.before[name] = self.needs[name].union(*(self.before[other] for other in self.needs[name]))
 
     def _needed_by(self, step: CrewStep, step_names: set[str]) -> set[str]:
-        """Return the steps that a step needs, and note what it names that is not there."""
+        """Return the steps that a step needs. Note a problem for each unknown name in it."""
         after = {step.after} if isinstance(step.after, str) else set(step.after)
         for name in sorted(after - step_names):
             self.problems.append(f"step {step.name!r} comes after {name!r}, which is not a step")
@@ -168,7 +168,7 @@ class Pipeline:
             for name in sorted(used.keys() & step_names):
                 needed.add(name)
                 for attribute in sorted(used[name].difference(RESULT_FIELDS)):
-                    # What begins with an underscore is for the sandbox to forbid.
+                    # The sandbox refuses attributes that begin with an underscore.
                     if not attribute.startswith("_"):
                         has = f"a step has no {attribute!r}; it has output, data, tasks and more ({name})"
                         self.problems.append(f"{where}: {has}")
@@ -177,20 +177,20 @@ class Pipeline:
     # The crews
 
     async def check(self) -> None:
-        """Load the crews, ask each for its inputs, and note all that is wrong."""
+        """Load the crews, ask each for its inputs, and note all problems."""
         await self.load()
-        # One question a crew, however many steps it has; with another token it is another question.
+        # One request for each crew and token, however many steps use it.
         crews = {_address_and_token(crew): crew for crew in self.crews.values()}
         answers = dict(zip(crews, await asyncio.gather(*map(self._ask, crews.values())), strict=True))
         for name, crew in self.crews.items():
             if answer := answers[_address_and_token(crew)]:
                 token, expected = answer
-                # Of two blocks for one crew each keeps what else it says.
+                # Two blocks may be for one crew: each keeps its other settings.
                 self.crews[name] = replace(crew, token=token, expected_inputs=tuple(expected))
         self.check_inputs()
 
     async def load(self) -> None:
-        """Load the crews, and note those that are not stored."""
+        """Load the crews, and note a problem for each block that is not stored."""
         names = {step.crew for step in self.steps if isinstance(step.crew, str)}
         stored = dict(zip(names, await asyncio.gather(*map(_load_or_reason, names)), strict=True))
         for step in self.steps:
@@ -216,12 +216,12 @@ class Pipeline:
         return None
 
     def _expected_by(self, step: CrewStep) -> Sequence[CrewInput] | None:
-        """Return what the crew of a step takes, None where it has not said so."""
+        """Return the inputs of a step's crew, None if the crew did not answer."""
         crew = self.crews.get(step.name)
         return None if crew is None else crew.expected_inputs
 
     def check_inputs(self) -> None:
-        """Note the inputs that each step lacks, and those that its crew does not name."""
+        """Note a problem for missing inputs of each step, and for inputs that its crew does not name."""
         for step in {step.name: step for step in self.steps}.values():
             values = self.inputs if step.inputs is None else step.inputs
             expected, crew = self._expected_by(step) or (), self.crews.get(step.name)
@@ -235,9 +235,9 @@ class Pipeline:
                 self.problems.append(f"step {step.name!r} gives the unknown inputs {guessed}")
 
     async def refuse_problems(self, idempotency_key: str | None = None) -> None:
-        """Raise one ConfigurationError with all that is wrong, if anything is.
+        """Raise one ConfigurationError with all problems, if there are any.
 
-        Crews that do not answer count once the key is known, unless a run was started under it before.
+        With a key, crews that do not answer are a problem too, unless a run was started under the key before.
         """
         is_away = idempotency_key and self.unreachable and not await self._has_earlier_runs(idempotency_key)
         if self.problems or is_away:
@@ -246,17 +246,17 @@ class Pipeline:
 
     async def _has_earlier_runs(self, idempotency_key: str) -> bool:
         if any(step.inputs is None and self._expected_by(step) is None for step in self.steps):
-            return False  # which of the pipeline's inputs it took is not known
+            return False  # it is unknown which of the pipeline's inputs the step takes
         keys = [step_key(idempotency_key, step) for step in self.steps]
         return any(await asyncio.gather(*map(PrefectRecords().attempts, keys)))
 
-    # What is secret
+    # Secrets
 
     @cached_property
     def secret_inputs(self) -> set[str]:
-        """The names of the pipeline's inputs that are secret: given as such, or going into a secret input of a crew.
+        """The names of the pipeline's secret inputs: of a secret type, or used in a secret input of a crew.
 
-        To be asked for once the crews are loaded.
+        Read it only after the crews are loaded.
         """
         names = {name for name, value in self.inputs.items() if holds_secret(value)}
         for step in self.steps:
@@ -267,33 +267,33 @@ class Pipeline:
         return names
 
     def stored_inputs(self) -> dict[str, Any]:
-        """Return the pipeline's inputs as Prefect may store them."""
+        """Return the pipeline's inputs for storage in Prefect, with the secrets masked."""
         encoded, secret = encode_inputs(self.inputs), self.secret_inputs
         by_function = any(callable(value) for step in self.steps for value in (step.inputs or {}).values())
         if by_function and any(crew.secret_inputs for crew in self.crews.values()):
-            secret = set(encoded)  # nobody knows which of them the function reads
+            secret = set(encoded)  # it is unknown which inputs the function reads
         redact = Redactor(self.inputs[name] for name in secret)
         return {name: MASK if name in secret else redact(text) for name, text in encoded.items()}
 
     def inputs_made_of(self, step: CrewStep, names: Collection[str]) -> set[str]:
-        """Return the inputs of a step that some of the pipeline's inputs go into by their names or by templates."""
+        """Return the inputs of a step that use one of these inputs of the pipeline, by their names or by templates."""
         return {name for name, sources in self._sources_of(step).items() if not sources.isdisjoint(names)}
 
     def _sources_of(self, step: CrewStep) -> dict[str, set[str]]:
-        """Return the pipeline's inputs that go into each input of a step by their names or by templates."""
+        """Return, for each input of a step, the pipeline's inputs that it uses, by its name or by templates."""
         if step.inputs is None:
             return {name: {name} for name in self.inputs}
         names = self.inputs.keys()
-        # `inputs[name]` may be any of them.
+        # `inputs[name]` may be any of the pipeline's inputs.
         return {key: {*names} if "inputs" in used else names & used for key, used in self.uses[step.name].items()}
 
     # The inputs of steps
 
     def inputs_of(self, step: CrewStep, results: Mapping[str, CrewResult[Any]]) -> Mapping[str, Any]:
-        """Return a step's inputs, once all that it needs has run.
+        """Return a step's inputs, after the steps that it needs have run.
 
         Raises:
-            ConfigurationError: A template or a function uses what is not there.
+            ConfigurationError: A template or a function uses a name that does not exist.
         """
         if step.inputs is None:
             names = {item.name for item in self._expected_by(step) or ()}
@@ -308,7 +308,7 @@ class Pipeline:
         }
 
     def plan(self) -> PipelinePlan:
-        """Return what the pipeline would do, once it was checked. Templates are shown as they are written."""
+        """Return the plan of the pipeline, after `check`. It shows templates unchanged."""
         steps = {step.name: step for step in self.steps}
         blocks: list[str] = []
         for name in self.order:
@@ -327,7 +327,7 @@ class Pipeline:
 
 
 def _revealed(value: Any) -> Any:
-    """Return a value for templates, with its secrets as what they hide. A value without any is returned as it is."""
+    """Return a value for templates, with its secrets in plain text. A value without secrets is returned unchanged."""
     return encode_inputs({"": value}, as_json=True).get("") if holds_secret(value) else value
 
 
@@ -341,7 +341,7 @@ def _address_and_token(crew: Crew) -> tuple[str, str]:
 
 
 async def _load_or_reason(name: str) -> Crew | str:
-    """Return a stored crew, or why there is none."""
+    """Return a stored crew, or the reason why there is none."""
     try:
         return await load_crew(name)
     except ValueError as error:
@@ -349,7 +349,7 @@ async def _load_or_reason(name: str) -> Crew | str:
 
 
 def leaves_in(value: Any) -> Iterator[Any]:
-    """Yield what a value holds within lists and mappings, at any depth. Of it, each text is a template."""
+    """Yield the values within lists and mappings, at any depth. Each text among them is a template."""
     if isinstance(value, Mapping):
         value = list(cast("Mapping[Any, Any]", value).values())
     if isinstance(value, list | tuple):
@@ -360,7 +360,7 @@ def leaves_in(value: Any) -> Iterator[Any]:
 
 
 def _templates_of(step: CrewStep) -> Iterator[tuple[str, str]]:
-    """Yield each template of a step, with the name of the input that it is for."""
+    """Yield each template of a step, with the name of its input."""
     for key, value in (step.inputs or {}).items():
         yield from ((key, leaf) for leaf in leaves_in(value) if isinstance(leaf, str))
 

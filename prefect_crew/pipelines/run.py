@@ -1,7 +1,7 @@
-"""Pipelines of crews: steps that feed each other; independent steps run at the same time.
+"""Pipelines of crews: a step can use the results of earlier steps; independent steps run at the same time.
 
 Each step is a run of its own. Its idempotency key is the pipeline's key and the step's name: a second call with the
-key, or a retry of the flow run, reattaches to the runs that were started, and starts those that failed.
+key, or a retry of the flow run, reattaches to the runs that were started, and starts failed ones again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from prefect_crew.runs.run import LiveRun
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What a pipeline gave: `results["research"]` is that step's CrewResult. `seconds` is the wall time."""
+    """The results of a pipeline: `results["research"]` is the CrewResult of that step. `seconds` is the wall time."""
 
     results: Mapping[str, CrewResult[Any]]
     idempotency_key: str
@@ -53,7 +53,7 @@ class PipelineResult:
 
 @naming_prefect_away("Nothing was started.")
 async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | None = None) -> PipelinePlan:
-    """Return what a pipeline would do, with all that is wrong with it. Nothing is started."""
+    """Return the plan of a pipeline, with all its problems. Nothing is started."""
     taken_inputs, inputs = Inputs.of(inputs), None
     pipeline = Pipeline(steps, taken_inputs.values)
     await pipeline.check()
@@ -74,26 +74,27 @@ async def arun_pipeline(
     review: ReviewChoice | None = None,
     budgets: Sequence[Budget] = (),
 ) -> PipelineResult:
-    """Run crews that feed each other and return all their results.
+    """Run a pipeline of crews and return all their results. A step can use the results of earlier steps.
 
-    Independent steps run at the same time. The graph and the inputs of every crew are checked before the
-    first kickoff. Inside a flow (or a task) it runs tasks of that flow; outside of one it runs a flow of its own.
+    Independent steps run at the same time. The graph and the inputs of every crew are checked before the first
+    kickoff. Inside a flow (or a task) it runs tasks of that flow; outside of a flow it runs a flow of its own.
 
     Args:
         steps: The steps, in any order.
         inputs: The pipeline's inputs, for the templates.
-        name: The pipeline's name: on its artifact, and part of an idempotency key that is left out.
-        idempotency_key: The identity of the whole pipeline; each step's key is this one, a slash and its name. May be a
-            template over the scheduled time. Left out, the retries of this flow run reattach to its runs.
-        wait: How to wait, in place of the blocks' policies, for steps without one of their own.
-        review: What answers when a crew waits for a person, as for `run_crew`, for steps without one of their own.
-        budgets: What all steps together may use, in addition to the blocks' budgets. One without a name is the
-            pipeline's; "batch" is one run of it, with its retries.
+        name: The pipeline's name: on its artifact, and part of a derived idempotency key.
+        idempotency_key: The identity of the whole pipeline; each step's key is this key, a slash and the step's name.
+            It may be a template over the scheduled time. Default: inside a flow, a key is derived, so that retries of
+            this flow run reattach to its runs.
+        wait: How to wait, in place of the blocks' policies, for steps without a policy of their own.
+        review: The source of answers when a crew waits for a person, as for `run_crew`, for steps without their own.
+        budgets: Limits for the total use of all steps, in addition to the blocks' budgets. A budget without a name gets
+            the pipeline's; "batch" is one run of the pipeline, with its retries.
 
     Raises:
-        ConfigurationError: The pipeline cannot run; the message has all that is wrong. Nothing was started.
-        PipelineFailedError: A step failed. The independent ones were finished; a second call with the key, or a retry
-            of the flow run, starts only what failed.
+        ConfigurationError: The pipeline cannot run; the message lists all problems. Nothing was started.
+        PipelineFailedError: A step failed. Independent steps were finished; a second call with the key, or a retry of
+            the flow run, starts only the failed steps again, and the steps after them.
     """
     taken_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
     options = RunOptions.of(idempotency_key=idempotency_key, name=name, wait=wait, review=review, budgets=budgets)
@@ -104,7 +105,7 @@ async def arun_pipeline(
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await _run(pipeline, name, idempotency_key, options.budgets)
 
-    # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
+    # This closure passes the steps to the flow: Prefect must not or cannot store them as parameters.
     @wraps(run_steps.fn)
     async def run_in_flow(*_: Any, **__: Any) -> PipelineResult:
         await _name_flow_run(pipeline, name, idempotency_key, taken_inputs.values)
@@ -127,7 +128,7 @@ run_pipeline = sync_version(arun_pipeline)
 async def run_steps(
     pipeline: str, steps: list[str], inputs: dict[str, Any] | None = None, idempotency_key: str | None = None
 ) -> PipelineResult:
-    """Run a pipeline that `run_pipeline` was called with outside of a flow."""
+    """Run the pipeline of a `run_pipeline` call outside of a flow."""
     raise ConfigurationError(
         "This run's steps were defined in Python and cannot be retried from its parameters. Call run_pipeline again "
         "with the same steps and idempotency key, which reattaches to the runs that were started, or write a flow "
@@ -147,10 +148,11 @@ async def run_deployed_pipeline(
         Field(description="The identity of the whole pipeline, such as report-{scheduled_start:%Y-%m-%d}."),
     ] = None,
 ) -> PipelineResult:
-    """Run a pipeline that is given as plain values: a flow to deploy as it is, for pipelines without Python code.
+    """Run a pipeline whose definition is a parameter. You can deploy this flow as it is; a pipeline needs no Python
+    code.
 
     Raises:
-        ConfigurationError: The pipeline cannot run; the message has all that is wrong. Nothing was started.
+        ConfigurationError: The pipeline cannot run; the message lists all problems. Nothing was started.
         PipelineFailedError: A step failed, as for `run_pipeline`.
     """
     values = pipeline.values(inputs or {})
@@ -161,7 +163,7 @@ async def run_deployed_pipeline(
         raise ConfigurationError(f"The pipeline cannot run, nothing was started: {'; '.join(stored)}.")
     secret = bare.secret_inputs | {name for name, item in pipeline.inputs.items() if item.secret}
     hidden = await values_of_blocks({name: values[name] for name in values if name in secret}, secret)
-    # Those that were loaded, so that each is loaded once; one that is not stored is refused with all other problems.
+    # With the loaded crews, so that each is loaded once. A missing block is reported later, with all other problems.
     steps = [replace(step, crew=bare.crews.get(step.name, step.crew)) for step in bare.steps]
     await _name_flow_run(bare, pipeline.name, idempotency_key, inputs or {}, secret)
     return await arun_pipeline(
@@ -177,7 +179,7 @@ async def run_deployed_pipeline(
 async def _name_flow_run(
     pipeline: Pipeline, name: str, idempotency_key: str | None, values: Mapping[str, Any], secret: Collection[str] = ()
 ) -> None:
-    """Name the flow run around it by its key, else by the first input that may be shown, of the `given` ones first."""
+    """Name the flow run around this call by its key, else by the first input that may be shown; `values` come first."""
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
     may_show = all(crew.show == "full" for crew in pipeline.crews.values())
     stored = pipeline.stored_inputs() if may_show else {}
@@ -190,7 +192,7 @@ async def _name_flow_run(
 
 
 def _digest_of(pipeline: Pipeline) -> str:
-    """Return the digest of the inputs that are not secret: a secret tells no two runs apart. The crews are loaded."""
+    """Return the digest of the inputs that are not secret. The crews must be loaded."""
     secret = pipeline.secret_inputs
     return inputs_digest(encode_inputs({name: pipeline.inputs[name] for name in pipeline.inputs if name not in secret}))
 
@@ -218,7 +220,7 @@ async def _run(pipeline: Pipeline, name: str, idempotency_key: str | None, budge
 
 @dataclass(repr=False)  # results may repeat secrets
 class _Run:
-    """One run of a pipeline: each step waits for those that it needs, then runs its crew."""
+    """One run of a pipeline: each step waits for the steps that it needs, then runs its crew."""
 
     pipeline: Pipeline
     idempotency_key: str
@@ -228,7 +230,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._ended = {step.name: asyncio.Event() for step in self.pipeline.steps}
-        # Secret values that steps got so far: a crew may repeat them to a later step.
+        # The secret values of all steps so far: a crew may repeat them in its output, for a later step.
         self._secrets = [self.pipeline.inputs[name] for name in self.pipeline.secret_inputs]
 
     async def run(self) -> None:
@@ -249,17 +251,17 @@ class _Run:
             try:
                 self.results[step.name] = await self._crew(step)
                 self.artifact.ended(step.name, "completed")
-            except Exception as error:  # noqa: BLE001  whatever it is, it is this step's: the independent ones are finished
+            except Exception as error:  # noqa: BLE001  any error fails only this step: independent steps go on
                 run_logger().error("Step %s failed: %s", step.name, error)
                 self.errors[step.name] = error
                 self.artifact.ended(step.name, "failed", str(error))
-            except BaseException:  # cancelled, or suspended by Prefect; the steps after it are for when it goes on
+            except BaseException:  # cancelled, or suspended by Prefect: later steps wait for the next attempt
                 self.artifact.ended(step.name, "interrupted")
                 raise
         self._ended[step.name].set()
 
     def _on_run(self, step: str, run: LiveRun, status: CrewStatus | None) -> None:
-        if status is None:  # it is known which run the step's is
+        if status is None:  # the run of the step is known now
             self.artifact.opened(step, run)
 
     async def _crew(self, step: CrewStep) -> CrewResult[Any]:
@@ -270,10 +272,10 @@ class _Run:
             masked = Redactor(self._secrets)(str(error))
             if masked == str(error):
                 raise
-            raise ConfigurationError(masked) from None  # its cause says it too
+            raise ConfigurationError(masked) from None  # the cause would contain the secret
         secret = [name for name, value in inputs.items() if name in crew.secret_inputs or holds_secret(value)]
         self._secrets += [inputs[name] for name in secret]
-        # The crew knows its own secrets. Those of the pipeline may come to it in a template, or from a step before it.
+        # The crew has its own secret inputs. Secrets of the pipeline may come in by a template or an earlier result.
         derived = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
         options = RunOptions.of(
             name=step.name,
@@ -286,6 +288,6 @@ class _Run:
         step_inputs = Inputs.of(inputs).keep_secret(derived, map(SecretStr, Redactor(self._secrets).texts))
         return await run_tasks(
             RunRequest.of(replace(crew, on_status=partial(self._on_run, step.name)), step_inputs, options),
-            # Prefect draws an arrow from each of them; it sees by itself only a result that is passed on unchanged.
+            # So Prefect draws an arrow from each earlier step; by itself it notices only results that are unchanged.
             wait_for=[self.results[name] for name in sorted(self.pipeline.needs[step.name])],
         )

@@ -1,1 +1,1 @@
-"""Run records: what is stored on the Prefect server about each run."""
+"""Run records: the facts about each run that are stored on the Prefect server."""

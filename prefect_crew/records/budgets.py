@@ -54,7 +54,7 @@ _warned = deque[tuple[str | None, str]](maxlen=100)
 def _periods(crew: Crew, batch: str, at: datetime) -> list[BudgetPeriod]:
     """Return the counters for a run that is claimed at a moment, each with its limit and the run's estimate."""
     refusing, warning = dict[str, BudgetPeriod](), dict[str, BudgetPeriod]()
-    price = cost_of(crew.price, None)  # None where it depends on the tokens
+    price = cost_of(crew.price, None)  # None if it depends on the tokens
     for budget in crew.budgets:
         for period in budget.periods(name=crew.label, batch=batch, at=at):
             if period.measure == "cost" and price is not None:

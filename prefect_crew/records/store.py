@@ -320,7 +320,7 @@ class PrefectRecords:
             TooManyAttemptsError: The key has as many attempts on record as it may have.
         """
         if record.attempt > MOST_ATTEMPTS // 2 and await self._make_room(record.idempotency_key):
-            return False  # the caller reads the attempts anew, and takes a lower number
+            return False  # the caller reads the attempts again, and takes a lower number
         if record.attempt > MOST_ATTEMPTS:
             raise TooManyAttemptsError(idempotency_key=record.idempotency_key, attempts=MOST_ATTEMPTS)
         name = record_name(record.idempotency_key, record.attempt)

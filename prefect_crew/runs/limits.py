@@ -215,7 +215,7 @@ async def take_slots(crew: Crew) -> Slots | None:
         run_logger().info("Waiting for a slot of the concurrency limit %s.", crew.concurrency_limit)
         # Each look makes the server write, even if no slot is free: of hundreds of waiting runs, one at a time looks.
         async with lock_here(f"limit {crew.concurrency_limit}"):
-            while (lease := await _taken(crew)) is None:  # noqa: ASYNC110  the server tells nobody
+            while (lease := await _taken(crew)) is None:  # noqa: ASYNC110  the server reports no free slot
                 await asyncio.sleep(random.uniform(*LOOK_AGAIN))  # noqa: S311  no secret
     return Slots(crew, lease)
 
