@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from json import dumps
@@ -46,6 +46,7 @@ class Invocation:
         tokens: What must not be written.
         seen: The run that was kicked off or found last: what any error after that is about.
         line: The last line of the screen, while one is redrawn.
+        stop: What Ctrl-C on a terminal offers: a question, and the call that a yes makes, which returns a sentence.
         at_end: What is closed when the command ends.
     """
 
@@ -53,6 +54,7 @@ class Invocation:
     tokens: set[str] = field(default_factory=set[str], repr=False)
     seen: SeenRun | None = None
     line: LiveLine | None = None
+    stop: tuple[str, Callable[[], Coroutine[Any, Any, str]]] | None = None
     at_end: ExitStack = field(default_factory=ExitStack)
 
     def hide(self, token: str) -> str:
@@ -120,13 +122,17 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise ConfigurationError(f"{question} Without a terminal this needs --yes. Nothing was changed.")
+    if not says_yes(question):
+        raise CrewError("Nothing was changed.")
+
+
+def says_yes(question: str) -> bool:
+    """Ask on the terminal, and return whether the answer is yes."""
     try:
         with asking():
-            is_sure = Confirm.ask(redact(plain(question)), console=console(stderr=True), default=False)
+            return Confirm.ask(redact(plain(question)), console=console(stderr=True), default=False)
     except EOFError:  # the end of the input, as Ctrl-D gives it, is no yes
-        is_sure = False
-    if not is_sure:
-        raise CrewError("Nothing was changed.")
+        return False
 
 
 def put(text: str = "", style: str | None = None, *, json: Any = None) -> None:

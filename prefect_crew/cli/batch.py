@@ -164,7 +164,8 @@ def run(
         }
         return await arun_batch(cast("Any", loaded_crew), dataset, on_progress=progress.watch_batch, **arguments)
 
-    return _run(name, call, output, by_name=not is_url(crew))
+    crew_of_runs = CrewOfRun(access.token, access.token_file, access.allow_http, crew) if is_url(crew) else CrewOfRun()
+    return _run(name, call, output, crew_of_runs, by_name=not is_url(crew), ledger=choices.ledger)
 
 
 def _confirm_retry(name: str, yes: bool) -> None:
@@ -178,7 +179,13 @@ def _look_here() -> None:
 
 
 async def _run(
-    name: str, call: Callable[[Progress], Awaitable[BatchReport]], output: str | None, *, by_name: bool = True
+    name: str,
+    call: Callable[[Progress], Awaitable[BatchReport]],
+    output: str | None,
+    crew: CrewOfRun = CrewOfRun(),
+    *,
+    by_name: bool = True,
+    ledger: str | None = None,
 ) -> int:
     """Run a batch, write what it came to, and say how to go on with it; return the exit code.
 
@@ -186,6 +193,10 @@ async def _run(
     """
     _look_here()
     shell_name = shlex.quote(name)
+
+    async def stop_runs() -> str:
+        return (await _cancel(name, ledger, crew))[0]
+
     try:
         with Progress() as progress:
             report = await call(progress)
@@ -193,6 +204,7 @@ async def _run(
         again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call again"
         stop = f"prefect-crew batch cancel {shell_name}"
         _output.note(f"To go on where it stopped: {again}. To stop the runs in flight: {stop}")
+        _output.current.stop = ("Stop its runs in flight as well?", stop_runs)
         raise
     page = page_url(progress.flow_run_id)
     as_json = output and {**report.as_dict(), "flow_run_id": progress.flow_run_id, "flow_run_url": page}
@@ -414,12 +426,19 @@ async def _go_on(
             )
         return report
 
-    return await _run(name, call, output)
+    return await _run(name, call, output, ledger=ledger)
 
 
 @app.command
 async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = CrewOfRun()) -> int:
     """Cancel a batch: the flow run that runs it, else stop its runs that are still in flight."""
+    sentence, code = await _cancel(name, ledger, crew)
+    _output.put(sentence)
+    return code
+
+
+async def _cancel(name: str, ledger: str | None, crew: CrewOfRun) -> tuple[str, int]:
+    """Cancel a batch; return what became of it, and the exit code."""
     async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
         code = 0
         if await lock.take():
@@ -431,8 +450,7 @@ async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = Crew
             done, code = (done, 0 if stopped else OTHER) if records else ("no run is in flight.", 0)
         else:
             done = await _cancel_flow_run(batch.flow_run_id)
-        _output.put(f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip())
-    return code
+        return f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip(), code
 
 
 async def _cancel_flow_run(run_id: str | None) -> str:

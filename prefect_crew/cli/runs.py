@@ -17,7 +17,7 @@ from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.cli import _output
 from prefect_crew.cli._options import CrewOfRun, Ledger, Output, Yes
 from prefect_crew.cli._prefect import page_url
-from prefect_crew.client.models import StopOutcome
+from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.costs import grouped, read_costs
 from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError
 from prefect_crew.prices import Spending, money
@@ -281,7 +281,16 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
     record = record_of_id or latest_start(attempts) or attempts[-1]
     if record.kickoff_id is None:
         raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
-    answer = await stop_run(LiveRun(await crew.need(record), record.kickoff_id))
+    sentence, answer = await ask_to_stop(LiveRun(await crew.need(record), record.kickoff_id), run)
+    _output.put(sentence, json=output and answer.model_dump(mode="json", exclude={"raw"}))
+
+
+async def ask_to_stop(live_run: LiveRun, run: str) -> tuple[str, StopAnswer]:
+    """Ask the crew's server to stop a run; return what became of it, as a sentence and as the answer.
+
+    Raises CrewError: it was not stopped.
+    """
+    answer = await stop_run(live_run)
     has_ended = answer.state is not None and answer.state.ended
     if not answer.accepted and not has_ended:
         why = answer.message or {
@@ -292,7 +301,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
     sentence = f"Run {run} had already ended: {answer.state}."
     if answer.accepted:
         sentence = f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}."
-    _output.put(sentence, json=output and answer.model_dump(mode="json", exclude={"raw"}))
+    return sentence, answer
 
 
 @app.command

@@ -34,6 +34,7 @@ from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.records import new_record, put
 from support.scripts import script
+from support.terminals import Terminal
 
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
 
@@ -223,6 +224,25 @@ def test_ctrl_c_leaves_the_runs_in_flight_and_says_how_to_go_on(running: tuple[C
     assert f"To go on where it stopped: prefect-crew batch resume '{name}'" in said
     assert f"To stop the runs in flight: prefect-crew batch cancel '{name}'" in said
     assert "Traceback" not in process.output
+
+
+@pytest.mark.programs
+@pytest.mark.skipif(sys.platform == "win32", reason="it needs a terminal of Unix")
+def test_ctrl_c_on_a_terminal_asks_whether_to_stop_the_runs_in_flight(
+    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str
+):
+    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
+    (tmp_path / "rows.csv").write_text("topic\ntea\ncocoa\n")
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url, "CREW_TOKEN": TOKEN})
+    line = ["batch", "run", server.url, str(tmp_path / "rows.csv"), "--name", name, "--export", output]
+    with Terminal([program("prefect-crew"), *line], env=env) as terminal:
+        wait_until(lambda: server.kickoffs == 2, seconds=60, what="its rows in flight")
+        terminal.press("\x03")
+        terminal.wait_for("Stop its runs in flight as well?")
+        terminal.press("y\r")
+        assert terminal.wait(30) == 130
+    assert "2 of 2 runs in flight were asked to stop." in terminal.output.replace("\r\n", " ")
+    assert server.requests["stop"] == 2
 
 
 @pytest.mark.programs
