@@ -106,8 +106,7 @@ def slots_of(measure: str, amount: float) -> int:
 
 
 def _plain(name: str) -> str:
-    """Return a name in a form that Prefect accepts in the name of a limit and in a path. Different names stay
-    different."""
+    """Return a name in a form that Prefect accepts for a limit and in a path. Different names stay different."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:80]
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return plain if plain == name else f"{plain}-{digest}"

@@ -173,8 +173,7 @@ def _stored(inputs: Inputs) -> dict[str, Any]:
 
 
 async def run_tasks(request: RunRequest, *, wait_for: Sequence[Any] = ()) -> CrewResult[Any]:
-    """Kick a crew off and wait for it, by tasks of the flow around this call. The tasks take the live run as their
-    crew.
+    """Kick a crew off and wait for it, by tasks of the flow around this call. They take the live run as their crew.
 
     The crew of the request already has the budgets of the options. Prefect draws an arrow to the first task from each
     task in `wait_for`, and from each task whose result is an input.

@@ -82,8 +82,7 @@ UNOWNED_FOR = 60.0
 """Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
 takes it writes its name right after, and until then the flow run may have the name of an earlier owner."""
 CANCELLED_UNOWNED_FOR = 10.0
-"""The same for a flow run that is Cancelling, also if its worker is gone: a living worker cancels it within this
-time."""
+"""The same for a flow run that is Cancelling, also if its worker is gone: a living worker cancels it earlier."""
 HAND_OVER_WITHIN = 25.0
 """Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30 s. The worker waits for kickoffs in
 flight. Then the process ends, and another worker takes over the flow runs that were not given back."""
@@ -406,8 +405,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         return [] if self._leave_until is not None else await super()._get_scheduled_flow_runs()
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
-        """Begin a flow run. If the Prefect server is away, try later. Prefect's own method would end the worker
-        then."""
+        """Begin a flow run. If the Prefect server is away, try later: Prefect's method would then end the worker."""
         try:
             await super()._submit_run(flow_run)
         except HTTP_ERRORS as error:

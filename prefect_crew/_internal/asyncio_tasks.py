@@ -88,8 +88,8 @@ class OwnTask:
         self._is_uncut = False
 
     async def run(self, coroutine: Coroutine[Any, Any, T], *, within: float | None = None) -> T:
-        """Return the coroutine's result. If the caller is cancelled, wait for the coroutine's end, `within` seconds at
-        most.
+        """Return the coroutine's result. After a cancellation of the caller, wait for its end, at most `within`
+        seconds.
 
         After that the coroutine goes on by itself. Without `within` it has its own time limits, and a block in `uncut`
         is cancelled after five seconds.
@@ -146,8 +146,7 @@ def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
 
 
 def in_async_context() -> bool:
-    """Return whether the caller can await: an event loop runs here, and the task or flow around the call, if any, is
-    async.
+    """Return whether the caller can await: an event loop runs here, and no sync task or flow is around the call.
 
     A sync flow that an async flow has called runs on the thread of that event loop, and cannot await.
     """

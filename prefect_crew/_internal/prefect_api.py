@@ -135,8 +135,7 @@ AT_ONCE = 8
 CROWDED = 3
 """The most requests in flight after the server refused a change: a change that is sent alone waits for all of them."""
 PATIENCE = 30.0
-"""Seconds after which newer, more urgent requests no longer overtake a request: claims must not delay an end for
-ever."""
+"""Seconds after which newer, more urgent requests no longer overtake a request: an end must not wait for ever."""
 NAMES_AT_ONCE = 1000
 """The number of names in one request from which on no further caller shares it."""
 CLOSING = 0.003

@@ -53,8 +53,7 @@ LINE = 60
 
 
 def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
-    """Return text as a block of code, cut to `cap`, also text with backticks. It breaks long lines: the page does
-    not."""
+    """Return text as a block of code, cut to `cap`, also text with backticks. The page does not break long lines."""
     content = text if len(text) <= cap else f"{text[:cap]}…"
     whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
     lines = (textwrap.wrap(line, LINE, **whole) for line in content.split("\n"))
@@ -83,8 +82,7 @@ def flow_run_link(flow_run_id: str) -> str:
 
 _MAY_OPEN = re.compile(r"[ \t>*+\-0-9.)]*(`{3,}|~{3,})")
 _FENCE = re.compile(r"(`{3,}+)[^`|]*|(~{3,}+)[^|]*")
-"""The opening of a fenced block of code at the margin. If the line has a bar, some renderers see the head of a
-table."""
+"""The opening of a fenced block of code at the margin. Some renderers take a line with a bar for a table's head."""
 # Every pattern here is linear or bounded: a crew's text may repeat any character many times.
 _TAG_OR_IMAGE = re.compile(r"<(?=[A-Za-z/!?])|!(?=\[)")
 _LOOK = 300

@@ -261,8 +261,7 @@ class _State(NamedTuple):
 
 
 def state_of(body: Mapping[str, Any]) -> _State | None:
-    """Return the state from `state`, else from `status`; None if neither is a word. An unknown word counts as
-    running."""
+    """Return the state from `state`, else `status`; None if neither is a word. An unknown word counts as running."""
     word = pick(as_text, body, "state", "status")
     state = known_state(word or "")
     return _State(state or CrewState.RUNNING, word, state is not None) if word else None

@@ -173,8 +173,7 @@ class Answer:
 
 _USER_AGENT = f"prefect-crew/{version('prefect-crew')}"
 _CONNECT = 10.0
-"""The most seconds to get a free connection, and to connect: for a host that is down, this is faster than a request's
-timeout."""
+"""The most seconds to get a free connection, and to connect: less than a request's timeout, for a host that is down."""
 POLL_KEEPALIVE = 60.0
 """Seconds for which an idle connection is kept for the next poll: longer than the longest usual interval."""
 POST_KEEPALIVE = 1.0

@@ -20,8 +20,7 @@ STATE_ID = "id"
 """The name of the input that a Flow uses as the id of its state. It must be a UUID. A UUID that was used before leads
 to the existing execution, so two runs must not share it by accident."""
 NEVER_UNKNOWN = frozenset({STATE_ID, "crewai_trigger_payload"})
-"""Inputs that a crew takes but `GET /inputs` does not list. The platform gives the second one to a run that a trigger
-starts."""
+"""Inputs that a crew takes but `GET /inputs` does not list. The platform gives the second one to a triggered run."""
 
 
 class Unshown(dict[Any, Any]):

@@ -87,8 +87,7 @@ class Webhooks(_Model):
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Webhooks:
-        """Return the targets in the body of a kickoff or a resume. Raises pydantic's ValidationError for invalid
-        ones."""
+        """Return the targets in the body of a kickoff or a resume. Raises a ValidationError for an invalid target."""
         keys = {name: str(info.serialization_alias) for name, info in cls.model_fields.items()}
         return cls.model_validate({name: body[key] for name, key in keys.items() if key in body})
 

@@ -148,8 +148,7 @@ async def run_deployed_pipeline(
         Field(description="The identity of the whole pipeline, such as report-{scheduled_start:%Y-%m-%d}."),
     ] = None,
 ) -> PipelineResult:
-    """Run a pipeline whose definition is a parameter. You can deploy this flow as it is; a pipeline needs no Python
-    code.
+    """Run a pipeline whose definition is a parameter, without Python code. You can deploy this flow as it is.
 
     Raises:
         ConfigurationError: The pipeline cannot run; the message lists all problems. Nothing was started.

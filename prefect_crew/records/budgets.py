@@ -197,8 +197,7 @@ async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> dict[st
 
 
 async def _take(record: RunRecord, period: BudgetPeriod, slots: int) -> int | None:
-    """Take slots of a counter and set them in the record. Return None, or the number of taken slots if there is no
-    room.
+    """Take slots of a counter and set them in the record. Return None; without room, the number of taken slots.
 
     If needed, this creates the counter, or sets its limit to the limit of the budget.
     """

@@ -15,8 +15,7 @@ from prefect_crew.states import CrewState
 
 
 class Caller(BaseModel):
-    """The caller: the nonce of its call (`owner`), and its flow run, the number of the attempt and the process, if
-    any."""
+    """The caller: the nonce of its call (`owner`) and, if any, its flow run, the attempt's number and the process."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 

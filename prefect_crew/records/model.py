@@ -185,8 +185,7 @@ class RunRecord(Outcome):
     """The lease of the run's slot in the crew's concurrency limit, for each caller that waits for the run."""
     step: str | None = None
     secret_inputs: list[str] = Field(default_factory=list[str])
-    """Names of the secret inputs. A process that does not know their values cannot mask them, and shows no text of the
-    crew."""
+    """Names of the secret inputs. A process without their values cannot mask them, and shows no text of the crew."""
     secret_mark: str | None = None
     """The fingerprint of the secret inputs: a later call with the same values can mask them."""
     has_webhooks: bool = False
@@ -247,8 +246,7 @@ _RANK = {
     RecordPhase.STARTED: 3,
     RecordPhase.ENDED: 4,
 }
-"""The rank of a phase where two entries of one claim disagree: a kickoff id is stronger than the statement that no run
-started."""
+"""The rank of a phase if two entries of one claim disagree: a kickoff id is stronger than "no run started"."""
 
 
 def _rank(outcome: Outcome) -> tuple[int, bool]:
@@ -344,8 +342,7 @@ class RecordStore(Protocol):
     async def permit(
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
-        """Take the right to send the kickoff of a claim that this caller owns. Return False if somebody has resolved
-        it.
+        """Take the right to send the kickoff of this caller's claim. Return False if somebody has resolved the claim.
 
         Atomic among all callers. `before` is the lease of the claim, or of its last permit. If it is over when this
         permit exists, somebody may have resolved and deleted the record in between. `lease` begins when the store sends

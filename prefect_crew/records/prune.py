@@ -38,8 +38,7 @@ from prefect_crew.records.variables import (
 from prefect_crew.settings import CrewSettings
 
 YOUNGEST = timedelta(hours=1)
-"""A Variable that was changed within this time stays, whatever age the caller gives: clocks differ by less than
-this."""
+"""A Variable that was changed within this time stays, whatever age the caller gives: clocks differ by less."""
 PAGE = 50
 """Flow runs in one answer: each brings its parameters, of up to 512 KiB."""
 EVERY = 6 * 3600.0
@@ -70,8 +69,7 @@ GONE = inf
 
 
 def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mapping[str, float]) -> list[RunRecord]:
-    """Return the records to delete: of keys whose attempts, and the flow runs of these, all ended long enough ago.
-    Pure.
+    """Return the records to delete: of keys whose attempts, and their flow runs, all ended long enough ago. Pure.
 
     The first attempt at a key comes last: as long as it exists, no caller claims it anew below later attempts.
 

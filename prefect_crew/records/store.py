@@ -555,8 +555,7 @@ class PrefectRecords:
         return records_in([*claims, *entries]) if entries else records
 
     async def unresolved_among(self, runs: Iterable[tuple[str, int | None]]) -> set[tuple[str, int | None]]:
-        """Return the unresolved attempts among these keys and numbers: nobody knows whether their kickoff started a
-        run."""
+        """Return the attempts of these keys and numbers of which nobody knows whether their kickoff started a run."""
         names = [record_name(key, attempt) for key, attempt in runs if attempt is not None]
         pages = read_pages({"name": {"any_": names}})
         claims = [variable async for page in pages for variable in page if later_version(variable.value) is None]
@@ -606,8 +605,7 @@ class PrefectRecords:
         _warn_of(problem)
 
     async def readable(self, variables: Sequence[Variable]) -> tuple[list[RunRecord], CrewError | None]:
-        """Return the records whose claims are among Variables, and the error about records that this version cannot
-        read."""
+        """Return the records whose claims are among Variables, and the error about an unreadable record, if any."""
         claims = [
             variable
             for variable in variables

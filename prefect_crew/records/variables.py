@@ -126,7 +126,7 @@ async def read_pages(
     """Yield the Variables that match a filter, page by page.
 
     If few Variables match and no index finds them, sort by creation: to sort by name, a server follows the index of
-    names and looks each Variable up by itself. If many match, sort by name: each page by creation is one scan more.
+    names and looks each Variable up by itself. If many match, sort by name: sorted by creation, each page is a scan.
     """
     offset = 0
     while True:

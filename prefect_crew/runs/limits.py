@@ -96,8 +96,7 @@ class Slots:
 
 
 class SlotPool:
-    """Slots of a crew's limit for the rows of one batch, as an async context manager. Each row has one slot, by its
-    key.
+    """Slots of a crew's limit for the rows of one batch, an async context manager. Each row has one, by its key.
 
     A row takes a slot before its run is started, and gives it back at the run's end. The next row gets a slot that is
     at most `PASSED_ON` old, so that short runs need few requests; an older slot goes back to the Prefect server, since

@@ -311,8 +311,7 @@ async def close_run(
     report: Mapping[str, Any] | None = None,
     settings: CrewSettings | None = None,
 ) -> bool:
-    """Store a run's end. The call that creates the end closes the run: the counters of its budgets, its span, its
-    event.
+    """Store a run's end. The call that creates it also changes the counters of budgets, and writes span and event.
 
     If a run used more than its estimate, the difference is added first, and taken off again if somebody else has closed
     the run. If it used less, the difference is taken off last. A process that dies in between leaves counters too high.

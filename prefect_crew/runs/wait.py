@@ -247,8 +247,7 @@ class _Waiter(Watcher):
             self.log.warning("Whether run %s waits for a person could not be recorded: %s", self.run.kickoff_id, error)
 
     async def _end_noting(self, within: float) -> None:
-        """Give the note about people's time `within` seconds to be saved, then cancel it: the caller writes the record
-        next."""
+        """Let the note about people's time be saved for `within` seconds, then cancel it: the record changes next."""
         noting, self._noting = self._noting, None
         if noting is not None:
             await asyncio.wait({noting}, timeout=within)
@@ -309,8 +308,7 @@ class _Waiter(Watcher):
             return False
 
     async def _stop_if_asked(self) -> bool:
-        """Stop the crew if a person has cancelled the flow run, and show that. Return True if its server accepted
-        it."""
+        """Stop the crew if a person cancelled the flow run, and show that. Return True if its server accepted it."""
         if self.run.is_unread:
             await read_record(self.run)
         record = self.run.record
@@ -378,8 +376,7 @@ class _Waiter(Watcher):
             await self._show(note=note)
 
     def _show_beside(self) -> None:
-        """Update the artifact concurrently with the wait: the polls go on while the request waits in Prefect's
-        queue."""
+        """Update the artifact concurrently with the wait: the polls go on while the request waits for its turn."""
         if self._showing is None or self._showing.done():
             self._showing = asyncio.create_task(self._show())
 

@@ -1,1 +1,1 @@
-"""People in one wait: what they are asked, who or what answers, and the form on the flow run's page."""
+"""The questions of one run during a wait: the source of answers, and the form on the flow run's page."""

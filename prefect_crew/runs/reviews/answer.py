@@ -96,9 +96,8 @@ async def answer_question(
         round: The round that the giver has seen. A question of another round is not answered.
         webhooks: The kickoff's webhooks, if they are not this package's own; default: the webhooks of the run's request
             in this process.
-        call: The name of the call, the same on every retry of it. A call that has answered before sends no other
-        answer. nonce: The name of this attempt to answer. Pass it again after a PrefectAwayError: the answer may be on
-        record.
+        call: The name of the call, the same on every retry of it. A call that has answered sends no other answer.
+        nonce: The name of this attempt to answer. Pass it again after a PrefectAwayError: the answer may be on record.
 
     Returns:
         The server's answer, and the stored answer.

@@ -163,8 +163,7 @@ def describe_answer(answer: Review) -> str:
 def describe_question(
     run: LiveRun, question: ReviewRequest, page: str | None = None, *, with_commands: bool = True
 ) -> str:
-    """Return the message to people about a question. It goes on after the run's name. `page` is the page with the
-    form."""
+    """Return the message to people about a question. It follows the run's name. `page` is the page with the form."""
     where = f"task {run.redact_name(question.task_id)}, round {question.round}."
     if question.state == "uncertain":
         return (

@@ -1,5 +1,4 @@
-"""The questions of one run during one wait: find the open question, inform people, get an answer from a function or the
-form."""
+"""The questions of one run in one wait: find the open question, inform people, get an answer (function or form)."""
 
 from __future__ import annotations
 
@@ -232,8 +231,7 @@ class People:
         return await self._read("The output to judge of run %s", with_kept_output(self.run, question)) or question
 
     async def _read_answers(self, *, is_needed: bool = False) -> bool:
-        """Read the answers on record. Return False if that fails now. `is_needed`: an answer has to be sent after
-        it."""
+        """Read the answers on record. Return False if that fails. `is_needed`: no answer can be sent without them."""
         reading = self.run.records.reviews(answers_record(self.run))
         is_needed = is_needed and (self._function is not None or self._form is not None)
         answers = await self._read("The answers to run %s", reading, is_needed=is_needed)
@@ -450,8 +448,7 @@ class People:
     # Pauses, and the end
 
     async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
-        """Pause. End the pause and return True if there is news, a person has submitted the form, or the function has
-        decided."""
+        """Pause. Return True at once if there is news, a person submits the form, or the function has decided."""
         if self._form is not None:
             return await self._form.pause(pause, seconds)
         if self._thinking is None or self._has_ended_pause:
