@@ -55,7 +55,7 @@ LAZY = {
     "costs": ("runs:costs", "Show what runs have used and cost, by crew, day, flow, batch or tag."),
     "batch": ("batch:app", "Run a crew for every row of a data set, and follow such batches."),
     "crews": ("crews:app", "Store crews as Prefect blocks, and list them."),
-    "deploy": ("deploy:deploy", "Deploy a crew or a pipeline, with a form that asks for its inputs; or a flow."),
+    "deploy": ("deploy:deploy", "Deploy a crew or a pipeline, with a form that asks for its inputs."),
     "backfill": ("deploy:backfill", "Create the flow runs that a schedule lacks in a range of past dates."),
     "automations": ("deploy:automations", "Automations that begin crashed flow runs again, and alert people."),
     "receiver": ("serve:receiver", "The webhook receiver, which turns webhooks of crews into Prefect events."),
