@@ -495,7 +495,10 @@ class GroupWriter:
                     logged = True
                     run_logger().warning(
                         "The ledger %s cannot be %s (%s). The batch pauses; it is tried again for %.0f s.",
-                        *(self._database.address, deed, short(error), self.retry_for),
+                        self._database.address,
+                        deed,
+                        short(error),
+                        self.retry_for,
                     )
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)

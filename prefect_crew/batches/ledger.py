@@ -42,7 +42,7 @@ class BatchEntry:
         call: How it was called, as plain values, and by which flow run.
         line_options: What its lines depend on, other than the rows.
         set_aside: The rows that cannot be run, as its last call found them.
-        exported: What the output was last written with, and of which check of the rows.
+        exported: What the export was last written with, and of which check of the rows.
         generation: How many calls had rows to start, here and on the Prefect server.
     """
 
@@ -445,8 +445,12 @@ class Ledger:
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
             run_logger().error(
                 "Row %r of batch %s is run %s, and %sprefect-crew runs resolve %s --kickoff-id %s",
-                *(self.row_key(record.idempotency_key), self.batch, record.kickoff_id, why),
-                *map(shlex.quote, (record.idempotency_key, record.kickoff_id)),
+                self.row_key(record.idempotency_key),
+                self.batch,
+                record.kickoff_id,
+                why,
+                shlex.quote(record.idempotency_key),
+                shlex.quote(record.kickoff_id),
             )
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:

@@ -490,7 +490,9 @@ class _Batch:
         except (CrewError, TimeoutError) as error:
             run_logger().warning(
                 "The export of batch %s was not written (%s). To write it: prefect-crew batch export %s",
-                *(self.job.name, error or "it takes long", shlex.quote(self.job.name)),
+                self.job.name,
+                error or "it takes long",
+                shlex.quote(self.job.name),
             )
 
     async def _refresh(self) -> None:
@@ -514,7 +516,10 @@ class _Batch:
         options = self.job.options
         async with AsyncExitStack() as stack:
             runner = Runner(
-                *(self.session, self.throttle, self.ledger, options),
+                self.session,
+                self.throttle,
+                self.ledger,
+                options,
                 max_in_flight=await rows_at_once(self.session.crew, options),
                 on_end=self.progress.add,
                 judge_again=not self._lines_stay,

@@ -168,7 +168,9 @@ class Runner:
             run_logger().warning(
                 "%d runs of batch %s are left in flight. The same call waits for them. To stop them: "
                 "prefect-crew batch cancel %s",
-                *(len(self.waiting), self.ledger.batch, shlex.quote(self.ledger.batch)),
+                len(self.waiting),
+                self.ledger.batch,
+                shlex.quote(self.ledger.batch),
             )
         await cancel_and_wait(rows)
 
@@ -427,7 +429,13 @@ class Runner:
         mark = secret_mark(crew.token.get_secret_value(), job.inputs.encoded, job.inputs.secret_names)
         is_found = first_look and record.secret_mark != mark
         run = LiveRun(
-            *(self.session, kickoff_id, record, self._request(job)), records=self.ledger, owned=True, is_found=is_found
+            self.session,
+            kickoff_id,
+            record,
+            self._request(job),
+            records=self.ledger,
+            owned=True,
+            is_found=is_found,
         )
         with withholding(run.redact_text):
             async with waker_for(record.idempotency_key, crew.url) if record.has_webhooks else nullcontext() as waker:
@@ -524,7 +532,9 @@ class _RowWatcher(Watcher):
         if self._people is None:
             runner = self._runner
             self._people = People(
-                *(self._run, runner.policy, None),
+                self._run,
+                runner.policy,
+                None,
                 stop=lambda: runner.stop_run(self._record),
                 waker=self._waker,
                 quiet=True,
@@ -542,8 +552,10 @@ class _RowWatcher(Watcher):
             runner.log_seldom(
                 "person",
                 "Row %r of batch %s waits for a person: task %s of run %s. prefect-crew reviews ls lists all that do.",
-                *(runner.ledger.row_key(record.idempotency_key), runner.ledger.batch),
-                *(record.human_task, record.kickoff_id),
+                runner.ledger.row_key(record.idempotency_key),
+                runner.ledger.batch,
+                record.human_task,
+                record.kickoff_id,
             )
         elif status.state.ended:
             if record.human_since is not None:
