@@ -335,6 +335,8 @@ class Ledger:
         """Write a new attempt, with the permit to post it for `good_for` seconds; False if there is another."""
         self._own_claims.add(record.owner)
         record.open_for = record.good_for + record.post_deadline + SPARE
+        if lease is not None:
+            lease.begin()  # the counters of budgets, which come first, may take long
         claimed = await self.writer.put(self._values(record), is_claim=True)
         record.entries += claimed
         return claimed

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import sqlite3
+import time
 import uuid
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
@@ -29,7 +30,7 @@ from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import Review, TokenUsage
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerError
 from prefect_crew.prices import Spending
-from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.runs.kickoff import ClaimLostError
 from prefect_crew.states import CrewState
@@ -687,3 +688,11 @@ async def test_what_is_found_out_replaces_only_what_it_was_found_out_of(ledger: 
     read = await stored(other, second)
     assert await other.resolve(read, ENDED, state=CrewState.STOPPED)
     assert (await stored(ledger, second)).model_dump() == read.model_dump()
+
+
+async def test_the_time_of_a_claim_begins_when_the_ledger_writes_it(ledger: Ledger):
+    """A start that has waited long for the counter of a budget has all of its time to send the kickoff."""
+    lease = Lease(30.0, _wall=time.time() - 60.0)
+    assert lease.is_over
+    assert await ledger.claim(record_of(ledger, "k"), lease)
+    assert not lease.is_over
