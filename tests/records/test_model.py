@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
-from prefect_crew.records.model import StoredResult
+from prefect_crew.records.model import SPARE, Entry, StoredResult, fold
+from support.records import new_record
 
 
 def test_a_result_survives_the_record_without_its_raw_bodies():
@@ -20,3 +23,11 @@ def test_a_result_survives_the_record_without_its_raw_bodies():
     assert "big" not in kept.model_dump_json()
     bare = result.model_copy(update={"raw": None, "tasks": [result.tasks[0].model_copy(update={"raw": None})]})
     assert kept == bare
+
+
+@pytest.mark.parametrize(("late", "left"), [(-1.0, 1.0), (1.0, 0.0)], ids=["before", "after"])
+def test_a_permit_is_open_until_its_kickoff_is_surely_not_under_way(late: float, left: float):
+    claim = new_record(post_deadline=60.0)
+    permit = Entry(idempotency_key=claim.idempotency_key, attempt=1, owner=claim.owner, good_for=30.0)
+    permit.age = 30.0 + 60.0 + SPARE + late
+    assert fold(claim, [permit], age=permit.age).open_for == pytest.approx(left)
