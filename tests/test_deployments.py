@@ -138,19 +138,34 @@ async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (DAILY, "Missing: topic, days, odd"),
-        ({"interval": 60}, "Missing"),
-        ({"rrule": "FREQ=DAILY"}, "Missing"),
-        ({"schedule": Cron("0 6 * * *")}, "Missing"),
-        ({"schedules": [Cron("0 6 * * *", parameters={"inputs": {"topic": "tea"}})]}, "Missing: days, odd"),
-        ({"schedules": [{"schedule": SIX.schedule, "parameters": {"inputs": {"colour": 1}}}]}, "not know.* colour"),
-        ({"parameters": {"inputs": {"colour": "red"}}}, "does not know the inputs colour; it takes topic, "),
-        ({"parameters": {"inputs": {"days": "many"}}}, "must be JSON of the type integer"),
-        ({"parameters": {"idempotency_key": "{start}"}}, "start"),
-        ({**DAILY, "parameters": {"inputs": GIVEN, "idempotency_key": "always"}}, "same for every time"),
-        ({"cron": "now", "parameters": {"inputs": GIVEN}}, "cannot be made: .*cron"),
+        pytest.param(DAILY, "Missing: topic, days, odd", id="cron without defaults"),
+        pytest.param({"interval": 60}, "Missing", id="interval without defaults"),
+        pytest.param({"rrule": "FREQ=DAILY"}, "Missing", id="rrule without defaults"),
+        pytest.param({"schedule": Cron("0 6 * * *")}, "Missing", id="schedule without defaults"),
+        pytest.param(
+            {"schedules": [Cron("0 6 * * *", parameters={"inputs": {"topic": "tea"}})]},
+            "Missing: days, odd",
+            id="inputs of a schedule that lack some",
+        ),
+        pytest.param(
+            {"schedules": [{"schedule": SIX.schedule, "parameters": {"inputs": {"colour": 1}}}]},
+            "not know.* colour",
+            id="unknown input of a schedule",
+        ),
+        pytest.param(
+            {"parameters": {"inputs": {"colour": "red"}}},
+            "does not know the inputs colour; it takes topic, ",
+            id="unknown input",
+        ),
+        pytest.param({"parameters": {"inputs": {"days": "many"}}}, "must be JSON of the type integer", id="wrong type"),
+        pytest.param({"parameters": {"idempotency_key": "{start}"}}, "start", id="unknown name in the key"),
+        pytest.param(
+            {**DAILY, "parameters": {"inputs": GIVEN, "idempotency_key": "always"}},
+            "same for every time",
+            id="one key for all times",
+        ),
+        pytest.param({"cron": "now", "parameters": {"inputs": GIVEN}}, "cannot be made: .*cron", id="no cron"),
     ],
-    ids=str,
 )
 def test_a_deployment_whose_runs_would_fail_is_refused(crew: CrewServer, options: dict[str, Any], problem: str):
     with pytest.raises(ConfigurationError, match=problem):
