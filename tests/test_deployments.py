@@ -6,9 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import cloudpickle
@@ -22,7 +20,7 @@ from prefect.schedules import Cron, RRule
 from prefect.utilities.callables import parameter_schema
 
 from prefect_crew import crew_flow, pipeline_flow
-from prefect_crew.deployments import backfill, shared_key, slowest_heartbeat
+from prefect_crew.deployments import backfill, shared_key
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError
 from support.prefect_server import PrefectServer
@@ -318,16 +316,6 @@ async def test_what_would_go_wrong_is_refused_and_nothing_is_created(
 async def test_a_key_that_comes_again_is_found(key: str | None, again: str | None):
     found = await shared_key(key, SIX.schedule)
     assert found is None if again is None else again in (found or "")
-
-
-@pytest.mark.parametrize(
-    ("job_variables", "seconds"),
-    [({}, 180), ({"env": None}, 180), ({"env": {HEARTBEAT: "60"}}, 60), ({"env": {HEARTBEAT: "60.0"}}, 60)],
-)
-async def test_the_slowest_heartbeat_is_that_of_the_job_variables(job_variables: dict[str, Any], seconds: int):
-    deployment = SimpleNamespace(job_variables=job_variables)
-    client: Any = SimpleNamespace(read_deployments=AsyncMock(return_value=[deployment]))
-    assert await slowest_heartbeat(client) == seconds
 
 
 async def test_a_deployment_that_does_not_exist_is_named(prefect_api: PrefectServer):

@@ -20,6 +20,15 @@ from prefect.schedules import Cron, Interval, Schedule
 from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 
+from prefect_crew.automations import (
+    RECOVER,
+    TAG,
+    alert_automations,
+    apply_automation,
+    read_automations,
+    recovery_automations,
+    slowest_heartbeat,
+)
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import (
@@ -33,20 +42,8 @@ from prefect_crew.cli._options import (
     is_url,
 )
 from prefect_crew.cli._prefect import page_url
-from prefect_crew.deployments import (
-    RECOVER,
-    TAG,
-    alert_automations,
-    apply_automation,
-    crew_flow,
-    describe_schedule,
-    pipeline_flow,
-    read_automations,
-    recovery_automations,
-    shared_key,
-    slowest_heartbeat,
-)
 from prefect_crew.deployments import backfill as create_runs
+from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, shared_key
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
 

@@ -243,7 +243,8 @@ async def _check_forms(client: PrefectClient, findings: Findings) -> None:
     """Compare the run form of each deployment of a crew or pipeline with the inputs of today."""
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags, FlowFilter, FlowFilterName
 
-    from prefect_crew.deployments import TAG, outdated_form
+    from prefect_crew.automations import TAG
+    from prefect_crew.deployments import outdated_form
     from prefect_crew.flows import run_deployed_crew
     from prefect_crew.pipelines.run import run_deployed_pipeline
 
