@@ -256,6 +256,15 @@ async def test_a_late_webhook_of_the_attempt_before_does_not_resolve_this_one(cr
     assert await resolve(first.idempotency_key, kickoff_id, RECORDS, attempt=2) is Resolution.RESOLVED
 
 
+@pytest.mark.parametrize("facts", [{"said_key": "another"}, {"claim": "another"}], ids=["key in the body", "claim"])
+async def test_a_webhook_about_another_run_resolves_nothing(facts: dict[str, str], crew: DeployedCrew):
+    record, kickoff_id = uncertain(crew), await started(crew)
+    await put(record)
+    assert await resolve(record.idempotency_key, kickoff_id, RECORDS, **facts) is Resolution.REFUSED
+    (now,) = await RECORDS.attempts(record.idempotency_key)
+    assert (now.phase, now.kickoff_id) == (RecordPhase.UNCERTAIN, None)
+
+
 async def test_a_crew_that_does_not_answer_resolves_nothing():
     with CrewServer(SCRIPT) as server:
         crew = server.crew()
