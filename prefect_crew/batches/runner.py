@@ -298,7 +298,7 @@ class Runner:
 
     def _request(self, job: RowJob, *, force_new: bool = False) -> RunRequest:
         options = self._run_options.model_copy(update={"force_new": True}) if force_new else self._run_options
-        return RunRequest(self.session.crew, job.inputs, options, quiet=True, settings=self._settings)
+        return RunRequest(self.session.crew, job.inputs, options, is_row=True, settings=self._settings)
 
     async def _kick_off(self, job: RowJob, place: str | None, owner: str) -> RunRecord | RowEnd | None:
         """Start a row's run, or find the one that it has; None if it surely did not start, and may be tried again.
@@ -313,14 +313,14 @@ class Runner:
             caller=Caller(owner=owner, flow_run_id=flow_run_id, flow_run_count=flow_run_count),
         )
         request = self._request(job, force_new=place is not None)
-        others = bool(self.waiting) or self.throttle.under_way > 1
         try:
             _, record = await start_run(request, identity, self.ledger, self.session)
         except LedgerError:
             raise
         except BudgetExceededError as error:
-            if others and error.measure != "kickoffs":
-                self.throttle.refused(error)  # they may use less than their estimates
+            # Other rows, in flight or about to be, may use less than their estimates.
+            if (self.waiting or self.throttle.under_way > 1) and error.measure != "kickoffs":
+                self.throttle.refused(error)
             else:
                 note_exceeded(error, self.session.crew)
                 self.stop(str(error))

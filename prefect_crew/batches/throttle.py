@@ -10,6 +10,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.client._client import CrewClient
+from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client._transport import Answer, Call, SpreadTransport
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewError, RateLimitedError, ServerError
@@ -19,6 +20,8 @@ REFUSED_PAUSE = 5.0
 """Seconds from a refused kickoff to the next one. The end of a run ends this pause."""
 GIVE_UP_AFTER = 600.0
 """Seconds without an accepted kickoff, and with nothing in flight, after which refusals stop a batch."""
+WARN_EVERY = 60.0
+"""Seconds between two warnings about refused kickoffs: a full server or budget refuses one at the end of each run."""
 REQUESTS_AT_ONCE = 256
 """Status calls at a time, and likewise stops: where answers take 0.2 s, 256 are 1,280 polls a second."""
 
@@ -28,9 +31,10 @@ class Throttle:
 
     - At most `kickoffs_at_once` kickoffs are under way. `kickoffs_per_second` limits their rate.
     - Where the server sends `Retry-After`, the whole batch waits.
-    - Once a kickoff was refused, one row at a time is tried, until a kickoff is accepted: after a pause, and right
-      away when a run ends, since a server or a budget that was full then has room. After 10 minutes of refusals with
-      nothing in flight the batch stops.
+    - At first, and once a kickoff was refused, one row is tried. Each accepted kickoff lets twice as many go, up to
+      `kickoffs_at_once`. So a server that is away or broken, and a budget that is full, meet few kickoffs.
+    - After a refused kickoff the batch pauses. The end of a run ends the pause, since a server or a budget that was
+      full then has room. After 10 minutes of refusals with nothing in flight the batch stops.
     - A row takes a slot of the crew's limit, where the crew has one.
     - After `breaker` failed rows in a row the batch stops.
 
@@ -53,7 +57,9 @@ class Throttle:
         self._options = options
         self._interval = 0.0 if options.kickoffs_per_second is None else 1.0 / options.kickoffs_per_second
         self._next_kickoff = self._not_before = self._paused_until = 0.0
+        self._at_once = 1
         self._refused_since: float | None = None
+        self._warn_after = 0.0
         self._failed_in_a_row = 0
         self._queue = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -105,7 +111,7 @@ class Throttle:
 
     def _seconds_to_wait(self) -> float:
         """Return how long the next kickoff has to wait; infinity: until something changes."""
-        most = self.kickoffs_at_once if self._refused_since is None else 1
+        most = self._at_once
         if (limit := self._options.max_kickoffs) is not None:
             if self.kickoffs >= limit:
                 self.stop(f"the limit of {limit} kickoffs is reached.")
@@ -154,17 +160,19 @@ class Throttle:
         """Note that a kickoff was accepted."""
         self.kickoffs += 1
         self._refused_since, self._paused_until = None, 0.0
+        self._at_once = min(2 * self._at_once, self.kickoffs_at_once)
 
     def refused(self, error: CrewError) -> None:
         """Note that a kickoff surely did not start a run, and may be sent again."""
         now = asyncio.get_running_loop().time()
-        if self._refused_since is None:
+        if self._refused_since is None and now >= self._warn_after:
+            self._warn_after = now + WARN_EVERY
             run_logger().warning("%s The batch pauses and tries again.", error)
         if self._refused_since is None or self.in_flight:
             self._refused_since = now
         elif now - self._refused_since >= GIVE_UP_AFTER:
             self.stop(f"no kickoff was accepted for {GIVE_UP_AFTER / 60:.0f} minutes. Last error: {error}")
-        self._paused_until = now + REFUSED_PAUSE
+        self._paused_until, self._at_once = now + (kickoff_delay(error) or REFUSED_PAUSE), 1
 
     # How rows end.
 

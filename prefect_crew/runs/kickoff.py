@@ -115,7 +115,7 @@ class _Start:
         while True:
             decision = await self._find_or_claim()
             record, key = self.record, self.identity.idempotency_key
-            if not self.request.quiet:
+            if not self.request.is_row:
                 run_logger().info("Crew %s: %s. (key %s)", record.crew, _step_taken(decision, record), key)
             if decision is Decision.UNCERTAIN:
                 raise _uncertain(record)
@@ -207,7 +207,7 @@ class _Start:
         lease = Lease(CLAIM_GOOD_FOR + (0.0 if self.check is None else 2 * request.crew.request_timeout))
         record = self._new_record(max((attempt.attempt for attempt in earlier), default=0) + 1, lease.seconds)
         with self.work.uncut():
-            if request.quiet:  # the claim of a row is its permit as well
+            if request.is_row:  # the claim of a row is its permit as well
                 await add_estimates(request.crew, record)
             is_ours = await self.records.claim(record, lease)
             if not is_ours:
@@ -241,7 +241,7 @@ class _Start:
             secret_inputs=list(inputs.secret_names),
             # The mark is for rows. A call that finds a single run considers its secrets unknown in any case.
             secret_mark=secret_mark(crew.token.get_secret_value(), inputs.encoded, inputs.secret_names)
-            if request.quiet
+            if request.is_row
             else None,
             # In the claim: the process may die between the kickoff and the next write.
             has_webhooks=request.options.webhooks is None and bool(request.settings.webhook_url),
@@ -271,7 +271,7 @@ class _Start:
                 confirmed.cancel()
             if not is_sure:
                 raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
-            if self.request.crew.budgets and not self.request.quiet:
+            if self.request.crew.budgets and not self.request.is_row:
                 with self.work.uncut():
                     await add_estimates(self.request.crew, self.record)
                 self.work.raise_if_cancelled()
@@ -305,13 +305,14 @@ class _Start:
                     if self.work.is_cancelled:
                         raise
                     is_renewed = isinstance(problem, AuthenticationError) and await self.session.renew(client)
-                    delay = 0.0 if is_renewed else kickoff_delay(problem)
+                    # The batch decides when a refused row is tried again: other rows wait with it.
+                    delay = 0.0 if is_renewed else None if self.request.is_row else kickoff_delay(problem)
                     if delay is not None and not is_renewed:
                         # Each try creates a permit. `Retry-After` may be 0, or a date that is over by our clock.
                         delay, least = max(delay, least), min(least * 2, BARE_DELAY)
                     if delay is None or loop.time() + delay > until:
                         raise
-                if delay and not self.request.quiet:
+                if delay:
                     run_logger().warning("%s It is sent again in %.0f s.", problem, delay)
                 # Before the pause, so that nobody resolves the claim during it.
                 await self._take_permit(pause=delay)
@@ -383,7 +384,7 @@ class _Start:
                 raise
             raise _uncertain(record) from error
         record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
-        if not request.quiet:
+        if not request.is_row:
             # Before anything else: if a later step fails, a person finds the id in a log.
             run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
         if (other := await _save_started(record, records)) is not None:

@@ -108,14 +108,14 @@ class RunOptions(BaseModel):
 class RunRequest:
     """The request for one run. A public function makes it once, and it never changes, whatever happens to the attempts.
 
-    `quiet` is for a row of a batch: no log line about the decision. `settings` say whether there are webhooks; reading
-    them takes 3 ms.
+    `is_row` is for a row of a batch: its claim is its permit as well, no log line tells the decision, and a refused
+    kickoff is sent again by the batch, at its pace. `settings` say whether there are webhooks; reading them takes 3 ms.
     """
 
     crew: Crew
     inputs: Inputs
     options: RunOptions = field(default_factory=RunOptions)
-    quiet: bool = False
+    is_row: bool = False
     settings: CrewSettings = field(default_factory=CrewSettings)
     asked_at: datetime = field(default_factory=lambda: utcnow())
 

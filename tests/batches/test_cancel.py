@@ -221,7 +221,8 @@ def test_a_signal_leaves_the_runs_in_flight(
                 process.wait(30 if number == signal.SIGINT else 3)
         assert not process.running
     assert {str(run.state) for run in server.runs} == {"running"}
-    assert server.kickoffs == 20
+    # A signal that is lost in the callback of a row frees the row's place before the next signal comes.
+    assert 20 <= server.kickoffs <= 22
 
 
 @pytest.mark.postgres

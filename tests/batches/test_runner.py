@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,17 +14,19 @@ from pydantic import BaseModel, SecretStr
 from sqlalchemy.exc import OperationalError
 
 from prefect_crew import WaitPolicy, resume_crew
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew.batches import throttle
 from prefect_crew.batches.ledger import PAGE, Ledger
+from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.report import BatchArtifact, BatchProgress, BatchReport
-from prefect_crew.batches.runner import FirstPoll
+from prefect_crew.batches.runner import FirstPoll, Runner
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import ReviewRequest
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import CrewError, DatasetError, LedgerError
+from prefect_crew.exceptions import BudgetExceededError, CrewError, DatasetError, LedgerError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResult
@@ -36,7 +39,7 @@ from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, let_an_hour_pass
+from support.batches import Batches, let_an_hour_pass, row_plan
 from support.held import Held
 from support.scripts import FAILS, script, slow
 from support.webhooks import until
@@ -172,7 +175,7 @@ async def test_a_wrong_token_fails_one_row_and_stops_the_batch(batch: Batches, c
     report = await batch(server.crew(), topics(200), name="token")
     assert (report.completed, report.failed, report.skipped) == (0, 1, 199)
     assert "401" in (report.stopped or "")
-    assert server.requests["kickoff"] <= 64
+    assert server.requests["kickoff"] == 1
     server.faults.clear()
     report = await batch(server.crew(), topics(200), name="token", max_in_flight=50)
     assert (report.completed, server.kickoffs) == (200, 200)
@@ -271,6 +274,55 @@ async def test_a_server_that_is_full_while_runs_are_in_flight_does_not_end_the_b
     assert (report.completed, report.stopped, server.kickoffs) == (4, None, 4)
 
 
+def runner_of(server: CrewServer, ledger: Ledger) -> Runner:
+    options = BatchOptions()
+    pace = throttle.Throttle(options)
+    session = CrewSession(server.crew().crew, partial(throttle.BatchClient, throttle=pace))
+    return Runner(session, pace, ledger, options, max_in_flight=50, on_end=lambda error: None)
+
+
+async def test_a_refused_kickoff_is_sent_again_at_the_pace_of_the_batch_and_not_once_it_has_stopped(
+    ledger: Ledger, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(throttle, "REFUSED_PAUSE", 0.05)
+    server = crew_server(Held(), faults=["kickoff:429=0.05@4-"])
+    runner = runner_of(server, ledger)
+    async with runner.session:
+        rows = asyncio.ensure_future(runner.run(row_plan(topics(50), crew=runner.session.crew).jobs()))
+        await until(lambda: server.requests["kickoff"] >= 30, "refused again and again", seconds=60)
+        assert runner.throttle.under_way <= 1, "one row at a time is tried"
+        runner.stop("enough")
+        await runner.throttle.idle()
+        sent = server.requests["kickoff"]
+        server.faults.clear()
+        await asyncio.sleep(1.0)
+        assert (server.requests["kickoff"], server.kickoffs) == (sent, 3)
+        await cancel_and_wait(rows)
+
+
+async def test_a_full_budget_does_not_stop_a_batch_while_another_row_is_about_to_start(
+    ledger: Ledger, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(throttle, "REFUSED_PAUSE", 0.05)
+    calls, second = list[RunIdentity](), asyncio.Event()
+
+    async def race(request: Any, identity: RunIdentity, *rest: Any) -> Any:
+        calls.append(identity)
+        if len(calls) == 1:  # the other row takes the last room of the budget meanwhile
+            await second.wait()
+            raise BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
+        second.set()
+        return await start_run(request, identity, *rest)
+
+    monkeypatch.setattr("prefect_crew.batches.runner.start_run", race)
+    runner = runner_of(crew_server(ECHO), ledger)
+    runner.throttle.accepted()  # so that two rows are let in at once
+    async with runner.session:
+        rows = runner.run(row_plan(topics(2), crew=runner.session.crew).jobs())
+        await asyncio.wait_for(rows, 60)
+    assert (len(calls), runner.started, runner.throttle.stopped) == (3, 2, None)
+
+
 # Kickoffs of which nobody knows
 
 
@@ -299,7 +351,7 @@ async def test_a_server_that_leaves_everything_uncertain_stops_the_batch(
     server = crew_server(ECHO, faults=["kickoff:500"])
     report = await batch(server.crew(), topics(300), breaker=5, max_in_flight=100)
     assert "5 rows failed in a row" in str(report.stopped)
-    assert report.uncertain <= 5 + 64
+    assert report.uncertain == 5
 
 
 # A row is started at most once
@@ -313,7 +365,7 @@ async def start(ledger: Ledger, server: CrewServer, session: CrewSession | None 
         async with CrewSession(server.crew().crew) as session:
             return await start(ledger, server, session)
     identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
-    request = RunRequest(session.crew, Inputs.of({"text": "a"}), quiet=True)
+    request = RunRequest(session.crew, Inputs.of({"text": "a"}), is_row=True)
     return (await start_run(request, identity, ledger, session))[1]
 
 

@@ -45,10 +45,23 @@ async def admitted(throttle: Throttle, count: int, seconds: float = 0.1) -> int:
 @pytest.mark.parametrize(("chosen", "at_once"), [({}, 64), ({"kickoffs_at_once": 8}, 8)], ids=["left out", "chosen"])
 async def test_so_many_kickoffs_are_under_way_at_once(chosen: dict[str, int], at_once: int):
     gate = throttle(**chosen)
+    for _ in range(10):
+        gate.accepted()
     assert await admitted(gate, 100) == at_once
     for _ in range(at_once):
         gate.leave()
     await asyncio.wait_for(gate.idle(), 5)
+
+
+async def test_one_kickoff_is_tried_first_and_each_accepted_one_lets_twice_as_many_go():
+    gate, counts = throttle(), list[int]()
+    for _ in range(4):
+        count = await admitted(gate, 100)
+        counts.append(count)
+        for _ in range(count):
+            gate.leave()
+        gate.accepted()
+    assert counts == [1, 2, 4, 8]
 
 
 async def test_a_row_that_has_to_wait_after_all_gives_its_slot_back():
@@ -126,7 +139,7 @@ async def test_while_kickoffs_are_refused_one_row_at_a_time_is_tried_after_a_pau
     assert await admitted(away, 10, 0.1) == 0
     assert await admitted(away, 10, 1.0) == 1
     away.accepted()
-    assert await admitted(away, 10) == 10
+    assert await admitted(away, 10) == 1  # and the one that is under way
 
 
 async def test_a_batch_stops_after_ten_minutes_without_an_accepted_kickoff(monkeypatch: pytest.MonkeyPatch):
