@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time
@@ -118,7 +118,8 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         parameters = dict(options.pop("parameters", None) or {})
         defaults: Mapping[str, Any] = parameters.pop("inputs", None) or {}
         form = await self._read_form(defaults)
-        _check_times(f"{self.name}/{name}", form, parameters, _schedules_in(options))
+        names = inspect.signature(self.fn).parameters.keys() - {"crew", "pipeline"}
+        _check_parameters(f"{self.name}/{name}", names, form, parameters, _schedules_in(options))
         if self._storage is None:
             parameters |= form.parameters
             options["entrypoint_type"] = EntrypointType.MODULE_PATH
@@ -160,7 +161,9 @@ def crew_flow(crew: str) -> InputsFlow[CrewResult]:
     """Return a flow that runs a stored crew, and whose run form asks for the inputs of the crew.
 
     `.deploy()`, `.serve()`, `.to_deployment()`, `flow.from_source`, `prefect deploy` and a call work as with each flow.
-    A deployment that `.deploy()` makes runs the installed package, on any work pool and without code storage.
+    A deployment that `.deploy()` makes runs the installed package, on any work pool and without code storage. So of
+    `with_options` it keeps the name and the description: retries, a timeout and hooks hold for calls, and for a flow
+    that `prefect deploy` or `from_source` takes from a file.
 
     Args:
         crew: The name of the block of the crew. A value of a secret input is the name of its Secret block.
@@ -223,21 +226,36 @@ def _schedules_in(options: Mapping[str, Any]) -> list[Any]:
     return [*(options[name] for name in names if options.get(name)), *(options.get("schedules") or ())]
 
 
-def _check_times(name: str, form: Form, parameters: Mapping[str, Any], schedules: Sequence[Any]) -> None:
-    """Refuse a schedule that lacks a default of a required input, or has one idempotency key for all its times."""
+def _parameters_of(schedule: Any) -> dict[str, Any]:
+    """Return the parameters that a schedule of Prefect has of its own, whichever way it is written."""
+    is_mapping = hasattr(schedule, "get")
+    own: dict[str, Any] | None = schedule.get("parameters") if is_mapping else getattr(schedule, "parameters", None)
+    return own or {}
+
+
+def _check_parameters(
+    title: str, names: Collection[str], form: Form, parameters: Mapping[str, Any], schedules: Sequence[Any]
+) -> None:
+    """Refuse a schedule that lacks a default of a required input, or has one idempotency key for all its times, and
+    parameters that the flow does not take."""
+    for parameter in {*parameters, *(name for schedule in schedules for name in _parameters_of(schedule))}:
+        if parameter not in names:
+            raise ConfigurationError(
+                f"{title} cannot have the parameter {parameter!r}; it takes {', '.join(sorted(names))}."
+            )
     key = parameters.get("idempotency_key")
     if key is not None:
         render_key(key, datetime.now(UTC))  # it raises where the template is wrong
     for schedule in schedules:
-        raw: Any = schedule.get("parameters") if hasattr(schedule, "get") else getattr(schedule, "parameters", None)
-        own: dict[str, Any] = raw or {}
-        inputs = own.get("inputs")
-        form.refuse_unknown(inputs or {})
-        missing = form.missing if inputs is None else [field for field in form.required if field not in inputs]
+        own = _parameters_of(schedule)
+        inputs: dict[str, Any] = own.get("inputs") or {}
+        form.refuse_unknown(inputs)
+        # Prefect gives a run the inputs of its schedule in place of all defaults, also where they are null.
+        missing = [field for field in form.required if field not in inputs] if "inputs" in own else form.missing
         if missing:
             raise ConfigurationError(
                 f"A scheduled run needs a default for each required input. Missing: {', '.join(missing)}. Give the "
-                f"defaults, or leave the schedule out: delete the schedule that {name} has, or choose another name."
+                f"defaults, or leave the schedule out: delete the schedule that {title} has, or choose another name."
             )
         own_key = own.get("idempotency_key", key)
         if own_key is not None and render_key(own_key, datetime.now(UTC)) == own_key:
@@ -245,6 +263,22 @@ def _check_times(name: str, form: Form, parameters: Mapping[str, Any], schedules
                 f"The idempotency key {own_key!r} is the same for every time of the schedule, so that all would get "
                 "the first one's result. Put the time into it, such as daily-{scheduled_start:%Y-%m-%d}."
             )
+
+
+def refuse_other(deployment: DeploymentResponse, flow: InputsFlow[Any]) -> None:
+    """Refuse to deploy a flow in place of a deployment of another crew or pipeline, which all have one flow name.
+
+    Raises:
+        ConfigurationError: The deployment is of another crew or pipeline. Nothing was deployed.
+    """
+    parameters: dict[str, Any] = deployment.parameters
+    pipeline: dict[str, Any] = parameters.get("pipeline") or {}
+    label: str | None = parameters.get("crew") or pipeline.get("name")
+    if label not in (None, flow.label):
+        raise ConfigurationError(
+            f"The deployment {flow.name}/{deployment.name} is of {label!r}, not of {flow.label!r}. Nothing was "
+            f"deployed. Give another name, or delete it: prefect deployment delete {flow.name}/{deployment.name}"
+        )
 
 
 async def _refuse_crew_pool(entrypoint: str, pool: str | None) -> None:

@@ -163,6 +163,18 @@ async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
             id="one key for all times",
         ),
         pytest.param({"cron": "now", "parameters": {"inputs": GIVEN}}, "cannot be made: .*cron", id="no cron"),
+        pytest.param({"parameters": {"inputs": GIVEN, "zzz": 1}}, "parameter 'zzz'; it takes", id="unknown parameter"),
+        pytest.param({"parameters": {"crew": "another"}}, "parameter 'crew'", id="another crew"),
+        pytest.param(
+            {"schedules": [Cron("0 6 * * *", parameters={"inputs": GIVEN, "idempotency-key": "x"})]},
+            "parameter 'idempotency-key'",
+            id="unknown parameter of a schedule",
+        ),
+        pytest.param(
+            {"schedules": [Cron("0 6 * * *", parameters={"inputs": None})], "parameters": {"inputs": GIVEN}},
+            "Missing: topic, days, odd",
+            id="null in place of inputs",
+        ),
     ],
 )
 def test_a_deployment_whose_runs_would_fail_is_refused(crew: CrewServer, options: dict[str, Any], problem: str):

@@ -135,12 +135,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _offer_to_stop(invocation: _output.Invocation) -> None:
     """Ask on a terminal, after Ctrl-C, whether to stop what the command has started. A second Ctrl-C is a no."""
-    if invocation.stop is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    # Python has no sys.stdin where the command was started without one.
+    if invocation.stop is None or sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):  # pyright: ignore[reportUnnecessaryComparison]
         return
     question, stop = invocation.stop
     try:
-        if _output.says_yes(question):
-            _output.note(asyncio.run(stop()))
+        with _output.asking():  # Ctrl-C also ends a stop that takes long
+            if _output.says_yes(question):
+                _output.note(asyncio.run(stop()))
     except KeyboardInterrupt:
         _output.note("")
     except Exception as error:  # noqa: BLE001  the command ends as interrupted, whatever became of the stop

@@ -13,6 +13,7 @@ from uuid import UUID
 from cyclopts import App, Group, Parameter, validators
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectNotFound
@@ -43,7 +44,7 @@ from prefect_crew.cli._options import (
 )
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.deployments import backfill as create_runs
-from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, shared_key
+from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, refuse_other, shared_key
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
 
@@ -93,13 +94,19 @@ def deploy(
     flow = crew_flow(str(crew)) if pipeline is None else pipeline_flow(pipeline)
     own_name, schedule = name or flow.label, _schedule(cron, interval, timezone)
     defaults = gather_inputs(inputs, input_file)
-    parameters = {"inputs": defaults, **({} if key is None else {"idempotency_key": key})}
 
     async def make() -> None:
+        earlier = await _earlier(f"{flow.name}/{own_name}")
+        own_key, schedules = key, None if schedule is None else [schedule]
+        if earlier is not None:
+            refuse_other(earlier, flow)
+            if schedules is None:
+                schedules = _schedules_of(earlier)
+                own_key = earlier.parameters.get("idempotency_key") if schedules and key is None else key
         deployment = await flow.ato_deployment(
             own_name,
-            parameters=parameters,
-            schedules=await _kept_schedules(f"{flow.name}/{own_name}") if schedule is None else [schedule],
+            parameters={"inputs": defaults} if own_key is None else {"inputs": defaults, "idempotency_key": own_key},
+            schedules=schedules,
             tags=tag,
             work_pool_name=pool or get_current_settings().deployments.default_work_pool_name,
             concurrency_limit=concurrency_limit,
@@ -116,7 +123,9 @@ def deploy(
             if timetable.active:
                 whose = "Its earlier schedule stays" if schedule is None else "Its schedule"
                 _output.put(f"{whose}: {await describe_schedule(timetable.schedule)}")
-                if again := await shared_key(key, timetable.schedule):
+                if own_key is not None and key is None:
+                    _output.put(f"Its earlier idempotency key stays: {own_key}")
+                if again := await shared_key(own_key, timetable.schedule):
                     shared = f"Several times of the schedule share the key {again!r}"
                     _output.note(f"{shared}: only the first of them starts a run.")
         needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
@@ -131,13 +140,19 @@ def deploy(
     return make()
 
 
-async def _kept_schedules(full_name: str) -> list[DeploymentScheduleCreate]:
-    """Return the schedules that a deployment has. Prefect removes those that a new deployment leaves out."""
+async def _earlier(full_name: str) -> DeploymentResponse | None:
+    """Return the deployment that has this name already."""
     async with get_client() as client:
         try:
-            deployment = await client.read_deployment_by_name(full_name)
+            return await client.read_deployment_by_name(full_name)
         except ObjectNotFound:
-            return []
+            return None
+        except ValueError as error:
+            raise ConfigurationError(f"A deployment cannot have the name {full_name!r}: {error}") from None
+
+
+def _schedules_of(deployment: DeploymentResponse) -> list[DeploymentScheduleCreate]:
+    """Return the schedules of a deployment as new ones. Prefect removes those that a new deployment leaves out."""
     fields = set(DeploymentScheduleCreate.model_fields)
     return [DeploymentScheduleCreate.model_validate(entry.model_dump(include=fields)) for entry in deployment.schedules]
 

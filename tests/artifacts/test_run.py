@@ -140,7 +140,7 @@ def test_an_artifact_names_its_claim_from_the_kickoff_on_and_is_written_twice(
 def test_a_cancelled_run_that_has_just_begun_is_shown_as_stopped(crew_server: CrewServerFactory, seen: Seen, name: str):
     run = kicked_off(crew_server(slow(60)).crew().crew.called(name))
     assert "○ pending" in shown(seen, name)
-    asyncio.run(stop_run(LiveRun(run.crew, run.kickoff_id)))
+    asyncio.run(stop_run(LiveRun(run._crew, run.kickoff_id)))
     assert "■ stopped" in shown(seen, name)
 
 

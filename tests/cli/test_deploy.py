@@ -82,7 +82,7 @@ def test_a_deployment_asks_for_the_inputs_of_its_crew(here, name: str):
     assert (list(inputs["properties"]), inputs["required"]) == (["who"], ["who"])
 
 
-def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: str):
+def test_a_schedule_needs_defaults_and_stays_with_its_key_until_another_is_given(here, crews: CrewServer, name: str):
     full_name, key = f"deployed-crew/daily {name}", "daily-{scheduled_start:%Y-%m-%d}"
 
     def deploy(*options: str, code: int = 0) -> str:
@@ -101,7 +101,13 @@ def test_a_schedule_needs_defaults_and_stays_until_another_is_given(here, name: 
     assert "Its earlier schedule stays: 0 6 * * * (Europe/Lisbon)" in deploy("-i", "who=Grace")
     found = deployment(full_name)
     assert [one.schedule.cron for one in found.schedules] == ["0 6 * * *"]
-    assert found.parameters == {"crew": name, "inputs": {"who": "Grace"}}
+    assert found.parameters == {"crew": name, "inputs": {"who": "Grace"}, "idempotency_key": key}
+    other = f"other-{name}"
+    save(crews, other)
+    refused = here("deploy", other, "--name", f"daily {name}", *ada)
+    assert refused.code == 2
+    assert f"The deployment {full_name} is of '{name}', not of '{other}'. Nothing was deployed." in refused.err
+    assert deployment(full_name).parameters["crew"] == name
     assert f"delete the schedule that {full_name} has, or choose another name." in deploy(code=2)
     nowhere = deploy(*ada, "--cron", "0 6 * * *", "--timezone", "Mars/Base", code=2)
     assert "The deployment cannot be made: Invalid timezone" in nowhere

@@ -12,11 +12,11 @@ import jinja2
 import pytest
 from pydantic import SecretStr
 
+from prefect_crew.automations import PROBLEM
 from prefect_crew.batches.outcomes import explain_lost
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli.app import app
 from prefect_crew.cli.runs import Condition, todo
-from prefect_crew.deployments import PROBLEM
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, IdempotencyConflictError, KickoffUncertainError
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.reviews.questions import how_to_answer

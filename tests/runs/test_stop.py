@@ -601,7 +601,7 @@ async def test_a_stop_that_cannot_be_recorded_is_reported(
     def refused() -> Any:
         with through(prefect_server) as proxy:
             proxy.refuse = "POST /api/variables/$"
-            return asyncio.run(stop.stop_run(LiveRun(run.crew, run.kickoff_id)))
+            return asyncio.run(stop.stop_run(LiveRun(run._crew, run.kickoff_id)))
 
     assert (await asyncio.to_thread(refused)).accepted
     assert f"It could not be recorded that run {run.kickoff_id} was stopped" in caplog.text

@@ -361,7 +361,7 @@ async def test_an_answer_whose_outcome_cannot_be_saved_does_not_keep_the_wait_fr
     server = crew_server(SCRIPT)
     run = await server.crew().atrigger({})
     result = await asyncio.wait_for(
-        wait_for_run(LiveRun(run.crew, run.kickoff_id), RunOptions(review=lambda _: APPROVED)), 60
+        wait_for_run(LiveRun(run._crew, run.kickoff_id), RunOptions(review=lambda _: APPROVED)), 60
     )
     assert result.output == "Draft. "
     assert (server.requests["resume"], proxy.count("PATCH /api/variables/name/crew_answer") > 1) == (1, True)
@@ -379,7 +379,7 @@ async def test_while_prefect_is_away_the_run_is_polled_and_the_answer_is_sent_on
 
     server = crew_server(SCRIPT)
     run = await server.crew().atrigger({})
-    waiting = asyncio.ensure_future(wait_for_run(LiveRun(run.crew, run.kickoff_id), RunOptions(review=judge)))
+    waiting = asyncio.ensure_future(wait_for_run(LiveRun(run._crew, run.kickoff_id), RunOptions(review=judge)))
     await until(lambda: asked, "the function has answered")
     polls = server.requests["status"]
     await until(lambda: server.requests["status"] > polls + 3 or waiting.done(), "the run is polled meanwhile")
@@ -405,7 +405,7 @@ async def test_an_answer_that_was_written_down_as_prefect_went_away_is_known_as_
     server = crew_server(SCRIPT)
     run = await server.crew().atrigger({}, idempotency_key=server.url)
     result = await asyncio.wait_for(
-        wait_for_run(LiveRun(run.crew, run.kickoff_id), RunOptions(review=lambda _: APPROVED)), 60
+        wait_for_run(LiveRun(run._crew, run.kickoff_id), RunOptions(review=lambda _: APPROVED)), 60
     )
     assert (result.output, lost, server.requests["resume"]) == ("Draft. ", [1], 1)
     assert [one.outcome for one in await answers(server.url)] == ["sent"]
@@ -422,7 +422,7 @@ async def test_a_prefect_api_that_refuses_ends_the_wait_and_the_error_names_the_
     run = await server.crew().atrigger({})
     proxy.refuse = refused
     with pytest.raises(PrefectRefusedError, match=r"The Prefect API \S+ refuses a request \(HTTP 403\)") as caught:
-        await asyncio.wait_for(wait_for_run(LiveRun(run.crew, run.kickoff_id), RunOptions(review=judge)), 60)
+        await asyncio.wait_for(wait_for_run(LiveRun(run._crew, run.kickoff_id), RunOptions(review=judge)), 60)
     assert run.kickoff_id in str(caught.value)
     assert "wait for the run again under its key" in str(caught.value)
     assert not isinstance(caught.value, PrefectAwayError)
