@@ -12,6 +12,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+# First: Prefect parses the docstrings of flows with griffe, whose warnings mkdocstrings counts as soon as it is loaded.
+import prefect_crew.operations  # noqa: F401
 from prefect_crew.cli.docs import fill_in
 
 ROOT = Path(__file__).parents[1]
