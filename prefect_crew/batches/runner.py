@@ -317,6 +317,10 @@ class Runner:
             _, record = await start_run(request, identity, self.ledger, self.session)
         except LedgerError:
             raise
+        except asyncio.CancelledError:
+            if self.throttle.slots is not None:
+                self.throttle.slots.leave(job.key)  # its kickoff may have been accepted
+            raise
         except BudgetExceededError as error:
             # Other rows, in flight or about to be, may use less than their estimates.
             if (self.waiting or self.throttle.under_way > 1) and error.measure != "kickoffs":

@@ -189,7 +189,10 @@ async def test_a_batch_takes_its_slots_one_by_one_and_others_have_their_turn(
     assert not running.done(), "a single run has its turn before the batch has ended"
     assert single.output
     assert (await running).completed == 30
-    assert (server.kickoffs, await held(name)) == (31, 1)
+    assert server.kickoffs == 31
+    async with asyncio.timeout(60):  # less than the lease of a slot that nobody gives back
+        while await held(name) != 1:
+            await asyncio.sleep(0.2)
     assert other is not None
     await other.release()
 
