@@ -116,7 +116,7 @@ def test_the_readme_of_the_project_is_true(installed: Installed, project: Path, 
     assert ran == [("COMPLETED", "CrewWorker")] * 3
     assert len((project / "results" / "topics.jsonl").read_text().splitlines()) == 3
     assert sorted(one["name"] for one in automations) == ["prefect-crew: no heartbeat", "prefect-crew: recover"]
-    assert installed.run("prefect-crew automations rm --yes").count("\tremoved\t") == 2
+    assert installed.run("prefect-crew automations delete --yes").count("\tdeleted\t") == 2
 
 
 def commands(readme: Path) -> list[Block]:
