@@ -1,9 +1,8 @@
 """How much of this package one run enters: the functions below its two tasks, and the asyncio tasks that they make.
 
-Runs a crew that is done at once on the dev server, outside of a flow, against the Prefect server of PREFECT_API_URL. A
-first run warms what a process does once. Three more are traced in every thread, and the run with the fewest functions
-counts. The dev server is not counted, nor is what lies above the bodies of the tasks `kickoff_crew` and
-`wait_for_crew`: the public function, the flow, Prefect.
+Runs a crew that is done at once, outside of a flow, against the Prefect server of PREFECT_API_URL. A first run warms
+caches of the process. Three more runs are traced in every thread, and the run with the fewest functions counts. Code
+above the bodies of the tasks `kickoff_crew` and `wait_for_crew` is not counted: the public function, the flow, Prefect.
 
 Goal: at most 130 functions and 3 asyncio tasks. `--list` prints them by file, in the order in which they are entered.
 """
@@ -26,14 +25,13 @@ from types import CodeType, FrameType
 from typing import Any
 
 from figures import report
+from lean_server import TOKEN, lean_server
 
 import prefect_crew
 from prefect_crew import DeployedCrew, kickoff_crew, run_crew, wait_for_crew
 from prefect_crew.crew import fast_polling
-from prefect_crew.devserver import CrewServer
 
 PACKAGE = Path(prefect_crew.__file__).parent
-DEVSERVER = PACKAGE / "devserver"
 below = ContextVar("below", default=False)
 """Whether the body of one of the two tasks is around. A task that asyncio makes copies the context."""
 
@@ -53,7 +51,7 @@ class Trace:
         for code in tuple(self.calls):  # a thread may still note one
             path = Path(code.co_filename)
             # A lambda, a comprehension or a generator belongs to the function that it stands in.
-            if PACKAGE in path.parents and DEVSERVER not in path.parents and not code.co_name.startswith("<"):
+            if PACKAGE in path.parents and not code.co_name.startswith("<"):
                 ours.setdefault(path.relative_to(PACKAGE), []).append(code)
         return ours
 
@@ -70,7 +68,7 @@ def trace_run(crew: DeployedCrew, inputs: dict[str, Any]) -> Trace:
 
     def created(loop: asyncio.BaseEventLoop, coroutine: Any, **options: Any) -> Any:
         path = Path(coroutine.cr_code.co_filename)
-        if below.get() and PACKAGE in path.parents and DEVSERVER not in path.parents:
+        if below.get() and PACKAGE in path.parents:
             trace.tasks.append(coroutine.cr_code.co_qualname)
         return create_task(loop, coroutine, **options)
 
@@ -117,11 +115,11 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print every function")
     is_listed = parser.parse_args().list
     logging.disable(logging.INFO)
-    with CrewServer("echo") as server, fast_polling():
-        crew = server.crew()
-        run_crew(crew, {"text": "warm"})
+    with lean_server(0.0) as server, fast_polling():
+        crew = DeployedCrew(url=server.url, token=TOKEN)
+        run_crew(crew, {"topic": "warm"})
         # Under load a request is sent again, which enters some more.
-        traces = [trace_run(crew, {"text": "traced"}) for _ in range(3)]
+        traces = [trace_run(crew, {"topic": "traced"}) for _ in range(3)]
     trace = min(traces, key=lambda trace: sum(map(len, trace.functions.values())))
     for path, codes in trace.functions.items():
         print(f"{len(codes):4} {path}")
