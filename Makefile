@@ -87,6 +87,7 @@ lint: $(VENV)/.lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/deptry prefect_crew
+	$(BIN)/python .ci/words.py
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix

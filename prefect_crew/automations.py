@@ -41,7 +41,7 @@ HEAD = (
     "{% if flow_run %}, in flow run {{ flow_run.name }} {{ flow_run | ui_url or '' }}{% endif %}\n\n"
 )
 QUESTION = (
-    "Task {{ event.payload.task_id }}, round {{ event.payload.round }}."
+    "Task {{ event.payload.task_id }}, question {{ event.payload.round }}."
     "{% if event.payload.page %} The form: {{ event.payload.page }}{% endif %}\n\n{{ event.payload.answer }}"
 )
 WAIT_ENDS = [f"crew.{end}" for end in ("resumed", "completed", "failed", "stopped", "lost", "timed_out")]
@@ -60,7 +60,7 @@ PROBLEM = (
 def recovery_automations(recover_id: UUID, *, heartbeat: int, max_attempts: int) -> list[AutomationCore]:
     """Return the automations that find crashed flow runs of tagged deployments and begin them again.
 
-    Flow runs of a crew worker send no heartbeats of their own: their workers adopt what is left.
+    Flow runs of a crew worker send no heartbeats of their own: another worker takes over those of one that died.
 
     Args:
         recover_id: The deployment of `prefect_crew.operations.recover`.
@@ -141,7 +141,7 @@ async def read_automations(client: PrefectClient) -> list[Automation]:
 
 
 async def apply_automation(client: PrefectClient, automation: AutomationCore) -> Literal["created", "updated"]:
-    """Create an automation, or bring the one of its name up to date. One that was disabled stays disabled."""
+    """Create an automation, or bring the one of its name up to date. It stays disabled if it was."""
     existing = await client.read_automations_by_name(automation.name)
     if not existing:
         await client.create_automation(automation)

@@ -117,11 +117,11 @@ class DeployedCrew(JobBlock[CrewResult]):
         examples=["my-crew"],
     )
     price: Annotated[float, Field(ge=0)] | Price | None = Field(
-        default=None, description="What one run costs, in your currency: a number, or a price of its tokens."
+        default=None, description="Price of a run, in your currency: a number, or a price of its tokens."
     )
     budgets: list[Budget] = Field(
         default_factory=list[Budget],
-        description="What all runs of the crew together may use in a day, a month or a batch.",
+        description="Limits of what all runs of the crew together may use in a day, a month or a batch.",
     )
     show: Literal["full", "summary", "none"] = Field(
         default="full", description="How much of inputs and outputs artifacts, events, records and names of runs show."
@@ -445,7 +445,7 @@ async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:
         ) from None
 
 
-async def values_of_blocks(given: Mapping[str, Any], secret_inputs: Collection[str]) -> dict[str, Any]:
+async def values_of_blocks(inputs: Mapping[str, Any], secret_inputs: Collection[str]) -> dict[str, Any]:
     """Replace the secret inputs, which are names of Prefect Secret blocks, by the values of these blocks.
 
     Prefect stores the parameters of a flow, so a secret input is the name of a block. The values are of pydantic's
@@ -454,9 +454,9 @@ async def values_of_blocks(given: Mapping[str, Any], secret_inputs: Collection[s
     Raises:
         ConfigurationError: There is no such block. The message does not show the name: it may be the secret itself.
     """
-    names = [name for name in given if name in secret_inputs]
-    values = await asyncio.gather(*(_secret_value(name, given[name]) for name in names))
-    return {**given, **dict(zip(names, values, strict=True))}
+    names = [name for name in inputs if name in secret_inputs]
+    values = await asyncio.gather(*(_secret_value(name, inputs[name]) for name in names))
+    return {**inputs, **dict(zip(names, values, strict=True))}
 
 
 async def _secret_value(name: str, block: Any) -> Any:

@@ -31,13 +31,13 @@ class Budget(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     max_cost: Annotated[float, Field(gt=0, le=MOST // UNITS["cost"], allow_inf_nan=False)] | None = Field(
-        default=None, description="What the runs may cost in all, in the currency of the crew's price."
+        default=None, description="Most that the runs may cost together, in the currency of the crew's price."
     )
     max_tokens: _Count | None = Field(default=None, description="How many tokens the runs may use in all.")
     max_kickoffs: _Count | None = Field(default=None, description="How many runs may be started.")
     estimate_cost: Annotated[float, Field(gt=0, le=MOST // UNITS["cost"], allow_inf_nan=False)] | None = Field(
         default=None,
-        description="What one run is expected to cost, for max_cost; not needed with a fixed price of a run.",
+        description="Expected cost of a run, for max_cost. Not needed if the crew's price of a run is fixed.",
     )
     estimate_tokens: _Count | None = Field(
         default=None, description="How many tokens one run is expected to use, for max_tokens."
@@ -48,7 +48,7 @@ class Budget(BaseModel):
     )
     on_limit: Literal["refuse", "warn"] = Field(
         default="refuse",
-        description="Without room for another run: refuse it, or start it all the same, with a warning.",
+        description="Without room for another run: refuse it, or start it with a warning.",
     )
     name: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,

@@ -262,8 +262,8 @@ class WaitPolicy(BaseModel):
     )
     on_human_timeout: Literal["leave", "reject", "stop"] | None = Field(
         default=None,
-        description="What happens when people's time is over: the crew is left waiting, its question is rejected once "
-        "with the human message and the time begins anew, or the crew is stopped. Empty: the same as on timeout.",
+        description="When people's time is over: leave the crew waiting, reject its question once with the human "
+        "message and begin the time again, or stop the crew. Empty: the same as on timeout.",
     )
     human_message: str = Field(
         default="Nobody answered in time.", description="The feedback of an automatic rejection."
@@ -277,9 +277,9 @@ class WaitPolicy(BaseModel):
     next_round_after: float | None = Field(
         default=300.0,
         ge=0,
-        description="Seconds after an accepted answer after which the same question counts as the next round, if "
-        "nothing else tells them apart. The command line and a task may answer it then; after a rejection the form and "
-        "a function are asked again. Empty: never.",
+        description="Seconds after an accepted answer after which the same question counts as the next one, if "
+        "nothing else distinguishes them. The command line and a task may answer it then; after a rejection the form "
+        "and a function are asked again. Empty: never.",
     )
 
     def stops(self, phase: str) -> bool:

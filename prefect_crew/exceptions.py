@@ -394,9 +394,9 @@ class BudgetExceededError(_FactsError):
     def _text(self) -> str:
         when, then = "", f"Nothing was started: raise max_{self.measure} and make the same call again."
         if self.resets_at:
-            when = f", and it begins anew at {self.resets_at:%Y-%m-%d %H:%M} UTC"
+            when = f". It begins again at {self.resets_at:%Y-%m-%d %H:%M} UTC"
             then = f"Nothing was started: run again then with the same key, or raise max_{self.measure}."
-        then = "The run starts all the same, since on_limit is 'warn'." if self.on_limit == "warn" else then
+        then = "The run starts anyway, since on_limit is 'warn'." if self.on_limit == "warn" else then
         return (
             f"Budget {self.budget!r} has no room for another run, which takes about {self.estimate:,.4g}: "
             f"{self.used:,.6g} of {self.limit:,.6g} {self.measure} are used, with the estimates of runs in "
@@ -489,8 +489,8 @@ class ReviewLimitError(_RunError):
     def _text(self) -> str:
         after = "It was stopped." if self.stopped else "It still waits: answer it on the crew's page, or stop it there."
         return (
-            f"{self._run} asks again for a person's answer to task {excerpt(self.task_id, 100)}, and its limit of "
-            f"{self.max_rounds} rounds is reached. {after}"
+            f"{self._run}: task {excerpt(self.task_id, 100)} has asked a person more than {self.max_rounds} times "
+            f"(max_rounds). {after}"
         )
 
 
@@ -563,8 +563,8 @@ class BatchChangedError(_FactsError):
     def _text(self) -> str:
         return (
             f"Batch {self.name!r} was started with something else: {self.difference}. Nothing was started. To run "
-            "what is new and keep what is done, give on_change='continue'; to start everything anew, choose another "
-            "name."
+            "the new rows and keep the results of the others, give on_change='continue'. To start every row, choose "
+            "another name."
         )
 
 
@@ -582,7 +582,7 @@ class DatasetError(_FactsError):
     def _text(self) -> str:
         where = self.source if self.line is None else f"{self.source}, line {self.line}"
         consequence = (
-            "What was started is in the batch's ledger." if self.begun else "Nothing of this data set was started."
+            "The rows that were started are in the ledger." if self.begun else "Nothing of this data set was started."
         )
         return f"{where}: {self.reason} {consequence}"
 

@@ -67,9 +67,9 @@ async def prune_records(older_than_days: int | None = None, dry_run: bool = Fals
 async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
     """Begin a crashed flow run again, if it has attempts left, and say what was done. An automation runs this.
 
-    The flow run keeps its id, so it reattaches to its crews' runs. One that has failed is left alone: beginning again
-    would start its crew again. Prefect alone can schedule a crashed flow run again, but without a limit: a flow that
-    kills its worker would do so for ever.
+    The flow run keeps its id, so it reattaches to its crews' runs. A flow run that has failed is left alone:
+    beginning again would start its crew again. Prefect alone can schedule a crashed flow run again, but without a
+    limit: a flow that kills its worker would do so for ever.
 
     Args:
         flow_run_id: The flow run that crashed.

@@ -26,12 +26,12 @@ class Price(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
-    per_run: float = Field(default=0, ge=0, description="What each run costs, whatever it uses.")
+    per_run: float = Field(default=0, ge=0, description="Price of each run, in addition to its tokens.")
     per_1k_input: float | None = Field(
-        default=None, ge=0, title="Per 1,000 input tokens", description="What 1,000 prompt tokens cost."
+        default=None, ge=0, title="Per 1,000 input tokens", description="Price of 1,000 prompt tokens."
     )
     per_1k_output: float | None = Field(
-        default=None, ge=0, title="Per 1,000 output tokens", description="What 1,000 completion tokens cost."
+        default=None, ge=0, title="Per 1,000 output tokens", description="Price of 1,000 completion tokens."
     )
     model: str | None = Field(
         default=None,

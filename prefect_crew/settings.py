@@ -29,13 +29,13 @@ class CrewSettings(PrefectBaseSettings):
     )
     webhook_secret: SecretStr | None = Field(
         default=None,
-        description="What signs the webhooks' URLs; the receiver has the same. At least 32 characters. Of several, "
-        "separated by blanks, the first signs, and the receiver accepts all.",
+        description="Secret that signs the webhooks' URLs, at least 32 characters. The receiver needs the same secret. "
+        "Several are separated by blanks: the first signs, and the receiver accepts all.",
     )
     webhook_llm_calls: bool = Field(
         default=False,
-        description="Whether kickoffs also ask for an event of each call of a model. It tells the tokens by model, "
-        "also of runs that fail. Its body holds the prompt and the answer, which the receiver drops.",
+        description="Whether kickoffs also ask for an event of each call of a model. It reports the tokens by "
+        "model, also of runs that fail. Its body holds the prompt and the answer, which the receiver drops.",
     )
     review_secret: SecretStr | None = Field(
         default=None,
@@ -46,7 +46,7 @@ class CrewSettings(PrefectBaseSettings):
         default=30,
         ge=1,
         description="Days for which the record of a run is kept after the run, and the flow runs around it, have "
-        "ended. So long its idempotency key starts no second run. A crew worker removes older ones.",
+        "ended. Until then its idempotency key starts no second run. A crew worker deletes older records.",
     )
     worker_modules: Annotated[list[str], NoDecode] = Field(
         default_factory=list,

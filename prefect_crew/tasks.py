@@ -235,7 +235,7 @@ def _origin(run: LiveRun) -> str:
     """Return the end of a wait's name: whether its call found the run, and whether the run had ended by then.
 
     It is in the name and no tag: for each tag of a task run Prefect asks its server for a concurrency slot, and the
-    task run fails if the server is away. A run is mostly found after such trouble.
+    task run fails if the server cannot be reached. A run is mostly found after such trouble.
     """
     if run.record is None or run.owned:
         return ""
@@ -392,11 +392,11 @@ async def wait_for_crew(
 _REFUSED = {
     **dict.fromkeys(
         ("cache_policy", "cache_key_fn", "cache_expiration", "refresh_cache"),
-        "a cached kickoff id is not held against the record, which alone tells what became of a run",
+        "a cached kickoff id is not compared with the record, and only the record says what became of a run",
     ),
     **dict.fromkeys(
         ("persist_result", "result_storage", "result_serializer", "result_storage_key", "cache_result_in_memory"),
-        "Prefect would find a stored kickoff id without the record, which alone tells what became of a run",
+        "Prefect would find a stored kickoff id without the record, and only the record says what became of a run",
     ),
     "retry_condition_fn": "a kickoff is repeated only after an error that surely started nothing",
 }

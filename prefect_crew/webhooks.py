@@ -2,8 +2,8 @@
 
     {receiver}/hooks/{kind}/{payload}.{signature}
 
-The payload is JSON in base64 that says which run the URL is for; the signature is an HMAC over it. Whoever has a URL
-can send webhooks of one kind about one run, until it expires.
+The payload is JSON in base64 that says which run the URL is for; the signature is an HMAC over it. Everybody who has
+a URL can send webhooks of one kind about one run, until it expires.
 
 The secret may be several, separated by blanks, so that it can be changed while runs are in flight: the first one signs,
 and what any of them has signed is accepted.
@@ -36,7 +36,7 @@ WebhookKind = Literal["task", "step", "crew", "human_input", "stream"]
 VERSION = 2
 """Of the payload. A receiver takes no other."""
 SHORTEST_SECRET = 32
-"""Characters. Whoever has one URL can try secrets against it on a machine of their own."""
+"""Characters. An attacker who has one URL can try secrets against it on a machine of their own."""
 MAX_TOKEN = 6144
 """Characters of a token. An idempotency key of 500 characters takes up to 2,700 of them, 4,000 if none is printable."""
 LONGEST_NAME = 80
@@ -50,7 +50,7 @@ WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS
 status call."""
 CALLED = f"crew.webhook.stream.{LLM_CALL}"
 REPORTED = frozenset(WAKING) - {"crew.webhook.stream.crew_kickoff_completed"}
-"""Those that become Prefect events. A crew that completed is reported by its crew webhook; the stream says it once
+"""Webhooks that become Prefect events. A crew that completed is reported by its crew webhook; the stream says it once
 more, and of each crew of a Flow."""
 CLOUD = "api.prefect.cloud"
 EXPIRY_MARGIN = 86_400.0
@@ -61,7 +61,7 @@ UNLIMITED = 30 * 86_400.0
 
 @dataclass(frozen=True)
 class Hook:
-    """What a URL is for: one kind of webhook of one run, until `expires` (aware; whole seconds).
+    """The purpose of a URL: one kind of webhook of one run, until `expires` (aware; whole seconds).
 
     `attempt` is the attempt at the idempotency key, and `claim` its claim as `claim_of` gives it: two ledgers may hold
     records of equal keys. `names`: whether names of tasks and agents may stand in events. `round` counts the answers of
@@ -90,9 +90,9 @@ def webhooks_for(
 ) -> Webhooks | None:
     """Return the webhooks of one run as the settings have them, None where they switch no webhooks on.
 
-    They are for its kickoff, and for each `/resume` again, the first of which is round 1. `run` is its record, or its
-    idempotency key where there is none yet. With an address of Prefect Cloud's own webhooks, all kinds go there and no
-    secret is needed. Raises ConfigurationError where the address or the secret cannot be used.
+    They are for its kickoff, and for each `/resume` again, the first of which answers question 1. `run` is its record,
+    or its idempotency key where there is none yet. With an address of Prefect Cloud's own webhooks, all kinds go there
+    and no secret is needed. Raises ConfigurationError where the address or the secret cannot be used.
     """
     settings = settings or CrewSettings()
     url, secret = settings.webhook_url, settings.webhook_secret
@@ -139,8 +139,8 @@ def hook_urls(base_url: str, secret: SecretStr | str, run: Hook, stream_events: 
 
     Args:
         base_url: The receiver's public address; it may have a path, but neither query nor fragment.
-        secret: What the receiver verifies with. Of several the first one signs.
-        run: What the URLs are for, whatever kind it names. It can be read from the URLs.
+        secret: The secret of the receiver. The first of several signs.
+        run: The run that the URLs are for; its kind does not matter. Everybody who has a URL can read it.
         stream_events: Types of CrewAI's events that are sent one by one.
 
     Raises:

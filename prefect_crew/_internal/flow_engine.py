@@ -66,7 +66,7 @@ NAMES: Mapping[str, str | None] = {
 one of the others is missing, the worker would fail silently: a SIGTERM in the middle of all flow runs, or a thread for
 each of them."""
 RENEW_RETRY = 10.0
-"""Seconds between two tries to renew a lease while the Prefect server is away."""
+"""Seconds between two tries to renew a lease while the Prefect server cannot be reached."""
 RENEW_AFTER = 0.75
 """The share of a lease's duration after which it is renewed, the same as Prefect's."""
 BLOCKED_AFTER = 5.0
@@ -200,8 +200,8 @@ def _light_engine() -> Generator[None]:
     - `observe_flow_run_suspension` starts a thread with an event loop and a subscription for each flow run, and blocks
       at its start and its end. The worker looks for suspended flow runs itself.
     - `amaintain_concurrency_lease` starts a thread with a client for each flow run of a deployment with a limit. It
-      crashes the flow run when it cannot renew a lease: if the server is away, and if the flow run is paused, which
-      gives its slot back.
+      crashes the flow run when it cannot renew a lease: if the server cannot be reached, and if the flow run is paused,
+      which gives its slot back.
     - Prefect asks the server for its default result storage three times for each flow run, twice by a call that blocks
       the event loop. Once a minute is enough.
     """

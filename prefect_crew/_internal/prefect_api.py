@@ -91,7 +91,7 @@ def embedded_server(port: str) -> tuple[list[str], dict[str, str]]:
 
 
 async def label_flow_run(*, name: str) -> None:
-    """Rename the flow run around this call. If the Prefect API is away, log that and keep the name."""
+    """Rename the flow run around this call. If the Prefect API cannot be reached, log that and keep the name."""
     context = FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
     if flow_run is None or name == flow_run.name:  # an earlier attempt of the flow run has renamed it
@@ -336,7 +336,7 @@ async def request_soon(
     again: Callable[[Exception], bool] = is_transient,
     before_sending: Callable[[], None] | None = None,
 ) -> httpx.Response:
-    """Make one change. Repeat it while the Prefect API is away or busy, for `give_up_after` seconds.
+    """Make one change. Repeat it while the Prefect API is unreachable or busy, for `give_up_after` seconds.
 
     Prefect's own client sleeps 2 s after a 503.
 

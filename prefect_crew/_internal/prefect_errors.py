@@ -35,7 +35,7 @@ _LIBRARIES = _libraries()
 HTTP_ERRORS: tuple[type[Exception], ...] = tuple(library.HTTPError for library in _LIBRARIES)
 """Every error of a request."""
 PREFECT_ERRORS: tuple[type[Exception], ...] = (*HTTP_ERRORS, PrefectException)
-"""Every error of Prefect's client: the Prefect API is away, or refuses."""
+"""Every error of Prefect's client: the Prefect API cannot be reached, or refuses."""
 
 if TYPE_CHECKING:  # so that pyright knows the attributes of a caught error
     STATUS_ERRORS = (httpx.HTTPStatusError,)
@@ -59,7 +59,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def is_away(error: BaseException) -> bool:
-    """Return whether an error means that the Prefect API is away, and not that it refuses a request."""
+    """Return whether an error means that the Prefect API cannot be reached, and not that it refuses a request."""
     status = _status(error)
     if status is not None:
         return status >= 500
@@ -67,7 +67,7 @@ def is_away(error: BaseException) -> bool:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Return whether an error means that the Prefect API is away, or refuses the API key (401, 403)."""
+    """Return whether an error means that the Prefect API cannot be reached, or refuses the API key (401, 403)."""
     return is_away(error) or _status(error) in (401, 403)
 
 
@@ -114,7 +114,7 @@ def prefect_error(error: BaseException, what_next: str) -> CrewError:
 def naming_prefect_away(
     what_next: str,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
-    """Make a coroutine function raise a CrewError if the Prefect API is away, or refuses the API key.
+    """Make a coroutine function raise a CrewError if the Prefect API cannot be reached, or refuses the API key.
 
     `what_next` says what was not done, and what to do next. An error of httpx from a user's function, such as a review
     function, is passed on unchanged.

@@ -43,7 +43,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 def print_line(line: str) -> None:
-    """Print a line at once: whoever started this as a process reads it through a pipe."""
+    """Print a line at once: the process that started this one reads it through a pipe."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

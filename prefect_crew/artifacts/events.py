@@ -1,7 +1,7 @@
 """Events about runs for automations, with the run, the crew, the flow run and the step as resources.
 
 docs/reference/events.md lists them. `emit` passes an event to Prefect's own background thread (0.15 ms) and raises
-nothing if the API is away.
+nothing if the API cannot be reached.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from prefect_crew.states import CrewState
 SHOW_FOR = 5.0
 """Seconds for which a request for an artifact is repeated while the Prefect API is busy."""
 SHOW_WITHIN = 30.0
-"""Seconds for a whole update, with its time in the queue: a Prefect API that is away must not delay a result."""
+"""Seconds for a whole update, with its time in the queue: an unreachable Prefect API must not delay a result."""
 NEWEST = 200
 """The number of newest artifacts under a key among which an artifact of another process is looked for."""
 CLAIM = "claim"
@@ -76,7 +76,7 @@ async def claims_shown(client: PrefectClient, flow_run_ids: Sequence[UUID]) -> l
     """Return the names of claims in the metadata of flow runs' artifacts.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away.
+        httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
     """
     names, offset = dict[str, None](), 0
     of_flow_runs = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[*flow_run_ids]))
@@ -140,7 +140,7 @@ class MarkdownArtifact:
         """Return its id. Ask the server if another process may have created it. None if it does not exist.
 
         Raises:
-            PREFECT_ERRORS: The Prefect API is away.
+            PREFECT_ERRORS: The Prefect API cannot be reached.
         """
         if self.id is not None or self.is_new:
             return self.id

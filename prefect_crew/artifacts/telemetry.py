@@ -38,7 +38,7 @@ _seconds = _meter.create_histogram(
     explicit_bucket_boundaries_advisory=[1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400],
 )
 _tokens = _meter.create_counter("prefect_crew.tokens", "{token}", "Tokens that ended runs reported")
-_cost = _meter.create_counter("prefect_crew.cost", description="What ended runs cost, by the crew's price")
+_cost = _meter.create_counter("prefect_crew.cost", description="Cost of ended runs, by the crew's price")
 _uncertain = _meter.create_counter("prefect_crew.kickoffs.uncertain", "{kickoff}", "Kickoffs that became uncertain")
 _waiting = _meter.create_up_down_counter("prefect_crew.runs.waiting", "{run}", "Runs that wait for a person")
 

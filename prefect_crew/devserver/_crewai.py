@@ -52,8 +52,8 @@ os.environ.setdefault("CREWAI_DISABLE_TELEMETRY", "true")  # it waits 10 s at ex
 os.environ.setdefault("CREWAI_TRACING_ENABLED", "false")
 os.environ.setdefault("CREWAI_DISABLE_VERSION_CHECK", "true")
 if not os.environ.get("CREWAI_STORAGE_DIR"):
-    # What crews write (task outputs, memory, paused flows) is removed with this process. It is in memory where there is
-    # room: CrewAI syncs each output of a task to one SQLite file, and other runs wait.
+    # The files of crews (task outputs, memory, paused flows) are removed with this process. They are in memory where
+    # there is room: CrewAI syncs each output of a task to one SQLite file, and other runs wait.
     _memory = Path("/dev/shm")  # noqa: S108  mkdtemp makes a directory of its own
     _is_roomy = os.access(_memory, os.W_OK) and shutil.disk_usage(_memory).free > 2**30  # a container may have 64 MiB
     os.environ["CREWAI_STORAGE_DIR"] = tempfile.mkdtemp(prefix="prefect-crew-", dir=_memory if _is_roomy else None)
@@ -81,7 +81,7 @@ STOP_SECONDS = 2.0
 """How long a stopped run's thread is waited for. For its clients the run has ended before."""
 
 _PLACEHOLDER = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")
-"""What CrewAI fills in. `fetch_inputs` also reports other text in braces, such as JSON in a prompt."""
+"""Inputs that CrewAI fills in. `fetch_inputs` also reports other text in braces, such as JSON in a prompt."""
 
 _log = logging.getLogger(__name__)
 
@@ -141,10 +141,10 @@ def _add_to_path(directory: Path) -> None:
 
 
 class CrewAIProgram:
-    """The crew or flow that a function builds anew for each run; without a name of its own it has the `module`'s.
+    """The crew or flow that a function builds for each run. Without a name of its own it has the name of the `module`.
 
     Raises:
-        Exception: Whatever the factory raises; TypeError where it builds something else, or the same thing again.
+        Exception: The factory raised it. TypeError: It builds something else, or the same object again.
     """
 
     max_runs = 100
@@ -220,7 +220,8 @@ def _flow_inputs(flow: Flow[Any]) -> list[CrewInput]:
     """Return the fields of a flow's state that are required or have a description, or all where none has one.
 
     CrewAI cannot make a state whose fields lack a default, so a field is required where it says so:
-    `topic: str = Field(default="", json_schema_extra={"required": True})`. A state that is a dictionary tells nothing.
+    `topic: str = Field(default="", json_schema_extra={"required": True})`. A state that is a dictionary
+    has no fields.
     """
     state: Any = flow.state
     fields = dict(type(state).model_fields) if isinstance(state, BaseModel) else {}
@@ -239,7 +240,7 @@ def _flow_inputs(flow: Flow[Any]) -> list[CrewInput]:
     return inputs
 
 
-# What it reports
+# The reports of CrewAI
 
 
 class _Bridge:
@@ -385,7 +386,7 @@ _current: ContextVar[_Bridge] = ContextVar("prefect_crew_bridge")
 """The run of a thread. CrewAI calls its providers of feedback without it, and copies the context to its threads."""
 
 NOT_APPROVED = "This is not approved. Improve it."
-"""What an agent hears when a person rejects its work without a word."""
+"""The feedback to an agent when a person rejects its work without a word."""
 
 
 class _HumanInput(SyncHumanInputProvider):

@@ -22,8 +22,8 @@ PLACES = HTTP_PLACES + WEBHOOK_PLACES
 
 
 class Kind(NamedTuple):
-    """What a name means: what the server does, the default of VALUE (None if it takes none), where it can be, what it
-    spoils, and whether it comes after the work when the name does not say."""
+    """A fault: the text says what the server does, `value` is the default of VALUE (None if it takes none), `places`
+    are where it can be, `group` is what it spoils. `is_after`: it comes after the work when its name does not say."""
 
     text: str
     value: float | None = None
@@ -123,7 +123,7 @@ class Fault:
 
     @property
     def kind(self) -> Kind:
-        """What it means."""
+        """The kind of the fault."""
         return FAULTS[self.base_name]
 
     @property
@@ -167,7 +167,7 @@ class Faults:
         self._faults = [*self._faults, *((fault, self.visits[fault.where]) for fault in added)]
 
     def clear(self) -> None:
-        """Do nothing wrong from now on. What already happened to a run stays."""
+        """Remove all faults. Effects on runs that had one stay."""
         self._faults = []
 
     def draw(self, *places: str) -> list[Fault]:

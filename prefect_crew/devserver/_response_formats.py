@@ -1,7 +1,7 @@
 """The three wordings of the dev server's answers.
 
-- documented: To the letter of the published contract. What it leaves open (a run that waits for a person, or was
-  stopped) is answered with the words that CrewAI's pages use.
+- documented: To the letter of the published contract. For states that it leaves open (a run that waits for a person,
+  or was stopped), the server uses the words of CrewAI's pages.
 - union: All that strict clients in the field look for, `state` and `status` both, at once.
 - live: As CrewAI's hosted crews answer: `state` and `result`, no progress, no times; errors as `{"detail": …}`; an
   unknown run is a 200 with the state NOT FOUND. `GET /inputs` describes each input.

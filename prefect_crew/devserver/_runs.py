@@ -26,7 +26,7 @@ class ProgramNotFoundError(ValueError):
 
 
 class Answer(NamedTuple):
-    """What a person answered."""
+    """The answer of a person."""
 
     approve: bool
     feedback: str
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a completed run gave: its text, the structured result or None, and the usage or None."""
+    """The result of a completed run: its text, the structured result or None, and the usage or None."""
 
     output: str
     data: Any = None
@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What a person is asked about one task."""
+    """A question to a person about one task."""
 
     task_id: str
     output: str
@@ -60,7 +60,7 @@ class Question(NamedTuple):
 
 
 class Program(Protocol):
-    """A crew that can be run many times at once. One that is a Flow has an attribute `flow` that is true."""
+    """A crew that can be run many times at once. A Flow has an attribute `flow` that is true."""
 
     @property
     def name(self) -> str: ...
@@ -97,7 +97,7 @@ class Run:
         targets: The webhooks; each `/resume` replaces them, also by none.
         base_url: The server's URL as the kickoff's client used it.
         planned: Names of all tasks, where the program said so.
-        tasks: What the ended tasks gave.
+        tasks: The results of the ended tasks.
         faults: The faults that concern this run, by name, with their values.
     """
 
@@ -282,7 +282,7 @@ class CrewRuns:
             error = "the crew was cancelled from within"
         except ProgramError as failure:
             error = str(failure)
-        # Whatever a crew raises is a failed run, never a broken server; sys.exit() would end the event loop.
+        # An error of the crew is a failed run, never a broken server; sys.exit() would end the event loop.
         except (Exception, SystemExit) as failure:  # noqa: BLE001
             error = f"{type(failure).__name__}: {failure}"
         if run.task is not None and not run.task.cancelling():  # else it was stopped or abandoned

@@ -23,7 +23,7 @@ from prefect_crew.devserver._runs import Outcome, Program, ProgramError, Run
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 _OF_RUN = {"tasks", "previous", "kickoff_id", "feedback", "round"}
 _SCOPE = {"inputs", *_OF_RUN, *cast("dict[str, Any]", _JINJA.globals)}  # pyright: ignore[reportUnknownMemberType]
-"""What a template sees beside the inputs; where an input has a name of `_OF_RUN`, it does not see that input."""
+"""Names that a template sees, with those of the inputs. An input whose name is in `_OF_RUN` is hidden from it."""
 BUNDLED = ("echo", "travel")
 """The crews that come with this package."""
 
@@ -36,17 +36,17 @@ class InputSpec(_Part):
     """One input of the crew."""
 
     name: str = Field(min_length=1, description="Name of the input.")
-    type: str = Field(default="string", description="What GET /inputs says its type is; nothing is checked.")
+    type: str = Field(default="string", description="Type that GET /inputs reports. Values are not checked.")
     required: bool = Field(default=True, description="A kickoff without a required input is answered with 422.")
-    description: str | None = Field(default=None, description="What the input is for.")
-    default: Any = Field(default=None, description="What templates see when the input is not given; else nothing.")
+    description: str | None = Field(default=None, description="Purpose of the input.")
+    default: Any = Field(default=None, description="Value that templates see if a kickoff leaves the input out.")
 
 
 class StepSpec(_Part):
     """One thing that an agent does within a task; step webhooks report it."""
 
     kind: str = Field(default="thought", description="Kind of step, such as thought or tool.")
-    content: str = Field(description="What the agent says or finds: a template.")
+    content: str = Field(description="Text of the step: a template.")
     tool: str | None = Field(default=None, description="Name of the tool used.")
 
 
@@ -55,18 +55,18 @@ class TaskSpec(_Part):
 
     name: str = Field(min_length=1, description="Name of the task, and its id in status bodies and webhooks.")
     agent: str | None = Field(default=None, description="Role of the agent.")
-    description: str | None = Field(default=None, description="What the task is: a template.")
-    expected_output: str | None = Field(default=None, description="What the task should give: a template.")
+    description: str | None = Field(default=None, description="Description of the task: a template.")
+    expected_output: str | None = Field(default=None, description="The output that the task should give: a template.")
     seconds: float | str = Field(default=0.0, description="How long it takes: a number, or a template that gives one.")
-    output: str = Field(default="", description="What it gives: a template.")
+    output: str = Field(default="", description="Output of the task: a template.")
     data: Any = Field(
         default=None, description="A structured result: a mapping or list of templates, or a template that gives JSON."
     )
     fail: str | None = Field(
-        default=None, description="The error to fail with: a template. What renders to nothing does not fail."
+        default=None, description="The error to fail with: a template. The task does not fail if it renders to nothing."
     )
     human: bool = Field(
-        default=False, description="After the task, a person must approve it. One that is rejected is done again."
+        default=False, description="After the task, a person must approve it. The crew does a rejected task again."
     )
     steps: list[StepSpec] = Field(default_factory=list[StepSpec], description="Spread evenly over the task's seconds.")
 
@@ -79,19 +79,19 @@ class CrewScript(_Part):
     """A whole crew."""
 
     name: str = Field(min_length=1, description="Name of the crew.")
-    description: str | None = Field(default=None, description="What the crew does.")
+    description: str | None = Field(default=None, description="Description of the crew.")
     flow: bool = Field(
         default=False, description="Whether it is a Flow: its input `id` must be a UUID, and its end is streamed."
     )
     inputs: list[Annotated[InputSpec, BeforeValidator(_as_input, json_schema_input_type=str | InputSpec)]] = Field(
         default_factory=list[InputSpec], description="Names of the inputs, or more about each."
     )
-    tasks: list[TaskSpec] = Field(min_length=1, description="What the crew does, in order.")
+    tasks: list[TaskSpec] = Field(min_length=1, description="Tasks of the crew, in order.")
     output: str | None = Field(default=None, description="The result, a template; left out, the last task's output.")
     data: Any = Field(default=None, description="The structured result; left out, the last task's data.")
     usage: TokenUsage | None = Field(default=None, description="Tokens that a run reports.")
     calls: dict[str, TokenUsage] = Field(
-        default_factory=dict[str, TokenUsage], description="Tokens by model, of which a stream of events tells."
+        default_factory=dict[str, TokenUsage], description="Tokens by model, which the stream of events reports."
     )
 
     @model_validator(mode="after")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
 
 CRASH_EXIT_CODE = 86
-"""What the process of `serve` exits with when the fault `crash` ends it."""
+"""The exit code of `serve` when the fault `crash` ends it."""
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -96,7 +96,7 @@ class CrewServer:
     Its ASGI app is `asgi`, to be mounted elsewhere; faults of the connection need this server.
 
     Args:
-        spec: What is served; see `load_program`. A mapping serves several crews, each under `/NAME`.
+        spec: The crew; see `load_program`. A mapping serves several crews, each under `/NAME`.
         port: The port; 0 takes a free one.
         **options: As below.
 
@@ -105,7 +105,7 @@ class CrewServer:
         - `response_format`: How answers are worded: "documented" is the published API to the letter, "union" has
           everything that strict clients look for, "live" is what hosted crews answer.
         - `generation`: How the bodies of webhooks are worded: "first" or "later".
-        - `faults`: What goes wrong, as `Fault` or as text such as "status:500@1".
+        - `faults`: Mistakes of the server, as `Fault` or as text such as "status:500@1".
         - `speed`: The seconds of scripts are divided by it.
         - `stop`: Whether there is `/stop`; the published contract has none.
         - `max_runs`: At most this many runs of a crew at once; later ones are pending. None: no limit for scripts, 100
@@ -115,7 +115,7 @@ class CrewServer:
     Attributes:
         port: The port; 0 before the first start of a server that takes a free one.
         token: The bearer token. Setting it rotates it: from then on the old one gets 401.
-        faults: What goes wrong; may be changed while the server runs.
+        faults: Mistakes of the server; they may be changed while it runs.
         requests: Requests by place: inputs, kickoff, status, resume, stop, health.
         unauthorized: How many requests had a missing or wrong token; they count nowhere else.
         accepted: The kickoffs that started a run: kickoff id to meta.
@@ -321,7 +321,7 @@ class CrewServer:
 
     def _has_token(self, request: Request) -> bool:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        # Both are compared in any case, so that the time tells nothing.
+        # Both are compared in any case, so that the time is the same for both.
         return hmac.compare_digest(token.strip().encode("latin-1"), self.token.encode()) & (scheme.lower() == "bearer")
 
     def _unauthorized(self) -> Response:
@@ -558,13 +558,13 @@ def serve(
     those of `CrewServer`.
 
     Args:
-        spec: What is served.
+        spec: The crew.
         host: The address to listen on.
         port: The port; 0 takes a free one.
         name: The name under which the crew is stored; without one it is run by its URL, with the token if that is a
             random one.
         on_listening: Called with the crew's URL and its token, before the server answers.
-        **options: Those of `CrewServer`.
+        **options: The options of `CrewServer`.
 
     Raises:
         ValueError: An option or the crew makes no sense.

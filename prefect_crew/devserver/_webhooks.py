@@ -26,7 +26,7 @@ from prefect_crew.devserver._runs import Question, Run, Spawn, Step
 Generation = Literal["first", "later"]
 """How the bodies of webhooks are worded."""
 CALLBACKS = "/human_feedback_requests/"
-"""What the path of a callback URL ends with, before its token."""
+"""The end of the path of a callback URL, before its token."""
 
 _MAX_CONCURRENT = 32
 _TIMEOUT = 10.0
@@ -49,7 +49,7 @@ _KEYS: dict[str, dict[Generation, str]] = {
     },
     "human": {"first": "execution_id task_id task_output meta", "later": "kickoff_id task_id output meta"},
 }
-"""What each webhook's body holds. That of the crew is sent for completed runs only: no failure body is documented."""
+"""The fields of each webhook's body. The crew webhook comes for completed runs only: no failure body is documented."""
 
 
 def _body(kind: str, run: Run, value: Any, generation: Generation) -> dict[str, Any]:

@@ -30,10 +30,10 @@ class PipelineInput(_Plain):
     type: Literal["string", "integer", "number", "boolean", "array", "object"] | None = Field(
         default=None, description="Its type in JSON. Empty: text."
     )
-    description: str | None = Field(default=None, description="What the run form says of it.")
+    description: str | None = Field(default=None, description="Description in the run form.")
     required: bool = Field(default=True, description="Whether each run must give it if it has no default.")
     default: JsonValue = Field(
-        default=None, description="What it is when a run does not give it; of a secret one the name of a Secret block."
+        default=None, description="Value if a run leaves it out. For a secret input: the name of a Secret block."
     )
     secret: bool = Field(
         default=False, description="Whether a run gives it as the name of the Prefect Secret block that holds it."
@@ -70,7 +70,7 @@ class PipelineDefinition(_Plain):
     name: str = Field(
         min_length=1, description="Its name: on its artifact, and in an idempotency key that is left out."
     )
-    description: str | None = Field(default=None, description="What it does, for people.")
+    description: str | None = Field(default=None, description="Description for people.")
     inputs: dict[str, Annotated[PipelineInput, BeforeValidator(lambda value: {} if value is None else value)]] = Field(
         default_factory=dict[str, PipelineInput], description="Its inputs by name, for the templates of the steps."
     )

@@ -1,0 +1,66 @@
+"""The check of words of `make lint`: sentences and names that a reader has to read twice."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / ".ci" / "words.py"
+
+
+@pytest.fixture(scope="module")
+def words() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("words", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["words"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "lines"),
+    [
+        ("a.md", "# What a heading says\n\nWhat it costs is\nunknown.\n", [3]),
+        ("a.md", "Who pays? What a run costs: see below.", [1]),
+        ("a.md", "The run ends. Whoever waits gets it.", [1]),
+        ("a.md", "- One that failed is started again.\n- Those of a row are kept.\n- That of a run is not.", [1, 2, 3]),
+        ("a.md", "One run is kept. Those runs end. That ends it.", []),
+        ("a.md", "| What it is | who |\n| --- | --- |\n| What a run costs | you |\n", [3]),
+        ("a.md", "```text\nWhat it is.\n```\n[What it is](adopt.md) `What`\n<!-- What\nit is -->\nadopts", [7]),
+        ("a.md", "A worker adopts a run that is\nset aside, as of\nnow.", [1, 2, 2]),
+        ("a.md", "A round-trip, a round trip, `rounds`; the round of a review.", [1]),
+        ("a.md", "1.\n\n   ```python\n   found = 1\n   ```\n", [4]),
+        ("a.py", '"""A module."""\n\n# What\n# it is.\nx = 1  # Those of it.\n', [3, 5]),
+        ("a.py", 'def f(given: int) -> str:\n    """Whose it is.\n\n    Which run.\n    """\n', [1, 2, 4]),
+        ("a.py", "for one, (said, x) in y:\n    _known = [found for found in (told := x)]\n", [1, 1, 2, 2, 2]),
+        ("a.py", 'x = f"What {run} is" + "what is it" + "Which run?" + "Whose"\n', [1]),
+        ("a.py", "x.found = given\nstarted = f(known=1)\n", []),
+    ],
+)  # fmt: skip
+def test_hits_of_a_file(words: ModuleType, file: str, text: str, lines: list[int]):
+    assert [hit.line for hit in words.hits_in(file, text)] == lines
+
+
+def test_hit_names_place_and_better_words(words: ModuleType):
+    (hit,) = words.hits_in("docs/a.md", "Text.\nA worker adopts it.")
+    assert str(hit) == 'docs/a.md:2: "adopts" (adopt): say take over'
+
+
+def test_files_left_exist(words: ModuleType):
+    assert not [place for place in words.LEFT if not (ROOT / place).exists()]
+
+
+def test_hit_ends_with_1(tmp_path: Path):
+    (tmp_path / "page.md").write_text("What it is.\n")
+    command = [sys.executable, SCRIPT, tmp_path / "page.md"]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 1
+    assert "page.md:1:" in checked.stdout
