@@ -14,7 +14,7 @@ from support.postgres import find_postgres
 
 ROOT = Path(__file__).parents[1]
 PARTS = {
-    *("late", "rows-10k", "rows-1k", "rows-100k", "ledger", "ranges", "webhooks", "polling", "one-run", "concurrent"),
+    *("late", "rows-5k", "rows-1k", "rows-100k", "ledger", "ranges", "webhooks", "polling", "one-run", "concurrent"),
     *("burst", "pipeline", "memory", "real-crews", "demo", "past"),
 }
 IMPORT_ALL = f"""
