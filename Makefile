@@ -4,7 +4,7 @@
 #   make test        the tests, but for the slow ones, those of whole programs, and the proofs (as plain pytest does)
 #
 # Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest,
-# WORKERS=0 to run the tests one after the other.
+# WORKERS=0 to run the tests one after the other, SEED=7 for another choice of slow tests and other random worlds.
 
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
@@ -12,13 +12,14 @@ HTTPX2_VENV ?= .venv-httpx2
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 SAMPLE ?= 20
-TIME ?= 900
+SEED ?=
 MUTANTS ?= 30
 WORKERS ?= 3
 ARGS ?=
 
 # Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once.
 AT_ONCE = -n $(WORKERS) --dist worksteal
+SEEDED = $(if $(SEED),--seed $(SEED))
 
 # 3.14 comes last since CrewAI does not install on it: the tests of real crews would be skipped.
 PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python3.14)
@@ -27,12 +28,18 @@ SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info
 # Where it is set, as in many images, each of the hundreds of processes here would compile all of Prefect once more.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
+# What a change has to pass. `.ci/run` and .github/workflows/checks.yml read this list and run `make` for each of it.
+SESSIONS = lint docs test proofs programs wheel-smoke oldest sample
+
+.PHONY: help sessions demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 	@echo "Also: programs (tests of whole programs), proofs (of what is promised), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, docs (the site), audit, dist, constraints, clean."
+
+sessions:
+	@echo $(SESSIONS)
 
 # Running
 
@@ -53,12 +60,12 @@ proofs: $(VENV)/.tests
 # All of them: the quick ones and the slow proofs side by side, then the other slow ones, which measure and load, one
 # after the other.
 prove: test programs proofs
-	$(BIN)/python -m pytest $(AT_ONCE) -m slow tests/proof $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m slow $(SEEDED) tests/proof $(ARGS)
 	$(BIN)/python -m pytest -m slow --ignore tests/proof $(ARGS)
 
-# Some of the slow tests: SAMPLE of those that come in large numbers, chosen by SEED, none begun after TIME seconds.
+# SAMPLE of the slow tests, always the same with one SEED.
 sample: $(VENV)/.tests
-	$(BIN)/python -m pytest -m slow --sample $(SAMPLE) --time-limit $(TIME) $(if $(SEED),--sample-seed $(SEED)) \
+	$(BIN)/python -m pytest $(AT_ONCE) -m slow --sample $(SAMPLE) $(SEEDED) \
 	    --ignore tests/deployments/test_installed_wheel.py --ignore tests/test_benchmarks.py $(ARGS)
 
 # The wheel alone in a fresh environment: the demo, and a project that init wrote. WHEEL_PYTHON=3.12 chooses its Python.

@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -52,7 +51,10 @@ if "prefect" in sys.modules:  # imported by a pytest plugin, with the settings o
     sys.modules["prefect.context"].refresh_global_settings_context()
 
 # Two shared cores make any deadline a coin toss.
-hypothesis.settings.register_profile("prefect-crew", deadline=None, print_blob=True)
+# And a gate gives the same answer twice: what is random runs each night.
+hypothesis.settings.register_profile(
+    "prefect-crew", deadline=None, print_blob=True, derandomize="CI" in os.environ and "NIGHTLY" not in os.environ
+)
 hypothesis.settings.load_profile("prefect-crew")
 
 
@@ -81,16 +83,13 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-_START = time.monotonic()
 _SAMPLE = pytest.StashKey[tuple[int, int]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     option = parser.getgroup("prefect-crew").addoption
-    option("--sample", type=int, metavar="N", help="of the tests marked `sampled`, run N chosen by the seed")
-    seed = random.randrange(10**6)
-    option("--sample-seed", type=int, metavar="S", default=seed, help="seed of the choice; printed")
-    option("--time-limit", type=float, metavar="SECONDS", help="skip, and say so, what would begin later than this")
+    option("--sample", type=int, metavar="N", help="of the selected tests, run N that the seed chooses")
+    option("--seed", type=int, metavar="S", default=1, help="the seed of that choice, and of random worlds (1)")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have had their say
@@ -99,12 +98,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if size is None:
         return
     # Sorted, so that a seed means the same tests whatever the order of collection is.
-    candidates = sorted((item for item in items if item.get_closest_marker("sampled")), key=lambda item: item.nodeid)
-    chosen = random.Random(config.getoption("sample_seed")).sample(candidates, min(size, len(candidates)))
-    # The time limit cuts from the end: what is one of many goes first.
-    items[:] = [item for item in items if item not in set(candidates)] + [item for item in candidates if item in chosen]
-    config.hook.pytest_deselected(items=list(set(candidates) - set(chosen)))
-    config.stash[_SAMPLE] = (len(chosen), len(candidates))
+    candidates = sorted(items, key=lambda item: item.nodeid)
+    chosen = set(random.Random(config.getoption("seed")).sample(candidates, min(size, len(candidates))))
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = [item for item in items if item in chosen]
+    config.stash[_SAMPLE] = (len(items), len(candidates))
 
 
 PROGRAMS = (
@@ -143,15 +141,8 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
     if _SAMPLE not in config.stash:
         return None
     kept, total = config.stash[_SAMPLE]
-    size, seed = config.getoption("sample"), config.getoption("sample_seed")
-    return f"sample: {kept} of {total} tests marked `sampled`; the same again: --sample {size} --sample-seed {seed}"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    limit: float | None = item.config.getoption("time_limit")
-    if limit is not None and time.monotonic() - _START > limit:
-        pytest.skip(f"needs more time: the limit of {limit:g} seconds was over before it began")
+    size, seed = config.getoption("sample"), config.getoption("seed")
+    return f"sample: {kept} of {total} tests; the same again: --sample {size} --seed {seed}"
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-xdist has ended its workers, which bear the mark as well

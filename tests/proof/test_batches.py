@@ -228,13 +228,11 @@ def lives(world: World, forks: BatchForks, folder: Path, faults_seed: int = 1) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(20))
-@pytest.mark.sampled
 @pytest.mark.timeout(900)
 def test_every_row_ends_once_wherever_its_batch_dies(
-    number: int, forks: BatchForks, tmp_path: Path, notes: list[str]
+    number: int, forks: BatchForks, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    chosen = random.SystemRandom().randrange(10**6)
-    notes.append(f"batches at random: 10 with @seed({chosen})")
+    chosen = 1000 * pytestconfig.getoption("seed") + number
 
     def dies(world: World) -> None:
         lives(world, forks, tmp_path / uuid.uuid4().hex, number)
@@ -262,7 +260,7 @@ def test_rows_of_a_batch_that_is_killed_again_and_again(
 ) -> None:
     if rows > 600:
         only_when_all_are_run(request)
-    chosen = random.SystemRandom().randrange(10**6)
+    chosen = request.config.getoption("seed")
     luck, began = random.Random(chosen), time.monotonic()
     world = World([f"topic {number}" for number in range(rows)], keyed=True, max_in_flight=rows // 10, seconds=0.3)
     with CrewServer(world.spec) as server:

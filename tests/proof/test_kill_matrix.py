@@ -49,7 +49,6 @@ def records(seen: Seen, idempotency_key: str) -> list[dict[str, Any]]:
     return seen.records(idempotency_key)
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("kill", POINTS, ids=str)
 def test_a_script_that_was_killed_is_called_again(kill: Kill, zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
     with CrewServer(CREW, faults=kill.faults) as server:
@@ -88,7 +87,6 @@ def test_a_script_that_was_killed_is_called_again(kill: Kill, zygote: Zygote, se
         ]
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("accepted", [True, False], ids=["it was accepted", "it never arrived"])
 def test_what_is_resolved_on_the_command_line_goes_on(
     accepted: bool, zygote: Zygote, seen: Seen, idempotency_key: str, prefect_api: PrefectServer

@@ -19,7 +19,6 @@ from support.prefect_server import PrefectServer
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.sampled,
     pytest.mark.timeout(400),
     pytest.mark.usefixtures("prefect_api"),
 ]

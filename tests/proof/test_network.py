@@ -159,7 +159,6 @@ SCRIPTS: dict[str, dict[str, Any]] = {"resume": {"human": True}, "stop": {"secon
 
 
 @pytest.mark.slow
-@pytest.mark.sampled
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_what_comes_of_a_fault_for_real(case: Case, idempotency_key: str) -> None:

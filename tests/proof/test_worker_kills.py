@@ -240,13 +240,9 @@ def cluster(postgres: Postgres, prefect_server_on_postgres: PrefectServer, tmp_p
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "kills", [pytest.param(5, marks=[pytest.mark.sampled, pytest.mark.timeout(300)]), pytest.param(40)]
-)
-def test_workers_killed_at_random_moments(cluster: Cluster, notes: list[str], kills: int):
-    seed = random.randrange(10**6)
-    chance = random.Random(seed)
-    print(f"seed {seed}")
+@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.timeout(300)), pytest.param(40)])
+def test_workers_killed_at_random_moments(cluster: Cluster, notes: list[str], kills: int, pytestconfig: pytest.Config):
+    chance = random.Random(pytestconfig.getoption("seed"))
     names = ["one", "two"]
     for name in names:
         cluster.start_worker(name)
@@ -266,7 +262,7 @@ def test_workers_killed_at_random_moments(cluster: Cluster, notes: list[str], ki
     left = cluster.seconds_until_all_ended(250)
     ends = cluster.check()
     notes.append(
-        f"{kills} SIGKILLs, {restarts} restarts under the same name (seed {seed}): {len(cluster.runs)} flow runs, "
+        f"{kills} SIGKILLs, {restarts} restarts under the same name: {len(cluster.runs)} flow runs, "
         f"{cluster.crew.kickoffs} kickoffs, {dict(ends)}, {time.monotonic() - begun:.0f} s, of which {left:.0f} s "
         "after the last restart"
     )
