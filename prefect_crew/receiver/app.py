@@ -67,8 +67,9 @@ def create_receiver(
         receiver.forwarder.start()
         try:
             yield
-        finally:
-            await receiver.forwarder.aclose()
+        except asyncio.CancelledError:  # a second Ctrl-C waits for nothing
+            return
+        await receiver.forwarder.aclose()
 
     app = Starlette(
         routes=[

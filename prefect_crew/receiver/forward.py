@@ -163,12 +163,13 @@ class Forwarder:
         self._counts: Counter[str] = Counter()
         self._is_closing = False
         self.has_unsent_events = False
-        """Whether Prefect's thread still tries to send events after `aclose`."""
+        """Whether Prefect's thread may have events to send: from `start` on, until `aclose` has seen it end."""
 
     def start(self) -> None:
         """Connect to the Prefect server for events. The thread keeps what comes while a connection is lost, but gives
         up after 7 s what waits for its first one."""
         EventsWorker.instance()
+        self.has_unsent_events = True
 
     def put(self, item: WebhookEvent | ReviewRequest) -> None:
         """Take a webhook, or the question of a Flow."""
@@ -207,6 +208,8 @@ class Forwarder:
                 "%d questions were not kept before the receiver stopped: answer them on the platform.",
                 len(self._notes),
             )
+        for note in self._notes.values():
+            self._report(note)
         futures = await asyncio.to_thread(EventsWorker.drain_all, timeout=CLOSE_WITHIN)
         self.has_unsent_events = isinstance(futures, tuple) and bool(futures[1])
         if self.has_unsent_events:
@@ -214,8 +217,11 @@ class Forwarder:
 
     # Events
 
-    def _report(self, event: WebhookEvent) -> None:
-        """Wake the processes that wait. Then report an end or a question to Prefect, once."""
+    def _report(self, event: WebhookEvent | ReviewRequest) -> None:
+        """Wake the processes that wait. Then report an end or a question to Prefect, once. No process waits for the
+        question of a Flow, which its record alone tells."""
+        if isinstance(event, ReviewRequest):
+            return
         self.recent.add(event)
         if event_name(event) not in REPORTED:
             return
@@ -229,9 +235,10 @@ class Forwarder:
     # Texts of questions
 
     def _keep(self, name: NoteName, note: WebhookEvent | ReviewRequest) -> None:
-        """Have a question stored, in place of an earlier text of it. Where there is no room, the oldest is dropped."""
+        """Have a question stored, in place of an earlier text of it. Where there is no room, the text of the oldest one
+        is dropped."""
         if name not in self._notes and len(self._notes) >= NOTES:
-            del self._notes[next(iter(self._notes))]
+            self._report(self._notes.pop(next(iter(self._notes))))
             self._counts["dropped"] += 1
         self._notes[name] = note
         if self._storing is None or self._storing.done():
@@ -262,8 +269,7 @@ class Forwarder:
                 return False
             status = f"HTTP {error.response.status_code}" if isinstance(error, STATUS_ERRORS) else type(error).__name__
             logger.warning("The question of a run could not be stored: %s", status)
-        if isinstance(note, WebhookEvent):
-            self._report(note)
+        self._report(note)
         return True
 
     async def _store_output(self, name: NoteName, event: WebhookEvent) -> None:

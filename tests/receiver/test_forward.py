@@ -183,6 +183,23 @@ async def test_memory_is_bounded_whatever_the_webhooks_hold(key: str, monkeypatc
         await forwarder.aclose()
 
 
+async def test_a_question_whose_text_is_dropped_wakes_and_is_reported_all_the_same(
+    key: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "NOTES", 2)
+    monkeypatch.setattr(module, "CLOSE_WITHIN", 0.1)
+    emitted = list[str]()
+    monkeypatch.setattr(module, "emit_event", lambda **fields: emitted.append(fields["payload"]["idempotency_key"]))
+    with environment({"PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api"}):
+        forwarder = Forwarder()
+        for number in range(3):
+            forwarder.put(event_about(f"{key}/{number}", "human_input-first"))
+        woken = [webhook["idempotency_key"] for webhook in forwarder.recent._kept]
+        assert (woken, emitted) == ([f"{key}/0"], [f"{key}/0"]), "there was no room for the first one"
+        await forwarder.aclose()
+        assert emitted == [f"{key}/{number}" for number in range(3)], "Prefect did not come back"
+
+
 async def test_a_question_is_reported_when_what_it_asks_can_be_read(
     key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch
 ):

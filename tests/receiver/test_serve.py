@@ -107,7 +107,10 @@ async def test_the_command_takes_webhooks_and_ends_on_a_signal(receiver_process:
 
 
 @pytest.mark.programs
-async def test_the_command_ends_soon_while_prefect_is_away(prefect_api: PrefectServer, urls: Urls, tmp_path: Path):
+@pytest.mark.parametrize("signals", [1, 2])
+async def test_the_command_ends_soon_while_prefect_is_away(
+    prefect_api: PrefectServer, urls: Urls, tmp_path: Path, signals: int
+):
     """Python's exit waits for Prefect's thread, which tries to send each event for 7 s."""
     key = f"served/{uuid.uuid4()}"
     with (
@@ -122,10 +125,16 @@ async def test_the_command_ends_soon_while_prefect_is_away(prefect_api: PrefectS
                 hooks = urls(f"{key}/{number}", base=f"http://127.0.0.1:{port}")
                 assert (await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])).status_code == 200
         await until(lambda: "Unable to connect" in process.output, "the log says what is wrong")
-        process.send(signal.SIGTERM)
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(raw(urls)[:-10])  # uvicorn waits for the rest, or for a second signal
+        for _ in range(signals):
+            await asyncio.sleep(0.3)
+            process.send(signal.SIGINT)
         await until(lambda: not process.running, "it ends", seconds=20)
         assert process.popen.returncode == 0
-        assert "did not take all events" in process.output
+        assert ("did not take all events" in process.output) is (signals == 1)
+        assert "lifespan" not in process.output
+        writer.close()
 
 
 async def test_beyond_its_limit_the_connection_that_was_idle_for_longest_is_closed(
