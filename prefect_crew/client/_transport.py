@@ -356,8 +356,7 @@ class SpreadTransport(httpx.AsyncHTTPTransport):
 
     async def aclose(self) -> None:
         """Close all connections."""
-        for pool in (*self._polls, *self._posts):
-            await pool.aclose()
+        await asyncio.gather(*(pool.aclose() for pool in (*self._polls, *self._posts)))
 
 
 # Answers and failures
