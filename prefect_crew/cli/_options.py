@@ -145,8 +145,12 @@ class CrewAccess:
         elif self.token_file is not None:
             token = read_text(self.token_file, "token").strip()
         elif not token and sys.stdin.isatty():
-            with _output.asking():
-                token = getpass(f"Token of {url} (on the Status tab of the crew's page; it is not shown): ").strip()
+            typed = _output.current.typed
+            if url not in typed:
+                with _output.asking():
+                    question = f"Token of {url} (on the Status tab of the crew's page; it is not shown): "
+                    typed[url] = getpass(question).strip()
+            token = typed[url]
         if not token:
             raise ConfigurationError(
                 f"There is no token for {url}: set CREW_TOKEN, or give --token-file. The token is on the Status tab of "

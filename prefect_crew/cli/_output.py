@@ -44,6 +44,7 @@ class Invocation:
     Attributes:
         debug: Whether errors show their traceback, and Prefect's logs are shown.
         tokens: What must not be written.
+        typed: The tokens that a person has typed, by URL: nobody is asked twice.
         seen: The run that was kicked off or found last: what any error after that is about.
         line: The last line of the screen, while one is redrawn.
         stop: What Ctrl-C on a terminal offers: a question, and the call that a yes makes, which returns a sentence.
@@ -52,6 +53,7 @@ class Invocation:
 
     debug: bool = False
     tokens: set[str] = field(default_factory=set[str], repr=False)
+    typed: dict[str, str] = field(default_factory=dict[str, str], repr=False)
     seen: SeenRun | None = None
     line: LiveLine | None = None
     stop: tuple[str, Callable[[], Coroutine[Any, Any, str]]] | None = None
@@ -246,11 +248,13 @@ class Progress(AbstractContextManager["Progress"]):
     Attributes:
         seen: The run that was seen last.
         flow_run_id: The flow run of a batch.
+        batch: The name of a batch, which its call may give as a template.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.seen: SeenRun | None = None
         self.flow_run_id: str | None = None
+        self.batch: str | None = None
         self._is_live, self._is_quiet = is_terminal(sys.stderr), quiet
         self._since = self._said_at = 0.0
 
@@ -289,6 +293,7 @@ class Progress(AbstractContextManager["Progress"]):
 
         self.flow_run_id = self.flow_run_id or flow_run_id()
         name, phase = progress.name, progress.phase
+        self.batch = name
         if phase == "checking":
             self.phase(f"Batch {name}: checking every row")
         elif self._is_live and phase != "done":

@@ -192,20 +192,22 @@ async def _run(
     `by_name`: whether it can be gone on with by its name alone, for which its crew has to be stored.
     """
     _look_here()
-    shell_name = shlex.quote(name)
+    progress = Progress()
 
     async def stop_runs() -> str:
-        return (await _cancel(name, ledger, crew))[0]
+        return (await _cancel(progress.batch or name, ledger, crew))[0]
 
     try:
-        with Progress() as progress:
+        with progress:
             report = await call(progress)
     except (asyncio.CancelledError, KeyboardInterrupt):
+        shell_name = shlex.quote(progress.batch or name)
         again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call again"
         stop = f"prefect-crew batch cancel {shell_name}"
         _output.note(f"To go on where it stopped: {again}. To stop the runs in flight: {stop}")
         _output.current.stop = ("Stop its runs in flight as well?", stop_runs)
         raise
+    shell_name = shlex.quote(progress.batch or name)
     page = page_url(progress.flow_run_id)
     as_json = output and {**report.as_dict(), "flow_run_id": progress.flow_run_id, "flow_run_url": page}
     _output.put(by_options(str(report)), json=as_json)

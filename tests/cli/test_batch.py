@@ -233,16 +233,20 @@ def test_ctrl_c_on_a_terminal_asks_whether_to_stop_the_runs_in_flight(
 ):
     server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
     (tmp_path / "rows.csv").write_text("topic\ntea\ncocoa\n")
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url, "CREW_TOKEN": TOKEN})
-    line = ["batch", "run", server.url, str(tmp_path / "rows.csv"), "--name", name, "--export", output]
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
+    env.pop("CREW_TOKEN", None)  # a person types it
+    template = f"{name}-{{scheduled_start:%Y}}"
+    line = ["batch", "run", server.url, str(tmp_path / "rows.csv"), "--name", template, "--export", output]
     with Terminal([program("prefect-crew"), *line], env=env) as terminal:
+        terminal.wait_for("Token of")
+        terminal.press(f"{TOKEN}\r")
         wait_until(lambda: server.kickoffs == 2, seconds=60, what="its rows in flight")
         terminal.press("\x03")
         terminal.wait_for("Stop its runs in flight as well?")
         terminal.press("y\r")
         assert terminal.wait(30) == 130
     assert "2 of 2 runs in flight were asked to stop." in terminal.output.replace("\r\n", " ")
-    assert server.requests["stop"] == 2
+    assert (server.requests["stop"], terminal.output.count("Token of")) == (2, 1)
 
 
 @pytest.mark.programs
