@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time
@@ -27,7 +27,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.states import Scheduled
 from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.annotations import freeze
+from prefect.utilities.schema_tools import ValidationError as InvalidParametersError
+from prefect.utilities.schema_tools import validate
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
 from prefect_crew._internal.prefect_api import read_all_flow_runs
@@ -89,6 +93,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         super().__init__(_with_fixed(flow, description, fixed), name=flow.name, flow_run_name=flow.flow_run_name)
         self.label = label
         """The name of the crew or the pipeline."""
+        self._flow_run_name = flow.flow_run_name
         self._read_form = read_form
         self._form: Form | None = None
 
@@ -99,7 +104,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         return self._form.signature
 
     def with_options(self, **options: Any) -> InputsFlow[T]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a copy with other options, as a flow of Prefect does."""
+        """Return a copy with other options, as a flow of Prefect does. `ato_deployment` says which ones it refuses."""
         return self._copy(**super().with_options(**options).__dict__)
 
     def _copy(self, **attributes: Any) -> InputsFlow[T]:
@@ -111,15 +116,18 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         """Return a deployment, ready to be applied. It takes all options that Prefect has.
 
         Raises:
-            ConfigurationError: A schedule lacks a default or has one key for all its times, a default is for no input
-                or does not fit, or Prefect refuses an option.
+            ConfigurationError: A schedule lacks a default or has one key for all its times; a parameter, of a schedule
+                too, does not fit; the name is that of another crew's deployment; an option of `with_options` would not
+                reach the flow runs; or Prefect refuses an option.
             CrewError: The crew does not say what it takes.
         """
         parameters = dict(options.pop("parameters", None) or {})
         defaults: Mapping[str, Any] = parameters.pop("inputs", None) or {}
+        if self._storage is None:
+            self._refuse_lost_options()
+        await self._refuse_another(name)
         form = await self._read_form(defaults)
-        names = inspect.signature(self.fn).parameters.keys() - {"crew", "pipeline"}
-        _check_parameters(f"{self.name}/{name}", names, form, parameters, _schedules_in(options))
+        await self._check_parameters(name, form, parameters, _schedules_in(options))
         if self._storage is None:
             parameters |= form.parameters
             options["entrypoint_type"] = EntrypointType.MODULE_PATH
@@ -144,6 +152,10 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         deployment = self.ato_deployment(name, **options)
         return deployment if in_async_context() else run_sync(deployment)
 
+    def serve(self, name: str | None = None, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Serve it from this process, as a flow of Prefect does. A name that is left out is that of the crew."""
+        super().serve(name or self.label, **options)
+
     async def adeploy(self, name: str, work_pool_name: str | None = None, **options: Any) -> UUID:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deploy it to a work pool. It takes all options that Prefect has. Raises as `ato_deployment` does."""
         if self._storage is not None:
@@ -156,14 +168,89 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         deployment = self.adeploy(name, work_pool_name, **options)
         return deployment if in_async_context() else run_sync(deployment)
 
+    def _refuse_lost_options(self) -> None:
+        """Refuse options that flow runs would not have: a worker imports the flow of the package, without them."""
+        plain = vars(Flow(self.fn, name=self.name, flow_run_name=self.flow_run_name, version=self.version))
+        plain["flow_run_name"] = self._flow_run_name
+        kept = {"description", "_entrypoint", "parameters"}
+        if lost := [name for name, value in plain.items() if name not in kept and vars(self)[name] != value]:
+            raise ConfigurationError(
+                f"Flow runs of this deployment would not have {', '.join(lost)}: they import the flow of the package. "
+                "Nothing was deployed. Write the flow into a module, and deploy that: prefect deploy MODULE.FLOW"
+            )
+
+    async def _refuse_another(self, name: str) -> None:
+        """Refuse the name of a deployment of another crew or pipeline: all have one flow name, and Prefect replaces."""
+        deployment = await read_deployment(f"{self.name}/{name}")
+        if deployment is None:
+            return
+        pipeline: dict[str, Any] = deployment.parameters.get("pipeline") or {}
+        label: str | None = _crew_of(deployment) or pipeline.get("name")
+        if label not in (None, self.label):
+            raise ConfigurationError(
+                f"The deployment {self.name}/{name} is of {label!r}, not of {self.label!r}. Nothing was deployed. Give "
+                f"another name, or delete it: prefect deployment delete {shlex.quote(f'{self.name}/{name}')}"
+            )
+
+    async def _check_parameters(
+        self, name: str, form: Form, parameters: Mapping[str, Any], schedules: Sequence[Any]
+    ) -> None:
+        """Refuse parameters, of the deployment or a schedule, that do not fit, and schedules whose runs would fail or
+        have one idempotency key for all their times."""
+        title = f"{self.name}/{name}"
+        defaults = {key: item.default for key, item in form.inputs.items() if item.default is not None}
+        self._check_types(title, form, {**parameters, "inputs": defaults})
+        for schedule in schedules:
+            own = _parameters_of(schedule)
+            inputs: dict[str, Any] = own.get("inputs") or {}
+            await form.with_defaults(inputs)  # it refuses unknown names, and secret ones without a block
+            # Prefect gives a run the inputs of its schedule in place of all defaults, also where they are null.
+            missing = [field for field in form.required if field not in inputs] if "inputs" in own else form.missing
+            if missing:
+                raise ConfigurationError(
+                    f"A scheduled run needs a default for each required input. Missing: {', '.join(missing)}. Give "
+                    f"the defaults, or leave the schedule out: delete the one that {title} has, or choose another name."
+                )
+            every: dict[str, Any] = {**parameters, **own, "inputs": inputs if "inputs" in own else defaults}
+            self._check_types(title, form, every)
+            key = every.get("idempotency_key")
+            if key is not None and render_key(key, datetime.now(UTC)) == key:
+                raise ConfigurationError(
+                    f"The idempotency key {key!r} is the same for every time of the schedule, so that all would get "
+                    "the first one's result. Put the time into it, such as daily-{scheduled_start:%Y-%m-%d}."
+                )
+
+    def _check_types(self, title: str, form: Form, parameters: Mapping[str, Any]) -> None:
+        """Refuse parameters that the flow does not take, or that are of another type."""
+        schema = self.parameters.model_dump()
+        fields = {key: field for key, field in schema["properties"].items() if key not in ("crew", "pipeline")}
+        if unknown := [key for key in parameters if key not in fields]:
+            raise ConfigurationError(
+                f"{title} cannot have the parameter {unknown[0]!r}; it takes {', '.join(sorted(fields))}."
+            )
+        plain: dict[str, Any] = {
+            key: value.unfreeze() if isinstance(value, freeze) else value for key, value in parameters.items()
+        }
+        try:
+            validate(
+                to_jsonable_python(plain),
+                {**schema, "properties": {**fields, "inputs": form.schema}},
+                raise_on_error=True,
+                ignore_required=True,
+            )
+        except InvalidParametersError as error:
+            raise ConfigurationError(f"{title} cannot have these parameters. {error}.") from None
+        if plain.get("idempotency_key") is not None:
+            render_key(plain["idempotency_key"], datetime.now(UTC))  # it raises where the template is wrong
+
 
 def crew_flow(crew: str) -> InputsFlow[CrewResult]:
     """Return a flow that runs a stored crew, and whose run form asks for the inputs of the crew.
 
     `.deploy()`, `.serve()`, `.to_deployment()`, `flow.from_source`, `prefect deploy` and a call work as with each flow.
-    A deployment that `.deploy()` makes runs the installed package, on any work pool and without code storage. So of
-    `with_options` it keeps the name and the description: retries, a timeout and hooks hold for calls, and for a flow
-    that `prefect deploy` or `from_source` takes from a file.
+    A deployment that `.deploy()` makes runs the installed package, on any work pool and without code storage. So it
+    refuses retries, a timeout and hooks of `with_options`: they hold for calls, and for a flow that `prefect deploy` or
+    `from_source` takes from a module or a file of yours.
 
     Args:
         crew: The name of the block of the crew. A value of a secret input is the name of its Secret block.
@@ -233,52 +320,15 @@ def _parameters_of(schedule: Any) -> dict[str, Any]:
     return own or {}
 
 
-def _check_parameters(
-    title: str, names: Collection[str], form: Form, parameters: Mapping[str, Any], schedules: Sequence[Any]
-) -> None:
-    """Refuse a schedule that lacks a default of a required input, or has one idempotency key for all its times, and
-    parameters that the flow does not take."""
-    for parameter in {*parameters, *(name for schedule in schedules for name in _parameters_of(schedule))}:
-        if parameter not in names:
-            raise ConfigurationError(
-                f"{title} cannot have the parameter {parameter!r}; it takes {', '.join(sorted(names))}."
-            )
-    key = parameters.get("idempotency_key")
-    if key is not None:
-        render_key(key, datetime.now(UTC))  # it raises where the template is wrong
-    for schedule in schedules:
-        own = _parameters_of(schedule)
-        inputs: dict[str, Any] = own.get("inputs") or {}
-        form.refuse_unknown(inputs)
-        # Prefect gives a run the inputs of its schedule in place of all defaults, also where they are null.
-        missing = [field for field in form.required if field not in inputs] if "inputs" in own else form.missing
-        if missing:
-            raise ConfigurationError(
-                f"A scheduled run needs a default for each required input. Missing: {', '.join(missing)}. Give the "
-                f"defaults, or leave the schedule out: delete the schedule that {title} has, or choose another name."
-            )
-        own_key = own.get("idempotency_key", key)
-        if own_key is not None and render_key(own_key, datetime.now(UTC)) == own_key:
-            raise ConfigurationError(
-                f"The idempotency key {own_key!r} is the same for every time of the schedule, so that all would get "
-                "the first one's result. Put the time into it, such as daily-{scheduled_start:%Y-%m-%d}."
-            )
-
-
-def refuse_other(deployment: DeploymentResponse, flow: InputsFlow[Any]) -> None:
-    """Refuse to deploy a flow in place of a deployment of another crew or pipeline, which all have one flow name.
-
-    Raises:
-        ConfigurationError: The deployment is of another crew or pipeline. Nothing was deployed.
-    """
-    parameters: dict[str, Any] = deployment.parameters
-    pipeline: dict[str, Any] = parameters.get("pipeline") or {}
-    label: str | None = parameters.get("crew") or pipeline.get("name")
-    if label not in (None, flow.label):
-        raise ConfigurationError(
-            f"The deployment {flow.name}/{deployment.name} is of {label!r}, not of {flow.label!r}. Nothing was "
-            f"deployed. Give another name, or delete it: prefect deployment delete {flow.name}/{deployment.name}"
-        )
+async def read_deployment(full_name: str) -> DeploymentResponse | None:
+    """Return the deployment of a name, `flow/deployment`, or None. Raises ConfigurationError: it cannot be a name."""
+    async with get_client() as client:
+        try:
+            return await client.read_deployment_by_name(full_name)
+        except ObjectNotFound:
+            return None
+        except ValueError as error:
+            raise ConfigurationError(f"A deployment cannot have the name {full_name!r}: {error}") from None
 
 
 async def _refuse_crew_pool(entrypoint: str, pool: str | None) -> None:
@@ -436,6 +486,16 @@ async def _pipeline_form(pipeline: PipelineDefinition, defaults: Mapping[str, An
     return replace(form, required=required, parameters={"pipeline": stored})
 
 
+def _form_of(deployment: DeploymentResponse) -> dict[str, Any]:
+    """Return the stored schema of the parameter `inputs`."""
+    return (deployment.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
+
+
+def _crew_of(deployment: DeploymentResponse) -> str | None:
+    """Return the name of the crew of a deployment."""
+    return deployment.parameters.get("crew") or _form_of(deployment).get(CREW_OF_FORM)
+
+
 async def outdated_form(deployment: DeploymentResponse) -> tuple[str, str] | None:
     """Return how the form of a deployment differs from the inputs of today, and how to deploy it again.
 
@@ -444,27 +504,32 @@ async def outdated_form(deployment: DeploymentResponse) -> tuple[str, str] | Non
     Raises:
         CrewError, ValueError: The inputs of today cannot be read, or the pipeline cannot run any more.
     """
-    stored = (deployment.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
-    pipeline, crew = (
-        deployment.parameters.get("pipeline"),
-        deployment.parameters.get("crew") or stored.get(CREW_OF_FORM),
-    )
+    stored, crew, pipeline = _form_of(deployment), _crew_of(deployment), deployment.parameters.get("pipeline")
     if pipeline is not None:
         definition = PipelineDefinition.model_validate(pipeline)
-        form, again = await _pipeline_form(definition, {}), "prefect-crew deploy --pipeline FILE"
+        form, what, call = await _pipeline_form(definition, {}), "--pipeline FILE", 'pipeline_flow("FILE")'
     elif crew is not None and "properties" in stored:
-        form, again = await _crew_form(crew, {}), f"prefect-crew deploy {shlex.quote(crew)}"
+        form, what, call = await _crew_form(crew, {}), shlex.quote(crew), f'crew_flow("{crew}")'
     else:
         return None
-    if ":" in (deployment.entrypoint or ""):
-        again = f"prefect deploy {deployment.entrypoint}"
     own, today = _plain_fields(stored), _plain_fields(form.schema)
     differences = [
         *(f"the input {name} is new" for name in today if name not in own),
         *(f"the input {name} is gone" for name in own if name not in today),
         *(f"the input {name} has changed" for name in today if name in own and own[name] != today[name]),
     ]
-    return (", ".join(differences), f"{again} --name {shlex.quote(deployment.name)}") if differences else None
+    if not differences:
+        return None
+    name, entrypoint = shlex.quote(deployment.name), deployment.entrypoint or ""
+    async with get_client() as client:
+        flow_name = (await client.read_flow(deployment.flow_id)).name
+    again = f"prefect-crew deploy {what} --name {name}"
+    if not entrypoint.startswith("prefect_crew."):
+        pool = f" --pool {shlex.quote(deployment.work_pool_name)}" if deployment.work_pool_name else ""
+        again = f"prefect deploy {shlex.quote(entrypoint)} --name {name}{pool}"
+    elif flow_name not in (run_deployed_crew.name, run_deployed_pipeline.name):
+        again = f'{call}.with_options(name="{flow_name}").deploy("{deployment.name}", …) in Python'
+    return ", ".join(differences), again
 
 
 def _plain_fields(schema: Mapping[str, Any]) -> dict[str, Any]:

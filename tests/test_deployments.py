@@ -11,10 +11,11 @@ from uuid import UUID, uuid4
 
 import cloudpickle
 import pytest
-from prefect import flow, get_client
+from prefect import Flow, flow, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.schedules import Cron, RRule
 from prefect.utilities.callables import parameter_schema
@@ -175,6 +176,17 @@ async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
             "Missing: topic, days, odd",
             id="null in place of inputs",
         ),
+        pytest.param(
+            {"schedules": [Cron("0 6 * * *", parameters={"inputs": {**GIVEN, "days": "4"}})]},
+            "deployed-crew/refused cannot have these parameters.*inputs.days.*'4' is not of type 'integer'",
+            id="wrong type of a schedule",
+        ),
+        pytest.param(
+            {"schedules": [Cron("0 6 * * *", parameters={"review": "nobody"})], "parameters": {"inputs": GIVEN}},
+            "'review'",
+            id="wrong parameter of a schedule",
+        ),
+        pytest.param({"parameters": {"inputs": {"days": [4]}}}, "inputs.days", id="wrong type of a default"),
     ],
 )
 def test_a_deployment_whose_runs_would_fail_is_refused(crew: CrewServer, options: dict[str, Any], problem: str):
@@ -186,6 +198,35 @@ def test_a_schedule_with_defaults_of_its_own_is_taken(crew: CrewServer):
     own = {"inputs": GIVEN, "idempotency_key": "{scheduled_start:%F}"}
     deployment: Any = crew_flow("form").to_deployment("own", schedules=[Cron("0 6 * * *", parameters=own)])
     assert deployment.schedules[0].parameters == own
+
+
+@pytest.mark.parametrize(
+    ("options", "lost"),
+    [
+        pytest.param({"retries": 3, "timeout_seconds": 60}, "would not have timeout_seconds, retries:", id="retries"),
+        pytest.param({"on_failure": [print]}, "would not have on_failure_hooks:", id="hook"),
+        pytest.param({"flow_run_name": "trip"}, "would not have flow_run_name:", id="name of runs"),
+    ],
+)
+def test_options_that_flow_runs_would_not_have_are_refused(crew: CrewServer, options: dict[str, Any], lost: str):
+    changed = crew_flow("form").with_options(**options)
+    with pytest.raises(ConfigurationError, match=lost):
+        changed.to_deployment("lost")
+
+
+def test_the_name_of_a_deployment_of_another_crew_is_refused(crew: CrewServer, tmp_path: Path):
+    block: Any = crew.crew()
+    block.save("other", overwrite=True, _sync=True)
+    (tmp_path / "flows.py").write_text("from prefect_crew import crew_flow\nother = crew_flow('other')\n")
+    of_file: Any = Flow.from_source(str(tmp_path), "flows.py:other")
+    name = f"shared-{uuid4()}"
+    for first in (crew_flow("other"), of_file):
+        deployment: Any = first.to_deployment(name)
+        deployment.apply()
+        assert isinstance(first.to_deployment(name), RunnerDeployment), "its own name is free"
+        with pytest.raises(ConfigurationError, match=f"deployed-crew/{name} is of 'other', not of 'form'"):
+            crew_flow("form").to_deployment(name)
+        assert isinstance(crew_flow("form").with_options(name="trips").to_deployment(name), RunnerDeployment)
 
 
 def test_a_crew_that_is_not_stored_is_named_where_the_form_is_made(prefect_api: PrefectServer):

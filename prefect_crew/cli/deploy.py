@@ -44,7 +44,7 @@ from prefect_crew.cli._options import (
 )
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.deployments import backfill as create_runs
-from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, refuse_other, shared_key
+from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, read_deployment, shared_key
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
 
@@ -96,13 +96,10 @@ def deploy(
     defaults = gather_inputs(inputs, input_file)
 
     async def make() -> None:
-        earlier = await _earlier(f"{flow.name}/{own_name}")
         own_key, schedules = key, None if schedule is None else [schedule]
-        if earlier is not None:
-            refuse_other(earlier, flow)
-            if schedules is None:
-                schedules = _schedules_of(earlier)
-                own_key = earlier.parameters.get("idempotency_key") if schedules and key is None else key
+        if schedule is None and (earlier := await read_deployment(f"{flow.name}/{own_name}")) is not None:
+            schedules = _schedules_of(earlier)
+            own_key = earlier.parameters.get("idempotency_key") if schedules and key is None else key
         deployment = await flow.ato_deployment(
             own_name,
             parameters={"inputs": defaults} if own_key is None else {"inputs": defaults, "idempotency_key": own_key},
@@ -138,17 +135,6 @@ def deploy(
             _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
 
     return make()
-
-
-async def _earlier(full_name: str) -> DeploymentResponse | None:
-    """Return the deployment that has this name already."""
-    async with get_client() as client:
-        try:
-            return await client.read_deployment_by_name(full_name)
-        except ObjectNotFound:
-            return None
-        except ValueError as error:
-            raise ConfigurationError(f"A deployment cannot have the name {full_name!r}: {error}") from None
 
 
 def _schedules_of(deployment: DeploymentResponse) -> list[DeploymentScheduleCreate]:

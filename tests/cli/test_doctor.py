@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from prefect import Flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_crew import crew_flow
@@ -192,7 +193,7 @@ def test_what_is_found_is_written_line_by_line_also_if_prefect_is_away(
     assert "Traceback" not in done.err
 
 
-def test_a_deployment_whose_form_is_out_of_date_is_named(prefect_api: PrefectServer):
+def test_a_deployment_whose_form_is_out_of_date_is_named(prefect_api: PrefectServer, tmp_path: Path):
     name = f"form-{uuid4().hex[:8]}"
 
     @contextlib.contextmanager
@@ -207,16 +208,24 @@ def test_a_deployment_whose_form_is_out_of_date_is_named(prefect_api: PrefectSer
         asyncio.run(check_prefect(found))
         return [(one.level, one.found, one.fix) for one in found if one.subject == f"deployment {name}"]
 
+    (tmp_path / "flows.py").write_text(f"from prefect_crew import crew_flow\nours = crew_flow({name!r})\n")
+    of_file: Any = Flow.from_source(str(tmp_path), "flows.py:ours")
+    flows = (crew_flow(name), crew_flow(name).with_options(name="trips"), of_file.with_options(name="of-file"))
     with stored("[topic, audience]"):
-        deployment: Any = crew_flow(name).to_deployment(name, parameters={"inputs": {"topic": "tea"}})
-        deployment.apply()
+        for flow in flows:
+            flow.to_deployment(name, parameters={"inputs": {"topic": "tea"}}).apply()
         assert look() == []
     with stored("[topic, days]", secret_inputs=["topic"]):
-        [(level, difference, fix)] = look()
-    assert level == "warning"
-    assert difference == (
-        "Its form is out of date: the input days is new, the input audience is gone, the input topic has changed."
-    )
-    assert fix.endswith(f"prefect-crew deploy {name} --name {name}")
-    [(level, difference, _)] = look()
-    assert (level, "cannot be compared" in difference) == ("warning", True)
+        found = look()
+    assert {(level, difference) for level, difference, _ in found} == {
+        (
+            "warning",
+            "Its form is out of date: the input days is new, the input audience is gone, the input topic has changed.",
+        )
+    }
+    assert sorted(fix.partition(": ")[2] for _, _, fix in found) == [
+        f'crew_flow("{name}").with_options(name="trips").deploy("{name}", …) in Python',
+        f"prefect deploy flows.py:ours --name {name}",
+        f"prefect-crew deploy {name} --name {name}",
+    ]
+    assert [(level, "cannot be compared" in difference) for level, difference, _ in look()] == [("warning", True)] * 3

@@ -20,6 +20,7 @@ from pathlib import Path
 from prefect_crew import crew_flow, pipeline_flow
 
 travel = crew_flow("travel")
+patient = travel.with_options(name="patient", retries=2)
 report = pipeline_flow(Path(__file__).with_name("report.yaml"))
 
 if __name__ == "__main__":
@@ -30,7 +31,7 @@ if __name__ == "__main__":
         here = str(Path(__file__).parent)
         travel.from_source(here, "my_flows.py:travel").deploy("source", work_pool_name=pool[0])
     else:
-        report.serve("served", parameters={"inputs": {"topic": "cocoa"}})
+        report.serve(parameters={"inputs": {"topic": "cocoa"}})
 """
 REPORT = 'inputs: {topic: {}}\nsteps: [{name: one, crew: travel, inputs: {topic: "{{ topic }}"}}]\n'
 CREW = "name: travel\ninputs: [topic]\ntasks: [{name: t, output: 'on {{ topic }}'}]\n"
@@ -51,6 +52,19 @@ def test_deploy_puts_it_on_a_crew_pool_and_a_crew_worker_runs_it(pool: CrewPool,
     deployment = pool.call("GET", "/deployments/name/deployed-crew/here")
     assert deployment["entrypoint"] == "prefect_crew.run_deployed_crew"
     pool.wait_for(pool.start(deployment["id"]), "COMPLETED", seconds=90)
+    assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "tea"}]
+
+
+def test_a_flow_of_a_module_keeps_its_options_on_a_crew_pool(pool: CrewPool, tmp_path: Path):
+    path = {**pool.env, "PYTHONPATH": str(tmp_path)}
+    pool.worker("modules", PYTHONPATH=str(tmp_path), PREFECT_INTEGRATIONS_CREW_WORKER_MODULES="my_flows")
+    line = ("prefect", "--no-prompt", "deploy", "my_flows.patient", "--name", "module", "--pool", pool.name)
+    command(*line, env=path, cwd=tmp_path)
+    deployment = pool.call("GET", "/deployments/name/patient/module")
+    assert deployment["parameter_openapi_schema"]["properties"]["inputs"]["required"] == ["topic"]
+    run = pool.start(deployment["id"], inputs={"topic": "tea"})
+    pool.wait_for(run, "COMPLETED", seconds=90)
+    assert pool.call("GET", f"/flow_runs/{run}")["empirical_policy"]["retries"] == 2
     assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "tea"}]
 
 
@@ -79,7 +93,7 @@ def test_serve_runs_it_in_a_process_of_its_own(pool: CrewPool, tmp_path: Path):
     served = [sys.executable, "my_flows.py", "serve"]
     with Process(served, log=tmp_path / "log", env=pool.env, cwd=tmp_path) as process:
         process.wait_for("being served")
-        deployment = pool.call("GET", "/deployments/name/deployed-pipeline/served")
+        deployment = pool.call("GET", "/deployments/name/deployed-pipeline/report")
         pool.wait_for(pool.start(deployment["id"]), "COMPLETED", seconds=90)
     wait_until(lambda: not process.running, seconds=30, what="the end of the process")
     assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "cocoa"}]
