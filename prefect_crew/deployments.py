@@ -71,7 +71,6 @@ CREW_OF_FORM = "x-crew"
 """The key in the schema of a form that names the crew."""
 MOST = 1000
 """Times in one backfill."""
-PAGE = 200
 
 
 class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):

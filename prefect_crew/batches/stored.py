@@ -9,8 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from prefect.client.orchestration import get_client
-
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import whole_address
 from prefect_crew.batches.ledger import BatchEntry, Ledger, LedgerRow
@@ -22,9 +20,8 @@ from prefect_crew.batches.rows import BadRow
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerMissingError
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.variables import read_pages
 from prefect_crew.runs.reviews.answer import ASKS
-
-_PAGE = 200
 
 
 @dataclass(frozen=True)
@@ -220,14 +217,7 @@ async def batches_waiting_for_people() -> AsyncGenerator[tuple[list[StoredBatch]
 async def list_batches(*tags: str) -> list[tuple[str, str]]:
     """Return name and ledger of every batch that the Prefect server knows, by name; only those with all these tags."""
     batches: list[tuple[str, str]] = []
-    offset = 0
-    body: dict[str, Any] = {"variables": {"tags": {"all_": [TAG, *tags]}}, "limit": _PAGE, "sort": "NAME_ASC"}
-    async with get_client() as client:
-        while offset % _PAGE == 0:
-            answer = await client.request("POST", "/variables/filter", json={**body, "offset": offset})
-            page = cast("list[dict[str, Any]]", answer.json())
-            batches += [(str(variable["value"]["batch"]), str(variable["value"]["ledger"])) for variable in page]
-            if not page:
-                break
-            offset += len(page)
+    async for page in read_pages({"tags": {"all_": [TAG, *tags]}}, sort="CREATED_DESC"):
+        values = [cast("dict[str, Any]", variable.value) for variable in page]
+        batches += [(str(value["batch"]), str(value["ledger"])) for value in values]
     return sorted(batches)
