@@ -64,6 +64,8 @@ class CustomBuildHook(BuildHookInterface):  # pyright: ignore[reportMissingTypeA
         root = Path(self.root)
         # By their names: a folder would take along what is not in the repository.
         for path in (root / "docs").rglob("*.md"):
+            if path.name == "internals.md":  # for developers, who have the repository
+                continue
             build_data["force_include"][str(path)] = f"prefect_crew/{path.relative_to(root).as_posix()}"
-        for name in ("CHANGELOG.md", "examples/README.md"):  # which pages include
+        for name in ("CHANGELOG.md",):  # a page includes it
             build_data["force_include"][str(root / name)] = f"prefect_crew/{name}"

@@ -63,7 +63,7 @@ _WORDS = {
     "reserve": (r"reserv(?:e|es|ed(?! names?)|ing|ation|ations)", "estimate"),
     "patience": (r"patien(?:ce|t)", "timeout"),
     "beside": (r"beside", "concurrent, at the same time"),
-    "meanwhile": (r"meanwhile", "in the background, since then"),
+    "meanwhile": (r"(?<!in the )meanwhile", "in the background, since then"),
     "in turn": (r"(?:in|take|takes|by) turns?", "one after the other"),
     "dialect": (r"dialects?", "response format"),
     "whoever": (r"whoever|whomever", "name the actor"),
@@ -81,11 +81,12 @@ _GROUPS = "|".join(f"(?P<w{number}>{pattern})" for number, (pattern, _) in enume
 _WORD = re.compile(rf"(?<![\w-])(?:{_GROUPS})(?![\w-])", re.IGNORECASE)
 _FENCE = re.compile(r"^( *)(`{3,})(\w*)[^\n]*\n(.*?)^ *\2 *$", re.DOTALL | re.MULTILINE)
 _UNREAD = re.compile(
-    r"""<!--.*?--> | \{\{.*?\}\} | ``[^\n]+?`` | `[^`\n]+` | \]\([^)\s]*\)
+    r"""<!--\ generated:.*?<!--\ end\ of\ generated\ -->
+      | <!--.*?--> | \{\{.*?\}\} | ``[^\n]+?`` | `[^`\n]+` | \]\([^)\s]*\)
       | ^\#+[ ][^\n]*$ | ^\|[^\n]*\n(?=\|[ ]*-{3})""",
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
-"""Parts of Markdown that are no sentences: comments, templates, code, targets of links, headings, heads of tables."""
+"""Parts of Markdown that are no sentences, or are made from the code: the check reads them there."""
 
 
 @dataclass(frozen=True, order=True)

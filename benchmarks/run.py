@@ -42,7 +42,7 @@ from support.prefect_server import PrefectServer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PAGE = HERE.parent / "docs" / "explanation" / "performance.md"
+PAGE = HERE / "README.md"
 BEGIN, END = "<!-- figures: benchmarks/run.py --table -->", "<!-- end of figures -->"
 LIMIT = 1800.0
 """Seconds for one measurement."""
@@ -218,7 +218,7 @@ def newest() -> Path:
 
 
 def fill_page(results: Figures) -> None:
-    """Write the table to docs/explanation/performance.md."""
+    """Write the table to benchmarks/README.md."""
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]

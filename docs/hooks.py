@@ -1,8 +1,8 @@
-"""What MkDocs does with a page of docs/ before it renders it.
+"""Changes of MkDocs to a page of docs/ before it renders it. A page can be read without them.
 
 <!-- file: x.yaml -->        of the tests: the name of the file becomes the title of the code block
 <!-- include: README.md -->  a file of the repository, without its title
-<!-- generate: faults -->    a table made from the code, by the function of that name in prefect_crew/cli/docs.py
+[x](../../benchmarks/y.md)   a file of the repository that is no page: the site has its name in place of the link
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 # First: Prefect parses the docstrings of flows with griffe, whose warnings mkdocstrings counts as soon as it is loaded.
 import prefect_crew.operations  # noqa: F401
-from prefect_crew.cli.docs import fill_in
+from prefect_crew.cli.docs import fill_in, without_links_outside
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,8 +26,8 @@ def on_config(config: Any) -> Any:
     return config
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Return a page's text as MkDocs renders it."""
-    markdown = fill_in(markdown, ROOT / "docs")
+    markdown = without_links_outside(fill_in(markdown, ROOT / "docs"), page.file.src_uri.removesuffix(".md"))
     markdown = re.sub(r"^<!-- file: (\S+) -->\n```(\w+)$", r'```\2 title="\1"', markdown, flags=re.MULTILINE)
     return re.sub(r"^<!-- (?:page|run|output|not run)\b.*?-->\n", "", markdown, flags=re.MULTILINE)

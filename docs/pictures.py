@@ -147,10 +147,10 @@ def take_trace(page: Page, server: PrefectServer, seen: Seen) -> None:
                 crew.crew(price=price).save("travel", overwrite=True)
                 weekly_trip()
             # It takes spans in a moment after it has got them.
-            found = "/v1/projects/default/spans"
-            spans = wait_for(lambda: got if len(got := client.get(found).json()["data"]) == 7 else None)
+            path = "/v1/projects/default/spans"
+            spans = wait_for(lambda: data if len(data := client.get(path).json()["data"]) == 7 else None)
             projects = client.get("/v1/projects").json()["data"]
-            project = next(one["id"] for one in projects if one["name"] == "default")
+            project = next(project["id"] for project in projects if project["name"] == "default")
             page.open(f"{client.base_url}/projects/{project}/traces/{spans[0]['context']['trace_id']}")
             page.evaluate("localStorage.setItem('arize-phoenix-theme', 'light')")
             page.raw(lambda raw: raw.reload())
@@ -174,11 +174,11 @@ def _answers(client: Any) -> bool:
 def wait_for(look: Callable[[], Any]) -> Any:
     """Return what `look` gives once that is something."""
     deadline = time.monotonic() + 60
-    while not (found := look()):
+    while not (value := look()):
         if time.monotonic() > deadline:
             raise SystemExit("It did not happen within a minute.")
         time.sleep(0.3)
-    return found
+    return value
 
 
 def main() -> None:

@@ -103,6 +103,9 @@ async def arun_crew(
         wait_options: Prefect's options for the task that waits, such as `{"timeout_seconds": 600}`. After that timeout
             the crew goes on; `wait=WaitPolicy(timeout=600)` can stop it.
 
+    Returns:
+        The result: `output`, `data`, `tasks`, `usage`, `cost`, `kickoff_id`, `idempotency_key` and more.
+
     Raises:
         InvalidCallError: The sync version was called where an event loop runs, which it would block.
         InvalidInputsError, IdempotencyConflictError: Nothing was started.

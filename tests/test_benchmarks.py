@@ -62,7 +62,7 @@ def test_every_part_measures_what_its_goals_are_about(names: set[str], tmp_path:
 
 
 def test_the_page_has_the_figures_of_the_newest_results():
-    page = (ROOT / "docs" / "explanation" / "performance.md").read_text()
+    page = (ROOT / "benchmarks" / "README.md").read_text()
     filled = "import json, sys; sys.path[0] = 'benchmarks'; import run; r = json.loads(run.newest().read_text()); "
     figures = run("-c", f"{filled}print(f'{{run.about(r)}}\\n\\n{{run.table(r)}}')", seconds=120)
     (region,) = re.findall(

@@ -1,4 +1,4 @@
-"""README.md, docs/ and examples/README.md are true: every code block in them is run, as CONTRIBUTING.md says.
+"""README.md, docs/, examples/README.md and deployments/README.md are true: their code is run, as CONTRIBUTING.md says.
 
 A page is done from top to bottom as a reader would do it: in one folder (a copy of the clone, so that its examples can
 be named), one terminal and one Python, against a Prefect server of its own. A page `after` another one is done right
@@ -32,7 +32,10 @@ from support.prefect_server import PrefectServer, connected
 from support.processes import Process
 
 ROOT = Path(__file__).parents[1]
-PATHS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PATHS = [
+    *(ROOT / folder / "README.md" for folder in (".", "examples", "deployments")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def _groups() -> list[object]:
@@ -99,13 +102,18 @@ def test_page_can_be_read_and_its_links_lead_somewhere(path: Path):
 
 def test_the_reference_has_all_public_names():
     reference = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
-    shown = set(re.findall(r"^(?:::: |\[\]\(\)\{#)(prefect_crew[\w.]*)", reference, re.MULTILINE))
+    shown = set(re.findall(r"^(?:::: |###? .*\{ #)(prefect_crew[\w.]*)", reference, re.MULTILINE))
     for module in (prefect_crew, prefect_crew.client, prefect_crew.testing, prefect_crew.devserver):
         names = set(module.__all__) - set(prefect_crew.exceptions.__all__)
         assert not names - {path.rpartition(".")[2] for path in shown}, module.__name__
     pages = "".join(path.read_text(encoding="utf-8") for path in PATHS)
     linked = set(re.findall(r"\]\[(prefect_crew[\w.]*)\]", pages))
     assert not {name for name in linked if name not in shown and name.rpartition(".")[0] not in shown}
+
+
+def test_generated_parts_are_current():
+    checked = subprocess.run([sys.executable, ROOT / "docs" / "tables.py", "--check"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_troubleshooting_quotes_messages_of_the_package():
@@ -167,7 +175,7 @@ def test_one_version_is_named_everywhere():
     version = tomllib.loads(text("pyproject.toml"))["project"]["version"]
     assert [line.split()[1] for line in text("CHANGELOG.md").splitlines() if line.startswith("## ")] == [version]
     assert re.findall(r"^\| ([\d.]+) \|", text("SECURITY.md"), re.MULTILINE) == [version.rpartition(".")[0]]
-    assert re.findall(r"What ([\d.]+) works with", text("docs/reference/versions.md")) == [version]
+    assert re.findall(r"Version ([\d.]+) works with", text("docs/reference/versions.md")) == [version]
     assert re.findall(r"git tag -s v([\d.]+)", text("CONTRIBUTING.md")) == [version]
 
 

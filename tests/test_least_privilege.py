@@ -1,4 +1,4 @@
-"""The proxy of docs/guides/least-privilege.md before a real Prefect server: people can look, and no secret passes."""
+"""The proxy of docs/explanation/security.md before a real Prefect server: people can look, and no secret passes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_people_can_look_and_no_block_no_record_and_no_change_passes(
         "http://127.0.0.1:4200": f"http://127.0.0.1:{prefect_server.port}",
     }
     with (
-        start_nginx(tmp_path, "least-privilege.md", without_tls),
+        start_nginx(tmp_path, "../explanation/security.md", without_tls),
         httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30) as client,
     ):
 

@@ -164,6 +164,10 @@ async def arun_batch(
             set over several machines is several batches over ranges of it, each with a name and an export of its own.
         on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.
 
+    Returns:
+        The counts of rows by their states, the kickoffs, usage and cost, and the export. A failed row raises nothing:
+        `report.ok` says whether all rows completed.
+
     Raises:
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
         BatchChangedError, LedgerMissingError, BatchBusyError: The name belongs to something else. Nothing was started.

@@ -1,19 +1,17 @@
-"""The documentation without a network: the pages that came with the package, and the tables that are made from it."""
+"""The documentation without a network: the pages that came with the package, with the reference of Python."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from prefect_crew._text import with_guesses
 from prefect_crew.cli import _output
@@ -54,7 +52,7 @@ def pages() -> dict[str, Path]:
 
 
 def page_text(name: str, path: Path) -> str:
-    """Return a page as this command prints it: tables and reference filled in, and links as names of pages.
+    """Return a page as this command prints it: with files and reference filled in, and links as names of pages.
 
     Args:
         name: The page's name.
@@ -64,6 +62,8 @@ def page_text(name: str, path: Path) -> str:
     text = _REFERENCE.sub(lambda match: f"{_reference(match[1])}\n\n", f"{text}\n")
     text = _UNSEEN.sub("", text)
     text = re.sub(r"\[([^]]+)\]\[[\w.]+\]", r"\1", text)  # links to names of Python
+    text = re.sub(r"(?m)^(#+ .*?) \{ #[\w.]+ \}$", r"\1", text)
+    text = without_links_outside(text, name)
 
     def link(match: re.Match[str]) -> str:
         return f"({posixpath.normpath(posixpath.join(posixpath.dirname(name), match[1]))}{match[2] or ''})"
@@ -71,8 +71,19 @@ def page_text(name: str, path: Path) -> str:
     return re.sub(r"(?<=\])\((?![a-z]+:)([^)\s#]+?)\.md(#[^)\s]*)?\)", link, text).strip()
 
 
+def without_links_outside(text: str, name: str) -> str:
+    """Return a page whose links to files of the repository that are no pages are their texts.
+
+    Args:
+        text: The page.
+        name: The page's name, from which links are relative.
+    """
+    up = "../" * (name.count("/") + 1)
+    return re.sub(rf"\[([^]]+)\]\({re.escape(up)}([^)\s#]+)(?:#[^)\s]*)?\)", r"\1 (`\2`)", text)
+
+
 def fill_in(text: str, folder: Path) -> str:
-    """Return a page with the files that it includes and the tables that are made from the package.
+    """Return a page with the files that it includes.
 
     Args:
         text: The page.
@@ -85,16 +96,11 @@ def fill_in(text: str, folder: Path) -> str:
         # A link to a file of its own folder is a link to no page.
         return re.sub(r"\[([^]]+)\]\((?![a-z]+:)[^)]+\)", r"`\1`", without_title)
 
-    text = re.sub(r"^<!-- include: (\S+) -->$", included, text, flags=re.MULTILINE)
-    return re.sub(r"^<!-- generate: (\w+) -->$", lambda match: TABLES[match[1]](), text, flags=re.MULTILINE)
+    return re.sub(r"^<!-- include: (\S+) -->$", included, text, flags=re.MULTILINE)
 
 
 def _reference(path: str) -> str:
     """Return the signature, the text and the fields of a public name."""
-    if path == "cyclopts":
-        from prefect_crew.cli.app import app
-
-        return app.generate_docs(heading_level=3)
     module, _, name = path.rpartition(".")
     if path == "prefect_crew.exceptions":
         return inspect.getdoc(import_module(path)) or ""
@@ -121,101 +127,7 @@ def _signature(name: str, value: Any) -> list[str]:
     return [f"```python\n{name}{inspect.signature(function)}\n```"]
 
 
-# Tables made from the package
-
-
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     lines = [list(head), *([" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows)]
     lines.insert(1, ["---" for _ in lines[0]])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def settings() -> str:
-    """Return the settings of the package."""
-    from prefect_crew.settings import CrewSettings
-
-    return _table(
-        ("setting", "what it is"),
-        (
-            (f"`PREFECT_INTEGRATIONS_CREW_{name.upper()}`", field.description or "")
-            for name, field in CrewSettings.model_fields.items()
-        ),
-    )
-
-
-def block_fields() -> str:
-    """Return the fields of the block of a crew."""
-    from prefect_crew.blocks import DeployedCrew
-
-    def default(field: FieldInfo) -> str:
-        if field.is_required():
-            return "required"
-        value = field.get_default(call_default_factory=True)
-        return "" if isinstance(value, BaseModel) else f"`{value!r}`"
-
-    return _table(
-        ("field", "default", "what it is"),
-        (
-            (f"`{name}`", default(field), field.description or "")
-            for name, field in DeployedCrew.model_fields.items()
-            if field.description
-        ),
-    )
-
-
-def faults() -> str:
-    """Return the faults of the dev server, and where each can be."""
-    from prefect_crew.devserver._faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
-
-    everywhere: dict[tuple[str, ...], str] = {HTTP_PLACES: "every request", WEBHOOK_PLACES: "every webhook"}
-    places = f"Places: {', '.join(f'`{place}`' for place in (*HTTP_PLACES, *WEBHOOK_PLACES))}.\n\n"
-    return places + _table(
-        ("name", "what the server does", "VALUE", "where"),
-        (
-            (
-                f"`{name}`",
-                kind.text,
-                "" if kind.value is None else f"{kind.value:g}",
-                everywhere.get(kind.places) or ", ".join(f"`{place}`" for place in kind.places),
-            )
-            for name, kind in FAULTS.items()
-        ),
-    )
-
-
-def crew_script() -> str:
-    """Return the fields of a script: a table for each kind of object in it."""
-    from prefect_crew.devserver import CrewScript
-
-    schema = CrewScript.model_json_schema()
-    parts = [
-        ("The whole", schema),
-        ("`inputs`", schema["$defs"]["InputSpec"]),
-        ("`tasks`", schema["$defs"]["TaskSpec"]),
-        ("`steps` of a task", schema["$defs"]["StepSpec"]),
-        ("`usage`", schema["$defs"]["TokenUsage"]),
-    ]
-    return "\n\n".join(f"### {title}\n\n{_fields(part)}" for title, part in parts)
-
-
-def _fields(part: Mapping[str, Any]) -> str:
-    required = part.get("required", [])
-    return _table(
-        ("field", "default", "what it is"),
-        (
-            (
-                f"`{name}`",
-                "required" if name in required else f"`{json.dumps(field.get('default'), ensure_ascii=False)}`",
-                field.get("description", ""),
-            )
-            for name, field in part["properties"].items()
-        ),
-    )
-
-
-TABLES: Mapping[str, Callable[[], str]] = {
-    "settings": settings,
-    "block_fields": block_fields,
-    "faults": faults,
-    "crew_script": crew_script,
-}

@@ -32,7 +32,7 @@ class KickoffFate(StrEnum):
 
 
 def kickoff_fate(error: BaseException) -> KickoffFate:
-    """Return the meaning of an error of a kickoff. docs/reference/faults.md has the table.
+    """Return the meaning of an error of a kickoff. tests/proof/faults.md has the table.
 
     A 5xx often comes from a proxy that has passed the request on. Only a 503 with `Retry-After` surely started nothing:
     its server chose not to take the request. An error of an unknown kind is uncertain.

@@ -91,6 +91,9 @@ async def arun_pipeline(
         budgets: Limits for the total use of all steps, in addition to the blocks' budgets. A budget without a name gets
             the pipeline's; "batch" is one run of the pipeline, with its retries.
 
+    Returns:
+        The results by the names of their steps: `result["write"].output`.
+
     Raises:
         ConfigurationError: The pipeline cannot run; the message lists all problems. Nothing was started.
         PipelineFailedError: A step failed. Independent steps were finished; a second call with the key, or a retry of

@@ -35,7 +35,7 @@ def test_a_page_is_whole_and_its_links_are_names_of_pages(name: str):
         ("reference/settings", "| `PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS` |"),
         ("reference/dev-server", "| `seconds` |"),
         ("reference/python", "arun_crew(crew: "),
-        ("reference/python", "| `max_attempts` | `3` |"),
+        ("reference/python", "| `max_attempts` | integer, ≥ 1 | `3` |"),
         ("reference/exceptions", "KickoffUncertainError"),
         ("reference/cli", "prefect-crew runs resolve"),
         ("changelog", "## 0.1.0"),

@@ -1,4 +1,4 @@
-"""The outcome tables of docs/reference/faults.md, as cases."""
+"""The outcome tables of faults.md, as cases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["Case", "cases"]
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "faults.md"
+PAGE = Path(__file__).with_name("faults.md")
 HEAD = re.compile(r"(?:fault|wrong answer) at the (kickoff|inputs|status|answer|stop)")
 PLACES = {"answer": "resume"}
 WHEN = {"status": "@2"}

@@ -1,4 +1,4 @@
-"""The network matrix: docs/reference/faults.md says what comes of every fault, and here each row of it is tried.
+"""The network matrix: faults.md says what comes of every fault, and here each row of it is tried.
 
 In a simulated world each time, where a second costs nothing; with `make prove`, or where the seed chooses it, against a
 real crew server on a port and a real Prefect server.

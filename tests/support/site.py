@@ -17,7 +17,7 @@ YAML = "deployments/prefect.yaml"
 
 
 class Site(Crews):
-    """What a user has after the line of docs/guides/examples.md: the crews travel, research, write and review."""
+    """What a user has after the line of deployments/README.md: the crews travel, research, write and review."""
 
     def __enter__(self) -> Site:
         for name, spec in {"travel": "travel", **_report()}.items():
