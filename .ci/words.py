@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs", "prefect_crew")
 
 LEFT = (
-    "docs",
+    "docs/internals.md",
     "prefect_crew/batches",
     "prefect_crew/cli",
     "prefect_crew/client",
