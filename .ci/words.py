@@ -2,8 +2,9 @@
 
     python .ci/words.py                    every file of README.md, CONTRIBUTING.md, docs/ and prefect_crew/
     python .ci/words.py prefect_crew/cli   the files of a folder, those on the list LEFT too
+    python .ci/words.py --count            the number of words of each page of docs/
 
-It prints each hit as file:line, and returns 1 if there is a hit.
+It prints each hit as file:line, and returns 1 if there is a hit, or if the pages have more than MOST words.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs", "prefect_crew")
 
 LEFT = (
-    "docs/internals.md",
     "prefect_crew/batches",
     "prefect_crew/cli",
     "prefect_crew/client",
@@ -33,6 +33,9 @@ LEFT = (
     "prefect_crew/worker.py",
 )
 """Files and folders that still have hits. The list only gets shorter: mend a file, and take it off."""
+
+MOST = 30_000
+"""Words of all pages of the site, without the parts that are made from the code."""
 
 NAMES = frozenset({"found", "given", "known", "one", "said", "told"})
 """Names of variables and parameters: participles without a noun."""
@@ -80,13 +83,13 @@ _WORDS = {
 _GROUPS = "|".join(f"(?P<w{number}>{pattern})" for number, (pattern, _) in enumerate(_WORDS.values()))
 _WORD = re.compile(rf"(?<![\w-])(?:{_GROUPS})(?![\w-])", re.IGNORECASE)
 _FENCE = re.compile(r"^( *)(`{3,})(\w*)[^\n]*\n(.*?)^ *\2 *$", re.DOTALL | re.MULTILINE)
+_NOT_COUNTED = re.compile(r"<!-- generated:.*?<!-- end of generated -->|<!--.*?-->", re.DOTALL)
 _UNREAD = re.compile(
-    r"""<!--\ generated:.*?<!--\ end\ of\ generated\ -->
-      | <!--.*?--> | \{\{.*?\}\} | ``[^\n]+?`` | `[^`\n]+` | \]\([^)\s]*\)
+    r"""\{\{.*?\}\} | ``[^\n]+?`` | `[^`\n]+` | \]\([^)\s]*\)
       | ^\#+[ ][^\n]*$ | ^\|[^\n]*\n(?=\|[ ]*-{3})""",
     re.DOTALL | re.MULTILINE | re.VERBOSE,
 )
-"""Parts of Markdown that are no sentences, or are made from the code: the check reads them there."""
+"""Parts of Markdown that are no sentences: templates, code, targets of links, headings, heads of tables."""
 
 
 @dataclass(frozen=True, order=True)
@@ -116,16 +119,17 @@ def _hits_in_markdown(text: str) -> Iterator[tuple[int, str]]:
     for block in _FENCE.finditer(text):
         if block[3] == "python":
             yield from _hits_in_names(block[4], _line(text, block.start(4)) - 1, len(block[1]))
-    yield from _hits_in_prose(_UNREAD.sub(_blank, _FENCE.sub(_blank, text)), 1)
+    yield from _hits_in_prose(_FENCE.sub(_blank, _NOT_COUNTED.sub(_blank, text)), 1)
 
 
 def _hits_in_python(text: str) -> Iterator[tuple[int, str]]:
     yield from _hits_in_names(text, 0, 0)
     for line, prose in [*_comments(text), *_strings(ast.parse(text))]:
-        yield from _hits_in_prose(_UNREAD.sub(_blank, prose), line)
+        yield from _hits_in_prose(prose, line)
 
 
 def _hits_in_prose(text: str, first_line: int) -> Iterator[tuple[int, str]]:
+    text = _UNREAD.sub(_blank, text)
     for match in _CLAUSE.finditer(text):
         if not match["end"]:
             words = " ".join(match[0].split()[:4])
@@ -192,6 +196,11 @@ def _line(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
 
 
+def words_of(text: str) -> int:
+    """Return the number of words of a page, without generated parts and comments."""
+    return len(_NOT_COUNTED.sub("", text).split())
+
+
 def files_of(place: str) -> Iterator[Path]:
     """Yield the files of Python and Markdown of a folder, or the file itself."""
     path = ROOT / place
@@ -203,23 +212,31 @@ def _is_in(path: str, places: Iterable[str]) -> bool:
     return any(path == place or path.startswith(f"{place}/") for place in places)
 
 
-def main(places: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Print the hits, and return 1 if there are any."""
-    hits, left = list[Hit](), Counter[str]()
+    places = [argument for argument in arguments if argument != "--count"]
+    hits, left, words, report = list[Hit](), Counter[str](), 0, list[str]()
     for file in [file for place in places or PLACES for file in files_of(place)]:
         path = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else str(file)
-        of_file = hits_in(path, file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        of_file = hits_in(path, text)
         rooms = [place for place in LEFT if _is_in(path, [place])]
         if places or not rooms:
             hits += of_file
         else:
             left[rooms[0]] += len(of_file)
-    report = [str(hit) for hit in hits]
+        if path.startswith("docs/") and path.endswith(".md") and path != "docs/internals.md":
+            words += words_of(text)
+            if "--count" in arguments:
+                report.append(f"{words_of(text):6,} {path}")
+    report += [str(hit) for hit in hits]
     if left:
         report.append(f"Not checked yet: {', '.join(f'{place} ({number})' for place, number in left.items())}")
-    report.append(f"{len(hits)} hits of words" if hits else "No hit of words")
+    if words > MOST:
+        report.append(f"docs/ has too many words, {words - MOST:,} of them: cut facts that another page has")
+    report.append(f"{len(hits) or 'No'} hits of words; the pages of docs/ have {words:,} words, of {MOST:,}")
     sys.stdout.write("\n".join(report) + "\n")
-    return 1 if hits else 0
+    return 1 if hits or words > MOST else 0
 
 
 if __name__ == "__main__":

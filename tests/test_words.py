@@ -58,6 +58,12 @@ def test_files_left_exist(words: ModuleType):
     assert not [place for place in words.LEFT if not (ROOT / place).exists()]
 
 
+def test_generated_parts_are_not_read(words: ModuleType):
+    text = "One two.\n<!-- generated: x -->\nWhat it is.\n<!-- end of generated -->\n<!-- What -->\nThree."
+    assert words.hits_in("docs/a.md", text) == []
+    assert words.words_of(text) == 3
+
+
 def test_hit_ends_with_1(tmp_path: Path):
     (tmp_path / "page.md").write_text("What it is.\n")
     command = [sys.executable, SCRIPT, tmp_path / "page.md"]
