@@ -111,8 +111,10 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         flow.__dict__.update(attributes)
         return flow
 
-    async def ato_deployment(self, name: str, **options: Any) -> RunnerDeployment:  # pyright: ignore[reportIncompatibleMethodOverride]
+    async def ato_deployment(self, name: str | None = None, **options: Any) -> RunnerDeployment:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a deployment, ready to be applied. It takes all options that Prefect has.
+
+        A name that is left out is that of the crew or the pipeline.
 
         Raises:
             ConfigurationError: A schedule lacks a default or has one key for all its times; a parameter, of a schedule
@@ -120,6 +122,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
                 reach the flow runs; or Prefect refuses an option.
             CrewError: The crew does not say what it takes.
         """
+        name = name or self.label
         parameters = dict(options.pop("parameters", None) or {})
         defaults: Mapping[str, Any] = parameters.pop("inputs", None) or {}
         if self._storage is None:
@@ -146,23 +149,23 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         except ValueError as error:
             raise ConfigurationError(f"The deployment cannot be made: {error}") from None
 
-    def to_deployment(self, name: str, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def to_deployment(self, name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a deployment as `ato_deployment` does; where the caller can await, the coroutine, as Prefect does."""
         deployment = self.ato_deployment(name, **options)
         return deployment if in_async_context() else run_sync(deployment)
 
     def serve(self, name: str | None = None, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Serve it from this process, as a flow of Prefect does. A name that is left out is that of the crew."""
+        """Serve it from this process, as a flow of Prefect does. `name` is as for `ato_deployment`."""
         super().serve(name or self.label, **options)
 
-    async def adeploy(self, name: str, work_pool_name: str | None = None, **options: Any) -> UUID:  # pyright: ignore[reportIncompatibleMethodOverride]
+    async def adeploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> UUID:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deploy it to a work pool. It takes all options that Prefect has. Raises as `ato_deployment` does."""
         if self._storage is not None:
             pool = work_pool_name or get_current_settings().deployments.default_work_pool_name
             await _refuse_crew_pool(str(self._entrypoint), pool)
-        return await super().adeploy(name, work_pool_name, **options)
+        return await super().adeploy(name or self.label, work_pool_name, **options)
 
-    def deploy(self, name: str, work_pool_name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def deploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deploy it as `adeploy` does; where the caller can await, return the coroutine, as Prefect does."""
         deployment = self.adeploy(name, work_pool_name, **options)
         return deployment if in_async_context() else run_sync(deployment)

@@ -93,7 +93,8 @@ async def test_a_call_runs_the_crew_and_the_form_is_read_only_where_prefect_make
 def test_a_call_in_sync_code_and_a_copy_in_another_process(crew: CrewServer):
     travel = cloudpickle.loads(cloudpickle.dumps(crew_flow("form")))
     assert asyncio.run(travel(GIVEN)).output == "x"
-    assert travel.to_deployment("copied").parameters == {"crew": "form"}
+    copied = travel.to_deployment()
+    assert (copied.name, copied.parameters) == ("form", {"crew": "form"})
 
 
 DAILY = {"cron": "0 6 * * *"}

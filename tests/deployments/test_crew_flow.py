@@ -26,7 +26,7 @@ report = pipeline_flow(Path(__file__).with_name("report.yaml"))
 if __name__ == "__main__":
     way, *pool = sys.argv[1:]
     if way == "deploy":
-        travel.deploy("here", work_pool_name=pool[0], cron="0 7 * * *", parameters={"inputs": {"topic": "tea"}})
+        travel.deploy(work_pool_name=pool[0], cron="0 7 * * *", parameters={"inputs": {"topic": "tea"}})
     elif way == "source":
         here = str(Path(__file__).parent)
         travel.from_source(here, "my_flows.py:travel").deploy("source", work_pool_name=pool[0])
@@ -49,7 +49,7 @@ def pool(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[CrewPool]:
 def test_deploy_puts_it_on_a_crew_pool_and_a_crew_worker_runs_it(pool: CrewPool, tmp_path: Path):
     pool.worker("here")
     command(sys.executable, "my_flows.py", "deploy", pool.name, env=pool.env, cwd=tmp_path)
-    deployment = pool.call("GET", "/deployments/name/deployed-crew/here")
+    deployment = pool.call("GET", "/deployments/name/deployed-crew/travel")
     assert deployment["entrypoint"] == "prefect_crew.run_deployed_crew"
     pool.wait_for(pool.start(deployment["id"]), "COMPLETED", seconds=90)
     assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "tea"}]
