@@ -113,5 +113,5 @@ def explain_lost(error: CrewLostError, key: str, batch: str) -> str:
     state = f", last seen {error.last_state}," if error.last_state else ""
     return (
         f"Run {error.kickoff_id}{state} is not known to the crew's server. It is not started again automatically. To "
-        f"start it again: prefect-crew batch retry {shlex.quote(batch)} --key {shlex.quote(key)}."
+        f"start it again: prefect-crew batch retry {shlex.quote(batch)} --row {shlex.quote(key)}."
     )

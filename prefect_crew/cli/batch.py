@@ -383,7 +383,7 @@ async def retry(
     name: Name,
     /,
     *,
-    key: list[str] | None = None,
+    row: list[str] | None = None,
     on_change: Literal["refuse", "continue"] = "refuse",
     ledger: Ledger = None,
     yes: Yes = False,
@@ -392,11 +392,11 @@ async def retry(
     """Start the failed rows of a batch again, with the options of its last call, and go on with what is left.
 
     Args:
-        key: Only the row with this key; can be repeated.
+        row: Only the row with this key; can be repeated.
         on_change: What to do when the rows or the crew have changed, such as rows that were corrected.
     """
     _confirm_retry(name, yes)
-    return await _go_on(name, ledger, tuple(key) if key else True, output, on_change=on_change)
+    return await _go_on(name, ledger, tuple(row) if row else True, output, on_change=on_change)
 
 
 @app.command
@@ -424,7 +424,7 @@ async def _go_on(
         if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
             _output.note(
                 "No row was started again: each had as many kickoffs as the crew's max_attempts allows, is lost and "
-                "not named by --key, or has a result for other inputs."
+                "not named by --row, or has a result for other inputs."
             )
         return report
 

@@ -361,13 +361,13 @@ def test_failed_rows_are_started_again_by_the_name_alone_up_to_the_crews_limit(
     resumed = here("batch", "resume", name)
     assert (resumed.code, server.kickoffs, "prefect-crew batch retry" in resumed.err) == (6, 3, True)
     assert (here("batch", "retry", name).code, server.kickoffs) == (2, 3), "nobody confirmed"
-    again = here("batch", "retry", name, "--yes", "--key", "b", "-o", "json")
+    again = here("batch", "retry", name, "--yes", "--row", "b", "-o", "json")
     assert (again.code, again.json["kickoffs"], server.kickoffs) == (6, 1, 4)
     more = here("batch", "retry", name, "--yes")
     assert (server.kickoffs, "max_attempts" in more.err) == (4, True)
     assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
     for row, why in (("a", "has completed"), ("z", "has started no run for a row 'z'")):
-        refused = here("batch", "retry", name, "--yes", "--key", row)
+        refused = here("batch", "retry", name, "--yes", "--row", row)
         assert (refused.code, why in refused.err) == (2, True)
 
 
@@ -391,7 +391,7 @@ def test_a_model_of_the_working_directory_goes_with_the_name(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
     assert here(*call(crew, leads, "--key-column", "id", "--output-type", f"{module}:Tea")).code == 6
-    assert here("batch", "retry", name, "--yes", "--key", "a", "-o", "json").json["kickoffs"] == 1
+    assert here("batch", "retry", name, "--yes", "--row", "a", "-o", "json").json["kickoffs"] == 1
     assert lines(output) == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
 
 
@@ -435,7 +435,7 @@ def test_an_uncertain_row_is_resolved_and_gone_on_with(
     listed = here("batch", "failures", name)
     assert f"{row}\t\tuncertain\t" in listed.out
     assert "prefect-crew runs resolve" in listed.err
-    assert here("batch", "retry", name, "--yes", "--key", row).code == 2
+    assert here("batch", "retry", name, "--yes", "--row", row).code == 2
     assert here("runs", "resolve", f"batch/{name}/z", "--never-started", "--yes").code == 2
     if started:
         assert here("runs", "resolve", key, "--kickoff-id", "made up").code == 2
