@@ -1,4 +1,4 @@
-"""Inputs as templates over other values: in a sandbox that refuses unknown names. Pure.
+"""Inputs as templates over other values, in a sandbox that refuses unknown names.
 
 Pipelines and batches use it. The text of a template is the user's own; the values in it may be any text of a crew.
 """
@@ -30,7 +30,7 @@ _TASK_FIELDS = ("name", "agent", "output", "data", "execution_time", "descriptio
 def _readable(value: Any) -> Any:
     """Return structured values as JSON for the text, not in Python's form."""
     if callable(value) and not isinstance(value, StrictUndefined):
-        raise TemplateRuntimeError("it names a method where a value is meant; a key such as items is data['items']")
+        raise TemplateRuntimeError("this is a method, not a value: a key with that name is data['items']")
     if isinstance(value, Mapping | list | tuple) or value is None or isinstance(value, bool):
         return to_json(value).decode()
     return value
@@ -76,8 +76,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(obj, "__self__", None)
         if isinstance(obj, BuiltinMethodType) and isinstance(owner, _HARMLESS):
             return True
-        brought = cast("dict[str, Any]", cast("Any", self).globals).values()  # `range`, `dict` and so on
-        return isinstance(obj, Macro | LoopContext) or isinstance(owner, LoopContext) or any(obj is x for x in brought)
+        helpers = cast("dict[str, Any]", cast("Any", self).globals).values()  # `range`, `dict` and so on
+        return isinstance(obj, Macro | LoopContext) or isinstance(owner, LoopContext) or any(obj is x for x in helpers)
 
 
 _ENVIRONMENT: Any = _Sandbox(undefined=StrictUndefined, finalize=_readable, keep_trailing_newline=True)
@@ -151,7 +151,7 @@ def _problem(node: nodes.Node) -> str | None:
     # Attributes that every object has, such as `__class__`; but not a key of a mapping such as `__typename`.
     if isinstance(node, nodes.Getattr) and hasattr(object, node.attr):
         return f"{node.attr!r} is not allowed in a template"
-    return "it asks for another template, and there is none" if isinstance(node, _OTHERS) else None
+    return "it includes another template, which is not possible" if isinstance(node, _OTHERS) else None
 
 
 def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
@@ -162,13 +162,13 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
             or if the sandbox forbids an operation.
     """
     try:
-        ready = _ENVIRONMENT.from_string(_parsed(template))
+        jinja_template = _ENVIRONMENT.from_string(_parsed(template))
     except TemplateError as error:
         raise ConfigurationError(f"{template!r} is not a template: {error}") from None
 
     def fill(values: Mapping[str, Any]) -> str:
         try:
-            return ready.render(_viewed(values))
+            return jinja_template.render(_viewed(values))
         except TemplateError as error:
             raise ConfigurationError(f"The template {template!r} cannot be filled: {error}") from None
         except Exception as error:  # noqa: BLE001  operators may raise anything: a number plus a text, a too long range

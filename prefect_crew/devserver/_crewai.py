@@ -1,5 +1,4 @@
-"""CrewAI code as a program of the dev server: how it is loaded, and each run on a thread of its own, with what it
-reports and asks.
+"""CrewAI code as a program of the dev server. Each run has a thread of its own, and reports to the server's run.
 
 This module imports CrewAI, which takes seconds: import it only where such code is served.
 
@@ -87,7 +86,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_crewai(spec: str) -> CrewAIProgram:
-    """Return the program of a `module:factory`. It builds the crew, to learn its inputs.
+    """Return the program of a `module:factory`. It builds the crew once, to read its inputs.
 
     Args:
         spec: A module that can be imported, from the current directory too, or the path of a Python file; a colon;
@@ -117,7 +116,7 @@ def load_crewai(spec: str) -> CrewAIProgram:
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file, as a module of its package where it is in one."""
+    """Import a file; if it is in a package, as a module of that package."""
     path = path.resolve()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -135,7 +134,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _add_to_path(directory: Path) -> None:
-    """Let modules in a directory be imported, now and while crews run."""
+    """Allow imports of modules in a directory, now and while crews run."""
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
 
@@ -203,7 +202,7 @@ def _is_flow(crew: Any) -> bool:
 
 
 def _build(factory: Callable[[], Any]) -> Any:
-    """Return the Crew or Flow that a factory builds; of a `@CrewBase` class, its crew."""
+    """Return the Crew or Flow of a factory. The crew of a `@CrewBase` class is its method `crew`."""
     product = factory()
     crew = getattr(product, "crew", None)
     product = crew() if callable(crew) and not _is_flow(product) else product
@@ -217,7 +216,7 @@ def _crew_inputs(crew: Crew) -> list[CrewInput]:
 
 
 def _flow_inputs(flow: Flow[Any]) -> list[CrewInput]:
-    """Return the fields of a flow's state that are required or have a description, or all where none has one.
+    """Return the fields of a flow's state that are required or have a description. Without such fields, return all.
 
     CrewAI cannot make a state whose fields lack a default, so a field is required where it says so:
     `topic: str = Field(default="", json_schema_extra={"required": True})`. A state that is a dictionary
@@ -258,7 +257,7 @@ class _Bridge:
             question.answer.cancel()
 
     def check(self, _: object = None) -> None:
-        """Be the hook before model calls, tool calls and steps.
+        """Check for a stop. CrewAI calls this hook before model calls, tool calls and steps.
 
         Raises:
             HookAborted: The run was stopped.
@@ -267,7 +266,7 @@ class _Bridge:
             raise HookAborted("the run was stopped", source="prefect-crew")
 
     def report(self, method: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Have the loop call one of the run's methods, in order; not once the run was stopped."""
+        """Call one of the run's methods on the loop, in order. After a stop, do nothing."""
         if not self._stopped:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 self._loop.call_soon_threadsafe(partial(method, *args, **kwargs))
@@ -347,7 +346,7 @@ class _Watch:
 
 
 def _label(task: Task) -> str:
-    """Return what the server calls a task: its name, or the start of its description."""
+    """Return the label of a task: its name, or the start of its description."""
     description = " ".join(task.description.split())
     return task.name or (description if len(description) <= 60 else f"{description[:59].rstrip()}…")
 
@@ -365,7 +364,7 @@ def _task_result(task: Task, output: TaskOutput) -> TaskResult:
 
 
 def _result_of(value: Any) -> tuple[str, Any]:
-    """Return the text of a result, and its structured form as JSON values, or None where it is text alone."""
+    """Return the text of a result, and its structured form as JSON values, or None if it has only text."""
     if isinstance(value, (CrewOutput, TaskOutput, LiteAgentOutput)):
         return value.raw, _jsonable(value.to_dict()) or None
     if isinstance(value, HumanFeedbackResult):
@@ -390,7 +389,7 @@ NOT_APPROVED = "This is not approved. Improve it."
 
 
 class _HumanInput(SyncHumanInputProvider):
-    """Tasks with `human_input=True`: what a person approves is taken as it is, what they reject is done again."""
+    """Tasks with `human_input=True`. An approved output stays; a rejected task is done again."""
 
     def handle_feedback(self, formatted_answer: AgentFinish, context: ExecutorContext) -> AgentFinish:
         task = _label(context.task) if context.task is not None else str(context.agent.role)

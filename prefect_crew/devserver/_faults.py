@@ -1,4 +1,4 @@
-"""Faults: what the dev server does wrong on purpose, where, and when, in text as `PLACE:NAME[=VALUE][@WHEN]`.
+"""Faults: mistakes that the dev server makes on purpose. Their text is `PLACE:NAME[=VALUE][@WHEN]`.
 
     kickoff:drop-after-accept@1      the first kickoff starts a run, and its connection is closed without an answer
     status:429=2@4-                  from the fourth on, status calls are answered with 429 and Retry-After: 2
@@ -144,7 +144,7 @@ class Fault:
 
 
 class Fired(NamedTuple):
-    """A fault that came: at which place, and at which occurrence of it."""
+    """A fault that has happened: its place, and the number of the request there."""
 
     fault: Fault
     where: str
@@ -152,7 +152,7 @@ class Fired(NamedTuple):
 
 
 class Faults:
-    """The faults of one server, given as faults or their texts, and how often each place was visited."""
+    """The faults of one server, and the number of requests at each place."""
 
     def __init__(self, faults: Iterable[Fault | str] = ()) -> None:
         self.fired: list[Fired] = []
@@ -161,7 +161,7 @@ class Faults:
         self.add(*faults)
 
     def add(self, *faults: Fault | str) -> None:
-        """Add faults, also while the server runs: the occurrences of each are counted from when it was added."""
+        """Add faults, also while the server runs. Each counts its requests from then on."""
         added = [Fault.parse(fault) if isinstance(fault, str) else fault for fault in faults]
         # Replaced, since another thread reads it.
         self._faults = [*self._faults, *((fault, self.visits[fault.where]) for fault in added)]
@@ -171,7 +171,7 @@ class Faults:
         self._faults = []
 
     def draw(self, *places: str) -> list[Fault]:
-        """Count one visit of these places, which are names of the same request, and return the faults that come."""
+        """Count one request at these places, which are names of the same request, and return its faults."""
         self.visits.update(places)
         drawn: list[Fault] = []
         for fault, before in self._faults:

@@ -66,7 +66,7 @@ class Program(Protocol):
     def name(self) -> str: ...
 
     def inputs(self) -> list[CrewInput]:
-        """Return what `GET /inputs` answers. It is called for each request, so it must be cheap."""
+        """Return the inputs for `GET /inputs`. The server calls it for each request, so it must be cheap."""
         ...
 
     async def execute(self, run: Run) -> Outcome:
@@ -88,7 +88,7 @@ Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 @dataclass(eq=False, repr=False)
 class Run:
-    """One run: what its program reports to, and what the server's answers are made of.
+    """One run. Its program reports to it, and the server makes its answers of it.
 
     Its methods must be called on the server's event loop; any thread may read it.
 
@@ -133,7 +133,7 @@ class Run:
 
     @property
     def state(self) -> CrewState:
-        """Where it stands."""
+        """The state of the run."""
         return CrewState.WAITING if self._state is CrewState.RUNNING and self.questions else self._state
 
     @property
@@ -144,7 +144,7 @@ class Run:
     # Called by the program
 
     def plan(self, tasks: list[str]) -> None:
-        """Name the tasks that are to come, so that progress has a total."""
+        """Set the names of all tasks, so that progress has a total."""
         self.planned = list(tasks)
 
     def task_started(self, name: str, *, agent: str | None = None) -> None:
@@ -154,7 +154,7 @@ class Run:
             self.listener(self, "task_started", name)
 
     def task_ended(self, task: TaskResult) -> None:
-        """Report what a task gave."""
+        """Report the result of a task."""
         if not self.state.ended:
             self.tasks.append(task)
             if task.name == self.current_task:
@@ -162,7 +162,7 @@ class Run:
             self.listener(self, "task_ended", task)
 
     def step(self, *, agent: str | None, kind: str, content: str, tool: str | None = None) -> None:
-        """Report what an agent did."""
+        """Report a step of an agent."""
         if not self.state.ended:
             self.last_step = Step(agent, kind, content, tool, self.current_task)
             self.listener(self, "step", self.last_step)
@@ -187,7 +187,7 @@ class Run:
     # Called by the server
 
     def deny_status(self) -> bool:
-        """Count a status call, and return whether a fault has it deny that there is this run."""
+        """Count a status call. Return True if a fault lets it answer that the run is unknown."""
         self._status_calls += 1
         return (
             "forgotten" in self.faults
@@ -198,9 +198,9 @@ class Run:
     def answer(
         self, task_id: str, answer: Answer, targets: Webhooks | None = None
     ) -> Literal["resumed", "retrying", "completed"] | None:
-        """Take a person's answer and return the word that `/resume` answers with; None where nobody is asked about it.
+        """Take a person's answer, and return the word that `/resume` answers, or None if there is no such question.
 
-        Webhooks go to `targets` from here on; left out, to those from before.
+        `targets` replace the targets of webhooks; None keeps them.
         """
         question = self.questions.pop(task_id, None)
         if question is None:
@@ -230,9 +230,9 @@ class Run:
 
 
 class CrewRuns:
-    """All runs of one crew, of which `max_runs` run at once; None is the program's own number, or no limit.
+    """All runs of one crew. `max_runs` of them run at once; None is the program's own number, or no limit.
 
-    `spawn` starts a task. Where the server cancels that, the run is abandoned: it does not end.
+    `spawn` starts a task. If the server cancels it, the run is abandoned: it does not end.
     """
 
     def __init__(self, program: Program, *, listener: Listener, spawn: Spawn, max_runs: int | None) -> None:
@@ -247,7 +247,7 @@ class CrewRuns:
         self.runs: dict[str, Run] = {}
 
     def open(self) -> None:
-        """Begin to run, on this event loop. Runs that were abandoned begin again, under their ids."""
+        """Begin to run, on this event loop. Abandoned runs begin again, with the same ids."""
         self._slots = asyncio.Semaphore(self._max_runs) if self._max_runs else contextlib.nullcontext()
         for run in list(self.runs.values()):
             if not run.state.ended:
@@ -256,13 +256,13 @@ class CrewRuns:
                 self.start(again)
 
     def start(self, run: Run) -> None:
-        """Accept a run, which goes on by itself from then on."""
+        """Accept a run, and start its program."""
         run.is_flow, run.listener = self.is_flow, self._listener
         self.runs[run.id] = run
         run.task = self._spawn(self._run(run))
 
     def stop(self, run: Run) -> bool:
-        """Stop a run for good; return False where it has ended before."""
+        """Stop a run. Return False if it had ended before."""
         if run.state.ended:
             return False
         run.end(CrewState.STOPPED)

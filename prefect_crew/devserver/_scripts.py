@@ -1,4 +1,4 @@
-"""Scripted crews: YAML files that say what a crew does."""
+"""Scripted crews: YAML files with the tasks of a crew and their outputs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class CrewScript(_Part):
 
 
 def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Give all texts in a value, each with its place."""
+    """Yield all texts in a value, each with its place."""
     if isinstance(value, str):
         yield where, value
     elif isinstance(value, (dict, list)):
@@ -225,7 +225,7 @@ def _render_data(data: Any, scope: Mapping[str, Any], where: str) -> Any:
 
 
 def load_script(source: str | os.PathLike[str]) -> CrewScript:
-    """Read a script: its text (several lines), a file, or one of this package's by its name.
+    """Return a script from its text (several lines), from a file, or by the name of a crew of this package.
 
     Raises:
         ValueError: There is no such file or name, or what it holds is not a crew.
@@ -255,7 +255,7 @@ Spec = str | os.PathLike[str] | CrewScript | Program
 
 
 def load_program(spec: Spec, *, speed: float = 1.0) -> Program:
-    """Return a crew that the server can run; the seconds of a script are divided by `speed`.
+    """Return a crew that the server can run. `speed` divides the seconds of a script.
 
     Args:
         spec: `module:factory` or `path/to/file.py:factory` for CrewAI code (needs the extra `crewai`), the path of a

@@ -47,7 +47,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class ServerOptions(TypedDict, total=False):
-    """How a server behaves; `CrewServer` says what each option means."""
+    """The options of `CrewServer`, which describes each."""
 
     token: str | None
     response_format: FormatName
@@ -77,7 +77,7 @@ class _Callback(BaseModel, extra="ignore"):
 
 
 class _RefusedError(Exception):
-    """An answer that is an error: its HTTP status, what a response format makes a body of."""
+    """An error as an answer: its HTTP status, and the text for its body."""
 
 
 class _JSON(JSONResponse):
@@ -188,12 +188,12 @@ class CrewServer:
 
     @property
     def kickoffs(self) -> int:
-        """How many kickoffs have started a run."""
+        """The number of kickoffs that have started a run."""
         return len(self.accepted)
 
     @property
     def kickoffs_by_key(self) -> Counter[str]:
-        """How many kickoffs have started a run, by the `idempotency_key` in their meta."""
+        """The number of kickoffs that have started a run, by the `idempotency_key` in their meta."""
         metas = [cast("dict[str, Any]", meta) for meta in list(self.accepted.values()) if isinstance(meta, dict)]
         return Counter(str(meta["idempotency_key"]) for meta in metas if "idempotency_key" in meta)
 
@@ -206,7 +206,7 @@ class CrewServer:
         return {run.id: run for run in self.runs}[kickoff_id]
 
     def crew(self, **fields: Any) -> DeployedCrew:
-        """Return a Prefect block for this server; `fields` are more of the block's own."""
+        """Return a Prefect block for this server. `fields` are further fields of the block."""
         from prefect_crew.blocks import DeployedCrew
 
         values: dict[str, Any] = {"url": self.url, "token": self.token}
@@ -241,7 +241,7 @@ class CrewServer:
             running.close()
 
     def restart(self) -> None:
-        """Start again, also after a crash. Runs that had not ended begin again, under their ids."""
+        """Start again, also after a crash. Runs that had not ended begin again, with the same ids."""
         self.stop()
         self.start()
 
@@ -251,7 +251,7 @@ class CrewServer:
             await uvicorn.serve(sockets=[listener])
 
     def open(self) -> None:
-        """Begin to run, on this event loop, for the first time or again; see `CrewRuns.open`."""
+        """Begin to run, on this event loop; see `CrewRuns.open`."""
         self._sender.open()
         for crew in self.crews.values():
             crew.open()
@@ -263,7 +263,7 @@ class CrewServer:
         return task
 
     def abandon(self) -> None:
-        """End as a crash would: from now on nothing is sent or finished, and no request hangs."""
+        """End as a crash does: send and finish nothing from now on, and let no request hang."""
         for connection in self.hanging:
             connection.drop()
         for task in self._tasks:
@@ -275,7 +275,7 @@ class CrewServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def crash(self) -> None:
-        """End without a word: a process of its own at once, without clean-up; else what `start` has started."""
+        """End at once, without clean-up: the process of `serve`, or else the thread that `start` has started."""
         if self._uvicorn is None:
             os._exit(CRASH_EXIT_CODE)
         self.abandon()
@@ -339,7 +339,7 @@ class CrewServer:
         return _JSON(self._format.error(HTTPStatus(status).phrase, message), status, getattr(error, "headers", None))
 
     async def _answer(self, request: Request, place: str, work: Callable[[], Awaitable[Response]]) -> Response:
-        """Do the work of a call, and do wrong what the faults say."""
+        """Do the work of a call, with its faults."""
         self.requests[place] += 1
         drawn = self.faults.draw(place, "any")
         # A slow server has the request, and goes on with it after a client that has given up; and a socket that is
@@ -429,7 +429,7 @@ class CrewServer:
         return _JSON({"status": "stopped", "kickoffId": run.id})
 
     def _spoiled(self, fault: Fault, answer: Response | None, path: str) -> Response:
-        """Return what is sent in place of the answer, which is None where the fault comes before the work."""
+        """Return the answer as the faults change it. The answer is None if the fault comes before the work."""
         match fault.base_name:
             case "drop" | "reset" | "timeout" | "cut" | "crash":
                 return _BrokenAnswer(fault, answer, self)
@@ -458,7 +458,7 @@ def _known(crew: CrewRuns, id_: str) -> Run:
 
 
 async def _read(request: Request, model: type[T]) -> tuple[T, Webhooks]:
-    """Return a request's body, and where it has webhooks sent."""
+    """Return a request's body, and the targets of its webhooks."""
     try:
         body = model.model_validate_json(await request.body())
         return body, Webhooks.from_json(body.model_extra or {})
@@ -467,7 +467,7 @@ async def _read(request: Request, model: type[T]) -> tuple[T, Webhooks]:
 
 
 class Connection:
-    """The TCP connection that a request came over."""
+    """The TCP connection of a request."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -492,7 +492,7 @@ class ConnectionProtocol(H11Protocol):
 
 
 class _BrokenAnswer(Response):
-    """No answer, or the first half of one, and the end of the connection."""
+    """No answer or the first half of an answer, and then the end of the connection."""
 
     def __init__(self, fault: Fault, answer: Response | None, server: CrewServer) -> None:
         body, status = (answer.body, answer.status_code) if answer else (b'{"status":"running"}', 200)

@@ -1,4 +1,4 @@
-"""The webhooks of a run: their bodies in both generations, the event streams, and how they are sent."""
+"""The webhooks of a run: their bodies in both generations, the event streams, and their sender."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def _stream_body(run: Run, type_: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ReviewWebhook:
-    """Where a Flow's platform asks a person, and the secret that it signs with. The first option approves."""
+    """The address of a Flow's questions, and the secret that signs them. The first option approves."""
 
     url: str
     secret: str = field(repr=False)
@@ -149,7 +149,7 @@ class ReviewWebhook:
 
 
 class WebhookSender:
-    """Sends what happens to runs to their targets; a `Listener`. `asked` has questions by the tokens of callbacks."""
+    """A `Listener` that sends events of runs to their targets. `asked` has questions by the tokens of callbacks."""
 
     def __init__(self, faults: Faults, *, spawn: Spawn, generation: Generation, review: ReviewWebhook | None) -> None:
         self.review = review
@@ -160,11 +160,11 @@ class WebhookSender:
         self.open()
 
     def open(self) -> None:
-        """Begin to send, on the event loop that runs from now on."""
+        """Begin to send, on the event loop that runs now."""
         self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
 
     def __call__(self, run: Run, event: str, value: Any) -> None:
-        """Send what this means for the targets of the run."""
+        """Send an event of the run to its targets."""
         targets = run.targets
         if isinstance(value, Question) and self.review is not None:
             self._send("review", self.review.url, self._request(run, value, self.review))

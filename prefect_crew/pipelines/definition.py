@@ -60,7 +60,7 @@ class StepDefinition(_Plain):
     )
     wait: WaitPolicy | None = Field(default=None, description="How to wait for it, in place of the block's policy.")
     review: Literal["form"] | None = Field(
-        default=None, description="Where people are asked: in a form on the flow run's page."
+        default=None, description="Place of questions to people: a form on the flow run's page."
     )
 
 
@@ -77,7 +77,7 @@ class PipelineDefinition(_Plain):
     steps: tuple[StepDefinition, ...] = Field(min_length=1, description="Its steps, in any order.")
     wait: WaitPolicy | None = Field(default=None, description="How to wait, for steps without a policy of their own.")
     review: Literal["form"] | None = Field(
-        default=None, description="Where people are asked, for steps that do not say it."
+        default=None, description="Place of questions to people, for steps without their own."
     )
 
     def crew_steps(self) -> list[CrewStep]:
