@@ -26,8 +26,6 @@ LEFT = (
     "prefect_crew/batches",
     "prefect_crew/cli",
     "prefect_crew/client",
-    "prefect_crew/deployments.py",
-    "prefect_crew/receiver",
     "prefect_crew/records",
     "prefect_crew/runs",
     "prefect_crew/worker.py",

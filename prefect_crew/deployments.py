@@ -385,10 +385,10 @@ class Form:
     """The run form of a crew or a pipeline.
 
     Attributes:
-        owner: What it is a form of, for messages.
+        owner: The crew or the pipeline, for messages.
         inputs: The inputs by name, with the defaults of the deployment.
         required: The inputs that each run has to give where the deployment has no default.
-        parameters: What the deployment holds: the crew or the pipeline, and the defaults.
+        parameters: The parameters of the deployment: the crew or the pipeline, and the defaults.
         crew: The name of the crew. A deployment of a file holds it in its form alone.
     """
 

@@ -6,8 +6,8 @@
     GET  /health                 200 while it runs
     GET  /ready                  200 while it takes questions, 503 else; with counters
 
-No answer to a webhook waits for Prefect. Until the token is verified no byte of a body is read, and nothing tells a
-forged token from a stale one or from a wrong path.
+No answer to a webhook waits for Prefect. Until the token is verified no byte of a body is read. The answer
+to a forged token, a stale one and a wrong path is the same.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ def create_receiver(
 ) -> Starlette:
     """Return the receiver, to be served alone or mounted into your own app under any prefix.
 
-    Where the app is mounted, no server tells it of its end: call `await app.state.forwarder.aclose()` when your app
+    Where the app is mounted, no server informs it of its end: call `await app.state.forwarder.aclose()` when your app
     shuts down.
 
     Args:
-        secret: What URLs were signed with, or several separated by blanks; left out, the setting
+        secret: The secret that signed the URLs, or several separated by blanks; left out, the setting
             PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET.
         max_body: Bytes of a body; larger ones get 413.
-        forwarder: What wakes waits and makes Prefect's events; left out, one with its defaults.
+        forwarder: The object that wakes waits and makes Prefect's events; left out, one with its defaults.
 
     Raises:
         ConfigurationError: There is no secret, or it is too short; or no Prefect API is set.
@@ -79,7 +79,7 @@ def create_receiver(
             Route("/health", receiver.health, methods=["GET"]),
             Route("/ready", receiver.ready, methods=["GET"]),
         ],
-        # Whatever is not there: another path, another method.
+        # Another path, another method.
         exception_handlers={404: receiver.nothing_here, 405: receiver.nothing_here},
         lifespan=lifespan,
     )

@@ -48,7 +48,7 @@ _TYPE = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,99}")
 class WebhookEvent:
     """One event to be.
 
-    `name` follows `crew.webhook.`. `said` is what the body says, which nobody has checked. `id` is the same for the
+    `name` follows `crew.webhook.`. `facts` are those of the body, which nobody has checked. `id` is the same for the
     same delivery, so that the server keeps one of two. `said_key` is the idempotency key in the body's `meta`, if it
     has one. `output` is what a person is to judge.
     """
@@ -56,7 +56,7 @@ class WebhookEvent:
     hook: Hook
     name: str
     id: UUID
-    said: Mapping[str, Any]
+    facts: Mapping[str, Any]
     kickoff_id: str | None = None
     said_key: str | None = None
     output: str | None = field(default=None, repr=False)
@@ -106,7 +106,7 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
         hook=hook,
         name=hook.kind,
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/{digest}"),
-        said=_said(hook, facts_of_body, names),
+        facts=_said(hook, facts_of_body, names),
         kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(source.get("meta")),
         output=_output_of(source) if hook.kind == "human_input" and hook.names else None,
@@ -142,7 +142,7 @@ def _streamed(hook: Hook, event: Mapping[str, Any], place: str) -> WebhookEvent:
         hook=hook,
         name=f"stream.{type_}",
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/stream/{type_}/{same}"),
-        said=_said(hook, facts, {"name": data.get("task_name"), "agent": data.get("agent_role")}),
+        facts=_said(hook, facts, {"name": data.get("task_name"), "agent": data.get("agent_role")}),
         kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(data.get("meta")),
     )
@@ -155,7 +155,7 @@ def _counts(usage: TokenUsage | None) -> dict[str, Any]:
 def _said(hook: Hook, facts: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an event says: no name, and no id that may be a sentence, where these may hold a secret.
 
-    No control characters: PostgreSQL stores no NUL, and the Prefect server would lose the events beside it as well.
+    No control characters: PostgreSQL stores no NUL, and the Prefect server would lose the events next to it as well.
     """
     result: dict[str, Any] = {}
     for key, value in ({**facts, **names} if hook.names else facts).items():
@@ -185,7 +185,7 @@ def event_name(event: WebhookEvent) -> str:
 def prefect_event(event: WebhookEvent) -> dict[str, Any]:
     """Return the arguments of Prefect's `emit_event`. The signed URL says which run the event is about, never the body.
 
-    A run, a kind and a round have one id, whatever the bodies say: the server keeps one event of each.
+    A question or an end of a run has one id, whatever the bodies say: the server keeps one event of each.
     """
     hook, name = event.hook, event_name(event)
     key = hook.idempotency_key
@@ -202,6 +202,6 @@ def prefect_event(event: WebhookEvent) -> dict[str, Any]:
             "attempt": hook.attempt,
             "claim": hook.claim,
             "round": hook.round,
-            "said": dict(event.said),
+            "said": dict(event.facts),
         },
     }

@@ -42,7 +42,7 @@ AT_ONCE = 8  # texts that are stored at the same time
 REMEMBERED = 1000  # runs whose records were looked at, and texts that were stored, that are remembered
 REPORTS = 10_000
 """Events that are remembered. Prefect's thread has no limit of its own: an end or a question that comes again is
-reported once, so a URL in the wrong hands fills no memory while the Prefect API is away."""
+reported once, so a URL in the wrong hands fills no memory while the Prefect API cannot be reached."""
 LOOK_AFTER, LOOK_AT_ONCE = 3.0, 100
 """Seconds after the first webhook of a run after which its record is looked at, and how many records in one request."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
@@ -88,7 +88,7 @@ class RecentWebhooks:
                 "idempotency_key": hook.idempotency_key,
                 "attempt": hook.attempt,
                 "round": hook.round,
-                "said": dict(event.said),
+                "said": dict(event.facts),
             }
         )
         self._last += 1
@@ -136,7 +136,7 @@ class RecentWebhooks:
 
 
 class Forwarder:
-    """Wakes the processes that wait, and tells the Prefect server of this process's settings.
+    """Wakes the processes that wait, and reports to the Prefect server of this process's settings.
 
     `put` never waits. `aclose` ends the tasks that it begins.
 
@@ -219,7 +219,7 @@ class Forwarder:
 
     def _report(self, event: WebhookEvent | ReviewRequest) -> None:
         """Wake the processes that wait. Then report an end or a question to Prefect, once. No process waits for the
-        question of a Flow, which its record alone tells."""
+        question of a Flow: it is stored, and that is all."""
         if isinstance(event, ReviewRequest):
             return
         self.recent.add(event)
@@ -245,7 +245,8 @@ class Forwarder:
             self._storing = asyncio.create_task(self._store_notes(), name="store questions")
 
     async def _store_notes(self) -> None:
-        """Store the questions, which nobody sends a second time: again and again while the Prefect API is away."""
+        """Store the questions, which nobody sends a second time: again and again while the Prefect API cannot be
+        reached."""
         pause = FIRST_PAUSE
         while self._notes:
             notes = dict(itertools.islice(self._notes.items(), AT_ONCE))
@@ -260,7 +261,7 @@ class Forwarder:
             pause *= 2
 
     async def _store(self, name: NoteName, note: WebhookEvent | ReviewRequest) -> bool:
-        """Store a question and report it. False: the Prefect API is away."""
+        """Store a question and report it. False: the Prefect API cannot be reached."""
         try:
             async with asyncio.timeout(ATTEMPT):
                 await (keep_question(note) if isinstance(note, ReviewRequest) else self._store_output(name, note))

@@ -116,7 +116,7 @@ def serve_receiver(app: ASGIApp, *, host: str = "127.0.0.1", port: int = 8001) -
     """Serve a receiver until Ctrl-C or SIGTERM, forward what it holds, and return 0.
 
     Args:
-        app: What `create_receiver` returned.
+        app: The app that `create_receiver` returned.
         host: The address to listen on.
         port: 0 takes a free one.
 

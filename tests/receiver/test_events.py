@@ -35,7 +35,7 @@ def test_a_body_becomes_its_events(name: str):
         assert len(str(caught.value)) < 1000
         return
     events = read(case["kind"], body_of(case))
-    found = [{"name": one.name, "said": one.said} | ({"output": one.output} if one.output else {}) for one in events]
+    found = [{"name": one.name, "said": one.facts} | ({"output": one.output} if one.output else {}) for one in events]
     assert found == case["expected"]
 
 
@@ -50,20 +50,20 @@ def test_no_control_character_gets_into_an_event(names: bool):
     """PostgreSQL stores no text with a NUL: all events that came to the Prefect server with it would be lost."""
     body = {"kickoff_id": "k-1", "task_id": "t\0", "task_name": "a\0b", "agent": "\x1b[2J"}
     (event,) = read("task", body, names=names)
-    assert event.said == {"kickoff_id": "k-1"} | ({"name": "a�b", "agent": "�[2J"} if names else {})
+    assert event.facts == {"kickoff_id": "k-1"} | ({"name": "a�b", "agent": "�[2J"} if names else {})
     one = {"id": "e\0", "execution_id": "k\0", "timestamp": "\0", "type": "t", "data": {"task_name": "\0"}}
     (event,) = read("stream", {"events": [one]}, names=names)
-    assert (event.said, event.kickoff_id) == ({"at": "�", "name": "�"} if names else {}, None)
+    assert (event.facts, event.kickoff_id) == ({"at": "�", "name": "�"} if names else {}, None)
 
 
 @pytest.mark.parametrize("names", [pytest.param(True, id="names"), pytest.param(False, id="no-names")])
 @pytest.mark.parametrize("which", BODIES)
 def test_only_what_cannot_be_a_secret_is_read(which: str, names: bool):
     pieces = read(which.partition("-")[0], BODIES[which], names=names)  # pyright: ignore[reportArgumentType]
-    said = json.dumps([dict(one.said) for one in pieces])
+    said = json.dumps([dict(one.facts) for one in pieces])
     assert [word for word in SAID_BY_NOBODY if word in said] == []
     assert ("Researcher" in said) <= names
-    assert all(one.kickoff_id == one.said["kickoff_id"] == "k-1" for one in pieces)
+    assert all(one.kickoff_id == one.facts["kickoff_id"] == "k-1" for one in pieces)
     assert all(one.hook.idempotency_key == "city/lisbon" for one in pieces)
 
 
@@ -88,7 +88,7 @@ def test_a_call_of_a_model_tells_its_counts_and_no_text(model: str):
     data = {"model": model, "usage": usage, "messages": [{"content": "the prompt"}], "response": "the output"}
     (event,) = read("stream", {"events": [{"execution_id": "k-1", "type": "llm_call_completed", "data": data}]})
     counts = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-    assert event.said == {"kickoff_id": "k-1", **counts} | ({} if " " in model else {"model": model})
+    assert event.facts == {"kickoff_id": "k-1", **counts} | ({} if " " in model else {"model": model})
 
 
 def test_a_delivery_to_the_stream_tells_so_much_and_no_more():
@@ -102,7 +102,7 @@ def test_where_values_are_not_known_ids_and_times_look_like_such_or_are_left_out
         (task,) = read("task", {"kickoff_id": text, "task_id": text, "status": "completed"}, names=names)
         event = {"id": text, "execution_id": text, "timestamp": at, "type": "task_failed", "data": {}}
         (streamed,) = read("stream", {"events": [event]}, names=names)
-        return {**task.said, **streamed.said}
+        return {**task.facts, **streamed.facts}
 
     sentence, at = "log in with hunter22 please", "2026-05-01T12:00:00.5+00:00"
     assert ("hunter22" in str(said(sentence, sentence))) is names
@@ -113,8 +113,8 @@ def test_where_values_are_not_known_ids_and_times_look_like_such_or_are_left_out
 def test_long_names_are_cut_and_long_ids_left_out():
     body = {"kickoff_id": "k" * 301, "task_id": "t" * 301, "agent": "a\n" * 1000, "status": "done"}
     (event,) = read("task", body)
-    assert (set(event.said), event.kickoff_id) == ({"state", "agent"}, None)
-    assert event.said["agent"] == ("a " * 50)
+    assert (set(event.facts), event.kickoff_id) == ({"state", "agent"}, None)
+    assert event.facts["agent"] == ("a " * 50)
 
 
 def test_the_same_delivery_has_the_same_id_and_another_one_another():
@@ -154,5 +154,5 @@ def test_whatever_a_body_holds_its_event_is_small_and_plain(kind: WebhookKind, b
     except ResponseFormatError:
         return
     for event in pieces:
-        assert len(json.dumps(dict(event.said), allow_nan=False)) < 12_000
+        assert len(json.dumps(dict(event.facts), allow_nan=False)) < 12_000
         assert len(event.name) < 120
