@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 from prefect import Flow
@@ -204,8 +204,8 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         self._check_types(title, form, {**parameters, "inputs": defaults})
         for schedule in schedules:
             own = _parameters_of(schedule)
-            inputs: dict[str, Any] = own.get("inputs") or {}
-            await form.with_defaults(inputs)  # it refuses unknown names, and secret ones without a block
+            inputs: Any = own.get("inputs") or {}
+            await form.with_defaults(inputs)
             # Prefect gives a run the inputs of its schedule in place of all defaults, also where they are null.
             missing = [field for field in form.required if field not in inputs] if "inputs" in own else form.missing
             if missing:
@@ -240,7 +240,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
                 raise_on_error=True,
                 ignore_required=True,
             )
-        except InvalidParametersError as error:
+        except (InvalidParametersError, ValueError) as error:  # of the schema; no JSON value
             raise ConfigurationError(f"{title} cannot have these parameters. {error}.") from None
         if plain.get("idempotency_key") is not None:
             render_key(plain["idempotency_key"], datetime.now(UTC))  # it raises where the template is wrong
@@ -426,17 +426,17 @@ class Form:
         fields = [inspect.Parameter("inputs", kind, default=default, annotation=of_inputs)] if self.inputs else []
         return inspect.Signature([*fields, inspect.Parameter("idempotency_key", kind, default=None, annotation=of_key)])
 
-    def refuse_unknown(self, names: Iterable[str]) -> None:
-        """Raise ConfigurationError where a name is none of the inputs."""
-        if unknown := [name for name in names if name not in self.inputs]:
+    async def with_defaults(self, defaults: Any) -> Form:
+        """Return the form with these defaults. Raise ConfigurationError where they do not fit, or where a secret one is
+        not the name of a Secret block."""
+        if not isinstance(defaults, Mapping):
+            raise ConfigurationError(f"{self.owner} takes its inputs by name: give inputs={{'NAME': …}}.")
+        defaults = cast("Mapping[str, Any]", defaults)
+        if unknown := [name for name in defaults if name not in self.inputs]:
             raise ConfigurationError(
                 f"{self.owner} does not know the inputs {', '.join(unknown)}; it takes "
                 f"{', '.join(self.inputs) or 'none'}."
             )
-
-    async def with_defaults(self, defaults: Mapping[str, Any]) -> Form:
-        """Return the form with these defaults, once the Secret blocks of secret ones were found to exist."""
-        self.refuse_unknown(defaults)
         fields = dict(self.inputs)
         for name, value in defaults.items():
             kind = None if fields[name].secret else fields[name].type

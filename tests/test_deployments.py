@@ -188,6 +188,8 @@ async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
             id="wrong parameter of a schedule",
         ),
         pytest.param({"parameters": {"inputs": {"days": [4]}}}, "inputs.days", id="wrong type of a default"),
+        pytest.param({"parameters": {"inputs": {"topic": object()}}}, "Unable to serialize", id="no JSON value"),
+        pytest.param({"parameters": {"inputs": "tea"}}, "takes its inputs by name", id="a text in place of inputs"),
     ],
 )
 def test_a_deployment_whose_runs_would_fail_is_refused(crew: CrewServer, options: dict[str, Any], problem: str):
