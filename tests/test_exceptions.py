@@ -85,7 +85,7 @@ ERRORS: list[CrewError] = [
 ]
 
 
-def test_the_text_of_every_class_is_in_the_list_and_short():
+def test_the_text_of_every_error_is_golden():
     assert [f"{type(error).__name__}: {error}" for error in ERRORS] == GOLDEN.read_text(encoding="utf-8").splitlines()
     assert not any(".." in str(error) or len(str(error)) > 800 for error in ERRORS)
 
@@ -105,7 +105,7 @@ def test_an_error_survives(error: CrewError, again: Any):
 PUBLIC: dict[str, type[CrewError]] = {name: getattr(exceptions, name) for name in exceptions.__all__}
 
 
-def test_every_public_error_is_tried_here_and_is_exported():
+def test_every_error_is_tried_and_exported():
     assert {type(error) for error in ERRORS} == set(PUBLIC.values()) - {CrewError}
     assert exceptions.__all__ == sorted(PUBLIC)
     assert all(getattr(prefect_crew, name) is kind for name, kind in PUBLIC.items())

@@ -69,7 +69,7 @@ def name() -> str:
 # Options of Prefect for its two tasks
 
 
-def test_each_of_the_two_tasks_has_its_options_of_prefect(crew_server: CrewServerFactory, seen: Seen):
+def test_each_task_has_its_options_of_prefect(crew_server: CrewServerFactory, seen: Seen):
     crew, ids = crew_server("echo").crew(), list[Any]()
 
     @flow
@@ -84,7 +84,7 @@ def test_each_of_the_two_tasks_has_its_options_of_prefect(crew_server: CrewServe
     assert (wait["tags"], wait["empirical_policy"]["retries"]) == ([], 1)
 
 
-def test_a_users_name_for_a_task_run_is_made_of_the_arguments(crew_server: CrewServerFactory, seen: Seen):
+def test_a_task_run_name_is_filled_with_arguments(crew_server: CrewServerFactory, seen: Seen):
     crew, ids, run_key = crew_server("echo").crew(), list[Any](), key()
 
     @task
@@ -104,7 +104,7 @@ def test_a_users_name_for_a_task_run_is_made_of_the_arguments(crew_server: CrewS
     assert len([name for name in names if name.endswith("Lisbon")]) == 2, names
 
 
-async def test_a_kickoff_that_surely_did_not_start_is_repeated_as_often_as_asked():
+async def test_an_unstarted_kickoff_is_repeated_as_asked():
     crew, began = DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t"), list[int]()
 
     def note(task: Any, task_run: Any, state: Any) -> None:
@@ -116,7 +116,7 @@ async def test_a_kickoff_that_surely_did_not_start_is_repeated_as_often_as_asked
     assert began == [1, 2, 3]
 
 
-async def test_a_kickoff_that_is_cut_off_by_its_time_is_found_again(crew_server: CrewServerFactory):
+async def test_a_kickoff_cut_by_its_timeout_is_found(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo", faults=["kickoff:latency=2@1"]), key()
     with pytest.raises(TimeoutError):
         await arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key, kickoff_options={"timeout_seconds": 1})
@@ -124,7 +124,7 @@ async def test_a_kickoff_that_is_cut_off_by_its_time_is_found_again(crew_server:
     assert server.requests["kickoff"] == 1
 
 
-async def test_a_wait_that_is_cut_off_by_its_time_leaves_the_crew_running(crew_server: CrewServerFactory):
+async def test_a_wait_cut_by_its_timeout_stops_nothing(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo", faults=["kickoff:stuck"]), key()
     with pytest.raises(TimeoutError):
         await arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key, wait_options={"timeout_seconds": 1})
@@ -144,9 +144,7 @@ async def test_a_wait_that_is_cut_off_by_its_time_leaves_the_crew_running(crew_s
         ({"wait_options": 3}, "wait_options is a value of type int; it has to be a mapping"),
     ],
 )
-def test_an_option_that_a_task_cannot_have_is_refused_before_anything_is_started(
-    options: dict[str, Any], says: str, crew_server: CrewServerFactory
-):
+def test_an_impossible_task_option_is_refused(options: dict[str, Any], says: str, crew_server: CrewServerFactory):
     server = crew_server("echo")
     with pytest.raises(ConfigurationError, match=rf"{says}.*Nothing was started"):
         run_crew(server.crew(), {"text": "a"}, **options)
@@ -156,7 +154,7 @@ def test_an_option_that_a_task_cannot_have_is_refused_before_anything_is_started
 # Where it is called
 
 
-def test_in_sync_flows_tasks_and_subflows(crew_server: CrewServerFactory):
+def test_run_crew_in_sync_flows_tasks_and_subflows(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
 
     @task
@@ -174,7 +172,7 @@ def test_in_sync_flows_tasks_and_subflows(crew_server: CrewServerFactory):
     assert trip() == ["flow", "task", "task", "subflow"]
 
 
-def test_in_a_sync_flow_that_an_async_flow_has_called(crew_server: CrewServerFactory):
+def test_run_crew_in_a_nested_sync_flow(crew_server: CrewServerFactory):
     """The outer event loop, which the sync flow occupies, goes on with its own work afterwards."""
     server, idempotency_key, beats = crew_server(slow(0.5)), key(), list[int]()
     crew = server.crew()
@@ -205,7 +203,7 @@ def test_in_a_sync_flow_that_an_async_flow_has_called(crew_server: CrewServerFac
     assert server.kickoffs == 2
 
 
-async def test_in_a_running_loop_the_sync_one_names_the_async_one(crew_server: CrewServerFactory):
+async def test_a_running_loop_is_told_the_async_name(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
     run = CrewRun(crew, "nobody")
     twins = {
@@ -237,7 +235,7 @@ def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen
     assert server.kickoffs == 3
 
 
-def test_the_state_of_a_failed_flow_run_says_why_in_one_line(crew_server: CrewServerFactory, seen: Seen):
+def test_a_failed_state_says_why_in_one_line(crew_server: CrewServerFactory, seen: Seen):
     crew, ids = crew_server(FAILS).crew().crew.called("travel"), list[Any]()
 
     @flow
@@ -256,7 +254,7 @@ STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
-async def test_a_state_to_start_from_is_sent_and_makes_it_another_run(crew_server: CrewServerFactory, inside: bool):
+async def test_a_state_to_restore_makes_another_run(crew_server: CrewServerFactory, inside: bool):
     server, idempotency_key = crew_server("echo"), key()
 
     @flow
@@ -274,7 +272,7 @@ async def test_a_state_to_start_from_is_sent_and_makes_it_another_run(crew_serve
     assert server.kickoffs == 1
 
 
-async def test_a_state_to_start_from_is_part_of_a_key_that_is_left_out(crew_server: CrewServerFactory):
+async def test_a_state_to_restore_is_part_of_the_key(crew_server: CrewServerFactory):
     server = crew_server("echo")
 
     @flow
@@ -301,7 +299,7 @@ def stored(seen: Seen, crew: str) -> dict[str, Any]:
     return run
 
 
-def test_a_flow_of_its_own_stores_a_name_and_plain_values(crew_server: CrewServerFactory, seen: Seen):
+def test_an_own_flow_stores_plain_values(crew_server: CrewServerFactory, seen: Seen):
     server, called = crew_server(script({"output": "{{ inputs.when }} {{ inputs.pin }} {{ inputs.login }}"})), name()
     crew = server.crew(secret_inputs=["pin"]).crew.called(called)
     inputs = {
@@ -321,7 +319,7 @@ def test_a_flow_of_its_own_stores_a_name_and_plain_values(crew_server: CrewServe
         assert secret not in everything
 
 
-def test_flow_runs_of_one_crew_are_told_apart_by_their_names(crew_server: CrewServerFactory, seen: Seen):
+def test_flow_runs_of_a_crew_have_own_names(crew_server: CrewServerFactory, seen: Seen):
     server, called, idempotency_key = crew_server(slow(0.1)), name(), key()
     crew = server.crew().crew.called(called)
     run_crew(crew, {"city": "Porto {x}"})
@@ -349,7 +347,7 @@ def test_a_flow_run_is_renamed_once(crew_server: CrewServerFactory, monkeypatch:
     assert names == [f"{called} · Lisbon", f"{called} · Porto", f"no-{called}"]
 
 
-def test_inputs_that_are_too_large_for_prefect_reach_the_crew(crew_server: CrewServerFactory, seen: Seen):
+def test_large_inputs_reach_the_crew(crew_server: CrewServerFactory, seen: Seen):
     called = name()
     crew = crew_server(script({"output": "{{ inputs.book | length }}"})).crew().crew.called(called)
     assert run_crew(crew, {"book": "語" * 300_000, "page": 3}).output == "300000"
@@ -369,7 +367,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-async def test_arguments_that_make_no_sense_start_nothing(crew_server: CrewServerFactory):
+async def test_bad_arguments_start_nothing(crew_server: CrewServerFactory):
     server, idempotency_key, chosen = crew_server("echo"), key(), dict[str, Any]()
 
     @flow
@@ -387,7 +385,7 @@ async def test_arguments_that_make_no_sense_start_nothing(crew_server: CrewServe
     assert (await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)).output == "a"
 
 
-def test_inputs_that_cannot_be_sent_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
+def test_unsendable_inputs_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
     called = name()
     with pytest.raises(ConfigurationError, match="Input 'x' holds a value of type object"):
         run_crew(crew_server("echo").crew().crew.called(called), {"x": object()})
@@ -402,9 +400,7 @@ async def run_again(run: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("given", ["block", "name"])
-async def test_a_stored_flow_run_can_be_run_again_for_a_stored_block(
-    crew_server: CrewServerFactory, seen: Seen, given: str
-):
+async def test_a_flow_run_of_a_block_can_be_run_again(crew_server: CrewServerFactory, seen: Seen, given: str):
     server, block = crew_server("echo"), name()
     crew = server.crew()
     await crew.asave(block)
@@ -430,7 +426,7 @@ async def test_a_name_under_which_no_crew_is_stored():
         await run_deployed_crew(crew="nobody", inputs={"text": "a"})
 
 
-async def test_a_flow_run_with_secret_inputs_says_why_it_cannot_be_run_again(crew_server: CrewServerFactory):
+async def test_a_flow_run_with_secrets_cannot_run_again(crew_server: CrewServerFactory):
     block = name()
     server = crew_server(script({"output": "x"}))
     await server.crew(secret_inputs=["pin"]).asave(block)
@@ -441,7 +437,7 @@ async def test_a_flow_run_with_secret_inputs_says_why_it_cannot_be_run_again(cre
     assert not server.requests
 
 
-async def test_a_secret_input_of_the_deployed_flow_is_the_name_of_a_secret_block(crew_server: CrewServerFactory):
+async def test_a_deployed_secret_input_names_a_block(crew_server: CrewServerFactory):
     block, secret = name(), name()
     server = crew_server(script({"output": "x"}, inputs=["pin"]))
     await server.crew(secret_inputs=["pin"]).asave(block)
@@ -460,7 +456,7 @@ class Trip(BaseModel):
     city: str
 
 
-async def test_a_result_is_read_by_its_key_without_the_crew_and_becomes_a_model(crew_server: CrewServerFactory):
+async def test_a_result_is_read_by_its_key(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(script({"output": '{"city": "Lisbon"}'})), key()
     first = await arun_crew(server.crew(), idempotency_key=idempotency_key)
     asked = server.requests.total()
@@ -472,7 +468,7 @@ async def test_a_result_is_read_by_its_key_without_the_crew_and_becomes_a_model(
     assert server.requests.total() == asked
 
 
-async def test_a_large_result_is_read_without_the_crews_server(crew_server: CrewServerFactory):
+async def test_a_large_result_needs_no_crew_server(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(script({"output": "{{ 'שלום ' * 9000 }}"})), key()
     first = await arun_crew(server.crew(), idempotency_key=idempotency_key)
     server.stop()
@@ -482,7 +478,7 @@ async def test_a_large_result_is_read_without_the_crews_server(crew_server: Crew
     assert (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output == first.output
 
 
-async def test_a_retried_flow_has_its_large_result_without_the_crews_server(crew_server: CrewServerFactory):
+async def test_a_retried_flow_has_its_large_result(crew_server: CrewServerFactory):
     server, outputs = crew_server(script({"output": "{{ 'x' * 9000 }}"})), list[str]()
 
     @flow(retries=1)
@@ -497,7 +493,7 @@ async def test_a_retried_flow_has_its_large_result_without_the_crews_server(crew
     assert server.kickoffs == 1
 
 
-async def test_a_result_that_is_too_large_for_prefect_is_read_from_the_crew(
+async def test_a_result_too_large_is_read_from_the_crew(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(results, "LARGEST", 8000)
@@ -516,7 +512,7 @@ async def test_a_result_that_is_too_large_for_prefect_is_read_from_the_crew(
         await aget_result(idempotency_key)
 
 
-async def test_of_several_attempts_the_one_that_completed_counts(crew_server: CrewServerFactory):
+async def test_the_completed_attempt_counts(crew_server: CrewServerFactory):
     fails_at_2 = script({"fail": "{{ 'no' if n == '2' else '' }}", "output": "{{ n }}"}, inputs=["n"])
     server, idempotency_key = crew_server(fails_at_2), key()
     await arun_crew(server.crew(), {"n": 1}, idempotency_key=idempotency_key)
@@ -538,7 +534,7 @@ async def test_a_kickoff_id_means_its_own_attempt(crew_server: CrewServerFactory
         await aget_result(first)
 
 
-async def test_a_key_without_a_result_says_where_it_stands(crew_server: CrewServerFactory):
+async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFactory):
     with pytest.raises(RunNotFoundError, match="No run has the key or kickoff id 'nobody'"):
         await aget_result("nobody")
     failed, stopped, uncertain, running = key(), key(), key(), key()
@@ -593,7 +589,7 @@ def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, ide
 # Calls that cannot be made
 
 
-async def test_a_crew_that_was_not_awaited_is_said_to_be_a_coroutine():
+async def test_a_crew_that_was_not_awaited_is_named():
     """In a notebook `DeployedCrew.load()` returns one."""
     with pytest.raises(ConfigurationError, match=r"await DeployedCrew\.aload"):
         await arun_crew(DeployedCrew.aload("travel"), {"text": "a"})  # type: ignore[arg-type]
@@ -610,20 +606,20 @@ async def test_a_crew_that_was_not_awaited_is_said_to_be_a_coroutine():
         ("color", r"^run_crew\(\) .* It takes: crew, inputs, name, idempotency_key"),
     ],
 )
-def test_an_argument_that_there_is_not_is_named_with_what_to_write(option: str, says: str):
+def test_an_unknown_argument_is_named(option: str, says: str):
     with pytest.raises(InvalidCallError, match=says):
         run_crew("travel", **{option: 5})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"wait": 5}, {"crew": "no-such-crew"}], ids=["options", "crew"])
-def test_no_frame_of_a_call_that_is_refused_shows_its_inputs(options: dict[str, Any]):
+def test_no_frame_of_a_refused_call_shows_inputs(options: dict[str, Any]):
     crew = options.pop("crew", None) or DeployedCrew(url="https://travel.test", token="t", secret_inputs=["pin"])  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError) as caught:
         run_crew(crew, {"pin": "hunter" + "22"}, **options)
     assert "hunter22" not in locals_of(caught.value, but=__file__)
 
 
-async def test_a_start_that_was_refused_after_a_failed_run_does_not_hide_its_failure(crew_server: CrewServerFactory):
+async def test_a_refused_start_hides_no_failure(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(FAILS), key()
     with pytest.raises(CrewFailedError):
         await arun_crew(server.crew(), idempotency_key=idempotency_key)

@@ -40,7 +40,7 @@ def unreachable() -> DeployedCrew:
 # Calls
 
 
-def test_a_task_calls_them_as_well(crew_server: CrewServerFactory):
+def test_a_task_calls_the_tasks(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
 
     @task
@@ -58,7 +58,7 @@ def test_a_task_calls_them_as_well(crew_server: CrewServerFactory):
     assert asyncio.run(trip()) == ["a", "b"]
 
 
-def test_they_are_submitted_and_mapped_and_take_futures_of_a_crew_a_run_and_inputs(
+def test_tasks_are_submitted_and_mapped_with_futures(
     crew_server: CrewServerFactory,
 ):
     crew = crew_server("echo").crew()
@@ -85,7 +85,7 @@ def test_they_are_submitted_and_mapped_and_take_futures_of_a_crew_a_run_and_inpu
 # Names, tags, options
 
 
-def test_their_runs_say_which_crew_and_which_run(crew_server: CrewServerFactory, seen: Seen):
+def test_task_runs_are_named_after_crew_and_run(crew_server: CrewServerFactory, seen: Seen):
     crew, ids = crew_server("echo").crew().crew.called("travel"), list[Any]()
 
     @flow
@@ -106,7 +106,7 @@ def test_their_runs_say_which_crew_and_which_run(crew_server: CrewServerFactory,
     assert not any(run["tags"] for run in runs), "for each tag Prefect looks for a concurrency limit"
 
 
-def test_without_a_step_the_first_input_that_may_be_shown_tells_kickoffs_apart(crew_server: CrewServerFactory):
+def test_a_kickoff_is_named_after_its_first_input(crew_server: CrewServerFactory):
     called: Any = kickoff_crew.task_run_name
     crew = crew_server("echo").crew(secret_inputs=["pin"]).crew.called("travel")
     given: dict[str, Any] = {"crew": crew, "inputs": {"cities": ["x"], "pin": "4711", "city": " Lis\nbon "}}
@@ -120,7 +120,7 @@ def test_without_a_step_the_first_input_that_may_be_shown_tells_kickoffs_apart(c
     assert len(called(parameters={"crew": "c" * 300})) == 200
 
 
-def test_a_run_that_was_found_is_named_so_where_it_is_waited_for(crew_server: CrewServerFactory, seen: Seen):
+def test_a_reattached_run_is_named_so(crew_server: CrewServerFactory, seen: Seen):
     server, ids, key = crew_server(slow(0.5)), list[Any](), f"run {uuid.uuid4()}"
 
     @flow
@@ -139,9 +139,7 @@ def test_a_run_that_was_found_is_named_so_where_it_is_waited_for(crew_server: Cr
 
 
 @pytest.mark.parametrize("answer", ["500", "502", "503", "504", ""])
-def test_a_wait_that_reattaches_needs_no_slot_of_a_concurrency_limit(
-    crew_server: CrewServerFactory, proxy: Proxy, answer: str
-):
+def test_a_reattached_wait_needs_no_slot(crew_server: CrewServerFactory, proxy: Proxy, answer: str):
     server, key = crew_server(slow(0.5)), f"run {uuid.uuid4()}"
 
     @flow
@@ -183,7 +181,7 @@ async def test_a_call_takes_its_inputs_when_it_is_made(crew_server: CrewServerFa
 # Retries
 
 
-async def test_what_surely_did_not_start_is_tried_as_often_as_asked():
+async def test_an_unstarted_kickoff_is_retried_as_asked():
     counts: list[int] = []
 
     @flow
@@ -202,7 +200,7 @@ async def test_what_surely_did_not_start_is_tried_as_often_as_asked():
         assert len(counts) == retries + 1
 
 
-async def test_a_users_condition_cannot_make_a_kickoff_repeat(crew_server: CrewServerFactory):
+async def test_a_users_condition_repeats_no_kickoff(crew_server: CrewServerFactory):
     server = crew_server("echo", faults=["kickoff:500"])
     eager = kickoff_crew.with_options(
         retries=3, retry_delay_seconds=0, retry_condition_fn=lambda task, run, state: True
@@ -249,7 +247,7 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_frame_of_a_task_that_fails_shows_its_inputs(way: str):
+def test_no_frame_of_a_failed_task_shows_inputs(way: str):
     crew = replace(unreachable().crew, secret_inputs=("text", "list"))
 
     @flow
@@ -264,7 +262,7 @@ def test_no_frame_of_a_task_that_fails_shows_its_inputs(way: str):
     assert not [line for line in shown.splitlines() if "pass-1234" in line]
 
 
-async def test_no_frame_of_a_task_that_is_cancelled_before_it_begins_shows_its_inputs():
+async def test_no_frame_of_a_cancelled_task_shows_inputs():
     began = asyncio.ensure_future(kickoff_crew("some-block", {"text": "pass-1234"}))
     began.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
@@ -317,7 +315,7 @@ def check(name: str, state: Any) -> None:
     assert state.is_failed() if name == "resume_crew" else state.is_completed(), (name, state)
 
 
-async def test_an_async_flow_gives_each_keyword_to_each_task(crew_server: CrewServerFactory):
+async def test_an_async_flow_passes_each_keyword(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
 
     @flow
@@ -336,7 +334,7 @@ async def test_an_async_flow_gives_each_keyword_to_each_task(crew_server: CrewSe
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
-def test_sync_code_gives_each_keyword_to_each_task(crew_server: CrewServerFactory, inside: bool):
+def test_sync_code_passes_each_keyword(crew_server: CrewServerFactory, inside: bool):
     crew = crew_server("echo").crew()
     given = asyncio.run(ids_for_all(crew))
 
@@ -350,7 +348,7 @@ def test_sync_code_gives_each_keyword_to_each_task(crew_server: CrewServerFactor
         check(name, state)
 
 
-async def test_each_is_submitted_and_mapped_with_each_keyword(crew_server: CrewServerFactory):
+async def test_submit_and_map_pass_each_keyword(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
 
     @flow
@@ -375,7 +373,7 @@ async def test_each_is_submitted_and_mapped_with_each_keyword(crew_server: CrewS
         check(name, state)
 
 
-async def test_each_waits_for_its_wait_for_and_does_nothing_after_a_failure(crew_server: CrewServerFactory):
+async def test_tasks_do_nothing_after_a_failed_wait_for(crew_server: CrewServerFactory):
     server = crew_server("echo")
     given = await ids_for_all(server.crew())
     before_it = dict(server.requests)
@@ -398,7 +396,7 @@ async def test_each_waits_for_its_wait_for_and_does_nothing_after_a_failure(crew
         (lambda crew: wait_for_crew("no-such-block", "r", return_state=True), ConfigurationError),
     ],
 )
-async def test_what_is_wrong_with_a_call_is_in_its_state(
+async def test_an_error_of_a_call_is_in_its_state(
     call: Callable[[DeployedCrew], Awaitable[State[Any]]], error: type[Exception], crew_server: CrewServerFactory
 ):
     crew = crew_server("echo").crew()
@@ -422,7 +420,7 @@ def test_a_copy_with_options_stays_one_of_ours():
 # The functions themselves
 
 
-async def test_the_function_of_a_task_is_called_without_its_task(crew_server: CrewServerFactory):
+async def test_a_tasks_function_is_called_alone(crew_server: CrewServerFactory):
     """As Prefect's page on tests tells people to."""
     server = crew_server("echo")
     crew = server.crew()

@@ -79,7 +79,7 @@ HIDDEN = CrewResult(
         "{{ research | string }} {{ research | pprint }} {{ '%s' % research }}",
     ],
 )
-def test_a_whole_result_shows_no_more_than_its_documented_fields(template: str):
+def test_a_whole_result_shows_documented_fields(template: str):
     values = {"research": HIDDEN, "steps": {"research": HIDDEN}, "given": [{"a": HIDDEN}]}
     text = compiled(template)(values)
     assert "first" in text
@@ -100,7 +100,7 @@ def test_a_whole_result_shows_no_more_than_its_documented_fields(template: str):
         ("{{ topic", "is not a template"),
     ],
 )
-def test_what_can_never_be_filled_is_known_before_there_are_values(template: str, problem: str):
+def test_a_bad_template_is_known_before_its_values(template: str, problem: str):
     for look in (lambda: names_in(template), lambda: compiled(template)):
         with pytest.raises(ConfigurationError, match=problem):
             look()
@@ -152,7 +152,7 @@ class Called:
         "{{ research.tasks[7].output }}",
     ],
 )
-def test_what_is_not_there_or_not_allowed_is_an_error(template: str):
+def test_a_forbidden_or_missing_name_is_an_error(template: str):
     values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "path": Path(__file__), "call": called}
     with pytest.raises(ConfigurationError, match="cannot be filled"):
         compiled(template)({**values, "called": Called(), "module": __name__})
@@ -177,6 +177,6 @@ def test_values_are_never_templates(text: str):
         ("{% set a = 1 %}{{ a }} plain", dict[str, set[str]]()),
     ],
 )
-def test_the_names_and_what_is_read_of_them_are_found(template: str, found: dict[str, set[str]]):
+def test_names_and_their_uses_are_found(template: str, found: dict[str, set[str]]):
     assert uses_in(template, collections=COLLECTIONS) == found
     assert names_in(template, collections=COLLECTIONS) == set(found) - COLLECTIONS

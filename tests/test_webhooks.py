@@ -54,7 +54,7 @@ def read(hook: Hook, token: str, *, kind: str | None = None, secret: str = SECRE
 )
 @example("\U0010fffd" * 500, "human_input", 99, False, 9, claim_of("o"), "\U0010fffd" * LONGEST_NAME)
 @example("\0" * 500, "human_input", 99, False, 9, claim_of("o"), "\0" * LONGEST_NAME)
-def test_what_was_signed_is_read_again_and_fits_into_a_url(
+def test_a_signed_token_is_read_and_fits_a_url(
     idempotency_key: str, kind: WebhookKind, attempt: int | None, names: bool, number: int, claim: str | None, name: str
 ):
     hook = Hook(kind, idempotency_key, LATER, attempt, names, number, claim, name, name, str(UUID(int=0)))
@@ -64,7 +64,7 @@ def test_what_was_signed_is_read_again_and_fits_into_a_url(
     assert set(token) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
-def test_urls_that_this_version_signed_are_read_by_this_and_all_later_ones():
+def test_golden_urls_are_read():
     """Never change the file: a run that goes on holds such URLs while its receiver is updated."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     for case in golden["urls"]:
@@ -90,9 +90,7 @@ def test_no_text_whatever_is_taken_for_a_token(kind: str, token: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_token_is_good_for_its_kind_its_secret_its_time_and_its_version(
-    kind: WebhookKind, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_token_has_kind_secret_time_and_version(kind: WebhookKind, monkeypatch: pytest.MonkeyPatch):
     hook = Hook(kind, "key", LATER, 1)
     token = token_of(hook, SECRET)
     assert read(hook, token) == read(hook, token, now=LATER - timedelta(seconds=1)) == hook
@@ -103,7 +101,7 @@ def test_a_token_is_good_for_its_kind_its_secret_its_time_and_its_version(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_several_secrets_the_first_signs_and_each_is_accepted(kind: WebhookKind):
+def test_the_first_secret_signs_and_each_is_accepted(kind: WebhookKind):
     hook, new = Hook(kind, "key", LATER), "n" * 40
     both = f"{new} {SECRET}"
     assert token_of(hook, both) == token_of(hook, new) != token_of(hook, SECRET)
@@ -121,7 +119,7 @@ def test_of_several_secrets_the_first_signs_and_each_is_accepted(kind: WebhookKi
 
 @pytest.mark.parametrize("kind", ["human_input", "stream"])
 @pytest.mark.parametrize("header", [None, "", "{}", "Basic {}", "Bearer {}x", "Bearer {}é", "Bearer"])
-def test_where_the_api_can_send_a_bearer_token_it_has_to(kind: WebhookKind, header: str | None):
+def test_bearer_kinds_need_their_token(kind: WebhookKind, header: str | None):
     hook = Hook(kind, "key", LATER)
     right, token = bearer_of(hook, SECRET), token_of(hook, SECRET)
     given = header and header.format(right)
@@ -129,7 +127,7 @@ def test_where_the_api_can_send_a_bearer_token_it_has_to(kind: WebhookKind, head
     assert read_token(kind, token, SECRET, now=NOW, authorization=f"bearer {right}") == hook
 
 
-def test_bearer_tokens_are_of_one_kind_and_one_run_and_stand_in_no_url():
+def test_bearer_tokens_stand_in_no_url():
     hooks = [hook_urls("https://h.example", SECRET, Hook("crew", key, LATER)) for key in "ab"]
     bearers = {headers_of(one, kind)["Authorization"] for one in hooks for kind in ("human_input", "stream")}
     urls = {url_of(one, kind) for one in hooks for kind in KINDS}
@@ -138,7 +136,7 @@ def test_bearer_tokens_are_of_one_kind_and_one_run_and_stand_in_no_url():
     assert "hooks/" not in repr(hooks)
 
 
-def test_equal_facts_give_equal_urls_and_another_round_gives_others():
+def test_equal_facts_give_equal_urls():
     facts: list[dict[str, Any]] = [{"attempt": 1}, {"attempt": 1}, {"attempt": 2}, {"attempt": 1, "round": 1}]
     hooks = [Hook("crew", "key", LATER, **one) for one in facts]
     urls = [hook_urls(" https://h.example/a/b/ ", SECRET, hook).crew for hook in hooks]
@@ -195,7 +193,7 @@ def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPat
     assert hook.flow_run_id == "6f0c8b3e-8a35-4a35-9d39-0d4f3d1f6a11"
 
 
-def test_an_address_without_a_secret_is_refused_unless_it_is_prefect_clouds(monkeypatch: pytest.MonkeyPatch):
+def test_an_address_needs_a_secret_or_the_cloud(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
         webhooks_for(monkeypatch, "https://h.example", None)
     cloud = "https://api.prefect.cloud/hooks/AbCdEf"
@@ -206,14 +204,14 @@ def test_an_address_without_a_secret_is_refused_unless_it_is_prefect_clouds(monk
 @pytest.mark.parametrize(
     "fields", [{}, {"show": "summary"}, {"show": "none"}, {"secret_inputs": ["customer"]}], ids=str
 )
-def test_names_are_shown_unless_they_may_hold_a_secret(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+def test_names_that_may_be_secret_are_not_shown(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     token = webhooks_for(monkeypatch, "https://h.example", SECRET, **fields).crew.rpartition("/")[2]
     hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
     assert hook is not None
     assert hook.names is (fields in ({}, {"show": "summary"}))
 
 
-def test_they_live_as_long_as_anybody_may_wait_and_a_day_more():
+def test_urls_outlive_every_wait():
     def seconds(**limits: float | None) -> float:
         return (hooks_expire(WaitPolicy.model_validate(limits), NOW) - NOW).total_seconds() - 86400
 

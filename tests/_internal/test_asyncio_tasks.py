@@ -42,7 +42,7 @@ def test_in_a_sync_flow_nobody_awaits(prefect_api: PrefectServer):
     assert [name for name, awaits in seen.items() if awaits] == ["an async flow", "a running loop"]
 
 
-async def test_what_a_cancelled_task_finishes_is_waited_for_and_not_cut_off():
+async def test_a_cancelled_task_may_finish():
     finishing, finished = asyncio.Event(), asyncio.Event()
     cancellations: list[int] = []
 
@@ -87,7 +87,7 @@ def woken() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
 
 @pytest.mark.parametrize("steps", range(4))
 @pytest.mark.parametrize("pause", [throttled, woken])
-async def test_a_cancellation_is_not_lost_at_the_moment_at_which_a_pause_ends(pause: Any, steps: int):
+async def test_a_cancellation_at_a_pauses_end_is_not_lost(pause: Any, steps: int):
     work, wake = pause()
     pausing = asyncio.ensure_future(work)
     await asyncio.sleep(0.01)
@@ -124,12 +124,12 @@ asyncio.run(outer())
 """
 
 
-def test_ctrl_c_ends_what_sync_code_within_async_code_waits_for():
+def test_ctrl_c_ends_a_nested_sync_wait():
     done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, timeout=40, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "stopped\n"), done.stderr
 
 
-async def test_what_a_cancelled_coroutine_finishes_is_waited_for_within_its_limit_and_goes_on_by_itself():
+async def test_a_cancelled_coroutine_finishes_by_itself():
     finished = asyncio.Event()
 
     async def start() -> None:
@@ -150,7 +150,7 @@ async def test_what_a_cancelled_coroutine_finishes_is_waited_for_within_its_limi
         await finished.wait()
 
 
-def test_a_sync_version_passes_on_the_options_that_its_function_takes_by_any_name():
+def test_a_sync_version_passes_options_on():
     async def aplan(name: str, **options: int) -> dict[str, int]:
         return {name: len(options), **options}
 

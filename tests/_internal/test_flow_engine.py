@@ -12,7 +12,7 @@ from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.worker import CrewWorker
 
 
-def test_the_prefect_that_is_installed_has_all_names_that_the_worker_needs():
+def test_the_installed_prefect_has_all_names():
     check_prefect()
 
 
@@ -26,18 +26,14 @@ def test_the_prefect_that_is_installed_has_all_names_that_the_worker_needs():
         (BaseWorker, "_propose_submitting_state"),
     ],
 )
-async def test_a_worker_does_not_start_with_a_prefect_that_lacks_a_name(
-    monkeypatch: pytest.MonkeyPatch, place: object, name: str
-):
+async def test_a_worker_refuses_a_prefect_without_a_name(monkeypatch: pytest.MonkeyPatch, place: object, name: str):
     monkeypatch.delattr(place, name)
     with pytest.raises(ConfigurationError, match=rf"that {prefect.__version__} lacks: .*{name}.* 3\.8\.6 to 3\.9\.1"):
         await CrewWorker("a pool").setup()
 
 
 @pytest.mark.parametrize(("version", "is_refused"), [("3.9.3", True), ("3.9.4.dev2", False), ("3.10.0", False)])
-def test_a_name_may_be_absent_only_from_the_version_on_that_the_table_says(
-    monkeypatch: pytest.MonkeyPatch, version: str, is_refused: bool
-):
+def test_a_name_may_be_absent_from_a_version_on(monkeypatch: pytest.MonkeyPatch, version: str, is_refused: bool):
     monkeypatch.delattr(prefect.flow_engine, "observe_flow_run_suspension")
     monkeypatch.setattr(prefect, "__version__", version)
     try:

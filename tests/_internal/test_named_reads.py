@@ -59,7 +59,7 @@ async def test_a_request_has_a_bounded_number_of_names():
     assert [len(names) for names in server.requests] == [1, NAMES_AT_ONCE, NAMES_AT_ONCE, NAMES_AT_ONCE // 2]
 
 
-async def test_an_answer_that_may_be_cut_off_is_asked_for_again_alone():
+async def test_an_answer_that_may_be_cut_is_asked_again():
     server, reads = Server(), NamedReads()
     server.answer = lambda names: names[:2]
     tasks = await read_all(reads, server, ["a"], ["b"], ["c", "d"], most=2)
@@ -67,7 +67,7 @@ async def test_an_answer_that_may_be_cut_off_is_asked_for_again_alone():
     assert await asyncio.gather(*tasks) == [["a"], ["b"], ["c", "d"]]
 
 
-async def test_an_error_is_that_of_all_who_share_the_request():
+async def test_an_error_reaches_all_who_share_a_request():
     server, reads = Server(), NamedReads()
     tasks = await read_all(reads, server, ["a"], ["b"], ["c"])
 
@@ -83,7 +83,7 @@ async def test_an_error_is_that_of_all_who_share_the_request():
 
 
 @pytest.mark.parametrize("cancelled", [0, 1, 2])
-async def test_a_caller_that_is_cancelled_leaves_the_others_their_answers(cancelled: int):
+async def test_a_cancelled_caller_leaves_others_their_answers(cancelled: int):
     server, reads = Server(), NamedReads()
     tasks = await read_all(reads, server, ["a"], ["b"], ["c"])
     tasks[cancelled].cancel()
@@ -96,7 +96,7 @@ async def test_a_caller_that_is_cancelled_leaves_the_others_their_answers(cancel
     assert await reads.read(["d"], server.ask, 200) == ["d"]
 
 
-async def test_a_caller_that_is_cancelled_as_its_turn_comes_passes_it_on():
+async def test_a_cancelled_caller_passes_its_turn_on():
     server, reads = Server(), NamedReads()
     tasks = await read_all(reads, server, ["a"], ["b"], ["c"])
     server.go.set()

@@ -47,7 +47,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
-async def test_a_request_is_repeated_soon_while_the_server_is_away(serve: Any):
+async def test_a_refused_request_is_repeated_soon(serve: Any):
     server, began = serve(503, 500, 429), asyncio.get_running_loop().time()
     assert (await ask()).is_success
     assert server.requests == 4
@@ -68,7 +68,7 @@ async def test_the_last_error_is_raised(serve: Any, statuses: list[int], options
         await ask(**options)
 
 
-async def test_changes_go_one_after_the_other_once_the_server_refused_two_at_once(serve: Any):
+async def test_changes_go_in_turn_after_a_refusal(serve: Any):
     server = serve(seconds=0.01)
     await asyncio.gather(*(ask() for _ in range(50)))
     assert server.most == prefect_api.AT_ONCE
@@ -80,7 +80,7 @@ async def test_changes_go_one_after_the_other_once_the_server_refused_two_at_onc
     assert server.most == prefect_api.CROWDED, "a change that is never refused goes beside others of its kind"
 
 
-async def test_a_change_that_goes_alone_is_held_up_by_no_stream_of_others(serve: Any):
+async def test_a_change_alone_waits_for_no_stream(serve: Any):
     server = serve(503, seconds=0.01)
     await ask()
     others = [asyncio.create_task(ask(alone=False, urgency=Urgency.BEGIN)) for _ in range(100)]
@@ -93,7 +93,7 @@ async def test_a_change_that_goes_alone_is_held_up_by_no_stream_of_others(serve:
     assert server.requests == 104
 
 
-async def test_what_has_begun_goes_before_what_has_not_and_that_before_what_is_only_shown(serve: Any):
+async def test_turns_go_by_urgency(serve: Any):
     server, order = serve(seconds=0.01), list[Urgency]()
 
     async def one(urgency: Urgency) -> None:
@@ -107,9 +107,7 @@ async def test_what_has_begun_goes_before_what_has_not_and_that_before_what_is_o
     assert server.requests == len(order)
 
 
-async def test_an_end_that_has_waited_for_long_goes_before_claims_that_came_later(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-):
+async def test_an_old_end_goes_before_later_claims(serve: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
     monkeypatch.setattr(prefect_api, "PATIENCE", 0.02)
     server, order = serve(seconds=0.05), list[Urgency]()
@@ -126,14 +124,14 @@ async def test_an_end_that_has_waited_for_long_goes_before_claims_that_came_late
     assert server.requests == 4
 
 
-async def test_the_time_for_which_a_change_waits_for_its_turn_is_none_of_its_attempts(serve: Any):
+async def test_waiting_for_a_turn_costs_no_attempt(serve: Any):
     before = 5 * prefect_api.AT_ONCE
     serve(*[200] * before, 503, seconds=0.1)
     answers = await asyncio.gather(*(ask(give_up_after=0.3) for _ in range(before + 1)))
     assert all(answer.is_success for answer in answers)
 
 
-async def test_a_request_that_hangs_holds_up_nobody_for_long(serve: Any, monkeypatch: pytest.MonkeyPatch):
+async def test_a_hanging_request_holds_nobody_for_long(serve: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefect_api, "LONGEST", 0.05)
     serve(503)
     await ask()

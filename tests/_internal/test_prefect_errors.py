@@ -30,7 +30,7 @@ def libraries() -> list[Any]:
 
 
 @pytest.mark.parametrize("library", libraries())
-def test_the_errors_of_each_http_library_are_caught(library: Any):
+def test_errors_of_each_http_library_are_caught(library: Any):
     request = library.Request("GET", "http://127.0.0.1")
     refused = library.ConnectError("refused", request=request)
     status = library.HTTPStatusError("no", request=request, response=library.Response(503, request=request))
@@ -78,7 +78,7 @@ async def test_a_password_in_the_api_url_is_not_shown(library: Any):
 
 
 @pytest.mark.parametrize("library", libraries())
-async def test_a_users_own_http_error_is_not_the_absence_of_prefect(library: Any):
+async def test_a_users_http_error_is_not_prefects(library: Any):
     users = [
         library.ConnectError("refused", request=library.Request("GET", "http://127.0.0.1:9/mine")),
         library.ReadTimeout("slow", request=library.Request("GET", "https://mine.example/api")),

@@ -85,7 +85,7 @@ def test_a_result_holds_no_html_and_loads_no_image(output: str):
 @example("[a](<\u2060javascript:x>)")
 @example("[a]: <javascript:x>\n\n[a]")
 @example("| [a](javascript:x) | `b |\n| - | - |")
-def test_a_link_of_a_result_leads_to_a_page_or_an_address(output: str):
+def test_links_of_a_result_are_safe(output: str):
     links = [token.attrs["href"] for token in parsed(render_run(view(output=output))) if token.type == "link_open"]
     schemes = {
         str(link).lower().partition(":")[0]
@@ -122,7 +122,7 @@ def test_a_long_target_hides_no_scheme(target: str):
 
 
 @given(MARKUP)
-def test_whatever_the_result_is_what_is_ours_stays_as_it_is(output: str):
+def test_a_result_changes_nothing_of_ours(output: str):
     tasks = [TaskResult(name="plan", agent="Planner", execution_time=1.0)]
     markdown = render_run(view(output=output, tasks=tasks))
     ours = render_run(view(output="", tasks=tasks))
@@ -138,7 +138,7 @@ def test_an_error_is_one_block_of_text(error: str):
 
 
 @pytest.mark.parametrize(("show", "is_shown"), [("full", True), ("summary", True), ("none", False)])
-def test_a_failed_run_says_first_why_and_where_it_failed_and_what_to_do(show: str, is_shown: bool):
+def test_a_failed_run_says_why_first(show: str, is_shown: bool):
     shown = view(CrewState.FAILED, show=show, error="no search engine")
     markdown = render_run(
         dataclasses.replace(shown, failed_task="write", attempt="attempt 2 of at most 3", advice="Retry the flow run.")
@@ -151,7 +151,7 @@ def test_a_failed_run_says_first_why_and_where_it_failed_and_what_to_do(show: st
 
 
 @given(MARKUP, MARKUP)
-def test_a_table_keeps_its_rows_and_cells_whatever_is_in_them(name: str, value: str):
+def test_a_table_keeps_its_rows_and_cells(name: str, value: str):
     tokens = parsed(table(("Name", "Value"), [[cell(name), cell(value)], [code(name), code(value)]]))
     assert [token.type for token in tokens].count("tr_open") == 3
     assert [token.type for token in tokens].count("td_open") == 4
@@ -170,7 +170,7 @@ def test_a_reader_sees_the_words_that_were_given(text: str):
 
 
 @pytest.mark.parametrize("char", "\u202d\u202e")
-def test_no_character_turns_the_direction_of_what_follows_it_and_other_scripts_stay(char: str):
+def test_no_character_turns_the_direction(char: str):
     other = "שלום \u200fעולם, 世界, \u2067مرحبا\u2069 🎉"
     markdown = render_run(view(output=f"a {char} b {other}", message=f"{char}", tasks=[TaskResult(name=char)]))
     assert char not in markdown
@@ -197,7 +197,7 @@ def test_code_shows_its_angle_brackets():
     assert "<b>there</b>" in words.replace("\u2060", "")
 
 
-def test_a_fence_that_is_left_open_is_closed_and_an_image_becomes_a_link():
+def test_open_fences_close_and_images_become_links():
     assert render_run(view(output="```python\nx = 1")).endswith("x = 1\n```\n")
     assert render_run(view(output="~~~~\nx = 1\n```")).endswith("x = 1\n```\n~~~~\n")
     tokens = parsed(render_run(view(output="![a tram](https://x.test/tram.png) and `![code]`")))
@@ -205,7 +205,7 @@ def test_a_fence_that_is_left_open_is_closed_and_an_image_becomes_a_link():
     assert "!\u2060[code]" in [token.content for token in tokens if token.type == "code_inline"]
 
 
-def test_a_long_result_is_cut_and_says_where_the_rest_is():
+def test_a_long_result_is_cut():
     cut = dataclasses.replace(view(output="x" * (OUTPUT_CAP + 1)), read_result="prefect-crew result k")
     markdown = render_run(cut)
     assert "The first 60,000 of 60,001 characters. The whole text:\n\n```bash\nprefect-crew result k\n```" in markdown
@@ -214,14 +214,14 @@ def test_a_long_result_is_cut_and_says_where_the_rest_is():
 
 
 @given(MARKUP)
-def test_a_command_is_one_line_of_code_whatever_is_quoted_in_it(text: str):
+def test_a_command_is_one_line_of_code(text: str):
     (token,) = parsed(commands(f"prefect-crew result {shlex.quote(text)}"))
     assert (token.type, token.info, token.content.count("\n")) == ("fence", "bash", 1)
     assert token.content.startswith("prefect-crew result ")
 
 
 @given(MARKUP, MARKUP)
-def test_a_link_leads_where_it_is_said_whatever_its_words_are(text: str, rest: str):
+def test_a_link_keeps_its_target(text: str, rest: str):
     shown = link(f"x{text}", f"https://x.test/{rest}")
     links = [token for token in parsed(f"| a |\n| --- |\n| {shown} |") if token.type == "link_open"]
     assert [str(one.attrs["href"]).startswith("https://x.test/") for one in links] == [True]
@@ -230,7 +230,7 @@ def test_a_link_leads_where_it_is_said_whatever_its_words_are(text: str, rest: s
 # What is shown, and how much
 
 
-def test_the_tasks_have_their_share_of_the_time_as_a_bar():
+def test_tasks_show_their_share_of_time():
     tasks = [
         TaskResult(name="research", agent="Researcher", execution_time=90.0),
         TaskResult(name="write", agent="Writer", execution_time=30.0),
@@ -252,7 +252,7 @@ def test_a_run_that_goes_on_shows_where_it_stands():
     assert "Current task" not in render_run(view(CrewState.COMPLETED, current_task="plan", output="x"))
 
 
-def test_a_long_line_of_an_error_is_broken_at_words_and_nothing_is_lost():
+def test_long_lines_of_errors_break_at_words():
     text = "Run 1 failed: " + "a word and " * 30 + "https://example.com/" + "x" * 200 + "\n\n    indented line"
     block = fenced(text).splitlines()
     assert block[0] == "```text"

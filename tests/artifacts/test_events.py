@@ -30,7 +30,7 @@ def record(**fields: Any) -> RunRecord:
     return RunRecord(**known | fields)
 
 
-def test_an_event_is_about_its_run_and_is_kept_once_where_it_is_emitted_once_only(seen: Seen):
+def test_an_event_names_its_run_and_is_kept_once(seen: Seen):
     run = record(step="research", flow_run_id=str(uuid.uuid4()))
     for _ in range(2):
         emit("completed", run, once=True, state="completed")
@@ -67,7 +67,7 @@ def test_the_events_of_a_run_come_in_order(crew_server: CrewServerFactory, seen:
     assert ours == ["crew.waiting", "crew.resumed", "crew.completed"]
 
 
-def test_a_run_makes_six_events_at_most_those_of_its_record_included(crew_server: CrewServerFactory, seen: Seen):
+def test_a_run_makes_six_events_at_most(crew_server: CrewServerFactory, seen: Seen):
     key, crew = f"counted {uuid.uuid4()}", crew_server("echo").crew()
     kickoff_ids = [asyncio.run(arun_crew(crew, {"text": "a"}, idempotency_key=key)).kickoff_id for _ in range(2)]
     seen.resolve_events()
@@ -78,7 +78,7 @@ def test_a_run_makes_six_events_at_most_those_of_its_record_included(crew_server
     assert events == ["crew.completed", *of_record], "and none for the second call, which started nothing"
 
 
-def test_uncertain_kickoffs_are_reported_by_the_key_once(crew_server: CrewServerFactory, seen: Seen):
+def test_an_uncertain_kickoff_is_one_event(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), f"doubt {uuid.uuid4()}"
     for _ in range(2):
         with pytest.raises(KickoffUncertainError):
@@ -98,7 +98,7 @@ def test_secrets_stand_in_no_event(crew_server: CrewServerFactory, seen: Seen):
     assert server.token not in str(emitted)
 
 
-def test_telling_is_no_trouble_where_the_api_is_away(prefect_server: PrefectServer):
+def test_emitting_fails_nothing_without_the_api(prefect_server: PrefectServer):
     with through(prefect_server) as proxy:
         proxy.cut()
         emit("completed", record(), once=True)

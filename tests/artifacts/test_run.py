@@ -83,7 +83,7 @@ def test_a_key_is_what_prefect_takes(label: str, key: str):
     assert artifact_key(label) == key
 
 
-def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerFactory, seen: Seen, name: str):
+def test_an_artifact_shows_kickoff_and_end(crew_server: CrewServerFactory, seen: Seen, name: str):
     crew = crew_server(script({"output": "# Lisbon\n\nby tram"}, inputs=["city"])).crew().crew.called(name)
     ids: list[Any] = []
     at_kickoff: list[str] = []
@@ -105,7 +105,7 @@ def test_an_artifact_shows_the_kickoff_and_then_the_end(crew_server: CrewServerF
         assert part in artifact["data"]
 
 
-def test_inputs_that_a_wait_does_not_know_stay_shown_and_no_text_of_the_crew_takes_their_place():
+def test_inputs_stay_shown():
     known = RunView("travel", "r1", None, CrewState.PENDING, inputs={"city": "Lisbon"})
     unknown = replace(known, state=CrewState.RUNNING, inputs=None)
     assert "| **city** | Lisbon |" in render_run(unknown, render_run(unknown, render_run(known)))
@@ -118,9 +118,7 @@ def test_inputs_that_a_wait_does_not_know_stay_shown_and_no_text_of_the_crew_tak
 
 
 @pytest.mark.parametrize("show", ["full", "none"])
-def test_an_artifact_names_its_claim_from_the_kickoff_on_and_is_written_twice(
-    crew_server: CrewServerFactory, seen: Seen, name: str, proxy: Proxy, show: Any
-):
+def test_an_artifact_is_written_twice(crew_server: CrewServerFactory, seen: Seen, name: str, proxy: Proxy, show: Any):
     crew = crew_server(script({"output": "done"}, inputs=["pin"])).crew(show=show, secret_inputs=["pin"])
     key = f"{name} today"
 
@@ -137,16 +135,14 @@ def test_an_artifact_names_its_claim_from_the_kickoff_on_and_is_written_twice(
     assert (proxy.count("PATCH /api/artifacts/"), proxy.count("/api/artifacts")) == (1, 2)
 
 
-def test_a_cancelled_run_that_has_just_begun_is_shown_as_stopped(crew_server: CrewServerFactory, seen: Seen, name: str):
+def test_a_run_that_just_began_is_shown_as_stopped(crew_server: CrewServerFactory, seen: Seen, name: str):
     run = kicked_off(crew_server(slow(60)).crew().crew.called(name))
     assert "○ pending" in shown(seen, name)
     asyncio.run(stop_run(LiveRun(run._crew, run.kickoff_id)))
     assert "■ stopped" in shown(seen, name)
 
 
-async def test_an_artifact_belongs_to_the_flow_run_that_started_the_run(
-    crew_server: CrewServerFactory, seen: Seen, name: str
-):
+async def test_an_artifact_belongs_to_the_starting_flow_run(crew_server: CrewServerFactory, seen: Seen, name: str):
     crew, ids = crew_server("echo").crew().crew.called(name), list[str]()
     other = str(uuid.uuid4())
 
@@ -162,7 +158,7 @@ async def test_an_artifact_belongs_to_the_flow_run_that_started_the_run(
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["answers", "does not answer"])
-def test_a_run_that_lasts_is_shown_while_it_goes_on(
+def test_a_lasting_run_is_shown_while_it_runs(
     crew_server: CrewServerFactory, seen: Seen, name: str, monkeypatch: pytest.MonkeyPatch, answers: bool
 ):
     monkeypatch.setattr(wait_module, "SHOW_EVERY", 0.3)
@@ -184,16 +180,14 @@ def test_a_run_that_lasts_is_shown_while_it_goes_on(
     assert answers or "○ pending" in texts[-1]
 
 
-def test_a_run_whose_server_answers_no_more_says_so(crew_server: CrewServerFactory, seen: Seen, name: str):
+def test_a_silent_server_is_shown(crew_server: CrewServerFactory, seen: Seen, name: str):
     crew = crew_server(slow(60), faults=["status:500"]).crew(wait=WaitPolicy(error_timeout=0.2)).crew.called(name)
     with pytest.raises(ServerError):
         asyncio.run(arun_crew(crew))
     assert "Nothing is started then." in shown(seen, name)
 
 
-def test_an_artifact_leads_to_the_flow_run_the_crews_page_and_the_whole_result(
-    crew_server: CrewServerFactory, seen: Seen, name: str
-):
+def test_an_artifact_links_page_and_result(crew_server: CrewServerFactory, seen: Seen, name: str):
     server, key = crew_server(script({"output": "x" * 70_000})), f"{name}'s key"
     crew = replace(server.crew(page_url="https://crews.example/travel").crew, label=name, block=name)
     assert len(asyncio.run(arun_crew(crew, idempotency_key=key)).output) == 70_000
@@ -208,9 +202,7 @@ def test_an_artifact_leads_to_the_flow_run_the_crews_page_and_the_whole_result(
         assert part in artifact["data"]
 
 
-def test_who_is_waited_for_stands_first_with_the_commands_that_answer(
-    crew_server: CrewServerFactory, seen: Seen, name: str
-):
+def test_a_question_stands_first_with_commands(crew_server: CrewServerFactory, seen: Seen, name: str):
     crew = crew_server(ASKS, response_format="union").crew().crew.called(name)
     with pytest.raises(CrewTimeoutError):
         asyncio.run(arun_crew(crew, wait=WaitPolicy(initial=0.05, human_timeout=0.5)))
@@ -228,9 +220,7 @@ def test_who_is_waited_for_stands_first_with_the_commands_that_answer(
 
 
 @pytest.mark.parametrize("owner", ["flow", "script"])
-def test_whoever_finds_a_run_again_updates_its_artifact(
-    crew_server: CrewServerFactory, seen: Seen, name: str, owner: str
-):
+def test_who_reattaches_updates_the_artifact(crew_server: CrewServerFactory, seen: Seen, name: str, owner: str):
     crew = crew_server(slow(1.0)).crew().crew.called(name)
 
     @flow
@@ -246,7 +236,7 @@ def test_whoever_finds_a_run_again_updates_its_artifact(
     assert "✓ completed" in shown(seen, name)
 
 
-def test_one_that_was_cleaned_away_is_made_again(crew_server: CrewServerFactory, seen: Seen, name: str):
+def test_a_deleted_artifact_is_made_again(crew_server: CrewServerFactory, seen: Seen, name: str):
     run = kicked_off(crew_server("echo").crew().crew.called(name), {"text": "a"})
     (artifact,) = seen.artifacts(artifact_key(name))
     seen.call("DELETE", f"/artifacts/{artifact['id']}")
@@ -264,7 +254,7 @@ def test_one_that_was_cleaned_away_is_made_again(crew_server: CrewServerFactory,
     ],
     ids=str,
 )
-def test_show_and_secret_inputs_decide_what_is_seen(
+def test_show_and_secrets_decide_what_is_seen(
     crew_server: CrewServerFactory, seen: Seen, name: str, fields: Any, there: list[str], not_there: list[str]
 ):
     server = crew_server(script({"output": "{{ city }} by tram with {{ password }}"}, inputs=["city", "password"]))
@@ -281,7 +271,7 @@ def test_show_and_secret_inputs_decide_what_is_seen(
 
 
 @pytest.mark.parametrize("by", ["server", "client"])
-def test_a_prefect_api_that_refuses_artifacts_fails_nothing(
+def test_refused_artifacts_fail_nothing(
     crew_server: CrewServerFactory, seen: Seen, proxy: Proxy, by: str, monkeypatch: pytest.MonkeyPatch
 ):
     if by == "server":
@@ -299,7 +289,7 @@ def test_a_prefect_api_that_refuses_artifacts_fails_nothing(
     assert seen.logs(ids[0]).count("could not be updated") == 1
 
 
-def test_an_api_that_is_away_costs_a_little_time_and_is_reported(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
+def test_an_api_that_is_away_costs_little_time(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_module, "SHOW_WITHIN", 1.0)
     monkeypatch.setattr(run_module, "SHOW_FOR", 60.0)
     artifact = MarkdownArtifact("crew-away", "a run")
@@ -314,9 +304,7 @@ def test_an_api_that_is_away_costs_a_little_time_and_is_reported(proxy: Proxy, m
     assert time.monotonic() - began < 20
 
 
-async def test_a_page_that_waits_for_its_turn_shows_the_newest_and_is_new_until_it_is_sent(
-    monkeypatch: pytest.MonkeyPatch, seen: Seen, name: str
-):
+async def test_a_late_page_shows_the_newest(monkeypatch: pytest.MonkeyPatch, seen: Seen, name: str):
     here = prefect_api._Loop(requests=prefect_api._Turns(1))
     monkeypatch.setattr(prefect_api, "_this_loop", lambda: here)
     monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
@@ -334,7 +322,7 @@ async def test_a_page_that_waits_for_its_turn_shows_the_newest_and_is_new_until_
     assert await asyncio.to_thread(shown, seen, name) == "newest"
 
 
-def test_a_description_is_no_markup_whatever_the_id():
+def test_a_description_holds_no_markup():
     artifact = RunArtifact("travel", "<img src=http://evil.test> ![x](http://evil.test)\n# big", flow_run_id=None)
     description = artifact.description
     assert "\n" not in description

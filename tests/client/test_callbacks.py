@@ -15,7 +15,7 @@ from support.frames import locals_of
 REQUEST = {"event_type": "new_request", "id": "r-1", "flow_id": "k-1", "callback_url": "https://x.example/r?token=t0k"}
 
 
-def test_a_request_is_read_and_an_outcome_is_one_of_its_options():
+def test_an_outcome_is_one_of_the_requests_options():
     found = parse_question(json.dumps({**REQUEST, "emit": ["yes", "", 3, "no", "yes"]}).encode())
     assert found is not None
     assert (found.kickoff_id, found.task_id, found.options) == ("k-1", "review", ("yes", "no"))
@@ -30,21 +30,21 @@ def test_a_request_is_read_and_an_outcome_is_one_of_its_options():
 @pytest.mark.parametrize(
     "url", ["javascript:alert(1)", "https://", "http://[s3cret", "https://x.example:s3cret/", 7, None], ids=str
 )
-def test_a_request_without_a_url_that_can_be_called_is_refused(url: object):
+def test_a_request_without_a_callable_url_is_refused(url: object):
     with pytest.raises(ResponseFormatError) as caught:
         parse_question(json.dumps({**REQUEST, "callback_url": url}).encode())
     assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://x.example/r", "ftp://x.example/r", "http://[s3cret"])
-async def test_no_answer_goes_to_such_a_url_or_over_plain_http(url: str):
+async def test_no_answer_goes_to_an_unsafe_url(url: str):
     request = ReviewRequest(id="r", kickoff_id="k", task_id="t", callback_url=SecretStr(url))
     with pytest.raises(ConfigurationError) as caught:
         await post_answer(request, Review(approve=True, by="a person"))
     assert "s3cret" not in str(caught.value)
 
 
-async def test_an_answer_that_fails_leaves_neither_its_words_nor_the_token_in_a_local_variable():
+async def test_no_frame_of_a_failed_answer_shows_it():
     """Error reporters show the local variables of all frames."""
     words = ["w0rds"]
     url = SecretStr("http://127.0.0.1:9/r?token=t0k")

@@ -65,7 +65,7 @@ SENT_WEBHOOKS = {
 STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
 
 
-async def test_kickoff_sends_text_by_default_and_json_values_where_asked(router: respx.MockRouter):
+async def test_kickoff_sends_text_or_json_values(router: respx.MockRouter):
     router.post("/kickoff").respond(201, json={"kickoff_id": 7})
     inputs = {"topic": "Лиссабон", "days": 3, "sights": ["a"], "left_out": None}
     for as_json, expected in ((False, {"days": "3", "sights": '["a"]'}), (True, {"days": 3, "sights": ["a"]})):
@@ -78,7 +78,7 @@ async def test_kickoff_sends_text_by_default_and_json_values_where_asked(router:
     assert headers["user-agent"].startswith("prefect-crew/")
 
 
-async def test_resume_carries_the_answer_and_the_webhooks(router: respx.MockRouter, client: CrewClient):
+async def test_resume_sends_the_answer_and_webhooks(router: respx.MockRouter, client: CrewClient):
     router.post("/resume").respond(json={"status": "resumed", "message": "ok"})
     answer = await client.resume("k1", "t1", "Shorter", False, webhooks=WEBHOOKS)
     said = {"execution_id": "k1", "task_id": "t1", "human_feedback": "Shorter", "is_approve": False}
@@ -113,7 +113,7 @@ async def test_ids_are_encoded_into_the_path(kickoff_id: str, path: bytes):
     assert paths == [path]
 
 
-async def test_a_kickoff_by_any_transport_is_announced_and_can_be_called_off():
+async def test_a_kickoff_can_be_called_off():
     sent: list[str] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -136,7 +136,7 @@ RUNNING = httpx.Response(200, json={"state": "RUNNING"})
 NOT_FOUND = httpx.Response(404, json={"detail": "Not Found"})
 
 
-async def test_both_status_paths_are_tried_until_one_answers(router: respx.MockRouter, client: CrewClient):
+async def test_both_status_paths_are_tried(router: respx.MockRouter, client: CrewClient):
     first = router.get(FIRST).respond(404, json={"error": "Execution not found", "message": "Not yet"})
     second = router.get(SECOND)
     second.side_effect = [NOT_FOUND, httpx.Response(502), NOT_FOUND, RUNNING, RUNNING]
@@ -150,7 +150,7 @@ async def test_both_status_paths_are_tried_until_one_answers(router: respx.MockR
 
 
 @pytest.mark.parametrize(("path", "other", "missing"), [(FIRST, SECOND, 404), (SECOND, FIRST, 405)])
-async def test_the_status_path_that_knows_a_run_is_remembered(
+async def test_the_status_path_is_remembered(
     router: respx.MockRouter, client: CrewClient, path: str, other: str, missing: int
 ):
     rest = router.get(other).respond(missing)
@@ -196,7 +196,7 @@ ANSWERS: list[tuple[int, str | None, type[CrewAPIError], KickoffFate]] = [
 
 
 @pytest.mark.parametrize(("status", "after", "kind", "fate"), ANSWERS)
-async def test_status_of_a_kickoff_becomes_its_error_and_says_whether_it_started(
+async def test_a_kickoffs_status_becomes_its_error(
     router: respx.MockRouter, client: CrewClient, status: int, after: str | None, kind: type, fate: KickoffFate
 ):
     headers = {} if after is None else {"retry-after": after}
@@ -324,7 +324,7 @@ async def test_a_client_is_opened_once_and_used_open():
         (ServerError, 500, 3.0, None),
     ],
 )
-def test_only_a_refusal_says_when_a_kickoff_may_be_sent_again(
+def test_only_a_refusal_has_a_delay(
     error: type[CrewAPIError], status: int, retry_after: float | None, delay: float | None
 ):
     # Of any other 5xx nobody knows whether it started a run, whatever time it names.

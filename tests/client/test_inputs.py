@@ -42,14 +42,14 @@ def test_it_has_them_as_the_crew_takes_them():
     assert kept(inputs_as_json=True).encoded["login"] == {"pin": "4711"}
 
 
-def test_those_are_secret_that_the_crew_or_their_giver_or_a_pipeline_calls_so():
+def test_crew_caller_or_pipeline_name_the_secrets():
     assert kept().secret_names == ("password", "login")
     repeating = kept({"a": "with swordfish", "b": "x", "pin": 1}).keep_secret(["pin"], [SecretStr("swordfish")])
     assert repeating.secret_names == ("a", "pin")
     assert repeating.shown(crew().redactor(repeating)) == {"a": MASK, "b": "x", "pin": MASK}
 
 
-def test_neither_its_repr_nor_a_frame_shows_a_value():
+def test_neither_repr_nor_frame_shows_a_value():
     inputs = kept()
     shown = f"{inputs!r} {inputs} {inputs.values!r} {inputs.encoded!r} {[inputs]}"
     assert "'city'" in shown
@@ -64,7 +64,7 @@ def test_other_processes_get_it():
     assert (sent.encoded, sent.secret_names, sent.digest) == (kept().encoded, kept().secret_names, kept().digest)
 
 
-def test_a_crew_masks_its_tokens_and_what_is_secret_of_the_inputs():
+def test_a_crew_masks_tokens_and_secret_inputs():
     renewed = crew().with_token(SecretStr("the-new-token"))
     text = "Bearer the-token, the-new-token: hunter22 goes to Lisbon, swordfish, 4711"
     assert renewed.redactor(kept())(text) == f"Bearer {MASK}, {MASK}: {MASK} goes to Lisbon, swordfish, {MASK}"
@@ -72,11 +72,11 @@ def test_a_crew_masks_its_tokens_and_what_is_secret_of_the_inputs():
     assert "swordfish" not in renewed.redactor(more)(text)
 
 
-def test_prefect_stores_json_values_of_those_that_are_not_secret():
+def test_prefect_stores_inputs_that_are_not_secret():
     assert kept().storable() == {"city": "Lisbon", "password": MASK, "login": MASK, "days": 3}
 
 
-def test_a_secret_tells_no_two_runs_apart_and_a_state_to_restore_does():
+def test_the_digest_leaves_secrets_out():
     assert kept().digest == kept({**GIVEN, "password": "swordfish"}).digest == kept(inputs_as_json=True).digest
     assert kept().digest == inputs_digest({"city": "Lisbon", "days": 3})
     assert kept().digest != kept({**GIVEN, "city": "Porto"}).digest
@@ -84,7 +84,7 @@ def test_a_secret_tells_no_two_runs_apart_and_a_state_to_restore_does():
     assert Inputs({"topic": "Lisbon"}, restore_from=state).digest == "b694c1a96265d09d329abf5976dba7df"
 
 
-def test_expected_and_given_inputs_are_compared_by_their_exact_names():
+def test_inputs_are_compared_by_exact_names():
     expected = [CrewInput(name="budget"), CrewInput(name="age", required=False), CrewInput(name="topic")]
     given_inputs = {"Budget": 1, "topic": None, "age": 3, "id": "x", "b": 0}
     assert missing_inputs(expected, given_inputs) == ["budget", "topic"]
@@ -92,7 +92,7 @@ def test_expected_and_given_inputs_are_compared_by_their_exact_names():
     assert unknown_inputs([], given_inputs) == missing_inputs(expected, {"budget": 1, "topic": ""}) == []
 
 
-def test_a_digest_tells_inputs_and_the_state_to_restore_apart_and_never_changes():
+def test_a_digest_never_changes():
     same = [{"a": {"z", "y"}, "b": 2}, {"b": "2", "a": {"y", "z"}, "c": None}]
     others = [{"a": ["z", "y"], "b": 2}, {"a": ["y", "z"]}, {"a": ["y", "z"], "c": 2}, {}, {"a": ""}]
     assert len({inputs_digest(one) for one in same}) == 1

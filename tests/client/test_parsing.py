@@ -110,7 +110,7 @@ def test_what_a_person_is_to_review(body: dict[str, Any], shown: str | None):
 
 
 @pytest.mark.parametrize("key", ["kickoff_id", "kickoffId", "execution_id", "executionId"])
-async def test_a_status_of_another_run_is_none_of_this_one(key: str):
+async def test_a_status_of_another_run_is_refused(key: str):
     body = {"status": "completed", "result": "cats", key: "SOMEONE-ELSES"}
     with pytest.raises(ResponseFormatError, match="Expected the status of this run") as caught:
         await ask("status", as_body(body), run="k1")
@@ -130,7 +130,7 @@ async def test_an_id_with_control_characters_is_none(bad: str):
 
 @pytest.mark.parametrize("levels", [100, 101, 500])
 @pytest.mark.parametrize("is_nested", [False, True], ids=["as-it-is", "as-text"])
-async def test_a_structure_of_too_many_levels_is_text_alone(is_nested: bool, levels: int):
+async def test_a_deep_structure_is_only_text(is_nested: bool, levels: int):
     text = "[" * levels + "]" * levels
     body = {"state": "SUCCESS", "result": text if is_nested else json.loads(text)}
     status = await ask("status", as_body(body))
@@ -139,7 +139,7 @@ async def test_a_structure_of_too_many_levels_is_text_alone(is_nested: bool, lev
 
 
 @pytest.mark.parametrize("is_nested", [False, True], ids=["as-it-is", "as-text"])
-async def test_a_body_of_very_many_lists_is_not_taken_into_memory(is_nested: bool, monkeypatch: pytest.MonkeyPatch):
+async def test_a_body_of_very_many_lists_is_refused(is_nested: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_parsing, "MAX_CONTAINERS", 1_000)
     lists = [[] for _ in range(1_000)]
     body = as_body({"state": "SUCCESS", "result": json.dumps(lists) if is_nested else lists})
@@ -226,7 +226,7 @@ def test_retry_after_is_none_or_a_time_to_wait(value: str):
 
 
 @pytest.mark.parametrize("count", [10**12 + 1, 2**63 - 1024, 10**30, -1, "NaN", "inf", "many", None, [1], True])
-def test_a_count_that_no_run_can_have_is_taken_for_not_reported(count: Any):
+def test_an_impossible_count_is_not_reported(count: Any):
     """Two of 2**63 - 1024 would overflow the sum of a batch's ledger, which then could not be read."""
     assert tokens_of({"total_tokens": count}) is None
     assert tokens_of({"total_tokens": count, "prompt_tokens": 5}) == TokenUsage(prompt_tokens=5)

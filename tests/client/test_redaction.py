@@ -34,7 +34,7 @@ def of(**secret_inputs: Any) -> Redactor:
 
 
 @pytest.mark.parametrize("token", ["wrong", "test"])
-def test_a_token_that_is_a_short_word_takes_no_word_out_of_a_sentence(token: str):
+def test_a_token_like_a_word_masks_no_sentence(token: str):
     redact = Redactor(tokens=[token])
     assert redact("The bearer token is missing or wrong: test it.") == "The bearer token is missing or wrong: test it."
     assert redact(f"You sent 'Bearer {token}'.") == f"You sent '{MASK}'."
@@ -49,7 +49,7 @@ def test_no_secret_is_left_in_any_text(secrets: list[str], between: list[str]):
 
 
 @given(SECRETS, JSON)
-def test_a_tree_is_masked_in_keys_and_values_and_stays_a_tree(secret: str, value: Any):
+def test_a_tree_is_masked_in_keys_and_values(secret: str, value: Any):
     redact = Redactor([secret])
     tree = {"deep": [value, {f"key {secret}": f"<{secret}>"}]}
     masked = redact.tree(tree)
@@ -58,7 +58,7 @@ def test_a_tree_is_masked_in_keys_and_values_and_stays_a_tree(secret: str, value
     assert not redact.hides(masked)
 
 
-def test_a_model_is_masked_in_all_its_parts_and_is_itself_without_secrets():
+def test_a_model_is_masked_in_all_its_parts():
     assert of(pin="4711").tree({"a": 4711, "b": None, "d": (1.5, 47112)}) == {"a": MASK, "b": None, "d": [1.5, 47112]}
     task = TaskResult(name="as hunter22", output="hunter22", data={"pin": ["hunter22"]})
     masked = of(password="hunter22").model(task)
@@ -85,14 +85,14 @@ def test_a_model_is_masked_in_all_its_parts_and_is_itself_without_secrets():
         pytest.param([SecretStr("hidden-one")], "hidden-one", id="pydantic's own in a list"),
     ],
 )
-def test_a_secret_is_found_in_whatever_form_a_crew_repeats_it(value: Any, text: str):
+def test_a_secret_is_masked_in_each_form(value: Any, text: str):
     masked = of(secret=value)(text)
     assert MASK in masked
     for part in ("123456", "first-one", "second-one", "000111", "hidden-one", 'a\\"b', "gr", "a&amp;b", "ss%26"):
         assert part not in masked
 
 
-def test_short_secrets_and_names_of_fields_are_not_searched_for():
+def test_short_secrets_and_field_names_stay():
     assert of(flag="no")("not now") == "not now"
     assert of(login={"password": "hunter22"})("the password is hunter22") == f"the password is {MASK}"
     assert "hunter22" not in f"{of(password='hunter22')!r}"
@@ -103,7 +103,7 @@ class Login(BaseModel):
     password: SecretStr
 
 
-def test_pydantics_secrets_are_known_wherever_they_are():
+def test_pydantic_secrets_are_found_anywhere():
     secret = SecretStr("x")
     held = [secret, [1, {"a": [secret]}], {secret}, {secret: 1}, Answer(secret, 1), deque([secret])]
     assert all(holds_secret(value) for value in (*held, Login(user="a", password=secret)))

@@ -97,7 +97,7 @@ HOOKS = Webhooks(
 
 
 @pytest.mark.parametrize("status", [200, 422, 500])
-async def test_a_server_that_repeats_webhooks_and_secret_inputs(status: int):
+async def test_a_server_repeats_webhooks_and_inputs(status: int):
     def write(got: dict[str, Any]) -> str:
         return json.dumps({"detail": [{"msg": got["body"], "input": json.loads(got["body"] or "{}")}]})
 

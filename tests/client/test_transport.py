@@ -160,9 +160,7 @@ def certificate(tmp_path: Path) -> Path:
     return path
 
 
-async def test_certificates_are_checked_with_the_cas_of_the_environment(
-    certificate: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_certificates_are_checked(certificate: Path, monkeypatch: pytest.MonkeyPatch):
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
     async with raw_server(answering(answer(STARTED)), tls) as url:
@@ -185,7 +183,7 @@ def refusing(heads: list[str]) -> Handler:
     return answering(refuse)
 
 
-async def test_a_proxy_that_does_not_connect_is_not_sent_and_one_that_cannot_be_used_is_not_shown(
+async def test_a_refusing_proxy_gets_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ):
     heads: list[str] = []
@@ -207,7 +205,7 @@ async def test_a_proxy_that_does_not_connect_is_not_sent_and_one_that_cannot_be_
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-async def test_no_token_for_this_machine_goes_to_a_proxy_of_the_environment(host: str, monkeypatch: pytest.MonkeyPatch):
+async def test_no_token_for_loopback_goes_to_a_proxy(host: str, monkeypatch: pytest.MonkeyPatch):
     heads: list[str] = []
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -241,7 +239,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("way", ["one run", "idle", "many", "failed"])
-async def test_one_run_takes_one_connection_and_a_later_kickoff_none_that_may_have_been_idle(way: str):
+async def test_a_kickoff_takes_no_idle_connection(way: str):
     crew = Counted()
     # A client among others: they share connections.
     async with raw_server(crew) as url, CrewClient(url, TOKEN) as other, CrewClient(url, TOKEN) as client:
@@ -260,7 +258,7 @@ async def test_one_run_takes_one_connection_and_a_later_kickoff_none_that_may_ha
     assert way != "one run" or crew.paths == [["/inputs", "/kickoff", "/status/k1"], ["/kickoff"]]
 
 
-async def test_clients_share_connections_while_one_of_them_is_open():
+async def test_open_clients_share_connections():
     crew = Counted()
 
     async def ask(token: str = TOKEN) -> None:
@@ -280,7 +278,7 @@ async def test_clients_share_connections_while_one_of_them_is_open():
 # Answers of any size and encoding
 
 
-async def test_an_answer_beyond_the_cap_takes_no_more_memory_than_the_cap():
+async def test_memory_for_an_answer_is_bounded():
     async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         code = b"500 Oops" if b"/inputs" in await read_request(reader) else b"200 OK"
         writer.write(b"HTTP/1.1 " + code + b"\r\n\r\n")
@@ -301,7 +299,7 @@ async def test_an_answer_beyond_the_cap_takes_no_more_memory_than_the_cap():
 
 
 @pytest.mark.parametrize(("coding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
-async def test_an_answer_that_is_compressed_unasked_is_read(coding: str, pack: Callable[[bytes], bytes]):
+async def test_a_compressed_answer_is_read(coding: str, pack: Callable[[bytes], bytes]):
     heads: list[str] = []
 
     def packed(head: str) -> bytes:
@@ -329,9 +327,7 @@ BOMB = gzip.compress(b" " * (_transport.MAX_BODY + 1), compresslevel=1)
         pytest.param(BOMB, "gzip", "more than 64 MiB", id="bomb"),
     ],
 )
-async def test_what_cannot_be_unpacked_is_no_answer_and_takes_no_more_memory_than_the_cap(
-    body: bytes, coding: str, problem: str
-):
+async def test_an_answer_that_cannot_be_unpacked(body: bytes, coding: str, problem: str):
     def odd(head: str) -> bytes:
         return answer(body, "500 Oops" if "/inputs" in head else "200 OK", f"Content-Encoding: {coding}\r\n")
 
@@ -347,7 +343,7 @@ async def test_what_cannot_be_unpacked_is_no_answer_and_takes_no_more_memory_tha
         assert not await client.health()
 
 
-async def test_a_large_answer_arrives_whole_and_is_parsed_apart_from_the_event_loop(monkeypatch: pytest.MonkeyPatch):
+async def test_a_large_answer_is_parsed_in_a_thread(monkeypatch: pytest.MonkeyPatch):
     threads: list[int] = []
     decode = _parsing.decode
 
@@ -384,9 +380,7 @@ def trickling(start: bytes, piece: bytes) -> Handler:
         pytest.param(trickling(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "), id="body"),
     ],
 )
-async def test_an_answer_that_never_ends_ends_the_call_and_may_have_started(
-    monkeypatch: pytest.MonkeyPatch, handler: Handler
-):
+async def test_an_endless_answer_ends_the_call(monkeypatch: pytest.MonkeyPatch, handler: Handler):
     monkeypatch.setattr(_transport, "GET_DEADLINE", 2)
     async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=0.5) as client:
         for call in (client.status("k1"), client.kickoff({"topic": "Lisbon"})):

@@ -55,14 +55,14 @@ def test_inputs(travel: httpx.Client, flow: httpx.Client) -> None:
     assert kickoff(flow, {"topic": "tea"})
 
 
-def test_kickoff_answers_with_an_id_and_nothing_else(travel: httpx.Client) -> None:
+def test_kickoff_answers_with_an_id_only(travel: httpx.Client) -> None:
     answer = travel.post("/kickoff", json={"inputs": INPUTS | {"id": "42"}, "meta": {"requestId": "travel-req-123"}})
     assert answer.status_code == 200
     assert list(answer.json()) == ["kickoff_id"]
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", answer.json()["kickoff_id"])
 
 
-def test_a_flow_takes_the_id_of_its_state_and_a_state_to_restore(flow: httpx.Client, server: CrewServer) -> None:
+def test_a_flow_takes_ids_of_states(flow: httpx.Client, server: CrewServer) -> None:
     run = server.run(kickoff(flow, {"topic": "tea", "id": STATE}, restoreFromStateId=STATE))
     assert (run.inputs["id"], run.restore_from) == (STATE, STATE)
     for more, named in (({"id": "42"}, "inputs.id"), ({"id": 42}, "inputs.id"), ({}, "restoreFromStateId")):
@@ -124,7 +124,7 @@ def test_what_is_not_there(travel: httpx.Client, slow: httpx.Client) -> None:
     assert [set(answer.headers.get("allow", "").split(", ")) for answer in answers] == [{""}, {"POST"}, {"GET", "HEAD"}]
 
 
-def test_json_has_no_blanks_as_that_of_hosted_crews(travel: httpx.Client) -> None:
+def test_json_has_no_blanks(travel: httpx.Client) -> None:
     answer = travel.post("/kickoff", json={"inputs": INPUTS})
     assert re.fullmatch(r'\{"kickoff_id":"[0-9a-f-]{36}"\}', answer.text)
 

@@ -59,7 +59,7 @@ def shown(server: CrewServer, run_id: str) -> str:
 # A crew
 
 
-def test_a_crew_gives_its_text_tasks_agents_and_usage(crew: Serve) -> None:
+def test_a_crew_gives_text_tasks_agents_and_usage(crew: Serve) -> None:
     _, client = crew("travel_crew.py:build")
     body = finished(client, kickoff(client, {"topic": "Lisbon", "audience": "families"}))
     assert (body["state"], body["progress"]) == ("SUCCESS", {"completed_tasks": 2, "total_tasks": 2})
@@ -98,7 +98,7 @@ def test_other_crews_and_flows(crew: Serve, spec: str, error: str | None, names:
     assert calls()["failing"] - before == (3 if spec == "failing" else 0), "CrewAI itself tries three times"
 
 
-def test_ten_runs_at_once_keep_their_words_and_tokens_apart(crew: Serve) -> None:
+def test_runs_at_once_keep_words_and_tokens_apart(crew: Serve) -> None:
     server, client = crew("travel_crew.py:build")
     # Every topic is longer by a word, and so is everything that quotes it.
     topics = [" ".join(["Far"] * n + [f"Town{n}"]) for n in range(10)]
@@ -130,7 +130,7 @@ def test_a_stopped_run_ends_at_its_next_step(crew: Serve, spec: str, calls_of: s
 # A flow
 
 
-def test_a_flow_needs_what_its_state_marks_as_required(crew: Serve) -> None:
+def test_a_flow_needs_its_required_state(crew: Serve) -> None:
     server, client = crew("report_flow.py:ReportFlow")
     assert client.get("/inputs").json() == {"inputs": ["topic", "sections"], "required_inputs": ["topic"]}
     topic, sections = server.crews[""].program.inputs()
@@ -161,7 +161,7 @@ def test_methods_at_the_same_time(crew: Serve) -> None:
 # People
 
 
-def test_a_rejected_task_is_done_again_until_it_is_approved(crew: Serve) -> None:
+def test_a_rejected_task_is_done_again(crew: Serve) -> None:
     server, client = crew("reviewed_crew.py:build")
     run_id = kickoff(client, {"topic": "a picnic"})
     for feedback in ("name the place", ""):
@@ -182,7 +182,7 @@ def test_a_rejected_task_is_done_again_until_it_is_approved(crew: Serve) -> None
     assert body["token_usage"]["successful_requests"] == 4
 
 
-def test_a_task_without_a_name_is_called_by_its_description(crew: Serve) -> None:
+def test_a_nameless_task_has_its_description(crew: Serve) -> None:
     _, client = crew("nameless")
     run_id = kickoff(client, {"topic": "rent"})
     name = finished(client, run_id)["task_id"]
@@ -202,7 +202,7 @@ def test_a_flow_may_ask_a_person_for_anything(crew: Serve) -> None:
 
 @pytest.mark.parametrize("spec", ["nameless", "reviewed_flow.py:ReviewedFlow"], ids=["crew", "flow"])
 @pytest.mark.parametrize("how", ["stop", "server-ends"])
-def test_no_thread_waits_for_a_person_who_is_no_longer_asked(crew: Serve, spec: str, how: str) -> None:
+def test_no_thread_waits_for_a_question_that_is_over(crew: Serve, spec: str, how: str) -> None:
     server, client = crew(spec)
     before = threading.active_count()
     run_id = kickoff(client, {"topic": "rent"})
@@ -246,7 +246,7 @@ async def test_a_tool_s_use_is_reported_in_order() -> None:
     ]
 
 
-async def test_a_flow_whose_methods_may_be_left_out_has_no_plan() -> None:
+async def test_a_flow_with_optional_methods_has_no_plan() -> None:
     for flow, planned in (("Failing", ["begin", "go_on"]), ("Paused", [])):
         run, _ = recorded()
         with pytest.raises(ProgramError):
@@ -254,7 +254,7 @@ async def test_a_flow_whose_methods_may_be_left_out_has_no_plan() -> None:
         assert run.planned == planned
 
 
-async def test_the_event_loop_stays_free_and_a_cancelled_run_reports_nothing() -> None:
+async def test_a_cancelled_run_reports_nothing() -> None:
     run, reports = recorded()
     running = asyncio.create_task(load_program(f"{CREWS}:slow").execute(run))
     ticks = 0
@@ -354,7 +354,7 @@ def test_what_else_cannot_be_loaded_is_said(tmp_path: Path, monkeypatch: pytest.
         load_program(f"{EXAMPLES}/travel_crew.py:build")
 
 
-def test_crewai_s_surroundings_are_set_unless_the_user_has(tmp_path: Path) -> None:
+def test_crewais_environment_is_set(tmp_path: Path) -> None:
     code = f"""if True:
         import os, sys
         from prefect_crew.devserver import load_program

@@ -49,7 +49,7 @@ def test_errors_say_what_there_is(text: str, message: str) -> None:
         Fault.parse(text)
 
 
-def test_faults_come_and_go_and_count_from_when_they_were_added() -> None:
+def test_faults_count_from_when_they_were_added() -> None:
     faults = Faults(["status:500@1"])
     names = [[fault.name for fault in faults.draw("status", "any")] for _ in range(2)]
     faults.add("status:502@1", Fault("any", "latency", on=1))
@@ -105,7 +105,7 @@ def test_a_call_that_is_not_answered(
     assert finished(client, kickoff(client, **KICKOFF))
 
 
-def test_headers_and_bodies_and_latency_with_other_faults(server: CrewServer, client: httpx.Client) -> None:
+def test_faults_of_headers_bodies_and_latency(server: CrewServer, client: httpx.Client) -> None:
     names = ("429=3", "503=0.5", "429", "429-bare", "500", "redirect", "html", "empty")
     server.faults.add(*(f"inputs:{name}@{number}" for number, name in enumerate(names, 1)), "inputs:latency=0.2@1,9")
     began = time.monotonic()
@@ -117,7 +117,7 @@ def test_headers_and_bodies_and_latency_with_other_faults(server: CrewServer, cl
     assert (answers[7].headers["Content-Type"], answers[7].text) == ("application/json", "")
 
 
-def test_a_kickoff_is_carried_out_though_its_client_is_gone(server: CrewServer, client: httpx.Client) -> None:
+def test_a_kickoff_outlives_its_client(server: CrewServer, client: httpx.Client) -> None:
     server.faults.add("kickoff:latency=0.3", "inputs:timeout=0.1")
     with pytest.raises(httpx.RemoteProtocolError):  # a timeout with a value ends in a closed connection
         client.get("/inputs")

@@ -55,9 +55,7 @@ def test_errors_say_where(tmp_path: Path, text: str, lines: list[str]) -> None:
         assert re.match(f"{tmp_path}/c.yaml{expected}", line)
 
 
-def test_a_file_goes_before_a_bundled_name_and_is_a_readable_script(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_goes_before_a_bundled_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_script("echo").name == "echo"
     Path("echo").write_text("name: mine\ntasks: [{name: t}]")
@@ -71,7 +69,7 @@ def test_a_file_goes_before_a_bundled_name_and_is_a_readable_script(
         load_program(Path("crew.py"))
 
 
-def test_bundled_scripts_and_all_fields_of_a_script_are_described() -> None:
+def test_all_fields_of_a_script_are_described() -> None:
     for name in BUNDLED:
         script = load_script(name)
         assert (script.name, bool(script.description)) == (name, True)
@@ -175,7 +173,7 @@ tasks:
 """
 
 
-def test_a_rejected_task_runs_again_with_the_feedback() -> None:
+def test_a_rejected_task_sees_the_feedback() -> None:
     outcome, reports = run(REVIEWED, Answer(False, "shorter"), Answer(True, ""))
     assert [one[1] for one in reports if one[0] == "asked"] == ["draft 1", "draft 2 (shorter)"]
     assert outcome.output == "final draft 2 (shorter)"

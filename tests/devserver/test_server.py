@@ -42,7 +42,7 @@ def test_a_server_is_quick() -> None:
     assert min(seconds) < 1.8
 
 
-def test_a_restart_keeps_ended_runs_and_the_token_and_begins_other_runs_again(serve: Serve) -> None:
+def test_a_restart_repeats_runs_that_had_not_ended(serve: Serve) -> None:
     server, client = serve(SLEEPS, response_format="union")
     ids = {text: kickoff(client, {"text": text, "seconds": 0}) for text in ("good", "bad")}
     before = {text: finished(client, id_) for text, id_ in ids.items()}
@@ -61,7 +61,7 @@ def test_a_restart_keeps_ended_runs_and_the_token_and_begins_other_runs_again(se
     assert server.run(running).targets.human_input is not None
 
 
-def test_a_restart_heals_no_run_that_is_stuck_or_forgotten(serve: Serve) -> None:
+def test_a_restart_heals_no_stuck_run(serve: Serve) -> None:
     server, client = serve("echo", faults=["kickoff:stuck", "status:forgotten@2"])
     kickoff_id = kickoff(client, {"text": "x"})
     assert [client.get(f"/status/{kickoff_id}").status_code for _ in range(2)] == [200, 404]
@@ -73,7 +73,7 @@ def test_a_restart_heals_no_run_that_is_stuck_or_forgotten(serve: Serve) -> None
     assert server.run(kickoff_id).state is CrewState.RUNNING
 
 
-def test_after_the_end_nobody_answers_and_the_port_is_free(serve: Serve) -> None:
+def test_a_stopped_server_frees_its_port(serve: Serve) -> None:
     server, client = serve(SLEEPS)
     run = server.run(kickoff(client, {"text": "x"}))
     with pytest.raises(OSError, match="in use"):
@@ -90,7 +90,7 @@ def test_after_the_end_nobody_answers_and_the_port_is_free(serve: Serve) -> None
         assert client.get("/").text == "Healthy"
 
 
-def test_a_hanging_request_does_not_hold_up_the_end(serve: Serve) -> None:
+def test_a_hanging_request_does_not_hold_the_end(serve: Serve) -> None:
     server, client = serve("echo", faults=["inputs:timeout"])
     with ThreadPoolExecutor(1) as thread:
         hanging = thread.submit(client.get, "/inputs", timeout=30)
@@ -128,7 +128,7 @@ RAISED: dict[str, tuple[BaseException, str]] = {
 }
 
 
-def test_whatever_a_program_raises_is_a_failed_run_and_a_stopped_one_stays_stopped(serve: Serve) -> None:
+def test_whatever_a_program_raises_fails_its_run(serve: Serve) -> None:
     server, client = serve(Odd())
     for what, (_, error) in RAISED.items():
         body = finished(client, kickoff(client, {"what": what}))
@@ -154,7 +154,7 @@ class Twice:
         return Outcome(" ".join(answer.feedback for answer in answers))
 
 
-def test_questions_about_one_task_are_asked_one_after_the_other(serve: Serve) -> None:
+def test_questions_of_a_task_are_asked_in_turn(serve: Serve) -> None:
     server, client = serve(Twice(), response_format="union")
     kickoff_id = kickoff(client)
     for output in ("one", "two"):
@@ -164,7 +164,7 @@ def test_questions_about_one_task_are_asked_one_after_the_other(serve: Serve) ->
     assert finished(client, kickoff_id)["output"] == "a one a two"
 
 
-async def test_the_end_of_a_run_ends_its_questions_and_none_can_be_answered() -> None:
+async def test_the_end_of_a_run_ends_its_questions() -> None:
     run = Run({})
     run.begin()
     asking = [asyncio.create_task(run.ask(task_id="review", output="x")) for _ in range(2)]

@@ -98,7 +98,7 @@ def test_bodies_of_a_generation(receiver: Receiver, serve: Serve, generation: st
     assert crew == told | {"result": "text", "result_json": {"words": 1}, "token_usage": usage}
 
 
-async def test_an_app_that_is_mounted_elsewhere_sends_them_too(receiver: Receiver) -> None:
+async def test_a_mounted_app_sends_webhooks(receiver: Receiver) -> None:
     app = Starlette(routes=[Mount("/crew", CrewServer("echo", token="token-of-8").asgi)])
     headers = {"Authorization": "Bearer token-of-8"}
     transport = httpx.ASGITransport(app)
@@ -208,7 +208,7 @@ def test_a_bad_receiver_costs_the_run_nothing(serve: Serve, trouble: str, caplog
     ("url", "token"),
     [("http://127.0.0.1:9/x", "tök-en"), ("http://127.0.0.1:99999/x", "s3cret"), ("http://xn--a/x", "s3cret")],
 )
-def test_what_cannot_be_sent_is_logged_without_its_secrets(
+def test_a_failed_webhook_is_logged_without_secrets(
     serve: Serve, caplog: pytest.LogCaptureFixture, url: str, token: str
 ) -> None:
     _, client = serve("echo")

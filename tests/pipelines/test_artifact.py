@@ -59,7 +59,7 @@ def test_which_steps_ran_at_the_same_time():
     assert row(text, "prices")[6] == "a-long-i…"
 
 
-def test_a_run_of_an_earlier_call_is_not_in_the_timeline():
+def test_earlier_runs_are_not_in_the_timeline():
     text = rendered(
         research=StepView("finder", "completed", run=run_of("abc"), started=90.0, earlier=7200.0),
         prices=StepView("finder", "completed", started=100.0, ended=110.0),
@@ -68,7 +68,7 @@ def test_a_run_of_an_earlier_call_is_not_in_the_timeline():
     assert row(text, "prices")[4] == f"`{'█' * WIDTH}`"
 
 
-def test_odd_names_stay_in_their_cells_and_links_lead_where_they_say():
+def test_odd_names_break_no_table_and_no_link():
     names = ["a | b", "```", "<script>", "two\nlines", "[x](y)"]
     steps = [CrewStep(name, "crew", {}) for name in names]
     views = {name: StepView("find|er", page_url="https://crews.example/a(1)|b") for name in names}

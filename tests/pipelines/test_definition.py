@@ -50,7 +50,7 @@ def test_a_file_is_a_pipeline():
     assert write.wait.timeout == 600
 
 
-def test_a_file_without_a_name_has_its_own_and_of_inputs_nothing_need_be_said():
+def test_names_and_inputs_have_defaults():
     pipeline = read_pipeline("inputs: {topic: , tone: }\nsteps: [{name: a, crew: b}]", "flows/weekly.report.yaml")
     assert pipeline.name == "weekly.report"
     assert pipeline.inputs == {"topic": PipelineInput(), "tone": PipelineInput()}
@@ -117,7 +117,7 @@ def test_the_values_of_a_run():
         (12345678, True),
     ],
 )
-def test_the_value_of_a_secret_input_has_no_place_in_a_definition(value: Any, stored: bool):
+def test_a_definition_holds_no_secret_value(value: Any, stored: bool):
     pipeline = pipeline_of({"name": "a", "crew": "a", "inputs": {"api key": value}})
     problems = pipeline.stored_secrets({"a": ["api key"]})
     assert bool(problems) is stored
@@ -193,7 +193,7 @@ async def test_steps_take_what_a_crew_step_takes(save: SaveCrew):
     assert server.kickoffs == 1
 
 
-async def test_all_mistakes_are_reported_and_nothing_is_started(save: SaveCrew):
+async def test_all_mistakes_are_reported_before_a_start(save: SaveCrew):
     crew, server = save()
     steps = [
         {"name": "a", "crew": crew, "inputs": {"text": "{{ topik }}"}},
@@ -209,7 +209,7 @@ async def test_all_mistakes_are_reported_and_nothing_is_started(save: SaveCrew):
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "secret-to-the-crew"])
-async def test_a_secret_input_is_the_name_of_a_block_and_stored_nowhere(
+async def test_a_secret_comes_from_a_block_and_is_not_stored(
     prefect_api: PrefectServer, save: SaveCrew, declared: bool
 ):
     secret, block = f"hunter-{uuid.uuid4().hex}", f"login-{uuid.uuid4().hex[:8]}"
@@ -235,7 +235,7 @@ async def test_a_secret_input_is_the_name_of_a_block_and_stored_nowhere(
     assert secret not in kept
 
 
-async def test_what_is_no_name_of_a_secret_block_is_refused_and_not_shown(save: SaveCrew):
+async def test_a_secret_without_a_block_is_refused(save: SaveCrew):
     login, server = save(LOGIN, secret_inputs=["password"])
     secret = f"hunter-{uuid.uuid4().hex}"
     steps = [{"name": "a", "crew": login, "inputs": {"password": "{{ login }}"}}]

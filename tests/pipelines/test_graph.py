@@ -89,7 +89,7 @@ def test_problems(steps: list[CrewStep], expected: list[str]):
     assert [part for part in expected if part not in problems] == []
 
 
-def test_unknown_and_missing_inputs_are_reported_for_each_step():
+def test_unknown_and_missing_inputs_of_each_step():
     made = graph(
         CrewStep("a", "c", {"x": 1, "y": 1, "way": 2}),
         CrewStep("b", "c", {"x": 1, "size": 2, "crewai_trigger_payload": "{}"}),
@@ -128,14 +128,14 @@ def test_a_function_of_the_context():
         CrewStep("c", "crew", lambda _: {"x": "y"})  # pyright: ignore[reportArgumentType]
 
 
-def test_left_out_they_are_the_pipelines_own_that_the_crew_knows():
+def test_inputs_default_to_those_the_crew_knows():
     made = graph(CrewStep("a", "crew"), topic="tea", other=1)
     assert made.inputs_of(made.steps[0], {}) == {"topic": "tea", "other": 1}
     made.crews = {"a": replace(CREW, expected_inputs=(CrewInput(name="topic"),))}
     assert made.inputs_of(made.steps[0], {}) == {"topic": "tea"}
 
 
-def test_a_function_that_fails_is_named_with_its_error():
+def test_a_failing_function_is_named_with_its_error():
     def shorten(context: Any) -> Any:
         return context["a"].output[99]
 

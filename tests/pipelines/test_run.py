@@ -97,7 +97,7 @@ async def test_steps_feed_each_other(echo: CrewServer):
     assert (await aget_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
 
 
-async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: CrewServerFactory, seen: Seen):
+async def test_independent_steps_run_at_the_same_time(crew_server: CrewServerFactory, seen: Seen):
     held = Held(until=lambda _: server.kickoffs >= 2)  # neither "a" nor "b" ends before both have been started
     server, idempotency_key = crew_server(held), key()
     steps = [CrewStep(name, server.crew(), {}) for name in ("a", "b")]
@@ -113,7 +113,7 @@ async def test_steps_without_a_path_between_them_run_side_by_side(crew_server: C
     assert "3 of 3 steps completed" in shown
 
 
-async def test_the_page_links_to_the_page_of_a_step_that_lasts(
+async def test_the_page_links_to_a_running_steps_page(
     crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(wait, "SHOW_EVERY", 0.3)
@@ -151,7 +151,7 @@ async def test_a_failure_is_on_record_before_anybody_hears_of_it(
     assert record.phase is RecordPhase.ENDED
 
 
-async def test_each_step_has_a_crew_and_a_token_of_its_own(crew_server: CrewServerFactory):
+async def test_each_step_has_its_crew_and_token(crew_server: CrewServerFactory):
     one = crew_server("echo", token="one-token", faults=["inputs:404"])  # which is no obstacle
     other = crew_server("echo", token="other-token")
     await other.crew().asave(name := f"other-{uuid.uuid4().hex[:8]}")
@@ -163,7 +163,7 @@ async def test_each_step_has_a_crew_and_a_token_of_its_own(crew_server: CrewServ
 # Where it is called
 
 
-def test_in_a_sync_flow_and_in_a_script_and_in_a_task(echo: CrewServer):
+def test_a_pipeline_runs_in_flow_task_and_script(echo: CrewServer):
     steps = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})]
 
     @task
@@ -183,7 +183,7 @@ def test_in_a_sync_flow_and_in_a_script_and_in_a_task(echo: CrewServer):
     ("show", "idempotency_key", "title"),
     [("full", None, " · tea"), ("full", "report x", " · report x"), ("summary", None, "")],
 )
-def test_the_name_of_a_pipelines_flow_run_tells_it_from_others(
+def test_a_flow_run_is_named_after_its_pipeline(
     crew_server: CrewServerFactory, seen: Seen, show: str, idempotency_key: str | None, title: str
 ):
     crew = crew_server(script({"output": "ok"}, inputs=["topic"])).crew(show=show)
@@ -196,7 +196,7 @@ def test_the_name_of_a_pipelines_flow_run_tells_it_from_others(
 # Checked before anything is started
 
 
-async def test_all_mistakes_are_reported_at_once_and_nothing_is_started(crew_server: CrewServerFactory):
+async def test_all_mistakes_are_reported_at_once(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "ok"}, inputs=["topic", "tone"]))
     refused = DeployedCrew(url=server.url, token="wrong")
     steps = [
@@ -232,7 +232,7 @@ async def test_a_rotated_token_is_no_problem(crew_server: CrewServerFactory):
     assert (await arun_pipeline([CrewStep("a", old, {"text": "a"})]))["a"].output == "a"
 
 
-async def test_a_crew_that_is_away_is_a_problem_only_before_anything_was_started(crew_server: CrewServerFactory):
+async def test_a_crew_that_is_away_blocks_only_a_first_start(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(FAILS_ON), key()
     steps = [CrewStep("a", server.crew(), {"text": "a"}), CrewStep("b", server.crew(), {"text": "{{ a.output }}b"})]
     server.faults.add("inputs:500@1")
@@ -278,7 +278,7 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
 # Failures
 
 
-async def test_a_failed_step_stops_those_that_need_it_and_no_others(crew_server: CrewServerFactory, seen: Seen):
+async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server(FAILS_ON), key()
     crew = server.crew()
     steps = [
@@ -321,9 +321,7 @@ def chain(echo: CrewServer, fails_first: CrewServer) -> list[CrewStep]:
     ]
 
 
-async def test_the_same_key_starts_with_what_failed_and_pays_for_nothing_again(
-    crew_server: CrewServerFactory, echo: CrewServer, seen: Seen
-):
+async def test_the_same_key_repeats_only_what_failed(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
     fails_first, idempotency_key = crew_server(FailsFirst()), key()
     with pytest.raises(PipelineFailedError, match="out for lunch"):
         await arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
@@ -340,7 +338,7 @@ async def test_the_same_key_starts_with_what_failed_and_pays_for_nothing_again(
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["key-left-out", "key-given"])
-def test_a_retry_of_the_flow_run_starts_with_what_failed(crew_server: CrewServerFactory, echo: CrewServer, given: bool):
+def test_a_flow_retry_repeats_only_what_failed(crew_server: CrewServerFactory, echo: CrewServer, given: bool):
     fails_first, idempotency_key = crew_server(FailsFirst()), key() if given else None
 
     @flow(retries=1)
@@ -358,9 +356,7 @@ SECRET_OF_A_CREW = {
 
 
 @pytest.mark.parametrize("way", SECRET_OF_A_CREW)
-async def test_a_retry_with_a_plain_secret_that_is_fetched_anew_finds_its_runs(
-    crew_server: CrewServerFactory, way: str
-):
+async def test_a_retry_with_a_new_secret_reattaches(crew_server: CrewServerFactory, way: str):
     secret, inputs = SECRET_OF_A_CREW[way]
     server = crew_server(script({"output": "{{ text }}"}, inputs=["text", "pin"]))
     crew, attempts = server.crew(secret_inputs=["pin"], allow_extra_inputs=True), list[str]()
@@ -376,7 +372,7 @@ async def test_a_retry_with_a_plain_secret_that_is_fetched_anew_finds_its_runs(
     assert (server.kickoffs, len(set(attempts))) == (1, 1)
 
 
-async def test_equal_pipelines_in_one_flow_have_different_keys(echo: CrewServer):
+async def test_equal_pipelines_in_a_flow_differ_in_key(echo: CrewServer):
     steps = [CrewStep("a", echo.crew(), {"text": "a"})]
 
     @flow
@@ -396,7 +392,7 @@ async def test_a_step_may_start_from_a_state(echo: CrewServer):
         await arun_pipeline([CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
 
 
-async def test_other_inputs_under_the_same_key_start_nothing(echo: CrewServer):
+async def test_other_inputs_under_a_key_start_nothing(echo: CrewServer):
     steps, idempotency_key = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})], key()
     await arun_pipeline(steps, {"topic": "tea"}, idempotency_key=idempotency_key)
     with pytest.raises(PipelineFailedError, match="a: ") as raised:
@@ -405,9 +401,7 @@ async def test_other_inputs_under_the_same_key_start_nothing(echo: CrewServer):
     assert echo.kickoffs == 1
 
 
-async def test_an_uncertain_kickoff_stays_uncertain_and_the_others_are_kept(
-    crew_server: CrewServerFactory, echo: CrewServer
-):
+async def test_an_uncertain_step_stays_uncertain(crew_server: CrewServerFactory, echo: CrewServer):
     dropping, idempotency_key = crew_server("echo", faults=["kickoff:drop-after-accept@1"]), key()
     for _ in range(2):
         with pytest.raises(PipelineFailedError) as raised:
@@ -418,9 +412,7 @@ async def test_an_uncertain_kickoff_stays_uncertain_and_the_others_are_kept(
     assert (echo.kickoffs, dropping.kickoffs) == (2, 1)
 
 
-async def test_a_pipeline_that_is_cancelled_leaves_its_crews_running_and_is_taken_up_again(
-    crew_server: CrewServerFactory, echo: CrewServer, seen: Seen
-):
+async def test_a_cancelled_pipeline_goes_on_with_its_key(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
     long, idempotency_key = crew_server(slow(1.5, "b")), key()
     steps = [
         CrewStep("a", echo.crew(), {"text": "a"}),
@@ -471,7 +463,7 @@ def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory,
             assert event["payload"]["idempotency_key"] == f"{idempotency_key}/{step}"
 
 
-def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: CrewServer, seen: Seen):
+def test_a_step_makes_two_tasks_and_no_subflow(echo: CrewServer, seen: Seen):
     ids: list[Any] = []
 
     @flow
@@ -485,7 +477,7 @@ def test_a_pipeline_makes_no_subflows_and_two_tasks_a_step(echo: CrewServer, see
     assert names == [f"{verb} {n}" for verb in ("kickoff", "wait") for n in range(3)]
 
 
-def test_prefects_graph_has_an_arrow_from_each_step_that_a_step_needs(echo: CrewServer, seen: Seen):
+def test_prefects_graph_shows_what_a_step_needs(echo: CrewServer, seen: Seen):
     ids: list[Any] = []
     needs = {"template": "{{ first.output }}", "mixed": "on {{ first.output }}", "after": "x"}
     needs["function"] = lambda context: context["first"].output.upper()
@@ -509,9 +501,7 @@ def test_prefects_graph_has_an_arrow_from_each_step_that_a_step_needs(echo: Crew
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
-async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_where_only_a_function_takes_it(
-    echo: CrewServer, inside: bool
-):
+async def test_an_input_that_cannot_be_sent_is_refused(echo: CrewServer, inside: bool):
     async def trip() -> None:
         await arun_pipeline([CrewStep("a", echo.crew(), {"text": lambda context: "a"})], {"o": object()})
 
@@ -523,9 +513,7 @@ async def test_an_input_that_cannot_be_sent_is_a_mistake_of_the_caller_also_wher
 # Suspended by Prefect
 
 
-async def test_a_flow_run_that_somebody_suspends_in_the_middle_goes_on_with_what_is_left(
-    crew_server: CrewServerFactory, echo: CrewServer, seen: Seen
-):
+async def test_a_suspended_flow_run_goes_on(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
     held, idempotency_key = Held(), key()
     server = crew_server(held)
     steps = [
@@ -614,7 +602,7 @@ WAYS: dict[str, tuple[Make, Callable[[str], dict[str, Any]], list[str]]] = {
 }
 
 
-async def test_a_secret_reaches_the_crew_and_nothing_else(
+async def test_a_secret_reaches_only_the_crew(
     crew_server: CrewServerFactory, prefect_api: PrefectServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     secrets = {way: new() for way in WAYS}

@@ -105,7 +105,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # What is refused
 
 
-async def test_a_start_beyond_it_is_refused_and_costs_nothing(crew_server: CrewServerFactory, name: str):
+async def test_a_start_beyond_the_budget_is_refused(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo")
     crew = server.crew(budgets=[Budget(max_kickoffs=2, per="day", name=name)])
     for number in range(2):
@@ -138,7 +138,7 @@ async def by_pipeline(crew: DeployedCrew, text: str) -> None:
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
 @pytest.mark.parametrize("way", [by_run_crew, by_tasks, by_trigger, by_pipeline])
-async def test_it_holds_for_every_way_to_start_a_run(
+async def test_a_budget_holds_for_every_way_to_start(
     crew_server: CrewServerFactory, name: str, way: Callable[[DeployedCrew, str], Any], inside: bool
 ):
     server = crew_server("echo")
@@ -155,7 +155,7 @@ async def test_it_holds_for_every_way_to_start_a_run(
     assert (server.kickoffs, await counted(name)) == (1, 1)
 
 
-async def test_budgets_of_a_flow_a_pipeline_and_a_block_all_hold(crew_server: CrewServerFactory, name: str):
+async def test_budgets_of_flow_pipeline_and_block_all_hold(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo")
     crew = server.crew(budgets=[Budget(max_kickoffs=4, per="day", name=name)])
 
@@ -176,7 +176,7 @@ async def test_budgets_of_a_flow_a_pipeline_and_a_block_all_hold(crew_server: Cr
     assert await counted(name) == 3
 
 
-async def test_it_holds_across_the_retries_of_a_flow(crew_server: CrewServerFactory, name: str):
+async def test_a_budget_holds_across_flow_retries(crew_server: CrewServerFactory, name: str):
     server, attempts = crew_server("echo"), 0
     crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
 
@@ -199,7 +199,7 @@ async def test_it_holds_across_the_retries_of_a_flow(crew_server: CrewServerFact
 # What is given back
 
 
-async def test_what_surely_did_not_start_is_given_back(crew_server: CrewServerFactory, name: str):
+async def test_a_run_that_did_not_start_is_given_back(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo", faults=["kickoff:422-before-accept@1"])
     crew = server.crew(budgets=[Budget(max_kickoffs=5, per="day", name=name)])
     with pytest.raises(InvalidInputsError):
@@ -212,7 +212,7 @@ async def test_what_surely_did_not_start_is_given_back(crew_server: CrewServerFa
     assert await counted(name) == 1
 
 
-async def test_an_uncertain_kickoff_keeps_its_estimate_until_it_is_resolved(crew_server: CrewServerFactory, name: str):
+async def test_an_uncertain_kickoff_keeps_its_estimate(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo", faults=["kickoff:500-before-accept@1"])
     crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
     with pytest.raises(KickoffUncertainError):
@@ -228,7 +228,7 @@ async def test_an_uncertain_kickoff_keeps_its_estimate_until_it_is_resolved(crew
     assert (server.kickoffs, await counted(name)) == (1, 1)
 
 
-async def test_what_could_not_be_written_down_is_given_back_by_who_resolves_it(
+async def test_resolving_gives_an_unwritten_start_back(
     crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     server = crew_server("echo", faults=["kickoff:422-before-accept@2"])
@@ -248,7 +248,7 @@ async def test_what_could_not_be_written_down_is_given_back_by_who_resolves_it(
     assert await counted(name) == 1
 
 
-async def test_a_claim_that_its_owner_gave_up_is_given_back_once(
+async def test_a_void_claim_is_given_back_once(
     crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Somebody voids a claim whose owner is asleep: the owner gives nothing back when it wakes up."""
@@ -278,7 +278,7 @@ async def test_a_claim_that_its_owner_gave_up_is_given_back_once(
 # What runs use
 
 
-async def test_a_start_adds_the_estimate_and_the_end_the_difference(crew_server: CrewServerFactory, name: str):
+async def test_an_end_adds_the_difference(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(700), response_format="union")
     crew = server.crew(budgets=[Budget(max_tokens=2000, estimate_tokens=650, per="day", name=name)])
     for before in (0, 700):
@@ -290,7 +290,7 @@ async def test_a_start_adds_the_estimate_and_the_end_the_difference(crew_server:
         await crew.atrigger({})
 
 
-async def test_who_uses_more_than_there_is_fills_the_counter(crew_server: CrewServerFactory, name: str):
+async def test_more_use_than_room_fills_the_counter(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(900), response_format="union")
     crew = server.crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
     runs = [await crew.atrigger({}) for _ in range(2)]
@@ -299,7 +299,7 @@ async def test_who_uses_more_than_there_is_fills_the_counter(crew_server: CrewSe
     assert await counted(name) == 1000
 
 
-async def test_a_run_that_reports_nothing_counts_as_its_estimate(crew_server: CrewServerFactory, name: str):
+async def test_a_run_without_usage_counts_as_its_estimate(crew_server: CrewServerFactory, name: str):
     crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
     await arun_crew(crew, {"text": "a"})
     assert await counted(name) == 50
@@ -318,7 +318,7 @@ async def test_a_run_that_reports_nothing_counts_as_its_estimate(crew_server: Cr
         pytest.param({"max_cost": 5}, None, r"estimate_cost=0\.11", id="cost without a price"),
     ],
 )
-async def test_without_an_estimate_nothing_starts_and_the_mean_of_the_latest_runs_is_proposed(
+async def test_a_missing_estimate_proposes_the_mean(
     crew_server: CrewServerFactory, name: str, prefect_server: PrefectServer, budget: Any, price: Any, proposal: str
 ):
     prefect_server.forget_records()  # a port may have been that of the crew of an earlier test
@@ -354,7 +354,7 @@ async def test_the_cost_follows_the_price(crew_server: CrewServerFactory, name: 
     assert server.kickoffs == 5
 
 
-async def test_waits_that_see_an_end_at_the_same_moment_settle_it_once(crew_server: CrewServerFactory, name: str):
+async def test_waits_at_the_same_moment_settle_once(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(100, seconds=0.3), response_format="union")
     crew = server.crew(budgets=[Budget(max_tokens=1_000_000, estimate_tokens=1000, per="month", name=name)])
     for number in range(1, 4):
@@ -362,7 +362,7 @@ async def test_waits_that_see_an_end_at_the_same_moment_settle_it_once(crew_serv
         assert await counted(name) == 100 * number
 
 
-async def test_an_end_that_is_seen_twice_leaves_a_full_counter_as_it_is(crew_server: CrewServerFactory, name: str):
+async def test_an_end_seen_twice_leaves_a_full_counter(crew_server: CrewServerFactory, name: str):
     """The second one finds no room for what the run used beyond its estimate: it gives back no more than it took."""
     crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
     record = await PrefectRecords().of_kickoff((await crew.atrigger({"text": "a"})).kickoff_id)
@@ -373,7 +373,7 @@ async def test_an_end_that_is_seen_twice_leaves_a_full_counter_as_it_is(crew_ser
         assert await counted(name) == 900
 
 
-async def test_whoever_adopts_a_run_settles_what_its_record_says(crew_server: CrewServerFactory, name: str):
+async def test_who_reattaches_settles_what_the_record_says(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(700), response_format="union")
     budget = Budget(max_tokens=2000, estimate_tokens=100, per="day", name=name)
     run = await server.crew(budgets=[budget]).atrigger({})
@@ -381,7 +381,7 @@ async def test_whoever_adopts_a_run_settles_what_its_record_says(crew_server: Cr
     assert await counted(name) == 700
 
 
-async def test_changing_the_budget_takes_effect_at_once(crew_server: CrewServerFactory, name: str):
+async def test_a_changed_budget_holds_at_once(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo")
 
     async def starts(most: int) -> bool:
@@ -413,7 +413,7 @@ async def test_two_starts_may_meet_a_changed_budget(
     assert server.kickoffs == 2
 
 
-async def test_a_run_counts_once_in_a_counter_that_two_budgets_share(crew_server: CrewServerFactory, name: str):
+async def test_a_run_counts_once_in_a_shared_counter(crew_server: CrewServerFactory, name: str):
     """A flow that is called as its crew has a budget of the crew's name."""
     server = crew_server("echo")
     crew = server.crew(budgets=[Budget(max_kickoffs=most, per="day", name=name) for most in (5, 2, 4)])
@@ -424,7 +424,7 @@ async def test_a_run_counts_once_in_a_counter_that_two_budgets_share(crew_server
     assert await counted(name) == 2
 
 
-async def test_a_limit_that_warns_and_a_higher_one_that_holds_both_do(
+async def test_a_warning_and_a_refusing_limit_both_hold(
     crew_server: CrewServerFactory, name: str, caplog: pytest.LogCaptureFixture
 ):
     limits = ((1, "warn"), (2, "refuse"))
@@ -437,7 +437,7 @@ async def test_a_limit_that_warns_and_a_higher_one_that_holds_both_do(
         await arun_crew(crew, {"text": "c"})
 
 
-async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name: str, asked: list[str]):
+async def test_a_budget_costs_one_request_a_start(crew_server: CrewServerFactory, name: str, asked: list[str]):
     server = crew_server("echo")
     found: dict[str, Counter[str]] = {}
     crews = {
@@ -458,7 +458,7 @@ async def test_it_costs_one_request_a_start(crew_server: CrewServerFactory, name
     assert found["kickoffs"] == found["cost"] == found["tokens"] == one_more
 
 
-async def test_an_end_that_is_corrected_costs_two_requests(crew_server: CrewServerFactory, name: str, asked: list[str]):
+async def test_a_corrected_end_costs_two_requests(crew_server: CrewServerFactory, name: str, asked: list[str]):
     budgets = [Budget(max_tokens=20_000, estimate_tokens=1000, name=name)]
     run = await crew_server(used(700), response_format="union").crew(budgets=budgets).atrigger({})
     asked.clear()
@@ -469,7 +469,7 @@ async def test_an_end_that_is_corrected_costs_two_requests(crew_server: CrewServ
 
 
 @pytest.mark.parametrize("tokens", [20, 700], ids=["less than the estimate", "more than the estimate"])
-async def test_who_dies_over_an_end_leaves_the_counter_too_high(
+async def test_a_death_at_the_end_leaves_the_counter_too_high(
     crew_server: CrewServerFactory, name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Whoever sees the end after that counts what is missing once more: the counter is too high then, never too low."""
@@ -493,7 +493,7 @@ async def test_who_dies_over_an_end_leaves_the_counter_too_high(
     assert await counted(name) == tokens + max(tokens - 100, 0)
 
 
-async def test_pruning_leaves_the_end_of_a_run_for_an_hour(crew_server: CrewServerFactory, name: str):
+async def test_pruning_keeps_an_end_for_an_hour(crew_server: CrewServerFactory, name: str):
     """Another wait may be about to see the same end, and would settle it once more."""
     budgets = [Budget(max_tokens=2000, estimate_tokens=100, name=name)]
     crew = crew_server(used(700), response_format="union").crew(budgets=budgets)
@@ -516,7 +516,9 @@ async def test_pruning_removes_the_counters_of_the_past(
 # What follows
 
 
-async def test_warn_starts_all_the_same(crew_server: CrewServerFactory, name: str, caplog: pytest.LogCaptureFixture):
+async def test_a_warning_budget_starts_all_the_same(
+    crew_server: CrewServerFactory, name: str, caplog: pytest.LogCaptureFixture
+):
     server = crew_server("echo")
     crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name, on_limit="warn")])
     with caplog.at_level(logging.WARNING):
@@ -526,7 +528,7 @@ async def test_warn_starts_all_the_same(crew_server: CrewServerFactory, name: st
     assert (server.kickoffs, await counted(name)) == (3, 1)
 
 
-async def test_automations_hear_of_it_once(crew_server: CrewServerFactory, name: str):
+async def test_a_full_budget_is_one_event(crew_server: CrewServerFactory, name: str):
     crew = crew_server("echo").crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
     await arun_crew(crew, {"text": "a"})
     for text in "bc":
@@ -547,9 +549,7 @@ async def test_automations_hear_of_it_once(crew_server: CrewServerFactory, name:
 # In a batch
 
 
-async def test_a_batch_leaves_the_rows_for_which_there_is_no_room(
-    crew_server: CrewServerFactory, name: str, tmp_path: Path
-):
+async def test_a_batch_leaves_rows_without_room(crew_server: CrewServerFactory, name: str, tmp_path: Path):
     server, batch = crew_server("echo"), Batches(tmp_path)
     rows = [{"text": f"{number}"} for number in range(10)]
     report = await batch(server.crew(), rows, name=name, key="text", budgets=[Budget(max_kickoffs=4)])
@@ -573,7 +573,7 @@ async def test_a_batch_uses_what_runs_in_flight_leave(crew_server: CrewServerFac
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-async def test_500_rows_in_flight_use_beyond_the_limit_at_most_what_they_use_beyond_their_estimates(
+async def test_500_rows_in_flight_stay_near_the_limit(
     crew_server: CrewServerFactory, name: str, tmp_path: Path, notes: list[str]
 ):
     server, rows = crew_server(Held(500, tokens=800), response_format="union"), [{"text": str(n)} for n in range(520)]
@@ -586,18 +586,14 @@ async def test_500_rows_in_flight_use_beyond_the_limit_at_most_what_they_use_bey
     assert (used_up, await counted(name)) == (250_000 + 500 * 300, 250_000)
 
 
-async def test_a_batch_without_an_estimate_is_refused_as_a_whole(
-    crew_server: CrewServerFactory, name: str, tmp_path: Path
-):
+async def test_a_batch_without_an_estimate_is_refused(crew_server: CrewServerFactory, name: str, tmp_path: Path):
     server, batch = crew_server("echo"), Batches(tmp_path)
     with pytest.raises(ConfigurationError, match=f"Budget '{name}' limits tokens"):
         await batch(server.crew(), [{"text": "a"}, {"text": "b"}], name=name, budgets=[Budget(max_tokens=600)])
     assert (server.kickoffs, await counted(name), [*tmp_path.glob("*.jsonl")]) == (0, 0, [])
 
 
-async def test_a_row_whose_end_is_seen_by_its_wait_and_by_who_stops_it_is_settled_once(
-    crew_server: CrewServerFactory, name: str, tmp_path: Path
-):
+async def test_a_rows_end_is_settled_once(crew_server: CrewServerFactory, name: str, tmp_path: Path):
     crew = crew_server("echo").crew(budgets=[Budget(max_tokens=400, estimate_tokens=100, per="day", name=name)]).crew
     async with Ledger(str(tmp_path / "ledger.db"), name) as ledger:
         waited = new_record(ledger.idempotency_key("a"), crew_url=crew.url)
@@ -613,9 +609,7 @@ async def test_a_row_whose_end_is_seen_by_its_wait_and_by_who_stops_it_is_settle
     assert await counted(name) == 20
 
 
-async def test_a_row_that_is_refused_after_a_pause_is_given_back(
-    crew_server: CrewServerFactory, name: str, tmp_path: Path
-):
+async def test_a_row_refused_after_a_pause_is_given_back(crew_server: CrewServerFactory, name: str, tmp_path: Path):
     server = crew_server("echo", faults=["kickoff:429-bare@1", "kickoff:422-before-accept@2"])
     report = await Batches(tmp_path)(server.crew(), [{"text": "a"}], name=name, budgets=[Budget(max_kickoffs=9)])
     assert (report.failed, server.requests["kickoff"], await counted(name)) == (1, 2, 0)

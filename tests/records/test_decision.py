@@ -108,7 +108,7 @@ def test_the_decision(existing: RunRecord | None, options: dict[str, Any], decis
     count=st.integers(0, 5),
     asked=st.none() | st.integers(-1000, 1000),
 )
-def test_what_may_have_started_is_never_started_again(
+def test_a_possible_start_is_never_repeated(
     phase: RecordPhase, owner_ended: bool, open_for: int, kickoffs: int, count: int, asked: int | None
 ):
     decision = decided(
@@ -120,7 +120,7 @@ def test_what_may_have_started_is_never_started_again(
     assert decision not in (Decision.START, Decision.START_AGAIN)
 
 
-def test_an_attempt_that_did_not_start_hides_no_run_before_it():
+def test_an_unstarted_attempt_hides_no_run():
     completed, refused = ended(CrewState.COMPLETED), record(RecordPhase.NOT_STARTED, attempt=2)
     assert latest_start([completed, refused]) is completed
     assert latest_start([refused]) is None
@@ -134,12 +134,12 @@ def test_an_attempt_that_did_not_start_hides_no_run_before_it():
         pytest.param("https://travel.test", "d2", r"digest is d1, now it is d2", id="inputs"),
     ],
 )
-def test_a_key_belongs_to_one_crew_and_one_set_of_inputs(url: str, digest: str, says: str):
+def test_a_key_has_one_crew_and_one_input_set(url: str, digest: str, says: str):
     with pytest.raises(IdempotencyConflictError, match=says) as caught:
         check_same_run(STARTED, crew_url=url, inputs_digest=digest)
     assert (caught.value.idempotency_key, caught.value.kickoff_id) == ("k", "r1")
 
 
-def test_refused_inputs_may_be_corrected_under_the_same_key():
+def test_refused_inputs_may_be_corrected():
     check_same_run(record(RecordPhase.NOT_STARTED), crew_url="https://travel.test", inputs_digest="d2")
     check_same_run(STARTED, crew_url="https://travel.test", inputs_digest="d1")

@@ -24,7 +24,7 @@ def test_every_phase_has_a_file():
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_a_record_of_an_earlier_version_means_what_it_meant(path: Path):
+def test_a_golden_record_keeps_its_meaning(path: Path):
     golden: dict[str, Any] = json.loads(path.read_text())
     variables = [Variable(one["id"], one["name"], one["value"], 3.0, 3.0, utcnow()) for one in golden["variables"]]
     (record,) = records_in(variables)

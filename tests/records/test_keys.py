@@ -68,7 +68,7 @@ def test_a_template_is_in_utc():
         pytest.param("daily-{}", "is not known", id="nothing"),
     ],
 )
-def test_a_template_that_would_be_the_same_every_day_is_refused(template: str, says: str):
+def test_a_bad_template_is_refused(template: str, says: str):
     with pytest.raises(ConfigurationError, match=says) as caught:
         render_key(template, START)
     assert "Use {scheduled_start:%Y-%m-%d}" in str(caught.value)
@@ -99,7 +99,7 @@ def fails_once() -> Callable[[], None]:
     return fail
 
 
-async def test_equal_calls_in_a_loop_have_different_keys_and_a_flow_retry_reattaches_to_each(server: Any):
+async def test_a_flow_retry_reattaches_to_each_call(server: Any):
     crew, fail = server.crew(), fails_once()
 
     @flow(retries=1)
@@ -114,7 +114,7 @@ async def test_equal_calls_in_a_loop_have_different_keys_and_a_flow_retry_reatta
     assert sorted(key.rpartition("/")[2] for key in keys(server)) == ["1", "1", "2"]
 
 
-async def test_a_retried_task_of_the_users_finds_its_runs_again_and_those_of_tasks_that_it_calls(server: Any):
+async def test_a_retried_users_task_reattaches(server: Any):
     crew, fail = server.crew(), fails_once()
 
     async def start(text: str) -> str:
@@ -137,7 +137,7 @@ async def test_a_retried_task_of_the_users_finds_its_runs_again_and_those_of_tas
     assert server.kickoffs == 7
 
 
-async def test_a_retried_task_of_ours_finds_its_run_again(server: Any, monkeypatch: pytest.MonkeyPatch):
+async def test_a_retried_kickoff_task_reattaches(server: Any, monkeypatch: pytest.MonkeyPatch):
     crew, fail = server.crew(), fails_once()
 
     async def show(*_: Any) -> None:
@@ -154,7 +154,7 @@ async def test_a_retried_task_of_ours_finds_its_run_again(server: Any, monkeypat
     assert server.kickoffs == 2
 
 
-async def test_a_retried_task_without_a_flow_finds_its_run_again(server: Any):
+async def test_a_retried_task_without_a_flow_reattaches(server: Any):
     crew, fail = server.crew(), fails_once()
 
     @task(retries=1)
@@ -169,7 +169,7 @@ async def test_a_retried_task_without_a_flow_finds_its_run_again(server: Any):
     assert server.kickoffs == 2, "another run of the task starts another run"
 
 
-def test_submitted_and_mapped_kickoffs_are_found_again(server: Any):
+def test_submitted_and_mapped_kickoffs_reattach(server: Any):
     crew, fail = server.crew(), fails_once()
 
     @flow(retries=1)
@@ -184,7 +184,7 @@ def test_submitted_and_mapped_kickoffs_are_found_again(server: Any):
     assert server.kickoffs == 6
 
 
-async def test_a_subflow_that_its_parents_retry_makes_anew_finds_its_runs_again(server: Any):
+async def test_a_subflow_of_a_retried_flow_reattaches(server: Any):
     crew, fail = server.crew(), fails_once()
     subflow_runs: set[str] = set()
 
@@ -209,7 +209,7 @@ async def test_a_subflow_that_its_parents_retry_makes_anew_finds_its_runs_again(
     assert len(subflow_runs) >= 3
 
 
-async def test_a_subflow_that_a_retried_task_makes_anew_finds_its_run_again(server: Any):
+async def test_a_subflow_of_a_retried_task_reattaches(server: Any):
     crew, fail = server.crew(), fails_once()
 
     @flow
@@ -230,7 +230,7 @@ async def test_a_subflow_that_a_retried_task_makes_anew_finds_its_run_again(serv
     assert server.kickoffs == 1
 
 
-async def test_the_name_of_a_step_stands_before_the_crew_and_a_long_one_is_cut_and_still_its_own(server: Any):
+async def test_a_long_step_name_is_cut_and_unique(server: Any):
     crew, long = server.crew(), "n" * 1000
 
     @flow
@@ -249,7 +249,7 @@ async def test_the_name_of_a_step_stands_before_the_crew_and_a_long_one_is_cut_a
     assert all(len(key) <= MAX_KEY for key in keys(server))
 
 
-async def test_a_long_way_of_subflows_is_cut_and_still_their_own(server: Any):
+async def test_a_long_path_of_subflows_is_cut_and_unique(server: Any):
     crew = server.crew()
 
     @flow(name="a-subflow-with-a-name-of-fifty-characters-and-more", retries=1)
@@ -313,9 +313,7 @@ async def test_a_key_that_cannot_be_used_has_no_result(
 
 
 @pytest.mark.parametrize("where", ["alone", "in a flow", "with a key", "in a deployed flow"])
-async def test_a_process_says_once_that_a_later_one_does_not_find_its_runs(
-    server: Any, where: str, caplog: pytest.LogCaptureFixture
-):
+async def test_runs_that_nobody_finds_again_are_announced(server: Any, where: str, caplog: pytest.LogCaptureFixture):
     crew = server.crew()
     keys_module._announce_no_key.cache_clear()
 
@@ -344,7 +342,7 @@ async def scheduled(function: Flow[Any, Any], at: datetime) -> uuid.UUID:
         return (await client.create_flow_run(function, state=Scheduled(scheduled_time=at))).id
 
 
-async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(server: Any):
+async def test_the_scheduled_time_survives_retries(server: Any):
     crew, fail = server.crew(), fails_once()
     seen: list[str] = []
 
@@ -365,7 +363,7 @@ async def test_the_scheduled_time_stays_the_same_over_retries_and_runs_late(serv
     assert len(seen) == 4, "the first of the three was retried"
 
 
-async def test_a_long_lived_process_forgets_the_numbers_of_old_flow_runs(server: Any, monkeypatch: pytest.MonkeyPatch):
+async def test_numbers_of_old_flow_runs_are_forgotten(server: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keys_module, "_KEPT", 2)
     crew = server.crew()
 
@@ -379,9 +377,7 @@ async def test_a_long_lived_process_forgets_the_numbers_of_old_flow_runs(server:
 
 
 @pytest.mark.parametrize("how", ["called", "submitted"])
-async def test_a_flow_run_keeps_its_numbers_however_many_others_come_and_go(
-    server: Any, monkeypatch: pytest.MonkeyPatch, how: str
-):
+async def test_a_flow_run_keeps_its_numbers(server: Any, monkeypatch: pytest.MonkeyPatch, how: str):
     monkeypatch.setattr(keys_module, "_KEPT", 2)
     crew = server.crew()
     begun, others_done = asyncio.Event(), asyncio.Event()
@@ -431,7 +427,7 @@ async def test_keys_that_look_the_same_are_one(server: Any, other: str):
     assert server.kickoffs == 1
 
 
-async def test_a_step_whose_name_holds_a_slash_is_not_the_step_of_a_subflow(server: Any):
+async def test_a_slash_in_a_step_name_is_no_subflow(server: Any):
     crew = server.crew()
 
     @flow
@@ -451,6 +447,6 @@ async def test_a_step_whose_name_holds_a_slash_is_not_the_step_of_a_subflow(serv
 
 
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=4), st.lists(st.text(max_size=5), min_size=1, max_size=4))
-def test_keys_of_different_parts_differ_whatever_they_hold(one: list[str], other: list[str]):
+def test_keys_of_different_parts_differ(one: list[str], other: list[str]):
     first, second = ("/".join(map(keys_module.escape_name, names)) for names in (one, other))
     assert (first == second) == (one == other)

@@ -9,7 +9,7 @@ from prefect_crew.records.model import SPARE, Entry, StoredResult, fold
 from support.records import new_record
 
 
-def test_a_result_survives_the_record_without_its_raw_bodies():
+def test_a_record_keeps_a_result_without_raw_bodies():
     result = CrewResult(
         output="Lisbon",
         data={"days": 3},
@@ -26,7 +26,7 @@ def test_a_result_survives_the_record_without_its_raw_bodies():
 
 
 @pytest.mark.parametrize(("late", "left"), [(-1.0, 1.0), (1.0, 0.0)], ids=["before", "after"])
-def test_a_permit_is_open_until_its_kickoff_is_surely_not_under_way(late: float, left: float):
+def test_a_permit_is_open_while_a_kickoff_may_be(late: float, left: float):
     claim = new_record(post_deadline=60.0)
     permit = Entry(idempotency_key=claim.idempotency_key, attempt=1, owner=claim.owner, good_for=30.0)
     permit.age = 30.0 + 60.0 + SPARE + late

@@ -74,7 +74,7 @@ async def until(condition: Any) -> None:
 
 
 @pytest.mark.programs
-async def test_a_run_that_outlived_its_script_is_waited_for_and_the_dead_flow_run_crashes(
+async def test_a_killed_scripts_flow_run_crashes(
     crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
 ):
     server, idempotency_key = crew_server(slow(8)), str(uuid.uuid4())
@@ -104,7 +104,7 @@ async def test_a_run_that_outlived_its_script_is_waited_for_and_the_dead_flow_ru
     assert server.kickoffs == 1
 
 
-async def test_a_flow_run_that_is_not_known_to_be_dead_is_left_alone():
+async def test_a_flow_run_that_may_live_is_left_alone():
     running, paused = await begun(), await begun(Paused())
     cases = {
         "its process runs": record_of(running, process=this_process()),
@@ -120,7 +120,7 @@ async def test_a_flow_run_that_is_not_known_to_be_dead_is_left_alone():
         assert not state.is_final(), case
 
 
-async def test_a_dead_flow_run_that_showed_forms_crashes_unless_it_was_begun_again_since():
+async def test_a_dead_flow_run_with_forms_crashes():
     once, again = [await begun() for _ in range(2)]
     async with get_client() as client:
         for owner in (once, again):
@@ -143,7 +143,7 @@ async def resumed_after_suspension() -> FlowRun:
     return first
 
 
-async def test_a_flow_run_that_was_suspended_and_resumed_since_is_left_alone():
+async def test_a_resumed_flow_run_is_left_alone():
     first = await resumed_after_suspension()
     now = await flow_run(str(first.id))
     assert now.state_name == "Running"
@@ -152,13 +152,13 @@ async def test_a_flow_run_that_was_suspended_and_resumed_since_is_left_alone():
         assert (await flow_run(str(first.id))).state_name == "Running", count
 
 
-async def test_a_flow_run_that_was_suspended_long_before_its_run_crashes_with_its_process():
+async def test_a_flow_run_suspended_long_before_crashes():
     now = await flow_run(str((await resumed_after_suspension()).id))
     await crash_dead_owner(record_of(now, claimed_at=utcnow() + timedelta(hours=1)))
     assert (await flow_run(str(now.id))).state_name == "Crashed"
 
 
-async def test_ones_own_flow_run_is_never_set_to_crashed():
+async def test_ones_own_flow_run_never_crashes():
     @flow
     async def trip() -> None:
         await crash_dead_owner(record_of(await flow_run(str(runtime.flow_run.id))))
@@ -167,7 +167,7 @@ async def test_ones_own_flow_run_is_never_set_to_crashed():
     assert state.is_completed()
 
 
-def test_a_process_is_gone_once_it_has_ended_and_of_others_nothing_is_known():
+def test_only_a_known_process_can_be_gone():
     name = this_process()
     assert name is not None
     assert name == this_process()

@@ -53,7 +53,7 @@ def test_what_goes(phase: RecordPhase, idle: float, goes: bool):
 
 
 @pytest.mark.parametrize(("idle", "goes"), [(3600.0, False), (3649.0, False), (3650.0, True)])
-def test_whatever_age_is_asked_for_a_record_stays_for_an_hour_more_than_its_claim_is_good_for(idle: float, goes: bool):
+def test_a_record_stays_for_an_hour_after_its_claim(idle: float, goes: bool):
     assert bool(prunable([record("a", RecordPhase.NOT_STARTED, idle, good_for=50.0)], timedelta(0), {})) is goes
 
 
@@ -77,7 +77,7 @@ def test_a_key_goes_as_a_whole_or_not_at_all(later: RecordPhase):
     ],
 )
 @pytest.mark.parametrize("named", ["by the record", "by the key"])
-def test_a_record_stays_as_long_as_its_flow_run_can_be_retried(owner: float | None, goes: bool, named: str):
+def test_a_record_stays_while_its_flow_run_may_retry(owner: float | None, goes: bool, named: str):
     ours = str(uuid.uuid4())
     key, facts = (f"{ours}/c/d/1", {}) if named == "by the key" else ("a", {"flow_run_id": ours})
     owners = {} if owner is None else {ours: owner}
@@ -92,7 +92,7 @@ def test_what_is_no_flow_runs_id_is_not_asked_for(named: str):
     assert owner_ids(record(f"{named}/x", RecordPhase.ENDED, flow_run_id=named)) == []
 
 
-def test_the_first_attempt_which_a_new_call_would_claim_goes_last():
+def test_the_first_attempt_goes_last():
     attempts = [record("a", RecordPhase.ENDED, OLD, attempt=number) for number in (3, 1, 2)]
     assert [going.attempt for going in prunable(attempts, AGE, {})] == [3, 2, 1]
 
@@ -103,9 +103,7 @@ async def pruned(store: PrefectRecords, **options: Any) -> Pruned:
         return await prune(store, older_than=timedelta(0), share=1.0, **options)
 
 
-async def test_a_walk_over_many_pages_removes_all_that_is_old(
-    prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
-):
+async def test_pruning_walks_over_many_pages(prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch):
     store, mark = PrefectRecords(), uuid.uuid4().hex
     monkeypatch.setattr(variables, "PAGE", 7)
     monkeypatch.setattr(prune_module, "VARIABLES", 7)
@@ -118,9 +116,7 @@ async def test_a_walk_over_many_pages_removes_all_that_is_old(
     assert len(await store.attempts(flying.idempotency_key)) == 1
 
 
-async def test_pruning_leaves_the_server_to_others_for_most_of_the_time(
-    prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
-):
+async def test_pruning_pauses_for_most_of_the_time(prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch):
     pauses = list[float]()
 
     async def sleep(seconds: float) -> None:
@@ -134,7 +130,7 @@ async def test_pruning_leaves_the_server_to_others_for_most_of_the_time(
     assert 0 < sum(pauses) <= 19.1 * took
 
 
-async def test_records_of_ended_runs_go_from_a_real_server(prefect_api: PrefectServer):
+async def test_records_of_ended_runs_are_pruned(prefect_api: PrefectServer):
     store, mark = PrefectRecords(), uuid.uuid4().hex
     ended = record(f"{mark} ended", RecordPhase.ENDED)
     flying = record(f"{mark} flying", RecordPhase.STARTED)
@@ -151,7 +147,7 @@ async def test_records_of_ended_runs_go_from_a_real_server(prefect_api: PrefectS
     assert len(await store.attempts(flying.idempotency_key)) == 1
 
 
-async def test_permits_that_a_killed_pruner_left_go_with_the_next_pruning(prefect_api: PrefectServer):
+async def test_permits_left_by_a_killed_pruner_are_pruned(prefect_api: PrefectServer):
     store = PrefectRecords()
     gone, stands = record("gone", RecordPhase.CLAIMED), record("stands", RecordPhase.CLAIMED)
     for one in (gone, stands):
@@ -182,7 +178,7 @@ async def flow_run(state: str, *, parent: str | None = None, tags: Sequence[str]
         return str((await client.request("POST", "/flow_runs/", json=body)).json()["id"])
 
 
-async def test_a_subflows_record_goes_when_its_root_has_ended_and_not_while_it_is_retried(prefect_api: PrefectServer):
+async def test_a_subflows_record_goes_with_its_root(prefect_api: PrefectServer):
     store = PrefectRecords()
     root = await flow_run("RUNNING")
     subflow = await flow_run("COMPLETED", parent=await flow_run("COMPLETED", parent=root))
@@ -225,9 +221,7 @@ async def test_flow_runs_are_asked_for_together(prefect_api: PrefectServer, monk
     assert len(asked) <= 6
 
 
-async def test_nothing_goes_while_the_flow_runs_cannot_be_asked_for(
-    prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
-):
+async def test_unread_flow_runs_keep_all_records(prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch):
     store = PrefectRecords()
     one = record(f"key {uuid.uuid4()}", RecordPhase.ENDED, flow_run_id=await flow_run("COMPLETED"))
     assert await store.claim(one)
@@ -244,9 +238,7 @@ async def test_nothing_goes_while_the_flow_runs_cannot_be_asked_for(
     assert await store.attempts(one.idempotency_key)
 
 
-async def test_a_worker_prunes_now_and_then_and_goes_on_where_it_fails(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+async def test_a_worker_prunes_regularly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     answers: list[Any] = [
         httpx.ConnectError("away"),
         ValueError("odd"),

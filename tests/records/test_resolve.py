@@ -64,7 +64,7 @@ def decision(record: RunRecord) -> Decision:
 
 
 @pytest.mark.parametrize("state", [CrewState.PENDING, CrewState.RUNNING, CrewState.COMPLETED, CrewState.FAILED])
-async def test_a_run_that_the_crew_knows_is_waited_for_from_then_on(state: CrewState):
+async def test_a_run_that_the_crew_knows_is_started(state: CrewState):
     record, store, kickoff_id = await stored(), PrefectRecords(), f"k-{uuid.uuid4()}"
     assert decision(record) is Decision.UNCERTAIN
     assert (
@@ -100,7 +100,7 @@ async def test_the_slower_of_two_resolvers_gets_an_error(resolved_as: str):
     assert (await latest(record)).phase is RecordPhase.STARTED
 
 
-async def test_an_id_that_the_crew_does_not_know_changes_nothing():
+async def test_an_unknown_id_changes_nothing():
     record, store = await stored(), PrefectRecords()
     with pytest.raises(ConfigurationError, match="does not know run k9"):
         await resolve_started(
@@ -120,7 +120,7 @@ async def test_an_id_of_another_record_changes_nothing():
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
-async def test_a_kickoff_that_may_still_be_sent_is_not_resolved_whatever_its_flow_run_says():
+async def test_an_open_permit_is_not_resolved():
     gone = str(uuid.uuid4())
     orphan = await stored(phase=RecordPhase.CLAIMED, permit=60.0, flow_run_id=gone)
     store = PrefectRecords()
@@ -132,7 +132,7 @@ async def test_a_kickoff_that_may_still_be_sent_is_not_resolved_whatever_its_flo
     assert (await latest(orphan)).phase is RecordPhase.CLAIMED
 
 
-async def test_a_claim_whose_kickoff_was_never_sent_is_no_run():
+async def test_a_claim_without_a_kickoff_is_no_run():
     store = PrefectRecords()
     record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
     with pytest.raises(ConfigurationError, match="was never sent: the process that claimed it ended first"):
@@ -245,7 +245,7 @@ async def test_which_records_are_resolved(fields: dict[str, Any], outcome: Resol
         assert (now.phase, now.kickoff_id) == (record.phase, record.kickoff_id)
 
 
-async def test_a_late_webhook_of_the_attempt_before_does_not_resolve_this_one(crew: DeployedCrew):
+async def test_a_webhook_of_the_attempt_before_resolves_nothing(crew: DeployedCrew):
     first = uncertain(crew, phase=RecordPhase.NOT_STARTED)
     second = uncertain(crew, idempotency_key=first.idempotency_key, attempt=2)
     for record in (first, second):
@@ -257,7 +257,7 @@ async def test_a_late_webhook_of_the_attempt_before_does_not_resolve_this_one(cr
 
 
 @pytest.mark.parametrize("facts", [{"said_key": "another"}, {"claim": "another"}], ids=["key in the body", "claim"])
-async def test_a_webhook_about_another_run_resolves_nothing(facts: dict[str, str], crew: DeployedCrew):
+async def test_a_webhook_of_another_run_resolves_nothing(facts: dict[str, str], crew: DeployedCrew):
     record, kickoff_id = uncertain(crew), await started(crew)
     await put(record)
     assert await resolve(record.idempotency_key, kickoff_id, RECORDS, **facts) is Resolution.REFUSED
@@ -265,7 +265,7 @@ async def test_a_webhook_about_another_run_resolves_nothing(facts: dict[str, str
     assert (now.phase, now.kickoff_id) == (RecordPhase.UNCERTAIN, None)
 
 
-async def test_a_crew_that_does_not_answer_resolves_nothing():
+async def test_a_silent_crew_resolves_nothing():
     with CrewServer(SCRIPT) as server:
         crew = server.crew()
         await crew.asave(f"resolved-{uuid.uuid4().hex[:8]}")
@@ -274,7 +274,7 @@ async def test_a_crew_that_does_not_answer_resolves_nothing():
     assert await resolve(record.idempotency_key, str(uuid.uuid4()), RECORDS) is Resolution.NO_ANSWER
 
 
-async def test_a_token_that_was_rotated_is_looked_up_anew(server: CrewServer, crew: DeployedCrew):
+async def test_a_rotated_token_is_loaded_again(server: CrewServer, crew: DeployedCrew):
     record, kickoff_id = uncertain(crew), await started(crew)
     await put(record)
 
@@ -294,7 +294,7 @@ async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("generation", ["first", "later"])
-async def test_a_run_whose_kickoff_got_no_answer_goes_on_by_itself(generation: Any, receiver: str):
+async def test_a_webhook_resolves_a_lost_kickoff(generation: Any, receiver: str):
     # The answer to the kickoff is lost, a webhook of the run resolves it, the next call with the key gets its result.
     with CrewServer(SCRIPT, generation=generation, faults=["kickoff:drop-after-accept@1"]) as server:
         crew = server.crew()
@@ -310,7 +310,7 @@ async def test_a_run_whose_kickoff_got_no_answer_goes_on_by_itself(generation: A
         assert names.count("crew.resolved") == 1
 
 
-async def test_a_webhook_that_comes_before_its_time_resolves_later(receiver: str, crew: DeployedCrew):
+async def test_an_early_webhook_resolves_later(receiver: str, crew: DeployedCrew):
     record = await put(uncertain(crew, phase=RecordPhase.CLAIMED), permit=1.5 - SPARE)
     kickoff_id = await started(crew)
     hooks = hook_urls(receiver, SECRET, Hook("crew", record.idempotency_key, utcnow() + timedelta(hours=1), 1))
@@ -321,7 +321,7 @@ async def test_a_webhook_that_comes_before_its_time_resolves_later(receiver: str
     assert events[1]["payload"]["kickoff_id"] == kickoff_id
 
 
-async def test_a_webhook_of_another_claim_of_the_same_key_resolves_nothing(crew: DeployedCrew):
+async def test_a_webhook_of_another_claim_resolves_nothing(crew: DeployedCrew):
     """A record that was deleted, or stood on another Prefect server, had the same key and attempt."""
     record = uncertain(crew)
     await RECORDS.claim(record)

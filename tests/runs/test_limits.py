@@ -101,7 +101,7 @@ def started_one_after_the_other(server: CrewServer) -> bool:
 @pytest.mark.parametrize(
     ("way", "inside"), [*((way, True) for way in WAYS), ("run_crew", False), ("trigger", False), ("batch", False)]
 )
-async def test_it_holds_for_every_way_to_start_a_run(crew_server: CrewServerFactory, way: str, inside: bool):
+async def test_a_limit_holds_for_every_way_to_start(crew_server: CrewServerFactory, way: str, inside: bool):
     server, name = crew_server(slow(0.1)), await limit(1)
     crew = server.crew(concurrency_limit=name)
 
@@ -116,9 +116,7 @@ async def test_it_holds_for_every_way_to_start_a_run(crew_server: CrewServerFact
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("slots", [None, 0])
-async def test_a_limit_that_does_not_exist_or_allows_nothing_starts_nothing_in_any_way(
-    crew_server: CrewServerFactory, way: str, slots: int | None
-):
+async def test_a_missing_or_empty_limit_starts_nothing(crew_server: CrewServerFactory, way: str, slots: int | None):
     server = crew_server(slow(0.1))
     crew = server.crew(concurrency_limit="nobody-made-it" if slots is None else await limit(slots))
     message = "'nobody-made-it', which does not exist" if slots is None else "which is below 1"
@@ -129,9 +127,7 @@ async def test_a_limit_that_does_not_exist_or_allows_nothing_starts_nothing_in_a
     assert server.kickoffs == 0
 
 
-async def test_a_batch_that_would_have_more_in_flight_than_the_limit_is_refused(
-    crew_server: CrewServerFactory, tmp_path: Path
-):
+async def test_a_batch_beyond_the_limit_is_refused(crew_server: CrewServerFactory, tmp_path: Path):
     server = crew_server(slow(0.1))
     crew = server.crew(concurrency_limit=await limit(3))
     with pytest.raises(ConfigurationError, match="Give max_in_flight=3 or less"):
@@ -142,7 +138,7 @@ async def test_a_batch_that_would_have_more_in_flight_than_the_limit_is_refused(
 WAITS = "| In flight | 0, waiting for a free slot of the crew's concurrency limit |"
 
 
-async def test_a_batch_that_waits_for_a_slot_says_so_and_is_cancelled(
+async def test_a_batch_that_waits_for_a_slot_says_so(
     crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.1)
@@ -175,7 +171,7 @@ async def test_a_batch_that_waits_for_a_slot_says_so_and_is_cancelled(
     assert await held(name) == 0
 
 
-async def test_a_batch_takes_its_slots_one_by_one_and_others_have_their_turn(
+async def test_a_batch_leaves_others_their_turn(
     crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(limits, "PASSED_ON", 0.3)
@@ -217,7 +213,7 @@ async def test_short_rows_pass_their_slots_on(
     assert await held(name) == 0
 
 
-async def test_a_run_that_is_only_kicked_off_keeps_its_slot_until_its_lease_ends(crew_server: CrewServerFactory):
+async def test_a_kicked_off_run_keeps_its_slot(crew_server: CrewServerFactory):
     server, name = crew_server("echo"), await limit(1)
     crew = server.crew(concurrency_limit=name)
     first = await crew.atrigger({"text": "a"})
@@ -248,9 +244,7 @@ async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
     assert await held(name) == 0
 
 
-async def test_a_start_that_the_prefect_api_refuses_gives_the_slot_back(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_refused_claim_gives_the_slot_back(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
     server, name = crew_server("echo"), await limit(1)
 
     async def refused(*_: Any) -> bool:
@@ -263,7 +257,7 @@ async def test_a_start_that_the_prefect_api_refuses_gives_the_slot_back(
 
 
 @pytest.mark.parametrize("end", ["left", "refused token", "out of time"])
-async def test_a_row_that_is_left_in_flight_keeps_its_slot(
+async def test_a_row_left_in_flight_keeps_its_slot(
     crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ):
     monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.1)
@@ -305,7 +299,7 @@ async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServe
     assert await held(other) == 1
 
 
-async def test_a_start_in_place_of_one_that_was_given_up_takes_a_slot(crew_server: CrewServerFactory):
+async def test_a_start_after_a_void_claim_takes_a_slot(crew_server: CrewServerFactory):
     server, name, idempotency_key = crew_server(slow(60)), await limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)
     await put(new_record(idempotency_key, crew_url=server.url, inputs_digest=inputs_digest({}), open_for=0.0))
@@ -313,7 +307,7 @@ async def test_a_start_in_place_of_one_that_was_given_up_takes_a_slot(crew_serve
     assert (server.kickoffs, await held(name)) == (1, 1)
 
 
-async def test_what_is_found_needs_no_slot(crew_server: CrewServerFactory):
+async def test_a_reattached_run_needs_no_slot(crew_server: CrewServerFactory):
     server, name, idempotency_key = crew_server(slow(0.2)), await limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)
     first, second = await asyncio.gather(
@@ -326,7 +320,7 @@ async def test_what_is_found_needs_no_slot(crew_server: CrewServerFactory):
     assert server.kickoffs == 1
 
 
-async def test_a_wait_whose_slot_was_lost_takes_another_if_one_is_free_and_does_not_queue(
+async def test_a_lost_slot_is_replaced_if_one_is_free(
     crew_server: CrewServerFactory,
 ):
     server, name = crew_server(slow(0.2)), await limit(1)
@@ -340,7 +334,7 @@ async def test_a_wait_whose_slot_was_lost_takes_another_if_one_is_free_and_does_
         assert await held(name) == (taken is not None), "that of somebody else"
 
 
-async def test_a_lease_is_renewed_and_its_loss_is_said(
+async def test_a_lease_is_renewed_and_its_loss_logged(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(limits, "RENEW", 0.02)

@@ -64,7 +64,7 @@ async def test_a_webhook_ends_the_pause(receiver: str, ends: str) -> None:
         assert server.requests["status"] <= 3
 
 
-async def test_a_receiver_ends_the_pauses_of_all_runs_that_it_hears_of(receiver: str) -> None:
+async def test_a_receiver_ends_the_pauses_of_all_runs(receiver: str) -> None:
     with CrewServer(script_of()) as server:
         await run(server, times=5)
         assert server.requests["status"] <= 2 * 5
@@ -81,7 +81,7 @@ async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
         assert server.kickoffs == 1
 
 
-async def test_with_webhooks_runs_are_polled_as_the_policy_says(receiver: str) -> None:
+async def test_runs_with_webhooks_are_polled(receiver: str) -> None:
     with CrewServer(script_of(), faults=["webhook:lose"]) as server:
         await run(server, OFTEN)
         assert server.requests["status"] > 3
@@ -103,7 +103,7 @@ async def test_progress_is_seen_with_webhooks_as_without(receiver: str) -> None:
     assert {"one", "two", "three"} <= seen
 
 
-async def test_where_the_receiver_is_away_a_wait_warns_once_and_polls_as_without(
+async def test_an_absent_receiver_is_warned_of_once(
     prefect_api: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A crew of 20 s once took 44.9 s where the receiver was stopped, and nothing said why."""
@@ -123,7 +123,7 @@ async def test_where_the_receiver_is_away_a_wait_warns_once_and_polls_as_without
     assert "polled as without webhooks" in warnings[0]
 
 
-async def test_a_run_with_webhooks_of_the_users_own_is_polled_for(receiver: str) -> None:
+async def test_a_run_with_own_webhooks_is_polled(receiver: str) -> None:
     with CrewServer(script_of()) as server:
         crew = server.crew(wait=OFTEN)
 
@@ -150,9 +150,7 @@ async def test_a_run_with_webhooks_of_the_users_own_is_polled_for(receiver: str)
         pytest.param(200, "[" * 100_000, id="nested"),
     ],
 )
-async def test_a_receiver_that_says_something_else_is_asked_again_and_warned_of(
-    status: int, body: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_odd_receiver_is_asked_again(status: int, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listener_module, "AWAY", (0.01,))
     hub, said = _Hub(), {"cursor": "a-1", "webhooks": [], "missed": False}
     asked: list[tuple[str, bool]] = []
@@ -177,7 +175,7 @@ async def test_a_receiver_that_says_something_else_is_asked_again_and_warned_of(
 
 
 @pytest.mark.parametrize("lost", ["webhook-crew:lose", "webhook-stream:lose"], ids=["stream-alone", "webhook-alone"])
-async def test_tokens_that_only_a_webhook_tells_are_the_usage_of_the_result(receiver: str, lost: str) -> None:
+async def test_usage_comes_from_webhooks(receiver: str, lost: str) -> None:
     script = script_of(usage=TokenUsage(total_tokens=1234))
     with CrewServer(script, faults=[lost], generation="later") as server:
         (result,) = await run(server)
@@ -267,7 +265,7 @@ async def test_tokens_are_counted_once_for_each_event(events: list[dict[str, obj
 # Questions
 
 
-async def test_the_same_question_asked_again_is_known_by_its_webhook(receiver: str) -> None:
+async def test_a_repeated_question_is_known_by_its_webhook(receiver: str) -> None:
     """Neither the status nor the clock tells it from the one before: only the number of answers in its URL."""
     script = script_of({"seconds": 0, "human": True, "output": "always the same"})
     asked: list[int] = []

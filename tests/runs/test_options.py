@@ -20,7 +20,7 @@ class Trip(BaseModel):
     city: str
 
 
-def test_they_are_kept_as_they_are_given_and_never_change():
+def test_options_are_kept_and_frozen():
     def review(request: Any) -> Any: ...
 
     given: dict[str, Any] = {
@@ -53,7 +53,7 @@ def test_no_repr_shows_what_may_hold_a_secret():
         *((option, "half a \ud800", "holds half a character") for option in ("name", "idempotency_key", "review")),
     ],
 )
-def test_a_value_of_another_kind_is_refused_before_anything_is_started(option: str, value: Any, message: str):
+def test_an_option_of_another_kind_is_refused(option: str, value: Any, message: str):
     with pytest.raises(ConfigurationError, match=message) as caught:
         RunOptions.of(**{option: value})
     assert str(caught.value).endswith("Nothing was started.")

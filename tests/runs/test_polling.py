@@ -155,14 +155,14 @@ def test_a_pause_never_leaves_its_bounds(initial: float, factor: float, room: fl
         assert middle <= policy.max_interval
 
 
-def test_by_default_an_end_is_seen_within_a_second_and_a_tenth_of_the_runs_time():
+def test_the_default_sees_an_end_soon():
     policy = WaitPolicy().model_copy(update={"jitter": 0.0})
     looks = list(itertools.takewhile(lambda at: at < 300, itertools.accumulate(poll_delays(policy))))
     assert all(after - before <= 1 + before / 10 + 1e-9 for before, after in itertools.pairwise(looks))
     assert len([at for at in looks if at < 60]) <= 25
 
 
-async def test_fast_polling_overrides_every_policy_only_while_it_is_open():
+async def test_fast_polling_overrides_every_policy():
     with fast_polling(0.25):
         quick = World(steps((1, RUNNING)))
         await quick.wait()
@@ -179,21 +179,21 @@ async def test_the_first_pause_is_counted_from_the_kickoff(passed: float, looks:
     assert world.looks == [looks]
 
 
-async def test_a_change_of_state_makes_it_look_often_again():
+async def test_a_change_of_state_resets_the_pauses():
     policy = STEADY.model_copy(update={"initial": 1.0, "factor": 3.0})
     world = World(steps((14, PENDING), (30, RUNNING)))
     await world.wait(policy)
     assert world.looks == [1, 4, 13, 23, 24, 27, 36]
 
 
-async def test_after_an_answer_it_looks_often_again_while_the_state_stays_the_same():
+async def test_an_answer_resets_the_pauses():
     policy = STEADY.model_copy(update={"initial": 1.0, "factor": 3.0, "max_interval": 30.0})
     world = World(steps((150, WAITING)), answers=[95.0])
     await world.wait(policy)
     assert world.looks == [1, 4, 13, 40, 70, 100, 101, 104, 113, 140, 170]
 
 
-async def test_a_webhook_brings_a_look_forward_and_never_makes_one_later():
+async def test_a_webhook_brings_a_look_forward():
     policy = STEADY.model_copy(update={"initial": 60.0, "max_interval": 5.0})
     alone = World(steps((83, RUNNING)))
     await alone.wait(policy)
@@ -210,7 +210,7 @@ async def test_a_webhook_brings_a_look_forward_and_never_makes_one_later():
     factor=st.floats(1, 3),
     longest=st.floats(0.5, 100),
 )
-async def test_with_webhooks_the_end_is_seen_within_a_pause_that_the_policy_knows(
+async def test_webhooks_make_no_look_later(
     end: float, news: list[float], initial: float, factor: float, longest: float
 ):
     policy = STEADY.model_copy(update={"initial": initial, "factor": factor, "max_interval": longest})
@@ -219,13 +219,13 @@ async def test_with_webhooks_the_end_is_seen_within_a_pause_that_the_policy_know
     assert world.looks[-1] <= max(initial, end + longest) + 1e-6
 
 
-async def test_a_change_of_state_after_a_long_first_pause_does_not_bring_it_back():
+async def test_a_long_first_pause_comes_once():
     world = World(steps((60, PENDING), (83, RUNNING)))
     await world.wait(STEADY.model_copy(update={"initial": 60.0, "max_interval": 5.0}))
     assert world.looks == [60, 65, 70, 75, 80, 85]
 
 
-async def test_a_laptop_that_slept_between_two_failed_looks_has_not_been_asking():
+async def test_time_asleep_is_no_time_of_errors():
     looks: list[float] = []
 
     def at(seconds: float) -> Seen:
@@ -365,7 +365,7 @@ async def test_what_comes_of_a_wait(case: Case):
 
 
 @pytest.mark.parametrize("phase", ["running", "human"])
-async def test_an_error_about_a_budget_says_what_was_seen_last_and_whether_the_crew_was_stopped(phase: str):
+async def test_a_timeout_says_the_last_state_and_stop(phase: str):
     world = World(each([RUNNING]), stops=phase)
     with pytest.raises(CrewTimeoutError) as caught:
         await world.wait(STEADY.model_copy(update={"timeout": 25.0}))
@@ -387,7 +387,7 @@ async def test_people_may_get_more_time():
     assert world.looks[-1] == 260, "seen from 10 on"
 
 
-async def test_a_persons_turn_that_ends_with_the_run_is_no_news_and_counts():
+async def test_a_persons_turn_may_end_with_the_run():
     world = World(each([WAITING, COMPLETED]))
     phases = Phases(kicked_off_at=world.started)
     await world.wait(phases=phases)

@@ -75,7 +75,7 @@ STATUS = CrewStatus(
 )
 
 
-def test_secrets_are_masked_in_every_text_of_a_status_and_of_the_inputs_and_words_of_the_api_stay():
+def test_secrets_are_masked_in_every_text():
     run = secretive({"password": "hunter22", "url": "https://me:hunter22@x.test", "note": "the-token"})
     masked = run.redact_status(STATUS)
     assert "hunter22" not in repr(masked) + masked.model_dump_json()
@@ -97,7 +97,7 @@ def test_secrets_are_masked_in_every_text_of_a_status_and_of_the_inputs_and_word
     [secretive(None), LiveRun(crew(), "r1", record(secret_inputs=["password"]))],
     ids=["of the block", "of the record"],
 )
-def test_where_the_secrets_are_not_known_no_text_is_shown(run: LiveRun):
+def test_unknown_secrets_show_no_text(run: LiveRun):
     assert (run.is_blind, run.show, run.redact_text("hunter22 failed")) == (True, "summary", WITHHELD)
     assert (run.redact_name("task-1"), run.redact_name("log in as hunter22")) == ("task-1", "(withheld)")
     masked = run.redact_status(STATUS)
@@ -108,7 +108,7 @@ def test_where_the_secrets_are_not_known_no_text_is_shown(run: LiveRun):
     assert "withheld" in shown
 
 
-def test_a_call_that_finds_a_run_does_not_know_the_secrets_that_it_was_started_with():
+def test_a_reattached_call_does_not_know_the_secrets():
     started = record().model_copy(update={"secret_inputs": ["pin"]})
     run = LiveRun(crew(), "r1", started, asked({"text": "a", "pin": "5678"}, "pin"), is_found=True)
     assert "1234" not in run.redact_text("log in with 1234")
@@ -120,14 +120,14 @@ def test_a_call_that_finds_a_run_does_not_know_the_secrets_that_it_was_started_w
     assert plain.redact_text("a text") == WITHHELD
 
 
-def test_a_new_token_is_a_secret_as_well_as_the_old_one():
+def test_old_and_new_tokens_are_secret():
     run = LiveRun(crew(), "r1", request=asked({}))
     assert run.redact("the-token, the-other-token") == f"{MASK}, the-other-token"
     run.session.crew = run.crew.with_token(SecretStr("the-other-token"))
     assert run.redact("the-token, the-other-token") == f"{MASK}, {MASK}"
 
 
-def test_the_repr_of_a_run_has_nothing_that_its_crew_or_its_caller_said():
+def test_the_repr_of_a_run_shows_no_text():
     webhooks = Webhooks(task="https://hooks.test/pass-1234")
     request = asked({"text": "pass-1234"}, meta={"a": "pass-1234"}, webhooks=webhooks)
     run = LiveRun(crew(), "r1", record(), request)
@@ -145,7 +145,7 @@ def test_a_live_run_is_not_pickled():
 
 
 @pytest.mark.usefixtures("prefect_api")
-async def test_a_record_that_is_read_is_not_of_this_process_and_what_no_record_has_stays():
+async def test_a_read_record_is_not_of_this_process():
     webhooks = Webhooks(crew="https://hooks.test/mine")
     request = asked({"pin": "4711"}, "pin", webhooks=webhooks)
     run = LiveRun(crew(), "r1", record(), request, owned=True)
@@ -164,7 +164,7 @@ async def test_a_record_that_is_read_is_not_of_this_process_and_what_no_record_h
         await read_record(other)
 
 
-async def test_a_record_that_cannot_be_read_may_name_secret_inputs(monkeypatch: pytest.MonkeyPatch):
+async def test_an_unread_record_may_name_secrets(monkeypatch: pytest.MonkeyPatch):
     async def away(*_: Any) -> None:
         raise httpx.ConnectError("away")
 
@@ -191,7 +191,7 @@ async def test_a_record_that_cannot_be_read_may_name_secret_inputs(monkeypatch: 
         ("running", NoResultError),
     ],
 )
-def test_any_other_state_is_raised_and_never_returned(state: str, kind: type[CrewError]):
+def test_a_state_without_a_result_is_raised(state: str, kind: type[CrewError]):
     run = secretive({"password": "hunter22"})
     with pytest.raises(kind, match="r1 of crew travel") as caught:
         result_of(run, STATUS.model_copy(update={"state": CrewState(state)}))
@@ -237,7 +237,7 @@ class FromReport(BaseModel):
         return data["report"]
 
 
-def test_a_validator_that_raises_whatever_it_likes_is_a_misfit():
+def test_a_validators_error_is_a_misfit():
     with pytest.raises(OutputTypeError) as caught:
         parse_data(result('{"other": 1}'), FromReport)
     assert caught.value.problems == ["FromReport: KeyError: 'report'"]
@@ -247,7 +247,7 @@ def test_a_validator_that_raises_whatever_it_likes_is_a_misfit():
     assert caught.value.problems == ["FromReport: KeyError"]
 
 
-def test_what_does_not_fit_is_shown_with_the_text():
+def test_a_misfit_shows_the_text():
     with pytest.raises(OutputTypeError) as caught:
         parse_data(result('{"city": 3}'), Trip)
     error = caught.value
@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_shown_with_the_text():
         parse_data(result("Lisbon, three days"), Trip)
 
 
-def test_a_message_shows_no_more_of_an_output_than_may_be_shown():
+def test_a_misfit_shows_no_hidden_output():
     with pytest.raises(OutputTypeError) as caught:
         parse_data(result('{"city": "hunter22"}'), Trip, run=secretive({"password": "hunter22"}))
     assert f'The text: {{"city": "{MASK}"}}' in str(caught.value)

@@ -108,7 +108,7 @@ def cancelled(
 
 @pytest.mark.usefixtures("quick_look")
 @pytest.mark.parametrize("mode", ["async", "sync"])
-def test_a_local_run_notices_its_cancellation_and_stops_the_crew(crew_server: CrewServerFactory, seen: Seen, mode: str):
+def test_a_local_run_notices_its_cancellation(crew_server: CrewServerFactory, seen: Seen, mode: str):
     server, idempotency_key = crew_server(slow(60)), key()
     call = partial(arun_crew if mode == "async" else run_crew, server.crew(), idempotency_key=idempotency_key)
     error, flow_run_id = cancelled(server, seen, call, mode=mode)
@@ -120,7 +120,7 @@ def test_a_local_run_notices_its_cancellation_and_stops_the_crew(crew_server: Cr
 
 
 @pytest.mark.usefixtures("quick_look")
-def test_who_cancels_a_flow_means_its_subflows_too(crew_server: CrewServerFactory, seen: Seen):
+def test_cancelling_a_flow_stops_its_subflows(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60))
 
     @flow
@@ -133,7 +133,7 @@ def test_who_cancels_a_flow_means_its_subflows_too(crew_server: CrewServerFactor
 
 
 @pytest.mark.usefixtures("quick_look")
-def test_two_waits_for_one_run_stop_it_once(crew_server: CrewServerFactory, seen: Seen):
+def test_two_waits_stop_a_run_once(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key, ends = crew_server(slow(60), faults=["stop:latency=0.5"]), key(), list[Any]()
 
     async def two() -> None:
@@ -146,7 +146,7 @@ def test_two_waits_for_one_run_stop_it_once(crew_server: CrewServerFactory, seen
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
-def test_a_stop_is_on_record_before_it_is_sent(crew_server: CrewServerFactory, seen: Seen):
+def test_a_stop_is_recorded_before_it_is_sent(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60), faults=["stop:500"])
     asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
     record = seen.record(next(iter(server.kickoffs_by_key)))
@@ -154,7 +154,7 @@ def test_a_stop_is_on_record_before_it_is_sent(crew_server: CrewServerFactory, s
 
 
 @pytest.mark.usefixtures("quick_look")
-def test_a_cancelled_flow_that_goes_on_starts_nothing_more(crew_server: CrewServerFactory, seen: Seen):
+def test_a_cancelled_flow_starts_nothing_more(crew_server: CrewServerFactory, seen: Seen):
     server, errors = crew_server(slow(60)), list[CrewError]()
 
     async def trips() -> None:
@@ -174,7 +174,7 @@ WITHIN_A_LONG_PAUSE = WaitPolicy(initial=0.1, factor=1000, max_interval=300)
 
 
 @pytest.mark.usefixtures("quick_look")
-def test_a_cancellation_is_noticed_while_the_crews_server_is_in_trouble(crew_server: CrewServerFactory, seen: Seen):
+def test_a_cancellation_is_noticed_in_trouble(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60), faults=["status:429@1-"])
     error, _ = cancelled(server, seen, lambda: arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
     assert isinstance(error, CrewStoppedError)
@@ -182,7 +182,7 @@ def test_a_cancellation_is_noticed_while_the_crews_server_is_in_trouble(crew_ser
 
 
 @pytest.mark.usefixtures("quick_look")
-def test_a_cancellation_is_noticed_within_a_long_pause(
+def test_a_cancellation_is_noticed_in_a_pause(
     crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])
@@ -193,7 +193,7 @@ def test_a_cancellation_is_noticed_within_a_long_pause(
 
 
 @pytest.mark.usefixtures("quick_look")
-def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServerFactory, seen: Seen):
+def test_a_crew_without_stop_runs_on(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server(slow(60), stop=False), key()
     error, flow_run_id = cancelled(server, seen, lambda: arun_crew(server.crew(), idempotency_key=idempotency_key))
     assert not isinstance(error, CrewStoppedError)
@@ -208,9 +208,7 @@ def test_a_crew_without_stop_is_said_to_run_on_and_where(crew_server: CrewServer
 
 @pytest.mark.usefixtures("quick_look")
 @pytest.mark.parametrize("what", ["the flow run that started it", "a flow run that waits for it as well"])
-def test_a_run_that_two_flow_runs_wait_for_is_stopped_with_the_one_that_started_it(
-    crew_server: CrewServerFactory, seen: Seen, what: str
-):
+def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen: Seen, what: str):
     is_owner = what == "the flow run that started it"
     server, idempotency_key = crew_server(slow(60 if is_owner else 8)), key()
     ended, ids, before = list[Any](), list[str](), list[int]()
@@ -249,9 +247,7 @@ def test_a_run_that_two_flow_runs_wait_for_is_stopped_with_the_one_that_started_
 
 @pytest.mark.usefixtures("quick_look")
 @pytest.mark.parametrize("owner", ["ended", "a subflow of a cancelled flow run"])
-def test_a_run_whose_flow_run_has_ended_is_stopped_with_the_one_that_waits_for_it(
-    crew_server: CrewServerFactory, seen: Seen, owner: str
-):
+def test_a_run_without_owner_stops_with_its_waiter(crew_server: CrewServerFactory, seen: Seen, owner: str):
     server, kickoff_ids, ids = crew_server(slow(60)), list[str](), list[str]()
 
     @flow
@@ -271,9 +267,7 @@ def test_a_run_whose_flow_run_has_ended_is_stopped_with_the_one_that_waits_for_i
 
 
 @pytest.mark.usefixtures("quick_look")
-def test_a_prefect_api_that_does_not_say_is_no_cancellation(
-    crew_server: CrewServerFactory, prefect_server: PrefectServer
-):
+def test_a_silent_prefect_api_is_no_cancellation(crew_server: CrewServerFactory, prefect_server: PrefectServer):
     server = crew_server(Held(until=lambda _: proxy.count("GET /api/flow_runs") > 2))
 
     @flow
@@ -291,7 +285,7 @@ def test_a_prefect_api_that_does_not_say_is_no_cancellation(
 
 
 @pytest.mark.usefixtures("quick_look")
-def test_a_flow_run_that_is_retried_after_its_cancellation_may_complete(crew_server: CrewServerFactory, seen: Seen):
+def test_a_retried_flow_run_may_complete(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60))
 
     async def two() -> None:
@@ -337,7 +331,7 @@ async def cancelled_midway(server: Any, seen: Seen, kind: str | None, *, at: str
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
-def test_a_cancelled_flow_run_stops_its_crew_once(crew_server: CrewServerFactory, seen: Seen):
+def test_a_cancelled_flow_run_stops_its_crew(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60))
     asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
     assert server.requests["stop"] == 1
@@ -348,16 +342,14 @@ def test_a_cancelled_flow_run_stops_its_crew_once(crew_server: CrewServerFactory
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
-def test_a_stop_at_a_timeout_is_not_followed_by_a_second_one_where_the_wait_is_cancelled_at_that_moment(
-    crew_server: CrewServerFactory, seen: Seen
-):
+def test_a_stop_at_a_timeout_is_sent_once(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60), faults=["stop:latency=20"])
     asyncio.run(cancelled_midway(server, seen, "CANCELLING", at="stop", timeout=0.2, on_timeout="stop"))
     assert server.requests["stop"] == 1
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
-def test_a_worker_that_shuts_down_leaves_the_crew_running(crew_server: CrewServerFactory, seen: Seen):
+def test_a_worker_shutdown_leaves_the_crew_running(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60))
     flow_run_id = asyncio.run(cancelled_midway(server, seen, None))
     assert server.requests["stop"] == 0
@@ -370,7 +362,7 @@ def test_a_worker_that_shuts_down_leaves_the_crew_running(crew_server: CrewServe
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
-def test_a_server_that_cannot_be_asked_to_stop_leaves_a_line(crew_server: CrewServerFactory, seen: Seen):
+def test_a_failed_stop_is_logged(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60), faults=["stop:500"])
     flow_run_id = asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
     assert server.requests["stop"] == 1
@@ -378,7 +370,7 @@ def test_a_server_that_cannot_be_asked_to_stop_leaves_a_line(crew_server: CrewSe
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
-def test_a_run_that_ended_at_that_moment_is_closed_by_whoever_sees_its_end(crew_server: CrewServerFactory, seen: Seen):
+def test_a_run_that_ended_meanwhile_stays_open(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60), faults=["stop:latency=0.5"])
     idempotency_key: list[str] = []
 
@@ -468,7 +460,7 @@ def script(prefect_server: PrefectServer, tmp_path: Path) -> Any:
         ("sync flow in an async one", "waiting"),
     ],
 )
-def test_ctrl_c_leaves_the_crew_running_and_says_how_to_stop_it(
+def test_ctrl_c_leaves_the_crew_running(
     crew_server: CrewServerFactory, script: Any, seen: Seen, kind: str, moment: str
 ):
     faults = ["kickoff:latency=2", "kickoff:stuck"] if moment == "posting" else ["kickoff:stuck"]
@@ -487,9 +479,7 @@ def test_ctrl_c_leaves_the_crew_running_and_says_how_to_stop_it(
 
 
 @pytest.mark.programs
-def test_the_key_in_the_log_finds_the_run_of_a_script_that_gave_none(
-    crew_server: CrewServerFactory, script: Any, tmp_path: Path
-):
+def test_the_logged_key_finds_the_run(crew_server: CrewServerFactory, script: Any, tmp_path: Path):
     server = crew_server(slow(20))
     process = script(server, "")
     wait_until(lambda: server.requests["status"])
@@ -502,9 +492,7 @@ def test_the_key_in_the_log_finds_the_run_of_a_script_that_gave_none(
 
 
 @pytest.mark.programs
-def test_sigterm_to_a_script_leaves_the_crew_running_to_be_found_again(
-    crew_server: CrewServerFactory, script: Any, seen: Seen
-):
+def test_sigterm_leaves_the_crew_running(crew_server: CrewServerFactory, script: Any, seen: Seen):
     server, idempotency_key = crew_server(slow(20)), key()
     process = script(server, idempotency_key)
     wait_until(lambda: server.requests["status"])
@@ -531,9 +519,7 @@ async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory)
         await run.await_for_completion()
 
 
-async def test_a_status_call_that_hangs_does_not_undo_a_stop(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_hanging_status_undoes_no_stop(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stop, "LOOK_WITHIN", 0.2)
     run = await crew_server(slow(60), faults=["status:timeout"]).crew().atrigger({})
     async with asyncio.timeout(5):
@@ -560,7 +546,7 @@ async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFac
     ],
     ids=["ended", "no stop"],
 )
-async def test_what_cannot_be_stopped_is_an_answer_and_changes_nothing(
+async def test_a_refused_stop_changes_nothing(
     crew_server: CrewServerFactory, script: str, options: dict[str, Any], outcome: StopOutcome, of_nobody: StopOutcome
 ):
     server = crew_server(script, **options)
@@ -593,7 +579,7 @@ async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFa
     assert (await run.astop()).accepted
 
 
-async def test_a_stop_that_cannot_be_recorded_is_reported(
+async def test_an_unrecorded_stop_is_reported(
     crew_server: CrewServerFactory, prefect_server: PrefectServer, caplog: pytest.LogCaptureFixture
 ):
     run = await crew_server(slow(60)).crew().atrigger({})
@@ -636,9 +622,7 @@ async def open_ids(flow_run_id: uuid.UUID) -> set[str]:
         }
 
 
-async def test_the_runs_of_a_flow_run_are_found_by_its_artifacts(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_runs_are_found_by_artifacts(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stop, "LATEST", 0)
     server = crew_server(slow(60))
     await kickoff_crew(server.crew())  # somebody else's
@@ -649,7 +633,7 @@ async def test_the_runs_of_a_flow_run_are_found_by_its_artifacts(
 
 
 @pytest.mark.parametrize("most", [stop.LATEST, 0], ids=["by what changed last", "not without a look there"])
-def test_a_run_whose_process_died_before_its_artifact_was_made_is_found(
+def test_a_run_without_artifact_is_found(
     crew_server: CrewServerFactory, prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch, most: int
 ):
     monkeypatch.setattr(stop, "LATEST", most)
@@ -661,7 +645,7 @@ def test_a_run_whose_process_died_before_its_artifact_was_made_is_found(
     assert asyncio.run(open_ids(flow_run_id)) == (set(kickoff_ids) if most else set())
 
 
-async def test_the_search_among_what_changed_last_goes_back_to_the_begin_of_the_flow_run(
+async def test_the_search_goes_back_to_the_flow_runs_start(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(stop, "FIRST_LATEST", 1)
@@ -675,9 +659,7 @@ async def test_the_search_among_what_changed_last_goes_back_to_the_begin_of_the_
         assert await stop._latest_claims(client, utcnow() + timedelta(minutes=1), owners) == []
 
 
-def test_what_is_read_for_a_flow_run_does_not_grow_with_the_records(
-    crew_server: CrewServerFactory, prefect_server: PrefectServer
-):
+def test_the_search_does_not_grow_with_records(crew_server: CrewServerFactory, prefect_server: PrefectServer):
     flow_run_id, *_ = asyncio.run(started(crew_server(slow(60))))
     with through(prefect_server) as proxy:
         asyncio.run(open_ids(flow_run_id))

@@ -70,7 +70,7 @@ async def ended(run: CrewRun) -> Any:
 # Ends
 
 
-async def test_a_completed_run_gives_its_whole_result_and_closes_its_record(crew_server: CrewServerFactory):
+async def test_a_completed_run_gives_its_result(crew_server: CrewServerFactory):
     server = crew_server("travel", speed=100, response_format="union")
     inputs = {"budget": "1000 USD", "interests": "food", "duration": "2 days", "age": "30"}
     run = await server.crew().atrigger(inputs)
@@ -87,7 +87,7 @@ async def test_a_completed_run_gives_its_whole_result_and_closes_its_record(crew
     assert record.kicked_off_at <= record.ended_at
 
 
-async def test_a_failed_run_raises_the_crews_own_error(crew_server: CrewServerFactory):
+async def test_a_failed_run_raises_the_crews_error(crew_server: CrewServerFactory):
     run = await crew_server(FAILS).crew().atrigger({})
     with pytest.raises(CrewFailedError, match="failed: the search engine is down") as caught:
         await run.await_for_completion()
@@ -98,7 +98,7 @@ async def test_a_failed_run_raises_the_crews_own_error(crew_server: CrewServerFa
         await run.afetch_result()
 
 
-async def test_a_call_that_may_start_no_more_says_so_once_it_has_waited(crew_server: CrewServerFactory):
+async def test_a_failure_without_attempts_left_says_so(crew_server: CrewServerFactory):
     crew, idempotency_key = crew_server(FAILS).crew(max_attempts=1), key()
     for advice in ("This was attempt 1 of at most 1", "Nothing was started: crew"):
         run = await crew.atrigger({}, idempotency_key=idempotency_key)
@@ -106,7 +106,7 @@ async def test_a_call_that_may_start_no_more_says_so_once_it_has_waited(crew_ser
             await run.await_for_completion()
 
 
-async def test_a_run_that_the_server_forgets_is_lost_and_not_started_again(crew_server: CrewServerFactory):
+async def test_a_forgotten_run_is_lost(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(slow(60), faults=["status:forgotten@3"]), key()
     run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     with pytest.raises(CrewLostError, match="last seen running") as caught:
@@ -118,7 +118,7 @@ async def test_a_run_that_the_server_forgets_is_lost_and_not_started_again(crew_
     assert server.kickoffs == 1
 
 
-async def test_a_run_whose_key_is_a_template_is_waited_for_twice_with_one_record(crew_server: CrewServerFactory):
+async def test_a_templated_key_has_one_record(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "done"}))
     options = RunOptions.of(idempotency_key=key() + "-{scheduled_start:%Y}")
     run = await open_run(RunRequest.of(server.crew().crew, Inputs.of(None), options))
@@ -128,7 +128,7 @@ async def test_a_run_whose_key_is_a_template_is_waited_for_twice_with_one_record
     assert server.requests["status"] == looks, "the record has the result"
 
 
-async def test_an_end_is_reported_by_the_wait_that_writes_it_down_although_it_is_cancelled_meanwhile(
+async def test_a_cancelled_wait_reports_the_end_it_writes(
     crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ):
     end, ending = PrefectRecords.end, asyncio.Event()
@@ -150,9 +150,7 @@ async def test_an_end_is_reported_by_the_wait_that_writes_it_down_although_it_is
     assert [event["event"] for event in events].count("crew.completed") == 1
 
 
-async def test_a_cancelled_wait_does_not_wait_for_an_end_that_cannot_be_written_down(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_cancelled_wait_leaves_a_stuck_write(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
     async def slow_end(*_: Any, **__: Any) -> bool:
         ending.set()
         await asyncio.sleep(60)
@@ -181,7 +179,7 @@ def away_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["trigger", "tasks"])
-async def test_a_run_that_this_process_has_started_is_closed_although_its_record_could_not_be_read_at_first(
+async def test_an_own_run_is_closed_after_a_failed_read(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, way: str
 ):
     @flow
@@ -202,9 +200,7 @@ async def test_a_run_that_this_process_has_started_is_closed_although_its_record
     assert (await record_of(kickoff_id)).phase is RecordPhase.ENDED
 
 
-async def test_a_record_that_could_not_be_read_at_first_is_read_at_the_end(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_record_is_read_again_at_the_end(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
     crew = crew_server(script({"output": "done"})).crew()
     run = await crew.atrigger({})
     away_once(monkeypatch, "of_kickoff")
@@ -212,7 +208,7 @@ async def test_a_record_that_could_not_be_read_at_first_is_read_at_the_end(
     assert (await record_of(run.kickoff_id)).phase is RecordPhase.ENDED
 
 
-async def test_the_tasks_of_a_users_own_flow_know_what_the_kickoff_was_given(
+async def test_a_later_task_knows_the_kickoffs_inputs(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, seen: Seen
 ):
     async def not_named(*_: Any) -> None:
@@ -244,7 +240,7 @@ async def test_the_tasks_of_a_users_own_flow_know_what_the_kickoff_was_given(
 # Time
 
 
-async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_server: CrewServerFactory):
+async def test_a_timeout_leaves_the_crew_running(crew_server: CrewServerFactory):
     held = Held()
     server, idempotency_key = crew_server(held), key()
     run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
@@ -259,7 +255,7 @@ async def test_a_timeout_leaves_the_crew_running_and_says_how_to_go_on(crew_serv
     assert (result.output, server.kickoffs) == ("done", 1)
 
 
-async def test_a_run_that_ended_while_nobody_waited_has_its_result_although_its_time_is_over(
+async def test_an_ended_run_has_its_result_after_its_time(
     crew_server: CrewServerFactory,
 ):
     held = Held()
@@ -276,9 +272,7 @@ async def test_a_run_that_ended_while_nobody_waited_has_its_result_although_its_
     assert (await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))).output == "done"
 
 
-async def test_a_task_timeout_ends_the_wait_at_once_and_leaves_the_crew_running(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
-):
+async def test_a_task_timeout_ends_the_wait_at_once(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
     server = crew_server("echo", faults=["kickoff:stuck"])
     wait_with_timeout = wait_for_crew.with_options(timeout_seconds=0.5)
 
@@ -303,7 +297,7 @@ async def test_a_task_timeout_ends_the_wait_at_once_and_leaves_the_crew_running(
     ],
     ids=["stop", "no stop", "a server that fails"],
 )
-async def test_a_crew_that_is_over_its_time_can_be_stopped(
+async def test_a_late_crew_can_be_stopped(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, options: dict[str, Any], says: str
 ):
     server = crew_server(slow(60), **options)
@@ -321,7 +315,7 @@ async def test_a_crew_that_is_over_its_time_can_be_stopped(
 # People
 
 
-async def test_each_wait_for_a_person_is_reported_once_and_its_time_is_on_record(
+async def test_each_wait_for_a_person_is_reported_once(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
     # Of no length, so that all of the timeout is for a slow machine.
@@ -353,7 +347,7 @@ async def test_each_wait_for_a_person_is_reported_once_and_its_time_is_on_record
 # Results that the record does not hold
 
 
-async def test_a_result_that_is_too_large_to_be_stored_is_whole_for_the_caller_and_read_again_from_the_status(
+async def test_a_result_too_large_to_store_is_read_again(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(results, "LARGEST", 8000)
@@ -373,7 +367,7 @@ class Trip(BaseModel):
     days: int
 
 
-async def test_a_result_that_does_not_fit_is_kept_and_its_run_is_not_started_again(crew_server: CrewServerFactory):
+async def test_a_misfitting_result_is_kept(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(script({"output": '{"city": "Lisbon"}'})), key()
     with pytest.raises(
         OutputTypeError, match=r"does not fit Trip: days: Field required.*The text: \{\"city\""
@@ -394,13 +388,13 @@ async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> 
         return server, CrewRun(server.crew(), await client.kickoff({}))
 
 
-async def test_a_run_that_was_kicked_off_elsewhere_is_waited_for_without_a_record(crew_server: CrewServerFactory):
+async def test_a_foreign_run_needs_no_record(crew_server: CrewServerFactory):
     _, run = await foreign(crew_server, slow(0.1))
     assert (await ended(run)).output == "done"
     assert await RECORDS.of_kickoff(run.kickoff_id) is None
 
 
-def test_two_flow_runs_wait_for_one_run_and_its_end_is_reported_once(crew_server: CrewServerFactory, seen: Seen):
+def test_the_end_of_a_shared_run_is_reported_once(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server(slow(0.6)), key()
 
     @flow
@@ -432,9 +426,7 @@ def test_a_timeout_and_a_loss_are_events(crew_server: CrewServerFactory, seen: S
 # What is logged
 
 
-async def test_the_log_tells_each_task_once_and_no_poll(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
-):
+async def test_the_log_has_each_task_once(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
     # Each task goes on until it has been seen several times.
     seen_often = Held("task_1", "task_2", "task_3", until=lambda number: server.requests["status"] >= 5 * number)
     server = crew_server(seen_often)
@@ -450,7 +442,7 @@ async def test_the_log_tells_each_task_once_and_no_poll(
     assert server.requests["status"] > 10
 
 
-async def test_an_unknown_state_is_said_once_and_counts_as_running_and_progress_may_be_a_share(
+async def test_an_unknown_state_counts_as_running(
     caplog: pytest.LogCaptureFixture,
 ):
     """No server of ours has such a word, and ours counts tasks, so one answers here that does."""
@@ -470,7 +462,7 @@ async def test_an_unknown_state_is_said_once_and_counts_as_running_and_progress_
 # Others
 
 
-async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
+async def test_a_late_crew_of_another_flow_run_runs_on(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):
     server, idempotency_key = crew_server(slow(3)), key()
@@ -493,7 +485,7 @@ async def test_a_late_crew_that_another_flow_run_waits_for_is_not_stopped(
 
 
 @pytest.mark.parametrize("fault", ["500", "429=0.05", "html", "drop", "redirect"])
-async def test_trouble_with_the_status_call_does_not_end_the_wait(
+async def test_trouble_with_the_status_ends_no_wait(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, fault: str
 ):
     server = crew_server(slow(0.2), faults=[f"status:{fault}@1-3", f"status:{fault}@5"])
@@ -504,7 +496,7 @@ async def test_trouble_with_the_status_call_does_not_end_the_wait(
     assert "the status call answers again" in caplog.text
 
 
-async def test_errors_end_the_wait_in_the_end_and_the_run_is_found_again(crew_server: CrewServerFactory):
+async def test_lasting_errors_end_the_wait(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo", faults=["status:500"]), key()
     run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     with pytest.raises(CrewError, match="500") as caught:
@@ -526,7 +518,7 @@ async def shown(seen: Seen, server: CrewServer, crew: DeployedCrew) -> str:
     return next((page["data"] for page in pages if ids and ids[0] in page["description"]), "")
 
 
-async def test_a_run_that_lasts_has_its_page_before_the_first_look(
+async def test_a_page_comes_before_the_first_look(
     crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(polling, "fast_intervals", [])
@@ -544,7 +536,7 @@ async def test_a_run_that_lasts_has_its_page_before_the_first_look(
         await running
 
 
-async def test_a_page_that_waits_for_its_turn_does_not_keep_the_wait_from_polling(
+async def test_a_late_page_does_not_hold_the_polls(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, proxy: Proxy
 ):
     monkeypatch.setattr(wait_module, "SHOW_EVERY", 0.0)
@@ -558,7 +550,7 @@ async def test_a_page_that_waits_for_its_turn_does_not_keep_the_wait_from_pollin
     assert (await running).output == "done"
 
 
-async def test_a_page_whose_turn_comes_after_the_end_is_written_once(
+async def test_a_page_after_the_end_is_written_once(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, proxy: Proxy, seen: Seen
 ):
     free, take, asked = asyncio.Event(), prefect_api._Turns.turn, 0
@@ -592,7 +584,7 @@ async def test_a_page_whose_turn_comes_after_the_end_is_written_once(
         ("none", "gives no answer"),
     ],
 )
-async def test_what_a_server_says_in_place_of_a_status_is_shown_only_where_all_is(
+async def test_an_odd_status_is_shown_where_all_is(
     crew_server: CrewServerFactory, seen: Seen, show: Any, page_has: str
 ):
     server = crew_server(slow(60), faults=["status:html"])
@@ -607,9 +599,7 @@ async def test_what_a_server_says_in_place_of_a_status_is_shown_only_where_all_i
 # Tokens
 
 
-async def test_a_token_that_is_rotated_during_the_wait_is_taken_up(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
-):
+async def test_a_rotated_token_is_taken_up(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
     server, name = crew_server(slow(60)), f"rotated-{uuid.uuid4().hex[:8]}"
     await asyncio.to_thread(server.crew().save, name)
     run = await (await DeployedCrew.aload(name)).atrigger({})
@@ -629,7 +619,7 @@ async def test_a_token_that_is_rotated_during_the_wait_is_taken_up(
         await waiting
 
 
-async def test_a_refused_token_ends_the_wait_and_keeps_the_run(crew_server: CrewServerFactory):
+async def test_a_refused_token_keeps_the_run(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(slow(0.3)), key()
     run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     server.token = "the-new-token"
@@ -643,9 +633,7 @@ async def test_a_refused_token_ends_the_wait_and_keeps_the_run(crew_server: Crew
 # A Prefect API that is away
 
 
-async def test_a_prefect_api_that_is_away_for_a_while_does_not_end_the_wait(
-    crew_server: CrewServerFactory, proxy: Proxy
-):
+async def test_an_absent_prefect_api_ends_no_wait(crew_server: CrewServerFactory, proxy: Proxy):
     held = Held("task_1", "task_2", "task_3")
     server = crew_server(held)
 
@@ -666,9 +654,7 @@ async def test_a_prefect_api_that_is_away_for_a_while_does_not_end_the_wait(
     assert record.phase is RecordPhase.ENDED
 
 
-async def test_a_note_that_cannot_be_saved_does_not_keep_the_wait_from_polling(
-    crew_server: CrewServerFactory, proxy: Proxy
-):
+async def test_an_unsaved_note_does_not_hold_the_polls(crew_server: CrewServerFactory, proxy: Proxy):
     server = crew_server(script({"name": "draft", "output": "a draft", "human": True}), response_format="union")
     run = await server.crew().atrigger({})
     proxy.refuse, proxy.answer = "PATCH /api/variables", "503"
@@ -690,7 +676,7 @@ async def test_a_note_that_cannot_be_saved_does_not_keep_the_wait_from_polling(
     ],
     ids=["saving", "finding", "showing"],
 )
-async def test_whatever_prefect_refuses_the_result_is_there(
+async def test_a_refusing_prefect_costs_no_result(
     crew_server: CrewServerFactory, proxy: Proxy, caplog: pytest.LogCaptureFixture, refused: str, says: str
 ):
     server = crew_server(slow(0.2))
@@ -704,14 +690,14 @@ async def test_whatever_prefect_refuses_the_result_is_there(
 # Runs without a record
 
 
-async def test_without_a_record_a_late_crew_can_be_stopped(crew_server: CrewServerFactory):
+async def test_a_late_crew_without_record_is_stopped(crew_server: CrewServerFactory):
     server, run = await foreign(crew_server, slow(60))
     with pytest.raises(CrewTimeoutError, match="It was stopped"):
         await run.await_for_completion(STOPPING)
     assert server.requests["stop"] == 1
 
 
-async def test_without_a_record_a_cancelled_wait_leaves_the_crew_alone(crew_server: CrewServerFactory):
+async def test_a_cancelled_wait_without_record_stops_nothing(crew_server: CrewServerFactory):
     server, run = await foreign(crew_server, slow(60))
     waiting = asyncio.ensure_future(run.await_for_completion())
     await until(lambda: server.requests["status"] > 0, "it is waited for")

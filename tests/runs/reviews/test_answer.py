@@ -65,7 +65,7 @@ async def _kicked_off(crew: DeployedCrew) -> str:
     return await start()
 
 
-async def test_an_answer_that_arrived_without_a_word_is_not_sent_again_and_the_run_goes_on() -> None:
+async def test_an_uncertain_answer_is_not_sent_again() -> None:
     asked: list[int] = []
 
     def judge(request: ReviewRequest) -> Review:
@@ -87,7 +87,7 @@ async def test_an_answer_that_arrived_without_a_word_is_not_sent_again_and_the_r
         assert (len(server.resumes), server.kickoffs) == (1, 1)
 
 
-async def test_once_the_crew_went_on_its_next_question_is_answered_though_the_answer_before_is_uncertain() -> None:
+async def test_the_question_after_an_uncertain_answer() -> None:
     async with asking(rounds=2, fails={1: 502}) as (server, crew):
         with pytest.raises(CrewError):
             await run_of(crew, lambda _: APPROVED)
@@ -96,7 +96,7 @@ async def test_once_the_crew_went_on_its_next_question_is_answered_though_the_an
         assert [(one.outcome, one.moved_on) for one in await answers(crew)] == [("uncertain", True), ("sent", True)]
 
 
-async def test_where_only_time_tells_that_it_is_another_question_a_function_is_not_asked() -> None:
+async def test_time_alone_makes_no_question_for_functions() -> None:
     asked: list[tuple[int, Any]] = []
 
     def judge(request: ReviewRequest) -> Review:
@@ -116,7 +116,7 @@ async def test_where_only_time_tells_that_it_is_another_question_a_function_is_n
         assert len(server.resumes) == 2
 
 
-async def test_a_rejected_task_that_asks_again_in_the_same_words_is_the_next_round_after_a_while() -> None:
+async def test_a_repeated_question_is_the_next_round() -> None:
     asked: list[int] = []
 
     def judge(request: ReviewRequest) -> Review:
@@ -128,7 +128,7 @@ async def test_a_rejected_task_that_asks_again_in_the_same_words_is_the_next_rou
         assert (asked, [one["is_approve"] for one in server.resumes]) == ([1, 2], [False, True])
 
 
-async def test_a_retried_flow_does_not_answer_the_next_round_with_the_answer_of_the_last() -> None:
+async def test_a_retried_flow_answers_each_round_once() -> None:
     attempts: list[int] = []
 
     async with asking(rounds=2, shown=True) as (server, crew):
@@ -148,7 +148,7 @@ async def test_a_retried_flow_does_not_answer_the_next_round_with_the_answer_of_
 
 
 @pytest.mark.parametrize("on_record", [True, False])
-async def test_of_several_who_answer_at_once_one_does(on_record: bool) -> None:
+async def test_one_of_several_answers_is_sent(on_record: bool) -> None:
     async with asking(lag=30) as (server, crew):
         async with crew.client() as client:
             kickoff_id = await _kicked_off(crew) if on_record else await client.kickoff({})
@@ -158,7 +158,7 @@ async def test_of_several_who_answer_at_once_one_does(on_record: bool) -> None:
         assert sum(isinstance(one, CrewError) for one in outcomes) == 4, outcomes
 
 
-async def test_nothing_is_sent_while_the_answers_on_record_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unread_answers_send_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def away(*_: Any) -> list[Review]:
         raise httpx.ConnectError("away")
 
@@ -178,7 +178,7 @@ async def waits(server: Any, run: CrewRun) -> None:
         await asyncio.sleep(0.02)
 
 
-async def test_an_answer_is_for_the_task_that_the_status_names_and_a_refused_one_may_be_given_again(
+async def test_a_refused_answer_may_be_given_again(
     crew_server: CrewServerFactory,
 ):
     server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
@@ -193,7 +193,7 @@ async def test_an_answer_is_for_the_task_that_the_status_names_and_a_refused_one
 
 
 @pytest.mark.parametrize("state", ["completed", "unknown"])
-async def test_a_run_that_waits_for_nobody_takes_no_answer(crew_server: CrewServerFactory, state: str):
+async def test_a_run_without_a_question_takes_no_answer(crew_server: CrewServerFactory, state: str):
     server = crew_server("echo")
     run = await server.crew().atrigger({"text": "a"})
     await run.await_for_completion()
@@ -224,7 +224,7 @@ async def reviewed(crew: DeployedCrew, review: Any, key: str, **policy: Any) -> 
     await once()
 
 
-async def test_a_function_sees_what_the_webhook_brought(receiver: str) -> None:
+async def test_a_function_sees_the_webhooks_output(receiver: str) -> None:
     seen: list[str | None] = []
 
     def judge(request: ReviewRequest) -> Review:
@@ -239,7 +239,7 @@ async def test_a_function_sees_what_the_webhook_brought(receiver: str) -> None:
     assert [await kept_output(record, answers) for answers in (0, 1)] == [None, None], "nothing stays"
 
 
-async def test_what_the_webhook_brought_is_forgotten_though_the_answer_came_on_the_crews_page(receiver: str) -> None:
+async def test_the_webhooks_output_is_forgotten(receiver: str) -> None:
     key = f"judged/{uuid.uuid4()}"
     with CrewServer(SCRIPT) as server:
         crew = server.crew()
@@ -257,7 +257,7 @@ async def test_what_the_webhook_brought_is_forgotten_though_the_answer_came_on_t
     assert await kept_output(given[0], 0) is None
 
 
-async def test_the_command_line_sees_it_as_well_and_of_secret_inputs_nothing_is_kept(receiver: str) -> None:
+async def test_secret_inputs_keep_no_webhook_output(receiver: str) -> None:
     key = f"judged/{uuid.uuid4()}"
     with CrewServer(SCRIPT) as server:
         for crew, expected in ((server.crew(), "Draft 1 on tea."), (server.crew(secret_inputs=["topic"]), None)):
@@ -273,9 +273,7 @@ async def test_the_command_line_sees_it_as_well_and_of_secret_inputs_nothing_is_
 
 
 @pytest.mark.parametrize("response_format", ["documented", "union"])
-async def test_the_log_says_where_to_see_what_is_to_be_judged(
-    response_format: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_the_log_says_where_the_output_is(response_format: Any, caplog: pytest.LogCaptureFixture) -> None:
     with CrewServer(SCRIPT, response_format=response_format) as server, caplog.at_level(logging.WARNING):
         with pytest.raises(CrewTimeoutError):
             await reviewed(server.crew(page_url=PAGE), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)

@@ -57,7 +57,7 @@ def run_with(server: CrewServer, review: Any, key: str | None = None) -> Any:
     return once()
 
 
-async def test_a_function_chooses_an_outcome_and_it_goes_to_the_callback_once(hook: ReviewWebhook) -> None:
+async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook) -> None:
     asked: list[ReviewRequest] = []
 
     def judge(request: ReviewRequest) -> Review:
@@ -79,7 +79,7 @@ async def test_a_function_chooses_an_outcome_and_it_goes_to_the_callback_once(ho
 
 
 @pytest.mark.parametrize("comes", [True, False])
-async def test_where_resume_refuses_the_request_is_waited_for_once(
+async def test_a_refused_resume_waits_for_the_request_once(
     comes: bool, prefect_api: Any, instant_polling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it does not come, the function is not asked for hours, at each look or minute."""
@@ -143,7 +143,7 @@ async def _kicked_off(crew: DeployedCrew, key: str) -> str:
     return kickoff_id
 
 
-async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_is_asked(hook: ReviewWebhook) -> None:
+async def test_an_uncertain_answer_is_held(hook: ReviewWebhook) -> None:
     key = f"flow/{uuid.uuid4()}"
     with CrewServer(SCRIPT, review_webhook=hook, faults=["resume:500-before-accept@1"]) as server:
         crew = server.crew()
@@ -173,7 +173,7 @@ async def test_an_answer_that_may_have_arrived_is_held_and_the_list_shows_what_i
         assert server.requests["resume"] == 1
 
 
-async def test_what_was_answered_elsewhere_is_refused_and_forgotten(hook: ReviewWebhook) -> None:
+async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook) -> None:
     key = f"flow/{uuid.uuid4()}"
     script = SCRIPT.model_dump(mode="json")
     script["tasks"].append({"name": "more", "seconds": 600, "output": ""})
@@ -225,7 +225,7 @@ async def test_the_latest_request_is_what_is_asked(hook: ReviewWebhook) -> None:
             assert await run_with(server, lambda _: Review(approve=True), key) == "Text."
 
 
-async def test_a_function_whose_answer_comes_after_that_on_the_platform_is_asked_the_next(hook: ReviewWebhook) -> None:
+async def test_a_late_function_is_asked_the_next_question(hook: ReviewWebhook) -> None:
     asked: list[str] = []
 
     async def judge(request: ReviewRequest) -> Review:
@@ -240,7 +240,7 @@ async def test_a_function_whose_answer_comes_after_that_on_the_platform_is_asked
 
 
 @pytest.mark.parametrize("ends", [True, False])
-async def test_what_was_answered_on_the_platform_is_forgotten_with_its_run(ends: bool, hook: ReviewWebhook) -> None:
+async def test_a_platforms_answer_goes_with_its_run(ends: bool, hook: ReviewWebhook) -> None:
     key = f"flow/{uuid.uuid4()}"
     with CrewServer(TWO, review_webhook=hook) as server:
         kickoff_id = await _kicked_off(server.crew(), key)
@@ -252,7 +252,7 @@ async def test_what_was_answered_on_the_platform_is_forgotten_with_its_run(ends:
     assert await kept(kickoff_id) is None
 
 
-async def test_forgetting_an_answered_question_leaves_the_next_one(prefect_api: Any) -> None:
+async def test_forgetting_a_question_leaves_the_next(prefect_api: Any) -> None:
     """The next question may arrive before the one that was answered is forgotten."""
     first = parse_question(ask(id="r-1")["content"])
     assert first is not None
@@ -298,7 +298,7 @@ def ask(*, at: float | None = None, secret: str = REVIEW_SECRET, names: str = "X
         pytest.param(lambda: ask(event_type="other"), 200, 0, id="another-event"),
     ],
 )
-async def test_only_what_the_platform_has_signed_is_kept(
+async def test_only_signed_requests_are_kept(
     given: Callable[[], dict[str, Any]],
     status: int,
     kept: int,
@@ -314,7 +314,7 @@ async def test_only_what_the_platform_has_signed_is_kept(
     assert len(forwarder.questions) == kept
 
 
-def test_the_form_offers_what_the_flow_can_go_on_with() -> None:
+def test_the_form_offers_the_flows_options() -> None:
     question = parse_question(ask()["content"])
     assert question is not None
     form = ReviewForm.about(question, "text")
@@ -333,9 +333,7 @@ def test_the_form_offers_what_the_flow_can_go_on_with() -> None:
         (("reject", "denied"), []),
     ],
 )
-def test_the_form_records_the_outcome_that_is_called_so_as_an_approval(
-    options: tuple[str, ...], approving: list[str]
-) -> None:
+def test_the_form_knows_which_outcome_approves(options: tuple[str, ...], approving: list[str]) -> None:
     question = parse_question(ask(emit=options)["content"])
     assert question is not None
     form = ReviewForm.about(question, "text")

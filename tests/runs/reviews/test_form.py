@@ -142,7 +142,7 @@ class FlowRun:
         return self._outcome
 
 
-async def test_a_rejected_task_that_asks_again_in_the_same_words_gets_a_form_of_its_own_after_a_while() -> None:
+async def test_a_repeated_question_gets_its_own_form() -> None:
     asking = AskingServer(rounds=2, between=False)
     async with served(asking.app()) as url:
         crew = DeployedCrew(url=url, token="secret-token", wait=WaitPolicy(next_round_after=1.0))  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ async def test_a_rejected_task_that_asks_again_in_the_same_words_gets_a_form_of_
         assert [one["is_approve"] for one in asking.resumes] == [False, True]
 
 
-def test_the_form_shows_the_output_and_takes_each_answer_once(server: CrewServer, seen: Seen) -> None:
+def test_the_form_takes_each_answer_once(server: CrewServer, seen: Seen) -> None:
     crew = server.crew()
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
     first = run.form()
@@ -188,7 +188,7 @@ def test_the_form_shows_the_output_and_takes_each_answer_once(server: CrewServer
     assert "| draft | 2 | approved | Ada |" in page["data"]
 
 
-def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(server: CrewServer) -> None:
+def test_two_questions_of_a_flow_run_stand_in_line(server: CrewServer) -> None:
     crew = server.crew()
     ended: list[str] = []
 
@@ -216,7 +216,7 @@ def test_two_questions_of_one_flow_run_stand_in_line_while_other_runs_go_on(serv
     assert server.requests["resume"] == 3
 
 
-def test_an_answer_from_elsewhere_takes_the_form_back(server: CrewServer) -> None:
+def test_an_answer_from_elsewhere_ends_the_form(server: CrewServer) -> None:
     crew = server.crew()
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", idempotency_key=f"elsewhere {server.url}"))
     run.form()
@@ -231,9 +231,7 @@ def test_an_answer_from_elsewhere_takes_the_form_back(server: CrewServer) -> Non
 
 
 @pytest.mark.parametrize(("response_format", "seconds"), [("union", 0), ("documented", 2)])
-def test_an_answer_to_a_draft_that_was_rejected_on_the_crews_page_is_not_taken_for_the_next(
-    response_format: Any, seconds: float
-) -> None:
+def test_an_old_forms_answer_is_not_for_the_next(response_format: Any, seconds: float) -> None:
     """Where no state is seen in between, as with the first of these servers, the texts tell them apart."""
     draft = {"name": "draft", "human": True, "seconds": seconds, "output": "Draft number {{ round }}."}
     script = CrewScript.model_validate({"name": "reviewed", "inputs": ["topic"], "tasks": [draft]})
@@ -254,7 +252,7 @@ def test_an_answer_to_a_draft_that_was_rejected_on_the_crews_page_is_not_taken_f
         assert run.result().output == "Draft number 2."
 
 
-def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: CrewServer) -> None:
+def test_one_of_two_flow_runs_answers(server: CrewServer) -> None:
     crew, key = server.crew(), f"both {server.url}"
 
     async def ask() -> str:
@@ -274,7 +272,7 @@ def test_of_two_flow_runs_that_ask_about_one_run_one_answers(server: CrewServer)
     assert [run.inputs() for run in runs] == [[], []]
 
 
-def test_a_form_that_was_resumed_without_an_answer_comes_back(server: CrewServer) -> None:
+def test_a_form_without_an_answer_comes_back(server: CrewServer) -> None:
     crew = server.crew()
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
     first = run.form()
@@ -296,9 +294,7 @@ def test_nobody_answers_in_time(server: CrewServer, seen: Seen) -> None:
     assert server.requests["resume"] == server.requests["stop"] == 0
 
 
-def test_an_answer_in_time_counts_though_it_is_read_after_that(
-    server: CrewServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_in_time_counts_when_read_late(server: CrewServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(form, "LOOK_EVERY", 8.0)
     crew = server.crew()
     policy = WaitPolicy(human_timeout=6, on_human_timeout="reject")
@@ -309,7 +305,7 @@ def test_an_answer_in_time_counts_though_it_is_read_after_that(
     assert server.requests["resume"] == 1
 
 
-def test_an_answer_that_could_not_be_sent_is_kept_for_the_retry(server: CrewServer) -> None:
+def test_an_unsent_answer_is_kept_for_the_retry(server: CrewServer) -> None:
     crew = server.crew()
     server.faults.add("resume:401-before-accept@1")
     # Two, since Prefect counts the form as one of them.
@@ -335,7 +331,7 @@ def test_what_may_not_be_shown_is_not_in_the_form(server: CrewServer, fields: di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
-def test_a_person_rejects_once_and_approves_on_the_page(
+def test_a_person_answers_on_the_page(
     prefect_server: PrefectServer,
     server: CrewServer,
     chromium: Chromium,

@@ -27,7 +27,7 @@ def waiting(**fields: Any) -> CrewStatus:
     return CrewStatus(kickoff_id="k", state=CrewState.WAITING, human_task_id="draft", raw=raw, **known)
 
 
-def test_a_question_is_known_by_its_task_and_what_is_to_be_judged() -> None:
+def test_a_question_is_known_by_its_output() -> None:
     assert output_digest(waiting(message="1 s", last_step="a")) is None
     first = output_digest(waiting(message="1 s", last_step="a", task_output="text"))
     assert first == output_digest(waiting(message="2 s", last_step="b", task_output="text"))
@@ -61,13 +61,13 @@ CASES: dict[str, tuple[list[Review], dict[str, Any], QuestionState]] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_how_a_question_stands_to_the_answers_on_record(case: tuple[Any, dict[str, Any], QuestionState]) -> None:
+def test_the_state_of_a_question(case: tuple[Any, dict[str, Any], QuestionState]) -> None:
     before, given, expected = case
     facts: dict[str, Any] = {"task": "draft", "shown": None, **given}
     assert question_state(before, **facts) == expected
 
 
-def test_an_earlier_tasks_output_is_not_what_is_to_be_judged() -> None:
+def test_an_earlier_tasks_output_is_not_judged() -> None:
     last = {"name": "research", "output": "facts"}
     body = {"state": "PENDING_HUMAN_INPUT", "task_id": "draft", "last_executed_task": last}
     status = parse_status(body, "k")
@@ -75,7 +75,7 @@ def test_an_earlier_tasks_output_is_not_what_is_to_be_judged() -> None:
     assert judged_output(status) is None
 
 
-def test_a_question_after_another_answer_is_another_though_as_many_came_before() -> None:
+def test_a_question_after_another_answer_is_another() -> None:
     """The answer before it was taken back, since the server refused it, and somebody else has its number now."""
     taken_back, answer = sent(task_digest=digest("outline"), outcome="intended", age=9), sent()
     known = taken_back.model_copy(update={"outcome": "sent"})

@@ -89,7 +89,7 @@ async def test_a_function_answers_each_round_once(response_format: Any) -> None:
         assert given == [(1, False, "sent", "judge"), (2, True, "sent", "judge")]
 
 
-async def test_a_plain_function_takes_its_time_while_everything_else_goes_on() -> None:
+async def test_a_plain_function_blocks_nothing() -> None:
     others_went_on = threading.Event()
     logged_by: list[str] = []
 
@@ -115,7 +115,7 @@ async def test_a_plain_function_takes_its_time_while_everything_else_goes_on() -
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-async def test_peoples_time_goes_on_while_a_function_thinks(is_async: bool) -> None:
+async def test_peoples_time_includes_a_functions(is_async: bool) -> None:
     ended = threading.Event()
 
     async def think(request: ReviewRequest) -> Review:
@@ -133,7 +133,7 @@ async def test_peoples_time_goes_on_while_a_function_thinks(is_async: bool) -> N
         assert (caught.value.phase, server.requests["resume"]) == ("human", 0)
 
 
-async def test_what_a_function_thinks_of_a_question_that_somebody_else_answered_is_dropped() -> None:
+async def test_a_late_function_answers_nothing() -> None:
     asked: list[str] = []
 
     async def think(request: ReviewRequest) -> Review:
@@ -149,7 +149,7 @@ async def test_what_a_function_thinks_of_a_question_that_somebody_else_answered_
         assert server.requests["resume"] == 1
 
 
-async def test_what_is_no_review_is_refused_before_it_is_sent() -> None:
+async def test_a_value_that_is_no_review_is_refused() -> None:
     with CrewServer(SCRIPT) as server:
         with pytest.raises(CrewError, match="not a Review"):
             await run_with(server, lambda _: True)
@@ -174,7 +174,7 @@ async def test_an_error_of_a_function_names_the_function(is_async: bool) -> None
         assert (server.kickoffs, server.requests["resume"]) == (1, 0)
 
 
-async def test_a_function_that_takes_no_cancellation_does_not_hold_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_insistent_function_does_not_hold_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reviewer, "STOP_WITHIN", 0.2)
     ended = asyncio.Event()
 
@@ -193,7 +193,7 @@ async def test_a_function_that_takes_no_cancellation_does_not_hold_the_wait(monk
         assert (len(done), server.requests["resume"]) == (1, 0)
 
 
-async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
+async def test_nobody_in_time_is_one_rejection() -> None:
     with CrewServer(SCRIPT, response_format="union") as server:
         policy = {"human_timeout": 4.0, "on_human_timeout": "reject", "human_message": "Too late for today."}
         running = asyncio.ensure_future(run_with(server, **policy))
@@ -206,7 +206,7 @@ async def test_nobody_in_time_is_one_rejection_and_time_anew() -> None:
         assert [(one.by == NOBODY, one.approve) for one in await answers(server.url)] == [(True, False), (False, True)]
 
 
-async def test_nobody_in_time_is_a_rejection_also_where_what_is_asked_is_not_known_yet(
+async def test_nobody_in_time_rejects_an_unknown_question(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is to be judged may come by a webhook: a wait that begins after people's time is over holds back a while."""
@@ -232,7 +232,7 @@ async def test_nobody_in_time_is_a_rejection_also_where_what_is_asked_is_not_kno
     assert [one.by for one in await answers(server.url)] == [NOBODY]
 
 
-async def test_what_was_filled_in_is_kept_while_the_server_does_not_know_the_run(
+async def test_a_filled_form_is_kept_for_an_unknown_run(
     crew_server: CrewServerFactory,
 ) -> None:
     server = crew_server(SCRIPT)
@@ -259,7 +259,7 @@ async def test_what_was_filled_in_is_kept_while_the_server_does_not_know_the_run
     ("choice", "on_timeout", "stops"),
     [("leave", "stop", False), ("stop", "leave", True), (None, "leave", False), (None, "stop", True)],
 )
-async def test_what_happens_when_peoples_time_is_over_is_a_choice(choice: Any, on_timeout: Any, stops: bool) -> None:
+async def test_the_end_of_peoples_time_is_a_choice(choice: Any, on_timeout: Any, stops: bool) -> None:
     with CrewServer(SCRIPT) as server:
         with pytest.raises(CrewTimeoutError) as raised:
             await run_with(server, human_timeout=0.3, on_human_timeout=choice, on_timeout=on_timeout)
@@ -305,7 +305,7 @@ async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
     assert asked == ["shared draft", "own draft"]
 
 
-async def test_each_answer_names_the_users_own_webhooks_again() -> None:
+async def test_each_answer_names_own_webhooks_again() -> None:
     """The server does not carry them over."""
     own = Webhooks(task="http://127.0.0.1:9/t", step="http://127.0.0.1:9/s", crew="http://127.0.0.1:9/c")
     after: list[Any] = []
@@ -321,7 +321,7 @@ async def test_each_answer_names_the_users_own_webhooks_again() -> None:
     assert after[0].crew == own.crew
 
 
-async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_names_the_receivers_webhooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever finds a run that somebody else has started does not take its webhooks away."""
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://127.0.0.1:9/hooks")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", "a-secret-of-thirty-two-characters")
@@ -333,7 +333,7 @@ async def test_an_answer_to_a_run_with_the_receivers_webhooks_names_those(monkey
         assert str(server.run(kickoff_id).targets.crew).startswith("http://127.0.0.1:9/hooks/")
 
 
-async def test_an_answer_from_elsewhere_in_the_same_moment_is_not_the_end_of_the_wait() -> None:
+async def test_an_answer_from_elsewhere_ends_no_wait() -> None:
     with CrewServer(SCRIPT, response_format="union") as server:
         crew = server.crew()
         asked: list[int] = []
@@ -354,9 +354,7 @@ async def test_an_answer_from_elsewhere_in_the_same_moment_is_not_the_end_of_the
 # The Prefect API is away, or refuses
 
 
-async def test_an_answer_whose_outcome_cannot_be_saved_does_not_keep_the_wait_from_polling(
-    crew_server: CrewServerFactory, proxy: Proxy
-) -> None:
+async def test_an_unsaved_outcome_does_not_hold_the_polls(crew_server: CrewServerFactory, proxy: Proxy) -> None:
     proxy.refuse, proxy.answer = "PATCH /api/variables/name/crew_answer", "503"
     server = crew_server(SCRIPT)
     run = await server.crew().atrigger({})
@@ -367,9 +365,7 @@ async def test_an_answer_whose_outcome_cannot_be_saved_does_not_keep_the_wait_fr
     assert (server.requests["resume"], proxy.count("PATCH /api/variables/name/crew_answer") > 1) == (1, True)
 
 
-async def test_while_prefect_is_away_the_run_is_polled_and_the_answer_is_sent_once_it_is_back(
-    crew_server: CrewServerFactory, proxy: Proxy
-) -> None:
+async def test_an_answer_waits_for_an_absent_prefect(crew_server: CrewServerFactory, proxy: Proxy) -> None:
     asked: list[str] = []
 
     async def judge(request: ReviewRequest) -> Review:
@@ -389,7 +385,7 @@ async def test_while_prefect_is_away_the_run_is_polled_and_the_answer_is_sent_on
     assert (len(asked), server.requests["resume"]) == (1, 1)
 
 
-async def test_an_answer_that_was_written_down_as_prefect_went_away_is_known_as_ones_own(
+async def test_a_written_answer_is_known_as_ones_own(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     genuine, lost = PrefectRecords.add_review, list[int]()
@@ -412,9 +408,7 @@ async def test_an_answer_that_was_written_down_as_prefect_went_away_is_known_as_
 
 
 @pytest.mark.parametrize("refused", ["POST /api/variables/$", "POST /api/variables/filter"], ids=["writing", "reading"])
-async def test_a_prefect_api_that_refuses_ends_the_wait_and_the_error_names_the_run(
-    refused: str, crew_server: CrewServerFactory, proxy: Proxy
-) -> None:
+async def test_a_refusing_prefect_ends_the_wait(refused: str, crew_server: CrewServerFactory, proxy: Proxy) -> None:
     def judge(request: ReviewRequest) -> Review:
         return APPROVED
 
