@@ -21,31 +21,9 @@ from prefect.runtime import flow_run
 from prefect.states import Scheduled
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew import (
-    CrewRun,
-    DeployedCrew,
-    WaitPolicy,
-    aget_result,
-    arun_crew,
-    get_result,
-    run_crew,
-    run_deployed_crew,
-)
+import prefect_crew as pc
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK
-from prefect_crew.exceptions import (
-    ConfigurationError,
-    CrewConnectionError,
-    CrewError,
-    CrewFailedError,
-    CrewLostError,
-    CrewStoppedError,
-    IdempotencyConflictError,
-    InvalidCallError,
-    NoResultError,
-    OutputTypeError,
-    RunNotFoundError,
-)
 from prefect_crew.records import results
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.testing import CrewServerFactory
@@ -76,7 +54,7 @@ def test_each_task_has_its_options_of_prefect(crew_server: CrewServerFactory, se
     def trip() -> str:
         ids.append(flow_run.id)
         options: Any = {"kickoff_options": {"retries": 7, "tags": ["night"]}, "wait_options": {"retries": 1}}
-        return run_crew(crew, {"text": "a"}, **options).output
+        return pc.run_crew(crew, {"text": "a"}, **options).output
 
     assert trip() == "a"
     kickoff, wait = sorted(seen.task_runs(ids[0], count=2), key=lambda run: run["name"])
@@ -95,8 +73,8 @@ def test_a_task_run_name_is_filled_with_arguments(crew_server: CrewServerFactory
     def trip() -> None:
         ids.append(flow_run.id)
         named: Any = {"task_run_name": "call {name} {idempotency_key}"}
-        run_crew(crew, {"text": "a"}, name="a", idempotency_key=run_key, kickoff_options=named, wait_options=named)
-        run_crew(crew, {"text": cast("Any", city.submit())})
+        pc.run_crew(crew, {"text": "a"}, name="a", idempotency_key=run_key, kickoff_options=named, wait_options=named)
+        pc.run_crew(crew, {"text": cast("Any", city.submit())})
 
     trip()
     names = [run["name"] for run in seen.task_runs(ids[0], count=5)]
@@ -105,29 +83,31 @@ def test_a_task_run_name_is_filled_with_arguments(crew_server: CrewServerFactory
 
 
 async def test_an_unstarted_kickoff_is_repeated_as_asked():
-    crew, began = DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t"), list[int]()
+    crew, began = pc.DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t"), list[int]()
 
     def note(task: Any, task_run: Any, state: Any) -> None:
         began.append(task_run.run_count)
 
     options: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 0, "on_running": [note]}
-    with pytest.raises(CrewConnectionError):
-        await arun_crew(crew, {"text": "a"}, kickoff_options=options)  # type: ignore[arg-type]
+    with pytest.raises(pc.CrewConnectionError):
+        await pc.arun_crew(crew, {"text": "a"}, kickoff_options=options)  # type: ignore[arg-type]
     assert began == [1, 2, 3]
 
 
 async def test_a_kickoff_cut_by_its_timeout_is_found(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo", faults=["kickoff:latency=2@1"]), key()
     with pytest.raises(TimeoutError):
-        await arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key, kickoff_options={"timeout_seconds": 1})
-    assert (await arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key)).output == "a"
+        await pc.arun_crew(
+            server.crew(), {"text": "a"}, idempotency_key=run_key, kickoff_options={"timeout_seconds": 1}
+        )
+    assert (await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key)).output == "a"
     assert server.requests["kickoff"] == 1
 
 
 async def test_a_wait_cut_by_its_timeout_stops_nothing(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo", faults=["kickoff:stuck"]), key()
     with pytest.raises(TimeoutError):
-        await arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key, wait_options={"timeout_seconds": 1})
+        await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key, wait_options={"timeout_seconds": 1})
     assert (server.requests["kickoff"], server.requests["stop"]) == (1, 0)
 
 
@@ -146,8 +126,8 @@ async def test_a_wait_cut_by_its_timeout_stops_nothing(crew_server: CrewServerFa
 )
 def test_an_impossible_task_option_is_refused(options: dict[str, Any], says: str, crew_server: CrewServerFactory):
     server = crew_server("echo")
-    with pytest.raises(ConfigurationError, match=rf"{says}.*Nothing was started"):
-        run_crew(server.crew(), {"text": "a"}, **options)
+    with pytest.raises(pc.ConfigurationError, match=rf"{says}.*Nothing was started"):
+        pc.run_crew(server.crew(), {"text": "a"}, **options)
     assert not server.requests
 
 
@@ -159,15 +139,15 @@ def test_run_crew_in_sync_flows_tasks_and_subflows(crew_server: CrewServerFactor
 
     @task
     def sync_task() -> str:
-        return run_crew(crew, {"text": "task"}).output
+        return pc.run_crew(crew, {"text": "task"}).output
 
     @flow
     def subflow() -> str:
-        return run_crew(crew, {"text": "subflow"}).output
+        return pc.run_crew(crew, {"text": "subflow"}).output
 
     @flow
     def trip() -> list[str]:
-        return [run_crew(crew, {"text": "flow"}).output, sync_task(), sync_task.submit().result(), subflow()]
+        return [pc.run_crew(crew, {"text": "flow"}).output, sync_task(), sync_task.submit().result(), subflow()]
 
     assert trip() == ["flow", "task", "task", "subflow"]
 
@@ -181,7 +161,7 @@ def test_run_crew_in_a_nested_sync_flow(crew_server: CrewServerFactory):
     def inner() -> list[str]:
         run = crew.trigger({})
         run.wait_for_completion()
-        outputs = [run_crew(crew, idempotency_key=idempotency_key).output, get_result(idempotency_key).output]
+        outputs = [pc.run_crew(crew, idempotency_key=idempotency_key).output, pc.get_result(idempotency_key).output]
         return [*outputs, run.fetch_result().output]
 
     async def beat() -> None:
@@ -205,10 +185,10 @@ def test_run_crew_in_a_nested_sync_flow(crew_server: CrewServerFactory):
 
 async def test_a_running_loop_is_told_the_async_name(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
-    run = CrewRun(crew, "nobody")
+    run = pc.CrewRun(crew, "nobody")
     twins = {
-        "arun_crew": lambda: run_crew(crew, {"text": "a"}),
-        "aget_result": lambda: get_result("a"),
+        "arun_crew": lambda: pc.run_crew(crew, {"text": "a"}),
+        "aget_result": lambda: pc.get_result("a"),
         "atrigger": lambda: crew.trigger({"text": "a"}),
         "await_for_completion": run.wait_for_completion,
         "afetch_result": run.fetch_result,
@@ -218,7 +198,7 @@ async def test_a_running_loop_is_told_the_async_name(crew_server: CrewServerFact
     for name, call in twins.items():
         with pytest.raises(RuntimeError, match=rf"use `await {name}\(\.\.\.\)` instead"):
             call()
-    assert (await arun_crew(crew, {"text": "a"})).output == "a"
+    assert (await pc.arun_crew(crew, {"text": "a"})).output == "a"
 
 
 def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen: Seen):
@@ -227,7 +207,7 @@ def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen
     @flow
     async def trips() -> list[str]:
         ids.append(flow_run.id)
-        return [(await arun_crew(server.crew(), {"text": str(number)})).output for number in range(3)]
+        return [(await pc.arun_crew(server.crew(), {"text": str(number)})).output for number in range(3)]
 
     assert asyncio.run(trips()) == [str(number) for number in range(3)]
     assert seen.subflow_runs(ids[0]) == []
@@ -241,9 +221,9 @@ def test_a_failed_state_says_why_in_one_line(crew_server: CrewServerFactory, see
     @flow
     async def trip() -> None:
         ids.append(flow_run.id)
-        await arun_crew(crew)
+        await pc.arun_crew(crew)
 
-    with pytest.raises(CrewFailedError):
+    with pytest.raises(pc.CrewFailedError):
         asyncio.run(trip())
     message = seen.flow_run(ids[0])["state"]["message"]
     assert "of crew travel failed: the search engine is down." in message
@@ -259,7 +239,7 @@ async def test_a_state_to_restore_makes_another_run(crew_server: CrewServerFacto
 
     @flow
     async def around(**given: Any) -> CrewResult:
-        return await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **given)
+        return await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **given)
 
     call: Any = around if inside else around.fn
     first = await call(restore_from=STATE)
@@ -267,7 +247,7 @@ async def test_a_state_to_restore_makes_another_run(crew_server: CrewServerFacto
     assert (await call(restore_from=STATE.upper())).kickoff_id == first.kickoff_id
     assert server.run(first.kickoff_id).restore_from == STATE
     for other in ({}, {"restore_from": str(uuid.uuid4())}):
-        with pytest.raises(IdempotencyConflictError):
+        with pytest.raises(pc.IdempotencyConflictError):
             await call(**other)
     assert server.kickoffs == 1
 
@@ -278,7 +258,7 @@ async def test_a_state_to_restore_is_part_of_the_key(crew_server: CrewServerFact
     @flow
     async def twice() -> list[str]:
         states = (STATE, None)
-        found = [await arun_crew(server.crew(), {"text": "a"}, name="step", restore_from=state) for state in states]
+        found = [await pc.arun_crew(server.crew(), {"text": "a"}, name="step", restore_from=state) for state in states]
         return [result.kickoff_id for result in found]
 
     one, other = await twice()
@@ -307,7 +287,7 @@ def test_an_own_flow_stores_plain_values(crew_server: CrewServerFactory, seen: S
         "login": Login(user="me", password=SecretStr("hunter22")), "key": SecretStr("hidden-one"),
     }  # fmt: skip
     idempotency_key = key()
-    result = run_crew(crew, inputs, idempotency_key=idempotency_key, output_type=None)
+    result = pc.run_crew(crew, inputs, idempotency_key=idempotency_key, output_type=None)
     assert result.output == '2026-05-01 4711471 {"user":"me","password":"hunter22"}'
     run = stored(seen, called)
     assert run["name"] == f"{called} · {idempotency_key}"
@@ -322,10 +302,10 @@ def test_an_own_flow_stores_plain_values(crew_server: CrewServerFactory, seen: S
 def test_flow_runs_of_a_crew_have_own_names(crew_server: CrewServerFactory, seen: Seen):
     server, called, idempotency_key = crew_server(slow(0.1)), name(), key()
     crew = server.crew().crew.called(called)
-    run_crew(crew, {"city": "Porto {x}"})
+    pc.run_crew(crew, {"city": "Porto {x}"})
     for _ in range(2):
-        run_crew(crew, {"city": "Lisbon"}, idempotency_key=idempotency_key)
-    run_crew(replace(crew, show="none"), {"city": "Lisbon"})
+        pc.run_crew(crew, {"city": "Lisbon"}, idempotency_key=idempotency_key)
+    pc.run_crew(replace(crew, show="none"), {"city": "Lisbon"})
     names = [run["name"] for run in seen.flow_runs(FLOW) if run["parameters"].get("crew") == called]
     assert names == [f"{called} · Porto {{x}}", *[f"{called} · {idempotency_key}"] * 2, called]
     assert server.kickoffs == 3
@@ -340,17 +320,17 @@ def test_a_flow_run_is_renamed_once(crew_server: CrewServerFactory, monkeypatch:
 
     monkeypatch.setattr(PrefectClient, "request", noted)
     crew_server(slow(0.1)).crew().save(called)
-    asyncio.run(run_deployed_crew(called, {"city": "Lisbon"}))
-    asyncio.run(arun_crew(called, {"city": "Porto"}))
-    with pytest.raises(ConfigurationError):
-        asyncio.run(run_deployed_crew(f"no-{called}", {"city": "Lisbon"}))
+    asyncio.run(pc.run_deployed_crew(called, {"city": "Lisbon"}))
+    asyncio.run(pc.arun_crew(called, {"city": "Porto"}))
+    with pytest.raises(pc.ConfigurationError):
+        asyncio.run(pc.run_deployed_crew(f"no-{called}", {"city": "Lisbon"}))
     assert names == [f"{called} · Lisbon", f"{called} · Porto", f"no-{called}"]
 
 
 def test_large_inputs_reach_the_crew(crew_server: CrewServerFactory, seen: Seen):
     called = name()
     crew = crew_server(script({"output": "{{ inputs.book | length }}"})).crew().crew.called(called)
-    assert run_crew(crew, {"book": "語" * 300_000, "page": 3}).output == "300000"
+    assert pc.run_crew(crew, {"book": "語" * 300_000, "page": 3}).output == "300000"
     too_large = "(too large to be stored with the flow run)"
     assert stored(seen, called)["parameters"]["inputs"] == {"book": too_large, "page": too_large}
 
@@ -372,23 +352,23 @@ async def test_bad_arguments_start_nothing(crew_server: CrewServerFactory):
 
     @flow
     async def around() -> None:
-        await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **chosen)
+        await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **chosen)
 
     for given, wanted in WRONG:
         chosen.clear()
         chosen.update(given)
         for call in (around, around.fn):
-            with pytest.raises(ConfigurationError, match=f"{wanted}.* Nothing was started"):
+            with pytest.raises(pc.ConfigurationError, match=f"{wanted}.* Nothing was started"):
                 await call()
     assert server.kickoffs == 0
     # Nor is the key used up.
-    assert (await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)).output == "a"
+    assert (await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)).output == "a"
 
 
 def test_unsendable_inputs_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
     called = name()
-    with pytest.raises(ConfigurationError, match="Input 'x' holds a value of type object"):
-        run_crew(crew_server("echo").crew().crew.called(called), {"x": object()})
+    with pytest.raises(pc.ConfigurationError, match="Input 'x' holds a value of type object"):
+        pc.run_crew(crew_server("echo").crew().crew.called(called), {"x": object()})
     assert called not in [run["parameters"].get("crew") for run in seen.flow_runs(FLOW)]
 
 
@@ -396,7 +376,7 @@ async def run_again(run: dict[str, Any]) -> Any:
     """Run a flow run with nothing but what stands in the database, as a retry by a worker does."""
     async with get_client() as client:
         planned = await client.read_flow_run(uuid.UUID(run["id"]))
-    return await run_flow_async(run_deployed_crew, flow_run=planned, parameters=planned.parameters)
+    return await run_flow_async(pc.run_deployed_crew, flow_run=planned, parameters=planned.parameters)
 
 
 @pytest.mark.parametrize("given", ["block", "name"])
@@ -404,8 +384,8 @@ async def test_a_flow_run_of_a_block_can_be_run_again(crew_server: CrewServerFac
     server, block = crew_server("echo"), name()
     crew = server.crew()
     await crew.asave(block)
-    policy = WaitPolicy(timeout=77)
-    first = await arun_crew(
+    policy = pc.WaitPolicy(timeout=77)
+    first = await pc.arun_crew(
         crew if given == "block" else block, {"text": "a"}, name="step", wait=policy, restore_from=STATE
     )
     run = await asyncio.to_thread(stored, seen, block)
@@ -418,20 +398,20 @@ async def test_a_flow_run_of_a_block_can_be_run_again(crew_server: CrewServerFac
 
 
 async def test_a_name_under_which_no_crew_is_stored():
-    with pytest.raises(ConfigurationError, match="No crew is stored under the name 'nobody'") as raised:
-        await arun_crew("nobody", {})
+    with pytest.raises(pc.ConfigurationError, match="No crew is stored under the name 'nobody'") as raised:
+        await pc.arun_crew("nobody", {})
     assert "ObjectNotFound" not in "".join(traceback.format_exception(raised.value)), "one traceback is enough"
     again = r"No block deployed-crew/nobody is stored.*and the same idempotency key"
-    with pytest.raises(ConfigurationError, match=again):
-        await run_deployed_crew(crew="nobody", inputs={"text": "a"})
+    with pytest.raises(pc.ConfigurationError, match=again):
+        await pc.run_deployed_crew(crew="nobody", inputs={"text": "a"})
 
 
 async def test_a_flow_run_with_secrets_cannot_run_again(crew_server: CrewServerFactory):
     block = name()
     server = crew_server(script({"output": "x"}))
     await server.crew(secret_inputs=["pin"]).asave(block)
-    with pytest.raises(ConfigurationError, match="inputs pin, book are secret or too large"):
-        await run_deployed_crew(
+    with pytest.raises(pc.ConfigurationError, match="inputs pin, book are secret or too large"):
+        await pc.run_deployed_crew(
             crew=block, inputs={"pin": MASK, "city": "Lisbon", "book": "(too large to be stored with the flow run)"}
         )
     assert not server.requests
@@ -442,10 +422,10 @@ async def test_a_deployed_secret_input_names_a_block(crew_server: CrewServerFact
     server = crew_server(script({"output": "x"}, inputs=["pin"]))
     await server.crew(secret_inputs=["pin"]).asave(block)
     await cast("Any", Secret)(value={"code": 4711}).save(secret)
-    await run_deployed_crew(crew=block, inputs={"pin": secret})
+    await pc.run_deployed_crew(crew=block, inputs={"pin": secret})
     assert server.runs[0].inputs == {"pin": '{"code":4711}'}
-    with pytest.raises(ConfigurationError, match="'pin' is secret") as raised:
-        await run_deployed_crew(crew=block, inputs={"pin": "hunter22"})
+    with pytest.raises(pc.ConfigurationError, match="'pin' is secret") as raised:
+        await pc.run_deployed_crew(crew=block, inputs={"pin": "hunter22"})
     assert "hunter22" not in str(raised.value)
 
 
@@ -458,24 +438,24 @@ class Trip(BaseModel):
 
 async def test_a_result_is_read_by_its_key(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(script({"output": '{"city": "Lisbon"}'})), key()
-    first = await arun_crew(server.crew(), idempotency_key=idempotency_key)
+    first = await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)
     asked = server.requests.total()
-    again = await aget_result(idempotency_key)
+    again = await pc.aget_result(idempotency_key)
     assert again == first.model_copy(update={"raw": None, "tasks": again.tasks})
-    assert (await aget_result(idempotency_key, output_type=Trip)).data == Trip(city="Lisbon")
-    with pytest.raises(OutputTypeError):
-        await aget_result(idempotency_key, output_type=Login)
+    assert (await pc.aget_result(idempotency_key, output_type=Trip)).data == Trip(city="Lisbon")
+    with pytest.raises(pc.OutputTypeError):
+        await pc.aget_result(idempotency_key, output_type=Login)
     assert server.requests.total() == asked
 
 
 async def test_a_large_result_needs_no_crew_server(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(script({"output": "{{ 'שלום ' * 9000 }}"})), key()
-    first = await arun_crew(server.crew(), idempotency_key=idempotency_key)
+    first = await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)
     server.stop()
     assert len(first.output) == 45_000
-    again = await aget_result(idempotency_key)
+    again = await pc.aget_result(idempotency_key)
     assert again == first.model_copy(update={"raw": None, "tasks": again.tasks})
-    assert (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output == first.output
+    assert (await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)).output == first.output
 
 
 async def test_a_retried_flow_has_its_large_result(crew_server: CrewServerFactory):
@@ -483,7 +463,7 @@ async def test_a_retried_flow_has_its_large_result(crew_server: CrewServerFactor
 
     @flow(retries=1)
     async def mine() -> None:
-        outputs.append((await arun_crew(server.crew())).output)
+        outputs.append((await pc.arun_crew(server.crew())).output)
         if len(outputs) == 1:
             server.stop()
             raise ValueError
@@ -498,61 +478,61 @@ async def test_a_result_too_large_is_read_from_the_crew(
 ):
     monkeypatch.setattr(results, "LARGEST", 8000)
     server, idempotency_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), name()
-    await arun_crew(server.crew().crew.called(block), idempotency_key=idempotency_key)
-    with pytest.raises(CrewError, match=r"Give the crew \(crew=…\)"):
-        await aget_result(idempotency_key)
+    await pc.arun_crew(server.crew().crew.called(block), idempotency_key=idempotency_key)
+    with pytest.raises(pc.CrewError, match=r"Give the crew \(crew=…\)"):
+        await pc.aget_result(idempotency_key)
     await crew_server("echo").crew().asave(block)
-    with pytest.raises(CrewError, match=f"not stored with the URL {server.url}"):
-        await aget_result(idempotency_key)
+    with pytest.raises(pc.CrewError, match=f"not stored with the URL {server.url}"):
+        await pc.aget_result(idempotency_key)
     await server.crew().asave(block, overwrite=True)
-    assert len((await aget_result(idempotency_key)).output) == 9000
-    assert len((await aget_result(idempotency_key, crew=server.crew())).output) == 9000
+    assert len((await pc.aget_result(idempotency_key)).output) == 9000
+    assert len((await pc.aget_result(idempotency_key, crew=server.crew())).output) == 9000
     server.faults.add("status:forgotten")
-    with pytest.raises(CrewLostError):
-        await aget_result(idempotency_key)
+    with pytest.raises(pc.CrewLostError):
+        await pc.aget_result(idempotency_key)
 
 
 async def test_the_completed_attempt_counts(crew_server: CrewServerFactory):
     fails_at_2 = script({"fail": "{{ 'no' if n == '2' else '' }}", "output": "{{ n }}"}, inputs=["n"])
     server, idempotency_key = crew_server(fails_at_2), key()
-    await arun_crew(server.crew(), {"n": 1}, idempotency_key=idempotency_key)
-    with pytest.raises(CrewFailedError):
-        await arun_crew(server.crew(), {"n": 2}, idempotency_key=idempotency_key, force_new=True)
-    assert (await aget_result(idempotency_key)).output == "1"
+    await pc.arun_crew(server.crew(), {"n": 1}, idempotency_key=idempotency_key)
+    with pytest.raises(pc.CrewFailedError):
+        await pc.arun_crew(server.crew(), {"n": 2}, idempotency_key=idempotency_key, force_new=True)
+    assert (await pc.aget_result(idempotency_key)).output == "1"
 
 
 async def test_a_kickoff_id_means_its_own_attempt(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(FailsFirst()), key()
     crew = server.crew()
-    with pytest.raises(CrewFailedError):
-        await arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
-    await arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
+    with pytest.raises(pc.CrewFailedError):
+        await pc.arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
+    await pc.arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
     first, second = (run.id for run in server.runs)
-    result = await aget_result(second)
+    result = await pc.aget_result(second)
     assert (result.kickoff_id, result.idempotency_key) == (second, idempotency_key)
-    with pytest.raises(CrewFailedError):
-        await aget_result(first)
+    with pytest.raises(pc.CrewFailedError):
+        await pc.aget_result(first)
 
 
 async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFactory):
-    with pytest.raises(RunNotFoundError, match="No run has the key or kickoff id 'nobody'"):
-        await aget_result("nobody")
+    with pytest.raises(pc.RunNotFoundError, match="No run has the key or kickoff id 'nobody'"):
+        await pc.aget_result("nobody")
     failed, stopped, uncertain, running = key(), key(), key(), key()
-    with pytest.raises(CrewFailedError):
-        await arun_crew(crew_server(FAILS).crew(), idempotency_key=failed)
-    with pytest.raises(CrewFailedError, match="the search engine is down"):
-        await aget_result(failed)
+    with pytest.raises(pc.CrewFailedError):
+        await pc.arun_crew(crew_server(FAILS).crew(), idempotency_key=failed)
+    with pytest.raises(pc.CrewFailedError, match="the search engine is down"):
+        await pc.aget_result(failed)
     await (await crew_server(slow(60)).crew().atrigger({}, idempotency_key=stopped)).astop()
-    with pytest.raises(CrewStoppedError):
-        await aget_result(stopped)
-    with pytest.raises(CrewError):
+    with pytest.raises(pc.CrewStoppedError):
+        await pc.aget_result(stopped)
+    with pytest.raises(pc.CrewError):
         await crew_server("echo", faults=["kickoff:500"]).crew().atrigger({"text": "a"}, idempotency_key=uncertain)
-    with pytest.raises(CrewError, match=r"its kickoff is uncertain\. ServerError"):
-        await aget_result(uncertain)
+    with pytest.raises(pc.CrewError, match=r"its kickoff is uncertain\. ServerError"):
+        await pc.aget_result(uncertain)
     server = crew_server(slow(60))
     await server.crew().atrigger({}, idempotency_key=running)
-    with pytest.raises(NoResultError, match="has no result yet: it is running"):
-        await aget_result(running, crew=server.crew())
+    with pytest.raises(pc.NoResultError, match="has no result yet: it is running"):
+        await pc.aget_result(running, crew=server.crew())
 
 
 # What it costs
@@ -565,9 +545,9 @@ def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, ide
 
     @flow
     async def trip() -> None:
-        await arun_crew(server.crew(), idempotency_key=idempotency_key and key())
+        await pc.arun_crew(server.crew(), idempotency_key=idempotency_key and key())
         before = len(proxy.requests)
-        await arun_crew(server.crew(), idempotency_key=idempotency_key and key())
+        await pc.arun_crew(server.crew(), idempotency_key=idempotency_key and key())
         counted.extend(proxy.requests[before:])
 
     asyncio.run(trip())
@@ -591,8 +571,8 @@ def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, ide
 
 async def test_a_crew_that_was_not_awaited_is_named():
     """In a notebook `DeployedCrew.load()` returns one."""
-    with pytest.raises(ConfigurationError, match=r"await DeployedCrew\.aload"):
-        await arun_crew(DeployedCrew.aload("travel"), {"text": "a"})  # type: ignore[arg-type]
+    with pytest.raises(pc.ConfigurationError, match=r"await DeployedCrew\.aload"):
+        await pc.arun_crew(pc.DeployedCrew.aload("travel"), {"text": "a"})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -607,22 +587,22 @@ async def test_a_crew_that_was_not_awaited_is_named():
     ],
 )
 def test_an_unknown_argument_is_named(option: str, says: str):
-    with pytest.raises(InvalidCallError, match=says):
-        run_crew("travel", **{option: 5})  # type: ignore[arg-type]
+    with pytest.raises(pc.InvalidCallError, match=says):
+        pc.run_crew("travel", **{option: 5})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"wait": 5}, {"crew": "no-such-crew"}], ids=["options", "crew"])
 def test_no_frame_of_a_refused_call_shows_inputs(options: dict[str, Any]):
-    crew = options.pop("crew", None) or DeployedCrew(url="https://travel.test", token="t", secret_inputs=["pin"])  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError) as caught:
-        run_crew(crew, {"pin": "hunter" + "22"}, **options)
+    crew = options.pop("crew", None) or pc.DeployedCrew(url="https://travel.test", token="t", secret_inputs=["pin"])  # type: ignore[arg-type]
+    with pytest.raises(pc.ConfigurationError) as caught:
+        pc.run_crew(crew, {"pin": "hunter" + "22"}, **options)
     assert "hunter22" not in locals_of(caught.value, but=__file__)
 
 
 async def test_a_refused_start_hides_no_failure(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(FAILS), key()
-    with pytest.raises(CrewFailedError):
-        await arun_crew(server.crew(), idempotency_key=idempotency_key)
+    with pytest.raises(pc.CrewFailedError):
+        await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)
     await put(new_record(idempotency_key, attempt=2, phase=RecordPhase.NOT_STARTED))
-    with pytest.raises(CrewFailedError):
-        await aget_result(idempotency_key)
+    with pytest.raises(pc.CrewFailedError):
+        await pc.aget_result(idempotency_key)

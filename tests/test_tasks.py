@@ -15,14 +15,7 @@ from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 
-from prefect_crew import DeployedCrew, arun_crew
-from prefect_crew.exceptions import (
-    ConfigurationError,
-    CrewConnectionError,
-    CrewError,
-    InvalidInputsError,
-    NotWaitingError,
-)
+import prefect_crew as pc
 from prefect_crew.tasks import CrewTask, discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import free_port
@@ -33,8 +26,8 @@ from support.seen import Seen
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
-def unreachable() -> DeployedCrew:
-    return DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t")  # pyright: ignore[reportArgumentType]
+def unreachable() -> pc.DeployedCrew:
+    return pc.DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t")  # pyright: ignore[reportArgumentType]
 
 
 # Calls
@@ -68,7 +61,7 @@ def test_tasks_are_submitted_and_mapped_with_futures(
         return "z"
 
     @task
-    def chosen() -> DeployedCrew:
+    def chosen() -> pc.DeployedCrew:
         return crew
 
     @flow
@@ -127,9 +120,9 @@ def test_a_reattached_run_is_named_so(crew_server: CrewServerFactory, seen: Seen
     async def trip() -> None:
         ids.append(flow_run.id)
         await kickoff_crew(server.crew(), idempotency_key=key)
-        await arun_crew(server.crew(), name="same", idempotency_key=key)
-        await arun_crew(server.crew(), name="ended", idempotency_key=key)
-        await arun_crew(server.crew(), name="new")
+        await pc.arun_crew(server.crew(), name="same", idempotency_key=key)
+        await pc.arun_crew(server.crew(), name="ended", idempotency_key=key)
+        await pc.arun_crew(server.crew(), name="new")
 
     asyncio.run(trip())
     runs = seen.task_runs(ids[0], count=7)
@@ -195,7 +188,7 @@ async def test_an_unstarted_kickoff_is_retried_as_asked():
 
     for retries in (2, 0):
         counts.clear()
-        with pytest.raises(CrewConnectionError):
+        with pytest.raises(pc.CrewConnectionError):
             await trip(retries)
         assert len(counts) == retries + 1
 
@@ -254,7 +247,7 @@ def test_no_frame_of_a_failed_task_shows_inputs(way: str):
     def trip() -> Any:
         try:
             WAYS[way](crew, {"text": "pass-1234", "list": [{"of": "pass-1234"}]})
-        except CrewError as error:
+        except pc.CrewError as error:
             return shown_with(error)
 
     shown = trip()
@@ -292,7 +285,7 @@ def failing() -> str:
     raise OSError("this one fails")
 
 
-async def ids_for_all(crew: DeployedCrew) -> dict[str, tuple[Any, ...]]:
+async def ids_for_all(crew: pc.DeployedCrew) -> dict[str, tuple[Any, ...]]:
     """Return what each of the tasks is called with: a run that has ended, which /stop and /resume refuse."""
     kickoff_id = await kickoff_crew.acall(crew, TEXT)
     await wait_for_crew.acall(crew, kickoff_id)
@@ -391,13 +384,13 @@ async def test_tasks_do_nothing_after_a_failed_wait_for(crew_server: CrewServerF
 @pytest.mark.parametrize(
     ("call", "error"),
     [
-        (lambda crew: kickoff_crew(crew, {}, return_state=True), InvalidInputsError),
-        (lambda crew: wait_for_crew(crew, "r", wait=3, return_state=True), ConfigurationError),
-        (lambda crew: wait_for_crew("no-such-block", "r", return_state=True), ConfigurationError),
+        (lambda crew: kickoff_crew(crew, {}, return_state=True), pc.InvalidInputsError),
+        (lambda crew: wait_for_crew(crew, "r", wait=3, return_state=True), pc.ConfigurationError),
+        (lambda crew: wait_for_crew("no-such-block", "r", return_state=True), pc.ConfigurationError),
     ],
 )
 async def test_an_error_of_a_call_is_in_its_state(
-    call: Callable[[DeployedCrew], Awaitable[State[Any]]], error: type[Exception], crew_server: CrewServerFactory
+    call: Callable[[pc.DeployedCrew], Awaitable[State[Any]]], error: type[Exception], crew_server: CrewServerFactory
 ):
     crew = crew_server("echo").crew()
 
@@ -439,12 +432,12 @@ async def test_a_tasks_function_is_called_alone(crew_server: CrewServerFactory):
 
     inside, in_a_task = await trip(), await users_task()
     assert len({str(alone), inside, in_a_task}) == server.kickoffs == 3, "a retry finds its run"
-    with pytest.raises(NotWaitingError, match="does not wait for a person"):
+    with pytest.raises(pc.NotWaitingError, match="does not wait for a person"):
         await resume_crew.fn(crew, inside, approve=True)
 
 
 async def test_a_run_of_another_crew_is_not_waited_for(crew_server: CrewServerFactory):
     echo, travel = crew_server("echo").crew(), crew_server("echo").crew()
     kickoff_id = str(await kickoff_crew.fn(travel, {"text": "a"}))
-    with pytest.raises(ConfigurationError, match=f"Run {kickoff_id} is of crew .* not of crew"):
+    with pytest.raises(pc.ConfigurationError, match=f"Run {kickoff_id} is of crew .* not of crew"):
         await wait_for_crew.fn(echo, kickoff_id)

@@ -15,21 +15,13 @@ from markdown_it import MarkdownIt
 from prefect import flow
 from prefect.runtime import flow_run
 
-from prefect_crew import (
-    CrewRun,
-    CrewTimeoutError,
-    WaitPolicy,
-    arun_crew,
-    kickoff_crew,
-    wait_for_crew,
-)
+import prefect_crew as pc
 from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts import run as run_module
 from prefect_crew.artifacts.run import MarkdownArtifact, RunArtifact, RunView, artifact_key, render_run
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew
-from prefect_crew.exceptions import ServerError
 from prefect_crew.records.store import record_name
 from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.kickoff import open_run
@@ -58,10 +50,10 @@ def name() -> str:
     return f"crew {uuid.uuid4().hex[:8]}"
 
 
-def kicked_off(crew: Crew, inputs: dict[str, Any] | None = None, **options: Any) -> CrewRun:
+def kicked_off(crew: Crew, inputs: dict[str, Any] | None = None, **options: Any) -> pc.CrewRun:
     """Do what `DeployedCrew.trigger` does, for a crew that is named and not stored."""
     run = asyncio.run(open_run(RunRequest.of(crew, Inputs.of(inputs), RunOptions(**options))))
-    return CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
+    return pc.CrewRun(run.crew, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
 
 
 def shown(seen: Seen, name: str) -> str:
@@ -91,9 +83,9 @@ def test_an_artifact_shows_kickoff_and_end(crew_server: CrewServerFactory, seen:
     @flow
     async def trip() -> None:
         ids.append(flow_run.id)
-        kickoff_id = await kickoff_crew(crew, {"city": "Lisbon"})
+        kickoff_id = await pc.kickoff_crew(crew, {"city": "Lisbon"})
         at_kickoff.append(await asyncio.to_thread(shown, seen, name))
-        await wait_for_crew(crew, kickoff_id)
+        await pc.wait_for_crew(crew, kickoff_id)
 
     asyncio.run(trip())
     assert "○ pending" in at_kickoff[0]
@@ -124,7 +116,7 @@ def test_an_artifact_is_written_twice(crew_server: CrewServerFactory, seen: Seen
 
     @flow
     async def trip() -> None:
-        await arun_crew(crew.crew.called(name), {"pin": "4711471"}, idempotency_key=key)
+        await pc.arun_crew(crew.crew.called(name), {"pin": "4711471"}, idempotency_key=key)
 
     asyncio.run(trip())
     (artifact,) = seen.artifacts(artifact_key(name))
@@ -163,13 +155,13 @@ def test_a_lasting_run_is_shown_while_it_runs(
 ):
     monkeypatch.setattr(wait_module, "SHOW_EVERY", 0.3)
     server = crew_server(slow(60), faults=[] if answers else ["status:500"])
-    crew = server.crew(wait=WaitPolicy(error_timeout=600)).crew.called(name)
+    crew = server.crew(wait=pc.WaitPolicy(error_timeout=600)).crew.called(name)
 
     texts: list[str] = []
 
     @flow
     async def trip() -> None:
-        running = asyncio.ensure_future(arun_crew(crew))
+        running = asyncio.ensure_future(pc.arun_crew(crew))
         while not texts or (answers and "● running" not in texts[-1]):
             await asyncio.sleep(0.05)
             texts.extend(one["data"] for one in await asyncio.to_thread(seen.artifacts, artifact_key(name)))
@@ -181,16 +173,16 @@ def test_a_lasting_run_is_shown_while_it_runs(
 
 
 def test_a_silent_server_is_shown(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(slow(60), faults=["status:500"]).crew(wait=WaitPolicy(error_timeout=0.2)).crew.called(name)
-    with pytest.raises(ServerError):
-        asyncio.run(arun_crew(crew))
+    crew = crew_server(slow(60), faults=["status:500"]).crew(wait=pc.WaitPolicy(error_timeout=0.2)).crew.called(name)
+    with pytest.raises(pc.ServerError):
+        asyncio.run(pc.arun_crew(crew))
     assert "Nothing is started then." in shown(seen, name)
 
 
 def test_an_artifact_links_page_and_result(crew_server: CrewServerFactory, seen: Seen, name: str):
     server, key = crew_server(script({"output": "x" * 70_000})), f"{name}'s key"
     crew = replace(server.crew(page_url="https://crews.example/travel").crew, label=name, block=name)
-    assert len(asyncio.run(arun_crew(crew, idempotency_key=key)).output) == 70_000
+    assert len(asyncio.run(pc.arun_crew(crew, idempotency_key=key)).output) == 70_000
     (artifact,) = seen.artifacts(artifact_key(name))
     flow_run_id = artifact["flow_run_id"]
     for part in (
@@ -204,8 +196,8 @@ def test_an_artifact_links_page_and_result(crew_server: CrewServerFactory, seen:
 
 def test_a_question_stands_first_with_commands(crew_server: CrewServerFactory, seen: Seen, name: str):
     crew = crew_server(ASKS, response_format="union").crew().crew.called(name)
-    with pytest.raises(CrewTimeoutError):
-        asyncio.run(arun_crew(crew, wait=WaitPolicy(initial=0.05, human_timeout=0.5)))
+    with pytest.raises(pc.CrewTimeoutError):
+        asyncio.run(pc.arun_crew(crew, wait=pc.WaitPolicy(initial=0.05, human_timeout=0.5)))
     kickoff_id = seen.artifacts(artifact_key(name))[0]["description"].split()[1]
     text = shown(seen, name)
     head, _, rest = text.partition("```bash\n")
@@ -225,14 +217,14 @@ def test_who_reattaches_updates_the_artifact(crew_server: CrewServerFactory, see
 
     @flow
     async def first() -> None:
-        await kickoff_crew(crew, idempotency_key=name)
+        await pc.kickoff_crew(crew, idempotency_key=name)
 
     if owner == "flow":
         asyncio.run(first())
     else:
         kicked_off(crew, idempotency_key=name)
     assert "○ pending" in shown(seen, name)
-    assert asyncio.run(arun_crew(crew, idempotency_key=name)).output == "done"
+    assert asyncio.run(pc.arun_crew(crew, idempotency_key=name)).output == "done"
     assert "✓ completed" in shown(seen, name)
 
 
@@ -258,7 +250,9 @@ def test_show_and_secrets_decide_what_is_seen(
     crew_server: CrewServerFactory, seen: Seen, name: str, fields: Any, there: list[str], not_there: list[str]
 ):
     server = crew_server(script({"output": "{{ city }} by tram with {{ password }}"}, inputs=["city", "password"]))
-    result = asyncio.run(arun_crew(server.crew(**fields).crew.called(name), {"city": "Lisbon", "password": "hunter22"}))
+    result = asyncio.run(
+        pc.arun_crew(server.crew(**fields).crew.called(name), {"city": "Lisbon", "password": "hunter22"})
+    )
     assert result.output == "Lisbon by tram with hunter22"
     assert all(part in shown(seen, name) for part in there)
     assert not any(part in shown(seen, name) for part in not_there)
@@ -283,7 +277,7 @@ def test_refused_artifacts_fail_nothing(
     @flow
     async def trip() -> str:
         ids.append(flow_run.id)
-        return (await arun_crew(crew, {"text": "a"})).output
+        return (await pc.arun_crew(crew, {"text": "a"})).output
 
     assert asyncio.run(trip()) == "a"
     assert seen.logs(ids[0]).count("could not be updated") == 1

@@ -20,21 +20,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import SecretStr
 
-from prefect_crew import (
-    CrewFailedError,
-    CrewLostError,
-    CrewStoppedError,
-    CrewTimeoutError,
-    DeployedCrew,
-    KickoffUncertainError,
-    WaitPolicy,
-    arun_crew,
-    kickoff_crew,
-    run_batch,
-    run_crew,
-    stop_crew,
-    wait_for_crew,
-)
+import prefect_crew as pc
 from prefect_crew.artifacts import telemetry
 from prefect_crew.artifacts.run import RunView
 from prefect_crew.prices import Price
@@ -51,7 +37,7 @@ from support.servers import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
-QUICK = WaitPolicy(initial=0.05, factor=1)
+QUICK = pc.WaitPolicy(initial=0.05, factor=1)
 STEPS = script(
     {"name": "research", "agent": "Researcher", "seconds": 0.4, "output": "notes on {{ topic }}"},
     {"name": "write", "agent": "Writer", "seconds": 0.4, "output": "a page on {{ topic }}"},
@@ -100,7 +86,7 @@ def test_a_run_is_a_span_with_its_crew_its_flow_run_its_tokens_and_its_cost(
         assert context is not None
         assert context.flow_run is not None
         ids.append(str(context.flow_run.id))
-        await arun_crew(crew, {"topic": topic}, idempotency_key=idempotency_key)
+        await pc.arun_crew(crew, {"topic": topic}, idempotency_key=idempotency_key)
 
     asyncio.run(trip("tea"))
     span = one(collector)
@@ -139,7 +125,7 @@ def test_a_run_is_a_span_with_its_crew_its_flow_run_its_tokens_and_its_cost(
 def test_its_tasks_are_children_in_their_order_with_the_times_that_were_seen(
     crew_server: CrewServerFactory, collector: Collector
 ):
-    run_crew(crew_server(STEPS, response_format="union").crew(), {"topic": "tea"})
+    pc.run_crew(crew_server(STEPS, response_format="union").crew(), {"topic": "tea"})
     run = one(collector)
     research, write = collector.tasks(run)
     assert [research.name, write.name] == ["execute_task research", "execute_task write"]
@@ -168,7 +154,7 @@ def test_it_stands_within_prefects_own_span_of_the_wait(crew_server: CrewServerF
 
     @flow
     async def trip() -> None:
-        await arun_crew(crew, {"text": "a"})
+        await pc.arun_crew(crew, {"text": "a"})
 
     asyncio.run(trip())
     run = one(collector)
@@ -181,8 +167,8 @@ def test_a_run_that_failed_says_why_and_in_which_tasks_it_was_seen(
     crew_server: CrewServerFactory, collector: Collector
 ):
     broken = script({"name": "look", "seconds": 0.3}, {"name": "fetch", "seconds": 0.3, "fail": "the site is down"})
-    with pytest.raises(CrewFailedError):
-        run_crew(crew_server(broken, response_format="union").crew(), {})
+    with pytest.raises(pc.CrewFailedError):
+        pc.run_crew(crew_server(broken, response_format="union").crew(), {})
     span = one(collector)
     assert (span.failed, span.message, span.attributes["error.type"]) == (True, "the site is down", "failed")
     assert [task.name for task in collector.tasks(span)] == ["execute_task look", "execute_task fetch"]
@@ -190,7 +176,7 @@ def test_a_run_that_failed_says_why_and_in_which_tasks_it_was_seen(
 
 def test_a_later_call_that_finds_the_run_writes_no_second_span(crew_server: CrewServerFactory, collector: Collector):
     crew, idempotency_key = crew_server("echo", speed=100).crew(), key()
-    ids = {run_crew(crew, {"text": "a"}, idempotency_key=idempotency_key).kickoff_id for _ in range(3)}
+    ids = {pc.run_crew(crew, {"text": "a"}, idempotency_key=idempotency_key).kickoff_id for _ in range(3)}
     assert {one(collector).attributes["crewai.execution_uuid"]} == ids
 
 
@@ -201,11 +187,11 @@ async def test_a_run_that_two_wait_for_has_one_span(
     if early != "neither":
         monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])  # else both look at the same moment
     crew, idempotency_key = crew_server(slow(0.5)).crew(), key()
-    quick, late = WaitPolicy(initial=0.1, factor=1), WaitPolicy(initial=2, factor=1, jitter=0)
+    quick, late = pc.WaitPolicy(initial=0.1, factor=1), pc.WaitPolicy(initial=2, factor=1, jitter=0)
 
     def wait(who: str) -> Any:
         policy = quick if early in (who, "neither") else late
-        return arun_crew(crew, {}, idempotency_key=idempotency_key, wait=policy)
+        return pc.arun_crew(crew, {}, idempotency_key=idempotency_key, wait=policy)
 
     owner = asyncio.ensure_future(wait("the owner"))
     await asyncio.sleep(0.3)
@@ -219,8 +205,8 @@ async def test_a_run_that_somebody_stops_has_one_span(crew_server: CrewServerFac
     run = await crew.atrigger({})
     waiting = asyncio.ensure_future(run.await_for_completion(wait=QUICK))
     await asyncio.sleep(0.5)
-    await stop_crew(crew, run.kickoff_id)
-    with pytest.raises(CrewStoppedError):
+    await pc.stop_crew(crew, run.kickoff_id)
+    with pytest.raises(pc.CrewStoppedError):
         await waiting
     span = one(collector)
     assert (span.failed, span.attributes["error.type"]) == (True, "stopped")
@@ -268,8 +254,8 @@ async def test_a_run_that_ran_out_of_time_and_was_stopped_has_one_span(
     crew_server: CrewServerFactory, collector: Collector
 ):
     run = await crew_server(slow(60), response_format="union").crew().atrigger({})
-    with pytest.raises(CrewTimeoutError):
-        await run.await_for_completion(wait=WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"))
+    with pytest.raises(pc.CrewTimeoutError):
+        await run.await_for_completion(wait=pc.WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"))
     assert one(collector).attributes["prefect_crew.state"] == "stopped"
 
 
@@ -277,7 +263,7 @@ async def test_a_run_that_was_lost_has_a_span_of_the_wait_that_found_it_so(
     crew_server: CrewServerFactory, collector: Collector
 ):
     run = await crew_server(slow(60), faults=["status:forgotten@3"]).crew().atrigger({})
-    with pytest.raises(CrewLostError):
+    with pytest.raises(pc.CrewLostError):
         await run.await_for_completion()
     span = one(collector)
     assert (span.failed, span.attributes["prefect_crew.state"]) == (True, "unknown")
@@ -289,12 +275,12 @@ def test_a_run_that_another_flow_run_takes_over_names_both(crew_server: CrewServ
     @flow
     async def begin() -> None:
         ids.append(str(flow_run.get_id()))
-        await kickoff_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
+        await pc.kickoff_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
 
     @flow
     async def finish() -> None:
         ids.append(str(flow_run.get_id()))
-        await arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
+        await pc.arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
 
     asyncio.run(begin())
     asyncio.run(finish())
@@ -305,7 +291,7 @@ def test_a_run_that_another_flow_run_takes_over_names_both(crew_server: CrewServ
 def test_each_row_of_a_batch_has_its_span(crew_server: CrewServerFactory, collector: Collector, tmp_path: Path):
     server = crew_server(STEPS, response_format="union", speed=20)
     rows = [{"topic": f"tea {number}"} for number in range(5)]
-    run_batch(server.crew(price=PRICE), rows, name=key(), export=str(tmp_path / "out.jsonl"))
+    pc.run_batch(server.crew(price=PRICE), rows, name=key(), export=str(tmp_path / "out.jsonl"))
     spans = collector.runs()
     assert {span.attributes["crewai.execution_uuid"] for span in spans} == {run.id for run in server.runs}
     assert len(spans) == 5
@@ -334,7 +320,7 @@ def _content(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_content")
 def test_content_stands_on_the_spans_where_that_is_wanted(crew_server: CrewServerFactory, collector: Collector):
-    run_crew(crew_server(STEPS, response_format="union").crew(), {"topic": "tea"})
+    pc.run_crew(crew_server(STEPS, response_format="union").crew(), {"topic": "tea"})
     run = one(collector)
     (asked,), (answered,) = (json.loads(run.attributes[f"gen_ai.{way}.messages"]) for way in ("input", "output"))
     assert (asked["role"], json.loads(asked["parts"][0]["content"])) == ("user", {"topic": "tea"})
@@ -351,7 +337,7 @@ def test_secrets_stand_on_no_span_with_content_on(
 ):
     server = crew_server(SECRETS, response_format="union")
     secret = [] if isinstance(given["password"], SecretStr) else ["password"]
-    run_crew(server.crew(secret_inputs=secret), {"user": "ada", **given})
+    pc.run_crew(server.crew(secret_inputs=secret), {"user": "ada", **given})
     span = one(collector)
     assert "ada" in span.attributes["gen_ai.input.messages"]
     assert "******** for ada" in span.attributes["gen_ai.output.messages"]
@@ -373,8 +359,8 @@ def test_of_a_run_whose_secrets_are_not_known_here_no_text_is_shown(
     assert collector.hides("hunter22")
 
 
-async def _waited(crew: DeployedCrew, kickoff_id: str) -> None:
-    await wait_for_crew(crew, kickoff_id, wait=QUICK)
+async def _waited(crew: pc.DeployedCrew, kickoff_id: str) -> None:
+    await pc.wait_for_crew(crew, kickoff_id, wait=QUICK)
 
 
 @pytest.mark.usefixtures("_content")
@@ -383,8 +369,8 @@ def test_what_a_crew_does_not_show_stands_on_no_span(
     crew_server: CrewServerFactory, collector: Collector, show: str, tasks: int
 ):
     server = crew_server(script({"name": "fetch", "seconds": 0.3, "fail": "no answer from tea.test"}, inputs=["topic"]))
-    with pytest.raises(CrewFailedError):
-        run_crew(server.crew(show=show), {"topic": "oolong"})
+    with pytest.raises(pc.CrewFailedError):
+        pc.run_crew(server.crew(show=show), {"topic": "oolong"})
     assert len(collector.tasks(one(collector))) == tasks
     assert one(collector).message == ("" if show == "none" else "no answer from tea.test")
     assert collector.hides("oolong")
@@ -423,7 +409,7 @@ def test_runs_are_counted_with_their_time_their_tokens_and_their_cost(
 ):
     server = crew_server(STEPS, response_format="union", speed=50)
     for _ in range(2):
-        run_crew(server.crew(price=PRICE), {"topic": "tea"})
+        pc.run_crew(server.crew(price=PRICE), {"topic": "tea"})
     assert points(reader, f"127.0.0.1:{server.port}") == {
         "runs completed": 2,
         "run.duration completed": 2,
@@ -436,8 +422,8 @@ def test_runs_are_counted_with_their_time_their_tokens_and_their_cost(
 def test_a_kickoff_that_became_uncertain_is_counted_once(crew_server: CrewServerFactory, reader: InMemoryMetricReader):
     server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), key()
     for _ in range(2):
-        with pytest.raises(KickoffUncertainError):
-            run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
+        with pytest.raises(pc.KickoffUncertainError):
+            pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
     assert points(reader, f"127.0.0.1:{server.port}") == {"kickoffs.uncertain": 1}
 
 
@@ -453,8 +439,8 @@ async def test_a_run_counts_as_waiting_while_it_waits_for_a_person(
     await waiting
     assert points(reader, name)["runs.waiting"] == 0
     again = await server.crew().atrigger({})
-    with pytest.raises(CrewTimeoutError):
-        await again.await_for_completion(wait=WaitPolicy(initial=0.1, factor=1, human_timeout=0.5))
+    with pytest.raises(pc.CrewTimeoutError):
+        await again.await_for_completion(wait=pc.WaitPolicy(initial=0.1, factor=1, human_timeout=0.5))
     assert points(reader, name)["runs.waiting"] == 0, "nobody waits here any more"
 
 

@@ -12,21 +12,10 @@ import pytest
 import respx
 from pydantic import SecretStr
 
+import prefect_crew as pc
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, Webhooks
-from prefect_crew.exceptions import (
-    AuthenticationError,
-    ConfigurationError,
-    CrewAPIError,
-    CrewConnectionError,
-    InvalidInputsError,
-    KickoffUncertainError,
-    NotFoundError,
-    RateLimitedError,
-    ResponseFormatError,
-    ServerError,
-)
 from prefect_crew.states import CrewState
 
 URL = "https://crew.example.com"
@@ -85,9 +74,9 @@ async def test_resume_sends_the_answer_and_webhooks(router: respx.MockRouter, cl
     assert json.loads(sent(router, 0).content) == said | SENT_WEBHOOKS
     assert (answer.status, answer.message) == ("resumed", "ok")
     router.post("/resume").respond(422, json={"detail": "Not pending"})
-    with pytest.raises(CrewAPIError, match=r"Not pending.*crew's page") as caught:
+    with pytest.raises(pc.CrewAPIError, match=r"Not pending.*crew's page") as caught:
         await client.resume("k1", "t1", "", True)
-    assert type(caught.value) is CrewAPIError, "it is not about inputs"
+    assert type(caught.value) is pc.CrewAPIError, "it is not about inputs"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +131,7 @@ async def test_both_status_paths_are_tried(router: respx.MockRouter, client: Cre
     second.side_effect = [NOT_FOUND, httpx.Response(502), NOT_FOUND, RUNNING, RUNNING]
     unknown = await client.status("k1")
     assert (unknown.state, unknown.message, unknown.raw) == (CrewState.UNKNOWN, "Not Found", {"detail": "Not Found"})
-    with pytest.raises(ServerError):  # says nothing of the path
+    with pytest.raises(pc.ServerError):  # says nothing of the path
         await client.status("k1")
     states = [(await client.status("k1")).state for _ in range(3)]
     assert states == [CrewState.UNKNOWN, CrewState.RUNNING, CrewState.RUNNING]
@@ -176,22 +165,22 @@ async def test_health(router: respx.MockRouter, client: CrewClient, answer: http
     router.get("/").mock(answer)
     assert await client.health() is healthy
     router.get("/").respond(401)
-    with pytest.raises(AuthenticationError):
+    with pytest.raises(pc.AuthenticationError):
         await client.health()
 
 
 REDIRECTS = dict.fromkeys((301, 307), "A redirect to nowhere, not followed. Give the crew's final URL")
 """Their message is the client's own: nobody reads the body."""
-ANSWERS: list[tuple[int, str | None, type[CrewAPIError], KickoffFate]] = [
-    *((status, "3", CrewAPIError, KickoffFate.REFUSED) for status in (402, 409, 413, 499)),
-    *((status, "3", InvalidInputsError, KickoffFate.REFUSED) for status in (400, 422)),
-    *((status, "3", AuthenticationError, KickoffFate.REFUSED) for status in (401, 403)),
-    (404, "3", NotFoundError, KickoffFate.REFUSED),
-    *((429, after, RateLimitedError, KickoffFate.RETRY) for after in (None, "3")),
-    *((503, after, ServerError, KickoffFate.RETRY) for after in ("0", "3")),
-    *((status, None, ServerError, KickoffFate.UNCERTAIN) for status in (500, 502, 503)),
-    *((status, "3", ServerError, KickoffFate.UNCERTAIN) for status in (500, 504)),
-    *((status, "3", CrewAPIError, KickoffFate.UNCERTAIN) for status in (*REDIRECTS, 408, 600)),
+ANSWERS: list[tuple[int, str | None, type[pc.CrewAPIError], KickoffFate]] = [
+    *((status, "3", pc.CrewAPIError, KickoffFate.REFUSED) for status in (402, 409, 413, 499)),
+    *((status, "3", pc.InvalidInputsError, KickoffFate.REFUSED) for status in (400, 422)),
+    *((status, "3", pc.AuthenticationError, KickoffFate.REFUSED) for status in (401, 403)),
+    (404, "3", pc.NotFoundError, KickoffFate.REFUSED),
+    *((429, after, pc.RateLimitedError, KickoffFate.RETRY) for after in (None, "3")),
+    *((503, after, pc.ServerError, KickoffFate.RETRY) for after in ("0", "3")),
+    *((status, None, pc.ServerError, KickoffFate.UNCERTAIN) for status in (500, 502, 503)),
+    *((status, "3", pc.ServerError, KickoffFate.UNCERTAIN) for status in (500, 504)),
+    *((status, "3", pc.CrewAPIError, KickoffFate.UNCERTAIN) for status in (*REDIRECTS, 408, 600)),
 ]
 
 
@@ -201,7 +190,7 @@ async def test_a_kickoffs_status_becomes_its_error(
 ):
     headers = {} if after is None else {"retry-after": after}
     router.post("/kickoff").respond(status, json={"error": "Short", "message": "Long"}, headers=headers)
-    with pytest.raises(CrewAPIError) as caught:
+    with pytest.raises(pc.CrewAPIError) as caught:
         await client.kickoff({"a": "b"})
     error = caught.value
     assert (type(error), kickoff_fate(error)) == (kind, fate)
@@ -213,10 +202,10 @@ async def test_a_kickoffs_status_becomes_its_error(
 @pytest.mark.parametrize(
     ("error", "fate"),
     [
-        (InvalidInputsError(missing_inputs=["a"], before_kickoff=True, status_code=0), KickoffFate.REFUSED),
-        (ConfigurationError("no token"), KickoffFate.REFUSED),
-        (ResponseFormatError(expected="an id", body="{}", status_code=200), KickoffFate.UNCERTAIN),
-        (KickoffUncertainError(idempotency_key="k", reason="x"), KickoffFate.UNCERTAIN),
+        (pc.InvalidInputsError(missing_inputs=["a"], before_kickoff=True, status_code=0), KickoffFate.REFUSED),
+        (pc.ConfigurationError("no token"), KickoffFate.REFUSED),
+        (pc.ResponseFormatError(expected="an id", body="{}", status_code=200), KickoffFate.UNCERTAIN),
+        (pc.KickoffUncertainError(idempotency_key="k", reason="x"), KickoffFate.UNCERTAIN),
         *((kind(), KickoffFate.UNCERTAIN) for kind in (RuntimeError, asyncio.CancelledError, KeyboardInterrupt)),
     ],
     ids=lambda one: type(one).__name__,
@@ -237,7 +226,7 @@ def test_fate_of_a_kickoff_that_failed_otherwise(error: BaseException, fate: Kic
 )
 async def test_redirects_are_not_followed(router: respx.MockRouter, client: CrewClient, location: str, shown: str):
     router.get("/inputs").respond(302, headers={"location": location})
-    with pytest.raises(CrewAPIError) as caught:
+    with pytest.raises(pc.CrewAPIError) as caught:
         await client.inputs()
     assert shown in str(caught.value)
     assert "s3cret" not in str(caught.value)
@@ -252,7 +241,7 @@ SENT += [httpx.RemoteProtocolError, httpx.LocalProtocolError, httpx.NetworkError
 @pytest.mark.parametrize("kind", [*NOT_SENT, *SENT], ids=lambda kind: kind.__name__)
 async def test_whether_a_request_may_have_left(router: respx.MockRouter, client: CrewClient, kind: type[Exception]):
     router.post("/kickoff").mock(side_effect=kind("why"))
-    with pytest.raises(CrewConnectionError, match="why") as caught:
+    with pytest.raises(pc.CrewConnectionError, match="why") as caught:
         await client.kickoff({})
     assert caught.value.sent is (kind in SENT)
     assert kickoff_fate(caught.value) is (KickoffFate.UNCERTAIN if kind in SENT else KickoffFate.RETRY)
@@ -261,16 +250,16 @@ async def test_whether_a_request_may_have_left(router: respx.MockRouter, client:
 
 
 async def test_what_cannot_be_written_is_never_sent(router: respx.MockRouter, client: CrewClient):
-    with pytest.raises(ConfigurationError, match=r"Input 'a'.*Nothing was started"):
+    with pytest.raises(pc.ConfigurationError, match=r"Input 'a'.*Nothing was started"):
         await client.kickoff({"a": b"x"})
-    with pytest.raises(ConfigurationError, match="UUID"):
+    with pytest.raises(pc.ConfigurationError, match="UUID"):
         await client.kickoff({}, restore_from="42")
     for kickoff_id in ("", "\ud800", "x" * 70_000):
         for call in (client.status(kickoff_id), client.stop(kickoff_id)):
-            with pytest.raises(ConfigurationError, match=r"is not a valid id|makes no URL"):
+            with pytest.raises(pc.ConfigurationError, match=r"is not a valid id|makes no URL"):
                 await call
     for value in (float("nan"), object(), "\ud800"):
-        with pytest.raises(ConfigurationError, match="meta"):
+        with pytest.raises(pc.ConfigurationError, match="meta"):
             await client.kickoff({}, meta={"a": value})
     assert not router.calls
 
@@ -297,7 +286,7 @@ def test_urls_that_are_taken(url: str):
     ids=str,
 )
 def test_what_no_client_can_be_made_of_is_refused(options: dict[str, Any], says: str):
-    with pytest.raises(ConfigurationError, match=says) as caught:
+    with pytest.raises(pc.ConfigurationError, match=says) as caught:
         CrewClient(**{"url": URL, "token": TOKEN, **options})
     assert "s3cr" not in str(caught.value)
     assert isinstance(caught.value, ValueError)
@@ -317,15 +306,15 @@ async def test_a_client_is_opened_once_and_used_open():
 @pytest.mark.parametrize(
     ("error", "status", "retry_after", "delay"),
     [
-        (RateLimitedError, 429, None, BARE_DELAY),
-        (RateLimitedError, 429, 7.0, 7.0),
-        (ServerError, 503, 3.0, 3.0),
-        (ServerError, 503, None, None),
-        (ServerError, 500, 3.0, None),
+        (pc.RateLimitedError, 429, None, BARE_DELAY),
+        (pc.RateLimitedError, 429, 7.0, 7.0),
+        (pc.ServerError, 503, 3.0, 3.0),
+        (pc.ServerError, 503, None, None),
+        (pc.ServerError, 500, 3.0, None),
     ],
 )
 def test_only_a_refusal_has_a_delay(
-    error: type[CrewAPIError], status: int, retry_after: float | None, delay: float | None
+    error: type[pc.CrewAPIError], status: int, retry_after: float | None, delay: float | None
 ):
     # Of any other 5xx nobody knows whether it started a run, whatever time it names.
     answer = error(status_code=status, method="POST", path="/kickoff", message="", body="", retry_after=retry_after)

@@ -18,25 +18,9 @@ from prefect.flow_runs import asuspend_flow_run
 from prefect.runtime import flow_run
 from pydantic import SecretStr
 
-from prefect_crew import (
-    CrewStep,
-    DeployedCrew,
-    PipelineContext,
-    aget_result,
-    arun_crew,
-    arun_pipeline,
-    plan_pipeline,
-    run_pipeline,
-)
+import prefect_crew as pc
 from prefect_crew.client.redaction import MASK
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import (
-    ConfigurationError,
-    CrewFailedError,
-    IdempotencyConflictError,
-    KickoffUncertainError,
-    PipelineFailedError,
-)
 from prefect_crew.pipelines import artifact as pages
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
@@ -82,27 +66,29 @@ def artifact(seen: Seen, name: str, idempotency_key: str) -> str:
 async def test_steps_feed_each_other(echo: CrewServer):
     crew, idempotency_key = echo.crew(), key()
     steps = [
-        CrewStep("review", crew, {"text": lambda context: context["write"].output.upper()}, after=["write"]),
-        CrewStep("write", crew, {"text": "{{ research.output }} & {{ steps['price list'].tasks[0].output }}"}),
-        CrewStep("research", crew, {"text": "on {{ topic }}"}),
-        CrewStep("price list", crew, {"text": "{{ inputs.topic }} costs"}),
-        CrewStep("last", crew, {"text": "bye"}, after=["review"]),
+        pc.CrewStep("review", crew, {"text": lambda context: context["write"].output.upper()}, after=["write"]),
+        pc.CrewStep("write", crew, {"text": "{{ research.output }} & {{ steps['price list'].tasks[0].output }}"}),
+        pc.CrewStep("research", crew, {"text": "on {{ topic }}"}),
+        pc.CrewStep("price list", crew, {"text": "{{ inputs.topic }} costs"}),
+        pc.CrewStep("last", crew, {"text": "bye"}, after=["review"]),
     ]
-    result = await arun_pipeline(steps, {"topic": "tea"}, idempotency_key=idempotency_key)
+    result = await pc.arun_pipeline(steps, {"topic": "tea"}, idempotency_key=idempotency_key)
     assert result["review"].output == "ON TEA & TEA COSTS"
     assert set(result.results) == {"research", "price list", "write", "review", "last"}
     assert texts(echo)[2:] == ["on tea & tea costs", "ON TEA & TEA COSTS", "bye"]
     assert echo.requests["inputs"] == 1, "a crew is asked once, however many steps it has"
     assert echo.kickoffs_by_key == {f"{idempotency_key}/{step.name}": 1 for step in steps}
-    assert (await aget_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
+    assert (await pc.aget_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
 
 
 async def test_independent_steps_run_at_the_same_time(crew_server: CrewServerFactory, seen: Seen):
     held = Held(until=lambda _: server.kickoffs >= 2)  # neither "a" nor "b" ends before both have been started
     server, idempotency_key = crew_server(held), key()
-    steps = [CrewStep(name, server.crew(), {}) for name in ("a", "b")]
-    await arun_pipeline(
-        [*steps, CrewStep("c", server.crew(), {}, after=["a", "b"])], name="concurrent", idempotency_key=idempotency_key
+    steps = [pc.CrewStep(name, server.crew(), {}) for name in ("a", "b")]
+    await pc.arun_pipeline(
+        [*steps, pc.CrewStep("c", server.crew(), {}, after=["a", "b"])],
+        name="concurrent",
+        idempotency_key=idempotency_key,
     )
     spans = {
         str(run.meta["idempotency_key"])[-1]: (run.created_at, run.created_at + timedelta(seconds=run.execution_time))
@@ -122,7 +108,7 @@ async def test_the_page_links_to_a_running_steps_page(
     held, idempotency_key, shown = Held(), key(), ""
     server = crew_server(held)
     running = asyncio.ensure_future(
-        arun_pipeline([CrewStep("long", server.crew(), {})], name="linked", idempotency_key=idempotency_key)
+        pc.arun_pipeline([pc.CrewStep("long", server.crew(), {})], name="linked", idempotency_key=idempotency_key)
     )
     for _ in range(200):
         await asyncio.sleep(0.05)
@@ -145,8 +131,8 @@ async def test_a_failure_is_on_record_before_anybody_hears_of_it(
         await save(records, record)
 
     monkeypatch.setattr(PrefectRecords, "save", slowly)
-    with pytest.raises(CrewFailedError):
-        await arun_crew(crew_server(FAILS).crew(), idempotency_key=idempotency_key)
+    with pytest.raises(pc.CrewFailedError):
+        await pc.arun_crew(crew_server(FAILS).crew(), idempotency_key=idempotency_key)
     (record,) = await PrefectRecords().attempts(idempotency_key)
     assert record.phase is RecordPhase.ENDED
 
@@ -155,8 +141,8 @@ async def test_each_step_has_its_crew_and_token(crew_server: CrewServerFactory):
     one = crew_server("echo", token="one-token", faults=["inputs:404"])  # which is no obstacle
     other = crew_server("echo", token="other-token")
     await other.crew().asave(name := f"other-{uuid.uuid4().hex[:8]}")
-    steps = [CrewStep("a", one.crew(), {"text": "a"}), CrewStep("b", name, {"text": "{{ a.output }}b"})]
-    assert (await arun_pipeline(steps))["b"].output == "ab"
+    steps = [pc.CrewStep("a", one.crew(), {"text": "a"}), pc.CrewStep("b", name, {"text": "{{ a.output }}b"})]
+    assert (await pc.arun_pipeline(steps))["b"].output == "ab"
     assert (one.kickoffs, other.kickoffs) == (1, 1)
 
 
@@ -164,18 +150,18 @@ async def test_each_step_has_its_crew_and_token(crew_server: CrewServerFactory):
 
 
 def test_a_pipeline_runs_in_flow_task_and_script(echo: CrewServer):
-    steps = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})]
+    steps = [pc.CrewStep("a", echo.crew(), {"text": "{{ topic }}"})]
 
     @task
     def in_a_task() -> str:
-        return run_pipeline(steps, {"topic": "task"})["a"].output
+        return pc.run_pipeline(steps, {"topic": "task"})["a"].output
 
     @flow
     def in_a_flow() -> list[str]:
-        return [run_pipeline(steps, {"topic": "flow"})["a"].output, in_a_task()]
+        return [pc.run_pipeline(steps, {"topic": "flow"})["a"].output, in_a_task()]
 
     assert in_a_flow() == ["flow", "task"]
-    assert run_pipeline(steps, {"topic": "script"})["a"].output == "script"
+    assert pc.run_pipeline(steps, {"topic": "script"})["a"].output == "script"
     assert echo.kickoffs == 3
 
 
@@ -188,7 +174,7 @@ def test_a_flow_run_is_named_after_its_pipeline(
 ):
     crew = crew_server(script({"output": "ok"}, inputs=["topic"])).crew(show=show)
     given = idempotency_key and f"{idempotency_key} {key()}"
-    run_pipeline([CrewStep("a", crew)], {"topic": "tea"}, name=(name := key()), idempotency_key=given)
+    pc.run_pipeline([pc.CrewStep("a", crew)], {"topic": "tea"}, name=(name := key()), idempotency_key=given)
     (run,) = [one for one in seen.flow_runs("run-pipeline") if one["parameters"]["pipeline"] == name]
     assert run["name"].startswith(name + title)
 
@@ -198,17 +184,17 @@ def test_a_flow_run_is_named_after_its_pipeline(
 
 async def test_all_mistakes_are_reported_at_once(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "ok"}, inputs=["topic", "tone"]))
-    refused = DeployedCrew(url=server.url, token="wrong")
+    refused = pc.DeployedCrew(url=server.url, token="wrong")
     steps = [
-        CrewStep("a", server.crew(), {"topic": "{{ topik }}"}),
-        CrewStep("b", server.crew(), {"topic": "x", "tone": "y"}, after=["c"]),
-        CrewStep("c", server.crew(), {"topic": "x", "tone": "y"}, after=["b", "nowhere"]),
-        CrewStep("d", "no-such-block", {}),
-        CrewStep("e", refused, {}),
-        CrewStep("f", DeployedCrew(url=server.url, token="two words"), {}),
+        pc.CrewStep("a", server.crew(), {"topic": "{{ topik }}"}),
+        pc.CrewStep("b", server.crew(), {"topic": "x", "tone": "y"}, after=["c"]),
+        pc.CrewStep("c", server.crew(), {"topic": "x", "tone": "y"}, after=["b", "nowhere"]),
+        pc.CrewStep("d", "no-such-block", {}),
+        pc.CrewStep("e", refused, {}),
+        pc.CrewStep("f", pc.DeployedCrew(url=server.url, token="two words"), {}),
     ]
-    with pytest.raises(ConfigurationError) as raised:
-        await arun_pipeline(steps, {"topic": "tea"})
+    with pytest.raises(pc.ConfigurationError) as raised:
+        await pc.arun_pipeline(steps, {"topic": "tea"})
     message = str(raised.value)
     for part in (
         "nothing was started",
@@ -227,21 +213,24 @@ async def test_all_mistakes_are_reported_at_once(crew_server: CrewServerFactory)
 async def test_a_rotated_token_is_no_problem(crew_server: CrewServerFactory):
     server = crew_server("echo")
     await server.crew().asave(name := f"rotated-{uuid.uuid4().hex[:8]}")
-    old = await DeployedCrew.aload(name)
+    old = await pc.DeployedCrew.aload(name)
     old.token = SecretStr("of-last-year")
-    assert (await arun_pipeline([CrewStep("a", old, {"text": "a"})]))["a"].output == "a"
+    assert (await pc.arun_pipeline([pc.CrewStep("a", old, {"text": "a"})]))["a"].output == "a"
 
 
 async def test_a_crew_that_is_away_blocks_only_a_first_start(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(FAILS_ON), key()
-    steps = [CrewStep("a", server.crew(), {"text": "a"}), CrewStep("b", server.crew(), {"text": "{{ a.output }}b"})]
+    steps = [
+        pc.CrewStep("a", server.crew(), {"text": "a"}),
+        pc.CrewStep("b", server.crew(), {"text": "{{ a.output }}b"}),
+    ]
     server.faults.add("inputs:500@1")
-    with pytest.raises(ConfigurationError, match=r"nothing was started: crew .* cannot be asked for its inputs"):
-        await arun_pipeline(steps, idempotency_key=idempotency_key)
+    with pytest.raises(pc.ConfigurationError, match=r"nothing was started: crew .* cannot be asked for its inputs"):
+        await pc.arun_pipeline(steps, idempotency_key=idempotency_key)
     assert server.kickoffs == 0
-    await arun_pipeline(steps, idempotency_key=idempotency_key)
+    await pc.arun_pipeline(steps, idempotency_key=idempotency_key)
     server.faults.add("inputs:500")
-    assert (await arun_pipeline(steps, idempotency_key=idempotency_key))["b"].output == "ab"
+    assert (await pc.arun_pipeline(steps, idempotency_key=idempotency_key))["b"].output == "ab"
     assert server.kickoffs == 2
 
 
@@ -249,12 +238,12 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "ok"}, inputs=["text", "password"]))
     crew = server.crew(secret_inputs=["password"]).crew.called("travel")
     steps = [
-        CrewStep("write", crew, {"text": "{{ research.output }}", "password": "{{ code }}"}),
-        CrewStep("research", crew, {"text": "on {{ topic }}", "password": lambda _: "x"}),
-        CrewStep("send", crew, {"text": lambda _: "x", "password": "{{ code }}"}, after=["write"]),
+        pc.CrewStep("write", crew, {"text": "{{ research.output }}", "password": "{{ code }}"}),
+        pc.CrewStep("research", crew, {"text": "on {{ topic }}", "password": lambda _: "x"}),
+        pc.CrewStep("send", crew, {"text": lambda _: "x", "password": "{{ code }}"}, after=["write"]),
     ]
-    steps.append(CrewStep("tell", crew, {"text": "as {{ pin }}: hunter23", "password": "{{ code }}"}, after="send"))
-    plan = plan_pipeline(steps, {"topic": "tea", "code": "hunter22", "pin": SecretStr("hunter23")})
+    steps.append(pc.CrewStep("tell", crew, {"text": "as {{ pin }}: hunter23", "password": "{{ code }}"}, after="send"))
+    plan = pc.plan_pipeline(steps, {"topic": "tea", "code": "hunter22", "pin": SecretStr("hunter23")})
     assert str(plan).splitlines() == [
         "research: crew travel",
         "  text = on {{ topic }}",
@@ -282,23 +271,23 @@ async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFac
     server, idempotency_key = crew_server(FAILS_ON), key()
     crew = server.crew()
     steps = [
-        CrewStep("bad", crew, {"text": "{{ first }}"}),
-        CrewStep("needs it", crew, {"text": "{{ bad.output }}"}),
-        CrewStep("needs that", crew, {"text": "x"}, after=["needs it"]),
-        CrewStep("alone", crew, {"text": "alone"}),
-        CrewStep("after alone", crew, {"text": "{{ alone.output }} too"}),
-        CrewStep("function", crew, {"text": lambda context: context.inputs["nothing"]}),
-        CrewStep("limited", server.crew(concurrency_limit="nobody-made-it"), {"text": "x"}),
+        pc.CrewStep("bad", crew, {"text": "{{ first }}"}),
+        pc.CrewStep("needs it", crew, {"text": "{{ bad.output }}"}),
+        pc.CrewStep("needs that", crew, {"text": "x"}, after=["needs it"]),
+        pc.CrewStep("alone", crew, {"text": "alone"}),
+        pc.CrewStep("after alone", crew, {"text": "{{ alone.output }} too"}),
+        pc.CrewStep("function", crew, {"text": lambda context: context.inputs["nothing"]}),
+        pc.CrewStep("limited", server.crew(concurrency_limit="nobody-made-it"), {"text": "x"}),
     ]
-    with pytest.raises(PipelineFailedError) as raised:
-        await arun_pipeline(steps, {"first": "bad"}, name="failing", idempotency_key=idempotency_key)
+    with pytest.raises(pc.PipelineFailedError) as raised:
+        await pc.arun_pipeline(steps, {"first": "bad"}, name="failing", idempotency_key=idempotency_key)
     error = raised.value
     assert (error.failed, error.skipped) == (["bad", "function", "limited"], ["needs it", "needs that"])
     assert {name: one.output for name, one in error.results.items()} == {
         "alone": "alone",
         "after alone": "alone too",
     }
-    assert isinstance(error.errors["bad"], CrewFailedError)
+    assert isinstance(error.errors["bad"], pc.CrewFailedError)
     assert "a function gave no input: KeyError: 'nothing'" in str(error.errors["function"])
     assert "nobody-made-it" in str(error.errors["limited"])
     assert "no bad" in str(error)
@@ -312,23 +301,23 @@ async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFac
     assert shown.count("– not run") == 2
 
 
-def chain(echo: CrewServer, fails_first: CrewServer) -> list[CrewStep]:
+def chain(echo: CrewServer, fails_first: CrewServer) -> list[pc.CrewStep]:
     return [
-        CrewStep("a", echo.crew(), {"text": "a"}),
-        CrewStep("b", fails_first.crew(), {"text": "{{ a.output }}b"}),
-        CrewStep("c", echo.crew(), {"text": "{{ b.output }}c"}),
-        CrewStep("d", echo.crew(), {"text": "d"}),
+        pc.CrewStep("a", echo.crew(), {"text": "a"}),
+        pc.CrewStep("b", fails_first.crew(), {"text": "{{ a.output }}b"}),
+        pc.CrewStep("c", echo.crew(), {"text": "{{ b.output }}c"}),
+        pc.CrewStep("d", echo.crew(), {"text": "d"}),
     ]
 
 
 async def test_the_same_key_repeats_only_what_failed(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
     fails_first, idempotency_key = crew_server(FailsFirst()), key()
-    with pytest.raises(PipelineFailedError, match="out for lunch"):
-        await arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
+    with pytest.raises(pc.PipelineFailedError, match="out for lunch"):
+        await pc.arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
     assert (echo.kickoffs, fails_first.kickoffs) == (2, 1)
-    result = await arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
+    result = await pc.arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
     assert result["c"].output == "abc"
-    again = await arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
+    again = await pc.arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
     assert again["c"].output == "abc"
     assert echo.kickoffs_by_key == {f"{idempotency_key}/{step}": 1 for step in "acd"}
     assert fails_first.kickoffs_by_key == {f"{idempotency_key}/b": 2}
@@ -343,7 +332,7 @@ def test_a_flow_retry_repeats_only_what_failed(crew_server: CrewServerFactory, e
 
     @flow(retries=1)
     async def trip() -> str:
-        return (await arun_pipeline(chain(echo, fails_first), idempotency_key=idempotency_key))["c"].output
+        return (await pc.arun_pipeline(chain(echo, fails_first), idempotency_key=idempotency_key))["c"].output
 
     assert asyncio.run(trip()) == "abc"
     assert (echo.kickoffs, fails_first.kickoffs) == (3, 2)
@@ -364,7 +353,7 @@ async def test_a_retry_with_a_new_secret_reattaches(crew_server: CrewServerFacto
     @flow(retries=1)
     async def trip() -> None:
         given = {"topic": "tea", "text": "tea", secret: f"fresh-{uuid.uuid4()}"}
-        attempts.append((await arun_pipeline([CrewStep("a", crew, inputs)], given)).idempotency_key)
+        attempts.append((await pc.arun_pipeline([pc.CrewStep("a", crew, inputs)], given)).idempotency_key)
         if len(attempts) == 1:
             raise RuntimeError("after the first attempt")
 
@@ -373,11 +362,11 @@ async def test_a_retry_with_a_new_secret_reattaches(crew_server: CrewServerFacto
 
 
 async def test_equal_pipelines_in_a_flow_differ_in_key(echo: CrewServer):
-    steps = [CrewStep("a", echo.crew(), {"text": "a"})]
+    steps = [pc.CrewStep("a", echo.crew(), {"text": "a"})]
 
     @flow
     async def trip() -> int:
-        return len({(await arun_pipeline(steps)).idempotency_key for _ in range(2)})
+        return len({(await pc.arun_pipeline(steps)).idempotency_key for _ in range(2)})
 
     assert await trip() == 2
     assert echo.kickoffs == 2
@@ -385,28 +374,31 @@ async def test_equal_pipelines_in_a_flow_differ_in_key(echo: CrewServer):
 
 async def test_a_step_may_start_from_a_state(echo: CrewServer):
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
-    steps = [CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state), CrewStep("b", echo.crew(), {"text": "y"})]
-    await arun_pipeline(steps, idempotency_key=key())
+    steps = [
+        pc.CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state),
+        pc.CrewStep("b", echo.crew(), {"text": "y"}),
+    ]
+    await pc.arun_pipeline(steps, idempotency_key=key())
     assert {run.inputs["text"]: run.restore_from for run in echo.runs} == {"x": state, "y": None}
-    with pytest.raises(ConfigurationError, match="step 'a': restore_from is '42'"):
-        await arun_pipeline([CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
+    with pytest.raises(pc.ConfigurationError, match="step 'a': restore_from is '42'"):
+        await pc.arun_pipeline([pc.CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
 
 
 async def test_other_inputs_under_a_key_start_nothing(echo: CrewServer):
-    steps, idempotency_key = [CrewStep("a", echo.crew(), {"text": "{{ topic }}"})], key()
-    await arun_pipeline(steps, {"topic": "tea"}, idempotency_key=idempotency_key)
-    with pytest.raises(PipelineFailedError, match="a: ") as raised:
-        await arun_pipeline(steps, {"topic": "cocoa"}, idempotency_key=idempotency_key)
-    assert isinstance(raised.value.errors["a"], IdempotencyConflictError)
+    steps, idempotency_key = [pc.CrewStep("a", echo.crew(), {"text": "{{ topic }}"})], key()
+    await pc.arun_pipeline(steps, {"topic": "tea"}, idempotency_key=idempotency_key)
+    with pytest.raises(pc.PipelineFailedError, match="a: ") as raised:
+        await pc.arun_pipeline(steps, {"topic": "cocoa"}, idempotency_key=idempotency_key)
+    assert isinstance(raised.value.errors["a"], pc.IdempotencyConflictError)
     assert echo.kickoffs == 1
 
 
 async def test_an_uncertain_step_stays_uncertain(crew_server: CrewServerFactory, echo: CrewServer):
     dropping, idempotency_key = crew_server("echo", faults=["kickoff:drop-after-accept@1"]), key()
     for _ in range(2):
-        with pytest.raises(PipelineFailedError) as raised:
-            await arun_pipeline(chain(echo, dropping), idempotency_key=idempotency_key)
-        assert isinstance(raised.value.errors["b"], KickoffUncertainError)
+        with pytest.raises(pc.PipelineFailedError) as raised:
+            await pc.arun_pipeline(chain(echo, dropping), idempotency_key=idempotency_key)
+        assert isinstance(raised.value.errors["b"], pc.KickoffUncertainError)
         assert raised.value.skipped == ["c"]
         assert sorted(raised.value.results) == ["a", "d"]
     assert (echo.kickoffs, dropping.kickoffs) == (2, 1)
@@ -415,15 +407,15 @@ async def test_an_uncertain_step_stays_uncertain(crew_server: CrewServerFactory,
 async def test_a_cancelled_pipeline_goes_on_with_its_key(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
     long, idempotency_key = crew_server(slow(1.5, "b")), key()
     steps = [
-        CrewStep("a", echo.crew(), {"text": "a"}),
-        CrewStep("b", long.crew(), {}, after=["a"]),
-        CrewStep("c", echo.crew(), {"text": "{{ b.output }}c"}),
+        pc.CrewStep("a", echo.crew(), {"text": "a"}),
+        pc.CrewStep("b", long.crew(), {}, after=["a"]),
+        pc.CrewStep("c", echo.crew(), {"text": "{{ b.output }}c"}),
     ]
     calls: list[asyncio.Task[Any]] = []
 
     @flow
     async def trip() -> None:
-        calls.append(asyncio.ensure_future(arun_pipeline(steps, name="cut", idempotency_key=idempotency_key)))
+        calls.append(asyncio.ensure_future(pc.arun_pipeline(steps, name="cut", idempotency_key=idempotency_key)))
         with contextlib.suppress(asyncio.CancelledError):
             await calls[0]
 
@@ -439,7 +431,7 @@ async def test_a_cancelled_pipeline_goes_on_with_its_key(crew_server: CrewServer
         "■ interrupted",
         "– not run",
     ]
-    result = await arun_pipeline(steps, idempotency_key=idempotency_key)
+    result = await pc.arun_pipeline(steps, idempotency_key=idempotency_key)
     assert result["c"].output == "bc"
     assert (echo.kickoffs, long.kickoffs) == (2, 1)
 
@@ -449,10 +441,10 @@ async def test_a_cancelled_pipeline_goes_on_with_its_key(crew_server: CrewServer
 
 def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
     broken, idempotency_key = crew_server(FAILS), key()
-    steps = [CrewStep("good", echo.crew(), {"text": "a"}), CrewStep("bad", broken.crew(), {})]
+    steps = [pc.CrewStep("good", echo.crew(), {"text": "a"}), pc.CrewStep("bad", broken.crew(), {})]
     for _ in range(2):
-        with pytest.raises(PipelineFailedError):
-            run_pipeline(steps, idempotency_key=idempotency_key)
+        with pytest.raises(pc.PipelineFailedError):
+            pc.run_pipeline(steps, idempotency_key=idempotency_key)
     for server, step, kind in ((echo, "good", "crew.completed"), (broken, "bad", "crew.failed")):
         for run in server.runs:
             (event,) = [one for one in seen.events(run.id) if one["event"] in ("crew.completed", "crew.failed")]
@@ -469,7 +461,7 @@ def test_a_step_makes_two_tasks_and_no_subflow(echo: CrewServer, seen: Seen):
     @flow
     async def trip() -> None:
         ids.append(flow_run.id)
-        await arun_pipeline([CrewStep(str(n), echo.crew(), {"text": str(n)}) for n in range(3)])
+        await pc.arun_pipeline([pc.CrewStep(str(n), echo.crew(), {"text": str(n)}) for n in range(3)])
 
     asyncio.run(trip())
     assert seen.subflow_runs(ids[0]) == []
@@ -485,11 +477,11 @@ def test_prefects_graph_shows_what_a_step_needs(echo: CrewServer, seen: Seen):
     @flow
     async def trip() -> None:
         ids.append(flow_run.id)
-        steps = [CrewStep("first", echo.crew(), {"text": "a"})]
+        steps = [pc.CrewStep("first", echo.crew(), {"text": "a"})]
         for name, text in needs.items():
             after = ["first"] if name in ("after", "function") else []
-            steps.append(CrewStep(name, echo.crew(), {"text": text}, after=after))
-        await arun_pipeline(steps)
+            steps.append(pc.CrewStep(name, echo.crew(), {"text": text}, after=after))
+        await pc.arun_pipeline(steps)
 
     asyncio.run(trip())
     runs = {run["name"]: run for run in seen.task_runs(ids[0], count=10)}
@@ -503,9 +495,9 @@ def test_prefects_graph_shows_what_a_step_needs(echo: CrewServer, seen: Seen):
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
 async def test_an_input_that_cannot_be_sent_is_refused(echo: CrewServer, inside: bool):
     async def trip() -> None:
-        await arun_pipeline([CrewStep("a", echo.crew(), {"text": lambda context: "a"})], {"o": object()})
+        await pc.arun_pipeline([pc.CrewStep("a", echo.crew(), {"text": lambda context: "a"})], {"o": object()})
 
-    with pytest.raises(ConfigurationError, match="Input 'o' holds a value of type object, which cannot be sent"):
+    with pytest.raises(pc.ConfigurationError, match="Input 'o' holds a value of type object, which cannot be sent"):
         await (flow(trip)() if inside else trip())
     assert echo.kickoffs == 0
 
@@ -517,14 +509,14 @@ async def test_a_suspended_flow_run_goes_on(crew_server: CrewServerFactory, echo
     held, idempotency_key = Held(), key()
     server = crew_server(held)
     steps = [
-        CrewStep("held", server.crew(), {}),
-        CrewStep("next", echo.crew(), {"text": "{{ held.output }}"}),
-        CrewStep("last", echo.crew(), {"text": "{{ next.output }}"}),
+        pc.CrewStep("held", server.crew(), {}),
+        pc.CrewStep("next", echo.crew(), {"text": "{{ held.output }}"}),
+        pc.CrewStep("last", echo.crew(), {"text": "{{ next.output }}"}),
     ]
 
     @flow
     async def trip() -> str:
-        return (await arun_pipeline(steps, name="suspended", idempotency_key=idempotency_key))["last"].output
+        return (await pc.arun_pipeline(steps, name="suspended", idempotency_key=idempotency_key))["last"].output
 
     async with get_client() as client:
         deployment = await client.create_deployment(await client.create_flow(trip), f"suspended-{uuid.uuid4()}")
@@ -557,7 +549,7 @@ LOGIN = script(
 REPEATS = script({"name": "say", "output": "{{ text }}"}, inputs=["text"])
 REFUSES = script({"name": "say", "fail": "refused: {{ text }}"}, inputs=["text"])
 
-Make = Callable[[str, DeployedCrew, DeployedCrew], list[CrewStep]]
+Make = Callable[[str, pc.DeployedCrew, pc.DeployedCrew], list[pc.CrewStep]]
 
 
 def new() -> str:
@@ -567,34 +559,34 @@ def new() -> str:
 LOGS_IN = {"user": "me", "password": "{{ login }}"}
 WAYS: dict[str, tuple[Make, Callable[[str], dict[str, Any]], list[str]]] = {
     "a SecretStr of the crew's name": (
-        lambda secret, first, _: [CrewStep("a", first)],
+        lambda secret, first, _: [pc.CrewStep("a", first)],
         lambda secret: {"user": "me", "password": SecretStr(secret)},
         [],
     ),
     "a text that a function puts into a secret input": (
         lambda secret, first, _: [
-            CrewStep("a", first, {"user": "me", "password": lambda context: context.inputs["code"]})
+            pc.CrewStep("a", first, {"user": "me", "password": lambda context: context.inputs["code"]})
         ],
         lambda secret: {"code": secret},
         ["password"],
     ),
     "a secret of the step itself": (
-        lambda secret, first, _: [CrewStep("a", first, {"user": "me", "password": SecretStr(secret)})],
+        lambda secret, first, _: [pc.CrewStep("a", first, {"user": "me", "password": SecretStr(secret)})],
         lambda secret: {},
         [],
     ),
     "a text that goes to another crew as well": (
         lambda secret, first, second: [
-            CrewStep("a", first, LOGS_IN),
-            CrewStep("b", second, {"text": "as {{ login }}"}, after=["a"]),
+            pc.CrewStep("a", first, LOGS_IN),
+            pc.CrewStep("b", second, {"text": "as {{ login }}"}, after=["a"]),
         ],
         lambda secret: {"login": secret},
         ["password"],
     ),
     "an output that repeats it, and a template that changes it": (
         lambda secret, first, second: [
-            CrewStep("a", first, LOGS_IN),
-            CrewStep("b", second, {"text": "{{ a.output }} {{ login | upper }}"}),
+            pc.CrewStep("a", first, LOGS_IN),
+            pc.CrewStep("b", second, {"text": "{{ a.output }} {{ login | upper }}"}),
         ],
         lambda secret: {"login": SecretStr(secret)},
         [],
@@ -610,7 +602,7 @@ async def test_a_secret_reaches_only_the_crew(
     with caplog.at_level(logging.DEBUG):
         for way, (make, inputs, secret_inputs) in WAYS.items():
             steps = make(secrets[way], first.crew(secret_inputs=secret_inputs), second.crew())
-            result = await asyncio.to_thread(run_pipeline, steps, inputs(secrets[way]), name=f"secret {way}")
+            result = await asyncio.to_thread(pc.run_pipeline, steps, inputs(secrets[way]), name=f"secret {way}")
             assert result["a"].output == f"logged in as me with {secrets[way]}"
             if len(steps) > 1:
                 assert secrets[way] in second.runs[-1].inputs["text"]
@@ -625,19 +617,19 @@ async def test_no_error_of_a_step_tells_a_secret(
 ) -> None:
     secret = new()
 
-    def breaks(context: PipelineContext) -> Any:
+    def breaks(context: pc.PipelineContext) -> Any:
         raise ValueError(f"no {context.inputs['login'].get_secret_value()}")
 
     steps = [
-        CrewStep("a", crew_server(REFUSES).crew(), {"text": "as {{ login }}"}),
-        CrewStep("b", crew_server(REPEATS).crew(), {"text": "{{ (login ~ 'x') + 1 }}"}),
-        CrewStep("c", crew_server(REPEATS).crew(), {"text": breaks}),
+        pc.CrewStep("a", crew_server(REFUSES).crew(), {"text": "as {{ login }}"}),
+        pc.CrewStep("b", crew_server(REPEATS).crew(), {"text": "{{ (login ~ 'x') + 1 }}"}),
+        pc.CrewStep("c", crew_server(REPEATS).crew(), {"text": breaks}),
     ]
-    with pytest.raises(PipelineFailedError) as raised:
-        await asyncio.to_thread(run_pipeline, steps, {"login": SecretStr(secret)})
+    with pytest.raises(pc.PipelineFailedError) as raised:
+        await asyncio.to_thread(pc.run_pipeline, steps, {"login": SecretStr(secret)})
     assert sorted(raised.value.errors) == ["a", "b", "c"]
     assert f"refused: {MASK}" in str(raised.value.errors["a"])
-    assert isinstance(raised.value.errors["c"], ConfigurationError)
+    assert isinstance(raised.value.errors["c"], pc.ConfigurationError)
     assert f"no {MASK}" in str(raised.value.errors["c"])
     assert secret not in f"{raised.value} {raised.value.errors}" + caplog.text
     assert secret not in await asyncio.to_thread(stored_texts, prefect_api)

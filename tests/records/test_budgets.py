@@ -23,21 +23,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.settings import PREFECT_API_URL
 
-from prefect_crew import (
-    Budget,
-    BudgetExceededError,
-    ConfigurationError,
-    CrewStep,
-    DeployedCrew,
-    InvalidInputsError,
-    KickoffUncertainError,
-    PipelineFailedError,
-    WaitPolicy,
-    arun_crew,
-    arun_pipeline,
-    kickoff_crew,
-    wait_for_crew,
-)
+import prefect_crew as pc
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.prices import Price
@@ -107,11 +93,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 async def test_a_start_beyond_the_budget_is_refused(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo")
-    crew = server.crew(budgets=[Budget(max_kickoffs=2, per="day", name=name)])
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=2, per="day", name=name)])
     for number in range(2):
-        await arun_crew(crew, {"text": f"{number}"}, idempotency_key=f"{name}-{number}")
-    with pytest.raises(BudgetExceededError, match="no room for another run") as raised:
-        await arun_crew(crew, {"text": "2"}, idempotency_key=f"{name}-2")
+        await pc.arun_crew(crew, {"text": f"{number}"}, idempotency_key=f"{name}-{number}")
+    with pytest.raises(pc.BudgetExceededError, match="no room for another run") as raised:
+        await pc.arun_crew(crew, {"text": "2"}, idempotency_key=f"{name}-2")
     error = raised.value
     assert (error.budget, error.measure, error.used, error.limit, error.estimate) == (name, "kickoffs", 2, 2, 1)
     assert error.resets_at is not None
@@ -120,76 +106,76 @@ async def test_a_start_beyond_the_budget_is_refused(crew_server: CrewServerFacto
     assert await PrefectRecords().attempts(f"{name}-2") == [], "no refusal takes up a number of its key"
 
 
-async def by_run_crew(crew: DeployedCrew, text: str) -> None:
-    await arun_crew(crew, {"text": text})
+async def by_run_crew(crew: pc.DeployedCrew, text: str) -> None:
+    await pc.arun_crew(crew, {"text": text})
 
 
-async def by_tasks(crew: DeployedCrew, text: str) -> None:
-    await wait_for_crew(crew, await kickoff_crew(crew, {"text": text}))
+async def by_tasks(crew: pc.DeployedCrew, text: str) -> None:
+    await pc.wait_for_crew(crew, await pc.kickoff_crew(crew, {"text": text}))
 
 
-async def by_trigger(crew: DeployedCrew, text: str) -> None:
+async def by_trigger(crew: pc.DeployedCrew, text: str) -> None:
     await (await crew.atrigger({"text": text})).await_for_completion()
 
 
-async def by_pipeline(crew: DeployedCrew, text: str) -> None:
-    await arun_pipeline([CrewStep("only", crew, {"text": text})])
+async def by_pipeline(crew: pc.DeployedCrew, text: str) -> None:
+    await pc.arun_pipeline([pc.CrewStep("only", crew, {"text": text})])
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
 @pytest.mark.parametrize("way", [by_run_crew, by_tasks, by_trigger, by_pipeline])
 async def test_a_budget_holds_for_every_way_to_start(
-    crew_server: CrewServerFactory, name: str, way: Callable[[DeployedCrew, str], Any], inside: bool
+    crew_server: CrewServerFactory, name: str, way: Callable[[pc.DeployedCrew, str], Any], inside: bool
 ):
     server = crew_server("echo")
-    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="month", name=name)])
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=1, per="month", name=name)])
 
     async def twice() -> None:
         await way(crew, "a")
         await way(crew, "b")
 
-    with pytest.raises((BudgetExceededError, PipelineFailedError)) as raised:
+    with pytest.raises((pc.BudgetExceededError, pc.PipelineFailedError)) as raised:
         await (flow(twice)() if inside else twice())
     errors: dict[str, Exception] = getattr(raised.value, "errors", {"only": raised.value})
-    assert isinstance(errors["only"], BudgetExceededError)
+    assert isinstance(errors["only"], pc.BudgetExceededError)
     assert (server.kickoffs, await counted(name)) == (1, 1)
 
 
 async def test_budgets_of_flow_pipeline_and_block_all_hold(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo")
-    crew = server.crew(budgets=[Budget(max_kickoffs=4, per="day", name=name)])
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=4, per="day", name=name)])
 
     @flow(name=f"flow-{name}")
     async def each() -> None:
         for text in "ab":
-            await arun_crew(crew, {"text": text}, budgets=[Budget(max_kickoffs=1)])
+            await pc.arun_crew(crew, {"text": text}, budgets=[pc.Budget(max_kickoffs=1)])
 
     with pytest.raises(
-        BudgetExceededError, match=f"Budget 'flow-{name}' .*raise max_kickoffs and make the same call again"
+        pc.BudgetExceededError, match=f"Budget 'flow-{name}' .*raise max_kickoffs and make the same call again"
     ):
         await each()
     assert await counted(name) == 1, "the estimate of the refused one was taken off the block's budget"
-    steps = [CrewStep(step, crew, {"text": step}) for step in "abc"]
-    with pytest.raises(PipelineFailedError) as raised:
-        await arun_pipeline(steps, name=f"pipe-{name}", budgets=[Budget(max_kickoffs=2)])
+    steps = [pc.CrewStep(step, crew, {"text": step}) for step in "abc"]
+    with pytest.raises(pc.PipelineFailedError) as raised:
+        await pc.arun_pipeline(steps, name=f"pipe-{name}", budgets=[pc.Budget(max_kickoffs=2)])
     assert [getattr(error, "budget", None) for error in raised.value.errors.values()] == [f"pipe-{name}"]
     assert await counted(name) == 3
 
 
 async def test_a_budget_holds_across_flow_retries(crew_server: CrewServerFactory, name: str):
     server, attempts = crew_server("echo"), 0
-    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=1, per="day", name=name)])
 
     @flow(retries=2)
     async def fails_once() -> str:
         nonlocal attempts
         attempts += 1
-        result = await arun_crew(crew, {"text": "a"})
+        result = await pc.arun_crew(crew, {"text": "a"})
         if attempts == 1:
             raise RuntimeError("after the run")
         # The next start of this attempt has no room.
-        with pytest.raises(BudgetExceededError):
-            await arun_crew(crew, {"text": "b"})
+        with pytest.raises(pc.BudgetExceededError):
+            await pc.arun_crew(crew, {"text": "b"})
         return result.output
 
     assert await fails_once()
@@ -201,30 +187,30 @@ async def test_a_budget_holds_across_flow_retries(crew_server: CrewServerFactory
 
 async def test_a_run_that_did_not_start_is_given_back(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo", faults=["kickoff:422-before-accept@1"])
-    crew = server.crew(budgets=[Budget(max_kickoffs=5, per="day", name=name)])
-    with pytest.raises(InvalidInputsError):
-        await arun_crew(crew, {"wrong": "a"}, idempotency_key=f"{name}-1")
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=5, per="day", name=name)])
+    with pytest.raises(pc.InvalidInputsError):
+        await pc.arun_crew(crew, {"wrong": "a"}, idempotency_key=f"{name}-1")
     assert await counted(name) == 0
-    with pytest.raises(InvalidInputsError):
-        await arun_crew(crew, {"text": "a"}, idempotency_key=f"{name}-2")
+    with pytest.raises(pc.InvalidInputsError):
+        await pc.arun_crew(crew, {"text": "a"}, idempotency_key=f"{name}-2")
     assert await counted(name) == 0
-    await arun_crew(crew, {"text": "a"}, idempotency_key=f"{name}-2")
+    await pc.arun_crew(crew, {"text": "a"}, idempotency_key=f"{name}-2")
     assert await counted(name) == 1
 
 
 async def test_an_uncertain_kickoff_keeps_its_estimate(crew_server: CrewServerFactory, name: str):
     server = crew_server("echo", faults=["kickoff:500-before-accept@1"])
-    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
-    with pytest.raises(KickoffUncertainError):
-        await arun_crew(crew, {"text": "a"}, idempotency_key=name)
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=1, per="day", name=name)])
+    with pytest.raises(pc.KickoffUncertainError):
+        await pc.arun_crew(crew, {"text": "a"}, idempotency_key=name)
     assert await counted(name) == 1
-    with pytest.raises(BudgetExceededError):
-        await arun_crew(crew, {"text": "b"})
+    with pytest.raises(pc.BudgetExceededError):
+        await pc.arun_crew(crew, {"text": "b"})
     (record,) = await PrefectRecords().attempts(name)
     record.open_for = 0.0  # as after half a minute
     await resolve_never_started(record, PrefectRecords())
     assert await counted(name) == 0
-    await arun_crew(crew, {"text": "a"}, idempotency_key=name)
+    await pc.arun_crew(crew, {"text": "a"}, idempotency_key=name)
     assert (server.kickoffs, await counted(name)) == (1, 1)
 
 
@@ -232,15 +218,15 @@ async def test_resolving_gives_an_unwritten_start_back(
     crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     server = crew_server("echo", faults=["kickoff:422-before-accept@2"])
-    crew = server.crew(budgets=[Budget(max_kickoffs=5, per="day", name=name)])
-    await arun_crew(crew, {"text": "a"})
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=5, per="day", name=name)])
+    await pc.arun_crew(crew, {"text": "a"})
 
     async def away(*_: Any) -> None:
         raise httpx.ConnectError("the Prefect API is away")
 
     monkeypatch.setattr(PrefectRecords, "save", away)
-    with pytest.raises(InvalidInputsError):
-        await arun_crew(crew, {"text": "b"}, idempotency_key=name)
+    with pytest.raises(pc.InvalidInputsError):
+        await pc.arun_crew(crew, {"text": "b"}, idempotency_key=name)
     (record,) = await PrefectRecords().attempts(name)
     assert (record.phase, await counted(name)) == (RecordPhase.CLAIMED, 2)
     record.open_for = 0.0  # as after half a minute
@@ -253,7 +239,7 @@ async def test_a_void_claim_is_given_back_once(
 ):
     """Somebody voids a claim whose owner is asleep: the owner gives nothing back when it wakes up."""
     server = crew_server("echo")
-    crew = server.crew(budgets=[Budget(max_kickoffs=5, per="day", name=name)])
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=5, per="day", name=name)])
     monkeypatch.setattr(kickoff, "CLAIM_GOOD_FOR", -60.0)
     asleep, wake_up = asyncio.Event(), asyncio.Event()
 
@@ -280,19 +266,19 @@ async def test_a_void_claim_is_given_back_once(
 
 async def test_an_end_adds_the_difference(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(700), response_format="union")
-    crew = server.crew(budgets=[Budget(max_tokens=2000, estimate_tokens=650, per="day", name=name)])
+    crew = server.crew(budgets=[pc.Budget(max_tokens=2000, estimate_tokens=650, per="day", name=name)])
     for before in (0, 700):
         run = await crew.atrigger({})
         assert await counted(name) == before + 650
         await run.await_for_completion()
         assert await counted(name) == before + 700
-    with pytest.raises(BudgetExceededError, match="takes about 650: 1,400 of 2,000 tokens"):
+    with pytest.raises(pc.BudgetExceededError, match="takes about 650: 1,400 of 2,000 tokens"):
         await crew.atrigger({})
 
 
 async def test_more_use_than_room_fills_the_counter(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(900), response_format="union")
-    crew = server.crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
+    crew = server.crew(budgets=[pc.Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
     runs = [await crew.atrigger({}) for _ in range(2)]
     for run in runs:
         await run.await_for_completion()
@@ -300,8 +286,8 @@ async def test_more_use_than_room_fills_the_counter(crew_server: CrewServerFacto
 
 
 async def test_a_run_without_usage_counts_as_its_estimate(crew_server: CrewServerFactory, name: str):
-    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
-    await arun_crew(crew, {"text": "a"})
+    crew = crew_server("echo").crew(budgets=[pc.Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
+    await pc.arun_crew(crew, {"text": "a"})
     assert await counted(name) == 50
 
 
@@ -323,21 +309,21 @@ async def test_a_missing_estimate_proposes_the_mean(
 ):
     prefect_server.forget_records()  # a port may have been that of the crew of an earlier test
     server = crew_server("echo")
-    crew = server.crew(budgets=[Budget(per="day", name=name, **budget)], price=price)
-    with pytest.raises(ConfigurationError, match=r"no run of crew .* has reported its use of late"):
-        await arun_crew(crew, {"text": "a"})
+    crew = server.crew(budgets=[pc.Budget(per="day", name=name, **budget)], price=price)
+    with pytest.raises(pc.ConfigurationError, match=r"no run of crew .* has reported its use of late"):
+        await pc.arun_crew(crew, {"text": "a"})
     for tokens in (*[9000] * 3, *[100, 120] * 10):
         facts: dict[str, Any] = {"phase": RecordPhase.ENDED, "usage": TokenUsage(total_tokens=tokens)}
         await put(new_record(crew_url=server.url, cost=tokens / 1000, **facts))
-    with pytest.raises(ConfigurationError, match=f"Budget '{name}' limits .* {proposal}") as raised:
-        await arun_crew(crew, {"text": "a"}, idempotency_key=name)
+    with pytest.raises(pc.ConfigurationError, match=f"Budget '{name}' limits .* {proposal}") as raised:
+        await pc.arun_crew(crew, {"text": "a"}, idempotency_key=name)
     assert "the last 20 runs" in str(raised.value)
     assert (server.kickoffs, await counted(name), await PrefectRecords().attempts(name)) == (0, 0, [])
 
 
 async def test_the_cost_follows_the_price(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(1010), response_format="union")
-    budgets = [Budget(max_cost=1, estimate_cost=0.05, per="day", name=name)]
+    budgets = [pc.Budget(max_cost=1, estimate_cost=0.05, per="day", name=name)]
     crew = server.crew(budgets=budgets, price=Price(per_1k_input=0.3, per_1k_output=1))
     run = await crew.atrigger({})
     assert await counted(name) == 500
@@ -345,26 +331,26 @@ async def test_the_cost_follows_the_price(crew_server: CrewServerFactory, name: 
     assert await counted(name) == 3100
     fixed = server.crew(budgets=budgets, price=0.2)
     for _ in range(3):
-        await arun_crew(fixed, {})
+        await pc.arun_crew(fixed, {})
     assert await counted(name) == 9100
-    with pytest.raises(BudgetExceededError, match=r"takes about 0\.2: 0\.91 of 1 cost"):
-        await arun_crew(fixed, {})
-    await arun_crew(server.crew(budgets=budgets), {})
+    with pytest.raises(pc.BudgetExceededError, match=r"takes about 0\.2: 0\.91 of 1 cost"):
+        await pc.arun_crew(fixed, {})
+    await pc.arun_crew(server.crew(budgets=budgets), {})
     assert await counted(name) == 9600, "without a price a run counts as its estimate"
     assert server.kickoffs == 5
 
 
 async def test_waits_at_the_same_moment_settle_once(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(100, seconds=0.3), response_format="union")
-    crew = server.crew(budgets=[Budget(max_tokens=1_000_000, estimate_tokens=1000, per="month", name=name)])
+    crew = server.crew(budgets=[pc.Budget(max_tokens=1_000_000, estimate_tokens=1000, per="month", name=name)])
     for number in range(1, 4):
-        await asyncio.gather(*(arun_crew(crew, {}, idempotency_key=f"{name}-{number}") for _ in range(4)))
+        await asyncio.gather(*(pc.arun_crew(crew, {}, idempotency_key=f"{name}-{number}") for _ in range(4)))
         assert await counted(name) == 100 * number
 
 
 async def test_an_end_seen_twice_leaves_a_full_counter(crew_server: CrewServerFactory, name: str):
     """The second one finds no room for what the run used beyond its estimate: it gives back no more than it took."""
-    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
+    crew = crew_server("echo").crew(budgets=[pc.Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
     record = await PrefectRecords().of_kickoff((await crew.atrigger({"text": "a"})).kickoff_id)
     assert record is not None
     end = {"state": CrewState.COMPLETED, "usage": TokenUsage(total_tokens=900)}
@@ -375,9 +361,9 @@ async def test_an_end_seen_twice_leaves_a_full_counter(crew_server: CrewServerFa
 
 async def test_who_reattaches_settles_what_the_record_says(crew_server: CrewServerFactory, name: str):
     server = crew_server(used(700), response_format="union")
-    budget = Budget(max_tokens=2000, estimate_tokens=100, per="day", name=name)
+    budget = pc.Budget(max_tokens=2000, estimate_tokens=100, per="day", name=name)
     run = await server.crew(budgets=[budget]).atrigger({})
-    await wait_for_crew(server.crew(), str(run.kickoff_id))
+    await pc.wait_for_crew(server.crew(), str(run.kickoff_id))
     assert await counted(name) == 700
 
 
@@ -386,8 +372,8 @@ async def test_a_changed_budget_holds_at_once(crew_server: CrewServerFactory, na
 
     async def starts(most: int) -> bool:
         try:
-            await arun_crew(server.crew(budgets=[Budget(max_kickoffs=most, per="day", name=name)]), {"text": "a"})
-        except BudgetExceededError:
+            await pc.arun_crew(server.crew(budgets=[pc.Budget(max_kickoffs=most, per="day", name=name)]), {"text": "a"})
+        except pc.BudgetExceededError:
             return False
         return True
 
@@ -401,7 +387,7 @@ async def test_two_starts_may_meet_a_changed_budget(
 ):
     """One is refused by the old limit, and the other has set the new one before the first reads it."""
     server = crew_server("echo")
-    await arun_crew(server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)]), {"text": "a"})
+    await pc.arun_crew(server.crew(budgets=[pc.Budget(max_kickoffs=1, per="day", name=name)]), {"text": "a"})
     read = PrefectClient.read_global_concurrency_limit_by_name
 
     async def read_late(client: PrefectClient, limit: str) -> Any:
@@ -409,18 +395,18 @@ async def test_two_starts_may_meet_a_changed_budget(
         return await read(client, limit)
 
     monkeypatch.setattr(PrefectClient, "read_global_concurrency_limit_by_name", read_late)
-    await arun_crew(server.crew(budgets=[Budget(max_kickoffs=9, per="day", name=name)]), {"text": "b"})
+    await pc.arun_crew(server.crew(budgets=[pc.Budget(max_kickoffs=9, per="day", name=name)]), {"text": "b"})
     assert server.kickoffs == 2
 
 
 async def test_a_run_counts_once_in_a_shared_counter(crew_server: CrewServerFactory, name: str):
     """A flow that is called as its crew has a budget of the crew's name."""
     server = crew_server("echo")
-    crew = server.crew(budgets=[Budget(max_kickoffs=most, per="day", name=name) for most in (5, 2, 4)])
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=most, per="day", name=name) for most in (5, 2, 4)])
     for text in "ab":
-        await arun_crew(crew, {"text": text})
-    with pytest.raises(BudgetExceededError, match="2 of 2 kickoffs"):
-        await arun_crew(crew, {"text": "c"})
+        await pc.arun_crew(crew, {"text": text})
+    with pytest.raises(pc.BudgetExceededError, match="2 of 2 kickoffs"):
+        await pc.arun_crew(crew, {"text": "c"})
     assert await counted(name) == 2
 
 
@@ -428,13 +414,13 @@ async def test_a_warning_and_a_refusing_limit_both_hold(
     crew_server: CrewServerFactory, name: str, caplog: pytest.LogCaptureFixture
 ):
     limits = ((1, "warn"), (2, "refuse"))
-    budgets = [Budget(max_kickoffs=most, per="day", name=name, on_limit=how) for most, how in limits]
+    budgets = [pc.Budget(max_kickoffs=most, per="day", name=name, on_limit=how) for most, how in limits]
     crew = crew_server("echo").crew(budgets=budgets)
     for text in "ab":
-        await arun_crew(crew, {"text": text})
+        await pc.arun_crew(crew, {"text": text})
     assert f"Budget {name!r} has no room" in caplog.text
-    with pytest.raises(BudgetExceededError, match="2 of 2 kickoffs"):
-        await arun_crew(crew, {"text": "c"})
+    with pytest.raises(pc.BudgetExceededError, match="2 of 2 kickoffs"):
+        await pc.arun_crew(crew, {"text": "c"})
 
 
 async def test_a_budget_costs_one_request_a_start(crew_server: CrewServerFactory, name: str, asked: list[str]):
@@ -442,15 +428,15 @@ async def test_a_budget_costs_one_request_a_start(crew_server: CrewServerFactory
     found: dict[str, Counter[str]] = {}
     crews = {
         "none": server.crew(),
-        "kickoffs": server.crew(budgets=[Budget(max_kickoffs=9, per="day", name=name)]),
-        "cost": server.crew(budgets=[Budget(max_cost=9, per="day", name=name)], price=0.1),
-        "tokens": server.crew(budgets=[Budget(max_tokens=9000, estimate_tokens=100, per="day", name=name)]),
+        "kickoffs": server.crew(budgets=[pc.Budget(max_kickoffs=9, per="day", name=name)]),
+        "cost": server.crew(budgets=[pc.Budget(max_cost=9, per="day", name=name)], price=0.1),
+        "tokens": server.crew(budgets=[pc.Budget(max_tokens=9000, estimate_tokens=100, per="day", name=name)]),
     }
     for what, crew in crews.items():
         seen: list[Counter[str]] = []
         for number in range(4):
             asked.clear()
-            await arun_crew(crew, {"text": f"{what} {number}"}, idempotency_key=f"{name}-{what}-{number}")
+            await pc.arun_crew(crew, {"text": f"{what} {number}"}, idempotency_key=f"{name}-{what}-{number}")
             seen.append(Counter(one for one in asked if "csrf" not in one and not one.startswith("GET /v2/")))
         # The first one creates the counter; Prefect itself asks for more now and then. What each asks for counts.
         found[what] = reduce(and_, seen[1:])
@@ -459,7 +445,7 @@ async def test_a_budget_costs_one_request_a_start(crew_server: CrewServerFactory
 
 
 async def test_a_corrected_end_costs_two_requests(crew_server: CrewServerFactory, name: str, asked: list[str]):
-    budgets = [Budget(max_tokens=20_000, estimate_tokens=1000, name=name)]
+    budgets = [pc.Budget(max_tokens=20_000, estimate_tokens=1000, name=name)]
     run = await crew_server(used(700), response_format="union").crew(budgets=budgets).atrigger({})
     asked.clear()
     await run.await_for_completion()
@@ -473,7 +459,7 @@ async def test_a_death_at_the_end_leaves_the_counter_too_high(
     crew_server: CrewServerFactory, name: str, tokens: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Whoever sees the end after that counts what is missing once more: the counter is too high then, never too low."""
-    budgets = [Budget(max_tokens=2000, estimate_tokens=100, name=name)]
+    budgets = [pc.Budget(max_tokens=2000, estimate_tokens=100, name=name)]
     crew = crew_server(used(tokens), response_format="union").crew(budgets=budgets)
     run = await crew.atrigger({})
     end = PrefectRecords.end
@@ -489,15 +475,15 @@ async def test_a_death_at_the_end_leaves_the_counter_too_high(
         await run.await_for_completion()
     assert await counted(name) == max(tokens, 100)
     monkeypatch.setattr(PrefectRecords, "end", end)
-    await wait_for_crew(crew, str(run.kickoff_id))
+    await pc.wait_for_crew(crew, str(run.kickoff_id))
     assert await counted(name) == tokens + max(tokens - 100, 0)
 
 
 async def test_pruning_keeps_an_end_for_an_hour(crew_server: CrewServerFactory, name: str):
     """Another wait may be about to see the same end, and would settle it once more."""
-    budgets = [Budget(max_tokens=2000, estimate_tokens=100, name=name)]
+    budgets = [pc.Budget(max_tokens=2000, estimate_tokens=100, name=name)]
     crew = crew_server(used(700), response_format="union").crew(budgets=budgets)
-    kickoff_id = (await arun_crew(crew, {})).kickoff_id
+    kickoff_id = (await pc.arun_crew(crew, {})).kickoff_id
     await prune(PrefectRecords(), older_than=timedelta(0))
     assert (await record_of(kickoff_id)).is_final
 
@@ -505,7 +491,7 @@ async def test_pruning_keeps_an_end_for_an_hour(crew_server: CrewServerFactory, 
 async def test_pruning_removes_the_counters_of_the_past(
     crew_server: CrewServerFactory, name: str, monkeypatch: pytest.MonkeyPatch
 ):
-    await arun_crew(crew_server("echo").crew(budgets=[Budget(max_kickoffs=9, name=name)]), {"text": "a"})
+    await pc.arun_crew(crew_server("echo").crew(budgets=[pc.Budget(max_kickoffs=9, name=name)]), {"text": "a"})
     await prune(PrefectRecords(), older_than=timedelta(0))
     assert await counted(name) == 1, "it was used within a month"
     monkeypatch.setattr(counters, "KEEP", timedelta(0))
@@ -520,20 +506,20 @@ async def test_a_warning_budget_starts_all_the_same(
     crew_server: CrewServerFactory, name: str, caplog: pytest.LogCaptureFixture
 ):
     server = crew_server("echo")
-    crew = server.crew(budgets=[Budget(max_kickoffs=1, per="day", name=name, on_limit="warn")])
+    crew = server.crew(budgets=[pc.Budget(max_kickoffs=1, per="day", name=name, on_limit="warn")])
     with caplog.at_level(logging.WARNING):
         for text in "abc":
-            await arun_crew(crew, {"text": text})
+            await pc.arun_crew(crew, {"text": text})
     assert caplog.text.count("starts anyway") == 2
     assert (server.kickoffs, await counted(name)) == (3, 1)
 
 
 async def test_a_full_budget_is_one_event(crew_server: CrewServerFactory, name: str):
-    crew = crew_server("echo").crew(budgets=[Budget(max_kickoffs=1, per="day", name=name)])
-    await arun_crew(crew, {"text": "a"})
+    crew = crew_server("echo").crew(budgets=[pc.Budget(max_kickoffs=1, per="day", name=name)])
+    await pc.arun_crew(crew, {"text": "a"})
     for text in "bc":
-        with pytest.raises(BudgetExceededError) as raised:
-            await arun_crew(crew, {"text": text})
+        with pytest.raises(pc.BudgetExceededError) as raised:
+            await pc.arun_crew(crew, {"text": text})
     wanted = {"event": {"name": ["prefect-crew.budget.exceeded"]}, "resource": {"id": [raised.value.counter]}}
     found: list[dict[str, Any]] = []
     deadline = time.monotonic() + 30
@@ -552,11 +538,11 @@ async def test_a_full_budget_is_one_event(crew_server: CrewServerFactory, name: 
 async def test_a_batch_leaves_rows_without_room(crew_server: CrewServerFactory, name: str, tmp_path: Path):
     server, batch = crew_server("echo"), Batches(tmp_path)
     rows = [{"text": f"{number}"} for number in range(10)]
-    report = await batch(server.crew(), rows, name=name, key="text", budgets=[Budget(max_kickoffs=4)])
+    report = await batch(server.crew(), rows, name=name, key="text", budgets=[pc.Budget(max_kickoffs=4)])
     assert (report.completed, report.failed, report.skipped, server.kickoffs) == (4, 0, 6, 4)
     assert report.stopped is not None
     assert report.stopped.startswith(f"Budget '{name}' has no room for another run")
-    report = await batch(server.crew(), rows, name=name, key="text", budgets=[Budget(max_kickoffs=20)])
+    report = await batch(server.crew(), rows, name=name, key="text", budgets=[pc.Budget(max_kickoffs=20)])
     assert (report.completed, report.skipped, report.stopped, server.kickoffs) == (10, 0, None, 10)
     assert await counted(name) == 10
 
@@ -565,7 +551,7 @@ async def test_a_batch_uses_what_runs_in_flight_leave(crew_server: CrewServerFac
     """The estimate of each row is 100, and it uses 20: more fit, one after another."""
     server, batch = crew_server(used(20, seconds=0.1), response_format="union"), Batches(tmp_path)
     rows = [{"n": f"{number}"} for number in range(12)]
-    report = await batch(server.crew(), rows, name=name, budgets=[Budget(max_tokens=250, estimate_tokens=100)])
+    report = await batch(server.crew(), rows, name=name, budgets=[pc.Budget(max_tokens=250, estimate_tokens=100)])
     assert (report.completed, await counted(name)) == (8, 160)
     assert report.stopped is not None
     assert report.stopped.startswith(f"Budget '{name}' has no room for another run, which takes about 100: 160 of 250 ")
@@ -577,8 +563,8 @@ async def test_500_rows_in_flight_stay_near_the_limit(
     crew_server: CrewServerFactory, name: str, tmp_path: Path, notes: list[str]
 ):
     server, rows = crew_server(Held(500, tokens=800), response_format="union"), [{"text": str(n)} for n in range(520)]
-    options: dict[str, Any] = {"max_in_flight": 510, "wait": WaitPolicy(initial=5.0, max_interval=5.0)}
-    budgets = [Budget(max_tokens=250_000, estimate_tokens=500)]
+    options: dict[str, Any] = {"max_in_flight": 510, "wait": pc.WaitPolicy(initial=5.0, max_interval=5.0)}
+    budgets = [pc.Budget(max_tokens=250_000, estimate_tokens=500)]
     report = await Batches(tmp_path)(server.crew(), rows, name=name, budgets=budgets, **options)
     used_up = report.spending.tokens
     notes.append(f"budget of 250,000 tokens, 500 rows in flight: {server.kickoffs} runs used {used_up:,}")
@@ -588,13 +574,13 @@ async def test_500_rows_in_flight_stay_near_the_limit(
 
 async def test_a_batch_without_an_estimate_is_refused(crew_server: CrewServerFactory, name: str, tmp_path: Path):
     server, batch = crew_server("echo"), Batches(tmp_path)
-    with pytest.raises(ConfigurationError, match=f"Budget '{name}' limits tokens"):
-        await batch(server.crew(), [{"text": "a"}, {"text": "b"}], name=name, budgets=[Budget(max_tokens=600)])
+    with pytest.raises(pc.ConfigurationError, match=f"Budget '{name}' limits tokens"):
+        await batch(server.crew(), [{"text": "a"}, {"text": "b"}], name=name, budgets=[pc.Budget(max_tokens=600)])
     assert (server.kickoffs, await counted(name), [*tmp_path.glob("*.jsonl")]) == (0, 0, [])
 
 
 async def test_a_rows_end_is_settled_once(crew_server: CrewServerFactory, name: str, tmp_path: Path):
-    crew = crew_server("echo").crew(budgets=[Budget(max_tokens=400, estimate_tokens=100, per="day", name=name)]).crew
+    crew = crew_server("echo").crew(budgets=[pc.Budget(max_tokens=400, estimate_tokens=100, per="day", name=name)]).crew
     async with Ledger(str(tmp_path / "ledger.db"), name) as ledger:
         waited = new_record(ledger.idempotency_key("a"), crew_url=crew.url)
         await counters.add_estimates(crew, waited)
@@ -611,5 +597,5 @@ async def test_a_rows_end_is_settled_once(crew_server: CrewServerFactory, name: 
 
 async def test_a_row_refused_after_a_pause_is_given_back(crew_server: CrewServerFactory, name: str, tmp_path: Path):
     server = crew_server("echo", faults=["kickoff:429-bare@1", "kickoff:422-before-accept@2"])
-    report = await Batches(tmp_path)(server.crew(), [{"text": "a"}], name=name, budgets=[Budget(max_kickoffs=9)])
+    report = await Batches(tmp_path)(server.crew(), [{"text": "a"}], name=name, budgets=[pc.Budget(max_kickoffs=9)])
     assert (report.failed, server.requests["kickoff"], await counted(name)) == (1, 2, 0)

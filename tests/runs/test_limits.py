@@ -18,19 +18,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
-from prefect_crew import CrewStep, DeployedCrew, WaitPolicy, arun_batch, arun_crew, arun_pipeline
+import prefect_crew as pc
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.batches.report import BatchProgress
 from prefect_crew.client.inputs import inputs_digest
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import (
-    BatchCancelledError,
-    ConfigurationError,
-    CrewFailedError,
-    CrewTimeoutError,
-    InvalidInputsError,
-    KickoffUncertainError,
-)
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import limits
 from prefect_crew.runs.limits import Slots, take_slots
@@ -60,27 +52,27 @@ async def held(name: str) -> int:
         return (await client.read_global_concurrency_limit_by_name(name)).active_slots
 
 
-async def by_run_crew(crew: DeployedCrew, number: int) -> None:
-    await arun_crew(crew, {"n": number})
+async def by_run_crew(crew: pc.DeployedCrew, number: int) -> None:
+    await pc.arun_crew(crew, {"n": number})
 
 
-async def by_tasks(crew: DeployedCrew, number: int) -> None:
+async def by_tasks(crew: pc.DeployedCrew, number: int) -> None:
     await wait_for_crew(crew, await kickoff_crew(crew, {"n": number}))
 
 
-async def by_trigger(crew: DeployedCrew, number: int) -> None:
+async def by_trigger(crew: pc.DeployedCrew, number: int) -> None:
     run = await crew.atrigger({"n": number})
     await run.await_for_completion()
 
 
-async def by_pipeline(crew: DeployedCrew, number: int) -> None:
-    await arun_pipeline([CrewStep(f"s{number}{one}", crew, {"n": f"{number}{one}"}) for one in "ab"])
+async def by_pipeline(crew: pc.DeployedCrew, number: int) -> None:
+    await pc.arun_pipeline([pc.CrewStep(f"s{number}{one}", crew, {"n": f"{number}{one}"}) for one in "ab"])
 
 
-async def by_batch(crew: DeployedCrew, number: int) -> None:
+async def by_batch(crew: pc.DeployedCrew, number: int) -> None:
     with TemporaryDirectory() as folder:
         rows = [{"n": f"{number}{one}"} for one in "ab"]
-        await arun_batch(crew, rows, name=f"limited {uuid.uuid4().hex}", export=f"{folder}/out.jsonl")
+        await pc.arun_batch(crew, rows, name=f"limited {uuid.uuid4().hex}", export=f"{folder}/out.jsonl")
 
 
 WAYS = {
@@ -123,15 +115,15 @@ async def test_a_missing_or_empty_limit_starts_nothing(crew_server: CrewServerFa
     with pytest.raises(Exception, match=message) as raised:
         await WAYS[way](crew, 1)
     errors = getattr(raised.value, "errors", {"one": raised.value})
-    assert all(isinstance(error, ConfigurationError) for error in errors.values())
+    assert all(isinstance(error, pc.ConfigurationError) for error in errors.values())
     assert server.kickoffs == 0
 
 
 async def test_a_batch_beyond_the_limit_is_refused(crew_server: CrewServerFactory, tmp_path: Path):
     server = crew_server(slow(0.1))
     crew = server.crew(concurrency_limit=await limit(3))
-    with pytest.raises(ConfigurationError, match="Give max_in_flight=3 or less"):
-        await arun_batch(crew, [{"n": 1}], name="too many", export=str(tmp_path / "out.jsonl"), max_in_flight=5)
+    with pytest.raises(pc.ConfigurationError, match="Give max_in_flight=3 or less"):
+        await pc.arun_batch(crew, [{"n": 1}], name="too many", export=str(tmp_path / "out.jsonl"), max_in_flight=5)
     assert server.kickoffs == 0
 
 
@@ -154,7 +146,7 @@ async def test_a_batch_that_waits_for_a_slot_says_so(
     @flow
     async def mine() -> Any:
         flow_runs.append(flow_run.id)
-        return await arun_batch(crew, rows, on_progress=see, **about)
+        return await pc.arun_batch(crew, rows, on_progress=see, **about)
 
     waiting = asyncio.ensure_future(mine())
     await until(lambda: "waiting" in phases, "it waits for a slot")
@@ -163,11 +155,11 @@ async def test_a_batch_that_waits_for_a_slot_says_so(
         while not any(WAITS in str(page.data) for page in await client.read_artifacts(artifact_filter=key)):
             await asyncio.sleep(0.1)
         await client.set_flow_run_state(flow_runs[0], Cancelling(), force=True)
-    with pytest.raises(BatchCancelledError):
+    with pytest.raises(pc.BatchCancelledError):
         await asyncio.wait_for(waiting, 60)
     assert (server.kickoffs, await held(name)) == (0, 2)
     await asyncio.gather(*(slots.release() for slots in others if slots is not None))
-    assert (await arun_batch(crew, rows, on_progress=see, **about)).completed == 3
+    assert (await pc.arun_batch(crew, rows, on_progress=see, **about)).completed == 3
     assert await held(name) == 0
 
 
@@ -179,9 +171,9 @@ async def test_a_batch_leaves_others_their_turn(
     crew = server.crew(concurrency_limit=name)
     other = await take_slots(crew.crew)  # it is held until the end: the batch begins with what there is
     rows = [{"n": number} for number in range(30)]
-    running = asyncio.ensure_future(arun_batch(crew, rows, name=f"long {name}", export=f"{tmp_path}/out.jsonl"))
+    running = asyncio.ensure_future(pc.arun_batch(crew, rows, name=f"long {name}", export=f"{tmp_path}/out.jsonl"))
     await until(lambda: server.kickoffs >= 4, "the batch runs")
-    single = await asyncio.wait_for(arun_crew(crew, {"single": 1}), 60)
+    single = await asyncio.wait_for(pc.arun_crew(crew, {"single": 1}), 60)
     assert not running.done(), "a single run has its turn before the batch has ended"
     assert single.output
     assert (await running).completed == 30
@@ -208,7 +200,7 @@ async def test_short_rows_pass_their_slots_on(
     server, name = crew_server(slow(0.1)), await limit(2)
     rows = [{"n": number} for number in range(20)]
     crew = server.crew(concurrency_limit=name)
-    assert (await arun_batch(crew, rows, name=f"short {name}", export=f"{tmp_path}/out.jsonl")).completed == 20
+    assert (await pc.arun_batch(crew, rows, name=f"short {name}", export=f"{tmp_path}/out.jsonl")).completed == 20
     assert looks <= 4
     assert await held(name) == 0
 
@@ -232,15 +224,15 @@ async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
     assert await held(name) == 1
     await stop_crew(crew, run.kickoff_id)
     assert await held(name) == 0
-    with pytest.raises(CrewFailedError):
-        await arun_crew(crew_server(FAILS).crew(concurrency_limit=name))
+    with pytest.raises(pc.CrewFailedError):
+        await pc.arun_crew(crew_server(FAILS).crew(concurrency_limit=name))
     assert await held(name) == 0
     crew = crew_server("echo").crew(concurrency_limit=name)
     run = await crew.atrigger({"text": "a"})
     await wait_for_crew(crew, str(run.kickoff_id))  # as another process, which does not know what the kickoff knew
     assert await held(name) == 0
-    with pytest.raises(InvalidInputsError):
-        await arun_crew(crew, {})
+    with pytest.raises(pc.InvalidInputsError):
+        await pc.arun_crew(crew, {})
     assert await held(name) == 0
 
 
@@ -252,7 +244,7 @@ async def test_a_refused_claim_gives_the_slot_back(crew_server: CrewServerFactor
 
     monkeypatch.setattr(PrefectRecords, "claim", refused)
     with pytest.raises(ObjectNotFound):
-        await arun_crew(server.crew(concurrency_limit=name), {"text": "a"})
+        await pc.arun_crew(server.crew(concurrency_limit=name), {"text": "a"})
     assert (server.kickoffs, await held(name)) == (0, 0)
 
 
@@ -264,7 +256,7 @@ async def test_a_row_left_in_flight_keeps_its_slot(
     monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
     server, name, flow_runs = crew_server(slow(60)), await limit(2), list[Any]()
     crew = server.crew(concurrency_limit=name)
-    wait = WaitPolicy(timeout=0.5) if end == "out of time" else None
+    wait = pc.WaitPolicy(timeout=0.5) if end == "out of time" else None
     about: dict[str, Any] = {
         "name": f"left {name}",
         "export": f"{tmp_path}/o.jsonl",
@@ -275,7 +267,7 @@ async def test_a_row_left_in_flight_keeps_its_slot(
     @flow
     async def rows() -> None:
         flow_runs.append(flow_run.id)
-        await arun_batch(crew, [{"n": number} for number in range(2)], **about)
+        await pc.arun_batch(crew, [{"n": number} for number in range(2)], **about)
 
     running = asyncio.ensure_future(rows())
     await until(lambda: server.kickoffs == 2, "both rows are in flight")
@@ -291,11 +283,11 @@ async def test_a_row_left_in_flight_keeps_its_slot(
 async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServerFactory):
     name, other = await limit(1), await limit(1)
     server = crew_server("echo", faults=["kickoff:500"])
-    with pytest.raises(KickoffUncertainError):
-        await arun_crew(server.crew(concurrency_limit=name), {"text": "a"})
+    with pytest.raises(pc.KickoffUncertainError):
+        await pc.arun_crew(server.crew(concurrency_limit=name), {"text": "a"})
     assert await held(name) == 1
-    with pytest.raises(CrewTimeoutError):
-        await arun_crew(crew_server(slow(60)).crew(concurrency_limit=other), {}, wait=WaitPolicy(timeout=0.2))
+    with pytest.raises(pc.CrewTimeoutError):
+        await pc.arun_crew(crew_server(slow(60)).crew(concurrency_limit=other), {}, wait=pc.WaitPolicy(timeout=0.2))
     assert await held(other) == 1
 
 
@@ -311,11 +303,11 @@ async def test_a_reattached_run_needs_no_slot(crew_server: CrewServerFactory):
     server, name, idempotency_key = crew_server(slow(0.2)), await limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)
     first, second = await asyncio.gather(
-        *(arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key) for _ in range(2))
+        *(pc.arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key) for _ in range(2))
     )
     blocked = await take_slots(crew.crew)
     assert blocked is not None
-    third = await arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key)
+    third = await pc.arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key)
     assert first.kickoff_id == second.kickoff_id == third.kickoff_id
     assert server.kickoffs == 1
 

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from pydantic import BaseModel, SecretStr, field_validator, model_validator
 
+import prefect_crew as pc
 from prefect_crew.artifacts.run import render_run
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.client.inputs import Inputs
@@ -18,15 +19,6 @@ from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew
-from prefect_crew.exceptions import (
-    ConfigurationError,
-    CrewError,
-    CrewFailedError,
-    CrewLostError,
-    CrewStoppedError,
-    NoResultError,
-    OutputTypeError,
-)
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import RunOptions, RunRequest
@@ -160,7 +152,7 @@ async def test_a_read_record_is_not_of_this_process():
         assert run.record is not None
         assert run.record.ref == stored.ref
     other = LiveRun(replace(crew(), url="https://other.test"), "r1")
-    with pytest.raises(ConfigurationError, match="is of crew travel at"):
+    with pytest.raises(pc.ConfigurationError, match="is of crew travel at"):
         await read_record(other)
 
 
@@ -185,13 +177,13 @@ async def test_an_unread_record_may_name_secrets(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("state", "kind"),
     [
-        ("failed", CrewFailedError),
-        ("stopped", CrewStoppedError),
-        ("unknown", CrewLostError),
-        ("running", NoResultError),
+        ("failed", pc.CrewFailedError),
+        ("stopped", pc.CrewStoppedError),
+        ("unknown", pc.CrewLostError),
+        ("running", pc.NoResultError),
     ],
 )
-def test_a_state_without_a_result_is_raised(state: str, kind: type[CrewError]):
+def test_a_state_without_a_result_is_raised(state: str, kind: type[pc.CrewError]):
     run = secretive({"password": "hunter22"})
     with pytest.raises(kind, match="r1 of crew travel") as caught:
         result_of(run, STATUS.model_copy(update={"state": CrewState(state)}))
@@ -238,37 +230,37 @@ class FromReport(BaseModel):
 
 
 def test_a_validators_error_is_a_misfit():
-    with pytest.raises(OutputTypeError) as caught:
+    with pytest.raises(pc.OutputTypeError) as caught:
         parse_data(result('{"other": 1}'), FromReport)
     assert caught.value.problems == ["FromReport: KeyError: 'report'"]
     assert caught.value.__context__ is None, "its frames hold the whole result"
-    with pytest.raises(OutputTypeError) as caught:
+    with pytest.raises(pc.OutputTypeError) as caught:
         parse_data(result('{"other": 1}'), FromReport, run=LiveRun(crew(show="summary"), "r1", request=asked({})))
     assert caught.value.problems == ["FromReport: KeyError"]
 
 
 def test_a_misfit_shows_the_text():
-    with pytest.raises(OutputTypeError) as caught:
+    with pytest.raises(pc.OutputTypeError) as caught:
         parse_data(result('{"city": 3}'), Trip)
     error = caught.value
     assert error.problems == ["city: Input should be a valid string", "days: Field required"]
     assert (error.output, error.kickoff_id) == ('{"city": 3}', "r1")
     assert 'The text: {"city": 3}.' in str(error)
     assert pickle.loads(pickle.dumps(error)).problems == error.problems
-    with pytest.raises(OutputTypeError, match="the text: Invalid JSON"):
+    with pytest.raises(pc.OutputTypeError, match="the text: Invalid JSON"):
         parse_data(result("Lisbon, three days"), Trip)
 
 
 def test_a_misfit_shows_no_hidden_output():
-    with pytest.raises(OutputTypeError) as caught:
+    with pytest.raises(pc.OutputTypeError) as caught:
         parse_data(result('{"city": "hunter22"}'), Trip, run=secretive({"password": "hunter22"}))
     assert f'The text: {{"city": "{MASK}"}}' in str(caught.value)
     assert caught.value.output == '{"city": "hunter22"}', "the caller has it anyway"
-    with pytest.raises(OutputTypeError) as caught:
+    with pytest.raises(pc.OutputTypeError) as caught:
         parse_data(
             result('{"city": "Atlantis", "days": 3}'), Trip, run=LiveRun(crew(show="summary"), "r1", request=asked({}))
         )
     assert "Atlantis" not in str(caught.value)
     assert "city: value_error" in str(caught.value)
-    with pytest.raises(OutputTypeError, match="Atlantis is not to be found"):
+    with pytest.raises(pc.OutputTypeError, match="Atlantis is not to be found"):
         parse_data(result('{"city": "Atlantis", "days": 3}'), Trip, run=LiveRun(crew(), "r1", request=asked({})))

@@ -22,20 +22,7 @@ from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
-from prefect_crew import (
-    AuthenticationError,
-    CrewAPIError,
-    CrewError,
-    CrewRun,
-    CrewStoppedError,
-    DeployedCrew,
-    FlowRunCancelledError,
-    WaitPolicy,
-    arun_crew,
-    kickoff_crew,
-    run_crew,
-    wait_for_crew,
-)
+import prefect_crew as pc
 from prefect_crew.client.models import StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
@@ -74,7 +61,7 @@ def wait_until(happened: Any, seconds: float = 60.0) -> None:
 
 def cancelled(
     server: Any, seen: Seen, call: Callable[[], Any], *, when: Callable[[], Any] | None = None, mode: str = "async"
-) -> tuple[CrewError | None, str]:
+) -> tuple[pc.CrewError | None, str]:
     """Call something in a flow run that is cancelled once the crew's server was asked for a status; return the error
     and the flow run's id."""
     ids: list[str] = []
@@ -97,7 +84,7 @@ def cancelled(
     thread.start()
     try:
         asyncio.run(asyncio.wait_for(trip(), 90)) if mode == "async" else sync_trip()
-    except CrewError as raised:
+    except pc.CrewError as raised:
         error = raised
     thread.join()
     return error, ids[0]
@@ -110,9 +97,9 @@ def cancelled(
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_a_local_run_notices_its_cancellation(crew_server: CrewServerFactory, seen: Seen, mode: str):
     server, idempotency_key = crew_server(slow(60)), key()
-    call = partial(arun_crew if mode == "async" else run_crew, server.crew(), idempotency_key=idempotency_key)
+    call = partial(pc.arun_crew if mode == "async" else pc.run_crew, server.crew(), idempotency_key=idempotency_key)
     error, flow_run_id = cancelled(server, seen, call, mode=mode)
-    assert isinstance(error, CrewStoppedError)
+    assert isinstance(error, pc.CrewStoppedError)
     assert server.requests["stop"] == 1
     assert seen.record(idempotency_key)["state"] == "stopped"
     # The server ends it as Cancelled, after five minutes.
@@ -125,10 +112,10 @@ def test_cancelling_a_flow_stops_its_subflows(crew_server: CrewServerFactory, se
 
     @flow
     async def city() -> None:
-        await arun_crew(server.crew())
+        await pc.arun_crew(server.crew())
 
     error, _ = cancelled(server, seen, city)
-    assert isinstance(error, CrewStoppedError)
+    assert isinstance(error, pc.CrewStoppedError)
     assert server.requests["stop"] == 1
 
 
@@ -137,11 +124,11 @@ def test_two_waits_stop_a_run_once(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key, ends = crew_server(slow(60), faults=["stop:latency=0.5"]), key(), list[Any]()
 
     async def two() -> None:
-        waits = (arun_crew(server.crew(), idempotency_key=idempotency_key) for _ in range(2))
+        waits = (pc.arun_crew(server.crew(), idempotency_key=idempotency_key) for _ in range(2))
         ends.extend(await asyncio.gather(*waits, return_exceptions=True))
 
     cancelled(server, seen, two, when=lambda: server.requests["status"] >= 4)
-    assert [type(end) for end in ends] == [CrewStoppedError, CrewStoppedError]
+    assert [type(end) for end in ends] == [pc.CrewStoppedError, pc.CrewStoppedError]
     assert server.requests["stop"] == 1
 
 
@@ -155,29 +142,33 @@ def test_a_stop_is_recorded_before_it_is_sent(crew_server: CrewServerFactory, se
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_cancelled_flow_starts_nothing_more(crew_server: CrewServerFactory, seen: Seen):
-    server, errors = crew_server(slow(60)), list[CrewError]()
+    server, errors = crew_server(slow(60)), list[pc.CrewError]()
 
     async def trips() -> None:
         for city in ("Lisbon", "Porto", "Faro"):
             try:
-                await arun_crew(server.crew(), {"city": city})
-            except CrewError as error:
+                await pc.arun_crew(server.crew(), {"city": city})
+            except pc.CrewError as error:
                 errors.append(error)
 
     cancelled(server, seen, trips)
     assert server.kickoffs == 1
-    assert [type(error) for error in errors] == [CrewStoppedError, FlowRunCancelledError, FlowRunCancelledError]
+    assert [type(error) for error in errors] == [
+        pc.CrewStoppedError,
+        pc.FlowRunCancelledError,
+        pc.FlowRunCancelledError,
+    ]
     assert "was cancelled, so no run was started" in str(errors[1])
 
 
-WITHIN_A_LONG_PAUSE = WaitPolicy(initial=0.1, factor=1000, max_interval=300)
+WITHIN_A_LONG_PAUSE = pc.WaitPolicy(initial=0.1, factor=1000, max_interval=300)
 
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_cancellation_is_noticed_in_trouble(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60), faults=["status:429@1-"])
-    error, _ = cancelled(server, seen, lambda: arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
-    assert isinstance(error, CrewStoppedError)
+    error, _ = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
+    assert isinstance(error, pc.CrewStoppedError)
     assert server.requests["stop"] == 1
 
 
@@ -187,16 +178,16 @@ def test_a_cancellation_is_noticed_in_a_pause(
 ):
     monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])
     server = crew_server(slow(60))
-    error, _ = cancelled(server, seen, lambda: arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
-    assert isinstance(error, CrewStoppedError)
+    error, _ = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
+    assert isinstance(error, pc.CrewStoppedError)
     assert server.requests["status"] == 2, "the wait, and whoever stopped it: what it had used"
 
 
 @pytest.mark.usefixtures("quick_look")
 def test_a_crew_without_stop_runs_on(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server(slow(60), stop=False), key()
-    error, flow_run_id = cancelled(server, seen, lambda: arun_crew(server.crew(), idempotency_key=idempotency_key))
-    assert not isinstance(error, CrewStoppedError)
+    error, flow_run_id = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), idempotency_key=idempotency_key))
+    assert not isinstance(error, pc.CrewStoppedError)
     assert f"which continues at {server.url}" in str(error)
     assert f"continues at {server.url}: its server has no /stop" in seen.logs(flow_run_id)
     record = seen.record(idempotency_key)
@@ -217,14 +208,14 @@ def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen:
         if not first:
             await until(lambda: server.requests["status"], "the first one waits")
             before.append(server.requests["status"])
-        return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
+        return (await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)).output
 
     @flow
     async def other() -> None:
         ids.append(str(flow_run.id))
         try:
             ended.append(await run(first=not is_owner))
-        except CrewError as error:
+        except pc.CrewError as error:
             ended.append(type(error))
 
     def both_wait() -> bool:
@@ -236,7 +227,7 @@ def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen:
     thread.join()
     assert server.kickoffs == 1
     if is_owner:
-        assert (type(error), ended) == (CrewStoppedError, [CrewStoppedError])
+        assert (type(error), ended) == (pc.CrewStoppedError, [pc.CrewStoppedError])
         assert server.requests["stop"] == 1
         return
     assert (ended, server.requests["stop"]) == (["done"], 0)
@@ -253,16 +244,16 @@ def test_a_run_without_owner_stops_with_its_waiter(crew_server: CrewServerFactor
     @flow
     async def start() -> None:
         ids.append(str(flow_run.id))
-        kickoff_ids.append(await kickoff_crew(server.crew()))
+        kickoff_ids.append(await pc.kickoff_crew(server.crew()))
 
     async def call() -> None:
         await start()
         if owner != "ended":  # as one whose process was killed
             await asyncio.to_thread(seen.set_state, ids[0], "RUNNING")
-        await wait_for_crew(server.crew(), str(kickoff_ids[0]))
+        await pc.wait_for_crew(server.crew(), str(kickoff_ids[0]))
 
     error, _ = cancelled(server, seen, call)
-    assert isinstance(error, CrewStoppedError)
+    assert isinstance(error, pc.CrewStoppedError)
     assert server.requests["stop"] == 1
 
 
@@ -272,10 +263,10 @@ def test_a_silent_prefect_api_is_no_cancellation(crew_server: CrewServerFactory,
 
     @flow
     async def trip() -> str:
-        kickoff_id = await kickoff_crew(server.crew())
+        kickoff_id = await pc.kickoff_crew(server.crew())
         proxy.refuse = "GET /api/flow_runs"
         try:
-            return (await wait_for_crew(server.crew(), kickoff_id)).output
+            return (await pc.wait_for_crew(server.crew(), kickoff_id)).output
         finally:
             proxy.refuse = None
 
@@ -289,14 +280,14 @@ def test_a_retried_flow_run_may_complete(crew_server: CrewServerFactory, seen: S
     server = crew_server(slow(60))
 
     async def two() -> None:
-        await asyncio.gather(*(arun_crew(server.crew(), {"n": number}) for number in range(2)))
+        await asyncio.gather(*(pc.arun_crew(server.crew(), {"n": number}) for number in range(2)))
 
     error, flow_run_id = cancelled(server, seen, two)
     assert error is not None
 
     @flow
     async def again() -> str:
-        return (await arun_crew(crew_server("echo").crew(), {"text": "again"})).output
+        return (await pc.arun_crew(crew_server("echo").crew(), {"text": "again"})).output
 
     async def retried() -> Any:
         async with get_client() as client:
@@ -318,7 +309,7 @@ async def cancelled_midway(server: Any, seen: Seen, kind: str | None, *, at: str
     @flow
     async def trip() -> None:
         ids.append(flow_run.id)
-        await arun_crew(server.crew(wait=WaitPolicy(**policy)))
+        await pc.arun_crew(server.crew(wait=pc.WaitPolicy(**policy)))
 
     running = asyncio.ensure_future(trip())
     await until(lambda: server.requests[at], "the request is made")
@@ -487,7 +478,7 @@ def test_the_logged_key_finds_the_run(crew_server: CrewServerFactory, script: An
     assert process.wait(60) != 0
     found = re.search(r"A call with idempotency key '(.+?)' waits for it", process.output)
     assert found is not None, process.output
-    assert run_crew(server.crew(), {"text": "a"}, idempotency_key=found[1]).output == "done"
+    assert pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=found[1]).output == "done"
     assert server.kickoffs == 1
 
 
@@ -500,7 +491,7 @@ def test_sigterm_leaves_the_crew_running(crew_server: CrewServerFactory, script:
     assert process.wait(60) != 0
     assert server.requests["stop"] == 0
     assert seen.record(idempotency_key)["phase"] == "started"
-    assert run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key).output == "done"
+    assert pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key).output == "done"
     assert server.kickoffs == 1
 
 
@@ -515,7 +506,7 @@ async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory)
     record = await record_of(run.kickoff_id)
     assert (record.phase, record.state, record.cost) == (RecordPhase.ENDED, CrewState.STOPPED, 0.25)
     assert record.ended_at is not None
-    with pytest.raises(CrewStoppedError):
+    with pytest.raises(pc.CrewStoppedError):
         await run.await_for_completion()
 
 
@@ -553,7 +544,7 @@ async def test_a_refused_stop_changes_nothing(
     run = await server.crew().atrigger({"text": "a"})
     answer = await run.astop()
     assert (answer.outcome, answer.accepted) == (outcome, False)
-    assert (await CrewRun(server.crew(), "nobody").astop()).outcome is of_nobody
+    assert (await pc.CrewRun(server.crew(), "nobody").astop()).outcome is of_nobody
     record = await record_of(run.kickoff_id)
     assert record.phase is RecordPhase.STARTED
 
@@ -561,7 +552,7 @@ async def test_a_refused_stop_changes_nothing(
 async def test_a_server_that_cannot_be_asked_is_an_error(crew_server: CrewServerFactory):
     server = crew_server(slow(60), faults=["stop:500"])
     run = await server.crew().atrigger({})
-    with pytest.raises(CrewAPIError, match="500"):
+    with pytest.raises(pc.CrewAPIError, match="500"):
         await run.astop()
     assert server.requests["stop"] == 1
 
@@ -569,10 +560,10 @@ async def test_a_server_that_cannot_be_asked_is_an_error(crew_server: CrewServer
 async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
     server, name = crew_server(Held("draft", "print"), response_format="union"), f"actions-{uuid.uuid4().hex[:8]}"
     await server.crew().asave(name)
-    run = await (await DeployedCrew.aload(name)).atrigger({})
+    run = await (await pc.DeployedCrew.aload(name)).atrigger({})
     await until(lambda: server.run(run.kickoff_id).state is CrewState.WAITING, "a person is waited for")
     server.token = "the-new-token"
-    with pytest.raises(AuthenticationError):
+    with pytest.raises(pc.AuthenticationError):
         await run.astop()
     await server.crew().asave(name, overwrite=True)
     assert (await run.aresume("fine", approve=True)).status == "resumed"
@@ -602,12 +593,12 @@ async def started(server: CrewServer) -> tuple[uuid.UUID, str, str]:
 
     @flow
     async def city() -> None:
-        ids.append(await kickoff_crew(server.crew(show="none", secret_inputs=["pin"]), {"pin": "4711471"}))
+        ids.append(await pc.kickoff_crew(server.crew(show="none", secret_inputs=["pin"]), {"pin": "4711471"}))
 
     @flow
     async def trip() -> None:
         ids.append(flow_run.id)
-        ids.append(await kickoff_crew(server.crew()))
+        ids.append(await pc.kickoff_crew(server.crew()))
         await city()
 
     await trip()
@@ -625,7 +616,7 @@ async def open_ids(flow_run_id: uuid.UUID) -> set[str]:
 async def test_runs_are_found_by_artifacts(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stop, "LATEST", 0)
     server = crew_server(slow(60))
-    await kickoff_crew(server.crew())  # somebody else's
+    await pc.kickoff_crew(server.crew())  # somebody else's
     flow_run_id, *kickoff_ids = await started(server)
     assert await open_ids(flow_run_id) == set(kickoff_ids)
     await stop.stop_run(LiveRun(server.crew().crew, kickoff_ids[0]))

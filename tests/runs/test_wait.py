@@ -15,23 +15,7 @@ import pytest
 from prefect import flow
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew import (
-    AuthenticationError,
-    CrewError,
-    CrewFailedError,
-    CrewLostError,
-    CrewRun,
-    CrewStoppedError,
-    CrewTimeoutError,
-    DeployedCrew,
-    OutputTypeError,
-    Review,
-    ReviewRequest,
-    WaitPolicy,
-    arun_crew,
-    kickoff_crew,
-    wait_for_crew,
-)
+import prefect_crew as pc
 from prefect_crew._internal import asyncio_tasks, prefect_api
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.client.inputs import Inputs
@@ -58,11 +42,11 @@ from support.webhooks import until
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
 RECORDS = PrefectRecords()
-BRIEF = WaitPolicy(initial=0.1, timeout=0.5)
-STOPPING = WaitPolicy(initial=0.1, timeout=0.5, on_timeout="stop")
+BRIEF = pc.WaitPolicy(initial=0.1, timeout=0.5)
+STOPPING = pc.WaitPolicy(initial=0.1, timeout=0.5, on_timeout="stop")
 
 
-async def ended(run: CrewRun) -> Any:
+async def ended(run: pc.CrewRun) -> Any:
     await run.await_for_completion()
     return await run.afetch_result()
 
@@ -89,12 +73,12 @@ async def test_a_completed_run_gives_its_result(crew_server: CrewServerFactory):
 
 async def test_a_failed_run_raises_the_crews_error(crew_server: CrewServerFactory):
     run = await crew_server(FAILS).crew().atrigger({})
-    with pytest.raises(CrewFailedError, match="failed: the search engine is down") as caught:
+    with pytest.raises(pc.CrewFailedError, match="failed: the search engine is down") as caught:
         await run.await_for_completion()
     assert (caught.value.error, caught.value.kickoff_id) == ("the search engine is down", run.kickoff_id)
     record = await record_of(run.kickoff_id)
     assert (record.state, record.error) == (CrewState.FAILED, "the search engine is down")
-    with pytest.raises(CrewFailedError, match="the search engine is down"):
+    with pytest.raises(pc.CrewFailedError, match="the search engine is down"):
         await run.afetch_result()
 
 
@@ -102,14 +86,14 @@ async def test_a_failure_without_attempts_left_says_so(crew_server: CrewServerFa
     crew, idempotency_key = crew_server(FAILS).crew(max_attempts=1), key()
     for advice in ("This was attempt 1 of at most 1", "Nothing was started: crew"):
         run = await crew.atrigger({}, idempotency_key=idempotency_key)
-        with pytest.raises(CrewFailedError, match=advice):
+        with pytest.raises(pc.CrewFailedError, match=advice):
             await run.await_for_completion()
 
 
 async def test_a_forgotten_run_is_lost(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(slow(60), faults=["status:forgotten@3"]), key()
     run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
-    with pytest.raises(CrewLostError, match="last seen running") as caught:
+    with pytest.raises(pc.CrewLostError, match="last seen running") as caught:
         await run.await_for_completion()
     assert (caught.value.kickoff_id, caught.value.idempotency_key) == (run.kickoff_id, idempotency_key)
     assert (await record_of(run.kickoff_id)).phase is RecordPhase.STARTED
@@ -184,9 +168,9 @@ async def test_an_own_run_is_closed_after_a_failed_read(
 ):
     @flow
     async def trip() -> str:
-        kickoff_id = await kickoff_crew(crew, {})
+        kickoff_id = await pc.kickoff_crew(crew, {})
         away_once(monkeypatch, "attempts")
-        await wait_for_crew(crew, kickoff_id)
+        await pc.wait_for_crew(crew, kickoff_id)
         return kickoff_id
 
     crew = crew_server(script({"output": "done"})).crew()
@@ -216,14 +200,14 @@ async def test_a_later_task_knows_the_kickoffs_inputs(
 
     metas: list[Any] = []
 
-    def review(question: ReviewRequest) -> Review:
+    def review(question: pc.ReviewRequest) -> pc.Review:
         metas.append(question.meta)
-        return Review(approve=True)
+        return pc.Review(approve=True)
 
     @flow
     async def trip() -> str:
-        kickoff_id = await kickoff_crew(crew, {"pin": SecretStr("hunter22")}, meta={"ticket": 7})
-        await wait_for_crew(crew, kickoff_id, review=review)
+        kickoff_id = await pc.kickoff_crew(crew, {"pin": SecretStr("hunter22")}, meta={"ticket": 7})
+        await pc.wait_for_crew(crew, kickoff_id, review=review)
         return kickoff_id
 
     monkeypatch.setattr(PrefectRecords, "_name_kickoff", not_named)
@@ -244,7 +228,9 @@ async def test_a_timeout_leaves_the_crew_running(crew_server: CrewServerFactory)
     held = Held()
     server, idempotency_key = crew_server(held), key()
     run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
-    with pytest.raises(CrewTimeoutError, match=r"was still running after its running time limit of 0\.5 s") as caught:
+    with pytest.raises(
+        pc.CrewTimeoutError, match=r"was still running after its running time limit of 0\.5 s"
+    ) as caught:
         await run.await_for_completion(BRIEF)
     error = caught.value
     assert (error.phase, error.limit, error.last_state, error.stopped) == ("running", 0.5, "running", False)
@@ -265,7 +251,7 @@ async def test_an_ended_run_has_its_result_after_its_time(
     assert record.kicked_off_at
     record.kicked_off_at -= timedelta(hours=2)
     await RECORDS.save(record)
-    with pytest.raises(CrewTimeoutError, match=r"running time limit of 3,?600 s"):
+    with pytest.raises(pc.CrewTimeoutError, match=r"running time limit of 3,?600 s"):
         await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))
     held.release()
     await until(lambda: server.runs[0].state.ended, "the crew has ended")
@@ -274,12 +260,12 @@ async def test_an_ended_run_has_its_result_after_its_time(
 
 async def test_a_task_timeout_ends_the_wait_at_once(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
     server = crew_server("echo", faults=["kickoff:stuck"])
-    wait_with_timeout = wait_for_crew.with_options(timeout_seconds=0.5)
+    wait_with_timeout = pc.wait_for_crew.with_options(timeout_seconds=0.5)
 
     @flow
     async def trip() -> None:
-        kickoff_id = await kickoff_crew(server.crew(), {"text": "a"})
-        await wait_with_timeout(server.crew(), kickoff_id, wait=WaitPolicy(initial=5))
+        kickoff_id = await pc.kickoff_crew(server.crew(), {"text": "a"})
+        await wait_with_timeout(server.crew(), kickoff_id, wait=pc.WaitPolicy(initial=5))
 
     began = time.monotonic()
     with pytest.raises(TimeoutError):
@@ -302,7 +288,7 @@ async def test_a_late_crew_can_be_stopped(
 ):
     server = crew_server(slow(60), **options)
     run = await server.crew().atrigger({})
-    with pytest.raises(CrewTimeoutError) as caught:
+    with pytest.raises(pc.CrewTimeoutError) as caught:
         await run.await_for_completion(STOPPING)
     record = await record_of(run.kickoff_id)
     assert caught.value.stopped is (not options)
@@ -323,7 +309,7 @@ async def test_each_wait_for_a_person_is_reported_once(
     server = crew_server(asks, response_format="union")
     crew = server.crew()
     run = await crew.atrigger({})
-    waiting = asyncio.ensure_future(run.await_for_completion(WaitPolicy(initial=0.1, timeout=2.0)))
+    waiting = asyncio.ensure_future(run.await_for_completion(pc.WaitPolicy(initial=0.1, timeout=2.0)))
     while (await record_of(run.kickoff_id)).human_since is None:
         await asyncio.sleep(0.05)
     await asyncio.sleep(2.2)
@@ -358,7 +344,7 @@ async def test_a_result_too_large_to_store_is_read_again(
     assert (await record_of(run.kickoff_id)).result is None
     assert (await ended(run)).output == first.output
     server.faults.add("status:forgotten")
-    with pytest.raises(CrewLostError, match="it has completed, but its record does not hold the result"):
+    with pytest.raises(pc.CrewLostError, match="it has completed, but its record does not hold the result"):
         await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))
 
 
@@ -370,22 +356,22 @@ class Trip(BaseModel):
 async def test_a_misfitting_result_is_kept(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(script({"output": '{"city": "Lisbon"}'})), key()
     with pytest.raises(
-        OutputTypeError, match=r"does not fit Trip: days: Field required.*The text: \{\"city\""
+        pc.OutputTypeError, match=r"does not fit Trip: days: Field required.*The text: \{\"city\""
     ) as caught:
-        await arun_crew(server.crew(), idempotency_key=idempotency_key, output_type=Trip)
+        await pc.arun_crew(server.crew(), idempotency_key=idempotency_key, output_type=Trip)
     assert caught.value.output == '{"city": "Lisbon"}'
-    assert (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output == '{"city": "Lisbon"}'
+    assert (await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)).output == '{"city": "Lisbon"}'
     assert server.kickoffs == 1
 
 
 # Runs of others
 
 
-async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> tuple[Any, CrewRun]:
+async def foreign(crew_server: CrewServerFactory, text: str, **options: Any) -> tuple[Any, pc.CrewRun]:
     """Kick a crew off as somebody else would, who leaves no record."""
     server = crew_server(text, **options)
     async with server.crew().client() as client:
-        return server, CrewRun(server.crew(), await client.kickoff({}))
+        return server, pc.CrewRun(server.crew(), await client.kickoff({}))
 
 
 async def test_a_foreign_run_needs_no_record(crew_server: CrewServerFactory):
@@ -399,7 +385,7 @@ def test_the_end_of_a_shared_run_is_reported_once(crew_server: CrewServerFactory
 
     @flow
     async def trip() -> Any:
-        return await arun_crew(server.crew(), idempotency_key=idempotency_key)
+        return await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)
 
     async def both() -> list[Any]:
         return [*await asyncio.gather(trip(), trip(), trip())]
@@ -414,10 +400,10 @@ def test_the_end_of_a_shared_run_is_reported_once(crew_server: CrewServerFactory
 
 def test_a_timeout_and_a_loss_are_events(crew_server: CrewServerFactory, seen: Seen):
     slow_run = crew_server(slow(60)).crew().trigger({})
-    with pytest.raises(CrewTimeoutError):
+    with pytest.raises(pc.CrewTimeoutError):
         slow_run.wait_for_completion(BRIEF)
     lost = crew_server(slow(60), faults=["status:forgotten@2"]).crew().trigger({})
-    with pytest.raises(CrewLostError):
+    with pytest.raises(pc.CrewLostError):
         lost.wait_for_completion()
     assert "crew.timed_out" in [event["event"] for event in seen.events(slow_run.kickoff_id)]
     assert "crew.lost" in [event["event"] for event in seen.events(lost.kickoff_id)]
@@ -453,7 +439,7 @@ async def test_an_unknown_state_counts_as_running(
         return httpx.Response(200, json=next(answers))
 
     with carried_by("odd.test", httpx.MockTransport(answer)):
-        run = CrewRun(DeployedCrew(url="https://odd.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
+        run = pc.CrewRun(pc.DeployedCrew(url="https://odd.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
         assert (await ended(run)).output == "well done"
     assert caplog.text.count("has the state 'MARINATING', which nobody has documented") == 1
     assert "Crew run r1: plan (50%)" in caplog.text
@@ -469,13 +455,13 @@ async def test_a_late_crew_of_another_flow_run_runs_on(
 
     @flow
     async def waiting() -> str:
-        return (await arun_crew(server.crew(), idempotency_key=idempotency_key)).output
+        return (await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)).output
 
     running = asyncio.ensure_future(waiting())
     await until(lambda: server.requests["status"] > 0, "it is waited for")
     late = await server.crew().atrigger({}, idempotency_key=idempotency_key)
-    with pytest.raises(CrewTimeoutError, match="It was left running"):
-        await late.await_for_completion(WaitPolicy(initial=0.1, timeout=0.2, on_timeout="stop"))
+    with pytest.raises(pc.CrewTimeoutError, match="It was left running"):
+        await late.await_for_completion(pc.WaitPolicy(initial=0.1, timeout=0.2, on_timeout="stop"))
     assert "started it and has not ended" in caplog.text
     assert server.requests["stop"] == 0
     assert await running == "done"
@@ -499,8 +485,8 @@ async def test_trouble_with_the_status_ends_no_wait(
 async def test_lasting_errors_end_the_wait(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server("echo", faults=["status:500"]), key()
     run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    with pytest.raises(CrewError, match="500") as caught:
-        await run.await_for_completion(WaitPolicy(initial=0.1, error_timeout=0.3))
+    with pytest.raises(pc.CrewError, match="500") as caught:
+        await run.await_for_completion(pc.WaitPolicy(initial=0.1, error_timeout=0.3))
     assert run.kickoff_id in str(caught.value)
     assert f"run again with idempotency key {idempotency_key!r} to wait for it" in str(caught.value)
     server.faults.clear()
@@ -511,7 +497,7 @@ async def test_lasting_errors_end_the_wait(crew_server: CrewServerFactory):
 # The artifact
 
 
-async def shown(seen: Seen, server: CrewServer, crew: DeployedCrew) -> str:
+async def shown(seen: Seen, server: CrewServer, crew: pc.DeployedCrew) -> str:
     """Return the page of the only run of a server, "" where it has none."""
     pages = await asyncio.to_thread(seen.artifacts, artifact_key(crew.crew.label))
     ids = [run.id for run in server.runs]
@@ -523,8 +509,8 @@ async def test_a_page_comes_before_the_first_look(
 ):
     monkeypatch.setattr(polling, "fast_intervals", [])
     server = crew_server(slow(60))
-    crew, page = server.crew(wait=WaitPolicy(initial=60)), ""
-    running = asyncio.ensure_future(arun_crew(crew, {}))
+    crew, page = server.crew(wait=pc.WaitPolicy(initial=60)), ""
+    running = asyncio.ensure_future(pc.arun_crew(crew, {}))
     for _ in range(200):
         if page := await shown(seen, server, crew):
             break
@@ -543,7 +529,7 @@ async def test_a_late_page_does_not_hold_the_polls(
     held = Held()
     server = crew_server(held)
     proxy.refuse, proxy.answer = "/api/artifacts", "503"
-    running = asyncio.ensure_future(arun_crew(server.crew(), {}))
+    running = asyncio.ensure_future(pc.arun_crew(server.crew(), {}))
     await until(lambda: server.requests["status"] > 3, "the run is polled while its page is refused")
     proxy.refuse = None
     held.release()
@@ -567,7 +553,7 @@ async def test_a_page_after_the_end_is_written_once(
     monkeypatch.setattr(prefect_api._Turns, "turn", late)
     server = crew_server("echo")
     crew = server.crew()
-    running = asyncio.ensure_future(arun_crew(crew, {"text": "a"}))
+    running = asyncio.ensure_future(pc.arun_crew(crew, {"text": "a"}))
     await until(lambda: asked > 1, "its end is to be shown")
     assert proxy.count("/api/artifacts") == 0
     free.set()
@@ -588,9 +574,9 @@ async def test_an_odd_status_is_shown_where_all_is(
     crew_server: CrewServerFactory, seen: Seen, show: Any, page_has: str
 ):
     server = crew_server(slow(60), faults=["status:html"])
-    crew = server.crew(show=show, wait=WaitPolicy(initial=0.1, error_timeout=0.3))
-    with pytest.raises(CrewError) as caught:
-        await arun_crew(crew, {})
+    crew = server.crew(show=show, wait=pc.WaitPolicy(initial=0.1, error_timeout=0.3))
+    with pytest.raises(pc.CrewError) as caught:
+        await pc.arun_crew(crew, {})
     page = await shown(seen, server, crew)
     assert (str(caught.value)[:60] in page) == (show == "full"), page
     assert page_has in page
@@ -602,7 +588,7 @@ async def test_an_odd_status_is_shown_where_all_is(
 async def test_a_rotated_token_is_taken_up(crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture):
     server, name = crew_server(slow(60)), f"rotated-{uuid.uuid4().hex[:8]}"
     await asyncio.to_thread(server.crew().save, name)
-    run = await (await DeployedCrew.aload(name)).atrigger({})
+    run = await (await pc.DeployedCrew.aload(name)).atrigger({})
     await asyncio.to_thread(lambda: server.crew(token="the-new-token").save(name, overwrite=True))
     waiting = asyncio.ensure_future(run.await_for_completion())
     await until(lambda: server.requests["status"] > 0, "it is waited for")
@@ -615,7 +601,7 @@ async def test_a_rotated_token_is_taken_up(crew_server: CrewServerFactory, caplo
     assert server.unauthorized == 1
     assert not waiting.done()
     await run.astop()
-    with pytest.raises(CrewStoppedError):
+    with pytest.raises(pc.CrewStoppedError):
         await waiting
 
 
@@ -623,7 +609,7 @@ async def test_a_refused_token_keeps_the_run(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(slow(0.3)), key()
     run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
     server.token = "the-new-token"
-    with pytest.raises(AuthenticationError) as caught:
+    with pytest.raises(pc.AuthenticationError) as caught:
         await run.await_for_completion()
     assert caught.value.kickoff_id == run.kickoff_id
     assert (await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))).output == "done"
@@ -639,7 +625,7 @@ async def test_an_absent_prefect_api_ends_no_wait(crew_server: CrewServerFactory
 
     @flow
     async def trip() -> str:
-        return (await arun_crew(server.crew())).output
+        return (await pc.arun_crew(server.crew())).output
 
     running = asyncio.ensure_future(trip())
     await until(lambda: server.requests["status"] > 0, "it is waited for")
@@ -681,7 +667,7 @@ async def test_a_refusing_prefect_costs_no_result(
 ):
     server = crew_server(slow(0.2))
     run = await server.crew().atrigger({})
-    run = CrewRun(server.crew(), str(run.kickoff_id))  # as in another process
+    run = pc.CrewRun(server.crew(), str(run.kickoff_id))  # as in another process
     proxy.refuse = refused
     assert (await ended(run)).output == "done"
     assert says in caplog.text
@@ -692,7 +678,7 @@ async def test_a_refusing_prefect_costs_no_result(
 
 async def test_a_late_crew_without_record_is_stopped(crew_server: CrewServerFactory):
     server, run = await foreign(crew_server, slow(60))
-    with pytest.raises(CrewTimeoutError, match="It was stopped"):
+    with pytest.raises(pc.CrewTimeoutError, match="It was stopped"):
         await run.await_for_completion(STOPPING)
     assert server.requests["stop"] == 1
 

@@ -13,15 +13,9 @@ import httpx
 import pytest
 from prefect import flow
 
-from prefect_crew import CrewRun, DeployedCrew, Review, ReviewRequest, WaitPolicy, arun_crew
+import prefect_crew as pc
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.exceptions import (
-    CrewError,
-    CrewTimeoutError,
-    NotFoundError,
-    NotWaitingError,
-)
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
@@ -34,30 +28,30 @@ from support.scripts import ASKS
 from support.webhooks import served, until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
-APPROVED = Review(approve=True)
+APPROVED = pc.Review(approve=True)
 
 
 @asynccontextmanager
-async def asking(**options: Any) -> AsyncIterator[tuple[AskingServer, DeployedCrew]]:
+async def asking(**options: Any) -> AsyncIterator[tuple[AskingServer, pc.DeployedCrew]]:
     server = AskingServer(**options)
     async with served(server.app()) as url:
-        yield server, DeployedCrew(url=url, token="secret-token")
+        yield server, pc.DeployedCrew(url=url, token="secret-token")
 
 
-def run_of(crew: DeployedCrew, review: Any = None, retries: int = 0, **policy: Any) -> Any:
+def run_of(crew: pc.DeployedCrew, review: Any = None, retries: int = 0, **policy: Any) -> Any:
     @flow(retries=retries, retry_delay_seconds=0)
     async def reviewed() -> str:
-        options = {"idempotency_key": crew.url, "meta": {"ticket": 7}, "wait": WaitPolicy(**policy)}
-        return (await arun_crew(crew, {}, review=review, **options)).output
+        options = {"idempotency_key": crew.url, "meta": {"ticket": 7}, "wait": pc.WaitPolicy(**policy)}
+        return (await pc.arun_crew(crew, {}, review=review, **options)).output
 
     return reviewed()
 
 
-async def answers(crew: DeployedCrew) -> list[Review]:
+async def answers(crew: pc.DeployedCrew) -> list[pc.Review]:
     return await PrefectRecords().reviews((await PrefectRecords().attempts(crew.url))[-1])
 
 
-async def _kicked_off(crew: DeployedCrew) -> str:
+async def _kicked_off(crew: pc.DeployedCrew) -> str:
     @flow
     async def start() -> str:
         return await kickoff_crew(crew, {}, idempotency_key=crew.url)
@@ -68,15 +62,15 @@ async def _kicked_off(crew: DeployedCrew) -> str:
 async def test_an_uncertain_answer_is_not_sent_again() -> None:
     asked: list[int] = []
 
-    def judge(request: ReviewRequest) -> Review:
+    def judge(request: pc.ReviewRequest) -> pc.Review:
         asked.append(request.round)
         return APPROVED
 
     async with asking(lag=200, changing=True, fails={1: 500}) as (server, crew):
-        with pytest.raises(CrewError, match="not sent again automatically"):
+        with pytest.raises(pc.CrewError, match="not sent again automatically"):
             await run_of(crew, judge, retries=1)
         record = (await PrefectRecords().attempts(crew.url))[-1]
-        with pytest.raises(CrewError, match="not sent again automatically"):
+        with pytest.raises(pc.CrewError, match="not sent again automatically"):
             await resume_run(LiveRun(crew.crew, str(record.kickoff_id)), feedback="", approve=True)
         assert len(server.resumes) == 1
         assert asked == [1], "nobody is asked what could not be answered"
@@ -89,7 +83,7 @@ async def test_an_uncertain_answer_is_not_sent_again() -> None:
 
 async def test_the_question_after_an_uncertain_answer() -> None:
     async with asking(rounds=2, fails={1: 502}) as (server, crew):
-        with pytest.raises(CrewError):
+        with pytest.raises(pc.CrewError):
             await run_of(crew, lambda _: APPROVED)
         assert await run_of(crew, lambda _: APPROVED) == "done"
         assert len(server.resumes) == 2
@@ -99,19 +93,19 @@ async def test_the_question_after_an_uncertain_answer() -> None:
 async def test_time_alone_makes_no_question_for_functions() -> None:
     asked: list[tuple[int, Any]] = []
 
-    def judge(request: ReviewRequest) -> Review:
+    def judge(request: pc.ReviewRequest) -> pc.Review:
         asked.append((request.round, request.meta))
         return APPROVED
 
     # Nothing but time tells the second question from the first.
     async with asking(rounds=2, between=False) as (server, crew):
-        with pytest.raises(CrewTimeoutError):
+        with pytest.raises(pc.CrewTimeoutError):
             await run_of(crew, judge, human_timeout=3)
         assert (asked, len(server.resumes)) == ([(1, {"ticket": 7})], 1)
         kickoff_id = str((await PrefectRecords().attempts(crew.url))[-1].kickoff_id)
-        with pytest.raises(CrewError, match="still shows the same question"):
+        with pytest.raises(pc.CrewError, match="still shows the same question"):
             await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
-        soon = DeployedCrew(url=crew.url, token="secret-token", wait=WaitPolicy(next_round_after=0.2))
+        soon = pc.DeployedCrew(url=crew.url, token="secret-token", wait=pc.WaitPolicy(next_round_after=0.2))
         await resume_run(LiveRun(soon.crew, kickoff_id), feedback="", approve=True)
         assert len(server.resumes) == 2
 
@@ -119,9 +113,9 @@ async def test_time_alone_makes_no_question_for_functions() -> None:
 async def test_a_repeated_question_is_the_next_round() -> None:
     asked: list[int] = []
 
-    def judge(request: ReviewRequest) -> Review:
+    def judge(request: pc.ReviewRequest) -> pc.Review:
         asked.append(request.round)
-        return Review(approve=len(asked) == 2, feedback="Shorter.")
+        return pc.Review(approve=len(asked) == 2, feedback="Shorter.")
 
     async with asking(rounds=2, between=False) as (server, crew):
         assert await run_of(crew, judge, next_round_after=1.0) == "done"
@@ -155,17 +149,17 @@ async def test_one_of_several_answers_is_sent(on_record: bool) -> None:
         answered = [resume_run(LiveRun(crew.crew, kickoff_id), feedback=str(n), approve=True) for n in range(5)]
         outcomes = await asyncio.gather(*answered, return_exceptions=True)
         assert len(server.resumes) == 1
-        assert sum(isinstance(one, CrewError) for one in outcomes) == 4, outcomes
+        assert sum(isinstance(one, pc.CrewError) for one in outcomes) == 4, outcomes
 
 
 async def test_unread_answers_send_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def away(*_: Any) -> list[Review]:
+    async def away(*_: Any) -> list[pc.Review]:
         raise httpx.ConnectError("away")
 
     async with asking() as (server, crew):
         kickoff_id = await _kicked_off(crew)
         monkeypatch.setattr(PrefectRecords, "reviews", away)
-        with pytest.raises(CrewError, match="Nothing was sent"):
+        with pytest.raises(pc.CrewError, match="Nothing was sent"):
             await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
         assert server.resumes == []
 
@@ -173,7 +167,7 @@ async def test_unread_answers_send_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 # From outside of the wait, by the task or by `CrewRun.resume`
 
 
-async def waits(server: Any, run: CrewRun) -> None:
+async def waits(server: Any, run: pc.CrewRun) -> None:
     while str(server.run(run.kickoff_id).state) != "waiting":
         await asyncio.sleep(0.02)
 
@@ -184,7 +178,7 @@ async def test_a_refused_answer_may_be_given_again(
     server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
     run = await server.crew().atrigger({})
     await waits(server, run)
-    with pytest.raises(NotFoundError):
+    with pytest.raises(pc.NotFoundError):
         await run.aresume("shorter", approve=False)
     assert (await run.aresume("shorter", approve=False)).status == "retrying"
     await waits(server, run)
@@ -198,8 +192,8 @@ async def test_a_run_without_a_question_takes_no_answer(crew_server: CrewServerF
     run = await server.crew().atrigger({"text": "a"})
     await run.await_for_completion()
     if state == "unknown":
-        run = CrewRun(server.crew(), "nobody")
-    with pytest.raises(NotWaitingError, match=f"does not wait for a person: it is {state}"):
+        run = pc.CrewRun(server.crew(), "nobody")
+    with pytest.raises(pc.NotWaitingError, match=f"does not wait for a person: it is {state}"):
         await run.aresume("fine", approve=True)
     assert server.requests["resume"] == 0
 
@@ -216,10 +210,10 @@ SCRIPT = CrewScript.model_validate(
 PAGE = "https://app.example.com/crews/7"
 
 
-async def reviewed(crew: DeployedCrew, review: Any, key: str, **policy: Any) -> None:
+async def reviewed(crew: pc.DeployedCrew, review: Any, key: str, **policy: Any) -> None:
     @flow
     async def once() -> None:
-        await arun_crew(crew, {"topic": "tea"}, idempotency_key=key, review=review, wait=WaitPolicy(**policy))
+        await pc.arun_crew(crew, {"topic": "tea"}, idempotency_key=key, review=review, wait=pc.WaitPolicy(**policy))
 
     await once()
 
@@ -227,9 +221,9 @@ async def reviewed(crew: DeployedCrew, review: Any, key: str, **policy: Any) -> 
 async def test_a_function_sees_the_webhooks_output(receiver: str) -> None:
     seen: list[str | None] = []
 
-    def judge(request: ReviewRequest) -> Review:
+    def judge(request: pc.ReviewRequest) -> pc.Review:
         seen.append(request.output)
-        return Review(approve=request.round > 1, feedback="again")
+        return pc.Review(approve=request.round > 1, feedback="again")
 
     key = f"judged/{uuid.uuid4()}"
     with CrewServer(SCRIPT) as server:
@@ -261,7 +255,7 @@ async def test_secret_inputs_keep_no_webhook_output(receiver: str) -> None:
     key = f"judged/{uuid.uuid4()}"
     with CrewServer(SCRIPT) as server:
         for crew, expected in ((server.crew(), "Draft 1 on tea."), (server.crew(secret_inputs=["topic"]), None)):
-            with pytest.raises(CrewTimeoutError):
+            with pytest.raises(pc.CrewTimeoutError):
                 await reviewed(crew, None, f"{key}/{expected}", human_timeout=8)
 
             async def same(_: Any, crew: Crew = crew.crew) -> Crew:
@@ -275,7 +269,7 @@ async def test_secret_inputs_keep_no_webhook_output(receiver: str) -> None:
 @pytest.mark.parametrize("response_format", ["documented", "union"])
 async def test_the_log_says_where_the_output_is(response_format: Any, caplog: pytest.LogCaptureFixture) -> None:
     with CrewServer(SCRIPT, response_format=response_format) as server, caplog.at_level(logging.WARNING):
-        with pytest.raises(CrewTimeoutError):
+        with pytest.raises(pc.CrewTimeoutError):
             await reviewed(server.crew(page_url=PAGE), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
         (said,) = [one.getMessage() for one in caplog.records if "waits for a person: task draft" in one.getMessage()]
         is_shown = response_format == "union"

@@ -15,16 +15,9 @@ from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
 from prefect.settings import PREFECT_API_URL
 
-from prefect_crew import CrewStep, Review, ReviewRequest, WaitPolicy, Webhooks, arun_crew, arun_pipeline
+import prefect_crew as pc
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewScript, CrewServer
-from prefect_crew.exceptions import (
-    CrewError,
-    CrewTimeoutError,
-    PrefectAwayError,
-    PrefectRefusedError,
-    ReviewLimitError,
-)
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.kickoff import open_run
@@ -47,11 +40,11 @@ SCRIPT = CrewScript.model_validate(
         "tasks": [{"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"}],
     }
 )
-APPROVED = Review(approve=True)
+APPROVED = pc.Review(approve=True)
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
-async def answers(idempotency_key: str) -> list[Review]:
+async def answers(idempotency_key: str) -> list[pc.Review]:
     records = PrefectRecords()
     return await records.reviews((await records.attempts(idempotency_key))[-1])
 
@@ -61,8 +54,8 @@ def run_with(server: CrewServer, review: Any = None, **policy: Any) -> Any:
 
     @flow
     async def reviewed() -> str:
-        wait = WaitPolicy(**policy)
-        return (await arun_crew(server.crew(), {}, idempotency_key=server.url, review=review, wait=wait)).output
+        wait = pc.WaitPolicy(**policy)
+        return (await pc.arun_crew(server.crew(), {}, idempotency_key=server.url, review=review, wait=wait)).output
 
     return reviewed()
 
@@ -71,9 +64,9 @@ def run_with(server: CrewServer, review: Any = None, **policy: Any) -> Any:
 async def test_a_function_answers_each_round_once(response_format: Any) -> None:
     asked: list[int] = []
 
-    async def judge(request: ReviewRequest) -> Review:
+    async def judge(request: pc.ReviewRequest) -> pc.Review:
         asked.append(request.round)
-        return Review(approve=request.round > 1, feedback=f"round {request.round}")
+        return pc.Review(approve=request.round > 1, feedback=f"round {request.round}")
 
     asking = Asking()
     with CrewServer(SCRIPT if response_format == "union" else asking, response_format=response_format) as server:
@@ -93,11 +86,11 @@ async def test_a_plain_function_blocks_nothing() -> None:
     others_went_on = threading.Event()
     logged_by: list[str] = []
 
-    def judge(request: ReviewRequest) -> Review:
+    def judge(request: pc.ReviewRequest) -> pc.Review:
         del request
         logged_by.append(str(this_flow_run.id))  # it is called in the context of the wait
         assert others_went_on.wait(60), "nothing else went on"
-        return Review(approve=True)
+        return pc.Review(approve=True)
 
     async def another() -> None:
         while not logged_by:
@@ -108,7 +101,7 @@ async def test_a_plain_function_blocks_nothing() -> None:
 
         @flow
         async def reviewed() -> str:
-            await asyncio.gather(arun_crew(server.crew(), {}, review=judge), another())
+            await asyncio.gather(pc.arun_crew(server.crew(), {}, review=judge), another())
             return str(this_flow_run.id)
 
         assert [await reviewed()] == logged_by
@@ -118,16 +111,16 @@ async def test_a_plain_function_blocks_nothing() -> None:
 async def test_peoples_time_includes_a_functions(is_async: bool) -> None:
     ended = threading.Event()
 
-    async def think(request: ReviewRequest) -> Review:
+    async def think(request: pc.ReviewRequest) -> pc.Review:
         await asyncio.sleep(30)
-        return Review(approve=True)
+        return pc.Review(approve=True)
 
-    def think_in_a_thread(request: ReviewRequest) -> Review:
+    def think_in_a_thread(request: pc.ReviewRequest) -> pc.Review:
         ended.wait(30)
-        return Review(approve=True)
+        return pc.Review(approve=True)
 
     with CrewServer(SCRIPT) as server:
-        with pytest.raises(CrewTimeoutError) as caught:
+        with pytest.raises(pc.CrewTimeoutError) as caught:
             await run_with(server, think if is_async else think_in_a_thread, human_timeout=1.0)
         ended.set()
         assert (caught.value.phase, server.requests["resume"]) == ("human", 0)
@@ -136,10 +129,10 @@ async def test_peoples_time_includes_a_functions(is_async: bool) -> None:
 async def test_a_late_function_answers_nothing() -> None:
     asked: list[str] = []
 
-    async def think(request: ReviewRequest) -> Review:
+    async def think(request: pc.ReviewRequest) -> pc.Review:
         asked.append(request.kickoff_id)
         await asyncio.sleep(30)
-        return Review(approve=False, feedback="Too late.")
+        return pc.Review(approve=False, feedback="Too late.")
 
     with CrewServer(SCRIPT) as server:
         running = asyncio.ensure_future(run_with(server, think))
@@ -151,7 +144,7 @@ async def test_a_late_function_answers_nothing() -> None:
 
 async def test_a_value_that_is_no_review_is_refused() -> None:
     with CrewServer(SCRIPT) as server:
-        with pytest.raises(CrewError, match="not a Review"):
+        with pytest.raises(pc.CrewError, match="not a Review"):
             await run_with(server, lambda _: True)
         assert server.requests["resume"] == 0
 
@@ -160,16 +153,16 @@ async def test_a_value_that_is_no_review_is_refused() -> None:
 async def test_an_error_of_a_function_names_the_function(is_async: bool) -> None:
     mine = httpx.ConnectError("refused", request=httpx.Request("GET", PREFECT_API_URL.value()))
 
-    async def ask_my_service(request: ReviewRequest) -> Review:
+    async def ask_my_service(request: pc.ReviewRequest) -> pc.Review:
         raise mine
 
-    def ask_my_service_in_a_thread(request: ReviewRequest) -> Review:
+    def ask_my_service_in_a_thread(request: pc.ReviewRequest) -> pc.Review:
         raise mine
 
     with CrewServer(SCRIPT) as server:
-        with pytest.raises(CrewError, match=r"The review function ask_my_service.* raised ConnectError") as caught:
+        with pytest.raises(pc.CrewError, match=r"The review function ask_my_service.* raised ConnectError") as caught:
             await run_with(server, ask_my_service if is_async else ask_my_service_in_a_thread)
-        assert not isinstance(caught.value, PrefectAwayError)
+        assert not isinstance(caught.value, pc.PrefectAwayError)
         assert caught.value.__cause__ is mine
         assert (server.kickoffs, server.requests["resume"]) == (1, 0)
 
@@ -178,17 +171,17 @@ async def test_an_insistent_function_does_not_hold_the_wait(monkeypatch: pytest.
     monkeypatch.setattr(reviewer, "STOP_WITHIN", 0.2)
     ended = asyncio.Event()
 
-    async def insist(request: ReviewRequest) -> Review:
+    async def insist(request: pc.ReviewRequest) -> pc.Review:
         while not ended.is_set():
             with suppress(asyncio.CancelledError):
                 await ended.wait()
-        return Review(approve=True)
+        return pc.Review(approve=True)
 
     with CrewServer(SCRIPT) as server:
         running = asyncio.ensure_future(run_with(server, insist, human_timeout=0.5))
         done, _ = await asyncio.wait({running}, timeout=20)
         ended.set()
-        with pytest.raises(CrewTimeoutError):
+        with pytest.raises(pc.CrewTimeoutError):
             await running
         assert (len(done), server.requests["resume"]) == (1, 0)
 
@@ -218,7 +211,7 @@ async def test_nobody_in_time_rejects_an_unknown_question(
     opened.record.has_webhooks = True
     opened.record.human_since = utcnow() - timedelta(hours=30)
     async with opened.session as session:
-        policy = WaitPolicy(human_timeout=86400, on_human_timeout="reject")
+        policy = pc.WaitPolicy(human_timeout=86400, on_human_timeout="reject")
         people = People(opened, policy, None, stop=AsyncMock())
         await people.see_status(await session.client.status(opened.kickoff_id))
         assert people.question is None, "it is held back"
@@ -239,7 +232,7 @@ async def test_a_filled_form_is_kept_for_an_unknown_run(
     opened = await open_run(RunRequest.of(server.crew().crew, Inputs.of({}), RunOptions(idempotency_key=server.url)))
     await until(lambda: server.runs[0].state == "waiting", "it asks")
     async with opened.session as session:
-        people = People(opened, WaitPolicy(), None, stop=AsyncMock())
+        people = People(opened, pc.WaitPolicy(), None, stop=AsyncMock())
         await people.see_status(await session.client.status(opened.kickoff_id))
         form = AsyncMock(spec=Form)
         form.look.return_value = ReviewForm(decision="approve", name="Ada")
@@ -261,7 +254,7 @@ async def test_a_filled_form_is_kept_for_an_unknown_run(
 )
 async def test_the_end_of_peoples_time_is_a_choice(choice: Any, on_timeout: Any, stops: bool) -> None:
     with CrewServer(SCRIPT) as server:
-        with pytest.raises(CrewTimeoutError) as raised:
+        with pytest.raises(pc.CrewTimeoutError) as raised:
             await run_with(server, human_timeout=0.3, on_human_timeout=choice, on_timeout=on_timeout)
         assert raised.value.stopped is stops
         assert (server.requests["stop"], server.requests["resume"]) == (int(stops), 0)
@@ -271,12 +264,12 @@ async def test_the_end_of_peoples_time_is_a_choice(choice: Any, on_timeout: Any,
 async def test_rounds_are_limited_by_choice(choice: Any) -> None:
     asked: list[int] = []
 
-    def never(request: ReviewRequest) -> Review:
+    def never(request: pc.ReviewRequest) -> pc.Review:
         asked.append(request.round)
-        return Review(approve=False, feedback=f"no {request.round}")
+        return pc.Review(approve=False, feedback=f"no {request.round}")
 
     with CrewServer(SCRIPT, response_format="union") as server:
-        with pytest.raises(ReviewLimitError, match="more than 2 times") as raised:
+        with pytest.raises(pc.ReviewLimitError, match="more than 2 times") as raised:
             await run_with(server, never, max_rounds=2, on_human_timeout=choice)
         assert asked == [1, 2]
         assert raised.value.stopped is (choice == "stop")
@@ -287,9 +280,9 @@ async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
     asked: list[str] = []
 
     def judge(name: str) -> Any:
-        def answer(request: ReviewRequest) -> Review:
+        def answer(request: pc.ReviewRequest) -> pc.Review:
             asked.append(f"{name} {request.task_id}")
-            return Review(approve=True)
+            return pc.Review(approve=True)
 
         return answer
 
@@ -297,9 +290,9 @@ async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
 
         @flow
         async def reviewed() -> None:
-            first = CrewStep("first", server.crew())
-            second = CrewStep("second", server.crew(), after=["first"], review=judge("own"))
-            await arun_pipeline([first, second], {}, review=judge("shared"))
+            first = pc.CrewStep("first", server.crew())
+            second = pc.CrewStep("second", server.crew(), after=["first"], review=judge("own"))
+            await pc.arun_pipeline([first, second], {}, review=judge("shared"))
 
         await reviewed()
     assert asked == ["shared draft", "own draft"]
@@ -307,15 +300,15 @@ async def test_every_step_of_a_pipeline_can_be_reviewed() -> None:
 
 async def test_each_answer_names_own_webhooks_again() -> None:
     """The server does not carry them over."""
-    own = Webhooks(task="http://127.0.0.1:9/t", step="http://127.0.0.1:9/s", crew="http://127.0.0.1:9/c")
+    own = pc.Webhooks(task="http://127.0.0.1:9/t", step="http://127.0.0.1:9/s", crew="http://127.0.0.1:9/c")
     after: list[Any] = []
 
-    def judge(request: ReviewRequest) -> Review:
+    def judge(request: pc.ReviewRequest) -> pc.Review:
         after.append(server.run(request.kickoff_id).targets)
-        return Review(approve=request.round > 1, feedback="again")
+        return pc.Review(approve=request.round > 1, feedback="again")
 
     with CrewServer(SCRIPT, response_format="union") as server:
-        result = await arun_crew(server.crew(), {}, review=judge, webhooks=own)
+        result = await pc.arun_crew(server.crew(), {}, review=judge, webhooks=own)
         after.append(server.run(result.kickoff_id).targets)
     assert after == [after[0]] * 3
     assert after[0].crew == own.crew
@@ -326,10 +319,10 @@ async def test_an_answer_names_the_receivers_webhooks(monkeypatch: pytest.Monkey
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", "http://127.0.0.1:9/hooks")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", "a-secret-of-thirty-two-characters")
     with CrewServer(SCRIPT) as server:
-        crew, mine = server.crew(), Webhooks(crew="http://127.0.0.1:9/mine")
+        crew, mine = server.crew(), pc.Webhooks(crew="http://127.0.0.1:9/mine")
         kickoff_id = await kickoff_crew(crew, {}, idempotency_key="hooked")
-        approve = {"idempotency_key": "hooked", "review": lambda _: Review(approve=True)}
-        assert (await arun_crew(crew, {}, webhooks=mine, **approve)).kickoff_id == kickoff_id
+        approve = {"idempotency_key": "hooked", "review": lambda _: pc.Review(approve=True)}
+        assert (await pc.arun_crew(crew, {}, webhooks=mine, **approve)).kickoff_id == kickoff_id
         assert str(server.run(kickoff_id).targets.crew).startswith("http://127.0.0.1:9/hooks/")
 
 
@@ -338,12 +331,12 @@ async def test_an_answer_from_elsewhere_ends_no_wait() -> None:
         crew = server.crew()
         asked: list[int] = []
 
-        async def slow(request: ReviewRequest) -> Review:
+        async def slow(request: pc.ReviewRequest) -> pc.Review:
             asked.append(request.round)
             if request.round == 1:
                 # While this one thinks, a person answers.
                 await resume_crew(crew, request.kickoff_id, approve=False, feedback="by hand")
-            return Review(approve=True)
+            return pc.Review(approve=True)
 
         assert "by hand" in await run_with(server, slow)
         assert (asked, server.requests["resume"]) == ([1, 2], 2)
@@ -368,7 +361,7 @@ async def test_an_unsaved_outcome_does_not_hold_the_polls(crew_server: CrewServe
 async def test_an_answer_waits_for_an_absent_prefect(crew_server: CrewServerFactory, proxy: Proxy) -> None:
     asked: list[str] = []
 
-    async def judge(request: ReviewRequest) -> Review:
+    async def judge(request: pc.ReviewRequest) -> pc.Review:
         asked.append(request.kickoff_id)
         proxy.cut()
         return APPROVED
@@ -390,7 +383,7 @@ async def test_a_written_answer_is_known_as_ones_own(
 ) -> None:
     genuine, lost = PrefectRecords.add_review, list[int]()
 
-    async def lose(self: PrefectRecords, record: Any, number: int, review: Review) -> bool:
+    async def lose(self: PrefectRecords, record: Any, number: int, review: pc.Review) -> bool:
         is_ours = await genuine(self, record, number, review)
         if not lost:
             lost.append(number)
@@ -409,15 +402,15 @@ async def test_a_written_answer_is_known_as_ones_own(
 
 @pytest.mark.parametrize("refused", ["POST /api/variables/$", "POST /api/variables/filter"], ids=["writing", "reading"])
 async def test_a_refusing_prefect_ends_the_wait(refused: str, crew_server: CrewServerFactory, proxy: Proxy) -> None:
-    def judge(request: ReviewRequest) -> Review:
+    def judge(request: pc.ReviewRequest) -> pc.Review:
         return APPROVED
 
     server = crew_server(SCRIPT)
     run = await server.crew().atrigger({})
     proxy.refuse = refused
-    with pytest.raises(PrefectRefusedError, match=r"The Prefect API \S+ refuses a request \(HTTP 403\)") as caught:
+    with pytest.raises(pc.PrefectRefusedError, match=r"The Prefect API \S+ refuses a request \(HTTP 403\)") as caught:
         await asyncio.wait_for(wait_for_run(LiveRun(run._crew, run.kickoff_id), RunOptions(review=judge)), 60)
     assert run.kickoff_id in str(caught.value)
     assert "wait for the run again under its key" in str(caught.value)
-    assert not isinstance(caught.value, PrefectAwayError)
+    assert not isinstance(caught.value, pc.PrefectAwayError)
     assert server.requests["resume"] == 0
