@@ -23,7 +23,7 @@ from prefect_crew import (
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
-from support.webhooks import until
+from support.waiting import until
 
 TOKEN = SecretStr("the-token")
 

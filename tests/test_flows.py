@@ -27,9 +27,9 @@ from prefect_crew.client.redaction import MASK
 from prefect_crew.records import results
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.testing import CrewServerFactory
+from support.flow_runs import call_in_flow
 from support.frames import locals_of
 from support.held import FailsFirst
-from support.prefect_server import free_port
 from support.proxy import Proxy
 from support.records import key, new_record, put
 from support.scripts import FAILS, script, slow
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 FLOW = "deployed-crew"
 
 
-def name() -> str:
+def new_name() -> str:
     return f"crew-{uuid.uuid4().hex[:8]}"
 
 
@@ -48,18 +48,15 @@ def name() -> str:
 
 
 def test_each_task_has_its_options_of_prefect(crew_server: CrewServerFactory, seen: Seen):
-    crew, ids = crew_server("echo").crew(), list[Any]()
-
-    @flow
-    def trip() -> str:
-        ids.append(flow_run.id)
-        options: Any = {"kickoff_options": {"retries": 7, "tags": ["night"]}, "wait_options": {"retries": 1}}
-        return pc.run_crew(crew, {"text": "a"}, **options).output
-
-    assert trip() == "a"
-    kickoff, wait = sorted(seen.task_runs(ids[0], count=2), key=lambda run: run["name"])
-    assert (kickoff["tags"], kickoff["empirical_policy"]["retries"]) == (["night"], 7)
-    assert (wait["tags"], wait["empirical_policy"]["retries"]) == ([], 1)
+    crew = crew_server("echo").crew()
+    options: Any = {"kickoff_options": {"retries": 7, "tags": ["night"]}, "wait_options": {"retries": 1}}
+    flow_run_id, result = call_in_flow(lambda: pc.arun_crew(crew, {"text": "a"}, **options))
+    assert result.output == "a"
+    kickoff, wait = sorted(seen.task_runs(flow_run_id, count=2), key=lambda run: run["name"])
+    assert kickoff["tags"] == ["night"]
+    assert kickoff["empirical_policy"]["retries"] == 7
+    assert wait["tags"] == []
+    assert wait["empirical_policy"]["retries"] == 1
 
 
 def test_a_task_run_name_is_filled_with_arguments(crew_server: CrewServerFactory, seen: Seen):
@@ -82,18 +79,6 @@ def test_a_task_run_name_is_filled_with_arguments(crew_server: CrewServerFactory
     assert len([name for name in names if name.endswith("Lisbon")]) == 2, names
 
 
-async def test_an_unstarted_kickoff_is_repeated_as_asked():
-    crew, began = pc.DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t"), list[int]()
-
-    def note(task: Any, task_run: Any, state: Any) -> None:
-        began.append(task_run.run_count)
-
-    options: dict[str, Any] = {"retries": 2, "retry_delay_seconds": 0, "on_running": [note]}
-    with pytest.raises(pc.CrewConnectionError):
-        await pc.arun_crew(crew, {"text": "a"}, kickoff_options=options)  # type: ignore[arg-type]
-    assert began == [1, 2, 3]
-
-
 async def test_a_kickoff_cut_by_its_timeout_is_found(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo", faults=["kickoff:latency=2@1"]), key()
     with pytest.raises(TimeoutError):
@@ -102,13 +87,6 @@ async def test_a_kickoff_cut_by_its_timeout_is_found(crew_server: CrewServerFact
         )
     assert (await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key)).output == "a"
     assert server.requests["kickoff"] == 1
-
-
-async def test_a_wait_cut_by_its_timeout_stops_nothing(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo", faults=["kickoff:stuck"]), key()
-    with pytest.raises(TimeoutError):
-        await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key, wait_options={"timeout_seconds": 1})
-    assert (server.requests["kickoff"], server.requests["stop"]) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -202,30 +180,30 @@ async def test_a_running_loop_is_told_the_async_name(crew_server: CrewServerFact
 
 
 def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen: Seen):
-    server, ids = crew_server("echo"), list[Any]()
+    server = crew_server("echo")
 
-    @flow
     async def trips() -> list[str]:
-        ids.append(flow_run.id)
-        return [(await pc.arun_crew(server.crew(), {"text": str(number)})).output for number in range(3)]
+        return [(await pc.arun_crew(server.crew(), {"text": text})).output for text in "abc"]
 
-    assert asyncio.run(trips()) == [str(number) for number in range(3)]
-    assert seen.subflow_runs(ids[0]) == []
-    assert len(seen.task_runs(ids[0], count=6)) == 6
+    flow_run_id, outputs = call_in_flow(trips)
+    assert outputs == ["a", "b", "c"]
+    assert seen.subflow_runs(flow_run_id) == []
+    assert len(seen.task_runs(flow_run_id, count=6)) == 6
     assert server.kickoffs == 3
 
 
 def test_a_failed_state_says_why_in_one_line(crew_server: CrewServerFactory, seen: Seen):
-    crew, ids = crew_server(FAILS).crew().crew.called("travel"), list[Any]()
+    called = new_name()
+    crew = crew_server(FAILS).crew().crew.called("travel")
 
-    @flow
+    @flow(name=called)
     async def trip() -> None:
-        ids.append(flow_run.id)
         await pc.arun_crew(crew)
 
     with pytest.raises(pc.CrewFailedError):
         asyncio.run(trip())
-    message = seen.flow_run(ids[0])["state"]["message"]
+    (run,) = seen.flow_runs(called)
+    message = run["state"]["message"]
     assert "of crew travel failed: the search engine is down." in message
     assert "\n" not in message
 
@@ -280,7 +258,8 @@ def stored(seen: Seen, crew: str) -> dict[str, Any]:
 
 
 def test_an_own_flow_stores_plain_values(crew_server: CrewServerFactory, seen: Seen):
-    server, called = crew_server(script({"output": "{{ inputs.when }} {{ inputs.pin }} {{ inputs.login }}"})), name()
+    called = new_name()
+    server = crew_server(script({"output": "{{ inputs.when }} {{ inputs.pin }} {{ inputs.login }}"}))
     crew = server.crew(secret_inputs=["pin"]).crew.called(called)
     inputs = {
         "when": date(2026, 5, 1), "cities": ["Lisbon"], "days": 3, "pin": 4711471, "none": None,
@@ -300,7 +279,7 @@ def test_an_own_flow_stores_plain_values(crew_server: CrewServerFactory, seen: S
 
 
 def test_flow_runs_of_a_crew_have_own_names(crew_server: CrewServerFactory, seen: Seen):
-    server, called, idempotency_key = crew_server(slow(0.1)), name(), key()
+    server, called, idempotency_key = crew_server(slow(0.1)), new_name(), key()
     crew = server.crew().crew.called(called)
     pc.run_crew(crew, {"city": "Porto {x}"})
     for _ in range(2):
@@ -312,7 +291,7 @@ def test_flow_runs_of_a_crew_have_own_names(crew_server: CrewServerFactory, seen
 
 
 def test_a_flow_run_is_renamed_once(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
-    called, names, request = name(), list[str](), PrefectClient.request
+    called, names, request = new_name(), list[str](), PrefectClient.request
 
     async def noted(self: Any, method: Any, path: Any, **more: Any) -> Any:
         names.extend([more["json"]["name"]] if method == "PATCH" and (more.get("json") or {}).get("name") else [])
@@ -328,45 +307,29 @@ def test_a_flow_run_is_renamed_once(crew_server: CrewServerFactory, monkeypatch:
 
 
 def test_large_inputs_reach_the_crew(crew_server: CrewServerFactory, seen: Seen):
-    called = name()
+    called = new_name()
     crew = crew_server(script({"output": "{{ inputs.book | length }}"})).crew().crew.called(called)
     assert pc.run_crew(crew, {"book": "語" * 300_000, "page": 3}).output == "300000"
     too_large = "(too large to be stored with the flow run)"
     assert stored(seen, called)["parameters"]["inputs"] == {"book": too_large, "page": too_large}
 
 
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"meta": "text"}, "meta is a value of type str; it has to be a mapping"),
-    ({"webhooks": "https://x"}, "webhooks is a value of type str; it has to be Web"),
-    ({"output_type": dict}, "output_type is the class dict; it has to be a pydantic"),
-    ({"output_type": list[int]}, "output_type is .*; it has to be a pydantic"),
-    ({"review": "from"}, "review is 'from'; it has to be 'form' or a function"),
-    ({"restore_from": "state-1"}, "restore_from is 'state-1'; it has to be the UUID"),
-    ({"restore_from": 7}, "restore_from is a value of type int; it has to be the UUID"),
-    ({"wait": {"timeout": 5}}, "wait is a value of type dict; it has to be a WaitPolicy"),
-]
-
-
 async def test_bad_arguments_start_nothing(crew_server: CrewServerFactory):
-    server, idempotency_key, chosen = crew_server("echo"), key(), dict[str, Any]()
+    """tests/runs/test_options.py has all of them."""
+    server, idempotency_key = crew_server("echo"), key()
 
-    @flow
-    async def around() -> None:
-        await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **chosen)
+    async def trip(**options: Any) -> str:
+        return (await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **options)).output
 
-    for given, wanted in WRONG:
-        chosen.clear()
-        chosen.update(given)
-        for call in (around, around.fn):
-            with pytest.raises(pc.ConfigurationError, match=f"{wanted}.* Nothing was started"):
-                await call()
+    for call in (trip, flow(trip)):
+        with pytest.raises(pc.ConfigurationError, match=r"meta is a value of type str; .* Nothing was started"):
+            await call(meta="text")
     assert server.kickoffs == 0
-    # Nor is the key used up.
-    assert (await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)).output == "a"
+    assert await trip() == "a", "the key is not used up"
 
 
 def test_unsendable_inputs_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
-    called = name()
+    called = new_name()
     with pytest.raises(pc.ConfigurationError, match="Input 'x' holds a value of type object"):
         pc.run_crew(crew_server("echo").crew().crew.called(called), {"x": object()})
     assert called not in [run["parameters"].get("crew") for run in seen.flow_runs(FLOW)]
@@ -381,7 +344,7 @@ async def run_again(run: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("given", ["block", "name"])
 async def test_a_flow_run_of_a_block_can_be_run_again(crew_server: CrewServerFactory, seen: Seen, given: str):
-    server, block = crew_server("echo"), name()
+    server, block = crew_server("echo"), new_name()
     crew = server.crew()
     await crew.asave(block)
     policy = pc.WaitPolicy(timeout=77)
@@ -407,7 +370,7 @@ async def test_a_name_under_which_no_crew_is_stored():
 
 
 async def test_a_flow_run_with_secrets_cannot_run_again(crew_server: CrewServerFactory):
-    block = name()
+    block = new_name()
     server = crew_server(script({"output": "x"}))
     await server.crew(secret_inputs=["pin"]).asave(block)
     with pytest.raises(pc.ConfigurationError, match="inputs pin, book are secret or too large"):
@@ -418,7 +381,7 @@ async def test_a_flow_run_with_secrets_cannot_run_again(crew_server: CrewServerF
 
 
 async def test_a_deployed_secret_input_names_a_block(crew_server: CrewServerFactory):
-    block, secret = name(), name()
+    block, secret = new_name(), new_name()
     server = crew_server(script({"output": "x"}, inputs=["pin"]))
     await server.crew(secret_inputs=["pin"]).asave(block)
     await cast("Any", Secret)(value={"code": 4711}).save(secret)
@@ -477,7 +440,7 @@ async def test_a_result_too_large_is_read_from_the_crew(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(results, "LARGEST", 8000)
-    server, idempotency_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), name()
+    server, idempotency_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), new_name()
     await pc.arun_crew(server.crew().crew.called(block), idempotency_key=idempotency_key)
     with pytest.raises(pc.CrewError, match=r"Give the crew \(crew=…\)"):
         await pc.aget_result(idempotency_key)
@@ -517,7 +480,7 @@ async def test_a_kickoff_id_means_its_own_attempt(crew_server: CrewServerFactory
 async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFactory):
     with pytest.raises(pc.RunNotFoundError, match="No run has the key or kickoff id 'nobody'"):
         await pc.aget_result("nobody")
-    failed, stopped, uncertain, running = key(), key(), key(), key()
+    failed, stopped, uncertain, running = (key() for _ in range(4))
     with pytest.raises(pc.CrewFailedError):
         await pc.arun_crew(crew_server(FAILS).crew(), idempotency_key=failed)
     with pytest.raises(pc.CrewFailedError, match="the search engine is down"):
@@ -541,16 +504,14 @@ async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFact
 @pytest.mark.parametrize("idempotency_key", [None, "given"])
 def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, idempotency_key: str | None):
     server = crew_server(slow(0.4))
-    counted: list[str] = []
 
-    @flow
-    async def trip() -> None:
+    async def trip() -> list[str]:
         await pc.arun_crew(server.crew(), idempotency_key=idempotency_key and key())
         before = len(proxy.requests)
         await pc.arun_crew(server.crew(), idempotency_key=idempotency_key and key())
-        counted.extend(proxy.requests[before:])
+        return proxy.requests[before:]
 
-    asyncio.run(trip())
+    _, counted = call_in_flow(trip)
     # SQLite makes the server answer 503 when two write at once; such a request is sent again.
     made = [one for one, before in zip(counted, ["", *counted], strict=False) if one != before]
     shown = [request for request in made if "/artifacts" in request]

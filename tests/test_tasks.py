@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -18,6 +17,8 @@ from prefect.runtime import flow_run
 import prefect_crew as pc
 from prefect_crew.tasks import CrewTask, discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
+from support.flow_runs import acall_in_flow, call_in_flow
+from support.frames import locals_of
 from support.prefect_server import free_port
 from support.proxy import Proxy
 from support.scripts import slow
@@ -79,23 +80,17 @@ def test_tasks_are_submitted_and_mapped_with_futures(
 
 
 def test_task_runs_are_named_after_crew_and_run(crew_server: CrewServerFactory, seen: Seen):
-    crew, ids = crew_server("echo").crew().crew.called("travel"), list[Any]()
+    crew = crew_server("echo").crew().crew.called("travel")
 
-    @flow
     async def trip() -> str:
-        ids.append(flow_run.id)
         await discover_inputs(crew)
         kickoff_id = await kickoff_crew(crew, {"text": "a"}, name="research")
         await wait_for_crew(crew, kickoff_id)
         return kickoff_id
 
-    kickoff_id = asyncio.run(trip())
-    runs = seen.task_runs(ids[0], count=3)
-    assert {run["name"] for run in runs} == {
-        "inputs travel",
-        "kickoff research",
-        f"wait travel {kickoff_id[:8]}",
-    }
+    flow_run_id, kickoff_id = call_in_flow(trip)
+    runs = seen.task_runs(flow_run_id, count=3)
+    assert {run["name"] for run in runs} == {"inputs travel", "kickoff research", f"wait travel {kickoff_id[:8]}"}
     assert not any(run["tags"] for run in runs), "for each tag Prefect looks for a concurrency limit"
 
 
@@ -114,18 +109,16 @@ def test_a_kickoff_is_named_after_its_first_input(crew_server: CrewServerFactory
 
 
 def test_a_reattached_run_is_named_so(crew_server: CrewServerFactory, seen: Seen):
-    server, ids, key = crew_server(slow(0.5)), list[Any](), f"run {uuid.uuid4()}"
+    server, key = crew_server(slow(0.5)), f"run {uuid.uuid4()}"
 
-    @flow
     async def trip() -> None:
-        ids.append(flow_run.id)
         await kickoff_crew(server.crew(), idempotency_key=key)
         await pc.arun_crew(server.crew(), name="same", idempotency_key=key)
         await pc.arun_crew(server.crew(), name="ended", idempotency_key=key)
         await pc.arun_crew(server.crew(), name="new")
 
-    asyncio.run(trip())
-    runs = seen.task_runs(ids[0], count=7)
+    flow_run_id, _ = call_in_flow(trip)
+    runs = seen.task_runs(flow_run_id, count=7)
     assert {"wait new", "wait same (reattached)", "wait ended (from record)"} <= {run["name"] for run in runs}
     assert not any(run["tags"] for run in runs), "for each tag Prefect asks its server for a slot"
     assert server.kickoffs == 2
@@ -135,13 +128,12 @@ def test_a_reattached_run_is_named_so(crew_server: CrewServerFactory, seen: Seen
 def test_a_reattached_wait_needs_no_slot(crew_server: CrewServerFactory, proxy: Proxy, answer: str):
     server, key = crew_server(slow(0.5)), f"run {uuid.uuid4()}"
 
-    @flow
-    async def trip() -> str:
+    async def trip() -> None:
         kickoff_id = [await kickoff_crew(server.crew(), idempotency_key=key) for _ in range(2)][1]
-        return (await wait_for_crew(server.crew(), kickoff_id)).kickoff_id
+        await wait_for_crew(server.crew(), kickoff_id)
 
     proxy.refuse, proxy.answer = "/concurrency_limits", answer
-    assert asyncio.run(trip())
+    call_in_flow(trip)
     assert proxy.count("/concurrency_limits") == 0
     assert server.kickoffs == 1
 
@@ -199,12 +191,8 @@ async def test_a_users_condition_repeats_no_kickoff(crew_server: CrewServerFacto
         retries=3, retry_delay_seconds=0, retry_condition_fn=lambda task, run, state: True
     )
 
-    @flow
-    async def trip() -> None:
-        await eager(server.crew(), {"text": "a"})
-
-    with pytest.raises(Exception, match="uncertain"):
-        await trip()
+    with pytest.raises(pc.KickoffUncertainError):
+        await acall_in_flow(lambda: eager(server.crew(), {"text": "a"}))
     assert server.requests["kickoff"] == 1
 
 
@@ -212,20 +200,11 @@ async def test_a_question_for_inputs_is_repeated(crew_server: CrewServerFactory)
     server = crew_server("echo", faults=["inputs:500@1"])
     discover = discover_inputs.with_options(retry_delay_seconds=0)
 
-    @flow
-    async def trip() -> Any:
-        return await discover(server.crew())
-
-    assert [known.name for known in await trip()] == ["text"]
+    _, inputs = await acall_in_flow(lambda: discover(server.crew()))
+    assert [item.name for item in inputs] == ["text"]
 
 
 # Secret inputs
-
-
-def shown_with(error: BaseException) -> str:
-    """Return the local variables of the frames of an error, but for those of this file."""
-    stack = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), capture_locals=True)
-    return "\n".join(f"{frame.filename}:{frame.lineno} {frame.locals}" for frame in stack if frame.filename != __file__)
 
 
 WAYS: dict[str, Callable[[Any, Any], Any]] = {
@@ -248,7 +227,7 @@ def test_no_frame_of_a_failed_task_shows_inputs(way: str):
         try:
             WAYS[way](crew, {"text": "pass-1234", "list": [{"of": "pass-1234"}]})
         except pc.CrewError as error:
-            return shown_with(error)
+            return locals_of(error, but=__file__)
 
     shown = trip()
     assert "_crew" in shown
@@ -260,7 +239,7 @@ async def test_no_frame_of_a_cancelled_task_shows_inputs():
     began.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await began
-    assert "pass-1234" not in shown_with(caught.value)
+    assert "pass-1234" not in locals_of(caught.value, but=__file__)
 
 
 # As tasks of Prefect: every keyword of Prefect's own calls, wherever they are called

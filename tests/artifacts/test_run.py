@@ -6,13 +6,11 @@ import asyncio
 import shlex
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
-from prefect import flow
 from prefect.runtime import flow_run
 
 import prefect_crew as pc
@@ -30,18 +28,13 @@ from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
-from support.prefect_server import PrefectServer
-from support.proxy import Proxy, through
+from support.flow_runs import acall_in_flow, call_in_flow
+from support.proxy import Proxy
 from support.scripts import ASKS, script, slow
 from support.seen import Seen
+from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
-
-
-@pytest.fixture
-def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
-    with through(prefect_server) as way:
-        yield way
 
 
 @pytest.fixture
@@ -77,21 +70,19 @@ def test_a_key_is_what_prefect_takes(label: str, key: str):
 
 def test_an_artifact_shows_kickoff_and_end(crew_server: CrewServerFactory, seen: Seen, name: str):
     crew = crew_server(script({"output": "# Lisbon\n\nby tram"}, inputs=["city"])).crew().crew.called(name)
-    ids: list[Any] = []
-    at_kickoff: list[str] = []
 
-    @flow
-    async def trip() -> None:
-        ids.append(flow_run.id)
+    async def trip() -> str:
         kickoff_id = await pc.kickoff_crew(crew, {"city": "Lisbon"})
-        at_kickoff.append(await asyncio.to_thread(shown, seen, name))
+        at_kickoff = await asyncio.to_thread(shown, seen, name)
         await pc.wait_for_crew(crew, kickoff_id)
+        return at_kickoff
 
-    asyncio.run(trip())
-    assert "○ pending" in at_kickoff[0]
-    assert "| **city** | Lisbon |" in at_kickoff[0]
+    flow_run_id, at_kickoff = call_in_flow(trip)
+    assert "○ pending" in at_kickoff
+    assert "| **city** | Lisbon |" in at_kickoff
     (artifact,) = seen.artifacts(artifact_key(name))
-    assert (artifact["type"], artifact["flow_run_id"]) == ("markdown", ids[0])
+    assert artifact["type"] == "markdown"
+    assert artifact["flow_run_id"] == flow_run_id
     assert artifact["task_run_id"]
     for part in ("✓ completed", "# Lisbon\n\nby tram", "| **city** | Lisbon |", "| task\\_1 |"):
         assert part in artifact["data"]
@@ -113,12 +104,7 @@ def test_inputs_stay_shown():
 def test_an_artifact_is_written_twice(crew_server: CrewServerFactory, seen: Seen, name: str, proxy: Proxy, show: Any):
     crew = crew_server(script({"output": "done"}, inputs=["pin"])).crew(show=show, secret_inputs=["pin"])
     key = f"{name} today"
-
-    @flow
-    async def trip() -> None:
-        await pc.arun_crew(crew.crew.called(name), {"pin": "4711471"}, idempotency_key=key)
-
-    asyncio.run(trip())
+    call_in_flow(lambda: pc.arun_crew(crew.crew.called(name), {"pin": "4711471"}, idempotency_key=key))
     (artifact,) = seen.artifacts(artifact_key(name))
     record = seen.record(key)
     assert artifact["metadata_"] == {"claim": record_name(key, 1), "kickoff_id": record["kickoff_id"]}
@@ -135,18 +121,15 @@ def test_a_run_that_just_began_is_shown_as_stopped(crew_server: CrewServerFactor
 
 
 async def test_an_artifact_belongs_to_the_starting_flow_run(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew, ids = crew_server("echo").crew().crew.called(name), list[str]()
     other = str(uuid.uuid4())
 
-    @flow
     async def trip() -> None:
-        ids.append(str(flow_run.id))
         for owner in (None, str(flow_run.id), other):
-            await MarkdownArtifact(artifact_key(crew.label), f"for {owner}", flow_run_id=owner).keep("text")
+            await MarkdownArtifact(artifact_key(name), f"for {owner}", flow_run_id=owner).keep("text")
 
-    await trip()
+    flow_run_id, _ = await acall_in_flow(trip)
     made = await asyncio.to_thread(seen.artifacts, artifact_key(name))
-    assert [artifact["flow_run_id"] for artifact in made] == [ids[0], ids[0], other]
+    assert [artifact["flow_run_id"] for artifact in made] == [flow_run_id, flow_run_id, other]
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["answers", "does not answer"])
@@ -157,19 +140,17 @@ def test_a_lasting_run_is_shown_while_it_runs(
     server = crew_server(slow(60), faults=[] if answers else ["status:500"])
     crew = server.crew(wait=pc.WaitPolicy(error_timeout=600)).crew.called(name)
 
-    texts: list[str] = []
+    async def is_shown() -> bool:
+        pages = await asyncio.to_thread(seen.artifacts, artifact_key(name))
+        return any(("● running" if answers else "○ pending") in page["data"] for page in pages)
 
-    @flow
     async def trip() -> None:
         running = asyncio.ensure_future(pc.arun_crew(crew))
-        while not texts or (answers and "● running" not in texts[-1]):
-            await asyncio.sleep(0.05)
-            texts.extend(one["data"] for one in await asyncio.to_thread(seen.artifacts, artifact_key(name)))
+        await until(is_shown, "its page")
         running.cancel()
         await asyncio.wait({running})
 
-    asyncio.run(trip())
-    assert answers or "○ pending" in texts[-1]
+    call_in_flow(trip)
 
 
 def test_a_silent_server_is_shown(crew_server: CrewServerFactory, seen: Seen, name: str):
@@ -215,12 +196,8 @@ def test_a_question_stands_first_with_commands(crew_server: CrewServerFactory, s
 def test_who_reattaches_updates_the_artifact(crew_server: CrewServerFactory, seen: Seen, name: str, owner: str):
     crew = crew_server(slow(1.0)).crew().crew.called(name)
 
-    @flow
-    async def first() -> None:
-        await pc.kickoff_crew(crew, idempotency_key=name)
-
     if owner == "flow":
-        asyncio.run(first())
+        call_in_flow(lambda: pc.kickoff_crew(crew, idempotency_key=name))
     else:
         kicked_off(crew, idempotency_key=name)
     assert "○ pending" in shown(seen, name)
@@ -272,15 +249,10 @@ def test_refused_artifacts_fail_nothing(
         proxy.refuse = "/artifacts"
     else:
         monkeypatch.setattr(run_module, "artifact_key", str.upper)
-    crew, ids = crew_server("echo").crew(), list[Any]()
-
-    @flow
-    async def trip() -> str:
-        ids.append(flow_run.id)
-        return (await pc.arun_crew(crew, {"text": "a"})).output
-
-    assert asyncio.run(trip()) == "a"
-    assert seen.logs(ids[0]).count("could not be updated") == 1
+    crew = crew_server("echo").crew()
+    flow_run_id, result = call_in_flow(lambda: pc.arun_crew(crew, {"text": "a"}))
+    assert result.output == "a"
+    assert seen.logs(flow_run_id).count("could not be updated") == 1
 
 
 def test_an_api_that_is_away_costs_little_time(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):

@@ -1,21 +1,23 @@
-"""Spans and metrics of runs, as a collector gets them from the real SDK and exporter."""
+"""Spans and metrics of runs, by the real SDK."""
 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from opentelemetry import metrics
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.trace import StatusCode
 from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import SecretStr
@@ -29,11 +31,12 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import run as run_module
 from prefect_crew.runs.stop import close_stopped
 from prefect_crew.testing import CrewServerFactory
-from support.collector import Collector, SeenSpan
 from support.prefect_server import PrefectServer
-from support.records import new_record
+from support.receiver import Listener
+from support.records import key, new_record, record_of
 from support.scripts import ASKS, script, slow
-from support.servers import until
+from support.spans import Spans, facts
+from support.waiting import until, wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -48,9 +51,9 @@ PRICE = Price(per_run=0.5, per_1k_input=0.1, per_1k_output=0.4)
 
 
 @pytest.fixture
-def collector() -> Iterator[Collector]:
-    with Collector() as collector, collector.traced():
-        yield collector
+def spans() -> Iterator[Spans]:
+    with Spans().traced() as spans:
+        yield spans
 
 
 @pytest.fixture(scope="module")
@@ -60,48 +63,33 @@ def reader() -> InMemoryMetricReader:
     return reader
 
 
-def key() -> str:
-    return f"traced {uuid.uuid4()}"
-
-
-def one(collector: Collector) -> SeenSpan:
-    (span,) = collector.runs()
-    return span
-
-
 # Spans
 
 
-def test_a_run_is_a_span_with_its_crew_its_flow_run_its_tokens_and_its_cost(
-    crew_server: CrewServerFactory, collector: Collector
-):
-    server, idempotency_key, ids = crew_server(STEPS, response_format="union"), key(), []
-    crew = server.crew(price=PRICE)
+def test_a_run_is_a_span_with_its_facts(crew_server: CrewServerFactory, spans: Spans):
+    server, idempotency_key, ids = crew_server(STEPS, response_format="union"), key(), list[str]()
 
     @flow
     async def trip(topic: str) -> None:
-        from prefect.context import FlowRunContext
-
-        context = FlowRunContext.get()
-        assert context is not None
-        assert context.flow_run is not None
-        ids.append(str(context.flow_run.id))
-        await pc.arun_crew(crew, {"topic": topic}, idempotency_key=idempotency_key)
+        ids.append(str(flow_run.id))
+        await pc.arun_crew(server.crew(price=PRICE), {"topic": topic}, idempotency_key=idempotency_key)
 
     asyncio.run(trip("tea"))
-    span = one(collector)
-    label = span.attributes["crewai.crew.name"]
-    assert (span.name, span.scope, span.failed) == (f"invoke_workflow {label}", "prefect_crew", False)
-    kickoff_id = server.runs[0].id
-    record = asyncio.run(PrefectRecords().of_kickoff(kickoff_id))
-    assert record is not None
+    span = spans.run()
+    attributes = facts(span)
+    label, kickoff_id = attributes["crewai.crew.name"], server.runs[0].id
+    record = asyncio.run(record_of(kickoff_id))
+    assert span.name == f"invoke_workflow {label}"
+    assert span.instrumentation_scope is not None
+    assert span.instrumentation_scope.name == "prefect_crew"
+    assert span.status.status_code is not StatusCode.ERROR
     assert record.kicked_off_at is not None
     assert record.ended_at is not None
-    assert span.start == pytest.approx(record.kicked_off_at.timestamp(), abs=1e-6)
-    assert span.end == pytest.approx(record.ended_at.timestamp(), abs=1e-6)
-    assert span.attributes.pop("crewai.crew.execution_duration_ms") > 0
-    assert span.attributes.pop("prefect.task_run.id")
-    assert span.attributes == {
+    assert span.start_time == pytest.approx(record.kicked_off_at.timestamp() * 1e9, abs=1e3)
+    assert span.end_time == pytest.approx(record.ended_at.timestamp() * 1e9, abs=1e3)
+    assert attributes.pop("crewai.crew.execution_duration_ms") > 0
+    assert attributes.pop("prefect.task_run.id")
+    assert attributes == {
         "gen_ai.operation.name": "invoke_workflow",
         "gen_ai.workflow.name": label,
         "gen_ai.agent.name": label,
@@ -119,37 +107,38 @@ def test_a_run_is_a_span_with_its_crew_its_flow_run_its_tokens_and_its_cost(
         "prefect_crew.kickoff.flow_run_id": ids[0],
         "prefect.flow_run.id": ids[0],
     }
-    assert collector.hides("a page on tea")
+    assert spans.hides("a page on tea")
 
 
-def test_its_tasks_are_children_in_their_order_with_the_times_that_were_seen(
-    crew_server: CrewServerFactory, collector: Collector
-):
+def test_tasks_are_children_with_the_times_seen(crew_server: CrewServerFactory, spans: Spans):
     pc.run_crew(crew_server(STEPS, response_format="union").crew(), {"topic": "tea"})
-    run = one(collector)
-    research, write = collector.tasks(run)
-    assert [research.name, write.name] == ["execute_task research", "execute_task write"]
-    assert [span.attributes["crewai.agent.role"] for span in (research, write)] == ["Researcher", "Writer"]
-    assert [span.attributes["gen_ai.agent.name"] for span in (research, write)] == ["Researcher", "Writer"]
-    assert [span.attributes["prefect_crew.task.number"] for span in (research, write)] == [1, 2]
-    assert {span.attributes["crewai.execution_uuid"] for span in (research, write)} == {
-        run.attributes["crewai.execution_uuid"]
-    }
-    assert {span.attributes["prefect_crew.task.times"] for span in (research, write)} == {"seen"}
-    assert run.start <= research.start < research.end == write.start < write.end == run.end
+    run = spans.run()
+    research, write = spans.tasks(run)
+    for number, (span, name, agent) in enumerate(((research, "research", "Researcher"), (write, "write", "Writer")), 1):
+        attributes = facts(span)
+        assert span.name == f"execute_task {name}"
+        assert attributes["crewai.agent.role"] == attributes["gen_ai.agent.name"] == agent
+        assert attributes["prefect_crew.task.number"] == number
+        assert attributes["crewai.execution_uuid"] == facts(run)["crewai.execution_uuid"]
+        assert attributes["prefect_crew.task.times"] == "seen"
+    times = [span.start_time or 0 for span in (run, research, write)]
+    assert times[0] <= times[1] < times[2]
+    assert research.end_time == write.start_time
+    assert write.end_time == run.end_time
 
 
-def test_a_task_that_was_not_seen_at_work_has_no_times(crew_server: CrewServerFactory, collector: Collector):
+def test_a_task_that_was_not_seen_has_no_times(crew_server: CrewServerFactory, spans: Spans):
     server = crew_server(STEPS, response_format="union", speed=100)
     run = server.crew().trigger({"topic": "tea"})
-    until(lambda: server.runs[0].state.ended)
+    wait_until(lambda: server.runs[0].state.ended)
     run.wait_for_completion()
-    span = one(collector)
-    assert [task.attributes["prefect_crew.task.times"] for task in collector.tasks(span)] == ["unknown", "unknown"]
-    assert all(task.start == task.end == span.end for task in collector.tasks(span))
+    span = spans.run()
+    tasks = spans.tasks(span)
+    assert [facts(task)["prefect_crew.task.times"] for task in tasks] == ["unknown", "unknown"]
+    assert all(task.start_time == task.end_time == span.end_time for task in tasks)
 
 
-def test_it_stands_within_prefects_own_span_of_the_wait(crew_server: CrewServerFactory, collector: Collector):
+def test_a_run_stands_within_prefects_span_of_the_wait(crew_server: CrewServerFactory, spans: Spans):
     crew = crew_server("echo", speed=100).crew()
 
     @flow
@@ -157,32 +146,49 @@ def test_it_stands_within_prefects_own_span_of_the_wait(crew_server: CrewServerF
         await pc.arun_crew(crew, {"text": "a"})
 
     asyncio.run(trip())
-    run = one(collector)
-    around = next(span for span in collector.all() if span.id == run.parent)
-    assert (around.scope, around.attributes["prefect.run.type"]) == ("prefect", "task")
-    assert around.attributes["prefect.run.id"] == run.attributes["prefect.task_run.id"]
+    run = spans.run()
+    assert run.parent is not None
+    (around,) = [span for span in spans.all() if span.context.span_id == run.parent.span_id]
+    assert facts(around)["prefect.run.type"] == "task"
+    assert facts(around)["prefect.run.id"] == facts(run)["prefect.task_run.id"]
 
 
-def test_a_run_that_failed_says_why_and_in_which_tasks_it_was_seen(
-    crew_server: CrewServerFactory, collector: Collector
-):
-    broken = script({"name": "look", "seconds": 0.3}, {"name": "fetch", "seconds": 0.3, "fail": "the site is down"})
+def test_a_failed_run_says_why_and_in_which_tasks(crew_server: CrewServerFactory, spans: Spans):
+    broken = script({"name": "look", "seconds": 0.5}, {"name": "fetch", "seconds": 1.0, "fail": "the site is down"})
     with pytest.raises(pc.CrewFailedError):
         pc.run_crew(crew_server(broken, response_format="union").crew(), {})
-    span = one(collector)
-    assert (span.failed, span.message, span.attributes["error.type"]) == (True, "the site is down", "failed")
-    assert [task.name for task in collector.tasks(span)] == ["execute_task look", "execute_task fetch"]
+    span = spans.run()
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.status.description == "the site is down"
+    assert facts(span)["error.type"] == "failed"
+    assert [task.name for task in spans.tasks(span)] == ["execute_task look", "execute_task fetch"]
 
 
-def test_a_later_call_that_finds_the_run_writes_no_second_span(crew_server: CrewServerFactory, collector: Collector):
+WITHOUT_AN_END: dict[str, tuple[list[str], pc.WaitPolicy, type[Exception]]] = {
+    "stopped": ([], pc.WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"), pc.CrewTimeoutError),
+    "unknown": (["status:forgotten@3"], pc.WaitPolicy(), pc.CrewLostError),
+}
+
+
+@pytest.mark.parametrize("state", WITHOUT_AN_END)
+async def test_a_run_without_an_end_has_one_span(crew_server: CrewServerFactory, spans: Spans, state: str):
+    faults, wait, error = WITHOUT_AN_END[state]
+    run = await crew_server(slow(60), faults=faults).crew().atrigger({})
+    with pytest.raises(error):
+        await run.await_for_completion(wait=wait)
+    assert spans.run().status.status_code is StatusCode.ERROR
+    assert facts(spans.run())["prefect_crew.state"] == state
+
+
+def test_a_later_call_writes_no_second_span(crew_server: CrewServerFactory, spans: Spans):
     crew, idempotency_key = crew_server("echo", speed=100).crew(), key()
     ids = {pc.run_crew(crew, {"text": "a"}, idempotency_key=idempotency_key).kickoff_id for _ in range(3)}
-    assert {one(collector).attributes["crewai.execution_uuid"]} == ids
+    assert {facts(spans.run())["crewai.execution_uuid"]} == ids
 
 
 @pytest.mark.parametrize("early", ["the owner", "the other", "neither"])
 async def test_a_run_that_two_wait_for_has_one_span(
-    crew_server: CrewServerFactory, collector: Collector, early: str, monkeypatch: pytest.MonkeyPatch
+    crew_server: CrewServerFactory, spans: Spans, early: str, monkeypatch: pytest.MonkeyPatch
 ):
     if early != "neither":
         monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])  # else both look at the same moment
@@ -197,19 +203,18 @@ async def test_a_run_that_two_wait_for_has_one_span(
     await asyncio.sleep(0.3)
     first, second = await asyncio.gather(owner, wait("the other"))
     assert first.kickoff_id == second.kickoff_id
-    assert one(collector).attributes["crewai.execution_uuid"] == first.kickoff_id
+    assert facts(spans.run())["crewai.execution_uuid"] == first.kickoff_id
 
 
-async def test_a_run_that_somebody_stops_has_one_span(crew_server: CrewServerFactory, collector: Collector):
-    crew = crew_server(slow(60), response_format="union").crew()
-    run = await crew.atrigger({})
+async def test_a_run_that_somebody_stops_has_one_span(crew_server: CrewServerFactory, spans: Spans):
+    server = crew_server(slow(60), response_format="union")
+    run = await server.crew().atrigger({})
     waiting = asyncio.ensure_future(run.await_for_completion(wait=QUICK))
-    await asyncio.sleep(0.5)
-    await pc.stop_crew(crew, run.kickoff_id)
+    await until(lambda: server.requests["status"])
+    await pc.stop_crew(server.crew(), run.kickoff_id)
     with pytest.raises(pc.CrewStoppedError):
         await waiting
-    span = one(collector)
-    assert (span.failed, span.attributes["error.type"]) == (True, "stopped")
+    assert facts(spans.run())["error.type"] == "stopped"
 
 
 class SlowRecords(PrefectRecords):
@@ -231,15 +236,11 @@ class SlowRecords(PrefectRecords):
 
 
 @pytest.mark.parametrize("at", ["before it is written", "after it is written"])
-async def test_a_run_that_two_stop_at_the_same_time_has_one_span(
-    crew_server: CrewServerFactory, collector: Collector, at: str
-):
+async def test_a_run_that_two_stop_at_once_has_one_span(crew_server: CrewServerFactory, spans: Spans, at: str):
     crew = crew_server(slow(60), response_format="union").crew()
     run = await crew.atrigger({})
     records, slow_records = PrefectRecords(), SlowRecords(at)
-    first, second = [await records.of_kickoff(run.kickoff_id) for _ in range(2)]
-    assert first is not None
-    assert second is not None
+    first, second = [await record_of(run.kickoff_id) for _ in range(2)]
     async with crew.client() as client:
         answer = await client.stop(run.kickoff_id)
         late = asyncio.ensure_future(close_stopped(client, crew.crew, first, answer, slow_records))
@@ -247,57 +248,32 @@ async def test_a_run_that_two_stop_at_the_same_time_has_one_span(
         await close_stopped(client, crew.crew, second, answer, records)
         slow_records.go_on.set()
         await late
-    assert one(collector).attributes["prefect_crew.state"] == "stopped"
+    assert facts(spans.run())["prefect_crew.state"] == "stopped"
 
 
-async def test_a_run_that_ran_out_of_time_and_was_stopped_has_one_span(
-    crew_server: CrewServerFactory, collector: Collector
-):
-    run = await crew_server(slow(60), response_format="union").crew().atrigger({})
-    with pytest.raises(pc.CrewTimeoutError):
-        await run.await_for_completion(wait=pc.WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"))
-    assert one(collector).attributes["prefect_crew.state"] == "stopped"
-
-
-async def test_a_run_that_was_lost_has_a_span_of_the_wait_that_found_it_so(
-    crew_server: CrewServerFactory, collector: Collector
-):
-    run = await crew_server(slow(60), faults=["status:forgotten@3"]).crew().atrigger({})
-    with pytest.raises(pc.CrewLostError):
-        await run.await_for_completion()
-    span = one(collector)
-    assert (span.failed, span.attributes["prefect_crew.state"]) == (True, "unknown")
-
-
-def test_a_run_that_another_flow_run_takes_over_names_both(crew_server: CrewServerFactory, collector: Collector):
-    crew, idempotency_key, ids = crew_server("echo").crew(), key(), []
+def test_a_run_that_is_taken_over_names_both_flow_runs(crew_server: CrewServerFactory, spans: Spans):
+    crew, idempotency_key, ids = crew_server("echo").crew(), key(), list[str]()
 
     @flow
-    async def begin() -> None:
-        ids.append(str(flow_run.get_id()))
-        await pc.kickoff_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
+    async def trip(call: Any) -> None:
+        ids.append(str(flow_run.id))
+        await call(crew, {"text": "a"}, idempotency_key=idempotency_key)
 
-    @flow
-    async def finish() -> None:
-        ids.append(str(flow_run.get_id()))
-        await pc.arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
-
-    asyncio.run(begin())
-    asyncio.run(finish())
-    attributes = one(collector).attributes
+    for call in (pc.kickoff_crew, pc.arun_crew):
+        asyncio.run(trip.with_options(validate_parameters=False)(call))
+    attributes = facts(spans.run())
     assert [attributes["prefect_crew.kickoff.flow_run_id"], attributes["prefect.flow_run.id"]] == ids
 
 
-def test_each_row_of_a_batch_has_its_span(crew_server: CrewServerFactory, collector: Collector, tmp_path: Path):
+def test_each_row_of_a_batch_has_its_span(crew_server: CrewServerFactory, spans: Spans, tmp_path: Path):
     server = crew_server(STEPS, response_format="union", speed=20)
     rows = [{"topic": f"tea {number}"} for number in range(5)]
     pc.run_batch(server.crew(price=PRICE), rows, name=key(), export=str(tmp_path / "out.jsonl"))
-    spans = collector.runs()
-    assert {span.attributes["crewai.execution_uuid"] for span in spans} == {run.id for run in server.runs}
-    assert len(spans) == 5
-    assert [span.attributes["prefect_crew.cost"] for span in spans] == [pytest.approx(0.68)] * 5
-    assert all(len(collector.tasks(span)) == 2 for span in spans)
-    assert collector.hides("tea 3")
+    runs = spans.runs()
+    assert {facts(span)["crewai.execution_uuid"] for span in runs} == {run.id for run in server.runs}
+    assert [facts(span)["prefect_crew.cost"] for span in runs] == [pytest.approx(0.68)] * 5
+    assert [len(spans.tasks(span)) for span in runs] == [2] * 5
+    assert spans.hides("tea 3")
 
 
 # What may stand on them
@@ -319,61 +295,53 @@ def _content(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_content")
-def test_content_stands_on_the_spans_where_that_is_wanted(crew_server: CrewServerFactory, collector: Collector):
+def test_content_stands_on_spans_where_it_is_wanted(crew_server: CrewServerFactory, spans: Spans):
     pc.run_crew(crew_server(STEPS, response_format="union").crew(), {"topic": "tea"})
-    run = one(collector)
-    (asked,), (answered,) = (json.loads(run.attributes[f"gen_ai.{way}.messages"]) for way in ("input", "output"))
+    run = spans.run()
+    (asked,), (answered,) = (json.loads(facts(run)[f"gen_ai.{way}.messages"]) for way in ("input", "output"))
     assert (asked["role"], json.loads(asked["parts"][0]["content"])) == ("user", {"topic": "tea"})
     assert answered == {
         "role": "assistant", "parts": [{"type": "text", "content": "a page on tea"}], "finish_reason": "stop",
     }  # fmt: skip
-    assert [task.attributes["crewai.task.output"] for task in collector.tasks(run)] == ["notes on tea", "a page on tea"]
+    assert [facts(task)["crewai.task.output"] for task in spans.tasks(run)] == ["notes on tea", "a page on tea"]
 
 
 @pytest.mark.usefixtures("_content")
 @pytest.mark.parametrize("given", [{"password": "hunter22-secret"}, {"password": SecretStr("hunter22-secret")}])
-def test_secrets_stand_on_no_span_with_content_on(
-    crew_server: CrewServerFactory, collector: Collector, given: dict[str, Any]
-):
+def test_secrets_stand_on_no_span_with_content_on(crew_server: CrewServerFactory, spans: Spans, given: dict[str, Any]):
     server = crew_server(SECRETS, response_format="union")
     secret = [] if isinstance(given["password"], SecretStr) else ["password"]
     pc.run_crew(server.crew(secret_inputs=secret), {"user": "ada", **given})
-    span = one(collector)
-    assert "ada" in span.attributes["gen_ai.input.messages"]
-    assert "******** for ada" in span.attributes["gen_ai.output.messages"]
-    assert [task.attributes["crewai.task.output"] for task in collector.tasks(span)] == ["******** for ada"]
-    assert collector.hides("hunter22")
-    assert collector.hides(server.token)
+    span = spans.run()
+    assert "ada" in facts(span)["gen_ai.input.messages"]
+    assert "******** for ada" in facts(span)["gen_ai.output.messages"]
+    assert [facts(task)["crewai.task.output"] for task in spans.tasks(span)] == ["******** for ada"]
+    assert spans.hides("hunter22")
+    assert spans.hides(server.token)
 
 
 @pytest.mark.usefixtures("_content")
-def test_of_a_run_whose_secrets_are_not_known_here_no_text_is_shown(
-    crew_server: CrewServerFactory, collector: Collector, monkeypatch: pytest.MonkeyPatch
+def test_unknown_secrets_leave_no_text_on_spans(
+    crew_server: CrewServerFactory, spans: Spans, monkeypatch: pytest.MonkeyPatch
 ):
     server = crew_server(SECRETS, response_format="union")
     run = server.crew(secret_inputs=["password"]).trigger({"user": "ada", "password": "hunter22-secret"})
     monkeypatch.setattr(run_module, "_kicked_off", {})  # as in another process
-    asyncio.run(_waited(server.crew(secret_inputs=["password"]), str(run.kickoff_id)))
-    assert one(collector).attributes["prefect_crew.state"] == "completed"
-    assert collector.tasks(one(collector)) == []
-    assert collector.hides("hunter22")
-
-
-async def _waited(crew: pc.DeployedCrew, kickoff_id: str) -> None:
-    await pc.wait_for_crew(crew, kickoff_id, wait=QUICK)
+    asyncio.run(pc.wait_for_crew.acall(server.crew(secret_inputs=["password"]), str(run.kickoff_id), wait=QUICK))
+    assert facts(spans.run())["prefect_crew.state"] == "completed"
+    assert spans.tasks(spans.run()) == []
+    assert spans.hides("hunter22")
 
 
 @pytest.mark.usefixtures("_content")
 @pytest.mark.parametrize(("show", "tasks"), [("summary", 1), ("none", 0)])
-def test_what_a_crew_does_not_show_stands_on_no_span(
-    crew_server: CrewServerFactory, collector: Collector, show: str, tasks: int
-):
+def test_hidden_content_stands_on_no_span(crew_server: CrewServerFactory, spans: Spans, show: str, tasks: int):
     server = crew_server(script({"name": "fetch", "seconds": 0.3, "fail": "no answer from tea.test"}, inputs=["topic"]))
     with pytest.raises(pc.CrewFailedError):
         pc.run_crew(server.crew(show=show), {"topic": "oolong"})
-    assert len(collector.tasks(one(collector))) == tasks
-    assert one(collector).message == ("" if show == "none" else "no answer from tea.test")
-    assert collector.hides("oolong")
+    assert len(spans.tasks(spans.run())) == tasks
+    assert spans.run().status.description == (None if show == "none" else "no answer from tea.test")
+    assert spans.hides("oolong")
 
 
 # Without an SDK
@@ -404,9 +372,7 @@ def points(reader: InMemoryMetricReader, crew: str) -> dict[str, Any]:
     return found
 
 
-def test_runs_are_counted_with_their_time_their_tokens_and_their_cost(
-    crew_server: CrewServerFactory, reader: InMemoryMetricReader
-):
+def test_metrics_count_runs_tokens_and_cost(crew_server: CrewServerFactory, reader: InMemoryMetricReader):
     server = crew_server(STEPS, response_format="union", speed=50)
     for _ in range(2):
         pc.run_crew(server.crew(price=PRICE), {"topic": "tea"})
@@ -419,7 +385,7 @@ def test_runs_are_counted_with_their_time_their_tokens_and_their_cost(
     }
 
 
-def test_a_kickoff_that_became_uncertain_is_counted_once(crew_server: CrewServerFactory, reader: InMemoryMetricReader):
+def test_an_uncertain_kickoff_is_counted_once(crew_server: CrewServerFactory, reader: InMemoryMetricReader):
     server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), key()
     for _ in range(2):
         with pytest.raises(pc.KickoffUncertainError):
@@ -427,14 +393,11 @@ def test_a_kickoff_that_became_uncertain_is_counted_once(crew_server: CrewServer
     assert points(reader, f"127.0.0.1:{server.port}") == {"kickoffs.uncertain": 1}
 
 
-async def test_a_run_counts_as_waiting_while_it_waits_for_a_person(
-    crew_server: CrewServerFactory, reader: InMemoryMetricReader
-):
+async def test_a_run_counts_as_waiting_for_a_person(crew_server: CrewServerFactory, reader: InMemoryMetricReader):
     server = crew_server(ASKS, response_format="union")
     run, name = await server.crew().atrigger({}), f"127.0.0.1:{server.port}"
     waiting = asyncio.ensure_future(run.await_for_completion(wait=QUICK))
-    while points(reader, name).get("runs.waiting") != 1:
-        await asyncio.sleep(0.05)
+    await until(lambda: points(reader, name).get("runs.waiting") == 1)
     await run.aresume("fine", approve=True)
     await waiting
     assert points(reader, name)["runs.waiting"] == 0
@@ -450,8 +413,20 @@ async def test_a_run_counts_as_waiting_while_it_waits_for_a_person(
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "traces.md"
 
 
+class Collector(Listener):
+    """Keeps what OTLP exporters send over HTTP, by its path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bodies: dict[str, list[bytes]] = {"/v1/traces": [], "/v1/metrics": []}
+
+    def take(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
+        self.bodies[path].append(gzip.decompress(body) if "Content-Encoding" in headers else body)
+        return 200
+
+
 @pytest.mark.programs
-def test_the_program_of_the_guide_exports_spans_and_metrics(crew_server: CrewServerFactory, prefect_api: PrefectServer):
+def test_the_guides_program_exports_spans_and_metrics(crew_server: CrewServerFactory, prefect_api: PrefectServer):
     server = crew_server("echo", speed=100)
     with Collector() as collector:
         env = {"PREFECT_API_URL": prefect_api.api_url, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
@@ -460,9 +435,14 @@ def test_the_program_of_the_guide_exports_spans_and_metrics(crew_server: CrewSer
         ours = f"run_crew(DeployedCrew(url={server.url!r}, token={server.token!r}), {{'text': 'a'}})"
         program = program.replace('run_crew("travel", trip)', "from prefect_crew import DeployedCrew\n" + ours)
         subprocess.run([sys.executable, "-c", program], env={**os.environ, **env}, check=True, timeout=60)
-    assert one(collector).attributes["crewai.execution_uuid"] == server.runs[0].id
-    counted = {name: value for name, _, value in collector.points}
-    assert counted["prefect_crew.runs"] == 1
-    count, seconds = counted["prefect_crew.run.duration"]
-    assert count == 1
-    assert 0 < seconds < 30
+    assert server.runs[0].id.encode() in b"".join(collector.bodies["/v1/traces"])
+    counted = {
+        metric.name: getattr(metric, metric.WhichOneof("data")).data_points[0]
+        for body in collector.bodies["/v1/metrics"]
+        for group in ExportMetricsServiceRequest.FromString(body).resource_metrics
+        for scope in group.scope_metrics
+        for metric in scope.metrics
+    }
+    assert counted["prefect_crew.runs"].as_int == 1
+    assert counted["prefect_crew.run.duration"].count == 1
+    assert 0 < counted["prefect_crew.run.duration"].sum < 30

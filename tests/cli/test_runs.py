@@ -19,7 +19,7 @@ from prefect_crew.states import CrewState
 from support.commands import TOKEN
 from support.prefect_server import PrefectServer
 from support.records import let_pass, new_record, put
-from support.servers import until
+from support.waiting import wait_until
 
 Write = Callable[..., RunRecord]
 
@@ -171,7 +171,7 @@ def test_a_run_that_the_server_has_forgotten_can_be_given_up(
 
 def test_a_run_that_has_completed_with_nobody_waiting_leads_to_its_result(here, write: Write, crews: CrewServer):
     url, kickoff_id = f"{crews.url}/greet", kicked_off(crews)
-    until(lambda: crews.run(kickoff_id).state is CrewState.COMPLETED)
+    wait_until(lambda: crews.run(kickoff_id).state is CrewState.COMPLETED)
     write(phase=RecordPhase.STARTED, kickoff_id=kickoff_id, kicked_off_at=utcnow(), crew="greet", crew_url=url)
     shown = here("runs", "inspect", kickoff_id, "--crew", url).out
     assert f"prefect-crew result {kickoff_id}" in shown

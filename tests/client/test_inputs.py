@@ -80,8 +80,6 @@ def test_the_digest_leaves_secrets_out():
     assert kept().digest == kept({**GIVEN, "password": "swordfish"}).digest == kept(inputs_as_json=True).digest
     assert kept().digest == inputs_digest({"city": "Lisbon", "days": 3})
     assert kept().digest != kept({**GIVEN, "city": "Porto"}).digest
-    state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
-    assert Inputs({"topic": "Lisbon"}, restore_from=state).digest == "b694c1a96265d09d329abf5976dba7df"
 
 
 def test_inputs_are_compared_by_exact_names():
@@ -102,4 +100,5 @@ def test_a_digest_never_changes():
     inputs, state = {"topic": "Lisbon"}, "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
     assert inputs_digest(inputs, restore_from=None) == inputs_digest(inputs)
     assert inputs_digest(inputs, restore_from=state) == "b694c1a96265d09d329abf5976dba7df"
+    assert Inputs(inputs, restore_from=state).digest == "b694c1a96265d09d329abf5976dba7df"
     assert inputs_digest({**inputs, "restoreFromStateId": state}) != inputs_digest(inputs, restore_from=state)

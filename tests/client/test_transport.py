@@ -28,12 +28,7 @@ from prefect_crew.client import _parsing, _transport
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client._transport import SpreadTransport
-from prefect_crew.exceptions import (
-    ConfigurationError,
-    CrewConnectionError,
-    ResponseFormatError,
-    ServerError,
-)
+from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError, ServerError
 from support.frames import locals_of
 
 TOKEN = "t0ken-0123456789"

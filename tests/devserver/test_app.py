@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from prefect_crew.devserver import CrewServer
-from support.servers import Serve, finished, kickoff, until
+from support.servers import Serve, finished, kickoff
+from support.waiting import wait_until
 
 INPUTS = {"budget": "1000 USD", "interests": "games, tech, relaxing hikes", "duration": "7 days", "age": "35"}
 REVIEWED = """
@@ -79,7 +80,7 @@ def test_missing_inputs(travel: httpx.Client) -> None:
 
 def test_running_and_stopped_bodies(slow: httpx.Client) -> None:
     kickoff_id = kickoff(slow)
-    until(lambda: slow.get(f"/status/{kickoff_id}").json()["current_task"])
+    wait_until(lambda: slow.get(f"/status/{kickoff_id}").json()["current_task"])
     progress = {"completed_tasks": 0, "total_tasks": 3}
     body = {"status": "running", "current_task": "research_task", "progress": progress}
     assert slow.get(f"/status/{kickoff_id}").json() == slow.get(f"/{kickoff_id}/status").json() == body

@@ -17,7 +17,8 @@ import pytest
 
 from prefect_crew.devserver import CrewServer, ProgramError, ProgramNotFoundError, Run, load_program
 from support.environment import isolated
-from support.servers import Serve, finished, kickoff, until
+from support.servers import Serve, finished, kickoff
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.crewai, pytest.mark.filterwarnings("ignore::DeprecationWarning:crewai")]
 
@@ -119,10 +120,10 @@ def test_a_stopped_run_ends_at_its_next_step(crew: Serve, spec: str, calls_of: s
     server, client = crew(spec)
     before = calls()[calls_of]
     run_id = kickoff(client)
-    until(lambda: len(server.run(run_id).tasks) == 1)
+    wait_until(lambda: len(server.run(run_id).tasks) == 1)
     assert client.post(f"/stop/{run_id}").status_code == 200
     assert finished(client, run_id)["state"] == "REVOKED"
-    until(lambda: not waits_in_a_thread(run_id))
+    wait_until(lambda: not waits_in_a_thread(run_id))
     assert calls()[calls_of] - before <= 2, "of six or three"
     assert client.get(f"/status/{run_id}").json()["state"] == "REVOKED"
 
@@ -213,7 +214,7 @@ def test_no_thread_waits_for_a_question_that_is_over(crew: Serve, spec: str, how
         assert finished(client, run_id)["state"] == "REVOKED"
     else:
         server.stop()
-    until(lambda: not waits_in_a_thread(run_id))
+    wait_until(lambda: not waits_in_a_thread(run_id))
 
 
 # What they report

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from prefect_crew.devserver import CrewServer, Fault, Faults
-from support.servers import Serve, finished, kickoff, until
+from support.servers import Serve, finished, kickoff
+from support.waiting import wait_until
 
 # Texts
 
@@ -124,7 +125,7 @@ def test_a_kickoff_outlives_its_client(server: CrewServer, client: httpx.Client)
     with pytest.raises(httpx.ReadTimeout):
         client.post("/kickoff", json=KICKOFF, timeout=0.1)
     assert server.kickoffs == 0
-    until(lambda: server.kickoffs == 1)
+    wait_until(lambda: server.kickoffs == 1)
 
 
 @pytest.mark.parametrize(
@@ -160,4 +161,4 @@ def test_a_crash_and_a_restart(serve: Serve, phase: str, kickoffs: int) -> None:
     assert not server.crashed.is_set()
     assert client.get("/inputs").status_code == 200
     assert len(server.runs) == kickoffs == server.kickoffs
-    until(lambda: all(run.output == "hello" for run in server.runs))
+    wait_until(lambda: all(run.output == "hello" for run in server.runs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from prefect_crew.client.models import CrewStatus, StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.states import CrewState
 from support.servers import Serve
+from support.waiting import until
 
 SCRIPT = """
 name: speaking
@@ -38,14 +38,12 @@ async def reach(server: CrewServer, kind: str) -> tuple[CrewStatus, dict[str, An
         id_ = await client.kickoff({"kind": kind})
         run = server.run(id_)
         before = CrewState.RUNNING if kind == "slow" else CrewState.WAITING
-        while not (run.state is before and len(run.tasks) == 1):
-            await asyncio.sleep(0.005)
+        await until(lambda: run.state is before and len(run.tasks) == 1)
         if kind in ("good", "bad"):
             await client.resume(id_, "two", "", True)
         if kind == "stop":
             await client.stop(id_)
-        while run.state is not STATES[kind]:
-            await asyncio.sleep(0.005)
+        await until(lambda: run.state is STATES[kind])
         status = await client.status(id_)
         return status, status.raw
 
@@ -101,9 +99,7 @@ async def test_a_queue_is_pending(serve: Serve) -> None:
     server, _ = serve("name: q\ntasks: [{name: t, seconds: 60}]", response_format="union", max_runs=1)
     async with CrewClient(server.url, server.token) as client:
         first, second = await client.kickoff({}), await client.kickoff({})
-        while (await client.status(first)).state is not CrewState.RUNNING:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.run(first).state is CrewState.RUNNING)
         assert (await client.status(second)).state is CrewState.PENDING
         await client.stop(first)
-        while (await client.status(second)).state is not CrewState.RUNNING:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.run(second).state is CrewState.RUNNING)

@@ -18,7 +18,8 @@ from prefect_crew.client.models import CrewInput, TaskResult
 from prefect_crew.devserver import Answer, CrewServer, Outcome, Run
 from prefect_crew.devserver._server import CRASH_EXIT_CODE
 from prefect_crew.states import CrewState
-from support.servers import Serve, finished, kickoff, until
+from support.servers import Serve, finished, kickoff
+from support.waiting import wait_until
 
 SLEEPS = """
 name: sleeps
@@ -68,7 +69,7 @@ def test_a_restart_heals_no_stuck_run(serve: Serve) -> None:
     server.faults.clear()
     server.restart()
     assert client.get(f"/status/{kickoff_id}").status_code == 404
-    until(lambda: server.run(kickoff_id).state is not CrewState.PENDING)
+    wait_until(lambda: server.run(kickoff_id).state is not CrewState.PENDING)
     time.sleep(0.05)
     assert server.run(kickoff_id).state is CrewState.RUNNING
 
@@ -94,7 +95,7 @@ def test_a_hanging_request_does_not_hold_the_end(serve: Serve) -> None:
     server, client = serve("echo", faults=["inputs:timeout"])
     with ThreadPoolExecutor(1) as thread:
         hanging = thread.submit(client.get, "/inputs", timeout=30)
-        until(lambda: server.requests["inputs"])
+        wait_until(lambda: server.requests["inputs"])
         began = time.monotonic()
         server.stop()
         assert isinstance(hanging.exception(), httpx.RemoteProtocolError)
@@ -134,7 +135,7 @@ def test_whatever_a_program_raises_fails_its_run(serve: Serve) -> None:
         body = finished(client, kickoff(client, {"what": what}))
         assert (body["status"], body["error"]) == ("error", error)
     run = server.run(kickoff(client, {"what": "ignore it"}))
-    until(lambda: run.state is CrewState.RUNNING)
+    wait_until(lambda: run.state is CrewState.RUNNING)
     assert client.post(f"/stop/{run.id}").status_code == 200
     time.sleep(0.1)
     assert client.get(f"/status/{run.id}").json()["status"] == "stopped"
@@ -158,7 +159,9 @@ def test_questions_of_a_task_are_asked_in_turn(serve: Serve) -> None:
     server, client = serve(Twice(), response_format="union")
     kickoff_id = kickoff(client)
     for output in ("one", "two"):
-        until(lambda output=output: [asked.output for asked in server.run(kickoff_id).questions.values()] == [output])
+        wait_until(
+            lambda output=output: [asked.output for asked in server.run(kickoff_id).questions.values()] == [output]
+        )
         answer = {"execution_id": kickoff_id, "task_id": "review", "human_feedback": f"a {output}", "is_approve": True}
         assert client.post("/resume", json=answer).status_code == 200
     assert finished(client, kickoff_id)["output"] == "a one a two"

@@ -14,7 +14,8 @@ from starlette.routing import Mount
 
 from prefect_crew.devserver import CrewServer, _webhooks
 from support.receiver import Receiver
-from support.servers import Serve, finished, kickoff, until
+from support.servers import Serve, finished, kickoff
+from support.waiting import wait_until
 
 SCRIPT = """
 name: reported
@@ -198,7 +199,7 @@ def test_a_bad_receiver_costs_the_run_nothing(serve: Serve, trouble: str, caplog
         finished(client, kickoff(client, {"text": "x"}, crewWebhookUrl=f"{receiver.url}/hidden-in-the-url"))
         assert time.monotonic() - began < 2
         if trouble == "away":
-            until(lambda: "webhook was not delivered: ConnectError" in caplog.text)
+            wait_until(lambda: "webhook was not delivered: ConnectError" in caplog.text)
         else:
             receiver.wait_for(lambda it: len(it.got) == 1)
     assert "hidden-in-the-url" not in caplog.text
@@ -214,7 +215,7 @@ def test_a_failed_webhook_is_logged_without_secrets(
     _, client = serve("echo")
     target = {"url": url, "authentication": {"strategy": "bearer", "token": token}}
     finished(client, kickoff(client, {"text": "x"}, webhooks={**target, "events": ["task_completed"]}))
-    until(lambda: "The stream webhook was not delivered: " in caplog.text)
+    wait_until(lambda: "The stream webhook was not delivered: " in caplog.text)
     assert token not in caplog.text
 
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,21 +14,21 @@ from prefect import flow, get_client, task
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow_async
 from prefect.flow_runs import asuspend_flow_run
-from prefect.runtime import flow_run
 from pydantic import SecretStr
 
 import prefect_crew as pc
 from prefect_crew.client.redaction import MASK
 from prefect_crew.devserver import CrewServer
 from prefect_crew.pipelines import artifact as pages
-from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import wait
 from prefect_crew.testing import CrewServerFactory
+from support.flow_runs import call_in_flow
 from support.held import FailsFirst, Held
 from support.prefect_server import PrefectServer, stored_texts
+from support.records import key
 from support.scripts import FAILS, script, slow
 from support.seen import Seen
+from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -42,22 +41,14 @@ def echo(crew_server: CrewServerFactory) -> CrewServer:
     return crew_server("echo")
 
 
-def key() -> str:
-    return f"pipeline {uuid.uuid4()}"
-
-
 def texts(server: CrewServer) -> list[str]:
     return [run.inputs["text"] for run in server.runs]
 
 
 def artifact(seen: Seen, name: str, idempotency_key: str) -> str:
-    found = [
-        one
-        for one in seen.artifacts(f"pipeline-{name}")
-        if one["description"].endswith(f"idempotency key {idempotency_key}")
-    ]
-    assert len(found) == 1, "one artifact a pipeline"
-    return found[0]["data"].replace("\u00a0", " ")
+    pages = [page for page in seen.artifacts(f"pipeline-{name}") if idempotency_key in page["description"]]
+    assert len(pages) == 1, "one artifact a pipeline"
+    return pages[0]["data"].replace("\u00a0", " ")
 
 
 # What runs
@@ -105,36 +96,19 @@ async def test_the_page_links_to_a_running_steps_page(
     monkeypatch.setattr(wait, "SHOW_EVERY", 0.3)
     monkeypatch.setattr(pages, "SHOW_AFTER", 0.1)
     monkeypatch.setattr(pages, "SHOW_EVERY", 0.1)
-    held, idempotency_key, shown = Held(), key(), ""
+    held, idempotency_key = Held(), key()
     server = crew_server(held)
     running = asyncio.ensure_future(
         pc.arun_pipeline([pc.CrewStep("long", server.crew(), {})], name="linked", idempotency_key=idempotency_key)
     )
-    for _ in range(200):
-        await asyncio.sleep(0.05)
-        with contextlib.suppress(AssertionError):  # it is not there yet
-            shown = await asyncio.to_thread(artifact, seen, "linked", idempotency_key)
-        if "../artifact/" in shown:
-            break
-    assert "../artifact/" in shown
+
+    async def is_linked() -> bool:
+        pages = await asyncio.to_thread(seen.artifacts, "pipeline-linked")
+        return any(idempotency_key in page["description"] and "../artifact/" in page["data"] for page in pages)
+
+    await until(is_linked, "the link to its page")
     held.release()
     await running
-
-
-async def test_a_failure_is_on_record_before_anybody_hears_of_it(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    save, idempotency_key = PrefectRecords.save, key()
-
-    async def slowly(records: PrefectRecords, record: RunRecord) -> None:
-        await asyncio.sleep(0.5 if record.phase is RecordPhase.ENDED else 0)
-        await save(records, record)
-
-    monkeypatch.setattr(PrefectRecords, "save", slowly)
-    with pytest.raises(pc.CrewFailedError):
-        await pc.arun_crew(crew_server(FAILS).crew(), idempotency_key=idempotency_key)
-    (record,) = await PrefectRecords().attempts(idempotency_key)
-    assert record.phase is RecordPhase.ENDED
 
 
 async def test_each_step_has_its_crew_and_token(crew_server: CrewServerFactory):
@@ -282,11 +256,10 @@ async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFac
     with pytest.raises(pc.PipelineFailedError) as raised:
         await pc.arun_pipeline(steps, {"first": "bad"}, name="failing", idempotency_key=idempotency_key)
     error = raised.value
-    assert (error.failed, error.skipped) == (["bad", "function", "limited"], ["needs it", "needs that"])
-    assert {name: one.output for name, one in error.results.items()} == {
-        "alone": "alone",
-        "after alone": "alone too",
-    }
+    assert error.failed == ["bad", "function", "limited"]
+    assert error.skipped == ["needs it", "needs that"]
+    outputs = {name: result.output for name, result in error.results.items()}
+    assert outputs == {"alone": "alone", "after alone": "alone too"}
     assert isinstance(error.errors["bad"], pc.CrewFailedError)
     assert "a function gave no input: KeyError: 'nothing'" in str(error.errors["function"])
     assert "nobody-made-it" in str(error.errors["limited"])
@@ -295,9 +268,8 @@ async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFac
     assert server.kickoffs == 3
     shown = await asyncio.to_thread(artifact, seen, "failing", idempotency_key)
     assert shown.count("✗ failed") == 3
-    assert (
-        shown.index("### Step bad failed (attempt 1 of at most 3)") < shown.index("no bad") < shown.index("### Steps")
-    )
+    parts = ("### Step bad failed (attempt 1 of at most 3)", "no bad", "### Steps")
+    assert [*parts] == sorted(parts, key=shown.index)
     assert shown.count("– not run") == 2
 
 
@@ -420,17 +392,12 @@ async def test_a_cancelled_pipeline_goes_on_with_its_key(crew_server: CrewServer
             await calls[0]
 
     running = asyncio.ensure_future(trip())
-    while long.requests["status"] == 0:
-        await asyncio.sleep(0.01)
+    await until(lambda: long.requests["status"], "the second step is waited for")
     calls[0].cancel()
     await running
     assert str(long.runs[0].state) == "running"
     shown = await asyncio.to_thread(artifact, seen, "cut", idempotency_key)
-    assert [mark for mark in ("✓ completed", "■ interrupted", "– not run") if mark in shown] == [
-        "✓ completed",
-        "■ interrupted",
-        "– not run",
-    ]
+    assert [mark for mark in ("✓ completed", "■ interrupted", "– not run") if mark not in shown] == []
     result = await pc.arun_pipeline(steps, idempotency_key=idempotency_key)
     assert result["c"].output == "bc"
     assert (echo.kickoffs, long.kickoffs) == (2, 1)
@@ -456,35 +423,22 @@ def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory,
 
 
 def test_a_step_makes_two_tasks_and_no_subflow(echo: CrewServer, seen: Seen):
-    ids: list[Any] = []
-
-    @flow
-    async def trip() -> None:
-        ids.append(flow_run.id)
-        await pc.arun_pipeline([pc.CrewStep(str(n), echo.crew(), {"text": str(n)}) for n in range(3)])
-
-    asyncio.run(trip())
-    assert seen.subflow_runs(ids[0]) == []
-    names = sorted(run["name"] for run in seen.task_runs(ids[0], count=6))
+    steps = [pc.CrewStep(str(n), echo.crew(), {"text": str(n)}) for n in range(3)]
+    flow_run_id, _ = call_in_flow(lambda: pc.arun_pipeline(steps))
+    assert seen.subflow_runs(flow_run_id) == []
+    names = sorted(run["name"] for run in seen.task_runs(flow_run_id, count=6))
     assert names == [f"{verb} {n}" for verb in ("kickoff", "wait") for n in range(3)]
 
 
 def test_prefects_graph_shows_what_a_step_needs(echo: CrewServer, seen: Seen):
-    ids: list[Any] = []
-    needs = {"template": "{{ first.output }}", "mixed": "on {{ first.output }}", "after": "x"}
+    needs: dict[str, Any] = {"template": "{{ first.output }}", "mixed": "on {{ first.output }}", "after": "x"}
     needs["function"] = lambda context: context["first"].output.upper()
-
-    @flow
-    async def trip() -> None:
-        ids.append(flow_run.id)
-        steps = [pc.CrewStep("first", echo.crew(), {"text": "a"})]
-        for name, text in needs.items():
-            after = ["first"] if name in ("after", "function") else []
-            steps.append(pc.CrewStep(name, echo.crew(), {"text": text}, after=after))
-        await pc.arun_pipeline(steps)
-
-    asyncio.run(trip())
-    runs = {run["name"]: run for run in seen.task_runs(ids[0], count=10)}
+    steps = [pc.CrewStep("first", echo.crew(), {"text": "a"})]
+    for name, text in needs.items():
+        after = ["first"] if name in ("after", "function") else []
+        steps.append(pc.CrewStep(name, echo.crew(), {"text": text}, after=after))
+    flow_run_id, _ = call_in_flow(lambda: pc.arun_pipeline(steps))
+    runs = {run["name"]: run for run in seen.task_runs(flow_run_id, count=10)}
     first = runs["wait first"]["id"]
     for name in needs:
         inputs = [source.get("id") for given in runs[f"kickoff {name}"]["task_inputs"].values() for source in given]
@@ -523,8 +477,7 @@ async def test_a_suspended_flow_run_goes_on(crew_server: CrewServerFactory, echo
         planned = await client.create_flow_run_from_deployment(deployment)
 
         async def suspend() -> None:
-            while not server.requests["status"]:
-                await asyncio.sleep(0.01)
+            await until(lambda: server.requests["status"], "the first step is waited for")
             await asuspend_flow_run(flow_run_id=planned.id)
             held.release()
 
@@ -549,63 +502,36 @@ LOGIN = script(
 REPEATS = script({"name": "say", "output": "{{ text }}"}, inputs=["text"])
 REFUSES = script({"name": "say", "fail": "refused: {{ text }}"}, inputs=["text"])
 
-Make = Callable[[str, pc.DeployedCrew, pc.DeployedCrew], list[pc.CrewStep]]
-
-
-def new() -> str:
-    return f"hunter-{uuid.uuid4().hex}"
-
-
 LOGS_IN = {"user": "me", "password": "{{ login }}"}
-WAYS: dict[str, tuple[Make, Callable[[str], dict[str, Any]], list[str]]] = {
-    "a SecretStr of the crew's name": (
-        lambda secret, first, _: [pc.CrewStep("a", first)],
-        lambda secret: {"user": "me", "password": SecretStr(secret)},
-        [],
-    ),
-    "a text that a function puts into a secret input": (
-        lambda secret, first, _: [
-            pc.CrewStep("a", first, {"user": "me", "password": lambda context: context.inputs["code"]})
-        ],
-        lambda secret: {"code": secret},
-        ["password"],
-    ),
-    "a secret of the step itself": (
-        lambda secret, first, _: [pc.CrewStep("a", first, {"user": "me", "password": SecretStr(secret)})],
-        lambda secret: {},
-        [],
-    ),
-    "a text that goes to another crew as well": (
-        lambda secret, first, second: [
-            pc.CrewStep("a", first, LOGS_IN),
-            pc.CrewStep("b", second, {"text": "as {{ login }}"}, after=["a"]),
-        ],
-        lambda secret: {"login": secret},
-        ["password"],
-    ),
-    "an output that repeats it, and a template that changes it": (
-        lambda secret, first, second: [
-            pc.CrewStep("a", first, LOGS_IN),
-            pc.CrewStep("b", second, {"text": "{{ a.output }} {{ login | upper }}"}),
-        ],
-        lambda secret: {"login": SecretStr(secret)},
-        [],
-    ),
+TO_ANOTHER = [("a", LOGS_IN), ("b", {"text": "as {{ login }}"})]
+REPEATED = [("a", LOGS_IN), ("b", {"text": "{{ a.output }} {{ login | upper }}"})]
+BY_A_FUNCTION = {"user": "me", "password": lambda context: context.inputs["login"]}
+WAYS: dict[str, tuple[list[tuple[str, Any]], str, bool]] = {
+    # steps, the pipeline's input with the secret, and whether it is a plain text that only the crew calls secret
+    "a SecretStr of the crew's name": ([("a", None)], "password", False),
+    "a text that a function puts into a secret input": ([("a", BY_A_FUNCTION)], "login", True),
+    "a text that goes to another crew as well": (TO_ANOTHER, "login", True),
+    "an output that repeats it, and a template that changes it": (REPEATED, "login", False),
+    "a secret of the step itself": ([("a", None)], "other", False),
 }
 
 
 async def test_a_secret_reaches_only_the_crew(
     crew_server: CrewServerFactory, prefect_api: PrefectServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    secrets = {way: new() for way in WAYS}
+    secrets = {way: f"hunter-{uuid.uuid4().hex}" for way in WAYS}
     first, second = crew_server(LOGIN), crew_server(REPEATS)
     with caplog.at_level(logging.DEBUG):
-        for way, (make, inputs, secret_inputs) in WAYS.items():
-            steps = make(secrets[way], first.crew(secret_inputs=secret_inputs), second.crew())
-            result = await asyncio.to_thread(pc.run_pipeline, steps, inputs(secrets[way]), name=f"secret {way}")
-            assert result["a"].output == f"logged in as me with {secrets[way]}"
-            if len(steps) > 1:
-                assert secrets[way] in second.runs[-1].inputs["text"]
+        for way, (steps, name, is_plain) in WAYS.items():
+            secret = secrets[way]
+            crews = {"a": first.crew(secret_inputs=["password"] if is_plain else []), "b": second.crew()}
+            made = [pc.CrewStep(step, crews[step], inputs, after="a" if step == "b" else []) for step, inputs in steps]
+            if way == "a secret of the step itself":
+                made = [pc.CrewStep("a", first.crew(), {"user": "me", "password": SecretStr(secret)})]
+            given = {"user": "me", name: secret if is_plain else SecretStr(secret)}
+            result = await asyncio.to_thread(pc.run_pipeline, made, given, name=f"secret {way}")
+            assert result["a"].output == f"logged in as me with {secret}"
+            assert len(steps) == 1 or secret in second.runs[-1].inputs["text"]
     kept = await asyncio.to_thread(stored_texts, prefect_api)
     assert "secret a SecretStr of the crew's name" in kept
     shown = caplog.text + kept
@@ -615,7 +541,7 @@ async def test_a_secret_reaches_only_the_crew(
 async def test_no_error_of_a_step_tells_a_secret(
     crew_server: CrewServerFactory, prefect_api: PrefectServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    secret = new()
+    secret = f"hunter-{uuid.uuid4().hex}"
 
     def breaks(context: pc.PipelineContext) -> Any:
         raise ValueError(f"no {context.inputs['login'].get_secret_value()}")

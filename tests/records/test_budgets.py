@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from datetime import timedelta
 from functools import reduce
 from operator import and_
@@ -40,6 +38,8 @@ from support.batches import Batches
 from support.prefect_server import PrefectServer
 from support.records import new_record, put, record_of
 from support.scripts import Held, script
+from support.waiting import until
+from support.ways import WAYS
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -106,39 +106,22 @@ async def test_a_start_beyond_the_budget_is_refused(crew_server: CrewServerFacto
     assert await PrefectRecords().attempts(f"{name}-2") == [], "no refusal takes up a number of its key"
 
 
-async def by_run_crew(crew: pc.DeployedCrew, text: str) -> None:
-    await pc.arun_crew(crew, {"text": text})
-
-
-async def by_tasks(crew: pc.DeployedCrew, text: str) -> None:
-    await pc.wait_for_crew(crew, await pc.kickoff_crew(crew, {"text": text}))
-
-
-async def by_trigger(crew: pc.DeployedCrew, text: str) -> None:
-    await (await crew.atrigger({"text": text})).await_for_completion()
-
-
-async def by_pipeline(crew: pc.DeployedCrew, text: str) -> None:
-    await pc.arun_pipeline([pc.CrewStep("only", crew, {"text": text})])
-
-
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
-@pytest.mark.parametrize("way", [by_run_crew, by_tasks, by_trigger, by_pipeline])
-async def test_a_budget_holds_for_every_way_to_start(
-    crew_server: CrewServerFactory, name: str, way: Callable[[pc.DeployedCrew, str], Any], inside: bool
-):
+@pytest.mark.parametrize("way", ["run_crew", "tasks", "trigger", "pipeline"])
+async def test_a_budget_holds_for_every_way_to_start(crew_server: CrewServerFactory, name: str, way: str, inside: bool):
     server = crew_server("echo")
     crew = server.crew(budgets=[pc.Budget(max_kickoffs=1, per="month", name=name)])
 
     async def twice() -> None:
-        await way(crew, "a")
-        await way(crew, "b")
+        for text in "ab":
+            await WAYS[way](crew, text)
 
     with pytest.raises((pc.BudgetExceededError, pc.PipelineFailedError)) as raised:
         await (flow(twice)() if inside else twice())
     errors: dict[str, Exception] = getattr(raised.value, "errors", {"only": raised.value})
     assert isinstance(errors["only"], pc.BudgetExceededError)
-    assert (server.kickoffs, await counted(name)) == (1, 1)
+    assert server.kickoffs == 1
+    assert await counted(name) == 1
 
 
 async def test_budgets_of_flow_pipeline_and_block_all_hold(crew_server: CrewServerFactory, name: str):
@@ -351,8 +334,7 @@ async def test_waits_at_the_same_moment_settle_once(crew_server: CrewServerFacto
 async def test_an_end_seen_twice_leaves_a_full_counter(crew_server: CrewServerFactory, name: str):
     """The second one finds no room for what the run used beyond its estimate: it gives back no more than it took."""
     crew = crew_server("echo").crew(budgets=[pc.Budget(max_tokens=1000, estimate_tokens=50, per="day", name=name)])
-    record = await PrefectRecords().of_kickoff((await crew.atrigger({"text": "a"})).kickoff_id)
-    assert record is not None
+    record = await record_of((await crew.atrigger({"text": "a"})).kickoff_id)
     end = {"state": CrewState.COMPLETED, "usage": TokenUsage(total_tokens=900)}
     for seen in (record, record.model_copy()):
         await close_run(seen, PrefectRecords(), end)
@@ -521,14 +503,13 @@ async def test_a_full_budget_is_one_event(crew_server: CrewServerFactory, name: 
         with pytest.raises(pc.BudgetExceededError) as raised:
             await pc.arun_crew(crew, {"text": text})
     wanted = {"event": {"name": ["prefect-crew.budget.exceeded"]}, "resource": {"id": [raised.value.counter]}}
-    found: list[dict[str, Any]] = []
-    deadline = time.monotonic() + 30
-    while not found:
+
+    async def events() -> list[dict[str, Any]]:
         async with get_client() as client:
             answer = await client.request("POST", "/events/filter", json={"filter": wanted, "limit": 50})  # pyright: ignore[reportArgumentType]
-        found = answer.json()["events"]
-        assert time.monotonic() < deadline
-    (event,) = found
+        return answer.json()["events"]
+
+    (event,) = await until(events, "the event")
     assert event["payload"] | {"used": 1, "limit": 1, "budget": name, "measure": "kickoffs"} == event["payload"]
 
 

@@ -19,11 +19,7 @@ from prefect.states import Scheduled
 
 from prefect_crew import CrewStep, aget_result, arun_crew, arun_pipeline, kickoff_crew
 from prefect_crew.artifacts.run import RunArtifact
-from prefect_crew.exceptions import (
-    ConfigurationError,
-    CrewError,
-    RunNotFoundError,
-)
+from prefect_crew.exceptions import ConfigurationError, CrewError, RunNotFoundError
 from prefect_crew.records import keys as keys_module
 from prefect_crew.records.keys import render_key
 from prefect_crew.records.model import MAX_KEY
@@ -273,18 +269,19 @@ async def test_a_plain_call_starts_a_new_run_each_time(server: Any):
     assert len(keys(server)) == 4
 
 
+UNUSABLE: dict[str, tuple[Any, str, type[CrewError], str]] = {
+    # the key, what a start says, and what a read of its result raises and says
+    "empty": ("  ", "must not be empty", RunNotFoundError, "No run has the key"),
+    "long": ("k" * (MAX_KEY + 1), "has 501 characters, the limit is 500", RunNotFoundError, "No run has the key"),
+    "surrogate": ("half a \ud800", "half a character", ConfigurationError, "half a character"),
+    "number": (7, "idempotency_key", ConfigurationError, "idempotency_key"),
+}
+
+
 @pytest.mark.parametrize("call", ["run_crew", "trigger", "pipeline"])
-@pytest.mark.parametrize(
-    ("idempotency_key", "says"),
-    [
-        pytest.param("  ", "must not be empty", id="empty"),
-        pytest.param("k" * (MAX_KEY + 1), "has 501 characters, the limit is 500", id="long"),
-        pytest.param("half a \ud800", "half a character", id="surrogate"),
-        pytest.param(7, "idempotency_key", id="number"),
-    ],
-)
-async def test_a_key_that_cannot_be_used_starts_nothing(server: Any, call: str, idempotency_key: Any, says: str):
-    crew = server.crew()
+@pytest.mark.parametrize("case", UNUSABLE)
+async def test_a_key_that_cannot_be_used_starts_nothing(server: Any, call: str, case: str):
+    crew, (idempotency_key, says, *_) = server.crew(), UNUSABLE[case]
     calls: dict[str, Callable[[], Any]] = {
         "run_crew": lambda: arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key),
         "trigger": lambda: crew.atrigger({"text": "a"}, idempotency_key=idempotency_key),
@@ -295,18 +292,9 @@ async def test_a_key_that_cannot_be_used_starts_nothing(server: Any, call: str, 
     assert server.kickoffs == 0
 
 
-@pytest.mark.parametrize(
-    ("idempotency_key", "error", "says"),
-    [
-        pytest.param("  ", RunNotFoundError, "No run has the key", id="empty"),
-        pytest.param("k" * (MAX_KEY + 1), RunNotFoundError, "No run has the key", id="long"),
-        pytest.param("half a \ud800", ConfigurationError, "half a character", id="surrogate"),
-        pytest.param(7, ConfigurationError, "idempotency_key", id="number"),
-    ],
-)
-async def test_a_key_that_cannot_be_used_has_no_result(
-    prefect_api: object, idempotency_key: Any, error: type[CrewError], says: str
-):
+@pytest.mark.parametrize("case", UNUSABLE)
+async def test_a_key_that_cannot_be_used_has_no_result(prefect_api: object, case: str):
+    idempotency_key, _, error, says = UNUSABLE[case]
     with pytest.raises(error, match=says) as raised:
         await aget_result(idempotency_key)
     assert type(raised.value) is error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 import uuid
@@ -26,6 +25,7 @@ from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.records import new_record
 from support.scripts import slow
+from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -63,14 +63,6 @@ def gone() -> str:
 def record_of(owner: FlowRun, **fields: Any) -> RunRecord:
     known = {"flow_run_id": str(owner.id), "flow_run_count": owner.run_count, "process": gone()}
     return new_record(**known | fields)
-
-
-async def until(condition: Any) -> None:
-    for _ in range(600):
-        if await condition():
-            return
-        await asyncio.sleep(0.1)
-    raise AssertionError("that never came")
 
 
 @pytest.mark.programs

@@ -239,12 +239,7 @@ async def test_unread_flow_runs_keep_all_records(prefect_api: PrefectServer, mon
 
 
 async def test_a_worker_prunes_regularly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    answers: list[Any] = [
-        httpx.ConnectError("away"),
-        ValueError("odd"),
-        Pruned(runs=2, kept=5),
-        asyncio.CancelledError(),
-    ]
+    answers = [httpx.ConnectError("away"), ValueError("odd"), Pruned(runs=2, kept=5), asyncio.CancelledError()]
     monkeypatch.setattr(prune_module, "prune", mock.AsyncMock(side_effect=answers))
     monkeypatch.setattr(prune_module, "FIRST_WITHIN", 0.01)
     monkeypatch.setattr(prune_module, "EVERY", 0.01)

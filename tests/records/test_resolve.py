@@ -17,7 +17,7 @@ from prefect_crew import DeployedCrew, KickoffUncertainError, arun_crew
 from prefect_crew.blocks import find_crew, load_crew
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew
-from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.receiver import forward
 from prefect_crew.receiver.app import create_receiver
@@ -33,7 +33,8 @@ from prefect_crew.records.resolve import (
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import Hook, hook_urls
-from support.records import LONG_AGO, new_record, put
+from support.records import LONG_AGO, new_record, put, record_of
+from support.scripts import script
 from support.webhooks import SECRET, events_of, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -55,6 +56,12 @@ def look(state: CrewState) -> Any:
     return look
 
 
+async def resolve_as(record: RunRecord, kickoff_id: str, **options: Any) -> CrewState | None:
+    """Do what a person does who knows the run of an uncertain kickoff."""
+    store = PrefectRecords()
+    return await resolve_started(await unresolved(record.idempotency_key, store), kickoff_id, store, **options)
+
+
 async def latest(record: RunRecord) -> RunRecord:
     return (await PrefectRecords().attempts(record.idempotency_key))[-1]
 
@@ -65,19 +72,14 @@ def decision(record: RunRecord) -> Decision:
 
 @pytest.mark.parametrize("state", [CrewState.PENDING, CrewState.RUNNING, CrewState.COMPLETED, CrewState.FAILED])
 async def test_a_run_that_the_crew_knows_is_started(state: CrewState):
-    record, store, kickoff_id = await stored(), PrefectRecords(), f"k-{uuid.uuid4()}"
+    record, kickoff_id = await stored(), f"k-{uuid.uuid4()}"
     assert decision(record) is Decision.UNCERTAIN
-    assert (
-        await resolve_started(await unresolved(record.idempotency_key, store), kickoff_id, store, look=look(state))
-        is state
-    )
+    assert await resolve_as(record, kickoff_id, look=look(state)) is state
     resolved = await latest(record)
     assert (resolved.phase, resolved.kickoff_id, resolved.reason) == (RecordPhase.STARTED, kickoff_id, None)
     assert resolved.kicked_off_at == record.claimed_at
     assert decision(resolved) is Decision.REATTACH
-    found = await store.of_kickoff(kickoff_id)
-    assert found is not None
-    assert found.idempotency_key == record.idempotency_key
+    assert (await record_of(kickoff_id)).idempotency_key == record.idempotency_key
 
 
 async def test_one_that_never_started_does_not_count():
@@ -92,7 +94,7 @@ async def test_one_that_never_started_does_not_count():
 async def test_the_slower_of_two_resolvers_gets_an_error(resolved_as: str):
     record, store = await stored(), PrefectRecords()
     read = await unresolved(record.idempotency_key, store)
-    await resolve_started(await unresolved(record.idempotency_key, store), f"k-{uuid.uuid4()}", store)
+    await resolve_as(record, f"k-{uuid.uuid4()}")
     with pytest.raises(CrewError, match="was resolved by somebody else: now it is started, run k-"):
         await (
             resolve_started(read, "other", store) if resolved_as == "started" else resolve_never_started(read, store)
@@ -101,22 +103,18 @@ async def test_the_slower_of_two_resolvers_gets_an_error(resolved_as: str):
 
 
 async def test_an_unknown_id_changes_nothing():
-    record, store = await stored(), PrefectRecords()
+    record = await stored()
     with pytest.raises(ConfigurationError, match="does not know run k9"):
-        await resolve_started(
-            await unresolved(record.idempotency_key, store), "k9", store, look=look(CrewState.UNKNOWN)
-        )
+        await resolve_as(record, "k9", look=look(CrewState.UNKNOWN))
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
 async def test_an_id_of_another_record_changes_nothing():
-    store, kickoff_id = PrefectRecords(), f"k-{uuid.uuid4()}"
+    kickoff_id = f"k-{uuid.uuid4()}"
     other = await stored(phase=RecordPhase.STARTED, kickoff_id=kickoff_id)
     record = await stored()
     with pytest.raises(ConfigurationError, match=f"belongs to the idempotency key '{other.idempotency_key}'"):
-        await resolve_started(
-            await unresolved(record.idempotency_key, store), kickoff_id, store, look=look(CrewState.RUNNING)
-        )
+        await resolve_as(record, kickoff_id, look=look(CrewState.RUNNING))
     assert (await latest(record)).phase is RecordPhase.UNCERTAIN
 
 
@@ -133,16 +131,15 @@ async def test_an_open_permit_is_not_resolved():
 
 
 async def test_a_claim_without_a_kickoff_is_no_run():
-    store = PrefectRecords()
     record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
     with pytest.raises(ConfigurationError, match="was never sent: the process that claimed it ended first"):
-        await resolve_started(await unresolved(record.idempotency_key, store), "k1", store)
+        await resolve_as(record, "k1")
 
 
 async def test_a_late_write_takes_nothing_back():
     store = PrefectRecords()
     late = await stored(phase=RecordPhase.CLAIMED, permit=LONG_AGO)
-    await resolve_started(await unresolved(late.idempotency_key, store), kickoff_id := f"k-{uuid.uuid4()}", store)
+    await resolve_as(late, kickoff_id := f"k-{uuid.uuid4()}")
     late.phase = RecordPhase.UNCERTAIN
     await store.save(late)
     late.phase = RecordPhase.NOT_STARTED
@@ -176,9 +173,7 @@ async def test_there_is_nothing_to_resolve(facts: dict[str, Any], said: str):
 # By the webhooks of the runs that kickoffs did start
 
 
-SCRIPT = CrewScript.model_validate(
-    {"name": "slow", "inputs": [], "tasks": [{"name": "work", "agent": "A", "seconds": 0.3, "output": "done"}]}
-)
+SCRIPT = script({"name": "work", "agent": "A", "seconds": 0.3, "output": "done"})
 RECORDS = PrefectRecords()
 resolve = partial(resolve_from_webhook, load=find_crew)
 

@@ -7,7 +7,6 @@ import itertools
 import uuid
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -26,11 +25,12 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import limits
 from prefect_crew.runs.limits import Slots, take_slots
-from prefect_crew.tasks import kickoff_crew, stop_crew, wait_for_crew
+from prefect_crew.tasks import stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.records import new_record, put
 from support.scripts import FAILS, slow
-from support.webhooks import until
+from support.waiting import until
+from support.ways import WAYS
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -52,38 +52,6 @@ async def held(name: str) -> int:
         return (await client.read_global_concurrency_limit_by_name(name)).active_slots
 
 
-async def by_run_crew(crew: pc.DeployedCrew, number: int) -> None:
-    await pc.arun_crew(crew, {"n": number})
-
-
-async def by_tasks(crew: pc.DeployedCrew, number: int) -> None:
-    await wait_for_crew(crew, await kickoff_crew(crew, {"n": number}))
-
-
-async def by_trigger(crew: pc.DeployedCrew, number: int) -> None:
-    run = await crew.atrigger({"n": number})
-    await run.await_for_completion()
-
-
-async def by_pipeline(crew: pc.DeployedCrew, number: int) -> None:
-    await pc.arun_pipeline([pc.CrewStep(f"s{number}{one}", crew, {"n": f"{number}{one}"}) for one in "ab"])
-
-
-async def by_batch(crew: pc.DeployedCrew, number: int) -> None:
-    with TemporaryDirectory() as folder:
-        rows = [{"n": f"{number}{one}"} for one in "ab"]
-        await pc.arun_batch(crew, rows, name=f"limited {uuid.uuid4().hex}", export=f"{folder}/out.jsonl")
-
-
-WAYS = {
-    "run_crew": by_run_crew,
-    "tasks": by_tasks,
-    "trigger": by_trigger,
-    "pipeline": by_pipeline,
-    "batch": by_batch,
-}
-
-
 def started_one_after_the_other(server: CrewServer) -> bool:
     """Whether each run was started after the one before it had ended."""
     spans = sorted((run.created_at, run.created_at + timedelta(seconds=run.execution_time)) for run in server.runs)
@@ -98,10 +66,10 @@ async def test_a_limit_holds_for_every_way_to_start(crew_server: CrewServerFacto
     crew = server.crew(concurrency_limit=name)
 
     async def both() -> None:
-        await asyncio.gather(*(WAYS[way](crew, number) for number in range(2)))
+        await asyncio.gather(*(WAYS[way](crew, text) for text in "ab"))
 
     await (flow(both)() if inside else both())
-    assert server.kickoffs == (4 if way in ("pipeline", "batch") else 2)
+    assert server.kickoffs == (4 if way == "batch" else 2)
     assert started_one_after_the_other(server)
     assert await held(name) == 0
 
@@ -113,7 +81,7 @@ async def test_a_missing_or_empty_limit_starts_nothing(crew_server: CrewServerFa
     crew = server.crew(concurrency_limit="nobody-made-it" if slots is None else await limit(slots))
     message = "'nobody-made-it', which does not exist" if slots is None else "which is below 1"
     with pytest.raises(Exception, match=message) as raised:
-        await WAYS[way](crew, 1)
+        await WAYS[way](crew, "a")
     errors = getattr(raised.value, "errors", {"one": raised.value})
     assert all(isinstance(error, pc.ConfigurationError) for error in errors.values())
     assert server.kickoffs == 0
@@ -151,9 +119,12 @@ async def test_a_batch_that_waits_for_a_slot_says_so(
     waiting = asyncio.ensure_future(mine())
     await until(lambda: "waiting" in phases, "it waits for a slot")
     key = ArtifactFilter(key=ArtifactFilterKey(any_=[artifact_key(str(about["name"]), prefix="batch")]))
-    async with get_client() as client, asyncio.timeout(30):
-        while not any(WAITS in str(page.data) for page in await client.read_artifacts(artifact_filter=key)):
-            await asyncio.sleep(0.1)
+    async with get_client() as client:
+
+        async def is_shown() -> bool:
+            return any(WAITS in str(page.data) for page in await client.read_artifacts(artifact_filter=key))
+
+        await until(is_shown, "its page says so")
         await client.set_flow_run_state(flow_runs[0], Cancelling(), force=True)
     with pytest.raises(pc.BatchCancelledError):
         await asyncio.wait_for(waiting, 60)
@@ -178,9 +149,11 @@ async def test_a_batch_leaves_others_their_turn(
     assert single.output
     assert (await running).completed == 30
     assert server.kickoffs == 31
-    async with asyncio.timeout(60):  # less than the lease of a slot that nobody gives back
-        while await held(name) != 1:
-            await asyncio.sleep(0.2)
+
+    async def is_free() -> bool:
+        return await held(name) == 1
+
+    await until(is_free, "the slots are given back", seconds=60)  # less than the lease of a slot that is lost
     assert other is not None
     await other.release()
 
@@ -257,17 +230,12 @@ async def test_a_row_left_in_flight_keeps_its_slot(
     server, name, flow_runs = crew_server(slow(60)), await limit(2), list[Any]()
     crew = server.crew(concurrency_limit=name)
     wait = pc.WaitPolicy(timeout=0.5) if end == "out of time" else None
-    about: dict[str, Any] = {
-        "name": f"left {name}",
-        "export": f"{tmp_path}/o.jsonl",
-        "on_cancel": "leave",
-        "wait": wait,
-    }
+    about: dict[str, Any] = {"name": f"left {name}", "export": f"{tmp_path}/o.jsonl", "on_cancel": "leave"}
 
     @flow
     async def rows() -> None:
         flow_runs.append(flow_run.id)
-        await pc.arun_batch(crew, [{"n": number} for number in range(2)], **about)
+        await pc.arun_batch(crew, [{"n": number} for number in range(2)], wait=wait, **about)
 
     running = asyncio.ensure_future(rows())
     await until(lambda: server.kickoffs == 2, "both rows are in flight")
@@ -337,5 +305,4 @@ async def test_a_lease_is_renewed_and_its_loss_logged(
         await asyncio.sleep(0.2)
         assert "were lost" not in caplog.text
         await slots.release()  # as the server does when it has not heard of it for too long
-        while "were lost" not in caplog.text:
-            await asyncio.sleep(0.02)
+        await until(lambda: "were lost" in caplog.text)

@@ -50,6 +50,12 @@ def test_no_repr_shows_what_may_hold_a_secret():
         ("budgets", Budget(max_kickoffs=1), "budgets is a value of type Budget; it has to be Budgets"),
         ("wait", {"timeout": 5}, "wait is a value of type dict; it has to be a WaitPolicy"),
         ("restore_from", "state-1", "restore_from is 'state-1'; it has to be the UUID"),
+        ("restore_from", 7, "restore_from is a value of type int; it has to be the UUID"),
+        ("meta", "text", "meta is a value of type str; it has to be a mapping"),
+        ("webhooks", "https://x", "webhooks is a value of type str; it has to be Web"),
+        ("output_type", dict, "output_type is the class dict; it has to be a pydantic"),
+        ("output_type", list[int], "output_type is .*; it has to be a pydantic"),
+        ("review", "from", "review is 'from'; it has to be 'form' or a function"),
         *((option, "half a \ud800", "holds half a character") for option in ("name", "idempotency_key", "review")),
     ],
 )

@@ -8,7 +8,6 @@ import signal
 import sys
 import textwrap
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,12 +36,12 @@ from support.proxy import through
 from support.records import key, record_of
 from support.scripts import slow
 from support.seen import Seen
-from support.webhooks import until
+from support.waiting import until, wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stop, "LOOK_EVERY", 0.2)
 
@@ -50,13 +49,6 @@ def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def started_by_a_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(uuid.uuid4()))
-
-
-def wait_until(happened: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def cancelled(
@@ -93,7 +85,6 @@ def cancelled(
 # A local run, which nobody tells that it was cancelled
 
 
-@pytest.mark.usefixtures("quick_look")
 @pytest.mark.parametrize("mode", ["async", "sync"])
 def test_a_local_run_notices_its_cancellation(crew_server: CrewServerFactory, seen: Seen, mode: str):
     server, idempotency_key = crew_server(slow(60)), key()
@@ -106,7 +97,6 @@ def test_a_local_run_notices_its_cancellation(crew_server: CrewServerFactory, se
     assert seen.flow_run(flow_run_id)["state"]["type"] == "CANCELLING"
 
 
-@pytest.mark.usefixtures("quick_look")
 def test_cancelling_a_flow_stops_its_subflows(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60))
 
@@ -119,7 +109,6 @@ def test_cancelling_a_flow_stops_its_subflows(crew_server: CrewServerFactory, se
     assert server.requests["stop"] == 1
 
 
-@pytest.mark.usefixtures("quick_look")
 def test_two_waits_stop_a_run_once(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key, ends = crew_server(slow(60), faults=["stop:latency=0.5"]), key(), list[Any]()
 
@@ -140,7 +129,6 @@ def test_a_stop_is_recorded_before_it_is_sent(crew_server: CrewServerFactory, se
     assert record["reason"] == "stop was asked for", "its answer says nothing, and it is not sent again"
 
 
-@pytest.mark.usefixtures("quick_look")
 def test_a_cancelled_flow_starts_nothing_more(crew_server: CrewServerFactory, seen: Seen):
     server, errors = crew_server(slow(60)), list[pc.CrewError]()
 
@@ -164,7 +152,6 @@ def test_a_cancelled_flow_starts_nothing_more(crew_server: CrewServerFactory, se
 WITHIN_A_LONG_PAUSE = pc.WaitPolicy(initial=0.1, factor=1000, max_interval=300)
 
 
-@pytest.mark.usefixtures("quick_look")
 def test_a_cancellation_is_noticed_in_trouble(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60), faults=["status:429@1-"])
     error, _ = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
@@ -172,7 +159,6 @@ def test_a_cancellation_is_noticed_in_trouble(crew_server: CrewServerFactory, se
     assert server.requests["stop"] == 1
 
 
-@pytest.mark.usefixtures("quick_look")
 def test_a_cancellation_is_noticed_in_a_pause(
     crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ):
@@ -183,7 +169,6 @@ def test_a_cancellation_is_noticed_in_a_pause(
     assert server.requests["status"] == 2, "the wait, and whoever stopped it: what it had used"
 
 
-@pytest.mark.usefixtures("quick_look")
 def test_a_crew_without_stop_runs_on(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server(slow(60), stop=False), key()
     error, flow_run_id = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), idempotency_key=idempotency_key))
@@ -197,7 +182,6 @@ def test_a_crew_without_stop_runs_on(crew_server: CrewServerFactory, seen: Seen)
 # Who started the run
 
 
-@pytest.mark.usefixtures("quick_look")
 @pytest.mark.parametrize("what", ["the flow run that started it", "a flow run that waits for it as well"])
 def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen: Seen, what: str):
     is_owner = what == "the flow run that started it"
@@ -236,7 +220,6 @@ def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen:
     assert "prefect-crew runs cancel " in seen.logs(flow_run_id)
 
 
-@pytest.mark.usefixtures("quick_look")
 @pytest.mark.parametrize("owner", ["ended", "a subflow of a cancelled flow run"])
 def test_a_run_without_owner_stops_with_its_waiter(crew_server: CrewServerFactory, seen: Seen, owner: str):
     server, kickoff_ids, ids = crew_server(slow(60)), list[str](), list[str]()
@@ -257,7 +240,6 @@ def test_a_run_without_owner_stops_with_its_waiter(crew_server: CrewServerFactor
     assert server.requests["stop"] == 1
 
 
-@pytest.mark.usefixtures("quick_look")
 def test_a_silent_prefect_api_is_no_cancellation(crew_server: CrewServerFactory, prefect_server: PrefectServer):
     server = crew_server(Held(until=lambda _: proxy.count("GET /api/flow_runs") > 2))
 
@@ -275,7 +257,6 @@ def test_a_silent_prefect_api_is_no_cancellation(crew_server: CrewServerFactory,
         assert proxy.count("GET /api/flow_runs") > 2
 
 
-@pytest.mark.usefixtures("quick_look")
 def test_a_retried_flow_run_may_complete(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60))
 

@@ -37,7 +37,7 @@ from support.records import key, record_of
 from support.scripts import FAILS, script, slow
 from support.seen import Seen
 from support.transports import carried_by
-from support.webhooks import until
+from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
@@ -310,15 +310,17 @@ async def test_each_wait_for_a_person_is_reported_once(
     crew = server.crew()
     run = await crew.atrigger({})
     waiting = asyncio.ensure_future(run.await_for_completion(pc.WaitPolicy(initial=0.1, timeout=2.0)))
-    while (await record_of(run.kickoff_id)).human_since is None:
-        await asyncio.sleep(0.05)
+
+    async def is_asked() -> bool:
+        return (await record_of(run.kickoff_id)).human_since is not None
+
+    await until(is_asked, "a person is asked")
     await asyncio.sleep(2.2)
     assert not waiting.done(), "a person's time does not count against the timeout"
     assert caplog.text.count(f"Crew run {run.kickoff_id} waits for a person") == 1
     assert f"prefect-crew reviews approve {run.kickoff_id}" in caplog.text
     await run.aresume("shorter", approve=False)
-    while len([one for one in caplog.records if "waits for a person" in one.getMessage()]) < 2:
-        await asyncio.sleep(0.05)
+    await until(lambda: caplog.text.count("waits for a person") >= 2, "a person is asked again")
     await run.aresume("fine", approve=True)
     await waiting
     record = await record_of(run.kickoff_id)
@@ -509,12 +511,9 @@ async def test_a_page_comes_before_the_first_look(
 ):
     monkeypatch.setattr(polling, "fast_intervals", [])
     server = crew_server(slow(60))
-    crew, page = server.crew(wait=pc.WaitPolicy(initial=60)), ""
+    crew = server.crew(wait=pc.WaitPolicy(initial=60))
     running = asyncio.ensure_future(pc.arun_crew(crew, {}))
-    for _ in range(200):
-        if page := await shown(seen, server, crew):
-            break
-        await asyncio.sleep(0.05)
+    page = await until(lambda: shown(seen, server, crew), "its page")
     assert "pending" in page, "no status was seen yet"
     assert server.requests["status"] == 0
     running.cancel()
@@ -593,11 +592,9 @@ async def test_a_rotated_token_is_taken_up(crew_server: CrewServerFactory, caplo
     waiting = asyncio.ensure_future(run.await_for_completion())
     await until(lambda: server.requests["status"] > 0, "it is waited for")
     server.token = "the-new-token"
-    while "has a new token" not in caplog.text:
-        await asyncio.sleep(0.01)
+    await until(lambda: "has a new token" in caplog.text, "the token is renewed")
     looked = server.requests["status"]
-    while server.requests["status"] < looked + 3:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.requests["status"] >= looked + 3, "the wait goes on")
     assert server.unauthorized == 1
     assert not waiting.done()
     await run.astop()

@@ -26,8 +26,9 @@ from prefect_crew.batches.rows import RowJob, RowPlan
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import Crew
-from prefect_crew.records.model import RunRecord, utcnow
+from prefect_crew.records.model import RunRecord
 from support.postgres import Postgres
+from support.records import new_record
 
 CREW = DeployedCrew(url="https://crew.example", token="token").crew  # type: ignore[arg-type]
 
@@ -70,17 +71,8 @@ def row_plan(data: Any, *, expected: Sequence[CrewInput] = (), crew: Crew = CREW
 
 def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> RunRecord:
     """Return the claim of a row; `facts` are more fields of the record."""
-    now = utcnow()
-    given: dict[str, Any] = {
-        "idempotency_key": ledger.idempotency_key(key),
-        "attempt": attempt,
-        "owner": uuid.uuid4().hex,
-        "crew": "c",
-        "crew_url": "https://crew.example",
-        "inputs_digest": "d",
-        "claimed_at": now,
-    }
-    return RunRecord(**given | facts)
+    known = {"attempt": attempt, "owner": uuid.uuid4().hex, "crew": "c", "crew_url": "https://crew.example"}
+    return new_record(ledger.idempotency_key(key), **known | facts)
 
 
 async def enter(ledger: Ledger, *keys: str) -> None:

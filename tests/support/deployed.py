@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from prefect.flows import load_flow_from_entrypoint
 
 from support.environment import program
 from support.processes import Process
 from support.seen import Seen
+from support.waiting import wait_until
 
-T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 
@@ -56,17 +55,6 @@ def _environ(pid: int) -> str:
     return ""
 
 
-def wait_until(look: Callable[[], T | None], *, seconds: float, what: str, pause: float = 0.2) -> T:
-    """Return the first thing that `look` finds; fail after so many seconds, saying what did not come."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} seconds"
-        time.sleep(pause)
-
-
 def wait_for_state(
     seen: Seen, flow_run_id: Any, *states: str, name: str | None = None, seconds: float = 90.0
 ) -> dict[str, Any]:
@@ -78,7 +66,7 @@ def wait_for_state(
         return run["state_type"] in wanted and name in (None, run["state_name"])
 
     try:
-        wait_until(look, seconds=seconds, what=f"flow run {flow_run_id} in {sorted(wanted)}")
+        wait_until(look, f"flow run {flow_run_id} in {sorted(wanted)}", seconds=seconds)
     except AssertionError as error:
         raise AssertionError(f"{error}: it is {run['state']}") from None
     return run

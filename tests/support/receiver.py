@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from support.waiting import wait_until
+
 
 class Listener:
     """Takes POSTs on a free loopback port; a context manager."""
@@ -76,7 +78,4 @@ class Receiver(Listener):
 
     def wait_for(self, enough: Callable[[Receiver], bool], *, seconds: float = 10.0) -> None:
         """Wait until what came is enough; fail when it does not come."""
-        deadline = time.monotonic() + seconds
-        while not enough(self):
-            assert time.monotonic() < deadline, f"only {[delivery.path for delivery in self.got]} came"
-            time.sleep(0.01)
+        wait_until(lambda: enough(self), "enough webhooks", seconds=seconds)

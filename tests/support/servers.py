@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import httpx
 
 from prefect_crew.devserver import CrewServer, Fault
+from support.waiting import wait_until
 
 Serve = Callable[..., tuple[CrewServer, httpx.Client]]
 """Starts a server, as CrewServer does, and opens a plain HTTP client with its token: the fixture `serve`."""
@@ -51,18 +51,10 @@ def kickoff(client: httpx.Client, inputs: dict[str, Any] | None = None, **more: 
 
 def finished(client: httpx.Client, kickoff_id: str) -> dict[str, Any]:
     """Poll a run until it has ended or waits for a person, and return the last status body."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+
+    def body() -> dict[str, Any] | None:
         body = client.get(f"/status/{kickoff_id}").json()
-        if str(body.get("state") or body["status"]).upper() not in ("RUNNING", "STARTED", "PENDING"):
-            return body
-        time.sleep(0.01)
-    raise AssertionError(f"run {kickoff_id} did not end within 20 s")
+        is_over = str(body.get("state") or body["status"]).upper() not in ("RUNNING", "STARTED", "PENDING")
+        return body if is_over else None
 
-
-def until(condition: Callable[[], Any]) -> None:
-    """Wait until something is true, at most 20 s."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 20 s"
-        time.sleep(0.005)
+    return wait_until(body, f"the end of run {kickoff_id}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from support.corpus import cases
 from support.environment import program
 from support.prefect_server import free_port
 from support.processes import Process
+from support.waiting import until
 
 SECRET = "a-secret-of-the-tests-that-is-long-enough"
 
@@ -61,7 +61,6 @@ class Kept(Forwarder):
         self.events: list[WebhookEvent] = []
         self.questions: list[ReviewRequest] = []
         self.ready = True
-
         self.has_unsent_events = False
 
     def start(self) -> None:
@@ -112,28 +111,17 @@ async def served(app: ASGIApp) -> AsyncIterator[str]:
         bound.close()
 
 
-async def until(true: Callable[[], Any], what: str, *, seconds: float = 30.0) -> None:
-    """Wait until something is true; fail when it does not become so."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        await asyncio.sleep(0.02)
-
-
 async def events_of(
     idempotency_key: str, *, at_least: int = 1, seconds: float = 30.0, prefix: str = "crew."
 ) -> Sequence[Mapping[str, Any]]:
     """Return the events of a run from the Prefect server, oldest first, once there are so many."""
-    wanted = {
-        "event": {"prefix": [prefix]},
-        "resource": {"labels": {"prefect-crew.idempotency-key": [idempotency_key]}},
-    }
-    deadline = time.monotonic() + seconds
-    while True:
+    labels = {"prefect-crew.idempotency-key": [idempotency_key]}
+    wanted = {"event": {"prefix": [prefix]}, "resource": {"labels": labels}}
+
+    async def events() -> Sequence[Mapping[str, Any]]:
         async with get_client() as client:
             answer = await client.request("POST", "/events/filter", json={"filter": wanted, "limit": 50})  # pyright: ignore[reportArgumentType]
-        found = sorted(answer.json()["events"], key=lambda event: event["occurred"])
-        if len(found) >= at_least:
-            return found
-        assert time.monotonic() < deadline, f"only {[event['event'] for event in found]} came of {idempotency_key}"
-        await asyncio.sleep(0.1)
+        events = sorted(answer.json()["events"], key=lambda event: event["occurred"])
+        return events if len(events) >= at_least else ()
+
+    return await until(events, f"{at_least} events of {idempotency_key}", seconds=seconds)

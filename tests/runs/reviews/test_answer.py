@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from prefect import flow
 
 import prefect_crew as pc
 from prefect_crew.crew import Crew
-from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
@@ -24,8 +24,9 @@ from prefect_crew.runs.run import LiveRun
 from prefect_crew.tasks import kickoff_crew, resume_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
-from support.scripts import ASKS
-from support.webhooks import served, until
+from support.scripts import ASKS, script
+from support.waiting import until
+from support.webhooks import served
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 APPROVED = pc.Review(approve=True)
@@ -168,8 +169,7 @@ async def test_unread_answers_send_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def waits(server: Any, run: pc.CrewRun) -> None:
-    while str(server.run(run.kickoff_id).state) != "waiting":
-        await asyncio.sleep(0.02)
+    await until(lambda: str(server.run(run.kickoff_id).state) == "waiting", "it asks")
 
 
 async def test_a_refused_answer_may_be_given_again(
@@ -200,13 +200,7 @@ async def test_a_run_without_a_question_takes_no_answer(crew_server: CrewServerF
 
 # What a reviewer sees of a question whose status shows nothing: what the webhook brought, else where to look
 
-SCRIPT = CrewScript.model_validate(
-    {
-        "name": "reviewed",
-        "inputs": ["topic"],
-        "tasks": [{"name": "draft", "human": True, "output": "Draft {{ round }} on {{ topic }}."}],
-    }
-)
+SCRIPT = script({"name": "draft", "human": True, "output": "Draft {{ round }} on {{ topic }}."}, inputs=["topic"])
 PAGE = "https://app.example.com/crews/7"
 
 
@@ -239,16 +233,17 @@ async def test_the_webhooks_output_is_forgotten(receiver: str) -> None:
         crew = server.crew()
         waiting = asyncio.create_task(reviewed(crew, None, key))
         await until(lambda: server.runs, "the run starts")
-        given: Sequence[RunRecord] = ()
-        is_seen = False  # by the wait, which forgets it
-        while not is_seen or not await kept_output(given[0], 0):
-            await asyncio.sleep(0.05)
+
+        async def seen_by_the_wait() -> RunRecord | None:
             given = await PrefectRecords().attempts(key)
             is_seen = bool(given) and given[0].human_since is not None
+            return given[0] if is_seen and await kept_output(given[0], 0) else None
+
+        record = await until(seen_by_the_wait, "the wait sees the question")
         async with crew.client() as client:
-            await client.resume(str(given[0].kickoff_id), "draft", "", True)
+            await client.resume(str(record.kickoff_id), "draft", "", True)
         await waiting
-    assert await kept_output(given[0], 0) is None
+    assert await kept_output(record, 0) is None
 
 
 async def test_secret_inputs_keep_no_webhook_output(receiver: str) -> None:

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
 from prefect_crew.client._callbacks import parse_question
 from prefect_crew.crew import Crew
-from prefect_crew.devserver import CrewScript, CrewServer, ReviewWebhook
+from prefect_crew.devserver import CrewServer, ReviewWebhook
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.notes import forget_question, keep_question, kept_questions
@@ -28,16 +28,13 @@ from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
 from prefect_crew.runs.reviews.form import ReviewForm
 from prefect_crew.runs.run import LiveRun
-from support.webhooks import SECRET, Kept, served, until
+from support.scripts import script
+from support.waiting import until
+from support.webhooks import SECRET, Kept, served
 
 REVIEW_SECRET = "whsec-of-the-tests"
-SCRIPT = CrewScript.model_validate(
-    {
-        "name": "flow",
-        "inputs": [],
-        "tasks": [{"name": "publish", "human": True, "output": "Draft. {{ feedback }}"}],
-    }
-)
+PUBLISH = {"name": "publish", "human": True, "output": "Draft. {{ feedback }}"}
+SCRIPT = script(PUBLISH)
 OPTIONS = ("approve", "needs_revision")
 
 
@@ -138,8 +135,7 @@ async def _kicked_off(crew: DeployedCrew, key: str) -> str:
         return await kickoff_crew(crew, {}, idempotency_key=key)
 
     kickoff_id = await start()
-    while not await kept(kickoff_id):
-        await asyncio.sleep(0.05)
+    await until(lambda: kept(kickoff_id), "the question is kept")
     return kickoff_id
 
 
@@ -175,9 +171,7 @@ async def test_an_uncertain_answer_is_held(hook: ReviewWebhook) -> None:
 
 async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook) -> None:
     key = f"flow/{uuid.uuid4()}"
-    script = SCRIPT.model_dump(mode="json")
-    script["tasks"].append({"name": "more", "seconds": 600, "output": ""})
-    with CrewServer(CrewScript.model_validate(script), review_webhook=hook) as server:
+    with CrewServer(script(PUBLISH, {"name": "more", "seconds": 600, "output": ""}), review_webhook=hook) as server:
         kickoff_id = await _kicked_off(server.crew(), key)
         url = await callback_of(kickoff_id)
         async with httpx.AsyncClient(trust_env=False) as client:
@@ -188,15 +182,8 @@ async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook) -
         assert await PrefectRecords().reviews((await PrefectRecords().attempts(key))[0]) == []
 
 
-TWO = CrewScript.model_validate(
-    {
-        "name": "flow",
-        "inputs": [],
-        "tasks": [
-            {"name": "outline", "human": True, "output": "Outline."},
-            {"name": "publish", "human": True, "output": "Text."},
-        ],
-    }
+TWO = script(
+    {"name": "outline", "human": True, "output": "Outline."}, {"name": "publish", "human": True, "output": "Text."}
 )
 
 
@@ -208,8 +195,11 @@ async def answer_on_the_platform(kickoff_id: str, task: str) -> None:
     async with httpx.AsyncClient(trust_env=False) as client:
         answered = await client.post(await callback_of(kickoff_id), json={"feedback": "approve"})
     assert answered.status_code == 200
-    while await kept(kickoff_id) in (before, None):
-        await asyncio.sleep(0.05)
+
+    async def is_another() -> bool:
+        return await kept(kickoff_id) not in (before, None)
+
+    await until(is_another, "the next question")
 
 
 async def test_the_latest_request_is_what_is_asked(hook: ReviewWebhook) -> None:

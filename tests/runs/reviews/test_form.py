@@ -17,31 +17,23 @@ from prefect.states import Running
 
 from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
 from prefect_crew.artifacts.run import artifact_key
-from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import form
 from support.asking import AskingServer
 from support.chromium import Chromium
-from support.deployed import wait_until
 from support.prefect_server import PrefectServer
 from support.review_page import answer_on_page
+from support.scripts import script
 from support.seen import Seen
+from support.waiting import wait_until
 from support.webhooks import served
 
-SCRIPT = CrewScript.model_validate(
-    {
-        "name": "reviewed",
-        "inputs": ["topic"],
-        "tasks": [
-            {
-                "name": "draft",
-                "agent": "Writer",
-                "human": True,
-                "output": "# On {{ topic }}\n\nDraft *number {{ round }}* <b>for you</b>. {{ feedback }}",
-            },
-            {"name": "print", "agent": "Printer", "output": "Printed: {{ tasks.draft.output }}"},
-        ],
-    }
+DRAFT = "# On {{ topic }}\n\nDraft *number {{ round }}* <b>for you</b>. {{ feedback }}"
+SCRIPT = script(
+    {"name": "draft", "agent": "Writer", "human": True, "output": DRAFT},
+    {"name": "print", "agent": "Printer", "output": "Printed: {{ tasks.draft.output }}"},
+    inputs=["topic"],
 )
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -98,25 +90,20 @@ class FlowRun:
 
         return wait_until(up, seconds=60, what="a form")
 
-    def description(self) -> str:
+    def _stored(self, part: str) -> Any:
         state = self.state
         assert state is not None
         keyset: Any = state.state_details.run_input_keyset
+        path = {"id": self.id, "key": keyset[part]}
         with get_client(sync_client=True) as client:
-            return client.request(
-                "GET", "/flow_runs/{id}/input/{key}", path_params={"id": self.id, "key": keyset["description"]}
-            ).json()
+            return client.request("GET", "/flow_runs/{id}/input/{key}", path_params=path).json()
+
+    def description(self) -> str:
+        return self._stored("description")
 
     def question(self) -> str:
         """Return the name of what the form is about, as a page that shows it submits it."""
-        state = self.state
-        assert state is not None
-        keyset: Any = state.state_details.run_input_keyset
-        with get_client(sync_client=True) as client:
-            schema = client.request(
-                "GET", "/flow_runs/{id}/input/{key}", path_params={"id": self.id, "key": keyset["schema"]}
-            ).json()
-        return schema["properties"]["question"]["default"]
+        return self._stored("schema")["properties"]["question"]["default"]
 
     def inputs(self) -> list[str]:
         """Return the names of all that is stored of its forms."""
@@ -234,8 +221,7 @@ def test_an_answer_from_elsewhere_ends_the_form(server: CrewServer) -> None:
 def test_an_old_forms_answer_is_not_for_the_next(response_format: Any, seconds: float) -> None:
     """Where no state is seen in between, as with the first of these servers, the texts tell them apart."""
     draft = {"name": "draft", "human": True, "seconds": seconds, "output": "Draft number {{ round }}."}
-    script = CrewScript.model_validate({"name": "reviewed", "inputs": ["topic"], "tasks": [draft]})
-    with CrewServer(script, response_format=response_format) as server:
+    with CrewServer(script(draft, inputs=["topic"]), response_format=response_format) as server:
         crew = server.crew()
         run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
         first, page = run.form(), run.question()
@@ -262,9 +248,8 @@ def test_one_of_two_flow_runs_answers(server: CrewServer) -> None:
     for run in runs:
         run.form()
     with ThreadPoolExecutor() as people:
-        list(
-            people.map(lambda run: run.fill_in(decision="approve"), runs)
-        )  # Prefect may accept both before one is read
+        # Prefect may accept both before one is read.
+        list(people.map(lambda run: run.fill_in(decision="approve"), runs))
     outputs = {run.result() for run in runs}
     assert len(outputs) == 1
     assert next(iter(outputs)).startswith("Printed")

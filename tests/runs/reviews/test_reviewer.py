@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_URL
 
 import prefect_crew as pc
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.kickoff import open_run
@@ -31,15 +31,10 @@ from prefect_crew.tasks import kickoff_crew, resume_crew
 from prefect_crew.testing import CrewServerFactory
 from support.asking import Asking
 from support.proxy import Proxy
-from support.webhooks import until
+from support.scripts import script
+from support.waiting import until
 
-SCRIPT = CrewScript.model_validate(
-    {
-        "name": "reviewed",
-        "inputs": [],
-        "tasks": [{"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"}],
-    }
-)
+SCRIPT = script({"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"})
 APPROVED = pc.Review(approve=True)
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -93,8 +88,7 @@ async def test_a_plain_function_blocks_nothing() -> None:
         return pc.Review(approve=True)
 
     async def another() -> None:
-        while not logged_by:
-            await asyncio.sleep(0.01)
+        await until(lambda: logged_by, "the function is called")
         others_went_on.set()
 
     with CrewServer(SCRIPT) as server:
@@ -190,11 +184,13 @@ async def test_nobody_in_time_is_one_rejection() -> None:
     with CrewServer(SCRIPT, response_format="union") as server:
         policy = {"human_timeout": 4.0, "on_human_timeout": "reject", "human_message": "Too late for today."}
         running = asyncio.ensure_future(run_with(server, **policy))
-        while not (attempts := await PrefectRecords().attempts(server.url)) or [
-            one.outcome for one in await PrefectRecords().reviews(attempts[-1])
-        ] != ["sent"]:
-            await asyncio.sleep(0.1)
-        await resume_crew(server.crew(), str(attempts[-1].kickoff_id), approve=True)
+
+        async def rejected() -> str | None:
+            attempts = await PrefectRecords().attempts(server.url)
+            outcomes = [one.outcome for one in await PrefectRecords().reviews(attempts[-1])] if attempts else []
+            return attempts[-1].kickoff_id if outcomes == ["sent"] else None
+
+        await resume_crew(server.crew(), await until(rejected, "the rejection"), approve=True)
         assert "Too late for today." in await running
         assert [(one.by == NOBODY, one.approve) for one in await answers(server.url)] == [(True, False), (False, True)]
 

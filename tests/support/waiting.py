@@ -1,0 +1,36 @@
+"""Wait for what comes in its own time: from asynchronous tests and from others."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def until(condition: Callable[[], Any], what: str = "it comes", *, seconds: float = 30.0) -> Any:
+    """Return the first true value of a function or coroutine function; fail after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        value = await value if inspect.isawaitable(value) else value
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} seconds"
+        await asyncio.sleep(0.02)
+
+
+def wait_until(
+    condition: Callable[[], T | None], what: str = "it comes", *, seconds: float = 30.0, pause: float = 0.02
+) -> T:
+    """Return the first true value of a function; fail after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} seconds"
+        time.sleep(pause)
