@@ -16,11 +16,11 @@ async def until(condition: Callable[[], Any], what: str = "it comes", *, seconds
     deadline = time.monotonic() + seconds
     while True:
         value = condition()
-        value = await value if inspect.isawaitable(value) else value
-        if value:
+        is_costly = inspect.isawaitable(value)  # it asks a server
+        if value := await value if is_costly else value:
             return value
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} seconds"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1 if is_costly else 0.02)
 
 
 def wait_until(
