@@ -224,7 +224,7 @@ class Work:
         from prefect.runtime import flow_run
 
         from prefect_crew import kickoff_crew
-        from prefect_crew.worker import stop_crews_of
+        from prefect_crew.pool import stop_crews_of
 
         @flow(name="to cancel", validate_parameters=False)
         async def start() -> str:

@@ -1,9 +1,8 @@
 """The crew worker: it runs flow runs as coroutines of one process, and takes over the flow runs of a dead worker.
 
-The `infrastructure_pid` of a flow run has the name of its worker and the number of that worker's start. `hand_over`
-gives a flow run back to its pool, on a shutdown and after the death of its worker. The pool then hands it out again. A
-flow run that an earlier start of the same worker has left Running begins here at once. The flow finds its crew's run by
-the run record.
+A worker that shuts down gives its flow runs back to the pool (`pool.hand_over`). A flow run that a dead worker has left
+Running begins at once on the worker that takes it over, if a limit does not forbid it; all others go back to the pool.
+The flow finds its crew's run by the run record.
 """
 
 from __future__ import annotations
@@ -17,27 +16,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID, uuid4
 
 import anyio.abc
-from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateName,
-    FlowRunFilterStateType,
-    Operator,
-    WorkPoolFilter,
-    WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, State, StateType, WorkerStatus
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import AsyncClientContext
-from prefect.events.schemas.events import Event
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import (
     Abort,
@@ -49,22 +42,33 @@ from prefect.exceptions import (
 from prefect.flows import Flow
 from prefect.logging.handlers import APILogWorker
 from prefect.logging.loggers import flow_run_logger
-from prefect.states import AwaitingRetry, Cancelled, Failed
+from prefect.states import Cancelled, Failed
 from prefect.utilities.engine import propose_state
 from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerResult
 from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.flow_engine import HeldFlowRun, check_prefect, many_flow_runs, run_held_flow
+from prefect_crew._internal.flow_engine import HeldFlowRun, check_prefect, many_flow_runs, run_held_flow, shared
 from prefect_crew._internal.prefect_api import read_all_flow_runs
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, PREFECT_ERRORS, STATUS_ERRORS, is_away
-from prefect_crew.blocks import find_crew
-from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.pool import (
+    BEGUN,
+    CANCELLING,
+    PAGE,
+    SUSPENDED_NAMES,
+    UNOWNED_FOR,
+    hand_over,
+    is_left,
+    is_running,
+    one_retry_more,
+    read_flow_runs,
+    read_workers,
+    stop_crews_of,
+    worker_name,
+)
 from prefect_crew.records.keys import forget_calls
-from prefect_crew.records.model import RunRecord
 from prefect_crew.records.prune import prune_regularly
-from prefect_crew.runs.run import LiveRun
-from prefect_crew.runs.stop import open_runs_of, stop_run, stop_was_asked
 from prefect_crew.settings import CrewSettings, documentation_url
 
 if TYPE_CHECKING:
@@ -78,131 +82,18 @@ POOL_DESCRIPTION = (
 )
 LOOK_EVERY = 2.0
 """Seconds between two requests for cancelled and suspended flow runs."""
-UNOWNED_FOR = 60.0
-"""Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
-takes it writes its name right after, and until then the flow run may have the name of an earlier owner."""
 CANCELLED_UNOWNED_FOR = 10.0
-"""The same for a flow run that is Cancelling, also if its worker is gone: a living worker cancels it earlier."""
+"""The same as `UNOWNED_FOR` for a flow run that is Cancelling, also if its worker is gone: a living worker cancels it
+earlier."""
 HAND_OVER_WITHIN = 25.0
 """Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30 s. The worker waits for kickoffs in
 flight. Then the process ends, and another worker takes over the flow runs that were not given back."""
 AWAY_PAUSE = 5.0
-"""Seconds between two requests to a Prefect server that is away, in addition to the pauses of Prefect's own client."""
-ADOPTIONS_AT_ONCE = 10
-STOPS_AT_ONCE = 10
-"""The most flow runs that are ended as Cancelled at the same time, and the most `/stop` requests for one of them."""
-
-
-# The flow runs of a pool on the Prefect server
-
-
-HANDED_OVER = "handed over"
-"""The `infrastructure_pid` of a flow run that was given back to its pool: it is no worker's name."""
-PAGE = 200
-"""The most flow runs in one answer of the server."""
-CANCELLING = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
-SUSPENDED_NAMES = ["Suspended", "Resuming"]
-"""States in which the coroutine of a flow run has to end: somebody suspended the flow run, and may have resumed it
-since. A Paused flow run waits in its coroutine, for a form or for the end of `pause_flow_run`."""
-BEGUN = (
-    FlowRunFilterState(
-        operator=Operator.or_,  # pyright: ignore[reportCallIssue]
-        type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.PAUSED]),
-        name=FlowRunFilterStateName(any_=["AwaitingRetry"]),
-    ),
-)
-
-
-async def read_flow_runs(client: PrefectClient, pool: str, *states: FlowRunFilterState) -> list[FlowRun]:
-    """Return the flow runs of a pool that match one of the state filters."""
-    flow_runs: list[FlowRun] = []
-    for state in states:
-        of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
-        flow_runs += await read_all_flow_runs(
-            client, flow_run_filter=FlowRunFilter(state=state), work_pool_filter=of_pool
-        )
-    return flow_runs
-
-
-async def read_workers(client: PrefectClient, pool: str) -> dict[str, bool]:
-    """Return for each worker of a pool, by its name, whether it is online."""
-    workers = await client.read_workers_for_work_pool(pool)
-    return {worker.name: worker.status == WorkerStatus.ONLINE for worker in workers}
-
-
-def worker_name(infrastructure_pid: str | None) -> str | None:
-    """Return the name of the worker in an `infrastructure_pid`, or None."""
-    name, slash, _ = (infrastructure_pid or "").rpartition("/")
-    return name if slash else None
-
-
-def is_suspended(state: State[Any]) -> bool:
-    """Return whether a flow run in this state needs no worker until somebody resumes it."""
-    return state.is_paused() and bool(state.state_details.pause_reschedule)
-
-
-def is_orphan(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
-    """Return whether a flow run that has begun needs a worker and has none: its own worker is not online."""
-    state, name = flow_run.state, worker_name(flow_run.infrastructure_pid)
-    if state is None or is_suspended(state):
-        return False
-    if state.is_scheduled() and flow_run.empirical_policy.retry_type != "in_process":
-        return False  # the pool will hand it out
-    if name is None:
-        # Between two owners. If it is not Pending, its worker has died while it gave the flow run back.
-        return state.is_pending() or flow_run.infrastructure_pid == HANDED_OVER
-    return not workers.get(name, False)
-
-
-async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_from: UUID | None = None) -> bool:
-    """Give a flow run back to its pool, which hands it out again. Return whether this was done.
-
-    Return False if the flow run has ended, is suspended, belongs to the pool already, or is not in the state
-    `only_from` any more. `why` is the message of its new state.
-
-    A pool hands out no flow run that waits for a retry "in process": so its policy is changed first. A handover is no
-    failed attempt, but the server counts it as one: so the policy gets one retry more.
-    """
-    flow_run = await client.read_flow_run(flow_run_id)
-    state, policy = flow_run.state, flow_run.empirical_policy
-    if state is None or state.is_final() or is_suspended(state) or only_from not in (None, state.id):
-        return False
-    retry_at = None
-    if state.is_scheduled():
-        if policy.retry_type != "in_process":
-            return False
-        retry_at = state.state_details.scheduled_time
-    policy = policy.model_copy(update={"retry_type": "reschedule", "retries": policy.retries and policy.retries + 1})
-    await client.update_flow_run(flow_run_id, empirical_policy=policy, infrastructure_pid=HANDED_OVER)
-    await propose_state(client, AwaitingRetry(message=why, scheduled_time=retry_at), flow_run_id=flow_run_id)
-    return True
-
-
-async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
-    """Stop the crews whose runs a flow run or its subflows started. A second call sends no second `/stop`.
-
-    It does not stop the rows of a batch, which are in a ledger: `prefect-crew batch cancel` does.
-    """
-    log, limit = flow_run_logger(flow_run), asyncio.Semaphore(STOPS_AT_ONCE)
-
-    async def stop(record: RunRecord) -> None:
-        if record.kickoff_id is None:
-            text = "The kickoff of run %r is uncertain: if it started a run, that continues at %s."
-            log.warning(text, record.idempotency_key, record.crew_url)
-            return
-        try:
-            crew = await find_crew(record)
-            if crew is None:
-                raise ConfigurationError(f"no block {record.crew!r} has its address")
-            async with limit:
-                answer = await stop_run(LiveRun(crew, record.kickoff_id), idempotency_key=record.idempotency_key)
-            log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
-        except (CrewError, *PREFECT_ERRORS) as error:
-            text = "Crew run %s could not be stopped (%s): it continues at %s."
-            log.warning(text, record.kickoff_id, error, record.crew_url)
-
-    open_runs = await open_runs_of(client, flow_run)
-    await asyncio.gather(*(stop(record) for record in open_runs if not stop_was_asked(record)))
+"""Seconds between two requests to a Prefect server that cannot be reached, besides the pauses of Prefect's client."""
+CLAIMS_AT_ONCE = 20
+"""The most flow runs that are claimed at the same time, and read again by one request."""
+CANCELLED_AT_ONCE = 10
+"""The most flow runs that are ended as Cancelled at the same time."""
 
 
 # The flow of a deployment
@@ -277,11 +168,7 @@ class CrewJobConfiguration(BaseJobConfiguration):
 
 
 class CrewWorkerResult(BaseWorkerResult):
-    """The outcome of a flow run on this worker."""
-
-    exit_code: int = 0
-    """The exit code that a process of its own would have. With it as `status_code`, Prefect would set the flow run to
-    Crashed."""
+    """The outcome of a flow run on this worker: its `status_code` is what the exit code of its own process would be."""
 
 
 class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
@@ -308,10 +195,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         self._leave_until: float | None = None
         self._confirmed_at = _clock()
         self._workers: dict[str, bool] = {}
-        self._orphaned_since: dict[UUID, float] = {}  # by the id of their states
+        self._left_since: dict[UUID, float] = {}  # by the id of their states
         self._cancelling_since: dict[UUID, float] = {}
-        self._taken_over: set[UUID] = set()
-        self._ending_cancelled = asyncio.Semaphore(STOPS_AT_ONCE)
+        self._ending_cancelled = asyncio.Semaphore(CANCELLED_AT_ONCE)
 
     @property
     def identity(self) -> str:
@@ -326,9 +212,11 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     # Start and end
 
     async def setup(self) -> None:
-        """Prepare the shared client and event loop, and start the watch for cancelled and orphaned flow runs."""
+        """Prepare the shared client and event loop, and start the watch of the pool."""
         check_prefect()
         await super().setup()
+        client: Any = self.client
+        client.read_deployment, client.read_flow = shared(client.read_deployment), shared(client.read_flow)
         await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
         for work in (self._watch_pool(), prune_regularly(self._logger)):
@@ -351,7 +239,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             await self.hand_over_all(f"Worker {self.name!r} shuts down.")
             if self._held:
                 # These coroutines ignore their cancellation, and the event loop would wait for them.
-                printer(f"Worker {self.name!r} leaves {len(self._held)} flow runs to be adopted: they did not end.")
+                printer(f"Worker {self.name!r} leaves {len(self._held)} flow runs to be taken over: they did not end.")
                 await asyncio.to_thread(_send_logs_and_events)
                 os._exit(1)
             if main is not None:
@@ -405,46 +293,53 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         return [] if self._leave_until is not None else await super()._get_scheduled_flow_runs()
 
     async def _submit_run(self, flow_run: FlowRun) -> None:
-        """Begin a flow run. If the Prefect server is away, try later: Prefect's method would then end the worker."""
-        try:
-            await super()._submit_run(flow_run)
-        except HTTP_ERRORS as error:
-            if not is_away(error):
-                raise
-            # The error came before the flow run began.
-            self._logger.warning("The Prefect server does not answer (%s): flow run %r waits.", error, flow_run.name)
-            self._taken_over.discard(flow_run.id)
-            if self._cancelling_observer is not None:
-                self._cancelling_observer.remove_in_flight_flow_run_id(flow_run.id)
-            self._release_limit_slot(flow_run.id)
-            self._submitting_flow_run_ids.discard(flow_run.id)
+        """Run a flow run: a scheduled one, or a Running one that this worker has taken over.
 
-    async def _give_worker_labels_to_flow_run(self, flow_run_id: UUID) -> None:
-        """Name this worker as the owner while the flow run is still Pending. Prefect's own worker does so later.
-
-        It writes no labels with the worker's name: they would cost a request each and have no other information.
+        Prefect's method reads the deployment twice and writes the owner twice. It writes the owner only after it has
+        read deployment and flow, and a server that cannot be reached would end the worker.
         """
-        await self.client.update_flow_run(flow_run_id, infrastructure_pid=self.identity)
+        try:
+            configuration = await self._begin(flow_run)
+            if configuration is not None:
+                submitted = self._emit_flow_run_submitted_event(configuration)
+                self._end_submitting(flow_run.id)
+                result = await self.run(flow_run, configuration)
+                self._emit_flow_run_executed_event(result, configuration, submitted)
+        except Exception:
+            self._logger.exception("The end of flow run %r could not be written.", flow_run.name)
+        finally:
+            self._end_submitting(flow_run.id)
+            self._release_limit_slot(flow_run.id)
 
-    async def _propose_crashed_state(
-        self, flow_run: FlowRun, message: str, client: PrefectClient | None = None
-    ) -> None:
-        """Set a flow run to Crashed, unless the Prefect server was away: then a worker takes it over later."""
-        error = sys.exception()
-        if error is not None and is_away(error):
+    async def _begin(self, flow_run: FlowRun) -> CrewJobConfiguration | None:
+        """Make this worker the owner of a flow run. Return None if the flow run cannot begin here."""
+        try:
+            if not (is_running(flow_run) or await self._propose_pending_state(flow_run)):
+                return None
+            await self.client.update_flow_run(flow_run.id, infrastructure_pid=self.identity)
+            return await CrewJobConfiguration.resolve_for_flow_run(
+                flow_run, client=self.client, work_pool=self.work_pool, worker_name=self.name, worker_id=self.backend_id
+            )
+        except ObjectNotFound:
+            with contextlib.suppress(ObjectNotFound):  # the flow run may be gone as well
+                why = "The deployment of the flow run was deleted."
+                await self.client.set_flow_run_state(flow_run.id, Cancelled(message=why), force=True)
+        except Exception as error:
+            self._logger.exception("Flow run %r could not be begun.", flow_run.name)
+            await self._end_crashed(flow_run, error)
+        return None
+
+    def _end_submitting(self, flow_run_id: UUID) -> None:
+        self._submitting_flow_run_ids.discard(flow_run_id)
+        if self._cancelling_observer is not None:
+            self._cancelling_observer.remove_in_flight_flow_run_id(flow_run_id)
+
+    async def _end_crashed(self, flow_run: FlowRun, error: Exception) -> None:
+        """End a flow run as Crashed, unless the Prefect server cannot be reached: a worker takes it over later."""
+        if is_away(error):
             self._logger.warning("The Prefect server does not answer (%s): flow run %r waits.", error, flow_run.name)
             return
-        await super()._propose_crashed_state(flow_run, message, client)
-
-    async def _propose_pending_state(self, flow_run: FlowRun) -> bool:
-        """Return whether a flow run may begin. A flow run that was taken over begins without Pending: it is Running."""
-        if flow_run.id not in self._taken_over:
-            return await super()._propose_pending_state(flow_run)
-        self._taken_over.discard(flow_run.id)
-        return True
-
-    async def _propose_submitting_state(self, flow_run: FlowRun) -> None:
-        """Do nothing: there is no infrastructure, and the coroutine begins at once."""
+        await self._propose_crashed_state(flow_run, f"The worker could not run it: {type(error).__name__}: {error}")
 
     # One flow run
 
@@ -475,14 +370,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             if self._held.get(flow_run.id) is held:
                 del self._held[flow_run.id]
         has_crashed = held.ending is None and (held.task.cancelled() or held.task.result())
-        return CrewWorkerResult(identifier=self.identity, status_code=0, exit_code=int(has_crashed))
-
-    def _emit_flow_run_executed_event(
-        self, result: BaseWorkerResult, configuration: BaseJobConfiguration, submitted_event: Event | None = None
-    ) -> None:
-        if isinstance(result, CrewWorkerResult):
-            result = result.model_copy(update={"status_code": result.exit_code})
-        super()._emit_flow_run_executed_event(result, configuration, submitted_event)
+        return CrewWorkerResult(identifier=self.identity, status_code=int(has_crashed))
 
     async def _execute(self, held: HeldFlowRun, configuration: CrewJobConfiguration) -> bool:
         """Run the flow, and return whether it has crashed. Errors of the flow do not leave this method."""
@@ -516,12 +404,12 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             return True
         except Exception as error:
             log.exception("The flow run could not be run.")
-            await self._propose_crashed_state(flow_run, f"The worker could not run it: {type(error).__name__}: {error}")
+            await self._end_crashed(flow_run, error)
             return True
         return False
 
     async def _run_flow(self, flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
-        """Run a flow run. If the Prefect server was away before the flow began, start again."""
+        """Run a flow run. If the Prefect server could not be reached before the flow began, start again."""
         while True:
             try:
                 return await run_held_flow(flow, held)
@@ -622,7 +510,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 if self._may_count_as_gone():
                     await self._end_lost_ones()
                 if read_at >= heartbeat_due:
-                    await self._adopt_orphans()
+                    await self._take_over_all()
                     heartbeat_due = read_at + self.heartbeat_interval_seconds
                 if self._worker_channel is None:
                     await self.sync_with_backend()
@@ -655,7 +543,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             for flow_run in await self.client.read_flow_runs(flow_run_filter=FlowRunFilter(id=chunk), limit=PAGE):
                 self._end_if_lost(flow_run)
 
-    async def _adopt_orphans(self) -> None:
+    async def _take_over_all(self) -> None:
         """Take over the flow runs of a worker that is surely gone."""
         await self._end_lost_ones()  # also while heartbeats arrive: another worker may have the same name
         self._workers = await read_workers(self.client, self._work_pool_name)
@@ -664,75 +552,69 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             # away, the fewer Prefect sends.
             await self.sync_with_backend()
         now = _clock()
-        orphans = {
+        left = {
             flow_run.state.id: flow_run
             for flow_run in await read_flow_runs(self.client, self._work_pool_name, *BEGUN)
-            if flow_run.state is not None and self._is_orphan(flow_run)
+            if flow_run.state is not None and self._is_left(flow_run)
         }
-        since = {state_id: self._orphaned_since.get(state_id, now) for state_id in orphans}
-        sure = [state_id for state_id, at in since.items() if now - at >= self._unsure_for(orphans[state_id])]
-        self._orphaned_since = {state_id: at for state_id, at in since.items() if state_id not in sure}
-        limit = asyncio.Semaphore(ADOPTIONS_AT_ONCE)
-        await asyncio.gather(*(self._adopt(orphans[state_id], limit) for state_id in sure))
+        since = {state_id: self._left_since.get(state_id, now) for state_id in left}
+        sure = [state_id for state_id, at in since.items() if now - at >= self._unsure_for(left[state_id])]
+        self._left_since = {state_id: at for state_id, at in since.items() if state_id not in sure}
+        for start in range(0, len(sure), CLAIMS_AT_ONCE):
+            await self._take_over_page([left[state_id] for state_id in sure[start : start + CLAIMS_AT_ONCE]])
 
-    def _is_orphan(self, flow_run: FlowRun) -> bool:
+    def _is_left(self, flow_run: FlowRun) -> bool:
         if flow_run.id in self._held or flow_run.id in self._submitting_flow_run_ids:
             return False
-        # Flow runs of an earlier start under this worker's name are orphans too, and so are flow runs of this start
+        # Flow runs of an earlier start under this worker's name are left behind too, and so are those of this start
         # that do not run here.
-        return is_orphan(flow_run, {**self._workers, self.name: False})
+        return is_left(flow_run, {**self._workers, self.name: False})
 
     def _unsure_for(self, flow_run: FlowRun) -> float:
-        """Return the seconds for which a flow run has to look like an orphan before it is taken over."""
+        """Return the seconds for which a flow run has to look left behind before it is taken over."""
         name = worker_name(flow_run.infrastructure_pid)
         if name is None or (flow_run.state is not None and flow_run.state.is_pending()):
             return UNOWNED_FOR
-        # An earlier start under this worker's name has surely ended. Another worker may only seem to be gone, if the
-        # server was away. And the state of a flow run that this worker has just ended may not be written yet.
+        # An earlier start under this worker's name has surely ended. Another worker may only seem to be gone, if it
+        # could not reach the server. And the state of a flow run that has just ended here may not be written yet.
         is_of_earlier_start = name == self.name and not self._is_own(flow_run.infrastructure_pid)
         return 0.0 if is_of_earlier_start else float(self.heartbeat_interval_seconds)
 
-    async def _adopt(self, flow_run: FlowRun, limit: asyncio.Semaphore) -> None:
-        """Begin an orphan here or give it back to the pool, unless another worker does."""
+    async def _take_over_page(self, left: Sequence[FlowRun]) -> None:
+        """Take over the flow runs that no other worker claims and that nobody has changed since they were read."""
+        claims = await asyncio.gather(*map(self._claim, left))
+        claimed = {flow_run.id: flow_run for flow_run, is_claimed in zip(left, claims, strict=True) if is_claimed}
+        if claimed:
+            ids = FlowRunFilter(id=FlowRunFilterId(any_=list(claimed)))
+            current = await self.client.read_flow_runs(flow_run_filter=ids, limit=PAGE)
+            unchanged = [flow_run for flow_run in current if flow_run.state_id == claimed[flow_run.id].state_id]
+            await asyncio.gather(*map(self._take_over, unchanged))
+
+    async def _take_over(self, flow_run: FlowRun) -> None:
+        """Begin a flow run that was left behind, or give it back to the pool.
+
+        The way over the pool changes the state three times instead of once. It is needed under a limit: a deployment's,
+        whose slot a flow run takes at Pending, or this worker's own. And a worker may be for other work queues.
+        """
         owner = worker_name(flow_run.infrastructure_pid) or "unknown"
         why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
+        has_slot = flow_run.state and flow_run.state.state_details.deployment_concurrency_lease_id
+        is_of_queue = not self._work_queues or flow_run.work_queue_name in self._work_queues
+        if is_running(flow_run) and not has_slot and is_of_queue and self._leave_until is None:
+            begun = flow_run.model_copy(update={"empirical_policy": one_retry_more(flow_run)})
+            if await self._submit_scheduled_flow_runs([WorkerFlowRunResponse.model_construct(flow_run=begun)]):
+                flow_run_logger(flow_run).warning(why)
+                return
         try:
-            async with limit:
-                if await self._claim(flow_run) and (
-                    await self._take_over(flow_run, why)
-                    or await hand_over(self.client, flow_run.id, why, only_from=flow_run.state_id)
-                ):
-                    self._logger.warning("Flow run %r is adopted: worker %r is gone.", flow_run.name, owner)
+            if await hand_over(self.client, flow_run.id, why, only_from=flow_run.state_id):
+                self._logger.warning("Flow run %r goes back to the pool: worker %r is gone.", flow_run.name, owner)
         except (Abort, Pause, ObjectNotFound) as error:
-            self._logger.info("Flow run %r is not adopted: %s", flow_run.name, error)
-
-    async def _take_over(self, flow_run: FlowRun, why: str) -> bool:
-        """Begin a flow run that an earlier start under this worker's name has left Running. Return whether it begins.
-
-        The way over the pool changes the state three times instead of once, and would take the server twice as long for
-        hundreds of flow runs. It is needed only under a limit: a deployment's, whose slot a flow run takes at Pending,
-        or this worker's own.
-        """
-        if worker_name(flow_run.infrastructure_pid) != self.name or self._leave_until is not None:
-            return False
-        current = await self.client.read_flow_run(flow_run.id)
-        state, policy = current.state, current.empirical_policy
-        if state is None or state.id != flow_run.state_id or not state.is_running():
-            return False
-        if state.state_details.deployment_concurrency_lease_id is not None:
-            return False
-        policy.retries = policy.retries and policy.retries + 1  # as in `hand_over`
-        self._taken_over.add(current.id)
-        if not await self._submit_scheduled_flow_runs([WorkerFlowRunResponse.model_construct(flow_run=current)]):
-            self._taken_over.discard(current.id)
-            return False
-        flow_run_logger(current).warning(why)
-        return True
+            self._logger.info("Flow run %r is not taken over: %s", flow_run.name, error)
 
     async def _claim(self, flow_run: FlowRun) -> bool:
-        """Return whether this worker may handle an orphan: of several workers, only one creates the flow run input."""
+        """Return whether this worker takes a flow run over: only one of several creates the flow run input."""
         for number in range(1, 100):
-            key = f"adopted-{flow_run.state_id}-{number}"
+            key = f"taken-over-{flow_run.state_id}-{number}"
             try:
                 await self.client.create_flow_run_input(flow_run.id, key, json.dumps(self.identity))
             except STATUS_ERRORS as error:
@@ -745,7 +627,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 return True  # an earlier try of this worker, which failed later
             name = claimer.rpartition("/")[0]
             if name != self.name and self._workers.get(name, False):
-                return False  # the other worker is alive, and handles the orphan
+                return False  # the other worker is alive, and takes the flow run over
         return False
 
     async def _cancel_all(self, flow_runs: Iterable[FlowRun]) -> None:
@@ -761,11 +643,11 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             held.end("cancelled", "Flow run was cancelled.")
             return
         waited = _clock() - self._cancelling_since[flow_run.id]
-        if waited < CANCELLED_UNOWNED_FOR or not self._is_orphan(flow_run):
+        if waited < CANCELLED_UNOWNED_FOR or not self._is_left(flow_run):
             return
         self._workers = await read_workers(self.client, self._work_pool_name)  # its worker may have started since
         if (
-            self._is_orphan(flow_run)
+            self._is_left(flow_run)
             and await self._claim(flow_run)
             and (await self.client.read_flow_run(flow_run.id)).state_id == flow_run.state_id
         ):

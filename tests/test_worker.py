@@ -19,24 +19,17 @@ import prefect.flow_engine
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateDetails, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound
-from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running, Suspended
+from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running, Scheduled, Suspended
 
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs
 from prefect_crew.client._client import CrewClient
+from prefect_crew.pool import HANDED_OVER, hand_over, read_workers, stop_crews_of
 from prefect_crew.records import prune
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.worker import (
-    HANDED_OVER,
-    CrewJobConfiguration,
-    CrewWorker,
-    _clock,
-    hand_over,
-    read_workers,
-    stop_crews_of,
-)
+from prefect_crew.worker import CrewJobConfiguration, CrewWorker, CrewWorkerResult, _clock
 from support.crew_pool import EXITS, IMPORTABLE, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
@@ -198,7 +191,7 @@ def test_a_flow_run_that_is_cancelled_before_it_begins_ends_as_cancelled(pool: C
 
 
 @pytest.mark.parametrize(
-    ("state", "owner", "orphan"),
+    ("state", "owner", "left"),
     [
         (Running(), "gone/1", True),
         (Running(), "alive/1", False),
@@ -214,13 +207,13 @@ def test_a_flow_run_that_is_cancelled_before_it_begins_ends_as_cancelled(pool: C
         (AwaitingRetry(), HANDED_OVER, False),
     ],
 )
-def test_who_has_a_flow_run(state: State, owner: str | None, orphan: bool):
+def test_who_has_a_flow_run(state: State, owner: str | None, left: bool):
     worker = CrewWorker("a pool", name="one")
     worker._workers = {"alive": True, "one": True, "gone": False}
     flow_run = FlowRun(flow_id=uuid4(), state=state, infrastructure_pid=owner)
-    assert worker._is_orphan(flow_run) is orphan
+    assert worker._is_left(flow_run) is left
     flow_run.infrastructure_pid = worker.identity
-    assert worker._is_orphan(flow_run) is (not state.is_scheduled() and not state.state_details.pause_reschedule)
+    assert worker._is_left(flow_run) is (not state.is_scheduled() and not state.state_details.pause_reschedule)
 
 
 @pytest.mark.usefixtures("connection")
@@ -336,16 +329,64 @@ async def test_what_the_worker_was_about_to_begin_is_taken_later_where_the_serve
     pool: CrewPool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
-    flow_run = FlowRun(flow_id=uuid4(), deployment_id=uuid4(), name="early")
+    deployment = await asyncio.to_thread(pool.deploy, "away", f"{USER_FLOWS}.sleeps")
+    later = datetime.now(UTC) + timedelta(hours=1)
+    run_id = UUID(await asyncio.to_thread(partial(pool.start, deployment, at=later, seconds=1)))
     async with CrewWorker(pool.name, name="goes on", limit=1) as worker:
         monkeypatch.setattr(worker.client, "read_deployment", AsyncMock(side_effect=httpx.ConnectError("refused")))
-        for _ in range(2):  # its place is free again
-            worker._taken_over.add(flow_run.id)
+        for begun in (Pending(), Running()):  # its place is free again; the second time the worker has taken it over
+            await worker.client.set_flow_run_state(run_id, begun, force=True)
+            flow_run = await worker.client.read_flow_run(run_id)
+            if begun.is_pending():
+                flow_run.state = Scheduled()
+                monkeypatch.setattr(worker, "_propose_pending_state", AsyncMock(return_value=True))
             assert await worker._submit_scheduled_flow_runs([WorkerFlowRunResponse.model_construct(flow_run=flow_run)])
             async with asyncio.timeout(10):
-                while worker._submitting_flow_run_ids:
+                while worker._submitting_flow_run_ids or worker.limiter.borrowed_tokens:
                     await asyncio.sleep(0.01)
-            assert (worker.limiter.borrowed_tokens, worker._taken_over) == (0, set())
+            assert (await worker.client.read_flow_run(run_id)).state_name == begun.name
+
+
+@pytest.mark.usefixtures("connection")
+@pytest.mark.parametrize(
+    ("begun", "options", "expected"),
+    [
+        (Running(), {}, "begins"),
+        (Running(), {"limit": 1}, "AwaitingRetry"),
+        (Running(), {"work_queues": ["another"]}, "AwaitingRetry"),
+        (Running(state_details=StateDetails(deployment_concurrency_lease_id=uuid4())), {}, "AwaitingRetry"),
+        (Paused(), {}, "AwaitingRetry"),
+        (Cancelling(), {}, "Cancelling"),
+    ],
+    ids=["alone", "worker's limit", "work queue", "deployment's limit", "paused", "changed since"],
+)
+async def test_a_flow_run_that_was_left_behind_begins_at_once_unless_only_the_pool_knows_whether_it_may(
+    pool: CrewPool, monkeypatch: pytest.MonkeyPatch, begun: State, options: dict[str, Any], expected: str
+):
+    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    run = AsyncMock(return_value=CrewWorkerResult(identifier="", status_code=0))
+    monkeypatch.setattr(CrewWorker, "run", run)
+    deployment = await asyncio.to_thread(pool.deploy, "left", f"{USER_FLOWS}.sleeps")
+    later = datetime.now(UTC) + timedelta(hours=1)
+    run_id = UUID(await asyncio.to_thread(partial(pool.start, deployment, at=later, seconds=1)))
+    async with CrewWorker(pool.name, name="heir", **options) as worker:
+        await worker.client.update_flow_run(run_id, infrastructure_pid="gone/1")
+        seen = Running() if expected == "Cancelling" else begun
+        await worker.client.set_flow_run_state(run_id, seen, force=True)
+        flow_run = await worker.client.read_flow_run(run_id)
+        if expected == "Cancelling":
+            await worker.client.set_flow_run_state(run_id, begun, force=True)
+        if "limit" in options:
+            worker.limiter.acquire_on_behalf_of_nowait("another flow run")
+        await worker._take_over_page([flow_run])
+        async with asyncio.timeout(10):
+            while worker._submitting_flow_run_ids:
+                await asyncio.sleep(0.01)
+        current = await worker.client.read_flow_run(run_id)
+    assert run.await_count == (expected == "begins")
+    assert current.state_name == ("Running" if expected == "begins" else expected)
+    owner = {"begins": worker.identity, "AwaitingRetry": HANDED_OVER, "Cancelling": "gone/1"}
+    assert current.infrastructure_pid == owner[expected]
 
 
 @pytest.mark.usefixtures("connection")
@@ -560,7 +601,7 @@ def test_a_worker_that_ends_leaves_crews_running_and_flow_runs_to_the_next_one(h
     assert handed.crew.requests["stop"] == 0
     handed.end(runs)
     for run_id in runs:
-        assert handed.pool.states(run_id).count("Running") == 2, "adopted once"
+        assert handed.pool.states(run_id).count("Running") == 2, "taken over once"
 
 
 @pytest.mark.slow
@@ -606,7 +647,7 @@ def test_two_workers_that_are_given_one_name_go_on_as_two(handed: Handed):
 
 
 @pytest.mark.slow
-def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_adopt_it(handed: Handed):
+def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_take_it_over(handed: Handed):
     pool = handed.pool
     pool.add_crew("quick", QUICK)
     rows = pool.folder / "rows.jsonl"
@@ -630,7 +671,7 @@ def test_a_batch_with_a_ledger_in_a_file_is_refused_where_several_workers_could_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["worker", "work queue", "deployment"])
-def test_a_limit_holds_and_its_slot_is_free_after_handing_over_and_adopting(
+def test_a_limit_holds_and_its_slot_is_free_after_handing_over_and_taking_over(
     prefect_server: PrefectServer, tmp_path: Path, what: str
 ):
     with CrewPool(prefect_server, tmp_path, heartbeat=3) as pool:

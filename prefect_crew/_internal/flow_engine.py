@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -55,10 +56,9 @@ NAMES: Mapping[str, str | None] = {
     "prefect.workers.base:BaseWorker._submit_run": None,
     "prefect.workers.base:BaseWorker._get_scheduled_flow_runs": None,
     "prefect.workers.base:BaseWorker._submit_scheduled_flow_runs": None,
-    "prefect.workers.base:BaseWorker._give_worker_labels_to_flow_run": None,
     "prefect.workers.base:BaseWorker._propose_pending_state": None,
-    "prefect.workers.base:BaseWorker._propose_submitting_state": None,
     "prefect.workers.base:BaseWorker._propose_crashed_state": None,
+    "prefect.workers.base:BaseWorker._emit_flow_run_submitted_event": None,
     "prefect.workers.base:BaseWorker._emit_flow_run_executed_event": None,
     "prefect.workers.base:BaseWorker._release_limit_slot": None,
 }
@@ -267,6 +267,27 @@ async def _renew(lease_id: UUID, duration: float) -> None:
 
 
 # The event loop that all flow runs share
+
+
+def shared(read: Callable[[UUID], Awaitable[Any]]) -> Callable[[UUID], Awaitable[Any]]:
+    """Let calls for the same id share an answer, while one is under way: always that of a request made after the call.
+
+    Flow runs that begin at the same time are often of one deployment.
+    """
+    locks: defaultdict[UUID, asyncio.Lock] = defaultdict(asyncio.Lock)
+    next_reads: dict[UUID, asyncio.Task[Any]] = {}
+
+    async def read_next(key: UUID) -> Any:
+        async with locks[key]:
+            del next_reads[key]
+            return await read(key)
+
+    async def read_shared(key: UUID) -> Any:
+        if key not in next_reads:
+            next_reads[key] = asyncio.create_task(read_next(key))
+        return await asyncio.shield(next_reads[key])
+
+    return read_shared
 
 
 @contextmanager

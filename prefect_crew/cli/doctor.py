@@ -216,8 +216,8 @@ async def _check_pools(client: PrefectClient, findings: Findings) -> None:
     """Look at each pool of crew workers: who is online, and what those that are gone have left."""
     from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterType
 
+    from prefect_crew.pool import BEGUN, UNOWNED_FOR, is_left, read_flow_runs, read_workers, worker_name
     from prefect_crew.records.model import utcnow
-    from prefect_crew.worker import BEGUN, UNOWNED_FOR, is_orphan, read_flow_runs, read_workers, worker_name
 
     of_crews = WorkPoolFilter(type=WorkPoolFilterType(any_=["crew"]))
     # One that a worker is about to take has no owner for a moment.
@@ -226,15 +226,15 @@ async def _check_pools(client: PrefectClient, findings: Findings) -> None:
         workers = await read_workers(client, pool.name)
         online = ", ".join(sorted(worker for worker, is_online in workers.items() if is_online))
         begun = await read_flow_runs(client, pool.name, *BEGUN)
-        orphans = [run for run in begun if is_orphan(run, workers)]
-        orphaned = [
-            run for run in orphans if worker_name(run.infrastructure_pid) or (run.state and run.state.timestamp < since)
+        left = [run for run in begun if is_left(run, workers)]
+        left_behind = [
+            run for run in left if worker_name(run.infrastructure_pid) or (run.state and run.state.timestamp < since)
         ]
         summary = f"workers online: {online or 'none'}; flow runs begun: {len(begun)}"
         fix = "" if online else f"prefect worker start --pool {shlex.quote(pool.name)}"
-        if orphaned:
-            gone = sorted({worker_name(run.infrastructure_pid) or "without a name" for run in orphaned})
-            summary += f", {len(orphaned)} of them left by workers that are gone ({', '.join(gone)})"
+        if left_behind:
+            gone = sorted({worker_name(run.infrastructure_pid) or "without a name" for run in left_behind})
+            summary += f", {len(left_behind)} of them left by workers that are gone ({', '.join(gone)})"
             fix = fix or "Workers that are online take them within two heartbeats."
         findings.add("warning" if fix else "ok", f"crew pool {pool.name}", summary, fix)
 

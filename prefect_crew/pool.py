@@ -1,0 +1,158 @@
+"""The flow runs of a work pool of type `crew` on the Prefect server: who has them, how one goes back to its pool, and
+how its crews are stopped.
+
+The `infrastructure_pid` of a flow run has the name of its worker and the number of that worker's start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateName,
+    FlowRunFilterStateType,
+    Operator,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State, StateType, WorkerStatus
+from prefect.logging.loggers import flow_run_logger
+from prefect.states import AwaitingRetry
+from prefect.utilities.engine import propose_state
+
+from prefect_crew._internal.prefect_api import read_all_flow_runs
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew.blocks import find_crew
+from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.records.model import RunRecord
+from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs.stop import open_runs_of, stop_run, stop_was_asked
+
+UNOWNED_FOR = 60.0
+"""Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
+takes it writes its name right after, and until then the flow run may have the name of an earlier owner."""
+HANDED_OVER = "handed over"
+"""The `infrastructure_pid` of a flow run that was given back to its pool: it is no worker's name."""
+PAGE = 200
+"""The most flow runs in one answer of the server."""
+STOPS_AT_ONCE = 10
+"""The most `/stop` requests at the same time for the crews of one flow run."""
+CANCELLING = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING]))
+SUSPENDED_NAMES = ["Suspended", "Resuming"]
+"""States in which the coroutine of a flow run has to end: somebody suspended the flow run, and may have resumed it
+since. A Paused flow run waits in its coroutine, for a form or for the end of `pause_flow_run`."""
+BEGUN = (
+    FlowRunFilterState(
+        operator=Operator.or_,  # pyright: ignore[reportCallIssue]
+        type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.PAUSED]),
+        name=FlowRunFilterStateName(any_=["AwaitingRetry"]),
+    ),
+)
+
+
+async def read_flow_runs(client: PrefectClient, pool: str, *states: FlowRunFilterState) -> list[FlowRun]:
+    """Return the flow runs of a pool that match one of the state filters."""
+    flow_runs: list[FlowRun] = []
+    for state in states:
+        of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+        flow_runs += await read_all_flow_runs(
+            client, flow_run_filter=FlowRunFilter(state=state), work_pool_filter=of_pool
+        )
+    return flow_runs
+
+
+async def read_workers(client: PrefectClient, pool: str) -> dict[str, bool]:
+    """Return for each worker of a pool, by its name, whether it is online."""
+    workers = await client.read_workers_for_work_pool(pool)
+    return {worker.name: worker.status == WorkerStatus.ONLINE for worker in workers}
+
+
+def worker_name(infrastructure_pid: str | None) -> str | None:
+    """Return the name of the worker in an `infrastructure_pid`, or None."""
+    name, slash, _ = (infrastructure_pid or "").rpartition("/")
+    return name if slash else None
+
+
+def is_suspended(state: State[Any]) -> bool:
+    """Return whether a flow run in this state needs no worker until somebody resumes it."""
+    return state.is_paused() and bool(state.state_details.pause_reschedule)
+
+
+def is_running(flow_run: FlowRun) -> bool:
+    """Return whether the state of a flow run is Running."""
+    return flow_run.state is not None and flow_run.state.is_running()
+
+
+def is_left(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
+    """Return whether a flow run that has begun needs a worker and has none: its own worker is not online."""
+    state, name = flow_run.state, worker_name(flow_run.infrastructure_pid)
+    if state is None or is_suspended(state):
+        return False
+    if state.is_scheduled() and flow_run.empirical_policy.retry_type != "in_process":
+        return False  # the pool will hand it out
+    if name is None:
+        # Between two owners. If it is not Pending, its worker has died while it gave the flow run back.
+        return state.is_pending() or flow_run.infrastructure_pid == HANDED_OVER
+    return not workers.get(name, False)
+
+
+def one_retry_more(flow_run: FlowRun) -> FlowRunPolicy:
+    """Return a flow run's policy for its next owner: the server counts a change of owners as a failed attempt."""
+    policy = flow_run.empirical_policy
+    return policy.model_copy(update={"retries": policy.retries and policy.retries + 1})
+
+
+async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_from: UUID | None = None) -> bool:
+    """Give a flow run back to its pool, which hands it out again. Return whether this was done.
+
+    Return False if the flow run has ended, is suspended, belongs to the pool already, or is not in the state
+    `only_from` any more. `why` is the message of its new state.
+
+    A pool hands out no flow run that waits for a retry "in process": so its policy is changed first.
+    """
+    flow_run = await client.read_flow_run(flow_run_id)
+    state = flow_run.state
+    if state is None or state.is_final() or is_suspended(state) or only_from not in (None, state.id):
+        return False
+    retry_at = None
+    if state.is_scheduled():
+        if flow_run.empirical_policy.retry_type != "in_process":
+            return False
+        retry_at = state.state_details.scheduled_time
+    policy = one_retry_more(flow_run).model_copy(update={"retry_type": "reschedule"})
+    await client.update_flow_run(flow_run_id, empirical_policy=policy, infrastructure_pid=HANDED_OVER)
+    await propose_state(client, AwaitingRetry(message=why, scheduled_time=retry_at), flow_run_id=flow_run_id)
+    return True
+
+
+async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
+    """Stop the crews whose runs a flow run or its subflows started. A second call sends no second `/stop`.
+
+    It does not stop the rows of a batch, which are in a ledger: `prefect-crew batch cancel` does.
+    """
+    log, limit = flow_run_logger(flow_run), asyncio.Semaphore(STOPS_AT_ONCE)
+
+    async def stop(record: RunRecord) -> None:
+        if record.kickoff_id is None:
+            text = "The kickoff of run %r is uncertain: if it started a run, that continues at %s."
+            log.warning(text, record.idempotency_key, record.crew_url)
+            return
+        try:
+            crew = await find_crew(record)
+            if crew is None:
+                raise ConfigurationError(f"no block {record.crew!r} has its address")
+            async with limit:
+                answer = await stop_run(LiveRun(crew, record.kickoff_id), idempotency_key=record.idempotency_key)
+            log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
+        except (CrewError, *PREFECT_ERRORS) as error:
+            text = "Crew run %s could not be stopped (%s): it continues at %s."
+            log.warning(text, record.kickoff_id, error, record.crew_url)
+
+    open_runs = await open_runs_of(client, flow_run)
+    await asyncio.gather(*(stop(record) for record in open_runs if not stop_was_asked(record)))

@@ -1,0 +1,240 @@
+"""The crew worker does what Prefect's own tests ask of any worker: tests/workers of Prefect, in our own words.
+
+Kept: pools, queues, limits, priorities, prefetching, templates, deployments that are gone, cancelling before the start,
+polling, heartbeats, `--run-once`, and what the command line reads of a worker's type. Against a real Prefect server.
+
+Not applicable, and why:
+- the command, image, environment and labels of a job, and merging them: a flow run has no infrastructure of its own;
+- `prefect.worker.*` labels on a flow run, and the state Submitting: left out, each is a request for each flow run;
+- `BaseWorker.submit` of a flow without a deployment: a crew worker imports flows by the path of their deployment;
+- `kill_infrastructure` raises NotImplementedError: it is implemented (tests/test_worker.py);
+- the exit code of a process and its explanation: Prefect's engine writes the state, in the worker's process;
+- the worker channel, its reconnects and its snapshots: the worker inherits these and changes none of it;
+- tests of mocks alone: of the client's contexts, of the logger's name, of old signatures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock
+from uuid import UUID
+
+import pytest
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import ObjectNotFound
+from prefect.states import AwaitingRetry, Cancelling, Running
+from prefect.workers.utilities import (
+    get_available_work_pool_types,
+    get_default_base_job_template_for_infrastructure_type,
+)
+
+from prefect_crew.pool import read_workers
+from prefect_crew.worker import CrewWorker, CrewWorkerResult
+from support.crew_pool import IMPORTABLE, USER_FLOWS, CrewPool
+from support.prefect_server import PrefectServer
+
+
+@pytest.fixture
+def pool(prefect_api: PrefectServer, tmp_path: Path) -> Iterator[CrewPool]:
+    """A work pool that its first worker creates."""
+    pool = CrewPool(prefect_api, tmp_path)
+    yield pool
+    pool.__exit__()
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> AsyncMock:
+    """In place of the flow: nothing runs, and nothing looks at the pool."""
+    ran = AsyncMock(return_value=CrewWorkerResult(identifier="", status_code=0))
+    monkeypatch.setattr(CrewWorker, "run", ran)
+    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    return ran
+
+
+def runs_of(ran: AsyncMock) -> set[str]:
+    return {str((call.args or (call.kwargs["flow_run"],))[0].id) for call in ran.await_args_list}
+
+
+async def look(worker: CrewWorker) -> None:
+    """Look once for flow runs, and wait until all of them have begun."""
+    await worker.get_and_submit_flow_runs()
+    async with asyncio.timeout(30):
+        while worker._submitting_flow_run_ids:
+            await asyncio.sleep(0.01)
+
+
+def soon(seconds: float) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=seconds)
+
+
+def queue(pool: CrewPool, name: str, **options: Any) -> str:
+    return pool.call("POST", f"/work_pools/{pool.name}/queues", {"name": name, **options})["name"]
+
+
+async def test_a_worker_creates_its_pool_and_describes_it_unless_it_may_not(pool: CrewPool, ran: AsyncMock):
+    async with CrewWorker(pool.name, create_pool_if_not_found=False) as worker:
+        await look(worker)
+        with pytest.raises(ObjectNotFound):
+            await worker.client.read_work_pool(pool.name)
+    async with CrewWorker(pool.name, name="first") as worker:
+        found = await worker.client.read_work_pool(pool.name)
+        assert (found.type, found.base_job_template) == ("crew", CrewWorker.get_default_base_job_template())
+        assert found.description == CrewWorker.get_description()
+        assert (await read_workers(worker.client, pool.name))["first"], "its heartbeat"
+        assert (worker.get_status()["name"], worker.get_status()["work_pool"]["name"]) == ("first", pool.name)
+        assert os.environ["PREFECT__WORKER_NAME"] == "first"
+    assert "PREFECT__WORKER_NAME" not in os.environ
+    with pytest.raises(ValueError, match="cannot contain"):
+        CrewWorker(pool.name, name="with/slash")
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, {"late", "now", "next", "urgent"}),
+        ({"prefetch_seconds": 0}, {"late", "now"}),
+        ({"work_queues": ["urgent"]}, {"urgent"}),
+        ({"limit": 1}, {"urgent"}),  # a queue's priority counts more than how late a flow run is
+        ({"limit": 2}, {"urgent", "late"}),
+    ],
+    ids=["all", "no prefetching", "one queue", "limit of 1", "limit of 2"],
+)
+async def test_the_flow_runs_that_a_worker_takes(
+    pool: CrewPool, ran: AsyncMock, options: dict[str, Any], taken: set[str]
+):
+    async with CrewWorker(pool.name):
+        pass  # the pool
+    urgent = queue(pool, "urgent", priority=1)
+    pool.call("PATCH", f"/work_pools/{pool.name}/queues/default", {"priority": 2})
+    plain = pool.deploy("plain", f"{USER_FLOWS}.greet")
+    first = pool.deploy("first", f"{USER_FLOWS}.greet", work_queue_name=urgent)
+    runs = {
+        pool.start(plain, at=soon(-3600)): "late",
+        pool.start(plain, at=soon(-60)): "now",
+        pool.start(plain, at=soon(8)): "next",
+        pool.start(first, at=soon(5)): "urgent",
+        pool.start(plain, at=soon(3600)): "later",
+    }
+    retried = pool.start(plain, at=soon(-10))
+    async with CrewWorker(pool.name, **{"prefetch_seconds": 20, **options}) as worker:
+        # A retry that waits in its own process.
+        policy = {"retries": 1, "retry_type": "in_process"}
+        pool.change(retried, empirical_policy=policy)
+        await worker.client.set_flow_run_state(UUID(retried), AwaitingRetry(scheduled_time=soon(-5)), force=True)
+        await look(worker)
+        assert {runs.get(run_id, "retried") for run_id in runs_of(ran)} == taken
+        for run_id in runs_of(ran):
+            flow_run = pool.flow_run(run_id)
+            assert (flow_run["state_name"], flow_run["infrastructure_pid"]) == ("Pending", worker.identity)
+
+
+@pytest.mark.parametrize("place", ["pool", "queue"])
+async def test_a_limit_of_the_pool_or_of_a_queue_holds_and_a_paused_pool_has_nothing(
+    pool: CrewPool, ran: AsyncMock, place: str
+):
+    async with CrewWorker(pool.name) as worker:
+        path = f"/work_pools/{pool.name}" + ("" if place == "pool" else "/queues/default")
+        pool.call("PATCH", path, {"concurrency_limit": 2})
+        deployment = pool.deploy("limited", f"{USER_FLOWS}.greet")
+        runs = [pool.start(deployment) for _ in range(3)]
+        pool.call("PATCH", f"/work_pools/{pool.name}", {"is_paused": True})
+        await look(worker)
+        assert runs_of(ran) == set()
+        pool.call("PATCH", f"/work_pools/{pool.name}", {"is_paused": False})
+        for _ in range(2):  # the first two are Pending, and hold their slots
+            await look(worker)
+            assert len(runs_of(ran)) == 2
+        assert runs_of(ran) < set(runs)
+
+
+@pytest.mark.parametrize("gone", ["cancelled", "flow run", "deployment"])
+async def test_a_flow_run_that_may_not_begin_any_more_gives_its_place_back(pool: CrewPool, ran: AsyncMock, gone: str):
+    async with CrewWorker(pool.name, limit=1) as worker:
+        deployment = pool.deploy("gone", f"{USER_FLOWS}.greet")
+        run_id = pool.start(deployment)
+        responses = await worker._get_scheduled_flow_runs()
+        if gone == "cancelled":
+            pool.set_state(run_id, "CANCELLED")
+        elif gone == "flow run":
+            await worker.client.delete_flow_run(UUID(run_id))
+        else:  # right after it is Pending: before, the server deletes the flow run as well
+            propose = worker._propose_pending_state
+
+            async def propose_and_delete(flow_run: FlowRun) -> bool:
+                is_pending = await propose(flow_run)
+                await worker.client.delete_deployment(UUID(deployment))
+                return is_pending
+
+            worker._propose_pending_state = propose_and_delete
+        worker._get_scheduled_flow_runs = AsyncMock(return_value=responses)
+        await look(worker)
+        worker._release_limit_slot(UUID(run_id))  # twice does no harm
+        assert (ran.await_count, worker.limiter.borrowed_tokens) == (0, 0)
+        if gone != "flow run":
+            assert pool.flow_run(run_id)["state_name"] == "Cancelled"
+
+
+async def test_a_template_that_does_not_fit_ends_the_flow_run_as_crashed(pool: CrewPool, ran: AsyncMock):
+    template = {
+        "job_configuration": {"name": "{{ name }}", "without_effect": "{{ number }}"},
+        "variables": {"type": "object", "properties": {"name": {"type": "string"}, "number": {"default": 3}}},
+    }
+    async with CrewWorker(pool.name, base_job_template=template) as worker:
+        run_id = pool.start(pool.deploy("template", f"{USER_FLOWS}.greet"))
+        await look(worker)
+        run = pool.flow_run(run_id)
+        assert (run["state_name"], ran.await_count) == ("Crashed", 0)
+        assert "without_effect" in run["state"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("begun", "owner", "end"),
+    [(None, None, "Cancelled"), (None, "gone/1", "Cancelled"), (Running(), "gone/1", "Cancelling")],
+    ids=["without an owner", "with an owner that is gone", "begun"],
+)
+async def test_cancelling_before_the_start_ends_the_flow_run_and_after_it_is_left_to_the_watch(
+    pool: CrewPool, ran: AsyncMock, begun: State | None, owner: str | None, end: str
+):
+    async with CrewWorker(pool.name) as worker:
+        run_id = UUID(pool.start(pool.deploy("cancelled", f"{USER_FLOWS}.greet")))
+        await worker.client.update_flow_run(run_id, infrastructure_pid=owner)
+        if begun is not None:
+            await worker.client.set_flow_run_state(run_id, begun, force=True)
+        await worker.client.set_flow_run_state(run_id, Cancelling(), force=True)
+        await worker._cancel_run(run_id)
+        assert pool.flow_run(str(run_id))["state_name"] == end
+
+
+async def test_a_worker_that_runs_once_waits_for_its_flow_runs_and_has_polled(
+    pool: CrewPool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WORKER_MODULES", USER_FLOWS)
+    monkeypatch.syspath_prepend(IMPORTABLE)
+    async with CrewWorker(pool.name):
+        pass
+    deployment = pool.deploy("once", f"{USER_FLOWS}.greet")
+    runs = [pool.start(deployment, name=name) for name in ("Ada", "Eve")]
+    worker, said = CrewWorker(pool.name, name="once"), list[str]()
+    await worker.start(run_once=True, printer=said.append)
+    assert [pool.flow_run(run_id)["state_name"] for run_id in runs] == ["Completed", "Completed"]
+    assert said == ["Worker 'once' started!", "Worker 'once' stopped!"]
+    assert worker.is_worker_still_polling(query_interval_seconds=10)
+    worker._last_polled_time -= timedelta(minutes=10)
+    assert not worker.is_worker_still_polling(query_interval_seconds=10)
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_prefect_finds_the_type_of_worker_and_its_template():
+    assert "crew" in await get_available_work_pool_types()
+    template = await get_default_base_job_template_for_infrastructure_type("crew")
+    assert template == CrewWorker.get_default_base_job_template()
+    assert CrewWorker.get_worker_class_from_type("crew") is CrewWorker
+    assert CrewWorker.get_logo_url().startswith("https://")
+    assert CrewWorker.get_documentation_url().startswith("https://")
+    # The server hands it flow runs that were Cancelling for too long.
+    assert CrewWorker("a pool").handled_cleanup_kinds
