@@ -2,6 +2,8 @@
 
     python benchmarks/crew_worker.py fleet --runs 500        memory, threads and CPU of many flow runs at once
     python benchmarks/crew_worker.py fleet --kind process --runs 20
+    python benchmarks/crew_worker.py waiting --runs 2000     the same of flow runs that wait for a file, not for a crew
+    python benchmarks/crew_worker.py waves --runs 3000       short flow runs, a hundred at a time
     python benchmarks/crew_worker.py lag --runs 100          crew end to Completed, and schedule to Running
     python benchmarks/crew_worker.py requests                requests to Prefect for one flow run
     python benchmarks/crew_worker.py killed --runs 200       SIGKILL to all waited for again
@@ -38,7 +40,8 @@ from past import PostgresDatabase, Sqlite, make_past
 from servers import postgres, prefect_server_of, receiver
 
 from prefect_crew import DeployedCrew
-from support.crew_pool import CrewOnCommand, CrewPool
+from prefect_crew.devserver import CrewServer
+from support.crew_pool import USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer, connected
 from support.proxy import Proxy
@@ -93,34 +96,108 @@ def trial(options: argparse.Namespace, *, proxied: bool = False, wait: dict[str,
         yield Trial(stack.enter_context(pool), wait or {}), proxy
 
 
+def used(pid: int) -> dict[str, float]:
+    """Return what a worker's process holds at this moment."""
+    threads, handles = int(process_status(pid)["Threads"]), len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return {"memory_mb": memory_mb(pid), "threads": threads, "handles": handles}
+
+
+def count(pool: CrewPool, deployment: str, *states: str) -> int:
+    """Return how many flow runs of a deployment are in one of these states. The server reads none of them."""
+    body = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": list(states)}}}}
+    return pool.call("POST", "/flow_runs/count", body)
+
+
 def fleet(options: argparse.Namespace) -> None:
     with trial(options) as (one, _):
         worker = one.pool.worker("bench")
         time.sleep(5)
         pid = worker.process.pid
-        base, cpu = memory_mb(pid), cpu_seconds(pid)
+        idle_mb, cpu = memory_mb(pid), cpu_seconds(pid)
         began = time.monotonic()
         runs = one.start(options.runs)
         started = time.monotonic() - began
         time.sleep(options.hold)
-        family = [one for one in worker.process.family() if one != pid]
-        held = [memory_mb(child) for child in family if Path(f"/proc/{child}").exists()]
-        threads = int(process_status(pid)["Threads"])
-        children = sum(cpu_seconds(child) for child in family if Path(f"/proc/{child}").exists())
-        held_cpu = cpu_seconds(pid) + children - cpu
+        family = [child for child in worker.process.family() if child != pid and Path(f"/proc/{child}").exists()]
+        held = {**used(pid), "processes": len(family), "processes_mb": sum(map(memory_mb, family))}
+        held_cpu = cpu_seconds(pid) + sum(map(cpu_seconds, family)) - cpu
         one.completed(runs)
         report(
             "fleet",
             runs=options.runs,
             kicked_off_seconds=started,
-            idle_mb=base,
+            idle_mb=idle_mb,
             peak_mb=peak_mb(pid),
-            threads=threads,
-            processes=len(held),
-            processes_mb=sum(held),
+            **held,
             run_cpu_seconds=max(cpu_seconds(pid) - cpu, held_cpu) / options.runs,
             run_calls=one.crew.requests["status"] / options.runs,
         )
+
+
+def waiting(options: argparse.Namespace) -> None:
+    """Hold many flow runs that wait, and one that watches the event loop which all of them share."""
+    with prefect(options) as (server, folder), CrewPool(server, folder, f"waiting-{os.getpid()}") as pool:
+        pid = pool.worker("bench").process.pid
+        end, seen = folder / "end", folder / "lag"
+        pool.start(pool.deploy("watches", f"{USER_FLOWS}.watches_the_loop"), path=str(seen), end=str(end))
+        deployment = pool.deploy("waits", f"{USER_FLOWS}.waits_for_a_file")
+        time.sleep(10)
+        idle_mb, cpu, began = memory_mb(pid), cpu_seconds(pid), time.monotonic()
+        for _ in range(options.runs):
+            pool.start(deployment, path=str(end))
+
+        def wait_for(state: str) -> float:
+            wait_until(lambda: count(pool, deployment, state) == options.runs, seconds=1500, what=state, pause=2.0)
+            return time.monotonic() - began
+
+        running, starting = wait_for("RUNNING"), lag_of(seen)
+        cpu_started, held_at = cpu_seconds(pid), time.monotonic()
+        time.sleep(options.hold)
+        core_percent = 100 * (cpu_seconds(pid) - cpu_started) / (time.monotonic() - held_at)
+        held, holding, began = used(pid), lag_of(seen), time.monotonic()
+        end.touch()
+        completed = wait_for("COMPLETED")
+        report(
+            "waiting",
+            runs=options.runs,
+            all_running_seconds=running,
+            idle_mb=idle_mb,
+            **held,
+            held_core_percent=core_percent,
+            longest_lag_at_start_seconds=starting,
+            longest_lag_held_seconds=holding,
+            all_completed_seconds=completed,
+            run_cpu_seconds=(cpu_seconds(pid) - cpu) / options.runs,
+        )
+
+
+def lag_of(seen: Path) -> float:
+    """Return the longest lag of the worker's event loop since the last call."""
+    longest = float(seen.read_text())
+    seen.unlink()
+    return longest
+
+
+def waves(options: argparse.Namespace) -> None:
+    """Run short flow runs, and see whether the worker keeps anything of them."""
+    with prefect(options) as (server, folder), CrewPool(server, folder, f"waves-{os.getpid()}") as pool:
+        pid = pool.worker("bench").process.pid
+        deployment, wave = pool.deploy("short", f"{USER_FLOWS}.greet"), min(100, options.runs)
+        cpu, began = cpu_seconds(pid), time.monotonic()
+        after: list[dict[str, float]] = []
+        for done in range(wave, options.runs + 1, wave):
+            for _ in range(wave):
+                pool.start(deployment, name="Ada")
+            wait_until(
+                lambda done=done: count(pool, deployment, "COMPLETED") == done, seconds=600, what="a wave", pause=0.5
+            )
+            time.sleep(1)
+            after.append(used(pid))
+        # The first waves fill pools and caches.
+        places = {"early": len(after) // 6, "half": len(after) // 2, "last": -1}
+        figures = {f"{name}_{place}": after[at][name] for name in after[0] for place, at in places.items()}
+        seconds, spent = time.monotonic() - began, cpu_seconds(pid) - cpu
+        report("waves", runs=options.runs, seconds=seconds, run_cpu_seconds=spent / options.runs, **figures)
 
 
 def lag(options: argparse.Namespace) -> None:
@@ -165,28 +242,41 @@ def requests(options: argparse.Namespace) -> None:
         report("requests", run_requests=run_requests, idle_requests_a_second=idle, shapes=shapes)
 
 
+def looks(crew: CrewServer) -> dict[str, int]:
+    """Return how often each run of a crew was asked for its status."""
+    return {run.id: run._status_calls for run in crew.runs}  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+
+
 def killed(options: argparse.Namespace) -> None:
     for heir in ("bench", "another"):
         with trial(options, wait={"initial": 1.0, "max_interval": 5.0}) as (one, _):
             worker: Worker = one.pool.worker("bench")
             runs = one.start(options.runs)
+            wait_until(lambda: all(looks(one.crew).values()), seconds=120, what="all waited for")
             time.sleep(5)
             second = one.pool.worker("another") if heir == "another" else None
             worker.process.send(signal.SIGKILL)
             began = time.monotonic()
             worker.kill()
+            time.sleep(0.3)  # requests that had left
+            before = looks(one.crew)
             if second is None:
-                one.pool.worker("bench")
+                second = one.pool.worker("bench")
                 began = time.monotonic()
+            cpu = cpu_seconds(second.process.pid), family_cpu_seconds(one.pool.server.process.pid)
 
-            def waited(one: Trial = one, runs: list[str] = runs) -> bool:
-                body = {"flow_runs": {"id": {"any_": runs}}, "limit": 200}
-                page = one.pool.call("POST", "/flow_runs/filter", body)
-                return all(run["state_name"] == "Running" and run["run_count"] >= 2 for run in page)
+            def waited(one: Trial = one, before: dict[str, int] = before) -> bool:
+                return all(number > before[run] for run, number in looks(one.crew).items())
 
-            wait_until(waited, seconds=600, what="all run again", pause=0.5)
-            seconds = time.monotonic() - began
-            report(f"killed, adopted by {heir}", runs=options.runs, seconds=seconds, kickoffs=one.crew.kickoffs)
+            wait_until(waited, seconds=600, what="all waited for again", pause=0.1)
+            report(
+                f"killed, taken over by {heir}",
+                runs=options.runs,
+                seconds=time.monotonic() - began,
+                run_worker_cpu_seconds=(cpu_seconds(second.process.pid) - cpu[0]) / options.runs,
+                run_server_cpu_seconds=(family_cpu_seconds(one.pool.server.process.pid) - cpu[1]) / options.runs,
+                kickoffs=one.crew.kickoffs,
+            )
             one.completed(runs)
 
 
@@ -280,9 +370,12 @@ def parsed(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
+WORK = {work.__name__: work for work in (fleet, waiting, waves, lag, requests, killed, cancelled, idle, ranges)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["fleet", "lag", "requests", "killed", "cancelled", "idle", "ranges"])
+    parser.add_argument("what", choices=[*WORK])
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--hold", type=float, default=20.0, help="seconds for which all wait")
     parser.add_argument("--kind", choices=["crew", "process"], default="crew")
@@ -297,7 +390,7 @@ def main() -> None:
     parser.add_argument("--pids", nargs="*", default=[], help="NAME=PID of further processes whose CPU is told")
     parser.add_argument("--heartbeat", type=int, default=10)
     options = parser.parse_args()
-    globals()[options.what](options)
+    WORK[options.what](options)
 
 
 if __name__ == "__main__":

@@ -179,6 +179,26 @@ def ranges(bench: Bench) -> list[Row]:
     return [Row(work, "one worker's wall, times that of two", one.seconds / two.seconds, 1.6, at_least=True, of=of)]
 
 
+def worker(bench: Bench) -> list[Row]:
+    held, short, taken = (10, 6, 5) if bench.small else (2000, 3000, 200)
+    same, other = bench.measure("crew_worker", "killed", "--runs", taken, on="none")
+    (many,) = bench.measure("crew_worker", "waiting", "--runs", held, "--hold", 5 if bench.small else 60, on="none")
+    (waves,) = bench.measure("crew_worker", "waves", "--runs", short, on="none")
+    of = (
+        f"of a flow run: worker {same['run_worker_cpu_seconds']:.2f}, server {same['run_server_cpu_seconds']:.2f} CPU s"
+    )
+    killed, waiting, after = f"{taken} flow runs, killed", f"{held:,} flow runs that wait", f"{short:,} short flow runs"
+    grown = {name: waves[f"{name}_last"] / waves[f"{name}_half"] for name in ("memory_mb", "threads", "handles")}
+    return [
+        Row(killed, "waited for again by the same worker, s", same["seconds"], 30, of=of),
+        Row(killed, "waited for again by another one, s", other["seconds"], 90),
+        Row(waiting, "memory beside an idle worker, KB each", 1000 * (many["memory_mb"] - many["idle_mb"]) / held),
+        Row(waiting, "longest lag of the event loop, s", many["longest_lag_held_seconds"], 1),
+        Row(waiting, "threads", many["threads"], 20, of=f"handles {many['handles']}, {many['memory_mb']:.0f} MB"),
+        *(Row(after, f"{name}, times that after half", ratio, 1.1) for name, ratio in grown.items()),
+    ]
+
+
 def webhooks(bench: Bench) -> list[Row]:
     found: list[Row] = []
     for runs, goal in ((5, 0.25), (10, 0.5)) if bench.small else ((100, 0.25), (1000, 0.5)):
@@ -320,6 +340,7 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "rows-100k": rows_100k,
     "ledger": ledger,
     "ranges": ranges,
+    "worker": worker,
     "webhooks": webhooks,
     "polling": polling,
     "one-run": one_run,

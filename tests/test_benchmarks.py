@@ -15,7 +15,7 @@ from support.postgres import find_postgres
 ROOT = Path(__file__).parents[1]
 PARTS = {
     *("late", "rows-5k", "rows-1k", "rows-100k", "ledger", "ranges", "webhooks", "polling", "one-run", "concurrent"),
-    *("burst", "pipeline", "memory", "real-crews", "demo", "past"),
+    *("burst", "pipeline", "memory", "real-crews", "demo", "past", "worker"),
 }
 IMPORT_ALL = f"""
 import importlib, pathlib, sys
