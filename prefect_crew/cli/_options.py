@@ -146,7 +146,7 @@ class CrewAccess:
             token = read_text(self.token_file, "token").strip()
         elif not token and sys.stdin.isatty():
             typed = _output.current.typed
-            if url not in typed:
+            if not typed.get(url):
                 with _output.asking():
                     question = f"Token of {url} (on the Status tab of the crew's page; it is not shown): "
                     typed[url] = getpass(question).strip()
@@ -208,7 +208,7 @@ def read_pairs(option: str, pairs: Sequence[str], value: str = "value") -> dict[
     """Return the `name=value` pairs of an option as a dictionary; a value may hold further equals signs.
 
     Raises:
-        ConfigurationError: One is no such pair, or a name is given twice.
+        ConfigurationError: A text is no such pair, or a name is given twice.
     """
     values: dict[str, str] = {}
     for pair in pairs:

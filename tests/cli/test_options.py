@@ -73,5 +73,6 @@ def test_a_token_comes_from_the_line_a_file_the_environment_or_a_person(
     monkeypatch.setattr(_options, "getpass", lambda _: "typed ")
     assert CrewAccess().read_token(url) == "typed"
     monkeypatch.setattr(_options, "getpass", lambda _: "")
+    assert CrewAccess().read_token(url) == "typed", "nobody is asked twice"
     with pytest.raises(ConfigurationError, match="set CREW_TOKEN, or give --token-file"):
-        CrewAccess().read_token(url)
+        CrewAccess().read_token("https://another.test")
