@@ -24,7 +24,9 @@ PLACES = ("README.md", "CONTRIBUTING.md", "docs", "prefect_crew")
 
 LEFT = (
     "prefect_crew/batches",
-    "prefect_crew/cli",
+    "prefect_crew/cli/batch.py",
+    "prefect_crew/cli/reviews.py",
+    "prefect_crew/cli/runs.py",
     "prefect_crew/client",
     "prefect_crew/records",
     "prefect_crew/runs",

@@ -1,6 +1,6 @@
 """How a command ends: its exit code, and one readable paragraph about an error.
 
-What each exit code means is a table in docs/reference/cli.md.
+A table in docs/reference/cli.md has the meaning of each exit code.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def message(error: BaseException, run: str | None = None) -> str:
 
 
 def own_error(error: BaseException) -> BaseException:
-    """Return the error of ours for one of Prefect's client that says that its API is away, or refuses the key.
+    """Return the error of ours for one of Prefect's client that says that its API is unreachable, or refuses the key.
 
     Errors of the crew's client are errors of ours.
     """
@@ -109,13 +109,13 @@ def _refusal(response: Any) -> str:
 
 
 _PLAIN = {
-    " Did you mean --yes\\?": "",  # whoever means another option would confirm what was not asked yet
+    " Did you mean --yes\\?": "",  # a person who means another option would confirm a question that was not asked yet
     "into timedelta": "into a time such as 90m, 4h or 30d",
     r"into float\|Literal\[continue, stop\]": "into a number, continue or stop",
     r'Command "([^"]+)" parameter (\S+) requires an argument\.': r"prefect-crew \1: \2 is missing or has no value.",
     r"^Invalid values for group [^.]+\. ": "",
 }
-"""What stands for the words of the parser."""
+"""Words in place of those of the parser."""
 _ARGUMENT = re.compile(
     r"(?<!in Python )\b(on_change|on_bad_row|delimiter|max_in_flight|retry_failed|ledger|format|encoding|every|"
     r"schedule|force_new|overwrite|crew)=(?:True\b|'([^']*)'|(…|\d+))"

@@ -1,6 +1,6 @@
-"""What commands write: results to standard output, everything else to standard error; never a token.
+"""The output of commands: results on standard output, everything else on standard error; never a token.
 
-What a command waits for, and how runs and batches go on, are lines too, and on a terminal a last line that is redrawn.
+The progress of a command is written as lines too, and on a terminal as a last line that is redrawn.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Invocation:
 
     Attributes:
         debug: Whether errors show their traceback, and Prefect's logs are shown.
-        tokens: What must not be written.
+        tokens: Texts that must not be written.
         typed: The tokens that a person has typed, by URL: nobody is asked twice.
         seen: The run that was kicked off or found last: what any error after that is about.
         line: The last line of the screen, while one is redrawn.
-        stop: What Ctrl-C on a terminal offers: a question, and the call that a yes makes, which returns a sentence.
-        at_end: What is closed when the command ends.
+        stop: The offer of Ctrl-C on a terminal: a question, and the call that a yes makes, which returns a sentence.
+        at_end: The things that are closed when the command ends.
     """
 
     debug: bool = False
@@ -201,7 +201,7 @@ SAY_EVERY = 10.0
 
 @dataclass
 class SeenRun:
-    """What is known of a run that was kicked off or found. `since` is on the monotonic clock."""
+    """The facts about a run that was kicked off or reattached to. `since` is on the monotonic clock."""
 
     label: str
     kickoff_id: str

@@ -183,8 +183,8 @@ _PACKAGE = str(Path(__file__).parent.parent)
 def _quiet_logs() -> None:
     """Show what matters of Prefect's logs as notes, and nothing else on this terminal, until the command ends.
 
-    That are warnings of this package, errors of Prefect, and retries, each once: a retry logs the same again. What the
-    engines log about a failed flow is left out, since the command says it. Logs on Prefect's pages are not changed.
+    These are warnings of this package, errors of Prefect, and retries, each once: a retry logs the same again. The logs
+    of the engines about a failed flow are left out, since the command says it. Logs on Prefect's pages are not changed.
     """
     from prefect.logging.handlers import PrefectConsoleHandler
 
@@ -198,7 +198,7 @@ def _quiet_logs() -> None:
     def route(record: logging.LogRecord) -> bool:
         try:
             text = record.getMessage().partition("\n")[0]
-        except Exception:  # noqa: BLE001 - what a filter raises reaches whoever logs, unlike what a handler raises
+        except Exception:  # noqa: BLE001 - an error of a filter, unlike that of a handler, reaches the code that logs
             return False
         if record.pathname.startswith(_PACKAGE):
             # Whether a crew that was to be stopped has stopped is said at any level.

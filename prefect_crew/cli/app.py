@@ -156,7 +156,7 @@ _PASSWORD = re.compile(r"://[^/@:]*:([^/]+)@|[?&](?:ssl)?password=([^&]+)")
 def _signal_within(error: BaseException) -> BaseException | None:
     """Return the signal of which pydantic has made an error of its own, since it came within one of its functions.
 
-    Only the text of such an error still tells what it was.
+    Only the text of such an error still names the signal.
     """
     if not isinstance(error, PydanticSerializationError):
         return None
@@ -171,7 +171,7 @@ def run(arguments: list[str]) -> int:
 
     Raises:
         CycloptsError: The line makes no sense.
-        Exception: Whatever the command raises.
+        Exception: Any error of the command.
     """
     with Progress(quiet=True) as progress:
         if arguments and arguments[0] in LAZY:

@@ -34,7 +34,7 @@ class BlockFields:
         concurrency_limit: The Prefect concurrency limit of its runs.
         show: How much artifacts show of inputs and outputs.
         secret_inputs: An input whose value is hidden; can be repeated.
-        price: What one run costs.
+        price: The price of one run.
         page_url: The crew's page for people, to which artifacts link.
     """
 
@@ -103,7 +103,7 @@ async def _change(name: str, access: CrewAccess, changes: dict[str, Any]) -> Non
     except ValidationError as error:
         raise ConfigurationError(
             f"The crew {name!r} was not changed: {reason(error)} Give that field, correct it on Prefect's page, or "
-            f"delete the crew and store it anew: prefect block delete deployed-crew/{name}."
+            f"delete the crew and store it again: prefect block delete deployed-crew/{name}."
         ) from None
     await _save(name, block, overwrite=True)
     unchanged = [
@@ -168,7 +168,7 @@ async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
         _output.note(f"The crew {name} was not stored: its server refused the token.")
         raise
     except CrewError as error:
-        _output.note(f"The crew could not be asked for its inputs, and is stored all the same: {error}", "yellow")
+        _output.note(f"The crew could not be asked for its inputs, and is stored anyway: {error}", "yellow")
         then = f"Once its URL is right or it answers, check it: prefect-crew doctor {shlex.quote(name)}"
     try:
         await block.asave(name, overwrite=overwrite)

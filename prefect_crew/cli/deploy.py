@@ -48,7 +48,7 @@ from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
 
-WHAT = Group("What to deploy, one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
+WHAT = Group("Deploy one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
 WHEN = Group("When it runs, one of", validator=validators.MutuallyExclusive(), sort_key=1)
 
 
@@ -127,8 +127,8 @@ def deploy(
                     _output.note(f"{shared}: only the first of them starts a run.")
         needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
         example = json.dumps(dict.fromkeys(needed, "…"), ensure_ascii=False)
-        given = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
-        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{given}")
+        parameters = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
+        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{parameters}")
         if stored.work_pool_name:  # left out, it keeps the pool that it has
             _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(stored.work_pool_name)}")
         else:
@@ -216,7 +216,8 @@ async def apply(
     """Set up the recovery of crashed flow runs, and with --notify alerts. Safe to run again.
 
     Recovery is for deployments with the tag recover-crashed: run this again when you have tagged another. Flow runs on
-    a crew worker need none. Alerts are about crews in any flow. What was disabled on Prefect's page stays disabled.
+    a crew worker need none. Alerts are about crews in any flow. An automation that was disabled on Prefect's page stays
+    disabled.
 
     Args:
         pool: The work pool of the deployment recover/crashed, which recovers; if left out, the one that it has.
@@ -305,4 +306,4 @@ def _put_automations(
         is_off = not line["enabled"] and state != "deleted"
         rows.append((str(line["name"]), "disabled" if is_off else state, str(line["description"])))
     empty = "There are no automations of this package: prefect-crew automations apply."
-    _output.put_rows(("Automation", "State", "What it does"), rows, empty=empty, json=output and lines)
+    _output.put_rows(("Automation", "State", "Description"), rows, empty=empty, json=output and lines)

@@ -87,7 +87,7 @@ def fill_in(text: str, folder: Path) -> str:
 
     Args:
         text: The page.
-        folder: That of the documentation; included files are in it, or next to it in the repository.
+        folder: The folder of the documentation; included files are in it, or next to it in the repository.
     """
 
     def included(match: re.Match[str]) -> str:

@@ -33,16 +33,16 @@ MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found, and how to fix it, if anything is wrong. A problem has to be fixed."""
+    """The subject of a check, its result, and how to fix it, if anything is wrong. A problem has to be fixed."""
 
     level: Literal["ok", "warning", "problem"]
     subject: str
-    found: str
+    fact: str
     fix: str = ""
 
 
 class Findings(list[Finding]):
-    """What was found, written as it is found."""
+    """The findings, each written at once."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ async def _check_pools(client: PrefectClient, findings: Findings) -> None:
     from prefect_crew.records.model import utcnow
 
     of_crews = WorkPoolFilter(type=WorkPoolFilterType(any_=["crew"]))
-    # One that a worker is about to take has no owner for a moment.
+    # A flow run that a worker is about to take has no owner for a moment.
     since = utcnow() - timedelta(seconds=UNOWNED_FOR)
     for pool in await client.read_work_pools(work_pool_filter=of_crews):
         workers = await read_workers(client, pool.name)

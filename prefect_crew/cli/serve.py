@@ -217,7 +217,7 @@ def demo() -> None:
 
 
 NOT_COPIED = ("__pycache__", ".env", ".venv", ".pytest_cache", "results")
-"""What somebody who has tried the project in a clone of the repository leaves in it: secrets among it."""
+"""Files that a trial of the project in a clone of the repository leaves in it, secrets among them."""
 
 
 def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is empty, or not there yet.")], /) -> None:

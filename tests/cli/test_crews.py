@@ -118,7 +118,7 @@ def test_a_crew_that_is_not_stored_needs_its_url(here, prefect_api: PrefectServe
 def test_a_crew_that_does_not_answer_is_stored(here, prefect_api: PrefectServer, name: str):
     saved = here("crews", "save", name, "--url", "http://127.0.0.1:1")
     assert (saved.code, f"prefect-crew doctor {name}" in saved.out) == (0, True)
-    assert "could not be asked for its inputs, and is stored all the same" in saved.err
+    assert "could not be asked for its inputs, and is stored anyway" in saved.err
     assert DeployedCrew.load(name).url == "http://127.0.0.1:1"
 
 

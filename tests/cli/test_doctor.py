@@ -50,7 +50,7 @@ def test_what_is_found_of_a_crew(tmp_path: Path):
         no_crew = look_at(f"http://127.0.0.1:{files.server_port}", "token-1")
         files.shutdown()
     assert [(one.subject, one.level) for one in healthy] == [(x, "ok") for x in ("URL", "server", "token", "inputs")]
-    assert "budget, interests, duration, age" in healthy[-1].found
+    assert "budget, interests, duration, age" in healthy[-1].fact
     assert "another-token" not in str(refused)
     for found, subject, fix in (
         (refused, "token", "User Bearer Token"),
@@ -79,7 +79,7 @@ async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServe
         assert [one.subject for one in found][:3] == ["Prefect server", "block type", "records"]
         assert not [one for one in found if one.level == "problem"]
         (about,) = [one for one in found if one.subject == f"crew pool {pool}"]
-        return about.level, about.found, about.fix
+        return about.level, about.fact, about.fix
 
     with CrewPool(prefect_api, tmp_path, f"doctor-{uuid4().hex[:8]}") as pool:
         start = f"prefect worker start --pool {pool.name}"
@@ -161,7 +161,7 @@ def test_a_prefect_api_that_is_none_is_a_problem_and_the_crew_is_looked_at(
     assert time.monotonic() - began < 5
     assert (done.code, done.json["problems"]) == (1, 1)
     (problem,) = [one for one in done.json["findings"] if one["level"] == "problem"]
-    assert (problem["subject"], said in problem["found"], url in problem["found"]) == ("Prefect API", True, True)
+    assert (problem["subject"], said in problem["fact"], url in problem["fact"]) == ("Prefect API", True, True)
     assert [one["level"] for one in done.json["findings"] if one["subject"] == "token"] == ["ok"]
     assert [one["subject"] for one in by_name.json["findings"] if one["level"] == "problem"] == ["Prefect API", "crew"]
 
@@ -206,7 +206,7 @@ def test_a_deployment_whose_form_is_out_of_date_is_named(prefect_api: PrefectSer
     def look() -> list[tuple[str, str, str]]:
         found = Findings(quiet=True)
         asyncio.run(check_prefect(found))
-        return [(one.level, one.found, one.fix) for one in found if one.subject == f"deployment {name}"]
+        return [(one.level, one.fact, one.fix) for one in found if one.subject == f"deployment {name}"]
 
     (tmp_path / "flows.py").write_text(f"from prefect_crew import crew_flow\nours = crew_flow({name!r})\n")
     of_file: Any = Flow.from_source(str(tmp_path), "flows.py:ours")
