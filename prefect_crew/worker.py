@@ -545,18 +545,17 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
 
     async def _take_over_all(self) -> None:
         """Take over the flow runs of a worker that is surely gone."""
-        await self._end_lost_ones()  # also while heartbeats arrive: another worker may have the same name
         self._workers = await read_workers(self.client, self._work_pool_name)
         if not self._workers.get(self.name, True):
             # This worker's heartbeats did not arrive. The next one may come minutes later: the longer the server is
             # away, the fewer Prefect sends.
             await self.sync_with_backend()
-        now = _clock()
-        left = {
-            flow_run.state.id: flow_run
-            for flow_run in await read_flow_runs(self.client, self._work_pool_name, *BEGUN)
-            if flow_run.state is not None and self._is_left(flow_run)
-        }
+        now, before = _clock(), dict(self._held)
+        begun = await read_flow_runs(self.client, self._work_pool_name, *BEGUN)
+        for flow_run in begun:
+            if self._held.get(flow_run.id) is before.get(flow_run.id):  # else it has begun here since it was read
+                self._end_if_lost(flow_run)  # also while heartbeats arrive: another worker may have the same name
+        left = {flow_run.state.id: flow_run for flow_run in begun if flow_run.state and self._is_left(flow_run)}
         since = {state_id: self._left_since.get(state_id, now) for state_id in left}
         sure = [state_id for state_id, at in since.items() if now - at >= self._unsure_for(left[state_id])]
         self._left_since = {state_id: at for state_id, at in since.items() if state_id not in sure}

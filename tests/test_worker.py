@@ -312,6 +312,28 @@ async def test_infrastructure_that_is_to_be_killed_is_not_found_unless_a_worker_
 
 
 @pytest.mark.usefixtures("connection")
+@pytest.mark.parametrize("is_begun_since", [False, True], ids=["held before", "begun since"])
+async def test_a_flow_run_counts_as_lost_only_if_it_was_held_before_the_pool_was_read(
+    pool: CrewPool, monkeypatch: pytest.MonkeyPatch, is_begun_since: bool
+):
+    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    flow_run = FlowRun(flow_id=uuid4(), name="begins", state=Running(), infrastructure_pid="another/1")
+    async with CrewWorker(pool.name, name="reads") as worker:
+        held = HeldFlowRun(flow_run, AsyncMock())
+
+        async def read(*_: Any) -> list[FlowRun]:
+            worker._held[flow_run.id] = held
+            return [flow_run]
+
+        monkeypatch.setattr("prefect_crew.worker.read_flow_runs", read)
+        if not is_begun_since:
+            worker._held[flow_run.id] = held
+        await worker._take_over_all()
+        del worker._held[flow_run.id]
+    assert held.ending == (None if is_begun_since else "lost")
+
+
+@pytest.mark.usefixtures("connection")
 async def test_a_worker_that_goes_on_under_another_name_is_online_under_that_one(pool: CrewPool):
     async with CrewWorker(pool.name, name="twin", heartbeat_interval_seconds=1) as worker:
         lost = FlowRun(id=uuid4(), flow_id=uuid4(), infrastructure_pid="twin/another")
