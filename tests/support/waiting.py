@@ -24,7 +24,7 @@ async def until(condition: Callable[[], Any], what: str = "it comes", *, seconds
 
 
 def wait_until(
-    condition: Callable[[], T | None], what: str = "it comes", *, seconds: float = 30.0, pause: float = 0.02
+    condition: Callable[[], T | None], what: str = "it comes", *, seconds: float = 60.0, pause: float = 0.02
 ) -> T:
     """Return the first true value of a function; fail after so many seconds."""
     deadline = time.monotonic() + seconds
