@@ -26,7 +26,7 @@ from support.flow_runs import call_in_flow
 from support.held import FailsFirst, Held
 from support.prefect_server import PrefectServer, stored_texts
 from support.records import key
-from support.scripts import FAILS, script, slow
+from support.scripts import FAILS, script
 from support.seen import Seen
 from support.waiting import until
 
@@ -377,7 +377,9 @@ async def test_an_uncertain_step_stays_uncertain(crew_server: CrewServerFactory,
 
 
 async def test_a_cancelled_pipeline_goes_on_with_its_key(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
-    long, idempotency_key = crew_server(slow(1.5, "b")), key()
+    held, idempotency_key = Held(), key()
+    held.output = "b"
+    long = crew_server(held)
     steps = [
         pc.CrewStep("a", echo.crew(), {"text": "a"}),
         pc.CrewStep("b", long.crew(), {}, after=["a"]),
@@ -398,6 +400,7 @@ async def test_a_cancelled_pipeline_goes_on_with_its_key(crew_server: CrewServer
     assert str(long.runs[0].state) == "running"
     shown = await asyncio.to_thread(artifact, seen, "cut", idempotency_key)
     assert [mark for mark in ("✓ completed", "■ interrupted", "– not run") if mark not in shown] == []
+    held.release()
     result = await pc.arun_pipeline(steps, idempotency_key=idempotency_key)
     assert result["c"].output == "bc"
     assert (echo.kickoffs, long.kickoffs) == (2, 1)
