@@ -299,31 +299,43 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         read deployment and flow, and a server that cannot be reached would end the worker.
         """
         try:
-            configuration = await self._begin(flow_run)
-            if configuration is not None:
-                submitted = self._emit_flow_run_submitted_event(configuration)
+            try:
+                configuration = await self._begin(flow_run)
+                submitted = None if configuration is None else self._emit_flow_run_submitted_event(configuration)
+            finally:
+                # Not later: the flow run may come back, suspended and resumed, while its first coroutine still ends.
                 self._end_submitting(flow_run.id)
+            if configuration is not None:
                 result = await self.run(flow_run, configuration)
                 self._emit_flow_run_executed_event(result, configuration, submitted)
+        except (Abort, Pause) as signal_of_prefect:  # no subclasses of Exception: they would end the worker
+            self._logger.info("Flow run %r ended on this worker: %s", flow_run.name, signal_of_prefect)
         except Exception:
             self._logger.exception("The end of flow run %r could not be written.", flow_run.name)
         finally:
-            self._end_submitting(flow_run.id)
             self._release_limit_slot(flow_run.id)
 
     async def _begin(self, flow_run: FlowRun) -> CrewJobConfiguration | None:
-        """Make this worker the owner of a flow run. Return None if the flow run cannot begin here."""
+        """Make this worker the owner of a flow run, if it is not. Return None if the flow run cannot begin here."""
         try:
-            if not (is_running(flow_run) or await self._propose_pending_state(flow_run)):
+            if not is_running(flow_run):
+                if not await self._propose_pending_state(flow_run):
+                    return None
+                await self.client.update_flow_run(flow_run.id, infrastructure_pid=self.identity)
+            try:
+                deployment = flow_run.deployment_id and await self.client.read_deployment(flow_run.deployment_id)
+            except ObjectNotFound:
+                with contextlib.suppress(ObjectNotFound):  # the flow run may be gone as well
+                    await self._end_cancelled(flow_run, "The deployment of the flow run was deleted.")
                 return None
-            await self.client.update_flow_run(flow_run.id, infrastructure_pid=self.identity)
             return await CrewJobConfiguration.resolve_for_flow_run(
-                flow_run, client=self.client, work_pool=self.work_pool, worker_name=self.name, worker_id=self.backend_id
+                flow_run,
+                client=self.client,
+                work_pool=self.work_pool,
+                worker_name=self.name,
+                worker_id=self.backend_id,
+                deployment=deployment or None,
             )
-        except ObjectNotFound:
-            with contextlib.suppress(ObjectNotFound):  # the flow run may be gone as well
-                why = "The deployment of the flow run was deleted."
-                await self.client.set_flow_run_state(flow_run.id, Cancelled(message=why), force=True)
         except Exception as error:
             self._logger.exception("Flow run %r could not be begun.", flow_run.name)
             await self._end_crashed(flow_run, error)
@@ -429,8 +441,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         """
         if state.is_final() or self._may_count_as_gone():
             current = await self.client.read_flow_run(held.flow_run.id)
-            if self._may_count_as_gone():
-                self._end_if_lost(current)
+            self._end_if_lost(current)
             if current.state_name in SUSPENDED_NAMES:
                 held.end("suspended", "Flow run was suspended.")
 
@@ -546,9 +557,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     async def _take_over_all(self) -> None:
         """Take over the flow runs of a worker that is surely gone."""
         self._workers = await read_workers(self.client, self._work_pool_name)
-        if not self._workers.get(self.name, True):
-            # This worker's heartbeats did not arrive. The next one may come minutes later: the longer the server is
-            # away, the fewer Prefect sends.
+        if self._work_pool is None or not self._workers.get(self.name, False):
+            # This worker's heartbeats did not arrive, perhaps not even the first. The next one may come minutes later:
+            # the longer the server is away, the fewer Prefect sends. Without the pool no flow run can begin here.
             await self.sync_with_backend()
         now, before = _clock(), dict(self._held)
         begun = await read_flow_runs(self.client, self._work_pool_name, *BEGUN)
@@ -559,8 +570,14 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         since = {state_id: self._left_since.get(state_id, now) for state_id in left}
         sure = [state_id for state_id, at in since.items() if now - at >= self._unsure_for(left[state_id])]
         self._left_since = {state_id: at for state_id, at in since.items() if state_id not in sure}
+        problems: list[BaseException] = []
         for start in range(0, len(sure), CLAIMS_AT_ONCE):
-            await self._take_over_page([left[state_id] for state_id in sure[start : start + CLAIMS_AT_ONCE]])
+            page = [left[state_id] for state_id in sure[start : start + CLAIMS_AT_ONCE]]
+            problems += await self._take_over_page(page)
+        for (
+            problem
+        ) in problems:  # after all: an error about one flow run must not keep the others from being taken over
+            raise problem
 
     def _is_left(self, flow_run: FlowRun) -> bool:
         if flow_run.id in self._held or flow_run.id in self._submitting_flow_run_ids:
@@ -579,23 +596,34 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         is_of_earlier_start = name == self.name and not self._is_own(flow_run.infrastructure_pid)
         return 0.0 if is_of_earlier_start else float(self.heartbeat_interval_seconds)
 
-    async def _take_over_page(self, left: Sequence[FlowRun]) -> None:
-        """Take over the flow runs that no other worker claims and that nobody has changed since they were read."""
-        claims = await asyncio.gather(*map(self._claim, left))
-        claimed = {flow_run.id: flow_run for flow_run, is_claimed in zip(left, claims, strict=True) if is_claimed}
+    async def _take_over_page(self, left: Sequence[FlowRun]) -> list[BaseException]:
+        """Take over the flow runs that no other worker claims, and return the errors.
+
+        A flow run that somebody has changed since it was read stays as it is. This worker becomes the owner before it
+        looks for that: from then on an owner that was only frozen writes no end any more.
+        """
+        claims = await asyncio.gather(*map(self._claim, left), return_exceptions=True)
+        claimed = {flow_run.id: flow_run for flow_run, claim in zip(left, claims, strict=True) if claim is True}
+        problems = [claim for claim in claims if isinstance(claim, BaseException)]
         if claimed:
             ids = FlowRunFilter(id=FlowRunFilterId(any_=list(claimed)))
             current = await self.client.read_flow_runs(flow_run_filter=ids, limit=PAGE)
-            unchanged = [flow_run for flow_run in current if flow_run.state_id == claimed[flow_run.id].state_id]
-            await asyncio.gather(*map(self._take_over, unchanged))
+            unchanged = [
+                (flow_run, claimed[flow_run.id])
+                for flow_run in current
+                if flow_run.state_id == claimed[flow_run.id].state_id and self._is_own(flow_run.infrastructure_pid)
+            ]
+            results = await asyncio.gather(*(self._take_over(*pair) for pair in unchanged), return_exceptions=True)
+            problems += [result for result in results if result is not None]
+        return problems
 
-    async def _take_over(self, flow_run: FlowRun) -> None:
-        """Begin a flow run that was left behind, or give it back to the pool.
+    async def _take_over(self, flow_run: FlowRun, before: FlowRun) -> None:
+        """Begin a flow run that was left behind, or give it back to the pool. `before` has its earlier owner.
 
         The way over the pool changes the state three times instead of once. It is needed under a limit: a deployment's,
         whose slot a flow run takes at Pending, or this worker's own. And a worker may be for other work queues.
         """
-        owner = worker_name(flow_run.infrastructure_pid) or "unknown"
+        owner = worker_name(before.infrastructure_pid) or "unknown"
         why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
         has_slot = flow_run.state and flow_run.state.state_details.deployment_concurrency_lease_id
         is_of_queue = not self._work_queues or flow_run.work_queue_name in self._work_queues
@@ -611,12 +639,26 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             self._logger.info("Flow run %r is not taken over: %s", flow_run.name, error)
 
     async def _claim(self, flow_run: FlowRun) -> bool:
-        """Return whether this worker takes a flow run over: only one of several creates the flow run input."""
+        """Make this worker the owner of a flow run that was left behind. Return whether it is.
+
+        Of several workers, only one creates the flow run input. A flow run that was deleted has none.
+        """
+        try:
+            if not await self._is_first(flow_run):
+                return False
+            await self.client.update_flow_run(flow_run.id, infrastructure_pid=self.identity)
+        except ObjectNotFound:
+            return False
+        return True
+
+    async def _is_first(self, flow_run: FlowRun) -> bool:
         for number in range(1, 100):
             key = f"taken-over-{flow_run.state_id}-{number}"
             try:
                 await self.client.create_flow_run_input(flow_run.id, key, json.dumps(self.identity))
             except STATUS_ERRORS as error:
+                if error.response.status_code == 404:
+                    return False  # it was deleted
                 if error.response.status_code != 409:
                     raise
             else:
@@ -625,6 +667,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             if claimer == self.identity:
                 return True  # an earlier try of this worker, which failed later
             name = claimer.rpartition("/")[0]
+            if name != self.name and not self._workers.get(name, False):
+                self._workers = await read_workers(self.client, self._work_pool_name)  # it may have come online since
             if name != self.name and self._workers.get(name, False):
                 return False  # the other worker is alive, and takes the flow run over
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, StateDetails, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
-from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound
+from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound, ObjectNotFound
 from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running, Scheduled, Suspended
 
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs
@@ -407,8 +408,82 @@ async def test_a_flow_run_that_was_left_behind_begins_at_once_unless_only_the_po
         current = await worker.client.read_flow_run(run_id)
     assert run.await_count == (expected == "begins")
     assert current.state_name == ("Running" if expected == "begins" else expected)
-    owner = {"begins": worker.identity, "AwaitingRetry": HANDED_OVER, "Cancelling": "gone/1"}
-    assert current.infrastructure_pid == owner[expected]
+    assert current.infrastructure_pid == (HANDED_OVER if expected == "AwaitingRetry" else worker.identity)
+
+
+@pytest.fixture
+def heir(pool: CrewPool, connection: None, monkeypatch: pytest.MonkeyPatch) -> CrewWorker:
+    """A worker, to be entered, that runs no flow and looks at nothing by itself."""
+    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    monkeypatch.setattr(CrewWorker, "run", AsyncMock(return_value=CrewWorkerResult(identifier="", status_code=0)))
+    return CrewWorker(pool.name, name="heir")
+
+
+async def left_behind(pool: CrewPool, worker: CrewWorker) -> FlowRun:
+    """Return a flow run that is Running on a worker that is gone."""
+    deployment = await asyncio.to_thread(pool.deploy, "left", f"{USER_FLOWS}.sleeps")
+    later = datetime.now(UTC) + timedelta(hours=1)
+    run_id = UUID(await asyncio.to_thread(partial(pool.start, deployment, at=later, seconds=1)))
+    await worker.client.update_flow_run(run_id, infrastructure_pid="gone/1")
+    await worker.client.set_flow_run_state(run_id, Running(), force=True)
+    return await worker.client.read_flow_run(run_id)
+
+
+@pytest.mark.parametrize("problem", ["deleted", "no answer"])
+async def test_a_problem_with_one_flow_run_keeps_no_other_from_being_taken_over(
+    pool: CrewPool, heir: CrewWorker, monkeypatch: pytest.MonkeyPatch, problem: str
+):
+    async with heir:
+        bad, good = [await left_behind(pool, heir) for _ in range(2)]
+        create = heir.client.create_flow_run_input
+
+        async def create_but_for_one(flow_run_id: UUID, *arguments: Any) -> None:
+            if flow_run_id == bad.id and problem == "no answer":
+                raise httpx.ReadTimeout("no answer")
+            await create(flow_run_id, *arguments)
+
+        monkeypatch.setattr(heir.client, "create_flow_run_input", create_but_for_one)
+        if problem == "deleted":
+            await heir.client.delete_flow_run(bad.id)
+        problems = await heir._take_over_page([bad, good])
+        current = await heir.client.read_flow_run(good.id)
+    assert len(problems) == (problem == "no answer")
+    assert current.infrastructure_pid == heir.identity
+
+
+async def test_a_worker_that_could_not_read_its_pool_does_before_it_takes_over(
+    pool: CrewPool, heir: CrewWorker, monkeypatch: pytest.MonkeyPatch
+):
+    away = AsyncMock(side_effect=httpx.ConnectError("refused"))
+    with monkeypatch.context() as patched:
+        patched.setattr(heir, "sync_with_backend", away)
+        async with heir:
+            assert heir._work_pool is None
+            patched.undo()
+            await heir._take_over_all()
+            assert heir.work_pool.name == pool.name
+
+
+async def test_a_block_that_is_missing_does_not_count_as_a_deleted_deployment(
+    pool: CrewPool, heir: CrewWorker, monkeypatch: pytest.MonkeyPatch
+):
+    missing = AsyncMock(side_effect=ObjectNotFound(Exception("a block of the pool's template")))
+    monkeypatch.setattr(CrewJobConfiguration, "resolve_for_flow_run", missing)
+    async with heir:
+        flow_run = await left_behind(pool, heir)
+        await heir._submit_run(flow_run)
+        current = await heir.client.read_flow_run(flow_run.id)
+    assert current.state_name == "Crashed"
+
+
+async def test_no_end_is_written_for_a_flow_run_that_another_worker_has_taken(pool: CrewPool, heir: CrewWorker):
+    async with heir:
+        flow_run = await left_behind(pool, heir)
+        held = heir._held[flow_run.id] = HeldFlowRun(flow_run, heir._confirm)
+        with contextlib.suppress(asyncio.CancelledError):
+            await heir._confirm(held, Completed())
+        heir._held.clear()
+    assert held.ending == "lost"
 
 
 @pytest.mark.usefixtures("connection")

@@ -61,6 +61,7 @@ NAMES: Mapping[str, str | None] = {
     "prefect.workers.base:BaseWorker._emit_flow_run_submitted_event": None,
     "prefect.workers.base:BaseWorker._emit_flow_run_executed_event": None,
     "prefect.workers.base:BaseWorker._release_limit_slot": None,
+    "prefect.workers.base:BaseJobConfiguration.resolve_for_flow_run": None,
 }
 """The names of Prefect that the worker replaces, overrides or calls, each with the first version that may lack it. If
 one of the others is missing, the worker would fail silently: a SIGTERM in the middle of all flow runs, or a thread for
