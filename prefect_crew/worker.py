@@ -559,7 +559,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         self._workers = await read_workers(self.client, self._work_pool_name)
         if self._work_pool is None or not self._workers.get(self.name, False):
             # This worker's heartbeats did not arrive, perhaps not even the first. The next one may come minutes later:
-            # the longer the server is away, the fewer Prefect sends. Without the pool no flow run can begin here.
+            # Prefect sends fewer, the longer it cannot reach the server. Without the pool no flow run can begin here.
             await self.sync_with_backend()
         now, before = _clock(), dict(self._held)
         begun = await read_flow_runs(self.client, self._work_pool_name, *BEGUN)
@@ -574,9 +574,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         for start in range(0, len(sure), CLAIMS_AT_ONCE):
             page = [left[state_id] for state_id in sure[start : start + CLAIMS_AT_ONCE]]
             problems += await self._take_over_page(page)
-        for (
-            problem
-        ) in problems:  # after all: an error about one flow run must not keep the others from being taken over
+        for problem in problems:  # an error about one flow run must not keep others from being taken over
             raise problem
 
     def _is_left(self, flow_run: FlowRun) -> bool:
