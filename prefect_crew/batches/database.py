@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import sqlalchemy as sa
 from prefect.blocks.system import Secret
@@ -18,8 +20,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.batches.attempts import Attempt, Place, Write, decide_writes
 from prefect_crew.batches.dataset import is_remote, shown_address
+from prefect_crew.batches.outcomes import RowState
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError, LedgerError
+from prefect_crew.records.decision import latest_start
+from prefect_crew.records.model import RecordPhase
 
 T = TypeVar("T")
 _HARMLESS = {"ssl", "sslmode", "host", "port", "target_session_attrs", "application_name", "connect_timeout"}
@@ -164,7 +170,7 @@ attempts = sa.Table(
     sa.Column("kickoff", sa.String(64)),
     sa.Column("owner", sa.String(36), nullable=False),
     sa.Column("seconds", sa.Float),
-    sa.Column("usage", sa.JSON),
+    sa.Column("usage", sa.JSON(none_as_null=True)),
     sa.Column("record", sa.Text, nullable=False),
     sa.Column("posts_until", sa.Float),
     sa.Index("crew_attempts_kickoff", "kickoff"),
@@ -315,9 +321,63 @@ class Database:
             self._connection.engine.dispose()
             self._connection = None
 
+    def lock(self, connection: sa.Connection, batch: str) -> float:
+        """Let this transaction alone write to a batch, until it ends; return the time by the clock of the database.
+
+        A transaction takes one lock, so no two wait for each other. It comes before the first read: what the
+        transaction reads of the batch is then what it replaces.
+        """
+        if self.path is not None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE").close()
+            return float(connection.execute(_SQLITE_TIME).scalar_one())
+        return float(connection.execute(_LOCK_BATCH, {"key": lock_key(f"prefect-crew/ledger/{batch}")}).scalar_one())
+
     def insert(self, table: sa.Table) -> Any:
         """Return an INSERT of this database's dialect, which knows ON CONFLICT."""
         return (postgresql if self.path is None else sqlite).insert(table)
+
+    def texts(self, name: str) -> Any:
+        """Return a table of the texts in the JSON array that a statement is executed with under this name.
+
+        Its column is `value`. An outer join looks each text up in an index. For an inner join, or `IN`, a database that
+        has no statistics of the table may read all attempts of the batch.
+        """
+        array = sa.bindparam(name, type_=sa.Text)
+        if self.path is not None:
+            return sa.func.json_each(array).table_valued("value")
+        return sa.func.json_array_elements_text(sa.cast(array, sa.JSON)).table_valued("value")
+
+    def is_one_of(self, column: sa.Column[str], name: str) -> sa.ColumnElement[bool]:
+        """Return whether a column has one of the texts of such an array."""
+        texts = sa.select(self.texts(name).c.value)
+        # PostgreSQL looks up each item of an array in the index. It compares each row of the batch with a subquery.
+        return column.in_(texts) if self.path is not None else column == sa.any_(sa.func.array(texts.scalar_subquery()))
+
+    def read_rows(self, name: str, columns: Sequence[sa.Column[Any]]) -> Any:
+        """Return a SELECT of the rows in the JSON array that a statement is executed with under this name.
+
+        For one statement a row, SQLite would give Python's lock away each time, and asyncpg would encode each value.
+        """
+        array = sa.bindparam(name, type_=sa.Text)
+        if self.path is not None:
+            value = sa.func.json_each(array).table_valued("value").c.value
+            items: list[Any] = [sa.func.json_extract(value, f"$[{at}]") for at in range(len(columns))]
+        else:
+            value = sa.func.json_array_elements(sa.cast(array, sa.JSON)).table_valued("value").c.value
+            fields = [value.op("->>")(sa.literal_column(str(at))) for at in range(len(columns))]
+            items = [sa.cast(field, column.type) for field, column in zip(fields, columns, strict=True)]
+        return sa.select(*items).where(sa.true())  # SQLite cannot tell ON CONFLICT from a join without WHERE
+
+
+def lock_key(name: str) -> int:
+    """Return the number of an advisory lock of PostgreSQL."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+
+
+_SQLITE_CLOCK = "((julianday('now') - 2440587.5) * 86400.0)"
+_POSTGRESQL_CLOCK = "extract(epoch FROM clock_timestamp())"
+_SQLITE_TIME = sa.text(f"SELECT {_SQLITE_CLOCK}")
+_LOCK_BATCH = sa.text(f"SELECT {_POSTGRESQL_CLOCK} FROM pg_advisory_xact_lock(:key)")  # noqa: S608  all constant
 
 
 def _sqlite(path: str) -> sa.Engine:
@@ -334,18 +394,28 @@ def _sqlite(path: str) -> sa.Engine:
     return engine
 
 
+KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
+"""Settings of a PostgreSQL session: a machine that vanishes must not hold its locks for hours."""
+_SESSION = {
+    # A plan that was made while a table was small goes through all of it once it is large.
+    "plan_cache_mode": "force_custom_plan",
+    # Every statement finds its rows by a key. PostgreSQL guesses that a group of writes has a hundred rows, and would
+    # rather read all attempts of the batch for it, which costs seconds of CPU for each thousand rows.
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_material": "off",
+    **KEEPALIVES,
+}
+
+
 def _prepare_session(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
     # A commit is on disk when it returns, also where the server does not say so by itself.
     cursor.execute(
         "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
     )
-    # A plan that was made while a table was small goes through all of it once it is large.
-    cursor.execute("SET plan_cache_mode = force_custom_plan")
-    # Every statement finds its rows by a key. PostgreSQL guesses that a group of writes has a hundred rows, and would
-    # rather read the whole table once for it, which costs seconds of CPU for each thousand rows of a batch.
-    cursor.execute("SET enable_hashjoin = off")
-    cursor.execute("SET enable_mergejoin = off")
+    for setting, value in _SESSION.items():
+        cursor.execute(f"SET {setting} = {value}")
     cursor.close()
     connection.commit()
 
@@ -356,28 +426,21 @@ def short(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
 
 
-# Writes of attempts in groups: what comes in while one commit is under way goes into the next one together. What the
-# ledger says of an attempt never goes backwards: a write is made only where it follows from what is there, in the
-# statement that makes it. It may land late, after others have written, and nobody can call it back.
+# Writes of attempts in groups: the writes that come in while one commit is under way go into the next one together.
+# Each transaction that writes to a batch holds its lock, reads what is there, decides by `may_follow`, and writes. A
+# write may land late, after others have written, and nobody can call it back.
 
+_KEY = [column.name for column in attempts.primary_key]
+_READ = [attempts.c[name] for name in ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner", "record")]
+_READ.append(attempts.c.posts_until)
 UNHURRIED = 0.05
 """Seconds that a write which is not urgent may wait for others."""
 
 
 @dataclass(slots=True, eq=False)
-class _Write:
-    values: dict[str, Any]
-    is_claim: bool
+class _Pending:
+    write: Write
     done: asyncio.Future[bool]
-
-    @property
-    def identity(self) -> tuple[str, int]:
-        return self.values["row_key"], self.values["attempt"]
-
-    @property
-    def marks(self) -> tuple[Any, ...]:
-        """What no other write of the same statement may have."""
-        return (self.identity, self.values["kickoff"]) if self.values["alone"] else (self.identity,)
 
 
 class GroupWriter:
@@ -389,10 +452,23 @@ class GroupWriter:
     def __init__(self, database: Database, batch: str) -> None:
         self._database = database
         self._batch = batch
-        self._statements = _ON_SQLITE if database.path is not None else _ON_POSTGRESQL
+        names = Attempt._fields
+        values = database.read_rows("attempts", [attempts.c[name] for name in names])
+        insert = database.insert(attempts).from_select(names, values)
+        replaced = {name: insert.excluded[name] for name in names[len(_KEY) :]}
+        self._replace = insert.on_conflict_do_update(index_elements=_KEY, set_=replaced)
+        keys, kickoffs = database.texts("keys"), database.texts("kickoffs")
+        own = sa.and_(attempts.c.batch == batch, attempts.c.row_key == keys.c.value)
+        self._select = sa.union_all(
+            sa.select(*_READ).select_from(keys.outerjoin(attempts, own)),
+            sa.select(*_READ).select_from(kickoffs.outerjoin(attempts, attempts.c.kickoff == kickoffs.c.value)),
+        )
+        moved = (rows.c.batch == batch, database.is_one_of(rows.c.row_key, "keys"))
+        latest: dict[str, Any] = {"attempt": sa.bindparam("latest"), "state": sa.bindparam("now")}
+        self._follow = sa.update(rows).where(*moved).values(latest)
         self.retry_for = 120.0
         self.commits = 0
-        self._pending: list[_Write] = []
+        self._pending: list[_Pending] = []
         self._is_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -405,15 +481,11 @@ class GroupWriter:
         if self._task is not None:
             await self._task
 
-    async def put(self, values: dict[str, Any], *, is_claim: bool, urgent: bool = True) -> bool:
-        """Write an attempt, and return once it is on disk whether it was: not where what is there is later than it.
+    async def put(self, write: Write, *, urgent: bool = True) -> bool:
+        """Write an attempt. Return, once the commit is on disk, whether the ledger took the write (`may_follow`).
 
         Args:
-            values: The columns of `attempts` but `posts_until`; `good_for`, for how many more seconds a claim may be
-                posted; `mine`, 1 if whoever writes has claimed it; `was`, the phase that alone it may replace, None for
-                any; `alone`, 1 if it is to be made only where no other attempt holds the kickoff, and no end stands but
-                that the crew's server has forgotten the run.
-            is_claim: Whether it claims its place; else it replaces what is there.
+            write: The write.
             urgent: Whether a commit is begun for it; else it goes with the next one, or with one of its own soon.
 
         Raises:
@@ -422,14 +494,14 @@ class GroupWriter:
         if self._is_closed:
             raise LedgerError("is closed.", ledger=self._database.address)
         loop = asyncio.get_running_loop()
-        write = _Write(values, is_claim, loop.create_future())
-        self._pending.append(write)
+        pending = _Pending(write, loop.create_future())
+        self._pending.append(pending)
         if urgent:
             self._write_soon()
         elif self._timer is None:
             self._timer = loop.call_later(UNHURRIED, self._write_soon)
         # A caller that is cancelled here leaves the write to its commit: only the answer is not waited for any more.
-        return await write.done
+        return await pending.done
 
     def _write_soon(self) -> None:
         self._is_due = True
@@ -446,17 +518,18 @@ class GroupWriter:
             if group:
                 await self._write_group(group)
 
-    async def _write_group(self, group: Sequence[_Write]) -> None:
-        """Commit a group, and tell each write of it whether it was made.
+    async def _write_group(self, group: Sequence[_Pending]) -> None:
+        """Commit a group, and tell the caller of each write whether the ledger took it.
 
         Also when this task is cancelled with all others, as at the end of a process: then come the ids of kickoffs
         whose POST was just answered. A commit of which nobody knows whether it took place can be made again: a claim
         that is there is known by its owner, and an update follows from itself.
         """
-        written, failure, ending = set[_Write](), None, None
+        writes = [pending.write for pending in group]
+        answers, failure, ending = list[bool](), None, None
         while True:
             try:
-                written = await self.keep_trying(lambda connection: self._commit(connection, group), "written")
+                answers = await self.keep_trying(lambda connection: self._commit(connection, writes), "written")
             except asyncio.CancelledError:
                 continue
             except BaseException as error:  # noqa: BLE001  a row whose write nobody answers waits for ever
@@ -467,19 +540,19 @@ class GroupWriter:
                 ending = None if isinstance(error, Exception) else error
             break
         self.commits += 1
-        for write in group:
-            if write.done.done():
+        for number, pending in enumerate(group):
+            if pending.done.done():
                 continue
             if failure is None:
-                write.done.set_result(write in written)
+                pending.done.set_result(answers[number])
             else:
-                write.done.set_exception(failure)
-                write.done.exception()  # a caller that was cancelled does not read it
+                pending.done.set_exception(failure)
+                pending.done.exception()  # a caller that was cancelled does not read it
         if ending is not None:
             raise ending
 
     async def keep_trying(self, work: Callable[[sa.Connection], T], deed: str) -> T:
-        """Do something in the database that can be done twice, and try again while it is away; `what` is for the log.
+        """Do something in the database that can be done twice, and try again while it is away; `deed` is for the log.
 
         Raises SQLAlchemyError, OSError.
         """
@@ -503,34 +576,45 @@ class GroupWriter:
             await asyncio.sleep(delay)
             delay = min(delay * 2, 5.0)
 
-    def _commit(self, connection: sa.Connection, group: Sequence[_Write]) -> set[_Write]:
-        written = set[_Write]()
-        for part in _in_order(group):
-            for statement, is_claim in ((self._statements.claim, True), (self._statements.change, False)):
-                writes = {write.identity: write for write in part if write.is_claim is is_claim}
-                if writes:
-                    values = to_json([[write.values[name] for name in _GIVEN] for write in writes.values()]).decode()
-                    done: Any = connection.execute(statement, {"writes": values})
-                    written |= {writes[key, attempt] for key, attempt in done}
-        if written:
-            self.follow_rows(connection, sorted({write.values["row_key"] for write in written}))
-        return written
+    def _commit(self, connection: sa.Connection, writes: Sequence[Write]) -> list[bool]:
+        """Decide about a group of writes and store those that the ledger takes; return whether it takes each."""
+        now = self._database.lock(connection, self._batch)
+        keys = {write.attempt.row_key for write in writes}
+        ids = {write.attempt.kickoff for write in writes if write.is_first and write.attempt.kickoff is not None}
+        stored = self._read(connection, keys, ids)
+        answers, changed = decide_writes(stored, writes, now=now)
+        if changed:
+            connection.execute(self._replace, {"attempts": to_json(list(changed.values())).decode()}).close()
+            latest = self._latest({attempt.place: attempt for attempt in stored} | changed)
+            by_state = defaultdict[tuple[int, RowState], list[str]](list)
+            for key in {attempt.row_key for attempt in changed.values()}:
+                by_state[latest[key].attempt, latest[key].state].append(key)
+            for (number, state), moved in by_state.items():
+                values = {"latest": number, "now": state, "keys": to_json(moved).decode()}
+                connection.execute(self._follow, values).close()
+        return answers
 
-    def follow_rows(self, connection: sa.Connection, keys: Sequence[str]) -> None:
-        """Have some rows be in the state of the attempt that counts."""
-        values = {"batch": self._batch, "keys": to_json(list(keys)).decode()}
-        connection.execute(self._statements.follow, values).close()
+    def latest(self, connection: sa.Connection, keys: Collection[str]) -> dict[str, Attempt]:
+        """Return the attempt that counts of each of these rows: the last one that started a run or may have, and else
+        the last one."""
+        return self._latest({attempt.place: attempt for attempt in self._read(connection, keys, ())})
 
+    def _latest(self, stored: dict[Place, Attempt]) -> dict[str, Attempt]:
+        by_row: dict[str, list[Attempt]] = {}
+        for batch, key, number in sorted(stored):
+            if batch == self._batch:
+                by_row.setdefault(key, []).append(stored[batch, key, number])
+        return {key: latest_start(own) or own[-1] for key, own in by_row.items()}
 
-def _in_order(writes: Iterable[_Write]) -> list[list[_Write]]:
-    """Return writes in parts, in their order. A part has each attempt once, and each kickoff that is to be alone."""
-    parts: list[dict[Any, _Write]] = []
-    for write in writes:
-        at = max((number for number, part in enumerate(parts, 1) if not part.keys().isdisjoint(write.marks)), default=0)
-        if at == len(parts):
-            parts.append({})
-        parts[at] |= dict.fromkeys(write.marks, write)
-    return [list(dict.fromkeys(part.values())) for part in parts]
+    def _read(self, connection: sa.Connection, keys: Collection[str], kickoffs: Collection[str]) -> list[Attempt]:
+        """Return the attempts at some rows, and all of whichever batch that hold one of these kickoff ids."""
+        texts = {"keys": to_json(list(keys)).decode(), "kickoffs": to_json(list(kickoffs)).decode()}
+        read: Any = connection.execute(self._select, texts)
+        return [
+            Attempt(batch, key, attempt, RecordPhase(phase), RowState(state), *others)
+            for batch, key, attempt, phase, state, *others in read
+            if batch is not None
+        ]
 
 
 def _is_transient(error: Exception) -> bool:
@@ -541,97 +625,6 @@ def _is_transient(error: Exception) -> bool:
     return not is_gone and (isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated)
 
 
-_COLUMNS = ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner", "seconds", "usage", "record")
-_GIVEN = (*_COLUMNS, "good_for", "mine", "was", "alone")
-_TYPES = {
-    "attempt": "integer",
-    "seconds": "double precision",
-    "usage": "json",
-    "good_for": "double precision",
-    "mine": "integer",
-    "alone": "integer",
-}
-_IS_ALONE = f"""
-    new_alone = 0 OR (a.phase <> 'ended' OR a.state = 'lost' OR a.record = new_record) AND NOT EXISTS (
-        SELECT 1 FROM {attempts.name} AS other WHERE other.kickoff = new_kickoff
-            AND (other.batch, other.row_key, other.attempt) <> (a.batch, a.row_key, a.attempt)
-    )
-"""  # noqa: S608  no value of anybody is in it
-_FOLLOWS = """
-    CASE a.phase
-        WHEN 'claimed' THEN new_mine = 1 OR (new_phase <> 'claimed' AND coalesce(a.posts_until, 0) <= {clock})
-        WHEN 'not-started' THEN new_phase IN ('not-started', 'started', 'ended')
-        WHEN 'uncertain' THEN new_phase NOT IN ('claimed', 'not-started') OR
-            (new_phase = 'not-started' AND coalesce(a.posts_until, 0) <= {clock})
-        ELSE new_phase IN (a.phase, 'ended') AND coalesce(a.kickoff, '') = coalesce(new_kickoff, '')
-    END
-"""
-"""Whether a write may follow what is there. The age of a claim is measured by the database's clock alone: a kickoff
-whose sender knows it to be uncertain may be on its way as long as any other."""
-
-
-class _Statements(NamedTuple):
-    claim: sa.TextClause
-    change: sa.TextClause
-    follow: sa.TextClause
-
-
-def _statements(*, writes: str, keys: str, clock: str) -> _Statements:
-    """Return what claims and changes attempts, a group at once, and has rows follow, for one kind of database.
-
-    In SQLite a statement a row would give Python's lock away and take it again for each, which costs a busy event loop
-    more than the writing does.
-    """
-    until = f"CASE new_phase WHEN 'claimed' THEN {clock} + coalesce(new_good_for, 0)"
-    changes = ", ".join(f"{name} = new_{name}" for name in ("phase", "state", "kickoff", "seconds", "usage", "record"))
-    # One that is made again since nobody knew of its commit changes nothing, and counts as made.
-    claim = f"""
-        INSERT INTO {attempts.name} AS a ({", ".join(_COLUMNS)}, posts_until)
-        SELECT {", ".join(f"new_{name}" for name in _COLUMNS)}, {until} END FROM ({writes}) AS new WHERE true
-        ON CONFLICT (batch, row_key, attempt) DO UPDATE SET owner = excluded.owner
-            WHERE a.owner = excluded.owner AND a.phase = 'claimed'
-        RETURNING row_key, attempt
-    """  # noqa: S608  no value of anybody is in it
-    change = f"""
-        UPDATE {attempts.name} AS a
-        SET {changes}, posts_until = {until} WHEN 'uncertain' THEN a.posts_until END
-        FROM ({writes}) AS new
-        WHERE a.batch = new_batch AND a.row_key = new_row_key AND a.attempt = new_attempt AND a.owner = new_owner
-            AND (coalesce(new_was, a.phase) = a.phase OR a.record = new_record) AND {_FOLLOWS.format(clock=clock)}
-            AND ({_IS_ALONE})
-        RETURNING row_key, attempt
-    """  # noqa: S608
-    # The attempt that counts is the last one that is, or may be, a kickoff, and else the last one.
-    follow = f"""
-        UPDATE {rows.name} SET (attempt, state) = (
-            SELECT a.attempt, a.state FROM {attempts.name} AS a
-            WHERE a.batch = {rows.name}.batch AND a.row_key = {rows.name}.row_key
-            ORDER BY CASE a.phase WHEN 'not-started' THEN 1 ELSE 0 END, a.attempt DESC LIMIT 1
-        ) WHERE batch = :batch AND row_key {keys}
-    """  # noqa: S608
-    return _Statements(sa.text(claim), sa.text(change), sa.text(follow))
-
-
-_SQLITE_CLOCK = "((julianday('now') - 2440587.5) * 86400.0)"
-_POSTGRESQL_CLOCK = "extract(epoch FROM clock_timestamp())"
-_SQLITE_VALUES = [f"json_extract(value, '$[{at}]') AS new_{name}" for at, name in enumerate(_GIVEN)]
-_POSTGRESQL_VALUES = [
-    f"CAST(value ->> {at} AS {_TYPES.get(name, 'text')}) AS new_{name}" for at, name in enumerate(_GIVEN)
-]
-_ON_SQLITE = _statements(
-    writes=f"SELECT {', '.join(_SQLITE_VALUES)} FROM json_each(:writes)",  # noqa: S608
-    keys="IN (SELECT value FROM json_each(:keys))",
-    clock=_SQLITE_CLOCK,
-)
-_ON_POSTGRESQL = _statements(
-    writes=f"SELECT {', '.join(_POSTGRESQL_VALUES)} FROM json_array_elements(CAST(:writes AS json)) AS value",  # noqa: S608
-    # As an array, each of them is looked up in the index. As a subquery, each row of the batch would be compared.
-    keys="= ANY (ARRAY(SELECT json_array_elements_text(CAST(:keys AS json))))",
-    clock=_POSTGRESQL_CLOCK,
-)
-
-
 def seconds_left(database: Database) -> sa.ColumnElement[float]:
     """Return the column of for how many more seconds a kickoff may be sent or on its way, by the database's clock."""
-    clock = _SQLITE_CLOCK if database.path is not None else _POSTGRESQL_CLOCK
-    return attempts.c.posts_until - sa.literal_column(clock)
+    return attempts.c.posts_until - sa.literal_column(_POSTGRESQL_CLOCK if database.path is None else _SQLITE_CLOCK)

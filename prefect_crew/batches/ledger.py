@@ -16,6 +16,7 @@ from pydantic_core import from_json, to_json
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.batches.attempts import Attempt, Write
 from prefect_crew.batches.database import Database, GroupWriter, answers, attempts, batches, rows, seconds_left, short
 from prefect_crew.batches.outcomes import CONFLICT_REASON, CORRECTABLE, SENDER_ENDED, RowState, state_of
 from prefect_crew.batches.rows import BadRow, RowJob, SetAside
@@ -158,15 +159,14 @@ class Ledger:
 
         `exported` replaces everything else that `BatchEntry.exported` knows; None leaves it.
         """
-        ours = sa.update(batches).where(batches.c.name == self.batch)
+        ours = batches.c.name == self.batch
 
         def write(connection: sa.Connection) -> None:
-            # As an UPDATE it takes the lock: the process that runs the batch and a command may both write an export.
-            before = connection.execute(ours.values(name=batches.c.name).returning(batches.c.exported)).scalar()
-            before = cast("dict[str, Any]", before or {})
+            # The process that runs the batch and a command may both write an export.
+            before: dict[str, Any] = connection.execute(sa.select(batches.c.exported).where(ours)).scalar() or {}
             outputs = sorted({*before.get("outputs", ()), address})
             values = {**(before if exported is None else exported), "outputs": outputs}
-            connection.execute(ours.values(exported=values)).close()
+            connection.execute(sa.update(batches).where(ours).values(exported=values)).close()
 
         await self._run(write, "written")
 
@@ -191,28 +191,21 @@ class Ledger:
             query = sa.select(*columns).where(rows.c.batch == self.batch, rows.c.row_key.in_([job.key for job in jobs]))
             stored: Any = connection.execute(query)
             before = {key: (number, digest, RowState(state)) for key, number, digest, state in stored}
-            # How these stand without the conflict tells whether there is one.
-            tried = [key for key, (*_, state) in before.items() if state is RowState.CONFLICT and is_retried(key)]
-            if tried:
-                self.writer.follow_rows(connection, tried)
-            read: Any = connection.execute(query) if tried else ()
-            own = {key: RowState(state) for key, _, _, state in read}
+            conflicts = [key for key, (*_, state) in before.items() if state is RowState.CONFLICT]
+            latest = self.writer.latest(connection, conflicts) if conflicts else {}
             states: dict[str, RowState] = {}
             changed: list[dict[str, Any]] = []
-            restored: list[str] = []
             for job in jobs:
                 _, digest, state = before.get(job.key, (None, job.inputs.digest, RowState.PENDING))
-                was_conflict = state is RowState.CONFLICT
-                is_corrected = own.get(job.key, state) in CORRECTABLE and is_retried(job.key)
-                is_free = state in (RowState.PENDING, RowState.NOT_STARTED) or is_corrected
-                if digest != job.inputs.digest and not is_free:
-                    state = RowState.CONFLICT
-                else:
+                if job.key in latest:  # the state without the conflict tells whether there still is one
+                    state = latest[job.key].state
+                is_corrected = state in CORRECTABLE and is_retried(job.key)
+                if digest == job.inputs.digest or state in (RowState.PENDING, RowState.NOT_STARTED) or is_corrected:
                     digest = job.inputs.digest
-                    if was_conflict:
-                        restored.append(job.key)
+                else:
+                    state = RowState.CONFLICT
                 states[job.key] = state
-                if anew or was_conflict or before.get(job.key) != (job.number, digest, state):
+                if anew or before.get(job.key) != (job.number, digest, state):
                     values = {"batch": self.batch, "row_key": job.key, "number": job.number, "digest": digest}
                     changed.append({**values, "inputs": _masked(job, crew), "state": str(state), "attempt": 0})
             if changed:
@@ -220,10 +213,6 @@ class Ledger:
                 new = {name: insert.excluded[name] for name in ("number", "digest", "inputs", "state")}
                 insert = insert.on_conflict_do_update(index_elements=["batch", "row_key"], set_=new)
                 connection.execute(insert, changed).close()
-            if restored:
-                self.writer.follow_rows(connection, restored)
-                rows_now: Any = connection.execute(query)
-                states |= {key: RowState(state) for key, _, _, state in rows_now}
             return states
 
         return await self._run(write, "written")
@@ -337,7 +326,7 @@ class Ledger:
         record.open_for = record.good_for + record.post_deadline + SPARE
         if lease is not None:
             lease.begin()  # the counters of budgets, which come first, may take long
-        claimed = await self.writer.put(self._values(record), is_claim=True)
+        claimed = await self.writer.put(self._write_of(record, is_claim=True))
         record.entries += claimed
         return claimed
 
@@ -362,8 +351,8 @@ class Ledger:
     async def resolve(self, record: RunRecord, phase: RecordPhase, **facts: Any) -> bool:
         """Write down what was found out about an attempt; False if it was changed since, or may still be posted."""
         changes = resolution(record, phase, **facts)
-        values = {**self._values(record.model_copy(update=changes)), "mine": 0, "was": str(record.phase)}
-        if not await self.writer.put(values, is_claim=False):
+        resolved = record.model_copy(update=changes)
+        if not await self.writer.put(self._write_of(resolved, by_owner=False, expected=record.phase)):
             return False
         for name, value in changes.items():
             setattr(record, name, value)
@@ -373,7 +362,7 @@ class Ledger:
         """Write down how a run ended; False if the ledger says already how it did, and note that in the record."""
         mine = record.owner in self._own_claims
         ended = record.model_copy(update=resolution(record, RecordPhase.ENDED, **end))
-        is_closed = await self._write(ended, alone=True)
+        is_closed = await self._write(ended, is_first=True)
         attempts = () if is_closed else await self.attempts(record.idempotency_key)
         stands = next((attempt for attempt in attempts if attempt.attempt == record.attempt and attempt.is_final), None)
         if not is_closed and stands is None:
@@ -397,7 +386,7 @@ class Ledger:
     async def save_started(self, record: RunRecord) -> str | None:
         """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
         mine = record.owner in self._own_claims
-        if await self._write(record, alone=True):
+        if await self._write(record, is_first=True):
             return None
         for held in await self._of_kickoff(str(record.kickoff_id)):
             if (held.idempotency_key, held.attempt) != (record.idempotency_key, record.attempt):
@@ -410,12 +399,12 @@ class Ledger:
         """Return None: an id is written only where no other attempt holds it."""
         return None
 
-    async def _write(self, record: RunRecord, *, alone: bool = False) -> bool:
-        """Write down what is known of an attempt; `alone`: only if no other holds its kickoff, and no end stands."""
+    async def _write(self, record: RunRecord, *, is_first: bool = False) -> bool:
+        """Store the current state of an attempt; return whether the ledger took it. `is_first`: see `Write`."""
         try:
             # Nothing is sent on the strength of an end, so it need not hurry.
             urgent = record.phase is not RecordPhase.ENDED
-            return await self.writer.put({**self._values(record), "alone": int(alone)}, is_claim=False, urgent=urgent)
+            return await self.writer.put(self._write_of(record, is_first=is_first), urgent=urgent)
         except LedgerError:
             self._log_unsaved(record, "that could not be recorded. Once the ledger is back: ")
             raise
@@ -494,7 +483,7 @@ class Ledger:
         for record in await self.unresolved():
             if record.phase is RecordPhase.CLAIMED and await self.owner_ended(record):
                 record.phase, record.reason = RecordPhase.UNCERTAIN, SENDER_ENDED
-                await self.writer.put({**self._values(record), "mine": 1}, is_claim=False)
+                await self.writer.put(self._write_of(record, by_owner=True))
 
     # People's answers to rows.
 
@@ -539,12 +528,19 @@ class Ledger:
 
     async def _run(self, work: Callable[[sa.Connection], T], purpose: str, *, once: bool = False) -> T:
         """Do something in the database. It is tried again while that is away, but for what can be done only `once`."""
+
+        def locked(connection: sa.Connection) -> T:
+            self.database.lock(connection, self.batch)
+            return work(connection)
+
+        work_now = locked if purpose == "written" else work
         try:
-            return await (self.database.run(work) if once else self.writer.keep_trying(work, purpose))
+            return await (self.database.run(work_now) if once else self.writer.keep_trying(work_now, purpose))
         except (SQLAlchemyError, OSError) as error:
             raise LedgerError(f"cannot be {purpose}: {short(error)}.", ledger=self.address) from error
 
-    def _values(self, record: RunRecord) -> dict[str, Any]:
+    def _write_of(self, record: RunRecord, **rule: Any) -> Write:
+        """Return the write of a record. `rule` are attributes of `Write`; our own claims tell a missing `by_owner`."""
         seconds = usage = None
         if record.phase is RecordPhase.ENDED and record.kicked_off_at is not None and record.ended_at is not None:
             seconds = (record.ended_at - record.kicked_off_at).total_seconds()
@@ -552,22 +548,20 @@ class Ledger:
             usage = reported.model_dump(exclude_none=True)
         if record.cost is not None:
             usage = {**(usage or {}), "cost": record.cost}
-        return {
-            "batch": self.batch,
-            "row_key": self.row_key(record.idempotency_key),
-            "attempt": record.attempt,
-            "phase": str(record.phase),
-            "state": str(state_of(record)),
-            "kickoff": None if record.kickoff_id is None else _digest(record.kickoff_id),
-            "owner": record.owner,
-            "seconds": seconds,
-            "usage": usage,
-            "record": record.model_dump_json(exclude_none=True),
-            "good_for": record.open_for,
-            "mine": int(record.owner in self._own_claims),
-            "was": None,
-            "alone": 0,
-        }
+        attempt = Attempt(
+            batch=self.batch,
+            row_key=self.row_key(record.idempotency_key),
+            attempt=record.attempt,
+            phase=record.phase,
+            state=state_of(record),
+            kickoff=None if record.kickoff_id is None else _digest(record.kickoff_id),
+            owner=record.owner,
+            record=record.model_dump_json(exclude_none=True),
+            seconds=seconds,
+            usage=usage,
+        )
+        rule.setdefault("by_owner", record.owner in self._own_claims)
+        return Write(attempt, record.open_for, **rule)
 
 
 def _count(name: str) -> sa.ColumnElement[int]:

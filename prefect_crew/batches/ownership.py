@@ -16,7 +16,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew._internal.prefect_api import request_soon
-from prefect_crew.batches.database import Database, batches, short
+from prefect_crew.batches.database import KEEPALIVES, Database, batches, lock_key, short
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.exceptions import LedgerError, LedgerMissingError
 from prefect_crew.runs.reviews.answer import ASKS
@@ -204,8 +204,7 @@ class BatchLock:
             self._connection = await connection.execution_options(isolation_level="READ COMMITTED")
             for setting, value in _SETTINGS.items():
                 await self._connection.execute(text(f"SET LOCAL {setting} = {value}"))
-        digest = hashlib.sha256(f"prefect-crew/batch/{self._batch}\n".encode()).digest()
-        key = int.from_bytes(digest[:8], "big", signed=True)
+        key = lock_key(f"prefect-crew/batch/{self._batch}\n")
         return bool((await self._connection.execute(text(_TRY_LOCK), {"key": key})).scalar())
 
     async def _disconnect(self) -> None:
@@ -216,14 +215,7 @@ class BatchLock:
 
 
 _TRY_LOCK = "SELECT pg_try_advisory_xact_lock(:key)"
-_SETTINGS = {
-    # A machine that vanishes must not hold its locks for hours.
-    "tcp_keepalives_idle": 30,
-    "tcp_keepalives_interval": 10,
-    "tcp_keepalives_count": 3,
-    # One that works must not lose them.
-    "idle_in_transaction_session_timeout": 0,
-}
+_SETTINGS = {**KEEPALIVES, "idle_in_transaction_session_timeout": 0}  # a process that works must not lose its lock
 
 
 def _lock(file: int) -> None:

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from prefect_crew.exceptions import IdempotencyConflictError
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.states import CrewState
+
+
+class Counted(Protocol):
+    """An attempt at an idempotency key, in whichever store."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether the attempt started a run, or may have."""
+        ...
+
+
+T = TypeVar("T", bound=Counted)
 
 
 class Caller(BaseModel):
@@ -49,7 +61,7 @@ class Decision(StrEnum):
         return self in (Decision.START, Decision.START_AGAIN)
 
 
-def latest_start(attempts: Sequence[RunRecord]) -> RunRecord | None:
+def latest_start(attempts: Sequence[T]) -> T | None:
     """Return the last attempt that started a run, or may have. It skips attempts that surely did not start."""
     return next((attempt for attempt in reversed(attempts) if attempt.counts), None)
 

@@ -239,7 +239,7 @@ def claim_of(owner: str) -> str:
     return digest(owner, 16)
 
 
-_RANK = {
+RANK = {
     RecordPhase.CLAIMED: 0,
     RecordPhase.UNCERTAIN: 1,
     RecordPhase.NOT_STARTED: 2,
@@ -250,7 +250,7 @@ _RANK = {
 
 
 def _rank(outcome: Outcome) -> tuple[int, bool]:
-    return _RANK[outcome.phase], outcome.is_final
+    return RANK[outcome.phase], outcome.is_final
 
 
 def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecord:

@@ -116,6 +116,21 @@ async def test_of_racing_connections_one_wins_each_row_and_each_writes_in_groups
     assert all(ledger.writer.commits < 10 for ledger in ledgers)
 
 
+async def test_processes_that_write_the_same_rows_at_once_wait_for_each_other(ledger: Ledger, other: Ledger):
+    """A row follows the attempt that counts, also where another process has just created it. No order deadlocks."""
+    keys = [f"k{number}" for number in range(60)]
+    await enter(ledger, *keys)
+    firsts, seconds = ([record_of(ledger, key, attempt=attempt) for key in keys] for attempt in (1, 2))
+    await asyncio.gather(*(ledger.claim(record) for record in firsts))
+    jobs = [RowJob(number, number, key, Inputs.of({"topic": key})) for number, key in enumerate(keys)]
+    await asyncio.gather(
+        *(ledger.save(at(record, STARTED, kickoff_id=record.owner)) for record in firsts),
+        *(other.claim(record) for record in reversed(seconds)),
+        *(one.enter_rows(jobs[::-1], CREW, anew=True) for one in (other, ledger) * 3),
+    )
+    assert await ledger.counts() == {"claimed": 60}
+
+
 async def test_of_two_attempts_with_one_kickoff_the_second_is_told_whose_it_is(ledger_address: str):
     async with Ledger(ledger_address, "a") as other, Ledger(ledger_address, "b") as ledger:
         before = record_of(other, "earlier")

@@ -19,6 +19,7 @@ from prefect.context import FlowRunContext
 from pydantic import BaseModel, SecretStr, field_serializer, model_validator
 
 from prefect_crew import BatchFailedError, BatchReport, arun_batch, plan_batch, run_batch
+from prefect_crew.batches.attempts import Write
 from prefect_crew.batches.database import GroupWriter
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import RowState
@@ -422,12 +423,12 @@ class Strict(BaseModel):
 async def test_a_validator_that_raises_whatever_it_likes_fails_its_row_alone(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    server, ends = crew_server(script({"output": '{"{{ topic }}": {"name": "x"}}'}, inputs=["topic"])), list[str]()
+    server, states = crew_server(script({"output": '{"{{ topic }}": {"name": "x"}}'}, inputs=["topic"])), list[str]()
     put = GroupWriter.put
 
-    async def seen(self: GroupWriter, values: dict[str, Any], **options: Any) -> bool:
-        ends.extend([values["state"]] if values["phase"] == "ended" else [])
-        return await put(self, values, **options)
+    async def seen(self: GroupWriter, write: Write, **options: Any) -> bool:
+        states.append(write.attempt.state)
+        return await put(self, write, **options)
 
     monkeypatch.setattr(GroupWriter, "put", seen)
     rows = [{"topic": topic} for topic in ("other", "report", "another")]
@@ -442,7 +443,8 @@ async def test_a_validator_that_raises_whatever_it_likes_fails_its_row_alone(
         assert (lines["other"]["data"], lines["report"]["output"]) == (None, '{"report": {"name": "x"}}')
         batch.output.unlink()
     assert server.kickoffs == 3
-    assert sorted(ends) == ["completed", "invalid-output", "invalid-output"], "one write has the end and its judgement"
+    ends = ["completed", "invalid-output", "invalid-output"]
+    assert sorted(states) == sorted(["claimed", "started"] * 3 + ends), "three writes a row: its end has its judgement"
 
 
 async def test_an_output_is_exported_while_the_batch_runs_and_written_where_it_stops(

@@ -303,7 +303,7 @@ def _adds_an_end() -> Any:
 
 
 def _takes_an_end_back() -> Any:
-    return mock.patch.dict(model._RANK, {RecordPhase.ENDED: -1})
+    return mock.patch.dict(model.RANK, {RecordPhase.ENDED: -1})
 
 
 def _forgets_the_id() -> Any:
