@@ -61,7 +61,8 @@ def trace_run(crew: DeployedCrew, inputs: dict[str, Any]) -> Trace:
     trace = Trace()
 
     def note(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and below.get():
+        # Not when an awaited coroutine goes on: the callers of the two tasks go on with their bodies.
+        if event == "call" and below.get() and frame.f_lineno == frame.f_code.co_firstlineno:
             trace.calls[frame.f_code] += 1
 
     create_task = asyncio.BaseEventLoop.create_task

@@ -111,16 +111,9 @@ def reading(text: str) -> str:
             fence = opening[1] or opening[2]
         else:
             is_sure = is_sure and not _MAY_OPEN.match(line)
-            tamed.append(_tame(line))
+            # An invisible word joiner after a `<` or `!` makes it text. In inline code, an entity would be visible.
+            tamed.append(_TARGET.sub(_led_to, _TAG_OR_IMAGE.sub("\\g<0>\u2060", line)))
     return "\n".join([*tamed, fence] if fence else tamed)
-
-
-def _tame(text: str) -> str:
-    """Turn HTML in Markdown into text, images into links, and links with other targets than pages into text.
-
-    An invisible word joiner after a `<` or `!` makes it text. In inline code, an entity would be visible.
-    """
-    return _TARGET.sub(_led_to, _TAG_OR_IMAGE.sub("\\g<0>\u2060", text))
 
 
 def _led_to(link: re.Match[str]) -> str:

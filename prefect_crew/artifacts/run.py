@@ -37,9 +37,8 @@ from prefect_crew.artifacts.escape import (
     reading,
     table,
 )
-from prefect_crew.client.encoding import encode_inputs
+from prefect_crew.client.encoding import as_text
 from prefect_crew.client.models import CrewStatus, Review, TaskResult
-from prefect_crew.client.redaction import MASK
 from prefect_crew.prices import money
 from prefect_crew.states import CrewState
 
@@ -114,27 +113,27 @@ class MarkdownArtifact:
         self._flow_run_id, self._metadata = flow_run_id, metadata
         self._in_trouble = False
 
-    async def keep(self, data: str | Callable[[], str]) -> None:
-        """Update the artifact to `data`, or to the result of a function that is called when the request is sent.
+    async def keep(self, data: str | Callable[[], str]) -> str | None:
+        """Update the artifact, or create it if it does not exist. Return the problem or None.
 
-        It logs a problem once and does not raise it: an artifact must not fail its run.
+        `data` is its text, or a function that returns the text when the request is sent. A problem is logged once, and
+        not raised: an artifact must not fail its run.
         """
-        if (trouble := await self.put(data)) and not self._in_trouble:
-            self._in_trouble = True
-            run_logger().warning("The artifact %r could not be updated: %s", self.description, trouble)
-
-    async def put(self, data: str | Callable[[], str]) -> str | None:
-        """Update the artifact to `data`, or create it if it does not exist. Return the problem or None."""
+        text = data if callable(data) else lambda: data
         try:
-            async with asyncio.timeout(SHOW_WITHIN):
-                text = data if callable(data) else lambda: data
-                if await self.find() is None or not await self._update(text):
-                    await self._create(text)
-        except (*PREFECT_ERRORS, ValueError) as error:
-            return f"{type(error).__name__}: {error}".splitlines()[0]
+            async with asyncio.timeout(SHOW_WITHIN), get_client() as client:
+                if await self.find() is None or not await self._update(client, text):
+                    await self._create(client, text)
         except TimeoutError:
-            return f"the Prefect API did not accept it within {SHOW_WITHIN:g} s"
-        return None
+            problem = f"the Prefect API did not accept it within {SHOW_WITHIN:g} s"
+        except (*PREFECT_ERRORS, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            return None
+        if not self._in_trouble:
+            self._in_trouble = True
+            run_logger().warning("The artifact %r could not be updated: %s", self.description, problem)
+        return problem
 
     async def find(self) -> UUID | None:
         """Return its id. Ask the server if another process may have created it. None if it does not exist.
@@ -156,20 +155,19 @@ class MarkdownArtifact:
             self.id, self.earlier = artifact.id, str(artifact.data)
         return self.id
 
-    async def _update(self, data: Callable[[], str]) -> bool:
+    async def _update(self, client: PrefectClient, data: Callable[[], str]) -> bool:
         """Update the artifact. Return False if somebody has deleted it."""
         try:
-            async with get_client() as client:
-                # Not alone: unlike the change of a Variable, this request writes before it reads.
-                new: dict[str, Any] = {"json": lambda: {"data": data()}, "urgency": Urgency.SHOW, "alone": False}
-                await request_soon(client, "PATCH", f"/artifacts/{self.id}", give_up_after=SHOW_FOR, **new)
+            # Not alone: unlike the change of a Variable, this request writes before it reads.
+            new: dict[str, Any] = {"json": lambda: {"data": data()}, "urgency": Urgency.SHOW, "alone": False}
+            await request_soon(client, "PATCH", f"/artifacts/{self.id}", give_up_after=SHOW_FOR, **new)
         except PrefectHTTPStatusError as error:
             if error.response.status_code != 404:
                 raise
             return False
         return True
 
-    async def _create(self, data: Callable[[], str]) -> None:
+    async def _create(self, client: PrefectClient, data: Callable[[], str]) -> None:
         """Create the artifact for its flow run. If this call runs in that flow run, also for the task run."""
         flow, task = FlowRunContext.get(), TaskRunContext.get()
         around = flow.flow_run.id if flow and flow.flow_run else None
@@ -188,10 +186,9 @@ class MarkdownArtifact:
             self.is_new = False  # a request whose answer is lost may create it
             return {**empty, "data": data()}
 
-        async with get_client() as client:
-            # For the same reason, the request is repeated only if the server was busy.
-            new: dict[str, Any] = {"json": body, "urgency": Urgency.SHOW, "alone": False}
-            answer = await request_soon(client, "POST", "/artifacts/", give_up_after=SHOW_FOR, again=is_busy, **new)
+        # For the same reason, the request is repeated only if the server was busy.
+        new: dict[str, Any] = {"json": body, "urgency": Urgency.SHOW, "alone": False}
+        answer = await request_soon(client, "POST", "/artifacts/", give_up_after=SHOW_FOR, again=is_busy, **new)
         self.id = UUID(answer.json()["id"])
 
 
@@ -199,8 +196,8 @@ class MarkdownArtifact:
 class RunView:
     """The content of a run's artifact and span, already masked. Times are UTC.
 
-    `page_url` is the crew's page for people. `notes` come first, with the commands in `to_do`. `read_result` is the
-    command that writes the whole result.
+    `inputs` are encoded, None if they are unknown here. `page_url` is the crew's page for people. `notes` come first,
+    with the commands in `to_do`. `read_result` is the command that writes the whole result.
     """
 
     crew: str
@@ -212,7 +209,6 @@ class RunView:
     inputs: Mapping[str, Any] | None = None
     status: CrewStatus | None = None
     show: str = "full"
-    secret_inputs: Sequence[str] = ()
     cost: float | None = None
     page_url: str | None = None
     flow_run_id: str | None = None
@@ -225,11 +221,6 @@ class RunView:
     advice: str | None = None
     tasks_seen: Mapping[str, datetime] = field(default_factory=dict[str, datetime])
     """The time of the first status that named a task, by the task's name."""
-
-    def shown_inputs(self) -> dict[str, Any]:
-        """Return the inputs in their encoded form, with the secret ones masked."""
-        inputs = self.inputs or {}
-        return encode_inputs({name: MASK if name in self.secret_inputs else value for name, value in inputs.items()})
 
 
 def render_run(view: RunView, earlier: str = "") -> str:
@@ -246,7 +237,7 @@ def render_run(view: RunView, earlier: str = "") -> str:
         parts.append(commands(*view.to_do))
     parts.append(_facts(view, status))
     if view.show == "full" and view.inputs:
-        rows = [(f"**{cell(name)}**", cell(str(text))) for name, text in view.shown_inputs().items()]
+        rows = [(f"**{cell(name)}**", cell(as_text(value))) for name, value in view.inputs.items()]
         parts.append(_INPUTS + table(("Input", "Value"), rows))
     elif view.show == "full" and view.inputs is None:
         parts.append(_inputs_shown(earlier))
@@ -340,18 +331,3 @@ def _result(view: RunView, output: str) -> str:
     text = reading(output[:OUTPUT_CAP]) if view.show == "full" else ""
     markdown = "\n\n".join(filter(None, (" ".join(about), text)))
     return f"### Result\n\n{markdown}" if markdown else ""
-
-
-class RunArtifact(MarkdownArtifact):
-    """The artifact of one run. `claim` is the name of the Variable with the run's claim, None without a record."""
-
-    def __init__(
-        self, crew: str, kickoff_id: str, *, flow_run_id: str | None, is_new: bool = False, claim: str | None = None
-    ) -> None:
-        description = f"Run {prose(kickoff_id)} of crew {prose(crew)}"
-        metadata = None if claim is None else {CLAIM: claim, "kickoff_id": kickoff_id}
-        super().__init__(artifact_key(crew), description, flow_run_id=flow_run_id, is_new=is_new, metadata=metadata)
-
-    async def show(self, view: Callable[[], RunView]) -> None:
-        """Update or create the artifact. `view` is called when the request is sent."""
-        await self.keep(lambda: render_run(view(), self.earlier))

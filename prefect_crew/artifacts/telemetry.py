@@ -129,7 +129,7 @@ def _attributes(record: RunRecord, view: RunView, *, with_content: bool) -> Iter
     yield "gen_ai.response.model", models[0] if len(models) == 1 else None
     yield "prefect_crew.models", models or None
     if with_content and view.inputs is not None:
-        yield "gen_ai.input.messages", _message("user", json.dumps(view.shown_inputs(), ensure_ascii=False))
+        yield "gen_ai.input.messages", _message("user", json.dumps(view.inputs, ensure_ascii=False))
     if with_content and status.output is not None:
         yield "gen_ai.output.messages", _message("assistant", status.output, finish_reason="stop")
 

@@ -14,6 +14,7 @@ from prefect_crew._internal.asyncio_tasks import OwnTask
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.artifacts.events import emit
+from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import count_uncertain
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate, post_deadline
 from prefect_crew.client.inputs import missing_inputs, unknown_inputs
@@ -540,7 +541,7 @@ async def open_run(request: RunRequest, *, inside_own_task: bool = False) -> Liv
     await kick_off(run, request, inside_own_task=inside_own_task)
     run.remember()
     if run.owned:
-        await run.artifact.show(lambda: run.view(None))  # in `run_crew`, the wait shows the artifact
+        await run.artifact.keep(lambda: render_run(run.view(None)))  # in `run_crew`, the wait shows the artifact
     return run
 
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew.artifacts.escape import prose
 from prefect_crew.artifacts.events import emit
-from prefect_crew.artifacts.run import TASKS_CAP, RunArtifact, RunView
+from prefect_crew.artifacts.run import CLAIM, TASKS_CAP, MarkdownArtifact, RunView, artifact_key
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus, Review
 from prefect_crew.client.redaction import Redactor, withholding
@@ -151,11 +152,17 @@ class LiveRun:
         return f"{shlex.quote(name or self.kickoff_id)}{crew}"
 
     @cached_property
-    def artifact(self) -> RunArtifact:
+    def artifact(self) -> MarkdownArtifact:
         """Its artifact, which may not exist on the server yet."""
-        owner = None if self.record is None else self.record.flow_run_id
-        claim = None if self.record is None else record_name(self.record.idempotency_key, self.record.attempt)
-        return RunArtifact(self.crew.label, self.kickoff_id, flow_run_id=owner, is_new=self.owned, claim=claim)
+        record, label = self.record, self.crew.label
+        claim = None if record is None else record_name(record.idempotency_key, record.attempt)
+        return MarkdownArtifact(
+            artifact_key(label),
+            f"Run {prose(self.kickoff_id)} of crew {prose(label)}",
+            flow_run_id=None if record is None else record.flow_run_id,
+            is_new=self.owned,
+            metadata=None if claim is None else {CLAIM: claim, "kickoff_id": self.kickoff_id},
+        )
 
     @property
     def attempt(self) -> str | None:

@@ -24,7 +24,7 @@ from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.prefect_api import flow_run_id, read_all_flow_runs, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.artifacts.run import claims_shown
+from prefect_crew.artifacts.run import claims_shown, render_run
 from prefect_crew.client import CrewClient
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
@@ -195,7 +195,7 @@ async def stop_run(run: LiveRun, *, idempotency_key: str | None = None) -> StopA
                     run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
                 if run.record.ended_at is not None:
                     stopped = CrewStatus(kickoff_id=kickoff_id, state=CrewState.STOPPED)
-                    await run.artifact.show(lambda: run.view(stopped))
+                    await run.artifact.keep(lambda: render_run(run.view(stopped), run.artifact.earlier))
                 if run.record.slot is not None:
                     await Slots(run.crew, UUID(run.record.slot)).release()
     return answer

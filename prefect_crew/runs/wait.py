@@ -13,7 +13,7 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import progress
 from prefect_crew.artifacts.events import emit
-from prefect_crew.artifacts.run import RunView
+from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import withholding
@@ -394,13 +394,14 @@ class _Waiter(Watcher):
         notes += [note] if note else []
         answers = () if self.people is None else self.people.answers
 
-        def view() -> RunView:
+        def text() -> str:
             self._shown_at, self._is_stale = time.monotonic(), False
             redacted = [self.run.redact(text) for text in notes]
-            return self.run.view(status or self.last, notes=redacted, to_do=to_do, reviews=answers)
+            view = self.run.view(status or self.last, notes=redacted, to_do=to_do, reviews=answers)
+            return render_run(view, self.run.artifact.earlier)
 
         is_first = self.run.artifact.id is None
-        await self.run.artifact.show(view)
+        await self.run.artifact.keep(text)
         if self.run.artifact.id is None:  # the Prefect API refused it or is away
             self._is_stale = True
         last = status or self.last

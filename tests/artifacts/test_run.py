@@ -16,7 +16,7 @@ from prefect.runtime import flow_run
 import prefect_crew as pc
 from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts import run as run_module
-from prefect_crew.artifacts.run import MarkdownArtifact, RunArtifact, RunView, artifact_key, render_run
+from prefect_crew.artifacts.run import MarkdownArtifact, RunView, artifact_key, render_run
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew
@@ -248,7 +248,7 @@ def test_refused_artifacts_fail_nothing(
     if by == "server":
         proxy.refuse = "/artifacts"
     else:
-        monkeypatch.setattr(run_module, "artifact_key", str.upper)
+        monkeypatch.setattr("prefect_crew.runs.run.artifact_key", str.upper)
     crew = crew_server("echo").crew()
     flow_run_id, result = call_in_flow(lambda: pc.arun_crew(crew, {"text": "a"}))
     assert result.output == "a"
@@ -261,9 +261,9 @@ def test_an_api_that_is_away_costs_little_time(proxy: Proxy, monkeypatch: pytest
     artifact = MarkdownArtifact("crew-away", "a run")
 
     async def put() -> list[str | None]:
-        first = await artifact.put("before")
+        first = await artifact.keep("before")
         proxy.cut()
-        return [first, await artifact.put("after")]
+        return [first, await artifact.keep("after")]
 
     began = time.monotonic()
     assert asyncio.run(put()) == [None, "the Prefect API did not accept it within 1 s"]
@@ -278,9 +278,9 @@ async def test_a_late_page_shows_the_newest(monkeypatch: pytest.MonkeyPatch, see
     async with here.requests.turn(prefect_api.Urgency.CONTINUE):
         with monkeypatch.context() as brief:
             brief.setattr(run_module, "SHOW_WITHIN", 0.05)
-            assert "did not accept" in str(await artifact.put("never sent"))
+            assert "did not accept" in str(await artifact.keep("never sent"))
         assert artifact.is_new, "nobody need ask the server for it"
-        putting = asyncio.create_task(artifact.put(lambda: words[-1]))
+        putting = asyncio.create_task(artifact.keep(lambda: words[-1]))
         await asyncio.sleep(0.02)
         words.append("newest")
     assert await putting is None
@@ -289,9 +289,9 @@ async def test_a_late_page_shows_the_newest(monkeypatch: pytest.MonkeyPatch, see
 
 
 def test_a_description_holds_no_markup():
-    artifact = RunArtifact("travel", "<img src=http://evil.test> ![x](http://evil.test)\n# big", flow_run_id=None)
-    description = artifact.description
+    crew = pc.DeployedCrew(url="https://crew.example", token="t").crew.called("travel")
+    description = LiveRun(crew, "<img src=http://evil.test> ![x](http://evil.test)\n# big").artifact.description
     assert "\n" not in description
     tokens = MarkdownIt("commonmark").parse(description)
     assert {child.type for token in tokens for child in token.children or []} <= {"text", "text_special"}
-    assert RunArtifact("travel", "5f0c-1", flow_run_id=None).description == "Run 5f0c-1 of crew travel"
+    assert LiveRun(crew, "5f0c-1").artifact.description == "Run 5f0c-1 of crew travel"

@@ -35,7 +35,7 @@ HOOKS = {
     "artifact": ("prefect_crew.artifacts.run", "MarkdownArtifact._create"),
     "wait": ("prefect_crew.tasks", "wait_for_run"),
     "status": ("prefect_crew.client._client", "CrewClient.status"),
-    "show": ("prefect_crew.artifacts.run", "RunArtifact.show"),
+    "show": ("prefect_crew.artifacts.run", "MarkdownArtifact.keep"),
     "event": ("prefect_crew.artifacts.events", "emit_event"),
     "request": ("httpx", "AsyncHTTPTransport.handle_async_request"),
     "ledger-claim": ("prefect_crew.batches.ledger", "Ledger.claim"),

@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
 from prefect_crew import CrewStep, aget_result, arun_crew, arun_pipeline, kickoff_crew
-from prefect_crew.artifacts.run import RunArtifact
+from prefect_crew.artifacts.run import MarkdownArtifact
 from prefect_crew.exceptions import ConfigurationError, CrewError, RunNotFoundError
 from prefect_crew.records import keys as keys_module
 from prefect_crew.records.keys import render_key
@@ -139,7 +139,7 @@ async def test_a_retried_kickoff_task_reattaches(server: Any, monkeypatch: pytes
     async def show(*_: Any) -> None:
         fail()
 
-    monkeypatch.setattr(RunArtifact, "show", show)  # after the kickoff
+    monkeypatch.setattr(MarkdownArtifact, "keep", show)  # after the kickoff
     kickoff = kickoff_crew.with_options(retries=1, retry_delay_seconds=0, retry_condition_fn=lambda *_: True)
 
     @flow

@@ -11,6 +11,7 @@ from unittest import mock
 import httpx
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling, Completed, Running
 
@@ -358,6 +359,15 @@ async def test_the_end_is_kept_without_a_result_that_prefect(
     saved = await closed(result("x" * 6000))
     assert (saved.phase, saved.state, saved.result_id) == (RecordPhase.ENDED, CrewState.COMPLETED, None)
     assert "it is read from the crew's server" in caplog.text
+
+
+async def test_an_end_without_a_result_that_prefect_refuses_is_an_error(proxy: Proxy):
+    record = new_record()
+    assert await RECORDS.claim(record)
+    proxy.refuse, proxy.answer = "POST /api/variables/", "400"
+    with pytest.raises(PrefectHTTPStatusError, match="400"):
+        await RECORDS.end(record, state=CrewState.FAILED, error="no key")
+    assert record.phase is RecordPhase.CLAIMED
 
 
 async def test_a_result_beyond_5_mb_is_left_out_and_one_of_4_mb_is_kept():

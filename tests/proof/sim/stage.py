@@ -19,7 +19,7 @@ from prefect.client.orchestration import get_client
 from prefect_crew._internal import prefect_api, prefect_errors
 from prefect_crew._internal.prefect_api import NamedReads
 from prefect_crew.artifacts import events
-from prefect_crew.artifacts.run import RunArtifact
+from prefect_crew.artifacts.run import MarkdownArtifact
 from prefect_crew.client._client import CrewClient
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import Run
@@ -77,7 +77,7 @@ def on_stage(world: World) -> Iterator[None]:
         (prefect_errors, "PREFECT_API_URL", mock.Mock(value=lambda: API)),
         (events, "emit_event", world.emitted),
         (budgets, "emit_event", mock.Mock()),
-        (RunArtifact, "show", nothing),
+        (MarkdownArtifact, "keep", nothing),
         (Run, "end", world.site.noting_end(Run.end)),
         (CrewClient, "kickoff", _noting("posting", CrewClient.kickoff)),
         (store.PrefectRecords, "save", _noting("writing", store.PrefectRecords.save)),
