@@ -17,7 +17,8 @@ from pydantic import SecretStr
 from prefect_crew._text import EXCERPT
 from prefect_crew.client import _parsing
 from prefect_crew.client._transport import AT_ONCE, Answer, Call, Connections, checked_token, checked_url, encoded_id
-from prefect_crew.client.encoding import encode_inputs, is_uuid
+from prefect_crew.client.encoding import is_uuid
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewInput, CrewStatus, ResumeAnswer, StopAnswer
 from prefect_crew.client.redaction import Redactor
 from prefect_crew.client.webhooks import Webhooks
@@ -119,7 +120,7 @@ class CrewClient:
 
     async def kickoff(
         self,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, Any] | Inputs,
         *,
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
@@ -135,10 +136,8 @@ class CrewClient:
         Raises:
             InvalidInputsError: 400 or 422. It has `missing_inputs` if the server names them.
         """
-        try:
-            body: dict[str, Any] = {"inputs": encode_inputs(inputs, as_json=self.inputs_as_json)}
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"{error} Nothing was started.") from None
+        own_inputs = inputs if isinstance(inputs, Inputs) else Inputs(inputs, as_json=self.inputs_as_json)
+        body: dict[str, Any] = {"inputs": own_inputs.encoded}
         if restore_from is not None:
             if not is_uuid(restore_from):
                 raise ConfigurationError("The state to restore is named by a UUID. Nothing was started.")
@@ -146,7 +145,7 @@ class CrewClient:
         if meta is not None:
             body["meta"] = dict(meta)
         call = self._call("POST", "/kickoff", None, body, webhooks, before_sending=before_sending)
-        del body, inputs, meta, webhooks  # error reporters show the local variables of all frames
+        del body, inputs, own_inputs, meta, webhooks  # error reporters show the local variables of all frames
         answer = await self._send(call)
         if answer.status in (400, 422):
             raise self._error(call, answer, InvalidInputsError)

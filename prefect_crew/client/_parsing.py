@@ -47,15 +47,16 @@ def _loads(text: str) -> Any:
     # Brackets in texts count as well: a text may contain JSON, which is then parsed too.
     if len(text) > MAX_CONTAINERS and text.count("[") + text.count("{") > MAX_CONTAINERS:
         raise ValueError
-    value = json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+    # Numbers that JSON does not have, and numbers that no float holds, become null.
+    value = json.loads(
+        text,
+        parse_constant=lambda _: None,
+        parse_float=lambda digits: number if math.isfinite(number := float(digits)) else None,
+    )
     if not _SURROGATE_ESCAPE.search(text):  # decoded text can get a lone surrogate only from an escape
         return value
     whole = json.dumps(value, ensure_ascii=False).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return json.loads(whole)
-
-
-def _finite(digits: str) -> float | None:
-    return number if math.isfinite(number := float(digits)) else None
 
 
 def shown(body: bytes) -> str:
@@ -99,7 +100,7 @@ def as_id(value: Any) -> str | None:
     return text if text and len(text) <= MAX_ID and "\ufffd" not in text else None
 
 
-def _as_number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     """Return a finite number of at least 0, also from text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
@@ -113,11 +114,12 @@ def _as_number(value: Any) -> float | None:
 
 
 def _as_count(value: Any) -> int | None:
-    number = _as_number(value)
+    number = as_number(value)
     return int(number) if number is not None and number.is_integer() and number <= MAX_COUNT else None
 
 
-def _as_name(value: Any) -> str | None:
+def as_name(value: Any) -> str | None:
+    """Return `value` as a name: text that is not blank, unchanged, or the digits of a whole number."""
     return as_text(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
@@ -144,11 +146,6 @@ def values_at(value: Any, *paths: str) -> Iterator[Any]:
 def pick(read: Callable[[Any], T | None], value: Any, *paths: str) -> T | None:
     """Return the first result of `read` for the values at these paths that is not None."""
     return next((result for raw in values_at(value, *paths) if (result := read(raw)) is not None), None)
-
-
-def name_of(value: Any, *keys: str) -> str | None:
-    """Return text unchanged; for an object, the value of the first of `keys` that holds a name."""
-    return as_text(value) or pick(_as_name, value, *keys)
 
 
 def _structured(value: Any) -> Any:
@@ -248,8 +245,12 @@ def error_text(value: Any, depth: int = 5) -> str | None:
 _IN_RESULT = ("result.output", "result.raw", "result.result")
 _OUTPUT = ("result", *_IN_RESULT, "output", "raw", "last_executed_task.output")
 _DATA = ("result_json", "result.json_dict", "result.pydantic", "output_json")
-_TASKS = ("tasks", "tasks_output", "task_outputs")
-_RESULT_KEYS = {"output", "raw", "result", *_TASKS, "json_dict", "pydantic", "token_usage"}
+_TASK_LISTS = ("tasks", "tasks_output", "task_outputs")
+_TASKS = (*(f"result.{key}" for key in _TASK_LISTS), *_TASK_LISTS)
+AGENT = ("agent", "agent.role", "agent.name", "agent.id")
+SECONDS = "execution_time"
+USAGE = ("token_usage", "result.token_usage")
+_RESULT_KEYS = {"output", "raw", "result", *_TASK_LISTS, "json_dict", "pydantic", "token_usage"}
 """With one of these keys, the object under `result` is an envelope of the result and not the result itself."""
 _ERROR_KEYS = {"error", "error_message", "message", "detail", "details", "type", "code", "status", "state", "traceback"}
 
@@ -258,13 +259,18 @@ class _State(NamedTuple):
     state: CrewState
     word: str
     is_known: bool
+    sentence: str | None
+    """`status`, if there is a `state` too and `status` is a sentence for people."""
 
 
 def state_of(body: Mapping[str, Any]) -> _State | None:
     """Return the state from `state`, else `status`; None if neither is a word. An unknown word counts as running."""
-    word = pick(as_text, body, "state", "status")
-    state = known_state(word or "")
-    return _State(state or CrewState.RUNNING, word, state is not None) if word else None
+    word, status = as_text(body.get("state")), as_text(body.get("status"))
+    sentence = status if word and status and known_state(status) is None else None
+    if not (word := word or status):
+        return None
+    state = known_state(word)
+    return _State(state or CrewState.RUNNING, word, state is not None, sentence)
 
 
 def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
@@ -276,71 +282,46 @@ def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
     if (other := known_state(word if colon else status)) in (CrewState.FAILED, CrewState.STOPPED):
         return other or state
     # An error next to a result contradicts the result. The `result` itself may also be only an error.
-    has_error = error_text(inner.get("error")) and inner.keys() <= _ERROR_KEYS | _RESULT_KEYS
+    has_error = inner.keys() <= _ERROR_KEYS | _RESULT_KEYS and pick(error_text, inner, "error")
     return CrewState.FAILED if has_error or pick(error_text, body, "error", "error_message") else state
 
 
-def _sentence(body: Mapping[str, Any]) -> str | None:
-    """Return `status` if there is a `state` too and `status` is a sentence for people, else None."""
-    status = as_text(body.get("status"))
-    return status if status and as_text(body.get("state")) and known_state(status) is None else None
-
-
-def _outputs(body: Mapping[str, Any]) -> list[Any]:
-    return [value for value in values_at(body, *_OUTPUT) if value is not body.get("result") or not as_object(value)]
-
-
-def _output_of(body: Mapping[str, Any], data: Any) -> str:
-    """Return the text of a completed run, "" if the server left it empty. `data` is its structured result."""
-    places = _outputs(body)
-    values = (value for value in (*places, data) if value is not None and not isinstance(value, str))
-    text = next(filter(None, map(as_text, places)), None) or next(filter(None, map(text_of, values)), None)
-    return text or next((value for value in places if isinstance(value, str)), "")
-
-
-def _data_of(body: Mapping[str, Any]) -> Any:
-    """Return the structured result of a completed run, or None."""
+def _result_of(body: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the text of a completed run, "" if the server left it empty, and its structured result, or None."""
     result = body.get("result")
-    values = [_structured(value) for value in values_at(body, *_DATA)]
-    others: list[Any] = [
-        value for value in values_at(body, "result.output", "output") if isinstance(value, dict | list)
-    ]
+    places = [value for value in values_at(body, *_OUTPUT) if value is not result or not as_object(value)]
+    texts = [value for value in places if isinstance(value, str)]
+    # From the best place to the last one: what is structured by its name, objects, and texts that contain JSON.
+    values = [*values_at(body, *_DATA)]
+    values += [value for value in values_at(body, "result.output", "output") if isinstance(value, dict | list)]
     if not isinstance(result, str) and not (as_object(result).keys() & _RESULT_KEYS):
-        others.append(result)
-    values += [_structured(value) for value in others]
-    values += [_structured(value) for value in _outputs(body) if isinstance(value, str)]
-    present = [value for value in values if value is not None]
+        values.append(result)
+    structures = [value for value in map(_structured, [*values, *texts]) if value is not None]
     # A full object in a later place is better than an empty one in an earlier place.
-    return next((value for value in present if value not in ({}, [])), present[0] if present else None)
+    data = next((value for value in structures if value not in ({}, [])), structures[0] if structures else None)
+    others = (value for value in (*places, data) if value is not None and not isinstance(value, str))
+    text = next((text for text in texts if text.strip()), None) or next(filter(None, map(text_of, others)), None)
+    return text or next(iter(texts), ""), data
 
 
 def _tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
-    """Return the ended tasks, in the server's order."""
-    paths = (*(f"result.{key}" for key in _TASKS), *_TASKS)
-    items = pick(lambda value: as_list(value) or None, body, *paths) or []
-    return [_task(item) for item in items if isinstance(item, str | dict)]
-
-
-def _task(item: Any) -> TaskResult:
-    task = as_object(item) if isinstance(item, dict) else {"output": item}
-    output = next(values_at(task, "output", "raw", "result", "summary"), None)
-    return TaskResult(
-        name=pick(_as_name, task, "task_id", "name", "task_name"),
-        agent=agent_of(task),
-        output=text_of(output),
-        data=_structured(next(values_at(task, "output_json", "json_dict", "pydantic"), output)),
-        execution_time=seconds_of(task),
-        description=as_text(task.get("description")),
-        raw=item,
-    )
-
-
-def agent_of(body: Mapping[str, Any]) -> str | None:
-    return name_of(body.get("agent"), "role", "name", "id")
-
-
-def seconds_of(body: Mapping[str, Any]) -> float | None:
-    return _as_number(body.get("execution_time"))
+    """Return the ended tasks, in the server's order. An item is an object, or the text of its output."""
+    tasks: list[TaskResult] = []
+    for item in next(filter(None, map(as_list, values_at(body, *_TASKS))), []):
+        task = {"output": item} if isinstance(item, str) else as_object(item)
+        if not isinstance(item, str | dict):
+            continue
+        output = next(values_at(task, "output", "raw", "result", "summary"), None)
+        fields: dict[str, Any] = {
+            "name": pick(as_name, task, "task_id", "name", "task_name"),
+            "agent": pick(as_name, task, *AGENT),
+            "output": text_of(output),
+            "data": _structured(next(values_at(task, "output_json", "json_dict", "pydantic"), output)),
+            "execution_time": pick(as_number, task, SECONDS),
+            "description": pick(as_text, task, "description"),
+        }
+        tasks.append(TaskResult(**fields, raw=item))
+    return tasks
 
 
 _OTHER_COUNTS = {
@@ -349,11 +330,6 @@ _OTHER_COUNTS = {
     "cached_prompt_tokens": "cache_read_input_tokens",
 }
 """Other names of the counts: providers of models use them in events of single calls."""
-
-
-def usage_of(body: Mapping[str, Any]) -> TokenUsage | None:
-    """Return the reported use of tokens, or None."""
-    return pick(tokens_of, body, "token_usage", "result.token_usage")
 
 
 def tokens_of(value: Any) -> TokenUsage | None:
@@ -366,19 +342,22 @@ def tokens_of(value: Any) -> TokenUsage | None:
     return TokenUsage(**counts) if any(count is not None for count in counts.values()) else None
 
 
-def _error_of(body: Mapping[str, Any], state: CrewState) -> str | None:
+def _error_of(body: Mapping[str, Any], state: CrewState, sentence: str | None) -> str | None:
     """Return the reason why a run failed or was stopped. If a failed run has only a result, that is its error."""
     error = pick(error_text, body, "error", "error_message", "detail")
     if error or state is not CrewState.FAILED:
         return error
-    error = pick(error_text, body, "result.error", "message") or _sentence(body)
+    error = pick(error_text, body, "result.error", "message") or sentence
     return error or pick(error_text, body, *_IN_RESULT, "result", "output")
 
 
 # Answers
 
 _TASK_KEYS = ("name", "task_name", "task_id", "id", "description")
+_CURRENT_TASK = tuple(f"current_task.{key}" for key in _TASK_KEYS)
+_LAST_TASK = tuple(f"last_executed_task.{key}" for key in _TASK_KEYS)
 _STEP_KEYS = ("description", "thought", "content", "text", "output", "result", "prompt", "name", "tool")
+_LAST_STEP = ("last_step", *(f"last_step.{key}" for key in _STEP_KEYS))
 _TASK_IDS = ("human_task_id", "task_id", "taskId")
 _ASKED_OF = ("task_output", "output", "prompt")
 _HUMAN = ("human_input", "human_feedback", "human_input_request", "pending_human_input", "current_task")
@@ -445,26 +424,27 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
         return None
     state = _agreed_state(source, state_word.state)
     completed, total, progress = _progress(source)
-    data = _data_of(source) if state is CrewState.COMPLETED else None
+    output, data = _result_of(source) if state is CrewState.COMPLETED else (None, None)
+    has_failed = state in (CrewState.FAILED, CrewState.STOPPED)
     fields: dict[str, Any] = {
         "kickoff_id": kickoff_id,
         "state": state,
         "raw_state": state_word.word,
         "known_state": state_word.is_known,
-        "message": _sentence(source) or as_text(source.get("message")),
-        "current_task": name_of(source.get("current_task"), *_TASK_KEYS),
-        "last_task": name_of(source.get("last_executed_task"), *_TASK_KEYS),
-        "last_step": name_of(source.get("last_step"), *_STEP_KEYS) or text_of(source.get("last_step")),
+        "message": state_word.sentence or as_text(source.get("message")),
+        "current_task": pick(as_text, source, "current_task") or pick(as_name, source, *_CURRENT_TASK),
+        "last_task": pick(as_text, source, "last_executed_task") or pick(as_name, source, *_LAST_TASK),
+        "last_step": pick(as_name, source, *_LAST_STEP) or pick(text_of, source, "last_step"),
         "completed_tasks": completed,
         "total_tasks": total,
         "progress": progress,
         "human_task_id": pick(as_id, source, *_HUMAN_TASK) if state is CrewState.WAITING else None,
         "tasks": _tasks_of(source),
-        "output": _output_of(source, data) if state is CrewState.COMPLETED else None,
+        "output": output,
         "data": data,
-        "error": _error_of(source, state) if state in (CrewState.FAILED, CrewState.STOPPED) else None,
-        "execution_time": seconds_of(source),
-        "usage": usage_of(source),
+        "error": _error_of(source, state, state_word.sentence) if has_failed else None,
+        "execution_time": pick(as_number, source, SECONDS),
+        "usage": pick(tokens_of, source, *USAGE),
         "raw": value,
     }
     # Without missing fields, to save memory: each wait keeps its last status, and pydantic keeps the names of set
@@ -478,7 +458,7 @@ def _progress(source: Mapping[str, Any]) -> tuple[int | None, int | None, float 
     total = pick(_as_count, source, "progress.total_tasks")
     if completed is not None and total:
         return completed, total, min(completed / total, 1.0)
-    number = pick(_as_number, source, "progress.progress", "progress.percentage", "progress.percent", "progress")
+    number = pick(as_number, source, "progress.progress", "progress.percentage", "progress.percent", "progress")
     if number is None or number > 100:
         return completed, total, None
     return completed, total, number if number <= 1 else number / 100
@@ -524,7 +504,7 @@ def parse_stop(value: Any, kickoff_id: str) -> StopAnswer | None:
         outcome=StopOutcome.REQUESTED if state is None else _STOP_OUTCOMES.get(state, StopOutcome.REQUESTED),
         state=state,
         raw_state=state_word.word if state_word else None,
-        message=_sentence(source) or as_text(source.get("message")),
+        message=(state_word and state_word.sentence) or as_text(source.get("message")),
         raw=value,
     )
 

@@ -13,21 +13,22 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from prefect_crew._text import one_line
 from prefect_crew.artifacts.events import resources_of
 from prefect_crew.client._parsing import (
+    AGENT,
     RUN_KEYS,
-    agent_of,
+    SECONDS,
+    USAGE,
     as_id,
     as_list,
+    as_name,
+    as_number,
     as_object,
     as_text,
     decode,
-    name_of,
     pick,
-    seconds_of,
     shown,
     state_of,
     text_of,
     tokens_of,
-    usage_of,
 )
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ResponseFormatError
@@ -93,12 +94,12 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
         "kickoff_id": kickoff_id,
         "task_id": as_id(source.get("task_id")),
         "state": str(state.state) if state and state.is_known else None,
-        "execution_time": seconds_of(source),
-        **_counts(usage_of(source)),
+        "execution_time": pick(as_number, source, SECONDS),
+        **_counts(pick(tokens_of, source, *USAGE)),
     }
     names = {
-        "name": name_of(source, "name", "task_name"),
-        "agent": agent_of(source),
+        "name": pick(as_name, source, "name", "task_name"),
+        "agent": pick(as_name, source, *AGENT),
         "tool": as_text(source.get("tool")),
         "step_type": as_text(source.get("step_type")),
     }

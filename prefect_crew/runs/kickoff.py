@@ -365,7 +365,7 @@ class _Start:
                     "run_attempt": record.attempt,
                 }
                 kickoff_id = await self.session.client.kickoff(
-                    request.inputs.encoded,
+                    request.inputs,
                     meta=meta,
                     webhooks=webhooks,
                     restore_from=request.inputs.restore_from,
