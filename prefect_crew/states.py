@@ -40,13 +40,9 @@ _LONGEST = 100
 _SEPARATORS = re.compile(r"[\s_-]+")
 
 
-def _plain(word: str) -> str:
-    return _SEPARATORS.sub("", word).casefold()
-
-
-_STATES = {_plain(word): state for state, words in STATE_WORDS.items() for word in words.split()}
+_STATES = {word.replace("_", "").casefold(): state for state, words in STATE_WORDS.items() for word in words.split()}
 
 
 def known_state(word: str) -> CrewState | None:
     """Return the state that `word` means, or None for a word that is not in the table."""
-    return _STATES.get(_plain(word)) if len(word) <= _LONGEST else None
+    return _STATES.get(_SEPARATORS.sub("", word).casefold()) if len(word) <= _LONGEST else None

@@ -158,10 +158,12 @@ class Urgency(IntEnum):
 
 
 class _Turns:
-    """Lets at most `most` callers through at the same time. The next one is the most urgent, then the first."""
+    """Lets a number of callers through at the same time. The next one is the most urgent, then the first."""
 
     def __init__(self, most: int) -> None:
         self._most = self._free = most
+        self.crowded_until = float("-inf")
+        """The time of the event loop until which each change is sent alone (`CROWDED_FOR`)."""
         self._waiting: list[tuple[float, int, bool, asyncio.Future[int]]] = []
         self._number = itertools.count()
 
@@ -169,13 +171,17 @@ class _Turns:
     async def turn(self, urgency: Urgency, *, alone: bool = False) -> AsyncGenerator[None]:
         """Wait for a turn. The block is the turn; for other callers it ends after `LONGEST` seconds at the latest.
 
-        `alone`: only while nobody else has a turn.
+        `alone`: while the server is crowded, only when nobody else has a turn.
         """
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[int] = loop.create_future()
+        # SQLite refuses a change that reads before it writes if another one writes in between.
+        is_crowded = loop.time() < self.crowded_until
         rank = float("-inf") if urgency is Urgency.CONTINUE else loop.time() + urgency * PATIENCE
-        heapq.heappush(self._waiting, (rank, next(self._number), alone, turn))
-        self._pass_on(0)
+        heapq.heappush(self._waiting, (rank, next(self._number), alone and is_crowded, turn))
+        more = (CROWDED if is_crowded else AT_ONCE) - self._most
+        self._most += more
+        self._pass_on(more)
         try:
             taken = await turn
         except asyncio.CancelledError:
@@ -196,11 +202,6 @@ class _Turns:
             timer.cancel()
             end()
 
-    def limit(self, most: int) -> None:
-        """Change the number of callers at the same time."""
-        change, self._most = most - self._most, most
-        self._pass_on(change)
-
     def _pass_on(self, given_back: int) -> None:
         self._free += given_back
         while self._waiting:
@@ -214,6 +215,16 @@ class _Turns:
             heapq.heappop(self._waiting)
 
 
+@dataclass
+class _Batch:
+    """The reads by name that share one request: their names, the number of callers, and the answer."""
+
+    names: list[str] = field(default_factory=list[str])
+    callers: int = 0
+    rows: list[Any] | None = None
+    error: Exception | None = None
+
+
 class NamedReads:
     """Reads by exact names. Callers that come while a request is in flight share the next request.
 
@@ -221,73 +232,37 @@ class NamedReads:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[list[str], asyncio.Future[list[Any] | None]]] = []
-        self._is_busy = False
+        self._next = _Batch()
+        self._lock = asyncio.Lock()
 
     async def read(self, names: list[str], ask: Callable[[list[str]], Awaitable[list[Any]]], most: int) -> list[Any]:
         """Return the rows of `ask` for these names, and perhaps rows for other callers.
 
         `most`: the most rows in one answer of `ask`. An answer with so many may be cut: then the caller asks alone.
         """
-        mine: asyncio.Future[list[Any] | None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((names, mine))
-        if self._is_busy:
-            try:
-                rows = await mine
-            except asyncio.CancelledError:
-                if not mine.cancelled():  # this caller should have made the next request
-                    self._pass_on()
-                raise
-            if rows is not None:
-                return rows if len(rows) < most else await ask(names)
-        self._is_busy = True
-        shared = self._next_reads(mine)
-        try:
-            rows = await ask([*dict.fromkeys([*names, *(name for other, _ in shared for name in other)])])
-        except Exception as error:
-            for _, theirs in shared:
-                if not theirs.done():
-                    theirs.set_exception(error)
-            raise
-        except BaseException:  # a cancellation of this caller must not cancel the others
-            self._waiting[:0] = shared
-            raise
-        else:
-            for _, theirs in shared:
-                if not theirs.done():
-                    theirs.set_result(rows)
-        finally:
-            self._pass_on()
-        return rows if len(rows) < most or not shared else await ask(names)
-
-    def _next_reads(
-        self, mine: asyncio.Future[list[Any] | None]
-    ) -> list[tuple[list[str], asyncio.Future[list[Any] | None]]]:
-        """Take from the queue `mine` and the reads that share its request. Return the others."""
-        shared: list[tuple[list[str], asyncio.Future[list[Any] | None]]] = []
-        names = 0
-        while self._waiting and names < NAMES_AT_ONCE:
-            read = self._waiting.pop(0)
-            names += len(read[0])
-            if read[1] is not mine and not read[1].done():
-                shared.append(read)
-        return shared
-
-    def _pass_on(self) -> None:
-        """Let the caller that has waited for longest make the next request."""
-        self._is_busy = False
-        for _, theirs in self._waiting:
-            if not theirs.done():
-                self._is_busy = True
-                theirs.set_result(None)
-                return
+        if len(self._next.names) >= NAMES_AT_ONCE:
+            self._next = _Batch()
+        batch = self._next
+        batch.names += names
+        batch.callers += 1
+        async with self._lock:
+            if batch.rows is None and batch.error is None:  # else another caller has made the request meanwhile
+                if self._next is batch:
+                    self._next = _Batch()  # a later caller needs a newer answer
+                try:
+                    batch.rows = await ask([*dict.fromkeys(batch.names)])
+                except Exception as error:  # noqa: BLE001  raised below, for each caller
+                    batch.error = error
+        if batch.error is not None:
+            raise batch.error
+        rows = batch.rows or []
+        return rows if batch.callers == 1 or len(rows) < most else await ask(names)
 
 
 @dataclass
 class _Loop:
     """The state that the requests of one event loop share."""
 
-    crowded_until: float = float("-inf")
     requests: _Turns = field(default_factory=lambda: _Turns(AT_ONCE))
     named_reads: dict[str | None, NamedReads] = field(default_factory=dict[str | None, NamedReads])
     """By the URL of the Prefect API."""
@@ -351,14 +326,11 @@ async def request_soon(
     Raises:
         TRANSPORT_ERRORS, PrefectHTTPStatusError: The error of the last attempt.
     """
-    loop, here = asyncio.get_running_loop(), _this_loop()
+    loop, turns = asyncio.get_running_loop(), _this_loop().requests
     until, delay = None, 0.02
     while True:
-        # SQLite refuses a change that reads before it writes if another one writes in between.
-        is_crowded = loop.time() < here.crowded_until
-        here.requests.limit(CROWDED if is_crowded else AT_ONCE)
         try:
-            async with here.requests.turn(urgency, alone=alone and is_crowded):
+            async with turns.turn(urgency, alone=alone):
                 if until is None:
                     until = loop.time() + give_up_after  # without the time in the queue
                     if before_sending is not None:
@@ -366,7 +338,7 @@ async def request_soon(
                 return await _request_once(client, method, path, json=json() if callable(json) else json)
         except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
             if is_busy(error):
-                here.crowded_until = loop.time() + CROWDED_FOR
+                turns.crowded_until = loop.time() + CROWDED_FOR
                 # The server closes the connection after such an answer (its exception reaches uvicorn): another request
                 # on that connection would be lost.
                 await asyncio.sleep(CLOSING)

@@ -547,7 +547,7 @@ class _RowWatcher(Watcher):
 
     async def on_status(self, status: CrewStatus) -> None:
         runner, record = self._runner, self._record
-        self._run.see_task(status.current_task)
+        self._run.notify(status)
         if status.state is CrewState.WAITING:
             task = record.human_task
             await self.people.see_status(status)

@@ -307,7 +307,7 @@ def _result_of(body: Mapping[str, Any]) -> tuple[str, Any]:
 def _tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
     """Return the ended tasks, in the server's order. An item is an object, or the text of its output."""
     tasks: list[TaskResult] = []
-    for item in next(filter(None, map(as_list, values_at(body, *_TASKS))), []):
+    for item in pick(lambda value: as_list(value) or None, body, *_TASKS) or []:
         task = {"output": item} if isinstance(item, str) else as_object(item)
         if not isinstance(item, str | dict):
             continue

@@ -91,18 +91,22 @@ class Inputs:
         raise ConfigurationError(f"{problem} Nothing was started.")  # outside: the frames of `error` contain values
 
     @cached_property
+    def _secret_inputs(self) -> Mapping[str, Any]:
+        """The encoded inputs that are secret by their name or their type."""
+        names = (name for name in self.encoded if name in self.secret or holds_secret(self.values[name]))
+        return Unshown({name: self.encoded[name] for name in names})
+
+    @cached_property
     def secret_names(self) -> tuple[str, ...]:
         """The names of the inputs that are secret or contain a secret text."""
         hides = Redactor(self.secret_texts).hides if self.secret_texts else None
-        return tuple(name for name, value in self.encoded.items() if self._is_secret(name) or (hides and hides(value)))
-
-    def _is_secret(self, name: str) -> bool:
-        return name in self.secret or holds_secret(self.values[name])
+        inputs = self.encoded.items()
+        return tuple(name for name, value in inputs if name in self._secret_inputs or (hides and hides(value)))
 
     @property
     def secret_values(self) -> list[Any]:
         """The values to mask everywhere: the values of the secret inputs, and the secret texts."""
-        return [*(self.encoded[name] for name in self.encoded if self._is_secret(name)), *self.secret_texts]
+        return [*self._secret_inputs.values(), *self.secret_texts]
 
     @cached_property
     def digest(self) -> str:

@@ -329,11 +329,8 @@ def forget_calls(flow_run_id: str) -> None:
 
 async def _calls_and_root(context: FlowRunContext, flow_run: FlowRun) -> tuple[_Calls, _Root]:
     calls = _calls_of((str(flow_run.id), flow_run.run_count), context)
-    root = calls.root = calls.root or await _find_root(flow_run)
-    return calls, root
-
-
-async def _find_root(flow_run: FlowRun) -> _Root:
+    if calls.root is not None:
+        return calls, calls.root
     path: list[str] = []
     called_from_tasks_of = {task.flow_run_id for task in _task_attempts()}
     at = flow_run
@@ -347,4 +344,5 @@ async def _find_root(flow_run: FlowRun) -> _Root:
             if tracker.flow_run_id is None:
                 break
             at = await client.read_flow_run(UUID(str(tracker.flow_run_id)))
-    return _Root("/".join([str(at.id), *path]), at.expected_start_time, is_deployed=at.deployment_id is not None)
+    calls.root = _Root("/".join([str(at.id), *path]), at.expected_start_time, is_deployed=at.deployment_id is not None)
+    return calls, calls.root

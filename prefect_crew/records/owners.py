@@ -28,16 +28,23 @@ process that claimed the run."""
 def this_process() -> str | None:
     """Return a name of this process that no other process of any machine has now; None if the system offers none.
 
-    It has the host, the boot id, and the namespace of process ids: containers of one host may share the first two.
+    Two processes see the same process ids exactly if their names are equal up to the blank. This part has the host, the
+    boot id, and the namespace of process ids: containers of one host may share the first two.
     """
-    machine = _machine()
-    return machine and f"{machine} {os.getpid()}"
+    host = socket.gethostname().replace(" ", "_")
+    if sys.platform == "darwin":
+        return f"{host}/{uuid.getnode():x} {os.getpid()}"
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{host}/{boot}/{Path('/proc/self/ns/pid').readlink()} {os.getpid()}"
+    except OSError:  # as on Windows, where `os.kill(pid, 0)` would end the process
+        return None
 
 
 def process_is_gone(name: str) -> bool:
     """Return whether a process has surely ended. False if this machine cannot know it, or the process id is in use."""
-    machine, pid, *_ = [*name.split(" "), ""]
-    if not pid.isdecimal() or machine != _machine():
+    own, (machine, _, pid) = this_process(), name.partition(" ")
+    if own is None or machine != own.partition(" ")[0] or not pid.isdecimal():
         return False
     try:
         os.kill(int(pid), 0)
@@ -46,18 +53,6 @@ def process_is_gone(name: str) -> bool:
     except OSError:  # the process belongs to another user
         return False
     return False
-
-
-def _machine() -> str | None:
-    """Return a text that is equal for two processes exactly if they see the same process ids."""
-    host = socket.gethostname().replace(" ", "_")
-    if sys.platform == "darwin":
-        return f"{host}/{uuid.getnode():x}"
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{host}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # as on Windows, where `os.kill(pid, 0)` would end the process
-        return None
 
 
 def count_attempts(states: Sequence[State]) -> tuple[int, bool]:

@@ -245,29 +245,24 @@ def _is_gone(error: Exception) -> bool:
 # Requests
 
 
-async def _created_here(
-    variable: dict[str, Any], model: type[_Model], creating: Awaitable[str | None]
-) -> tuple[str, _Model | None] | None:
-    """Create a Variable. Return (id, None) if we created it, (id, model) of the existing one if the name was taken,
-    None if the existing one is gone.
+async def _read_existing(name: str, model: type[_Model], idempotency_key: str) -> _Model | None:
+    """Return the record or entry whose Variable has a name, with its `ref`; None if it is gone.
+
+    It may be the caller's own: Prefect's client sends a request again after a read timeout or a 502.
 
     Raises:
-        CrewError: This version cannot read the existing one.
+        CrewError: This version cannot read it.
     """
-    if (ref := await creating) is not None:
-        return ref, None
-    # Prefect's client sends a request again after a read timeout or a 502: the conflict may be with our own.
     async with get_client() as client:
-        stands = await client.read_variable_by_name(variable["name"])
-    if stands is None:
+        variable = await client.read_variable_by_name(name)
+    if variable is None:
         return None
-    if (parsed := _parse(stands.value, model)) is None:
+    if (parsed := _parse(variable.value, model)) is None:
         raise UnreadableRecordError(
-            f"The Variable {variable['name']} should hold the record of run {variable['value']['idempotency_key']!r}, "
-            "and this version cannot read it. Nothing was started. Upgrade prefect-crew if a later version wrote it; "
-            "else delete the Variable."
+            f"The Variable {name} should hold the record of run {idempotency_key!r}, and this version cannot read it. "
+            "Nothing was started. Upgrade prefect-crew if a later version wrote it; else delete the Variable."
         )
-    return str(stands.id), parsed
+    return parsed.model_copy(update={"ref": str(variable.id)})
 
 
 async def _create_alone(
@@ -324,18 +319,16 @@ class PrefectRecords:
         if record.attempt > MOST_ATTEMPTS:
             raise TooManyAttemptsError(idempotency_key=record.idempotency_key, attempts=MOST_ATTEMPTS)
         name = record_name(record.idempotency_key, record.attempt)
-        variable = {"name": name, **_body(record)}
-        creating = create_variable(variable, urgency=Urgency.BEGIN, lease=lease)
-        created = await _created_here(variable, RunRecord, creating)
-        if created is None:
-            return False
-        record.ref, existing = created
-        if existing is None:
+        record.ref = await create_variable({"name": name, **_body(record)}, urgency=Urgency.BEGIN, lease=lease)
+        if record.ref is not None:
             return True
+        existing = await _read_existing(name, RunRecord, record.idempotency_key)
         # An earlier claim of the same caller has another time. The caller has given it back, and the request that
         # deletes it may still arrive.
-        if (existing.owner, existing.claimed_at) != (record.owner, record.claimed_at):
+        own = (record.owner, record.claimed_at)
+        if existing is None or (existing.owner, existing.claimed_at) != own:
             return False
+        record.ref = existing.ref
         # Somebody may have resolved or voided the claim since: its entries show that.
         current = await self._current(record)
         return current is not None and (current.phase, current.entries) == (RecordPhase.CLAIMED, 0)
@@ -417,13 +410,13 @@ class PrefectRecords:
     ) -> bool:
         """Create the next entry of a record and set it in the record. Return False if its number is taken."""
         number = record.entries + 1
-        variable = {"name": _entry_name(record, number), **_body(entry)}
-        created = await _created_here(variable, Entry, create(variable))
-        if created is None:
-            return False
-        ref, existing = created
-        if existing is not None and (existing.owner, existing.phase) != (entry.owner, entry.phase):
-            return False
+        name = _entry_name(record, number)
+        ref = await create({"name": name, **_body(entry)})
+        if ref is None:
+            existing = await _read_existing(name, Entry, record.idempotency_key)
+            if existing is None or (existing.owner, existing.phase) != (entry.owner, entry.phase):
+                return False
+            ref = existing.ref
         record.entries, record.strongest = number, entry.model_copy(update={"ref": ref})
         return True
 

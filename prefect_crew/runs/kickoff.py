@@ -7,7 +7,6 @@ import shlex
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NoReturn, TypeVar
 
 from prefect_crew._internal.asyncio_tasks import OwnTask
@@ -249,7 +248,7 @@ class _Start:
         )
 
     async def _make_sure(self) -> None:
-        """Check the inputs and, at the same time, that no other attempt appeared or went. Then add the estimates.
+        """Make sure that no other attempt appeared or went. Then check the inputs, and add the estimates.
 
         If one of them fails, this gives the claim back: nothing was sent. A refused start leaves no record.
 
@@ -258,20 +257,10 @@ class _Start:
             BudgetExceededError: A budget has no room for the run.
         """
         async with self._giving_back(self.lease):
-            confirmed = asyncio.ensure_future(self.records.confirm(self.record, self.earlier))
-            confirmed.add_done_callback(lambda done: done.cancelled() or done.exception())  # the check may fail first
-            try:
-                if self.check is not None:
-                    try:
-                        await self.check()
-                    except CrewError:
-                        if await confirmed:  # else another call may have started the run, which needs no check
-                            raise
-                is_sure = await confirmed
-            finally:
-                confirmed.cancel()
-            if not is_sure:
+            if not await self.records.confirm(self.record, self.earlier):
                 raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
+            if self.check is not None:  # not beside `confirm`: if another call has started the run, it needs no check
+                await self.check()
             if self.request.crew.budgets and not self.request.is_row:
                 with self.work.uncut():
                     await add_estimates(self.request.crew, self.record)
@@ -379,7 +368,7 @@ class _Start:
             if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
                 raise
             record.phase, record.reason = RecordPhase.UNCERTAIN, redact(f"{type(error).__name__}: {error}")[:500]
-            await _despite_loop_end(partial(_save, records=records), record)
+            await _save(record, records.save)
             count_uncertain(record)
             if not isinstance(error, Exception):
                 raise
@@ -388,7 +377,7 @@ class _Start:
         if not request.is_row:
             # Before anything else: if a later step fails, a person finds the id in a log.
             run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
-        if (other := await _save_started(record, records)) is not None:
+        if (other := await _save(record, records.save_started)) is not None:
             await _take_back_shared_id(record, records, other)
 
     @asynccontextmanager
@@ -444,7 +433,7 @@ async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: s
     run = record.kickoff_id
     record.reason = f"the crew's server answered with run {run}, which is that of idempotency key {other!r}"
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
-    await _save(record, records)
+    await _save(record, records.save)
     count_uncertain(record)
     raise _uncertain(record)
 
@@ -460,39 +449,14 @@ async def _give_back(
     """
     record.phase, record.reason = RecordPhase.NOT_STARTED, f"{type(error).__name__}"
     if unused is None or record.entries:  # a claim in a ledger is its permit as well
-        await _save(record, records)
+        await _save(record, records.save)
         await release_given_back(record, records)
     elif unused.is_over or isinstance(error, ClaimLostError):
-        await _save(record, records)
+        await _save(record, records.save)
         await release(record)
     else:
-        await _save(record, records, write=records.withdraw)
+        await _save(record, records.withdraw)
         await release(record)
-
-
-async def _save_started(record: RunRecord, records: RecordStore) -> str | None:
-    """Store the kickoff id of a run. Return the key of another record that holds it, else None. Logs errors as
-    `_save`."""
-    try:
-        return await _despite_loop_end(records.save_started, record)
-    except CrewError:
-        raise
-    except PREFECT_ERRORS as error:
-        _log_unsaved(record, error)
-        return None
-
-
-async def _despite_loop_end(write: Callable[[RunRecord], Awaitable[T]], record: RunRecord) -> T:
-    """Make a write, and repeat it if the event loop ended during it: the loop cancels its tasks once.
-
-    Only within `OwnTask.uncut`: elsewhere a CancelledError may be for the caller.
-    """
-    try:
-        return await write(record)
-    except (asyncio.CancelledError, ValueError) as error:
-        if not _loop_ends(error):
-            raise
-        return await write(record)
 
 
 def _loop_ends(error: BaseException) -> bool:
@@ -505,30 +469,31 @@ def _loop_ends(error: BaseException) -> bool:
     return type(error) in (asyncio.CancelledError, ValueError) and not is_own
 
 
-async def _save(
-    record: RunRecord, records: RecordStore, *, write: Callable[[RunRecord], Awaitable[None]] | None = None
-) -> None:
-    """Save a record. If the Prefect API fails, log an error with the command that resolves the run, and go on.
+async def _save(record: RunRecord, write: Callable[[RunRecord], Awaitable[T]]) -> T | None:
+    """Write a record by a method of its store. Repeat that if the event loop ended meanwhile: it cancels tasks once.
 
-    The record then stays a claim, and later calls treat it as uncertain: they start nothing.
+    If the Prefect API fails, log an error with the command that resolves the run, and return None. The record then
+    stays a claim, and later calls treat it as uncertain: they start nothing.
     """
     try:
-        await (write or records.save)(record)
+        try:
+            return await write(record)
+        except (asyncio.CancelledError, ValueError) as error:
+            if not _loop_ends(error):
+                raise
+            return await write(record)
     except PREFECT_ERRORS as error:
-        _log_unsaved(record, error)
-
-
-def _log_unsaved(record: RunRecord, error: Exception) -> None:
-    run_logger().error(
-        "Run %s is %s%s, and that could not be recorded (%s). Once the Prefect API is back: "
-        "prefect-crew runs resolve %s %s",
-        record.idempotency_key,
-        record.phase,
-        f", kickoff id {record.kickoff_id}" if record.kickoff_id else "",
-        type(error).__name__,
-        shlex.quote(record.idempotency_key),
-        f"--kickoff-id {shlex.quote(record.kickoff_id)}" if record.kickoff_id else "--never-started",
-    )
+        run_logger().error(
+            "Run %s is %s%s, and that could not be recorded (%s). Once the Prefect API is back: "
+            "prefect-crew runs resolve %s %s",
+            record.idempotency_key,
+            record.phase,
+            f", kickoff id {record.kickoff_id}" if record.kickoff_id else "",
+            type(error).__name__,
+            shlex.quote(record.idempotency_key),
+            f"--kickoff-id {shlex.quote(record.kickoff_id)}" if record.kickoff_id else "--never-started",
+        )
+        return None
 
 
 # One run for a caller

@@ -38,11 +38,11 @@ def poll_delays(
     """Yield the pauses between status calls, in seconds, without end.
 
     `rng` returns numbers in [0, 1). `again`: the pauses restart, and the first is `initial` or `max_interval`,
-    whichever is shorter.
+    whichever is shorter. Within `fast_polling` no pause is longer than its interval.
     """
     delay = min(policy.initial, policy.max_interval) if again else policy.initial
     while True:
-        yield delay * (1 + policy.jitter * (2 * rng() - 1))
+        yield min([delay * (1 + policy.jitter * (2 * rng() - 1)), *fast_intervals])
         delay = min(delay * policy.factor, policy.max_interval)
 
 
@@ -171,7 +171,7 @@ async def poll(
         CrewError: No status call succeeded for `error_timeout` seconds: the last call's error.
     """
     names: dict[str, Any] = {"kickoff_id": kickoff_id, "crew": crew, "idempotency_key": idempotency_key}
-    state = _Poll(names, policy, phases, watcher, now, rng)
+    state = _Poll(names, policy, phases, watcher, now, rng, began=now(), delays=poll_delays(policy, rng))
     if not first_look:
         # Counted from the kickoff: the time for writing records must not delay the first status call.
         await state.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
@@ -184,7 +184,7 @@ async def poll(
             except NO_ANSWER as error:
                 await state.failed(error)
                 least = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
-                await state.pause(max(state.next_delay(), least))
+                await state.pause(max(next(state.delays), least))
                 continue
             if await state.take(status):
                 return status
@@ -206,6 +206,8 @@ class _Poll:
     watcher: Watcher
     now: Callable[[], float]
     rng: Callable[[], float]
+    began: float
+    delays: Iterator[float]
     seen: CrewState | None = None
     unknown: int = 0
     waits: bool = False
@@ -214,9 +216,6 @@ class _Poll:
     failed_at: float | None = None
     paused: float = 0.0
     """The planned seconds of the last pause."""
-
-    def __post_init__(self) -> None:
-        self.delays, self.began = poll_delays(self.policy, self.rng), self.now()
 
     def begin_anew(self) -> None:
         """Restart the pauses with `initial`."""
@@ -232,12 +231,9 @@ class _Poll:
     def left(self) -> tuple[str, float, float] | None:
         return self.phases.left(self.policy, self.seen or CrewState.PENDING, self.now())
 
-    def next_delay(self) -> float:
-        return min([next(self.delays), *fast_intervals])
-
     def next_pause(self) -> float:
         """Shorten the next pause so that the last status call happens exactly when the first time limit ends."""
-        delay, time_left = self.watcher.next_pause(self.next_delay()), self.left
+        delay, time_left = self.watcher.next_pause(next(self.delays)), self.left
         if time_left is None or time_left[2] <= 0:
             return delay
         # At least 1 ms, since the clock is not finer: the status call must not happen just before the end.

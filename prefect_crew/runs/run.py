@@ -170,15 +170,13 @@ class LiveRun:
         return None if self.record is None else f"attempt {self.record.attempt} of at most {self.crew.max_attempts}"
 
     def notify(self, status: CrewStatus | None) -> None:
-        """Call the crew's `on_status` with a status, or with None for the run itself."""
+        """Note the current task of a status, and call the crew's `on_status`; with None for the run itself."""
+        if status is not None and (task := status.current_task):
+            self.task_seen = task
+            if len(self.tasks_seen) < TASKS_CAP:
+                self.tasks_seen.setdefault(task, utcnow())
         if self.crew.on_status is not None:
             self.crew.on_status(self, status)
-
-    def see_task(self, name: str | None) -> None:
-        """Note the current task of a status."""
-        self.task_seen = name or self.task_seen
-        if name and len(self.tasks_seen) < TASKS_CAP:
-            self.tasks_seen.setdefault(name, utcnow())
 
     # Masking
 

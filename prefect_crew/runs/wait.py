@@ -147,7 +147,7 @@ class _Waiter(Watcher):
                 self._show_beside()
             try:
                 status = await poll(
-                    self._look,
+                    lambda: run.session.call(lambda client: client.status(run.kickoff_id)),
                     **run.names,
                     policy=self.policy,
                     phases=self.phases,
@@ -190,14 +190,10 @@ class _Waiter(Watcher):
         await self._close(status)
         return result_of(run, status)
 
-    async def _look(self) -> CrewStatus:
-        return await self.run.session.call(lambda client: client.status(self.run.kickoff_id))
-
     # The methods that `poll` calls
 
     async def on_status(self, status: CrewStatus) -> None:
         run, before, self.last = self.run, self.last, status
-        run.see_task(status.current_task)
         run.notify(status)
         is_new_state = before is None or before.state is not status.state
         is_new_task = status.current_task is not None and (before is None or before.current_task != status.current_task)

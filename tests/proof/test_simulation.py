@@ -307,10 +307,10 @@ def _takes_an_end_back() -> Any:
 
 
 def _forgets_the_id() -> Any:
-    async def save(record: RunRecord, records: Any) -> None:
+    async def save(self: PrefectRecords, record: RunRecord) -> None:
         return None
 
-    return mock.patch.object(kickoff, "_save_started", save)
+    return mock.patch.object(PrefectRecords, "save_started", save)
 
 
 def _looks_at_no_flow_run() -> Any:

@@ -123,7 +123,7 @@ def test_the_repr_of_a_run_shows_no_text():
     webhooks = Webhooks(task="https://hooks.test/pass-1234")
     request = asked({"text": "pass-1234"}, meta={"a": "pass-1234"}, webhooks=webhooks)
     run = LiveRun(crew(), "r1", record(), request)
-    run.see_task("pass-1234")
+    run.notify(CrewStatus(kickoff_id="r1", state=CrewState.RUNNING, current_task="pass-1234"))
     assert "'r1'" in repr(run)
     assert "pass-1234" not in repr(run)
 
