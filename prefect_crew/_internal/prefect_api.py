@@ -274,7 +274,8 @@ _loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.We
 
 
 def _this_loop() -> _Loop:
-    return _loops.setdefault(asyncio.get_running_loop(), _Loop())
+    loop = asyncio.get_running_loop()
+    return _loops.get(loop) or _loops.setdefault(loop, _Loop())
 
 
 def lock_here(name: str) -> asyncio.Lock:

@@ -43,11 +43,6 @@ _uncertain = _meter.create_counter("prefect_crew.kickoffs.uncertain", "{kickoff}
 _waiting = _meter.create_up_down_counter("prefect_crew.runs.waiting", "{run}", "Runs that wait for a person")
 
 
-def is_tracing() -> bool:
-    """Return whether the user has set up an SDK, so that spans are exported."""
-    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
-
-
 def count_uncertain(record: RunRecord) -> None:
     """Count a kickoff that this process has sent and that became uncertain."""
     _uncertain.add(1, {"crewai.crew.name": record.crew})

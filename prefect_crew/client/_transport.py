@@ -266,14 +266,26 @@ class Connections:
     async def exchange(self, call: Call) -> Answer:
         """Send a request and read its answer. Raises the errors that `CrewClient` lists."""
         try:
-            return await self._send(call)
+            if self._transport is not None:
+                return await self._send(call, self._transport)
+            # A kickoff right after `GET /inputs` uses the connection of the polls, and saves a handshake. This is
+            # allowed only if requests came one by one, and the last one just now: then that connection was surely not
+            # idle for long.
+            pools = self._pools
+            is_fresh = not pools.under_way and time.monotonic() - pools.used_at < POST_KEEPALIVE
+            if call.method != "GET" and not (pools.is_single and is_fresh):
+                return await self._send(call, pools.posts)
+            pools.under_way += 1
+            pools.is_single, pools.used_at = pools.is_single and pools.under_way == 1, -math.inf
+            try:
+                answer = await self._send(call, pools.polls)
+            finally:
+                pools.under_way -= 1
+            pools.used_at = time.monotonic()  # not after an error: the idle connection may then be another one
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
-            # An answer that is not HTTP is a text of the server, so mask it as such.
-            redact = call.shown if isinstance(error, httpx.RemoteProtocolError) else call.hide
-            origin = f"{self._base.scheme}://{self._base.netloc.decode()}"
-            cause = _without_secrets(error, redact, httpx.Request(call.method, origin))
+            cause = self._without_secrets(error, call)
             is_sent, reason = _FAILURES.get(type(cause), (True, type(cause).__name__))
             raise CrewConnectionError(
                 method=call.method,
@@ -282,27 +294,9 @@ class Connections:
                 sent=is_sent,
                 kickoff_id=call.kickoff_id,
             ) from cause
-
-    async def _send(self, call: Call) -> Answer:
-        if self._transport is not None:
-            return await self._exchange(call, self._transport)
-        # A kickoff right after `GET /inputs` uses the connection of the polls, and saves a handshake. This is allowed
-        # only if requests came one by one, and the last one just now: then that connection was surely not idle for
-        # long.
-        pools = self._pools
-        is_fresh = not pools.under_way and time.monotonic() - pools.used_at < POST_KEEPALIVE
-        if call.method != "GET" and not (pools.is_single and is_fresh):
-            return await self._exchange(call, pools.posts)
-        pools.under_way += 1
-        pools.is_single, pools.used_at = pools.is_single and pools.under_way == 1, -math.inf
-        try:
-            answer = await self._exchange(call, pools.polls)
-        finally:
-            pools.under_way -= 1
-        pools.used_at = time.monotonic()  # not after an error: the idle connection may then be another one
         return answer
 
-    async def _exchange(self, call: Call, transport: httpx.AsyncBaseTransport) -> Answer:
+    async def _send(self, call: Call, transport: httpx.AsyncBaseTransport) -> Answer:
         request = httpx.Request(
             call.method,
             self._url + call.path,
@@ -324,6 +318,19 @@ class Connections:
             finally:
                 await response.aclose()
         raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
+
+    def _without_secrets(self, error: Exception, call: Call) -> Exception:
+        """Prepare `error` to be a cause: mask its text, and remove the request, the frames and the causes.
+
+        A tool that prints the local variables of frames would print the token.
+        """
+        if isinstance(error, httpx.RequestError):
+            error.request = httpx.Request(call.method, f"{self._base.scheme}://{self._base.netloc.decode()}")
+        # An answer that is not HTTP is a text of the server, so mask it as such.
+        redact = call.shown if isinstance(error, httpx.RemoteProtocolError) else call.hide
+        error.args = tuple(redact(part) if isinstance(part, str) else part for part in error.args)
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
 
     async def aclose(self) -> None:
         """Close all connections, unless other clients use them too. Call it once."""
@@ -360,18 +367,6 @@ class SpreadTransport(httpx.AsyncHTTPTransport):
 
 
 # Answers and failures
-
-
-def _without_secrets(error: Exception, redact: Callable[[str], str], request: httpx.Request) -> Exception:
-    """Prepare `error` to be a cause: mask its text, and remove the request, the frames and the causes.
-
-    A tool that prints the local variables of frames would print the token.
-    """
-    if isinstance(error, httpx.RequestError):
-        error.request = request
-    error.args = tuple(redact(part) if isinstance(part, str) else part for part in error.args)
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
 
 
 _FAILURES: dict[type[Exception], tuple[bool, str]] = {

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from pydantic import SecretStr
 
-from prefect_crew.client.encoding import encode_inputs
+from prefect_crew.client.encoding import as_text, encode_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.exceptions import ConfigurationError
@@ -110,12 +110,15 @@ class Inputs:
 
     @cached_property
     def digest(self) -> str:
-        """The digest of the inputs that are not secret, and of `restore_from`.
+        """32 hex digits of the SHA-256 of `restore_from` and the inputs that are not secret, as text, in any order.
 
         Secrets are not part of it: so a flow that fetches a new token for each attempt finds its run again.
         """
-        plain = {name: value for name, value in self.encoded.items() if name not in self.secret_names}
-        return inputs_digest(plain, restore_from=self.restore_from, is_text=not self.as_json)
+        plain = {name: as_text(value) for name, value in self.encoded.items() if name not in self.secret_names}
+        text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        if self.restore_from is not None:
+            text += f"\nrestoreFromStateId:{self.restore_from}"  # JSON without indentation contains no line break
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def shown(self, redact: Redactor) -> dict[str, Any]:
         """Return the encoded inputs with every secret masked, also where another input repeats it."""
@@ -141,15 +144,3 @@ def unknown_inputs(expected: Iterable[CrewInput], inputs: Mapping[str, Any]) -> 
     """Return the names in `inputs` that the crew does not name, in their order; an empty list if it names no inputs."""
     names = {item.name for item in expected}
     return [name for name in inputs if name not in names and name not in NEVER_UNKNOWN] if names else []
-
-
-def inputs_digest(inputs: Mapping[str, Any], *, restore_from: str | None = None, is_text: bool = False) -> str:
-    """Return 32 hex digits of the SHA-256 of the inputs' text form. The order of the inputs does not matter.
-
-    Another `restore_from` gives another digest. `is_text`: the inputs are encoded already.
-    """
-    text = inputs if is_text else encode_inputs(inputs)
-    canonical = json.dumps(text, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
-    if restore_from is not None:
-        canonical += f"\nrestoreFromStateId:{restore_from}"  # JSON without indentation contains no line break
-    return hashlib.sha256(canonical.encode()).hexdigest()[:32]

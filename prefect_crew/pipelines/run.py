@@ -23,8 +23,7 @@ from prefect_crew._internal.prefect_api import label_flow_run, run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.budgets import Budget
-from prefect_crew.client.encoding import encode_inputs
-from prefect_crew.client.inputs import Inputs, inputs_digest
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.crew import WaitPolicy, titled
@@ -195,8 +194,7 @@ async def _name_flow_run(
 
 def _digest_of(pipeline: Pipeline) -> str:
     """Return the digest of the inputs that are not secret. The crews must be loaded."""
-    secret = pipeline.secret_inputs
-    return inputs_digest(encode_inputs({name: pipeline.inputs[name] for name in pipeline.inputs if name not in secret}))
+    return Inputs.of(pipeline.inputs).keep_secret(pipeline.secret_inputs).digest
 
 
 @cancelled_once

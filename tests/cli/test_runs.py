@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from prefect_crew.cli.runs import Condition, RunLine, condition_of, short_name, todo
-from prefect_crew.client.inputs import inputs_digest
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.states import CrewState
@@ -95,7 +95,7 @@ def test_a_run_is_cancelled_by_its_key_and_its_crew(here, write: Write, crews: C
             assert (refused.code, "was not stopped" in refused.err) == (1, True)
 
 
-DIGEST = inputs_digest({"who": "Ada"})
+DIGEST = Inputs.of({"who": "Ada"}).digest
 
 
 def test_a_resolved_run_goes_on_as_if_nothing_had_happened(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
 from prefect_crew.client.encoding import encode_inputs
-from prefect_crew.client.inputs import inputs_digest
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.exceptions import ConfigurationError
 
 
@@ -148,4 +148,4 @@ def test_plain_values_survive(inputs: dict[str, Any], random: Any):
     } == given_values
     names = list(inputs)
     random.shuffle(names)
-    assert inputs_digest({name: inputs[name] for name in names}) == inputs_digest(inputs)
+    assert Inputs.of({name: inputs[name] for name in names}).digest == Inputs.of(inputs).digest

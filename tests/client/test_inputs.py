@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew
-from prefect_crew.client.inputs import Inputs, inputs_digest, missing_inputs, unknown_inputs
+from prefect_crew.client.inputs import Inputs, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK
 from prefect_crew.crew import Crew
@@ -78,7 +78,7 @@ def test_prefect_stores_inputs_that_are_not_secret():
 
 def test_the_digest_leaves_secrets_out():
     assert kept().digest == kept({**GIVEN, "password": "swordfish"}).digest == kept(inputs_as_json=True).digest
-    assert kept().digest == inputs_digest({"city": "Lisbon", "days": 3})
+    assert kept().digest == Inputs.of({"city": "Lisbon", "days": 3}).digest
     assert kept().digest != kept({**GIVEN, "city": "Porto"}).digest
 
 
@@ -93,12 +93,12 @@ def test_inputs_are_compared_by_exact_names():
 def test_a_digest_never_changes():
     same = [{"a": {"z", "y"}, "b": 2}, {"b": "2", "a": {"y", "z"}, "c": None}]
     others = [{"a": ["z", "y"], "b": 2}, {"a": ["y", "z"]}, {"a": ["y", "z"], "c": 2}, {}, {"a": ""}]
-    assert len({inputs_digest(one) for one in same}) == 1
-    assert len({inputs_digest(one) for one in (same[0], *others)}) == 1 + len(others)
+    assert len({Inputs.of(one).digest for one in same}) == 1
+    assert len({Inputs.of(one).digest for one in (same[0], *others)}) == 1 + len(others)
     # A digest stands in records that outlive this version: the figures stay.
-    assert inputs_digest({"topic": "Lisbon", "days": 3, "when": date(2025, 1, 2)}) == "ac79fdfa3001cab39457346ccaaf7a5f"
+    assert (
+        Inputs.of({"topic": "Lisbon", "days": 3, "when": date(2025, 1, 2)}).digest == "ac79fdfa3001cab39457346ccaaf7a5f"
+    )
     inputs, state = {"topic": "Lisbon"}, "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
-    assert inputs_digest(inputs, restore_from=None) == inputs_digest(inputs)
-    assert inputs_digest(inputs, restore_from=state) == "b694c1a96265d09d329abf5976dba7df"
     assert Inputs(inputs, restore_from=state).digest == "b694c1a96265d09d329abf5976dba7df"
-    assert inputs_digest({**inputs, "restoreFromStateId": state}) != inputs_digest(inputs, restore_from=state)
+    assert Inputs.of({**inputs, "restoreFromStateId": state}).digest != Inputs(inputs, restore_from=state).digest

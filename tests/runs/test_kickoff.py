@@ -13,7 +13,7 @@ from prefect.runtime import flow_run as this_flow_run
 from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew, Webhooks, arun_crew, kickoff_crew
-from prefect_crew.client.inputs import inputs_digest
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import (
     AuthenticationError,
@@ -397,7 +397,9 @@ async def test_another_crew_or_other_inputs_under_a_key_are_a_conflict(crew_serv
         (given, {"restore_from": uuid.uuid4()}),
     ):
         said = await conflict(crew, inputs, idempotency_key, **options)
-        assert said.startswith(f"its inputs differ: their digest is {inputs_digest({'text': 'a', 'days': '3'})}, now")
+        assert said.startswith(
+            f"its inputs differ: their digest is {Inputs.of({'text': 'a', 'days': '3'}).digest}, now"
+        )
     other = crew_server("echo")
     assert "crew" in await conflict(other.crew(), given, idempotency_key)
     assert other.requests["kickoff"] == 0
@@ -414,7 +416,7 @@ async def test_calls_that_differ_in_nothing_but_a_secret_input_are_the_same_run(
             await crew.atrigger({**given, "pin": pin}, idempotency_key=idempotency_key)
         ).kickoff_id == first.kickoff_id
     (record,) = await attempts(idempotency_key)
-    assert record.inputs_digest == inputs_digest({"text": "a"})
+    assert record.inputs_digest == Inputs.of({"text": "a"}).digest
 
     @flow(retries=1)
     async def retried() -> str:

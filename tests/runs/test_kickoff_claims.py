@@ -26,7 +26,7 @@ from prefect_crew._internal import prefect_api
 from prefect_crew.client import _transport
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import kickoff_delay
-from prefect_crew.client.inputs import inputs_digest
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import (
@@ -61,7 +61,12 @@ RECORDS = PrefectRecords()
 
 async def claim(idempotency_key: str, crew: DeployedCrew, *, permit: float | None = None, **fields: Any) -> RunRecord:
     """Claim a run with the input text: a, as somebody else; with a permit that is good for so many seconds."""
-    known = {"crew": crew.label, "crew_url": crew.url, "inputs_digest": inputs_digest({"text": "a"}), "good_for": 60.0}
+    known = {
+        "crew": crew.label,
+        "crew_url": crew.url,
+        "inputs_digest": Inputs.of({"text": "a"}).digest,
+        "good_for": 60.0,
+    }
     return await put(new_record(idempotency_key, **known | fields), permit=permit)
 
 

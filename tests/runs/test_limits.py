@@ -20,7 +20,7 @@ from prefect.states import Cancelling
 import prefect_crew as pc
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.batches.report import BatchProgress
-from prefect_crew.client.inputs import inputs_digest
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import limits
@@ -262,7 +262,7 @@ async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServe
 async def test_a_start_after_a_void_claim_takes_a_slot(crew_server: CrewServerFactory):
     server, name, idempotency_key = crew_server(slow(60)), await limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)
-    await put(new_record(idempotency_key, crew_url=server.url, inputs_digest=inputs_digest({}), open_for=0.0))
+    await put(new_record(idempotency_key, crew_url=server.url, inputs_digest=Inputs.of({}).digest, open_for=0.0))
     await crew.atrigger({}, idempotency_key=idempotency_key)
     assert (server.kickoffs, await held(name)) == (1, 1)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prefect_crew.client.encoding import encode_inputs
-from prefect_crew.client.inputs import inputs_digest
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.exceptions import CrewFailedError, CrewStoppedError, CrewTimeoutError, KickoffUncertainError
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.records.store import PrefectRecords
@@ -51,7 +50,7 @@ async def resolve_if_allowed(world: World, idempotency_key: str) -> None:
         for run in world.site.runs
         if (run.meta["idempotency_key"], run.meta["run_attempt"]) == (idempotency_key, record.attempt)
         and run.id not in held
-        and inputs_digest(encode_inputs(run.inputs)) == record.inputs_digest
+        and Inputs.of(run.inputs).digest == record.inputs_digest
     ]
     if unknown:
         await resolve_started(record, unknown[-1], records)
