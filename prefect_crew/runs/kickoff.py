@@ -75,7 +75,6 @@ async def start_run(
     session: CrewSession,
     *,
     slot: str | None = None,
-    check: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Decision, RunRecord]:
     """Find the run of an idempotency key, or start it. Return the decision and the record. Raises the errors of
     `run_crew`.
@@ -85,11 +84,9 @@ async def start_run(
         identity: The idempotency key of the run, and the caller.
         records, session: The store of its record, and the session with its crew.
         slot: The lease of the run's slot in the crew's limit.
-        check: Raises a CrewError if the crew's server would refuse the kickoff. It is called after the claim was
-            created: for a run that was found, it costs the crew's server no request.
     """
     work = OwnTask()
-    return await work.run(_Start(request, identity, records, session, slot, check, work).run(), within=FINISH)
+    return await work.run(_Start(request, identity, records, session, slot, work).run(), within=FINISH)
 
 
 @dataclass
@@ -102,7 +99,6 @@ class _Start:
     records: RecordStore
     session: CrewSession
     slot: str | None
-    check: Callable[[], Awaitable[None]] | None
     work: OwnTask
     record: RunRecord = field(init=False)
     lease: Lease = field(init=False)
@@ -204,7 +200,7 @@ class _Start:
         BudgetExceededError: a budget has no room for the run."""
         request = self.request
         # Twice the time of the check: it repeats its request after the token was rotated.
-        lease = Lease(CLAIM_GOOD_FOR + (0.0 if self.check is None else 2 * request.crew.request_timeout))
+        lease = Lease(CLAIM_GOOD_FOR + (0.0 if request.is_row else 2 * request.crew.request_timeout))
         record = self._new_record(max((attempt.attempt for attempt in earlier), default=0) + 1, lease.seconds)
         with self.work.uncut():
             if request.is_row:  # the claim of a row is its permit as well
@@ -259,9 +255,11 @@ class _Start:
         async with self._giving_back(self.lease):
             if not await self.records.confirm(self.record, self.earlier):
                 raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
-            if self.check is not None:  # not beside `confirm`: if another call has started the run, it needs no check
-                await self.check()
-            if self.request.crew.budgets and not self.request.is_row:
+            if self.request.is_row:  # a batch has checked the inputs of all its rows, and a row has counted already
+                return
+            # After the claim, and not beside `confirm`: for a run that is found, it costs the crew's server no request.
+            await check_inputs(self.session, self.request)
+            if self.request.crew.budgets:
                 with self.work.uncut():
                     await add_estimates(self.request.crew, self.record)
                 self.work.raise_if_cancelled()
@@ -534,7 +532,6 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
                 decision, record = await start_run(
                     *(request, identity, run.records, run.session),
                     slot=None if slots is None else str(slots.lease),
-                    check=lambda: check_inputs(run.session, request),
                 )
     except (CrewError, *PREFECT_ERRORS) as error:
         await _after_failure(error, crew, key, slots)
