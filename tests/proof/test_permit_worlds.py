@@ -86,7 +86,7 @@ MISTAKES: dict[str, tuple[Any, str, Any, str]] = {
     ),
     "an id that is named before it is written": (
         *(PrefectRecords, "save_started", _name_first),
-        f"{ONE_ID}, and one of the callers sleeps, before its step 11",
+        f"{ONE_ID}, and one of the callers sleeps, before its step 9",
     ),
     "an id that two records keep": (
         *(PrefectRecords, "_name_kickoff", _keep_id),
@@ -94,7 +94,7 @@ MISTAKES: dict[str, tuple[Any, str, Any, str]] = {
     ),
     "an id of a run that was found, of which nobody looks whose it is": (
         *(PrefectRecords, "other_holder", _look_at_no_name),
-        f"{ONE_ID}, and one of the callers dies, before its step 5",
+        f"{ONE_ID}, and one of the callers dies, before its step 3",
     ),
 }
 """Each with what stands in the place of what, and the world in which it is seen."""
