@@ -246,7 +246,7 @@ class NamedReads:
         batch.names += names
         batch.callers += 1
         async with self._lock:
-            if batch.rows is None and batch.error is None:  # else another caller has made the request meanwhile
+            if batch.rows is None and batch.error is None:  # else another caller has made the request
                 if self._next is batch:
                     self._next = _Batch()  # a later caller needs a newer answer
                 try:
