@@ -352,8 +352,9 @@ class PrefectRecords:
     async def withdraw(self, record: RunRecord) -> None:
         """Delete a claim for which nobody has asked a permit. Its number is then free again.
 
-        The DELETE request is sent once. If its answer is lost, the request may still arrive later. It names this claim
-        by its id, and nobody sends a kickoff for this claim any more. Until then the claim says that nothing started.
+        The DELETE request is sent once, and again by a caller whose event loop ended meanwhile. If its answer is lost,
+        the request may still arrive later. It names this claim by its id, and nobody sends a kickoff for this claim any
+        more. Until then the claim says that nothing started.
         """
         try:
             async with get_client() as client:

@@ -333,6 +333,18 @@ async def test_a_retry_with_a_new_secret_reattaches(crew_server: CrewServerFacto
     assert (server.kickoffs, len(set(attempts))) == (1, 1)
 
 
+async def test_a_step_may_decode_a_secret_that_is_no_text(crew_server: CrewServerFactory):
+    server = crew_server(script({"output": "ok"}, inputs=["pin"]))
+    step = pc.CrewStep("a", server.crew(secret_inputs=["pin"]), {"pin": lambda context: context.inputs["pin"].decode()})
+
+    @flow
+    async def trip() -> None:
+        await pc.arun_pipeline([step], {"pin": b"hunter22"})
+
+    await trip()
+    assert server.kickoffs == 1
+
+
 async def test_equal_pipelines_in_a_flow_differ_in_key(echo: CrewServer):
     steps = [pc.CrewStep("a", echo.crew(), {"text": "a"})]
 
