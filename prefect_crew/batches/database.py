@@ -255,7 +255,9 @@ class Database:
             from sqlalchemy.ext.asyncio import create_async_engine
 
             # Every process of a batch keeps three of them busy at most: its lock, its writer, and a reader.
-            self.server = create_async_engine(self._url, pool_size=2, max_overflow=2, pool_pre_ping=True)
+            pool: dict[str, Any] = {"pool_size": 2, "max_overflow": 2, "pool_pre_ping": True}
+            # Whatever the server's default: a read after the lock sees all that was written before.
+            self.server = create_async_engine(self._url, isolation_level="READ COMMITTED", **pool)
             event.listen(self.server.sync_engine, "connect", _prepare_session)
         for remaining in reversed(range(OPEN_TRIES)):
             try:
@@ -396,6 +398,8 @@ def _sqlite(path: str) -> sa.Engine:
 
 KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
 """Settings of a PostgreSQL session: a machine that vanishes must not hold its locks for hours."""
+TIMEOUTS = ("55P03", "57014")
+"""The codes of PostgreSQL for `lock_timeout` and `statement_timeout`."""
 _SESSION = {
     # A plan that was made while a table was small goes through all of it once it is large.
     "plan_cache_mode": "force_custom_plan",
@@ -404,6 +408,8 @@ _SESSION = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "enable_material": "off",
+    # A process that has stopped in the middle of a commit holds up all others: they log that, and try again.
+    "lock_timeout": "'30s'",
     **KEEPALIVES,
 }
 
@@ -431,8 +437,12 @@ def short(error: BaseException) -> str:
 # write may land late, after others have written, and nobody can call it back.
 
 _KEY = [column.name for column in attempts.primary_key]
-_READ = [attempts.c[name] for name in ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner", "record")]
+_READ = [attempts.c[name] for name in ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner")]
+# The record of an earlier attempt may be large. It is read where a write may be the repetition of what is stored.
+_READ.append(sa.case((attempts.c.attempt >= sa.bindparam("least"), attempts.c.record), else_="").label("record"))
 _READ.append(attempts.c.posts_until)
+NO_ATTEMPT = 2**31 - 1
+"""A number that no attempt reaches."""
 UNHURRIED = 0.05
 """Seconds that a write which is not urgent may wait for others."""
 
@@ -581,7 +591,7 @@ class GroupWriter:
         now = self._database.lock(connection, self._batch)
         keys = {write.attempt.row_key for write in writes}
         ids = {write.attempt.kickoff for write in writes if write.is_first and write.attempt.kickoff is not None}
-        stored = self._read(connection, keys, ids)
+        stored = self._read(connection, keys, ids, least=min(write.attempt.attempt for write in writes))
         answers, changed = decide_writes(stored, writes, now=now)
         if changed:
             connection.execute(self._replace, {"attempts": to_json(list(changed.values())).decode()}).close()
@@ -597,7 +607,8 @@ class GroupWriter:
     def latest(self, connection: sa.Connection, keys: Collection[str]) -> dict[str, Attempt]:
         """Return the attempt that counts of each of these rows: the last one that started a run or may have, and else
         the last one."""
-        return self._latest({attempt.place: attempt for attempt in self._read(connection, keys, ())})
+        stored = self._read(connection, keys, (), least=NO_ATTEMPT)
+        return self._latest({attempt.place: attempt for attempt in stored})
 
     def _latest(self, stored: dict[Place, Attempt]) -> dict[str, Attempt]:
         by_row: dict[str, list[Attempt]] = {}
@@ -606,9 +617,14 @@ class GroupWriter:
                 by_row.setdefault(key, []).append(stored[batch, key, number])
         return {key: latest_start(own) or own[-1] for key, own in by_row.items()}
 
-    def _read(self, connection: sa.Connection, keys: Collection[str], kickoffs: Collection[str]) -> list[Attempt]:
-        """Return the attempts at some rows, and all of whichever batch that hold one of these kickoff ids."""
-        texts = {"keys": to_json(list(keys)).decode(), "kickoffs": to_json(list(kickoffs)).decode()}
+    def _read(
+        self, connection: sa.Connection, keys: Collection[str], kickoffs: Collection[str], *, least: int
+    ) -> list[Attempt]:
+        """Return the attempts at some rows, and all of whichever batch that hold one of these kickoff ids.
+
+        Attempts with a lower number than `least` come without their record.
+        """
+        texts = {"keys": to_json(list(keys)).decode(), "kickoffs": to_json(list(kickoffs)).decode(), "least": least}
         read: Any = connection.execute(self._select, texts)
         return [
             Attempt(batch, key, attempt, RecordPhase(phase), RowState(state), *others)
@@ -621,6 +637,8 @@ def _is_transient(error: Exception) -> bool:
     """Return whether a database may be back in a while: one that restarts, is locked, or whose disk is full."""
     if not isinstance(error, DBAPIError):
         return isinstance(error, OSError)
+    if getattr(error.orig, "sqlstate", None) in TIMEOUTS:
+        return True
     is_gone = "no such" in str(error.orig)  # SQLite's word for a table or a column that is not there
     return not is_gone and (isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated)
 

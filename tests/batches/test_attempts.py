@@ -118,3 +118,15 @@ def test_one_kickoff_id_belongs_to_one_attempt_also_of_another_batch_and_within_
     answers, changed = decide_writes(stored, writes, now=NOW)
     assert answers == [False, True, False, True, True]
     assert [key for _, key, _ in changed] == ["m", "n"]
+
+
+def test_an_id_that_an_attempt_gives_back_is_free_within_the_commit():
+    stored = [attempt(STARTED, key="k", kickoff="1"), attempt(CLAIMED, key="m")]
+    writes = [
+        Write(attempt(ENDED, key="k", kickoff="1"), by_owner=True),
+        Write(attempt(STARTED, key="m", kickoff="1"), by_owner=True, is_first=True),
+    ]
+    assert decide_writes(stored, writes, now=NOW)[0] == [True, False]
+    stored = [attempt(UNCERTAIN, key="k", kickoff="1"), attempt(CLAIMED, key="m")]
+    given_back = Write(attempt(NOT_STARTED, key="k"), by_owner=True)
+    assert decide_writes(stored, [given_back, writes[1]], now=NOW)[0] == [True, True]

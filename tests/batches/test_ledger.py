@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
+from sqlalchemy.util import await_only
 
+from prefect_crew.batches import database
 from prefect_crew.batches.database import default_ledger, open_url
 from prefect_crew.batches.database import ledger_address as ledger_address_of
 from prefect_crew.batches.ledger import Ledger, RunTimes
@@ -129,6 +131,31 @@ async def test_processes_that_write_the_same_rows_at_once_wait_for_each_other(le
         *(one.enter_rows(jobs[::-1], CREW, anew=True) for one in (other, ledger) * 3),
     )
     assert await ledger.counts() == {"claimed": 60}
+
+
+async def test_no_other_process_writes_to_a_batch_while_a_commit_decides(
+    ledger: Ledger, other: Ledger, monkeypatch: pytest.MonkeyPatch
+):
+    await enter(ledger, "k")
+    first, second = record_of(ledger, "k"), record_of(other, "k", attempt=2)
+    await ledger.claim(first)
+    loop, decide = asyncio.get_running_loop(), database.decide_writes
+    log, claims = list[str](), list[asyncio.Task[bool]]()
+
+    def decide_slowly(*arguments: Any, **options: Any) -> Any:
+        log.append("begins")
+        if not claims:
+            loop.call_soon_threadsafe(lambda: claims.append(loop.create_task(other.claim(second))))
+            # SQLite decides in a thread, PostgreSQL on the event loop.
+            time.sleep(0.5) if ledger.writer._database.path else await_only(asyncio.sleep(0.5))
+        decision = decide(*arguments, **options)
+        log.append("ends")
+        return decision
+
+    monkeypatch.setattr(database, "decide_writes", decide_slowly)
+    await ledger.save(at(first, STARTED, kickoff_id="run 1"))
+    assert await claims[0]
+    assert log == ["begins", "ends"] * 2
 
 
 async def test_of_two_attempts_with_one_kickoff_the_second_is_told_whose_it_is(ledger_address: str):

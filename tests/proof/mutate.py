@@ -29,6 +29,7 @@ OWN_TESTS = {
     "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py"],
     "records/store.py": ["tests/records/test_store.py", "tests/runs/test_kickoff_claims.py"],
     "records/prune.py": ["tests/records/test_prune.py"],
+    "batches/attempts.py": ["tests/batches/test_attempts.py", "tests/batches/test_ledger.py"],
     "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py"],
     "records/resolve.py": [
         "tests/records/test_resolve.py",
