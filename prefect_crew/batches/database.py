@@ -437,7 +437,9 @@ def short(error: BaseException) -> str:
 # write may land late, after others have written, and nobody can call it back.
 
 _KEY = [column.name for column in attempts.primary_key]
-_READ = [attempts.c[name] for name in ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner")]
+_READ: list[sa.ColumnElement[Any]] = [
+    attempts.c[name] for name in ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner")
+]
 # The record of an earlier attempt may be large. It is read where a write may be the repetition of what is stored.
 _READ.append(sa.case((attempts.c.attempt >= sa.bindparam("least"), attempts.c.record), else_="").label("record"))
 _READ.append(attempts.c.posts_until)
