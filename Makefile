@@ -173,11 +173,11 @@ oldest:
 	    $(MAKE) --no-print-directory oldest-tests OLDEST_PYTHON=$$python; \
 	fi
 
-# The documentation is run on the newest only: its pages take minutes.
+# Not the proofs, whose worlds are this package's own, nor the pages of the documentation: both take minutes.
 .PHONY: oldest-tests
 oldest-tests: $(OLDEST_VENV)/.tests
-	$(OLDEST_VENV)/bin/python -m pytest $(AT_ONCE) -m "not slow and not crewai and not browser and not postgres" \
-	    --ignore tests/test_docs.py $(ARGS)
+	$(OLDEST_VENV)/bin/python -m pytest $(AT_ONCE) \
+	    -m "not slow and not proofs and not crewai and not browser and not postgres" --ignore tests/test_docs.py $(ARGS)
 
 $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	@echo "Building $(OLDEST_VENV) with $$($(OLDEST_PYTHON) --version) and $$(grep '^prefect==' constraints-oldest.txt) …"
