@@ -14,6 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from prefect_crew import CrewFailedError, Price, aget_result, arun_crew
+from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.costs import CostRow, grouped, read_costs
 from prefect_crew.devserver import CrewScript
@@ -88,7 +89,7 @@ async def test_a_run_has_its_cost_in_the_result_the_record_and_the_artifact(
     (kept,) = await attempts(name)
     assert (kept.cost, kept.usage) == (result.cost, result.usage)
     async with get_client() as client:
-        wanted = ArtifactFilter(key=ArtifactFilterKey(like_="crew-127-0-0-1-%"))
+        wanted = ArtifactFilter(key=ArtifactFilterKey(like_=f"{artifact_key(crew.label)}%"))
         pages = [str(one.data) for one in await client.read_artifacts(artifact_filter=wanted)]
     assert any(result.kickoff_id in page and "| Cost | 3.00 |" in page and "1,100" in page for page in pages)
 

@@ -313,6 +313,7 @@ class Runner:
             caller=Caller(owner=owner, flow_run_id=flow_run_id, flow_run_count=flow_run_count),
         )
         request = self._request(job, force_new=place is not None)
+        may_get_room = self._may_get_room()
         try:
             _, record = await start_run(request, identity, self.ledger, self.session)
         except LedgerError:
@@ -322,8 +323,8 @@ class Runner:
                 self.throttle.slots.leave(job.key)  # its kickoff may have been accepted
             raise
         except BudgetExceededError as error:
-            # Other rows, in flight or about to be, may use less than their estimates.
-            if (self.waiting or self.throttle.under_way > 1) and error.measure != "kickoffs":
+            # Also where the last of the other rows has ended since the budget was read: its room is free only now.
+            if (may_get_room or self._may_get_room()) and error.measure != "kickoffs":
                 self.throttle.refused(error)
             else:
                 note_exceeded(error, self.session.crew)
@@ -340,6 +341,10 @@ class Runner:
             self.started += 1
             self.throttle.accepted()
         return record
+
+    def _may_get_room(self) -> bool:
+        """Return whether other rows, in flight or about to be, may use less of a budget than their estimates."""
+        return bool(self.waiting) or self.throttle.under_way > 1
 
     async def _no_run(self, job: RowJob, error: CrewError) -> RowEnd | None:
         """Return the end of a row whose kickoff brought no run, None if it is to be tried again or left."""

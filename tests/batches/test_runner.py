@@ -323,6 +323,29 @@ async def test_a_full_budget_does_not_stop_a_batch_while_another_row_is_about_to
     assert (len(calls), runner.started, runner.throttle.stopped) == (3, 2, None)
 
 
+async def test_a_budget_whose_room_came_late_does_not_stop_a_batch(
+    ledger: Ledger, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    """The budget is read while the last other row is in flight, and the answer comes after that row has ended."""
+    monkeypatch.setattr(throttle, "REFUSED_PAUSE", 0.05)
+    runner, calls = runner_of(crew_server(ECHO), ledger), list[RunIdentity]()
+
+    async def late(request: Any, identity: RunIdentity, *rest: Any) -> Any:
+        calls.append(identity)
+        if len(calls) == 2:
+            assert runner.waiting
+            while runner.waiting:
+                await asyncio.sleep(0.01)
+            raise BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
+        return await start_run(request, identity, *rest)
+
+    monkeypatch.setattr("prefect_crew.batches.runner.start_run", late)
+    async with runner.session:
+        rows = runner.run(row_plan(topics(2), crew=runner.session.crew).jobs())
+        await asyncio.wait_for(rows, 60)
+    assert (len(calls), runner.started, runner.throttle.stopped) == (3, 2, None)
+
+
 # Kickoffs of which nobody knows
 
 
