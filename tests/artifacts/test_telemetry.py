@@ -336,7 +336,7 @@ def test_unknown_secrets_leave_no_text_on_spans(
 @pytest.mark.usefixtures("_content")
 @pytest.mark.parametrize(("show", "tasks"), [("summary", 1), ("none", 0)])
 def test_hidden_content_stands_on_no_span(crew_server: CrewServerFactory, spans: Spans, show: str, tasks: int):
-    server = crew_server(script({"name": "fetch", "seconds": 0.3, "fail": "no answer from tea.test"}, inputs=["topic"]))
+    server = crew_server(script({"name": "fetch", "seconds": 2.0, "fail": "no answer from tea.test"}, inputs=["topic"]))
     with pytest.raises(pc.CrewFailedError):
         pc.run_crew(server.crew(show=show), {"topic": "oolong"})
     assert len(spans.tasks(spans.run())) == tasks
