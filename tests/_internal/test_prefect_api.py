@@ -109,15 +109,15 @@ async def test_turns_go_by_urgency(serve: Any):
 
 async def test_an_old_end_goes_before_later_claims(serve: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
-    monkeypatch.setattr(prefect_api, "PATIENCE", 0.02)
-    server, order = serve(seconds=0.05), list[Urgency]()
+    monkeypatch.setattr(prefect_api, "PATIENCE", 0.3)
+    server, order = serve(seconds=0.75), list[Urgency]()
 
     async def one(urgency: Urgency) -> None:
         await ask(urgency=urgency)
         order.append(urgency)
 
     asking = [asyncio.create_task(one(urgency)) for urgency in (Urgency.CONTINUE, Urgency.FINISH)]
-    await asyncio.sleep(0.03)
+    await asyncio.sleep(0.45)
     asking += [asyncio.create_task(one(urgency)) for urgency in (Urgency.BEGIN, Urgency.CONTINUE)]
     await asyncio.gather(*asking)
     assert order == [Urgency.CONTINUE, Urgency.CONTINUE, Urgency.FINISH, Urgency.BEGIN]
