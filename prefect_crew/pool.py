@@ -1,5 +1,5 @@
-"""The flow runs of a work pool of type `crew` on the Prefect server: who has them, how one goes back to its pool, and
-how its crews are stopped.
+"""The flow runs of a work pool of type `crew` on the Prefect server: who has them, how one goes back to its pool, how
+its crews are stopped, and which flow it runs.
 
 The `infrastructure_pid` of a flow run has the name of its worker and the number of that worker's start.
 """
@@ -7,8 +7,9 @@ The `infrastructure_pid` of a flow run has the name of its worker and the number
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
@@ -22,6 +23,7 @@ from prefect.client.schemas.filters import (
     WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State, StateType, WorkerStatus
+from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry
 from prefect.utilities.engine import propose_state
@@ -156,3 +158,47 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
 
     open_runs = await open_runs_of(client, flow_run)
     await asyncio.gather(*(stop(record) for record in open_runs if not stop_was_asked(record)))
+
+
+def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -> Flow[..., Any]:
+    """Import an asynchronous flow by its path, such as `my_package.flows.my_flow`.
+
+    `allowed` are the allowed modules in addition to this package's, each with its submodules; None allows any module.
+
+    Raises:
+        ConfigurationError: The path is no such path, is not allowed, cannot be imported, or is no asynchronous flow.
+    """
+    module, _, name = (entrypoint or "").rpartition(".")
+    if not module or not {":", "/"}.isdisjoint(entrypoint or ""):
+        raise ConfigurationError(
+            f"{entrypoint!r} is not an import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a "
+            "file to a process work pool: prefect deploy."
+        )
+    permitted = None if allowed is None else ["prefect_crew", *allowed]
+    if permitted is not None and not any(
+        module == package or module.startswith(f"{package}.") for package in permitted
+    ):
+        raise ConfigurationError(
+            f"This crew worker is not allowed to import {module}. Add it to PREFECT_INTEGRATIONS_CREW_WORKER_MODULES "
+            f"where the worker starts. Allowed: {', '.join(permitted)}."
+        )
+    try:
+        flow = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        reason = f"{error}" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise ConfigurationError(
+            f"The flow {entrypoint} cannot be imported ({reason}): install its package here and where the worker runs."
+        ) from error
+    if not isinstance(flow, Flow):
+        raise ConfigurationError(f"{entrypoint} is not a flow: decorate the function with @flow.")
+    if flow.isgenerator:
+        raise ConfigurationError(
+            f"The flow {entrypoint} is a generator, and a crew worker runs flows that return: return what it yields, "
+            "or deploy it to a process work pool: prefect deploy."
+        )
+    if not flow.isasync:
+        raise ConfigurationError(
+            f"The flow {entrypoint} is synchronous, and a crew worker runs asynchronous ones only: write it as `async "
+            "def`, or deploy it to a process work pool: prefect deploy."
+        )
+    return cast("Flow[..., Any]", flow)

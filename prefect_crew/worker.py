@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import anyio.abc
@@ -61,6 +60,7 @@ from prefect_crew.pool import (
     hand_over,
     is_left,
     is_running,
+    load_flow,
     one_retry_more,
     read_flow_runs,
     read_workers,
@@ -94,53 +94,6 @@ CLAIMS_AT_ONCE = 20
 """The most flow runs that are claimed at the same time, and read again by one request."""
 CANCELLED_AT_ONCE = 10
 """The most flow runs that are ended as Cancelled at the same time."""
-
-
-# The flow of a deployment
-
-
-def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -> Flow[..., Any]:
-    """Import an asynchronous flow by its path, such as `my_package.flows.my_flow`.
-
-    `allowed` are the allowed modules in addition to this package's, each with its submodules; None allows any module.
-
-    Raises:
-        ConfigurationError: The path is no such path, is not allowed, cannot be imported, or is no asynchronous flow.
-    """
-    module, _, name = (entrypoint or "").rpartition(".")
-    if not module or not {":", "/"}.isdisjoint(entrypoint or ""):
-        raise ConfigurationError(
-            f"{entrypoint!r} is not an import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a "
-            "file to a process work pool: prefect deploy."
-        )
-    permitted = None if allowed is None else ["prefect_crew", *allowed]
-    if permitted is not None and not any(
-        module == package or module.startswith(f"{package}.") for package in permitted
-    ):
-        raise ConfigurationError(
-            f"This crew worker is not allowed to import {module}. Add it to PREFECT_INTEGRATIONS_CREW_WORKER_MODULES "
-            f"where the worker starts. Allowed: {', '.join(permitted)}."
-        )
-    try:
-        flow = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:
-        reason = f"{error}" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
-        raise ConfigurationError(
-            f"The flow {entrypoint} cannot be imported ({reason}): install its package here and where the worker runs."
-        ) from error
-    if not isinstance(flow, Flow):
-        raise ConfigurationError(f"{entrypoint} is not a flow: decorate the function with @flow.")
-    if flow.isgenerator:
-        raise ConfigurationError(
-            f"The flow {entrypoint} is a generator, and a crew worker runs flows that return: return what it yields, "
-            "or deploy it to a process work pool: prefect deploy."
-        )
-    if not flow.isasync:
-        raise ConfigurationError(
-            f"The flow {entrypoint} is synchronous, and a crew worker runs asynchronous ones only: write it as `async "
-            "def`, or deploy it to a process work pool: prefect deploy."
-        )
-    return cast("Flow[..., Any]", flow)
 
 
 class CrewJobConfiguration(BaseJobConfiguration):
