@@ -57,10 +57,10 @@ programs: $(VENV)/.tests
 proofs: $(VENV)/.tests
 	$(BIN)/python -m pytest $(AT_ONCE) -m "proofs and not slow" $(ARGS)
 
-# All of them: the quick ones and the slow proofs side by side, then the other slow ones, which measure and load, one
-# after the other.
+# All of them: the quick ones and the slow proofs side by side, with random worlds that nobody has seen unless SEED names
+# them, then the other slow ones, which measure and load, one after the other.
 prove: test programs proofs
-	$(BIN)/python -m pytest $(AT_ONCE) -m slow $(SEEDED) tests/proof $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m slow --seed $(or $(SEED),$(shell date +%s)) tests/proof $(ARGS)
 	$(BIN)/python -m pytest -m slow --ignore tests/proof $(ARGS)
 
 # SAMPLE of the slow tests, always the same with one SEED.
