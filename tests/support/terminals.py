@@ -34,7 +34,12 @@ class Terminal:
         fcntl.ioctl(self._screen, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
 
     def press(self, keys: str) -> None:
-        """Type something; `\\x03` is Ctrl-C, which the terminal turns into SIGINT for all that it runs."""
+        """Type something, after the moment that a person needs; `\\x03` is Ctrl-C, SIGINT for all that it runs.
+
+        Python's `input` loses a signal that comes between its last look at signals and its read of the terminal: one in
+        some 400 that were pressed at once on a busy machine.
+        """
+        time.sleep(0.3)
         os.write(self._screen, keys.encode())
 
     def wait_for(self, text: str, timeout: float = 60.0) -> None:
