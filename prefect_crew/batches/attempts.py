@@ -1,4 +1,4 @@
-"""The attempts at rows, as a ledger stores them, and the rule of what a write may replace. No I/O."""
+"""The attempts at rows, as a ledger stores them, and the rule by which a write may replace one. No I/O."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Write(NamedTuple):
     Attributes:
         attempt: The attempt as it is to be stored; the ledger sets its `posts_until`.
         good_for: Seconds for which the kickoff of a claim may be sent or be on its way, from the commit.
-        is_claim: Whether the write creates the attempt. Else it replaces what the ledger knows of the attempt.
+        is_claim: Whether the write creates the attempt. Else it replaces the stored one.
         by_owner: Whether the writer is the process that has claimed the attempt, and still holds it.
         expected: The phase that the write may replace; None for any phase.
         is_first: Whether the ledger refuses the write if another attempt holds its kickoff id, or an end is on record.
@@ -73,12 +73,12 @@ def may_follow(stored: Attempt | None, write: Write, *, now: float, is_held: boo
 
     As in the log of a run (`fold`), a phase never replaces a phase of a higher rank: a write may land late, after
     others have written. An attempt replaces one of equal rank, since a ledger stores the attempt as a whole. A write
-    that a commit has made already, of whose success nobody knew, may be made again.
+    may be made again after its commit, since its caller may not know that the commit succeeded.
 
     Args:
         stored: The attempt in the ledger, None if there is none.
         write: The write.
-        now: The time by the clock of the database. It alone tells how old a claim is.
+        now: The time by the clock of the database, the only clock by which a claim has an age.
         is_held: Whether another attempt of the database holds the kickoff id.
     """
     new = write.attempt
@@ -109,7 +109,7 @@ def decide_writes(
     """Decide about the writes of one commit, one after the other.
 
     Args:
-        stored: The attempts at the rows of the writes, and all that hold one of their kickoff ids.
+        stored: The attempts at the rows of the writes, and all attempts that hold one of their kickoff ids.
         writes: The writes, in the order in which the callers made them.
         now: The time by the clock of the database.
 

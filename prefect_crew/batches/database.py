@@ -35,16 +35,16 @@ OPEN_TRIES = 5
 
 
 def create_private(path: Path) -> None:
-    """Create an empty file for its owner alone, whatever the process's umask: it is to hold inputs and results.
+    """Create an empty file that only its owner may read, under any umask: it will hold inputs and results.
 
-    One that is there is left as it is. Raises OSError.
+    An existing file is left as it is. Raises OSError.
     """
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
 @dataclass(frozen=True)
 class LedgerAddress:
-    """Where a ledger is. `full` is its path or URL, with what it takes to open it; `public` has no password."""
+    """The address of a ledger. `full` is its path or URL with the password; `public` is without it."""
 
     full: str = field(repr=False)
     public: str
@@ -56,14 +56,14 @@ class LedgerAddress:
 
     @property
     def is_missing(self) -> bool:
-        """Whether it is a file that is not there; to open it would make it."""
+        """Whether it is a file that does not exist. To open the ledger would create it."""
         return self.is_local and not Path(str(open_url(self.full).database)).exists()
 
 
 async def ledger_address(ledger: str | None, export: str) -> LedgerAddress:
-    """Return where a ledger is: by a path, a URL, or `secret://NAME` for a Prefect Secret block that holds one of them.
+    """Return the address of a ledger: a path, a URL, or `secret://NAME` for a Prefect Secret block that holds one.
 
-    Left out, it is a file next to the export. Raises ConfigurationError.
+    Without `ledger` it is a file next to the export. Raises ConfigurationError.
     """
     address = ledger or default_ledger(export)
     if address.startswith(SECRET):
@@ -117,10 +117,10 @@ def open_url(ledger: str) -> sa.URL:
     if kind == "sqlite" and url.database:
         return sa.URL.create("sqlite", database=str(Path(url.database).absolute()))
     if kind in ("postgresql", "postgres"):
-        # It ends the password too early, and what follows would be shown.
+        # A second `@` ends the password too early, and the rest of the password would be shown.
         if "@" in f"{url.host}" or ("@" in f"{url.database}" and "%40" not in ledger):
             raise ConfigurationError("The ledger's URL has a second '@': write %40 for one in a name or a password.")
-        # asyncpg calls `ssl` what everybody else calls `sslmode`.
+        # asyncpg's name for `sslmode` is `ssl`.
         query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}
         return url.set(drivername="postgresql+asyncpg", query=query)
     raise ConfigurationError(f"A ledger is a SQLite file or a PostgreSQL database, not {kind!r}.")
@@ -156,9 +156,9 @@ rows = sa.Table(
     sa.Index("crew_rows_state", "batch", "state", "number"),
     sa.Index("crew_rows_number", "batch", "number", "row_key"),
 )
-"""A row for each row of the data set that the batch has come to. `number` counts them from 0; it is NULL once the row
-has left the data set. `digest` is that of the inputs that it was kicked off with; `inputs` are JSON, secret ones
-masked. `state` is a RowState, and `attempt` the attempt that it is that of: 0 for none."""
+"""A row for each row of the data set that the batch has reached. `number` counts them from 0; it is NULL once the row
+has left the data set. `digest` is the digest of the inputs of its kickoff; `inputs` are JSON, secret ones masked.
+`state` is a RowState, and `attempt` the number of the attempt that has this state: 0 for none."""
 attempts = sa.Table(
     "crew_attempts",
     _metadata,
@@ -176,12 +176,12 @@ attempts = sa.Table(
     sa.Index("crew_attempts_kickoff", "kickoff"),
     sa.Index("crew_attempts_phase", "batch", "phase"),
 )
-"""A row for each attempt. `record` is the whole of it, as JSON; the other columns are what is searched and added up.
+"""A row for each attempt. `record` is the whole attempt as JSON; the other columns are for searches and sums.
 
 `usage` holds the counts of tokens and, where it is known, the cost.
-`kickoff` is a digest of the id, which may hold what PostgreSQL cannot (NUL); within JSON such characters are escaped.
-`posts_until` is when the kickoff of a claim, or of one that is uncertain, is surely not on its way any more, in seconds
-since 1970 by the clock of the database.
+`kickoff` is a digest of the kickoff id, which may hold a character that PostgreSQL refuses (NUL). JSON escapes it.
+After `posts_until` the kickoff of a claim, or of an uncertain attempt, is surely not on its way any more. It is in
+seconds since 1970 by the clock of the database.
 """
 sa.Index(
     "crew_attempts_seconds",
@@ -198,19 +198,19 @@ answers = sa.Table(
     sa.Column("number", sa.Integer, primary_key=True),
     sa.Column("review", sa.Text, nullable=False),
 )
-"""A row for each answer of a person to an attempt, counted from 1. `review` is all of it, as JSON."""
+"""A row for each answer of a person to an attempt, counted from 1. `review` is the whole answer as JSON."""
 
 
 class Database:
     """One database, as an async context manager on one event loop.
 
-    What is done in it is written once, as functions of a plain SQLAlchemy connection: SQLite runs them in one thread of
-    its own, which costs one change of threads and not one a statement; PostgreSQL runs them over asyncpg.
+    A function of a plain SQLAlchemy connection is a piece of work for both databases: SQLite runs it in one thread of
+    its own, so that threads change once and not at each statement; PostgreSQL runs it over asyncpg.
 
     Attributes:
         path: The SQLite file, None for PostgreSQL.
-        address: Where it is, for people.
-        server: SQLAlchemy's async engine of a PostgreSQL that is open; None for SQLite.
+        address: Its address for people.
+        server: SQLAlchemy's async engine while a PostgreSQL database is open; None for SQLite.
     """
 
     def __init__(self, ledger: str) -> None:
@@ -228,7 +228,7 @@ class Database:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the SQLite file that is open is the one at its path; it may have been removed or replaced."""
+        """Whether the open SQLite file is still at its path; somebody may have removed or replaced it."""
         try:
             return self.path is None or self._stat is None or os.path.samestat(self._stat, self.path.stat())
         except OSError:
@@ -256,7 +256,7 @@ class Database:
 
             # Every process of a batch keeps three of them busy at most: its lock, its writer, and a reader.
             pool: dict[str, Any] = {"pool_size": 2, "max_overflow": 2, "pool_pre_ping": True}
-            # Whatever the server's default: a read after the lock sees all that was written before.
+            # Not the server's default: a read after the lock has to see all earlier writes.
             self.server = create_async_engine(self._url, isolation_level="READ COMMITTED", **pool)
             event.listen(self.server.sync_engine, "connect", _prepare_session)
         for remaining in reversed(range(OPEN_TRIES)):
@@ -264,7 +264,7 @@ class Database:
                 await self.run(_metadata.create_all)
                 break
             except DBAPIError:
-                # Of several processes that make the tables at once, all but one may fail, and then find them.
+                # Where several processes create the tables at once, all but one may fail; then the tables exist.
                 if not remaining:
                     raise
                 await asyncio.sleep(0.2)
@@ -272,7 +272,7 @@ class Database:
             self._stat = self.path.stat()
 
     def _check_names(self, path: Path) -> None:
-        """Refuse a file that has other names: SQLite keeps its last commits next to the name that it is opened by."""
+        """Refuse a file with several names: SQLite keeps its last commits next to the name by which it was opened."""
         problem = None
         if path.exists() and (names := path.stat().st_nlink) > 1:
             problem = f"has {names} names (hard links), and SQLite does not work with them. Copy it to a new file."
@@ -294,16 +294,16 @@ class Database:
             self.server = None
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
-        """Do something in a transaction of its own, and return what it returns once that is committed.
+        """Run `work` in a transaction of its own, and return its result after the commit.
 
-        Raises SQLAlchemyError, OSError: as the database does.
+        Raises SQLAlchemyError, OSError.
         """
         if self.server is not None:
             try:
                 async with self.server.begin() as connection:
                     return await connection.run_sync(work)
             except Exception as error:
-                # Of connecting to a server that starts or stops: SQLAlchemy leaves the driver's own error as it is.
+                # While a server starts or stops, SQLAlchemy passes on the driver's own error of the connection.
                 if type(error).__module__.partition(".")[0] != "asyncpg":
                     raise
                 raise OSError(short(error)) from error
@@ -326,8 +326,8 @@ class Database:
     def lock(self, connection: sa.Connection, batch: str) -> float:
         """Let this transaction alone write to a batch, until it ends; return the time by the clock of the database.
 
-        A transaction takes one lock, so no two wait for each other. It comes before the first read: what the
-        transaction reads of the batch is then what it replaces.
+        A transaction takes one lock, so no two wait for each other. It takes the lock before its first read, so nobody
+        changes the batch between its reads and its writes.
         """
         if self.path is not None:
             connection.exec_driver_sql("BEGIN IMMEDIATE").close()
@@ -335,11 +335,11 @@ class Database:
         return float(connection.execute(_LOCK_BATCH, {"key": lock_key(f"prefect-crew/ledger/{batch}")}).scalar_one())
 
     def insert(self, table: sa.Table) -> Any:
-        """Return an INSERT of this database's dialect, which knows ON CONFLICT."""
+        """Return an INSERT in the SQL of this database, which has ON CONFLICT."""
         return (postgresql if self.path is None else sqlite).insert(table)
 
     def texts(self, name: str) -> Any:
-        """Return a table of the texts in the JSON array that a statement is executed with under this name.
+        """Return a table of the texts in a JSON array: the parameter `name` of the statement.
 
         Its column is `value`. An outer join looks each text up in an index. For an inner join, or `IN`, a database that
         has no statistics of the table may read all attempts of the batch.
@@ -350,15 +350,15 @@ class Database:
         return sa.func.json_array_elements_text(sa.cast(array, sa.JSON)).table_valued("value")
 
     def is_one_of(self, column: sa.Column[str], name: str) -> sa.ColumnElement[bool]:
-        """Return whether a column has one of the texts of such an array."""
+        """Return the condition that a column has one of the texts of a JSON array: the parameter `name`."""
         texts = sa.select(self.texts(name).c.value)
-        # PostgreSQL looks up each item of an array in the index. It compares each row of the batch with a subquery.
+        # PostgreSQL looks up each item of an array in the index, but compares a subquery with each row of the batch.
         return column.in_(texts) if self.path is not None else column == sa.any_(sa.func.array(texts.scalar_subquery()))
 
     def read_rows(self, name: str, columns: Sequence[sa.Column[Any]]) -> Any:
-        """Return a SELECT of the rows in the JSON array that a statement is executed with under this name.
+        """Return a SELECT of the rows in a JSON array: the parameter `name` of the statement.
 
-        For one statement a row, SQLite would give Python's lock away each time, and asyncpg would encode each value.
+        With one statement for each row, SQLite would release the GIL each time, and asyncpg would encode each value.
         """
         array = sa.bindparam(name, type_=sa.Text)
         if self.path is not None:
@@ -388,7 +388,7 @@ def _sqlite(path: str) -> sa.Engine:
     engine = sa.create_engine(sa.URL.create("sqlite", database=path), connect_args=connect_args)
 
     def prepare(connection: Any, _: Any) -> None:
-        # A commit is on disk when it returns, which is what makes a claim a claim; readers do not wait for it.
+        # A claim needs a commit that is on disk when it returns (FULL). Readers do not wait for a commit (WAL).
         for setting in ("journal_mode=WAL", "synchronous=FULL"):
             connection.execute(f"PRAGMA {setting}").close()
 
@@ -401,7 +401,7 @@ KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_kee
 TIMEOUTS = ("55P03", "57014")
 """The codes of PostgreSQL for `lock_timeout` and `statement_timeout`."""
 _SESSION = {
-    # A plan that was made while a table was small goes through all of it once it is large.
+    # A plan from a time when a table was small would later read all of the large table.
     "plan_cache_mode": "force_custom_plan",
     # Every statement finds its rows by a key. PostgreSQL guesses that a group of writes has a hundred rows, and would
     # rather read all attempts of the batch for it, which costs seconds of CPU for each thousand rows.
@@ -416,7 +416,7 @@ _SESSION = {
 
 def _prepare_session(connection: Any, _: Any) -> None:
     cursor = connection.cursor()
-    # A commit is on disk when it returns, also where the server does not say so by itself.
+    # A commit is on disk when it returns, also where the server's default is another.
     cursor.execute(
         "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
     )
@@ -433,14 +433,14 @@ def short(error: BaseException) -> str:
 
 
 # Writes of attempts in groups: the writes that come in while one commit is under way go into the next one together.
-# Each transaction that writes to a batch holds its lock, reads what is there, decides by `may_follow`, and writes. A
+# Each transaction that writes to a batch holds its lock, reads the attempts, decides by `may_follow`, and writes. A
 # write may land late, after others have written, and nobody can call it back.
 
 _KEY = [column.name for column in attempts.primary_key]
 _READ: list[sa.ColumnElement[Any]] = [
     attempts.c[name] for name in ("batch", "row_key", "attempt", "phase", "state", "kickoff", "owner")
 ]
-# The record of an earlier attempt may be large. It is read where a write may be the repetition of what is stored.
+# The record of an earlier attempt may be large. It is read only where a write may repeat it.
 _READ.append(sa.case((attempts.c.attempt >= sa.bindparam("least"), attempts.c.record), else_="").label("record"))
 _READ.append(attempts.c.posts_until)
 NO_ATTEMPT = 2**31 - 1
@@ -456,9 +456,9 @@ class _Pending:
 
 
 class GroupWriter:
-    """Writes attempts of one batch; one event loop.
+    """Writes attempts of one batch, on one event loop.
 
-    A database that is away is tried again for `retry_for` seconds, before LedgerError.
+    If the database cannot be reached, it tries again for `retry_for` seconds, and then raises LedgerError.
     """
 
     def __init__(self, database: Database, batch: str) -> None:
@@ -498,7 +498,7 @@ class GroupWriter:
 
         Args:
             write: The write.
-            urgent: Whether a commit is begun for it; else it goes with the next one, or with one of its own soon.
+            urgent: Whether to begin a commit at once; else it goes with the next one, after `UNHURRIED` at the latest.
 
         Raises:
             LedgerError: It could not be written for `retry_for` seconds, or the writer is closed.
@@ -512,7 +512,7 @@ class GroupWriter:
             self._write_soon()
         elif self._timer is None:
             self._timer = loop.call_later(UNHURRIED, self._write_soon)
-        # A caller that is cancelled here leaves the write to its commit: only the answer is not waited for any more.
+        # If the caller is cancelled here, its write is still committed: only nobody waits for the answer.
         return await pending.done
 
     def _write_soon(self) -> None:
@@ -533,9 +533,9 @@ class GroupWriter:
     async def _write_group(self, group: Sequence[_Pending]) -> None:
         """Commit a group, and tell the caller of each write whether the ledger took it.
 
-        Also when this task is cancelled with all others, as at the end of a process: then come the ids of kickoffs
-        whose POST was just answered. A commit of which nobody knows whether it took place can be made again: a claim
-        that is there is known by its owner, and an update follows from itself.
+        It commits even if this task is cancelled with all others, at the end of a process: the group may hold the ids
+        of kickoffs whose POST was just answered. A commit of unknown success is made again, which changes nothing: a
+        stored claim is recognized by its owner, and `may_follow` takes a repeated update.
         """
         writes = [pending.write for pending in group]
         answers, failure, ending = list[bool](), None, None
@@ -564,7 +564,7 @@ class GroupWriter:
             raise ending
 
     async def keep_trying(self, work: Callable[[sa.Connection], T], deed: str) -> T:
-        """Do something in the database that can be done twice, and try again while it is away; `deed` is for the log.
+        """Run `work`, and again while the database cannot be reached: it may run twice. `deed` is for the log.
 
         Raises SQLAlchemyError, OSError.
         """
@@ -607,8 +607,7 @@ class GroupWriter:
         return answers
 
     def latest(self, connection: sa.Connection, keys: Collection[str]) -> dict[str, Attempt]:
-        """Return the attempt that counts of each of these rows: the last one that started a run or may have, and else
-        the last one."""
+        """Return the attempt of each row that counts: the last that started a run or may have, else the last."""
         stored = self._read(connection, keys, (), least=NO_ATTEMPT)
         return self._latest({attempt.place: attempt for attempt in stored})
 
@@ -622,7 +621,7 @@ class GroupWriter:
     def _read(
         self, connection: sa.Connection, keys: Collection[str], kickoffs: Collection[str], *, least: int
     ) -> list[Attempt]:
-        """Return the attempts at some rows, and all of whichever batch that hold one of these kickoff ids.
+        """Return the attempts at some rows, and the attempts of any batch that hold one of these kickoff ids.
 
         Attempts with a lower number than `least` come without their record.
         """
@@ -636,7 +635,7 @@ class GroupWriter:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Return whether a database may be back in a while: one that restarts, is locked, or whose disk is full."""
+    """Return whether the database may soon work again: it restarts, is locked, or its disk is full."""
     if not isinstance(error, DBAPIError):
         return isinstance(error, OSError)
     if getattr(error.orig, "sqlstate", None) in TIMEOUTS:
@@ -646,5 +645,5 @@ def _is_transient(error: Exception) -> bool:
 
 
 def seconds_left(database: Database) -> sa.ColumnElement[float]:
-    """Return the column of for how many more seconds a kickoff may be sent or on its way, by the database's clock."""
+    """Return the column of the seconds for which a kickoff may still be on its way, by the database's clock."""
     return attempts.c.posts_until - sa.literal_column(_POSTGRESQL_CLOCK if database.path is None else _SQLITE_CLOCK)

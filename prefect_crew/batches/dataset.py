@@ -38,7 +38,7 @@ ENDINGS: dict[str, DatasetFormat] = {
 }
 COMPRESSED = {".gz", ".bz2", ".xz", ".lzma", ".zip"}
 ROW_LIMIT = 1 << 28
-"""Characters of a line, and of a field. A quote that is never closed would else make one row of a whole file."""
+"""Characters of a line, and of a field. Without it, a quote that is never closed makes one row of a whole file."""
 PART = 5_000
 """Rows of a frame that are converted at once."""
 _PARTS = {
@@ -47,15 +47,15 @@ _PARTS = {
     "RecordBatchReader": "give its .read_all()",
     "TextFileReader": "give pandas.read_csv without chunksize, or the path of the file",
 }
-"""Objects that hold rows and are no iterables of rows, by the names of their types, and what to give instead."""
+"""The advice for objects that hold rows and are no iterables of rows, by the names of their types."""
 _fsspec = cast("Any", fsspec)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `line` is that of the file, 1-based, or the row's number where there is no file.
+    """One row. `line` is its line in the file, from 1, or its number where there is no file.
 
-    `fault` is why it is not a row of this data set, None where it is one; `raw` is then what is there instead.
+    `fault` is the reason why the line holds no row, whose content is then in `raw`; None for a row.
     """
 
     line: int
@@ -66,10 +66,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows that can be read again and again. `name` is for people, without any secret of an address.
+    """Rows that can be read several times. `name` is for people, without any secret of an address.
 
-    `rows` also gives what is in the place of a row and is none, with its `fault`. `address` is where another machine
-    would read it, and `digest` gives the SHA-256 of the file there; they are None for what only this process has.
+    `rows` also yields lines that hold no row, with their `fault`. `address` is the address for another machine, and
+    `digest` returns the SHA-256 of the file there; both are None for rows that only this process has.
     """
 
     name: str
@@ -88,13 +88,12 @@ def open_dataset(
     encoding: str = "utf-8-sig",
     delimiter: str | None = None,
 ) -> Dataset:
-    """Return a data set: that of a path, a URL, an fsspec address, an iterable of mappings, or a frame.
+    """Return the data set of a path, a URL, an fsspec address, an iterable of mappings, or a frame.
 
-    `delimiter` is what separates the fields of a CSV file, if not a comma.
+    `delimiter` separates the fields of a CSV file, if it is not a comma.
 
     Raises:
-        DatasetError: The format is unknown, or this is not a data set. What is wrong within it is raised while it is
-            read.
+        DatasetError: The format is unknown, or this is not a data set. Faults of the rows come while they are read.
     """
     if isinstance(source, str | os.PathLike):
         address = os.fspath(cast("str | os.PathLike[str]", source))
@@ -136,7 +135,7 @@ def whole_address(address: str) -> str:
 
 
 def shown_address(address: str) -> str:
-    """Return an address for people: without user, password, and a query, which may be a signature.
+    """Return an address for people: without user, password and query, since a query may be a signature.
 
     fsspec chains addresses, as in `simplecache::https://user:password@host/rows.csv`.
     """
@@ -144,7 +143,7 @@ def shown_address(address: str) -> str:
 
 
 def told(error: Exception, address: str) -> str:
-    """Return what an error tells of an address. Its text may quote the address, so not where a part is not shown."""
+    """Return the text of an error, or only its type if the address holds secrets: the text may quote the address."""
     kind = type(error).__name__
     if shown_address(address) != address:
         return kind
@@ -176,7 +175,7 @@ def _format_of(address: str, name: str) -> DatasetFormat:
 
 
 class _File:
-    """A file on this machine, which must not change once it is read; or one elsewhere, fetched once."""
+    """A file on this machine, which must not change after the first read; or a remote file, fetched once."""
 
     def __init__(self, address: str, name: str) -> None:
         self.name = name
@@ -187,7 +186,7 @@ class _File:
         self._fetched: tempfile.TemporaryDirectory[str] | None = None
 
     def fetch(self) -> Path:
-        """Return where the file is on this machine."""
+        """Return the path of the file on this machine."""
         if self._path is not None:
             self._check(self._path.stat())
             return self._path
@@ -224,7 +223,7 @@ class _File:
 
     @contextmanager
     def open(self) -> Generator[tuple[IO[bytes], Callable[[], None]]]:
-        """Open it, decompressed as its ending says, with a check that it has not changed, which raises DatasetError."""
+        """Yield the open file, decompressed by its ending, and a function that raises DatasetError if it changed."""
         is_stored = self._path is not None or self._is_http
         compression = _fsspec.utils.infer_compression(self.address.partition("?")[0]) if is_stored else None
         with self.fetch().open("rb") as file:
@@ -256,7 +255,7 @@ def _read_file(file: _File, kind: DatasetFormat, encoding: str, delimiter: str |
 
 @contextmanager
 def _reporting(name: str, address: str) -> Generator[None]:
-    """Raise what is wrong with a file as a DatasetError."""
+    """Raise each error of a file as a DatasetError."""
     try:
         yield
     except DatasetError:
@@ -271,7 +270,7 @@ def _reporting(name: str, address: str) -> Generator[None]:
 
 
 def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None]) -> Iterator[str]:
-    """Yield the lines with their ends, as long as `check` does not raise. Only a line feed ends one."""
+    """Yield the lines with their ends; only a line feed ends a line. `check` is called before each, and may raise."""
     try:
         text = io.TextIOWrapper(cast("Any", file), encoding, newline="\n")
     except LookupError:
@@ -299,7 +298,7 @@ _FIELD_SIZE_LOCK = threading.Lock()
 def _next_fields(reader: Iterator[list[str]]) -> list[str]:
     """Return the next row of a CSV file, whose fields may be long.
 
-    The limit of 131,072 characters a field is of the whole process, which is not ours: it is put back at once.
+    The limit of 131,072 characters a field holds for the whole process, which is not ours: it is restored at once.
     """
     with _FIELD_SIZE_LOCK:
         limit = csv.field_size_limit(ROW_LIMIT)
@@ -319,7 +318,7 @@ def _csv(lines: Iterable[str], name: str, usual: str, delimiter: str | None) -> 
         except StopIteration:
             break
         except csv.Error as error:
-            # These have taken all lines to the end of the file, or far too many, with them.
+            # These two errors come after all lines to the end of the file, or far too many, were read.
             is_open = "unexpected end of data" in str(error) or "field larger" in str(error)
             reason = f"is not CSV: {'a quote that opens in this row is never closed' if is_open else error}"
             if is_open or not header:
@@ -348,7 +347,7 @@ def _csv(lines: Iterable[str], name: str, usual: str, delimiter: str | None) -> 
 
 
 def _other_delimiter(column: str, usual: str) -> str | None:
-    """Return what seems to separate the fields of a file whose header seems to have one column."""
+    """Return the character that probably separates the fields of a header that was read as one column."""
     return next((sign for sign in ";\t|," if sign != usual and sign in column), None)
 
 
@@ -394,7 +393,7 @@ def _mapping_row(value: Any, line: int) -> Row:
 
 
 def _remedy(value: Any) -> str:
-    """Return how a value that is no mapping becomes one, as the end of a sentence."""
+    """Return how to make a mapping of a value that is none, as the end of a sentence."""
     kind, library = type(value).__name__, type(value).__module__.partition(".")[0]
     if library == "sqlalchemy":
         return ": give the result's .mappings()"
@@ -416,7 +415,7 @@ def _of_mappings(rows: Iterable[Any]) -> Iterator[Row]:
 
 
 def polars(source: str) -> ModuleType:
-    """Return polars, which the extra `data` brings. Raises DatasetError."""
+    """Return polars, which the extra `data` installs. Raises DatasetError."""
     try:
         import polars
     except ImportError:

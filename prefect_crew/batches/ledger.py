@@ -1,4 +1,4 @@
-"""The ledger of a batch: its rows, and every attempt at each."""
+"""The ledger of a batch: its rows, and all attempts at them."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ PAGE = 400
 
 @dataclass(frozen=True)
 class BatchEntry:
-    """What a ledger knows of a batch as a whole.
+    """The entry of a batch in its ledger.
 
     Attributes:
-        fingerprint: That of its rows' keys and inputs.
-        call: How it was called, as plain values, and by which flow run.
-        line_options: What its lines depend on, other than the rows.
-        set_aside: The rows that cannot be run, as its last call found them.
-        exported: What the export was last written with, and of which check of the rows.
-        generation: How many calls had rows to start, here and on the Prefect server.
+        fingerprint: A digest of the keys and inputs of its rows.
+        call: The arguments of its last call as plain values, and the flow run of that call.
+        line_options: The settings on which the lines of its export depend.
+        set_aside: The rows that its last call could not run.
+        exported: The settings, counts and check of rows of its last export, and the addresses of all exports.
+        generation: The number of calls that had rows to start. The Prefect server stores it as well.
     """
 
     name: str
@@ -62,7 +62,7 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """A row as the ledger knows it: its inputs with secret ones masked, and the attempt that counts, if any."""
+    """A row in the ledger: its inputs, secret ones masked, and the record of the attempt that counts, if any."""
 
     key: str
     inputs: Mapping[str, Any]
@@ -71,14 +71,14 @@ class LedgerRow:
 
     @property
     def error(self) -> str | None:
-        """Why it has no result, for people."""
+        """The reason why it has no result, for people."""
         if self.state is RowState.CONFLICT:
             return CONFLICT_REASON
         return None if self.record is None else self.record.error or self.record.reason
 
 
 class RunTimes(NamedTuple):
-    """How long the runs of a batch took that have ended, in seconds; None where there is none."""
+    """The durations in seconds of the runs of a batch that have ended; None where none has."""
 
     mean: float | None = None
     median: float | None = None
@@ -89,7 +89,7 @@ class Ledger:
     """The ledger of one batch, as an async context manager; one event loop, any number of processes.
 
     It implements the record protocol: a record's idempotency key is `batch/NAME/ROW KEY`, with NAME's own slashes
-    escaped. `is_exclusive` says that this process holds the batch's lock: a claim that it did not make is orphaned.
+    escaped. `is_exclusive`: this process holds the batch's lock, so the sender of any other process's claim is gone.
     """
 
     def __init__(self, ledger: str, batch: str) -> None:
@@ -110,17 +110,17 @@ class Ledger:
         await self.database.__aexit__()
 
     def idempotency_key(self, row_key: str) -> str:
-        """Return the idempotency key of a row: no other of any batch has the same."""
+        """Return the idempotency key of a row. No other row of any batch has the same."""
         return f"batch/{escape_name(self.batch)}/{row_key}"
 
     def row_key(self, idempotency_key: str) -> str:
-        """Return the row of an idempotency key."""
+        """Return the row's key in an idempotency key."""
         return idempotency_key.removeprefix(self.idempotency_key(""))
 
     # The batch as a whole.
 
     async def entry(self) -> BatchEntry | None:
-        """Return what is known of the batch, None if it is new here. Raises LedgerError."""
+        """Return the entry of the batch, None if it is new here. Raises LedgerError."""
         entries = await self._rows(sa.select(batches).where(batches.c.name == self.batch))
         if not entries:
             return None
@@ -132,10 +132,7 @@ class Ledger:
         return BatchEntry(**values, set_aside=SetAside(**aside, rows=bad))
 
     async def enter(self, *, crew_url: str, fingerprint: str, total: int, **more: Any) -> BatchEntry:
-        """Write down a batch, or its changed rows, and return what is known of it then.
-
-        `more` are `call` and `line_options` of its entry.
-        """
+        """Write the entry of the batch, or change it, and return it. `more` are its `call` and `line_options`."""
         values: dict[str, Any] = {"crew_url": crew_url, "fingerprint": fingerprint, "total": total, "call": None}
         values |= {"version": LEDGER_VERSION, "line_options": None, **more}
         insert = self.database.insert(batches).values(name=self.batch, ledger_id=str(uuid4()), **values)
@@ -151,13 +148,13 @@ class Ledger:
         return await self._run(lambda connection: connection.execute(statement).scalar_one(), "written", once=True)
 
     async def note(self, **values: Any) -> None:
-        """Write down `call` or `set_aside` of a `BatchEntry`, as JSON values."""
+        """Write `call` or `set_aside` of the entry, as JSON values."""
         await self._execute(sa.update(batches).where(batches.c.name == self.batch).values(values))
 
     async def note_export(self, address: str, exported: Mapping[str, Any] | None = None) -> None:
-        """Write down that the file at an address is an export of this batch, in addition to all others that are.
+        """Add an address to those at which exports of this batch are.
 
-        `exported` replaces everything else that `BatchEntry.exported` knows; None leaves it.
+        `exported` replaces everything else in `BatchEntry.exported`; None leaves it.
         """
         ours = batches.c.name == self.batch
 
@@ -180,10 +177,10 @@ class Ledger:
         anew: bool = False,
         is_retried: Callable[[str], bool] = lambda _: False,
     ) -> dict[str, RowState]:
-        """Write down rows of the data set that are new or have changed, and return how all of them stand by their keys.
+        """Write the rows that are new or have changed, and return the states of all of them by key.
 
-        `crew` says which inputs are secret; `anew`: others are than before, so that all are written. `is_retried` says
-        by its key that a row is started again if its run has failed: such a row may have other inputs than before.
+        `crew` has the names of the secret inputs; `anew`: these names have changed, so write all rows. `is_retried`
+        returns for a row's key whether the row starts again after a failure: its inputs may have changed since then.
         """
 
         def write(connection: sa.Connection) -> dict[str, RowState]:
@@ -197,7 +194,7 @@ class Ledger:
             changed: list[dict[str, Any]] = []
             for job in jobs:
                 _, digest, state = before.get(job.key, (None, job.inputs.digest, RowState.PENDING))
-                if job.key in latest:  # the state without the conflict tells whether there still is one
+                if job.key in latest:  # the conflict may be gone: decide by the state without it
                     state = latest[job.key].state
                 is_corrected = state in CORRECTABLE and is_retried(job.key)
                 if digest == job.inputs.digest or state in (RowState.PENDING, RowState.NOT_STARTED) or is_corrected:
@@ -218,24 +215,24 @@ class Ledger:
         return await self._run(write, "written")
 
     async def enter_changed(self, jobs: Iterator[RowJob], crew: Crew) -> None:
-        """Number all rows anew, after the data set has changed: what has left it is neither counted nor exported."""
+        """Number all rows again after the data set has changed. Rows that left it are neither counted nor exported."""
         await self._execute(sa.update(rows).where(rows.c.batch == self.batch).values(number=None))
         while page := list(islice(jobs, PAGE)):
             await self.enter_rows(page, crew)
 
     async def note_conflict(self, row_key: str) -> None:
-        """Write down that a row's key was kicked off before with something else."""
+        """Write that a row's key was kicked off before with other inputs, or for another crew."""
         this = (rows.c.batch == self.batch, rows.c.row_key == row_key)
         await self._execute(sa.update(rows).where(*this).values(state=str(RowState.CONFLICT)))
 
     async def counts(self) -> dict[RowState, int]:
-        """Return how many rows of the data set stand in each state, without those that the batch has not come to."""
+        """Return the number of rows in each state, without the rows that the batch has not reached."""
         ours = (rows.c.batch == self.batch, rows.c.number.is_not(None))
         groups = await self._rows(sa.select(rows.c.state, sa.func.count()).where(*ours).group_by(rows.c.state))
         return {RowState(state): int(count) for state, count in groups}
 
     async def rows_in(self, states: Collection[RowState], *, limit: int | None = None) -> AsyncIterator[LedgerRow]:
-        """Yield the rows of the data set that stand in one of some states, one state after another."""
+        """Yield the rows that are in some states, one state after the other."""
         count = 0
         for state in states:
             async for page in self._pages(self._left, state=state):
@@ -246,9 +243,9 @@ class Ledger:
                     yield LedgerRow(key, from_json(inputs), state, None if record is None else _record(record, seconds))
 
     def lines(self) -> AsyncIterator[list[tuple[str, str, str, str | None, float | None]]]:
-        """Yield the rows of the data set that the batch has come to, in their order and in pages.
+        """Yield pages of the rows that the batch has reached, in the order of the data set.
 
-        Of each: key, inputs and the record of the attempt that counts as JSON, and the seconds that its run took.
+        A row is its key, inputs (JSON), state, the record of the attempt that counts (JSON), and the run's seconds.
         """
         return self._pages(attempts.c.seconds)
 
@@ -257,8 +254,8 @@ class Ledger:
         joined = rows.outerjoin(attempts, sa.and_(*attempt, attempts.c.attempt == rows.c.attempt))
         columns = (rows.c.number, rows.c.row_key, rows.c.inputs, rows.c.state, attempts.c.record, more)
         query = sa.select(*columns).select_from(joined).where(rows.c.batch == self.batch).limit(PAGE)
-        # While a changed data set is entered two rows may have one number. Those of one state are found by their index,
-        # which has no keys: with them in the order SQLite would go through all rows.
+        # While a changed data set is entered, two rows may have one number: then the key decides. The index of states
+        # has no keys: with the key in the order, SQLite would read all rows of the batch.
         order = (rows.c.number, rows.c.row_key) if state is None else (rows.c.number,)
         if state is not None:
             query = query.where(rows.c.state == str(state))
@@ -270,16 +267,16 @@ class Ledger:
             yield [row[1:] for row in page]
 
     async def kickoffs(self) -> int:
-        """Return how many kickoffs were, or may have been, sent for this batch in all."""
+        """Return the number of kickoffs that all calls of this batch have sent, or may have."""
         counts = attempts.c.phase != str(RecordPhase.NOT_STARTED)
         return int((await self._rows(sa.select(sa.func.count()).where(attempts.c.batch == self.batch, counts)))[0][0])
 
     async def is_empty(self) -> bool:
-        """Return whether the batch has come to no row yet."""
+        """Return whether the batch has reached no row yet."""
         return not await self._rows(sa.select(rows.c.row_key).where(rows.c.batch == self.batch).limit(1))
 
     async def run_times(self) -> RunTimes:
-        """Return how long runs took that have ended, from their recorded kickoffs to the ends that were seen."""
+        """Return the durations of ended runs, each from its kickoff to the moment when we saw its end."""
         ended = (attempts.c.batch == self.batch, attempts.c.seconds.is_not(None))
         figures = (sa.func.count(), sa.func.avg(attempts.c.seconds), sa.func.max(attempts.c.seconds))
         ((count, mean, longest),) = await self._rows(sa.select(*figures).where(*ended))
@@ -290,14 +287,14 @@ class Ledger:
         return RunTimes(float(mean), float(median), float(longest))
 
     async def spending(self) -> Spending:
-        """Return what all runs that have ended used and cost."""
+        """Return the usage and cost of all runs that have ended."""
         (sums,) = await self._rows(sa.select(*_SPENT).where(*self._ended))
         return _spending(sums)
 
     async def spending_by_day(self) -> list[tuple[str, str | None, Spending]]:
-        """Return it for each day (UTC, as YYYY-MM-DD) on which runs ended and each flow run that started some."""
-        # The first such text is the record's own: before it stand no values but texts, in which quotes are escaped. Not
-        # by the database's own JSON: PostgreSQL's refuses a record that holds a NUL.
+        """Return usage and cost by the day when runs ended (UTC, YYYY-MM-DD) and the flow run that started them."""
+        # The first match is the record's own field: before it are only texts, whose quotes are escaped. PostgreSQL's
+        # functions for JSON refuse a record that holds a NUL.
         find = sa.func.strpos if self.database.path is None else sa.func.instr
         text = attempts.c.record
 
@@ -314,14 +311,14 @@ class Ledger:
         return attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.ENDED)
 
     async def label(self) -> str | None:
-        """Return what people call the crew; None before the first run."""
+        """Return the crew's name for people; None before the first run."""
         records = await self._rows(sa.select(attempts.c.record).where(attempts.c.batch == self.batch).limit(1))
         return _record(records[0][0]).crew if records else None
 
     # The record protocol.
 
     async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
-        """Write a new attempt, with the permit to post it for `good_for` seconds; False if there is another."""
+        """Write a new attempt, with the permit to post it for `good_for` seconds; False if it exists already."""
         self._own_claims.add(record.owner)
         record.open_for = record.good_for + record.post_deadline + SPARE
         if lease is not None:
@@ -331,7 +328,7 @@ class Ledger:
         return claimed
 
     async def withdraw(self, record: RunRecord) -> None:
-        """Write down that an attempt was not started: its claim is its permit as well."""
+        """Write that an attempt was not started. Its claim is its permit as well."""
         await self.save(record)
 
     async def confirm(self, record: RunRecord, earlier: Sequence[RunRecord]) -> bool:
@@ -349,7 +346,7 @@ class Ledger:
         return False
 
     async def resolve(self, record: RunRecord, phase: RecordPhase, **facts: Any) -> bool:
-        """Write down what was found out about an attempt; False if it was changed since, or may still be posted."""
+        """Write the resolution of an attempt; False if it has changed since, or its kickoff may still be sent."""
         changes = resolution(record, phase, **facts)
         resolved = record.model_copy(update=changes)
         if not await self.writer.put(self._write_of(resolved, by_owner=False, expected=record.phase)):
@@ -359,7 +356,7 @@ class Ledger:
         return True
 
     async def end(self, record: RunRecord, **end: Any) -> bool:
-        """Write down how a run ended; False if the ledger says already how it did, and note that in the record."""
+        """Write the end of a run; False if the ledger has an end already, which is then copied to the record."""
         mine = record.owner in self._own_claims
         ended = record.model_copy(update=resolution(record, RecordPhase.ENDED, **end))
         is_closed = await self._write(ended, is_first=True)
@@ -372,25 +369,25 @@ class Ledger:
         return is_closed
 
     async def unlist(self, record: RunRecord) -> None:
-        """Do nothing: rows are found by their state."""
+        """Do nothing: a ledger finds rows by their state."""
 
     async def save(self, record: RunRecord) -> None:
-        """Write down what is known of an attempt by now, unless the ledger knows more already.
+        """Write an attempt as it is now, unless the ledger knows more already.
 
-        Raises ClaimLostError: it is a claim of ours that somebody has resolved. ResolveError: somebody else's changed.
+        Raises ClaimLostError: somebody has resolved our claim. ResolveError: another caller's attempt has changed.
         """
         mine = record.owner in self._own_claims
         if not await self._write(record):
             await self._raise_unsaved(record, mine)
 
     async def save_started(self, record: RunRecord) -> str | None:
-        """Write down the kickoff id of a claim, unless it is on record already: return the key that holds it."""
+        """Write the kickoff id of a claim. If another attempt holds the id, return that attempt's idempotency key."""
         mine = record.owner in self._own_claims
         if await self._write(record, is_first=True):
             return None
         for held in await self._of_kickoff(str(record.kickoff_id)):
             if (held.idempotency_key, held.attempt) != (record.idempotency_key, record.attempt):
-                self._own_claims.add(record.owner)  # it is still one, whose end is to be written
+                self._own_claims.add(record.owner)  # it is still our claim, and its end has to be written
                 return held.idempotency_key
         await self._raise_unsaved(record, mine)
         return None
@@ -402,7 +399,7 @@ class Ledger:
     async def _write(self, record: RunRecord, *, is_first: bool = False) -> bool:
         """Store the current state of an attempt; return whether the ledger took it. `is_first`: see `Write`."""
         try:
-            # Nothing is sent on the strength of an end, so it need not hurry.
+            # Nothing is sent because of an end, so its write need not hurry.
             urgent = record.phase is not RecordPhase.ENDED
             return await self.writer.put(self._write_of(record, is_first=is_first), urgent=urgent)
         except LedgerError:
@@ -445,14 +442,14 @@ class Ledger:
             )
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
-        """Return all attempts at a row, the first one first; none for a key that is of no row of this batch."""
+        """Return all attempts at a row, the first one first; none for a key of no row of this batch."""
         if not idempotency_key.startswith(self.idempotency_key("")):
             return []
         key = self.row_key(idempotency_key)
         return (await self.attempts_of([key])).get(key, [])
 
     async def attempts_of(self, row_keys: Sequence[str]) -> dict[str, list[RunRecord]]:
-        """Return the attempts at up to `PAGE` rows by row key; a row without any is left out."""
+        """Return the attempts at up to `PAGE` rows by row key; rows without an attempt are left out."""
         query = sa.select(attempts.c.row_key, attempts.c.record, self._left).order_by(attempts.c.attempt)
         query = query.where(attempts.c.batch == self.batch, attempts.c.row_key.in_(row_keys))
         by_row: dict[str, list[RunRecord]] = {}
@@ -461,7 +458,7 @@ class Ledger:
         return by_row
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
-        """Return the attempt that holds a kickoff id, if any, of whichever batch."""
+        """Return the attempt of any batch that holds a kickoff id, or None."""
         return next(iter(await self._of_kickoff(kickoff_id)), None)
 
     async def _of_kickoff(self, kickoff_id: str) -> list[RunRecord]:
@@ -469,17 +466,17 @@ class Ledger:
         return [_record(text) for (text,) in await self._rows(query)]
 
     async def owner_ended(self, record: RunRecord) -> bool:
-        """Return whether the owner of a claim is surely gone; else its age alone tells."""
+        """Return whether the owner of a claim is surely gone; if not, only the age of the claim decides."""
         return self.is_exclusive and record.owner not in self._own_claims
 
     async def unresolved(self) -> list[RunRecord]:
-        """Return the attempts of which nobody has written down what became of their kickoffs."""
+        """Return the claims and the uncertain attempts."""
         phases = (str(RecordPhase.UNCERTAIN), str(RecordPhase.CLAIMED))
         ours = (attempts.c.batch == self.batch, attempts.c.phase.in_(phases))
         return [_record(*row) for row in await self._rows(sa.select(attempts.c.record, self._left).where(*ours))]
 
     async def note_orphaned(self) -> None:
-        """Write down of claims whose process has died that they are uncertain. Only for who holds the batch's lock."""
+        """Turn the claims of dead processes into uncertain attempts. Only the holder of the batch's lock may do so."""
         for record in await self.unresolved():
             if record.phase is RecordPhase.CLAIMED and await self.owner_ended(record):
                 record.phase, record.reason = RecordPhase.UNCERTAIN, SENDER_ENDED
@@ -488,7 +485,7 @@ class Ledger:
     # People's answers to rows.
 
     async def may_ask(self) -> AsyncIterator[RunRecord]:
-        """Yield the runs in flight that waited for a person when they were last looked at."""
+        """Yield the runs in flight that waited for a person at their last poll."""
         ours = (attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.STARTED))
         for (text,) in await self._rows(sa.select(attempts.c.record).where(*ours)):
             record = _record(text)
@@ -496,24 +493,24 @@ class Ledger:
                 yield record
 
     async def reviews(self, record: RunRecord) -> list[Review]:
-        """Return what people have answered to a run, in order."""
+        """Return the answers of people to a run, in order."""
         query = sa.select(answers.c.review).where(*self._attempt(answers, record)).order_by(answers.c.number)
         return [Review.model_validate_json(text) for (text,) in await self._rows(query)]
 
     async def add_review(self, record: RunRecord, number: int, review: Review) -> bool:
-        """Write down an answer that is about to be sent; False if another answer has this number."""
+        """Write an answer that is about to be sent; False if another answer has this number."""
         place = {"batch": self.batch, "row_key": self.row_key(record.idempotency_key), "attempt": record.attempt}
         values = {**place, "number": number, "review": review.model_dump_json()}
         statement = self.database.insert(answers).values(values).on_conflict_do_nothing()
         return await self._run(lambda connection: connection.execute(statement).rowcount == 1, "written", once=True)
 
     async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
-        """Write down what became of it."""
+        """Write an answer again, with its outcome."""
         where = (*self._attempt(answers, record), answers.c.number == number)
         await self._execute(sa.update(answers).where(*where).values(review=review.model_dump_json()))
 
     async def remove_review(self, record: RunRecord, number: int) -> None:
-        """Take back an answer that the crew's server refused."""
+        """Remove an answer that the crew's server refused."""
         await self._execute(sa.delete(answers).where(*self._attempt(answers, record), answers.c.number == number))
 
     def _attempt(self, table: sa.Table, record: RunRecord) -> tuple[sa.ColumnElement[bool], ...]:
@@ -527,7 +524,7 @@ class Ledger:
         await self._run(lambda connection: connection.execute(statement).close(), "written")
 
     async def _run(self, work: Callable[[sa.Connection], T], purpose: str, *, once: bool = False) -> T:
-        """Do something in the database. It is tried again while that is away, but for what can be done only `once`."""
+        """Run `work`, and again while the database cannot be reached, unless it may run only `once`."""
 
         def locked(connection: sa.Connection) -> T:
             self.database.lock(connection, self.batch)
@@ -540,7 +537,7 @@ class Ledger:
             raise LedgerError(f"cannot be {purpose}: {short(error)}.", ledger=self.address) from error
 
     def _write_of(self, record: RunRecord, **rule: Any) -> Write:
-        """Return the write of a record. `rule` are attributes of `Write`; our own claims tell a missing `by_owner`."""
+        """Return the write of a record. `rule` are attributes of `Write`; by default, our claims are `by_owner`."""
         seconds = usage = None
         if record.phase is RecordPhase.ENDED and record.kicked_off_at is not None and record.ended_at is not None:
             seconds = (record.ended_at - record.kicked_off_at).total_seconds()
@@ -585,7 +582,7 @@ def _spending(row: Sequence[Any]) -> Spending:
 
 
 def _masked(job: RowJob, crew: Crew) -> str:
-    """Return the inputs of a row as JSON, without what is secret, also where another input repeats it."""
+    """Return the inputs of a row as JSON, with secrets masked, also where another input repeats one."""
     inputs = job.inputs.shown(crew.redactor(job.inputs)) if job.inputs.secret_names else job.inputs.encoded
     return to_json(inputs, inf_nan_mode="null", serialize_unknown=True).decode()
 
@@ -595,7 +592,7 @@ def _digest(kickoff_id: str) -> str:
 
 
 def _record(text: str, seconds: float | None = None) -> RunRecord:
-    # Here a claim is its permit as well: one write a row less.
+    # In a ledger a claim is its permit as well, which saves a write for each row.
     return RunRecord.model_validate_json(text).model_copy(
         update={"entries": 1, "open_for": max(0.0, float(seconds or 0))}
     )

@@ -38,7 +38,7 @@ OnFailure = Literal["continue", "stop"] | int | float
 
 
 class BatchArguments(TypedDict, total=False):
-    """The options of `run_batch` for type checkers, with what it takes in place of the fields of `BatchOptions`."""
+    """The options of `run_batch` for type checkers, in the types that a caller may give."""
 
     key: KeyFrom | None
     inputs: InputsFrom | None
@@ -62,7 +62,7 @@ class BatchArguments(TypedDict, total=False):
 
 
 class BatchOptions(BaseModel):
-    """The options of `run_batch`, as its docstring tells them. Raises ConfigurationError: one of them makes no sense.
+    """The options of `run_batch`, whose docstring explains them. Raises ConfigurationError: an option makes no sense.
 
     `wait` may be the fields of a `WaitPolicy`, and `output_type` the text `module:Model`, as a deployment's parameters
     hold them.
@@ -126,7 +126,7 @@ class BatchOptions(BaseModel):
         return f"{model.__module__}:{model.__name__}"
 
     def why_stop(self, failed: int, ended: int) -> str | None:
-        """Return why nothing more is started after so many failures among so many ends, None if the batch goes on."""
+        """Return the reason to start no more rows after `failed` of `ended` rows; None if the batch goes on."""
         limit = self.on_failure
         if limit == "continue" or not failed:
             return None
@@ -145,10 +145,10 @@ class BatchOptions(BaseModel):
         """Return whether a row is started once more.
 
         Args:
-            state, key: How it stands, and its key.
-            count, before: Its kickoffs so far, and those of them that were made in earlier calls.
-            most: How many the crew's block allows.
-            owed: Further kickoffs that it gets whatever the options say.
+            state, key: The row's state and key.
+            count, before: Its kickoffs so far, and how many of them earlier calls made.
+            most: The kickoffs of a row that the crew's block allows.
+            owed: Further kickoffs that it gets under any options.
         """
         is_lost, choice = state is RowState.LOST, self.retry_failed
         is_asked_for = (choice and not is_lost) if isinstance(choice, bool) else key in choice
@@ -159,9 +159,9 @@ class BatchOptions(BaseModel):
 def plain_call(
     *, crew: str | None, secret_inputs: Sequence[str], dataset: Dataset, export: str, ledger: str, options: BatchOptions
 ) -> dict[str, Any]:
-    """Return a call as JSON values. Where that cannot be, its only key is `why_not`.
+    """Return a call as JSON values. If it cannot be stored, its only key is `why_not`, with the reason.
 
-    `crew` is the name of its stored block, and `ledger` where the ledger is, without a password. A call that may hold
+    `crew` is the name of its stored block, and `ledger` the ledger's address without a password. A call that may hold
     the value of a secret input is not stored.
     """
     address, inputs = dataset.address, options.inputs

@@ -1,4 +1,4 @@
-"""How a row stands, and whether it is started again."""
+"""The states of rows, and which of them a row may leave by a new start."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from prefect_crew.states import CrewState
 
 
 class RowState(StrEnum):
-    """How a row stands: in the ledger, in the output, in `batch inspect` and `batch failures`."""
+    """The state of a row: in the ledger, in the output, in `batch inspect` and `batch failures`."""
 
     PENDING = "pending"
-    """No kickoff of it was sent, or none that started a run: it is kicked off later."""
+    """No kickoff has started a run of it yet: it is kicked off later."""
     CLAIMED = "claimed"
     """Its kickoff is being sent."""
     STARTED = "started"
@@ -35,13 +35,13 @@ class RowState(StrEnum):
     LOST = "lost"
     """The crew's server does not know its run any more."""
     NO_ANSWER = "no-answer"
-    """Its run is in flight as far as is known, and the status call has not answered for too long."""
+    """Its run may be in flight, but the status call has not answered for too long."""
     CONFLICT = "conflict"
     """Its key was kicked off before with other inputs, or for another crew."""
 
     @property
     def is_final(self) -> bool:
-        """Whether the next call surely leaves the row as it is. One that was stopped it may start again."""
+        """Whether the next call surely leaves the row as it is. It may start a stopped row again."""
         return self in (RowState.COMPLETED, RowState.FAILED, RowState.INVALID_OUTPUT)
 
     @property
@@ -61,7 +61,7 @@ class RowState(StrEnum):
 
 
 def state_of(record: RunRecord) -> RowState:
-    """Return how a row stands by the attempt that counts."""
+    """Return the state of a row by the record of the attempt that counts."""
     if record.phase is RecordPhase.NOT_STARTED:
         return RowState.PENDING if record.error is None else RowState.NOT_STARTED
     if record.phase in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
@@ -76,7 +76,7 @@ def state_of(record: RunRecord) -> RowState:
 _OUT_OF_SIGHT = {CrewLostError.__name__: RowState.LOST, CrewTimeoutError.__name__: RowState.TIMED_OUT}
 _ENDS: dict[CrewState | None, RowState] = {CrewState.FAILED: RowState.FAILED, CrewState.STOPPED: RowState.STOPPED}
 STOPPED_WITH_BATCH = "stopped because the batch was cancelled"
-"""The reason, in a record, of a run that we stopped. Going on with the batch means to have that row after all."""
+"""The reason, in a record, of a run that we stopped. The next call of the batch starts its row again."""
 SENDER_ENDED = "the process that sent it ended before it recorded the answer"
 CONFLICT_REASON = (
     "Not started: this key was kicked off before with other inputs, or for another crew. Give the row another key, or "
@@ -89,15 +89,15 @@ RETRYABLE = {
     RowState.INVALID_OUTPUT: "OutputTypeError",
     RowState.LOST: "CrewLostError",
 }
-"""The states from which a row may be started again, and their class of error. All others started nothing, or left a
-run that may go on."""
+"""The states from which a row may start again, and the error class of each. In any other state no run was started, or a
+run may go on."""
 CORRECTABLE = (RowState.FAILED, RowState.STOPPED)
 """The states in which a row that is started again may have other inputs than before: its run surely has no result."""
 ERROR_CAP = 2_000
 
 
 def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) -> RowState:
-    """Note in the record of a completed run whether its result fits `output_type`; return how its row stands."""
+    """Note in the record of a completed run whether its result fits `output_type`; return the state of its row."""
     if record.state is CrewState.COMPLETED:
         record.error = None
         if output_type is not None and record.result is not None:
@@ -109,7 +109,7 @@ def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) 
 
 
 def explain_lost(error: CrewLostError, key: str, batch: str) -> str:
-    """Return why a row whose run is lost has no result, and what to do."""
+    """Return the message for a row whose run is lost: why it has no result, and what to do."""
     state = f", last seen {error.last_state}," if error.last_state else ""
     return (
         f"Run {error.kickoff_id}{state} is not known to the crew's server. It is not started again automatically. To "

@@ -28,15 +28,15 @@ from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError,
 _fsspec = cast("Any", fsspec)
 COLUMNS = ("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error")
 LINES, PARQUET = (".jsonl", ".ndjson"), (".parquet", ".pq")
-"""The endings of outputs. One of lines may be followed by that of a compression."""
+"""The endings of outputs. After an ending of lines may come the ending of a compression."""
 STRUCTURED = ("inputs", "data", "tasks", "usage")
 """Columns that are JSON in Parquet."""
 
 
 class Output:
-    """Where the lines of a batch go: a file of JSON Lines, compressed as its ending says, or of Parquet.
+    """The file of the lines of a batch: JSON Lines, compressed by its ending, or Parquet.
 
-    `output_type` is what `data` is an instance of, None where it is as the crew's server gave it.
+    `output_type` is the type of `data`; None leaves `data` as the crew's server gave it.
 
     Raises ConfigurationError: such an output cannot be written here.
     """
@@ -70,10 +70,10 @@ class Output:
             raise ConfigurationError(f"The export {self.name} {problem} Nothing was started.")
 
     def check(self, *, is_new: bool, advice: str = "or move that file. Nothing was started.") -> None:
-        """Make sure that a file can be written, and that one that is there is of this batch. Raises OutputError.
+        """Make sure that the file can be written, and that an existing file is of this batch. Raises OutputError.
 
-        `is_new`: the batch has not written this file so far, so a file that is there belongs to something else.
-        `advice` is what else to do then than to choose another output.
+        `is_new`: the batch has not written this file yet, so an existing file belongs to something else. `advice` ends
+        the error's sentence "Choose another, …".
         """
         with self._reporting():
             if self._path is not None:
@@ -82,7 +82,7 @@ class Output:
                 raise OutputError(f"{self.name} exists already and is not from this batch. Choose another, {advice}")
 
     def exists(self) -> bool:
-        """Return whether the output is there; False for one elsewhere that cannot be looked at."""
+        """Return whether the output exists; False for a remote one that cannot be looked at."""
         if self._path is not None:
             return self._path.exists()
         try:
@@ -94,8 +94,8 @@ class Output:
     async def write(self, ledger: Ledger) -> int:
         """Write the lines of all rows that have ended, in the order of the data set; return how many there are.
 
-        The file is written on this machine first. Only once it is whole does it take the place of the one before, so a
-        write that is cut off leaves that one. Raises OutputError, LedgerError.
+        The new file is written on this machine, and replaces the old one once it is whole: a write that is cut off
+        leaves the old one. Raises OutputError, LedgerError.
         """
         count = 0
         with self._reporting(), self._new() as new, tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
@@ -109,7 +109,7 @@ class Output:
         return count
 
     def write_rejected(self, lines: IO[bytes] | None) -> None:
-        """Write the rows that were set aside next to the output; None removes those of an earlier call."""
+        """Write the file of bad rows next to the output; None removes the file of an earlier call."""
         rejected = Output(rejected_name(self.address))
         with rejected._reporting():
             if lines is not None:
@@ -124,9 +124,9 @@ class Output:
 
     @contextmanager
     def _new(self) -> Generator[Path]:
-        """Give an empty file on this machine for the new output, and remove it at the end if it is still there."""
+        """Yield an empty file on this machine for the new output, and remove it at the end if it is still there."""
         with tempfile.TemporaryDirectory(prefix="prefect-crew-") if self._path is None else nullcontext("") as folder:
-            # Next to a local output: a rename puts it there. Another process may write the same output at this time.
+            # Next to a local output, since a rename replaces that. Another process may write the same output now.
             new = Path(folder) / "new" if self._path is None else self._path
             new = new.with_name(f".{new.name}.{uuid4().hex[:8]}.new")
             create_private(new)
@@ -140,9 +140,9 @@ class Output:
         return _fsspec.open(str(new), "wb", compression=_fsspec.utils.infer_compression(name))
 
     def _put(self, new: Path) -> None:
-        """Have a whole file take the place of the output.
+        """Replace the output by a whole file.
 
-        In one step, and in one thread: an upload that is left in the middle by an exception would be committed so.
+        In one step, and in one thread: an upload that an exception cuts off would be committed half.
         """
         if self._path is not None:
             new.replace(self._path)
@@ -170,7 +170,7 @@ class Output:
         return len(lines)
 
     def _line(self, key: str, inputs: str, state: str, record: str | None, seconds: float | None) -> dict[str, Any]:
-        """Return the line of a row. `seconds` is the server's execution time, else that from kickoff to the end."""
+        """Return the line of a row. `seconds` is the server's execution time, else the time from kickoff to end."""
         fields: dict[str, Any] = {} if record is None else from_json(record)
         result: Mapping[str, Any] = fields.get("result") or {}
         line: dict[str, Any] = dict.fromkeys(COLUMNS)
@@ -197,8 +197,8 @@ class Output:
         except Exception:  # noqa: BLE001  a validator or a serializer of the user's raises anything
             return data
 
-    # Parquet: `seconds` is a number and all else text; each field of `output_type` has a column `data_NAME` as well, by
-    # the name that it has in `data`: not by an alias.
+    # Parquet: `seconds` is a number and all else text; each field of `output_type` also has a column `data_NAME`, by
+    # its name in `data`, not by an alias.
 
     def _flat(self, line: dict[str, Any]) -> dict[str, Any]:
         data: Any = line["data"]
@@ -232,7 +232,7 @@ _CELLS[int] = TypeAdapter(Annotated[int, Field(ge=-(2**63), lt=2**63)])
 
 
 def _cell(value: Any, kind: type) -> Any:
-    """Return a value as a column of Parquet takes it, None where it cannot: `data` has it."""
+    """Return a value in the type of a Parquet column, None if it does not fit: `data` has it anyway."""
     if kind is str:
         return value if value is None or isinstance(value, str) else to_json(value).decode()
     try:

@@ -24,7 +24,7 @@ from prefect_crew.runs.reviews.answer import ASKS
 TAG = "prefect-crew-batch"
 VERSION = 1
 BEGIN_FOR = 60.0
-"""Seconds for which a call is reported to a Prefect API that is away or busy, before its first row is started."""
+"""Seconds for which a call tries to reach a Prefect API that does not answer or is busy, before its first row."""
 
 
 def binding_name(batch: str) -> str:
@@ -33,7 +33,7 @@ def binding_name(batch: str) -> str:
 
 
 async def read_binding(batch: str) -> dict[str, Any] | None:
-    """Return what the Prefect server knows of a batch, such as `ledger`, where its ledger is; None if nothing."""
+    """Return the value of the Variable that binds a batch, with the address of its `ledger`; None without one."""
     async with get_client() as client:
         variable = await client.read_variable_by_name(binding_name(batch))
     if variable is None:
@@ -66,7 +66,7 @@ def check_bound(entry: BatchEntry | None, binding: dict[str, Any] | None, ledger
 async def bind(entry: BatchEntry, ledger: Ledger, public: str) -> None:
     """Bind a batch to its ledger, whose address without a password is `public`, unless it is bound to it already.
 
-    Raises LedgerMissingError: it is bound to another one.
+    Raises LedgerMissingError: it is bound to another ledger.
     """
     value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": public}
     value |= {"crew_url": entry.crew_url, "generation": entry.generation}
@@ -83,13 +83,13 @@ async def bind(entry: BatchEntry, ledger: Ledger, public: str) -> None:
 async def begin_generation(ledger: Ledger, public: str) -> int:
     """Begin the next generation of a batch that is bound, in its ledger and then on the Prefect server; return it.
 
-    A call begins one generation, before it starts its first row. So a copy of the ledger from before this call is known
-    for an older one, and a copy from within it is not.
+    A call begins one generation, before it starts its first row. So a copy of the ledger from before this call is
+    recognized as older; a copy that is made during the call is not.
 
     Raises:
         LedgerError: The ledger cannot be written.
         LedgerMissingError: The batch is bound to another ledger by now.
-        PREFECT_ERRORS: The Prefect API is away.
+        PREFECT_ERRORS: The Prefect API cannot be reached.
     """
     generation = await ledger.advance()
     entry = await ledger.entry()
@@ -103,13 +103,13 @@ async def begin_generation(ledger: Ledger, public: str) -> int:
         if value.get("ledger_id") != entry.ledger_id:
             raise LedgerMissingError(name=ledger.batch, ledger=str(value.get("ledger")))
         body = {"value": {**value, "crew_url": entry.crew_url, "generation": generation}}
-        # By its id: one that was made anew under the name is not this one.
+        # By its id: a new Variable with the same name is another one.
         await request_soon(client, "PATCH", f"/variables/{variable.id}", json=body, give_up_after=BEGIN_FOR)
     return generation
 
 
 async def note_waiting_for_people(batch: str, waits: bool) -> None:
-    """Note on the Prefect server whether rows of a batch wait for people, so that not every ledger has to be opened."""
+    """Tag the Variable of a batch while rows wait for people: `reviews ls` then opens only these ledgers."""
     path = {"name": binding_name(batch)}
     async with get_client() as client:
         tags = [TAG, ASKS] if waits else [TAG]
@@ -117,16 +117,16 @@ async def note_waiting_for_people(batch: str, waits: bool) -> None:
 
 
 class BatchLock:
-    """The lock of one batch, as an async context manager: whoever holds it is alone at work on the batch.
+    """The lock of one batch, as an async context manager: only its holder works on the batch.
 
-    `generation` is that of the batch, as its holder has last written it; None if the holder has written none.
+    `generation` is the generation that the holder has begun; None before.
     """
 
     def __init__(self, database: Database, batch: str) -> None:
         self._database = database
         self._batch = batch
         self.generation: int | None = None
-        # Of SQLite: a file next to the ledger. Of PostgreSQL: an advisory lock.
+        # With SQLite it is a file next to the ledger, with PostgreSQL an advisory lock.
         ledger, name = database.path or Path(), hashlib.sha256(batch.encode()).hexdigest()[:8]
         self._path = ledger.with_name(f"{ledger.name}.{name}.lock") if database.path else None
         self._file: int | None = None
@@ -145,7 +145,7 @@ class BatchLock:
         await self._disconnect()
 
     async def take(self, *, after: float = 0.0) -> bool:
-        """Take the lock after so many seconds, or not at all. Raises LedgerError: it cannot be had here."""
+        """Wait `after` seconds and take the lock; False if it is held. Raises LedgerError: locks do not work here."""
         await asyncio.sleep(after)
         try:
             return await self._take_on_server() if self._path is None else self._take_file(self._path)
@@ -157,12 +157,12 @@ class BatchLock:
             ) from error
 
     async def is_taken(self) -> bool:
-        """Return whether anybody works on the batch, by taking its lock for a moment. Raises LedgerError."""
+        """Return whether a process works on the batch: take its lock for a moment. Raises LedgerError."""
         async with BatchLock(self._database, self._batch) as probe:
             return not await probe.take()
 
     async def still_held(self) -> bool:
-        """Return False if the lock was lost, and somebody else has, or may have, taken over since."""
+        """Return False if the lock was lost, and another process has taken over since, or may have."""
         if self._path is not None:
             return self._file is not None and _is_at(self._file, self._path) and self._database.is_in_place
         if self._connection is not None:
@@ -172,14 +172,14 @@ class BatchLock:
         return await self._take_again()
 
     async def _take_again(self) -> bool:
-        """Take the lock of a connection that was lost once more; False if somebody has run the batch since."""
+        """Take the lock again after its connection was lost; False if another process has run the batch since."""
         await self._disconnect()
         query = select(batches.c.generation).where(batches.c.name == self._batch)
         try:
             is_ours = await self._take_on_server()
             generation = (await self._connection.execute(query)).scalar()
         except (SQLAlchemyError, OSError):
-            await self._disconnect()  # nothing is claimed either while it is away
+            await self._disconnect()  # while the database cannot be reached, nobody claims a row either
             return True
         return is_ours and self.generation in (None, generation)
 
@@ -194,11 +194,11 @@ class BatchLock:
             if _is_at(file, path):
                 self._file = file
             else:
-                os.close(file)  # whoever held it before has removed it in between
+                os.close(file)  # the holder before has removed it in between
         return True
 
     async def _take_on_server(self) -> bool:
-        """Take an advisory lock of a transaction that stays open: it belongs to nobody else, even through a pooler."""
+        """Take an advisory lock in a transaction that stays open: then it stays ours, even through a pooler."""
         if self._connection is None:
             connection = await self._database.server.connect()
             self._connection = await connection.execution_options(isolation_level="READ COMMITTED")

@@ -1,4 +1,4 @@
-"""How a batch stands and what it came to: for code, as a line for people, and on its page in Prefect."""
+"""The progress and the report of a batch: for code, as a line for people, and on its page in Prefect."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ CHART = 60
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What a batch came to, earlier calls of the same name included.
+    """The result of a batch, with all earlier calls of the same name.
 
     Attributes:
         name: The batch.
-        total: Rows that can be run, plus those that were set aside.
-        completed, failed, uncertain: How they stand. Uncertain ones wait to be resolved by a person.
-        conflicts: Of the failed rows those whose keys were kicked off before with other inputs, or for another crew.
-        unfinished: Of the failed rows those that the next call continues with: the wait for their runs has timed out,
-            or the crew's server refused their kickoffs.
-        skipped: Rows that were not run: set aside, left in flight, or not reached because the batch stopped.
+        total: All rows, bad ones too.
+        completed, failed, uncertain: Rows in these states. A person has to resolve the uncertain ones.
+        conflicts: The failed rows whose keys were kicked off before with other inputs, or for another crew.
+        unfinished: The failed rows that the next call continues: the wait for their runs has timed out, or the crew's
+            server refused their kickoffs.
+        skipped: Rows that were not run: bad rows, rows left in flight, and rows not reached because the batch stopped.
         seconds: The wall time of this call.
-        export: Where the lines are.
+        export: The address of the lines.
         stopped: Why the batch kicked off nothing more, None if it did not stop.
         kickoffs: Runs that this call started.
-        set_aside: Rows that cannot be run. `set_aside_rows`: the first 100 of them; `set_aside_output`: the file with
-            all of them, None where there are none.
+        set_aside: Bad rows, which cannot be run. `set_aside_rows`: the first 100 of them; `set_aside_output`: the file
+            with all of them, None if there are none.
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
-        spending: What the runs of all calls used and cost, and how many of them reported it.
+        spending: Usage and cost of the runs of all calls, and how many runs reported them.
     """
 
     name: str
@@ -82,12 +82,12 @@ class BatchReport:
 
     @property
     def usage(self) -> TokenUsage | None:
-        """The tokens that were reported, None where there are none."""
+        """The tokens that runs reported, None if no run did."""
         return self.spending.usage
 
     @property
     def cost(self) -> float | None:
-        """The costs that are known, None where none is."""
+        """The sum of the costs that are known, None if none is."""
         return self.spending.cost
 
     @property
@@ -110,12 +110,12 @@ class BatchReport:
             ("failed", self.failed),
             ("uncertain", self.uncertain),
             ("not run", self.skipped - self.set_aside),
-            ("set aside", self.set_aside),
+            ("bad", self.set_aside),
         )
         parts += [f"{count:,} {word}" for word, count in rest if count]
         text = f"Batch {self.name}: {', '.join(parts)} in {duration(self.seconds)}. Export: {self.export}"
         if self.set_aside_output:
-            text += f". Set aside: {self.set_aside_output}"
+            text += f". Bad rows: {self.set_aside_output}"
         if self.usage is not None or self.cost is not None:
             text += f". Used: {self.spending}"
         return f"{text}. It stopped: {self.stopped}" if self.stopped else text
@@ -123,14 +123,14 @@ class BatchReport:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What a batch would do. Nothing was started.
+    """The plan of a batch. Nothing was started.
 
     Attributes:
         name: The batch.
-        rows: Rows that can be run. `done`: those of them that have ended in earlier calls of the name.
-        bad: Rows that cannot be run, up to 1,000. `bad_count`: all of them.
-        max_in_flight: How many would run at once.
-        seconds, price: How long it would take, and how much it would cost; None where nothing tells.
+        rows: The number of rows that can be run. `done`: how many of them have ended in earlier calls.
+        bad: Rows that cannot be run, up to 1,000. `bad_count`: the number of all of them.
+        max_in_flight: The number of runs at once.
+        seconds, price: The time and the cost to expect; None if they are not known.
     """
 
     name: str
@@ -163,16 +163,16 @@ class BatchPlan:
 
 @dataclass
 class BatchProgress:
-    """How a batch stands, all of its calls so far included.
+    """The progress of a batch, with all of its calls so far.
 
     Attributes:
         name: The batch.
-        phase: What is done now. `waiting`: nothing is in flight, and the crew's concurrency limit has no free slot.
-        total: Rows that can be run; 0 while they are checked. `set_aside`: those that cannot.
-        counts: How many rows stand in each state, as the ledger was last read.
-        in_flight: Runs that are waited for. `people`: those of them that wait for a person.
+        phase: In `waiting`, nothing is in flight, and the crew's concurrency limit has no free slot.
+        total: Rows that can be run; 0 while they are checked. `set_aside`: the bad rows.
+        counts: The number of rows in each state, when the ledger was last read.
+        in_flight: Runs in flight. `people`: how many of them wait for a person.
         ended_here: Rows that ended in this call.
-        failures, uncertain_keys: The first ones.
+        failures, uncertain_keys: The first failed rows, and the keys of the first uncertain ones.
         errors: Failures of this call by the class of their error.
     """
 
@@ -201,12 +201,12 @@ class BatchProgress:
 
     @property
     def failed(self) -> int:
-        """Rows that have ended without one."""
+        """Rows that have ended without a result."""
         return sum(count for state, count in self.counts.items() if state.is_failed)
 
     @property
     def retryable(self) -> int:
-        """Failed rows that are started again where somebody asks for it."""
+        """Failed rows that a call with `retry_failed` starts again."""
         return sum(count for state, count in self.counts.items() if state in RETRYABLE)
 
     @property
@@ -216,7 +216,7 @@ class BatchProgress:
 
     @property
     def done(self) -> int:
-        """Rows of which nothing more is expected."""
+        """Rows that have ended or are uncertain."""
         return self.completed + self.failed + self.uncertain
 
     @property
@@ -226,29 +226,29 @@ class BatchProgress:
 
     @property
     def is_over(self) -> bool:
-        """Whether every row has ended for good: another call would find nothing to do."""
+        """Whether every row has ended for good: another call would have nothing to do."""
         return sum(count for state, count in self.counts.items() if state.is_final) == self.total
 
     @property
     def seconds(self) -> float:
-        """How long this call has taken."""
+        """The seconds since this call began."""
         return time.monotonic() - self.started
 
     @property
     def rate(self) -> float:
-        """Rows that end a second, over the last minute or more."""
+        """Rows that end per second, over the last minute or more."""
         now = time.monotonic()
         at, ended = next((point for point in reversed(self._curve) if now - point[0] >= RECENT), self._curve[0])
         return (self.ended_here - ended) / max(now - at, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the rest takes at this rate; None where there is no rest, or nothing tells."""
+        """The seconds for the remaining rows at this rate; None if no rows remain, or none has ended."""
         rate, remaining = self.rate, self.total - self.done
         return remaining / rate if rate > 0 and remaining > 0 else None
 
     def tick(self) -> None:
-        """Remember how many rows had ended now."""
+        """Remember how many rows have ended by now."""
         now = time.monotonic()
         if now - self._curve[-1][0] >= self._step:
             self._curve.append((now, self.ended_here))
@@ -265,17 +265,17 @@ class BatchProgress:
         return f"`{line}` up to {max(rates):,.1f} rows/s, over {duration(points[-1][0] - points[0][0])}"
 
     def add(self, error: str | None) -> None:
-        """Count a row that has ended in this call, `error` is the class of its error."""
+        """Count a row that has ended in this call; `error` is the class of its error."""
         self.ended_here += 1
         self.errors.update([error] if error else [])
 
 
 OnProgress = Callable[[BatchProgress], None]
-"""Called when a batch begins something else, and about once a second. It must be quick and must not raise."""
+"""Called when a batch enters another phase, and about once a second. It must be quick and must not raise."""
 
 
 class BatchArtifact:
-    """The page of one batch: progress, what failed, and in the end its figures."""
+    """The page of one batch: its progress, its failures, and at the end its figures."""
 
     def __init__(self, name: str, crew: Crew) -> None:
         self._name = name
@@ -286,11 +286,11 @@ class BatchArtifact:
         self._shown_at = 0.0
 
     async def update(self, progress: BatchProgress, report: BatchReport | None = None) -> None:
-        """Show how the batch stands: every few seconds at most, and at its end with its report."""
+        """Show the progress, every few seconds at most, or the report at the end."""
         if report is None and time.monotonic() - self._shown_at < SHOW_EVERY:
             return
         self._shown_at = time.monotonic()
-        problems = {"failed": progress.failed, "uncertain": progress.uncertain, "set aside": progress.set_aside.count}
+        problems = {"failed": progress.failed, "uncertain": progress.uncertain, "bad": progress.set_aside.count}
         counts = ", ".join(f"{count:,} {word}" for word, count in problems.items() if count)
         parts = [f"## Batch {prose(self._name)} · {prose(self._crew.label)}{f': {counts}' if counts else ''}"]
         if report is not None and report.stopped:
@@ -331,7 +331,7 @@ class BatchArtifact:
         if (aside := progress.set_aside).count:
             bad = [(f"{row.line:,}", cell(row.reason)) for row in aside.rows[:FAILURES]]
             text, where = f"{len(bad):,} of {aside.count:,} rows that cannot be run", code(aside.output or "")
-            parts += ["### Set aside", f"The first {text}. All are in {where}.", table(("Line", "Why"), bad)]
+            parts += ["### Bad rows", f"The first {text}. All are in {where}.", table(("Line", "Why"), bad)]
         return parts
 
     def _figures(self, progress: BatchProgress, report: BatchReport | None) -> list[tuple[str, str]]:
@@ -340,7 +340,7 @@ class BatchArtifact:
         bar = f"{'█' * full}{'░' * (BAR - full)} {progress.done:,} of {progress.whole:,} ({share:.1%})"
         counts = {"Completed": progress.completed, "Failed": progress.failed, "Uncertain": progress.uncertain}
         if progress.set_aside.count:
-            counts["Set aside"] = progress.set_aside.count
+            counts["Bad"] = progress.set_aside.count
         rows = [("Done", bar), *((name, f"{count:,}") for name, count in counts.items())]
         if (run := flow_run_id()) is not None:
             rows.append(("Flow run", flow_run_link(run)))

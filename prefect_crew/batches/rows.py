@@ -1,4 +1,4 @@
-"""From rows to inputs and keys, and everything that is wrong with them."""
+"""The rows of a data set become inputs and keys, or bad rows with a reason."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from prefect_crew.templates import compiled, names_in
 
 Values = Mapping[str, Any]
 BAD_ROWS = 1000
-"""Bad rows that are kept."""
+"""Bad rows that are kept in memory and in the ledger."""
 MAX_KEY = 200
 """Characters of a row's key."""
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 async def expected_inputs(session: CrewSession) -> list[CrewInput]:
-    """Return what the crew names as its inputs; empty where it does not say.
+    """Return the inputs that the crew names; none if it cannot name them.
 
-    Raises AuthenticationError, and CrewConnectionError, RateLimitedError or ServerError: it cannot say so now.
+    Raises AuthenticationError; CrewConnectionError, RateLimitedError, ServerError: the server cannot answer now.
     """
     for is_last in (False, False, True):
         try:
@@ -53,7 +53,7 @@ async def expected_inputs(session: CrewSession) -> list[CrewInput]:
         except AuthenticationError:
             raise
         except (CrewConnectionError, RateLimitedError, ServerError) as error:
-            # Not taken for a crew that does not say: all columns were inputs then, and so every row another one.
+            # Not taken for a crew that names no inputs: all columns would be inputs, and every row would change.
             if is_last:
                 raise
             await asyncio.sleep(kickoff_delay(error) or 1.0)
@@ -83,7 +83,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Checked:
-    """What the first reading of a data set found. `fingerprint` does not depend on the rows' order, `order` does."""
+    """The result of the first reading of a data set. `order` depends on the rows' order, `fingerprint` does not."""
 
     total: int
     fingerprint: str
@@ -93,15 +93,15 @@ class Checked:
 
 
 class RowPlan:
-    """How a data set's rows become runs; `expected` are the crew's inputs.
+    """Turns the rows of a data set into jobs; `expected` are the crew's inputs.
 
-    Without a mapping, the crew's inputs are taken from the columns of their names, or all columns of a crew that does
-    not name its inputs; only the input `id` is never taken so. Without a key, that is a digest of the inputs and how
-    many equal ones came before. No reason of a bad row shows a secret input, and no key may hold one.
+    Without a mapping, the columns with the names of the crew's inputs are the inputs, or all columns if the crew names
+    no inputs; a column `id` is never taken that way. Without `key`, a row's key is a digest of its inputs and the
+    number of equal rows before it. No reason of a bad row shows a secret input, and no key may hold one.
 
     Raises:
-        ConfigurationError: A key that is a secret input, a template that is none, or a mapping that gives inputs which
-            the crew does not name.
+        ConfigurationError: The key is a secret input, a template is not valid, or the mapping gives inputs which the
+            crew does not name.
     """
 
     def __init__(self, dataset: Dataset, options: BatchOptions, crew: Crew, expected: Sequence[CrewInput] = ()) -> None:
@@ -122,12 +122,12 @@ class RowPlan:
             )
         if unknown := self._unknown(self._mapping):
             raise ConfigurationError(
-                f"The inputs mapping {unknown}. Nothing was started. To send them all the same: "
-                "allow_extra_inputs=True on the block."
+                f"The inputs mapping {unknown}. Nothing was started. To send them anyway: allow_extra_inputs=True on "
+                "the block."
             )
 
     def source(self) -> str | None:
-        """Return a digest of all that the rows are made of; None where that is a function or a secret."""
+        """Return a digest of all that the rows are made of; None if a function or a secret is a part of it."""
         options, crew, data = self._options, self._crew, self.dataset
         settings = (options.key, options.inputs, *self._mapping.values())
         if data.digest is None or any(callable(setting) or holds_secret(setting) for setting in settings):
@@ -141,7 +141,7 @@ class RowPlan:
             return None
 
     def check(self, rejected: IO[bytes] | None = None) -> Checked:
-        """Read every row once, and note all that is wrong: rows that cannot be run are written to `rejected` as JSON.
+        """Read every row once. Count the bad rows, and write them to `rejected` as JSON.
 
         Raises:
             DatasetError: The data set cannot be read to its end, or is empty.
@@ -172,14 +172,14 @@ class RowPlan:
         return (job for _, job in self._read() if isinstance(job, RowJob))
 
     def _read(self) -> Iterator[tuple[Row, RowJob | BadRow]]:
-        """Yield each row, and with it its job, or why it is bad."""
+        """Yield each row with its job, or with the reason why it is bad."""
         keys, number = _Keys(), 0
         try:
             for row in islice(self.dataset.rows(), self._rows.start, self._rows.stop):
                 try:
                     yield row, self._job(row, keys, number)
                     number += 1
-                except Exception as error:  # noqa: BLE001  whatever a user's function raises is wrong with its row
+                except Exception as error:  # noqa: BLE001  any error of a user's function is a fault of its row
                     yield row, BadRow(row.line, self._redactor(row.values)(_reason(error)))
         finally:
             keys.close()
@@ -215,14 +215,14 @@ class RowPlan:
         return f"gives the unknown inputs {guessed}; the crew takes {listed_names(self._names)}"
 
     def _shown(self, row: Row) -> Any:
-        """Return what a row holds, with secret columns masked; None where nobody can tell which they are."""
+        """Return the values of a row, with secret columns masked; None if these columns are not known."""
         if self._secret_columns is None or (self._crew.secret_inputs and row.fault is not None):
             return None
         if row.fault is not None:
             return row.raw
         secret = self._secret_columns
         values = {name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()}
-        return self._redactor(row.values).tree(values)  # another column may repeat one
+        return self._redactor(row.values).tree(values)  # another column may repeat a secret
 
     def _redactor(self, values: Values) -> Redactor:
         columns = values if self._secret_columns is None else self._secret_columns
@@ -241,13 +241,13 @@ class _Keys:
         self._database.execute("BEGIN")
 
     def put(self, key: str, line: int) -> int | None:
-        """Keep the line of a key; return that of an earlier row that has it."""
+        """Keep the line of a key; if an earlier row has the key, return the line of that row instead."""
         if self._database.execute("INSERT INTO keys VALUES (?, ?) ON CONFLICT DO NOTHING", (key, line)).rowcount:
             return None
         return self._database.execute("SELECT number FROM keys WHERE key = ?", (key,)).fetchone()[0]
 
     def count(self, key: str) -> int:
-        """Note one more of a key and return how many there are now."""
+        """Count a key once more, and return its count."""
         query = "INSERT INTO keys VALUES (?, 1) ON CONFLICT DO UPDATE SET number = number + 1 RETURNING number"
         return int(self._database.execute(query, (key,)).fetchone()[0])
 
@@ -256,7 +256,7 @@ class _Keys:
 
 
 def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | None:
-    """Return the columns that secret inputs are made of, None where that may be any of them."""
+    """Return the columns that secret inputs are made of; None if it may be any column."""
     columns = set(secret)
     if inputs is None or not secret:
         return columns
@@ -309,7 +309,7 @@ def _chosen(inputs: InputsFrom) -> Callable[[Values], Values]:
 
 
 def _source(name: str, source: Any) -> Callable[[Values], Any]:
-    """Return what gives one input of a row."""
+    """Return the function that gives one input of a row."""
     if callable(source):
         return cast("Callable[[Values], Any]", source)
     if not isinstance(source, str):
@@ -329,7 +329,7 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
 
 
 def _template(name: str, source: str) -> Callable[[Values], Any]:
-    """Return what fills a template over the columns; `row["a name"]` is a column whose name is not a word."""
+    """Return the function that fills a template over the columns: `{{ name }}` or `{{ row["a name"] }}`."""
     needed, fill = names_in(source, collections=frozenset({"row"})), compiled(source)
 
     def rendered(values: Values) -> str:
@@ -362,13 +362,13 @@ def _key_of(key: KeyFrom, values: Values) -> str:
 
 
 def rejected_name(output: str) -> str:
-    """Return where the rows go that are set aside, by the batch's output."""
+    """Return the address of the file of bad rows, which is next to the batch's output."""
     return f"{output}.rejected.jsonl"
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """The rows of a batch that cannot be run: how many, the first 1,000, and where all are, for people."""
+    """The bad rows of a batch: their number, the first 1,000, and the file that has all, for people."""
 
     count: int = 0
     rows: Sequence[BadRow] = ()

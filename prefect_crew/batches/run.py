@@ -142,24 +142,24 @@ async def arun_batch(
         max_in_flight: Runs in flight at once, 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
         kickoffs_at_once: Kickoffs under way at a time: at most so many rows are uncertain if the process dies.
-        on_failure: "continue", "stop" at the first failed row, after how many failed rows, or after which share below 1
-            of the rows that ended.
-        on_bad_row: "refuse" the data set, or "set-aside" the rows that cannot be run.
-        on_change: "refuse" or "continue" when the rows or the crew are others than before.
-        on_cancel: "stop", "drain" or "leave" what is in flight when the flow run is cancelled.
-        breaker: Failed rows in a row after which the batch stops; None never does. The same call goes on.
+        on_failure: "continue", "stop" at the first failed row, or a limit after which the batch stops: a number of
+            failed rows, or a share below 1 of the rows that have ended.
+        on_bad_row: "refuse" the data set, or "set-aside" (skip) the rows that cannot be run.
+        on_change: "refuse" or "continue" when the rows or the crew differ from the last call.
+        on_cancel: "stop", "drain" or "leave" the runs in flight when the flow run is cancelled.
+        breaker: The batch stops after so many failed rows without a completed one; None: never. The same call goes on.
         retries: Further runs of a failed row, never beyond the crew's `max_attempts`.
-        retry_failed: Start the failed rows of earlier calls again: all but lost ones, or those of these keys.
-        max_kickoffs: Kickoffs of all calls together.
+        retry_failed: Start the failed rows of earlier calls again: all but lost ones, or the rows with these keys.
+        max_kickoffs: A limit on the kickoffs of all calls together.
         wait: How to wait, in place of the crew's policy. Left out, the first poll comes when runs are known to end.
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
         webhooks: Targets of your own for the crew's webhooks.
-        budgets: What all rows together may use, in addition to the block's budgets. Rows for which there is no room are
-            left, and the same call goes on with them.
-        format: That of a file that does not tell by its name.
-        encoding: Likewise.
-        delimiter: What separates the fields of a CSV file, such as ";"; left out, a comma, and a tab in TSV.
+        budgets: Limits for all rows together, in addition to the block's budgets. Rows without room in a budget are not
+            started; the same call goes on with them.
+        format: The format of a file, if its ending does not name it.
+        encoding: The encoding of a file.
+        delimiter: The character between the fields of a CSV file, such as ";"; left out, a comma, or a tab in TSV.
         rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:". A data
             set over several machines is several batches over ranges of it, each with a name and an export of its own.
         on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.
@@ -171,7 +171,7 @@ async def arun_batch(
     Raises:
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
         BatchChangedError, LedgerMissingError, BatchBusyError: The name belongs to something else. Nothing was started.
-        LedgerError, OutputError: They failed on the way; the same call goes on.
+        LedgerError, OutputError: The ledger or the export failed on the way; the same call goes on.
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
     options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
@@ -179,7 +179,7 @@ async def arun_batch(
     job = await _batch_job(crew, dataset, options, name, export, ledger=ledger, **file)
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
 
-    # What Prefect's stored parameters must not or cannot hold reaches the flow by this function.
+    # Prefect stores parameters. This function carries all that must not or cannot be stored.
     @wraps(run_batch_flow.fn)
     async def run(*_: Any, **__: Any) -> BatchReport:
         return await _run_job(job, on_progress)
@@ -197,7 +197,7 @@ run_batch = sync_version(arun_batch)
 
 @flow(name="run-batch", flow_run_name="{batch}")
 async def run_batch_flow(batch: str, crew: str, dataset: str, export: str) -> BatchReport:
-    """Run a batch that `run_batch` was called with outside of a flow: its name, and what a page shows of it."""
+    """Run the batch of a call of `run_batch` outside of a flow. The parameters are only for Prefect's page."""
     del crew, dataset, export
     raise ConfigurationError(
         f"Batch {batch!r} was defined in Python and cannot be retried from this run's parameters. Call run_batch "
@@ -207,17 +207,17 @@ async def run_batch_flow(batch: str, crew: str, dataset: str, export: str) -> Ba
 
 @cancelled_once
 async def _run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
-    await _check_adoptable(job)
+    await _check_ledger_is_shared(job)
     async with AsyncExitStack() as stack:
         batch = _Batch(job, on_progress)
         await batch.open(stack)
         return await batch.run()
 
 
-async def _check_adoptable(job: BatchJob) -> None:
-    """Refuse a new ledger in a file on a pool of several crew workers: another one would adopt the flow run without it.
+async def _check_ledger_is_shared(job: BatchJob) -> None:
+    """Refuse a new ledger in a file on a pool of several crew workers: another worker may take the flow run over.
 
-    A batch that goes on has found its ledger, or says that it is missing. Raises ConfigurationError.
+    A later call finds its ledger, or raises that it is missing. Raises ConfigurationError.
     """
     context = FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
@@ -257,9 +257,9 @@ async def aplan_batch(
     delimiter: str | None = None,
     **options: Unpack[BatchArguments],
 ) -> BatchPlan:
-    """Read the data set, check every row, and say how many, how long and how much. Nothing is started.
+    """Read the data set, check every row, and return the number of rows, the time and the cost. Nothing is started.
 
-    `seconds_per_run` is the duration of one run; left out, the mean of what the ledger has seen. The rest is as for
+    `seconds_per_run` is the duration of one run; left out, the mean of the runs in the ledger. The rest is as for
     `arun_batch`. Rows that cannot be run are in the plan.
 
     Raises:
@@ -301,7 +301,7 @@ plan_batch = sync_version(aplan_batch)
 
 @dataclass(frozen=True)
 class BatchJob:
-    """A call of a batch: its template texts are filled."""
+    """A call of a batch, with its templates filled."""
 
     crew: Crew
     dataset: Dataset
@@ -312,7 +312,7 @@ class BatchJob:
 
     @property
     def line_options(self) -> dict[str, Any]:
-        """What the lines of the export depend on, other than the rows."""
+        """The settings on which the lines of the export depend."""
         kind = self.options.output_type
         return {
             "output_type": None if kind is None else f"{kind.__module__}.{kind.__qualname__} {_digest_of(kind)}",
@@ -321,9 +321,9 @@ class BatchJob:
 
 
 def _digest_of(output_type: type[BaseModel]) -> str:
-    """Return a digest of the JSON schema of a type, which is another one once its fields are; empty if it has none.
+    """Return a digest of the JSON schema of a type, which changes with its fields; empty if it has no schema.
 
-    Without defaults: those that are sets have another order in each process.
+    Without defaults: a set among them has another order in each process.
     """
     with suppress(PydanticUserError, ValueError):
         schema = to_json(output_type.model_json_schema())
@@ -335,7 +335,7 @@ def _digest_of(output_type: type[BaseModel]) -> str:
 async def _batch_job(
     crew: DeployedCrew | Crew | str, dataset: Any, options: BatchOptions, name: str, export: str, **more: Any
 ) -> BatchJob:
-    """Return a batch that is ready to be run, or looked at. `more` are its ledger, format, encoding and delimiter.
+    """Return a call that is ready to be run or planned. `more` are its ledger, format, encoding and delimiter.
 
     Raises ConfigurationError, DatasetError.
     """
@@ -372,8 +372,8 @@ class _Batch:
     async def open(self, stack: AsyncExitStack) -> None:
         """Check the rows, take the lock, and bind the batch's name to its ledger. Raises CrewError."""
         job, options, ledger, lock = self.job, self.job.options, self.ledger, self.lock
-        webhooks_for(job.crew, job.name)  # settings that make no sense are said before anything is started
-        cost_of(job.crew.price, ONE_TOKEN)  # raises if it is that of a model that nobody knows
+        webhooks_for(job.crew, job.name)  # raises if settings make no sense, before anything is started
+        cost_of(job.crew.price, ONE_TOKEN)  # raises if it is the price of an unknown model
         self._tell("checking")
         await stack.enter_async_context(self.session)
         self.plan = plan = RowPlan(job.dataset, options, job.crew, await expected_inputs(self.session))
@@ -464,7 +464,7 @@ class _Batch:
 
     @property
     def _is_done(self) -> bool:
-        """Whether every row has ended for good, so that nothing is left to do but for the output."""
+        """Whether every row has ended for good, so that only the output is left to write."""
         options = self.job.options
         retries = bool((options.retry_failed or options.retries) and self.progress.failed)
         return self.before is not None and self._lines_stay and self.progress.is_over and not retries
@@ -475,14 +475,14 @@ class _Batch:
         return self.before is None or self.before.line_options == self.job.line_options
 
     async def _export(self) -> None:
-        """Write the output, unless it is there as it would be written."""
+        """Write the output, unless it is up to date."""
         address = whole_address(self.job.export)
         counts = {str(state): count for state, count in self.progress.counts.items()}
         now = {"output": address, "counts": counts, "lines": self.job.line_options, "checked": self.checked}
         now |= {"order": self.order, "kickoffs": await self.ledger.kickoffs()}
         if now.items() <= self.exported.items() and await asyncio.to_thread(self.output.exists):
             return
-        await self.ledger.note_export(address, {})  # before the file is there, which is then known for this batch's
+        await self.ledger.note_export(address, {})  # before the file exists: it is then known to be this batch's
         await self.output.write(self.ledger)
         await self.ledger.note_export(address, now)
 
@@ -500,7 +500,7 @@ class _Batch:
             )
 
     async def _refresh(self) -> None:
-        """Read how the batch stands from its ledger."""
+        """Read the progress from the ledger."""
         began, progress = time.monotonic(), self.progress
         counts = await self.ledger.counts()
         if counts != progress.counts:
@@ -537,7 +537,7 @@ class _Batch:
                 self.progress.in_flight = len(runner.waiting)
 
     async def _tick(self, runner: Runner) -> None:
-        """Show how the batch stands. About once a second."""
+        """Show the progress, about once a second."""
         progress = self.progress
         progress.in_flight = len(runner.waiting)
         progress.people = sum(record.human_since is not None for record in runner.waiting.values())
@@ -571,7 +571,7 @@ class _Batch:
         try:
             kickoffs, spent = await self.ledger.kickoffs(), await self.ledger.spending()
         except LedgerError:
-            kickoffs, spent = self.throttle.kickoffs, Spending()  # what ended the batch is raised
+            kickoffs, spent = self.throttle.kickoffs, Spending()  # the error that ended the batch is raised
         return BatchReport(
             name=self.job.name,
             total=progress.whole,

@@ -64,15 +64,15 @@ from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
 FORCED = (RowState.INVALID_OUTPUT, RowState.LOST)
-"""States after which a row is started again by force only: a run that has completed, or that nobody knows any more."""
+"""States after which a row starts again only by force: its run has completed, or the server has lost it."""
 LOG_EVERY = 60.0
-"""Seconds between two log lines about the same kind of thing, however many rows meet it."""
+"""Seconds between two log lines of the same kind, for any number of rows."""
 RowEnd = tuple[RowState, str | None]
-"""How a row stands at its end in this call, and the class of its error if it has one."""
+"""The state of a row at its end in this call, and the class of its error, if any."""
 TICK = 1.0
-"""Seconds between two looks at how the batch stands."""
+"""Seconds between two looks at the progress of the batch."""
 LOOK_EVERY = 2.0
-"""Seconds between two looks at whether the flow run was cancelled: each of them may let many kickoffs pass."""
+"""Seconds between two looks at whether the flow run was cancelled: many kickoffs may be sent between them."""
 ASK_WITHIN = 5.0
 KICK_OFF_WITHIN = 10.0
 STOP_WITHIN = 12.0
@@ -82,9 +82,9 @@ STOP_WITHIN = 12.0
 class Runner:
     """Runs the rows of one batch. One for a call, on one event loop.
 
-    `on_end` is called at the end of each row with the class of its error, if it has one; `judge_again` says that the
-    results of earlier calls are judged and shown differently than then. `waiting` are the runs in flight by row key,
-    and `started` is how many this call has kicked off. `shut`: nothing is waited for any more either.
+    `on_end` is called at the end of each row with the class of its error, if any. `judge_again`: judge the results of
+    earlier calls again, since the settings for lines have changed. `waiting` has the runs in flight by row key, and
+    `started` counts the kickoffs of this call. `shut`: nothing is waited for any more either.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Runner:
         self._flow_run = (None, 0) if flow_run is None else (str(flow_run.id), flow_run.run_count)
 
     def stop(self, reason: str, *, shut: bool = False) -> None:
-        """Kick off nothing more; `shut`: wait for nothing either. The next call reattaches to what is in flight."""
+        """Kick off nothing more; `shut`: wait for nothing either. The next call reattaches to the runs in flight."""
         self.throttle.stop(reason)
         if shut and not self.shut:
             self.shut = True
@@ -129,14 +129,14 @@ class Runner:
                 row.cancel()
 
     async def run_until_cancelled(self, jobs: Iterator[RowJob], tick: Callable[[], Awaitable[None]]) -> None:
-        """Run all rows; on a cancellation do what `on_cancel` says, if somebody asked for it, else leave them.
+        """Run all rows. If the flow run is cancelled, do what `on_cancel` says; if only the task is, leave the runs.
 
         `tick` is called about once a second, until the rows have ended.
 
         Raises:
             BatchCancelledError: This flow run was cancelled, and nobody else ends it.
-            asyncio.CancelledError: The task was cancelled. What is in flight was dealt with.
-            CrewError: What the rows or a tick raise.
+            asyncio.CancelledError: The task was cancelled. The runs in flight were stopped, or left.
+            CrewError: A row or a tick raised it.
         """
         own, on_cancel = flow_run_id(), self._options.on_cancel
         rows = asyncio.ensure_future(self.run(jobs))
@@ -153,13 +153,13 @@ class Runner:
             await cancel_and_wait(rows)
 
     async def _end(self, rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], on_cancel: str) -> None:
-        """Kick off nothing more; stop what is in flight, wait for it (drain) or leave it."""
+        """Kick off nothing more; stop the runs in flight, wait for them (drain) or leave them."""
         self.stop("the batch was cancelled.")
         if on_cancel == "drain":
             run_logger().info("Batch %s waits for %d runs in flight.", self.ledger.batch, len(self.waiting))
             await _tick_during(rows, tick, None)
             return
-        # A kickoff that is under way gets its id first: cut off, it would be uncertain.
+        # A kickoff under way gets its id first. If it were cut off, it would be uncertain.
         await _is_done_within(KICK_OFF_WITHIN, self.throttle.idle())
         if on_cancel == "stop":
             if not await _is_done_within(STOP_WITHIN, self.stop_runs(STOPPED_WITH_BATCH)):
@@ -175,9 +175,9 @@ class Runner:
         await cancel_and_wait(rows)
 
     async def run(self, jobs: Iterator[RowJob]) -> None:
-        """Run all rows, read as there is room for them, and return when each has ended or been left.
+        """Run all rows, read each when there is room for it, and return when all have ended or were left.
 
-        Raises CrewError: the ledger or the data set failed. What is in flight is left.
+        Raises CrewError: the ledger or the data set failed. The runs in flight are left.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -201,7 +201,7 @@ class Runner:
         self._slots.release()
 
     async def _rows_to_run(self, jobs: Iterator[RowJob]) -> AsyncGenerator[tuple[RowJob, Sequence[RunRecord]]]:
-        """Yield the rows that are not done, with their attempts. Once the batch has stopped: those in flight."""
+        """Yield the rows that are not done, with their attempts; only rows in flight once the batch has stopped."""
         is_new = await self.ledger.is_empty()
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
             if self.shut:  # another process may own the ledger by now
@@ -227,14 +227,14 @@ class Runner:
                 return
 
     def _has_nothing_to_do(self, state: RowState) -> bool:
-        """Whether this call has surely nothing to do for a row that stands so."""
+        """Whether this call has surely nothing to do for a row in this state."""
         if state in (RowState.UNCERTAIN, RowState.CONFLICT):
             return True
         retries = self._options.retries or self._options.retry_failed
         return state.is_final and not self._judge_again and (state is RowState.COMPLETED or not retries)
 
     async def _run_row(self, job: RowJob, attempts: Sequence[RunRecord]) -> None:
-        """Bring one row to its end. One that never got so far, since the batch stops, is left without an end."""
+        """Bring one row to its end. If the batch stops before, the row is left without an end."""
         try:
             end = await self._to_its_end(job, attempts)
         finally:
@@ -247,9 +247,9 @@ class Runner:
             self._on_end(end[1])
 
     async def _to_its_end(self, job: RowJob, attempts: Sequence[RunRecord]) -> RowEnd | None:
-        """Find a row's run or start one, and wait for it, once more for each retry; return how the last one ended.
+        """Find or start a row's run and wait for it, then retry as often as allowed; return the end of the last run.
 
-        None if it has none since the batch starts nothing more.
+        None if there is no end, since the batch starts nothing more or the token was refused.
         """
         before = count = _kickoffs(attempts)
         owed, record, place, end = _owed(attempts), latest_start(attempts), None, None
@@ -286,7 +286,7 @@ class Runner:
             record, place = None, self._place(job, record, state)
 
     def _place(self, job: RowJob, record: RunRecord, state: RowState) -> str | None:
-        """Return what the start after this attempt is known by, None if it needs no force."""
+        """Return the place of a forced start after this attempt, None if the start needs no force."""
         is_corrected = state in CORRECTABLE and record.inputs_digest != job.inputs.digest
         return f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED or is_corrected else None
 
@@ -301,10 +301,10 @@ class Runner:
         return RunRequest(self.session.crew, job.inputs, options, is_row=True, settings=self._settings)
 
     async def _kick_off(self, job: RowJob, place: str | None, owner: str) -> RunRecord | RowEnd | None:
-        """Start a row's run, or find the one that it has; None if it surely did not start, and may be tried again.
+        """Start a row's run, or find the run that it has; None if surely no run started, and a new try is allowed.
 
-        `place` is what a start by force is known by; None starts only where the record allows it. The record of a run
-        that this call starts has `owner`.
+        With a `place`, which identifies it, the start is forced; None starts only where the record allows it. The
+        record of a run that this call starts has `owner`.
         """
         flow_run_id, flow_run_count = self._flow_run
         identity = RunIdentity(
@@ -323,7 +323,7 @@ class Runner:
                 self.throttle.slots.leave(job.key)  # its kickoff may have been accepted
             raise
         except BudgetExceededError as error:
-            # Also where the last of the other rows has ended since the budget was read: its room is free only now.
+            # Also if the last other row has ended since the budget was read: its room is free only now.
             if (may_get_room or self._may_get_room()) and error.measure != "kickoffs":
                 self.throttle.refused(error)
             else:
@@ -343,14 +343,14 @@ class Runner:
         return record
 
     def _may_get_room(self) -> bool:
-        """Return whether other rows, in flight or about to be, may use less of a budget than their estimates."""
+        """Return whether other rows, in flight or being kicked off, may use less of a budget than their estimates."""
         return bool(self.waiting) or self.throttle.under_way > 1
 
     async def _no_run(self, job: RowJob, error: CrewError) -> RowEnd | None:
-        """Return the end of a row whose kickoff brought no run, None if it is to be tried again or left."""
+        """Return the end of a row whose kickoff gave no run; None if the row is tried again or left."""
         is_refused_token, is_first = isinstance(error, AuthenticationError), self.throttle.stopped is None
         if is_refused_token:
-            self.throttle.stop(str(error))  # before the next await: the other kickoffs under way are refused as well
+            self.throttle.stop(str(error))  # before the next await: other kickoffs under way are refused as well
             if not is_first:
                 return None
         if isinstance(error, KickoffUncertainError):
@@ -368,14 +368,14 @@ class Runner:
         return end
 
     async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> RowEnd | None:
-        """Wait for a run and return how it has ended; None if it is left in flight since the token is refused."""
+        """Wait for a run and return its end; None if the token is refused, which leaves the run in flight."""
         is_judged = is_lost = False
         if record.phase is not RecordPhase.ENDED:
             self.waiting[job.key] = record
             self.throttle.wait_for(len(self.waiting))
             try:
                 if record.error is not None:
-                    # Noted by an earlier call that has left the run, which is waited for again.
+                    # An earlier call noted this error and left the run. This call waits for the run again.
                     record.error = None
                     record.reason = record.reason if record.reason == STOPPED_WITH_BATCH else None
                     await self.ledger.save(record)
@@ -392,7 +392,7 @@ class Runner:
                     return await self._without_result(job, record, error)
             finally:
                 if self.throttle.slots is not None and not is_lost and record.ended_at is None:
-                    self.throttle.slots.leave(job.key)  # it is in flight, as a run whose wait was given up
+                    self.throttle.slots.leave(job.key)  # the run is in flight, as after a wait that timed out
                 del self.waiting[job.key]
                 self.throttle.wait_for(len(self.waiting))
         state = state_of(record) if is_judged else await self._judge(job, record)
@@ -410,7 +410,7 @@ class Runner:
         return state
 
     async def _without_result(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
-        """Return the end of a row whose run has none, and write down why, for those who ask the ledger."""
+        """Return the end of a row without a result, and write the reason to the ledger."""
         self.throttle.failed(str(error))
         if isinstance(error, KickoffUncertainError):
             return RowState.UNCERTAIN, None
@@ -428,10 +428,10 @@ class Runner:
             await self.ledger.save(record)
         return state_of(record), kind
 
-    # Waiting for the run of a row: the loop of `runs.polling`, with no more around it than its record needs.
+    # Waiting for the run of a row: the loop of `runs.polling`, and around it only the needs of its record.
 
     async def _poll(self, job: RowJob, record: RunRecord, *, first_look: bool) -> None:
-        """Wait until a run has ended, and write its end down. `first_look`: poll at once. Raises as `poll`."""
+        """Wait until a run has ended, and write its end. `first_look`: poll at once. Raises the errors of `poll`."""
         kickoff_id, phases = str(record.kickoff_id), Phases.of(record)
         crew = self.session.crew
         # A row that was started with other secrets may repeat them, and nobody knows them here.
@@ -466,12 +466,12 @@ class Runner:
             withheld: dict[str, Any] = {"output": WITHHELD, "data": None, "tasks": []}
             result = stored.model_copy(update=withheld) if run.is_blind else run.redact.model(stored)
         end = end_of(run.crew, status, phases.human_seconds, error, result)
-        # Before the end is saved: a process that is killed right after has saved a misfit as what it is.
+        # Before the end is saved: a process may be killed right after, and has then saved that the result does not fit.
         if not run.is_blind:
             judged = record.model_copy(update=end)
             judge(run, judged, self._options.output_type)
             end["error"] = judged.error
-        if record.phase is RecordPhase.ENDED:  # it was stopped here, which has closed it: this says more of the end
+        if record.phase is RecordPhase.ENDED:  # our stop has closed it, and the status has more facts about the end
             for name, value in end.items():
                 setattr(record, name, value)
             await self.ledger.save(record)
@@ -487,7 +487,7 @@ class Runner:
         run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(stopped), failed)
 
     async def stop_run(self, record: RunRecord, reason: str | None = None) -> bool:
-        """Ask the crew's server to stop a run, write down what came of it, and return whether it was accepted."""
+        """Ask the crew's server to stop a run, write the outcome, and return whether the server accepted it."""
         try:
             return await stop_row(self.session, record, reason, self.ledger)
         except CrewError as error:
@@ -503,7 +503,7 @@ class Runner:
 
 
 class FirstPoll:
-    """When a run is first polled, in `seconds`: what the fastest tenth of runs took, 0 while nothing is known."""
+    """The time of a run's first poll, in `seconds`: the fastest tenth of runs took so long; 0 while none has ended."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -511,10 +511,10 @@ class FirstPoll:
         self._count = 0
 
     def add(self, record: RunRecord) -> None:
-        """Add a run that completed: its execution time, or, where the server tells none, the time until it was seen."""
+        """Add the execution time of a completed run or, if the server gives none, the time until we saw its end."""
         took = None if record.result is None else record.result.execution_time
         if took is None and record.ended_at is not None and record.kicked_off_at is not None:
-            # Seen too late by up to a pause: a little less each time leads to the truth from above.
+            # We saw the end up to a pause too late. A tenth less each time approaches the truth from above.
             took = 0.9 * (record.ended_at - record.kicked_off_at).total_seconds()
         if took is None:
             return
@@ -525,7 +525,7 @@ class FirstPoll:
 
 
 class _RowWatcher(Watcher):
-    """What is done while one row's run is polled."""
+    """Acts on each poll of one row's run."""
 
     def __init__(self, runner: Runner, run: LiveRun, record: RunRecord, waker: Waker | None) -> None:
         self._runner = runner
@@ -537,7 +537,7 @@ class _RowWatcher(Watcher):
 
     @property
     def people(self) -> People:
-        """What is done about people. Most rows never ask any, so it is made when it is needed."""
+        """The part that waits for people. Most rows ask nobody, so it is made when it is needed."""
         if self._people is None:
             runner = self._runner
             self._people = People(
@@ -598,7 +598,7 @@ class _RowWatcher(Watcher):
 
 
 def _kickoffs(attempts: Sequence[RunRecord]) -> int:
-    """Return how many attempts at a row are, or may be, a kickoff."""
+    """Return how many attempts at a row started a run, or may have."""
     return sum(attempt.counts for attempt in attempts)
 
 
@@ -609,9 +609,9 @@ def _owed(attempts: Sequence[RunRecord]) -> int:
 
 
 async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, ledger: Ledger) -> bool:
-    """Ask the crew's server to stop a run of a row, write down what came of it, and return whether it was accepted.
+    """Ask the crew's server to stop a run of a row, write the outcome, and return whether the server accepted it.
 
-    `reason` stays in the record unless the server has surely not accepted it. Raises CrewError.
+    `reason` stays in the record unless the server surely did not accept. Raises CrewError.
     """
 
     async def note(why: str | None) -> None:
@@ -620,7 +620,7 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
             await ledger.save(record)
 
     before = record.reason
-    # First: a poll may see the end before the answer comes, and write it down with this reason. Or the answer is lost.
+    # First: a poll may see the end before the answer comes, or the answer may be lost. The end then has this reason.
     await note(reason)
     try:
         answer = await session.call(lambda client: client.stop(str(record.kickoff_id)))
@@ -636,7 +636,7 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
 
 
 async def rows_at_once(crew: Crew, options: BatchOptions) -> int:
-    """Return how many rows are in flight at once at the most.
+    """Return how many rows may be in flight at once.
 
     Raises ConfigurationError: the crew's limit does not exist, or is smaller than the number that was asked for.
     """
@@ -654,7 +654,7 @@ async def rows_at_once(crew: Crew, options: BatchOptions) -> int:
 async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:
     """Look at the batch about once a second, until its rows have ended or the flow run `own` is cancelled.
 
-    A look that takes long is cut off by the end of the rows. Raises what the rows, or else a look, raise.
+    The end of the rows cuts off a look that takes long. Raises the errors of the rows, or else of a look.
     """
 
     async def look() -> None:

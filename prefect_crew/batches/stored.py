@@ -1,4 +1,4 @@
-"""A batch by its name: its status, its failed rows, and how it is called again."""
+"""A batch by its name: its status, its failed rows, its export, and the arguments to call it again."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from prefect_crew.runs.reviews.answer import ASKS
 
 @dataclass(frozen=True)
 class BatchStatus:
-    """How a batch stands, as its ledger knows it: counts of rows, those that were set aside among `total`.
+    """The status of a batch in its ledger: counts of rows, bad ones among `total`.
 
-    `stopped` are among `failed`; those of them that were stopped with the batch are `owed`: they run again with it.
-    `waiting` are those in flight that waited for a person at the last look, and `left` were not kicked off yet.
-    `median` and `longest` are the seconds of runs that have ended. `running`: a process runs it at this moment.
-    `why_not` says why it cannot be gone on with by its name alone.
+    `failed` includes the `stopped` rows, and these the `owed` ones, which were stopped with the batch and run again
+    with it. `in_flight` includes the rows `waiting` for a person at their last poll; `left` rows were not kicked off.
+    `median` and `longest` are the seconds of runs that have ended. `running`: a process runs the batch now.
+    `why_not` is the reason why its name alone is not enough to continue it.
     """
 
     name: str
@@ -59,7 +59,7 @@ class BatchStatus:
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """A batch whose ledger is open. `entry` is what that knows of it as a whole."""
+    """A batch whose ledger is open, with its `entry` there."""
 
     name: str
     address: LedgerAddress
@@ -76,13 +76,13 @@ class StoredBatch:
         return self._call.get("flow_run_id")
 
     async def status(self) -> BatchStatus:
-        """Return how it stands."""
+        """Return its status."""
         ledger, entry, aside = self.ledger, self.entry, self.entry.set_aside
         counts = Counter(await ledger.counts())
         if counts[RowState.CLAIMED]:
-            orphaned = sum(run.phase is RecordPhase.CLAIMED and not run.open_for for run in await ledger.unresolved())
-            orphaned = min(orphaned, counts[RowState.CLAIMED])
-            counts.update({RowState.UNCERTAIN: orphaned, RowState.CLAIMED: -orphaned})
+            expired = sum(run.phase is RecordPhase.CLAIMED and not run.open_for for run in await ledger.unresolved())
+            expired = min(expired, counts[RowState.CLAIMED])
+            counts.update({RowState.UNCERTAIN: expired, RowState.CLAIMED: -expired})
         times = await ledger.run_times()
         stopped = ledger.rows_in([RowState.STOPPED])
         return BatchStatus(
@@ -137,9 +137,9 @@ class StoredBatch:
                 raise ConfigurationError(f"Row {key!r} of batch {self.name!r} has completed.")
 
     def call(self, **more: Any) -> dict[str, Any]:
-        """Return what `arun_batch` is called with to go on with it. `more` are options over those of its last call.
+        """Return the arguments for `arun_batch` to continue it. `more` replaces options of its last call.
 
-        Raises ConfigurationError: its last call had what cannot be written down, such as a function.
+        Raises ConfigurationError: its last call had an argument that cannot be stored, such as a function.
         """
         call = self._call
         if why_not := call.get("why_not"):
@@ -151,9 +151,9 @@ class StoredBatch:
         return {**arguments, "name": self.name, "ledger": self.address.full, **call["options"], **more}
 
     async def export(self, file: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:
-        """Write its lines, also while it runs; return where they are, for people, and how many.
+        """Write its lines, also while it runs; return their address for people, and their number.
 
-        Without `file` it is that of its last call. A file that is not from this batch is replaced only with
+        Without `file` they go to the export of its last call. A file that is not from this batch is replaced only with
         `overwrite`. Raises ConfigurationError, OutputError.
         """
         address = file or self._call.get("export")
@@ -172,11 +172,11 @@ class StoredBatch:
 
 @asynccontextmanager
 async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenerator[StoredBatch]:
-    """Open the ledger of a batch: that which the Prefect server knows, unless it is given, such as with its password.
+    """Open the ledger of a batch, by the address on the Prefect server, or by `ledger`, which may have a password.
 
     Raises:
         ConfigurationError: There is no such batch.
-        LedgerMissingError: Its ledger is not the one here, or not on this machine.
+        LedgerMissingError: Its ledger is not on this machine, or another ledger is there.
         LedgerError: Its ledger cannot be opened, or is an older copy.
     """
     binding = await read_binding(name)
@@ -184,7 +184,7 @@ async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenera
         raise ConfigurationError(f"There is no batch {name!r}. To list all: prefect-crew batch ls.")
     place = str(binding.get("ledger"))
     address = await ledger_address(ledger or place, "")
-    # Opening it would make the file.
+    # To open it would create the file.
     if address.is_missing:
         raise LedgerMissingError(name=name, ledger=place)
     async with Ledger(address.full, name) as opened:
@@ -196,10 +196,10 @@ async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenera
 
 @asynccontextmanager
 async def batches_waiting_for_people() -> AsyncGenerator[tuple[list[StoredBatch], list[str]]]:
-    """Open the ledgers of all batches of which rows wait for people.
+    """Open the ledgers of all batches with rows that wait for people.
 
     Yields:
-        The batches, and for each whose ledger cannot be opened here a sentence that says so.
+        The batches, and a sentence for each ledger that cannot be opened here.
     """
     opened: list[StoredBatch] = []
     missed: list[str] = []
@@ -215,7 +215,7 @@ async def batches_waiting_for_people() -> AsyncGenerator[tuple[list[StoredBatch]
 
 
 async def list_batches(*tags: str) -> list[tuple[str, str]]:
-    """Return name and ledger of every batch that the Prefect server knows, by name; only those with all these tags."""
+    """Return the name and ledger of every batch on the Prefect server that has all these tags, ordered by name."""
     batches: list[tuple[str, str]] = []
     async for page in read_pages({"tags": {"all_": [TAG, *tags]}}, sort="CREATED_DESC"):
         values = [cast("dict[str, Any]", variable.value) for variable in page]

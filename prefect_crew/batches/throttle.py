@@ -1,4 +1,4 @@
-"""How fast a batch starts runs: how many kickoffs at once, its rate, what the server asks for, and when it stops."""
+"""The pace of a batch: its kickoffs at once, its rate, the pauses that the server asks for, and its stop."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ REQUESTS_AT_ONCE = 256
 
 
 class Throttle:
-    """Decides when the next run of a batch is kicked off. One for a batch in one process, on one event loop.
+    """Decides when the next run of a batch is kicked off. One per batch in a process, on one event loop.
 
     - At most `kickoffs_at_once` kickoffs are under way. `kickoffs_per_second` limits their rate.
     - Where the server sends `Retry-After`, the whole batch waits.
-    - At first, and once a kickoff was refused, one row is tried. Each accepted kickoff lets twice as many go, up to
-      `kickoffs_at_once`. So a server that is away or broken, and a budget that is full, meet few kickoffs.
+    - At first, and after a refused kickoff, one row is tried. Each accepted kickoff doubles the number, up to
+      `kickoffs_at_once`. So a server that is down, and a budget that is full, get few kickoffs.
     - After a refused kickoff the batch pauses. The end of a run ends the pause, since a server or a budget that was
       full then has room. After 10 minutes of refusals with nothing in flight the batch stops.
     - A row takes a slot of the crew's limit, where the crew has one.
     - After `breaker` failed rows in a row the batch stops.
 
     Attributes:
-        stopped: Why no more runs are kicked off; None as long as they are.
-        kickoffs: How many were, or may have been, kicked off by all calls.
-        under_way: How many are under way.
-        in_flight: How many runs are waited for.
+        stopped: The reason why no more runs are kicked off; None while they are.
+        kickoffs: Kickoffs that all calls have sent, or may have.
+        under_way: Kickoffs under way.
+        in_flight: Runs in flight.
         slots: The slots of the crew's limit, None if it has none.
         waits_for_slot: Whether the next row waits for a slot of the crew's limit.
     """
@@ -65,9 +65,9 @@ class Throttle:
         self._changed = asyncio.Event()
 
     async def admit(self, row: str) -> bool:
-        """Wait until the run of a row may be kicked off, first come, first served. After True, `leave` has to follow.
+        """Wait until the run of a row may be kicked off, first come, first served.
 
-        False: nothing is kicked off any more.
+        Return True, after which the caller has to call `leave`, or False: nothing is kicked off any more.
         """
         async with self._queue:
             try:
@@ -103,14 +103,14 @@ class Throttle:
             self._has_waited = True
             run_logger().info("The batch waits for a slot of the crew's concurrency limit.")
         self.waits_for_slot = not has_slot
-        # Others may have stopped the batch, or have had it wait, in the meantime.
+        # In the meantime another row may have stopped the batch, or made it wait.
         may_go = has_slot and self.stopped is None and self._seconds_to_wait() <= 0
         if not may_go:
             self.slots.give_back(row)  # others need it while the batch waits
         return may_go
 
     def _seconds_to_wait(self) -> float:
-        """Return how long the next kickoff has to wait; infinity: until something changes."""
+        """Return the seconds until the next kickoff; infinity: until something changes."""
         most = self._at_once
         if (limit := self._options.max_kickoffs) is not None:
             if self.kickoffs >= limit:
@@ -123,7 +123,7 @@ class Throttle:
         return until - asyncio.get_running_loop().time()
 
     def leave(self) -> None:
-        """Say that an admitted kickoff has its id, or came to nothing."""
+        """Note that an admitted kickoff has its id, or started nothing."""
         self.under_way -= 1
         self._changed.set()
 
@@ -140,15 +140,15 @@ class Throttle:
             run_logger().warning("Nothing more is kicked off: %s", reason)
             self._changed.set()
 
-    # What the server says.
+    # The answers of the server.
 
     @property
     def held_for(self) -> float:
-        """Seconds for which the server has asked the batch to stay away from now on; 0 or less if it has not."""
+        """Seconds, from now, for which the server wants no request; 0 or less if it has not asked for a pause."""
         return self._not_before - asyncio.get_running_loop().time()
 
     def heed(self, error: CrewError) -> None:
-        """Hold everything back where the server asked one request to come back later."""
+        """Let the whole batch wait if the server asked one request to wait."""
         if not isinstance(error, RateLimitedError | ServerError) or error.retry_after is None:
             return
         delay = min(error.retry_after, RETRY_AFTER_CAP)
@@ -177,7 +177,7 @@ class Throttle:
     # How rows end.
 
     def wait_for(self, in_flight: int) -> None:
-        """Note how many runs are in flight. Where a run has ended, a server or a budget that was full has room."""
+        """Note how many runs are in flight. If one has ended, a server or a budget that was full has room again."""
         if in_flight < self.in_flight:
             self._paused_until = 0.0
             self._changed.set()
@@ -207,7 +207,7 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 
 
 class BatchClient(CrewClient):
-    """A crew client that tells a throttle when the server asks for a pause, and whose polls wait for the end of it."""
+    """A crew client that reports each pause that the server asks for to a throttle, and polls only after the pause."""
 
     def __init__(self, crew: Crew, throttle: Throttle) -> None:
         self._spread = SpreadTransport(crew.url)

@@ -76,10 +76,10 @@ class BatchChoices:
         map: An input and its column, as NAME=COLUMN, or NAME='text with {{ COLUMN }}'; can be repeated.
         format: The file's format, if its name does not tell.
         encoding: The encoding of a text file.
-        delimiter: What separates the fields of a CSV file, such as ';'; a comma if left out.
+        delimiter: The character between the fields of a CSV file, such as ';'; a comma if left out.
         max_in_flight: Runs in flight at a time; 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
-        on_bad_row: Refuse the data set if rows cannot be run, or set those rows aside.
+        on_bad_row: If rows cannot be run, refuse the data set, or skip these rows.
         rows: Only these rows: START:STOP from 0, without STOP itself, such as 0:500000.
     """
 
@@ -95,13 +95,13 @@ class BatchChoices:
     rows: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """Return them as `arun_batch` and `aplan_batch` take them."""
+        """Return them as arguments of `arun_batch` and `aplan_batch`."""
         options = {
             **vars(self),
             "key": self.key_column,
             "inputs": read_pairs("--map", self.map or (), "COLUMN") or None,
         }
-        options["delimiter"] = "\t" if self.delimiter == "\\t" else self.delimiter  # what a person types for a tab
+        options["delimiter"] = "\t" if self.delimiter == "\\t" else self.delimiter  # people type a tab as \t
         del options["key_column"], options["map"]
         return options
 
@@ -113,8 +113,8 @@ class RunChoices(BatchChoices):
 
     Args:
         on_failure: continue; stop at the first failed row; or a number of failed rows, or a share below 1, to stop at.
-        on_change: What to do when the rows or the crew have changed.
-        on_cancel: What to do with runs in flight at a cancellation: stop, wait for (drain), or leave them.
+        on_change: Refuse, or continue, if the rows or the crew have changed.
+        on_cancel: At a cancellation stop the runs in flight, wait for them (drain), or leave them.
         retries: How many more times to kick off a failed row.
         retry_failed: Start the failed rows of earlier calls again.
         max_kickoffs: A limit on kickoffs, of all calls together.
@@ -187,9 +187,9 @@ async def _run(
     by_name: bool = True,
     ledger: str | None = None,
 ) -> int:
-    """Run a batch, write what it came to, and say how to go on with it; return the exit code.
+    """Run a batch, print its report and how to continue it; return the exit code.
 
-    `by_name`: whether it can be gone on with by its name alone, for which its crew has to be stored.
+    `by_name`: whether its name is enough to continue it, because its crew is stored.
     """
     _look_here()
     progress = Progress()
@@ -218,11 +218,11 @@ async def _run(
         _output.note(f"A person has to resolve {report.uncertain:,} uncertain rows: {failures}")
     elif report.failed > report.conflicts + report.unfinished:
         again = f"prefect-crew batch retry {shell_name}" if by_name else "make the same call with --retry-failed"
-        _output.note(f"What failed: {failures}. To start it again: {again}")
+        _output.note(f"Failed rows: {failures}. To start them again: {again}")
     elif report.failed:
-        _output.note(f"What failed: {failures}")
+        _output.note(f"Failed rows: {failures}")
     if report.set_aside:
-        _output.note(f"What was set aside: {failures}")
+        _output.note(f"Bad rows: {failures}")
     return 0 if report.ok else ROWS
 
 
@@ -278,7 +278,7 @@ async def inspect(
     ledger: Ledger = None,
     output: Output = None,
 ) -> int:
-    """Show how a batch stands, also while another process runs it."""
+    """Show the status of a batch, also while another process runs it."""
     fitting = await _list(name) if any(sign in name for sign in "*?[") else []
     if not fitting or name in dict(fitting):  # a name may have such signs in it
         async with open_stored_batch(name, ledger) as batch:
@@ -303,18 +303,22 @@ SUMMED = ("total", "completed", "failed", "stopped", "uncertain", "in_flight", "
 
 
 def _put_sum(statuses: list[BatchStatus], missed: list[str], output: str | None) -> None:
-    """Write how several batches stand, and all of them together. `missed` are those whose ledgers are not here."""
+    """Print the status of several batches, and their sums. `missed` has a sentence for each without its ledger."""
     whole = {count: sum(getattr(status, count) for status in statuses) for count in SUMMED}
     rows = [(status.name, *(f"{getattr(status, count):,}" for count in SUMMED)) for status in statuses]
     if statuses:
         rows.append(("together", *(f"{count:,}" for count in whole.values())))
-    header = ("Batch", *(count.replace("_", " ").capitalize() for count in SUMMED))
+    header = ("Batch", *(_word(count).capitalize() for count in SUMMED))
     as_json = output and {**whole, "batches": [asdict(status) for status in statuses], "missing": missed}
     _output.put_rows(header, rows, empty="No ledger of these batches can be opened here.", json=as_json)
 
 
+def _word(count: str) -> str:
+    return "bad" if count == "set_aside" else count.replace("_", " ")
+
+
 def _how_to_go_on(status: BatchStatus) -> str:
-    """Return what a person does to go on with a batch; empty where it has run every row."""
+    """Return how to continue a batch; empty if it has run every row."""
     if not (status.left or status.in_flight or status.owed):
         return ""
     again = f"prefect-crew batch resume {shlex.quote(status.name)}"
@@ -323,7 +327,7 @@ def _how_to_go_on(status: BatchStatus) -> str:
 
 def _about(status: BatchStatus) -> Iterator[str]:
     yield f"Batch {status.name}: {status.completed:,} of {status.total:,} rows completed"
-    words = {word: word.replace("_", " ") for word in SUMMED[2:-1]}
+    words = {count: _word(count) for count in SUMMED[2:-1]}
     words |= {"stopped": "of them stopped", "left": "not started yet"}
     counts = (f"{count:,} {summary}" for word, summary in words.items() if (count := getattr(status, word)))
     if summary := " · ".join(counts):
@@ -336,7 +340,7 @@ def _about(status: BatchStatus) -> Iterator[str]:
         yield f"  {status.waiting:,} in flight wait for a person: prefect-crew reviews ls"
     if status.set_aside:
         listed = listed_rows(status.set_aside_rows, status.set_aside)
-        yield f"  Set aside: {listed}. All are in {status.set_aside_output}"
+        yield f"  Bad rows: {listed}. All are in {status.set_aside_output}"
     seconds = ""
     if status.median is not None and status.longest is not None:
         seconds = f" · a row takes {duration(status.median)} (median), at most {duration(status.longest)}"
@@ -348,7 +352,7 @@ def _about(status: BatchStatus) -> Iterator[str]:
 
 @app.command
 async def failures(name: Name, /, *, ledger: Ledger = None, output: Output = None) -> None:
-    """List the rows that failed, are uncertain or were set aside, with their runs and the reason."""
+    """List the rows that failed, are uncertain or cannot be run, with their runs and the reason."""
     async with open_stored_batch(name, ledger) as batch:
         rows_of_ledger, aside = [row async for row in batch.failures(None if output else SHOWN)], batch.entry.set_aside
     if output:
@@ -364,7 +368,7 @@ async def failures(name: Name, /, *, ledger: Ledger = None, output: Output = Non
     if len(rows_of_ledger) == SHOWN:
         _output.note(f"The first {SHOWN}; -o json shows all.")
     if aside.count:
-        _output.note(f"Rows that were set aside cannot be run. All {aside.count:,} are in {aside.output}.")
+        _output.note(f"Rows in state {SET_ASIDE} cannot be run. All {aside.count:,} are in {aside.output}.")
     if first := next((row.record for row in rows_of_ledger if str(row.state) in ("uncertain", "claimed")), None):
         _output.note(
             f"To resolve an uncertain row, look at the crew's page, then: prefect-crew runs resolve "
@@ -393,7 +397,7 @@ async def retry(
 
     Args:
         row: Only the row with this key; can be repeated.
-        on_change: What to do when the rows or the crew have changed, such as rows that were corrected.
+        on_change: Refuse, or continue, if the rows or the crew have changed, such as corrected rows.
     """
     _confirm_retry(name, yes)
     return await _go_on(name, ledger, tuple(row) if row else True, output, on_change=on_change)
@@ -440,7 +444,7 @@ async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = Crew
 
 
 async def _cancel(name: str, ledger: str | None, crew: CrewOfRun) -> tuple[str, int]:
-    """Cancel a batch; return what became of it, and the exit code."""
+    """Cancel a batch; return the outcome as a sentence, and the exit code."""
     async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
         code = 0
         if await lock.take():
@@ -456,7 +460,7 @@ async def _cancel(name: str, ledger: str | None, crew: CrewOfRun) -> tuple[str, 
 
 
 async def _cancel_flow_run(run_id: str | None) -> str:
-    """Ask Prefect to cancel a flow run that has not ended, which does what `on_cancel` says."""
+    """Ask Prefect to cancel a flow run that has not ended. The flow run then does what `on_cancel` says."""
     async with get_client() as client:
         with suppress(ObjectNotFound):
             run = None if run_id is None else await client.read_flow_run(UUID(run_id))
@@ -490,7 +494,7 @@ async def export(
     name: Name,
     file: Annotated[
         str | None,
-        Parameter(name="FILE", help="A .jsonl or .parquet file; if left out, that of the batch's last call."),
+        Parameter(name="FILE", help="A .jsonl or .parquet file; if left out, the export of the batch's last call."),
     ] = None,
     /,
     *,

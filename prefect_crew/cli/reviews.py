@@ -1,4 +1,4 @@
-"""The commands `reviews`: which runs wait for a person, and answering for one."""
+"""The commands `reviews`: list the runs that wait for a person, and answer one."""
 
 from __future__ import annotations
 
@@ -37,22 +37,23 @@ class AnswerOptions:
     """Options of both answers.
 
     Args:
-        by: Who answers, for the record; if left out, this machine's user.
+        by: The name of the person, for the record; if left out, this machine's user.
         task: The task, if the status does not name it.
         option: The outcome, for a CrewAI Flow that offers several; `reviews inspect` shows them.
-        round: Answer only if the question has this round, which `reviews inspect` shows.
     """
 
     by: str | None = None
     task: str | None = None
     option: str | None = None
-    round: int | None = None
+    round: Annotated[
+        int | None, Parameter(help="Answer only if the question has this number, which `reviews inspect` shows.")
+    ] = None
     output: Output = None
 
 
 @asynccontextmanager
 async def _open_stores() -> AsyncGenerator[tuple[list[RecordStore], list[str]]]:
-    """Open all places where runs that wait are on record; give them, and a sentence for each that cannot be opened."""
+    """Yield the stores that have records of waiting runs, and a sentence for each that cannot be opened."""
     async with batches_waiting_for_people() as (batches, missed):
         yield [PrefectRecords(), *(batch.ledger for batch in batches)], missed
 
@@ -83,10 +84,10 @@ async def ls(*, output: Output = None) -> None:
         for record, question in waiting
     ]
     as_json = output and [_as_json(*run) for run in waiting]
-    header = ("Run", "Crew", "Task", "Round", "Since")
+    header = ("Run", "Crew", "Task", "Question", "Since")
     _output.put_rows(header, rows, empty="No run waits for a person.", json=as_json)
     if waiting and not output:
-        _output.note("What to judge, and how to answer: prefect-crew reviews inspect RUN", "dim")
+        _output.note("To read a question, and how to answer: prefect-crew reviews inspect RUN", "dim")
 
 
 @app.command
@@ -124,7 +125,7 @@ async def reject(
     """Reject the output that a run shows: the task is done again with the feedback.
 
     Args:
-        feedback: Tells the crew what to do better.
+        feedback: A text for the crew: what to do better.
     """
     if not feedback.strip():
         raise ConfigurationError("--feedback is empty: the crew needs to know what to do better.")
@@ -143,7 +144,7 @@ async def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions
 
 
 def _user_name() -> str:
-    """Return who answers, as this machine knows that person."""
+    """Return the name of this machine's user."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name
@@ -152,7 +153,7 @@ def _user_name() -> str:
 
 def _put(record: RunRecord, question: ReviewRequest) -> None:
     """Write a question, the earlier answers, and how to answer."""
-    _output.put(f"{record.idempotency_key}: task {question.task_id or 'not named'}, round {question.round}")
+    _output.put(f"{record.idempotency_key}: task {question.task_id or 'not named'}, question {question.round}")
     since = f"since {record.human_since:%Y-%m-%d %H:%M:%S} UTC" if record.human_since else None
     facts = (f"crew {record.crew}", f"run {record.kickoff_id}", since, page_url(record.flow_run_id))
     _output.put("  " + " · ".join(filter(None, facts)))
@@ -160,10 +161,10 @@ def _put(record: RunRecord, question: ReviewRequest) -> None:
         _output.put(f"  {_sentence(answer)}")
     _output.put()
     if question.output is None:
-        _output.put(f"  What is to be judged is not shown: {question.withheld or ''}")
+        _output.put(f"  The output to judge is not shown: {question.withheld or ''}")
     else:
         _output.put_markdown(question.output)
-    # Where the status names no task, the answer has to: TASK where the record does not know it either.
+    # If the status names no task, the answer has to name it; TASK, if the record does not have it either.
     task = "" if question.task_id else f" --task {shlex.quote(record.human_task or 'TASK')}"
     run = f"{shlex.quote(str(record.kickoff_id))}{crew_option(record)}{task}"
     option = f" (--option {' | '.join(map(shlex.quote, question.options))})" if question.options else ""
@@ -175,7 +176,7 @@ def _sentence(answer: Review) -> str:
     verb = "approved" if answer.approve else "rejected"
     unsure = "" if answer.outcome == "sent" else ", and it is not known whether that arrived"
     feedback = f": {answer.feedback}" if answer.feedback else ""
-    return f"task {answer.task_id}, round {answer.round} {verb} by {describe_answer(answer)}{unsure}{feedback}"
+    return f"task {answer.task_id}, question {answer.round} {verb} by {describe_answer(answer)}{unsure}{feedback}"
 
 
 def _as_json(record: RunRecord, question: ReviewRequest) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The commands `runs` and `costs`: what the records say; stopping, resolving and pruning runs; what they cost."""
+"""The commands `runs` and `costs`: list, inspect, stop, resolve and prune runs, and add up their costs."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from prefect_crew.states import CrewState
 
 
 class Condition(StrEnum):
-    """What a run is, as far as its record and the flow runs around it tell. What needs a person comes first.
+    """The condition of a run by its record and its flow run. The conditions that need a person come first.
 
-    Uncertain: a kickoff was sent, and it is not known whether it started a run. Orphaned: it was started, and the flow
-    run that started it has ended. Waiting: for a person. Claimed: its kickoff is being sent.
+    `uncertain`: a kickoff was sent, and nobody knows whether it started a run. `orphaned`: the flow run that started
+    it has ended. `waiting`: for a person. `claimed`: its kickoff is being sent.
     """
 
     UNCERTAIN = "uncertain"
@@ -61,32 +61,32 @@ OPEN = (Condition.UNCERTAIN, Condition.ORPHANED, Condition.WAITING, Condition.IN
 
 @dataclass(frozen=True)
 class RunLine:
-    """A record and what it means."""
+    """A record and its condition."""
 
     record: RunRecord
     condition: Condition
 
     @property
     def since(self) -> datetime:
-        """Since when it is so, UTC."""
+        """The time since when it is in its condition, UTC."""
         record = self.record
         at = {Condition.WAITING: record.human_since, Condition.ENDED: record.ended_at}
         return at.get(self.condition, record.kicked_off_at) or record.claimed_at
 
     @property
     def word(self) -> str:
-        """What people read of it: the state of a run that has ended, else its condition."""
+        """The word for people: the state of a run that has ended, else its condition."""
         return str((self.condition is Condition.ENDED and self.record.state) or self.condition)
 
 
 async def look_at(record: RunRecord, records: PrefectRecords) -> RunLine:
-    """Return what a record means, asking after its flow run only where that matters."""
+    """Return a record with its condition. Prefect is asked about its flow run only where that matters."""
     is_open = record.phase in (RecordPhase.CLAIMED, RecordPhase.STARTED)
     return RunLine(record, condition_of(record, owner_ended=is_open and await records.owner_ended(record)))
 
 
 def condition_of(record: RunRecord, *, owner_ended: bool) -> Condition:
-    """Return what a run is. `owner_ended`: whether the flow run that claimed it is known to have ended."""
+    """Return the condition of a run. `owner_ended`: whether the flow run that claimed it is known to have ended."""
     if record.phase is RecordPhase.CLAIMED:
         if record.open_for and not owner_ended:
             return Condition.CLAIMED
@@ -101,7 +101,7 @@ def condition_of(record: RunRecord, *, owner_ended: bool) -> Condition:
 
 
 def todo(record: RunRecord, condition: Condition, state: CrewState | None = None) -> str:
-    """Return what a person does about a run, which has this state on its server; empty where nothing has to be done."""
+    """Return the next step of a person for a run, which has this state on its server; empty if there is none."""
     key, kickoff_id = shlex.quote(record.idempotency_key), shlex.quote(record.kickoff_id or "ID")
     answer = f"It waits for a person: prefect-crew reviews inspect {kickoff_id}{crew_option(record)}."
     if condition is Condition.UNCERTAIN:
@@ -124,19 +124,19 @@ def todo(record: RunRecord, condition: Condition, state: CrewState | None = None
 
 
 def crew_option(record: RunRecord) -> str:
-    """Return the option that names the crew of a record, where that is a URL and no stored crew."""
+    """Return the option that names the crew of a record by its URL; empty if the crew is stored."""
     is_address = record.crew == record.crew_url.partition("://")[2].rstrip("/")
     return f" --crew {shlex.quote(record.crew_url)}" if is_address else ""
 
 
 def short_name(record: RunRecord) -> str:
-    """Return what names a run in a table: its key, or its kickoff id where the key is as long as a derived one."""
+    """Return the name of a run in a table: its key, or its kickoff id if the key is long, as derived keys are."""
     return record.idempotency_key if len(record.idempotency_key) <= 45 else record.kickoff_id or record.idempotency_key
 
 
 @asynccontextmanager
 async def _status_call(record: RunRecord, crew: CrewOfRun) -> AsyncGenerator[Look | None]:
-    """Give the status call of a run's crew; None, and a note, where the crew is not known."""
+    """Yield the status call of a run's crew; None, and a note, if the crew is not known."""
     loaded_crew = await crew.find(record)
     if loaded_crew is None:
         _output.note(f"The crew's server was not asked. {crew.missing(record)}")
@@ -148,13 +148,13 @@ async def _status_call(record: RunRecord, crew: CrewOfRun) -> AsyncGenerator[Loo
 
 app = App(name="runs")
 SHARE = 0.5
-"""Of the Prefect server's time that `prune` takes: a person waits for it."""
+"""The share of the Prefect server's time that `prune` takes. It is large, since a person waits."""
 KeyOrId = Annotated[str, Parameter(name="KEY", help="The run's idempotency key, or its kickoff id.")]
-OUTCOME = Group("What became of it, one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
+OUTCOME = Group("The outcome, one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
 
 
 async def _attempts(name: str, records: PrefectRecords) -> Sequence[RunRecord]:
-    """Return all attempts at a key, or at the key of a kickoff id. Raises CrewError where there is none."""
+    """Return all attempts at a key, or at the key of a kickoff id. Raises CrewError if there is none."""
     attempts = await records.attempts(name)
     if not attempts and (holder := await records.of_kickoff(name)):
         attempts = await records.attempts(holder.idempotency_key)
@@ -172,11 +172,11 @@ async def ls(
     all_: Annotated[bool, Parameter(name="--all")] = False,
     output: Output = None,
 ) -> None:
-    """List the runs that have not ended. Those that need a person come first.
+    """List the runs that have not ended. The runs that need a person come first.
 
     Args:
-        only: Only these; can be repeated.
-        all_: Also those that have ended.
+        only: Only runs in this condition; can be repeated.
+        all_: Also runs that have ended.
     """
     conditions, records, order = set(only or (Condition if all_ else OPEN)), PrefectRecords(), list(Condition)
     ended = (RecordPhase.ENDED, RecordPhase.NOT_STARTED)
@@ -191,12 +191,12 @@ async def ls(
     as_json = output and [_as_json(line) for line in lines]
     _output.put_rows(("State", "Run", "Crew", "Since"), rows, empty=empty, json=as_json)
     if not output and any(todo(line.record, line.condition) for line in lines):
-        _output.note("What to do about a run: prefect-crew runs inspect RUN", "dim")
+        _output.note("To see what to do about a run: prefect-crew runs inspect RUN", "dim")
 
 
 @app.command
 async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
-    """Show every attempt at one idempotency key, and ask the crew about one in flight."""
+    """Show every attempt at one idempotency key, and ask the crew about an attempt in flight."""
     records = PrefectRecords()
     attempts = await _attempts(run, records)
     lines, status = [await look_at(attempt, records) for attempt in attempts], None
@@ -286,7 +286,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
 
 
 async def ask_to_stop(live_run: LiveRun, run: str) -> tuple[str, StopAnswer]:
-    """Ask the crew's server to stop a run; return what became of it, as a sentence and as the answer.
+    """Ask the crew's server to stop a run; return the outcome as a sentence, and the server's answer.
 
     Raises CrewError: it was not stopped.
     """
@@ -316,7 +316,7 @@ def resolve(
     yes: Yes = False,
     crew: CrewOfRun = CrewOfRun(),
 ) -> Coroutine[Any, Any, None]:
-    """Say what became of an uncertain kickoff, or of a lost run. Look at the crew's page before.
+    """Record the outcome of an uncertain kickoff, or of a lost run. Look at the crew's page before.
 
     Args:
         kickoff_id: The kickoff started this run.
@@ -357,7 +357,7 @@ def resolve(
 
 @asynccontextmanager
 async def _open_store(key: str, ledger: str | None) -> AsyncGenerator[tuple[RecordStore, str | None]]:
-    """Open where the record of a key is. Of a row: its batch's ledger, locked, with the batch's name."""
+    """Open the store of a key's record. For a row this is its batch's ledger, locked, with the batch's name."""
     names = [name for name, _ in await list_batches()] if key.startswith("batch/") else []
     name = next((name for name in names if key.startswith(f"batch/{escape_name(name)}/")), None)
     if name is None:
@@ -407,7 +407,7 @@ async def costs(
     """Add up runs that have ended, on the day of their end in UTC.
 
     Args:
-        by: What is added up. A run with several tags counts under each.
+        by: The groups to add up. A run with several tags counts under each.
         from_: The first day, such as 2026-05-01.
         to: The last day.
     """
@@ -425,6 +425,6 @@ async def costs(
 
 
 def _cells(name: str, spending: Spending) -> tuple[str, ...]:
-    """Return the row of a table about what runs used and cost."""
+    """Return a row of the table: how many runs, their tokens and their cost."""
     tokens = f"{spending.tokens:,}" if spending.reported else "–"
     return name, f"{spending.runs:,}", tokens, money(spending.cost), f"{spending.runs - spending.reported:,}"

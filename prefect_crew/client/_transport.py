@@ -342,7 +342,7 @@ class Connections:
 
 
 class SpreadTransport(httpx.AsyncHTTPTransport):
-    """httpx's transport over several pools of connections that take turns, for a client of thousands of runs.
+    """httpx's transport over several pools of connections, one after the other, for a client of thousands of runs.
 
     httpx looks through all connections of a pool at every request: over one pool a request took twice the CPU time.
 

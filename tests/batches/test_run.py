@@ -295,8 +295,8 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
         report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_bad_row="set-aside")
         assert (report.total, report.completed, report.set_aside, report.skipped, report.ok) == (8, 3, 5, 5, False)
         assert [(row.line, row.reason) for row in report.set_aside_rows] == WRONG
-        assert "3 of 8 rows completed, 5 set aside in " in str(report)
-        assert str(report).endswith(f"Set aside: {rejected}")
+        assert "3 of 8 rows completed, 5 bad in " in str(report)
+        assert str(report).endswith(f"Bad rows: {rejected}")
         written = [json.loads(line) for line in rejected.read_text().splitlines()]
         assert [(line["line"], line["reason"]) for line in written] == WRONG
         assert [line["row"] for line in written[:3]] == [
@@ -306,7 +306,7 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
         ]
         assert len(pages := await batch.pages(name)) == number, "each flow run has its own"
         for part in (
-            *("3 of 8 (37.5%)", "| Set aside | 5 |", "| 3 | lacks topic |"),
+            *("3 of 8 (37.5%)", "| Bad | 5 |", "| 3 | lacks topic |"),
             *("| 4 | has 5 fields, the header has 3 |", str(rejected)),
         ):
             assert part in pages[-1]

@@ -151,9 +151,9 @@ def test_what_cannot_be_run_is_said_by_line_and_refused_or_set_aside(
     assert "--on-bad-row set-aside" in refused.err
     ran = here(*given, "--on-bad-row", "set-aside")
     assert (ran.code, server.kickoffs, "batch failures" in ran.err) == (6, 1, True)
-    assert "1 of 3 rows completed, 2 set aside in" in ran.out
+    assert "1 of 3 rows completed, 2 bad in" in ran.out
     inspected = here("batch", "inspect", name).out
-    assert "1 of 3 rows completed\n  2 set aside\n  Set aside: line 3: has 1 fields" in inspected
+    assert "1 of 3 rows completed\n  2 bad\n  Bad rows: line 3: has 1 fields" in inspected
     assert f"{output}.rejected.jsonl" in inspected
     assert "line 4\t\tset-aside\tlacks topic" in here("batch", "failures", name).out
     assert [row["line"] for row in here("batch", "failures", name, "-o", "json").json] == [3, 4]

@@ -82,12 +82,12 @@ def test_what_waits_is_listed_answered_once_a_round_and_goes_on(
             assert "3 in flight wait for a person" in here("batch", "inspect", name).out
 
         rejected = here("reviews", "reject", first["kickoff_id"], "--feedback", "warmer", "--by", "Grace")
-        assert (rejected.code, "task draft, round 1 rejected by Grace" in rejected.out) == (0, True), rejected.err
+        assert (rejected.code, "task draft, question 1 rejected by Grace" in rejected.out) == (0, True), rejected.err
         wait_until(lambda: [one["round"] for one in listed(key)] == [2], seconds=60, what="the next question")
         resumes = crews.requests["resume"]
         assert here("reviews", "approve", key, "--round", "1").code == 1
         assert crews.requests["resume"] == resumes
-        assert "round 1 rejected by Grace" in here("reviews", "inspect", key).out
+        assert "question 1 rejected by Grace" in here("reviews", "inspect", key).out
         for other in others:
             assert here("reviews", "approve", other["kickoff_id"]).code == 0
         approved = wait_until(
