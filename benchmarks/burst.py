@@ -89,6 +89,7 @@ async def burst(given: argparse.Namespace, server: LeanServer) -> dict[str, Any]
     from prefect.cache_policies import NO_CACHE
 
     from prefect_crew import CrewState, DeployedCrew
+    from prefect_crew.blocks import crew_of
     from prefect_crew.flows import run_loaded_crew
     from prefect_crew.runs.options import RunOptions
 
@@ -99,7 +100,7 @@ async def burst(given: argparse.Namespace, server: LeanServer) -> dict[str, Any]
         if status is not None and status.state is CrewState.COMPLETED:
             seen.setdefault(status.kickoff_id, time.time())
 
-    crew = replace(DeployedCrew(url=server.url, token=TOKEN).crew, on_status=note)  # type: ignore[arg-type]
+    crew = replace(crew_of(DeployedCrew(url=server.url, token=TOKEN)), on_status=note)  # type: ignore[arg-type]
 
     @task(cache_policy=NO_CACHE)
     async def start(number: int) -> int:

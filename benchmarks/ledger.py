@@ -56,6 +56,7 @@ async def make(folder: Path, given: argparse.Namespace) -> None:
     from prefect_crew.batches.ledger import PAGE, Ledger
     from prefect_crew.batches.options import BatchOptions
     from prefect_crew.batches.rows import RowPlan
+    from prefect_crew.blocks import crew_of
     from prefect_crew.client.models import CrewInput
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ async def make(folder: Path, given: argparse.Namespace) -> None:
         with used() as work:
             found = await call(folder, max_kickoffs=RUN)
             assert found.completed == RUN, str(found)
-            crew = DeployedCrew(url=server.url, token=TOKEN).crew  # type: ignore[arg-type]
+            crew = crew_of(DeployedCrew(url=server.url, token=TOKEN))  # type: ignore[arg-type]
             plan = RowPlan(open_dataset(str(folder / "rows.csv")), BatchOptions(), crew, [CrewInput(name="topic")])
             async with Ledger(str(folder / "out.jsonl.ledger.db"), name) as ledger:
                 jobs, page = plan.jobs(), list[Any]()

@@ -34,6 +34,7 @@ async def lag(given: argparse.Namespace, server: LeanServer) -> None:
     from prefect import flow
 
     from prefect_crew import CrewState, DeployedCrew
+    from prefect_crew.blocks import crew_of
     from prefect_crew.flows import run_loaded_crew
     from prefect_crew.runs.options import RunOptions
 
@@ -48,7 +49,7 @@ async def lag(given: argparse.Namespace, server: LeanServer) -> None:
         elif status.state is CrewState.COMPLETED:
             seen.setdefault(status.kickoff_id, time.time())
 
-    crew = replace(DeployedCrew(url=server.url, token=TOKEN).crew, on_status=note)  # type: ignore[arg-type]
+    crew = replace(crew_of(DeployedCrew(url=server.url, token=TOKEN)), on_status=note)  # type: ignore[arg-type]
 
     async def one(number: int) -> None:
         options = RunOptions.of(name=f"run-{number}")

@@ -221,21 +221,9 @@ class DeployedCrew(JobBlock[CrewResult]):
         """The crew's name for people: the block's name, else its address."""
         return self._block_document_name or _address(self.url)
 
-    @property
-    def crew(self) -> Crew:
-        """The crew as plain values, for the modules that run it."""
-        name = self._block_document_name
-        fields: dict[str, Any] = {field: getattr(self, field) for field in DeployedCrew.model_fields}
-        fields |= {"label": self.label, "block": name, "secret_inputs": tuple(self.secret_inputs)}
-        fields["budgets"] = tuple(self.budgets)
-        if isinstance(self.price, int | float):
-            fields["price"] = Price(per_run=self.price)
-        # `type(self)`: Prefect's store returns this class for the slug, also if a user has subclassed it.
-        return Crew(**fields, reload=None if name is None else partial(_load_block, type(self), name))
-
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
         """Return a client for it, to be used as an async context manager."""
-        return self.crew.client(transport=transport)
+        return crew_of(self).client(transport=transport)
 
     async def atrigger(
         self,
@@ -262,7 +250,7 @@ class DeployedCrew(JobBlock[CrewResult]):
             webhooks=webhooks,
             restore_from=restore_from,
         )
-        run = await open_run(RunRequest.of(self.crew, own_inputs, options))
+        run = await open_run(RunRequest.of(crew_of(self), own_inputs, options))
         return CrewRun(self, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
 
     def trigger(  # pyright: ignore[reportIncompatibleMethodOverride] - Prefect's method is async
@@ -287,6 +275,18 @@ class DeployedCrew(JobBlock[CrewResult]):
         )
 
 
+def crew_of(block: DeployedCrew) -> Crew:
+    """Return the crew of a block as plain values, for the modules that run it."""
+    name = block._block_document_name  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]  Prefect has no other name for it
+    fields: dict[str, Any] = {field: getattr(block, field) for field in DeployedCrew.model_fields}
+    fields |= {"label": block.label, "block": name, "secret_inputs": tuple(block.secret_inputs)}
+    fields["budgets"] = tuple(block.budgets)
+    if isinstance(block.price, int | float):
+        fields["price"] = Price(per_run=block.price)
+    # `type(block)`: Prefect's store returns this class for the slug, also if a user has subclassed it.
+    return Crew(**fields, reload=None if name is None else partial(_load_block, type(block), name))
+
+
 class CrewRun(JobRun[CrewResult]):
     """A run that `DeployedCrew.trigger` started or found.
 
@@ -301,7 +301,7 @@ class CrewRun(JobRun[CrewResult]):
         idempotency_key: str | None = None,
         live: LiveRun | None = None,
     ) -> None:
-        self._crew = crew.crew if live is None else live.crew
+        self._crew = crew_of(crew) if live is None else live.crew
         self.kickoff_id = kickoff_id
         self.idempotency_key = idempotency_key
         self._live = live
@@ -403,7 +403,7 @@ async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
     if isinstance(crew, Crew):
         return crew
     if isinstance(crew, DeployedCrew):
-        return crew.crew
+        return crew_of(crew)
     if inspect.iscoroutine(cast("Any", crew)):
         cast("Any", crew).close()
         raise ConfigurationError(
@@ -435,7 +435,7 @@ async def find_crew(record: RunRecord) -> Crew | None:
 
 async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:
     try:
-        return (await kind.aload(name)).crew
+        return crew_of(await kind.aload(name))
     except RuntimeError as error:  # Prefect's own message does not name the wrong field
         if not isinstance(error.__cause__, ValidationError):
             raise

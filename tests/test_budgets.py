@@ -11,6 +11,7 @@ from prefect.types.names import WITHOUT_BANNED_CHARACTERS
 from pydantic import ValidationError
 
 from prefect_crew import Budget, DeployedCrew
+from prefect_crew.blocks import crew_of
 from prefect_crew.budgets import MOST, slots_of
 
 AT = datetime(2026, 12, 31, 23, 59, 59, tzinfo=UTC)
@@ -68,6 +69,6 @@ def test_names_that_prefect_would_refuse_have_counters_of_their_own():
 def test_a_block_keeps_them_and_a_crew_takes_more():
     block = DeployedCrew(url="https://c.test", token="t", budgets=({"max_cost": 1, "per": "day"},))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     assert block.budgets == [Budget(max_cost=1, per="day")]
-    crew = block.crew.under([Budget(max_kickoffs=2), Budget(max_kickoffs=3, name="own")], name="flow", batch="b")
+    crew = crew_of(block).under([Budget(max_kickoffs=2), Budget(max_kickoffs=3, name="own")], name="flow", batch="b")
     assert [budget.name for budget in crew.budgets] == [None, "flow", "own"]
     assert crew.batch == "b"

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from pydantic_core import to_json
 
 from prefect_crew import AuthenticationError, DeployedCrew, Price
-from prefect_crew.blocks import load_crew
+from prefect_crew.blocks import crew_of, load_crew
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew, CrewSession
@@ -22,14 +22,14 @@ from prefect_crew.testing import CrewServerFactory
 
 
 def crew(**fields: Any) -> Crew:
-    return DeployedCrew(**{"url": "https://travel.test", "token": SecretStr("the-token"), **fields}).crew
+    return crew_of(DeployedCrew(**{"url": "https://travel.test", "token": SecretStr("the-token"), **fields}))
 
 
 def test_it_has_every_field_of_its_block():
     fields = {"show": "summary", "secret_inputs": ["pin"], "price": Price(per_run=0.5)}
     block = DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields)  # type: ignore[arg-type]
     for name in DeployedCrew.model_fields:
-        kept = getattr(block.crew, name)
+        kept = getattr(crew_of(block), name)
         assert (list(kept) if isinstance(kept, tuple) else kept) == getattr(block, name), name
 
 
@@ -111,7 +111,7 @@ async def test_of_calls_that_are_refused_at_once_the_first_takes_up_the_new_toke
 async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewServerFactory):
     server = crew_server("echo")
     crew = await stored(server)
-    async with CrewSession(server.crew(token="not-stored").crew) as session:
+    async with CrewSession(crew_of(server.crew(token="not-stored"))) as session:
         assert not await session.renew(session.client)
     await store_anew(crew, server, token="no header can carry this")
     async with CrewSession(crew) as session:

@@ -22,6 +22,7 @@ from prefect.states import Scheduled
 from pydantic import BaseModel, SecretStr
 
 import prefect_crew as pc
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.records import results
@@ -194,7 +195,7 @@ def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen
 
 def test_a_failed_state_says_why_in_one_line(crew_server: CrewServerFactory, seen: Seen):
     called = new_name()
-    crew = crew_server(FAILS).crew().crew.called("travel")
+    crew = crew_of(crew_server(FAILS).crew()).called("travel")
 
     @flow(name=called)
     async def trip() -> None:
@@ -260,7 +261,7 @@ def stored(seen: Seen, crew: str) -> dict[str, Any]:
 def test_an_own_flow_stores_plain_values(crew_server: CrewServerFactory, seen: Seen):
     called = new_name()
     server = crew_server(script({"output": "{{ inputs.when }} {{ inputs.pin }} {{ inputs.login }}"}))
-    crew = server.crew(secret_inputs=["pin"]).crew.called(called)
+    crew = crew_of(server.crew(secret_inputs=["pin"])).called(called)
     inputs = {
         "when": date(2026, 5, 1), "cities": ["Lisbon"], "days": 3, "pin": 4711471, "none": None,
         "login": Login(user="me", password=SecretStr("hunter22")), "key": SecretStr("hidden-one"),
@@ -280,7 +281,7 @@ def test_an_own_flow_stores_plain_values(crew_server: CrewServerFactory, seen: S
 
 def test_flow_runs_of_a_crew_have_own_names(crew_server: CrewServerFactory, seen: Seen):
     server, called, idempotency_key = crew_server(slow(0.1)), new_name(), key()
-    crew = server.crew().crew.called(called)
+    crew = crew_of(server.crew()).called(called)
     pc.run_crew(crew, {"city": "Porto {x}"})
     for _ in range(2):
         pc.run_crew(crew, {"city": "Lisbon"}, idempotency_key=idempotency_key)
@@ -308,7 +309,7 @@ def test_a_flow_run_is_renamed_once(crew_server: CrewServerFactory, monkeypatch:
 
 def test_large_inputs_reach_the_crew(crew_server: CrewServerFactory, seen: Seen):
     called = new_name()
-    crew = crew_server(script({"output": "{{ inputs.book | length }}"})).crew().crew.called(called)
+    crew = crew_of(crew_server(script({"output": "{{ inputs.book | length }}"})).crew()).called(called)
     assert pc.run_crew(crew, {"book": "語" * 300_000, "page": 3}).output == "300000"
     too_large = "(too large to be stored with the flow run)"
     assert stored(seen, called)["parameters"]["inputs"] == {"book": too_large, "page": too_large}
@@ -331,7 +332,7 @@ async def test_bad_arguments_start_nothing(crew_server: CrewServerFactory):
 def test_unsendable_inputs_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
     called = new_name()
     with pytest.raises(pc.ConfigurationError, match="Input 'x' holds a value of type object"):
-        pc.run_crew(crew_server("echo").crew().crew.called(called), {"x": object()})
+        pc.run_crew(crew_of(crew_server("echo").crew()).called(called), {"x": object()})
     assert called not in [run["parameters"].get("crew") for run in seen.flow_runs(FLOW)]
 
 
@@ -441,7 +442,7 @@ async def test_a_result_too_large_is_read_from_the_crew(
 ):
     monkeypatch.setattr(results, "LARGEST", 8000)
     server, idempotency_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), new_name()
-    await pc.arun_crew(server.crew().crew.called(block), idempotency_key=idempotency_key)
+    await pc.arun_crew(crew_of(server.crew()).called(block), idempotency_key=idempotency_key)
     with pytest.raises(pc.CrewError, match=r"Give the crew \(crew=…\)"):
         await pc.aget_result(idempotency_key)
     await crew_server("echo").crew().asave(block)

@@ -9,6 +9,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from prefect_crew import DeployedCrew
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.prices import ONE_TOKEN, Price, cost_of
@@ -101,9 +102,9 @@ def crew(**fields: object) -> DeployedCrew:
 
 def test_a_number_on_the_block_is_the_price_of_a_run():
     assert crew(price=0.5).price == 0.5
-    assert crew(price=0.5).crew.price == Price(per_run=0.5)
-    assert crew().crew.price is None
-    assert crew(price={"per_1k_input": 1, "per_1k_output": 2}).crew.price == Price(per_1k_input=1, per_1k_output=2)
+    assert crew_of(crew(price=0.5)).price == Price(per_run=0.5)
+    assert crew_of(crew()).price is None
+    assert crew_of(crew(price={"per_1k_input": 1, "per_1k_output": 2})).price == Price(per_1k_input=1, per_1k_output=2)
     for wrong in (-1, {"per_run": -1}, {"per_1k_inputs": 1, "per_1k_output": 1}):
         with pytest.raises(ValidationError):
             crew(price=wrong)

@@ -15,6 +15,7 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 
 import prefect_crew as pc
+from prefect_crew.blocks import crew_of
 from prefect_crew.tasks import CrewTask, discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow, call_in_flow
@@ -80,7 +81,7 @@ def test_tasks_are_submitted_and_mapped_with_futures(
 
 
 def test_task_runs_are_named_after_crew_and_run(crew_server: CrewServerFactory, seen: Seen):
-    crew = crew_server("echo").crew().crew.called("travel")
+    crew = crew_of(crew_server("echo").crew()).called("travel")
 
     async def trip() -> str:
         await discover_inputs(crew)
@@ -96,7 +97,7 @@ def test_task_runs_are_named_after_crew_and_run(crew_server: CrewServerFactory, 
 
 def test_a_kickoff_is_named_after_its_first_input(crew_server: CrewServerFactory):
     called: Any = kickoff_crew.task_run_name
-    crew = crew_server("echo").crew(secret_inputs=["pin"]).crew.called("travel")
+    crew = crew_of(crew_server("echo").crew(secret_inputs=["pin"])).called("travel")
     given: dict[str, Any] = {"crew": crew, "inputs": {"cities": ["x"], "pin": "4711", "city": " Lis\nbon "}}
     assert called(parameters=given) == "kickoff travel · Lis bon"
     assert called(parameters={**given, "idempotency_key": "lisbon"}) == "kickoff travel · lisbon"
@@ -220,7 +221,7 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_frame_of_a_failed_task_shows_inputs(way: str):
-    crew = replace(unreachable().crew, secret_inputs=("text", "list"))
+    crew = replace(crew_of(unreachable()), secret_inputs=("text", "list"))
 
     @flow
     def trip() -> Any:

@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from prefect_crew import DeployedCrew, WaitPolicy
+from prefect_crew.blocks import crew_of
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.webhooks import (
     LONGEST_NAME,
@@ -174,7 +175,7 @@ def webhooks_for(monkeypatch: pytest.MonkeyPatch, url: str | None, secret: str |
     crew = DeployedCrew.model_validate({"url": "https://crew.example.com", "token": "t-o-k-e-n", **fields})
     own = "6f0c8b3e-8a35-4a35-9d39-0d4f3d1f6a11"
     record = new_record("key", attempt=2, owner="me", step="research", flow_run_id=own)
-    return targets_for(crew.crew, record, round=1)
+    return targets_for(crew_of(crew), record, round=1)
 
 
 def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPatch):

@@ -101,12 +101,12 @@ class CrewAccess:
         Raises:
             ConfigurationError: There is none.
         """
-        if is_url(crew):
-            return self.block(crew).crew
-        if self._is_on_command_line:
-            raise ConfigurationError(f"--token is for a URL; the crew {crew!r} is stored together with its token.")
         from prefect_crew.blocks import load_crew
 
+        if is_url(crew):
+            return await load_crew(self.block(crew))
+        if self._is_on_command_line:
+            raise ConfigurationError(f"--token is for a URL; the crew {crew!r} is stored together with its token.")
         try:
             loaded_crew = await load_crew(crew)
         except ConfigurationError:

@@ -160,7 +160,7 @@ async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
                     f"it: prefect gcl create {limit} --limit N."
                 ) from None
     try:
-        async with block.crew.client() as client:
+        async with block.client() as client:
             inputs = await client.inputs()
         options = [f"-i {shlex.quote(item.name)}=…" for item in inputs if item.required]
         then = f"Run it: {' '.join(['prefect-crew run', shlex.quote(name), *options])}"

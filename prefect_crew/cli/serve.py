@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter, validators
 from cyclopts.types import Port
 
+from prefect_crew.blocks import crew_of
 from prefect_crew.cli import _output
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url, reach_prefect
@@ -190,7 +191,7 @@ def demo() -> None:
         with CrewServer("travel", speed=2) as server:
             _output.current.hide(server.token)
             progress.phase(f"Crew travel at {server.url}: checking the inputs")
-            crew = replace(server.crew(wait=often).crew.called("travel"), on_status=progress.watch)
+            crew = replace(crew_of(server.crew(wait=often)).called("travel"), on_status=progress.watch)
             try:
                 answer = sync_version(run_loaded_crew)(crew, INPUTS, RunOptions())
             except KeyboardInterrupt:

@@ -17,6 +17,7 @@ import prefect_crew as pc
 from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts import run as run_module
 from prefect_crew.artifacts.run import MarkdownArtifact, RunView, artifact_key, render_run
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew
@@ -69,7 +70,7 @@ def test_a_key_is_what_prefect_takes(label: str, key: str):
 
 
 def test_an_artifact_shows_kickoff_and_end(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(script({"output": "# Lisbon\n\nby tram"}, inputs=["city"])).crew().crew.called(name)
+    crew = crew_of(crew_server(script({"output": "# Lisbon\n\nby tram"}, inputs=["city"])).crew()).called(name)
 
     async def trip() -> str:
         kickoff_id = await pc.kickoff_crew(crew, {"city": "Lisbon"})
@@ -104,7 +105,7 @@ def test_inputs_stay_shown():
 def test_an_artifact_is_written_twice(crew_server: CrewServerFactory, seen: Seen, name: str, proxy: Proxy, show: Any):
     crew = crew_server(script({"output": "done"}, inputs=["pin"])).crew(show=show, secret_inputs=["pin"])
     key = f"{name} today"
-    call_in_flow(lambda: pc.arun_crew(crew.crew.called(name), {"pin": "4711471"}, idempotency_key=key))
+    call_in_flow(lambda: pc.arun_crew(crew_of(crew).called(name), {"pin": "4711471"}, idempotency_key=key))
     (artifact,) = seen.artifacts(artifact_key(name))
     record = seen.record(key)
     assert artifact["metadata_"] == {"claim": record_name(key, 1), "kickoff_id": record["kickoff_id"]}
@@ -114,7 +115,7 @@ def test_an_artifact_is_written_twice(crew_server: CrewServerFactory, seen: Seen
 
 
 def test_a_run_that_just_began_is_shown_as_stopped(crew_server: CrewServerFactory, seen: Seen, name: str):
-    run = kicked_off(crew_server(slow(60)).crew().crew.called(name))
+    run = kicked_off(crew_of(crew_server(slow(60)).crew()).called(name))
     assert "○ pending" in shown(seen, name)
     asyncio.run(stop_run(LiveRun(run._crew, run.kickoff_id)))
     assert "■ stopped" in shown(seen, name)
@@ -138,7 +139,7 @@ def test_a_lasting_run_is_shown_while_it_runs(
 ):
     monkeypatch.setattr(wait_module, "SHOW_EVERY", 0.3)
     server = crew_server(slow(60), faults=[] if answers else ["status:500"])
-    crew = server.crew(wait=pc.WaitPolicy(error_timeout=600)).crew.called(name)
+    crew = crew_of(server.crew(wait=pc.WaitPolicy(error_timeout=600))).called(name)
 
     async def is_shown() -> bool:
         pages = await asyncio.to_thread(seen.artifacts, artifact_key(name))
@@ -154,7 +155,9 @@ def test_a_lasting_run_is_shown_while_it_runs(
 
 
 def test_a_silent_server_is_shown(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(slow(60), faults=["status:500"]).crew(wait=pc.WaitPolicy(error_timeout=0.2)).crew.called(name)
+    crew = crew_of(crew_server(slow(60), faults=["status:500"]).crew(wait=pc.WaitPolicy(error_timeout=0.2))).called(
+        name
+    )
     with pytest.raises(pc.ServerError):
         asyncio.run(pc.arun_crew(crew))
     assert "Nothing is started then." in shown(seen, name)
@@ -162,7 +165,7 @@ def test_a_silent_server_is_shown(crew_server: CrewServerFactory, seen: Seen, na
 
 def test_an_artifact_links_page_and_result(crew_server: CrewServerFactory, seen: Seen, name: str):
     server, key = crew_server(script({"output": "x" * 70_000})), f"{name}'s key"
-    crew = replace(server.crew(page_url="https://crews.example/travel").crew, label=name, block=name)
+    crew = replace(crew_of(server.crew(page_url="https://crews.example/travel")), label=name, block=name)
     assert len(asyncio.run(pc.arun_crew(crew, idempotency_key=key)).output) == 70_000
     (artifact,) = seen.artifacts(artifact_key(name))
     flow_run_id = artifact["flow_run_id"]
@@ -176,7 +179,7 @@ def test_an_artifact_links_page_and_result(crew_server: CrewServerFactory, seen:
 
 
 def test_a_question_stands_first_with_commands(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_server(ASKS, response_format="union").crew().crew.called(name)
+    crew = crew_of(crew_server(ASKS, response_format="union").crew()).called(name)
     with pytest.raises(pc.CrewTimeoutError):
         asyncio.run(pc.arun_crew(crew, wait=pc.WaitPolicy(initial=0.05, human_timeout=0.5)))
     kickoff_id = seen.artifacts(artifact_key(name))[0]["description"].split()[1]
@@ -194,7 +197,7 @@ def test_a_question_stands_first_with_commands(crew_server: CrewServerFactory, s
 
 @pytest.mark.parametrize("owner", ["flow", "script"])
 def test_who_reattaches_updates_the_artifact(crew_server: CrewServerFactory, seen: Seen, name: str, owner: str):
-    crew = crew_server(slow(1.0)).crew().crew.called(name)
+    crew = crew_of(crew_server(slow(1.0)).crew()).called(name)
 
     if owner == "flow":
         call_in_flow(lambda: pc.kickoff_crew(crew, idempotency_key=name))
@@ -206,7 +209,7 @@ def test_who_reattaches_updates_the_artifact(crew_server: CrewServerFactory, see
 
 
 def test_a_deleted_artifact_is_made_again(crew_server: CrewServerFactory, seen: Seen, name: str):
-    run = kicked_off(crew_server("echo").crew().crew.called(name), {"text": "a"})
+    run = kicked_off(crew_of(crew_server("echo").crew()).called(name), {"text": "a"})
     (artifact,) = seen.artifacts(artifact_key(name))
     seen.call("DELETE", f"/artifacts/{artifact['id']}")
     run.wait_for_completion()
@@ -228,7 +231,7 @@ def test_show_and_secrets_decide_what_is_seen(
 ):
     server = crew_server(script({"output": "{{ city }} by tram with {{ password }}"}, inputs=["city", "password"]))
     result = asyncio.run(
-        pc.arun_crew(server.crew(**fields).crew.called(name), {"city": "Lisbon", "password": "hunter22"})
+        pc.arun_crew(crew_of(server.crew(**fields)).called(name), {"city": "Lisbon", "password": "hunter22"})
     )
     assert result.output == "Lisbon by tram with hunter22"
     assert all(part in shown(seen, name) for part in there)
@@ -289,7 +292,7 @@ async def test_a_late_page_shows_the_newest(monkeypatch: pytest.MonkeyPatch, see
 
 
 def test_a_description_holds_no_markup():
-    crew = pc.DeployedCrew(url="https://crew.example", token="t").crew.called("travel")
+    crew = crew_of(pc.DeployedCrew(url="https://crew.example", token="t")).called("travel")
     description = LiveRun(crew, "<img src=http://evil.test> ![x](http://evil.test)\n# big").artifact.description
     assert "\n" not in description
     tokens = MarkdownIt("commonmark").parse(description)

@@ -25,6 +25,7 @@ from pydantic import SecretStr
 import prefect_crew as pc
 from prefect_crew.artifacts import telemetry
 from prefect_crew.artifacts.run import RunView
+from prefect_crew.blocks import crew_of
 from prefect_crew.prices import Price
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.store import PrefectRecords
@@ -243,9 +244,9 @@ async def test_a_run_that_two_stop_at_once_has_one_span(crew_server: CrewServerF
     first, second = [await record_of(run.kickoff_id) for _ in range(2)]
     async with crew.client() as client:
         answer = await client.stop(run.kickoff_id)
-        late = asyncio.ensure_future(close_stopped(client, crew.crew, first, answer, slow_records))
+        late = asyncio.ensure_future(close_stopped(client, crew_of(crew), first, answer, slow_records))
         await slow_records.held.wait()
-        await close_stopped(client, crew.crew, second, answer, records)
+        await close_stopped(client, crew_of(crew), second, answer, records)
         slow_records.go_on.set()
         await late
     assert facts(spans.run())["prefect_crew.state"] == "stopped"

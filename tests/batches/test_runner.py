@@ -22,6 +22,7 @@ from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.report import BatchArtifact, BatchProgress, BatchReport
 from prefect_crew.batches.runner import FirstPoll, Runner
 from prefect_crew.batches.stored import batches_waiting_for_people
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import ReviewRequest
 from prefect_crew.crew import CrewSession
@@ -277,7 +278,7 @@ async def test_a_server_that_is_full_while_runs_are_in_flight_does_not_end_the_b
 def runner_of(server: CrewServer, ledger: Ledger) -> Runner:
     options = BatchOptions()
     pace = throttle.Throttle(options)
-    session = CrewSession(server.crew().crew, partial(throttle.BatchClient, throttle=pace))
+    session = CrewSession(crew_of(server.crew()), partial(throttle.BatchClient, throttle=pace))
     return Runner(session, pace, ledger, options, max_in_flight=50, on_end=lambda error: None)
 
 
@@ -385,7 +386,7 @@ CLAIMED, NOT_STARTED, STARTED = RecordPhase.CLAIMED, RecordPhase.NOT_STARTED, Re
 async def start(ledger: Ledger, server: CrewServer, session: CrewSession | None = None) -> RunRecord:
     """Start the row "k", as a batch does."""
     if session is None:
-        async with CrewSession(server.crew().crew) as session:
+        async with CrewSession(crew_of(server.crew())) as session:
             return await start(ledger, server, session)
     identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
     request = RunRequest(session.crew, Inputs.of({"text": "a"}), is_row=True)
@@ -472,7 +473,7 @@ async def test_a_kickoff_that_is_refused_after_its_caller_has_gone_did_not_start
 ):
     monkeypatch.setattr(kickoff, "FINISH", 0.05)
     server = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"])
-    async with Ledger(ledger_address, "b") as ledger, CrewSession(server.crew().crew) as session:
+    async with Ledger(ledger_address, "b") as ledger, CrewSession(crew_of(server.crew())) as session:
         starting = asyncio.ensure_future(start(ledger, server, session))
         while not server.requests["kickoff"]:
             await asyncio.sleep(0.01)
@@ -503,7 +504,7 @@ async def test_without_the_ledger_the_message_says_how_to_answer_a_row(batch: Ba
         async with batches_waiting_for_people() as (batches, _):
             listed = [one.name for one in batches]
     kickoff_id = server.runs[0].id
-    for answering in (in_a_flow(kickoff_id), resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)):
+    for answering in (in_a_flow(kickoff_id), resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)):
         with pytest.raises(CrewError, match=r"nothing was sent\. Answer a row with prefect-crew reviews approve"):
             await answering
     assert server.requests["resume"] == 0
@@ -513,7 +514,7 @@ async def test_without_the_ledger_the_message_says_how_to_answer_a_row(batch: Ba
     another = crew_server(ASKS)
     run = await another.crew().atrigger({"topic": "tea"})
     await until(lambda: [str(run.state) for run in another.runs] == ["waiting"], "it asks")
-    await resume_run(LiveRun(another.crew().crew, run.kickoff_id), feedback="", approve=True)
+    await resume_run(LiveRun(crew_of(another.crew()), run.kickoff_id), feedback="", approve=True)
     assert another.requests["resume"] == 1, "a batch of another crew is not an obstacle"
 
 

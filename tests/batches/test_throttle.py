@@ -14,6 +14,7 @@ from prefect_crew import DeployedCrew
 from prefect_crew.batches import throttle as module
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.throttle import BatchClient, Throttle
+from prefect_crew.blocks import crew_of
 from prefect_crew.client import _transport
 from prefect_crew.exceptions import CrewConnectionError, RateLimitedError
 
@@ -212,7 +213,7 @@ async def test_a_connection_is_used_again_however_many_kickoffs_are_under_way(mo
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         # A pasted token has a line break at its end.
-        crew = DeployedCrew(url=url, token=SecretStr("token-of-8\n")).crew
+        crew = crew_of(DeployedCrew(url=url, token=SecretStr("token-of-8\n")))
         async with BatchClient(crew, throttle(kickoffs_at_once=70)) as client:
             for _ in range(3):
                 await asyncio.gather(*(client.kickoff({}) for _ in range(70)))

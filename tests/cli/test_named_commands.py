@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from prefect_crew.automations import PROBLEM
 from prefect_crew.batches.outcomes import explain_lost
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.cli.app import app
 from prefect_crew.cli.runs import Condition, todo
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, IdempotencyConflictError, KickoffUncertainError
@@ -82,7 +82,7 @@ HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"
 
 
 RECORD = new_record(HOSTILE, crew=HOSTILE, phase=RecordPhase.STARTED, kickoff_id=HOSTILE)
-CREW = DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests")).crew
+CREW = crew_of(DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests")))
 ALERT = {"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
 TEXTS = {
     "uncertain": str(KickoffUncertainError(idempotency_key=HOSTILE, reason="x")),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.report import BatchProgress
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.cli import _output
 from prefect_crew.cli._output import Progress, SeenRun
 from prefect_crew.client.inputs import Inputs
@@ -27,7 +27,7 @@ def status(state: CrewState = CrewState.RUNNING, task: str | None = None, **fact
 
 def run(**fields: Any) -> LiveRun:
     stored = DeployedCrew(url="https://travel.example.com", token="token-1", **fields)  # type: ignore[arg-type]
-    crew = stored.crew.called("travel")
+    crew = crew_of(stored).called("travel")
     request = RunRequest.of(crew, Inputs.of({"who": "Ada Lovelace"}), RunOptions())
     return LiveRun(crew, "k1", request=request, owned=True)
 

@@ -10,6 +10,7 @@ import pytest
 from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK
@@ -22,7 +23,7 @@ GIVEN = {"city": "Lisbon", "password": "hunter22", "login": {"pin": SecretStr("4
 
 def crew(**fields: Any) -> Crew:
     block: dict[str, Any] = {"url": "https://crew.test", "token": SecretStr("the-token"), **fields}
-    return DeployedCrew(**block).crew
+    return crew_of(DeployedCrew(**block))
 
 
 def kept(given: dict[str, Any] = GIVEN, **fields: Any) -> Inputs:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from prefect_crew import CrewStep, PipelineFailedError, arun_pipeline
+from prefect_crew.blocks import crew_of
 from prefect_crew.pipelines.artifact import WIDTH, StepView, render_pipeline
 from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.testing import CrewServerFactory
@@ -96,8 +97,10 @@ def test_it_renders_as_meant_and_leads_to_the_runs(
     tmp_path: Path,
     ui: Literal["v1", "v2"],
 ):
-    crew = crew_server(script({"output": "{{ text }}", "seconds": 0.4}, inputs=["text"])).crew().crew.called("writer")
-    broken = crew_server(script({"fail": "the press is out of ink"})).crew().crew.called("press")
+    crew = crew_of(crew_server(script({"output": "{{ text }}", "seconds": 0.4}, inputs=["text"])).crew()).called(
+        "writer"
+    )
+    broken = crew_of(crew_server(script({"fail": "the press is out of ink"})).crew()).called("press")
     name = f"guide-{uuid.uuid4().hex[:6]}"
     steps = [
         CrewStep("research", crew, {"text": "on {{ topic }}"}),

@@ -17,6 +17,7 @@ from prefect.flow_runs import asuspend_flow_run
 from pydantic import SecretStr
 
 import prefect_crew as pc
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.redaction import MASK
 from prefect_crew.devserver import CrewServer
 from prefect_crew.pipelines import artifact as pages
@@ -210,7 +211,7 @@ async def test_a_crew_that_is_away_blocks_only_a_first_start(crew_server: CrewSe
 
 def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "ok"}, inputs=["text", "password"]))
-    crew = server.crew(secret_inputs=["password"]).crew.called("travel")
+    crew = crew_of(server.crew(secret_inputs=["password"])).called("travel")
     steps = [
         pc.CrewStep("write", crew, {"text": "{{ research.output }}", "password": "{{ code }}"}),
         pc.CrewStep("research", crew, {"text": "on {{ topic }}", "password": lambda _: "x"}),

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from pydantic import SecretStr
 
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records import resolve, store, variables
@@ -22,7 +22,7 @@ from proof.sim import prefect_api
 from proof.sim.prefect_api import SimPrefect
 
 RECORDS = PrefectRecords()
-CREW = DeployedCrew(url="https://c.test", token=SecretStr("t")).crew
+CREW = crew_of(DeployedCrew(url="https://c.test", token=SecretStr("t")))
 SILENT = mock.Mock(status=mock.AsyncMock(side_effect=CrewError("no answer")))
 """A client whose crew does not say what the run has used."""
 

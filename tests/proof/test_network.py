@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from prefect_crew.blocks import crew_of
 from prefect_crew.crew import WaitPolicy, fast_polling
 from prefect_crew.devserver import CrewServer
 from prefect_crew.devserver._faults import FAULTS
@@ -106,7 +107,7 @@ class RealGround:
         self.case = case
         self.server = server
         self.idempotency_key = idempotency_key
-        self.crew = server.crew(request_timeout=REQUEST_TIMEOUT, wait=POLICY).crew
+        self.crew = crew_of(server.crew(request_timeout=REQUEST_TIMEOUT, wait=POLICY))
         self.restarted = threading.Event()
 
     def break_it(self) -> None:

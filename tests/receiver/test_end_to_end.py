@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from prefect_crew import DeployedCrew, Review, WaitPolicy, arun_crew
+from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewScript, CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs.reviews.answer import resume_run
@@ -63,14 +64,14 @@ async def webhooks_of(key: str, *, at_least: int, named: str = "crew.webhook.") 
         wanted = len(events) + 1
 
 
-def crew_of(server: CrewServer, **fields: Any) -> DeployedCrew:
+def watched_crew(server: CrewServer, **fields: Any) -> DeployedCrew:
     return server.crew(wait=QUICK, **fields)
 
 
 @pytest.mark.parametrize(("generation", "faults"), [("first", []), ("later", ["webhook:double"])])
 async def test_a_run_tells_of_itself_once(generation: Any, faults: list[str], receiver: str, key: str):
     with CrewServer(CrewScript.model_validate(SCRIPT), generation=generation, faults=faults) as server:
-        result = await arun_crew(crew_of(server), {"customer": "ACME"}, idempotency_key=key)
+        result = await arun_crew(watched_crew(server), {"customer": "ACME"}, idempotency_key=key)
         await asyncio.sleep(2 * len(faults))
         (event,) = await webhooks_of(key, at_least=1)
     assert event["event"] == "crew.webhook.crew"
@@ -84,7 +85,7 @@ async def test_a_run_tells_of_itself_once(generation: Any, faults: list[str], re
 async def test_no_event_has_a_secret_input(receiver: str, key: str):
     script = {**SCRIPT, "tasks": [SCRIPT["tasks"][0], {**SCRIPT["tasks"][1], "human": True}]}
     with CrewServer(CrewScript.model_validate(script)) as server:
-        crew, review = crew_of(server, secret_inputs=["customer"]), Review(approve=True)
+        crew, review = watched_crew(server, secret_inputs=["customer"]), Review(approve=True)
         await arun_crew(crew, {"customer": "ACME"}, idempotency_key=key, review=lambda _: review)
         events = await webhooks_of(key, at_least=2)
     assert {event["event"] for event in events} == {"crew.webhook.human_input", "crew.webhook.crew"}
@@ -99,12 +100,12 @@ async def test_the_same_question_asked_again_is_reported_again(receiver: str, ke
         return (await webhooks_of(key, at_least=number, named="crew.webhook.human_input"))[-1]["payload"]
 
     with CrewServer(CrewScript.model_validate(script)) as server:
-        crew = crew_of(server)
+        crew = watched_crew(server)
         running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key))
         first = await question(1)
-        await resume_run(LiveRun(crew.crew, first["said"]["kickoff_id"]), feedback="again", approve=False)
+        await resume_run(LiveRun(crew_of(crew), first["said"]["kickoff_id"]), feedback="again", approve=False)
         second = await question(2)
-        await resume_run(LiveRun(crew.crew, first["said"]["kickoff_id"]), feedback="", approve=True)
+        await resume_run(LiveRun(crew_of(crew), first["said"]["kickoff_id"]), feedback="", approve=True)
         assert (await running).output == "what was written for ACME"
     assert (first["round"], second["round"]) == (0, 1)
     assert first["said"] == second["said"] != {}

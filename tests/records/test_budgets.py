@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL
 
 import prefect_crew as pc
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.prices import Price
 from prefect_crew.records import budgets as counters
@@ -561,7 +562,9 @@ async def test_a_batch_without_an_estimate_is_refused(crew_server: CrewServerFac
 
 
 async def test_a_rows_end_is_settled_once(crew_server: CrewServerFactory, name: str, tmp_path: Path):
-    crew = crew_server("echo").crew(budgets=[pc.Budget(max_tokens=400, estimate_tokens=100, per="day", name=name)]).crew
+    crew = crew_of(
+        crew_server("echo").crew(budgets=[pc.Budget(max_tokens=400, estimate_tokens=100, per="day", name=name)])
+    )
     async with Ledger(str(tmp_path / "ledger.db"), name) as ledger:
         waited = new_record(ledger.idempotency_key("a"), crew_url=crew.url)
         await counters.add_estimates(crew, waited)

@@ -19,6 +19,7 @@ from prefect.states import Scheduled
 
 from prefect_crew import CrewStep, aget_result, arun_crew, arun_pipeline, kickoff_crew
 from prefect_crew.artifacts.run import MarkdownArtifact
+from prefect_crew.blocks import crew_of
 from prefect_crew.exceptions import ConfigurationError, CrewError, RunNotFoundError
 from prefect_crew.records import keys as keys_module
 from prefect_crew.records.keys import render_key
@@ -233,8 +234,8 @@ async def test_a_long_step_name_is_cut_and_unique(server: Any):
     async def trip() -> None:
         for name in ("research", "check", f"{long}a", f"{long}b"):
             await arun_crew(crew, {"text": "a"}, name=name)
-        await arun_crew(crew.crew.called("travel"), {"text": "a"})
-        await arun_crew(crew.crew.called("travel"), {"text": "a"}, name="research")
+        await arun_crew(crew_of(crew).called("travel"), {"text": "a"})
+        await arun_crew(crew_of(crew).called("travel"), {"text": "a"}, name="research")
 
     await trip()
     research, check, *cut, travel, other = [key.split("/")[1] for key in keys(server)]

@@ -13,6 +13,7 @@ from prefect.runtime import flow_run as this_flow_run
 from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew, Webhooks, arun_crew, kickoff_crew
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import (
@@ -57,7 +58,7 @@ async def test_the_log_says_what_a_retry_finds(
     crew_server: CrewServerFactory, spec: Any, second: str, caplog: pytest.LogCaptureFixture
 ):
     server = crew_server(spec)
-    crew = server.crew(max_attempts=1).crew.called("travel")
+    crew = crew_of(server.crew(max_attempts=1)).called("travel")
 
     @flow(retries=1)
     async def trip() -> None:
@@ -357,7 +358,7 @@ async def test_a_failed_run_is_started_again_up_to_the_limit_and_then_raised_wit
     crew_server: CrewServerFactory,
 ):
     server, idempotency_key = crew_server(FAILS), key()
-    crew, errors = server.crew(max_attempts=2).crew.called("travel"), list[str]()
+    crew, errors = crew_of(server.crew(max_attempts=2)).called("travel"), list[str]()
     for _ in range(4):
         with pytest.raises(CrewFailedError, match="the search engine is down") as caught:
             await arun_crew(crew, idempotency_key=idempotency_key)

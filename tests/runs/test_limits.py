@@ -20,6 +20,7 @@ from prefect.states import Cancelling
 import prefect_crew as pc
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.batches.report import BatchProgress
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.store import PrefectRecords
@@ -105,7 +106,7 @@ async def test_a_batch_that_waits_for_a_slot_says_so(
     monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
     server, name, phases, flow_runs = crew_server(slow(0.1)), await limit(2), list[str](), list[Any]()
     crew = server.crew(concurrency_limit=name)
-    others = [await take_slots(crew.crew) for _ in range(2)]
+    others = [await take_slots(crew_of(crew)) for _ in range(2)]
     rows, about = [{"n": number} for number in range(3)], {"name": f"waits {name}", "export": f"{tmp_path}/o.jsonl"}
 
     def see(progress: BatchProgress) -> None:
@@ -140,7 +141,7 @@ async def test_a_batch_leaves_others_their_turn(
     monkeypatch.setattr(limits, "PASSED_ON", 0.3)
     server, name = crew_server(slow(0.2)), await limit(3)
     crew = server.crew(concurrency_limit=name)
-    other = await take_slots(crew.crew)  # it is held until the end: the batch begins with what there is
+    other = await take_slots(crew_of(crew))  # it is held until the end: the batch begins with what there is
     rows = [{"n": number} for number in range(30)]
     running = asyncio.ensure_future(pc.arun_batch(crew, rows, name=f"long {name}", export=f"{tmp_path}/out.jsonl"))
     await until(lambda: server.kickoffs >= 4, "the batch runs")
@@ -186,7 +187,7 @@ async def test_a_kicked_off_run_keeps_its_slot(crew_server: CrewServerFactory):
     await asyncio.sleep(0.3)
     assert (server.kickoffs, await held(name), second.done()) == (1, 1, False)
     (record,) = await PrefectRecords().attempts(str(first.idempotency_key))
-    await Slots(crew.crew, uuid.UUID(record.slot)).release()  # as the server does at its end
+    await Slots(crew_of(crew), uuid.UUID(record.slot)).release()  # as the server does at its end
     assert (await second).kickoff_id != first.kickoff_id
 
 
@@ -273,7 +274,7 @@ async def test_a_reattached_run_needs_no_slot(crew_server: CrewServerFactory):
     first, second = await asyncio.gather(
         *(pc.arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key) for _ in range(2))
     )
-    blocked = await take_slots(crew.crew)
+    blocked = await take_slots(crew_of(crew))
     assert blocked is not None
     third = await pc.arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key)
     assert first.kickoff_id == second.kickoff_id == third.kickoff_id
@@ -288,8 +289,8 @@ async def test_a_lost_slot_is_replaced_if_one_is_free(
     for is_taken in (False, True):
         run = await crew.atrigger({"a": 1})
         (record,) = await PrefectRecords().attempts(str(run.idempotency_key))
-        await Slots(crew.crew, uuid.UUID(record.slot)).release()
-        taken = await take_slots(crew.crew) if is_taken else None
+        await Slots(crew_of(crew), uuid.UUID(record.slot)).release()
+        taken = await take_slots(crew_of(crew)) if is_taken else None
         await run.await_for_completion()
         assert await held(name) == (taken is not None), "that of somebody else"
 
@@ -299,7 +300,7 @@ async def test_a_lease_is_renewed_and_its_loss_logged(
 ):
     monkeypatch.setattr(limits, "RENEW", 0.02)
     crew = crew_server("echo").crew(concurrency_limit=await limit(1))
-    slots = await take_slots(crew.crew)
+    slots = await take_slots(crew_of(crew))
     assert slots is not None
     async with slots.kept(), asyncio.timeout(20):
         await asyncio.sleep(0.2)

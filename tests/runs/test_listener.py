@@ -15,6 +15,7 @@ import respx
 from prefect import flow
 
 from prefect_crew import Price, Review, ReviewRequest, Webhooks, arun_crew
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import CrewResult, CrewStatus, TokenUsage
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.devserver import CrewScript, CrewServer
@@ -92,7 +93,7 @@ async def test_progress_is_seen_with_webhooks_as_without(receiver: str) -> None:
     seen: set[str | None] = set()
     with CrewServer(CrewScript.model_validate({"name": "steps", "inputs": [], "tasks": tasks})) as server:
         crew = replace(
-            server.crew(wait=OFTEN).crew, on_status=lambda _, status: seen.add(status and status.current_task)
+            crew_of(server.crew(wait=OFTEN)), on_status=lambda _, status: seen.add(status and status.current_task)
         )
 
         @flow

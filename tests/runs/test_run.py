@@ -13,7 +13,7 @@ from pydantic import BaseModel, SecretStr, field_validator, model_validator
 
 import prefect_crew as pc
 from prefect_crew.artifacts.run import render_run
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
 from prefect_crew.client.redaction import MASK
@@ -29,7 +29,7 @@ NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 
 
 def crew(**fields: Any) -> Crew:
-    return DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields).crew.called("travel")
+    return crew_of(DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields)).called("travel")
 
 
 def record(**fields: Any) -> RunRecord:

@@ -22,6 +22,7 @@ from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
 import prefect_crew as pc
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
@@ -600,7 +601,7 @@ async def test_runs_are_found_by_artifacts(crew_server: CrewServerFactory, monke
     await pc.kickoff_crew(server.crew())  # somebody else's
     flow_run_id, *kickoff_ids = await started(server)
     assert await open_ids(flow_run_id) == set(kickoff_ids)
-    await stop.stop_run(LiveRun(server.crew().crew, kickoff_ids[0]))
+    await stop.stop_run(LiveRun(crew_of(server.crew()), kickoff_ids[0]))
     assert await open_ids(flow_run_id) == {kickoff_ids[1]}
 
 

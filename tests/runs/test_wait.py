@@ -18,6 +18,7 @@ from pydantic import BaseModel, SecretStr
 import prefect_crew as pc
 from prefect_crew._internal import asyncio_tasks, prefect_api
 from prefect_crew.artifacts.run import artifact_key
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records import results
@@ -105,7 +106,7 @@ async def test_a_forgotten_run_is_lost(crew_server: CrewServerFactory):
 async def test_a_templated_key_has_one_record(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "done"}))
     options = RunOptions.of(idempotency_key=key() + "-{scheduled_start:%Y}")
-    run = await open_run(RunRequest.of(server.crew().crew, Inputs.of(None), options))
+    run = await open_run(RunRequest.of(crew_of(server.crew()), Inputs.of(None), options))
     first, looks = await wait_for_run(run, options), server.requests["status"]
     second = await wait_for_run(run, options)
     assert second.idempotency_key == first.idempotency_key == run.idempotency_key
@@ -188,7 +189,7 @@ async def test_a_record_is_read_again_at_the_end(crew_server: CrewServerFactory,
     crew = crew_server(script({"output": "done"})).crew()
     run = await crew.atrigger({})
     away_once(monkeypatch, "of_kickoff")
-    assert (await wait_for_run(LiveRun(crew.crew, run.kickoff_id))).idempotency_key == run.idempotency_key
+    assert (await wait_for_run(LiveRun(crew_of(crew), run.kickoff_id))).idempotency_key == run.idempotency_key
     assert (await record_of(run.kickoff_id)).phase is RecordPhase.ENDED
 
 
@@ -212,7 +213,7 @@ async def test_a_later_task_knows_the_kickoffs_inputs(
 
     monkeypatch.setattr(PrefectRecords, "_name_kickoff", not_named)
     tasks = ({"output": "a draft for {{ pin }}", "human": True}, {"output": "printed for {{ pin }}"})
-    crew = crew_server(script(*tasks, inputs=["pin"])).crew().crew.called(f"crew-{uuid.uuid4().hex[:8]}")
+    crew = crew_of(crew_server(script(*tasks, inputs=["pin"])).crew()).called(f"crew-{uuid.uuid4().hex[:8]}")
     kickoff_id = await trip()
     assert metas == [{"ticket": 7}]
     (artifact,) = await asyncio.to_thread(seen.artifacts, artifact_key(crew.label))
@@ -501,7 +502,7 @@ async def test_lasting_errors_end_the_wait(crew_server: CrewServerFactory):
 
 async def shown(seen: Seen, server: CrewServer, crew: pc.DeployedCrew) -> str:
     """Return the page of the only run of a server, "" where it has none."""
-    pages = await asyncio.to_thread(seen.artifacts, artifact_key(crew.crew.label))
+    pages = await asyncio.to_thread(seen.artifacts, artifact_key(crew_of(crew).label))
     ids = [run.id for run in server.runs]
     return next((page["data"] for page in pages if ids and ids[0] in page["description"]), "")
 

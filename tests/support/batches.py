@@ -23,6 +23,7 @@ from prefect_crew.batches.dataset import Dataset, open_dataset
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.rows import RowJob, RowPlan
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import Crew
@@ -30,7 +31,7 @@ from prefect_crew.records.model import RunRecord
 from support.postgres import Postgres
 from support.records import new_record
 
-CREW = DeployedCrew(url="https://crew.example", token="token").crew  # type: ignore[arg-type]
+CREW = crew_of(DeployedCrew(url="https://crew.example", token="token"))  # type: ignore[arg-type]
 
 
 class Batches:

@@ -24,7 +24,7 @@ import httpx
 from prefect.exceptions import PrefectException
 from pydantic import SecretStr
 
-from prefect_crew.blocks import DeployedCrew
+from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.inputs import Inputs
@@ -136,14 +136,16 @@ class World:
 
     def _crew(self, token: str) -> Crew:
         budget = self.scenario.budget
-        return DeployedCrew(
-            url=f"https://{HOST}",
-            token=SecretStr(token),
-            request_timeout=REQUEST_TIMEOUT,
-            max_attempts=self.scenario.max_attempts,
-            wait=self.policy,
-            budgets=[] if budget is None else [Budget(max_kickoffs=budget, per="month", name="b")],
-        ).crew
+        return crew_of(
+            DeployedCrew(
+                url=f"https://{HOST}",
+                token=SecretStr(token),
+                request_timeout=REQUEST_TIMEOUT,
+                max_attempts=self.scenario.max_attempts,
+                wait=self.policy,
+                budgets=[] if budget is None else [Budget(max_kickoffs=budget, per="month", name="b")],
+            )
+        )
 
     async def reloaded(self, crew: Crew) -> Crew | None:
         """Stand in for reading the stored block."""

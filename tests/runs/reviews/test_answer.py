@@ -14,6 +14,7 @@ import pytest
 from prefect import flow
 
 import prefect_crew as pc
+from prefect_crew.blocks import crew_of
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RunRecord
@@ -72,7 +73,7 @@ async def test_an_uncertain_answer_is_not_sent_again() -> None:
             await run_of(crew, judge, retries=1)
         record = (await PrefectRecords().attempts(crew.url))[-1]
         with pytest.raises(pc.CrewError, match="not sent again automatically"):
-            await resume_run(LiveRun(crew.crew, str(record.kickoff_id)), feedback="", approve=True)
+            await resume_run(LiveRun(crew_of(crew), str(record.kickoff_id)), feedback="", approve=True)
         assert len(server.resumes) == 1
         assert asked == [1], "nobody is asked what could not be answered"
         assert [one.outcome for one in await answers(crew)] == ["uncertain"]
@@ -105,9 +106,9 @@ async def test_time_alone_makes_no_question_for_functions() -> None:
         assert (asked, len(server.resumes)) == ([(1, {"ticket": 7})], 1)
         kickoff_id = str((await PrefectRecords().attempts(crew.url))[-1].kickoff_id)
         with pytest.raises(pc.CrewError, match="still shows the same question"):
-            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
+            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)
         soon = pc.DeployedCrew(url=crew.url, token="secret-token", wait=pc.WaitPolicy(next_round_after=0.2))
-        await resume_run(LiveRun(soon.crew, kickoff_id), feedback="", approve=True)
+        await resume_run(LiveRun(crew_of(soon), kickoff_id), feedback="", approve=True)
         assert len(server.resumes) == 2
 
 
@@ -147,7 +148,7 @@ async def test_one_of_several_answers_is_sent(on_record: bool) -> None:
     async with asking(lag=30) as (server, crew):
         async with crew.client() as client:
             kickoff_id = await _kicked_off(crew) if on_record else await client.kickoff({})
-        answered = [resume_run(LiveRun(crew.crew, kickoff_id), feedback=str(n), approve=True) for n in range(5)]
+        answered = [resume_run(LiveRun(crew_of(crew), kickoff_id), feedback=str(n), approve=True) for n in range(5)]
         outcomes = await asyncio.gather(*answered, return_exceptions=True)
         assert len(server.resumes) == 1
         assert sum(isinstance(one, pc.CrewError) for one in outcomes) == 4, outcomes
@@ -161,7 +162,7 @@ async def test_unread_answers_send_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         kickoff_id = await _kicked_off(crew)
         monkeypatch.setattr(PrefectRecords, "reviews", away)
         with pytest.raises(pc.CrewError, match="Nothing was sent"):
-            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
+            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)
         assert server.resumes == []
 
 
@@ -253,8 +254,8 @@ async def test_secret_inputs_keep_no_webhook_output(receiver: str) -> None:
             with pytest.raises(pc.CrewTimeoutError):
                 await reviewed(crew, None, f"{key}/{expected}", human_timeout=8)
 
-            async def same(_: Any, crew: Crew = crew.crew) -> Crew:
-                return crew
+            async def same(_: Any, crew: pc.DeployedCrew = crew) -> Crew:
+                return crew_of(crew)
 
             waiting = await list_open_questions([PrefectRecords()], same)
             (question,) = [one for record, one in waiting if record.idempotency_key == f"{key}/{expected}"]

@@ -17,6 +17,7 @@ from prefect import flow
 from starlette.types import Receive, Scope, Send
 
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
+from prefect_crew.blocks import crew_of
 from prefect_crew.client._callbacks import parse_question
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer, ReviewWebhook
@@ -146,7 +147,7 @@ async def test_an_uncertain_answer_is_held(hook: ReviewWebhook) -> None:
         kickoff_id = await _kicked_off(crew, key)
 
         async def same(_: Any) -> Crew:
-            return crew.crew
+            return crew_of(crew)
 
         question = await listed(key, same)
         assert (question.options, question.output, question.task_id) == (OPTIONS, "Draft. ", "publish")
@@ -158,14 +159,14 @@ async def test_an_uncertain_answer_is_held(hook: ReviewWebhook) -> None:
         assert question.task_id == "publish"
         assert "was not asked" in str(question.withheld), "a crew that is not stored cannot be asked"
         with pytest.raises(ConfigurationError, match="continues with one of: approve, needs_revision"):
-            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=False)
+            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=False)
         assert server.requests["resume"] == 0
         with pytest.raises(CrewError) as raised:
-            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
+            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)
         url = await callback_of(kickoff_id)
         assert url.rpartition("/")[2] not in str(raised.value)
         with pytest.raises(CrewError, match="not sent again automatically"):
-            await resume_run(LiveRun(crew.crew, kickoff_id), feedback="", approve=True)
+            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)
         assert server.requests["resume"] == 1
 
 
@@ -177,7 +178,7 @@ async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook) -
         async with httpx.AsyncClient(trust_env=False) as client:
             assert (await client.post(url, json={"feedback": "approve"})).status_code == 200
         with pytest.raises(CrewError, match="409"):
-            await resume_run(LiveRun(server.crew().crew, kickoff_id), feedback="", approve=True)
+            await resume_run(LiveRun(crew_of(server.crew()), kickoff_id), feedback="", approve=True)
         assert await kept(kickoff_id) is None
         assert await PrefectRecords().reviews((await PrefectRecords().attempts(key))[0]) == []
 

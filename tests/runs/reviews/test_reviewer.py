@@ -16,6 +16,7 @@ from prefect.runtime import flow_run as this_flow_run
 from prefect.settings import PREFECT_API_URL
 
 import prefect_crew as pc
+from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import utcnow
@@ -201,7 +202,9 @@ async def test_nobody_in_time_rejects_an_unknown_question(
     """What is to be judged may come by a webhook: a wait that begins after people's time is over holds back a while."""
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.5)
     server = crew_server(Asking())
-    opened = await open_run(RunRequest.of(server.crew().crew, Inputs.of({}), RunOptions(idempotency_key=server.url)))
+    opened = await open_run(
+        RunRequest.of(crew_of(server.crew()), Inputs.of({}), RunOptions(idempotency_key=server.url))
+    )
     await until(lambda: server.runs[0].state == "waiting", "it asks")
     assert opened.record is not None
     opened.record.has_webhooks = True
@@ -225,7 +228,9 @@ async def test_a_filled_form_is_kept_for_an_unknown_run(
     crew_server: CrewServerFactory,
 ) -> None:
     server = crew_server(SCRIPT)
-    opened = await open_run(RunRequest.of(server.crew().crew, Inputs.of({}), RunOptions(idempotency_key=server.url)))
+    opened = await open_run(
+        RunRequest.of(crew_of(server.crew()), Inputs.of({}), RunOptions(idempotency_key=server.url))
+    )
     await until(lambda: server.runs[0].state == "waiting", "it asks")
     async with opened.session as session:
         people = People(opened, pc.WaitPolicy(), None, stop=AsyncMock())
