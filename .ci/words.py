@@ -1,7 +1,7 @@
 """Find sentences and names that a reader has to read twice: `make lint` runs it, CONTRIBUTING.md says how to write.
 
     python .ci/words.py                    every file of README.md, CONTRIBUTING.md, docs/ and prefect_crew/
-    python .ci/words.py prefect_crew/cli   the files of a folder, those on the list LEFT too
+    python .ci/words.py prefect_crew/cli   the files of a folder
     python .ci/words.py --count            the number of words of each page of docs/
 
 It prints each hit as file:line, and returns 1 if there is a hit, or if the pages have more than MOST words.
@@ -14,16 +14,12 @@ import io
 import re
 import sys
 import tokenize
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs", "prefect_crew")
-
-LEFT = ("prefect_crew/records", "prefect_crew/runs")
-"""Files and folders that still have hits. The list only gets shorter: mend a file, and take it off."""
 
 MOST = 30_000
 """Words of all pages of the site, without the parts that are made from the code."""
@@ -199,30 +195,19 @@ def files_of(place: str) -> Iterator[Path]:
     yield from (file for file in files if file.suffix in {".py", ".md"})
 
 
-def _is_in(path: str, places: Iterable[str]) -> bool:
-    return any(path == place or path.startswith(f"{place}/") for place in places)
-
-
 def main(arguments: list[str]) -> int:
     """Print the hits, and return 1 if there are any."""
     places = [argument for argument in arguments if argument != "--count"]
-    hits, left, words, report = list[Hit](), Counter[str](), 0, list[str]()
+    hits, words, report = list[Hit](), 0, list[str]()
     for file in [file for place in places or PLACES for file in files_of(place)]:
         path = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else str(file)
         text = file.read_text(encoding="utf-8")
-        of_file = hits_in(path, text)
-        rooms = [place for place in LEFT if _is_in(path, [place])]
-        if places or not rooms:
-            hits += of_file
-        else:
-            left[rooms[0]] += len(of_file)
+        hits += hits_in(path, text)
         if path.startswith("docs/") and path.endswith(".md") and path != "docs/internals.md":
             words += words_of(text)
             if "--count" in arguments:
                 report.append(f"{words_of(text):6,} {path}")
     report += [str(hit) for hit in hits]
-    if left:
-        report.append(f"Not checked yet: {', '.join(f'{place} ({number})' for place, number in left.items())}")
     if words > MOST:
         report.append(f"docs/ has too many words, {words - MOST:,} of them: cut facts that another page has")
     report.append(f"{len(hits) or 'No'} hits of words; the pages of docs/ have {words:,} words, of {MOST:,}")

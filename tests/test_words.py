@@ -10,8 +10,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / ".ci" / "words.py"
+SCRIPT = Path(__file__).parents[1] / ".ci" / "words.py"
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +51,6 @@ def test_hits_of_a_file(words: ModuleType, file: str, text: str, lines: list[int
 def test_hit_names_place_and_better_words(words: ModuleType):
     (hit,) = words.hits_in("docs/a.md", "Text.\nA worker adopts it.")
     assert str(hit) == 'docs/a.md:2: "adopts" (adopt): say take over'
-
-
-def test_files_left_exist(words: ModuleType):
-    assert not [place for place in words.LEFT if not (ROOT / place).exists()]
 
 
 def test_generated_parts_are_not_read(words: ModuleType):

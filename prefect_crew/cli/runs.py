@@ -392,7 +392,7 @@ async def prune(
         done = await prune_records(records, older_than=older_than, share=SHARE)
     verb = "would be removed" if dry_run else "removed"
     sentence = (
-        f"{done.runs} records {verb}. {done.kept} as old stay: their runs are open, or flow runs may ask for them."
+        f"{done.runs} records {verb}. {done.kept} of this age stay: their runs are open, or flow runs may ask for them."
     )
     _output.put(sentence, json=output and {**vars(done), "dry_run": dry_run})
 

@@ -96,7 +96,7 @@ async def _no_estimate(crew: Crew, period: BudgetPeriod) -> ConfigurationError:
 
 
 async def _latest_use(crew: Crew, measure: str) -> list[float]:
-    """Return the use of a crew's latest runs, without runs that reported none; empty if the Prefect API is away."""
+    """Return the use of a crew's latest runs that reported it; empty if the Prefect API cannot be reached."""
     amounts, count = list[float](), 0
     with suppress(*PREFECT_ERRORS):
         async for end in PrefectRecords().ended_since(utcnow() - LOOK_BACK):
@@ -114,7 +114,7 @@ async def add_estimates(crew: Crew, record: RunRecord) -> None:
     Raises:
         BudgetExceededError: A budget has no room. Nothing stays counted.
         ConfigurationError: A budget has no estimate.
-        PREFECT_ERRORS: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
     """
     try:
         for period in _periods(crew, crew.batch or record.flow_run_id or record.idempotency_key, record.claimed_at):
@@ -174,7 +174,7 @@ def corrections(record: RunRecord) -> dict[str, int]:
 
 
 async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> dict[str, int]:
-    """Change counters as far as their limits allow. Return the change of each counter, in slots.
+    """Change counters within their limits. Return the change of each counter, in slots.
 
     It logs errors of Prefect and does not raise them: the run has ended, or was refused.
     """

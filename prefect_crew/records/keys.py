@@ -265,7 +265,7 @@ class _Calls:
 
     root: _Root | None = None
     counts: defaultdict[str, count[int]] = field(default_factory=lambda: defaultdict(lambda: count(1)))
-    given: defaultdict[tuple[object, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
+    numbers: defaultdict[tuple[object, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
     repeated: defaultdict[tuple[_Attempts, str], int] = field(default_factory=lambda: defaultdict(int))
     children: defaultdict[tuple[_Attempts, str, str], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -280,11 +280,11 @@ class _Calls:
         with self.lock:
             if not callers:
                 return next(self.counts[base])
-            place: list[tuple[str, int]] = []  # for each inner task: its key, and its order among its like
+            place: list[tuple[str, int]] = []  # for each inner task: its key, and its number among tasks of that key
             for level, task in enumerate(callers[1:], start=1):
                 siblings = self.children[callers[:level], task.task_key, base]
                 place.append((task.task_key, siblings.setdefault(task.task_run_id, len(siblings))))
-            numbers = self.given[callers[0].task_run_id, tuple(place), base]
+            numbers = self.numbers[callers[0].task_run_id, tuple(place), base]
             at = self.repeated[callers, base]
             self.repeated[callers, base] += 1
             if at == len(numbers):

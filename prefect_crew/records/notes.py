@@ -7,7 +7,7 @@ token is in a block as well. Each block is read by its exact name:
 - `crew-question-KEY-ATTEMPT-ANSWERS` is the output to judge after so many answers, of a human-input webhook.
 - `crew-question-RUN` is the question of a Flow. A Flow waits for one answer at a time, so a later question replaces it.
 
-Every function raises one of PREFECT_ERRORS if the Prefect API is away or refuses.
+Every function raises one of PREFECT_ERRORS if the Prefect API cannot be reached or refuses.
 """
 
 from __future__ import annotations

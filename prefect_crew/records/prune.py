@@ -3,7 +3,7 @@
 `prune` walks through the server's Variables from the longest unchanged one on, by the server's index of changes, and
 stops at the first page with a young Variable. It never holds more than one page.
 
-Everything here raises one of PREFECT_ERRORS if the Prefect API is away or refuses.
+Everything here raises one of PREFECT_ERRORS if the Prefect API cannot be reached or refuses.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ GONE = inf
 def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mapping[str, float]) -> list[RunRecord]:
     """Return the records to delete: of keys whose attempts, and their flow runs, all ended long enough ago. Pure.
 
-    The first attempt at a key comes last: as long as it exists, no caller claims it anew below later attempts.
+    The first attempt at a key comes last: while it exists, no caller claims its number again below later attempts.
 
     Args:
         records: All attempts at some keys.
@@ -218,10 +218,10 @@ async def prune(
         )
         kept += len(records) - len(going)
         if not dry_run:
-            orphans = {*await without_claim(claims_named_in(old))}
-            for ref in orphans:
+            leftovers = {*await without_claim(claims_named_in(old))}
+            for ref in leftovers:
                 await delete_variable(ref)
-            walk.deleted(variable for variable in old if variable.id in orphans)
+            walk.deleted(variable for variable in old if variable.id in leftovers)
         await pace.pause()
         for key, theirs in Counter(record.idempotency_key for record in going).items():
             # Read the whole key again: the page has only some of its attempts, and a call may have used the key since.
@@ -249,14 +249,14 @@ async def _prune_key(store: PrefectRecords, key: str, older_than: timedelta, wal
 
 
 async def prune_regularly(log: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
-    """Prune every few hours as long as a worker lives. After a failure, the next round tries again."""
+    """Prune every few hours as long as a worker lives. A prune that fails is tried again hours later."""
     seconds = random.uniform(0.02, 1.0) * FIRST_WITHIN  # noqa: S311  no secret depends on it
     while True:
         await asyncio.sleep(seconds)
         try:
             pruned = await prune(PrefectRecords())
             if pruned.runs:
-                log.info("%d old run records were removed, %d as old stay.", pruned.runs, pruned.kept)
+                log.info("%d old run records were removed, %d others of this age stay.", pruned.runs, pruned.kept)
         except PREFECT_ERRORS as error:
             log.debug("Old run records are not removed now: the Prefect server does not answer (%s).", error)
         except Exception:  # nobody awaits this task, which lives as long as its worker: the log gets the traceback

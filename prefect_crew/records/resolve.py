@@ -114,8 +114,8 @@ async def in_flight(name: str, records: RecordStore) -> RunRecord:
         CrewError: There is none.
     """
     attempts = await records.attempts(name)
-    if not attempts and (held := await records.of_kickoff(name)):
-        attempts = [held]
+    if not attempts and (holder := await records.of_kickoff(name)):
+        attempts = [holder]
     started = [attempt for attempt in attempts if attempt.phase is RecordPhase.STARTED]
     if not started:
         latest = latest_start(attempts) or (attempts[-1] if attempts else None)
@@ -235,7 +235,7 @@ async def resolve_from_webhook(
         load: Finds the crew for the status call.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
     """
     record = attempt_of(await records.attempts(idempotency_key), attempt)
     if record is None or not record.is_unresolved:

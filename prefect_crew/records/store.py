@@ -77,7 +77,7 @@ VALUE_LIMIT = 4900
 MOST_ATTEMPTS = 64
 """The most attempts of one idempotency key on record: one request reads them all. When a key has half as many, a new
 claim first deletes the last attempts that did not start."""
-VERDICT_STANDS = 3600.0
+RESOLUTION_STANDS = 3600.0
 """Seconds for which an attempt that somebody other than its owner declared as not started stays on record at least."""
 TRIES = 5
 """Attempts to create the Variable of a kickoff id, or the end of a run, while others change the same names."""
@@ -235,7 +235,7 @@ def _is_unused(record: RunRecord) -> bool:
     somebody else prevents that a living owner takes a permit, so it has to stay for some time.
     """
     is_given_back = record.strongest is None or record.strongest.owner == record.owner
-    return record.phase is RecordPhase.NOT_STARTED and (is_given_back or record.idle > VERDICT_STANDS)
+    return record.phase is RecordPhase.NOT_STARTED and (is_given_back or record.idle > RESOLUTION_STANDS)
 
 
 def _is_gone(error: Exception) -> bool:
@@ -304,7 +304,7 @@ class PrefectRecords:
     """The record store on the Prefect server. Its methods may be called from any event loop.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API is away or refuses. `save` and `end` repeat their request for five minutes.
+        PREFECT_ERRORS: The Prefect API cannot be reached or refuses. `save` and `end` try for five minutes.
     """
 
     async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
@@ -352,9 +352,9 @@ class PrefectRecords:
     async def withdraw(self, record: RunRecord) -> None:
         """Delete a claim for which nobody has asked a permit. Its number is then free again.
 
-        The DELETE request is sent once, and again by a caller whose event loop ended meanwhile. If its answer is lost,
-        the request may still arrive later. It names this claim by its id, and nobody sends a kickoff for this claim any
-        more. Until then the claim says that nothing started.
+        The DELETE request is sent once, and again by a caller whose event loop ended before the answer. If its answer
+        is lost, the request may still arrive later. It names this claim by its id, and nobody sends a kickoff for this
+        claim any more. Until then the claim says that nothing started.
         """
         try:
             async with get_client() as client:
@@ -422,11 +422,11 @@ class PrefectRecords:
         return True
 
     async def end(self, record: RunRecord, **end: Any) -> bool:
-        """Create the end in a run's log. Repeat the request for five minutes while the Prefect API is away.
+        """Create the end in a run's log. Repeat the request for five minutes while the Prefect API does not answer.
 
-        Return False if the log has an end: the record then gets that one. No later entry undoes an end. If another
-        entry has the number, the end gets the next one, also after a person's resolution that the run is lost. A result
-        that is too large for the end is stored first, as an artifact whose id the end holds.
+        Return False if the log has an end: the record then gets that end. No later entry undoes an end. If another
+        entry has its number, the end gets the next number, also after a person's resolution that the run is lost. A
+        result that is too large for the end is stored first, as an artifact whose id the end holds.
         """
         about = record.model_dump(include={"idempotency_key", "attempt", "crew", "crew_url", "flow_run_id"})
         entry = Entry(owner=str(uuid4()), **about, **resolution(record, RecordPhase.ENDED, **end))
@@ -464,7 +464,7 @@ class PrefectRecords:
             await patch_variable(str(record.ref), {"tags": [TAG]}, urgency=Urgency.SHOW, give_up_after=UNLIST_FOR)
 
     async def save(self, record: RunRecord) -> None:
-        """Write the outcome of a run. Repeat the request for five minutes while the Prefect API is away.
+        """Write the outcome of a run. Repeat the request for five minutes while the Prefect API does not answer.
 
         The outcome is written to the strongest entry. A claim without an entry, that its owner gives back, takes it
         itself.

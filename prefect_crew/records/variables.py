@@ -1,6 +1,6 @@
 """Variables of the Prefect server, read by its indexes: exact names, ids, and the time of the last change.
 
-Every function raises one of PREFECT_ERRORS if the Prefect API is away or refuses.
+Every function raises one of PREFECT_ERRORS if the Prefect API cannot be reached or refuses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RETRIED_BY_CLIENT = (408, 429, 502, 503)
 OVERLAP = 5
 """Variables at the end of a page by change that the next page repeats: so a gap between two pages is noticed."""
 SAVE_FOR = 300.0
-"""Seconds for which a change is repeated while the Prefect API is away."""
+"""Seconds for which a change is repeated while the Prefect API does not answer."""
 
 
 class Variable(NamedTuple):
@@ -79,7 +79,7 @@ async def create_variable(
     """Create a Variable and return its id. Return None if the name is taken, perhaps by our own lost request.
 
     A busy server has done nothing, so the request is repeated soon. After other errors Prefect's client repeats it.
-    `is_patient`: the request is repeated for five minutes while the Prefect API is away.
+    `is_patient`: the request is repeated for five minutes while the Prefect API does not answer.
     """
     path = "/variables/"
     async with get_client() as client:
@@ -104,7 +104,7 @@ async def create_variable(
 async def patch_variable(
     ref: str, body: Mapping[str, Any], *, urgency: Urgency = Urgency.CONTINUE, give_up_after: float | None = None
 ) -> None:
-    """Change the Variable with this id. Repeat the request for five minutes while the Prefect API is away."""
+    """Change the Variable with this id. Repeat the request for five minutes while the Prefect API does not answer."""
     async with get_client() as client:
         change: dict[str, Any] = {"json": body, "give_up_after": give_up_after or SAVE_FOR, "urgency": urgency}
         await request_soon(client, "PATCH", f"/variables/{ref}", **change)

@@ -131,7 +131,7 @@ class _Start:
                         "before its kickoff could be sent. The Prefect API answers too slowly, or this machine sleeps. "
                         "Fix that, then run again with the same key."
                     ) from None
-                run_logger().warning("Run %s: %s What is on record now counts.", key, lost)
+                run_logger().warning("Run %s: %s The attempts on record now count.", key, lost)
             else:
                 return decision, record
 
@@ -152,7 +152,7 @@ class _Start:
             if decision.starts:
                 if await self._claim(attempts):
                     return decision
-                # The next round reads the claim that has the name. The pause is for an API that refuses a name and does
+                # The next pass reads the claim that has the name. The pause is for an API that refuses a name and does
                 # not show its Variable.
                 await asyncio.sleep(delay)
             elif record is None:
@@ -257,7 +257,7 @@ class _Start:
                 raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
             if self.request.is_row:  # a batch has checked the inputs of all its rows, and a row has counted already
                 return
-            # After the claim, and not beside `confirm`: for a run that is found, it costs the crew's server no request.
+            # After the claim, and not during `confirm`: for a run that is found, it costs the crew's server no request.
             await check_inputs(self.session, self.request)
             if self.request.crew.budgets:
                 with self.work.uncut():
@@ -429,7 +429,7 @@ async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: s
     A proxy that caches or deduplicates requests may answer two kickoffs with one id: only one record keeps it.
     """
     run = record.kickoff_id
-    record.reason = f"the crew's server answered with run {run}, which is that of idempotency key {other!r}"
+    record.reason = f"the crew's server answered with run {run}, which belongs to idempotency key {other!r}"
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
     await _save(record, records.save)
     count_uncertain(record)
@@ -468,7 +468,7 @@ def _loop_ends(error: BaseException) -> bool:
 
 
 async def _save(record: RunRecord, write: Callable[[RunRecord], Awaitable[T]]) -> T | None:
-    """Write a record by a method of its store. Repeat that if the event loop ended meanwhile: it cancels tasks once.
+    """Write a record by a method of its store. Repeat that if the event loop ends: it cancels tasks once.
 
     If the Prefect API fails, log an error with the command that resolves the run, and return None. The record then
     stays a claim, and later calls treat it as uncertain: they start nothing.

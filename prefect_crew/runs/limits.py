@@ -75,8 +75,8 @@ class Slots:
 
     @asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
-        """Renew the lease until the end of the block. If the Prefect API is away, the block goes on: so do the runs at
-        the crew's server."""
+        """Renew the lease until the end of the block. If the Prefect API does not answer, the block goes on, since the
+        runs do."""
         renewing = asyncio.create_task(self._renew_on())
         try:
             yield
@@ -133,7 +133,7 @@ class SlotPool:
 
         Raises:
             ConfigurationError: The limit does not exist any more, or it allows no run.
-            httpx.HTTPError, PrefectException: The Prefect API is away.
+            httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
         """
         if self._crew.concurrency_limit is None or row in self._held:
             return True

@@ -1,4 +1,4 @@
-"""End the pauses of waits early, when a webhook has come: one listener a process, however many runs it waits for.
+"""End the pauses of waits early when a webhook comes. A process has one listener for all its runs.
 
 It asks the receiver, which answers within milliseconds. A webhook proves nothing and may never come: it only brings the
 next status call forward. Polls go on as the policy says, so no end is seen later than without webhooks.
@@ -31,19 +31,19 @@ from prefect_crew.webhooks import ASKED, CALLED, COMPLETED, is_prefect_cloud, la
 KEPT = 300.0  # seconds for which a webhook is remembered for a waiter that begins to wait after it
 MOST_KEPT = 10_000  # runs of which webhooks are remembered
 AWAY = (1.0, 2.0, 5.0)
-"""Seconds before the receiver is asked again after each failure in a row; the last counts for all further ones."""
+"""Seconds before the receiver is asked again, after each failure in a row; the last one for all further failures."""
 ANSWER_WITHIN = 30.0  # seconds for an answer of the receiver, which holds it back for ten while there is nothing to say
 USAGE_WITHIN = 0.5
-"""Seconds for which the end of a run waits for the webhooks that may tell its tokens, where its status does not."""
+"""Seconds for which the end of a run waits for a webhook with its tokens, if its status has none."""
 SILENT = 600.0
-"""Seconds for which nothing waits for them any more after they were waited for in vain, by crew."""
+"""Seconds after a wait for tokens in vain, within which no run of the same crew waits for them."""
 _TELLING = {COMPLETED, "crew.webhook.stream.crew_kickoff_completed"}
-"""The webhooks of a completed run that may tell its tokens."""
+"""The webhooks of a completed run that may have its tokens."""
 Question = tuple[int, int]  # the attempt at the idempotency key, and how many answers of people came before, modulo 256
 
 
 class Waker:
-    """Ends the pauses of one waiter. Of the event loop that made it."""
+    """Ends the pauses of one waiter, on the event loop that made it."""
 
     def __init__(self, hub: _Hub, idempotency_key: str, crew: str, *, calls: bool = False) -> None:
         self._hub = hub
@@ -56,7 +56,7 @@ class Waker:
         self._asked: set[Question] = set()
 
     def wake(self, question: Question | None = None, *, ends_pause: bool = True) -> None:
-        """Tell of a webhook; from any thread. `question`: what a person is asked, if the webhook says that."""
+        """Report a webhook, from any thread. `question`: the question that it brings, if any."""
         if question is not None:
             self._asked.add(question)
         if ends_pause or self._has_ended:
@@ -66,15 +66,14 @@ class Waker:
     def has_question_after(self, attempt: int, answers: int) -> bool:
         """Return whether a webhook reported a question that came after so many answers of people in this attempt.
 
-        Each answer brings new URLs, which hold how many there were: so this is not a late delivery of the question
-        before.
+        Each answer brings new URLs, with the number of answers: so this is no late delivery of the earlier question.
         """
         return (attempt, answers % 256) in self._asked
 
     async def with_usage(self, status: CrewStatus) -> CrewStatus:
-        """Return the status of an ended run with the tokens that webhooks reported, where it has none itself.
+        """Return the status of an ended run. If it has no tokens, it gets the tokens that webhooks reported.
 
-        They are waited for a moment, while one of them is still to come that may tell.
+        If a webhook with tokens may still come, this waits for a moment.
         """
         if not status.state.ended:
             return status
@@ -90,7 +89,7 @@ class Waker:
         return status.model_copy(update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models})
 
     def _may_hear_more(self, status: CrewStatus) -> bool:
-        """Return whether a webhook may still tell the tokens of an ended run."""
+        """Return whether a webhook with the tokens of an ended run may still come."""
         tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
         if status.usage or not self._hub.may_hear_of(self._crew):
             return False
@@ -99,7 +98,7 @@ class Waker:
         return status.state is CrewState.COMPLETED and not (tokens.usage or tokens.heard >= _TELLING)
 
     async def pause(self, seconds: float) -> bool:
-        """Sleep, until a webhook comes at the longest; True if one did."""
+        """Sleep for some seconds, or until a webhook comes. Return True for a webhook."""
         try:
             async with asyncio.timeout(seconds):
                 await self._event.wait()
@@ -112,10 +111,10 @@ class Waker:
 
 @dataclass
 class _Tokens:
-    """What webhooks reported of the tokens of one run: in all, by its crews, by the models that were called.
+    """The tokens of one run in its webhooks: of the whole run, of its crews, and of each model.
 
-    The crew's own webhook has those of the whole run. An event of the stream has those of one crew, of which a Flow may
-    run several, or of one call of a model.
+    The crew's own webhook has the tokens of the whole run. An event of the stream has the tokens of one crew, of which
+    a Flow may run several, or of one call of a model.
     """
 
     whole: TokenUsage | None = None
@@ -126,7 +125,7 @@ class _Tokens:
 
     @property
     def usage(self) -> TokenUsage | None:
-        """The one that says most: calls tell what went in and out, yet some of them may be missing."""
+        """The count with the most detail: calls distinguish prompts and completions, but some calls may be missing."""
         whole = self.whole or self.crews
         if whole is not None and (whole.prompt_tokens is not None or not self.has_all_calls):
             return whole
@@ -134,12 +133,12 @@ class _Tokens:
 
     @property
     def has_all_calls(self) -> bool:
-        """Whether the calls of models come to as much as is known in all."""
+        """Whether the calls of models add up to the known total."""
         whole, called = self.whole or self.crews or TokenUsage(), TokenUsage.sum(self.models.values())
         return called is not None and (called.total_tokens or 0) >= (whole.total_tokens or 0)
 
     def add(self, name: str, body: Mapping[str, Any]) -> None:
-        """Take up a webhook, once."""
+        """Add the tokens of a webhook. Call it once for each."""
         self.heard.add(name)
         usage, model = tokens_of(body), body.get("model")
         if name == COMPLETED:
@@ -153,7 +152,7 @@ class _Tokens:
 
 @dataclass
 class _Run:
-    """What webhooks reported about the runs of one key. `tokens` by kickoff id."""
+    """The webhooks about the runs of one key. `tokens` by kickoff id."""
 
     wakers: set[Waker] = field(default_factory=set[Waker])
     notified_at: float = float("-inf")
@@ -162,11 +161,11 @@ class _Run:
 
 
 class _ReceiverError(Exception):
-    """The receiver did not say which webhooks came; the text says what it does instead."""
+    """The receiver did not return its webhooks. The text continues "The webhook receiver"."""
 
 
 async def _ask(client: httpx.AsyncClient, url: str, cursor: str) -> dict[str, Any]:
-    """Return what the receiver says about the webhooks after a cursor, with the cursor after them."""
+    """Return the receiver's answer: the webhooks after a cursor, and the cursor after them."""
     try:
         answer = await client.get(url, params={"after": cursor})
         body = as_object(answer.json()) if answer.is_success else {}
@@ -182,7 +181,7 @@ async def _ask(client: httpx.AsyncClient, url: str, cursor: str) -> dict[str, An
 
 
 class _Hub:
-    """What the receiver reports, read in a thread of its own since waiters come from many event loops."""
+    """Reads the receiver's webhooks in a thread of its own, since waiters are on many event loops."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -247,11 +246,11 @@ class _Hub:
             return deepcopy(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
 
     def may_hear_of(self, crew: str) -> bool:
-        """Return whether webhooks reach this process, and those about a crew's runs tell tokens, as far as is known."""
+        """Return whether webhooks reach this process, and may have the tokens of a crew's runs."""
         return self._has_receiver and time.monotonic() >= self._silent_until.get(crew, 0.0)
 
     def note_silent(self, crew: str) -> None:
-        """Note that the tokens of a crew's run were waited for in vain."""
+        """Note that a wait for the tokens of a crew's run was in vain."""
         self._silent_until[crew] = time.monotonic() + SILENT
 
     async def _listen(self) -> None:
@@ -286,7 +285,7 @@ class _Hub:
                 for webhook in as_list(body.get("webhooks")):
                     self._hear(as_object(webhook))
                 if body.get("missed") is True:
-                    # Several receivers behind one address take turns, and none has the cursor of another.
+                    # Several receivers share one address, and none has the cursor of another.
                     await asyncio.sleep(AWAY[-1])
 
     def _hear(self, event: Mapping[str, Any]) -> None:
@@ -318,13 +317,13 @@ _hub = _Hub()  # Process-wide: one connection serves the waiters of all event lo
 
 
 def subscribe() -> None:
-    """Begin to listen: before a kickoff with webhooks, so that not even an instant crew's is missed."""
+    """Begin to listen. Call it before a kickoff with webhooks, or the webhook of a very fast crew may be missed."""
     _hub.start()
 
 
 @asynccontextmanager
 async def waker_for(idempotency_key: str, crew: str) -> AsyncGenerator[Waker | None]:
-    """Give a waker for a run's waiter; None where no receiver of ours takes webhooks. `crew` is its address."""
+    """Yield a waker for a run's waiter; None without a receiver of this package. `crew` is the crew's URL."""
     settings = CrewSettings()
     if not settings.webhook_url or is_prefect_cloud(settings.webhook_url):
         yield None

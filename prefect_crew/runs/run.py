@@ -267,7 +267,7 @@ class LiveRun:
 
 
 async def read_record(run: LiveRun, idempotency_key: str | None = None) -> None:
-    """Read the record of a run: by its key, else by its id. While the Prefect API is away, the run keeps its record.
+    """Read the record of a run by its key, else by its id. If the Prefect API does not answer, it keeps its record.
 
     Raises:
         ConfigurationError: The run is of another crew.
@@ -354,7 +354,7 @@ def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:
     try:
         return cost_of(crew.price, status.usage, status.usage_by_model)
     except CrewError as error:
-        run_logger().warning("What run %s cost is unknown: %s", status.kickoff_id, error)
+        run_logger().warning("The cost of run %s is unknown: %s", status.kickoff_id, error)
         return None
 
 
@@ -362,7 +362,7 @@ def next_step(run: LiveRun) -> str:
     """Return the advice for a person after the failure of a run."""
     if run.advice is not None or run.record is None:
         return run.advice or "Correct the crew, then start another run."
-    more = "A retry of what called it, or a call with the same key, starts the crew again."
+    more = "A retry of its caller, or a call with the same key, starts the crew again."
     if run.record.attempt >= run.crew.max_attempts:
         more = _more_attempts(run.crew.label)
     return f"This was {run.attempt} under its key. {more}"

@@ -73,7 +73,7 @@ async def is_cancelled_on_server(run_id: str | None) -> bool:
     A person who cancels a flow run means its subflows too, but their own states do not change.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API is away.
+        PREFECT_ERRORS: The Prefect API cannot be reached.
     """
     if run_id is None:
         return False
@@ -112,7 +112,7 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
     """Return whether a flow run without a runner was cancelled. A runner would send its process a signal.
 
     The server is asked at most once in `every` seconds (default `LOOK_EVERY`), and not earlier than that after the
-    first call: most waits are shorter. A Prefect API that is away is not a cancellation.
+    first call: most waits are shorter. A Prefect API that does not answer is not a cancellation.
     """
     if run_id is None or started_by_runner():
         return False
@@ -142,7 +142,7 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
     the run has none: its claim is among the Variables that changed last.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away.
+        httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
     """
     ids, at = [flow_run.id], 0
     while at < len(ids):  # the subflows, level by level
@@ -242,7 +242,7 @@ async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
     """Return whether another flow run started a run and has not ended. If so, log that the run goes on.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API is away.
+        httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
     """
     owner = record.flow_run_id
     if owner is None or owner == flow_run_id() or await records.owner_ended(record):
@@ -299,7 +299,7 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
 async def _note_stop(record: RunRecord, records: RecordStore) -> RunRecord | None:
     """Note a `/stop` in the record. Return the stored record if it has such a note already, or the run has ended.
 
-    Return None too if the Prefect API is away: that must not prevent a stop.
+    Return None too if the Prefect API does not answer: that must not prevent a stop.
     """
 
     async def note() -> RunRecord | None:
@@ -314,7 +314,7 @@ async def _note_stop(record: RunRecord, records: RecordStore) -> RunRecord | Non
     try:
         return await asyncio.wait_for(note(), LOOK_WITHIN)
     except (*PREFECT_ERRORS, TimeoutError) as error:
-        run_logger().debug("That run %s is asked to stop could not be noted: %s", record.kickoff_id, error)
+        run_logger().debug("It could not be noted that run %s is asked to stop: %s", record.kickoff_id, error)
         return None
 
 

@@ -231,7 +231,7 @@ class _Waiter(Watcher):
         phases.note_in(record)
         if phases.human_since is None:
             emit("resumed", record)
-        # Concurrently with the polls: while the Prefect API is away, a save is repeated for minutes.
+        # Concurrently with the polls: if the Prefect API does not answer, a save is repeated for minutes.
         await self._end_noting(0.0)
         self._noting = asyncio.create_task(self._note(record))
 
@@ -240,7 +240,7 @@ class _Waiter(Watcher):
             if self.run.owned or await self._closed() is None:
                 await self.run.records.save(record)
         except PREFECT_ERRORS as error:
-            self.log.warning("Whether run %s waits for a person could not be recorded: %s", self.run.kickoff_id, error)
+            self.log.warning("The time of run %s with people could not be recorded: %s", self.run.kickoff_id, error)
 
     async def _end_noting(self, within: float) -> None:
         """Let the note about people's time be saved for `within` seconds, then cancel it: the record changes next."""
@@ -319,7 +319,7 @@ class _Waiter(Watcher):
     async def _close(self, status: CrewStatus) -> None:
         """Store the end, and show it if this wait closes the run or has started it."""
         run, is_closed = self.run, False
-        if run.is_unread:  # the Prefect API was away when the wait began
+        if run.is_unread:  # the Prefect API did not answer when the wait began
             await read_record(run)
         record = run.record
         if record is not None and record.phase is not RecordPhase.ENDED:
@@ -398,7 +398,7 @@ class _Waiter(Watcher):
 
         is_first = self.run.artifact.id is None
         await self.run.artifact.keep(text)
-        if self.run.artifact.id is None:  # the Prefect API refused it or is away
+        if self.run.artifact.id is None:  # the Prefect API refused it or did not answer
             self._is_stale = True
         last = status or self.last
         if is_first and self.run.artifact.id is not None and not (last is not None and last.state.ended):

@@ -118,4 +118,4 @@ def test_a_crew_that_waits_for_a_person_too_long_is_reported(site: Site, alerted
     body = wait_for_alert(alerted, "Crew reviewed: waiting for a person", seconds=5)
     assert "prefect-crew reviews approve" in body
     asked = wait_for_alert(alerted, "Crew reviewed: asks a person", seconds=5)
-    assert "round 1" in asked
+    assert "question 1" in asked

@@ -247,4 +247,4 @@ async def test_a_worker_prunes_regularly(monkeypatch: pytest.MonkeyPatch, caplog
         await prune_regularly(logging.getLogger("test-prune"))
     said = [(one.levelname, one.getMessage()) for one in caplog.records if one.name == "test-prune"]
     assert [level for level, _ in said] == ["DEBUG", "ERROR", "INFO"]
-    assert said[2][1] == "2 old run records were removed, 5 as old stay."
+    assert said[2][1] == "2 old run records were removed, 5 others of this age stay."

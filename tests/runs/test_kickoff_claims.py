@@ -196,7 +196,7 @@ async def test_an_id_that_another_record_holds_is_uncertain(crew_server: CrewSer
     run = await server.crew().atrigger({"text": "a"}, idempotency_key=first)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CrewClient, "kickoff", AsyncMock(return_value=run.kickoff_id))
-        with pytest.raises(KickoffUncertainError, match=f"which is that of idempotency key '{first}'"):
+        with pytest.raises(KickoffUncertainError, match=f"which belongs to idempotency key '{first}'"):
             await server.crew().atrigger({"text": "a"}, idempotency_key=second)
     assert await phases(second) == [RecordPhase.UNCERTAIN]
 
@@ -373,7 +373,7 @@ async def test_a_verdict_about_a_claim_stays_while_its_owner_may_be_alive(
     with pytest.raises(TooManyAttemptsError):
         await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert not await RECORDS.permit(theirs, 30)
-    monkeypatch.setattr(store, "VERDICT_STANDS", -1.0)
+    monkeypatch.setattr(store, "RESOLUTION_STANDS", -1.0)
     assert (await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)).kickoff_id
 
 

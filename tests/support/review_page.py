@@ -34,7 +34,7 @@ def answer_on_page(
     dialog = ".p-modal__card" if ui == "v1" else '[role="dialog"]'
     page.wait_for_text(f"number {round}")
     shown = page.text(dialog)
-    assert f"asks about task draft, round {round}." in " ".join(shown.split())
+    assert f"asks about task draft, question {round}." in " ".join(shown.split())
     # Between "<" and the name of a tag stands a character without width, so that no tag begins.
     assert "<b>for you</b>" in shown.replace("\u2060", ""), "the crew's markup is text"
     assert "number 1" not in shown or round == 1

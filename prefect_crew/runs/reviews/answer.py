@@ -85,7 +85,8 @@ async def answer_question(
     """Answer the question that a run asks at this moment, once.
 
     It reads the answers on record before the status, and creates the new answer under the next number. If somebody has
-    answered in between, that number is taken: so no answer goes to a question that its giver has not seen.
+    answered in between, that number is taken: so no answer goes to a question that its giver has not seen. With
+    `round`, it answers only the question with this number.
 
     Args:
         run: The run, in an open session.
@@ -93,7 +94,6 @@ async def answer_question(
         question: The question that a wait has seen. Another question is not answered.
         task_id: The task; default: the task in the status. With a task, the run counts as waiting whatever its status
             says: not every server reports the waiting.
-        round: The round that the giver has seen. A question of another round is not answered.
         webhooks: The kickoff's webhooks, if they are not this package's own; default: the webhooks of the run's request
             in this process.
         call: The name of the call, the same on every retry of it. A call that has answered sends no other answer.
@@ -122,7 +122,7 @@ async def answer_question(
     current = _question_to_answer(run, status, answers, of_flow, task_id, question)
     where = f"Run {run.kickoff_id}, task {run.redact_name(current.task_id)},"
     if round is not None and round != current.round:
-        raise AlreadyAnsweredError(f"{where} is at round {current.round}, not {round}. Nothing was sent.")
+        raise AlreadyAnsweredError(f"{where} asks question {current.round}, not {round}. Nothing was sent.")
     _check_unanswered(run, where, current, question or current)
     written = _to_write_down(run, status, current, review).model_copy(
         update={"call": call, "nonce": nonce or uuid4().hex}
@@ -223,7 +223,7 @@ async def _note(run: LiveRun, writing: Coroutine[Any, Any, None]) -> None:
     try:
         await writing
     except (*PREFECT_ERRORS, CrewError) as error:
-        run_logger().warning("What became of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
+        run_logger().warning("The outcome of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
 
 
 async def _has_moved_on(run: LiveRun, looks: int) -> bool:
@@ -248,7 +248,7 @@ async def open_question_of_flow(kickoff_id: str, answers: Sequence[Review]) -> R
     """Return the question of a Flow that a webhook brought; None if there is none, or its answer was sent.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
     """
     question = (await kept_questions(kickoff_id)).get(kickoff_id)
     return None if question is None or _is_sent(question, answers) else question
@@ -262,7 +262,7 @@ async def with_kept_output(run: LiveRun, question: ReviewRequest) -> ReviewReque
     """Return a question with the output that its webhook brought, if the status does not show the output.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
     """
     if question.output_digest or question.id or run.record is None or not run.record.has_webhooks:
         return question
@@ -294,9 +294,9 @@ def _unsent(run: LiveRun, review: Review, reason: str) -> str:
 def uncertain_error(run: LiveRun, last: Review) -> CrewError:
     """Return the error about an answer that may have arrived: it is not sent again, and a person has to look."""
     return AnswerUncertainError(
-        f"The answer to run {run.kickoff_id}, task {last.task_id}, round {last.round} (by {describe_answer(last)}) was "
-        f"sent and nobody knows whether it arrived. It is not sent again automatically. {where_to_look(run)} If the "
-        "run still waits, answer there. Then wait for it again under the same key."
+        f"The answer to run {run.kickoff_id}, task {last.task_id}, question {last.round} (by {describe_answer(last)}) "
+        f"was sent and nobody knows whether it arrived. It is not sent again automatically. {where_to_look(run)} If "
+        "the run still waits, answer there. Then wait for it again under the same key."
     )
 
 
@@ -304,7 +304,7 @@ def _repeat_answer(run: LiveRun, earlier: Review) -> ResumeAnswer:
     """Return an answer of the server for a call that has answered in an earlier attempt."""
     if earlier.outcome != "sent":
         raise uncertain_error(run, earlier)
-    message = f"Round {earlier.round} of task {earlier.task_id} was answered by an earlier attempt of this call."
+    message = f"Question {earlier.round} of task {earlier.task_id} was answered by an earlier attempt of this call."
     run_logger().info("Crew run %s: %s Nothing was sent.", run.kickoff_id, message)
     return ResumeAnswer(kickoff_id=run.kickoff_id, message=message)
 
@@ -352,7 +352,7 @@ def _check_unanswered(run: LiveRun, where: str, current: ReviewRequest, last_see
     # If nothing else distinguishes this question from the answered one, people may answer it after a while.
     if not last.is_older_than(run.crew.wait.next_round_after, utcnow()):
         raise AlreadyAnsweredError(
-            f"{where} was already answered in round {last.round}: {'approved' if last.approve else 'rejected'} (by "
+            f"{where} question {last.round} was already {'approved' if last.approve else 'rejected'} (by "
             f"{describe_answer(last)}), but the crew's server still shows the same question. Nothing was sent. Look "
             "again in a moment: prefect-crew reviews ls."
         )
@@ -419,7 +419,7 @@ async def list_open_questions(stores: Sequence[RecordStore], crew_of: CrewOf) ->
     If the crew is a stored block, its server is asked for the status; else the record decides.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
         LedgerError: The ledger of a batch cannot be read.
     """
     gate = asyncio.Semaphore(AT_ONCE)
@@ -447,7 +447,7 @@ async def read_question(
     The task is "" if it is unknown. `of_flow` is the stored question of a Flow.
 
     Raises:
-        PREFECT_ERRORS: The Prefect API is away or refuses.
+        PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
     """
     kickoff_id, crew = str(record.kickoff_id), await crew_of(record)
     run = None if crew is None else LiveRun(crew, kickoff_id, record)

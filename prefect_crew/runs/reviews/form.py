@@ -36,7 +36,7 @@ MARGIN = timedelta(days=1)  # after people's time is over, a flow run whose proc
 LOOK_EVERY = 2.0  # seconds between two requests for a submitted form
 SHOWN = 20_000  # characters of an output that the form shows
 PREFECT_WITHIN = 10.0
-"""Seconds for one request about the form: while the Prefect API is away, the wait must go on with its polls."""
+"""Seconds for one request about the form: if the Prefect API does not answer, the wait must go on with its polls."""
 
 
 class ReviewForm(RunInput):
@@ -47,7 +47,7 @@ class ReviewForm(RunInput):
     )
     feedback: str = Field(default="", title="Feedback", description="For the crew, in your words.")
     name: str = Field(default="", title="Your name", description="For the record of who answered.")
-    question: str = Field(default="", title="Question", description="What this form is about: leave it as it is.")
+    question: str = Field(default="", title="Question", description="The question of this form: leave it as it is.")
 
     @classmethod
     def about(cls, question: ReviewRequest, text: str, task: str = "", mark: str = "") -> type[ReviewForm]:
@@ -61,7 +61,7 @@ class ReviewForm(RunInput):
             task: The masked name of the task.
             mark: A digest that no other question has.
         """
-        name = f"{task}, round {question.round}, run {question.kickoff_id}, {mark[:8]}"
+        name = f"{task}, question {question.round}, run {question.kickoff_id}, {mark[:8]}"
         own = cls.model_fields["question"]
         only = Field(default=name, title=own.title, description=own.description, json_schema_extra={"enum": [name]})
         fields: dict[str, Any] = {"question": (str, only)}
@@ -129,7 +129,7 @@ class Form:
             return
         if before is None or not is_same_question(before, question):
             # The mark is the same in every process and attempt, so that a later process finds the answer. The next
-            # question gets another mark, also if its round is the same: after an answer on the crew's page it is.
+            # question gets another mark, also if its number is the same, as after an answer on the crew's page.
             since = None if self._run.record is None else self._run.record.human_since
             moment = None if since is None else since.timestamp()
             self._mark = digest(question.task_id, question.round, question.output_digest, question.id, moment)
@@ -245,7 +245,7 @@ class Form:
 def _text(run: LiveRun, question: ReviewRequest) -> str:
     """Return the text above the fields of a question's form."""
     if question.output is None:
-        text = f"_What is to be judged is not known here. {where_to_look(run)}_"
+        text = f"_The output to judge is not known here. {where_to_look(run)}_"
     elif run.show != "full":
         text = f"_{len(question.output):,} characters, which are not shown here. {where_to_look(run)}_"
     else:
@@ -253,5 +253,5 @@ def _text(run: LiveRun, question: ReviewRequest) -> str:
         cut = "\n\n_Cut here; the whole text is on the crew's page._" if len(output) > SHOWN else ""
         text = f"{reading(output[:SHOWN])}{cut}"
     task = prose(run.redact_name(question.task_id))
-    head = f"**{prose(run.crew.label)}** asks about task **{task}**, round {question.round}."
+    head = f"**{prose(run.crew.label)}** asks about task **{task}**, question {question.round}."
     return f"{head}\n\n---\n\n{text}"

@@ -164,7 +164,7 @@ def describe_question(
     run: LiveRun, question: ReviewRequest, page: str | None = None, *, with_commands: bool = True
 ) -> str:
     """Return the message to people about a question. It follows the run's name. `page` is the page with the form."""
-    where = f"task {run.redact_name(question.task_id)}, round {question.round}."
+    where = f"task {run.redact_name(question.task_id)}, question {question.round}."
     if question.state == "uncertain":
         return (
             f"may wait for a person: {where} An answer was sent (by {describe_answer(question.answers[-1])}) and "

@@ -66,7 +66,7 @@ OUTPUT_WITHIN = 5.0  # seconds for which a question without an output waits for 
 STOP_WITHIN = 5.0  # seconds for a review function to end after its answer is no longer needed
 SEND_WITHIN = 5.0
 """Seconds for which a poll, or the end of the wait, waits for an answer that is being sent. After that the polls go on:
-while the Prefect API is away, the outcome of the answer is saved again and again for minutes."""
+if the Prefect API does not answer, the request that saves the outcome of the answer is repeated for minutes."""
 UNSAVED = 120.0  # seconds within which the sender of an answer may still store its outcome
 
 
@@ -304,11 +304,11 @@ class People:
                 await self._send_beside(question, review)
         except PrefectAwayError as error:  # the next status tries again
             log = run_logger().debug if self._has_warned else run_logger().warning
-            log("Crew run %s: %s It is tried again, and the run is polled meanwhile.", self.run.kickoff_id, error)
+            log("Crew run %s: %s It is tried again while the polls go on.", self.run.kickoff_id, error)
             self._has_warned = True
 
     async def _answer_to(self, question: ReviewRequest | None) -> Review | None:
-        """Return the answer to a question, None if neither the form nor the function has given one yet.
+        """Return the answer to a question, None if neither the form nor the function has it yet.
 
         The wait goes on while the function thinks. Its answer to a question that is not open any more is dropped.
         """
@@ -389,7 +389,7 @@ class People:
         self._has_answered, self._nonce, self._has_warned = True, uuid4().hex, False
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
-            "Crew run %s: task %s, round %d: %s by %s.",
+            "Crew run %s: task %s, question %d: %s by %s.",
             *(self.run.kickoff_id, answer.task_id, answer.round, verdict, review.by),
         )
         return True

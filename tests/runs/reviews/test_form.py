@@ -148,10 +148,10 @@ def test_the_form_takes_each_answer_once(server: CrewServer, seen: Seen) -> None
     first = run.form()
     text = run.description()
     assert "Draft *number 1* <\u2060b>for you" in text, "a tag is text"
-    assert "round 1" in text
+    assert "question 1" in text
     assert run.fill_in(decision="maybe")["status"] == "REJECT"
     kickoff_id = next(iter(server.runs)).id
-    another = f"draft, round 7, run {kickoff_id}"
+    another = f"draft, question 7, run {kickoff_id}"
     assert kickoff_id in run.question()
     assert run.fill_in(decision="approve", question=another)["status"] == "REJECT", "from a page that is out of date"
     assert run.fill_in(decision="reject", feedback="Warmer.", name="Grace | <b>")["status"] == "ACCEPT"
