@@ -78,7 +78,7 @@ def may_follow(stored: Attempt | None, write: Write, *, now: float, is_held: boo
     Args:
         stored: The attempt in the ledger, None if there is none.
         write: The write.
-        now: The time by the clock of the database, the only clock by which a claim has an age.
+        now: The time by the clock of the database, which decides the age of a claim.
         is_held: Whether another attempt of the database holds the kickoff id.
     """
     new = write.attempt
@@ -95,7 +95,7 @@ def may_follow(stored: Attempt | None, write: Write, *, now: float, is_held: boo
     match stored.phase:
         case RecordPhase.CLAIMED:
             return write.by_owner or (new.phase is not RecordPhase.CLAIMED and not may_be_sent)
-        case RecordPhase.UNCERTAIN:  # its sender gave up, and the request may be on its way as long as any other
+        case RecordPhase.UNCERTAIN:  # its sender gave up, but the request may still be on its way
             return new.phase is not RecordPhase.NOT_STARTED or not may_be_sent
         case RecordPhase.NOT_STARTED:
             return True

@@ -35,10 +35,7 @@ OPEN_TRIES = 5
 
 
 def create_private(path: Path) -> None:
-    """Create an empty file that only its owner may read, under any umask: it will hold inputs and results.
-
-    An existing file is left as it is. Raises OSError.
-    """
+    """Create an empty file, if there is none, that only its owner may read under any umask. Raises OSError."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
 
 
@@ -204,8 +201,8 @@ answers = sa.Table(
 class Database:
     """One database, as an async context manager on one event loop.
 
-    A function of a plain SQLAlchemy connection is a piece of work for both databases: SQLite runs it in one thread of
-    its own, so that threads change once and not at each statement; PostgreSQL runs it over asyncpg.
+    All work is in functions of a plain SQLAlchemy connection. SQLite runs a function in one thread of its own, so that
+    threads change once, and not for each statement. PostgreSQL runs it over asyncpg.
 
     Attributes:
         path: The SQLite file, None for PostgreSQL.
@@ -254,7 +251,7 @@ class Database:
         else:
             from sqlalchemy.ext.asyncio import create_async_engine
 
-            # Every process of a batch keeps three of them busy at most: its lock, its writer, and a reader.
+            # A process of a batch uses at most three connections: for its lock, its writer, and a reader.
             pool: dict[str, Any] = {"pool_size": 2, "max_overflow": 2, "pool_pre_ping": True}
             # Not the server's default: a read after the lock has to see all earlier writes.
             self.server = create_async_engine(self._url, isolation_level="READ COMMITTED", **pool)
@@ -294,10 +291,7 @@ class Database:
             self.server = None
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
-        """Run `work` in a transaction of its own, and return its result after the commit.
-
-        Raises SQLAlchemyError, OSError.
-        """
+        """Run `work` in a transaction; return its result after the commit. Raises SQLAlchemyError, OSError."""
         if self.server is not None:
             try:
                 async with self.server.begin() as connection:

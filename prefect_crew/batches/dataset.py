@@ -38,7 +38,7 @@ ENDINGS: dict[str, DatasetFormat] = {
 }
 COMPRESSED = {".gz", ".bz2", ".xz", ".lzma", ".zip"}
 ROW_LIMIT = 1 << 28
-"""Characters of a line, and of a field. Without it, a quote that is never closed makes one row of a whole file."""
+"""Characters of a line, and of a field. Without a limit, a quote that is never closed makes one row of a whole file."""
 PART = 5_000
 """Rows of a frame that are converted at once."""
 _PARTS = {
@@ -318,7 +318,7 @@ def _csv(lines: Iterable[str], name: str, usual: str, delimiter: str | None) -> 
         except StopIteration:
             break
         except csv.Error as error:
-            # These two errors come after all lines to the end of the file, or far too many, were read.
+            # Before these two errors the reader took all lines to the end of the file, or far too many.
             is_open = "unexpected end of data" in str(error) or "field larger" in str(error)
             reason = f"is not CSV: {'a quote that opens in this row is never closed' if is_open else error}"
             if is_open or not header:

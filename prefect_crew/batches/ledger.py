@@ -152,10 +152,7 @@ class Ledger:
         await self._execute(sa.update(batches).where(batches.c.name == self.batch).values(values))
 
     async def note_export(self, address: str, exported: Mapping[str, Any] | None = None) -> None:
-        """Add an address to those at which exports of this batch are.
-
-        `exported` replaces everything else in `BatchEntry.exported`; None leaves it.
-        """
+        """Add an address of an export. `exported` replaces the rest of `BatchEntry.exported`; None leaves it."""
         ours = batches.c.name == self.batch
 
         def write(connection: sa.Connection) -> None:
@@ -339,7 +336,7 @@ class Ledger:
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
         """Take the right to send the kickoff of a claim once more; False if somebody has resolved it."""
-        record.open_for = good_for + record.post_deadline + SPARE  # `permit` stays 1, as it is read
+        record.open_for = good_for + record.post_deadline + SPARE  # `entries` stays 1, as in `_record`
         with suppress(ClaimLostError):
             await self.save(record)
             return True
@@ -381,7 +378,7 @@ class Ledger:
             await self._raise_unsaved(record, mine)
 
     async def save_started(self, record: RunRecord) -> str | None:
-        """Write the kickoff id of a claim. If another attempt holds the id, return that attempt's idempotency key."""
+        """Write the kickoff id of a claim. Return the key of another attempt that holds this id, else None."""
         mine = record.owner in self._own_claims
         if await self._write(record, is_first=True):
             return None
@@ -537,7 +534,7 @@ class Ledger:
             raise LedgerError(f"cannot be {purpose}: {short(error)}.", ledger=self.address) from error
 
     def _write_of(self, record: RunRecord, **rule: Any) -> Write:
-        """Return the write of a record. `rule` are attributes of `Write`; by default, our claims are `by_owner`."""
+        """Return the write of a record. `rule` has attributes of `Write`; without `by_owner`, our claims have it."""
         seconds = usage = None
         if record.phase is RecordPhase.ENDED and record.kicked_off_at is not None and record.ended_at is not None:
             seconds = (record.ended_at - record.kicked_off_at).total_seconds()

@@ -140,10 +140,7 @@ class Output:
         return _fsspec.open(str(new), "wb", compression=_fsspec.utils.infer_compression(name))
 
     def _put(self, new: Path) -> None:
-        """Replace the output by a whole file.
-
-        In one step, and in one thread: an upload that an exception cuts off would be committed half.
-        """
+        """Replace the output by a whole file in one thread: an exception within an upload would commit a part of it."""
         if self._path is not None:
             new.replace(self._path)
             return

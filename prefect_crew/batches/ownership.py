@@ -109,7 +109,7 @@ async def begin_generation(ledger: Ledger, public: str) -> int:
 
 
 async def note_waiting_for_people(batch: str, waits: bool) -> None:
-    """Tag the Variable of a batch while rows wait for people: `reviews ls` then opens only these ledgers."""
+    """Tag the Variable of a batch if its rows wait for people, else untag it: `reviews ls` reads only tagged ones."""
     path = {"name": binding_name(batch)}
     async with get_client() as client:
         tags = [TAG, ASKS] if waits else [TAG]

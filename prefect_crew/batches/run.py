@@ -1,4 +1,4 @@
-"""`run_batch`: a data set in, a crew run a row, a ledger that forgets nothing, a report."""
+"""`run_batch`: run a crew for each row of a data set, with a ledger, an export and a report."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 MAX_NAME = 200
 """Characters of a batch's name."""
 EXPORT_WITHIN = 10.0
-"""Seconds within which the output of a batch that was cancelled is written, or not."""
+"""Seconds for writing the output of a batch that was cancelled. After that it is left unwritten."""
 LOOK = 0.2
 """Seconds, at most, for which a look at a batch holds its lock."""
 
@@ -136,7 +136,7 @@ async def arun_batch(
             time. A line has key, inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
         ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
             left out, a file next to a local export.
-        key: A column or a function of the row; left out, a digest of the inputs and how many equal ones came before.
+        key: A column or a function of the row; left out, a digest of the inputs and the number of equal rows before.
         inputs: How a row becomes inputs: a function of the row, or by name a column, a template over the columns, a
             function of the row, or a constant that is not text; left out, the columns of the crew's names.
         max_in_flight: Runs in flight at once, 100 if left out.

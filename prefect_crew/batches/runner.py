@@ -428,7 +428,7 @@ class Runner:
             await self.ledger.save(record)
         return state_of(record), kind
 
-    # Waiting for the run of a row: the loop of `runs.polling`, and around it only the needs of its record.
+    # The wait for the run of a row: the loop of `runs.polling`, and around it only what the record needs.
 
     async def _poll(self, job: RowJob, record: RunRecord, *, first_look: bool) -> None:
         """Wait until a run has ended, and write its end. `first_look`: poll at once. Raises the errors of `poll`."""

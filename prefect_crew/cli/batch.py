@@ -74,7 +74,7 @@ class BatchChoices:
         ledger: A path, a PostgreSQL URL or secret://NAME; if left out, a file next to a local export.
         key_column: The column that holds the key of each row; if left out, a digest of the row's inputs.
         map: An input and its column, as NAME=COLUMN, or NAME='text with {{ COLUMN }}'; can be repeated.
-        format: The file's format, if its name does not tell.
+        format: The file's format, if its ending does not name it.
         encoding: The encoding of a text file.
         delimiter: The character between the fields of a CSV file, such as ';'; a comma if left out.
         max_in_flight: Runs in flight at a time; 100 if left out.
@@ -239,7 +239,7 @@ async def plan(
     choices: BatchChoices = BatchChoices(),
     access: CrewAccess = CrewAccess(),
 ) -> int:
-    """Check every row, and say how many runs it takes, how long and what it costs. Nothing is started.
+    """Check every row, and print the number of runs, the time and the cost. Nothing is started.
 
     Args:
         name: The batch, to see what is left of it.
@@ -260,7 +260,7 @@ async def ls(
     *,
     output: Output = None,
 ) -> None:
-    """List the batches that the Prefect server knows, and where their ledgers are."""
+    """List the batches on the Prefect server, and the addresses of their ledgers."""
     batches = await _list(pattern)
     as_json = output and [{"name": name, "ledger": ledger} for name, ledger in batches]
     _output.put_rows(("Batch", "Ledger"), batches, empty=NONE, json=as_json)
@@ -272,7 +272,7 @@ async def _list(pattern: str) -> list[tuple[str, str]]:
 
 @app.command
 async def inspect(
-    name: Annotated[str, Parameter(name="NAME", help="The batch's name. 'leads/*' adds up all that begin so.")],
+    name: Annotated[str, Parameter(name="NAME", help="The batch's name. 'leads/*' adds up all that match.")],
     /,
     *,
     ledger: Ledger = None,
