@@ -31,7 +31,8 @@ async def batch(given: argparse.Namespace) -> None:
     first = max(given.seconds - given.latency, 0.001)
     found = await arun_batch(
         crew, given.dataset, name=f"bench {os.getpid()}", export=given.output, ledger=given.ledger,
-        max_in_flight=given.in_flight, wait=WaitPolicy(initial=first, factor=1, max_interval=10, jitter=0),
+        max_in_flight=given.in_flight, kickoffs_at_once=given.at_once,
+        wait=WaitPolicy(initial=first, factor=1, max_interval=10, jitter=0),
     )  # fmt: skip
     assert found.completed == given.rows, str(found)
 
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="how long a run takes")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds that each answer takes")
     parser.add_argument("--in-flight", type=int, default=1000)
+    parser.add_argument("--at-once", type=int, default=64, help="kickoffs under way at a time")
     parser.add_argument("--ledger", help="the URL of a PostgreSQL for the ledger, in place of SQLite")
     given = parser.parse_args()
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")

@@ -23,6 +23,7 @@ import anyio
 import httpx
 from pydantic import SecretStr
 
+from prefect_crew.client._polls import PollTransport
 from prefect_crew.client._retry_safety import post_deadline
 from prefect_crew.client.redaction import Redactor, withheld
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
@@ -112,7 +113,9 @@ def tls_context() -> ssl.SSLContext:
 
 @functools.lru_cache(maxsize=8)
 def _tls_context(*_: str | None) -> ssl.SSLContext:
-    return httpx.create_ssl_context()  # takes 20 ms and more; a thousand short-lived clients need it once
+    context = httpx.create_ssl_context()  # takes 20 ms and more; a thousand short-lived clients need it once
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
 
 def _proxy_for(url: httpx.URL) -> str | None:
@@ -185,8 +188,8 @@ saves handshakes in a burst of kickoffs.
 """
 KEPT = 50
 """The most idle connections to one server: httpx looks at each of them at every request."""
-POOLS = 16
-"""Pools of a client of thousands of runs, for polls and again for what must not be sent twice."""
+POOLS = 64
+"""Pools of a client of thousands of runs: as many as kickoffs that a batch sends at a time."""
 
 
 class _Pools:
@@ -342,9 +345,10 @@ class Connections:
 
 
 class SpreadTransport(httpx.AsyncHTTPTransport):
-    """httpx's transport over several pools of connections, one after the other, for a client of thousands of runs.
+    """A transport for a client of thousands of runs: polls over `PollTransport`, the rest over many pools of httpx.
 
-    httpx looks through all connections of a pool at every request: over one pool a request took twice the CPU time.
+    httpx looks through all connections of a pool at every request: over one pool a request takes twice the CPU time.
+    Through a proxy, polls go over the pools as well.
 
     Raises:
         ConfigurationError: The environment's proxy cannot be used.
@@ -352,18 +356,23 @@ class SpreadTransport(httpx.AsyncHTTPTransport):
 
     def __init__(self, url: str) -> None:
         origin = httpx.URL(url)
-        self._polls = deque(_open(origin, POLL_KEEPALIVE) for _ in range(POOLS))
-        self._posts = deque(_open(origin, POST_KEEPALIVE) for _ in range(POOLS))
+        self._posts = deque[httpx.AsyncBaseTransport](_open(origin, POST_KEEPALIVE) for _ in range(POOLS))
+        if _proxy_for(origin) is None:
+            most = (MAX_BODY, MAX_ERROR_BODY)
+            polls = PollTransport(origin, tls=tls_context(), keepalive=POLL_KEEPALIVE, most=most)
+            self._polls = deque[httpx.AsyncBaseTransport]([polls])
+        else:
+            self._polls = deque[httpx.AsyncBaseTransport](_open(origin, POLL_KEEPALIVE) for _ in range(POOLS))
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send a request over the next pool."""
-        pools = self._polls if request.method == "GET" else self._posts
-        pools.rotate()
-        return await pools[0].handle_async_request(request)
+        transports = self._polls if request.method == "GET" else self._posts
+        transports.rotate()
+        return await transports[0].handle_async_request(request)
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await asyncio.gather(*(pool.aclose() for pool in (*self._polls, *self._posts)))
+        await asyncio.gather(*(transport.aclose() for transport in (*self._polls, *self._posts)))
 
 
 # Answers and failures

@@ -13,10 +13,11 @@ import threading
 import traceback
 import tracemalloc
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any, Protocol
 
 import pytest
 from cryptography import x509
@@ -30,52 +31,31 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client._transport import SpreadTransport
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError, ServerError
 from support.frames import locals_of
+from support.raw import Handler, answer, answering, raw_server, read_request
 
 TOKEN = "t0ken-0123456789"
 STARTED = '{"kickoff_id": "k1"}'
 
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+class Connect(Protocol):
+    """Opens a client."""
+
+    def __call__(self, url: str, **options: Any) -> contextlib.AbstractAsyncContextManager[CrewClient]: ...
 
 
-async def read_request(reader: asyncio.StreamReader) -> bytes:
-    """Return the head of the next request on a connection, having read its body."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    for line in head.lower().split(b"\r\n"):
-        if line.startswith(b"content-length:"):
-            await reader.readexactly(int(line.partition(b":")[2]))
-    return head
+@pytest.fixture(params=["client", "batch"])
+def connect(request: pytest.FixtureRequest) -> Connect:
+    """Open clients that send by the connections which all clients share, or by those of a batch."""
 
+    @contextlib.asynccontextmanager
+    async def opened(url: str, **options: Any) -> AsyncIterator[CrewClient]:
+        transport = SpreadTransport(url) if request.param == "batch" else None
+        async with CrewClient(url, TOKEN, transport=transport, **options) as client:
+            yield client
+        if transport is not None:
+            await transport.aclose()
 
-def answer(body: str | bytes, status: str = "200 OK", headers: str = "") -> bytes:
-    body = body.encode() if isinstance(body, str) else body
-    return f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
-
-
-def answering(reply: Callable[[str], bytes] | bytes) -> Handler:
-    """Return what answers every request of a connection, of whose head `reply` makes the answer."""
-
-    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while head := await read_request(reader):
-            writer.write(reply if isinstance(reply, bytes) else reply(head.decode()))
-            await writer.drain()
-
-    return handler
-
-
-@contextlib.asynccontextmanager
-async def raw_server(handler: Handler, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """Serve connections with `handler` and give the URL. A handler that fails closes its connection."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            await handler(reader, writer)
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
-    try:
-        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
+    return opened
 
 
 # What becomes of a kickoff
@@ -118,12 +98,12 @@ BROKEN = {
         pytest.param(plain_http, "http://127.0.0.1:{free}", False, id="refused"),
     ],
 )
-async def test_whether_a_kickoff_may_have_started(handler: Handler, at: str, sent: bool):
+async def test_whether_a_kickoff_may_have_started(connect: Connect, handler: Handler, at: str, sent: bool):
     async with raw_server(handler) as url:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             url = at.format(port=url.rpartition(":")[2], free=probe.getsockname()[1]) or url
-        async with CrewClient(url, TOKEN, request_timeout=1.0 if at == "" else 10.0) as client:
+        async with connect(url, request_timeout=1.0 if at == "" else 10.0) as client:
             with pytest.raises(CrewConnectionError) as caught:
                 await client.kickoff({"topic": "Lisbon"})
     assert caught.value.sent is sent
@@ -155,16 +135,16 @@ def certificate(tmp_path: Path) -> Path:
     return path
 
 
-async def test_certificates_are_checked(certificate: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_certificates_are_checked(connect: Connect, certificate: Path, monkeypatch: pytest.MonkeyPatch):
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
     async with raw_server(answering(answer(STARTED)), tls) as url:
-        async with CrewClient(url, TOKEN) as client:
+        async with connect(url) as client:
             with pytest.raises(CrewConnectionError, match=r"(?i)certificate") as caught:
                 await client.kickoff({})
         assert not caught.value.sent
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-        async with CrewClient(url, TOKEN) as client:
+        async with connect(url) as client:
             assert await client.kickoff({}) == "k1"
 
 
@@ -184,13 +164,13 @@ async def test_a_refusing_proxy_gets_nothing(
     heads: list[str] = []
     async with raw_server(refusing(heads)) as url:
         monkeypatch.setenv("HTTPS_PROXY", url)
-        spread = SpreadTransport("https://crew.invalid")
-        for transport in (None, spread):
+        of_batch = SpreadTransport("https://crew.invalid")
+        for transport in (None, of_batch):
             async with CrewClient("https://crew.invalid", TOKEN, transport=transport) as client:
                 with pytest.raises(CrewConnectionError, match="403 Forbidden") as caught:
                     await client.kickoff({})
             assert not caught.value.sent
-        await spread.aclose()
+        await of_batch.aclose()
     assert [head.split()[:2] for head in heads] == [["CONNECT", "crew.invalid:443"]] * 2
     assert TOKEN not in "".join(heads)
     monkeypatch.setenv("HTTPS_PROXY", "gopher://u:s3cret@p")
@@ -273,7 +253,7 @@ async def test_open_clients_share_connections():
 # Answers of any size and encoding
 
 
-async def test_memory_for_an_answer_is_bounded():
+async def test_memory_for_an_answer_is_bounded(connect: Connect):
     async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         code = b"500 Oops" if b"/inputs" in await read_request(reader) else b"200 OK"
         writer.write(b"HTTP/1.1 " + code + b"\r\n\r\n")
@@ -281,7 +261,7 @@ async def test_memory_for_an_answer_is_bounded():
             writer.write(b" " * 1024**2)
             await writer.drain()
 
-    async with raw_server(endless) as url, CrewClient(url, TOKEN) as client:
+    async with raw_server(endless) as url, connect(url) as client:
         tracemalloc.start()
         with pytest.raises(ResponseFormatError, match="more than 64 MiB") as caught:
             await client.status("k1")
@@ -375,9 +355,9 @@ def trickling(start: bytes, piece: bytes) -> Handler:
         pytest.param(trickling(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "), id="body"),
     ],
 )
-async def test_an_endless_answer_ends_the_call(monkeypatch: pytest.MonkeyPatch, handler: Handler):
+async def test_an_endless_answer_ends_the_call(connect: Connect, monkeypatch: pytest.MonkeyPatch, handler: Handler):
     monkeypatch.setattr(_transport, "GET_DEADLINE", 2)
-    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=0.5) as client:
+    async with raw_server(handler) as url, connect(url, request_timeout=0.5) as client:
         for call in (client.status("k1"), client.kickoff({"topic": "Lisbon"})):
             with pytest.raises(CrewConnectionError, match="not complete after 1 s") as caught:
                 await asyncio.wait_for(call, 30)
