@@ -173,11 +173,16 @@ oldest:
 	    $(MAKE) --no-print-directory oldest-tests OLDEST_PYTHON=$$python; \
 	fi
 
-# Not the proofs, whose worlds are this package's own, nor the pages of the documentation: both take minutes.
+# The tests of what talks to Prefect, the command line by its two commands that need most of it.
+TOUCHES_PREFECT = $(addprefix tests/,_internal artifacts records runs receiver pipelines flows batches/test_run.py \
+    $(foreach room,automations blocks budgets costs crew deployments flows prefect_away settings tasks testing worker \
+    worker_conformance,test_$(room).py))
+
 .PHONY: oldest-tests
 oldest-tests: $(OLDEST_VENV)/.tests
 	$(OLDEST_VENV)/bin/python -m pytest $(AT_ONCE) \
-	    -m "not slow and not proofs and not crewai and not browser and not postgres" --ignore tests/test_docs.py $(ARGS)
+	    -m "not slow and not proofs and not crewai and not browser and not postgres" $(TOUCHES_PREFECT) \
+	    tests/deployments tests/cli/test_run.py tests/cli/test_deploy.py $(ARGS)
 
 $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	@echo "Building $(OLDEST_VENV) with $$($(OLDEST_PYTHON) --version) and $$(grep '^prefect==' constraints-oldest.txt) …"
@@ -187,13 +192,11 @@ $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	    -e '.[data]' --group test
 	@touch $@
 
-# The tests of what talks to the Prefect API, with httpx2 in the place of httpx in every process of an environment of its
-# own: Prefect is about to move its client there. respx, which tests/client uses, does not know httpx2.
+# The same with httpx2 in the place of httpx in every process of an environment of its own, without those that start whole
+# programs: Prefect is about to move its client there. respx, which tests/client uses, does not know httpx2.
 
 httpx2: $(HTTPX2_VENV)/.tests
-	$(HTTPX2_VENV)/bin/python -m pytest $(AT_ONCE) -m "not slow and not programs and not proofs" \
-	    tests/_internal tests/artifacts tests/records tests/runs tests/receiver tests/pipelines tests/test_crew.py \
-	    tests/test_flows.py tests/test_tasks.py tests/test_worker.py $(ARGS)
+	$(HTTPX2_VENV)/bin/python -m pytest $(AT_ONCE) -m "not slow and not programs and not proofs" $(TOUCHES_PREFECT) $(ARGS)
 
 $(HTTPX2_VENV)/.tests: pyproject.toml constraints.txt | $(UV)
 	@echo "Building $(HTTPX2_VENV), in which httpx is httpx2 …"
