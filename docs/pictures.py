@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,39 @@ def take_form(page: Page, server: PrefectServer, seen: Seen) -> None:
         waiting.join(60)
 
 
+def take_killed(page: Page, server: PrefectServer, seen: Seen) -> None:
+    """A command that is killed while its crew runs, and the same command again: one kickoff."""
+    from rich.console import Console
+    from rich.terminal_theme import DEFAULT_TERMINAL_THEME
+
+    from prefect_crew.devserver import CrewServer
+    from support.environment import program
+    from support.processes import Process
+
+    terminal = Console(record=True, width=104, file=StringIO())
+    words = ["prefect-crew", "run", "research", "-i", "topic=Oolong", "--key", "tea-of-the-week"]
+    with CrewServer(script("research").replace("seconds: 2.0", "seconds: 15")) as crew:
+        crew.crew().save("research", overwrite=True)
+        for is_killed in (True, False):
+            log = HOME / f"killed-{is_killed}.log"
+            command = [program(words[0]), *words[1:]]
+            with Process(command, log=log, env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}) as process:
+                process.wait_for("kicked off" if is_killed else "found run")
+                if is_killed:
+                    process.kill()
+                else:
+                    process.wait(120)
+            terminal.print(f"$ {shlex.join(words)}", style="bold", highlight=False)
+            terminal.print(log.read_text(encoding="utf-8").strip(), markup=False, highlight=False)
+            if is_killed:
+                terminal.print("Killed\n", style="bold red")
+        assert len(crew.runs) == 1, "one kickoff"
+    picture = HOME / "killed.svg"
+    picture.write_text(terminal.export_svg(title="one key, one run", theme=DEFAULT_TERMINAL_THEME), encoding="utf-8")
+    page.open(picture.as_uri())
+    page.screenshot(IMAGES / "killed.png", selector="svg")
+
+
 def take_trace(page: Page, server: PrefectServer, seen: Seen) -> None:
     """A run within the trace of its flow run, in a program that shows traces."""
     import httpx
@@ -187,6 +222,7 @@ def main() -> None:
     if chromium is None:
         raise SystemExit("There is no Chromium on this machine.")
     takes = {"artifact": (take_run, 1620), "pipeline": (take_pipeline, 680), "form": (take_form, 1000)}
+    takes["killed"] = (take_killed, 640)
     if "PHOENIX" in os.environ:
         takes["trace"] = (take_trace, 1180)
     with PrefectServer(HOME / "server") as server, connected(server, HOME / "client"), Chromium(chromium) as browser:
