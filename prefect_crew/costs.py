@@ -62,9 +62,9 @@ def grouped(rows: Iterable[CostRow], by: By) -> dict[str, Spending]:
 async def read_costs(
     by: Collection[By], *, since: date | None = None, until: date | None = None
 ) -> tuple[list[CostRow], list[str]]:
-    """Return a row for each run that ended from `since` to `until` (UTC, both included), and sentences about gaps.
+    """Return a row for each run that ended from `since` to `until` (UTC, both included), and notes on missing data.
 
-    The rows have the names of flows, and tags, only if `by` contains these.
+    A row has a flow's name or tags only if `by` asks for them.
     """
     rows, gaps = [row_of(end) for end in await _read_ends(since)], _pruned_days(since)
     for name, ledger in await list_batches():

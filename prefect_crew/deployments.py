@@ -590,7 +590,7 @@ async def backfill(
     """
     first, last = _utc(start, time.min), _utc(end, time.max)
     if first > last:
-        raise ConfigurationError("The range ends before it begins.")
+        raise ConfigurationError(f"The end {end} is before the start {start}. Nothing was created.")
     async with get_client() as client:
         try:
             target = await client.read_deployment_by_name(deployment)

@@ -292,10 +292,9 @@ class KickoffUncertainError(_FactsError):
         facts = ", ".join(f"{key} {value}" for key, value in self.sent.items())
         return (
             f"The kickoff of run {self.idempotency_key!r} is uncertain: {self.reason.rstrip('.')}. "
-            f"{f'Sent: {facts}. ' if facts else ''}"
-            "It may be running and is not started again. Look at the crew's page, then record what happened: "
-            f"prefect-crew runs resolve {shlex.quote(self.idempotency_key)} --kickoff-id ID, or --never-started; then "
-            "run again with the same key."
+            f"{f'Sent: {facts}. ' if facts else ''}It may be running and is not started again. Look at the crew's "
+            f"page, then record what happened: prefect-crew runs resolve {shlex.quote(self.idempotency_key)} "
+            "--kickoff-id ID, or --never-started; then run again with the same key."
         )
 
 
@@ -327,7 +326,7 @@ class ResolveError(CrewError):
 
 
 class UnreadableRecordError(CrewError):
-    """A later version of this package, or somebody else, wrote the record of a run. Nothing was decided by it."""
+    """A later version of this package, or somebody else, wrote the record of a run. The call did not use the record."""
 
 
 class NotWaitingError(CrewError):
@@ -516,9 +515,8 @@ class PipelineFailedError(_FactsError):
         not_run = f" Not run because of it: {', '.join(self.skipped)}." if self.skipped else ""
         again = f" with idempotency key {self.idempotency_key!r}" if self.idempotency_key else ""
         return (
-            f"{'A step' if len(self.failed) == 1 else f'{len(self.failed)} steps'} failed: {why}.{not_run} "
-            f"Results that are kept: {len(self.results)}. Retry the flow run, or run again{again}, "
-            "to start with what failed."
+            f"{'A step' if len(self.failed) == 1 else f'{len(self.failed)} steps'} failed: {why}.{not_run} Results "
+            f"that are kept: {len(self.results)}. Retry the flow run, or run again{again}, to start with what failed."
         )
 
 
@@ -620,7 +618,7 @@ class LedgerError(_FactsError):
 
 
 class LedgerMissingError(_FactsError):
-    """Batch `name` is kept in another ledger than the one here: in `ledger`."""
+    """The ledger here does not hold batch `name`; the ledger `ledger` holds it."""
 
     name: str
     ledger: str

@@ -220,16 +220,16 @@ async def run_deployed_crew(
     except ValueError:
         await label_flow_run(name=crew)
         raise ConfigurationError(
-            f"No block deployed-crew/{crew} is stored, so this run cannot be made from its parameters. Save it under "
-            "that name, or call run_crew again with the crew and the same idempotency key, which finds the run again."
+            f"No block deployed-crew/{crew} is stored, so the flow run has no crew. Save the block under that name, "
+            "or call run_crew with the crew and the same idempotency key, which reattaches to a run in flight."
         ) from None
     parameters = dict(inputs or {})
     missing = [key for key, value in parameters.items() if value in (MASK, TOO_LARGE)]
     if missing:
         raise ConfigurationError(
-            f"The inputs {', '.join(missing)} are secret or too large, and so not stored with a flow run: this one "
-            "cannot be made from its parameters. Call run_crew again with the same idempotency key: it reattaches "
-            "to a run in flight."
+            f"The flow run does not store the inputs {', '.join(missing)}, which are secret or too large, so its "
+            "parameters alone cannot start the crew. Call run_crew again with the same idempotency key: the call "
+            "reattaches to a run in flight."
         )
     key = idempotency_key and render_key(idempotency_key, await scheduled_start())
     await label_flow_run(name=stored.title(stored.take(Inputs.of(parameters)), key))

@@ -63,10 +63,9 @@ UNLIMITED = 30 * 86_400.0
 class Hook:
     """The purpose of a URL: one kind of webhook of one run, until `expires` (aware; whole seconds).
 
-    `attempt` is the attempt at the idempotency key, and `claim` its claim as `claim_of` gives it: two ledgers may hold
-    records of equal keys. `names`: whether names of tasks and agents may stand in events. `round` counts the answers of
-    people that the run had when this was signed. `crew`, `step` and `flow_run_id` are what events say of the run: the
-    receiver asks nobody for them.
+    `attempt` counts the attempts at the idempotency key. `claim` (from `claim_of`) distinguishes runs with the same key
+    in two ledgers. `names`: whether events may contain the names of tasks and agents. `round` is the number of answers
+    that the run had when we signed the URL. The receiver copies `crew`, `step` and `flow_run_id` into events.
     """
 
     kind: WebhookKind

@@ -550,8 +550,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     async def _take_over_page(self, left: Sequence[FlowRun]) -> list[BaseException]:
         """Take over the flow runs that no other worker claims, and return the errors.
 
-        A flow run that somebody has changed since it was read stays as it is. This worker becomes the owner before it
-        looks for that: from then on an owner that was only frozen writes no end any more.
+        The worker leaves a flow run alone if somebody changed it after the read. The worker becomes the owner before
+        this check, so that an old owner that was only frozen cannot write an end.
         """
         claims = await asyncio.gather(*map(self._claim, left), return_exceptions=True)
         claimed = {flow_run.id: flow_run for flow_run, claim in zip(left, claims, strict=True) if claim is True}

@@ -339,7 +339,7 @@ HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
 @pytest.mark.parametrize(
     ("schedules", "call", "problem"),
     [
-        ((SIX,), {"end": date(2024, 1, 1)}, "ends before it begins"),
+        ((SIX,), {"end": date(2024, 1, 1)}, "is before the start"),
         ((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "all in the past"),
         ((HOURLY,), {"end": date(2024, 5, 1)}, "at most 1000 times"),
         ((SIX,), {"schedule": "seven"}, "schedule=….*: six"),

@@ -57,7 +57,7 @@ WITH_FACTS: list[CrewError] = [
     E.ReviewLimitError(**RUN, task_id="t1", max_rounds=3),
     E.ReviewLimitError(**RUN, task_id="t1", max_rounds=3, stopped=True),
     E.RunNotFoundError(name="daily"),
-    E.RunNotFoundError(name="k1", advice="It may be a row of batch 'b', so nothing was sent."),
+    E.RunNotFoundError(name="k1", advice="The run may be a row of batch 'b', so nothing was sent."),
     E.PipelineFailedError(**FAILED_STEP, skipped=["post"], idempotency_key="r"),
     E.BatchFailedError("batch b: 3 of 4 rows completed, 1 failed."),
     E.BatchCancelledError(name="b"),

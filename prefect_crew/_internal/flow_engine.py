@@ -83,7 +83,7 @@ down, or another worker has taken it."""
 class HeldFlowRun:
     """A flow run whose coroutine runs in this process.
 
-    `confirm` is called before a state is written. It ends the flow run if the server has a reason for that already.
+    `confirm` runs before each write of a state. It ends the flow run if the server already has a reason to.
     """
 
     flow_run: FlowRun

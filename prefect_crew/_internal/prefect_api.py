@@ -158,7 +158,7 @@ class Urgency(IntEnum):
 
 
 class _Turns:
-    """Lets a number of callers through at the same time. The next one is the most urgent, then the first."""
+    """Lets several callers through at a time. The most urgent caller goes next; among equals, the earliest."""
 
     def __init__(self, most: int) -> None:
         self._most = self._free = most

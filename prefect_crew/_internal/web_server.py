@@ -60,7 +60,7 @@ class WebServer(uvicorn.Server):
         self._stop_event = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop at the first signal, at once at the second. uvicorn would raise the signal again when it has ended."""
+        """Stop gently at the first signal, at once at the second. At its end, uvicorn would raise the signal again."""
         self.force_exit: bool = self.should_exit
         self.should_exit: bool = True
 

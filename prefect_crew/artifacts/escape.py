@@ -96,8 +96,8 @@ def reading(text: str) -> str:
     """Return a crew's Markdown for reading: its own formatting stays, its HTML shows as text, its images as links.
 
     The page loads nothing from other servers when somebody opens it, and runs nothing when somebody clicks: a link that
-    is neither http, https nor mailto shows as text. Only fenced code at the margin stays unchanged, up to the first
-    fence within a list or a quotation: after that it is not sure which lines are code.
+    is neither http, https nor mailto shows as text. Fenced code without indentation stays unchanged until a fence
+    appears in a list or a quotation. From there on, the function cannot know which lines are code.
     """
     tamed: list[str] = []
     fence, is_sure = "", True

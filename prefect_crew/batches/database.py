@@ -329,7 +329,7 @@ class Database:
         return float(connection.execute(_LOCK_BATCH, {"key": lock_key(f"prefect-crew/ledger/{batch}")}).scalar_one())
 
     def insert(self, table: sa.Table) -> Any:
-        """Return an INSERT in the SQL of this database, which has ON CONFLICT."""
+        """Return an INSERT that supports ON CONFLICT, in this database's SQL."""
         return (postgresql if self.path is None else sqlite).insert(table)
 
     def texts(self, name: str) -> Any:
@@ -344,13 +344,13 @@ class Database:
         return sa.func.json_array_elements_text(sa.cast(array, sa.JSON)).table_valued("value")
 
     def is_one_of(self, column: sa.Column[str], name: str) -> sa.ColumnElement[bool]:
-        """Return the condition that a column has one of the texts of a JSON array: the parameter `name`."""
+        """Return the condition that a column has one of the texts that the parameter `name` holds as a JSON array."""
         texts = sa.select(self.texts(name).c.value)
         # PostgreSQL looks up each item of an array in the index, but compares a subquery with each row of the batch.
         return column.in_(texts) if self.path is not None else column == sa.any_(sa.func.array(texts.scalar_subquery()))
 
     def read_rows(self, name: str, columns: Sequence[sa.Column[Any]]) -> Any:
-        """Return a SELECT of the rows in a JSON array: the parameter `name` of the statement.
+        """Return a SELECT of the rows that the statement's parameter `name` holds as a JSON array.
 
         With one statement for each row, SQLite would release the GIL each time, and asyncpg would encode each value.
         """

@@ -315,7 +315,7 @@ class Ledger:
     # The record protocol.
 
     async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
-        """Write a new attempt, with the permit to post it for `good_for` seconds; False if it exists already."""
+        """Write a new attempt, to post within `good_for` seconds. Return False if the attempt exists already."""
         self._own_claims.add(record.owner)
         record.open_for = record.good_for + record.post_deadline + SPARE
         if lease is not None:
@@ -390,7 +390,7 @@ class Ledger:
         return None
 
     async def other_holder(self, record: RunRecord) -> str | None:
-        """Return None: an id is written only where no other attempt holds it."""
+        """Return None, because the ledger writes no id that another attempt holds."""
         return None
 
     async def _write(self, record: RunRecord, *, is_first: bool = False) -> bool:

@@ -117,13 +117,13 @@ class RowPlan:
         self._secret_columns = _columns_of(crew.secret_inputs, inputs)
         if isinstance(options.key, str) and options.key in crew.secret_inputs:
             raise ConfigurationError(
-                f"The key column {options.key!r} is a secret input: keys are shown in logs, artifacts and the ledger. "
+                f"The key column {options.key!r} is a secret input, but logs, artifacts and the ledger show keys. "
                 "Use another column, or leave key out."
             )
         if unknown := self._unknown(self._mapping):
             raise ConfigurationError(
-                f"The inputs mapping {unknown}. Nothing was started. To send them anyway: allow_extra_inputs=True on "
-                "the block."
+                f"The inputs mapping {unknown}. Nothing was started. To send inputs that the crew does not name, set "
+                "allow_extra_inputs=True on the block."
             )
 
     def source(self) -> str | None:
@@ -200,9 +200,7 @@ class RowPlan:
         else:
             key = _key_of(self._options.key, row.values)
             if inputs.secret_names and Redactor(inputs.secret_values).hides(key):
-                raise ConfigurationError(
-                    "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
-                )
+                raise ConfigurationError("its key holds a secret input, but logs, artifacts and the ledger show keys")
             if (earlier := keys.put(key, row.line)) is not None:
                 raise ConfigurationError(f"has the key {key!r} of line {earlier} again")
         return RowJob(number, row.line, key, inputs)
@@ -320,8 +318,8 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
     def column(values: Values) -> Any:
         if source not in values:
             raise ConfigurationError(
-                f"input {name!r} is taken from column {with_guesses([source], map(str, values))}, which is not there "
-                "(a constant text is a template as well: {{ 'text' }})"
+                f"input {name!r} needs column {with_guesses([source], map(str, values))}, which the row does not have "
+                "(for a constant text, write {{ 'text' }})"
             )
         return values[source]
 

@@ -286,7 +286,7 @@ class Runner:
             record, place = None, self._place(job, record, state)
 
     def _place(self, job: RowJob, record: RunRecord, state: RowState) -> str | None:
-        """Return the place of a forced start after this attempt, None if the start needs no force."""
+        """Return the name of a forced start after this attempt, None if the start needs no force."""
         is_corrected = state in CORRECTABLE and record.inputs_digest != job.inputs.digest
         return f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED or is_corrected else None
 

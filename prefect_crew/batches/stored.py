@@ -159,7 +159,7 @@ class StoredBatch:
         address = file or self._call.get("export")
         if address is None:
             raise ConfigurationError(
-                f"The export of batch {self.name!r} is not on record: {self._call.get('why_not')}. Give a file."
+                f"The export of batch {self.name!r} is not on record: {self._call.get('why_not')}. Name a file for it."
             )
         options = BatchOptions(**self._call.get("options", {}))
         target, whole = Output(address, output_type=options.output_type), whole_address(address)

@@ -68,14 +68,16 @@ def message(error: BaseException, run: str | None = None) -> str:
     response: Any = getattr(error, "response", None)
     if response is not None or any(kind.__module__ == "prefect.exceptions" for kind in type(error).__mro__):
         refusal = text if response is None else _refusal(response)
-        return f"The Prefect API refused: {refusal}. To check what it needs: prefect-crew doctor."
+        return f"The Prefect API refused: {refusal}. To check it, run: prefect-crew doctor"
     if isinstance(error, OSError) and error.args:
         return text
-    return " ".join(filter(None, [f"{type(error).__name__}: {text}.", run, "This is unexpected: --debug shows more."]))
+    return " ".join(
+        filter(None, [f"{type(error).__name__}: {text}.", run, "This is unexpected. Add --debug to see more."])
+    )
 
 
 def own_error(error: BaseException) -> BaseException:
-    """Return the error of ours for one of Prefect's client that says that its API is unreachable, or refuses the key.
+    """Return this package's error for an error of Prefect's client: the API cannot be reached, or refuses the key.
 
     Errors of the crew's client are errors of ours.
     """
@@ -91,14 +93,14 @@ def own_error(error: BaseException) -> BaseException:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's own text on one line; of a pydantic error without the values, one of which may be a token."""
+    """Return an error's text on one line, without the values of a pydantic error, one of which may be a token."""
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split()) or type(error).__name__
     return "; ".join(problems_of(error))
 
 
 def _refusal(response: Any) -> str:
-    """Return what an answer of the Prefect API says: the text of httpx's own error is mostly a link."""
+    """Return the reason in an answer of the Prefect API, because the text of httpx's error is mostly a link."""
     try:
         body = response.json()
         detail = body.get("detail") or body.get("exception_message") or ""

@@ -67,7 +67,7 @@ def is_url(crew: str) -> bool:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class CrewAccess:
-    """How a crew that is given as a URL is reached. A stored crew brings all of it."""
+    """The access to a crew that is given as a URL. A stored crew brings its own."""
 
     token: Annotated[
         str | None,
@@ -85,7 +85,7 @@ class CrewAccess:
     ] = False
 
     def block(self, url: str, **fields: Any) -> DeployedCrew:
-        """Return an unsaved block for a URL. This imports Prefect, and asks nothing."""
+        """Return an unsaved block for a URL. This imports Prefect, but calls no API."""
         from pydantic import SecretStr, ValidationError
 
         from prefect_crew.blocks import DeployedCrew
@@ -99,7 +99,7 @@ class CrewAccess:
         """Return the stored crew of this name, from the Prefect API, or the crew of a URL.
 
         Raises:
-            ConfigurationError: There is none.
+            ConfigurationError: There is no such crew.
         """
         from prefect_crew.blocks import load_crew
 
@@ -162,17 +162,17 @@ class CrewAccess:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class CrewOfRun(CrewAccess):
-    """The crew of a run on record: the one that is given, else the stored one."""
+    """The crew of a run on record: the crew of --crew, else the stored crew."""
 
     crew: Annotated[
         str | None, Parameter(help="The run's crew, if it is not stored: its URL, or the name of another.")
     ] = None
 
     async def find(self, record: RunRecord) -> Crew | None:
-        """Return the crew of a run; None where the stored one is not its crew.
+        """Return the crew of a run, None if the stored crew is another one.
 
         Raises:
-            ConfigurationError: A crew is given, and it is not that of the run.
+            ConfigurationError: The crew of --crew is not the crew of the run.
         """
         try:
             loaded_crew = await self.load(self.crew or record.crew)
@@ -189,7 +189,7 @@ class CrewOfRun(CrewAccess):
         )
 
     async def need(self, record: RunRecord) -> Crew:
-        """Return the crew of a run. Raises CrewError if it has to be given."""
+        """Return the crew of a run. Raises CrewError if --crew has to name it."""
         loaded_crew = await self.find(record)
         if loaded_crew is None:
             raise CrewError(self.missing(record))
@@ -197,7 +197,7 @@ class CrewOfRun(CrewAccess):
 
     @staticmethod
     def missing(record: RunRecord) -> str:
-        """Return that the crew of a run has to be given."""
+        """Return the sentence that asks for the crew of a run."""
         return (
             f"The crew of run {record.kickoff_id}, {record.crew}, is not stored with the URL {record.crew_url}. Give "
             "--crew: that URL, with CREW_TOKEN, or the name of a stored crew."
@@ -214,18 +214,18 @@ def read_pairs(option: str, pairs: Sequence[str], value: str = "value") -> dict[
     for pair in pairs:
         name, sign, text = pair.partition("=")
         if not sign or not name.strip():
-            raise ConfigurationError(f"{option} {pair!r}: give it as name={value}.")
+            raise ConfigurationError(f"{option} {pair!r} does not have the form name={value}.")
         if name in values:
-            raise ConfigurationError(f"{option} {name}: it is given twice.")
+            raise ConfigurationError(f"{option} {name} is given twice.")
         values[name] = text
     return values
 
 
 def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, Any]:
-    """Return the inputs of a run: those of the file, JSON or YAML, with those of the pairs laid over them.
+    """Return the inputs of a run from the file (JSON or YAML) and the pairs. A pair replaces an input of the file.
 
     Raises:
-        ConfigurationError: A pair is none; the file cannot be read, or holds no object; or a value cannot be sent.
+        ConfigurationError: A pair is no pair; the file cannot be read, or holds no object; or a value cannot be sent.
     """
     inputs = read_pairs("-i", pairs or ())
     if file is None:
@@ -262,7 +262,7 @@ def read_text(file: Path, content: str) -> str:
 
 
 def wait_policy(crew: Crew, timeout: float | None) -> WaitPolicy | None:
-    """Return the crew's way to wait with this timeout in seconds; None without one. Raises ConfigurationError."""
+    """Return the crew's wait policy with this timeout in seconds, None without a timeout. Raises ConfigurationError."""
     if timeout is None:
         return None
     from pydantic import ValidationError

@@ -44,9 +44,9 @@ class Invocation:
     Attributes:
         debug: Whether errors show their traceback, and Prefect's logs are shown.
         tokens: Texts that must not be written.
-        typed: The tokens that a person has typed, by URL: nobody is asked twice.
-        seen: The run that was kicked off or found last: what any error after that is about.
-        line: The last line of the screen, while one is redrawn.
+        typed: The tokens that a person has typed, by URL, so that nobody is asked twice.
+        seen: The run that the command kicked off or found last, for later errors.
+        line: The last line of the screen, while the command redraws it.
         stop: The offer of Ctrl-C on a terminal: a question, and the call that a yes makes, which returns a sentence.
         at_end: The things that are closed when the command ends.
     """
@@ -99,7 +99,7 @@ def note(text: str, style: str | None = None) -> None:
 
 @contextmanager
 def asking() -> Generator[None]:
-    """Let Ctrl-C end a question at once: asyncio would only note it, and the terminal would be read on.
+    """Let Ctrl-C end a question at once, since asyncio would only note it and read on from the terminal.
 
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
@@ -114,10 +114,10 @@ def asking() -> Generator[None]:
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Go on only if a person says so; `yes`: it was said with --yes.
+    """Go on only if a person agrees, with --yes (`yes`) or on the terminal.
 
     Raises:
-        ConfigurationError: There is no terminal to ask on.
+        ConfigurationError: There is no terminal for the question.
         CrewError: The answer was no.
     """
     if yes:
@@ -138,7 +138,7 @@ def says_yes(question: str) -> bool:
 
 
 def put(text: str = "", style: str | None = None, *, json: Any = None) -> None:
-    """Write a line to standard output: as it is into a file or a pipe, fit for a terminal to one, styled there.
+    """Write a line to standard output, unchanged to a file or a pipe, fitted and styled on a terminal.
 
     Where there is `json`, that is written instead.
     """
@@ -151,7 +151,7 @@ def put(text: str = "", style: str | None = None, *, json: Any = None) -> None:
 
 
 def put_markdown(text: str) -> None:
-    """Write a crew's text: rendered on a terminal, as it is elsewhere."""
+    """Write a crew's text, rendered on a terminal, unchanged elsewhere."""
     if not is_terminal(sys.stdout):
         put(text)
         return
@@ -162,7 +162,7 @@ def put_markdown(text: str) -> None:
 
 
 def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str = "", json: Any = None) -> None:
-    """Write a table: drawn on a terminal, tabs between its columns elsewhere. Without rows, only `empty`.
+    """Write a table, drawn on a terminal, with tabs between its columns elsewhere. Without rows, write `empty`.
 
     Where there is `json`, that is written instead.
     """
@@ -189,7 +189,7 @@ def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str
 
 
 def put_json(value: Any) -> None:
-    """Write one JSON document to standard output, escaped where its encoding may not hold it."""
+    """Write one JSON document to standard output, with escapes for characters that its encoding may lack."""
     is_ascii = (sys.stdout.encoding or "utf-8").lower() != "utf-8"  # a lone surrogate is written as its escape
     sys.stdout.write(redact(dumps(value, ensure_ascii=is_ascii, indent=2, default=str)) + "\n")
     sys.stdout.flush()
@@ -213,7 +213,7 @@ class SeenRun:
     task: str | None = None
 
     def update(self, status: CrewStatus, task: str | None) -> list[str]:
-        """Take a status in, with its task as it may be shown; return what has changed, as lines for people."""
+        """Note a status and its masked task, and return the changes as lines for people."""
         from prefect_crew.artifacts.escape import progress
 
         lines: list[str] = []
@@ -232,7 +232,7 @@ class SeenRun:
 
     @property
     def on_record(self) -> str:
-        """How its result can be had, whatever became of the command."""
+        """The sentence that leads to the run's result if the command fails."""
         if self.idempotency_key is None:
             return f"Run {self.kickoff_id} was started."
         command = f"prefect-crew result {shlex.quote(self.idempotency_key)}"
@@ -240,10 +240,10 @@ class SeenRun:
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """Lines on standard error. On a terminal, what is waited for is a last line that is redrawn with its seconds.
+    """Lines on standard error. On a terminal, the last line shows the current phase and its seconds, and is redrawn.
 
     Args:
-        quiet: For commands that are quick most of the time: only a slow phase is said, and nothing stays.
+        quiet: For commands that are mostly quick: show only a slow phase, and leave no line.
 
     Attributes:
         seen: The run that was seen last.
@@ -259,7 +259,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._since = self._said_at = 0.0
 
     def phase(self, text: str, hint: str = "") -> None:
-        """Say what is waited for from now on. `hint`: that it may take long."""
+        """Show the phase that begins now. `hint`: how long it may take."""
         self._since = time.monotonic()
         line = f"{text}{f' ({hint})' if hint else ''}"
         if self._is_live:
@@ -268,7 +268,7 @@ class Progress(AbstractContextManager["Progress"]):
             note(f"{line} …")
 
     def watch(self, run: LiveRun, status: CrewStatus | None) -> None:
-        """Take in a run and its status, as a crew's `on_status` is called."""
+        """Note a run and its status. A crew calls this as its `on_status`."""
         watched = self.seen
         if watched is None or watched.kickoff_id != run.kickoff_id:
             from prefect_crew._internal.prefect_api import flow_run_id  # Prefect is loaded by now
@@ -288,7 +288,7 @@ class Progress(AbstractContextManager["Progress"]):
             self._draw(f"Crew {watched.label} {word}{watched.share}", since=watched.since)
 
     def watch_batch(self, progress: BatchProgress) -> None:
-        """Show how a batch stands: what `on_progress` of `run_batch` is given."""
+        """Show the progress of a batch. `run_batch` calls this as its `on_progress`."""
         from prefect_crew._internal.prefect_api import flow_run_id
 
         self.flow_run_id = self.flow_run_id or flow_run_id()
@@ -334,12 +334,12 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 def _as_markup(text: str) -> str:
-    """Return text from outside as markup that neither steers the terminal nor styles."""
+    """Return text from outside as markup that neither controls nor styles the terminal."""
     return escape(redact(plain(text)))
 
 
 def figures(progress: BatchProgress) -> str:
-    """Return the state of a batch, without how many rows are done."""
+    """Return the state of a batch, without the number of rows that are done."""
     from prefect_crew.artifacts.escape import duration
     from prefect_crew.batches.report import WAITS_FOR_SLOT
 

@@ -1,4 +1,4 @@
-"""The Prefect API as a command needs it: reachable, quiet, and gone afterwards where it was started for the command."""
+"""The Prefect API for a command: reachable and quiet. A server that was started for the command ends with it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from prefect_crew.exceptions import PrefectAwayError, PrefectRefusedError
 START_WITHIN = 120
 """Seconds for the embedded server: it makes its database the first time, and machines are slow."""
 ANSWER_WITHIN = 10.0
-"""Seconds for the first answer of a server that is set."""
+"""Seconds for the first answer of the server in PREFECT_API_URL."""
 
 
 def reach_prefect(*, lasting: bool = False) -> str | None:
     """Import Prefect and make sure that its API answers; return its URL, None for Prefect's embedded server.
 
-    Prefect's own logs are kept off this terminal from then on.
+    From then on, this terminal shows no logs of Prefect's own.
 
     Args:
-        lasting: Whether the server has to outlast this command, so that the embedded one will not do.
+        lasting: Whether the server has to outlast this command, unlike the embedded server.
 
     Raises:
-        PrefectAwayError: It does not answer, or none is set and Prefect may not start its own.
-        PrefectRefusedError: It refuses the key.
+        PrefectAwayError: The API does not answer, or no URL is set and Prefect may not start a server.
+        PrefectRefusedError: The API refuses the key.
     """
     with Progress(quiet=True) as progress:
         progress.phase("Loading Prefect")
@@ -92,16 +92,16 @@ def _check(url: str) -> None:
     if code in (401, 403):
         fix = "Check PREFECT_API_KEY or PREFECT_API_AUTH_STRING."
     elif code is not None and code < 500:
-        fix = "Check PREFECT_API_URL: that of a server ends in /api, such as http://127.0.0.1:4200/api."
+        fix = "Check PREFECT_API_URL, which has to end in /api, such as http://127.0.0.1:4200/api."
     how = "" if code is None else " as it should"
     kind = PrefectRefusedError if code in (401, 403) else PrefectAwayError
     raise kind(f"The Prefect API at {shown_url(url)} does not answer{how}: {why}. {fix}") from None
 
 
 def _start_embedded() -> None:
-    """Start Prefect's embedded server, and have it ended with the command.
+    """Start Prefect's embedded server, which ends with the command.
 
-    Prefect's clients would do so too (`SubprocessASGIServer`), but import all of a server before, which takes as long.
+    Prefect's clients would start it too (`SubprocessASGIServer`), but import a whole server first, which takes as long.
     """
     from prefect_crew._internal.prefect_api import embedded_server
 
@@ -160,7 +160,7 @@ def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the embedded server, once the logs and events that Prefect's threads hold were sent; some 10 s at most."""
+    """End the embedded server after Prefect's threads have sent their logs and events, or after some 10 s."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -181,10 +181,10 @@ _PACKAGE = str(Path(__file__).parent.parent)
 
 
 def _quiet_logs() -> None:
-    """Show what matters of Prefect's logs as notes, and nothing else on this terminal, until the command ends.
+    """Show only the important logs of Prefect on this terminal, as notes, until the command ends.
 
-    These are warnings of this package, errors of Prefect, and retries, each once: a retry logs the same again. The logs
-    of the engines about a failed flow are left out, since the command says it. Logs on Prefect's pages are not changed.
+    These are warnings of this package, errors of Prefect, and retries, each once, since a retry logs the same again.
+    The command itself reports a failed flow, in place of the engines. Logs on Prefect's pages are not changed.
     """
     from prefect.logging.handlers import PrefectConsoleHandler
 
@@ -219,7 +219,7 @@ def _quiet_logs() -> None:
 
 
 def page_url(its_id: str | None, kind: Literal["flow-run", "deployment"] = "flow-run") -> str | None:
-    """Return where the page of a flow run or a deployment is; None for the embedded server, which has no pages."""
+    """Return the URL of the page of a flow run or a deployment; None for the embedded server, which has no pages."""
     if its_id is None or "prefect" not in sys.modules:
         return None
     from prefect.settings import get_current_settings

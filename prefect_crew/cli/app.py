@@ -60,7 +60,7 @@ LAZY = {
     "automations": ("deploy:automations", "Automations that begin crashed flow runs again, and alert people."),
     "receiver": ("serve:receiver", "The webhook receiver, which turns webhooks of crews into Prefect events."),
 }
-"""Commands that are imported when they are used, since that imports Prefect, and what the list says of them."""
+"""Commands that are imported only when they run, because they import Prefect; each with its line in the list."""
 GROUPS: dict[str, Sequence[Any]] = {
     "Try and check": (serve.demo, serve.init, serve.serve, doctor.doctor, documentation.docs),
     "Run a crew": (run_commands.run, run_commands.result, run_commands.inputs),
@@ -81,14 +81,14 @@ app.register_install_completion_command(  # pyright: ignore[reportUnknownMemberT
 
 
 class TerminatedError(SystemExit):
-    """SIGTERM or SIGHUP arrived. It leaves as an exit does, so that what was started is ended."""
+    """SIGTERM or SIGHUP arrived. It leaves as an exit does, so that everything that the command started ends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     Args:
-        argv: The arguments after the program's name; those of the process if left out.
+        argv: The arguments after the program's name; if left out, the arguments of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
@@ -154,7 +154,7 @@ _PASSWORD = re.compile(r"://[^/@:]*:([^/]+)@|[?&](?:ssl)?password=([^&]+)")
 
 
 def _signal_within(error: BaseException) -> BaseException | None:
-    """Return the signal of which pydantic has made an error of its own, since it came within one of its functions.
+    """Return the signal that pydantic turned into an error of its own, because it arrived in a function of pydantic.
 
     Only the text of such an error still names the signal.
     """
@@ -167,10 +167,10 @@ def _signal_within(error: BaseException) -> BaseException | None:
 def run(arguments: list[str]) -> int:
     """Run one line of arguments; return the exit code that the command chose, 0 if it chose none.
 
-    Of a command that needs the Prefect API, that is reached before its coroutine runs.
+    If a command needs the Prefect API, this reaches the API before the command's coroutine runs.
 
     Raises:
-        CycloptsError: The line makes no sense.
+        CycloptsError: The line has a wrong command or option.
         Exception: Any error of the command.
     """
     with Progress(quiet=True) as progress:
@@ -206,7 +206,7 @@ def _report(error: BaseException, *, as_json: bool) -> int:
     if "flow_run_url" in facts_of_run:
         _output.note(facts_of_run["flow_run_url"], "dim")
     if isinstance(error, CycloptsError):
-        _output.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help their options.")
+        _output.note("prefect-crew --help lists the commands; prefect-crew COMMAND --help lists their options.")
     if as_json:
         _output.put_json({"error": {"type": type(error).__name__, "message": text, "exit_code": code, **facts_of_run}})
     return code
@@ -222,7 +222,7 @@ _IGNORED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 
 @contextmanager
 def _signals(handlers: dict[signal.Signals, Any]) -> Generator[None]:
-    """Handle signals so; not outside the main thread, where Python allows no handlers."""
+    """Handle signals by these handlers in the main thread. Python allows no handlers in others."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():

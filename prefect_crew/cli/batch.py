@@ -95,7 +95,7 @@ class BatchChoices:
     rows: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """Return them as arguments of `arun_batch` and `aplan_batch`."""
+        """Return the choices as arguments of `arun_batch` and `aplan_batch`."""
         options = {
             **vars(self),
             "key": self.key_column,
@@ -112,8 +112,8 @@ class RunChoices(BatchChoices):
     """How a batch goes on when rows fail, and when it is called again or cancelled.
 
     Args:
-        on_failure: continue; stop at the first failed row; or a number of failed rows, or a share below 1, to stop at.
-        on_change: Refuse, or continue, if the rows or the crew have changed.
+        on_failure: continue, stop (at the first failed row), or a number or share (below 1) of failed rows to stop at.
+        on_change: Whether to refuse or to continue if the rows or the crew have changed.
         on_cancel: At a cancellation stop the runs in flight, wait for them (drain), or leave them.
         retries: How many more times to kick off a failed row.
         retry_failed: Start the failed rows of earlier calls again.
@@ -173,7 +173,7 @@ def _confirm_retry(name: str, yes: bool) -> None:
 
 
 def _look_here() -> None:
-    """Let modules in the working directory be imported, for an output_type, as `python -m` does."""
+    """Let Python import modules of the working directory, for an output_type, as `python -m` does."""
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
 
@@ -242,8 +242,8 @@ async def plan(
     """Check every row, and print the number of runs, the time and the cost. Nothing is started.
 
     Args:
-        name: The batch, to see what is left of it.
-        export: Its file of results, next to which its ledger is.
+        name: The batch's name, to count only the rows that are left.
+        export: The batch's file of results. Its ledger is next to that file.
         seconds_per_run: How long one run takes; if left out, the mean of the runs in the ledger.
     """
     loaded_crew = await access.load(crew)
@@ -272,7 +272,7 @@ async def _list(pattern: str) -> list[tuple[str, str]]:
 
 @app.command
 async def inspect(
-    name: Annotated[str, Parameter(name="NAME", help="The batch's name. 'leads/*' adds up all that match.")],
+    name: Annotated[str, Parameter(name="NAME", help="The batch's name. 'leads/*' adds up all batches that match.")],
     /,
     *,
     ledger: Ledger = None,
@@ -303,7 +303,7 @@ SUMMED = ("total", "completed", "failed", "stopped", "uncertain", "in_flight", "
 
 
 def _put_sum(statuses: list[BatchStatus], missed: list[str], output: str | None) -> None:
-    """Print the status of several batches, and their sums. `missed` has a sentence for each without its ledger."""
+    """Print the status of several batches, and their sums. `missed` has a sentence for each batch without a ledger."""
     whole = {count: sum(getattr(status, count) for status in statuses) for count in SUMMED}
     rows = [(status.name, *(f"{getattr(status, count):,}" for count in SUMMED)) for status in statuses]
     if statuses:
@@ -393,11 +393,11 @@ async def retry(
     yes: Yes = False,
     output: Output = None,
 ) -> int:
-    """Start the failed rows of a batch again, with the options of its last call, and go on with what is left.
+    """Start the failed rows of a batch again, with the options of its last call, and go on with the rows that are left.
 
     Args:
         row: Only the row with this key; can be repeated.
-        on_change: Refuse, or continue, if the rows or the crew have changed, such as corrected rows.
+        on_change: Whether to refuse or to continue if the rows or the crew have changed.
     """
     _confirm_retry(name, yes)
     return await _go_on(name, ledger, tuple(row) if row else True, output, on_change=on_change)
@@ -437,7 +437,7 @@ async def _go_on(
 
 @app.command
 async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = CrewOfRun()) -> int:
-    """Cancel a batch: the flow run that runs it, else stop its runs that are still in flight."""
+    """Cancel the flow run that runs a batch. Without a flow run, stop the batch's runs in flight."""
     sentence, code = await _cancel(name, ledger, crew)
     _output.put(sentence)
     return code
@@ -470,7 +470,7 @@ async def _cancel_flow_run(run_id: str | None) -> str:
                     why = getattr(answer.details, "reason", None) or answer.status
                     raise CrewError(f"Prefect does not cancel flow run {run.name}, which runs this batch: {why}.")
                 return f"flow run {run.name} is being cancelled."
-    raise CrewError("A process runs this batch, and its flow run is not known. Cancel it on Prefect's page.")
+    raise CrewError("A process runs this batch in an unknown flow run. Cancel that on Prefect's page.")
 
 
 async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfRun) -> int:

@@ -26,7 +26,7 @@ Name = Annotated[str, Parameter(name="NAME", help="The crew's name: lower-case l
 @Parameter(name="*")
 @dataclass(frozen=True)
 class BlockFields:
-    """Fields of the block, named as in the block; those that are left out have the block's defaults.
+    """Fields of the block, with the block's names. A field that is left out has the block's default.
 
     Args:
         allow_extra_inputs: Also send inputs that the crew does not name.
@@ -61,8 +61,8 @@ def save(
 ) -> Coroutine[Any, Any, None]:
     """Store a crew as a Prefect block, so that flows and commands need only its name.
 
-    A token that is not given is asked for. --overwrite changes a stored crew and keeps what is not given; alone, it
-    renews the token.
+    Without a token, the command asks for it. --overwrite changes a stored crew and keeps fields that are left out;
+    alone, it renews the token.
 
     Args:
         url: The crew's URL, from the Status tab of its page.
@@ -80,7 +80,7 @@ def save(
 def _new_block(name: str, access: CrewAccess, fields: dict[str, Any]) -> DeployedCrew:
     if "url" not in fields:
         raise ConfigurationError(
-            f"Give the URL of the crew {name!r}: --url URL. To change a stored crew, such as its token: --overwrite."
+            f"Give the new crew {name!r} a URL with --url. To change a stored crew, add --overwrite."
         )
     return access.block(**fields)
 
@@ -120,7 +120,7 @@ def _set_fields(block: DeployedCrew) -> list[str]:
 
 
 async def save_served(name: str, url: str, token: str) -> None:
-    """Store a crew that the dev server serves, and keep what else is stored for it.
+    """Store a crew that the dev server serves, and keep its other stored fields.
 
     Raises:
         ConfigurationError: The stored crew of this name is not on this machine, or cannot be stored.
@@ -139,7 +139,7 @@ async def save_served(name: str, url: str, token: str) -> None:
 
 
 async def _read_stored(name: str) -> dict[str, Any] | None:
-    """Return the fields of a stored crew, with its token and without a check of them; None if there is no such crew."""
+    """Return the unchecked fields of a stored crew, with its token; None if there is no such crew."""
     async with get_client() as client:
         try:
             document = await client.read_block_document_by_name(name, "deployed-crew")
@@ -169,13 +169,13 @@ async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
         raise
     except CrewError as error:
         _output.note(f"The crew could not be asked for its inputs, and is stored anyway: {error}", "yellow")
-        then = f"Once its URL is right or it answers, check it: prefect-crew doctor {shlex.quote(name)}"
+        then = f"Once its URL is right or its server answers, run: prefect-crew doctor {shlex.quote(name)}"
     try:
         await block.asave(name, overwrite=overwrite)
     except ValueError as error:
         if "already in use" in str(error):
             raise ConfigurationError(
-                f"There is a crew {name!r} already. Give --overwrite to change it: what is not given is kept."
+                f"There is a crew {name!r} already. Give --overwrite to change it; fields that are left out stay."
             ) from None
         raise ConfigurationError(f"The crew {name!r} was not stored: {reason(error)}") from None
     _output.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")
@@ -191,7 +191,7 @@ async def ls(*, output: Output = None) -> None:
     """List the stored crews. To delete one: prefect block delete deployed-crew/NAME."""
     crews = await _read()
     rows = [(crew["name"], crew.get("problem") or crew["url"]) for crew in crews]
-    empty = "No crew is stored: prefect-crew crews save NAME --url URL."
+    empty = "No crew is stored. Run: prefect-crew crews save NAME --url URL"
     _output.put_rows(("Crew", "URL"), rows, empty=empty, json=output and crews)
 
 

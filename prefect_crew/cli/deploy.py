@@ -75,13 +75,13 @@ def deploy(
     Args:
         crew: The name of a stored crew.
         pipeline: A file with a pipeline, YAML or JSON.
-        pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default one, or
-            the one that it has.
+        pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default pool, or
+            the pool that the deployment has.
         cron: A cron schedule. Each required input then needs a default.
         interval: A schedule: the seconds between two runs.
         timezone: The schedule's time zone, such as Europe/Lisbon.
         name: The deployment's name; that of the crew or pipeline if left out.
-        concurrency_limit: How many of its flow runs may go on at once.
+        concurrency_limit: How many flow runs of the deployment may go on at once.
         tag: A tag; can be repeated.
     """
     if crew is not None and is_url(crew):
@@ -90,7 +90,7 @@ def deploy(
             f"{shlex.quote(crew)}, then prefect-crew deploy NAME."
         )
     if timezone and cron is None and interval is None:
-        raise ConfigurationError("--timezone is that of a schedule: give --cron or --interval too.")
+        raise ConfigurationError("--timezone belongs to a schedule. Give --cron or --interval too.")
     flow = crew_flow(str(crew)) if pipeline is None else pipeline_flow(pipeline)
     own_name, schedule = name or flow.label, _schedule(cron, interval, timezone)
     defaults = gather_inputs(inputs, input_file)
@@ -138,7 +138,7 @@ def deploy(
 
 
 def _schedules_of(deployment: DeploymentResponse) -> list[DeploymentScheduleCreate]:
-    """Return the schedules of a deployment as new ones. Prefect removes those that a new deployment leaves out."""
+    """Return the schedules of a deployment as new ones. Prefect removes schedules that a new deployment leaves out."""
     fields = set(DeploymentScheduleCreate.model_fields)
     return [DeploymentScheduleCreate.model_validate(entry.model_dump(include=fields)) for entry in deployment.schedules]
 
@@ -162,7 +162,7 @@ async def _apply(deployment: RunnerDeployment) -> str:
     except ObjectNotFound:
         pool = shlex.quote(deployment.work_pool_name or "")
         raise ConfigurationError(
-            f"There is no work pool {pool}. Make one: prefect work-pool create {pool} --type crew."
+            f"There is no work pool {pool}. Run: prefect work-pool create {pool} --type crew"
         ) from None
     except DeploymentApplyError as error:
         raise ConfigurationError(f"The deployment was not made: {error}") from error
@@ -183,7 +183,7 @@ async def backfill(
     Args:
         deployment: Its name, flow/deployment.
         from_: The first day or time, such as 2026-01-01; UTC.
-        to: The last one; a day means the whole of it.
+        to: The last day or time; a day means the whole day.
         schedule: The schedule's slug, if there are several.
         dry_run: Show the times and create nothing.
     """
@@ -215,12 +215,12 @@ async def apply(
 ) -> None:
     """Set up the recovery of crashed flow runs, and with --notify alerts. Safe to run again.
 
-    Recovery is for deployments with the tag recover-crashed: run this again when you have tagged another. Flow runs on
-    a crew worker need none. Alerts are about crews in any flow. An automation that was disabled on Prefect's page stays
-    disabled.
+    Recovery is for deployments with the tag recover-crashed. Run this again when you have tagged another one. Flow runs
+    on a crew worker need no recovery. Alerts are about crews in any flow. An automation that was disabled on Prefect's
+    page stays disabled.
 
     Args:
-        pool: The work pool of the deployment recover/crashed, which recovers; if left out, the one that it has.
+        pool: The work pool of the deployment recover/crashed, which recovers; if left out, its present pool.
         notify: The block that sends alerts, such as slack-webhook/crew-alerts. Left out, alerts are not changed.
         max_attempts: How many attempts a flow run gets, the first one included.
         waiting: How long a crew may wait for a person before there is an alert: 4h, 90m.
@@ -233,7 +233,7 @@ async def apply(
         stored = await read_automations(client)
     _put_automations(stored, output, done)
     if not output and not any("alert" in automation.name for automation in stored):
-        _output.put("There are no alerts: give --notify TYPE/NAME, of a block that prefect block ls shows.")
+        _output.put("There are no alerts. Give --notify the TYPE/NAME of a block that prefect block ls shows.")
 
 
 @automations.command
@@ -274,7 +274,7 @@ async def _notification_block(client: PrefectClient, notify: str) -> UUID:
 
 
 async def _recover_id(client: PrefectClient, pool: str | None) -> UUID:
-    """Return the id of the deployment that recovers, made on the work pool that is given."""
+    """Return the id of the deployment that recovers, after its creation on the given work pool."""
     if pool is None:
         try:
             return (await client.read_deployment_by_name(RECOVER)).id
@@ -282,7 +282,7 @@ async def _recover_id(client: PrefectClient, pool: str | None) -> UUID:
             pool = get_current_settings().deployments.default_work_pool_name
     if pool is None:
         raise ConfigurationError(
-            f"Recovery needs a work pool, for its deployment {RECOVER}: give --pool POOL. Nothing was changed."
+            f"Recovery needs a work pool for its deployment {RECOVER}. Nothing was changed. Give --pool POOL."
         )
     deployment: Any = recover.to_deployment(
         RECOVER.partition("/")[2], work_pool_name=pool, tags=[TAG], entrypoint_type=EntrypointType.MODULE_PATH
@@ -293,7 +293,7 @@ async def _recover_id(client: PrefectClient, pool: str | None) -> UUID:
 def _put_automations(
     automations: Sequence[Automation], output: str | None, changes: dict[str, str] | None = None
 ) -> None:
-    """Write automations: what each does, and what has become of it or whether it is enabled."""
+    """Write what each automation does, and its change, or whether it is enabled."""
     lines = [
         {"name": automation.name, "enabled": automation.enabled, "description": automation.description}
         for automation in automations
@@ -305,5 +305,5 @@ def _put_automations(
         state = str(line.get("change", "enabled"))
         is_off = not line["enabled"] and state != "deleted"
         rows.append((str(line["name"]), "disabled" if is_off else state, str(line["description"])))
-    empty = "There are no automations of this package: prefect-crew automations apply."
+    empty = "There are no automations of this package. Run: prefect-crew automations apply"
     _output.put_rows(("Automation", "State", "Description"), rows, empty=empty, json=output and lines)

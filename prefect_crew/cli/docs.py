@@ -72,7 +72,7 @@ def page_text(name: str, path: Path) -> str:
 
 
 def without_links_outside(text: str, name: str) -> str:
-    """Return a page whose links to files of the repository that are no pages are their texts.
+    """Return a page with the text in place of each link to a file of the repository that is no page.
 
     Args:
         text: The page.

@@ -49,7 +49,7 @@ class Findings(list[Finding]):
         self._is_quiet = quiet
 
     def add(self, level: Literal["ok", "warning", "problem"], subject: str, fact: str, fix: str = "") -> None:
-        """Take one in."""
+        """Add a finding."""
         self.append(Finding(level, subject, fact, fix))
         if not self._is_quiet:
             mark, style = MARKS[level]
@@ -130,19 +130,17 @@ async def check_crew(client: CrewClient, findings: Findings) -> None:
         inputs = await client.inputs()
     except AuthenticationError as error:
         fix = (
-            "Copy it again from the Status tab of the crew's page; every crew has its own, and a User Bearer Token may "
-            "do less than a Bearer Token. Then: prefect-crew crews save NAME --overwrite."
+            "Copy the token again from the Status tab of the crew's page; every crew has its own, and a User Bearer "
+            "Token may do less than a Bearer Token. Then: prefect-crew crews save NAME --overwrite."
         )
         findings.add("problem", "token", f"It is refused with {error.status_code}.", fix)
     except NotFoundError:
         if is_healthy:
             fix = "Check that the URL is the crew's own, without a path."
-            findings.add(
-                "warning", "inputs", "GET /inputs is answered with 404, so no kickoff's inputs are checked.", fix
-            )
+            findings.add("warning", "inputs", "GET /inputs returns 404, so no kickoff's inputs are checked.", fix)
         else:
             fix = "Copy the URL again from the Status tab of the crew's page."
-            findings.add("problem", "crew", "All is answered with 404: there seems to be no crew at this URL.", fix)
+            findings.add("problem", "crew", "Every request returns 404, so there seems to be no crew at this URL.", fix)
     except CrewError as error:
         findings.add("problem", "inputs", str(error), "Until this works, no kickoff's inputs are checked.")
     else:
@@ -166,7 +164,7 @@ async def check_prefect(findings: Findings) -> None:
         server = await client.api_version()
         if _numbers(server) < _numbers(own):
             old = f"It is {server}, older than the {own} that is installed here."
-            findings.add("warning", "Prefect server", old, "Upgrade it: a server is at least as new as its clients.")
+            findings.add("warning", "Prefect server", old, "Upgrade it: a server has to be as new as its clients.")
         else:
             findings.add("ok", "Prefect server", f"version {server}; here: {own}")
         try:
@@ -186,7 +184,7 @@ def _numbers(version: str) -> list[int]:
 
 
 async def _check_records(findings: Findings) -> None:
-    """See whether a record can be written, and a second one of its name cannot."""
+    """Check that a record can be written, and that a second record of its name cannot."""
     from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
     from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
     from prefect_crew.records.store import PrefectRecords
@@ -206,14 +204,14 @@ async def _check_records(findings: Findings) -> None:
         findings.add("problem", "records", failed, fix)
         return
     if (claimed, read) == ((True, False), [first.owner]):
-        findings.add("ok", "records", "one was claimed once, read and removed")
+        findings.add("ok", "records", "a record was claimed once, read and removed")
     else:
         fix = "Do not run crews with this Prefect API: two calls with one key could start two runs."
         findings.add("problem", "records", "A record could be claimed twice, or was not read back.", fix)
 
 
 async def _check_pools(client: PrefectClient, findings: Findings) -> None:
-    """Look at each pool of crew workers: who is online, and what those that are gone have left."""
+    """Check each pool of crew workers: the workers online, and the flow runs that workers left when they ended."""
     from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterType
 
     from prefect_crew.pool import BEGUN, UNOWNED_FOR, is_left, read_flow_runs, read_workers, worker_name

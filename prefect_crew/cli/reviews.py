@@ -87,7 +87,7 @@ async def ls(*, output: Output = None) -> None:
     header = ("Run", "Crew", "Task", "Question", "Since")
     _output.put_rows(header, rows, empty="No run waits for a person.", json=as_json)
     if waiting and not output:
-        _output.note("To read a question, and how to answer: prefect-crew reviews inspect RUN", "dim")
+        _output.note("To see a question and how to answer it, run: prefect-crew reviews inspect RUN", "dim")
 
 
 @app.command
@@ -128,7 +128,7 @@ async def reject(
         feedback: A text for the crew: what to do better.
     """
     if not feedback.strip():
-        raise ConfigurationError("--feedback is empty: the crew needs to know what to do better.")
+        raise ConfigurationError("--feedback is empty. Write what the crew has to do better.")
     await _answer(run, False, feedback, options, crew)
 
 
@@ -174,7 +174,7 @@ def _put(record: RunRecord, question: ReviewRequest) -> None:
 
 def _sentence(answer: Review) -> str:
     verb = "approved" if answer.approve else "rejected"
-    unsure = "" if answer.outcome == "sent" else ", and it is not known whether that arrived"
+    unsure = "" if answer.outcome == "sent" else ", and nobody knows whether the answer arrived"
     feedback = f": {answer.feedback}" if answer.feedback else ""
     return f"task {answer.task_id}, question {answer.round} {verb} by {describe_answer(answer)}{unsure}{feedback}"
 

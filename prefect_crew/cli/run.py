@@ -72,7 +72,7 @@ def run(
     output: Output = None,
     access: CrewAccess = CrewAccess(),
 ) -> Coroutine[Any, Any, None]:
-    """Run a crew through Prefect, wait, and write its result. A second run with the same --key finds the first one.
+    """Run a crew through Prefect, wait, and write its result. A second call with the same --key finds the first run.
 
     Args:
         name: A name for the run, shown in task names. Without --key, it is part of the idempotency key.

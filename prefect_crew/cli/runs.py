@@ -86,7 +86,7 @@ async def look_at(record: RunRecord, records: PrefectRecords) -> RunLine:
 
 
 def condition_of(record: RunRecord, *, owner_ended: bool) -> Condition:
-    """Return the condition of a run. `owner_ended`: whether the flow run that claimed it is known to have ended."""
+    """Return the condition of a run. `owner_ended`: whether the flow run that claimed it has surely ended."""
     if record.phase is RecordPhase.CLAIMED:
         if record.open_for and not owner_ended:
             return Condition.CLAIMED
@@ -113,8 +113,7 @@ def todo(record: RunRecord, condition: Condition, state: CrewState | None = None
         owner = "No flow run started it." if record.flow_run_id is None else "The flow run that started it has ended."
         return (
             f"{owner}{'' if record.human_since is None else f' {answer}'} A call with its key waits for the latest "
-            "attempt. If the crew's server has forgotten this one: "
-            f"prefect-crew runs resolve {kickoff_id} --lost."
+            f"attempt. If the crew's server has forgotten this one: prefect-crew runs resolve {kickoff_id} --lost."
         )
     if condition is Condition.WAITING:
         return answer
@@ -187,7 +186,7 @@ async def ls(
         key=lambda line: (order.index(line.condition), -line.since.timestamp()),
     )
     rows = [(line.word, short_name(line.record), line.record.crew, ago(line.since)) for line in lines]
-    empty = "No such run is on record." if only or all_ else "No run is open. To list ended ones too: --all."
+    empty = "No such run is on record." if only or all_ else "No run is open. To list ended runs too, add --all."
     as_json = output and [_as_json(line) for line in lines]
     _output.put_rows(("State", "Run", "Crew", "Since"), rows, empty=empty, json=as_json)
     if not output and any(todo(line.record, line.condition) for line in lines):
@@ -288,7 +287,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
 async def ask_to_stop(live_run: LiveRun, run: str) -> tuple[str, StopAnswer]:
     """Ask the crew's server to stop a run; return the outcome as a sentence, and the server's answer.
 
-    Raises CrewError: it was not stopped.
+    Raises CrewError if the run was not stopped.
     """
     answer = await stop_run(live_run)
     has_ended = answer.state is not None and answer.state.ended
@@ -333,7 +332,7 @@ def resolve(
             again = f"prefect-crew batch resume {shlex.quote(batch)}" if batch else "A call with this key"
             if lost and batch:
                 raise ConfigurationError(
-                    f"--lost is not for rows of a batch: prefect-crew batch retry {shlex.quote(batch)}."
+                    f"--lost takes no rows of a batch. Run: prefect-crew batch retry {shlex.quote(batch)}"
                 )
             record = await (in_flight if lost else unresolved)(key, records)
             if never_started:

@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter, validators
 from cyclopts.types import Port
 
-from prefect_crew.blocks import crew_of
 from prefect_crew.cli import _output
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url, reach_prefect
@@ -31,7 +30,7 @@ ListenPort = Annotated[Port, Parameter(name="--port", help="The port; 0 takes a 
 
 
 def faults_help() -> str:
-    """Return what `serve --fault` takes."""
+    """Return the help of `serve --fault`."""
     phases = "[-before-accept|-after-accept]"
     names = {name + (phases if kind.has_phases else ""): kind for name, kind in FAULTS.items()}
     kinds = "\n".join(f"  {name:<{len(phases) + 10}}{kind.text}" for name, kind in names.items())
@@ -57,18 +56,18 @@ def serve(
     max_runs: int | None = None,
     save: Annotated[str | None, Parameter(name="--save")] = None,
 ) -> int:
-    """Serve a crew on this machine as a deployed one is served, until Ctrl-C.
+    """Serve a crew on this machine like a deployed crew, until Ctrl-C.
 
     Args:
         spec: A bundled crew (travel, echo), a YAML script, or CrewAI code as module:factory.
-        token: The token that it accepts; a random one if left out. On the command line other users can see it.
+        token: The token that the server accepts; a random one if left out. Other users see it on the command line.
         response_format: How the server words its answers.
         generation: How the server words its webhooks.
         fault: A fault to inject, such as kickoff:500; can be repeated.
         speed: How many times faster a script runs than its seconds say.
         no_stop: Serve without /stop, as some servers do.
         max_runs: How many runs go on at once; others are pending.
-        save: Store the crew as a Prefect block under this name, so that flows and commands need only that.
+        save: Store the crew as a Prefect block under this name, so that flows and commands need only the name.
     """
     from prefect_crew.devserver import serve as serve_crew
 
@@ -126,10 +125,11 @@ def start(
 ) -> int:
     """Receive the webhooks of crews, which wake waits and become Prefect events, until Ctrl-C.
 
-    PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET signs them: set the same one here and where crews are kicked off.
+    PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET signs the webhooks. Set the same secret here and where crews are kicked
+    off.
 
     Args:
-        max_body: The largest webhook that is taken, in MiB; a webhook holds the crew's whole result.
+        max_body: The largest webhook that the receiver accepts, in MiB; a webhook holds the crew's whole result.
     """
     from prefect_crew.receiver.app import create_receiver
     from prefect_crew.receiver.serve import serve_receiver
@@ -181,6 +181,7 @@ def demo() -> None:
     with Progress() as progress:
         progress.phase("Starting a crew server on this machine")
         from prefect_crew._internal.asyncio_tasks import sync_version
+        from prefect_crew.blocks import crew_of
         from prefect_crew.crew import WaitPolicy
         from prefect_crew.devserver import CrewServer
         from prefect_crew.flows import run_loaded_crew
@@ -222,9 +223,9 @@ NOT_COPIED = ("__pycache__", ".env", ".venv", ".pytest_cache", "results")
 
 
 def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is empty, or not there yet.")], /) -> None:
-    """Write a project to start from: what to deploy on a crew worker, with a test, and flows to copy and change."""
+    """Write a starter project: code to deploy on a crew worker, a test of it, and flows to copy and change."""
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-        raise ConfigurationError(f"{folder} is not an empty folder: nothing was written. Give the name of a new one.")
+        raise ConfigurationError(f"{folder} is not an empty folder. Nothing was written. Name a new folder.")
     for source, target in _sources():
         shutil.copytree(source, folder / target, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
     readme = folder / "README.md"  # the repository's tests are told by comments how to run its blocks
@@ -234,7 +235,7 @@ def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is em
 
 
 def _sources() -> list[tuple[Path, str]]:
-    """Return the folders that a project is made of, and where in it they go."""
+    """Return the folders that a project consists of, each with its place in the project."""
     package = Path(__file__).parents[1]
     if (starter := package / "starter").is_dir():
         return [(starter, "")]

@@ -149,7 +149,7 @@ def pick(read: Callable[[Any], T | None], value: Any, *paths: str) -> T | None:
 
 
 def _structured(value: Any) -> Any:
-    """Return a list or an object, also decoded from text (with or without a code fence).
+    """Return a list or an object as it is, or decode it from text (with or without a code fence).
 
     Return None for text that is neither, and for a value that is nested too deep.
     """

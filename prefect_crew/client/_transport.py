@@ -150,7 +150,7 @@ class Call:
         return withheld(self.hide(text))
 
     async def trace(self, event: str, _: Any) -> None:
-        """Call `before_sending` at its time. httpx calls this method for each step of the request."""
+        """Call `before_sending` right before httpx sends. httpx calls this method at each step of a request."""
         if self.before_sending is not None and event.endswith("send_request_headers.started"):
             self.before_sending()
 

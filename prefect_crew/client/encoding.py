@@ -119,7 +119,7 @@ def _number(value: Any) -> int | float | str:
 def _key(key: Any) -> str:
     plain = _plain(key)
     if plain is None or isinstance(plain, list | dict):
-        raise _UnsendableError(f"a value of type {type(key).__name__} as a key")
+        raise _UnsendableError(f"a key of type {type(key).__name__}")
     return as_text(plain)
 
 

@@ -34,9 +34,9 @@ class Unshown(dict[Any, Any]):
 class Inputs:
     """The inputs of one run. A public function makes them as its first step, and every later step takes them.
 
-    The repr shows only the names, so that no frame shows a value, not even a frame of Prefect's engine. The class is a
-    dataclass, since Prefect looks into the parameters of a task for futures and results of other tasks. A pickle
-    contains the values, because a task runner sends the parameters of a task to its processes as a pickle.
+    The repr shows only names, so that no frame of a traceback shows a value, not even a frame of Prefect's engine. The
+    class is a dataclass, since Prefect looks into the parameters of a task for futures and results of other tasks. A
+    pickle contains the values, because a task runner sends the parameters of a task to its processes as a pickle.
 
     Args:
         values: The inputs as the caller passes them. A value of pydantic's secret types is always secret.

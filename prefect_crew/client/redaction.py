@@ -32,7 +32,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Redactor:
-    """Masks secrets anywhere in a text: unchanged, one line of them, or escaped for JSON, HTML or a URL.
+    """Masks secrets in a text, single lines of secrets, and the forms of secrets in JSON, HTML and URLs.
 
     Args:
         values: Secret values, of any type that an input may have. The texts and numbers within them are secret as well.
@@ -142,7 +142,7 @@ def _within(plain: Any) -> Iterable[str]:
 
 
 def _forms(text: str) -> set[str]:
-    """Return the forms of a secret within a text: without surrounding blanks, escaped for JSON, HTML or a URL."""
+    """Return the forms that a secret may have in a text: stripped of blanks, or escaped for JSON, HTML or a URL."""
     plain = {text, text.strip()}
     # Twice: an error may quote the JSON of a request within the JSON of its own.
     quoted = _json_forms(plain)

@@ -94,13 +94,13 @@ class Fault:
         if kind is None or self.where not in kind.places or (self.name != self.base_name and not kind.has_phases):
             here = ", ".join(name for name, kind in FAULTS.items() if self.where in kind.places)
             raise ValueError(
-                f"There is no fault {self.name!r} of {self.where}, but {here}; most of them with -before-accept or "
+                f"{self.where!r} has no fault {self.name!r}. It has {here}; most of them also take -before-accept or "
                 "-after-accept."
             )
         if self.value is not None and kind.value is None:
             raise ValueError(f"The fault {self.name} takes no value.")
         if not all(_RANGE.fullmatch(part) for part in self._parts):
-            raise ValueError(f"{self.on!r} does not say when: count from 1, such as 3, 1,4, 2-5 or 3-.")
+            raise ValueError(f"{self.on!r} is no list of call numbers, such as '3', '1,4', '2-5' or '3-'.")
         if self.value is None:
             object.__setattr__(self, "value", kind.value)  # the dataclass is frozen
         if "kickoff" in kind.places and kind.group == "run":

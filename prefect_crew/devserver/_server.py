@@ -132,7 +132,7 @@ class CrewServer:
         if response_format not in FORMATS:
             raise ValueError(f"There is no response format {response_format!r}. Formats: {', '.join(FORMATS)}.")
         if generation not in get_args(Generation):
-            raise ValueError(f"generation must be first or later, not {generation!r}.")
+            raise ValueError(f"generation must be 'first' or 'later', not {generation!r}.")
         specs = spec if isinstance(spec, Mapping) else {"": spec}
         programs = {name: load_program(source, speed=options.get("speed", 1.0)) for name, source in specs.items()}
         self.port: int = port

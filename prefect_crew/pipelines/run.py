@@ -88,7 +88,7 @@ async def arun_pipeline(
         wait: How to wait, in place of the blocks' policies, for steps without a policy of their own.
         review: The source of answers when a crew waits for a person, as for `run_crew`, for steps without their own.
         budgets: Limits for the total use of all steps, in addition to the blocks' budgets. A budget without a name gets
-            the pipeline's; "batch" is one run of the pipeline, with its retries.
+            the pipeline's name. A "batch" budget covers one run of the pipeline and its retries.
 
     Returns:
         The results by the names of their steps: `result["write"].output`.

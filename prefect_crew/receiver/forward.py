@@ -103,8 +103,8 @@ class RecentWebhooks:
     async def after(self, cursor: str) -> dict[str, Any] | None:
         """Return the webhooks after a cursor, the cursor after them, and whether some between were lost.
 
-        A process without a cursor of this start gets the latest ones. Without a webhook it waits up to `HOLD` seconds
-        for one. None: too many wait already.
+        A caller without a cursor of this start gets the latest webhooks. If there is no webhook, the call waits up to
+        `HOLD` seconds for one. Return None if too many calls wait already.
         """
         start, _, number = cursor.partition("-")
         is_ours = start == self._start and number.isdecimal() and len(number) < 20 and int(number) <= self._last
@@ -196,7 +196,7 @@ class Forwarder:
         return {**counts, "waiting": len(self._notes)}
 
     async def aclose(self) -> None:
-        """Store the texts and send the events that are left, for five seconds each at most, and end."""
+        """Store the texts that are left, then send the events that are left, each for at most five seconds."""
         self._is_closing = True
         if self._storing is not None:
             await asyncio.wait({self._storing}, timeout=CLOSE_WITHIN)

@@ -209,7 +209,7 @@ class Resolution(StrEnum):
 
 
 def attempt_of(attempts: Sequence[RunRecord], attempt: int | None) -> RunRecord | None:
-    """Return the attempt with this number. Without a number: the latest one that started a run, or may have."""
+    """Return the attempt with this number; without a number, the latest attempt that started a run or may have."""
     if attempt is None:
         return latest_start(attempts)
     return next((candidate for candidate in attempts if candidate.attempt == attempt), None)

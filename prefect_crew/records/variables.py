@@ -197,8 +197,7 @@ async def count_variables() -> int:
 
 
 async def without_claim(claim_by_id: Mapping[str, str]) -> list[str]:
-    """Return the ids of Variables whose claims are gone. The mapping, of `PAGE` at most, has the claim's id by the
-    Variable's id."""
+    """Return the Variable ids whose claims are gone. The mapping has claim ids by Variable ids, `PAGE` at most."""
     if not claim_by_id:
         return []
     of_claims = {"id": {"any_": [*{*claim_by_id.values()}]}}

@@ -91,8 +91,9 @@ async def start_run(
 
 @dataclass
 class _Start:
-    """One call of `start_run`. `record` is the attempt that it has claimed, `lease` the lease of its last claim or
-    permit, `earlier` the attempts that it had read before the claim."""
+    """One call of `start_run`. `record` is the attempt that it claimed, `lease` the lease of its last claim or permit,
+    `earlier` the attempts before.
+    """
 
     request: RunRequest
     identity: RunIdentity
@@ -127,9 +128,9 @@ class _Start:
                 until = loop.time() + LIMITED_FOR if until is None else until  # counted from the first lost claim
                 if loop.time() > until:
                     raise NotStartedError(
-                        f"Run {key!r} was not started: for {LIMITED_FOR / 60:g} minutes each claim of it was lost "
-                        "before its kickoff could be sent. The Prefect API answers too slowly, or this machine sleeps. "
-                        "Fix that, then run again with the same key."
+                        f"Run {key!r} was not started: for {LIMITED_FOR / 60:g} minutes this call lost each claim "
+                        "before its kickoff could be sent. The Prefect API answers too slowly, or this machine "
+                        "sleeps. Fix that, then run again with the same key."
                     ) from None
                 run_logger().warning("Run %s: %s The attempts on record now count.", key, lost)
             else:
@@ -196,8 +197,9 @@ class _Start:
         return decision, record
 
     async def _claim(self, earlier: Sequence[RunRecord]) -> bool:
-        """Claim the attempt after the earlier ones. Return False if somebody else has claimed it. Raises
-        BudgetExceededError: a budget has no room for the run."""
+        """Claim the attempt after the earlier ones. Return False if another call has claimed it. Raises
+        BudgetExceededError: a budget has no room for the run.
+        """
         request = self.request
         # Twice the time of the check: it repeats its request after the token was rotated.
         lease = Lease(CLAIM_GOOD_FOR + (0.0 if request.is_row else 2 * request.crew.request_timeout))
@@ -246,7 +248,7 @@ class _Start:
     async def _make_sure(self) -> None:
         """Make sure that no other attempt appeared or went. Then check the inputs, and add the estimates.
 
-        If one of them fails, this gives the claim back: nothing was sent. A refused start leaves no record.
+        If a step fails, this gives the claim back, because nothing was sent. A refused start leaves no record.
 
         Raises:
             ClaimLostError: The attempts on record are not the ones that this call decided by.
@@ -254,7 +256,7 @@ class _Start:
         """
         async with self._giving_back(self.lease):
             if not await self.records.confirm(self.record, self.earlier):
-                raise ClaimLostError("another call claimed it, or its earlier attempts were removed, at the same time.")
+                raise ClaimLostError("another call claimed this run or removed its attempts at the same time.")
             if self.request.is_row:  # a batch has checked the inputs of all its rows, and a row has counted already
                 return
             # After the claim, and not during `confirm`: for a run that is found, it costs the crew's server no request.
@@ -267,7 +269,7 @@ class _Start:
     # Post
 
     async def _post_until_taken(self) -> None:
-        """Send the kickoff of a claim and store its id. Send it again only if the last one surely started no run.
+        """Send the kickoff of a claim and store its id. Send it again only if the last kickoff surely started no run.
 
         Raises:
             ClaimLostError: Somebody else has resolved the claim, or the time to send the kickoff is over. Nothing was
@@ -301,7 +303,7 @@ class _Start:
                     if delay is None or loop.time() + delay > until:
                         raise
                 if delay:
-                    run_logger().warning("%s It is sent again in %.0f s.", problem, delay)
+                    run_logger().warning("%s The kickoff is sent again in %.0f s.", problem, delay)
                 # Before the pause, so that nobody resolves the claim during it.
                 await self._take_permit(pause=delay)
         if self.work.is_cancelled:
@@ -424,9 +426,9 @@ def _uncertain(record: RunRecord) -> KickoffUncertainError:
 
 
 async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: str) -> NoReturn:
-    """Raise KickoffUncertainError: another record, whose key is `other`, holds the same kickoff id.
+    """Raise KickoffUncertainError, because another record, whose key is `other`, holds the same kickoff id.
 
-    A proxy that caches or deduplicates requests may answer two kickoffs with one id: only one record keeps it.
+    A proxy that caches or deduplicates requests may answer two kickoffs with one id. Only one record keeps that id.
     """
     run = record.kickoff_id
     record.reason = f"the crew's server answered with run {run}, which belongs to idempotency key {other!r}"
@@ -441,9 +443,9 @@ async def _give_back(
 ) -> None:
     """Store that a claimed run was surely not started, with the error as the reason.
 
-    `unused` is the lease of a claim for which no permit was asked. While that lasts, the claim of a refused start is
-    deleted, so that a refusal each minute does not use up the attempts of a key. A claim that was lost to another call
-    stays: two calls that each delete a claim which the other has read would never agree.
+    `unused` is the lease of a claim without a request for a permit. While the lease lasts, this deletes the claim of a
+    refused start, so that a refusal each minute does not use up the attempts of a key. A claim that another call
+    resolved stays, since two calls that each delete a claim which the other has read would never agree.
     """
     record.phase, record.reason = RecordPhase.NOT_STARTED, f"{type(error).__name__}"
     if unused is None or record.entries:  # a claim in a ledger is its permit as well
@@ -468,10 +470,10 @@ def _loop_ends(error: BaseException) -> bool:
 
 
 async def _save(record: RunRecord, write: Callable[[RunRecord], Awaitable[T]]) -> T | None:
-    """Write a record by a method of its store. Repeat that if the event loop ends: it cancels tasks once.
+    """Write a record by a method of its store. Repeat the write if the event loop ends, which cancels tasks only once.
 
     If the Prefect API fails, log an error with the command that resolves the run, and return None. The record then
-    stays a claim, and later calls treat it as uncertain: they start nothing.
+    stays a claim, and later calls treat the claim as uncertain and start nothing.
     """
     try:
         try:
@@ -510,7 +512,7 @@ async def open_run(request: RunRequest, *, inside_own_task: bool = False) -> Liv
 
 @naming_prefect_away("Nothing was started. Run again with the same key.")
 async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool = False) -> None:
-    """Find the run of a request, or start it. Set kickoff id and record in `run`. Raises the errors of `run_crew`."""
+    """Find or start a request's run. Give `run` its kickoff id and its record. Raises the errors of `run_crew`."""
     run.request, crew, options = request, request.crew, request.options
     identity = await identify(
         crew.label,

@@ -38,7 +38,7 @@ LOOK_AGAIN = (0.5, 1.5)
 """Seconds between two looks for a free slot: from, to. The pause that Prefect's server proposes is not used: it grows
 with the duration of runs."""
 PASSED_ON = 10.0
-"""Seconds for which a slot goes from one row of a batch to the next. Later the batch gives it back: others may wait."""
+"""Seconds for which a slot goes from one row of a batch to the next. Then the batch gives it back: others may wait."""
 UNUSED = 1.0
 """Seconds for which a batch keeps a slot that none of its rows uses."""
 _LOCKED, _GONE, _TOO_MANY = 423, 410, 422
@@ -71,12 +71,15 @@ class Slots:
             async with get_client() as client:
                 await client.release_concurrency_slots_with_lease(self.lease)
         except PREFECT_ERRORS as error:
-            run_logger().debug("The slots of %s are free when their lease ends: %s", self.crew.label, error)
+            run_logger().debug(
+                "The slots of %s are taken until their lease ends: %s",
+                self.crew.label,
+                error,
+            )
 
     @asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
-        """Renew the lease until the end of the block. If the Prefect API does not answer, the block goes on, since the
-        runs do."""
+        """Renew the lease until the block ends. If the Prefect API does not answer, block and runs go on."""
         renewing = asyncio.create_task(self._renew_on())
         try:
             yield
@@ -277,9 +280,9 @@ def missing_limit(crew: Crew) -> ConfigurationError:
 
 
 async def slot_of(crew: Crew, record: RunRecord | None) -> Slots | None:
-    """Return the slot of a run in flight, for its wait, which renews it. If its lease has ended, take a free slot.
+    """Return the slot of a run in flight; the run's wait renews it. If the slot's lease has ended, take a free slot.
 
-    Return None if no slot is free or the limit does not exist: the wait goes on without a slot.
+    Return None if no slot is free or the limit does not exist. The wait then goes on without a slot.
     """
     try:
         if record is not None and record.slot is not None:

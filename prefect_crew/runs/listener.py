@@ -1,7 +1,7 @@
 """End the pauses of waits early when a webhook comes. A process has one listener for all its runs.
 
-It asks the receiver, which answers within milliseconds. A webhook proves nothing and may never come: it only brings the
-next status call forward. Polls go on as the policy says, so no end is seen later than without webhooks.
+The listener asks the receiver, which answers within milliseconds. A webhook proves nothing and may never come: it only
+brings the next status call forward. Polls go on as the policy says, so no end is seen later than without webhooks.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Waker:
         self._asked: set[Question] = set()
 
     def wake(self, question: Question | None = None, *, ends_pause: bool = True) -> None:
-        """Report a webhook, from any thread. `question`: the question that it brings, if any."""
+        """Report a webhook, from any thread. `question`: the question that the webhook brings, if any."""
         if question is not None:
             self._asked.add(question)
         if ends_pause or self._has_ended:
@@ -66,7 +66,7 @@ class Waker:
     def has_question_after(self, attempt: int, answers: int) -> bool:
         """Return whether a webhook reported a question that came after so many answers of people in this attempt.
 
-        Each answer brings new URLs, with the number of answers: so this is no late delivery of the earlier question.
+        The URLs after each answer contain the number of answers, so late news of an earlier question does not count.
         """
         return (attempt, answers % 256) in self._asked
 
@@ -138,7 +138,7 @@ class _Tokens:
         return called is not None and (called.total_tokens or 0) >= (whole.total_tokens or 0)
 
     def add(self, name: str, body: Mapping[str, Any]) -> None:
-        """Add the tokens of a webhook. Call it once for each."""
+        """Add the tokens of a webhook. Call this once for each webhook."""
         self.heard.add(name)
         usage, model = tokens_of(body), body.get("model")
         if name == COMPLETED:
@@ -161,7 +161,7 @@ class _Run:
 
 
 class _ReceiverError(Exception):
-    """The receiver did not return its webhooks. The text continues "The webhook receiver"."""
+    """The receiver did not return its webhooks. The message follows the words "The webhook receiver"."""
 
 
 async def _ask(client: httpx.AsyncClient, url: str, cursor: str) -> dict[str, Any]:

@@ -151,9 +151,9 @@ async def poll(
 ) -> CrewStatus:
     """Poll a run until it has ended, and return its last status: completed, failed or stopped.
 
-    An error of the status call says nothing about the run: its time counts towards `error_timeout`. A 429 does not
-    count, and `poll` obeys its `Retry-After`. The time limits are checked only after a successful status call: so the
-    end of the run comes before the clock.
+    An error of a status call says nothing about the run, but the call's time counts towards `error_timeout`. A 429 does
+    not count, and `poll` obeys its `Retry-After`. `poll` checks the time limits only after a successful status call, so
+    that the end of the run counts before the clock.
 
     Args:
         look: Makes one status call.
@@ -168,7 +168,7 @@ async def poll(
         CrewTimeoutError: A time limit of the policy is over. The run may go on.
         CrewLostError: The server does not know the run, after the grace.
         AuthenticationError: The server refused the token.
-        CrewError: No status call succeeded for `error_timeout` seconds: the last call's error.
+        CrewError: No status call succeeded for `error_timeout` seconds. This is the last call's error.
     """
     names: dict[str, Any] = {"kickoff_id": kickoff_id, "crew": crew, "idempotency_key": idempotency_key}
     state = _Poll(names, policy, phases, watcher, now, rng, began=now(), delays=poll_delays(policy, rng))

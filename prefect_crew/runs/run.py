@@ -59,16 +59,16 @@ _kicked_off: OrderedDict[str, LiveRun] = OrderedDict()
 class LiveRun:
     """One run as this process knows it: a public function makes it once, and passes it on from the kickoff to the end.
 
-    It is no dataclass: a task takes it as its crew, and Prefect would inspect all fields of a dataclass.
+    It is no dataclass, because a task takes it as its crew, and Prefect would inspect all fields of a dataclass.
 
     Args:
-        crew: Its crew. An open session is used, and stays open; else the run gets a session of its own to enter.
-        kickoff_id: Its id, "" before its kickoff.
-        record: Its record. None before the record is read, or if no record has the kickoff id.
+        crew: The run's crew. An open session stays open; else the run gets a session of its own to enter.
+        kickoff_id: The run's id, "" before the kickoff.
+        record: The run's record. None before the record is read, or if no record has the kickoff id.
         request: The caller's request. None if only the id is known.
-        records: The store of its record.
-        owned: Whether this process has started it, so that nobody else closes it.
-        is_found: Whether another call has started it. That call's secret inputs may differ from the request's.
+        records: The store of the run's record.
+        owned: Whether this process has started the run, so that nobody else closes it.
+        is_found: Whether another call has started the run. That call's secret inputs may differ from the request's.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class LiveRun:
         """Refuse to be pickled.
 
         Raises:
-            TypeError: It holds the token and the inputs, and a session of this process.
+            TypeError: The run holds the token and the inputs, and a session of this process.
         """
         raise TypeError("A live run cannot be pickled: it holds secrets. Pass the crew and the kickoff id instead.")
 
@@ -267,7 +267,7 @@ class LiveRun:
 
 
 async def read_record(run: LiveRun, idempotency_key: str | None = None) -> None:
-    """Read the record of a run by its key, else by its id. If the Prefect API does not answer, it keeps its record.
+    """Read the record of a run by its key, else by its id. If the Prefect API does not answer, keep its record.
 
     Raises:
         ConfigurationError: The run is of another crew.
@@ -283,7 +283,9 @@ async def read_record(run: LiveRun, idempotency_key: str | None = None) -> None:
     except PREFECT_ERRORS as error:
         record, run.is_unread = run.record, run.record is None
         run_logger().warning(
-            "The record of run %s could not be read (%s): going on with what is known of it.", kickoff_id, error
+            "The record of run %s could not be read (%s). This call goes on without it.",
+            kickoff_id,
+            error,
         )
     if record is not None and record.crew_url != crew.url:
         raise ConfigurationError(
@@ -350,7 +352,7 @@ async def close_run(
 
 
 def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:
-    """Return the cost of an ended run, None if unknown. It logs errors and does not raise them: the run is over."""
+    """Return the cost of an ended run, None if unknown. This logs errors and raises none, since the run is over."""
     try:
         return cost_of(crew.price, status.usage, status.usage_by_model)
     except CrewError as error:
@@ -378,9 +380,9 @@ def no_attempt_left(crew: Crew) -> str:
 
 def _more_attempts(crew: str) -> str:
     return (
-        f"For another: in Prefect's UI raise max_attempts on the block deployed-crew/{crew} and retry the flow run; "
-        "for a deployment of run_deployed_crew set its parameter force_new; in Python force_new=True; on the command "
-        "line --force-new."
+        f"For more: in Prefect's UI raise max_attempts on the block deployed-crew/{crew} and retry the flow "
+        "run; for a deployment of run_deployed_crew set its parameter force_new; in Python force_new=True; on the "
+        "command line --force-new."
     )
 
 

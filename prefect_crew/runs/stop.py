@@ -57,7 +57,7 @@ _being_stopped = set[str]()
 
 
 def started_by_runner() -> bool:
-    """Return whether this process is a Prefect worker, or a runner or worker started it: Ctrl-C only shuts that down.
+    """Return whether this process is a Prefect worker, or a runner or worker started it: Ctrl-C only shuts it down.
 
     A worker sets `PREFECT__WORKER_NAME` in its own environment and in the environment of the processes that it starts.
     """
@@ -111,8 +111,8 @@ def is_known_cancelled(run_id: str | None) -> bool:
 async def is_cancelled(run_id: str | None, *, every: float | None = None) -> bool:
     """Return whether a flow run without a runner was cancelled. A runner would send its process a signal.
 
-    The server is asked at most once in `every` seconds (default `LOOK_EVERY`), and not earlier than that after the
-    first call: most waits are shorter. A Prefect API that does not answer is not a cancellation.
+    This asks the server at most once in `every` seconds (default `LOOK_EVERY`), and not earlier than that after the
+    first call, since most waits are shorter. A Prefect API that does not answer is not a cancellation.
     """
     if run_id is None or started_by_runner():
         return False
@@ -138,8 +138,8 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
 async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunRecord]:
     """Return the runs that a flow run or its subflows started, and whose records have no end.
 
-    The artifacts of runs name their claims. If a process was killed, or a wait cancelled, before it made the artifact,
-    the run has none: its claim is among the Variables that changed last.
+    The artifacts of runs name their claims. A run has no artifact if its process was killed or its wait cancelled
+    before. Then its claim is among the Variables that changed last.
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
@@ -212,7 +212,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
             return not await is_of_another(record, records) and await stop_once(session, record, records)
         log.warning(
             "Crew run %s is left running at %s: its flow run was not cancelled. A call with idempotency key %r waits "
-            "for it, and so does a retry of this flow run. To stop the crew: %s",
+            "for it, and so does a retry of this flow run. To stop the crew, run: %s",
             record.kickoff_id,
             record.crew_url,
             record.idempotency_key,
@@ -264,8 +264,7 @@ async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
 async def stop_once(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
     """Send `/stop` for a run, once, store the outcome, and return whether the crew's server accepted it.
 
-    Before the request, the record notes it: the answer may be lost, and other waits for the run, and a worker, read the
-    record.
+    The record notes the stop first: the answer may be lost, and other waits for the run, and a worker, read the record.
     """
     kickoff_id, log = str(record.kickoff_id), run_logger()
     while kickoff_id in _being_stopped:  # noqa: ASYNC110  another wait sends /stop, maybe in another event loop
@@ -299,7 +298,7 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
 async def _note_stop(record: RunRecord, records: RecordStore) -> RunRecord | None:
     """Note a `/stop` in the record. Return the stored record if it has such a note already, or the run has ended.
 
-    Return None too if the Prefect API does not answer: that must not prevent a stop.
+    Return None too if the Prefect API does not answer, which must not prevent a stop.
     """
 
     async def note() -> RunRecord | None:

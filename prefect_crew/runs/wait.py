@@ -202,7 +202,7 @@ class _Waiter(Watcher):
             self.log.info("Crew run %s: the status call answers again.", run.kickoff_id)
         if not status.known_state and (before is None or before.raw_state != status.raw_state):
             self.log.warning(
-                "Crew run %s has the state %r, which nobody has documented: it counts as running.",
+                "Crew run %s has the state %r, which is not documented and counts as running.",
                 run.kickoff_id,
                 run.redact_name(status.raw_state or ""),
             )
@@ -407,8 +407,8 @@ class _Waiter(Watcher):
     def _once_it_answers(self) -> str:
         run = self.run
         if run.idempotency_key is None:
-            return f"The run may continue there; see later: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
+            return f"The run may continue there. See it later: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
         return (
-            f"The run may continue there: run again with idempotency key {run.idempotency_key!r} to wait for it. "
+            f"The run may continue there. Call again with idempotency key {run.idempotency_key!r} to wait for it. "
             "Nothing is started then."
         )

@@ -110,7 +110,9 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
         pytest.param({"topic": float("nan")}, {}, "Input 'topic' holds a number that is not finite", id="NaN"),
         pytest.param({"topic": "\ud800"}, {}, "lone surrogate", id="half a character"),
         pytest.param({"topic": b"x"}, {}, "bytes, which cannot be sent", id="bytes"),
-        pytest.param({"a": "x"}, {"inputs": {"topic": "b"}}, "taken from column b, which is not there", id="column"),
+        pytest.param(
+            {"a": "x"}, {"inputs": {"topic": "b"}}, "needs column b, which the row does not have", id="column"
+        ),
         pytest.param(
             {"notes": "x"}, {"inputs": {"topic": "ntoes"}}, "column ntoes (did you mean notes?), which", id="near"
         ),
@@ -237,7 +239,7 @@ def test_a_key_that_holds_a_secret_input_is_refused():
     rows = [{"topic": "tea", "code": "hunter22"}]
     given = {"topic": "topic", "pin": "code"}
     [(_, reason)] = reasons(rows, inputs=given, key=lambda row: f"of {row['code']}", crew=HIDES)
-    assert reason == "its key holds a secret input, and keys are shown in logs, artifacts and the ledger"
+    assert reason == "its key holds a secret input, but logs, artifacts and the ledger show keys"
     assert keys(rows, inputs={"topic": "topic", "tone": lambda row: SecretStr(row["code"])}, key="code") == []
     with pytest.raises(ConfigurationError, match="'topic' is a secret input"):
         plan([{"topic": "tea"}], key="topic", crew=replace(CREW, secret_inputs=("topic",)))

@@ -88,7 +88,7 @@ def test_a_reader_that_has_gone(tmp_path: Path, crews: CrewServer, line: list[st
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-NO_COMMAND = "prefect-crew --help lists the commands; prefect-crew COMMAND --help their options."
+NO_COMMAND = "prefect-crew --help lists the commands; prefect-crew COMMAND --help lists their options."
 
 
 @pytest.mark.parametrize(
@@ -100,13 +100,13 @@ NO_COMMAND = "prefect-crew --help lists the commands; prefect-crew COMMAND --hel
         ("inputs block --token t-1234", "--token is for a URL"),
         ("serve --port 99999", ""),
         ("run", "prefect-crew run: CREW is missing or has no value."),
-        ("run http://127.0.0.1:1 -i topic", "give it as name=value"),
+        ("run http://127.0.0.1:1 -i topic", "does not have the form name=value"),
         ("run travel --ouput x", "Did you mean --output?"),
         ("runs resolve key", ""),
         ("runs resolve key --lost --never-started", ""),
         ("runs prune --older-than long", "into a time such as 90m, 4h or 30d"),
         ("automations apply --waiting 4hours", "into a time such as 90m, 4h or 30d"),
-        ("deploy x --timezone UTC", "give --cron or --interval too"),
+        ("deploy x --timezone UTC", "Give --cron or --interval too"),
         ("deploy", "Received 0 arguments. Exactly 1 of {CREW, --pipeline} must be specified."),
         ("deploy x --pipeline a.yaml", ""),
         ("deploy travel --cron x --interval 5", "Mutually exclusive arguments: {--cron, --interval}"),
@@ -209,7 +209,7 @@ def test_an_error_after_the_kickoff_names_the_run_and_never_says_that_nothing_wa
     assert (crews.kickoffs, done.code) == (before + 1, 1)
     kickoff_id = [*crews.crews["greet"].runs.values()][-1].id
     assert f"Run {kickoff_id} was started and is on record: prefect-crew result" in done.err
-    assert "--debug shows more" in done.err
+    assert "Add --debug" in done.err
     assert done.json["error"].items() >= {"kickoff_id": kickoff_id, "exit_code": 1}.items()
     monkeypatch.setattr(module, "run", lambda _: json.loads("{"))
     assert kickoff_id not in here("doctor").err, "the run of an earlier command"
@@ -255,7 +255,7 @@ def test_code_of_what_no_other_test_exits_with():
         (_answer(403), "Check PREFECT_API_KEY"),
         (httpx.ConnectError("refused"), "prefect server start"),
         (RuntimeError("Failed to reach API at http://x."), "prefect server start"),
-        (KeyError("x"), "KeyError: 'x'. This is unexpected: --debug shows more."),
+        (KeyError("x"), "KeyError: 'x'. This is unexpected. Add --debug to see more."),
     ],
 )
 def test_a_message_is_one_line_that_says_what_to_do(error: Exception, said: str):

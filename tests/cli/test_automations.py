@@ -29,7 +29,7 @@ def test_they_are_set_up_listed_and_removed(here, pool: str):
     first = here("automations", "apply", "--pool", pool)
     assert first.code == 0
     assert "prefect-crew: recover\tcreated\tBegins a crashed flow run" in first.out
-    assert "There are no alerts: give --notify" in first.out
+    assert "There are no alerts. Give --notify" in first.out
 
     CustomWebhookNotificationBlock(name="alerts", url="http://127.0.0.1:1").save(
         "alerts-of-a-test", overwrite=True, _sync=True

@@ -193,8 +193,8 @@ def test_an_input_of_a_column_that_is_not_there_is_said_once(here, picky, call, 
     path.write_text('{"topic": "tea"}\n' * 20)
     said = here(*call(crew, str(path), "--map", "topic=topci"))
     assert said.code == 6
-    assert "none of its 20 rows can be run: input 'topic' is taken from column topci (did you mean topic?)" in said.err
-    assert "(a constant text is a template as well: {{ 'text' }})" in said.err
+    assert "none of its 20 rows can be run: input 'topic' needs column topci (did you mean topic?)" in said.err
+    assert "(for a constant text, write {{ 'text' }})" in said.err
 
 
 @pytest.fixture

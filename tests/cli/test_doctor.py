@@ -138,10 +138,10 @@ def prefect_that(**answers: int | str) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
-        ({"health": 404}, "/health was answered with 404. Check PREFECT_API_URL: that of a server ends in /api"),
+        ({"health": 404}, "/health was answered with 404. Check PREFECT_API_URL, which has to end in /api"),
         (
             {"health": "<html>"},
-            "/health was answered with a page. Check PREFECT_API_URL: that of a server ends in /api",
+            "/health was answered with a page. Check PREFECT_API_URL, which has to end in /api",
         ),
         ({"health": 401}, "/health was answered with 401. Check PREFECT_API_KEY"),
         ({"health": 503}, "/health was answered with 503. Start that server"),

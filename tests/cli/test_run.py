@@ -154,7 +154,7 @@ def test_a_signal_leaves_the_crew_running_and_says_how_to_stop_it(
         assert process.family() == []
     (run,) = [run for run in crews.runs if run.meta and run.meta.get("idempotency_key") == key]
     assert str(run.state) == "running", process.output
-    assert f"To stop the crew: prefect-crew runs cancel {run.id} --crew {url}" in process.output.replace("\n", " ")
+    assert f"To stop the crew, run: prefect-crew runs cancel {run.id} --crew {url}" in process.output.replace("\n", " ")
     cancelled = here("runs", "cancel", run.id, "--crew", url)
     assert cancelled.code == 0, cancelled.err
     (state,) = [str(other.state) for other in crews.runs if other.id == run.id]

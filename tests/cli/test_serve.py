@@ -131,5 +131,5 @@ def test_what_is_there_is_not_touched(here, tmp_path: Path):
     for taken in (file, folder):
         done = here("init", str(taken))
         assert (done.code, done.out) == (2, "")
-        assert done.err.startswith(f"{taken} is not an empty folder: nothing was written.")
+        assert done.err.startswith(f"{taken} is not an empty folder. Nothing was written.")
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"file", ".hidden"}

@@ -199,11 +199,11 @@ def test_bad_resume(reviewed: httpx.Client) -> None:
     ("options", "text"),
     [
         ({"response_format": "x"}, "Formats: documented, union, live"),
-        ({"generation": "next"}, "first or later"),
+        ({"generation": "next"}, "'first' or 'later'"),
         ({"speed": 0}, "speed must be above 0"),
         ({"max_runs": 0}, "max_runs must be above 0"),
         ({"max_runs": -1}, "max_runs must be above 0"),
-        ({"faults": ["kickoff:explode"]}, "There is no fault 'explode'"),
+        ({"faults": ["kickoff:explode"]}, "'kickoff' has no fault 'explode'"),
         ({"spec": "nowhere.yaml"}, r"Cannot read the crew nowhere.yaml.*echo, travel"),
     ],
 )

@@ -37,11 +37,11 @@ def test_a_text_says_what_and_when(text: str, value: float | None, hits: list[in
     ("text", "message"),
     [
         ("kickof:500", "There is no place 'kickof'.*inputs, kickoff, status, resume, stop, any, webhook"),
-        ("kickoff:explode", "There is no fault 'explode' of kickoff, but latency, 400, .* no-id, .*-before-accept"),
-        ("kickoff:stuck-after-accept", "There is no fault 'stuck-after-accept'"),
+        ("kickoff:explode", "'kickoff' has no fault 'explode'. It has latency, 400, .* no-id, .*-before-accept"),
+        ("kickoff:stuck-after-accept", "has no fault 'stuck-after-accept'"),
         ("kickoff:drop=2", "takes no value"),
         ("kickoff:latency=-1", "is not a fault. Write PLACE:NAME"),
-        ("kickoff:500@0", "does not say when"),
+        ("kickoff:500@0", "is no list of call numbers"),
         ("500", "is not a fault. Write PLACE:NAME"),
     ],
 )

@@ -310,7 +310,7 @@ async def test_a_server_that_asks_to_come_back_is_come_back_to(
     assert asyncio.get_running_loop().time() - began >= 0.4
     assert (server.requests["kickoff"], server.kickoffs) == (3, 1)
     assert await phases(idempotency_key) == [RecordPhase.STARTED]
-    assert caplog.text.count("It is sent again in") == 2
+    assert caplog.text.count("The kickoff is sent again in") == 2
 
 
 async def test_one_that_asks_for_no_time_is_asked_less_and_less(

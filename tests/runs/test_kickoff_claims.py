@@ -184,7 +184,7 @@ async def test_permits_that_are_over_again_and_again_end_in_an_error(
     monkeypatch.setattr(kickoff_module, "LIMITED_FOR", 0.5)
     monkeypatch.setattr(kickoff_module, "Lease", lambda seconds: Lease(LONG_AGO))
     server, idempotency_key = crew_server("echo"), key()
-    with pytest.raises(CrewError, match="each claim of it was lost before its kickoff could be sent"):
+    with pytest.raises(CrewError, match="this call lost each claim before its kickoff could be sent"):
         await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
     assert server.requests["kickoff"] == 0
     assert set(await phases(idempotency_key)) == {RecordPhase.NOT_STARTED}

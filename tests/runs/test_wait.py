@@ -491,7 +491,7 @@ async def test_lasting_errors_end_the_wait(crew_server: CrewServerFactory):
     with pytest.raises(pc.CrewError, match="500") as caught:
         await run.await_for_completion(pc.WaitPolicy(initial=0.1, error_timeout=0.3))
     assert run.kickoff_id in str(caught.value)
-    assert f"run again with idempotency key {idempotency_key!r} to wait for it" in str(caught.value)
+    assert f"Call again with idempotency key {idempotency_key!r} to wait for it" in str(caught.value)
     server.faults.clear()
     assert (await ended(await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))).output == "a"
     assert server.kickoffs == 1

@@ -1,7 +1,7 @@
 """Answers to the questions of runs. Only this module sends answers, and it sends one answer to each question.
 
 A function, the form, a task and the command line turn a question into an answer. `answer_question` stores the answer,
-sends it and stores whether it arrived. It does not repeat `/resume`: a second answer might go to the next question.
+sends it and stores whether it arrived. It never repeats `/resume`: a second answer might go to the next question.
 """
 
 from __future__ import annotations
@@ -84,19 +84,19 @@ async def answer_question(
 ) -> tuple[ResumeAnswer, Review]:
     """Answer the question that a run asks at this moment, once.
 
-    It reads the answers on record before the status, and creates the new answer under the next number. If somebody has
-    answered in between, that number is taken: so no answer goes to a question that its giver has not seen. With
-    `round`, it answers only the question with this number.
+    This reads the answers on record before the status, and creates the new answer under the next number. If somebody
+    has answered in between, that number is taken, so that no answer goes to a question that its giver has not seen.
+    With `round`, this answers only the question with that number.
 
     Args:
         run: The run, in an open session.
         review: The answer, with its giver.
         question: The question that a wait has seen. Another question is not answered.
         task_id: The task; default: the task in the status. With a task, the run counts as waiting whatever its status
-            says: not every server reports the waiting.
+            says: not every server reports a wait.
         webhooks: The kickoff's webhooks, if they are not this package's own; default: the webhooks of the run's request
             in this process.
-        call: The name of the call, the same on every retry of it. A call that has answered sends no other answer.
+        call: The name of the call, the same on each of its retries. A call that has answered sends no other answer.
         nonce: The name of this attempt to answer. Pass it again after a PrefectAwayError: the answer may be on record.
 
     Returns:
@@ -163,7 +163,7 @@ async def _send_answer(
     """Store an answer, send it, and store whether it arrived and whether the crew continues. Only this function sends
     answers."""
     records, record, number = run.records, answers_record(run), len(question.answers) + 1
-    with naming_prefect_errors(_unsent(run, review, "it cannot be put on record")):
+    with naming_prefect_errors(_unsent(run, review, "this answer cannot be stored")):
         is_ours = await records.add_review(record, number, written)
     if not is_ours:
         raise AlreadyAnsweredError(f"Somebody else answers run {run.kickoff_id} at this moment. Nothing was sent.")
@@ -219,7 +219,7 @@ def is_refusal(question: ReviewRequest, error: CrewAPIError) -> bool:
 
 
 async def _note(run: LiveRun, writing: Coroutine[Any, Any, None]) -> None:
-    """Await a write of an answer's outcome, and log its error: an error does not change whether the answer was sent."""
+    """Await a write of an answer's outcome, and log its error, which does not change whether the answer was sent."""
     try:
         await writing
     except (*PREFECT_ERRORS, CrewError) as error:
@@ -286,8 +286,8 @@ def answers_record(run: LiveRun) -> RunRecord:
 
 def _unsent(run: LiveRun, review: Review, reason: str) -> str:
     return (
-        f"Nothing was sent: the answer of {review.by} to run {run.kickoff_id} of crew {run.crew.label} needs its place "
-        f"on record, and {reason}. Once that works, answer again, or wait for the run again under its key."
+        f"Nothing was sent: the answer of {review.by} to run {run.kickoff_id} of crew {run.crew.label} has to be on "
+        f"record first, and {reason}. Once the cause is gone, answer again, or wait for the run again under its key."
     )
 
 
@@ -333,8 +333,8 @@ def _question_to_answer(
     current = question_of(run, status, answers, of_flow, task_id=task_id)
     if current is None:
         raise ConfigurationError(
-            f"Run {kickoff_id} of crew {label} waits, and its status does not name the task. Give it (task_id=…, "
-            "--task): the crew's page and the human-input webhook show it."
+            f"Run {kickoff_id} of crew {label} waits, but its status does not name the task. Give it (task_id=…, "
+            "--task); the crew's page and the human-input webhook show it."
         )
     if last_seen is not None and not is_same_question(last_seen, current):
         task = run.redact_name(current.task_id)
@@ -396,7 +396,7 @@ async def _refuse_row_of_batch(run: LiveRun) -> None:
     """Raise if a run without a record may be a row of a batch: the ledger of a batch stores the answers to its rows."""
     filter_ = {"variables": {"tags": {"all_": [ASKS]}}, "limit": 200}
     with naming_prefect_errors(
-        f"Nothing was sent: run {run.kickoff_id} may be a row of a batch. Answer again once that can be read."
+        f"Nothing was sent: run {run.kickoff_id} may be a row of a batch. Answer again once the Prefect API answers."
     ):
         async with get_client() as client:
             batches = (await client.request("POST", "/variables/filter", json=filter_)).json()
@@ -404,7 +404,7 @@ async def _refuse_row_of_batch(run: LiveRun) -> None:
         if batch.get("crew_url", run.crew.url) == run.crew.url:
             raise RunNotFoundError(
                 name=run.kickoff_id,
-                advice=f"It may be a row of batch {batch.get('batch')!r}, so nothing was sent. Answer a row with "
+                advice=f"The run may be a row of batch {batch.get('batch')!r}, so nothing was sent. Answer a row with "
                 f"prefect-crew reviews approve {shlex.quote(run.kickoff_id)}, or reject; any other run on the crew's "
                 "own page.",
             )
@@ -497,7 +497,7 @@ async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[
     """Return the run in flight of an idempotency key or a kickoff id, and the store that has its record.
 
     Raises:
-        CrewError: There is none, or it has ended.
+        CrewError: There is no such run, or it has ended.
     """
     for store in stores:
         attempts = await store.attempts(name)

@@ -31,7 +31,7 @@ def _shown_output(status: CrewStatus) -> str | None:
 
 
 def judged_output(status: CrewStatus) -> str | None:
-    """Return the text that a person judges, None if the status does not show it. The documented status does not.
+    """Return the text that a person judges, None if the status shows none, like the documented status.
 
     The text is the output of the task that waits, else its last step. The output of an earlier task does not count.
     """
@@ -163,7 +163,7 @@ def describe_answer(answer: Review) -> str:
 def describe_question(
     run: LiveRun, question: ReviewRequest, page: str | None = None, *, with_commands: bool = True
 ) -> str:
-    """Return the message to people about a question. It follows the run's name. `page` is the page with the form."""
+    """Return the message about a question, which follows the run's name. `page` is the page with the form."""
     where = f"task {run.redact_name(question.task_id)}, question {question.round}."
     if question.state == "uncertain":
         return (

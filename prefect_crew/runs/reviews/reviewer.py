@@ -304,13 +304,13 @@ class People:
                 await self._send_beside(question, review)
         except PrefectAwayError as error:  # the next status tries again
             log = run_logger().debug if self._has_warned else run_logger().warning
-            log("Crew run %s: %s It is tried again while the polls go on.", self.run.kickoff_id, error)
+            log("Crew run %s: %s The answer is tried again while the polls go on.", self.run.kickoff_id, error)
             self._has_warned = True
 
     async def _answer_to(self, question: ReviewRequest | None) -> Review | None:
         """Return the answer to a question, None if neither the form nor the function has it yet.
 
-        The wait goes on while the function thinks. Its answer to a question that is not open any more is dropped.
+        The wait goes on while the function thinks. An answer to a question that is not open any more is dropped.
         """
         if self._form is not None:
             submitted = None if question is None else await self._form.look()
@@ -353,7 +353,7 @@ class People:
             await cancel_and_wait(thinking, within=STOP_WITHIN)  # a function may ignore its cancellation
 
     async def _send_beside(self, question: ReviewRequest, review: Review) -> bool | None:
-        """Send an answer concurrently with the polls. Return None if that takes longer, else the result of `_send`."""
+        """Send an answer concurrently with the polls. Return the result of `_send`, None if `_send` still runs."""
         self._sending = asyncio.create_task(self._send(question, review))
         return await self._is_sent(within=SEND_WITHIN)
 
