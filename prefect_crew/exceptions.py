@@ -595,7 +595,7 @@ class BadRowsError(DatasetError):
 
     def __post_init__(self) -> None:
         cannot = "a row cannot be run" if self.count == 1 else f"{self.count:,} rows cannot be run"
-        advice = "" if self.alone else " Correct them, or skip them with on_bad_row='set-aside'."
+        advice = "" if self.alone else " Correct them, or skip them with on_bad_row='skip'."
         self.reason = f"{cannot}: {listed_rows(self.rows, self.count)}.{advice}"
         if self.alone:
             reasons = {row.reason for row in self.rows}

@@ -47,7 +47,7 @@ class BatchArguments(TypedDict, total=False):
     kickoffs_per_second: float | None
     kickoffs_at_once: int
     on_failure: OnFailure
-    on_bad_row: Literal["refuse", "set-aside"]
+    on_bad_row: Literal["refuse", "skip"]
     on_change: Literal["refuse", "continue"]
     on_cancel: Literal["stop", "drain", "leave"]
     breaker: int | None
@@ -77,7 +77,7 @@ class BatchOptions(BaseModel):
     kickoffs_per_second: Seconds | None = None
     kickoffs_at_once: Count = 64
     on_failure: OnFailure = "continue"
-    on_bad_row: Literal["refuse", "set-aside"] = "refuse"
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
     on_change: Literal["refuse", "continue"] = "refuse"
     on_cancel: Literal["stop", "drain", "leave"] = "stop"
     breaker: Count | None = 20

@@ -102,7 +102,7 @@ async def arun_batch(
     kickoffs_per_second: float | None = None,
     kickoffs_at_once: int = 64,
     on_failure: OnFailure = "continue",
-    on_bad_row: Literal["refuse", "set-aside"] = "refuse",
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
     on_change: Literal["refuse", "continue"] = "refuse",
     on_cancel: Literal["stop", "drain", "leave"] = "stop",
     breaker: int | None = 20,
@@ -144,7 +144,7 @@ async def arun_batch(
         kickoffs_at_once: Kickoffs under way at a time: at most so many rows are uncertain if the process dies.
         on_failure: "continue", "stop" at the first failed row, or a limit after which the batch stops: a number of
             failed rows, or a share below 1 of the rows that have ended.
-        on_bad_row: "refuse" the data set, or "set-aside" (skip) the rows that cannot be run.
+        on_bad_row: "refuse" the data set, or "skip" the rows that cannot be run.
         on_change: "refuse" or "continue" when the rows or the crew differ from the last call.
         on_cancel: "stop", "drain" or "leave" the runs in flight when the flow run is cancelled.
         breaker: The batch stops after so many failed rows without a completed one; None: never. The same call goes on.

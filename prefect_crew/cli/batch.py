@@ -91,7 +91,7 @@ class BatchChoices:
     delimiter: str | None = None
     max_in_flight: int | None = None
     kickoffs_per_second: float | None = None
-    on_bad_row: Literal["refuse", "set-aside"] = "refuse"
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
     rows: str | None = None
 
     def options(self) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def test_all_bad_rows_are_reported_at_once_and_the_message_has_an_end():
     assert error.rows[0] == BadRow(2, "lacks topic")
     assert str(error).startswith(
         "leads.csv: 50 rows cannot be run: lines 2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and 40 more: lacks topic. "
-        "Correct them, or skip them with on_bad_row='set-aside'."
+        "Correct them, or skip them with on_bad_row='skip'."
     )
     many = [BadRow(number, f"reason {number}") for number in range(1000)]
     assert "line 19: reason 19; and 4,980 more rows. Correct" in str(BadRowsError(many, 5000, source="leads.csv"))

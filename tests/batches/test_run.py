@@ -292,7 +292,7 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
     assert (server.kickoffs, batch.output.exists()) == (0, False)
     rejected = Path(f"{batch.output}.rejected.jsonl")
     for number in (1, 2):
-        report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_bad_row="set-aside")
+        report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_bad_row="skip")
         assert (report.total, report.completed, report.set_aside, report.skipped, report.ok) == (8, 3, 5, 5, False)
         assert [(row.line, row.reason) for row in report.set_aside_rows] == WRONG
         assert "3 of 8 rows completed, 5 bad in " in str(report)
@@ -332,7 +332,7 @@ async def test_no_secret_is_written_out_with_a_row_that_was_set_aside(
     await batch(
         *(server.crew(secret_inputs=["iban"]), tmp_path / "rows.csv"),
         inputs={"topic": "topic", "iban": "{{ account }}"},
-        on_bad_row="set-aside",
+        on_bad_row="skip",
     )
     text = Path(f"{batch.output}.rejected.jsonl").read_text()
     assert "PT5" not in text

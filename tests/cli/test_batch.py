@@ -142,14 +142,14 @@ def test_what_cannot_be_run_is_said_by_line_and_refused_or_set_aside(
     path.write_text("id,topic\na,tea\nb\nc,\n")
     given = call(crew, str(path), "--key-column", "id")
     assert here("batch", "plan", crew, str(path)).code == 6
-    planned = here("batch", "plan", crew, str(path), "--key-column", "id", "--on-bad-row", "set-aside")
+    planned = here("batch", "plan", crew, str(path), "--key-column", "id", "--on-bad-row", "skip")
     assert planned.code == 0
     for part in ("1 rows, 1 to run", "Line 3 cannot be run: has 1 fields", "Line 4 cannot be run: lacks topic"):
         assert part in planned.out
     refused = here(*given)
     assert (refused.code, server.kickoffs) == (6, 0)
-    assert "--on-bad-row set-aside" in refused.err
-    ran = here(*given, "--on-bad-row", "set-aside")
+    assert "--on-bad-row skip" in refused.err
+    ran = here(*given, "--on-bad-row", "skip")
     assert (ran.code, server.kickoffs, "batch failures" in ran.err) == (6, 1, True)
     assert "1 of 3 rows completed, 2 bad in" in ran.out
     inspected = here("batch", "inspect", name).out
@@ -184,7 +184,7 @@ def test_a_row_that_was_corrected_is_retried_and_a_conflict_is_not_told_to_be(
     assert (again.code, server.kickoffs) == (6, 4)
     assert lines(output) == {"a": "conflict", "b": "completed", "c": "completed"}
     assert "batch failures" in again.err
-    assert "To start it again" not in again.err, "a row with a result stays as it is"
+    assert "To start them again" not in again.err, "a row with a result stays as it is"
 
 
 def test_an_input_of_a_column_that_is_not_there_is_said_once(here, picky, call, tmp_path: Path):
@@ -402,7 +402,7 @@ def test_a_crew_that_is_given_by_its_address_needs_the_same_call_again(
     path.write_text("who\nAda\n")
     given = call(f"{crews.url}/broken", str(path))
     ran = here(*given)
-    assert (ran.code, "To start it again: make the same call with --retry-failed" in ran.err) == (6, True)
+    assert (ran.code, "To start them again: make the same call with --retry-failed" in ran.err) == (6, True)
     refused = here("batch", "resume", name)
     assert (refused.code, "its crew is not a stored block. Make the same call again" in refused.err) == (2, True)
     again = here(*given, "-o", "json")
