@@ -1,4 +1,4 @@
-"""Automations that find crashed flow runs and begin them again, and that tell people of questions and problems."""
+"""Automations that begin crashed flow runs again, and that tell people of questions and problems."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAG = "prefect-crew"
 RECOVERED_TAG = "recover-crashed"
 """Of the deployments whose crashed flow runs are begun again."""
 RECOVER = "recover/crashed"
-"""The deployment that begins them again."""
+"""The deployment that begins crashed flow runs again."""
 PREFECTS_HEARTBEAT = 180
 """Seconds: Prefect's own default of PREFECT_FLOWS_HEARTBEAT_FREQUENCY."""
 BEAT = "prefect.flow-run.heartbeat"
@@ -60,12 +60,12 @@ PROBLEM = (
 def recovery_automations(recover_id: UUID, *, heartbeat: int, max_attempts: int) -> list[AutomationCore]:
     """Return the automations that find crashed flow runs of tagged deployments and begin them again.
 
-    Flow runs of a crew worker send no heartbeats of their own: another worker takes over those of one that died.
+    Flow runs of a crew worker send no heartbeats. Another worker takes over the flow runs of a worker that died.
 
     Args:
         recover_id: The deployment of `prefect_crew.operations.recover`.
         heartbeat: Seconds between two heartbeats of the slowest flow run.
-        max_attempts: How often a flow run may be begun in all.
+        max_attempts: The number of times that a flow run may begin in all.
     """
     silence = 3 * heartbeat
     crashed = {
@@ -99,7 +99,7 @@ def recovery_automations(recover_id: UUID, *, heartbeat: int, max_attempts: int)
 
 
 def alert_automations(block_id: UUID, *, waiting: timedelta) -> list[AutomationCore]:
-    """Return the automations that tell people, through a block; `waiting`: how long one may take to answer."""
+    """Return the automations that tell people, through a block; `waiting` is the time for an answer."""
 
     def alert(name: str, when: str, trigger: dict[str, Any], subject: str, body: str) -> AutomationCore:
         subject = "Crew {{ event.resource['prefect-crew.crew'] }}: " + subject
@@ -141,7 +141,7 @@ async def read_automations(client: PrefectClient) -> list[Automation]:
 
 
 async def apply_automation(client: PrefectClient, automation: AutomationCore) -> Literal["created", "updated"]:
-    """Create an automation, or bring the one of its name up to date. It stays disabled if it was."""
+    """Create an automation, or bring the one of its name up to date. A disabled automation stays disabled."""
     existing = await client.read_automations_by_name(automation.name)
     if not existing:
         await client.create_automation(automation)
@@ -154,7 +154,7 @@ async def apply_automation(client: PrefectClient, automation: AutomationCore) ->
 
 
 async def slowest_heartbeat(client: PrefectClient) -> int:
-    """Return the longest heartbeat, in seconds, of the deployments that are recovered; Prefect's where none is set."""
+    """Return the longest heartbeat, in seconds, of the deployments to recover; Prefect's default if none is set."""
     tagged = await client.read_deployments(
         deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[RECOVERED_TAG])), limit=PAGE
     )

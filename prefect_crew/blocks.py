@@ -109,7 +109,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         examples=["https://app.crewai.com/crewai_plus/deployments/12345"],
     )
     max_attempts: int = Field(
-        default=3, ge=1, description="How many runs may be started for one idempotency key, including failed ones."
+        default=3, ge=1, description="The most runs for one idempotency key, including failed runs."
     )
     concurrency_limit: str | None = Field(
         default=None,
@@ -136,7 +136,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     )
     allow_extra_inputs: bool = Field(
         default=False,
-        description="Whether inputs that the crew does not name are sent. Otherwise a run that has any is not started.",
+        description="Whether to send inputs that the crew does not name. If not, no run with such inputs starts.",
     )
     request_timeout: float = Field(default=30.0, gt=0, description="Seconds that one request to the crew may take.")
     allow_http: bool = Field(
@@ -195,8 +195,8 @@ class DeployedCrew(JobBlock[CrewResult]):
     def from_env(cls, prefix: str = "CREW", **fields: Unpack[BlockFields]) -> Self:
         """Return a crew from environment variables, without a stored block.
 
-        It reads `{prefix}_URL` and `{prefix}_TOKEN`, else the settings `PREFECT_INTEGRATIONS_CREW_URL` and `_TOKEN`. It
-        never combines the URL of one pair with the token of the other: a token must not be sent to another crew.
+        This reads `{prefix}_URL` and `{prefix}_TOKEN`, else the settings `PREFECT_INTEGRATIONS_CREW_URL` and `_TOKEN`.
+        It never combines the URL of one pair with the token of the other, because a token must not go to another crew.
         `fields` are further fields of the block.
 
         Raises:
@@ -208,12 +208,12 @@ class DeployedCrew(JobBlock[CrewResult]):
             url, token = settings.url, None
         if not url:
             raise ConfigurationError(
-                f"No crew in the environment: set {prefix}_URL and {prefix}_TOKEN "
+                f"The environment has no crew. Set {prefix}_URL and {prefix}_TOKEN "
                 "(the Status tab of the crew's page shows both), or PREFECT_INTEGRATIONS_CREW_URL and _TOKEN."
             )
         secret = SecretStr(token) if token else settings.token if url == settings.url else None
         if secret is None:
-            raise ConfigurationError(f"No token for {url} in the environment: set {prefix}_TOKEN.")
+            raise ConfigurationError(f"The environment has no token for {url}. Set {prefix}_TOKEN.")
         return cls(url=url, token=secret, **fields)
 
     @property
@@ -222,7 +222,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         return self._block_document_name or _address(self.url)
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
-        """Return a client for it, to be used as an async context manager."""
+        """Return a client for the crew, to be used as an async context manager."""
         return crew_of(self).client(transport=transport)
 
     async def atrigger(
@@ -382,7 +382,7 @@ def _known(values: Mapping[str, Any], model: type[BaseModel], subject: str) -> d
     for name in values:
         near = [] if name in fields else get_close_matches(name, fields, n=1, cutoff=0.8)
         if near:
-            raise ValueError(f"{subject} has no field {name!r}: do you mean {near[0]!r}?")
+            raise ValueError(f"{subject} has no field {name!r}. Do you mean {near[0]!r}?")
     return {name: value for name, value in values.items() if name in fields}
 
 
@@ -417,8 +417,8 @@ async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
             raise
         raise ConfigurationError(
             f"No crew is stored under the name {crew!r}. Store it: prefect-crew crews save {shlex.quote(crew)} --url "
-            "URL, or DeployedCrew(url=…, token=…).save(NAME). Or give in its place a DeployedCrew; on the command line "
-            "the crew's URL, with CREW_TOKEN."
+            "URL, or DeployedCrew(url=…, token=…).save(NAME). Or give a DeployedCrew in place of the name; on the "
+            "command line the crew's URL, with CREW_TOKEN."
         ) from None
 
 
@@ -452,7 +452,7 @@ async def values_of_blocks(inputs: Mapping[str, Any], secret_inputs: Collection[
     secret type: error reporters show the local variables of all frames.
 
     Raises:
-        ConfigurationError: There is no such block. The message does not show the name: it may be the secret itself.
+        ConfigurationError: There is no such block. The message does not show the name, which may be the secret itself.
     """
     names = [name for name in inputs if name in secret_inputs]
     values = await asyncio.gather(*(_secret_value(name, inputs[name]) for name in names))

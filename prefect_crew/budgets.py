@@ -19,7 +19,7 @@ _Count = Annotated[int, Field(gt=0, le=MOST)]
 
 
 class Budget(BaseModel):
-    """A limit for the total use of runs in a day, a month or a batch: `Budget(max_cost=20, per="day")`.
+    """A limit for the total use of runs in a day, a month or a batch, such as `Budget(max_cost=20, per="day")`.
 
     A start adds the estimate of its run to a counter, and its end adds the difference. So runs in flight count, in all
     processes that share a Prefect server. If a run has several budgets, all of them hold.
@@ -33,22 +33,20 @@ class Budget(BaseModel):
     max_cost: Annotated[float, Field(gt=0, le=MOST // UNITS["cost"], allow_inf_nan=False)] | None = Field(
         default=None, description="Most that the runs may cost together, in the currency of the crew's price."
     )
-    max_tokens: _Count | None = Field(default=None, description="How many tokens the runs may use in all.")
-    max_kickoffs: _Count | None = Field(default=None, description="How many runs may be started.")
+    max_tokens: _Count | None = Field(default=None, description="Most tokens that the runs may use together.")
+    max_kickoffs: _Count | None = Field(default=None, description="Most runs that may be started.")
     estimate_cost: Annotated[float, Field(gt=0, le=MOST // UNITS["cost"], allow_inf_nan=False)] | None = Field(
         default=None,
         description="Expected cost of a run, for max_cost. Not needed if the crew's price of a run is fixed.",
     )
-    estimate_tokens: _Count | None = Field(
-        default=None, description="How many tokens one run is expected to use, for max_tokens."
-    )
+    estimate_tokens: _Count | None = Field(default=None, description="Expected tokens of a run, for max_tokens.")
     per: Literal["batch", "day", "month"] = Field(
         default="batch",
         description="The period: a day or a month in UTC, or one batch, one run of a pipeline or one flow run.",
     )
     on_limit: Literal["refuse", "warn"] = Field(
         default="refuse",
-        description="Without room for another run: refuse it, or start it with a warning.",
+        description="Whether to refuse a run without room, or to start it with a warning.",
     )
     name: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,

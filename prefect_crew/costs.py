@@ -76,7 +76,7 @@ async def read_costs(
                     for day, flow_run, spending in await batch.ledger.spending_by_day()
                 ]
         except CrewError:
-            gaps.append(f"Batch {name!r} is left out: its ledger cannot be opened here ({ledger}).")
+            gaps.append(f"Batch {name!r} is left out because its ledger cannot be opened here ({ledger}).")
     rows = [row for row in rows if (since or row.day) <= row.day <= (until or row.day)]
     return await _with_flows(rows) if {"flow", "tag"} & set(by) else rows, gaps
 
@@ -88,7 +88,7 @@ def _pruned_days(since: date | None) -> list[str]:
     if since is None or since >= first:
         return []
     return [
-        f"Records are kept for {days} days: of the days before {first}, runs whose records were pruned are missing. "
+        f"Records are kept for {days} days, so runs that ended before {first} may be missing. "
         "PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS keeps them longer."
     ]
 

@@ -34,7 +34,7 @@ TITLE = 60
 def titled(label: str, key: str | None, inputs: Mapping[str, Any]) -> str:
     """Return the title of a run on Prefect's pages: the label and the key, else the first input that is not empty.
 
-    A key that is a template is left out: it is the same for many runs. `inputs` are the ones that may be shown.
+    The title leaves out a key that is a template, since many runs share it. `inputs` are the inputs that may be shown.
     """
     plain = (value for value in inputs.values() if isinstance(value, str | int))
     title = key if key and "{" not in key else next(filter(str, plain), "")
@@ -94,7 +94,7 @@ class Crew:
         return replace(self, budgets=(*self.budgets, *with_names), batch=batch or self.batch)
 
     def client(self, *, transport: httpx.AsyncBaseTransport | None = None) -> CrewClient:
-        """Return a client for it, to be used as an async context manager."""
+        """Return a client for the crew, to be used as an async context manager."""
         from prefect_crew.client._client import CrewClient  # here: Prefect imports this module at each start
 
         return CrewClient(
@@ -116,14 +116,14 @@ class Crew:
         return titled(self.label, key, inputs.words(self.redactor(inputs)) if self.show == "full" else {})
 
     def with_token(self, token: SecretStr) -> Crew:
-        """Return a copy with a renewed token; the old token stays secret. Return itself if the token is the same."""
+        """Return a copy with a renewed token; the old token stays secret. Return this crew if the token is the same."""
         return self if token == self.token else replace(self, token=token, old_tokens=(*self.old_tokens, self.token))
 
     async def reloaded(self) -> Crew | None:
         """Return the crew with the current token of its block, None if that is the same token.
 
-        It takes only the token from the block: the record of a run has the crew's URL and the time limit of the POST,
-        and the caller that made this crew has chosen `show`.
+        This takes only the token from the block, since the record of a run has the crew's URL and the time limit of the
+        POST, and the caller that made this crew has chosen `show`.
         """
         stored = None if self.reload is None else await self.reload()
         return None if stored is None or stored.token == self.token else self.with_token(stored.token)
@@ -166,7 +166,7 @@ class CrewSession:
     def client(self) -> CrewClient:
         """The client with the newest token."""
         if self._client is None:
-            raise InvalidCallError("This CrewSession is not open: use it in `async with CrewSession(crew) as session`.")
+            raise InvalidCallError("This CrewSession is not open. Use it in `async with CrewSession(crew) as session`.")
         return self._client
 
     async def renew(self, refused: CrewClient) -> bool:
@@ -189,9 +189,9 @@ class CrewSession:
             return True
 
     async def call(self, request: Callable[[CrewClient], Awaitable[T]]) -> T:
-        """Make a call. If the server refuses the token, make it once more with the stored block's token.
+        """Make a call. If the server refuses the token, make the call once more with the stored block's token.
 
-        This is safe for every call: a server that refuses the token has done nothing.
+        This is safe for every call, since a server that refuses the token has done nothing.
         """
         client = self.client
         try:
@@ -222,7 +222,7 @@ class WaitPolicy(BaseModel):
         default=1.0, gt=0, title="First poll after", description="Seconds from the kickoff to the first poll."
     )
     factor: float = Field(
-        default=1.1, ge=1, title="Growth", description="How many times longer each pause is than the one before."
+        default=1.1, ge=1, title="Growth", description="How many times longer each pause is than the pause before."
     )
     max_interval: float = Field(
         default=30.0,
@@ -246,7 +246,7 @@ class WaitPolicy(BaseModel):
         default=86400.0,
         gt=0,
         le=LONGEST,
-        description="Seconds for people's answers, counted apart from the timeout. Empty: no limit.",
+        description="Seconds for people's answers, which the timeout does not include. Empty: no limit.",
     )
     error_timeout: float = Field(
         default=600.0, gt=0, description="Seconds without one good answer to the status call before the wait gives up."
@@ -262,8 +262,10 @@ class WaitPolicy(BaseModel):
     )
     on_human_timeout: Literal["leave", "reject", "stop"] | None = Field(
         default=None,
-        description="When people's time is over: leave the crew waiting, reject its question once with the human "
-        "message and begin the time again, or stop the crew. Empty: the same as on timeout.",
+        description=(
+            "When people's time is over: let the crew wait on, reject its output once with the human message and "
+            "begin the time again, or stop it. Empty: the same as on timeout."
+        ),
     )
     human_message: str = Field(
         default="Nobody answered in time.", description="The feedback of an automatic rejection."
@@ -271,8 +273,10 @@ class WaitPolicy(BaseModel):
     max_rounds: int | None = Field(
         default=None,
         ge=1,
-        description="How often one task may ask. When it asks again the wait ends, and the crew is left waiting, or "
-        "stopped where that is chosen on human timeout. Empty: no limit.",
+        description=(
+            "How often one task may ask. When it asks again, the wait ends, and the crew waits on, or stops if human "
+            "timeout says so. Empty: no limit."
+        ),
     )
     next_round_after: float | None = Field(
         default=300.0,

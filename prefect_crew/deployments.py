@@ -1,6 +1,6 @@
 """Flows that ask for the inputs of a crew or a pipeline, and flow runs for past times.
 
-Prefect makes the run form from the signature of the deployed flow, and one flow runs all crews, another one all
+Prefect makes the run form from the signature of the deployed flow, and one flow runs all crews, another flow all
 pipelines. So `crew_flow` and `pipeline_flow` return a subclass of Flow whose signature is the form. A parameter that
 the deployment holds, and the form leaves out, names the crew or holds the pipeline.
 """
@@ -60,12 +60,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 KEY_HELP = (
-    "A run with the same key is started at most once: such as daily-{scheduled_start:%Y-%m-%d}. Left out, every "
-    "flow run starts one."
+    "At most one run is started for a key, such as daily-{scheduled_start:%Y-%m-%d}. Left out, each flow run starts "
+    "one."
 )
-SECRET_HELP = "The name of the Prefect Secret block that holds it: a value would be stored with the flow run."  # noqa: S105
+SECRET_HELP = "The name of the Prefect Secret block with the value. The value itself would be stored with the flow run."  # noqa: S105
 TEXT = ["string", "number", "boolean"]
-"""JSON types of an input that is text: `prefect deployment run` reads a bare number as a number."""
+"""JSON types of an input that is text, since `prefect deployment run` reads a bare number as a number."""
 TYPES: dict[str, Any] = {"integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
 CREW_OF_FORM = "x-crew"
 """The key in the schema of a form that names the crew."""
@@ -98,12 +98,12 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The run form, as Prefect reads it, which asks twice each time."""
+        """The run form, as Prefect reads it, twice each time."""
         self._form = self._form or run_sync(_await(self._read_form({})))
         return self._form.signature
 
     def with_options(self, **options: Any) -> InputsFlow[T]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a copy with other options, as a flow of Prefect does. `ato_deployment` says which ones it refuses."""
+        """Return a copy with other options, as Prefect's flows do. `ato_deployment` lists the refused options."""
         return self._copy(**super().with_options(**options).__dict__)
 
     def _copy(self, **attributes: Any) -> InputsFlow[T]:
@@ -114,13 +114,13 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
     async def ato_deployment(self, name: str | None = None, **options: Any) -> RunnerDeployment:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a deployment, ready to be applied. It takes all options that Prefect has.
 
-        A name that is left out is that of the crew or the pipeline.
+        The default name is the name of the crew or the pipeline.
 
         Raises:
             ConfigurationError: A schedule lacks a default or has one key for all its times; a parameter, of a schedule
                 too, does not fit; the name is that of another crew's deployment; an option of `with_options` would not
                 reach the flow runs; or Prefect refuses an option.
-            CrewError: The crew does not say what it takes.
+            CrewError: The crew does not name its inputs.
         """
         name = name or self.label
         parameters = dict(options.pop("parameters", None) or {})
@@ -150,39 +150,39 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
             raise ConfigurationError(f"The deployment cannot be made: {error}") from None
 
     def to_deployment(self, name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a deployment as `ato_deployment` does; where the caller can await, the coroutine, as Prefect does."""
+        """Return a deployment as `ato_deployment` does; if the caller can await, the coroutine, as Prefect does."""
         deployment = self.ato_deployment(name, **options)
         return deployment if in_async_context() else run_sync(deployment)
 
     def serve(self, name: str | None = None, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Serve it from this process, as a flow of Prefect does. `name` is as for `ato_deployment`."""
+        """Serve the flow from this process, as Prefect does. `name` is as for `ato_deployment`."""
         super().serve(name or self.label, **options)
 
     async def adeploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> UUID:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Deploy it to a work pool. It takes all options that Prefect has. Raises as `ato_deployment` does."""
+        """Deploy the flow to a work pool. This takes all options that Prefect has. Raises as `ato_deployment` does."""
         if self._storage is not None:
             pool = work_pool_name or get_current_settings().deployments.default_work_pool_name
             await _refuse_crew_pool(str(self._entrypoint), pool)
         return await super().adeploy(name or self.label, work_pool_name, **options)
 
     def deploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Deploy it as `adeploy` does; where the caller can await, return the coroutine, as Prefect does."""
+        """Deploy as `adeploy` does; if the caller can await, return the coroutine, as Prefect does."""
         deployment = self.adeploy(name, work_pool_name, **options)
         return deployment if in_async_context() else run_sync(deployment)
 
     def _refuse_lost_options(self) -> None:
-        """Refuse options that flow runs would not have: a worker imports the flow of the package, without them."""
+        """Refuse options that flow runs would lose, because a worker imports the flow of the package."""
         plain = vars(Flow(self.fn, name=self.name, flow_run_name=self.flow_run_name, version=self.version))
         plain["flow_run_name"] = self._flow_run_name
         kept = {"description", "_entrypoint", "parameters"}
         if lost := [name for name, value in plain.items() if name not in kept and vars(self)[name] != value]:
             raise ConfigurationError(
-                f"Flow runs of this deployment would not have {', '.join(lost)}: they import the flow of the package. "
-                "Nothing was deployed. Write the flow into a module, and deploy that: prefect deploy MODULE.FLOW"
+                f"Flow runs of this deployment would not have {', '.join(lost)}, because they import the flow of the "
+                "package. Nothing was deployed. Write the flow into a module, and run: prefect deploy MODULE.FLOW"
             )
 
     async def _refuse_another(self, name: str) -> None:
-        """Refuse the name of a deployment of another crew or pipeline: all have one flow name, and Prefect replaces."""
+        """Refuse the name of another crew's or pipeline's deployment, which Prefect would replace."""
         deployment = await read_deployment(f"{self.name}/{name}")
         if deployment is None:
             return
@@ -190,8 +190,8 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         label: str | None = _crew_of(deployment) or pipeline.get("name")
         if label not in (None, self.label):
             raise ConfigurationError(
-                f"The deployment {self.name}/{name} is of {label!r}, not of {self.label!r}. Nothing was deployed. Give "
-                f"another name, or delete it: prefect deployment delete {shlex.quote(f'{self.name}/{name}')}"
+                f"The deployment {self.name}/{name} is of {label!r}, not of {self.label!r}. Nothing was deployed. "
+                f"Give another name, or run: prefect deployment delete {shlex.quote(f'{self.name}/{name}')}"
             )
 
     async def _check_parameters(
@@ -210,16 +210,16 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
             missing = [field for field in form.required if field not in inputs] if "inputs" in own else form.missing
             if missing:
                 raise ConfigurationError(
-                    f"A scheduled run needs a default for each required input. Missing: {', '.join(missing)}. Give "
-                    f"the defaults, or leave the schedule out: delete the one that {title} has, or choose another name."
+                    f"A scheduled run needs a default for each required input. Missing: {', '.join(missing)}. Give the "
+                    f"defaults. Or deploy without a schedule: delete the schedule of {title}, or choose another name."
                 )
             every: dict[str, Any] = {**parameters, **own, "inputs": inputs if "inputs" in own else defaults}
             self._check_types(title, form, every)
             key = every.get("idempotency_key")
             if key is not None and render_key(key, datetime.now(UTC)) == key:
                 raise ConfigurationError(
-                    f"The idempotency key {key!r} is the same for every time of the schedule, so that all would get "
-                    "the first one's result. Put the time into it, such as daily-{scheduled_start:%Y-%m-%d}."
+                    f"The idempotency key {key!r} is the same for every time of the schedule, so all its runs would "
+                    "get the first run's result. Put the time into the key, such as daily-{scheduled_start:%Y-%m-%d}."
                 )
 
     def _check_types(self, title: str, form: Form, parameters: Mapping[str, Any]) -> None:
@@ -251,8 +251,8 @@ def crew_flow(crew: str) -> InputsFlow[CrewResult]:
 
     `.deploy()`, `.serve()`, `.to_deployment()`, `flow.from_source`, `prefect deploy` and a call work as with each flow.
     A deployment that `.deploy()` makes runs the installed package, on any work pool and without code storage. So it
-    refuses retries, a timeout and hooks of `with_options`: they hold for calls, and for a flow that `prefect deploy` or
-    `from_source` takes from a module or a file of yours.
+    refuses retries, a timeout and hooks of `with_options`, which hold for calls, and for a flow that `prefect deploy`
+    or `from_source` takes from a module or a file of yours.
 
     Args:
         crew: The name of the block of the crew. A value of a secret input is the name of its Secret block.
@@ -267,7 +267,7 @@ def crew_flow(crew: str) -> InputsFlow[CrewResult]:
 def pipeline_flow(file: str | PathLike[str]) -> InputsFlow[PipelineResult]:
     """Return a flow that runs the pipeline of a file, and whose run form asks for the inputs of the pipeline.
 
-    It deploys as `crew_flow` does. The deployment holds the content of the file: deploy again after a change.
+    The flow deploys like `crew_flow`. The deployment holds the content of the file, so deploy again after a change.
 
     Args:
         file: A file with a pipeline, YAML or JSON.
@@ -316,14 +316,14 @@ def _schedules_in(options: Mapping[str, Any]) -> list[Any]:
 
 
 def _parameters_of(schedule: Any) -> dict[str, Any]:
-    """Return the parameters that a schedule of Prefect has of its own, whichever way it is written."""
+    """Return the parameters that a schedule of Prefect has of its own, in any form of the schedule."""
     is_mapping = hasattr(schedule, "get")
     own: dict[str, Any] | None = schedule.get("parameters") if is_mapping else getattr(schedule, "parameters", None)
     return own or {}
 
 
 async def read_deployment(full_name: str) -> DeploymentResponse | None:
-    """Return the deployment of a name, `flow/deployment`, or None. Raises ConfigurationError: it cannot be a name."""
+    """Return the deployment of a name, `flow/deployment`, or None. Raises ConfigurationError for an invalid name."""
     async with get_client() as client:
         try:
             return await client.read_deployment_by_name(full_name)
@@ -351,7 +351,7 @@ async def _refuse_crew_pool(entrypoint: str, pool: str | None) -> None:
 
 
 async def shared_key(key: str | None, schedule: Any) -> str | None:
-    """Return an idempotency key that several of the next times of a schedule share: the later ones start no run."""
+    """Return an idempotency key that several of a schedule's next times share, so that the later times start no run."""
     keys = set[str]()
     for moment in await _dates(schedule, n=MOST) if key else ():
         rendered = render_key(str(key), moment)
@@ -362,7 +362,7 @@ async def shared_key(key: str | None, schedule: Any) -> str | None:
 
 
 async def describe_schedule(schedule: Any) -> str:
-    """Return what a schedule of a deployment is and when it runs next, in its own time zone."""
+    """Return the rule of a deployment's schedule and its next time, in its own time zone."""
     rule = getattr(schedule, "cron", None) or getattr(schedule, "rrule", None) or f"every {schedule.interval}"
     dates = await _dates(schedule, n=1)
     zone = f" ({schedule.timezone})" if schedule.timezone else ""
@@ -370,7 +370,7 @@ async def describe_schedule(schedule: Any) -> str:
 
 
 async def _dates(schedule: Any, **bounds: Any) -> list[datetime]:
-    """Return dates of a schedule, as `get_dates` of the server's schedules does: the client's do not compute theirs."""
+    """Return dates of a schedule by `get_dates` of the server's schedules, since the client's have no such method."""
     from prefect.server.schemas import schedules as server
 
     rule = getattr(server, type(schedule).__name__).model_validate(schedule.model_dump())
@@ -387,7 +387,7 @@ class Form:
     Attributes:
         owner: The crew or the pipeline, for messages.
         inputs: The inputs by name, with the defaults of the deployment.
-        required: The inputs that each run has to give where the deployment has no default.
+        required: The inputs that each run has to give if the deployment has no default.
         parameters: The parameters of the deployment: the crew or the pipeline, and the defaults.
         crew: The name of the crew. A deployment of a file holds it in its form alone.
     """
@@ -416,7 +416,7 @@ class Form:
 
     @property
     def signature(self) -> inspect.Signature:
-        """The form as Prefect reads it: `inputs` with a field for each, and the idempotency key."""
+        """The form as Prefect reads it, with a field in `inputs` for each input, and the idempotency key."""
         of_inputs: Any = Annotated[dict[str, Any], WithJsonSchema(self.schema)]
         # As an extra, since Prefect gives every field its name as title.
         extra: Any = {"title": "Idempotency key", "description": KEY_HELP}
@@ -427,10 +427,11 @@ class Form:
         return inspect.Signature([*fields, inspect.Parameter("idempotency_key", kind, default=None, annotation=of_key)])
 
     async def with_defaults(self, defaults: Any) -> Form:
-        """Return the form with these defaults. Raise ConfigurationError where they do not fit, or where a secret one is
-        not the name of a Secret block."""
+        """Return the form with these defaults. Raise ConfigurationError for a wrong one, or a secret one without
+        block.
+        """
         if not isinstance(defaults, Mapping):
-            raise ConfigurationError(f"{self.owner} takes its inputs by name: give inputs={{'NAME': …}}.")
+            raise ConfigurationError(f"{self.owner} takes its inputs by name. Give inputs={{'NAME': …}}.")
         defaults = cast("Mapping[str, Any]", defaults)
         if unknown := [name for name in defaults if name not in self.inputs]:
             raise ConfigurationError(
@@ -463,9 +464,9 @@ async def _crew_form(name: str, defaults: Mapping[str, Any]) -> Form:
 
 
 async def _pipeline_form(pipeline: PipelineDefinition, defaults: Mapping[str, Any]) -> Form:
-    """Return the form of a pipeline, after a check of all its steps. `defaults` are laid over those of its file.
+    """Return the form of a pipeline, after a check of all its steps. `defaults` replace those of its file.
 
-    Raises ConfigurationError: the pipeline cannot run, with all that is wrong; or a default is for no input of it.
+    Raises ConfigurationError with all problems of a pipeline that cannot run, or if a default is for no input of it.
     """
     steps = pipeline.crew_steps()
     # The steps are checked with what every run has: all but inputs that may be left out and have no default.
@@ -476,7 +477,9 @@ async def _pipeline_form(pipeline: PipelineDefinition, defaults: Mapping[str, An
     blocks = {name: list(crew.secret_inputs) for name, crew in checked.crews.items()}
     problems = [*checked.problems, *checked.unreachable, *pipeline.stored_secrets(blocks)]
     if problems:
-        raise ConfigurationError(f"The pipeline cannot run, nothing was deployed: {'; '.join(problems).rstrip('.')}.")
+        raise ConfigurationError(
+            f"Nothing was deployed, as the pipeline cannot run: {'; '.join(problems).rstrip('.')}."
+        )
     inputs = {
         name: item.model_copy(update={"secret": item.secret or name in secret})
         for name, item in pipeline.inputs.items()
@@ -501,7 +504,7 @@ def _crew_of(deployment: DeploymentResponse) -> str | None:
 async def outdated_form(deployment: DeploymentResponse) -> tuple[str, str] | None:
     """Return how the form of a deployment differs from the inputs of today, and how to deploy it again.
 
-    Return None where they are the same, and for a deployment that is not of `crew_flow` or `pipeline_flow`.
+    Return None if both are the same, or if the deployment is not of `crew_flow` or `pipeline_flow`.
 
     Raises:
         CrewError, ValueError: The inputs of today cannot be read, or the pipeline cannot run any more.
@@ -535,7 +538,7 @@ async def outdated_form(deployment: DeploymentResponse) -> tuple[str, str] | Non
 
 
 def _plain_fields(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return by name whether an input is required, and what the schema says of it but for its default and place."""
+    """Return by name whether an input is required, and the input's schema without its default and place."""
     required, ignored = schema.get("required", ()), ("default", "position", "title")
     return {
         name: (name in required, {key: value for key, value in field.items() if key not in ignored})
@@ -544,7 +547,7 @@ def _plain_fields(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_as(kind: str | None, name: str, value: Any) -> Any:
-    """Return a default as a value of a JSON type: on the command line all are text."""
+    """Return a default as a value of a JSON type, since all defaults on the command line are text."""
     if kind not in TYPES or not isinstance(value, str):
         return value
     try:
@@ -571,7 +574,7 @@ class BackfilledRun(NamedTuple):
     flow_run: FlowRun | None
 
 
-@naming_prefect_away("Call it again: it makes no flow run twice.")
+@naming_prefect_away("Call this again, which creates no flow run twice.")
 async def backfill(
     deployment: str, start: date, end: date, *, schedule: str | None = None, dry_run: bool = False
 ) -> list[BackfilledRun]:
@@ -579,14 +582,14 @@ async def backfill(
 
     Args:
         deployment: Its name, `flow/deployment`.
-        start: The first date or datetime; UTC unless it says otherwise.
-        end: The last one, within the range as well. A date means the whole day.
-        schedule: The slug of the schedule; needed where there are several. Its parameters are those of the runs.
+        start: The first date or datetime, in UTC if it has no time zone.
+        end: The last date or datetime, which the range includes. A date means the whole day.
+        schedule: The slug of the schedule; needed if there are several. The runs get its parameters.
         dry_run: Create nothing.
 
     Raises:
-        ConfigurationError: There is no such deployment or schedule; the range makes no sense, has times to come or more
-            than a thousand; or every run would have one idempotency key. Nothing was created.
+        ConfigurationError: There is no such deployment or schedule; the range ends before it begins, or has future
+            times or more than a thousand; or every run would have one idempotency key. Nothing was created.
     """
     first, last = _utc(start, time.min), _utc(end, time.max)
     if first > last:
@@ -595,24 +598,24 @@ async def backfill(
         try:
             target = await client.read_deployment_by_name(deployment)
         except (ObjectNotFound, ValueError):
-            raise ConfigurationError(f"There is no deployment {deployment!r}: see prefect deployment ls.") from None
+            raise ConfigurationError(f"There is no deployment {deployment!r}. Run: prefect deployment ls.") from None
         timetables = [entry for entry in target.schedules if schedule in (None, entry.slug)]
         if len(timetables) != 1:
             slugs = ", ".join(entry.slug or "(without a slug)" for entry in target.schedules)
             choose = f"Give schedule=…, the slug of one schedule of {target.name}: {slugs}."
-            none = f"{target.name} has no schedule to take the times from: give it one."
+            none = f"{target.name} has no schedule to take the times from. Add one."
             raise ConfigurationError(f"{choose if slugs else none} Nothing was created.")
         (timetable,) = timetables
         dates = await _dates(timetable.schedule, n=MOST + 1, start=first, end=last)
         times = [_utc(moment, time.min) for moment in dates]
         if len(times) > MOST or (times and times[-1] > datetime.now(UTC)):
-            raise ConfigurationError(f"A backfill is for at most {MOST} times, all in the past: choose another range.")
+            raise ConfigurationError(f"A backfill takes at most {MOST} times, all in the past. Choose another range.")
         parameters = {**target.parameters, **timetable.parameters}
         key = parameters.get("idempotency_key")
         if isinstance(key, str) and len(times) > 1 and len({render_key(key, moment) for moment in times}) == 1:
             raise ConfigurationError(
-                f"The idempotency key {key!r} is the same for every time, so that all would get one run. Put the time "
-                "into it, such as {scheduled_start:%Y-%m-%d}."
+                f"The idempotency key {key!r} is the same for every time, so all would get one run. Put the time into "
+                "the key, such as {scheduled_start:%Y-%m-%d}."
             )
         existing = await _known_runs(client, target, timetable, times) if times else {}
         runs: list[BackfilledRun] = []
@@ -643,7 +646,7 @@ def _utc(moment: date, of_day: time) -> datetime:
 async def _known_runs(
     client: PrefectClient, target: DeploymentResponse, schedule: DeploymentSchedule, times: Sequence[datetime]
 ) -> dict[datetime, FlowRun]:
-    """Return, by their times, the flow runs that the schedule or an earlier backfill has created."""
+    """Return the flow runs that the schedule or an earlier backfill has created, by their times."""
     by_time: dict[datetime, FlowRun] = {}
     between = ExpectedStartTime.model_validate({"after_": times[0], "before_": times[-1]})
     of_target = DeploymentFilter(id=DeploymentFilterId(any_=[target.id]))

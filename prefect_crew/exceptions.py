@@ -87,7 +87,7 @@ class CrewError(Exception):
         CrewError.__init__(self, f"{self} {text}")
 
     def about(self, idempotency_key: str, crew: str) -> None:
-        """Set the idempotency key, and name it in the message unless that names it already."""
+        """Set the idempotency key, and name the key in the message unless the message names it already."""
         self.idempotency_key = idempotency_key
         if idempotency_key not in str(self):
             self.add(f"Crew {crew}, idempotency key {idempotency_key!r}.")
@@ -99,7 +99,7 @@ class CrewError(Exception):
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(field,))
 class _FactsError(CrewError):
-    """An error whose annotated attributes are its keyword arguments, of which `_text` makes the message."""
+    """An error whose annotated attributes are its keyword arguments. `_text` makes the message from them."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -117,7 +117,7 @@ class ConfigurationError(CrewError, ValueError):
 
 
 class InvalidCallError(CrewError, RuntimeError):
-    """A function or an object cannot be used in this place or at this time: a mistake in the calling code."""
+    """A function or an object cannot be used in this place or at this time. The calling code has a mistake."""
 
 
 class CrewAPIError(_FactsError):
@@ -154,8 +154,8 @@ class AuthenticationError(CrewAPIError):
     """401 or 403: the token is missing, wrong or not allowed. That request started nothing."""
 
     advice: ClassVar[str] = (
-        "Check the bearer token on the Status tab of the crew's page: each crew has its own, and a User Bearer Token "
-        "may do less than the organisation's. Then renew the stored one: prefect-crew crews save NAME --overwrite."
+        "Check the bearer token on the Status tab of the crew's page. Each crew has its own, and a User Bearer Token "
+        "may do less than the organisation's. To renew it, run: prefect-crew crews save NAME --overwrite."
     )
 
 
@@ -169,10 +169,10 @@ class InvalidInputsError(CrewAPIError):
     """The inputs do not fit the crew. Nothing was started.
 
     `missing_inputs` are the missing required inputs, if the server names them. If `before_kickoff` is True, no kickoff
-    was sent, and `known_inputs` are the inputs that the crew takes, `unknown_inputs` the ones that it does not take.
+    was sent, and `known_inputs` are the inputs that the crew takes, `unknown_inputs` the inputs that it does not take.
     """
 
-    advice: ClassVar[str] = "Nothing was started. prefect-crew inputs CREW lists what the crew takes."
+    advice: ClassVar[str] = "Nothing was started. To list the crew's inputs, run: prefect-crew inputs CREW."
 
     missing_inputs: Sequence[str] = ()
     unknown_inputs: Sequence[str] = ()
@@ -191,14 +191,14 @@ class InvalidInputsError(CrewAPIError):
         unknown = with_guesses(self.unknown_inputs, self.known_inputs)
         return (
             f"{missing}Unknown inputs: {unknown}. The crew takes: {listed_names(self.known_inputs)}. {self.advice} "
-            "To send them anyway: allow_extra_inputs=True on the block, or --allow-extra."
+            "To send the unknown inputs anyway, set allow_extra_inputs=True on the block, or give --allow-extra."
         )
 
 
 class RateLimitedError(CrewAPIError):
     """429: too many requests."""
 
-    advice: ClassVar[str] = "No run was started: try again later, or lower the rate."
+    advice: ClassVar[str] = "No run was started. Try again later, or lower the rate."
 
 
 class ServerError(CrewAPIError):
@@ -213,7 +213,7 @@ class ServerError(CrewAPIError):
         if self.status_code not in (502, 503, 504):
             return self.advice
         return (
-            "The crew's server is not available. This is usually temporary: run again with the same idempotency key, "
+            "The crew's server is not available. This is usually temporary. Run again with the same idempotency key, "
             f"which starts no second run. If it lasts: {self.advice[0].lower()}{self.advice[1:]}"
         )
 
@@ -221,7 +221,7 @@ class ServerError(CrewAPIError):
 class CrewConnectionError(_FactsError):
     """No answer came: the connection was refused, reset or timed out, or its name or certificate is not valid.
 
-    `sent` says whether the request may have reached the server. It is False only if the request surely did not.
+    `sent` says whether the request may have reached the server; it is False only if it surely did not.
     """
 
     method: str
@@ -233,7 +233,7 @@ class CrewConnectionError(_FactsError):
     def _text(self) -> str:
         return (
             f"{self.method} {self.url} got no answer{_of(self.kickoff_id)}: {self.reason.rstrip('.')}. "
-            "Check that the crew's server is up and reachable from here: prefect-crew doctor CREW."
+            "To check that the crew's server can be reached from here, run: prefect-crew doctor CREW."
         )
 
 
@@ -252,7 +252,7 @@ class ResponseFormatError(_FactsError):
     def _text(self) -> str:
         return (
             f"Expected {self.expected}{_of(self.kickoff_id)}, got: {self.body or 'an empty body'}. "
-            "Check that the URL is the crew's own, not that of a web page or a proxy."
+            "Check that the URL is the crew's own, not the URL of a web page or a proxy."
         )
 
 
@@ -273,15 +273,15 @@ class OutputTypeError(_FactsError):
         text = excerpt(self.output if self.shown is None else self.shown) or "empty"
         return (
             f"The result of run {self.kickoff_id} does not fit {self.output_type}: {'; '.join(self.problems)}. The "
-            f"text: {text}. The result is kept: correct the type, or leave output_type out, and run again with the "
-            "same key, which starts no other run."
+            f"text: {text}. The result is on record. Correct the type, or leave output_type out, and run again with "
+            "the same key, which starts no other run."
         )
 
 
 class KickoffUncertainError(_FactsError):
     """A kickoff was sent, and nobody knows whether it started a run. It is never sent again on a guess.
 
-    `reason` says why nobody knows it. `sent` has the facts of the kickoff: crew, time, digest of the inputs, attempt.
+    `reason` is the reason for the uncertainty. `sent` has facts of the kickoff: crew, time, digest of inputs, attempt.
     """
 
     idempotency_key: str  # pyright: ignore[reportIncompatibleVariableOverride]  # always there
@@ -292,8 +292,8 @@ class KickoffUncertainError(_FactsError):
         facts = ", ".join(f"{key} {value}" for key, value in self.sent.items())
         return (
             f"The kickoff of run {self.idempotency_key!r} is uncertain: {self.reason.rstrip('.')}. "
-            f"{f'Sent: {facts}. ' if facts else ''}It may be running and is not started again. Look at the crew's "
-            f"page, then record what happened: prefect-crew runs resolve {shlex.quote(self.idempotency_key)} "
+            f"{f'Sent: {facts}. ' if facts else ''}The run may go on and is not started again. Look at the crew's "
+            f"page, then run: prefect-crew runs resolve {shlex.quote(self.idempotency_key)} "
             "--kickoff-id ID, or --never-started; then run again with the same key."
         )
 
@@ -318,11 +318,11 @@ class NoResultError(CrewError):
 
 
 class NotStartedError(CrewError):
-    """No claim of the run held until its kickoff could be sent, for ten minutes. Nothing was started."""
+    """For ten minutes, the run lost each claim before its kickoff could be sent. Nothing was started."""
 
 
 class ResolveError(CrewError):
-    """The kickoff is not uncertain, may still be on its way, or was resolved by somebody else. Nothing was changed."""
+    """The kickoff is not uncertain, may still be on its way, or somebody else has resolved it. Nothing was changed."""
 
 
 class UnreadableRecordError(CrewError):
@@ -342,7 +342,7 @@ class ReviewFunctionError(CrewError):
 
 
 class FlowRunCancelledError(CrewError):
-    """The flow run was cancelled: it starts no run, and waits for none."""
+    """The flow run was cancelled, so it starts no run and waits for none."""
 
 
 class IdempotencyConflictError(_FactsError):
@@ -355,7 +355,7 @@ class IdempotencyConflictError(_FactsError):
     def _text(self) -> str:
         return (
             f"Idempotency key {self.idempotency_key!r} belongs to another run: {self.difference}. Nothing was started. "
-            f"Use another key, or look at that run: prefect-crew runs inspect {shlex.quote(self.idempotency_key)}."
+            f"Use another key, or look at that run with prefect-crew runs inspect {shlex.quote(self.idempotency_key)}."
         )
 
 
@@ -368,8 +368,8 @@ class TooManyAttemptsError(_FactsError):
     def _text(self) -> str:
         return (
             f"Run {self.idempotency_key!r} has {self.attempts} attempts on record, the most that an idempotency key "
-            "may have. Nothing was started. Use another key; or remove old records with prefect-crew runs prune, which "
-            "takes those of a key once its last attempt is old enough, and run again."
+            "may have. Nothing was started. Use another key; or remove old records with prefect-crew runs prune, "
+            "once the key's last attempt is old enough, and run again."
         )
 
 
@@ -391,10 +391,10 @@ class BudgetExceededError(_FactsError):
     on_limit: str = "refuse"
 
     def _text(self) -> str:
-        when, then = "", f"Nothing was started: raise max_{self.measure} and make the same call again."
+        when, then = "", f"Nothing was started. Raise max_{self.measure} and make the same call again."
         if self.resets_at:
-            when = f". It begins again at {self.resets_at:%Y-%m-%d %H:%M} UTC"
-            then = f"Nothing was started: run again then with the same key, or raise max_{self.measure}."
+            when = f". The budget begins again at {self.resets_at:%Y-%m-%d %H:%M} UTC"
+            then = f"Nothing was started. Run again then with the same key, or raise max_{self.measure}."
         then = "The run starts anyway, since on_limit is 'warn'." if self.on_limit == "warn" else then
         return (
             f"Budget {self.budget!r} has no room for another run, which takes about {self.estimate:,.4g}: "
@@ -436,28 +436,28 @@ class CrewStoppedError(_RunError):
 
 
 class CrewLostError(_RunError):
-    """The server does not know the run (any more). `last_state` is "completed" where only the result is lost."""
+    """The server does not know the run (any more). `last_state` is "completed" if only the result is lost."""
 
     last_state: str | None = None
 
     def _text(self) -> str:
-        last_sight = f"it was last seen {self.last_state}" if self.last_state else "no status of it came in this call"
+        last_sight = f"it was last seen {self.last_state}" if self.last_state else "this call got no status of the run"
         again = "force_new=True starts another"
         if self.last_state == CrewState.COMPLETED:
-            last_sight = "it has completed, but its record does not hold the result, and the server has forgotten it"
+            last_sight = "it has completed, but the server has forgotten the result, which its record does not hold"
         elif self.idempotency_key:
             key = shlex.quote(self.idempotency_key)
             again += f", and so does the key after prefect-crew runs resolve {key} --lost"
         return (
-            f"{self._run} is not known to the server: {last_sight}. Check the URL, then the crew's page. "
-            f"It is not started again automatically: {again}."
+            f"{self._run} is not known to the server: {last_sight}. Check the URL, then the crew's page. The run is "
+            f"not started again automatically: {again}."
         )
 
 
 class CrewTimeoutError(_RunError):
     """A time limit ended before the crew did. The crew may run on, unless it was `stopped`.
 
-    `phase` is which limit ended: "pending", "running" or "human"; `limit` is that limit in seconds.
+    `phase` is the limit that ended: "pending", "running" or "human"; `limit` is the limit in seconds.
     """
 
     phase: str
@@ -486,7 +486,7 @@ class ReviewLimitError(_RunError):
     stopped: bool = False
 
     def _text(self) -> str:
-        after = "It was stopped." if self.stopped else "It still waits: answer it on the crew's page, or stop it there."
+        after = "It was stopped." if self.stopped else "It still waits. Answer it on the crew's page, or stop it there."
         return (
             f"{self._run}: task {excerpt(self.task_id, 100)} has asked a person more than {self.max_rounds} times "
             f"(max_rounds). {after}"
@@ -512,21 +512,21 @@ class PipelineFailedError(_FactsError):
 
     def _text(self) -> str:
         why = "; ".join(f"{name}: {_clause(str(self.errors[name]))}" for name in self.failed if name in self.errors)
-        not_run = f" Not run because of it: {', '.join(self.skipped)}." if self.skipped else ""
+        not_run = f" Not run because of this: {', '.join(self.skipped)}." if self.skipped else ""
         again = f" with idempotency key {self.idempotency_key!r}" if self.idempotency_key else ""
         return (
             f"{'A step' if len(self.failed) == 1 else f'{len(self.failed)} steps'} failed: {why}.{not_run} Results "
-            f"that are kept: {len(self.results)}. Retry the flow run, or run again{again}, to start with what failed."
+            f"that are kept: {len(self.results)}. Retry the flow run, or run again{again}, to start the rest."
         )
 
 
 class BatchFailedError(_FactsError):
-    """Not every row of a batch completed; `report` says which."""
+    """Not every row of a batch completed; `report` has the rows' counts."""
 
     report: Any = field(kw_only=False)
 
     def _text(self) -> str:
-        advice = "The same call continues with what is left; failed rows start again with retry_failed=True."
+        advice = "The same call continues with the rows that are left; failed rows start again with retry_failed=True."
         return f"{str(self.report).rstrip('.')}. {advice}"
 
 
@@ -548,7 +548,7 @@ class BatchBusyError(_FactsError):
     def _text(self) -> str:
         return (
             f"{self.what or f'Batch {self.name!r}'} is being run by another process at this moment. Nothing was "
-            "started or changed here. Wait for it, or stop it; then repeat this."
+            "started or changed here. Wait for that process or stop it, then repeat this call."
         )
 
 
@@ -560,16 +560,16 @@ class BatchChangedError(_FactsError):
 
     def _text(self) -> str:
         return (
-            f"Batch {self.name!r} was started with something else: {self.difference}. Nothing was started. To run "
-            "the new rows and keep the results of the others, give on_change='continue'. To start every row, choose "
-            "another name."
+            f"Batch {self.name!r} began with other rows or another crew: {self.difference}. Nothing was started. To "
+            "run the new rows and keep the results of the others, give on_change='continue'. To start every row, "
+            "choose another name."
         )
 
 
 class DatasetError(_FactsError):
     """A data set cannot be read. `source` is its name, `line` the number of the line from 1, or None.
 
-    `begun`: rows of it may have been started before.
+    `begun`: whether rows of it may have been started before.
     """
 
     reason: str = field(kw_only=False)
@@ -586,7 +586,7 @@ class DatasetError(_FactsError):
 
 
 class BadRowsError(DatasetError):
-    """Rows of a data set cannot be run: `count` of them, up to 1,000 in `rows`. `alone`: no row of it can be run."""
+    """Rows of a data set cannot be run: `count` of them, up to 1,000 in `rows`. `alone`: no row can be run."""
 
     reason: str = field(init=False)
     rows: Sequence[Any] = field(kw_only=False)
@@ -610,7 +610,7 @@ class LedgerError(_FactsError):
     reason: str = field(kw_only=False)
     ledger: str
     advice: str = (
-        "No row is started without it: repair it, then run the batch again with the same name, which continues."
+        "No row starts without the ledger. Repair it, then run the batch again with the same name, which continues."
     )
 
     def _text(self) -> str:
@@ -625,21 +625,21 @@ class LedgerMissingError(_FactsError):
 
     def _text(self) -> str:
         return (
-            f"Batch {self.name!r} uses another ledger, {self.ledger}. With this one every row would start again, so "
-            "nothing was started. Give that ledger (ledger=…), or choose another name."
+            f"Batch {self.name!r} uses another ledger, {self.ledger}. With the ledger here, every row would start "
+            "again, so nothing was started. Give that ledger (ledger=…), or choose another name."
         )
 
 
 class OutputError(CrewError):
-    """The output cannot be written. The ledger has all ended rows: run the batch again with the same name."""
+    """The output cannot be written. The ledger has all ended rows. Run the batch again with the same name."""
 
 
 class PrefectAwayError(CrewError):
-    """The Prefect API does not answer, or there is none."""
+    """The Prefect API does not answer, or no API is set."""
 
 
 class PrefectRefusedError(CrewError):
-    """The Prefect API refuses a request: the API key is wrong (401) or may not do that (403), or another status."""
+    """The Prefect API refuses a request: the API key is wrong (401) or may not do that (403), for example."""
 
 
 def _clause(text: str) -> str:

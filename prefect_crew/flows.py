@@ -50,7 +50,7 @@ TOO_LARGE = "(too large to be stored with the flow run)"
 
 
 _naming_prefect_away = naming_prefect_away(
-    "Run again with the same key: a run that was started is found. Without a key of your own, look first: "
+    "Run again with the same key, which reattaches to a run that was started. Without a key of your own, first run: "
     "prefect-crew runs ls."
 )
 
@@ -75,8 +75,8 @@ async def arun_crew(
 ) -> CrewResult[Data]:
     """Run a deployed crew and return its result. A run is started at most once.
 
-    Inside a flow (or a task) it runs tasks of that flow; outside of a flow it runs a flow of its own. `run_crew` is for
-    sync code, `arun_crew` for async code.
+    Inside a flow (or a task) the call runs tasks of that flow; outside of a flow, it runs a flow of its own. `run_crew`
+    is for sync code, `arun_crew` for async code.
 
     Args:
         crew: A crew, or the name of a stored block.
@@ -84,20 +84,20 @@ async def arun_crew(
         name: The step's name: in task names, and part of a derived idempotency key.
         idempotency_key: The identity of this run, across flow runs and machines that share a Prefect server. It may be
             a template over the scheduled time: `"daily-{scheduled_start:%Y-%m-%d}"`. Default: inside a flow, a key is
-            derived, so that retries of this flow run find the run again; outside of a flow, every call is a new run.
+            derived, so that retries of this flow run reattach to the run; outside, every call is a new run.
         force_new: Start a new run, whatever the record of the key says.
         meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
         wait: How to wait, in place of the block's policy.
-        output_type: A pydantic model; `result.data` is then an instance of it.
+        output_type: A pydantic model; `result.data` is then an instance of the model.
         review: The source of answers when the crew waits for a person. "form" shows a form on the flow run's page. A
             function, sync or async, takes a ReviewRequest and returns a Review. Default: the wait goes on, and the log,
-            the artifact and an event say which run waits for a person and how to answer.
+            the artifact and an event name the run that waits for a person and the commands that answer.
         webhooks: Your own targets for the crew's webhooks.
         restore_from: The id (a UUID) of a Flow state from which the run starts: the API's `restoreFromStateId`. Two
-            calls with different states are different runs. If the API does not know the id, it starts with an empty
-            state and gives no error.
+            calls with different states are different runs. If the API does not know the id, the run starts with an
+            empty state and without an error.
         budgets: Limits for the total use of this run and all other runs under the same budgets, in addition to the
-            block's. A budget without a name gets the flow's name, or outside of a flow the crew's.
+            block's. A budget without a name gets the flow's name, or outside of a flow the crew's name.
         kickoff_options: Prefect's options for the task that kicks the crew off, such as `{"retries": 5, "tags":
             ["night"]}`: all options of its `with_options` except caches, stored results and `retry_condition_fn`.
         wait_options: Prefect's options for the task that waits, such as `{"timeout_seconds": 600}`. After that timeout
@@ -139,7 +139,7 @@ async def arun_crew(
 
 @_naming_prefect_away
 async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, options: RunOptions) -> CrewResult[Any]:
-    """Run a crew by tasks of the flow around this call, or without one in a flow of its own."""
+    """Run a crew by tasks of the flow around this call; without a flow, in a flow of its own."""
     own_inputs, inputs = Inputs.of(inputs), {}  # no frame shows the values
     request = RunRequest.of(crew, own_inputs, options)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
@@ -170,7 +170,7 @@ run_crew = sync_version(
 
 
 def _stored(inputs: Inputs) -> dict[str, Any]:
-    """Return the inputs as parameters of the flow run; placeholders if they are too large for Prefect."""
+    """Return the inputs as parameters of the flow run, or placeholders if the inputs are too large for Prefect."""
     plain = inputs.storable()
     return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
@@ -196,7 +196,7 @@ async def run_deployed_crew(
     crew: Annotated[str, Field(description="The name of the crew's block, under Blocks.")],
     inputs: Annotated[
         dict[str, Any] | None,
-        Field(description="The crew's inputs by name; of a secret one the name of the Secret block that holds it."),
+        Field(description="The crew's inputs by name; for a secret input, the name of its Secret block."),
     ] = None,
     name: Annotated[
         str | None, Field(description="A name for the step, for task names and the idempotency key.")
@@ -208,7 +208,7 @@ async def run_deployed_crew(
     force_new: Annotated[bool, Field(description="Start a new run even if the key has one.")] = False,
     wait: Annotated[WaitPolicy | None, Field(description="How to wait, in place of the block's policy.")] = None,
     review: Annotated[
-        Literal["form"] | None, Field(description="Where people are asked: in a form on this flow run's page.")
+        Literal["form"] | None, Field(description="The place of questions to people: a form on this flow run's page.")
     ] = None,
     restore_from: Annotated[
         str | None, Field(description="The id (a UUID) of a saved state of a CrewAI Flow from which the run starts.")
@@ -245,7 +245,7 @@ async def run_deployed_crew(
     return await run_tasks(RunRequest.of(stored, own_inputs, options))
 
 
-@naming_prefect_away("The result is read from its records: ask again.")
+@naming_prefect_away("The call reads the result from the run's record. Call it again.")
 async def aget_result(
     idempotency_key: str, *, crew: DeployedCrew | str | None = None, output_type: type[Data] | None = None
 ) -> CrewResult[Data]:

@@ -27,13 +27,13 @@ from prefect_crew.records.store import PrefectRecords
 async def batch_file(
     crew: str, dataset: str, name: str, export: str, ledger: str | None = None, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Run a crew once for each row of a file. Retried or scheduled again, it goes on where it stopped.
+    """Run a crew once for each row of a file. A retry or the next scheduled call goes on where the batch stopped.
 
     Args:
         crew: The name of the crew's block, as under Blocks.
         dataset: The file: a path, a URL, or any fsspec address.
         name: The batch's name. On a schedule: leads-{scheduled_start:%Y-%m-%d}.
-        export: Where its lines go. On a schedule with the same placeholder.
+        export: The address of the results. On a schedule, with the same placeholder.
         ledger: A path, the URL of a PostgreSQL without a password, or secret://NAME; empty: a file next to a local
             export.
         options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id", "wait": {"timeout": 600}}.
@@ -46,10 +46,10 @@ async def batch_file(
 
 @flow(retries=2, retry_delay_seconds=60)
 async def prune_records(older_than_days: int | None = None, dry_run: bool = False) -> str:
-    """Remove old records of ended runs, and say how many. Crew workers do that by themselves.
+    """Remove old records of ended runs, and return their number as text. Crew workers prune by themselves.
 
     A record keeps a run from being started twice, and `get_result` reads it. Choose an age beyond the oldest
-    idempotency key that may be used again, backfills included. Runs in flight and uncertain ones are never removed.
+    idempotency key that may be used again, backfills included. Records of uncertain runs and runs in flight stay.
 
     Args:
         older_than_days: The age, in days since the end of a run and of its flow runs; empty: the setting, 30. A later
@@ -65,15 +65,15 @@ async def prune_records(older_than_days: int | None = None, dry_run: bool = Fals
 
 @flow(flow_run_name="recover {flow_run_id}", retries=3, retry_delay_seconds=10)
 async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
-    """Begin a crashed flow run again, if it has attempts left, and say what was done. An automation runs this.
+    """Begin a crashed flow run again, if it has attempts left, and return the outcome. An automation runs this flow.
 
-    The flow run keeps its id, so it reattaches to its crews' runs. A flow run that has failed is left alone:
-    beginning again would start its crew again. Prefect alone can schedule a crashed flow run again, but without a
-    limit: a flow that kills its worker would do so for ever.
+    The flow run keeps its id, so it reattaches to its crews' runs. A failed flow run stays as it is, since a new begin
+    would start its crew again. Prefect alone can schedule a crashed flow run again, but without a limit, so a flow that
+    kills its worker would do so for ever.
 
     Args:
         flow_run_id: The flow run that crashed.
-        max_attempts: How often it may be begun in all, the first time included.
+        max_attempts: The number of times that it may begin in all, with the first time.
     """
     async with get_client() as client:
         run = await client.read_flow_run(flow_run_id)
@@ -101,6 +101,6 @@ def _check_ledger(ledger: str | None) -> None:
     if ledger and holds_password(ledger):
         raise ConfigurationError(
             "The ledger's URL holds a password, or may do so, and Prefect stores and shows the parameters of a flow "
-            "run. Nothing was started. Change that password, save the new URL in a Prefect Secret block, and give "
+            "run. Nothing was started. Change the password, save the new URL in a Prefect Secret block, and give "
             "ledger='secret://NAME'."
         )

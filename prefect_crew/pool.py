@@ -1,5 +1,5 @@
-"""The flow runs of a work pool of type `crew` on the Prefect server: who has them, how one goes back to its pool, how
-its crews are stopped, and which flow it runs.
+"""The flow runs of a work pool of type `crew` on the Prefect server: their owners, their way back to the pool, the stop
+of their crews, and the import of their flows.
 
 The `infrastructure_pid` of a flow run has the name of its worker and the number of that worker's start.
 """
@@ -92,7 +92,7 @@ def is_running(flow_run: FlowRun) -> bool:
 
 
 def is_left(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
-    """Return whether a flow run that has begun needs a worker and has none: its own worker is not online."""
+    """Return whether a flow run that has begun needs a worker and has none, because its own worker is not online."""
     state, name = flow_run.state, worker_name(flow_run.infrastructure_pid)
     if state is None or is_suspended(state):
         return False
@@ -105,7 +105,7 @@ def is_left(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
 
 
 def one_retry_more(flow_run: FlowRun) -> FlowRunPolicy:
-    """Return a flow run's policy for its next owner: the server counts a change of owners as a failed attempt."""
+    """Return a flow run's policy for its next owner, since the server counts a change of owners as a failed attempt."""
     policy = flow_run.empirical_policy
     return policy.model_copy(update={"retries": policy.retries and policy.retries + 1})
 
@@ -116,7 +116,7 @@ async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_
     Return False if the flow run has ended, is suspended, belongs to the pool already, or is not in the state
     `only_from` any more. `why` is the message of its new state.
 
-    A pool hands out no flow run that waits for a retry "in process": so its policy is changed first.
+    A pool hands out no flow run that waits for a retry "in process", so this changes the policy first.
     """
     flow_run = await client.read_flow_run(flow_run_id)
     state = flow_run.state
@@ -136,13 +136,13 @@ async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_
 async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
     """Stop the crews whose runs a flow run or its subflows started. A second call sends no second `/stop`.
 
-    It does not stop the rows of a batch, which are in a ledger: `prefect-crew batch cancel` does.
+    This does not stop the rows of a batch, which are in a ledger. `prefect-crew batch cancel` stops them.
     """
     log, limit = flow_run_logger(flow_run), asyncio.Semaphore(STOPS_AT_ONCE)
 
     async def stop(record: RunRecord) -> None:
         if record.kickoff_id is None:
-            text = "The kickoff of run %r is uncertain: if it started a run, that continues at %s."
+            text = "The kickoff of run %r is uncertain. If it started a run, the run continues at %s."
             log.warning(text, record.idempotency_key, record.crew_url)
             return
         try:
@@ -166,13 +166,13 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
     `allowed` are the allowed modules in addition to this package's, each with its submodules; None allows any module.
 
     Raises:
-        ConfigurationError: The path is no such path, is not allowed, cannot be imported, or is no asynchronous flow.
+        ConfigurationError: The path is no import path, is not allowed, cannot be imported, or is no asynchronous flow.
     """
     module, _, name = (entrypoint or "").rpartition(".")
     if not module or not {":", "/"}.isdisjoint(entrypoint or ""):
         raise ConfigurationError(
             f"{entrypoint!r} is not an import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a "
-            "file to a process work pool: prefect deploy."
+            "file to a process work pool with prefect deploy."
         )
     permitted = None if allowed is None else ["prefect_crew", *allowed]
     if permitted is not None and not any(
@@ -187,18 +187,18 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
     except (Exception, SystemExit) as error:
         reason = f"{error}" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise ConfigurationError(
-            f"The flow {entrypoint} cannot be imported ({reason}): install its package here and where the worker runs."
+            f"The flow {entrypoint} cannot be imported ({reason}). Install its package here and where the worker runs."
         ) from error
     if not isinstance(flow, Flow):
-        raise ConfigurationError(f"{entrypoint} is not a flow: decorate the function with @flow.")
+        raise ConfigurationError(f"{entrypoint} is not a flow. Decorate the function with @flow.")
     if flow.isgenerator:
         raise ConfigurationError(
-            f"The flow {entrypoint} is a generator, and a crew worker runs flows that return: return what it yields, "
-            "or deploy it to a process work pool: prefect deploy."
+            f"The flow {entrypoint} is a generator, but a crew worker only runs flows that return. Return the values "
+            "in a list, or deploy the flow to a process work pool with prefect deploy."
         )
     if not flow.isasync:
         raise ConfigurationError(
-            f"The flow {entrypoint} is synchronous, and a crew worker runs asynchronous ones only: write it as `async "
-            "def`, or deploy it to a process work pool: prefect deploy."
+            f"The flow {entrypoint} is synchronous, but a crew worker only runs asynchronous flows. Write it as "
+            "`async def`, or deploy it to a process work pool with prefect deploy."
         )
     return cast("Flow[..., Any]", flow)

@@ -35,15 +35,17 @@ class Price(BaseModel):
     )
     model: str | None = Field(
         default=None,
-        description="The model whose list price counts, in US dollars. It needs prefect-crew[prices]. Where a stream "
-        "of events names the models of all tokens, those count.",
+        description=(
+            "The model whose list price counts, in US dollars. It needs prefect-crew[prices]. If streamed events "
+            "name the models of all tokens, those count."
+        ),
         examples=["openai/gpt-4o", "claude-sonnet-4-5"],
     )
 
     @model_validator(mode="after")
     def _is_whole(self) -> Price:
         if (self.per_1k_input is None) is not (self.per_1k_output is None):
-            raise ValueError("give per_1k_input and per_1k_output together: 0 for tokens that cost nothing")
+            raise ValueError("give per_1k_input and per_1k_output together, with 0 for tokens that cost nothing")
         if self.model is not None and self.per_1k_input is not None:
             raise ValueError("give the prices of tokens, or a model whose list price counts, not both")
         return self
@@ -88,7 +90,7 @@ class Spending:
     Attributes:
         runs: The number of runs. `reported`: the number that reported tokens; `priced`: the number with a known cost.
         usage: The sum of the reported tokens, None if no run reported any.
-        cost: The sum of the known costs, None if none is known.
+        cost: The sum of the known costs, None if no cost is known.
     """
 
     runs: int = 0
@@ -99,7 +101,7 @@ class Spending:
 
     @classmethod
     def sum(cls, parts: Iterable[Spending]) -> Spending:
-        """Add up several."""
+        """Add up several sums."""
         every = list(parts)
         counts = {name: sum(getattr(part, name) for part in every) for name in ("runs", "reported", "priced")}
         usage = TokenUsage.sum(part.usage for part in every if part.usage is not None)
@@ -170,6 +172,6 @@ def _list_price(model: str, usage: TokenUsage, otherwise: str | None = None) -> 
             with suppress(LookupError, ValueError):
                 return float(calc_price(tokens, name, provider_id=provider).total_price)
     raise ConfigurationError(
-        f"genai-prices does not know the model {model!r}. Give it as CrewAI does, such as 'openai/gpt-4o', or give the "
-        "crew's price as per_1k_input and per_1k_output."
+        f"genai-prices does not know the model {model!r}. Write the model as CrewAI does, such as 'openai/gpt-4o', or "
+        "give the crew's price as per_1k_input and per_1k_output."
     )

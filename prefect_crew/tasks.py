@@ -1,7 +1,7 @@
 """The Prefect tasks, for any flow. In a sync flow a call returns the result; in an async flow the call is awaited.
 
 No task is cached, and Prefect retries only safe steps: a kickoff only after an error that surely started no run. A
-retried flow finds its runs again by their records, not by stored results.
+retried flow reattaches to its runs by their records, not by stored results.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ if TYPE_CHECKING:
 
 
 def _hidden(value: Any) -> Any:
-    """Replace the mappings in arguments by dicts whose repr hides the values: a task's inputs may be secret.
+    """Replace the mappings in arguments by dicts whose repr hides the values, since a task's inputs may be secret.
 
-    Only the crew's block says which inputs are secret, and it is not loaded yet. The frames of Prefect's engine contain
-    all arguments, and error reporters show frames.
+    Only the crew's block, which is not loaded yet, has the names of the secret inputs. The frames of Prefect's engine
+    contain all arguments, and error reporters show frames.
     """
     if isinstance(value, unmapped):
         return unmapped(_hidden(cast("Any", value).unwrap()))
@@ -106,12 +106,12 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
     @overload
     def __call__(self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any) -> Now: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Run the task. Return the result in sync code, an awaitable of it in async code."""
+        """Run the task. Return the result in sync code, an awaitable of the result in async code."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         coroutine = self.acall(*args, **kwargs)
         return coroutine if in_async_context() else run_sync(coroutine)
 
-    @naming_prefect_away("Call the task again: a run that was started is found.")
+    @naming_prefect_away("Call the task again, which reattaches to a run that was started.")
     async def acall(self, *args: Any, **kwargs: Any) -> R:
         """Run the task from a coroutine, whatever kind of flow is around it."""
         with calling_task():
@@ -146,15 +146,15 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
             return cast("Any", super()).map(*args, **kwargs)
 
     def apply_async(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Refuse to defer the task to a task worker: Prefect would store the parameters, with the crew's token.
+        """Refuse to defer the task to a task worker, since Prefect would store the parameters, with the crew's token.
 
         Raises:
             ConfigurationError: Always. Nothing was stored.
         """
         del args, kwargs  # error reporters show the variables of frames
         raise ConfigurationError(
-            f"The task {self.name} cannot be deferred to a task worker: Prefect would store the crew's token with its "
-            "parameters. Nothing was stored. Call it in a flow instead."
+            f"The task {self.name} cannot be deferred to a task worker, because Prefect would store the crew's token "
+            "with its parameters. Nothing was stored. Call the task in a flow instead."
         )
 
     delay = apply_async  # pyright: ignore[reportAssignmentType]
@@ -234,8 +234,8 @@ async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State
 def _origin(run: LiveRun) -> str:
     """Return the end of a wait's name: whether its call found the run, and whether the run had ended by then.
 
-    It is in the name and no tag: for each tag of a task run Prefect asks its server for a concurrency slot, and the
-    task run fails if the server cannot be reached. A run is mostly found after such trouble.
+    This is in the name and no tag, because for each tag of a task run Prefect asks its server for a concurrency slot,
+    and the task run fails if the server cannot be reached. A run is mostly found after such trouble.
     """
     if run.record is None or run.owned:
         return ""
@@ -285,7 +285,7 @@ async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
     """Return the inputs that a crew names; an empty list if it names none. `crew` may be the name of a stored block.
 
     Raises:
-        CrewError: `GET /inputs` failed; a crew without it raises NotFoundError.
+        CrewError: `GET /inputs` failed. A crew without `/inputs` raises NotFoundError.
     """
     async with CrewSession(await load_crew(crew)) as session:
         return await session.client.inputs()
@@ -329,7 +329,7 @@ async def kickoff_crew(
 ) -> str:
     """Kick a crew off, or find the run that its key already has, and return the kickoff id.
 
-    The arguments are those of `run_crew`. The inputs are checked against `GET /inputs` first.
+    `run_crew` explains the arguments. The task first checks the inputs against `GET /inputs`.
 
     Raises:
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
@@ -372,8 +372,8 @@ async def wait_for_crew(
 ) -> CrewResult[Data]:
     """Wait until a run has ended and return its result. You can call it for the same run any number of times.
 
-    `idempotency_key` is the key of the run; without it, the record is found by the id. `name` goes into the task run's
-    name. `run_crew` explains the other arguments.
+    `idempotency_key` is the key of the run; without the key, the task finds the record by the id. `name` goes into the
+    task run's name. `run_crew` explains the other arguments.
 
     Raises:
         CrewFailedError, CrewStoppedError, CrewLostError: The run failed, was stopped, or its server has forgotten it.
@@ -392,7 +392,7 @@ async def wait_for_crew(
 _REFUSED = {
     **dict.fromkeys(
         ("cache_policy", "cache_key_fn", "cache_expiration", "refresh_cache"),
-        "a cached kickoff id is not compared with the record, and only the record says what became of a run",
+        "a cached kickoff id is not compared with the record, and only the record has the outcome of a run",
     ),
     **dict.fromkeys(
         ("persist_result", "result_storage", "result_serializer", "result_storage_key", "cache_result_in_memory"),

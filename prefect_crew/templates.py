@@ -30,7 +30,7 @@ _TASK_FIELDS = ("name", "agent", "output", "data", "execution_time", "descriptio
 def _readable(value: Any) -> Any:
     """Return structured values as JSON for the text, not in Python's form."""
     if callable(value) and not isinstance(value, StrictUndefined):
-        raise TemplateRuntimeError("this is a method, not a value: a key with that name is data['items']")
+        raise TemplateRuntimeError("this is a method, not a value; write a key with that name as data['items']")
     if isinstance(value, Mapping | list | tuple) or value is None or isinstance(value, bool):
         return to_json(value).decode()
     return value
@@ -64,7 +64,7 @@ _HARMLESS = (str, bytes, int, float, list, tuple, dict, set, frozenset, date, ti
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with stricter rules: Jinja's own allows a template to call every public method of a value."""
+    """Jinja's sandbox with stricter rules, since Jinja's own lets a template call every public method of a value."""
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         # `_viewed` does not replace models within other objects, so no attribute of a model is safe.
@@ -158,8 +158,8 @@ def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
     """Return a function that fills a template with values.
 
     Raises:
-        ConfigurationError: It is not a template. The returned function raises it if a name or an attribute is missing,
-            or if the sandbox forbids an operation.
+        ConfigurationError: The text is not a template. The returned function raises it if a name or an attribute is
+            missing, or if the sandbox forbids an operation.
     """
     try:
         jinja_template = _ENVIRONMENT.from_string(_parsed(template))

@@ -5,7 +5,7 @@
         result = await arun_crew(server.crew(), {"topic": "Lisbon"})
         assert server.kickoffs == 1
 
-Every pytest run in an environment with this package imports this module at its start: so the fixtures import the heavy
+Every pytest run in an environment with this package imports this module at its start, so the fixtures import the heavy
 modules.
 """
 
@@ -40,9 +40,9 @@ class CrewServerFactory(Protocol):
 def crew_server() -> Iterator[CrewServerFactory]:
     """Provide a function that starts crew servers on ports of 127.0.0.1; they stop at the end of the test.
 
-    It takes the arguments of `prefect_crew.devserver.CrewServer` and returns one. The first is a script (its YAML text,
-    a file, or the name of a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI code, or a
-    program. The options are, among others, `faults`, `response_format` and `speed`.
+    The function takes the arguments of `prefect_crew.devserver.CrewServer` and returns one. The first is a script (its
+    YAML text, a file, or the name of a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI
+    code, or a program. The options are, among others, `faults`, `response_format` and `speed`.
     """
     from prefect_crew.devserver import CrewServer
 
@@ -62,7 +62,7 @@ def scripted_crew(crew_server: CrewServerFactory) -> CrewServer:
 
 @pytest.fixture
 def instant_polling() -> Iterator[None]:
-    """Make every wait for a crew poll every 10 ms, whatever its `WaitPolicy` says; its time limits stay."""
+    """Make every wait for a crew poll every 10 ms, whatever its `WaitPolicy` says. The time limits stay."""
     from prefect_crew.crew import fast_polling
 
     with fast_polling():

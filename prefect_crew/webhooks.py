@@ -1,12 +1,12 @@
-"""The webhook URLs of a run: which of them a kickoff asks for, signed and verified.
+"""The webhook URLs of a run: their choice for a kickoff, their signature, and its verification.
 
     {receiver}/hooks/{kind}/{payload}.{signature}
 
-The payload is JSON in base64 that says which run the URL is for; the signature is an HMAC over it. Everybody who has
-a URL can send webhooks of one kind about one run, until it expires.
+The payload is JSON in base64 that names the URL's run; the signature is an HMAC of the payload. Everybody who has a URL
+can send webhooks of one kind about one run, until it expires.
 
-The secret may be several, separated by blanks, so that it can be changed while runs are in flight: the first one signs,
-and what any of them has signed is accepted.
+The setting may hold several secrets, separated by blanks, so that it can be changed while runs are in flight: the first
+secret signs, and a signature of any of them is accepted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 WebhookKind = Literal["task", "step", "crew", "human_input", "stream"]
 
 VERSION = 2
-"""Of the payload. A receiver takes no other."""
+"""The version of the payload. A receiver takes no other version."""
 SHORTEST_SECRET = 32
 """Characters. An attacker who has one URL can try secrets against it on a machine of their own."""
 MAX_TOKEN = 6144
@@ -87,11 +87,11 @@ def webhooks_for(
     round: int = 0,  # noqa: A002 - the word of the domain
     settings: CrewSettings | None = None,
 ) -> Webhooks | None:
-    """Return the webhooks of one run as the settings have them, None where they switch no webhooks on.
+    """Return the webhooks of one run by the settings, None if these switch no webhooks on.
 
-    They are for its kickoff, and for each `/resume` again, the first of which answers question 1. `run` is its record,
-    or its idempotency key where there is none yet. With an address of Prefect Cloud's own webhooks, all kinds go there
-    and no secret is needed. Raises ConfigurationError where the address or the secret cannot be used.
+    They are for its kickoff, and for each `/resume` again, the first of which answers question 1. `run` is the run's
+    record, or its idempotency key if there is no record yet. With an address of Prefect Cloud's own webhooks, all kinds
+    go there and no secret is needed. Raises ConfigurationError if the address or the secret cannot be used.
     """
     settings = settings or CrewSettings()
     url, secret = settings.webhook_url, settings.webhook_secret
@@ -102,7 +102,7 @@ def webhooks_for(
     if secret is None:
         raise ConfigurationError(
             "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL is set without PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET. Set the "
-            "receiver's secret, or unset the URL: then polling alone finds out that runs have ended."
+            "receiver's secret, or unset the URL. Then polling alone finds out that runs have ended."
         )
     record, key = (None, run) if isinstance(run, str) else (run, run.idempotency_key)
     hook = Hook(
@@ -128,7 +128,7 @@ def is_prefect_cloud(url: str) -> bool:
 
 
 def hooks_expire(wait: WaitPolicy, now: datetime) -> datetime:
-    """Return until when a run's webhooks are taken: as long as anybody may wait for it, and a day more."""
+    """Return the end of the time for a run's webhooks: the longest time of a wait for the run, and a day more."""
     budgets = (wait.timeout, wait.human_timeout)
     return now + timedelta(seconds=sum(UNLIMITED if budget is None else budget for budget in budgets) + EXPIRY_MARGIN)
 
@@ -159,9 +159,9 @@ def hook_urls(base_url: str, secret: SecretStr | str, run: Hook, stream_events: 
 
 
 def latest_webhooks_of(settings: CrewSettings) -> tuple[str, str] | None:
-    """Return where a process that waits for runs asks for the latest webhooks, and the token that it brings.
+    """Return the URL at which a process that waits for runs asks for the latest webhooks, and the token for it.
 
-    None where webhooks are off, or go to Prefect Cloud's own receiver, which has no such place.
+    Return None if webhooks are off, or go to Prefect Cloud's own receiver, which has no such URL.
     """
     if not settings.webhook_url or settings.webhook_secret is None or is_prefect_cloud(settings.webhook_url):
         return None
@@ -196,10 +196,10 @@ def may_read_recent(secret: SecretStr | str, authorization: str | None) -> bool:
 def read_token(
     kind: str, token: str, secret: SecretStr | str, *, now: datetime, authorization: str | None = None
 ) -> Hook | None:
-    """Return what a URL is for, None if it is not ours: forged, of another kind, stale, or without its bearer token.
+    """Return the purpose of a URL, None if it is forged, of another kind, stale, or without its bearer token.
 
-    Nothing is read from the token before its signature was compared, in constant time. `kind` and `token` are those of
-    the URL, `authorization` is the header; of several secrets any may have signed.
+    This compares the signature, in constant time, before it reads anything from the token. `kind` and `token` are those
+    of the URL, `authorization` is the header; of several secrets any may have signed.
     """
     if len(token) > MAX_TOKEN:
         return None
@@ -219,7 +219,7 @@ def read_token(
 
 
 def checked_secret(secret: SecretStr | str) -> str:
-    """Return a secret, or several separated by blanks, of which each is long enough, else raise ConfigurationError."""
+    """Return one or several secrets (separated by blanks) if each is long enough, else raise ConfigurationError."""
     keys = _secrets(secret)
     if (length := min(map(len, keys))) < SHORTEST_SECRET:
         raise ConfigurationError(
@@ -236,7 +236,7 @@ def _payload(hook: Hook) -> str:
 
 
 def _secrets(secret: SecretStr | str) -> list[str]:
-    """Return the secrets that a text holds, separated by blanks: one, where no part is long enough by itself."""
+    """Return the secrets in a text, separated by blanks, or the whole text if no part is long enough by itself."""
     text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
     parts = text.split()
     return parts if len(parts) > 1 and max(map(len, parts)) >= SHORTEST_SECRET else [text]

@@ -97,11 +97,11 @@ CANCELLED_AT_ONCE = 10
 
 
 class CrewJobConfiguration(BaseJobConfiguration):
-    """A deployment can set nothing for a crew worker: flow runs share the worker's process and environment."""
+    """A deployment can set nothing for a crew worker, since flow runs share the worker's process and environment."""
 
     without_effect: list[str] = Field(default=[], description="The job variables that somebody has set.")
     entrypoint: str | None = Field(default=None, description="The import path of the deployment's flow.")
-    flow_run_id: UUID | None = Field(default=None, description="The flow run that this was made for.")
+    flow_run_id: UUID | None = Field(default=None, description="The flow run of this configuration.")
 
     def prepare_for_flow_run(
         self,
@@ -121,7 +121,7 @@ class CrewJobConfiguration(BaseJobConfiguration):
 
 
 class CrewWorkerResult(BaseWorkerResult):
-    """The outcome of a flow run on this worker: its `status_code` is what the exit code of its own process would be."""
+    """The outcome of a flow run on this worker. `status_code` stands for the exit code of a process of its own."""
 
 
 class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
@@ -159,7 +159,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
 
     @classmethod
     def get_default_base_job_template(cls) -> dict[str, Any]:
-        """Return a template without variables: there is nothing to set. The server refuses an empty configuration."""
+        """Return a template without variables, as there are none. The server refuses an empty configuration."""
         return {"job_configuration": {"name": None}, "variables": {"type": "object", "properties": {}}}
 
     # Start and end
@@ -179,7 +179,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     async def start(
         self, run_once: bool = False, with_healthcheck: bool = False, printer: Callable[..., None] = print
     ) -> None:
-        """Run until a signal ends it. The first SIGTERM or SIGINT gives its flow runs back, the second kills it."""
+        """Run until a signal. The first SIGTERM or SIGINT gives the worker's flow runs back, the second kills it."""
         with self._handling_signals(printer):
             await super().start(run_once=run_once, with_healthcheck=with_healthcheck, printer=printer)
 
@@ -192,7 +192,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             await self.hand_over_all(f"Worker {self.name!r} shuts down.")
             if self._held:
                 # These coroutines ignore their cancellation, and the event loop would wait for them.
-                printer(f"Worker {self.name!r} leaves {len(self._held)} flow runs to be taken over: they did not end.")
+                printer(f"Worker {self.name!r} leaves {len(self._held)} flow runs that did not end.")
                 await asyncio.to_thread(_send_logs_and_events)
                 os._exit(1)
             if main is not None:
@@ -269,7 +269,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             self._release_limit_slot(flow_run.id)
 
     async def _begin(self, flow_run: FlowRun) -> CrewJobConfiguration | None:
-        """Make this worker the owner of a flow run, if it is not. Return None if the flow run cannot begin here."""
+        """Make this worker the owner of a flow run, if it is not yet. Return None if the flow run cannot begin here."""
         try:
             if not is_running(flow_run):
                 if not await self._propose_pending_state(flow_run):
@@ -300,7 +300,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             self._cancelling_observer.remove_in_flight_flow_run_id(flow_run_id)
 
     async def _end_crashed(self, flow_run: FlowRun, error: Exception) -> None:
-        """End a flow run as Crashed, unless the Prefect server cannot be reached: a worker takes it over later."""
+        """End a flow run as Crashed, unless the Prefect server cannot be reached. Then a worker takes it over later."""
         if is_away(error):
             self._logger.warning("The Prefect server does not answer (%s): flow run %r waits.", error, flow_run.name)
             return
@@ -314,9 +314,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         configuration: CrewJobConfiguration,
         task_status: anyio.abc.TaskStatus[Any] | None = None,
     ) -> CrewWorkerResult:
-        """Run a flow run to its end. Its state on the server says how it ended."""
+        """Run a flow run to its end. The outcome is the flow run's state on the server."""
         if (before := self._held.get(flow_run.id)) is not None and before.task is not None:
-            before.end("lost", "Another worker had taken the flow run, and it came back.")
+            before.end("lost", "Another worker had taken the flow run, which came back.")
             await asyncio.wait({before.task})
         forget_calls(str(flow_run.id))
         held = self._held[flow_run.id] = HeldFlowRun(flow_run, self._confirm)
@@ -343,8 +343,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         log = flow_run_logger(flow_run)
         if configuration.without_effect:
             log.warning(
-                "The job variables %s have no effect: flow runs share the process of the crew worker. Set environment "
-                "variables where the worker starts.",
+                "The job variables %s have no effect, since flow runs share the process of the crew worker. Set "
+                "environment variables where the worker starts.",
                 ", ".join(configuration.without_effect),
             )
         try:
@@ -387,9 +387,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 await asyncio.sleep(AWAY_PAUSE)
 
     async def _confirm(self, held: HeldFlowRun, state: State[Any]) -> None:
-        """Before a state is written: end the flow run as lost if another worker has it, or as suspended if it is.
+        """Before a write of a state, end the flow run as lost if another worker has it, or as suspended if it was.
 
-        It asks the server in two cases: before a final state, which would replace Suspended, and if other workers may
+        This asks the server in two cases: before a final state, which would replace Suspended, and if other workers may
         consider this worker dead, since it was frozen or cut off.
         """
         if state.is_final() or self._may_count_as_gone():
@@ -405,13 +405,13 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         held = self._held.get(current.id)
         if held is None or self._is_own(current.infrastructure_pid):
             return
-        self._logger.warning("Flow run %r was taken by another worker: it ends here.", current.name)
+        self._logger.warning("Flow run %r was taken by another worker and ends here.", current.name)
         held.end("lost", f"Another worker has taken flow run {current.name!r}.")
         if worker_name(current.infrastructure_pid) == self.name:
             # A worker at once takes over flow runs of an earlier start under its name: two living workers with one name
             # would take each other's flow runs for ever.
             name = f"{self.name}-{self.boot}"
-            text = "Another worker %r runs: this one continues as %r. Give each worker of a pool its own name."
+            text = "Another worker %r runs, so this one continues as %r. Give each worker of a pool its own name."
             self._logger.warning(text, self.name, name)
             self.name = name
             if self._worker_channel is not None:  # the channel has the old name; `_watch_pool` makes a new one
@@ -484,7 +484,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 self._logger.debug("The Prefect server could not be asked: %s", error)
             except Exception:
                 # An error about one flow run must not end the watch for all others.
-                self._logger.exception("Looking for flow runs that are cancelled or left behind failed.")
+                self._logger.exception("The search for flow runs that are cancelled or left behind failed.")
             await asyncio.sleep(LOOK_EVERY)
 
     async def _end_suspended_ones(self) -> None:
@@ -571,8 +571,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     async def _take_over(self, flow_run: FlowRun, before: FlowRun) -> None:
         """Begin a flow run that was left behind, or give it back to the pool. `before` has its earlier owner.
 
-        The way over the pool changes the state three times instead of once. It is needed under a limit: a deployment's,
-        whose slot a flow run takes at Pending, or this worker's own. And a worker may be for other work queues.
+        The way over the pool changes the state three times instead of once. A limit of a deployment, whose slot a flow
+        run takes at Pending, or of this worker needs this. And a worker may be for other work queues.
         """
         owner = worker_name(before.infrastructure_pid) or "unknown"
         why = f"Worker {owner!r} is gone. The flow run starts again, and its crew's run is found by its record."
@@ -645,7 +645,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             and await self._claim(flow_run)
             and (await self.client.read_flow_run(flow_run.id)).state_id == flow_run.state_id
         ):
-            self._logger.warning("Flow run %r is being cancelled, and no worker has it.", flow_run.name)
+            self._logger.warning("Flow run %r is being cancelled, but no worker has it.", flow_run.name)
             await self._end_cancelled(flow_run, "Flow run was cancelled while no worker had it.")
 
     async def _leave_suspended(self, flow_run_id: UUID) -> None:

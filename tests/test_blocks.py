@@ -76,8 +76,8 @@ def test_what_makes_no_sense_is_refused_without_the_token_that_was_given_with_it
     for shown in (str(caught.value), repr(caught.value)):
         assert "text-token" not in shown
         assert "hunter2" not in shown
-        assert ("do you mean 'max_attempts'" in shown) is ("max_attempt" in fields)
-        assert ("a crew's wait has no field 'timeot': do you mean 'timeout'" in shown) is ("timeot" in str(fields))
+        assert ("Do you mean 'max_attempts'" in shown) is ("max_attempt" in fields)
+        assert ("a crew's wait has no field 'timeot'. Do you mean 'timeout'" in shown) is ("timeot" in str(fields))
 
 
 def test_the_token_shows_nowhere():

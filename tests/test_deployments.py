@@ -206,9 +206,11 @@ def test_a_schedule_with_defaults_of_its_own_is_taken(crew: CrewServer):
 @pytest.mark.parametrize(
     ("options", "lost"),
     [
-        pytest.param({"retries": 3, "timeout_seconds": 60}, "would not have timeout_seconds, retries:", id="retries"),
-        pytest.param({"on_failure": [print]}, "would not have on_failure_hooks:", id="hook"),
-        pytest.param({"flow_run_name": "trip"}, "would not have flow_run_name:", id="name of runs"),
+        pytest.param(
+            {"retries": 3, "timeout_seconds": 60}, "would not have timeout_seconds, retries, because", id="retries"
+        ),
+        pytest.param({"on_failure": [print]}, "would not have on_failure_hooks, because", id="hook"),
+        pytest.param({"flow_run_name": "trip"}, "would not have flow_run_name, because", id="name of runs"),
     ],
 )
 def test_options_that_flow_runs_would_not_have_are_refused(crew: CrewServer, options: dict[str, Any], lost: str):

@@ -175,7 +175,7 @@ async def test_a_running_loop_is_told_the_async_name(crew_server: CrewServerFact
         "aresume": lambda: run.resume("fine", approve=True),
     }
     for name, call in twins.items():
-        with pytest.raises(RuntimeError, match=rf"use `await {name}\(\.\.\.\)` instead"):
+        with pytest.raises(RuntimeError, match=rf"Write `await  {name}\(\.\.\.\)` instead"):
             call()
     assert (await pc.arun_crew(crew, {"text": "a"})).output == "a"
 
@@ -374,7 +374,7 @@ async def test_a_flow_run_with_secrets_cannot_run_again(crew_server: CrewServerF
     block = new_name()
     server = crew_server(script({"output": "x"}))
     await server.crew(secret_inputs=["pin"]).asave(block)
-    with pytest.raises(pc.ConfigurationError, match="inputs pin, book are secret or too large"):
+    with pytest.raises(pc.ConfigurationError, match="inputs pin, book, which are secret or too large"):
         await pc.run_deployed_crew(
             crew=block, inputs={"pin": MASK, "city": "Lisbon", "book": "(too large to be stored with the flow run)"}
         )

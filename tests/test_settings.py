@@ -32,12 +32,12 @@ def test_a_prefect_toml_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def test_other_names_are_other_crews_and_no_token_is_sent_to_another_crew(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match=r"set NEWS_URL and NEWS_TOKEN .* or PREFECT_INTEGRATIONS_CREW_URL"):
+    with pytest.raises(ValueError, match=r"Set NEWS_URL and NEWS_TOKEN .* or PREFECT_INTEGRATIONS_CREW_URL"):
         DeployedCrew.from_env("NEWS")
     monkeypatch.setenv("NEWS_URL", "https://news.test/")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "of-travel")
-    with pytest.raises(ValueError, match=r"No token for https://news\.test/ .* set NEWS_TOKEN"):
+    with pytest.raises(ValueError, match=r"no token for https://news\.test/\. Set NEWS_TOKEN"):
         DeployedCrew.from_env("NEWS")
     monkeypatch.setenv("NEWS_TOKEN", "of-the-news")
     news = DeployedCrew.from_env("NEWS", max_attempts=1)

@@ -35,8 +35,8 @@ ENDINGS = (asyncio.CancelledError, KeyboardInterrupt, SystemExit, ExternalSignal
 async def cancel_and_wait(*tasks: asyncio.Future[Any], within: float | None = None) -> None:
     """Cancel each task once, and return when all have ended, with or without an error, or after `within` seconds.
 
-    Not `asyncio.gather`: a second cancellation of the caller would cancel the tasks a second time, and interrupt their
-    cleanup: a POST in flight, the stop of a crew.
+    With `asyncio.gather`, a second cancellation of the caller would cancel the tasks a second time and interrupt their
+    cleanup, such as a POST in flight or the stop of a crew.
     """
     for task in tasks:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs its error
@@ -48,8 +48,8 @@ async def cancel_and_wait(*tasks: asyncio.Future[Any], within: float | None = No
 async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
     """Call a function in a thread of its own, in the context of the caller, and return its result.
 
-    If the caller is cancelled, the thread goes on, and neither the event loop nor the process waits for its end. For
-    threads of `asyncio.to_thread` they would wait, for minutes.
+    If the caller is cancelled, the thread goes on, and neither the event loop nor the process waits for its end. They
+    would wait for minutes for a thread of `asyncio.to_thread`.
     """
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     result: asyncio.Future[T] = loop.create_future()
@@ -76,11 +76,11 @@ async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
 
 
 class OwnTask:
-    """A coroutine in a task of its own. A cancellation of the caller cancels it once, and not within `uncut`.
+    """A coroutine in a task of its own. A cancellation of the caller cancels the task once, and not within `uncut`.
 
     A timeout of Prefect is a cancel scope of anyio: it cancels at every await until the code leaves the scope, also
-    through `asyncio.gather`. It would interrupt the cleanup of a cancelled start, wait or batch: to give a claim back,
-    to wait for the answer to a kickoff, to stop a crew.
+    through `asyncio.gather`. It would interrupt the cleanup of a cancelled start, wait or batch, which gives a claim
+    back, waits for the answer to a kickoff, or stops a crew.
     """
 
     def __init__(self) -> None:
@@ -88,8 +88,7 @@ class OwnTask:
         self._is_uncut = False
 
     async def run(self, coroutine: Coroutine[Any, Any, T], *, within: float | None = None) -> T:
-        """Return the coroutine's result. After a cancellation of the caller, wait for its end, at most `within`
-        seconds.
+        """Return the coroutine's result. After a cancellation of the caller, wait `within` seconds at most for its end.
 
         After that the coroutine goes on by itself. Without `within` it has its own time limits, and a block in `uncut`
         is cancelled after five seconds.
@@ -131,7 +130,7 @@ class OwnTask:
 
 
 def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Make a coroutine function run as an `OwnTask`: a cancellation cancels it once, and waits for its end."""
+    """Make a coroutine function run as an `OwnTask`, which a cancellation of the caller cancels once and waits for."""
 
     @wraps(function)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -219,7 +218,7 @@ def sync_version(
         if in_async_context():
             del args, kwargs  # error reporters show the variables of frames
             raise InvalidCallError(
-                f"{name}() would block the event loop that runs here: use `await {function.__name__}(...)` instead."
+                f"{name}() would block the event loop that runs here. Write `await {function.__name__}(...)` instead."
             )
         for argument in kwargs:
             if argument not in parameters and not takes_any:

@@ -95,7 +95,7 @@ class HeldFlowRun:
     """Whether the flow's own code has ended after a cancellation."""
 
     def end(self, ending: Ending, reason: str) -> None:
-        """End the coroutine. "lost" overrides an earlier ending: then this process writes no state to the server."""
+        """End the coroutine. "lost" overrides an earlier ending, so that this process writes no state to the server."""
         if self.ending is None or ending == "lost":
             is_first = self.ending is None
             self.ending, self.reason = ending, reason
@@ -105,7 +105,7 @@ class HeldFlowRun:
                     self.task.get_loop().call_later(CANCEL_AGAIN_AFTER, self._cancel_again)
 
     def _cancel_again(self) -> None:
-        """Cancel the coroutine each second: the flow's code may have swallowed a CancelledError."""
+        """Cancel the coroutine each second, since the flow's code may swallow a CancelledError."""
         if self.task is not None and not self.task.done() and not self.is_out:
             self.task.cancel()
             self.task.get_loop().call_later(1.0, self._cancel_again)
@@ -244,7 +244,7 @@ def _nothing(*_args: Any, **_options: Any) -> nullcontext[None]:
 
 @asynccontextmanager
 async def _renewed_lease(lease_id: UUID, lease_duration: float, **_options: Any) -> AsyncGenerator[None]:
-    """Renew a flow run's slot in its deployment's limit. If it loses the slot, it goes on: its crew runs anyway."""
+    """Renew a flow run's slot in its deployment's limit. A flow run goes on without its slot, as its crew does."""
     renewing = asyncio.create_task(_renew(lease_id, lease_duration), name=f"lease {lease_id}")
     try:
         yield
@@ -271,7 +271,7 @@ async def _renew(lease_id: UUID, duration: float) -> None:
 
 
 def shared(read: Callable[[UUID], Awaitable[Any]]) -> Callable[[UUID], Awaitable[Any]]:
-    """Let calls for the same id share an answer, while one is under way: always that of a request made after the call.
+    """Let concurrent calls for the same id share the answer of one request, which is always made after the call.
 
     Flow runs that begin at the same time are often of one deployment.
     """
@@ -293,7 +293,7 @@ def shared(read: Callable[[UUID], Awaitable[Any]]) -> Callable[[UUID], Awaitable
 
 @contextmanager
 def _contained_exits() -> Generator[None]:
-    """Prevent that a SystemExit in a task of a flow run ends the event loop with all other flow runs.
+    """Keep a SystemExit in a task of a flow run from ending the event loop with all other flow runs.
 
     asyncio raises it from the loop itself, and not where the task is awaited.
     """
@@ -327,7 +327,7 @@ async def _without_exit(work: Coroutine[Any, Any, Any], name: str) -> Any:
 
 @contextmanager
 def _warning_when_blocked(warn: Callable[..., None]) -> Generator[None]:
-    """Warn about a flow run that blocks the event loop: no other one goes on then, and no heartbeat is sent."""
+    """Warn about a flow run that blocks the event loop, since no other flow run then goes on or sends a heartbeat."""
     loop, loop_thread, ended = asyncio.get_running_loop(), threading.get_ident(), threading.Event()
     beat = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Names that a package loads at their first use: Prefect imports this package at each start."""
+"""Names that a package loads at their first use, because Prefect imports this package at each start."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ ContextT = TypeVar("ContextT", bound=ContextModel)
 
 
 class OneLine(Adapter):
-    """A logger that writes each message on one line: a crew's text cannot add lines or control a terminal."""
+    """A logger that writes each message on one line, so that a crew's text cannot add lines or control a terminal."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         """Log a message."""
@@ -107,8 +107,7 @@ async def label_flow_run(*, name: str) -> None:
 def contexts_around(kind: type[ContextT]) -> list[ContextT]:
     """Return Prefect's contexts of a kind around this call, the innermost first.
 
-    Prefect's public API returns only the innermost one. The context that it replaced is in the token that will restore
-    it.
+    Prefect's public API returns only the innermost one. The context before is in the token that will restore it.
     """
     contexts: list[ContextT] = []
     context: Any = kind.get()
@@ -127,7 +126,7 @@ def is_entered(context: ContextModel) -> bool:
 # Requests
 
 CROWDED_FOR = 300.0
-"""Seconds for which each change is sent alone after the server refused one: SQLite takes one writer at a time."""
+"""Seconds for which each change is sent alone after the server refused one, since SQLite takes one writer at a time."""
 LONGEST = 2.0
 """Seconds after which a request blocks no other one: it may hang, or Prefect's client may repeat it."""
 AT_ONCE = 8
@@ -135,7 +134,7 @@ AT_ONCE = 8
 CROWDED = 3
 """The most requests in flight after the server refused a change: a change that is sent alone waits for all of them."""
 PATIENCE = 30.0
-"""Seconds after which newer, more urgent requests no longer overtake a request: an end must not wait for ever."""
+"""Seconds after which more urgent requests no longer overtake a request, so that an end does not wait for ever."""
 NAMES_AT_ONCE = 1000
 """The number of names in one request from which on no further caller shares it."""
 CLOSING = 0.003
@@ -145,8 +144,7 @@ CLOSING = 0.003
 class Urgency(IntEnum):
     """The order in which waiting requests are sent.
 
-    If many runs begin at the same time, the first is kicked off before the second is claimed, so that its crew works
-    already.
+    If many runs begin at the same time, the first is kicked off before the second is claimed, so that its crew works.
     """
 
     CONTINUE = 0
@@ -171,7 +169,7 @@ class _Turns:
     async def turn(self, urgency: Urgency, *, alone: bool = False) -> AsyncGenerator[None]:
         """Wait for a turn. The block is the turn; for other callers it ends after `LONGEST` seconds at the latest.
 
-        `alone`: while the server is crowded, only when nobody else has a turn.
+        `alone`: while the server is crowded, wait until nobody else has a turn.
         """
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[int] = loop.create_future()
@@ -238,7 +236,7 @@ class NamedReads:
     async def read(self, names: list[str], ask: Callable[[list[str]], Awaitable[list[Any]]], most: int) -> list[Any]:
         """Return the rows of `ask` for these names, and perhaps rows for other callers.
 
-        `most`: the most rows in one answer of `ask`. An answer with so many may be cut: then the caller asks alone.
+        `most`: the most rows in one answer of `ask`. An answer with so many may be cut, and the caller then asks alone.
         """
         if len(self._next.names) >= NAMES_AT_ONCE:
             self._next = _Batch()
@@ -296,7 +294,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def is_busy(error: Exception) -> bool:
-    """Return whether the Prefect API was busy and so did nothing (503): any request may be repeated."""
+    """Return whether the Prefect API was busy and did nothing (503), so that any request may be repeated."""
     return isinstance(error, PrefectHTTPStatusError) and error.response.status_code == 503
 
 
@@ -317,10 +315,9 @@ async def request_soon(
     Prefect's own client sleeps 2 s after a 503.
 
     Args:
-        client, method, path, json, give_up_after: The request. `json` may be a function that is called when the request
-            is sent.
+        client, method, path, json, give_up_after: The request. `json` may be a function that is called at the sending.
         urgency: The order among waiting changes.
-        alone: False for a change that the server never refuses because of another one: it writes before it reads.
+        alone: False for a change that writes before it reads, which the server never refuses because of another change.
         again: Returns whether to repeat the request after an error.
         before_sending: Called once, right before the request is sent for the first time.
 
@@ -359,8 +356,8 @@ async def read_in_turn(client: PrefectClient, path: str, *, json: Any) -> httpx.
 async def _request_once(client: PrefectClient, method: str, path: str, *, json: Any) -> httpx.Response:
     """Make one request with the client's own connection, address and credentials, and without its retries.
 
-    It uses private API, since Prefect's client offers no request without retries, and waits 2 s after a 503 even if it
-    is set to retry nothing (prefect/client/base.py). To ask for upstream: `Retry-After` on the 503 of a locked SQLite.
+    It uses private API, since Prefect's client has no request without retries, and waits 2 s after a 503 even if it is
+    set to retry nothing (prefect/client/base.py). To ask for upstream: `Retry-After` on the 503 of a locked SQLite.
     """
     inner = cast("Any", client)._client  # noqa: SLF001
     request: httpx.Request = inner.build_request(method, path, json=json)

@@ -48,7 +48,7 @@ else:
 
 
 def _is_version_check(error: BaseException) -> bool:
-    """Return whether Prefect's own check of the version failed: a RuntimeError, caused by the error of the request."""
+    """Return whether Prefect's own check of the version failed, by a RuntimeError that a request's error caused."""
     return isinstance(error, RuntimeError) and "Failed to reach API" in str(error)
 
 
@@ -77,7 +77,7 @@ def shown_url(url: str) -> str:
 
 
 def _is_of_user(error: BaseException) -> bool:
-    """Return whether an error of httpx comes from a user's function: its request did not go to the Prefect API.
+    """Return whether an error of httpx comes from a user's function, because its request did not go to the Prefect API.
 
     Prefect's temporary server is at 127.0.0.1; no setting has its port.
     """
@@ -100,13 +100,13 @@ def prefect_error(error: BaseException, what_next: str) -> CrewError:
     api = f"The Prefect API {shown_url(url)}" if url else "Prefect's own temporary server"
     # The text of an error with a status contains the whole URL, perhaps with a password.
     reason = f"HTTP {status}" if status is not None else f"{type(error).__name__}: {error}"
-    doctor = "To see what is wrong: prefect-crew doctor."
+    doctor = "To see what is wrong, run: prefect-crew doctor."
     if is_away(error):
         return PrefectAwayError(f"{api} does not answer ({reason}). {what_next} {doctor}")
     if status in (401, 403):
         doctor = (
-            "Check PREFECT_API_KEY, or PREFECT_API_AUTH_STRING for a server of your own, and what that key may do: "
-            "prefect-crew doctor."
+            "Check PREFECT_API_KEY, or PREFECT_API_AUTH_STRING for a server of your own, and what that key may do. "
+            "Run: prefect-crew doctor."
         )
     return PrefectRefusedError(f"{api} refuses a request ({reason}). {what_next} {doctor}")
 

@@ -1,4 +1,4 @@
-"""An ASGI app on a port: what the dev server and the webhook receiver share."""
+"""An ASGI app on a port. The dev server and the webhook receiver share this module."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 def print_line(line: str) -> None:
-    """Print a line at once: the process that started this one reads it through a pipe."""
+    """Print a line at once, since the process that started this one reads the line through a pipe."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
@@ -70,10 +70,10 @@ class WebServer(uvicorn.Server):
         self._stop_event.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and say so, or raise a RuntimeError."""
+        """Start, then call `on_started`, or raise a RuntimeError."""
         await super().startup(sockets)
         if not self.started:  # older uvicorns return from a start that failed
-            raise RuntimeError("The application does not start; the log says why.")
+            raise RuntimeError("The application does not start. The log has the reason.")
         self._on_started()
 
     async def main_loop(self) -> None:
@@ -85,8 +85,7 @@ class WebServer(uvicorn.Server):
                 await asyncio.wait_for(self._stop_event.wait(), 0.1)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close all connections, those with a request in work as soon as it is answered. uvicorn would sleep
-        instead."""
+        """Close all connections, after the answer if a request is in work. uvicorn would sleep instead."""
         for server in self.servers:
             server.close()
         for connection in list(self.server_state.connections):

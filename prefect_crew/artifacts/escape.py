@@ -71,12 +71,12 @@ _SAFE_IN_URLS = ":/?#[]@!$&'*+,;=%"
 
 
 def link(text: str, url: str, cap: int = CELL_CAP) -> str:
-    """Return a link for a line or a table's cell. Not as code: the older interface shows backticks within a link."""
+    """Return a link for a line or a table's cell. The older interface shows backticks within a link, so it has none."""
     return f"[{cell(text, cap)}]({quote(url, safe=_SAFE_IN_URLS, errors='replace')})"
 
 
 def flow_run_link(flow_run_id: str) -> str:
-    """Return a link from an artifact's page to a flow run. It is relative: the address of the page is unknown here."""
+    """Return a link from an artifact's page to a flow run, relative since the page's address is unknown here."""
     return link(flow_run_id[:8], f"../../runs/flow-run/{flow_run_id}")
 
 
@@ -93,9 +93,9 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(:?)")
 
 
 def reading(text: str) -> str:
-    """Return a crew's Markdown for reading: its own formatting stays, its HTML shows as text, its images as links.
+    """Return a crew's Markdown for reading: its formatting stays, its HTML shows as text, its images as links.
 
-    The page loads nothing from other servers when somebody opens it, and runs nothing when somebody clicks: a link that
+    The page loads nothing from other servers when somebody opens it, and runs nothing when somebody clicks. A link that
     is neither http, https nor mailto shows as text. Fenced code without indentation stays unchanged until a fence
     appears in a list or a quotation. From there on, the function cannot know which lines are code.
     """

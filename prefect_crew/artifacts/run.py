@@ -1,8 +1,8 @@
 """The Markdown artifact of a run, under a key per crew. It is updated while the run goes on.
 
 An artifact is only a view: it may be missing or deleted without harm to its run, since only the record counts. It
-belongs to the flow run that started the run, and names the run's claim: so a worker that cancels that flow run finds
-the run.
+belongs to the flow run that started the run, and names the run's claim, so a worker that cancels the flow run finds the
+run.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ async def claims_shown(client: PrefectClient, flow_run_ids: Sequence[UUID]) -> l
 class MarkdownArtifact:
     """One artifact: created once and then updated. Its description distinguishes it from others under its key.
 
-    `id` is its id, None if unknown here. `is_new`: it surely does not exist yet. `earlier` is its text if another
-    process has created it. `flow_run_id` is the flow run that it belongs to; default: the flow run around its first
-    update. `metadata` is for programs.
+    `id` is its id, None if unknown here. `is_new`: whether it surely does not exist yet. `earlier` is its text if
+    another process has created it. `flow_run_id` is the flow run that it belongs to; default: the flow run around its
+    first update. `metadata` is for programs.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class MarkdownArtifact:
     async def keep(self, data: str | Callable[[], str]) -> str | None:
         """Update the artifact, or create it if it does not exist. Return the problem or None.
 
-        `data` is its text, or a function that returns the text when the request is sent. A problem is logged once, and
-        not raised: an artifact must not fail its run.
+        `data` is its text, or a function that returns the text when the request is sent. This logs a problem once and
+        raises none, since an artifact must not fail its run.
         """
         text = data if callable(data) else lambda: data
         try:
@@ -136,7 +136,7 @@ class MarkdownArtifact:
         return problem
 
     async def find(self) -> UUID | None:
-        """Return its id. Ask the server if another process may have created it. None if it does not exist.
+        """Return the artifact's id, None if it does not exist. Ask the server if another process may have created it.
 
         Raises:
             PREFECT_ERRORS: The Prefect API cannot be reached.
@@ -226,7 +226,7 @@ class RunView:
 def render_run(view: RunView, earlier: str = "") -> str:
     """Return the Markdown of a run. The result comes last, so that its markup cannot affect our own text.
 
-    If the view does not know the inputs, they are taken from the `earlier` Markdown.
+    If the view does not know the inputs, this takes them from the `earlier` Markdown.
     """
     status = view.status if view.show != "none" else None
     parts = [f"## {_STATES[view.state]} · {prose(view.crew)}"]

@@ -1,6 +1,6 @@
 """OpenTelemetry, if the user has set up its SDK: one span for each ended run, and metrics.
 
-The call that closes the run writes the span, with the times of the record: so a run in flight needs no span. The parent
+The call that closes the run writes the span, with the times of the record, so a run in flight needs no span. The parent
 is the current span, which is the span of Prefect's task run in a wait. The names are from the semantic conventions for
 GenAI, v1.41, and from CrewAI (crewai/telemetry/tracing/semantic_conventions.py), which puts `crewai.execution_uuid`,
 the kickoff id, on each span of the same run.

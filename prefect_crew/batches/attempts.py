@@ -39,7 +39,7 @@ class Attempt(NamedTuple):
 
     @property
     def counts(self) -> bool:
-        """Whether the attempt started a run, or may have."""
+        """Whether the attempt started a run, or may have started one."""
         return self.phase is not RecordPhase.NOT_STARTED
 
     @property
@@ -71,9 +71,9 @@ class Write(NamedTuple):
 def may_follow(stored: Attempt | None, write: Write, *, now: float, is_held: bool = False) -> bool:
     """Return whether the ledger takes a write.
 
-    As in the log of a run (`fold`), a phase never replaces a phase of a higher rank: a write may land late, after
-    others have written. An attempt replaces one of equal rank, since a ledger stores the attempt as a whole. A write
-    may be made again after its commit, since its caller may not know that the commit succeeded.
+    As in the log of a run (`fold`), a phase never replaces a phase of a higher rank, because a write may land late,
+    after others. An attempt replaces one of equal rank, since a ledger stores the attempt as a whole. A write may be
+    made again after its commit, since its caller may not know that the commit succeeded.
 
     Args:
         stored: The attempt in the ledger, None if there is none.

@@ -48,19 +48,19 @@ class LedgerAddress:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a file on this machine."""
+        """Whether the address is a file on this machine."""
         return open_url(self.full).drivername == "sqlite"
 
     @property
     def is_missing(self) -> bool:
-        """Whether it is a file that does not exist. To open the ledger would create it."""
+        """Whether the address is a file that does not exist. To open the ledger would create the file."""
         return self.is_local and not Path(str(open_url(self.full).database)).exists()
 
 
 async def ledger_address(ledger: str | None, export: str) -> LedgerAddress:
     """Return the address of a ledger: a path, a URL, or `secret://NAME` for a Prefect Secret block that holds one.
 
-    Without `ledger` it is a file next to the export. Raises ConfigurationError.
+    Without `ledger`, the ledger is a file next to the export. Raises ConfigurationError.
     """
     address = ledger or default_ledger(export)
     if address.startswith(SECRET):
@@ -69,7 +69,7 @@ async def ledger_address(ledger: str | None, export: str) -> LedgerAddress:
             value = str((await cast("Any", Secret).aload(name)).get())
         except ValueError:
             raise ConfigurationError(
-                f"There is no Prefect Secret block {name!r} for the ledger. Make it: "
+                f"There is no Prefect Secret block {name!r} for the ledger. Make it with "
                 f"Secret(value='postgresql://…').save({name!r})."
             ) from None
         open_url(value)
@@ -109,14 +109,14 @@ def open_url(ledger: str) -> sa.URL:
     try:
         url = sa.make_url(ledger)
     except (ArgumentError, ValueError):
-        raise ConfigurationError("The ledger's URL cannot be read: postgresql://user@host/database.") from None
+        raise ConfigurationError("The ledger's URL is not of the form postgresql://user@host/database.") from None
     kind = url.drivername.partition("+")[0]
     if kind == "sqlite" and url.database:
         return sa.URL.create("sqlite", database=str(Path(url.database).absolute()))
     if kind in ("postgresql", "postgres"):
         # A second `@` ends the password too early, and the rest of the password would be shown.
         if "@" in f"{url.host}" or ("@" in f"{url.database}" and "%40" not in ledger):
-            raise ConfigurationError("The ledger's URL has a second '@': write %40 for one in a name or a password.")
+            raise ConfigurationError("The ledger's URL has a second '@'. Write an '@' of a name or password as '%40'.")
         # asyncpg's name for `sslmode` is `ssl`.
         query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}
         return url.set(drivername="postgresql+asyncpg", query=query)
@@ -269,14 +269,14 @@ class Database:
             self._stat = self.path.stat()
 
     def _check_names(self, path: Path) -> None:
-        """Refuse a file with several names: SQLite keeps its last commits next to the name by which it was opened."""
+        """Refuse a file with several names, since SQLite keeps the last commits next to the name that it opened."""
         problem = None
         if path.exists() and (names := path.stat().st_nlink) > 1:
             problem = f"has {names} names (hard links), and SQLite does not work with them. Copy it to a new file."
         elif os.path.ismount(path):
             problem = (
-                "is mounted as a single file, and SQLite keeps its last commits in another file next to it. Mount its "
-                "folder instead."
+                "is mounted as a single file, but SQLite keeps the last commits in a second file next to it. Mount "
+                "the folder instead."
             )
         if problem is not None:
             raise LedgerError(problem, ledger=self.address)
@@ -320,8 +320,8 @@ class Database:
     def lock(self, connection: sa.Connection, batch: str) -> float:
         """Let this transaction alone write to a batch, until it ends; return the time by the clock of the database.
 
-        A transaction takes one lock, so no two wait for each other. It takes the lock before its first read, so nobody
-        changes the batch between its reads and its writes.
+        A transaction takes one lock, so no two transactions wait for each other. It takes the lock before its first
+        read, so nobody changes the batch between its reads and its writes.
         """
         if self.path is not None:
             connection.exec_driver_sql("BEGIN IMMEDIATE").close()
@@ -333,10 +333,10 @@ class Database:
         return (postgresql if self.path is None else sqlite).insert(table)
 
     def texts(self, name: str) -> Any:
-        """Return a table of the texts in a JSON array: the parameter `name` of the statement.
+        """Return a table of the texts that the statement's parameter `name` holds as a JSON array.
 
-        Its column is `value`. An outer join looks each text up in an index. For an inner join, or `IN`, a database that
-        has no statistics of the table may read all attempts of the batch.
+        The table's column is `value`. An outer join looks each text up in an index. For an inner join, or `IN`, a
+        database that has no statistics of the table may read all attempts of the batch.
         """
         array = sa.bindparam(name, type_=sa.Text)
         if self.path is not None:
@@ -452,7 +452,7 @@ class _Pending:
 class GroupWriter:
     """Writes attempts of one batch, on one event loop.
 
-    If the database cannot be reached, it tries again for `retry_for` seconds, and then raises LedgerError.
+    While the database cannot be reached, the writer tries again for `retry_for` seconds, and then raises LedgerError.
     """
 
     def __init__(self, database: Database, batch: str) -> None:
@@ -481,7 +481,7 @@ class GroupWriter:
         self._is_closed = False
 
     async def close(self) -> None:
-        """Write what is left, and end."""
+        """Write the attempts that are left, and end."""
         self._is_closed = True
         self._write_soon()
         if self._task is not None:
@@ -492,10 +492,10 @@ class GroupWriter:
 
         Args:
             write: The write.
-            urgent: Whether to begin a commit at once; else it goes with the next one, after `UNHURRIED` at the latest.
+            urgent: Whether to begin a commit at once; else it joins the next commit, after `UNHURRIED` at the latest.
 
         Raises:
-            LedgerError: It could not be written for `retry_for` seconds, or the writer is closed.
+            LedgerError: The attempt could not be written for `retry_for` seconds, or the writer is closed.
         """
         if self._is_closed:
             raise LedgerError("is closed.", ledger=self._database.address)
@@ -527,9 +527,9 @@ class GroupWriter:
     async def _write_group(self, group: Sequence[_Pending]) -> None:
         """Commit a group, and tell the caller of each write whether the ledger took it.
 
-        It commits even if this task is cancelled with all others, at the end of a process: the group may hold the ids
-        of kickoffs whose POST was just answered. A commit of unknown success is made again, which changes nothing: a
-        stored claim is recognized by its owner, and `may_follow` takes a repeated update.
+        This commits even if all tasks are cancelled at the end of a process, because the group may hold the ids of
+        kickoffs that a server has just answered. A commit of unknown success is repeated, which changes nothing: a
+        stored claim has its owner, and `may_follow` takes a repeated update.
         """
         writes = [pending.write for pending in group]
         answers, failure, ending = list[bool](), None, None
@@ -558,7 +558,7 @@ class GroupWriter:
             raise ending
 
     async def keep_trying(self, work: Callable[[sa.Connection], T], deed: str) -> T:
-        """Run `work`, and again while the database cannot be reached: it may run twice. `deed` is for the log.
+        """Run `work`, and repeat it while the database cannot be reached. `work` may run twice; `deed` is for the log.
 
         Raises SQLAlchemyError, OSError.
         """
@@ -573,7 +573,7 @@ class GroupWriter:
                 if not logged:
                     logged = True
                     run_logger().warning(
-                        "The ledger %s cannot be %s (%s). The batch pauses; it is tried again for %.0f s.",
+                        "The ledger %s cannot be %s (%s). The batch pauses and tries again for %.0f s.",
                         self._database.address,
                         deed,
                         short(error),
@@ -583,7 +583,7 @@ class GroupWriter:
             delay = min(delay * 2, 5.0)
 
     def _commit(self, connection: sa.Connection, writes: Sequence[Write]) -> list[bool]:
-        """Decide about a group of writes and store those that the ledger takes; return whether it takes each."""
+        """Decide about a group of writes, store those that the ledger takes, and return the decisions."""
         now = self._database.lock(connection, self._batch)
         keys = {write.attempt.row_key for write in writes}
         ids = {write.attempt.kickoff for write in writes if write.is_first and write.attempt.kickoff is not None}
@@ -601,7 +601,7 @@ class GroupWriter:
         return answers
 
     def latest(self, connection: sa.Connection, keys: Collection[str]) -> dict[str, Attempt]:
-        """Return the attempt of each row that counts: the last that started a run or may have, else the last."""
+        """Return each row's attempt that counts: the last that started a run or may have, else the last."""
         stored = self._read(connection, keys, (), least=NO_ATTEMPT)
         return self._latest({attempt.place: attempt for attempt in stored})
 
@@ -629,7 +629,7 @@ class GroupWriter:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Return whether the database may soon work again: it restarts, is locked, or its disk is full."""
+    """Return whether the database may soon work again, because it restarts, is locked, or has a full disk."""
     if not isinstance(error, DBAPIError):
         return isinstance(error, OSError)
     if getattr(error.orig, "sqlstate", None) in TIMEOUTS:

@@ -93,7 +93,7 @@ def open_dataset(
     `delimiter` separates the fields of a CSV file, if it is not a comma.
 
     Raises:
-        DatasetError: The format is unknown, or this is not a data set. Faults of the rows come while they are read.
+        DatasetError: The format is unknown, or `source` is no data set. Faults of rows come while the rows are read.
     """
     if isinstance(source, str | os.PathLike):
         address = os.fspath(cast("str | os.PathLike[str]", source))
@@ -143,7 +143,7 @@ def shown_address(address: str) -> str:
 
 
 def told(error: Exception, address: str) -> str:
-    """Return the text of an error, or only its type if the address holds secrets: the text may quote the address."""
+    """Return the text of an error, or only its type if the address holds secrets, which the text may quote."""
     kind = type(error).__name__
     if shown_address(address) != address:
         return kind
@@ -175,7 +175,7 @@ def _format_of(address: str, name: str) -> DatasetFormat:
 
 
 class _File:
-    """A file on this machine, which must not change after the first read; or a remote file, fetched once."""
+    """A file on this machine, which must not change after the first read, or a remote file, which is fetched once."""
 
     def __init__(self, address: str, name: str) -> None:
         self.name = name
@@ -201,7 +201,7 @@ class _File:
         now = (stat.st_size, stat.st_mtime_ns)
         if self._seen not in (None, now):
             raise DatasetError(
-                "changed while it was read. Run the batch again when it does not change any more.", source=self.name
+                "changed during the read. Run the batch again when it does not change any more.", source=self.name
             )
         self._seen = now
 
@@ -217,7 +217,7 @@ class _File:
                 yield chunk
 
     def digest(self) -> str:
-        """Return the SHA-256 of the file. Raises DatasetError: it cannot be read."""
+        """Return the SHA-256 of the file. Raises DatasetError if the file cannot be read."""
         with _reporting(self.name, self.address), self.fetch().open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -270,7 +270,7 @@ def _reporting(name: str, address: str) -> Generator[None]:
 
 
 def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None]) -> Iterator[str]:
-    """Yield the lines with their ends; only a line feed ends a line. `check` is called before each, and may raise."""
+    """Yield the lines with their ends; only a line feed ends a line. `check`, which may raise, runs before each."""
     try:
         text = io.TextIOWrapper(cast("Any", file), encoding, newline="\n")
     except LookupError:
@@ -298,7 +298,7 @@ _FIELD_SIZE_LOCK = threading.Lock()
 def _next_fields(reader: Iterator[list[str]]) -> list[str]:
     """Return the next row of a CSV file, whose fields may be long.
 
-    The limit of 131,072 characters a field holds for the whole process, which is not ours: it is restored at once.
+    The limit of 131,072 characters a field holds for the whole process, which is not ours, so this restores it at once.
     """
     with _FIELD_SIZE_LOCK:
         limit = csv.field_size_limit(ROW_LIMIT)
@@ -370,7 +370,7 @@ def _jsonl(lines: Iterable[str]) -> Iterator[Row]:
 
 
 def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
-    """Yield the objects of a JSON array, which is read into memory whole; a file of one object is one row."""
+    """Yield the objects of a JSON array after a read of the whole array. A file of one object is one row."""
     try:
         value = json.loads("".join(lines))
     except json.JSONDecodeError as error:
@@ -393,7 +393,7 @@ def _mapping_row(value: Any, line: int) -> Row:
 
 
 def _remedy(value: Any) -> str:
-    """Return how to make a mapping of a value that is none, as the end of a sentence."""
+    """Return how to make a mapping of a value of another type, as the end of a sentence."""
     kind, library = type(value).__name__, type(value).__module__.partition(".")[0]
     if library == "sqlalchemy":
         return ": give the result's .mappings()"
@@ -438,7 +438,7 @@ def _parquet(file: _File) -> Iterator[Mapping[str, Any]]:
 
 
 def _frame_rows(frame: Any, library: str, name: str) -> Iterator[Mapping[Any, Any]]:
-    """Yield the rows of a data frame or an Arrow table. A large one is converted part by part."""
+    """Yield the rows of a data frame or an Arrow table. A large frame is converted part by part."""
     if library == "polars":
         yield from (frame.collect() if hasattr(frame, "collect") else frame).iter_rows(named=True)
         return

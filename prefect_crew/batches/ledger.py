@@ -71,14 +71,14 @@ class LedgerRow:
 
     @property
     def error(self) -> str | None:
-        """The reason why it has no result, for people."""
+        """The reason why the row has no result, for people."""
         if self.state is RowState.CONFLICT:
             return CONFLICT_REASON
         return None if self.record is None else self.record.error or self.record.reason
 
 
 class RunTimes(NamedTuple):
-    """The durations in seconds of the runs of a batch that have ended; None where none has."""
+    """The durations in seconds of a batch's ended runs; None if no run has ended."""
 
     mean: float | None = None
     median: float | None = None
@@ -88,8 +88,8 @@ class RunTimes(NamedTuple):
 class Ledger:
     """The ledger of one batch, as an async context manager; one event loop, any number of processes.
 
-    It implements the record protocol: a record's idempotency key is `batch/NAME/ROW KEY`, with NAME's own slashes
-    escaped. `is_exclusive`: this process holds the batch's lock, so the sender of any other process's claim is gone.
+    The class implements the record protocol. A record's idempotency key is `batch/NAME/ROW KEY`, with NAME's own
+    slashes escaped. `is_exclusive`: this process holds the batch's lock, so senders of other claims are gone.
     """
 
     def __init__(self, ledger: str, batch: str) -> None:
@@ -120,13 +120,13 @@ class Ledger:
     # The batch as a whole.
 
     async def entry(self) -> BatchEntry | None:
-        """Return the entry of the batch, None if it is new here. Raises LedgerError."""
+        """Return the entry of the batch, None if the batch is new here. Raises LedgerError."""
         entries = await self._rows(sa.select(batches).where(batches.c.name == self.batch))
         if not entries:
             return None
         values: dict[str, Any] = dict(zip(batches.c.keys(), entries[0], strict=True))
         if values["version"] > LEDGER_VERSION:
-            raise LedgerError("was written by a later version of prefect-crew: update this one.", ledger=self.address)
+            raise LedgerError("was written by a later version of prefect-crew. Upgrade this one.", ledger=self.address)
         aside: dict[str, Any] = values.pop("set_aside") or {}
         bad = [BadRow(**row) for row in aside.pop("rows", ())]
         return BatchEntry(**values, set_aside=SetAside(**aside, rows=bad))
@@ -152,7 +152,7 @@ class Ledger:
         await self._execute(sa.update(batches).where(batches.c.name == self.batch).values(values))
 
     async def note_export(self, address: str, exported: Mapping[str, Any] | None = None) -> None:
-        """Add an address of an export. `exported` replaces the rest of `BatchEntry.exported`; None leaves it."""
+        """Add an address of an export. `exported` replaces the rest of `BatchEntry.exported`; None keeps it."""
         ours = batches.c.name == self.batch
 
         def write(connection: sa.Connection) -> None:
@@ -176,8 +176,8 @@ class Ledger:
     ) -> dict[str, RowState]:
         """Write the rows that are new or have changed, and return the states of all of them by key.
 
-        `crew` has the names of the secret inputs; `anew`: these names have changed, so write all rows. `is_retried`
-        returns for a row's key whether the row starts again after a failure: its inputs may have changed since then.
+        `crew` has the names of the secret inputs. `anew`: these names have changed, so write all rows. `is_retried`
+        returns for a row's key whether the row, whose inputs may have changed, starts again after a failure.
         """
 
         def write(connection: sa.Connection) -> dict[str, RowState]:
@@ -264,7 +264,7 @@ class Ledger:
             yield [row[1:] for row in page]
 
     async def kickoffs(self) -> int:
-        """Return the number of kickoffs that all calls of this batch have sent, or may have."""
+        """Return the number of kickoffs that all calls of this batch have sent, or may have sent."""
         counts = attempts.c.phase != str(RecordPhase.NOT_STARTED)
         return int((await self._rows(sa.select(sa.func.count()).where(attempts.c.batch == self.batch, counts)))[0][0])
 
@@ -329,13 +329,13 @@ class Ledger:
         await self.save(record)
 
     async def confirm(self, record: RunRecord, earlier: Sequence[RunRecord]) -> bool:
-        """Return True: one process at a time works on a batch, and nobody prunes its ledger."""
+        """Return True, since one process at a time works on a batch, and nobody prunes its ledger."""
         return True
 
     async def permit(
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
-        """Take the right to send the kickoff of a claim once more; False if somebody has resolved it."""
+        """Take the right to send the kickoff of a claim once more. Return False if somebody has resolved the claim."""
         record.open_for = good_for + record.post_deadline + SPARE  # `entries` stays 1, as in `_record`
         with suppress(ClaimLostError):
             await self.save(record)
@@ -366,12 +366,12 @@ class Ledger:
         return is_closed
 
     async def unlist(self, record: RunRecord) -> None:
-        """Do nothing: a ledger finds rows by their state."""
+        """Do nothing, since a ledger finds rows by their state."""
 
     async def save(self, record: RunRecord) -> None:
-        """Write an attempt as it is now, unless the ledger knows more already.
+        """Write the current state of an attempt, unless the ledger knows more already.
 
-        Raises ClaimLostError: somebody has resolved our claim. ResolveError: another caller's attempt has changed.
+        Raises ClaimLostError if somebody has resolved our claim, ResolveError if another caller's attempt has changed.
         """
         mine = record.owner in self._own_claims
         if not await self._write(record):
@@ -421,12 +421,12 @@ class Ledger:
         if not mine:
             raise ResolveError(f"{place[:1].upper()}{place[1:]} is {state} in the ledger. Nothing was changed.")
         if record.kickoff_id in (None, stored.kickoff_id):
-            run_logger().warning("The ledger already says that %s is %s. It is not changed.", place, state)
+            run_logger().warning("The ledger already says that %s is %s, and stays so.", place, state)
         else:
             self._log_unsaved(record, f"the ledger already says that it is {state}. ")
 
     def _log_unsaved(self, record: RunRecord, why: str) -> None:
-        """Log the id of a run that is in no ledger: nobody else knows it."""
+        """Log the id of a run that is in no ledger, since nobody else knows the id."""
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
             run_logger().error(
                 "Row %r of batch %s is run %s, and %sprefect-crew runs resolve %s --kickoff-id %s",
@@ -463,7 +463,7 @@ class Ledger:
         return [_record(text) for (text,) in await self._rows(query)]
 
     async def owner_ended(self, record: RunRecord) -> bool:
-        """Return whether the owner of a claim is surely gone; if not, only the age of the claim decides."""
+        """Return whether the owner of a claim is surely gone. If False, only the age of the claim decides."""
         return self.is_exclusive and record.owner not in self._own_claims
 
     async def unresolved(self) -> list[RunRecord]:
@@ -521,7 +521,7 @@ class Ledger:
         await self._run(lambda connection: connection.execute(statement).close(), "written")
 
     async def _run(self, work: Callable[[sa.Connection], T], purpose: str, *, once: bool = False) -> T:
-        """Run `work`, and again while the database cannot be reached, unless it may run only `once`."""
+        """Run `work`, and repeat it while the database cannot be reached, unless `work` may run only `once`."""
 
         def locked(connection: sa.Connection) -> T:
             self.database.lock(connection, self.batch)

@@ -62,7 +62,7 @@ class BatchArguments(TypedDict, total=False):
 
 
 class BatchOptions(BaseModel):
-    """The options of `run_batch`, whose docstring explains them. Raises ConfigurationError: an option makes no sense.
+    """The options of `run_batch`, whose docstring explains them. Raises ConfigurationError for a wrong option.
 
     `wait` may be the fields of a `WaitPolicy`, and `output_type` the text `module:Model`, as a deployment's parameters
     hold them.
@@ -106,7 +106,7 @@ class BatchOptions(BaseModel):
         start, stop = (int(number) if number else None for number in match.groups()) if match else (None, None)
         if (start is stop is None) or (stop is not None and (start or 0) >= stop):
             raise ConfigurationError(
-                f"rows is {self.rows!r}: give a range START:STOP of row numbers from 0, the last one excluded, such as "
+                f"rows is {self.rows!r}. Give a range START:STOP of row numbers from 0, without STOP, such as "
                 "'0:500000' or '500000:'."
             )
         return slice(start, stop)
@@ -146,9 +146,9 @@ class BatchOptions(BaseModel):
 
         Args:
             state, key: The row's state and key.
-            count, before: Its kickoffs so far, and how many of them earlier calls made.
+            count, before: The row's kickoffs so far, and the part of them that earlier calls made.
             most: The kickoffs of a row that the crew's block allows.
-            owed: Further kickoffs that it gets under any options.
+            owed: Further kickoffs that the row gets under any options.
         """
         is_lost, choice = state is RowState.LOST, self.retry_failed
         is_asked_for = (choice and not is_lost) if isinstance(choice, bool) else key in choice

@@ -1,4 +1,4 @@
-"""The states of rows, and which of them a row may leave by a new start."""
+"""The states of rows, and the states that a row may leave by a new start."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) 
 
 
 def explain_lost(error: CrewLostError, key: str, batch: str) -> str:
-    """Return the message for a row whose run is lost: why it has no result, and what to do."""
+    """Return the message for a row whose run is lost, with the reason and the next step."""
     state = f", last seen {error.last_state}," if error.last_state else ""
     return (
-        f"Run {error.kickoff_id}{state} is not known to the crew's server. It is not started again automatically. To "
-        f"start it again: prefect-crew batch retry {shlex.quote(batch)} --row {shlex.quote(key)}."
+        f"Run {error.kickoff_id}{state} is not known to the crew's server. The row does not start again by itself. To "
+        f"start it again, run: prefect-crew batch retry {shlex.quote(batch)} --row {shlex.quote(key)}."
     )

@@ -38,7 +38,7 @@ class Output:
 
     `output_type` is the type of `data`; None leaves `data` as the crew's server gave it.
 
-    Raises ConfigurationError: such an output cannot be written here.
+    Raises ConfigurationError if such an output cannot be written here.
     """
 
     def __init__(self, address: str, *, output_type: type[BaseModel] | None = None) -> None:
@@ -50,7 +50,7 @@ class Output:
         self._is_parquet = file.suffix.lower() in PARQUET
         ending = Path(file.stem).suffix if file.suffix.lower() in COMPRESSED else file.suffix
         is_http = address.startswith(("http://", "https://"))
-        problem = "is an http address, which cannot be written to." if is_http else None
+        problem = "is an http address, and nothing can be written there." if is_http else None
         if problem is None and not (self._is_parquet or ending.lower() in LINES):
             problem = (
                 f"has the ending {file.suffix!r}, and an export is JSON Lines ({' or '.join(LINES)}, also compressed: "
@@ -72,8 +72,8 @@ class Output:
     def check(self, *, is_new: bool, advice: str = "or move that file. Nothing was started.") -> None:
         """Make sure that the file can be written, and that an existing file is of this batch. Raises OutputError.
 
-        `is_new`: the batch has not written this file yet, so an existing file belongs to something else. `advice` ends
-        the error's sentence "Choose another, …".
+        `is_new`: whether the batch has not written this file yet, so that an existing file is somebody else's. `advice`
+        ends the error's sentence "Choose another, …".
         """
         with self._reporting():
             if self._path is not None:
@@ -82,7 +82,7 @@ class Output:
                 raise OutputError(f"{self.name} exists already and is not from this batch. Choose another, {advice}")
 
     def exists(self) -> bool:
-        """Return whether the output exists; False for a remote one that cannot be looked at."""
+        """Return whether the output exists; False for a remote output that nobody can read."""
         if self._path is not None:
             return self._path.exists()
         try:
@@ -94,8 +94,8 @@ class Output:
     async def write(self, ledger: Ledger) -> int:
         """Write the lines of all rows that have ended, in the order of the data set; return how many there are.
 
-        The new file is written on this machine, and replaces the old one once it is whole: a write that is cut off
-        leaves the old one. Raises OutputError, LedgerError.
+        The new file is written on this machine, and replaces the old file once it is whole. A write that is cut off
+        leaves the old file. Raises OutputError, LedgerError.
         """
         count = 0
         with self._reporting(), self._new() as new, tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
@@ -124,7 +124,7 @@ class Output:
 
     @contextmanager
     def _new(self) -> Generator[Path]:
-        """Yield an empty file on this machine for the new output, and remove it at the end if it is still there."""
+        """Yield an empty file on this machine for the new output. Remove it at the end if it is still there."""
         with tempfile.TemporaryDirectory(prefix="prefect-crew-") if self._path is None else nullcontext("") as folder:
             # Next to a local output, since a rename replaces that. Another process may write the same output now.
             new = Path(folder) / "new" if self._path is None else self._path
@@ -140,7 +140,7 @@ class Output:
         return _fsspec.open(str(new), "wb", compression=_fsspec.utils.infer_compression(name))
 
     def _put(self, new: Path) -> None:
-        """Replace the output by a whole file in one thread: an exception within an upload would commit a part of it."""
+        """Replace the output by a whole file in one thread, since an exception during an upload would commit a part."""
         if self._path is not None:
             new.replace(self._path)
             return
@@ -156,7 +156,7 @@ class Output:
         except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
             raise OutputError(
                 f"The export {self.name} cannot be written: {told(error, self.address)}. All results are in the "
-                "ledger: the same call writes them again."
+                "ledger. Make the same call again, which writes them."
             ) from None
 
     def _write_page(self, page: list[tuple[str, str, str, str | None, float | None]], file: IO[bytes]) -> int:
@@ -183,7 +183,7 @@ class Output:
         return line
 
     def _data(self, result: Mapping[str, Any]) -> Any:
-        """Return the structured result as JSON values, as `output_type` where it fits."""
+        """Return the structured result as JSON values, in the form of `output_type` if the result fits."""
         data = result.get("data")
         if self._output_type is None:
             return data
@@ -229,7 +229,7 @@ _CELLS[int] = TypeAdapter(Annotated[int, Field(ge=-(2**63), lt=2**63)])
 
 
 def _cell(value: Any, kind: type) -> Any:
-    """Return a value in the type of a Parquet column, None if it does not fit: `data` has it anyway."""
+    """Return a value in the type of a Parquet column, None if the value does not fit. `data` has the value anyway."""
     if kind is str:
         return value if value is None or isinstance(value, str) else to_json(value).decode()
     try:
@@ -239,7 +239,7 @@ def _cell(value: Any, kind: type) -> Any:
 
 
 def _plain_type(annotation: Any) -> type:
-    """Return the type of a column for a field of this annotation: text where nothing better fits."""
+    """Return the column type for a field of this annotation, text if nothing better fits."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         parts = [part for part in typing.get_args(annotation) if part is not type(None)]
         annotation = parts[0] if len(parts) == 1 else str

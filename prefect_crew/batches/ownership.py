@@ -42,7 +42,7 @@ async def read_binding(batch: str) -> dict[str, Any] | None:
 
 
 def check_bound(entry: BatchEntry | None, binding: dict[str, Any] | None, ledger: Ledger) -> None:
-    """Make sure that a batch is bound to this ledger, and that this is not an older copy of it.
+    """Make sure that a batch is bound to this ledger, and that the ledger is no older copy.
 
     Raises LedgerMissingError, LedgerError.
     """
@@ -54,19 +54,19 @@ def check_bound(entry: BatchEntry | None, binding: dict[str, Any] | None, ledger
     if isinstance(generation, int) and entry.generation < generation:
         raise LedgerError(
             f"is an older copy: it has generation {entry.generation} of batch {entry.name!r}, and the Prefect server "
-            f"knows {generation}. Rows that were started since are not in it, so nothing was started.",
+            f"knows {generation}. The copy lacks rows that were started since, so nothing was started.",
             ledger=ledger.address,
             advice=(
-                "Use the newer ledger. If that is lost, and its rows may be started again: prefect variable unset "
-                f"{binding_name(entry.name)}, then run the batch with this one."
+                "Use the newer ledger. If the newer ledger is lost, and its rows may start again, run: prefect "
+                f"variable unset {binding_name(entry.name)}. Then run the batch with this ledger."
             ),
         )
 
 
 async def bind(entry: BatchEntry, ledger: Ledger, public: str) -> None:
-    """Bind a batch to its ledger, whose address without a password is `public`, unless it is bound to it already.
+    """Bind a batch to its ledger, whose address without a password is `public`, unless it is bound already.
 
-    Raises LedgerMissingError: it is bound to another ledger.
+    Raises LedgerMissingError if the batch is bound to another ledger.
     """
     value: dict[str, Any] = {"version": VERSION, "batch": entry.name, "ledger_id": entry.ledger_id, "ledger": public}
     value |= {"crew_url": entry.crew_url, "generation": entry.generation}
@@ -81,10 +81,10 @@ async def bind(entry: BatchEntry, ledger: Ledger, public: str) -> None:
 
 
 async def begin_generation(ledger: Ledger, public: str) -> int:
-    """Begin the next generation of a batch that is bound, in its ledger and then on the Prefect server; return it.
+    """Begin and return the next generation of a bound batch, in its ledger and then on the Prefect server.
 
-    A call begins one generation, before it starts its first row. So a copy of the ledger from before this call is
-    recognized as older; a copy that is made during the call is not.
+    A call begins one generation before it starts its first row. So later calls recognize an older copy of the ledger,
+    but not a copy that is made during the call.
 
     Raises:
         LedgerError: The ledger cannot be written.
@@ -109,7 +109,7 @@ async def begin_generation(ledger: Ledger, public: str) -> int:
 
 
 async def note_waiting_for_people(batch: str, waits: bool) -> None:
-    """Tag the Variable of a batch if its rows wait for people, else untag it: `reviews ls` reads only tagged ones."""
+    """Tag the Variable of a batch if its rows wait for people, else untag it. `reviews ls` reads only tagged ones."""
     path = {"name": binding_name(batch)}
     async with get_client() as client:
         tags = [TAG, ASKS] if waits else [TAG]
@@ -145,7 +145,7 @@ class BatchLock:
         await self._disconnect()
 
     async def take(self, *, after: float = 0.0) -> bool:
-        """Wait `after` seconds and take the lock; False if it is held. Raises LedgerError: locks do not work here."""
+        """Wait `after` seconds and take the lock; False if it is held. Raises LedgerError if locks do not work here."""
         await asyncio.sleep(after)
         try:
             return await self._take_on_server() if self._path is None else self._take_file(self._path)
@@ -153,16 +153,16 @@ class BatchLock:
             raise LedgerError(
                 f"cannot be locked: {short(error)}.",
                 ledger=self._database.address,
-                advice="A ledger in a file has to be on a file system with locks; else take PostgreSQL.",
+                advice="Put the ledger on a file system with locks, or use PostgreSQL.",
             ) from error
 
     async def is_taken(self) -> bool:
-        """Return whether a process works on the batch: take its lock for a moment. Raises LedgerError."""
+        """Return whether a process works on the batch, by taking its lock for a moment. Raises LedgerError."""
         async with BatchLock(self._database, self._batch) as probe:
             return not await probe.take()
 
     async def still_held(self) -> bool:
-        """Return False if the lock was lost, and another process has taken over since, or may have."""
+        """Return False if the lock was lost, and another process has taken over since, or may have done so."""
         if self._path is not None:
             return self._file is not None and _is_at(self._file, self._path) and self._database.is_in_place
         if self._connection is not None:
@@ -198,7 +198,7 @@ class BatchLock:
         return True
 
     async def _take_on_server(self) -> bool:
-        """Take an advisory lock in a transaction that stays open: then it stays ours, even through a pooler."""
+        """Take an advisory lock in an open transaction, so that the lock stays ours, even through a pooler."""
         if self._connection is None:
             connection = await self._database.server.connect()
             self._connection = await connection.execution_options(isolation_level="READ COMMITTED")
@@ -219,7 +219,7 @@ _SETTINGS = {**KEEPALIVES, "idle_in_transaction_session_timeout": 0}  # a proces
 
 
 def _lock(file: int) -> None:
-    """Lock an open file. Raises OSError: BlockingIOError or PermissionError where another process holds it."""
+    """Lock an open file. Raises OSError, as BlockingIOError or PermissionError if another process holds the lock."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -231,7 +231,7 @@ def _lock(file: int) -> None:
 
 
 def _is_at(file: int, path: Path) -> bool:
-    """Return whether an open file is the one at a path."""
+    """Return whether an open file is the file at a path."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except OSError:

@@ -26,7 +26,7 @@ from prefect_crew.prices import Spending, money
 from prefect_crew.records.keys import escape_name
 
 FAILURES = 100
-"""Failed rows that are kept for the artifact; the output has all."""
+"""Failed rows that the artifact shows at most; the output has all."""
 UNCERTAIN_KEYS = 1_000
 RECENT = 60.0
 """Seconds over which the rate is taken, at least."""
@@ -52,13 +52,13 @@ class BatchReport:
         skipped: Rows that were not run: bad rows, rows left in flight, and rows not reached because the batch stopped.
         seconds: The wall time of this call.
         export: The address of the lines.
-        stopped: Why the batch kicked off nothing more, None if it did not stop.
+        stopped: The reason why the batch stopped, None if it did not stop.
         kickoffs: Runs that this call started.
         set_aside: Bad rows, which cannot be run. `set_aside_rows`: the first 100 of them; `set_aside_output`: the file
             with all of them, None if there are none.
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
-        spending: Usage and cost of the runs of all calls, and how many runs reported them.
+        spending: Usage and cost of the runs of all calls, and the number of runs that reported usage and cost.
     """
 
     name: str
@@ -87,7 +87,7 @@ class BatchReport:
 
     @property
     def cost(self) -> float | None:
-        """The sum of the costs that are known, None if none is."""
+        """The sum of the known costs, None if no cost is known."""
         return self.spending.cost
 
     @property
@@ -167,7 +167,7 @@ class BatchProgress:
 
     Attributes:
         name: The batch.
-        phase: In `waiting`, nothing is in flight, and the crew's concurrency limit has no free slot.
+        phase: In `waiting`, no run is in flight, and the crew's concurrency limit has no free slot.
         total: Rows that can be run; 0 while they are checked. `set_aside`: the bad rows.
         counts: The number of rows in each state, when the ledger was last read.
         in_flight: Runs in flight. `people`: how many of them wait for a person.
@@ -211,7 +211,7 @@ class BatchProgress:
 
     @property
     def uncertain(self) -> int:
-        """Rows of which nobody knows whether their kickoff started a run."""
+        """Rows whose kickoff may or may not have started a run."""
         return self.counts.get(RowState.UNCERTAIN, 0)
 
     @property
@@ -243,7 +243,7 @@ class BatchProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """The seconds for the remaining rows at this rate; None if no rows remain, or none has ended."""
+        """The seconds for the remaining rows at this rate; None if no row remains, or no row has ended."""
         rate, remaining = self.rate, self.total - self.done
         return remaining / rate if rate > 0 and remaining > 0 else None
 
@@ -257,7 +257,7 @@ class BatchProgress:
             self._step *= 2
 
     def chart(self) -> str | None:
-        """Return the throughput of this call over time, as one line; None before there is enough to see."""
+        """Return the throughput of this call over time, as one line; None while the call is too young."""
         points = [*self._curve, (time.monotonic(), self.ended_here)]
         rates = [(to - of) / (end - begin) for (begin, of), (end, to) in pairwise(points) if end > begin]
         if (line := sparkline(rates)) is None:

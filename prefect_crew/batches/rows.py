@@ -43,9 +43,9 @@ _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 async def expected_inputs(session: CrewSession) -> list[CrewInput]:
-    """Return the inputs that the crew names; none if it cannot name them.
+    """Return the inputs that the crew names; none if the crew cannot name them.
 
-    Raises AuthenticationError; CrewConnectionError, RateLimitedError, ServerError: the server cannot answer now.
+    Raises AuthenticationError, or CrewConnectionError, RateLimitedError or ServerError if the server cannot answer now.
     """
     for is_last in (False, False, True):
         try:
@@ -58,7 +58,7 @@ async def expected_inputs(session: CrewSession) -> list[CrewInput]:
                 raise
             await asyncio.sleep(kickoff_delay(error) or 1.0)
         except CrewError as error:
-            run_logger().warning("The crew's inputs are not known, so rows are not checked for them: %s", error)
+            run_logger().warning("The crew does not name its inputs, so rows are not checked for them: %s", error)
             break
     return []
 
@@ -96,7 +96,7 @@ class RowPlan:
     """Turns the rows of a data set into jobs; `expected` are the crew's inputs.
 
     Without a mapping, the columns with the names of the crew's inputs are the inputs, or all columns if the crew names
-    no inputs; a column `id` is never taken that way. Without `key`, a row's key is a digest of its inputs and the
+    no inputs; a column `id` never is an input that way. Without `key`, a row's key is a digest of its inputs and the
     number of equal rows before it. No reason of a bad row shows a secret input, and no key may hold one.
 
     Raises:
@@ -127,7 +127,7 @@ class RowPlan:
             )
 
     def source(self) -> str | None:
-        """Return a digest of all that the rows are made of; None if a function or a secret is a part of it."""
+        """Return a digest of the sources of the rows; None if these contain a function or a secret."""
         options, crew, data = self._options, self._crew, self.dataset
         settings = (options.key, options.inputs, *self._mapping.values())
         if data.digest is None or any(callable(setting) or holds_secret(setting) for setting in settings):
@@ -191,7 +191,7 @@ class RowPlan:
         encoded = inputs.encoded
         if missing := missing_inputs(self._expected, encoded):
             by_name = STATE_ID in missing and self._options.inputs is None
-            mapped = ", which is never taken from a column by its name alone: map it" if by_name else ""
+            mapped = ", which never comes from a column by its name alone: map it" if by_name else ""
             raise ConfigurationError(f"lacks {', '.join(missing)}{mapped}")
         if unknown := self._unknown(encoded):
             raise ConfigurationError(unknown)
@@ -254,7 +254,7 @@ class _Keys:
 
 
 def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | None:
-    """Return the columns that secret inputs are made of; None if it may be any column."""
+    """Return the columns from which secret inputs come; None if any column may be a source."""
     columns = set(secret)
     if inputs is None or not secret:
         return columns
@@ -276,7 +276,7 @@ def _reason(error: Exception) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a column holds nothing: an empty field of a CSV is not text, and no value of a required input."""
+    """Whether a column holds nothing. An empty field of a CSV is no text, and no value of a required input."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
@@ -366,7 +366,7 @@ def rejected_name(output: str) -> str:
 
 @dataclass(frozen=True)
 class SetAside:
-    """The bad rows of a batch: their number, the first 1,000, and the file that has all, for people."""
+    """The bad rows of a batch: their number, the first 1,000, and the file with all bad rows, for people."""
 
     count: int = 0
     rows: Sequence[BadRow] = ()

@@ -83,12 +83,12 @@ if TYPE_CHECKING:
 MAX_NAME = 200
 """Characters of a batch's name."""
 EXPORT_WITHIN = 10.0
-"""Seconds for writing the output of a batch that was cancelled. After that it is left unwritten."""
+"""Seconds for writing the output of a batch that was cancelled. Later the output stays unwritten."""
 LOOK = 0.2
 """Seconds, at most, for which a look at a batch holds its lock."""
 
 
-@naming_prefect_away("Make the same call again: it goes on where this one stopped.")
+@naming_prefect_away("Make the same call again, which goes on where this call stopped.")
 async def arun_batch(
     crew: DeployedCrew | str,
     dataset: Any,
@@ -122,14 +122,14 @@ async def arun_batch(
 ) -> BatchReport:
     """Run a crew once for each row of a data set. A second call with the name goes on where the first stopped.
 
-    Rows that are done are not run again, rows in flight are waited for, uncertain ones are listed and can be resolved.
-    Every row is checked before anything is kicked off. Outside of a flow it runs a flow of its own.
+    The call runs no row again that is done, waits for rows in flight, and lists uncertain rows, which can be resolved.
+    It checks every row before the first kickoff. Outside of a flow, the call runs a flow of its own.
 
     Args:
         crew: A crew, or the name of a stored block.
         dataset: CSV, TSV, JSON Lines, JSON or Parquet by path, URL or fsspec address; an iterable of mappings; a pandas
             or polars data frame; an Arrow table.
-        name: The batch's name. It, `export` and a path as `dataset` may be templates over the scheduled time:
+        name: The batch's name. The name, `export` and a path as `dataset` may be templates over the scheduled time:
             `leads-{scheduled_start:%Y-%m-%d}`.
         export: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
             Parquet. It is written at the end, and when the batch stops; `prefect-crew batch export` writes it at any
@@ -138,20 +138,20 @@ async def arun_batch(
             left out, a file next to a local export.
         key: A column or a function of the row; left out, a digest of the inputs and the number of equal rows before.
         inputs: How a row becomes inputs: a function of the row, or by name a column, a template over the columns, a
-            function of the row, or a constant that is not text; left out, the columns of the crew's names.
+            function of the row, or a constant that is not text; left out, the columns named like the crew's inputs.
         max_in_flight: Runs in flight at once, 100 if left out.
         kickoffs_per_second: A limit on the rate of kickoffs.
-        kickoffs_at_once: Kickoffs under way at a time: at most so many rows are uncertain if the process dies.
+        kickoffs_at_once: Kickoffs under way at a time. At most so many rows are uncertain if the process dies.
         on_failure: "continue", "stop" at the first failed row, or a limit after which the batch stops: a number of
             failed rows, or a share below 1 of the rows that have ended.
         on_bad_row: "refuse" the data set, or "skip" the rows that cannot be run.
         on_change: "refuse" or "continue" when the rows or the crew differ from the last call.
         on_cancel: "stop", "drain" or "leave" the runs in flight when the flow run is cancelled.
-        breaker: The batch stops after so many failed rows without a completed one; None: never. The same call goes on.
+        breaker: The batch stops after so many failed rows in a row; None: never. The same call goes on.
         retries: Further runs of a failed row, never beyond the crew's `max_attempts`.
-        retry_failed: Start the failed rows of earlier calls again: all but lost ones, or the rows with these keys.
+        retry_failed: Start the failed rows of earlier calls again: all but lost rows, or the rows with these keys.
         max_kickoffs: A limit on the kickoffs of all calls together.
-        wait: How to wait, in place of the crew's policy. Left out, the first poll comes when runs are known to end.
+        wait: The policy to wait, in place of the crew's. Left out, the first poll comes when runs usually end.
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
         webhooks: Targets of your own for the crew's webhooks.
@@ -166,11 +166,12 @@ async def arun_batch(
 
     Returns:
         The counts of rows by their states, the kickoffs, usage and cost, and the export. A failed row raises nothing:
-        `report.ok` says whether all rows completed.
+        `report.ok` is True if all rows completed.
 
     Raises:
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
-        BatchChangedError, LedgerMissingError, BatchBusyError: The name belongs to something else. Nothing was started.
+        BatchChangedError, LedgerMissingError, BatchBusyError: The batch has changed, is in use, or has another ledger.
+            Nothing was started.
         LedgerError, OutputError: The ledger or the export failed on the way; the same call goes on.
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
@@ -201,7 +202,7 @@ async def run_batch_flow(batch: str, crew: str, dataset: str, export: str) -> Ba
     del crew, dataset, export
     raise ConfigurationError(
         f"Batch {batch!r} was defined in Python and cannot be retried from this run's parameters. Call run_batch "
-        "again with the same name, which continues where it stopped, or write a flow around it and retry that."
+        "again with the same name, which continues where the batch stopped, or retry a flow of yours around the call."
     )
 
 
@@ -217,7 +218,7 @@ async def _run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport
 async def _check_ledger_is_shared(job: BatchJob) -> None:
     """Refuse a new ledger in a file on a pool of several crew workers: another worker may take the flow run over.
 
-    A later call finds its ledger, or raises that it is missing. Raises ConfigurationError.
+    A later call finds its ledger, or raises LedgerMissingError. Raises ConfigurationError.
     """
     context = FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
@@ -323,7 +324,7 @@ class BatchJob:
 def _digest_of(output_type: type[BaseModel]) -> str:
     """Return a digest of the JSON schema of a type, which changes with its fields; empty if it has no schema.
 
-    Without defaults: a set among them has another order in each process.
+    The schema has no defaults, since a set among them has another order in each process.
     """
     with suppress(PydanticUserError, ValueError):
         schema = to_json(output_type.model_json_schema())
@@ -471,7 +472,7 @@ class _Batch:
 
     @property
     def _lines_stay(self) -> bool:
-        """Whether the results of earlier calls are judged and shown as they were then."""
+        """Whether this call judges and shows the results of earlier calls as they did."""
         return self.before is None or self.before.line_options == self.job.line_options
 
     async def _export(self) -> None:
@@ -493,7 +494,7 @@ class _Batch:
             await asyncio.wait_for(self._export(), EXPORT_WITHIN)
         except (CrewError, TimeoutError) as error:
             run_logger().warning(
-                "The export of batch %s was not written (%s). To write it: prefect-crew batch export %s",
+                "The export of batch %s was not written (%s). To write it, run: prefect-crew batch export %s",
                 self.job.name,
                 error or "it takes long",
                 shlex.quote(self.job.name),

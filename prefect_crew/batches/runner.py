@@ -80,11 +80,11 @@ STOP_WITHIN = 12.0
 
 
 class Runner:
-    """Runs the rows of one batch. One for a call, on one event loop.
+    """Runs the rows of one batch. Each call has one runner, on one event loop.
 
-    `on_end` is called at the end of each row with the class of its error, if any. `judge_again`: judge the results of
-    earlier calls again, since the settings for lines have changed. `waiting` has the runs in flight by row key, and
-    `started` counts the kickoffs of this call. `shut`: nothing is waited for any more either.
+    `on_end` is called at the end of each row with the class of its error, if any. `judge_again`: whether to judge the
+    results of earlier calls again, since the settings for lines have changed. `waiting` has the runs in flight by row
+    key, and `started` counts the kickoffs of this call. `shut`: whether the waits end as well.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Runner:
         self._flow_run = (None, 0) if flow_run is None else (str(flow_run.id), flow_run.run_count)
 
     def stop(self, reason: str, *, shut: bool = False) -> None:
-        """Kick off nothing more; `shut`: wait for nothing either. The next call reattaches to the runs in flight."""
+        """Kick off nothing more; with `shut`, end the waits too. The next call reattaches to the runs in flight."""
         self.throttle.stop(reason)
         if shut and not self.shut:
             self.shut = True
@@ -129,9 +129,9 @@ class Runner:
                 row.cancel()
 
     async def run_until_cancelled(self, jobs: Iterator[RowJob], tick: Callable[[], Awaitable[None]]) -> None:
-        """Run all rows. If the flow run is cancelled, do what `on_cancel` says; if only the task is, leave the runs.
+        """Run all rows. If the flow run is cancelled, obey `on_cancel`; if only the task is cancelled, leave the runs.
 
-        `tick` is called about once a second, until the rows have ended.
+        This calls `tick` about once a second, until the rows have ended.
 
         Raises:
             BatchCancelledError: This flow run was cancelled, and nobody else ends it.
@@ -166,7 +166,7 @@ class Runner:
                 run_logger().warning("Not every run in flight could be stopped in %.0f s.", STOP_WITHIN)
         else:
             run_logger().warning(
-                "%d runs of batch %s are left in flight. The same call waits for them. To stop them: "
+                "%d runs of batch %s are left in flight. The same call waits for them. To stop them, run: "
                 "prefect-crew batch cancel %s",
                 len(self.waiting),
                 self.ledger.batch,
@@ -177,7 +177,7 @@ class Runner:
     async def run(self, jobs: Iterator[RowJob]) -> None:
         """Run all rows, read each when there is room for it, and return when all have ended or were left.
 
-        Raises CrewError: the ledger or the data set failed. The runs in flight are left.
+        Raises CrewError if the ledger or the data set failed, and leaves the runs in flight.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -333,7 +333,7 @@ class Runner:
         except CrewError as error:
             return await self._no_run(job, error)
         except PREFECT_ERRORS as error:
-            self.throttle.refused(prefect_error(error, "A budget could not be asked for, and rows wait."))
+            self.throttle.refused(prefect_error(error, "A budget could not be read, so rows wait."))
             return None
         finally:
             self.throttle.leave()
@@ -598,7 +598,7 @@ class _RowWatcher(Watcher):
 
 
 def _kickoffs(attempts: Sequence[RunRecord]) -> int:
-    """Return how many attempts at a row started a run, or may have."""
+    """Return the number of attempts at a row that started a run, or may have."""
     return sum(attempt.counts for attempt in attempts)
 
 
@@ -638,23 +638,23 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
 async def rows_at_once(crew: Crew, options: BatchOptions) -> int:
     """Return how many rows may be in flight at once.
 
-    Raises ConfigurationError: the crew's limit does not exist, or is smaller than the number that was asked for.
+    Raises ConfigurationError if the crew's limit does not exist, or is below `max_in_flight`.
     """
     most, limit = options.max_in_flight, await most_at_once(crew)
     if limit is None:
         return most or IN_FLIGHT
     if most is not None and most > limit:
         raise ConfigurationError(
-            f"max_in_flight is {most}, and crew {crew.label} allows {limit} runs in flight in all "
+            f"max_in_flight is {most}, but crew {crew.label} allows {limit} runs in flight "
             f"(concurrency limit {crew.concurrency_limit!r}). Give max_in_flight={limit} or less."
         )
     return most or min(IN_FLIGHT, limit)
 
 
 async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:
-    """Look at the batch about once a second, until its rows have ended or the flow run `own` is cancelled.
+    """Call `tick` about once a second, until the rows have ended or the flow run `own` is cancelled.
 
-    The end of the rows cuts off a look that takes long. Raises the errors of the rows, or else of a look.
+    The end of the rows cuts off a `tick` that takes long. Raises the errors of the rows, else of `tick`.
     """
 
     async def look() -> None:

@@ -28,10 +28,10 @@ from prefect_crew.runs.reviews.answer import ASKS
 class BatchStatus:
     """The status of a batch in its ledger: counts of rows, bad ones among `total`.
 
-    `failed` includes the `stopped` rows, and these the `owed` ones, which were stopped with the batch and run again
-    with it. `in_flight` includes the rows `waiting` for a person at their last poll; `left` rows were not kicked off.
-    `median` and `longest` are the seconds of runs that have ended. `running`: a process runs the batch now.
-    `why_not` is the reason why its name alone is not enough to continue it.
+    `failed` includes the `stopped` rows, which include the `owed` rows: these stopped with the batch and run again with
+    it. `in_flight` includes the rows `waiting` for a person at their last poll; `left` rows were not kicked off.
+    `median` and `longest` are the seconds of runs that have ended. `running`: a process runs the batch now. `why_not`
+    is the reason why its name alone is not enough to continue it.
     """
 
     name: str
@@ -72,7 +72,7 @@ class StoredBatch:
 
     @property
     def flow_run_id(self) -> str | None:
-        """The flow run that runs it, or did so last."""
+        """The flow run that runs the batch, or ran it last."""
         return self._call.get("flow_run_id")
 
     async def status(self) -> BatchStatus:
@@ -139,22 +139,22 @@ class StoredBatch:
     def call(self, **more: Any) -> dict[str, Any]:
         """Return the arguments for `arun_batch` to continue it. `more` replaces options of its last call.
 
-        Raises ConfigurationError: its last call had an argument that cannot be stored, such as a function.
+        Raises ConfigurationError if its last call had an argument that cannot be stored, such as a function.
         """
         call = self._call
         if why_not := call.get("why_not"):
             raise ConfigurationError(
-                f"Batch {self.name!r} cannot be run by its name alone: {why_not}. Make the same call again, with the "
-                "same name; it continues where it stopped."
+                f"Batch {self.name!r} cannot be run by its name alone, because {why_not}. Make the same call again, "
+                "with the same name, which continues where the batch stopped."
             )
         arguments = {name: call[name] for name in ("crew", "dataset", "export", "format", "encoding", "delimiter")}
         return {**arguments, "name": self.name, "ledger": self.address.full, **call["options"], **more}
 
     async def export(self, file: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:
-        """Write its lines, also while it runs; return their address for people, and their number.
+        """Write the batch's lines, also while it runs. Return the lines' address for people, and their number.
 
-        Without `file` they go to the export of its last call. A file that is not from this batch is replaced only with
-        `overwrite`. Raises ConfigurationError, OutputError.
+        Without `file`, the lines go to the export of the last call. A file that is not from this batch is replaced only
+        with `overwrite`. Raises ConfigurationError, OutputError.
         """
         address = file or self._call.get("export")
         if address is None:
@@ -181,7 +181,7 @@ async def open_stored_batch(name: str, ledger: str | None = None) -> AsyncGenera
     """
     binding = await read_binding(name)
     if binding is None:
-        raise ConfigurationError(f"There is no batch {name!r}. To list all: prefect-crew batch ls.")
+        raise ConfigurationError(f"There is no batch {name!r}. To list all batches, run: prefect-crew batch ls.")
     place = str(binding.get("ledger"))
     address = await ledger_address(ledger or place, "")
     # To open it would create the file.
@@ -209,7 +209,7 @@ async def batches_waiting_for_people() -> AsyncGenerator[tuple[list[StoredBatch]
                 opened.append(await stack.enter_async_context(open_stored_batch(name)))
             except CrewError:
                 missed.append(
-                    f"Rows of batch {name!r} wait for people, and its ledger cannot be opened here: {ledger}."
+                    f"Rows of batch {name!r} wait for people, but its ledger cannot be opened here: {ledger}."
                 )
         yield opened, missed
 

@@ -27,7 +27,7 @@ REQUESTS_AT_ONCE = 256
 
 
 class Throttle:
-    """Decides when the next run of a batch is kicked off. One per batch in a process, on one event loop.
+    """Decides when a batch kicks off its next run. A batch has one throttle in a process, on one event loop.
 
     - At most `kickoffs_at_once` kickoffs are under way. `kickoffs_per_second` limits their rate.
     - Where the server sends `Retry-After`, the whole batch waits.
@@ -39,8 +39,8 @@ class Throttle:
     - After `breaker` failed rows in a row the batch stops.
 
     Attributes:
-        stopped: The reason why no more runs are kicked off; None while they are.
-        kickoffs: Kickoffs that all calls have sent, or may have.
+        stopped: The reason why the batch kicks off no more runs; None while it does.
+        kickoffs: Kickoffs that all calls have sent, or may have sent.
         under_way: Kickoffs under way.
         in_flight: Runs in flight.
         slots: The slots of the crew's limit, None if it has none.
@@ -67,7 +67,7 @@ class Throttle:
     async def admit(self, row: str) -> bool:
         """Wait until the run of a row may be kicked off, first come, first served.
 
-        Return True, after which the caller has to call `leave`, or False: nothing is kicked off any more.
+        Return True, after which the caller has to call `leave`, or False if the batch kicks off nothing more.
         """
         async with self._queue:
             try:
@@ -110,7 +110,7 @@ class Throttle:
         return may_go
 
     def _seconds_to_wait(self) -> float:
-        """Return the seconds until the next kickoff; infinity: until something changes."""
+        """Return the seconds until the next kickoff, infinity if the wait lasts until something changes."""
         most = self._at_once
         if (limit := self._options.max_kickoffs) is not None:
             if self.kickoffs >= limit:
@@ -134,7 +134,7 @@ class Throttle:
             await self._changed.wait()
 
     def stop(self, reason: str) -> None:
-        """Let nothing be kicked off any more. The first reason stays."""
+        """Kick off nothing more. The first reason stays."""
         if self.stopped is None:
             self.stopped = reason
             run_logger().warning("Nothing more is kicked off: %s", reason)
@@ -153,7 +153,7 @@ class Throttle:
             return
         delay = min(error.retry_after, RETRY_AFTER_CAP)
         if delay > 1.0 and self.held_for <= 0:
-            run_logger().info("The crew's server asks to wait %.0f s: the whole batch waits.", delay)
+            run_logger().info("The crew's server asks to wait %.0f s, so the whole batch waits.", delay)
         self._not_before = max(self._not_before, asyncio.get_running_loop().time() + delay)
 
     def accepted(self) -> None:
@@ -163,7 +163,7 @@ class Throttle:
         self._at_once = min(2 * self._at_once, self.kickoffs_at_once)
 
     def refused(self, error: CrewError) -> None:
-        """Note that a kickoff surely did not start a run, and may be sent again."""
+        """Note that a kickoff surely started no run and may be sent again."""
         now = asyncio.get_running_loop().time()
         if self._refused_since is None and now >= self._warn_after:
             self._warn_after = now + WARN_EVERY
@@ -188,13 +188,13 @@ class Throttle:
         self._failed_in_a_row = 0
 
     def failed(self, why: str) -> None:
-        """Note that a row's run failed, or that it has none."""
+        """Note that a row's run failed, or that the row has no run."""
         self._failed_in_a_row += 1
         if self._options.breaker is not None and self._failed_in_a_row >= self._options.breaker:
             self.stop(f"{self._failed_in_a_row} rows failed in a row. Last error: {why}")
 
     def left(self, row: str) -> None:
-        """Note that a row has ended, or is left: its slot is free."""
+        """Note that a row has ended, or is left, so that its slot is free."""
         if self.slots is not None:
             self.slots.give_back(row)
             self._changed.set()

@@ -68,7 +68,7 @@ def message(error: BaseException, run: str | None = None) -> str:
     response: Any = getattr(error, "response", None)
     if response is not None or any(kind.__module__ == "prefect.exceptions" for kind in type(error).__mro__):
         refusal = text if response is None else _refusal(response)
-        return f"The Prefect API refused: {refusal}. To check it, run: prefect-crew doctor"
+        return f"The Prefect API refused: {refusal}. To check it, run: prefect-crew doctor."
     if isinstance(error, OSError) and error.args:
         return text
     return " ".join(

@@ -191,7 +191,7 @@ async def ls(*, output: Output = None) -> None:
     """List the stored crews. To delete one: prefect block delete deployed-crew/NAME."""
     crews = await _read()
     rows = [(crew["name"], crew.get("problem") or crew["url"]) for crew in crews]
-    empty = "No crew is stored. Run: prefect-crew crews save NAME --url URL"
+    empty = "No crew is stored. Run: prefect-crew crews save NAME --url URL."
     _output.put_rows(("Crew", "URL"), rows, empty=empty, json=output and crews)
 
 

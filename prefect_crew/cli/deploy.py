@@ -162,7 +162,7 @@ async def _apply(deployment: RunnerDeployment) -> str:
     except ObjectNotFound:
         pool = shlex.quote(deployment.work_pool_name or "")
         raise ConfigurationError(
-            f"There is no work pool {pool}. Run: prefect work-pool create {pool} --type crew"
+            f"There is no work pool {pool}. Run: prefect work-pool create {pool} --type crew."
         ) from None
     except DeploymentApplyError as error:
         raise ConfigurationError(f"The deployment was not made: {error}") from error
@@ -305,5 +305,5 @@ def _put_automations(
         state = str(line.get("change", "enabled"))
         is_off = not line["enabled"] and state != "deleted"
         rows.append((str(line["name"]), "disabled" if is_off else state, str(line["description"])))
-    empty = "There are no automations of this package. Run: prefect-crew automations apply"
+    empty = "There are no automations of this package. Run: prefect-crew automations apply."
     _output.put_rows(("Automation", "State", "Description"), rows, empty=empty, json=output and lines)

@@ -125,8 +125,7 @@ def start(
 ) -> int:
     """Receive the webhooks of crews, which wake waits and become Prefect events, until Ctrl-C.
 
-    PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET signs the webhooks. Set the same secret here and where crews are kicked
-    off.
+    PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET signs the webhooks. Set the same secret here and where crews start.
 
     Args:
         max_body: The largest webhook that the receiver accepts, in MiB; a webhook holds the crew's whole result.

@@ -33,7 +33,7 @@ _NO = frozenset({"reject", "rejected", "decline", "declined", "deny", "denied", 
 def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, now: float) -> bool:
     """Return whether a webhook is signed with one of the secrets, which are separated by blanks.
 
-    It always compares with every secret, in constant time.
+    This always compares with every secret, in constant time.
     """
     if not (timestamp.isascii() and timestamp.isdecimal() and len(timestamp) <= 12):
         return False
@@ -48,7 +48,7 @@ def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, no
 
 
 def parse_question(body: bytes) -> ReviewRequest | None:
-    """Return the question in a webhook, None if it contains no new one.
+    """Return the question in a webhook, None if the webhook contains no new question.
 
     Raises:
         ResponseFormatError: The webhook names no run, or has no valid callback URL.
@@ -77,7 +77,7 @@ def parse_question(body: bytes) -> ReviewRequest | None:
 
 
 async def post_answer(question: ReviewRequest, review: Review, *, allow_http: bool = False) -> ResumeAnswer:
-    """Send an answer to the callback URL of a Flow's question, once. The request has no token but the one in the URL.
+    """Send an answer once, to the callback URL of a Flow's question. The request has no token but the URL's.
 
     Raises:
         ConfigurationError: The URL is not valid, or the Flow has no such outcome. Nothing was sent.
@@ -92,8 +92,8 @@ async def post_answer(question: ReviewRequest, review: Review, *, allow_http: bo
     label = f"the callback at {where.host}"
     if where.scheme == "http" and not (allow_http or is_loopback(where.host)):
         raise ConfigurationError(
-            f"{label.capitalize()} is plain http: the answer's token would cross the network in plain text. Answer on "
-            "the Flow's page, or set allow_http if you trust the network."
+            f"{label.capitalize()} is plain http, so the answer's token would cross the network in plain text. Answer "
+            "on the Flow's page, or set allow_http if you trust the network."
         )
     content = json.dumps({"feedback": answer_text(question, review), "source": review.by}).encode()
     call = Call("POST", "", question.kickoff_id, Redactor((url, *where.params.values())), content)
@@ -137,8 +137,8 @@ def answer_text(question: ReviewRequest, review: Review) -> str:
     option = review.option or next((name for name in question.options if name.casefold() in words), None)
     if question.options and option not in question.options:
         raise ConfigurationError(
-            f"The Flow continues with one of: {', '.join(question.options)}. Choose one (option=…, --option). "
-            "Nothing was sent."
+            f"The Flow has the outcomes {', '.join(question.options)}. Nothing was sent. Choose an outcome (option=…, "
+            "--option)."
         )
     if not option and not review.feedback:
         option = "approved" if review.approve else "rejected"

@@ -49,15 +49,15 @@ class CrewClient:
             kickoff_id = await client.kickoff({"topic": "Lisbon"})
             status = await client.status(kickoff_id)
 
-    The client retries nothing, and follows no redirect: the token would go to the other address. One client belongs to
-    one event loop. Proxies and CAs come from the environment; a request to loopback uses no proxy.
+    The client retries nothing, and follows no redirect, since the token would go to the other address. One client
+    belongs to one event loop. Proxies and CAs come from the environment; a request to loopback uses no proxy.
 
     Args:
         url: The crew's base URL. Plain http is refused beyond loopback.
         token: The crew's bearer token.
-        request_timeout: Seconds for which the server may send nothing. Connecting gets half of that, 10 s at most. A
-            whole GET gets ten times that, a whole POST twice; a POST that takes longer counts as sent.
-        allow_http: Allow plain http beyond loopback: the token then crosses the network in plain text.
+        request_timeout: Seconds for which the server may send nothing. To connect may take half of these, 10 s at most;
+            a whole GET ten times as long, a whole POST twice. A POST that takes longer counts as sent.
+        allow_http: Allow plain http beyond loopback. The token then crosses the network in plain text.
         inputs_as_json: Send inputs as JSON values instead of the text that the API documents.
         transport: An httpx transport that carries requests instead of the network. This client does not close it.
 
@@ -68,8 +68,7 @@ class CrewClient:
         RateLimitedError, ServerError: 429 and 5xx, with `retry_after` in seconds if the server asks for it.
         CrewAPIError: Any other error status, and a redirect.
         CrewConnectionError: No answer; `sent` is False only if the request was surely not sent.
-        ResponseFormatError: An answer in no known format, larger than 64 MiB, or with more than two million lists and
-            objects.
+        ResponseFormatError: An answer in no known format, over 64 MiB, or with over two million lists and objects.
         ConfigurationError: URL, token, id or inputs cannot be used. Nothing was sent.
     """
 
@@ -98,7 +97,7 @@ class CrewClient:
 
     async def __aenter__(self) -> CrewClient:
         if self._connections is not None:
-            raise InvalidCallError("This CrewClient is open already: open another one.")
+            raise InvalidCallError("This CrewClient is open already. Open another one.")
         self._connections = Connections(
             self.url, token=self._token, timeout=self.request_timeout, transport=self._transport
         )
@@ -131,7 +130,7 @@ class CrewClient:
 
         `meta` is any JSON object; webhooks contain it. `restore_from` is the id (a UUID) of the Flow state from which
         the run starts; the API ignores an id that it does not know. The client calls `before_sending` when it has a
-        connection, right before the first byte. If that raises, the error is passed on and nothing was sent.
+        connection, right before the first byte. If that raises, the client passes the error on and sends nothing.
 
         Raises:
             InvalidInputsError: 400 or 422. It has `missing_inputs` if the server names them.
@@ -140,7 +139,7 @@ class CrewClient:
         body: dict[str, Any] = {"inputs": own_inputs.encoded}
         if restore_from is not None:
             if not is_uuid(restore_from):
-                raise ConfigurationError("The state to restore is named by a UUID. Nothing was started.")
+                raise ConfigurationError("The id of the state to restore must be a UUID. Nothing was started.")
             body["restoreFromStateId"] = restore_from
         if meta is not None:
             body["meta"] = dict(meta)
@@ -155,7 +154,7 @@ class CrewClient:
         """Return the status of a run. For a 404, its state is CrewState.UNKNOWN.
 
         Servers use `/status/{id}` or `/{id}/status`. The client tries both until one path knows a run, and then uses
-        only that path.
+        only it.
         """
         encoded, text = encoded_id(kickoff_id), ""
         for template in (self._status_path,) if self._status_path else _STATUS_PATHS:
@@ -175,7 +174,7 @@ class CrewClient:
     ) -> ResumeAnswer:
         """Answer for a person: `approve` the output of task `task_id`, or have the task done again with `feedback`.
 
-        Pass the webhooks of the kickoff again: the server does not keep them. Like a kickoff, do not send this twice.
+        Pass the kickoff's webhooks again, since the server does not keep them. Like a kickoff, do not send this twice.
 
         Raises:
             NotFoundError: No such run or task.
@@ -242,7 +241,7 @@ class CrewClient:
 
     async def _send(self, call: Call) -> Answer:
         if self._connections is None:
-            raise InvalidCallError("This CrewClient is not open: use it in `async with CrewClient(…) as client`.")
+            raise InvalidCallError("This CrewClient is not open. Use it in `async with CrewClient(…) as client`.")
         return await self._connections.exchange(call)
 
     async def _parsed(self, call: Call, answer: Answer, expected: str, parse: Callable[[Any], T | None]) -> T:

@@ -73,7 +73,7 @@ MAX_ID = 1000
 MAX_DEPTH = 100
 """The most levels of a structured result: pydantic writes about 250, so a much deeper result could not be stored."""
 MAX_COUNT = 10**12
-"""A larger count counts as not reported: so sums over millions of runs fit into the 64 bits of databases."""
+"""A larger count counts as not reported, so that sums over millions of runs fit into the 64 bits of databases."""
 
 
 def as_object(value: Any) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def state_of(body: Mapping[str, Any]) -> _State | None:
 
 
 def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
-    """Return the state that fits all parts of a status: with an error in it, a run has not completed."""
+    """Return the state that fits all parts of a status, since a run with an error in its status has not completed."""
     if state is not CrewState.COMPLETED:
         return state
     status, inner = as_text(body.get("status")) or "", as_object(body.get("result"))
@@ -415,7 +415,7 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
     """Return the status of run `kickoff_id`, None if the body has no state or is the status of another run.
 
     Only a completed run gets output and data, and only a failed or stopped one an error, even if the body has more. A
-    body without a state says nothing about the run, even with a result: every known server sends a state.
+    body without a state says nothing about the run, even with a result, because every known server sends a state.
     """
     source = as_object(value)
     state_word = state_of(source)

@@ -59,7 +59,7 @@ def checked_url(url: str, *, allow_http: bool, what: str = "The crew's URL") -> 
     """Return a base URL without a slash at its end; `what` is its name in messages.
 
     Raises:
-        ConfigurationError: It is not an http or https URL, contains credentials, a query or a fragment, or would send a
+        ConfigurationError: The URL is not http or https, contains credentials, a query or a fragment, or would send a
             token in plain text over a network.
     """
     url = url.strip()
@@ -68,7 +68,7 @@ def checked_url(url: str, *, allow_http: bool, what: str = "The crew's URL") -> 
         parts = urlsplit(url)  # httpx accepts an open bracket as a part of the host's name
         host = parts.hostname
     except (ValueError, httpx.InvalidURL):
-        raise ConfigurationError(f"{what} cannot be read. It looks like https://host.example.com.") from None
+        raise ConfigurationError(f"{what} cannot be read. Write it as https://host.example.com.") from None
     if parts.scheme not in ("http", "https") or not host:
         bare = url.partition("?")[0].rpartition("@")[2][:100]
         raise ConfigurationError(f"{what} {bare!r} does not start with https:// and a host.")
@@ -77,7 +77,7 @@ def checked_url(url: str, *, allow_http: bool, what: str = "The crew's URL") -> 
     if parts.scheme == "http" and not (allow_http or is_loopback(host)):
         raise ConfigurationError(
             f"{what} http://{host} would send the token in plain text. "
-            "Use https, or allow it with allow_http=True (--allow-http) if you trust the network."
+            "Use https, or set allow_http=True (--allow-http) if you trust the network."
         )
     return url.rstrip("/")
 
@@ -134,8 +134,8 @@ def _proxy_for(url: httpx.URL) -> str | None:
 class Call:
     """One call to a server.
 
-    The body is kept here and in no local variable: error reporters show the local variables of every frame. `hide`
-    masks the token and the webhooks of the call. `before_sending` is called right before the first byte.
+    The call keeps the body, and no local variable does, because error reporters show the local variables of all frames.
+    `hide` masks the token and the webhooks of the call. The client calls `before_sending` right before the first byte.
     """
 
     method: str
@@ -157,7 +157,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, read in full. Its repr shows only the status: a server may repeat secrets of the request."""
+    """One answer, read in full. Its repr shows only the status, since a server may repeat secrets of the request."""
 
     status: int
     headers: Mapping[str, str] = field(repr=False)
@@ -195,7 +195,7 @@ POOLS = 64
 class _Pools:
     """Connections to one server: one pool for polls, and one for requests that must not be sent twice.
 
-    All open clients of an event loop share them: so hundreds of runs that wait in one process need only few connections
+    All open clients of an event loop share the pools, so hundreds of runs that wait in one process need few connections
     and few handshakes. Each request has its own token, so clients with different tokens share as well.
     """
 

@@ -39,11 +39,11 @@ def encode_inputs(inputs: Mapping[str, Any], *, as_json: bool = False) -> dict[s
             input and does not show its value.
     """
     if not isinstance(inputs, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # not everybody has types
-        raise ConfigurationError(f"Inputs are a mapping of names to values, not a {type(inputs).__name__}.")
+        raise ConfigurationError(f"Inputs have to be a mapping of names to values, not a {type(inputs).__name__}.")
     encoded: dict[str, Any] = {}
     for name, value in cast("Mapping[Any, Any]", inputs).items():
         if not isinstance(name, str):
-            raise ConfigurationError(f"The name of an input is text, not {type(name).__name__}.")
+            raise ConfigurationError(f"The name of an input has to be text, not {type(name).__name__}.")
         try:
             plain = _plain(value)
             if plain is not None:
@@ -64,8 +64,8 @@ def as_text(plain: Any) -> str:
 def _plain(value: Any) -> Any:
     """Return `value` as a JSON value.
 
-    Not by pydantic's `to_jsonable_python`: that masks secrets, accepts bytes as text and NaN as a number, leaves sets
-    without order, and writes UTC as "Z", which would change the digests in records.
+    pydantic's `to_jsonable_python` does not fit, since it masks secrets, accepts bytes as text and NaN as a number,
+    leaves sets without order, and writes UTC as "Z", which would change the digests in records.
     """
     if value is None or isinstance(value, bool):
         return value

@@ -24,7 +24,7 @@ NEVER_UNKNOWN = frozenset({STATE_ID, "crewai_trigger_payload"})
 
 
 class Unshown(dict[Any, Any]):
-    """A dict whose repr shows only its keys: error reporters show the local variables of all frames."""
+    """A dict whose repr shows only its keys, because error reporters show the local variables of all frames."""
 
     def __repr__(self) -> str:
         return f"Unshown({list(self)})"
@@ -63,7 +63,7 @@ class Inputs:
             return inputs
         if inputs is not None and not isinstance(cast("Any", inputs), Mapping):
             raise ConfigurationError(
-                f"Inputs are given by name, as a mapping, and not as {type(inputs).__name__}. Nothing was started."
+                f"Give the inputs by name, as a mapping, not as {type(inputs).__name__}. Nothing was started."
             )
         return cls(Unshown(inputs or {}))
 
@@ -112,7 +112,7 @@ class Inputs:
     def digest(self) -> str:
         """32 hex digits of the SHA-256 of `restore_from` and the inputs that are not secret, as text, in any order.
 
-        Secrets are not part of it: so a flow that fetches a new token for each attempt finds its run again.
+        It contains no secrets, so that a flow that fetches a new token for each attempt reattaches to its run.
         """
         plain = {name: as_text(value) for name, value in self.encoded.items() if name not in self.secret_names}
         text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"), sort_keys=True)

@@ -139,7 +139,7 @@ class CrewStatus(_Model):
 class ResumeAnswer(_Model):
     """The server's answer to `/resume`. Any 2xx means that it accepted, even with an empty body.
 
-    `status` is the server's word, documented as "resumed", "retrying" or "completed"; None if it sent none.
+    `status` is the server's word, documented as "resumed", "retrying" or "completed"; None without such a word.
     """
 
     kickoff_id: str | None = None
@@ -188,9 +188,9 @@ class Review(BaseModel):
     This package fills in the other fields when it stores the answer, before it sends it. `outcome` says whether the
     answer arrived. `moved_on`: a later status showed another state, so the crew's next question is a new one. `task_id`
     is masked. `task_digest` is of the crew's own id of the task, `shown_task_digest` of the task in the status,
-    `output_digest` of the output in the status: these distinguish the next question from this one. `question_id` is the
-    id of a Flow's question. `call` names the call that answered, and is the same on every retry of it. `nonce` names
-    the attempt to answer: two callers may answer in the same words.
+    `output_digest` of the output in the status: these distinguish the next question from this question. `question_id`
+    is the id of a Flow's question. `call` names the call that answered, and is the same on every retry of it. `nonce`
+    names the attempt to answer: two callers may answer in the same words.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -225,8 +225,8 @@ class ReviewRequest(BaseModel):
 
     The other fields are for this package. `id` and `callback_url` belong to a Flow's question: its answer goes to that
     URL; other answers go to `/resume`. `output_digest` is of the output in the status, None if the status shows none.
-    `state` says whether the question has its answer; `uncertain`: nobody knows whether the answer arrived. `withheld`
-    says why there is no output.
+    `state` says whether the question has its answer; in the state `uncertain` nobody knows whether the answer arrived.
+    `withheld` is the reason for a missing output.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)

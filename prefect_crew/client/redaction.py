@@ -160,7 +160,7 @@ def _token_secrets(tokens: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _longest_first(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the texts that are long enough to search for, the longest first: a secret may contain another one."""
+    """Return the texts that are long enough to search for, the longest first: a secret may contain another."""
     return tuple(sorted((text for text in texts if len(text) >= SHORTEST and text.strip("*")), key=len, reverse=True))
 
 

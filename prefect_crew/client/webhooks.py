@@ -75,8 +75,8 @@ class StreamWebhook(_Model):
 class Webhooks(_Model):
     """The targets of one run.
 
-    `task`, `step` and `crew` are URLs. The API has no authentication for these three: only a secret in the URL protects
-    the receiver.
+    `task`, `step` and `crew` are URLs. The API has no authentication for these three: only a secret in a URL protects
+    its receiver.
     """
 
     task: Url | None = Field(default=None, serialization_alias="taskWebhookUrl")

@@ -77,7 +77,7 @@ from crewai.lite_agent_output import LiteAgentOutput
 from crewai.tasks.task_output import TaskOutput
 
 STOP_SECONDS = 2.0
-"""How long a stopped run's thread is waited for. For its clients the run has ended before."""
+"""Seconds of the wait for a stopped run's thread. For its clients the run has ended before."""
 
 _PLACEHOLDER = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")
 """Inputs that CrewAI fills in. `fetch_inputs` also reports other text in braces, such as JSON in a prompt."""
@@ -86,14 +86,14 @@ _log = logging.getLogger(__name__)
 
 
 def load_crewai(spec: str) -> CrewAIProgram:
-    """Return the program of a `module:factory`. It builds the crew once, to read its inputs.
+    """Return the program of a `module:factory`. This builds the crew once, to read its inputs.
 
     Args:
-        spec: A module that can be imported, from the current directory too, or the path of a Python file; a colon;
+        spec: The name of an importable module (also of the current directory) or the path of a Python file, a colon,
             and the name of a function without arguments that returns a new Crew or Flow at each call.
 
     Raises:
-        ProgramNotFoundError: The function is not there, or it does not build a fresh Crew or Flow.
+        ProgramNotFoundError: The function does not exist, or does not build a fresh Crew or Flow.
     """
     path, _, name = spec.rpartition(":")
     try:
@@ -143,7 +143,7 @@ class CrewAIProgram:
     """The crew or flow that a function builds for each run. Without a name of its own it has the name of the `module`.
 
     Raises:
-        Exception: The factory raised it. TypeError: It builds something else, or the same object again.
+        Exception: The factory raised it. TypeError: The factory builds another thing, or the same object again.
     """
 
     max_runs = 100
@@ -165,8 +165,8 @@ class CrewAIProgram:
     async def execute(self, run: Run) -> Outcome:
         """Run the crew once, on a thread of its own.
 
-        When this is cancelled, the thread ends at the crew's next model call, tool call or step. A call that is under
-        way cannot be taken back, and is not waited for beyond STOP_SECONDS.
+        After a cancellation, the thread ends at the crew's next model call, tool call or step. A call under way cannot
+        be taken back, and the wait for it ends after STOP_SECONDS.
         """
         loop = asyncio.get_running_loop()
         bridge = _Bridge(run, loop)
@@ -218,7 +218,7 @@ def _crew_inputs(crew: Crew) -> list[CrewInput]:
 def _flow_inputs(flow: Flow[Any]) -> list[CrewInput]:
     """Return the fields of a flow's state that are required or have a description. Without such fields, return all.
 
-    CrewAI cannot make a state whose fields lack a default, so a field is required where it says so:
+    CrewAI cannot make a state whose fields lack a default, so a field is required if it declares that:
     `topic: str = Field(default="", json_schema_extra={"required": True})`. A state that is a dictionary
     has no fields.
     """
@@ -444,7 +444,7 @@ def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
         restored = {"restore_from_state_id": run.restore_from} if _is_flow(crew) and run.restore_from else {}
         result = crew.kickoff(inputs=dict(run.inputs), **restored)
     if isinstance(result, HumanFeedbackPending):
-        raise ProgramError("The flow asks people by a provider of its own, for whose answers nobody waits here.")
+        raise ProgramError("The flow asks people by its own provider, whose answers do not reach this server.")
     output, data = _result_of(result)
     counted = crew.usage_metrics if _is_flow(crew) else result.token_usage
     usage = TokenUsage(**counted.model_dump(include=set(TokenUsage.model_fields)))

@@ -3,8 +3,8 @@
     kickoff:drop-after-accept@1      the first kickoff starts a run, and its connection is closed without an answer
     status:429=2@4-                  from the fourth on, status calls are answered with 429 and Retry-After: 2
 
-A fault `-before-accept` comes instead of the work. One `-after-accept` comes once the work was done, and only the
-answer goes wrong. With neither it is before.
+A fault `-before-accept` replaces the work. A fault `-after-accept` comes after the work, and only the answer goes
+wrong. Without a suffix, a fault comes before the work.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Literal, NamedTuple
 HTTP_PLACES = ("inputs", "kickoff", "status", "resume", "stop", "any")
 WEBHOOK_PLACES = ("webhook", "webhook-task", "webhook-step", "webhook-crew", "webhook-human", "webhook-stream")
 PLACES = HTTP_PLACES + WEBHOOK_PLACES
-"""Where a fault can be. `any` is every HTTP request, `webhook` every delivery."""
+"""The places of faults. `any` is every HTTP request, `webhook` every delivery."""
 
 
 class Kind(NamedTuple):
     """A fault: the text says what the server does, `value` is the default of VALUE (None if it takes none), `places`
-    are where it can be, `group` is what it spoils. `is_after`: it comes after the work when its name does not say."""
+    are its possible places, `group` is the thing that it spoils. `is_after`: without a suffix it comes late.
+    """
 
     text: str
     value: float | None = None
@@ -74,12 +75,12 @@ class Fault:
 
     Attributes:
         where: One of PLACES.
-        name: One of FAULTS, with `-before-accept` or `-after-accept` where that makes sense.
+        name: One of FAULTS, with `-before-accept` or `-after-accept` if the fault takes these.
         on: At which occurrences, from 1: a number, or text such as "1,4", "2-5" or "3-". None is every one.
         value: Seconds, or a number of calls; its meaning and default are in FAULTS.
 
     Raises:
-        ValueError: No such place or name, or a value or occurrence that makes no sense.
+        ValueError: An unknown place or name, or a wrong value or occurrence.
     """
 
     where: str
@@ -89,7 +90,7 @@ class Fault:
 
     def __post_init__(self) -> None:
         if self.where not in PLACES:
-            raise ValueError(f"There is no place {self.where!r} for a fault. Places: {', '.join(PLACES)}.")
+            raise ValueError(f"{self.where!r} is no place for a fault. Places: {', '.join(PLACES)}.")
         kind = FAULTS.get(self.base_name)
         if kind is None or self.where not in kind.places or (self.name != self.base_name and not kind.has_phases):
             here = ", ".join(name for name, kind in FAULTS.items() if self.where in kind.places)
@@ -128,7 +129,7 @@ class Fault:
 
     @property
     def is_after(self) -> bool:
-        """Whether it comes after the work."""
+        """Whether the fault comes after the work."""
         return self.name.endswith("-after-accept") or (self.kind.is_after and self.name == self.base_name)
 
     @property
@@ -136,7 +137,7 @@ class Fault:
         return ("1-" if self.on is None else str(self.on)).split(",")
 
     def hits(self, occurrence: int) -> bool:
-        """Return whether it comes at this occurrence, counted from 1."""
+        """Return whether the fault comes at this occurrence, counted from 1."""
         for low, dash, high in (part.partition("-") for part in self._parts):
             if int(low) <= occurrence <= (float(high or "inf") if dash else int(low)):
                 return True

@@ -2,7 +2,7 @@
 
 - documented: To the letter of the published contract. For states that it leaves open (a run that waits for a person,
   or was stopped), the server uses the words of CrewAI's pages.
-- union: All that strict clients in the field look for, `state` and `status` both, at once.
+- union: All fields that strict clients look for, `state` and `status` together.
 - live: As CrewAI's hosted crews answer: `state` and `result`, no progress, no times; errors as `{"detail": …}`; an
   unknown run is a 200 with the state NOT FOUND. `GET /inputs` describes each input.
 """

@@ -22,7 +22,7 @@ class ProgramError(Exception):
 
 
 class ProgramNotFoundError(ValueError):
-    """The crew to serve cannot be loaded; the text says why and what to do."""
+    """The crew to serve cannot be loaded. The text has the reason and the next step."""
 
 
 class Answer(NamedTuple):
@@ -72,7 +72,7 @@ class Program(Protocol):
     async def execute(self, run: Run) -> Outcome:
         """Run the crew once.
 
-        It is cancelled (asyncio.CancelledError) when the run is stopped, and must not block the event loop.
+        A stop of the run cancels this coroutine (asyncio.CancelledError), which must not block the event loop.
 
         Raises:
             ProgramError: The crew failed.
@@ -88,7 +88,7 @@ Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 @dataclass(eq=False, repr=False)
 class Run:
-    """One run. Its program reports to it, and the server makes its answers of it.
+    """One run. The run's program reports to the run, and the server makes its answers from the run.
 
     Its methods must be called on the server's event loop; any thread may read it.
 
@@ -96,7 +96,7 @@ class Run:
         id: The kickoff id.
         targets: The webhooks; each `/resume` replaces them, also by none.
         base_url: The server's URL as the kickoff's client used it.
-        planned: Names of all tasks, where the program said so.
+        planned: Names of all tasks, if the program set them.
         tasks: The results of the ended tasks.
         faults: The faults that concern this run, by name, with their values.
     """
@@ -170,8 +170,8 @@ class Run:
     async def ask(self, *, task_id: str, output: str) -> Answer:
         """Wait until a person has answered; until then the run's state is "waiting".
 
-        Questions about one task are asked one after the other, since an answer names the task alone. Where the run
-        has ended, this is cancelled.
+        Questions about one task are asked one after the other, since an answer only names the task. A run's end cancels
+        this.
         """
         async with self._asking[task_id]:
             if self.state.ended:
@@ -198,7 +198,7 @@ class Run:
     def answer(
         self, task_id: str, answer: Answer, targets: Webhooks | None = None
     ) -> Literal["resumed", "retrying", "completed"] | None:
-        """Take a person's answer, and return the word that `/resume` answers, or None if there is no such question.
+        """Take a person's answer. Return the word for the answer of `/resume`, None if there is no such question.
 
         `targets` replace the targets of webhooks; None keeps them.
         """
@@ -232,12 +232,12 @@ class Run:
 class CrewRuns:
     """All runs of one crew. `max_runs` of them run at once; None is the program's own number, or no limit.
 
-    `spawn` starts a task. If the server cancels it, the run is abandoned: it does not end.
+    `spawn` starts a task. If the server cancels the task, the run is abandoned and does not end.
     """
 
     def __init__(self, program: Program, *, listener: Listener, spawn: Spawn, max_runs: int | None) -> None:
         if max_runs is not None and max_runs < 1:
-            raise ValueError(f"max_runs must be above 0, not {max_runs}: that many runs go on at once.")
+            raise ValueError(f"max_runs, the number of runs at once, must be above 0, not {max_runs}.")
         self.program = program
         self.is_flow: bool = getattr(program, "flow", False)
         self._listener = listener

@@ -23,7 +23,7 @@ from prefect_crew.devserver._runs import Outcome, Program, ProgramError, Run
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
 _OF_RUN = {"tasks", "previous", "kickoff_id", "feedback", "round"}
 _SCOPE = {"inputs", *_OF_RUN, *cast("dict[str, Any]", _JINJA.globals)}  # pyright: ignore[reportUnknownMemberType]
-"""Names that a template sees, with those of the inputs. An input whose name is in `_OF_RUN` is hidden from it."""
+"""Names that a template sees, with the names of the inputs, but for an input whose name is in `_OF_RUN`."""
 BUNDLED = ("echo", "travel")
 """The crews that come with this package."""
 
@@ -107,7 +107,7 @@ class CrewScript(_Part):
                 raise ValueError(f"{where} is not a template: {error.message} (line {error.lineno} of it)") from None
             if hidden := sorted(used & _OF_RUN & {*inputs}):
                 name = hidden[0]
-                raise ValueError(f"{where} uses {name}, which is not the input of this name here: write inputs.{name}")
+                raise ValueError(f"{where} uses {name}, which is not the input here. Write inputs.{name}")
             unknown = used - {*inputs, *_SCOPE}
             if inputs and unknown:  # a crew that names no inputs takes any
                 raise ValueError(f"{where} uses {', '.join(sorted(unknown))}, and the inputs are {', '.join(inputs)}")
@@ -129,7 +129,7 @@ class ScriptedProgram:
 
     def __init__(self, script: CrewScript, *, speed: float = 1.0) -> None:
         if not speed > 0:
-            raise ValueError(f"speed must be above 0, not {speed:g}: 2 is twice as fast.")
+            raise ValueError(f"speed must be above 0, not {speed:g}. 2 is twice as fast.")
         self.script = script
         self.speed = speed
         self.name = script.name
@@ -228,7 +228,7 @@ def load_script(source: str | os.PathLike[str]) -> CrewScript:
     """Return a script from its text (several lines), from a file, or by the name of a crew of this package.
 
     Raises:
-        ValueError: There is no such file or name, or what it holds is not a crew.
+        ValueError: There is no such file or name, or its content is no crew.
     """
     text = name = os.fspath(source)
     if "\n" in text:
@@ -263,8 +263,8 @@ def load_program(spec: Spec, *, speed: float = 1.0) -> Program:
             a program, which is returned as it is.
 
     Raises:
-        ValueError: The script is wrong or not there.
-        ProgramNotFoundError: CrewAI is not installed, or the factory is not there, or builds no crew.
+        ValueError: The script is wrong or does not exist.
+        ProgramNotFoundError: CrewAI is not installed, or the factory does not exist or builds no crew.
     """
     if isinstance(spec, CrewScript):
         return ScriptedProgram(spec, speed=speed)

@@ -81,9 +81,9 @@ class _RefusedError(Exception):
 
 
 class _JSON(JSONResponse):
-    """JSON in ASCII, since crews say what JSON can hold and UTF-8 cannot, and programs what JSON cannot.
+    """JSON in ASCII, since a crew may return text that UTF-8 cannot hold, and a program values that JSON cannot hold.
 
-    It has no blanks, as hosted crews write it (they are FastAPI): some clients cut the id out of the text.
+    It has no blanks, like the JSON of hosted crews (FastAPI), since some clients cut the id out of the text.
     """
 
     def render(self, content: Any) -> bytes:
@@ -102,11 +102,11 @@ class CrewServer:
 
     Options:
         - `token`: The bearer token that every request but `GET /` must carry; a random one by default.
-        - `response_format`: How answers are worded: "documented" is the published API to the letter, "union" has
+        - `response_format`: The words of answers: "documented" is the published API to the letter, "union" has
           everything that strict clients look for, "live" is what hosted crews answer.
-        - `generation`: How the bodies of webhooks are worded: "first" or "later".
+        - `generation`: The words of webhooks' bodies: "first" or "later".
         - `faults`: Mistakes of the server, as `Fault` or as text such as "status:500@1".
-        - `speed`: The seconds of scripts are divided by it.
+        - `speed`: The divisor of the seconds in scripts.
         - `stop`: Whether there is `/stop`; the published contract has none.
         - `max_runs`: At most this many runs of a crew at once; later ones are pending. None: no limit for scripts, 100
           for CrewAI code.
@@ -114,7 +114,7 @@ class CrewServer:
 
     Attributes:
         port: The port; 0 before the first start of a server that takes a free one.
-        token: The bearer token. Setting it rotates it: from then on the old one gets 401.
+        token: The bearer token. A new value rotates the token: from then on, the old token gets 401.
         faults: Mistakes of the server; they may be changed while it runs.
         requests: Requests by place: inputs, kickoff, status, resume, stop, health.
         unauthorized: How many requests had a missing or wrong token; they count nowhere else.
@@ -122,7 +122,7 @@ class CrewServer:
         crashed: Set when the fault `crash` has ended the server; `restart()` brings it back.
 
     Raises:
-        ValueError: An option or the crew makes no sense; the text says which and why.
+        ValueError: An option or the crew is wrong. The text has the reason.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class CrewServer:
         """Return one run.
 
         Raises:
-            KeyError: There is none with this id.
+            KeyError: No run has this id.
         """
         return {run.id: run for run in self.runs}[kickoff_id]
 
@@ -217,7 +217,7 @@ class CrewServer:
 
         Raises:
             OSError: The port is taken.
-            RuntimeError: It runs already, or does not start.
+            RuntimeError: The server runs already, or does not start.
         """
         if self._running is not None:
             raise RuntimeError(f"{self!r} runs already")
@@ -235,7 +235,7 @@ class CrewServer:
             raise RuntimeError(f"{self!r} does not start: {error}") from error
 
     def stop(self) -> None:
-        """Stop the server: runs in flight are cancelled, and the port is free when this returns. Idempotent."""
+        """Stop the server and cancel the runs in flight. The port is free when this returns. Idempotent."""
         running, self._running = self._running, None
         if running is not None:
             running.close()
@@ -327,7 +327,7 @@ class CrewServer:
     def _unauthorized(self) -> Response:
         self.unauthorized += 1
         body = self._format.error(
-            "Unauthorized", "The bearer token is missing or wrong: send Authorization: Bearer TOKEN."
+            "Unauthorized", "The bearer token is missing or wrong. Send the header 'Authorization: Bearer TOKEN'."
         )
         return _JSON(body, 401, headers={"WWW-Authenticate": "Bearer"})
 
@@ -552,10 +552,10 @@ def serve(
     on_listening: Callable[[str, str], None] | None = None,
     **options: Unpack[ServerOptions],
 ) -> int:
-    """Serve a crew until Ctrl-C or SIGTERM; runs in flight are cancelled then. Returns 0.
+    """Serve a crew until Ctrl-C or SIGTERM, which cancel the runs in flight. Returns 0.
 
-    Standard output gets one line once the server answers: where it is, and how to run the crew. The other arguments are
-    those of `CrewServer`.
+    Once the server answers, standard output gets one line with its URL and the command that runs the crew. The other
+    arguments are those of `CrewServer`.
 
     Args:
         spec: The crew.

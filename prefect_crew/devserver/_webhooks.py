@@ -24,7 +24,7 @@ from prefect_crew.devserver._response_formats import documented_result, document
 from prefect_crew.devserver._runs import Question, Run, Spawn, Step
 
 Generation = Literal["first", "later"]
-"""How the bodies of webhooks are worded."""
+"""The two wordings of the bodies of webhooks."""
 CALLBACKS = "/human_feedback_requests/"
 """The end of the path of a callback URL, before its token."""
 

@@ -99,7 +99,7 @@ def _times(view: StepView, start: float, span: float, now: float) -> tuple[str, 
 
 
 def _link(view: StepView) -> str:
-    """Return a link to the artifact of a step's run. It is relative: the address of the page is unknown here."""
+    """Return a link to the artifact of a step's run, relative since the page's address is unknown here."""
     if view.run is None:
         return ""
     artifact = view.run.artifact.id

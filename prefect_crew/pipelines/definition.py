@@ -31,12 +31,12 @@ class PipelineInput(_Plain):
         default=None, description="Its type in JSON. Empty: text."
     )
     description: str | None = Field(default=None, description="Description in the run form.")
-    required: bool = Field(default=True, description="Whether each run must give it if it has no default.")
+    required: bool = Field(default=True, description="Whether each run must give the input if it has no default.")
     default: JsonValue = Field(
         default=None, description="Value if a run leaves it out. For a secret input: the name of a Secret block."
     )
     secret: bool = Field(
-        default=False, description="Whether a run gives it as the name of the Prefect Secret block that holds it."
+        default=False, description="Whether a run gives the name of the Prefect Secret block that holds the input."
     )
 
     @property
@@ -53,12 +53,12 @@ class StepDefinition(_Plain):
     inputs: dict[str, JsonValue] | None = Field(
         default=None,
         description="The crew's inputs by name; texts are templates over the pipeline's inputs and earlier steps. "
-        "Empty: the pipeline's inputs of the crew's names.",
+        "Empty: the pipeline's inputs with the names of the crew's inputs.",
     )
     after: str | tuple[str, ...] = Field(
         default=(), description="Steps to wait for, in addition to those that its templates use."
     )
-    wait: WaitPolicy | None = Field(default=None, description="How to wait for it, in place of the block's policy.")
+    wait: WaitPolicy | None = Field(default=None, description="How to wait, in place of the block's policy.")
     review: Literal["form"] | None = Field(
         default=None, description="Place of questions to people: a form on the flow run's page."
     )
@@ -111,7 +111,7 @@ class PipelineDefinition(_Plain):
             secret_inputs: The names of each step's secret inputs, by the step's name.
         """
         return [
-            f"step {step.name!r}, input {name!r}: it is secret, and a deployment stores its steps as they are; write "
+            f"step {step.name!r}, input {name!r}: a deployment would store this secret in plain text; write "
             f"'{{{{ {re.sub(r'[^0-9a-zA-Z_]', '_', name)} }}}}', an input of the pipeline, and nothing else"
             for step in self.steps
             for name in secret_inputs.get(step.name, ())
@@ -145,7 +145,7 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
         file: Its path, for messages.
 
     Raises:
-        ConfigurationError: It is not a pipeline; the message names the step and the field.
+        ConfigurationError: The file holds no pipeline. The message names the step and the field.
     """
     try:
         content = yaml.safe_load(text)
@@ -168,4 +168,4 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
         problems = [re.sub(r"^steps\.(\d+)", named, problem) for problem in problems_of(error)]
         raise ConfigurationError(f"{file} is not a pipeline that can run: {'; '.join(problems)}.") from None
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{file} holds what JSON cannot: {error}. Put such a value in quotes.") from None
+        raise ConfigurationError(f"{file} has a value that JSON cannot hold: {error}. Quote the value.") from None

@@ -37,19 +37,19 @@ class CrewStep:
     """One crew in a pipeline.
 
     Args:
-        name: Its name, unique in the pipeline.
+        name: The step's name, unique in the pipeline.
         crew: A crew, or the name of a stored block.
-        inputs: Its inputs by name. A text is a template over the pipeline's inputs and earlier steps:
+        inputs: The crew's inputs by name. A text is a template over the pipeline's inputs and earlier steps:
             `"{{ topic }}"`, `"{{ research.output }}"`, `"{{ research.data.title }}"`,
             `"{{ research.tasks[0].output }}"`, `"{{ steps['a b'].output }}"`. Texts within lists and mappings are
             templates too. A function of the context returns the value: `lambda context: context["research"].output`.
             Default: the pipeline's inputs with the names of the crew's inputs.
         after: Names of steps to wait for, in addition to the steps that its templates use. A function sees only steps
             that this step waits for, directly or through other steps.
-        wait: How to wait for it, in place of the block's policy.
-        output_type: A pydantic model; the `data` of its result is then an instance of it.
-        review: The source of answers when it waits for a person, as for `run_crew`, in place of the pipeline's.
-        restore_from: The id of a Flow state from which it starts, as for `run_crew`.
+        wait: How to wait for the run, in place of the block's policy.
+        output_type: A pydantic model; the `data` of the result is then an instance of the model.
+        review: The source of answers when the crew waits for a person, as for `run_crew`, in place of the pipeline's.
+        restore_from: The id of a Flow state from which the run starts, as for `run_crew`.
     """
 
     name: str
@@ -79,7 +79,7 @@ class PipelineContext:
             return self.results[step]
         except KeyError:
             raise ConfigurationError(
-                f"Step {step!r} is not known here: name it in `after`, so that it has run before."
+                f"Step {step!r} is not known here. Name the step in `after`, so that it runs before."
             ) from None
 
 
@@ -99,7 +99,7 @@ class PipelinePlan:
 class Pipeline:
     """The steps of one pipeline and its inputs. `check` loads the crews and asks each for its inputs.
 
-    `problems` has all problems found so far. `unreachable` has the crews that did not answer: a problem too, but not
+    `problems` has all problems found so far. `unreachable` has the crews that did not answer, a problem too, but not
     for a pipeline that was started before. `order` has the steps' names, each after the steps that it needs; it is
     empty if they depend on each other in a circle. `before` has the steps that a step needs, directly or through
     others. `uses` has the names in the templates of a step, by its inputs. `crews` are by the steps' names.
@@ -242,7 +242,7 @@ class Pipeline:
         is_away = idempotency_key and self.unreachable and not await self._has_earlier_runs(idempotency_key)
         if self.problems or is_away:
             listed = "; ".join([*self.problems, *self.unreachable])
-            raise ConfigurationError(f"The pipeline cannot run, nothing was started: {listed}.")
+            raise ConfigurationError(f"The pipeline cannot run, and nothing was started: {listed}.")
 
     async def _has_earlier_runs(self, idempotency_key: str) -> bool:
         if any(step.inputs is None and self._expected_by(step) is None for step in self.steps):

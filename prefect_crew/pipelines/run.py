@@ -1,7 +1,7 @@
 """Pipelines of crews: a step can use the results of earlier steps; independent steps run at the same time.
 
-Each step is a run of its own. Its idempotency key is the pipeline's key and the step's name: a second call with the
-key, or a retry of the flow run, reattaches to the runs that were started, and starts failed ones again.
+Each step is a run of its own. Its idempotency key is the pipeline's key and the step's name, so a second call with the
+key, or a retry of the flow run, reattaches to the runs that were started, and starts failed runs again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ async def aplan_pipeline(steps: Sequence[CrewStep], inputs: Mapping[str, Any] | 
 plan_pipeline = sync_version(aplan_pipeline)
 
 
-@naming_prefect_away("Run again with the same key: the runs that were started are found.")
+@naming_prefect_away("Run again with the same key, which reattaches to the runs that were started.")
 async def arun_pipeline(
     steps: Sequence[CrewStep],
     inputs: Mapping[str, Any] | None = None,
@@ -75,16 +75,16 @@ async def arun_pipeline(
 ) -> PipelineResult:
     """Run a pipeline of crews and return all their results. A step can use the results of earlier steps.
 
-    Independent steps run at the same time. The graph and the inputs of every crew are checked before the first
-    kickoff. Inside a flow (or a task) it runs tasks of that flow; outside of a flow it runs a flow of its own.
+    Independent steps run at the same time. The call checks the graph and the inputs of every crew before the first
+    kickoff. Inside a flow (or a task) the call runs tasks of that flow; outside of a flow, it runs a flow of its own.
 
     Args:
         steps: The steps, in any order.
         inputs: The pipeline's inputs, for the templates.
         name: The pipeline's name: on its artifact, and part of a derived idempotency key.
         idempotency_key: The identity of the whole pipeline; each step's key is this key, a slash and the step's name.
-            It may be a template over the scheduled time. Default: inside a flow, a key is derived, so that retries of
-            this flow run reattach to its runs.
+            The key may be a template over the scheduled time. Default: inside a flow, a key is derived, so that retries
+            of this flow run reattach to its runs.
         wait: How to wait, in place of the blocks' policies, for steps without a policy of their own.
         review: The source of answers when a crew waits for a person, as for `run_crew`, for steps without their own.
         budgets: Limits for the total use of all steps, in addition to the blocks' budgets. A budget without a name gets
@@ -134,7 +134,7 @@ async def run_steps(
     raise ConfigurationError(
         "This run's steps were defined in Python and cannot be retried from its parameters. Call run_pipeline again "
         "with the same steps and idempotency key, which reattaches to the runs that were started, or write a flow "
-        "around it and retry that."
+        "around the call and retry that flow."
     )
 
 
@@ -161,7 +161,7 @@ async def run_deployed_pipeline(
     await bare.load()
     blocks = {name: list(crew.secret_inputs) for name, crew in bare.crews.items()}
     if stored := pipeline.stored_secrets(blocks):
-        raise ConfigurationError(f"The pipeline cannot run, nothing was started: {'; '.join(stored)}.")
+        raise ConfigurationError(f"The pipeline cannot run, and nothing was started: {'; '.join(stored)}.")
     secret = bare.secret_inputs | {name for name, item in pipeline.inputs.items() if item.secret}
     hidden = await values_of_blocks({name: values[name] for name in values if name in secret}, secret)
     # With the loaded crews, so that each is loaded once. A missing block is reported later, with all other problems.

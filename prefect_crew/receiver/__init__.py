@@ -9,7 +9,7 @@ Each event is about the run that the URL was made for:
     crew.webhook.crew, .human_input        the crew completed; a person is asked
     crew.webhook.stream.<type>             the crew failed, or a Flow ended
 
-A webhook is news, not proof: a process that is woken by a webhook asks the status call.
+A webhook is news, not proof: a process that a webhook wakes makes the status call.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The receiver as an ASGI app: it verifies, cuts down, wakes who waits, and answers.
+"""The receiver as an ASGI app: it verifies webhooks, cuts them down, wakes waits, and answers.
 
-    POST /requests               200; 404 for whatever is not signed by the platform: the question of a Flow to a person
-    POST /hooks/{kind}/{token}   200; 404 for whatever is not ours, 415, 413, 400, 408
+    POST /requests               200; 404 without the platform's signature: the question of a Flow to a person
+    POST /hooks/{kind}/{token}   200; 404 for a URL that is not ours, 415, 413, 400, 408
     GET  /recent?after=CURSOR    200 with the webhooks since then, for processes that wait for runs; 404, 503
     GET  /health                 200 while it runs
     GET  /ready                  200 while it takes questions, 503 else; with counters
 
-No answer to a webhook waits for Prefect. Until the token is verified no byte of a body is read. The answer
-to a forged token, a stale one and a wrong path is the same.
+No answer to a webhook waits for Prefect. The receiver reads no byte of a body before it has verified the token. It
+gives the same answer to a forged token, a stale token and a wrong path.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def create_receiver(
 ) -> Starlette:
     """Return the receiver, to be served alone or mounted into your own app under any prefix.
 
-    Where the app is mounted, no server informs it of its end: call `await app.state.forwarder.aclose()` when your app
-    shuts down.
+    No server informs a mounted app of its end, so call `await app.state.forwarder.aclose()` when your app shuts down.
 
     Args:
         secret: The secret that signed the URLs, or several separated by blanks; left out, the setting
@@ -105,12 +104,12 @@ class _Receiver:
         return JSONResponse(body, status_code=200 if ready else 503)
 
     async def recent(self, request: Request) -> Response:
-        """Answer a process that waits for runs, once there is something to say or after some seconds."""
+        """Answer a process that waits for runs, once there is a webhook or after some seconds."""
         if not may_read_recent(self._secret, request.headers.get("authorization")):
             return self._answer(404, "not found")
         answer = await self.forwarder.recent.after(request.query_params.get("after", ""))
         if answer is None:
-            return self._answer(503, "too many processes wait here: they poll")
+            return self._answer(503, "too many processes wait here, so this one has to poll")
         return JSONResponse(answer, headers={"Cache-Control": "no-store"})
 
     async def nothing_here(self, _request: Request, _error: Exception) -> Response:
@@ -158,7 +157,7 @@ class _Receiver:
         return self._answer(200)
 
     async def _body(self, request: Request) -> bytes | Response:
-        """Return the body, or the answer that says why it is not taken."""
+        """Return the body, or the answer that refuses it."""
         length = request.headers.get("content-length", "0")
         too_large = f"a webhook's body has at most {self._max_body} bytes"
         if not length.isdecimal() or len(length) > 12 or int(length) > self._max_body:
@@ -185,7 +184,7 @@ class _Receiver:
 
 
 def _is_json(request: Request) -> bool:
-    """Return whether the body claims to be plain JSON, or claims nothing."""
+    """Return whether the headers name plain JSON as the body's type, or name no type."""
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         return False
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()

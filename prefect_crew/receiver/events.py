@@ -1,4 +1,4 @@
-"""From a webhook's body to an event on the Prefect server. Nothing that may be a secret goes into one."""
+"""From a webhook's body to an event on the Prefect server. An event contains nothing that may be a secret."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ _TYPE = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True)
 class WebhookEvent:
-    """One event to be.
+    """An event that the receiver will emit.
 
-    `name` follows `crew.webhook.`. `facts` are those of the body, which nobody has checked. `id` is the same for the
-    same delivery, so that the server keeps one of two. `said_key` is the idempotency key in the body's `meta`, if it
-    has one. `output` is what a person is to judge.
+    `name` follows `crew.webhook.`. `facts` are the body's, which nobody has checked. The same delivery has the same
+    `id`, so that the server keeps one event of two. `said_key` is the idempotency key in the body's `meta`, if there is
+    one. `output` is the text that a person has to judge.
     """
 
     hook: Hook
@@ -65,12 +65,12 @@ class WebhookEvent:
 
 
 def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
-    """Return the events in a delivery: one, or those of a stream up to `MAX_STREAMED`.
+    """Return the events in a delivery: one event, or up to `MAX_STREAMED` events of a stream.
 
     The same body at the same URL gives the same ids, of which the Prefect server keeps one.
 
     Raises:
-        ResponseFormatError: The body is not an object, or names no run; that of a stream holds no events.
+        ResponseFormatError: The body is not an object, or names no run, or is of a stream and holds no events.
     """
     expected = f"a {hook.kind} webhook's body"
     value = decode(body, expected=expected)
@@ -154,9 +154,9 @@ def _counts(usage: TokenUsage | None) -> dict[str, Any]:
 
 
 def _said(hook: Hook, facts: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an event says: no name, and no id that may be a sentence, where these may hold a secret.
+    """Return the facts of an event, without names, and without ids that may be sentences, if these may hold a secret.
 
-    No control characters: PostgreSQL stores no NUL, and the Prefect server would lose the events next to it as well.
+    The facts have no control characters: PostgreSQL stores no NUL, and the server would lose other events too.
     """
     result: dict[str, Any] = {}
     for key, value in ({**facts, **names} if hook.names else facts).items():
@@ -184,9 +184,9 @@ def event_name(event: WebhookEvent) -> str:
 
 
 def prefect_event(event: WebhookEvent) -> dict[str, Any]:
-    """Return the arguments of Prefect's `emit_event`. The signed URL says which run the event is about, never the body.
+    """Return the arguments of Prefect's `emit_event`. The signed URL, never the body, names the run of the event.
 
-    A question or an end of a run has one id, whatever the bodies say: the server keeps one event of each.
+    A question or an end of a run has one id, whatever the bodies contain, so that the server keeps one event of each.
     """
     hook, name = event.hook, event_name(event)
     key = hook.idempotency_key

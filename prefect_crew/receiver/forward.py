@@ -1,9 +1,9 @@
-"""Hands on what the receiver takes: at once to the processes that wait for runs, then to the Prefect server.
+"""Passes on the webhooks that the receiver takes: at once to processes that wait for runs, then to the Prefect server.
 
-The latest webhooks are kept for processes that ask for what came after the last one that they have. Such an answer is
-held back until there is something to say, so a webhook reaches a waiting process within milliseconds. After that an end
-or a question becomes an event, which automations read: Prefect's own thread sends it. The signed URL has all that an
-event says of a run, so no webhook costs a request to Prefect. The text of a question is stored before anybody is woken.
+The receiver keeps the latest webhooks for processes that ask for webhooks after their last one. It holds an answer back
+until there is one, so a webhook reaches a waiting process within milliseconds. After that an end or a question becomes
+an event, which automations read and Prefect's own thread sends. The signed URL has a run's facts for the event, so no
+webhook costs a request to Prefect. A question is stored before a process is woken.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REPORTS = 10_000
 """Events that are remembered. Prefect's thread has no limit of its own: an end or a question that comes again is
 reported once, so a URL in the wrong hands fills no memory while the Prefect API cannot be reached."""
 LOOK_AFTER, LOOK_AT_ONCE = 3.0, 100
-"""Seconds after the first webhook of a run after which its record is looked at, and how many records in one request."""
+"""Seconds from the first webhook of a run to the read of its record, and the number of records in one request."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 CLOSE_WITHIN = 5.0
 RESOLVING = 100  # runs that are being resolved at the same time
@@ -59,13 +59,13 @@ MOST_HELD = 300  # answers that are held back at the same time
 
 RunName = tuple[str, int | None]  # an idempotency key and an attempt at it
 NoteName = tuple[str, int | None, int]
-"""The question of a run: its key, attempt and number of answers before; of a Flow its kickoff id alone."""
+"""The name of a question: the run's key, attempt and number of answers before; for a Flow, the kickoff id alone."""
 
 
 class RecentWebhooks:
-    """The latest webhooks that end pauses or tell tokens, in the order in which they came. Of one event loop.
+    """The latest webhooks that end pauses or report tokens, in the order of their arrival, for one event loop.
 
-    A cursor names the last webhook that a process has, and the start of this receiver: another one has not the same.
+    A cursor names the last webhook that a process has, and the start of this receiver, which no other start shares.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class RecentWebhooks:
         self._is_closing = False
 
     def add(self, event: WebhookEvent) -> None:
-        """Keep a webhook that processes wait for, and answer them. Others are not kept."""
+        """Keep a webhook that processes wait for, and answer the processes. Drop any other webhook."""
         name, hook = event_name(event), event.hook
         if name not in (*WAKING, CALLED):
             return
@@ -96,7 +96,7 @@ class RecentWebhooks:
         self._news = asyncio.Event()
 
     def close(self) -> None:
-        """Answer all who wait, and hold no answer back any more: the server is about to stop."""
+        """Answer all processes that wait, and hold no answer back any more, since the server is about to stop."""
         self._is_closing = True
         self._news.set()
 
@@ -141,13 +141,13 @@ class Forwarder:
     `put` never waits. `aclose` ends the tasks that it begins.
 
     Raises:
-        ConfigurationError: No Prefect API is set: nobody would read events on an embedded server.
+        ConfigurationError: No Prefect API is set. Nobody would read events on an embedded server.
     """
 
     def __init__(self) -> None:
         if not get_current_settings().api.url:
             raise ConfigurationError(
-                "The receiver needs the Prefect API that your flows use: set PREFECT_API_URL, such as "
+                "The receiver needs the Prefect API that your flows use. Set PREFECT_API_URL, such as "
                 "http://127.0.0.1:4200/api, or choose a profile that has it."
             )
         self.recent = RecentWebhooks()
@@ -166,8 +166,9 @@ class Forwarder:
         """Whether Prefect's thread may have events to send: from `start` on, until `aclose` has seen it end."""
 
     def start(self) -> None:
-        """Connect to the Prefect server for events. The thread keeps what comes while a connection is lost, but gives
-        up after 7 s what waits for its first one."""
+        """Connect to the Prefect server for events. The thread keeps events while a connection is lost, but drops those
+        that wait 7 s for the first.
+        """
         EventsWorker.instance()
         self.has_unsent_events = True
 
@@ -186,7 +187,7 @@ class Forwarder:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the text of a question that is taken now is stored, at once or later."""
+        """Whether the receiver would store the text of a question now, at once or later."""
         return not self._is_closing and len(self._notes) < NOTES
 
     def report(self) -> dict[str, int]:
@@ -205,7 +206,7 @@ class Forwarder:
                 await cancel_and_wait(task)
         if self._notes:
             logger.warning(
-                "%d questions were not kept before the receiver stopped: answer them on the platform.",
+                "%d questions were not stored before the receiver stopped. Answer them on the platform.",
                 len(self._notes),
             )
         for note in self._notes.values():
@@ -218,8 +219,7 @@ class Forwarder:
     # Events
 
     def _report(self, event: WebhookEvent | ReviewRequest) -> None:
-        """Wake the processes that wait. Then report an end or a question to Prefect, once. No process waits for the
-        question of a Flow: it is stored, and that is all."""
+        """Wake processes that wait, then report an end or a question to Prefect once. Only store a Flow's question."""
         if isinstance(event, ReviewRequest):
             return
         self.recent.add(event)
@@ -235,8 +235,7 @@ class Forwarder:
     # Texts of questions
 
     def _keep(self, name: NoteName, note: WebhookEvent | ReviewRequest) -> None:
-        """Have a question stored, in place of an earlier text of it. Where there is no room, the text of the oldest one
-        is dropped."""
+        """Have a question stored in place of its earlier text. Without room, drop the text of the oldest question."""
         if name not in self._notes and len(self._notes) >= NOTES:
             self._report(self._notes.pop(next(iter(self._notes))))
             self._counts["dropped"] += 1
@@ -245,8 +244,7 @@ class Forwarder:
             self._storing = asyncio.create_task(self._store_notes(), name="store questions")
 
     async def _store_notes(self) -> None:
-        """Store the questions, which nobody sends a second time: again and again while the Prefect API cannot be
-        reached."""
+        """Store the questions, which nobody sends twice. Repeat this while the Prefect API cannot be reached."""
         pause = FIRST_PAUSE
         while self._notes:
             notes = dict(itertools.islice(self._notes.items(), AT_ONCE))
@@ -261,7 +259,7 @@ class Forwarder:
             pause *= 2
 
     async def _store(self, name: NoteName, note: WebhookEvent | ReviewRequest) -> bool:
-        """Store a question and report it. False: the Prefect API cannot be reached."""
+        """Store a question and report it. Return False if the Prefect API cannot be reached."""
         try:
             async with asyncio.timeout(ATTEMPT):
                 await (keep_question(note) if isinstance(note, ReviewRequest) else self._store_output(name, note))
@@ -286,7 +284,7 @@ class Forwarder:
     # Uncertain kickoffs
 
     def _note_run(self, event: WebhookEvent) -> None:
-        """Have the record of a run looked at, once: whether its kickoff is uncertain, which a webhook can resolve."""
+        """Have the record of a run read once, because a webhook can resolve an uncertain kickoff."""
         name = event.hook.idempotency_key, event.hook.attempt
         if event.kickoff_id is None or event.hook.attempt is None or name in self._seen:
             return
@@ -297,8 +295,7 @@ class Forwarder:
             self._looking = asyncio.create_task(self._look(), name="look at the records of runs")
 
     async def _look(self) -> None:
-        """Look at the records of runs whose webhooks have come, many in one request. A kickoff that is under way may
-        be answered by then."""
+        """Read the records of runs whose webhooks have come, many in a request. By then, a kickoff may be answered."""
         while self._unseen:
             await asyncio.sleep(LOOK_AFTER)
             some = dict(itertools.islice(self._unseen.items(), LOOK_AT_ONCE))
@@ -324,7 +321,7 @@ class Forwarder:
         task.add_done_callback(lambda _: self._resolving.pop(name, None))
 
     async def _resolve(self, event: WebhookEvent, kickoff_id: str) -> None:
-        """Resolve a run whose kickoff is uncertain: tried again while that may succeed a little later."""
+        """Resolve a run whose kickoff is uncertain. Try again while this may succeed a little later."""
         hook, key, outcome = event.hook, event.hook.idempotency_key, Resolution.NOT_NEEDED
         for pause in RESOLVE_PAUSES:
             await asyncio.sleep(pause)
@@ -355,8 +352,8 @@ class Forwarder:
                     emit("resolved", record, once=True)
         elif outcome is not Resolution.NOT_NEEDED:
             logger.warning(
-                "Idempotency key %s stays uncertain: its webhook names run %r (%s). To resolve it: prefect-crew runs "
-                "resolve",
+                "Idempotency key %s stays uncertain: its webhook names run %r (%s). To resolve it, run: prefect-crew "
+                "runs resolve",
                 key,
                 kickoff_id,
                 outcome,

@@ -28,7 +28,7 @@ BACKLOG = 100
 
 
 class _HeadsInTime(H11Protocol):
-    """uvicorn's HTTP protocol, which by itself waits for the rest of a head for ever, on any number of connections.
+    """uvicorn's HTTP protocol, which alone would wait for ever for the rest of a head, on any number of connections.
 
     `idle` holds the connections of one server without a request in work, the oldest first.
     """
@@ -82,9 +82,9 @@ class _HeadsInTime(H11Protocol):
 
 
 class ReceiverServer(WebServer):
-    """Serves a receiver, or any ASGI app that holds one; stop it by setting `should_exit`.
+    """Serves a receiver, or an ASGI app that holds one. To stop the server, set `should_exit`.
 
-    URLs are all that protects three of its webhooks, so no request is logged.
+    Only their URLs protect three kinds of webhooks, so the server logs no request.
     """
 
     def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None) -> None:
@@ -106,7 +106,7 @@ class ReceiverServer(WebServer):
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop, without a wait for the answers that are held back."""
+        """Stop the server, without a wait for the answers that it holds back."""
         if self._recent is not None:
             self._recent.close()
         await super().shutdown(sockets)

@@ -4,8 +4,7 @@ A counter is a global concurrency limit without decay: Prefect changes its slots
 Variable has no such change. After a start has created its claim, it adds the run's estimate to the counter; its permit
 stores how much. Before the permit, only the owner can take the estimate off. After it, the caller that writes
 NOT_STARTED takes the estimate off. The caller that creates the end of a run adds the difference between use and
-estimate. The order of these steps ensures that a counter may be too high after a crash or a lost answer, and never too
-low.
+estimate. The order of these steps ensures that a counter may be too high after a crash or a lost answer, never too low.
 """
 
 from __future__ import annotations
@@ -90,8 +89,8 @@ async def _no_estimate(crew: Crew, period: BudgetPeriod) -> ConfigurationError:
         advice = f"{option}={proposal}, the mean of the {runs} of crew {crew.label} that reported their use"
     also = ", or give the crew a price for each run" if period.measure == "cost" else ""
     return ConfigurationError(
-        f"Budget {period.budget!r} limits {period.measure} and does not say what a run is expected to use. Nothing was "
-        f"started. Give the budget {advice}{also}."
+        f"Budget {period.budget!r} limits {period.measure} but has no estimate of a run's use. Nothing was started. "
+        f"Give the budget {advice}{also}."
     )
 
 
@@ -149,7 +148,7 @@ async def release(record: RunRecord) -> None:
 async def release_given_back(record: RunRecord, records: RecordStore) -> None:
     """Take the estimates of a claim off the counters after its owner gave the claim back.
 
-    Only if the record says that the owner gave it back: else the caller that resolves the claim does this.
+    The record must say that the owner gave the claim back. Else the caller that resolves the claim does this.
     """
     if not record.estimates:
         return
@@ -176,7 +175,7 @@ def corrections(record: RunRecord) -> dict[str, int]:
 async def change(record: RunRecord, slots_by_name: Mapping[str, int]) -> dict[str, int]:
     """Change counters within their limits. Return the change of each counter, in slots.
 
-    It logs errors of Prefect and does not raise them: the run has ended, or was refused.
+    This logs errors of Prefect and raises none, since the run has ended or was refused.
     """
     changed = dict[str, int]()
     for name, slots in slots_by_name.items():

@@ -15,11 +15,11 @@ from prefect_crew.states import CrewState
 
 
 class Counted(Protocol):
-    """An attempt at an idempotency key, in whichever store."""
+    """An attempt at an idempotency key, in any store."""
 
     @property
     def counts(self) -> bool:
-        """Whether the attempt started a run, or may have."""
+        """Whether the attempt started a run, or may have started one."""
         ...
 
 
@@ -62,7 +62,7 @@ class Decision(StrEnum):
 
 
 def latest_start(attempts: Sequence[T]) -> T | None:
-    """Return the last attempt that started a run, or may have. It skips attempts that surely did not start."""
+    """Return the last attempt that started a run, or may have, without attempts that surely did not start."""
     return next((attempt for attempt in reversed(attempts) if attempt.counts), None)
 
 
@@ -90,8 +90,7 @@ def decide(
             has failed since.
 
     A record's `state` is the last status of the crew that somebody read. If a run ended while nobody polled it, the
-    call reattaches, and so reads the status first. So a call starts a failed crew again only if the failure is on
-    record.
+    call reattaches, and so reads the status first. So a call starts a failed crew again only after a stored failure.
     """
     if record is None or record.phase is RecordPhase.NOT_STARTED or force_new:
         return Decision.START

@@ -121,8 +121,8 @@ async def identify(
 def _announce_no_key() -> None:
     """Log once in a process that a later process will not find its runs.
 
-    Not for a deployed flow run: a worker continues it as the same flow run. The level is INFO: Prefect shows it in a
-    script, and a call without a key is no mistake.
+    This logs nothing for a deployed flow run, which a worker continues as the same flow run. The level is INFO, which
+    Prefect shows in a script, since a call without a key is no mistake.
     """
     run_logger().info(
         "No idempotency_key is given, so only retries of this flow run find this run again. If the script is started "
@@ -174,7 +174,7 @@ def normalize_key(idempotency_key: str) -> str:
 def _checked(key: str) -> str:
     key = normalize_key(key)
     if not key:
-        raise ConfigurationError("idempotency_key must not be empty: give it the name of one run, or leave it out.")
+        raise ConfigurationError("idempotency_key must not be empty. Set it to the name of one run, or leave it out.")
     if len(key) > MAX_KEY:
         raise ConfigurationError(f"idempotency_key has {len(key)} characters, the limit is {MAX_KEY}: {key[:60]!r}…")
     try:
@@ -259,8 +259,8 @@ def calling_task() -> Generator[None]:
 class _Calls:
     """Numbers equal calls within one attempt of one flow run, so that a retried task gets the same numbers again.
 
-    A retried task keeps its id, but the tasks that it calls get new ids. These are told apart by the order in which
-    they first make equal calls.
+    A retried task keeps its id, but the tasks that it calls get new ids. The order of their first equal calls
+    distinguishes these tasks.
     """
 
     root: _Root | None = None
@@ -318,7 +318,7 @@ def _calls_of(flow_run: tuple[str, int], context: FlowRunContext | None) -> _Cal
 
 
 def forget_calls(flow_run_id: str) -> None:
-    """Number the calls of a flow run from one again: it begins again in this process.
+    """Number the calls of a flow run from one again, since it begins again in this process.
 
     A flow run that is resumed after a suspension keeps its `run_count`, so the numbers would go on.
     """

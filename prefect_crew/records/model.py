@@ -159,8 +159,7 @@ class RunRecord(Outcome):
 
     `crew` is for people. A later call with the key compares `crew_url` and `inputs_digest`: the record has no inputs.
     `owner` is a nonce of the call that made the claim. With it a call recognizes its own claim when Prefect's client
-    has sent the request twice. `flow_run_id` and `flow_run_count` are the owner's flow run and the number of its
-    attempt.
+    has sent the request twice. `flow_run_id` and `flow_run_count` are the owner's flow run and its attempt's number.
     """
 
     version: int = RECORD_VERSION
@@ -256,8 +255,8 @@ def _rank(outcome: Outcome) -> tuple[int, bool]:
 def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecord:
     """Return the record that a claim and the entries of its log make together.
 
-    The entry with the highest rank counts, and the first of several with that rank. So a write that arrives late cannot
-    undo an earlier one.
+    The entry with the highest rank counts; of several with that rank, the first. So a late write cannot undo an earlier
+    one.
 
     Args:
         record: The claim.
@@ -298,8 +297,8 @@ class Lease:
     The store restarts the lease right before it sends the request for the first time: not later, since that request may
     create the claim or permit, and not earlier, since the request may wait long for other requests of this process.
 
-    The larger of two times counts: the monotonic clock stands still while a machine sleeps, and the wall clock can be
-    set back.
+    The larger time of two clocks counts: the monotonic clock stands still while a machine sleeps, and the wall clock
+    can be set back.
     """
 
     seconds: float
@@ -365,7 +364,7 @@ class RecordStore(Protocol):
     async def end(self, record: RunRecord, **end: Any) -> bool:
         """Write the end of a run (`resolution`), and set it in the record. Atomic: only one caller closes a run.
 
-        Return False if somebody else has closed it: the record then has that end, unless it was deleted.
+        Return False if somebody else has closed the run. The record then has that end, unless it was deleted.
         """
         ...
 

@@ -77,8 +77,8 @@ def count_attempts(states: Sequence[State]) -> tuple[int, bool]:
 async def crash_dead_owner(record: RunRecord) -> None:
     """Set the flow run that started a run to Crashed if its process ran on this machine and has ended.
 
-    A flow run that was started again or suspended since, or that is paused, is left alone. If the Prefect API cannot be
-    reached, the function logs that and returns: the caller goes on with the run.
+    The function leaves a flow run alone that was started again or suspended since, or that is paused. If the Prefect
+    API cannot be reached, it logs that and returns, and the caller goes on with the run.
     """
     own, owner = flow_run_id(), record.flow_run_id
     if owner is None or owner == own or record.process is None or not process_is_gone(record.process):

@@ -69,7 +69,7 @@ GONE = inf
 
 
 def prunable(records: Iterable[RunRecord], older_than: timedelta, owners: Mapping[str, float]) -> list[RunRecord]:
-    """Return the records to delete: of keys whose attempts, and their flow runs, all ended long enough ago. Pure.
+    """Return the records of keys whose attempts, and their flow runs, all ended long enough ago. Pure.
 
     The first attempt at a key comes last: while it exists, no caller claims its number again below later attempts.
 
@@ -108,9 +108,9 @@ def owner_ids(record: RunRecord) -> list[str]:
 async def read_owners(records: Iterable[RunRecord]) -> dict[str, float]:
     """Return, for each flow run that records name, the seconds since it and all flow runs above it have ended.
 
-    Somebody may retry any of them, even a completed one, and it then asks for its runs again. The value is minus
-    infinity while one of them has not ended, and `GONE` if the flow run was deleted. Seconds are by the Prefect
-    server's clock. Each level of flow runs takes two requests.
+    Somebody may retry any of these flow runs, even a completed one, which then asks for its runs again. The value is
+    minus infinity while one has not ended, and `GONE` if the flow run was deleted. Seconds are by the Prefect server's
+    clock. Each level of flow runs takes two requests.
     """
     owners = dict.fromkeys((owner for record in records for owner in owner_ids(record)), GONE)
     at = {owner: owner for owner in owners}
@@ -149,7 +149,7 @@ class _Walk:
     """A walk through the server's Variables from the longest unchanged one on.
 
     The server lists them from the other end, so the walk asks for each page by its distance from the last Variable. If
-    others delete Variables that the walk has passed, it skips some that it has not: the next prune meets these.
+    others delete Variables behind the walk, it skips some Variables before it, which the next prune meets.
     """
 
     def __init__(self) -> None:
@@ -236,8 +236,7 @@ async def prune(
 async def _prune_key(store: PrefectRecords, key: str, older_than: timedelta, walk: _Walk, *, dry_run: bool) -> int:
     """Remove all attempts at a key or none. Return the number of removed attempts.
 
-    A caller that read the attempts before, and claims the key now, finds in `confirm` that they are gone: it decides
-    again.
+    A caller that read the attempts before, and claims the key now, finds them gone in `confirm`, and decides again.
     """
     attempts = await store.attempts(key)
     # Read the flow runs again as well: somebody may have retried one since, and it asks for its runs again.

@@ -34,10 +34,10 @@ Look = Callable[[str], Awaitable[CrewStatus]]
 
 
 async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
-    """Return the latest attempt at a key, which has to be uncertain, or a claim whose owner can send no more.
+    """Return the latest attempt at a key, which has to be uncertain, or a claim whose owner can send nothing more.
 
     Raises:
-        CrewError: The key has no attempt, or there is nothing to resolve, or it is too early.
+        CrewError: The key has no attempt, or nothing to resolve, or the resolution is too early.
     """
     attempts = await records.attempts(idempotency_key)
     if not attempts:
@@ -174,11 +174,11 @@ async def _current(record: RunRecord, records: RecordStore) -> RunRecord | None:
 
 
 def _resolved_by_another(record: RunRecord, current: RunRecord | None) -> CrewError:
-    """Return the error about a record that somebody changed after it was read: a person and a webhook may meet."""
+    """Return the error about a record that somebody changed after our read, since a person and a webhook may meet."""
     is_now = "gone"
     if current is not None:
         is_now = f"{current.state or current.phase}, run {current.kickoff_id or 'unknown'}"
-    return ResolveError(f"Run {record.idempotency_key!r} was resolved by somebody else: now it is {is_now}.")
+    return ResolveError(f"Run {record.idempotency_key!r} was resolved by somebody else. Now it is {is_now}.")
 
 
 # By a webhook

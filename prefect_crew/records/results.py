@@ -40,12 +40,12 @@ async def keep_result(result: StoredResult) -> str | None:
         return str(answer.json()["id"])
     except (*PREFECT_ERRORS, ValueError) as error:
         reason = type(error).__name__
-        run_logger().warning("A large result is not on record (%s): it is read from the crew's server.", reason)
+        run_logger().warning("A large result is not on record (%s). Callers read it from the crew's server.", reason)
         return None
 
 
 async def stored_result(record: RunRecord) -> StoredResult | None:
-    """Return the stored result of a run. None: ask the crew's server."""
+    """Return the stored result of a run. If None, ask the crew's server."""
     if record.result is not None or record.result_id is None:
         return record.result
     try:

@@ -127,7 +127,7 @@ def _kickoff_name(kickoff_id: str) -> str:
 
 
 def _body(record: RunRecord | Entry) -> dict[str, Any]:
-    """Return value and tags of a Variable. The value is cut until it fits; a result stays whole or is left out."""
+    """Return value and tags of a Variable. This cuts the value until it fits; a result stays whole or is left out."""
     value = record.model_dump(mode="json", exclude_none=True)
     for name, most in _SHORTER.items():
         if len(to_json(value)) <= VALUE_LIMIT:
@@ -183,7 +183,7 @@ def _parse(value: Any, model: type[_Model]) -> _Model | None:
     """Return the value of a Variable as a model, None if it is something else: other software may use our names.
 
     Raises:
-        CrewError: A later version wrote it. This version does not know the meaning of its fields, and decides nothing.
+        CrewError: A later version wrote the value. This version does not know its fields, and decides nothing.
     """
     if (problem := later_version(value)) is not None:
         raise problem
@@ -248,7 +248,7 @@ def _is_gone(error: Exception) -> bool:
 async def _read_existing(name: str, model: type[_Model], idempotency_key: str) -> _Model | None:
     """Return the record or entry whose Variable has a name, with its `ref`; None if it is gone.
 
-    It may be the caller's own: Prefect's client sends a request again after a read timeout or a 502.
+    The record may be the caller's own, since Prefect's client repeats a request after a read timeout or a 502.
 
     Raises:
         CrewError: This version cannot read it.
@@ -336,7 +336,7 @@ class PrefectRecords:
     async def _make_room(self, idempotency_key: str) -> bool:
         """Delete the last attempts at a key that surely did not start. Return False if there are none.
 
-        It deletes from the highest number down to the first attempt that must stay: so the next claim has a higher
+        It deletes from the highest number down to the first attempt that must stay, so the next claim has a higher
         number than each attempt that may have started. `confirm` refuses a caller that decided by a deleted attempt.
         """
         unused: list[RunRecord] = []
@@ -371,8 +371,8 @@ class PrefectRecords:
     async def confirm(self, record: RunRecord, earlier: Sequence[RunRecord]) -> bool:
         """Return whether the key has exactly these attempts: this claim, and the earlier ones that the caller read.
 
-        An attempt that is gone, or a new one of a caller that did not see this claim, may belong to a run. The ids are
-        compared, not the numbers: a caller, even the same one, may have claimed a free number again.
+        An attempt that is gone, or a new one of a caller that did not see this claim, may belong to a run. This
+        compares ids, not numbers, since a caller, even the same one, may have claimed a free number again.
         """
         attempts = {attempt.ref for attempt in records_in(await read_exact(_attempt_names(record.idempotency_key)))}
         return attempts == {record.ref, *(attempt.ref for attempt in earlier)}
@@ -466,8 +466,7 @@ class PrefectRecords:
     async def save(self, record: RunRecord) -> None:
         """Write the outcome of a run. Repeat the request for five minutes while the Prefect API does not answer.
 
-        The outcome is written to the strongest entry. A claim without an entry, that its owner gives back, takes it
-        itself.
+        This writes to the strongest entry, or to the claim itself if that has no entry and its owner gives it back.
         """
         strongest = record.strongest
         changed = record if strongest is None else strongest.model_copy(update=record.outcome())

@@ -79,7 +79,7 @@ async def create_variable(
     """Create a Variable and return its id. Return None if the name is taken, perhaps by our own lost request.
 
     A busy server has done nothing, so the request is repeated soon. After other errors Prefect's client repeats it.
-    `is_patient`: the request is repeated for five minutes while the Prefect API does not answer.
+    `is_patient`: whether to repeat the request for five minutes while the Prefect API does not answer.
     """
     path = "/variables/"
     async with get_client() as client:

@@ -272,8 +272,7 @@ class _Start:
         """Send the kickoff of a claim and store its id. Send it again only if the last kickoff surely started no run.
 
         Raises:
-            ClaimLostError: Somebody else has resolved the claim, or the time to send the kickoff is over. Nothing was
-                sent.
+            ClaimLostError: Somebody else has resolved the claim, or the time for the kickoff is over. Nothing was sent.
             KickoffUncertainError: The kickoff was sent, and nobody knows whether it started a run. The record says so.
             CrewError: The kickoff surely started no run. The claim is given back.
         """

@@ -326,7 +326,7 @@ def test_a_file_that_changes_between_two_readings_or_within_one_is_refused(tmp_p
     rows = dataset.rows()
     assert len(list(islice(rows, count)) if count else values(dataset)) == (count or len(ROWS))
     path.write_text(CSV + "late,row\n")
-    with pytest.raises(DatasetError, match="changed while it was read"):
+    with pytest.raises(DatasetError, match="changed during the read"):
         list(rows)
 
 

@@ -397,7 +397,7 @@ async def test_a_ledger_of_a_later_version_is_not_touched(tmp_path: Path):
         database.execute("UPDATE crew_batches SET version = 99")
     database.close()
     async with Ledger(path, "b") as ledger:
-        with pytest.raises(LedgerError, match="later version of prefect-crew: update this one"):
+        with pytest.raises(LedgerError, match=r"later version of prefect-crew\. Upgrade this one"):
             await ledger.entry()
 
 

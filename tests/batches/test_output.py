@@ -126,7 +126,7 @@ async def test_a_write_that_fails_leaves_the_file_of_before(
 
     with monkeypatch.context() as full:
         full.setattr(Output, "_write_page", refuse)
-        with pytest.raises(OutputError, match=r"No space.*the same call writes them again"):
+        with pytest.raises(OutputError, match=r"No space.*Make the same call again, which writes them"):
             await output.write(ledger)
     assert [(one.name, one.read_text()) for one in path.parent.iterdir()] == [(path.name, "before")]
     # Two at a time, of one ledger: each is whole.

@@ -103,7 +103,7 @@ async def test_where_no_lock_can_be_had_nothing_is_started(tmp_path: Path, monke
 
     monkeypatch.setattr("fcntl.flock", flock)
     async with Database(str(tmp_path / "ledger.db")) as database, held(database) as lock:
-        with pytest.raises(LedgerError, match=r"cannot be locked: .*No locks available.*take PostgreSQL"):
+        with pytest.raises(LedgerError, match=r"cannot be locked: .*No locks available.*use PostgreSQL"):
             await lock.take()
 
 

@@ -78,9 +78,9 @@ def test_the_input_id_is_never_taken_from_a_column_by_its_name_alone(expected: l
 def test_a_required_id_has_to_be_mapped():
     [(_, reason)] = reasons([{"topic": "tea", "id": 1}], expected=[CrewInput(name="topic"), CrewInput(name="id")])
     assert reason.startswith("lacks id")
-    assert "never taken from a column by its name" in reason
+    assert "never comes from a column by its name" in reason
     [(_, reason)] = reasons([{"id": 1}], expected=[CrewInput(name="id")])
-    assert "never taken from a column by its name" in reason
+    assert "never comes from a column by its name" in reason
 
 
 def test_an_unknown_input_of_a_mapping_is_reported_once_unless_extra_ones_are_allowed():

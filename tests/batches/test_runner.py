@@ -72,7 +72,7 @@ async def test_a_file_that_is_appended_to_ends_the_batch_before_a_row_that_was_n
             with path.open("a") as file:
                 file.write("late\n" * 3000)
 
-    with pytest.raises(DatasetError, match=r"changed while it was read.*The rows that were started are in"):
+    with pytest.raises(DatasetError, match=r"changed during the read.*The rows that were started are in"):
         await batch(server.crew(), path, name="appended to", max_in_flight=10, on_progress=append)
     assert 0 < server.kickoffs < 3000
 

@@ -108,7 +108,7 @@ def test_a_schedule_needs_defaults_and_stays_with_its_key_until_another_is_given
     assert refused.code == 2
     assert f"The deployment {full_name} is of '{name}', not of '{other}'. Nothing was deployed." in refused.err
     assert deployment(full_name).parameters["crew"] == name
-    assert f"delete the one that {full_name} has, or choose another name." in deploy(code=2)
+    assert f"delete the schedule of {full_name}, or choose another name." in deploy(code=2)
     nowhere = deploy(*ada, "--cron", "0 6 * * *", "--timezone", "Mars/Base", code=2)
     assert "The deployment cannot be made: Invalid timezone" in nowhere
     assert "errors.pydantic.dev" not in nowhere
@@ -154,7 +154,7 @@ def test_a_secret_input_is_the_name_of_a_block_and_loaded_in_the_run(
     found = deployment(f"deployed-crew/{name}")
     assert found.parameters["inputs"] == {"who": block}
     who = found.parameter_openapi_schema["properties"]["inputs"]["properties"]["who"]
-    assert (who["type"], who["description"][:50]) == ("string", "The name of the Prefect Secret block that holds it")
+    assert (who["type"], who["description"][:50]) == ("string", "The name of the Prefect Secret block with the value")
     state = asyncio.run(run_of(found, {}))
     assert state.is_completed(), state
     assert {"who": secret} in [run.inputs for run in crews.runs]

@@ -34,7 +34,7 @@ def kept(given: dict[str, Any] = GIVEN, **fields: Any) -> Inputs:
 def test_it_is_made_once_and_of_a_mapping_only():
     assert Inputs.of(inputs := Inputs.of(GIVEN)) is inputs
     assert Inputs.of(None).encoded == {}
-    with pytest.raises(ConfigurationError, match="given by name, as a mapping, and not as str"):
+    with pytest.raises(ConfigurationError, match="by name, as a mapping, not as str"):
         Inputs.of("topic")  # type: ignore[arg-type]
 
 

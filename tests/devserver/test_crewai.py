@@ -85,7 +85,7 @@ def test_a_crew_gives_text_tasks_agents_and_usage(crew: Serve) -> None:
         pytest.param("failing", "no luck", [], id="model-fails"),
         pytest.param("Failing", "the flow ran dry", ["begin"], id="flow-fails"),
         pytest.param("leaves", "SystemExit", [], id="exits"),
-        pytest.param("Paused", "The flow asks people by a provider of its own", [], id="own-provider"),
+        pytest.param("Paused", "The flow asks people by its own provider", [], id="own-provider"),
     ],
 )
 def test_other_crews_and_flows(crew: Serve, spec: str, error: str | None, names: list[str]) -> None:

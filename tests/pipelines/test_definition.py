@@ -77,7 +77,7 @@ def test_names_and_inputs_have_defaults():
         pytest.param("steps: [{name: a, crew: 7}]", "step 'a'.crew: ", id="a-number-as-crew"),
         pytest.param("steps: [a]", "step 1: ", id="no-step"),
         pytest.param("inputs: {a: {type: text}}\nsteps: [{name: a, crew: b}]", "inputs.a.type: ", id="type"),
-        pytest.param("steps: [{name: a, crew: b, inputs: {on: 2026-01-01}}]", "Put such a value in quotes", id="date"),
+        pytest.param("steps: [{name: a, crew: b, inputs: {on: 2026-01-01}}]", "Quote the value", id="date"),
     ],
 )
 def test_a_mistake_is_reported_by_step_and_field(text: str, said: str):
@@ -242,6 +242,8 @@ async def test_a_secret_without_a_block_is_refused(save: SaveCrew):
     with pytest.raises(ConfigurationError, match=r"'login' is secret.*Nothing was started") as caught:
         await run_deployed_pipeline({"name": "p", "inputs": {"login": None}, "steps": steps}, {"login": secret})
     assert secret not in str(caught.value)
-    with pytest.raises(ConfigurationError, match="step 'a', input 'password': it is secret"):
+    with pytest.raises(
+        ConfigurationError, match=("step 'a', input 'password': a deployment would store this secret in plain text")
+    ):
         await run_deployed_pipeline({"name": "p", "steps": [{**steps[0], "inputs": {"password": "abc"}}]})
     assert server.kickoffs == 0

@@ -141,7 +141,7 @@ def test_a_failing_function_is_named_with_its_error():
 
     with pytest.raises(ConfigurationError, match=r"shorten\(\) gave no input: IndexError: .*\. Nothing was started"):
         filled(CrewStep("c", "crew", {"x": shorten}, after=["a"]), {"a": "A"})
-    with pytest.raises(ConfigurationError, match="Step 'b' is not known here: name it in `after`"):
+    with pytest.raises(ConfigurationError, match=r"Step 'b' is not known here\. Name the step in `after`"):
         filled(CrewStep("c", "crew", {"x": lambda context: context["b"]}, after=["a"]), {"a": "A", "b": "B"})
 
 

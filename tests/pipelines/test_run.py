@@ -265,7 +265,7 @@ async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFac
     assert "a function gave no input: KeyError: 'nothing'" in str(error.errors["function"])
     assert "nobody-made-it" in str(error.errors["limited"])
     assert "no bad" in str(error)
-    assert "Not run because of it: needs it, needs that." in str(error)
+    assert "Not run because of this: needs it, needs that." in str(error)
     assert server.kickoffs == 3
     shown = await asyncio.to_thread(artifact, seen, "failing", idempotency_key)
     assert shown.count("✗ failed") == 3

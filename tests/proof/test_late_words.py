@@ -91,7 +91,7 @@ async def test_a_word_that_a_run_is_lost_takes_back_no_end_that_was_seen(prefect
     else:
         await completed(owner)
         saying = asyncio.ensure_future(resolve.resolve_lost(person, RECORDS, look=forgotten))
-    with pytest.raises(CrewError, match="somebody else: now it is completed, run run"):
+    with pytest.raises(CrewError, match=r"somebody else\. Now it is completed, run run"):
         await saying
     found = await stored()
     assert found.result is not None

@@ -135,7 +135,7 @@ async def test_budgets_of_flow_pipeline_and_block_all_hold(crew_server: CrewServ
             await pc.arun_crew(crew, {"text": text}, budgets=[pc.Budget(max_kickoffs=1)])
 
     with pytest.raises(
-        pc.BudgetExceededError, match=f"Budget 'flow-{name}' .*raise max_kickoffs and make the same call again"
+        pc.BudgetExceededError, match=f"Budget 'flow-{name}' .*Raise max_kickoffs and make the same call again"
     ):
         await each()
     assert await counted(name) == 1, "the estimate of the refused one was taken off the block's budget"

@@ -95,7 +95,7 @@ async def test_the_slower_of_two_resolvers_gets_an_error(resolved_as: str):
     record, store = await stored(), PrefectRecords()
     read = await unresolved(record.idempotency_key, store)
     await resolve_as(record, f"k-{uuid.uuid4()}")
-    with pytest.raises(CrewError, match="was resolved by somebody else: now it is started, run k-"):
+    with pytest.raises(CrewError, match=r"was resolved by somebody else\. Now it is started, run k-"):
         await (
             resolve_started(read, "other", store) if resolved_as == "started" else resolve_never_started(read, store)
         )

@@ -335,7 +335,7 @@ CASES = {
     # Unknown runs.
     "an unknown run is waited for in its grace": Case(steps((55, UNKNOWN), (70, RUNNING)), {"grace": 60.0}),
     "an unknown run is lost after its grace": Case(
-        each([UNKNOWN]), {"grace": 60.0}, CrewLostError, "no status of it came", last_look=60
+        each([UNKNOWN]), {"grace": 60.0}, CrewLostError, "this call got no status of the run", last_look=60
     ),
     "a run that was seen alive is lost at the second unknown": Case(
         each([RUNNING, UNKNOWN, RUNNING, UNKNOWN, UNKNOWN]), {"grace": 3600.0}, CrewLostError, "last seen running",

@@ -347,7 +347,7 @@ async def test_a_result_too_large_to_store_is_read_again(
     assert (await record_of(run.kickoff_id)).result is None
     assert (await ended(run)).output == first.output
     server.faults.add("status:forgotten")
-    with pytest.raises(pc.CrewLostError, match="it has completed, but its record does not hold the result"):
+    with pytest.raises(pc.CrewLostError, match="it has completed, but the server has forgotten the result"):
         await ended(await server.crew().atrigger({}, idempotency_key=idempotency_key))
 
 
@@ -444,7 +444,7 @@ async def test_an_unknown_state_counts_as_running(
     with carried_by("odd.test", httpx.MockTransport(answer)):
         run = pc.CrewRun(pc.DeployedCrew(url="https://odd.test", token="t"), "r1")  # pyright: ignore[reportArgumentType]
         assert (await ended(run)).output == "well done"
-    assert caplog.text.count("has the state 'MARINATING', which nobody has documented") == 1
+    assert caplog.text.count("has the state 'MARINATING', which is not documented") == 1
     assert "Crew run r1: plan (50%)" in caplog.text
 
 

@@ -158,7 +158,7 @@ async def test_an_uncertain_answer_is_held(hook: ReviewWebhook) -> None:
         question = await listed(key, unknown)
         assert question.task_id == "publish"
         assert "was not asked" in str(question.withheld), "a crew that is not stored cannot be asked"
-        with pytest.raises(ConfigurationError, match="continues with one of: approve, needs_revision"):
+        with pytest.raises(ConfigurationError, match="has the outcomes approve, needs_revision"):
             await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=False)
         assert server.requests["resume"] == 0
         with pytest.raises(CrewError) as raised:
