@@ -154,7 +154,7 @@ def test_a_secret_input_is_the_name_of_a_block_and_loaded_in_the_run(
     found = deployment(f"deployed-crew/{name}")
     assert found.parameters["inputs"] == {"who": block}
     who = found.parameter_openapi_schema["properties"]["inputs"]["properties"]["who"]
-    assert (who["type"], who["description"][:50]) == ("string", "The name of the Prefect Secret block with the value")
+    assert (who["type"], who["description"][:51]) == ("string", "The name of the Prefect Secret block with the value")
     state = asyncio.run(run_of(found, {}))
     assert state.is_completed(), state
     assert {"who": secret} in [run.inputs for run in crews.runs]
