@@ -21,10 +21,10 @@ async def greet(name: str) -> str:
 
 
 @flow
-async def batch_in_a_subflow(crew: str, dataset: str, name: str, output: str) -> None:
+async def batch_in_a_subflow(crew: str, dataset: str, name: str, export: str) -> None:
     @flow
     async def within() -> None:
-        await arun_batch(crew, dataset, name=name, export=output)
+        await arun_batch(crew, dataset, name=name, export=export)
 
     await within()
 
