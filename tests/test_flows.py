@@ -175,7 +175,7 @@ async def test_a_running_loop_is_told_the_async_name(crew_server: CrewServerFact
         "aresume": lambda: run.resume("fine", approve=True),
     }
     for name, call in twins.items():
-        with pytest.raises(RuntimeError, match=rf"Write `await  {name}\(\.\.\.\)` instead"):
+        with pytest.raises(RuntimeError, match=rf"Write `await {name}\(\.\.\.\)` instead"):
             call()
     assert (await pc.arun_crew(crew, {"text": "a"})).output == "a"
 

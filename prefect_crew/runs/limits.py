@@ -110,6 +110,7 @@ class SlotPool:
         self._crew = crew
         self._held: dict[str, Slots] = {}
         self._unused: dict[UUID, tuple[float, Slots]] = {}
+        self._leaving: dict[UUID, Slots] = {}
         self._asking: asyncio.Task[UUID | None] | None = None
         self._ask_alone = asyncio.Lock()
         self._is_due = asyncio.Event()
@@ -128,7 +129,8 @@ class SlotPool:
         with suppress(*PREFECT_ERRORS, ConfigurationError):
             if self._asking is not None and (lease := await self._asking) is not None:
                 self._unused[lease] = (0.0, Slots(self._crew, lease))
-        slots = [*self._held.values(), *(unused for _, unused in self._unused.values())]
+        # The end may have cut off a release by the keeper. A second release of a slot changes nothing.
+        slots = [*self._held.values(), *(unused for _, unused in self._unused.values()), *self._leaving.values()]
         await asyncio.gather(*(slot.release() for slot in slots))
 
     async def take(self, row: str) -> bool:
@@ -183,8 +185,11 @@ class SlotPool:
             now = time.monotonic()
             for lease, (since, slots) in list(self._unused.items()):
                 if now - since >= UNUSED or now - slots.taken_at >= PASSED_ON:
-                    self._unused.pop(lease, None)
+                    if self._unused.pop(lease, None) is None:  # a row took it during the last release
+                        continue
+                    self._leaving[lease] = slots
                     await slots.release()
+                    del self._leaving[lease]
             if now >= renew_at:
                 renew_at = now + RENEW
                 for row, slots in list(self._held.items()):

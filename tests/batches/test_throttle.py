@@ -218,4 +218,4 @@ async def test_a_connection_is_used_again_however_many_kickoffs_are_under_way(mo
             for _ in range(3):
                 await asyncio.gather(*(client.kickoff({}) for _ in range(70)))
     assert answered == 210
-    assert opened <= 80, "five for each of 16 pools"
+    assert opened <= 128, "two for each of 64 pools"

@@ -159,6 +159,27 @@ async def test_a_batch_leaves_others_their_turn(
     await other.release()
 
 
+async def test_a_slot_whose_release_the_end_cuts_off_is_free(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(limits, "PASSED_ON", 0.0)
+    release, begun = limits.Slots.release, asyncio.Event()
+
+    async def slow_once(slots: limits.Slots) -> None:
+        if not begun.is_set():
+            begun.set()
+            await asyncio.sleep(60)
+        await release(slots)
+
+    monkeypatch.setattr(limits.Slots, "release", slow_once)
+    name = await limit(1)
+    async with limits.SlotPool(crew_of(crew_server("echo").crew(concurrency_limit=name))) as pool:
+        assert await pool.take("row")
+        pool.give_back("row")
+        await asyncio.wait_for(begun.wait(), 30)
+    assert await held(name) == 0
+
+
 async def test_short_rows_pass_their_slots_on(
     crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
