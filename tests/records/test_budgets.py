@@ -70,7 +70,7 @@ async def counted(name: str) -> int:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What this process asks the Prefect server, other than by its background threads.
+    """What this process asks the Prefect server, without logs, which Prefect sends by the clock.
 
     A request that is repeated since the server was busy (503: SQLite takes one writer at a time) is there once.
     """
@@ -82,7 +82,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         is_taken = response.status_code != httpx.codes.SERVICE_UNAVAILABLE
         if is_taken and str(request.url).startswith(PREFECT_API_URL.value()):
             path = re.sub("[0-9a-f]{8}-[0-9a-f-]{27}", "ID", request.url.path.removeprefix("/api"))
-            found.append(f"{request.method} {path}")
+            if path != "/logs/":
+                found.append(f"{request.method} {path}")
         return response
 
     monkeypatch.setattr(httpx.AsyncClient, "send", note)
