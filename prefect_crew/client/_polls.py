@@ -105,6 +105,8 @@ class _Connection:
         if time.monotonic() - self.used_at > keepalive:
             return False
         socket = self._stream.extra(SocketAttribute.raw_socket)  # noqa: S610  this is no model of Django
+        if socket.fileno() < 0:  # asyncio has closed it
+            return False
         if not hasattr(select, "poll"):  # Windows
             return not select.select([socket], [], [], 0)[0]
         readable = select.poll()

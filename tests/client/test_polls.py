@@ -96,6 +96,15 @@ async def test_connections_of_a_burst_are_closed_once_they_are_old() -> None:
         assert server.gone >= 9
 
 
+async def test_a_connection_whose_socket_is_gone_is_left() -> None:
+    server = Talking()
+    async with opened(server) as client:
+        await client.get()
+        await client.transport._idle[0].aclose()
+        assert (await client.get()).status_code == 200
+    assert server.connections == [1, 1]
+
+
 @pytest.mark.parametrize("after", [b"", answer("", "408 Request Timeout")], ids=["closed", "said-more"])
 async def test_a_connection_on_which_the_server_said_more_is_left(after: bytes) -> None:
     """A poll must not take an earlier word of the server for its answer."""
