@@ -125,6 +125,8 @@ def is_entered(context: ContextModel) -> bool:
 
 # Requests
 
+BUSY_FOR = 10.0
+"""Seconds for which callers repeat a change while the Prefect API is busy."""
 CROWDED_FOR = 300.0
 """Seconds for which each change is sent alone after the server refused one, since SQLite takes one writer at a time."""
 LONGEST = 2.0

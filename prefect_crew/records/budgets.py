@@ -25,7 +25,7 @@ from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
-from prefect_crew._internal.prefect_api import flow_run_id, is_busy, request_soon, run_logger
+from prefect_crew._internal.prefect_api import BUSY_FOR, flow_run_id, is_busy, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.budgets import PREFIX, UNITS, BudgetPeriod, slots_of
 from prefect_crew.crew import Crew
@@ -34,8 +34,6 @@ from prefect_crew.prices import cost_of
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 
-BUSY_FOR = 10.0
-"""Seconds for which a change is repeated while the Prefect API is busy."""
 TRIES = 5
 """Attempts to change a counter while others create or change it."""
 LATEST = 20

@@ -37,7 +37,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from prefect_crew._internal.prefect_api import Urgency, request_soon, run_logger
+from prefect_crew._internal.prefect_api import BUSY_FOR, Urgency, is_busy, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.client.models import Review
 from prefect_crew.exceptions import (
@@ -352,13 +352,15 @@ class PrefectRecords:
     async def withdraw(self, record: RunRecord) -> None:
         """Delete a claim for which nobody has asked a permit. Its number is then free again.
 
-        The DELETE request is sent once, and again by a caller whose event loop ended before the answer. If its answer
-        is lost, the request may still arrive later. It names this claim by its id, and nobody sends a kickoff for this
-        claim any more. Until then the claim says that nothing started.
+        The DELETE request is repeated while the server is busy, and by a caller whose event loop ended before the
+        answer. If its answer is lost, the request may still arrive later. It names this claim by its id, and nobody
+        sends a kickoff for this claim any more. Until then the claim says that nothing started.
         """
         try:
             async with get_client() as client:
-                await request_soon(client, "DELETE", f"/variables/{record.ref}", json=None, give_up_after=0.0)
+                await request_soon(
+                    client, "DELETE", f"/variables/{record.ref}", json=None, give_up_after=BUSY_FOR, again=is_busy
+                )
         except PREFECT_ERRORS as unanswered:
             if _is_gone(unanswered):
                 return
