@@ -317,16 +317,21 @@ class Database:
             self._connection.engine.dispose()
             self._connection = None
 
-    def lock(self, connection: sa.Connection, batch: str) -> float:
+    def lock(self, connection: sa.Connection, batch: str, *, kickoffs: bool = False) -> float:
         """Let this transaction alone write to a batch, until it ends; return the time by the clock of the database.
 
-        A transaction takes one lock, so no two transactions wait for each other. It takes the lock before its first
-        read, so nobody changes the batch between its reads and its writes.
+        A transaction that writes new kickoff ids says so with `kickoffs`. It then waits for those of other batches
+        too, since an id belongs to one attempt of all batches. It takes its locks before its first read, so nobody
+        writes between its reads and its writes. All transactions take them in the same order, so no two wait for each
+        other.
         """
         if self.path is not None:
             connection.exec_driver_sql("BEGIN IMMEDIATE").close()
             return float(connection.execute(_SQLITE_TIME).scalar_one())
-        return float(connection.execute(_LOCK_BATCH, {"key": lock_key(f"prefect-crew/ledger/{batch}")}).scalar_one())
+        now = connection.execute(_LOCK, {"key": lock_key(f"prefect-crew/ledger/{batch}")}).scalar_one()
+        if kickoffs:
+            now = connection.execute(_LOCK, {"key": _KICKOFFS}).scalar_one()
+        return float(now)
 
     def insert(self, table: sa.Table) -> Any:
         """Return an INSERT that supports ON CONFLICT, in this database's SQL."""
@@ -373,7 +378,8 @@ def lock_key(name: str) -> int:
 _SQLITE_CLOCK = "((julianday('now') - 2440587.5) * 86400.0)"
 _POSTGRESQL_CLOCK = "extract(epoch FROM clock_timestamp())"
 _SQLITE_TIME = sa.text(f"SELECT {_SQLITE_CLOCK}")
-_LOCK_BATCH = sa.text(f"SELECT {_POSTGRESQL_CLOCK} FROM pg_advisory_xact_lock(:key)")  # noqa: S608  all constant
+_KICKOFFS = lock_key("prefect-crew/kickoff ids")
+_LOCK = sa.text(f"SELECT {_POSTGRESQL_CLOCK} FROM pg_advisory_xact_lock(:key)")  # noqa: S608  all constant
 
 
 def _sqlite(path: str) -> sa.Engine:
@@ -584,9 +590,9 @@ class GroupWriter:
 
     def _commit(self, connection: sa.Connection, writes: Sequence[Write]) -> list[bool]:
         """Decide about a group of writes, store those that the ledger takes, and return the decisions."""
-        now = self._database.lock(connection, self._batch)
         keys = {write.attempt.row_key for write in writes}
         ids = {write.attempt.kickoff for write in writes if write.is_first and write.attempt.kickoff is not None}
+        now = self._database.lock(connection, self._batch, kickoffs=bool(ids))
         stored = self._read(connection, keys, ids, least=min(write.attempt.attempt for write in writes))
         answers, changed = decide_writes(stored, writes, now=now)
         if changed:

@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import time
 import uuid
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
@@ -133,29 +134,49 @@ async def test_processes_that_write_the_same_rows_at_once_wait_for_each_other(le
     assert await ledger.counts() == {"claimed": 60}
 
 
+class SlowDecision:
+    """Begins another task while the next commit decides, and gives it half a second."""
+
+    def __init__(self, ledger: Ledger, begin: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self.log = list[str]()
+        self.others = list[asyncio.Task[Any]]()
+        self._is_thread = ledger.writer._database.path is not None  # PostgreSQL decides on the event loop
+        self._begin, self._loop, self._decide = begin, asyncio.get_running_loop(), database.decide_writes
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.log.append("begins")
+        if not self.others:
+            self._loop.call_soon_threadsafe(lambda: self.others.append(self._loop.create_task(self._begin())))
+            time.sleep(0.5) if self._is_thread else await_only(asyncio.sleep(0.5))
+        decision = self._decide(*arguments, **options)
+        self.log.append("ends")
+        return decision
+
+
 async def test_no_other_process_writes_to_a_batch_while_a_commit_decides(
     ledger: Ledger, other: Ledger, monkeypatch: pytest.MonkeyPatch
 ):
     await enter(ledger, "k")
     first, second = record_of(ledger, "k"), record_of(other, "k", attempt=2)
     await ledger.claim(first)
-    loop, decide = asyncio.get_running_loop(), database.decide_writes
-    log, claims = list[str](), list[asyncio.Task[bool]]()
-
-    def decide_slowly(*arguments: Any, **options: Any) -> Any:
-        log.append("begins")
-        if not claims:
-            loop.call_soon_threadsafe(lambda: claims.append(loop.create_task(other.claim(second))))
-            # SQLite decides in a thread, PostgreSQL on the event loop.
-            time.sleep(0.5) if ledger.writer._database.path else await_only(asyncio.sleep(0.5))
-        decision = decide(*arguments, **options)
-        log.append("ends")
-        return decision
-
-    monkeypatch.setattr(database, "decide_writes", decide_slowly)
+    decision = SlowDecision(ledger, lambda: other.claim(second))
+    monkeypatch.setattr(database, "decide_writes", decision)
     await ledger.save(at(first, STARTED, kickoff_id="run 1"))
-    assert await claims[0]
-    assert log == ["begins", "ends"] * 2
+    assert await decision.others[0]
+    assert decision.log == ["begins", "ends"] * 2
+
+
+async def test_of_two_batches_that_write_one_kickoff_at_once_one_holds_it(
+    ledger_address: str, monkeypatch: pytest.MonkeyPatch
+):
+    async with Ledger(ledger_address, "a") as one, Ledger(ledger_address, "b") as two:
+        claims = record_of(one, "k"), record_of(two, "k")
+        await asyncio.gather(one.claim(claims[0]), two.claim(claims[1]))
+        first, second = (at(claim, STARTED, kickoff_id="run 1") for claim in claims)
+        decision = SlowDecision(one, lambda: two.save_started(second))
+        monkeypatch.setattr(database, "decide_writes", decision)
+        assert await one.save_started(first) is None
+        assert await decision.others[0] == first.idempotency_key
 
 
 async def test_of_two_attempts_with_one_kickoff_the_second_is_told_whose_it_is(ledger_address: str):
