@@ -395,7 +395,7 @@ def _address(url: str) -> str:
 
 @naming_prefect_away("The crew's block could not be loaded, and nothing was started.")
 async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
-    """Return a crew as plain values. For a name, load the block.
+    """Return the `Crew` of a block; load a block that is given by its name.
 
     Raises:
         ConfigurationError: There is no such block, or it is not valid.

@@ -210,8 +210,9 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
             missing = [field for field in form.required if field not in inputs] if "inputs" in own else form.missing
             if missing:
                 raise ConfigurationError(
-                    f"A scheduled run needs a default for each required input. Missing: {', '.join(missing)}. Give the "
-                    f"defaults. Or deploy without a schedule: delete the schedule of {title}, or choose another name."
+                    f"A scheduled run needs a default for each required input. Missing: {', '.join(missing)}. Nothing "
+                    "was deployed. Give the defaults. Or deploy without a schedule. A stored schedule stays: "
+                    f"delete the schedule of {title}, or choose another name."
                 )
             every: dict[str, Any] = {**parameters, **own, "inputs": inputs if "inputs" in own else defaults}
             self._check_types(title, form, every)
@@ -287,7 +288,7 @@ def pipeline_flow(file: str | PathLike[str]) -> InputsFlow[PipelineResult]:
 
 
 def _with_fixed(flow: Flow[..., Any], description: str, fixed: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the function of a flow of this package, with defaults for parameters that the run form leaves out."""
+    """Return the function of a flow of this package. Its `fixed` parameters get defaults; the run form omits them."""
     name, own = flow.fn.__name__, inspect.signature(flow.fn, eval_str=True)
 
     async def run(*args: Any, **options: Any) -> Any:
@@ -334,7 +335,7 @@ async def read_deployment(full_name: str) -> DeploymentResponse | None:
 
 
 async def _refuse_crew_pool(entrypoint: str, pool: str | None) -> None:
-    """Refuse a flow from a file or a repository on a pool of crew workers, which import installed code only."""
+    """Refuse to deploy a flow of `from_source` to a pool of crew workers: the workers import installed code only."""
     if pool is None:
         return
     async with get_client() as client:
@@ -416,7 +417,7 @@ class Form:
 
     @property
     def signature(self) -> inspect.Signature:
-        """The form as Prefect reads it, with a field in `inputs` for each input, and the idempotency key."""
+        """The run form as a signature for Prefect: `inputs`, with a field for each input, and the idempotency key."""
         of_inputs: Any = Annotated[dict[str, Any], WithJsonSchema(self.schema)]
         # As an extra, since Prefect gives every field its name as title.
         extra: Any = {"title": "Idempotency key", "description": KEY_HELP}
@@ -604,18 +605,20 @@ async def backfill(
             slugs = ", ".join(entry.slug or "(without a slug)" for entry in target.schedules)
             choose = f"Give schedule=…, the slug of one schedule of {target.name}: {slugs}."
             none = f"{target.name} has no schedule to take the times from. Add one."
-            raise ConfigurationError(f"{choose if slugs else none} Nothing was created.")
+            raise ConfigurationError(f"{choose if slugs else none} No flow run was created.")
         (timetable,) = timetables
         dates = await _dates(timetable.schedule, n=MOST + 1, start=first, end=last)
         times = [_utc(moment, time.min) for moment in dates]
         if len(times) > MOST or (times and times[-1] > datetime.now(UTC)):
-            raise ConfigurationError(f"A backfill takes at most {MOST} times, all in the past. Choose another range.")
+            raise ConfigurationError(
+                f"The range has future times, or more than {MOST} times. Nothing was created. Choose another range."
+            )
         parameters = {**target.parameters, **timetable.parameters}
         key = parameters.get("idempotency_key")
         if isinstance(key, str) and len(times) > 1 and len({render_key(key, moment) for moment in times}) == 1:
             raise ConfigurationError(
-                f"The idempotency key {key!r} is the same for every time, so all would get one run. Put the time into "
-                "the key, such as {scheduled_start:%Y-%m-%d}."
+                f"The idempotency key {key!r} is the same for every time, so all flow runs of the backfill would get "
+                "one run. Nothing was created. Put the time into the key, such as {scheduled_start:%Y-%m-%d}."
             )
         existing = await _known_runs(client, target, timetable, times) if times else {}
         runs: list[BackfilledRun] = []

@@ -47,7 +47,7 @@ class Price(BaseModel):
         if (self.per_1k_input is None) is not (self.per_1k_output is None):
             raise ValueError("give per_1k_input and per_1k_output together, with 0 for tokens that cost nothing")
         if self.model is not None and self.per_1k_input is not None:
-            raise ValueError("give the prices of tokens, or a model whose list price counts, not both")
+            raise ValueError("give per_1k_input and per_1k_output, or a model for its list price, not both")
         return self
 
 
@@ -141,7 +141,7 @@ def money(cost: float | None) -> str:
 
 
 def _input_and_output(usage: TokenUsage) -> tuple[int, int] | None:
-    """Return input and output tokens, None if they were not reported."""
+    """Return the input and the output tokens, None if one of the two is not known."""
     put_in, out, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
     if total is not None:
         put_in = total - out if put_in is None and out is not None else put_in

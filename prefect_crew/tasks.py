@@ -404,10 +404,10 @@ _REFUSED = {
 
 
 def tasks_of(options: RunOptions) -> tuple[CrewTask[..., str, ..., Any], WaitTask]:
-    """Return the tasks of `run_crew`, kickoff and wait, with Prefect's options for them.
+    """Return the kickoff task and the wait task of `run_crew`, each with its options of Prefect.
 
     Raises:
-        ConfigurationError: Prefect's tasks have no such option, or a kickoff cannot have it. Nothing was started.
+        ConfigurationError: Prefect's tasks refuse an option, or the kickoff task must not have it. Nothing was started.
     """
     for name, why in _REFUSED.items():
         if name in (options.kickoff_options or {}):

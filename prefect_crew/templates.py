@@ -97,12 +97,13 @@ def names_in(template: str, *, collections: Collection[str] = ()) -> set[str]:
 
 
 def uses_in(template: str, *, collections: Collection[str] = ()) -> dict[str, set[str]]:
-    """Return the names that a template needs, as `names_in` does, each with the attributes that the template reads.
+    """Return the names of `names_in`, each with the attributes that the template reads from the value of that name.
 
-    A collection is among them if the template uses it as a whole or by an expression, such as `steps[name]`.
+    The names include a collection itself if the template uses that collection as a whole, or by an expression, such as
+    `steps[name]`.
 
     Raises:
-        ConfigurationError: It is not a template.
+        ConfigurationError: The text is not a template.
     """
     tree = _parsed(template)
     uses = {name: set[str]() for name in find_undeclared_variables(tree) - set(collections)}

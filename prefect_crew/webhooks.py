@@ -138,8 +138,8 @@ def hook_urls(base_url: str, secret: SecretStr | str, run: Hook, stream_events: 
 
     Args:
         base_url: The receiver's public address; it may have a path, but neither query nor fragment.
-        secret: The secret of the receiver. The first of several signs.
-        run: The run that the URLs are for; its kind does not matter. Everybody who has a URL can read it.
+        secret: The receiver's secret. If the text holds several secrets, the first one signs the URLs.
+        run: The facts about the run, with any `kind`. Everybody who has a URL can read these facts.
         stream_events: Types of CrewAI's events that are sent one by one.
 
     Raises:

@@ -248,8 +248,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     async def _submit_run(self, flow_run: FlowRun) -> None:
         """Run a flow run: a scheduled one, or a Running one that this worker has taken over.
 
-        Prefect's method reads the deployment twice and writes the owner twice. It writes the owner only after it has
-        read deployment and flow, and a server that cannot be reached would end the worker.
+        This replaces Prefect's method, which reads the deployment twice, and writes the owner twice, and only after it
+        has read deployment and flow. In Prefect's method, a server that cannot be reached would end the worker.
         """
         try:
             try:
@@ -645,7 +645,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             and await self._claim(flow_run)
             and (await self.client.read_flow_run(flow_run.id)).state_id == flow_run.state_id
         ):
-            self._logger.warning("Flow run %r is being cancelled, but no worker has it.", flow_run.name)
+            text = "No worker has flow run %r: this worker stops the flow run's crews and cancels it."
+            self._logger.warning(text, flow_run.name)
             await self._end_cancelled(flow_run, "Flow run was cancelled while no worker had it.")
 
     async def _leave_suspended(self, flow_run_id: UUID) -> None:
@@ -676,5 +677,5 @@ def _send_logs_and_events() -> None:
 
 
 def _clock() -> float:
-    """Return a clock in seconds that also runs while the machine sleeps, if the system has one."""
+    """Return the seconds of a clock that also runs while the machine sleeps; without one, of the monotonic clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()

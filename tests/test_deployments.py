@@ -342,8 +342,8 @@ HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
     ("schedules", "call", "problem"),
     [
         ((SIX,), {"end": date(2024, 1, 1)}, "is before the start"),
-        ((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "all in the past"),
-        ((HOURLY,), {"end": date(2024, 5, 1)}, "at most 1000 times"),
+        ((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "has future times"),
+        ((HOURLY,), {"end": date(2024, 5, 1)}, "more than 1000 times"),
         ((SIX,), {"schedule": "seven"}, "schedule=….*: six"),
         ((), {}, "has no schedule to take the times from"),
         (TWO, {}, "schedule=….*: (six, other|other, six)"),

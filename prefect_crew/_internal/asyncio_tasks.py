@@ -88,10 +88,10 @@ class OwnTask:
         self._is_uncut = False
 
     async def run(self, coroutine: Coroutine[Any, Any, T], *, within: float | None = None) -> T:
-        """Return the coroutine's result. After a cancellation of the caller, wait `within` seconds at most for its end.
+        """Return the coroutine's result. A cancellation of the caller cancels the coroutine once, except in `uncut`.
 
-        After that the coroutine goes on by itself. Without `within` it has its own time limits, and a block in `uncut`
-        is cancelled after five seconds.
+        Then wait for the coroutine's end, at most `within` seconds; a coroutine that takes longer goes on by itself.
+        Without `within`, wait without a limit, and after five seconds cancel also a coroutine that was in `uncut`.
         """
         task = asyncio.create_task(coroutine)
         # When an event loop ends, for example on a signal or the timeout of a sync flow, it cancels all registered

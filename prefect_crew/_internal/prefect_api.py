@@ -119,7 +119,7 @@ def contexts_around(kind: type[ContextT]) -> list[ContextT]:
 
 
 def is_entered(context: ContextModel) -> bool:
-    """Return whether Prefect has not yet left a context. Other code may keep the context object for longer."""
+    """Return whether a Prefect context is still active. Other code may keep the object of a context that has ended."""
     return context._token is not None  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
 
@@ -146,7 +146,8 @@ CLOSING = 0.003
 class Urgency(IntEnum):
     """The order in which waiting requests are sent.
 
-    If many runs begin at the same time, the first is kicked off before the second is claimed, so that its crew works.
+    If many runs begin at the same time, the first is kicked off before the second is claimed: the crew of the first
+    already works then.
     """
 
     CONTINUE = 0

@@ -25,7 +25,7 @@ _OVERRIDES = {code: TURNS[code] for code in (0x202D, 0x202E)}
 
 
 def cell(text: str, cap: int = CELL_CAP) -> str:
-    """Return text as one table cell: on one line, cut to `cap`, without markup."""
+    """Return text as one table cell: on one line, cut to `cap`, with markup escaped."""
     flat = " ".join(text.split())
     return prose(flat if len(flat) <= cap else f"{flat[:cap]}…").replace("|", "\\|")
 

@@ -71,15 +71,15 @@ class Write(NamedTuple):
 def may_follow(stored: Attempt | None, write: Write, *, now: float, is_held: bool = False) -> bool:
     """Return whether the ledger takes a write.
 
-    As in the log of a run (`fold`), a phase never replaces a phase of a higher rank, because a write may land late,
-    after others. An attempt replaces one of equal rank, since a ledger stores the attempt as a whole. A write may be
-    made again after its commit, since its caller may not know that the commit succeeded.
+    As in the log of a run (`fold` of `records.model`), a phase never replaces a phase of a higher rank, because a write
+    may land late, after others. An attempt may replace an attempt of equal rank, since a ledger stores the attempt as a
+    whole. A write may be made again after its commit, since its caller may not know that the commit succeeded.
 
     Args:
         stored: The attempt in the ledger, None if there is none.
         write: The write.
         now: The time by the clock of the database, which decides the age of a claim.
-        is_held: Whether another attempt of the database holds the kickoff id.
+        is_held: Whether another attempt in the database holds the kickoff id of the write.
     """
     new = write.attempt
     if write.is_claim:
@@ -109,12 +109,12 @@ def decide_writes(
     """Decide about the writes of one commit, one after the other.
 
     Args:
-        stored: The attempts at the rows of the writes, and all attempts that hold one of their kickoff ids.
+        stored: The attempts at the rows of the writes, and all attempts that hold a kickoff id of a write.
         writes: The writes, in the order in which the callers made them.
         now: The time by the clock of the database.
 
     Returns:
-        For each write whether the ledger takes it, and the attempts that change, by place.
+        For each write whether the ledger takes it, and the attempts that change, by `Attempt.place`.
     """
     attempts = {attempt.place: attempt for attempt in stored}
     holders: defaultdict[str | None, set[Place]] = defaultdict(set)

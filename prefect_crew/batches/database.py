@@ -98,7 +98,7 @@ def default_ledger(export: str) -> str:
         )
     path = Path(export.removeprefix("file://"))
     if not path.name:
-        raise ConfigurationError(f"The export {export!r} names no file. Nothing was started.")
+        raise ConfigurationError(f"The export {export!r} names no file: give a file's path. Nothing was started.")
     return str(path.with_name(f"{path.name}.ledger.db"))
 
 
@@ -579,7 +579,7 @@ class GroupWriter:
                 if not logged:
                     logged = True
                     run_logger().warning(
-                        "The ledger %s cannot be %s (%s). The batch pauses and tries again for %.0f s.",
+                        "The ledger %s cannot be %s (%s). The batch waits and tries again, for at most %.0f s in all.",
                         self._database.address,
                         deed,
                         short(error),

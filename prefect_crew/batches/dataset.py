@@ -223,7 +223,7 @@ class _File:
 
     @contextmanager
     def open(self) -> Generator[tuple[IO[bytes], Callable[[], None]]]:
-        """Yield the open file, decompressed by its ending, and a function that raises DatasetError if it changed."""
+        """Yield the file, decompressed by its extension, and a check that raises DatasetError if the file changed."""
         is_stored = self._path is not None or self._is_http
         compression = _fsspec.utils.infer_compression(self.address.partition("?")[0]) if is_stored else None
         with self.fetch().open("rb") as file:
@@ -270,7 +270,7 @@ def _reporting(name: str, address: str) -> Generator[None]:
 
 
 def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None]) -> Iterator[str]:
-    """Yield the lines with their ends; only a line feed ends a line. `check`, which may raise, runs before each."""
+    """Yield each line with its line feed, which alone ends a line. `check`, which may raise, runs before each yield."""
     try:
         text = io.TextIOWrapper(cast("Any", file), encoding, newline="\n")
     except LookupError:
@@ -434,7 +434,7 @@ def _parquet(file: _File) -> Iterator[Mapping[str, Any]]:
             yield from part.iter_rows(named=True)
             start += PART
     except (library.exceptions.PolarsError, OSError) as error:
-        raise DatasetError(f"is not a Parquet file: {error}.", source=file.name) from None
+        raise DatasetError(f"cannot be read as Parquet: {error}.", source=file.name) from None
 
 
 def _frame_rows(frame: Any, library: str, name: str) -> Iterator[Mapping[Any, Any]]:

@@ -41,9 +41,9 @@ class BatchEntry:
     Attributes:
         fingerprint: A digest of the keys and inputs of its rows.
         call: The arguments of its last call as plain values, and the flow run of that call.
-        line_options: The settings on which the lines of its export depend.
+        line_options: The settings that change the lines of its export: `output_type` and the secret inputs.
         set_aside: The rows that its last call could not run.
-        exported: The settings, counts and check of rows of its last export, and the addresses of all exports.
+        exported: The settings, the counts and the checked rows (`Checked`) of its last export; the addresses of all.
         generation: The number of calls that had rows to start. The Prefect server stores it as well.
     """
 
@@ -152,7 +152,7 @@ class Ledger:
         await self._execute(sa.update(batches).where(batches.c.name == self.batch).values(values))
 
     async def note_export(self, address: str, exported: Mapping[str, Any] | None = None) -> None:
-        """Add an address of an export. `exported` replaces the rest of `BatchEntry.exported`; None keeps it."""
+        """Add an address to the batch's exports. `exported` replaces the facts of the last export; None keeps them."""
         ours = batches.c.name == self.batch
 
         def write(connection: sa.Connection) -> None:
@@ -174,10 +174,10 @@ class Ledger:
         anew: bool = False,
         is_retried: Callable[[str], bool] = lambda _: False,
     ) -> dict[str, RowState]:
-        """Write the rows that are new or have changed, and return the states of all of them by key.
+        """Write the rows of `jobs` that are new or have changed, and return the states of all rows of `jobs` by key.
 
-        `crew` has the names of the secret inputs. `anew`: these names have changed, so write all rows. `is_retried`
-        returns for a row's key whether the row, whose inputs may have changed, starts again after a failure.
+        `crew` names the secret inputs. `anew`: these names have changed, so write all rows. `is_retried` returns
+        whether the row of a key starts again after a failure; such a row may have other inputs than before.
         """
 
         def write(connection: sa.Connection) -> dict[str, RowState]:
@@ -394,7 +394,7 @@ class Ledger:
         return None
 
     async def _write(self, record: RunRecord, *, is_first: bool = False) -> bool:
-        """Store the current state of an attempt; return whether the ledger took it. `is_first`: see `Write`."""
+        """Store the state of an attempt; return whether the ledger took it (`may_follow`). `is_first`: see `Write`."""
         try:
             # Nothing is sent because of an end, so its write need not hurry.
             urgent = record.phase is not RecordPhase.ENDED

@@ -14,7 +14,7 @@ from prefect_crew.states import CrewState
 
 
 class RowState(StrEnum):
-    """The state of a row: in the ledger, in the output, in `batch inspect` and `batch failures`."""
+    """The state of a row, with the same name in the ledger, the output, `batch inspect` and `batch failures`."""
 
     PENDING = "pending"
     """No kickoff has started a run of it yet: it is kicked off later."""
@@ -41,7 +41,8 @@ class RowState(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether the next call surely leaves the row as it is. It may start a stopped row again."""
+        """Whether the row stays as it is, but for retries and a new `output_type`. The next call may start a stopped
+        row again."""
         return self in (RowState.COMPLETED, RowState.FAILED, RowState.INVALID_OUTPUT)
 
     @property

@@ -219,7 +219,7 @@ _SETTINGS = {**KEEPALIVES, "idle_in_transaction_session_timeout": 0}  # a proces
 
 
 def _lock(file: int) -> None:
-    """Lock an open file. Raises OSError, as BlockingIOError or PermissionError if another process holds the lock."""
+    """Lock an open file. Raises OSError; if another process has the lock, BlockingIOError or PermissionError."""
     if sys.platform == "win32":
         import msvcrt
 

@@ -191,8 +191,8 @@ class RowPlan:
         encoded = inputs.encoded
         if missing := missing_inputs(self._expected, encoded):
             by_name = STATE_ID in missing and self._options.inputs is None
-            mapped = ", which never comes from a column by its name alone: map it" if by_name else ""
-            raise ConfigurationError(f"lacks {', '.join(missing)}{mapped}")
+            mapped = f"; {STATE_ID} never comes from a column by its name alone: map it" if by_name else ""
+            raise ConfigurationError(f"has no value for {', '.join(missing)}{mapped}")
         if unknown := self._unknown(encoded):
             raise ConfigurationError(unknown)
         if self._options.key is None:
@@ -285,7 +285,9 @@ def _by_name(expected: Sequence[CrewInput]) -> Callable[[Values], Values]:
 
     def inputs_of(values: Values) -> Values:
         if names and names.isdisjoint(values):
-            raise ConfigurationError(f"no column is called like one of the crew's inputs: {', '.join(sorted(names))}")
+            raise ConfigurationError(
+                f"no column has the name of an input of the crew ({', '.join(sorted(names))}): rename or map columns"
+            )
         return {
             name: value
             for name, value in values.items()

@@ -488,7 +488,8 @@ class _Batch:
         await self.ledger.note_export(address, now)
 
     async def _export_in_time(self) -> None:
-        """Write the output of a batch that was cancelled or has failed. Prefect kills a cancelled process soon."""
+        """Write the output of a batch that was cancelled or has failed, within `EXPORT_WITHIN` seconds: Prefect soon
+        kills a cancelled process."""
         try:
             await self._refresh()
             await asyncio.wait_for(self._export(), EXPORT_WITHIN)

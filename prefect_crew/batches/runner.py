@@ -80,11 +80,11 @@ STOP_WITHIN = 12.0
 
 
 class Runner:
-    """Runs the rows of one batch. Each call has one runner, on one event loop.
+    """Runs the rows of one batch. Each call of `run_batch` has one runner, on one event loop.
 
-    `on_end` is called at the end of each row with the class of its error, if any. `judge_again`: whether to judge the
-    results of earlier calls again, since the settings for lines have changed. `waiting` has the runs in flight by row
-    key, and `started` counts the kickoffs of this call. `shut`: whether the waits end as well.
+    `on_end` is called at the end of each row with the name of its error's class, if any. `judge_again`: whether to
+    judge the results of earlier calls again, since `line_options` have changed. `waiting` has the runs in flight by row
+    key, and `started` counts the kickoffs of this call. `shut`: whether the runner ends its waits for runs too.
     """
 
     def __init__(
@@ -156,7 +156,9 @@ class Runner:
         """Kick off nothing more; stop the runs in flight, wait for them (drain) or leave them."""
         self.stop("the batch was cancelled.")
         if on_cancel == "drain":
-            run_logger().info("Batch %s waits for %d runs in flight.", self.ledger.batch, len(self.waiting))
+            run_logger().info(
+                "Batch %s was cancelled. It waits for its %d runs in flight.", self.ledger.batch, len(self.waiting)
+            )
             await _tick_during(rows, tick, None)
             return
         # A kickoff under way gets its id first. If it were cut off, it would be uncertain.

@@ -126,7 +126,9 @@ class StoredBatch:
         for key in keys:
             attempts = await self.ledger.attempts(self.ledger.idempotency_key(key))
             if not attempts:
-                raise ConfigurationError(f"Batch {self.name!r} has started no run for a row {key!r}.")
+                raise ConfigurationError(
+                    f"Batch {self.name!r} has no run of a row {key!r}. Check the key or resume the batch."
+                )
             state = state_of(latest_start(attempts) or attempts[-1])
             if state in (RowState.UNCERTAIN, RowState.CLAIMED):
                 raise ConfigurationError(

@@ -125,7 +125,7 @@ _ARGUMENT = re.compile(
 
 
 def by_options(text: str) -> str:
-    """Return a text that names arguments of functions with the options of the command line in their place."""
+    """Return a text in which options of the command line replace the arguments of functions, such as `every=…`."""
 
     def option(match: re.Match[str]) -> str:
         value = shlex.quote(match[2]) if match[2] else match[3]

@@ -169,7 +169,7 @@ class CrewOfRun(CrewAccess):
     ] = None
 
     async def find(self, record: RunRecord) -> Crew | None:
-        """Return the crew of a run, None if the stored crew is another one.
+        """Return the crew of a run. Without --crew: None if no stored crew has its name and URL.
 
         Raises:
             ConfigurationError: The crew of --crew is not the crew of the run.
@@ -222,10 +222,11 @@ def read_pairs(option: str, pairs: Sequence[str], value: str = "value") -> dict[
 
 
 def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, Any]:
-    """Return the inputs of a run from the file (JSON or YAML) and the pairs. A pair replaces an input of the file.
+    """Return the inputs of a run from the file (JSON or YAML) and from `name=value` pairs, which win over the file.
 
     Raises:
-        ConfigurationError: A pair is no pair; the file cannot be read, or holds no object; or a value cannot be sent.
+        ConfigurationError: A pair has no `=` or repeats a name; the file cannot be read, or holds no object; or a
+            value cannot be sent.
     """
     inputs = read_pairs("-i", pairs or ())
     if file is None:

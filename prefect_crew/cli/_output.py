@@ -70,7 +70,7 @@ current = Invocation()  # One command a process: `main` replaces it, and each li
 
 
 def begin(*, debug: bool = False) -> Invocation:
-    """Begin a command, for a process that runs several."""
+    """Replace `current` for a new command: a process may run several."""
     global current
     current = Invocation(debug=debug)
     return current
@@ -339,7 +339,7 @@ def _as_markup(text: str) -> str:
 
 
 def figures(progress: BatchProgress) -> str:
-    """Return the state of a batch, without the number of rows that are done."""
+    """Return a batch's progress as a text, without the number of done rows, which the caller shows."""
     from prefect_crew.artifacts.escape import duration
     from prefect_crew.batches.report import WAITS_FOR_SLOT
 

@@ -80,7 +80,7 @@ def save(
 def _new_block(name: str, access: CrewAccess, fields: dict[str, Any]) -> DeployedCrew:
     if "url" not in fields:
         raise ConfigurationError(
-            f"Give the new crew {name!r} a URL with --url. To change a stored crew, add --overwrite."
+            f"Give --url for a new crew {name!r}. If a crew of that name is stored already, give --overwrite."
         )
     return access.block(**fields)
 
@@ -128,8 +128,8 @@ async def save_served(name: str, url: str, token: str) -> None:
     stored = await _read_stored(name) or {}
     if stored and urlsplit(str(stored["url"])).hostname not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigurationError(
-            f"The crew {name!r} is a crew at {stored['url']}, and was not replaced by one of this machine. Give "
-            "--save another name."
+            f"The crew {name!r} is stored with the URL {stored['url']}, which is not on this machine. The served crew "
+            "did not replace it. Give --save another name."
         )
     try:
         block: DeployedCrew = DeployedCrew.model_validate({**stored, "url": url, "token": token})
@@ -175,7 +175,8 @@ async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
     except ValueError as error:
         if "already in use" in str(error):
             raise ConfigurationError(
-                f"There is a crew {name!r} already. Give --overwrite to change it; fields that are left out stay."
+                f"A crew {name!r} is stored already. Give --overwrite to change it; fields that you leave out stay as "
+                "they are."
             ) from None
         raise ConfigurationError(f"The crew {name!r} was not stored: {reason(error)}") from None
     _output.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")

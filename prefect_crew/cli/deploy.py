@@ -238,7 +238,7 @@ async def apply(
 
 @automations.command
 async def ls(*, output: Output = None) -> None:
-    """List the automations of this package, and what each does."""
+    """List the automations of this package in Prefect, and what each does."""
     async with get_client() as client:
         _put_automations(await read_automations(client), output)
 
@@ -274,7 +274,7 @@ async def _notification_block(client: PrefectClient, notify: str) -> UUID:
 
 
 async def _recover_id(client: PrefectClient, pool: str | None) -> UUID:
-    """Return the id of the deployment that recovers, after its creation on the given work pool."""
+    """Return the id of the deployment `RECOVER`. If `pool` is given or there is none yet, deploy `recover` first."""
     if pool is None:
         try:
             return (await client.read_deployment_by_name(RECOVER)).id

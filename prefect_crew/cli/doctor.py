@@ -33,7 +33,7 @@ MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", 
 
 @dataclass(frozen=True)
 class Finding:
-    """The subject of a check, its result, and how to fix it, if anything is wrong. A problem has to be fixed."""
+    """The subject of a check, its result, and a fix, if there is one. Only the level `problem` fails the command."""
 
     level: Literal["ok", "warning", "problem"]
     subject: str

@@ -135,7 +135,7 @@ def short_name(record: RunRecord) -> str:
 
 @asynccontextmanager
 async def _status_call(record: RunRecord, crew: CrewOfRun) -> AsyncGenerator[Look | None]:
-    """Yield the status call of a run's crew; None, and a note, if the crew is not known."""
+    """Yield the method that asks a run's crew for a status. If the crew is not known, write a note and yield None."""
     loaded_crew = await crew.find(record)
     if loaded_crew is None:
         _output.note(f"The crew's server was not asked. {crew.missing(record)}")
@@ -315,12 +315,12 @@ def resolve(
     yes: Yes = False,
     crew: CrewOfRun = CrewOfRun(),
 ) -> Coroutine[Any, Any, None]:
-    """Record the outcome of an uncertain kickoff, or of a lost run. Look at the crew's page before.
+    """Record the outcome of an uncertain kickoff, or of a lost run. First look for the run on the crew's page.
 
     Args:
-        kickoff_id: The kickoff started this run.
+        kickoff_id: The kickoff started the run with this id.
         never_started: The kickoff started no run.
-        lost: The run was started, and the crew's server has forgotten it. KEY may be its kickoff id.
+        lost: The kickoff started a run, and the crew's server has forgotten the run. KEY may be the run's kickoff id.
     """
     if kickoff_id is None:
         _output.confirm(
@@ -368,7 +368,7 @@ async def _open_store(key: str, ledger: str | None) -> AsyncGenerator[tuple[Reco
         batch.ledger.is_exclusive = True
         if not await batch.ledger.attempts(key):
             row = batch.ledger.row_key(key)
-            raise ConfigurationError(f"Batch {name!r} has started no run for a row {row!r}.")
+            raise ConfigurationError(f"Batch {name!r} has no run of a row {row!r}. Check the key or resume the batch.")
         yield batch.ledger, name
 
 

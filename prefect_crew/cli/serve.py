@@ -224,7 +224,7 @@ NOT_COPIED = ("__pycache__", ".env", ".venv", ".pytest_cache", "results")
 def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is empty, or not there yet.")], /) -> None:
     """Write a starter project: code to deploy on a crew worker, a test of it, and flows to copy and change."""
     if folder.exists() and not (folder.is_dir() and next(folder.iterdir(), None) is None):
-        raise ConfigurationError(f"{folder} is not an empty folder. Nothing was written. Name a new folder.")
+        raise ConfigurationError(f"{folder} is not an empty folder. Nothing was written. Give an empty or new folder.")
     for source, target in _sources():
         shutil.copytree(source, folder / target, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
     readme = folder / "README.md"  # the repository's tests are told by comments how to run its blocks

@@ -92,8 +92,8 @@ async def post_answer(question: ReviewRequest, review: Review, *, allow_http: bo
     label = f"the callback at {where.host}"
     if where.scheme == "http" and not (allow_http or is_loopback(where.host)):
         raise ConfigurationError(
-            f"{label.capitalize()} is plain http, so the answer's token would cross the network in plain text. Answer "
-            "on the Flow's page, or set allow_http if you trust the network."
+            f"{label.capitalize()} is plain http, so the answer's token would cross the network in plain text. Nothing "
+            "was sent. Answer on the Flow's page on the CrewAI platform, or set allow_http if you trust the network."
         )
     content = json.dumps({"feedback": answer_text(question, review), "source": review.by}).encode()
     call = Call("POST", "", question.kickoff_id, Redactor((url, *where.params.values())), content)

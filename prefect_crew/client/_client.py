@@ -172,7 +172,7 @@ class CrewClient:
     async def resume(
         self, kickoff_id: str, task_id: str, feedback: str, approve: bool, *, webhooks: Webhooks | None = None
     ) -> ResumeAnswer:
-        """Answer for a person: `approve` the output of task `task_id`, or have the task done again with `feedback`.
+        """Send a person's answer: `approve` the output of task `task_id`, or have the task done again with `feedback`.
 
         Pass the kickoff's webhooks again, since the server does not keep them. Like a kickoff, do not send this twice.
 

@@ -101,7 +101,8 @@ class _Connection:
         return self._http.our_state is h11.IDLE and self._http.trailing_data == (b"", False)
 
     def is_usable(self, keepalive: float) -> bool:
-        """Return whether the next request may go over it. A server that says more, or closes it, makes it readable."""
+        """Return whether the next request may use the connection: not if the socket is readable, because the server has
+        closed it or sent more."""
         if time.monotonic() - self.used_at > keepalive:
             return False
         socket = self._stream.extra(SocketAttribute.raw_socket)  # noqa: S610  this is no model of Django

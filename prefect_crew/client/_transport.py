@@ -68,7 +68,7 @@ def checked_url(url: str, *, allow_http: bool, what: str = "The crew's URL") -> 
         parts = urlsplit(url)  # httpx accepts an open bracket as a part of the host's name
         host = parts.hostname
     except (ValueError, httpx.InvalidURL):
-        raise ConfigurationError(f"{what} cannot be read. Write it as https://host.example.com.") from None
+        raise ConfigurationError(f"{what} is not a valid URL. Write it as https://host.example.com.") from None
     if parts.scheme not in ("http", "https") or not host:
         bare = url.partition("?")[0].rpartition("@")[2][:100]
         raise ConfigurationError(f"{what} {bare!r} does not start with https:// and a host.")
@@ -336,7 +336,7 @@ class Connections:
         return error.with_traceback(None)
 
     async def aclose(self) -> None:
-        """Close all connections, unless other clients use them too. Call it once."""
+        """Close all connections, unless other clients use them too. Call this once: the calls are counted."""
         if self._transport is None:
             self._pools.users -= 1
             if not self._pools.users:

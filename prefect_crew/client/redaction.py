@@ -81,7 +81,7 @@ class Redactor:
         return value
 
     def model(self, value: ModelT) -> ModelT:
-        """Return a pydantic model of plain values with every secret masked; the same object if it contains none."""
+        """Mask the secrets in a pydantic model whose fields are plain values; without one, return the same object."""
         if not self.hides(value.model_dump_json()):
             return value  # the usual case, and ten times faster
         plain = value.model_dump(mode="json")

@@ -172,7 +172,7 @@ class Faults:
         self._faults = []
 
     def draw(self, *places: str) -> list[Fault]:
-        """Count one request at these places, which are names of the same request, and return its faults."""
+        """Count one request under each of these names of its place, and return the faults that the request has."""
         self.visits.update(places)
         drawn: list[Fault] = []
         for fault, before in self._faults:

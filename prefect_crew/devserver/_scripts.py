@@ -207,7 +207,7 @@ def _render(template: str, scope: Mapping[str, Any], where: str) -> str:
     try:
         return _JINJA.from_string(template).render(scope)
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ProgramError(f"the {where} could not be written: {error}") from error
+        raise ProgramError(f"the template of the {where} failed: {error}") from error
 
 
 def _render_data(data: Any, scope: Mapping[str, Any], where: str) -> Any:

@@ -149,7 +149,7 @@ class ReviewWebhook:
 
 
 class WebhookSender:
-    """A `Listener` that sends events of runs to their targets. `asked` has questions by the tokens of callbacks."""
+    """A `Listener` that sends a run's events to its webhooks. `asked` maps the token of a callback to the question."""
 
     def __init__(self, faults: Faults, *, spawn: Spawn, generation: Generation, review: ReviewWebhook | None) -> None:
         self.review = review

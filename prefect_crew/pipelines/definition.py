@@ -88,7 +88,7 @@ class PipelineDefinition(_Plain):
         """Return the inputs of a run, with defaults for missing ones.
 
         Raises:
-            ConfigurationError: A required input is missing, or the pipeline does not have an input.
+            ConfigurationError: A required input is missing, or `inputs` has a name that the pipeline does not take.
         """
         values = {name: value for name, value in inputs.items() if value is not None}
         if unknown := [name for name in values if name not in self.inputs]:

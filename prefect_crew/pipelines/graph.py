@@ -280,7 +280,7 @@ class Pipeline:
         return {name for name, sources in self._sources_of(step).items() if not sources.isdisjoint(names)}
 
     def _sources_of(self, step: CrewStep) -> dict[str, set[str]]:
-        """Return, for each input of a step, the pipeline's inputs that it uses, by its name or by templates."""
+        """Return, for each input of a step, the pipeline's inputs that feed it, by the same name or by templates."""
         if step.inputs is None:
             return {name: {name} for name in self.inputs}
         names = self.inputs.keys()

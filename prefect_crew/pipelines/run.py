@@ -237,7 +237,7 @@ class _Run:
         self._secrets = [self.pipeline.inputs[name] for name in self.pipeline.secret_inputs]
 
     async def run(self) -> None:
-        """Run all steps that can run. A cancellation ends them all."""
+        """Run each step whose needed steps completed. A cancellation cancels all steps."""
         async with self.artifact, AsyncClientContext.get_or_create():
             jobs = [asyncio.ensure_future(self._step(step)) for step in self.pipeline.steps]
             try:

@@ -206,7 +206,7 @@ class Forwarder:
                 await cancel_and_wait(task)
         if self._notes:
             logger.warning(
-                "%d questions were not stored before the receiver stopped. Answer them on the platform.",
+                "The receiver stopped before it stored %d questions. Answer them on the crew's page on the platform.",
                 len(self._notes),
             )
         for note in self._notes.values():

@@ -93,7 +93,7 @@ async def _no_estimate(crew: Crew, period: BudgetPeriod) -> ConfigurationError:
 
 
 async def _latest_use(crew: Crew, measure: str) -> list[float]:
-    """Return the use of a crew's latest runs that reported it; empty if the Prefect API cannot be reached."""
+    """Return the amounts of a measure that a crew's latest runs reported; an empty list without the Prefect API."""
     amounts, count = list[float](), 0
     with suppress(*PREFECT_ERRORS):
         async for end in PrefectRecords().ended_since(utcnow() - LOOK_BACK):

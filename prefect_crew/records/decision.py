@@ -27,7 +27,7 @@ T = TypeVar("T", bound=Counted)
 
 
 class Caller(BaseModel):
-    """The caller: the nonce of its call (`owner`) and, if any, its flow run, the attempt's number and the process."""
+    """The caller: the nonce of its call (`owner`), and in a flow run the flow run's id, its attempt and its process."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 

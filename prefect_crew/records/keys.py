@@ -44,8 +44,9 @@ LONGEST_NAME = 200
 class Nonce:
     """A text that marks the claims of one call as its own. It lives in this process only.
 
-    A retry of the kickoff task keeps the nonce as long as no kickoff may have been sent under it. If the answer to a
-    claim or a permit was lost, the retry then recognizes it as its own, and no person has to resolve it.
+    A retry of the kickoff task keeps the nonce as long as no kickoff may have been sent under it. If Prefect's answer
+    to the request for a claim or a permit (`Entry`) was lost, the retry then recognizes the claim or permit as its
+    own, and no person has to resolve the run.
     """
 
     text: str = field(default_factory=lambda: str(uuid4()))

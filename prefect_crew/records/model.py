@@ -116,8 +116,8 @@ class Outcome(BaseModel):
 
     @property
     def is_final(self) -> bool:
-        """Whether the crew's server has reported the end of the run. A person may declare that the server has forgotten
-        the run; an end that the server reports later replaces that."""
+        """Whether the crew's server has reported the end of the run. A person's declaration that the server has
+        forgotten the run is not final: an end that the server reports later replaces the declaration."""
         return self.phase is RecordPhase.ENDED and self.state is not CrewState.UNKNOWN
 
     def outcome(self) -> dict[str, Any]:
@@ -292,13 +292,13 @@ def resolution(record: RunRecord, phase: RecordPhase, **facts: Any) -> dict[str,
 
 @dataclass
 class Lease:
-    """The time for which a caller may use its claim or permit. Make the lease before the request for either.
+    """The time for which a caller may use its claim or permit (`Entry`). Make the lease before the caller's request.
 
     The store restarts the lease right before it sends the request for the first time: not later, since that request may
     create the claim or permit, and not earlier, since the request may wait long for other requests of this process.
 
-    The larger time of two clocks counts: the monotonic clock stands still while a machine sleeps, and the wall clock
-    can be set back.
+    Two clocks measure, and the longer time counts, because the monotonic clock stands still while a machine sleeps, and
+    somebody can set back the wall clock.
     """
 
     seconds: float
@@ -323,9 +323,9 @@ class RecordStore(Protocol):
     """A store of run records and of people's answers. Every method may raise the errors of its storage."""
 
     async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
-        """Write a new record and set its `ref`. Return False if another caller's record has its place. Atomic.
+        """Write a new record and set its `ref`. Return False if another caller has claimed this attempt before. Atomic.
 
-        `lease` begins when the store sends the request.
+        `lease` begins when the store sends the request that writes the record.
         """
         ...
 

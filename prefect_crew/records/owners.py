@@ -28,8 +28,8 @@ process that claimed the run."""
 def this_process() -> str | None:
     """Return a name of this process that no other process of any machine has now; None if the system offers none.
 
-    Two processes see the same process ids exactly if their names are equal up to the blank. This part has the host, the
-    boot id, and the namespace of process ids: containers of one host may share the first two.
+    The name is a place, a blank, and the process id. The place has the host, the boot id, and the namespace of process
+    ids, since containers of one host may share the first two. Process ids can be compared only within one place.
     """
     host = socket.gethostname().replace(" ", "_")
     if sys.platform == "darwin":
@@ -105,4 +105,6 @@ async def crash_dead_owner(record: RunRecord) -> None:
     except PREFECT_ERRORS as error:
         run_logger().debug("It is not known whether flow run %s is dead: %s", owner, error)
     else:
-        run_logger().warning("Flow run %s is set to Crashed: its process ended. Its crew's run continues here.", owner)
+        run_logger().warning(
+            "Flow run %s was set to Crashed: its process has ended. This process now waits for the crew's run.", owner
+        )

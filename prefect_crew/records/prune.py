@@ -57,7 +57,7 @@ FLOW_RUN_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 class Pruned:
     """The number of records that `prune` removed (with `dry_run`, would remove), and of equally old ones that it kept.
 
-    It keeps records of runs that have not ended, and of runs that their flow runs may still ask for.
+    `prune` keeps records of runs that have not ended, and of runs whose flow runs may be retried and ask for them.
     """
 
     runs: int
@@ -131,7 +131,8 @@ async def read_owners(records: Iterable[RunRecord]) -> dict[str, float]:
 async def read_by_id(
     path: Literal["/flow_runs/filter", "/task_runs/filter", "/flows/filter"], ids: Iterable[str | None]
 ) -> dict[str | None, dict[str, Any]]:
-    """Return the existing objects by id, each with the seconds since its last change (`unchanged_for`)."""
+    """Return the flow runs, task runs or flows that exist, by id, each with a field `unchanged_for`: the seconds since
+    its last change."""
     wanted_ids = sorted({item for item in ids if item is not None})
     by_id = dict[str | None, dict[str, Any]]()
     async with get_client() as client:

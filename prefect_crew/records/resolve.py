@@ -75,8 +75,9 @@ async def resolve_started(
     _check_over(record, RecordPhase.STARTED)
     if record.phase is RecordPhase.CLAIMED and not record.entries:
         raise ConfigurationError(
-            f"The kickoff of run {record.idempotency_key!r} was never sent: the process that claimed it ended first. "
-            f"So run {kickoff_id} belongs to something else. Nothing was changed. Run again with the same key."
+            f"Nobody sent a kickoff for run {record.idempotency_key!r}: the process that claimed this run ended before "
+            f"sending. So run {kickoff_id} belongs to something else. Nothing was changed. "
+            "Run again with the same key: then the kickoff is sent."
         )
     try:
         await _resolve(record, records, RecordPhase.STARTED, kickoff_id=kickoff_id)

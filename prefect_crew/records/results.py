@@ -40,7 +40,9 @@ async def keep_result(result: StoredResult) -> str | None:
         return str(answer.json()["id"])
     except (*PREFECT_ERRORS, ValueError) as error:
         reason = type(error).__name__
-        run_logger().warning("A large result is not on record (%s). Callers read it from the crew's server.", reason)
+        run_logger().warning(
+            "Prefect did not store a run's large result (%s). Later calls read it from the crew's server.", reason
+        )
         return None
 
 

@@ -246,12 +246,12 @@ def _is_gone(error: Exception) -> bool:
 
 
 async def _read_existing(name: str, model: type[_Model], idempotency_key: str) -> _Model | None:
-    """Return the record or entry whose Variable has a name, with its `ref`; None if it is gone.
+    """Return the record or entry in the Variable `name`, with its `ref`; None if the Variable is gone.
 
     The record may be the caller's own, since Prefect's client repeats a request after a read timeout or a 502.
 
     Raises:
-        CrewError: This version cannot read it.
+        CrewError: This version of the package cannot read the Variable.
     """
     async with get_client() as client:
         variable = await client.read_variable_by_name(name)
@@ -496,8 +496,9 @@ class PrefectRecords:
     async def _name_kickoff(self, record: RunRecord) -> str | None:
         """Create the Variable `crew_kickoff_ID`, by which a record is found from its kickoff id.
 
-        If two records were given one id, only one of them gets this Variable. Return None if that is this record, else
-        the key of the other one. A Variable whose record was pruned, or does not hold the id any more, is replaced.
+        If two records were given one id, only one of them gets this Variable. Return None if `record` gets it, else the
+        idempotency key of the other record. A Variable whose record was pruned, or does not hold the id any more, is
+        replaced.
         """
         kickoff_id = str(record.kickoff_id)
         value = {"idempotency_key": record.idempotency_key, "claim": record.ref}
@@ -515,7 +516,9 @@ class PrefectRecords:
                     await delete_variable(pointer.id)
         except (*PREFECT_ERRORS, CrewError) as error:
             # The caller has to wait for the run also if the Prefect API fails here.
-            run_logger().warning("Run %s is not found by its id, only by its key: %s", kickoff_id, error)
+            run_logger().warning(
+                "Commands find run %s by its key only, because a Variable was not stored: %s", kickoff_id, error
+            )
         return None
 
     async def _holder(self, pointer: Variable, kickoff_id: str) -> RunRecord | None:

@@ -78,8 +78,8 @@ async def create_variable(
 ) -> str | None:
     """Create a Variable and return its id. Return None if the name is taken, perhaps by our own lost request.
 
-    A busy server has done nothing, so the request is repeated soon. After other errors Prefect's client repeats it.
-    `is_patient`: whether to repeat the request for five minutes while the Prefect API does not answer.
+    A busy server has done nothing, so this function repeats the request soon. After other errors Prefect's client does.
+    With `is_patient`, this function repeats the request for five minutes while the Prefect API does not answer.
     """
     path = "/variables/"
     async with get_client() as client:

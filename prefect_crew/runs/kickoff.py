@@ -511,7 +511,7 @@ async def open_run(request: RunRequest, *, inside_own_task: bool = False) -> Liv
 
 @naming_prefect_away("Nothing was started. Run again with the same key.")
 async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool = False) -> None:
-    """Find or start a request's run. Give `run` its kickoff id and its record. Raises the errors of `run_crew`."""
+    """Find or start a request's run, and set `run.kickoff_id` and `run.record`. Raises the errors of `run_crew`."""
     run.request, crew, options = request, request.crew, request.options
     identity = await identify(
         crew.label,

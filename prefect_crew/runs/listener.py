@@ -323,7 +323,7 @@ def subscribe() -> None:
 
 @asynccontextmanager
 async def waker_for(idempotency_key: str, crew: str) -> AsyncGenerator[Waker | None]:
-    """Yield a waker for a run's waiter; None without a receiver of this package. `crew` is the crew's URL."""
+    """Yield a `Waker`, by which webhooks wake a run's wait; None without a receiver of ours. `crew`: the crew's URL."""
     settings = CrewSettings()
     if not settings.webhook_url or is_prefect_cloud(settings.webhook_url):
         yield None

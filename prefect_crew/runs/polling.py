@@ -108,7 +108,7 @@ class Watcher:
         """Handle a status: each one in order, including the last."""
 
     async def on_human_wait(self, phases: Phases) -> None:
-        """Handle that a wait for a person began (`human_since` is set) or ended: a restart needs to know."""
+        """Handle that a wait for a person began (`human_since` is set) or ended (it is None), for a later process."""
 
     async def on_error(self, error: CrewError) -> None:
         """Handle the error of a status call."""
@@ -151,22 +151,23 @@ async def poll(
 ) -> CrewStatus:
     """Poll a run until it has ended, and return its last status: completed, failed or stopped.
 
-    An error of a status call says nothing about the run, but the call's time counts towards `error_timeout`. A 429 does
-    not count, and `poll` obeys its `Retry-After`. `poll` checks the time limits only after a successful status call, so
-    that the end of the run counts before the clock.
+    A failed status call says nothing about the run, but the seconds from one failed call to the next count towards
+    `error_timeout`. A 429 does not count, and `poll` obeys its `Retry-After`. `poll` checks the time limits after a
+    successful status call, so that a run that has ended does not time out. While calls fail, or are answered with 429,
+    each limit is `error_timeout` longer.
 
     Args:
         look: Makes one status call.
         kickoff_id, crew, idempotency_key: The run, for the errors.
         policy, watcher: The policy, and the receiver of statuses and errors.
-        phases: The time of the kickoff, and the time that people have taken. `poll` changes it.
+        phases: The time of the kickoff, and the seconds that people have taken, to which `poll` adds.
         first_look: Make the first status call at once instead of after `initial` seconds: for a run that was kicked off
             some time ago.
         now, rng: The clock of `phases`, in seconds, and numbers in [0, 1) for the jitter.
 
     Raises:
         CrewTimeoutError: A time limit of the policy is over. The run may go on.
-        CrewLostError: The server does not know the run, after the grace.
+        CrewLostError: The server does not know the run any more, or still not after `policy.grace` seconds.
         AuthenticationError: The server refused the token.
         CrewError: No status call succeeded for `error_timeout` seconds. This is the last call's error.
     """

@@ -73,7 +73,7 @@ async def _wait_for_run(run: LiveRun, options: RunOptions, work: OwnTask) -> Cre
 
 
 async def _result(waiter: _Waiter) -> CrewResult:
-    """Return the result, and give the run's slot back when the run is not in flight any more."""
+    """Wait for the run and return its result. Give the run's slot back if the run is not in flight any more."""
     run = waiter.run
     with withholding(run.redact_text):
         if run.record is not None and run.record.phase is RecordPhase.ENDED:

@@ -472,7 +472,7 @@ async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(
     ledger.writer.retry_for = 0.1
     with pytest.raises(LedgerError, match="cannot be read: connection refused"):
         await ledger.counts()
-    assert "cannot be read (connection refused). The batch pauses" in caplog.text
+    assert "cannot be read (connection refused). The batch waits" in caplog.text
 
 
 @pytest.mark.slow

@@ -120,8 +120,8 @@ async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_s
     assert (await aplan_batch(crew, rows, kickoffs_per_second=2)).seconds == 5
     plan = await aplan_batch(crew_server(PICKY).crew(), [{"topic": "tea"}, {"topic": ""}])
     assert (plan.rows, plan.bad_count) == (1, 1)
-    assert "Line 2 cannot be run: lacks topic." in str(plan)
-    assert plan.as_dict()["bad"] == [{"line": 2, "reason": "lacks topic"}]
+    assert "Line 2 cannot be run: has no value for topic." in str(plan)
+    assert plan.as_dict()["bad"] == [{"line": 2, "reason": "has no value for topic"}]
 
 
 async def test_with_show_none_the_failures_show_no_word_of_the_crews(batch: Batches, crew_server: CrewServerFactory):

@@ -77,7 +77,7 @@ def test_the_input_id_is_never_taken_from_a_column_by_its_name_alone(expected: l
 
 def test_a_required_id_has_to_be_mapped():
     [(_, reason)] = reasons([{"topic": "tea", "id": 1}], expected=[CrewInput(name="topic"), CrewInput(name="id")])
-    assert reason.startswith("lacks id")
+    assert reason.startswith("has no value for id;")
     assert "never comes from a column by its name" in reason
     [(_, reason)] = reasons([{"id": 1}], expected=[CrewInput(name="id")])
     assert "never comes from a column by its name" in reason
@@ -103,10 +103,10 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
 @pytest.mark.parametrize(
     ("row", "options", "reason"),
     [
-        pytest.param({"topic": "", "tone": "x"}, {}, "lacks topic", id="required and empty"),
-        pytest.param({"topic": None}, {}, "lacks topic", id="required and null"),
-        pytest.param({"tone": "dry"}, {}, "lacks topic", id="required and not there"),
-        pytest.param({"titel": "tea"}, {}, "called like one of the crew's inputs: tone, topic", id="no input at all"),
+        pytest.param({"topic": "", "tone": "x"}, {}, "has no value for topic", id="required and empty"),
+        pytest.param({"topic": None}, {}, "has no value for topic", id="required and null"),
+        pytest.param({"tone": "dry"}, {}, "has no value for topic", id="required and not there"),
+        pytest.param({"titel": "tea"}, {}, "has the name of an input of the crew (tone, topic)", id="no input at all"),
         pytest.param({"topic": float("nan")}, {}, "Input 'topic' holds a number that is not finite", id="NaN"),
         pytest.param({"topic": "\ud800"}, {}, "lone surrogate", id="half a character"),
         pytest.param({"topic": b"x"}, {}, "bytes, which cannot be sent", id="bytes"),
@@ -116,9 +116,9 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
         pytest.param(
             {"notes": "x"}, {"inputs": {"topic": "ntoes"}}, "column ntoes (did you mean notes?), which", id="near"
         ),
-        pytest.param({"a": ""}, {"inputs": {"topic": "a"}}, "lacks topic", id="empty column"),
+        pytest.param({"a": ""}, {"inputs": {"topic": "a"}}, "has no value for topic", id="empty column"),
         pytest.param({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b, which is not a column", id="template"),
-        pytest.param({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "lacks topic", id="empty template"),
+        pytest.param({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "has no value for topic", id="empty template"),
         pytest.param({"a": 1}, {"inputs": {"topic": "{{ a.b.c }}"}}, "cannot be filled", id="attribute"),
         pytest.param({"a": None}, {"inputs": lambda row: {"topic": row["a"].strip()}}, "AttributeError", id="function"),
         pytest.param({"a": 0}, {"inputs": {"topic": lambda row: 1 / row["a"]}}, "ZeroDivisionError", id="raising"),
@@ -142,10 +142,10 @@ def test_all_bad_rows_are_reported_at_once_and_the_message_has_an_end():
     checked = plan(rows).check()
     assert (checked.total, checked.bad_count, len(checked.bad)) == (50, 50, 50)
     error = BadRowsError(checked.bad, checked.bad_count, source="leads.csv")
-    assert error.rows[0] == BadRow(2, "lacks topic")
+    assert error.rows[0] == BadRow(2, "has no value for topic")
     assert str(error).startswith(
-        "leads.csv: 50 rows cannot be run: lines 2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and 40 more: lacks topic. "
-        "Correct them, or skip them with on_bad_row='skip'."
+        "leads.csv: 50 rows cannot be run: lines 2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and 40 more: has no value for "
+        "topic. Correct them, or skip them with on_bad_row='skip'."
     )
     many = [BadRow(number, f"reason {number}") for number in range(1000)]
     assert "line 19: reason 19; and 4,980 more rows. Correct" in str(BadRowsError(many, 5000, source="leads.csv"))

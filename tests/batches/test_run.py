@@ -273,7 +273,7 @@ async def test_rows_of_a_file_that_has_not_changed_are_not_checked_again(
 
 DIRTY = 'id,topic,note\n1,tea,x\n2,,x\n3,milk,x,y,z\n4,rye\n5,cake,"x"y\n6,"bread, white",x\n7,"two\nlines",x\n8,pie\n'
 WRONG = [
-    (3, "lacks topic"),
+    (3, "has no value for topic"),
     (4, "has 5 fields, the header has 3"),
     (5, "has 2 fields, the header has 3"),
     (6, "is not CSV: ',' expected after '\"'"),
@@ -306,7 +306,7 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
         ]
         assert len(pages := await batch.pages(name)) == number, "each flow run has its own"
         for part in (
-            *("3 of 8 (37.5%)", "| Bad | 5 |", "| 3 | lacks topic |"),
+            *("3 of 8 (37.5%)", "| Bad | 5 |", "| 3 | has no value for topic |"),
             *("| 4 | has 5 fields, the header has 3 |", str(rejected)),
         ):
             assert part in pages[-1]

@@ -144,7 +144,11 @@ def test_what_cannot_be_run_is_said_by_line_and_refused_or_set_aside(
     assert here("batch", "plan", crew, str(path)).code == 6
     planned = here("batch", "plan", crew, str(path), "--key-column", "id", "--on-bad-row", "skip")
     assert planned.code == 0
-    for part in ("1 rows, 1 to run", "Line 3 cannot be run: has 1 fields", "Line 4 cannot be run: lacks topic"):
+    for part in (
+        "1 rows, 1 to run",
+        "Line 3 cannot be run: has 1 fields",
+        "Line 4 cannot be run: has no value for topic",
+    ):
         assert part in planned.out
     refused = here(*given)
     assert (refused.code, server.kickoffs) == (6, 0)
@@ -155,7 +159,7 @@ def test_what_cannot_be_run_is_said_by_line_and_refused_or_set_aside(
     inspected = here("batch", "inspect", name).out
     assert "1 of 3 rows completed\n  2 bad\n  Bad rows: line 3: has 1 fields" in inspected
     assert f"{output}.rejected.jsonl" in inspected
-    assert "line 4\t\tset-aside\tlacks topic" in here("batch", "failures", name).out
+    assert "line 4\t\tset-aside\thas no value for topic" in here("batch", "failures", name).out
     assert [row["line"] for row in here("batch", "failures", name, "-o", "json").json] == [3, 4]
 
 
@@ -366,7 +370,7 @@ def test_failed_rows_are_started_again_by_the_name_alone_up_to_the_crews_limit(
     more = here("batch", "retry", name, "--yes")
     assert (server.kickoffs, "max_attempts" in more.err) == (4, True)
     assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
-    for row, why in (("a", "has completed"), ("z", "has started no run for a row 'z'")):
+    for row, why in (("a", "has completed"), ("z", "has no run of a row 'z'")):
         refused = here("batch", "retry", name, "--yes", "--row", row)
         assert (refused.code, why in refused.err) == (2, True)
 

@@ -73,7 +73,7 @@ def test_a_crew_of_another_machine_is_not_replaced_by_a_served_one(here, prefect
     name = f"hosted-{uuid.uuid4()}"
     DeployedCrew(url="https://crew.example.com", token=SecretStr("hosted")).save(name, _sync=True)
     done = here("serve", "echo", "--port", "0", "--save", name)
-    assert (done.code, f"{name!r} is a crew at https://crew.example.com" in done.err) == (2, True)
+    assert (done.code, f"{name!r} is stored with the URL https://crew.example.com" in done.err) == (2, True)
     assert DeployedCrew.load(name).token.get_secret_value() == "hosted"
 
 

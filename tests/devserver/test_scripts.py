@@ -152,9 +152,9 @@ def test_structured_results(data: str, expected: Any) -> None:
     ("task", "message"),
     [
         ("fail: 'out of {{ what }}'", "out of tokens"),
-        ("output: '{{ missing }}'", "the output of task t could not be written: 'missing' is undefined"),
-        ("output: '{{ what.__class__.__mro__ }}'", "could not be written: access to attribute '__class__'"),
-        ("output: '{{ 1 / 0 }}'", "could not be written: division by zero"),
+        ("output: '{{ missing }}'", "the template of the output of task t failed: 'missing' is undefined"),
+        ("output: '{{ what.__class__.__mro__ }}'", "failed: access to attribute '__class__'"),
+        ("output: '{{ 1 / 0 }}'", "failed: division by zero"),
         ("data: '{{ what }}'", "the data of task t is not JSON"),
     ],
 )

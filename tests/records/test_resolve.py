@@ -132,7 +132,7 @@ async def test_an_open_permit_is_not_resolved():
 
 async def test_a_claim_without_a_kickoff_is_no_run():
     record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
-    with pytest.raises(ConfigurationError, match="was never sent: the process that claimed it ended first"):
+    with pytest.raises(ConfigurationError, match="the process that claimed this run ended before sending"):
         await resolve_as(record, "k1")
 
 

@@ -368,7 +368,7 @@ async def test_the_end_is_kept_without_a_result_that_prefect(
     proxy.refuse, proxy.answer = "POST /api/artifacts/", answer
     saved = await closed(result("x" * 6000))
     assert (saved.phase, saved.state, saved.result_id) == (RecordPhase.ENDED, CrewState.COMPLETED, None)
-    assert "Callers read it from the crew's server" in caplog.text
+    assert "Later calls read it from the crew's server" in caplog.text
 
 
 async def test_an_end_without_a_result_that_prefect_refuses_is_an_error(proxy: Proxy):

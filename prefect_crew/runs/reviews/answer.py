@@ -296,7 +296,7 @@ def uncertain_error(run: LiveRun, last: Review) -> CrewError:
     return AnswerUncertainError(
         f"The answer to run {run.kickoff_id}, task {last.task_id}, question {last.round} (by {describe_answer(last)}) "
         f"was sent and nobody knows whether it arrived. It is not sent again automatically. {where_to_look(run)} If "
-        "the run still waits, answer there. Then wait for it again under the same key."
+        "the run still waits, answer on that page. In either case, then wait for the run again under the same key."
     )
 
 

@@ -180,8 +180,8 @@ class Form:
         return keyset_from_base_key(self._base)
 
     async def _key_up(self, client: PrefectClient) -> str | None:
-        """Return the key of the form with which the flow run is paused, also if another process put it up; None if the
-        flow run is not paused."""
+        """Return the key of the form that the flow run shows while it is paused, also of another process's form; None
+        if the flow run is not paused."""
         try:
             state = (await client.read_flow_run(self._own)).state
         except ObjectNotFound:
@@ -199,7 +199,9 @@ class Form:
                     await client.set_flow_run_state(self._own, Running())
                 await self._hide(client)
         except PREFECT_ERRORS as error:
-            run_logger().warning("The form for run %s could not be closed: %s", self._run.kickoff_id, error)
+            run_logger().warning(
+                "The form for run %s stays open. Resume the flow run if it is Paused: %s", self._run.kickoff_id, error
+            )
 
     async def _hide(self, client: PrefectClient) -> None:
         await self._delete(client, self._keyset["schema"], self._keyset["description"])
@@ -221,7 +223,7 @@ class Form:
                     raise
 
     async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
-        """Pause between two status calls. A webhook or a submitted form ends the pause: return True then."""
+        """Wait until the next status call. Return True if a webhook or a submitted form has ended the wait early."""
         end = time.monotonic() + seconds
         while (seconds_left := end - time.monotonic()) > 0:
             if await pause(min(seconds_left, LOOK_EVERY)) or await self.look() is not None:

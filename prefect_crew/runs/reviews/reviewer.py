@@ -1,4 +1,4 @@
-"""The questions of one run in one wait: find the open question, inform people, get an answer (function or form)."""
+"""The questions of a run while one call waits for the run: find the open question, inform people, get an answer."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class People:
         return bool(answers and record and self.waker and self.waker.has_question_after(record.attempt, answers))
 
     async def _note_moved_on(self) -> bool:
-        """Store in the last answer that the crew continued after it. Return False to try again at the next status."""
+        """Note in a person's last answer that the crew continued. Return False if the next status has to try again."""
         last = self.answers[-1] if self.answers else None
         if last is None or last.moved_on:
             return True
@@ -308,9 +308,9 @@ class People:
             self._has_warned = True
 
     async def _answer_to(self, question: ReviewRequest | None) -> Review | None:
-        """Return the answer to a question, None if neither the form nor the function has it yet.
+        """Return the answer to a question if the form or the function has given one by now, else None.
 
-        The wait goes on while the function thinks. An answer to a question that is not open any more is dropped.
+        The polls of the run go on while the function works. Stop a function whose question is not open any more.
         """
         if self._form is not None:
             submitted = None if question is None else await self._form.look()
