@@ -173,16 +173,18 @@ oldest:
 	    $(MAKE) --no-print-directory oldest-tests OLDEST_PYTHON=$$python; \
 	fi
 
-# The tests of what talks to Prefect, the command line by its two commands that need most of it.
-TOUCHES_PREFECT = $(addprefix tests/,_internal artifacts records runs receiver pipelines flows batches/test_run.py \
-    $(foreach room,automations blocks budgets costs crew deployments flows prefect_away settings tasks testing worker \
-    worker_conformance,test_$(room).py))
+# The tests of what talks to Prefect: of the modules that import it, and of flows as a user writes them. The command line
+# has its two commands that need most of Prefect here.
+TOUCHES_PREFECT = $(foreach name,_internal artifacts flows $(addprefix records/,budgets keys owners prune store) \
+    $(addprefix runs/,limits run stop reviews/answer reviews/form) pipelines/run batches/run receiver/end_to_end \
+    receiver/forward automations blocks crew deployments flows prefect_away settings tasks testing worker \
+    worker_conformance,$(wildcard tests/$(name) tests/$(dir $(name))test_$(notdir $(name)).py))
 
 .PHONY: oldest-tests
 oldest-tests: $(OLDEST_VENV)/.tests
 	$(OLDEST_VENV)/bin/python -m pytest $(AT_ONCE) \
 	    -m "not slow and not proofs and not crewai and not browser and not postgres" $(TOUCHES_PREFECT) \
-	    tests/deployments tests/cli/test_run.py tests/cli/test_deploy.py $(ARGS)
+	    tests/cli/test_run.py tests/cli/test_deploy.py $(ARGS)
 
 $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	@echo "Building $(OLDEST_VENV) with $$($(OLDEST_PYTHON) --version) and $$(grep '^prefect==' constraints-oldest.txt) …"
