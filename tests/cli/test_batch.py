@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sqlite3
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -201,6 +203,12 @@ def test_an_input_of_a_column_that_is_not_there_is_said_once(here, picky, call, 
     assert "(for a constant text, write {{ 'text' }})" in said.err
 
 
+def started(output: str) -> int:
+    """Return how many runs of a batch the ledger beside its output calls started."""
+    with closing(sqlite3.connect(f"{output}.ledger.db")) as ledger:
+        return ledger.execute("SELECT count(*) FROM crew_attempts WHERE phase = 'started'").fetchone()[0]
+
+
 @pytest.fixture
 def running(
     prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str
@@ -215,6 +223,8 @@ def running(
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
     with Process([program("prefect-crew"), *command], log=tmp_path / "log", env=env) as process:
         wait_until(lambda: server.kickoffs == 5, seconds=60, what="its rows in flight")
+        # An id that the ledger does not have yet is lost with the process.
+        wait_until(lambda: started(output) == 5, seconds=60, what="its rows in flight, in the ledger")
         yield server, process
 
 
