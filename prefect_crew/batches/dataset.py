@@ -1,4 +1,4 @@
-"""Data sets: files, addresses, frames and iterables as rows that can be read again."""
+"""Data sets: files, addresses, frames, cursors and iterables as rows that can be read again."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copyreg import dispatch_table
 from dataclasses import dataclass, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 import httpx
+import sqlalchemy as sa
+from pydantic_core import to_json
 
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
 from prefect_crew.exceptions import DatasetError
@@ -40,11 +45,13 @@ COMPRESSED = {".gz", ".bz2", ".xz", ".lzma", ".zip"}
 ROW_LIMIT = 1 << 28
 """Characters of a line, and of a field. Without a limit, a quote that is never closed makes one row of a whole file."""
 PART = 5_000
-"""Rows of a frame that are converted at once."""
+"""Rows of a frame or of a query that are converted at once."""
 _PARTS = {
-    "DuckDBPyRelation": "give its .pl() or .df()",
-    "DuckDBPyConnection": "give the .pl() or .df() of a query",
-    "RecordBatchReader": "give its .read_all()",
+    "AsyncResult": "give the result of a query without stream()",
+    **dict.fromkeys(
+        ("Select", "TextClause"),
+        "it names no database, so give the result of connection.execute(…), or sql://BLOCK?query=…",
+    ),
     "TextFileReader": "give pandas.read_csv without chunksize, or the path of the file",
 }
 """The advice for objects that hold rows and are no iterables of rows, by the names of their types."""
@@ -88,9 +95,10 @@ def open_dataset(
     encoding: str = "utf-8-sig",
     delimiter: str | None = None,
 ) -> Dataset:
-    """Return the data set of a path, a URL, an fsspec address, an iterable of mappings, or a frame.
+    """Return the data set of a path, a URL, an fsspec address, an iterable of mappings, a frame, or a cursor.
 
-    `delimiter` separates the fields of a CSV file, if it is not a comma.
+    `delimiter` separates the fields of a CSV file, if it is not a comma. A cursor, a result of SQLAlchemy and an Arrow
+    stream are read here, once, into a `Spool`: drivers bind them to their thread.
 
     Raises:
         DatasetError: The format is unknown, or `source` is no data set. Faults of rows come while the rows are read.
@@ -112,9 +120,14 @@ def open_dataset(
     if library in ("polars", "pandas", "pyarrow") and kind_name in ("DataFrame", "LazyFrame", "Table", "RecordBatch"):
         name = f"{library} {kind_name}"
         return Dataset(name, lambda: _of_mappings(_frame_rows(source, library, name)))
+    spool = Spool(f"{library} {kind_name}")
+    with _reporting(spool.name, spool.name):
+        if (parts := _parts_of(source, spool.name)) is not None:
+            spool.fill(*parts)
+            return Dataset(spool.name, spool.rows)
     is_parts = kind_name in _PARTS
     if is_parts or isinstance(source, Mapping | bytes | bytearray) or not isinstance(source, Iterable):
-        remedy = _PARTS.get(kind_name, "give a path, an iterable of mappings, or a data frame")
+        remedy = _PARTS.get(kind_name, "give a path, an iterable of mappings, a data frame, or a cursor")
         raise DatasetError(f"is of type {kind_name}, which is not a data set: {remedy}.", source="data set")
     rows = cast("Iterable[Any]", source)
     mappings = rows if isinstance(rows, list | tuple) else list(rows)  # rows are read twice
@@ -147,7 +160,9 @@ def told(error: Exception, address: str) -> str:
     kind = type(error).__name__
     if shown_address(address) != address:
         return kind
-    return getattr(error, "strerror", None) or f"{kind}: {error}"
+    # SQLAlchemy's own text also quotes the statement and its parameters.
+    error = getattr(error, "orig", None) or error
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".rstrip(".")
 
 
 def _shown_link(link: str) -> str:
@@ -352,8 +367,13 @@ def _other_delimiter(column: str, usual: str) -> str | None:
 
 
 def _check_columns(columns: Sequence[str], name: str, *, line: int | None = None) -> None:
-    if doubled := sorted({column for column in columns if columns.count(column) > 1}):
-        raise DatasetError(f"the columns {', '.join(map(repr, doubled))} appear twice.", source=name, line=line)
+    if doubled := _doubled(columns):
+        raise DatasetError(f"the columns {doubled} appear twice.", source=name, line=line)
+
+
+def _doubled(columns: Sequence[str]) -> str:
+    """Return the columns that appear twice, for people; empty if there are none."""
+    return ", ".join(repr(column) for column in sorted({name for name in columns if columns.count(name) > 1}))
 
 
 def _jsonl(lines: Iterable[str]) -> Iterator[Row]:
@@ -387,24 +407,32 @@ def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
 
 
 def _mapping_row(value: Any, line: int) -> Row:
+    if isinstance(value, sa.Row):
+        columns = cast("Sequence[str]", cast("Any", value)._fields)
+        if doubled := _doubled(columns):
+            return Row(line, {}, f"has the columns {doubled} twice")
+        value = dict(zip(columns, cast("Sequence[Any]", value), strict=True))
+    elif not isinstance(value, Mapping) and _is_row(value):
+        value = {name: value[name] for name in value.keys()}  # noqa: SIM118  its iterator yields values
     if not isinstance(value, Mapping):
         return Row(line, {}, f"is of type {type(value).__name__}, not a mapping{_remedy(value)}", value)
     return Row(line, {str(key): item for key, item in cast("Mapping[Any, Any]", value).items()})
 
 
+def _is_row(value: Any) -> bool:
+    """Return whether a value is a row with names, such as sqlite3.Row, and no data frame."""
+    return callable(getattr(value, "keys", None)) and not hasattr(cast("Any", type(value)), "__arrow_c_stream__")
+
+
 def _remedy(value: Any) -> str:
     """Return how to make a mapping of a value of another type, as the end of a sentence."""
-    kind, library = type(value).__name__, type(value).__module__.partition(".")[0]
-    if library == "sqlalchemy":
-        return ": give the result's .mappings()"
+    kind = type(value).__name__
     if hasattr(value, "model_dump"):
         return ": give its model_dump()"
     if hasattr(value, "_asdict"):
         return ": give its _asdict()"
     if is_dataclass(value):
         return ": give its dataclasses.asdict()"
-    if library == "sqlite3":
-        return ": give dict(row)" if kind == "Row" else ""
     if kind in ("DataFrame", "RecordBatch", "Table"):
         return ": it is a part of many rows, so give the parts as one data frame or table"
     return ""
@@ -450,3 +478,105 @@ def _frame_rows(frame: Any, library: str, name: str) -> Iterator[Mapping[Any, An
         else:
             part = frame.iloc[start : start + PART]
             yield from part.astype(object).where(part.notna(), None).to_dict("records")
+
+
+# Rows that can be read once
+
+
+class Spool:
+    """Rows that can be read once, in a temporary file of this machine, from which they are read again.
+
+    `fetch` calls `fill` of a spool, once, when its rows are first read. Raises DatasetError.
+    """
+
+    def __init__(self, name: str, fetch: Callable[[Spool], None] | None = None) -> None:
+        self.name = name
+        self._fetch = fetch
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._columns: Sequence[str] = ()
+        self._digest = ""
+
+    def fill(self, columns: Sequence[str], parts: Iterable[Sequence[Any]]) -> None:
+        """Write parts of rows to the file. A row is a sequence of values, or a mapping of the columns."""
+        _check_columns(columns, self.name)
+        folder = tempfile.TemporaryDirectory(prefix="prefect-crew-")
+        digest = hashlib.sha256(to_json(columns))
+        with (Path(folder.name) / "data").open("wb") as file:
+            for part in parts:
+                values = [_values_of(row, columns) for row in part]
+                pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # a new one: it keeps all that it has written
+                pickler.dispatch_table = _PICKLED
+                pickler.dump(values)
+                # Not of the pickle, whose bytes depend on which values are one object.
+                digest.update(to_json(values, bytes_mode="base64", inf_nan_mode="constants", serialize_unknown=True))
+        self._folder, self._columns, self._digest = folder, tuple(columns), digest.hexdigest()
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, in the order in which they came."""
+        number = 0
+        with self._data().open("rb") as file:
+            while True:
+                try:
+                    part = pickle.load(file)  # noqa: S301  a private file that this process has written
+                except EOFError:
+                    return
+                for values in part:
+                    number += 1
+                    yield Row(number, dict(zip(self._columns, values, strict=True)))
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the columns and the rows."""
+        self._data()
+        return self._digest
+
+    def _data(self) -> Path:
+        if self._folder is None and self._fetch is not None:
+            self._fetch(self)
+        assert self._folder is not None  # noqa: S101  it is filled now
+        return Path(self._folder.name) / "data"
+
+
+def _values_of(row: Any, columns: Sequence[str]) -> list[Any]:
+    return [row[name] for name in columns] if isinstance(row, Mapping) else [*row]
+
+
+def _copied(view: Any) -> tuple[Any, ...]:
+    return bytes, (view.tobytes(),)
+
+
+_PICKLED = {**dispatch_table, memoryview: _copied}
+"""How values are pickled: a driver may return binary values as views."""
+
+
+def _parts_of(source: Any, name: str) -> tuple[Sequence[str], Iterable[Sequence[Any]]] | None:
+    """Return the columns and the parts of a source that can be read once; None for a source of another kind.
+
+    Such a source is a result of SQLAlchemy, a cursor of the DB-API or of DuckDB, or anything with Arrow's C stream.
+    """
+    if isinstance(source, sa.Result | sa.MappingResult):
+        result = cast("sa.Result[Any]", source)
+        return list(result.keys()), result.partitions(PART)
+    kind = cast("type[Any]", type(source))
+    if not hasattr(kind, "__arrow_c_stream__"):
+        if not hasattr(kind, "fetchmany") or not hasattr(source, "description"):
+            return None
+        if source.description is None:
+            raise DatasetError("has no rows: execute a query that returns rows, and give its cursor.", source=name)
+        return [str(column[0]) for column in source.description], _fetched(source)
+    try:
+        reader = import_module("pyarrow").RecordBatchReader.from_stream(source)
+    except ImportError:
+        frame = polars(name).DataFrame(source)  # as a whole: polars reads no part of a stream
+        return frame.columns, (part.rows() for part in frame.iter_slices(PART))
+    return reader.schema.names, _arrow_parts(reader)
+
+
+def _fetched(cursor: Any) -> Iterator[Sequence[Any]]:
+    while part := cursor.fetchmany(PART):
+        yield part
+
+
+def _arrow_parts(reader: Any) -> Iterator[Sequence[Any]]:
+    for batch in reader:
+        for start in range(0, batch.num_rows, PART):
+            yield batch.slice(start, PART).to_pylist()

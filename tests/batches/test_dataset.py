@@ -9,28 +9,31 @@ import io
 import json
 import lzma
 import sqlite3
+import sys
 import traceback
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import Mock
+from uuid import UUID
 
 import fsspec
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, select
 from sqlalchemy import text as text_of
+from sqlalchemy.exc import StatementError
 
 from prefect_crew import ConfigurationError
 from prefect_crew.batches import dataset as dataset_module
-from prefect_crew.batches.dataset import Dataset, Row, open_dataset, shown_address
+from prefect_crew.batches.dataset import Dataset, Row, Spool, open_dataset, shown_address
 from prefect_crew.client.encoding import encode_inputs
 from prefect_crew.exceptions import DatasetError
 
@@ -422,28 +425,15 @@ class Named(NamedTuple):
     text: str = "tea"
 
 
-def sqlite_row() -> Any:
-    with closing(sqlite3.connect("")) as database:
-        database.row_factory = sqlite3.Row
-        return database.execute("SELECT 'tea' AS text").fetchone()
-
-
-def sqlalchemy_row() -> Any:
-    with create_engine("sqlite://").connect() as connection:
-        return connection.execute(text_of("SELECT 'tea' AS text")).one()
-
-
 @pytest.mark.parametrize(
     ("row", "remedy"),
     [
         (Model(), "is of type Model, not a mapping: give its model_dump()"),
         (Data(), "is of type Data, not a mapping: give its dataclasses.asdict()"),
         (Named(), "is of type Named, not a mapping: give its _asdict()"),
-        (sqlite_row(), "is of type Row, not a mapping: give dict(row)"),
-        (sqlalchemy_row(), "is of type Row, not a mapping: give the result's .mappings()"),
         (("tea",), "is of type tuple, not a mapping"),
     ],
-    ids=["pydantic", "dataclass", "namedtuple", "sqlite3", "sqlalchemy", "tuple"],
+    ids=["pydantic", "dataclass", "namedtuple", "tuple"],
 )
 def test_a_row_that_is_no_mapping_is_said_with_what_to_give(row: Any, remedy: str):
     assert [found.fault for found in open_dataset([row]).rows()] == [remedy]
@@ -456,6 +446,116 @@ def test_parts_of_many_rows_are_no_rows():
     (row,) = open_dataset([pandas.DataFrame({"a": [1, 2]})]).rows()
     assert row.fault is not None
     assert row.fault.startswith("is of type DataFrame, not a mapping: it is a part of many rows, so give the parts")
-    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
-    with pytest.raises(DatasetError, match=r"is of type RecordBatchReader.*\.read_all\(\)"):
-        open_dataset(pyarrow.table({"a": [1]}).to_reader())
+
+
+# Rows that can be read once
+
+
+def sqlite_cursor(query: str = "SELECT 'tea' AS topic, NULL AS count") -> Any:
+    database = sqlite3.connect("")
+    database.row_factory = sqlite3.Row
+    return database.execute(query)
+
+
+def sqlalchemy_result(query: str = "SELECT 'tea' AS topic, NULL AS count") -> Any:
+    return create_engine("sqlite://").connect().execute(text_of(query))
+
+
+def duckdb(query: str = "SELECT 'tea' AS topic, NULL AS count") -> Any:
+    return pytest.importorskip("duckdb", reason="needs DuckDB").sql(query)
+
+
+def arrow_reader() -> Any:
+    return pytest.importorskip("pyarrow", reason="needs pyarrow").table({"topic": ["tea"], "count": [None]}).to_reader()
+
+
+def mapping_cursor() -> Any:
+    cursor = sqlite_cursor()
+    cursor.row_factory = lambda cursor, row: {"count": row[1], "topic": row[0]}
+    return cursor
+
+
+ONCE: dict[str, Callable[[], Any]] = {
+    "DB-API": sqlite_cursor,
+    "DB-API, mappings": mapping_cursor,
+    "SQLAlchemy": sqlalchemy_result,
+    "SQLAlchemy, mappings": lambda: sqlalchemy_result().mappings(),
+    "rows of sqlite3": lambda: list(sqlite_cursor()),
+    "rows of SQLAlchemy": lambda: sqlalchemy_result().all(),
+    "DuckDB relation": duckdb,
+    "DuckDB cursor": lambda: pytest.importorskip("duckdb").connect().execute("SELECT 'tea' AS topic, NULL AS count"),
+    "Arrow reader": arrow_reader,
+}
+
+
+@pytest.mark.parametrize("kind", ONCE)
+def test_source_that_is_read_once_gives_its_rows_again(kind: str):
+    dataset = open_dataset(ONCE[kind]())
+    assert values(dataset) == values(dataset) == [{"topic": "tea", "count": None}]
+    one, two = rows_of(dataset), rows_of(dataset)
+    assert next(one) == next(two)
+
+
+def test_arrow_stream_is_read_by_polars_without_pyarrow(monkeypatch: pytest.MonkeyPatch):
+    polars = pytest.importorskip("polars", reason="needs the extra `data`")
+
+    class Stream:
+        def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+            return polars.DataFrame(COLUMNS).__arrow_c_stream__(requested_schema)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset_module, "import_module", Mock(side_effect=ImportError))
+        assert values(open_dataset(Stream())) == [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
+        patch.setitem(sys.modules, "polars", None)
+        with pytest.raises(DatasetError, match=r"Stream: needs polars: pip install 'prefect-crew\[data\]'"):
+            open_dataset(Stream())
+
+
+def test_values_of_a_cursor_keep_their_types():
+    day = {"at": datetime(2026, 1, 2, 3, tzinfo=UTC), "price": Decimal("1.10"), "raw": memoryview(b"\0\xff")}
+    spool = Spool("cursor")
+    spool.fill([*day, "id"], [[(*day.values(), UUID(int=7))]])
+    (row,) = spool.rows()
+    assert row.values == {**day, "raw": b"\0\xff", "id": UUID(int=7)}
+
+
+def test_spooled_rows_stay_out_of_memory_and_go_at_the_end():
+    query = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000) SELECT i, ? AS text FROM n"
+    cursor = sqlite3.connect("").execute(query, ("x" * 500,))
+    tracemalloc.start()
+    try:
+        dataset = open_dataset(cursor)
+        assert sum(1 for _ in dataset.rows()) == 30_000
+        assert tracemalloc.get_traced_memory()[1] < 12_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (lambda: sqlite_cursor("CREATE TABLE t (a)"), "sqlite3 Cursor: has no rows: execute a query that returns rows"),
+        (lambda: sqlite_cursor("SELECT 1 AS a, 2 AS a"), "the columns 'a' appear twice"),
+        (lambda: sqlalchemy_result("SELECT 1 AS a, 2 AS a"), "the columns 'a' appear twice"),
+        (lambda: sqlalchemy_result("SELECT 1 AS a, 2 AS a").all(), "line 1: has the columns 'a' twice"),
+        (lambda: sqlalchemy_result("CREATE TABLE t (a)"), "cannot be read: ResourceClosedError"),
+        (lambda: text_of("SELECT 1"), "is of type TextClause.*names no database.*sql://BLOCK"),
+        (lambda: select(text_of("1")), "is of type Select.*names no database"),
+        (lambda: pytest.importorskip("pyarrow").chunked_array([[1]]), "cannot be read: ArrowInvalid"),
+    ],
+)
+def test_source_without_rows_is_refused(source: Callable[[], Any], problem: str):
+    with pytest.raises(DatasetError, match=problem):
+        values(open_dataset(source()))
+
+
+def test_cursor_that_fails_on_the_way_names_no_value():
+    class Cursor:
+        description = (("a",),)
+
+        def fetchmany(self, size: int) -> Any:
+            raise StatementError("broken", "SELECT ?", {"pin": "sesame-open"}, ValueError("the connection is gone"))
+
+    with pytest.raises(DatasetError, match=r"cannot be read: ValueError: the connection is gone\.") as caught:
+        open_dataset(Cursor())
+    assert "sesame" not in str(caught.value)
