@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -200,6 +202,34 @@ class CrewSession:
             if not await self.renew(client):
                 raise
         return await request(self.client)
+
+    async def version(self, *, max_age: float = 0.0) -> str | None:
+        """Return the version of the deployed crew (`CrewClient.version`), None if its server does not report it soon.
+
+        The session sends no request if this process has asked within `max_age` seconds. No failure raises.
+        """
+        asked_at, version = _versions.get(self.crew.url, (-math.inf, None))
+        if time.monotonic() - asked_at < max_age:
+            return version
+        _versions[self.crew.url] = (time.monotonic(), version)  # first: of many runs that begin at once, one asks
+        try:
+            async with asyncio.timeout(VERSION_WITHIN):
+                version = await self.client.version()
+        except Exception:  # noqa: BLE001  a look that no run depends on
+            version = None
+        _versions[self.crew.url] = (time.monotonic(), version)
+        return version
+
+
+VERSION_WITHIN, VERSION_AGE = 5.0, 3600.0
+"""Seconds that a look at a crew's version may take, and from one look to the next for single runs."""
+# Process-wide: the runs of all event loops share the looks.
+_versions: dict[str, tuple[float, str | None]] = {}
+
+
+def known_version(url: str) -> str | None:
+    """Return the version that this process read last at a crew's URL, None if it read none."""
+    return _versions.get(url, (0.0, None))[1]
 
 
 RETRY_AFTER_CAP = 300.0

@@ -16,9 +16,11 @@ from prefect_crew import AuthenticationError, DeployedCrew, Price
 from prefect_crew.blocks import crew_of, load_crew
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.crew import Crew, CrewSession, known_version
+from prefect_crew.devserver._scripts import load_program
 from prefect_crew.exceptions import InvalidCallError
 from prefect_crew.testing import CrewServerFactory
+from support.scripts import script
 
 
 def crew(**fields: Any) -> Crew:
@@ -164,3 +166,24 @@ async def test_two_that_enter_a_session_at_once_share_one_client():
     await session.__aexit__(None, None, None)
     with pytest.raises(InvalidCallError, match="not open"):
         _ = session.client
+
+
+# The version of the deployed crew
+
+
+async def test_version_is_asked_for_once_within_its_age(crew_server: CrewServerFactory):
+    server = crew_server("echo")
+    async with CrewSession(crew_of(server.crew())) as session:
+        first = await session.version(max_age=3600)
+        assert first == known_version(server.url)
+        assert await session.version(max_age=3600) == first
+        assert server.requests["inspect"] == 1
+        server.crews[""].program = load_program(script({"output": "other"}))
+        assert await session.version() not in (None, first)
+
+
+async def test_version_that_comes_too_late_is_unknown(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("prefect_crew.crew.VERSION_WITHIN", 0.05)
+    monkeypatch.setattr(CrewClient, "version", lambda self: asyncio.sleep(30))
+    async with CrewSession(crew_of(crew_server("echo").crew())) as session:
+        assert await session.version() is None

@@ -104,6 +104,7 @@ def _attributes(record: RunRecord, view: RunView, *, with_content: bool) -> Iter
     yield "prefect_crew.attempt", record.attempt
     yield "prefect_crew.step", record.step
     yield "prefect_crew.cost", record.cost
+    yield "gen_ai.agent.version", record.crew_version
     yield "crewai.human_feedback.wait_duration_ms", record.human_seconds * 1000 or None
     if (usage := record.usage) is not None:
         yield "gen_ai.usage.input_tokens", usage.prompt_tokens

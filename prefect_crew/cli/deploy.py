@@ -30,6 +30,7 @@ from prefect_crew.automations import (
     recovery_automations,
     slowest_heartbeat,
 )
+from prefect_crew.blocks import load_crew
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import (
@@ -43,6 +44,7 @@ from prefect_crew.cli._options import (
     is_url,
 )
 from prefect_crew.cli._prefect import page_url
+from prefect_crew.crew import CrewSession
 from prefect_crew.deployments import backfill as create_runs
 from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, read_deployment, shared_key
 from prefect_crew.exceptions import ConfigurationError
@@ -114,6 +116,7 @@ def deploy(
         form = (stored.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
         fields: dict[str, Any] = form.get("properties", {})
         _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(fields) or 'nothing'}.")
+        await _put_version(crew)
         if page := page_url(deployment_id, "deployment"):
             _output.put(page)
         for timetable in stored.schedules:
@@ -135,6 +138,14 @@ def deploy(
             _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
 
     return make()
+
+
+async def _put_version(crew: str | None) -> None:
+    """Write the version of the crew that is deployed on its server, if that reports one."""
+    if crew is not None:
+        async with CrewSession(await load_crew(crew)) as session:
+            if version := await session.version():
+                _output.put(f"The crew has version {version} now.")
 
 
 def _schedules_of(deployment: DeploymentResponse) -> list[DeploymentScheduleCreate]:

@@ -147,6 +147,8 @@ async def check_crew(client: CrewClient, findings: Findings) -> None:
         findings.add("ok", "token", "it is accepted")
         names = ", ".join(f"{item.name}{'' if item.required else ' (optional)'}" for item in inputs)
         findings.add("ok", "inputs", f"the crew takes {names or 'none that it names'}")
+        version = await client.version() or "its server does not report it, so no record has it"
+        findings.add("ok", "version", version)
 
 
 async def check_prefect(findings: Findings) -> None:

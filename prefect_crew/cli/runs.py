@@ -220,6 +220,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
             {
                 "Attempt": record.attempt,
                 "Crew": f"{record.crew} at {record.crew_url}",
+                "Version": record.crew_version,
                 "Kickoff id": record.kickoff_id,
                 "Since": f"{line.since:%Y-%m-%d %H:%M:%S} UTC ({ago(line.since)} ago)",
                 "Flow run": page_url(record.flow_run_id) or record.flow_run_id,
@@ -259,8 +260,20 @@ def ago(since: datetime) -> str:
 
 
 SHOWN = {
-    *("idempotency_key", "attempt", "crew", "crew_url", "kickoff_id", "state", "error", "reason", "inputs_digest"),
+    *(
+        "idempotency_key",
+        "attempt",
+        "crew",
+        "crew_url",
+        "crew_version",
+        "kickoff_id",
+        "state",
+        "error",
+        "reason",
+        "inputs_digest",
+    ),
     *("claimed_at", "kicked_off_at", "ended_at", "human_since", "human_task", "flow_run_id", "usage", "cost"),
+    "crew_version",
 }
 """Fields of a record that JSON has."""
 

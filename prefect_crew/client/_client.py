@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
     CrewAPIError,
+    CrewError,
     InvalidCallError,
     InvalidInputsError,
     NotFoundError,
@@ -116,6 +118,25 @@ class CrewClient:
         """
         call = self._call("GET", "/inputs")
         return await self._parsed(call, await self._send(call), "the crew's inputs", _parsing.parse_inputs)
+
+    async def version(self) -> str | None:
+        """Return a digest of the deployed definition, 16 hexadecimal digits; None if the server does not report it.
+
+        `GET /inspect` is in no OpenAPI. Its source is the AGENTS.md that CrewAI's command line writes into each project
+        (crewai-cli 1.15.30). So every error and every answer but a JSON object counts as unknown. Nothing keeps the
+        definition, which holds prompts. The call raises InvalidCallError alone.
+        """
+        call = self._call("GET", "/inspect")
+        try:
+            answer = await self._send(call)
+            definition = _parsing.decode(answer.body, expected="a definition") if answer.is_success else None
+        except InvalidCallError:
+            raise
+        except CrewError:
+            return None
+        if not isinstance(definition, dict) or not definition:
+            return None
+        return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:16]
 
     async def kickoff(
         self,

@@ -158,9 +158,14 @@ class CrewAIProgram:
         self.name: str = name or (type(crew).__name__ if self.flow else module)
         self._factory = factory
         self._inputs = _flow_inputs(crew) if self.flow else _crew_inputs(crew)
+        tasks = [] if self.flow else [(task.description, task.expected_output) for task in crew.tasks]
+        self._definition = {"name": self.name, "inputs": [item.name for item in self._inputs], "tasks": tasks}
 
     def inputs(self) -> list[CrewInput]:
         return self._inputs
+
+    def definition(self) -> dict[str, Any]:
+        return self._definition
 
     async def execute(self, run: Run) -> Outcome:
         """Run the crew once, on a thread of its own.

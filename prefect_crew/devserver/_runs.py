@@ -69,6 +69,10 @@ class Program(Protocol):
         """Return the inputs for `GET /inputs`. The server calls it for each request, so it must be cheap."""
         ...
 
+    def definition(self) -> dict[str, Any]:
+        """Return what is deployed, as JSON values, for `GET /inspect`."""
+        ...
+
     async def execute(self, run: Run) -> Outcome:
         """Run the crew once.
 

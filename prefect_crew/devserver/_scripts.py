@@ -138,6 +138,9 @@ class ScriptedProgram:
     def inputs(self) -> list[CrewInput]:
         return [CrewInput(**spec.model_dump()) for spec in self.script.inputs]
 
+    def definition(self) -> dict[str, Any]:
+        return self.script.model_dump(mode="json")
+
     async def execute(self, run: Run) -> Outcome:
         script = self.script
         inputs = {spec.name: "" if spec.default is None else spec.default for spec in script.inputs} | dict(run.inputs)

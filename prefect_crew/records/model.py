@@ -105,6 +105,8 @@ class Outcome(BaseModel):
     """Tokens that the run used, however it ended; None if nobody reported any."""
     cost: float | None = None
     """The cost of the run, by the crew's price at its end; None if unknown."""
+    crew_version: str | None = None
+    """The digest of the crew's definition that was deployed, as the process that started the run knew it."""
     estimates: dict[str, int] | None = None
     """The estimate of the run in each counter of a budget: slots by the counter's name."""
 

@@ -26,6 +26,7 @@ import prefect_crew as pc
 from prefect_crew.artifacts import telemetry
 from prefect_crew.artifacts.run import RunView
 from prefect_crew.blocks import crew_of
+from prefect_crew.crew import known_version
 from prefect_crew.prices import Price
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.store import PrefectRecords
@@ -94,6 +95,7 @@ def test_a_run_is_a_span_with_its_facts(crew_server: CrewServerFactory, spans: S
         "gen_ai.operation.name": "invoke_workflow",
         "gen_ai.workflow.name": label,
         "gen_ai.agent.name": label,
+        "gen_ai.agent.version": record.crew_version,
         "crewai.crew.name": label,
         "crewai.execution_uuid": kickoff_id,
         "server.address": "127.0.0.1",
@@ -109,6 +111,17 @@ def test_a_run_is_a_span_with_its_facts(crew_server: CrewServerFactory, spans: S
         "prefect.flow_run.id": ids[0],
     }
     assert spans.hides("a page on tea")
+
+
+def test_record_and_span_have_the_version_that_the_process_has_read(crew_server: CrewServerFactory, spans: Spans):
+    server = crew_server("echo")
+    for text in ("tea", "milk"):  # the first run may end before the answer is there
+        result = pc.run_crew(server.crew(), {"text": text})
+    version = known_version(server.url)
+    assert version is not None
+    assert facts(spans.runs()[-1])["gen_ai.agent.version"] == version
+    assert asyncio.run(record_of(result.kickoff_id)).crew_version == version
+    assert server.requests["inspect"] == 1
 
 
 def test_tasks_are_children_with_the_times_seen(crew_server: CrewServerFactory, spans: Spans):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -167,6 +168,35 @@ async def test_health(router: respx.MockRouter, client: CrewClient, answer: http
     router.get("/").respond(401)
     with pytest.raises(pc.AuthenticationError):
         await client.health()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(404, json={"detail": "Not Found"}),
+        httpx.Response(405),
+        httpx.Response(401),
+        httpx.Response(500, json={"name": "travel"}),
+        httpx.Response(200, text="<html>Sign in</html>"),
+        httpx.Response(200, json=["travel"]),
+        httpx.Response(200, json={}),
+        httpx.Response(200),
+        httpx.ConnectError("no route"),
+    ],
+    ids=lambda answer: str(getattr(answer, "status_code", "away")),
+)
+async def test_version_is_unknown_after_any_other_answer(router: respx.MockRouter, client: CrewClient, answer: Any):
+    router.get("/inspect").mock(side_effect=[answer])
+    assert await client.version() is None
+
+
+async def test_version_is_a_digest_of_the_definition(router: respx.MockRouter, client: CrewClient):
+    definitions = [{"name": "travel", "tasks": ["plan"]}, {"tasks": ["plan"], "name": "travel"}, {"name": "travel"}]
+    router.get("/inspect").mock(side_effect=[httpx.Response(200, json=definition) for definition in definitions])
+    first, other_order, other = [await client.version() for _ in definitions]
+    assert first is not None
+    assert first == other_order != other
+    assert re.fullmatch("[0-9a-f]{16}", first)
 
 
 REDIRECTS = dict.fromkeys((301, 307), "A redirect to nowhere, not followed. Give the crew's final URL")

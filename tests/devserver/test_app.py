@@ -56,6 +56,13 @@ def test_inputs(travel: httpx.Client, flow: httpx.Client) -> None:
     assert kickoff(flow, {"topic": "tea"})
 
 
+def test_inspect_answers_with_the_definition_to_a_token_only(travel: httpx.Client, server: CrewServer) -> None:
+    definition = travel.get("/inspect").json()
+    assert definition["name"] == server.crews["travel"].program.name
+    assert [task["name"] for task in definition["tasks"]]
+    assert travel.get("/inspect", headers={"Authorization": "Bearer wrong"}).status_code == 401
+
+
 def test_kickoff_answers_with_an_id_only(travel: httpx.Client) -> None:
     answer = travel.post("/kickoff", json={"inputs": INPUTS | {"id": "42"}, "meta": {"requestId": "travel-req-123"}})
     assert answer.status_code == 200
