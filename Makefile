@@ -191,7 +191,7 @@ $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	@$(OLDEST_PYTHON) -m venv --clear $(OLDEST_VENV)
 	@$(OLDEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 	@$(OLDEST_VENV)/bin/uv pip install --quiet --python $(OLDEST_VENV)/bin/python -c constraints-oldest.txt \
-	    -e '.[data]' --group test
+	    -e '.[data,sql]' --group test
 	@touch $@
 
 # The same with httpx2 in the place of httpx in every process of an environment of its own, without those that start whole
@@ -203,7 +203,7 @@ httpx2: $(HTTPX2_VENV)/.tests
 $(HTTPX2_VENV)/.tests: pyproject.toml constraints.txt | $(UV)
 	@echo "Building $(HTTPX2_VENV), in which httpx is httpx2 …"
 	@$(UV) venv --quiet --clear --python $(BIN)/python $(HTTPX2_VENV)
-	@$(UV) pip install --quiet --python $(HTTPX2_VENV)/bin/python -c constraints.txt -e '.[data]' --group test httpx2
+	@$(UV) pip install --quiet --python $(HTTPX2_VENV)/bin/python -c constraints.txt -e '.[data,sql]' --group test httpx2
 	@echo 'import httpx2; httpx2.alias_httpx()' > \
 	    "$$($(HTTPX2_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/httpx2_alias.pth"
 	@touch $@
@@ -216,10 +216,10 @@ FLOORS := $(VENV)/floors.txt
 
 constraints: | $(UV)
 	$(COMPILE) --universal --python-version 3.11 --extra all --group dev --group docs --group release pyproject.toml --output-file constraints.txt
-	$(COMPILE) --python-version 3.11 --extra data pyproject.toml --output-file $(FLOORS) \
+	$(COMPILE) --python-version 3.11 --extra data --extra sql pyproject.toml --output-file $(FLOORS) \
 	    --resolution lowest-direct --exclude-newer 2026-09-17 --exclude-newer-package anyio=2026-11-20 \
 	    --exclude-newer-package cyclopts=2026-11-20
-	$(COMPILE) --python-version 3.11 --extra data --group test pyproject.toml --output-file constraints-oldest.txt \
+	$(COMPILE) --python-version 3.11 --extra data --extra sql --group test pyproject.toml --output-file constraints-oldest.txt \
 	    --constraints $(FLOORS)
 
 clean:

@@ -31,7 +31,7 @@ async def batch_file(
 
     Args:
         crew: The name of the crew's block, as under Blocks.
-        dataset: The file: a path, a URL, or any fsspec address.
+        dataset: The file: a path, a URL, or any fsspec address. Or the rows of a query: sql://BLOCK?query=….
         name: The batch's name. On a schedule: leads-{scheduled_start:%Y-%m-%d}.
         export: The address of the results. On a schedule, with the same placeholder.
         ledger: A path, the URL of a PostgreSQL without a password, or secret://NAME; empty: a file next to a local

@@ -145,7 +145,8 @@ def test_the_table_of_versions_is_that_of_the_pins():
     assert rows["Prefect, client and server"][-1] == f"{oldest['prefect']}, {newest['prefect']}"
     (crewai,) = [row for name, row in rows.items() if name.startswith("CrewAI")]
     assert crewai[-1] == newest["crewai"]
-    assert rows["polars, with `prefect-crew[data]`"][-1] == f"{oldest['polars']}, {newest['polars']}"
+    for name, extra in {"polars": "data", "prefect-sqlalchemy": "sql"}.items():
+        assert rows[f"{name}, with `prefect-crew[{extra}]`"][-1] == f"{oldest[name]}, {newest[name]}"
 
 
 def test_links_of_the_readme_work_outside_of_the_repository():

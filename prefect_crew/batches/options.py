@@ -170,7 +170,8 @@ def plain_call(
     if address is None:
         return {"why_not": "its data set was passed as a Python object"}
     for kind, where in (("data set", address), ("export", export)):
-        if is_remote(where) and shown_address(where) != where:
+        # The password of sql://BLOCK?query=… is in the block.
+        if is_remote(where) and shown_address(where) != where and not where.startswith("sql://"):
             return {"why_not": f"the address of its {kind} may contain a password"}
     for name in ("key", "inputs"):
         if callable(getattr(options, name)):

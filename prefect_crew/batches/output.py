@@ -1,4 +1,4 @@
-"""The output of a batch: an export of its ledger as JSON Lines or Parquet."""
+"""The output of a batch: an export of its ledger as JSON Lines or Parquet, or into a table."""
 
 from __future__ import annotations
 
@@ -7,30 +7,51 @@ import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from datetime import date, datetime
+from datetime import UTC, date, datetime
+from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any, cast
+from urllib.parse import unquote
 from uuid import uuid4
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
+import sqlalchemy as sa
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from prefect_crew.batches.database import create_private
 from prefect_crew.batches.dataset import COMPRESSED, is_remote, polars, shown_address, told
-from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
 from prefect_crew.batches.rows import rejected_name
+from prefect_crew.batches.tables import SQL, SqlDatabase, SqlTable
 from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError, OutputError
 
 _fsspec = cast("Any", fsspec)
-COLUMNS = ("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error")
+COLUMNS = (
+    "key",
+    "inputs",
+    "state",
+    "output",
+    "data",
+    "tasks",
+    "kickoff_id",
+    "seconds",
+    "usage",
+    "error",
+    "crew_version",
+)
 LINES, PARQUET = (".jsonl", ".ndjson"), (".parquet", ".pq")
 """The endings of outputs. After an ending of lines may come the ending of a compression."""
 STRUCTURED = ("inputs", "data", "tasks", "usage")
-"""Columns that are JSON in Parquet."""
+"""Columns that are JSON in Parquet and in a table."""
+
+
+def open_output(address: str, *, output_type: type[BaseModel] | None = None) -> Output:
+    """Return the output at an address: a file, or the table `sql://BLOCK/TABLE`. Raises ConfigurationError."""
+    return (TableOutput if address.startswith(SQL) else Output)(address, output_type=output_type)
 
 
 class Output:
@@ -47,18 +68,18 @@ class Output:
         self._output_type = output_type
         self._path = None if is_remote(address) else Path(address.removeprefix("file://"))
         file = Path(address.partition("?")[0] if self._path is None else address)
-        self._is_parquet = file.suffix.lower() in PARQUET
+        self._is_flat = file.suffix.lower() in PARQUET
         ending = Path(file.stem).suffix if file.suffix.lower() in COMPRESSED else file.suffix
         is_http = address.startswith(("http://", "https://"))
         problem = "is an http address, and nothing can be written there." if is_http else None
-        if problem is None and not (self._is_parquet or ending.lower() in LINES):
+        if problem is None and not (self._is_flat or ending.lower() in LINES):
             problem = (
                 f"has the ending {file.suffix!r}, and an export is JSON Lines ({' or '.join(LINES)}, also compressed: "
                 f"{', '.join(f'{LINES[0]}{kind}' for kind in sorted(COMPRESSED))}) or Parquet "
                 f"({' or '.join(PARQUET)}). Give it such an ending."
             )
         try:
-            if self._is_parquet:
+            if self._is_flat:
                 polars(self.name)
             if self._path is None and problem is None:
                 _fsspec.core.url_to_fs(address)
@@ -69,17 +90,22 @@ class Output:
         if problem is not None:
             raise ConfigurationError(f"The export {self.name} {problem} Nothing was started.")
 
-    def check(self, *, is_new: bool, advice: str = "or move that file. Nothing was started.") -> None:
+    async def open(self) -> None:
+        """Load the block of the output, if it needs one, before any other method. Raises ConfigurationError."""
+
+    def check(self, *, is_new: bool, remedy: str = "move that file", consequence: str = "Nothing was started.") -> None:
         """Make sure that the file can be written, and that an existing file is of this batch. Raises OutputError.
 
-        `is_new`: whether the batch has not written this file yet, so that an existing file is somebody else's. `advice`
-        ends the error's sentence "Choose another, …".
+        `is_new`: whether the batch has not written this file yet, so that an existing file is somebody else's. The
+        error names `remedy` and `consequence`.
         """
         with self._reporting():
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             if is_new and self.exists() and not (self._path and self._path.stat().st_size == 0):
-                raise OutputError(f"{self.name} exists already and is not from this batch. Choose another, {advice}")
+                raise OutputError(
+                    f"{self.name} exists already and is not from this batch. Choose another, or {remedy}. {consequence}"
+                )
 
     def exists(self) -> bool:
         """Return whether the output exists; False for a remote output that nobody can read."""
@@ -97,19 +123,18 @@ class Output:
         The new file is written on this machine, and replaces the old file once it is whole. A write that is cut off
         leaves the old file. Raises OutputError, LedgerError.
         """
-        count = 0
         with self._reporting(), self._new() as new, tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
             lines = Path(folder) / "lines.jsonl"
-            with lines.open("wb") if self._is_parquet else self._opened(new) as file:
-                async for page in ledger.lines():
-                    count += await asyncio.to_thread(self._write_page, page, file)
-            if self._is_parquet:
+            with lines.open("wb") if self._is_flat else self._opened(new) as file:
+                count = await self._write_lines(ledger, file)
+            if self._is_flat:
                 await asyncio.to_thread(self._write_parquet, lines, new)
             await asyncio.to_thread(self._put, new)
         return count
 
-    def write_rejected(self, lines: IO[bytes] | None) -> None:
-        """Write the file of bad rows next to the output; None removes the file of an earlier call."""
+    def write_rejected(self, lines: IO[bytes] | None, batch: str) -> None:
+        """Write the bad rows of a batch next to the output; None removes those of an earlier call."""
+        del batch  # a file is of one batch
         rejected = Output(rejected_name(self.address))
         with rejected._reporting():
             if lines is not None:
@@ -154,14 +179,23 @@ class Output:
         except CrewError:
             raise
         except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
-            raise OutputError(
-                f"The export {self.name} cannot be written: {told(error, self.address)}. All results are in the "
-                "ledger. Make the same call again, which writes them."
-            ) from None
+            raise OutputError(self._unwritten(told(error, self.address))) from None
+
+    def _unwritten(self, problem: str) -> str:
+        return (
+            f"The export {self.name} cannot be written: {problem}. All results are in the ledger. Make the same call "
+            "again, which writes them."
+        )
+
+    async def _write_lines(self, ledger: Ledger, file: IO[bytes]) -> int:
+        count = 0
+        async for page in ledger.lines():
+            count += await asyncio.to_thread(self._write_page, page, file)
+        return count
 
     def _write_page(self, page: list[tuple[str, str, str, str | None, float | None]], file: IO[bytes]) -> int:
         lines = [self._line(*row) for row in page if RowState(row[2]).has_line]
-        if self._is_parquet:
+        if self._is_flat:
             lines = [self._flat(line) for line in lines]
         file.writelines(to_json(line, inf_nan_mode="null") + b"\n" for line in lines)
         return len(lines)
@@ -172,7 +206,7 @@ class Output:
         result: Mapping[str, Any] = fields.get("result") or {}
         line: dict[str, Any] = dict.fromkeys(COLUMNS)
         line |= {"key": key, "inputs": from_json(inputs), "state": state, "tasks": []}
-        line["kickoff_id"] = fields.get("kickoff_id")
+        line |= {"kickoff_id": fields.get("kickoff_id"), "crew_version": fields.get("crew_version")}
         if state == RowState.CONFLICT:
             return line | {"error": CONFLICT_REASON}
         line["seconds"] = result.get("execution_time", None if seconds is None else round(seconds, 3))
@@ -194,8 +228,8 @@ class Output:
         except Exception:  # noqa: BLE001  a validator or a serializer of the user's raises anything
             return data
 
-    # Parquet: `seconds` is a number and all else text; each field of `output_type` also has a column `data_NAME`, by
-    # its name in `data`, not by an alias.
+    # Parquet and tables: `seconds` is a number and all else text; each field of `output_type` also has a column
+    # `data_NAME`, by its name in `data`, not by an alias.
 
     def _flat(self, line: dict[str, Any]) -> dict[str, Any]:
         data: Any = line["data"]
@@ -224,6 +258,107 @@ class Output:
         library.scan_ndjson(lines, schema=schema).sink_parquet(new)
 
 
+class TableOutput(Output):
+    """The table `sql://BLOCK/TABLE`, with the columns of a Parquet file, and `batch`. Several batches may share it."""
+
+    _is_flat = True
+
+    def __init__(self, address: str, *, output_type: type[BaseModel] | None = None) -> None:  # no file: no super()
+        self.address = address
+        self.name = shown_address(address)
+        self._output_type = output_type
+        self._block, _, table = address.removeprefix(SQL).partition("/")
+        self._place = unquote(table)
+        if not self._place or "?" in table:
+            raise ConfigurationError(
+                f"The export {self.name} names no table. Give sql://BLOCK/TABLE, or sql://BLOCK/SCHEMA.TABLE. Nothing "
+                "was started."
+            )
+
+    async def open(self) -> None:
+        """Load its block. Raises ConfigurationError."""
+        self._database = await SqlDatabase.load(self._block, name=f"The export {self.name}")
+        if self._database.kind not in ("sqlite", "postgresql"):
+            raise ConfigurationError(
+                f"The export {self.name} is in a database of {self._database.kind}, and tables are written in SQLite "
+                "and PostgreSQL. Choose another. Nothing was started."
+            )
+
+    def check(self, *, is_new: bool, remedy: str = "move that file", consequence: str = "Nothing was started.") -> None:
+        """Make sure that the table can be written. Several batches may share it. Raises OutputError."""
+        del is_new, remedy  # nothing replaces a table of something else
+        self._results(consequence).check()
+
+    def exists(self) -> bool:
+        """Return whether the table exists. Raises OutputError."""
+        return self._results().exists()
+
+    async def write(self, ledger: Ledger) -> int:
+        """Write the lines of all rows that have ended, in one transaction; return how many there are.
+
+        Rows of the batch that are not among them stay. Raises OutputError, LedgerError.
+        """
+        with self._reporting(), tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
+            lines = Path(folder) / "lines.jsonl"
+            with lines.open("wb") as file:
+                count = await self._write_lines(ledger, file)
+            # A cancellation closes the file, so that the thread cannot read on, and its transaction is rolled back.
+            with lines.open("rb") as file:
+                await asyncio.to_thread(self._results().write, ledger.batch, self._pages(file))
+        return count
+
+    def write_rejected(self, lines: IO[bytes] | None, batch: str) -> None:
+        """Write the bad rows of a batch to the table `TABLE_rejected`, in place of those of an earlier call."""
+        columns = {"line": sa.Integer(), "reason": sa.Text(), "row": sa.Text()}
+        if lines is not None:
+            lines.seek(0)
+        bad = ({**row, "row": to_json(row["row"]).decode()} for row in map(from_json, lines or ()))
+        self._table(f"{self._place}_rejected", columns).write(batch, _paged(bad), replace=True)
+
+    def _table(self, place: str, columns: Mapping[str, Any], consequence: str = "Nothing was started.") -> SqlTable:
+        name = f"{SQL}{self._block}/{place}"
+        return SqlTable(
+            *(self._database, place, columns),
+            failure=lambda problem: OutputError(self._unwritten(problem)),
+            refusal=lambda difference: OutputError(
+                f"{name} exists already and is no table of exports with these columns: it {difference}. It was not "
+                f"changed. Choose another table. {consequence}"
+            ),
+        )
+
+    def _results(self, consequence: str = "All results are in the ledger.") -> SqlTable:
+        columns = dict.fromkeys(COLUMNS, sa.Text()) | {"key": sa.String(255), "seconds": sa.Float()}
+        columns |= {f"data_{name}": _SQL_TYPES[kind] for name, kind in self._fields().items()}
+        return self._table(self._place, columns, consequence)
+
+    def _pages(self, file: IO[bytes]) -> Iterator[list[dict[str, Any]]]:
+        kinds = {f"data_{name}": kind for name, kind in self._fields().items() if kind in (date, datetime)}
+        for page in _paged(map(from_json, file)):
+            for line in page:
+                line |= {name: _moment(line[name], kind) for name, kind in kinds.items()}
+            yield page
+
+
+def _paged(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    return iter(lambda: list(islice(rows, PAGE)), [])
+
+
+def _moment(text: str | None, kind: type) -> Any:
+    """Return a date, or a time in UTC, of its text. A time without a zone is UTC."""
+    if text is None or kind is date:
+        return text and date.fromisoformat(text)
+    moment = datetime.fromisoformat(text)
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+_SQL_TYPES: dict[type, Any] = {
+    int: sa.BigInteger(),
+    float: sa.Float(),
+    bool: sa.Boolean(),
+    date: sa.Date(),
+    datetime: sa.DateTime(timezone=True),
+    str: sa.Text(),
+}
 _CELLS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (float, bool, date, datetime)}
 _CELLS[int] = TypeAdapter(Annotated[int, Field(ge=-(2**63), lt=2**63)])
 

@@ -362,8 +362,8 @@ def _key_of(key: KeyFrom, values: Values) -> str:
 
 
 def rejected_name(output: str) -> str:
-    """Return the address of the file of bad rows, which is next to the batch's output."""
-    return f"{output}.rejected.jsonl"
+    """Return the address of the file, or of the table, of bad rows, which is next to the batch's output."""
+    return f"{output}_rejected" if output.startswith("sql://") else f"{output}.rejected.jsonl"
 
 
 @dataclass(frozen=True)

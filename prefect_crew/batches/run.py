@@ -27,7 +27,7 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
-from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.options import (
     IN_FLIGHT,
     BatchArguments,
@@ -38,7 +38,7 @@ from prefect_crew.batches.options import (
     plain_call,
 )
 from prefect_crew.batches.outcomes import RowState
-from prefect_crew.batches.output import Output
+from prefect_crew.batches.output import open_output
 from prefect_crew.batches.ownership import (
     BatchLock,
     begin_generation,
@@ -58,6 +58,7 @@ from prefect_crew.batches.report import (
 )
 from prefect_crew.batches.rows import Checked, RowPlan, SetAside, expected_inputs, rejected_name
 from prefect_crew.batches.runner import Runner, rows_at_once
+from prefect_crew.batches.tables import SQL, open_query
 from prefect_crew.batches.throttle import BatchClient, Throttle
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
@@ -127,13 +128,15 @@ async def arun_batch(
 
     Args:
         crew: A crew, or the name of a stored block.
-        dataset: CSV, TSV, JSON Lines, JSON or Parquet by path, URL or fsspec address; an iterable of mappings; a pandas
-            or polars data frame; an Arrow table.
-        name: The batch's name. The name, `export` and a path as `dataset` may be templates over the scheduled time:
+        dataset: CSV, TSV, JSON Lines, JSON or Parquet by path, URL or fsspec address; `sql://BLOCK?query=…`, the rows
+            of a query in the database of a SQLAlchemy block; an iterable of mappings or rows; a pandas or polars data
+            frame; anything with an Arrow stream; a cursor of the DB-API, or a result of SQLAlchemy.
+        name: The batch's name. The name, `export` and an address as `dataset` may be templates over the scheduled time:
             `leads-{scheduled_start:%Y-%m-%d}`.
         export: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
-            Parquet. It is written at the end, and when the batch stops; `prefect-crew batch export` writes it at any
-            time. A line has key, inputs, state, output, data, tasks, kickoff_id, seconds, usage and error.
+            Parquet. Or `sql://BLOCK/TABLE`, a table of these columns and `batch`. It is written at the end, and when
+            the batch stops; `prefect-crew batch export` writes it at any time. A line has key, inputs, state, output,
+            data, tasks, kickoff_id, seconds, usage, error and crew_version.
         ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
             left out, a file next to a local export.
         key: A column or a function of the row; left out, a digest of the inputs and the number of equal rows before.
@@ -347,10 +350,16 @@ async def _batch_job(
     if isinstance(dataset, str) and "{scheduled_start" in dataset:
         dataset = render_key(dataset, moment)
     address = await ledger_address(more.pop("ledger"), where)
-    rows = open_dataset(dataset, **more)
+    is_query = isinstance(dataset, str) and dataset.startswith(SQL)
+    rows = await open_query(dataset) if is_query else open_dataset(dataset, **more)
     loaded_crew = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
     await check_estimates(loaded_crew)
     return BatchJob(loaded_crew, rows, options, full, where, address)
+
+
+def _version_in(entry: BatchEntry | None) -> str | None:
+    """Return the version of the crew at the last call of a batch, None if it is not known."""
+    return None if entry is None or entry.call is None else entry.call.get("crew_version")
 
 
 class _Batch:
@@ -364,7 +373,7 @@ class _Batch:
         self.session = CrewSession(job.crew, partial(BatchClient, throttle=self.throttle))
         self.ledger = Ledger(job.ledger.full, job.name)
         self.lock = BatchLock(self.ledger.database, job.name)
-        self.output = Output(job.export, output_type=job.options.output_type)
+        self.output = open_output(job.export, output_type=job.options.output_type)
         self.artifact = BatchArtifact(job.name, job.crew)
         self.refresh_after = 0.0
         self.people_noted: bool | None = None
@@ -386,11 +395,14 @@ class _Batch:
         ledger.is_exclusive = True
         self.before = before = await ledger.entry()  # what the ledger knew before this call
         check_bound(before, await read_binding(job.name), ledger)
+        version = await self.session.version()
         by = {"flow_run_id": flow_run_id()}
         if before is not None and before.call is not None:
             await ledger.note(call={**before.call, **by})  # reading the rows may take minutes
         self.exported = {} if before is None else before.exported or {}
-        self.output.check(is_new=whole_address(job.export) not in self.exported.get("outputs", ()))
+        await self.output.open()
+        is_new = whole_address(job.export) not in self.exported.get("outputs", ())
+        await asyncio.to_thread(self.output.check, is_new=is_new)
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
         source = await asyncio.to_thread(plan.source)
         self.checked = self.exported.get("checked")
@@ -408,11 +420,7 @@ class _Batch:
         if not await lock.still_held():
             raise BatchBusyError(name=job.name)
         if before is not None and options.on_change == "refuse":
-            if before.crew_url != job.crew.url:
-                raise BatchChangedError(name=job.name, difference=f"crew {before.crew_url}, not {job.crew.url}")
-            if before.fingerprint != checked.fingerprint:
-                these = f"{checked.total} others" if checked.total == before.total else f"these {checked.total}"
-                raise BatchChangedError(name=job.name, difference=f"{before.total} rows, not {these}")
+            self._refuse_changes(before, checked, version)
         call = plain_call(
             crew=job.crew.block,
             secret_inputs=job.crew.secret_inputs,
@@ -425,14 +433,14 @@ class _Batch:
             crew_url=job.crew.url,
             fingerprint=checked.fingerprint,
             total=checked.total,
-            call={**call, **by},
+            call={**call, **by, "crew_version": version or _version_in(before)},
             line_options=job.line_options,
         )
         await bind(entry, ledger, job.ledger.public)
         aside = SetAside(checked.bad_count, checked.bad, rejected_name(self.output.name) if checked.bad_count else None)
         self.progress.total, self.progress.set_aside = checked.total, aside
         if aside.count or entry.set_aside.count:
-            await asyncio.to_thread(self.output.write_rejected, rejected if aside.count else None)
+            await asyncio.to_thread(self.output.write_rejected, rejected if aside.count else None, job.name)
             await ledger.note(set_aside=asdict(aside) if aside.count else None)
         if before is not None:
             await ledger.note_orphaned()
@@ -440,6 +448,18 @@ class _Batch:
             if before.fingerprint != entry.fingerprint or self.exported.get("order") != self.order:
                 await ledger.enter_changed(plan.jobs(), job.crew)
         self.kickoffs_before = self.throttle.kickoffs
+
+    def _refuse_changes(self, before: BatchEntry, checked: Checked, version: str | None) -> None:
+        """Raise BatchChangedError if the crew, its version or the rows are not those of the last call."""
+        name, url, version_before = self.job.name, self.job.crew.url, _version_in(before)
+        if before.crew_url != url:
+            raise BatchChangedError(name=name, difference=f"crew {before.crew_url}, not {url}")
+        if version and version_before and version != version_before:
+            difference = f"version {version_before} of the crew, not {version}"
+            raise BatchChangedError(name=name, difference=difference)
+        if before.fingerprint != checked.fingerprint:
+            these = f"{checked.total} others" if checked.total == before.total else f"these {checked.total}"
+            raise BatchChangedError(name=name, difference=f"{before.total} rows, not {these}")
 
     async def run(self) -> BatchReport:
         """Run the rows that are not done, write the output, and report. Raises CrewError."""

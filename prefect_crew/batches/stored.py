@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
@@ -14,7 +15,7 @@ from prefect_crew.batches.dataset import whole_address
 from prefect_crew.batches.ledger import BatchEntry, Ledger, LedgerRow
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH, RowState, state_of
-from prefect_crew.batches.output import Output
+from prefect_crew.batches.output import open_output
 from prefect_crew.batches.ownership import TAG, BatchLock, check_bound, read_binding
 from prefect_crew.batches.rows import BadRow
 from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerMissingError
@@ -164,10 +165,12 @@ class StoredBatch:
                 f"The export of batch {self.name!r} is not on record: {self._call.get('why_not')}. Name a file for it."
             )
         options = BatchOptions(**self._call.get("options", {}))
-        target, whole = Output(address, output_type=options.output_type), whole_address(address)
+        target, whole = open_output(address, output_type=options.output_type), whole_address(address)
         entry = await self.ledger.entry() or self.entry  # another process may have written an export by now
         is_new = whole not in (entry.exported or {}).get("outputs", ())
-        target.check(is_new=is_new and not overwrite, advice="or replace it with overwrite=True. Nothing was written.")
+        await target.open()
+        words = {"remedy": "replace it with overwrite=True", "consequence": "Nothing was written."}
+        await asyncio.to_thread(target.check, is_new=is_new and not overwrite, **words)
         await self.ledger.note_export(whole)
         return target.name, await target.write(self.ledger)
 

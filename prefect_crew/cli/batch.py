@@ -57,7 +57,8 @@ DataSet = Annotated[
     str,
     Parameter(
         name="DATASET",
-        help="CSV, TSV, JSON Lines, JSON or Parquet: a path, a URL or an fsspec address; compressed or not.",
+        help="CSV, TSV, JSON Lines, JSON or Parquet: a path, a URL or an fsspec address; compressed or not. Or "
+        "sql://BLOCK?query=…, the rows of a query, percent-encoded.",
     ),
 ]
 Name = Annotated[str, Parameter(name="NAME", help="The batch's name.")]
@@ -148,7 +149,8 @@ def run(
 
     Args:
         name: The batch's name. The same call with it goes on where it stopped.
-        export: The file or address for the results, JSON Lines or .parquet; written when the batch ends or stops.
+        export: The file or address for the results, JSON Lines or .parquet, or sql://BLOCK/TABLE; written when the
+            batch ends or stops.
     """
     options = choices.options()
     if choices.retry_failed:
@@ -404,9 +406,20 @@ async def retry(
 
 
 @app.command
-async def resume(name: Name, /, *, ledger: Ledger = None, output: Output = None) -> int:
-    """Go on with a batch where it stopped, with the options of its last call."""
-    return await _go_on(name, ledger, False, output)
+async def resume(
+    name: Name,
+    /,
+    *,
+    on_change: Literal["refuse", "continue"] = "refuse",
+    ledger: Ledger = None,
+    output: Output = None,
+) -> int:
+    """Go on with a batch where it stopped, with the options of its last call.
+
+    Args:
+        on_change: Whether to refuse or to continue if the rows or the crew have changed.
+    """
+    return await _go_on(name, ledger, False, output, on_change=on_change)
 
 
 async def _go_on(
@@ -492,11 +505,11 @@ async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfR
 @app.command
 async def export(
     name: Name,
-    file: Annotated[
-        str | None,
-        Parameter(name="FILE", help="A .jsonl or .parquet file; if left out, the export of the batch's last call."),
-    ] = None,
     /,
+    to: Annotated[
+        str | None,
+        Parameter(help="A .jsonl or .parquet file, or sql://BLOCK/TABLE; if left out, the last call's export."),
+    ] = None,
     *,
     overwrite: bool = False,
     ledger: Ledger = None,
@@ -508,5 +521,5 @@ async def export(
     """
     _look_here()
     async with open_stored_batch(name, ledger) as batch:
-        where, count = await batch.export(file, overwrite=overwrite)
+        where, count = await batch.export(to, overwrite=overwrite)
     _output.put(f"{count:,} lines of batch {name} are in {where}.")

@@ -81,6 +81,7 @@ async def test_a_line_a_row_that_has_ended_in_the_order_of_the_rows(ledger: Ledg
         "seconds": 1.5,
         "usage": {"total_tokens": 7},
         "error": None,
+        "crew_version": None,
     }
     assert (failed["key"], failed["state"], failed["output"], failed["tasks"]) == ("b", "failed", None, [])
     assert (failed["error"], round(failed["seconds"])) == ("the engine is down", 2)

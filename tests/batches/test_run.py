@@ -25,7 +25,9 @@ from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.rows import RowPlan
 from prefect_crew.batches.stored import open_stored_batch
+from prefect_crew.client._client import CrewClient
 from prefect_crew.client.redaction import MASK
+from prefect_crew.devserver._scripts import load_program
 from prefect_crew.exceptions import (
     BadRowsError,
     BatchBusyError,
@@ -79,7 +81,8 @@ async def test_a_second_call_starts_nothing_and_reports_the_same(batch: Batches,
         again = await batch(server.crew(price=2), rows, name="leads")
         assert (again.completed, again.failed, again.kickoffs, again.cost) == (20, 1, 0, first.cost)
     assert batch.output.read_bytes() == before
-    assert {**server.requests, "inputs": 0} == {**requests, "inputs": 0}
+    beforehand = {"inputs": 0, "inspect": 0}
+    assert {**server.requests, **beforehand} == {**requests, **beforehand}
     with pytest.raises(BatchFailedError, match=r"20 of 21 rows completed, 1 failed.*retry_failed=True") as caught:
         again.raise_for_failures()
     assert caught.value.report is again
@@ -103,6 +106,32 @@ async def test_more_rows_or_another_crew_under_the_same_name_ask_for_a_decision(
         report = await batch(two.crew(), topics(7)[3:], name="growing", on_change="continue")
         assert (report.total, report.completed, len(batch.lines())) == (4, 4, 4)
     assert (one.kickoffs, two.kickoffs) == (5, 2)
+
+
+async def test_crew_that_was_deployed_again_asks_for_a_decision(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(ECHO)
+    await batch(server.crew(), topics(2), name="deployed")
+    (before,) = {line["crew_version"] for line in batch.lines().values()}
+    server.crews[""].program = load_program(PICKY)
+    with pytest.raises(BatchChangedError, match=rf"version {before} of the crew, not \w+\. Nothing"):
+        await batch(server.crew(), topics(3), name="deployed")
+    await batch(server.crew(), topics(3), name="deployed", on_change="continue")
+    versions = {key: line["crew_version"] for key, line in batch.lines().items()}
+    assert sorted(versions.values()).count(before) == 2
+    assert (len(set(versions.values())), server.kickoffs) == (2, 3)
+
+
+async def test_version_that_is_unknown_refuses_nothing(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server = crew_server(ECHO)
+    await batch(server.crew(), topics(1), name="unknown")
+    with monkeypatch.context() as patch:
+        patch.setattr(CrewClient, "version", lambda self: asyncio.sleep(0))
+        assert (await batch(server.crew(), topics(1), name="unknown")).ok
+    server.crews[""].program = load_program(PICKY)
+    with pytest.raises(BatchChangedError, match="version"):
+        await batch(server.crew(), topics(1), name="unknown")
 
 
 async def test_a_key_with_other_inputs_than_before_is_not_started_again(batch: Batches, crew_server: CrewServerFactory):

@@ -1,0 +1,226 @@
+"""SQL databases of stored blocks of prefect-sqlalchemy: the rows of a query, and tables for results.
+
+An address is `sql://BLOCK?query=…`, percent-encoded, or `sql://BLOCK/TABLE`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+from urllib.parse import unquote
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import NoSuchModuleError
+from sqlalchemy.pool import NullPool
+
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew.batches.dataset import PART, Dataset, Spool, shown_address
+from prefect_crew.client.redaction import Redactor
+from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError
+
+T = TypeVar("T")
+SQL = "sql://"
+_BLOCK = re.compile("[a-z0-9-]+")
+
+
+class SqlDatabase:
+    """The database of a stored block. All methods but `load` block, so they run in a thread."""
+
+    def __init__(self, engine: Any, redact: Redactor) -> None:
+        self._engine = engine
+        self._redact = redact
+
+    @property
+    def kind(self) -> str:
+        """The name of the database system, such as `postgresql`."""
+        return str(self._engine.dialect.name)
+
+    @classmethod
+    async def load(cls, block: str, *, name: str) -> SqlDatabase:
+        """Load a SqlAlchemyConnector or an AsyncSqlAlchemyConnector. `name` is the address that needs the block.
+
+        Raises ConfigurationError.
+        """
+        if not _BLOCK.fullmatch(block):
+            raise ConfigurationError(
+                f"{name} names no block of Prefect. Store the database as a SqlAlchemyConnector, and give "
+                "sql://BLOCK?query=… to read rows, or sql://BLOCK/TABLE for an export. Nothing was started."
+            )
+        try:
+            import prefect_sqlalchemy as blocks  # pyright: ignore[reportMissingTypeStubs]
+        except ImportError:
+            raise ConfigurationError(
+                f"{name} needs prefect-sqlalchemy: pip install 'prefect-crew[sql]'. Nothing was started."
+            ) from None
+        problem = (
+            f"There is no SQLAlchemy block {block!r} for {name}. Make it with "
+            f"SqlAlchemyConnector(connection_info='postgresql+psycopg://…').save({block!r})."
+        )
+        for kind in cast("list[Any]", [blocks.SqlAlchemyConnector, blocks.AsyncSqlAlchemyConnector]):
+            try:
+                return await cls._of(kind, block)
+            except PREFECT_ERRORS:
+                raise
+            except ValueError:
+                continue  # there is no such block of this kind
+            except Exception as error:  # noqa: BLE001  an error of its fields quotes the password
+                reason = f": {error}" if isinstance(error, ImportError | NoSuchModuleError) else ""
+                problem = f"The SQLAlchemy block {block!r} for {name} cannot be used{reason}. Save it again, corrected."
+                break
+        raise ConfigurationError(f"{problem} Nothing was started.")
+
+    @classmethod
+    async def _of(cls, kind: Any, block: str) -> SqlDatabase:
+        stored = await kind.aload(block)
+        engine = stored.get_engine(poolclass=NullPool)
+        # Options of a connection may be secrets: a password, a token, the path of a key.
+        return cls(engine, Redactor([engine.url.password or "", dict(engine.url.query), stored.connect_args or {}]))
+
+    def run(self, work: Callable[[sa.Connection], T], failure: Callable[[str], CrewError]) -> T:
+        """Run `work` in a transaction, which ends without a commit unless `work` commits it.
+
+        Errors of the database become the error that `failure` makes of a text without statement, parameters and
+        password.
+        """
+        try:
+            if hasattr(self._engine, "sync_engine"):
+                return asyncio.run(self._run_async(work))
+            with self._engine.connect() as connection:
+                return work(connection)
+        except CrewError:
+            raise
+        except Exception as error:  # noqa: BLE001  each driver raises errors of its own
+            problem = self._redact(_first_line(getattr(error, "orig", None) or error))
+        raise failure(problem)  # here, so that it has no context, whose frames hold parameters
+
+    async def _run_async(self, work: Callable[[sa.Connection], T]) -> T:
+        async with self._engine.connect() as connection:
+            return await connection.run_sync(work)
+
+
+async def open_query(address: str) -> Dataset:
+    """Return the data set of the rows of a query. Its digest is of the rows.
+
+    The query runs when the rows are first read, once. A second read reads the temporary file, so it does not matter
+    whether the query has an order. The query is a text for the driver as it is, and its transaction is rolled back.
+
+    Raises ConfigurationError, DatasetError.
+    """
+    name = shown_address(address)
+    block, has_query, text = address.removeprefix(SQL).partition("?query=")
+    try:
+        query = unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        query = ""
+    if not has_query or not query.strip():
+        raise DatasetError(
+            "has no query. Give sql://BLOCK?query=SELECT…, percent-encoded: a % is %25, as urllib.parse.quote does it.",
+            source=name,
+        )
+    database = await SqlDatabase.load(block, name=name)
+
+    def fetch(spool: Spool) -> None:
+        def read(connection: sa.Connection) -> None:
+            if database.kind == "sqlite":
+                connection.exec_driver_sql("BEGIN")  # else Python's driver commits some statements at once
+            # Without parameters: then no driver takes a % or a colon of the query for the place of one.
+            options: dict[str, Any] = {"stream_results": True, "max_row_buffer": PART, "no_parameters": True}
+            result = connection.execution_options(**options).exec_driver_sql(query)
+            if not result.returns_rows:
+                raise DatasetError("has a query that returns no rows.", source=name)
+            spool.fill(list(result.keys()), result.partitions(PART))
+
+        database.run(read, lambda problem: DatasetError(f"cannot be read: {problem}.", source=name))
+
+    spool = Spool(name, fetch)
+    return Dataset(name, spool.rows, address, digest=spool.digest)
+
+
+class SqlTable:
+    """A table of a database in which a batch has its own rows, told apart by the column `batch`.
+
+    `columns` are its other columns and their types, of which the first identifies a row of the batch. Errors of the
+    database become the error that `failure` makes, a table of something else the error that `refusal` makes.
+    """
+
+    def __init__(
+        self,
+        database: SqlDatabase,
+        table: str,
+        columns: Mapping[str, sa.types.TypeEngine[Any]],
+        *,
+        failure: Callable[[str], CrewError],
+        refusal: Callable[[str], CrewError],
+    ) -> None:
+        schema, _, name = table.rpartition(".")
+        first = next(iter(columns))
+        self._database = database
+        self._failure = failure
+        self._refusal = refusal
+        self._table = sa.Table(
+            name,
+            sa.MetaData(schema=schema or None),
+            sa.Column("batch", sa.String(255), primary_key=True),
+            *(sa.Column(column, kind, primary_key=column == first) for column, kind in columns.items()),
+        )
+        self._key = ["batch", first]
+
+    def exists(self) -> bool:
+        """Return whether the table exists."""
+        return self._database.run(self._is_there, self._failure)
+
+    def check(self) -> None:
+        """Compare the table with this one. If there is none, make it, and roll that back."""
+        self._database.run(self._prepare, self._failure)
+
+    def write(self, batch: str, pages: Iterable[Sequence[Mapping[str, Any]]], *, replace: bool = False) -> None:
+        """Write rows in one transaction. A row whose key the table has for this batch is replaced.
+
+        `replace`: remove all other rows of the batch. An error, also of `pages`, leaves the table as it was.
+        """
+        insert = (postgresql if self._database.kind == "postgresql" else sqlite).insert(self._table)
+        others = [column.name for column in self._table.c if column.name not in self._key]
+        new = {name: insert.excluded[name] for name in others}
+        upsert = insert.on_conflict_do_update(index_elements=self._key, set_=new)
+
+        def work(connection: sa.Connection) -> None:
+            self._prepare(connection)
+            if replace:
+                connection.execute(sa.delete(self._table).where(self._table.c.batch == batch))
+            for page in pages:
+                if page:
+                    connection.execute(upsert, [{"batch": batch, **_storable(row)} for row in page])
+            connection.commit()
+
+        self._database.run(work, self._failure)
+
+    def _is_there(self, connection: sa.Connection) -> bool:
+        return sa.inspect(connection).has_table(self._table.name, self._table.schema)
+
+    def _prepare(self, connection: sa.Connection) -> None:
+        if self._database.kind == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")  # else Python's driver commits a new table at once
+        if not self._is_there(connection):
+            self._table.create(connection)
+            return
+        inspector, place = sa.inspect(connection), (self._table.name, self._table.schema)
+        there = [str(column["name"]) for column in inspector.get_columns(*place)]
+        own = [column.name for column in self._table.c]
+        lacks, has = [name for name in own if name not in there], [name for name in there if name not in own]
+        key = inspector.get_pk_constraint(*place)["constrained_columns"]
+        if lacks or has or set(key) != set(self._key):
+            parts = [f"lacks {', '.join(lacks)}"] * bool(lacks) + [f"has {', '.join(has)}"] * bool(has)
+            raise self._refusal(" and ".join(parts) or f"has the primary key {', '.join(key) or 'of no column'}")
+
+
+def _storable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row whose texts any database can keep: PostgreSQL takes no NUL."""
+    return {name: value.replace("\0", "\ufffd") if isinstance(value, str) else value for name, value in row.items()}
+
+
+def _first_line(error: Exception) -> str:
+    """Return the type and the first line of an error: the next lines may quote the statement or a row."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300].rstrip(": .")

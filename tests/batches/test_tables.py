@@ -1,0 +1,365 @@
+"""Tables of SQLite and PostgreSQL as data sets and as exports, through a stored block, with drivers of both kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tracemalloc
+import uuid
+from collections.abc import Iterator
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from prefect_crew import BatchChangedError, ConfigurationError
+from prefect_crew.batches.dataset import Dataset
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.output import COLUMNS, TableOutput, open_output
+from prefect_crew.batches.stored import open_stored_batch
+from prefect_crew.batches.tables import open_query
+from prefect_crew.cli.batch import resume
+from prefect_crew.exceptions import BadRowsError, DatasetError, OutputError
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches, enter
+from support.frames import locals_of
+from support.scripts import script
+from support.tables import POSTGRESQL, SQLITE, StoredDatabase, new_database
+
+ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
+FILL = "INSERT INTO topics VALUES (2, 'milk'), (1, '100% tea'), (3, 'a :b')"
+
+
+@pytest.fixture(params=[*SQLITE, *(pytest.param(name, marks=pytest.mark.postgres) for name in POSTGRESQL)])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> StoredDatabase:
+    """Give an empty database, for a driver of each kind."""
+    driver = request.param
+    if driver == "postgresql+psycopg":
+        pytest.importorskip("psycopg", reason="needs psycopg")
+    return new_database(driver, tmp_path, None if driver in SQLITE else request.getfixturevalue("postgres"))
+
+
+@pytest.fixture
+async def database(empty: StoredDatabase, prefect_api: object) -> StoredDatabase:
+    """Give a stored database with a table `topics` of three rows."""
+    await empty.save()
+    await empty.run("CREATE TABLE topics (id INTEGER, topic TEXT)", FILL)
+    return empty
+
+
+async def read(dataset: Dataset) -> list[dict[str, Any]]:
+    """Read a data set as a batch does: in a thread."""
+    return await asyncio.to_thread(lambda: [dict(row.values) for row in dataset.rows()])
+
+
+# A query as a data set
+
+
+async def test_second_read_equals_the_first_whatever_the_table_has_by_then(database: StoredDatabase):
+    dataset = await open_query(database.query("SELECT id, topic FROM topics"))
+    first = await read(dataset)
+    await database.run("DELETE FROM topics")
+    assert await read(dataset) == first
+    assert sorted(row["topic"] for row in first) == ["100% tea", "a :b", "milk"]
+
+
+async def test_digest_of_a_query_is_of_its_rows(database: StoredDatabase):
+    async def digest(query: str) -> str:
+        dataset = await open_query(database.query(query))
+        assert dataset.digest is not None
+        return await asyncio.to_thread(dataset.digest)
+
+    by_id = await digest("SELECT id, topic FROM topics ORDER BY id")
+    assert by_id == await digest("SELECT t.id, t.topic FROM topics t WHERE topic <> 'x' ORDER BY 1")
+    assert by_id != await digest("SELECT id, topic FROM topics ORDER BY id DESC")
+    assert by_id != await digest("SELECT id AS number, topic FROM topics ORDER BY id")
+    await database.run("UPDATE topics SET topic = 'cream' WHERE id = 2")
+    assert by_id != await digest("SELECT id, topic FROM topics ORDER BY id")
+
+
+async def test_query_goes_to_the_driver_as_it_is(database: StoredDatabase):
+    query = "SELECT topic, '%s' AS a, ':x' AS b, 'é+&#?=' AS c FROM topics WHERE topic LIKE '%te%' OR topic LIKE '% :b'"
+    assert sorted((await read(await open_query(database.query(query))))[0].values()) == sorted(
+        ["100% tea", "%s", ":x", "é+&#?="]
+    )
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        ("SELECT 1 FROM nowhere", "cannot be read: .*nowhere"),
+        ("SELEKT 'sesame-open'", "cannot be read: .*SELEKT"),
+        ("SELECT 1 AS a, 2 AS a", "the columns 'a' appear twice"),
+    ],
+)
+async def test_query_that_fails_names_the_problem(database: StoredDatabase, query: str, problem: str):
+    with pytest.raises(DatasetError, match=f"sql://{database.block}: {problem}.*Nothing of this data set was started"):
+        await read(await open_query(database.query(query)))
+
+
+async def test_query_that_writes_is_refused_and_rolled_back(database: StoredDatabase):
+    for query in ("DELETE FROM topics", "CREATE TABLE more (a INTEGER)"):
+        with pytest.raises(DatasetError, match=r"returns no rows|cannot be read"):
+            await read(await open_query(database.query(query)))
+    assert await database.run("SELECT count(*) FROM topics") == [(3,)]
+    await database.run("CREATE TABLE more (a INTEGER)")
+
+
+async def test_returning_rows_of_a_write_does_not_commit_it(database: StoredDatabase):
+    address = database.query("DELETE FROM topics RETURNING topic")
+    try:
+        await read(await open_query(address))
+    except DatasetError:
+        assert database.driver == "postgresql+psycopg", "a cursor on its server is declared for SELECT alone"
+    assert await database.run("SELECT count(*) FROM topics") == [(3,)]
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("sql://store", "sql://store: has no query"),
+        ("sql://store?query=", "has no query"),
+        ("sql://store?query=SELECT 1 LIKE '%e9'", "has no query.*percent-encoded"),
+        ("sql://store/table", "has no query"),
+        ("sql://ada:sesame-open@host/db?query=SELECT 1", "sql://host/db names no block of Prefect"),
+        ("sql://nowhere?query=SELECT 1", "There is no SQLAlchemy block 'nowhere'.*save"),
+    ],
+)
+async def test_address_without_query_or_block_is_refused(prefect_api: object, address: str, problem: str):
+    with pytest.raises((DatasetError, ConfigurationError), match=problem) as caught:
+        await open_query(address)
+    assert "sesame" not in str(caught.value)
+
+
+async def test_database_that_is_away_names_no_password(prefect_api: object, tmp_path: Path):
+    for driver in POSTGRESQL:
+        if driver.endswith("psycopg"):
+            pytest.importorskip("psycopg", reason="needs psycopg")
+        store = StoredDatabase(driver, "postgresql://ada:sesame-open@127.0.0.1:9/db")
+        await store.save()
+        with pytest.raises(DatasetError, match="cannot be read") as caught:
+            await read(await open_query(store.query("SELECT 1")))
+        assert "sesame-open" not in str(caught.value) + locals_of(caught.value, but=__file__)
+
+
+async def test_block_that_cannot_be_used_is_named_without_its_fields(prefect_api: object):
+    store = StoredDatabase("sqlite", "sqlite://")
+    await store.save(connection_info="oracle+nothing://ada:sesame-open@host/db")
+    with pytest.raises(ConfigurationError, match=r"cannot be used.*Save it again") as caught:
+        await open_query(store.query("SELECT 1"))
+    assert "sesame-open" not in str(caught.value) + locals_of(caught.value, but=__file__)
+
+
+async def test_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "prefect_sqlalchemy", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'prefect-crew\[sql\]'"):
+        await open_query("sql://store?query=SELECT 1")
+    with pytest.raises(ConfigurationError, match=r"pip install 'prefect-crew\[sql\]'"):
+        await open_output("sql://store/results").open()
+
+
+async def test_rows_of_a_query_are_read_in_bounded_memory(database: StoredDatabase):
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 40000) SELECT i FROM n"
+    wide = f"SELECT i, '{'x' * 500}' AS text FROM ({numbers}) AS all_of_them"
+    dataset = await open_query(database.query(wide))
+
+    def count() -> int:
+        tracemalloc.start()
+        try:
+            for _ in range(2):
+                assert sum(1 for _ in dataset.rows()) == 40_000
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert await asyncio.to_thread(count) < 16_000_000, "20 MB of text, and more as objects"
+
+
+# A batch from a table into a table
+
+
+async def test_batch_from_table_into_table_runs_once_and_resumes(
+    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server = crew_server(ECHO)
+    await server.crew().asave("writer", overwrite=True)  # type: ignore[misc]
+    name, address = f"nightly {uuid.uuid4().hex[:6]}", database.table("results")
+    options: dict[str, Any] = {"name": name, "key": "id", "export": address, "ledger": str(tmp_path / "ledger.db")}
+    report = await batch("writer", database.query("SELECT * FROM topics"), **options)  # type: ignore[arg-type]
+    assert (report.completed, report.export) == (3, address)
+    query = "SELECT batch, key, state, output FROM results ORDER BY key"
+    rows = await database.run(query)
+    assert rows == [
+        (name, "1", "completed", "on 100% tea"),
+        (name, "2", "completed", "on milk"),
+        (name, "3", "completed", "on a :b"),
+    ]
+    assert await resume(name) == 0
+    async with open_stored_batch(name) as stored:
+        await database.run("UPDATE results SET output = 'spoiled' WHERE key = '1'")
+        assert await stored.export() == (address, 3)
+        assert await stored.export(database.table("copy")) == (database.table("copy"), 3)
+    assert await database.run(query) == rows == await database.run(query.replace("results", "copy"))
+    assert server.kickoffs == 3
+    await database.run("INSERT INTO topics VALUES (4, 'rye')")
+    with pytest.raises(BatchChangedError, match="3 rows, not these 4"):
+        await resume(name)
+    assert await resume(name, on_change="continue") == 0
+    assert len(await database.run(query)) == server.kickoffs == 4
+
+
+async def test_batches_share_a_table_and_keep_their_rows(
+    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
+):
+    crew, ledger = crew_server(ECHO).crew(), str(tmp_path / "ledger.db")
+    names = [f"{word} {uuid.uuid4().hex[:8]}" for word in ("first", "second")]
+    for name in names:
+        rows = [{"id": 1, "topic": name}]
+        await batch(crew, rows, name=name, key="id", export=database.table("results"), ledger=ledger)
+    rows = await database.run("SELECT batch, key, output FROM results ORDER BY batch")
+    assert rows == [(name, "1", f"on {name}") for name in names]
+
+
+async def test_bad_rows_go_to_a_table_of_their_own(
+    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
+):
+    crew, ledger = crew_server(ECHO).crew(), str(tmp_path / "ledger.db")
+    name = f"lacking {uuid.uuid4().hex[:8]}"
+    options: dict[str, Any] = {"name": name, "export": database.table("results"), "ledger": ledger}
+    rows = [{"topic": "tea"}, {"topic": ""}]
+    with pytest.raises(BadRowsError):
+        await batch(crew, rows, **options)
+    report = await batch(crew, rows, on_bad_row="skip", **options)
+    assert (report.set_aside, report.set_aside_output) == (1, database.table("results_rejected"))
+    kept = "SELECT batch, line, reason, row FROM results_rejected"
+    assert await database.run(kept) == [(name, 2, "lacks topic", '{"topic":""}')]
+    await batch(crew, [{"topic": "tea"}, {"topic": "rye"}], on_change="continue", **options)
+    assert await database.run(kept) == []
+
+
+# A table as an export
+
+
+async def test_table_of_something_else_is_refused_before_anything_starts(
+    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server, ledger = crew_server(ECHO), str(tmp_path / "ledger.db")
+    with pytest.raises(OutputError, match=r"topics exists already and is no table.*lacks batch.*has id, topic"):
+        await batch(server.crew(), [{"topic": "tea"}], export=database.table("topics"), ledger=ledger)
+    columns = ", ".join(f"{name} TEXT" for name in ("batch", *COLUMNS))
+    await database.run(f"CREATE TABLE keyless ({columns})")
+    with pytest.raises(OutputError, match="it has the primary key of no column"):
+        await batch(server.crew(), [{"topic": "tea"}], export=database.table("keyless"), ledger=ledger)
+    assert server.kickoffs == 0
+    assert sorted(await database.run("SELECT * FROM topics")) == [(1, "100% tea"), (2, "milk"), (3, "a :b")]
+
+
+async def test_check_of_a_new_table_leaves_none(database: StoredDatabase):
+    output = open_output(database.table("results"))
+    await output.open()
+    await asyncio.to_thread(output.check, is_new=True)
+    assert await asyncio.to_thread(output.exists) is False
+    await database.run("CREATE TABLE results (a INTEGER)")
+    assert await asyncio.to_thread(output.exists) is True
+
+
+class Trip(BaseModel):
+    nights: int
+    price: float
+    begins: date
+    booked: datetime
+    late: bool
+    places: list[str]
+
+
+async def opened(database: StoredDatabase, output_type: type[BaseModel] | None = None) -> TableOutput:
+    output = open_output(database.table("results"), output_type=output_type)
+    assert isinstance(output, TableOutput)
+    await output.open()
+    return output
+
+
+def lines(target: TableOutput, *keys: str, **more: Any) -> Iterator[list[dict[str, Any]]]:
+    for key in keys:
+        yield [target._flat(dict.fromkeys(COLUMNS) | {"key": key, "tasks": [], **more})]
+
+
+async def test_fields_of_the_type_are_columns_and_no_text_is_refused(database: StoredDatabase):
+    output = await opened(database, Trip)
+    data = {"nights": 2**62, "price": 1.5, "begins": "2026-01-02", "booked": "2026-01-01T00:30:00+02:00", "late": True}
+    flat = list(lines(output, "a", data={**data, "places": ["Rome\0"]}, output="x\0"))
+    encoded = [json.dumps(line).encode() + b"\n" for page in flat for line in page]
+    pages = output._pages(encoded)  # type: ignore[arg-type]
+    await asyncio.to_thread(output._results().write, "b", pages)
+    names = "output, data_nights, data_price, data_begins, data_booked, data_late, data_places"
+    ((text, nights, price, begins, booked, late, places),) = await database.run(f"SELECT {names} FROM results")
+    assert (text, nights, price, bool(late)) == ("x\ufffd", 2**62, 1.5, True)
+    assert (str(begins), str(booked)[:16]) == ("2026-01-02", "2025-12-31 22:30")
+    assert places.startswith('["Rome')
+
+
+@pytest.mark.parametrize("kind", ["error", "database"])
+async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase, kind: str):
+    output = await opened(database)
+    await asyncio.to_thread(output._results().write, "b", lines(output, "a", output="before"))
+
+    def cut() -> Iterator[list[dict[str, Any]]]:
+        yield from lines(output, "a", "b", output="after")
+        if kind == "error":
+            raise OSError(28, "No space left on device")
+        yield [{**dict.fromkeys(COLUMNS), "key": None, "tasks": []}]
+
+    with pytest.raises(OutputError, match=r"results cannot be written: .*All results are in the ledger") as caught:
+        await asyncio.to_thread(output._results().write, "b", cut())
+    assert "INSERT" not in str(caught.value)
+    assert await database.run("SELECT key, output FROM results") == [("a", "before")]
+
+
+async def test_export_whose_call_is_cancelled_leaves_the_table(
+    database: StoredDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output, begun = await opened(database), asyncio.Event()
+    loop, pages_of = asyncio.get_running_loop(), TableOutput._pages
+
+    def pages(self: TableOutput, file: Any) -> Iterator[list[dict[str, Any]]]:
+        for page in pages_of(self, file):
+            loop.call_soon_threadsafe(begun.set)
+            yield page
+            while not file.closed:
+                pass
+
+    monkeypatch.setattr(TableOutput, "_pages", pages)
+    async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
+        await enter(ledger, *(f"k{number}" for number in range(500)))
+        for number in range(500):
+            await ledger.note_conflict(f"k{number}")
+        writing = asyncio.create_task(output.write(ledger))
+        await begun.wait()
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        for _ in range(50):
+            if not await asyncio.to_thread(output.exists):
+                break
+            await asyncio.sleep(0.1)
+        assert not await asyncio.to_thread(output.exists), "it made the table in the same transaction"
+        monkeypatch.undo()
+        assert await output.write(ledger) == 500
+    assert await database.run("SELECT count(*) FROM results") == [(500,)]
+
+
+@pytest.mark.parametrize("address", ["sql://store", "sql://store/", "sql://store?query=SELECT 1"])
+def test_address_without_a_table_is_refused(address: str):
+    with pytest.raises(ConfigurationError, match=r"names no table\. Give sql://BLOCK/TABLE"):
+        open_output(address)
+
+
+async def test_database_of_another_kind_is_refused(prefect_api: object, monkeypatch: pytest.MonkeyPatch):
+    store = StoredDatabase("sqlite", "sqlite://")
+    await store.save()
+    monkeypatch.setattr("prefect_crew.batches.tables.SqlDatabase.kind", "oracle")
+    with pytest.raises(ConfigurationError, match="is in a database of oracle, and tables are written in SQLite and"):
+        await open_output(store.table("results")).open()
