@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -203,33 +202,24 @@ class CrewSession:
                 raise
         return await request(self.client)
 
-    async def version(self, *, max_age: float = 0.0) -> str | None:
+    async def version(self) -> str | None:
         """Return the version of the deployed crew (`CrewClient.version`), None if its server does not report it soon.
 
-        The session sends no request if this process has asked within `max_age` seconds. No failure raises.
+        No failure raises. The version is in `versions` afterwards.
         """
-        asked_at, version = _versions.get(self.crew.url, (-math.inf, None))
-        if time.monotonic() - asked_at < max_age:
-            return version
-        _versions[self.crew.url] = (time.monotonic(), version)  # first: of many runs that begin at once, one asks
-        try:
+        url = self.crew.url
+        asked_at[url], versions[url] = time.monotonic(), None  # first: of many runs that begin at once, one asks
+        with suppress(Exception):  # no run depends on it
             async with asyncio.timeout(VERSION_WITHIN):
-                version = await self.client.version()
-        except Exception:  # noqa: BLE001  a look that no run depends on
-            version = None
-        _versions[self.crew.url] = (time.monotonic(), version)
-        return version
+                versions[url] = await self.client.version()
+        return versions[url]
 
 
 VERSION_WITHIN, VERSION_AGE = 5.0, 3600.0
 """Seconds that a look at a crew's version may take, and from one look to the next for single runs."""
-# Process-wide: the runs of all event loops share the looks.
-_versions: dict[str, tuple[float, str | None]] = {}
-
-
-def known_version(url: str) -> str | None:
-    """Return the version that this process read last at a crew's URL, None if it read none."""
-    return _versions.get(url, (0.0, None))[1]
+# Process-wide: the runs of all event loops share what one has read, by the crew's URL.
+versions: dict[str, str | None] = {}
+asked_at: dict[str, float] = {}
 
 
 RETRY_AFTER_CAP = 300.0

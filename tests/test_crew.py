@@ -16,7 +16,7 @@ from prefect_crew import AuthenticationError, DeployedCrew, Price
 from prefect_crew.blocks import crew_of, load_crew
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.crew import Crew, CrewSession, known_version
+from prefect_crew.crew import Crew, CrewSession, versions
 from prefect_crew.devserver._scripts import load_program
 from prefect_crew.exceptions import InvalidCallError
 from prefect_crew.testing import CrewServerFactory
@@ -171,13 +171,11 @@ async def test_two_that_enter_a_session_at_once_share_one_client():
 # The version of the deployed crew
 
 
-async def test_version_is_asked_for_once_within_its_age(crew_server: CrewServerFactory):
+async def test_version_changes_with_the_deployed_crew(crew_server: CrewServerFactory):
     server = crew_server("echo")
     async with CrewSession(crew_of(server.crew())) as session:
-        first = await session.version(max_age=3600)
-        assert first == known_version(server.url)
-        assert await session.version(max_age=3600) == first
-        assert server.requests["inspect"] == 1
+        first = await session.version()
+        assert first == versions.get(server.url) == await session.version()
         server.crews[""].program = load_program(script({"output": "other"}))
         assert await session.version() not in (None, first)
 

@@ -17,7 +17,7 @@ from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import VERSION_AGE, WaitPolicy, known_version
+from prefect_crew.crew import VERSION_AGE, WaitPolicy, asked_at, versions
 from prefect_crew.exceptions import (
     CrewError,
     CrewFailedError,
@@ -323,8 +323,8 @@ class _Waiter(Watcher):
             await read_record(run)
         record = run.record
         if record is not None and record.phase is not RecordPhase.ENDED:
-            if run.owned and record.crew_version is None:  # another run of this process has asked for it
-                record.crew_version = known_version(run.crew.url)
+            if run.owned and record.crew_version is None:  # a run of this process has asked for it since
+                record.crew_version = versions.get(run.crew.url)
             result = None
             if status.state is CrewState.COMPLETED and run.show == "full":
                 result = StoredResult.of(status.result())
@@ -402,10 +402,10 @@ class _Waiter(Watcher):
         await self.run.artifact.keep(text)
         if self.run.artifact.id is None:  # the Prefect API refused it or did not answer
             self._is_stale = True
-        if is_first and status is None and self.run.owned and self.run.record is not None:
+        is_due = time.monotonic() - asked_at.get(self.run.crew.url, -VERSION_AGE) >= VERSION_AGE
+        if is_first and status is None and self.run.owned and is_due:
             # Concurrently with the wait, and after the kickoff, so that no start waits for it.
-            version = await self.run.session.version(max_age=VERSION_AGE)
-            self.run.record.crew_version = self.run.record.crew_version or version
+            await self.run.session.version()
         last = status or self.last
         if is_first and self.run.artifact.id is not None and not (last is not None and last.state.ended):
             self.run.notify(None)  # the caller can now link to the artifact
