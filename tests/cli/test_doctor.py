@@ -49,8 +49,9 @@ def test_what_is_found_of_a_crew(tmp_path: Path):
         threading.Thread(target=files.serve_forever).start()
         no_crew = look_at(f"http://127.0.0.1:{files.server_port}", "token-1")
         files.shutdown()
-    assert [(one.subject, one.level) for one in healthy] == [(x, "ok") for x in ("URL", "server", "token", "inputs", "version")]
-    assert "budget, interests, duration, age" in healthy[-1].fact
+    subjects = ("URL", "server", "token", "inputs", "version")
+    assert [(one.subject, one.level) for one in healthy] == [(subject, "ok") for subject in subjects]
+    assert "budget, interests, duration, age" in healthy[-2].fact
     assert "another-token" not in str(refused)
     for found, subject, fix in (
         (refused, "token", "User Bearer Token"),
