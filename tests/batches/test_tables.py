@@ -235,7 +235,7 @@ async def test_bad_rows_go_to_a_table_of_their_own(
     report = await batch(crew, rows, on_bad_row="skip", **options)
     assert (report.set_aside, report.set_aside_output) == (1, database.table("results_rejected"))
     kept = "SELECT batch, line, reason, row FROM results_rejected"
-    assert await database.run(kept) == [(name, 2, "lacks topic", '{"topic":""}')]
+    assert await database.run(kept) == [(name, 2, "has no value for topic", '{"topic":""}')]
     await batch(crew, [{"topic": "tea"}, {"topic": "rye"}], on_change="continue", **options)
     assert await database.run(kept) == []
 
