@@ -31,17 +31,8 @@ from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError,
 
 _fsspec = cast("Any", fsspec)
 COLUMNS = (
-    "key",
-    "inputs",
-    "state",
-    "output",
-    "data",
-    "tasks",
-    "kickoff_id",
-    "seconds",
-    "usage",
-    "error",
-    "crew_version",
+    *("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error"),
+    *("crew_version",),
 )
 LINES, PARQUET = (".jsonl", ".ndjson"), (".parquet", ".pq")
 """The endings of outputs. After an ending of lines may come the ending of a compression."""
