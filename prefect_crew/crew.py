@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import httpx
@@ -202,24 +202,43 @@ class CrewSession:
                 raise
         return await request(self.client)
 
-    async def version(self) -> str | None:
-        """Return the version of the deployed crew (`CrewClient.version`), None if its server does not report it soon.
+    async def version(self, *, if_due: bool = False) -> str | None:
+        """Return the version of the deployed crew (`CrewClient.version`), None if it is unknown. No failure raises.
 
-        No failure raises. The version is in `versions` afterwards.
+        This asks the server. `if_due`: not if a look of this process is under way, or younger than `VERSION_AGE`.
         """
-        url = self.crew.url
-        asked_at[url], versions[url] = time.monotonic(), None  # first: of many runs that begin at once, one asks
-        with suppress(Exception):  # no run depends on it
-            async with asyncio.timeout(VERSION_WITHIN):
-                versions[url] = await self.client.version()
-        return versions[url]
+        look, asked_at, version = _looks.setdefault(self.crew.url, _Look()), datetime.now(UTC), None
+        if if_due and (look.is_open or look.asked_at > asked_at - timedelta(seconds=VERSION_AGE)):
+            return look.version
+        look.is_open = True
+        try:
+            with suppress(Exception):  # no run depends on it
+                version = await self.client.version()
+            look.version, look.asked_at = version, asked_at
+        finally:
+            look.is_open = False
+        return version
 
 
-VERSION_WITHIN, VERSION_AGE = 5.0, 3600.0
-"""Seconds that a look at a crew's version may take, and from one look to the next for single runs."""
-# Process-wide: the runs of all event loops share what one has read, by the crew's URL.
-versions: dict[str, str | None] = {}
-asked_at: dict[str, float] = {}
+@dataclass
+class _Look:
+    """The last look at a crew's version that has an answer. `is_open`: another look is under way."""
+
+    version: str | None = None
+    asked_at: datetime = field(default=datetime.min.replace(tzinfo=UTC))
+    is_open: bool = False
+
+
+VERSION_AGE = 60.0
+"""Seconds for which a look at a crew's version holds."""
+# Process-wide: the runs of all event loops share a look, by the crew's URL.
+_looks: dict[str, _Look] = {}
+
+
+def known_version(url: str, *, since: datetime | None = None) -> str | None:
+    """Return a crew's version by a look since this time, or within `VERSION_AGE`; None if there is no such look."""
+    look = _looks.get(url, _Look())
+    return look.version if look.asked_at >= (since or datetime.now(UTC) - timedelta(seconds=VERSION_AGE)) else None
 
 
 RETRY_AFTER_CAP = 300.0

@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import uuid
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from prefect_crew import AuthenticationError, DeployedCrew, Price
 from prefect_crew.blocks import crew_of, load_crew
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.crew import Crew, CrewSession, versions
+from prefect_crew.crew import Crew, CrewSession, known_version
 from prefect_crew.devserver._scripts import load_program
 from prefect_crew.exceptions import InvalidCallError
 from prefect_crew.testing import CrewServerFactory
@@ -175,13 +176,27 @@ async def test_version_changes_with_the_deployed_crew(crew_server: CrewServerFac
     server = crew_server("echo")
     async with CrewSession(crew_of(server.crew())) as session:
         first = await session.version()
-        assert first == versions.get(server.url) == await session.version()
+        assert first == known_version(server.url) == await session.version()
         server.crews[""].program = load_program(script({"output": "other"}))
         assert await session.version() not in (None, first)
 
 
 async def test_version_that_comes_too_late_is_unknown(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefect_crew.crew.VERSION_WITHIN", 0.05)
-    monkeypatch.setattr(CrewClient, "version", lambda self: asyncio.sleep(30))
-    async with CrewSession(crew_of(crew_server("echo").crew())) as session:
+    monkeypatch.setattr("prefect_crew.client._client.VERSION_WITHIN", 0.05)
+    server = crew_server("echo", faults=["inspect:timeout"])
+    async with CrewSession(crew_of(server.crew())) as session:
         assert await session.version() is None
+
+
+async def test_look_that_is_cut_off_leaves_the_version_of_before(crew_server: CrewServerFactory):
+    server = crew_server("echo", faults=["inspect:timeout@2"])
+    async with CrewSession(crew_of(server.crew())) as session:
+        first = await session.version()
+        looking = asyncio.create_task(session.version())
+        while server.requests["inspect"] < 2:
+            await asyncio.sleep(0.01)
+        assert first == await session.version(if_due=True) == known_version(server.url)
+        looking.cancel()
+        await asyncio.wait({looking})
+        assert first == known_version(server.url)
+        assert known_version(server.url, since=datetime.now(UTC)) is None

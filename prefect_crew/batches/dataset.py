@@ -10,6 +10,7 @@ import os
 import pickle
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copyreg import dispatch_table
@@ -162,7 +163,9 @@ def told(error: Exception, address: str) -> str:
         return kind
     # SQLAlchemy's own text also quotes the statement and its parameters.
     error = getattr(error, "orig", None) or error
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".rstrip(".")
+    # The next lines may quote the statement or a row.
+    first_line = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": .")
+    return getattr(error, "strerror", None) or first_line
 
 
 def _shown_link(link: str) -> str:
@@ -492,48 +495,50 @@ class Spool:
     def __init__(self, name: str, fetch: Callable[[Spool], None] | None = None) -> None:
         self.name = name
         self._fetch = fetch
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._file: IO[bytes] | None = None
         self._columns: Sequence[str] = ()
         self._digest = ""
 
     def fill(self, columns: Sequence[str], parts: Iterable[Sequence[Any]]) -> None:
         """Write parts of rows to the file. A row is a sequence of values, or a mapping of the columns."""
         _check_columns(columns, self.name)
-        folder = tempfile.TemporaryDirectory(prefix="prefect-crew-")
+        # It has no name: a killed process leaves no rows on the disk.
+        file = tempfile.TemporaryFile(prefix="prefect-crew-")  # noqa: SIM115  the rows are read later
+        weakref.finalize(self, file.close)
         digest = hashlib.sha256(to_json(columns))
-        with (Path(folder.name) / "data").open("wb") as file:
-            for part in parts:
-                values = [_values_of(row, columns) for row in part]
-                pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # a new one: it keeps all that it has written
-                pickler.dispatch_table = _PICKLED
-                pickler.dump(values)
-                # Not of the pickle, whose bytes depend on which values are one object.
-                digest.update(to_json(values, bytes_mode="base64", inf_nan_mode="constants", serialize_unknown=True))
-        self._folder, self._columns, self._digest = folder, tuple(columns), digest.hexdigest()
+        for part in parts:
+            values = [_values_of(row, columns) for row in part]
+            pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # a new one: it keeps all that it has written
+            pickler.dispatch_table = _PICKLED
+            pickler.dump(values)
+            # Not of the pickle, whose bytes depend on which values are one object.
+            digest.update(to_json(values, bytes_mode="base64", inf_nan_mode="constants", serialize_unknown=True))
+        self._file, self._columns, self._digest = file, tuple(columns), digest.hexdigest()
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows, in the order in which they came."""
-        number = 0
-        with self._data().open("rb") as file:
-            while True:
-                try:
-                    part = pickle.load(file)  # noqa: S301  a private file that this process has written
-                except EOFError:
-                    return
-                for values in part:
-                    number += 1
-                    yield Row(number, dict(zip(self._columns, values, strict=True)))
+        file, number, position = self._data(), 0, 0
+        while True:
+            file.seek(position)  # readers share the file
+            try:
+                part = pickle.load(file)  # noqa: S301  a private file that this process has written
+            except EOFError:
+                return
+            position = file.tell()
+            for values in part:
+                number += 1
+                yield Row(number, dict(zip(self._columns, values, strict=True)))
 
     def digest(self) -> str:
         """Return the SHA-256 of the columns and the rows."""
         self._data()
         return self._digest
 
-    def _data(self) -> Path:
-        if self._folder is None and self._fetch is not None:
+    def _data(self) -> IO[bytes]:
+        if self._file is None and self._fetch is not None:
             self._fetch(self)
-        assert self._folder is not None  # noqa: S101  it is filled now
-        return Path(self._folder.name) / "data"
+        assert self._file is not None  # noqa: S101  it is filled now
+        return self._file
 
 
 def _values_of(row: Any, columns: Sequence[str]) -> list[Any]:

@@ -31,11 +31,12 @@ from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError,
 
 _fsspec = cast("Any", fsspec)
 COLUMNS = (
-    *("key", "inputs", "state", "output", "data", "tasks", "kickoff_id", "seconds", "usage", "error"),
-    *("crew_version",),
+    *("key", "inputs", "state", "output", "data", "tasks"),
+    *("kickoff_id", "seconds", "usage", "error", "crew_version"),
 )
 LINES, PARQUET = (".jsonl", ".ndjson"), (".parquet", ".pq")
 """The endings of outputs. After an ending of lines may come the ending of a compression."""
+KEPT = "All results are in the ledger. Make the same call again, which writes them."
 STRUCTURED = ("inputs", "data", "tasks", "usage")
 """Columns that are JSON in Parquet and in a table."""
 
@@ -84,13 +85,16 @@ class Output:
     async def open(self) -> None:
         """Load the block of the output, if it needs one, before any other method. Raises ConfigurationError."""
 
-    def check(self, *, is_new: bool, remedy: str = "move that file", consequence: str = "Nothing was started.") -> None:
+    def check(
+        self, batch: str, *, is_new: bool, remedy: str = "move that file", consequence: str = "Nothing was started."
+    ) -> None:
         """Make sure that the file can be written, and that an existing file is of this batch. Raises OutputError.
 
         `is_new`: whether the batch has not written this file yet, so that an existing file is somebody else's. The
         error names `remedy` and `consequence`.
         """
-        with self._reporting():
+        del batch  # a file is of one batch
+        with self._reporting(consequence):
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             if is_new and self.exists() and not (self._path and self._path.stat().st_size == 0):
@@ -164,19 +168,16 @@ class Output:
         filesystem.put_file(str(new), path)
 
     @contextmanager
-    def _reporting(self) -> Generator[None]:
+    def _reporting(self, consequence: str = KEPT) -> Generator[None]:
         try:
             yield
         except CrewError:
             raise
         except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
-            raise OutputError(self._unwritten(told(error, self.address))) from None
+            raise OutputError(self._unwritten(told(error, self.address), consequence)) from None
 
-    def _unwritten(self, problem: str) -> str:
-        return (
-            f"The export {self.name} cannot be written: {problem}. All results are in the ledger. Make the same call "
-            "again, which writes them."
-        )
+    def _unwritten(self, problem: str, consequence: str) -> str:
+        return f"The export {self.name} cannot be written: {problem}. {consequence}"
 
     async def _write_lines(self, ledger: Ledger, file: IO[bytes]) -> int:
         count = 0
@@ -275,10 +276,18 @@ class TableOutput(Output):
                 "and PostgreSQL. Choose another. Nothing was started."
             )
 
-    def check(self, *, is_new: bool, remedy: str = "move that file", consequence: str = "Nothing was started.") -> None:
-        """Make sure that the table can be written. Several batches may share it. Raises OutputError."""
-        del is_new, remedy  # nothing replaces a table of something else
-        self._results(consequence).check()
+    def check(
+        self, batch: str, *, is_new: bool, remedy: str = "delete them", consequence: str = "Nothing was started."
+    ) -> None:
+        """Make sure that the table can be written, and that rows of the batch's name are its own. Raises OutputError.
+
+        Several batches may share a table, also with equal names on two Prefect servers.
+        """
+        if self._results(consequence).check(batch) and is_new:
+            raise OutputError(
+                f"{self.name} has rows of another batch {batch!r}. Choose another name or table, or {remedy}. "
+                f"{consequence}"
+            )
 
     def exists(self) -> bool:
         """Return whether the table exists. Raises OutputError."""
@@ -287,7 +296,7 @@ class TableOutput(Output):
     async def write(self, ledger: Ledger) -> int:
         """Write the lines of all rows that have ended, in one transaction; return how many there are.
 
-        Rows of the batch that are not among them stay. Raises OutputError, LedgerError.
+        They replace all rows of the batch. Raises OutputError, LedgerError.
         """
         with self._reporting(), tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
             lines = Path(folder) / "lines.jsonl"
@@ -304,20 +313,20 @@ class TableOutput(Output):
         if lines is not None:
             lines.seek(0)
         bad = ({**row, "row": to_json(row["row"]).decode()} for row in map(from_json, lines or ()))
-        self._table(f"{self._place}_rejected", columns).write(batch, _paged(bad), replace=True)
+        self._table(f"{self._place}_rejected", columns).write(batch, _paged(bad))
 
-    def _table(self, place: str, columns: Mapping[str, Any], consequence: str = "Nothing was started.") -> SqlTable:
+    def _table(self, place: str, columns: Mapping[str, Any], consequence: str = KEPT) -> SqlTable:
         name = f"{SQL}{self._block}/{place}"
         return SqlTable(
             *(self._database, place, columns),
-            failure=lambda problem: OutputError(self._unwritten(problem)),
+            failure=lambda problem: OutputError(self._unwritten(problem, consequence)),
             refusal=lambda difference: OutputError(
                 f"{name} exists already and is no table of exports with these columns: it {difference}. It was not "
                 f"changed. Choose another table. {consequence}"
             ),
         )
 
-    def _results(self, consequence: str = "All results are in the ledger.") -> SqlTable:
+    def _results(self, consequence: str = KEPT) -> SqlTable:
         columns = dict.fromkeys(COLUMNS, sa.Text()) | {"key": sa.String(255), "seconds": sa.Float()}
         columns |= {f"data_{name}": _SQL_TYPES[kind] for name, kind in self._fields().items()}
         return self._table(self._place, columns, consequence)
@@ -335,11 +344,14 @@ def _paged(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _moment(text: str | None, kind: type) -> Any:
-    """Return a date, or a time in UTC, of its text. A time without a zone is UTC."""
+    """Return a date, or a time in UTC, of its text. A time without a zone is UTC; None beyond the year 9999 in UTC."""
     if text is None or kind is date:
         return text and date.fromisoformat(text)
     moment = datetime.fromisoformat(text)
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        return None
 
 
 _SQL_TYPES: dict[type, Any] = {

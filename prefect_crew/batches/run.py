@@ -347,14 +347,28 @@ async def _batch_job(
     full, where = render_key(name, moment), render_key(str(export), moment)
     if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
         raise ConfigurationError(f"A batch needs a printable name of 1 to {MAX_NAME} characters, not {full[:60]!r}.")
-    if isinstance(dataset, str) and "{scheduled_start" in dataset:
-        dataset = render_key(dataset, moment)
     address = await ledger_address(more.pop("ledger"), where)
-    is_query = isinstance(dataset, str) and dataset.startswith(SQL)
-    rows = await open_query(dataset) if is_query else open_dataset(dataset, **more)
+
+    def render(text: str) -> str:
+        return render_key(text, moment) if "{scheduled_start" in text else text
+
+    if isinstance(dataset, str) and dataset.startswith(SQL):
+        if options.rows is not None:
+            raise ConfigurationError(
+                "rows= is no option for a query: a second machine would run the query again and number other rows. Put "
+                "the range into the WHERE of the query. Nothing was started."
+            )
+        if more != FILE_DEFAULTS:
+            raise ConfigurationError(f"{', '.join(more)} are options of files, not of a query. Nothing was started.")
+        rows = await open_query(dataset, render)
+    else:
+        rows = open_dataset(render(dataset) if isinstance(dataset, str) else dataset, **more)
     loaded_crew = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
     await check_estimates(loaded_crew)
     return BatchJob(loaded_crew, rows, options, full, where, address)
+
+
+FILE_DEFAULTS = {"format": None, "encoding": "utf-8-sig", "delimiter": None}
 
 
 def _version_in(entry: BatchEntry | None) -> str | None:
@@ -402,7 +416,7 @@ class _Batch:
         self.exported = {} if before is None else before.exported or {}
         await self.output.open()
         is_new = whole_address(job.export) not in self.exported.get("outputs", ())
-        await asyncio.to_thread(self.output.check, is_new=is_new)
+        await asyncio.to_thread(self.output.check, job.name, is_new=is_new)
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
         source = await asyncio.to_thread(plan.source)
         self.checked = self.exported.get("checked")
@@ -419,8 +433,12 @@ class _Batch:
             raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
         if not await lock.still_held():
             raise BatchBusyError(name=job.name)
+        if version != await self.session.version():
+            version = None  # each answer differs, such as by the time of day, so it tells no deployments apart
+        self.progress.total = checked.total
         if before is not None and options.on_change == "refuse":
-            self._refuse_changes(before, checked, version)
+            await self._refresh()
+            self._refuse_changes(before, checked, version if self._may_start else None)
         call = plain_call(
             crew=job.crew.block,
             secret_inputs=job.crew.secret_inputs,
@@ -438,7 +456,7 @@ class _Batch:
         )
         await bind(entry, ledger, job.ledger.public)
         aside = SetAside(checked.bad_count, checked.bad, rejected_name(self.output.name) if checked.bad_count else None)
-        self.progress.total, self.progress.set_aside = checked.total, aside
+        self.progress.set_aside = aside
         if aside.count or entry.set_aside.count:
             await asyncio.to_thread(self.output.write_rejected, rejected if aside.count else None, job.name)
             await ledger.note(set_aside=asdict(aside) if aside.count else None)
@@ -486,9 +504,14 @@ class _Batch:
     @property
     def _is_done(self) -> bool:
         """Whether every row has ended for good, so that only the output is left to write."""
+        return self.before is not None and self._lines_stay and not self._may_start
+
+    @property
+    def _may_start(self) -> bool:
+        """Whether a row is left to start."""
         options = self.job.options
         retries = bool((options.retry_failed or options.retries) and self.progress.failed)
-        return self.before is not None and self._lines_stay and self.progress.is_over and not retries
+        return not self.progress.is_over or retries
 
     @property
     def _lines_stay(self) -> bool:
@@ -568,6 +591,7 @@ class _Batch:
             await self._refresh()
         self._tell("waiting" if self.throttle.waits_for_slot and not runner.waiting else "running")
         await self.artifact.update(progress)
+        await self.session.version(if_due=True)
         if progress.people:
             await self._note_people(True)
         if not await self.lock.still_held():

@@ -170,7 +170,7 @@ class StoredBatch:
         is_new = whole not in (entry.exported or {}).get("outputs", ())
         await target.open()
         words = {"remedy": "replace it with overwrite=True", "consequence": "Nothing was written."}
-        await asyncio.to_thread(target.check, is_new=is_new and not overwrite, **words)
+        await asyncio.to_thread(target.check, self.name, is_new=is_new and not overwrite, **words)
         await self.ledger.note_export(whole)
         return target.name, await target.write(self.ledger)
 

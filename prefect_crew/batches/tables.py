@@ -9,15 +9,17 @@ import asyncio
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
+from uuid import uuid4
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
+from prefect.exceptions import ObjectNotFound
 from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.batches.dataset import PART, Dataset, Spool, shown_address
+from prefect_crew.batches.database import lock_key
+from prefect_crew.batches.dataset import PART, Dataset, Spool, shown_address, told
 from prefect_crew.client.redaction import Redactor
 from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError
 
@@ -64,9 +66,9 @@ class SqlDatabase:
                 return await cls._of(kind, block)
             except PREFECT_ERRORS:
                 raise
-            except ValueError:
-                continue  # there is no such block of this kind
             except Exception as error:  # noqa: BLE001  an error of its fields quotes the password
+                if isinstance(error.__cause__, ObjectNotFound):
+                    continue  # there is no such block of this kind
                 reason = f": {error}" if isinstance(error, ImportError | NoSuchModuleError) else ""
                 problem = f"The SQLAlchemy block {block!r} for {name} cannot be used{reason}. Save it again, corrected."
                 break
@@ -93,7 +95,7 @@ class SqlDatabase:
         except CrewError:
             raise
         except Exception as error:  # noqa: BLE001  each driver raises errors of its own
-            problem = self._redact(_first_line(getattr(error, "orig", None) or error))
+            problem = self._redact(told(error, ""))
         raise failure(problem)  # here, so that it has no context, whose frames hold parameters
 
     async def _run_async(self, work: Callable[[sa.Connection], T]) -> T:
@@ -101,18 +103,18 @@ class SqlDatabase:
             return await connection.run_sync(work)
 
 
-async def open_query(address: str) -> Dataset:
-    """Return the data set of the rows of a query. Its digest is of the rows.
+async def open_query(address: str, render: Callable[[str], str] = str) -> Dataset:
+    """Return the data set of the rows of a query, whose text `render` completes. Its digest is of the rows.
 
     The query runs when the rows are first read, once. A second read reads the temporary file, so it does not matter
     whether the query has an order. The query is a text for the driver as it is, and its transaction is rolled back.
 
     Raises ConfigurationError, DatasetError.
     """
-    name = shown_address(address)
     block, has_query, text = address.removeprefix(SQL).partition("?query=")
+    name = shown_address(f"{SQL}{block}")
     try:
-        query = unquote(text, errors="strict")
+        query = render(unquote(text, errors="strict"))
     except UnicodeDecodeError:
         query = ""
     if not has_query or not query.strip():
@@ -136,7 +138,7 @@ async def open_query(address: str) -> Dataset:
         database.run(read, lambda problem: DatasetError(f"cannot be read: {problem}.", source=name))
 
     spool = Spool(name, fetch)
-    return Dataset(name, spool.rows, address, digest=spool.digest)
+    return Dataset(name, spool.rows, f"{SQL}{block}?query={quote(query)}", digest=spool.digest)
 
 
 class SqlTable:
@@ -166,36 +168,42 @@ class SqlTable:
             sa.Column("batch", sa.String(255), primary_key=True),
             *(sa.Column(column, kind, primary_key=column == first) for column, kind in columns.items()),
         )
-        self._key = ["batch", first]
+        self._key = {"batch": "", first: ""}
 
     def exists(self) -> bool:
         """Return whether the table exists."""
         return self._database.run(self._is_there, self._failure)
 
-    def check(self) -> None:
-        """Compare the table with this one. If there is none, make it, and roll that back."""
-        self._database.run(self._prepare, self._failure)
+    def check(self, batch: str) -> bool:
+        """Make the table if there is none, write a row, and roll all that back. Return whether it has rows of `batch`.
 
-    def write(self, batch: str, pages: Iterable[Sequence[Mapping[str, Any]]], *, replace: bool = False) -> None:
-        """Write rows in one transaction. A row whose key the table has for this batch is replaced.
-
-        `replace`: remove all other rows of the batch. An error, also of `pages`, leaves the table as it was.
+        A row shows other types of columns and missing privileges. Its key has a text, as the table of results wants it.
         """
-        insert = (postgresql if self._database.kind == "postgresql" else sqlite).insert(self._table)
-        others = [column.name for column in self._table.c if column.name not in self._key]
-        new = {name: insert.excluded[name] for name in others}
-        upsert = insert.on_conflict_do_update(index_elements=self._key, set_=new)
+
+        def work(connection: sa.Connection) -> bool:
+            self._prepare(connection)
+            own = sa.select(sa.exists().where(self._table.c.batch == batch))
+            has_rows = bool(connection.scalar(own))
+            self._replace(connection, uuid4().hex, [[dict.fromkeys(self._table.c.keys()) | self._key]])
+            return has_rows
+
+        return self._database.run(work, self._failure)
+
+    def write(self, batch: str, pages: Iterable[Sequence[Mapping[str, Any]]]) -> None:
+        """Replace all rows of the batch in one transaction. An error, also of `pages`, leaves the table as it was."""
 
         def work(connection: sa.Connection) -> None:
             self._prepare(connection)
-            if replace:
-                connection.execute(sa.delete(self._table).where(self._table.c.batch == batch))
-            for page in pages:
-                if page:
-                    connection.execute(upsert, [{"batch": batch, **_storable(row)} for row in page])
+            self._replace(connection, batch, pages)
             connection.commit()
 
         self._database.run(work, self._failure)
+
+    def _replace(self, connection: sa.Connection, batch: str, pages: Iterable[Sequence[Mapping[str, Any]]]) -> None:
+        connection.execute(sa.delete(self._table).where(self._table.c.batch == batch))
+        for page in pages:
+            if page:
+                connection.execute(sa.insert(self._table), [{**_storable(row), "batch": batch} for row in page])
 
     def _is_there(self, connection: sa.Connection) -> bool:
         return sa.inspect(connection).has_table(self._table.name, self._table.schema)
@@ -204,8 +212,9 @@ class SqlTable:
         if self._database.kind == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # else Python's driver commits a new table at once
         if not self._is_there(connection):
-            self._table.create(connection)
-            return
+            if self._database.kind == "postgresql":  # of two that make the table at once, the second waits, and has it
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock_key(f"prefect-crew/{self._table}"))))
+            self._table.create(connection, checkfirst=True)
         inspector, place = sa.inspect(connection), (self._table.name, self._table.schema)
         there = [str(column["name"]) for column in inspector.get_columns(*place)]
         own = [column.name for column in self._table.c]
@@ -219,8 +228,3 @@ class SqlTable:
 def _storable(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row whose texts any database can keep: PostgreSQL takes no NUL."""
     return {name: value.replace("\0", "\ufffd") if isinstance(value, str) else value for name, value in row.items()}
-
-
-def _first_line(error: Exception) -> str:
-    """Return the type and the first line of an error: the next lines may quote the statement or a row."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300].rstrip(": .")

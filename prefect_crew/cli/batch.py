@@ -505,11 +505,14 @@ async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfR
 @app.command
 async def export(
     name: Name,
-    /,
-    to: Annotated[
+    file: Annotated[
         str | None,
-        Parameter(help="A .jsonl or .parquet file, or sql://BLOCK/TABLE; if left out, the last call's export."),
+        Parameter(
+            name="FILE",
+            help="A .jsonl or .parquet file, or sql://BLOCK/TABLE; if left out, the last call's export.",
+        ),
     ] = None,
+    /,
     *,
     overwrite: bool = False,
     ledger: Ledger = None,
@@ -517,9 +520,9 @@ async def export(
     """Write the results of all rows that have ended, also while the batch runs.
 
     Args:
-        overwrite: Replace a file that is not an export of this batch.
+        overwrite: Replace a file, or rows of a table, that are not an export of this batch.
     """
     _look_here()
     async with open_stored_batch(name, ledger) as batch:
-        where, count = await batch.export(to, overwrite=overwrite)
+        where, count = await batch.export(file, overwrite=overwrite)
     _output.put(f"{count:,} lines of batch {name} are in {where}.")

@@ -41,6 +41,8 @@ T = TypeVar("T")
 
 _KINDS = {401: AuthenticationError, 403: AuthenticationError, 404: NotFoundError, 429: RateLimitedError}
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
+VERSION_WITHIN = 5.0
+"""Seconds that a look at a crew's version may take."""
 _HEALTHY = re.compile(rb"\A[^<]*\bhealthy\b", re.IGNORECASE)
 
 
@@ -124,19 +126,16 @@ class CrewClient:
 
         `GET /inspect` is in no OpenAPI. Its source is the AGENTS.md that CrewAI's command line writes into each project
         (crewai-cli 1.15.30). So every error and every answer but a JSON object counts as unknown. Nothing keeps the
-        definition, which holds prompts. The call raises InvalidCallError alone.
+        definition, which holds prompts. The call takes at most `VERSION_WITHIN`, and raises InvalidCallError alone.
         """
         call = self._call("GET", "/inspect")
         try:
-            answer = await self._send(call)
-            definition = _parsing.decode(answer.body, expected="a definition") if answer.is_success else None
+            async with asyncio.timeout(VERSION_WITHIN):
+                return await self._parsed(call, await self._send(call), "a definition", _digest_of)
         except InvalidCallError:
             raise
-        except CrewError:
+        except (CrewError, TimeoutError):
             return None
-        if not isinstance(definition, dict) or not definition:
-            return None
-        return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:16]
 
     async def kickoff(
         self,
@@ -312,3 +311,10 @@ def _redirection(answer: Answer) -> str:
     except ValueError:
         return "an address that cannot be read"
     return f"{target.scheme}://{target.hostname}{target.path}" if target.hostname else target.path or "nowhere"
+
+
+def _digest_of(definition: Any) -> str | None:
+    """Return a digest of a JSON object that is not empty, None for any other value."""
+    if not isinstance(definition, dict) or not definition:
+        return None
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-HTTP_PLACES = ("inputs", "kickoff", "status", "resume", "stop", "any")
+HTTP_PLACES = ("inputs", "kickoff", "status", "resume", "stop", "inspect", "any")
 WEBHOOK_PLACES = ("webhook", "webhook-task", "webhook-step", "webhook-crew", "webhook-human", "webhook-stream")
 PLACES = HTTP_PLACES + WEBHOOK_PLACES
-"""The places of faults. `any` is every HTTP request, `webhook` every delivery."""
+"""The places of faults. `any` is every HTTP request but `GET /inspect`, `webhook` every delivery."""
 
 
 class Kind(NamedTuple):

@@ -60,17 +60,16 @@ class Question(NamedTuple):
 
 
 class Program(Protocol):
-    """A crew that can be run many times at once. A Flow has an attribute `flow` that is true."""
+    """A crew that can be run many times at once. A Flow has an attribute `flow` that is true.
+
+    A program with a method `definition`, which returns JSON values, is served at `GET /inspect`.
+    """
 
     @property
     def name(self) -> str: ...
 
     def inputs(self) -> list[CrewInput]:
         """Return the inputs for `GET /inputs`. The server calls it for each request, so it must be cheap."""
-        ...
-
-    def definition(self) -> dict[str, Any]:
-        """Return what is deployed, as JSON values, for `GET /inspect`."""
         ...
 
     async def execute(self, run: Run) -> Outcome:

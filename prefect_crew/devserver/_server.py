@@ -342,8 +342,8 @@ class CrewServer:
     async def _answer(self, request: Request, place: str, work: Callable[[], Awaitable[Response]]) -> Response:
         """Do the work of a call, with its faults."""
         self.requests[place] += 1
-        # A look at the version is in nobody's count of requests, so no fault meets it.
-        drawn = [] if place == "inspect" else self.faults.draw(place, "any")
+        # A look at the version is in nobody's count of requests, so `any` leaves it out.
+        drawn = self.faults.draw(place, *(() if place == "inspect" else ("any",)))
         # A slow server has the request, and goes on with it after a client that has given up; and a socket that is
         # closed with unread data is reset instead.
         await request.body()
@@ -371,7 +371,10 @@ class CrewServer:
         return _JSON(self._format.inputs(crew.program.inputs()))
 
     async def _inspect(self, request: Request, crew: CrewRuns) -> Response:
-        return _JSON(crew.program.definition())
+        definition = getattr(crew.program, "definition", None)
+        if definition is None:
+            raise _RefusedError(404, "Not Found", "This crew has no definition to inspect.")
+        return _JSON(definition())
 
     async def _kickoff(self, request: Request, crew: CrewRuns) -> Response:
         body, targets = await _read(request, _Kickoff)

@@ -19,7 +19,7 @@ from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_d
 from prefect_crew.client.inputs import missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew, CrewSession, versions
+from prefect_crew.crew import Crew, CrewSession, known_version
 from prefect_crew.exceptions import (
     AuthenticationError,
     BudgetExceededError,
@@ -235,7 +235,7 @@ class _Start:
             flow_run_count=caller.flow_run_count,
             process=caller.process,
             slot=self.slot,
-            crew_version=versions.get(crew.url),
+            crew_version=known_version(crew.url),
             step=request.options.name,
             secret_inputs=list(inputs.secret_names),
             # The mark is for rows. A call that finds a single run considers its secrets unknown in any case.

@@ -17,7 +17,7 @@ from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import VERSION_AGE, WaitPolicy, asked_at, versions
+from prefect_crew.crew import WaitPolicy, known_version
 from prefect_crew.exceptions import (
     CrewError,
     CrewFailedError,
@@ -121,6 +121,7 @@ class _Waiter(Watcher):
         self._in_trouble = self._has_stopped = False
         self._is_stale = False
         self._showing: asyncio.Task[None] | None = None
+        self._is_looking = False
         # If this process has kicked the run off, its artifact was shown just now.
         self._shown_at = time.monotonic() if run.owned else 0.0
 
@@ -323,8 +324,9 @@ class _Waiter(Watcher):
             await read_record(run)
         record = run.record
         if record is not None and record.phase is not RecordPhase.ENDED:
-            if run.owned and record.crew_version is None:  # a run of this process has asked for it since
-                record.crew_version = versions.get(run.crew.url)
+            if run.owned and record.kicked_off_at is not None:  # a look since then is newer than that of the claim
+                version = known_version(run.crew.url, since=record.kicked_off_at)
+                record.crew_version = version or record.crew_version
             result = None
             if status.state is CrewState.COMPLETED and run.show == "full":
                 result = StoredResult.of(status.result())
@@ -385,7 +387,8 @@ class _Waiter(Watcher):
     async def _show(self, status: CrewStatus | None = None, *, note: str | None = None) -> None:
         """Update the artifact to this status, or to the last one at the moment at which the request is sent."""
         if (showing := self._showing) is not None and showing is not asyncio.current_task():
-            if self.run.artifact.is_new:  # the other request is still queued: this one creates the artifact
+            # The other request is still queued: this one creates the artifact. No end waits for a look at the version.
+            if self.run.artifact.is_new or self._is_looking:
                 await cancel_and_wait(showing)
             await asyncio.wait({showing})  # otherwise two requests would create the artifact
         notes, to_do = ([], []) if self.people is None else self.people.notes
@@ -402,13 +405,16 @@ class _Waiter(Watcher):
         await self.run.artifact.keep(text)
         if self.run.artifact.id is None:  # the Prefect API refused it or did not answer
             self._is_stale = True
-        is_due = time.monotonic() - asked_at.get(self.run.crew.url, -VERSION_AGE) >= VERSION_AGE
-        if is_first and status is None and self.run.owned and is_due:
-            # Concurrently with the wait, and after the kickoff, so that no start waits for it.
-            await self.run.session.version()
         last = status or self.last
         if is_first and self.run.artifact.id is not None and not (last is not None and last.state.ended):
             self.run.notify(None)  # the caller can now link to the artifact
+        if is_first and self.run.owned and self._showing is asyncio.current_task():
+            # Concurrently with the wait, and after the kickoff, so that no start waits for it.
+            self._is_looking = True
+            try:
+                await self.run.session.version(if_due=True)
+            finally:
+                self._is_looking = False
 
     def _once_it_answers(self) -> str:
         run = self.run

@@ -26,7 +26,7 @@ import prefect_crew as pc
 from prefect_crew.artifacts import telemetry
 from prefect_crew.artifacts.run import RunView
 from prefect_crew.blocks import crew_of
-from prefect_crew.crew import versions
+from prefect_crew.crew import known_version
 from prefect_crew.prices import Price
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.store import PrefectRecords
@@ -117,7 +117,7 @@ def test_record_and_span_have_the_version_that_the_process_has_read(crew_server:
     server = crew_server("echo")
     for text in ("tea", "milk"):  # the first run may end before the answer is there
         result = pc.run_crew(server.crew(), {"text": text})
-    version = versions.get(server.url)
+    version = known_version(server.url)
     assert version is not None
     assert facts(spans.runs()[-1])["gen_ai.agent.version"] == version
     assert asyncio.run(record_of(result.kickoff_id)).crew_version == version

@@ -62,7 +62,7 @@ async def test_a_line_a_row_that_has_ended_in_the_order_of_the_rows(ledger: Ledg
     started.phase, started.kickoff_id = RecordPhase.STARTED, "run-c"
     await ledger.save(started)
     output = Output(str(path))
-    output.check(is_new=True)
+    output.check("b", is_new=True)
     for _ in range(2):
         assert await output.write(ledger) == 3
         failed, stopped, completed = written(path)
@@ -96,7 +96,7 @@ async def test_whatever_a_crew_writes_is_one_line_of_json(ledger: Ledger, path: 
     await enter(ledger, "k")
     await end(ledger, "k", output=text, data={"text": text})
     output = Output(str(path))
-    output.check(is_new=True)
+    output.check("b", is_new=True)
     await output.write(ledger)
     (line,) = written(path)
     assert (line["output"], line["data"]["text"]) == (text, text)
@@ -106,11 +106,11 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"key": "a"}\n')
     with pytest.raises(OutputError, match=r"exists already.*Nothing was started"):
-        Output(str(path)).check(is_new=True)
+        Output(str(path)).check("b", is_new=True)
     assert path.read_text() == '{"key": "a"}\n'
-    Output(str(path)).check(is_new=False)
+    Output(str(path)).check("b", is_new=False)
     path.write_text("")
-    Output(str(path)).check(is_new=True)
+    Output(str(path)).check("b", is_new=True)
 
 
 async def test_a_write_that_fails_leaves_the_file_of_before(
@@ -119,7 +119,7 @@ async def test_a_write_that_fails_leaves_the_file_of_before(
     await enter(ledger, "k")
     await end(ledger, "k")
     output = Output(str(path))
-    output.check(is_new=True)
+    output.check("b", is_new=True)
     path.write_text("before")
 
     def refuse(*_: object) -> None:

@@ -260,7 +260,7 @@ async def test_table_of_something_else_is_refused_before_anything_starts(
 async def test_check_of_a_new_table_leaves_none(database: StoredDatabase):
     output = open_output(database.table("results"))
     await output.open()
-    await asyncio.to_thread(output.check, is_new=True)
+    await asyncio.to_thread(output.check, "b", is_new=True)
     assert await asyncio.to_thread(output.exists) is False
     await database.run("CREATE TABLE results (a INTEGER)")
     assert await asyncio.to_thread(output.exists) is True
