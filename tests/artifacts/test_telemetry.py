@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from prefect_crew.artifacts import telemetry
 from prefect_crew.artifacts.run import RunView
 from prefect_crew.blocks import crew_of
 from prefect_crew.crew import known_version
+from prefect_crew.devserver._scripts import load_program
 from prefect_crew.prices import Price
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.store import PrefectRecords
@@ -114,14 +116,27 @@ def test_a_run_is_a_span_with_its_facts(crew_server: CrewServerFactory, spans: S
 
 
 def test_record_and_span_have_the_version_that_the_process_has_read(crew_server: CrewServerFactory, spans: Spans):
-    server = crew_server("echo")
-    for text in ("tea", "milk"):  # the first run may end before the answer is there
-        result = pc.run_crew(server.crew(), {"text": text})
+    server = crew_server(script({"output": "done", "seconds": 1}))
+    for _ in range(2):
+        result = pc.run_crew(server.crew(), {})
     version = known_version(server.url)
     assert version is not None
     assert facts(spans.runs()[-1])["gen_ai.agent.version"] == version
     assert asyncio.run(record_of(result.kickoff_id)).crew_version == version
     assert server.requests["inspect"] == 1
+
+
+def test_record_has_the_version_that_was_deployed_since_the_last_run(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefect_crew.crew.VERSION_AGE", 0)
+    server, versions = crew_server(script({"output": "one", "seconds": 1.5})), list[str | None]()
+    for output in ("one", "two"):
+        server.crews[""].program = load_program(script({"output": output, "seconds": 1.5}))
+        result = pc.run_crew(server.crew(), {})
+        versions.append(asyncio.run(record_of(result.kickoff_id)).crew_version)
+    assert None not in versions
+    assert versions[0] != versions[1] == known_version(server.url, since=datetime.min.replace(tzinfo=UTC))
 
 
 def test_tasks_are_children_with_the_times_seen(crew_server: CrewServerFactory, spans: Spans):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
 import json
 import os
 import stat
@@ -130,8 +131,15 @@ async def test_version_that_is_unknown_refuses_nothing(
         patch.setattr(CrewClient, "version", lambda self: asyncio.sleep(0))
         assert (await batch(server.crew(), topics(1), name="unknown")).ok
     server.crews[""].program = load_program(PICKY)
-    with pytest.raises(BatchChangedError, match="version"):
-        await batch(server.crew(), topics(1), name="unknown")
+    assert (await batch(server.crew(), topics(1), name="unknown")).ok, "no row is left to start"
+
+
+async def test_definition_that_differs_each_time_refuses_nothing(batch: Batches, crew_server: CrewServerFactory):
+    server, looks = crew_server(ECHO), itertools.count()
+    server.crews[""].program.definition = lambda: {"uptime": next(looks)}  # type: ignore[attr-defined]
+    await batch(server.crew(), topics(2), name="volatile", max_kickoffs=1)
+    assert (await batch(server.crew(), topics(2), name="volatile")).ok
+    assert next(looks) == 4
 
 
 async def test_a_key_with_other_inputs_than_before_is_not_started_again(batch: Batches, crew_server: CrewServerFactory):

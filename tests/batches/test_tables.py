@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
+import threading
 import tracemalloc
 import uuid
 from collections.abc import Iterator
@@ -13,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
 from pydantic import BaseModel
 
-from prefect_crew import BatchChangedError, ConfigurationError
+from prefect_crew import BatchChangedError, ConfigurationError, aplan_batch
 from prefect_crew.batches.dataset import Dataset
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.output import COLUMNS, TableOutput, open_output
 from prefect_crew.batches.stored import open_stored_batch
-from prefect_crew.batches.tables import open_query
+from prefect_crew.batches.tables import SqlTable, open_query
 from prefect_crew.cli.batch import resume
 from prefect_crew.exceptions import BadRowsError, DatasetError, OutputError
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, enter
+from support.batches import CREW, Batches, enter
 from support.frames import locals_of
 from support.scripts import script
 from support.tables import POSTGRESQL, SQLITE, StoredDatabase, new_database
@@ -153,6 +157,46 @@ async def test_block_that_cannot_be_used_is_named_without_its_fields(prefect_api
     assert "sesame-open" not in str(caught.value) + locals_of(caught.value, but=__file__)
 
 
+async def test_sync_block_of_an_async_driver_is_not_called_missing(prefect_api: object, tmp_path: Path):
+    store = new_database("sqlite", tmp_path, None)
+    await store.save(connection_info="sqlite:///store.db")
+    await edit_url(store.block, "postgresql+asyncpg://ada:sesame-open@host/db")
+    with pytest.raises(ConfigurationError, match=r"cannot be used.*Save it again") as caught:
+        await open_query(store.query("SELECT 1"))
+    assert "sesame-open" not in str(caught.value)
+
+
+async def edit_url(block: str, url: str) -> None:
+    """Change the URL of a stored SqlAlchemyConnector, which refuses such a URL itself."""
+    async with get_client() as client:
+        stored = await client.read_block_document_by_name(block, "sqlalchemy-connector")
+        update = BlockDocumentUpdate(data={**stored.data, "connection_info": url})
+        await client.update_block_document(stored.id, update)
+
+
+async def test_cast_in_a_query_shows_no_text_of_it(database: StoredDatabase):
+    dataset = await open_query(database.query("SELECT id::text FROM topics WHERE code='s3cret'"))
+    assert dataset.name == f"sql://{database.block}"
+
+
+async def test_rows_of_a_query_are_in_no_named_file(
+    database: StoredDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "spool").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spool"))
+    dataset = await open_query(database.query("SELECT id FROM topics"))
+    first, second = dataset.rows(), dataset.rows()
+    assert await asyncio.to_thread(next, first) == await asyncio.to_thread(next, second)
+    assert list((tmp_path / "spool").iterdir()) == []
+    assert len(list(first)) == len(list(second)) == 2
+
+
+async def test_query_with_options_of_files_is_refused(database: StoredDatabase):
+    for options, problem in (({"rows": "0:2"}, "WHERE of the query"), ({"delimiter": ";"}, "options of files")):
+        with pytest.raises(ConfigurationError, match=f"{problem}.*Nothing was started"):
+            await aplan_batch(CREW, database.query("SELECT 1"), **options)  # type: ignore[arg-type]
+
+
 async def test_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "prefect_sqlalchemy", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'prefect-crew\[sql\]'"):
@@ -211,6 +255,38 @@ async def test_batch_from_table_into_table_runs_once_and_resumes(
     assert len(await database.run(query)) == server.kickoffs == 4
 
 
+async def test_quoted_query_gets_the_scheduled_time(
+    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
+):
+    await crew_server(ECHO).crew().asave("writer", overwrite=True)  # type: ignore[misc]
+    name, query = f"timed {uuid.uuid4().hex[:6]}", "SELECT '{scheduled_start:%Y} 100%' AS topic"
+    options: dict[str, Any] = {"name": name, "export": str(tmp_path / "out.jsonl"), "ledger": str(tmp_path / "l.db")}
+    await batch("writer", database.query(query), **options)  # type: ignore[arg-type]
+    (line,) = batch.lines(tmp_path / "out.jsonl").values()
+    assert re.fullmatch(r"on 20\d\d 100%", line["output"])
+    async with open_stored_batch(name) as stored:
+        rendered = query.replace("{scheduled_start:%Y}", line["output"][3:7])
+        assert stored.call()["dataset"] == database.query(rendered)
+
+
+async def test_table_with_rows_of_another_batch_of_the_name_is_refused(
+    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
+):
+    server, name = crew_server(ECHO), f"nightly {uuid.uuid4().hex[:8]}"
+    await asyncio.to_thread((await opened(database))._results().write, name, lines(await opened(database), "old"))
+    options: dict[str, Any] = {"name": name, "key": "topic", "ledger": str(tmp_path / "ledger.db")}
+    rows = [{"topic": "tea"}]
+    with pytest.raises(OutputError, match=f"has rows of another batch '{name}'.*Nothing was started"):
+        await batch(server.crew(), rows, export=database.table("results"), **options)
+    assert server.kickoffs == 0
+    await batch(server.crew(), rows, export=str(tmp_path / "out.jsonl"), **options)
+    async with open_stored_batch(name) as stored:
+        with pytest.raises(OutputError, match="overwrite=True"):
+            await stored.export(database.table("results"))
+        assert (await stored.export(database.table("results"), overwrite=True))[1] == 1
+    assert await database.run("SELECT key FROM results") == [("tea",)]
+
+
 async def test_batches_share_a_table_and_keep_their_rows(
     batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
 ):
@@ -266,6 +342,31 @@ async def test_check_of_a_new_table_leaves_none(database: StoredDatabase):
     assert await asyncio.to_thread(output.exists) is True
 
 
+async def test_table_whose_column_takes_no_text_is_refused_at_first(database: StoredDatabase):
+    if database.driver in SQLITE:
+        pytest.skip("SQLite takes any value in any column")
+    columns = ", ".join(f"{name} {'INTEGER' if name == 'output' else 'TEXT'}" for name in COLUMNS)
+    await database.run(f"CREATE TABLE results (batch TEXT, {columns}, PRIMARY KEY (batch, key))")
+    with pytest.raises(OutputError, match=r"cannot be written: .*integer.*\. Nothing was started\.$"):
+        await asyncio.to_thread((await opened(database)).check, "b", is_new=True)
+
+
+async def test_first_exports_at_once_make_one_table(database: StoredDatabase):
+    names = [f"b{number}" for number in range(4)]
+    outputs = {name: await opened(database) for name in names}  # an engine belongs to one event loop
+    await asyncio.gather(
+        *(asyncio.to_thread(to._results().write, name, lines(to, "a")) for name, to in outputs.items()),
+    )
+    assert await database.run("SELECT batch FROM results ORDER BY batch") == [(name,) for name in names]
+
+
+async def test_line_that_the_ledger_has_no_more_leaves_the_table(database: StoredDatabase):
+    output = await opened(database)
+    for keys in (("a", "b"), ("b",)):
+        await asyncio.to_thread(output._results().write, "b", lines(output, *keys))
+    assert await database.run("SELECT key FROM results") == [("b",)]
+
+
 class Trip(BaseModel):
     nights: int
     price: float
@@ -301,6 +402,14 @@ async def test_fields_of_the_type_are_columns_and_no_text_is_refused(database: S
     assert places.startswith('["Rome')
 
 
+async def test_time_that_no_zone_can_hold_is_null(database: StoredDatabase):
+    output = await opened(database, Trip)
+    flat = list(lines(output, "a", data={"booked": "9999-12-31T23:59:59-05:00"}))
+    encoded = [json.dumps(line).encode() + b"\n" for page in flat for line in page]
+    await asyncio.to_thread(output._results().write, "b", output._pages(encoded))  # type: ignore[arg-type]
+    assert await database.run("SELECT key, data_booked FROM results") == [("a", None)]
+
+
 @pytest.mark.parametrize("kind", ["error", "database"])
 async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase, kind: str):
     output = await opened(database)
@@ -331,7 +440,16 @@ async def test_export_whose_call_is_cancelled_leaves_the_table(
             while not file.closed:
                 pass
 
+    ended, write = threading.Event(), SqlTable.write
+
+    def write_noting_the_end(*arguments: Any) -> None:
+        try:
+            write(*arguments)
+        finally:
+            ended.set()
+
     monkeypatch.setattr(TableOutput, "_pages", pages)
+    monkeypatch.setattr(SqlTable, "write", write_noting_the_end)
     async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
         await enter(ledger, *(f"k{number}" for number in range(500)))
         for number in range(500):
@@ -341,10 +459,7 @@ async def test_export_whose_call_is_cancelled_leaves_the_table(
         writing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await writing
-        for _ in range(50):
-            if not await asyncio.to_thread(output.exists):
-                break
-            await asyncio.sleep(0.1)
+        assert await asyncio.to_thread(ended.wait, 10)
         assert not await asyncio.to_thread(output.exists), "it made the table in the same transaction"
         monkeypatch.undo()
         assert await output.write(ledger) == 500

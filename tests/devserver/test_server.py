@@ -129,6 +129,10 @@ def test_whatever_a_program_raises_fails_its_run(serve: Serve) -> None:
     assert run.tasks == []
 
 
+def test_program_without_a_definition_is_not_inspected(serve: Serve) -> None:
+    assert serve(Odd())[1].get("/inspect").status_code == 404
+
+
 class Twice:
     """A program that asks two questions about one task at once."""
 

@@ -103,6 +103,15 @@ async def test_a_forgotten_run_is_lost(crew_server: CrewServerFactory):
     assert server.kickoffs == 1
 
 
+async def test_no_end_waits_for_the_version_of_the_crew(crew_server: CrewServerFactory):
+    server = crew_server(slow(1), faults=["inspect:timeout"])
+    run = await server.crew().atrigger({})
+    began = time.monotonic()
+    await ended(run)
+    assert server.requests["inspect"] == 1
+    assert time.monotonic() - began < 4
+
+
 async def test_a_templated_key_has_one_record(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "done"}))
     options = RunOptions.of(idempotency_key=key() + "-{scheduled_start:%Y}")
