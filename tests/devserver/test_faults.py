@@ -36,7 +36,10 @@ def test_a_text_says_what_and_when(text: str, value: float | None, hits: list[in
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kickof:500", "'kickof' is no place for a fault.*inputs, kickoff, status, resume, stop, any, webhook"),
+        (
+            "kickof:500",
+            "'kickof' is no place for a fault.*inputs, kickoff, status, resume, stop, inspect, any, webhook",
+        ),
         ("kickoff:explode", "'kickoff' has no fault 'explode'. It has latency, 400, .* no-id, .*-before-accept"),
         ("kickoff:stuck-after-accept", "has no fault 'stuck-after-accept'"),
         ("kickoff:drop=2", "takes no value"),
