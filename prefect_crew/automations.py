@@ -11,6 +11,8 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTag
 from prefect.events.filters import AutomationFilter, AutomationFilterTags
 from prefect.events.schemas.automations import Automation, AutomationCore
 
+from prefect_crew.artifacts.events import LINK
+
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
 
@@ -109,7 +111,8 @@ def alert_automations(block_id: UUID, *, waiting: timedelta) -> list[AutomationC
     is_bad = "a run has failed, is uncertain or lost, or its time limit is over"
     word = "{{ event.event | replace('crew.', '') | replace('_', ' ') }}"
     is_late, late = f"a crew has waited for a person for {waiting}", f"No one has answered for {waiting}. {QUESTION}"
-    question = _when(CREW_RUNS, ["crew.waiting"])
+    asked = {"match": {**CREW_RUNS["match"], LINK: "no"}}
+    question = _when(asked, ["crew.waiting"])
     unanswered = _unless(CREW_RUNS, WAIT_ENDS, after="crew.waiting", within=waiting.total_seconds())
     return [
         alert("problem", is_bad, _when(CREW_RUNS, PROBLEMS), word, PROBLEM),

@@ -1,4 +1,4 @@
-"""The webhook URLs of a run: their choice for a kickoff, their signature, and its verification.
+"""The webhook URLs of a run: their choice for a kickoff, their signature, and its verification. Sealed tokens.
 
     {receiver}/hooks/{kind}/{payload}.{signature}
 
@@ -243,8 +243,12 @@ def _secrets(secret: SecretStr | str) -> list[str]:
 
 
 def _signature(secret: str, purpose: str, payload: str) -> str:
+    return _base64(_mac(secret, purpose, payload))
+
+
+def _mac(secret: str, purpose: str, payload: str) -> bytes:
     message = f"prefect-crew webhook {purpose} {payload}"  # no blank is in any of them
-    return _base64(hmac.digest(_bytes(secret), _bytes(message), "sha256"))
+    return hmac.digest(_bytes(secret), _bytes(message), "sha256")
 
 
 def _brings(authorization: str | None, token: str) -> bool:
@@ -262,3 +266,39 @@ def _bytes(text: str) -> bytes:
 
 def _base64(value: bytes) -> str:
     return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
+
+
+# Sealed values, in the links with which people answer
+
+
+def seal(purpose: str, values: Sequence[Any], secret: SecretStr | str) -> str:
+    """Return a token with JSON values, signed for one purpose, which is one word.
+
+    It consists of small letters, digits and one dot in the middle, so that no chat program takes a part of it for
+    formatting or for the end of the URL.
+    """
+    payload = _base32(_bytes(json.dumps(values, separators=(",", ":"))))
+    return f"{payload}.{_base32(_mac(_secrets(secret)[0], purpose, payload))}"
+
+
+def unseal(purpose: str, token: str, secret: SecretStr | str) -> tuple[list[Any], SecretStr] | None:
+    """Return the values of a token and the secret that signed it, None if it is forged or was made for another purpose.
+
+    This compares the signature, in constant time, before it reads anything from the token.
+    """
+    if len(token) > MAX_TOKEN:
+        return None
+    payload, _, signature = token.partition(".")
+    for key in _secrets(secret):
+        if _equal(signature, _base32(_mac(key, purpose, payload))):
+            return json.loads(base64.b32decode(payload.upper() + "=" * (-len(payload) % 8))), SecretStr(key)
+    return None
+
+
+def fingerprint(secret: SecretStr | str, digest: str) -> str:
+    """Return a keyed digest of a digest. Nobody without the secret can check a guess of the value behind it."""
+    return _base32(_mac(_secrets(secret)[0], "fingerprint", digest))[:26]
+
+
+def _base32(value: bytes) -> str:
+    return base64.b32encode(value).rstrip(b"=").decode().lower()

@@ -6,6 +6,7 @@ nothing if the API cannot be reached.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
@@ -37,12 +38,19 @@ def resources_of(
     return resource, related
 
 
-def emit(event: str, record: RunRecord, *, once: bool = False, **payload: Any) -> None:
+LINK = "prefect-crew.answer-link"
+"""The label of `crew.waiting`: "yes" if a notification with a link goes out for the question, else "no"."""
+
+
+def emit(
+    event: str, record: RunRecord, *, once: bool = False, labels: Mapping[str, str] | None = None, **payload: Any
+) -> None:
     """Emit `crew.{event}` about a run.
 
     Args:
         event: The last part of its name.
         record: The run.
+        labels: More labels of the resource.
         once: Derive the event's id from the run and the event, so that the server keeps only one if two waits emit it.
         payload: Plain values, already masked.
     """
@@ -55,7 +63,7 @@ def emit(event: str, record: RunRecord, *, once: bool = False, **payload: Any) -
         related = [entry for entry in related if entry["prefect.resource.role"] != "flow-run"]
     emit_event(
         event=f"crew.{event}",
-        resource=resource,
+        resource={**resource, **(labels or {})},
         related=related,
         payload={
             "idempotency_key": record.idempotency_key,

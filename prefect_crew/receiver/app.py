@@ -2,12 +2,14 @@
 
     POST /requests               200; 404 without the platform's signature: the question of a Flow to a person
     POST /hooks/{kind}/{token}   200; 404 for a URL that is not ours, 415, 413, 400, 408
+    GET  /answer/{token}         the page of a question, see answers.py
+    POST /answer/{token}         the answer to it
     GET  /recent?after=CURSOR    200 with the webhooks since then, for processes that wait for runs; 404, 503
     GET  /health                 200 while it runs
     GET  /ready                  200 while it takes questions, 503 else; with counters
 
-No answer to a webhook waits for Prefect. The receiver reads no byte of a body before it has verified the token. It
-gives the same answer to a forged token, a stale token and a wrong path.
+No answer to a webhook waits for Prefect; only the pages of questions do. The receiver reads no byte of a body before it
+has verified the token. It gives the same answer to a forged token, a stale token and a wrong path.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from contextlib import asynccontextmanager
 
 from pydantic import SecretStr
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from prefect_crew.client._callbacks import parse_question, signed
 from prefect_crew.exceptions import ConfigurationError, ResponseFormatError
+from prefect_crew.receiver.answers import AnswerPages
+from prefect_crew.receiver.bodies import BodyError, read_body
 from prefect_crew.receiver.events import read_events
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.records.model import utcnow
@@ -34,7 +38,6 @@ from prefect_crew.webhooks import checked_secret, may_read_recent, read_token
 MAX_BODY = 1024 * 1024  # bytes
 PARSED_AT_ONCE = 256 * 1024
 """Bytes of a body that is parsed on the event loop; a larger one is parsed in a thread and holds up no other answer."""
-BODY_TIMEOUT = 10.0  # seconds for a whole body
 
 
 def create_receiver(
@@ -74,6 +77,7 @@ def create_receiver(
         routes=[
             Route("/hooks/{kind}/{token}", receiver.take_webhook, methods=["POST"]),
             Route("/requests", receiver.take_request, methods=["POST"]),
+            Route("/answer/{token}", AnswerPages(receiver.secret).respond, methods=["GET", "POST"]),
             Route("/recent", receiver.recent, methods=["GET"]),
             Route("/health", receiver.health, methods=["GET"]),
             Route("/ready", receiver.ready, methods=["GET"]),
@@ -90,7 +94,7 @@ def create_receiver(
 class _Receiver:
     def __init__(self, secret: SecretStr, forwarder: Forwarder, max_body: int) -> None:
         self.forwarder = forwarder
-        self._secret = secret
+        self.secret = secret
         self._max_body = max_body
         self._answers: Counter[int] = Counter()
 
@@ -105,7 +109,7 @@ class _Receiver:
 
     async def recent(self, request: Request) -> Response:
         """Answer a process that waits for runs, once there is a webhook or after some seconds."""
-        if not may_read_recent(self._secret, request.headers.get("authorization")):
+        if not may_read_recent(self.secret, request.headers.get("authorization")):
             return self._answer(404, "not found")
         answer = await self.forwarder.recent.after(request.query_params.get("after", ""))
         if answer is None:
@@ -139,7 +143,7 @@ class _Receiver:
         """Take a crew's webhook, at a URL that this package has signed."""
         kind, token = request.path_params["kind"], request.path_params["token"]
         authorization = request.headers.get("authorization")
-        hook = read_token(kind, token, self._secret, now=utcnow(), authorization=authorization)
+        hook = read_token(kind, token, self.secret, now=utcnow(), authorization=authorization)
         if hook is None:
             return self._answer(404, "not found")
         if not _is_json(request):
@@ -158,22 +162,10 @@ class _Receiver:
 
     async def _body(self, request: Request) -> bytes | Response:
         """Return the body, or the answer that refuses it."""
-        length = request.headers.get("content-length", "0")
-        too_large = f"a webhook's body has at most {self._max_body} bytes"
-        if not length.isdecimal() or len(length) > 12 or int(length) > self._max_body:
-            return self._answer(413, too_large)
-        body = bytearray()
         try:
-            async with asyncio.timeout(BODY_TIMEOUT):
-                async for part in request.stream():
-                    body += part
-                    if len(body) > self._max_body:  # whatever the head says of its length
-                        return self._answer(413, too_large)
-        except TimeoutError:
-            return self._answer(408, "the body did not come in time")
-        except ClientDisconnect:
-            return self._answer(400, "the connection was closed")
-        return bytes(body)
+            return await read_body(request, self._max_body)
+        except BodyError as error:
+            return self._answer(error.status, str(error))
 
     def _answer(self, status: int, error: str | None = None) -> Response:
         self._answers[status] += 1

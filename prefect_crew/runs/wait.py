@@ -334,7 +334,7 @@ class _Waiter(Watcher):
                     result = None
             error = run.redact_text(status.error or "")[:500] or None
             end = end_of(run.crew, status, self.phases.human_seconds, error, result)
-            report = {"error": error, "execution_time": status.execution_time}
+            report: dict[str, Any] = {"error": error, "execution_time": status.execution_time}
             try:
                 with self.work.uncut():  # after the end, the counters, the span and the event must be written too
                     is_closed = await close_run(record, run.records, end, lambda: run.view(status), report=report)

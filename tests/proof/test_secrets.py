@@ -48,12 +48,17 @@ from prefect_crew import (
     stop_crew,
     wait_for_crew,
 )
+from prefect_crew.devserver import CrewServer
+from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs.reviews.questions import Review
 from proof.echoing import Echo, echoing
 from support.environment import program
 from support.frames import locals_of
+from support.links import QUICK, Chat, notifying, running, send
 from support.prefect_server import PrefectServer, connected, drain, environment
 from support.processes import Process
+from support.scripts import ASKS
+from support.webhooks import SECRET, served
 
 pytestmark = [pytest.mark.timeout(600)]
 
@@ -372,6 +377,39 @@ def test_no_secret_is_in_a_local_variable_after(name: str, client: Path) -> None
     with echoing(case.echo()) as echo:
         error = act(case, echo, given, "locals")
     assert error is None or not found([given.token, *given.secret_values], locals_of(error, but=__file__))
+
+
+@pytest.mark.parametrize("chat_answers", [200, 500])
+def test_an_answer_link_is_in_nothing_but_its_message(
+    chat_answers: int, own_server: PrefectServer, client: Path, logged: Everything, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the link can answer. The block that sends it logs the whole message at DEBUG."""
+    name, tokens = f"linked-{chat_answers}", list[str]()
+
+    async def ask_and_answer() -> None:
+        with Chat(answer=chat_answers) as chat, CrewServer(ASKS) as crew:
+            async with served(create_receiver(SECRET)) as url, notifying(chat, by_apprise=True):
+                monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", url)
+                monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+                async with running(crew.crew(wait=QUICK), name) as flow_run:
+                    link = await chat.link()
+                    tokens.append(link.rpartition("/")[2])
+                    assert (await send(link, decision="approve", name="Ada")).status == 200
+                    await flow_run
+
+    for name_of_library in ("apprise", "urllib3"):
+        monkeypatch.setattr(logging.getLogger(name_of_library), "level", logging.DEBUG)
+    asyncio.run(ask_and_answer())
+    drain()
+    assert "apprise" in "\n".join(logged.lines)
+    # The test's own client of the pages logs their URLs.
+    lines = [line for line in logged.lines if not line.startswith(("httpx", "httpcore"))]
+    assert not [line for line in lines if tokens[0] in line]
+    time.sleep(3)  # the server writes events and logs late
+    assert own_server.database is not None
+    for content in contents(own_server.database.parent.glob("prefect.db*")):
+        assert tokens[0].encode() not in content
+    LEFT[name] = Given(tokens[0], {"secret": tokens[0], "nested": {"key": tokens[0]}})
 
 
 ON_THE_COMMAND_LINE = {

@@ -70,9 +70,11 @@ async def test_a_run_is_reported_through_nginx_and_nothing_else_gets_through(
                 assert (await client.get("/crews/recent", headers=bearer)).json()["missed"] is False
                 assert (await client.post("/crews/hooks/crew/forged", json={})).status_code == 404
                 assert (await client.post("/crews/hooks/crew/forged", content=b" " * 2_000_000)).status_code == 413
+                answer = await client.get("/crews/answer/forged.link")
+                assert (answer.status_code, "does not answer a question" in answer.text) == (404, True)
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert "/ready" in logs
-    assert not re.search(r"/hooks/\w", logs), "what protects a hook stands in its URL"
+    assert not re.search(r"/(hooks|answer)/\w", logs), "what protects a hook and an answer stands in its URL"
 
 
 def answers(base: str) -> bool:

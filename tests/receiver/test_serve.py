@@ -31,7 +31,7 @@ Urls = Callable[..., Webhooks]
 @pytest.fixture
 async def port(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
     monkeypatch.setattr(serve, "HEAD_TIMEOUT", 0.3)
-    monkeypatch.setattr("prefect_crew.receiver.app.BODY_TIMEOUT", 0.3)
+    monkeypatch.setattr("prefect_crew.receiver.bodies.BODY_TIMEOUT", 0.3)
     async with served(create_receiver(SECRET, forwarder=kept)) as url:
         yield int(url.rpartition(":")[2])
 

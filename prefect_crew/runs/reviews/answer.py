@@ -18,6 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_errors
+from prefect_crew._text import one_line
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client._callbacks import post_answer
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
 
 FEEDBACK_KEPT = 200  # characters of a feedback that are stored
+MAX_NAME = 100  # characters of the giver's name
 LOOKS, LOOK_AGAIN = 5, 1.0
 """The number of status calls, and the seconds between them, by which a caller without a wait checks that the crew
 continues after its answer."""
@@ -137,7 +139,7 @@ def _to_write_down(run: LiveRun, status: CrewStatus, question: ReviewRequest, re
     return review.model_copy(
         update={
             "feedback": run.redact_text(review.feedback)[:FEEDBACK_KEPT] if run.show == "full" else "",
-            "by": review.by[:100],
+            "by": run.redact(one_line(review.by))[:MAX_NAME],
             "at": utcnow(),
             "task_id": run.redact_name(question.task_id),
             "round": question.round,
@@ -242,6 +244,22 @@ async def _has_moved_on(run: LiveRun, looks: int) -> bool:
 
 
 # The question at this moment
+
+
+async def current_question(run: LiveRun) -> ReviewRequest:
+    """Return the question that a run asks at this moment, with the output that its webhook brought. Nothing is masked.
+
+    Raises:
+        NotWaitingError: The run asks none.
+        CrewError: The crew's server or the Prefect API does not answer, or refuses.
+    """
+    with naming_prefect_errors(f"The question of run {run.kickoff_id} cannot be read. Nothing was sent."):
+        answers = await run.records.reviews(answers_record(run))
+        of_flow = await open_question_of_flow(run.kickoff_id, answers)
+    status = await run.session.call(lambda client: client.status(run.kickoff_id))
+    question = _question_to_answer(run, status, answers, of_flow, None, None)
+    with naming_prefect_errors(f"The output of run {run.kickoff_id} cannot be read. Nothing was sent."):
+        return await with_kept_output(run, question)
 
 
 async def open_question_of_flow(kickoff_id: str, answers: Sequence[Review]) -> ReviewRequest | None:

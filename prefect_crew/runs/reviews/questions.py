@@ -57,16 +57,18 @@ def may_be_same(digest: str | None, other: str | None) -> bool:
     return digest is None or other is None or digest == other
 
 
-def is_same_question(question: ReviewRequest, other: ReviewRequest) -> bool:
-    """Return whether two reads show the same question; one of them may show more of it.
+def place_of(question: ReviewRequest) -> tuple[object, ...]:
+    """Return the facts that distinguish a question from all others of its run, except for the output.
 
-    After an answer was taken back, another answer gets its number. So the answers are compared, not their number.
+    After an answer was taken back, another answer gets its number. So these are the answers, not their number.
     """
+    answers = [(answer.task_digest, answer.at and answer.at.timestamp()) for answer in question.answers]
+    return question.task_id, question.id, answers
 
-    def place(of: ReviewRequest) -> tuple[object, ...]:
-        return of.task_id, of.id, [(answer.task_digest, answer.at) for answer in of.answers]
 
-    return place(question) == place(other) and may_be_same(question.output_digest, other.output_digest)
+def is_same_question(question: ReviewRequest, other: ReviewRequest) -> bool:
+    """Return whether two reads show the same question; one of them may show more of it."""
+    return place_of(question) == place_of(other) and may_be_same(question.output_digest, other.output_digest)
 
 
 def next_round(answers: Sequence[Review], task_id: str) -> int:

@@ -13,7 +13,7 @@ from uuid import uuid4
 from prefect_crew._internal.asyncio_tasks import call_in_thread, cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, is_away, naming_prefect_errors
-from prefect_crew.artifacts.events import emit
+from prefect_crew.artifacts.events import LINK, emit
 from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import (
@@ -37,6 +37,7 @@ from prefect_crew.runs.reviews.answer import (
     with_kept_output,
 )
 from prefect_crew.runs.reviews.form import PREFECT_WITHIN, Form
+from prefect_crew.runs.reviews.links import notify_people
 from prefect_crew.runs.reviews.questions import (
     ReviewChoice,
     ReviewFunction,
@@ -102,6 +103,7 @@ class People:
         self._thinking: asyncio.Task[Review] | None = None
         self._thinks_about: ReviewRequest | None = None
         self._sending: asyncio.Task[bool] | None = None
+        self._notifying: asyncio.Task[None] | None = None
         self._nonce = uuid4().hex  # of the next attempt to answer
         self._has_warned = False
         self._has_ended_pause = False  # a decision ends one pause only: if status calls fail, later pauses are full
@@ -177,8 +179,8 @@ class People:
         of_flow = await self._read("The question of run %s", open_question_of_flow(self.run.kickoff_id, self.answers))
         has_webhook = self._has_webhook(len(self.answers))
         question = question_of(self.run, status, self.answers, of_flow, has_webhook=has_webhook)
-        if question is None:
-            return None
+        if question is None or question == self._open:
+            return self._open
         self._open = self._answered = None
         if question.state == "answered":
             last = self.answers[-1]
@@ -199,7 +201,8 @@ class People:
 
     def _is_still(self, question: ReviewRequest, task_id: str, output: str | None) -> bool:
         if question.id is not None:
-            return True  # until the state changes, or somebody answers the question
+            # Until the state changes, or somebody answers it. Another process may have been about to note its answer.
+            return question.state == "open"
         is_same = question.task_id == task_id and may_be_same(question.output_digest, output)
         return is_same and not self._has_webhook(len(question.answers) + 1)
 
@@ -269,15 +272,39 @@ class People:
         return [note], [f"prefect-crew reviews inspect {run.as_argument()}", *answer_commands(run)]
 
     def _announce(self, question: ReviewRequest) -> None:
-        """Emit an event about a question. Log it, unless a function answers it or a batch logs it."""
+        """Emit an event about a question, and send a link to people. Log the question, unless a function answers it or
+        a batch logs it."""
         run, page = self.run, None if self._form is None else self._form.page
         if run.record is not None:
-            task = run.record.human_task = run.redact_name(question.task_id)
-            facts: dict[str, Any] = {"answer": how_to_answer(run), "page": page, "crew_page": run.crew.page_url}
-            emit("waiting", run.record, task_id=task, round=question.round, **facts)
+            run.record.human_task = run.redact_name(question.task_id)
+            is_for_people = self._function is None and question.state == "open"
+            has_link = is_for_people and CrewSettings().answer_url is not None
+            self._emit_waiting(question, has_link=has_link)
+            if has_link:
+                self._notifying = asyncio.create_task(self._notify(question))
         is_quiet = self.quiet or self._function is not None
         if not is_quiet or question.state != "open":
             run_logger().warning("Crew run %s %s", run.kickoff_id, describe_question(run, question, page))
+
+    def _emit_waiting(self, question: ReviewRequest, *, has_link: bool) -> None:
+        run = self.run
+        if (record := run.record) is not None:
+            page = None if self._form is None else self._form.page
+            facts: dict[str, Any] = {"answer": how_to_answer(run), "page": page, "crew_page": run.crew.page_url}
+            labels = {LINK: "yes" if has_link else "no"}
+            emit("waiting", record, labels=labels, task_id=record.human_task, round=question.round, **facts)
+
+    async def _notify(self, question: ReviewRequest) -> None:
+        """Send the link for a question, concurrently with the polls. If that fails, the automation sends its alert."""
+        run = self.run
+        try:
+            await notify_people(run, question, self.policy)
+        except CrewError as error:
+            log = run_logger().debug if self.quiet else run_logger().warning
+            reason, how = str(error).rstrip("."), how_to_answer(run)
+            log("Crew run %s: the link to its question was not sent: %s. Answer: %s", run.kickoff_id, reason, how)
+            if self.question is not None and is_same_question(self.question, question):
+                self._emit_waiting(question, has_link=False)
 
     # Answers
 
@@ -390,7 +417,7 @@ class People:
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
             "Crew run %s: task %s, question %d: %s by %s.",
-            *(self.run.kickoff_id, answer.task_id, answer.round, verdict, review.by),
+            *(self.run.kickoff_id, answer.task_id, answer.round, verdict, answer.by),
         )
         return True
 
@@ -476,6 +503,8 @@ class People:
             await asyncio.wait({self._sending}, timeout=SEND_WITHIN)
             await cancel_and_wait(self._sending, within=STOP_WITHIN)
         await self._stop_thinking()
+        if self._notifying is not None:
+            await cancel_and_wait(self._notifying)
         record = self.run.record
         if ended and record is not None:
             await self._read("The questions of run %s", forget_notes(record, len(self.answers)))

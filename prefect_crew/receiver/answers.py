@@ -1,0 +1,340 @@
+"""The pages with which people answer the questions of crews, by a signed link and without access to Prefect.
+
+    GET  /answer/{token}    the question, what is judged, a form; it changes nothing, since chat programs fetch links
+    POST /answer/{token}    sends the answer, once
+
+    200 the question, or: sent       404 forged, expired, used or foreign: all alike
+    400, 408, 413, 415 no form       403 the proxy that signs people in names nobody
+    409 read again, or answered      502 it may have arrived       503 not sent, or nothing can be read: try again
+
+`answer_question` sends the answer, and its Variable says that the question has one: a click, a form and the command
+line at the same time give one answer. The receiver keeps nothing, so several may serve one address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import logging
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qs
+
+from jinja2 import Environment, StrictUndefined
+from pydantic import SecretStr
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from prefect_crew._internal.prefect_api import OneLine
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew._text import one_line, plain
+from prefect_crew.batches.stored import batches_waiting_for_people
+from prefect_crew.blocks import find_crew
+from prefect_crew.client._callbacks import approves
+from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client.models import Review, ReviewRequest
+from prefect_crew.client.redaction import withholding
+from prefect_crew.exceptions import (
+    AlreadyAnsweredError,
+    ConfigurationError,
+    CrewAPIError,
+    CrewConnectionError,
+    CrewError,
+    NotWaitingError,
+)
+from prefect_crew.receiver.bodies import BodyError, read_body
+from prefect_crew.records.model import RecordPhase, RecordStore
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.reviews.answer import MAX_NAME, answer_question, answers_record, current_question
+from prefect_crew.runs.reviews.links import AnswerLink, is_about, read_link
+from prefect_crew.runs.reviews.questions import describe_answer, digest, place_of
+from prefect_crew.runs.run import LiveRun
+from prefect_crew.settings import CrewSettings
+from prefect_crew.webhooks import fingerprint, seal, unseal
+
+logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
+
+SHOWN = 20_000  # characters of a crew's text on a page
+SHOWN_NAME = 200  # characters of a name or an option on a page
+MAX_FEEDBACK = 10_000  # characters
+MAX_FORM = 128 * 1024  # bytes
+READ_WITHIN = 15.0  # seconds to read a question, from the Prefect API and the crew's server
+AT_ONCE = 20  # pages in work
+REFUSED_AFTER, MOST_REFUSED = 0.4, 50
+"""Seconds until a link is refused, about as long as a look at the records takes, so that the time does not tell a
+forged link from a used one; and the most requests that are held up for it. More of them are refused at once."""
+NOBODY_NAMED = "an answer link"  # the giver of an answer, if the person gave no name
+_STYLE = files("prefect_crew.receiver").joinpath("answer.css").read_text(encoding="utf-8")
+_PAGE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+    files("prefect_crew.receiver").joinpath("answer.html").read_text(encoding="utf-8")
+)
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; form-action 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Robots-Tag": "noindex, nofollow",
+    "Connection": "close",  # the rest of a body that is not wanted is not waited for
+}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A form as a person has sent it: texts of any content, bounded in size."""
+
+    decision: str
+    feedback: str
+    name: str
+    seen: str
+
+    def review(self, question: ReviewRequest, name: str | None) -> Review:
+        """Return the answer; `name` is the name of the person who is signed in.
+
+        Raises:
+            ConfigurationError: The form is not complete. The message is for the person.
+        """
+        options = {f"option-{number}": option for number, option in enumerate(question.options)}
+        if self.decision not in (options or ("approve", "reject")):
+            raise ConfigurationError("Choose an answer.")
+        if len(self.feedback) > MAX_FEEDBACK:
+            raise ConfigurationError(f"The feedback is too long: write at most {MAX_FEEDBACK:,} characters.")
+        if self.decision == "reject" and not self.feedback.strip():
+            raise ConfigurationError("Write what the crew has to do better.")
+        option = options.get(self.decision)
+        approve = self.decision == "approve" if option is None else approves(question.options, option)
+        by = name or one_line(self.name)[:MAX_NAME] or NOBODY_NAMED
+        return Review(approve=approve, feedback=self.feedback, option=option, by=by)
+
+
+async def _read_form(request: Request) -> _Form:
+    """Return the form in the body of a request. Raises BodyError."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/x-www-form-urlencoded":
+        raise BodyError(415, "the body is no form")
+    body = (await read_body(request, MAX_FORM)).decode("utf-8", "replace")
+    try:
+        fields = parse_qs(body, keep_blank_values=True, max_num_fields=10, errors="replace")
+    except ValueError:
+        raise BodyError(400, "the form has too many fields") from None
+    if any(len(values) > 1 for values in fields.values()):
+        raise BodyError(400, "the form has a field twice")
+    texts = {name: values[0] for name, values in fields.items()}
+    feedback = plain(texts.get("feedback", "").replace("\r\n", "\n"))
+    return _Form(texts.get("decision", ""), feedback, texts.get("name", ""), texts.get("seen", ""))
+
+
+class AnswerPages:
+    """The pages of questions. `secret` signs their links; several secrets are separated by blanks."""
+
+    def __init__(self, secret: SecretStr) -> None:
+        self._secret = secret
+        self._gate = asyncio.Semaphore(AT_ONCE)
+        self._refused = 0
+
+    async def respond(self, request: Request) -> Response:
+        """Show the question of a link, or take the form. No error leaves this, since its frames have the link."""
+        began, is_post = time.monotonic(), request.method == "POST"
+        opened = read_link(request.path_params["token"], self._secret)
+        is_foreign = is_post and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+        if opened is None or is_foreign:
+            return await self._refuse(began)
+        link, signer = opened
+        form: _Form | None = None
+        try:
+            name = _name_of_proxy(request)
+            form = await _read_form(request) if is_post else None
+            return await self._respond(link, signer, form, name) or await self._refuse(began)
+        except BodyError as error:
+            return _message(error.status, "Nothing was sent", f"The request cannot be used: {error}.")
+        except Exception as error:  # noqa: BLE001  the server would log the error with its frames
+            reason = str(error) if isinstance(error, CrewError) else type(error).__name__
+            logger.warning("A question of run %s could not be shown or answered: %s", link.kickoff_id, reason)
+            why = "The question cannot be read at this moment. Open the link again in a minute."
+            return _message(503, "Nothing was sent", why, form)
+
+    async def _refuse(self, began: float) -> Response:
+        if self._refused < MOST_REFUSED:
+            self._refused += 1
+            try:
+                await asyncio.sleep(began + REFUSED_AFTER - time.monotonic())
+            finally:
+                self._refused -= 1
+        why = "It is incomplete, its time is over, or the question has been answered. Ask for it where you got it."
+        return _message(404, "This link does not answer a question", why)
+
+    async def _respond(
+        self, link: AnswerLink, signer: SecretStr, form: _Form | None, name: str | None
+    ) -> Response | None:
+        """Return the page of a link, None to refuse the link."""
+        async with AsyncExitStack() as stack:
+            async with asyncio.timeout(READ_WITHIN):
+                await stack.enter_async_context(self._gate)
+                run = await _open_run(link.kickoff_id, stack)
+                if run is None:
+                    return None
+                question = await _open_question(run)
+                if question is None or not is_about(link, question, signer):
+                    return await self._closed(run, link, form)
+            shown = digest(place_of(question), question.output, question.message, question.options)
+            page = _Question(run, question, seal("seen", [link.place, fingerprint(self._secret, shown)], self._secret))
+            if form is None:
+                return page.response(200, name=name)
+            if not self._has_seen(link, form, shown):
+                again = "The question has changed since you read it. Nothing was sent. Read it again, then answer."
+                return page.response(409, form, name=name, notice=again)
+            try:
+                review = form.review(question, name)
+            except ConfigurationError as error:
+                return page.response(400, form, name=name, notice=f"{error} Nothing was sent.")
+            return await self._send(page, link, form, review)
+
+    def _has_seen(self, link: AnswerLink, form: _Form, shown: str | None = None) -> bool:
+        """Return whether a form is of this link; with `shown`, whether its page showed that."""
+        unsealed = unseal("seen", form.seen, self._secret)
+        if unsealed is None or unsealed[0][0] != link.place:
+            return False
+        (_, seen), signer = unsealed
+        return shown is None or seen == fingerprint(signer, shown)
+
+    async def _closed(self, run: LiveRun, link: AnswerLink, form: _Form | None) -> Response | None:
+        """Return the page about a question that is not open any more: only a person who has seen it open learns why."""
+        if form is None or not self._has_seen(link, form):
+            return None
+        answers = await run.records.reviews(answers_record(run))
+        if len(answers) < link.number:
+            why = "The crew does not wait for this answer any more. Nothing was sent."
+            return _message(409, "The question is closed", why, form)
+        answer = answers[link.number - 1]
+        verb = "approved" if answer.approve else "rejected"
+        unsure = "" if answer.outcome == "sent" else " It is not known yet whether that answer arrived."
+        why = f"It was {verb} by {describe_answer(answer)}.{unsure} Nothing else was sent."
+        return _message(409, "The question has its answer", plain(why), form)
+
+    async def _send(self, page: _Question, link: AnswerLink, form: _Form, review: Review) -> Response | None:
+        run, question = page.run, page.question
+        try:
+            _, answer = await answer_question(run, review, question=question)
+        except (AlreadyAnsweredError, NotWaitingError):
+            return await self._closed(run, link, form)
+        except (CrewError, *PREFECT_ERRORS) as error:
+            logger.warning("Run %s: an answer by link failed: %s", run.kickoff_id, run.redact(str(error)))
+            # A failed status call, which precedes the answer, may have the same fate.
+            is_sent = isinstance(error, CrewAPIError | CrewConnectionError) and error.method == "POST"
+            if is_sent and kickoff_fate(error) is KickoffFate.UNCERTAIN:
+                why = "It was sent, and nobody knows whether it arrived. It is not sent again: look at the crew's page."
+                return _message(502, "Your answer may have arrived", why, form, run.crew.page_url)
+            why = "Your answer was not sent. Nothing is lost: try again in a minute."
+            return page.response(503, form, name=review.by, notice=why)
+        verb = "approved" if answer.approve else "rejected"
+        logger.info("Run %s: question %d was %s by %s.", run.kickoff_id, answer.round, verb, answer.by)
+        choice = f"“{plain(run.redact_name(answer.option))[:SHOWN_NAME]}”" if answer.option else verb.capitalize()
+        return _message(200, "Your answer was sent", f"{choice} by {answer.by}. You can close this page.")
+
+
+async def _open_run(kickoff_id: str, stack: AsyncExitStack) -> LiveRun | None:
+    """Return the run of a kickoff id, in an open session, None if there is no record of it.
+
+    Raises:
+        CrewError: Its crew is not stored any more.
+        PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
+    """
+    records: RecordStore = PrefectRecords()
+    record = await records.of_kickoff(kickoff_id)
+    if record is None:
+        batches, missed = await stack.enter_async_context(batches_waiting_for_people())
+        for records in [batch.ledger for batch in batches]:
+            record = await records.of_kickoff(kickoff_id)
+            # A ledger finds the id among the runs of all its batches, also of other batches than this store's.
+            if record is not None and await records.attempts(record.idempotency_key):
+                break
+        else:
+            logger.info("Run %s has no record here. %s", kickoff_id, " ".join(missed))
+            return None
+    crew = await find_crew(record)
+    if crew is None:
+        raise CrewError(f"The crew {record.crew} of the run is not stored any more, or has another URL.")
+    run = LiveRun(crew, kickoff_id, record, records=records)
+    stack.enter_context(withholding(run.redact_text))
+    await stack.enter_async_context(run.session)
+    return run
+
+
+async def _open_question(run: LiveRun) -> ReviewRequest | None:
+    if run.record is not None and run.record.phase is RecordPhase.ENDED:
+        return None
+    try:
+        question = await current_question(run)
+    except NotWaitingError:
+        return None
+    # A link is made for an open question. If its last answer seems to be to this question, it was to an equal one: the
+    # wait has seen a sign that the crew asks again, such as a webhook.
+    return question.model_copy(update={"state": "open"})
+
+
+def _name_of_proxy(request: Request) -> str | None:
+    """Return the name of the person whom a proxy has signed in, None if no setting names its header.
+
+    Raises:
+        BodyError: The header is missing, or there are several: the request has not come through the proxy.
+    """
+    header = CrewSettings().answer_user_header
+    if header is None:
+        return None
+    names = [one_line(value.encode("latin-1").decode("utf-8", "replace")) for value in request.headers.getlist(header)]
+    if len(names) != 1 or not names[0]:
+        raise BodyError(403, "nobody is signed in")
+    return names[0][:MAX_NAME]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """The page of an open question. `seen` proves what it shows. Every text of the crew is masked and cut."""
+
+    run: LiveRun
+    question: ReviewRequest
+    seen: str
+
+    def response(self, status: int, form: _Form | None = None, *, name: str | None, notice: str = "") -> Response:
+        """Return the page, with a notice and the texts of a form that was not sent."""
+        run, question = self.run, self.question
+        is_full = run.show == "full"
+        message, output = (run.redact(text or "") if is_full else "" for text in (question.message, question.output))
+        withheld = ""
+        if not output:
+            withheld = "It is not known here." if question.output is None else "It is not shown here."
+        options = [plain(run.redact_name(option))[:SHOWN_NAME] for option in question.options]
+        return _response(
+            status,
+            title="A crew asks",
+            notice=notice,
+            crew=run.crew.label,
+            task="" if run.show == "none" else plain(run.redact_name(question.task_id))[:SHOWN_NAME],
+            number=question.round,
+            message=plain(message[:SHOWN]),
+            output=plain(output[:SHOWN]),
+            is_cut=max(len(output), len(message)) > SHOWN,
+            withheld=withheld,
+            page_url=run.crew.page_url,
+            options=options,
+            signed_in=name if CrewSettings().answer_user_header else None,
+            form=form or _Form("", "", "", ""),
+            seen=self.seen,
+            max_feedback=MAX_FEEDBACK,
+            max_name=MAX_NAME,
+        )
+
+
+def _message(status: int, heading: str, text: str, form: _Form | None = None, page_url: str | None = None) -> Response:
+    """Return a page without a form. It repeats the feedback of a form that was not sent."""
+    kept = "" if form is None else form.feedback
+    return _response(status, title="A crew asks", heading=heading, text=text, kept=kept, page_url=page_url)
+
+
+def _response(status: int, **values: Any) -> Response:
+    return HTMLResponse(_PAGE.render(style=_STYLE, **values), status, headers=_HEADERS)

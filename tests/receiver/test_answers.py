@@ -1,0 +1,403 @@
+"""The pages that answer questions: one answer for each question, and nothing for anybody without its link."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+import prefect_crew as pc
+from prefect_crew.blocks import crew_of
+from prefect_crew.devserver import CrewServer, ReviewWebhook
+from prefect_crew.receiver.app import create_receiver
+from prefect_crew.records.model import utcnow
+from prefect_crew.runs.reviews.answer import resume_run
+from prefect_crew.runs.reviews.links import AnswerLink
+from prefect_crew.runs.run import LiveRun
+from prefect_crew.webhooks import Hook, seal, token_of
+from support.asking import AskingServer
+from support.links import QUICK, Chat, answers_of, notifying, read, running, send
+from support.scripts import ASKS, script
+from support.waiting import until
+from support.webhooks import SECRET, served
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+@pytest.fixture
+async def chat(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Chat]:
+    """Links are sent to this chat; a receiver serves their pages."""
+    with Chat() as chat:
+        async with served(create_receiver(SECRET)) as url, notifying(chat):
+            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", url)
+            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+            yield chat
+
+
+@asynccontextmanager
+async def asking(spec: Any = ASKS, *, faults: Any = (), options: Any = None, **fields: Any) -> AsyncIterator[Any]:
+    """Run a crew that asks; give its server, its flow and its key."""
+    key = f"link-{uuid.uuid4().hex[:12]}"
+    with CrewServer(spec, response_format="union", faults=faults) as server:
+        crew = server.crew(**{"wait": QUICK, **fields})
+        async with running(crew, key, **(options or {})) as flow_run:
+            yield server, flow_run, key
+
+
+@asynccontextmanager
+async def asking_server(*, show: Any = "full", **options: Any) -> AsyncIterator[tuple[AskingServer, str]]:
+    """Run a crew of a server that keeps its question; give the server and the key."""
+    server, key = AskingServer(**options), f"link-{uuid.uuid4().hex[:12]}"
+    async with served(server.app()) as url:
+        crew = pc.DeployedCrew(url=url, token="secret-token", wait=QUICK, show=show)
+        async with running(crew, key):
+            yield server, key
+
+
+def made(*, secret: str = SECRET, **changes: Any) -> str:
+    """Return a token; `changes` are fields of the link."""
+    facts: dict[str, Any] = {
+        "kickoff_id": "nobody",
+        "number": 1,
+        "expires": utcnow() + timedelta(hours=1),
+        "place": "",
+        "output": None,
+    }
+    return AnswerLink(**{**facts, **changes}).token(SecretStr(secret))
+
+
+# An answer
+
+
+async def test_a_link_shows_the_question_and_answers_it(chat: Chat):
+    async with asking() as (server, flow_run, key):
+        url = await chat.link()
+        page = await read(url)
+        assert page.status == 200
+        for text in (f"Crew {key} asks", "Task draft , question 1.", "a draft", "Approve", "Reject"):
+            assert text in page.said
+        began = time.monotonic()
+        sent = await send(url, decision="approve", name="Ada")
+        assert (sent.status, "Approved by Ada." in sent.said) == (200, True)
+        assert await flow_run == "printed"
+        assert time.monotonic() - began < 10
+        assert server.requests["resume"] == 1
+        (answer,) = await answers_of(key)
+        assert (answer.approve, answer.by, answer.outcome) == (True, "Ada", "sent")
+
+
+async def test_a_rejection_has_a_link_of_its_own_next(chat: Chat):
+    async with asking() as (_, flow_run, key):
+        first = await chat.link()
+        assert (await send(first, decision="reject", feedback="Shorter,\r\nplease.")).status == 200
+        second = await chat.link(2)
+        assert "a draft Shorter, please." in (await read(second)).said
+        assert (await read(first)).status == 404
+        assert (await send(second, decision="approve")).status == 200
+        await flow_run
+        assert [(one.feedback, one.by) for one in await answers_of(key)] == [
+            ("Shorter,\nplease.", "an answer link"),
+            ("", "an answer link"),
+        ]
+
+
+async def test_twenty_clicks_and_a_command_give_one_answer(chat: Chat):
+    async with asking(script({"human": True, "output": "x"}, {"seconds": 3})) as (server, _, key):
+        url = await chat.link()
+        seen = (await read(url)).seen
+        clicks = [send(url, seen=seen, decision="approve", name=f"person {n}") for n in range(20)]
+        (run,) = server.runs
+        command = resume_run(LiveRun(crew_of(await pc.DeployedCrew.aload(key)), run.id), feedback="", approve=True)
+        *shown, _ = await asyncio.gather(*clicks, command, return_exceptions=True)
+        assert server.requests["resume"] == 1
+        (answer,) = await answers_of(key)
+        statuses = [page.status for page in shown]
+        assert statuses.count(200) == (answer.by != "resume_crew")
+        assert set(statuses) <= {200, 409}
+        assert all(f"by {answer.by}" in page.said or page.status == 200 for page in shown)
+
+
+async def test_reads_answer_nothing(chat: Chat):
+    async with asking() as (server, _, key):
+        url = await chat.link()
+        for method in ("GET", "HEAD", "GET"):
+            page = await read(url, method=method)
+            assert (page.status, bool(page.text)) == (200, method == "GET")
+        assert (await read(url, method="PUT")).status == 404
+        assert (server.requests["resume"], await answers_of(key)) == (0, [])
+
+
+@pytest.mark.parametrize("option", [0, 1])
+async def test_a_flow_is_answered_with_its_outcome(option: int, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", "whsec")
+    async with served(create_receiver(SECRET)) as url:
+        hook = ReviewWebhook(f"{url}/requests", "whsec", ("ship <b>it", "needs_revision"))
+        with CrewServer(
+            script({"name": "publish", "seconds": 0.6, "human": True, "output": "D. {{ feedback }}"}),
+            review_webhook=hook,
+        ) as server:
+            key = f"link-{uuid.uuid4().hex[:12]}"
+            async with running(server.crew(wait=QUICK), key) as flow_run:
+                link = await chat.link()
+                page = await read(link)
+                assert "ship <b>it" in page.said
+                assert 'value="approve"' not in page.text
+                assert (await send(link, decision="approve")).status == 400
+                assert (await send(link, decision="option-2")).status == 400
+                assert (await send(link, decision=f"option-{option}", feedback="Now.")).status == 200
+                if option == 0:  # its name does not reject
+                    assert await flow_run == "D. "
+                else:
+                    assert "D. needs_revision: Now." in (await read(await chat.link(2))).said
+                assert (await answers_of(key))[0].option == hook.options[option]
+
+
+async def test_a_receiver_under_a_path_answers_too(chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    app = Starlette(routes=[Mount("/of/crews", create_receiver(f"{'n' * 40} {SECRET}"))])
+    async with served(app) as url:
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", f"{url}/of/crews/")
+        async with asking() as (_, flow_run, _):
+            link = await chat.link()
+            assert link.startswith(f"{url}/of/crews/answer/")
+            assert (await send(link, decision="approve")).status == 200
+            assert await flow_run == "printed"
+
+
+# Refusals
+
+
+async def test_each_wrong_link_is_refused_alike(chat: Chat):
+    async with asking() as (server, flow_run, _):
+        url = await chat.link()
+        base, _, token = url.rpartition("/")
+        payload, _, signature = token.partition(".")
+        hook = Hook("crew", "k", utcnow() + timedelta(days=1), 1)
+        wrong = {
+            "forged": f"{payload}.{signature[:-2]}aa",
+            "changed": f"{'b' if payload[0] == 'a' else 'a'}{payload[1:]}.{signature}",
+            "expired": made(expires=utcnow() - timedelta(seconds=1)),
+            "foreign": made(secret="another-secret-that-is-long-enough-too"),
+            "of no run": made(),
+            "of another purpose": seal("seen", ["nobody", 1, 9_999_999_999, "", None], SECRET),
+            "a webhook's": token_of(hook, SECRET),
+            "long": "a" * 5000 + "." + signature,
+            "unsigned": payload,
+            "nonsense": "%00%ff",
+        }
+        began = time.monotonic()
+        answers = {name: await read(f"{base}/{one}") for name, one in wrong.items()}
+        assert time.monotonic() - began > 0.4 * len(wrong), "the time does not tell them apart"
+        answers |= {
+            f"{name}, sent": await send(f"{base}/{one}", seen="", decision="approve") for name, one in wrong.items()
+        }
+        answers["cross-site"] = await send(url, headers={"Sec-Fetch-Site": "cross-site"}, seen="x", decision="approve")
+        assert (await send(url, decision="approve")).status == 200
+        await flow_run
+        answers["used"] = await read(url)
+        answers["used, sent"] = await send(url, seen="", decision="approve")
+        kinds = {(page.status, page.text, tuple(sorted(page.headers.items()))) for page in answers.values()}
+        assert len(kinds) == 1, {name: page.status for name, page in answers.items()}
+        assert kinds.pop()[0] == 404
+        assert server.requests["resume"] == 1
+        hooks = base.removesuffix("/answer") + "/hooks/crew/"
+        assert (await send(hooks + token, content=b"{}")).status == 404
+
+
+async def test_pages_are_not_kept_framed_or_indexed(chat: Chat):
+    async with asking():
+        url = await chat.link()
+        for page in (await read(url), await read(url + "x")):
+            headers = page.headers
+            assert headers["cache-control"] == "no-store"
+            assert headers["referrer-policy"] == "no-referrer"
+            assert headers["x-content-type-options"] == "nosniff"
+            assert headers["x-robots-tag"] == "noindex, nofollow"
+            for rule in ("default-src 'none'", "frame-ancestors 'none'", "form-action 'self'", "style-src 'sha256-"):
+                assert rule in headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "notice"),
+    [
+        ({}, 400, "Choose an answer."),
+        ({"decision": "nonsense"}, 400, "Choose an answer."),
+        ({"decision": "option-0"}, 400, "Choose an answer."),
+        ({"decision": "reject", "feedback": " \n "}, 400, "Write what the crew has to do better."),
+        ({"decision": "reject", "feedback": "ä" * 10_001}, 400, "at most 10,000 characters"),
+        ({"decision": "approve", "seen": ""}, 409, "Read it again"),
+        ({"decision": "approve", "seen": seal("seen", ["x", "y"], SECRET)}, 409, "Read it again"),
+        ({"decision": "approve", **{f"field-{n}": "x" for n in range(10)}}, 400, "too many fields"),
+        ({"content": b"decision=approve&decision=reject"}, 400, "a field twice"),
+        ({"content": b"x" * 200_000}, 413, "at most 131072 bytes"),
+        ({"content": b"{}", "headers": {"Content-Type": "application/json"}}, 415, "the body is no form"),
+    ],
+)
+async def test_a_bad_form_is_not_sent_and_not_lost(fields: Any, status: int, notice: str, chat: Chat):
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    fields = {"headers": form, **fields} if "content" in fields else {"name": "Ada <b>", **fields}
+    async with asking() as (server, _, key):
+        page = await send(await chat.link(), **fields)
+        assert page.status == status
+        assert notice in page.said
+        assert "Nothing was sent" in page.said
+        if "feedback" in fields:
+            assert fields["feedback"][:10_001] in page.text
+            assert 'value="Ada &lt;b&gt;"' in page.text
+        assert (server.requests["resume"], await answers_of(key)) == (0, [])
+
+
+# A question that changes
+
+
+async def test_a_question_answered_meanwhile_says_by_whom(chat: Chat):
+    async with asking(script({"human": True, "output": "x"}, {"seconds": 5})) as (server, _, key):
+        url = await chat.link()
+        seen = (await read(url)).seen
+        run = LiveRun(crew_of(await pc.DeployedCrew.aload(key)), server.runs[0].id)
+        await resume_run(run, feedback="", approve=True)
+        page = await send(url, seen=seen, decision="reject", feedback="late")
+        assert page.status == 409
+        assert "It was approved by resume_crew" in page.said
+        assert "Your feedback late" in page.said
+        assert (await read(url)).status == 404, "only who has read the open question learns more"
+
+
+async def test_a_run_that_ended_meanwhile_takes_no_answer(chat: Chat):
+    async with asking() as (server, flow_run, key):
+        url = await chat.link()
+        seen = (await read(url)).seen
+        async with server.crew().client() as client:
+            await client.stop(server.runs[0].id)
+        with pytest.raises(pc.CrewStoppedError):
+            await flow_run
+        page = await send(url, seen=seen, decision="approve")
+        assert (page.status, "does not wait for this answer any more" in page.said) == (409, True)
+        assert (server.requests["resume"], await answers_of(key)) == (0, [])
+
+
+@pytest.mark.parametrize("shown", [True, False])
+async def test_a_question_that_changed_is_read_again(shown: bool, chat: Chat):
+    """With a status that shows no output, the last step is what people judge: it counts the status calls here."""
+    async with asking_server(changing=True, shown=shown) as (server, _):
+        url = await chat.link()
+        seen = (await read(url)).seen
+        page = await send(url, seen=seen, decision="reject", feedback="Shorter.", name="Ada")
+        if shown:
+            assert (page.status, len(server.resumes)) == (200, 1)
+        else:
+            assert (page.status, len(server.resumes)) == (409, 0)
+            assert "has changed since you read it" in page.said
+            assert "Shorter." in page.text
+
+
+async def test_a_hidden_output_that_changed_is_read_again(chat: Chat):
+    async with asking_server(changing=True, show="none") as (server, _):
+        url = await chat.link()
+        page = await read(url)
+        assert "thought" not in page.text
+        assert "draft" not in page.text
+        assert (await send(url, seen=page.seen, decision="approve")).status == 409
+        assert server.resumes == []
+
+
+# What is not known, and what is not sent
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "text"),
+    [
+        ("resume:500", 502, "nobody knows whether it arrived"),
+        ("resume:drop-after-accept", 502, "nobody knows whether it arrived"),
+        ("resume:503", 503, "was not sent. Nothing is lost"),
+        ("resume:429", 503, "was not sent. Nothing is lost"),
+    ],
+)
+async def test_the_page_says_whether_an_answer_was_sent(fault: str, status: int, text: str, chat: Chat):
+    async with asking(faults=[fault]) as (_, _, key):
+        page = await send(await chat.link(), decision="approve", feedback="fine", name="Ada")
+        assert (page.status, text in page.said) == (status, True), page.said
+        assert [one.outcome for one in await answers_of(key)] == ["uncertain"] * (status == 502)
+        if status == 503:
+            assert "fine</textarea>" in page.text
+
+
+async def test_a_status_call_that_fails_sends_nothing(chat: Chat):
+    async with asking() as (server, _, _):
+        url = await chat.link()
+        seen = (await read(url)).seen
+        server.faults.add("status:500")
+        pages = (await read(url), await send(url, seen=seen, decision="approve", feedback="Well done."))
+        assert "Your feedback Well done." in pages[1].said
+        for page in pages:
+            assert (page.status, "cannot be read at this moment" in page.said) == (503, True)
+            assert "nobody knows" not in page.said
+        assert server.requests["resume"] == 0
+
+
+# Names, and what is shown
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_a_name_is_the_proxys_if_a_setting_says_so(named: bool, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    proxy = {"X-Forwarded-User": "grace@example.com"}
+    async with asking() as (_, _, key):
+        url = await chat.link()
+        if named:
+            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_USER_HEADER", "X-Forwarded-User")
+            assert (await read(url)).status == 403
+            assert (await send(url, seen="x", decision="approve")).status == 403
+            assert "signed in as grace@example.com" in (await read(url, **proxy)).said
+        assert (await send(url, headers=proxy, decision="approve", name="Mallory")).status == 200
+        assert (await answers_of(key))[0].by == ("grace@example.com" if named else "Mallory")
+
+
+async def test_a_hostile_name_is_one_short_line_without_secrets(chat: Chat):
+    async with asking() as (server, _, key):
+        name = f"\x1b[2JAda\r\n\u202e{server.token} {'x' * 500}"
+        page = await send(await chat.link(), decision="approve", name=name)
+        assert page.status == 200
+        by = (await answers_of(key))[0].by
+        assert len(by) <= 100
+        assert by.isprintable()
+        assert server.token not in by + page.text
+
+
+@pytest.mark.parametrize("fields", [{"show": "summary"}, {"show": "none"}, {"secret_inputs": ["topic"]}])
+async def test_a_page_shows_what_the_crew_may_show(fields: dict[str, Any], chat: Chat):
+    page_url = "https://app.example.com/crews/7"
+    async with asking(script({"human": True, "output": "hunter2 it is"}), page_url=page_url, **fields):
+        page = await read(await chat.link())
+        assert "hunter2" not in page.text
+        assert "It is not shown here. Look at the crew's page" in page.said
+        assert f'href="{page_url}"' in page.text
+
+
+# Rows of batches
+
+
+async def test_a_row_of_a_batch_is_answered_where_its_ledger_is(chat: Chat, tmp_path: Any):
+    name = f"link-{uuid.uuid4().hex[:12]}"
+    with CrewServer(script({"human": True, "output": "row {{ topic }}"}, inputs=["topic"])) as server:
+        await server.crew(wait=QUICK).asave(name, overwrite=True)
+        batch = asyncio.create_task(
+            pc.arun_batch(name, [{"topic": "tea"}], name=name, key="topic", export=str(tmp_path / "out.jsonl"),
+                          ledger=str(tmp_path / "ledger.db"))
+        )  # fmt: skip
+        url = await chat.link()
+
+        async def is_found() -> bool:
+            return (await read(url)).status == 200
+
+        await until(is_found, "the batch notes that it asks, about a second later")
+        assert (await send(url, decision="approve", name="Ada")).status == 200
+        assert (await batch).completed == 1
+        assert (await read(url)).status == 404

@@ -1,0 +1,246 @@
+"""Answer links: their notification, and what happens when it cannot be sent. tests/receiver/test_answers.py has the
+pages."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from pydantic import SecretStr
+
+import prefect_crew as pc
+from prefect_crew.blocks import crew_of
+from prefect_crew.client.models import ReviewRequest
+from prefect_crew.devserver import CrewServer
+from prefect_crew.records.model import utcnow
+from prefect_crew.runs.reviews import links
+from prefect_crew.runs.reviews.links import AnswerLink, describe_link, is_about, read_link
+from prefect_crew.runs.run import LiveRun
+from support.links import QUICK, Chat, notifying, running
+from support.records import new_record
+from support.scripts import ASKS, script
+from support.seen import Seen
+from support.waiting import until
+from support.webhooks import SECRET, events_of
+
+KEY = SecretStr(SECRET)
+HOUR = timedelta(hours=1)
+UNSENT = "the link to its question was not sent"
+
+
+def question(**facts: Any) -> ReviewRequest:
+    return ReviewRequest(**{"kickoff_id": "run-1", "task_id": "draft", "output_digest": "d1", **facts})
+
+
+# The token
+
+
+def test_a_link_is_for_one_question():
+    answer = pc.Review(approve=False, task_digest="t", at=utcnow())
+    token = AnswerLink.of(question(), utcnow() + HOUR, KEY).token(KEY)
+    link, signer = read_link(token, KEY) or pytest.fail("it is ours")
+    assert is_about(link, question(), signer)
+    assert is_about(link, question(output_digest=None), signer), "the status may show less"
+    others = [
+        {"output_digest": "d2"},
+        {"task_id": "print"},
+        {"answers": (answer,)},
+        {"id": "f"},
+        {"kickoff_id": "run-2"},
+    ]
+    assert [is_about(link, question(**other), signer) for other in others] == [False] * len(others)
+
+
+def test_a_link_outlives_a_change_of_the_secret_and_is_plain_text():
+    old = AnswerLink.of(question(), utcnow() + HOUR, KEY).token(KEY)
+    link, signer = read_link(old, SecretStr(f"{'n' * 40} {SECRET}")) or pytest.fail("an older secret signed it")
+    assert is_about(link, question(), signer)
+    assert read_link(old, SecretStr("n" * 40)) is None
+    assert old.replace(".", "").isalnum()
+    assert old == old.lower()
+    assert len(old) < 300
+    assert "draft" not in old
+
+
+# The message
+
+
+@pytest.mark.parametrize(
+    ("task", "shown"),
+    [
+        ("draft", True),
+        ("Entwurf für Ada", True),
+        ("<https://evil.example|click here>", False),
+        ("<!channel> draft", False),
+        ("@here", False),
+        ("evil.example", False),
+        ("https://evil.example", False),
+        ("[click](https://evil.example)", False),
+        ("*bold* _it_ ~no~ `code`", False),
+        ("two\nlines", False),
+        ("\u202etfard", False),
+        ("x" * 500, False),
+    ],
+)
+def test_a_message_has_no_text_that_a_chat_would_read(task: str, shown: bool):
+    crew = crew_of(pc.DeployedCrew(url="https://crew.example", token="secret-token"))
+    run = LiveRun(crew, "run-1", new_record(f"key {task}"))
+    subject, body = describe_link(run, question(task_id=task), "https://hooks.example/answer/x", utcnow())
+    assert (task in body) is shown
+    assert "\n" not in subject
+    assert subject == "Crew crew.example asks a person"
+    assert body.count("https://") == 1
+    assert "\nhttps://hooks.example/answer/x\n" in body
+
+
+def test_a_message_names_no_task_of_a_crew_that_shows_nothing():
+    crew = crew_of(pc.DeployedCrew(url="https://crew.example", token="secret-token", show="none"))
+    _, body = describe_link(LiveRun(crew, "run-1", new_record("tea")), question(), "https://h/answer/x", utcnow())
+    assert "draft" not in body
+    assert "run tea, question 1." in body
+
+
+# Sending it
+
+
+@pytest.fixture
+def links_on(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", "https://hooks.example/crews/")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+
+
+async def _labels(key: str, *, at_least: int = 1) -> list[str]:
+    events = await events_of(key, at_least=at_least, prefix="crew.waiting")
+    return [event["resource"]["prefect-crew.answer-link"] for event in events]
+
+
+async def _approve(server: CrewServer) -> None:
+    await until(lambda: server.runs and str(server.runs[0].state) == "waiting", "it asks")
+    async with server.crew().client() as client:
+        await client.resume(server.runs[0].id, "draft", "", True)
+
+
+async def test_a_question_is_sent_once_and_its_event_says_so(links_on: None):
+    key = f"link-{uuid.uuid4().hex[:12]}"
+    with Chat() as chat, CrewServer(ASKS) as server:
+        async with notifying(chat), running(server.crew(wait=QUICK), key) as flow_run:
+            assert (await chat.link()).startswith("https://hooks.example/crews/answer/")
+            await _approve(server)
+            await flow_run
+        assert len(chat.links) == len(chat.got) == 1
+        assert await _labels(key) == ["yes"]
+
+
+@pytest.mark.parametrize("review", ["form", "function"])
+async def test_a_form_has_a_link_too_and_a_function_none(review: str, links_on: None):
+    key = f"link-{uuid.uuid4().hex[:12]}"
+    how: Any = "form" if review == "form" else lambda _: pc.Review(approve=True)
+    with Chat() as chat, CrewServer(ASKS) as server:
+        async with notifying(chat), running(server.crew(wait=QUICK), key, review=how) as flow_run:
+            if review == "form":
+                await chat.link()
+                await _approve(server)
+            await flow_run
+        assert len(chat.links) == (review == "form")
+        assert await _labels(key) == ["yes" if review == "form" else "no"]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ("refused", "the block custom-webhook raised"),
+        ("slow", "the block custom-webhook did not answer within 1 s"),
+        ("unnamed", "no block is named for it: prefect-crew automations apply --notify TYPE/NAME"),
+        ("no secret", "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET, the receiver's secret, is not set"),
+        ("short secret", "The webhook secret has 5 characters"),
+        ("bad url", "PREFECT_INTEGRATIONS_CREW_ANSWER_URL 'hooks.example' does not start with https://"),
+    ],
+)
+async def test_without_a_message_the_log_says_how_to_answer(
+    trouble: str, reason: str, links_on: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    key = f"link-{uuid.uuid4().hex[:12]}"
+    secret = "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET"
+    {
+        "slow": lambda: monkeypatch.setattr(links, "NOTIFY_WITHIN", 1.0),
+        "no secret": lambda: monkeypatch.delenv(secret),
+        "short secret": lambda: monkeypatch.setenv(secret, "short"),
+        "bad url": lambda: monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", "hooks.example"),
+    }.get(trouble, lambda: None)()
+    chat = Chat(answer=500 if trouble == "refused" else 200, delay=4.0 if trouble == "slow" else 0.0)
+    with chat, CrewServer(ASKS) as server, caplog.at_level(logging.WARNING):
+        async with notifying(chat) as automation:
+            if trouble == "unnamed":
+                async with get_client() as client:
+                    await client.delete_automation(UUID(automation))
+            async with running(server.crew(wait=QUICK), key) as flow_run:
+                said = await until(lambda: [line for line in caplog.messages if UNSENT in line], "the warning")
+                assert f"Crew run {server.runs[0].id}: {UNSENT}: {reason}" in said[0]
+                assert f"Answer: prefect-crew reviews approve {server.runs[0].id}" in said[0]
+                await _approve(server)
+                assert await flow_run == "printed"
+    assert await _labels(key, at_least=2) == ["yes", "no"], "the automation sends its alert"
+
+
+async def test_a_disabled_alert_sends_nothing(links_on: None, caplog: pytest.LogCaptureFixture):
+    key = f"link-{uuid.uuid4().hex[:12]}"
+    with Chat() as chat, CrewServer(ASKS) as server:
+        async with notifying(chat) as automation:
+            async with get_client() as client:
+                await client.pause_automation(UUID(automation))
+            async with running(server.crew(wait=QUICK), key) as flow_run:
+                await asyncio.sleep(1)
+                await _approve(server)
+                await flow_run
+        assert chat.got == []
+        assert UNSENT not in caplog.text
+
+
+async def test_a_crew_that_is_not_stored_gets_no_link(links_on: None, caplog: pytest.LogCaptureFixture):
+    with Chat() as chat, CrewServer(ASKS) as server:
+        async with notifying(chat):
+
+            @flow
+            async def asks() -> str:
+                return (await pc.arun_crew(server.crew(wait=QUICK), {}, idempotency_key=server.url)).output
+
+            flow_run = asyncio.create_task(asks())
+            await until(lambda: UNSENT in caplog.text, "the warning")
+            await _approve(server)
+            await flow_run
+        assert chat.links == []
+    assert "the receiver has no token of a crew that is not a stored block" in caplog.text
+
+
+def test_a_slow_chat_holds_up_no_sync_flow(links_on: None, seen: Seen):
+    key = f"link-{uuid.uuid4().hex[:12]}"
+    with Chat(delay=8.0) as chat, CrewServer(script({"name": "draft", "human": True, "output": "x"})) as server:
+
+        async def set_up() -> None:
+            await server.crew(wait=QUICK).asave(key, overwrite=True)
+
+        @flow
+        def asks() -> str:
+            return pc.run_crew(key, {}, idempotency_key=key).output
+
+        async def both() -> float:
+            async with notifying(chat):
+                running_flow = asyncio.create_task(asyncio.to_thread(asks))
+                await until(lambda: chat.got, "the message is on its way")
+                polls = server.requests["status"]
+                await until(lambda: server.requests["status"] > polls + 2, "the polls go on", seconds=5)
+                began = time.monotonic()
+                await _approve(server)
+                await running_flow
+                return time.monotonic() - began
+
+        asyncio.run(set_up())
+        assert asyncio.run(both()) < 6
