@@ -9,6 +9,7 @@ Each picture is of Prefect's present interface, as a reader sees it. Look at the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shlex
@@ -114,6 +115,34 @@ def take_form(page: Page, server: PrefectServer, seen: Seen) -> None:
         page.screenshot(IMAGES / "review-form.png", selector='[role="dialog"]')
         resume_crew("draft", crew.runs[0].id, approve=True)
         waiting.join(60)
+
+
+def take_link(page: Page, server: PrefectServer, seen: Seen) -> None:
+    """The page of a question, to which a link leads."""
+    from prefect_crew import arun_crew
+    from prefect_crew.devserver import CrewServer
+    from support.links import Chat, notifying, send
+    from support.webhooks import SECRET, receiver_of
+
+    draft = (ROOT / "flows" / "crews" / "draft.yaml").read_text(encoding="utf-8")
+    inputs = {"topic": "Rooibos", "audience": "beginners", "notes": "- steep it for 8 minutes\n- water that boils"}
+
+    async def ask(crew: CrewServer, chat: Chat) -> None:
+        await crew.crew().asave("draft", overwrite=True)
+        async with notifying(chat):
+            waiting = asyncio.create_task(arun_crew("draft", inputs, idempotency_key="rooibos"))
+            link = await chat.link()
+            await asyncio.to_thread(page.open, link)
+            page.screenshot(IMAGES / "answer-link.png", selector="main")
+            await send(link, decision="approve")
+            await waiting
+
+    receiver = receiver_of(server.env(), HOME)
+    with CrewServer(draft, response_format="union") as crew, Chat() as chat, receiver as (_, port):
+        os.environ["PREFECT_INTEGRATIONS_CREW_ANSWER_URL"] = f"http://127.0.0.1:{port}"
+        os.environ["PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET"] = SECRET
+        asyncio.run(ask(crew, chat))
+        del os.environ["PREFECT_INTEGRATIONS_CREW_ANSWER_URL"]
 
 
 def take_killed(page: Page, server: PrefectServer, seen: Seen) -> None:
@@ -222,7 +251,7 @@ def main() -> None:
     if chromium is None:
         raise SystemExit("There is no Chromium on this machine.")
     takes = {"artifact": (take_run, 1620), "pipeline": (take_pipeline, 680), "form": (take_form, 1000)}
-    takes["killed"] = (take_killed, 640)
+    takes |= {"killed": (take_killed, 640), "link": (take_link, 1000)}
     if "PHOENIX" in os.environ:
         takes["trace"] = (take_trace, 1180)
     with PrefectServer(HOME / "server") as server, connected(server, HOME / "client"), Chromium(chromium) as browser:
