@@ -19,10 +19,12 @@ import hashlib
 import logging
 import time
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs
+from uuid import uuid4
+from weakref import WeakValueDictionary
 
 from jinja2 import Environment, StrictUndefined
 from pydantic import SecretStr
@@ -30,7 +32,6 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from prefect_crew._internal.prefect_api import OneLine
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import one_line, plain
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.blocks import find_crew
@@ -41,10 +42,9 @@ from prefect_crew.client.redaction import withholding
 from prefect_crew.exceptions import (
     AlreadyAnsweredError,
     ConfigurationError,
-    CrewAPIError,
-    CrewConnectionError,
     CrewError,
     NotWaitingError,
+    PrefectAwayError,
 )
 from prefect_crew.receiver.bodies import BodyError, read_body
 from prefect_crew.records.model import RecordPhase, RecordStore
@@ -52,6 +52,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import MAX_NAME, answer_question, answers_record, current_question
 from prefect_crew.runs.reviews.links import AnswerLink, is_about, read_link
 from prefect_crew.runs.reviews.questions import describe_answer, digest, place_of
+from prefect_crew.runs.reviews.reviewer import NOBODY
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.settings import CrewSettings
 from prefect_crew.webhooks import fingerprint, seal, unseal
@@ -63,7 +64,10 @@ SHOWN_NAME = 200  # characters of a name or an option on a page
 MAX_FEEDBACK = 10_000  # characters
 MAX_FORM = 128 * 1024  # bytes
 READ_WITHIN = 15.0  # seconds to read a question, from the Prefect API and the crew's server
-AT_ONCE = 20  # pages in work
+STORE_WITHIN = 20.0  # seconds to store an answer, while the Prefect API does not answer
+KNOWN_WITHIN = 60.0  # seconds until a page about another answer says that nobody knows whether that arrived
+ANSWER_WITHIN = 90.0  # seconds until a page says the same about its own answer, which is sent on
+AT_ONCE = 20  # questions of one run that are read at the same time
 REFUSED_AFTER, MOST_REFUSED = 0.4, 50
 """Seconds until a link is refused, about as long as a look at the records takes, so that the time does not tell a
 forged link from a used one; and the most requests that are held up for it. More of them are refused at once."""
@@ -109,6 +113,8 @@ class _Form:
         option = options.get(self.decision)
         approve = self.decision == "approve" if option is None else approves(question.options, option)
         by = name or one_line(self.name)[:MAX_NAME] or NOBODY_NAMED
+        if by == NOBODY:
+            raise ConfigurationError("This name is of automatic rejections. Write another name.")
         return Review(approve=approve, feedback=self.feedback, option=option, by=by)
 
 
@@ -129,12 +135,24 @@ async def _read_form(request: Request) -> _Form:
     return _Form(texts.get("decision", ""), feedback, texts.get("name", ""), texts.get("seen", ""))
 
 
+@dataclass(frozen=True)
+class _Visit:
+    """A request with a link of ours. `signer` is the secret that signed it; `problem` says why the form is no form."""
+
+    link: AnswerLink
+    signer: SecretStr
+    form: _Form | None = None
+    name: str | None = None
+    problem: BodyError | None = None
+
+
 class AnswerPages:
     """The pages of questions. `secret` signs their links; several secrets are separated by blanks."""
 
     def __init__(self, secret: SecretStr) -> None:
         self._secret = secret
-        self._gate = asyncio.Semaphore(AT_ONCE)
+        self._gates: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._working: set[asyncio.Task[Response | None]] = set()
         self._refused = 0
 
     async def respond(self, request: Request) -> Response:
@@ -144,19 +162,24 @@ class AnswerPages:
         is_foreign = is_post and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         if opened is None or is_foreign:
             return await self._refuse(began)
-        link, signer = opened
-        form: _Form | None = None
+        visit = _Visit(*opened)
         try:
-            name = _name_of_proxy(request)
-            form = await _read_form(request) if is_post else None
-            return await self._respond(link, signer, form, name) or await self._refuse(began)
+            visit = _Visit(*opened, name=_name_of_proxy(request), form=await _read_form(request) if is_post else None)
+        except BodyError as error:
+            visit = _Visit(*opened, problem=error)
+        work = asyncio.create_task(self._respond(visit))
+        self._working.add(work)
+        work.add_done_callback(self._working.discard)
+        if not (await asyncio.wait({work}, timeout=ANSWER_WITHIN))[0]:
+            return _uncertain(visit.form)
+        try:
+            return work.result() or await self._refuse(began)
         except BodyError as error:
             return _message(error.status, "Nothing was sent", f"The request cannot be used: {error}.")
         except Exception as error:  # noqa: BLE001  the server would log the error with its frames
-            reason = str(error) if isinstance(error, CrewError) else type(error).__name__
-            logger.warning("A question of run %s could not be shown or answered: %s", link.kickoff_id, reason)
-            why = "The question cannot be read at this moment. Open the link again in a minute."
-            return _message(503, "Nothing was sent", why, form)
+            logger.warning("A question of run %s could not be read: %s", visit.link.kickoff_id, _reason(error))
+            why = "The question cannot be read here at this moment. Open the link again in a minute, or ask its sender."
+            return _message(503, "Nothing was sent", why, visit.form)
 
     async def _refuse(self, began: float) -> Response:
         if self._refused < MOST_REFUSED:
@@ -168,31 +191,34 @@ class AnswerPages:
         why = "It is incomplete, its time is over, or the question has been answered. Ask for it where you got it."
         return _message(404, "This link does not answer a question", why)
 
-    async def _respond(
-        self, link: AnswerLink, signer: SecretStr, form: _Form | None, name: str | None
-    ) -> Response | None:
+    async def _respond(self, visit: _Visit) -> Response | None:
         """Return the page of a link, None to refuse the link."""
+        link, form = visit.link, visit.form
         async with AsyncExitStack() as stack:
-            async with asyncio.timeout(READ_WITHIN):
-                await stack.enter_async_context(self._gate)
+            gate = self._gates.setdefault(link.kickoff_id, asyncio.Semaphore(AT_ONCE))
+            async with asyncio.timeout(READ_WITHIN), gate:
                 run = await _open_run(link.kickoff_id, stack)
-                if run is None:
-                    return None
-                question = await _open_question(run)
-                if question is None or not is_about(link, question, signer):
-                    return await self._closed(run, link, form)
-            shown = digest(place_of(question), question.output, question.message, question.options)
-            page = _Question(run, question, seal("seen", [link.place, fingerprint(self._secret, shown)], self._secret))
+                question = None if run is None else await _open_question(run, visit)
+            if run is None or question is None:
+                return None if run is None else await self._closed(run, visit)
+            if visit.problem is not None:
+                raise visit.problem
+            page, shown = self._page(run, question, link)
             if form is None:
-                return page.response(200, name=name)
+                return page.response(200, name=visit.name)
             if not self._has_seen(link, form, shown):
                 again = "The question has changed since you read it. Nothing was sent. Read it again, then answer."
-                return page.response(409, form, name=name, notice=again)
+                return page.response(409, replace(form, decision=""), name=visit.name, notice=again)
             try:
-                review = form.review(question, name)
+                review = form.review(question, visit.name)
             except ConfigurationError as error:
-                return page.response(400, form, name=name, notice=f"{error} Nothing was sent.")
-            return await self._send(page, link, form, review)
+                return page.response(400, form, name=visit.name, notice=f"{error} Nothing was sent.")
+            return await self._send(page, visit, form, review)
+
+    def _page(self, run: LiveRun, question: ReviewRequest, link: AnswerLink) -> tuple[_Question, str]:
+        shown = digest(place_of(question), question.output, question.message, question.options)
+        seen = seal("seen", [link.place, fingerprint(self._secret, shown)], self._secret)
+        return _Question(run, question, seen), shown
 
     def _has_seen(self, link: AnswerLink, form: _Form, shown: str | None = None) -> bool:
         """Return whether a form is of this link; with `shown`, whether its page showed that."""
@@ -202,46 +228,80 @@ class AnswerPages:
         (_, seen), signer = unsealed
         return shown is None or seen == fingerprint(signer, shown)
 
-    async def _closed(self, run: LiveRun, link: AnswerLink, form: _Form | None) -> Response | None:
+    async def _closed(self, run: LiveRun, visit: _Visit) -> Response | None:
         """Return the page about a question that is not open any more: only a person who has seen it open learns why."""
+        link, form = visit.link, visit.form
         if form is None or not self._has_seen(link, form):
             return None
-        answers = await run.records.reviews(answers_record(run))
-        if len(answers) < link.number:
-            why = "The crew does not wait for this answer any more. Nothing was sent."
-            return _message(409, "The question is closed", why, form)
-        answer = answers[link.number - 1]
-        verb = "approved" if answer.approve else "rejected"
-        unsure = "" if answer.outcome == "sent" else " It is not known yet whether that answer arrived."
-        why = f"It was {verb} by {describe_answer(answer)}.{unsure} Nothing else was sent."
-        return _message(409, "The question has its answer", plain(why), form)
+        until = time.monotonic() + KNOWN_WITHIN
+        while answer := next(iter((await run.records.reviews(answers_record(run)))[link.number - 1 :]), None):
+            if answer.outcome != "intended" or time.monotonic() > until:
+                verb = "approved" if answer.approve else "rejected"
+                unsure = "" if answer.outcome == "sent" else " It is not known yet whether that answer arrived."
+                why = f"It was {verb} by {describe_answer(answer)}.{unsure} Nothing else was sent."
+                return _message(409, "The question has its answer", plain(why), form)
+            await asyncio.sleep(1)
+        if question := await _open_question(run, visit):
+            again = "The crew did not take the answer before yours. Yours was not sent: send it again."
+            return self._page(run, question, link)[0].response(409, form, name=visit.name, notice=again)
+        why = "The crew does not wait for this answer any more. Nothing was sent."
+        return _message(409, "The question is closed", why, form)
 
-    async def _send(self, page: _Question, link: AnswerLink, form: _Form, review: Review) -> Response | None:
-        run, question = page.run, page.question
+    async def _send(self, page: _Question, visit: _Visit, form: _Form, review: Review) -> Response | None:
+        run, nonce, until = page.run, uuid4().hex, time.monotonic() + STORE_WITHIN
         try:
-            _, answer = await answer_question(run, review, question=question)
+            while True:
+                try:
+                    _, answer = await answer_question(run, review, question=page.question, nonce=nonce)
+                    break
+                except PrefectAwayError:  # the answer may be on record, and nothing was sent
+                    if time.monotonic() > until:
+                        raise
+                    await asyncio.sleep(1)
         except (AlreadyAnsweredError, NotWaitingError):
-            return await self._closed(run, link, form)
-        except (CrewError, *PREFECT_ERRORS) as error:
-            logger.warning("Run %s: an answer by link failed: %s", run.kickoff_id, run.redact(str(error)))
-            # A failed status call, which precedes the answer, may have the same fate.
-            is_sent = isinstance(error, CrewAPIError | CrewConnectionError) and error.method == "POST"
-            if is_sent and kickoff_fate(error) is KickoffFate.UNCERTAIN:
-                why = "It was sent, and nobody knows whether it arrived. It is not sent again: look at the crew's page."
-                return _message(502, "Your answer may have arrived", why, form, run.crew.page_url)
-            why = "Your answer was not sent. Nothing is lost: try again in a minute."
-            return page.response(503, form, name=review.by, notice=why)
+            return await self._closed(run, visit)
+        except Exception as error:  # noqa: BLE001  any of them may come after the crew has taken the answer
+            logger.warning("Run %s: an answer by link failed: %s", run.kickoff_id, run.redact(_reason(error)))
+            return await _failed(page, form, review, error, nonce)
         verb = "approved" if answer.approve else "rejected"
         logger.info("Run %s: question %d was %s by %s.", run.kickoff_id, answer.round, verb, answer.by)
-        choice = f"“{plain(run.redact_name(answer.option))[:SHOWN_NAME]}”" if answer.option else verb.capitalize()
+        choice = f"“{plain(run.redact(answer.option))[:SHOWN_NAME]}”" if answer.option else verb.capitalize()
         return _message(200, "Your answer was sent", f"{choice} by {answer.by}. You can close this page.")
+
+
+async def _failed(page: _Question, form: _Form, review: Review, error: Exception, nonce: str) -> Response:
+    """Return the page about an answer that was not sent, or may have arrived: its record decides."""
+    run, is_away = page.run, isinstance(error, PrefectAwayError)
+    if not is_away:
+        try:
+            answers = await run.records.reviews(answers_record(run))
+        except Exception:  # noqa: BLE001  not known
+            return _uncertain(form, run.crew.page_url)
+        if any(answer.nonce == nonce for answer in answers):
+            return _uncertain(form, run.crew.page_url)
+    if is_away or kickoff_fate(error) is KickoffFate.REFUSED:
+        why = "The crew does not take it here. Answer on the crew's page."
+        if is_away:
+            why = "Try again in a minute. It may be on record: if the link is used then, answer on the crew's page."
+        return _message(503, "Your answer was not sent", why, form, run.crew.page_url)
+    why = "Your answer was not sent. Nothing is lost: try again in a minute."
+    return page.response(503, form, name=review.by, notice=why)
+
+
+def _uncertain(form: _Form | None, page_url: str | None = None) -> Response:
+    why = "It was sent, and nobody knows whether it arrived. It is not sent again: look at the crew's page."
+    return _message(502, "Your answer may have arrived", why, form, page_url)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, CrewError) else type(error).__name__
 
 
 async def _open_run(kickoff_id: str, stack: AsyncExitStack) -> LiveRun | None:
     """Return the run of a kickoff id, in an open session, None if there is no record of it.
 
     Raises:
-        CrewError: Its crew is not stored any more.
+        CrewError: Its crew is not stored any more, or it may be in the ledger of a batch that cannot be opened here.
         PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
     """
     records: RecordStore = PrefectRecords()
@@ -254,9 +314,12 @@ async def _open_run(kickoff_id: str, stack: AsyncExitStack) -> LiveRun | None:
             if record is not None and await records.attempts(record.idempotency_key):
                 break
         else:
-            logger.info("Run %s has no record here. %s", kickoff_id, " ".join(missed))
+            if missed:
+                raise CrewError(" ".join(missed))
             return None
     crew = await find_crew(record)
+    if crew is None and record.phase is RecordPhase.ENDED:
+        return None
     if crew is None:
         raise CrewError(f"The crew {record.crew} of the run is not stored any more, or has another URL.")
     run = LiveRun(crew, kickoff_id, record, records=records)
@@ -265,7 +328,8 @@ async def _open_run(kickoff_id: str, stack: AsyncExitStack) -> LiveRun | None:
     return run
 
 
-async def _open_question(run: LiveRun) -> ReviewRequest | None:
+async def _open_question(run: LiveRun, visit: _Visit) -> ReviewRequest | None:
+    """Return the question of a link, None if the run asks another one, or none."""
     if run.record is not None and run.record.phase is RecordPhase.ENDED:
         return None
     try:
@@ -274,7 +338,8 @@ async def _open_question(run: LiveRun) -> ReviewRequest | None:
         return None
     # A link is made for an open question. If its last answer seems to be to this question, it was to an equal one: the
     # wait has seen a sign that the crew asks again, such as a webhook.
-    return question.model_copy(update={"state": "open"})
+    question = question.model_copy(update={"state": "open"})
+    return question if is_about(visit.link, question, visit.signer) else None
 
 
 def _name_of_proxy(request: Request) -> str | None:
@@ -308,7 +373,10 @@ class _Question:
         withheld = ""
         if not output:
             withheld = "It is not known here." if question.output is None else "It is not shown here."
-        options = [plain(run.redact_name(option))[:SHOWN_NAME] for option in question.options]
+        options = [plain(run.redact(option))[:SHOWN_NAME] for option in question.options]
+        if len({*options}) < len(options):
+            why = "Its answers look alike here. Answer on the crew's page."
+            return _message(status, "A crew asks", why, form, run.crew.page_url)
         return _response(
             status,
             title="A crew asks",

@@ -83,6 +83,7 @@ async def answer_question(
     webhooks: Webhooks | None = None,
     call: str | None = None,
     nonce: str | None = None,
+    looks: int = LOOKS,
 ) -> tuple[ResumeAnswer, Review]:
     """Answer the question that a run asks at this moment, once.
 
@@ -100,6 +101,7 @@ async def answer_question(
             in this process.
         call: The name of the call, the same on each of its retries. A call that has answered sends no other answer.
         nonce: The name of this attempt to answer. Pass it again after a PrefectAwayError: the answer may be on record.
+        looks: The number of status calls by which this checks that the crew continues. A wait looks again by itself.
 
     Returns:
         The server's answer, and the stored answer.
@@ -129,7 +131,6 @@ async def answer_question(
     written = _to_write_down(run, status, current, review).model_copy(
         update={"call": call, "nonce": nonce or uuid4().hex}
     )
-    looks = LOOKS if question is None else 1  # a wait looks again by itself
     return await _send_answer(run, current, review, written, webhooks, looks)
 
 

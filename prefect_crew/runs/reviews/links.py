@@ -42,12 +42,13 @@ if TYPE_CHECKING:
 ASKED_ALERT = "prefect-crew: alert asked"
 """The automation (automations.py) whose block sends the links. Its own alert goes out for questions without a link."""
 NOTIFY_WITHIN = 20.0  # seconds to load the block and to send one notification
+QUEUED_WITHIN = 300.0  # seconds for the notifications before it, and for itself
 MAX_LINK = 1500
 """Characters of a token. Most have 230; the kickoff id, a text of the crew's server, may be long."""
 _WORDS = re.compile(r"[^\W_](?:[\w /-]{0,78}[^\W_])?")
 """Names that a notification shows. Without dots, signs and colons they are no link, mention or formatting."""
-_SENDERS = ("apprise", "httpx", "urllib3.connectionpool")
-"""Loggers that may write the body of a notification, or a URL with it, at the level DEBUG or INFO."""
+_SENDERS = ("apprise", "httpx", "urllib3", "slack_sdk")
+"""Libraries whose loggers may write the body of a notification, or a URL with it, at the level DEBUG or INFO."""
 
 
 @dataclass(frozen=True)
@@ -120,23 +121,24 @@ async def notify_people(run: LiveRun, question: ReviewRequest, policy: WaitPolic
         raise ConfigurationError("the kickoff id is too long for a link")
     base = checked_url(settings.answer_url, allow_http=True, what="PREFECT_INTEGRATIONS_CREW_ANSWER_URL")
     subject, body = describe_link(run, question, f"{base}/answer/{token}", expires)
-    sender = "the Prefect API"
-    async with lock_here("notifications"):
-        try:
-            async with asyncio.timeout(NOTIFY_WITHIN):
+    sender, within = "the queue of notifications", QUEUED_WITHIN
+    try:
+        async with asyncio.timeout(within), lock_here("notifications"):
+            sender, within = "the Prefect API", NOTIFY_WITHIN
+            async with asyncio.timeout(within):
                 block = await _load_block()
                 if block is None:
                     return
                 sender = f"the block {block.get_block_type_slug()}"
                 # A block may be sync, and Prefect calls one so in a sync flow: here it would hold up all polls.
                 await call_in_thread(asyncio.run, _notify(block, subject, body, token))
-        except TimeoutError:
-            raise CrewError(f"{sender} did not answer within {NOTIFY_WITHIN:g} s") from None
-        except CrewError:
-            raise
-        except Exception as error:  # noqa: BLE001  a block may raise anything
-            # The texts of the block's errors may have the link, or the address of the chat.
-            raise CrewError(f"{sender} raised {type(error).__name__}") from None
+    except TimeoutError:
+        raise CrewError(f"{sender} did not answer within {within:g} s") from None
+    except CrewError:
+        raise
+    except Exception as error:  # noqa: BLE001  a block may raise anything
+        # The texts of the block's errors may have the link, or the address of the chat.
+        raise CrewError(f"{sender} raised {type(error).__name__}") from None
 
 
 def describe_link(run: LiveRun, question: ReviewRequest, url: str, expires: datetime) -> tuple[str, str]:
@@ -186,7 +188,8 @@ def _unlogged(token: str) -> Generator[None]:
         return token not in line.getMessage()
 
     with ExitStack() as stack:
-        for name in _SENDERS:
+        # The filter of a logger is not one of the loggers below it.
+        for name in {*_SENDERS, *(name for name in [*logging.root.manager.loggerDict] if name.startswith(_SENDERS))}:
             logger = logging.getLogger(name)
             logger.addFilter(has_no_token)
             stack.callback(logger.removeFilter, has_no_token)

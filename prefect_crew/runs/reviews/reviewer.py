@@ -104,6 +104,7 @@ class People:
         self._thinks_about: ReviewRequest | None = None
         self._sending: asyncio.Task[bool] | None = None
         self._notifying: asyncio.Task[None] | None = None
+        self._has_links = False  # whether a link went out: then answers come from elsewhere
         self._nonce = uuid4().hex  # of the next attempt to answer
         self._has_warned = False
         self._has_ended_pause = False  # a decision ends one pause only: if status calls fail, later pauses are full
@@ -127,10 +128,14 @@ class People:
         """
         before, self.question = self.question, await self._open_question(status)
         question, most = self.question, self.policy.max_rounds
-        if question is None or question is before:
-            return before is not question
-        if before is not None and is_same_question(before, question):
+        if question is before:
+            return False
+        if before is not None and question is not None and is_same_question(before, question):
             return True  # only its output is new
+        if self._notifying is not None:
+            self._notifying.cancel()  # its link may still be in the queue
+        if question is None:
+            return True
         if most is not None and question.round > most:
             raise ReviewLimitError(
                 kickoff_id=self.run.kickoff_id,
@@ -164,16 +169,18 @@ class People:
 
     async def _question_of_waiting(self, status: CrewStatus) -> ReviewRequest | None:
         task_id, output, question = waiting_task(status), output_digest(status), self._open
-        if question is not None and (task_id is None or self._sending is not None):
+        is_replaced = question is not None and self._has_links and await self._is_replaced(question)
+        if question is not None and (self._sending is not None or (task_id is None and not is_replaced)):
             return question
-        if question is not None and self._is_still(question, str(task_id), output):
+        if question is not None and not is_replaced and self._is_still(question, str(task_id), output):
             if question.output_digest is None and output is not None:
                 update = {"output_digest": output, "output": judged_output(status)}
                 self._open = question.model_copy(update=update)
             elif question.output_digest is None and question.output == judged_output(status):
                 self._open = await self._with_kept_output(question)
             return self._open
-        if self._answered is None and not await self._read_answers(is_needed=True):
+        # The receiver notes some seconds after an answer that the crew continues.
+        if (self._answered is None or self._has_links) and not await self._read_answers(is_needed=True):
             return question
         # A Flow's status may lack the task; its question has it.
         of_flow = await self._read("The question of run %s", open_question_of_flow(self.run.kickoff_id, self.answers))
@@ -198,6 +205,14 @@ class People:
                     return None
         self._open, self._held_until = question, None
         return question
+
+    async def _is_replaced(self, question: ReviewRequest) -> bool:
+        """Return whether a link has answered the open question, or a webhook has brought another one, of a Flow."""
+        if not await self._read_answers():
+            return False
+        has_answer = len(self.answers) > len(question.answers) and self.answers[-1].outcome == "sent"
+        of_flow = await self._read("The question of run %s", open_question_of_flow(self.run.kickoff_id, self.answers))
+        return has_answer or (of_flow is not None and of_flow.id != question.id)
 
     def _is_still(self, question: ReviewRequest, task_id: str, output: str | None) -> bool:
         if question.id is not None:
@@ -281,6 +296,7 @@ class People:
             has_link = is_for_people and CrewSettings().answer_url is not None
             self._emit_waiting(question, has_link=has_link)
             if has_link:
+                self._has_links = True
                 self._notifying = asyncio.create_task(self._notify(question))
         is_quiet = self.quiet or self._function is not None
         if not is_quiet or question.state != "open":
@@ -400,7 +416,7 @@ class People:
         if self._form is not None:
             await self._form.take_down()
         try:
-            _, answer = await answer_question(self.run, review, question=question, nonce=self._nonce)
+            _, answer = await answer_question(self.run, review, question=question, nonce=self._nonce, looks=1)
         except (AlreadyAnsweredError, CrewLostError, CrewAPIError) as error:
             if isinstance(error, CrewAPIError) and not self._is_asked_anew(question, error):
                 raise
