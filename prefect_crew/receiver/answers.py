@@ -242,7 +242,8 @@ class AnswerPages:
                 return _message(409, "The question has its answer", plain(why), form)
             await asyncio.sleep(1)
         if question := await _open_question(run, visit):
-            again = "The crew did not take the answer before yours. Yours was not sent: send it again."
+            again = "The crew did not take the answer before yours. Yours was not sent: choose again."
+            form = replace(form, decision="")
             return self._page(run, question, link)[0].response(409, form, name=visit.name, notice=again)
         why = "The crew does not wait for this answer any more. Nothing was sent."
         return _message(409, "The question is closed", why, form)

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 CLICKS = 20
 
 
-async def submit_form(flow_run_id: str) -> Any:
-    """Submit the form on a flow run's page once it is up."""
+async def see_form(flow_run_id: str) -> None:
+    """Wait until the form is up on a flow run's page."""
     async with get_client() as client:
 
         async def is_up() -> bool:
@@ -35,7 +35,11 @@ async def submit_form(flow_run_id: str) -> Any:
 
         await until(is_up, "the form")
         await asyncio.sleep(0.3)  # its fields are stored a moment after the pause
-        path: Any = f"/flow_runs/{flow_run_id}/resume"
+
+
+async def submit_form(flow_run_id: str) -> Any:
+    path: Any = f"/flow_runs/{flow_run_id}/resume"
+    async with get_client() as client:
         return await client.request("POST", path, json={"run_input": {"decision": "approve", "name": "the form"}})
 
 
@@ -54,6 +58,8 @@ async def test_links_a_command_and_a_form_give_one_answer(with_form: bool, monke
                 links = [link, link.replace(url, other)]
                 seen = (await read(link)).seen
                 form = (await PrefectRecords().attempts(key))[0].flow_run_id if with_form else None
+                if with_form:
+                    await see_form(str(form))
                 run = LiveRun(crew_of(await pc.DeployedCrew.aload(key)), server.runs[0].id)
                 given = await asyncio.gather(
                     *(submit_form(str(form)) for _ in range(with_form)),
@@ -63,6 +69,8 @@ async def test_links_a_command_and_a_form_give_one_answer(with_form: bool, monke
                 )
                 assert server.requests["resume"] == 1
                 (answer,) = await answers_of(key)
+                if with_form:
+                    assert given[0].json()["status"] == "ACCEPT"
                 pages = [page for page in given if isinstance(page, Shown)]
                 assert len(pages) == CLICKS
                 assert {page.status for page in pages} <= {200, 409}

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import SecretStr
 from starlette.applications import Starlette
@@ -18,8 +19,11 @@ from starlette.routing import Mount
 import prefect_crew as pc
 from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewServer, ReviewWebhook
+from prefect_crew.receiver import answers
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.model import utcnow
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.reviews.links import AnswerLink
 from prefect_crew.runs.run import LiveRun
@@ -44,21 +48,25 @@ async def chat(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
 
 
 @asynccontextmanager
-async def asking(spec: Any = ASKS, *, faults: Any = (), options: Any = None, **fields: Any) -> AsyncIterator[Any]:
+async def asking(
+    spec: Any = ASKS, *, faults: Any = (), options: Any = None, response_format: Any = "union", **fields: Any
+) -> AsyncIterator[Any]:
     """Run a crew that asks; give its server, its flow and its key."""
     key = f"link-{uuid.uuid4().hex[:12]}"
-    with CrewServer(spec, response_format="union", faults=faults) as server:
+    with CrewServer(spec, response_format=response_format, faults=faults) as server:
         crew = server.crew(**{"wait": QUICK, **fields})
         async with running(crew, key, **(options or {})) as flow_run:
             yield server, flow_run, key
 
 
 @asynccontextmanager
-async def asking_server(*, show: Any = "full", **options: Any) -> AsyncIterator[tuple[AskingServer, str]]:
+async def asking_server(
+    *, show: Any = "full", wait: Any = QUICK, **options: Any
+) -> AsyncIterator[tuple[AskingServer, str]]:
     """Run a crew of a server that keeps its question; give the server and the key."""
     server, key = AskingServer(**options), f"link-{uuid.uuid4().hex[:12]}"
     async with served(server.app()) as url:
-        crew = pc.DeployedCrew(url=url, token="secret-token", wait=QUICK, show=show)
+        crew = pc.DeployedCrew(url=url, token="secret-token", wait=wait, show=show)
         async with running(crew, key):
             yield server, key
 
@@ -110,6 +118,23 @@ async def test_a_rejection_has_a_link_of_its_own_next(chat: Chat):
         ]
 
 
+async def test_a_question_between_two_polls_has_a_link(chat: Chat):
+    """A status without an output names the same task for both questions."""
+    crew = script({"name": "draft", "seconds": 1, "human": True, "output": "x"})
+    async with asking(crew, response_format="documented", wait=pc.WaitPolicy(initial=4, max_interval=4)):
+        first = await chat.link()
+        assert (await send(first, decision="reject", feedback="No.")).status == 200
+        second = await chat.link(2)
+        assert (await send(second, decision="approve")).status == 200
+
+
+async def test_an_equal_question_has_a_link_after_a_while(chat: Chat):
+    wait = QUICK.model_copy(update={"next_round_after": 1.0})
+    async with asking_server(rounds=2, between=False, wait=wait):
+        assert (await send(await chat.link(), decision="reject", feedback="No.")).status == 200
+        assert (await send(await chat.link(2), decision="approve")).status == 200
+
+
 async def test_twenty_clicks_and_a_command_give_one_answer(chat: Chat):
     async with asking(script({"human": True, "output": "x"}, {"seconds": 3})) as (server, _, key):
         url = await chat.link()
@@ -146,7 +171,9 @@ async def test_a_flow_is_answered_with_its_outcome(option: int, chat: Chat, monk
             review_webhook=hook,
         ) as server:
             key = f"link-{uuid.uuid4().hex[:12]}"
-            async with running(server.crew(wait=QUICK), key) as flow_run:
+            # The receiver cannot mask the texts of a crew with secret inputs.
+            secret_inputs = ["topic"] if option == 0 else []
+            async with running(server.crew(wait=QUICK, secret_inputs=secret_inputs), key) as flow_run:
                 link = await chat.link()
                 page = await read(link)
                 assert "ship <b>it" in page.said
@@ -159,6 +186,19 @@ async def test_a_flow_is_answered_with_its_outcome(option: int, chat: Chat, monk
                 else:
                     assert "D. needs_revision: Now." in (await read(await chat.link(2))).said
                 assert (await answers_of(key))[0].option == hook.options[option]
+
+
+async def test_a_flow_whose_question_comes_late_is_answered(chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", "whsec")
+    monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
+    async with served(create_receiver(SECRET)) as url:
+        hook = ReviewWebhook(f"{url}/requests", "whsec", ("ship", "hold"))
+        crew = script({"name": "publish", "human": True, "output": "D."})
+        with CrewServer(crew, review_webhook=hook, faults=["webhook:delay=2"]) as server:
+            async with running(server.crew(wait=QUICK), f"link-{uuid.uuid4().hex[:12]}") as flow_run:
+                await chat.link()
+                assert (await send(await chat.link(2), decision="option-0")).status == 200
+                assert await flow_run == "D."
 
 
 async def test_a_receiver_under_a_path_answers_too(chat: Chat, monkeypatch: pytest.MonkeyPatch):
@@ -182,7 +222,7 @@ async def test_each_wrong_link_is_refused_alike(chat: Chat):
         payload, _, signature = token.partition(".")
         hook = Hook("crew", "k", utcnow() + timedelta(days=1), 1)
         wrong = {
-            "forged": f"{payload}.{signature[:-2]}aa",
+            "forged": f"{payload}.{'b' if signature[0] == 'a' else 'a'}{signature[1:]}",
             "changed": f"{'b' if payload[0] == 'a' else 'a'}{payload[1:]}.{signature}",
             "expired": made(expires=utcnow() - timedelta(seconds=1)),
             "foreign": made(secret="another-secret-that-is-long-enough-too"),
@@ -194,18 +234,19 @@ async def test_each_wrong_link_is_refused_alike(chat: Chat):
             "nonsense": "%00%ff",
         }
         began = time.monotonic()
-        answers = {name: await read(f"{base}/{one}") for name, one in wrong.items()}
+        pages = {name: await read(f"{base}/{one}") for name, one in wrong.items()}
         assert time.monotonic() - began > 0.4 * len(wrong), "the time does not tell them apart"
-        answers |= {
+        pages |= {
             f"{name}, sent": await send(f"{base}/{one}", seen="", decision="approve") for name, one in wrong.items()
         }
-        answers["cross-site"] = await send(url, headers={"Sec-Fetch-Site": "cross-site"}, seen="x", decision="approve")
+        pages["cross-site"] = await send(url, headers={"Sec-Fetch-Site": "cross-site"}, seen="x", decision="approve")
         assert (await send(url, decision="approve")).status == 200
         await flow_run
-        answers["used"] = await read(url)
-        answers["used, sent"] = await send(url, seen="", decision="approve")
-        kinds = {(page.status, page.text, tuple(sorted(page.headers.items()))) for page in answers.values()}
-        assert len(kinds) == 1, {name: page.status for name, page in answers.items()}
+        pages["used"] = await read(url)
+        pages["used, sent"] = await send(url, seen="", decision="approve")
+        pages["used, no form"] = await send(url, content=b"{}", headers={"Content-Type": "application/json"})
+        kinds = {(page.status, page.text, tuple(sorted(page.headers.items()))) for page in pages.values()}
+        assert len(kinds) == 1, {name: page.status for name, page in pages.items()}
         assert kinds.pop()[0] == 404
         assert server.requests["resume"] == 1
         hooks = base.removesuffix("/answer") + "/hooks/crew/"
@@ -233,6 +274,7 @@ async def test_pages_are_not_kept_framed_or_indexed(chat: Chat):
         ({"decision": "option-0"}, 400, "Choose an answer."),
         ({"decision": "reject", "feedback": " \n "}, 400, "Write what the crew has to do better."),
         ({"decision": "reject", "feedback": "ä" * 10_001}, 400, "at most 10,000 characters"),
+        ({"decision": "approve", "name": "nobody, in time"}, 400, "Write another name."),
         ({"decision": "approve", "seen": ""}, 409, "Read it again"),
         ({"decision": "approve", "seen": seal("seen", ["x", "y"], SECRET)}, 409, "Read it again"),
         ({"decision": "approve", **{f"field-{n}": "x" for n in range(10)}}, 400, "too many fields"),
@@ -249,6 +291,7 @@ async def test_a_bad_form_is_not_sent_and_not_lost(fields: Any, status: int, not
         assert page.status == status
         assert notice in page.said
         assert "Nothing was sent" in page.said
+        assert status != 409 or "required checked" not in page.text, "the next click judges what changed"
         if "feedback" in fields:
             assert fields["feedback"][:10_001] in page.text
             assert 'value="Ada &lt;b&gt;"' in page.text
@@ -317,17 +360,62 @@ async def test_a_hidden_output_that_changed_is_read_again(chat: Chat):
     [
         ("resume:500", 502, "nobody knows whether it arrived"),
         ("resume:drop-after-accept", 502, "nobody knows whether it arrived"),
+        ("resume:html-after-accept", 502, "nobody knows whether it arrived"),
+        ("resume:garbage-after-accept", 502, "nobody knows whether it arrived"),
+        ("resume:timeout-after-accept=2", 502, "nobody knows whether it arrived"),
+        ("resume:403", 503, "Answer on the crew's page"),
         ("resume:503", 503, "was not sent. Nothing is lost"),
         ("resume:429", 503, "was not sent. Nothing is lost"),
     ],
 )
 async def test_the_page_says_whether_an_answer_was_sent(fault: str, status: int, text: str, chat: Chat):
-    async with asking(faults=[fault]) as (_, _, key):
+    async with asking(faults=[fault], request_timeout=1.0) as (_, _, key):
         page = await send(await chat.link(), decision="approve", feedback="fine", name="Ada")
         assert (page.status, text in page.said) == (status, True), page.said
         assert [one.outcome for one in await answers_of(key)] == ["uncertain"] * (status == 502)
         if status == 503:
-            assert "fine</textarea>" in page.text
+            assert "fine</" in page.text
+
+
+async def test_a_click_beside_a_refused_one_says_so(chat: Chat):
+    async with asking(faults=["resume:latency=3@1", "resume:429@1"]) as (_, flow_run, key):
+        url = await chat.link()
+        seen = (await read(url)).seen
+        first = asyncio.create_task(send(url, seen=seen, decision="approve", name="Ada"))
+        await until(lambda: answers_of(key), "the first answer is on its way")
+        page = await send(url, seen=seen, decision="reject", feedback="Shorter.", name="Bob")
+        assert (page.status, (await first).status) == (409, 503)
+        assert "Yours was not sent: choose again" in page.said
+        assert "Shorter.</textarea>" in page.text
+        assert (await send(url, seen=page.seen, decision="approve", name="Bob")).status == 200
+        assert await flow_run == "printed"
+
+
+async def test_an_answer_whose_storing_got_no_reply_is_sent(chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    add_review, lost = PrefectRecords.add_review, list[int]()
+
+    async def lose_reply(self: Any, record: Any, number: int, review: Any) -> bool:
+        is_ours = await add_review(self, record, number, review)
+        if not lost:
+            lost.append(number)
+            raise httpx.ReadError("the Prefect API is away")
+        return is_ours
+
+    monkeypatch.setattr(PrefectRecords, "add_review", lose_reply)
+    async with asking() as (server, flow_run, _):
+        assert (await send(await chat.link(), decision="approve")).status == 200
+        assert await flow_run == "printed"
+        assert (lost, server.requests["resume"]) == ([1], 1)
+
+
+async def test_a_slow_answer_holds_up_no_page(chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(answers, "ANSWER_WITHIN", 2.0)
+    async with asking(faults=["resume:latency=4"]) as (_, flow_run, key):
+        url = await chat.link()
+        page = await send(url, decision="approve")
+        assert (page.status, "may have arrived" in page.said) == (502, True)
+        assert await flow_run == "printed"
+        assert [one.outcome for one in await answers_of(key)] == ["sent"]
 
 
 async def test_a_status_call_that_fails_sends_nothing(chat: Chat):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import uuid
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -44,7 +45,13 @@ async def test_a_run_is_reported_through_nginx_and_nothing_else_gets_through(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", f"{base}/crews")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-    async with served(create_receiver(SECRET)) as receiver:
+    app, headers = create_receiver(SECRET), list[tuple[bytes, bytes]]()
+
+    async def noting(scope: Any, receive: Any, send: Any) -> None:
+        headers.extend(scope.get("headers", ()))
+        await app(scope, receive, send)
+
+    async with served(noting) as receiver:
         changes = {
             "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
             "hooks.example.com;": "localhost;",
@@ -70,7 +77,8 @@ async def test_a_run_is_reported_through_nginx_and_nothing_else_gets_through(
                 assert (await client.get("/crews/recent", headers=bearer)).json()["missed"] is False
                 assert (await client.post("/crews/hooks/crew/forged", json={})).status_code == 404
                 assert (await client.post("/crews/hooks/crew/forged", content=b" " * 2_000_000)).status_code == 413
-                answer = await client.get("/crews/answer/forged.link")
+                answer = await client.get("/crews/answer/forged.link", headers={"X-Forwarded-User": "Mallory"})
+                assert b"Mallory" not in dict(headers).values(), "only the proxy that signs people in names them"
                 assert (answer.status_code, "does not answer a question" in answer.text) == (404, True)
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert "/ready" in logs

@@ -17,6 +17,7 @@ from prefect.client.orchestration import get_client
 from pydantic import SecretStr
 
 import prefect_crew as pc
+from prefect_crew._internal.prefect_api import lock_here
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import ReviewRequest
 from prefect_crew.devserver import CrewServer
@@ -188,6 +189,17 @@ async def test_without_a_message_the_log_says_how_to_answer(
                 await _approve(server)
                 assert await flow_run == "printed"
     assert await _labels(key, at_least=2) == ["yes", "no"], "the automation sends its alert"
+
+
+async def test_a_link_in_the_queue_is_not_sent_too_late(links_on: None):
+    crew = script({"name": "draft", "human": True, "output": "x"}, {"name": "print", "seconds": 2})
+    with Chat() as chat, CrewServer(crew) as server:
+        async with notifying(chat), running(server.crew(wait=QUICK), f"link-{uuid.uuid4().hex[:12]}") as flow_run:
+            async with lock_here("notifications"):
+                await _approve(server)
+                await asyncio.sleep(1)
+            await flow_run
+        assert chat.links == []
 
 
 async def test_a_disabled_alert_sends_nothing(links_on: None, caplog: pytest.LogCaptureFixture):
