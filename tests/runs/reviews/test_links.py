@@ -191,11 +191,12 @@ async def test_without_a_message_the_log_says_how_to_answer(
     assert await _labels(key, at_least=2) == ["yes", "no"], "the automation sends its alert"
 
 
-async def test_a_link_in_the_queue_is_not_sent_too_late(links_on: None):
+async def test_a_link_in_the_queue_is_not_sent_too_late(links_on: None, caplog: pytest.LogCaptureFixture):
     crew = script({"name": "draft", "human": True, "output": "x"}, {"name": "print", "seconds": 2})
     with Chat() as chat, CrewServer(crew) as server:
         async with notifying(chat), running(server.crew(wait=QUICK), f"link-{uuid.uuid4().hex[:12]}") as flow_run:
             async with lock_here("notifications"):
+                await until(lambda: "waits for a person" in caplog.text, "the wait sees the question")
                 await _approve(server)
                 await asyncio.sleep(1)
             await flow_run
