@@ -178,7 +178,7 @@ class AnswerPages:
             return _message(error.status, "Nothing was sent", f"The request cannot be used: {error}.")
         except Exception as error:  # noqa: BLE001  the server would log the error with its frames
             logger.warning("A question of run %s could not be read: %s", visit.link.kickoff_id, _reason(error))
-            why = "The question cannot be read here at this moment. Open the link again in a minute, or ask its sender."
+            why = "The question cannot be read at this moment. Open the link again in a minute, or ask its sender."
             return _message(503, "Nothing was sent", why, visit.form)
 
     async def _refuse(self, began: float) -> Response:
