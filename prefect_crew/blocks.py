@@ -234,6 +234,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
         restore_from: str | UUID | None = None,
+        session: str | None = None,
     ) -> CrewRun:
         """Kick the crew off and return the run, without waiting for its end. `trigger` is for sync code.
 
@@ -249,6 +250,7 @@ class DeployedCrew(JobBlock[CrewResult]):
             meta=meta,
             webhooks=webhooks,
             restore_from=restore_from,
+            session=session,
         )
         run = await open_run(RunRequest.of(crew_of(self), own_inputs, options))
         return CrewRun(self, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
@@ -262,6 +264,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         meta: Mapping[str, Any] | None = None,
         webhooks: Webhooks | None = None,
         restore_from: str | UUID | None = None,
+        session: str | None = None,
     ) -> CrewRun:
         """Do the same from sync code."""
         own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
@@ -272,6 +275,7 @@ class DeployedCrew(JobBlock[CrewResult]):
             meta=meta,
             webhooks=webhooks,
             restore_from=restore_from,
+            session=session,
         )
 
 

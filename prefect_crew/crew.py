@@ -81,13 +81,14 @@ class Crew:
         """Return a copy with the label `name` in place of its address. A stored crew keeps its own name."""
         return self if self.block is not None else replace(self, label=name)
 
-    def take(self, inputs: Inputs, *, restore_from: str | None = None) -> Inputs:
-        """Return inputs for this crew: with its secret inputs, its encoding, and the Flow state of `restore_from`."""
-        is_same = (inputs.as_json, inputs.restore_from) == (self.inputs_as_json, restore_from)
+    def take(self, inputs: Inputs, *, restore_from: str | None = None, session: str | None = None) -> Inputs:
+        """Return inputs for this crew: with its secret inputs, its encoding, and the Flow state or session."""
+        own = (self.inputs_as_json, restore_from, session)
+        is_same = (inputs.as_json, inputs.restore_from, inputs.session) == own
         if is_same and inputs.secret.issuperset(self.secret_inputs):
             return inputs  # the same object, with its cached properties
         own_inputs = inputs.keep_secret(self.secret_inputs)
-        return replace(own_inputs, as_json=self.inputs_as_json, restore_from=restore_from)
+        return replace(own_inputs, as_json=self.inputs_as_json, restore_from=restore_from, session=session)
 
     def under(self, budgets: Iterable[Budget], *, name: str, batch: str | None = None) -> Crew:
         """Return a copy whose runs also count in these budgets; a budget without a name gets `name`."""

@@ -63,6 +63,7 @@ KEY_HELP = (
     "At most one run is started for a key, such as daily-{scheduled_start:%Y-%m-%d}. Left out, each flow run starts "
     "one."
 )
+SESSION_HELP = "The session of a CrewAI Flow: the run starts from the state of its last completed run."
 SECRET_HELP = "The name of the Prefect Secret block with the value. The value itself would be stored with the flow run."  # noqa: S105
 TEXT = ["string", "number", "boolean"]
 """JSON types of an input that is text, since `prefect deployment run` reads a bare number as a number."""
@@ -417,15 +418,20 @@ class Form:
 
     @property
     def signature(self) -> inspect.Signature:
-        """The run form as a signature for Prefect: `inputs`, with a field for each input, and the idempotency key."""
+        """The run form as a signature for Prefect: `inputs` with a field for each input, the idempotency key, a session."""
         of_inputs: Any = Annotated[dict[str, Any], WithJsonSchema(self.schema)]
-        # As an extra, since Prefect gives every field its name as title.
-        extra: Any = {"title": "Idempotency key", "description": KEY_HELP}
-        of_key: Any = Annotated[str | None, Field(json_schema_extra=extra)]
         kind = inspect.Parameter.KEYWORD_ONLY
         default: Any = inspect.Parameter.empty if self.required else {}
         fields = [inspect.Parameter("inputs", kind, default=default, annotation=of_inputs)] if self.inputs else []
-        return inspect.Signature([*fields, inspect.Parameter("idempotency_key", kind, default=None, annotation=of_key)])
+        texts = {"idempotency_key": ("Idempotency key", KEY_HELP)}
+        if self.crew is not None:
+            texts["session"] = ("Session", SESSION_HELP)
+        for name, (title, description) in texts.items():
+            # As an extra, since Prefect gives every field its name as title.
+            extra: Any = {"title": title, "description": description}
+            of_text: Any = Annotated[str | None, Field(json_schema_extra=extra)]
+            fields.append(inspect.Parameter(name, kind, default=None, annotation=of_text))
+        return inspect.Signature(fields)
 
     async def with_defaults(self, defaults: Any) -> Form:
         """Return the form with these defaults. Raise ConfigurationError for a wrong one, or a secret one without

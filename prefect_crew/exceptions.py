@@ -19,6 +19,7 @@
     ├── ResolveError                 there is nothing to resolve, it is too early, or somebody else has resolved it
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
     ├── TooManyAttemptsError         the idempotency key has no number left for another attempt
+    ├── SessionBlockedError          an earlier turn of the session is not over, and nobody may know its end
     ├── BudgetExceededError          a budget has no room for another run
     ├── NotWaitingError              the run does not wait for a person
     ├── AnswerUncertainError         an answer was sent, and nobody knows whether it arrived
@@ -68,8 +69,8 @@ __all__ = [
     "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NoResultError",
     "NotFoundError", "NotStartedError", "NotWaitingError", "OutputError", "OutputTypeError", "PipelineFailedError",
     "PrefectAwayError", "PrefectRefusedError", "RateLimitedError", "ResolveError", "ResponseFormatError",
-    "ReviewFunctionError", "ReviewLimitError", "RunNotFoundError", "ServerError", "TooManyAttemptsError",
-    "UnreadableRecordError",
+    "ReviewFunctionError", "ReviewLimitError", "RunNotFoundError", "ServerError", "SessionBlockedError",
+    "TooManyAttemptsError", "UnreadableRecordError",
 ]  # fmt: skip
 
 
@@ -370,6 +371,25 @@ class TooManyAttemptsError(_FactsError):
             f"Run {self.idempotency_key!r} has {self.attempts} attempts on record, the most that an idempotency key "
             "may have. Nothing was started. Use another key; or remove old records with prefect-crew runs prune, "
             "once the key's last attempt is old enough, and run again."
+        )
+
+
+class SessionBlockedError(_FactsError):
+    """A session cannot go on after its turn `turn`. Nothing was started.
+
+    `run` is the idempotency key of that turn, `reason` the reason, `advice` the next step of a person.
+    """
+
+    session: str
+    turn: int
+    run: str
+    reason: str
+    advice: str
+
+    def _text(self) -> str:
+        return (
+            f"Session {self.session!r} cannot go on after turn {self.turn}: {self.reason.rstrip('.')}. Nothing was "
+            f"started. {self.advice}"
         )
 
 

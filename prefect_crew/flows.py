@@ -69,6 +69,7 @@ async def arun_crew(
     review: ReviewChoice | None = None,
     webhooks: Webhooks | None = None,
     restore_from: str | UUID | None = None,
+    session: str | None = None,
     budgets: Sequence[Budget] = (),
     kickoff_options: TaskOptions | None = None,
     wait_options: TaskOptions | None = None,
@@ -96,6 +97,8 @@ async def arun_crew(
         restore_from: The id (a UUID) of a Flow state from which the run starts: the API's `restoreFromStateId`. Two
             calls with different states are different runs. If the API does not know the id, the run starts with an
             empty state and without an error.
+        session: The name of a session of runs of one Flow. Each run is a turn: it starts from the state of the last
+            completed turn, once the turn before has ended. A retry, or a call with the same key, finds its turn again.
         budgets: Limits for the total use of this run and all other runs under the same budgets, in addition to the
             block's. A budget without a name gets the flow's name, or outside of a flow the crew's name.
         kickoff_options: Prefect's options for the task that kicks the crew off, such as `{"retries": 5, "tags":
@@ -110,6 +113,7 @@ async def arun_crew(
         InvalidCallError: The sync version was called where an event loop runs, which it would block.
         InvalidInputsError, IdempotencyConflictError: Nothing was started.
         BudgetExceededError: A budget has no room for another run. Nothing was started.
+        SessionBlockedError: An earlier turn of the session is uncertain or lost. Nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started. A person has to resolve it.
         CrewFailedError, CrewStoppedError, CrewLostError: The run failed, was stopped, or its server has forgotten it.
         CrewTimeoutError: A time limit is over; the run may go on.
@@ -128,6 +132,7 @@ async def arun_crew(
         review=review,
         webhooks=webhooks,
         restore_from=restore_from,
+        session=session,
         budgets=budgets,
         kickoff_options=kickoff_options,
         wait_options=wait_options,
@@ -152,7 +157,7 @@ async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, option
 
     own_flow = copy(run_deployed_crew)  # `with_options` would read the signature again, which takes 15 ms
     own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, request.inputs, options.idempotency_key)
-    stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from")
+    stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from", "session")
     stored["review"] = "form" if options.review == "form" else None
     return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(request.inputs), **stored)
 
@@ -213,6 +218,9 @@ async def run_deployed_crew(
     restore_from: Annotated[
         str | None, Field(description="The id (a UUID) of a saved state of a CrewAI Flow from which the run starts.")
     ] = None,
+    session: Annotated[
+        str | None, Field(description="The session of a CrewAI Flow: the run starts from the state of its last run.")
+    ] = None,
 ) -> CrewResult:
     """Run one deployed crew. You can deploy this flow as it is; `run_crew` uses it outside of a flow."""
     try:
@@ -240,6 +248,7 @@ async def run_deployed_crew(
         wait=wait,
         review=review,
         restore_from=restore_from,
+        session=session,
     )
     own_inputs = Inputs.of(await values_of_blocks(parameters, stored.secret_inputs))
     return await run_tasks(RunRequest.of(stored, own_inputs, options))

@@ -310,6 +310,7 @@ def _like_kickoff(
     meta: Any = None,
     webhooks: Any = None,
     restore_from: Any = None,
+    session: Any = None,
     budgets: Any = (),
 ) -> _TextNow: ...
 
@@ -325,6 +326,7 @@ async def kickoff_crew(
     meta: Mapping[str, Any] | None = None,
     webhooks: Webhooks | None = None,
     restore_from: str | UUID | None = None,
+    session: str | None = None,
     budgets: Sequence[Budget] = (),
 ) -> str:
     """Kick a crew off, or find the run that its key already has, and return the kickoff id.
@@ -335,6 +337,7 @@ async def kickoff_crew(
         InvalidInputsError: Inputs are missing or unknown; nothing was started.
         IdempotencyConflictError: The key belongs to another run; nothing was started.
         BudgetExceededError: A budget has no room for another run; nothing was started.
+        SessionBlockedError: An earlier turn of the session is uncertain or lost; nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started; the kickoff is not sent again.
         CrewConnectionError, RateLimitedError, ServerError: The run surely did not start; Prefect retries this.
         PrefectAwayError: The Prefect API did not answer, so nothing was started; Prefect retries this.
@@ -353,6 +356,7 @@ async def kickoff_crew(
         meta=meta,
         webhooks=webhooks,
         restore_from=restore_from,
+        session=session,
         budgets=budgets,
     )
     request = RunRequest.of(under_budgets(await load_crew(crew), options.budgets), own_inputs, options)

@@ -26,13 +26,14 @@ from prefect_crew.exceptions import (
     DatasetError,
     InvalidInputsError,
     KickoffUncertainError,
+    SessionBlockedError,
 )
 
 OTHER, ROWS, CLOSED_PIPE, TERMINATED = 1, 6, 141, 143
 CODES: Mapping[int, Sequence[type[BaseException]]] = {
     2: (CycloptsError, ConfigurationError, InvalidInputsError, DatasetError),
     3: (CrewFailedError, CrewStoppedError, CrewLostError),
-    4: (KickoffUncertainError,),
+    4: (KickoffUncertainError, SessionBlockedError),
     5: (CrewTimeoutError,),
     ROWS: (BatchFailedError, BadRowsError),
     130: (KeyboardInterrupt,),

@@ -66,6 +66,7 @@ def run(
     name: str | None = None,
     force_new: bool = False,
     restore_from: str | None = None,
+    session: str | None = None,
     allow_extra: bool = False,
     timeout: Timeout = None,
     yes: Yes = False,
@@ -78,6 +79,7 @@ def run(
         name: A name for the run, shown in task names. Without --key, it is part of the idempotency key.
         force_new: Start a new run even if the key has one.
         restore_from: The id of a saved state of a CrewAI Flow, from which the run starts.
+        session: A session of a CrewAI Flow: the run starts from the state of the session's last completed run.
         allow_extra: Also send inputs that the crew does not name.
     """
     values = gather_inputs(inputs, input_file)
@@ -109,6 +111,7 @@ def run(
                 idempotency_key=key,
                 force_new=force_new,
                 restore_from=restore_from,
+                session=session,
                 wait=wait_policy(loaded_crew, timeout),
             )
             answer = await run_loaded_crew(loaded_crew, values, options)

@@ -261,17 +261,8 @@ def ago(since: datetime) -> str:
 
 SHOWN = {
     *("idempotency_key", "attempt", "crew", "crew_url", "kickoff_id", "state", "error", "reason", "inputs_digest"),
-    *(
-        "claimed_at",
-        "kicked_off_at",
-        "ended_at",
-        "human_since",
-        "human_task",
-        "flow_run_id",
-        "usage",
-        "cost",
-        "crew_version",
-    ),
+    *("claimed_at", "kicked_off_at", "ended_at", "human_since", "human_task", "flow_run_id", "usage", "cost"),
+    *("session", "turn", "crew_version"),
 }
 """Fields of a record that JSON has."""
 

@@ -44,6 +44,7 @@ class Inputs:
         secret_texts: Texts that are secret wherever they appear in an input.
         as_json: Whether the crew takes JSON values instead of text.
         restore_from: The id of the Flow state from which the run starts.
+        session: The session of Flow runs to which the run belongs.
     """
 
     values: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Inputs:
     secret_texts: tuple[SecretStr, ...] = ()
     as_json: bool = False
     restore_from: str | None = None
+    session: str | None = None
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any] | Inputs | None) -> Inputs:
@@ -73,6 +75,10 @@ class Inputs:
     def keep_secret(self, names: Iterable[str], texts: Iterable[SecretStr] = ()) -> Inputs:
         """Return a copy with further secret inputs and secret texts."""
         return replace(self, secret=self.secret.union(names), secret_texts=(*self.secret_texts, *texts))
+
+    def with_state(self, state_id: str) -> Inputs:
+        """Return a copy with the id of a Flow's state among the inputs."""
+        return replace(self, values=Unshown({**self.values, STATE_ID: state_id}))
 
     @cached_property
     def encoded(self) -> Mapping[str, Any]:
@@ -110,7 +116,8 @@ class Inputs:
 
     @cached_property
     def digest(self) -> str:
-        """32 hex digits of the SHA-256 of `restore_from` and the inputs that are not secret, as text, in any order.
+        """32 hex digits of the SHA-256 of `restore_from`, `session` and the inputs that are not secret, as text, in any
+        order.
 
         It contains no secrets, so that a flow that fetches a new token for each attempt reattaches to its run.
         """
@@ -118,6 +125,8 @@ class Inputs:
         text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         if self.restore_from is not None:
             text += f"\nrestoreFromStateId:{self.restore_from}"  # JSON without indentation contains no line break
+        if self.session is not None:
+            text += f"\nsession:{self.session}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def shown(self, redact: Redactor) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
+from uuid import uuid4
 
 import yaml
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
@@ -21,7 +22,7 @@ from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
 from prefect_crew.devserver._runs import Outcome, Program, ProgramError, Run
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
-_OF_RUN = {"tasks", "previous", "kickoff_id", "feedback", "round"}
+_OF_RUN = {"tasks", "previous", "kickoff_id", "feedback", "round", "state"}
 _SCOPE = {"inputs", *_OF_RUN, *cast("dict[str, Any]", _JINJA.globals)}  # pyright: ignore[reportUnknownMemberType]
 """Names that a template sees, with the names of the inputs, but for an input whose name is in `_OF_RUN`."""
 BUNDLED = ("echo", "travel")
@@ -81,7 +82,8 @@ class CrewScript(_Part):
     name: str = Field(min_length=1, description="Name of the crew.")
     description: str | None = Field(default=None, description="Description of the crew.")
     flow: bool = Field(
-        default=False, description="Whether it is a Flow: its input `id` must be a UUID, and its end is streamed."
+        default=False,
+        description="Whether it is a Flow: its input `id` must be a UUID, its end is streamed, and it keeps a `state`.",
     )
     inputs: list[Annotated[InputSpec, BeforeValidator(_as_input, json_schema_input_type=str | InputSpec)]] = Field(
         default_factory=list[InputSpec], description="Names of the inputs, or more about each."
@@ -125,7 +127,10 @@ def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 class ScriptedProgram:
-    """Runs a script. Its seconds are divided by `speed`: 10 is ten times as fast, `float("inf")` takes no time."""
+    """Runs a script. Its seconds are divided by `speed`: 10 is ten times as fast, `float("inf")` takes no time.
+
+    `states` has the states of a Flow by their ids, as CrewAI's `@persist` keeps them: after each task.
+    """
 
     def __init__(self, script: CrewScript, *, speed: float = 1.0) -> None:
         if not speed > 0:
@@ -134,6 +139,7 @@ class ScriptedProgram:
         self.speed = speed
         self.name = script.name
         self.flow = script.flow
+        self.states: dict[str, dict[str, Any]] = {}
 
     def inputs(self) -> list[CrewInput]:
         return [CrewInput(**spec.model_dump()) for spec in self.script.inputs]
@@ -145,7 +151,9 @@ class ScriptedProgram:
         script = self.script
         inputs = {spec.name: "" if spec.default is None else spec.default for spec in script.inputs} | dict(run.inputs)
         results: dict[str, TaskResult] = {}
+        state = self._state_of(run)
         scope: dict[str, Any] = {**inputs, "inputs": inputs, "tasks": results, "previous": "", "kickoff_id": run.id}
+        scope["state"] = state
         run.plan([task.name for task in script.tasks])
         for call in script.calls.items():
             run.listener(run, "called", call)
@@ -156,11 +164,22 @@ class ScriptedProgram:
                 run.usage = script.usage  # a crew that failed has used its tokens as well
                 raise
             scope["previous"] = result.output
+            if self.flow:
+                self.states[state["id"]] = {**state, **inputs, "id": state["id"], "output": result.output}
             run.task_ended(result)
         last = results[script.tasks[-1].name]
         data = last.data if script.data is None else _render_data(script.data, scope, "data")
         text = (last.output or "") if script.output is None else _render(script.output, scope, "output")
         return Outcome(output=text or _text_of(data), data=data, usage=script.usage)
+
+    def _state_of(self, run: Run) -> dict[str, Any]:
+        """Return the state from which a run starts: a copy of the state to restore, else its own of before, else none.
+
+        As in CrewAI, a state that is not known gives no error. `turn` counts the runs of a chain of states.
+        """
+        own = str(run.inputs.get("id") or uuid4())
+        before = self.states.get(str(run.restore_from)) or self.states.get(own) or {"turn": 0, "output": ""}
+        return {**before, "id": own, "turn": before["turn"] + 1}
 
     async def _reviewed(self, run: Run, task: TaskSpec, scope: Mapping[str, Any]) -> TaskResult:
         feedback, round_ = "", 0

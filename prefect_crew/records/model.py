@@ -109,6 +109,8 @@ class Outcome(BaseModel):
     """The digest of the crew's definition that was deployed, as the process that started the run knew it."""
     estimates: dict[str, int] | None = None
     """The estimate of the run in each counter of a budget: slots by the counter's name."""
+    turn: int | None = None
+    """The number of the run in its session, known from the permit on."""
 
     @property
     def used(self) -> dict[str, float]:
@@ -191,6 +193,8 @@ class RunRecord(Outcome):
     """The fingerprint of the secret inputs: a later call with the same values can mask them."""
     has_webhooks: bool = False
     """Whether the kickoff asked for webhooks to this package's receiver."""
+    session: str | None = None
+    """The session of Flow runs to which the run belongs (records/sessions.py)."""
 
     # The store fills these fields when it reads the record; the Variable does not contain them.
     ref: str | None = Field(default=None, exclude=True)
@@ -201,6 +205,10 @@ class RunRecord(Outcome):
     """Seconds from the last change of the claim or of one of its entries to this read, by the store's clock."""
     strongest: Entry | None = Field(default=None, exclude=True)
     """The entry with the highest rank (`fold`). Callers write to it until the run ends."""
+    state_id: str | None = Field(default=None, exclude=True)
+    """The id that the run of a session pins for its state; set by the owner when it takes the turn."""
+    restored: str | None = Field(default=None, exclude=True)
+    """The id of the state from which the run of a session starts; set with `state_id`."""
     open_for: float = Field(default=0.0, exclude=True)
     """Seconds for which the owner may still send the kickoff or have it on its way, by the store's clock; else 0."""
 
@@ -277,7 +285,8 @@ def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecor
             phase = strongest.phase
     if phase not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):
         update["open_for"] = 0.0
-    return record.model_copy(update={**update, "estimates": held.estimates})
+    turn = next((entry.turn for entry in entries if entry.turn is not None), record.turn)
+    return record.model_copy(update={**update, "estimates": held.estimates, "turn": turn})
 
 
 def resolution(record: RunRecord, phase: RecordPhase, **facts: Any) -> dict[str, Any]:

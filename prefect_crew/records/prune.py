@@ -25,6 +25,7 @@ from prefect.client.schemas.objects import TERMINAL_STATES
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.records.budgets import delete_past_counters
 from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.sessions import has_last_turn, passed_turns
 from prefect_crew.records.store import PrefectRecords, claims_named_in
 from prefect_crew.records.variables import PAGE as VARIABLES
 from prefect_crew.records.variables import (
@@ -219,7 +220,8 @@ async def prune(
         )
         kept += len(records) - len(going)
         if not dry_run:
-            leftovers = {*await without_claim(claims_named_in(old))}
+            passed = {variable.id for variable in await passed_turns(old)}
+            leftovers = {*await without_claim(claims_named_in(old)), *passed}
             for ref in leftovers:
                 await delete_variable(ref)
             walk.deleted(variable for variable in old if variable.id in leftovers)
@@ -240,6 +242,8 @@ async def _prune_key(store: PrefectRecords, key: str, older_than: timedelta, wal
     A caller that read the attempts before, and claims the key now, finds them gone in `confirm`, and decides again.
     """
     attempts = await store.attempts(key)
+    if await has_last_turn(attempts):
+        return 0
     # Read the flow runs again as well: somebody may have retried one since, and it asks for its runs again.
     going = prunable(attempts, older_than, await read_owners(attempts))
     if not dry_run:

@@ -383,7 +383,7 @@ class PrefectRecords:
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
         """Create the next permit of a claim. Return False if another entry has its number, or the record is gone."""
-        about = record.model_dump(include={"idempotency_key", "attempt", "owner", "estimates"})
+        about = record.model_dump(include={"idempotency_key", "attempt", "owner", "estimates", "turn"})
         if not await self._add_entry(record, Entry(good_for=good_for, **about), partial(create_variable, lease=lease)):
             return False
         # After the request and not before it: a process may sleep between the two.

@@ -38,11 +38,14 @@ from prefect_crew.records.decision import Decision, check_same_run, decide, late
 from prefect_crew.records.keys import RunIdentity, identify
 from prefect_crew.records.model import Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
 from prefect_crew.records.owners import crash_dead_owner
+from prefect_crew.records.sessions import Turn, take_turn
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
 from prefect_crew.runs.options import RunRequest
 from prefect_crew.runs.run import LiveRun, no_attempt_left
 from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked
+from prefect_crew.runs.turns import EarlierTurnError, wait_for_turn
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import is_prefect_cloud, webhooks_for
 
@@ -122,6 +125,8 @@ class _Start:
                 return decision, record
             try:
                 await self._make_sure()
+                if record.session is not None:
+                    await self._take_turn()
                 await self._post_until_taken()
             except ClaimLostError as lost:
                 self.work.raise_if_cancelled()
@@ -244,6 +249,7 @@ class _Start:
             else None,
             # In the claim: the process may die between the kickoff and the next write.
             has_webhooks=request.options.webhooks is None and bool(request.settings.webhook_url),
+            session=inputs.session,
         )
 
     async def _make_sure(self) -> None:
@@ -266,6 +272,22 @@ class _Start:
                 with self.work.uncut():
                     await add_estimates(self.request.crew, self.record)
                 self.work.raise_if_cancelled()
+
+    async def _take_turn(self) -> None:
+        """Take the next turn of the session: last, so that a refused start takes none. If this fails, give the claim
+        back.
+
+        Raises:
+            EarlierTurnError: An earlier turn is not over.
+        """
+        async with self._giving_back(self.lease):
+            with self.work.uncut():
+                earlier = await take_turn(self.record, PrefectRecords())
+            self.work.raise_if_cancelled()
+            if earlier is not None:
+                raise EarlierTurnError(earlier)
+            start = "an empty state" if self.record.restored is None else f"state {self.record.restored}"
+            run_logger().info("Session %r: turn %d starts from %s.", self.record.session, self.record.turn, start)
 
     # Post
 
@@ -354,10 +376,10 @@ class _Start:
                     "run_attempt": record.attempt,
                 }
                 kickoff_id = await self.session.client.kickoff(
-                    request.inputs,
+                    request.inputs if record.state_id is None else request.inputs.with_state(record.state_id),
                     meta=meta,
                     webhooks=webhooks,
-                    restore_from=request.inputs.restore_from,
+                    restore_from=record.restored or request.inputs.restore_from,
                     before_sending=last_look,
                 )
         except ClaimLostError:
@@ -525,19 +547,23 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
     if is_known_cancelled(flow_run_id):
         # A cancelled flow may catch the error of one wait: it must not start further runs.
         raise FlowRunCancelledError(f"Flow run {flow_run_id} was cancelled, so no run was started.")
-    slots = await _take_slot(request, identity, run.records) if crew.concurrency_limit else None
     if request.settings.webhook_url and not is_prefect_cloud(request.settings.webhook_url):
         subscribe()
-    try:
-        async with nullcontext() if slots is None else slots.kept(), run.session:
-            with withholding(run.redact):
-                decision, record = await start_run(
-                    *(request, identity, run.records, run.session),
-                    slot=None if slots is None else str(slots.lease),
-                )
-    except (CrewError, *PREFECT_ERRORS) as error:
-        await _after_failure(error, crew, key, slots)
-        raise
+    while True:
+        slots = await _take_slot(request, identity, run.records) if crew.concurrency_limit else None
+        try:
+            async with nullcontext() if slots is None else slots.kept(), run.session:
+                with withholding(run.redact):
+                    decision, record = await start_run(
+                        *(request, identity, run.records, run.session),
+                        slot=None if slots is None else str(slots.lease),
+                    )
+            break
+        except EarlierTurnError as earlier:
+            await _wait_for_turn(earlier.turn, run, request, identity, slots)
+        except (CrewError, *PREFECT_ERRORS) as error:
+            await _after_failure(error, crew, key, slots)
+            raise
     run.record, run.kickoff_id, run.is_fresh = record, str(record.kickoff_id), True
     run.owned = record.owner == identity.caller.owner
     run.is_found = not run.owned
@@ -549,6 +575,20 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
         if decision is Decision.RETURN and record.state is not CrewState.COMPLETED and had_ended:
             run.advice = no_attempt_left(crew)
     run.notify(None)
+
+
+async def _wait_for_turn(
+    turn: Turn, run: LiveRun, request: RunRequest, identity: RunIdentity, slots: Slots | None
+) -> None:
+    """Wait until an earlier turn of the session is over. In the meantime the call holds no slot."""
+    crew = request.crew
+    if slots is not None:
+        await slots.release()
+    try:
+        await wait_for_turn(turn, crew, run.records, caller=identity.caller, wait=request.options.wait)
+    except CrewError as error:
+        error.about(identity.idempotency_key, crew.label)
+        raise
 
 
 async def _after_failure(error: Exception, crew: Crew, idempotency_key: str, slots: Slots | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,12 +13,18 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from prefect_crew.budgets import Budget
 from prefect_crew.client.encoding import is_uuid
-from prefect_crew.client.inputs import Inputs, Unshown
+from prefect_crew.client.inputs import STATE_ID, Inputs, Unshown
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.model import utcnow
 from prefect_crew.settings import CrewSettings
+
+MAX_SESSION = 200
+"""Characters of the name of a session."""
+SHOWN = ("review", "restore_from", "session")
+"""The options whose text an error shows. Others may be secret, so an error shows only their type."""
 
 
 def _unshown(meta: Any) -> Any:
@@ -28,6 +35,15 @@ def _state_id(state: Any) -> Any:
     if state is None or isinstance(state, UUID) or is_uuid(state):
         return None if state is None else str(UUID(str(state)))
     raise ValueError("no UUID")
+
+
+def _session(name: Any) -> Any:
+    if not isinstance(name, str):
+        return name  # pydantic refuses it
+    name = normalize_key(name)
+    if not 0 < len(name) <= MAX_SESSION or any(unicodedata.category(letter) == "Cc" for letter in name):
+        raise ValueError("no name")
+    return name
 
 
 def _as_tuple(budgets: Any) -> Any:
@@ -65,6 +81,9 @@ class RunOptions(BaseModel):
     restore_from: Annotated[str | None, BeforeValidator(_state_id)] = Field(
         default=None, description="the UUID of a Flow's state"
     )
+    session: Annotated[str, BeforeValidator(_session), AfterValidator(_whole)] | None = Field(
+        default=None, description=f"a name of 1 to {MAX_SESSION} characters, without control characters"
+    )
     budgets: Annotated[tuple[InstanceOf[Budget], ...], BeforeValidator(_as_tuple)] = Field(
         default=(), description="Budgets, such as [Budget(max_cost=20, per='day')]"
     )
@@ -83,9 +102,16 @@ class RunOptions(BaseModel):
             ConfigurationError: An option has a value of a wrong kind. The message says which kind it takes.
         """
         try:
-            return cls(**options)
+            made = cls(**options)
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        else:
+            if made.session is not None and made.restore_from is not None:
+                raise ConfigurationError(
+                    "A session chooses the state to restore itself. Nothing was started. Leave restore_from out, or "
+                    "leave session out."
+                )
+            return made
         name = str(problem["loc"][0])
         value: Any = options[name]
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -93,8 +119,7 @@ class RunOptions(BaseModel):
                 f"{name} {value!r} holds half a character (a lone surrogate), which cannot be stored. Nothing was "
                 "started."
             )
-        # Show the text of an option that is a choice. Of other values show only the type: they may be secret.
-        quote = repr(value[:40]) if name in ("review", "restore_from") and isinstance(value, str) else None
+        quote = repr(value[:40]) if name in SHOWN and isinstance(value, str) else None
         kind = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
         kind_needed = cls.model_fields[name].description
         raise ConfigurationError(f"{name} is {quote or kind}; it has to be {kind_needed}. Nothing was started.")
@@ -121,5 +146,14 @@ class RunRequest:
 
     @classmethod
     def of(cls, crew: Crew, inputs: Inputs, options: RunOptions) -> RunRequest:
-        """Return the request for one run, with the inputs encoded and checked by the crew (`Crew.take`)."""
-        return cls(crew, crew.take(inputs, restore_from=options.restore_from), options)
+        """Return the request for one run, with the inputs encoded and checked by the crew (`Crew.take`).
+
+        Raises:
+            ConfigurationError: The inputs have an `id`, and the options a session.
+        """
+        if options.session is not None and STATE_ID in inputs.values:
+            raise ConfigurationError(
+                f"The input {STATE_ID!r} names the state of a Flow, and session {options.session!r} names it itself. "
+                f"Nothing was started. Leave the input {STATE_ID!r} out, or leave session out."
+            )
+        return cls(crew, crew.take(inputs, restore_from=options.restore_from, session=options.session), options)

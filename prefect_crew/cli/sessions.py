@@ -1,0 +1,76 @@
+"""The commands `sessions`: list the sessions of Flows, and show the turns of one."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from prefect_crew.cli import _output
+from prefect_crew.cli._options import Output
+from prefect_crew.cli.runs import ago, look_at, todo
+from prefect_crew.exceptions import CrewError
+from prefect_crew.records.sessions import Turn, last_turn, latest_turns, record_of, sessions
+from prefect_crew.records.store import PrefectRecords
+
+app = App(name="sessions")
+SHOWN = 20
+"""The number of turns that `inspect` shows."""
+
+
+async def _looked_at(turn: Turn) -> dict[str, Any]:
+    """Return the facts about a turn, with the state of its run."""
+    records = PrefectRecords()
+    record = await record_of(turn, records)
+    facts = {**turn.model_dump(mode="json", exclude={"version"}), "run_state": "not-started", "todo": ""}
+    if record is not None:
+        line = await look_at(record, records)
+        since, next_step = line.since.isoformat(), todo(record, line.condition)
+        facts |= {"run_state": line.word, "since": since, "ago": ago(line.since), "todo": next_step}
+        facts |= {"kickoff_id": record.kickoff_id, "completed_state": turn.completed_state(record)}
+    return facts
+
+
+@app.command
+async def ls(*, output: Output = None) -> None:
+    """List the sessions, each with its last turn."""
+    firsts = sorted([turn async for turn in sessions()], key=lambda turn: (turn.session, turn.crew))
+    turns = [await _looked_at(await last_turn(turn.crew_url, turn.session) or turn) for turn in firsts]
+    names = ("session", "crew", "number", "run_state", "ago")
+    rows = [[str(turn.get(name, "")) for name in names] for turn in turns]
+    titles = ("Session", "Crew", "Turns", "The last one", "Since")
+    _output.put_rows(titles, rows, empty="No session is on record.", json=output and turns)
+
+
+@app.command
+async def inspect(
+    session: Annotated[str, Parameter(name="SESSION", help="The name of the session.")], /, *, output: Output = None
+) -> None:
+    """Show the last turns of a session: their runs, their states, and the next step of a person."""
+    firsts = [turn async for turn in sessions() if turn.session == session]
+    if not firsts:
+        raise CrewError(f"No session {session!r} is on record. To list them: prefect-crew sessions ls.")
+    of_crews: list[dict[str, Any]] = []
+    for first in firsts:
+        last = await last_turn(first.crew_url, session) or first
+        turns = [await _looked_at(turn) for turn in await latest_turns(last, SHOWN)]
+        of_crews.append({"session": session, "crew": first.crew, "crew_url": first.crew_url, "turns": turns})
+    if output:
+        _output.put_json(of_crews)
+        return
+    for facts in of_crews:
+        _put(facts)
+
+
+def _put(session: dict[str, Any]) -> None:
+    last = session["turns"][-1]
+    _output.put(f"{session['session']}: {last['number']} turns of crew {session['crew']}")
+    state = last.get("completed_state", last["restored"])
+    _output.put(f"  The last completed state: {state or 'none, so the next turn starts empty'}")
+    rows = [
+        (str(turn["number"]), turn["run_state"], turn["idempotency_key"], turn["state_id"]) for turn in session["turns"]
+    ]
+    _output.put_rows(("Turn", "State", "Run", "State id"), rows, empty="")
+    if last["todo"]:  # the turns before are over
+        _output.put(f"Turn {last['number']}, run {shlex.quote(last['idempotency_key'])}: {last['todo']}")

@@ -1,0 +1,193 @@
+"""The turns of a session: the order of its runs, and the state from which the next run starts.
+
+A session belongs to one crew. `crew_turn_SESSION_NUMBER` is a Variable that gives one claim the turn of this number:
+of two callers that create it, one succeeds. It names the claim, the id of the state that the run pins, and the state
+of the last turn before that completed. Nobody changes it. A turn is over once its claim has ended, or surely started
+nothing. Only then a caller creates the next turn. So two turns of a session are never in flight.
+
+The last turn is found by exact names. A first request asks for 1 to 49, for each fiftieth turn, and so on; one request
+more for each power of 50 that the number has reached. Pruning keeps the turns that lead there (`is_passed`), and the
+record of the last turn.
+
+Everything here raises one of PREFECT_ERRORS if the Prefect API cannot be reached or refuses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import ClassVar
+from uuid import NAMESPACE_URL, uuid5
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from prefect_crew.exceptions import SessionBlockedError, UnreadableRecordError
+from prefect_crew.records.model import RECORD_VERSION, RecordPhase, RecordStore, RunRecord, digest
+from prefect_crew.records.variables import PAGE, Variable, create_variable, read_exact, read_pages
+from prefect_crew.states import CrewState
+
+BASE = 50
+STEPS = tuple(BASE**level for level in range(4))
+"""The first request asks for 49 multiples of each step: 196 names. A session has at most 50 ** 4 - 1 turns."""
+TAG = "prefect-crew-session"
+"""The tag of each first turn, which is never pruned: by it a list finds the sessions."""
+TURN_TAG = "prefect-crew-turn"
+_NAME = re.compile(r"crew_turn_([0-9a-f]{32})_(\d+)")
+
+
+class Turn(BaseModel):
+    """One turn: the value of its Variable.
+
+    `claim` is the id of the claim, which is the attempt `attempt` at `idempotency_key`. `state_id` is the id of the
+    state that its run pins, `restored` the state from which it starts, None for an empty one.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
+
+    version: int = RECORD_VERSION
+    session: str
+    number: int
+    crew: str
+    crew_url: str
+    idempotency_key: str
+    attempt: int
+    claim: str
+    state_id: str
+    restored: str | None = None
+
+    def completed_state(self, record: RunRecord | None) -> str | None:
+        """Return the state of the last completed turn, by the record of this turn, which is over."""
+        return self.state_id if record is not None and record.state is CrewState.COMPLETED else self.restored
+
+
+def is_over(record: RunRecord | None) -> bool:
+    """Return whether the claim of a turn has ended or surely started nothing. None: it was given back, or pruned."""
+    return record is None or record.phase in (RecordPhase.ENDED, RecordPhase.NOT_STARTED)
+
+
+def _name(crew_url: str, session: str, number: int) -> str:
+    return f"crew_turn_{digest(f'{crew_url} {session}')}_{number}"
+
+
+def _step(number: int) -> int:
+    """Return the largest step of which a number is a multiple."""
+    return next(step for step in reversed(STEPS) if number % step == 0)
+
+
+def _turn_in(variable: Variable) -> Turn:
+    try:
+        turn = Turn.model_validate(variable.value)
+    except ValidationError:
+        turn = None
+    if turn is None or turn.version > RECORD_VERSION:
+        raise UnreadableRecordError(
+            f"The Variable {variable.name} should hold a turn of a session, and this version cannot read it. Nothing "
+            "was started. Upgrade prefect-crew if a later version wrote it; else delete the Variable."
+        )
+    return turn
+
+
+async def _read_turns(crew_url: str, session: str, numbers: Iterable[int]) -> list[Turn]:
+    """Return the existing turns of these numbers, the first one first."""
+    variables = await read_exact([_name(crew_url, session, number) for number in numbers])
+    return sorted(map(_turn_in, variables), key=lambda turn: turn.number)
+
+
+async def last_turn(crew_url: str, session: str) -> Turn | None:
+    """Return the last turn of a session, None if it has none. Raises UnreadableRecordError."""
+    last, at, steps = None, 0, STEPS
+    while steps:
+        turns = await _read_turns(crew_url, session, [at + step * n for step in steps for n in range(1, BASE)])
+        last = turns[-1] if turns else last
+        at = at if last is None else last.number
+        steps = () if not turns else tuple(step for step in steps if step < _step(at))
+    return last
+
+
+async def record_of(turn: Turn, records: RecordStore) -> RunRecord | None:
+    """Return the claim of a turn, None if it is gone."""
+    attempts = await records.attempts(turn.idempotency_key)
+    return next((attempt for attempt in attempts if attempt.ref == turn.claim), None)
+
+
+async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
+    """Give a claim the next turn of its session. Return None, or the turn that has to be over before.
+
+    Raises:
+        SessionBlockedError: The session has no number left.
+    """
+    session = str(record.session)
+    last = await last_turn(record.crew_url, session)
+    before = None if last is None else await record_of(last, records)
+    if last is not None and not is_over(before):
+        return last
+    number = 1 if last is None else last.number + 1
+    if number >= BASE ** len(STEPS):
+        key, advice = record.idempotency_key, "Begin another session."
+        raise SessionBlockedError(
+            session=session, turn=number - 1, run=key, reason="it has no number left", advice=advice
+        )
+    turn = Turn(
+        session=session,
+        number=number,
+        crew=record.crew,
+        crew_url=record.crew_url,
+        idempotency_key=record.idempotency_key,
+        attempt=record.attempt,
+        claim=str(record.ref),
+        state_id=str(uuid5(NAMESPACE_URL, f"{record.crew_url}/{session}/{number}/{record.ref}")),
+        restored=None if last is None else last.completed_state(before),
+    )
+    name = _name(record.crew_url, session, number)
+    tags = [TURN_TAG, TAG] if number == 1 else [TURN_TAG]
+    if await create_variable({"name": name, "value": turn.model_dump(mode="json"), "tags": tags}) is None:
+        # Another caller's, or our own: Prefect's client repeats a request whose answer was lost.
+        taken = await _read_turns(record.crew_url, session, [number])
+        if not taken:
+            return await take_turn(record, records)  # somebody has deleted it
+        if taken[0].claim != turn.claim:
+            return taken[0]
+    record.turn, record.state_id, record.restored = number, turn.state_id, turn.restored
+    return None
+
+
+# Lists and pruning
+
+
+async def sessions() -> AsyncIterator[Turn]:
+    """Yield the first turn of each session. One scan of the server's Variables, so only for people."""
+    async for page in read_pages({"tags": {"all_": [TAG]}}):
+        for variable in page:
+            yield _turn_in(variable)
+
+
+async def latest_turns(last: Turn, count: int) -> list[Turn]:
+    """Return the last turns of a session that are on record, the first one first."""
+    numbers = range(max(1, last.number - min(count, PAGE) + 1), last.number + 1)
+    return await _read_turns(last.crew_url, last.session, numbers)
+
+
+async def has_last_turn(records: Iterable[RunRecord]) -> bool:
+    """Return whether one of some records has the last turn of its session: it says how the session goes on."""
+    for record in records:
+        if record.session is not None and record.turn is not None:
+            following = await read_exact([_name(record.crew_url, record.session, record.turn + 1)])
+            if not following:
+                return True
+    return False
+
+
+async def passed_turns(variables: Sequence[Variable]) -> list[Variable]:
+    """Return the turns among some Variables by which nobody looks for the last turn any more.
+
+    These are the turns after which the same step has a further turn. The first turn stays, for lists.
+    """
+    following = dict[str, str]()
+    for variable in variables:
+        if (name := _NAME.fullmatch(variable.name)) is not None and (number := int(name[2])) > 1:
+            following[variable.id] = f"crew_turn_{name[1]}_{number + _step(number)}"
+    names = sorted({*following.values()})
+    existing = set[str]()
+    for start in range(0, len(names), PAGE):
+        existing |= {variable.name for variable in await read_exact(names[start : start + PAGE])}
+    return [variable for variable in variables if following.get(variable.id) in existing]
