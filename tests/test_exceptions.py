@@ -42,6 +42,7 @@ WITH_FACTS: list[CrewError] = [
     E.KickoffUncertainError(idempotency_key="daily", reason="timeout. Look.", sent={"crew": "travel"}),
     E.IdempotencyConflictError(idempotency_key="daily", difference="other inputs", kickoff_id="k1"),
     E.TooManyAttemptsError(idempotency_key="daily", attempts=64),
+    E.SessionBlockedError(session="c-42", turn=3, run="daily", reason="it is odd.", advice="Look."),
     E.BudgetExceededError(**BUDGET, measure="cost", estimate=0.4, resets_at=datetime(2026, 11, 27, tzinfo=UTC)),
     E.BudgetExceededError(**BUDGET, measure="kickoffs", estimate=1),
     E.BudgetExceededError(**BUDGET, measure="tokens", estimate=800.0, on_limit="warn"),

@@ -10,6 +10,7 @@ import pytest
 
 from prefect_crew.devserver import CrewServer
 from support.commands import TOKEN, Command, Finished, outside
+from support.scripts import JOURNAL
 
 SCRIPTS = {
     "greet": """
@@ -34,6 +35,7 @@ tasks:
   - {name: draft, seconds: 0.05, output: "draft {{ round }} for {{ who }}", human: true}
   - {name: send, seconds: 0.05, output: "sent to {{ who }}"}
 """,
+    "journal": JOURNAL,
     "slow": """
 name: slow
 inputs: [who]

@@ -33,6 +33,7 @@ COMMANDS = {
     "": ["demo", "init", "serve", "doctor", "run", "result", "inputs", "costs", "deploy", "backfill", "docs"],
     "runs": ["ls", "inspect", "cancel", "resolve", "prune"],
     "reviews": ["ls", "inspect", "approve", "reject"],
+    "sessions": ["inspect", "ls"],
     "batch": ["run", "plan", "ls", "inspect", "failures", "retry", "resume", "cancel", "export"],
     "crews": ["save", "ls", "inspect"],
     "automations": ["apply", "ls", "delete"],

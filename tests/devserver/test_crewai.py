@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from prefect_crew import run_crew
 from prefect_crew.devserver import CrewServer, ProgramError, ProgramNotFoundError, Run, load_program
 from support.environment import isolated
 from support.servers import Serve, finished, kickoff
@@ -149,6 +150,14 @@ def test_a_flow_starts_from_the_state_to_restore(crew: Serve) -> None:
     state = json.loads(finished(client, kickoff(client))["result"])["id"]
     again = kickoff(client, restoreFromStateId=state)
     assert json.loads(finished(client, again)["result"])["count"] == 2
+
+
+def test_a_session_of_a_flow_that_persists(crew: Serve, prefect_api: object, instant_polling: None) -> None:
+    server, _ = crew("Counting")
+    results = [run_crew(server.crew(), session="a") for _ in range(3)]
+    assert [result.data["count"] for result in results] == [1, 2, 3]
+    assert [result.data["id"] for result in results] == [run.inputs["id"] for run in server.runs]
+    assert run_crew(server.crew(), session="b").data["count"] == 1
 
 
 def test_methods_at_the_same_time(crew: Serve) -> None:

@@ -14,6 +14,7 @@ import pytest
 from prefect_crew.client.models import TaskResult, TokenUsage
 from prefect_crew.devserver import Answer, Outcome, ProgramError, Run, load_program, load_script
 from prefect_crew.devserver._scripts import BUNDLED, CrewScript, ScriptedProgram
+from support.scripts import JOURNAL
 
 # Reading
 
@@ -131,6 +132,31 @@ def test_tasks_see_inputs_and_earlier_tasks() -> None:
         ("step", ("tool", "b", "web")),
         ("task_ended", "first", "Hello Ann"),
     ]
+
+
+def test_a_flow_keeps_its_states() -> None:
+    program = load_program(JOURNAL)
+    states: dict[str, Any] = program.states  # pyright: ignore[reportAttributeAccessIssue]
+
+    def write(note: str, id_: str, restore_from: str | None = None) -> str:
+        own = Run({"note": note, "id": id_}, restore_from=restore_from)
+        return asyncio.run(program.execute(own)).output
+
+    assert write("tea", "a") == "1 tea"
+    assert write("rain", "b", "a") == "2 rain after 1 tea"
+    assert write("sun", "c", "a") == "2 sun after 1 tea"
+    assert write("bread", "c") == "3 bread after 2 sun after 1 tea", "an id that was used before is its own state"
+    assert write("new", "d", "unknown") == "1 new"
+    assert {name: (state["id"], state["note"]) for name, state in states.items()} == {
+        "a": ("a", "tea"),
+        "b": ("b", "rain"),
+        "c": ("c", "bread"),
+        "d": ("d", "new"),
+    }
+    with pytest.raises(ProgramError):
+        write("bad", "e", "a")
+    assert states["e"]["turn"] == 2, "a Flow that fails has stored what it had done"
+    assert states["a"]["output"] == "1 tea", "a state to restore is copied"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["POINTS", "Kill", "arm", "arm_from"]
+__all__ = ["POINTS", "Kill", "arm", "arm_from", "die_after"]
 
 HOOKS = {
     "open": ("prefect_crew.tasks", "kick_off"),
@@ -26,6 +26,7 @@ HOOKS = {
     "claim": ("prefect_crew.records.store", "PrefectRecords.claim"),
     "confirm": ("prefect_crew.records.store", "PrefectRecords.confirm"),
     "permit": ("prefect_crew.records.store", "PrefectRecords.permit"),
+    "turn": ("prefect_crew.runs.kickoff", "take_turn"),
     "name": ("prefect_crew.records.store", "PrefectRecords._name_kickoff"),
     "inputs": ("prefect_crew.client._client", "CrewClient.inputs"),
     "kickoff": ("prefect_crew.client._client", "CrewClient.kickoff"),
@@ -143,9 +144,7 @@ def _wrapped(function: Any, kill: Kill) -> Any:
         if kill.when == "before":
             _die()
         if kill.when == "during":
-            timer = threading.Timer(kill.delay, _die)
-            timer.daemon = True
-            timer.start()
+            die_after(kill.delay)
         return kill.when == "after"
 
     if inspect.iscoroutinefunction(function):
@@ -169,6 +168,13 @@ def _wrapped(function: Any, kill: Kill) -> Any:
         return value
 
     return called
+
+
+def die_after(seconds: float) -> None:
+    """Make this process die after so many seconds."""
+    timer = threading.Timer(seconds, _die)
+    timer.daemon = True
+    timer.start()
 
 
 def _die() -> None:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from proof.kills import Kill, arm
+from proof.kills import Kill, arm, die_after
 
 __all__ = ["Ended", "Script", "Zygote"]
 
@@ -32,12 +32,16 @@ class Script:
         crew: Fields of its block.
         inputs, idempotency_key: As `run_crew` takes them.
         kill: Where it dies.
+        session: As `run_crew` takes it.
+        dies_after: Seconds from its start after which it dies, wherever it is then.
     """
 
     crew: Mapping[str, Any]
     inputs: Mapping[str, str]
     idempotency_key: str | None
     kill: Kill | None = None
+    session: str | None = None
+    dies_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,13 @@ def _script(script: dict[str, Any]) -> None:
     random.seed()  # the fork has its parent's
     if script["kill"]:
         arm(Kill(**script["kill"]))
+    if script["dies_after"] is not None:
+        die_after(script["dies_after"])
     kickoff.PERMIT_GOOD_FOR = 2.0  # so that a test need not wait long until it may resolve
     crew = DeployedCrew(**script["crew"])
     try:
-        result = run_crew(crew, script["inputs"], idempotency_key=script["idempotency_key"])
+        options = {name: script[name] for name in ("idempotency_key", "session")}
+        result = run_crew(crew, script["inputs"], **options)
         said = {"kickoff_id": result.kickoff_id, "output": result.output}
     except CrewError as error:
         said = {"error": type(error).__name__, "text": str(error)}

@@ -29,8 +29,8 @@ from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.tasks import stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from support.records import new_record, put
-from support.scripts import FAILS, slow
-from support.waiting import until
+from support.scripts import FAILS, JOURNAL, slow
+from support.waiting import until, wait_until
 from support.ways import WAYS
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -328,3 +328,17 @@ async def test_a_lease_is_renewed_and_its_loss_logged(
         assert "were lost" not in caplog.text
         await slots.release()  # as the server does when it has not heard of it for too long
         await until(lambda: "were lost" in caplog.text)
+
+
+async def test_a_caller_that_waits_for_its_turn_holds_no_slot(crew_server: CrewServerFactory):
+    server = crew_server(JOURNAL, speed=0.4)
+    crew = server.crew(concurrency_limit=await limit(2))
+
+    async def run(text: str, session: str) -> str:
+        return (await pc.arun_crew(crew, {"note": text}, session=session)).output
+
+    slow_turns = [asyncio.create_task(run("slow", "one")) for _ in range(2)]
+    await asyncio.to_thread(wait_until, lambda: server.runs)
+    assert await run("tea", "other") == "1 tea"
+    assert [run.inputs["note"] for run in server.runs] == ["slow", "tea"]
+    assert sorted(text[0] for text in await asyncio.gather(*slow_turns)) == ["1", "2"]

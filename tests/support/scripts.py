@@ -34,6 +34,18 @@ ASKS = script(
 """A crew that waits for a person once."""
 
 
+JOURNAL = script(
+    {
+        "output": "{{ state.turn }} {{ note }}{% if state.output %} after {{ state.output }}{% endif %}",
+        "seconds": "{{ 1.5 if note == 'slow' else 0 }}",
+    },
+    {"output": "{{ previous }}", "fail": "{{ 'the pen is broken' if note == 'bad' else '' }}"},
+    inputs=["note"],
+    flow=True,
+)
+"""A Flow that keeps a state. After "bad" it fails, and has stored a state of its own by then."""
+
+
 class Held(ScriptedProgram):
     """A crew whose runs end once `most` have begun, or after ten minutes, and each report so many tokens."""
 

@@ -75,7 +75,7 @@ def broken_promises(world: World, *, strict: bool = False) -> list[str]:
     checks = (
         *(_never_twice, _never_two_at_once, _never_lost, _certain, _own_claims, _true_results, _events),
         *(_honest_stops, _timeouts, _records, _closed_once, _withdrawals, _prunes, _starts_after_failures),
-        *(_needlessly_uncertain, _requests, _budgets),
+        *(_needlessly_uncertain, _requests, _budgets, _sessions),
     )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
     world.excusing = not strict
@@ -220,6 +220,25 @@ def _budgets(world: World) -> Iterator[str]:
         yield f"budgets: {started} runs were started, {limit} were allowed"
     if started > counted:
         yield f"budgets: {started} runs were started, {counted} are counted"
+
+
+def _sessions(world: World) -> Iterator[str]:
+    """Turns of a session come one after the other, each with a state of its own that starts from the last completed
+    one."""
+    if not world.scenario.session or _lies(world) or any(_asleep(world, key, "posting") for key in _keys(world)):
+        return
+    began, ended = world.site.accepted_at, world.site.ended_at
+    runs = sorted(world.site.runs, key=lambda run: began[run.id])
+    if len({run.inputs["id"] for run in runs}) < len(runs):
+        yield "sessions: two runs have one state"
+    last = None
+    for before, run in zip([None, *runs], runs, strict=False):
+        if before is not None and ended.get(before.id, float("inf")) > began[run.id]:
+            yield f"sessions: {run.id} was started at {began[run.id]:.2f} while {before.id} was in flight"
+        if before is not None and before.state is CrewState.COMPLETED:
+            last = before.inputs["id"]
+        if run.restore_from != last:
+            yield f"sessions: {run.id} starts from {run.restore_from}, the last completed state is {last}"
 
 
 def _true_results(world: World) -> Iterator[str]:
@@ -472,7 +491,9 @@ def _requests(world: World) -> Iterator[str]:
                 by[process].append(at)
         for process, ats in by.items():
             call = process.facts["call"]
-            most = MOST_REQUESTS[server] * (2 if call is None else call.at_once)  # prune has several records to delete
+            # A call that finds another turn in flight gives its claim back, waits, and claims again.
+            factor = 2 if world.scenario.session else 1
+            most = factor * MOST_REQUESTS[server] * (2 if call is None else call.at_once)  # prune deletes several
             busy = next((at for at, later in zip(ats, ats[most:], strict=False) if later - at < WINDOW), None)
             if busy is not None:
                 yield f"requests: {process.name} asked {server} more than {most} times in {WINDOW:g} s from {busy:.2f}"

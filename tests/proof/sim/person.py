@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.exceptions import CrewFailedError, CrewStoppedError, CrewTimeoutError, KickoffUncertainError
+from prefect_crew.exceptions import (
+    CrewFailedError,
+    CrewStoppedError,
+    CrewTimeoutError,
+    KickoffUncertainError,
+    SessionBlockedError,
+)
+from prefect_crew.records.model import RunRecord
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.records.store import PrefectRecords
 
@@ -25,10 +33,19 @@ async def resolve_truly(world: World, idempotency_key: str, said: CrewResult | B
     """
     if isinstance(said, CrewFailedError | CrewStoppedError) or (isinstance(said, CrewTimeoutError) and said.stopped):
         return True
-    if not isinstance(said, KickoffUncertainError):
+    if isinstance(said, SessionBlockedError):
+        idempotency_key = said.run
+    elif not isinstance(said, KickoffUncertainError):
         return False
     await resolve_if_allowed(world, idempotency_key)
     return True
+
+
+def _sent(inputs: Mapping[str, Any], record: RunRecord) -> Inputs:
+    """Return the inputs as the caller gave them: the session of a run adds the id of its state."""
+    if record.session is None:
+        return Inputs.of(inputs)
+    return Inputs({name: value for name, value in inputs.items() if name != "id"}, session=record.session)
 
 
 async def resolve_if_allowed(world: World, idempotency_key: str) -> None:
@@ -50,7 +67,7 @@ async def resolve_if_allowed(world: World, idempotency_key: str) -> None:
         for run in world.site.runs
         if (run.meta["idempotency_key"], run.meta["run_attempt"]) == (idempotency_key, record.attempt)
         and run.id not in held
-        and Inputs.of(run.inputs).digest == record.inputs_digest
+        and _sent(run.inputs, record).digest == record.inputs_digest
     ]
     if unknown:
         await resolve_started(record, unknown[-1], records)

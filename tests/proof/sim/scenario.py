@@ -116,6 +116,7 @@ class Scenario(_Short):
         faults: Of the crew's server, in its own text form.
         prefect_faults: Number of the request, or `write@3` for the third change of a Variable, `delete@1` for the
             first deletion, `read@2` for the second reading, and kind.
+        session: Whether all calls, of all keys, are turns of one session.
         same_id_for: Seconds for which a proxy answers each further kickoff as the first one, and starts nothing.
         outages: Start and length, in seconds, of the Prefect API being away.
         down_for: Seconds until a crew server that has crashed is back.
@@ -149,3 +150,4 @@ class Scenario(_Short):
     order: int = 0
     budget: int | None = None
     same_id_for: float = 0.0
+    session: bool = False

@@ -56,6 +56,9 @@ HANGS_AFTER = 6 * 3600.0
 """Simulated seconds after which a call that still waits is taken to hang."""
 
 
+SESSION = "customer-42"
+
+
 _nonce: contextvars.ContextVar[Nonce | None] = contextvars.ContextVar("proof_nonce", default=None)
 
 
@@ -426,6 +429,7 @@ class World:
             idempotency_key=key_of(call.key),
             force_new=call.force_new,
             meta={"nothing": float("nan")} if call.misconfigured else None,
+            session=SESSION if self.scenario.session else None,
         )
         request = RunRequest.of(self.crew, Inputs.of(inputs), options)
         pauses, run = list(TASK_RETRIES), LiveRun(self.crew)

@@ -1,0 +1,186 @@
+"""The turns of a session on a real Prefect server: the last one is found by its name, and each number is taken once."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+import pytest
+
+from prefect_crew.exceptions import SessionBlockedError, UnreadableRecordError
+from prefect_crew.records import sessions
+from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.sessions import Turn, has_last_turn, last_turn, latest_turns, passed_turns, take_turn
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.variables import Variable, create_variable, read_exact
+from prefect_crew.states import CrewState
+from support.records import new_record, put
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+RECORDS, URL = PrefectRecords(), "https://travel.test"
+
+
+def name_of(session: str, number: int) -> str:
+    return sessions._name(URL, session, number)
+
+
+async def write(session: str, *numbers: int) -> None:
+    """Write turns whose claims are gone."""
+    for number in numbers:
+        turn = Turn(
+            session=session,
+            number=number,
+            crew="travel",
+            crew_url=URL,
+            idempotency_key=f"{session}/{number}",
+            attempt=1,
+            claim=str(uuid.uuid4()),
+            state_id=str(uuid.uuid4()),
+            restored=f"state before {number}",
+        )
+        assert await create_variable({"name": name_of(session, number), "value": turn.model_dump(mode="json")})
+
+
+async def claimed(session: str, phase: RecordPhase = RecordPhase.CLAIMED, **facts: Any) -> RunRecord:
+    return await put(new_record(session=session, phase=phase, **facts))
+
+
+@pytest.fixture
+def session() -> str:
+    return f"session {uuid.uuid4()}"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "requests"),
+    [
+        ([], 1),
+        ([1], 1),
+        ([1, 49], 1),
+        ([1, 49, 50], 2),
+        ([1, 50, 51], 2),
+        ([1, 50, 99], 2),
+        ([1, 50, 100], 2),
+        ([50, 2450, 2500], 2),
+        ([2500, 2550, 2600, 2617], 3),
+        ([125_000, 127_500, 127_550, 127_551], 4),
+    ],
+    ids=str,
+)
+async def test_the_last_turn_is_found_by_names(
+    session: str, numbers: list[int], requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+
+    async def counted(names: list[str]) -> list[Variable]:
+        asked.append(len(names))
+        return await read_exact(names)
+
+    await write(session, *numbers)
+    monkeypatch.setattr(sessions, "read_exact", counted)
+    last = await last_turn(URL, session)
+    assert (last and last.number) == (numbers[-1] if numbers else None)
+    assert len(asked) == requests
+    assert max(asked) <= 200
+
+
+async def test_a_turn_starts_from_the_last_completed_one(session: str) -> None:
+    restored = list[str | None]()
+    for state in (CrewState.COMPLETED, CrewState.FAILED, CrewState.STOPPED, CrewState.UNKNOWN, CrewState.COMPLETED):
+        record = await claimed(session)
+        assert await take_turn(record, RECORDS) is None
+        restored.append(record.restored)
+        assert await RECORDS.permit(record, 10.0)
+        assert (await RECORDS.attempts(record.idempotency_key))[0].turn == record.turn == len(restored)
+        assert await RECORDS.end(record, state=state)
+    last = await last_turn(URL, session)
+    assert last is not None
+    first = (await latest_turns(last, 5))[0]
+    assert restored == [None, *[first.state_id] * 4]
+    assert uuid.UUID(first.state_id).version == 5
+    other = await claimed(session)
+    assert await take_turn(other, RECORDS) is None
+    assert other.restored not in (None, first.state_id)
+
+
+@pytest.mark.parametrize("phase", [RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.STARTED])
+async def test_a_turn_that_is_not_over_is_in_the_way(session: str, phase: RecordPhase) -> None:
+    first = await claimed(session)
+    assert await take_turn(first, RECORDS) is None
+    if phase is not RecordPhase.CLAIMED:
+        assert await RECORDS.permit(first, 10.0)
+        first.phase, first.kickoff_id = phase, f"run {session}" if phase is RecordPhase.STARTED else None
+        await RECORDS.save(first)
+    second = await claimed(session)
+    earlier = await take_turn(second, RECORDS)
+    assert earlier is not None
+    assert (earlier.number, earlier.idempotency_key) == (1, first.idempotency_key)
+    assert second.turn is None
+    assert (await last_turn(URL, session)) == earlier
+
+
+async def test_a_claim_that_was_given_back_is_over(session: str) -> None:
+    first, second = await claimed(session), await claimed(session)
+    assert await take_turn(first, RECORDS) is None
+    await RECORDS.withdraw(first)
+    assert await take_turn(second, RECORDS) is None
+    assert (second.turn, second.restored) == (2, None)
+    assert second.state_id != first.state_id
+
+
+async def test_of_callers_at_the_same_time_one_takes_the_turn(session: str) -> None:
+    records = [await claimed(session) for _ in range(8)]
+    earlier = await asyncio.gather(*(take_turn(record, RECORDS) for record in records))
+    assert sorted(record.turn or 0 for record in records) == [*[0] * 7, 1]
+    assert {turn.number for turn in earlier if turn is not None} == {1}
+
+
+async def test_a_repeated_request_takes_the_same_turn(session: str) -> None:
+    record = await claimed(session)
+    assert await take_turn(record, RECORDS) is None
+    state = record.state_id
+    # The answer was lost: Prefect's client asks again, and gets a conflict with the Variable of its own.
+    repeated, read = record.model_copy(), sessions.last_turn
+
+    async def nothing(*_: Any) -> None:
+        return None
+
+    sessions.last_turn = nothing
+    try:
+        assert await take_turn(repeated, RECORDS) is None
+    finally:
+        sessions.last_turn = read
+    assert (repeated.turn, repeated.state_id) == (1, state)
+
+
+async def test_sessions_of_two_crews_are_apart(session: str) -> None:
+    for url in (URL, "https://other.test"):
+        record = await claimed(session, crew_url=url)
+        assert await take_turn(record, RECORDS) is None
+        assert record.turn == 1
+    found = [turn.crew_url async for turn in sessions.sessions() if turn.session == session]
+    assert sorted(found) == ["https://other.test", URL]
+
+
+async def test_a_session_has_an_end(session: str) -> None:
+    most = sessions.BASE**4 - 1
+    await write(session, *[most // step * step for step in reversed(sessions.STEPS)])
+    with pytest.raises(SessionBlockedError, match="after turn 6249999: it has no number left"):
+        await take_turn(await claimed(session), RECORDS)
+
+
+@pytest.mark.parametrize("value", ["a text", {"session": 3}, {"version": 99}], ids=["text", "other", "later"])
+async def test_a_turn_that_cannot_be_read_starts_nothing(session: str, value: Any) -> None:
+    assert await create_variable({"name": name_of(session, 1), "value": value})
+    with pytest.raises(UnreadableRecordError, match=f"{name_of(session, 1)} should hold a turn of a session"):
+        await take_turn(await claimed(session), RECORDS)
+
+
+async def test_pruning_keeps_the_way_to_the_last_turn(session: str) -> None:
+    await write(session, 1, 2, 49, 50, 51, 99, 100, 101, 102)
+    variables = await read_exact([name_of(session, number) for number in range(1, 103)])
+    passed = sorted(int(one.name.rpartition("_")[2]) for one in await passed_turns(variables))
+    assert passed == [49, 50, 99, 101], "2, 51: the turn after them is gone, so they may lead somewhere"
+    other = [new_record(session=session, turn=number) for number in (101, 102)]
+    assert [await has_last_turn([record]) for record in other] == [False, True]
+    assert not await has_last_turn([new_record(session=session), new_record()])

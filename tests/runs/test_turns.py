@@ -1,0 +1,277 @@
+"""Sessions of a Flow on the dev server: what each turn remembers, who waits for whom, and what blocks a session."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from typing import Any
+from unittest import mock
+
+import pytest
+from prefect import flow
+from prefect.runtime import flow_run
+
+import prefect_crew as pc
+from prefect_crew.devserver import CrewServer
+from prefect_crew.exceptions import SessionBlockedError
+from prefect_crew.records import sessions
+from prefect_crew.records.model import Lease, RecordPhase, RunRecord
+from prefect_crew.records.resolve import in_flight, resolve_lost, resolve_never_started, unresolved
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.testing import CrewServerFactory
+from support.flow_runs import acall_in_flow
+from support.records import LONG_AGO, attempts, key, new_record, put
+from support.scripts import JOURNAL, script
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
+SESSION = "customer-42"
+RECORDS = PrefectRecords()
+
+
+@pytest.fixture
+def journal(crew_server: CrewServerFactory) -> CrewServer:
+    return crew_server(JOURNAL)
+
+
+async def note(server: CrewServer, text: str, **options: Any) -> pc.CrewResult[Any]:
+    return await pc.arun_crew(server.crew(), {"note": text}, **{"session": SESSION, **options})
+
+
+def states(server: CrewServer) -> dict[str, dict[str, Any]]:
+    return server.crews[""].program.states  # pyright: ignore[reportAttributeAccessIssue]
+
+
+async def turns(server: CrewServer, session: str = SESSION) -> list[sessions.Turn]:
+    last = await sessions.last_turn(server.url, session)
+    return [] if last is None else await sessions.latest_turns(last, 200)
+
+
+# What a turn remembers
+
+
+async def test_a_turn_starts_from_the_turn_before(journal: CrewServer) -> None:
+    outputs = [(await note(journal, text)).output for text in ("tea", "rain", "bread")]
+    assert outputs == ["1 tea", "2 rain after 1 tea", "3 bread after 2 rain after 1 tea"]
+    runs = journal.runs
+    assert [run.restore_from for run in runs] == [None, runs[0].inputs["id"], runs[1].inputs["id"]]
+    assert [run.inputs["id"] for run in runs] == [turn.state_id for turn in await turns(journal)] == [*states(journal)]
+    (record,) = await attempts((await turns(journal))[2].idempotency_key)
+    assert (record.session, record.turn) == (SESSION, 3)
+
+
+async def test_sessions_do_not_meet(journal: CrewServer) -> None:
+    await note(journal, "tea")
+    assert (await note(journal, "rain", session="other")).output == "1 rain"
+    assert (await pc.arun_crew(journal.crew(), {"note": "none"})).output == "1 none"
+    assert (await note(journal, "bread", session=f" {SESSION}\n")).output == "2 bread after 1 tea"
+
+
+async def test_a_failed_turn_is_not_built_on(journal: CrewServer) -> None:
+    await note(journal, "tea")
+    with pytest.raises(pc.CrewFailedError, match="the pen is broken"):
+        await note(journal, "bad")
+    assert len(states(journal)) == 2, "the failed turn has stored a state, too"
+    assert (await note(journal, "rain")).output == "2 rain after 1 tea"
+    assert [turn.number for turn in await turns(journal)] == [1, 2, 3]
+
+
+async def test_a_failed_turn_is_called_again_as_the_next_turn(journal: CrewServer) -> None:
+    with pytest.raises(pc.CrewFailedError):
+        await note(journal, "bad", idempotency_key=(run_key := key()))
+    await note(journal, "tea")
+    with pytest.raises(pc.CrewFailedError):
+        await note(journal, "bad", idempotency_key=run_key)
+    assert [(record.attempt, record.turn) for record in await attempts(run_key)] == [(1, 1), (2, 3)]
+    assert journal.runs[2].restore_from == journal.runs[1].inputs["id"]
+
+
+# Whose turn it is
+
+
+async def test_a_retried_flow_run_finds_its_turns(journal: CrewServer) -> None:
+    @flow(retries=1)
+    async def day() -> list[str]:
+        outputs = [(await note(journal, text)).output for text in ("tea", "tea")]
+        if flow_run.run_count == 1:
+            await note(journal, "rain", idempotency_key=key())  # somebody else goes on meanwhile
+            raise ConnectionError("the mail server is down")
+        return outputs
+
+    assert await day() == ["1 tea", "2 tea after 1 tea"]
+    assert journal.kickoffs == 3
+
+
+async def test_a_key_finds_its_turn(journal: CrewServer) -> None:
+    run_key = key()
+    first = await note(journal, "tea", idempotency_key=run_key)
+    await note(journal, "rain")
+    again = await note(journal, "tea", idempotency_key=run_key)
+    assert (again.kickoff_id, journal.kickoffs) == (first.kickoff_id, 2)
+    for other in ({"session": "other"}, {"session": None}):
+        with pytest.raises(pc.IdempotencyConflictError):
+            await note(journal, "tea", idempotency_key=run_key, **other)
+    forced = await note(journal, "tea", idempotency_key=run_key, force_new=True)
+    assert forced.output == "3 tea after 2 rain after 1 tea"
+
+
+async def test_callers_at_the_same_time_make_one_turn_each(journal: CrewServer) -> None:
+    in_flight_at_once = list[int]()
+    watch = threading.Event()
+
+    def look() -> None:
+        while not watch.wait(0.02):
+            in_flight_at_once.append(sum(not run.state.ended for run in journal.runs))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        results = await asyncio.gather(*(note(journal, "slow") for _ in range(3)))
+    finally:
+        watch.set()
+        looking.join()
+    assert max(in_flight_at_once) == 1
+    assert sorted(result.output[0] for result in results) == ["1", "2", "3"]
+    assert [turn.number for turn in await turns(journal)] == [1, 2, 3], "a caller that waits takes no turn"
+
+
+async def test_a_refused_start_takes_no_turn(journal: CrewServer) -> None:
+    for inputs in ({}, {"note": "tea", "more": "x"}):
+        with pytest.raises(pc.InvalidInputsError):
+            await pc.arun_crew(journal.crew(), inputs, session=SESSION)
+    assert await turns(journal) == []
+    assert journal.kickoffs == 0
+
+
+# What is in the way
+
+
+async def own(server: CrewServer, phase: RecordPhase, **facts: Any) -> RunRecord:
+    """Write the first turn of a session down as its caller has left it."""
+    facts = {"crew_url": server.url, "session": SESSION, "good_for": LONG_AGO, "post_deadline": 0.0, **facts}
+    record = await put(new_record(**facts))
+    assert await sessions.take_turn(record, RECORDS) is None
+    if phase is not RecordPhase.CLAIMED:
+        assert await RECORDS.permit(record, LONG_AGO, before=Lease(60.0))
+        record.phase = phase
+        await RECORDS.save(record)
+    return record
+
+
+async def test_an_uncertain_turn_blocks_its_session(journal: CrewServer) -> None:
+    record = await own(journal, RecordPhase.UNCERTAIN)
+    other = key()
+    with pytest.raises(SessionBlockedError) as caught:
+        await note(journal, "tea", idempotency_key=other)
+    assert (caught.value.turn, caught.value.run, caught.value.idempotency_key) == (1, record.idempotency_key, other)
+    command = f"prefect-crew runs resolve '{record.idempotency_key}' --kickoff-id ID, or --never-started"
+    assert f"the kickoff of run '{record.idempotency_key}' is uncertain. Nothing was started." in str(caught.value)
+    assert command in str(caught.value)
+    assert (journal.kickoffs, await attempts(other)) == (0, [])
+    assert (await note(journal, "rain", session="other")).output == "1 rain"
+    await resolve_never_started(await unresolved(record.idempotency_key, RECORDS), RECORDS)
+    assert (await note(journal, "tea", idempotency_key=other)).output == "1 tea"
+
+
+async def test_a_claim_of_a_dead_caller_is_voided(journal: CrewServer) -> None:
+    record = await own(journal, RecordPhase.CLAIMED)
+    assert (await note(journal, "tea")).output == "1 tea"
+    assert [turn.number for turn in await turns(journal)] == [1, 2]
+    (voided,) = await attempts(record.idempotency_key)
+    assert voided.phase is RecordPhase.NOT_STARTED
+
+
+async def test_a_run_that_nobody_waits_for_is_waited_for(journal: CrewServer) -> None:
+    crew = journal.crew()
+    run = await crew.atrigger({"note": "slow"}, session=SESSION, idempotency_key=(run_key := key()))
+    assert (await note(journal, "rain")).output == "2 rain after 1 slow"
+    (record,) = await attempts(run_key)
+    assert (record.kickoff_id, record.phase) == (run.kickoff_id, RecordPhase.ENDED)
+
+
+async def test_a_lost_turn_blocks_its_session(crew_server: CrewServerFactory) -> None:
+    server = crew_server(JOURNAL, faults=["status:forgotten@1"])
+    crew = server.crew(wait={"grace": 0.1})
+    run_key = key()
+    with pytest.raises(pc.CrewLostError):
+        await pc.arun_crew(crew, {"note": "slow"}, session=SESSION, idempotency_key=run_key)
+    with pytest.raises(SessionBlockedError, match=r"is not known to the server.*--lost") as caught:
+        await pc.arun_crew(crew, {"note": "tea"}, session=SESSION)
+    assert caught.value.run == run_key
+    await resolve_lost(await in_flight(run_key, RECORDS), RECORDS)
+    assert (await pc.arun_crew(crew, {"note": "tea"}, session=SESSION)).output == "1 tea"
+
+
+async def test_a_turn_that_takes_too_long_blocks_its_session(crew_server: CrewServerFactory) -> None:
+    server = crew_server(script({"seconds": 60, "output": "done"}, inputs=["note"], flow=True))
+    await server.crew().atrigger({"note": "a"}, session=SESSION)
+    with pytest.raises(SessionBlockedError, match="was still running after its running time limit of 1 s"):
+        await note(server, "b", wait=pc.WaitPolicy(timeout=1))
+    assert server.kickoffs == 1
+
+
+async def test_a_cancelled_wait_for_a_turn_starts_nothing(journal: CrewServer) -> None:
+    await journal.crew().atrigger({"note": "slow"}, session=SESSION)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(note(journal, "tea", idempotency_key=(run_key := key())), 0.7)
+    assert await attempts(run_key) == []
+    assert (await note(journal, "rain")).output == "2 rain after 1 slow"
+
+
+# Bad options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"session": ""}, "session is ''; it has to be a name of 1 to 200 characters"),
+        ({"session": " \n"}, "it has to be a name of 1 to 200 characters"),
+        ({"session": "x" * 201}, "it has to be a name of 1 to 200 characters"),
+        ({"session": "a\nb"}, r"session is 'a\\nb'; it has to be .*, without control characters"),
+        ({"session": "a\x00"}, "without control characters"),
+        ({"session": "\ud800"}, "holds half a character"),
+        ({"session": 42}, "session is a value of type int"),
+        ({"restore_from": str(uuid.uuid4())}, "A session chooses the state to restore itself"),
+    ],
+)
+async def test_bad_options_start_nothing(journal: CrewServer, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(pc.ConfigurationError, match=message) as caught:
+        await note(journal, "tea", **options)
+    assert "Nothing was started." in str(caught.value)
+    assert journal.requests.total() == 0
+
+
+async def test_an_id_of_ones_own_is_refused(journal: CrewServer) -> None:
+    with pytest.raises(pc.ConfigurationError, match=r"The input 'id' names the state of a Flow, .*Leave the input"):
+        await pc.arun_crew(journal.crew(), {"note": "tea", "id": str(uuid.uuid4())}, session=SESSION)
+    assert journal.requests.total() == 0
+
+
+@pytest.mark.parametrize("name", ["Zoë", "客户 42", "x" * 200, "a/b {c} %", "🦊"])
+async def test_any_name_is_a_session(journal: CrewServer, name: str) -> None:
+    await note(journal, "tea", session=name)
+    assert (await note(journal, "rain", session=f" {name} ")).output == "2 rain after 1 tea"
+
+
+# Other ways in
+
+
+async def test_tasks_and_deployed_flows_have_sessions(journal: CrewServer) -> None:
+    block = f"journal-{uuid.uuid4().hex[:8]}"
+    await journal.crew().save(block)
+
+    async def in_pieces() -> str:
+        kickoff_id = await pc.kickoff_crew(block, {"note": "tea"}, session=SESSION)
+        return (await pc.wait_for_crew(block, kickoff_id)).output
+
+    assert (await acall_in_flow(in_pieces))[1] == "1 tea"
+    deployed: Any = pc.crew_flow(block)
+    assert (await deployed({"note": "rain"}, session=SESSION)).output == "2 rain after 1 tea"
+    form = await asyncio.to_thread(lambda: deployed.to_deployment("x"))
+    assert form._parameter_openapi_schema.properties["session"]["title"] == "Session"
+    assert (await pc.run_deployed_crew(block, {"note": "bread"}, session=SESSION)).output.startswith("3 bread")
+
+
+async def test_a_run_without_a_session_asks_prefect_for_nothing_more(journal: CrewServer) -> None:
+    with mock.patch.object(sessions, "read_exact", side_effect=AssertionError):
+        await pc.arun_crew(journal.crew(), {"note": "tea"})
