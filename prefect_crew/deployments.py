@@ -418,7 +418,7 @@ class Form:
 
     @property
     def signature(self) -> inspect.Signature:
-        """The run form as a signature for Prefect: `inputs` with a field for each input, the idempotency key, a session."""
+        """The form as a signature for Prefect: `inputs` with a field for each input, idempotency key, session."""
         of_inputs: Any = Annotated[dict[str, Any], WithJsonSchema(self.schema)]
         kind = inspect.Parameter.KEYWORD_ONLY
         default: Any = inspect.Parameter.empty if self.required else {}
