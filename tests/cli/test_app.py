@@ -303,6 +303,8 @@ AWAY = [
     "runs cancel daily",
     "runs resolve daily --never-started --yes",
     "runs prune --older-than 30d --yes",
+    "sessions ls",
+    "sessions inspect s",
     "reviews ls",
     "reviews inspect daily",
     "reviews approve daily",
