@@ -219,7 +219,8 @@ async def run_deployed_crew(
         str | None, Field(description="The id (a UUID) of a saved state of a CrewAI Flow from which the run starts.")
     ] = None,
     session: Annotated[
-        str | None, Field(description="The session of a CrewAI Flow: the run starts from the state of its last run.")
+        str | None,
+        Field(description="The session of a CrewAI Flow: the run starts from the state of its last completed run."),
     ] = None,
 ) -> CrewResult:
     """Run one deployed crew. You can deploy this flow as it is; `run_crew` uses it outside of a flow."""

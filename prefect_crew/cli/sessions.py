@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.cli import _output
 from prefect_crew.cli._options import Output
 from prefect_crew.cli.runs import ago, look_at, todo
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import CrewError, UnreadableRecordError
+from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.sessions import Turn, last_turn, latest_turns, record_of, sessions
 from prefect_crew.records.store import PrefectRecords
 
@@ -32,13 +35,23 @@ async def _looked_at(turn: Turn) -> dict[str, Any]:
     return facts
 
 
+async def _last(first: Turn) -> dict[str, Any] | None:
+    """Return the facts about the last turn of a session; warn, and return None, if this version cannot read it."""
+    try:
+        return await _looked_at(await last_turn(first.crew_url, first.session) or first)
+    except UnreadableRecordError as problem:
+        run_logger().warning("Session %r is left out of this list: %s", first.session, problem)
+        return None
+
+
 @app.command
 async def ls(*, output: Output = None) -> None:
     """List the sessions, each with its last turn."""
     firsts = sorted([turn async for turn in sessions()], key=lambda turn: (turn.session, turn.crew))
-    turns = [await _looked_at(await last_turn(turn.crew_url, turn.session) or turn) for turn in firsts]
-    names = ("session", "crew", "number", "run_state", "ago")
-    rows = [[str(turn.get(name, "")) for name in names] for turn in turns]
+    # At the same time: reads by name that wait for one another share a request.
+    turns = [turn for turn in await asyncio.gather(*map(_last, firsts)) if turn is not None]
+    columns = ("session", "crew", "number", "run_state", "ago")
+    rows = [[str(turn.get(column, "")) for column in columns] for turn in turns]
     titles = ("Session", "Crew", "Turns", "The last one", "Since")
     _output.put_rows(titles, rows, empty="No session is on record.", json=output and turns)
 
@@ -48,13 +61,14 @@ async def inspect(
     session: Annotated[str, Parameter(name="SESSION", help="The name of the session.")], /, *, output: Output = None
 ) -> None:
     """Show the last turns of a session: their runs, their states, and the next step of a person."""
+    session = normalize_key(session)
     firsts = [turn async for turn in sessions() if turn.session == session]
     if not firsts:
         raise CrewError(f"No session {session!r} is on record. To list them: prefect-crew sessions ls.")
     of_crews: list[dict[str, Any]] = []
     for first in firsts:
         last = await last_turn(first.crew_url, session) or first
-        turns = [await _looked_at(turn) for turn in await latest_turns(last, SHOWN)]
+        turns = await asyncio.gather(*map(_looked_at, await latest_turns(last, SHOWN)))
         of_crews.append({"session": session, "crew": first.crew, "crew_url": first.crew_url, "turns": turns})
     if output:
         _output.put_json(of_crews)

@@ -34,7 +34,7 @@ Look = Callable[[str], Awaitable[CrewStatus]]
 
 
 async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
-    """Return the latest attempt at a key, which has to be uncertain, or a claim whose owner can send nothing more.
+    """Return the latest attempt at a key that is uncertain, or a claim whose owner can send nothing more.
 
     Raises:
         CrewError: The key has no attempt, or nothing to resolve, or the resolution is too early.
@@ -42,8 +42,9 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
     attempts = await records.attempts(idempotency_key)
     if not attempts:
         raise RunNotFoundError(name=idempotency_key)
-    # The same attempt that a call with the key would find.
-    record = latest_start(attempts) or attempts[-1]
+    # A forced attempt may follow an unresolved one, which still blocks its session.
+    unresolved_ones = [attempt for attempt in attempts if attempt.is_unresolved]
+    record = (unresolved_ones or [latest_start(attempts) or attempts[-1]])[-1]
     if not record.is_unresolved:
         run = record.kickoff_id
         is_now = f"run {run} is {record.state or 'started'}" if run else f"it is {record.phase}"

@@ -6,8 +6,8 @@ of the last turn before that completed. Nobody changes it. A turn is over once i
 nothing. Only then a caller creates the next turn. So two turns of a session are never in flight.
 
 The last turn is found by exact names. A first request asks for 1 to 49, for each fiftieth turn, and so on; one request
-more for each power of 50 that the number has reached. Pruning keeps the turns that lead there (`is_passed`), and the
-record of the last turn.
+more for each power of 50 that the number has reached. Pruning deletes only `passed_turns`, by which nobody looks for
+the last turn any more, and keeps the record of the last turn.
 
 Everything here raises one of PREFECT_ERRORS if the Prefect API cannot be reached or refuses.
 """
@@ -21,6 +21,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.exceptions import SessionBlockedError, UnreadableRecordError
 from prefect_crew.records.model import RECORD_VERSION, RecordPhase, RecordStore, RunRecord, digest
 from prefect_crew.records.variables import PAGE, Variable, create_variable, read_exact, read_pages
@@ -88,7 +89,7 @@ def _turn_in(variable: Variable) -> Turn:
 
 
 async def _read_turns(crew_url: str, session: str, numbers: Iterable[int]) -> list[Turn]:
-    """Return the existing turns of these numbers, the first one first."""
+    """Return the turns of these numbers that are on record, the first turn first."""
     variables = await read_exact([_name(crew_url, session, number) for number in numbers])
     return sorted(map(_turn_in, variables), key=lambda turn: turn.number)
 
@@ -110,8 +111,16 @@ async def record_of(turn: Turn, records: RecordStore) -> RunRecord | None:
     return next((attempt for attempt in attempts if attempt.ref == turn.claim), None)
 
 
+async def turn_in_the_way(crew_url: str, session: str, records: RecordStore) -> Turn | None:
+    """Return the last turn of a session if it is not over, else None."""
+    last = await last_turn(crew_url, session)
+    return None if last is None or is_over(await record_of(last, records)) else last
+
+
 async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
-    """Give a claim the next turn of its session. Return None, or the turn that has to be over before.
+    """Create the next turn of a claim's session. Return it, or the turn of another claim that has to be over before.
+
+    Return None if the Prefect API refused the name of the turn and does not show its Variable.
 
     Raises:
         SessionBlockedError: The session has no number left.
@@ -140,15 +149,10 @@ async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
     )
     name = _name(record.crew_url, session, number)
     tags = [TURN_TAG, TAG] if number == 1 else [TURN_TAG]
-    if await create_variable({"name": name, "value": turn.model_dump(mode="json"), "tags": tags}) is None:
-        # Another caller's, or our own: Prefect's client repeats a request whose answer was lost.
-        taken = await _read_turns(record.crew_url, session, [number])
-        if not taken:
-            return await take_turn(record, records)  # somebody has deleted it
-        if taken[0].claim != turn.claim:
-            return taken[0]
-    record.turn, record.state_id, record.restored = number, turn.state_id, turn.restored
-    return None
+    if await create_variable({"name": name, "value": turn.model_dump(mode="json"), "tags": tags}) is not None:
+        return turn
+    # It is another caller's, or our own: Prefect's client repeats a request whose answer was lost.
+    return next(iter(await _read_turns(record.crew_url, session, [number])), None)
 
 
 # Lists and pruning
@@ -158,7 +162,10 @@ async def sessions() -> AsyncIterator[Turn]:
     """Yield the first turn of each session. One scan of the server's Variables, so only for people."""
     async for page in read_pages({"tags": {"all_": [TAG]}}):
         for variable in page:
-            yield _turn_in(variable)
+            try:
+                yield _turn_in(variable)
+            except UnreadableRecordError as problem:
+                run_logger().warning("Left out of this list: %s", problem)
 
 
 async def latest_turns(last: Turn, count: int) -> list[Turn]:
@@ -171,8 +178,8 @@ async def has_last_turn(records: Iterable[RunRecord]) -> bool:
     """Return whether one of some records has the last turn of its session: it says how the session goes on."""
     for record in records:
         if record.session is not None and record.turn is not None:
-            following = await read_exact([_name(record.crew_url, record.session, record.turn + 1)])
-            if not following:
+            last = await last_turn(record.crew_url, record.session)
+            if last is not None and last.claim == record.ref:
                 return True
     return False
 
@@ -182,12 +189,12 @@ async def passed_turns(variables: Sequence[Variable]) -> list[Variable]:
 
     These are the turns after which the same step has a further turn. The first turn stays, for lists.
     """
-    following = dict[str, str]()
+    next_names = dict[str, str]()
     for variable in variables:
         if (name := _NAME.fullmatch(variable.name)) is not None and (number := int(name[2])) > 1:
-            following[variable.id] = f"crew_turn_{name[1]}_{number + _step(number)}"
-    names = sorted({*following.values()})
-    existing = set[str]()
+            next_names[variable.id] = f"crew_turn_{name[1]}_{number + _step(number)}"
+    names = sorted({*next_names.values()})
+    stored_names = set[str]()
     for start in range(0, len(names), PAGE):
-        existing |= {variable.name for variable in await read_exact(names[start : start + PAGE])}
-    return [variable for variable in variables if following.get(variable.id) in existing]
+        stored_names |= {variable.name for variable in await read_exact(names[start : start + PAGE])}
+    return [variable for variable in variables if next_names.get(variable.id) in stored_names]

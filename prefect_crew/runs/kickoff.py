@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from prefect_crew._internal.asyncio_tasks import OwnTask
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
-from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import count_uncertain
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate, post_deadline
@@ -38,8 +36,8 @@ from prefect_crew.records.decision import Decision, check_same_run, decide, late
 from prefect_crew.records.keys import RunIdentity, identify
 from prefect_crew.records.model import Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
 from prefect_crew.records.owners import crash_dead_owner
-from prefect_crew.records.sessions import Turn, take_turn
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.sessions import Turn, take_turn, turn_in_the_way
+from prefect_crew.runs.claims import OtherClaim, loop_ends, save, take_back_shared_id, uncertain
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
 from prefect_crew.runs.options import RunRequest
@@ -62,8 +60,6 @@ FINISH = 25.0
 cancelled process after about 30 s."""
 LEAST_DELAY = 0.1
 """Seconds, at least, before a kickoff is sent for the second time; each later pause is at least twice as long."""
-AGAIN = 0.2
-"""Seconds after which a claim of another call is read again; each later pause is twice as long, up to 2 s."""
 
 
 class ClaimLostError(Exception):
@@ -115,18 +111,19 @@ class _Start:
         while True:
             decision = await self._find_or_claim()
             record, key = self.record, self.identity.idempotency_key
-            if not self.request.is_row:
-                run_logger().info("Crew %s: %s. (key %s)", record.crew, _step_taken(decision, record), key)
+            if record.session is None or not decision.starts:
+                self._log(decision)
             if decision is Decision.UNCERTAIN:
-                raise _uncertain(record)
+                raise uncertain(record)
             if decision is Decision.REATTACH and (other := await self.records.other_holder(record)) is not None:
-                await _take_back_shared_id(record, self.records, other)
+                await take_back_shared_id(record, self.records, other)
             if not decision.starts:
                 return decision, record
             try:
                 await self._make_sure()
                 if record.session is not None:
                     await self._take_turn()
+                    self._log(decision)
                 await self._post_until_taken()
             except ClaimLostError as lost:
                 self.work.raise_if_cancelled()
@@ -141,42 +138,43 @@ class _Start:
             else:
                 return decision, record
 
+    def _log(self, decision: Decision) -> None:
+        record = self.record
+        if not self.request.is_row:
+            step = _step_taken(decision, record)
+            run_logger().info("Crew %s: %s. (key %s)", record.crew, step, record.idempotency_key)
+
     # Decide and claim
 
     async def _find_or_claim(self) -> Decision:
         """Decide by the attempts on record. `record` is then the run that was found, or our claim to start a run."""
-        if not self.request.options.force_new:
+        session = self.request.inputs.session
+        if not self.request.options.force_new and session is None:
             # The common case in one request: the key is new.
             with suppress(BudgetExceededError):  # raised for a row of a batch; a row that has a run needs no room
                 if await self._claim(()):
                     return Decision.START
             self.work.raise_if_cancelled()
-        delay, read_again = AGAIN, False
+        claim = OtherClaim(self.records)
         while True:
             attempts = await self.records.attempts(self.identity.idempotency_key)
             decision, record = await self._decide(attempts)
             if decision.starts:
+                if session is not None and (
+                    earlier := await turn_in_the_way(self.request.crew.url, session, self.records)
+                ):
+                    raise EarlierTurnError(earlier)  # nothing is written before the turn of this call has come
                 if await self._claim(attempts):
                     return decision
                 # The next pass reads the claim that has the name. The pause is for an API that refuses a name and does
                 # not show its Variable.
-                await asyncio.sleep(delay)
+                claim.read_again = False
+                await asyncio.sleep(claim.delay)
             elif record is None:
                 continue
-            elif decision is Decision.VOID:
-                reason = "the call that claimed it gave it up"
-                if await self.records.resolve(record, RecordPhase.NOT_STARTED, reason=reason):
-                    await release(record)  # the estimates in a permit of this very call
-                else:
-                    await asyncio.sleep(AGAIN)
-            elif decision is Decision.CLAIMED_ELSEWHERE:
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, 2.0)
-            elif decision is not Decision.UNCERTAIN or record.phase is not RecordPhase.CLAIMED or read_again:
+            elif await claim.is_settled(decision, record):
                 self.record = record
                 return decision
-            # The claim was read before its owner's flow run: it may have become a run in between, so read it again.
-            read_again = decision is Decision.UNCERTAIN
 
     async def _decide(self, attempts: Sequence[RunRecord]) -> tuple[Decision, RunRecord | None]:
         request, identity = self.request, self.identity
@@ -279,15 +277,22 @@ class _Start:
 
         Raises:
             EarlierTurnError: An earlier turn is not over.
+            ClaimLostError: The time of the claim is over.
         """
+        record = self.record
         async with self._giving_back(self.lease):
             with self.work.uncut():
-                earlier = await take_turn(self.record, PrefectRecords())
+                turn = await take_turn(record, self.records)
             self.work.raise_if_cancelled()
-            if earlier is not None:
-                raise EarlierTurnError(earlier)
-            start = "an empty state" if self.record.restored is None else f"state {self.record.restored}"
-            run_logger().info("Session %r: turn %d starts from %s.", self.record.session, self.record.turn, start)
+            # This call may have slept since it read the turn before. Others then went on, and if they were pruned, the
+            # number was free again.
+            if turn is None or self.lease.is_over:
+                raise ClaimLostError("its turn could not be taken in time.")
+            if turn.claim != record.ref:
+                raise EarlierTurnError(turn)
+            record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
+            start = "an empty state" if turn.restored is None else f"state {turn.restored}"
+            run_logger().info("Session %r: turn %d starts from %s.", turn.session, turn.number, start)
 
     # Post
 
@@ -385,22 +390,22 @@ class _Start:
         except ClaimLostError:
             raise
         except BaseException as error:
-            if not has_left and _loop_ends(error):
+            if not has_left and loop_ends(error):
                 raise ClaimLostError("its event loop ended before its kickoff could be sent.") from None
             if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
                 raise
             record.phase, record.reason = RecordPhase.UNCERTAIN, redact(f"{type(error).__name__}: {error}")[:500]
-            await _save(record, records.save)
+            await save(record, records.save)
             count_uncertain(record)
             if not isinstance(error, Exception):
                 raise
-            raise _uncertain(record) from error
+            raise uncertain(record) from error
         record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
         if not request.is_row:
             # Before anything else: if a later step fails, a person finds the id in a log.
             run_logger().info("Crew %s was kicked off: run %s", record.crew, kickoff_id)
-        if (other := await _save(record, records.save_started)) is not None:
-            await _take_back_shared_id(record, records, other)
+        if (other := await save(record, records.save_started)) is not None:
+            await take_back_shared_id(record, records, other)
 
     @asynccontextmanager
     async def _giving_back(self, unused: Lease | None = None) -> AsyncGenerator[None]:
@@ -440,26 +445,6 @@ def _step_taken(decision: Decision, record: RunRecord) -> str:
             return "nobody knows whether an earlier kickoff started a run. Nothing is started"
 
 
-def _uncertain(record: RunRecord) -> KickoffUncertainError:
-    """Emit the event about an uncertain kickoff, once, and return the error."""
-    reason = record.reason or "the process that sent it ended before it recorded the answer"
-    emit("uncertain", record, once=True, reason=reason)
-    return KickoffUncertainError(idempotency_key=record.idempotency_key, reason=reason, sent=record.sent)
-
-
-async def _take_back_shared_id(record: RunRecord, records: RecordStore, other: str) -> NoReturn:
-    """Raise KickoffUncertainError, because another record, whose key is `other`, holds the same kickoff id.
-
-    A proxy that caches or deduplicates requests may answer two kickoffs with one id. Only one record keeps that id.
-    """
-    run = record.kickoff_id
-    record.reason = f"the crew's server answered with run {run}, which belongs to idempotency key {other!r}"
-    record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.UNCERTAIN, None, None
-    await _save(record, records.save)
-    count_uncertain(record)
-    raise _uncertain(record)
-
-
 async def _give_back(
     record: RunRecord, records: RecordStore, error: BaseException, unused: Lease | None = None
 ) -> None:
@@ -471,51 +456,14 @@ async def _give_back(
     """
     record.phase, record.reason = RecordPhase.NOT_STARTED, f"{type(error).__name__}"
     if unused is None or record.entries:  # a claim in a ledger is its permit as well
-        await _save(record, records.save)
+        await save(record, records.save)
         await release_given_back(record, records)
     elif unused.is_over or isinstance(error, ClaimLostError):
-        await _save(record, records.save)
+        await save(record, records.save)
         await release(record)
     else:
-        await _save(record, records.withdraw)
+        await save(record, records.withdraw)
         await release(record)
-
-
-def _loop_ends(error: BaseException) -> bool:
-    """Return whether an error means that the event loop ends, and has cancelled the tasks in which anyio connects.
-
-    If all of these are cancelled, anyio creates an empty group of errors, which raises ValueError.
-    """
-    task = asyncio.current_task()
-    is_own = task is not None and task.cancelling() > 0  # somebody cancelled this task
-    return type(error) in (asyncio.CancelledError, ValueError) and not is_own
-
-
-async def _save(record: RunRecord, write: Callable[[RunRecord], Awaitable[T]]) -> T | None:
-    """Write a record by a method of its store. Repeat the write if the event loop ends, which cancels tasks only once.
-
-    If the Prefect API fails, log an error with the command that resolves the run, and return None. The record then
-    stays a claim, and later calls treat the claim as uncertain and start nothing.
-    """
-    try:
-        try:
-            return await write(record)
-        except (asyncio.CancelledError, ValueError) as error:
-            if not _loop_ends(error):
-                raise
-            return await write(record)
-    except PREFECT_ERRORS as error:
-        run_logger().error(
-            "Run %s is %s%s, and that could not be recorded (%s). Once the Prefect API is back: "
-            "prefect-crew runs resolve %s %s",
-            record.idempotency_key,
-            record.phase,
-            f", kickoff id {record.kickoff_id}" if record.kickoff_id else "",
-            type(error).__name__,
-            shlex.quote(record.idempotency_key),
-            f"--kickoff-id {shlex.quote(record.kickoff_id)}" if record.kickoff_id else "--never-started",
-        )
-        return None
 
 
 # One run for a caller
@@ -544,12 +492,12 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
         inside_own_task=inside_own_task,
     )
     key, flow_run_id = identity.idempotency_key, identity.caller.flow_run_id
-    if is_known_cancelled(flow_run_id):
-        # A cancelled flow may catch the error of one wait: it must not start further runs.
-        raise FlowRunCancelledError(f"Flow run {flow_run_id} was cancelled, so no run was started.")
     if request.settings.webhook_url and not is_prefect_cloud(request.settings.webhook_url):
         subscribe()
     while True:
+        if is_known_cancelled(flow_run_id):
+            # A cancelled flow may catch the error of one wait: it must not start further runs.
+            raise FlowRunCancelledError(f"Flow run {flow_run_id} was cancelled, so no run was started.")
         slots = await _take_slot(request, identity, run.records) if crew.concurrency_limit else None
         try:
             async with nullcontext() if slots is None else slots.kept(), run.session:
@@ -581,11 +529,13 @@ async def _wait_for_turn(
     turn: Turn, run: LiveRun, request: RunRequest, identity: RunIdentity, slots: Slots | None
 ) -> None:
     """Wait until an earlier turn of the session is over. In the meantime the call holds no slot."""
-    crew = request.crew
+    crew, policy = request.crew, request.options.wait or request.crew.wait
     if slots is not None:
         await slots.release()
     try:
-        await wait_for_turn(turn, crew, run.records, caller=identity.caller, wait=request.options.wait)
+        await wait_for_turn(
+            turn, run.crew, run.records, caller=identity.caller, policy=policy, asked_at=request.asked_at
+        )
     except CrewError as error:
         error.about(identity.idempotency_key, crew.label)
         raise

@@ -192,10 +192,12 @@ class LiveRun:
     def is_blind(self) -> bool:
         """Whether the run has secret inputs whose values are unknown here, so that no text can be masked.
 
-        A call that finds a run may have other secrets than the call that started it.
+        A call that finds a run may have other secrets than the call that started it. A later turn of a session may show
+        the secrets of an earlier one, which the Flow's state holds.
         """
         recorded = [] if self.record is None else self.record.secret_inputs
-        if self.request is None:
+        is_later_turn = self.record is not None and (self.record.turn or 0) > 1
+        if self.request is None or is_later_turn:
             return bool(self.is_unread or self.crew.secret_inputs or recorded)
         return self.is_found and bool(self.is_unread or recorded)
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
-from dataclasses import replace
+from contextlib import suppress
+from datetime import datetime
+from uuid import UUID
 
+from prefect_crew._internal.asyncio_tasks import OwnTask
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.artifacts.run import render_run
+from prefect_crew.client.models import CrewStatus
+from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, WaitPolicy
-from prefect_crew.exceptions import CrewError, SessionBlockedError
-from prefect_crew.records.budgets import release
+from prefect_crew.exceptions import (
+    CrewConnectionError,
+    CrewError,
+    CrewLostError,
+    CrewTimeoutError,
+    FlowRunCancelledError,
+    KickoffUncertainError,
+    SessionBlockedError,
+)
 from prefect_crew.records.decision import Caller, Decision, decide
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.sessions import Turn, is_over, record_of
-from prefect_crew.runs.options import RunOptions
-from prefect_crew.runs.run import LiveRun
-from prefect_crew.runs.wait import wait_for_run
-
-AGAIN = 0.2
-"""Seconds after which the claim of an earlier turn is read again; each later pause is twice as long, up to 2 s."""
+from prefect_crew.runs import stop
+from prefect_crew.runs.claims import OtherClaim, take_back_shared_id
+from prefect_crew.runs.limits import Slots
+from prefect_crew.runs.polling import Phases, Watcher, poll
+from prefect_crew.runs.run import LiveRun, close_run
+from prefect_crew.runs.wait import end_and_report
 
 
 class EarlierTurnError(Exception):
@@ -30,32 +42,33 @@ class EarlierTurnError(Exception):
 
 
 async def wait_for_turn(
-    turn: Turn, crew: Crew, records: RecordStore, *, caller: Caller, wait: WaitPolicy | None = None
+    turn: Turn, crew: Crew, records: RecordStore, *, caller: Caller, policy: WaitPolicy, asked_at: datetime
 ) -> None:
     """Wait until a turn is over. If its caller died before it could send a kickoff, void its claim.
 
+    The caller only watches: nothing that it waits with, or that befalls it, changes the run of somebody else.
+
     Raises:
-        SessionBlockedError: The turn is uncertain or lost, or did not end within the time of the policy.
+        SessionBlockedError: The turn is uncertain or lost, or was in flight for the `timeout` of the policy, counted
+            from `asked_at`.
+        FlowRunCancelledError: The caller's flow run was cancelled.
+        CrewError: The status call of the run failed. A CrewConnectionError is retried: nothing was sent.
     """
-    delay, read_again = AGAIN, False
-    names = turn.session, turn.number, turn.idempotency_key
-    run_logger().info("Session %r: this call waits for turn %d, run %s.", *names)
+    claim, bystander = OtherClaim(records), _Bystander(caller)
+    text = "Session %r: this call waits for turn %d, run %s."
+    run_logger().info(text, turn.session, turn.number, turn.idempotency_key)
     while not is_over(record := await record_of(turn, records)):
         assert record is not None  # noqa: S101  for type checkers: without a record, the turn is over
+        await bystander.check()
         ended = record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
         decision = decide(record, caller=caller, owner_ended=ended)
-        if decision is Decision.REATTACH:
-            await _wait_for_end(turn, record, crew, records, wait)
-        elif decision is Decision.VOID:
-            if await records.resolve(record, RecordPhase.NOT_STARTED, reason="the call that claimed it gave it up"):
-                await release(record)
-        elif decision is Decision.CLAIMED_ELSEWHERE:
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, 2.0)
-        elif record.phase is RecordPhase.CLAIMED and not read_again:
-            # The claim was read before its owner's flow run: it may have become a run in between.
-            read_again = True
-        else:
+        if not await claim.is_settled(decision, record):
+            continue
+        other = await records.other_holder(record) if decision is Decision.REATTACH else None
+        if decision is not Decision.REATTACH or other is not None:
+            with suppress(KickoffUncertainError):  # it is about the turn, and the error below is about this call
+                if other is not None:
+                    await take_back_shared_id(record, records, other)
             key = shlex.quote(turn.idempotency_key)
             raise _blocked(
                 turn,
@@ -63,21 +76,78 @@ async def wait_for_turn(
                 f"Look at the crew's page, then run: prefect-crew runs resolve {key} --kickoff-id ID, or "
                 "--never-started; then run again.",
             )
+        run, work = LiveRun(crew, str(record.kickoff_id), record, records=records), OwnTask()
+        try:
+            await work.run(_watch(run, turn, bystander, Phases(asked_at.timestamp()), policy, work))
+        except (CrewLostError, CrewTimeoutError) as error:
+            if not is_over(await record_of(turn, records)):
+                raise _not_over(turn, record, error) from error
 
 
-async def _wait_for_end(
-    turn: Turn, record: RunRecord, crew: Crew, records: RecordStore, wait: WaitPolicy | None
+class _Bystander(Watcher):
+    """Checks, while a caller waits for its turn, whether the caller's flow run was cancelled."""
+
+    def __init__(self, caller: Caller) -> None:
+        self._flow_run_id = caller.flow_run_id
+
+    async def on_status(self, status: CrewStatus) -> None:
+        await self.check()
+
+    async def on_error(self, error: CrewError) -> None:
+        await self.check()
+
+    async def check(self) -> None:
+        """Raise FlowRunCancelledError if the flow run was cancelled."""
+        if await stop.is_cancelled(self._flow_run_id):
+            raise FlowRunCancelledError(f"Flow run {self._flow_run_id} was cancelled, so no run was started.")
+
+
+async def _watch(
+    run: LiveRun, turn: Turn, bystander: _Bystander, phases: Phases, policy: WaitPolicy, work: OwnTask
 ) -> None:
-    """Poll the run of a turn until it has ended, whatever its end is."""
-    run = LiveRun(replace(crew, on_status=None), str(record.kickoff_id), record, records=records)
-    try:
-        await wait_for_run(run, RunOptions(idempotency_key=turn.idempotency_key, wait=wait))
-    except CrewError as error:
-        if is_over(await record_of(turn, records)):
-            return
-        run_id = shlex.quote(run.kickoff_id)
+    """Poll the run of a turn until it has ended, whatever its end is. If nobody has closed it, close it."""
+    pause = min(policy.max_interval, stop.LOOK_EVERY)
+    policy = policy.model_copy(update={"pending_timeout": None, "human_timeout": None, "max_interval": pause})
+    async with run.session:
+        with withholding(run.redact_text):
+            try:
+                status = await poll(
+                    lambda: run.session.call(lambda client: client.status(run.kickoff_id)),
+                    **run.names,
+                    policy=policy,
+                    phases=phases,
+                    watcher=bystander,
+                    first_look=True,
+                )
+            except CrewConnectionError as error:
+                error.sent = False  # of the kickoff, which Prefect may try again
+                raise
+            record = await record_of(turn, run.records)
+            if record is None or is_over(record):
+                return
+            run.record = record
+            end, report = end_and_report(run, status, record.human_seconds)
+            with work.uncut():  # after the end, the counters, the span and the event must be written too
+                is_closed = await close_run(record, run.records, end, lambda: run.view(status), report=report)
+            work.raise_if_cancelled()
+            if is_closed:
+                await run.artifact.keep(lambda: render_run(run.view(status), run.artifact.earlier))
+                await run.records.unlist(record)
+                if record.slot is not None:
+                    await Slots(run.crew, UUID(record.slot)).release()
+
+
+def _not_over(turn: Turn, record: RunRecord, error: CrewLostError | CrewTimeoutError) -> SessionBlockedError:
+    run_id = shlex.quote(str(record.kickoff_id))
+    if isinstance(error, CrewLostError):
         advice = f"To look: prefect-crew runs inspect {run_id}. If the crew's server has forgotten the run: "
-        raise _blocked(turn, str(error), f"{advice}prefect-crew runs resolve {run_id} --lost.") from error
+        return _blocked(turn, str(error), f"{advice}prefect-crew runs resolve {run_id} --lost.")
+    state = error.last_state or "unseen"
+    return _blocked(
+        turn,
+        f"run {record.kickoff_id} is still {state}, and this call has waited for {error.limit:g} s",
+        f"Call again to wait on, with a larger timeout, or stop that run: {stop.cancel_command(record)}.",
+    )
 
 
 def _blocked(turn: Turn, reason: str, advice: str) -> SessionBlockedError:

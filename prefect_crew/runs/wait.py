@@ -101,6 +101,18 @@ async def _result(waiter: _Waiter) -> CrewResult:
                     await slots.release()
 
 
+def end_and_report(run: LiveRun, status: CrewStatus, human: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the end of a run and the payload of its event, for `close_run`, masked; `human` as in `end_of`."""
+    result = None
+    if status.state is CrewState.COMPLETED and run.show == "full":
+        result = StoredResult.of(status.result())
+        if run.redact.hides(result.model_dump(mode="json")):
+            result = None
+    error = run.redact_text(status.error or "")[:500] or None
+    end = end_of(run.crew, status, human, error, result)
+    return end, {"error": error, "execution_time": status.execution_time}
+
+
 class _CancelledOnServerError(Exception):
     """This flow run was cancelled, and it has no runner that would send a signal."""
 
@@ -327,14 +339,7 @@ class _Waiter(Watcher):
             if run.owned and record.kicked_off_at is not None:  # a look since then is newer than that of the claim
                 version = known_version(run.crew.url, since=record.kicked_off_at)
                 record.crew_version = version or record.crew_version
-            result = None
-            if status.state is CrewState.COMPLETED and run.show == "full":
-                result = StoredResult.of(status.result())
-                if run.redact.hides(result.model_dump(mode="json")):
-                    result = None
-            error = run.redact_text(status.error or "")[:500] or None
-            end = end_of(run.crew, status, self.phases.human_seconds, error, result)
-            report: dict[str, Any] = {"error": error, "execution_time": status.execution_time}
+            end, report = end_and_report(run, status, self.phases.human_seconds)
             try:
                 with self.work.uncut():  # after the end, the counters, the span and the event must be written too
                     is_closed = await close_run(record, run.records, end, lambda: run.view(status), report=report)

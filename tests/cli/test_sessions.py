@@ -12,8 +12,9 @@ import pytest
 
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
-from prefect_crew.records.sessions import take_turn
+from prefect_crew.records.sessions import TAG, take_turn
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.variables import create_variable, delete_variable
 from support.commands import Command
 from support.prefect_server import PrefectServer
 from support.records import LONG_AGO, new_record, put
@@ -40,7 +41,7 @@ def test_a_session_is_run_listed_and_inspected(here: Command, journal: str, sess
     _, crew, turns, state, since = listed.split("\t")
     assert (crew, turns, state) == (journal.partition("://")[2], "3", "completed")
     assert since.endswith(" s")
-    shown = here("sessions", "inspect", session).out.splitlines()
+    shown = here("sessions", "inspect", f" {session} ").out.splitlines()
     assert shown[0] == f"{session}: 3 turns of crew {crew}"
     rows = [line.split("\t") for line in shown[3:]]
     assert [row[:2] for row in rows] == [["1", "completed"], ["2", "failed"], ["3", "completed"]]
@@ -57,7 +58,9 @@ def test_an_uncertain_turn_is_named_with_its_command(here: Command, journal: str
     async def write() -> str:
         facts: dict[str, Any] = {"crew_url": journal, "session": session, "good_for": LONG_AGO}
         record = await put(new_record(**facts))
-        assert await take_turn(record, PrefectRecords()) is None
+        turn = await take_turn(record, PrefectRecords())
+        assert turn is not None
+        record.turn = turn.number
         assert await PrefectRecords().permit(record, LONG_AGO)
         record.phase = RecordPhase.UNCERTAIN
         await PrefectRecords().save(record)
@@ -72,7 +75,21 @@ def test_an_uncertain_turn_is_named_with_its_command(here: Command, journal: str
     assert here("run", journal, "-i", "note=tea", "--session", session).out == "1 tea\n"
 
 
-def test_what_is_wrong_is_said(here: Command, journal: str) -> None:
+def test_a_turn_of_a_later_version_is_left_out(here: Command, journal: str, session: str) -> None:
+    assert here("run", journal, "-i", "note=tea", "--session", session).code == 0
+    name = f"crew_turn_{uuid.uuid4().hex}_1"
+    later = {"name": name, "value": {"version": 99}, "tags": [TAG]}
+    ref = asyncio.run(create_variable(later))
+    assert ref is not None
+    try:
+        listed, shown = here("sessions", "ls"), here("sessions", "inspect", session)
+    finally:
+        asyncio.run(delete_variable(ref))
+    assert (listed.code, session in listed.out, name in listed.err) == (0, True, True)
+    assert (shown.code, session in shown.out) == (0, True)
+
+
+def test_bad_names_are_errors(here: Command, journal: str) -> None:
     unknown = here("sessions", "inspect", "nobody")
     assert (unknown.code, "No session 'nobody' is on record" in unknown.err) == (1, True)
     assert "prefect-crew sessions ls" in unknown.err

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SIMULATION = [f"tests/proof/test_{name}.py" for name in ("scenarios", "permit_worlds", "random_scenarios")]
+SIMULATION = [
+    f"tests/proof/test_{name}.py" for name in ("scenarios", "permit_worlds", "random_scenarios", "session_worlds")
+]
 OWN_TESTS = {
     "records/decision.py": ["tests/records/test_decision.py", "tests/runs/test_kickoff.py"],
     "records/model.py": ["tests/records/test_model.py", "tests/records/test_golden.py", "tests/runs/test_kickoff.py"],
@@ -29,6 +31,9 @@ OWN_TESTS = {
     "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py"],
     "records/store.py": ["tests/records/test_store.py", "tests/runs/test_kickoff_claims.py"],
     "records/prune.py": ["tests/records/test_prune.py"],
+    "records/sessions.py": ["tests/records/test_sessions.py", "tests/runs/test_turns.py"],
+    "runs/turns.py": ["tests/runs/test_turns.py"],
+    "runs/claims.py": ["tests/runs/test_kickoff_claims.py"],
     "batches/attempts.py": ["tests/batches/test_attempts.py", "tests/batches/test_ledger.py"],
     "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py"],
     "records/resolve.py": [

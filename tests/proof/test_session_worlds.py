@@ -80,7 +80,20 @@ for step in range(1, 46):
         f"the second caller is cancelled{at}": Scenario(
             calls=(THREE[0], Call(at=0.1, key=1, cancel_at=step, asked=True), THREE[2]), runs=SLOW, resolve_every=2.0
         ),
+        f"a caller beside a run without a flow run is cancelled{at}": Scenario(
+            calls=(Call(flow=False), Call(at=0.1, key=1, cancel_at=step, asked=True)), runs=SLOW
+        ),
+        f"the second caller sleeps until its turn was taken and pruned{at}": Scenario(
+            calls=(
+                Call(),
+                Call(at=10.0, key=1, freeze_at=step, freeze_for=390.0),
+                *(Call(at=at_, key=key) for at_, key in ((20.0, 2), (30.0, 3), (390.0, 4))),
+            ),
+            runs=(*[CrewRun(seconds=1.0)] * 3, CrewRun(seconds=60.0)),
+            prunes=(Prune(at=300.0),),
+        ),
     }
+
 
 WORLDS = {name: replace(world, session=True) for name, world in WORLDS.items()}
 
@@ -108,8 +121,7 @@ def _any_is_over(_: RunRecord | None) -> bool:
 
 async def _take_turn_as_before(record: RunRecord, records: Any) -> Any:
     turn = await _take_turn(record, records)
-    record.restored = None
-    return turn
+    return turn and turn.model_copy(update={"restored": None})
 
 
 async def _build_on_each(record: RunRecord, records: Any) -> Any:

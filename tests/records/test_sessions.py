@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from prefect_crew.exceptions import SessionBlockedError, UnreadableRecordError
+from prefect_crew.records import prune as prune_module
 from prefect_crew.records import sessions
 from prefect_crew.records.model import RecordPhase, RunRecord
+from prefect_crew.records.prune import prune
 from prefect_crew.records.sessions import Turn, has_last_turn, last_turn, latest_turns, passed_turns, take_turn
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import Variable, create_variable, read_exact
@@ -44,6 +47,16 @@ async def write(session: str, *numbers: int) -> None:
 
 async def claimed(session: str, phase: RecordPhase = RecordPhase.CLAIMED, **facts: Any) -> RunRecord:
     return await put(new_record(session=session, phase=phase, **facts))
+
+
+async def take(record: RunRecord) -> Turn | None:
+    """Take a turn as a start does. Return None, or the turn that has to be over before."""
+    turn = await take_turn(record, RECORDS)
+    assert turn is not None
+    if turn.claim != record.ref:
+        return turn
+    record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
+    return None
 
 
 @pytest.fixture
@@ -88,7 +101,7 @@ async def test_a_turn_starts_from_the_last_completed_one(session: str) -> None:
     restored = list[str | None]()
     for state in (CrewState.COMPLETED, CrewState.FAILED, CrewState.STOPPED, CrewState.UNKNOWN, CrewState.COMPLETED):
         record = await claimed(session)
-        assert await take_turn(record, RECORDS) is None
+        assert await take(record) is None
         restored.append(record.restored)
         assert await RECORDS.permit(record, 10.0)
         assert (await RECORDS.attempts(record.idempotency_key))[0].turn == record.turn == len(restored)
@@ -99,20 +112,20 @@ async def test_a_turn_starts_from_the_last_completed_one(session: str) -> None:
     assert restored == [None, *[first.state_id] * 4]
     assert uuid.UUID(first.state_id).version == 5
     other = await claimed(session)
-    assert await take_turn(other, RECORDS) is None
+    assert await take(other) is None
     assert other.restored not in (None, first.state_id)
 
 
 @pytest.mark.parametrize("phase", [RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.STARTED])
 async def test_a_turn_that_is_not_over_is_in_the_way(session: str, phase: RecordPhase) -> None:
     first = await claimed(session)
-    assert await take_turn(first, RECORDS) is None
+    assert await take(first) is None
     if phase is not RecordPhase.CLAIMED:
         assert await RECORDS.permit(first, 10.0)
         first.phase, first.kickoff_id = phase, f"run {session}" if phase is RecordPhase.STARTED else None
         await RECORDS.save(first)
     second = await claimed(session)
-    earlier = await take_turn(second, RECORDS)
+    earlier = await take(second)
     assert earlier is not None
     assert (earlier.number, earlier.idempotency_key) == (1, first.idempotency_key)
     assert second.turn is None
@@ -121,23 +134,23 @@ async def test_a_turn_that_is_not_over_is_in_the_way(session: str, phase: Record
 
 async def test_a_claim_that_was_given_back_is_over(session: str) -> None:
     first, second = await claimed(session), await claimed(session)
-    assert await take_turn(first, RECORDS) is None
+    assert await take(first) is None
     await RECORDS.withdraw(first)
-    assert await take_turn(second, RECORDS) is None
+    assert await take(second) is None
     assert (second.turn, second.restored) == (2, None)
     assert second.state_id != first.state_id
 
 
 async def test_of_callers_at_the_same_time_one_takes_the_turn(session: str) -> None:
     records = [await claimed(session) for _ in range(8)]
-    earlier = await asyncio.gather(*(take_turn(record, RECORDS) for record in records))
+    earlier = await asyncio.gather(*(take(record) for record in records))
     assert sorted(record.turn or 0 for record in records) == [*[0] * 7, 1]
     assert {turn.number for turn in earlier if turn is not None} == {1}
 
 
 async def test_a_repeated_request_takes_the_same_turn(session: str) -> None:
     record = await claimed(session)
-    assert await take_turn(record, RECORDS) is None
+    assert await take(record) is None
     state = record.state_id
     # The answer was lost: Prefect's client asks again, and gets a conflict with the Variable of its own.
     repeated, read = record.model_copy(), sessions.last_turn
@@ -147,7 +160,7 @@ async def test_a_repeated_request_takes_the_same_turn(session: str) -> None:
 
     sessions.last_turn = nothing
     try:
-        assert await take_turn(repeated, RECORDS) is None
+        assert await take(repeated) is None
     finally:
         sessions.last_turn = read
     assert (repeated.turn, repeated.state_id) == (1, state)
@@ -156,7 +169,7 @@ async def test_a_repeated_request_takes_the_same_turn(session: str) -> None:
 async def test_sessions_of_two_crews_are_apart(session: str) -> None:
     for url in (URL, "https://other.test"):
         record = await claimed(session, crew_url=url)
-        assert await take_turn(record, RECORDS) is None
+        assert await take(record) is None
         assert record.turn == 1
     found = [turn.crew_url async for turn in sessions.sessions() if turn.session == session]
     assert sorted(found) == ["https://other.test", URL]
@@ -166,21 +179,48 @@ async def test_a_session_has_an_end(session: str) -> None:
     most = sessions.BASE**4 - 1
     await write(session, *[most // step * step for step in reversed(sessions.STEPS)])
     with pytest.raises(SessionBlockedError, match="after turn 6249999: it has no number left"):
-        await take_turn(await claimed(session), RECORDS)
+        await take(await claimed(session))
 
 
 @pytest.mark.parametrize("value", ["a text", {"session": 3}, {"version": 99}], ids=["text", "other", "later"])
 async def test_a_turn_that_cannot_be_read_starts_nothing(session: str, value: Any) -> None:
     assert await create_variable({"name": name_of(session, 1), "value": value})
     with pytest.raises(UnreadableRecordError, match=f"{name_of(session, 1)} should hold a turn of a session"):
-        await take_turn(await claimed(session), RECORDS)
+        await take(await claimed(session))
 
 
 async def test_pruning_keeps_the_way_to_the_last_turn(session: str) -> None:
     await write(session, 1, 2, 49, 50, 51, 99, 100, 101, 102)
     variables = await read_exact([name_of(session, number) for number in range(1, 103)])
+    claims = {variable.fields["number"]: variable.fields["claim"] for variable in variables}
     passed = sorted(int(one.name.rpartition("_")[2]) for one in await passed_turns(variables))
     assert passed == [49, 50, 99, 101], "2, 51: the turn after them is gone, so they may lead somewhere"
-    other = [new_record(session=session, turn=number) for number in (101, 102)]
-    assert [await has_last_turn([record]) for record in other] == [False, True]
+    facts = {"session": session, "crew_url": URL}
+    records = [new_record(turn=number, ref=claims[number], **facts) for number in (101, 102)]
+    assert [await has_last_turn([record]) for record in records] == [False, True]
     assert not await has_last_turn([new_record(session=session), new_record()])
+
+
+async def test_pruning_keeps_only_the_last_record(session: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = list[str]()
+    for _ in range(5):
+        record = await claimed(session)
+        assert await take(record) is None
+        assert await RECORDS.permit(record, 10.0)
+        assert await RECORDS.end(record, state=CrewState.COMPLETED)
+        keys.append(record.idempotency_key)
+    monkeypatch.setattr(prune_module, "YOUNGEST", timedelta(0))
+    for _ in range(2):
+        await prune(RECORDS, older_than=timedelta(0), share=1.0)
+    assert [bool(await RECORDS.attempts(key)) for key in keys] == [False, False, False, False, True]
+    last = await last_turn(URL, session)
+    assert last is not None
+    assert [turn.number for turn in await latest_turns(last, 5)] == [1, 5]
+
+
+async def test_a_name_that_is_refused_and_not_shown_is_no_turn(session: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused(_: Any) -> None:
+        return None
+
+    monkeypatch.setattr(sessions, "create_variable", refused)
+    assert await take_turn(await claimed(session), RECORDS) is None

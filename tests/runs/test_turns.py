@@ -5,24 +5,31 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from typing import Any
-from unittest import mock
 
+import httpx
 import pytest
 from prefect import flow
+from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
+from prefect.states import Cancelling
 
 import prefect_crew as pc
+from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import SessionBlockedError
+from prefect_crew.exceptions import FlowRunCancelledError, SessionBlockedError
 from prefect_crew.records import sessions
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord
 from prefect_crew.records.resolve import in_flight, resolve_lost, resolve_never_started, unresolved
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs import stop
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow
 from support.records import LONG_AGO, attempts, key, new_record, put
 from support.scripts import JOURNAL, script
+from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 SESSION = "customer-42"
@@ -150,7 +157,9 @@ async def own(server: CrewServer, phase: RecordPhase, **facts: Any) -> RunRecord
     """Write the first turn of a session down as its caller has left it."""
     facts = {"crew_url": server.url, "session": SESSION, "good_for": LONG_AGO, "post_deadline": 0.0, **facts}
     record = await put(new_record(**facts))
-    assert await sessions.take_turn(record, RECORDS) is None
+    turn = await sessions.take_turn(record, RECORDS)
+    assert turn is not None
+    record.turn = turn.number
     if phase is not RecordPhase.CLAIMED:
         assert await RECORDS.permit(record, LONG_AGO, before=Lease(60.0))
         record.phase = phase
@@ -202,12 +211,152 @@ async def test_a_lost_turn_blocks_its_session(crew_server: CrewServerFactory) ->
     assert (await pc.arun_crew(crew, {"note": "tea"}, session=SESSION)).output == "1 tea"
 
 
-async def test_a_turn_that_takes_too_long_blocks_its_session(crew_server: CrewServerFactory) -> None:
-    server = crew_server(script({"seconds": 60, "output": "done"}, inputs=["note"], flow=True))
+# What a caller that waits does to the run of another: nothing
+
+
+LONG = script({"seconds": 60, "output": "done"}, inputs=["note"], flow=True)
+STOPS = pc.WaitPolicy(timeout=1, on_timeout="stop", human_timeout=0.3, on_human_timeout="reject", max_rounds=1)
+
+
+@pytest.fixture
+def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "LOOK_EVERY", 0.2)
+
+
+async def cancelled(server: CrewServer, *, after: Callable[[], Awaitable[Any]]) -> BaseException | None:
+    """Cancel, on the Prefect server, a flow run that waits for its turn; return the error of its call."""
+    ids, errors = list[Any](), list[BaseException | None]()
+
+    @flow
+    async def waits() -> None:
+        ids.append(flow_run.id)
+        [error] = await asyncio.gather(note(server, "rain"), return_exceptions=True)
+        errors.append(error if isinstance(error, BaseException) else None)
+
+    waiting = asyncio.ensure_future(waits())
+    await asyncio.sleep(1.5)
+    await after()
+    async with get_client() as client:
+        await client.set_flow_run_state(ids[0], Cancelling(), force=True)
+    await asyncio.wait({waiting}, timeout=15)
+    assert waiting.done(), "it still waits"
+    return errors[0]
+
+
+async def nothing() -> None:
+    return None
+
+
+async def test_a_limit_of_a_waiting_caller_is_its_own(crew_server: CrewServerFactory) -> None:
+    server = crew_server(LONG)
     await server.crew().atrigger({"note": "a"}, session=SESSION)
-    with pytest.raises(SessionBlockedError, match="was still running after its running time limit of 1 s"):
-        await note(server, "b", wait=pc.WaitPolicy(timeout=1))
+    with pytest.raises(SessionBlockedError, match="is still running, and this call has waited for 1 s"):
+        await note(server, "b", wait=STOPS)
+    assert (server.kickoffs, server.requests["stop"]) == (1, 0)
+
+
+async def test_the_time_of_a_turn_does_not_count_for_the_next(crew_server: CrewServerFactory) -> None:
+    server = crew_server(script({"seconds": 2.5, "output": "done"}, inputs=["note"], flow=True))
+    await server.crew().atrigger({"note": "a"}, session=SESSION)
+    await asyncio.sleep(1.5)
+    again = await note(server, "b", wait=pc.WaitPolicy(timeout=3))
+    assert (again.output, server.kickoffs) == ("done", 2)
+
+
+async def test_a_waiting_caller_answers_no_question(crew_server: CrewServerFactory) -> None:
+    server = crew_server(script({"human": True, "output": "draft"}, inputs=["note"], flow=True))
+    run = await server.crew().atrigger({"note": "a"}, session=SESSION, idempotency_key=(run_key := key()))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(note(server, "b", wait=STOPS), 2.5)
+    assert server.requests["resume"] == server.requests["stop"] == 0
+    (record,) = await attempts(run_key)
+    assert (record.kickoff_id, record.human_since) == (run.kickoff_id, None)
+
+
+async def test_a_cancelled_waiting_caller_stops_nothing(crew_server: CrewServerFactory, quick_look: None) -> None:
+    server = crew_server(LONG)
+    await server.crew().atrigger({"note": "a"}, session=SESSION)
+    assert isinstance(await cancelled(server, after=nothing), FlowRunCancelledError)
+    assert (server.kickoffs, server.requests["stop"]) == (1, 0)
+
+
+async def test_a_caller_cancelled_as_its_turn_comes_starts_nothing(
+    crew_server: CrewServerFactory, quick_look: None
+) -> None:
+    server = crew_server(LONG)
+    await server.crew().atrigger({"note": "a"}, session=SESSION, idempotency_key=(run_key := key()))
+
+    async def is_over() -> None:
+        await resolve_lost(await in_flight(run_key, RECORDS), RECORDS)
+
+    assert isinstance(await cancelled(server, after=is_over), FlowRunCancelledError)
     assert server.kickoffs == 1
+
+
+async def test_a_caller_cancelled_beside_a_claim_starts_nothing(journal: CrewServer, quick_look: None) -> None:
+    await own(journal, RecordPhase.CLAIMED, good_for=60.0)
+    assert isinstance(await cancelled(journal, after=nothing), FlowRunCancelledError)
+    assert journal.kickoffs == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"), [("401", pc.AuthenticationError), ("drop", pc.CrewConnectionError)], ids=str
+)
+async def test_a_fault_of_the_status_call_blocks_no_session(
+    crew_server: CrewServerFactory, fault: str, expected: type[pc.CrewError]
+) -> None:
+    server = crew_server(LONG)
+    await server.crew().atrigger({"note": "a"}, session=SESSION)
+    server.faults.add(f"status:{fault}")
+    policy = pc.WaitPolicy(error_timeout=0.3)
+    with pytest.raises(expected) as caught:
+        await note(server, "b", wait=policy, kickoff_options={"retries": 0})
+    is_retried = kickoff_fate(caught.value) is KickoffFate.RETRY
+    assert (is_retried, server.kickoffs) == (fault == "drop", 1)
+
+
+async def test_a_waiting_caller_writes_nothing(journal: CrewServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims, claim = list[str](), PrefectRecords.claim
+
+    async def counted(self: PrefectRecords, record: RunRecord, *rest: Any) -> bool:
+        claims.append(record.idempotency_key)
+        return await claim(self, record, *rest)
+
+    await journal.crew().atrigger({"note": "slow"}, session=SESSION)
+    monkeypatch.setattr(PrefectRecords, "claim", counted)
+    await note(journal, "rain", idempotency_key=(run_key := key()))
+    assert claims == [run_key]
+
+
+async def test_a_turn_whose_run_is_of_another_key_is_uncertain(journal: CrewServer) -> None:
+    record = await own(journal, RecordPhase.STARTED, kickoff_id=(run := f"run {uuid.uuid4()}"))
+    other = await put(new_record(phase=RecordPhase.STARTED, kickoff_id=run, crew_url=journal.url))
+    assert await RECORDS.other_holder(other) is None
+    with pytest.raises(SessionBlockedError, match="--never-started"):
+        await note(journal, "tea")
+    assert (await unresolved(record.idempotency_key, RECORDS)).phase is RecordPhase.UNCERTAIN
+
+
+async def test_a_turn_below_a_forced_run_can_be_resolved(journal: CrewServer) -> None:
+    record = await own(journal, RecordPhase.UNCERTAIN)
+    run_key = record.idempotency_key
+    await pc.arun_crew(journal.crew(), {"note": "tea"}, idempotency_key=run_key, force_new=True)
+    with pytest.raises(SessionBlockedError):
+        await note(journal, "tea")
+    await resolve_never_started(await unresolved(run_key, RECORDS), RECORDS)
+    assert (await note(journal, "tea")).output == "1 tea"
+
+
+async def test_a_secret_of_an_earlier_turn_is_not_shown(crew_server: CrewServerFactory, seen: Seen) -> None:
+    says = "{{ pin }}{% if state.output %} after {{ state.output }}{% endif %}"
+    server = crew_server(script({"output": says}, inputs=["pin"], flow=True))
+    crew = server.crew(secret_inputs=["pin"])
+    await pc.arun_crew(crew, {"pin": "first-4711"}, session=SESSION)
+    second = await pc.arun_crew(crew, {"pin": "second-0815"}, session=SESSION, idempotency_key=(run_key := key()))
+    assert second.output == "second-0815 after first-4711"
+    shown = seen.post("/artifacts/filter", {}) + seen.post("/variables/filter", {})
+    assert "4711" not in repr(shown)
+    assert (await attempts(run_key))[0].result is None
 
 
 async def test_a_cancelled_wait_for_a_turn_starts_nothing(journal: CrewServer) -> None:
@@ -272,6 +421,16 @@ async def test_tasks_and_deployed_flows_have_sessions(journal: CrewServer) -> No
     assert (await pc.run_deployed_crew(block, {"note": "bread"}, session=SESSION)).output.startswith("3 bread")
 
 
-async def test_a_run_without_a_session_asks_prefect_for_nothing_more(journal: CrewServer) -> None:
-    with mock.patch.object(sessions, "read_exact", side_effect=AssertionError):
-        await pc.arun_crew(journal.crew(), {"note": "tea"})
+async def test_a_run_without_a_session_asks_prefect_for_nothing_more(
+    journal: CrewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, send = list[str](), httpx.AsyncClient.send
+
+    async def noted(client: httpx.AsyncClient, request: httpx.Request, **options: Any) -> httpx.Response:
+        asked.append(f"{request.method} {request.url.path.rpartition('/api')[2]}")
+        return await send(client, request, **options)
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", noted)
+    await pc.arun_crew(journal.crew(), {"note": "tea"})
+    variables = [one for one in asked if "/variables" in one]
+    assert Counter(one.partition(" /variables/")[0] for one in variables) == {"POST": 5, "PATCH": 2}

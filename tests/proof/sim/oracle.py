@@ -287,13 +287,18 @@ def _events(world: World) -> Iterator[str]:
 
 
 def _honest_stops(world: World) -> Iterator[str]:
-    asked = any(process.was_cancelled and process.facts["call"].asked for process in world.processes)
-    # Who is cancelled while it stops a run that is over its time ends as cancelled.
-    late = world.scenario.stop_on_timeout and any(
-        isinstance(end.value, CrewTimeoutError) or end.process.was_cancelled for end in world.endings
-    )
-    if world.site.counters.requests["stop"] and not (asked or late):
-        yield "stopping is honest: /stop was called and nobody had asked"
+    """A run is stopped by a call with its key: one that was cancelled, or is over its time."""
+    for id_ in world.site.stop_asked:
+        run = world.site.run(id_)
+        key = "" if run is None else run.meta["idempotency_key"]
+        asked = any(process.was_cancelled and process.facts["call"].asked for process in _processes(world, key))
+        # Who is cancelled while it stops a run that is over its time ends as cancelled.
+        late = world.scenario.stop_on_timeout and any(
+            key_of(end.call.key) == key and (isinstance(end.value, CrewTimeoutError) or end.process.was_cancelled)
+            for end in world.endings
+        )
+        if not (asked or late):
+            yield f"stopping is honest: /stop was called for {id_} of {key}, and nobody had asked"
 
 
 def _timeouts(world: World) -> Iterator[str]:

@@ -104,7 +104,8 @@ class CrewSite:
 
     `accepted_at` and `ended_at` are when each run began and ended, in seconds since the scenario began;
     `kickoff_faults` are those that came, with the moment and the idempotency key of the kickoff; `same_ids` are the
-    keys of kickoffs that were answered with the id of another one, and started nothing.
+    keys of kickoffs that were answered with the id of another one, and started nothing; `stop_asked` are the runs that
+    somebody asked to stop.
     """
 
     def __init__(self, scenario: Scenario, prefect: SimPrefect) -> None:
@@ -127,6 +128,7 @@ class CrewSite:
         self.same_id_for = scenario.same_id_for
         self._first: tuple[asyncio.Future[list[Any]], float] | None = None
         self.same_ids: list[str] = []
+        self.stop_asked: list[str] = []
         self._scenario = scenario
         self._prefect = prefect
 
@@ -168,6 +170,8 @@ class CrewSite:
 
     async def _spy(self, scope: Any, receive: Any, send: Any) -> None:
         """Look whether each kickoff that arrives has a claim on the Prefect server."""
+        if scope["path"].startswith("/stop/"):
+            self.stop_asked.append(scope["path"].rpartition("/")[2])
         if scope["path"] != "/kickoff":
             await self._app(scope, receive, send)
             return
