@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 from prefect_crew._internal.prefect_api import run_logger
@@ -27,7 +27,7 @@ class OtherClaim:
     """How a call treats a claim that another call made, which it reads again until the decision about it stands."""
 
     records: RecordStore
-    delay: float = AGAIN
+    delay: float = field(default_factory=lambda: AGAIN)
     read_again: bool = False
 
     async def is_settled(self, decision: Decision, record: RunRecord) -> bool:

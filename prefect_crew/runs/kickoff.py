@@ -111,8 +111,9 @@ class _Start:
         while True:
             decision = await self._find_or_claim()
             record, key = self.record, self.identity.idempotency_key
-            if record.session is None or not decision.starts:
-                self._log(decision)
+            takes_turn = record.session is not None and decision.starts
+            if not (self.request.is_row or takes_turn):
+                run_logger().info("Crew %s: %s. (key %s)", record.crew, _step_taken(decision, record), key)
             if decision is Decision.UNCERTAIN:
                 raise uncertain(record)
             if decision is Decision.REATTACH and (other := await self.records.other_holder(record)) is not None:
@@ -121,9 +122,9 @@ class _Start:
                 return decision, record
             try:
                 await self._make_sure()
-                if record.session is not None:
+                if takes_turn:
                     await self._take_turn()
-                    self._log(decision)
+                    run_logger().info("Crew %s: %s. (key %s)", record.crew, _step_taken(decision, record), key)
                 await self._post_until_taken()
             except ClaimLostError as lost:
                 self.work.raise_if_cancelled()
@@ -137,12 +138,6 @@ class _Start:
                 run_logger().warning("Run %s: %s The attempts on record now count.", key, lost)
             else:
                 return decision, record
-
-    def _log(self, decision: Decision) -> None:
-        record = self.record
-        if not self.request.is_row:
-            step = _step_taken(decision, record)
-            run_logger().info("Crew %s: %s. (key %s)", record.crew, step, record.idempotency_key)
 
     # Decide and claim
 

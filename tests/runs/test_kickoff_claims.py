@@ -42,6 +42,7 @@ from prefect_crew.records import store, variables
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, utcnow
 from prefect_crew.records.resolve import unresolved
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs import claims
 from prefect_crew.runs import kickoff as kickoff_module
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
@@ -586,7 +587,7 @@ async def test_a_name_that_is_refused_and_not_shown_is_not_asked_for_in_a_tight_
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     """A replica of the Prefect API that lags answers 409, and then does not list the name."""
-    monkeypatch.setattr(kickoff_module, "AGAIN", 60.0)
+    monkeypatch.setattr(claims, "AGAIN", 60.0)
     claimed = AsyncMock(return_value=False)
     monkeypatch.setattr(PrefectRecords, "claim", claimed)
     server = crew_server("echo")
