@@ -25,7 +25,7 @@ from prefect_crew.records import variables as variables_module
 from prefect_crew.records.decision import Decision
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs import kickoff
+from prefect_crew.runs import claims, kickoff
 from proof.sim.loop import Process, SimLoop, StuckError
 from proof.sim.oracle import broken_promises
 from proof.sim.prefect_api import SimPrefect
@@ -271,7 +271,7 @@ def _never_pauses() -> Any:
         # What waits for another caller's kickoff; the pause that a server asks for is longer.
         await asyncio.sleep(0 if seconds < 5 else seconds)
 
-    return mock.patch.object(kickoff, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": at_once}))
+    return mock.patch.object(claims, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": at_once}))
 
 
 def _starts_a_failed_run_again() -> Any:
