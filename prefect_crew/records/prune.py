@@ -23,6 +23,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import TERMINAL_STATES
 
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew.exceptions import UnreadableRecordError
 from prefect_crew.records.budgets import delete_past_counters
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.sessions import has_last_turn, passed_turns
@@ -241,8 +242,11 @@ async def _prune_key(store: PrefectRecords, key: str, older_than: timedelta, wal
 
     A caller that read the attempts before, and claims the key now, finds them gone in `confirm`, and decides again.
     """
-    attempts = await store.attempts(key)
-    if await has_last_turn(attempts):
+    try:
+        attempts = await store.attempts(key)
+        if await has_last_turn(attempts):
+            return 0
+    except UnreadableRecordError:  # of a later version, which prunes the key
         return 0
     # Read the flow runs again as well: somebody may have retried one since, and it asks for its runs again.
     going = prunable(attempts, older_than, await read_owners(attempts))

@@ -42,9 +42,11 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
     attempts = await records.attempts(idempotency_key)
     if not attempts:
         raise RunNotFoundError(name=idempotency_key)
-    # A forced attempt may follow an unresolved one, which still blocks its session.
-    unresolved_ones = [attempt for attempt in attempts if attempt.is_unresolved]
-    record = (unresolved_ones or [latest_start(attempts) or attempts[-1]])[-1]
+    record = latest_start(attempts) or attempts[-1]
+    if not record.is_unresolved:
+        # A forced attempt may follow an unresolved one, which still blocks its session.
+        blocking = [attempt for attempt in attempts if attempt.is_unresolved and attempt.session is not None]
+        record = blocking[-1] if blocking else record
     if not record.is_unresolved:
         run = record.kickoff_id
         is_now = f"run {run} is {record.state or 'started'}" if run else f"it is {record.phase}"

@@ -274,14 +274,14 @@ class _Start:
             EarlierTurnError: An earlier turn is not over.
             ClaimLostError: The time of the claim is over.
         """
-        record = self.record
+        record, window = self.record, Lease(CLAIM_GOOD_FOR)
         async with self._giving_back(self.lease):
             with self.work.uncut():
                 turn = await take_turn(record, self.records)
             self.work.raise_if_cancelled()
             # This call may have slept since it read the turn before. Others then went on, and if they were pruned, the
             # number was free again.
-            if turn is None or self.lease.is_over:
+            if turn is None or self.lease.is_over or window.is_over:
                 raise ClaimLostError("its turn could not be taken in time.")
             if turn.claim != record.ref:
                 raise EarlierTurnError(turn)

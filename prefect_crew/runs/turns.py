@@ -49,8 +49,8 @@ async def wait_for_turn(
     The caller only watches: nothing that it waits with, or that befalls it, changes the run of somebody else.
 
     Raises:
-        SessionBlockedError: The turn is uncertain or lost, or was in flight for the `timeout` of the policy, counted
-            from `asked_at`.
+        SessionBlockedError: The turn is uncertain or lost, or was in flight for a time limit of the policy (`timeout`,
+            `human_timeout`), counted from `asked_at`.
         FlowRunCancelledError: The caller's flow run was cancelled.
         CrewError: The status call of the run failed. A CrewConnectionError is retried: nothing was sent.
     """
@@ -107,7 +107,12 @@ async def _watch(
 ) -> None:
     """Poll the run of a turn until it has ended, whatever its end is. If nobody has closed it, close it."""
     pause = min(policy.max_interval, stop.LOOK_EVERY)
-    policy = policy.model_copy(update={"pending_timeout": None, "human_timeout": None, "max_interval": pause})
+    record = run.record
+    kicked_off_at = None if record is None else record.kicked_off_at
+    # `grace` counts from the kickoff of the run, the limits from this call, which may be older.
+    late = 0.0 if kicked_off_at is None else max(0.0, kicked_off_at.timestamp() - phases.kicked_off_at)
+    changes = {"pending_timeout": None, "max_interval": pause, "grace": policy.grace + late}
+    policy = policy.model_copy(update=changes)
     async with run.session:
         with withholding(run.redact_text):
             try:

@@ -411,9 +411,10 @@ class _Waiter(Watcher):
         if self.run.artifact.id is None:  # the Prefect API refused it or did not answer
             self._is_stale = True
         last = status or self.last
-        if is_first and self.run.artifact.id is not None and not (last is not None and last.state.ended):
+        has_ended = last is not None and last.state.ended
+        if is_first and self.run.artifact.id is not None and not has_ended:
             self.run.notify(None)  # the caller can now link to the artifact
-        if is_first and self.run.owned and self._showing is asyncio.current_task():
+        if is_first and self.run.owned and not has_ended and self._showing is asyncio.current_task():
             # Concurrently with the wait, and after the kickoff, so that no start waits for it.
             self._is_looking = True
             try:

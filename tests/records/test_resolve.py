@@ -130,6 +130,18 @@ async def test_an_open_permit_is_not_resolved():
     assert (await latest(orphan)).phase is RecordPhase.CLAIMED
 
 
+@pytest.mark.parametrize("session", [None, "customer-42"])
+async def test_only_a_session_has_an_attempt_before_the_latest_resolved(session: str | None):
+    earlier = await stored(phase=RecordPhase.UNCERTAIN, good_for=LONG_AGO, session=session)
+    later = {"phase": RecordPhase.STARTED, "kickoff_id": f"k-{uuid.uuid4()}", "kicked_off_at": utcnow()}
+    await put(new_record(earlier.idempotency_key, attempt=2, **later))
+    if session is None:
+        with pytest.raises(CrewError, match="There is nothing to resolve"):
+            await unresolved(earlier.idempotency_key, PrefectRecords())
+    else:
+        assert (await unresolved(earlier.idempotency_key, PrefectRecords())).attempt == 1
+
+
 async def test_a_claim_without_a_kickoff_is_no_run():
     record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
     with pytest.raises(ConfigurationError, match="the process that claimed this run ended before sending"):
