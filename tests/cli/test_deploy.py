@@ -77,7 +77,7 @@ def test_a_deployment_asks_for_the_inputs_of_its_crew(here, name: str):
     assert (found.parameters, found.tags) == ({"crew": name}, ["prefect-crew", "mine"])
     assert found.enforce_parameter_schema
     schema = found.parameter_openapi_schema
-    assert (list(schema["properties"]), schema["required"]) == (["inputs", "idempotency_key"], ["inputs"])
+    assert (list(schema["properties"]), schema["required"]) == (["inputs", "idempotency_key", "session"], ["inputs"])
     inputs = schema["properties"]["inputs"]
     assert (list(inputs["properties"]), inputs["required"]) == (["who"], ["who"])
 
