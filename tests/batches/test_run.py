@@ -16,6 +16,7 @@ import fsspec
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.context import FlowRunContext
 from pydantic import BaseModel, SecretStr, field_serializer, model_validator
 
@@ -517,8 +518,7 @@ async def test_a_flow_of_its_own_is_named_after_the_batch_and_stores_no_secret(
     name = f"leads {uuid.uuid4().hex[:6]}"
     await batch(server.crew(), topics(2), name=name)
     async with get_client() as client:
-        runs = await client.read_flow_runs(limit=200)
-    [run] = [run for run in runs if run.name == name]
+        [run] = await client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])))
     assert set(run.parameters) == {"batch", "crew", "dataset", "export"}
     assert server.token not in json.dumps(run.parameters)
 
