@@ -357,9 +357,9 @@ def trickling(start: bytes, piece: bytes) -> Handler:
 )
 async def test_an_endless_answer_ends_the_call(connect: Connect, monkeypatch: pytest.MonkeyPatch, handler: Handler):
     monkeypatch.setattr(_transport, "GET_DEADLINE", 2)
-    async with raw_server(handler) as url, connect(url, request_timeout=0.5) as client:
+    async with raw_server(handler) as url, connect(url, request_timeout=2) as client:  # a busy machine connects late
         for call in (client.status("k1"), client.kickoff({"topic": "Lisbon"})):
-            with pytest.raises(CrewConnectionError, match="not complete after 1 s") as caught:
+            with pytest.raises(CrewConnectionError, match="not complete after 4 s") as caught:
                 await asyncio.wait_for(call, 30)
             assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
             assert_quiet(caught.value)
