@@ -1,8 +1,9 @@
 """Slots of a crew's shared limit, a Prefect global concurrency limit on its runs in flight.
 
-A call takes a slot before it starts a run, and the wait that sees the run's end gives it back. In between, the slot has
-a lease that the start and the wait renew. The record names the lease, so that another process can go on. A run that
-nobody waits for, or whose process died, loses its slot when the lease ends. A wait never waits for a slot: its run is
+A call takes a slot before it starts a run, and the call that stores the run's end gives it back. In between, the slot
+has a lease that the start and each wait renew. The record names the lease, so that another process can go on. A run
+that nobody waits for, or whose process died, loses its slot when the lease ends. No two callers release one lease: of
+two requests at the same time, the Prefect server counts both. A wait never waits for a slot: its run is
 in flight already. The rows of a batch take their slots from a pool of the batch.
 """
 
@@ -67,15 +68,7 @@ class Slots:
 
     async def release(self) -> None:
         """Give the slots back. If the Prefect API fails, they are free when their lease ends."""
-        try:
-            async with get_client() as client:
-                await client.release_concurrency_slots_with_lease(self.lease)
-        except PREFECT_ERRORS as error:
-            run_logger().debug(
-                "The slots of %s are taken until their lease ends: %s",
-                self.crew.label,
-                error,
-            )
+        await release(self.lease, self.crew.label)
 
     @asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
@@ -110,7 +103,7 @@ class SlotPool:
         self._crew = crew
         self._held: dict[str, Slots] = {}
         self._unused: dict[UUID, tuple[float, Slots]] = {}
-        self._leaving: dict[UUID, Slots] = {}
+        self._leaving = set[asyncio.Task[None]]()
         self._asking: asyncio.Task[UUID | None] | None = None
         self._ask_alone = asyncio.Lock()
         self._is_due = asyncio.Event()
@@ -129,9 +122,8 @@ class SlotPool:
         with suppress(*PREFECT_ERRORS, ConfigurationError):
             if self._asking is not None and (lease := await self._asking) is not None:
                 self._unused[lease] = (0.0, Slots(self._crew, lease))
-        # The end may have cut off a release by the keeper. A second release of a slot changes nothing.
-        slots = [*self._held.values(), *(unused for _, unused in self._unused.values()), *self._leaving.values()]
-        await asyncio.gather(*(slot.release() for slot in slots))
+        slots = [*self._held.values(), *(unused for _, unused in self._unused.values())]
+        await asyncio.gather(*(slot.release() for slot in slots), *self._leaving)
 
     async def take(self, row: str) -> bool:
         """Take a slot for a row. Return False if none is free.
@@ -187,9 +179,10 @@ class SlotPool:
                 if now - since >= UNUSED or now - slots.taken_at >= PASSED_ON:
                     if self._unused.pop(lease, None) is None:  # a row took it during the last release
                         continue
-                    self._leaving[lease] = slots
-                    await slots.release()
-                    del self._leaving[lease]
+                    leaving = asyncio.create_task(slots.release())  # the pool's end does not cut it off
+                    self._leaving.add(leaving)
+                    leaving.add_done_callback(self._leaving.discard)
+                    await asyncio.wait({leaving})
             if now >= renew_at:
                 renew_at = now + RENEW
                 for row, slots in list(self._held.items()):
@@ -199,6 +192,15 @@ class SlotPool:
                             _warn_of_lost(self._crew)
                     except PREFECT_ERRORS as error:
                         run_logger().debug("A slot of crew %s could not be renewed now: %s", self._crew.label, error)
+
+
+async def release(lease: UUID, crew: str) -> None:
+    """End a lease of slots. If the Prefect API fails, the slots are free when the lease ends by itself."""
+    try:
+        async with get_client() as client:
+            await client.release_concurrency_slots_with_lease(lease)
+    except PREFECT_ERRORS as error:
+        run_logger().debug("The slots of %s are taken until their lease ends: %s", crew, error)
 
 
 def _warn_of_lost(crew: Crew) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
+from uuid import UUID
 
 from pydantic import BaseModel, ValidationError
 
@@ -35,6 +36,7 @@ from prefect_crew.records.budgets import change, corrections
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, StoredResult, utcnow
 from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords, record_name
+from prefect_crew.runs.limits import release
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
@@ -320,7 +322,8 @@ async def close_run(
     report: Mapping[str, Any] | None = None,
     settings: CrewSettings | None = None,
 ) -> bool:
-    """Store a run's end. The call that creates it also changes the counters of budgets, and writes span and event.
+    """Store a run's end. The call that creates it also changes the counters of budgets, writes the span and the event,
+    and gives the run's slot back.
 
     If a run used more than its estimate, the difference is added first, and taken off again if somebody else has closed
     the run. If it used less, the difference is taken off last. A process that dies in between leaves counters too high.
@@ -350,6 +353,8 @@ async def close_run(
     end_run(record, view, settings=settings)
     if report is not None:
         emit(str(record.state), record, once=True, state=str(record.state), **report)
+    if record.slot is not None:
+        await release(UUID(record.slot), record.crew)
     return True
 
 

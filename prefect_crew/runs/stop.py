@@ -34,7 +34,6 @@ from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import PAGE, Variable, read_exact, server_time, variables_in
-from prefect_crew.runs.limits import Slots
 from prefect_crew.runs.run import LiveRun, close_run, cost_of_run, read_record
 from prefect_crew.states import CrewState
 
@@ -196,8 +195,6 @@ async def stop_run(run: LiveRun, *, idempotency_key: str | None = None) -> StopA
                 if run.record.ended_at is not None:
                     stopped = CrewStatus(kickoff_id=kickoff_id, state=CrewState.STOPPED)
                     await run.artifact.keep(lambda: render_run(run.view(stopped), run.artifact.earlier))
-                if run.record.slot is not None:
-                    await Slots(run.crew, UUID(run.record.slot)).release()
     return answer
 
 

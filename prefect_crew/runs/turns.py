@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from contextlib import suppress
 from datetime import datetime
-from uuid import UUID
 
 from prefect_crew._internal.asyncio_tasks import OwnTask
 from prefect_crew._internal.prefect_api import run_logger
@@ -27,7 +26,6 @@ from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.sessions import Turn, is_over, record_of
 from prefect_crew.runs import stop
 from prefect_crew.runs.claims import OtherClaim, take_back_shared_id
-from prefect_crew.runs.limits import Slots
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.run import LiveRun, close_run
 from prefect_crew.runs.wait import end_and_report
@@ -138,8 +136,6 @@ async def _watch(
             if is_closed:
                 await run.artifact.keep(lambda: render_run(run.view(status), run.artifact.earlier))
                 await run.records.unlist(record)
-                if record.slot is not None:
-                    await Slots(run.crew, UUID(record.slot)).release()
 
 
 def _not_over(turn: Turn, record: RunRecord, error: CrewLostError | CrewTimeoutError) -> SessionBlockedError:

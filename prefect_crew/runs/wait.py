@@ -20,7 +20,6 @@ from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import WaitPolicy, known_version
 from prefect_crew.exceptions import (
     CrewError,
-    CrewFailedError,
     CrewLostError,
     CrewStoppedError,
     CrewTimeoutError,
@@ -73,7 +72,7 @@ async def _wait_for_run(run: LiveRun, options: RunOptions, work: OwnTask) -> Cre
 
 
 async def _result(waiter: _Waiter) -> CrewResult:
-    """Wait for the run and return its result. Give the run's slot back if the run is not in flight any more."""
+    """Wait for the run and return its result."""
     run = waiter.run
     with withholding(run.redact_text):
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
@@ -88,16 +87,12 @@ async def _result(waiter: _Waiter) -> CrewResult:
         if slots is None:
             return await waiter.wait()
         async with slots.kept():
-            over = True
             try:
                 return await waiter.wait()
-            except BaseException as error:
-                ended = isinstance(error, CrewFailedError | CrewStoppedError | CrewLostError)
-                closed = run.record is not None and run.record.phase is RecordPhase.ENDED
-                over = ended or closed or getattr(error, "stopped", False)
-                raise
             finally:
-                if over:
+                has_ended = waiter.last is not None and waiter.last.state.ended
+                # The caller that stores the end releases a lease that the record names.
+                if has_ended and (run.record is None or run.record.slot != str(slots.lease)):
                     await slots.release()
 
 

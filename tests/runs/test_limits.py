@@ -159,25 +159,37 @@ async def test_a_batch_leaves_others_their_turn(
     await other.release()
 
 
-async def test_a_slot_whose_release_the_end_cuts_off_is_free(
+async def test_a_release_at_the_end_of_a_batch_is_sent_once(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(limits, "PASSED_ON", 0.0)
-    release, begun = limits.Slots.release, asyncio.Event()
+    release, begun = limits.release, asyncio.Event()
 
-    async def slow_once(slots: limits.Slots) -> None:
-        if not begun.is_set():
-            begun.set()
-            await asyncio.sleep(60)
-        await release(slots)
+    async def slow(lease: uuid.UUID, crew: str) -> None:
+        begun.set()
+        await release(lease, crew)
+        await asyncio.sleep(1)
 
-    monkeypatch.setattr(limits.Slots, "release", slow_once)
-    name = await limit(1)
-    async with limits.SlotPool(crew_of(crew_server("echo").crew(concurrency_limit=name))) as pool:
+    monkeypatch.setattr(limits, "release", slow)
+    name = await limit(2)
+    crew = crew_of(crew_server("echo").crew(concurrency_limit=name))
+    other = await take_slots(crew)
+    async with limits.SlotPool(crew) as pool:
         assert await pool.take("row")
         pool.give_back("row")
         await asyncio.wait_for(begun.wait(), 30)
-    assert await held(name) == 0
+    assert other is not None
+    assert await held(name) == 1, "that of somebody else"
+
+
+async def test_two_waits_that_see_one_end_give_one_slot_back(crew_server: CrewServerFactory):
+    server, name = crew_server(slow(0.5)), await limit(2)
+    crew = server.crew(concurrency_limit=name)
+    other = await take_slots(crew_of(crew))
+    run = await crew.atrigger({"text": "a"})
+    await asyncio.gather(*(wait_for_crew(crew, str(run.kickoff_id)) for _ in range(3)))
+    assert other is not None
+    assert await held(name) == 1, "that of somebody else"
 
 
 async def test_short_rows_pass_their_slots_on(
