@@ -184,24 +184,17 @@ class _Turns:
         self._most += more
         self._pass_on(more)
         try:
-            taken = await turn
+            held = [await turn]
         except asyncio.CancelledError:
             self._pass_on(0 if turn.cancelled() else turn.result())
             raise
-        is_over = False
-
-        def end() -> None:
-            nonlocal is_over
-            if not is_over:
-                is_over = True
-                self._pass_on(taken)
-
-        timer = loop.call_later(LONGEST, end)
+        timer = loop.call_later(LONGEST, lambda: self._pass_on(held.pop()))
         try:
             yield
         finally:
             timer.cancel()
-            end()
+            if held:
+                self._pass_on(held.pop())
 
     def _pass_on(self, given_back: int) -> None:
         self._free += given_back

@@ -107,9 +107,11 @@ async def identify(
     else:
         if calls.root is None or not calls.root.is_deployed:
             _announce_no_key()
+        step = escape_name(label if name is None else name)
+        if len(step) > LONGEST_NAME:
+            step = f"{step[:LONGEST_NAME]}~{digest(step, 16)}"
         # The digest keeps two crews under one step name apart: their order changes if the calls are concurrent.
-        crew = _short(label) if name is None else f"{_short(name)}~{digest(label, 8)}"
-        about = f"{crew}/{inputs_digest}"
+        about = f"{step}/{inputs_digest}" if name is None else f"{step}~{digest(label, 8)}/{inputs_digest}"
         base = f"{top}/{about}"
         if len(f"{base}/1000000") > MAX_KEY:  # a subflow many levels below the root
             base = f"{top[:LONGEST_NAME]}~{digest(top, 16)}/{about}"
@@ -194,11 +196,6 @@ def escape_name(name: str) -> str:
     """Escape slash, braces and percent sign of a name for a derived key. Braces would make the key a template.
     Different names stay different."""
     return name.translate(_ESCAPED)
-
-
-def _short(name: str) -> str:
-    name = escape_name(name)
-    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}~{digest(name, 16)}"
 
 
 class _Root(NamedTuple):
