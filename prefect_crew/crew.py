@@ -16,9 +16,9 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import one_line
 from prefect_crew.budgets import Budget
-from prefect_crew.client.inputs import Inputs
+from prefect_crew.client.inputs import STATE_ID, Inputs
 from prefect_crew.client.redaction import Redactor
-from prefect_crew.exceptions import AuthenticationError, InvalidCallError
+from prefect_crew.exceptions import AuthenticationError, ConfigurationError, InvalidCallError
 from prefect_crew.prices import Price
 
 if TYPE_CHECKING:
@@ -82,7 +82,16 @@ class Crew:
         return self if self.block is not None else replace(self, label=name)
 
     def take(self, inputs: Inputs, *, restore_from: str | None = None, session: str | None = None) -> Inputs:
-        """Return inputs for this crew: with its secret inputs, its encoding, and the Flow state or session."""
+        """Return inputs for this crew: with its secret inputs, its encoding, and the Flow state or session.
+
+        Raises:
+            ConfigurationError: The inputs have an `id`, which a session gives itself.
+        """
+        if session is not None and STATE_ID in inputs.values:
+            raise ConfigurationError(
+                f"The input {STATE_ID!r} names the state of a Flow, and session {session!r} names it itself. Nothing "
+                f"was started. Leave the input {STATE_ID!r} out, or leave session out."
+            )
         own = (self.inputs_as_json, restore_from, session)
         is_same = (inputs.as_json, inputs.restore_from, inputs.session) == own
         if is_same and inputs.secret.issuperset(self.secret_inputs):

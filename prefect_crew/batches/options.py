@@ -41,6 +41,7 @@ class BatchArguments(TypedDict, total=False):
     """The options of `run_batch` for type checkers, in the types that a caller may give."""
 
     key: KeyFrom | None
+    session: KeyFrom | None
     inputs: InputsFrom | None
     rows: str | None
     max_in_flight: int | None
@@ -71,6 +72,7 @@ class BatchOptions(BaseModel):
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     key: KeyFrom | None = None
+    session: KeyFrom | None = None
     inputs: Mapping[str, Any] | Callable[..., Any] | None = None
     rows: str | None = None
     max_in_flight: Count | None = None
@@ -173,7 +175,7 @@ def plain_call(
         # The password of sql://BLOCK?query=… is in the block.
         if is_remote(where) and shown_address(where) != where and not where.startswith("sql://"):
             return {"why_not": f"the address of its {kind} may contain a password"}
-    for name in ("key", "inputs"):
+    for name in ("key", "session", "inputs"):
         if callable(getattr(options, name)):
             return {"why_not": f"{name} is a function"}
     sources: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs

@@ -32,6 +32,7 @@ from prefect_crew.exceptions import (
     RateLimitedError,
     ServerError,
 )
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.templates import compiled, names_in
 
 Values = Mapping[str, Any]
@@ -39,6 +40,10 @@ BAD_ROWS = 1000
 """Bad rows that are kept in memory and in the ledger."""
 MAX_KEY = 200
 """Characters of a row's key."""
+_SHOWN = {
+    "key": "logs, artifacts and the ledger show keys",
+    "session": "logs and Variables of the Prefect server show sessions",
+}
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -115,11 +120,12 @@ class RowPlan:
         self._mapping: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs
         self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
         self._secret_columns = _columns_of(crew.secret_inputs, inputs)
-        if isinstance(options.key, str) and options.key in crew.secret_inputs:
-            raise ConfigurationError(
-                f"The key column {options.key!r} is a secret input, but logs, artifacts and the ledger show keys. "
-                "Use another column, or leave key out."
-            )
+        for name, column in (("key", options.key), ("session", options.session)):
+            if isinstance(column, str) and column in crew.secret_inputs:
+                raise ConfigurationError(
+                    f"The {name} column {column!r} is a secret input, but {_SHOWN[name]}. Use another column, or leave "
+                    f"{name} out."
+                )
         if unknown := self._unknown(self._mapping):
             raise ConfigurationError(
                 f"The inputs mapping {unknown}. Nothing was started. To send inputs that the crew does not name, set "
@@ -129,11 +135,11 @@ class RowPlan:
     def source(self) -> str | None:
         """Return a digest of the sources of the rows; None if these contain a function or a secret."""
         options, crew, data = self._options, self._crew, self.dataset
-        settings = (options.key, options.inputs, *self._mapping.values())
+        settings = (options.key, options.session, options.inputs, *self._mapping.values())
         if data.digest is None or any(callable(setting) or holds_secret(setting) for setting in settings):
             return None
         how: list[Any] = [version("prefect-crew"), data.digest(), data.format, data.encoding, data.delimiter]
-        how += [options.key, options.inputs is None, self._mapping, options.rows, self._expected]
+        how += [options.key, options.session, options.inputs is None, self._mapping, options.rows, self._expected]
         how += [crew.inputs_as_json, crew.allow_extra_inputs, crew.secret_inputs]
         try:
             return hashlib.sha256(to_json(how)).hexdigest()
@@ -187,7 +193,8 @@ class RowPlan:
     def _job(self, row: Row, keys: _Keys, number: int) -> RowJob:
         if row.fault is not None:
             raise ConfigurationError(row.fault)
-        inputs = self._crew.take(Inputs.of(self._inputs_of(row.values)))
+        session = self._session_of(row.values)
+        inputs = self._crew.take(Inputs.of(self._inputs_of(row.values)), session=session)
         encoded = inputs.encoded
         if missing := missing_inputs(self._expected, encoded):
             by_name = STATE_ID in missing and self._options.inputs is None
@@ -199,11 +206,19 @@ class RowPlan:
             key = f"{inputs.digest}-{keys.count(inputs.digest)}"
         else:
             key = _key_of(self._options.key, row.values)
-            if inputs.secret_names and Redactor(inputs.secret_values).hides(key):
-                raise ConfigurationError("its key holds a secret input, but logs, artifacts and the ledger show keys")
             if (earlier := keys.put(key, row.line)) is not None:
                 raise ConfigurationError(f"has the key {key!r} of line {earlier} again")
+        if inputs.secret_names:
+            hides = Redactor(inputs.secret_values).hides
+            if name := "key" if self._options.key and hides(key) else "session" if hides(session or "") else None:
+                raise ConfigurationError(f"its {name} holds a secret input, but {_SHOWN[name]}")
         return RowJob(number, row.line, key, inputs)
+
+    def _session_of(self, values: Values) -> str | None:
+        """Return the session of a row; None for an empty column, and without `session` among the options."""
+        source = self._options.session
+        name = None if source is None else _value_of(source, values, what="session")
+        return None if _is_empty(name) else RunOptions.of(session=str(name)).session
 
     def _unknown(self, inputs: Mapping[str, Any]) -> str | None:
         unknown = [] if self._crew.allow_extra_inputs else unknown_inputs(self._expected, inputs)
@@ -342,14 +357,18 @@ def _template(name: str, source: str) -> Callable[[Values], Any]:
     return rendered
 
 
-def _key_of(key: KeyFrom, values: Values) -> str:
-    if callable(key):
-        value = key(values)
-    elif key in values:
-        value = values[key]
-    else:
+def _value_of(source: KeyFrom, values: Values, *, what: str) -> Any:
+    """Return the value of a column, or of a function of the row. `what` is its meaning, for messages."""
+    if callable(source):
+        return source(values)
+    if source not in values:
         columns = listed_names([str(name) for name in values]) or "none"
-        raise ConfigurationError(f"there is no column {key!r}, which is the key; the columns are {columns}")
+        raise ConfigurationError(f"there is no column {source!r}, which is the {what}; the columns are {columns}")
+    return values[source]
+
+
+def _key_of(key: KeyFrom, values: Values) -> str:
+    value = _value_of(key, values, what="key")
     text = "" if value is None else str(value)
     if not text.strip():
         raise ConfigurationError("its key is empty")

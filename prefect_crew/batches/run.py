@@ -57,9 +57,9 @@ from prefect_crew.batches.report import (
     OnProgress,
 )
 from prefect_crew.batches.rows import Checked, RowPlan, SetAside, expected_inputs, rejected_name
-from prefect_crew.batches.runner import Runner, rows_at_once
+from prefect_crew.batches.runner import Runner
 from prefect_crew.batches.tables import SQL, open_query
-from prefect_crew.batches.throttle import BatchClient, Throttle
+from prefect_crew.batches.throttle import BatchClient, Throttle, rows_at_once
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
@@ -98,6 +98,7 @@ async def arun_batch(
     export: str,
     ledger: str | None = None,
     key: KeyFrom | None = None,
+    session: KeyFrom | None = None,
     inputs: InputsFrom | None = None,
     max_in_flight: int | None = None,
     kickoffs_per_second: float | None = None,
@@ -140,6 +141,8 @@ async def arun_batch(
         ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
             left out, a file next to a local export.
         key: A column or a function of the row; left out, a digest of the inputs and the number of equal rows before.
+        session: A column or a function of the row that names the session of its run, as for `run_crew`; empty: none.
+            The rows of one session run one after the other.
         inputs: How a row becomes inputs: a function of the row, or by name a column, a template over the columns, a
             function of the row, or a constant that is not text; left out, the columns named like the crew's inputs.
         max_in_flight: Runs in flight at once, 100 if left out.

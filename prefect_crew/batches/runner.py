@@ -19,7 +19,7 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, prefect_error
 from prefect_crew.artifacts.events import emit
 from prefect_crew.batches.ledger import PAGE, Ledger
-from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
+from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import (
     CORRECTABLE,
     ERROR_CAP,
@@ -32,10 +32,11 @@ from prefect_crew.batches.outcomes import (
 )
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.throttle import Throttle
+from prefect_crew.batches.turns import RowTurns
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
     BatchCancelledError,
@@ -44,6 +45,7 @@ from prefect_crew.exceptions import (
     CrewError,
     CrewLostError,
     DatasetError,
+    FlowRunCancelledError,
     IdempotencyConflictError,
     KickoffUncertainError,
     LedgerError,
@@ -52,14 +54,15 @@ from prefect_crew.records.budgets import note_exceeded
 from prefect_crew.records.decision import Caller, latest_start
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, secret_mark
+from prefect_crew.records.sessions import Turn
 from prefect_crew.runs.kickoff import start_run
-from prefect_crew.runs.limits import most_at_once
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import WITHHELD, LiveRun, close_run, end_of
 from prefect_crew.runs.stop import close_stopped, is_cancelled, is_cancelled_on_server
+from prefect_crew.runs.turns import EarlierTurnError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
@@ -113,6 +116,7 @@ class Runner:
         self._logged_at: dict[str, float] = {}
         self._slots = asyncio.Semaphore(max_in_flight)
         self._running: set[asyncio.Task[None]] = set()
+        self._turns = RowTurns(session.crew, ledger)
         self._settings = CrewSettings()
         meta = {**(options.meta or {}), "batch": ledger.batch}
         self._run_options = RunOptions.of(meta=meta, webhooks=options.webhooks)
@@ -238,7 +242,8 @@ class Runner:
     async def _run_row(self, job: RowJob, attempts: Sequence[RunRecord]) -> None:
         """Bring one row to its end. If the batch stops before, the row is left without an end."""
         try:
-            end = await self._to_its_end(job, attempts)
+            async with self._turns.of(job):
+                end = await self._to_its_end(job, attempts)
         finally:
             self.throttle.left(job.key)
         if end is not None:
@@ -315,11 +320,13 @@ class Runner:
             caller=Caller(owner=owner, flow_run_id=flow_run_id, flow_run_count=flow_run_count),
         )
         request = self._request(job, force_new=place is not None)
-        may_get_room = self._may_get_room()
+        may_get_room, record, turn = self._may_get_room(), None, None
         try:
             _, record = await start_run(request, identity, self.ledger, self.session)
         except LedgerError:
             raise
+        except EarlierTurnError as earlier:
+            turn = earlier.turn
         except asyncio.CancelledError:
             if self.throttle.slots is not None:
                 self.throttle.slots.leave(job.key)  # its kickoff may have been accepted
@@ -335,14 +342,29 @@ class Runner:
         except CrewError as error:
             return await self._no_run(job, error)
         except PREFECT_ERRORS as error:
-            self.throttle.refused(prefect_error(error, "A budget could not be read, so rows wait."))
+            self.throttle.refused(prefect_error(error, "A budget or a session could not be read, so rows wait."))
             return None
         finally:
             self.throttle.leave()
-        if record.owner == owner:
+        if turn is not None:
+            return await self._after_turn(job, turn, identity.caller)
+        if record is not None and record.owner == owner:
             self.started += 1
             self.throttle.accepted()
         return record
+
+    async def _after_turn(self, job: RowJob, turn: Turn, caller: Caller) -> RowEnd | None:
+        """Wait until an earlier turn of a row's session is over; return the row's end if that cannot be waited for."""
+        self.throttle.left(job.key)
+        try:
+            await self._turns.wait(turn, caller, self.policy)
+        except FlowRunCancelledError as error:
+            self.throttle.stop(str(error))
+        except CrewError as error:
+            return await self._no_run(job, error)
+        except PREFECT_ERRORS as error:
+            self.throttle.refused(prefect_error(error, "A session could not be read, so its rows wait."))
+        return None
 
     def _may_get_room(self) -> bool:
         """Return whether other rows, in flight or being kicked off, may use less of a budget than their estimates."""
@@ -635,22 +657,6 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
     else:
         await close_stopped(session.client, session.crew, record, answer, ledger)
     return answer.accepted
-
-
-async def rows_at_once(crew: Crew, options: BatchOptions) -> int:
-    """Return how many rows may be in flight at once.
-
-    Raises ConfigurationError if the crew's limit does not exist, or is below `max_in_flight`.
-    """
-    most, limit = options.max_in_flight, await most_at_once(crew)
-    if limit is None:
-        return most or IN_FLIGHT
-    if most is not None and most > limit:
-        raise ConfigurationError(
-            f"max_in_flight is {most}, but crew {crew.label} allows {limit} runs in flight "
-            f"(concurrency limit {crew.concurrency_limit!r}). Give max_in_flight={limit} or less."
-        )
-    return most or min(IN_FLIGHT, limit)
 
 
 async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:

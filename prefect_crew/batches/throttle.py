@@ -8,13 +8,13 @@ from contextlib import suppress
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client._transport import Answer, Call, SpreadTransport
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewError, RateLimitedError, ServerError
-from prefect_crew.runs.limits import SlotPool
+from prefect_crew.runs.limits import SlotPool, most_at_once
 
 REFUSED_PAUSE = 5.0
 """Seconds from a refused kickoff to the next one. The end of a run ends this pause."""
@@ -24,6 +24,22 @@ WARN_EVERY = 60.0
 """Seconds between two warnings about refused kickoffs: a full server or budget refuses one at the end of each run."""
 REQUESTS_AT_ONCE = 256
 """Status calls at a time, and likewise stops: where answers take 0.2 s, 256 are 1,280 polls a second."""
+
+
+async def rows_at_once(crew: Crew, options: BatchOptions) -> int:
+    """Return how many rows may be in flight at once.
+
+    Raises ConfigurationError if the crew's limit does not exist, or is below `max_in_flight`.
+    """
+    most, limit = options.max_in_flight, await most_at_once(crew)
+    if limit is None:
+        return most or IN_FLIGHT
+    if most is not None and most > limit:
+        raise ConfigurationError(
+            f"max_in_flight is {most}, but crew {crew.label} allows {limit} runs in flight "
+            f"(concurrency limit {crew.concurrency_limit!r}). Give max_in_flight={limit} or less."
+        )
+    return most or min(IN_FLIGHT, limit)
 
 
 class Throttle:

@@ -74,6 +74,7 @@ class BatchChoices:
     Args:
         ledger: A path, a PostgreSQL URL or secret://NAME; if left out, a file next to a local export.
         key_column: The column that holds the key of each row; if left out, a digest of the row's inputs.
+        session_column: The column that names the session of a CrewAI Flow; rows of a session run one after the other.
         map: An input and its column, as NAME=COLUMN, or NAME='text with {{ COLUMN }}'; can be repeated.
         format: The file's format, if its ending does not name it.
         encoding: The encoding of a text file.
@@ -86,6 +87,7 @@ class BatchChoices:
 
     ledger: str | None = None
     key_column: str | None = None
+    session_column: str | None = None
     map: Annotated[list[str] | None, Parameter(negative=())] = None
     format: Literal["csv", "tsv", "jsonl", "json", "parquet"] | None = None
     encoding: str = "utf-8-sig"
@@ -100,10 +102,11 @@ class BatchChoices:
         options = {
             **vars(self),
             "key": self.key_column,
+            "session": self.session_column,
             "inputs": read_pairs("--map", self.map or (), "COLUMN") or None,
         }
         options["delimiter"] = "\t" if self.delimiter == "\\t" else self.delimiter  # people type a tab as \t
-        del options["key_column"], options["map"]
+        del options["key_column"], options["session_column"], options["map"]
         return options
 
 

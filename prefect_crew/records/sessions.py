@@ -2,8 +2,11 @@
 
 A session belongs to one crew. `crew_turn_SESSION_NUMBER` is a Variable that gives one claim the turn of this number:
 of two callers that create it, one succeeds. It names the claim, the id of the state that the run pins, and the state
-of the last turn before that completed. Nobody changes it. A turn is over once its claim has ended, or surely started
-nothing. Only then a caller creates the next turn. So two turns of a session are never in flight.
+of the last turn before that completed. A turn is over once its claim has ended, or surely started nothing. Only then a
+caller creates the next turn. So two turns of a session are never in flight.
+
+Nobody changes a turn, but for the turn of a row: its claim is in the ledger of a batch, which other callers cannot
+read. Whoever reads the ledger and sees that the turn is over notes that in the turn, as `outcome`.
 
 The last turn is found by exact names. A first request asks for 1 to 49, for each fiftieth turn, and so on; one request
 more for each power of 50 that the number has reached. Pruning deletes only `passed_turns`, by which nobody looks for
@@ -19,12 +22,13 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import ClassVar
 from uuid import NAMESPACE_URL, uuid5
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_api import BUSY_FOR, run_logger
 from prefect_crew.exceptions import SessionBlockedError, UnreadableRecordError
 from prefect_crew.records.model import RECORD_VERSION, RecordPhase, RecordStore, RunRecord, digest
-from prefect_crew.records.variables import PAGE, Variable, create_variable, read_exact, read_pages
+from prefect_crew.records.store import PrefectRecords
+from prefect_crew.records.variables import PAGE, Variable, create_variable, patch_variable, read_exact, read_pages
 from prefect_crew.states import CrewState
 
 BASE = 50
@@ -39,8 +43,9 @@ _NAME = re.compile(r"crew_turn_([0-9a-f]{32})_(\d+)")
 class Turn(BaseModel):
     """One turn: the value of its Variable.
 
-    `claim` is the id of the claim, which is the attempt `attempt` at `idempotency_key`. `state_id` is the id of the
-    state that its run pins, `restored` the state from which it starts, None for an empty one.
+    `claim` is the id of the claim, which is the attempt `attempt` at `idempotency_key`; of a row, the owner of the
+    claim. `state_id` is the id of the state that its run pins, `restored` the state from which it starts, None for an
+    empty one. `outcome` is the state in which the run of a row ended, or its phase; None while the turn is not over.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -55,15 +60,30 @@ class Turn(BaseModel):
     claim: str
     state_id: str
     restored: str | None = None
+    is_row: bool = False
+    outcome: str | None = None
+    ref: str | None = Field(default=None, exclude=True)
+    """The id of its Variable, which the Variable does not contain."""
+
+    @property
+    def variable(self) -> str:
+        """The name of its Variable."""
+        return _name(self.crew_url, self.session, self.number)
 
     def completed_state(self, record: RunRecord | None) -> str | None:
         """Return the state of the last completed turn, by the record of this turn, which is over."""
-        return self.state_id if record is not None and record.state is CrewState.COMPLETED else self.restored
+        state = self.outcome if record is None else record.state
+        return self.state_id if state == CrewState.COMPLETED else self.restored
 
 
-def is_over(record: RunRecord | None) -> bool:
-    """Return whether the claim of a turn has ended or surely started nothing. None: it was given back, or pruned."""
-    return record is None or record.phase in (RecordPhase.ENDED, RecordPhase.NOT_STARTED)
+def is_over(turn: Turn, record: RunRecord | None) -> bool:
+    """Return whether the claim of a turn has ended or surely started nothing.
+
+    `record` is the claim. None: it was given back, or pruned; of a row, it may be in another ledger.
+    """
+    if record is None:
+        return turn.outcome is not None or not turn.is_row
+    return record.phase in (RecordPhase.ENDED, RecordPhase.NOT_STARTED)
 
 
 def _name(crew_url: str, session: str, number: int) -> str:
@@ -85,7 +105,7 @@ def _turn_in(variable: Variable) -> Turn:
             f"The Variable {variable.name} should hold a turn of a session, and this version cannot read it. Nothing "
             "was started. Upgrade prefect-crew if a later version wrote it; else delete the Variable."
         )
-    return turn
+    return turn.model_copy(update={"ref": variable.id})
 
 
 async def _read_turns(crew_url: str, session: str, numbers: Iterable[int]) -> list[Turn]:
@@ -105,16 +125,37 @@ async def last_turn(crew_url: str, session: str) -> Turn | None:
     return last
 
 
+async def turn_again(turn: Turn) -> Turn | None:
+    """Read a turn again. Return None if it is gone."""
+    return next(iter(await _read_turns(turn.crew_url, turn.session, [turn.number])), None)
+
+
 async def record_of(turn: Turn, records: RecordStore) -> RunRecord | None:
-    """Return the claim of a turn, None if it is gone."""
-    attempts = await records.attempts(turn.idempotency_key)
-    return next((attempt for attempt in attempts if attempt.ref == turn.claim), None)
+    """Return the claim of a turn, None if it is gone, or in a ledger that `records` is not."""
+    store = records if turn.is_row else PrefectRecords()
+    attempts = await store.attempts(turn.idempotency_key)
+    return next((attempt for attempt in attempts if turn.claim == claim_id(attempt)), None)
+
+
+def claim_id(record: RunRecord) -> str:
+    """Return the id by which a turn names its claim."""
+    return record.ref or record.owner  # a ledger has no ids of its own
+
+
+async def settle_last_turn(crew_url: str, session: str, records: RecordStore) -> tuple[Turn | None, RunRecord | None]:
+    """Return the last turn of a session and its claim. If it is the turn of a row and over, note that in the turn."""
+    last = await last_turn(crew_url, session)
+    record = None if last is None else await record_of(last, records)
+    if last is not None and last.is_row and last.outcome is None and record is not None and is_over(last, record):
+        last = last.model_copy(update={"outcome": str(record.state or record.phase)})
+        await patch_variable(str(last.ref), {"value": last.model_dump(mode="json")}, give_up_after=BUSY_FOR)
+    return last, record
 
 
 async def turn_in_the_way(crew_url: str, session: str, records: RecordStore) -> Turn | None:
     """Return the last turn of a session if it is not over, else None."""
-    last = await last_turn(crew_url, session)
-    return None if last is None or is_over(await record_of(last, records)) else last
+    last, record = await settle_last_turn(crew_url, session, records)
+    return None if last is None or is_over(last, record) else last
 
 
 async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
@@ -126,9 +167,8 @@ async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
         SessionBlockedError: The session has no number left.
     """
     session = str(record.session)
-    last = await last_turn(record.crew_url, session)
-    before = None if last is None else await record_of(last, records)
-    if last is not None and not is_over(before):
+    last, before = await settle_last_turn(record.crew_url, session, records)
+    if last is not None and not is_over(last, before):
         return last
     number = 1 if last is None else last.number + 1
     if number >= BASE ** len(STEPS):
@@ -143,8 +183,9 @@ async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
         crew_url=record.crew_url,
         idempotency_key=record.idempotency_key,
         attempt=record.attempt,
-        claim=str(record.ref),
-        state_id=str(uuid5(NAMESPACE_URL, f"{record.crew_url}/{session}/{number}/{record.ref}")),
+        claim=claim_id(record),
+        is_row=record.ref is None,
+        state_id=str(uuid5(NAMESPACE_URL, f"{record.crew_url}/{session}/{number}/{claim_id(record)}")),
         restored=None if last is None else last.completed_state(before),
     )
     name = _name(record.crew_url, session, number)
@@ -152,7 +193,7 @@ async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
     if await create_variable({"name": name, "value": turn.model_dump(mode="json"), "tags": tags}) is not None:
         return turn
     # It is another caller's, or our own: Prefect's client repeats a request whose answer was lost.
-    return next(iter(await _read_turns(record.crew_url, session, [number])), None)
+    return await turn_again(turn)
 
 
 # Lists and pruning
@@ -179,7 +220,7 @@ async def has_last_turn(records: Iterable[RunRecord]) -> bool:
     for record in records:
         if record.session is not None and record.turn is not None:
             last = await last_turn(record.crew_url, record.session)
-            if last is not None and last.claim == record.ref:
+            if last is not None and last.claim == claim_id(record):
                 return True
     return False
 

@@ -36,7 +36,7 @@ from prefect_crew.records.decision import Decision, check_same_run, decide, late
 from prefect_crew.records.keys import RunIdentity, identify
 from prefect_crew.records.model import Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
 from prefect_crew.records.owners import crash_dead_owner
-from prefect_crew.records.sessions import Turn, take_turn, turn_in_the_way
+from prefect_crew.records.sessions import Turn, claim_id, take_turn, turn_in_the_way
 from prefect_crew.runs.claims import OtherClaim, loop_ends, save, take_back_shared_id, uncertain
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
@@ -124,7 +124,8 @@ class _Start:
                 await self._make_sure()
                 if takes_turn:
                     await self._take_turn()
-                    run_logger().info("Crew %s: %s. (key %s)", record.crew, _step_taken(decision, record), key)
+                    if not self.request.is_row:
+                        run_logger().info("Crew %s: %s. (key %s)", record.crew, _step_taken(decision, record), key)
                 await self._post_until_taken()
             except ClaimLostError as lost:
                 self.work.raise_if_cancelled()
@@ -283,7 +284,7 @@ class _Start:
             # number was free again.
             if turn is None or self.lease.is_over or window.is_over:
                 raise ClaimLostError("its turn could not be taken in time.")
-            if turn.claim != record.ref:
+            if turn.claim != claim_id(record):
                 raise EarlierTurnError(turn)
             record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
             start = "an empty state" if turn.restored is None else f"state {turn.restored}"

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from prefect_crew.budgets import Budget
 from prefect_crew.client.encoding import is_uuid
-from prefect_crew.client.inputs import STATE_ID, Inputs, Unshown
+from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
@@ -146,14 +146,5 @@ class RunRequest:
 
     @classmethod
     def of(cls, crew: Crew, inputs: Inputs, options: RunOptions) -> RunRequest:
-        """Return the request for one run, with the inputs encoded and checked by the crew (`Crew.take`).
-
-        Raises:
-            ConfigurationError: The inputs have an `id`, and the options a session.
-        """
-        if options.session is not None and STATE_ID in inputs.values:
-            raise ConfigurationError(
-                f"The input {STATE_ID!r} names the state of a Flow, and session {options.session!r} names it itself. "
-                f"Nothing was started. Leave the input {STATE_ID!r} out, or leave session out."
-            )
+        """Return the request for one run, with the inputs encoded and checked by the crew. Raises as `Crew.take`."""
         return cls(crew, crew.take(inputs, restore_from=options.restore_from, session=options.session), options)

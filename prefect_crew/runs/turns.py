@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 from contextlib import suppress
 from datetime import datetime
@@ -22,13 +23,16 @@ from prefect_crew.exceptions import (
     SessionBlockedError,
 )
 from prefect_crew.records.decision import Caller, Decision, decide
-from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
-from prefect_crew.records.sessions import Turn, is_over, record_of
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
+from prefect_crew.records.sessions import Turn, is_over, record_of, turn_again
 from prefect_crew.runs import stop
 from prefect_crew.runs.claims import OtherClaim, take_back_shared_id
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.run import LiveRun, close_run
 from prefect_crew.runs.wait import end_and_report
+
+LOOK_AGAIN = 2.0
+"""Seconds, at most, between two looks at the turn of a row."""
 
 
 class EarlierTurnError(Exception):
@@ -55,9 +59,13 @@ async def wait_for_turn(
     claim, bystander = OtherClaim(records), _Bystander(caller)
     text = "Session %r: this call waits for turn %d, run %s."
     run_logger().info(text, turn.session, turn.number, turn.idempotency_key)
-    while not is_over(record := await record_of(turn, records)):
-        assert record is not None  # noqa: S101  for type checkers: without a record, the turn is over
+    while not is_over(turn, record := await record_of(turn, records)):
         await bystander.check()
+        if record is None:
+            if (again := await _pause(turn, policy, asked_at)) is None:
+                return  # a person has deleted the turn
+            turn = again
+            continue
         ended = record.phase is RecordPhase.CLAIMED and await records.owner_ended(record)
         decision = decide(record, caller=caller, owner_ended=ended)
         if not await claim.is_settled(decision, record):
@@ -78,7 +86,7 @@ async def wait_for_turn(
         try:
             await work.run(_watch(run, turn, bystander, Phases(asked_at.timestamp()), policy, work))
         except (CrewLostError, CrewTimeoutError) as error:
-            if not is_over(await record_of(turn, records)):
+            if not is_over(turn, await record_of(turn, records)):
                 raise _not_over(turn, record, error) from error
 
 
@@ -126,7 +134,7 @@ async def _watch(
                 error.sent = False  # of the kickoff, which Prefect may try again
                 raise
             record = await record_of(turn, run.records)
-            if record is None or is_over(record):
+            if record is None or is_over(turn, record):
                 return
             run.record = record
             end, report = end_and_report(run, status, record.human_seconds)
@@ -136,6 +144,21 @@ async def _watch(
             if is_closed:
                 await run.artifact.keep(lambda: render_run(run.view(status), run.artifact.earlier))
                 await run.records.unlist(record)
+
+
+async def _pause(turn: Turn, policy: WaitPolicy, asked_at: datetime) -> Turn | None:
+    """Pause while the turn is a row of a batch whose ledger this call cannot read. Return the turn as it is then."""
+    left = float("inf") if policy.timeout is None else policy.timeout - (utcnow() - asked_at).total_seconds()
+    if left <= 0:
+        raise _blocked(
+            turn,
+            f"it is row {turn.idempotency_key!r} of a batch and has not ended, and this call has waited for "
+            f"{policy.timeout:g} s",
+            "Call that batch again, which goes on with the row. If the ledger of the batch is gone, run: "
+            f"prefect variable delete {turn.variable}.",
+        )
+    await asyncio.sleep(min(policy.max_interval, LOOK_AGAIN, left))
+    return await turn_again(turn)
 
 
 def _not_over(turn: Turn, record: RunRecord, error: CrewLostError | CrewTimeoutError) -> SessionBlockedError:

@@ -1,0 +1,184 @@
+"""Rows of a batch that are turns of sessions: their order, the states they start from, and the turns of other calls."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefect_crew as pc
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.client.models import CrewInput
+from prefect_crew.devserver import CrewServer
+from prefect_crew.records import sessions
+from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.variables import delete_variable, read_exact
+from prefect_crew.testing import CrewServerFactory
+from support.batches import Batches, record_of, row_plan
+from support.records import LONG_AGO
+from support.scripts import JOURNAL
+from support.waiting import until
+
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+ANN, BOB = "customer-ann", "customer-bob"
+
+
+@pytest.fixture
+def journal(crew_server: CrewServerFactory) -> CrewServer:
+    return crew_server(JOURNAL)
+
+
+def days(*notes: str, who: str = ANN) -> list[dict[str, Any]]:
+    return [{"day": f"{who} {number}", "note": note, "who": who} for number, note in enumerate(notes, 1)]
+
+
+async def run(batch: Batches, server: CrewServer, rows: list[dict[str, Any]], **options: Any) -> pc.BatchReport:
+    return await batch(server.crew(), rows, **{"key": "day", "session": "who", **options})
+
+
+def outputs(batch: Batches) -> list[str]:
+    return [line["output"] for line in batch.lines().values()]
+
+
+async def turns(server: CrewServer, session: str = ANN) -> list[sessions.Turn]:
+    last = await sessions.last_turn(server.url, session)
+    return [] if last is None else await sessions.latest_turns(last, 200)
+
+
+# The order
+
+
+async def test_rows_of_a_session_are_turns_in_their_order(batch: Batches, journal: CrewServer):
+    rows = [*days("slow", "rain", "bread"), *days("milk", "sun", who=BOB), {"day": "none", "note": "alone", "who": ""}]
+    assert (await run(batch, journal, rows)).ok
+    assert outputs(batch) == [
+        *("1 slow", "2 rain after 1 slow", "3 bread after 2 rain after 1 slow"),
+        *("1 milk", "2 sun after 1 milk"),
+        "1 alone",
+    ]
+    assert [(turn.number, turn.outcome) for turn in await turns(journal)] == [(n, "completed") for n in (1, 2, 3)]
+    assert len({run.inputs["id"] for run in journal.runs if "id" in run.inputs}) == 5
+
+
+async def test_a_failed_row_is_not_built_on(batch: Batches, journal: CrewServer):
+    report = await run(batch, journal, days("tea", "bad", "rain"), retries=1)
+    assert (report.completed, report.failed, journal.kickoffs) == (2, 1, 4)
+    assert batch.lines()[f"{ANN} 3"]["output"] == "2 rain after 1 tea"
+    assert [turn.outcome for turn in await turns(journal)] == ["completed", "failed", "failed", "completed"]
+
+
+async def test_a_second_call_goes_on_with_the_session(batch: Batches, journal: CrewServer):
+    name = f"journal {uuid.uuid4().hex[:8]}"
+    await run(batch, journal, days("tea"), name=name)
+    assert (await run(batch, journal, days("tea", "rain"), name=name, on_change="continue")).completed == 2
+    assert outputs(batch) == ["1 tea", "2 rain after 1 tea"]
+    assert journal.kickoffs == 2
+
+
+# Turns of other calls
+
+
+async def test_rows_and_single_runs_share_a_session(batch: Batches, journal: CrewServer):
+    crew = journal.crew()
+    assert (await pc.arun_crew(crew, {"note": "tea"}, session=ANN)).output == "1 tea"
+    await run(batch, journal, days("rain"))
+    assert (await pc.arun_crew(crew, {"note": "bread"}, session=ANN)).output == "3 bread after 2 rain after 1 tea"
+
+
+async def test_a_row_waits_for_a_single_run(batch: Batches, journal: CrewServer):
+    single = asyncio.ensure_future(pc.arun_crew(journal.crew(), {"note": "slow"}, session=ANN))
+    await until(lambda: journal.kickoffs == 1, "the single run is in flight")
+    assert (await run(batch, journal, days("rain"))).ok
+    assert outputs(batch) == ["2 rain after 1 slow"]
+    assert (await single).output == "1 slow"
+
+
+async def test_others_wait_for_a_row(batch: Batches, journal: CrewServer, tmp_path: Path):
+    first = asyncio.ensure_future(run(batch, journal, days("slow")))
+    await until(lambda: journal.kickoffs == 1, "the row is in flight")
+    other = Batches(tmp_path / "other")
+    other.folder.mkdir()
+    _, single = await asyncio.gather(
+        run(other, journal, days("rain")), pc.arun_crew(journal.crew(), {"note": "sun"}, session=ANN)
+    )
+    assert (await first).ok
+    texts = [*outputs(batch), *outputs(other), single.output]
+    assert sorted(text[0] for text in texts) == ["1", "2", "3"]
+    assert max(texts, key=len).count("after") == 2
+    runs = sorted(journal.runs, key=lambda run: run.created_at)
+    assert [run.restore_from for run in runs] == [None, runs[0].inputs["id"], runs[1].inputs["id"]]
+
+
+# What blocks a session
+
+
+async def test_an_uncertain_row_blocks_the_rows_after_it(batch: Batches, crew_server: CrewServerFactory):
+    server, name = crew_server(JOURNAL, faults=["kickoff:500@1"]), f"journal {uuid.uuid4().hex[:8]}"
+    rows = [*days("tea", "rain"), *days("sun", who=BOB)]
+    report = await run(batch, server, rows, name=name)
+    assert (report.uncertain, report.completed, server.kickoffs) == (1, 1, 1), "the first kickoff is answered with 500"
+    assert report.errors == {"SessionBlockedError": 1}
+    with pytest.raises(pc.SessionBlockedError, match=r"row .* of a batch and has not ended.*prefect variable delete"):
+        await pc.arun_crew(server.crew(), {"note": "x"}, session=ANN, wait=pc.WaitPolicy(timeout=0.5))
+    async with Ledger(str(batch.folder / "out.jsonl.ledger.db"), name) as ledger:
+        [record] = await ledger.unresolved()
+        assert await ledger.resolve(record, RecordPhase.NOT_STARTED)
+    assert (await run(batch, server, rows, name=name)).ok
+    assert outputs(batch)[:2] == ["1 tea", "2 rain after 1 tea"]
+
+
+async def test_a_row_of_a_ledger_that_is_not_here_blocks_its_session(
+    batch: Batches, journal: CrewServer, tmp_path: Path
+):
+    name, row = f"journal {uuid.uuid4().hex[:8]}", days("tea")
+    async with Ledger(str(tmp_path / "elsewhere.db"), name) as ledger:
+        record = record_of(ledger, str(row[0]["day"]), crew_url=journal.url, session=ANN, good_for=LONG_AGO)
+        turn = await sessions.take_turn(record, ledger)
+    assert turn is not None
+    report = await run(batch, journal, row, name=name, wait=pc.WaitPolicy(timeout=0.5))
+    assert (report.errors, journal.kickoffs) == ({"SessionBlockedError": 1}, 0)
+    waiting = asyncio.ensure_future(run(batch, journal, row, name=name))
+    await asyncio.sleep(1)
+    [variable] = await read_exact([turn.variable])
+    await delete_variable(variable.id)  # as the message says
+    assert (await waiting).ok
+
+
+# Bad rows
+
+
+TOPIC = [CrewInput(name="note")]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "reason"),
+    [
+        pytest.param(
+            {"note": "a"}, {}, "there is no column 'who', which is the session; the columns are note", id="none"
+        ),
+        pytest.param({"note": "a", "who": "x" * 201}, {}, "session is 'x.*it has to be a name of 1 to", id="long"),
+        pytest.param({"note": "a", "who": "b\tc"}, {}, "session is .*it has to be a name of 1 to", id="control"),
+        pytest.param(
+            {"note": "a", "who": "b", "id": "c"},
+            {"inputs": {"note": "note", "id": "id"}, "expected": [*TOPIC, CrewInput(name="id")]},
+            "The input 'id' names the state of a Flow",
+            id="with-id",
+        ),
+    ],
+)
+def test_a_row_whose_session_makes_no_sense_is_bad(row: dict[str, Any], options: dict[str, Any], reason: str):
+    [bad] = row_plan([row], session="who", **{"expected": TOPIC, **options}).check().bad
+    assert re.search(reason, bad.reason)
+
+
+def test_the_session_is_part_of_a_row():
+    digests = {
+        row_plan([{"note": "a", "who": who}], session="who", expected=TOPIC).check().order for who in ("", "b", "c")
+    }
+    assert len(digests) == 3
+    [job] = row_plan([{"note": "a", "who": 7}], session=lambda row: f"n-{row['who']}", expected=TOPIC).jobs()
+    assert (job.inputs.session, dict(job.inputs.encoded)) == ("n-7", {"note": "a"})
