@@ -50,6 +50,7 @@ from prefect_crew.pipelines.definition import (
 from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.pipelines.run import PipelineResult, run_deployed_pipeline
 from prefect_crew.records.keys import render_key
+from prefect_crew.runs.options import RunOptions
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import PrefectClient
@@ -246,6 +247,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
             raise ConfigurationError(f"{title} cannot have these parameters. {error}.") from None
         if plain.get("idempotency_key") is not None:
             render_key(plain["idempotency_key"], datetime.now(UTC))  # it raises where the template is wrong
+        RunOptions.of(session=plain.get("session"))  # it raises where the name is wrong
 
 
 def crew_flow(crew: str) -> InputsFlow[CrewResult]:

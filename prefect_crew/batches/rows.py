@@ -195,6 +195,7 @@ class RowPlan:
             raise ConfigurationError(row.fault)
         session = self._session_of(row.values)
         inputs = self._crew.take(Inputs.of(self._inputs_of(row.values)), session=session)
+        self._check_shown(inputs, "session", session or "")
         encoded = inputs.encoded
         if missing := missing_inputs(self._expected, encoded):
             by_name = STATE_ID in missing and self._options.inputs is None
@@ -206,18 +207,21 @@ class RowPlan:
             key = f"{inputs.digest}-{keys.count(inputs.digest)}"
         else:
             key = _key_of(self._options.key, row.values)
+            self._check_shown(inputs, "key", key)
             if (earlier := keys.put(key, row.line)) is not None:
                 raise ConfigurationError(f"has the key {key!r} of line {earlier} again")
-        if inputs.secret_names:
-            hides = Redactor(inputs.secret_values).hides
-            if name := "key" if self._options.key and hides(key) else "session" if hides(session or "") else None:
-                raise ConfigurationError(f"its {name} holds a secret input, but {_SHOWN[name]}")
         return RowJob(number, row.line, key, inputs)
+
+    def _check_shown(self, inputs: Inputs, what: str, text: str) -> None:
+        if inputs.secret_names and Redactor(inputs.secret_values).hides(text):
+            raise ConfigurationError(f"its {what} holds a secret input, but {_SHOWN[what]}")
 
     def _session_of(self, values: Values) -> str | None:
         """Return the session of a row; None for an empty column, and without `session` among the options."""
         source = self._options.session
         name = None if source is None else _value_of(source, values, what="session")
+        if holds_secret(name):
+            raise ConfigurationError(f"its session holds a secret, but {_SHOWN['session']}")
         return None if _is_empty(name) else RunOptions.of(session=str(name)).session
 
     def _unknown(self, inputs: Mapping[str, Any]) -> str | None:

@@ -508,7 +508,9 @@ class _Batch:
     @property
     def _is_done(self) -> bool:
         """Whether every row has ended for good, so that only the output is left to write."""
-        return self.before is not None and self._lines_stay and not self._may_start
+        # A turn of a row may have to be noted as over.
+        is_over = not self._may_start and self.job.options.session is None
+        return self.before is not None and self._lines_stay and is_over
 
     @property
     def _may_start(self) -> bool:

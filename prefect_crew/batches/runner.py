@@ -49,6 +49,7 @@ from prefect_crew.exceptions import (
     IdempotencyConflictError,
     KickoffUncertainError,
     LedgerError,
+    SessionBlockedError,
 )
 from prefect_crew.records.budgets import note_exceeded
 from prefect_crew.records.decision import Caller, latest_start
@@ -116,7 +117,7 @@ class Runner:
         self._logged_at: dict[str, float] = {}
         self._slots = asyncio.Semaphore(max_in_flight)
         self._running: set[asyncio.Task[None]] = set()
-        self._turns = RowTurns(session.crew, ledger)
+        self._turns = RowTurns(session.crew, ledger, throttle)
         self._settings = CrewSettings()
         meta = {**(options.meta or {}), "batch": ledger.batch}
         self._run_options = RunOptions.of(meta=meta, webhooks=options.webhooks)
@@ -217,6 +218,8 @@ class Runner:
             )
             for _ in (state for state in states.values() if state is RowState.CONFLICT):
                 self._on_end(IdempotencyConflictError.__name__)
+            done = [job for job in page if self._has_nothing_to_do(states[job.key])]
+            await self._turns.note(done)  # an earlier call may have been killed before it did so
             page = [job for job in page if not self._has_nothing_to_do(states[job.key])]
             begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
             by_row = await self.ledger.attempts_of(begun) if begun else {}
@@ -357,7 +360,7 @@ class Runner:
         """Wait until an earlier turn of a row's session is over; return the row's end if that cannot be waited for."""
         self.throttle.left(job.key)
         try:
-            await self._turns.wait(turn, caller, self.policy)
+            await self._turns.wait(job, turn, caller, self.policy)
         except FlowRunCancelledError as error:
             self.throttle.stop(str(error))
         except CrewError as error:
@@ -435,7 +438,8 @@ class Runner:
 
     async def _without_result(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
         """Return the end of a row without a result, and write the reason to the ledger."""
-        self.throttle.failed(str(error))
+        if not isinstance(error, SessionBlockedError):  # one session must not stop the batch
+            self.throttle.failed(str(error))
         if isinstance(error, KickoffUncertainError):
             return RowState.UNCERTAIN, None
         kind = type(error).__name__

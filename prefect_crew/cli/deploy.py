@@ -67,6 +67,7 @@ def deploy(
     inputs: Inputs = None,
     input_file: InputFile = None,
     key: Key = None,
+    session: str | None = None,
     concurrency_limit: int | None = None,
     tag: Annotated[list[str] | None, Parameter(name=["--tag", "-t"])] = None,
 ) -> Coroutine[Any, Any, None]:
@@ -83,6 +84,7 @@ def deploy(
         interval: A schedule: the seconds between two runs.
         timezone: The schedule's time zone, such as Europe/Lisbon.
         name: The deployment's name; that of the crew or pipeline if left out.
+        session: A session of a CrewAI Flow: each run starts from the state of the session's last completed run.
         concurrency_limit: How many flow runs of the deployment may go on at once.
         tag: A tag; can be repeated.
     """
@@ -98,13 +100,12 @@ def deploy(
     defaults = gather_inputs(inputs, input_file)
 
     async def make() -> None:
-        own_key, schedules = key, None if schedule is None else [schedule]
-        if schedule is None and (earlier := await read_deployment(f"{flow.name}/{own_name}")) is not None:
-            schedules = _schedules_of(earlier)
-            own_key = earlier.parameters.get("idempotency_key") if schedules and key is None else key
+        parameters: dict[str, Any] = {"inputs": defaults, "idempotency_key": key, "session": session}
+        schedules = [schedule] if schedule else await _keep_schedules(f"{flow.name}/{own_name}", parameters)
+        own_key = parameters["idempotency_key"]
         deployment = await flow.ato_deployment(
             own_name,
-            parameters={"inputs": defaults} if own_key is None else {"inputs": defaults, "idempotency_key": own_key},
+            parameters={name: value for name, value in parameters.items() if value is not None},
             schedules=schedules,
             tags=tag,
             work_pool_name=pool or get_current_settings().deployments.default_work_pool_name,
@@ -123,15 +124,16 @@ def deploy(
             if timetable.active:
                 whose = "Its earlier schedule stays" if schedule is None else "Its schedule"
                 _output.put(f"{whose}: {await describe_schedule(timetable.schedule)}")
-                if own_key is not None and key is None:
-                    _output.put(f"Its earlier idempotency key stays: {own_key}")
+                for title, value in {"idempotency key": own_key, "session": parameters["session"]}.items():
+                    if value not in (key, session):
+                        _output.put(f"Its earlier {title} stays: {value}")
                 if again := await shared_key(own_key, timetable.schedule):
                     shared = f"Several times of the schedule share the key {again!r}"
                     _output.note(f"{shared}: only the first of them starts a run.")
         needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
         example = json.dumps(dict.fromkeys(needed, "…"), ensure_ascii=False)
-        parameters = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
-        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{parameters}")
+        argument = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
+        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{argument}")
         if stored.work_pool_name:  # left out, it keeps the pool that it has
             _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(stored.work_pool_name)}")
         else:
@@ -146,6 +148,15 @@ async def _put_version(crew: str | None) -> None:
         async with CrewSession(await load_crew(crew)) as session:
             if version := await session.version():
                 _output.put(f"The crew has version {version} now.")
+
+
+async def _keep_schedules(name: str, parameters: dict[str, Any]) -> list[DeploymentScheduleCreate] | None:
+    """Return the schedules of an earlier deployment. If it has some, add its key and its session to the parameters."""
+    earlier = await read_deployment(name)
+    schedules = None if earlier is None else _schedules_of(earlier)
+    if earlier is not None and schedules:
+        parameters |= {key: earlier.parameters.get(key) for key in parameters if parameters[key] is None}
+    return schedules
 
 
 def _schedules_of(deployment: DeploymentResponse) -> list[DeploymentScheduleCreate]:

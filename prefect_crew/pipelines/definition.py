@@ -62,6 +62,9 @@ class StepDefinition(_Plain):
     review: Literal["form"] | None = Field(
         default=None, description="Place of questions to people: a form on the flow run's page."
     )
+    session: str | None = Field(
+        default=None, description="The session of a CrewAI Flow, a template like the texts of `inputs`."
+    )
 
 
 class PipelineDefinition(_Plain):

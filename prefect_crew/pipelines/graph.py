@@ -50,6 +50,7 @@ class CrewStep:
         output_type: A pydantic model; the `data` of the result is then an instance of the model.
         review: The source of answers when the crew waits for a person, as for `run_crew`, in place of the pipeline's.
         restore_from: The id of a Flow state from which the run starts, as for `run_crew`.
+        session: The session of the run, as for `run_crew`; a template like the texts of `inputs`.
     """
 
     name: str
@@ -60,11 +61,18 @@ class CrewStep:
     output_type: type[BaseModel] | None = None
     review: ReviewChoice | None = None
     restore_from: str | UUID | None = None
+    session: str | None = None
 
     def __post_init__(self) -> None:
         inputs: Any = self.inputs
         if not isinstance(inputs, Mapping | None):
             raise ConfigurationError(f"Step {self.name!r} needs its inputs by name, as a mapping. Nothing was started.")
+
+    def options(self, **more: Any) -> RunOptions:
+        """Return the options of the step's run. Raises ConfigurationError: one has a value of a wrong kind."""
+        return RunOptions.of(
+            wait=self.wait, output_type=self.output_type, review=self.review, restore_from=self.restore_from, **more
+        )
 
 
 @dataclass(frozen=True)
@@ -133,12 +141,7 @@ class Pipeline:
             self.needs[step.name] = self._needed_by(step, set(names))
             sorter.add(step.name, *self.needs[step.name])
             try:
-                RunOptions.of(
-                    wait=step.wait,
-                    output_type=step.output_type,
-                    review=step.review,
-                    restore_from=step.restore_from,
-                )
+                step.options(session=step.session)
             except ConfigurationError as error:
                 self.problems.append(f"step {step.name!r}: {str(error).removesuffix(' Nothing was started.')}")
         try:
@@ -155,14 +158,16 @@ class Pipeline:
             self.problems.append(f"step {step.name!r} comes after {name!r}, which is not a step")
         needed = after & step_names
         names = self.uses.setdefault(step.name, {})
-        for key, text in _templates_of(step):
-            where = f"step {step.name!r}, input {key!r}"
+        session = [] if step.session is None else [(None, f"{step.session}")]
+        for key, text in (*_templates_of(step), *session):
+            where = f"step {step.name!r}, {'session' if key is None else f'input {key!r}'}"
             try:
                 used = uses_in(text, collections=RESERVED)
             except ConfigurationError as error:
                 self.problems.append(f"{where}: {error}")
                 continue
-            names.setdefault(key, set()).update(used)
+            if key is not None:
+                names.setdefault(key, set()).update(used)
             for name in sorted(used.keys() - step_names - self.inputs.keys() - RESERVED):
                 self.problems.append(f"{where}: {name!r} is no step, and no input that has a value")
             for name in sorted(used.keys() & step_names):
@@ -298,14 +303,22 @@ class Pipeline:
         if step.inputs is None:
             names = {item.name for item in self._expected_by(step) or ()}
             return {key: value for key, value in self.inputs.items() if not names or key in names}
-        before = {name: results[name] for name in self.before[step.name]}
-        context = PipelineContext(self.inputs, before)
-        plain = {name: _revealed(value) for name, value in self.inputs.items()}
-        values = {**plain, **before, "inputs": plain, "steps": before}
+        values = self._values_for(step, results)
+        context = PipelineContext(self.inputs, values["steps"])
         return {
             key: _call_function(value, context) if callable(value) else _render_texts(value, values)
             for key, value in step.inputs.items()
         }
+
+    def session_of(self, step: CrewStep, results: Mapping[str, CrewResult[Any]]) -> str | None:
+        """Return the session of a step's run, None without one. Raises as `inputs_of`."""
+        return None if step.session is None else str(_render_texts(step.session, self._values_for(step, results)))
+
+    def _values_for(self, step: CrewStep, results: Mapping[str, CrewResult[Any]]) -> dict[str, Any]:
+        """Return the values of a step's templates by name."""
+        before = {name: results[name] for name in self.before[step.name]}
+        plain = {name: _revealed(value) for name, value in self.inputs.items()}
+        return {**plain, **before, "inputs": plain, "steps": before}
 
     def plan(self) -> PipelinePlan:
         """Return the plan of the pipeline, after `check`. It shows templates unchanged."""

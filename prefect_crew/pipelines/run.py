@@ -271,6 +271,7 @@ class _Run:
         crew = self.pipeline.crews[step.name]
         try:
             inputs = self.pipeline.inputs_of(step, self.results)
+            session = self.pipeline.session_of(step, self.results)
         except ConfigurationError as error:
             masked = Redactor(self._secrets)(str(error))
             if masked == str(error):
@@ -280,14 +281,13 @@ class _Run:
         self._secrets += [inputs[name] for name in secret]
         # The crew has its own secret inputs. Secrets of the pipeline may come in by a template or an earlier result.
         derived = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
-        options = RunOptions.of(
-            name=step.name,
-            idempotency_key=step_key(self.idempotency_key, step),
-            wait=step.wait,
-            output_type=step.output_type,
-            review=step.review,
-            restore_from=step.restore_from,
-        )
+        if Redactor(self._secrets).hides(session or ""):
+            raise ConfigurationError(
+                "The session holds a secret input, but logs and Variables of the Prefect server show sessions. The "
+                "step was not started. Name the session by another input."
+            )
+        idempotency_key = step_key(self.idempotency_key, step)
+        options = step.options(name=step.name, idempotency_key=idempotency_key, session=session)
         step_inputs = Inputs.of(inputs).keep_secret(derived, map(SecretStr, Redactor(self._secrets).texts))
         return await run_tasks(
             RunRequest.of(replace(crew, on_status=partial(self._on_run, step.name)), step_inputs, options),

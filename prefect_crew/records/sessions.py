@@ -6,7 +6,7 @@ of the last turn before that completed. A turn is over once its claim has ended,
 caller creates the next turn. So two turns of a session are never in flight.
 
 Nobody changes a turn, but for the turn of a row: its claim is in the ledger of a batch, which other callers cannot
-read. Whoever reads the ledger and sees that the turn is over notes that in the turn, as `outcome`.
+read. Its batch notes in the turn, as `outcome`, that the turn is over.
 
 The last turn is found by exact names. A first request asks for 1 to 49, for each fiftieth turn, and so on; one request
 more for each power of 50 that the number has reached. Pruning deletes only `passed_turns`, by which nobody looks for
@@ -43,9 +43,9 @@ _NAME = re.compile(r"crew_turn_([0-9a-f]{32})_(\d+)")
 class Turn(BaseModel):
     """One turn: the value of its Variable.
 
-    `claim` is the id of the claim, which is the attempt `attempt` at `idempotency_key`; of a row, the owner of the
-    claim. `state_id` is the id of the state that its run pins, `restored` the state from which it starts, None for an
-    empty one. `outcome` is the state in which the run of a row ended, or its phase; None while the turn is not over.
+    `claim` is the id of the claim, which is the attempt `attempt` at `idempotency_key`. `state_id` is the id of the
+    state that its run pins, `restored` the state from which it starts, None for an empty one. `outcome` is the state in
+    which the run of a row ended, or its phase; None while the turn is not over.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -138,18 +138,34 @@ async def record_of(turn: Turn, records: RecordStore) -> RunRecord | None:
 
 
 def claim_id(record: RunRecord) -> str:
-    """Return the id by which a turn names its claim."""
-    return record.ref or record.owner  # a ledger has no ids of its own
+    """Return the id by which a turn names its claim. A ledger has no ids of its own, and an owner may claim again."""
+    return record.ref or f"{record.owner}/{record.attempt}"
 
 
 async def settle_last_turn(crew_url: str, session: str, records: RecordStore) -> tuple[Turn | None, RunRecord | None]:
     """Return the last turn of a session and its claim. If it is the turn of a row and over, note that in the turn."""
     last = await last_turn(crew_url, session)
     record = None if last is None else await record_of(last, records)
-    if last is not None and last.is_row and last.outcome is None and record is not None and is_over(last, record):
-        last = last.model_copy(update={"outcome": str(record.state or record.phase)})
-        await patch_variable(str(last.ref), {"value": last.model_dump(mode="json")}, give_up_after=BUSY_FOR)
+    if last is not None and last.is_row and record is not None:
+        await _note_over(last, record)
     return last, record
+
+
+async def note_over(records: Iterable[RunRecord]) -> None:
+    """Note in the turns of rows that they are over. `records` are the rows' attempts. One request for 200 of them."""
+    claims = {_name(record.crew_url, f"{record.session}", record.turn): record for record in records if record.turn}
+    names = [*claims]
+    for start in range(0, len(names), PAGE):
+        for variable in await read_exact(names[start : start + PAGE]):
+            turn, record = _turn_in(variable), claims[variable.name]
+            if turn.claim == claim_id(record):
+                await _note_over(turn, record)
+
+
+async def _note_over(turn: Turn, record: RunRecord) -> None:
+    if turn.outcome is None and is_over(turn, record):
+        value = {**turn.model_dump(mode="json"), "outcome": str(record.state or record.phase)}
+        await patch_variable(str(turn.ref), {"value": value}, give_up_after=BUSY_FOR)
 
 
 async def turn_in_the_way(crew_url: str, session: str, records: RecordStore) -> Turn | None:

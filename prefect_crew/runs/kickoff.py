@@ -287,6 +287,8 @@ class _Start:
             if turn.claim != claim_id(record):
                 raise EarlierTurnError(turn)
             record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
+            if self.request.is_row:  # its batch finds the turn by the record
+                await self.records.save(record)
             start = "an empty state" if turn.restored is None else f"state {turn.restored}"
             run_logger().info("Session %r: turn %d starts from %s.", turn.session, turn.number, start)
 

@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect import flow, get_client
+from prefect.runtime import flow_run
+from prefect.states import Cancelling
+from pydantic import SecretStr
 
 import prefect_crew as pc
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.turns import RowTurns
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records import sessions
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.variables import delete_variable, read_exact
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, record_of, row_plan
+from support.batches import Batches, enter, let_an_hour_pass, record_of, row_plan
 from support.records import LONG_AGO
-from support.scripts import JOURNAL
+from support.scripts import JOURNAL, script
 from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+LONG = script({"seconds": 60, "output": "done"}, inputs=["note"], flow=True)
 ANN, BOB = "customer-ann", "customer-bob"
 
 
@@ -124,7 +130,8 @@ async def test_an_uncertain_row_blocks_the_rows_after_it(batch: Batches, crew_se
     assert report.errors == {"SessionBlockedError": 1}
     with pytest.raises(pc.SessionBlockedError, match=r"row .* of a batch and has not ended.*prefect variable delete"):
         await pc.arun_crew(server.crew(), {"note": "x"}, session=ANN, wait=pc.WaitPolicy(timeout=0.5))
-    async with Ledger(str(batch.folder / "out.jsonl.ledger.db"), name) as ledger:
+    async with Ledger(f"{batch.output}.ledger.db", name) as ledger:
+        let_an_hour_pass(f"{batch.output}.ledger.db")
         [record] = await ledger.unresolved()
         assert await ledger.resolve(record, RecordPhase.NOT_STARTED)
     assert (await run(batch, server, rows, name=name)).ok
@@ -148,6 +155,62 @@ async def test_a_row_of_a_ledger_that_is_not_here_blocks_its_session(
     assert (await waiting).ok
 
 
+async def test_a_second_claim_of_a_row_is_not_taken_for_its_first(batch: Batches, journal: CrewServer, tmp_path: Path):
+    async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
+        await enter(ledger, "a")
+        owner = uuid.uuid4().hex
+        facts = {"crew_url": journal.url, "session": ANN, "owner": owner}
+        lost, second = (record_of(ledger, "a", attempt=attempt, **facts) for attempt in (1, 2))
+        assert await ledger.claim(lost)
+        await ledger.resolve(lost, RecordPhase.NOT_STARTED)
+        assert await ledger.claim(second)
+        turn = await sessions.take_turn(second, ledger)
+        assert turn is not None
+        assert await sessions.turn_in_the_way(journal.url, ANN, ledger) == await sessions.turn_again(turn)
+
+
+async def test_a_stopped_batch_notes_its_turns(batch: Batches, crew_server: CrewServerFactory):
+    server, flow_runs = crew_server(LONG), list[Any]()
+
+    @flow
+    async def mine() -> None:
+        flow_runs.append(flow_run.id)
+        await run(batch, server, days("tea", "rain"))
+
+    running = asyncio.ensure_future(mine())
+    await until(lambda: server.kickoffs == 1, "the first row is in flight")
+    async with get_client() as client:
+        await client.set_flow_run_state(flow_runs[0], Cancelling(), force=True)
+    with pytest.raises(pc.BatchCancelledError):
+        await asyncio.wait_for(running, 60)
+    assert [turn.outcome for turn in await turns(server)] == ["stopped"]
+    assert server.kickoffs == 1
+
+
+async def test_a_later_call_notes_the_turns_of_a_killed_one(
+    batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch
+):
+    name = f"journal {uuid.uuid4().hex[:8]}"
+    with monkeypatch.context() as patch:
+        patch.setattr(RowTurns, "note", lambda *_: asyncio.sleep(0))  # as a process that is killed before
+        assert (await run(batch, journal, days("tea"), name=name)).ok
+    assert [turn.outcome for turn in await turns(journal)] == [None]
+    assert (await run(batch, journal, days("tea"), name=name)).ok
+    assert [turn.outcome for turn in await turns(journal)] == ["completed"]
+    assert journal.kickoffs == 1
+
+
+async def test_a_lost_row_starts_again_where_a_person_asks(batch: Batches, crew_server: CrewServerFactory):
+    server, name = crew_server(JOURNAL, faults=["status:forgotten@1"]), f"journal {uuid.uuid4().hex[:8]}"
+    crew, rows, about = server.crew(wait={"grace": 0.1}), days("slow", "rain"), {"key": "day", "session": "who"}
+    policy = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, grace=0.1)
+    report = await batch(crew, rows, name=name, wait=policy, **about)
+    assert report.errors == {"CrewLostError": 1, "SessionBlockedError": 1}
+    again = await batch(crew, rows, name=name, wait=policy, retry_failed=[f"{ANN} 1"], **about)
+    assert (again.completed, server.kickoffs) == (2, 3)
+    assert outputs(batch) == ["1 slow", "2 rain after 1 slow"]
+
+
 # Bad rows
 
 
@@ -157,6 +220,7 @@ TOPIC = [CrewInput(name="note")]
 @pytest.mark.parametrize(
     ("row", "options", "reason"),
     [
+        pytest.param({"note": "a", "who": SecretStr("b")}, {}, "its session holds a secret, but logs and", id="secret"),
         pytest.param(
             {"note": "a"}, {}, "there is no column 'who', which is the session; the columns are note", id="none"
         ),

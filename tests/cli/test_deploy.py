@@ -93,15 +93,17 @@ def test_a_schedule_needs_defaults_and_stays_with_its_key_until_another_is_given
     daily, ada = ("--cron", "0 6 * * *", "--timezone", "Europe/Lisbon"), ("-i", "who=Ada")
     assert "Missing: who." in deploy(*daily, code=2)
     when = r"schedule: 0 6 \* \* \* \(Europe/Lisbon\)\. The next run: \d{4}-\d\d-\d\d 06:00 WES?T\.\n"
-    assert re.search(f"Its {when}", deploy(*daily, *ada, "--key", key))
+    assert re.search(f"Its {when}", deploy(*daily, *ada, "--key", key, "--session", "trips"))
     found = deployment(full_name)
     assert (found.parameters["inputs"], found.parameters["idempotency_key"]) == ({"who": "Ada"}, key)
     assert (found.schedules[0].schedule.cron, found.schedules[0].schedule.timezone) == ("0 6 * * *", "Europe/Lisbon")
 
-    assert "Its earlier schedule stays: 0 6 * * * (Europe/Lisbon)" in deploy("-i", "who=Grace")
+    again = deploy("-i", "who=Grace")
+    assert "Its earlier schedule stays: 0 6 * * * (Europe/Lisbon)" in again
+    assert f"Its earlier idempotency key stays: {key}\nIts earlier session stays: trips\n" in again
     found = deployment(full_name)
     assert [one.schedule.cron for one in found.schedules] == ["0 6 * * *"]
-    assert found.parameters == {"crew": name, "inputs": {"who": "Grace"}, "idempotency_key": key}
+    assert found.parameters == {"crew": name, "inputs": {"who": "Grace"}, "idempotency_key": key, "session": "trips"}
     other = f"other-{name}"
     save(crews, other)
     refused = here("deploy", other, "--name", f"daily {name}", *ada)
@@ -245,6 +247,8 @@ def test_a_secret_input_of_a_pipeline_is_the_name_of_a_block(here, crews: CrewSe
         ("--pipeline {file} -i colour=red", "it takes who, times, tone."),
         ("--pipeline {file} -i times=two", "The default of the input times must be JSON of the"),
         ("--pipeline {file} --interval 60", "Missing: who"),
+        ("--pipeline {file} --session trips", "cannot have the parameter 'session'; it takes"),
+        (f"{{name}} --session {'x' * 201}", "it has to be a name of 1 to 200 characters"),
         ("--pipeline nowhere.yaml", "The pipeline in nowhere.yaml cannot be read"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import uuid
 from datetime import timedelta
 from typing import Any
@@ -27,7 +28,7 @@ from support.flow_runs import call_in_flow
 from support.held import FailsFirst, Held
 from support.prefect_server import PrefectServer, stored_texts
 from support.records import key
-from support.scripts import FAILS, script
+from support.scripts import FAILS, JOURNAL, script
 from support.seen import Seen
 from support.waiting import until
 
@@ -367,6 +368,35 @@ async def test_a_step_may_start_from_a_state(echo: CrewServer):
     assert {run.inputs["text"]: run.restore_from for run in echo.runs} == {"x": state, "y": None}
     with pytest.raises(pc.ConfigurationError, match="step 'a': restore_from is '42'"):
         await pc.arun_pipeline([pc.CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
+
+
+async def test_steps_may_be_turns_of_a_session(crew_server: CrewServerFactory):
+    journal = crew_server(JOURNAL)
+    steps = [
+        pc.CrewStep("a", journal.crew(), {"note": "tea"}, session="customer-{{ customer }}"),
+        pc.CrewStep("b", journal.crew(), {"note": "rain"}, session="customer-{{ inputs.customer }}", after=["a"]),
+        pc.CrewStep("c", journal.crew(), {"note": "{{ a.output }}"}),
+    ]
+    results = (await pc.arun_pipeline(steps, {"customer": 42}, idempotency_key=key())).results
+    assert [results[name].output for name in "abc"] == ["1 tea", "2 rain after 1 tea", "1 1 tea"]
+    assert (await pc.arun_crew(journal.crew(), {"note": "sun"}, session="customer-42")).output.startswith("3 sun")
+
+
+async def test_a_session_that_makes_no_sense_starts_no_step(crew_server: CrewServerFactory):
+    journal, secret = crew_server(JOURNAL), SecretStr("tell-nobody")
+    for session, inputs, problem in (
+        ("{{ nobody }}", {}, "step 'a', session: 'nobody' is no step, and no input that has a value"),
+        ("a\tb", {}, "step 'a': session is 'a.*it has to be a name of 1 to"),
+        ("{{ who }}", {"who": ""}, "session is ''; it has to be a name of 1 to"),
+        ("{{ who }}", {"who": secret}, "The session holds a secret input"),
+        ("customer-{{ inputs.who }}", {"who": secret}, "The session holds a secret input"),
+    ):
+        steps = [pc.CrewStep("a", journal.crew(), {"note": "tea"}, session=session)]
+        with pytest.raises((pc.ConfigurationError, pc.PipelineFailedError)) as caught:
+            await pc.arun_pipeline(steps, inputs, idempotency_key=key())
+        assert re.search(problem, str(caught.value))
+        assert "tell-nobody" not in str(caught.value)
+    assert journal.kickoffs == 0
 
 
 async def test_other_inputs_under_a_key_start_nothing(echo: CrewServer):
