@@ -93,7 +93,7 @@ def default_ledger(export: str) -> str:
     """Return the path of the ledger next to a local export. Raises ConfigurationError."""
     if is_remote(export):
         raise ConfigurationError(
-            f"The export {shown_address(export)} is not on this machine, so the ledger cannot be stored next to it: "
+            f"The export {shown_address(export)} is no file of this machine, so the ledger cannot be stored next to it: "
             "give ledger=…, a path or the URL of a PostgreSQL database."
         )
     path = Path(export.removeprefix("file://"))

@@ -132,7 +132,7 @@ async def open_query(address: str, render: Callable[[str], str] = str) -> Datase
             options: dict[str, Any] = {"stream_results": True, "max_row_buffer": PART, "no_parameters": True}
             result = connection.execution_options(**options).exec_driver_sql(query)
             if not result.returns_rows:
-                raise DatasetError("has a query that returns no rows.", source=name)
+                raise DatasetError("has a statement that is no query, such as an UPDATE. Give a SELECT.", source=name)
             spool.fill(list(result.keys()), result.partitions(PART))
 
         database.run(read, lambda problem: DatasetError(f"cannot be read: {problem}.", source=name))

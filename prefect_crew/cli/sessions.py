@@ -26,9 +26,9 @@ async def _looked_at(turn: Turn) -> dict[str, Any]:
     """Return the facts about a turn, with the state of its run."""
     records = PrefectRecords()
     record = await record_of(turn, records)
-    facts = {**turn.model_dump(mode="json", exclude={"version"}), "run_state": "not-started", "todo": ""}
+    facts = {**turn.model_dump(mode="json", exclude={"version"}), "run_state": "no record", "todo": ""}
     if turn.is_row:  # its claim is in the ledger of a batch
-        facts |= {"run_state": turn.outcome or "row-of-a-batch", "completed_state": turn.completed_state(None)}
+        facts |= {"run_state": turn.outcome or "row of a batch", "completed_state": turn.completed_state(None)}
     if record is not None:
         line = await look_at(record, records)
         since, next_step = line.since.isoformat(), todo(record, line.condition)

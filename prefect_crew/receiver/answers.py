@@ -188,7 +188,7 @@ class AnswerPages:
                 await asyncio.sleep(began + REFUSED_AFTER - time.monotonic())
             finally:
                 self._refused -= 1
-        why = "It is incomplete, its time is over, or the question has been answered. Ask for it where you got it."
+        why = "It is incomplete, its time is over, or the question is closed. Ask the channel where you got the link."
         return _message(404, "This link does not answer a question", why)
 
     async def _respond(self, visit: _Visit) -> Response | None:

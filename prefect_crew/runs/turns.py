@@ -48,7 +48,8 @@ async def wait_for_turn(
 ) -> None:
     """Wait until a turn is over. If its caller died before it could send a kickoff, void its claim.
 
-    The caller only watches: nothing that it waits with, or that befalls it, changes the run of somebody else.
+    The caller's limits, errors and cancellation do not touch the run. If nobody has stored the run's end, the caller
+    stores it.
 
     Raises:
         SessionBlockedError: The turn is uncertain or lost, or was in flight for a time limit of the policy (`timeout`,
@@ -165,12 +166,13 @@ def _not_over(turn: Turn, record: RunRecord, error: CrewLostError | CrewTimeoutE
     run_id = shlex.quote(str(record.kickoff_id))
     if isinstance(error, CrewLostError):
         advice = f"To look: prefect-crew runs inspect {run_id}. If the crew's server has forgotten the run: "
-        return _blocked(turn, str(error), f"{advice}prefect-crew runs resolve {run_id} --lost.")
+        reason = f"run {record.kickoff_id} is lost: it is not known to the server of its crew"
+        return _blocked(turn, reason, f"{advice}prefect-crew runs resolve {run_id} --lost.")
     state = error.last_state or "unseen"
     return _blocked(
         turn,
         f"run {record.kickoff_id} is still {state}, and this call has waited for {error.limit:g} s",
-        f"Call again to wait on, with a larger timeout, or stop that run: {stop.cancel_command(record)}.",
+        f"Call again to wait on, or stop that run: {stop.cancel_command(record)}.",
     )
 
 

@@ -518,7 +518,7 @@ async def test_a_claim_is_on_disk_also_where_postgresql_is_set_not_to_wait_for_i
 
 def test_the_default_ledger_is_next_to_a_local_output(tmp_path: Path):
     assert default_ledger(str(tmp_path / "out.jsonl")) == str(tmp_path / "out.jsonl.ledger.db")
-    with pytest.raises(ConfigurationError, match="is not on this machine"):
+    with pytest.raises(ConfigurationError, match="is no file of this machine"):
         default_ledger("s3://bucket/out.jsonl")
     with pytest.raises(ConfigurationError, match="names no file"):
         default_ledger(".")

@@ -148,7 +148,7 @@ def describe_link(run: LiveRun, question: ReviewRequest, url: str, expires: date
     return f"Crew {run.crew.label} asks a person", (
         f"{', '.join([f'Crew {run.crew.label} waits for an answer', *facts, f'question {question.round}'])}.\n\n"
         f"Read it and answer:\n{url}\n\n"
-        f"Everybody who has this link can answer, once, until {expires:%Y-%m-%d %H:%M} UTC."
+        f"Anybody who has this link can answer, until {expires:%Y-%m-%d %H:%M} UTC. The first answer counts."
     )
 
 
