@@ -93,8 +93,8 @@ def default_ledger(export: str) -> str:
     """Return the path of the ledger next to a local export. Raises ConfigurationError."""
     if is_remote(export):
         raise ConfigurationError(
-            f"The export {shown_address(export)} is no file of this machine, so the ledger cannot be stored next to it: "
-            "give ledger=…, a path or the URL of a PostgreSQL database."
+            f"The export {shown_address(export)} is no file of this machine, so the ledger cannot be stored next to "
+            "it: give ledger=…, a path or the URL of a PostgreSQL database."
         )
     path = Path(export.removeprefix("file://"))
     if not path.name:

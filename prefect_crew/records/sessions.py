@@ -103,8 +103,8 @@ def _turn_in(variable: Variable) -> Turn:
     if turn is None or turn.version > RECORD_VERSION:
         raise UnreadableRecordError(
             f"The Variable {variable.name} should hold a turn of a session, and this version cannot read it. Nothing "
-            "was started. Upgrade prefect-crew if a later version wrote it. Else begin another session; or, once no run "
-            "of this session is in flight, delete the Variable: the session then goes on from an earlier turn."
+            "was started. Upgrade prefect-crew if a later version wrote it. Else begin another session; or, once no "
+            "run of this session is in flight, delete the Variable: the session then goes on from an earlier turn."
         )
     return turn.model_copy(update={"ref": variable.id})
 

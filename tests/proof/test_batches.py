@@ -14,7 +14,10 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,12 @@ from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.resolve import resolve_never_started, resolve_started
 from proof.batch_forks import KILLS, WHILE_STARTING, BatchForks, Call
 from proof.kills import Kill
+from support.batches import let_an_hour_pass
 from support.prefect_server import PrefectServer
-from support.scripts import script
+from support.scripts import JOURNAL, script
 from support.servers import at_random
 
 PICKY = {"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}
@@ -283,6 +288,65 @@ def test_rows_of_a_batch_that_is_killed_again_and_again(
             f"{rows:,} rows killed {deaths} times (seed {chosen}): {len(uncertain)} uncertain, "
             f"{server.kickoffs} kickoffs, {time.monotonic() - began:.0f} s"
         )
+
+
+SESSIONS, NOTES = 3, 6
+
+
+async def resolve_rows(place: Place) -> int:
+    """Resolve the uncertain rows of a dead batch by the runs that its server has accepted. Return their number."""
+    path = f"{place.output}.ledger.db"
+    if not Path(path).exists():  # the batch died before
+        return 0
+    async with Ledger(path, place.name) as ledger:
+        let_an_hour_pass(path)
+        ledger.is_exclusive = True
+        await ledger.note_orphaned()
+        records = await ledger.unresolved()
+        for record in records:
+            accepted = place.server.accepted.items()
+            ids = [id_ for id_, meta in accepted if meta["idempotency_key"] == record.idempotency_key]
+            await (resolve_started(record, ids[-1], ledger) if ids else resolve_never_started(record, ledger))
+        return len(records)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_turns_of_rows_whose_batches_are_killed(
+    request: pytest.FixtureRequest, prefect_server: PrefectServer, tmp_path: Path, notes: list[str]
+) -> None:
+    luck, killed, uncertain = random.Random(request.config.getoption("seed")), 0, 0
+    with CrewServer(JOURNAL, speed=3) as server, ExitStack() as stack:
+        places = [Place(World([], keyed=True), server, tmp_path / name) for name in "ab"]
+        forks = [BatchForks(prefect_server.env(home=tmp_path / "home"), place.output.parent) for place in places]
+        threads = stack.enter_context(ThreadPoolExecutor(2))
+        for place, fork in zip(places, forks, strict=True):
+            stack.enter_context(fork)
+            rows = [f"{at}{session},slow,{session}" for at in range(NOTES) for session in range(SESSIONS)]
+            place.dataset.write_text("\n".join(["id,note,who", *rows]))
+            place.options |= {"session": "who", "wait": {**WAIT, "timeout": 20}}
+        for round_ in range(30):
+            dies = [luck.uniform(1, 5) if round_ < 8 else None for _ in places]
+            calls = [place.call(kill_after=seconds) for place, seconds in zip(places, dies, strict=True)]
+            ended = [*threads.map(lambda fork, call: fork.run(call), forks, calls)]
+            assert not [one.error for one in ended if one.error]
+            killed += sum(one.killed for one in ended)
+            time.sleep(0.3)  # a kickoff that was sent last arrives
+            uncertain += sum(asyncio.run(resolve_rows(place)) for place in places)
+            if all(one.report.get("completed") == SESSIONS * NOTES for one in ended):
+                break
+        assert all(count == 1 for count in server.kickoffs_by_key.values())
+        assert server.kickoffs == 2 * SESSIONS * NOTES
+        last = {run.inputs["id"]: run for run in server.runs}
+        for run in server.runs:  # each turn starts from another one that had completed
+            before = last.pop(run.restore_from, None) if run.restore_from else None
+            assert run.restore_from is None or before is not None, "two turns start from one"
+            assert before is None or before.created_at + timedelta(seconds=before.execution_time) <= run.created_at
+        assert len(last) == sum(run.restore_from is None for run in server.runs) == SESSIONS
+    notes.append(
+        f"{server.kickoffs} turns of rows, {killed} batches killed, {uncertain} rows uncertain, {round_ + 1} rounds"
+    )
+    assert killed > 4
 
 
 @pytest.mark.slow
