@@ -24,7 +24,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.turns import LOOK_AGAIN, wait_for_turn
 from prefect_crew.states import CrewState
 
-NOTED_WITHIN = 10.0
+NOTED_WITHIN = 5.0
 """Seconds for noting that turns are over: a batch that is cancelled must end."""
 
 

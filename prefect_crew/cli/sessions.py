@@ -83,7 +83,7 @@ def _put(session: dict[str, Any]) -> None:
     last = session["turns"][-1]
     _output.put(f"{session['session']}: {last['number']} turns of crew {session['crew']}")
     state = last.get("completed_state", last["restored"])
-    _output.put(f"  The last completed state: {state or 'none, so the next turn starts empty'}")
+    _output.put(f"  The last completed state: {state or 'none yet'}")
     rows = [
         (str(turn["number"]), turn["run_state"], turn["idempotency_key"], turn["state_id"]) for turn in session["turns"]
     ]

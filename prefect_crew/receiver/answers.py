@@ -3,12 +3,12 @@
     GET  /answer/{token}    the question, what is judged, a form; it changes nothing, since chat programs fetch links
     POST /answer/{token}    sends the answer, once
 
-    200 the question, or: sent       404 forged, expired, used or foreign: all alike
-    400, 408, 413, 415 no form       403 the proxy that signs people in names nobody
-    409 read again, or answered      502 it may have arrived       503 not sent, or nothing can be read: try again
+    200 the question, or: sent          404 forged, expired, used, sent by another site, or about no open question
+    400, 408, 413, 415 no whole form    403 the proxy that signs people in names nobody
+    409 read again, answered, closed    502 it may have arrived       503 not sent, or nothing can be read: try again
 
-`answer_question` sends the answer, and its Variable says that the question has one: a click, a form and the command
-line at the same time give one answer. The receiver keeps nothing, so several may serve one address.
+`answer_question` sends the answer, and the answer on record says that the question has one: a click, a form and the
+command line at the same time give one answer. The receiver keeps nothing, so several may serve one address.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class _Form:
         approve = self.decision == "approve" if option is None else approves(question.options, option)
         by = name or one_line(self.name)[:MAX_NAME] or NOBODY_NAMED
         if by == NOBODY:
-            raise ConfigurationError("This name is of automatic rejections. Write another name.")
+            raise ConfigurationError("This name stands for rejections without a person. Write another name.")
         return Review(approve=approve, feedback=self.feedback, option=option, by=by)
 
 
@@ -137,7 +137,7 @@ async def _read_form(request: Request) -> _Form:
 
 @dataclass(frozen=True)
 class _Visit:
-    """A request with a link of ours. `signer` is the secret that signed it; `problem` says why the form is no form."""
+    """A request with a link of ours. `signer` is the secret that signed it, `problem` why the request is no use."""
 
     link: AnswerLink
     signer: SecretStr
@@ -178,8 +178,11 @@ class AnswerPages:
             return _message(error.status, "Nothing was sent", f"The request cannot be used: {error}.")
         except Exception as error:  # noqa: BLE001  the server would log the error with its frames
             logger.warning("A question of run %s could not be read: %s", visit.link.kickoff_id, _reason(error))
-            why = "The question cannot be read at this moment. Open the link again in a minute, or ask its sender."
-            return _message(503, "Nothing was sent", why, visit.form)
+            why = (
+                "Nothing was sent. Open the link again in a minute. If that fails too, tell the channel where you got "
+            )
+            why += "it: the log of the receiver has the reason."
+            return _message(503, "The question cannot be read", why, visit.form)
 
     async def _refuse(self, began: float) -> Response:
         if self._refused < MOST_REFUSED:
@@ -237,7 +240,7 @@ class AnswerPages:
         while answer := next(iter((await run.records.reviews(answers_record(run)))[link.number - 1 :]), None):
             if answer.outcome != "intended" or time.monotonic() > until:
                 verb = "approved" if answer.approve else "rejected"
-                unsure = "" if answer.outcome == "sent" else " It is not known yet whether that answer arrived."
+                unsure = "" if answer.outcome == "sent" else " Nobody knows yet whether that answer arrived."
                 why = f"It was {verb} by {describe_answer(answer)}.{unsure} Nothing else was sent."
                 return _message(409, "The question has its answer", plain(why), form)
             await asyncio.sleep(1)
@@ -262,7 +265,8 @@ class AnswerPages:
         except (AlreadyAnsweredError, NotWaitingError):
             return await self._closed(run, visit)
         except Exception as error:  # noqa: BLE001  any of them may come after the crew has taken the answer
-            logger.warning("Run %s: an answer by link failed: %s", run.kickoff_id, run.redact(_reason(error)))
+            text = "Run %s: an answer by link may not have been sent: %s. To look: prefect-crew reviews inspect %s"
+            logger.warning(text, run.kickoff_id, run.redact(_reason(error)), run.as_argument())
             return await _failed(page, form, review, error, nonce)
         verb = "approved" if answer.approve else "rejected"
         logger.info("Run %s: question %d was %s by %s.", run.kickoff_id, answer.round, verb, answer.by)
@@ -281,16 +285,16 @@ async def _failed(page: _Question, form: _Form, review: Review, error: Exception
         if any(answer.nonce == nonce for answer in answers):
             return _uncertain(form, run.crew.page_url)
     if is_away or kickoff_fate(error) is KickoffFate.REFUSED:
-        why = "The crew does not take it here. Answer on the crew's page."
+        why = "It cannot be sent from this page. Answer on the crew's page."
         if is_away:
-            why = "Try again in a minute. It may be on record: if the link is used then, answer on the crew's page."
+            why = "Open the link again in a minute. If it shows no question then, answer on the crew's page."
         return _message(503, "Your answer was not sent", why, form, run.crew.page_url)
     why = "Your answer was not sent. Nothing is lost: try again in a minute."
     return page.response(503, form, name=review.by, notice=why)
 
 
 def _uncertain(form: _Form | None, page_url: str | None = None) -> Response:
-    why = "It was sent, and nobody knows whether it arrived. It is not sent again: look at the crew's page."
+    why = "Nobody knows whether it arrived. Do not answer here again: look at the crew's page."
     return _message(502, "Your answer may have arrived", why, form, page_url)
 
 
@@ -322,7 +326,7 @@ async def _open_run(kickoff_id: str, stack: AsyncExitStack) -> LiveRun | None:
     if crew is None and record.phase is RecordPhase.ENDED:
         return None
     if crew is None:
-        raise CrewError(f"The crew {record.crew} of the run is not stored any more, or has another URL.")
+        raise CrewError(f"The crew {record.crew} of the run is not stored, or has another URL now. Store it again.")
     run = LiveRun(crew, kickoff_id, record, records=records)
     stack.enter_context(withholding(run.redact_text))
     await stack.enter_async_context(run.session)
@@ -354,7 +358,7 @@ def _name_of_proxy(request: Request) -> str | None:
         return None
     names = [one_line(value.encode("latin-1").decode("utf-8", "replace")) for value in request.headers.getlist(header)]
     if len(names) != 1 or not names[0]:
-        raise BodyError(403, "nobody is signed in")
+        raise BodyError(403, "you are not signed in. Sign in, then open the link again")
     return names[0][:MAX_NAME]
 
 

@@ -2,9 +2,9 @@
 
     {receiver}/answer/{payload}.{signature}
 
-Everybody who has the URL can answer the question, once and as long as it is open. So the URL stands in the notification
-alone: in no event, log, artifact or Variable. The notification has no text of the crew, since chat programs make links,
-mentions and formatting of text.
+Anybody who has the URL can answer the question while it is open. The first answer counts. So the URL stands in the
+notification alone: in no event, log, artifact or Variable. The notification has no text of the crew, since chat
+programs make links, mentions and formatting of text.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ async def notify_people(run: LiveRun, question: ReviewRequest, policy: WaitPolic
     if settings.answer_url is None or settings.webhook_secret is None:
         raise ConfigurationError("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET, the receiver's secret, is not set")
     if run.crew.block is None:
-        raise ConfigurationError("the receiver has no token of a crew that is not a stored block")
+        raise ConfigurationError("the crew is no stored block, so the receiver has no token for it")
     secret, expires = SecretStr(checked_secret(settings.webhook_secret)), utcnow()
     expires += timedelta(seconds=policy.human_timeout or UNLIMITED)
     token = AnswerLink.of(question, expires, secret).token(secret)
@@ -121,7 +121,7 @@ async def notify_people(run: LiveRun, question: ReviewRequest, policy: WaitPolic
         raise ConfigurationError("the kickoff id is too long for a link")
     base = checked_url(settings.answer_url, allow_http=True, what="PREFECT_INTEGRATIONS_CREW_ANSWER_URL")
     subject, body = describe_link(run, question, f"{base}/answer/{token}", expires)
-    sender, within = "the queue of notifications", QUEUED_WITHIN
+    sender, within = "the notifications before it", QUEUED_WITHIN
     try:
         async with asyncio.timeout(within), lock_here("notifications"):
             sender, within = "the Prefect API", NOTIFY_WITHIN
@@ -133,7 +133,7 @@ async def notify_people(run: LiveRun, question: ReviewRequest, policy: WaitPolic
                 # A block may be sync, and Prefect calls one so in a sync flow: here it would hold up all polls.
                 await call_in_thread(asyncio.run, _notify(block, subject, body, token))
     except TimeoutError:
-        raise CrewError(f"{sender} did not answer within {within:g} s") from None
+        raise CrewError(f"{sender} took more than {within:g} s") from None
     except CrewError:
         raise
     except Exception as error:  # noqa: BLE001  a block may raise anything

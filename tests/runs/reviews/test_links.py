@@ -158,7 +158,7 @@ async def test_a_form_has_a_link_too_and_a_function_none(review: str, links_on: 
     ("trouble", "reason"),
     [
         ("refused", "the block custom-webhook raised"),
-        ("slow", "the block custom-webhook did not answer within 1 s"),
+        ("slow", "the block custom-webhook took more than 1 s"),
         ("unnamed", "no block is named for it: prefect-crew automations apply --notify TYPE/NAME"),
         ("no secret", "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET, the receiver's secret, is not set"),
         ("short secret", "The webhook secret has 5 characters"),
@@ -230,7 +230,7 @@ async def test_a_crew_that_is_not_stored_gets_no_link(links_on: None, caplog: py
             await _approve(server)
             await flow_run
         assert chat.links == []
-    assert "the receiver has no token of a crew that is not a stored block" in caplog.text
+    assert "the crew is no stored block, so the receiver has no token for it" in caplog.text
 
 
 def test_a_slow_chat_holds_up_no_sync_flow(links_on: None, seen: Seen):
