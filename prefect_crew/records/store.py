@@ -265,23 +265,6 @@ async def _read_existing(name: str, model: type[_Model], idempotency_key: str) -
     return parsed.model_copy(update={"ref": str(variable.id)})
 
 
-async def _create_alone(
-    name: str, value: Mapping[str, Any], tags: Sequence[str] = (), *, urgency: Urgency = Urgency.CONTINUE
-) -> bool:
-    """Create a Variable. Return False if somebody else has created it. Atomic.
-
-    Prefect's client repeats a request whose answer was lost, and then gets a conflict with its own Variable. The nonce
-    in the value shows that.
-    """
-    nonce = value.get("nonce") or str(uuid4())
-    variable = {"name": name, "value": {**value, "nonce": nonce}, "tags": [*tags]}
-    if await create_variable(variable, urgency=urgency) is not None:
-        return True
-    async with get_client() as client:
-        stands: Any = await client.read_variable_by_name(name)
-    return stands is not None and stands.value.get("nonce") == nonce
-
-
 async def _read_entries(records: Sequence[RunRecord]) -> list[Variable]:
     """Read the entries of claims by their names. Numbers have no gap: a caller creates entry N + 1 after entry N."""
     entries: list[Variable] = []
@@ -671,7 +654,14 @@ class PrefectRecords:
 
     async def add_review(self, record: RunRecord, number: int, review: Review) -> bool:
         """Write an answer before it is sent. Return False if an answer with another nonce has this number."""
-        return await _create_alone(_answer_name(record, number), review.model_dump(mode="json"))
+        name, nonce = _answer_name(record, number), review.nonce or str(uuid4())
+        value = {**review.model_dump(mode="json"), "nonce": nonce}
+        if await create_variable({"name": name, "value": value, "tags": []}) is not None:
+            return True
+        # Prefect's client repeats a request whose answer was lost, and then meets its own Variable: the nonce shows it.
+        async with get_client() as client:
+            stands: Any = await client.read_variable_by_name(name)
+        return stands is not None and stands.value.get("nonce") == nonce
 
     async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
         """Write the outcome of an answer: whether the crew's server took it."""
