@@ -49,24 +49,17 @@ CANCELLING = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANC
 SUSPENDED_NAMES = ["Suspended", "Resuming"]
 """States in which the coroutine of a flow run has to end: somebody suspended the flow run, and may have resumed it
 since. A Paused flow run waits in its coroutine, for a form or for the end of `pause_flow_run`."""
-BEGUN = (
-    FlowRunFilterState(
-        operator=Operator.or_,  # pyright: ignore[reportCallIssue]
-        type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.PAUSED]),
-        name=FlowRunFilterStateName(any_=["AwaitingRetry"]),
-    ),
+BEGUN = FlowRunFilterState(
+    operator=Operator.or_,  # pyright: ignore[reportCallIssue]
+    type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.PAUSED]),
+    name=FlowRunFilterStateName(any_=["AwaitingRetry"]),
 )
 
 
-async def read_flow_runs(client: PrefectClient, pool: str, *states: FlowRunFilterState) -> list[FlowRun]:
-    """Return the flow runs of a pool that match one of the state filters."""
-    flow_runs: list[FlowRun] = []
-    for state in states:
-        of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
-        flow_runs += await read_all_flow_runs(
-            client, flow_run_filter=FlowRunFilter(state=state), work_pool_filter=of_pool
-        )
-    return flow_runs
+async def read_flow_runs(client: PrefectClient, pool: str, state: FlowRunFilterState) -> list[FlowRun]:
+    """Return the flow runs of a pool that match a state filter."""
+    of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+    return await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(state=state), work_pool_filter=of_pool)
 
 
 async def read_workers(client: PrefectClient, pool: str) -> dict[str, bool]:

@@ -515,7 +515,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             # Prefect sends fewer, the longer it cannot reach the server. Without the pool no flow run can begin here.
             await self.sync_with_backend()
         now, before = _clock(), dict(self._held)
-        begun = await read_flow_runs(self.client, self._work_pool_name, *BEGUN)
+        begun = await read_flow_runs(self.client, self._work_pool_name, BEGUN)
         for flow_run in begun:
             if self._held.get(flow_run.id) is before.get(flow_run.id):  # else it has begun here since it was read
                 self._end_if_lost(flow_run)  # also while heartbeats arrive: another worker may have the same name

@@ -225,7 +225,7 @@ async def _check_pools(client: PrefectClient, findings: Findings) -> None:
     for pool in await client.read_work_pools(work_pool_filter=of_crews):
         workers = await read_workers(client, pool.name)
         online = ", ".join(sorted(worker for worker, is_online in workers.items() if is_online))
-        begun = await read_flow_runs(client, pool.name, *BEGUN)
+        begun = await read_flow_runs(client, pool.name, BEGUN)
         left = [run for run in begun if is_left(run, workers)]
         left_behind = [
             run for run in left if worker_name(run.infrastructure_pid) or (run.state and run.state.timestamp < since)
