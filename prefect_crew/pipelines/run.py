@@ -192,17 +192,11 @@ async def _name_flow_run(
     await label_flow_run(name=titled(name, key, {input_name: stored[input_name] for input_name in names}))
 
 
-def _digest_of(pipeline: Pipeline) -> str:
-    """Return the digest of the inputs that are not secret. The crews must be loaded."""
-    # Left out before they are encoded: a function of a step may turn a secret of any type into what its crew takes.
-    return Inputs.of(
-        {name: value for name, value in pipeline.inputs.items() if name not in pipeline.secret_inputs}
-    ).digest
-
-
 @cancelled_once
 async def _run(pipeline: Pipeline, name: str, idempotency_key: str | None, budgets: Sequence[Budget]) -> PipelineResult:
-    identity = await identify(name, _digest_of(pipeline), idempotency_key=idempotency_key, name=None)
+    # Left out before they are encoded: a function of a step may turn a secret of any type into what its crew takes.
+    shown = {key: value for key, value in pipeline.inputs.items() if key not in pipeline.secret_inputs}
+    identity = await identify(name, Inputs.of(shown).digest, idempotency_key=idempotency_key, name=None)
     key = identity.idempotency_key
     await pipeline.refuse_problems(key)
     pipeline.crews = {step: crew.under(budgets, name=name, batch=key) for step, crew in pipeline.crews.items()}
