@@ -6,7 +6,6 @@ retried flow reattaches to its runs by their records, not by stored results.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +33,7 @@ from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, PrefectAwayError
 from prefect_crew.records.keys import calling_task, identify
-from prefect_crew.records.model import RecordPhase, utcnow
+from prefect_crew.records.model import RecordPhase, digest, utcnow
 from prefect_crew.runs.kickoff import kick_off, open_run
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.answer import resume_run
@@ -467,7 +466,7 @@ async def resume_crew(
         approve=approve,
         task_id=task_id,
         webhooks=webhooks,
-        call=hashlib.sha256(identity.idempotency_key.encode()).hexdigest()[:32],
+        call=digest(identity.idempotency_key),
     )
 
 

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar, cast
 from uuid import uuid4
@@ -25,7 +24,7 @@ from prefect_crew.crew import Crew
 from prefect_crew.exceptions import LedgerError, ResolveError, RunNotFoundError
 from prefect_crew.prices import Spending
 from prefect_crew.records.keys import escape_name
-from prefect_crew.records.model import SPARE, Lease, RecordPhase, RunRecord, resolution
+from prefect_crew.records.model import SPARE, Lease, RecordPhase, RunRecord, digest, resolution
 from prefect_crew.runs.kickoff import ClaimLostError
 
 T = TypeVar("T")
@@ -459,7 +458,7 @@ class Ledger:
         return next(iter(await self._of_kickoff(kickoff_id)), None)
 
     async def _of_kickoff(self, kickoff_id: str) -> list[RunRecord]:
-        query = sa.select(attempts.c.record).where(attempts.c.kickoff == _digest(kickoff_id))
+        query = sa.select(attempts.c.record).where(attempts.c.kickoff == digest(kickoff_id, 64))
         return [_record(text) for (text,) in await self._rows(query)]
 
     async def owner_ended(self, record: RunRecord) -> bool:
@@ -548,7 +547,7 @@ class Ledger:
             attempt=record.attempt,
             phase=record.phase,
             state=state_of(record),
-            kickoff=None if record.kickoff_id is None else _digest(record.kickoff_id),
+            kickoff=None if record.kickoff_id is None else digest(record.kickoff_id, 64),
             owner=record.owner,
             record=record.model_dump_json(exclude_none=True),
             seconds=seconds,
@@ -582,10 +581,6 @@ def _masked(job: RowJob, crew: Crew) -> str:
     """Return the inputs of a row as JSON, with secrets masked, also where another input repeats one."""
     inputs = job.inputs.shown(crew.redactor(job.inputs)) if job.inputs.secret_names else job.inputs.encoded
     return to_json(inputs, inf_nan_mode="null", serialize_unknown=True).decode()
-
-
-def _digest(kickoff_id: str) -> str:
-    return sha256(kickoff_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _record(text: str, seconds: float | None = None) -> RunRecord:

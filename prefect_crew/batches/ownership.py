@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import sys
 from contextlib import suppress
@@ -19,6 +18,7 @@ from prefect_crew._internal.prefect_api import request_soon
 from prefect_crew.batches.database import KEEPALIVES, Database, batches, lock_key, short
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.exceptions import LedgerError, LedgerMissingError
+from prefect_crew.records.model import digest
 from prefect_crew.runs.reviews.answer import ASKS
 
 TAG = "prefect-crew-batch"
@@ -29,7 +29,7 @@ BEGIN_FOR = 60.0
 
 def binding_name(batch: str) -> str:
     """Return the name of the Variable that binds a batch."""
-    return f"crew_batch_{hashlib.sha256(batch.encode()).hexdigest()[:32]}"
+    return f"crew_batch_{digest(batch)}"
 
 
 async def read_binding(batch: str) -> dict[str, Any] | None:
@@ -127,7 +127,7 @@ class BatchLock:
         self._batch = batch
         self.generation: int | None = None
         # With SQLite it is a file next to the ledger, with PostgreSQL an advisory lock.
-        ledger, name = database.path or Path(), hashlib.sha256(batch.encode()).hexdigest()[:8]
+        ledger, name = database.path or Path(), digest(batch, 8)
         self._path = ledger.with_name(f"{ledger.name}.{name}.lock") if database.path else None
         self._file: int | None = None
         self._connection: Any = None
