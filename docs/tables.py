@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from prefect_crew.cli.docs import table
 
 DOCS = Path(__file__).parent
 WORDS = {
@@ -36,13 +38,6 @@ WORDS = {
 }
 """Types of fields, in words."""
 PART = re.compile(r"^(<!-- generated: (\w+) -->\n).*?^(<!-- end of generated -->)$", re.DOTALL | re.MULTILINE)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table of Markdown."""
-    lines = [list(head), *([" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows)]
-    lines.insert(1, ["---" for _ in lines[0]])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def settings() -> str:

@@ -112,7 +112,7 @@ def _reference(path: str) -> str:
     parts = [f"### {name}", *_signature(name, value), inspect.getdoc(value) or ""]
     if is_class and issubclass(value, BaseModel):
         fields = ((f"`{name}`", field.description or "") for name, field in value.model_fields.items())
-        parts.append(_table(("field", "what it is"), fields))
+        parts.append(table(("field", "what it is"), fields))
     for method, member in dict(vars(value)).items() if is_class else ():
         function = inspect.unwrap(getattr(member, "__func__", member))
         if not method.startswith(("_", "model_")) and inspect.isfunction(function) and function.__doc__:
@@ -127,7 +127,8 @@ def _signature(name: str, value: Any) -> list[str]:
     return [f"```python\n{name}{inspect.signature(function)}\n```"]
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a table of Markdown."""
     lines = [list(head), *([" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows)]
     lines.insert(1, ["---" for _ in lines[0]])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
