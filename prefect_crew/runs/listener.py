@@ -193,11 +193,6 @@ class _Hub:
         self._trouble: str | None = None
         self._warned: set[str | None] = set()
 
-    @property
-    def is_in_trouble(self) -> bool:
-        """Whether no webhook reaches this process, as far as is known."""
-        return self._trouble is not None
-
     def warn_of_trouble(self) -> None:
         """Say in the log of the flow run around this call, once, that no webhook reaches this process."""
         trouble, own = self._trouble, flow_run_id()

@@ -157,7 +157,7 @@ async def test_an_odd_receiver_is_asked_again(status: int, body: str, monkeypatc
     asked: list[tuple[str, bool]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        asked.append((request.url.params["after"], hub.is_in_trouble))
+        asked.append((request.url.params["after"], hub._trouble is not None))
         return httpx.Response(200, json=said) if len(asked) in (1, 4) else httpx.Response(status, text=body)
 
     with respx.mock(assert_all_mocked=False) as mock:  # a listener of an earlier test may still ask its receiver
