@@ -96,7 +96,7 @@ class SlotPool:
 
     A row takes a slot before its run is started, and gives it back at the run's end. The next row gets a slot that is
     at most `PASSED_ON` old, so that short runs need few requests; an older slot goes back to the Prefect server, since
-    others wait for the limit as well. Without a limit, `take` always succeeds.
+    others wait for the limit as well.
     """
 
     def __init__(self, crew: Crew) -> None:
@@ -107,16 +107,12 @@ class SlotPool:
         self._asking: asyncio.Task[UUID | None] | None = None
         self._ask_alone = asyncio.Lock()
         self._is_due = asyncio.Event()
-        self._keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> SlotPool:
-        if self._crew.concurrency_limit is not None:
-            self._keeper = asyncio.create_task(self._keep())
+        self._keeper = asyncio.create_task(self._keep())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._keeper is None:
-            return
         self._keeper.cancel()
         await asyncio.wait({self._keeper})
         with suppress(*PREFECT_ERRORS, ConfigurationError):
@@ -132,7 +128,7 @@ class SlotPool:
             ConfigurationError: The limit does not exist any more, or it allows no run.
             httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
         """
-        if self._crew.concurrency_limit is None or row in self._held:
+        if row in self._held:
             return True
         now = time.monotonic()
         for lease, (_, slots) in self._unused.items():
