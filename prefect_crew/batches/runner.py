@@ -88,7 +88,7 @@ class Runner:
 
     `on_end` is called at the end of each row with the name of its error's class, if any. `judge_again`: whether to
     judge the results of earlier calls again, since `line_options` have changed. `waiting` has the runs in flight by row
-    key, and `started` counts the kickoffs of this call. `shut`: whether the runner ends its waits for runs too.
+    key. `shut`: whether the runner ends its waits for runs too.
     """
 
     def __init__(
@@ -107,7 +107,6 @@ class Runner:
         self.ledger = ledger
         self.shut = False
         self.waiting: dict[str, RunRecord] = {}
-        self.started = 0
         self._options = options
         self.policy = options.wait or session.crew.wait
         self.first_poll = FirstPoll() if options.wait is None else None
@@ -352,7 +351,6 @@ class Runner:
         if turn is not None:
             return await self._after_turn(job, turn, identity.caller)
         if record is not None and record.owner == owner:
-            self.started += 1
             self.throttle.accepted()
         return record
 
@@ -381,7 +379,6 @@ class Runner:
             if not is_first:
                 return None
         if isinstance(error, KickoffUncertainError):
-            self.started += 1
             self.throttle.kickoffs += 1
             if self.throttle.slots is not None:
                 self.throttle.slots.leave(job.key)

@@ -321,7 +321,7 @@ async def test_a_full_budget_does_not_stop_a_batch_while_another_row_is_about_to
     async with runner.session:
         rows = runner.run(row_plan(topics(2), crew=runner.session.crew).jobs())
         await asyncio.wait_for(rows, 60)
-    assert (len(calls), runner.started, runner.throttle.stopped) == (3, 2, None)
+    assert (len(calls), runner.throttle.kickoffs, runner.throttle.stopped) == (3, 3, None)
 
 
 async def test_a_budget_whose_room_came_late_does_not_stop_a_batch(
@@ -344,7 +344,7 @@ async def test_a_budget_whose_room_came_late_does_not_stop_a_batch(
     async with runner.session:
         rows = runner.run(row_plan(topics(2), crew=runner.session.crew).jobs())
         await asyncio.wait_for(rows, 60)
-    assert (len(calls), runner.started, runner.throttle.stopped) == (3, 2, None)
+    assert (len(calls), runner.throttle.kickoffs, runner.throttle.stopped) == (3, 2, None)
 
 
 # Kickoffs of which nobody knows
