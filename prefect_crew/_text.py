@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import islice
@@ -118,3 +119,8 @@ def sparkline(figures: Sequence[float]) -> str | None:
     if len(figures) < 3 or not max(figures):
         return None
     return "".join(_LEVELS[round(figure / max(figures) * (len(_LEVELS) - 1))] for figure in figures)
+
+
+def version_numbers(version: str) -> list[int]:
+    """Return the first three numbers of a version, without those of a local build."""
+    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3]]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import operator
-import re
 import sys
 import threading
 import time
@@ -34,6 +33,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelling
 
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
+from prefect_crew._text import version_numbers
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError
 
 TESTED = ("3.8.6", "3.9.1")
@@ -159,19 +159,17 @@ def check_prefect() -> None:
     Raises:
         ConfigurationError: Names are missing.
     """
-    version = _numbers(prefect.__version__)
+    version = version_numbers(prefect.__version__)
     missing = [
-        name for name, until in NAMES.items() if not _exists(name) and (until is None or version < _numbers(until))
+        name
+        for name, until in NAMES.items()
+        if not _exists(name) and (until is None or version < version_numbers(until))
     ]
     if missing:
         raise ConfigurationError(
             f"The crew worker needs names of Prefect that {prefect.__version__} lacks: {', '.join(missing)}. No flow "
             f"run was begun. It is tested with Prefect {TESTED[0]} to {TESTED[1]}: install one of these."
         )
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)[:3]]
 
 
 def _exists(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import shlex
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from prefect_crew._text import version_numbers
 from prefect_crew.cli import _errors, _output
 from prefect_crew.cli._options import CrewAccess, CrewName, Output, is_url
 from prefect_crew.cli._prefect import reach_prefect
@@ -164,7 +164,7 @@ async def check_prefect(findings: Findings) -> None:
     own = prefect.__version__
     async with get_client() as client:
         server = await client.api_version()
-        if _numbers(server) < _numbers(own):
+        if version_numbers(server) < version_numbers(own):
             old = f"It is {server}, older than the {own} that is installed here."
             findings.add("warning", "Prefect server", old, "Upgrade it: a server has to be as new as its clients.")
         else:
@@ -179,10 +179,6 @@ async def check_prefect(findings: Findings) -> None:
         await _check_records(findings)
         await _check_pools(client, findings)
         await _check_forms(client, findings)
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3]]
 
 
 async def _check_records(findings: Findings) -> None:
