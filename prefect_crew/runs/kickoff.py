@@ -456,11 +456,9 @@ async def _give_back(
     if unused is None or record.entries:  # a claim in a ledger is its permit as well
         await save(record, records.save)
         await release_given_back(record, records)
-    elif unused.is_over or isinstance(error, ClaimLostError):
-        await save(record, records.save)
-        await release(record)
     else:
-        await save(record, records.withdraw)
+        is_kept = unused.is_over or isinstance(error, ClaimLostError)
+        await save(record, records.save if is_kept else records.withdraw)
         await release(record)
 
 
