@@ -343,10 +343,8 @@ async def close_run(
     more = {name: slots for name, slots in changes.items() if slots > 0}
     less = {name: slots for name, slots in changes.items() if slots < 0}
     counted = await change(record, more) if more else {}
-    is_closed = await records.end(record, **end)
-    if counted and not is_closed:
+    if not await records.end(record, **end):
         await change(record, {name: -slots for name, slots in counted.items()})
-    if not is_closed:
         return False
     if less:
         await change(record, less)
