@@ -208,14 +208,12 @@ def _warn_of_lost(crew: Crew) -> None:
     )
 
 
-async def take_slots(crew: Crew) -> Slots | None:
-    """Wait for a free slot of a crew's limit and take it. Return None if the crew has no limit.
+async def take_slots(crew: Crew) -> Slots:
+    """Wait for a free slot of a crew's limit and take it.
 
     Raises:
         ConfigurationError: The limit does not exist, or it allows no run.
     """
-    if crew.concurrency_limit is None:
-        return None
     if (lease := await _taken(crew)) is None:
         run_logger().info("Waiting for a slot of the concurrency limit %s.", crew.concurrency_limit)
         # Each look makes the server write, even if no slot is free: of hundreds of waiting runs, one at a time looks.
