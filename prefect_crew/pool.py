@@ -153,10 +153,10 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
     await asyncio.gather(*(stop(record) for record in open_runs if not stop_was_asked(record)))
 
 
-def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -> Flow[..., Any]:
+def load_flow(entrypoint: str | None, *, allowed: Iterable[str]) -> Flow[..., Any]:
     """Import an asynchronous flow by its path, such as `my_package.flows.my_flow`.
 
-    `allowed` are the allowed modules in addition to this package's, each with its submodules; None allows any module.
+    `allowed` are the allowed modules in addition to this package's, each with its submodules.
 
     Raises:
         ConfigurationError: The path is no import path, is not allowed, cannot be imported, or is no asynchronous flow.
@@ -167,10 +167,8 @@ def load_flow(entrypoint: str | None, *, allowed: Iterable[str] | None = None) -
             f"{entrypoint!r} is not an import path of a flow, such as my_package.flows.my_flow. Deploy a flow in a "
             "file to a process work pool with prefect deploy."
         )
-    permitted = None if allowed is None else ["prefect_crew", *allowed]
-    if permitted is not None and not any(
-        module == package or module.startswith(f"{package}.") for package in permitted
-    ):
+    permitted = ["prefect_crew", *allowed]
+    if not any(module == package or module.startswith(f"{package}.") for package in permitted):
         raise ConfigurationError(
             f"This crew worker is not allowed to import {module}. Add it to PREFECT_INTEGRATIONS_CREW_WORKER_MODULES "
             f"where the worker starts. Allowed: {', '.join(permitted)}."
