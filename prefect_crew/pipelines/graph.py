@@ -317,7 +317,11 @@ class Pipeline:
     def _values_for(self, step: CrewStep, results: Mapping[str, CrewResult[Any]]) -> dict[str, Any]:
         """Return the values of a step's templates by name."""
         before = {name: results[name] for name in self.before[step.name]}
-        plain = {name: _revealed(value) for name, value in self.inputs.items()}
+        # For templates, in plain text. A value without secrets is left as it is.
+        plain = {
+            name: encode_inputs({"": value}, as_json=True).get("") if holds_secret(value) else value
+            for name, value in self.inputs.items()
+        }
         return {**plain, **before, "inputs": plain, "steps": before}
 
     def plan(self) -> PipelinePlan:
@@ -337,11 +341,6 @@ class Pipeline:
             blocks.append("\n".join(f"Problem: {problem}" for problem in problems))
         redact = Redactor(self.inputs[name] for name in self.secret_inputs)
         return PipelinePlan([steps[name] for name in self.order], problems, redact("\n\n".join(blocks)))
-
-
-def _revealed(value: Any) -> Any:
-    """Return a value for templates, with its secrets in plain text. A value without secrets is returned unchanged."""
-    return encode_inputs({"": value}, as_json=True).get("") if holds_secret(value) else value
 
 
 def step_key(idempotency_key: str, step: CrewStep) -> str:
