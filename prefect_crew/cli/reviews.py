@@ -15,7 +15,7 @@ from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.cli import _output
 from prefect_crew.cli._options import CrewOfRun, Output
 from prefect_crew.cli._prefect import page_url
-from prefect_crew.cli.runs import ago, crew_option, short_name
+from prefect_crew.cli.runs import ago, short_name
 from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ConfigurationError, CrewError
@@ -25,6 +25,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import answer_run, find_run_in_flight, list_open_questions, read_question
 from prefect_crew.runs.reviews.questions import describe_answer
 from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs.stop import crew_option
 
 RunName = Annotated[str, Parameter(name="ID", help="The run: its idempotency key or its kickoff id.")]
 

@@ -36,7 +36,7 @@ from prefect_crew.records.resolve import (
 )
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.run import LiveRun
-from prefect_crew.runs.stop import stop_run
+from prefect_crew.runs.stop import crew_option, stop_run
 from prefect_crew.states import CrewState
 
 
@@ -120,12 +120,6 @@ def todo(record: RunRecord, condition: Condition, state: CrewState | None = None
     if condition is Condition.ENDED and record.state is not CrewState.COMPLETED:
         return "Run again with its key to start another, as far as the crew's max_attempts allows."
     return ""
-
-
-def crew_option(record: RunRecord) -> str:
-    """Return the option that names the crew of a record by its URL; empty if the crew is stored."""
-    is_address = record.crew == record.crew_url.partition("://")[2].rstrip("/")
-    return f" --crew {shlex.quote(record.crew_url)}" if is_address else ""
 
 
 def short_name(record: RunRecord) -> str:

@@ -230,9 +230,13 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
 
 def cancel_command(record: RunRecord) -> str:
     """Return the command that stops a run."""
-    address = record.crew_url.partition("://")[2].rstrip("/")
-    crew = f" --crew {shlex.quote(record.crew_url)}" if record.crew == address else ""
-    return f"prefect-crew runs cancel {shlex.quote(str(record.kickoff_id))}{crew}"
+    return f"prefect-crew runs cancel {shlex.quote(str(record.kickoff_id))}{crew_option(record)}"
+
+
+def crew_option(record: RunRecord) -> str:
+    """Return the option that names the crew of a record by its URL; empty if the crew is stored."""
+    is_address = record.crew == record.crew_url.partition("://")[2].rstrip("/")
+    return f" --crew {shlex.quote(record.crew_url)}" if is_address else ""
 
 
 async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
