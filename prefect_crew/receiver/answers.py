@@ -162,7 +162,6 @@ class AnswerPages:
         is_foreign = is_post and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         if opened is None or is_foreign:
             return await self._refuse(began)
-        visit = _Visit(*opened)
         try:
             visit = _Visit(*opened, name=_name_of_proxy(request), form=await _read_form(request) if is_post else None)
         except BodyError as error:
