@@ -32,7 +32,7 @@ from prefect_crew.client.models import ReviewRequest
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import utcnow
-from prefect_crew.runs.reviews.questions import digest, place_of
+from prefect_crew.runs.reviews.questions import digest, may_be_same, place_of
 from prefect_crew.settings import CrewSettings
 from prefect_crew.webhooks import UNLIMITED, checked_secret, fingerprint, seal, unseal
 
@@ -96,8 +96,7 @@ def read_link(token: str, secret: SecretStr) -> tuple[AnswerLink, SecretStr] | N
 def is_about(link: AnswerLink, question: ReviewRequest, signer: SecretStr) -> bool:
     """Return whether a link is for this question; the status may show more or less of it by now."""
     other = AnswerLink.of(question, link.expires, signer)
-    is_same_output = link.output is None or other.output is None or link.output == other.output
-    return link.place == other.place and is_same_output
+    return link.place == other.place and may_be_same(link.output, other.output)
 
 
 # The notification
