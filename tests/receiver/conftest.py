@@ -12,9 +12,10 @@ import pytest
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.webhooks import Hook, hook_urls
+from support.links import Chat, notifying
 from support.prefect_server import PrefectServer
 from support.processes import Process
-from support.webhooks import SECRET, Kept, receiver_of
+from support.webhooks import SECRET, Kept, receiver_of, served
 
 
 @pytest.fixture
@@ -53,3 +54,13 @@ def urls() -> Callable[..., Webhooks]:
         return hook_urls(base, SECRET, Hook("crew", idempotency_key, expires, attempt))
 
     return make
+
+
+@pytest.fixture
+async def chat(prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Chat]:
+    """Links are sent to this chat; a receiver serves their pages."""
+    with Chat() as chat:
+        async with served(create_receiver(SECRET)) as url, notifying(chat):
+            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", url)
+            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+            yield chat

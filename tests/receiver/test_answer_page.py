@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefect_crew.devserver import CrewServer
-from prefect_crew.receiver.app import create_receiver
 from support.chromium import Chromium
-from support.links import QUICK, Chat, answers_of, notifying, running
+from support.links import QUICK, Chat, answers_of, running
 from support.scripts import script
-from support.webhooks import SECRET, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api")]
 
@@ -32,15 +29,6 @@ HOSTILE = "\n".join(
     ]
 )
 DRAFT = "# Tea\n\n- Steep it for 3 minutes.\n- 90 °C is enough.\n\nThe second infusion is best."
-
-
-@pytest.fixture
-async def chat(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Chat]:
-    with Chat() as chat:
-        async with served(create_receiver(SECRET)) as url, notifying(chat):
-            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", url)
-            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-            yield chat
 
 
 class Program:

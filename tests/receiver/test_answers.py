@@ -29,22 +29,12 @@ from prefect_crew.runs.reviews.links import AnswerLink
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.webhooks import Hook, seal, token_of
 from support.asking import AskingServer
-from support.links import QUICK, Chat, answers_of, notifying, read, running, send
+from support.links import QUICK, Chat, answers_of, read, running, send
 from support.scripts import ASKS, script
 from support.waiting import until
 from support.webhooks import SECRET, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
-
-
-@pytest.fixture
-async def chat(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Chat]:
-    """Links are sent to this chat; a receiver serves their pages."""
-    with Chat() as chat:
-        async with served(create_receiver(SECRET)) as url, notifying(chat):
-            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", url)
-            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-            yield chat
 
 
 @asynccontextmanager
