@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -31,8 +30,7 @@ from prefect_crew.records.model import (
 from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.records.variables import create_variable, delete_variable
 from prefect_crew.states import CrewState
-from support.prefect_server import PrefectServer
-from support.proxy import Proxy, through
+from support.proxy import Proxy
 from support.records import LONG_AGO, new_record, put
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -50,13 +48,6 @@ async def flow_run(state: Any = None) -> str:
 async def is_among(record: RunRecord, phase: RecordPhase | None = None) -> bool:
     """Return whether a record is among all of a phase."""
     return record.ref in [found.ref async for found in RECORDS.all(*([] if phase is None else [phase]))]
-
-
-@pytest.fixture
-def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
-    """A way to the server that can be cut; this process takes it."""
-    with through(prefect_server) as way:
-        yield way
 
 
 # Claims
