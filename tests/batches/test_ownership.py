@@ -23,7 +23,7 @@ from prefect_crew.batches.ownership import BatchLock, binding_name, check_bound,
 from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.exceptions import LedgerError
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches
+from support.batches import Batches, topics
 from support.scripts import script
 
 
@@ -174,10 +174,6 @@ async def test_a_lock_holds_for_the_transaction_so_a_pooler_cannot_give_it_away(
 # Older copies
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
-
-
-def topics(count: int) -> list[dict[str, str]]:
-    return [{"topic": f"topic {number}"} for number in range(count)]
 
 
 def copied(source: Path, target: Path) -> Path:

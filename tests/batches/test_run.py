@@ -42,16 +42,12 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.runs.run import WITHHELD
 from prefect_crew.testing import CrewServerFactory
-from support.batches import CREW, Batches, attempts_read_in_scans
+from support.batches import CREW, Batches, attempts_read_in_scans, topics
 from support.held import Held
 from support.scripts import script, slow
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"], usage={"total_tokens": 5})
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
-
-
-def topics(count: int, **more: Any) -> list[dict[str, Any]]:
-    return [{"topic": f"topic {number}", **more} for number in range(count)]
 
 
 # Rows in, lines out

@@ -40,7 +40,7 @@ from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, let_an_hour_pass, row_plan
+from support.batches import Batches, let_an_hour_pass, row_plan, topics
 from support.held import Held
 from support.scripts import FAILS, script, slow
 from support.webhooks import until
@@ -51,10 +51,6 @@ PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' i
 
 class Score(BaseModel):
     score: int
-
-
-def topics(count: int, bad: set[int] | None = None) -> list[dict[str, Any]]:
-    return [{"topic": f"{'bad' if number in (bad or ()) else 'topic'} {number}"} for number in range(count)]
 
 
 def ledger_of(batch: Batches, name: str) -> Ledger:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import sqlite3
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ from support.postgres import Postgres
 from support.records import new_record
 
 CREW = crew_of(DeployedCrew(url="https://crew.example", token="token"))  # type: ignore[arg-type]
+
+
+def topics(count: int, bad: Collection[int] = (), **more: Any) -> list[dict[str, Any]]:
+    """Return so many rows; the crew `PICKY` fails with those of `bad`."""
+    return [{"topic": f"{'bad' if number in bad else 'topic'} {number}", **more} for number in range(count)]
 
 
 class Batches:
