@@ -66,8 +66,7 @@ def test_inspect_answers_with_the_definition_to_a_token_only(travel: httpx.Clien
 def test_kickoff_answers_with_an_id_only(travel: httpx.Client) -> None:
     answer = travel.post("/kickoff", json={"inputs": INPUTS | {"id": "42"}, "meta": {"requestId": "travel-req-123"}})
     assert answer.status_code == 200
-    assert list(answer.json()) == ["kickoff_id"]
-    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", answer.json()["kickoff_id"])
+    assert re.fullmatch(r'\{"kickoff_id":"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"\}', answer.text), "no blanks"
 
 
 def test_a_flow_takes_ids_of_states(flow: httpx.Client, server: CrewServer) -> None:
@@ -130,11 +129,6 @@ def test_what_is_not_there(travel: httpx.Client, slow: httpx.Client) -> None:
     answers = [travel.request(*call.split()) for call in ("GET /nothing", "GET /kickoff", "POST /inputs")]
     assert [answer.status_code for answer in answers] == [404, 405, 405]
     assert [set(answer.headers.get("allow", "").split(", ")) for answer in answers] == [{""}, {"POST"}, {"GET", "HEAD"}]
-
-
-def test_json_has_no_blanks(travel: httpx.Client) -> None:
-    answer = travel.post("/kickoff", json={"inputs": INPUTS})
-    assert re.fullmatch(r'\{"kickoff_id":"[0-9a-f-]{36}"\}', answer.text)
 
 
 @pytest.mark.parametrize(
