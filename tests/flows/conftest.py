@@ -11,8 +11,10 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.testing import CrewServerFactory
 from support.deployed import ROOT
 from support.prefect_server import PrefectServer
+from support.scripts import script
 
 SaveCrew = Callable[..., CrewServer]
+ECHO = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])
 
 
 @pytest.fixture
@@ -27,6 +29,11 @@ def save_crew(
         return server
 
     return save
+
+
+@pytest.fixture
+def echo(save_crew: SaveCrew) -> CrewServer:
+    return save_crew("batch-echo", ECHO)
 
 
 @pytest.fixture

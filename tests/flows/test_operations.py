@@ -23,13 +23,7 @@ from support.prefect_server import PrefectServer
 from support.records import let_pass
 from support.scripts import script
 
-ECHO = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])
 PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
-
-
-@pytest.fixture
-def echo(save_crew: Any) -> CrewServer:
-    return save_crew("batch-echo", ECHO)
 
 
 async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_path: Path):

@@ -14,8 +14,6 @@ from prefect_crew.devserver import CrewServer
 from support.deployed import load_flow
 from support.scripts import script
 
-ECHO = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])
-
 
 class Folder:
     """A folder that the flow watches."""
@@ -45,11 +43,6 @@ class Folder:
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path)
-
-
-@pytest.fixture
-def echo(save_crew: Any) -> CrewServer:
-    return save_crew("batch-echo", ECHO)
 
 
 async def test_a_new_file_is_run_once_and_moved(echo: CrewServer, folder: Folder):
