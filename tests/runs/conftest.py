@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.runs import listener
+from prefect_crew.runs import listener, stop
 from support.webhooks import SECRET, served
 
 
@@ -16,6 +16,12 @@ from support.webhooks import SECRET, served
 def all_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Capture what is said at the level of information as well."""
     caplog.set_level(logging.INFO, "prefect_crew")
+
+
+@pytest.fixture
+def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look every 0.2 seconds whether the flow run was cancelled."""
+    monkeypatch.setattr(stop, "LOOK_EVERY", 0.2)
 
 
 @pytest.fixture

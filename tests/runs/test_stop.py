@@ -39,12 +39,7 @@ from support.scripts import slow
 from support.seen import Seen
 from support.waiting import until, wait_until
 
-pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
-
-
-@pytest.fixture(autouse=True)
-def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop, "LOOK_EVERY", 0.2)
+pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "quick_look")
 
 
 @pytest.fixture

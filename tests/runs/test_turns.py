@@ -24,7 +24,6 @@ from prefect_crew.records import sessions
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord
 from prefect_crew.records.resolve import in_flight, resolve_lost, resolve_never_started, unresolved
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs import stop
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow
 from support.records import LONG_AGO, attempts, key, new_record, put
@@ -216,11 +215,6 @@ async def test_a_lost_turn_blocks_its_session(crew_server: CrewServerFactory) ->
 
 LONG = script({"seconds": 60, "output": "done"}, inputs=["note"], flow=True)
 STOPS = pc.WaitPolicy(timeout=1, on_timeout="stop", human_timeout=0.3, on_human_timeout="reject", max_rounds=1)
-
-
-@pytest.fixture
-def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop, "LOOK_EVERY", 0.2)
 
 
 async def cancelled(server: CrewServer, *, after: Callable[[], Awaitable[Any]]) -> BaseException | None:
