@@ -44,10 +44,9 @@ from prefect_crew.runs.run import WITHHELD
 from prefect_crew.testing import CrewServerFactory
 from support.batches import CREW, Batches, attempts_read_in_scans, topics
 from support.held import Held
-from support.scripts import script, slow
+from support.scripts import PICKY, script, slow
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"], usage={"total_tokens": 5})
-PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
 
 
 # Rows in, lines out

@@ -42,11 +42,10 @@ from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, let_an_hour_pass, row_plan, topics
 from support.held import Held
-from support.scripts import FAILS, script, slow
+from support.scripts import FAILS, PICKY, script, slow
 from support.webhooks import until
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
-PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
 
 
 class Score(BaseModel):

@@ -35,10 +35,8 @@ from support.environment import program
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.records import new_record, put
-from support.scripts import script
+from support.scripts import PICKY, script
 from support.terminals import Terminal
-
-PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 

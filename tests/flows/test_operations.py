@@ -21,9 +21,7 @@ from prefect_crew.operations import batch_file, prune_records, recover
 from prefect_crew.records.store import PrefectRecords
 from support.prefect_server import PrefectServer
 from support.records import let_pass
-from support.scripts import script
-
-PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
+from support.scripts import PICKY
 
 
 async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_path: Path):

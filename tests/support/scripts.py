@@ -27,6 +27,9 @@ def slow(seconds: float, output: str = "done") -> str:
 FAILS = script({"fail": "the search engine is down"})
 """A crew that fails at once."""
 
+PICKY = script({"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}, inputs=["topic"])
+"""A crew that fails with a topic that is bad."""
+
 ASKS = script(
     {"name": "draft", "seconds": 0.3, "output": "a draft {{ feedback }}", "human": True},
     {"name": "print", "seconds": 0.3, "output": "printed"},
