@@ -70,6 +70,9 @@ async def fails_once() -> int:
     return flow_run.run_count
 
 
+fails_once_and_waits = fails_once.with_options(name="fails-once-and-waits", retry_delay_seconds=30)
+
+
 @flow(timeout_seconds=1)
 async def too_slow() -> None:
     await asyncio.sleep(60)
@@ -84,15 +87,6 @@ async def sleeps(seconds: float) -> str:
 @flow(persist_result=True)
 async def persists() -> str:
     return "kept"
-
-
-@flow(retries=1, retry_delay_seconds=30)
-async def fails_once_and_waits() -> int:
-    from prefect.runtime import flow_run
-
-    if flow_run.run_count == 1:
-        raise ValueError("the first attempt fails")
-    return flow_run.run_count
 
 
 @flow
