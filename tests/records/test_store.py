@@ -489,29 +489,21 @@ async def test_a_record_of_a_later_version_is_never_taken_for_one_of_this(phase:
     await remove(record)
 
 
-async def test_an_entry_of_a_later_version_leaves_its_record_out_of_lists_which_say_so(
-    caplog: pytest.LogCaptureFixture,
-):
+@pytest.mark.parametrize("what", ["record", "entry"])
+async def test_what_a_later_version_wrote_is_left_out_of_lists(what: str, caplog: pytest.LogCaptureFixture):
     mine, theirs = new_record(), new_record()
-    for record in (mine, theirs):
-        assert await RECORDS.claim(record)
-    name = f"{record_name(theirs.idempotency_key, 1)}_{str(theirs.ref).replace('-', '')}_1"
-    value = {"idempotency_key": theirs.idempotency_key, "version": RECORD_VERSION + 1}
-    await create_variable({"name": name, "value": value, "tags": [store.ENTRY_TAG]})
+    assert await RECORDS.claim(mine)
+    name = record_name(theirs.idempotency_key, 1)
+    if what == "record":
+        await later(theirs)
+    else:
+        assert await RECORDS.claim(theirs)
+        name = f"{name}_{str(theirs.ref).replace('-', '')}_1"
+        value = {"idempotency_key": theirs.idempotency_key, "version": RECORD_VERSION + 1}
+        await create_variable({"name": name, "value": value, "tags": [store.ENTRY_TAG]})
     listed = [record.idempotency_key async for record in RECORDS.all()]
     assert mine.idempotency_key in listed
     assert theirs.idempotency_key not in listed
     assert f"Left out of this list: The record of run {theirs.idempotency_key!r}" in caplog.text
     await remove(theirs)
     await delete_variable(f"name/{name}")
-
-
-async def test_a_record_of_a_later_version_is_left_out_of_lists_which_say_so(caplog: pytest.LogCaptureFixture):
-    mine, theirs = new_record(), new_record()
-    assert await RECORDS.claim(mine)
-    await later(theirs)
-    listed = [record.idempotency_key async for record in RECORDS.all()]
-    assert mine.idempotency_key in listed
-    assert theirs.idempotency_key not in listed
-    assert f"Left out of this list: The record of run {theirs.idempotency_key!r}" in caplog.text
-    await remove(theirs)
