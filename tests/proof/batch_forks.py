@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import traceback
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from proof.kills import Kill, arm
+from proof.zygote import Forks
 
 __all__ = ["KILLS", "WHILE_STARTING", "BatchForks", "Call", "Report"]
 
@@ -55,38 +55,17 @@ class Report:
     error: str = ""
 
 
-class BatchForks:
-    """The process; a context manager. `env` makes it a client of a Prefect server, `folder` gets outcomes and logs."""
+class BatchForks(Forks):
+    """The process that runs batches."""
 
-    def __init__(self, env: Mapping[str, str], folder: Path) -> None:
-        self.folder = folder
-        self._env = {**env, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._orders = 0
-
-    def __enter__(self) -> BatchForks:
-        self._running = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._env
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._running.stdin
-        assert self._running.stdout
-        self._running.stdin.close()
-        self._running.wait(30)
-        self._running.stdout.close()
+    program = __file__
 
     def run(self, call: Call) -> Report:
         """Run a batch in a process of its own, and return how that ended."""
-        assert self._running.stdin
-        assert self._running.stdout
         self._orders += 1
         file = self.folder / f"batch-{self._orders}"
-        self._running.stdin.write(json.dumps({**asdict(call), "file": str(file)}) + "\n")
-        self._running.stdin.flush()
-        answer = self._running.stdout.readline()
-        assert answer, "the process that forks died"
-        if int(answer) == -signal.SIGKILL:
+        answer = self._answer({**asdict(call), "file": str(file)})
+        if answer == -signal.SIGKILL:
             return Report(killed=True)
         said = file.with_suffix(".json")
         assert said.exists(), f"a batch ended with {answer}:\n{file.with_suffix('.log').read_text()}"

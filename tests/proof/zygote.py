@@ -17,11 +17,11 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from proof.kills import Kill, arm, die_after
 
-__all__ = ["Ended", "Script", "Zygote"]
+__all__ = ["Ended", "Forks", "Script", "Zygote"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,13 @@ class Ended:
     text: str = ""
 
 
-class Zygote:
-    """The process; a context manager. `env` makes it a client of a Prefect server, `folder` gets outcomes and logs."""
+class Forks:
+    """The process; a context manager. `env` makes it a client of a Prefect server, `folder` gets outcomes and logs.
+
+    `program` is the file that it runs.
+    """
+
+    program = __file__
 
     def __init__(self, env: Mapping[str, str], folder: Path) -> None:
         self.folder = folder
@@ -64,9 +69,9 @@ class Zygote:
         self._orders = 0
         self._running: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Zygote:
+    def __enter__(self) -> Self:
         self._running = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._env
+            [sys.executable, self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._env
         )
         return self
 
@@ -84,17 +89,24 @@ class Zygote:
         self._running.wait(30)
         answers.close()
 
-    def run(self, *scripts: Script) -> list[Ended]:
-        """Run scripts side by side, each in a process of its own, and return how they ended."""
+    def _answer(self, order: object) -> Any:
         orders, answers = self._pipes
-        self._orders += 1
-        files = [self.folder / f"{self._orders}-{number}" for number in range(len(scripts))]
-        order = [{**asdict(script), "file": str(file)} for script, file in zip(scripts, files, strict=True)]
         orders.write(json.dumps(order) + "\n")
         orders.flush()
         answer = answers.readline()
-        assert answer, "the zygote died"
-        return [self._ended(file, status) for file, status in zip(files, json.loads(answer), strict=True)]
+        assert answer, "the process that forks died"
+        return json.loads(answer)
+
+
+class Zygote(Forks):
+    """The process that runs scripts."""
+
+    def run(self, *scripts: Script) -> list[Ended]:
+        """Run scripts side by side, each in a process of its own, and return how they ended."""
+        self._orders += 1
+        files = [self.folder / f"{self._orders}-{number}" for number in range(len(scripts))]
+        order = [{**asdict(script), "file": str(file)} for script, file in zip(scripts, files, strict=True)]
+        return [self._ended(file, status) for file, status in zip(files, self._answer(order), strict=True)]
 
     def _ended(self, file: Path, status: int) -> Ended:
         said = file.with_suffix(".json")
