@@ -348,11 +348,11 @@ async def test_a_hidden_output_that_changed_is_read_again(chat: Chat):
 @pytest.mark.parametrize(
     ("fault", "status", "text"),
     [
-        ("resume:500", 502, "nobody knows whether it arrived"),
-        ("resume:drop-after-accept", 502, "nobody knows whether it arrived"),
-        ("resume:html-after-accept", 502, "nobody knows whether it arrived"),
-        ("resume:garbage-after-accept", 502, "nobody knows whether it arrived"),
-        ("resume:timeout-after-accept=2", 502, "nobody knows whether it arrived"),
+        ("resume:500", 502, "Nobody knows whether it arrived"),
+        ("resume:drop-after-accept", 502, "Nobody knows whether it arrived"),
+        ("resume:html-after-accept", 502, "Nobody knows whether it arrived"),
+        ("resume:garbage-after-accept", 502, "Nobody knows whether it arrived"),
+        ("resume:timeout-after-accept=2", 502, "Nobody knows whether it arrived"),
         ("resume:403", 503, "Answer on the crew's page"),
         ("resume:503", 503, "was not sent. Nothing is lost"),
         ("resume:429", 503, "was not sent. Nothing is lost"),
