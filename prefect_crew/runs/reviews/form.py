@@ -116,7 +116,7 @@ class Form:
         """The prefix of the keys of all pauses with this question's form."""
         self._model = ReviewForm
         self._filled: ReviewForm | None = None
-        self._was_up = False
+        self._was_up = self._has_warned = False
 
     async def show(self, question: ReviewRequest | None) -> None:
         """Set the question of the form; `look` puts the form up."""
@@ -144,7 +144,9 @@ class Form:
                 async with asyncio.timeout(PREFECT_WITHIN), get_client() as client:
                     self._filled = await self._look(client, self.question)
             except (*PREFECT_ERRORS, TimeoutError) as error:
-                run_logger().debug("The form for run %s: %r", self._run.kickoff_id, error)
+                warn = run_logger().debug if self._was_up or self._has_warned else run_logger().warning
+                self._has_warned = True
+                warn("The form for run %s is not on its page yet; it is tried again: %r", self._run.kickoff_id, error)
         return self._filled
 
     async def _look(self, client: PrefectClient, question: ReviewRequest) -> ReviewForm | None:
@@ -167,12 +169,13 @@ class Form:
             state: State[Any] = Paused(message=message, pause_expiration_time=expires, reschedule=False, pause_key=key)
             state.state_details.run_input_keyset = cast("dict[str, str]", self._keyset)
             is_ours = (await client.set_flow_run_state(self._own, state)).status is SetStateStatus.ACCEPT
-        self._was_up = is_ours  # else another form is up
-        if is_ours:
+        self._was_up = False
+        if is_ours:  # else another form is up
             # After the new state: newer versions of Prefect delete the inputs of an earlier form when they set the
             # state; older ones do not.
             await self._hide(client)
             await self._model.asave(self._keyset, flow_run_id=self._own)
+            self._was_up = True
         return None
 
     @property

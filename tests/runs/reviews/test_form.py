@@ -23,6 +23,7 @@ from prefect_crew.runs.reviews import form
 from support.asking import AskingServer
 from support.chromium import Chromium
 from support.prefect_server import PrefectServer
+from support.proxy import Proxy
 from support.review_page import answer_on_page
 from support.scripts import script
 from support.seen import Seen
@@ -173,6 +174,20 @@ def test_the_form_takes_each_answer_once(server: CrewServer, seen: Seen) -> None
     assert "### Answers" in page["data"]
     assert "| draft | 1 | rejected | Grace \\| &lt;b&gt; |" in page["data"]
     assert "| draft | 2 | approved | Ada |" in page["data"]
+
+
+def test_a_form_that_could_not_be_stored_is_stored_later(
+    server: CrewServer, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.refuse, proxy.answer = "POST .*/input$", "503"
+    run = FlowRun(lambda: arun_crew(server.crew(), {"topic": "tea"}, review="form"))
+    wait_until(lambda: "is not on its page yet" in caplog.text, seconds=60, what="a warning")
+    assert run.state is not None
+    assert run.state.is_paused()
+    proxy.refuse = None
+    run.form()
+    assert run.fill_in(decision="approve", question=run.question())["status"] == "ACCEPT"
+    assert run.result().output.startswith("Printed")
 
 
 def test_two_questions_of_a_flow_run_stand_in_line(server: CrewServer) -> None:
