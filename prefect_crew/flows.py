@@ -36,7 +36,7 @@ from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import LiveRun, parse_data, read_result
+from prefect_crew.runs.run import LiveRun, next_step, parse_data, read_result
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import tasks_of, under_budgets
 
@@ -290,10 +290,12 @@ async def aget_result(
         raise NoResultError(
             f"Run {idempotency_key!r} has no result: its kickoff is {record.phase}. {record.reason or ''}".strip()
         )
-    if record.state is CrewState.FAILED:
-        raise CrewFailedError(kickoff_id=record.kickoff_id, error=record.error or "", **names)
-    if record.state is CrewState.STOPPED:
-        raise CrewStoppedError(kickoff_id=record.kickoff_id, **names)
+    if record.state in (CrewState.FAILED, CrewState.STOPPED):
+        block = await find_crew(record) if crew is None else await load_crew(crew)
+        advice = None if block is None else next_step(LiveRun(block, record.kickoff_id, record))
+        if record.state is CrewState.STOPPED:
+            raise CrewStoppedError(kickoff_id=record.kickoff_id, advice=advice, **names)
+        raise CrewFailedError(kickoff_id=record.kickoff_id, error=record.error or "", advice=advice, **names)
     if (stored := await stored_result(record)) is not None:
         # The stored result is masked already.
         return parse_data(record.completed(stored.result(record.kickoff_id)), options.output_type)

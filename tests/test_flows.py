@@ -486,6 +486,8 @@ async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFact
         await pc.arun_crew(crew_server(FAILS).crew(), idempotency_key=failed)
     with pytest.raises(pc.CrewFailedError, match="the search engine is down"):
         await pc.aget_result(failed)
+    with pytest.raises(pc.CrewFailedError, match=r"allows 1 attempts|For more: in Prefect's UI raise max_attempts"):
+        await pc.aget_result(failed, crew=crew_server(FAILS).crew(max_attempts=1))
     await (await crew_server(slow(60)).crew().atrigger({}, idempotency_key=stopped)).astop()
     with pytest.raises(pc.CrewStoppedError):
         await pc.aget_result(stopped)

@@ -70,6 +70,7 @@ from prefect_crew.exceptions import (
     ConfigurationError,
     CrewError,
     LedgerError,
+    LedgerMissingError,
 )
 from prefect_crew.prices import ONE_TOKEN, Spending, cost_of
 from prefect_crew.records.budgets import check_estimates
@@ -279,9 +280,14 @@ async def aplan_batch(
     async with CrewSession(job.crew) as session:
         plan = RowPlan(job.dataset, batch_options, job.crew, await expected_inputs(session))
     checked = await asyncio.to_thread(plan.check)
-    done, duration, each = 0, seconds_per_run, cost_of(job.crew.price, None)
-    if not job.ledger.is_missing:
-        async with Ledger(job.ledger.full, job.name) as stored:
+    done, duration, each, where = 0, seconds_per_run, cost_of(job.crew.price, None), job.ledger
+    if where.is_missing and (binding := await read_binding(job.name)) is not None:
+        # The batch has run with another export or ledger. Without its ledger the plan would count its rows again.
+        where = await ledger_address(str(binding.get("ledger")), "")
+        if where.is_missing:
+            raise LedgerMissingError(name=job.name, ledger=where.public)
+    if not where.is_missing:
+        async with Ledger(where.full, job.name) as stored:
             done = sum(count for state, count in (await stored.counts()).items() if state.is_final)
             duration = (await stored.run_times()).mean if duration is None else duration
             spent = await stored.spending()

@@ -105,7 +105,9 @@ def run(
             loaded_crew = replace(await access.load(crew), on_status=watch)
             if allow_extra:
                 loaded_crew = replace(loaded_crew, allow_extra_inputs=True)
-            progress.phase(f"Crew {loaded_crew.label}: checking the inputs, and looking for a run of this key")
+            turn = "" if session is None else f", and waiting for its turn in session {session!r}"
+            looking = f"Crew {loaded_crew.label}: checking the inputs, looking for a run of this key{turn}"
+            progress.phase(looking)
             options = RunOptions.of(
                 name=name,
                 idempotency_key=key,

@@ -141,7 +141,7 @@ class Pipeline:
             self.needs[step.name] = self._needed_by(step, set(names))
             sorter.add(step.name, *self.needs[step.name])
             try:
-                step.options(session=step.session)
+                step.options(session=None if "{" in f"{step.session}" else step.session)
             except ConfigurationError as error:
                 self.problems.append(f"step {step.name!r}: {str(error).removesuffix(' Nothing was started.')}")
         try:

@@ -41,7 +41,8 @@ def _session(name: Any) -> Any:
     if not isinstance(name, str):
         return name  # pydantic refuses it
     name = normalize_key(name)
-    if not 0 < len(name) <= MAX_SESSION or any(unicodedata.category(letter) == "Cc" for letter in name):
+    is_template = "{" in name or "}" in name  # only steps of pipelines fill one
+    if is_template or not 0 < len(name) <= MAX_SESSION or any(unicodedata.category(letter) == "Cc" for letter in name):
         raise ValueError("no name")
     return name
 
@@ -82,7 +83,7 @@ class RunOptions(BaseModel):
         default=None, description="the UUID of a Flow's state"
     )
     session: Annotated[str, BeforeValidator(_session), AfterValidator(_whole)] | None = Field(
-        default=None, description=f"a name of 1 to {MAX_SESSION} characters, without control characters"
+        default=None, description=f"a name of 1 to {MAX_SESSION} characters, without braces or control characters"
     )
     budgets: Annotated[tuple[InstanceOf[Budget], ...], BeforeValidator(_as_tuple)] = Field(
         default=(), description="Budgets, such as [Budget(max_cost=20, per='day')]"

@@ -547,6 +547,7 @@ def test_sync_code_has_the_same(batch: Batches, crew_server: CrewServerFactory):
     assert report.completed == 3
     plan = plan_batch(server.crew(), topics(4), name="sync", export=str(batch.output))
     assert (plan.rows, plan.done) == (4, 3)
+    assert plan_batch(server.crew(), topics(4), name="sync").done == 3, "the ledger is found by the batch's name"
 
 
 # What is refused
