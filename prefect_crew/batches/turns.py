@@ -49,7 +49,11 @@ class RowTurns:
             try:
                 yield
             finally:
-                await self.note([job])
+                noting = asyncio.create_task(self.note([job]))
+                try:
+                    await asyncio.shield(noting)
+                finally:
+                    await asyncio.wait({noting})  # a batch that is cancelled waits for it
 
     async def note(self, jobs: Iterable[RowJob]) -> None:
         """Note in the turns of some rows that they are over, for callers that cannot read the ledger.

@@ -87,7 +87,8 @@ class FlowRun:
             if state is None or not state.is_paused() or state.state_details.pause_key == not_key:
                 return None
             # A form is there once its fields are stored, a moment after the pause.
-            return state.state_details.pause_key if any("description" in key for key in self.inputs()) else None
+            keyset: Any = state.state_details.run_input_keyset
+            return state.state_details.pause_key if keyset["description"] in self.inputs() else None
 
         return wait_until(up, seconds=60, what="a form")
 
