@@ -322,11 +322,9 @@ def idle(options: argparse.Namespace) -> None:
 def ranges(options: argparse.Namespace) -> None:
     """Run the same two ranges on one worker and on two, alternating."""
     with prefect(options) as (server, folder), contextlib.ExitStack() as stack:
-        ledgers = options.ledger
-        if ledgers is None:
-            url = stack.enter_context(postgres()).create_database("ledgers")
-            # Without the password, which that server does not ask for: a parameter of a flow run must hold none.
-            ledgers = url.replace("+asyncpg", "").replace(":unused@", "@")
+        url = options.ledger or stack.enter_context(postgres()).create_database("ledgers")
+        # Without the password, which that server does not ask for: a parameter of a flow run must hold none.
+        ledgers = url.replace("+asyncpg", "").replace(":unused@", "@")
         write_rows(folder / "rows.csv", options.rows)
         for turn in range(options.times):
             for workers in (1, 2):
