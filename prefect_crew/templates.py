@@ -36,6 +36,13 @@ def _readable(value: Any) -> Any:
     return value
 
 
+def _needed(value: Any) -> Any:
+    """Return a value for the text as `_readable` does. Raise TemplateRuntimeError for None and an empty text."""
+    if value in (None, ""):
+        raise TemplateRuntimeError("a value in it is empty")
+    return _readable(value)
+
+
 def _viewed(value: Any) -> Any:
     """Return `value` with each model replaced by a mapping of its fields; unchanged if it contains no model.
 
@@ -81,6 +88,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 _ENVIRONMENT: Any = _Sandbox(undefined=StrictUndefined, finalize=_readable, keep_trailing_newline=True)
+_COMPLETE: Any = _ENVIRONMENT.overlay(finalize=_needed)
 GLOBALS = frozenset(_ENVIRONMENT.globals)
 """Names that Jinja itself has, such as `range`. `names_in` never returns them, even if a value has the same name."""
 _METHODS = frozenset(dir(dict))
@@ -155,15 +163,15 @@ def _problem(node: nodes.Node) -> str | None:
     return "it includes another template, which is not possible" if isinstance(node, _OTHERS) else None
 
 
-def compiled(template: str) -> Callable[[Mapping[str, Any]], str]:
-    """Return a function that fills a template with values.
+def compiled(template: str, *, is_complete: bool = False) -> Callable[[Mapping[str, Any]], str]:
+    """Return a function that fills a template with values. With `is_complete`, it refuses None and empty texts.
 
     Raises:
         ConfigurationError: The text is not a template. The returned function raises it if a name or an attribute is
             missing, or if the sandbox forbids an operation.
     """
     try:
-        jinja_template = _ENVIRONMENT.from_string(_parsed(template))
+        jinja_template = (_COMPLETE if is_complete else _ENVIRONMENT).from_string(_parsed(template))
     except TemplateError as error:
         raise ConfigurationError(f"{template!r} is not a template: {error}") from None
 

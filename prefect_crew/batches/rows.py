@@ -222,7 +222,11 @@ class RowPlan:
         name = None if source is None else _value_of(source, values, what="session")
         if holds_secret(name):
             raise ConfigurationError(f"its session holds a secret, but {_SHOWN['session']}")
-        return None if _is_empty(name) else RunOptions.of(session=str(name)).session
+        try:
+            return None if _is_empty(name) else RunOptions.of(session=str(name)).session
+        except ConfigurationError:  # its text would quote the session, whose column may hold a secret
+            kind = RunOptions.model_fields["session"].description
+            raise ConfigurationError(f"its session is not {kind}") from None
 
     def _unknown(self, inputs: Mapping[str, Any]) -> str | None:
         unknown = [] if self._crew.allow_extra_inputs else unknown_inputs(self._expected, inputs)

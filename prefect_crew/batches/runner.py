@@ -41,7 +41,6 @@ from prefect_crew.exceptions import (
     AuthenticationError,
     BatchCancelledError,
     BudgetExceededError,
-    ConfigurationError,
     CrewError,
     CrewLostError,
     DatasetError,
@@ -217,8 +216,8 @@ class Runner:
             )
             for _ in (state for state in states.values() if state is RowState.CONFLICT):
                 self._on_end(IdempotencyConflictError.__name__)
-            done = [job for job in page if self._has_nothing_to_do(states[job.key])]
-            await self._turns.note(done)  # an earlier call may have been killed before it did so
+            # An earlier call may have been killed before it did so.
+            await self._turns.note(job for job in page if states[job.key] is not RowState.PENDING)
             page = [job for job in page if not self._has_nothing_to_do(states[job.key])]
             begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
             by_row = await self.ledger.attempts_of(begun) if begun else {}
@@ -250,7 +249,8 @@ class Runner:
             self.throttle.left(job.key)
         if end is not None:
             self._ended += 1
-            self._failed += end[0] is not RowState.COMPLETED
+            is_blocked = end[1] == SessionBlockedError.__name__  # one session must not stop the batch
+            self._failed += end[0] is not RowState.COMPLETED and not is_blocked
             if reason := self._options.why_stop(self._failed, self._ended):
                 self.stop(reason)
             self._on_end(end[1])
@@ -269,6 +269,8 @@ class Runner:
         is_found = record is not None
         while True:
             if record is None:
+                if (blocked := self._turns.blocked(job)) is not None:
+                    return await self._no_run(job, blocked)
                 if not await self.throttle.admit(job.key):
                     return end
                 owner = str(uuid4())
@@ -280,9 +282,8 @@ class Runner:
                     return start
                 record, is_found = start, start.owner != owner
                 count += not is_found
-            elif self.throttle.slots is not None:
-                with suppress(*PREFECT_ERRORS, ConfigurationError):
-                    await self.throttle.slots.take(job.key)  # it is in flight already, with a slot or without one
+            else:
+                await self.throttle.found(job.key)
             end = await self._wait(job, record, first_look=is_found)
             if end is None:
                 return None

@@ -209,6 +209,12 @@ class Throttle:
         if self._options.breaker is not None and self._failed_in_a_row >= self._options.breaker:
             self.stop(f"{self._failed_in_a_row} rows failed in a row. Last error: {why}")
 
+    async def found(self, row: str) -> None:
+        """Take a slot for a row in flight, which goes on without one if that fails."""
+        if self.slots is not None:
+            with suppress(*PREFECT_ERRORS, ConfigurationError):
+                await self.slots.take(row)
+
     def left(self, row: str) -> None:
         """Note that a row has ended, or is left, so that its slot is free."""
         if self.slots is not None:

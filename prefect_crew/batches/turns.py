@@ -51,7 +51,7 @@ class RowTurns:
             finally:
                 noting = asyncio.create_task(self.note([job]))
                 try:
-                    await asyncio.shield(noting)
+                    await asyncio.wait({noting})
                 finally:
                     await asyncio.wait({noting})  # a batch that is cancelled waits for it
 
@@ -72,7 +72,16 @@ class RowTurns:
             await asyncio.wait_for(note(), NOTED_WITHIN)
         except (*PREFECT_ERRORS, LedgerError, UnreadableRecordError, TimeoutError) as error:
             kind = type(error).__name__
-            run_logger().warning("The turns of %d rows could not be noted as over (%s: %s).", len(keys), kind, error)
+            text = "The turns of %d rows could not be noted as over (%s: %s). The next call of the batch notes them."
+            run_logger().warning(text, len(keys), kind, error)
+
+    def blocked(self, job: RowJob) -> SessionBlockedError | None:
+        """Return the error that blocks a row's session in this call, None if a run of the row may start.
+
+        Later rows would overtake the row that met the error. The row whose own turn blocks the session may start again.
+        """
+        error = self._blocked.get(job.inputs.session or "")
+        return None if error is None or error.run == self._ledger.idempotency_key(job.key) else error
 
     async def wait(self, job: RowJob, earlier: Turn, caller: Caller, policy: WaitPolicy) -> None:
         """Wait until an earlier turn of a row's session is over, or the batch starts nothing more.
@@ -91,8 +100,6 @@ class RowTurns:
             await cancel_and_wait(waiting)
 
     async def _wait(self, job: RowJob, earlier: Turn, caller: Caller, policy: WaitPolicy) -> None:
-        if (blocked := self._blocked.get(earlier.session)) is not None:
-            raise blocked
         record = await record_of(earlier, self._ledger) if earlier.is_row else None
         try:
             if record is None:
@@ -105,14 +112,17 @@ class RowTurns:
             elif not is_over(earlier, record):
                 raise self._has_no_end(earlier, record)
         except SessionBlockedError as error:
-            self._blocked[earlier.session] = error  # the rows behind need not wait as long
+            if earlier.session not in self._blocked:
+                run_logger().warning("%s Later rows of the session are not started in this call.", error)
+            self._blocked[earlier.session] = error
             raise
 
     def _has_no_end(self, turn: Turn, record: RunRecord) -> SessionBlockedError:
         key, state, batch = record.idempotency_key, state_of(record), shlex.quote(self._ledger.batch)
         row = shlex.quote(self._ledger.row_key(key))
         if state is RowState.LOST:
-            advice = f"To start another run of it: prefect-crew batch retry {batch} --row {row}."
+            lost = f"prefect-crew runs resolve {shlex.quote(key)} --lost"
+            advice = f"To start another run of it: prefect-crew batch retry {batch} --row {row}. To give it up: {lost}."
         elif record.phase is RecordPhase.STARTED:
             advice = "Call the batch again, which waits for that row first."
         else:

@@ -19,6 +19,7 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import listed_rows
 from prefect_crew.artifacts.escape import duration
 from prefect_crew.batches.ledger import LedgerRow
@@ -45,8 +46,9 @@ from prefect_crew.cli._options import (
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.crew import CrewSession
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import CrewError, UnreadableRecordError
 from prefect_crew.records.model import RunRecord
+from prefect_crew.records.sessions import note_over
 
 SET_ASIDE = "set-aside"
 STOPS_AT_ONCE = 50
@@ -502,7 +504,10 @@ async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfR
                     _output.note(f"Run {record.kickoff_id} was not stopped: {error}")
                     return False
 
-        return sum(await asyncio.gather(*map(stop, records)))
+        stopped = await asyncio.gather(*map(stop, records))
+    with suppress(*PREFECT_ERRORS, UnreadableRecordError):  # a later call of the batch does it
+        await note_over(records)
+    return sum(stopped)
 
 
 @app.command

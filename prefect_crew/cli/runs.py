@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import StrEnum
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Group, Parameter, validators
 
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.cli import _output
@@ -19,7 +20,7 @@ from prefect_crew.cli._options import CrewOfRun, Ledger, Output, Yes
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.costs import grouped, read_costs
-from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError
+from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError, UnreadableRecordError
 from prefect_crew.prices import Spending, money
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import escape_name
@@ -34,6 +35,7 @@ from prefect_crew.records.resolve import (
     resolve_started,
     unresolved,
 )
+from prefect_crew.records.sessions import note_over
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import crew_option, stop_run
@@ -326,10 +328,6 @@ def resolve(
     async def write() -> None:
         async with _open_store(key, ledger) as (records, batch):
             again = f"prefect-crew batch resume {shlex.quote(batch)}" if batch else "A call with this key"
-            if lost and batch:
-                raise ConfigurationError(
-                    f"--lost takes no rows of a batch. Run: prefect-crew batch retry {shlex.quote(batch)}"
-                )
             record = await (in_flight if lost else unresolved)(key, records)
             if never_started:
                 await resolve_never_started(record, records)
@@ -337,6 +335,9 @@ def resolve(
             elif kickoff_id is None:
                 async with _status_call(record, crew) as look:
                     await resolve_lost(record, records, look=look)
+                if batch:
+                    row = shlex.quote(key.removeprefix(f"batch/{escape_name(batch)}/"))
+                    again = f"prefect-crew batch retry {shlex.quote(batch)} --row {row}"
                 sentence = f"run {record.kickoff_id} of {record.idempotency_key} is lost. {again} starts another."
             else:
                 if batch:  # a ledger does not know the runs outside of its batches
@@ -345,6 +346,9 @@ def resolve(
                     state = await resolve_started(record, kickoff_id, records, look=look)
                 now = f", {state} now" if state else ""
                 sentence = f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."
+            if batch:
+                with suppress(*PREFECT_ERRORS, UnreadableRecordError):  # a later call of the batch does it
+                    await note_over([record])
         _output.put(f"Resolved: {sentence}")
 
     return write()

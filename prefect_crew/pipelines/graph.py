@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -141,7 +142,7 @@ class Pipeline:
             self.needs[step.name] = self._needed_by(step, set(names))
             sorter.add(step.name, *self.needs[step.name])
             try:
-                step.options(session=None if "{" in f"{step.session}" else step.session)
+                step.options(session="of a template" if re.search("{[{%]", f"{step.session}") else step.session)
             except ConfigurationError as error:
                 self.problems.append(f"step {step.name!r}: {str(error).removesuffix(' Nothing was started.')}")
         try:
@@ -312,7 +313,10 @@ class Pipeline:
 
     def session_of(self, step: CrewStep, results: Mapping[str, CrewResult[Any]]) -> str | None:
         """Return the session of a step's run, None without one. Raises as `inputs_of`."""
-        return None if step.session is None else str(_render_texts(step.session, self._values_for(step, results)))
+        if step.session is None:
+            return None
+        # Runs of two customers without a name must not share the session "customer-null".
+        return compiled(step.session, is_complete=True)(self._values_for(step, results))
 
     def _values_for(self, step: CrewStep, results: Mapping[str, CrewResult[Any]]) -> dict[str, Any]:
         """Return the values of a step's templates by name."""

@@ -43,7 +43,7 @@ _NAME = re.compile(r"crew_turn_([0-9a-f]{32})_(\d+)")
 class Turn(BaseModel):
     """One turn: the value of its Variable.
 
-    `claim` is the id of the claim, which is the attempt `attempt` at `idempotency_key`. `state_id` is the id of the
+    `claim` is the id of the claim, an attempt at `idempotency_key`. `state_id` is the id of the
     state that its run pins, `restored` the state from which it starts, None for an empty one. `outcome` is the state in
     which the run of a row ended, or its phase; None while the turn is not over.
     """
@@ -56,7 +56,6 @@ class Turn(BaseModel):
     crew: str
     crew_url: str
     idempotency_key: str
-    attempt: int
     claim: str
     state_id: str
     restored: str | None = None
@@ -199,7 +198,6 @@ async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
         crew=record.crew,
         crew_url=record.crew_url,
         idempotency_key=record.idempotency_key,
-        attempt=record.attempt,
         claim=claim_id(record),
         is_row=record.ref is None,
         state_id=str(uuid5(NAMESPACE_URL, f"{record.crew_url}/{session}/{number}/{claim_id(record)}")),

@@ -279,6 +279,8 @@ class _Start:
         async with self._giving_back(self.lease):
             with self.work.uncut():
                 turn = await take_turn(record, self.records)
+                if turn is not None and turn.claim == claim_id(record):  # a batch finds the turn by the record
+                    record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
             self.work.raise_if_cancelled()
             # This call may have slept since it read the turn before. Others then went on, and if they were pruned, the
             # number was free again.
@@ -286,9 +288,9 @@ class _Start:
                 raise ClaimLostError("its turn could not be taken in time.")
             if turn.claim != claim_id(record):
                 raise EarlierTurnError(turn)
-            record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
-            if self.request.is_row:  # its batch finds the turn by the record
+            if self.request.is_row:
                 await self.records.save(record)
+                return
             start = "an empty state" if turn.restored is None else f"state {turn.restored}"
             run_logger().info("Session %r: turn %d starts from %s.", turn.session, turn.number, start)
 

@@ -27,6 +27,7 @@ from prefect_crew.client import CrewClient
 from prefect_crew.client.models import StopAnswer
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.sessions import last_turn
 from prefect_crew.testing import CrewServerFactory
 from support.batches import enter, let_an_hour_pass, record_of
 from support.commands import TOKEN, environment
@@ -211,13 +212,14 @@ def started(output: str) -> int:
 def running(
     prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str
 ) -> Iterator[tuple[CrewServer, Process]]:
-    """A process with a batch of 30 rows, of which 5 are in flight for a minute."""
-    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
+    """A process with a batch of 30 rows, of which 5 are in flight for a minute. Each is a session of its own."""
+    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"], flow=True), token=TOKEN)
     block = f"late-{uuid.uuid4().hex[:8]}"
     server.crew().save(block, _sync=True)  # pyright: ignore
     path = tmp_path / "rows.csv"
     path.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
     command = ["batch", "run", block, str(path), "--name", name, "--export", output, "--max-in-flight", "5"]
+    command += ["--session-column", "topic"]
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
     with Process([program("prefect-crew"), *command], log=tmp_path / "log", env=env) as process:
         wait_until(lambda: server.kickoffs == 5, seconds=60, what="its rows in flight")
@@ -280,6 +282,7 @@ def test_of_a_batch_that_was_killed_the_runs_are_stopped(here, running: tuple[Cr
     cancelled = here("batch", "cancel", name)
     assert f"5 of 5 runs in flight were asked to stop. {again}" in cancelled.out, cancelled.err
     assert {str(run.state) for run in server.runs} == {"stopped"}
+    assert asyncio.run(last_turn(server.url, "topic 0")).outcome == "stopped"
     found = here("batch", "inspect", name, "-o", "json").json
     assert (found["in_flight"], found["failed"], found["stopped"], found["owed"]) == (0, 5, 5, 5)
 
@@ -293,6 +296,16 @@ async def in_flight(path: str, name: str, count: int, **crew: str) -> None:
             assert await ledger.claim(record)
             record.phase, record.kickoff_id = RecordPhase.STARTED, f"run {uuid.uuid4()}"
             await ledger.save(record)
+
+
+def test_a_row_whose_run_is_forgotten_is_resolved_as_lost(here, picky, call, name: str, leads: str, output: str):
+    server, crew = picky()
+    here(*call(crew, leads, "--key-column", "id"))
+    asyncio.run(in_flight(f"{output}.ledger.db", name, 1, crew=crew, crew_url=server.url))
+    resolved = here("runs", "resolve", f"batch/{name}/late 0", "--lost", "--yes")
+    assert f"prefect-crew batch retry '{name}' --row 'late 0' starts another." in resolved.out, resolved.err
+    states = here("batch", "inspect", name, "-o", "json").json["states"]
+    assert (states["lost"], "started" in states) == (1, False)
 
 
 def test_a_batch_of_which_nothing_could_be_stopped_says_so(

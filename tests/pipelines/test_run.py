@@ -387,7 +387,9 @@ async def test_a_session_that_makes_no_sense_starts_no_step(crew_server: CrewSer
     for session, inputs, problem in (
         ("{{ nobody }}", {}, "step 'a', session: 'nobody' is no step, and no input that has a value"),
         ("a\tb", {}, "step 'a': session is 'a.*it has to be a name of 1 to"),
-        ("{{ who }}", {"who": ""}, "session is ''; it has to be a name of 1 to"),
+        ("a{b", {}, "step 'a': session is 'a{b'; it has to be a name of 1 to"),
+        ("of {{ who }}", {"who": ""}, "'of {{ who }}' cannot be filled: a value in it is empty"),
+        ("of {{ who }}", {"who": None}, "'of {{ who }}' cannot be filled: a value in it is empty"),
         ("{{ who }}", {"who": secret}, "The session holds a secret input"),
         ("customer-{{ inputs.who }}", {"who": secret}, "The session holds a secret input"),
     ):

@@ -37,7 +37,6 @@ async def write(session: str, *numbers: int) -> None:
             crew="travel",
             crew_url=URL,
             idempotency_key=f"{session}/{number}",
-            attempt=1,
             claim=str(uuid.uuid4()),
             state_id=str(uuid.uuid4()),
             restored=f"state before {number}",
