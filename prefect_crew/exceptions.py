@@ -156,14 +156,16 @@ class AuthenticationError(CrewAPIError):
 
     advice: ClassVar[str] = (
         "Check the bearer token on the Status tab of the crew's page. Each crew has its own, and a User Bearer Token "
-        "may do less than the organisation's. To renew it, run: prefect-crew crews save NAME --overwrite."
+        "may do less than the organisation's. To renew a stored crew's token: prefect-crew crews save NAME --overwrite."
     )
 
 
 class NotFoundError(CrewAPIError):
     """404: no crew at this URL, or no run with this id."""
 
-    advice: ClassVar[str] = "Check the crew's URL and the id of the run."
+    @property
+    def _advice(self) -> str:
+        return f"Check the crew's URL{'.' if self.kickoff_id is None else ' and the id of the run.'}"
 
 
 class InvalidInputsError(CrewAPIError):

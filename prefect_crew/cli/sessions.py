@@ -81,7 +81,9 @@ async def inspect(
 
 def _put(session: dict[str, Any]) -> None:
     last = session["turns"][-1]
-    _output.put(f"{session['session']}: {last['number']} turns of crew {session['crew']}")
+    _output.put(
+        f"{session['session']}: {last['number']} {'turn' if last['number'] == 1 else 'turns'} of crew {session['crew']}"
+    )
     state = last.get("completed_state", last["restored"])
     _output.put(f"  The last completed state: {state or 'none yet'}")
     rows = [

@@ -339,6 +339,7 @@ class Pipeline:
             hidden = crew.secret_inputs if crew else ()
             inputs = {key: MASK if key in hidden else value for key, value in (step.inputs or {}).items()}
             lines += [f"  {k} = {f'from {_name_of(v)}' if callable(v) else v}" for k, v in inputs.items()]
+            lines += [] if step.session is None else [f"  session {step.session}"]
             blocks.append("\n".join(lines))
         problems = [*self.problems, *self.unreachable]
         if problems:
