@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import hashlib
 import io
@@ -12,10 +13,11 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copyreg import dispatch_table
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit, urlunsplit
@@ -89,6 +91,10 @@ class Dataset:
     digest: Callable[[], str] | None = None
 
 
+class ThreadBoundError(DatasetError):
+    """A driver refuses to read a cursor in another thread than its own. No row was read."""
+
+
 def open_dataset(
     source: Any,
     *,
@@ -118,14 +124,11 @@ def open_dataset(
         return Dataset(name, read, address, kind, encoding, delimiter, file.digest)
     kind_name = cast("type[Any]", type(source)).__name__
     library = cast("type[Any]", type(source)).__module__.partition(".")[0]
-    if library in ("polars", "pandas", "pyarrow") and kind_name in ("DataFrame", "LazyFrame", "Table", "RecordBatch"):
+    if _is_frame(source):
         name = f"{library} {kind_name}"
         return Dataset(name, lambda: _of_mappings(_frame_rows(source, library, name)))
-    spool = Spool(f"{library} {kind_name}")
-    with _reporting(spool.name, spool.name):
-        if (parts := _parts_of(source, spool.name)) is not None:
-            spool.fill(*parts)
-            return Dataset(spool.name, spool.rows)
+    if (dataset := _spooled(source)) is not None:
+        return dataset
     is_parts = kind_name in _PARTS
     if is_parts or isinstance(source, Mapping | bytes | bytearray) or not isinstance(source, Iterable):
         remedy = _PARTS.get(kind_name, "give a path, an iterable of mappings, a data frame, or a cursor")
@@ -133,6 +136,27 @@ def open_dataset(
     rows = cast("Iterable[Any]", source)
     mappings = rows if isinstance(rows, list | tuple) else list(rows)  # rows are read twice
     return Dataset(f"{kind_name} of rows", lambda: _of_mappings(mappings))
+
+
+async def aopen_dataset(source: Any, **options: Any) -> Dataset:
+    """Return the data set of `open_dataset`. A source that can be read once is read in a thread.
+
+    So a slow query does not stop the event loop. A driver may bind a cursor to the thread that made it, as sqlite3 does
+    without `check_same_thread=False`. Such a cursor is read on the event loop. A cancellation ends the read after its
+    part of the rows, and waits for that, since the caller may close the cursor then.
+
+    Raises DatasetError.
+    """
+    is_wanted = True
+    reading = asyncio.ensure_future(asyncio.to_thread(_spooled, source, lambda: is_wanted))
+    try:
+        with suppress(ThreadBoundError):
+            if (dataset := await asyncio.shield(reading)) is not None:
+                return dataset
+    finally:
+        is_wanted = False
+        await asyncio.wait({reading})
+    return open_dataset(source, **options)
 
 
 # Addresses
@@ -468,6 +492,12 @@ def _parquet(file: _File) -> Iterator[Mapping[str, Any]]:
         raise DatasetError(f"cannot be read as Parquet: {error}.", source=file.name) from None
 
 
+def _is_frame(source: Any) -> bool:
+    kind = cast("type[Any]", type(source))
+    is_known = kind.__module__.partition(".")[0] in ("polars", "pandas", "pyarrow")
+    return is_known and kind.__name__ in ("DataFrame", "LazyFrame", "Table", "RecordBatch")
+
+
 def _frame_rows(frame: Any, library: str, name: str) -> Iterator[Mapping[Any, Any]]:
     """Yield the rows of a data frame or an Arrow table. A large frame is converted part by part."""
     if library == "polars":
@@ -539,6 +569,28 @@ class Spool:
             self._fetch(self)
         assert self._file is not None  # noqa: S101  it is filled now
         return self._file
+
+
+def _spooled(source: Any, is_wanted: Callable[[], bool] = lambda: True) -> Dataset | None:
+    """Read a source that can be read once, part by part while `is_wanted`. Return None for a source of another kind.
+
+    Raises ThreadBoundError, DatasetError.
+    """
+    if isinstance(source, str | os.PathLike) or _is_frame(source):
+        return None
+    kind = cast("type[Any]", type(source))
+    spool = Spool(f"{kind.__module__.partition('.')[0]} {kind.__name__}")
+    with _reporting(spool.name, spool.name):
+        if (found := _parts_of(source, spool.name)) is None:
+            return None
+        columns, parts = found
+        try:
+            spool.fill(columns, takewhile(lambda _: is_wanted(), parts))
+        except Exception as error:
+            if "same thread" not in (problem := told(error, "")):  # the text of sqlite3, and of libraries like it
+                raise
+            raise ThreadBoundError(f"cannot be read: {problem}.", source=spool.name) from None
+    return Dataset(spool.name, spool.rows)
 
 
 def _values_of(row: Any, columns: Sequence[str]) -> list[Any]:

@@ -26,7 +26,7 @@ from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.batches.database import LedgerAddress, ledger_address
-from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
+from prefect_crew.batches.dataset import Dataset, DatasetFormat, aopen_dataset, shown_address, whole_address
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.options import (
     IN_FLIGHT,
@@ -132,7 +132,8 @@ async def arun_batch(
         crew: A crew, or the name of a stored block.
         dataset: CSV, TSV, JSON Lines, JSON or Parquet by path, URL or fsspec address; `sql://BLOCK?query=…`, the rows
             of a query in the database of a SQLAlchemy block; an iterable of mappings or rows; a pandas or polars data
-            frame; anything with an Arrow stream; a cursor of the DB-API, or a result of SQLAlchemy.
+            frame; anything with an Arrow stream; a cursor of the DB-API, or a result of SQLAlchemy. A cursor of sqlite3
+            stops the event loop while it is read, unless its connection has `check_same_thread=False`.
         name: The batch's name. The name, `export` and an address as `dataset` may be templates over the scheduled time:
             `leads-{scheduled_start:%Y-%m-%d}`.
         export: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
@@ -372,7 +373,7 @@ async def _batch_job(
             raise ConfigurationError(f"{', '.join(more)} are options of files, not of a query. Nothing was started.")
         rows = await open_query(dataset, render)
     else:
-        rows = open_dataset(render(dataset) if isinstance(dataset, str) else dataset, **more)
+        rows = await aopen_dataset(render(dataset) if isinstance(dataset, str) else dataset, **more)
     loaded_crew = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
     await check_estimates(loaded_crew)
     return BatchJob(loaded_crew, rows, options, full, where, address)

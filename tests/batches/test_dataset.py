@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import bz2
 import csv
 import gzip
@@ -10,6 +11,7 @@ import json
 import lzma
 import sqlite3
 import sys
+import time
 import traceback
 import tracemalloc
 import zipfile
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import Mock
@@ -33,7 +35,7 @@ from sqlalchemy.exc import StatementError
 
 from prefect_crew import ConfigurationError
 from prefect_crew.batches import dataset as dataset_module
-from prefect_crew.batches.dataset import Dataset, Row, Spool, open_dataset, shown_address
+from prefect_crew.batches.dataset import Dataset, Row, Spool, aopen_dataset, open_dataset, shown_address
 from prefect_crew.client.encoding import encode_inputs
 from prefect_crew.exceptions import DatasetError
 
@@ -509,6 +511,52 @@ def test_arrow_stream_is_read_by_polars_without_pyarrow(monkeypatch: pytest.Monk
         patch.setitem(sys.modules, "polars", None)
         with pytest.raises(DatasetError, match=r"Stream: needs polars: pip install 'prefect-crew\[data\]'"):
             open_dataset(Stream())
+
+
+@pytest.mark.parametrize("kind", ONCE)
+async def test_source_is_read_from_a_coroutine_too(kind: str):
+    dataset = await aopen_dataset(ONCE[kind]())
+    assert await asyncio.to_thread(values, dataset) == [{"topic": "tea", "count": None}]
+
+
+SLOW = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 6000) SELECT slow(i) AS i FROM n"
+
+
+def slow_cursor(pauses: dict[int, float]) -> Any:
+    """Return a cursor that any thread may read. Its rows are 1 to 6000, and some take seconds."""
+
+    def slow(number: int) -> int:
+        time.sleep(pauses.get(number, 0.0))
+        return number
+
+    database = sqlite3.connect("", check_same_thread=False)
+    database.create_function("slow", 1, slow)
+    return database.execute(SLOW)
+
+
+async def test_slow_cursor_does_not_stop_the_event_loop():
+    beats: list[float] = []
+
+    async def beat() -> None:
+        while True:
+            beats.append(time.monotonic())
+            await asyncio.sleep(0.02)
+
+    heart = asyncio.create_task(beat())
+    dataset = await aopen_dataset(slow_cursor({2: 0.5, 5500: 0.5}))
+    heart.cancel()
+    assert max(later - earlier for earlier, later in pairwise(beats)) < 0.3
+    assert sum(1 for _ in dataset.rows()) == 6000
+
+
+async def test_cancelled_read_of_a_cursor_ends_with_its_part():
+    cursor = slow_cursor({2: 0.5, 5500: 60.0})
+    reading = asyncio.create_task(aopen_dataset(cursor))
+    await asyncio.sleep(0.1)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    cursor.connection.close()
 
 
 def test_values_of_a_cursor_keep_their_types():
