@@ -581,9 +581,9 @@ def _spooled(source: Any, is_wanted: Callable[[], bool] = lambda: True) -> Datas
     kind = cast("type[Any]", type(source))
     spool = Spool(f"{kind.__module__.partition('.')[0]} {kind.__name__}")
     with _reporting(spool.name, spool.name):
-        if (found := _parts_of(source, spool.name)) is None:
+        if (contents := _parts_of(source, spool.name)) is None:
             return None
-        columns, parts = found
+        columns, parts = contents
         try:
             spool.fill(columns, takewhile(lambda _: is_wanted(), parts))
         except Exception as error:

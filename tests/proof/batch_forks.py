@@ -37,6 +37,7 @@ class Call:
         crew: Fields of its block.
         dataset, options: As `run_batch` takes them, plain values only; `wait` is a WaitPolicy's fields.
         kill: Where it dies. `kill_after`: after how many seconds it does.
+        page: Rows of an export that are written at once.
     """
 
     crew: Mapping[str, Any]
@@ -44,6 +45,7 @@ class Call:
     options: Mapping[str, Any]
     kill: Kill | None = None
     kill_after: float | None = None
+    page: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def _batch(order: dict[str, Any]) -> None:
     import random
 
     from prefect_crew import CrewError, DeployedCrew, WaitPolicy, run_batch
+    from prefect_crew.batches import output
     from support.prefect_server import drain
 
     file = Path(order["file"])
@@ -114,6 +117,7 @@ def _batch(order: dict[str, Any]) -> None:
         timer = threading.Timer(order["kill_after"], os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
+    output.PAGE = order["page"] or output.PAGE
     options = order["options"]
     try:
         report = run_batch(

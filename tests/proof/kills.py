@@ -45,6 +45,12 @@ HOOKS = {
     "enter-rows": ("prefect_crew.batches.ledger", "Ledger.enter_rows"),
     "export": ("prefect_crew.batches.output", "Output.write"),
     "export-page": ("prefect_crew.batches.output", "Output._write_page"),
+    "table-prepare": ("prefect_crew.batches.tables", "SqlTable._prepare"),
+    "table-create": ("sqlalchemy", "Table.create"),
+    "table-replace": ("prefect_crew.batches.tables", "SqlTable._replace"),
+    "table-row": ("prefect_crew.batches.tables", "_storable"),
+    "table-commit": ("sqlalchemy", "Connection.commit"),
+    "export-noted": ("prefect_crew.batches.ledger", "Ledger.note_export"),
 }
 """The functions by the names that points use. A request is one of either server, made by the process's main thread."""
 
