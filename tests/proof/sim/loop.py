@@ -23,6 +23,8 @@ __all__ = ["EPOCH", "Process", "SimLoop", "StuckError", "current_process"]
 
 EPOCH = 1_750_000_000.0
 """When simulated time begins, in seconds since 1970."""
+IN_THREAD = 0.001
+"""Seconds until a caller hears of the work that it gave to a thread."""
 FOREVER = 1e6
 """Seconds; longer than any world lasts."""
 
@@ -76,6 +78,7 @@ class Process:
         self.frozen_in: set[str] = set()
         self.was_cancelled = False
         self.died: asyncio.Event = asyncio.Event()
+        self.at_death: list[Callable[[], None]] = []
         self.facts: dict[str, Any] = {}
         self.main: asyncio.Task[Any] | None = None
         self.scopes: list[anyio.CancelScope] = []
@@ -110,6 +113,8 @@ class Process:
         """End it as SIGKILL would."""
         self.dead = True
         self.died_at = asyncio.get_running_loop().time()
+        for release in self.at_death:
+            release()
         self.died.set()
 
     def bury(self) -> None:
@@ -278,9 +283,28 @@ class SimLoop(asyncio.SelectorEventLoop):
             return self._now + FOREVER
         return process.frozen_until if self._now < process.frozen_until else None
 
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+        # Without threads: the work is done at once, and its caller hears of it a moment later.
+        done = self.create_future()
+        try:
+            value, error = func(*args), None
+        except Exception as raised:
+            value, error = None, raised
+        self.call_later(IN_THREAD, _settle, done, value, error)
+        return done
+
     def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:  # type: ignore[override]
         # With one thread, this is how a client hands over to a server: what that does is not the client's.
         return self.call_soon(callback, *args, context=self._servers.copy() if context is None else context)
+
+
+def _settle(done: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
+    if done.done():
+        return
+    if error is None:
+        done.set_result(value)
+    else:
+        done.set_exception(error)
 
 
 def _make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:

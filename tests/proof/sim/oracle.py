@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
+from prefect_crew.batches.report import BatchReport
 from prefect_crew.client.models import CrewResult
 from prefect_crew.devserver._faults import Fired
 from prefect_crew.exceptions import (
@@ -32,7 +33,7 @@ from prefect_crew.records.variables import Variable
 from prefect_crew.states import CrewState
 from proof.sim.loop import EPOCH, Process
 from proof.sim.prefect_api import Change
-from proof.sim.world import REQUEST_TIMEOUT, Ending, World, key_of
+from proof.sim.world import REQUEST_TIMEOUT, Ending, World, key_of, keys_of
 
 __all__ = ["broken_promises"]
 
@@ -75,7 +76,7 @@ def broken_promises(world: World, *, strict: bool = False) -> list[str]:
     checks = (
         *(_never_twice, _never_two_at_once, _never_lost, _certain, _own_claims, _true_results, _events),
         *(_honest_stops, _timeouts, _records, _closed_once, _withdrawals, _prunes, _starts_after_failures),
-        *(_needlessly_uncertain, _requests, _budgets, _sessions),
+        *(_needlessly_uncertain, _requests, _budgets, _sessions, _rows),
     )
     unclaimed = [f"a kickoff of {key} arrived and no claim of it stood" for key in world.site.unclaimed]
     world.excusing = not strict
@@ -90,7 +91,7 @@ def _asleep(world: World, key: str, over: str) -> int:
 
 
 def _keys(world: World) -> list[str]:
-    return sorted({key_of(call.key) for call in world.scenario.calls})
+    return sorted({key for call in world.scenario.calls for key in keys_of(call)})
 
 
 def _forced(world: World, key: str) -> int:
@@ -106,7 +107,7 @@ def _lies(world: World) -> int:
 
 
 def _processes(world: World, key: str) -> list[Process]:
-    return [process for process in world.processes if key_of(process.facts["call"].key) == key]
+    return [process for process in world.processes if key in keys_of(process.facts["call"])]
 
 
 def _hurt(process: Process) -> bool:
@@ -239,6 +240,27 @@ def _sessions(world: World) -> Iterator[str]:
             last = before.inputs["id"]
         if run.restore_from != last:
             yield f"sessions: {run.id} starts from {run.restore_from}, the last completed state is {last}"
+
+
+def _rows(world: World) -> Iterator[str]:
+    """In the end, each row has completed or its run has ended badly, and each run that was started is on record."""
+    for number in world.numbers(rows=True):
+        calls = [end for end in world.endings if end.call.rows and end.call.key == number]
+        if not isinstance(calls[-1].value, BatchReport):
+            yield f"never lost: in the end batch {number} gives {calls[-1].value!r}"
+        states = world.batches.states(number)
+        for key in keys_of(calls[-1].call):
+            runs = [run for id_ in world.site.accepted(key) if (run := world.site.run(id_)) is not None]
+            is_bad = any(run.state in (CrewState.FAILED, CrewState.STOPPED) for run in runs)
+            state = states.get(key.rpartition("/")[2])
+            if not (state == "completed" or (is_bad and state in ("failed", "stopped"))):
+                yield f"never lost: in the end {key} is {state}; the server has {runs}"
+            unknown = {run.id for run in runs} - {record.get("kickoff_id") for record in world.attempts(key)}
+            if len(unknown) > _lies(world):
+                yield f"never lost: {unknown} of {key} are on no record"
+            is_harmless = not (world.site.kickoff_faults or world.site.crashes or world.prefect.fired)
+            if key in world.resolved and is_harmless and not any(map(_hurt, _processes(world, key))):
+                yield f"certain: {key} was uncertain, for no reason"
 
 
 def _true_results(world: World) -> Iterator[str]:
@@ -498,7 +520,8 @@ def _requests(world: World) -> Iterator[str]:
             call = process.facts["call"]
             # A call that finds another turn in flight gives its claim back, waits, and claims again.
             factor = 2 if world.scenario.session else 1
-            most = factor * MOST_REQUESTS[server] * (2 if call is None else call.at_once)  # prune deletes several
+            at_once = 2 if call is None else max(call.at_once, call.rows + 1 if call.rows else 1)
+            most = factor * MOST_REQUESTS[server] * at_once  # prune deletes several
             busy = next((at for at, later in zip(ats, ats[most:], strict=False) if later - at < WINDOW), None)
             if busy is not None:
                 yield f"requests: {process.name} asked {server} more than {most} times in {WINDOW:g} s from {busy:.2f}"

@@ -18,13 +18,12 @@ from prefect_crew.records.resolve import resolve_never_started, resolve_started,
 from prefect_crew.records.store import PrefectRecords
 
 if TYPE_CHECKING:
-    from prefect_crew.client.models import CrewResult
-    from proof.sim.world import World
+    from proof.sim.world import Value, World
 
 __all__ = ["resolve_if_allowed", "resolve_truly"]
 
 
-async def resolve_truly(world: World, idempotency_key: str, said: CrewResult | BaseException) -> bool:
+async def resolve_truly(world: World, idempotency_key: str, said: Value) -> bool:
     """Resolve an uncertain run by what the crew's server knows; True if asking once more can bring something new.
 
     Raises:
@@ -37,6 +36,9 @@ async def resolve_truly(world: World, idempotency_key: str, said: CrewResult | B
         idempotency_key = said.run
     elif not isinstance(said, KickoffUncertainError):
         return False
+    if idempotency_key.startswith("batch/"):
+        await world.batches.resolve(int(idempotency_key.split("/")[1][1:]))
+        return True
     await resolve_if_allowed(world, idempotency_key)
     return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-__all__ = ["Call", "CrewRun", "Prune", "Root", "Scenario"]
+__all__ = ["Call", "CrewRun", "End", "Prune", "Root", "Scenario"]
 
 End = Literal["completes", "fails", "stuck", "asks"]
 
@@ -39,6 +39,8 @@ class Call(_Short):
         key: Which idempotency key; calls with the same one are about the same run.
         other_inputs: Give other inputs than the key's first call should have.
         at_once: Calls made side by side in this process.
+        rows: How many rows it has: then it is a call of a batch, whose number is `key`, and its rows are turns.
+        max_in_flight: As `run_batch`'s.
         force_new: As `run_crew`'s.
         incomplete: Leave out an input, so that the start is refused before it asks for a permit; repaired for the
             attempts after that.
@@ -62,6 +64,8 @@ class Call(_Short):
     key: int = 0
     other_inputs: bool = False
     at_once: int = 1
+    rows: int = 0
+    max_in_flight: int = 100
     force_new: bool = False
     incomplete: bool = False
     misconfigured: bool = False

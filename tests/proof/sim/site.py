@@ -102,6 +102,7 @@ class _Accepted(dict[str, Any]):
 class CrewSite:
     """The server, with what it was asked. `stored_token` is what the block on the Prefect server holds.
 
+    `attempts` returns the attempts on record at a key;
     `accepted_at` and `ended_at` are when each run began and ended, in seconds since the scenario began;
     `kickoff_faults` are those that came, with the moment and the idempotency key of the kickoff; `same_ids` are the
     keys of kickoffs that were answered with the id of another one, and started nothing; `stop_asked` are the runs that
@@ -129,6 +130,7 @@ class CrewSite:
         self._first: tuple[asyncio.Future[list[Any]], float] | None = None
         self.same_ids: list[str] = []
         self.stop_asked: list[str] = []
+        self.attempts: Callable[[str], list[dict[str, Any]]] = prefect.records
         self._scenario = scenario
         self._prefect = prefect
 
@@ -177,7 +179,7 @@ class CrewSite:
             return
         message = await receive()
         key = json.loads(message["body"])["meta"]["idempotency_key"]
-        if not any(record["phase"] == "claimed" and record["entries"] for record in self._prefect.records(key)):
+        if not any(record["phase"] == "claimed" and record.get("entries", 1) for record in self.attempts(key)):
             self.unclaimed.append(key)
         self._arriving = key
         given = iter((message,))

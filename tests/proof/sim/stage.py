@@ -20,12 +20,15 @@ from prefect_crew._internal import prefect_api, prefect_errors
 from prefect_crew._internal.prefect_api import NamedReads
 from prefect_crew.artifacts import events
 from prefect_crew.artifacts.run import MarkdownArtifact
+from prefect_crew.batches import database
+from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.client._client import CrewClient
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import Run
 from prefect_crew.records import budgets, prune, store, variables
 from prefect_crew.records.model import SPARE, utcnow
-from prefect_crew.runs import kickoff, polling, stop, wait
+from prefect_crew.runs import kickoff, polling, stop
+from proof.sim.batch import releasing
 from proof.sim.loop import current_process
 from proof.sim.prefect_api import API
 from proof.sim.site import HOST
@@ -62,13 +65,13 @@ def on_stage(world: World) -> Iterator[None]:
         process = current_process()
         return None if process is None else process.facts["flow_run_id"]
 
+    # The default of its clock was bound to the real one when the function was made.
+    poll = functools.partial(polling.poll, now=wall)
     clock = mock.Mock(time=wall, monotonic=monotonic)
     nothing = mock.AsyncMock(return_value=None)
     replaced: list[tuple[Any, str, Any]] = [
         (kickoff, "identify", world.identify),
-        # Its default was bound to the real clock when the class was made.
         (kickoff, "decide", world.deciding(kickoff.decide)),
-        (wait, "poll", functools.partial(polling.poll, now=wall)),
         # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.
         (prune, "YOUNGEST", timedelta(seconds=SPARE)),
         (stop, "_asked", _PerProcess("asked")),
@@ -78,11 +81,14 @@ def on_stage(world: World) -> Iterator[None]:
         (events, "emit_event", world.emitted),
         (budgets, "emit_event", mock.Mock()),
         (MarkdownArtifact, "keep", nothing),
+        (database, "_sqlite", world.batches.engine(database._sqlite)),
+        (BatchLock, "_take_file", releasing(BatchLock._take_file)),
         (Run, "end", world.site.noting_end(Run.end)),
         (CrewClient, "kickoff", _noting("posting", CrewClient.kickoff)),
         (store.PrefectRecords, "save", _noting("writing", store.PrefectRecords.save)),
         (store.PrefectRecords, "end", world.ending(store.PrefectRecords.end)),
         (Crew, "reloaded", lambda crew: world.reloaded(crew)),
+        *((module, "poll", poll) for module in _modules_with("poll", polling.poll)),
         *((module, "time", clock) for module in _modules_with("time", time)),
         *((module, "get_client", world.prefect.client) for module in _modules_with("get_client", get_client)),
         *((module, "flow_run_id", flow_run_id) for module in _modules_with("flow_run_id", prefect_api.flow_run_id)),

@@ -14,7 +14,7 @@ import functools
 import random
 import uuid
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ import httpx
 from prefect.exceptions import PrefectException
 from pydantic import SecretStr
 
+from prefect_crew.batches.report import BatchReport
 from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
@@ -40,6 +41,7 @@ from prefect_crew.runs import kickoff
 from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.run import LiveRun
+from proof.sim.batch import Batches
 from proof.sim.loop import Process, SimLoop, current_process
 from proof.sim.person import resolve_if_allowed, resolve_truly
 from proof.sim.prefect_api import SimPrefect
@@ -47,7 +49,7 @@ from proof.sim.scenario import Call, Prune, Root, Scenario
 from proof.sim.site import HOST, CrewSite
 from proof.sim.stage import on_stage
 
-__all__ = ["Ending", "World", "key_of"]
+__all__ = ["Ending", "Value", "World", "is_result", "key_of", "keys_of"]
 
 REQUEST_TIMEOUT = 10.0
 TASK_RETRIES = (2.0, 10.0, 30.0)
@@ -57,6 +59,8 @@ HANGS_AFTER = 6 * 3600.0
 
 
 SESSION = "customer-42"
+LAST = 999
+"""The number of the key of the last call of all."""
 
 
 _nonce: contextvars.ContextVar[Nonce | None] = contextvars.ContextVar("proof_nonce", default=None)
@@ -67,13 +71,26 @@ def key_of(number: int) -> str:
     return f"key-{number}"
 
 
+def keys_of(call: Call) -> list[str]:
+    """Return the idempotency keys of a call: one, or that of each of its rows."""
+    return [f"batch/b{call.key}/r{row}" for row in range(call.rows)] or [key_of(call.key)]
+
+
+Value = CrewResult | BatchReport | BaseException
+
+
+def is_result(value: Value) -> bool:
+    """Return whether a call brought all that it was asked for."""
+    return isinstance(value, CrewResult) or (isinstance(value, BatchReport) and value.completed == value.total)
+
+
 class Ending(NamedTuple):
-    """How one call ended: a CrewResult, an error, or a cancellation."""
+    """How one call ended: a CrewResult, a BatchReport, an error, or a cancellation."""
 
     at: float
     process: Process
     call: Call
-    value: CrewResult | BaseException
+    value: Value
 
 
 class Ask(NamedTuple):
@@ -108,6 +125,8 @@ class World:
             outages=[(start, start + length) for start, length in scenario.outages],
         )
         self.site = CrewSite(scenario, self.prefect)
+        self.batches = Batches(self)
+        self.site.attempts = self.attempts
         self.policy = WaitPolicy(
             timeout=scenario.timeout,
             human_timeout=600,
@@ -119,7 +138,7 @@ class World:
         self.clerks: list[Process] = []  # who prunes and resolves
         self.outlived: list[asyncio.Task[Any]] = []  # what runs on although its flow run is Crashed
         self.endings: list[Ending] = []
-        self.final: dict[str, list[CrewResult | BaseException]] = {}
+        self.final: dict[str, list[Value]] = {}
         self.events: dict[str, str] = {}
         self.event_count: Counter[tuple[str, str]] = Counter()
         self.owners: dict[str, Process] = {}
@@ -136,6 +155,11 @@ class World:
         self.trace: list[str] = []
 
     # What the world is made of.
+
+    def attempts(self, idempotency_key: str) -> list[dict[str, Any]]:
+        """Return the attempts on record at a key."""
+        is_row = idempotency_key.startswith("batch/")
+        return (self.batches.attempts if is_row else self.prefect.records)(idempotency_key)
 
     def _crew(self, token: str) -> Crew:
         budget = self.scenario.budget
@@ -286,7 +310,7 @@ class World:
         """Note what befalls a process, and how far its run has got."""
         if fate == "cancelled" and not call.asked:
             fate = "shut down"
-        records = self.prefect.records(key_of(call.key))
+        records = self.attempts(keys_of(call)[0])
         moment = "posting" if process.facts.get("posting") else records[-1]["phase"] if records else "nothing"
         process.facts["fate"] = (fate, moment)
 
@@ -323,7 +347,7 @@ class World:
         if not main.cancelled():
             main.result()  # what nobody should see ends the test
         mine = self.endings[before:]
-        return any(end.process is process and isinstance(end.value, CrewResult) for end in mine)
+        return any(end.process is process and is_result(end.value) for end in mine)
 
     async def _outlive(self, process: Process, main: asyncio.Task[Any]) -> None:
         """Wait for the end or death of a process whose flow run is Crashed."""
@@ -342,12 +366,12 @@ class World:
         await asyncio.gather(*(self._call(process, call) for _ in range(call.at_once)))
 
     async def _call(self, process: Process, call: Call) -> None:
-        value: CrewResult | BaseException = asyncio.CancelledError("timed out")
+        value: Value = asyncio.CancelledError("timed out")
         try:
             with anyio.CancelScope() if call.timed_out else contextlib.nullcontext() as scope:
                 if scope is not None:
                     process.scopes.append(scope)
-                value = await self.run_crew(call)
+                value = await (self.run_batch(call) if call.rows else self.run_crew(call))
         except (CrewError, httpx.HTTPError, PrefectException) as error:
             value = error
         except asyncio.CancelledError as cancelled:
@@ -355,7 +379,7 @@ class World:
             raise
         self._end(process, call, value)
 
-    def _end(self, process: Process, call: Call, value: CrewResult | BaseException) -> None:
+    def _end(self, process: Process, call: Call, value: Value) -> None:
         if process.buried:
             return
         self.endings.append(Ending(self.loop.time(), process, call, value))
@@ -415,12 +439,28 @@ class World:
         while True:
             # The longer the world lasts, the longer the pauses.
             await asyncio.sleep(max(every, self.loop.time() / 20))
-            for number in sorted({call.key for call in self.scenario.calls}):
-                await _quietly(resolve_if_allowed(self, key_of(number)))
+            await self._resolve_all()
+
+    async def _resolve_all(self) -> None:
+        for number in self.numbers(rows=False):
+            await _quietly(resolve_if_allowed(self, key_of(number)))
+        for number in self.numbers(rows=True):
+            await _quietly(self.batches.resolve(number))
+
+    def numbers(self, *, rows: bool) -> list[int]:
+        """Return the numbers of all batches, or of all keys of single runs."""
+        return sorted({call.key for call in self.scenario.calls if bool(call.rows) is rows})
 
     async def _person(self, idempotency_key: str, said: KickoffUncertainError) -> None:
         self.persons.discard(idempotency_key)
         await _quietly(resolve_truly(self, idempotency_key, said))
+
+    async def run_batch(self, call: Call) -> BatchReport:
+        """Run the rows of a batch, as turns of the session if the scenario has one."""
+        process = current_process()
+        assert process is not None
+        self.asks += [Ask(self.loop.time(), key, process, self.over) for key in keys_of(call)]
+        return await self.batches.run(call, SESSION if self.scenario.session else None)
 
     async def run_crew(self, call: Call) -> CrewResult:
         """Do what the tasks of `run_crew` do, with the retries that Prefect makes of the first one."""
@@ -458,11 +498,28 @@ class World:
         for run_id, state in self.prefect.flow_runs.items():
             if state in ("RUNNING", "CANCELLING"):
                 self.prefect.flow_runs[run_id] = "CRASHED"
-        for number in sorted({call.key for call in self.scenario.calls}):
+        if batches := self.numbers(rows=True):
+            await self._end_batches(batches)
+        for number in self.numbers(rows=False):
             self.final[key_of(number)] = await self._ask_again(number)
+        if batches:  # nothing of them is in the way of another caller
+            self.final[key_of(LAST)] = await self._ask_again(LAST)
 
-    async def _ask_again(self, number: int) -> list[CrewResult | BaseException]:
-        said: list[CrewResult | BaseException] = []
+    async def _end_batches(self, numbers: Sequence[int]) -> None:
+        """Call each batch again, and resolve what is uncertain, as often as a row may have to wait for that."""
+        calls = {call.key: call for call in self.scenario.calls if call.rows}
+        for attempt in range(3):
+            await self._resolve_all()
+            for number in numbers:
+                call = _unharmed(calls[number])
+                process = self.process(f"final b{number}.{attempt}", call)
+                await process.start(self._main(process, call))
+            ends = {state for number in numbers for state in self.batches.states(number).values()}
+            if ends <= {"completed", "failed"}:
+                break
+
+    async def _ask_again(self, number: int) -> list[Value]:
+        said: list[Value] = []
         other = False
         for attempt in range(8):
             call = Call(key=number, other_inputs=other)
@@ -511,4 +568,12 @@ async def _quietly(work: Coroutine[Any, Any, object]) -> None:
 
 
 def _unharmed(call: Call) -> Call:
-    return Call(at=call.at, key=call.key, other_inputs=call.other_inputs, force_new=call.force_new, flow=call.flow)
+    return Call(
+        at=call.at,
+        key=call.key,
+        rows=call.rows,
+        max_in_flight=call.max_in_flight,
+        other_inputs=call.other_inputs,
+        force_new=call.force_new,
+        flow=call.flow,
+    )
