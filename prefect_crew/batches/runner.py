@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 from uuid import uuid4
@@ -68,6 +69,8 @@ from prefect_crew.states import CrewState
 
 FORCED = (RowState.INVALID_OUTPUT, RowState.LOST)
 """States after which a row starts again only by force: its run has completed, or the server has lost it."""
+WAITING_ROWS = 1_000
+"""Rows, at most, that are read and wait for the turns of their sessions without a place of `max_in_flight`."""
 LOG_EVERY = 60.0
 """Seconds between two log lines of the same kind, for any number of rows."""
 RowEnd = tuple[RowState, str | None]
@@ -113,9 +116,10 @@ class Runner:
         self._judge_again = judge_again
         self._failed = self._ended = 0
         self._logged_at: dict[str, float] = {}
-        self._slots = asyncio.Semaphore(max_in_flight)
+        self._places = asyncio.Semaphore(max_in_flight)
+        self._rows_of_sessions = asyncio.Semaphore(max_in_flight + WAITING_ROWS)
         self._running: set[asyncio.Task[None]] = set()
-        self._turns = RowTurns(session.crew, ledger, throttle)
+        self._turns = RowTurns(session.crew, ledger, throttle, self._places)
         self._settings = CrewSettings()
         meta = {**(options.meta or {}), "batch": ledger.batch}
         self._run_options = RunOptions.of(meta=meta, webhooks=options.webhooks)
@@ -187,13 +191,15 @@ class Runner:
         try:
             async with asyncio.TaskGroup() as group:
                 async for job, attempts in self._rows_to_run(jobs):
-                    await self._slots.acquire()
+                    # A row of a session gets its place after the rows before it (`RowTurns.of`).
+                    room = self._places if job.inputs.session is None else self._rows_of_sessions
+                    await room.acquire()
                     if self.shut:
-                        self._slots.release()
+                        room.release()
                         break
                     row = group.create_task(self._run_row(job, attempts))
                     self._running.add(row)
-                    row.add_done_callback(self._row_done)
+                    row.add_done_callback(partial(self._row_done, room))
         except BaseExceptionGroup as errors:
             first = errors.exceptions[0]
             if isinstance(first, DatasetError):
@@ -201,9 +207,9 @@ class Runner:
             self.throttle.stop(str(first))
             raise first from errors.exceptions[0].__cause__
 
-    def _row_done(self, row: asyncio.Task[None]) -> None:
+    def _row_done(self, room: asyncio.Semaphore, row: asyncio.Task[None]) -> None:
         self._running.discard(row)
-        self._slots.release()
+        room.release()
 
     async def _rows_to_run(self, jobs: Iterator[RowJob]) -> AsyncGenerator[tuple[RowJob, Sequence[RunRecord]]]:
         """Yield the rows that are not done, with their attempts; only rows in flight once the batch has stopped."""

@@ -29,23 +29,27 @@ NOTED_WITHIN = 5.0
 
 
 class RowTurns:
-    """The sessions of the rows of one batch."""
+    """The sessions of the rows of one batch. `places` are its places of `max_in_flight`."""
 
-    def __init__(self, crew: Crew, ledger: Ledger, throttle: Throttle) -> None:
+    def __init__(self, crew: Crew, ledger: Ledger, throttle: Throttle, places: asyncio.Semaphore) -> None:
         self._crew = crew
         self._ledger = ledger
         self._throttle = throttle
+        self._places = places
         self._locks = WeakValueDictionary[str, asyncio.Lock]()
         self._blocked: dict[str, SessionBlockedError] = {}
 
     @asynccontextmanager
     async def of(self, job: RowJob) -> AsyncGenerator[None]:
-        """Let one row of a session at a time through. After the block, note in the row's turns that they are over."""
+        """Let one row of a session at a time through, once it has a place. A row without a session has one already.
+
+        After the block, note in the row's turns that they are over.
+        """
         session = job.inputs.session
         if session is None:
             yield
             return
-        async with self._locks.setdefault(session, asyncio.Lock()):
+        async with self._locks.setdefault(session, asyncio.Lock()), self._places:
             try:
                 yield
             finally:

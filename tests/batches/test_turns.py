@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefect.states import Cancelling
 from pydantic import SecretStr
 
 import prefect_crew as pc
+from prefect_crew.batches import runner
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.turns import RowTurns
 from prefect_crew.client.models import CrewInput
@@ -68,6 +70,18 @@ async def test_rows_of_a_session_are_turns_in_their_order(batch: Batches, journa
     ]
     assert [(turn.number, turn.outcome) for turn in await turns(journal)] == [(n, "completed") for n in (1, 2, 3)]
     assert len({run.inputs["id"] for run in journal.runs if "id" in run.inputs}) == 5
+
+
+async def test_waiting_rows_of_a_session_leave_room_for_others(
+    batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runner, "WAITING_ROWS", 3)
+    rows = [*days("slow", "slow", "slow", "slow"), *days("milk", "slow", who=BOB), *days("sun", who="customer-carl")]
+    assert (await run(batch, journal, rows, max_in_flight=2)).ok
+    began = [run.inputs["note"] for run in sorted(journal.runs, key=lambda run: run.created_at)]
+    assert began[:2] == ["slow", "milk"], "the second place is not for a row that waits"
+    spans = [(run.created_at, run.created_at + timedelta(seconds=run.execution_time)) for run in journal.runs]
+    assert max(sum(start <= at < end for start, end in spans) for at, _ in spans) == 2
 
 
 async def test_a_failed_row_is_not_built_on(batch: Batches, journal: CrewServer):

@@ -103,8 +103,7 @@ def test_turns_of_rows_come_one_after_the_other(seed: int) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", range(20))
 def test_turns_of_rows_come_one_after_the_other_in_many_worlds(number: int, pytestconfig: pytest.Config) -> None:
-    chosen: int = pytestconfig.getoption("seed")
-    first = 1000 * chosen + MANY * number
+    first = 1000 * int(str(pytestconfig.getoption("seed"))) + MANY * number
     for seed in range(first, first + MANY):
         check(seed)
 
