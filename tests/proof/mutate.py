@@ -22,7 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SIMULATION = [
-    f"tests/proof/test_{name}.py" for name in ("scenarios", "permit_worlds", "random_scenarios", "session_worlds")
+    f"tests/proof/test_{name}.py"
+    for name in ("scenarios", "permit_worlds", "random_scenarios", "session_worlds", "row_worlds")
 ]
 OWN_TESTS = {
     "records/decision.py": ["tests/records/test_decision.py", "tests/runs/test_kickoff.py"],
@@ -34,6 +35,7 @@ OWN_TESTS = {
     "records/sessions.py": ["tests/records/test_sessions.py", "tests/runs/test_turns.py"],
     "runs/turns.py": ["tests/runs/test_turns.py"],
     "runs/claims.py": ["tests/runs/test_kickoff_claims.py"],
+    "batches/turns.py": ["tests/batches/test_turns.py"],
     "batches/attempts.py": ["tests/batches/test_attempts.py", "tests/batches/test_ledger.py"],
     "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py"],
     "records/resolve.py": [

@@ -550,6 +550,8 @@ class World:
                 if task.done() and not task.cancelled():
                     task.exception()
             rest = self._unfinished()
+        for process in self.processes:
+            process.bury()  # their cleanup may have begun what was cancelled before its first step
 
     def _unfinished(self) -> set[asyncio.Task[Any]]:
         """Return what is under way, also what the loop does not know of."""
