@@ -70,7 +70,7 @@ from prefect_crew.states import CrewState
 FORCED = (RowState.INVALID_OUTPUT, RowState.LOST)
 """States after which a row starts again only by force: its run has completed, or the server has lost it."""
 WAITING_ROWS = 1_000
-"""Rows, at most, that are read and wait for the turns of their sessions without a place of `max_in_flight`."""
+"""Rows of sessions, at most, that wait for the rows before them, and have no place of `max_in_flight` yet."""
 LOG_EVERY = 60.0
 """Seconds between two log lines of the same kind, for any number of rows."""
 RowEnd = tuple[RowState, str | None]
@@ -191,7 +191,6 @@ class Runner:
         try:
             async with asyncio.TaskGroup() as group:
                 async for job, attempts in self._rows_to_run(jobs):
-                    # A row of a session gets its place after the rows before it (`RowTurns.of`).
                     room = self._places if job.inputs.session is None else self._rows_of_sessions
                     await room.acquire()
                     if self.shut:

@@ -12,7 +12,7 @@ import sqlite3
 import tempfile
 import weakref
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from pydantic_core import from_json
 from sqlalchemy import event
 
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches import run as run_module
 from prefect_crew.batches.database import LedgerAddress
 from prefect_crew.batches.dataset import open_dataset
@@ -31,6 +32,7 @@ from prefect_crew.batches.run import BatchJob
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.resolve import resolve_never_started, resolve_started
+from prefect_crew.records.sessions import note_over
 from proof.sim.loop import current_process
 from proof.sim.scenario import Call
 
@@ -99,6 +101,8 @@ class Batches:
                     await self._resolve(record, ledger)
                 except CrewError:  # it is too early
                     continue
+                with suppress(*PREFECT_ERRORS):
+                    await note_over([record])
                 self._world.resolved.append(record.idempotency_key)
 
     async def _resolve(self, record: RunRecord, ledger: Ledger) -> None:
