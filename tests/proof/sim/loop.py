@@ -265,14 +265,18 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:  # type: ignore[override]
         if inspect.ismethod(callback):
-            return super().call_at(when, self._due, callback, args, context=context)
+            known: list[asyncio.TimerHandle] = []
+            known.append(super().call_at(when, self._due, callback, args, known, context=context))
+            return known[0]
         return super().call_at(when, callback, *args, context=context)
 
-    def _due(self, callback: Any, args: tuple[Any, ...]) -> None:
+    def _due(self, callback: Any, args: tuple[Any, ...], known: list[asyncio.TimerHandle]) -> None:
+        if known[0].cancelled():  # while its process was asleep: nobody knows another handle
+            return
         if (until := self._held(None)) is None:
             callback(*args)
         else:
-            self.call_at(until, callback, *args)
+            super().call_at(until, self._due, callback, args, known)
 
     def _held(self, context: contextvars.Context | None) -> float | None:
         """Return until when a process does nothing, None if it is awake."""
