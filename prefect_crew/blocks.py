@@ -458,7 +458,7 @@ async def values_of_blocks(inputs: Mapping[str, Any], secret_inputs: Collection[
     Raises:
         ConfigurationError: There is no such block. The message does not show the name, which may be the secret itself.
     """
-    names = [name for name in inputs if name in secret_inputs]
+    names = [name for name in inputs if name in secret_inputs and inputs[name] is not None]
     values = await asyncio.gather(*(_secret_value(name, inputs[name]) for name in names))
     return {**inputs, **dict(zip(names, values, strict=True))}
 

@@ -14,7 +14,7 @@ from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
 from prefect.tasks import TaskOptions
 from pydantic import Field
 
-from prefect_crew._internal.asyncio_tasks import sync_version
+from prefect_crew._internal.asyncio_tasks import ENDINGS, sync_version
 from prefect_crew._internal.prefect_api import label_flow_run
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import DeployedCrew, find_crew, load_crew, values_of_blocks
@@ -37,6 +37,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import LiveRun, next_step, parse_data, read_result
+from prefect_crew.runs.stop import stop_if_asked
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import tasks_of, under_budgets
 
@@ -159,7 +160,7 @@ async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, option
     own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, request.inputs, options.idempotency_key)
     stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from", "session")
     stored["review"] = "form" if options.review == "form" else None
-    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(request.inputs), **stored)
+    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(request), **stored)
 
 
 run_crew = sync_version(
@@ -174,9 +175,9 @@ run_crew = sync_version(
 )
 
 
-def _stored(inputs: Inputs) -> dict[str, Any]:
+def _stored(request: RunRequest) -> dict[str, Any]:
     """Return the inputs as parameters of the flow run, or placeholders if the inputs are too large for Prefect."""
-    plain = inputs.storable()
+    plain = request.inputs.storable(request.crew.redactor(request.inputs))
     return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
@@ -192,8 +193,13 @@ async def run_tasks(request: RunRequest, *, wait_for: Sequence[Any] = ()) -> Cre
     async with AsyncClientContext.get_or_create(), run.session:
         # The tasks have these in the live run; they are passed for a user's template of a task run's name.
         names = request.options.arguments("name", "idempotency_key")
-        kickoff_id = await kickoff_task.acall(run, request.inputs, **names, wait_for=wait_for or None)
-        return await wait_task.acall(run, kickoff_id, **names)
+        try:
+            kickoff_id = await kickoff_task.acall(run, request.inputs, **names, wait_for=wait_for or None)
+            return await wait_task.acall(run, kickoff_id, **names)
+        except ENDINGS:
+            if run.is_fresh and run.record is not None:  # the wait, which stops a cancelled crew, has not begun
+                await stop_if_asked(run.session, run.record, run.records)
+            raise
 
 
 @flow(name="deployed-crew", validate_parameters=True)  # the body names the flow run
@@ -228,10 +234,7 @@ async def run_deployed_crew(
         stored = await load_crew(crew)
     except ValueError:
         await label_flow_run(name=crew)
-        raise ConfigurationError(
-            f"No block deployed-crew/{crew} is stored, so the flow run has no crew. Save the block under that name, "
-            "or call run_crew with the crew and the same idempotency key, which reattaches to a run in flight."
-        ) from None
+        raise
     parameters = dict(inputs or {})
     missing = [key for key, value in parameters.items() if value in (MASK, TOO_LARGE)]
     if missing:
@@ -300,7 +303,7 @@ async def aget_result(
         # The stored result is masked already.
         return parse_data(record.completed(stored.result(record.kickoff_id)), options.output_type)
     block = await find_crew(record) if crew is None else await load_crew(crew)
-    if block is None:
+    if block is None or block.url != record.crew_url:
         raise ConfigurationError(
             f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is not stored "
             f"with the URL {record.crew_url}. Give the crew (crew=…)."

@@ -269,6 +269,9 @@ _loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.We
 
 def _this_loop() -> _Loop:
     loop = asyncio.get_running_loop()
+    if loop not in _loops:
+        for other in [other for other in list(_loops) if other.is_closed()]:
+            _loops.pop(other, None)  # a lock for which somebody waited keeps its loop, and so this entry
     return _loops.get(loop) or _loops.setdefault(loop, _Loop())
 
 

@@ -138,10 +138,10 @@ class Inputs:
         plain = {name: self.values[name] for name in self.encoded if name not in self.secret_names}
         return {name: redact.tree(value) for name, value in plain.items() if isinstance(value, str | int)}
 
-    def storable(self) -> dict[str, Any]:
-        """Return the inputs as Prefect may store them: JSON values, none of them secret."""
+    def storable(self, redact: Redactor) -> dict[str, Any]:
+        """Return the inputs as Prefect may store them: JSON values with every secret masked, as in `shown`."""
         plain = self._encode(as_json=True)
-        return {name: MASK if name in self.secret_names else value for name, value in plain.items()}
+        return {name: MASK if name in self.secret_names else redact.tree(value) for name, value in plain.items()}
 
 
 def missing_inputs(expected: Iterable[CrewInput], inputs: Mapping[str, Any]) -> list[str]:

@@ -192,7 +192,7 @@ class Pipeline:
             if answer := answers[_address_and_token(crew)]:
                 token, expected = answer
                 # Two blocks may be for one crew: each keeps its other settings.
-                self.crews[name] = replace(crew, token=token, expected_inputs=tuple(expected))
+                self.crews[name] = replace(crew.with_token(token), expected_inputs=tuple(expected))
         self.check_inputs()
 
     async def load(self) -> None:
@@ -353,8 +353,8 @@ def step_key(idempotency_key: str, step: CrewStep) -> str:
     return f"{idempotency_key}/{step.name}"
 
 
-def _address_and_token(crew: Crew) -> tuple[str, str]:
-    return crew.url, crew.token.get_secret_value()
+def _address_and_token(crew: Crew) -> tuple[str, SecretStr]:
+    return crew.url, crew.token
 
 
 async def _load_or_reason(name: str) -> Crew | str:

@@ -227,8 +227,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._ended = {step.name: asyncio.Event() for step in self.pipeline.steps}
-        # The secret values of all steps so far: a crew may repeat them in its output, for a later step.
-        self._secrets = [self.pipeline.inputs[name] for name in self.pipeline.secret_inputs]
+        self._secrets = dict[str, list[Any]]()
 
     async def run(self) -> None:
         """Run each step whose needed steps completed. A cancellation cancels all steps."""
@@ -251,7 +250,8 @@ class _Run:
             except Exception as error:  # noqa: BLE001  any error fails only this step: independent steps go on
                 run_logger().error("Step %s failed: %s", step.name, error)
                 self.errors[step.name] = error
-                self.artifact.ended(step.name, "failed", str(error))
+                is_shown = self.pipeline.crews[step.name].show != "none"
+                self.artifact.ended(step.name, "failed", str(error) if is_shown else type(error).__name__)
             except BaseException:  # cancelled, or suspended by Prefect: later steps wait for the next attempt
                 self.artifact.ended(step.name, "interrupted")
                 raise
@@ -261,28 +261,36 @@ class _Run:
         if status is None:  # the run of the step is known now
             self.artifact.opened(step, run)
 
+    def _redactor(self, step: CrewStep) -> Redactor:
+        """Return what masks the secrets of the pipeline, of a step, and of the steps before it, whose crews may repeat
+        them. Other steps reach it by nothing, and the order in which steps start must not change its digest."""
+        names = [step.name, *self.pipeline.before[step.name]]
+        values = [self.pipeline.inputs[name] for name in self.pipeline.secret_inputs]
+        return Redactor([*values, *(value for name in names for value in self._secrets.get(name, ()))])
+
     async def _crew(self, step: CrewStep) -> CrewResult[Any]:
         crew = self.pipeline.crews[step.name]
         try:
             inputs = self.pipeline.inputs_of(step, self.results)
             session = self.pipeline.session_of(step, self.results)
         except ConfigurationError as error:
-            masked = Redactor(self._secrets)(str(error))
+            masked = self._redactor(step)(str(error))
             if masked == str(error):
                 raise
             raise ConfigurationError(masked) from None  # the cause would contain the secret
         secret = [name for name, value in inputs.items() if name in crew.secret_inputs or holds_secret(value)]
-        self._secrets += [inputs[name] for name in secret]
+        self._secrets[step.name] = [inputs[name] for name in secret]
+        redact = self._redactor(step)
         # The crew has its own secret inputs. Secrets of the pipeline may come in by a template or an earlier result.
         derived = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
-        if Redactor(self._secrets).hides(session or ""):
+        if redact.hides(session or ""):
             raise ConfigurationError(
                 "The session holds a secret input, but logs and Variables of the Prefect server show sessions. The "
                 "step was not started. Name the session by another input."
             )
         idempotency_key = step_key(self.idempotency_key, step)
         options = step.options(name=step.name, idempotency_key=idempotency_key, session=session)
-        step_inputs = Inputs.of(inputs).keep_secret(derived, map(SecretStr, Redactor(self._secrets).texts))
+        step_inputs = Inputs.of(inputs).keep_secret(derived, map(SecretStr, redact.texts))
         return await run_tasks(
             RunRequest.of(replace(crew, on_status=partial(self._on_run, step.name)), step_inputs, options),
             # So Prefect draws an arrow from each earlier step; by itself it notices only results that are unchanged.

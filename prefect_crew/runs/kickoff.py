@@ -552,8 +552,10 @@ async def _after_failure(error: Exception, crew: Crew, idempotency_key: str, slo
 
 async def _take_slot(request: RunRequest, identity: RunIdentity, records: RecordStore) -> Slots | None:
     """Take a slot of the crew's limit for a call that may start a run. A run in flight or completed needs none."""
-    latest = latest_start(await records.attempts(identity.idempotency_key))
-    failed = latest is None or (latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED)
+    attempts = await records.attempts(identity.idempotency_key)
+    latest, is_used_up = latest_start(attempts), sum(a.counts for a in attempts) >= request.crew.max_attempts
+    has_failed = latest is not None and latest.phase is RecordPhase.ENDED and latest.state is not CrewState.COMPLETED
+    failed = latest is None or (has_failed and not is_used_up)
     if latest is not None and latest.phase is RecordPhase.CLAIMED:  # if its owner gave up, this call starts the run
         failed = not latest.open_for or _has_given_up(identity, latest) or await records.owner_ended(latest)
     return await take_slots(request.crew) if failed or request.options.force_new else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import UUID
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
@@ -284,6 +285,8 @@ async def read_record(run: LiveRun, idempotency_key: str | None = None) -> None:
         else:
             attempts = await run.records.attempts(idempotency_key)
             record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
+            # The key may be a template that another process has filled.
+            record = record or await run.records.of_kickoff(kickoff_id)
     except PREFECT_ERRORS as error:
         record, run.is_unread = run.record, run.record is None
         run_logger().warning(
@@ -456,7 +459,7 @@ def parse_data(
         if result.data is None:
             data = output_type.model_validate_json(result.output)
         else:
-            data = output_type.model_validate(result.data)
+            data = output_type.model_validate_json(to_json(result.data))  # a strict model takes dates from JSON only
     except ValidationError as error:
         problems = [
             f"{'.'.join(str(part) for part in problem['loc']) or 'the text'}: {problem['msg' if is_quoted else 'type']}"

@@ -351,6 +351,8 @@ async def close_stopped(
     status = CrewStatus(kickoff_id=str(record.kickoff_id), state=CrewState.STOPPED)
     with suppress(CrewError, TimeoutError):  # without an answer, the use of the run stays unknown
         status = await asyncio.wait_for(client.status(status.kickoff_id), LOOK_WITHIN)
+    if status.state is CrewState.COMPLETED:
+        return  # it ended before the stop: the next poll stores its result
     used = {"usage": status.usage, "cost": cost_of_run(crew, status)}
     end = {"state": CrewState.STOPPED, "reason": record.reason, **used}
     # A wait for the run may have stored the end in between.

@@ -47,6 +47,8 @@ from prefect_crew.states import CrewState
 
 NOTED_WITHIN = 5.0
 """Seconds for which a wait, at its end, lets a note about people's time be saved."""
+NOT_SHOWN = "not shown"
+"""The error, in the record and the event, of a run whose crew has `show="none"`."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
 
@@ -103,7 +105,8 @@ def end_and_report(run: LiveRun, status: CrewStatus, human: float) -> tuple[dict
         result = StoredResult.of(status.result())
         if run.redact.hides(result.model_dump(mode="json")):
             result = None
-    error = run.redact_text(status.error or "")[:500] or None
+    shown = NOT_SHOWN if status.error and run.show == "none" else run.redact_text(status.error or "")
+    error = shown[:500] or None
     end = end_of(run.crew, status, human, error, result)
     return end, {"error": error, "execution_time": status.execution_time}
 

@@ -335,6 +335,22 @@ async def test_a_retry_with_a_new_secret_reattaches(crew_server: CrewServerFacto
     assert (server.kickoffs, len(set(attempts))) == (1, 1)
 
 
+async def test_a_step_keeps_its_inputs_whatever_began_before(crew_server: CrewServerFactory):
+    server = crew_server(script({"output": "{{ text }}", "seconds": "{{ text | int(0) }}"}, inputs=["text"]))
+    repeats = crew_server(FailsFirst())
+    steps = [
+        pc.CrewStep("repeats", repeats.crew(), {"text": "{{ login.output }} {{ slow.output }}"}),
+        pc.CrewStep("login", server.crew(), {"text": "token-4711"}),
+        pc.CrewStep("slow", server.crew(), {"text": "1"}),
+        pc.CrewStep("uses", server.crew(secret_inputs=["text"]), {"text": "{{ login.output }}"}),
+    ]
+    idempotency_key = key()
+    with pytest.raises(pc.PipelineFailedError, match="repeats"):  # it began after `uses`, which has a secret input
+        await pc.arun_pipeline(steps, idempotency_key=idempotency_key)
+    again = await pc.arun_pipeline(steps, idempotency_key=idempotency_key)  # here it may begin before
+    assert (again["repeats"].output, repeats.kickoffs, server.kickoffs) == ("token-4711 1", 2, 3)
+
+
 async def test_a_step_may_decode_a_secret_that_is_no_text(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "ok"}, inputs=["pin"]))
     step = pc.CrewStep("a", server.crew(secret_inputs=["pin"]), {"pin": lambda context: context.inputs["pin"].decode()})
@@ -380,6 +396,15 @@ async def test_steps_may_be_turns_of_a_session(crew_server: CrewServerFactory):
     results = (await pc.arun_pipeline(steps, {"customer": 42}, idempotency_key=key())).results
     assert [results[name].output for name in "abc"] == ["1 tea", "2 rain after 1 tea", "1 1 tea"]
     assert (await pc.arun_crew(journal.crew(), {"note": "sun"}, session="customer-42")).output.startswith("3 sun")
+
+
+async def test_a_pipeline_hides_the_error_of_a_crew_that_shows_nothing(crew_server: CrewServerFactory, seen: Seen):
+    crew = crew_server(FAILS).crew(show="none")
+    with pytest.raises(pc.PipelineFailedError):
+        await asyncio.to_thread(pc.run_pipeline, [pc.CrewStep("a", crew)], name=(name := key()))
+    (artifact,) = await asyncio.to_thread(seen.artifacts, pages.artifact_key(name, prefix="pipeline"))
+    assert "CrewFailedError" in artifact["data"]
+    assert "search engine" not in artifact["data"]
 
 
 async def test_a_session_that_makes_no_sense_starts_no_step(crew_server: CrewServerFactory):

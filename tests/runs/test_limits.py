@@ -298,6 +298,16 @@ async def test_a_start_after_a_void_claim_takes_a_slot(crew_server: CrewServerFa
     assert (server.kickoffs, await held(name)) == (1, 1)
 
 
+async def test_a_key_without_attempts_left_waits_for_no_slot(crew_server: CrewServerFactory):
+    crew = crew_server(FAILS).crew(concurrency_limit=await limit(1), max_attempts=1)
+    idempotency_key = str(uuid.uuid4())
+    with pytest.raises(pc.CrewFailedError):
+        await pc.arun_crew(crew, idempotency_key=idempotency_key)
+    assert await take_slots(crew_of(crew))
+    with pytest.raises(pc.CrewFailedError, match="Nothing was started"):
+        await asyncio.wait_for(pc.arun_crew(crew, idempotency_key=idempotency_key), 20)
+
+
 async def test_a_reattached_run_needs_no_slot(crew_server: CrewServerFactory):
     server, name, idempotency_key = crew_server(slow(0.2)), await limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import httpx
@@ -204,8 +204,18 @@ class Trip(BaseModel):
         return city
 
 
+class Itinerary(BaseModel, strict=True):
+    on: date
+    stops: tuple[str, ...]
+
+
 def result(output: str = "", data: Any = None) -> CrewResult:
     return CrewResult(output=output, data=data, kickoff_id="r1")
+
+
+def test_data_becomes_a_strict_model():
+    given = result(data={"on": "2026-05-01", "stops": ["Lisbon"]})
+    assert parse_data(given, Itinerary).data == Itinerary(on=date(2026, 5, 1), stops=("Lisbon",))
 
 
 @pytest.mark.parametrize(

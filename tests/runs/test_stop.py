@@ -23,9 +23,10 @@ from prefect.states import Scheduled
 
 import prefect_crew as pc
 from prefect_crew.blocks import crew_of
-from prefect_crew.client.models import StopOutcome
+from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
@@ -310,6 +311,19 @@ def test_a_cancelled_flow_run_stops_its_crew(crew_server: CrewServerFactory, see
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
+def test_a_flow_run_cancelled_before_the_wait_stops_its_crew(
+    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
+):
+    async def not_begun(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("prefect_crew.tasks.wait_for_run", not_begun)
+    server = crew_server(slow(60))
+    asyncio.run(cancelled_midway(server, seen, "CANCELLING", at="kickoff"))
+    assert server.requests["stop"] == 1
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
 def test_a_stop_at_a_timeout_is_sent_once(crew_server: CrewServerFactory, seen: Seen):
     server = crew_server(slow(60), faults=["stop:latency=20"])
     asyncio.run(cancelled_midway(server, seen, "CANCELLING", at="stop", timeout=0.2, on_timeout="stop"))
@@ -485,6 +499,18 @@ async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory)
     assert record.ended_at is not None
     with pytest.raises(pc.CrewStoppedError):
         await run.await_for_completion()
+
+
+async def test_a_run_that_completes_at_its_stop_keeps_its_result(crew_server: CrewServerFactory):
+    server = crew_server(slow(0.1))
+    run = await server.crew().atrigger({})
+    record = await record_of(run.kickoff_id)
+    await until(lambda: str(server.runs[0].state) == "completed", "the run ends")
+    async with server.crew().client() as client:
+        answer = StopAnswer(kickoff_id=run.kickoff_id, outcome=StopOutcome.STOPPED)
+        await stop.close_stopped(client, crew_of(server.crew()), record, answer, PrefectRecords())
+    await run.await_for_completion()
+    assert (await record_of(run.kickoff_id)).state is CrewState.COMPLETED
 
 
 async def test_a_hanging_status_undoes_no_stop(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):

@@ -83,6 +83,23 @@ async def test_a_failed_run_raises_the_crews_error(crew_server: CrewServerFactor
         await run.afetch_result()
 
 
+async def test_a_crew_that_shows_nothing_hides_its_error(crew_server: CrewServerFactory, seen: Seen):
+    run = await crew_server(FAILS).crew(show="none").atrigger({})
+    with pytest.raises(pc.CrewFailedError):
+        await run.await_for_completion()
+    assert (await record_of(run.kickoff_id)).error == "not shown"
+    events = await asyncio.to_thread(seen.events, run.kickoff_id)
+    assert "search engine" not in str(events)
+
+
+async def test_a_wait_by_a_template_finds_the_record(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
+    server, template = crew_server(script({"output": "done"})), key() + "-{scheduled_start:%Y}"
+    run = await server.crew().atrigger({}, idempotency_key=template)
+    monkeypatch.setattr("prefect_crew.runs.run._kicked_off", {})  # as in another process
+    await pc.wait_for_crew.fn(server.crew(), run.kickoff_id, idempotency_key=template)
+    assert (await record_of(run.kickoff_id)).state is CrewState.COMPLETED
+
+
 async def test_a_failure_without_attempts_left_says_so(crew_server: CrewServerFactory):
     crew, idempotency_key = crew_server(FAILS).crew(max_attempts=1), key()
     for advice in ("This was attempt 1 of at most 1", "Nothing was started: crew"):
