@@ -81,12 +81,22 @@ class Redactor:
         return value
 
     def model(self, value: ModelT) -> ModelT:
-        """Mask the secrets in a pydantic model whose fields are plain values; without one, return the same object."""
+        """Mask the secrets in a pydantic model of plain values and models; without one, return the same object.
+
+        The names of its fields stay, and so do counts and durations, whose fields cannot hold the mask.
+        """
         if not self.hides(value.model_dump_json()):
             return value  # the usual case, and ten times faster
-        plain = value.model_dump(mode="json")
-        masked = self.tree(plain)
-        return value if masked == plain else type(value).model_validate(masked)
+        return value.model_copy(update={name: self._field(item, name) for name, item in value})
+
+    def _field(self, item: Any, name: str) -> Any:
+        if isinstance(item, BaseModel):
+            return self.model(item)
+        if name in ("data", "raw"):  # fields of any type
+            return self.tree(item)
+        if isinstance(item, list):
+            return [self._field(part, name) for part in cast("list[Any]", item)]
+        return item if isinstance(item, int | float) else self.tree(item)
 
     def hides(self, value: Any) -> bool:
         """Return whether a text or a JSON-like value contains a secret."""

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew.client.models import TaskResult
+from prefect_crew.client.models import TaskResult, TokenUsage
 from prefect_crew.client.redaction import MASK, SHORTEST, Redactor, holds_secret
+from prefect_crew.records.model import StoredResult
 
 SECRETS = st.text(min_size=SHORTEST, max_size=12).filter(lambda secret: secret not in MASK and "*" not in secret)
 JSON = st.recursive(
@@ -64,6 +65,17 @@ def test_a_model_is_masked_in_all_its_parts():
     masked = of(password="hunter22").model(task)
     assert masked == TaskResult(name=f"as {MASK}", output=MASK, data={"pin": [MASK]})
     assert of(password="another").model(task) is task
+
+
+@pytest.mark.parametrize("secret", ["1234", 12.5, "name", "output", "data", "tasks"])
+def test_a_secret_like_a_count_or_a_field_masks_a_model(secret: Any):
+    usage = TokenUsage(total_tokens=1234)
+    tasks = [TaskResult(name=f"as {secret}", data=[1234], execution_time=12.5)]
+    result = StoredResult(output=f"{secret}", data={"pin": secret}, tasks=tasks, execution_time=12.5, usage=usage)
+    masked = of(pin=secret).model(result)
+    assert (masked.output, masked.data, masked.usage, masked.execution_time) == (MASK, {"pin": MASK}, usage, 12.5)
+    task = TaskResult(name=f"as {MASK}", data=[MASK if secret == "1234" else 1234], execution_time=12.5)
+    assert masked.tasks == [task]
 
 
 @pytest.mark.parametrize(
