@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.attempts import Attempt, Place, Write, decide_writes
-from prefect_crew.batches.dataset import is_remote, shown_address
+from prefect_crew.batches.dataset import is_remote, shown_address, whole_address
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError, LedgerError
 from prefect_crew.records.decision import latest_start
@@ -105,14 +105,14 @@ def default_ledger(export: str) -> str:
 def open_url(ledger: str) -> sa.URL:
     """Return the SQLAlchemy URL of a ledger that is given as a path or a URL. Raises ConfigurationError."""
     if "://" not in ledger:
-        return sa.URL.create("sqlite", database=str(Path(ledger).absolute()))
+        return sa.URL.create("sqlite", database=whole_address(ledger))
     try:
         url = sa.make_url(ledger)
     except (ArgumentError, ValueError):
         raise ConfigurationError("The ledger's URL is not of the form postgresql://user@host/database.") from None
     kind = url.drivername.partition("+")[0]
     if kind == "sqlite" and url.database:
-        return sa.URL.create("sqlite", database=str(Path(url.database).absolute()))
+        return sa.URL.create("sqlite", database=whole_address(url.database))
     if kind in ("postgresql", "postgres"):
         # A second `@` ends the password too early, and the rest of the password would be shown.
         if "@" in f"{url.host}" or ("@" in f"{url.database}" and "%40" not in ledger):

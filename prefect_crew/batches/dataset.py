@@ -168,8 +168,11 @@ def is_remote(address: str) -> bool:
 
 
 def whole_address(address: str) -> str:
-    """Return an address that means the same in every working directory of this machine."""
-    return address if is_remote(address) else str(Path(address.removeprefix("file://")).absolute())
+    """Return an address that means the same in every working directory of this machine. `~` is the home folder."""
+    if is_remote(address):
+        return address
+    path = os.path.expanduser(address.removeprefix("file://"))  # noqa: PTH111  for `~name` of no user, pathlib raises
+    return str(Path(path).absolute())
 
 
 def shown_address(address: str) -> str:
@@ -222,7 +225,7 @@ class _File:
     def __init__(self, address: str, name: str) -> None:
         self.name = name
         self.address = address
-        self._path = None if is_remote(address) else Path(address.removeprefix("file://"))
+        self._path = None if is_remote(address) else Path(whole_address(address))
         self._is_http = address.startswith(("http://", "https://"))
         self._seen: tuple[int, int] | None = None
         self._fetched: tempfile.TemporaryDirectory[str] | None = None

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from prefect_crew.batches.database import create_private
-from prefect_crew.batches.dataset import COMPRESSED, is_remote, polars, shown_address, told
+from prefect_crew.batches.dataset import COMPRESSED, is_remote, polars, shown_address, told, whole_address
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
 from prefect_crew.batches.rows import rejected_name
@@ -58,7 +58,7 @@ class Output:
         self.address = address
         self.name = shown_address(address)
         self._output_type = output_type
-        self._path = None if is_remote(address) else Path(address.removeprefix("file://"))
+        self._path = None if is_remote(address) else Path(whole_address(address))
         file = Path(address.partition("?")[0] if self._path is None else address)
         self._is_flat = file.suffix.lower() in PARQUET
         ending = Path(file.stem).suffix if file.suffix.lower() in COMPRESSED else file.suffix

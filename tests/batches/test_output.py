@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import threading
 import traceback
@@ -17,6 +18,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import BaseModel, ConfigDict, Field
 
+from prefect_crew.batches.database import default_ledger, open_url
+from prefect_crew.batches.dataset import open_dataset
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.output import COLUMNS, Output
 from prefect_crew.client.models import TaskResult, TokenUsage
@@ -111,6 +114,31 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     Output(str(path)).check("b", is_new=False)
     path.write_text("")
     Output(str(path)).check("b", is_new=True)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])
+@pytest.mark.parametrize("folder", ["~/", "file://~/", "~no-user-"])
+async def test_a_path_below_the_home_folder_names_one_file(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str
+):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    await enter(ledger, "a")
+    await end(ledger, "a")
+    output = Output(folder + name)
+    output.check("b", is_new=True)
+    assert await output.write(ledger) == 1
+    output.write_rejected(io.BytesIO(b"{}\n"), "b")
+    assert output.exists()
+    place = here / f"{folder}{name}" if folder == "~no-user-" else home / name
+    files = {file for file in tmp_path.glob("h*/**/*") if file.is_file()}
+    assert files == {place, Path(f"{place}.rejected.jsonl")}
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    assert [row.values["key"] for row in open_dataset(folder + name).rows()] == ["a"]
+    assert open_url(default_ledger(folder + name)).database == f"{place}.ledger.db"
 
 
 async def test_a_write_that_fails_leaves_the_file_of_before(
