@@ -32,6 +32,7 @@ from prefect_crew.exceptions import (
     RateLimitedError,
     ServerError,
 )
+from prefect_crew.runs.kickoff import check_is_crew
 from prefect_crew.runs.options import RunOptions
 from prefect_crew.templates import compiled, names_in
 
@@ -47,10 +48,11 @@ _SHOWN = {
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-async def expected_inputs(session: CrewSession) -> list[CrewInput]:
-    """Return the inputs that the crew names; none if the crew cannot name them.
+async def expected_inputs(session: CrewSession) -> list[CrewInput] | None:
+    """Return the inputs that the crew names; None if the crew cannot name them.
 
-    Raises AuthenticationError, or CrewConnectionError, RateLimitedError or ServerError if the server cannot answer now.
+    Raises AuthenticationError, ConfigurationError if a web page or a redirect is the answer, or CrewConnectionError,
+    RateLimitedError or ServerError if the server cannot answer now.
     """
     for is_last in (False, False, True):
         try:
@@ -63,9 +65,10 @@ async def expected_inputs(session: CrewSession) -> list[CrewInput]:
                 raise
             await asyncio.sleep(kickoff_delay(error) or 1.0)
         except CrewError as error:
+            check_is_crew(error, session.crew)
             run_logger().warning("The crew does not name its inputs, so rows are not checked for them: %s", error)
             break
-    return []
+    return None
 
 
 @dataclass(frozen=True, slots=True)

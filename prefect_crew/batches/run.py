@@ -62,6 +62,7 @@ from prefect_crew.batches.tables import SQL, open_query
 from prefect_crew.batches.throttle import BatchClient, Throttle, rows_at_once
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
+from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import (
     BadRowsError,
@@ -279,7 +280,7 @@ async def aplan_batch(
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
     job = await _batch_job(crew, dataset, batch_options, name, export, ledger=ledger, **file)
     async with CrewSession(job.crew) as session:
-        plan = RowPlan(job.dataset, batch_options, job.crew, await expected_inputs(session))
+        plan = RowPlan(job.dataset, batch_options, job.crew, await expected_inputs(session) or ())
     checked = await asyncio.to_thread(plan.check)
     done, duration, each, where = 0, seconds_per_run, cost_of(job.crew.price, None), job.ledger
     if where.is_missing and (binding := await read_binding(job.name)) is not None:
@@ -411,7 +412,8 @@ class _Batch:
         cost_of(job.crew.price, ONE_TOKEN)  # raises if it is the price of an unknown model
         self._tell("checking")
         await stack.enter_async_context(self.session)
-        self.plan = plan = RowPlan(job.dataset, options, job.crew, await expected_inputs(self.session))
+        expected = await expected_inputs(self.session)
+        self.plan = plan = RowPlan(job.dataset, options, job.crew, expected or ())
         # Whether the batch is ours is known before its rows are read, which may take minutes.
         await stack.enter_async_context(ledger)
         await stack.enter_async_context(lock)
@@ -421,7 +423,7 @@ class _Batch:
         self.before = before = await ledger.entry()  # what the ledger knew before this call
         check_bound(before, await read_binding(job.name), ledger)
         version = await self.session.version()
-        by = {"flow_run_id": flow_run_id()}
+        by = {"flow_run_id": flow_run_id(), "names_inputs": self._names_inputs(before, expected)}
         if before is not None and before.call is not None:
             await ledger.note(call={**before.call, **by})  # reading the rows may take minutes
         self.exported = {} if before is None else before.exported or {}
@@ -477,6 +479,22 @@ class _Batch:
             if before.fingerprint != entry.fingerprint or self.exported.get("order") != self.order:
                 await ledger.enter_changed(plan.jobs(), job.crew)
         self.kickoffs_before = self.throttle.kickoffs
+
+    def _names_inputs(self, before: BatchEntry | None, expected: Sequence[CrewInput] | None) -> bool:
+        """Return whether the crew names its inputs, by this call or an earlier one.
+
+        Raises ConfigurationError if the crew named the inputs of the rows before, and cannot name them now.
+        """
+        if expected is not None:
+            return bool(expected)
+        has_named = bool(before and before.call and before.call.get("names_inputs"))
+        if has_named and self.job.options.inputs is None:  # all columns would be inputs, and every row would change
+            raise ConfigurationError(
+                f"The crew {self.job.crew.url} does not name its inputs now (GET /inputs failed), and the rows of "
+                f"batch {self.job.name!r} took their inputs by these names. Nothing was started. Make the same call "
+                "again when GET /inputs answers, or give inputs={NAME: COLUMN}."
+            )
+        return has_named
 
     def _refuse_changes(self, before: BatchEntry, checked: Checked, version: str | None) -> None:
         """Raise BatchChangedError if the crew, its version or the rows are not those of the last call."""

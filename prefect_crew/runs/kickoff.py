@@ -580,12 +580,7 @@ async def check_inputs(session: CrewSession, request: RunRequest) -> None:
         except AuthenticationError:
             raise
         except CrewError as error:
-            if _is_no_crew(error):
-                raise ConfigurationError(
-                    f"{request.crew.url} is not the URL of a crew: GET /inputs was answered with a web page or a "
-                    f"redirect. ({error}) Nothing was started. Correct the crew's URL, then run again with the same "
-                    "key."
-                ) from error
+            check_is_crew(error, session.crew)
             run_logger().warning("The crew's inputs could not be checked before the kickoff: %s", error)
     missing = missing_inputs(expected, request.inputs.encoded)
     unknown = [] if request.crew.allow_extra_inputs else unknown_inputs(expected, request.inputs.encoded)
@@ -600,8 +595,14 @@ async def check_inputs(session: CrewSession, request: RunRequest) -> None:
         )
 
 
-def _is_no_crew(error: CrewError) -> bool:
-    """Return whether an error of `GET /inputs` shows that the server answered with a web page or a redirect."""
+def check_is_crew(error: CrewError, crew: Crew) -> None:
+    """Raise ConfigurationError if an error of `GET /inputs` shows that the server sent a web page or a redirect."""
     if isinstance(error, ResponseFormatError):
-        return error.body.lstrip().startswith("<")
-    return isinstance(error, CrewAPIError) and 300 <= error.status_code < 400
+        is_page = error.body.lstrip().startswith("<")
+    else:
+        is_page = isinstance(error, CrewAPIError) and 300 <= error.status_code < 400
+    if is_page:
+        raise ConfigurationError(
+            f"{crew.url} is not the URL of a crew: GET /inputs was answered with a web page or a redirect. ({error}) "
+            "Nothing was started. Correct the crew's URL, then make the same call again."
+        ) from error

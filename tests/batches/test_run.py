@@ -393,6 +393,27 @@ async def test_a_server_that_cannot_say_its_inputs_now_starts_nothing(
     assert (await batch(crew_server(ECHO, faults=["inputs:404"]).crew(allow_extra_inputs=True), topics(2))).ok
 
 
+@pytest.mark.parametrize("fault", ["html", "redirect"])
+async def test_a_web_page_in_place_of_the_inputs_starts_no_row(
+    batch: Batches, crew_server: CrewServerFactory, fault: str
+):
+    server = crew_server(ECHO, faults=[f"inputs:{fault}"])
+    with pytest.raises(ConfigurationError, match=r"is not the URL of a crew.*Nothing was started"):
+        await batch(server.crew(), topics(2))
+    assert server.requests["kickoff"] == 0
+
+
+async def test_names_of_inputs_that_are_gone_start_no_row_again(batch: Batches, crew_server: CrewServerFactory):
+    server, rows = crew_server(ECHO, faults=["inputs:404@2", "inputs:404@3"]), topics(2, note="no input")
+    crew = server.crew(allow_extra_inputs=True)
+    await batch(crew, rows, name="named")
+    with pytest.raises(ConfigurationError, match=r"the rows of batch 'named' took.*Nothing was started"):
+        await batch(crew, rows, name="named", on_change="continue")
+    for options in ({"inputs": {"topic": "topic"}}, {}):
+        report = await batch(crew, rows, name="named", on_change="continue", **options)
+        assert (report.completed, report.kickoffs, server.kickoffs) == (2, 0, 2)
+
+
 async def test_a_server_that_is_away_is_said_before_anything_is_made(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(ECHO)
     server.stop()
