@@ -150,6 +150,11 @@ class Ledger:
         """Write `call` or `set_aside` of the entry, as JSON values."""
         await self._execute(sa.update(batches).where(batches.c.name == self.batch).values(values))
 
+    async def exported(self) -> Mapping[str, Any]:
+        """Return the facts of the batch's exports."""
+        entry = await self.entry()
+        return {} if entry is None else entry.exported or {}
+
     async def note_export(self, address: str, exported: Mapping[str, Any] | None = None) -> None:
         """Add an address to the batch's exports. `exported` replaces the facts of the last export; None keeps them."""
         ours = batches.c.name == self.batch

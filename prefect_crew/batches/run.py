@@ -38,7 +38,7 @@ from prefect_crew.batches.options import (
     plain_call,
 )
 from prefect_crew.batches.outcomes import RowState
-from prefect_crew.batches.output import open_output
+from prefect_crew.batches.output import KEPT, open_output
 from prefect_crew.batches.ownership import (
     BatchLock,
     begin_generation,
@@ -557,6 +557,9 @@ class _Batch:
         now |= {"order": self.order, "kickoffs": await self.ledger.kickoffs()}
         if now.items() <= self.exported.items() and await asyncio.to_thread(self.output.exists):
             return
+        # The file may have come into being since the start, by another batch, or by `batch export` of this one.
+        is_new = address not in (await self.ledger.exported()).get("outputs", ())
+        await asyncio.to_thread(self.output.check, self.job.name, is_new=is_new, consequence=KEPT)
         await self.ledger.note_export(address, {})  # before the file exists: it is then known to be this batch's
         await self.output.write(self.ledger)
         await self.ledger.note_export(address, now)

@@ -166,8 +166,7 @@ class StoredBatch:
             )
         options = BatchOptions(**self._call.get("options", {}))
         target, whole = open_output(address, output_type=options.output_type), whole_address(address)
-        entry = await self.ledger.entry() or self.entry  # another process may have written an export by now
-        is_new = whole not in (entry.exported or {}).get("outputs", ())
+        is_new = whole not in (await self.ledger.exported()).get("outputs", ())
         await target.open()
         words = {"remedy": "replace it with overwrite=True", "consequence": "Nothing was written."}
         await asyncio.to_thread(target.check, self.name, is_new=is_new and not overwrite, **words)

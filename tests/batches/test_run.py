@@ -37,6 +37,7 @@ from prefect_crew.exceptions import (
     ConfigurationError,
     CrewConnectionError,
     LedgerMissingError,
+    OutputError,
     RateLimitedError,
     ServerError,
 )
@@ -522,6 +523,24 @@ async def test_an_output_is_exported_while_the_batch_runs_and_written_where_it_s
         await running
     assert batch.output.read_bytes() == Path(early).read_bytes()
     assert not list(batch.folder.glob(".*.new"))
+
+
+LATE = script({"seconds": "{{ 3 if 'slow' in topic else 0 }}", "output": "on {{ topic }}"}, inputs=["topic"])
+
+
+async def test_a_file_that_another_batch_wrote_meanwhile_is_kept(batch: Batches, crew_server: CrewServerFactory):
+    server, slow = crew_server(LATE), [{"topic": "slow"}]
+    late = asyncio.ensure_future(batch(server.crew(), slow, name="late"))
+    while server.kickoffs < 1:
+        await asyncio.sleep(0.05)
+    await batch(server.crew(), topics(2), name="early")
+    with pytest.raises(OutputError, match=r"is not from this batch.*All results are in the ledger"):
+        await late
+    assert [line["output"] for line in batch.lines().values()] == ["on topic 0", "on topic 1"]
+    batch.output.unlink()
+    await batch(server.crew(), slow, name="late")
+    assert [line["output"] for line in batch.lines().values()] == ["on slow"]
+    assert server.kickoffs == 3
 
 
 # Prefect
