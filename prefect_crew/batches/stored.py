@@ -171,7 +171,12 @@ class StoredBatch:
         words = {"remedy": "replace it with overwrite=True", "consequence": "Nothing was written."}
         await asyncio.to_thread(target.check, self.name, is_new=is_new and not overwrite, **words)
         await self.ledger.note_export(whole)
-        return target.name, await target.write(self.ledger)
+        while True:
+            before = await self.ledger.exported()
+            count = await target.write(self.ledger)
+            # A batch that has exported meanwhile may have written more lines, which these have replaced.
+            if await self.ledger.exported() == before:
+                return target.name, count
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import uuid
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -541,6 +542,28 @@ async def test_a_file_that_another_batch_wrote_meanwhile_is_kept(batch: Batches,
     await batch(server.crew(), slow, name="late")
     assert [line["output"] for line in batch.lines().values()] == ["on slow"]
     assert server.kickoffs == 3
+
+
+async def test_an_export_beside_a_batch_that_ends_has_all_lines(
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server = crew_server(LATE)
+    running = asyncio.ensure_future(batch(server.crew(), [{"topic": "slow"}, *topics(2)], name="beside"))
+    async with Ledger(f"{batch.output}.ledger.db", "beside") as ledger:
+        while (await ledger.counts()).get(RowState.COMPLETED, 0) < 2:
+            await asyncio.sleep(0.05)
+    async with open_stored_batch("beside") as stored:
+        lines = stored.ledger.lines
+        assert await stored.export(str(batch.output)) == (str(batch.output), 2)
+
+        async def lines_until_the_batch_ends() -> AsyncIterator[Any]:
+            async for page in lines():
+                yield page
+            await running
+
+        monkeypatch.setattr(stored.ledger, "lines", lines_until_the_batch_ends)
+        assert await stored.export(str(batch.output)) == (str(batch.output), 3)
+    assert len(batch.lines()) == 3
 
 
 # Prefect
