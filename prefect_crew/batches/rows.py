@@ -7,7 +7,7 @@ import hashlib
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from typing import IO, Any, cast
@@ -169,8 +169,7 @@ class RowPlan:
             if len(bad) < BAD_ROWS:
                 bad.append(job)
             if rejected is not None:
-                line = {"line": job.line, "reason": job.reason, "row": self._shown(row)}
-                rejected.write(to_json(line, inf_nan_mode="null", serialize_unknown=True) + b"\n")
+                rejected.write(_rejected_line(job, self._shown(row)))
         if total == bad_count == 0:
             where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
             raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
@@ -189,7 +188,8 @@ class RowPlan:
                     yield row, self._job(row, keys, number)
                     number += 1
                 except Exception as error:  # noqa: BLE001  any error of a user's function is a fault of its row
-                    yield row, BadRow(row.line, self._redactor(row.values)(_reason(error)))
+                    reason = self._redactor(row.values)(_reason(error))
+                    yield row, BadRow(row.line, reason.encode("utf-8", "backslashreplace").decode())
         finally:
             keys.close()
 
@@ -293,6 +293,15 @@ def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | 
         if isinstance(source, str):
             columns |= {source} if is_column(source) else names_in(source, collections=frozenset({"row"}))
     return columns
+
+
+def _rejected_line(bad: BadRow, row: Any) -> bytes:
+    """Return the line of JSON for a bad row. `row` is None in it if a text has half a character."""
+    options: Any = {"inf_nan_mode": "null", "serialize_unknown": True, "bytes_mode": "base64"}
+    try:
+        return to_json({**asdict(bad), "row": row}, **options) + b"\n"
+    except ValueError:
+        return to_json({**asdict(bad), "row": None}) + b"\n"
 
 
 def _reason(error: Exception) -> str:

@@ -235,6 +235,31 @@ def test_a_row_that_is_set_aside_has_no_secret_input_also_where_another_column_r
     assert json.loads(file.getvalue())["row"] == {"topic": 7, "code": MASK, "note": f"of {MASK}"}
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(b"\xff\xd8", {"photo": "_9g="}), ("half \ud83d", None)],
+    ids=["bytes", "half a character"],
+)
+def test_a_bad_row_that_is_no_json_is_written_with_its_reason(value: Any, shown: Any):
+    def refuse(row: Mapping[str, Any]) -> str:
+        raise ValueError(f"no topic in {str(row['photo'])[:6]}")
+
+    file = io.BytesIO()
+    checked = plan([{"photo": value}, {"photo": "x"}], inputs={"topic": refuse}).check(file)
+    lines = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert [line["row"] for line in lines] == [shown, {"photo": "x"}]
+    assert [(line["line"], line["reason"]) for line in lines] == [(bad.line, bad.reason) for bad in checked.bad]
+
+
+def test_a_reason_with_half_a_character_can_be_stored():
+    def refuse(row: Mapping[str, Any]) -> str:
+        raise ValueError(f"no topic in {row['text']}")
+
+    file = io.BytesIO()
+    plan([{"text": "é \ud83d"}], inputs={"topic": refuse}).check(file)
+    assert json.loads(file.getvalue()) == {"line": 1, "reason": "no topic in é \\ud83d", "row": None}
+
+
 def test_a_key_that_holds_a_secret_input_is_refused():
     rows = [{"topic": "tea", "code": "hunter22"}]
     given = {"topic": "topic", "pin": "code"}
