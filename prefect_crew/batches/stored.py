@@ -174,7 +174,7 @@ class StoredBatch:
         while True:
             before = await self.ledger.exported()
             count = await target.write(self.ledger)
-            # A batch that has exported meanwhile may have written more lines, which these have replaced.
+            # If the batch has exported since then, it may have written more lines, which these have replaced.
             if await self.ledger.exported() == before:
                 return target.name, count
 
