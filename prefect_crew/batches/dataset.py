@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import tempfile
@@ -202,6 +203,25 @@ def _shown_link(link: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+@contextmanager
+def _logging_shown_addresses() -> Generator[None]:
+    """Inside this block, httpx logs only the shown addresses of this thread's requests. It logs them at INFO."""
+    thread = threading.get_ident()
+
+    def show(record: logging.LogRecord) -> bool:
+        if threading.get_ident() == thread and isinstance(record.args, tuple):
+            shown = (shown_address(str(value)) if isinstance(value, httpx.URL) else value for value in record.args)
+            record.args = tuple(shown)
+        return True
+
+    logger = logging.getLogger("httpx")
+    logger.addFilter(show)
+    try:
+        yield
+    finally:
+        logger.removeFilter(show)
+
+
 def _format_of(address: str, name: str) -> DatasetFormat:
     ending = ""
     for part in address.split("::"):  # the innermost first
@@ -253,7 +273,8 @@ class _File:
     def _chunks(self) -> Iterator[bytes]:
         if self._is_http:
             # Not by fsspec, which needs a further package for it.
-            with httpx.stream("GET", self.address, follow_redirects=True, timeout=60.0) as response:
+            stream = httpx.stream("GET", self.address, follow_redirects=True, timeout=60.0)
+            with _logging_shown_addresses(), stream as response:
                 response.raise_for_status()
                 yield from response.iter_bytes()
             return

@@ -27,6 +27,7 @@ from unittest.mock import Mock
 from uuid import UUID
 
 import fsspec
+import httpx
 import pytest
 from pydantic import BaseModel
 from sqlalchemy import create_engine, select
@@ -217,6 +218,16 @@ def test_what_lies_elsewhere_is_fetched_once(httpserver: Any):
     assert "secret" not in dataset.name
     with pytest.raises(DatasetError, match=r"none\.csv: cannot be fetched: HTTP 404"):
         values(open_dataset(f"{url}/none.csv"))
+
+
+def test_no_log_of_a_fetch_shows_what_is_secret_in_the_address(httpserver: Any, caplog: pytest.LogCaptureFixture):
+    url = httpserver({"/rows.csv": CSV.encode()})
+    with caplog.at_level("INFO", logger="httpx"):
+        assert values(open_dataset(f"{url.replace('://', '://user:hunter2@')}/rows.csv?sig=hunter3")) == ROWS
+        httpx.get(f"{url}/rows.csv?page=2")
+    first, second = (record.getMessage() for record in caplog.records if record.name == "httpx")
+    assert f'GET {url}/rows.csv "HTTP' in first
+    assert "rows.csv?page=2" in second
 
 
 @pytest.mark.parametrize("kind", [FileNotFoundError, ValueError, Exception])
