@@ -18,6 +18,7 @@ from pydantic_core import to_json
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.attempts import Attempt, Place, Write, decide_writes
@@ -297,8 +298,9 @@ class Database:
                 async with self.server.begin() as connection:
                     return await connection.run_sync(work)
             except Exception as error:
-                # While a server starts or stops, SQLAlchemy passes on the driver's own error of the connection.
-                if type(error).__module__.partition(".")[0] != "asyncpg":
+                # While a server starts or stops, SQLAlchemy passes on the driver's own error of the connection. While
+                # connections hang, it raises TimeoutError: the pool has none left.
+                if type(error).__module__.partition(".")[0] != "asyncpg" and not isinstance(error, PoolTimeoutError):
                     raise
                 raise OSError(short(error)) from error
         if self._thread is None:

@@ -475,6 +475,22 @@ async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(
     assert "cannot be read (connection refused). The batch waits" in caplog.text
 
 
+@pytest.mark.postgres
+async def test_connections_that_hang_end_no_read(postgres_address: str, caplog: pytest.LogCaptureFixture):
+    async with Ledger(postgres_address, "b") as ledger, AsyncExitStack() as stack:
+        await enter(ledger, "k")
+        server = ledger.database.server
+        server.pool._timeout = 0.1  # seconds, instead of 30
+        for _ in range(4):
+            await stack.enter_async_context(server.connect())
+        reading = asyncio.ensure_future(ledger.counts())
+        while "The batch waits" not in caplog.text:
+            await asyncio.wait({reading}, timeout=0.05)
+            assert not reading.done()
+        await stack.aclose()
+        assert await reading
+
+
 @pytest.mark.slow
 @pytest.mark.postgres
 async def test_a_restart_of_postgresql_ends_neither_reads_nor_writes():
