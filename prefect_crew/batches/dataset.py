@@ -14,7 +14,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copyreg import dispatch_table
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
@@ -22,6 +22,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit, urlunsplit
+from zipfile import ZipFile
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 import httpx
@@ -278,7 +279,9 @@ class _File:
                 response.raise_for_status()
                 yield from response.iter_bytes()
             return
-        with _fsspec.open(self.address, "rb", compression="infer") as source:
+        opened = _fsspec.open(self.address, "rb", compression="infer")
+        compression, opened.compression = opened.compression, None
+        with opened as file, _decompressed(file, compression, self.name) as source:
             while chunk := source.read(1 << 20):
                 yield chunk
 
@@ -297,11 +300,22 @@ class _File:
             def check() -> None:
                 self._check(os.fstat(file.fileno()))
 
-            if compression is None:
-                yield file, check
-                return
-            with _fsspec.compression.compr[compression](file, mode="rb") as content:
+            with _decompressed(file, compression, self.name) as content:
                 yield content if hasattr(content, "read1") else io.BufferedReader(content), check
+
+
+def _decompressed(file: IO[bytes], compression: str | None, name: str) -> Any:
+    """Return a context manager of the content. Raises DatasetError if a ZIP archive holds not one file."""
+    if compression != "zip":
+        return nullcontext(file) if compression is None else _fsspec.compression.compr[compression](file, mode="rb")
+    # fsspec would take the first file, or the folder before it.
+    archive = ZipFile(file)
+    files = [part for part in archive.namelist() if not part.endswith("/") and not part.startswith("__MACOSX/")]
+    if len(files) != 1:
+        raise DatasetError(
+            f"is an archive of {len(files)} files, and a data set is one file. Give zip://FILE::ARCHIVE.", source=name
+        )
+    return archive.open(files[0])
 
 
 def _read_file(file: _File, kind: DatasetFormat, encoding: str, delimiter: str | None) -> Iterator[Row]:

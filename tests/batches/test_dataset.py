@@ -210,6 +210,28 @@ def test_any_fsspec_address(tmp_path: Path):
     assert values(open_dataset(f"zip://inner/rows.jsonl::{tmp_path / 'many.zip'}")) == ROWS
 
 
+def zipped(*names: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "" if name.endswith("/") else CSV)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("address", ["{folder}/rows.csv.zip", "{server}/rows.csv.zip", "memory://zip/rows.csv.zip"])
+def test_an_archive_of_one_file_is_its_rows_and_of_more_is_refused(tmp_path: Path, httpserver: Any, address: str):
+    def place(content: bytes) -> Dataset:
+        (tmp_path / "rows.csv.zip").write_bytes(content)
+        with fsspec.open("memory://zip/rows.csv.zip", "wb") as file:
+            file.write(content)
+        return open_dataset(address.format(folder=tmp_path, server=httpserver({"/rows.csv.zip": content})))
+
+    assert values(place(zipped("rows/", "rows/rows.csv", "__MACOSX/rows/._rows.csv"))) == ROWS
+    for names in ((), ("a.csv", "b.csv")):
+        with pytest.raises(DatasetError, match=rf"archive of {len(names)} files.*Give zip://FILE::ARCHIVE"):
+            values(place(zipped(*names)))
+
+
 def test_what_lies_elsewhere_is_fetched_once(httpserver: Any):
     url = httpserver({"/rows.csv.gz": gzip.compress(CSV.encode())})
     dataset = open_dataset(f"{url}/rows.csv.gz?signature=secret")
