@@ -389,6 +389,8 @@ def _value_of(source: KeyFrom, values: Values, *, what: str) -> Any:
 
 def _key_of(key: KeyFrom, values: Values) -> str:
     value = _value_of(key, values, what="key")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes 1 a 1.0 where another row has no id
     text = "" if value is None else str(value)
     if not text.strip():
         raise ConfigurationError("its key is empty")

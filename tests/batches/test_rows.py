@@ -260,6 +260,16 @@ def test_a_reason_with_half_a_character_can_be_stored():
     assert json.loads(file.getvalue()) == {"line": 1, "reason": "no topic in é \\ud83d", "row": None}
 
 
+def test_a_number_of_pandas_stays_itself_where_another_row_has_none():
+    pandas = pytest.importorskip("pandas", reason="needs pandas")
+    for ids in ([1, 2], [1, 2, None]):
+        frame = pandas.DataFrame({"id": ids, "topic": "tea"})
+        assert [job.key for job in plan(frame, key="id").jobs()] == ["1", "2"]
+        jobs = plan(frame.convert_dtypes(), inputs={"topic": "id"}).jobs()
+        assert [job.inputs.encoded["topic"] for job in jobs] == ["1", "2"]
+    assert keys([{"topic": "tea", "id": number} for number in (1.5, float("inf"))], key="id") == ["1.5", "inf"]
+
+
 def test_a_key_that_holds_a_secret_input_is_refused():
     rows = [{"topic": "tea", "code": "hunter22"}]
     given = {"topic": "topic", "pin": "code"}
