@@ -328,7 +328,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             if held.ending == "handed over":
                 await hand_over(self.client, flow_run.id, held.reason)
             elif held.ending == "cancelled":
-                await self._end_cancelled(flow_run, held.reason)
+                # Read again: the pool hands out a first attempt without the start time, since which its crews run.
+                await self._end_cancelled(await self.client.read_flow_run(flow_run.id), held.reason)
             elif held.ending == "suspended":
                 await self._leave_suspended(flow_run.id)
         finally:

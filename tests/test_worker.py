@@ -588,6 +588,17 @@ def test_cancelling_stops_the_crew_whether_its_worker_is(handed: Handed, is_gone
     assert handed.crew.requests["stop"] == 1
 
 
+def test_cancelling_stops_a_crew_that_its_flow_run_does_not_wait_for_at_that_moment(handed: Handed):
+    pool, crew = handed.pool, handed.crew
+    pool.worker("one")
+    run_id = pool.start(pool.deploy("starts", f"{USER_FLOWS}.starts_and_sleeps"), seconds=300)
+    wait_until(lambda: "was kicked off" in pool.logs(run_id), seconds=60, what="the kickoff")
+    pool.set_state(run_id, "CANCELLING")
+    run = pool.wait_for(run_id)
+    assert run["state_name"] == "Cancelled", run["state"]["message"]
+    assert ([run.state for run in crew.runs], crew.requests["stop"]) == (["stopped"], 1)
+
+
 def test_a_flow_run_that_is_suspended_from_outside_ends_its_coroutine_and_continues_when_it_is_resumed(handed: Handed):
     pool, crew = handed.pool, handed.crew
     quick = pool.add_crew("quick", QUICK)

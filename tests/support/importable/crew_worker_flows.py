@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prefect import flow, get_run_logger, task
 
-from prefect_crew import arun_batch, arun_crew
+from prefect_crew import arun_batch, arun_crew, kickoff_crew
 
 
 @flow
@@ -82,6 +82,13 @@ async def too_slow() -> None:
 async def sleeps(seconds: float) -> str:
     await asyncio.sleep(seconds)
     return "slept"
+
+
+@flow
+async def starts_and_sleeps(seconds: float) -> None:
+    """Start a crew, and do something else before the wait for it."""
+    await kickoff_crew("on-command", {"topic": "tea"})
+    await asyncio.sleep(seconds)
 
 
 @flow(persist_result=True)
