@@ -240,7 +240,8 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         pool = self._work_pool
         if pool is not None and pool.description is None:
             pool.description = POOL_DESCRIPTION
-            await self.client.update_work_pool(pool.name, WorkPoolUpdate(description=POOL_DESCRIPTION))
+            with contextlib.suppress(*PREFECT_ERRORS):  # an API key may forbid it, and Prefect would end the worker
+                await self.client.update_work_pool(pool.name, WorkPoolUpdate(description=POOL_DESCRIPTION))
 
     async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
         return [] if self._leave_until is not None else await super()._get_scheduled_flow_runs()

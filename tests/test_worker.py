@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
+from urllib.parse import quote
 from uuid import UUID, uuid4
 
 import httpx
@@ -20,6 +21,7 @@ import prefect.flow_engine
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun, State, StateDetails, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound, ObjectNotFound
@@ -34,6 +36,7 @@ from prefect_crew.worker import CrewJobConfiguration, CrewWorker, CrewWorkerResu
 from support.crew_pool import EXITS, IMPORTABLE, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
+from support.proxy import Proxy
 from support.records import attempts, let_pass, put
 from support.workers import Worker
 
@@ -345,6 +348,16 @@ async def test_a_worker_that_goes_on_under_another_name_is_online_under_that_one
             while (await read_workers(worker.client, pool.name)).get("twin"):
                 await asyncio.sleep(0.5)
         assert (await read_workers(worker.client, pool.name))[f"twin-{worker.boot}"]
+
+
+async def test_a_worker_whose_key_may_not_change_its_pool_starts_without_a_description_of_it(proxy: Proxy):
+    async with get_client() as prefect:
+        pool = await prefect.create_work_pool(WorkPoolCreate(name=f"bare {uuid4()}", type="crew"))
+    proxy.refuse = f"PATCH /api/work_pools/{quote(pool.name)}"
+    async with CrewWorker(pool.name, name="keyed") as worker:
+        await worker.sync_with_backend()
+        assert proxy.count(proxy.refuse), "it has tried"
+        assert (await read_workers(worker.client, pool.name))["keyed"]
 
 
 @pytest.mark.usefixtures("connection")
