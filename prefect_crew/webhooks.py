@@ -86,12 +86,14 @@ def webhooks_for(
     *,
     round: int = 0,  # noqa: A002 - the word of the domain
     settings: CrewSettings | None = None,
+    wait: WaitPolicy | None = None,
 ) -> Webhooks | None:
     """Return the webhooks of one run by the settings, None if these switch no webhooks on.
 
     They are for its kickoff, and for each `/resume` again, the first of which answers question 1. `run` is the run's
-    record, or its idempotency key if there is no record yet. With an address of Prefect Cloud's own webhooks, all kinds
-    go there and no secret is needed. Raises ConfigurationError if the address or the secret cannot be used.
+    record, or its idempotency key if there is no record yet. `wait` is the run's policy, if it has one of its own: the
+    URLs live as long as a wait by it. With an address of Prefect Cloud's own webhooks, all kinds go there and no secret
+    is needed. Raises ConfigurationError if the address or the secret cannot be used.
     """
     settings = settings or CrewSettings()
     url, secret = settings.webhook_url, settings.webhook_secret
@@ -108,7 +110,7 @@ def webhooks_for(
     hook = Hook(
         "crew",
         key,
-        hooks_expire(crew.wait, utcnow()),
+        hooks_expire(wait or crew.wait, utcnow()),
         None if record is None else record.attempt,
         # A name may repeat an input, and the receiver does not know the secret ones.
         names=crew.show != "none" and not crew.secret_inputs,

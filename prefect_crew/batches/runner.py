@@ -122,7 +122,7 @@ class Runner:
         self._turns = RowTurns(session.crew, ledger, throttle, self._places)
         self._settings = CrewSettings()
         meta = {**(options.meta or {}), "batch": ledger.batch}
-        self._run_options = RunOptions.of(meta=meta, webhooks=options.webhooks)
+        self._run_options = RunOptions.of(meta=meta, wait=options.wait, webhooks=options.webhooks)
         context = FlowRunContext.get()
         flow_run = None if context is None else context.flow_run
         self._flow_run = (None, 0) if flow_run is None else (str(flow_run.id), flow_run.run_count)

@@ -372,7 +372,8 @@ class _Start:
             self.identity.nonce.has_sent = has_left = True
 
         try:
-            webhooks = request.options.webhooks or webhooks_for(request.crew, record, settings=request.settings)
+            options, settings = request.options, request.settings
+            webhooks = options.webhooks or webhooks_for(request.crew, record, settings=settings, wait=options.wait)
             with withholding(redact):
                 # With the attempt, a person finds the run of a record among several runs of one key.
                 meta = {

@@ -33,6 +33,7 @@ class AskingServer:
     ) -> None:  # fmt: skip
         self.rounds, self.lag, self.changing, self.shown, self.between = rounds, lag, changing, shown, between
         self.fails = fails or {}
+        self.starts: list[dict[str, Any]] = []
         self.resumes: list[dict[str, Any]] = []
         self.kickoffs = 0
         self.polls = 0
@@ -54,6 +55,7 @@ class AskingServer:
 
     async def _kickoff(self, request: Request) -> Response:
         self.kickoffs += 1
+        self.starts.append(await request.json())
         return JSONResponse({"kickoff_id": f"asking-{id(self)}"})
 
     async def _status(self, request: Request) -> Response:

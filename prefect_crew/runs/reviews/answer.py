@@ -24,7 +24,7 @@ from prefect_crew.client._callbacks import post_answer
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, ResumeAnswer, Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew
+from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import (
     AlreadyAnsweredError,
     AnswerUncertainError,
@@ -200,7 +200,9 @@ async def _post(
     """Send an answer once: to the callback URL of a Flow's question, else to `/resume`."""
     if question.callback_url is None:
         if webhooks is None and answers_record(run).has_webhooks:
-            webhooks = webhooks_for(run.crew, answers_record(run), round=number)
+            # Without the request, this process does not know the policy of the run.
+            wait = WaitPolicy(timeout=None, human_timeout=None) if run.request is None else run.request.options.wait
+            webhooks = webhooks_for(run.crew, answers_record(run), round=number, wait=wait)
         if webhooks is None and run.request is not None:
             webhooks = run.request.options.webhooks
         return await run.session.client.resume(

@@ -7,6 +7,8 @@ import logging
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,20 +19,22 @@ import prefect_crew as pc
 from prefect_crew.blocks import crew_of
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RunRecord
+from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.records.notes import kept_output
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.tasks import kickoff_crew, resume_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
+from prefect_crew.webhooks import read_token
 from support.asking import AskingServer
 from support.scripts import ASKS, script
 from support.waiting import until
-from support.webhooks import served
+from support.webhooks import SECRET, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 APPROVED = pc.Review(approve=True)
+DAY = 86_400.0
 
 
 @asynccontextmanager
@@ -260,6 +264,22 @@ async def test_secret_inputs_keep_no_webhook_output(receiver: str) -> None:
             waiting = await list_open_questions([PrefectRecords()], same)
             (question,) = [one for record, one in waiting if record.idempotency_key == f"{key}/{expected}"]
             assert question.output == expected
+
+
+async def test_webhooks_live_as_long_as_the_policy_of_the_run(receiver: str, tmp_path: Path) -> None:
+    long = {"timeout": 7 * DAY, "human_timeout": 14 * DAY}
+    async with asking() as (server, crew):
+        await run_of(crew, lambda _: APPROVED, **long)
+    async with asking() as (elsewhere, other):
+        id_ = await _kicked_off(other)
+        await resume_run(LiveRun(crew_of(other), id_), feedback="", approve=True)  # it does not know the policy
+    async with asking(rounds=0) as (of_row, crew):
+        export, options = str(tmp_path / "out.jsonl"), {"inputs": lambda _: {}, "wait": pc.WaitPolicy(**long)}
+        await pc.arun_batch(crew, [{"id": "tea"}], key="id", name=f"hooks {uuid.uuid4()}", export=export, **options)
+    for body in (*server.starts, *server.resumes, *elsewhere.resumes, *of_row.starts):
+        hook = read_token("crew", body["crewWebhookUrl"].rpartition("/")[2], SECRET, now=utcnow())
+        assert hook is not None
+        assert hook.expires - utcnow() > timedelta(days=21)
 
 
 @pytest.mark.parametrize("response_format", ["documented", "union"])
