@@ -510,9 +510,10 @@ class Ledger:
         where = (*self._attempt(answers, record), answers.c.number == number)
         await self._execute(sa.update(answers).where(*where).values(review=review.model_dump_json()))
 
-    async def remove_review(self, record: RunRecord, number: int) -> None:
+    async def remove_review(self, record: RunRecord, number: int, review: Review) -> None:
         """Remove an answer that the crew's server refused."""
-        await self._execute(sa.delete(answers).where(*self._attempt(answers, record), answers.c.number == number))
+        where = (*self._attempt(answers, record), answers.c.number == number)
+        await self._execute(sa.delete(answers).where(*where, answers.c.review == review.model_dump_json()))
 
     def _attempt(self, table: sa.Table, record: RunRecord) -> tuple[sa.ColumnElement[bool], ...]:
         row = table.c.row_key == self.row_key(record.idempotency_key)

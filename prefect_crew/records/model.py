@@ -425,6 +425,6 @@ class RecordStore(Protocol):
         """Write the outcome of an answer: whether the crew's server took it."""
         ...
 
-    async def remove_review(self, record: RunRecord, number: int) -> None:
-        """Take back an answer that the crew's server refused."""
+    async def remove_review(self, record: RunRecord, number: int, review: Review) -> None:
+        """Take back an answer that the crew's server refused. An answer with another nonce stays."""
         ...

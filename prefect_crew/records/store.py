@@ -667,11 +667,12 @@ class PrefectRecords:
         """Write the outcome of an answer: whether the crew's server took it."""
         await patch_variable(f"name/{_answer_name(record, number)}", {"value": review.model_dump(mode="json")})
 
-    async def remove_review(self, record: RunRecord, number: int) -> None:
+    async def remove_review(self, record: RunRecord, number: int, review: Review) -> None:
         """Take back an answer that the crew's server refused."""
-        async with get_client() as client:
-            with suppress(ObjectNotFound):
-                await client.delete_variable_by_name(_answer_name(record, number))
+        # By id: Prefect's client may repeat the request after somebody else's answer has the number.
+        for answer in await read_exact([_answer_name(record, number)]):
+            if answer.fields.get("nonce") == review.nonce:
+                await delete_variable(answer.id)
 
 
 async def _is_alive(flow_run_id: str) -> bool:

@@ -64,7 +64,9 @@ async def test_an_answer_of_a_number_is_on_record_once_with_its_attempt(ledger: 
     assert await ledger.add_review(record, 2, review)
     await other.save_review(record, 2, later)
     assert await ledger.reviews(record) == [review, later]
-    await ledger.remove_review(record, 1)
+    await ledger.remove_review(record, 1, review.model_copy(update={"by": "Ada"}))
+    assert await ledger.reviews(record) == [review, later]
+    await ledger.remove_review(record, 1, review)
     assert await ledger.reviews(record) == [later]
 
 

@@ -35,7 +35,7 @@ from proof.sim.world import World
 from support.prefect_server import PrefectServer
 
 KEY = uuid.uuid4().hex
-ANSWER = Review(task_id="draft", round=1, approve=True, by="ada", at=utcnow())
+ANSWER = Review(task_id="draft", round=1, approve=True, by="ada", at=utcnow(), nonce="ada")
 IDS = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
 
 
@@ -73,8 +73,8 @@ async def tour() -> list[Any]:
     seen.append([one.attempt async for one in store.all(RecordPhase.CLAIMED) if one.idempotency_key == KEY])
     for number in (1, 2, 2):
         await store.add_review(first, number, ANSWER)
-    await store.remove_review(first, 2)
-    await store.remove_review(first, 2)
+    await store.remove_review(first, 2, ANSWER)
+    await store.remove_review(first, 2, ANSWER)
     seen.append([one.by for one in await store.reviews(first)])
     # What was changed last comes first, and the count is that of all.
     changed = [one.id for one in await variables_module.read_by_change(0)]

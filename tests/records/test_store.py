@@ -439,9 +439,10 @@ async def test_answers_stand_next_to_the_record_each_written_by_one():
     await RECORDS.claim(record)
     assert await RECORDS.add_review(record, 1, review())
     assert not await RECORDS.add_review(record, 1, review(feedback="somebody else's")), "one answers at a time"
-    assert await RECORDS.add_review(record, 2, review())
+    second = review(nonce="second")
+    assert await RECORDS.add_review(record, 2, second)
     await RECORDS.save_review(record, 1, review(outcome="sent"))
-    await RECORDS.remove_review(record, 2)
+    await RECORDS.remove_review(record, 2, second)
     assert [(one.outcome, one.feedback) for one in await RECORDS.reviews(record)] == [("sent", "")]
     assert await RECORDS.reviews(record.model_copy(update={"kickoff_id": "another"})) == []
     await RECORDS.delete(record)
@@ -462,6 +463,27 @@ async def test_an_answer_whose_creation_lost_its_reply_is_known_as_ones_own(monk
     assert await RECORDS.add_review(record, 1, review()), "nobody else answers"
     assert not await RECORDS.add_review(record, 1, review()), "somebody else's words may be the same"
     assert (replies, len(await RECORDS.reviews(record))) == (1, 1)
+
+
+async def test_a_repeated_removal_spares_the_answer_of_the_next_person(monkeypatch: pytest.MonkeyPatch):
+    record, send, lost = new_record(kickoff_id="removed"), httpx.AsyncClient.send, list[str]()
+    adas, bobs = review(nonce="Ada"), review(nonce="Bob")
+    await RECORDS.claim(record)
+    assert await RECORDS.add_review(record, 1, adas)
+
+    async def lose_reply(self: Any, request: httpx.Request, **options: Any) -> httpx.Response:
+        response = await send(self, request, **options)
+        if request.method == "DELETE" and not lost:
+            lost.append(str(response.status_code))
+            assert await RECORDS.add_review(record, 1, bobs)
+            raise httpx.ReadTimeout("the reply was lost", request=request)
+        return response
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", lose_reply)  # Prefect's client sends the request again
+    await RECORDS.remove_review(record, 1, adas)
+    assert (lost, [answer.nonce for answer in await RECORDS.reviews(record)]) == (["204"], ["Bob"])
+    await RECORDS.remove_review(record, 1, adas)
+    assert len(await RECORDS.reviews(record)) == 1
 
 
 # Versions

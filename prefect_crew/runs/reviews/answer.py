@@ -176,7 +176,7 @@ async def _send_answer(
         if kickoff_fate(error) is KickoffFate.UNCERTAIN:
             await _note(run, records.save_review(record, number, written.model_copy(update={"outcome": "uncertain"})))
         else:
-            await _note(run, records.remove_review(record, number))
+            await _note(run, records.remove_review(record, number, written))
         raise
     # At once, since a fast crew soon asks again.
     looking = asyncio.ensure_future(_has_moved_on(run, looks))
