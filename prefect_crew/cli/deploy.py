@@ -13,6 +13,7 @@ from uuid import UUID
 from cyclopts import App, Group, Parameter, validators
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.events.schemas.automations import Automation
@@ -73,19 +74,21 @@ def deploy(
 ) -> Coroutine[Any, Any, None]:
     """Deploy a crew or a pipeline.
 
-    Your own flows, and all options of Prefect: prefect deploy, or crew_flow and pipeline_flow in Python.
+    Your own flows, and all options of Prefect: prefect deploy, or crew_flow and pipeline_flow in Python. A deployment
+    that is deployed again keeps each option that you leave out, but not -i and -f. --key '' and --session '' remove
+    one.
 
     Args:
         crew: The name of a stored crew.
         pipeline: A file with a pipeline, YAML or JSON.
-        pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default pool, or
-            the pool that the deployment has.
+        pool: The work pool whose workers run it, with this package installed; if left out, the pool that the deployment
+            has, or Prefect's default pool.
         cron: A cron schedule. Each required input then needs a default.
         interval: A schedule: the seconds between two runs.
         timezone: The schedule's time zone, such as Europe/Lisbon.
         name: The deployment's name; that of the crew or pipeline if left out.
         session: A session of a CrewAI Flow: each run starts from the state of the session's last completed run.
-        concurrency_limit: How many flow runs of the deployment may go on at once.
+        concurrency_limit: How many flow runs of the deployment may go on at once; 0: any number.
         tag: A tag; can be repeated.
     """
     if crew is not None and is_url(crew):
@@ -98,18 +101,22 @@ def deploy(
     flow = crew_flow(str(crew)) if pipeline is None else pipeline_flow(pipeline)
     own_name, schedule = name or flow.label, _schedule(cron, interval, timezone)
     defaults = gather_inputs(inputs, input_file)
+    choices: dict[str, Any] = {"idempotency key": key, "session": session, "tag": tag}
+    choices |= {"concurrency limit": concurrency_limit, "schedule": [schedule] if schedule else None}
 
     async def make() -> None:
-        parameters: dict[str, Any] = {"inputs": defaults, "idempotency_key": key, "session": session}
-        schedules = [schedule] if schedule else await _keep_schedules(f"{flow.name}/{own_name}", parameters)
-        own_key = parameters["idempotency_key"]
+        earlier = await read_deployment(f"{flow.name}/{own_name}")
+        kept = _kept(earlier, choices)
+        options = choices | kept
+        has_pool = earlier is not None and earlier.work_pool_name
+        parameters = {"inputs": defaults, "idempotency_key": options["idempotency key"], "session": options["session"]}
         deployment = await flow.ato_deployment(
             own_name,
-            parameters={name: value for name, value in parameters.items() if value is not None},
-            schedules=schedules,
-            tags=tag,
-            work_pool_name=pool or get_current_settings().deployments.default_work_pool_name,
-            concurrency_limit=concurrency_limit,
+            parameters={name: value for name, value in parameters.items() if value not in (None, "")},
+            schedules=options["schedule"],
+            tags=options["tag"],
+            work_pool_name=pool or (None if has_pool else get_current_settings().deployments.default_work_pool_name),
+            concurrency_limit=options["concurrency limit"] or None,
         )
         deployment_id = await _apply(deployment)
         async with get_client() as client:
@@ -120,16 +127,10 @@ def deploy(
         await _put_version(crew)
         if page := page_url(deployment_id, "deployment"):
             _output.put(page)
-        for timetable in stored.schedules:
-            if timetable.active:
-                whose = "Its earlier schedule stays" if schedule is None else "Its schedule"
-                _output.put(f"{whose}: {await describe_schedule(timetable.schedule)}")
-                for title, value in {"idempotency key": own_key, "session": parameters["session"]}.items():
-                    if value not in (key, session):
-                        _output.put(f"Its earlier {title} stays: {value}")
-                if again := await shared_key(own_key, timetable.schedule):
-                    shared = f"Several times of the schedule share the key {again!r}"
-                    _output.note(f"{shared}: only the first of them starts a run.")
+        for title in [title for title in kept if title != "schedule"]:
+            _output.put(f"Its earlier {title} stays: {_described(kept[title])}")
+        whose = "Its schedule" if schedule else "Its earlier schedule stays"
+        await _put_schedules(stored, whose, options["idempotency key"])
         needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
         example = json.dumps(dict.fromkeys(needed, "…"), ensure_ascii=False)
         argument = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
@@ -150,13 +151,35 @@ async def _put_version(crew: str | None) -> None:
                 _output.put(f"The crew has version {version} now.")
 
 
-async def _keep_schedules(name: str, parameters: dict[str, Any]) -> list[DeploymentScheduleCreate] | None:
-    """Return the schedules of an earlier deployment. If it has some, add its key and its session to the parameters."""
-    earlier = await read_deployment(name)
-    schedules = None if earlier is None else _schedules_of(earlier)
-    if earlier is not None and schedules:
-        parameters |= {key: earlier.parameters.get(key) for key in parameters if parameters[key] is None}
-    return schedules
+async def _put_schedules(deployment: DeploymentResponse, whose: str, key: str | None) -> None:
+    """Write the active schedules of a deployment, and whether several times of one share the key."""
+    for timetable in deployment.schedules:
+        if timetable.active:
+            _output.put(f"{whose}: {await describe_schedule(timetable.schedule)}")
+            if again := await shared_key(key, timetable.schedule):
+                shared = f"Several times of the schedule share the key {again!r}"
+                _output.note(f"{shared}: only the first of them starts a run.")
+
+
+def _kept(earlier: DeploymentResponse | None, choices: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an earlier deployment that are no choice of today. Prefect would remove them."""
+    if earlier is None:
+        return {}
+    limit, how = earlier.global_concurrency_limit, earlier.concurrency_options
+    options: dict[str, Any] = {
+        "idempotency key": earlier.parameters.get("idempotency_key"),
+        "session": earlier.parameters.get("session"),
+        "tag": [tag for tag in earlier.tags if tag != TAG],
+        "concurrency limit": limit and ConcurrencyLimitConfig(limit=limit.limit, **(how.model_dump() if how else {})),
+        "schedule": _schedules_of(earlier),
+    }
+    return {title: value for title, value in options.items() if value and choices[title] is None}
+
+
+def _described(value: str | list[str] | ConcurrencyLimitConfig) -> str:
+    if isinstance(value, ConcurrencyLimitConfig):
+        return str(value.limit)
+    return value if isinstance(value, str) else ", ".join(value)
 
 
 def _schedules_of(deployment: DeploymentResponse) -> list[DeploymentScheduleCreate]:

@@ -15,6 +15,7 @@ import pytest
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
+from prefect.settings import PREFECT_DEFAULT_WORK_POOL_NAME, temporary_settings
 
 from prefect_crew.devserver import CrewServer
 from support.prefect_server import PrefectServer
@@ -120,6 +121,33 @@ def test_a_schedule_needs_defaults_and_stays_with_its_key_until_another_is_given
     assert "is the same for every time of the schedule" in deploy(*ada, "--key", "always", code=2)
     assert "Its schedule: every 1:00:00 (UTC). The next run: " in deploy(*ada, "--interval", "3600")
     assert [one.schedule.interval.total_seconds() for one in deployment(full_name).schedules] == [3600]
+
+
+def test_a_second_deploy_keeps_what_it_is_not_given(here, name: str, prefect_api: PrefectServer):
+    full_name, pools = f"deployed-crew/{name}", [work_pool(prefect_api, "process") for _ in range(2)]
+
+    def deploy(*options: str) -> str:
+        with temporary_settings({PREFECT_DEFAULT_WORK_POOL_NAME: pools[1]}):
+            done = here("deploy", name, *options)
+        assert done.code == 0, done.err
+        return done.out
+
+    def facts() -> Any:
+        found = deployment(full_name)
+        limit = found.global_concurrency_limit
+        parameters = [found.parameters.get(one) for one in ("idempotency_key", "session")]
+        return *parameters, limit and limit.limit, found.tags[1:], found.work_pool_name
+
+    key, tags = "trip-{scheduled_start:%Y-%m-%d}", ["recover-crashed"]
+    given = ("--key", key, "--session", "ada", "--concurrency-limit", "2", "--tag", *tags, "--pool", pools[0])
+    deploy(*given)
+    for schedule in ((), ("--cron", "0 6 * * *", "-i", "who=Ada"), ("--cron", "0 7 * * *", "-i", "who=Ada")):
+        out = deploy(*schedule)
+        assert facts() == (key, "ada", 2, tags, pools[0])
+        for kept in (f"idempotency key stays: {key}", "session stays: ada", "limit stays: 2", "tag stays: recover"):
+            assert f"Its earlier {kept}" in out.replace("concurrency ", "")
+    deploy("--key", "", "--session", "", "--concurrency-limit", "0", "-i", "who=Ada")
+    assert facts() == (None, None, None, tags, pools[0])
 
 
 @pytest.mark.parametrize("line", ["deploy travel", "backfill travel/daily --from 2024-02-28 --to 2024-03-01"])
