@@ -67,6 +67,12 @@ REFUSALS = (400, 404, 409)
 """Status codes of `/resume` if the run does not wait, or does not wait for this answer."""
 REFUSALS_OF_FLOWS = (401, 403, 404, 409, 410)
 """Status codes of a callback URL if its token is used up or invalid."""
+NO_WEBHOOKS = (
+    "After this answer run %s sends no webhooks: each answer has to ask for them again, and this process has no "
+    "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL. Waits of the run go on polling, and its next question may come without the "
+    "output to judge: look at the crew's page. Before the next answer, set the URL and "
+    "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET here."
+)
 CrewOf = Callable[[RunRecord], Awaitable[Crew | None]]  # None if a record's crew is not a stored block
 
 
@@ -203,6 +209,8 @@ async def _post(
             # Without the request, this process does not know the policy of the run.
             wait = WaitPolicy(timeout=None, human_timeout=None) if run.request is None else run.request.options.wait
             webhooks = webhooks_for(run.crew, answers_record(run), round=number, wait=wait)
+            if webhooks is None:
+                run_logger().warning(NO_WEBHOOKS, run.kickoff_id)
         if webhooks is None and run.request is not None:
             webhooks = run.request.options.webhooks
         return await run.session.client.resume(

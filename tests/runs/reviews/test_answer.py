@@ -282,6 +282,19 @@ async def test_webhooks_live_as_long_as_the_policy_of_the_run(receiver: str, tmp
         assert hook.expires - utcnow() > timedelta(days=21)
 
 
+async def test_an_answer_that_ends_the_webhooks_of_a_run_says_so(
+    receiver: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with asking(rounds=2) as (server, crew):
+        id_ = await _kicked_off(crew)
+        await resume_run(LiveRun(crew_of(crew), id_), feedback="Warmer.", approve=False)
+        assert "no webhooks" not in caplog.text
+        monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL")
+        await resume_run(LiveRun(crew_of(crew), id_), feedback="", approve=True)
+    assert ["crewWebhookUrl" in body for body in server.resumes] == [True, False]
+    assert f"After this answer run {id_} sends no webhooks" in caplog.text
+
+
 @pytest.mark.parametrize("response_format", ["documented", "union"])
 async def test_the_log_says_where_the_output_is(response_format: Any, caplog: pytest.LogCaptureFixture) -> None:
     with CrewServer(SCRIPT, response_format=response_format) as server, caplog.at_level(logging.WARNING):
