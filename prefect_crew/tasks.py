@@ -456,7 +456,8 @@ async def resume_crew(
 
     Raises:
         CrewError: The run does not wait, its task is not known, or its question has an answer on record.
-        CrewAPIError, CrewConnectionError: The server answered with an error, or not at all.
+        AnswerUncertainError: The answer was sent, and nobody knows whether it arrived.
+        CrewAPIError, CrewConnectionError: The server refused the answer, or the answer surely did not arrive.
     """
     # The identity has only the run and not the answer: a retry may answer in other words.
     identity = await identify("answer", kickoff_id, idempotency_key=None, name=None, inside_own_task=_inside_own_task())

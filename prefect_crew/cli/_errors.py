@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from prefect_crew._text import problems_of
 from prefect_crew.exceptions import (
+    AnswerUncertainError,
     BadRowsError,
     BatchFailedError,
     ConfigurationError,
@@ -33,7 +34,7 @@ OTHER, ROWS, CLOSED_PIPE, TERMINATED = 1, 6, 141, 143
 CODES: Mapping[int, Sequence[type[BaseException]]] = {
     2: (CycloptsError, ConfigurationError, InvalidInputsError, DatasetError),
     3: (CrewFailedError, CrewStoppedError, CrewLostError),
-    4: (KickoffUncertainError, SessionBlockedError),
+    4: (KickoffUncertainError, AnswerUncertainError, SessionBlockedError),
     5: (CrewTimeoutError,),
     ROWS: (BatchFailedError, BadRowsError),
     130: (KeyboardInterrupt,),

@@ -170,10 +170,17 @@ def test_what_cannot_be_answered_is_refused_and_nothing_is_sent(here: Any, block
     sent = Review(task_id="draft", round=1, approve=True, by="Grace", at=utcnow(), outcome="uncertain")
     assert asyncio.run(PrefectRecords().add_review(record, 1, sent))
     refused = here("reviews", "approve", record.idempotency_key)
-    assert (refused.code, crews.requests["resume"]) == (1, resumes)
+    assert (refused.code, crews.requests["resume"]) == (4, resumes)
     assert "nobody knows whether it arrived" in refused.err
     assert "by Grace" in refused.err
     assert "nobody knows whether the answer arrived" in here("reviews", "inspect", record.idempotency_key).out
+
+
+def test_an_answer_that_may_have_arrived_has_an_exit_code_of_its_own(here: Any, block: str, crews: CrewServer) -> None:
+    record = write(crews, crew=block, kickoff_id=asked(crews))
+    crews.faults.add("resume:500@1")
+    done = here("reviews", "approve", record.idempotency_key, "--task", "draft")
+    assert (done.code, "nobody knows whether it arrived" in done.err) == (4, True)
 
 
 def test_a_ledger_that_is_elsewhere_is_named(here: Any, block: str, listed: Any, tmp_path: Path) -> None:

@@ -117,9 +117,9 @@ async def answer_question(
             now.
         CrewLostError: The server does not know the run at this moment. Nothing was sent.
         PrefectAwayError: The Prefect API does not answer. Nothing was sent.
-        CrewError: The run does not wait, the Prefect API refuses, or nobody knows whether an earlier answer arrived.
-        CrewAPIError, CrewConnectionError: The server answered with an error, or not at all. The answer is not sent
-            again automatically.
+        CrewError: The run does not wait, or the Prefect API refuses.
+        AnswerUncertainError: This answer, or an earlier one, was sent, and nobody knows whether it arrived.
+        CrewAPIError, CrewConnectionError: The server refused the answer, or the answer surely did not arrive.
     """
     with naming_prefect_errors(_unsent(run, review, "the earlier answers cannot be read")):
         answers = await run.records.reviews(answers_record(run))
@@ -181,6 +181,8 @@ async def _send_answer(
     except BaseException as error:
         if kickoff_fate(error) is KickoffFate.UNCERTAIN:
             await _note(run, records.save_review(record, number, written.model_copy(update={"outcome": "uncertain"})))
+            if isinstance(error, CrewError):
+                raise uncertain_error(run, written) from error
         else:
             await _note(run, records.remove_review(record, number, written))
         raise
