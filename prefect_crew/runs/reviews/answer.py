@@ -146,6 +146,7 @@ def _to_write_down(run: LiveRun, status: CrewStatus, question: ReviewRequest, re
     return review.model_copy(
         update={
             "feedback": run.redact_text(review.feedback)[:FEEDBACK_KEPT] if run.show == "full" else "",
+            "option": review.option and run.redact(review.option),
             "by": run.redact(one_line(review.by))[:MAX_NAME],
             "at": utcnow(),
             "task_id": run.redact_name(question.task_id),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast
 from uuid import UUID, uuid4
@@ -50,7 +50,9 @@ class ReviewForm(RunInput):
     question: str = Field(default="", title="Question", description="The question of this form: leave it as it is.")
 
     @classmethod
-    def about(cls, question: ReviewRequest, text: str, task: str = "", mark: str = "") -> type[ReviewForm]:
+    def about(
+        cls, question: ReviewRequest, text: str, task: str = "", mark: str = "", options: Sequence[str] = ()
+    ) -> type[ReviewForm]:
         """Return the form of one question, with the text above its fields.
 
         A page may still show an earlier form when a person submits it, and Prefect then accepts it as the current form.
@@ -60,25 +62,34 @@ class ReviewForm(RunInput):
             question, text: The question, and the text.
             task: The masked name of the task.
             mark: A digest that no other question has.
+            options: The options of the question, masked by `masked_options`.
         """
         name = f"{task}, question {question.round}, run {question.kickoff_id}, {mark[:8]}"
         own = cls.model_fields["question"]
         only = Field(default=name, title=own.title, description=own.description, json_schema_extra={"enum": [name]})
         fields: dict[str, Any] = {"question": (str, only)}
-        if question.options:
-            options: list[Any] = list(question.options)
+        if shown := options or question.options:
+            options_shown: list[Any] = list(shown)
             description = "The outcome that the Flow continues with."
-            outcome = Field(title="Decision", description=description, json_schema_extra={"enum": options})
+            outcome = Field(title="Decision", description=description, json_schema_extra={"enum": options_shown})
             fields["decision"] = (str, outcome)
         return create_model(cls.__name__, __base__=cls, **fields).with_initial_data(description=text)
 
-    def review(self, question: ReviewRequest) -> Review:
-        """Return the submitted form as an answer to its question."""
+    def review(self, question: ReviewRequest, options: Sequence[str] = ()) -> Review:
+        """Return the submitted form as an answer to its question. `options` are those of `about`."""
         decision, by = str(self.decision), self.name.strip() or "the form"
+        decision = dict(zip(options, question.options, strict=False)).get(decision, decision)
         if decision not in question.options:
             return Review(approve=decision == "approve", feedback=self.feedback, by=by)
         approve = approves(question.options, decision)
         return Review(approve=approve, feedback=self.feedback, option=decision, by=by)
+
+
+def masked_options(run: LiveRun, question: ReviewRequest) -> list[str]:
+    """Return the options of a Flow's question for its form, with numbers if masking makes two of them equal."""
+    options = [run.redact(option) for option in question.options]
+    is_clear = len({*options}) == len(options)
+    return options if is_clear else [f"{number}: {option}" for number, option in enumerate(options, 1)]
 
 
 def _of_run(kickoff_id: str) -> str:
@@ -135,7 +146,8 @@ class Form:
             self._mark = digest(question.task_id, question.round, question.output_digest, question.id, moment)
         self._base = _of_run(question.kickoff_id) + self._mark
         task = self._run.redact_name(question.task_id)
-        self._model = ReviewForm.about(question, _text(self._run, question), task, self._mark)
+        options = masked_options(self._run, question)
+        self._model = ReviewForm.about(question, _text(self._run, question), task, self._mark, options)
 
     async def look(self) -> ReviewForm | None:
         """Return the submitted form, also if no process ran when a person submitted it. Else put the form up."""

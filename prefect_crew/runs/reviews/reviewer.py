@@ -36,7 +36,7 @@ from prefect_crew.runs.reviews.answer import (
     uncertain_error,
     with_kept_output,
 )
-from prefect_crew.runs.reviews.form import PREFECT_WITHIN, Form
+from prefect_crew.runs.reviews.form import PREFECT_WITHIN, Form, masked_options
 from prefect_crew.runs.reviews.links import notify_people
 from prefect_crew.runs.reviews.questions import (
     ReviewChoice,
@@ -357,7 +357,9 @@ class People:
         """
         if self._form is not None:
             submitted = None if question is None else await self._form.look()
-            return None if question is None or submitted is None else submitted.review(question)
+            if question is None or submitted is None:
+                return None
+            return submitted.review(question, masked_options(self.run, question))
         about = self._thinks_about
         if about is not None and (question is None or not is_same_question(about, question)):
             await self._stop_thinking()

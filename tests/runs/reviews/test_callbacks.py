@@ -27,7 +27,7 @@ from prefect_crew.records.notes import forget_question, keep_question, kept_ques
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
-from prefect_crew.runs.reviews.form import ReviewForm
+from prefect_crew.runs.reviews.form import ReviewForm, masked_options
 from prefect_crew.runs.run import LiveRun
 from support.scripts import script
 from support.waiting import until
@@ -331,3 +331,16 @@ def test_the_form_knows_which_outcome_approves(options: tuple[str, ...], approvi
     given = [form.model_validate({"decision": option}).review(question) for option in options]
     assert [one.option for one in given] == list(options)
     assert [one.option for one in given if one.approve] == approving
+
+
+@pytest.mark.parametrize("are_alike", [False, True], ids=["unlike", "alike"])
+def test_the_form_masks_the_flows_options_and_knows_each(are_alike: bool) -> None:
+    run = LiveRun(crew_of(DeployedCrew(url="https://crew.test", token="secret-token")), "k1")  # type: ignore[arg-type]
+    options = ("send secret-token", run.redact("send secret-token") if are_alike else "keep")
+    question = parse_question(ask(emit=options)["content"])
+    assert question is not None
+    shown = masked_options(run, question)
+    form = ReviewForm.about(question, "text", options=shown)
+    assert "secret-token" not in str(form.model_json_schema())
+    answers = [form.model_validate({"decision": option}).review(question, shown) for option in shown]
+    assert [answer.option for answer in answers] == list(question.options)
