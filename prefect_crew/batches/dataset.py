@@ -80,8 +80,8 @@ class Row:
 class Dataset:
     """Rows that can be read several times. `name` is for people, without any secret of an address.
 
-    `rows` also yields lines that hold no row, with their `fault`. `address` is the address for another machine, and
-    `digest` returns the SHA-256 of the file there; both are None for rows that only this process has.
+    `rows` also yields lines that hold no row, with their `fault`. A later call opens `address`. `digest` returns the
+    SHA-256 of the file, or of a query's rows. Both are None for rows that only this process has.
     """
 
     name: str
@@ -557,7 +557,7 @@ def _frame_rows(frame: Any, library: str, name: str) -> Iterator[Mapping[Any, An
 class Spool:
     """Rows that can be read once, in a temporary file of this machine, from which they are read again.
 
-    `fetch` calls `fill` of a spool, once, when its rows are first read. Raises DatasetError.
+    The argument `fetch`, if given, calls `fill` at the first read. Raises DatasetError.
     """
 
     def __init__(self, name: str, fetch: Callable[[Spool], None] | None = None) -> None:

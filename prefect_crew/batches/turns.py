@@ -25,7 +25,7 @@ from prefect_crew.runs.turns import LOOK_AGAIN, wait_for_turn
 from prefect_crew.states import CrewState
 
 NOTED_WITHIN = 5.0
-"""Seconds for noting that turns are over: a batch that is cancelled must end."""
+"""Seconds for noting that turns are over, for which a cancelled batch waits."""
 
 
 class RowTurns:

@@ -48,14 +48,15 @@ async def wait_for_turn(
 ) -> None:
     """Wait until a turn is over. If its caller died before it could send a kickoff, void its claim.
 
-    The caller's limits, errors and cancellation do not touch the run. If nobody has stored the run's end, the caller
-    stores it.
+    This call's limits, errors and cancellation do not touch the run. If nobody has stored the run's end, this call
+    does.
 
     Raises:
         SessionBlockedError: The turn is uncertain or lost, or was in flight for a time limit of the policy (`timeout`,
             `human_timeout`), counted from `asked_at`.
         FlowRunCancelledError: The caller's flow run was cancelled.
-        CrewError: The status call of the run failed. A CrewConnectionError is retried: nothing was sent.
+        CrewError: The status call of the run failed. Prefect may try again after a
+            CrewConnectionError, since nothing was sent.
     """
     claim, bystander = OtherClaim(records), _Bystander(caller)
     text = "Session %r: this call waits for turn %d, run %s."

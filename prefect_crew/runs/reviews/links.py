@@ -84,7 +84,7 @@ class AnswerLink:
 
 
 def read_link(token: str, secret: SecretStr) -> tuple[AnswerLink, SecretStr] | None:
-    """Return the link of a token and the secret that signed it, None if it is forged, foreign or expired."""
+    """Return a token's link and which secret signed it, None if it is forged, expired or no answer link."""
     unsealed = None if len(token) > MAX_LINK else unseal("answer", token, secret)
     if unsealed is None:
         return None
