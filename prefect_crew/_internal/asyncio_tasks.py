@@ -149,7 +149,7 @@ def in_async_context() -> bool:
 
     A sync flow that an async flow has called runs on the thread of that event loop, and cannot await.
     """
-    if not _loop_runs():
+    if not loop_runs():
         return False
     task_context, flow_context = TaskRunContext.get(), FlowRunContext.get()
     around: Any = None
@@ -160,7 +160,8 @@ def in_async_context() -> bool:
     return around is None or bool(around.isasync)
 
 
-def _loop_runs() -> bool:
+def loop_runs() -> bool:
+    """Return whether an event loop runs in this thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -170,7 +171,7 @@ def _loop_runs() -> bool:
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end from sync code, with the caller's context variables."""
-    if not _loop_runs():
+    if not loop_runs():
         return asyncio.run(coroutine)
     # In a sync flow that an async flow has called, this call blocks the thread's loop: the coroutine gets a thread.
     begun: Future[Callable[[], Any]] = Future()

@@ -31,7 +31,9 @@ from prefect.flow_engine import AsyncFlowRunEngine
 from prefect.flows import Flow
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling
+from prefect.task_runners import ThreadPoolTaskRunner
 
+from prefect_crew._internal.asyncio_tasks import loop_runs
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
 from prefect_crew._text import version_numbers
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError
@@ -46,6 +48,7 @@ NAMES: Mapping[str, str | None] = {
     "prefect.flow_engine:amaintain_concurrency_lease": None,
     "prefect.results:_read_server_default_result_storage_block_id": None,
     "prefect.results:_aread_server_default_result_storage_block_id": None,
+    "prefect.task_runners:ThreadPoolTaskRunner.cancel_all": None,
     "prefect.flow_engine:AsyncFlowRunEngine.start": None,
     "prefect.flow_engine:AsyncFlowRunEngine.is_running": None,
     "prefect.flow_engine:AsyncFlowRunEngine.run_context": None,
@@ -203,8 +206,11 @@ def _light_engine() -> Generator[None]:
       which gives its slot back.
     - Prefect asks the server for its default result storage three times for each flow run, twice by a call that blocks
       the event loop. Once a minute is enough.
+    - `ThreadPoolTaskRunner.cancel_all` ends each flow run. It would block the event loop until the threads of submitted
+      tasks have ended, also if the flow run was cancelled. The tasks end by themselves.
     """
     engine, results = prefect.flow_engine, prefect.results
+    cancel_all = ThreadPoolTaskRunner.cancel_all
     ask_server = results._read_server_default_result_storage_block_id  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
     @lru_cache(maxsize=1)
@@ -217,6 +223,13 @@ def _light_engine() -> Generator[None]:
     async def aanswer() -> Any:
         return answer()
 
+    def cancel_all_here(runner: Any) -> None:
+        executor = runner._executor  # noqa: SLF001
+        if executor is not None and loop_runs():
+            executor.shutdown(wait=False, cancel_futures=True)
+            runner._executor = None  # noqa: SLF001 - so that `cancel_all` only sets the tasks' events
+        cancel_all(runner)
+
     replaced: dict[tuple[Any, str], Any] = {
         (engine, "capture_sigterm"): _nothing,
         (engine, "_send_heartbeats"): _nothing,
@@ -224,6 +237,7 @@ def _light_engine() -> Generator[None]:
         (engine, "amaintain_concurrency_lease"): _renewed_lease,
         (results, "_read_server_default_result_storage_block_id"): answer,
         (results, "_aread_server_default_result_storage_block_id"): aanswer,
+        (ThreadPoolTaskRunner, "cancel_all"): cancel_all_here,
     }
     # `check_prefect` has made sure that only names are missing that may be missing.
     before = {place: getattr(*place) for place in replaced if hasattr(*place)}

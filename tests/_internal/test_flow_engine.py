@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from uuid import UUID, uuid4
 
 import prefect
 import prefect.flow_engine
+import prefect.task_runners
 import pytest
+from prefect import flow, task
 from prefect.workers.base import BaseWorker
 
-from prefect_crew._internal.flow_engine import check_prefect, shared
+from prefect_crew._internal.flow_engine import check_prefect, many_flow_runs, shared
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.worker import CrewWorker
+from support.waiting import until
 
 
 def test_the_installed_prefect_has_all_names():
@@ -26,6 +31,7 @@ def test_the_installed_prefect_has_all_names():
         (prefect.flow_engine, "_send_heartbeats"),
         (prefect.results, "_aread_server_default_result_storage_block_id"),
         (prefect.flow_engine.AsyncFlowRunEngine, "handle_crash"),
+        (prefect.task_runners.ThreadPoolTaskRunner, "cancel_all"),
         (BaseWorker, "_emit_flow_run_submitted_event"),
     ],
 )
@@ -45,6 +51,53 @@ def test_a_name_may_be_absent_from_a_version_on(monkeypatch: pytest.MonkeyPatch,
         assert is_refused
     else:
         assert not is_refused
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_flow_that_ends_does_not_wait_on_its_event_loop_for_a_submitted_task():
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    @task
+    def work() -> None:
+        begun.set()
+        may_end.wait(20)
+        ended.set()
+
+    @flow
+    async def submits() -> None:
+        work.submit()
+        await asyncio.Event().wait()
+
+    with many_flow_runs(print):
+        running = asyncio.create_task(submits())
+        await until(begun.is_set, "the task has begun")
+        cancelled_at = time.monotonic()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert time.monotonic() - cancelled_at < 10
+        may_end.set()
+        await until(ended.is_set, "the task goes on to its end")
+
+
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_task_runner_still_waits_where_no_event_loop_runs():
+    begun, ended = threading.Event(), threading.Event()
+
+    @task
+    def work() -> None:
+        begun.set()
+        time.sleep(0.5)
+        ended.set()
+
+    @flow
+    def submits() -> None:
+        work.submit()
+        begun.wait(20)
+
+    with many_flow_runs(print):
+        await asyncio.to_thread(submits)
+        assert ended.is_set()
 
 
 async def test_reads_of_one_id_share_the_next_request_and_never_one_that_was_made_before_the_call():
