@@ -14,7 +14,7 @@ from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
 from prefect.tasks import TaskOptions
 from pydantic import Field
 
-from prefect_crew._internal.asyncio_tasks import ENDINGS, sync_version
+from prefect_crew._internal.asyncio_tasks import ENDINGS, OwnTask, sync_version
 from prefect_crew._internal.prefect_api import label_flow_run
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import DeployedCrew, find_crew, load_crew, values_of_blocks
@@ -32,12 +32,13 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import render_key, scheduled_start
+from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import LiveRun, next_step, parse_data, read_result
-from prefect_crew.runs.stop import stop_if_asked
+from prefect_crew.runs.stop import STOP_WITHIN, stop_if_asked
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import tasks_of, under_budgets
 
@@ -197,8 +198,11 @@ async def run_tasks(request: RunRequest, *, wait_for: Sequence[Any] = ()) -> Cre
             kickoff_id = await kickoff_task.acall(run, request.inputs, **names, wait_for=wait_for or None)
             return await wait_task.acall(run, kickoff_id, **names)
         except ENDINGS:
-            if run.is_fresh and run.record is not None:  # the wait, which stops a cancelled crew, has not begun
-                await stop_if_asked(run.session, run.record, run.records)
+            # The wait, which stops a cancelled crew, has not begun.
+            if run.is_fresh and run.record is not None and run.record.phase is RecordPhase.STARTED:
+                work = OwnTask()
+                with work.uncut():  # a crew worker cancels again and again
+                    await work.run(stop_if_asked(run.session, run.record, run.records), within=STOP_WITHIN)
             raise
 
 

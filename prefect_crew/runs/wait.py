@@ -67,7 +67,6 @@ async def _wait_for_run(run: LiveRun, options: RunOptions, work: OwnTask) -> Cre
         if not run.is_fresh:
             # The key in the options may be a template; the record has the rendered key.
             await read_record(run, run.idempotency_key or options.idempotency_key)
-        run.is_fresh = False
         waiting = _result(_Waiter(run, options.wait or run.crew.wait, options.review, work))
         # No variable holds the result: error reporters show the local variables of all frames.
         return parse_data(await waiting, options.output_type, run=run)
@@ -78,6 +77,7 @@ async def _result(waiter: _Waiter) -> CrewResult:
     run = waiter.run
     with withholding(run.redact_text):
         if run.record is not None and run.record.phase is RecordPhase.ENDED:
+            run.is_fresh = False
             if waiter.own is not None:
                 waiter.meet_people()
             try:
@@ -156,6 +156,7 @@ class _Waiter(Watcher):
                 # Concurrently with the wait. If the process dies and somebody cancels the flow run, the worker finds
                 # the run by its artifact.
                 self._show_beside()
+            run.is_fresh = False  # from here on, this wait stops the crew of a cancelled flow run
             try:
                 status = await poll(
                     lambda: run.session.call(lambda client: client.status(run.kickoff_id)),

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from prefect import flow, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
@@ -28,6 +27,7 @@ from prefect_crew.runs import limits
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.tasks import stop_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
+from support.limits import new_limit
 from support.records import new_record, put
 from support.scripts import FAILS, JOURNAL, slow
 from support.waiting import until, wait_until
@@ -39,13 +39,6 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 @pytest.fixture(autouse=True)
 def looks_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LOOK_AGAIN", (0.02, 0.05))
-
-
-async def limit(slots: int) -> str:
-    made = f"limit-{uuid.uuid4().hex[:8]}"
-    async with get_client() as client:
-        await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=made, limit=slots))
-    return made
 
 
 async def held(name: str) -> int:
@@ -63,7 +56,7 @@ def started_one_after_the_other(server: CrewServer) -> bool:
     ("way", "inside"), [*((way, True) for way in WAYS), ("run_crew", False), ("trigger", False), ("batch", False)]
 )
 async def test_a_limit_holds_for_every_way_to_start(crew_server: CrewServerFactory, way: str, inside: bool):
-    server, name = crew_server(slow(0.1)), await limit(1)
+    server, name = crew_server(slow(0.1)), await new_limit(1)
     crew = server.crew(concurrency_limit=name)
 
     async def both() -> None:
@@ -79,7 +72,7 @@ async def test_a_limit_holds_for_every_way_to_start(crew_server: CrewServerFacto
 @pytest.mark.parametrize("slots", [None, 0])
 async def test_a_missing_or_empty_limit_starts_nothing(crew_server: CrewServerFactory, way: str, slots: int | None):
     server = crew_server(slow(0.1))
-    crew = server.crew(concurrency_limit="nobody-made-it" if slots is None else await limit(slots))
+    crew = server.crew(concurrency_limit="nobody-made-it" if slots is None else await new_limit(slots))
     message = "'nobody-made-it', which does not exist" if slots is None else "which is below 1"
     with pytest.raises(Exception, match=message) as raised:
         await WAYS[way](crew, "a")
@@ -90,7 +83,7 @@ async def test_a_missing_or_empty_limit_starts_nothing(crew_server: CrewServerFa
 
 async def test_a_batch_beyond_the_limit_is_refused(crew_server: CrewServerFactory, tmp_path: Path):
     server = crew_server(slow(0.1))
-    crew = server.crew(concurrency_limit=await limit(3))
+    crew = server.crew(concurrency_limit=await new_limit(3))
     with pytest.raises(pc.ConfigurationError, match="Give max_in_flight=3 or less"):
         await pc.arun_batch(crew, [{"n": 1}], name="too many", export=str(tmp_path / "out.jsonl"), max_in_flight=5)
     assert server.kickoffs == 0
@@ -104,7 +97,7 @@ async def test_a_batch_that_waits_for_a_slot_says_so(
 ):
     monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.1)
     monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
-    server, name, phases, flow_runs = crew_server(slow(0.1)), await limit(2), list[str](), list[Any]()
+    server, name, phases, flow_runs = crew_server(slow(0.1)), await new_limit(2), list[str](), list[Any]()
     crew = server.crew(concurrency_limit=name)
     others = [await take_slots(crew_of(crew)) for _ in range(2)]
     rows, about = [{"n": number} for number in range(3)], {"name": f"waits {name}", "export": f"{tmp_path}/o.jsonl"}
@@ -139,7 +132,7 @@ async def test_a_batch_leaves_others_their_turn(
     crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(limits, "PASSED_ON", 0.3)
-    server, name = crew_server(slow(0.2)), await limit(3)
+    server, name = crew_server(slow(0.2)), await new_limit(3)
     crew = server.crew(concurrency_limit=name)
     other = await take_slots(crew_of(crew))  # it is held until the end: the batch begins with what there is
     rows = [{"n": number} for number in range(30)]
@@ -170,7 +163,7 @@ async def test_a_release_at_the_end_of_a_batch_is_sent_once(
         await asyncio.sleep(1)
 
     monkeypatch.setattr(limits, "release", slow)
-    name = await limit(2)
+    name = await new_limit(2)
     crew = crew_of(crew_server("echo").crew(concurrency_limit=name))
     await take_slots(crew)
     async with limits.SlotPool(crew) as pool:
@@ -181,7 +174,7 @@ async def test_a_release_at_the_end_of_a_batch_is_sent_once(
 
 
 async def test_two_waits_that_see_one_end_give_one_slot_back(crew_server: CrewServerFactory):
-    server, name = crew_server(slow(0.5)), await limit(2)
+    server, name = crew_server(slow(0.5)), await new_limit(2)
     crew = server.crew(concurrency_limit=name)
     await take_slots(crew_of(crew))
     run = await crew.atrigger({"text": "a"})
@@ -201,7 +194,7 @@ async def test_short_rows_pass_their_slots_on(
 
     monkeypatch.setattr(limits, "_taken", counted)
     monkeypatch.setattr(limits, "PASSED_ON", 60.0)
-    server, name = crew_server(slow(0.1)), await limit(2)
+    server, name = crew_server(slow(0.1)), await new_limit(2)
     rows = [{"n": number} for number in range(20)]
     crew = server.crew(concurrency_limit=name)
     assert (await pc.arun_batch(crew, rows, name=f"short {name}", export=f"{tmp_path}/out.jsonl")).completed == 20
@@ -210,7 +203,7 @@ async def test_short_rows_pass_their_slots_on(
 
 
 async def test_a_kicked_off_run_keeps_its_slot(crew_server: CrewServerFactory):
-    server, name = crew_server("echo"), await limit(1)
+    server, name = crew_server("echo"), await new_limit(1)
     crew = server.crew(concurrency_limit=name)
     first = await crew.atrigger({"text": "a"})
     second = asyncio.ensure_future(crew.atrigger({"text": "b"}))
@@ -222,7 +215,7 @@ async def test_a_kicked_off_run_keeps_its_slot(crew_server: CrewServerFactory):
 
 
 async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
-    name = await limit(1)
+    name = await new_limit(1)
     crew = crew_server(slow(60)).crew(concurrency_limit=name)
     run = await crew.atrigger({"text": "a"})
     assert await held(name) == 1
@@ -241,7 +234,7 @@ async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
 
 
 async def test_a_refused_claim_gives_the_slot_back(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
-    server, name = crew_server("echo"), await limit(1)
+    server, name = crew_server("echo"), await new_limit(1)
 
     async def refused(*_: Any) -> bool:
         raise ObjectNotFound(Exception("refused"))
@@ -258,7 +251,7 @@ async def test_a_row_left_in_flight_keeps_its_slot(
 ):
     monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.1)
     monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
-    server, name, flow_runs = crew_server(slow(60)), await limit(2), list[Any]()
+    server, name, flow_runs = crew_server(slow(60)), await new_limit(2), list[Any]()
     crew = server.crew(concurrency_limit=name)
     wait = pc.WaitPolicy(timeout=0.5) if end == "out of time" else None
     about: dict[str, Any] = {"name": f"left {name}", "export": f"{tmp_path}/o.jsonl", "on_cancel": "leave"}
@@ -280,7 +273,7 @@ async def test_a_row_left_in_flight_keeps_its_slot(
 
 
 async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServerFactory):
-    name, other = await limit(1), await limit(1)
+    name, other = await new_limit(1), await new_limit(1)
     server = crew_server("echo", faults=["kickoff:500"])
     with pytest.raises(pc.KickoffUncertainError):
         await pc.arun_crew(server.crew(concurrency_limit=name), {"text": "a"})
@@ -291,7 +284,7 @@ async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServe
 
 
 async def test_a_start_after_a_void_claim_takes_a_slot(crew_server: CrewServerFactory):
-    server, name, idempotency_key = crew_server(slow(60)), await limit(1), str(uuid.uuid4())
+    server, name, idempotency_key = crew_server(slow(60)), await new_limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)
     await put(new_record(idempotency_key, crew_url=server.url, inputs_digest=Inputs.of({}).digest, open_for=0.0))
     await crew.atrigger({}, idempotency_key=idempotency_key)
@@ -299,7 +292,7 @@ async def test_a_start_after_a_void_claim_takes_a_slot(crew_server: CrewServerFa
 
 
 async def test_a_key_without_attempts_left_waits_for_no_slot(crew_server: CrewServerFactory):
-    crew = crew_server(FAILS).crew(concurrency_limit=await limit(1), max_attempts=1)
+    crew = crew_server(FAILS).crew(concurrency_limit=await new_limit(1), max_attempts=1)
     idempotency_key = str(uuid.uuid4())
     with pytest.raises(pc.CrewFailedError):
         await pc.arun_crew(crew, idempotency_key=idempotency_key)
@@ -309,7 +302,7 @@ async def test_a_key_without_attempts_left_waits_for_no_slot(crew_server: CrewSe
 
 
 async def test_a_reattached_run_needs_no_slot(crew_server: CrewServerFactory):
-    server, name, idempotency_key = crew_server(slow(0.2)), await limit(1), str(uuid.uuid4())
+    server, name, idempotency_key = crew_server(slow(0.2)), await new_limit(1), str(uuid.uuid4())
     crew = server.crew(concurrency_limit=name)
     first, second = await asyncio.gather(
         *(pc.arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key) for _ in range(2))
@@ -323,7 +316,7 @@ async def test_a_reattached_run_needs_no_slot(crew_server: CrewServerFactory):
 async def test_a_lost_slot_is_replaced_if_one_is_free(
     crew_server: CrewServerFactory,
 ):
-    server, name = crew_server(slow(0.2)), await limit(1)
+    server, name = crew_server(slow(0.2)), await new_limit(1)
     crew = server.crew(concurrency_limit=name)
     for is_taken in (False, True):
         run = await crew.atrigger({"a": 1})
@@ -338,7 +331,7 @@ async def test_a_lease_is_renewed_and_its_loss_logged(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(limits, "RENEW", 0.02)
-    crew = crew_server("echo").crew(concurrency_limit=await limit(1))
+    crew = crew_server("echo").crew(concurrency_limit=await new_limit(1))
     slots = await take_slots(crew_of(crew))
     async with slots.kept(), asyncio.timeout(20):
         await asyncio.sleep(0.2)
@@ -349,7 +342,7 @@ async def test_a_lease_is_renewed_and_its_loss_logged(
 
 async def test_a_caller_that_waits_for_its_turn_holds_no_slot(crew_server: CrewServerFactory):
     server = crew_server(JOURNAL, speed=0.4)
-    crew = server.crew(concurrency_limit=await limit(2))
+    crew = server.crew(concurrency_limit=await new_limit(2))
 
     async def run(text: str, session: str) -> str:
         return (await pc.arun_crew(crew, {"note": text}, session=session)).output

@@ -32,6 +32,7 @@ from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
+from support.limits import new_limit
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.proxy import through
@@ -280,20 +281,38 @@ def test_a_retried_flow_run_may_complete(crew_server: CrewServerFactory, seen: S
 # A run under a runner, which gets a cancellation like any other
 
 
-async def cancelled_midway(server: Any, seen: Seen, kind: str | None, *, at: str = "status", **policy: Any) -> str:
-    """Run a crew in a flow, put the flow run into a state at a request, cancel the task as a runner's signal does."""
+async def cancelled_midway(
+    server: Any,
+    seen: Seen,
+    kind: str | None,
+    *,
+    at: str = "status",
+    when: Callable[[], Any] | None = None,
+    is_cancelled_again: bool = False,
+    idempotency_key: str | None = None,
+    concurrency_limit: str | None = None,
+    **policy: Any,
+) -> str:
+    """Run a crew in a flow, put the flow run into a state at a request, cancel the task as a runner's signal does.
+
+    `is_cancelled_again`: cancel it a second time during the stop, as a crew worker does.
+    """
     ids: list[Any] = []
 
     @flow
     async def trip() -> None:
         ids.append(flow_run.id)
-        await pc.arun_crew(server.crew(wait=pc.WaitPolicy(**policy)))
+        crew = server.crew(wait=pc.WaitPolicy(**policy), concurrency_limit=concurrency_limit)
+        await pc.arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
 
     running = asyncio.ensure_future(trip())
-    await until(lambda: server.requests[at], "the request is made")
+    await until(when or (lambda: server.requests[at]), "the request is made")
     if kind:
         await asyncio.to_thread(seen.set_state, ids[0], kind)
     running.cancel()
+    if is_cancelled_again:
+        await until(lambda: server.requests["stop"], "the crew is asked to stop")
+        running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     return str(ids[0])
@@ -310,17 +329,48 @@ def test_a_cancelled_flow_run_stops_its_crew(crew_server: CrewServerFactory, see
     assert [event["event"] for event in seen.events(server.runs[0].id)][-1] == "crew.stopped"
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-def test_a_flow_run_cancelled_before_the_wait_stops_its_crew(
-    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
-):
-    async def not_begun(*_: Any) -> None:
+def hang(monkeypatch: pytest.MonkeyPatch, place: str) -> Callable[[], bool]:
+    """Let a coroutine function hang; return a function that returns whether it was called."""
+    calls: list[bool] = []
+
+    async def hanging(*_: Any) -> None:
+        calls.append(True)
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("prefect_crew.tasks.wait_for_run", not_begun)
-    server = crew_server(slow(60))
-    asyncio.run(cancelled_midway(server, seen, "CANCELLING", at="kickoff"))
+    monkeypatch.setattr(place, hanging)
+    return lambda: bool(calls)
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+@pytest.mark.parametrize("place", ["prefect_crew.tasks.wait_for_run", "prefect_crew.runs.wait.slot_of"])
+def test_a_flow_run_cancelled_before_the_wait_stops_its_crew(
+    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    server, limit = crew_server(slow(60)), asyncio.run(new_limit(1))
+    when = hang(monkeypatch, place)
+    asyncio.run(cancelled_midway(server, seen, "CANCELLING", when=when, concurrency_limit=limit))
     assert server.requests["stop"] == 1
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+def test_a_second_cancellation_cuts_no_stop_off(
+    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
+):
+    server = crew_server(slow(60), faults=["stop:latency=1"])
+    when = hang(monkeypatch, "prefect_crew.tasks.wait_for_run")
+    asyncio.run(cancelled_midway(server, seen, "CANCELLING", when=when, is_cancelled_again=True))
+    assert seen.record(next(iter(server.kickoffs_by_key)))["state"] == "stopped"
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+def test_an_ended_run_is_not_called_left_running(
+    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
+):
+    server, idempotency_key = crew_server("echo"), key()
+    pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
+    when = hang(monkeypatch, "prefect_crew.tasks.wait_for_run")
+    flow_run_id = asyncio.run(cancelled_midway(server, seen, None, when=when, idempotency_key=idempotency_key))
+    assert "is left running" not in seen.logs(flow_run_id)
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
