@@ -612,6 +612,22 @@ def test_cancelling_stops_a_crew_that_its_flow_run_does_not_wait_for_at_that_mom
     assert ([run.state for run in crew.runs], crew.requests["stop"]) == (["stopped"], 1)
 
 
+@pytest.mark.parametrize("how", ["task", "thread"])
+def test_what_a_cancelled_flow_run_has_spawned_starts_no_further_crew(handed: Handed, how: str):
+    pool, crew = handed.pool, handed.crew
+    pool.worker("one")
+    run_id = pool.start(pool.deploy("spawns", f"{USER_FLOWS}.spawns"), how=how)
+    wait_until(lambda: crew.requests["status"] > 0, seconds=60, what="the first wait")
+    pool.set_state(run_id, "CANCELLING")
+    assert pool.wait_for(run_id)["state_name"] == "Cancelled"
+
+    def has_gone_on() -> bool:
+        return crew.kickoffs > 1 or pool.logs(run_id).count("FlowRunCancelledError") >= 2
+
+    wait_until(has_gone_on, seconds=30, what="its next two starts")
+    assert ([run.state for run in crew.runs], crew.requests["stop"]) == (["stopped"], 1)
+
+
 def test_a_flow_run_that_is_suspended_from_outside_ends_its_coroutine_and_continues_when_it_is_resumed(handed: Handed):
     pool, crew = handed.pool, handed.crew
     quick = pool.add_crew("quick", QUICK)

@@ -69,7 +69,8 @@ def started_by_runner() -> bool:
 async def is_cancelled_on_server(run_id: str | None) -> bool:
     """Return whether a flow run, or a flow run above it, is cancelled or cancelling.
 
-    A person who cancels a flow run means its subflows too, but their own states do not change.
+    A person who cancels a flow run means its subflows too, but their own states do not change. A flow run of a
+    deployment runs by itself: Prefect does not cancel it with the flow run that triggered it.
 
     Raises:
         PREFECT_ERRORS: The Prefect API cannot be reached.
@@ -83,7 +84,7 @@ async def is_cancelled_on_server(run_id: str | None) -> bool:
                 flow_run = await client.read_flow_run(at)
                 if flow_run.state is not None and (flow_run.state.is_cancelling() or flow_run.state.is_cancelled()):
                     return True
-                parent = flow_run.parent_task_run_id
+                parent = flow_run.parent_task_run_id if flow_run.deployment_id is None else None
                 at = None if parent is None else (await client.read_task_run(parent)).flow_run_id
             except ObjectNotFound:
                 break
@@ -148,7 +149,7 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
         parents = FlowRunFilterParentFlowRunId(any_=ids[at:])
         at = len(ids)
         children = await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
-        ids += [child.id for child in children]
+        ids += [child.id for child in children if child.deployment_id is None]  # others run by themselves
     names, owners = await claims_shown(client, ids), {str(id_) for id_ in ids}
     claims = await _latest_claims(client, flow_run.start_time, owners)
     for start in range(0, len(names), PAGE):

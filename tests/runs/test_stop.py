@@ -13,13 +13,14 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prefect import flow, get_client
+from prefect.deployments import run_deployment
 from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
-from prefect.states import Scheduled
+from prefect.states import Cancelling, Scheduled
 
 import prefect_crew as pc
 from prefect_crew.blocks import crew_of
@@ -36,7 +37,7 @@ from support.limits import new_limit
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.proxy import through
-from support.records import key, record_of
+from support.records import key, new_record, put, record_of
 from support.scripts import slow
 from support.seen import Seen
 from support.waiting import until, wait_until
@@ -674,6 +675,28 @@ async def test_runs_are_found_by_artifacts(crew_server: CrewServerFactory, monke
     assert await open_ids(flow_run_id) == set(kickoff_ids)
     await stop.stop_run(LiveRun(crew_of(server.crew()), kickoff_ids[0]))
     assert await open_ids(flow_run_id) == {kickoff_ids[1]}
+
+
+async def test_a_flow_run_of_a_deployment_runs_by_itself(seen: Seen):
+    ids, name = list[Any](), f"deployed-{uuid.uuid4().hex[:8]}"
+
+    @flow(name=name)
+    async def trip() -> None:
+        ids.append(str(flow_run.id))
+        ids.append(str((await cast("Any", run_deployment(f"{name}/{name}", timeout=0))).id))
+
+    async with get_client() as client:
+        await client.create_deployment(await client.create_flow(trip), name=name)
+    await trip()
+    own, deployed = ids
+    assert deployed in [child["id"] for child in seen.subflow_runs(own)]
+    await put(new_record(phase=RecordPhase.STARTED, kickoff_id=str(uuid.uuid4()), flow_run_id=deployed))
+    assert await open_ids(uuid.UUID(own)) == set()
+    assert len(await open_ids(uuid.UUID(deployed))) == 1
+    async with get_client() as client:
+        await client.set_flow_run_state(uuid.UUID(own), Cancelling(), force=True)
+    assert await stop.is_cancelled_on_server(own)
+    assert not await stop.is_cancelled_on_server(deployed)
 
 
 @pytest.mark.parametrize("most", [stop.LATEST, 0], ids=["by what changed last", "not without a look there"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prefect import flow, get_run_logger, task
 
-from prefect_crew import arun_batch, arun_crew, kickoff_crew
+from prefect_crew import CrewError, arun_batch, arun_crew, kickoff_crew, run_crew
 
 
 @flow
@@ -89,6 +89,33 @@ async def starts_and_sleeps(seconds: float) -> None:
     """Start a crew, and do something else before the wait for it."""
     await kickoff_crew("on-command", {"topic": "tea"})
     await asyncio.sleep(seconds)
+
+
+@flow
+async def spawns(how: str) -> None:
+    """Start three crews one after the other, whatever ends the wait for each, in a task or a thread of its own."""
+    log = get_run_logger()
+
+    async def in_a_task() -> None:
+        for number in range(3):
+            try:
+                await arun_crew("on-command", {"topic": f"city {number}"})
+            except CrewError as error:
+                log.info("%s", type(error).__name__)
+
+    def in_a_thread() -> None:
+        for number in range(3):
+            try:
+                run_crew("on-command", {"topic": f"city {number}"})
+            except CrewError as error:
+                log.info("%s", type(error).__name__)
+
+    @flow
+    async def within() -> None:
+        # Neither ends with the coroutine that waits for it.
+        await (asyncio.wait([asyncio.create_task(in_a_task())]) if how == "task" else asyncio.to_thread(in_a_thread))
+
+    await within()
 
 
 @flow(persist_result=True)
