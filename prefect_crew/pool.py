@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 from uuid import UUID
@@ -34,7 +35,7 @@ from prefect_crew.blocks import find_crew
 from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.records.model import RunRecord
 from prefect_crew.runs.run import LiveRun
-from prefect_crew.runs.stop import open_runs_of, stop_run, stop_was_asked
+from prefect_crew.runs.stop import cancel_command, open_runs_of, stop_run, stop_was_asked
 
 UNOWNED_FOR = 60.0
 """Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
@@ -135,8 +136,13 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
 
     async def stop(record: RunRecord) -> None:
         if record.kickoff_id is None:
-            text = "The kickoff of run %r is uncertain. If it started a run, the run continues at %s."
-            log.warning(text, record.idempotency_key, record.crew_url)
+            log.warning(
+                "The kickoff of run %r is uncertain. If it started a run, the run continues at %s. Look at the crew's "
+                "page, then run: prefect-crew runs resolve %s --kickoff-id ID, or --never-started.",
+                record.idempotency_key,
+                record.crew_url,
+                shlex.quote(record.idempotency_key),
+            )
             return
         try:
             crew = await find_crew(record)
@@ -146,8 +152,8 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
                 answer = await stop_run(LiveRun(crew, record.kickoff_id), idempotency_key=record.idempotency_key)
             log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
         except (CrewError, *PREFECT_ERRORS) as error:
-            text = "Crew run %s could not be stopped (%s): it continues at %s."
-            log.warning(text, record.kickoff_id, error, record.crew_url)
+            text = "Crew run %s could not be stopped (%s): it continues at %s. To stop the crew, run: %s"
+            log.warning(text, record.kickoff_id, error, record.crew_url, cancel_command(record))
 
     open_runs = await open_runs_of(client, flow_run)
     await asyncio.gather(*(stop(record) for record in open_runs if not stop_was_asked(record)))

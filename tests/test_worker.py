@@ -83,6 +83,23 @@ async def test_the_crew_of_a_flow_run_that_is_gone_is_asked_to_stop_once(pool: C
     assert crew.requests["stop"] == asked + (reason is None)
 
 
+@pytest.mark.usefixtures("connection")
+async def test_a_crew_of_a_flow_run_that_is_gone_is_named_if_it_may_run_on(
+    pool: CrewPool, caplog: pytest.LogCaptureFixture
+):
+    flow_run = FlowRun(id=uuid4(), flow_id=uuid4(), name="gone")
+    owned = {"flow_run_id": str(flow_run.id), "crew_url": pool.crews["quick"].url}
+    await put(record(**owned))  # a claim alone has surely started nothing
+    cut_off = await put(record(**owned), permit=0)
+    lost = await put(record(phase=RecordPhase.STARTED, kickoff_id="lost", **owned | {"crew_url": "https://gone.test"}))
+    caplog.set_level("WARNING", "prefect.flow_runs")
+    async with get_client() as prefect:
+        await stop_crews_of(prefect, flow_run)
+    assert caplog.text.count(" is uncertain. ") == 1
+    assert f"prefect-crew runs resolve '{cut_off.idempotency_key}' --kickoff-id ID, or --never-started" in caplog.text
+    assert f"To stop the crew, run: prefect-crew runs cancel {lost.kickoff_id}" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def worker(pool: CrewPool) -> Worker:
     return pool.worker("first", PREFECT_WORKER_PREFETCH_SECONDS="300")

@@ -136,7 +136,7 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
 
 
 async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunRecord]:
-    """Return the runs that a flow run or its subflows started, and whose records have no end.
+    """Return the runs that a flow run or its subflows started, or may have started, and whose records have no end.
 
     The artifacts of runs name their claims. A run has no artifact if its process was killed or its wait cancelled
     before. Then its claim is among the Variables that changed last.
@@ -155,8 +155,13 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
     for start in range(0, len(names), PAGE):
         claims += await read_exact(names[start : start + PAGE])
     records, _ = await PrefectRecords().readable([*{claim.id: claim for claim in claims}.values()])
-    is_open = (RecordPhase.STARTED, RecordPhase.UNCERTAIN)
-    return [record for record in records if record.flow_run_id in owners and record.phase in is_open]
+    return [record for record in records if record.flow_run_id in owners and _is_open(record)]
+
+
+def _is_open(record: RunRecord) -> bool:
+    # A claim with a permit: its owner was killed while it sent the kickoff, or sends it now.
+    is_sent = record.phase is RecordPhase.CLAIMED and record.entries > 0
+    return is_sent or record.phase in (RecordPhase.STARTED, RecordPhase.UNCERTAIN)
 
 
 async def _latest_claims(client: PrefectClient, since: datetime | None, owners: Collection[str]) -> list[Variable]:
