@@ -149,7 +149,9 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
             if crew is None:
                 raise ConfigurationError(f"no block {record.crew!r} has its address")
             async with limit:
-                answer = await stop_run(LiveRun(crew, record.kickoff_id), idempotency_key=record.idempotency_key)
+                run = LiveRun(crew, record.kickoff_id)
+                # A wait of the flow run that has survived it may stop the crew at the same moment.
+                answer = await stop_run(run, idempotency_key=record.idempotency_key, is_repeated=False)
             log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
         except (CrewError, *PREFECT_ERRORS) as error:
             text = "Crew run %s could not be stopped (%s): it continues at %s. To stop the crew, run: %s"

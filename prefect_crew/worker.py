@@ -69,6 +69,7 @@ from prefect_crew.pool import (
 )
 from prefect_crew.records.keys import forget_calls
 from prefect_crew.records.prune import prune_regularly
+from prefect_crew.runs.stop import cancelled_by_worker
 from prefect_crew.settings import CrewSettings, documentation_url
 
 if TYPE_CHECKING:
@@ -342,6 +343,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     async def _execute(self, held: HeldFlowRun, configuration: CrewJobConfiguration) -> bool:
         """Run the flow, and return whether it has crashed. Errors of the flow do not leave this method."""
         flow_run = held.flow_run
+        cancelled_by_worker.set(lambda: held.was_cancelled)  # for the tasks and threads that the flow may leave
         log = flow_run_logger(flow_run)
         if configuration.without_effect:
             log.warning(

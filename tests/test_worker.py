@@ -629,7 +629,7 @@ def test_cancelling_stops_a_crew_that_its_flow_run_does_not_wait_for_at_that_mom
     assert ([run.state for run in crew.runs], crew.requests["stop"]) == (["stopped"], 1)
 
 
-@pytest.mark.parametrize("how", ["task", "thread"])
+@pytest.mark.parametrize("how", ["task", "thread", "submitted task"])
 def test_what_a_cancelled_flow_run_has_spawned_starts_no_further_crew(handed: Handed, how: str):
     pool, crew = handed.pool, handed.crew
     pool.worker("one")

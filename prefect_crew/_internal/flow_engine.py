@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from uuid import UUID
 
 import prefect
@@ -96,12 +96,15 @@ class HeldFlowRun:
     task: asyncio.Task[bool] | None = None
     is_out: bool = False
     """Whether the flow's own code has ended after a cancellation."""
+    was_cancelled: bool = False
+    """Whether an ending was "cancelled", also if "lost" has overridden it."""
 
     def end(self, ending: Ending, reason: str) -> None:
         """End the coroutine. "lost" overrides an earlier ending, so that this process writes no state to the server."""
         if self.ending is None or ending == "lost":
             is_first = self.ending is None
             self.ending, self.reason = ending, reason
+            self.was_cancelled |= ending == "cancelled"
             if self.task is not None:
                 self.task.cancel()
                 if is_first:
@@ -209,8 +212,8 @@ def _light_engine() -> Generator[None]:
     - `ThreadPoolTaskRunner.cancel_all` ends each flow run. It would block the event loop until the threads of submitted
       tasks have ended, also if the flow run was cancelled. The tasks end by themselves.
     """
-    engine, results = prefect.flow_engine, prefect.results
-    cancel_all = ThreadPoolTaskRunner.cancel_all
+    engine, results, threads = prefect.flow_engine, prefect.results, cast("Any", ThreadPoolTaskRunner)
+    cancel_all = threads.cancel_all
     ask_server = results._read_server_default_result_storage_block_id  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
     @lru_cache(maxsize=1)
@@ -237,7 +240,7 @@ def _light_engine() -> Generator[None]:
         (engine, "amaintain_concurrency_lease"): _renewed_lease,
         (results, "_read_server_default_result_storage_block_id"): answer,
         (results, "_aread_server_default_result_storage_block_id"): aanswer,
-        (ThreadPoolTaskRunner, "cancel_all"): cancel_all_here,
+        (threads, "cancel_all"): cancel_all_here,
     }
     # `check_prefect` has made sure that only names are missing that may be missing.
     before = {place: getattr(*place) for place in replaced if hasattr(*place)}

@@ -24,7 +24,6 @@ from prefect_crew.exceptions import (
     ConfigurationError,
     CrewAPIError,
     CrewError,
-    FlowRunCancelledError,
     InvalidInputsError,
     KickoffUncertainError,
     NotStartedError,
@@ -42,7 +41,7 @@ from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
 from prefect_crew.runs.options import RunRequest
 from prefect_crew.runs.run import LiveRun, no_attempt_left
-from prefect_crew.runs.stop import is_known_cancelled, stop_if_asked
+from prefect_crew.runs.stop import is_known_cancelled, nothing_started, stop_if_asked, until_cancelled
 from prefect_crew.runs.turns import EarlierTurnError, wait_for_turn
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import is_prefect_cloud, webhooks_for
@@ -128,7 +127,7 @@ class _Start:
                         run_logger().info("Crew %s: %s. (key %s)", record.crew, _step_taken(decision, record), key)
                 await self._post_until_taken()
             except ClaimLostError as lost:
-                self.work.raise_if_cancelled()
+                self._raise_if_cancelled()
                 until = loop.time() + LIMITED_FOR if until is None else until  # counted from the first lost claim
                 if loop.time() > until:
                     raise NotStartedError(
@@ -139,6 +138,13 @@ class _Start:
                 run_logger().warning("Run %s: %s The attempts on record now count.", key, lost)
             else:
                 return decision, record
+
+    def _raise_if_cancelled(self) -> None:
+        """Raise CancelledError if the caller was cancelled, and FlowRunCancelledError if only its flow run was: the
+        caller may outlive it. A row raises CancelledError in both cases, which leaves it without an end."""
+        self.work.raise_if_cancelled()
+        if is_known_cancelled(self.identity.caller):
+            raise asyncio.CancelledError if self.request.is_row else nothing_started(self.identity.caller.flow_run_id)
 
     # Decide and claim
 
@@ -199,6 +205,7 @@ class _Start:
         """Claim the attempt after the earlier ones. Return False if another call has claimed it. Raises
         BudgetExceededError: a budget has no room for the run.
         """
+        self._raise_if_cancelled()
         request = self.request
         # Twice the time of the check: it repeats its request after the token was rotated.
         lease = Lease(CLAIM_GOOD_FOR + (0.0 if request.is_row else 2 * request.crew.request_timeout))
@@ -262,6 +269,7 @@ class _Start:
                 return
             # After the claim, and not during `confirm`: for a run that is found, it costs the crew's server no request.
             await check_inputs(self.session, self.request)
+            self._raise_if_cancelled()
             if self.request.crew.budgets:
                 with self.work.uncut():
                     await add_estimates(self.request.crew, self.record)
@@ -281,7 +289,7 @@ class _Start:
                 turn = await take_turn(record, self.records)
                 if turn is not None and turn.claim == claim_id(record):  # a batch finds the turn by the record
                     record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
-            self.work.raise_if_cancelled()
+            self._raise_if_cancelled()
             # This call may have slept since it read the turn before. Others then went on, and if they were pruned, the
             # number was free again.
             if turn is None or self.lease.is_over or window.is_over:
@@ -321,6 +329,7 @@ class _Start:
                 async with self._giving_back():
                     if self.work.is_cancelled:
                         raise
+                    self._raise_if_cancelled()
                     is_renewed = isinstance(problem, AuthenticationError) and await self.session.renew(client)
                     # The batch decides when a refused row is tried again: other rows wait with it.
                     delay = 0.0 if is_renewed else None if self.request.is_row else kickoff_delay(problem)
@@ -333,8 +342,10 @@ class _Start:
                     run_logger().warning("%s The kickoff is sent again in %.0f s.", problem, delay)
                 # Before the pause, so that nobody resolves the claim during it.
                 await self._take_permit(pause=delay)
-        if self.work.is_cancelled:
-            await stop_if_asked(self.session, record, self.records)
+        # The batch of a row decides what becomes of it.
+        if self.work.is_cancelled or (is_known_cancelled(self.identity.caller) and not self.request.is_row):
+            with self.work.uncut():
+                await stop_if_asked(self.session, record, self.records)
         self.work.raise_if_cancelled()
 
     async def _take_permit(self, *, pause: float = 0.0) -> None:
@@ -351,8 +362,9 @@ class _Start:
             with self.work.uncut():
                 is_taken = await self.records.permit(record, lease.seconds, before=self.lease, lease=lease)
             if is_taken:
-                self.work.raise_if_cancelled()
-                await asyncio.sleep(pause)
+                self._raise_if_cancelled()
+                if pause:
+                    await until_cancelled(self.identity.caller.flow_run_id, asyncio.sleep(pause))
                 self.lease = lease
                 return
         record.phase = RecordPhase.NOT_STARTED  # in memory only: somebody else has written to the record
@@ -367,7 +379,7 @@ class _Start:
 
         def last_look() -> None:
             nonlocal has_left
-            if self.lease.is_over or self.work.is_cancelled:
+            if self.lease.is_over or self.work.is_cancelled or is_known_cancelled(self.identity.caller):
                 raise ClaimLostError("its permit grew too old before its kickoff could be sent.")
             self.identity.nonce.has_sent = has_left = True
 
@@ -494,10 +506,12 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
     if request.settings.webhook_url and not is_prefect_cloud(request.settings.webhook_url):
         subscribe()
     while True:
-        if is_known_cancelled(flow_run_id):
+        if is_known_cancelled(identity.caller):
             # A cancelled flow may catch the error of one wait: it must not start further runs.
-            raise FlowRunCancelledError(f"Flow run {flow_run_id} was cancelled, so no run was started.")
-        slots = await _take_slot(request, identity, run.records) if crew.concurrency_limit else None
+            raise nothing_started(flow_run_id)
+        slots = None
+        if crew.concurrency_limit:
+            slots = await until_cancelled(flow_run_id, _take_slot(request, identity, run.records))
         try:
             async with nullcontext() if slots is None else slots.kept(), run.session:
                 with withholding(run.redact):

@@ -11,9 +11,11 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from datetime import datetime, timedelta
+from typing import TypeVar
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -22,6 +24,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, read_all_flow_runs, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import claims_shown, render_run
@@ -30,13 +33,15 @@ from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import CrewError, FlowRunCancelledError
+from prefect_crew.records.decision import Caller
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import PAGE, Variable, read_exact, server_time, variables_in
 from prefect_crew.runs.run import LiveRun, close_run, cost_of_run, read_record
 from prefect_crew.states import CrewState
 
+T = TypeVar("T")
 LOOK_EVERY = 10.0
 """Seconds between two requests of one process that ask whether its flow run was cancelled."""
 LOOK_WITHIN = 5.0
@@ -95,6 +100,11 @@ async def is_cancelled_on_server(run_id: str | None) -> bool:
 # run share one request, and a flow that goes on after its cancellation starts no further run.
 _asked: dict[tuple[str, int], tuple[float, bool]] = {}
 
+# Not an argument: the tasks, threads and subflows of a flow outlive its coroutine, and only their context is known to
+# the worker. Not by id: a thread that has survived since before the flow run began again stays cancelled.
+cancelled_by_worker: ContextVar[Callable[[], bool]] = ContextVar("prefect_crew_cancelled", default=lambda: False)
+"""Whether the crew worker of this process has ended the flow run around the call as cancelled."""
+
 
 def _attempt(run_id: str) -> tuple[str, int]:
     """Return a flow run's id with the number of its attempt: a retry after a cancellation is not cancelled."""
@@ -103,17 +113,22 @@ def _attempt(run_id: str) -> tuple[str, int]:
     return run_id, flow_run.run_count if flow_run is not None and str(flow_run.id) == run_id else 0
 
 
-def is_known_cancelled(run_id: str | None) -> bool:
-    """Return whether this process already knows that a flow run was cancelled. It makes no request."""
-    return run_id is not None and _asked.get(_attempt(run_id), (0.0, False))[1]
+def is_known_cancelled(caller: Caller) -> bool:
+    """Return whether this process already knows that a caller's flow run was cancelled. It makes no request."""
+    if caller.flow_run_id is None:
+        return False
+    return cancelled_by_worker.get()() or _asked.get((caller.flow_run_id, caller.flow_run_count), (0.0, False))[1]
 
 
 async def is_cancelled(run_id: str | None, *, every: float | None = None) -> bool:
-    """Return whether a flow run without a runner was cancelled. A runner would send its process a signal.
+    """Return whether a flow run was cancelled that has no runner, or whose runner is the crew worker of this process.
 
-    This asks the server at most once in `every` seconds (default `LOOK_EVERY`), and not earlier than that after the
-    first call, since most waits are shorter. A Prefect API that does not answer is not a cancellation.
+    Any other runner sends a signal to its process. Without a runner, this asks the server at most once in `every`
+    seconds (default `LOOK_EVERY`), and not earlier than that after the first call, since most waits are shorter. A
+    Prefect API that does not answer is not a cancellation.
     """
+    if run_id is not None and cancelled_by_worker.get()():
+        return True
     if run_id is None or started_by_runner():
         return False
     key, now = _attempt(run_id), time.monotonic()
@@ -130,6 +145,27 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
         return False
     _asked[key] = time.monotonic(), cancelled
     return cancelled
+
+
+async def until_cancelled(run_id: str | None, work: Awaitable[T]) -> T:
+    """Return the result of some work. If its flow run is cancelled first, cancel the work.
+
+    Raises:
+        FlowRunCancelledError: The flow run was cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=LOOK_EVERY))[0]:
+            if await is_cancelled(run_id) and not task.done():
+                raise nothing_started(run_id)
+        return await task
+    finally:
+        await cancel_and_wait(task)
+
+
+def nothing_started(run_id: str | None) -> FlowRunCancelledError:
+    """Return the error of a call that starts no run because its flow run was cancelled."""
+    return FlowRunCancelledError(f"Flow run {run_id} was cancelled, so no run was started.")
 
 
 # The runs of a flow run
@@ -182,15 +218,19 @@ async def _latest_claims(client: PrefectClient, since: datetime | None, owners: 
 # Stop the crew
 
 
-async def stop_run(run: LiveRun, *, idempotency_key: str | None = None) -> StopAnswer:
+async def stop_run(run: LiveRun, *, idempotency_key: str | None = None, is_repeated: bool = True) -> StopAnswer:
     """Ask the crew's server to stop a run, and store the outcome.
+
+    Without `is_repeated`, this sends nothing if the record notes that somebody has asked.
 
     Raises:
         CrewError: The request failed. An ended run, an unknown run and a missing `/stop` are answers, not errors.
     """
     kickoff_id = run.kickoff_id
-    async with run.session as session:
+    async with run.session as session, _alone(kickoff_id):
         await read_record(run, idempotency_key)
+        if not is_repeated and run.record is not None and stop_was_asked(run.record):
+            return StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.REQUESTED)
         with withholding(run.redact_text):
             answer = await session.call(lambda client: client.stop(kickoff_id))
             if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
@@ -274,10 +314,7 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
     The record notes the stop first: the answer may be lost, and other waits for the run, and a worker, read the record.
     """
     kickoff_id, log = str(record.kickoff_id), run_logger()
-    while kickoff_id in _being_stopped:  # noqa: ASYNC110  another wait sends /stop, maybe in another event loop
-        await asyncio.sleep(0.1)
-    _being_stopped.add(kickoff_id)
-    try:
+    async with _alone(kickoff_id):
         before = record.reason
         if (stored := await _note_stop(record, records)) is not None:
             log.info("Crew run %s was asked to stop already, or has ended.", kickoff_id)
@@ -298,6 +335,16 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
             await _save_reason(before, record, records)
         await close_stopped(session.client, session.crew, record, answer, records)
         return answer.accepted
+
+
+@asynccontextmanager
+async def _alone(kickoff_id: str) -> AsyncGenerator[None]:
+    """Let one caller of this process at a time stop a run."""
+    while kickoff_id in _being_stopped:  # noqa: ASYNC110  the other caller may be in another event loop
+        await asyncio.sleep(0.1)
+    _being_stopped.add(kickoff_id)
+    try:
+        yield
     finally:
         _being_stopped.discard(kickoff_id)
 

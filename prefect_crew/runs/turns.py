@@ -18,7 +18,6 @@ from prefect_crew.exceptions import (
     CrewError,
     CrewLostError,
     CrewTimeoutError,
-    FlowRunCancelledError,
     KickoffUncertainError,
     SessionBlockedError,
 )
@@ -107,7 +106,7 @@ class _Bystander(Watcher):
     async def check(self) -> None:
         """Raise FlowRunCancelledError if the flow run was cancelled."""
         if await stop.is_cancelled(self._flow_run_id):
-            raise FlowRunCancelledError(f"Flow run {self._flow_run_id} was cancelled, so no run was started.")
+            raise stop.nothing_started(self._flow_run_id)
 
 
 async def _watch(

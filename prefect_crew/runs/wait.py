@@ -173,7 +173,10 @@ class _Waiter(Watcher):
                 await self._stop_if_asked()
                 raise
             except _CancelledOnServerError:
-                raise await self._after_cancellation() from None
+                with self.work.uncut():  # a crew worker cancels the task at the same moment
+                    error = await self._after_cancellation()
+                self.work.raise_if_cancelled()
+                raise error from None
             except CrewTimeoutError as error:
                 if record is not None:
                     emit("timed_out", record, phase=error.phase, limit=error.limit)
@@ -275,16 +278,12 @@ class _Waiter(Watcher):
         if there is news."""
         pause = super().pause if self.waker is None else self.waker.pause
         pausing = pause(seconds) if self.people is None else self.people.pause(pause, seconds)
-        if seconds <= stop.LOOK_EVERY or self.own is None or stop.started_by_runner():
+        if seconds <= stop.LOOK_EVERY or self.own is None:
             return await pausing
-        task = asyncio.ensure_future(pausing)
         try:
-            while not (await asyncio.wait({task}, timeout=stop.LOOK_EVERY))[0]:
-                if await is_cancelled(self.own):
-                    raise _CancelledOnServerError
-            return await task
-        finally:
-            await cancel_and_wait(task)
+            return await stop.until_cancelled(self.own, pausing)
+        except FlowRunCancelledError:
+            raise _CancelledOnServerError from None
 
     def next_pause(self, delay: float) -> float:
         return delay if self.people is None else self.people.next_pause(delay)

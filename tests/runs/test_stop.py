@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import pytest
 from prefect import flow, get_client
+from prefect.context import AsyncClientContext
 from prefect.deployments import run_deployment
 from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
@@ -24,12 +25,15 @@ from prefect.states import Cancelling, Scheduled
 
 import prefect_crew as pc
 from prefect_crew.blocks import crew_of
+from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
+from prefect_crew.runs.limits import take_slots
 from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs.stop import cancelled_by_worker
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -37,7 +41,8 @@ from support.limits import new_limit
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.proxy import through
-from support.records import key, new_record, put, record_of
+from support.records import key, new_record, phases, put, record_of
+from support.scripts import script as scripted
 from support.scripts import slow
 from support.seen import Seen
 from support.waiting import until, wait_until
@@ -421,6 +426,98 @@ def test_a_run_that_ended_meanwhile_stays_open(crew_server: CrewServerFactory, s
 
     asyncio.run(both())
     assert seen.record(idempotency_key[0])["phase"] == "started"
+
+
+# Calls that outlive a flow run which a crew worker has cancelled
+
+
+async def outlived(server: CrewServer, is_time: Callable[[], Any], **options: Any) -> Any:
+    """Spawn a call in a subflow of a flow run, and end that as cancelled once it is time; return the call's end."""
+    calls, ids, is_over = list[asyncio.Task[Any]](), list[str](), list[bool]()
+
+    @flow
+    async def city() -> None:
+        crew = server.crew(concurrency_limit=options.pop("limit", None))
+        calls.append(asyncio.create_task(pc.arun_crew(crew, {"text": "a"}, **options)))
+
+    @flow
+    async def trip() -> None:
+        cancelled_by_worker.set(lambda: bool(is_over))
+        ids.append(str(flow_run.id))
+        await city()
+        await until(is_time, "it is time")
+
+    async with AsyncClientContext.get_or_create() as shared:  # as of a worker
+        await asyncio.create_task(trip())
+        await shared.client.set_flow_run_state(uuid.UUID(ids[0]), Cancelling(), force=True)
+        is_over.append(True)
+        (end,) = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 20)
+    return end
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+@pytest.mark.parametrize(
+    ("fault", "request_of_it", "kept"),
+    [("inputs:latency=1", "inputs", []), ("kickoff:429=60", "kickoff", [RecordPhase.NOT_STARTED])],
+)
+async def test_a_call_that_outlives_its_flow_run_takes_no_permit(
+    crew_server: CrewServerFactory, fault: str, request_of_it: str, kept: list[RecordPhase]
+):
+    server, idempotency_key = crew_server("echo", faults=[fault]), key()
+    end = await outlived(server, lambda: server.requests[request_of_it], idempotency_key=idempotency_key)
+    assert isinstance(end, pc.FlowRunCancelledError), end
+    assert "no run was started" in str(end)
+    assert server.requests["kickoff"] == len(kept), "it is not sent again"
+    assert await phases(idempotency_key) == kept
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+async def test_a_call_that_outlives_its_flow_run_sends_no_kickoff(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    connecting, idempotency_key = asyncio.Event(), key()
+
+    async def kickoff(*_: Any, before_sending: Callable[[], None], **__: Any) -> str:
+        connecting.set()
+        await asyncio.sleep(1)
+        before_sending()
+        return "sent"
+
+    monkeypatch.setattr(CrewClient, "kickoff", kickoff)
+    end = await outlived(crew_server("echo"), connecting.is_set, idempotency_key=idempotency_key)
+    assert isinstance(end, pc.FlowRunCancelledError), end
+    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+async def test_a_call_that_outlives_its_flow_run_waits_for_no_slot(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server, limit = crew_server("echo"), await new_limit(1)
+    await take_slots(crew_of(server.crew(concurrency_limit=limit)))
+    end = await outlived(server, lambda: "Waiting for a slot" in caplog.text, limit=limit)
+    assert isinstance(end, pc.FlowRunCancelledError), end
+    assert server.kickoffs == 0
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+async def test_a_call_that_outlives_its_flow_run_waits_for_no_turn(
+    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+):
+    server, session = crew_server(scripted({"seconds": 60}, inputs=["text"], flow=True)), key()
+    await server.crew().atrigger({"text": "first"}, session=session)
+    end = await outlived(server, lambda: "this call waits for turn" in caplog.text, session=session)
+    assert isinstance(end, pc.FlowRunCancelledError), end
+    assert (server.kickoffs, server.requests["stop"]) == (1, 0)
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
+@pytest.mark.parametrize("request_of_it", ["kickoff", "status"])
+async def test_a_call_that_outlives_its_flow_run_stops_its_crew(crew_server: CrewServerFactory, request_of_it: str):
+    server = crew_server(slow(60), faults=["kickoff:latency=1"])
+    end = await outlived(server, lambda: server.requests[request_of_it])
+    assert isinstance(end, pc.CrewStoppedError), end
+    assert (server.kickoffs, server.requests["stop"]) == (1, 1)
 
 
 # Scripts

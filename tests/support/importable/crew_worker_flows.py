@@ -93,7 +93,7 @@ async def starts_and_sleeps(seconds: float) -> None:
 
 @flow
 async def spawns(how: str) -> None:
-    """Start three crews one after the other, whatever ends the wait for each, in a task or a thread of its own."""
+    """Start three crews one after the other, whatever ends the wait for each, in a task or a thread of their own."""
     log = get_run_logger()
 
     async def in_a_task() -> None:
@@ -112,8 +112,14 @@ async def spawns(how: str) -> None:
 
     @flow
     async def within() -> None:
-        # Neither ends with the coroutine that waits for it.
-        await (asyncio.wait([asyncio.create_task(in_a_task())]) if how == "task" else asyncio.to_thread(in_a_thread))
+        # None of them ends with the coroutine that waits for it.
+        match how:
+            case "task":
+                await asyncio.wait([asyncio.create_task(in_a_task())])
+            case "thread":
+                await asyncio.to_thread(in_a_thread)
+            case _:
+                await asyncio.to_thread(task(in_a_thread).submit().result)
 
     await within()
 
