@@ -94,7 +94,7 @@ AWAY_PAUSE = 5.0
 CLAIMS_AT_ONCE = 20
 """The most flow runs that are claimed at the same time, and read again by one request."""
 CANCELLED_AT_ONCE = 10
-"""The most flow runs that are ended as Cancelled at the same time."""
+"""The most flow runs that are ended as Cancelled at the same time: of this worker, and as many of no worker."""
 
 
 class CrewJobConfiguration(BaseJobConfiguration):
@@ -152,6 +152,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         self._left_since: dict[UUID, float] = {}  # by the id of their states
         self._cancelling_since: dict[UUID, float] = {}
         self._ending_cancelled = asyncio.Semaphore(CANCELLED_AT_ONCE)
+        self._ending_left = asyncio.Semaphore(CANCELLED_AT_ONCE)  # for flow runs that `_watch_pool` waits for
 
     @property
     def identity(self) -> str:
@@ -651,7 +652,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         ):
             text = "No worker has flow run %r: this worker stops the flow run's crews and cancels it."
             self._logger.warning(text, flow_run.name)
-            await self._end_cancelled(flow_run, "Flow run was cancelled while no worker had it.")
+            await self._end_cancelled(flow_run, "Flow run was cancelled while no worker had it.", self._ending_left)
 
     async def _leave_suspended(self, flow_run_id: UUID) -> None:
         """Make the pool hand out a suspended flow run after it is resumed, also if its last attempt was a retry."""
@@ -660,13 +661,13 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             policy = policy.model_copy(update={"retry_type": "reschedule"})
             await self.client.update_flow_run(flow_run_id, empirical_policy=policy)
 
-    async def _end_cancelled(self, flow_run: FlowRun, why: str) -> None:
+    async def _end_cancelled(self, flow_run: FlowRun, why: str, places: asyncio.Semaphore | None = None) -> None:
         """End a flow run as Cancelled.
 
         Its own coroutine stops the crew that it waits for. This stops the crews that an earlier attempt started, if the
         coroutine did not reach their waits, or does not exist.
         """
-        async with self._ending_cancelled:
+        async with places or self._ending_cancelled:
             if flow_run.start_time is not None:
                 await stop_crews_of(self.client, flow_run)
             await self.client.set_flow_run_state(flow_run.id, Cancelled(message=why), force=True)

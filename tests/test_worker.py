@@ -32,7 +32,7 @@ from prefect_crew.client._client import CrewClient
 from prefect_crew.pool import HANDED_OVER, hand_over, read_workers, stop_crews_of
 from prefect_crew.records import prune
 from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.worker import CrewJobConfiguration, CrewWorker, CrewWorkerResult, _clock
+from prefect_crew.worker import CANCELLED_AT_ONCE, CrewJobConfiguration, CrewWorker, CrewWorkerResult, _clock
 from support.crew_pool import EXITS, IMPORTABLE, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
@@ -286,7 +286,10 @@ async def test_a_flow_run_is_cancelled_for_another_worker_only_once_that_is_sure
         for begun in (Running(), Cancelling()):
             await worker.client.set_flow_run_state(run_id, begun, force=True)
         worker._cancelling_since[run_id] = _clock() - seconds
-        await worker._cancel(await worker.client.read_flow_run(run_id))
+        for _ in range(CANCELLED_AT_ONCE):  # the worker's own flow runs, whose crews' servers hang
+            await worker._ending_cancelled.acquire()
+        async with asyncio.timeout(20):
+            await worker._cancel(await worker.client.read_flow_run(run_id))
         assert (await worker.client.read_flow_run(run_id)).state_name == state
 
 
