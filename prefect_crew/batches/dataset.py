@@ -118,7 +118,9 @@ def open_dataset(
         kind = format or _format_of(address, name)
         file = _File(address, name)
         if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
-            raise DatasetError(f"has fields separated by one character, and delimiter is {delimiter!r}.", source=name)
+            raise DatasetError(
+                f"cannot have the delimiter {delimiter!r}. Give one character, no quote and no line end.", source=name
+            )
 
         def read() -> Iterator[Row]:
             return _read_file(file, kind, encoding, delimiter)
@@ -170,7 +172,7 @@ def is_remote(address: str) -> bool:
 
 
 def whole_address(address: str) -> str:
-    """Return an address that means the same in every working directory of this machine. `~` is the home folder."""
+    """Return a remote address as it is, and any other as an absolute path without `file://`. `~` is the home folder."""
     if is_remote(address):
         return address
     path = os.path.expanduser(address.removeprefix("file://"))  # noqa: PTH111  for `~name` of no user, pathlib raises
@@ -206,7 +208,7 @@ def _shown_link(link: str) -> str:
 
 @contextmanager
 def _logging_shown_addresses() -> Generator[None]:
-    """Inside this block, httpx logs only the shown addresses of this thread's requests. It logs them at INFO."""
+    """Inside this block, httpx logs the addresses of this thread's requests without secrets: it logs each at INFO."""
     thread = threading.get_ident()
 
     def show(record: logging.LogRecord) -> bool:
@@ -350,7 +352,7 @@ def _reporting(name: str, address: str) -> Generator[None]:
 
 
 def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None]) -> Iterator[str]:
-    """Yield each line with its line feed, which alone ends a line. `check`, which may raise, runs before each yield."""
+    """Yield each line with its line feed. Nothing else ends one. `check`, which may raise, runs before each yield."""
     try:
         text = io.TextIOWrapper(cast("Any", file), encoding, newline="\n")
     except LookupError:

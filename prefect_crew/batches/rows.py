@@ -296,7 +296,7 @@ def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | 
 
 
 def _rejected_line(bad: BadRow, row: Any) -> bytes:
-    """Return the line of JSON for a bad row. `row` is None in it if a text has half a character."""
+    """Return the line of JSON for a bad row. `row` is None in it if a text has a lone surrogate."""
     options: Any = {"inf_nan_mode": "null", "serialize_unknown": True, "bytes_mode": "base64"}
     try:
         return to_json({**asdict(bad), "row": row}, **options) + b"\n"

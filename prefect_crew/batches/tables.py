@@ -104,12 +104,12 @@ class SqlDatabase:
 
 
 async def open_query(address: str, render: Callable[[str], str] = str) -> Dataset:
-    """Return the data set of the rows of a query, whose text `render` completes. Its digest is of the rows.
+    """Return the rows of a query as a data set. `render` completes the text of the query. The digest is of the rows.
 
     The query runs when the rows are first read, once. A second read reads the temporary file, so it does not matter
     whether the query has an order. The query is a text for the driver as it is, and its transaction is rolled back.
 
-    Raises ConfigurationError, DatasetError.
+    Raises ConfigurationError, DatasetError, PREFECT_ERRORS.
     """
     block, has_query, text = address.removeprefix(SQL).partition("?query=")
     name = shown_address(f"{SQL}{block}")
@@ -177,7 +177,8 @@ class SqlTable:
     def check(self, batch: str) -> bool:
         """Make the table if there is none, write a row, and roll all that back. Return whether it has rows of `batch`.
 
-        A row shows other types of columns and missing privileges. Its key has a text, as the table of results wants it.
+        So a wrong type of a column or a missing privilege raises now. The row's key is a text: only the table of
+        results can be checked so.
         """
 
         def work(connection: sa.Connection) -> bool:

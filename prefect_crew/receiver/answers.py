@@ -98,10 +98,10 @@ class _Form:
     seen: str
 
     def review(self, question: ReviewRequest, name: str | None) -> Review:
-        """Return the answer; `name` is the name of the person who is signed in.
+        """Return the answer. `name`, of the person whom a proxy has signed in, counts before the form's name.
 
         Raises:
-            ConfigurationError: The form is not complete. The message is for the person.
+            ConfigurationError: A field is missing or cannot be taken. The message is for the person.
         """
         options = {f"option-{number}": option for number, option in enumerate(question.options)}
         if self.decision not in (options or ("approve", "reject")):
@@ -302,10 +302,13 @@ def _reason(error: Exception) -> str:
 
 
 async def _open_run(kickoff_id: str, stack: AsyncExitStack) -> LiveRun | None:
-    """Return the run of a kickoff id, in an open session, None if there is no record of it.
+    """Return the run of a kickoff id, connected until `stack` closes.
+
+    Return None if no record has the id, or if the run has ended and its crew is not stored any more.
 
     Raises:
-        CrewError: Its crew is not stored any more, or it may be in the ledger of a batch that cannot be opened here.
+        CrewError: The crew of a run in flight is not stored any more, or a batch that cannot be opened here may have
+            the run.
         PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
     """
     records: RecordStore = PrefectRecords()
@@ -403,7 +406,7 @@ class _Question:
 
 
 def _message(status: int, heading: str, text: str, form: _Form | None = None, page_url: str | None = None) -> Response:
-    """Return a page without a form. It repeats the feedback of a form that was not sent."""
+    """Return a page without a form, with a link to the crew's page. It repeats the feedback of `form` to be copied."""
     kept = "" if form is None else form.feedback
     return _response(status, title="A crew asks", heading=heading, text=text, kept=kept, page_url=page_url)
 

@@ -70,7 +70,10 @@ class Turn(BaseModel):
         return _name(self.crew_url, self.session, self.number)
 
     def completed_state(self, record: RunRecord | None) -> str | None:
-        """Return the state of the last completed turn, by the record of this turn, which is over."""
+        """Return the id of the state of the last completed turn, None if no turn has completed.
+
+        This turn is over. `record` is its claim; without it, the turn's own `outcome` decides.
+        """
         state = self.outcome if record is None else record.state
         return self.state_id if state == CrewState.COMPLETED else self.restored
 
@@ -131,7 +134,7 @@ async def turn_again(turn: Turn) -> Turn | None:
 
 
 async def record_of(turn: Turn, records: RecordStore) -> RunRecord | None:
-    """Return the claim of a turn, None if it is gone, or in a ledger that `records` is not."""
+    """Return the claim of a turn. Return None if it is gone, or if `records` is not the ledger that has it."""
     store = records if turn.is_row else PrefectRecords()
     attempts = await store.attempts(turn.idempotency_key)
     return next((attempt for attempt in attempts if turn.claim == claim_id(attempt)), None)
@@ -187,10 +190,10 @@ async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
     if last is not None and not is_over(last, before):
         return last
     number = 1 if last is None else last.number + 1
-    if number >= BASE ** len(STEPS):
-        key, advice = record.idempotency_key, "Begin another session."
+    if last is not None and number >= BASE ** len(STEPS):
+        key, advice = last.idempotency_key, "Begin another session."
         raise SessionBlockedError(
-            session=session, turn=number - 1, run=key, reason="it has no number left", advice=advice
+            session=session, turn=last.number, run=key, reason="it has no number left", advice=advice
         )
     turn = Turn(
         session=session,
@@ -241,9 +244,9 @@ async def has_last_turn(records: Iterable[RunRecord]) -> bool:
 
 
 async def passed_turns(variables: Sequence[Variable]) -> list[Variable]:
-    """Return the turns among some Variables by which nobody looks for the last turn any more.
+    """Return the Variables of turns that no search for the last turn needs any more.
 
-    These are the turns after which the same step has a further turn. The first turn stays, for lists.
+    A search goes on from a later turn of the same step (`_step`). The first turn stays: lists find the session by it.
     """
     next_names = dict[str, str]()
     for variable in variables:

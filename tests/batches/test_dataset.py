@@ -433,7 +433,7 @@ def test_another_delimiter_is_seen_and_said(tmp_path: Path, name: str, text: str
 
 @pytest.mark.parametrize("delimiter", ["", ";;", '"', "\n"])
 def test_a_delimiter_is_one_character(tmp_path: Path, delimiter: str):
-    with pytest.raises(DatasetError, match="separated by one character"):
+    with pytest.raises(DatasetError, match="cannot have the delimiter"):
         open_dataset(tmp_path / "x.csv", delimiter=delimiter)
 
 

@@ -177,8 +177,9 @@ async def test_sessions_of_two_crews_are_apart(session: str) -> None:
 async def test_a_session_has_an_end(session: str) -> None:
     most = sessions.BASE**4 - 1
     await write(session, *[most // step * step for step in reversed(sessions.STEPS)])
-    with pytest.raises(SessionBlockedError, match="after turn 6249999: it has no number left"):
+    with pytest.raises(SessionBlockedError, match="after turn 6249999: it has no number left") as caught:
         await take(await claimed(session))
+    assert caught.value.run == f"{session}/{most}"
 
 
 @pytest.mark.parametrize("value", ["a text", {"session": 3}, {"version": 99}], ids=["text", "other", "later"])

@@ -243,7 +243,7 @@ async def _note(run: LiveRun, writing: Coroutine[Any, Any, None]) -> None:
 
 
 async def _has_moved_on(run: LiveRun, looks: int) -> bool:
-    """Return whether a status shows that the crew continues. If so, an equal question that follows is a new one."""
+    """Return whether one of `looks` status calls shows that the crew continues. Then an equal question is a new one."""
     for look in range(looks):
         if look:
             await asyncio.sleep(LOOK_AGAIN)
@@ -261,11 +261,11 @@ async def _has_moved_on(run: LiveRun, looks: int) -> bool:
 
 
 async def current_question(run: LiveRun) -> ReviewRequest:
-    """Return the question that a run asks at this moment, with the output that its webhook brought. Nothing is masked.
+    """Return the question that a run asks at this moment, unmasked. Output that its status lacks is the webhook's.
 
     Raises:
         NotWaitingError: The run asks none.
-        CrewError: The crew's server or the Prefect API does not answer, or refuses.
+        CrewError: The status names no task, or the crew's server or the Prefect API does not answer, or refuses.
     """
     with naming_prefect_errors(f"The question of run {run.kickoff_id} cannot be read. Nothing was sent."):
         answers = await run.records.reviews(answers_record(run))

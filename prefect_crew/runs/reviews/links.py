@@ -103,7 +103,9 @@ def is_about(link: AnswerLink, question: ReviewRequest, signer: SecretStr) -> bo
 
 
 async def notify_people(run: LiveRun, question: ReviewRequest, policy: WaitPolicy) -> None:
-    """Send the link for a question by the stored block. One notification is sent at a time in each event loop.
+    """Send people the link for a question by the stored block; send none if a person has disabled its automation.
+
+    The link ends with the `human_timeout` of `policy`. One notification is sent at a time in each event loop.
 
     Raises:
         CrewError: It was not sent, or not in time. The message has the reason, without the link and the block's texts.
@@ -162,7 +164,7 @@ async def _load_block() -> Block | None:
         async with get_client() as client:
             automations = await client.read_automations_by_name(ASKED_ALERT)
         if not automations:
-            raise ConfigurationError("no block is named for it: prefect-crew automations apply --notify TYPE/NAME")
+            raise ConfigurationError("no block is named for links: prefect-crew automations apply --notify TYPE/NAME")
         if not automations[0].enabled:
             return None
         action: Any = automations[0].actions[0]

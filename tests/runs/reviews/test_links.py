@@ -159,7 +159,7 @@ async def test_a_form_has_a_link_too_and_a_function_none(review: str, links_on: 
     [
         ("refused", "the block custom-webhook raised"),
         ("slow", "the block custom-webhook took more than 1 s"),
-        ("unnamed", "no block is named for it: prefect-crew automations apply --notify TYPE/NAME"),
+        ("unnamed", "no block is named for links: prefect-crew automations apply --notify TYPE/NAME"),
         ("no secret", "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET, the receiver's secret, is not set"),
         ("short secret", "The webhook secret has 5 characters"),
         ("bad url", "PREFECT_INTEGRATIONS_CREW_ANSWER_URL 'hooks.example' does not start with https://"),
