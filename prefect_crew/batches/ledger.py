@@ -221,6 +221,12 @@ class Ledger:
         while page := list(islice(jobs, PAGE)):
             await self.enter_rows(page, crew)
 
+    async def place_of(self, row_key: str) -> tuple[int | None, RowState]:
+        """Return a row's number in the data set, None if the row has left the data set, and the row's state."""
+        query = sa.select(rows.c.number, rows.c.state).where(rows.c.batch == self.batch, rows.c.row_key == row_key)
+        ((number, state),) = await self._rows(query)
+        return number, RowState(state)
+
     async def note_conflict(self, row_key: str) -> None:
         """Write that a row's key was kicked off before with other inputs, or for another crew."""
         this = (rows.c.batch == self.batch, rows.c.row_key == row_key)
@@ -485,11 +491,14 @@ class Ledger:
 
     # People's answers to rows.
 
+    async def in_flight(self) -> list[RunRecord]:
+        """Return the runs in flight, also of rows that have left the data set or have other inputs now."""
+        ours = (attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.STARTED))
+        return [_record(text) for (text,) in await self._rows(sa.select(attempts.c.record).where(*ours))]
+
     async def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight that waited for a person at their last poll."""
-        ours = (attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.STARTED))
-        for (text,) in await self._rows(sa.select(attempts.c.record).where(*ours)):
-            record = _record(text)
+        for record in await self.in_flight():
             if record.human_since is not None:
                 yield record
 

@@ -7,9 +7,10 @@ from enum import StrEnum
 
 from pydantic import BaseModel
 
+from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, OutputTypeError
-from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.runs.run import LiveRun, parse_data
+from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
+from prefect_crew.runs.run import WITHHELD, LiveRun, parse_data
 from prefect_crew.states import CrewState
 
 
@@ -107,6 +108,12 @@ def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) 
             except OutputTypeError as error:
                 record.error = str(error)[:ERROR_CAP]
     return state_of(record)
+
+
+def is_masked(result: StoredResult | None) -> bool:
+    """Return whether a stored result may lack secrets that the crew's result had."""
+    text = "" if result is None else result.model_dump_json()
+    return MASK in text or WITHHELD in text
 
 
 def explain_lost(error: CrewLostError, key: str, batch: str) -> str:

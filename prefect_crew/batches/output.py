@@ -91,16 +91,16 @@ class Output:
         """Make sure that the file can be written, and that an existing file is of this batch. Raises OutputError.
 
         `is_new`: whether the batch has not written this file yet, so that an existing file is somebody else's. The
-        error names `remedy` and `consequence`.
+        error names `remedy` and `consequence`, and another export if nothing was started.
         """
         del batch  # a file is of one batch
         with self._reporting(consequence):
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             if is_new and self.exists() and not (self._path and self._path.stat().st_size == 0):
-                raise OutputError(
-                    f"{self.name} exists already and is not from this batch. Choose another, or {remedy}. {consequence}"
-                )
+                # Rows that have run are in the ledger next to this export: another export would begin another ledger.
+                advice = remedy if consequence == KEPT else f"choose another, or {remedy}"
+                raise OutputError(f"{self.name} exists already and is not from this batch: {advice}. {consequence}")
 
     def exists(self) -> bool:
         """Return whether the output exists; False for a remote output that nobody can read."""
@@ -284,10 +284,8 @@ class TableOutput(Output):
         Several batches may share a table, also with equal names on two Prefect servers.
         """
         if self._results(consequence).check(batch) and is_new:
-            raise OutputError(
-                f"{self.name} has rows of another batch {batch!r}. Choose another name or table, or {remedy}. "
-                f"{consequence}"
-            )
+            advice = remedy if consequence == KEPT else f"choose another name or table, or {remedy}"
+            raise OutputError(f"{self.name} has rows of another batch {batch!r}: {advice}. {consequence}")
 
     def exists(self) -> bool:
         """Return whether the table exists. Raises OutputError."""

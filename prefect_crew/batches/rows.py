@@ -41,10 +41,14 @@ BAD_ROWS = 1000
 """Bad rows that are kept in memory and in the ledger."""
 MAX_KEY = 200
 """Characters of a row's key."""
+EXACT = 2**53
+"""The least whole number that a float may have rounded."""
 _SHOWN = {
     "key": "logs, artifacts and the ledger show keys",
     "session": "logs and Variables of the Prefect server show sessions",
 }
+_UNSEARCHABLE = (RecursionError, TypeError)
+"""The errors of a search in values that are nested too deeply, or have keys of a strange type."""
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -188,10 +192,16 @@ class RowPlan:
                     yield row, self._job(row, keys, number)
                     number += 1
                 except Exception as error:  # noqa: BLE001  any error of a user's function is a fault of its row
-                    reason = self._redactor(row.values)(_reason(error))
-                    yield row, BadRow(row.line, reason.encode("utf-8", "backslashreplace").decode())
+                    yield row, BadRow(row.line, self._masked_reason(row, error))
         finally:
             keys.close()
+
+    def _masked_reason(self, row: Row, error: Exception) -> str:
+        try:
+            reason = self._redactor(row.values)(_reason(error))
+        except _UNSEARCHABLE:
+            reason = f"{type(error).__name__}, and secrets cannot be looked for in its values"
+        return reason.encode("utf-8", "backslashreplace").decode()
 
     def _job(self, row: Row, keys: _Keys, number: int) -> RowJob:
         if row.fault is not None:
@@ -239,14 +249,19 @@ class RowPlan:
         return f"gives the unknown inputs {guessed}; the crew takes {listed_names(self._names)}"
 
     def _shown(self, row: Row) -> Any:
-        """Return the values of a row, with secret columns masked; None if these columns are not known."""
+        """Return the values of a row, with secret columns masked; None if secrets cannot be looked for in it."""
         if self._secret_columns is None or (self._crew.secret_inputs and row.fault is not None):
             return None
         if row.fault is not None:
             return row.raw
         secret = self._secret_columns
-        values = {name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()}
-        return self._redactor(row.values).tree(values)  # another column may repeat a secret
+        try:
+            values = {
+                name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()
+            }
+            return self._redactor(row.values).tree(values)  # another column may repeat a secret
+        except _UNSEARCHABLE:
+            return None
 
     def _redactor(self, values: Values) -> Redactor:
         columns = values if self._secret_columns is None else self._secret_columns
@@ -378,19 +393,23 @@ def _template(name: str, source: str) -> Callable[[Values], Any]:
 
 
 def _value_of(source: KeyFrom, values: Values, *, what: str) -> Any:
-    """Return the value of a column, or of a function of the row. `what` is its meaning, for messages."""
-    if callable(source):
-        return source(values)
-    if source not in values:
+    """Return the value of a column, or of a function of the row. `what` is its meaning, for messages.
+
+    A whole number stays one where pandas has made the column floats, since another row has none.
+    """
+    if not callable(source) and source not in values:
         columns = listed_names([str(name) for name in values]) or "none"
         raise ConfigurationError(f"there is no column {source!r}, which is the {what}; the columns are {columns}")
-    return values[source]
+    value = source(values) if callable(source) else values[source]
+    if not isinstance(value, float) or not value.is_integer():
+        return value
+    if abs(value) >= EXACT:
+        raise ConfigurationError(f"its {what} is a float, which rounds a number this large: read the column as text")
+    return int(value)
 
 
 def _key_of(key: KeyFrom, values: Values) -> str:
     value = _value_of(key, values, what="key")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # pandas makes 1 a 1.0 where another row has no id
     text = "" if value is None else str(value)
     if not text.strip():
         raise ConfigurationError("its key is empty")

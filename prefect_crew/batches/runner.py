@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import shlex
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -28,11 +28,12 @@ from prefect_crew.batches.outcomes import (
     STOPPED_WITH_BATCH,
     RowState,
     explain_lost,
+    is_masked,
     judge,
     state_of,
 )
 from prefect_crew.batches.rows import RowJob
-from prefect_crew.batches.throttle import Throttle
+from prefect_crew.batches.throttle import FirstPoll, Throttle
 from prefect_crew.batches.turns import RowTurns
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import CrewStatus
@@ -119,7 +120,7 @@ class Runner:
         self._places = asyncio.Semaphore(max_in_flight)
         self._rows_of_sessions = asyncio.Semaphore(max_in_flight + WAITING_ROWS)
         self._running: set[asyncio.Task[None]] = set()
-        self._turns = RowTurns(session.crew, ledger, throttle, self._places)
+        self._turns = RowTurns(session.crew, ledger, throttle, self._places, self._wait_for_left_out)
         self._settings = CrewSettings()
         meta = {**(options.meta or {}), "batch": ledger.batch}
         self._run_options = RunOptions.of(meta=meta, wait=options.wait, webhooks=options.webhooks)
@@ -430,14 +431,32 @@ class Runner:
             self.throttle.failed(record.error or "the crew gave no reason")
         return state, RETRYABLE.get(state)
 
+    async def _wait_for_left_out(self, job: RowJob, record: RunRecord) -> None:
+        """Wait for a run whose row no call runs any more, so that the row `job` of its session can go on."""
+        row = self.ledger.row_key(record.idempotency_key)
+        number, state = await self.ledger.place_of(row)
+        if number is not None and state is not RowState.CONFLICT:
+            return
+        try:
+            await self.throttle.found(row)
+            await self._wait(replace(job, key=row), record, first_look=True)
+        finally:
+            self.throttle.left(row)
+            if state is RowState.CONFLICT:
+                await self.ledger.note_conflict(row)  # the end is that of the inputs that the row had before
+
     async def _judge(self, job: RowJob, record: RunRecord) -> RowState:
-        """Return the state of a row whose run has ended, and save whether its result fits `output_type`."""
-        noted = record.error
-        run = LiveRun(self.session, str(record.kickoff_id), record, self._request(job))
-        state = judge(run, record, self._options.output_type)
-        if record.error != noted:
+        """Return the state of a row whose run has ended, and save whether its result fits `output_type`.
+
+        If a masked result does not fit, the masks may be the reason, so the row stays in its state.
+        """
+        judged = record.model_copy()
+        run = LiveRun(self.session, str(record.kickoff_id), judged, self._request(job))
+        judge(run, judged, self._options.output_type)
+        if judged.error != record.error and (judged.error is None or not is_masked(record.result)):
+            record.error = judged.error
             await self.ledger.save(record)
-        return state
+        return state_of(record)
 
     async def _without_result(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
         """Return the end of a row without a result, and write the reason to the ledger."""
@@ -491,7 +510,7 @@ class Runner:
                 status = status if waker is None else await waker.with_usage(status)
         has_result = status.state is CrewState.COMPLETED
         error = None if has_result else run.redact_text(status.error or "The crew gave no reason.")[:ERROR_CAP]
-        result = None
+        stored = result = None
         if has_result:
             stored = StoredResult.of(status.result())
             withheld: dict[str, Any] = {"output": WITHHELD, "data": None, "tasks": []}
@@ -499,7 +518,7 @@ class Runner:
         end = end_of(run.crew, status, phases.human_seconds, error, result)
         # Before the end is saved: a process may be killed right after, and has then saved that the result does not fit.
         if not run.is_blind:
-            judged = record.model_copy(update=end)
+            judged = record.model_copy(update={**end, "result": stored})  # a masked email address is none
             judge(run, judged, self._options.output_type)
             end["error"] = judged.error
         if record.phase is RecordPhase.ENDED:  # our stop has closed it, and the status has more facts about the end
@@ -531,28 +550,6 @@ class Runner:
         if kind not in self._logged_at or now - self._logged_at[kind] > LOG_EVERY:
             self._logged_at[kind] = now
             run_logger().warning(message, *args)
-
-
-class FirstPoll:
-    """The time of a run's first poll, in `seconds`: the fastest tenth of runs took so long; 0 while none has ended."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._known: deque[float] = deque(maxlen=200)
-        self._count = 0
-
-    def add(self, record: RunRecord) -> None:
-        """Add the execution time of a completed run or, if the server gives none, the time until we saw its end."""
-        took = None if record.result is None else record.result.execution_time
-        if took is None and record.ended_at is not None and record.kicked_off_at is not None:
-            # We saw the end up to a pause too late. A tenth less each time approaches the truth from above.
-            took = 0.9 * (record.ended_at - record.kicked_off_at).total_seconds()
-        if took is None:
-            return
-        self._known.append(took)
-        self._count += 1
-        if self._count in (5, 10) or self._count % 20 == 0:
-            self.seconds = sorted(self._known)[len(self._known) // 10]
 
 
 class _RowWatcher(Watcher):

@@ -23,7 +23,7 @@ from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import listed_rows
 from prefect_crew.artifacts.escape import duration
 from prefect_crew.batches.ledger import LedgerRow
-from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH, RowState
+from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH, RowState, state_of
 from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import aplan_batch, arun_batch
@@ -467,8 +467,7 @@ async def _cancel(name: str, ledger: str | None, crew: CrewOfRun) -> tuple[str, 
         code = 0
         if await lock.take():
             batch.ledger.is_exclusive = True
-            rows = batch.ledger.rows_in([RowState.STARTED])
-            records = [row.record async for row in rows if row.record is not None]
+            records = [record for record in await batch.ledger.in_flight() if state_of(record) is not RowState.LOST]
             stopped = await _stop_runs(batch, records, crew) if records else 0
             done = f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
             done, code = (done, 0 if stopped else OTHER) if records else ("no run is in flight.", 0)

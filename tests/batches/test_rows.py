@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -127,6 +128,7 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
         pytest.param({"topic": "x", "id": "k" * 201}, {"key": "id"}, "201 characters, the limit is 200", id="long key"),
         pytest.param({"topic": "x", "id": "a\0b"}, {"key": "id"}, "that no ledger can keep", id="NUL in the key"),
         pytest.param({"topic": "x", "id": "\ud800"}, {"key": "id"}, "that no ledger can keep", id="half a key"),
+        pytest.param({"topic": "x", "id": 2.0**53}, {"key": "id"}, "its key is a float, which rounds", id="rounded"),
         pytest.param({"topic": "x"}, {"key": lambda row: row["id"]}, "KeyError: 'id'", id="key function"),
     ],
 )
@@ -251,6 +253,18 @@ def test_a_bad_row_that_is_no_json_is_written_with_its_reason(value: Any, shown:
     assert [(line["line"], line["reason"]) for line in lines] == [(bad.line, bad.reason) for bad in checked.bad]
 
 
+DEEP = reduce(lambda inner, _: [inner], range(3_000), list[Any]())
+
+
+@pytest.mark.parametrize("value", [DEEP, {("a", 1): 2}], ids=["nested deeply", "keys that are tuples"])
+def test_a_bad_row_of_strange_values_ends_nothing(value: Any):
+    file = io.BytesIO()
+    checked = plan([{"topic": topic, "other": value} for topic in ("tea", "")]).check(file)
+    [line] = map(json.loads, file.getvalue().splitlines())
+    assert (checked.total, checked.bad_count, line["line"], line["row"]) == (1, 1, 2, None)
+    assert line["reason"] == checked.bad[0].reason
+
+
 def test_a_reason_with_half_a_character_can_be_stored():
     def refuse(row: Mapping[str, Any]) -> str:
         raise ValueError(f"no topic in {row['text']}")
@@ -265,6 +279,8 @@ def test_a_number_of_pandas_stays_itself_where_another_row_has_none():
     for ids in ([1, 2], [1, 2, None]):
         frame = pandas.DataFrame({"id": ids, "topic": "tea"})
         assert [job.key for job in plan(frame, key="id").jobs()] == ["1", "2"]
+        sessions = [job.inputs.session for job in plan(frame, session="id").jobs()]
+        assert sessions == ["1", "2", None][: len(ids)]
         jobs = plan(frame.convert_dtypes(), inputs={"topic": "id"}).jobs()
         assert [job.inputs.encoded["topic"] for job in jobs] == ["1", "2"]
     assert keys([{"topic": "tea", "id": number} for number in (1.5, float("inf"))], key="id") == ["1.5", "inf"]

@@ -463,6 +463,23 @@ async def test_typed_results_become_columns_and_misfits_have_their_reason(
         assert (line["data"]["score"], server.kickoffs) == (score, 2)
 
 
+async def test_a_result_is_judged_before_its_secrets_are_masked(batch: Batches, crew_server: CrewServerFactory):
+    class Lead(BaseModel):
+        year: int
+
+    class Wider(BaseModel):
+        year: int
+        note: str = ""
+
+    server = crew_server(script({"output": '{"year": {{ pin }}}'}, inputs=["topic", "pin"]))
+    rows = [{"topic": "tea", "pin": "1985"}]
+    given = {"name": f"masked {uuid.uuid4().hex[:8]}", "key": "topic", "retries": 1}
+    for kind in (Lead, Wider):
+        report = await batch(server.crew(secret_inputs=["pin"]), rows, output_type=kind, **given)
+        assert (report.completed, report.failed, server.kickoffs) == (1, 0, 1)
+        assert batch.lines()["tea"]["output"] == f'{{"year": {MASK}}}'
+
+
 class Strict(BaseModel):
     name: str
 
@@ -535,7 +552,7 @@ async def test_a_file_that_another_batch_wrote_meanwhile_is_kept(batch: Batches,
     while server.kickoffs < 1:
         await asyncio.sleep(0.05)
     await batch(server.crew(), topics(2), name="early")
-    with pytest.raises(OutputError, match=r"is not from this batch.*All results are in the ledger"):
+    with pytest.raises(OutputError, match=r"is not from this batch: move that file. All results are in the ledger"):
         await late
     assert [line["output"] for line in batch.lines().values()] == ["on topic 0", "on topic 1"]
     batch.output.unlink()

@@ -20,8 +20,9 @@ from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.report import BatchArtifact, BatchProgress, BatchReport
-from prefect_crew.batches.runner import FirstPoll, Runner
+from prefect_crew.batches.runner import Runner
 from prefect_crew.batches.stored import batches_waiting_for_people
+from prefect_crew.batches.throttle import FirstPoll
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import ReviewRequest

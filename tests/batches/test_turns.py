@@ -245,6 +245,24 @@ async def test_a_lost_row_starts_again_where_a_person_asks(batch: Batches, crew_
     assert outputs(batch) == ["1 slow", "2 rain after 1 slow"]
 
 
+@pytest.mark.parametrize("first", [days("rain"), days("sun")], ids=["has left", "has other inputs"])
+async def test_rows_wait_for_a_run_whose_row_runs_no_more(batch: Batches, journal: CrewServer, first: list[Any]):
+    about = {"name": f"journal {uuid.uuid4().hex[:8]}", "on_change": "continue"}
+    soon = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, timeout=0.3)
+    report = await run(batch, journal, days("slow"), wait=soon, **about)
+    assert report.errors == {"CrewTimeoutError": 1}
+    [row] = first
+    key = f"{ANN} 1" if row["note"] == "sun" else f"{ANN} 2"
+    rows = [row | {"day": key}, row | {"day": f"{ANN} 3"}]
+    again = await run(batch, journal, rows, **about)
+    lines = batch.lines()
+    note, is_conflict = row["note"], row["note"] == "sun"
+    assert (again.conflicts, journal.kickoffs) == (int(is_conflict), 2 if is_conflict else 3)
+    last = f"2 {note} after 1 slow" if is_conflict else f"3 {note} after 2 {note} after 1 slow"
+    assert lines[f"{ANN} 3"]["output"] == last
+    assert lines[key]["state"] == ("conflict" if is_conflict else "completed")
+
+
 # Bad rows
 
 
@@ -260,6 +278,7 @@ TOPIC = [CrewInput(name="note")]
         ),
         pytest.param({"note": "a", "who": "x" * 201}, {}, "its session is not a name of 1 to", id="long"),
         pytest.param({"note": "a", "who": "b\tc"}, {}, "its session is not a name of 1 to", id="control"),
+        pytest.param({"note": "a", "who": 2.0**60}, {}, "its session is a float, which rounds", id="rounded"),
         pytest.param(
             {"note": "a", "who": "b", "id": "c"},
             {"inputs": {"note": "note", "id": "id"}, "expected": [*TOPIC, CrewInput(name="id")]},
