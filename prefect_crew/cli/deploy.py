@@ -52,6 +52,8 @@ from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
 
 WHAT = Group("Deploy one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
+_OPTIONS = ("crew", "pipeline", "inputs", "idempotency_key", "session")
+"""The parameters of a deployment that the command writes itself."""
 WHEN = Group("When it runs, one of", validator=validators.MutuallyExclusive(), sort_key=1)
 
 
@@ -107,16 +109,15 @@ def deploy(
     async def make() -> None:
         earlier = await read_deployment(f"{flow.name}/{own_name}")
         kept = _kept(earlier, choices)
-        options = choices | kept
-        has_pool = earlier is not None and earlier.work_pool_name
-        parameters = {"inputs": defaults, "idempotency_key": options["idempotency key"], "session": options["session"]}
+        options, parameters = choices | kept, dict(kept.get("parameter", {}))
+        parameters |= {"inputs": defaults, "idempotency_key": options["idempotency key"], "session": options["session"]}
         deployment = await flow.ato_deployment(
             own_name,
             parameters={name: value for name, value in parameters.items() if value not in (None, "")},
             schedules=options["schedule"],
             tags=options["tag"],
-            work_pool_name=pool or (None if has_pool else get_current_settings().deployments.default_work_pool_name),
             concurrency_limit=options["concurrency limit"] or None,
+            **_place(earlier, pool),
         )
         deployment_id = await _apply(deployment)
         async with get_client() as client:
@@ -127,6 +128,8 @@ def deploy(
         await _put_version(crew)
         if page := page_url(deployment_id, "deployment"):
             _output.put(page)
+        if earlier is not None and earlier.job_variables and not deployment.job_variables:
+            _output.note(f"Its job variables are gone: they belonged to work pool {earlier.work_pool_name}.")
         for title in [title for title in kept if title != "schedule"]:
             _output.put(f"Its earlier {title} stays: {_described(kept[title])}")
         whose = "Its schedule" if schedule else "Its earlier schedule stays"
@@ -166,17 +169,30 @@ def _kept(earlier: DeploymentResponse | None, choices: dict[str, Any]) -> dict[s
     if earlier is None:
         return {}
     limit, how = earlier.global_concurrency_limit, earlier.concurrency_options
+    others = {name: value for name, value in earlier.parameters.items() if name not in _OPTIONS}
     options: dict[str, Any] = {
         "idempotency key": earlier.parameters.get("idempotency_key"),
         "session": earlier.parameters.get("session"),
         "tag": [tag for tag in earlier.tags if tag != TAG],
         "concurrency limit": limit and ConcurrencyLimitConfig(limit=limit.limit, **(how.model_dump() if how else {})),
         "schedule": _schedules_of(earlier),
+        "parameter": others,
     }
-    return {title: value for title, value in options.items() if value and choices[title] is None}
+    return {title: value for title, value in options.items() if value and choices.get(title) is None}
 
 
-def _described(value: str | list[str] | ConcurrencyLimitConfig) -> str:
+def _place(earlier: DeploymentResponse | None, pool: str | None) -> dict[str, Any]:
+    """Return the options for the pool of a deployment: of `pool` if that is given, else of the earlier deployment."""
+    if earlier is None or not earlier.work_pool_name:
+        return {"work_pool_name": pool or get_current_settings().deployments.default_work_pool_name}
+    if not earlier.job_variables or pool not in (None, earlier.work_pool_name):
+        return {"work_pool_name": pool}  # None keeps the pool
+    # Prefect would empty the job variables, and takes them only together with the pool.
+    names = {"work_pool_name": earlier.work_pool_name, "work_queue_name": earlier.work_queue_name}
+    return {**names, "job_variables": dict(earlier.job_variables)}
+
+
+def _described(value: str | list[str] | dict[str, Any] | ConcurrencyLimitConfig) -> str:
     if isinstance(value, ConcurrencyLimitConfig):
         return str(value.limit)
     return value if isinstance(value, str) else ", ".join(value)

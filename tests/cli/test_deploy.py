@@ -17,6 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
 from prefect.settings import PREFECT_DEFAULT_WORK_POOL_NAME, temporary_settings
 
+from prefect_crew.deployments import crew_flow
 from prefect_crew.devserver import CrewServer
 from support.prefect_server import PrefectServer
 
@@ -148,6 +149,19 @@ def test_a_second_deploy_keeps_what_it_is_not_given(here, name: str, prefect_api
             assert f"Its earlier {kept}" in out.replace("concurrency ", "")
     deploy("--key", "", "--session", "", "--concurrency-limit", "0", "-i", "who=Ada")
     assert facts() == (None, None, None, tags, pools[0])
+
+
+def test_a_second_deploy_keeps_parameters_and_job_variables(here, name: str, prefect_api: PrefectServer):
+    pool, other = (work_pool(prefect_api, "process") for _ in range(2))
+    by_hand = {"review": "form", "wait": {"human_timeout": 604800}}
+    of_pool = {"work_pool_name": pool, "job_variables": {"env": {"A": "b"}}}
+    crew_flow(name).deploy(name, parameters=by_hand, print_next_steps=False, **of_pool)
+    out, stored = here("deploy", name, "-i", "who=Ada").out, deployment(f"deployed-crew/{name}")
+    assert "Its earlier parameter stays: review, wait" in out
+    assert stored.parameters == {**by_hand, "crew": name, "inputs": {"who": "Ada"}}
+    assert (stored.work_pool_name, stored.job_variables) == (pool, of_pool["job_variables"])
+    moved = here("deploy", name, "--pool", other)
+    assert f"Its job variables are gone: they belonged to work pool {pool}." in moved.err
 
 
 @pytest.mark.parametrize("line", ["deploy travel", "backfill travel/daily --from 2024-02-28 --to 2024-03-01"])
