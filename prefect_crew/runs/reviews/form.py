@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -17,7 +17,7 @@ from prefect.input import Keyset, RunInput, keyset_from_base_key
 from prefect.input.actions import aread_flow_run_input
 from prefect.states import Paused, Running
 from prefect.utilities.urls import url_for
-from pydantic import Field, ValidationError, create_model
+from pydantic import AfterValidator, Field, ValidationError, create_model
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
@@ -70,9 +70,16 @@ class ReviewForm(RunInput):
         fields: dict[str, Any] = {"question": (str, only)}
         if shown := options or question.options:
             options_shown: list[Any] = list(shown)
+
+            def checked(decision: str) -> str:
+                # Another process may have put this form up, and masked its options in another way.
+                if decision not in options_shown:
+                    raise ValueError("this is no outcome of the question")
+                return decision
+
             description = "The outcome that the Flow continues with."
             outcome = Field(title="Decision", description=description, json_schema_extra={"enum": options_shown})
-            fields["decision"] = (str, outcome)
+            fields["decision"] = (Annotated[str, AfterValidator(checked)], outcome)
         return create_model(cls.__name__, __base__=cls, **fields).with_initial_data(description=text)
 
     def review(self, question: ReviewRequest, options: Sequence[str] = ()) -> Review:

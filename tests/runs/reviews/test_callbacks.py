@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from prefect import flow
+from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
@@ -344,3 +345,5 @@ def test_the_form_masks_the_flows_options_and_knows_each(are_alike: bool) -> Non
     assert "secret-token" not in str(form.model_json_schema())
     answers = [form.model_validate({"decision": option}).review(question, shown) for option in shown]
     assert [answer.option for answer in answers] == list(question.options)
+    with pytest.raises(ValidationError, match="this is no outcome of the question"):
+        form.model_validate({"decision": "send secret-token"})  # as a process without the secret has shown it
