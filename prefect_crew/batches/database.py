@@ -295,7 +295,7 @@ class Database:
         """Run `work` in a transaction; return its result after the commit. Raises SQLAlchemyError, OSError."""
         if self.server is not None:
             try:
-                async with self.server.begin() as connection:
+                async with asyncio.timeout(ANSWER_WITHIN), self.server.begin() as connection:
                     return await connection.run_sync(work)
             except Exception as error:
                 # While a server starts or stops, SQLAlchemy passes on the driver's own error of the connection. While
@@ -398,6 +398,8 @@ def _sqlite(path: str) -> sa.Engine:
     return engine
 
 
+ANSWER_WITHIN = 120.0
+"""Seconds for one transaction in PostgreSQL. The client notices only so that the server's machine has vanished."""
 KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
 """Settings of a PostgreSQL session: a machine that vanishes must not hold its locks for hours."""
 TIMEOUTS = ("55P03", "57014")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.util import await_only
 
@@ -39,6 +40,7 @@ from prefect_crew.runs.kickoff import ClaimLostError
 from prefect_crew.states import CrewState
 from support.batches import CREW, enter, postgres_ledger, record_of
 from support.postgres import Postgres, find_postgres
+from support.proxy import Proxy
 from support.records import LONG_AGO
 
 
@@ -491,6 +493,28 @@ async def test_connections_that_hang_end_no_read(postgres_address: str, caplog: 
             assert not reading.done()
         await stack.aclose()
         assert await reading
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("work", ["read", "written"])
+async def test_a_server_that_vanishes_is_tried_again(
+    postgres_address: str, work: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(database, "ANSWER_WITHIN", 0.5)
+    url = make_url(postgres_address)
+    with Proxy(url.port or 0) as proxy:
+        address = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
+        async with Ledger(address, "b") as ledger:
+            await enter(ledger, "k")
+            proxy.is_silent = True
+            doing = ledger.counts() if work == "read" else ledger.claim(record_of(ledger, "k"))
+            task = asyncio.ensure_future(doing)
+            while f"cannot be {work} " not in caplog.text:
+                await asyncio.wait({task}, timeout=0.05)
+                assert not task.done()
+            proxy.is_silent = False
+            assert await asyncio.wait_for(task, 60)
+            assert ledger.database.server.pool.checkedout() == 0
 
 
 @pytest.mark.slow

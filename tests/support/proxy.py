@@ -21,6 +21,8 @@ class Proxy:
         self.refuse: str | None = None
         self.answer = "403"
         """The status that refused requests get; empty: the connection is closed."""
+        self.is_silent = False
+        """Whether bytes are lost, as where a machine has vanished: nobody closes a connection."""
         self._target = target_port
         self._listener: socket.socket | None = None
         self._open: set[socket.socket] = set()
@@ -93,7 +95,8 @@ class Proxy:
                             head = f"HTTP/1.1 {self.answer} Refused\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
                             source.sendall(head.encode())
                         break
-                sink.sendall(data)
+                if not self.is_silent:
+                    sink.sendall(data)
         for one in (source, sink):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
