@@ -485,14 +485,14 @@ class _Batch:
 
         Raises ConfigurationError if the crew named the inputs of the rows before, and cannot name them now.
         """
-        if expected is not None:
-            return bool(expected)
+        if expected:
+            return True
         has_named = bool(before and before.call and before.call.get("names_inputs"))
         if has_named and self.job.options.inputs is None:  # all columns would be inputs, and every row would change
             raise ConfigurationError(
-                f"The crew {self.job.crew.url} does not name its inputs now (GET /inputs failed), and the rows of "
+                f"The crew {self.job.crew.url} names no inputs now (GET /inputs), and the rows of "
                 f"batch {self.job.name!r} took their inputs by these names. Nothing was started. Make the same call "
-                "again when GET /inputs answers, or give inputs={NAME: COLUMN}."
+                "again when it names them, or give inputs={NAME: COLUMN}."
             )
         return has_named
 

@@ -414,6 +414,9 @@ async def test_names_of_inputs_that_are_gone_start_no_row_again(batch: Batches, 
     for options in ({"inputs": {"topic": "topic"}}, {}):
         report = await batch(crew, rows, name="named", on_change="continue", **options)
         assert (report.completed, report.kickoffs, server.kickoffs) == (2, 0, 2)
+    server.crews[""].program = load_program(script({"output": "x"}))
+    with pytest.raises(ConfigurationError, match="names no inputs now"):
+        await batch(crew, rows, name="named", on_change="continue")
 
 
 async def test_a_server_that_is_away_is_said_before_anything_is_made(batch: Batches, crew_server: CrewServerFactory):
