@@ -217,7 +217,10 @@ class RowPlan:
         if unknown := self._unknown(encoded):
             raise ConfigurationError(unknown)
         if self._options.key is None:
-            key = f"{inputs.digest}-{keys.count(inputs.digest)}"
+            number_of_equals = keys.count(inputs.digest)
+            if number_of_equals > 1 and inputs.secret_names:  # in another order, each would be taken for the other
+                raise ConfigurationError("equals an earlier row but for its secret inputs: give the rows a key")
+            key = f"{inputs.digest}-{number_of_equals}"
         else:
             key = _key_of(self._options.key, row.values)
             self._check_shown(inputs, "key", key)

@@ -286,6 +286,13 @@ def test_a_number_of_pandas_stays_itself_where_another_row_has_none():
     assert keys([{"topic": "tea", "id": number} for number in (1.5, float("inf"))], key="id") == ["1.5", "inf"]
 
 
+def test_rows_that_only_a_secret_input_tells_apart_need_a_key():
+    rows = [{"topic": "tea", "id": number, "code": code} for number, code in enumerate(("one", "two"))]
+    options: dict[str, Any] = {"inputs": {"topic": "topic", "pin": "code"}, "crew": HIDES}
+    assert reasons(rows, **options) == [(2, "equals an earlier row but for its secret inputs: give the rows a key")]
+    assert keys(rows, key="id", **options) == ["0", "1"]
+
+
 def test_a_key_that_holds_a_secret_input_is_refused():
     rows = [{"topic": "tea", "code": "hunter22"}]
     given = {"topic": "topic", "pin": "code"}
