@@ -314,6 +314,8 @@ def test_a_batch_of_which_nothing_could_be_stopped_says_so(
     server, crew = picky(faults=["stop:500"])
     here(*call(crew, leads, "--key-column", "id"))
     asyncio.run(in_flight(f"{output}.ledger.db", name, 40, crew=crew, crew_url=server.url))
+    with closing(sqlite3.connect(f"{output}.ledger.db")) as ledger, ledger:  # some rows leave the data set
+        ledger.execute("UPDATE crew_rows SET number = NULL WHERE row_key LIKE 'late %5' OR row_key < 'late 2'")
     stop, at_once = CrewClient.stop, [0, 0]
 
     async def counted(self: CrewClient, kickoff_id: str) -> StopAnswer:
