@@ -297,6 +297,9 @@ class Database:
             try:
                 async with asyncio.timeout(ANSWER_WITHIN), self.server.begin() as connection:
                     return await connection.run_sync(work)
+            except TimeoutError as error:
+                await self.server.dispose(close=False)  # its other connections hang too
+                raise OSError(f"no answer within {ANSWER_WITHIN:g} s") from error
             except Exception as error:
                 # While a server starts or stops, SQLAlchemy passes on the driver's own error of the connection. While
                 # connections hang, it raises TimeoutError: the pool has none left.
@@ -398,8 +401,9 @@ def _sqlite(path: str) -> sa.Engine:
     return engine
 
 
-ANSWER_WITHIN = 120.0
-"""Seconds for one transaction in PostgreSQL. The client notices only so that the server's machine has vanished."""
+ANSWER_WITHIN = 100.0
+"""Seconds for one transaction in PostgreSQL: nothing else tells the client that the server's machine has vanished.
+`GroupWriter.retry_for` leaves time for another try."""
 KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
 """Settings of a PostgreSQL session: a machine that vanishes must not hold its locks for hours."""
 TIMEOUTS = ("55P03", "57014")
@@ -479,7 +483,9 @@ class GroupWriter:
             sa.select(*_READ).select_from(keys.outerjoin(attempts, own)),
             sa.select(*_READ).select_from(kickoffs.outerjoin(attempts, attempts.c.kickoff == kickoffs.c.value)),
         )
-        moved = (rows.c.batch == batch, database.is_one_of(rows.c.row_key, "keys"))
+        # The end of a run with the inputs that a row had before must not stand beside its inputs of now.
+        is_ours = rows.c.state != str(RowState.CONFLICT)
+        moved = (rows.c.batch == batch, database.is_one_of(rows.c.row_key, "keys"), is_ours)
         latest: dict[str, Any] = {"attempt": sa.bindparam("latest"), "state": sa.bindparam("now")}
         self._follow = sa.update(rows).where(*moved).values(latest)
         self.retry_for = 120.0

@@ -221,12 +221,6 @@ class Ledger:
         while page := list(islice(jobs, PAGE)):
             await self.enter_rows(page, crew)
 
-    async def place_of(self, row_key: str) -> tuple[int | None, RowState]:
-        """Return a row's number in the data set, None if the row has left the data set, and the row's state."""
-        query = sa.select(rows.c.number, rows.c.state).where(rows.c.batch == self.batch, rows.c.row_key == row_key)
-        ((number, state),) = await self._rows(query)
-        return number, RowState(state)
-
     async def note_conflict(self, row_key: str) -> None:
         """Write that a row's key was kicked off before with other inputs, or for another crew."""
         this = (rows.c.batch == self.batch, rows.c.row_key == row_key)
@@ -495,6 +489,14 @@ class Ledger:
         """Return the runs in flight, also of rows that have left the data set or have other inputs now."""
         ours = (attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.STARTED))
         return [_record(text) for (text,) in await self._rows(sa.select(attempts.c.record).where(*ours))]
+
+    async def left_out(self, crew_url: str) -> list[RunRecord]:
+        """Return the runs in flight on a crew's server whose rows have left the data set or have other inputs now."""
+        same = sa.and_(rows.c.batch == attempts.c.batch, rows.c.row_key == attempts.c.row_key)
+        is_out = sa.or_(rows.c.number.is_(None), rows.c.state == str(RowState.CONFLICT))
+        query = sa.select(attempts.c.record).join(rows, same).where(attempts.c.batch == self.batch, is_out)
+        found = await self._rows(query.where(attempts.c.phase == str(RecordPhase.STARTED)))
+        return [record for (text,) in found if (record := _record(text)).crew_url == crew_url]
 
     async def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight that waited for a person at their last poll."""

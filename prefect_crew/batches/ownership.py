@@ -15,7 +15,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefect_crew._internal.prefect_api import request_soon
-from prefect_crew.batches.database import KEEPALIVES, Database, batches, lock_key, short
+from prefect_crew.batches.database import ANSWER_WITHIN, KEEPALIVES, Database, batches, lock_key, short
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.exceptions import LedgerError, LedgerMissingError
 from prefect_crew.records.model import digest
@@ -167,7 +167,8 @@ class BatchLock:
             return self._file is not None and _is_at(self._file, self._path) and self._database.is_in_place
         if self._connection is not None:
             with suppress(SQLAlchemyError, OSError):
-                await self._connection.execute(text("SELECT 1"))
+                async with asyncio.timeout(ANSWER_WITHIN):
+                    await self._connection.execute(text("SELECT 1"))
                 return True
         return await self._take_again()
 

@@ -218,7 +218,9 @@ class RowPlan:
             raise ConfigurationError(unknown)
         if self._options.key is None:
             number_of_equals = keys.count(inputs.digest)
-            if number_of_equals > 1 and inputs.secret_names:  # in another order, each would be taken for the other
+            secrets = hash(to_json([inputs.encoded[name] for name in inputs.secret_names]))
+            # In another order of the rows, each of the two would be taken for the other.
+            if inputs.secret_names and keys.put(f"secrets of {inputs.digest}", secrets) not in (None, secrets):
                 raise ConfigurationError("equals an earlier row but for its secret inputs: give the rows a key")
             key = f"{inputs.digest}-{number_of_equals}"
         else:

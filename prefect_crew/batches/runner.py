@@ -7,7 +7,6 @@ import shlex
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -36,6 +35,7 @@ from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.throttle import FirstPoll, Throttle
 from prefect_crew.batches.turns import RowTurns
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import CrewSession
@@ -120,7 +120,7 @@ class Runner:
         self._places = asyncio.Semaphore(max_in_flight)
         self._rows_of_sessions = asyncio.Semaphore(max_in_flight + WAITING_ROWS)
         self._running: set[asyncio.Task[None]] = set()
-        self._turns = RowTurns(session.crew, ledger, throttle, self._places, self._wait_for_left_out)
+        self._turns = RowTurns(session.crew, ledger, throttle, self._places)
         self._settings = CrewSettings()
         meta = {**(options.meta or {}), "batch": ledger.batch}
         self._run_options = RunOptions.of(meta=meta, wait=options.wait, webhooks=options.webhooks)
@@ -191,6 +191,10 @@ class Runner:
         """
         try:
             async with asyncio.TaskGroup() as group:
+                if self._options.session is not None:
+                    for record in await self.ledger.left_out(self.session.crew.url):
+                        self._running.add(waiting := group.create_task(self._wait_for_left_out(record)))
+                        waiting.add_done_callback(self._running.discard)
                 async for job, attempts in self._rows_to_run(jobs):
                     room = self._places if job.inputs.session is None else self._rows_of_sessions
                     await room.acquire()
@@ -260,6 +264,17 @@ class Runner:
             if reason := self._options.why_stop(self._failed, self._ended):
                 self.stop(reason)
             self._on_end(end[1])
+
+    async def _wait_for_left_out(self, record: RunRecord) -> None:
+        """Wait for a run whose row no call runs any more, so that the rows of its session can go on."""
+        inputs = self.session.crew.take(Inputs.of({}), session=record.session)
+        job = RowJob(-1, 0, self.ledger.row_key(record.idempotency_key), inputs)
+        async with self._turns.of(job):
+            try:
+                await self.throttle.found(job.key)
+                await self._wait(job, record, first_look=True, counts=False)
+            finally:
+                self.throttle.left(job.key)
 
     async def _to_its_end(self, job: RowJob, attempts: Sequence[RunRecord]) -> RowEnd | None:
         """Find or start a row's run and wait for it, then retry as often as allowed; return the end of the last run.
@@ -398,8 +413,9 @@ class Runner:
             self.stop(str(error), shut=True)
         return end
 
-    async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool) -> RowEnd | None:
-        """Wait for a run and return its end; None if the token is refused, which leaves the run in flight."""
+    async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool, counts: bool = True) -> RowEnd | None:
+        """Wait for a run and return its end; None if the token is refused, which leaves the run in flight.
+        `counts`: whether a failure is one of the failures in a row that stop the batch."""
         is_judged = is_lost = False
         if record.phase is not RecordPhase.ENDED:
             self.waiting[job.key] = record
@@ -420,30 +436,16 @@ class Runner:
             except CrewError as error:
                 is_lost = isinstance(error, CrewLostError)
                 if record.ended_at is None:
-                    return await self._without_result(job, record, error)
+                    return await self._without_result(job, record, error, counts=counts)
             finally:
                 if self.throttle.slots is not None and not is_lost and record.ended_at is None:
                     self.throttle.slots.leave(job.key)  # the run is in flight, as after a wait that timed out
                 del self.waiting[job.key]
                 self.throttle.wait_for(len(self.waiting))
         state = state_of(record) if is_judged else await self._judge(job, record)
-        if state is not RowState.COMPLETED and record.reason != STOPPED_WITH_BATCH:
+        if counts and state is not RowState.COMPLETED and record.reason != STOPPED_WITH_BATCH:
             self.throttle.failed(record.error or "the crew gave no reason")
         return state, RETRYABLE.get(state)
-
-    async def _wait_for_left_out(self, job: RowJob, record: RunRecord) -> None:
-        """Wait for a run whose row no call runs any more, so that the row `job` of its session can go on."""
-        row = self.ledger.row_key(record.idempotency_key)
-        number, state = await self.ledger.place_of(row)
-        if number is not None and state is not RowState.CONFLICT:
-            return
-        try:
-            await self.throttle.found(row)
-            await self._wait(replace(job, key=row), record, first_look=True)
-        finally:
-            self.throttle.left(row)
-            if state is RowState.CONFLICT:
-                await self.ledger.note_conflict(row)  # the end is that of the inputs that the row had before
 
     async def _judge(self, job: RowJob, record: RunRecord) -> RowState:
         """Return the state of a row whose run has ended, and save whether its result fits `output_type`.
@@ -458,9 +460,11 @@ class Runner:
             await self.ledger.save(record)
         return state_of(record)
 
-    async def _without_result(self, job: RowJob, record: RunRecord | None, error: CrewError) -> RowEnd:
+    async def _without_result(
+        self, job: RowJob, record: RunRecord | None, error: CrewError, *, counts: bool = True
+    ) -> RowEnd:
         """Return the end of a row without a result, and write the reason to the ledger."""
-        if not isinstance(error, SessionBlockedError):  # one session must not stop the batch
+        if counts and not isinstance(error, SessionBlockedError):  # one session must not stop the batch
             self.throttle.failed(str(error))
         if isinstance(error, KickoffUncertainError):
             return RowState.UNCERTAIN, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
@@ -29,24 +29,13 @@ NOTED_WITHIN = 5.0
 
 
 class RowTurns:
-    """The sessions of the rows of one batch. `places` are its places of `max_in_flight`.
+    """The sessions of the rows of one batch. `places` are its places of `max_in_flight`."""
 
-    `wait_for_left_out` waits for a run whose row no call runs any more, and does nothing about other runs.
-    """
-
-    def __init__(
-        self,
-        crew: Crew,
-        ledger: Ledger,
-        throttle: Throttle,
-        places: asyncio.Semaphore,
-        wait_for_left_out: Callable[[RowJob, RunRecord], Awaitable[None]],
-    ) -> None:
+    def __init__(self, crew: Crew, ledger: Ledger, throttle: Throttle, places: asyncio.Semaphore) -> None:
         self._crew = crew
         self._ledger = ledger
         self._throttle = throttle
         self._places = places
-        self._wait_for_left_out = wait_for_left_out
         self._locks = WeakValueDictionary[str, asyncio.Lock]()
         self._blocked: dict[str, SessionBlockedError] = {}
 
@@ -125,10 +114,7 @@ class RowTurns:
                 lost = {"state": CrewState.UNKNOWN, "reason": record.reason}
                 await self._ledger.resolve(record, RecordPhase.ENDED, **lost)
             elif not is_over(earlier, record):
-                if record.phase is RecordPhase.STARTED:
-                    await self._wait_for_left_out(job, record)
-                if not is_over(earlier, record):
-                    raise self._has_no_end(earlier, record)
+                raise self._has_no_end(earlier, record)
         except SessionBlockedError as error:
             if earlier.session not in self._blocked:
                 run_logger().warning("%s Later rows of the session are not started in this call.", error)

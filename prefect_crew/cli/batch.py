@@ -468,7 +468,9 @@ async def _cancel(name: str, ledger: str | None, crew: CrewOfRun) -> tuple[str, 
         if await lock.take():
             batch.ledger.is_exclusive = True
             records = [record for record in await batch.ledger.in_flight() if state_of(record) is not RowState.LOST]
-            stopped = await _stop_runs(batch, records, crew) if records else 0
+            stopped = 0
+            for url in sorted({record.crew_url for record in records}):
+                stopped += await _stop_runs(batch, [record for record in records if record.crew_url == url], crew)
             done = f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
             done, code = (done, 0 if stopped else OTHER) if records else ("no run is in flight.", 0)
         else:
@@ -491,9 +493,14 @@ async def _cancel_flow_run(run_id: str | None) -> str:
 
 
 async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfRun) -> int:
-    """Ask the crew's server to stop runs that nobody waits for, many at a time; return how many it stops."""
+    """Ask one crew's server to stop runs that nobody waits for, many at a time; return how many it stops."""
     gate = asyncio.Semaphore(STOPS_AT_ONCE)
-    async with CrewSession(await crew.need(records[0])) as session:
+    try:
+        known = await crew.need(records[0])
+    except CrewError as error:
+        _output.note(f"{len(records):,} runs on {records[0].crew_url} were not stopped: {error}")
+        return 0
+    async with CrewSession(known) as session:
 
         async def stop(record: RunRecord) -> bool:
             async with gate:

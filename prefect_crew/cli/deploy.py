@@ -170,6 +170,8 @@ def _kept(earlier: DeploymentResponse | None, choices: dict[str, Any]) -> dict[s
         return {}
     limit, how = earlier.global_concurrency_limit, earlier.concurrency_options
     others = {name: value for name, value in earlier.parameters.items() if name not in _OPTIONS}
+    if choices["session"]:
+        others.pop("restore_from", None)  # a session restores the states itself
     options: dict[str, Any] = {
         "idempotency key": earlier.parameters.get("idempotency_key"),
         "session": earlier.parameters.get("session"),
@@ -185,11 +187,11 @@ def _place(earlier: DeploymentResponse | None, pool: str | None) -> dict[str, An
     """Return the options for the pool of a deployment: of `pool` if that is given, else of the earlier deployment."""
     if earlier is None or not earlier.work_pool_name:
         return {"work_pool_name": pool or get_current_settings().deployments.default_work_pool_name}
-    if not earlier.job_variables or pool not in (None, earlier.work_pool_name):
-        return {"work_pool_name": pool}  # None keeps the pool
-    # Prefect would empty the job variables, and takes them only together with the pool.
+    if pool not in (None, earlier.work_pool_name):
+        return {"work_pool_name": pool}
+    # Prefect would empty job variables that are left out, and takes them only together with the pool and its queue.
     names = {"work_pool_name": earlier.work_pool_name, "work_queue_name": earlier.work_queue_name}
-    return {**names, "job_variables": dict(earlier.job_variables)}
+    return {**names, "job_variables": dict(earlier.job_variables or {})}
 
 
 def _described(value: str | list[str] | dict[str, Any] | ConcurrencyLimitConfig) -> str:

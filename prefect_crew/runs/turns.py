@@ -155,9 +155,8 @@ async def _pause(turn: Turn, policy: WaitPolicy, asked_at: datetime) -> Turn | N
             turn,
             f"it is row {turn.idempotency_key!r} of a batch and has not ended, and this call has waited for "
             f"{policy.timeout:g} s",
-            "Call that batch again, which goes on with the row. If its data set has the row no more, run: prefect-crew "
-            "batch cancel NAME. If the ledger of the batch is gone, run: prefect variable delete "
-            f"{turn.variable}.",
+            "Call that batch again, which goes on with the row. If the ledger of the batch is gone, run: "
+            f"prefect variable delete {turn.variable}.",
         )
     await asyncio.sleep(min(policy.max_interval, LOOK_AGAIN, left))
     return await turn_again(turn)

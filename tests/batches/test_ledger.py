@@ -506,6 +506,9 @@ async def test_a_server_that_vanishes_is_tried_again(
         address = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
         async with Ledger(address, "b") as ledger:
             await enter(ledger, "k")
+            ledger.writer.retry_for = (
+                4.0  # a connection that hangs is closed for 2 s; then there is time for one more try
+            )
             proxy.is_silent = True
             doing = ledger.counts() if work == "read" else ledger.claim(record_of(ledger, "k"))
             task = asyncio.ensure_future(doing)

@@ -291,6 +291,7 @@ def test_rows_that_only_a_secret_input_tells_apart_need_a_key():
     options: dict[str, Any] = {"inputs": {"topic": "topic", "pin": "code"}, "crew": HIDES}
     assert reasons(rows, **options) == [(2, "equals an earlier row but for its secret inputs: give the rows a key")]
     assert keys(rows, key="id", **options) == ["0", "1"]
+    assert reasons([row | {"code": "one"} for row in rows], **options) == []
 
 
 def test_a_key_that_holds_a_secret_input_is_refused():
