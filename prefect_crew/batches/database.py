@@ -402,7 +402,7 @@ def _sqlite(path: str) -> sa.Engine:
 
 
 ANSWER_WITHIN = 100.0
-"""Seconds for one transaction in PostgreSQL: nothing else tells the client that the server's machine has vanished.
+"""Seconds for one transaction in PostgreSQL: without it, the client would wait for ever for a machine that has vanished.
 `GroupWriter.retry_for` leaves time for another try."""
 KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
 """Settings of a PostgreSQL session: a machine that vanishes must not hold its locks for hours."""
@@ -483,7 +483,7 @@ class GroupWriter:
             sa.select(*_READ).select_from(keys.outerjoin(attempts, own)),
             sa.select(*_READ).select_from(kickoffs.outerjoin(attempts, attempts.c.kickoff == kickoffs.c.value)),
         )
-        # The end of a run with the inputs that a row had before must not stand beside its inputs of now.
+        # A row in conflict has other inputs than its run had, whose end is not the state of the row.
         is_ours = rows.c.state != str(RowState.CONFLICT)
         moved = (rows.c.batch == batch, database.is_one_of(rows.c.row_key, "keys"), is_ours)
         latest: dict[str, Any] = {"attempt": sa.bindparam("latest"), "state": sa.bindparam("now")}

@@ -495,8 +495,8 @@ class Ledger:
         same = sa.and_(rows.c.batch == attempts.c.batch, rows.c.row_key == attempts.c.row_key)
         is_out = sa.or_(rows.c.number.is_(None), rows.c.state == str(RowState.CONFLICT))
         query = sa.select(attempts.c.record).join(rows, same).where(attempts.c.batch == self.batch, is_out)
-        found = await self._rows(query.where(attempts.c.phase == str(RecordPhase.STARTED)))
-        return [record for (text,) in found if (record := _record(text)).crew_url == crew_url]
+        texts = await self._rows(query.where(attempts.c.phase == str(RecordPhase.STARTED)))
+        return [record for (text,) in texts if (record := _record(text)).crew_url == crew_url]
 
     async def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight that waited for a person at their last poll."""

@@ -409,7 +409,9 @@ def _value_of(source: KeyFrom, values: Values, *, what: str) -> Any:
     if not isinstance(value, float) or not value.is_integer():
         return value
     if abs(value) >= EXACT:
-        raise ConfigurationError(f"its {what} is a float, which rounds a number this large: read the column as text")
+        raise ConfigurationError(
+            f"its {what} is a float, which is not exact for so large a number: read the column as text"
+        )
     return int(value)
 
 

@@ -496,11 +496,11 @@ async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfR
     """Ask one crew's server to stop runs that nobody waits for, many at a time; return how many it stops."""
     gate = asyncio.Semaphore(STOPS_AT_ONCE)
     try:
-        known = await crew.need(records[0])
+        crew_of_runs = await crew.need(records[0])
     except CrewError as error:
         _output.note(f"{len(records):,} runs on {records[0].crew_url} were not stopped: {error}")
         return 0
-    async with CrewSession(known) as session:
+    async with CrewSession(crew_of_runs) as session:
 
         async def stop(record: RunRecord) -> bool:
             async with gate:

@@ -128,7 +128,9 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
         pytest.param({"topic": "x", "id": "k" * 201}, {"key": "id"}, "201 characters, the limit is 200", id="long key"),
         pytest.param({"topic": "x", "id": "a\0b"}, {"key": "id"}, "that no ledger can keep", id="NUL in the key"),
         pytest.param({"topic": "x", "id": "\ud800"}, {"key": "id"}, "that no ledger can keep", id="half a key"),
-        pytest.param({"topic": "x", "id": 2.0**53}, {"key": "id"}, "its key is a float, which rounds", id="rounded"),
+        pytest.param(
+            {"topic": "x", "id": 2.0**53}, {"key": "id"}, "its key is a float, which is not exact", id="rounded"
+        ),
         pytest.param({"topic": "x"}, {"key": lambda row: row["id"]}, "KeyError: 'id'", id="key function"),
     ],
 )

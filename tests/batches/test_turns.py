@@ -278,7 +278,7 @@ TOPIC = [CrewInput(name="note")]
         ),
         pytest.param({"note": "a", "who": "x" * 201}, {}, "its session is not a name of 1 to", id="long"),
         pytest.param({"note": "a", "who": "b\tc"}, {}, "its session is not a name of 1 to", id="control"),
-        pytest.param({"note": "a", "who": 2.0**60}, {}, "its session is a float, which rounds", id="rounded"),
+        pytest.param({"note": "a", "who": 2.0**60}, {}, "its session is a float, which is not exact", id="rounded"),
         pytest.param(
             {"note": "a", "who": "b", "id": "c"},
             {"inputs": {"note": "note", "id": "id"}, "expected": [*TOPIC, CrewInput(name="id")]},
