@@ -402,7 +402,7 @@ def _sqlite(path: str) -> sa.Engine:
 
 
 ANSWER_WITHIN = 100.0
-"""Seconds for one transaction in PostgreSQL: without it, the client would wait for ever for a machine that has vanished.
+"""Seconds for one transaction in PostgreSQL: otherwise the client waits for ever for a machine that has vanished.
 `GroupWriter.retry_for` leaves time for another try."""
 KEEPALIVES = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
 """Settings of a PostgreSQL session: a machine that vanishes must not hold its locks for hours."""

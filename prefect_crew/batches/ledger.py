@@ -491,12 +491,13 @@ class Ledger:
         return [_record(text) for (text,) in await self._rows(sa.select(attempts.c.record).where(*ours))]
 
     async def left_out(self, crew_url: str) -> list[RunRecord]:
-        """Return the runs in flight on a crew's server whose rows have left the data set or have other inputs now."""
+        """Return the turns in flight on a crew's server whose rows have left the data set or have other inputs now."""
         same = sa.and_(rows.c.batch == attempts.c.batch, rows.c.row_key == attempts.c.row_key)
         is_out = sa.or_(rows.c.number.is_(None), rows.c.state == str(RowState.CONFLICT))
         query = sa.select(attempts.c.record).join(rows, same).where(attempts.c.batch == self.batch, is_out)
         texts = await self._rows(query.where(attempts.c.phase == str(RecordPhase.STARTED)))
-        return [record for (text,) in texts if (record := _record(text)).crew_url == crew_url]
+        records = [_record(text) for (text,) in texts]
+        return [record for record in records if record.session is not None and record.crew_url == crew_url]
 
     async def may_ask(self) -> AsyncIterator[RunRecord]:
         """Yield the runs in flight that waited for a person at their last poll."""
