@@ -48,7 +48,7 @@ from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import HeldFlowRun, check_prefect, many_flow_runs, run_held_flow, shared
-from prefect_crew._internal.prefect_api import read_all_flow_runs
+from prefect_crew._internal.prefect_api import cancelled_by_worker, read_all_flow_runs
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, PREFECT_ERRORS, STATUS_ERRORS, is_away
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.pool import (
@@ -69,7 +69,6 @@ from prefect_crew.pool import (
 )
 from prefect_crew.records.keys import forget_calls
 from prefect_crew.records.prune import prune_regularly
-from prefect_crew.runs.stop import cancelled_by_worker
 from prefect_crew.settings import CrewSettings, documentation_url
 
 if TYPE_CHECKING:

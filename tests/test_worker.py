@@ -632,6 +632,16 @@ def test_cancelling_stops_a_crew_that_its_flow_run_does_not_wait_for_at_that_mom
     assert ([run.state for run in crew.runs], crew.requests["stop"]) == (["stopped"], 1)
 
 
+def test_a_hook_of_a_cancelled_flow_run_may_start_a_crew(handed: Handed):
+    pool, quick = handed.pool, handed.pool.add_crew("quick", QUICK)
+    pool.worker("one")
+    run_id = pool.start(pool.deploy("cleans-up", f"{USER_FLOWS}.cleans_up"))
+    wait_until(lambda: handed.crew.requests["status"] > 0, seconds=60, what="the wait")
+    pool.set_state(run_id, "CANCELLING")
+    assert pool.wait_for(run_id)["state_name"] == "Cancelled"
+    assert [run.state for run in quick.runs] == ["completed"]
+
+
 @pytest.mark.parametrize("how", ["task", "thread", "submitted task"])
 def test_what_a_cancelled_flow_run_has_spawned_starts_no_further_crew(handed: Handed, how: str):
     pool, crew = handed.pool, handed.crew

@@ -34,6 +34,7 @@ from prefect.states import Cancelling
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from prefect_crew._internal.asyncio_tasks import loop_runs
+from prefect_crew._internal.prefect_api import cancelled_by_worker
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
 from prefect_crew._text import version_numbers
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError
@@ -155,8 +156,12 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
         if self.held.ending == "cancelled":
             self.flow_run.state = Cancelling(message=self.held.reason)
             # A task group around it may cancel a second time.
-            with CancelScope(shield=True):
-                await self.call_hooks(self.flow_run.state)
+            token = cancelled_by_worker.set(lambda: False)  # a hook may start a crew
+            try:
+                with CancelScope(shield=True):
+                    await self.call_hooks(self.flow_run.state)
+            finally:
+                cancelled_by_worker.reset(token)
 
 
 def check_prefect() -> None:

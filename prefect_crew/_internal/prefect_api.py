@@ -16,6 +16,7 @@ import sys
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -102,6 +103,12 @@ async def label_flow_run(*, name: str) -> None:
         flow_run.name = name
     except PREFECT_ERRORS as error:
         run_logger().debug("The flow run could not be renamed: %s", error)
+
+
+# Not an argument: the tasks, threads and subflows of a flow outlive its coroutine, and only their context is known to
+# the worker. Not by id: a thread that has survived since before the flow run began again stays cancelled.
+cancelled_by_worker: ContextVar[Callable[[], bool]] = ContextVar("prefect_crew_cancelled", default=lambda: False)
+"""Whether the crew worker of this process has ended the flow run around the call as cancelled."""
 
 
 def contexts_around(kind: type[ContextT]) -> list[ContextT]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from enum import StrEnum
 
 from pydantic import BaseModel
 
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, OutputTypeError
+from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
 from prefect_crew.runs.run import WITHHELD, LiveRun, parse_data
 from prefect_crew.states import CrewState
@@ -108,6 +110,17 @@ def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) 
             except OutputTypeError as error:
                 record.error = str(error)[:ERROR_CAP]
     return state_of(record)
+
+
+def kickoffs_of(attempts: Sequence[RunRecord]) -> int:
+    """Return the number of attempts at a row that started a run, or may have."""
+    return sum(attempt.counts for attempt in attempts)
+
+
+def owed_to(attempts: Sequence[RunRecord]) -> int:
+    """Return how many kickoffs a row gets in addition, since we stopped its run."""
+    latest = latest_start(attempts)
+    return kickoffs_of(attempts) if latest is not None and latest.reason == STOPPED_WITH_BATCH else 0
 
 
 def is_masked(result: StoredResult | None) -> bool:

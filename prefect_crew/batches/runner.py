@@ -29,6 +29,8 @@ from prefect_crew.batches.outcomes import (
     explain_lost,
     is_masked,
     judge,
+    kickoffs_of,
+    owed_to,
     state_of,
 )
 from prefect_crew.batches.rows import RowJob
@@ -152,7 +154,9 @@ class Runner:
             await _tick_during(rows, tick, own)
             if not rows.done():
                 await self._end(rows, tick, on_cancel)
-                raise BatchCancelledError(name=self.ledger.batch)
+            elif self.throttle.stopped is None or not await is_cancelled(own):
+                return
+            raise BatchCancelledError(name=self.ledger.batch)
         except asyncio.CancelledError:
             if not rows.done():
                 await self._end(rows, tick, on_cancel if await _is_flow_run_cancelled(own) else "leave")
@@ -235,8 +239,8 @@ class Runner:
                 attempts = by_row.get(job.key, ())
                 latest = latest_start(attempts)
                 if latest is not None and latest.phase is RecordPhase.ENDED:
-                    state, count = await self._judge(job, latest), _kickoffs(attempts)
-                    if not self._starts_again(job, state, count=count, before=count, owed=_owed(attempts)):
+                    state, count = await self._judge(job, latest), kickoffs_of(attempts)
+                    if not self._starts_again(job, state, count=count, before=count, owed=owed_to(attempts)):
                         continue
                 if self.throttle.stopped is None or (latest is not None and latest.phase is RecordPhase.STARTED):
                     yield job, attempts
@@ -281,8 +285,8 @@ class Runner:
 
         None if there is no end, since the batch starts nothing more or the token was refused.
         """
-        before = count = _kickoffs(attempts)
-        owed, record, place, end = _owed(attempts), latest_start(attempts), None, None
+        before = count = kickoffs_of(attempts)
+        owed, record, place, end = owed_to(attempts), latest_start(attempts), None, None
         if record is not None and record.crew_url != self.session.crew.url:
             record = None
         if record is not None and record.phase is not RecordPhase.STARTED:
@@ -381,8 +385,6 @@ class Runner:
         self.throttle.left(job.key)
         try:
             await self._turns.wait(job, turn, caller, self.policy)
-        except FlowRunCancelledError as error:
-            self.throttle.stop(str(error))
         except CrewError as error:
             return await self._no_run(job, error)
         except PREFECT_ERRORS as error:
@@ -395,6 +397,9 @@ class Runner:
 
     async def _no_run(self, job: RowJob, error: CrewError) -> RowEnd | None:
         """Return the end of a row whose kickoff gave no run; None if the row is tried again or left."""
+        if isinstance(error, FlowRunCancelledError):
+            self.throttle.stop(str(error))
+            return None
         is_refused_token, is_first = isinstance(error, AuthenticationError), self.throttle.stopped is None
         if is_refused_token:
             self.throttle.stop(str(error))  # before the next await: other kickoffs under way are refused as well
@@ -627,17 +632,6 @@ class _RowWatcher(Watcher):
 
     async def on_error(self, error: CrewError) -> None:
         self._runner.log_seldom("trouble", "%s The runs may be fine; they are polled again.", error)
-
-
-def _kickoffs(attempts: Sequence[RunRecord]) -> int:
-    """Return the number of attempts at a row that started a run, or may have."""
-    return sum(attempt.counts for attempt in attempts)
-
-
-def _owed(attempts: Sequence[RunRecord]) -> int:
-    """Return how many kickoffs a row gets in addition, since we stopped its run."""
-    latest = latest_start(attempts)
-    return _kickoffs(attempts) if latest is not None and latest.reason == STOPPED_WITH_BATCH else 0
 
 
 async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, ledger: Ledger) -> bool:

@@ -141,10 +141,10 @@ class _Start:
 
     def _raise_if_cancelled(self) -> None:
         """Raise CancelledError if the caller was cancelled, and FlowRunCancelledError if only its flow run was: the
-        caller may outlive it. A row raises CancelledError in both cases, which leaves it without an end."""
+        caller may outlive it."""
         self.work.raise_if_cancelled()
         if is_known_cancelled(self.identity.caller):
-            raise asyncio.CancelledError if self.request.is_row else nothing_started(self.identity.caller.flow_run_id)
+            raise nothing_started(self.identity.caller.flow_run_id)
 
     # Decide and claim
 

@@ -11,9 +11,8 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Collection
 from contextlib import asynccontextmanager, suppress
-from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import TypeVar
 from uuid import UUID
@@ -25,7 +24,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.prefect_api import flow_run_id, read_all_flow_runs, run_logger
+from prefect_crew._internal.prefect_api import cancelled_by_worker, flow_run_id, read_all_flow_runs, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import claims_shown, render_run
 from prefect_crew.client import CrewClient
@@ -99,11 +98,6 @@ async def is_cancelled_on_server(run_id: str | None) -> bool:
 # The time of the last request about an attempt of a flow run, and its answer. Process-wide: the many waits of one flow
 # run share one request, and a flow that goes on after its cancellation starts no further run.
 _asked: dict[tuple[str, int], tuple[float, bool]] = {}
-
-# Not an argument: the tasks, threads and subflows of a flow outlive its coroutine, and only their context is known to
-# the worker. Not by id: a thread that has survived since before the flow run began again stays cancelled.
-cancelled_by_worker: ContextVar[Callable[[], bool]] = ContextVar("prefect_crew_cancelled", default=lambda: False)
-"""Whether the crew worker of this process has ended the flow run around the call as cancelled."""
 
 
 def _attempt(run_id: str) -> tuple[str, int]:

@@ -173,9 +173,10 @@ class _Waiter(Watcher):
                 await self._stop_if_asked()
                 raise
             except _CancelledOnServerError:
-                with self.work.uncut():  # a crew worker cancels the task at the same moment
-                    error = await self._after_cancellation()
-                self.work.raise_if_cancelled()
+                work = OwnTask()
+                with work.uncut():  # a crew worker cancels the task at the same moment
+                    error = await work.run(self._after_cancellation(), within=stop.STOP_WITHIN)
+                work.raise_if_cancelled()
                 raise error from None
             except CrewTimeoutError as error:
                 if record is not None:

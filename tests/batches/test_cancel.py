@@ -20,6 +20,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
 from prefect_crew import BatchReport, WaitPolicy
+from prefect_crew._internal.prefect_api import cancelled_by_worker
 from prefect_crew.cli._options import CrewOfRun
 from prefect_crew.cli.batch import cancel
 from prefect_crew.client import CrewClient
@@ -255,3 +256,16 @@ def test_two_processes_run_two_ranges_and_one_that_is_killed_is_called_again(
         line for name in ("one", "two") for line in Batches(tmp_path).lines(tmp_path / f"out-{name}.jsonl").values()
     ]
     assert len({line["inputs"]["topic"] for line in lines}) == len(lines) == 150 + completed
+
+
+async def test_a_batch_that_outlives_its_flow_run_starts_no_row(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(slow(60))
+
+    @flow
+    async def mine() -> BatchReport:
+        cancelled_by_worker.set(lambda: True)
+        return await batch(server.crew(), ROWS[:3])
+
+    with pytest.raises(BatchCancelledError):
+        await mine()
+    assert server.kickoffs == 0

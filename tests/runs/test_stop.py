@@ -24,6 +24,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling, Scheduled
 
 import prefect_crew as pc
+from prefect_crew._internal.prefect_api import cancelled_by_worker
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
@@ -33,7 +34,6 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.runs.limits import take_slots
 from prefect_crew.runs.run import LiveRun
-from prefect_crew.runs.stop import cancelled_by_worker
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held

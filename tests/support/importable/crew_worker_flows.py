@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, get_run_logger, task
 
@@ -89,6 +90,15 @@ async def starts_and_sleeps(seconds: float) -> None:
     """Start a crew, and do something else before the wait for it."""
     await kickoff_crew("on-command", {"topic": "tea"})
     await asyncio.sleep(seconds)
+
+
+async def clean_up(*_: Any) -> None:
+    await arun_crew("quick", {"topic": "cleaning"})
+
+
+@flow(on_cancellation=[clean_up])
+async def cleans_up() -> None:
+    await arun_crew("on-command", {"topic": "the city"})
 
 
 @flow
