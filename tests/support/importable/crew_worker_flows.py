@@ -92,7 +92,7 @@ async def starts_and_sleeps(seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
-async def clean_up(_flow: Any, _flow_run: Any, _state: Any) -> None:
+async def clean_up(flow: Any, flow_run: Any, state: Any) -> None:
     await arun_crew("quick", {"topic": "cleaning"})
 
 
