@@ -476,7 +476,8 @@ class _Batch:
         if before is not None:
             await ledger.note_orphaned()
             self.throttle.kickoffs = await ledger.kickoffs()
-            if before.fingerprint != entry.fingerprint or self.exported.get("order") != self.order:
+            is_same = (before.fingerprint, before.crew_url) == (entry.fingerprint, entry.crew_url)
+            if not is_same or self.exported.get("order") != self.order:
                 await ledger.enter_changed(plan.jobs(), job.crew)
         self.kickoffs_before = self.throttle.kickoffs
 

@@ -197,6 +197,8 @@ class Runner:
             async with asyncio.TaskGroup() as group:
                 if self._options.session is not None:
                     for record in await self.ledger.left_out(self.session.crew.url):
+                        if self.shut:
+                            break
                         self._running.add(waiting := group.create_task(self._wait_for_left_out(record)))
                         waiting.add_done_callback(self._running.discard)
                 async for job, attempts in self._rows_to_run(jobs):
@@ -455,12 +457,12 @@ class Runner:
     async def _judge(self, job: RowJob, record: RunRecord) -> RowState:
         """Return the state of a row whose run has ended, and save whether its result fits `output_type`.
 
-        If a masked result does not fit, the masks may be the reason, so the row stays in its state.
+        The masks of a result may be the reason why it fits or does not: such a row stays in its state.
         """
         judged = record.model_copy()
         run = LiveRun(self.session, str(record.kickoff_id), judged, self._request(job))
         judge(run, judged, self._options.output_type)
-        if judged.error != record.error and (judged.error is None or not is_masked(record.result)):
+        if judged.error != record.error and (self._options.output_type is None or not is_masked(record.result)):
             record.error = judged.error
             await self.ledger.save(record)
         return state_of(record)

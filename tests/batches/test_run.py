@@ -19,7 +19,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.context import FlowRunContext
-from pydantic import BaseModel, SecretStr, field_serializer, model_validator
+from pydantic import BaseModel, Field, SecretStr, field_serializer, model_validator
 
 from prefect_crew import BatchFailedError, BatchReport, arun_batch, plan_batch, run_batch
 from prefect_crew.batches.attempts import Write
@@ -481,6 +481,18 @@ async def test_a_result_is_judged_before_its_secrets_are_masked(batch: Batches, 
         report = await batch(server.crew(secret_inputs=["pin"]), rows, output_type=kind, **given)
         assert (report.completed, report.failed, server.kickoffs) == (1, 0, 1)
         assert batch.lines()["tea"]["output"] == f'{{"year": {MASK}}}'
+
+
+async def test_masks_make_no_result_of_a_misfit(batch: Batches, crew_server: CrewServerFactory):
+    class Short(BaseModel):
+        pin: str = Field(max_length=len(MASK))
+
+    server = crew_server(script({"output": '{"pin": "{{ pin }}"}'}, inputs=["topic", "pin"]))
+    crew, rows = server.crew(secret_inputs=["pin"], max_attempts=1), [{"topic": "tea", "pin": "long-secret-pin"}]
+    for retry_failed in (False, True):
+        about: dict[str, Any] = {"name": "misfit", "key": "topic", "retry_failed": retry_failed}
+        report = await batch(crew, rows, output_type=Short, **about)
+        assert (report.completed, report.failed, server.kickoffs) == (0, 1, 1)
 
 
 class Strict(BaseModel):
