@@ -215,6 +215,14 @@ class Ledger:
 
         return await self._run(write, "written")
 
+    async def keys(self) -> AsyncIterator[list[str]]:
+        """Yield pages of the keys of the rows that are in the data set."""
+        query = sa.select(rows.c.row_key).where(rows.c.batch == self.batch, rows.c.number.is_not(None)).limit(PAGE)
+        last = ""
+        while page := await self._rows(query.where(rows.c.row_key > last).order_by(rows.c.row_key)):
+            yield [key for (key,) in page]
+            (last,) = page[-1]
+
     async def enter_changed(self, jobs: Iterator[RowJob], crew: Crew) -> None:
         """Number all rows again after the data set has changed. Rows that left it are neither counted nor exported."""
         await self._execute(sa.update(rows).where(rows.c.batch == self.batch).values(number=None))

@@ -60,6 +60,7 @@ from prefect_crew.batches.rows import Checked, RowPlan, SetAside, expected_input
 from prefect_crew.batches.runner import Runner
 from prefect_crew.batches.tables import SQL, open_query
 from prefect_crew.batches.throttle import BatchClient, Throttle, rows_at_once
+from prefect_crew.batches.turns import note_before_rows_leave
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.client.models import CrewInput
@@ -478,6 +479,8 @@ class _Batch:
             self.throttle.kickoffs = await ledger.kickoffs()
             is_same = (before.fingerprint, before.crew_url) == (entry.fingerprint, entry.crew_url)
             if not is_same or self.exported.get("order") != self.order:
+                if job.options.session is not None:
+                    await note_before_rows_leave(ledger)
                 await ledger.enter_changed(plan.jobs(), job.crew)
         self.kickoffs_before = self.throttle.kickoffs
 

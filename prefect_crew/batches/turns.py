@@ -19,13 +19,27 @@ from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import LedgerError, SessionBlockedError, UnreadableRecordError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-from prefect_crew.records.sessions import Turn, is_over, note_over, record_of
+from prefect_crew.records.sessions import Turn, is_over, note_given_up, note_over, record_of
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.turns import LOOK_AGAIN, wait_for_turn
 from prefect_crew.states import CrewState
 
 NOTED_WITHIN = 5.0
 """Seconds for noting that turns are over, for which a cancelled batch waits."""
+
+
+async def note_before_rows_leave(ledger: Ledger) -> None:
+    """Note in the turns of all rows that are over that they are: later calls do not look at rows that have left.
+
+    Raises:
+        LedgerError, PREFECT_ERRORS: The ledger or the Prefect API cannot be reached.
+        UnreadableRecordError: A newer version has written a turn.
+    """
+    async for keys in ledger.keys():
+        by_row = await ledger.attempts_of(keys)
+        attempts = [attempt for of_row in by_row.values() for attempt in of_row]
+        await note_over(attempts)
+        await note_given_up(attempts, ledger)
 
 
 class RowTurns:

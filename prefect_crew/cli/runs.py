@@ -35,7 +35,7 @@ from prefect_crew.records.resolve import (
     resolve_started,
     unresolved,
 )
-from prefect_crew.records.sessions import note_over
+from prefect_crew.records.sessions import note_given_up, note_over
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import crew_option, stop_run
@@ -349,6 +349,7 @@ def resolve(
             if batch:
                 with suppress(*PREFECT_ERRORS, UnreadableRecordError):  # a later call of the batch does it
                     await note_over([record])
+                    await note_given_up([record], records)
         _output.put(f"Resolved: {sentence}")
 
     return write()

@@ -165,6 +165,14 @@ async def note_over(records: Iterable[RunRecord]) -> None:
                 await _note_over(turn, record)
 
 
+async def note_given_up(records: Iterable[RunRecord], store: RecordStore) -> None:
+    """Note in the turns of starts that were given up that they are over: `records` do not have the numbers of these
+    turns, which are the last of their sessions. About three requests for each session."""
+    given_up = [record for record in records if record.session and record.phase is RecordPhase.NOT_STARTED]
+    for crew_url, session in sorted({(record.crew_url, f"{record.session}") for record in given_up}):
+        await settle_last_turn(crew_url, session, store)
+
+
 async def _note_over(turn: Turn, record: RunRecord) -> None:
     if turn.outcome is None and is_over(turn, record):
         value = {**turn.model_dump(mode="json"), "outcome": str(record.state or record.phase)}

@@ -1,7 +1,8 @@
 """Rows of batches, runs of other batches and single runs are turns of one session, whatever happens to their callers.
 
-Never are two turns in flight, each turn starts from the last completed one, nothing is started twice, and once all has
-ended and each batch was called again, nothing is in the way of the next caller.
+Rows may leave the data set between two calls. Never are two turns in flight, each turn starts from the last completed
+one, nothing is started twice, and once all has ended and each batch was called again, nothing is in the way of the next
+caller.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from unittest import mock
 
 import pytest
 
+from prefect_crew.batches import run
+from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.turns import RowTurns
 from prefect_crew.records import sessions
 from prefect_crew.records.model import RecordStore, RunRecord
@@ -60,7 +63,8 @@ def a_world(seed: int) -> Scenario:
     def batch(number: int) -> Call:
         rows = rng.choice([2, 3, 4])
         at = rng.choice([0.0, 0.0, 0.3, 2.0])
-        call = Call(at=at, key=number, rows=rows, max_in_flight=rng.choice([1, 2, 100]), flow=rng.random() < 0.7)
+        leaves, at_once = rng.choice([0, 0, 1]), rng.choice([1, 2, 100])
+        call = Call(at=at, key=number, rows=rows, leaves=leaves, max_in_flight=at_once, flow=rng.random() < 0.7)
         return replace(call, **again(), **a_fate(rng, 110 * rows))
 
     def single(number: int) -> Call:
@@ -112,6 +116,10 @@ async def _note_nothing(*_: object) -> None:
     pass
 
 
+async def _no_runs(*_: object) -> list[RunRecord]:
+    return []
+
+
 async def _first_record_of(turn: Turn, records: RecordStore) -> RunRecord | None:
     store = records if turn.is_row else PrefectRecords()
     return next(iter(await store.attempts(turn.idempotency_key)), None)
@@ -119,7 +127,9 @@ async def _first_record_of(turn: Turn, records: RecordStore) -> RunRecord | None
 
 MISTAKES: dict[str, tuple[Any, str, Any, int]] = {
     "nobody notes that the turn of a row is over": (RowTurns, "note", _note_nothing, 0),
-    "the first attempt at a row is taken for its turn": (sessions, "record_of", _first_record_of, 0),
+    "the first attempt at a row is taken for its turn": (sessions, "record_of", _first_record_of, 1),
+    "nobody waits for a run whose row has left the data set": (Ledger, "left_out", _no_runs, 9),
+    "nobody notes turns before their rows leave the data set": (run, "note_before_rows_leave", _note_nothing, 195),
 }
 
 

@@ -32,7 +32,7 @@ from prefect_crew.batches.run import BatchJob
 from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.resolve import resolve_never_started, resolve_started
-from prefect_crew.records.sessions import note_over
+from prefect_crew.records.sessions import note_given_up, note_over
 from proof.sim.loop import current_process
 from proof.sim.scenario import Call
 
@@ -62,8 +62,10 @@ class Batches:
     async def run(self, call: Call, session: str | None) -> BatchReport:
         """Do what `run_batch` does inside of its flow."""
         name, path = f"b{call.key}", str(self.path(call.key))
-        rows = [{"id": f"r{row}", "topic": f"{name} r{row}", "who": session} for row in range(call.rows)]
-        options = BatchOptions(key="id", session="who", max_in_flight=call.max_in_flight, breaker=None)
+        first = call.leaves if self.states(call.key) else 0
+        rows = [{"id": f"r{row}", "topic": f"{name} r{row}", "who": session} for row in range(first, call.rows)]
+        changes: Any = {"on_change": "continue"} if call.leaves else {}
+        options = BatchOptions(key="id", session="who", max_in_flight=call.max_in_flight, breaker=None, **changes)
         address = LedgerAddress(path, path)
         job = BatchJob(self._world.crew, open_dataset(rows), options, name, f"{path}.jsonl", address)
         return await run_module._run_job(job, None)
@@ -103,6 +105,7 @@ class Batches:
                     continue
                 with suppress(*PREFECT_ERRORS):
                     await note_over([record])
+                    await note_given_up([record], ledger)
                 self._world.resolved.append(record.idempotency_key)
 
     async def _resolve(self, record: RunRecord, ledger: Ledger) -> None:

@@ -243,7 +243,8 @@ def _sessions(world: World) -> Iterator[str]:
 
 
 def _rows(world: World) -> Iterator[str]:
-    """In the end, each row has completed or its run has ended badly, and each run that was started is on record."""
+    """In the end, each row has completed or its run has ended badly, and each run that was started is on record. A row
+    that has left the data set may not have started."""
     for number in world.numbers(rows=True):
         calls = [end for end in world.endings if end.call.rows and end.call.key == number]
         if not isinstance(calls[-1].value, BatchReport):
@@ -253,7 +254,9 @@ def _rows(world: World) -> Iterator[str]:
             runs = [run for id_ in world.site.accepted(key) if (run := world.site.run(id_)) is not None]
             is_bad = any(run.state in (CrewState.FAILED, CrewState.STOPPED) for run in runs)
             state = states.get(key.rpartition("/")[2])
-            if not (state == "completed" or (is_bad and state in ("failed", "stopped"))):
+            has_left = int(key.rpartition("/r")[2]) < calls[-1].call.leaves
+            is_over = state == "completed" or (is_bad and state in ("failed", "stopped"))
+            if not is_over and not (has_left and not runs):
                 yield f"never lost: in the end {key} is {state}; the server has {runs}"
             unknown = {run.id for run in runs} - {record.get("kickoff_id") for record in world.attempts(key)}
             if len(unknown) > _lies(world):

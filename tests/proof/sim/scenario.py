@@ -40,6 +40,7 @@ class Call(_Short):
         other_inputs: Give other inputs than the key's first call should have.
         at_once: Calls made side by side in this process.
         rows: How many rows it has: then it is a call of a batch, whose number is `key`, and its rows are turns.
+        leaves: How many rows, from the first, are not in the data set any more at the calls after the first.
         max_in_flight: As `run_batch`'s.
         force_new: As `run_crew`'s.
         incomplete: Leave out an input, so that the start is refused before it asks for a permit; repaired for the
@@ -65,6 +66,7 @@ class Call(_Short):
     other_inputs: bool = False
     at_once: int = 1
     rows: int = 0
+    leaves: int = 0
     max_in_flight: int = 100
     force_new: bool = False
     incomplete: bool = False

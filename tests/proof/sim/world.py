@@ -574,6 +574,7 @@ def _unharmed(call: Call) -> Call:
         at=call.at,
         key=call.key,
         rows=call.rows,
+        leaves=call.leaves,
         max_in_flight=call.max_in_flight,
         other_inputs=call.other_inputs,
         force_new=call.force_new,
