@@ -205,19 +205,20 @@ async def test_a_stopped_batch_notes_its_turns(batch: Batches, crew_server: Crew
     assert server.kickoffs == 1
 
 
+@pytest.mark.parametrize("has_left", [False, True], ids=["the same rows", "other rows"])
 @pytest.mark.parametrize(("note", "outcome"), [("tea", "completed"), ("bad", "failed")])
 async def test_a_later_call_notes_the_turns_of_a_killed_one(
-    batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch, note: str, outcome: str
+    batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch, note: str, outcome: str, has_left: bool
 ):
-    about = {"name": f"journal {uuid.uuid4().hex[:8]}", "retries": 1}
+    about = {"name": f"journal {uuid.uuid4().hex[:8]}", "retries": 1, "on_change": "continue"}
     with monkeypatch.context() as patch:
         patch.setattr(RowTurns, "note", lambda *_: asyncio.sleep(0))  # as a process that is killed before
         await run(batch, journal, days(note), **about)
     last, kickoffs = (await turns(journal))[-1], journal.kickoffs
     assert last.outcome is None
-    await run(batch, journal, days(note), **about)
+    await run(batch, journal, days("sun", who=BOB) if has_left else days(note), **about)
     assert [turn.outcome for turn in await turns(journal)][-1] == outcome
-    assert journal.kickoffs == kickoffs
+    assert journal.kickoffs == kickoffs + has_left
 
 
 async def test_a_lost_row_starts_again_also_behind_a_blocked_one(batch: Batches, crew_server: CrewServerFactory):
