@@ -23,6 +23,8 @@ __all__ = ["EPOCH", "Process", "SimLoop", "StuckError", "current_process"]
 
 EPOCH = 1_750_000_000.0
 """When simulated time begins, in seconds since 1970."""
+RESOLUTION = 1e-6
+"""Seconds, more than the resolution of an event loop's clock: sums of times are no more exact."""
 IN_THREAD = 0.001
 """Seconds until a caller hears of the work that it gave to a thread."""
 FOREVER = 1e6
@@ -150,7 +152,12 @@ class Process:
                 scope.cancel()
             if not self.scopes:
                 self.main.cancel()
-        return "frozen" if asyncio.get_running_loop().time() < self.frozen_until else None
+        return "frozen" if self.is_frozen else None
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the process sleeps: an event loop also calls what is due within the resolution of its clock."""
+        return self.frozen_until - asyncio.get_running_loop().time() > RESOLUTION
 
 
 class _Guarded:
@@ -285,7 +292,7 @@ class SimLoop(asyncio.SelectorEventLoop):
             return None
         if process.dead:
             return self._now + FOREVER
-        return process.frozen_until if self._now < process.frozen_until else None
+        return process.frozen_until if process.is_frozen else None
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
         # Without threads: the work is done at once, and its caller hears of it a moment later.
