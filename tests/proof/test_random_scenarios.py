@@ -18,9 +18,11 @@ from proof.sim.scenario import Call, CrewRun, Scenario
 
 
 def test_two_hundred_worlds_keep_the_promises() -> None:
-    # No world of this seed shuts a process down while its kickoff is sent.
-    shut_down = Scenario(calls=(Call(cancel_at=12),), runs=(CrewRun(seconds=3.0),))
-    assert not run_campaign([*dealt(200, seed=7), shut_down]).missing(), "these worlds no longer reach everything"
+    # No world of this seed cancels a flow run, or shuts a process down, while its kickoff is sent.
+    ended = [
+        Scenario(calls=(Call(cancel_at=11, asked=asked),), runs=(CrewRun(seconds=3.0),)) for asked in (True, False)
+    ]
+    assert not run_campaign([*dealt(200, seed=7), *ended]).missing(), "these worlds no longer reach everything"
 
 
 @pytest.mark.parametrize("budget", [2, 100])

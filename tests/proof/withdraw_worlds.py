@@ -85,7 +85,7 @@ for step in range(1, 18):
             faults=SLOW_INPUTS,
         ),
         f"two kickoffs of two keys are answered with one id, and one of the callers sleeps{at}": Scenario(
-            calls=(Call(), Call(key=1, freeze_at=step + 6, freeze_for=30.0), Call(at=2.0, key=1), Call(at=2.0)),
+            calls=(Call(), Call(key=1, freeze_at=step + 5, freeze_for=30.0), Call(at=2.0, key=1), Call(at=2.0)),
             runs=LONG,
             same_id_for=20.0,
             order=step,
