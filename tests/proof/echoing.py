@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import uvicorn
 from starlette.applications import Starlette
@@ -80,7 +81,7 @@ class Echo:
         self.kickoffs += 1
         if self.kickoff == "drop":
             await asyncio.sleep(5)
-        return self.answer(request, self.kickoff, {"kickoff_id": f"run-{id(self)}-{self.kickoffs}"})
+        return self.answer(request, self.kickoff, {"kickoff_id": f"run-{uuid4()}"})
 
     async def get_status(self, request: Request) -> Response:
         state = self.states[min(self.asked, len(self.states) - 1)]

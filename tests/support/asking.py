@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -35,6 +36,7 @@ class AskingServer:
         self.fails = fails or {}
         self.starts: list[dict[str, Any]] = []
         self.resumes: list[dict[str, Any]] = []
+        self.run_id = f"asking-{uuid4()}"
         self.kickoffs = 0
         self.polls = 0
         self._left: int | None = None
@@ -56,7 +58,7 @@ class AskingServer:
     async def _kickoff(self, request: Request) -> Response:
         self.kickoffs += 1
         self.starts.append(await request.json())
-        return JSONResponse({"kickoff_id": f"asking-{id(self)}"})
+        return JSONResponse({"kickoff_id": self.run_id})
 
     async def _status(self, request: Request) -> Response:
         self.polls += 1
