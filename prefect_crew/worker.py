@@ -48,7 +48,7 @@ from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import HeldFlowRun, check_prefect, many_flow_runs, run_held_flow, shared
-from prefect_crew._internal.prefect_api import cancelled_by_worker, read_all_flow_runs
+from prefect_crew._internal.prefect_api import held_flow_run, read_all_flow_runs
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, PREFECT_ERRORS, STATUS_ERRORS, is_away
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.pool import (
@@ -343,7 +343,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
     async def _execute(self, held: HeldFlowRun, configuration: CrewJobConfiguration) -> bool:
         """Run the flow, and return whether it has crashed. Errors of the flow do not leave this method."""
         flow_run = held.flow_run
-        cancelled_by_worker.set(lambda: held.was_cancelled)  # for the tasks and threads that the flow may leave
+        held_flow_run.set(held)  # for the tasks and threads that the flow may leave
         log = flow_run_logger(flow_run)
         if configuration.without_effect:
             log.warning(
@@ -367,6 +367,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             if held.ending == "suspended":
                 log.info("The flow run ended on this worker: it is suspended. Its crews run on.")
         except (Abort, Pause) as signal_of_prefect:
+            if held.ending is None:  # threads that the flow has left start no crews: the flow run calls again elsewhere
+                held.ending = "suspended" if isinstance(signal_of_prefect, Pause) else "lost"
+                held.reason = str(signal_of_prefect)
             log.info("The flow run ended on this worker: %s", signal_of_prefect)
         except (SystemExit, KeyboardInterrupt, GeneratorExit):
             log.warning("Only this flow run ends: the crew worker continues.")

@@ -658,15 +658,52 @@ def test_what_a_cancelled_flow_run_has_spawned_starts_no_further_crew(handed: Ha
     assert ([run.state for run in crew.runs], crew.requests["stop"]) == (["stopped"], 1)
 
 
+@pytest.mark.parametrize("how", ["task", "thread", "submitted task"])
+def test_what_a_suspended_flow_run_has_spawned_leaves_the_crews_to_its_resumption(handed: Handed, how: str):
+    pool, crew = handed.pool, handed.crew
+    pool.worker("one")
+    run_id = pool.start(pool.deploy("spawns", f"{USER_FLOWS}.spawns"), how=how)
+    wait_until(lambda: crew.requests["status"] > 0, seconds=60, what="the first wait")
+    suspend(pool, run_id)
+    pool.call("POST", f"/flow_runs/{run_id}/resume", {})
+    wait_until(lambda: pool.logs(run_id).count("three crews") == 2, seconds=60, what="its resumption")
+    asked = crew.requests["status"]
+    wait_until(lambda: crew.requests["status"] > asked + 3, seconds=60, what="both waits")
+    handed.program.ended = True
+    run = pool.wait_for(run_id)
+    assert run["state_name"] == "Completed", run["state"]["message"]
+    wait_until(lambda: pool.logs(run_id).count("FlowRunCancelledError") == 2, seconds=30, what="two refused starts")
+    assert (crew.kickoffs, crew.requests["stop"]) == (3, 0)
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_retry_begins_after_the_tasks_that_the_attempt_before_has_submitted(pool: CrewPool, is_cancelled: bool):
+    pool.worker("one")
+    flow = f"{USER_FLOWS}.retries_beside_a_task"
+    run_id = pool.start(pool.deploy("retries", flow), seconds=60 if is_cancelled else 3)
+    wait_until(lambda: "the first attempt fails" in pool.logs(run_id), seconds=60, what="the first attempt")
+    if is_cancelled:
+        pool.set_state(run_id, "CANCELLING")
+    run = pool.wait_for(run_id, seconds=30)
+    assert run["state_name"] == ("Cancelled" if is_cancelled else "Completed"), run["state"]["message"]
+    if not is_cancelled:
+        wait_until(lambda: "attempt 2 begins" in pool.logs(run_id), seconds=30, what="its logs")
+        assert pool.logs(run_id).index("the task of attempt 1 ends") < pool.logs(run_id).index("attempt 2 begins")
+
+
+def suspend(pool: CrewPool, run_id: str) -> None:
+    state = {"type": "PAUSED", "name": "Suspended", "state_details": {"pause_reschedule": True}}
+    pool.call("POST", f"/flow_runs/{run_id}/set_state", {"state": state})
+    wait_until(lambda: "ended on this worker" in pool.logs(run_id), seconds=30, what="its coroutine has ended")
+
+
 def test_a_flow_run_that_is_suspended_from_outside_ends_its_coroutine_and_continues_when_it_is_resumed(handed: Handed):
     pool, crew = handed.pool, handed.crew
     quick = pool.add_crew("quick", QUICK)
     pool.worker("one")
     run_id = pool.start(pool.deploy("steps", f"{USER_FLOWS}.four_steps"))
     wait_until(lambda: crew.requests["status"] > 0, seconds=60, what="the third step")
-    suspend = {"type": "PAUSED", "name": "Suspended", "state_details": {"pause_reschedule": True}}
-    pool.call("POST", f"/flow_runs/{run_id}/set_state", {"state": suspend})
-    wait_until(lambda: "ended on this worker" in pool.logs(run_id), seconds=30, what="its coroutine has ended")
+    suspend(pool, run_id)
     handed.program.ended = True
     wait_until(lambda: crew.runs[0].state == "completed", seconds=30, what="the crew has gone on")
     assert pool.flow_run(run_id)["state_name"] == "Suspended"

@@ -15,8 +15,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, cast
 from uuid import UUID
@@ -34,7 +35,7 @@ from prefect.states import Cancelling
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from prefect_crew._internal.asyncio_tasks import loop_runs
-from prefect_crew._internal.prefect_api import cancelled_by_worker
+from prefect_crew._internal.prefect_api import held_flow_run
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
 from prefect_crew._text import version_numbers
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError
@@ -76,6 +77,8 @@ RENEW_AFTER = 0.75
 """The share of a lease's duration after which it is renewed, the same as Prefect's."""
 BLOCKED_AFTER = 5.0
 """Seconds that one step of a coroutine may take before a warning names its flow run."""
+IDLE_LOOK_EVERY = 0.5
+"""Seconds between two looks at whether submitted tasks have ended."""
 CANCEL_AGAIN_AFTER = 5.0
 """Seconds within which a cancelled coroutine has to end; after that it is cancelled again each second."""
 Ending = Literal["cancelled", "suspended", "handed over", "lost"]
@@ -99,6 +102,12 @@ class HeldFlowRun:
     """Whether the flow's own code has ended after a cancellation."""
     was_cancelled: bool = False
     """Whether an ending was "cancelled", also if "lost" has overridden it."""
+    executors: list[ThreadPoolExecutor] = field(default_factory=list[ThreadPoolExecutor])
+    """The executors of attempts that are over, in which submitted tasks may still run."""
+
+    @property
+    def has_ended(self) -> bool:
+        return self.ending is not None
 
     def end(self, ending: Ending, reason: str) -> None:
         """End the coroutine. "lost" overrides an earlier ending, so that this process writes no state to the server."""
@@ -131,7 +140,19 @@ async def run_held_flow(flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
         while engine.is_running():
             async with engine.run_context():
                 await engine.call_flow_fn()
+            if engine.is_running():  # as in Prefect, a retry begins after the tasks that the attempt before submitted
+                await _until_idle(held.executors)
     return engine.state
+
+
+async def _until_idle(executors: list[ThreadPoolExecutor]) -> None:
+    """Wait until the threads of executors that take no more work have ended. A thread of ours for each would cost more
+    than a look."""
+    while executors:
+        if any(thread.is_alive() for thread in executors[-1]._threads):  # noqa: SLF001  # pyright: ignore[reportPrivateUsage] - no public way without a thread that blocks
+            await asyncio.sleep(IDLE_LOOK_EVERY)
+        else:
+            executors.pop()
 
 
 class _Engine(AsyncFlowRunEngine[Any, Any]):
@@ -156,12 +177,12 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
         if self.held.ending == "cancelled":
             self.flow_run.state = Cancelling(message=self.held.reason)
             # A task group around it may cancel a second time.
-            token = cancelled_by_worker.set(lambda: False)  # a hook may start a crew
+            token = held_flow_run.set(None)  # a hook may start a crew
             try:
                 with CancelScope(shield=True):
                     await self.call_hooks(self.flow_run.state)
             finally:
-                cancelled_by_worker.reset(token)
+                held_flow_run.reset(token)
 
 
 def check_prefect() -> None:
@@ -214,8 +235,8 @@ def _light_engine() -> Generator[None]:
       which gives its slot back.
     - Prefect asks the server for its default result storage three times for each flow run, twice by a call that blocks
       the event loop. Once a minute is enough.
-    - `ThreadPoolTaskRunner.cancel_all` ends each flow run. It would block the event loop until the threads of submitted
-      tasks have ended, also if the flow run was cancelled. The tasks end by themselves.
+    - `ThreadPoolTaskRunner.cancel_all` ends each attempt of a flow run. It would block the event loop until the threads
+      of submitted tasks have ended, also if the flow run was cancelled. Here a retry waits for them, and nothing else.
     """
     engine, results, threads = prefect.flow_engine, prefect.results, cast("Any", ThreadPoolTaskRunner)
     cancel_all = threads.cancel_all
@@ -235,6 +256,8 @@ def _light_engine() -> Generator[None]:
         executor = runner._executor  # noqa: SLF001
         if executor is not None and loop_runs():
             executor.shutdown(wait=False, cancel_futures=True)
+            if isinstance(held := held_flow_run.get(), HeldFlowRun):
+                held.executors.append(executor)
             runner._executor = None  # noqa: SLF001 - so that `cancel_all` only sets the tasks' events
         cancel_all(runner)
 

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import httpx
 import prefect
@@ -105,10 +105,22 @@ async def label_flow_run(*, name: str) -> None:
         run_logger().debug("The flow run could not be renamed: %s", error)
 
 
+class Held(Protocol):
+    """A flow run whose coroutine runs, or has run, on the crew worker of this process."""
+
+    reason: str
+    was_cancelled: bool
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the worker has ended the coroutine, or the flow has suspended its flow run."""
+        ...
+
+
 # Not an argument: the tasks, threads and subflows of a flow outlive its coroutine, and only their context is known to
-# the worker. Not by id: a thread that has survived since before the flow run began again stays cancelled.
-cancelled_by_worker: ContextVar[Callable[[], bool]] = ContextVar("prefect_crew_cancelled", default=lambda: False)
-"""Whether the crew worker of this process has ended the flow run around the call as cancelled."""
+# the worker. Not by id: a thread that has survived since before the flow run began again belongs to the ended one.
+held_flow_run: ContextVar[Held | None] = ContextVar("prefect_crew_held", default=None)
+"""The flow run around the call on a crew worker. None within its hooks, which may start crews."""
 
 
 def contexts_around(kind: type[ContextT]) -> list[ContextT]:

@@ -24,7 +24,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.prefect_api import cancelled_by_worker, flow_run_id, read_all_flow_runs, run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, read_all_flow_runs, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import claims_shown, render_run
 from prefect_crew.client import CrewClient
@@ -107,11 +107,22 @@ def _attempt(run_id: str) -> tuple[str, int]:
     return run_id, flow_run.run_count if flow_run is not None and str(flow_run.id) == run_id else 0
 
 
+def has_ended_here() -> bool:
+    """Return whether a crew worker has ended the coroutine of the flow run around this call, for whatever reason.
+
+    The tasks and threads that the flow has left start no crew from then on. The flow run is over, or calls again: after
+    a resumption, or on another worker.
+    """
+    held = held_flow_run.get()
+    return held is not None and held.has_ended
+
+
 def is_known_cancelled(caller: Caller) -> bool:
-    """Return whether this process already knows that a caller's flow run was cancelled. It makes no request."""
+    """Return whether this process already knows that a caller's flow run was cancelled, or has ended here. It makes no
+    request."""
     if caller.flow_run_id is None:
         return False
-    return cancelled_by_worker.get()() or _asked.get((caller.flow_run_id, caller.flow_run_count), (0.0, False))[1]
+    return has_ended_here() or _asked.get((caller.flow_run_id, caller.flow_run_count), (0.0, False))[1]
 
 
 async def is_cancelled(run_id: str | None, *, every: float | None = None) -> bool:
@@ -121,7 +132,8 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
     seconds (default `LOOK_EVERY`), and not earlier than that after the first call, since most waits are shorter. A
     Prefect API that does not answer is not a cancellation.
     """
-    if run_id is not None and cancelled_by_worker.get()():
+    held = held_flow_run.get()
+    if run_id is not None and held is not None and held.was_cancelled:
         return True
     if run_id is None or started_by_runner():
         return False
@@ -158,8 +170,12 @@ async def until_cancelled(run_id: str | None, work: Awaitable[T]) -> T:
 
 
 def nothing_started(run_id: str | None) -> FlowRunCancelledError:
-    """Return the error of a call that starts no run because its flow run was cancelled."""
-    return FlowRunCancelledError(f"Flow run {run_id} was cancelled, so no run was started.")
+    """Return the error of a call that starts no run because its flow run was cancelled, or has ended here."""
+    held = held_flow_run.get()
+    how = "was cancelled"
+    if held is not None and held.has_ended and not held.was_cancelled:
+        how = f"has ended on this worker ({held.reason})"
+    return FlowRunCancelledError(f"Flow run {run_id} {how}, so no run was started.")
 
 
 # The runs of a flow run

@@ -105,6 +105,7 @@ async def cleans_up() -> None:
 async def spawns(how: str) -> None:
     """Start three crews one after the other, whatever ends the wait for each, in a task or a thread of their own."""
     log = get_run_logger()
+    log.info("three crews")
 
     async def in_a_task() -> None:
         for number in range(3):
@@ -132,6 +133,23 @@ async def spawns(how: str) -> None:
                 await asyncio.to_thread(task(in_a_thread).submit().result)
 
     await within()
+
+
+@task
+def takes_its_time(seconds: float) -> None:
+    time.sleep(seconds)
+    get_run_logger().info("the task of attempt 1 ends")
+
+
+@flow(retries=1)
+async def retries_beside_a_task(seconds: float) -> None:
+    """Fail once, and leave a submitted task."""
+    from prefect.runtime import flow_run
+
+    get_run_logger().info("attempt %d begins", flow_run.run_count)
+    if flow_run.run_count == 1:
+        takes_its_time.submit(seconds)
+        raise ValueError("the first attempt fails")
 
 
 @flow(persist_result=True)
