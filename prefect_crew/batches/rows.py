@@ -7,6 +7,7 @@ import hashlib
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -157,23 +158,25 @@ class RowPlan:
         """Read every row once. Count the bad rows, and write them to `rejected` as JSON.
 
         Raises:
-            DatasetError: The data set cannot be read to its end, or is empty.
+            DatasetError: The data set cannot be read to its end, is empty, or only secrets tell two of its rows apart.
         """
         bad: list[BadRow] = []
         bad_count = total = fingerprint = 0
         order = hashlib.sha256()
-        for row, job in self._read():
-            if isinstance(job, RowJob):
-                total += 1
-                digest = hashlib.sha256(f"{job.key}\0{job.inputs.digest}".encode()).digest()
-                fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
-                order.update(digest)
-                continue
-            bad_count += 1
-            if len(bad) < BAD_ROWS:
-                bad.append(job)
-            if rejected is not None:
-                rejected.write(_rejected_line(job, self._shown(row)))
+        with closing(_Keys()) as secrets:
+            for row, job in self._read():
+                if isinstance(job, RowJob):
+                    self._check_secrets(job, secrets)
+                    total += 1
+                    digest = hashlib.sha256(f"{job.key}\0{job.inputs.digest}".encode()).digest()
+                    fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
+                    order.update(digest)
+                    continue
+                bad_count += 1
+                if len(bad) < BAD_ROWS:
+                    bad.append(job)
+                if rejected is not None:
+                    rejected.write(_rejected_line(job, self._shown(row)))
         if total == bad_count == 0:
             where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
             raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
@@ -196,6 +199,20 @@ class RowPlan:
         finally:
             keys.close()
 
+    def _check_secrets(self, job: RowJob, secrets: _Keys) -> None:
+        """Refuse a data set without keys in which only secrets tell two rows apart.
+
+        In another order of the rows, or if one were left out, each would be taken for the other. The second reading
+        does not ask again: a function may then give a fresh token.
+        """
+        inputs = job.inputs
+        if self._options.key is not None or not inputs.secret_names:
+            return
+        text = hash(to_json([inputs.encoded[name] for name in inputs.secret_names]))
+        if secrets.put(inputs.digest, text) not in (None, text):
+            reason = "equals an earlier row but for its secret inputs. Give the rows a key."
+            raise DatasetError(reason, source=self.dataset.name, line=job.line)
+
     def _masked_reason(self, row: Row, error: Exception) -> str:
         try:
             reason = self._redactor(row.values)(_reason(error))
@@ -217,12 +234,7 @@ class RowPlan:
         if unknown := self._unknown(encoded):
             raise ConfigurationError(unknown)
         if self._options.key is None:
-            number_of_equals = keys.count(inputs.digest)
-            secrets = hash(to_json([inputs.encoded[name] for name in inputs.secret_names]))
-            # In another order of the rows, each of the two would be taken for the other.
-            if inputs.secret_names and keys.put(f"secrets of {inputs.digest}", secrets) not in (None, secrets):
-                raise ConfigurationError("equals an earlier row but for its secret inputs: give the rows a key")
-            key = f"{inputs.digest}-{number_of_equals}"
+            key = f"{inputs.digest}-{keys.count(inputs.digest)}"
         else:
             key = _key_of(self._options.key, row.values)
             self._check_shown(inputs, "key", key)

@@ -291,9 +291,18 @@ def test_a_number_of_pandas_stays_itself_where_another_row_has_none():
 def test_rows_that_only_a_secret_input_tells_apart_need_a_key():
     rows = [{"topic": "tea", "id": number, "code": code} for number, code in enumerate(("one", "two"))]
     options: dict[str, Any] = {"inputs": {"topic": "topic", "pin": "code"}, "crew": HIDES}
-    assert reasons(rows, **options) == [(2, "equals an earlier row but for its secret inputs: give the rows a key")]
+    with pytest.raises(DatasetError, match=r"line 2: equals an earlier row but for its secret inputs\. Give the rows"):
+        plan(rows, **options).check()
     assert keys(rows, key="id", **options) == ["0", "1"]
     assert reasons([row | {"code": "one"} for row in rows], **options) == []
+
+
+def test_a_fresh_token_of_the_second_reading_loses_no_equal_row():
+    tokens = iter(["old", "old", "old", "new"])
+    options: dict[str, Any] = {"inputs": {"topic": "topic", "pin": lambda _: next(tokens)}, "crew": HIDES}
+    equal = plan([{"topic": "tea"}] * 2, **options)
+    assert equal.check().total == 2
+    assert [job.inputs.encoded["pin"] for job in equal.jobs()] == ["old", "new"]
 
 
 def test_a_key_that_holds_a_secret_input_is_refused():
