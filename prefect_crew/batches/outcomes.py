@@ -98,6 +98,8 @@ run may go on."""
 CORRECTABLE = (RowState.FAILED, RowState.STOPPED)
 """The states in which a row that is started again may have other inputs than before: its run surely has no result."""
 ERROR_CAP = 2_000
+MISFIT_WITHOUT_REASONS = "The result does not fit the output type. The reasons may quote secrets and are not stored."
+"""The error of a row whose result was masked: a user's validator may quote a secret in other words than the crew."""
 
 
 def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) -> RowState:

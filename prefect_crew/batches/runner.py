@@ -23,6 +23,7 @@ from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import (
     CORRECTABLE,
     ERROR_CAP,
+    MISFIT_WITHOUT_REASONS,
     RETRYABLE,
     STOPPED_WITH_BATCH,
     RowState,
@@ -497,16 +498,8 @@ class Runner:
         crew = self.session.crew
         # A row that was started with other secrets may repeat them, and nobody knows them here.
         mark = secret_mark(crew.token.get_secret_value(), job.inputs.encoded, job.inputs.secret_names)
-        is_found = first_look and record.secret_mark != mark
-        run = LiveRun(
-            self.session,
-            kickoff_id,
-            record,
-            self._request(job),
-            records=self.ledger,
-            owned=True,
-            is_found=is_found,
-        )
+        is_found, request = first_look and record.secret_mark != mark, self._request(job)
+        run = LiveRun(self.session, kickoff_id, record, request, records=self.ledger, owned=True, is_found=is_found)
         with withholding(run.redact_text):
             async with waker_for(record.idempotency_key, crew.url) if record.has_webhooks else nullcontext() as waker:
                 status = await poll(
@@ -528,10 +521,11 @@ class Runner:
             result = stored.model_copy(update=withheld) if run.is_blind else run.redact.model(stored)
         end = end_of(run.crew, status, phases.human_seconds, error, result)
         # Before the end is saved: a process may be killed right after, and has then saved that the result does not fit.
-        if not run.is_blind:
+        if has_result:
             judged = record.model_copy(update={**end, "result": stored})  # a masked email address is none
             judge(run, judged, self._options.output_type)
-            end["error"] = judged.error
+            if judged.error is not None:
+                end["error"] = judged.error if result == stored else MISFIT_WITHOUT_REASONS
         if record.phase is RecordPhase.ENDED:  # our stop has closed it, and the status has more facts about the end
             for name, value in end.items():
                 setattr(record, name, value)

@@ -19,13 +19,13 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.context import FlowRunContext
-from pydantic import BaseModel, Field, SecretStr, field_serializer, model_validator
+from pydantic import BaseModel, Field, SecretStr, field_serializer, field_validator, model_validator
 
 from prefect_crew import BatchFailedError, BatchReport, arun_batch, plan_batch, run_batch
 from prefect_crew.batches.attempts import Write
 from prefect_crew.batches.database import GroupWriter
 from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.outcomes import MISFIT_WITHOUT_REASONS, RowState
 from prefect_crew.batches.rows import RowPlan
 from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.client._client import CrewClient
@@ -493,6 +493,26 @@ async def test_masks_make_no_result_of_a_misfit(batch: Batches, crew_server: Cre
         about: dict[str, Any] = {"name": "misfit", "key": "topic", "retry_failed": retry_failed}
         report = await batch(crew, rows, output_type=Short, **about)
         assert (report.completed, report.failed, server.kickoffs) == (0, 1, 1)
+
+
+class Customer(BaseModel):
+    pin: str
+
+    @field_validator("pin")
+    @classmethod
+    def _known(cls, pin: str) -> str:
+        raise ValueError(f"unknown customer {pin.lower()}")
+
+
+async def test_a_validator_quotes_no_secret_in_other_words(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(script({"output": '{"pin": "{{ pin }}"}'}, inputs=["topic", "pin"]))
+    crew, rows = server.crew(secret_inputs=["pin"], max_attempts=1), [{"topic": "tea", "pin": "PIN-OF-ANN"}]
+    for _ in range(2):
+        report = await batch(crew, rows, name="quotes", key="topic", output_type=Customer)
+        assert (report.completed, report.failed, server.kickoffs) == (0, 1, 1)
+        assert batch.lines()["tea"]["error"] == MISFIT_WITHOUT_REASONS
+    everything = b"".join(path.read_bytes() for path in batch.folder.rglob("*") if path.is_file())
+    assert b"pin-of-ann" not in everything
 
 
 class Strict(BaseModel):

@@ -13,11 +13,12 @@ import pytest
 from prefect import flow, get_client
 from prefect.runtime import flow_run
 from prefect.states import Cancelling
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 import prefect_crew as pc
 from prefect_crew.batches import runner
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.outcomes import MISFIT_WITHOUT_REASONS
 from prefect_crew.batches.turns import RowTurns
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import CrewServer
@@ -45,7 +46,8 @@ def days(*notes: str, who: str = ANN) -> list[dict[str, Any]]:
 
 
 async def run(batch: Batches, server: CrewServer, rows: list[dict[str, Any]], **options: Any) -> pc.BatchReport:
-    return await batch(server.crew(), rows, **{"key": "day", "session": "who", **options})
+    crew = options.pop("crew", None) or server.crew()
+    return await batch(crew, rows, **{"key": "day", "session": "who", **options})
 
 
 def outputs(batch: Batches) -> list[str]:
@@ -70,6 +72,19 @@ async def test_rows_of_a_session_are_turns_in_their_order(batch: Batches, journa
     ]
     assert [(turn.number, turn.outcome) for turn in await turns(journal)] == [(n, "completed") for n in (1, 2, 3)]
     assert len({run.inputs["id"] for run in journal.runs if "id" in run.inputs}) == 5
+
+
+class Score(BaseModel):
+    score: int
+
+
+async def test_a_later_turn_is_judged_though_its_texts_are_withheld(batch: Batches, journal: CrewServer):
+    crew = journal.crew(secret_inputs=["note"], max_attempts=1)
+    for _ in range(2):
+        report = await run(batch, journal, days("milk", "rain"), crew=crew, name="scores", output_type=Score)
+        assert (report.completed, report.failed, journal.kickoffs) == (0, 2, 2)
+    assert [line["state"] for line in batch.lines().values()] == ["invalid-output"] * 2
+    assert batch.lines()[f"{ANN} 2"]["error"] == MISFIT_WITHOUT_REASONS
 
 
 async def test_waiting_rows_of_a_session_leave_room_for_others(
