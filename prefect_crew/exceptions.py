@@ -345,7 +345,7 @@ class ReviewFunctionError(CrewError):
 
 
 class FlowRunCancelledError(CrewError):
-    """The flow run was cancelled, or its crew worker has ended it, so it starts no run and waits for none."""
+    """The flow run was cancelled, so it starts no run and waits for none."""
 
 
 class IdempotencyConflictError(_FactsError):

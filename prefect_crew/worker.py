@@ -367,9 +367,6 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             if held.ending == "suspended":
                 log.info("The flow run ended on this worker: it is suspended. Its crews run on.")
         except (Abort, Pause) as signal_of_prefect:
-            if held.ending is None:  # threads that the flow has left start no crews: the flow run calls again elsewhere
-                held.ending = "suspended" if isinstance(signal_of_prefect, Pause) else "lost"
-                held.reason = str(signal_of_prefect)
             log.info("The flow run ended on this worker: %s", signal_of_prefect)
         except (SystemExit, KeyboardInterrupt, GeneratorExit):
             log.warning("Only this flow run ends: the crew worker continues.")

@@ -672,8 +672,18 @@ def test_what_a_suspended_flow_run_has_spawned_leaves_the_crews_to_its_resumptio
     handed.program.ended = True
     run = pool.wait_for(run_id)
     assert run["state_name"] == "Completed", run["state"]["message"]
-    wait_until(lambda: pool.logs(run_id).count("FlowRunCancelledError") == 2, seconds=30, what="two refused starts")
+    wait_until(lambda: "starts no crew" in pool.logs(), seconds=30, what="a refused start")
     assert (crew.kickoffs, crew.requests["stop"]) == (3, 0)
+
+
+def test_a_thread_that_a_flow_run_left_at_its_timeout_starts_no_further_crew(handed: Handed):
+    pool, crew = handed.pool, handed.crew
+    pool.worker("one")
+    run_id = pool.start(pool.deploy("spawns", f"{USER_FLOWS}.spawns_in_time"), how="thread")
+    assert pool.wait_for(run_id)["state_name"] == "TimedOut"
+    handed.program.ended = True
+    wait_until(lambda: "starts no crew" in pool.logs(), seconds=30, what="a refused start")
+    assert (crew.kickoffs, crew.requests["stop"]) == (1, 0)
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])

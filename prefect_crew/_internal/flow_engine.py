@@ -106,8 +106,9 @@ class HeldFlowRun:
     """The executors of attempts that are over, in which submitted tasks may still run."""
 
     @property
-    def has_ended(self) -> bool:
-        return self.ending is not None
+    def is_left(self) -> bool:
+        has_ended = self.ending is not None or (self.task is not None and self.task.done())
+        return has_ended and not self.was_cancelled
 
     def end(self, ending: Ending, reason: str) -> None:
         """End the coroutine. "lost" overrides an earlier ending, so that this process writes no state to the server."""
@@ -256,7 +257,8 @@ def _light_engine() -> Generator[None]:
         executor = runner._executor  # noqa: SLF001
         if executor is not None and loop_runs():
             executor.shutdown(wait=False, cancel_futures=True)
-            if isinstance(held := held_flow_run.get(), HeldFlowRun):
+            # Its threads, if it has any: a flow may have thousands of subflows.
+            if executor._threads and isinstance(held := held_flow_run.get(), HeldFlowRun):  # noqa: SLF001
                 held.executors.append(executor)
             runner._executor = None  # noqa: SLF001 - so that `cancel_all` only sets the tasks' events
         cancel_all(runner)

@@ -112,8 +112,8 @@ class Held(Protocol):
     was_cancelled: bool
 
     @property
-    def has_ended(self) -> bool:
-        """Whether the worker has ended the coroutine, or the flow has suspended its flow run."""
+    def is_left(self) -> bool:
+        """Whether the coroutine has ended, or has to, and nobody has cancelled the flow run."""
         ...
 
 
@@ -121,6 +121,17 @@ class Held(Protocol):
 # the worker. Not by id: a thread that has survived since before the flow run began again belongs to the ended one.
 held_flow_run: ContextVar[Held | None] = ContextVar("prefect_crew_held", default=None)
 """The flow run around the call on a crew worker. None within its hooks, which may start crews."""
+
+
+def left_behind(held: Held) -> asyncio.CancelledError:
+    """Return the error of a call in a task or thread that outlives its flow run on a crew worker.
+
+    It ends there as it would with the process of another worker: no `except Exception` takes it, so no task stores an
+    outcome that the flow run's next start would find.
+    """
+    text = f"A task of flow run {flow_run_id()}, which has ended on this worker, starts no crew. {held.reason}".rstrip()
+    run_logger().warning("%s", text)
+    return asyncio.CancelledError(text)
 
 
 def contexts_around(kind: type[ContextT]) -> list[ContextT]:

@@ -206,9 +206,9 @@ class RowPlan:
         does not ask again: a function may then give a fresh token.
         """
         inputs = job.inputs
-        if self._options.key is not None or not inputs.secret_names:
+        if self._options.key is not None or not (inputs.secret_names or self._crew.secret_inputs):
             return
-        text = hash(to_json([inputs.encoded[name] for name in inputs.secret_names]))
+        text = hash(to_json({name: inputs.encoded[name] for name in sorted(inputs.secret_names)}))
         if secrets.put(inputs.digest, text) not in (None, text):
             reason = "equals an earlier row but for its secret inputs. Give the rows a key."
             raise DatasetError(reason, source=self.dataset.name, line=job.line)

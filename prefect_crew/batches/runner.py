@@ -15,7 +15,7 @@ from uuid import uuid4
 from prefect.context import FlowRunContext
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, left_behind, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, prefect_error
 from prefect_crew.artifacts.events import emit
 from prefect_crew.batches.ledger import PAGE, Ledger
@@ -146,13 +146,18 @@ class Runner:
 
         Raises:
             BatchCancelledError: This flow run was cancelled, and nobody else ends it.
-            asyncio.CancelledError: The task was cancelled. The runs in flight were stopped, or left.
+            asyncio.CancelledError: The task was cancelled, or outlives its flow run. The runs in flight were stopped or
+                left.
             CrewError: A row or a tick raised it.
         """
         own, on_cancel = flow_run_id(), self._options.on_cancel
         rows = asyncio.ensure_future(self.run(jobs))
         try:
             await _tick_during(rows, tick, own)
+            held = held_flow_run.get()
+            if held is not None and held.is_left:
+                await self._end(rows, tick, "leave")
+                raise left_behind(held)
             if not rows.done():
                 await self._end(rows, tick, on_cancel)
             elif self.throttle.stopped is None or not await is_cancelled(own):
@@ -658,13 +663,14 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
 
 
 async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:
-    """Call `tick` about once a second, until the rows have ended or the flow run `own` is cancelled.
+    """Call `tick` about once a second, until the rows have ended, or the flow run `own` is cancelled or has ended here.
 
     The end of the rows cuts off a `tick` that takes long. Raises the errors of the rows, else of `tick`.
     """
 
     async def look() -> None:
-        while not await is_cancelled(own, every=LOOK_EVERY):
+        held = held_flow_run.get()
+        while not (await is_cancelled(own, every=LOOK_EVERY) or (held is not None and held.is_left)):
             await asyncio.sleep(TICK)
             await tick()
 

@@ -28,7 +28,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, TaskRunContext
 
-from prefect_crew._internal.prefect_api import contexts_around, is_entered, run_logger
+from prefect_crew._internal.prefect_api import contexts_around, held_flow_run, is_entered, left_behind, run_logger
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.model import MAX_KEY, digest, utcnow
@@ -82,7 +82,11 @@ async def identify(
 
     Raises:
         ConfigurationError: The key is empty, too long, no valid Unicode or no valid template.
+        asyncio.CancelledError: The call outlives its flow run on a crew worker. It must take no number, since the flow
+            run's next start numbers its calls again.
     """
+    if (held := held_flow_run.get()) is not None and held.is_left:
+        raise left_behind(held)
     around, calling = _task_attempts(), _calling.get(_Calling())
     callers, nonce = around, Nonce()
     if inside_own_task:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from prefect_crew._internal.asyncio_tasks import OwnTask
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import count_uncertain
@@ -41,7 +41,7 @@ from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
 from prefect_crew.runs.options import RunRequest
 from prefect_crew.runs.run import LiveRun, no_attempt_left
-from prefect_crew.runs.stop import has_ended_here, is_known_cancelled, nothing_started, stop_if_asked, until_cancelled
+from prefect_crew.runs.stop import is_known_cancelled, nothing_started, stop_if_asked, until_cancelled
 from prefect_crew.runs.turns import EarlierTurnError, wait_for_turn
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import is_prefect_cloud, webhooks_for
@@ -495,9 +495,6 @@ async def open_run(request: RunRequest, *, inside_own_task: bool = False) -> Liv
 async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool = False) -> None:
     """Find or start a request's run, and set `run.kickoff_id` and `run.record`. Raises the errors of `run_crew`."""
     run.request, crew, options = request, request.crew, request.options
-    own = flow_run_id()
-    if has_ended_here():  # before the call takes a number, which the flow run's next start needs
-        raise nothing_started(own)
     identity = await identify(
         crew.label,
         request.inputs.digest,
@@ -505,16 +502,16 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
         name=options.name,
         inside_own_task=inside_own_task,
     )
-    key = identity.idempotency_key
+    key, flow_run_id = identity.idempotency_key, identity.caller.flow_run_id
     if request.settings.webhook_url and not is_prefect_cloud(request.settings.webhook_url):
         subscribe()
     while True:
         if is_known_cancelled(identity.caller):
             # A cancelled flow may catch the error of one wait: it must not start further runs.
-            raise nothing_started(own)
+            raise nothing_started(flow_run_id)
         slots = None
         if crew.concurrency_limit:
-            slots = await until_cancelled(own, _take_slot(request, identity, run.records))
+            slots = await until_cancelled(flow_run_id, _take_slot(request, identity, run.records))
         try:
             async with nullcontext() if slots is None else slots.kept(), run.session:
                 with withholding(run.redact):

@@ -24,7 +24,13 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, read_all_flow_runs, run_logger
+from prefect_crew._internal.prefect_api import (
+    flow_run_id,
+    held_flow_run,
+    left_behind,
+    read_all_flow_runs,
+    run_logger,
+)
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import claims_shown, render_run
 from prefect_crew.client import CrewClient
@@ -107,22 +113,13 @@ def _attempt(run_id: str) -> tuple[str, int]:
     return run_id, flow_run.run_count if flow_run is not None and str(flow_run.id) == run_id else 0
 
 
-def has_ended_here() -> bool:
-    """Return whether a crew worker has ended the coroutine of the flow run around this call, for whatever reason.
-
-    The tasks and threads that the flow has left start no crew from then on. The flow run is over, or calls again: after
-    a resumption, or on another worker.
-    """
-    held = held_flow_run.get()
-    return held is not None and held.has_ended
-
-
 def is_known_cancelled(caller: Caller) -> bool:
-    """Return whether this process already knows that a caller's flow run was cancelled, or has ended here. It makes no
+    """Return whether this process already knows that a caller's flow run was cancelled or has ended. It makes no
     request."""
-    if caller.flow_run_id is None:
-        return False
-    return has_ended_here() or _asked.get((caller.flow_run_id, caller.flow_run_count), (0.0, False))[1]
+    held = held_flow_run.get()
+    if held is not None and (held.was_cancelled or held.is_left):
+        return True
+    return _asked.get((str(caller.flow_run_id), caller.flow_run_count), (0.0, False))[1]
 
 
 async def is_cancelled(run_id: str | None, *, every: float | None = None) -> bool:
@@ -169,13 +166,12 @@ async def until_cancelled(run_id: str | None, work: Awaitable[T]) -> T:
         await cancel_and_wait(task)
 
 
-def nothing_started(run_id: str | None) -> FlowRunCancelledError:
+def nothing_started(run_id: str | None) -> BaseException:
     """Return the error of a call that starts no run because its flow run was cancelled, or has ended here."""
     held = held_flow_run.get()
-    how = "was cancelled"
-    if held is not None and held.has_ended and not held.was_cancelled:
-        how = f"has ended on this worker ({held.reason})"
-    return FlowRunCancelledError(f"Flow run {run_id} {how}, so no run was started.")
+    if held is not None and held.is_left:
+        return left_behind(held)
+    return FlowRunCancelledError(f"Flow run {run_id} was cancelled, so no run was started.")
 
 
 # The runs of a flow run

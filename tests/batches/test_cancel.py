@@ -10,7 +10,7 @@ import time
 import uuid
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -20,7 +20,8 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
 from prefect_crew import BatchReport, WaitPolicy
-from prefect_crew._internal.prefect_api import cancelled_by_worker
+from prefect_crew._internal.flow_engine import HeldFlowRun
+from prefect_crew._internal.prefect_api import held_flow_run
 from prefect_crew.cli._options import CrewOfRun
 from prefect_crew.cli.batch import cancel
 from prefect_crew.client import CrewClient
@@ -33,6 +34,7 @@ from support.held import Held
 from support.prefect_server import PrefectServer
 from support.processes import Process, ProcessError
 from support.scripts import FAILS, script, slow
+from support.waiting import until
 
 ROWS = [{"topic": str(number)} for number in range(40)]
 
@@ -261,11 +263,35 @@ def test_two_processes_run_two_ranges_and_one_that_is_killed_is_called_again(
 async def test_a_batch_that_outlives_its_flow_run_starts_no_row(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(slow(60))
 
+    held = HeldFlowRun(cast("Any", None), cast("Any", None))
+    held.end("cancelled", "Flow run was cancelled.")
+
     @flow
     async def mine() -> BatchReport:
-        cancelled_by_worker.set(lambda: True)
+        held_flow_run.set(held)
         return await batch(server.crew(), ROWS[:3])
 
     with pytest.raises(BatchCancelledError):
         await mine()
     assert server.kickoffs == 0
+
+
+async def test_a_batch_that_a_suspended_flow_run_has_left_leaves_its_rows_and_its_lock(
+    batch: Batches, crew_server: CrewServerFactory
+):
+    crew, held = Held(), HeldFlowRun(cast("Any", None), cast("Any", None))
+    server = crew_server(crew)
+
+    async def left() -> BatchReport:
+        held_flow_run.set(held)
+        return await batch(server.crew(), ROWS[:3], name="left", max_in_flight=2)
+
+    running = asyncio.create_task(left())
+    await until(lambda: server.requests["status"] >= 2, "two rows wait")
+    held.end("suspended", "Flow run was suspended.")
+    await asyncio.wait({running}, timeout=10)
+    assert running.cancelled()
+    assert (server.kickoffs, server.requests["stop"]) == (2, 0)
+    crew.release()
+    report = await batch(server.crew(), ROWS[:3], name="left")
+    assert (report.completed, server.kickoffs) == (3, 3)

@@ -24,7 +24,8 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling, Scheduled
 
 import prefect_crew as pc
-from prefect_crew._internal.prefect_api import cancelled_by_worker
+from prefect_crew._internal.flow_engine import Ending, HeldFlowRun
+from prefect_crew._internal.prefect_api import held_flow_run
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
@@ -428,12 +429,14 @@ def test_a_run_that_ended_meanwhile_stays_open(crew_server: CrewServerFactory, s
     assert seen.record(idempotency_key[0])["phase"] == "started"
 
 
-# Calls that outlive a flow run which a crew worker has cancelled
+# Calls that outlive a flow run which a crew worker has ended
 
 
-async def outlived(server: CrewServer, is_time: Callable[[], Any], **options: Any) -> Any:
-    """Spawn a call in a subflow of a flow run, and end that as cancelled once it is time; return the call's end."""
-    calls, ids, is_over = list[asyncio.Task[Any]](), list[str](), list[bool]()
+async def outlived(
+    server: CrewServer, is_time: Callable[[], Any], *, ending: Ending = "cancelled", **options: Any
+) -> Any:
+    """Spawn a call in a subflow of a flow run, and end that once it is time; return the call's end."""
+    calls, ids, held = list[asyncio.Task[Any]](), list[str](), HeldFlowRun(cast("Any", None), cast("Any", None))
 
     @flow
     async def city() -> None:
@@ -442,15 +445,16 @@ async def outlived(server: CrewServer, is_time: Callable[[], Any], **options: An
 
     @flow
     async def trip() -> None:
-        cancelled_by_worker.set(lambda: bool(is_over))
+        held_flow_run.set(held)
         ids.append(str(flow_run.id))
         await city()
         await until(is_time, "it is time")
 
     async with AsyncClientContext.get_or_create() as shared:  # as of a worker
         await asyncio.create_task(trip())
-        await shared.client.set_flow_run_state(uuid.UUID(ids[0]), Cancelling(), force=True)
-        is_over.append(True)
+        if ending == "cancelled":
+            await shared.client.set_flow_run_state(uuid.UUID(ids[0]), Cancelling(), force=True)
+        held.end(ending, "The flow run has ended here.")
         (end,) = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 20)
     return end
 
@@ -458,15 +462,20 @@ async def outlived(server: CrewServer, is_time: Callable[[], Any], **options: An
 @pytest.mark.usefixtures("started_by_a_runner")
 @pytest.mark.parametrize(
     ("fault", "request_of_it", "kept"),
-    [("inputs:latency=1", "inputs", []), ("kickoff:429=60", "kickoff", [RecordPhase.NOT_STARTED])],
+    [("inputs:latency=1", "inputs", []), ("kickoff:429=2", "kickoff", [RecordPhase.NOT_STARTED])],
 )
+@pytest.mark.parametrize("ending", ["cancelled", "suspended"])
 async def test_a_call_that_outlives_its_flow_run_takes_no_permit(
-    crew_server: CrewServerFactory, fault: str, request_of_it: str, kept: list[RecordPhase]
+    crew_server: CrewServerFactory, fault: str, request_of_it: str, kept: list[RecordPhase], ending: Ending
 ):
     server, idempotency_key = crew_server("echo", faults=[fault]), key()
-    end = await outlived(server, lambda: server.requests[request_of_it], idempotency_key=idempotency_key)
-    assert isinstance(end, pc.FlowRunCancelledError), end
-    assert "no run was started" in str(end)
+    about: dict[str, Any] = {"idempotency_key": idempotency_key, "ending": ending}
+    end = await outlived(server, lambda: server.requests[request_of_it], **about)
+    if ending == "cancelled":
+        assert isinstance(end, pc.FlowRunCancelledError), end
+        assert "no run was started" in str(end)
+    else:
+        assert isinstance(end, asyncio.CancelledError), end
     assert server.requests["kickoff"] == len(kept), "it is not sent again"
     assert await phases(idempotency_key) == kept
 

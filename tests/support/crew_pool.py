@@ -140,9 +140,11 @@ class CrewPool(Crews):
         states = self.call("GET", f"/flow_run_states/?flow_run_id={flow_run_id}")
         return sorted(states, key=lambda state: state["timestamp"])
 
-    def logs(self, flow_run_id: str) -> str:
-        """Return what a flow run has logged so far."""
-        body = {"logs": {"flow_run_id": {"any_": [flow_run_id]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+    def logs(self, *flow_run_ids: str) -> str:
+        """Return what a flow run has logged so far, or without one the last lines of all."""
+        body: dict[str, Any] = {"sort": "TIMESTAMP_DESC", "limit": 200}
+        if flow_run_ids:
+            body = {"logs": {"flow_run_id": {"any_": flow_run_ids}}, "sort": "TIMESTAMP_ASC", "limit": 200}
         return "\n".join(line["message"] for line in self.call("POST", "/logs/filter", body))
 
     def set_state(self, flow_run_id: str, kind: str) -> None:

@@ -135,6 +135,9 @@ async def spawns(how: str) -> None:
     await within()
 
 
+spawns_in_time = spawns.with_options(name="spawns-in-time", timeout_seconds=5)
+
+
 @task
 def takes_its_time(seconds: float) -> None:
     time.sleep(seconds)
