@@ -676,6 +676,15 @@ def test_what_a_suspended_flow_run_has_spawned_leaves_the_crews_to_its_resumptio
     assert (crew.kickoffs, crew.requests["stop"]) == (3, 0)
 
 
+def test_a_submitted_task_that_no_flow_waits_for_starts_all_its_crews(handed: Handed):
+    pool, crew = handed.pool, handed.crew
+    pool.worker("one")
+    run_id = pool.start(pool.deploy("spawns", f"{USER_FLOWS}.spawns"), how="task without a wait")
+    assert pool.wait_for(run_id)["state_name"] == "Completed"
+    handed.program.ended = True
+    wait_until(lambda: [run.state for run in crew.runs] == ["completed"] * 3, seconds=30, what="three crews")
+
+
 def test_a_thread_that_a_flow_run_left_at_its_timeout_starts_no_further_crew(handed: Handed):
     pool, crew = handed.pool, handed.crew
     pool.worker("one")

@@ -141,8 +141,7 @@ async def run_held_flow(flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
         while engine.is_running():
             async with engine.run_context():
                 await engine.call_flow_fn()
-            if engine.is_running():  # as in Prefect, a retry begins after the tasks that the attempt before submitted
-                await _until_idle(held.executors)
+            await _until_idle(held.executors)  # as in Prefect, before a retry or the end
     return engine.state
 
 
@@ -237,7 +236,7 @@ def _light_engine() -> Generator[None]:
     - Prefect asks the server for its default result storage three times for each flow run, twice by a call that blocks
       the event loop. Once a minute is enough.
     - `ThreadPoolTaskRunner.cancel_all` ends each attempt of a flow run. It would block the event loop until the threads
-      of submitted tasks have ended, also if the flow run was cancelled. Here a retry waits for them, and nothing else.
+      of submitted tasks have ended, also if the flow run was cancelled. `run_held_flow` waits for them instead.
     """
     engine, results, threads = prefect.flow_engine, prefect.results, cast("Any", ThreadPoolTaskRunner)
     cancel_all = threads.cancel_all

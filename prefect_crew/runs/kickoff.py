@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from prefect_crew._internal.asyncio_tasks import OwnTask
-from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew._internal.prefect_api import held_flow_run, left_behind, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import count_uncertain
@@ -24,6 +24,7 @@ from prefect_crew.exceptions import (
     ConfigurationError,
     CrewAPIError,
     CrewError,
+    FlowRunCancelledError,
     InvalidInputsError,
     KickoffUncertainError,
     NotStartedError,
@@ -508,7 +509,7 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
     while True:
         if is_known_cancelled(identity.caller):
             # A cancelled flow may catch the error of one wait: it must not start further runs.
-            raise nothing_started(flow_run_id)
+            raise _refusal(nothing_started(flow_run_id))
         slots = None
         if crew.concurrency_limit:
             slots = await until_cancelled(flow_run_id, _take_slot(request, identity, run.records))
@@ -524,6 +525,8 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
             await _wait_for_turn(earlier.turn, run, request, identity, slots)
         except (CrewError, *PREFECT_ERRORS) as error:
             await _after_failure(error, crew, key, slots)
+            if (refusal := _refusal(error)) is not error:
+                raise refusal from None
             raise
     run.record, run.kickoff_id, run.is_fresh = record, str(record.kickoff_id), True
     run.owned = record.owner == identity.caller.owner
@@ -536,6 +539,15 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
         if decision is Decision.RETURN and record.state is not CrewState.COMPLETED and had_ended:
             run.advice = no_attempt_left(crew)
     run.notify(None)
+
+
+def _refusal(error: Exception) -> BaseException:
+    """Return the error of a failed start. A call that outlives its flow run on a crew worker ends as cancelled instead,
+    after the start has given its claim and its slot back."""
+    held = held_flow_run.get()
+    if isinstance(error, FlowRunCancelledError) and held is not None and held.is_left:
+        return left_behind(held)
+    return error
 
 
 async def _wait_for_turn(

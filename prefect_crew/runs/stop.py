@@ -24,13 +24,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.prefect_api import (
-    flow_run_id,
-    held_flow_run,
-    left_behind,
-    read_all_flow_runs,
-    run_logger,
-)
+from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, read_all_flow_runs, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import claims_shown, render_run
 from prefect_crew.client import CrewClient
@@ -166,11 +160,8 @@ async def until_cancelled(run_id: str | None, work: Awaitable[T]) -> T:
         await cancel_and_wait(task)
 
 
-def nothing_started(run_id: str | None) -> BaseException:
-    """Return the error of a call that starts no run because its flow run was cancelled, or has ended here."""
-    held = held_flow_run.get()
-    if held is not None and held.is_left:
-        return left_behind(held)
+def nothing_started(run_id: str | None) -> FlowRunCancelledError:
+    """Return the error of a call that starts no run because its flow run was cancelled."""
     return FlowRunCancelledError(f"Flow run {run_id} was cancelled, so no run was started.")
 
 

@@ -510,6 +510,14 @@ async def test_a_call_that_outlives_its_flow_run_waits_for_no_slot(
 
 
 @pytest.mark.usefixtures("started_by_a_runner")
+async def test_a_call_that_outlives_a_suspended_flow_run_gives_its_slot_back(crew_server: CrewServerFactory):
+    server, limit = crew_server("echo", faults=["inputs:latency=1"]), await new_limit(1)
+    end = await outlived(server, lambda: server.requests["inputs"], ending="suspended", limit=limit)
+    assert isinstance(end, asyncio.CancelledError), end
+    await asyncio.wait_for(take_slots(crew_of(server.crew(concurrency_limit=limit))), 5)
+
+
+@pytest.mark.usefixtures("started_by_a_runner")
 async def test_a_call_that_outlives_its_flow_run_waits_for_no_turn(
     crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
 ):

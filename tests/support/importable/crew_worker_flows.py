@@ -129,6 +129,8 @@ async def spawns(how: str) -> None:
                 await asyncio.wait([asyncio.create_task(in_a_task())])
             case "thread":
                 await asyncio.to_thread(in_a_thread)
+            case "task without a wait":
+                task(in_a_thread).submit()
             case _:
                 await asyncio.to_thread(task(in_a_thread).submit().result)
 
