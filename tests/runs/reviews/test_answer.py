@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 from prefect import flow
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 import prefect_crew as pc
 from prefect_crew.blocks import crew_of
@@ -40,8 +42,9 @@ DAY = 86_400.0
 @asynccontextmanager
 async def asking(**options: Any) -> AsyncIterator[tuple[AskingServer, pc.DeployedCrew]]:
     server = AskingServer(**options)
-    async with served(server.app()) as url:
-        yield server, pc.DeployedCrew(url=url, token="secret-token")
+    # The URL is the key of runs, and a later server may get the port.
+    async with served(Starlette(routes=[Mount(f"/{server.run_id}", server.app())])) as url:
+        yield server, pc.DeployedCrew(url=f"{url}/{server.run_id}", token="secret-token")
 
 
 def run_of(crew: pc.DeployedCrew, review: Any = None, retries: int = 0, **policy: Any) -> Any:

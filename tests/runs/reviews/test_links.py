@@ -223,7 +223,7 @@ async def test_a_crew_that_is_not_stored_gets_no_link(links_on: None, caplog: py
 
             @flow
             async def asks() -> str:
-                return (await pc.arun_crew(server.crew(wait=QUICK), {}, idempotency_key=server.url)).output
+                return (await pc.arun_crew(server.crew(wait=QUICK), {}, idempotency_key=uuid.uuid4().hex)).output
 
             flow_run = asyncio.create_task(asks())
             await until(lambda: UNSENT in caplog.text, "the warning")

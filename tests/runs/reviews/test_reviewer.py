@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import zlib
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -45,13 +46,18 @@ async def answers(idempotency_key: str) -> list[pc.Review]:
     return await records.reviews((await records.attempts(idempotency_key))[-1])
 
 
+def key_of(server: CrewServer) -> str:
+    """Return a key of this server alone. Its address is none: a later server may get its port."""
+    return f"{server.url} {zlib.crc32(server.token.encode())}"
+
+
 def run_with(server: CrewServer, review: Any = None, **policy: Any) -> Any:
-    """A flow around one run whose key is the server's address."""
+    """A flow around one run of the server."""
 
     @flow
     async def reviewed() -> str:
         wait = pc.WaitPolicy(**policy)
-        return (await pc.arun_crew(server.crew(), {}, idempotency_key=server.url, review=review, wait=wait)).output
+        return (await pc.arun_crew(server.crew(), {}, idempotency_key=key_of(server), review=review, wait=wait)).output
 
     return reviewed()
 
@@ -74,7 +80,7 @@ async def test_a_function_answers_each_round_once(response_format: Any) -> None:
             return
         await asyncio.wait_for(run_with(server, judge), 60)
         assert (asked, server.requests["resume"], server.kickoffs) == ([1, 2], 2, 1)
-        given = [(sent.round, sent.approve, sent.outcome, sent.by) for sent in await answers(server.url)]
+        given = [(sent.round, sent.approve, sent.outcome, sent.by) for sent in await answers(key_of(server))]
         assert given == [(1, False, "sent", "judge"), (2, True, "sent", "judge")]
 
 
@@ -187,13 +193,16 @@ async def test_nobody_in_time_is_one_rejection() -> None:
         running = asyncio.ensure_future(run_with(server, **policy))
 
         async def rejected() -> str | None:
-            attempts = await PrefectRecords().attempts(server.url)
+            attempts = await PrefectRecords().attempts(key_of(server))
             outcomes = [one.outcome for one in await PrefectRecords().reviews(attempts[-1])] if attempts else []
             return attempts[-1].kickoff_id if outcomes == ["sent"] else None
 
         await resume_crew(server.crew(), await until(rejected, "the rejection"), approve=True)
         assert "Too late for today." in await running
-        assert [(one.by == NOBODY, one.approve) for one in await answers(server.url)] == [(True, False), (False, True)]
+        assert [(one.by == NOBODY, one.approve) for one in await answers(key_of(server))] == [
+            (True, False),
+            (False, True),
+        ]
 
 
 async def test_nobody_in_time_rejects_an_unknown_question(
@@ -203,7 +212,7 @@ async def test_nobody_in_time_rejects_an_unknown_question(
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.5)
     server = crew_server(Asking())
     opened = await open_run(
-        RunRequest.of(crew_of(server.crew()), Inputs.of({}), RunOptions(idempotency_key=server.url))
+        RunRequest.of(crew_of(server.crew()), Inputs.of({}), RunOptions(idempotency_key=key_of(server)))
     )
     await until(lambda: server.runs[0].state == "waiting", "it asks")
     assert opened.record is not None
@@ -221,7 +230,7 @@ async def test_nobody_in_time_rejects_an_unknown_question(
         assert await people.more_time() == 86400
         assert server.requests["resume"] == 1
         assert await people.more_time() == 0, "once"
-    assert [one.by for one in await answers(server.url)] == [NOBODY]
+    assert [one.by for one in await answers(key_of(server))] == [NOBODY]
 
 
 async def test_a_filled_form_is_kept_for_an_unknown_run(
@@ -229,7 +238,7 @@ async def test_a_filled_form_is_kept_for_an_unknown_run(
 ) -> None:
     server = crew_server(SCRIPT)
     opened = await open_run(
-        RunRequest.of(crew_of(server.crew()), Inputs.of({}), RunOptions(idempotency_key=server.url))
+        RunRequest.of(crew_of(server.crew()), Inputs.of({}), RunOptions(idempotency_key=key_of(server)))
     )
     await until(lambda: server.runs[0].state == "waiting", "it asks")
     async with opened.session as session:
@@ -341,7 +350,7 @@ async def test_an_answer_from_elsewhere_ends_no_wait() -> None:
 
         assert "by hand" in await run_with(server, slow)
         assert (asked, server.requests["resume"]) == ([1, 2], 2)
-        given = [(one.round, one.approve, one.by) for one in await answers(server.url)]
+        given = [(one.round, one.approve, one.by) for one in await answers(key_of(server))]
         assert given == [(1, False, "resume_crew"), (2, True, "slow")]
 
 
@@ -393,12 +402,12 @@ async def test_a_written_answer_is_known_as_ones_own(
 
     monkeypatch.setattr(PrefectRecords, "add_review", lose)
     server = crew_server(SCRIPT)
-    run = await server.crew().atrigger({}, idempotency_key=server.url)
+    run = await server.crew().atrigger({}, idempotency_key=key_of(server))
     result = await asyncio.wait_for(
         wait_for_run(LiveRun(run._crew, run.kickoff_id), RunOptions(review=lambda _: APPROVED)), 60
     )
     assert (result.output, lost, server.requests["resume"]) == ("Draft. ", [1], 1)
-    assert [one.outcome for one in await answers(server.url)] == ["sent"]
+    assert [one.outcome for one in await answers(key_of(server))] == ["sent"]
 
 
 @pytest.mark.parametrize("refused", ["POST /api/variables/$", "POST /api/variables/filter"], ids=["writing", "reading"])
