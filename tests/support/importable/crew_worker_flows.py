@@ -209,4 +209,6 @@ async def watches_the_loop(path: str, end: str) -> None:
         await asyncio.sleep(0.1)
         lag = time.monotonic() - began - 0.1
         longest = max(longest, lag) if Path(path).exists() else lag
-        Path(path).write_text(str(longest))
+        new = Path(f"{path}.new")
+        new.write_text(str(longest))
+        new.replace(path)  # whole, since somebody may read it at this moment
