@@ -12,7 +12,7 @@
     python benchmarks/crew_worker.py ranges --rows 10000     two ranges of a batch's rows on two workers, and on one
 
 Each uses the Prefect server of PREFECT_API_URL, or starts one on PostgreSQL with the settings of
-deployments/starter/compose.yaml, or on SQLite (`--database sqlite`). The crew is one on the dev server that ends on
+deployments/compose.yaml, or on SQLite (`--database sqlite`). The crew is one on the dev server that ends on
 command; that of `ranges` is done at once, and the ledger is in PostgreSQL. It needs the repository's tests, PostgreSQL,
 and Linux's /proc. Goals, two cores: 500 flow runs in 250 MB with few threads, 0.15 CPU s and 22 requests a run; idle
 1 % of a core; killed with 200 in flight: all waited for again 30 s after the restart of the same worker, 90 s by

@@ -5,7 +5,7 @@
     python benchmarks/run.py --small               tiny numbers, to see that everything works; under three minutes
     python benchmarks/run.py --table               write the table of the newest results to the page on performance
 
-It starts what it needs: a Prefect server on PostgreSQL with the settings of deployments/starter/compose.yaml, one on
+It starts what it needs: a Prefect server on PostgreSQL with the settings of deployments/compose.yaml, one on
 SQLite where the table says so. What is compared is measured in turn, each measurement in a process of its own, three
 times; medians count. The results are written to benchmarks/results/DATE.json after each part, with each single
 measurement under `runs`; a later run of the same day replaces the parts that it measures. Those of `--small` are kept

@@ -1,6 +1,6 @@
 """What benchmarks start: a Prefect server and a receiver.
 
-The server is on PostgreSQL with the settings of deployments/starter/compose.yaml, or on SQLite.
+The server is on PostgreSQL with the settings of deployments/compose.yaml, or on SQLite.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from support.prefect_server import QUICK, PrefectServer, free_port
 
 SECRET = "a-secret-of-the-benchmark-that-is-long-enough"
 
-# What is left are the settings of deployments/starter/compose.yaml.
+# What is left are the settings of deployments/compose.yaml.
 QUICK.pop("PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL", None)
 
 

@@ -1,6 +1,6 @@
 """One crew, by the name of its block: the flow to put on a schedule.
 
-Deploy it as it is (deployments/prefect.yaml does), or serve it from this file: python flows/one_crew.py
+Deploy it as it is, or serve it from this file: python flows/one_crew.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""README.md, docs/, examples/README.md and deployments/README.md are true: their code is run, as CONTRIBUTING.md says.
+"""README.md, docs/ and examples/README.md are true: their code is run, as CONTRIBUTING.md says.
 
 A page is done from top to bottom as a reader would do it: in one folder (a copy of the clone, so that its examples can
 be named), one terminal and one Python, against a Prefect server of its own. A page `after` another one is done right
@@ -33,7 +33,7 @@ from support.processes import Process
 
 ROOT = Path(__file__).parents[1]
 PATHS = [
-    *(ROOT / folder / "README.md" for folder in (".", "examples", "deployments")),
+    *(ROOT / folder / "README.md" for folder in (".", "examples")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 

@@ -239,4 +239,4 @@ def _sources() -> list[tuple[Path, str]]:
     if (starter := package / "starter").is_dir():
         return [(starter, "")]
     repository = package.parent  # an editable install: pyproject.toml names the same files for the wheel
-    return [(repository / "deployments" / "starter", ""), (repository / "flows", "flows")]
+    return [(repository / "deployments", ""), (repository / "flows", "flows")]

@@ -28,7 +28,7 @@ NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|secret inputs)\b)((?: +[
 """A command and what follows it. The words left out follow the package's own name."""
 PAGES = [
     *(ROOT / "docs").rglob("*.md"),
-    *(ROOT / name / "README.md" for name in (".", "examples", "deployments/starter")),
+    *(ROOT / name / "README.md" for name in (".", "examples", "deployments")),
 ]
 SERVICES = [*(ROOT / "deployments").rglob("*.yaml")]
 MODULES = [

@@ -100,7 +100,7 @@ def test_the_help_lists_the_faults(here):
 ROOT = Path(__file__).parents[2]
 WRITTEN = {
     *("README.md", "prefect.yaml", "topics.csv", "requirements.txt", "tests/test_deployments.py"),
-    *("compose.yaml", "Dockerfile", ".env.example", ".dockerignore", ".gitignore"),
+    *("compose.yaml", "Dockerfile", "cloud-webhook.jinja", ".env.example", ".dockerignore", ".gitignore"),
     *(f"flows/crews/{name}.yaml" for name in ("draft", "research", "review", "write")),
     *(f"flows/{path.name}" for path in (ROOT / "flows").glob("*.py")),
 }

@@ -25,7 +25,7 @@ from support.postgres import SUPERUSER, Postgres
 from support.prefect_server import free_port
 from support.processes import Process
 
-FOLDER = ROOT / "deployments" / "starter"
+FOLDER = ROOT / "deployments"
 TEXT = (FOLDER / "compose.yaml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]

@@ -22,7 +22,6 @@ from support.prefect_server import PrefectServer
 from support.processes import Process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-STARTER = ROOT / "deployments" / "starter"
 
 
 class Installed:
@@ -100,7 +99,7 @@ def test_the_readme_of_the_project_is_true(installed: Installed, project: Path, 
     assert "<!--" not in said
     with ExitStack() as running:
         # How to run a block is told by comments, which the repository's README has and the project's has not.
-        for number, block in enumerate(commands(STARTER / "README.md")):
+        for number, block in enumerate(commands(ROOT / "deployments" / "README.md")):
             assert block.code in said
             code = left_out.get(block.code, block.code)
             if block.run.get("background"):

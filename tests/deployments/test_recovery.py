@@ -197,7 +197,6 @@ def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_start
         assert run["run_count"] == 2
         assert str(run_id) in alive.log.read_text()
         for step in ("research", "write", "review"):
-            # A schedule of the site may fire during this, at the full hour, under a key of its own.
             ours = {key: n for key, n in site.crews[step].kickoffs_by_key.items() if key.startswith("two-workers/")}
             assert ours == {f"two-workers/{step}": 1}
         states = site.call("GET", f"/flow_run_states/?flow_run_id={run_id}")

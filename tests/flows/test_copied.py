@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 
@@ -21,7 +20,6 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.runs.reviews import form
 from support.deployed import ROOT, load_flow, wait_until
 from support.held import FailsFirst, Held
-from support.prefect_server import environment
 from support.seen import Seen
 
 SaveCrew = Callable[..., CrewServer]
@@ -149,14 +147,6 @@ async def test_a_retry_of_the_one_by_hand_starts_only_what_failed(report_crews: 
     flow = load_flow("report_pipeline.py:report_by_hand").with_options(retries=1, retry_delay_seconds=0)
     assert "Reviewed for everyone" in await flow("coffee")
     assert kickoffs(report_crews) == {"research": 1, "write": 1, "review": 2}
-
-
-def test_the_weekly_one_is_retried_once_as_its_deployment_says():
-    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
-    (weekly,) = [one for one in deployments if one["name"] == "weekly"]
-    with environment(weekly["work_pool"]["job_variables"]["env"]):
-        flow = load_flow("report_pipeline.py:report_pipeline")
-    assert (flow.retries, flow.retry_delay_seconds) == (1, 60)
 
 
 # The reviewed report: a person answers in the form of its flow run, as Prefect's page does
