@@ -49,7 +49,7 @@ from prefect_crew.pipelines.definition import (
 )
 from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.pipelines.run import PipelineResult, run_deployed_pipeline
-from prefect_crew.records.keys import render_key
+from prefect_crew.records.keys import render_key, shared_by_times
 from prefect_crew.runs.options import RunOptions
 
 if TYPE_CHECKING:
@@ -220,10 +220,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
             self._check_types(title, form, every)
             key = every.get("idempotency_key")
             if key is not None and render_key(key, datetime.now(UTC)) == key:
-                raise ConfigurationError(
-                    f"The idempotency key {key!r} is the same for every time of the schedule, so all its runs would "
-                    "get the first run's result. Put the time into the key, such as daily-{scheduled_start:%Y-%m-%d}."
-                )
+                raise shared_by_times(key)
 
     def _check_types(self, title: str, form: Form, parameters: Mapping[str, Any]) -> None:
         """Refuse parameters that the flow does not take, or that are of another type."""

@@ -31,7 +31,7 @@ from prefect_crew.exceptions import (
     RunNotFoundError,
 )
 from prefect_crew.records.decision import latest_start
-from prefect_crew.records.keys import render_key, scheduled_start
+from prefect_crew.records.keys import scheduled_key
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords
@@ -247,7 +247,7 @@ async def run_deployed_crew(
             "parameters alone cannot start the crew. Call run_crew again with the same idempotency key: the call "
             "reattaches to a run in flight."
         )
-    key = idempotency_key and render_key(idempotency_key, await scheduled_start())
+    key = idempotency_key and await scheduled_key(idempotency_key, starts_anew=force_new)
     await label_flow_run(name=stored.title(stored.take(Inputs.of(parameters)), key))
     options = RunOptions.of(
         name=name,

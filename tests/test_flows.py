@@ -16,6 +16,9 @@ from prefect import flow, get_client, task
 from prefect.blocks.system import Secret
 from prefect.cache_policies import INPUTS
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.flow_engine import run_flow_async
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
@@ -359,6 +362,34 @@ async def test_a_flow_run_of_a_block_can_be_run_again(crew_server: CrewServerFac
         await client.set_flow_run_state(uuid.UUID(run["id"]), Scheduled(), force=True)
     again = await run_again(run)
     assert (again.output, again.kickoff_id, server.kickoffs) == ("a", first.kickoff_id, 1)
+
+
+DAY = {"start_time": "2024-02-28T00:00:00Z", "end_time": "2024-02-28T23:00:00Z", "max_runs": 1}
+
+
+@pytest.mark.parametrize("force_new", [False, True])
+async def test_a_key_that_all_times_of_a_schedule_share_is_refused_in_the_run(
+    crew_server: CrewServerFactory, force_new: bool
+):
+    """As of a deployment that Prefect has made of a file or a prefect.yaml, which checks no keys."""
+    server, block = crew_server("echo"), new_name()
+    await server.crew().asave(block)
+    parameters = {"crew": block, "inputs": {"text": "a"}, "idempotency_key": key(), "force_new": force_new}
+    schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 6 * * *"), parameters=parameters)
+    async with get_client() as client:
+        flow_id = await client.create_flow(pc.run_deployed_crew)
+        deployment = await client.create_deployment(flow_id, new_name(), schedules=[schedule])
+        await client.request("POST", f"/deployments/{deployment}/schedule", json=DAY)
+        of_deployment = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
+        planned = (await client.read_flow_runs(deployment_filter=of_deployment))[0]
+    assert planned.auto_scheduled
+    run = run_flow_async(pc.run_deployed_crew, flow_run=planned, parameters=planned.parameters)
+    if force_new:
+        assert (await cast("Any", run)).output == "a"
+    else:
+        with pytest.raises(pc.ConfigurationError, match="is the same for every time of the schedule"):
+            await cast("Any", run)
+    assert server.kickoffs == force_new
 
 
 async def test_a_name_under_which_no_crew_is_stored():

@@ -32,7 +32,7 @@ from prefect_crew.flows import run_tasks
 from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.definition import PipelineDefinition
 from prefect_crew.pipelines.graph import CrewStep, Pipeline, PipelinePlan, step_key
-from prefect_crew.records.keys import identify, render_key, scheduled_start
+from prefect_crew.records.keys import identify, scheduled_key
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import LiveRun
@@ -181,7 +181,7 @@ async def _name_flow_run(
     pipeline: Pipeline, name: str, idempotency_key: str | None, values: Mapping[str, Any], secret: Collection[str] = ()
 ) -> None:
     """Name the flow run around this call by its key, else by the first input that may be shown; `values` come first."""
-    key = idempotency_key and render_key(idempotency_key, await scheduled_start())
+    key = idempotency_key and await scheduled_key(idempotency_key)
     may_show = all(crew.show == "full" for crew in pipeline.crews.values())
     stored = pipeline.stored_inputs() if may_show else {}
     names = [
