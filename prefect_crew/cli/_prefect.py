@@ -101,7 +101,7 @@ def _check(url: str) -> None:
 def _start_embedded() -> None:
     """Start Prefect's embedded server, which ends with the command.
 
-    Prefect's clients would start it too (`SubprocessASGIServer`), but import a whole server first, which takes as long.
+    Prefect's own class (`SubprocessASGIServer`) starts a server with a broken database again and again.
     """
     from prefect_crew._internal.prefect_api import embedded_server
 
