@@ -7,12 +7,14 @@ import math
 from collections import deque
 from contextlib import suppress
 
+import anyio
+
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import kickoff_delay
-from prefect_crew.client._transport import Answer, Call, SpreadTransport
+from prefect_crew.client._transport import Answer, Call
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewError, RateLimitedError, ServerError
 from prefect_crew.records.model import RunRecord
@@ -95,7 +97,8 @@ class Throttle:
                             break
                         seconds = SlotPool.pause()
                     self._changed.clear()
-                    await _wait(self._changed, seconds)
+                    with anyio.move_on_after(seconds):
+                        await self._changed.wait()
             finally:
                 self.waits_for_slot = False
             if self.stopped is not None:
@@ -246,32 +249,20 @@ class FirstPoll:
             self.seconds = sorted(self._known)[len(self._known) // 10]
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(None if seconds == math.inf else seconds):
-            await event.wait()
-
-
 class BatchClient(CrewClient):
     """A crew client that reports each pause that the server asks for to a throttle, and polls only after the pause."""
 
     def __init__(self, crew: Crew, throttle: Throttle) -> None:
-        self._spread = SpreadTransport(crew.url)
         super().__init__(
             crew.url,
             crew.token,
             request_timeout=crew.request_timeout,
             allow_http=crew.allow_http,
             inputs_as_json=crew.inputs_as_json,
-            transport=self._spread,
         )
         self._throttle = throttle
         at_once = max(REQUESTS_AT_ONCE, throttle.kickoffs_at_once)
         self._gates = {"GET": asyncio.Semaphore(REQUESTS_AT_ONCE), "POST": asyncio.Semaphore(at_once)}
-
-    async def __aexit__(self, *_: object) -> None:
-        await super().__aexit__()
-        await self._spread.aclose()
 
     def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
         error = super()._error(call, answer, kind)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import ipaddress
-import math
 import os
 import ssl
 import time
@@ -13,7 +13,7 @@ import urllib.request
 import weakref
 import zlib
 from collections import deque
-from collections.abc import AsyncIterable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, cast
@@ -23,7 +23,6 @@ import anyio
 import httpx
 from pydantic import SecretStr
 
-from prefect_crew.client._polls import PollTransport
 from prefect_crew.client._retry_safety import post_deadline
 from prefect_crew.client.redaction import Redactor, withheld
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
@@ -64,7 +63,7 @@ def checked_url(url: str, *, allow_http: bool, what: str = "The crew's URL") -> 
     """
     url = url.strip()
     try:
-        httpx.URL(url)
+        httpx.URL(url).raw_host.decode().encode("idna")  # as a look-up of the name does
         parts = urlsplit(url)  # httpx accepts an open bracket as a part of the host's name
         host = parts.hostname
     except (ValueError, httpx.InvalidURL):
@@ -180,49 +179,63 @@ _CONNECT = 10.0
 POLL_KEEPALIVE = 60.0
 """Seconds for which an idle connection is kept for the next poll: longer than the longest usual interval."""
 POST_KEEPALIVE = 1.0
-"""Seconds for which an idle connection is kept for the next kickoff or resume.
+"""Seconds for which an idle connection is used for the next kickoff or resume.
 
 A server may close an idle connection at the moment at which a request goes out on it. A poll is then repeated; a
 kickoff would be uncertain. Servers close connections after five seconds or later, so one second is safe, and it still
 saves handshakes in a burst of kickoffs.
 """
-KEPT = 50
-"""The most idle connections to one server: httpx looks at each of them at every request."""
-POOLS = 64
-"""Pools of a client of thousands of runs: as many as kickoffs that a batch sends at a time."""
 
 
-class _Pools:
-    """Connections to one server: one pool for polls, and one for requests that must not be sent twice.
+class _Server:
+    """The connections to one server, each in an httpx transport of its own. The one used last is used next.
 
-    All open clients of an event loop share the pools, so hundreds of runs that wait in one process need few connections
-    and few handshakes. Each request has its own token, so clients with different tokens share as well.
+    So it is known how long a connection was idle, and a request costs the same however many there are: a pool of httpx
+    looks at all its connections for each request. All open clients of an event loop share them, so hundreds of runs
+    that wait in one process need few connections and few handshakes. Each request has its own token, so clients with
+    different tokens share as well.
     """
 
     def __init__(self, origin: httpx.URL) -> None:
-        self.polls, self.posts = _open(origin, POLL_KEEPALIVE), _open(origin, POST_KEEPALIVE)
         self.users = 0
-        # Polls in flight; whether never two polls were in flight at once, so that there is at most one connection for
-        # them; and the time since which that connection is idle at most.
-        self.under_way, self.is_single, self.used_at = 0, True, -math.inf
+        self._proxy = _proxy_for(origin)
+        # The one used last at the end, each with the time at which its last answer was read.
+        self._idle = deque([(time.monotonic(), self._open())])
+
+    def _open(self) -> httpx.AsyncHTTPTransport:
+        limits = httpx.Limits(max_connections=1, keepalive_expiry=POLL_KEEPALIVE)
+        try:
+            return httpx.AsyncHTTPTransport(verify=tls_context(), limits=limits, proxy=self._proxy)
+        except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
+            raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
+
+    @contextlib.asynccontextmanager
+    async def connection(self, keepalive: float) -> AsyncGenerator[httpx.AsyncHTTPTransport]:
+        """Lend the connection used last, or a new one if that one was idle for longer than `keepalive` seconds."""
+        while self._idle and time.monotonic() - self._idle[0][0] > POLL_KEEPALIVE:
+            await self._idle.popleft()[1].aclose()
+        is_fresh = self._idle and time.monotonic() - self._idle[-1][0] < keepalive
+        connection = self._idle.pop()[1] if is_fresh else self._open()
+        try:
+            yield connection
+        except BaseException:
+            await connection.aclose()
+            raise
+        self._idle.append((time.monotonic(), connection))
+        if not self.users:  # all clients were closed while the request was under way
+            await self.aclose()
 
     async def aclose(self) -> None:
-        await self.polls.aclose()
-        await self.posts.aclose()
+        """Close the idle connections."""
+        idle = [connection for _, connection in self._idle]
+        self._idle.clear()
+        await asyncio.gather(*(connection.aclose() for connection in idle))
 
 
-def _open(origin: httpx.URL, keepalive: float) -> httpx.AsyncBaseTransport:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=KEPT, keepalive_expiry=keepalive)
-    try:
-        return httpx.AsyncHTTPTransport(verify=tls_context(), limits=limits, proxy=_proxy_for(origin))
-    except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
-        raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
-
-
-_shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, bytes], _Pools]] = (
+_shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, bytes], _Server]] = (
     weakref.WeakKeyDictionary()
 )
-"""By scheme and host. Module-level state, since clients that do not know each other share the pools."""
+"""By scheme and host. Module-level state, since clients that do not know each other share connections."""
 
 
 class Connections:
@@ -260,8 +273,8 @@ class Connections:
         self._transport = transport
         if transport is None:
             here, key = _shared.setdefault(asyncio.get_running_loop(), {}), (self._base.scheme, self._base.netloc)
-            self._pools = here.get(key) or here.setdefault(key, _Pools(self._base))
-            self._pools.users += 1
+            self._server = here.get(key) or here.setdefault(key, _Server(self._base))
+            self._server.users += 1
 
     def __repr__(self) -> str:
         return f"Connections({self._label!r})"
@@ -271,20 +284,10 @@ class Connections:
         try:
             if self._transport is not None:
                 return await self._send(call, self._transport)
-            # A kickoff right after `GET /inputs` uses the connection of the polls, and saves a handshake. This is
-            # allowed only if requests came one by one, and the last one just now: then that connection was surely not
-            # idle for long.
-            pools = self._pools
-            is_fresh = not pools.under_way and time.monotonic() - pools.used_at < POST_KEEPALIVE
-            if call.method != "GET" and not (pools.is_single and is_fresh):
-                return await self._send(call, pools.posts)
-            pools.under_way += 1
-            pools.is_single, pools.used_at = pools.is_single and pools.under_way == 1, -math.inf
-            try:
-                answer = await self._send(call, pools.polls)
-            finally:
-                pools.under_way -= 1
-            pools.used_at = time.monotonic()  # not after an error: the idle connection may then be another one
+            async with self._server.connection(
+                POLL_KEEPALIVE if call.method == "GET" else POST_KEEPALIVE
+            ) as connection:
+                return await self._send(call, connection)
         except httpx.InvalidURL:
             raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
         except (httpx.HTTPError, OSError) as error:
@@ -297,7 +300,6 @@ class Connections:
                 sent=is_sent,
                 kickoff_id=call.kickoff_id,
             ) from cause
-        return answer
 
     async def _send(self, call: Call, transport: httpx.AsyncBaseTransport) -> Answer:
         request = httpx.Request(
@@ -338,41 +340,10 @@ class Connections:
     async def aclose(self) -> None:
         """Close all connections, unless other clients use them too. Call this once: the calls are counted."""
         if self._transport is None:
-            self._pools.users -= 1
-            if not self._pools.users:
+            self._server.users -= 1
+            if not self._server.users:
                 del _shared[asyncio.get_running_loop()][self._base.scheme, self._base.netloc]
-                await self._pools.aclose()
-
-
-class SpreadTransport(httpx.AsyncHTTPTransport):
-    """A transport for a client of thousands of runs: polls over `PollTransport`, the rest over many pools of httpx.
-
-    httpx looks through all connections of a pool at every request: over one pool a request takes twice the CPU time.
-    Through a proxy, polls go over the pools as well.
-
-    Raises:
-        ConfigurationError: The environment's proxy cannot be used.
-    """
-
-    def __init__(self, url: str) -> None:
-        origin = httpx.URL(url)
-        self._posts = deque[httpx.AsyncBaseTransport](_open(origin, POST_KEEPALIVE) for _ in range(POOLS))
-        if _proxy_for(origin) is None:
-            most = (MAX_BODY, MAX_ERROR_BODY)
-            polls = PollTransport(origin, tls=tls_context(), keepalive=POLL_KEEPALIVE, most=most)
-            self._polls = deque[httpx.AsyncBaseTransport]([polls])
-        else:
-            self._polls = deque[httpx.AsyncBaseTransport](_open(origin, POLL_KEEPALIVE) for _ in range(POOLS))
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request over the next pool."""
-        transports = self._polls if request.method == "GET" else self._posts
-        transports.rotate()
-        return await transports[0].handle_async_request(request)
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        await asyncio.gather(*(transport.aclose() for transport in (*self._polls, *self._posts)))
+                await self._server.aclose()
 
 
 # Answers and failures
