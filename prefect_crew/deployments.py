@@ -73,6 +73,7 @@ CREW_OF_FORM = "x-crew"
 """The key in the schema of a form that names the crew."""
 MOST = 1000
 """Times in one backfill."""
+_naming_prefect_away = naming_prefect_away("Deploy again, which updates a deployment that was made.")
 
 
 class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
@@ -113,6 +114,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         flow.__dict__.update(attributes)
         return flow
 
+    @_naming_prefect_away
     async def ato_deployment(self, name: str | None = None, **options: Any) -> RunnerDeployment:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a deployment, ready to be applied. It takes all options that Prefect has.
 
@@ -160,6 +162,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         """Serve the flow from this process, as Prefect does. `name` is as for `ato_deployment`."""
         super().serve(name or self.label, **options)
 
+    @_naming_prefect_away
     async def adeploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> UUID:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deploy the flow to a work pool. This takes all options that Prefect has. Raises as `ato_deployment` does."""
         if self._storage is not None:

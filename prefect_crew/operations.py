@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.states import Scheduled
 
+from prefect_crew._internal.prefect_errors import naming_prefect_errors
 from prefect_crew.batches.database import holds_password
 from prefect_crew.batches.run import arun_batch
 from prefect_crew.exceptions import ConfigurationError
@@ -57,7 +58,8 @@ async def prune_records(older_than_days: int | None = None, dry_run: bool = Fals
         dry_run: Only count.
     """
     older_than = None if older_than_days is None else timedelta(days=older_than_days)
-    pruned = await prune(PrefectRecords(), older_than=older_than, dry_run=dry_run)
+    with naming_prefect_errors("Run it again, which removes the records that are left."):
+        pruned = await prune(PrefectRecords(), older_than=older_than, dry_run=dry_run)
     summary = f"{pruned.runs} records {'would go' if dry_run else 'removed'}, {pruned.kept} kept"
     get_run_logger().info("%s", summary)
     return summary
@@ -75,23 +77,24 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
         flow_run_id: The flow run that crashed.
         max_attempts: The number of times that it may begin in all, with the first time.
     """
-    async with get_client() as client:
-        run = await client.read_flow_run(flow_run_id)
-        # A run that dies before it begins is never counted by Prefect, so its crashes count as well.
-        states = await client.read_flow_run_states(flow_run_id)
-        attempts = max(count_attempts(states)[0], sum(state.type is StateType.CRASHED for state in states))
-        if run.state is None or not run.state.is_crashed():
-            done = f"left alone, it is {run.state.name if run.state else 'without a state'}"
-        elif run.deployment_id is None:
-            done = "left alone, no deployment can run it: its parent or its caller has to"
-        elif attempts >= max_attempts:
-            done = f"given up after {attempts} attempts; prefect flow-run retry {flow_run_id} makes another"
-        else:
-            done = f"scheduled again, attempt {attempts + 1} of {max_attempts}"
-            again = Scheduled(message=f"Recovered from a crash: attempt {attempts + 1} of {max_attempts}")
-            answer = await client.set_flow_run_state(flow_run_id, again)
-            if answer.status is not SetStateStatus.ACCEPT:
-                done = f"left alone, Prefect did not take it: {getattr(answer.details, 'reason', answer.status)}"
+    with naming_prefect_errors(f"Recover flow run {flow_run_id} again: if it is scheduled by now, it is left alone."):
+        async with get_client() as client:
+            run = await client.read_flow_run(flow_run_id)
+            # A run that dies before it begins is never counted by Prefect, so its crashes count as well.
+            states = await client.read_flow_run_states(flow_run_id)
+            attempts = max(count_attempts(states)[0], sum(state.type is StateType.CRASHED for state in states))
+            if run.state is None or not run.state.is_crashed():
+                done = f"left alone, it is {run.state.name if run.state else 'without a state'}"
+            elif run.deployment_id is None:
+                done = "left alone, no deployment can run it: its parent or its caller has to"
+            elif attempts >= max_attempts:
+                done = f"given up after {attempts} attempts; prefect flow-run retry {flow_run_id} makes another"
+            else:
+                done = f"scheduled again, attempt {attempts + 1} of {max_attempts}"
+                again = Scheduled(message=f"Recovered from a crash: attempt {attempts + 1} of {max_attempts}")
+                answer = await client.set_flow_run_state(flow_run_id, again)
+                if answer.status is not SetStateStatus.ACCEPT:
+                    done = f"left alone, Prefect did not take it: {getattr(answer.details, 'reason', answer.status)}"
     get_run_logger().info("Flow run %s: %s", flow_run_id, done)
     return done
 

@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack, cast, overload
 from uuid import UUID
 
@@ -47,6 +46,8 @@ Q = ParamSpec("Q")
 R = TypeVar("R")
 Now = TypeVar("Now")
 K = TypeVar("K", bound="CrewTask[..., Any, ..., Any]")
+
+_naming_prefect_away = naming_prefect_away("Call the task again, which reattaches to a run that was started.")
 
 
 # Types for type checkers. The call of a task returns its result in sync code and an awaitable in async code, and no
@@ -110,7 +111,7 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
         coroutine = self.acall(*args, **kwargs)
         return coroutine if in_async_context() else run_sync(coroutine)
 
-    @naming_prefect_away("Call the task again, which reattaches to a run that was started.")
+    @_naming_prefect_away  # also of Prefect's engine, before the task runs
     async def acall(self, *args: Any, **kwargs: Any) -> R:
         """Run the task from a coroutine, whatever kind of flow is around it."""
         with calling_task():
@@ -271,9 +272,12 @@ def _task(verb: str, like: Any, **options: Any) -> Any:
         title = title or (crew.label if isinstance(crew, Crew) else crew)
         return f"{verb} {title} {kickoff_id[:8]}".strip()[: 200 - len(origin)] + origin
 
-    # No tags: for each tag Prefect looks for a concurrency limit at each task run.
-    kind = like if isinstance(like, type) else CrewTask
-    return partial(kind, cache_policy=NO_CACHE, task_run_name=task_run_name, **options)
+    def make(function: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
+        kind: Any = like if isinstance(like, type) else CrewTask
+        # No tags: for each tag Prefect looks for a concurrency limit at each task run.
+        return kind(_naming_prefect_away(function), cache_policy=NO_CACHE, task_run_name=task_run_name, **options)
+
+    return make
 
 
 def _like_inputs(crew: Any) -> _InputsNow: ...

@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from prefect import flow, unmapped
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 import prefect_crew as pc
 from prefect_crew.deployments import backfill
+from prefect_crew.flows import run_deployed_crew
+from prefect_crew.operations import prune_records, recover
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import free_port
+from support.proxy import Proxy
 
 INPUTS = {"text": "a"}
 
@@ -44,6 +49,13 @@ CALLS: dict[str, Callable[[pc.DeployedCrew, Path], Any]] = {
     "plan_pipeline": lambda *_: pc.plan_pipeline([pc.CrewStep("a", "travel", INPUTS)]),
     "run_batch": batch,
     "plan_batch": lambda *_: pc.plan_batch("travel", [INPUTS]),
+    "to_deployment": lambda *_: pc.crew_flow("travel").to_deployment(),
+    "ato_deployment": lambda *_: asyncio.run(pc.crew_flow("travel").ato_deployment()),
+    "deploy": lambda *_: pc.crew_flow("travel").deploy(work_pool_name="crews"),
+    "adeploy": lambda *_: asyncio.run(pc.crew_flow("travel").adeploy(work_pool_name="crews")),
+    "serve": lambda *_: pc.crew_flow("travel").serve(),
+    "prune_records": lambda *_: asyncio.run(prune_records.fn()),
+    "recover": lambda *_: asyncio.run(recover.fn(uuid4())),
     "backfill": lambda *_: asyncio.run(backfill("trip/daily", date(2026, 1, 1), date(2026, 1, 2))),
     "discover_inputs": lambda crew, _: pc.discover_inputs(crew),
     "kickoff_crew": lambda crew, _: pc.kickoff_crew(crew, INPUTS),
@@ -62,3 +74,31 @@ def test_a_function_says_that_prefect_does_not_answer(
         CALLS[name](server.crew(), tmp_path)
     assert away in str(caught.value)
     assert server.requests.keys() <= {"inputs"}, "nothing was started or answered"
+
+
+IN_A_FLOW: dict[str, Callable[[pc.DeployedCrew], Any]] = {
+    "submit": lambda crew: pc.resume_crew.submit(crew, "k1", approve=True).result(),
+    "map": lambda crew: pc.resume_crew.map(unmapped(crew), ["k1"], approve=True).result(),
+    "the time of a key": lambda crew: asyncio.run(run_deployed_crew.fn(crew, INPUTS, idempotency_key="daily")),
+    "a Secret block": lambda crew: asyncio.run(run_deployed_crew.fn(crew, INPUTS)),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_FLOW)
+def test_a_call_in_a_flow_says_that_prefect_does_not_answer(name: str, proxy: Proxy, crew_server: CrewServerFactory):
+    crew = crew_server("echo").crew(secret_inputs=["text"])
+
+    @flow
+    def subflow() -> None:
+        proxy.cut()
+        try:
+            with pytest.raises(pc.PrefectAwayError):
+                IN_A_FLOW[name](crew)
+        finally:
+            proxy.restore()
+
+    @flow
+    def parent() -> None:
+        subflow()
+
+    parent()

@@ -29,6 +29,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, TaskRunContext
 
 from prefect_crew._internal.prefect_api import contexts_around, held_flow_run, is_entered, left_behind, run_logger
+from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.model import MAX_KEY, digest, utcnow
@@ -137,6 +138,7 @@ def _announce_no_key() -> None:
     )
 
 
+@naming_prefect_away("Nothing was started.")
 async def scheduled_start() -> datetime:
     """Return the scheduled start of this flow run's root, UTC. Outside of a flow run: now."""
     context = FlowRunContext.get()
