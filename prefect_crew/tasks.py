@@ -43,9 +43,11 @@ from prefect_crew.runs.wait import wait_for_run
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
+W = ParamSpec("W")
+S = ParamSpec("S")
 R = TypeVar("R")
 Now = TypeVar("Now")
-K = TypeVar("K", bound="CrewTask[..., Any, ..., Any]")
+K = TypeVar("K", bound="CrewTask[..., Any, ..., ..., ..., Any]")
 
 _naming_prefect_away = naming_prefect_away("Call the task again, which reattaches to a run that was started.")
 
@@ -90,21 +92,20 @@ def _hidden(value: Any) -> Any:
     return value
 
 
-class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
+class CrewTask(Task[P, Any], Generic[P, R, Q, W, S, Now]):
     """A Prefect task over an async function. Sync code can call it as well. `with_options` returns a `CrewTask`, too.
 
-    For type checkers: `P` are the parameters of a call. `Q` are the names of the parameters of `submit` and `map`,
-    where each value may be a future or several values. `R` is the result, `Now` the type that a call returns.
+    For type checkers: `P` are the parameters of the function. `Q` are the names of the parameters of `submit` and
+    `map`, where each value may be a future or several values. `W` are these names with `wait_for`, `S` with
+    `return_state=True`. `R` is the result, `Now` the type that a call returns.
     """
 
     @overload
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Now: ...
     @overload
-    def __call__(
-        self, *args: Any, wait_for: Any = None, return_state: Literal[True], **kwargs: Any
-    ) -> _StateNow[R]: ...
+    def __call__(self, *args: W.args, **kwargs: W.kwargs) -> Now: ...
     @overload
-    def __call__(self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any) -> Now: ...
+    def __call__(self, *args: S.args, **kwargs: S.kwargs) -> _StateNow[R]: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the task. Return the result in sync code, an awaitable of the result in async code."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
@@ -120,11 +121,7 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
     @overload
     def submit(self, *args: Q.args, **kwargs: Q.kwargs) -> PrefectFuture[R]: ...
     @overload
-    def submit(self, *args: Any, wait_for: Any = None, return_state: Literal[True], **kwargs: Any) -> State[R]: ...
-    @overload
-    def submit(
-        self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any
-    ) -> PrefectFuture[R]: ...
+    def submit(self, *args: S.args, **kwargs: S.kwargs) -> State[R]: ...
     def submit(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Submit the task to the flow's task runner, like Prefect's own method."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
@@ -134,11 +131,7 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, Now]):
     @overload
     def map(self, *args: Q.args, **kwargs: Q.kwargs) -> PrefectFutureList[R]: ...
     @overload
-    def map(self, *args: Any, wait_for: Any = None, return_state: Literal[True], **kwargs: Any) -> list[State[R]]: ...
-    @overload
-    def map(
-        self, *args: Any, wait_for: Any, return_state: Literal[False] = False, **kwargs: Any
-    ) -> PrefectFutureList[R]: ...
+    def map(self, *args: S.args, **kwargs: S.kwargs) -> list[State[R]]: ...
     def map(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Map the task over iterables on the flow's task runner, like Prefect's own method."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
@@ -183,7 +176,7 @@ class _WaitNames(TypedDict, total=False):
     wait_for: Any
 
 
-class WaitTask(CrewTask[..., CrewResult[Any], ..., Any]):
+class WaitTask(CrewTask[..., CrewResult[Any], ..., ..., ..., Any]):
     """The task `wait_for_crew`. Its `output_type` is the type of the result's `data`."""
 
     if TYPE_CHECKING:
@@ -198,21 +191,45 @@ class WaitTask(CrewTask[..., CrewResult[Any], ..., Any]):
             **options: Unpack[_WaitOptions],
         ) -> _ResultNow[Data]: ...
         @overload
-        def __call__(self, *args: Any, return_state: Literal[True], **options: Any) -> _StateNow[CrewResult[Any]]: ...
+        def __call__(
+            self,
+            crew: Any,
+            kickoff_id: Any,
+            *,
+            output_type: type[Data] | None = None,
+            return_state: Literal[True],
+            **options: Unpack[_WaitNames],
+        ) -> _StateNow[CrewResult[Data]]: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
         @overload
         def submit(
             self, crew: Any, kickoff_id: Any, *, output_type: type[Data] | None = None, **options: Unpack[_WaitNames]
         ) -> PrefectFuture[CrewResult[Data]]: ...
         @overload
-        def submit(self, *args: Any, return_state: Literal[True], **options: Any) -> State[CrewResult[Any]]: ...
+        def submit(
+            self,
+            crew: Any,
+            kickoff_id: Any,
+            *,
+            output_type: type[Data] | None = None,
+            return_state: Literal[True],
+            **options: Unpack[_WaitNames],
+        ) -> State[CrewResult[Data]]: ...
         def submit(self, *args: Any, **kwargs: Any) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
         @overload
         def map(
             self, crew: Any, kickoff_id: Any, *, output_type: type[Data] | None = None, **options: Unpack[_WaitNames]
         ) -> PrefectFutureList[CrewResult[Data]]: ...
         @overload
-        def map(self, *args: Any, return_state: Literal[True], **options: Any) -> list[State[CrewResult[Any]]]: ...
+        def map(
+            self,
+            crew: Any,
+            kickoff_id: Any,
+            *,
+            output_type: type[Data] | None = None,
+            return_state: Literal[True],
+            **options: Unpack[_WaitNames],
+        ) -> list[State[CrewResult[Data]]]: ...
         def map(self, *args: Any, **kwargs: Any) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
 
 
@@ -246,13 +263,17 @@ def _origin(run: LiveRun) -> str:
 def _task(verb: str, like: type[K], **options: Unpack[TaskOptions]) -> Callable[[Callable[..., Any]], K]: ...
 @overload
 def _task(
-    verb: str, like: Callable[Q, Now], **options: Unpack[TaskOptions]
-) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R, Q, Now]]: ...
-def _task(verb: str, like: Any, **options: Any) -> Any:
+    verb: str,
+    like: Callable[Q, Now],
+    with_wait: Callable[W, None],
+    with_state: Callable[S, None],
+    **options: Unpack[TaskOptions],
+) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R, Q, W, S, Now]]: ...
+def _task(verb: str, like: Any, *_: Any, **options: Any) -> Any:
     """Make a task of an async function.
 
-    `like` is for type checkers: a function with the names of the task's parameters and the return type of a call, or a
-    class of tasks.
+    `like` is a class of tasks. Or it is a function with the names of the task's parameters and the return type of a
+    call, for type checkers, as are `with_wait` and `with_state`: see `CrewTask`.
     """
 
     def task_run_name(parameters: dict[str, Any]) -> str:
@@ -280,10 +301,12 @@ def _task(verb: str, like: Any, **options: Any) -> Any:
     return make
 
 
-def _like_inputs(crew: Any) -> _InputsNow: ...
+def _inputs(crew: Any, *, wait_for: Any = None) -> _InputsNow: ...
+def _inputs_waiting(crew: Any, *, wait_for: Any) -> None: ...
+def _inputs_state(crew: Any, *, wait_for: Any = None, return_state: Literal[True]) -> None: ...
 
 
-@_task("inputs", _like_inputs, retries=2, retry_delay_seconds=2)
+@_task("inputs", _inputs, _inputs_waiting, _inputs_state, retries=2, retry_delay_seconds=2)
 async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
     """Return the inputs that a crew names; an empty list if it names none. `crew` may be the name of a stored block.
 
@@ -303,22 +326,30 @@ def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
     return crew.under(budgets, name=crew.label if context is None or context.flow is None else context.flow.name)
 
 
-def _like_kickoff(
-    crew: Any,
-    inputs: Any = None,
-    *,
-    idempotency_key: Any = None,
-    name: Any = None,
-    force_new: Any = False,
-    meta: Any = None,
-    webhooks: Any = None,
-    restore_from: Any = None,
-    session: Any = None,
-    budgets: Any = (),
-) -> _TextNow: ...
+class _KickoffNames(TypedDict, total=False):
+    idempotency_key: Any
+    name: Any
+    force_new: Any
+    meta: Any
+    webhooks: Any
+    restore_from: Any
+    session: Any
+    budgets: Any
 
 
-@_task("kickoff", _like_kickoff, retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
+def _kickoff(crew: Any, inputs: Any = None, *, wait_for: Any = None, **names: Unpack[_KickoffNames]) -> _TextNow: ...
+def _kickoff_waiting(crew: Any, inputs: Any = None, *, wait_for: Any, **names: Unpack[_KickoffNames]) -> None: ...
+def _kickoff_state(
+    crew: Any, inputs: Any = None, *, wait_for: Any = None, return_state: Literal[True], **names: Unpack[_KickoffNames]
+) -> None: ...
+
+
+@_task(
+    *("kickoff", _kickoff, _kickoff_waiting, _kickoff_state),
+    retries=3,
+    retry_delay_seconds=[2, 10, 30],
+    retry_condition_fn=_surely_not_done,
+)
 async def kickoff_crew(
     crew: DeployedCrew | str,
     inputs: Mapping[str, Any] | Inputs | None = None,
@@ -410,7 +441,7 @@ _REFUSED = {
 """The options of Prefect that `kickoff_options` refuses, each with the reason."""
 
 
-def tasks_of(options: RunOptions) -> tuple[CrewTask[..., str, ..., Any], WaitTask]:
+def tasks_of(options: RunOptions) -> tuple[CrewTask[..., str, ..., ..., ..., Any], WaitTask]:
     """Return the kickoff task and the wait task of `run_crew`, each with its options of Prefect.
 
     Raises:
@@ -419,7 +450,7 @@ def tasks_of(options: RunOptions) -> tuple[CrewTask[..., str, ..., Any], WaitTas
     for name, why in _REFUSED.items():
         if name in (options.kickoff_options or {}):
             raise ConfigurationError(f"kickoff_options cannot have {name!r}: {why}. Nothing was started. Leave it out.")
-    kickoff: CrewTask[..., str, ..., Any] = kickoff_crew
+    kickoff: CrewTask[..., str, ..., ..., ..., Any] = kickoff_crew
     return _with(kickoff, "kickoff_options", options.kickoff_options), _with(
         wait_for_crew, "wait_options", options.wait_options
     )
@@ -439,12 +470,24 @@ def _with(task: K, argument: str, options: Mapping[str, Any] | None) -> K:
         raise ConfigurationError(f"{argument} cannot be used: {error}. Nothing was started.") from None
 
 
-def _like_resume(
-    crew: Any, kickoff_id: Any, *, feedback: Any = "", approve: Any, task_id: Any = None, webhooks: Any = None
-) -> _ResumeNow: ...
+class _Approve(TypedDict):
+    approve: Any
 
 
-@_task("resume", _like_resume, retry_condition_fn=_surely_not_done)
+class _ResumeNames(_Approve, total=False):
+    feedback: Any
+    task_id: Any
+    webhooks: Any
+
+
+def _resume(crew: Any, kickoff_id: Any, *, wait_for: Any = None, **names: Unpack[_ResumeNames]) -> _ResumeNow: ...
+def _resume_waiting(crew: Any, kickoff_id: Any, *, wait_for: Any, **names: Unpack[_ResumeNames]) -> None: ...
+def _resume_state(
+    crew: Any, kickoff_id: Any, *, wait_for: Any = None, return_state: Literal[True], **names: Unpack[_ResumeNames]
+) -> None: ...
+
+
+@_task("resume", _resume, _resume_waiting, _resume_state, retry_condition_fn=_surely_not_done)
 async def resume_crew(
     crew: DeployedCrew | str,
     kickoff_id: str,
@@ -475,10 +518,14 @@ async def resume_crew(
     )
 
 
-def _like_stop(crew: Any, kickoff_id: Any, *, idempotency_key: Any = None) -> _StopNow: ...
+def _stop(crew: Any, kickoff_id: Any, *, idempotency_key: Any = None, wait_for: Any = None) -> _StopNow: ...
+def _stop_waiting(crew: Any, kickoff_id: Any, *, idempotency_key: Any = None, wait_for: Any) -> None: ...
+def _stop_state(
+    crew: Any, kickoff_id: Any, *, idempotency_key: Any = None, wait_for: Any = None, return_state: Literal[True]
+) -> None: ...
 
 
-@_task("stop", _like_stop)
+@_task("stop", _stop, _stop_waiting, _stop_state)
 async def stop_crew(crew: DeployedCrew | str, kickoff_id: str, *, idempotency_key: str | None = None) -> StopAnswer:
     """Ask the crew's server to stop a run. An ended run and a missing `/stop` are answers, not errors.
 

@@ -61,22 +61,32 @@ def test_a_checker_in_strict_mode_accepts_a_program_and_refuses_each_mistake(
     assert check(tmp_path) == wrong
 
 
-def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-    found = inspect.signature(function).parameters.values()
-    return [(parameter.name, parameter.kind, parameter.default) for parameter in found]
+def parameters(function: Callable[..., Any]) -> dict[str, bool]:
+    """Return for each parameter of a function whether a call has to give it."""
+    is_required = dict[str, bool]()
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            options = getattr(tasks, parameter.annotation.removeprefix("Unpack[").removesuffix("]"))
+            is_required |= {name: name in options.__required_keys__ for name in options.__annotations__}
+        else:
+            is_required[name] = parameter.default is parameter.empty
+    return is_required
 
 
 @pytest.mark.parametrize(
-    ("task", "names"),
+    ("task", "like"),
     [
-        (tasks.discover_inputs, tasks._like_inputs),
-        (tasks.kickoff_crew, tasks._like_kickoff),
-        (tasks.resume_crew, tasks._like_resume),
-        (tasks.stop_crew, tasks._like_stop),
+        (tasks.discover_inputs, "_inputs"),
+        (tasks.kickoff_crew, "_kickoff"),
+        (tasks.resume_crew, "_resume"),
+        (tasks.stop_crew, "_stop"),
     ],
 )
-def test_submit_and_map_have_the_parameters_of_their_task(task: Any, names: Callable[..., Any]):
-    assert parameters(names) == parameters(task.fn)
+def test_submit_and_map_have_the_parameters_of_their_task(task: Any, like: str):
+    own = parameters(task.fn)
+    assert parameters(getattr(tasks, like)) == {**own, "wait_for": False}
+    assert parameters(getattr(tasks, f"{like}_waiting")) == {**own, "wait_for": True}
+    assert parameters(getattr(tasks, f"{like}_state")) == {**own, "wait_for": False, "return_state": True}
 
 
 @pytest.mark.parametrize("options", [tasks._WaitOptions, tasks._WaitNames])

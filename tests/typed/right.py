@@ -31,9 +31,12 @@ def plan(topic: str) -> Trip:
     assert_type(futures, PrefectFutureList[str])
     results = pc.wait_for_crew.submit(crew, pc.kickoff_crew.submit(crew), output_type=Trip, wait_for=[futures[0]])
     assert_type(results, PrefectFuture[pc.CrewResult[Trip]])
-    state = pc.stop_crew(crew, kickoff_id, return_state=True)
-    stopped: State[pc.StopAnswer] = state
-    assert stopped.is_completed()
+    stopped: State[pc.StopAnswer] = pc.stop_crew(crew, kickoff_id, wait_for=[results], return_state=True)
+    started: State[str] = pc.kickoff_crew(crew, {"topic": topic}, name="again", wait_for=[stopped], return_state=True)
+    assert_type(pc.kickoff_crew(crew, name="last", wait_for=[started]).upper(), str)
+    assert_type(pc.resume_crew.submit(crew, kickoff_id, approve=True, return_state=True), State[pc.ResumeAnswer])
+    ends = pc.wait_for_crew.map(crew, futures, output_type=Trip, wait_for=[stopped], return_state=True)
+    assert_type(ends, list[State[pc.CrewResult[Trip]]])
     return results.result().data
 
 
