@@ -471,8 +471,9 @@ async def _cancel(name: str, ledger: str | None, crew: CrewOfRun) -> tuple[str, 
             stopped = 0
             for url in sorted({record.crew_url for record in records}):
                 stopped += await _stop_runs(batch, [record for record in records if record.crew_url == url], crew)
-            done = f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
-            done, code = (done, 0 if stopped else OTHER) if records else ("no run is in flight.", 0)
+            code = 0 if stopped else OTHER
+            counts = f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
+            done = counts if records else "no run is in flight."
         else:
             done = await _cancel_flow_run(batch.flow_run_id)
         return f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip(), code

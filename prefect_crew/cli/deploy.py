@@ -33,7 +33,7 @@ from prefect_crew.automations import (
 )
 from prefect_crew.blocks import load_crew
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import reason
+from prefect_crew.cli._errors import OTHER, reason
 from prefect_crew.cli._options import (
     InputFile,
     Inputs,
@@ -307,7 +307,7 @@ async def ls(*, output: Output = None) -> None:
 
 
 @automations.command
-async def delete(*, yes: Yes = False, output: Output = None) -> None:
+async def delete(*, yes: Yes = False, output: Output = None) -> int:
     """Delete the automations of this package. To delete one of them: prefect automation delete NAME."""
     async with get_client() as client:
         stored = await read_automations(client)
@@ -318,6 +318,7 @@ async def delete(*, yes: Yes = False, output: Output = None) -> None:
     _put_automations(stored, output, dict.fromkeys([automation.name for automation in stored], "deleted"))
     if not output and stored:
         _output.put(f"The deployment stays. To delete it: prefect deployment delete {RECOVER}")
+    return 0 if stored else OTHER
 
 
 async def _notification_block(client: PrefectClient, notify: str) -> UUID:

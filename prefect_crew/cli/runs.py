@@ -16,6 +16,7 @@ from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.batches.stored import list_batches, open_stored_batch
 from prefect_crew.cli import _output
+from prefect_crew.cli._errors import OTHER
 from prefect_crew.cli._options import CrewOfRun, Ledger, Output, Yes
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.client.models import StopAnswer, StopOutcome
@@ -271,7 +272,7 @@ def _as_json(line: RunLine) -> dict[str, Any]:
 
 
 @app.command
-async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
+async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> int:
     """Ask the crew's server to stop a run. Flow runs that wait for it then fail."""
     attempts = await _attempts(run, PrefectRecords())
     record_of_id = next((attempt for attempt in attempts if attempt.kickoff_id == run), None)
@@ -280,6 +281,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
         raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
     sentence, answer = await ask_to_stop(LiveRun(await crew.need(record), record.kickoff_id), run)
     _output.put(sentence, json=output and answer.model_dump(mode="json", exclude={"raw"}))
+    return 0 if answer.accepted else OTHER
 
 
 async def ask_to_stop(live_run: LiveRun, run: str) -> tuple[str, StopAnswer]:

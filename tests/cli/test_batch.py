@@ -99,7 +99,8 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, call, name: 
     (failed,) = here("batch", "failures", name, "-o", "json").json
     assert (failed["key"], failed["state"], failed["error"]) == ("b", "failed", "no bad milk")
     assert here("batch", "failures", name).out.splitlines()[1].startswith("b\t")
-    assert here("batch", "cancel", name).out == f"Batch {name}: no run is in flight.\n", "and nothing to go on with"
+    cancelled = here("batch", "cancel", name)
+    assert (cancelled.code, cancelled.out) == (1, f"Batch {name}: no run is in flight.\n"), "and nothing to go on with"
 
 
 def test_an_export_replaces_no_file_of_something_else(here, picky, call, name: str, tmp_path: Path, output: str):

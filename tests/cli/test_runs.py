@@ -86,7 +86,8 @@ def test_a_run_is_cancelled_by_its_key_and_its_crew(here, write: Write, crews: C
     stopped = here("runs", "cancel", record.idempotency_key, "--crew", url)
     assert (stopped.code, stopped.out) == (0, f"Run {record.idempotency_key}: stopped.\n")
     assert here("runs", "inspect", kickoff_id).out.startswith("STOPPED")
-    assert "had already ended" in here("runs", "cancel", kickoff_id, "--crew", url).out
+    again = here("runs", "cancel", kickoff_id, "--crew", url)
+    assert (again.code, "had already ended" in again.out) == (1, True)
     assert "No run on record" in here("runs", "cancel", "no-such-run", "--crew", url).err
     with CrewServer("echo", token=TOKEN, stop=False) as server:
         for address in (url, server.url):
