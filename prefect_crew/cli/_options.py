@@ -16,7 +16,7 @@ from cyclopts import Parameter
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
 from prefect_crew.client.encoding import encode_inputs
-from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
@@ -189,10 +189,10 @@ class CrewOfRun(CrewAccess):
         )
 
     async def need(self, record: RunRecord) -> Crew:
-        """Return the crew of a run. Raises CrewError if --crew has to name it."""
+        """Return the crew of a run. Raises ConfigurationError if --crew has to name it."""
         loaded_crew = await self.find(record)
         if loaded_crew is None:
-            raise CrewError(self.missing(record))
+            raise ConfigurationError(self.missing(record))
         return loaded_crew
 
     @staticmethod

@@ -18,7 +18,7 @@ from prefect_crew.cli._prefect import page_url
 from prefect_crew.cli.runs import ago, short_name
 from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.crew import Crew
-from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.exceptions import ConfigurationError, NotWaitingError
 from prefect_crew.records.model import RecordStore, RunRecord
 from prefect_crew.records.notes import kept_questions
 from prefect_crew.records.store import PrefectRecords
@@ -100,7 +100,7 @@ async def inspect(run: RunName, /, *, output: Output = None, crew: CrewOfRun = C
         of_flow = (await kept_questions(kickoff_id)).get(kickoff_id)
         question = await read_question(record, records, crew.find, of_flow)
     if question is None:
-        raise CrewError(f"Run {kickoff_id} of crew {record.crew} does not wait for a person.")
+        raise NotWaitingError(f"Run {kickoff_id} of crew {record.crew} does not wait for a person.")
     if output:
         _output.put_json(_as_json(record, question))
     else:

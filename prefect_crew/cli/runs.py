@@ -21,7 +21,14 @@ from prefect_crew.cli._options import CrewOfRun, Ledger, Output, Yes
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.costs import grouped, read_costs
-from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError, UnreadableRecordError
+from prefect_crew.exceptions import (
+    BatchBusyError,
+    ConfigurationError,
+    CrewError,
+    NotStoppedError,
+    RunNotFoundError,
+    UnreadableRecordError,
+)
 from prefect_crew.prices import Spending, money
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.keys import escape_name
@@ -150,14 +157,12 @@ OUTCOME = Group("The outcome, one of", validator=validators.LimitedChoice(1, 1),
 
 
 async def _attempts(name: str, records: PrefectRecords) -> Sequence[RunRecord]:
-    """Return all attempts at a key, or at the key of a kickoff id. Raises CrewError if there is none."""
+    """Return all attempts at a key, or at the key of a kickoff id. Raises RunNotFoundError if there is none."""
     attempts = await records.attempts(name)
     if not attempts and (holder := await records.of_kickoff(name)):
         attempts = await records.attempts(holder.idempotency_key)
     if not attempts:
-        raise CrewError(
-            f"No run on record has the key or kickoff id {name!r}. To list them: prefect-crew runs ls --all."
-        )
+        raise RunNotFoundError(name=name)
     return attempts
 
 
@@ -278,7 +283,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
     record_of_id = next((attempt for attempt in attempts if attempt.kickoff_id == run), None)
     record = record_of_id or latest_start(attempts) or attempts[-1]
     if record.kickoff_id is None:
-        raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
+        raise NotStoppedError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
     sentence, answer = await ask_to_stop(LiveRun(await crew.need(record), record.kickoff_id), run)
     _output.put(sentence, json=output and answer.model_dump(mode="json", exclude={"raw"}))
     return 0 if answer.accepted else OTHER
@@ -287,7 +292,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
 async def ask_to_stop(live_run: LiveRun, run: str) -> tuple[str, StopAnswer]:
     """Ask the crew's server to stop a run; return the outcome as a sentence, and the server's answer.
 
-    Raises CrewError if the run was not stopped.
+    Raises NotStoppedError if the run goes on.
     """
     answer = await stop_run(live_run)
     has_ended = answer.state is not None and answer.state.ended
@@ -296,7 +301,7 @@ async def ask_to_stop(live_run: LiveRun, run: str) -> tuple[str, StopAnswer]:
             StopOutcome.UNSUPPORTED: "the crew's server has no /stop. The crew's page may offer it",
             StopOutcome.UNKNOWN_RUN: "the server does not know this run",
         }.get(answer.outcome, "the server gave no reason")
-        raise CrewError(f"Run {run} was not stopped: {why}.")
+        raise NotStoppedError(f"Run {run} was not stopped: {why}.")
     sentence = f"Run {run} had already ended: {answer.state}."
     if answer.accepted:
         sentence = f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}."

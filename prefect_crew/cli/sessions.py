@@ -12,7 +12,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.cli import _output
 from prefect_crew.cli._options import Output
 from prefect_crew.cli.runs import ago, look_at, todo
-from prefect_crew.exceptions import CrewError, UnreadableRecordError
+from prefect_crew.exceptions import ConfigurationError, UnreadableRecordError
 from prefect_crew.records.keys import normalize_key
 from prefect_crew.records.sessions import Turn, last_turn, latest_turns, record_of, sessions
 from prefect_crew.records.store import PrefectRecords
@@ -66,7 +66,7 @@ async def inspect(
     session = normalize_key(session)
     firsts = [turn async for turn in sessions() if turn.session == session]
     if not firsts:
-        raise CrewError(f"No session {session!r} is on record. To list them: prefect-crew sessions ls.")
+        raise ConfigurationError(f"There is no session {session!r}. To list them: prefect-crew sessions ls.")
     of_crews: list[dict[str, Any]] = []
     for first in firsts:
         last = await last_turn(first.crew_url, session) or first

@@ -142,7 +142,7 @@ def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Any, c
     assert (line["task_id"], line["output"]) == ("draft", None)
     assert "was not asked" in line["withheld"]
     refused = here("reviews", "approve", record.idempotency_key)
-    assert (refused.code, "Give --crew" in refused.err) == (1, True)
+    assert (refused.code, "Give --crew" in refused.err) == (2, True)
     crew = ("--crew", f"{crews.url}/reviewed", "--by", "Ada")
     assert "approved by Ada" in here("reviews", "approve", record.idempotency_key, *crew).out
 

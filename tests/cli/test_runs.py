@@ -88,7 +88,7 @@ def test_a_run_is_cancelled_by_its_key_and_its_crew(here, write: Write, crews: C
     assert here("runs", "inspect", kickoff_id).out.startswith("STOPPED")
     again = here("runs", "cancel", kickoff_id, "--crew", url)
     assert (again.code, "had already ended" in again.out) == (1, True)
-    assert "No run on record" in here("runs", "cancel", "no-such-run", "--crew", url).err
+    assert "No run has the key" in here("runs", "cancel", "no-such-run", "--crew", url).err
     with CrewServer("echo", token=TOKEN, stop=False) as server:
         for address in (url, server.url):
             unknown = write(**{**started, "crew_url": address}, kickoff_id=f"gone-{uuid.uuid4()}")

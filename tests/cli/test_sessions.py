@@ -91,7 +91,7 @@ def test_a_turn_of_a_later_version_is_left_out(here: Command, journal: str, sess
 
 def test_bad_names_are_errors(here: Command, journal: str) -> None:
     unknown = here("sessions", "inspect", "nobody")
-    assert (unknown.code, "No session 'nobody' is on record" in unknown.err) == (1, True)
+    assert (unknown.code, "There is no session 'nobody'" in unknown.err) == (2, True)
     assert "prefect-crew sessions ls" in unknown.err
     for options, message in (
         (("--session", ""), "session is ''; it has to be a name of 1 to 200 characters"),
