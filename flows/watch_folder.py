@@ -61,7 +61,7 @@ async def watch_folder(
         else:
             reports.append(report.as_dict())
             # A row that was refused, or has timed out, is continued by another call. A failed row has its line.
-            if report.stopped is None and report.skipped == report.set_aside and not report.unfinished:
+            if report.stopped is None and report.skipped == report.bad_count and not report.unfinished:
                 move(path, "done")
             else:
                 log.warning("%s The next look continues with it.", report)

@@ -42,7 +42,7 @@
     │   └── BadRowsError             rows of it cannot be run
     ├── LedgerError                  the ledger of a batch cannot be read or written
     ├── LedgerMissingError           the batch is kept in another ledger
-    ├── OutputError                  the output of a batch cannot be written
+    ├── ExportError                  the export of a batch cannot be written
     ├── PrefectAwayError             the Prefect API does not answer
     └── PrefectRefusedError          the Prefect API refuses a request, for example for a wrong PREFECT_API_KEY
 
@@ -66,9 +66,9 @@ __all__ = [
     "AlreadyAnsweredError", "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BatchBusyError",
     "BatchCancelledError", "BatchChangedError", "BatchFailedError", "BudgetExceededError", "ConfigurationError",
     "CrewAPIError", "CrewConnectionError", "CrewError", "CrewFailedError", "CrewLostError", "CrewStoppedError",
-    "CrewTimeoutError", "DatasetError", "FlowRunCancelledError", "IdempotencyConflictError", "InvalidCallError",
-    "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NoResultError",
-    "NotFoundError", "NotStartedError", "NotStoppedError", "NotWaitingError", "OutputError", "OutputTypeError",
+    "CrewTimeoutError", "DatasetError", "ExportError", "FlowRunCancelledError", "IdempotencyConflictError",
+    "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError",
+    "NoResultError", "NotFoundError", "NotStartedError", "NotStoppedError", "NotWaitingError", "OutputTypeError",
     "PipelineFailedError", "PrefectAwayError", "PrefectRefusedError", "RateLimitedError", "ResolveError",
     "ResponseFormatError", "ReviewFunctionError", "ReviewLimitError", "RunNotFoundError", "ServerError",
     "SessionBlockedError", "TooManyAttemptsError", "UnreadableRecordError",
@@ -657,8 +657,8 @@ class LedgerMissingError(_FactsError):
         )
 
 
-class OutputError(CrewError):
-    """The output cannot be written. The ledger has all ended rows. Run the batch again with the same name."""
+class ExportError(CrewError):
+    """The export cannot be written. The ledger has all ended rows. Run the batch again with the same name."""
 
 
 class PrefectAwayError(CrewError):

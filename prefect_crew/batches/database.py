@@ -135,7 +135,7 @@ batches = sa.Table(
     sa.Column("fingerprint", sa.String(64), nullable=False),
     sa.Column("total", sa.Integer, nullable=False),
     sa.Column("call", sa.JSON(none_as_null=True)),
-    sa.Column("set_aside", sa.JSON(none_as_null=True)),
+    sa.Column("bad", sa.JSON(none_as_null=True)),
     sa.Column("line_options", sa.JSON(none_as_null=True)),
     sa.Column("exported", sa.JSON(none_as_null=True)),
     sa.Column("generation", sa.Integer, nullable=False, default=0),

@@ -18,7 +18,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.attempts import Attempt, Write
 from prefect_crew.batches.database import Database, GroupWriter, answers, attempts, batches, rows, seconds_left, short
 from prefect_crew.batches.outcomes import CONFLICT_REASON, CORRECTABLE, SENDER_ENDED, RowState, state_of
-from prefect_crew.batches.rows import BadRow, RowJob, SetAside
+from prefect_crew.batches.rows import BadRow, BadRows, RowJob
 from prefect_crew.client.models import Review, TokenUsage
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import LedgerError, ResolveError, RunNotFoundError
@@ -41,7 +41,7 @@ class BatchEntry:
         fingerprint: A digest of the keys and inputs of its rows.
         call: The arguments of its last call as plain values, and the flow run of that call.
         line_options: The settings that change the lines of its export: `output_type` and the secret inputs.
-        set_aside: The rows that its last call could not run.
+        bad: The rows that its last call could not run.
         exported: The settings, the counts and the checked rows (`Checked`) of its last export; the addresses of all.
         generation: The number of calls that had rows to start. The Prefect server stores it as well.
     """
@@ -53,7 +53,7 @@ class BatchEntry:
     fingerprint: str
     total: int
     call: Mapping[str, Any] | None = None
-    set_aside: SetAside = field(default_factory=SetAside)
+    bad: BadRows = field(default_factory=BadRows)
     line_options: Mapping[str, Any] | None = None
     exported: Mapping[str, Any] | None = None
     generation: int = 0
@@ -126,9 +126,9 @@ class Ledger:
         values: dict[str, Any] = dict(zip(batches.c.keys(), entries[0], strict=True))
         if values["version"] > LEDGER_VERSION:
             raise LedgerError("was written by a later version of prefect-crew. Upgrade this one.", ledger=self.address)
-        aside: dict[str, Any] = values.pop("set_aside") or {}
-        bad = [BadRow(**row) for row in aside.pop("rows", ())]
-        return BatchEntry(**values, set_aside=SetAside(**aside, rows=bad))
+        bad: dict[str, Any] = values.pop("bad") or {}
+        bad_rows = [BadRow(**row) for row in bad.pop("rows", ())]
+        return BatchEntry(**values, bad=BadRows(**bad, rows=bad_rows))
 
     async def enter(self, *, crew_url: str, fingerprint: str, total: int, **more: Any) -> BatchEntry:
         """Write the entry of the batch, or change it, and return it. `more` are its `call` and `line_options`."""
@@ -147,7 +147,7 @@ class Ledger:
         return await self._run(lambda connection: connection.execute(statement).scalar_one(), "written", once=True)
 
     async def note(self, **values: Any) -> None:
-        """Write `call` or `set_aside` of the entry, as JSON values."""
+        """Write `call` or `bad` of the entry, as JSON values."""
         await self._execute(sa.update(batches).where(batches.c.name == self.batch).values(values))
 
     async def exported(self) -> Mapping[str, Any]:
@@ -162,8 +162,8 @@ class Ledger:
         def write(connection: sa.Connection) -> None:
             # The process that runs the batch and a command may both write an export.
             before: dict[str, Any] = connection.execute(sa.select(batches.c.exported).where(ours)).scalar() or {}
-            outputs = sorted({*before.get("outputs", ()), address})
-            values = {**(before if exported is None else exported), "outputs": outputs}
+            exports = sorted({*before.get("exports", ()), address})
+            values = {**(before if exported is None else exported), "exports": exports}
             connection.execute(sa.update(batches).where(ours).values(exported=values)).close()
 
         await self._run(write, "written")

@@ -27,7 +27,7 @@ from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
 from prefect_crew.batches.rows import rejected_name
 from prefect_crew.batches.tables import SQL, SqlDatabase, SqlTable
-from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError, OutputError
+from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError, ExportError
 
 _fsspec = cast("Any", fsspec)
 COLUMNS = (
@@ -88,7 +88,7 @@ class Output:
     def check(
         self, batch: str, *, is_new: bool, remedy: str = "move that file", consequence: str = "Nothing was started."
     ) -> None:
-        """Make sure that the file can be written, and that an existing file is of this batch. Raises OutputError.
+        """Make sure that the file can be written, and that an existing file is of this batch. Raises ExportError.
 
         `is_new`: whether the batch has not written this file yet, so that an existing file is somebody else's. The
         error names `remedy` and `consequence`, and another export if nothing was started.
@@ -100,7 +100,7 @@ class Output:
             if is_new and self.exists() and not (self._path and self._path.stat().st_size == 0):
                 # Rows that have run are in the ledger next to this export: another export would begin another ledger.
                 advice = remedy if consequence == KEPT else f"choose another, or {remedy}"
-                raise OutputError(f"{self.name} exists already and is not from this batch: {advice}. {consequence}")
+                raise ExportError(f"{self.name} exists already and is not from this batch: {advice}. {consequence}")
 
     def exists(self) -> bool:
         """Return whether the output exists; False for a remote output that nobody can read."""
@@ -116,7 +116,7 @@ class Output:
         """Write the lines of all rows that have ended, in the order of the data set; return how many there are.
 
         The new file is written on this machine, and replaces the old file once it is whole. A write that is cut off
-        leaves the old file. Raises OutputError, LedgerError.
+        leaves the old file. Raises ExportError, LedgerError.
         """
         with self._reporting(), self._new() as new, tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
             lines = Path(folder) / "lines.jsonl"
@@ -174,7 +174,7 @@ class Output:
         except CrewError:
             raise
         except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
-            raise OutputError(self._unwritten(told(error, self.address), consequence)) from None
+            raise ExportError(self._unwritten(told(error, self.address), consequence)) from None
 
     def _unwritten(self, problem: str, consequence: str) -> str:
         return f"The export {self.name} cannot be written: {problem}. {consequence}"
@@ -279,22 +279,22 @@ class TableOutput(Output):
     def check(
         self, batch: str, *, is_new: bool, remedy: str = "delete them", consequence: str = "Nothing was started."
     ) -> None:
-        """Make sure that the table can be written, and that rows of the batch's name are its own. Raises OutputError.
+        """Make sure that the table can be written, and that rows of the batch's name are its own. Raises ExportError.
 
         Several batches may share a table, also with equal names on two Prefect servers.
         """
         if self._results(consequence).check(batch) and is_new:
             advice = remedy if consequence == KEPT else f"choose another name or table, or {remedy}"
-            raise OutputError(f"{self.name} has rows of another batch {batch!r}: {advice}. {consequence}")
+            raise ExportError(f"{self.name} has rows of another batch {batch!r}: {advice}. {consequence}")
 
     def exists(self) -> bool:
-        """Return whether the table exists. Raises OutputError."""
+        """Return whether the table exists. Raises ExportError."""
         return self._results().exists()
 
     async def write(self, ledger: Ledger) -> int:
         """Write the lines of all rows that have ended, in one transaction; return how many there are.
 
-        They replace all rows of the batch. Raises OutputError, LedgerError.
+        They replace all rows of the batch. Raises ExportError, LedgerError.
         """
         with self._reporting(), tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
             lines = Path(folder) / "lines.jsonl"
@@ -317,8 +317,8 @@ class TableOutput(Output):
         name = f"{SQL}{self._block}/{place}"
         return SqlTable(
             *(self._database, place, columns),
-            failure=lambda problem: OutputError(self._unwritten(problem, consequence)),
-            refusal=lambda difference: OutputError(
+            failure=lambda problem: ExportError(self._unwritten(problem, consequence)),
+            refusal=lambda difference: ExportError(
                 f"{name} exists already and is no table of exports with these columns: it {difference}. It was not "
                 f"changed. Choose another table. {consequence}"
             ),

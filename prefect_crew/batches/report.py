@@ -18,7 +18,7 @@ from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.batches.ledger import LedgerRow
 from prefect_crew.batches.outcomes import RETRYABLE, RowState
-from prefect_crew.batches.rows import BadRow, SetAside
+from prefect_crew.batches.rows import BadRow, BadRows
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BatchFailedError
@@ -54,8 +54,8 @@ class BatchReport:
         export: The address of the lines.
         stopped: The reason why the batch stopped, None if it did not stop.
         kickoffs: Runs that this call started.
-        set_aside: Bad rows, which cannot be run. `set_aside_rows`: the first 100 of them; `set_aside_output`: the file
-            with all of them, None if there are none.
+        bad_count: Bad rows, which cannot be run. `bad`: the first 100 of them; `bad_export`: the file with all of them,
+            None if there are none.
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
         spending: Usage and cost of the runs of all calls, and the number of runs that reported usage and cost.
@@ -71,9 +71,9 @@ class BatchReport:
     export: str
     stopped: str | None = None
     kickoffs: int = 0
-    set_aside: int = 0
-    set_aside_rows: Sequence[BadRow] = ()
-    set_aside_output: str | None = None
+    bad_count: int = 0
+    bad: Sequence[BadRow] = ()
+    bad_export: str | None = None
     uncertain_keys: Sequence[str] = ()
     errors: Mapping[str, int] = field(default_factory=dict[str, int])
     conflicts: int = 0
@@ -109,13 +109,13 @@ class BatchReport:
         rest = (
             ("failed", self.failed),
             ("uncertain", self.uncertain),
-            ("not run", self.skipped - self.set_aside),
-            ("bad", self.set_aside),
+            ("not run", self.skipped - self.bad_count),
+            ("bad", self.bad_count),
         )
         parts += [f"{count:,} {word}" for word, count in rest if count]
         text = f"Batch {self.name}: {', '.join(parts)} in {duration(self.seconds)}. Export: {self.export}"
-        if self.set_aside_output:
-            text += f". Bad rows: {self.set_aside_output}"
+        if self.bad_export:
+            text += f". Bad rows: {self.bad_export}"
         if self.usage is not None or self.cost is not None:
             text += f". Used: {self.spending}"
         return f"{text}. It stopped: {self.stopped}" if self.stopped else text
@@ -168,7 +168,7 @@ class BatchProgress:
     Attributes:
         name: The batch.
         phase: In `waiting`, no run is in flight, and the crew's concurrency limit has no free slot.
-        total: Rows that can be run; 0 while they are checked. `set_aside`: the bad rows.
+        total: Rows that can be run; 0 while they are checked. `bad`: the bad rows.
         counts: The number of rows in each state, when the ledger was last read.
         in_flight: Runs in flight. `people`: how many of them wait for a person.
         ended_here: Rows that ended in this call.
@@ -179,7 +179,7 @@ class BatchProgress:
     name: str
     phase: Literal["checking", "waiting", "running", "finishing", "done"] = "checking"
     total: int = 0
-    set_aside: SetAside = field(default_factory=SetAside)
+    bad: BadRows = field(default_factory=BadRows)
     counts: Mapping[RowState, int] = field(default_factory=dict[RowState, int])
     in_flight: int = 0
     people: int = 0
@@ -222,7 +222,7 @@ class BatchProgress:
     @property
     def whole(self) -> int:
         """All rows of the data set, also those that cannot be run."""
-        return self.total + self.set_aside.count
+        return self.total + self.bad.count
 
     @property
     def is_over(self) -> bool:
@@ -290,7 +290,7 @@ class BatchArtifact:
         if report is None and time.monotonic() - self._shown_at < SHOW_EVERY:
             return
         self._shown_at = time.monotonic()
-        problems = {"failed": progress.failed, "uncertain": progress.uncertain, "bad": progress.set_aside.count}
+        problems = {"failed": progress.failed, "uncertain": progress.uncertain, "bad": progress.bad.count}
         counts = ", ".join(f"{count:,} {word}" for word, count in problems.items() if count)
         parts = [f"## Batch {prose(self._name)} · {prose(self._crew.label)}{f': {counts}' if counts else ''}"]
         if report is not None and report.stopped:
@@ -328,10 +328,10 @@ class BatchArtifact:
                 to_do, again = "list or to retry", retry
             parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}. To {to_do} all:", again]
             parts.append(table(("Row", "Run", "State", "Error"), rows))
-        if (aside := progress.set_aside).count:
-            bad = [(f"{row.line:,}", cell(row.reason)) for row in aside.rows[:FAILURES]]
-            text, where = f"{len(bad):,} of {aside.count:,} rows that cannot be run", code(aside.output or "")
-            parts += ["### Bad rows", f"The first {text}. All are in {where}.", table(("Line", "Why"), bad)]
+        if (bad := progress.bad).count:
+            lines = [(f"{row.line:,}", cell(row.reason)) for row in bad.rows[:FAILURES]]
+            text, where = f"{len(lines):,} of {bad.count:,} rows that cannot be run", code(bad.export or "")
+            parts += ["### Bad rows", f"The first {text}. All are in {where}.", table(("Line", "Why"), lines)]
         return parts
 
     def _figures(self, progress: BatchProgress, report: BatchReport | None) -> list[tuple[str, str]]:
@@ -339,8 +339,8 @@ class BatchArtifact:
         full = round(share * BAR)
         bar = f"{'█' * full}{'░' * (BAR - full)} {progress.done:,} of {progress.whole:,} ({share:.1%})"
         counts = {"Completed": progress.completed, "Failed": progress.failed, "Uncertain": progress.uncertain}
-        if progress.set_aside.count:
-            counts["Bad"] = progress.set_aside.count
+        if progress.bad.count:
+            counts["Bad"] = progress.bad.count
         rows = [("Done", bar), *((name, f"{count:,}") for name, count in counts.items())]
         if (run := flow_run_id()) is not None:
             rows.append(("Flow run", flow_run_link(run)))
@@ -361,7 +361,7 @@ class BatchArtifact:
                 ("Time left", "–" if seconds is None else duration(seconds)),
             ]
         rows += [
-            ("Not run", f"{report.skipped - report.set_aside:,}"),
+            ("Not run", f"{report.skipped - report.bad_count:,}"),
             ("Kickoffs of this call", f"{report.kickoffs:,}"),
             ("Time of this call", duration(report.seconds)),
         ]

@@ -446,9 +446,9 @@ def rejected_name(output: str) -> str:
 
 
 @dataclass(frozen=True)
-class SetAside:
+class BadRows:
     """The bad rows of a batch: their number, the first 1,000, and the file with all bad rows, for people."""
 
     count: int = 0
     rows: Sequence[BadRow] = ()
-    output: str | None = None
+    export: str | None = None

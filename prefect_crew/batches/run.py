@@ -56,7 +56,7 @@ from prefect_crew.batches.report import (
     BatchReport,
     OnProgress,
 )
-from prefect_crew.batches.rows import Checked, RowPlan, SetAside, expected_inputs, rejected_name
+from prefect_crew.batches.rows import BadRows, Checked, RowPlan, expected_inputs, rejected_name
 from prefect_crew.batches.runner import Runner
 from prefect_crew.batches.tables import SQL, open_query
 from prefect_crew.batches.throttle import BatchClient, Throttle, rows_at_once
@@ -183,7 +183,7 @@ async def arun_batch(
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
         BatchChangedError, LedgerMissingError, BatchBusyError: The batch has changed, is in use, or has another ledger.
             Nothing was started.
-        LedgerError, OutputError: The ledger or the export failed on the way; the same call goes on.
+        LedgerError, ExportError: The ledger or the export failed on the way; the same call goes on.
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
     options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
@@ -429,7 +429,7 @@ class _Batch:
             await ledger.note(call={**before.call, **by})  # reading the rows may take minutes
         self.exported = {} if before is None else before.exported or {}
         await self.output.open()
-        is_new = whole_address(job.export) not in self.exported.get("outputs", ())
+        is_new = whole_address(job.export) not in self.exported.get("exports", ())
         await asyncio.to_thread(self.output.check, job.name, is_new=is_new)
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
         source = await asyncio.to_thread(plan.source)
@@ -469,11 +469,11 @@ class _Batch:
             line_options=job.line_options,
         )
         await bind(entry, ledger, job.ledger.public)
-        aside = SetAside(checked.bad_count, checked.bad, rejected_name(self.output.name) if checked.bad_count else None)
-        self.progress.set_aside = aside
-        if aside.count or entry.set_aside.count:
-            await asyncio.to_thread(self.output.write_rejected, rejected if aside.count else None, job.name)
-            await ledger.note(set_aside=asdict(aside) if aside.count else None)
+        bad = BadRows(checked.bad_count, checked.bad, rejected_name(self.output.name) if checked.bad_count else None)
+        self.progress.bad = bad
+        if bad.count or entry.bad.count:
+            await asyncio.to_thread(self.output.write_rejected, rejected if bad.count else None, job.name)
+            await ledger.note(bad=asdict(bad) if bad.count else None)
         if before is not None:
             await ledger.note_orphaned()
             self.throttle.kickoffs = await ledger.kickoffs()
@@ -562,7 +562,7 @@ class _Batch:
         if now.items() <= self.exported.items() and await asyncio.to_thread(self.output.exists):
             return
         # The file may have come into being since the start, by another batch, or by `batch export` of this one.
-        is_new = address not in (await self.ledger.exported()).get("outputs", ())
+        is_new = address not in (await self.ledger.exported()).get("exports", ())
         await asyncio.to_thread(self.output.check, self.job.name, is_new=is_new, consequence=KEPT)
         await self.ledger.note_export(address, {})  # before the file exists: it is then known to be this batch's
         await self.output.write(self.ledger)
@@ -651,7 +651,7 @@ class _Batch:
             run_logger().debug(log, self.job.name, error)
 
     async def _report(self) -> BatchReport:
-        progress, aside = self.progress, self.progress.set_aside
+        progress, bad = self.progress, self.progress.bad
         try:
             kickoffs, spent = await self.ledger.kickoffs(), await self.ledger.spending()
         except LedgerError:
@@ -667,9 +667,9 @@ class _Batch:
             export=self.output.name,
             stopped=self.throttle.stopped,
             kickoffs=kickoffs - self.kickoffs_before,
-            set_aside=aside.count,
-            set_aside_rows=tuple(aside.rows[:FAILURES]),
-            set_aside_output=aside.output,
+            bad_count=bad.count,
+            bad=tuple(bad.rows[:FAILURES]),
+            bad_export=bad.export,
             uncertain_keys=tuple(progress.uncertain_keys),
             errors=dict(progress.errors),
             conflicts=progress.counts.get(RowState.CONFLICT, 0),

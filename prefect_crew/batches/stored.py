@@ -53,9 +53,9 @@ class BatchStatus:
     ledger: str
     running: bool
     why_not: str | None
-    set_aside: int
-    set_aside_rows: Sequence[BadRow]
-    set_aside_output: str | None
+    bad_count: int
+    bad: Sequence[BadRow]
+    bad_export: str | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class StoredBatch:
 
     async def status(self) -> BatchStatus:
         """Return its status."""
-        ledger, entry, aside = self.ledger, self.entry, self.entry.set_aside
+        ledger, entry, bad = self.ledger, self.entry, self.entry.bad
         counts = Counter(await ledger.counts())
         if counts[RowState.CLAIMED]:
             expired = sum(run.phase is RecordPhase.CLAIMED and not run.open_for for run in await ledger.unresolved())
@@ -88,7 +88,7 @@ class StoredBatch:
         stopped = ledger.rows_in([RowState.STOPPED])
         return BatchStatus(
             name=self.name,
-            total=entry.total + aside.count,
+            total=entry.total + bad.count,
             completed=counts[RowState.COMPLETED],
             failed=sum(count for state, count in counts.items() if state.is_failed),
             stopped=counts[RowState.STOPPED],
@@ -105,9 +105,9 @@ class StoredBatch:
             ledger=ledger.address,
             running=await BatchLock(ledger.database, self.name).is_taken(),
             why_not=self._call.get("why_not"),
-            set_aside=aside.count,
-            set_aside_rows=aside.rows,
-            set_aside_output=aside.output,
+            bad_count=bad.count,
+            bad=bad.rows,
+            bad_export=bad.export,
         )
 
     async def failures(self, limit: int | None = None) -> AsyncIterator[LedgerRow]:
@@ -157,7 +157,7 @@ class StoredBatch:
         """Write the batch's lines, also while it runs. Return the lines' address for people, and their number.
 
         Without `file`, the lines go to the export of the last call. A file that is not from this batch is replaced only
-        with `overwrite`. Raises ConfigurationError, OutputError.
+        with `overwrite`. Raises ConfigurationError, ExportError.
         """
         address = file or self._call.get("export")
         if address is None:
@@ -166,7 +166,7 @@ class StoredBatch:
             )
         options = BatchOptions(**self._call.get("options", {}))
         target, whole = open_output(address, output_type=options.output_type), whole_address(address)
-        is_new = whole not in (await self.ledger.exported()).get("outputs", ())
+        is_new = whole not in (await self.ledger.exported()).get("exports", ())
         await target.open()
         words = {"remedy": "replace it with overwrite=True", "consequence": "Nothing was written."}
         await asyncio.to_thread(target.check, self.name, is_new=is_new and not overwrite, **words)

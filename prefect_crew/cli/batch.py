@@ -50,7 +50,6 @@ from prefect_crew.exceptions import CrewError, NotStoppedError, UnreadableRecord
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.sessions import note_over
 
-SET_ASIDE = "set-aside"
 STOPS_AT_ONCE = 50
 """Requests to stop a run, at a time."""
 SHOWN = 100
@@ -228,7 +227,7 @@ async def _run(
         _output.note(f"Failed rows: {failures}. To start them again: {again}")
     elif report.failed:
         _output.note(f"Failed rows: {failures}")
-    if report.set_aside:
+    if report.bad_count:
         _output.note(f"Bad rows: {failures}")
     return 0 if report.ok else ROWS
 
@@ -306,7 +305,7 @@ async def inspect(
 
 
 NONE = "The Prefect server knows no such batch."
-SUMMED = ("total", "completed", "failed", "stopped", "uncertain", "in_flight", "left", "set_aside", "kickoffs")
+SUMMED = ("total", "completed", "failed", "stopped", "uncertain", "in_flight", "left", "bad_count", "kickoffs")
 
 
 def _put_sum(statuses: list[BatchStatus], missed: list[str], output: str | None) -> None:
@@ -321,7 +320,7 @@ def _put_sum(statuses: list[BatchStatus], missed: list[str], output: str | None)
 
 
 def _word(count: str) -> str:
-    return "bad" if count == "set_aside" else count.replace("_", " ")
+    return "bad" if count == "bad_count" else count.replace("_", " ")
 
 
 def _how_to_go_on(status: BatchStatus) -> str:
@@ -345,9 +344,9 @@ def _about(status: BatchStatus) -> Iterator[str]:
         yield f"  No process runs it. {again}"
     if status.waiting:
         yield f"  {status.waiting:,} in flight wait for a person: prefect-crew reviews ls"
-    if status.set_aside:
-        listed = listed_rows(status.set_aside_rows, status.set_aside)
-        yield f"  Bad rows: {listed}. All are in {status.set_aside_output}"
+    if status.bad_count:
+        listed = listed_rows(status.bad, status.bad_count)
+        yield f"  Bad rows: {listed}. All are in {status.bad_export}"
     seconds = ""
     if status.median is not None and status.longest is not None:
         seconds = f" · a row takes {duration(status.median)} (median), at most {duration(status.longest)}"
@@ -361,21 +360,21 @@ def _about(status: BatchStatus) -> Iterator[str]:
 async def failures(name: Name, /, *, ledger: Ledger = None, output: Output = None) -> None:
     """List the rows that failed, are uncertain or cannot be run, with their runs and the reason."""
     async with open_stored_batch(name, ledger) as batch:
-        rows_of_ledger, aside = [row async for row in batch.failures(None if output else SHOWN)], batch.entry.set_aside
+        rows_of_ledger, bad = [row async for row in batch.failures(None if output else SHOWN)], batch.entry.bad
     if output:
-        bad = [{"key": None, "line": row.line, "state": SET_ASIDE, "error": row.reason} for row in aside.rows]
-        _output.put_json([*map(_as_json, rows_of_ledger), *bad])
+        lines = [{"key": None, "line": row.line, "state": "bad", "error": row.reason} for row in bad.rows]
+        _output.put_json([*map(_as_json, rows_of_ledger), *lines])
         return
     rows = [
         (row.key, (row.record and row.record.kickoff_id) or "", str(row.state), row.error or "")
         for row in rows_of_ledger
     ]
-    rows += [(f"line {row.line}", "", SET_ASIDE, row.reason) for row in aside.rows[:SHOWN]]
+    rows += [(f"line {row.line}", "", "bad", row.reason) for row in bad.rows[:SHOWN]]
     _output.put_rows(("Row", "Run", "State", "Error"), rows, empty=f"No row of batch {name} failed.")
     if len(rows_of_ledger) == SHOWN:
         _output.note(f"The first {SHOWN}; -o json shows all.")
-    if aside.count:
-        _output.note(f"Rows in state {SET_ASIDE} cannot be run. All {aside.count:,} are in {aside.output}.")
+    if bad.count:
+        _output.note(f"Bad rows cannot be run. All {bad.count:,} are in {bad.export}.")
     if first := next((row.record for row in rows_of_ledger if str(row.state) in ("uncertain", "claimed")), None):
         _output.note(
             f"To resolve an uncertain row, look at the crew's page, then: prefect-crew runs resolve "

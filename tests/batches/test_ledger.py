@@ -28,7 +28,7 @@ from prefect_crew.batches.database import ledger_address as ledger_address_of
 from prefect_crew.batches.ledger import Ledger, RunTimes
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import RowState
-from prefect_crew.batches.rows import BadRow, RowJob, SetAside
+from prefect_crew.batches.rows import BadRow, BadRows, RowJob
 from prefect_crew.batches.stored import StoredBatch
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import Review, TokenUsage
@@ -392,17 +392,17 @@ async def test_what_runs_used_and_cost_is_summed_by_day_and_flow_run(ledger: Led
 
 
 async def test_what_is_known_of_the_batch(ledger: Ledger, other: Ledger):
-    aside = SetAside(2, [BadRow(3, "lacks topic")], "out.jsonl.rejected.jsonl")
+    bad = BadRows(2, [BadRow(3, "lacks topic")], "out.jsonl.rejected.jsonl")
     assert await ledger.entry() is None
     first = await ledger.enter(crew_url="u", fingerprint="f", total=3, call={"crew": "x"})
     again = await ledger.enter(crew_url="v", fingerprint="g", total=4)
     assert (again.ledger_id, again.crew_url, again.total) == (first.ledger_id, "v", 4)
-    await ledger.note(set_aside=asdict(aside), exported={"output": "out.jsonl"})
+    await ledger.note(bad=asdict(bad), exported={"output": "out.jsonl"})
     assert [await ledger.advance() for _ in range(2)] == [1, 2]
     assert (await ledger.run_times(), await ledger.spending()) == (RunTimes(), Spending())
     entry = await other.entry()
     assert entry is not None
-    assert (entry.set_aside, entry.exported, entry.generation) == (aside, {"output": "out.jsonl"}, 2)
+    assert (entry.bad, entry.exported, entry.generation) == (bad, {"output": "out.jsonl"}, 2)
 
 
 async def test_several_processes_may_make_the_tables_at_once(ledger_address: str):
@@ -617,7 +617,7 @@ async def test_a_ledger_of_version_2_is_read(tmp_path: Path):
         entry = await ledger.entry()
         assert entry is not None
         assert (entry.version, entry.total, entry.generation) == (2, 13, 1)
-        assert (entry.set_aside.rows, entry.exported) == ([BadRow(3, "lacks topic")], {"output": "/data/leads.jsonl"})
+        assert (entry.bad.rows, entry.exported) == ([BadRow(3, "lacks topic")], {"output": "/data/leads.jsonl"})
         stored = StoredBatch("leads", await ledger_address_of(str(path), ""), ledger, entry)
         assert BatchOptions(**stored.entry.call["options"]).max_in_flight == 7  # type: ignore[index]
         assert await ledger.counts() == dict.fromkeys(RowState, 1), "a row of each state, by its name"

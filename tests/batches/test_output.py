@@ -23,7 +23,7 @@ from prefect_crew.batches.dataset import open_dataset
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.output import COLUMNS, Output
 from prefect_crew.client.models import TaskResult, TokenUsage
-from prefect_crew.exceptions import ConfigurationError, OutputError
+from prefect_crew.exceptions import ConfigurationError, ExportError
 from prefect_crew.records.model import RecordPhase, StoredResult, utcnow
 from prefect_crew.states import CrewState
 from support.batches import enter, record_of
@@ -108,7 +108,7 @@ async def test_whatever_a_crew_writes_is_one_line_of_json(ledger: Ledger, path: 
 def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"key": "a"}\n')
-    with pytest.raises(OutputError, match=r"exists already.*Nothing was started"):
+    with pytest.raises(ExportError, match=r"exists already.*Nothing was started"):
         Output(str(path)).check("b", is_new=True)
     assert path.read_text() == '{"key": "a"}\n'
     Output(str(path)).check("b", is_new=False)
@@ -155,7 +155,7 @@ async def test_a_write_that_fails_leaves_the_file_of_before(
 
     with monkeypatch.context() as full:
         full.setattr(Output, "_write_page", refuse)
-        with pytest.raises(OutputError, match=r"No space.*Make the same call again, which writes them"):
+        with pytest.raises(ExportError, match=r"No space.*Make the same call again, which writes them"):
             await output.write(ledger)
     assert [(one.name, one.read_text()) for one in path.parent.iterdir()] == [(path.name, "before")]
     # Two at a time, of one ledger: each is whole.
@@ -209,7 +209,7 @@ async def test_an_error_of_a_library_does_not_show_what_is_secret_in_the_address
 
     output = Output("memory://user:hunter2@x/out.jsonl")
     monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
-    with pytest.raises(OutputError, match="cannot be written: ValueError") as caught:
+    with pytest.raises(ExportError, match="cannot be written: ValueError") as caught:
         await output.write(ledger)
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 

@@ -232,7 +232,7 @@ def test_no_reason_of_a_bad_row_has_a_secret_input():
     assert reasons([{"code": SecretStr("hunter22")}], inputs=revealed, crew=HIDES) == [(1, f"who has {MASK}?")]
 
 
-def test_a_row_that_is_set_aside_has_no_secret_input_also_where_another_column_repeats_it():
+def test_a_bad_row_has_no_secret_input_also_where_another_column_repeats_it():
     file = io.BytesIO()
     rows = [{"topic": 7, "code": "hunter22", "note": "of hunter22"}]
     plan(rows, inputs={"topic": "topic", "pin": "code", "tone": "none"}, crew=HIDES).check(file)

@@ -37,8 +37,8 @@ from prefect_crew.exceptions import (
     BatchChangedError,
     ConfigurationError,
     CrewConnectionError,
+    ExportError,
     LedgerMissingError,
-    OutputError,
     RateLimitedError,
     ServerError,
 )
@@ -316,10 +316,10 @@ WRONG = [
 ]
 
 
-async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_later_report(
+async def test_bad_rows_are_counted_listed_and_written_out_in_every_later_report(
     batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
 ):
-    server, name = crew_server(ECHO), "set aside"
+    server, name = crew_server(ECHO), "bad rows"
     (tmp_path / "dirty.csv").write_text(DIRTY)
     with pytest.raises(BadRowsError, match=r"5 rows cannot be run: .*lines 5 and 10: has 2 fields") as caught:
         await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id")
@@ -328,8 +328,8 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
     rejected = Path(f"{batch.output}.rejected.jsonl")
     for number in (1, 2):
         report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_bad_row="skip")
-        assert (report.total, report.completed, report.set_aside, report.skipped, report.ok) == (8, 3, 5, 5, False)
-        assert [(row.line, row.reason) for row in report.set_aside_rows] == WRONG
+        assert (report.total, report.completed, report.bad_count, report.skipped, report.ok) == (8, 3, 5, 5, False)
+        assert [(row.line, row.reason) for row in report.bad] == WRONG
         assert "3 of 8 rows completed, 5 bad in " in str(report)
         assert str(report).endswith(f"Bad rows: {rejected}")
         written = [json.loads(line) for line in rejected.read_text().splitlines()]
@@ -348,20 +348,18 @@ async def test_what_is_set_aside_is_counted_listed_and_written_out_in_every_late
     assert server.kickoffs == 3
     async with open_stored_batch(name) as known:
         found = await known.status()
-    assert (found.total, found.completed, found.set_aside, found.left) == (8, 3, 5, 0)
-    assert [(row.line, row.reason) for row in found.set_aside_rows] == WRONG
-    assert found.set_aside_output == str(rejected)
+    assert (found.total, found.completed, found.bad_count, found.left) == (8, 3, 5, 0)
+    assert [(row.line, row.reason) for row in found.bad] == WRONG
+    assert found.bad_export == str(rejected)
     # Once the file is repaired nothing is left of it.
     (tmp_path / "dirty.csv").write_text("id,topic,note\n1,tea,x\n")
     report = await batch(server.crew(), tmp_path / "dirty.csv", name=name, key="id", on_change="continue")
-    assert (report.total, report.set_aside, report.ok, rejected.exists()) == (1, 0, True, False)
+    assert (report.total, report.bad_count, report.ok, rejected.exists()) == (1, 0, True, False)
     async with open_stored_batch(name) as known:
-        assert (await known.status()).set_aside == 0
+        assert (await known.status()).bad_count == 0
 
 
-async def test_no_secret_is_written_out_with_a_row_that_was_set_aside(
-    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
-):
+async def test_no_secret_is_written_out_with_a_bad_row(batch: Batches, crew_server: CrewServerFactory, tmp_path: Path):
     server = crew_server(script({"output": "paid"}, inputs=["topic", "iban"]))
     (tmp_path / "rows.csv").write_text("topic,account\ntea,PT50\n,PT51\nmilk,PT52,x\n")
     await batch(
@@ -587,7 +585,7 @@ async def test_a_file_that_another_batch_wrote_meanwhile_is_kept(batch: Batches,
     while server.kickoffs < 1:
         await asyncio.sleep(0.05)
     await batch(server.crew(), topics(2), name="early")
-    with pytest.raises(OutputError, match=r"is not from this batch: move that file. All results are in the ledger"):
+    with pytest.raises(ExportError, match=r"is not from this batch: move that file. All results are in the ledger"):
         await late
     assert [line["output"] for line in batch.lines().values()] == ["on topic 0", "on topic 1"]
     batch.output.unlink()

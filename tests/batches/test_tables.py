@@ -26,7 +26,7 @@ from prefect_crew.batches.output import COLUMNS, TableOutput, open_output
 from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.batches.tables import SqlTable, open_query
 from prefect_crew.cli.batch import resume
-from prefect_crew.exceptions import BadRowsError, DatasetError, OutputError
+from prefect_crew.exceptions import BadRowsError, DatasetError, ExportError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import CREW, Batches, enter
 from support.frames import locals_of
@@ -276,12 +276,12 @@ async def test_table_with_rows_of_another_batch_of_the_name_is_refused(
     await asyncio.to_thread((await opened(database))._results().write, name, lines(await opened(database), "old"))
     options: dict[str, Any] = {"name": name, "key": "topic", "ledger": str(tmp_path / "ledger.db")}
     rows = [{"topic": "tea"}]
-    with pytest.raises(OutputError, match=f"has rows of another batch '{name}'.*Nothing was started"):
+    with pytest.raises(ExportError, match=f"has rows of another batch '{name}'.*Nothing was started"):
         await batch(server.crew(), rows, export=database.table("results"), **options)
     assert server.kickoffs == 0
     await batch(server.crew(), rows, export=str(tmp_path / "out.jsonl"), **options)
     async with open_stored_batch(name) as stored:
-        with pytest.raises(OutputError, match="overwrite=True"):
+        with pytest.raises(ExportError, match="overwrite=True"):
             await stored.export(database.table("results"))
         assert (await stored.export(database.table("results"), overwrite=True))[1] == 1
     assert await database.run("SELECT key FROM results") == [("tea",)]
@@ -309,7 +309,7 @@ async def test_bad_rows_go_to_a_table_of_their_own(
     with pytest.raises(BadRowsError):
         await batch(crew, rows, **options)
     report = await batch(crew, rows, on_bad_row="skip", **options)
-    assert (report.set_aside, report.set_aside_output) == (1, database.table("results_rejected"))
+    assert (report.bad_count, report.bad_export) == (1, database.table("results_rejected"))
     kept = "SELECT batch, line, reason, row FROM results_rejected"
     assert await database.run(kept) == [(name, 2, "has no value for topic", '{"topic":""}')]
     await batch(crew, [{"topic": "tea"}, {"topic": "rye"}], on_change="continue", **options)
@@ -323,11 +323,11 @@ async def test_table_of_something_else_is_refused_before_anything_starts(
     batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
 ):
     server, ledger = crew_server(ECHO), str(tmp_path / "ledger.db")
-    with pytest.raises(OutputError, match=r"topics exists already and is no table.*lacks batch.*has id, topic"):
+    with pytest.raises(ExportError, match=r"topics exists already and is no table.*lacks batch.*has id, topic"):
         await batch(server.crew(), [{"topic": "tea"}], export=database.table("topics"), ledger=ledger)
     columns = ", ".join(f"{name} TEXT" for name in ("batch", *COLUMNS))
     await database.run(f"CREATE TABLE keyless ({columns})")
-    with pytest.raises(OutputError, match="it has the primary key of no column"):
+    with pytest.raises(ExportError, match="it has the primary key of no column"):
         await batch(server.crew(), [{"topic": "tea"}], export=database.table("keyless"), ledger=ledger)
     assert server.kickoffs == 0
     assert sorted(await database.run("SELECT * FROM topics")) == [(1, "100% tea"), (2, "milk"), (3, "a :b")]
@@ -347,7 +347,7 @@ async def test_table_whose_column_takes_no_text_is_refused_at_first(database: St
         pytest.skip("SQLite takes any value in any column")
     columns = ", ".join(f"{name} {'INTEGER' if name == 'output' else 'TEXT'}" for name in COLUMNS)
     await database.run(f"CREATE TABLE results (batch TEXT, {columns}, PRIMARY KEY (batch, key))")
-    with pytest.raises(OutputError, match=r"cannot be written: .*integer.*\. Nothing was started\.$"):
+    with pytest.raises(ExportError, match=r"cannot be written: .*integer.*\. Nothing was started\.$"):
         await asyncio.to_thread((await opened(database)).check, "b", is_new=True)
 
 
@@ -421,7 +421,7 @@ async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase,
             raise OSError(28, "No space left on device")
         yield [{**dict.fromkeys(COLUMNS), "key": None, "tasks": []}]
 
-    with pytest.raises(OutputError, match=r"results cannot be written: .*All results are in the ledger") as caught:
+    with pytest.raises(ExportError, match=r"results cannot be written: .*All results are in the ledger") as caught:
         await asyncio.to_thread(output._results().write, "b", cut())
     assert "INSERT" not in str(caught.value)
     assert await database.run("SELECT key, output FROM results") == [("a", "before")]

@@ -136,7 +136,7 @@ def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: 
     assert [one["name"] for one in here("batch", "ls", f"{name} [eu]", "-o", "json").json] == [f"{name} [eu]"]
 
 
-def test_what_cannot_be_run_is_said_by_line_and_refused_or_set_aside(
+def test_what_cannot_be_run_is_said_by_line_and_refused_or_skipped(
     here, picky, call, name: str, tmp_path: Path, output: str
 ):
     server, crew = picky()
@@ -161,7 +161,7 @@ def test_what_cannot_be_run_is_said_by_line_and_refused_or_set_aside(
     inspected = here("batch", "inspect", name).out
     assert "1 of 3 rows completed\n  2 bad\n  Bad rows: line 3: has 1 fields" in inspected
     assert f"{output}.rejected.jsonl" in inspected
-    assert "line 4\t\tset-aside\thas no value for topic" in here("batch", "failures", name).out
+    assert "line 4\t\tbad\thas no value for topic" in here("batch", "failures", name).out
     assert [row["line"] for row in here("batch", "failures", name, "-o", "json").json] == [3, 4]
 
 

@@ -143,7 +143,7 @@ async def test_a_file_whose_batch_fails_does_not_keep_the_others_from_being_run(
     name = load_flow("watch_folder.py:watch_folder").fn.__globals__["batch_name"](folder.inbox / "a.csv")
     (taken := folder.outbox / f"{name}.jsonl").mkdir(parents=True)
     for looks in (1, 2):
-        with pytest.raises(RuntimeError, match=r"^a\.csv \(OutputError\) failed, the other files were run"):
+        with pytest.raises(RuntimeError, match=r"^a\.csv \(ExportError\) failed, the other files were run"):
             await folder.look("batch-echo")
         assert echo.kickoffs == 2, f"after {looks} looks"
         assert folder.files == {"a.csv", "done/b.csv", "done/c.csv"}
