@@ -134,9 +134,7 @@ def cancelled_once(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P,
 
     @wraps(function)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        coroutine = function(*args, **kwargs)
-        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
-        return await OwnTask().run(coroutine)
+        return await OwnTask().run(function(*args, **kwargs))
 
     return call
 
@@ -216,20 +214,19 @@ def sync_version(
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if in_async_context():
-            del args, kwargs  # error reporters show the variables of frames
+        would_block = in_async_context()
+        unknown = None if takes_any else next((argument for argument in kwargs if argument not in parameters), None)
+        coroutine = None if would_block or unknown else function(*args, **kwargs)
+        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
+        if coroutine is not None:
+            return run_sync(coroutine)
+        if would_block:
             raise InvalidCallError(
                 f"{name}() would block the event loop that runs here. Write `await {function.__name__}(...)` instead."
             )
-        for argument in kwargs:
-            if argument not in parameters and not takes_any:
-                del args, kwargs
-                hint = (hints or {}).get(argument)
-                advice = f"Write {hint}" if hint else f"It takes: {', '.join(parameters)}"
-                raise InvalidCallError(f"{name}() got an unexpected keyword argument {argument!r}. {advice}.")
-        coroutine = function(*args, **kwargs)
-        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]
-        return run_sync(coroutine)
+        hint = (hints or {}).get(str(unknown))
+        advice = f"Write {hint}" if hint else f"It takes: {', '.join(parameters)}"
+        raise InvalidCallError(f"{name}() got an unexpected keyword argument {unknown!r}. {advice}.")
 
     call.__name__ = call.__qualname__ = name
     return call

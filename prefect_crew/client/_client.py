@@ -19,7 +19,7 @@ from prefect_crew._text import EXCERPT
 from prefect_crew.client import _parsing
 from prefect_crew.client._transport import AT_ONCE, Answer, Call, Connections, checked_token, checked_url, encoded_id
 from prefect_crew.client.encoding import is_uuid
-from prefect_crew.client.inputs import Inputs
+from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.models import CrewInput, CrewStatus, ResumeAnswer, StopAnswer
 from prefect_crew.client.redaction import Redactor
 from prefect_crew.client.webhooks import Webhooks
@@ -155,16 +155,15 @@ class CrewClient:
         Raises:
             InvalidInputsError: 400 or 422. It has `missing_inputs` if the server names them.
         """
-        own_inputs = inputs if isinstance(inputs, Inputs) else Inputs(inputs, as_json=self.inputs_as_json)
-        body: dict[str, Any] = {"inputs": own_inputs.encoded}
+        inputs = inputs if isinstance(inputs, Inputs) else Inputs(inputs, as_json=self.inputs_as_json)
+        body: dict[str, Any] = {"inputs": inputs.encoded}
         if restore_from is not None:
             if not is_uuid(restore_from):
                 raise ConfigurationError("The id of the state to restore must be a UUID. Nothing was started.")
             body["restoreFromStateId"] = restore_from
         if meta is not None:
-            body["meta"] = dict(meta)
+            meta = body["meta"] = Unshown(meta)
         call = self._call("POST", "/kickoff", None, body, webhooks, before_sending=before_sending)
-        del body, inputs, own_inputs, meta, webhooks  # error reporters show the local variables of all frames
         answer = await self._send(call)
         if answer.status in (400, 422):
             raise self._error(call, answer, InvalidInputsError)
@@ -203,7 +202,7 @@ class CrewClient:
         encoded_id(kickoff_id)
         body = {"execution_id": kickoff_id, "task_id": task_id, "human_feedback": feedback, "is_approve": approve}
         call = self._call("POST", "/resume", kickoff_id, body, webhooks)
-        del feedback, body, webhooks
+        del feedback, body  # error reporters show the local variables of all frames
         return await self._parsed(call, await self._send(call), "the answer to a resume", _parsing.parse_resume)
 
     async def stop(self, kickoff_id: str) -> StopAnswer:
@@ -250,13 +249,12 @@ class CrewClient:
         hide = Redactor(webhooks.secrets() if webhooks else (), tokens=[self._token.get_secret_value()])
         if body is None:
             return Call(method, path, kickoff_id, hide)
-        body = {**body, **(webhooks.to_json() if webhooks else {})}
+        body = Unshown({**body, **(webhooks.to_json() if webhooks else {})})
         try:
             text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
             return Call(method, path, kickoff_id, hide, text.encode(), before_sending)
         except (TypeError, ValueError, RecursionError) as error:
             problem = type(error).__name__
-        del body, webhooks
         raise ConfigurationError(f"The request cannot be written as JSON: {problem}. Check meta and feedback.")
 
     async def _send(self, call: Call) -> Answer:
