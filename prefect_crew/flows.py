@@ -35,7 +35,7 @@ from prefect_crew.records.keys import scheduled_key
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import LiveRun, next_step, parse_data, read_result
 from prefect_crew.runs.stop import STOP_WITHIN, stop_if_asked
@@ -147,21 +147,20 @@ async def arun_crew(
 @_naming_prefect_away
 async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, options: RunOptions) -> CrewResult[Any]:
     """Run a crew by tasks of the flow around this call; without a flow, in a flow of its own."""
-    own_inputs, inputs = Inputs.of(inputs), {}  # no frame shows the values
-    request = RunRequest.of(crew, own_inputs, options)
+    inputs = crew.take(Inputs.of(inputs), restore_from=options.restore_from, session=options.session)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await run_tasks(request)
+        return await run_tasks(crew, inputs, options)
 
-    # This closure passes the whole request to the flow: Prefect must not or cannot store some of it as parameters.
+    # This closure passes all of the call to the flow: Prefect must not or cannot store some of it as parameters.
     @wraps(run_deployed_crew.fn)
     async def run(*_: Any, **__: Any) -> CrewResult[Any]:
-        return await run_tasks(request)
+        return await run_tasks(crew, inputs, options)
 
     own_flow = copy(run_deployed_crew)  # `with_options` would read the signature again, which takes 15 ms
-    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, request.inputs, options.idempotency_key)
+    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, inputs, options.idempotency_key)
     stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from", "session")
     stored["review"] = "form" if options.review == "form" else None
-    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(request), **stored)
+    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(crew, inputs), **stored)
 
 
 run_crew = sync_version(
@@ -176,26 +175,28 @@ run_crew = sync_version(
 )
 
 
-def _stored(request: RunRequest) -> dict[str, Any]:
+def _stored(crew: Crew, inputs: Inputs) -> dict[str, Any]:
     """Return the inputs as parameters of the flow run, or placeholders if the inputs are too large for Prefect."""
-    plain = request.inputs.storable(request.crew.redactor(request.inputs))
+    plain = inputs.storable(crew.redactor(inputs))
     return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
-async def run_tasks(request: RunRequest, *, wait_for: Sequence[Any] = ()) -> CrewResult[Any]:
+async def run_tasks(
+    crew: Crew, inputs: Inputs, options: RunOptions, *, wait_for: Sequence[Any] = ()
+) -> CrewResult[Any]:
     """Kick a crew off and wait for it, by tasks of the flow around this call. They take the live run as their crew.
 
-    The crew of the request already has the budgets of the options. Prefect draws an arrow to the first task from each
-    task in `wait_for`, and from each task whose result is an input.
+    The crew already has the budgets of the options. Prefect draws an arrow to the first task from each task in
+    `wait_for`, and from each task whose result is an input.
     """
-    run = LiveRun(request.crew, request=request)
+    run = LiveRun(crew, options=options)
     # Without a shared client of Prefect on this event loop, each task would open and close its own.
-    kickoff_task, wait_task = tasks_of(request.options)
+    kickoff_task, wait_task = tasks_of(options)
     async with AsyncClientContext.get_or_create(), run.session:
         # The tasks have these in the live run; they are passed for a user's template of a task run's name.
-        names = request.options.arguments("name", "idempotency_key")
+        names = options.arguments("name", "idempotency_key")
         try:
-            kickoff_id = await kickoff_task.acall(run, request.inputs, **names, wait_for=wait_for or None)
+            kickoff_id = await kickoff_task.acall(run, inputs, **names, wait_for=wait_for or None)
             return await wait_task.acall(run, kickoff_id, **names)
         except ENDINGS:
             # The wait, which stops a cancelled crew, has not begun.
@@ -259,7 +260,7 @@ async def run_deployed_crew(
         session=session,
     )
     own_inputs = Inputs.of(await values_of_blocks(parameters, stored.secret_inputs))
-    return await run_tasks(RunRequest.of(stored, own_inputs, options))
+    return await run_tasks(stored, own_inputs, options)
 
 
 @naming_prefect_away("The call reads the result from the run's record. Call it again.")

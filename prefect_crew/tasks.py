@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack, cast, overload
 from uuid import UUID
 
@@ -32,7 +31,7 @@ from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, PrefectAwayError
 from prefect_crew.records.keys import calling_task, identify
-from prefect_crew.records.model import RecordPhase, digest, utcnow
+from prefect_crew.records.model import RecordPhase, digest
 from prefect_crew.runs.kickoff import kick_off, open_run
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.reviews.answer import resume_run
@@ -278,10 +277,10 @@ def _task(verb: str, like: Any, *_: Any, **options: Any) -> Any:
 
     def task_run_name(parameters: dict[str, Any]) -> str:
         crew, kickoff_id, origin = parameters.get("crew"), str(parameters.get("kickoff_id") or ""), ""
-        if isinstance(crew, LiveRun) and crew.request is not None:
+        if isinstance(crew, LiveRun) and crew.options is not None:
             kickoff_id, origin = "", _origin(crew)
-            options, inputs = crew.request.options, parameters.get("inputs") or crew.request.inputs
-            title, key = options.name, options.idempotency_key
+            inputs = parameters.get("inputs") or (crew.request and crew.request.inputs)
+            title, key = crew.options.name, crew.options.idempotency_key
         else:
             title, inputs, key = (parameters.get(name) for name in ("name", "inputs", "idempotency_key"))
         crew = getattr(crew, "crew", crew)  # of a block or a live run
@@ -376,12 +375,11 @@ async def kickoff_crew(
         CrewConnectionError, RateLimitedError, ServerError: The run surely did not start; Prefect retries this.
         PrefectAwayError: The Prefect API did not answer, so nothing was started; Prefect retries this.
     """
-    own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
+    inputs = Inputs.of(inputs)
     run = cast("object", crew)
-    if isinstance(run, LiveRun):  # from `run_crew`, with the request in it
-        if run.request is not None:  # with these inputs: Prefect has replaced futures in them by results
-            request = replace(run.request, inputs=own_inputs, asked_at=utcnow())
-            await kick_off(run, request, inside_own_task=_inside_own_task())
+    if isinstance(run, LiveRun):  # from `run_crew`
+        request = RunRequest.of(run.crew, inputs, run.options or RunOptions())
+        await kick_off(run, request, inside_own_task=_inside_own_task())
         return run.kickoff_id
     options = RunOptions.of(
         idempotency_key=idempotency_key,
@@ -393,7 +391,7 @@ async def kickoff_crew(
         session=session,
         budgets=budgets,
     )
-    request = RunRequest.of(under_budgets(await load_crew(crew), options.budgets), own_inputs, options)
+    request = RunRequest.of(under_budgets(await load_crew(crew), options.budgets), inputs, options)
     return (await open_run(request, inside_own_task=_inside_own_task())).kickoff_id
 
 
@@ -421,8 +419,8 @@ async def wait_for_crew(
     """
     del name
     run = cast("object", crew)
-    if isinstance(run, LiveRun):  # from `run_crew`, with the request in it
-        return await wait_for_run(run, None if run.request is None else run.request.options)
+    if isinstance(run, LiveRun):  # from `run_crew`
+        return await wait_for_run(run, run.options)
     options = RunOptions.of(idempotency_key=idempotency_key, wait=wait, output_type=output_type, review=review)
     return await wait_for_run(LiveRun.of(await load_crew(crew), kickoff_id), options)
 

@@ -33,7 +33,7 @@ from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.definition import PipelineDefinition
 from prefect_crew.pipelines.graph import CrewStep, Pipeline, PipelinePlan, step_key
 from prefect_crew.records.keys import identify, scheduled_key
-from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import LiveRun
 
@@ -292,7 +292,7 @@ class _Run:
         options = step.options(name=step.name, idempotency_key=idempotency_key, session=session)
         step_inputs = Inputs.of(inputs).keep_secret(derived, map(SecretStr, redact.texts))
         return await run_tasks(
-            RunRequest.of(replace(crew, on_status=partial(self._on_run, step.name)), step_inputs, options),
+            *(replace(crew, on_status=partial(self._on_run, step.name)), step_inputs, options),
             # So Prefect draws an arrow from each earlier step; by itself it notices only results that are unchanged.
             wait_for=[self.results[name] for name in sorted(self.pipeline.needs[step.name])],
         )

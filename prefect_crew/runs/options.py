@@ -132,7 +132,7 @@ class RunOptions(BaseModel):
 
 @dataclass(frozen=True)
 class RunRequest:
-    """The request for one run. A public function makes it once, and it never changes, whatever happens to the attempts.
+    """The request for one run. Its kickoff makes it, and it never changes, whatever happens to the attempts.
 
     `is_row` is for a row of a batch: the row's claim is its permit as well, no log line reports the decision, and the
     batch sends a refused kickoff again, at its pace. `settings` say whether there are webhooks; a read takes 3 ms.

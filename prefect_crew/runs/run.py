@@ -42,7 +42,7 @@ from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
-    from prefect_crew.runs.options import RunRequest
+    from prefect_crew.runs.options import RunOptions, RunRequest
 
 
 WITHHELD = "withheld: it may contain secret inputs, whose values are not known here"
@@ -68,10 +68,11 @@ class LiveRun:
         crew: The run's crew. An open session stays open; else the run gets a session of its own to enter.
         kickoff_id: The run's id, "" before the kickoff.
         record: The run's record. None before the record is read, or if no record has the kickoff id.
-        request: The caller's request. None if only the id is known.
+        request: The request of its kickoff. None before the kickoff, or if only the id is known.
         records: The store of the run's record.
         owned: Whether this process has started the run, so that nobody else closes it.
         is_found: Whether another call has started the run. That call's secret inputs may differ from the request's.
+        options: The options of `run_crew`, for its two tasks.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class LiveRun:
         records: RecordStore | None = None,
         owned: bool = False,
         is_found: bool = False,
+        options: RunOptions | None = None,
     ) -> None:
         self.session = crew if isinstance(crew, CrewSession) else CrewSession(crew)
         self.kickoff_id = kickoff_id
@@ -92,6 +94,7 @@ class LiveRun:
         self.records: RecordStore = PrefectRecords() if records is None else records
         self.owned = owned
         self.is_found = is_found
+        self.options = options
         self.is_fresh = False
         """Whether the kickoff has just set the record, so that the wait need not read it."""
         self.is_unread = False
