@@ -47,6 +47,11 @@ class Attempt(NamedTuple):
         """Whether the crew's server has reported the end of the run (`Outcome.is_final`)."""
         return self.phase is RecordPhase.ENDED and self.state is not RowState.LOST
 
+    @property
+    def rank(self) -> tuple[int, bool]:
+        """The rank of the attempt, as that of an `Outcome`."""
+        return RANK[self.phase], self.is_final
+
 
 class Write(NamedTuple):
     """A write of an attempt.
@@ -71,9 +76,9 @@ class Write(NamedTuple):
 def may_follow(stored: Attempt | None, write: Write, *, now: float, is_held: bool = False) -> bool:
     """Return whether the ledger takes a write.
 
-    As in the log of a run (`fold` of `records.model`), a phase never replaces a phase of a higher rank, because a write
-    may land late, after others. An attempt may replace an attempt of equal rank, since a ledger stores the attempt as a
-    whole. A write may be made again after its commit, since its caller may not know that the commit succeeded.
+    As in the log of a run (`fold` of `records.model`), nothing replaces a fact of a higher rank, because a write may
+    land late, after others. An attempt of equal rank replaces the attempt, since a ledger stores it as a whole. A write
+    may be made again after its commit, since its caller may not know that the commit succeeded.
 
     Args:
         stored: The attempt in the ledger, None if there is none.
@@ -84,12 +89,10 @@ def may_follow(stored: Attempt | None, write: Write, *, now: float, is_held: boo
     new = write.attempt
     if write.is_claim:
         return stored is None or (stored.owner == new.owner and stored.phase is RecordPhase.CLAIMED)
-    if stored is None or stored.owner != new.owner or RANK[new.phase] < RANK[stored.phase]:
+    if stored is None or stored.owner != new.owner or new.rank < stored.rank:
         return False
-    is_repeated = new.record == stored.record
-    if not is_repeated and write.expected not in (None, stored.phase):
-        return False
-    if write.is_first and (is_held or (stored.is_final and not is_repeated)):
+    has_changed = write.expected not in (None, stored.phase) or (write.is_first and stored.is_final)
+    if (has_changed and new.record != stored.record) or (write.is_first and is_held):
         return False
     may_be_sent = stored.posts_until is not None and stored.posts_until > now
     match stored.phase:

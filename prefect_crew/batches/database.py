@@ -457,12 +457,6 @@ UNHURRIED = 0.05
 """Seconds that a write which is not urgent may wait for others."""
 
 
-@dataclass(slots=True, eq=False)
-class _Pending:
-    write: Write
-    done: asyncio.Future[bool]
-
-
 class GroupWriter:
     """Writes attempts of one batch, on one event loop.
 
@@ -483,14 +477,15 @@ class GroupWriter:
             sa.select(*_READ).select_from(keys.outerjoin(attempts, own)),
             sa.select(*_READ).select_from(kickoffs.outerjoin(attempts, attempts.c.kickoff == kickoffs.c.value)),
         )
-        # A row in conflict has other inputs than its run had, whose end is not the state of the row.
+        # A row in conflict has other inputs than its run had, whose end is not the state of the row. The UPDATE leaves
+        # it out: for a decision in Python, each commit would have to read the rows as well as the attempts.
         is_ours = rows.c.state != str(RowState.CONFLICT)
         moved = (rows.c.batch == batch, database.is_one_of(rows.c.row_key, "keys"), is_ours)
         latest: dict[str, Any] = {"attempt": sa.bindparam("latest"), "state": sa.bindparam("now")}
         self._follow = sa.update(rows).where(*moved).values(latest)
         self.retry_for = 120.0
         self.commits = 0
-        self._pending: list[_Pending] = []
+        self._pending: list[tuple[Write, asyncio.Future[bool]]] = []
         self._is_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
@@ -516,14 +511,14 @@ class GroupWriter:
         if self._is_closed:
             raise LedgerError("is closed.", ledger=self._database.address)
         loop = asyncio.get_running_loop()
-        pending = _Pending(write, loop.create_future())
-        self._pending.append(pending)
+        done = loop.create_future()
+        self._pending.append((write, done))
         if urgent:
             self._write_soon()
         elif self._timer is None:
             self._timer = loop.call_later(UNHURRIED, self._write_soon)
         # If the caller is cancelled here, its write is still committed: only nobody waits for the answer.
-        return await pending.done
+        return await done
 
     def _write_soon(self) -> None:
         self._is_due = True
@@ -540,14 +535,14 @@ class GroupWriter:
             if group:
                 await self._write_group(group)
 
-    async def _write_group(self, group: Sequence[_Pending]) -> None:
+    async def _write_group(self, group: Sequence[tuple[Write, asyncio.Future[bool]]]) -> None:
         """Commit a group, and tell the caller of each write whether the ledger took it.
 
         This commits even if all tasks are cancelled at the end of a process, because the group may hold the ids of
         kickoffs that a server has just answered. A commit of unknown success is repeated, which changes nothing: a
         stored claim has its owner, and `may_follow` takes a repeated update.
         """
-        writes = [pending.write for pending in group]
+        writes = [write for write, _ in group]
         answers, failure, ending = list[bool](), None, None
         while True:
             try:
@@ -562,14 +557,14 @@ class GroupWriter:
                 ending = None if isinstance(error, Exception) else error
             break
         self.commits += 1
-        for number, pending in enumerate(group):
-            if pending.done.done():
+        for number, (_, done) in enumerate(group):
+            if done.done():
                 continue
             if failure is None:
-                pending.done.set_result(answers[number])
+                done.set_result(answers[number])
             else:
-                pending.done.set_exception(failure)
-                pending.done.exception()  # a caller that was cancelled does not read it
+                done.set_exception(failure)
+                done.exception()  # a caller that was cancelled does not read it
         if ending is not None:
             raise ending
 

@@ -124,6 +124,11 @@ class Outcome(BaseModel):
         forgotten the run is not final: an end that the server reports later replaces the declaration."""
         return self.phase is RecordPhase.ENDED and self.state is not CrewState.UNKNOWN
 
+    @property
+    def rank(self) -> tuple[int, bool]:
+        """The rank of the outcome: of two that disagree, the higher one counts."""
+        return RANK[self.phase], self.is_final
+
     def outcome(self) -> dict[str, Any]:
         """Return these fields alone."""
         return {name: getattr(self, name) for name in Outcome.model_fields}
@@ -258,10 +263,6 @@ RANK = {
 """The rank of a phase if two entries of one claim disagree: a kickoff id is stronger than "no run started"."""
 
 
-def _rank(outcome: Outcome) -> tuple[int, bool]:
-    return RANK[outcome.phase], outcome.is_final
-
-
 def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecord:
     """Return the record that a claim and the entries of its log make together.
 
@@ -277,10 +278,10 @@ def fold(record: RunRecord, entries: Sequence[Entry], *, age: float) -> RunRecor
     update: dict[str, Any] = {"entries": len(entries), "open_for": max(0.0, record.good_for - age)}
     phase = record.phase
     if entries:
-        strongest, last = max(entries, key=_rank), entries[-1]
+        strongest, last = max(entries, key=lambda entry: entry.rank), entries[-1]
         update["strongest"] = strongest
         update["open_for"] = max(0.0, last.good_for + record.post_deadline + SPARE - last.age)
-        if _rank(strongest) > _rank(record):
+        if strongest.rank > record.rank:
             update |= strongest.outcome()
             phase = strongest.phase
     if phase not in (RecordPhase.CLAIMED, RecordPhase.UNCERTAIN):

@@ -69,6 +69,12 @@ def test_the_table_of_what_may_follow_what(before: RecordPhase, after: RecordPha
         assert may_follow(None, claim, now=NOW)
 
 
+def test_a_lost_run_has_no_end_that_replaces_an_end_of_its_server():
+    seen, lost = (attempt(ENDED, kickoff="1", state=state) for state in (RowState.COMPLETED, RowState.LOST))
+    assert not may_follow(seen, Write(lost, by_owner=True), now=NOW)
+    assert may_follow(lost, Write(seen), now=NOW)
+
+
 def test_the_writes_of_one_commit_are_made_in_their_order():
     stored = [attempt(CLAIMED, posts_until=NOW + 5.0)]
     writes = [
