@@ -14,9 +14,10 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from copyreg import dispatch_table
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -93,10 +94,6 @@ class Dataset:
     digest: Callable[[], str] | None = None
 
 
-class ThreadBoundError(DatasetError):
-    """A driver refuses to read a cursor in another thread than its own. No row was read."""
-
-
 def open_dataset(
     source: Any,
     *,
@@ -121,11 +118,8 @@ def open_dataset(
             raise DatasetError(
                 f"cannot have the delimiter {delimiter!r}. Give one character, no quote and no line end.", source=name
             )
-
-        def read() -> Iterator[Row]:
-            return _read_file(file, kind, encoding, delimiter)
-
-        return Dataset(name, read, address, kind, encoding, delimiter, file.digest)
+        rows_of_file = partial(_read_file, file, kind, encoding, delimiter)
+        return Dataset(name, rows_of_file, address, kind, encoding, delimiter, file.digest)
     kind_name = cast("type[Any]", type(source)).__name__
     library = cast("type[Any]", type(source)).__module__.partition(".")[0]
     if _is_frame(source):
@@ -154,9 +148,11 @@ async def aopen_dataset(source: Any, **options: Any) -> Dataset:
     is_wanted = True
     reading = asyncio.ensure_future(asyncio.to_thread(_spooled, source, lambda: is_wanted))
     try:
-        with suppress(ThreadBoundError):
-            if (dataset := await asyncio.shield(reading)) is not None:
-                return dataset
+        if (dataset := await asyncio.shield(reading)) is not None:
+            return dataset
+    except DatasetError as error:
+        if "same thread" not in error.reason:  # the text of sqlite3, and of libraries like it; no row was read
+            raise
     finally:
         is_wanted = False
         await asyncio.wait({reading})
@@ -297,13 +293,9 @@ class _File:
         """Yield the file, decompressed by its extension, and a check that raises DatasetError if the file changed."""
         is_stored = self._path is not None or self._is_http
         compression = _fsspec.utils.infer_compression(self.address.partition("?")[0]) if is_stored else None
-        with self.fetch().open("rb") as file:
-
-            def check() -> None:
-                self._check(os.fstat(file.fileno()))
-
-            with _decompressed(file, compression, self.name) as content:
-                yield content if hasattr(content, "read1") else io.BufferedReader(content), check
+        with self.fetch().open("rb") as file, _decompressed(file, compression, self.name) as content:
+            buffered = content if hasattr(content, "read1") else io.BufferedReader(content)
+            yield buffered, lambda: self._check(os.fstat(file.fileno()))
 
 
 def _decompressed(file: IO[bytes], compression: str | None, name: str) -> Any:
@@ -614,7 +606,7 @@ class Spool:
 def _spooled(source: Any, is_wanted: Callable[[], bool] = lambda: True) -> Dataset | None:
     """Read a source that can be read once, part by part while `is_wanted`. Return None for a source of another kind.
 
-    Raises ThreadBoundError, DatasetError.
+    Raises DatasetError.
     """
     if isinstance(source, str | os.PathLike) or _is_frame(source):
         return None
@@ -624,12 +616,7 @@ def _spooled(source: Any, is_wanted: Callable[[], bool] = lambda: True) -> Datas
         if (contents := _parts_of(source, spool.name)) is None:
             return None
         columns, parts = contents
-        try:
-            spool.fill(columns, takewhile(lambda _: is_wanted(), parts))
-        except Exception as error:
-            if "same thread" not in (problem := told(error, "")):  # the text of sqlite3, and of libraries like it
-                raise
-            raise ThreadBoundError(f"cannot be read: {problem}.", source=spool.name) from None
+        spool.fill(columns, takewhile(lambda _: is_wanted(), parts))
     return Dataset(spool.name, spool.rows)
 
 
@@ -659,21 +646,11 @@ def _parts_of(source: Any, name: str) -> tuple[Sequence[str], Iterable[Sequence[
             return None
         if source.description is None:
             raise DatasetError("has no rows: execute a query that returns rows, and give its cursor.", source=name)
-        return [str(column[0]) for column in source.description], _fetched(source)
+        return [str(column[0]) for column in source.description], iter(lambda: source.fetchmany(PART) or None, None)
     try:
         reader = import_module("pyarrow").RecordBatchReader.from_stream(source)
     except ImportError:
         frame = polars(name).DataFrame(source)  # as a whole: polars reads no part of a stream
         return frame.columns, (part.rows() for part in frame.iter_slices(PART))
-    return reader.schema.names, _arrow_parts(reader)
-
-
-def _fetched(cursor: Any) -> Iterator[Sequence[Any]]:
-    while part := cursor.fetchmany(PART):
-        yield part
-
-
-def _arrow_parts(reader: Any) -> Iterator[Sequence[Any]]:
-    for batch in reader:
-        for start in range(0, batch.num_rows, PART):
-            yield batch.slice(start, PART).to_pylist()
+    slices = (batch.slice(start, PART) for batch in reader for start in range(0, batch.num_rows, PART))
+    return reader.schema.names, (part.to_pylist() for part in slices)
