@@ -237,16 +237,10 @@ class Output:
 
     def _write_parquet(self, lines: Path, new: Path) -> None:
         library: Any = polars("Parquet")
-        types_of: dict[type, Any] = {
-            int: library.Int64,
-            float: library.Float64,
-            bool: library.Boolean,
-            date: library.Date,
-            datetime: library.Datetime("us", "UTC"),
-            str: library.String,
-        }
         schema = dict.fromkeys(COLUMNS, library.String) | {"seconds": library.Float64}
-        schema |= {f"data_{name}": types_of[kind] for name, kind in self._fields().items()}
+        for name, kind in self._fields().items():
+            is_time = kind is datetime
+            schema[f"data_{name}"] = library.Datetime("us", "UTC") if is_time else getattr(library, _KINDS[kind][0])
         library.scan_ndjson(lines, schema=schema).sink_parquet(new)
 
 
@@ -326,7 +320,7 @@ class TableOutput(Output):
 
     def _results(self, consequence: str = KEPT) -> SqlTable:
         columns = dict.fromkeys(COLUMNS, sa.Text()) | {"key": sa.String(255), "seconds": sa.Float()}
-        columns |= {f"data_{name}": _SQL_TYPES[kind] for name, kind in self._fields().items()}
+        columns |= {f"data_{name}": _KINDS[kind][1] for name, kind in self._fields().items()}
         return self._table(self._place, columns, consequence)
 
     def _pages(self, file: IO[bytes]) -> Iterator[list[dict[str, Any]]]:
@@ -352,24 +346,24 @@ def _moment(text: str | None, kind: type) -> Any:
         return None
 
 
-_SQL_TYPES: dict[type, Any] = {
-    int: sa.BigInteger(),
-    float: sa.Float(),
-    bool: sa.Boolean(),
-    date: sa.Date(),
-    datetime: sa.DateTime(timezone=True),
-    str: sa.Text(),
+_KINDS: dict[type, tuple[str, Any, TypeAdapter[Any]]] = {
+    int: ("Int64", sa.BigInteger(), TypeAdapter(Annotated[int, Field(ge=-(2**63), lt=2**63)])),
+    float: ("Float64", sa.Float(), TypeAdapter(float)),
+    bool: ("Boolean", sa.Boolean(), TypeAdapter(bool)),
+    date: ("Date", sa.Date(), TypeAdapter(date)),
+    datetime: ("Datetime", sa.DateTime(timezone=True), TypeAdapter(datetime)),
+    str: ("String", sa.Text(), TypeAdapter(str)),
 }
-_CELLS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (float, bool, date, datetime)}
-_CELLS[int] = TypeAdapter(Annotated[int, Field(ge=-(2**63), lt=2**63)])
+"""The types of columns of fields: their names in polars, their types in SQL, and what checks their values."""
 
 
 def _cell(value: Any, kind: type) -> Any:
     """Return a value in the type of a Parquet column, None if the value does not fit. `data` has the value anyway."""
     if kind is str:
         return value if value is None or isinstance(value, str) else to_json(value).decode()
+    adapter = _KINDS[kind][2]
     try:
-        return _CELLS[kind].dump_python(_CELLS[kind].validate_python(value), mode="json")
+        return adapter.dump_python(adapter.validate_python(value), mode="json")
     except ValidationError:
         return None
 
@@ -379,4 +373,4 @@ def _plain_type(annotation: Any) -> type:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         parts = [part for part in typing.get_args(annotation) if part is not type(None)]
         annotation = parts[0] if len(parts) == 1 else str
-    return annotation if annotation in (int, float, bool, date, datetime) else str
+    return annotation if annotation in (*_KINDS,) else str
