@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mappi
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 import sqlalchemy as sa
@@ -74,14 +74,6 @@ class LedgerRow:
         if self.state is RowState.CONFLICT:
             return CONFLICT_REASON
         return None if self.record is None else self.record.error or self.record.reason
-
-
-class RunTimes(NamedTuple):
-    """The durations in seconds of a batch's ended runs; None if no run has ended."""
-
-    mean: float | None = None
-    median: float | None = None
-    longest: float | None = None
 
 
 class Ledger:
@@ -284,20 +276,23 @@ class Ledger:
         """Return whether the batch has reached no row yet."""
         return not await self._rows(sa.select(rows.c.row_key).where(rows.c.batch == self.batch).limit(1))
 
-    async def run_times(self) -> RunTimes:
-        """Return the durations of ended runs, each from its kickoff to the moment when we saw its end."""
+    async def run_times(self) -> tuple[float | None, float | None, float | None]:
+        """Return the mean, the median and the longest duration of ended runs, in seconds; None if no run has ended.
+
+        A duration is from the kickoff to the moment when we saw the end.
+        """
         ended = (attempts.c.batch == self.batch, attempts.c.seconds.is_not(None))
         figures = (sa.func.count(), sa.func.avg(attempts.c.seconds), sa.func.max(attempts.c.seconds))
         ((count, mean, longest),) = await self._rows(sa.select(*figures).where(*ended))
         if not count:
-            return RunTimes()
+            return None, None, None
         ordered = sa.select(attempts.c.seconds).where(*ended).order_by(attempts.c.seconds).limit(1)
         median = (await self._rows(ordered.offset((count - 1) // 2)))[0][0]
-        return RunTimes(float(mean), float(median), float(longest))
+        return float(mean), float(median), float(longest)
 
     async def spending(self) -> Spending:
         """Return the usage and cost of all runs that have ended."""
-        (sums,) = await self._rows(sa.select(*_SPENT).where(*self._ended))
+        (sums,) = await self._rows(sa.select(*_SPENT).where(*self._in(RecordPhase.ENDED)))
         return _spending(sums)
 
     async def spending_by_day(self) -> list[tuple[str, str | None, Spending]]:
@@ -312,17 +307,14 @@ class Ledger:
             return sa.case((at > 0, sa.func.substr(text, at + begin, length)))
 
         day, flow_run = after("ended_at", 10), after("flow_run_id", 36)
-        query = sa.select(day, flow_run, *_SPENT).where(*self._ended).group_by(day, flow_run).order_by(day)
+        ended = self._in(RecordPhase.ENDED)
+        query = sa.select(day, flow_run, *_SPENT).where(*ended).group_by(day, flow_run).order_by(day)
         return [(str(on), by, _spending(sums)) for on, by, *sums in await self._rows(query)]
-
-    @property
-    def _ended(self) -> tuple[sa.ColumnElement[bool], ...]:
-        return attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.ENDED)
 
     async def label(self) -> str | None:
         """Return the crew's name for people; None before the first run."""
-        records = await self._rows(sa.select(attempts.c.record).where(attempts.c.batch == self.batch).limit(1))
-        return _record(records[0][0]).crew if records else None
+        records = await self._records(attempts.c.batch == self.batch, limit=1)
+        return records[0].crew if records else None
 
     # The record protocol.
 
@@ -394,7 +386,7 @@ class Ledger:
         mine = record.owner in self._own_claims
         if await self._write(record, is_first=True):
             return None
-        for held in await self._of_kickoff(str(record.kickoff_id)):
+        for held in await self._records(attempts.c.kickoff == digest(str(record.kickoff_id), 64)):
             if (held.idempotency_key, held.attempt) != (record.idempotency_key, record.attempt):
                 self._own_claims.add(record.owner)  # it is still our claim, and its end has to be written
                 return held.idempotency_key
@@ -421,14 +413,14 @@ class Ledger:
     async def _raise_unsaved(self, record: RunRecord, mine: bool) -> None:
         if record.phase is RecordPhase.CLAIMED and mine:
             raise ClaimLostError
-        records = await self._rows(sa.select(attempts.c.record).where(*self._attempt(attempts, record)))
+        records = await self._records(*self._attempt(attempts, record))
         place = f"row {self.row_key(record.idempotency_key)!r} of batch {self.batch!r}"
         if not records:
             raise RunNotFoundError(
                 name=record.idempotency_key,
                 advice=f"The ledger {self.address} does not hold attempt {record.attempt} at {place}.",
             )
-        stored = _record(records[0][0])
+        stored = records[0]
         state = f"{stored.phase}{f', run {stored.kickoff_id}' if stored.kickoff_id else ''}"
         if not mine:
             raise ResolveError(f"{place[:1].upper()}{place[1:]} is {state} in the ledger. Nothing was changed.")
@@ -459,20 +451,15 @@ class Ledger:
 
     async def attempts_of(self, row_keys: Sequence[str]) -> dict[str, list[RunRecord]]:
         """Return the attempts at up to `PAGE` rows by row key; rows without an attempt are left out."""
-        query = sa.select(attempts.c.row_key, attempts.c.record, self._left).order_by(attempts.c.attempt)
-        query = query.where(attempts.c.batch == self.batch, attempts.c.row_key.in_(row_keys))
+        records = await self._records(attempts.c.batch == self.batch, attempts.c.row_key.in_(row_keys))
         by_row: dict[str, list[RunRecord]] = {}
-        for key, text, seconds in await self._rows(query):
-            by_row.setdefault(key, []).append(_record(text, seconds))
+        for record in sorted(records, key=lambda record: record.attempt):
+            by_row.setdefault(self.row_key(record.idempotency_key), []).append(record)
         return by_row
 
     async def of_kickoff(self, kickoff_id: str) -> RunRecord | None:
         """Return the attempt of any batch that holds a kickoff id, or None."""
-        return next(iter(await self._of_kickoff(kickoff_id)), None)
-
-    async def _of_kickoff(self, kickoff_id: str) -> list[RunRecord]:
-        query = sa.select(attempts.c.record).where(attempts.c.kickoff == digest(kickoff_id, 64))
-        return [_record(text) for (text,) in await self._rows(query)]
+        return next(iter(await self._records(attempts.c.kickoff == digest(kickoff_id, 64))), None)
 
     async def owner_ended(self, record: RunRecord) -> bool:
         """Return whether the owner of a claim is surely gone. If False, only the age of the claim decides."""
@@ -480,9 +467,7 @@ class Ledger:
 
     async def unresolved(self) -> list[RunRecord]:
         """Return the claims and the uncertain attempts."""
-        phases = (str(RecordPhase.UNCERTAIN), str(RecordPhase.CLAIMED))
-        ours = (attempts.c.batch == self.batch, attempts.c.phase.in_(phases))
-        return [_record(*row) for row in await self._rows(sa.select(attempts.c.record, self._left).where(*ours))]
+        return await self._records(*self._in(RecordPhase.UNCERTAIN, RecordPhase.CLAIMED))
 
     async def note_orphaned(self) -> None:
         """Turn the claims of dead processes into uncertain attempts. Only the holder of the batch's lock may do so."""
@@ -495,16 +480,13 @@ class Ledger:
 
     async def in_flight(self) -> list[RunRecord]:
         """Return the runs in flight, also of rows that have left the data set or have other inputs now."""
-        ours = (attempts.c.batch == self.batch, attempts.c.phase == str(RecordPhase.STARTED))
-        return [_record(text) for (text,) in await self._rows(sa.select(attempts.c.record).where(*ours))]
+        return await self._records(*self._in(RecordPhase.STARTED))
 
     async def left_out(self, crew_url: str) -> list[RunRecord]:
         """Return the turns in flight on a crew's server whose rows have left the data set or have other inputs now."""
-        same = sa.and_(rows.c.batch == attempts.c.batch, rows.c.row_key == attempts.c.row_key)
+        own_row = (rows.c.batch == attempts.c.batch, rows.c.row_key == attempts.c.row_key)
         is_out = sa.or_(rows.c.number.is_(None), rows.c.state == str(RowState.CONFLICT))
-        query = sa.select(attempts.c.record).join(rows, same).where(attempts.c.batch == self.batch, is_out)
-        texts = await self._rows(query.where(attempts.c.phase == str(RecordPhase.STARTED)))
-        records = [_record(text) for (text,) in texts]
+        records = await self._records(*self._in(RecordPhase.STARTED), *own_row, is_out)
         return [record for record in records if record.session is not None and record.crew_url == crew_url]
 
     async def may_ask(self) -> AsyncIterator[RunRecord]:
@@ -538,6 +520,15 @@ class Ledger:
     def _attempt(self, table: sa.Table, record: RunRecord) -> tuple[sa.ColumnElement[bool], ...]:
         row = table.c.row_key == self.row_key(record.idempotency_key)
         return table.c.batch == self.batch, row, table.c.attempt == record.attempt
+
+    def _in(self, *phases: RecordPhase) -> tuple[sa.ColumnElement[bool], ...]:
+        """Return the conditions that an attempt is of this batch and in one of these phases."""
+        return attempts.c.batch == self.batch, attempts.c.phase.in_([str(phase) for phase in phases])
+
+    async def _records(self, *where: sa.ColumnElement[bool], limit: int | None = None) -> list[RunRecord]:
+        """Return the attempts that fulfil these conditions, in any order."""
+        query = sa.select(attempts.c.record, self._left).where(*where).limit(limit)
+        return [_record(*row) for row in await self._rows(query)]
 
     async def _rows(self, query: Any) -> list[Any]:
         return await self._run(lambda connection: list(cast("Any", connection.execute(query))), "read")
@@ -609,7 +600,7 @@ def _masked(job: RowJob, crew: Crew) -> str:
     return to_json(inputs, inf_nan_mode="null", serialize_unknown=True).decode()
 
 
-def _record(text: str, seconds: float | None = None) -> RunRecord:
+def _record(text: str, seconds: float | None) -> RunRecord:
     # In a ledger a claim is its permit as well, which saves a write for each row.
     return RunRecord.model_validate_json(text).model_copy(
         update={"entries": 1, "open_for": max(0.0, float(seconds or 0))}

@@ -102,8 +102,8 @@ MISFIT_WITHOUT_REASONS = "The result does not fit the output type. The reasons m
 """The error of a row whose result was masked: a user's validator may quote a secret in other words than the crew."""
 
 
-def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) -> RowState:
-    """Note in the record of a completed run whether its result fits `output_type`; return the state of its row."""
+def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) -> None:
+    """Note in the record of a completed run whether its result fits `output_type`."""
     if record.state is CrewState.COMPLETED:
         record.error = None
         if output_type is not None and record.result is not None:
@@ -111,7 +111,6 @@ def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) 
                 parse_data(record.completed(record.result.result(run.kickoff_id)), output_type, run=run)
             except OutputTypeError as error:
                 record.error = str(error)[:ERROR_CAP]
-    return state_of(record)
 
 
 def kickoffs_of(attempts: Sequence[RunRecord]) -> int:

@@ -81,7 +81,6 @@ class RowJob:
     """One row, ready to be kicked off. `number` counts rows from 0."""
 
     number: int
-    line: int
     key: str
     inputs: Inputs
 
@@ -166,7 +165,7 @@ class RowPlan:
         with closing(_Keys()) as secrets:
             for row, job in self._read():
                 if isinstance(job, RowJob):
-                    self._check_secrets(job, secrets)
+                    self._check_secrets(row, job.inputs, secrets)
                     total += 1
                     digest = hashlib.sha256(f"{job.key}\0{job.inputs.digest}".encode()).digest()
                     fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
@@ -199,19 +198,18 @@ class RowPlan:
         finally:
             keys.close()
 
-    def _check_secrets(self, job: RowJob, secrets: _Keys) -> None:
+    def _check_secrets(self, row: Row, inputs: Inputs, secrets: _Keys) -> None:
         """Refuse a data set without keys in which only secrets tell two rows apart.
 
         In another order of the rows, or if one were left out, each would be taken for the other. The second reading
         does not ask again: a function may then give a fresh token.
         """
-        inputs = job.inputs
         if self._options.key is not None or not (inputs.secret_names or self._crew.secret_inputs):
             return
         text = hash(to_json({name: inputs.encoded[name] for name in sorted(inputs.secret_names)}))
         if secrets.put(inputs.digest, text) not in (None, text):
             reason = "equals an earlier row but for its secret inputs. Give the rows a key."
-            raise DatasetError(reason, source=self.dataset.name, line=job.line)
+            raise DatasetError(reason, source=self.dataset.name, line=row.line)
 
     def _masked_reason(self, row: Row, error: Exception) -> str:
         try:
@@ -240,7 +238,7 @@ class RowPlan:
             self._check_shown(inputs, "key", key)
             if (earlier := keys.put(key, row.line)) is not None:
                 raise ConfigurationError(f"has the key {key!r} of line {earlier} again")
-        return RowJob(number, row.line, key, inputs)
+        return RowJob(number, key, inputs)
 
     def _check_shown(self, inputs: Inputs, what: str, text: str) -> None:
         if inputs.secret_names and Redactor(inputs.secret_values).hides(text):

@@ -292,7 +292,8 @@ async def aplan_batch(
     if not where.is_missing:
         async with Ledger(where.full, job.name) as stored:
             done = sum(count for state, count in (await stored.counts()).items() if state.is_final)
-            duration = (await stored.run_times()).mean if duration is None else duration
+            mean, _, _ = await stored.run_times()
+            duration = mean if duration is None else duration
             spent = await stored.spending()
             if each is None and spent.cost is not None:
                 each = spent.cost / spent.priced

@@ -280,7 +280,7 @@ class Runner:
     async def _wait_for_left_out(self, record: RunRecord) -> None:
         """Wait for a run whose row no call runs any more, so that the rows of its session can go on."""
         inputs = self.session.crew.take(Inputs.of({}), session=record.session)
-        job = RowJob(-1, 0, self.ledger.row_key(record.idempotency_key), inputs)
+        job = RowJob(-1, self.ledger.row_key(record.idempotency_key), inputs)
         async with self._turns.of(job):
             try:
                 await self.throttle.found(job.key)

@@ -84,7 +84,7 @@ class StoredBatch:
             expired = sum(run.phase is RecordPhase.CLAIMED and not run.open_for for run in await ledger.unresolved())
             expired = min(expired, counts[RowState.CLAIMED])
             counts.update({RowState.UNCERTAIN: expired, RowState.CLAIMED: -expired})
-        times = await ledger.run_times()
+        _, median, longest = await ledger.run_times()
         stopped = ledger.rows_in([RowState.STOPPED])
         return BatchStatus(
             name=self.name,
@@ -99,8 +99,8 @@ class StoredBatch:
             left=max(0, entry.total - counts.total()) + counts[RowState.PENDING],
             kickoffs=await ledger.kickoffs(),
             states={str(state): count for state, count in counts.items() if count},
-            median=times.median,
-            longest=times.longest,
+            median=median,
+            longest=longest,
             export=self._call.get("export"),
             ledger=ledger.address,
             running=await BatchLock(ledger.database, self.name).is_taken(),

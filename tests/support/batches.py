@@ -83,7 +83,7 @@ def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> Ru
 
 async def enter(ledger: Ledger, *keys: str) -> None:
     """Write rows of a data set into a ledger, in this order."""
-    jobs = [RowJob(number, number + 1, key, Inputs.of({"topic": key})) for number, key in enumerate(keys)]
+    jobs = [RowJob(number, key, Inputs.of({"topic": key})) for number, key in enumerate(keys)]
     for start in range(0, len(jobs), PAGE):
         await ledger.enter_rows(jobs[start : start + PAGE], CREW)
 
