@@ -95,13 +95,23 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Checked:
-    """The result of the first reading of a data set. `order` depends on the rows' order, `fingerprint` does not."""
+    """The result of the first reading of a data set. `order` depends on the rows' order, `fingerprint` does not.
+
+    `source` is the digest of the sources of the rows (`RowPlan.source`).
+    """
 
     total: int
     fingerprint: str
     order: str
     bad: Sequence[BadRow] = ()
     bad_count: int = 0
+    source: str | None = None
+
+    @property
+    def stored(self) -> dict[str, Any] | None:
+        """The result for a later call of the same source; None if each call has to read the rows."""
+        facts = {"total": self.total, "fingerprint": self.fingerprint, "order": self.order, "source": self.source}
+        return None if self.source is None or self.bad_count else facts
 
 
 class RowPlan:

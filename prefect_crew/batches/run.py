@@ -9,10 +9,10 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial, wraps
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, Unpack, cast
 
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -409,17 +409,17 @@ class _Batch:
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Check the rows, take the lock, and bind the batch's name to its ledger. Raises CrewError."""
-        job, options, ledger, lock = self.job, self.job.options, self.ledger, self.lock
+        job, ledger = self.job, self.ledger
         webhooks_for(job.crew, job.name)  # raises if settings make no sense, before anything is started
         cost_of(job.crew.price, ONE_TOKEN)  # raises if it is the price of an unknown model
         self._tell("checking")
         await stack.enter_async_context(self.session)
         expected = await expected_inputs(self.session)
-        self.plan = plan = RowPlan(job.dataset, options, job.crew, expected or ())
+        self.plan = RowPlan(job.dataset, job.options, job.crew, expected or ())
         # Whether the batch is ours is known before its rows are read, which may take minutes.
         await stack.enter_async_context(ledger)
-        await stack.enter_async_context(lock)
-        if not (await lock.take() or await lock.take(after=LOOK)):
+        await stack.enter_async_context(self.lock)
+        if not (await self.lock.take() or await self.lock.take(after=LOOK)):
             raise BatchBusyError(name=job.name)
         ledger.is_exclusive = True
         self.before = before = await ledger.entry()  # what the ledger knew before this call
@@ -429,44 +429,50 @@ class _Batch:
         if before is not None and before.call is not None:
             await ledger.note(call={**before.call, **by})  # reading the rows may take minutes
         self.exported = {} if before is None else before.exported or {}
+        rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
+        self.checked = await self._check_rows(rejected)
+        if version != await self.session.version():
+            version = None  # each answer differs, such as by a time, so another digest means no other deployment
+        self.progress.total = self.checked.total
+        if before is not None and job.options.on_change == "refuse":
+            await self._refresh()
+            self._refuse_changes(before, self.checked, version if self._may_start else None)
+        await self._enter({**by, "crew_version": version or _version_in(before)}, rejected)
+
+    async def _check_rows(self, rejected: IO[bytes]) -> Checked:
+        """Check the output, and every row unless the last export had the same rows. Raises CrewError."""
+        job, earlier = self.job, self.exported.get("checked")
         await self.output.open()
         is_new = whole_address(job.export) not in self.exported.get("exports", ())
         await asyncio.to_thread(self.output.check, job.name, is_new=is_new)
-        rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
-        source = await asyncio.to_thread(plan.source)
-        self.checked = self.exported.get("checked")
-        if self.checked is not None and self.checked["source"] == source and "order" in self.checked:
-            checked = Checked(self.checked["total"], self.checked["fingerprint"], self.checked["order"])
+        source = await asyncio.to_thread(self.plan.source)
+        if earlier is not None and earlier["source"] == source and "order" in earlier:
+            checked = Checked(**earlier)
         else:
-            checked = await asyncio.to_thread(plan.check, rejected)
-            is_kept = source is not None and not checked.bad_count
-            facts = {"total": checked.total, "fingerprint": checked.fingerprint, "order": checked.order}
-            self.checked = {"source": source, **facts} if is_kept else None
-        self.order = checked.order
-        if checked.bad and (options.on_bad_row == "refuse" or not checked.total):
+            checked = replace(await asyncio.to_thread(self.plan.check, rejected), source=source)
+        if checked.bad and (job.options.on_bad_row == "refuse" or not checked.total):
             alone = not checked.total
             raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
-        if not await lock.still_held():
+        if not await self.lock.still_held():
             raise BatchBusyError(name=job.name)
-        if version != await self.session.version():
-            version = None  # each answer differs, such as by a time, so another digest means no other deployment
-        self.progress.total = checked.total
-        if before is not None and options.on_change == "refuse":
-            await self._refresh()
-            self._refuse_changes(before, checked, version if self._may_start else None)
+        return checked
+
+    async def _enter(self, facts: Mapping[str, Any], rejected: IO[bytes]) -> None:
+        """Write to the ledger what this call is, and the rows that it cannot run. `facts` are more facts of the call."""
+        job, ledger, checked, before = self.job, self.ledger, self.checked, self.before
         call = plain_call(
             crew=job.crew.block,
             secret_inputs=job.crew.secret_inputs,
             dataset=job.dataset,
             export=job.export,
             ledger=job.ledger.public,
-            options=options,
+            options=job.options,
         )
         entry = await ledger.enter(
             crew_url=job.crew.url,
             fingerprint=checked.fingerprint,
             total=checked.total,
-            call={**call, **by, "crew_version": version or _version_in(before)},
+            call={**call, **facts},
             line_options=job.line_options,
         )
         await bind(entry, ledger, job.ledger.public)
@@ -479,10 +485,10 @@ class _Batch:
             await ledger.note_orphaned()
             self.throttle.kickoffs = await ledger.kickoffs()
             is_same = (before.fingerprint, before.crew_url) == (entry.fingerprint, entry.crew_url)
-            if not is_same or self.exported.get("order") != self.order:
+            if not is_same or self.exported.get("order") != checked.order:
                 if job.options.session is not None:
                     await note_before_rows_leave(ledger)
-                await ledger.enter_changed(plan.jobs(), job.crew)
+                await ledger.enter_changed(self.plan.jobs(), job.crew)
         self.kickoffs_before = self.throttle.kickoffs
 
     def _names_inputs(self, before: BatchEntry | None, expected: Sequence[CrewInput] | None) -> bool:
@@ -558,8 +564,8 @@ class _Batch:
         """Write the output, unless it is up to date."""
         address = whole_address(self.job.export)
         counts = {str(state): count for state, count in self.progress.counts.items()}
-        now = {"output": address, "counts": counts, "lines": self.job.line_options, "checked": self.checked}
-        now |= {"order": self.order, "kickoffs": await self.ledger.kickoffs()}
+        now = {"output": address, "counts": counts, "lines": self.job.line_options, "checked": self.checked.stored}
+        now |= {"order": self.checked.order, "kickoffs": await self.ledger.kickoffs()}
         if now.items() <= self.exported.items() and await asyncio.to_thread(self.output.exists):
             return
         # The file may have come into being since the start, by another batch, or by `batch export` of this one.
