@@ -321,7 +321,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             before.end("lost", "Another worker had taken the flow run, which came back.")
             await asyncio.wait({before.task})
         forget_calls(str(flow_run.id))
-        held = self._held[flow_run.id] = HeldFlowRun(flow_run, self._confirm)
+        held = self._held[flow_run.id] = HeldFlowRun(flow_run, self._confirm, self._work_pool_name, self.name)
         try:
             if task_status is not None:
                 task_status.started(self.identity)

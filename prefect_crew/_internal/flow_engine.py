@@ -88,13 +88,15 @@ down, or another worker has taken it."""
 
 @dataclass(eq=False)
 class HeldFlowRun:
-    """A flow run whose coroutine runs in this process.
+    """A flow run whose coroutine runs in this process, on a worker of a work pool.
 
     `confirm` runs before each write of a state. It ends the flow run if the server already has a reason to.
     """
 
     flow_run: FlowRun
     confirm: Callable[[HeldFlowRun, State[Any]], Awaitable[None]]
+    pool: str = ""
+    worker: str = ""
     ending: Ending | None = None
     reason: str = ""
     task: asyncio.Task[bool] | None = None

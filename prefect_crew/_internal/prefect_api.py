@@ -106,8 +106,10 @@ async def label_flow_run(*, name: str) -> None:
 
 
 class Held(Protocol):
-    """A flow run whose coroutine runs, or has run, on the crew worker of this process."""
+    """A flow run whose coroutine runs, or has run, on the crew worker of this process, named `worker`."""
 
+    pool: str
+    worker: str
     reason: str
     was_cancelled: bool
 

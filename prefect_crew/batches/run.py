@@ -23,7 +23,7 @@ from pydantic.errors import PydanticUserError
 from pydantic_core import to_json
 
 from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.batches.database import LedgerAddress, ledger_address
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, aopen_dataset, shown_address, whole_address
@@ -231,28 +231,19 @@ async def _check_ledger_is_shared(job: BatchJob) -> None:
 
     A later call finds its ledger, or raises LedgerMissingError. Raises ConfigurationError.
     """
-    context = FlowRunContext.get()
-    flow_run = None if context is None else context.flow_run
-    if flow_run is None or not job.ledger.is_local or await read_binding(job.name) is not None:
+    held = held_flow_run.get()
+    if held is None or not held.pool or not job.ledger.is_local or await read_binding(job.name) is not None:
         return
     async with get_client() as client:
-        while flow_run.work_pool_name is None and flow_run.parent_task_run_id is not None:  # a subflow has no pool
-            parent = (await client.read_task_run(flow_run.parent_task_run_id)).flow_run_id
-            if parent is None:
-                return
-            flow_run = await client.read_flow_run(parent)
-        pool = flow_run.work_pool_name
-        if pool is None or (await client.read_work_pool(pool)).type != "crew":
-            return
-        own = (flow_run.infrastructure_pid or "").rpartition("/")[0]
-        for worker in await client.read_workers_for_work_pool(pool):
-            if worker.name != own and worker.status == WorkerStatus.ONLINE:
-                raise ConfigurationError(
-                    f"Batch {job.name!r} has its ledger in a file of this machine ({job.ledger.public}), but the work "
-                    f"pool {pool} has a second worker, {worker.name}, which could not continue the batch. Give it a "
-                    "ledger in PostgreSQL: ledger='postgresql://…'. If that worker was stopped, wait until Prefect "
-                    "shows it as offline. Nothing was started."
-                )
+        workers = await client.read_workers_for_work_pool(held.pool)
+    for worker in workers:
+        if worker.name != held.worker and worker.status == WorkerStatus.ONLINE:
+            raise ConfigurationError(
+                f"Batch {job.name!r} has its ledger in a file of this machine ({job.ledger.public}), but the work pool "
+                f"{held.pool} has a second worker, {worker.name}, which could not continue the batch. Give it a "
+                "ledger in PostgreSQL: ledger='postgresql://…'. If that worker was stopped, wait until Prefect shows "
+                "it as offline. Nothing was started."
+            )
 
 
 @naming_prefect_away("Nothing was started.")
