@@ -7,12 +7,12 @@ import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, date, datetime
 from itertools import islice
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import IO, Annotated, Any, TypeVar, cast
 from urllib.parse import unquote
 from uuid import uuid4
 
@@ -26,9 +26,10 @@ from prefect_crew.batches.dataset import COMPRESSED, is_remote, polars, shown_ad
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
 from prefect_crew.batches.rows import rejected_name
-from prefect_crew.batches.tables import SQL, SqlDatabase, SqlTable
+from prefect_crew.batches.tables import SQL, SqlDatabase, is_there, table_of
 from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError, ExportError
 
+T = TypeVar("T")
 _fsspec = cast("Any", fsspec)
 COLUMNS = (
     *("key", "inputs", "state", "output", "data", "tasks"),
@@ -277,13 +278,24 @@ class TableOutput(Output):
 
         Several batches may share a table, also with equal names on two Prefect servers.
         """
-        if self._results(consequence).check(batch) and is_new:
+        results = self._results()
+
+        def work(connection: sa.Connection) -> bool:
+            self._prepare(connection, results, consequence)
+            has_rows = bool(connection.scalar(sa.select(sa.exists().where(results.c.batch == batch))))
+            # A wrong type of a column or a missing privilege raises now. The end of the work rolls all of it back.
+            row = dict.fromkeys(results.c.keys()) | {"key": ""}
+            self._database.replace(connection, results, uuid4().hex, [[row]])
+            return has_rows
+
+        if self._run(work, consequence) and is_new:
             advice = remedy if consequence == KEPT else f"choose another name or table, or {remedy}"
             raise ExportError(f"{self.name} has rows of another batch {batch!r}: {advice}. {consequence}")
 
     def exists(self) -> bool:
         """Return whether the table exists. Raises ExportError."""
-        return self._results().exists()
+        results = self._results()
+        return self._run(lambda connection: is_there(connection, results))
 
     async def write(self, ledger: Ledger) -> int:
         """Write the lines of all rows that have ended, in one transaction; return how many there are.
@@ -296,7 +308,7 @@ class TableOutput(Output):
                 count = await self._write_lines(ledger, file)
             # A cancellation closes the file, so that the thread cannot read on, and its transaction is rolled back.
             with lines.open("rb") as file:
-                await asyncio.to_thread(self._results().write, ledger.batch, self._pages(file))
+                await asyncio.to_thread(self._replace, self._results(), ledger.batch, self._pages(file))
         return count
 
     def write_rejected(self, lines: IO[bytes] | None, batch: str) -> None:
@@ -305,23 +317,32 @@ class TableOutput(Output):
         if lines is not None:
             lines.seek(0)
         bad = ({**row, "row": to_json(row["row"]).decode()} for row in map(from_json, lines or ()))
-        self._table(f"{self._place}_rejected", columns).write(batch, _paged(bad))
+        self._replace(table_of(f"{self._place}_rejected", columns), batch, _paged(bad))
 
-    def _table(self, place: str, columns: Mapping[str, Any], consequence: str = KEPT) -> SqlTable:
-        name = f"{SQL}{self._block}/{place}"
-        return SqlTable(
-            *(self._database, place, columns),
-            failure=lambda problem: ExportError(self._unwritten(problem, consequence)),
-            refusal=lambda difference: ExportError(
-                f"{name} exists already and is no table of exports with these columns: it {difference}. It was not "
-                f"changed. Choose another table. {consequence}"
-            ),
-        )
+    def _replace(self, table: sa.Table, batch: str, pages: Iterator[list[dict[str, Any]]]) -> None:
+        """Replace all rows of the batch in one transaction. An error, also of `pages`, leaves the table as it was."""
 
-    def _results(self, consequence: str = KEPT) -> SqlTable:
+        def work(connection: sa.Connection) -> None:
+            self._prepare(connection, table, KEPT)
+            self._database.replace(connection, table, batch, pages)
+            connection.commit()
+
+        self._run(work)
+
+    def _run(self, work: Callable[[sa.Connection], T], consequence: str = KEPT) -> T:
+        return self._database.run(work, lambda problem: ExportError(self._unwritten(problem, consequence)))
+
+    def _prepare(self, connection: sa.Connection, table: sa.Table, consequence: str) -> None:
+        if difference := self._database.prepare(connection, table):
+            raise ExportError(
+                f"{SQL}{self._block}/{table} exists already and is no table of exports with these columns: it "
+                f"{difference}. It was not changed. Choose another table. {consequence}"
+            )
+
+    def _results(self) -> sa.Table:
         columns = dict.fromkeys(COLUMNS, sa.Text()) | {"key": sa.String(255), "seconds": sa.Float()}
         columns |= {f"data_{name}": _KINDS[kind][1] for name, kind in self._fields().items()}
-        return self._table(self._place, columns, consequence)
+        return table_of(self._place, columns)
 
     def _pages(self, file: IO[bytes]) -> Iterator[list[dict[str, Any]]]:
         kinds = {f"data_{name}": kind for name, kind in self._fields().items() if kind in (date, datetime)}

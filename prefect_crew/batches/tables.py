@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 from urllib.parse import quote, unquote
-from uuid import uuid4
 
 import sqlalchemy as sa
 from prefect.exceptions import ObjectNotFound
@@ -98,6 +97,33 @@ class SqlDatabase:
             problem = self._redact(told(error, ""))
         raise failure(problem)  # here, so that it has no context, whose frames hold parameters
 
+    def prepare(self, connection: sa.Connection, table: sa.Table) -> str | None:
+        """Make a table if there is none. Return the difference if there is one of other columns or another key."""
+        if self.kind == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")  # else Python's driver commits a new table at once
+        if not is_there(connection, table):
+            if self.kind == "postgresql":  # of two that make the table at once, the second waits, and has it
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock_key(f"prefect-crew/{table}"))))
+            table.create(connection, checkfirst=True)
+        inspector, place = sa.inspect(connection), (table.name, table.schema)
+        there = [str(column["name"]) for column in inspector.get_columns(*place)]
+        own = [column.name for column in table.c]
+        lacks, has = [name for name in own if name not in there], [name for name in there if name not in own]
+        key = inspector.get_pk_constraint(*place)["constrained_columns"]
+        if not lacks and not has and set(key) == {column.name for column in table.primary_key}:
+            return None
+        parts = [f"lacks {', '.join(lacks)}"] * bool(lacks) + [f"has {', '.join(has)}"] * bool(has)
+        return " and ".join(parts) or f"has the primary key {', '.join(key) or 'of no column'}"
+
+    def replace(
+        self, connection: sa.Connection, table: sa.Table, batch: str, pages: Iterable[Sequence[Mapping[str, Any]]]
+    ) -> None:
+        """Replace all rows of a batch in a table."""
+        connection.execute(sa.delete(table).where(table.c.batch == batch))
+        for page in pages:
+            if page:
+                connection.execute(sa.insert(table), [{**_storable(row), "batch": batch} for row in page])
+
     async def _run_async(self, work: Callable[[sa.Connection], T]) -> T:
         async with self._engine.connect() as connection:
             return await connection.run_sync(work)
@@ -141,89 +167,24 @@ async def open_query(address: str, render: Callable[[str], str] = str) -> Datase
     return Dataset(name, spool.rows, f"{SQL}{block}?query={quote(query)}", digest=spool.digest)
 
 
-class SqlTable:
-    """A table of a database in which a batch has its own rows, told apart by the column `batch`.
+def table_of(place: str, columns: Mapping[str, sa.types.TypeEngine[Any]]) -> sa.Table:
+    """Return the table `SCHEMA.TABLE`, or `TABLE`, in which a batch has its own rows, told apart by the column `batch`.
 
-    `columns` are its other columns and their types, of which the first identifies a row of the batch. Errors of the
-    database become the error that `failure` makes, a table of something else the error that `refusal` makes.
+    `columns` are its other columns and their types, of which the first identifies a row of the batch.
     """
+    schema, _, name = place.rpartition(".")
+    first = next(iter(columns))
+    return sa.Table(
+        name,
+        sa.MetaData(schema=schema or None),
+        sa.Column("batch", sa.String(255), primary_key=True),
+        *(sa.Column(column, kind, primary_key=column == first) for column, kind in columns.items()),
+    )
 
-    def __init__(
-        self,
-        database: SqlDatabase,
-        table: str,
-        columns: Mapping[str, sa.types.TypeEngine[Any]],
-        *,
-        failure: Callable[[str], CrewError],
-        refusal: Callable[[str], CrewError],
-    ) -> None:
-        schema, _, name = table.rpartition(".")
-        first = next(iter(columns))
-        self._database = database
-        self._failure = failure
-        self._refusal = refusal
-        self._table = sa.Table(
-            name,
-            sa.MetaData(schema=schema or None),
-            sa.Column("batch", sa.String(255), primary_key=True),
-            *(sa.Column(column, kind, primary_key=column == first) for column, kind in columns.items()),
-        )
-        self._key = {"batch": "", first: ""}
 
-    def exists(self) -> bool:
-        """Return whether the table exists."""
-        return self._database.run(self._is_there, self._failure)
-
-    def check(self, batch: str) -> bool:
-        """Make the table if there is none, write a row, and roll all that back. Return whether it has rows of `batch`.
-
-        So a wrong type of a column or a missing privilege raises now. The row's key is a text: only the table of
-        results can be checked so.
-        """
-
-        def work(connection: sa.Connection) -> bool:
-            self._prepare(connection)
-            own = sa.select(sa.exists().where(self._table.c.batch == batch))
-            has_rows = bool(connection.scalar(own))
-            self._replace(connection, uuid4().hex, [[dict.fromkeys(self._table.c.keys()) | self._key]])
-            return has_rows
-
-        return self._database.run(work, self._failure)
-
-    def write(self, batch: str, pages: Iterable[Sequence[Mapping[str, Any]]]) -> None:
-        """Replace all rows of the batch in one transaction. An error, also of `pages`, leaves the table as it was."""
-
-        def work(connection: sa.Connection) -> None:
-            self._prepare(connection)
-            self._replace(connection, batch, pages)
-            connection.commit()
-
-        self._database.run(work, self._failure)
-
-    def _replace(self, connection: sa.Connection, batch: str, pages: Iterable[Sequence[Mapping[str, Any]]]) -> None:
-        connection.execute(sa.delete(self._table).where(self._table.c.batch == batch))
-        for page in pages:
-            if page:
-                connection.execute(sa.insert(self._table), [{**_storable(row), "batch": batch} for row in page])
-
-    def _is_there(self, connection: sa.Connection) -> bool:
-        return sa.inspect(connection).has_table(self._table.name, self._table.schema)
-
-    def _prepare(self, connection: sa.Connection) -> None:
-        if self._database.kind == "sqlite":
-            connection.exec_driver_sql("BEGIN IMMEDIATE")  # else Python's driver commits a new table at once
-        if not self._is_there(connection):
-            if self._database.kind == "postgresql":  # of two that make the table at once, the second waits, and has it
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock_key(f"prefect-crew/{self._table}"))))
-            self._table.create(connection, checkfirst=True)
-        inspector, place = sa.inspect(connection), (self._table.name, self._table.schema)
-        there = [str(column["name"]) for column in inspector.get_columns(*place)]
-        own = [column.name for column in self._table.c]
-        lacks, has = [name for name in own if name not in there], [name for name in there if name not in own]
-        key = inspector.get_pk_constraint(*place)["constrained_columns"]
-        if lacks or has or set(key) != set(self._key):
-            parts = [f"lacks {', '.join(lacks)}"] * bool(lacks) + [f"has {', '.join(has)}"] * bool(has)
-            raise self._refusal(" and ".join(parts) or f"has the primary key {', '.join(key) or 'of no column'}")
+def is_there(connection: sa.Connection, table: sa.Table) -> bool:
+    """Return whether a table exists."""
+    return sa.inspect(connection).has_table(table.name, table.schema)
 
 
 def _storable(row: Mapping[str, Any]) -> dict[str, Any]:

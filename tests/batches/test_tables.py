@@ -24,7 +24,7 @@ from prefect_crew.batches.dataset import Dataset
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.output import COLUMNS, TableOutput, open_output
 from prefect_crew.batches.stored import open_stored_batch
-from prefect_crew.batches.tables import SqlTable, open_query
+from prefect_crew.batches.tables import open_query
 from prefect_crew.cli.batch import resume
 from prefect_crew.exceptions import BadRowsError, DatasetError, ExportError
 from prefect_crew.testing import CrewServerFactory
@@ -273,7 +273,8 @@ async def test_table_with_rows_of_another_batch_of_the_name_is_refused(
     batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
 ):
     server, name = crew_server(ECHO), f"nightly {uuid.uuid4().hex[:8]}"
-    await asyncio.to_thread((await opened(database))._results().write, name, lines(await opened(database), "old"))
+    output = await opened(database)
+    await asyncio.to_thread(output._replace, output._results(), name, lines(output, "old"))
     options: dict[str, Any] = {"name": name, "key": "topic", "ledger": str(tmp_path / "ledger.db")}
     rows = [{"topic": "tea"}]
     with pytest.raises(ExportError, match=f"has rows of another batch '{name}'.*Nothing was started"):
@@ -355,7 +356,7 @@ async def test_first_exports_at_once_make_one_table(database: StoredDatabase):
     names = [f"b{number}" for number in range(4)]
     outputs = {name: await opened(database) for name in names}  # an engine belongs to one event loop
     await asyncio.gather(
-        *(asyncio.to_thread(to._results().write, name, lines(to, "a")) for name, to in outputs.items()),
+        *(asyncio.to_thread(to._replace, to._results(), name, lines(to, "a")) for name, to in outputs.items()),
     )
     assert await database.run("SELECT batch FROM results ORDER BY batch") == [(name,) for name in names]
 
@@ -363,7 +364,7 @@ async def test_first_exports_at_once_make_one_table(database: StoredDatabase):
 async def test_line_that_the_ledger_has_no_more_leaves_the_table(database: StoredDatabase):
     output = await opened(database)
     for keys in (("a", "b"), ("b",)):
-        await asyncio.to_thread(output._results().write, "b", lines(output, *keys))
+        await asyncio.to_thread(output._replace, output._results(), "b", lines(output, *keys))
     assert await database.run("SELECT key FROM results") == [("b",)]
 
 
@@ -394,7 +395,7 @@ async def test_fields_of_the_type_are_columns_and_no_text_is_refused(database: S
     flat = list(lines(output, "a", data={**data, "places": ["Rome\0"]}, output="x\0"))
     encoded = [json.dumps(line).encode() + b"\n" for page in flat for line in page]
     pages = output._pages(encoded)  # type: ignore[arg-type]
-    await asyncio.to_thread(output._results().write, "b", pages)
+    await asyncio.to_thread(output._replace, output._results(), "b", pages)
     names = "output, data_nights, data_price, data_begins, data_booked, data_late, data_places"
     ((text, nights, price, begins, booked, late, places),) = await database.run(f"SELECT {names} FROM results")
     assert (text, nights, price, bool(late)) == ("x\ufffd", 2**62, 1.5, True)
@@ -406,14 +407,14 @@ async def test_time_that_no_zone_can_hold_is_null(database: StoredDatabase):
     output = await opened(database, Trip)
     flat = list(lines(output, "a", data={"booked": "9999-12-31T23:59:59-05:00"}))
     encoded = [json.dumps(line).encode() + b"\n" for page in flat for line in page]
-    await asyncio.to_thread(output._results().write, "b", output._pages(encoded))  # type: ignore[arg-type]
+    await asyncio.to_thread(output._replace, output._results(), "b", output._pages(encoded))  # type: ignore[arg-type]
     assert await database.run("SELECT key, data_booked FROM results") == [("a", None)]
 
 
 @pytest.mark.parametrize("kind", ["error", "database"])
 async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase, kind: str):
     output = await opened(database)
-    await asyncio.to_thread(output._results().write, "b", lines(output, "a", output="before"))
+    await asyncio.to_thread(output._replace, output._results(), "b", lines(output, "a", output="before"))
 
     def cut() -> Iterator[list[dict[str, Any]]]:
         yield from lines(output, "a", "b", output="after")
@@ -422,7 +423,7 @@ async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase,
         yield [{**dict.fromkeys(COLUMNS), "key": None, "tasks": []}]
 
     with pytest.raises(ExportError, match=r"results cannot be written: .*All results are in the ledger") as caught:
-        await asyncio.to_thread(output._results().write, "b", cut())
+        await asyncio.to_thread(output._replace, output._results(), "b", cut())
     assert "INSERT" not in str(caught.value)
     assert await database.run("SELECT key, output FROM results") == [("a", "before")]
 
@@ -440,16 +441,16 @@ async def test_export_whose_call_is_cancelled_leaves_the_table(
             while not file.closed:
                 pass
 
-    ended, write = threading.Event(), SqlTable.write
+    ended, replace = threading.Event(), TableOutput._replace
 
-    def write_noting_the_end(*arguments: Any) -> None:
+    def replace_noting_the_end(*arguments: Any) -> None:
         try:
-            write(*arguments)
+            replace(*arguments)
         finally:
             ended.set()
 
     monkeypatch.setattr(TableOutput, "_pages", pages)
-    monkeypatch.setattr(SqlTable, "write", write_noting_the_end)
+    monkeypatch.setattr(TableOutput, "_replace", replace_noting_the_end)
     async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
         await enter(ledger, *(f"k{number}" for number in range(500)))
         for number in range(500):
