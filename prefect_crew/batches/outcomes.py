@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Any
 
 from pydantic import BaseModel
 
+from prefect_crew.client.models import CrewStatus
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, OutputTypeError
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
-from prefect_crew.runs.run import WITHHELD, LiveRun, parse_data
+from prefect_crew.runs.run import WITHHELD, LiveRun, end_of, parse_data
 from prefect_crew.states import CrewState
 
 
@@ -102,15 +104,34 @@ MISFIT_WITHOUT_REASONS = "The result does not fit the output type. The reasons m
 """The error of a row whose result was masked: a user's validator may quote a secret in other words than the crew."""
 
 
-def judge(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) -> None:
-    """Note in the record of a completed run whether its result fits `output_type`."""
-    if record.state is CrewState.COMPLETED:
-        record.error = None
-        if output_type is not None and record.result is not None:
-            try:
-                parse_data(record.completed(record.result.result(run.kickoff_id)), output_type, run=run)
-            except OutputTypeError as error:
-                record.error = str(error)[:ERROR_CAP]
+def misfit(run: LiveRun, record: RunRecord, output_type: type[BaseModel] | None) -> str | None:
+    """Return why the result of a completed run does not fit `output_type`; None if it does."""
+    if output_type is not None and record.result is not None:
+        try:
+            parse_data(record.completed(record.result.result(run.kickoff_id)), output_type, run=run)
+        except OutputTypeError as error:
+            return str(error)[:ERROR_CAP]
+    return None
+
+
+def end_of_row(
+    run: LiveRun, record: RunRecord, status: CrewStatus, human: float, output_type: type[BaseModel] | None
+) -> dict[str, Any]:
+    """Return the end of a run, masked, and with an error if its result does not fit `output_type`; `human`: `end_of`.
+
+    The end has this error when it is saved, since the process may be killed right after.
+    """
+    if status.state is not CrewState.COMPLETED:
+        error = run.redact_text(status.error or "The crew gave no reason.")[:ERROR_CAP]
+        return end_of(run.crew, status, human, error, None)
+    stored = StoredResult.of(status.result())
+    withheld: dict[str, Any] = {"output": WITHHELD, "data": None, "tasks": []}
+    result = stored.model_copy(update=withheld) if run.is_blind else run.redact.model(stored)
+    end = end_of(run.crew, status, human, None, result)
+    unmasked = record.model_copy(update={**end, "result": stored})  # a masked email address is none
+    if (error := misfit(run, unmasked, output_type)) is not None:
+        end["error"] = error if result == stored else MISFIT_WITHOUT_REASONS
+    return end
 
 
 def kickoffs_of(attempts: Sequence[RunRecord]) -> int:

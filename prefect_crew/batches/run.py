@@ -188,7 +188,7 @@ async def arun_batch(
     """
     options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, options, name, export, ledger=ledger, **file)
+    job = await _batch_job(crew, dataset, options, name, export, ledger, **file)
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
 
     # Prefect stores parameters. This function carries all that must not or cannot be stored.
@@ -270,24 +270,14 @@ async def aplan_batch(
     """
     batch_options = BatchOptions(**options)
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, batch_options, name, export, ledger=ledger, **file)
+    job = await _batch_job(crew, dataset, batch_options, name, export, ledger, **file)
     async with CrewSession(job.crew) as session:
         plan = RowPlan(job.dataset, batch_options, job.crew, await expected_inputs(session) or ())
     checked = await asyncio.to_thread(plan.check)
-    done, duration, each, where = 0, seconds_per_run, cost_of(job.crew.price, None), job.ledger
-    if where.is_missing and (binding := await read_binding(job.name)) is not None:
-        # The batch has run with another export or ledger. Without its ledger the plan would count its rows again.
-        where = await ledger_address(str(binding.get("ledger")), "")
-        if where.is_missing:
-            raise LedgerMissingError(name=job.name, ledger=where.public)
-    if not where.is_missing:
-        async with Ledger(where.full, job.name) as stored:
-            done = sum(count for state, count in (await stored.counts()).items() if state.is_final)
-            mean, _, _ = await stored.run_times()
-            duration = mean if duration is None else duration
-            spent = await stored.spending()
-            if each is None and spent.cost is not None:
-                each = spent.cost / spent.priced
+    done, mean, spent = await _earlier_calls(job)
+    duration, each = mean if seconds_per_run is None else seconds_per_run, cost_of(job.crew.price, None)
+    if each is None and spent.cost is not None:
+        each = spent.cost / spent.priced
     rest = max(checked.total - done, 0)
     most = batch_options.max_in_flight or IN_FLIGHT
     seconds = None if duration is None else -(-rest // most) * duration
@@ -306,6 +296,25 @@ async def aplan_batch(
 
 
 plan_batch = sync_version(aplan_batch)
+
+
+async def _earlier_calls(job: BatchJob) -> tuple[int, float | None, Spending]:
+    """Return the number of rows that have ended in earlier calls, the mean duration of their runs, and their use.
+
+    Raises LedgerMissingError, LedgerError.
+    """
+    where = job.ledger
+    if where.is_missing and (binding := await read_binding(job.name)) is not None:
+        # The batch has run with another export or ledger. Without its ledger the plan would count its rows again.
+        where = await ledger_address(str(binding.get("ledger")), "")
+        if where.is_missing:
+            raise LedgerMissingError(name=job.name, ledger=where.public)
+    if where.is_missing:
+        return 0, None, Spending()
+    async with Ledger(where.full, job.name) as stored:
+        done = sum(count for state, count in (await stored.counts()).items() if state.is_final)
+        mean, _, _ = await stored.run_times()
+        return done, mean, await stored.spending()
 
 
 @dataclass(frozen=True)
@@ -342,9 +351,15 @@ def _digest_of(output_type: type[BaseModel]) -> str:
 
 
 async def _batch_job(
-    crew: DeployedCrew | Crew | str, dataset: Any, options: BatchOptions, name: str, export: str, **more: Any
+    crew: DeployedCrew | str,
+    dataset: Any,
+    options: BatchOptions,
+    name: str,
+    export: str,
+    ledger: str | None,
+    **file: Any,
 ) -> BatchJob:
-    """Return a call that is ready to be run or planned. `more` are its ledger, format, encoding and delimiter.
+    """Return a call that is ready to be run or planned. `file` has the format, encoding and delimiter of a file.
 
     Raises ConfigurationError, DatasetError.
     """
@@ -352,7 +367,7 @@ async def _batch_job(
     full, where = render_key(name, moment), render_key(str(export), moment)
     if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
         raise ConfigurationError(f"A batch needs a printable name of 1 to {MAX_NAME} characters, not {full[:60]!r}.")
-    address = await ledger_address(more.pop("ledger"), where)
+    address = await ledger_address(ledger, where)
 
     def render(text: str) -> str:
         return render_key(text, moment) if "{scheduled_start" in text else text
@@ -363,11 +378,11 @@ async def _batch_job(
                 "rows= is no option for a query: a second machine would run the query again and number other rows. Put "
                 "the range into the WHERE of the query. Nothing was started."
             )
-        if more != FILE_DEFAULTS:
-            raise ConfigurationError(f"{', '.join(more)} are options of files, not of a query. Nothing was started.")
+        if file != FILE_DEFAULTS:
+            raise ConfigurationError(f"{', '.join(file)} are options of files, not of a query. Nothing was started.")
         rows = await open_query(dataset, render)
     else:
-        rows = await aopen_dataset(render(dataset) if isinstance(dataset, str) else dataset, **more)
+        rows = await aopen_dataset(render(dataset) if isinstance(dataset, str) else dataset, **file)
     loaded_crew = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
     await check_estimates(loaded_crew)
     return BatchJob(loaded_crew, rows, options, full, where, address)
@@ -449,7 +464,7 @@ class _Batch:
         return checked
 
     async def _enter(self, facts: Mapping[str, Any], rejected: IO[bytes]) -> None:
-        """Write to the ledger what this call is, and the rows that it cannot run. `facts` are more facts of the call."""
+        """Write the call to the ledger, with these further facts, and the rows that cannot run. Raises CrewError."""
         job, ledger, checked, before = self.job, self.ledger, self.checked, self.before
         call = plain_call(
             crew=job.crew.block,

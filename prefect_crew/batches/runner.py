@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import islice
-from typing import Any
 from uuid import uuid4
 
 from prefect.context import FlowRunContext
@@ -23,14 +22,14 @@ from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import (
     CORRECTABLE,
     ERROR_CAP,
-    MISFIT_WITHOUT_REASONS,
     RETRYABLE,
     STOPPED_WITH_BATCH,
     RowState,
+    end_of_row,
     explain_lost,
     is_masked,
-    judge,
     kickoffs_of,
+    misfit,
     owed_to,
     state_of,
 )
@@ -58,14 +57,14 @@ from prefect_crew.exceptions import (
 from prefect_crew.records.budgets import note_exceeded
 from prefect_crew.records.decision import Caller, latest_start
 from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, secret_mark
+from prefect_crew.records.model import RecordPhase, RunRecord, secret_mark
 from prefect_crew.records.sessions import Turn
 from prefect_crew.runs.kickoff import start_run
 from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import WITHHELD, LiveRun, close_run, end_of
+from prefect_crew.runs.run import LiveRun, close_run
 from prefect_crew.runs.stop import close_stopped, is_cancelled, is_cancelled_on_server
 from prefect_crew.runs.turns import EarlierTurnError
 from prefect_crew.settings import CrewSettings
@@ -465,12 +464,12 @@ class Runner:
 
         The masks of a result may be the reason why it fits or does not: such a row stays in its state.
         """
-        judged = record.model_copy()
-        run = LiveRun(self.session, str(record.kickoff_id), judged, self._request(job))
-        judge(run, judged, self._options.output_type)
-        if judged.error != record.error and (self._options.output_type is None or not is_masked(record.result)):
-            record.error = judged.error
-            await self.ledger.save(record)
+        kind = self._options.output_type
+        if record.state is CrewState.COMPLETED and (kind is None or not is_masked(record.result)):
+            run = LiveRun(self.session, str(record.kickoff_id), record, self._request(job))
+            if (error := misfit(run, record, kind)) != record.error:
+                record.error = error
+                await self.ledger.save(record)
         return state_of(record)
 
     async def _without_result(
@@ -517,27 +516,14 @@ class Runner:
                     first_look=first_look,
                 )
                 status = status if waker is None else await waker.with_usage(status)
-        has_result = status.state is CrewState.COMPLETED
-        error = None if has_result else run.redact_text(status.error or "The crew gave no reason.")[:ERROR_CAP]
-        stored = result = None
-        if has_result:
-            stored = StoredResult.of(status.result())
-            withheld: dict[str, Any] = {"output": WITHHELD, "data": None, "tasks": []}
-            result = stored.model_copy(update=withheld) if run.is_blind else run.redact.model(stored)
-        end = end_of(run.crew, status, phases.human_seconds, error, result)
-        # Before the end is saved: a process may be killed right after, and has then saved that the result does not fit.
-        if has_result:
-            judged = record.model_copy(update={**end, "result": stored})  # a masked email address is none
-            judge(run, judged, self._options.output_type)
-            if judged.error is not None:
-                end["error"] = judged.error if result == stored else MISFIT_WITHOUT_REASONS
+        end = end_of_row(run, record, status, phases.human_seconds, self._options.output_type)
         if record.phase is RecordPhase.ENDED:  # our stop has closed it, and the status has more facts about the end
             for name, value in end.items():
                 setattr(record, name, value)
             await self.ledger.save(record)
         else:
             await close_run(record, self.ledger, end, lambda: run.view(status), settings=self._settings)
-        if has_result and self.first_poll is not None:
+        if status.state is CrewState.COMPLETED and self.first_poll is not None:
             self.first_poll.add(record)
 
     async def stop_runs(self, reason: str) -> None:
