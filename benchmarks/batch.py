@@ -4,7 +4,7 @@
     python benchmarks/batch.py loop --rows 1000 --seconds 1 --latency 0.2 --in-flight 500
 
 A crew of lean_server.py runs in another process, which counts its own CPU: below the wall time it limits nothing.
-`loop`, `clients`, `map` and `empty` are those of loops.py. A batch looks first when a run is surely over, as they do.
+`loop`, `clients` and `empty` are those of loops.py. A batch looks first when a run is surely over, as they do.
 Seconds and CPU are those of the work, without the import; memory is the peak of the process, with it. All but the loops
 need the Prefect server of PREFECT_API_URL.
 """
@@ -30,14 +30,13 @@ async def batch(given: argparse.Namespace) -> None:
     # From the answer to the kickoff, which is late.
     first = max(given.seconds - given.latency, 0.001)
     found = await arun_batch(
-        crew, given.dataset, name=f"bench {os.getpid()}", export=given.output, ledger=given.ledger,
-        max_in_flight=given.in_flight, kickoffs_at_once=given.at_once,
-        wait=WaitPolicy(initial=first, factor=1, max_interval=10, jitter=0),
+        crew, given.dataset, name=f"bench {os.getpid()}", export=given.output,
+        max_in_flight=given.in_flight, wait=WaitPolicy(initial=first, factor=1, max_interval=10, jitter=0),
     )  # fmt: skip
     assert found.completed == given.rows, str(found)
 
 
-WAYS = {"batch": batch, "loop": loops.loop, "clients": loops.clients, "map": loops.mapped, "empty": loops.empty}
+WAYS = {"batch": batch, "loop": loops.loop, "clients": loops.clients, "empty": loops.empty}
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -74,10 +73,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="how long a run takes")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds that each answer takes")
     parser.add_argument("--in-flight", type=int, default=1000)
-    parser.add_argument("--at-once", type=int, default=64, help="kickoffs under way at a time")
-    parser.add_argument("--ledger", help="the URL of a PostgreSQL for the ledger, in place of SQLite")
     given = parser.parse_args()
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder, lean_server(given.seconds, latency=given.latency) as server:
         measure(given, server, Path(folder))
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
+os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")  # every program imports this before Prefect
+
 FILE = "BENCHMARK_FIGURES"
 TICK = os.sysconf("SC_CLK_TCK")
 

@@ -5,9 +5,10 @@ bottleneck.
 
 `--latency` is how many seconds each answer takes, as over a network. It answers in the documented format over plain
 asyncio, holds no tasks (a run has ended once its time is over), and calls the crew webhook that a kickoff asked for,
-and no other. With `--tls` it speaks TLS. Benchmarks ask it, at an address without latency and TLS:
+and no other. Benchmarks ask it, at an address without latency:
 
-    GET  /_counts    kickoffs, distinct idempotency keys, status calls, connections, the CPU seconds of this process
+    GET  /_counts    kickoffs, distinct keys, status calls, stops, connections, the CPU seconds of this process
+    GET  /_looks     how often each run was asked for its status, by its id
     GET  /_ends      when each run ended or will end, by its id, in seconds since 1970
     POST /_end       end all runs now: with `--seconds inf` they go on until then
 """
@@ -22,14 +23,12 @@ import math
 import re
 import resource
 import secrets
-import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -49,27 +48,34 @@ class Crew:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.ends: list[float] = []
+        self.looks: list[int] = []
         self.webhooks: dict[int, tuple[str, Any]] = {}
         self.keys: set[str] = set()
-        self.looks = self.connections = 0
+        self.stops = self.connections = 0
         self.name = secrets.token_hex(4)
         self.outgoing: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
 
     def answer(self, method: bytes, path: bytes, body: bytes) -> bytes:
         if path == b"/kickoff":
             return self._kick_off(json.loads(body))
+        _, _, number = path.rpartition(b"-")
         if path.startswith(b"/status/"):
-            self.looks += 1
-            if time.monotonic() < self.ends[int(path.rpartition(b"-")[2]) - 1]:
+            self.looks[int(number) - 1] += 1
+            if time.monotonic() < self.ends[int(number) - 1]:
                 return _RUNNING
             took = 0.0 if math.isinf(self.seconds) else self.seconds
             return _COMPLETED % (path[8:], took, took)
+        if path.startswith(b"/stop/"):
+            self.stops += 1
+            self.ends[int(number) - 1] = time.monotonic()
+            return b'{"status":"stopped","kickoffId":"%s"}' % path[6:]
         if path == b"/inputs":
             return b'{"inputs":["topic"]}'
         return json.dumps(self._said(path)).encode()
 
     def _kick_off(self, body: dict[str, Any]) -> bytes:
         self.ends.append(time.monotonic() + self.seconds)
+        self.looks.append(0)
         number, meta = len(self.ends), body.get("meta") or {}
         self.keys.add(meta.get("idempotency_key", ""))
         if url := body.get("crewWebhookUrl"):
@@ -93,8 +99,10 @@ class Crew:
             return past + now
         if path == b"/_ends":
             return {f"{self.name}-{number}": past + end for number, end in enumerate(self.ends, 1)}
-        counts = {"kickoffs": len(self.ends), "keys": len(self.keys - {""}), "status_calls": self.looks}
-        return {**counts, "connections": self.connections, "cpu_seconds": time.process_time()}
+        if path == b"/_looks":
+            return {f"{self.name}-{number}": looks for number, looks in enumerate(self.looks, 1)}
+        counts = {"kickoffs": len(self.ends), "keys": len(self.keys - {""}), "status_calls": sum(self.looks)}
+        return {**counts, "stops": self.stops, "connections": self.connections, "cpu_seconds": time.process_time()}
 
     async def send_webhooks(self) -> None:
         """Send what is to be sent, over one connection that is kept open. Several of these run at the same time."""
@@ -153,12 +161,9 @@ class Connection(asyncio.Protocol):
         )
 
 
-async def serve(seconds: float, port: int, latency: float, tls: str | None) -> None:
-    crew, loop, context = Crew(seconds), asyncio.get_running_loop(), None
-    if tls:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tls)
-    server = await loop.create_server(lambda: Connection(crew, latency), "127.0.0.1", port, backlog=4000, ssl=context)
+async def serve(seconds: float, port: int, latency: float) -> None:
+    crew, loop = Crew(seconds), asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Connection(crew, latency), "127.0.0.1", port, backlog=4000)
     control = await loop.create_server(lambda: Connection(crew, counts=False), "127.0.0.1", 0)
     senders = [loop.create_task(crew.send_webhooks()) for _ in range(WEBHOOKS_AT_ONCE)]
     print(server.sockets[0].getsockname()[1], control.sockets[0].getsockname()[1], flush=True)
@@ -189,47 +194,17 @@ class LeanServer:
 
 
 @contextlib.contextmanager
-def lean_server(
-    seconds: float, *, port: int = 0, latency: float = 0.0, tls: Path | None = None
-) -> Iterator[LeanServer]:
-    """Run one in a process of its own, on a free port unless one is given. `tls`: a file of `certificate`."""
+def lean_server(seconds: float, *, port: int = 0, latency: float = 0.0) -> Iterator[LeanServer]:
+    """Run one in a process of its own, on a free port unless one is given."""
     command = [sys.executable, __file__, f"--seconds={seconds}", f"--port={port}", f"--latency={latency}"]
-    process = subprocess.Popen([*command, *(["--tls", str(tls)] if tls else [])], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         port, control = map(int, process.stdout.readline().split())
-        scheme = "https" if tls else "http"
-        yield LeanServer(f"{scheme}://127.0.0.1:{port}", control, process.pid)
+        yield LeanServer(f"http://127.0.0.1:{port}", control, process.pid)
     finally:
         process.kill()
         process.wait()
-
-
-def certificate(folder: Path) -> Path:
-    """Write a key and a certificate for 127.0.0.1 that nobody signed but itself, and return the file of both."""
-    from datetime import UTC, datetime, timedelta
-    from ipaddress import ip_address
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "prefect-crew benchmarks")])
-    made = x509.CertificateBuilder(
-        issuer_name=name, subject_name=name, public_key=key.public_key(), serial_number=x509.random_serial_number()
-    )
-    made = made.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-    made = made.add_extension(address, critical=False)
-    made = made.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path = folder / "tls.pem"
-    path.write_bytes(private + made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-    return path
 
 
 if __name__ == "__main__":
@@ -237,8 +212,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0)
-    parser.add_argument("--tls", help="a file with a key and a certificate")
     given = parser.parse_args()
     many_files()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(given.seconds, given.port, given.latency, given.tls))
+        asyncio.run(serve(given.seconds, given.port, given.latency))

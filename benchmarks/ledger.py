@@ -126,7 +126,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=1_000_000)
     given = parser.parse_args()
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
     if given.what == "make":
         asyncio.run(make(given.folder, given))
     else:

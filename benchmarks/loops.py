@@ -1,4 +1,4 @@
-"""What a batch is compared with: loops without ledger, record or second chance, an empty flow, and Prefect's `map`.
+"""What a batch is compared with: loops without ledger, record or second chance, and an empty flow.
 
 Each knows how long a run takes, looks when it is surely over, and forgets everything if its process dies.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -132,28 +131,3 @@ async def empty(given: argparse.Namespace) -> None:
 
 async def _nothing() -> None:
     """Do nothing."""
-
-
-async def mapped(given: argparse.Namespace) -> None:
-    """Prefect's `kick.map` and `wait.map`, with a thread for each row in flight."""
-    from prefect import flow, task
-    from prefect.task_runners import ThreadPoolTaskRunner
-
-    client = httpx.Client(headers=HEADERS, limits=httpx.Limits(max_connections=GATE), timeout=60)
-
-    @task
-    def kick(inputs: dict[str, str]) -> str:
-        return client.post(f"{given.url}/kickoff", json={"inputs": inputs}).json()["kickoff_id"]
-
-    @task
-    def wait(run: str) -> str:
-        time.sleep(given.seconds)
-        while (status := client.get(f"{given.url}/status/{run}").json())["status"] == "running":
-            time.sleep(0.1)
-        return status["result"]["output"]
-
-    @flow(task_runner=ThreadPoolTaskRunner(max_workers=given.in_flight))  # pyright: ignore[reportArgumentType, reportCallIssue]
-    def batch() -> list[str]:
-        return wait.map(kick.map(list(rows(given.rows)))).result()
-
-    await asyncio.to_thread(batch)

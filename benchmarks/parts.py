@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -52,15 +52,14 @@ class Bench(Protocol):
     folder: Path
 
     def measure(self, script: str, *arguments: Any, on: str = "postgres") -> list[Figures]:
-        """Run a benchmark in a process of its own; return what it reported. `on`: its server, or "none"."""
+        """Run a benchmark in a process of its own; return what it reported. `on`: a server of `run.py`, or "none".
+
+        The last figures also have the CPU seconds of the Prefect server and of PostgreSQL.
+        """
         ...
 
     def ledger_url(self) -> str:
-        """Return the URL of a new PostgreSQL database."""
-        ...
-
-    def pids(self) -> list[str]:
-        """Return the processes of the Prefect server and of PostgreSQL as NAME=PID."""
+        """Return the URL of a new PostgreSQL database, without a password."""
         ...
 
 
@@ -78,12 +77,17 @@ class Medians:
         return number(getattr(self, name))
 
 
-def alternating(bench: Bench, ways: dict[str, Sequence[Any]], **options: Any) -> dict[str, Medians]:
-    """Measure several ways in turn, so that all meet the same machine. A way: the script and its arguments."""
+def alternating(
+    bench: Bench, ways: Mapping[str, Sequence[Any]], *, on: str | Mapping[str, str] = "postgres"
+) -> dict[str, Medians]:
+    """Measure several ways in turn, so that all meet the same machine. A way: the script and its arguments.
+
+    `on`: the server of all, or that of each way.
+    """
     found: dict[str, list[Figures]] = {way: [] for way in ways}
     for _ in range(bench.repeat):
         for way, (script, *arguments) in ways.items():
-            (figures,) = bench.measure(script, *arguments, **options)
+            (figures,) = bench.measure(script, *arguments, on=on if isinstance(on, str) else on[way])
             found[way].append(figures)
     return {way: Medians(several) for way, several in found.items()}
 
@@ -92,17 +96,13 @@ def _batch(way: str, rows: int, in_flight: int, seconds: float, latency: float =
     return "batch", way, "--rows", rows, "--in-flight", in_flight, "--seconds", seconds, "--latency", latency
 
 
-def _against_loop(work: str, found: dict[str, Medians]) -> Row:
-    loop, empty, batch = (found[way].seconds for way in ("loop", "empty", "batch"))
-    of = f"{number(batch)} s; loop {number(loop)} s, empty flow {number(empty)} s"
-    return Row(work, "wall, times the best loop and an empty flow", batch / (loop + empty), 1.4, of=of)
-
-
 def late(bench: Bench) -> list[Row]:
     rows, in_flight = (40, 20) if bench.small else (1000, 500)
-    ways = {way: _batch(way, rows, in_flight, 1.0, 0.2) for way in ("loop", "empty", "batch")}
+    found = alternating(bench, {way: _batch(way, rows, in_flight, 1.0, 0.2) for way in ("loop", "empty", "batch")})
+    loop, empty, batch = (found[way].seconds for way in ("loop", "empty", "batch"))
     work = f"{rows:,} rows of a 1 s crew, each answer 0.2 s late, {in_flight} in flight"
-    return [_against_loop(work, alternating(bench, ways))]
+    of = f"{number(batch)} s; loop {number(loop)} s, empty flow {number(empty)} s"
+    return [Row(work, "wall, times the best loop and an empty flow", batch / (loop + empty), 1.4, of=of)]
 
 
 def rows_5k(bench: Bench) -> list[Row]:
@@ -116,18 +116,6 @@ def rows_5k(bench: Bench) -> list[Row]:
         Row(work, "wall, times the loop with 8 httpx clients", batch.seconds / loop.seconds, 1.4, of=of),
         Row(work, "CPU a row, ms", batch.row_cpu_ms, 1.3, of=cpu),
         Row(work, "peak memory, MB", batch.memory_mb, 160, of=f"loop {loop.shown('memory_mb')} MB"),
-    ]
-
-
-def rows_1k(bench: Bench) -> list[Row]:
-    rows, seconds = (30, 0.5) if bench.small else (1000, 2.0)
-    found = alternating(bench, {way: _batch(way, rows, rows, seconds) for way in ("loop", "empty", "batch", "map")})
-    work = f"{rows:,} rows of a {seconds:g} s crew, all in flight"
-    batch, mapped = found["batch"], found["map"]
-    of = f"{batch.shown('seconds')} s; map {mapped.shown('seconds')} s"
-    return [
-        _against_loop(work, found),
-        Row(work, "wall, times Prefect's map", batch.seconds / mapped.seconds, 0.25, of=of),
     ]
 
 
@@ -167,36 +155,57 @@ def ledger(bench: Bench) -> list[Row]:
 
 
 def ranges(bench: Bench) -> list[Row]:
-    rows, url = (60 if bench.small else 10_000), bench.ledger_url()
-    soon = 4 if bench.small else 10
-    options = ("--rows", rows, "--times", bench.repeat, "--ledger", url, "--soon", soon, "--pids", *bench.pids())
-    reports = bench.measure("crew_worker", "ranges", *options)
-    one, two = (Medians([found for found in reports if found["what"] == f"ranges on {count}"]) for count in (1, 2))
-    names = [name for name in two.several[0] if name.endswith("_cpu_seconds")]
-    cpu = ", ".join(f"{name.removesuffix('_cpu_seconds').replace('_', ' ')} {two.shown(name)}" for name in names)
+    rows, soon = (60, 4) if bench.small else (10_000, 10)
+    options = ("--rows", rows, "--ledger", bench.ledger_url(), "--soon", soon)
+    found = alternating(bench, {way: ("crew_worker", "ranges", "--workers", way, *options) for way in ("1", "2")})
+    one, two = found["1"], found["2"]
+    cpu = ", ".join(f"{name} {two.shown(f'{name}_cpu_seconds')}" for name in ("server", "postgres", "workers", "crew"))
     of = f"one {one.shown('seconds')} s, two {two.shown('seconds')} s; CPU s with two: {cpu}"
     work = f"two ranges of {rows:,} rows of an instant crew, on two crew workers"
     return [Row(work, "one worker's wall, times that of two", one.seconds / two.seconds, 1.6, at_least=True, of=of)]
 
 
 def worker(bench: Bench) -> list[Row]:
-    held, short, taken = (10, 6, 5) if bench.small else (2000, 3000, 200)
-    same, other = bench.measure("crew_worker", "killed", "--runs", taken, on="none")
-    (many,) = bench.measure("crew_worker", "waiting", "--runs", held, "--hold", 5 if bench.small else 60, on="none")
-    (waves,) = bench.measure("crew_worker", "waves", "--runs", short, on="none")
-    of = (
-        f"of a flow run: worker {same['run_worker_cpu_seconds']:.2f}, server {same['run_server_cpu_seconds']:.2f} CPU s"
-    )
-    killed, waiting, after = f"{taken} flow runs, killed", f"{held:,} flow runs that wait", f"{short:,} short flow runs"
-    grown = {name: waves[f"{name}_last"] / waves[f"{name}_half"] for name in ("memory_mb", "threads", "handles")}
-    return [
-        Row(killed, "waited for again by the same worker, s", same["seconds"], 30, of=of),
-        Row(killed, "waited for again by another one, s", other["seconds"], 90),
-        Row(waiting, "memory beside an idle worker, KB each", 1000 * (many["memory_mb"] - many["idle_mb"]) / held),
-        Row(waiting, "longest lag of the event loop, s", many["longest_lag_held_seconds"], 1),
-        Row(waiting, "threads", many["threads"], 20, of=f"handles {many['handles']}, {many['memory_mb']:.0f} MB"),
-        *(Row(after, f"{name}, times that after half", ratio, 1.1) for name, ratio in grown.items()),
-    ]
+    taken, stopped = (5, 5) if bench.small else (200, 50)
+    rows: list[Row] = []
+    for by, who, goal in (("bench", "the same worker", 30), ("another", "another one", 90)):
+        (found,) = bench.measure("crew_worker", "killed", "--runs", taken, "--by", by)
+        of = f"CPU of the worker {found['run_cpu_ms']:.0f} ms a flow run"
+        rows.append(Row(f"{taken} flow runs, killed", f"waited for again by {who}, s", found["seconds"], goal, of=of))
+    (found,) = bench.measure("crew_worker", "cancelled", "--runs", stopped)
+    of = f"crews stopped: {found['stops']}"
+    return [*rows, Row(f"{stopped} flow runs", "cancelled at once, s", found["seconds"], 30, of=of)]
+
+
+def worker_waiting(bench: Bench) -> list[Row]:
+    held, hold = ((5, 10), 2) if bench.small else ((2000, 5000), 60)
+    *several, ended = bench.measure("crew_worker", "waiting", "--held", *held, "--hold", hold)
+    rows: list[Row] = []
+    for found in several:
+        work = f"{found['runs']:,} flow runs that wait in one crew worker"
+        of = f"{found['memory_mb']:.0f} MB in all; {number(found['core_percent'])} % of a core"
+        begun = f"CPU of the worker {found['run_begun_cpu_ms']:.0f} ms"
+        rows += [
+            Row(work, "memory of a flow run, KB", found["run_kb"], of=of),
+            Row(work, "longest lag of the event loop, s", found["longest_lag_seconds"], 1),
+            Row(work, "threads", found["threads"], 20, of=f"handles {found['handles']}"),
+            Row(work, "to begin one more, s", found["run_begun_seconds"], of=begun),
+        ]
+    of = f"CPU of the Prefect server {1000 * ended['server_cpu_seconds'] / ended['runs']:.0f} ms a flow run in all"
+    work = f"{ended['runs']:,} flow runs that end at once in one crew worker"
+    return [*rows, Row(work, "completed within 1,200 s", ended["completed"], ended["runs"], at_least=True, of=of)]
+
+
+def worker_short(bench: Bench) -> list[Row]:
+    runs = 6 if bench.small else 3000
+    (found,) = bench.measure("crew_worker", "short", "--runs", runs)
+    work = f"{runs:,} short flow runs, one after the other"
+    rows: list[Row] = []
+    for name in ("memory_mb", "threads", "handles"):
+        half, last = found[f"{name}_half"], found[f"{name}_last"]
+        of = f"{number(half)} and {number(last)}"
+        rows.append(Row(work, f"{name}, times that after half of them".replace("_mb", ""), last / half, 1.1, of=of))
+    return [*rows, Row(work, "s each", found["run_seconds"])]
 
 
 def webhooks(bench: Bench) -> list[Row]:
@@ -216,31 +225,32 @@ def webhooks(bench: Bench) -> list[Row]:
 
 
 def burst(bench: Bench) -> list[Row]:
-    runs, seconds, times = (5, 0.5, 1) if bench.small else (100, 8.0, bench.repeat)
-    (found,) = bench.measure("burst", "--runs", runs, "--seconds", seconds, "--times", times, on="none")
+    runs, seconds = (5, 0.5) if bench.small else (100, 8.0)
+    options = ("--runs", runs, "--seconds", seconds, "--at-once", runs)
+    ways = {way: ("waiting", "lag", *options, "--way", way) for way in ("prefect", "polling", "webhooks")}
+    found = alternating(bench, ways, on="as-it-comes")
+    least, polling, webhooks = found["prefect"], found["polling"], found["webhooks"]
     work = f"{runs} runs of an {seconds:g} s crew at once in one flow, SQLite server as it comes"
-    least, polling, webhooks = (found[f"{way}_seconds"] for way in ("prefect", "polling", "webhooks"))
-    of = f"{number(polling)} s; Prefect's own {number(least)} s"
+    of = f"{polling.shown('seconds')} s; Prefect's own {least.shown('seconds')} s"
+    later = f"{webhooks.shown('seconds')} s"
+    cpu = {way: 1000 * measured.server_cpu_seconds / runs for way, measured in found.items()}
+    others = f"with webhooks {number(cpu['webhooks'])} ms; Prefect's own {number(cpu['prefect'])} ms"
     # Not later than without them; two measurements of one thing differ by as much.
     return [
-        Row(work, "wall, times two tasks of Prefect's own", polling / least, 1.6, of=of),
-        Row(work, "wall with webhooks, times that of polling", webhooks / polling, 1.1, of=f"{number(webhooks)} s"),
+        Row(work, "wall, times two tasks of Prefect's own", polling.seconds / least.seconds, 1.6, of=of),
+        Row(work, "wall with webhooks, times that of polling", webhooks.seconds / polling.seconds, 1.1, of=later),
+        Row(work, "CPU of the Prefect server, ms a run", cpu["polling"], of=others),
     ]
 
 
 def polling(bench: Bench) -> list[Row]:
     runs, seconds = (5, 3.0) if bench.small else (100, 60.0)
-    options = ("--way", "polling", "--runs", runs, "--seconds", seconds)
-    ((lag,)) = bench.measure("waiting", "lag", *options)
-    work = f"{runs} runs of {seconds:g} s, polling"
+    (lag,) = bench.measure("waiting", "lag", "--way", "polling", "--runs", runs, "--seconds", seconds)
+    work, of = f"{runs} runs of {seconds:g} s, polling", f"p50 {number(lag['p50_seconds'])} s"
     return [
-        Row(work, "crew end to result, p95, s", lag["p95_seconds"], 1 + seconds / 10, of=_p50(lag)),
+        Row(work, "crew end to result, p95, s", lag["p95_seconds"], 1 + seconds / 10, of=of),
         Row(work, "status calls a run", lag["run_calls"], 25),
     ]
-
-
-def _p50(lag: Figures) -> str:
-    return f"p50 {number(lag['p50_seconds'])} s"
 
 
 def one_run(bench: Bench) -> list[Row]:
@@ -253,7 +263,7 @@ def one_run(bench: Bench) -> list[Row]:
     return [
         Row(work, "on top of the crew's own time, s", found["time"].extra_seconds, 0.25),
         Row(work, "requests to Prefect", found["count"].requests, 8, of=kinds),
-        Row(work, "TLS handshakes with the crew's server", found["time"].handshakes, 1),
+        Row(work, "connections to the crew's server", found["time"].connections, 1),
     ]
 
 
@@ -299,36 +309,28 @@ def real_crews(bench: Bench) -> list[Row]:
     if importlib.util.find_spec("crewai") is None:
         raise RuntimeError("it needs the extra crewai")
     runs = 4 if bench.small else 100
-    (found,) = bench.measure("real_crews", "--runs", runs, "--repeat", bench.repeat, on="none")
-    of = f"the server's peak memory {number(found['server_memory_mb'])} MB"
-    return [Row(f"{runs} real crews at once on the dev server", "wall, s", found["seconds"], 4, of=of)]
-
-
-def demo(bench: Bench) -> list[Row]:
-    if not bench.small:
-        bench.measure("demo", on="none")  # the cache is warm after this one
-    found = alternating(bench, {"demo": ("demo",)}, on="none")["demo"]
-    return [
-        Row("make demo in a fresh clone, warm package cache", "wall, s", found.fresh_seconds, 20),
-        Row("make demo again", "wall, s", found.again_seconds, 8),
-    ]
+    found = alternating(bench, {"crews": ("real_crews", "--runs", runs)}, on="none")["crews"]
+    of = f"the server's peak memory {found.shown('server_memory_mb')} MB"
+    return [Row(f"{runs} real crews at once on the dev server", "wall, s", found.seconds, 4, of=of)]
 
 
 def past(bench: Bench) -> list[Row]:
-    records, times = (500, 1) if bench.small else (150_000, 9)
+    records, times = (500, 1) if bench.small else (150_000, 3)
+    goals = {"list_open_runs": 1.0, "costs_of_7_days": 10.0, "flow_run_of_a_deployment": None}
     rows: list[Row] = []
-    for server in ("sqlite", "postgres"):
-        options = ("--on", server, "--records", records, "--times", times)
-        for figures in bench.measure("past", *options, on="none")[1:]:
-            name = figures["what"].partition(" on ")[0]
-            work = f"{name.replace('_', ' ')}, beside {records:,} ended records, {server}"
-            seconds = f"{number(figures['past_seconds'])} s; on an empty server {number(figures['empty_seconds'])} s"
-            read = f"; Variables read {figures['past_rows']:,}" if "past_rows" in figures else ""
-            limit = {"list_open_runs": 1.0, "costs_of_7_days": 10.0}.get(name)
-            if limit is None:
-                rows.append(Row(work, "times an empty server", figures["ratio"], 1.2, of=seconds + read))
+    for database in ("sqlite", "postgres"):
+        on = {way: f"{database}/{way}" for way in ("empty", "past")}
+        for way, count in (("empty", 1), ("past", records)):
+            bench.measure("past", "make", "--records", count, on=on[way])
+        found = alternating(bench, dict.fromkeys(on, ("past", "work", "--times", times)), on=on)
+        for name in ("start", "second_call", "resolve_by_key", "look_up_by_kickoff_id", "cancel", *goals):
+            work = f"{name.replace('_', ' ')}, beside {records:,} ended records, {database}"
+            empty, full = (getattr(found[way], f"{name}_seconds") for way in on)
+            of = f"{number(full)} s; on an empty server {number(empty)} s"
+            if name in goals:
+                rows.append(Row(work, "s", full, goals[name], of=of))
             else:
-                rows.append(Row(work, "s", figures["past_seconds"], limit, of=seconds + read))
+                rows.append(Row(work, "times an empty server", full / empty, 1.2, of=of))
     return rows
 
 
@@ -336,11 +338,12 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "past": past,
     "late": late,
     "rows-5k": rows_5k,
-    "rows-1k": rows_1k,
     "rows-100k": rows_100k,
     "ledger": ledger,
     "ranges": ranges,
     "worker": worker,
+    "worker-waiting": worker_waiting,
+    "worker-short": worker_short,
     "webhooks": webhooks,
     "polling": polling,
     "one-run": one_run,
@@ -349,5 +352,4 @@ PARTS: dict[str, Callable[[Bench], list[Row]]] = {
     "pipeline": pipeline,
     "memory": memory,
     "real-crews": real_crews,
-    "demo": demo,
 }

@@ -1,124 +1,82 @@
-"""What a server with a past costs: the same work beside many ended records, and on an empty server, in turn.
+"""What a server with a past costs: the same work beside many ended records, and on an empty server.
 
-    python benchmarks/past.py --on sqlite                       150,000 ended records against none
-    python benchmarks/past.py --on postgres --records 20000
+    python benchmarks/past.py make --records 150000     so many records; one for the empty server
+    python benchmarks/past.py work --times 3            each work so often in a flow run; medians
 
-It starts a crew server and two Prefect servers of its own. The records of the past are copies of a real run: its
-Variables and its artifact, under other keys and ids, spread over 29 days. So they have the form that this version
-writes. Each round does each work on both servers, one after the other. Reported is the median on each server and the
-ratio; on PostgreSQL also how many rows of the table of Variables the server read for it.
+On the Prefect server of PREFECT_API_URL. `make` writes to its database, which BENCHMARK_DATABASE names as SQLAlchemy
+does. The records of the past are copies of a real run: its Variables and its artifact, under other keys and ids, spread
+over 29 days. So they have the form that this version writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import hashlib
-import json
 import os
 import re
-import sqlite3
-import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from itertools import islice
 from statistics import median
 from typing import Any
 
 from figures import report
-from lean_server import TOKEN, LeanServer, lean_server
-from servers import postgres
+from lean_server import TOKEN, lean_server
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+from servers import DATABASE, prefect_server_of
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
-from support.postgres import Postgres
-from support.prefect_server import PrefectServer, drain, environment
+from prefect_crew import DeployedCrew, WaitPolicy, arun_crew, kickoff_crew
+from prefect_crew.costs import read_costs
+from prefect_crew.pool import stop_crews_of
+from prefect_crew.records.model import RecordPhase
+from prefect_crew.records.resolve import resolve_never_started, unresolved
+from prefect_crew.records.store import PrefectRecords
+from support.records import new_record, put
 
 DAYS = 29
 """The past reaches back so far; records are pruned after 30 days."""
+PAGE = 5000
 HEX = re.compile(r"[0-9a-f]{32}")
 Row = dict[str, Any]
+Ready = Callable[[], Awaitable[Any]]
+"""A work whose preparation, which is not measured, is done."""
 
 
 # The past
 
 
-class Database:
-    """The tables of one Prefect server, in the form of rows."""
+async def make(given: argparse.Namespace, crew: Any) -> None:
+    """Run a crew once, and let it have run so many times more."""
+    engine = create_async_engine(os.environ[DATABASE], connect_args={"timeout": 60}, json_deserializer=str)
 
-    def read(self, table: str) -> list[Row]:
-        raise NotImplementedError
+    async def read(table: str) -> list[Row]:
+        async with engine.connect() as connection:
+            return [dict(row) for row in (await connection.execute(text(f"SELECT * FROM {table}"))).mappings()]
 
-    def write(self, table: str, rows: Iterator[Row]) -> None:
-        raise NotImplementedError
-
-    def rows_read(self) -> int | None:
-        """Return how many Variables the server has read so far; None where the database does not count them."""
-        return None
-
-
-class Sqlite(Database):
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def read(self, table: str) -> list[Row]:
-        with contextlib.closing(sqlite3.connect(self._path)) as database:
-            database.row_factory = sqlite3.Row
-            return [dict(row) for row in database.execute(f"SELECT * FROM {table}")]
-
-    def write(self, table: str, rows: Iterator[Row]) -> None:
-        first = next(rows)
-        statement = f"INSERT INTO {table} ({', '.join(first)}) VALUES ({', '.join('?' * len(first))})"
-        with contextlib.closing(sqlite3.connect(self._path, timeout=60)) as database, database:
-            database.execute(statement, list(first.values()))
-            database.executemany(statement, (list(row.values()) for row in rows))
-
-
-class PostgresDatabase(Database):
-    def __init__(self, url: str) -> None:
-        self._url = url.replace("+asyncpg", "")
-
-    def _run(self, work: Callable[[Any], Awaitable[Any]]) -> Any:
-        import asyncpg
-
-        async def run() -> Any:
-            connection = await asyncpg.connect(self._url)
-            try:
-                return await work(connection)
-            finally:
-                await connection.close()
-
-        # The caller may be on an event loop of its own.
-        with contextlib.ExitStack() as stack:
-            from concurrent.futures import ThreadPoolExecutor
-
-            return stack.enter_context(ThreadPoolExecutor(1)).submit(asyncio.run, run()).result()
-
-    def read(self, table: str) -> list[Row]:
-        return [dict(row) for row in self._run(lambda database: database.fetch(f"SELECT * FROM {table}"))]
-
-    def write(self, table: str, rows: Iterator[Row]) -> None:
-        first = next(rows)
-
-        def values() -> Iterator[list[Any]]:
-            yield list(first.values())
-            yield from (list(row.values()) for row in rows)
-
-        async def copy(database: Any) -> None:
-            await database.copy_records_to_table(table, records=values(), columns=list(first))
-            await database.execute(f"ANALYZE {table}")
-
-        self._run(copy)
-
-    def rows_read(self) -> int | None:
-        async def ask(database: Any) -> int:
-            await database.execute("SELECT pg_stat_clear_snapshot()")
-            return await database.fetchval(
-                "SELECT seq_tup_read + coalesce(idx_tup_fetch, 0) FROM pg_stat_user_tables WHERE relname = 'variable'"
-            )
-
-        return int(self._run(ask))
+    began, key = time.perf_counter(), f"past {uuid.uuid4()}"
+    before = {table: {str(row["id"]) for row in await read(table)} for table in ("variable", "artifact")}
+    result = await arun_crew(crew, {"topic": "past"}, idempotency_key=key)
+    for table, earlier in before.items():
+        rows = [row for row in await read(table) if str(row["id"]) not in earlier]
+        assert rows, f"the run wrote no {table}"
+        names, values = ", ".join(rows[0]), ", ".join(f":{name}" for name in rows[0])
+        insert = text(f"INSERT INTO {table} ({names}) VALUES ({values})")
+        made = copies(rows, given.records, key=key, kickoff_id=result.kickoff_id)
+        while page := list(islice(made, PAGE)):
+            async with engine.begin() as connection:
+                await connection.execute(insert, page)
+        if engine.dialect.name == "postgresql":
+            async with engine.begin() as connection:
+                await connection.execute(text(f"ANALYZE {table}"))
+    await engine.dispose()
+    report("the past", records=given.records, seconds=time.perf_counter() - began)
 
 
 def copies(rows: list[Row], number: int, *, key: str, kickoff_id: str) -> Iterator[Row]:
@@ -153,212 +111,116 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-async def make_past(database: Database, crew: Any, number: int) -> None:
-    """Run a crew once, and let it have run so many times more."""
-    from prefect_crew import arun_crew
-
-    key = f"past {uuid.uuid4()}"
-    before = {table: {str(row["id"]) for row in database.read(table)} for table in ("variable", "artifact")}
-    result = await arun_crew(crew, {"topic": "past"}, idempotency_key=key)
-    for table, known in before.items():
-        rows = [row for row in database.read(table) if str(row["id"]) not in known]
-        if not rows:
-            raise RuntimeError(f"The run wrote no {table}.")
-        made = copies(rows, number, key=key, kickoff_id=result.kickoff_id)
-        await asyncio.to_thread(database.write, table, made)
-
-
 # The work
 
 
-class Work:
-    """Everything that is measured, by its name. `kept` is what the work needs and is made before, not measured."""
+async def start(crew: Any) -> Ready:
+    key = f"start {uuid.uuid4()}"
+    return lambda: arun_crew(crew, {"topic": "start"}, idempotency_key=key)
 
-    def __init__(self, crew: Any, server: LeanServer) -> None:
-        self.crew = crew
-        self.server = server
 
-    async def start(self) -> Callable[[], Awaitable[Any]]:
-        from prefect_crew import arun_crew
+async def second_call(crew: Any) -> Ready:
+    key = f"second {uuid.uuid4()}"
+    await arun_crew(crew, {"topic": "second"}, idempotency_key=key)
+    return lambda: arun_crew(crew, {"topic": "second"}, idempotency_key=key)
 
-        key = f"start {uuid.uuid4()}"
-        return lambda: arun_crew(self.crew, {"topic": "start"}, idempotency_key=key)
 
-    async def second_call(self) -> Callable[[], Awaitable[Any]]:
-        from prefect_crew import arun_crew
+async def resolve_by_key(_: Any) -> Ready:
+    record = await put(new_record(phase=RecordPhase.UNCERTAIN, reason="the answer was lost"))
 
-        key = f"second {uuid.uuid4()}"
-        await arun_crew(self.crew, {"topic": "second"}, idempotency_key=key)
-        return lambda: arun_crew(self.crew, {"topic": "second"}, idempotency_key=key)
+    async def resolve() -> None:
+        store = PrefectRecords()
+        await resolve_never_started(await unresolved(record.idempotency_key, store), store)
 
-    async def resolve_by_key(self) -> Callable[[], Awaitable[Any]]:
-        from prefect_crew.records.model import RecordPhase
-        from prefect_crew.records.resolve import resolve_never_started, unresolved
-        from prefect_crew.records.store import PrefectRecords
-        from support.records import new_record, put
+    return resolve
 
-        record = await put(new_record(phase=RecordPhase.UNCERTAIN, reason="the answer was lost"))
 
-        async def resolve() -> None:
-            store = PrefectRecords()
-            await resolve_never_started(await unresolved(record.idempotency_key, store), store)
+async def look_up_by_kickoff_id(crew: Any) -> Ready:
+    run = await arun_crew(crew, {"topic": "id"}, idempotency_key=f"id {uuid.uuid4()}")
 
-        return resolve
+    async def look_up() -> None:
+        assert await PrefectRecords().of_kickoff(run.kickoff_id), "the run was not found by its id"
 
-    async def look_up_by_kickoff_id(self) -> Callable[[], Awaitable[Any]]:
-        from prefect_crew import arun_crew
-        from prefect_crew.records.store import PrefectRecords
+    return look_up
 
-        run = await arun_crew(self.crew, {"topic": "id"}, idempotency_key=f"id {uuid.uuid4()}")
 
-        async def look_up() -> None:
-            if await PrefectRecords().of_kickoff(run.kickoff_id) is None:
-                raise RuntimeError("The run was not found by its id.")
+async def cancel(crew: Any) -> Ready:
+    """One flow run whose crew is in flight, as a worker cancels it: its crews are looked up and stopped."""
 
-        return look_up
+    @flow(name="to cancel", validate_parameters=False)
+    async def begin() -> str:
+        await kickoff_crew(crew, {"topic": "cancel"})
+        return str(flow_run.id)
 
-    async def cancel(self) -> Callable[[], Awaitable[Any]]:
-        """One flow run whose crew is in flight, as a worker cancels it: its crews are looked up and stopped."""
-        from prefect import flow
-        from prefect.client.orchestration import get_client
-        from prefect.runtime import flow_run
+    run_id = uuid.UUID(await begin())
 
-        from prefect_crew import kickoff_crew
-        from prefect_crew.pool import stop_crews_of
-
-        @flow(name="to cancel", validate_parameters=False)
-        async def start() -> str:
-            await kickoff_crew(self.crew, {"topic": "cancel"})
-            return str(flow_run.id)
-
-        run_id = uuid.UUID(await start())
-
-        async def cancel() -> None:
-            async with get_client() as client:
-                await stop_crews_of(client, await client.read_flow_run(run_id))
-
-        return cancel
-
-    async def flow_run_of_a_deployment(self) -> Callable[[], Awaitable[Any]]:
-        """A flow run that a page, an automation or `run_deployment` makes: Prefect reads all Variables for it."""
-        from prefect.client.orchestration import get_client
-
+    async def stop() -> None:
         async with get_client() as client:
-            flow_id = await client.create_flow_from_name("deployed")
-            deployment_id = await client.create_deployment(flow_id, name="by hand")
+            await stop_crews_of(client, await client.read_flow_run(run_id))
 
-        async def create() -> None:
-            async with get_client() as client:
-                await client.create_flow_run_from_deployment(deployment_id)
-
-        return create
-
-    async def list_open_runs(self) -> Callable[[], Awaitable[Any]]:
-        from prefect_crew.records.model import RecordPhase
-        from prefect_crew.records.store import PrefectRecords
-
-        async def read() -> None:
-            [_ async for _ in PrefectRecords().all(RecordPhase.STARTED)]
-
-        return read
-
-    async def costs_of_7_days(self) -> Callable[[], Awaitable[Any]]:
-        from prefect_crew.costs import read_costs
-
-        since = (datetime.now(UTC) - timedelta(days=6)).date()
-        return lambda: read_costs(["crew"], since=since)
+    return stop
 
 
-RATIO = ("start", "second_call", "resolve_by_key", "look_up_by_kickoff_id", "cancel")
-LISTS = ("flow_run_of_a_deployment", "list_open_runs", "costs_of_7_days")
+async def list_open_runs(_: Any) -> Ready:
+    async def read() -> None:
+        [_ async for _ in PrefectRecords().all(RecordPhase.STARTED)]
+
+    return read
 
 
-async def measure(work: Work, name: str, database: Database) -> tuple[float, int | None]:
-    """Do one work once, in a flow run that is under way, and return its seconds and the Variables that were read."""
-    run = await getattr(work, name)()
-    if database.rows_read() is not None:
-        await asyncio.sleep(1.2)  # PostgreSQL's backends report what they have read once a second
-    rows = database.rows_read()
-    began = time.perf_counter()
-    await run()
-    seconds = time.perf_counter() - began
-    if rows is not None:
-        await asyncio.sleep(1.2)
-        rows = (database.rows_read() or 0) - rows
-    return seconds, rows
+async def costs_of_7_days(_: Any) -> Ready:
+    since = (datetime.now(UTC) - timedelta(days=6)).date()
+    return lambda: read_costs(["crew"], since=since)
 
 
-def servers_of(kind: str, folder: Path, stack: contextlib.ExitStack) -> dict[str, tuple[PrefectServer, Database]]:
-    """Start an empty Prefect server, and the one that gets a past."""
-    cluster: Postgres | None = stack.enter_context(postgres()) if kind == "postgres" else None
-    servers: dict[str, tuple[PrefectServer, Database]] = {}
-    for name in ("empty", "past"):
-        url = cluster.create_database(name) if cluster else None
-        server = stack.enter_context(PrefectServer(folder / name, database_url=url))
-        servers[name] = server, PostgresDatabase(url) if url else Sqlite(folder / name / "home" / "prefect.db")
-    return servers
+async def flow_run_of_a_deployment(_: Any) -> Ready:
+    """A flow run that a page, an automation or `run_deployment` makes: Prefect reads all Variables for it."""
+    async with get_client() as client:
+        flow_id = await client.create_flow_from_name("deployed")
+        deployment_id = await client.create_deployment(flow_id, name="by hand")
+
+    async def create() -> None:
+        async with get_client() as client:
+            await client.create_flow_run_from_deployment(deployment_id)
+
+    return create
+
+
+QUICK = (start, second_call, resolve_by_key, look_up_by_kickoff_id, cancel)
+SLOW = (list_open_runs, costs_of_7_days, flow_run_of_a_deployment)
+"""Each of these is done once: it may take minutes."""
+
+
+async def work(given: argparse.Namespace, crew: Any) -> None:
+    async def measured(prepare: Callable[[Any], Awaitable[Ready]]) -> float:
+        ready = await prepare(crew)
+        began = time.perf_counter()
+        await ready()
+        return time.perf_counter() - began
+
+    taken = {one.__name__: [await measured(one) for _ in range(given.times + 1)] for one in QUICK}
+    # The first time loads and opens what the others use.
+    seconds = {name: median(several[1:]) for name, several in taken.items()}
+    seconds |= {one.__name__: await measured(one) for one in SLOW}
+    report("work", **{f"{name}_seconds": value for name, value in seconds.items()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--on", choices=["sqlite", "postgres"], default="sqlite")
+    parser.add_argument("what", choices=["make", "work"])
     parser.add_argument("--records", type=int, default=150_000)
-    parser.add_argument("--times", type=int, default=9)
-    parser.add_argument("--work", nargs="+", choices=[*RATIO, *LISTS], default=[*RATIO, *LISTS])
-    options = parser.parse_args()
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefect-crew-past-")))
-        server = stack.enter_context(lean_server(0.0))
-        servers = servers_of(options.on, folder, stack)
-
-        def on(name: str, run: Callable[[Work, Database], Awaitable[Any]]) -> Any:
-            prefect, database = servers[name]
-            with environment({"PREFECT_API_URL": prefect.api_url, "PREFECT_HOME": str(folder / "client")}):
-                try:
-                    return asyncio.run(_in_flow(run, server, database))
-                finally:
-                    drain()
-
-        began = time.perf_counter()
-        on("past", lambda work, database: make_past(database, work.crew, options.records))
-        on("empty", lambda work, database: make_past(database, work.crew, 1))
-        report("the past", records=options.records, seconds=time.perf_counter() - began)
-        for name in options.work:
-            times = options.times if name in RATIO else 2
-            taken: dict[str, list[float]] = {"empty": [], "past": []}
-            rows: dict[str, list[int]] = {"empty": [], "past": []}
-            for turn in range(times + 1):
-                for where in ("empty", "past") if turn % 2 else ("past", "empty"):
-                    seconds, read = on(where, lambda work, database, name=name: measure(work, name, database))
-                    if turn:  # the first loads and opens what the others use
-                        taken[where].append(seconds)
-                        rows[where] += [] if read is None else [read]
-            empty, past = median(taken["empty"]), median(taken["past"])
-            read_rows = {f"{where}_rows": int(median(counts)) for where, counts in rows.items() if counts}
-            report(
-                f"{name} on {options.on}",
-                empty_seconds=empty,
-                past_seconds=past,
-                ratio=past / empty,
-                **read_rows,
-                each=json.loads(json.dumps(taken)),
-            )
-
-
-async def _in_flow(run: Callable[[Work, Database], Awaitable[Any]], server: LeanServer, database: Database) -> Any:
-    from prefect import flow
-
-    from prefect_crew import DeployedCrew, WaitPolicy
-
+    parser.add_argument("--times", type=int, default=3)
+    given = parser.parse_args()
+    prefect_server_of()
     often = WaitPolicy(initial=0.05, factor=1, max_interval=0.05, jitter=0)
-    crew: Any = DeployedCrew(url=server.url, token=TOKEN, wait=often)  # type: ignore[arg-type]
 
     @flow(name="past", validate_parameters=False)
-    async def measured() -> Any:
-        return await run(Work(crew, server), database)
+    async def run() -> None:
+        await (make if given.what == "make" else work)(given, crew)
 
-    return await measured()
+    with lean_server(0.0) as server:
+        crew: Any = DeployedCrew(url=server.url, token=TOKEN, wait=often)  # type: ignore[arg-type]
+        asyncio.run(run())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import statistics
 import time
 from typing import Any
@@ -93,7 +92,6 @@ def main() -> None:
     parser.add_argument("what", choices=["layers", "line"])
     parser.add_argument("--runs", type=int, default=5)
     given = parser.parse_args()
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
     with lean_server(SECONDS if given.what == "layers" else LINE_SECONDS) as server:
         asyncio.run(layers(given.runs, server) if given.what == "layers" else line(server))
 

@@ -1,9 +1,9 @@
 """A hundred runs of a real two-task crew at once, through the HTTP server, which is a process of its own.
 
-    python benchmarks/real_crews.py [--runs 100] [--repeat 3] [--spec examples/travel_crew.py:build]
+    python benchmarks/real_crews.py --runs 100
 
-It tells the median of the seconds from the first kickoff to the last run that was seen completed, and the server's peak
-memory. The model is offline and takes no time: what is measured is CrewAI's own work and ours.
+It tells the seconds from the first kickoff to the last run that was seen completed, and the server's peak memory. The
+model is offline and takes no time: what is measured is CrewAI's own work and ours.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-import resource
 import secrets
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import httpx
-from figures import report
+from figures import peak_mb, report
 
-ROOT = Path(__file__).parents[1]
+SPEC = str(Path(__file__).parents[1] / "examples" / "travel_crew.py") + ":build"
 IN_FLIGHT = 8
 """Requests at once: with more, httpx's own pool becomes what is measured."""
 
@@ -62,37 +60,23 @@ async def measure(url: str, token: str, runs: int) -> float:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--runs", type=int, default=100)
-    options.add_argument("--repeat", type=int, default=3)
-    options.add_argument("--spec", default=str(ROOT / "examples" / "travel_crew.py") + ":build")
-    chosen = options.parse_args()
-
+    runs = options.parse_args().runs
     token = secrets.token_urlsafe(16)
-    began = time.perf_counter()
-    command = [sys.executable, "-c", SERVE, chosen.spec, token]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, "-c", SERVE, SPEC, token], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
         found = re.search(r"http://\S+", line)
         if found is None:
             sys.exit(f"the server did not start: {line!r}")
-        started = time.perf_counter() - began
-        asyncio.run(measure(found.group(), token, 1))
-        seconds = [asyncio.run(measure(found.group(), token, chosen.runs)) for _ in range(chosen.repeat)]
+        asyncio.run(measure(found.group(), token, 1))  # which loads what all others use
+        seconds = asyncio.run(measure(found.group(), token, runs))
+        report("real crews", runs=runs, seconds=seconds, server_memory_mb=peak_mb(server.pid))
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    report(
-        "real crews",
-        runs=chosen.runs,
-        seconds=statistics.median(seconds),
-        start_seconds=started,
-        server_memory_mb=peak,
-        each_seconds=seconds,
-    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Measure everything that has a goal, and print a table: figures, goals, and the machine's load.
 
-    python benchmarks/run.py                       all parts; about half an hour on a quiet machine
-    python benchmarks/run.py late rows-1k          these parts
-    python benchmarks/run.py --small               tiny numbers, to see that everything works; under three minutes
-    python benchmarks/run.py --table               write the table of the newest results to the page on performance
+    python benchmarks/run.py                       all parts; two to three hours on a quiet machine
+    python benchmarks/run.py late rows-5k          these parts
+    python benchmarks/run.py --small               tiny numbers, to see that everything works
+    python benchmarks/run.py --table               write the newest results of each part to benchmarks/README.md
 
 It starts what it needs: a Prefect server on PostgreSQL with the settings of deployments/compose.yaml, one on
 SQLite where the table says so. What is compared is measured in turn, each measurement in a process of its own, three
@@ -31,20 +31,21 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from figures import FILE, family_cpu_seconds, number
 from parts import PARTS, Figures
-from servers import postgres
+from servers import DATABASE, postgres
 
 from support.environment import isolated
 from support.postgres import Postgres
-from support.prefect_server import PrefectServer
+from support.prefect_server import QUICK, PrefectServer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 PAGE = HERE / "README.md"
 BEGIN, END = "<!-- figures: benchmarks/run.py --table -->", "<!-- end of figures -->"
-LIMIT = 1800.0
+LIMIT = 5400.0
 """Seconds for one measurement."""
 CALM = 0.2
 """Share of a core below which the servers have done what the measurement before has left to them."""
@@ -52,7 +53,11 @@ CALM_WITHIN = 60.0
 
 
 class Servers:
-    """The servers, started when they are first needed; all end with the stack. One Prefect server runs at a time."""
+    """The servers, started when they are first needed; all end with the stack.
+
+    One Prefect server runs at a time, or the two of a pair: "sqlite/empty" and "sqlite/past". "as-it-comes" is one on
+    SQLite without the settings that the others have.
+    """
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self._folder = folder
@@ -67,14 +72,23 @@ class Servers:
         return self._postgres
 
     def prefect(self, kind: str) -> PrefectServer:
+        database, _, of_a_pair = kind.partition("/")
         for other, server in self._running.items():
-            if other != kind:
+            if other != kind and not (of_a_pair and other.startswith(f"{database}/")):
                 server.stop()
         if kind not in self._running:
-            url = self.postgres.create_database("prefect") if kind == "postgres" else None
-            self._running[kind] = PrefectServer(self._folder / f"server-{kind}", database_url=url)
+            name = kind.replace("/", "_")
+            url = self.postgres.create_database(f"prefect_{name}") if database == "postgres" else None
+            self._running[kind] = PrefectServer(self._folder / f"server-{name}", database_url=url)
             self._stack.callback(self._running[kind].stop)
-        return self._running[kind].start()
+        with patch.dict(QUICK, clear=kind == "as-it-comes"):
+            return self._running[kind].start()
+
+    def cpu_seconds(self, kind: str) -> Figures:
+        """Return the CPU time of a Prefect server, and of PostgreSQL if it runs."""
+        processes = {"server": self._running[kind].process}
+        processes |= {"postgres": self._postgres.process} if self._postgres else {}
+        return {f"{name}_cpu_seconds": family_cpu_seconds(process.pid) for name, process in processes.items()}
 
     def calm_down(self) -> None:
         """Wait until the servers rest: they record late what a flow has left behind."""
@@ -103,15 +117,17 @@ class Runner:
         env = {FILE: str(folder / "figures.jsonl"), "PREFECT_LOGGING_LEVEL": "ERROR"}
         # As where somebody uses it: what is imported on the way is compiled once, and not in each measurement.
         env["PYTHONDONTWRITEBYTECODE"] = ""
-        home = folder / "home"
-        if on in ("postgres", "sqlite"):
-            env["PREFECT_API_URL"] = self._servers.prefect(on).api_url
-        elif on == "embedded":
+        home, before = folder / "home", Figures()
+        if on == "embedded":
             home = self.folder / "embedded-home"  # so that its database is made once
             env["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
-            self._servers.calm_down()
+        elif on != "none":
+            server = self._servers.prefect(on)
+            env |= {"PREFECT_API_URL": server.api_url, DATABASE: server.database_url}
         if not self.small:
             self._servers.calm_down()
+        if "PREFECT_API_URL" in env:
+            before = self._servers.cpu_seconds(on)
         command = [sys.executable, str(HERE / f"{script}.py"), *map(str, arguments)]
         try:
             done = subprocess.run(command, env=isolated(home, env), timeout=LIMIT, stderr=subprocess.PIPE, text=True)
@@ -120,23 +136,23 @@ class Runner:
         if done.returncode:
             raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
         found = [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
+        if before:
+            if not self.small:
+                self._servers.calm_down()
+            found[-1] |= {name: value - before[name] for name, value in self._servers.cpu_seconds(on).items()}
         given = {"command": " ".join([script, *map(str, arguments)]), "on": on}
         self.runs += [{**given, **figures} for figures in found]
         return found
 
     def ledger_url(self) -> str:
-        return self._servers.postgres.create_database(f"ledger_{time.monotonic_ns()}").replace("+asyncpg", "")
-
-    def pids(self) -> list[str]:
-        server = self._servers.prefect("postgres").process.pid
-        return [f"prefect_server={server}", f"postgres={self._servers.postgres.process.pid}"]
+        url = self._servers.postgres.create_database(f"ledger_{time.monotonic_ns()}")
+        # That server asks for no password, and a parameter of a flow run must hold none.
+        return url.replace("+asyncpg", "").replace(":unused@", "@")
 
 
 def measure(names: Sequence[str], kept: Path | None, *, small: bool) -> tuple[Figures, bool]:
     """Measure some parts; return all results of the file, and whether all went well."""
-    results: Figures = {"parts": {}}
-    if kept and kept.exists():
-        results = json.loads(kept.read_text())
+    results = read(kept) if kept and kept.exists() else {"parts": {}}
     results |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "small": small, "machine": machine()}
     went_well = True
     with contextlib.ExitStack() as stack:
@@ -147,6 +163,7 @@ def measure(names: Sequence[str], kept: Path | None, *, small: bool) -> tuple[Fi
             began, runner.runs = time.monotonic(), []
             part: Figures = {
                 "at": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+                "commit": results["machine"]["commit"],
                 "load_before": round(os.getloadavg()[0], 1),
             }
             try:
@@ -182,39 +199,49 @@ def machine() -> Figures:
 
 def table(results: Figures) -> str:
     """Return the results as a table in Markdown."""
-    lines = ["| work | figure | measured | goal | made of | load |", "| --- | --- | --- | --- | --- | --- |"]
+    head = ("work", "figure", "measured", "goal", "made of", "load", "when")
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for name in (name for name in PARTS if name in results["parts"]):
         part = results["parts"][name]
         load = f"{part['load_before']}, {max((run['load'] for run in part['runs']), default=0.0)}"
+        when = f"{part['at'][:10]}, {part['commit']}"
         if "failed" in part:
-            lines.append(f"| {name} | | failed: {part['failed'].strip().splitlines()[-1]} | | | {load} |")
+            lines.append(f"| {name} | | failed: {part['failed'].strip().splitlines()[-1]} | | | {load} | {when} |")
         for row in part["rows"]:
             goal = "" if row["goal"] is None else f"{'at least ' if row['at_least'] else ''}{row['goal']:g}"
             met = {None: "", True: ", met", False: ", **missed**"}[row["met"]]
-            cells = (row["work"], row["figure"], number(float(row["value"])), f"{goal}{met}", row["of"], load)
+            cells = (row["work"], row["figure"], number(float(row["value"])), f"{goal}{met}", row["of"], load, when)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def about(results: Figures) -> str:
-    """Return one sentence on where the results are from."""
+    """Return in a few sentences where the results are from."""
     known = results["machine"]
     return (
-        f"Measured part by part on {results['date']}, the last part at commit {known['commit']}: {known['cores']} "
-        f"cores ({known['processor']}), {known['memory_gb']} GB, Python {known['python']}, Prefect {known['prefect']}. "
-        "A value is the median of three measurements that alternate with those that they are compared with. These were "
-        "measured once: the 100,000 rows, polling, the call that writes the output, and the real crews. `load` is that "
-        "of the machine before the work, and the highest while it ran. "
-        f"`benchmarks/results/{results['date']}.json` has each single measurement."
+        f"Measured on {known['cores']} cores ({known['processor']}), {known['memory_gb']} GB, Python {known['python']}"
+        f", Prefect {known['prefect']}. `when` is the day and the commit. A value is the median of three measurements "
+        "that alternate with those that they are compared with. These were measured once: the 100,000 rows, polling, "
+        "the call that writes the output, and the crew worker. `load` is that of the machine before the work, and the "
+        "highest while it ran. `benchmarks/results` has each single measurement."
     )
 
 
-def newest() -> Path:
-    """Return the file of the newest results."""
-    found = sorted(RESULTS.glob("*.json"))
+def read(path: Path) -> Figures:
+    """Return the results of a file; each part has the commit that it was measured at."""
+    results = json.loads(path.read_text())
+    for part in results["parts"].values():
+        part.setdefault("commit", results["machine"]["commit"])
+    return results
+
+
+def newest() -> Figures:
+    """Return the newest results of each part, and the machine of the newest."""
+    found = [read(path) for path in sorted(RESULTS.glob("*.json"))]
     if not found:
         sys.exit(f"There are no results in {RESULTS} yet: run benchmarks/run.py first.")
-    return found[-1]
+    parts = {name: part for results in found for name, part in results["parts"].items()}
+    return {**found[-1], "parts": parts}
 
 
 def fill_page(results: Figures) -> None:
@@ -235,7 +262,7 @@ def main() -> None:
     if unknown := set(given.names) - set(PARTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     if given.table:
-        results = json.loads((given.to or newest()).read_text())
+        results = read(given.to) if given.to else newest()
         fill_page(results)
         print(table(results))
         return

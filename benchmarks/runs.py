@@ -1,6 +1,6 @@
-"""What a run costs in a flow that is running already: time on top of the crew's own, requests, TLS handshakes.
+"""What a run costs in a flow that is running already: time on top of the crew's own, requests, connections.
 
-    python benchmarks/runs.py one --times 5         `arun_crew`, a 2 s crew behind TLS, webhooks on
+    python benchmarks/runs.py one --times 5         `arun_crew`, a 2 s crew, webhooks on
     python benchmarks/runs.py one --count           the same through a proxy that counts the requests to Prefect
     python benchmarks/runs.py many --runs 8 100     so many runs at the same time, compared with one
 
@@ -13,17 +13,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import re
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from figures import report
-from lean_server import TOKEN, LeanServer, certificate, lean_server
+from lean_server import TOKEN, LeanServer, lean_server
 from servers import prefect_server_of, receiver
 
 from support.prefect_server import drain, environment
@@ -42,7 +39,7 @@ async def one(given: argparse.Namespace, server: LeanServer, proxy: Proxy | None
     requests: list[str] = proxy.requests if proxy else []
     extra: list[float] = []
     made: list[list[str]] = []
-    handshakes: list[int] = []
+    connections: list[int] = []
 
     @flow(name="one", validate_parameters=False)
     async def run() -> None:
@@ -52,11 +49,11 @@ async def one(given: argparse.Namespace, server: LeanServer, proxy: Proxy | None
             await arun_crew(crew, {"topic": str(number)}, name=f"run-{number}")
             extra.append(time.perf_counter() - began - given.seconds)
             made.append([request for request in requests[before:] if not request.startswith(LOGS)])
-            handshakes.append(server.counts()["connections"] - opened)
+            connections.append(server.counts()["connections"] - opened)
 
     await run()
     if proxy is None:
-        report("one run", extra_seconds=median(extra[1:]), handshakes=median(handshakes[1:]), each_seconds=extra[1:])
+        report("one run", extra_seconds=median(extra[1:]), connections=median(connections[1:]), each_seconds=extra[1:])
         return
     shapes = Counter(re.sub("[0-9a-f]{8}-[0-9a-f-]{27}", "ID", request) for one in made[1:] for request in one)
     report(
@@ -100,16 +97,13 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="count the requests to Prefect, for `one`")
     parser.add_argument("--runs", type=int, nargs="+", default=[8, 100], help="for `many`")
     given = parser.parse_args()
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
     prefect = prefect_server_of()
     with contextlib.ExitStack() as stack:
         if given.what == "many":
             asyncio.run(many(given, stack.enter_context(lean_server(given.seconds))))
             return
-        tls = certificate(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        os.environ["SSL_CERT_FILE"] = str(tls)
         stack.enter_context(receiver())
-        server = stack.enter_context(lean_server(given.seconds, tls=tls))
+        server = stack.enter_context(lean_server(given.seconds))
         proxy = stack.enter_context(Proxy(prefect.port)) if given.count else None
         if proxy:
             stack.enter_context(environment({"PREFECT_API_URL": f"{proxy.url}/api"}))

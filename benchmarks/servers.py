@@ -21,6 +21,8 @@ import httpx
 from support.postgres import Postgres, find_postgres
 from support.prefect_server import QUICK, PrefectServer, free_port
 
+DATABASE = "BENCHMARK_DATABASE"
+"""The environment variable with the URL of that server's database, as SQLAlchemy writes it."""
 SECRET = "a-secret-of-the-benchmark-that-is-long-enough"
 
 # What is left are the settings of deployments/compose.yaml.
