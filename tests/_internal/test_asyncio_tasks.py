@@ -81,7 +81,7 @@ def throttled() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
 
 
 def woken() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-    waker = listener.Waker(listener._Hub(), "key", "")
+    waker = listener.Waker(listener._Hub(), "run")
     return waker.pause(60), waker._event.set
 
 
