@@ -34,7 +34,7 @@ from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
-from prefect_crew._internal.prefect_api import read_all_flow_runs
+from prefect_crew._internal.prefect_api import read_all
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.automations import TAG
 from prefect_crew.blocks import load_crew, values_of_blocks
@@ -662,7 +662,7 @@ async def _known_runs(
     between = ExpectedStartTime.model_validate({"after_": times[0], "before_": times[-1]})
     of_target = DeploymentFilter(id=DeploymentFilterId(any_=[target.id]))
     runs = FlowRunFilter(expected_start_time=between)
-    for run in await read_all_flow_runs(client, flow_run_filter=runs, deployment_filter=of_target):
+    for run in await read_all(client.read_flow_runs, flow_run_filter=runs, deployment_filter=of_target):
         by, moment = run.created_by, run.expected_start_time and _utc(run.expected_start_time, time.min)
         # A new deploy may give a schedule another id; its slug stays.
         is_scheduled = by is not None and by.type == "SCHEDULE" and schedule.slug in (None, by.display_value)

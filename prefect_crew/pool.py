@@ -29,7 +29,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.states import AwaitingRetry
 from prefect.utilities.engine import propose_state
 
-from prefect_crew._internal.prefect_api import read_all_flow_runs
+from prefect_crew._internal.prefect_api import read_all
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.blocks import find_crew
 from prefect_crew.exceptions import ConfigurationError, CrewError
@@ -60,7 +60,7 @@ BEGUN = FlowRunFilterState(
 async def read_flow_runs(client: PrefectClient, pool: str, state: FlowRunFilterState) -> list[FlowRun]:
     """Return the flow runs of a pool that match a state filter."""
     of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
-    return await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(state=state), work_pool_filter=of_pool)
+    return await read_all(client.read_flow_runs, flow_run_filter=FlowRunFilter(state=state), work_pool_filter=of_pool)
 
 
 async def read_workers(client: PrefectClient, pool: str) -> dict[str, bool]:

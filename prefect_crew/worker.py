@@ -48,7 +48,7 @@ from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import HeldFlowRun, check_prefect, many_flow_runs, run_held_flow, shared
-from prefect_crew._internal.prefect_api import held_flow_run, read_all_flow_runs
+from prefect_crew._internal.prefect_api import held_flow_run, read_all
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, PREFECT_ERRORS, STATUS_ERRORS, is_away
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.pool import (
@@ -498,7 +498,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             return
         state = FlowRunFilterState(name=FlowRunFilterStateName(any_=SUSPENDED_NAMES))
         flow_run_filter = FlowRunFilter(id=FlowRunFilterId(any_=list(before)), state=state)
-        for flow_run in await read_all_flow_runs(self.client, flow_run_filter=flow_run_filter):
+        for flow_run in await read_all(self.client.read_flow_runs, flow_run_filter=flow_run_filter):
             held = self._held.get(flow_run.id)
             if held is not None and held is before[flow_run.id]:
                 held.end("suspended", "Flow run was suspended.")

@@ -14,7 +14,7 @@ import os
 import random
 import sys
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,7 +26,6 @@ import httpx
 import prefect
 from prefect.client.base import PrefectHttpxAsyncClient
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun
 from prefect.context import ContextModel, FlowRunContext
 from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
 from prefect.logging import get_run_logger
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 else:
     Adapter = logging.LoggerAdapter
 
+T = TypeVar("T")
 ContextT = TypeVar("ContextT", bound=ContextModel)
 
 
@@ -67,15 +67,15 @@ def flow_run_id() -> str | None:
     return None if context is None or context.flow_run is None else str(context.flow_run.id)
 
 
-async def read_all_flow_runs(client: PrefectClient, **filters: Any) -> list[FlowRun]:
-    """Return all flow runs that match the filters of `read_flow_runs`, which returns at most 200 at a time."""
-    flow_runs: list[FlowRun] = []
-    while len(flow_runs) % 200 == 0:
-        page = await client.read_flow_runs(**filters, limit=200, offset=len(flow_runs))
-        flow_runs += page
+async def read_all(read: Callable[..., Awaitable[Sequence[T]]], **filters: Any) -> list[T]:
+    """Return all objects that a method of Prefect's client finds. It returns at most 200 at a time."""
+    objects: list[T] = []
+    while len(objects) % 200 == 0:
+        page = await read(**filters, limit=200, offset=len(objects))
+        objects += page
         if not page:
             break
-    return flow_runs
+    return objects
 
 
 def embedded_server(port: str) -> tuple[list[str], dict[str, str]]:

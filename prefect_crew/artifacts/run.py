@@ -22,7 +22,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectHTTPStatusError
 
-from prefect_crew._internal.prefect_api import Urgency, is_busy, request_soon, run_logger
+from prefect_crew._internal.prefect_api import Urgency, is_busy, read_all, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import (
     OUTPUT_CAP,
@@ -77,15 +77,10 @@ async def claims_shown(client: PrefectClient, flow_run_ids: Sequence[UUID]) -> l
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
     """
-    names, offset = dict[str, None](), 0
     of_flow_runs = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[*flow_run_ids]))
-    while True:
-        page = await client.read_artifacts(artifact_filter=of_flow_runs, limit=NEWEST, offset=offset)
-        claims = (artifact.metadata_.get(CLAIM) for artifact in page if artifact.metadata_)
-        names |= dict.fromkeys(claim for claim in claims if claim)
-        if len(page) < NEWEST:
-            return [*names]
-        offset += NEWEST
+    artifacts = await read_all(client.read_artifacts, artifact_filter=of_flow_runs)
+    claims = (artifact.metadata_.get(CLAIM) for artifact in artifacts if artifact.metadata_)
+    return [*dict.fromkeys(claim for claim in claims if claim)]
 
 
 class MarkdownArtifact:

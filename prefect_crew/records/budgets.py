@@ -21,11 +21,10 @@ from uuid import NAMESPACE_URL, uuid5
 
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate
-from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
-from prefect_crew._internal.prefect_api import BUSY_FOR, flow_run_id, is_busy, request_soon, run_logger
+from prefect_crew._internal.prefect_api import BUSY_FOR, flow_run_id, is_busy, read_all, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.budgets import PREFIX, UNITS, BudgetPeriod, slots_of
 from prefect_crew.crew import Crew
@@ -246,11 +245,9 @@ async def _post(client: PrefectClient, how: str, name: str, slots: int) -> dict[
 
 async def delete_past_counters(older_than: timedelta) -> None:
     """Delete the counters that nobody has changed for `older_than`, and at least for `KEEP`."""
-    counters, before = list[GlobalConcurrencyLimitResponse](), utcnow() - max(older_than, KEEP)
+    before = utcnow() - max(older_than, KEEP)
     async with get_client() as client:
-        while page := await client.read_global_concurrency_limits(limit=200, offset=len(counters)):
-            counters += page
-        for counter in counters:
+        for counter in await read_all(client.read_global_concurrency_limits):
             if counter.name.startswith(f"{PREFIX}.") and counter.updated and counter.updated < before:
                 with suppress(ObjectNotFound):  # somebody else prunes too
                     await client.delete_global_concurrency_limit_by_name(counter.name)

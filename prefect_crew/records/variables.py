@@ -6,7 +6,7 @@ Every function raises one of PREFECT_ERRORS if the Prefect API cannot be reached
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple, cast
@@ -163,7 +163,7 @@ async def _ask_by_change(client: PrefectClient, offset: int) -> httpx.Response:
     )
 
 
-async def pages_by_change(since: datetime) -> AsyncIterator[list[Variable]]:
+async def pages_by_change(since: datetime) -> AsyncGenerator[list[Variable]]:
     """Yield the Variables that were changed since a moment, page by page, the latest change first.
 
     The next page is requested before the caller gets this one. Some Variables come twice.

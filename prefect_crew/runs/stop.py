@@ -12,7 +12,7 @@ import os
 import shlex
 import time
 from collections.abc import AsyncGenerator, Awaitable, Collection
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import datetime, timedelta
 from typing import TypeVar
 from uuid import UUID
@@ -24,7 +24,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, read_all_flow_runs, run_logger
+from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, read_all, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import claims_shown, render_run
 from prefect_crew.client import CrewClient
@@ -36,7 +36,7 @@ from prefect_crew.exceptions import CrewError, FlowRunCancelledError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.records.variables import PAGE, Variable, read_exact, server_time, variables_in
+from prefect_crew.records.variables import PAGE, Variable, pages_by_change, read_exact
 from prefect_crew.runs.run import LiveRun, close_run, cost_of_run, read_record
 from prefect_crew.states import CrewState
 
@@ -47,8 +47,6 @@ LOOK_WITHIN = 5.0
 """Seconds that such a request may take, or a request around a stop: the caller waits for the crew, not for Prefect."""
 STOP_WITHIN = 20.0
 """Seconds for all steps after a cancellation: Prefect kills a cancelled process after about 30 s."""
-FIRST_LATEST = 20
-"""Variables in the first page of `_latest_claims`: enough for a flow run that began a moment ago."""
 LATEST = 2000
 """The most Variables that `_latest_claims` reads to find runs without an artifact."""
 CLOCKS_APART = timedelta(minutes=5)
@@ -181,10 +179,10 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
     while at < len(ids):  # the subflows, level by level
         parents = FlowRunFilterParentFlowRunId(any_=ids[at:])
         at = len(ids)
-        children = await read_all_flow_runs(client, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
+        children = await read_all(client.read_flow_runs, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
         ids += [child.id for child in children if child.deployment_id is None]  # others run by themselves
     names, owners = await claims_shown(client, ids), {str(id_) for id_ in ids}
-    claims = await _latest_claims(client, flow_run.start_time, owners)
+    claims = [] if flow_run.start_time is None else await _latest_claims(flow_run.start_time, owners)
     for start in range(0, len(names), PAGE):
         claims += await read_exact(names[start : start + PAGE])
     records, _ = await PrefectRecords().readable([*{claim.id: claim for claim in claims}.values()])
@@ -197,18 +195,15 @@ def _is_open(record: RunRecord) -> bool:
     return is_sent or record.phase in (RecordPhase.STARTED, RecordPhase.UNCERTAIN)
 
 
-async def _latest_claims(client: PrefectClient, since: datetime | None, owners: Collection[str]) -> list[Variable]:
+async def _latest_claims(since: datetime, owners: Collection[str]) -> list[Variable]:
     """Return the claims of some flow runs among the Variables that were changed since a moment, `LATEST` at most."""
-    claims, offset, limit = list[Variable](), 0, FIRST_LATEST
-    while offset < LATEST:
-        json = {"limit": limit, "offset": offset, "sort": "UPDATED_DESC"}
-        response = await client.request("POST", "/variables/filter", json=json)
-        page = variables_in(response)
-        claims += [variable for variable in page if variable.fields.get("flow_run_id") in owners]
-        until = server_time(response) - timedelta(seconds=page[-1].idle) if page else None
-        if len(page) < limit or until is None or (since is not None and until < since - CLOCKS_APART):
-            break
-        offset, limit = offset + limit, PAGE
+    claims, read = list[Variable](), 0
+    async with aclosing(pages_by_change(since - CLOCKS_APART)) as pages:
+        async for page in pages:
+            if read >= LATEST:
+                break
+            claims += [variable for variable in page if variable.fields.get("flow_run_id") in owners]
+            read += len(page)
     return claims
 
 

@@ -30,6 +30,7 @@ from prefect_crew.blocks import crew_of
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.devserver import CrewServer
+from prefect_crew.records import variables
 from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
@@ -829,15 +830,18 @@ def test_a_run_without_artifact_is_found(
 async def test_the_search_goes_back_to_the_flow_runs_start(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(stop, "FIRST_LATEST", 1)
-    monkeypatch.setattr(stop, "PAGE", 1)
+    monkeypatch.setattr(variables, "PAGE", 2)
+    monkeypatch.setattr(variables, "OVERLAP", 1)
     flow_run_id, *_ = await started(crew_server(slow(60)))
     async with get_client() as client:
         begun = await client.read_flow_run(flow_run_id)
-        monkeypatch.setattr(stop, "CLOCKS_APART", timedelta(seconds=2))  # the header Date has whole seconds
-        owners = {str(begun.id)}
-        assert len(await stop._latest_claims(client, begun.start_time, owners)) == 1
-        assert await stop._latest_claims(client, utcnow() + timedelta(minutes=1), owners) == []
+    for _ in range(3):
+        await put(new_record())
+    monkeypatch.setattr(stop, "CLOCKS_APART", timedelta(0))
+    owners = {str(begun.id)}
+    assert begun.start_time is not None
+    assert {claim.fields["flow_run_id"] for claim in await stop._latest_claims(begun.start_time, owners)} == owners
+    assert await stop._latest_claims(utcnow(), owners) == []
 
 
 def test_the_search_does_not_grow_with_records(crew_server: CrewServerFactory, prefect_server: PrefectServer):
