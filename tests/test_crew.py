@@ -22,6 +22,7 @@ from prefect_crew.devserver._scripts import load_program
 from prefect_crew.exceptions import InvalidCallError
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import script
+from support.waiting import until
 
 
 def crew(**fields: Any) -> Crew:
@@ -193,8 +194,7 @@ async def test_look_that_is_cut_off_leaves_the_version_of_before(crew_server: Cr
     async with CrewSession(crew_of(server.crew())) as session:
         first = await session.version()
         looking = asyncio.create_task(session.version())
-        while server.requests["inspect"] < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.requests["inspect"] >= 2)
         assert first == await session.version(if_due=True) == known_version(server.url)
         looking.cancel()
         await asyncio.wait({looking})

@@ -38,6 +38,7 @@ from support.deployed import command, wait_until
 from support.prefect_server import PrefectServer, connected
 from support.proxy import Proxy
 from support.records import attempts, let_pass, put
+from support.waiting import until
 from support.workers import Worker
 
 STATUS_CODE = "prefect.infrastructure.status-code"
@@ -397,9 +398,7 @@ async def test_what_the_worker_was_about_to_begin_is_taken_later_where_the_serve
                 flow_run.state = Scheduled()
                 monkeypatch.setattr(worker, "_propose_pending_state", AsyncMock(return_value=True))
             assert await worker._submit_scheduled_flow_runs([WorkerFlowRunResponse.model_construct(flow_run=flow_run)])
-            async with asyncio.timeout(10):
-                while worker._submitting_flow_run_ids or worker.limiter.borrowed_tokens:
-                    await asyncio.sleep(0.01)
+            await until(lambda: not (worker._submitting_flow_run_ids or worker.limiter.borrowed_tokens))
             assert (await worker.client.read_flow_run(run_id)).state_name == begun.name
 
 
@@ -435,9 +434,7 @@ async def test_a_flow_run_that_was_left_behind_begins_at_once_unless_only_the_po
         if "limit" in options:
             worker.limiter.acquire_on_behalf_of_nowait("another flow run")
         await worker._take_over_page([flow_run])
-        async with asyncio.timeout(10):
-            while worker._submitting_flow_run_ids:
-                await asyncio.sleep(0.01)
+        await until(lambda: not worker._submitting_flow_run_ids)
         current = await worker.client.read_flow_run(run_id)
     assert run.await_count == (expected == "begins")
     assert current.state_name == ("Running" if expected == "begins" else expected)
@@ -550,9 +547,8 @@ async def test_a_slot_of_a_deployments_limit_that_is_gone_ends_no_flow_run(caplo
     @flow
     async def limited() -> list[str]:
         lease: Any = prefect.flow_engine.amaintain_concurrency_lease  # pyright: ignore[reportPrivateImportUsage]
-        async with lease(uuid4(), 0.1, raise_on_lease_renewal_failure=True), asyncio.timeout(60):
-            while "lost its slot in the deployment's concurrency limit" not in caplog.text:
-                await asyncio.sleep(0.1)
+        async with lease(uuid4(), 0.1, raise_on_lease_renewal_failure=True):
+            await until(lambda: "lost its slot in the deployment's concurrency limit" in caplog.text)
             return [thread.name for thread in threading.enumerate()]
 
     with many_flow_runs(print):
@@ -753,8 +749,7 @@ async def test_a_flow_that_ends_right_after_it_was_suspended_stays_suspended(
             flow_run, client=worker.client, work_pool=worker.work_pool, worker_name=worker.name
         )
         running = asyncio.create_task(worker.run(flow_run, configuration))
-        while pool.states(run_id).count("Running") < 2:
-            await asyncio.sleep(0.1)
+        await until(lambda: pool.states(run_id).count("Running") >= 2)
         await worker.client.set_flow_run_state(flow_run.id, Suspended())
         await running
         assert (await worker.client.read_flow_run(flow_run.id)).state_name == "Suspended"

@@ -15,7 +15,6 @@ Not applicable, and why:
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -37,6 +36,7 @@ from prefect_crew.pool import read_workers
 from prefect_crew.worker import CrewWorker, CrewWorkerResult
 from support.crew_pool import IMPORTABLE, USER_FLOWS, CrewPool
 from support.prefect_server import PrefectServer
+from support.waiting import until
 
 
 @pytest.fixture
@@ -63,9 +63,7 @@ def runs_of(ran: AsyncMock) -> set[str]:
 async def look(worker: CrewWorker) -> None:
     """Look once for flow runs, and wait until all of them have begun."""
     await worker.get_and_submit_flow_runs()
-    async with asyncio.timeout(30):
-        while worker._submitting_flow_run_ids:
-            await asyncio.sleep(0.01)
+    await until(lambda: not worker._submitting_flow_run_ids)
 
 
 def soon(seconds: float) -> datetime:

@@ -56,8 +56,7 @@ async def cancelled(batch: Batches, server: Any, rows: Any, **options: Any) -> t
         return await batch(server.crew(), rows, max_in_flight=10, **options)
 
     running = asyncio.ensure_future(mine())
-    while server.kickoffs < 10:
-        await asyncio.sleep(0.02)
+    await until(lambda: server.kickoffs >= 10)
     async with get_client() as client:
         await client.set_flow_run_state(found[0], Cancelling(), force=True)
         [outcome] = await asyncio.gather(running, return_exceptions=True)
@@ -164,8 +163,7 @@ async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(
 
     scope = anyio.CancelScope()
     running = asyncio.ensure_future(run())
-    while server.kickoffs < 10:
-        await asyncio.sleep(0.02)
+    await until(lambda: server.kickoffs >= 10)
     if way == "timed out":
         scope.cancel()
         await running

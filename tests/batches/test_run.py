@@ -47,6 +47,7 @@ from prefect_crew.testing import CrewServerFactory
 from support.batches import CREW, Batches, attempts_read_in_scans, topics
 from support.held import Held
 from support.scripts import PICKY, script, slow
+from support.waiting import until
 
 ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"], usage={"total_tokens": 5})
 
@@ -255,8 +256,7 @@ async def test_an_output_is_written_again_whose_lines_are_others_though_their_st
 async def test_who_comes_second_hears_so_before_it_reads_the_data_set(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(ECHO, faults=["status:500"])
     first = asyncio.ensure_future(batch(server.crew(), topics(5), name="read"))
-    while not server.kickoffs:
-        await asyncio.sleep(0.02)
+    await until(lambda: server.kickoffs)
 
     class Unread(list[Any]):
         def __iter__(self) -> Any:
@@ -582,8 +582,7 @@ LATE = script({"seconds": "{{ 3 if 'slow' in topic else 0 }}", "output": "on {{ 
 async def test_a_file_that_another_batch_wrote_meanwhile_is_kept(batch: Batches, crew_server: CrewServerFactory):
     server, slow = crew_server(LATE), [{"topic": "slow"}]
     late = asyncio.ensure_future(batch(server.crew(), slow, name="late"))
-    while server.kickoffs < 1:
-        await asyncio.sleep(0.05)
+    await until(lambda: server.kickoffs >= 1)
     await batch(server.crew(), topics(2), name="early")
     with pytest.raises(ExportError, match=r"is not from this batch: move that file. All results are in the ledger"):
         await late
@@ -705,8 +704,7 @@ async def test_a_batch_that_goes_on_with_another_secret_writes_nothing_that_it_c
         return await batch(crew, [{"topic": "tea"}], name=f"rotated {is_rotated}", key="topic", inputs=given)
 
     running = asyncio.ensure_future(run(old))
-    while not server.requests["status"]:
-        await asyncio.sleep(0.02)
+    await until(lambda: server.requests["status"])
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     held.release()

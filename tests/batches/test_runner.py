@@ -79,8 +79,7 @@ async def test_a_batch_that_has_lost_its_lock_writes_nothing_more(
     monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.05)
     server = crew_server(Held())
     running = asyncio.ensure_future(batch(server.crew(), topics(2000), name="lock lost", max_in_flight=5))
-    while server.kickoffs < 5:
-        await asyncio.sleep(0.01)
+    await until(lambda: server.kickoffs >= 5)
     (file,) = batch.folder.glob("*.lock")
     file.unlink()
     report = await asyncio.wait_for(running, 60)
@@ -184,8 +183,7 @@ async def test_a_token_that_is_revoked_on_the_way_loses_nothing(batch: Batches, 
     rows = [{"topic": str(number)} for number in range(100)]
     good, crew = server.token, server.crew()
     running = asyncio.ensure_future(batch(crew, rows, name="revoked", max_in_flight=30))
-    while server.kickoffs < 30:
-        await asyncio.sleep(0.02)
+    await until(lambda: server.kickoffs >= 30)
     server.token = "another"
     report = await running
     assert report.stopped is not None
@@ -205,8 +203,7 @@ async def test_a_rotated_token_is_taken_up_by_all_rows(batch: Batches, crew_serv
     await crew.save(name)
     rows = [{"topic": str(number)} for number in range(60)]
     running = asyncio.ensure_future(batch(name_of(name), rows, max_in_flight=20))
-    while server.kickoffs < 20:
-        await asyncio.sleep(0.02)
+    await until(lambda: server.kickoffs >= 20)
     await server.crew(token="fresh-token").save(name, overwrite=True)
     server.token = "fresh-token"
     report = await running
@@ -222,8 +219,7 @@ async def test_a_server_that_is_away_for_a_while_fails_no_row(batch: Batches, cr
     rows = [{"topic": str(number)} for number in range(40)]
     quick = WaitPolicy(initial=0.05, factor=1, grace=0.5)
     running = asyncio.ensure_future(batch(server.crew(), rows, max_in_flight=2, wait=quick))
-    while server.kickoffs < 10:
-        await asyncio.sleep(0.02)
+    await until(lambda: server.kickoffs >= 10)
     # All runs that it knows have ended before it goes, since it forgets them.
     server.stop()
     await asyncio.sleep(1.5)
@@ -244,8 +240,7 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
 
     quick = WaitPolicy(initial=0.05, factor=1, grace=0.5, error_timeout=2)
     running = asyncio.ensure_future(batch(crew, topics(50), name="away", kickoffs_per_second=20, wait=quick))
-    while server.kickoffs < 5:
-        await asyncio.sleep(0.02)
+    await until(lambda: server.kickoffs >= 5)
     server.stop()
     started = server.kickoffs  # it forgets them
     report = await asyncio.wait_for(running, 60)
@@ -331,8 +326,7 @@ async def test_a_budget_whose_room_came_late_does_not_stop_a_batch(
         calls.append(identity)
         if len(calls) == 2:
             assert runner.waiting
-            while runner.waiting:
-                await asyncio.sleep(0.01)
+            await until(lambda: not runner.waiting)
             raise BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
         return await start_run(request, identity, *rest)
 
@@ -471,8 +465,7 @@ async def test_a_kickoff_that_is_refused_after_its_caller_has_gone_did_not_start
     server = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"])
     async with Ledger(ledger_address, "b") as ledger, CrewSession(crew_of(server.crew())) as session:
         starting = asyncio.ensure_future(start(ledger, server, session))
-        while not server.requests["kickoff"]:
-            await asyncio.sleep(0.01)
+        await until(lambda: server.requests["kickoff"])
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting

@@ -13,6 +13,7 @@ import pytest
 from prefect_crew.devserver import CrewServer
 from support.deployed import load_flow
 from support.scripts import script
+from support.waiting import until
 
 
 class Folder:
@@ -81,8 +82,7 @@ async def test_a_look_that_is_cut_off_is_gone_on_with(save_crew: Any, folder: Fo
     slow = save_crew("batch-slow", script({"seconds": 20, "output": "on {{ topic }}"}, inputs=["topic"]))
     folder.receive("a.csv", "topic\n" + "".join(f"topic {number}\n" for number in range(8)))
     looking = asyncio.ensure_future(folder.look("batch-slow", options={"max_in_flight": 5}))
-    while slow.kickoffs < 5:
-        await asyncio.sleep(0.02)
+    await until(lambda: slow.kickoffs >= 5)
     looking.cancel()  # by nobody who asked for a stop, as when a machine goes down
     await asyncio.gather(looking, return_exceptions=True)
     assert folder.files == {"a.csv"}
@@ -96,8 +96,7 @@ async def test_a_file_whose_batch_dies_in_the_middle_stays_and_is_named(save_cre
     slow = save_crew("batch-slow", script({"seconds": 0.1, "output": "on {{ topic }}"}, inputs=["topic"]))
     path = folder.receive("growing.csv", "topic\n" + "tea\n" * 900)
     looking = asyncio.ensure_future(folder.look("batch-slow", options={"max_in_flight": 5}))
-    while slow.kickoffs < 5:
-        await asyncio.sleep(0.01)
+    await until(lambda: slow.kickoffs >= 5)
     with path.open("a") as file:
         file.write("late\n" * 900)
     with pytest.raises(RuntimeError, match=r"^growing\.csv \(DatasetError\) failed"):

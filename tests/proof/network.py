@@ -19,6 +19,7 @@ from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 from prefect_crew.states import CrewState
+from support.waiting import until
 
 __all__ = ["REQUEST_TIMEOUT", "TIMEOUT", "Ground", "row"]
 
@@ -83,8 +84,7 @@ async def _act(ground: Ground, act: Callable[[Crew, str], Awaitable[str]], idemp
 
     kickoff_id = await ground.run(begin)
     wanted = CrewState.WAITING if act is _answer else CrewState.RUNNING
-    while ground.state(kickoff_id) is not wanted:
-        await asyncio.sleep(0.02)
+    await until(lambda: ground.state(kickoff_id) is wanted)
     ground.break_it()
     first = await ground.run(lambda: act(ground.crew, kickoff_id))
     await ground.repair_it()

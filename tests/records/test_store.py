@@ -32,6 +32,7 @@ from prefect_crew.records.variables import create_variable, delete_variable
 from prefect_crew.states import CrewState
 from support.proxy import Proxy
 from support.records import LONG_AGO, new_record, put
+from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -148,8 +149,7 @@ async def test_a_claim_is_withdrawn_although_the_server_was_busy(proxy: Proxy):
     record.phase = RecordPhase.NOT_STARTED
     proxy.answer, proxy.refuse = "503", "DELETE /api/variables/"
     withdrawal = asyncio.create_task(RECORDS.withdraw(record))
-    while not proxy.count("DELETE"):
-        await asyncio.sleep(0.005)
+    await until(lambda: proxy.count("DELETE"))
     proxy.refuse = None
     await withdrawal
     assert await RECORDS.attempts(record.idempotency_key) == []

@@ -26,6 +26,7 @@ from prefect_crew.runs import listener as listener_module
 from prefect_crew.runs.listener import Waker, _Hub
 from prefect_crew.states import CrewState
 from prefect_crew.tasks import kickoff_crew, wait_for_crew
+from support.waiting import until
 from support.webhooks import SECRET, served
 
 TASK: dict[str, Any] = {"name": "work", "agent": "A", "seconds": 1.5, "output": "done"}
@@ -162,9 +163,7 @@ async def test_an_odd_receiver_is_asked_again(status: int, body: str, monkeypatc
     with respx.mock(assert_all_mocked=False) as mock:  # a listener of an earlier test may still ask its receiver
         mock.get("http://receiver.example/recent").mock(side_effect=answer)
         asking = asyncio.create_task(hub._ask_receiver("http://receiver.example/recent", "token"))
-        async with asyncio.timeout(20):
-            while len(asked) < 7:
-                await asyncio.sleep(0.01)
+        await until(lambda: len(asked) >= 7)
         assert not asking.done()
         asking.cancel()
     is_away = "missed" not in body

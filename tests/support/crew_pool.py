@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from prefect_crew.devserver import CrewServer, Outcome, Run
 from support.deployed import command, wait_for_state
 from support.prefect_server import PrefectServer, connected
 from support.seen import Seen
+from support.waiting import until
 from support.workers import Worker
 
 RUN_CREW = "prefect_crew.flows.run_deployed_crew"
@@ -37,8 +37,7 @@ class CrewOnCommand:
         return [CrewInput(name="topic")]
 
     async def execute(self, run: Run) -> Outcome:
-        while not self.ended:
-            await asyncio.sleep(0.1)
+        await until(lambda: self.ended, seconds=600)
         return Outcome(f"About {run.inputs['topic']}")
 
 

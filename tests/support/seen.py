@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import httpx
 
 from support.prefect_server import PrefectServer, drain
 from support.records import stored_records
+from support.waiting import wait_until
 
 
 class Seen:
@@ -30,14 +30,15 @@ class Seen:
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Return the JSON of a request; None where the answer is empty."""
-        deadline = time.monotonic() + 30
-        while True:
+
+        def taken() -> httpx.Response | None:
             answer = self._client.request(method, path, json=body)
             # SQLite was locked for too long: nothing was done, and Prefect's own client asks again as well.
-            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
-                assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
-                return answer.json() if answer.content else None
-            time.sleep(0.1)
+            return None if answer.status_code == httpx.codes.SERVICE_UNAVAILABLE else answer
+
+        answer = wait_until(taken, f"{method} {path}", pause=0.1)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
 
     def _pages(self, path: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return all that a filter finds: the server gives 200 at once."""
@@ -57,15 +58,15 @@ class Seen:
     def subflow_runs(self, flow_run_id: Any) -> list[dict[str, Any]]:
         return self.post("/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [str(flow_run_id)]}}})
 
-    def task_runs(self, flow_run_id: Any, *, count: int, seconds: float = 20.0) -> list[dict[str, Any]]:
+    def task_runs(self, flow_run_id: Any, *, count: int) -> list[dict[str, Any]]:
         """Return the task runs of a flow run, once `count` have ended: the server records them late."""
-        deadline = time.monotonic() + seconds
-        while True:
+
+        def ended() -> list[dict[str, Any]] | None:
             found = self.post("/task_runs/filter", {"flow_runs": {"id": {"any_": [str(flow_run_id)]}}})
             over = [run for run in found if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")]
-            if len(over) >= count or time.monotonic() > deadline:
-                return found
-            time.sleep(0.1)
+            return found if len(over) >= count else None
+
+        return wait_until(ended, f"{count} task runs have ended", pause=0.1)
 
     def set_state(self, flow_run_id: Any, kind: str) -> None:
         self.post(f"/flow_runs/{flow_run_id}/set_state", {"state": {"type": kind}, "force": True})
@@ -98,17 +99,14 @@ class Seen:
         self.resolve_events()
         return self._events(f"prefect-crew.run.{kickoff_id}")
 
-    def resolve_events(self, seconds: float = 30.0) -> None:
+    def resolve_events(self) -> None:
         """Wait until all that this process has emitted stands on the server."""
         from prefect.events import emit_event
 
         last = f"test.last-event.{uuid.uuid4()}"
         emit_event("test.last-event", resource={"prefect.resource.id": last})
         drain()
-        deadline = time.monotonic() + seconds
-        while not self._events(last):
-            assert time.monotonic() < deadline, "the events did not arrive"
-            time.sleep(0.1)
+        wait_until(lambda: self._events(last), "the events arrive", pause=0.1)
 
     def _events(self, resource: str) -> list[dict[str, Any]]:
         body = {"filter": {"resource": {"id": [resource]}, "order": "ASC"}, "limit": 50}
