@@ -8,20 +8,24 @@ import shutil
 import sqlite3
 import sys
 import types
+import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 
+from prefect_crew._internal.flow_engine import HeldFlowRun
+from prefect_crew._internal.prefect_api import held_flow_run
 from prefect_crew.batches import ownership
 from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.ownership import BatchLock, binding_name, check_bound, read_binding
 from prefect_crew.batches.stored import open_stored_batch
-from prefect_crew.exceptions import LedgerError
+from prefect_crew.exceptions import ConfigurationError, LedgerError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, topics
 from support.scripts import script
@@ -255,3 +259,17 @@ async def test_a_call_that_dies_over_its_generation_locks_nobody_out(
     for _ in range(2):
         report = await batch(server.crew(), topics(6), name=name)
         assert (report.completed, server.kickoffs) == (6, 6)
+
+
+async def test_a_new_ledger_in_a_file_is_refused_next_to_another_worker(batch: Batches, crew_server: CrewServerFactory):
+    server, pool, names = crew_server(ECHO), f"crews-{uuid.uuid4().hex[:8]}", [uuid.uuid4().hex for _ in range(2)]
+    held_flow_run.set(HeldFlowRun(cast("Any", None), cast("Any", None), pool, "one"))
+    async with get_client() as client:
+        await client.create_work_pool(WorkPoolCreate(name=pool, type="crew"))
+        await client.send_worker_heartbeat(pool, "one", heartbeat_interval_seconds=300)
+        await batch(server.crew(), topics(1), name=names[0])
+        await client.send_worker_heartbeat(pool, "two", heartbeat_interval_seconds=300)
+    with pytest.raises(ConfigurationError, match=f"pool {pool} has a second worker, two, which could not continue"):
+        await batch(server.crew(), topics(1), name=names[1], export=str(batch.folder / "other.jsonl"))
+    assert (await batch(server.crew(), topics(1), name=names[0])).completed == 1, "it has found its ledger"
+    assert server.kickoffs == 1
