@@ -182,7 +182,8 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
         children = await read_all(client.read_flow_runs, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
         ids += [child.id for child in children if child.deployment_id is None]  # others run by themselves
     names, owners = await claims_shown(client, ids), {str(id_) for id_ in ids}
-    claims = [] if flow_run.start_time is None else await _latest_claims(flow_run.start_time, owners)
+    since = flow_run.start_time or flow_run.created
+    claims = [] if since is None else await _latest_claims(since, owners)
     for start in range(0, len(names), PAGE):
         claims += await read_exact(names[start : start + PAGE])
     records, _ = await PrefectRecords().readable([*{claim.id: claim for claim in claims}.values()])
