@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from prefect_crew.batches.ledger import Ledger
+from prefect_crew.devserver import CrewServer
+from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, postgres_ledger
 from support.postgres import Postgres
+from support.scripts import script
 
 
 class FileServer(ThreadingHTTPServer):
@@ -82,3 +85,9 @@ def postgres_address(postgres: Postgres) -> str:
 def batch(prefect_api: object, tmp_path: Path) -> Batches:
     """Give what runs batches, on a real Prefect server."""
     return Batches(tmp_path)
+
+
+@pytest.fixture
+def echo(crew_server: CrewServerFactory) -> CrewServer:
+    """Give a crew that writes "on" and its topic."""
+    return crew_server(script({"output": "on {{ topic }}"}, inputs=["topic"]))

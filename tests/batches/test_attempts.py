@@ -39,18 +39,8 @@ def test_the_table_of_what_may_follow_what(before: RecordPhase, after: RecordPha
     """All combinations that the rule knows, against the table and its four exceptions."""
     owners, expectations, ids, either = ("me", "another"), (None, before, STARTED), (None, "1", "2"), (False, True)
     values = (*(either,) * 5, owners, expectations, ids[:2], ids, (None, NOW, NOW + 0.1))
-    for (
-        is_lost,
-        same_record,
-        by_owner,
-        is_first,
-        is_held,
-        owner,
-        expected,
-        stored_id,
-        new_id,
-        until,
-    ) in itertools.product(*values):
+    for row in itertools.product(*values):
+        is_lost, same_record, by_owner, is_first, is_held, owner, expected, stored_id, new_id, until = row
         state = RowState.LOST if is_lost and before is ENDED else STATES[before]
         stored = attempt(before, kickoff=stored_id, posts_until=until, state=state)
         new = attempt(after, kickoff=new_id, owner=owner, record=stored.record if same_record else "new")

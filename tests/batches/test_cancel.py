@@ -56,7 +56,7 @@ async def cancelled(batch: Batches, server: Any, rows: Any, **options: Any) -> t
         return await batch(server.crew(), rows, max_in_flight=10, **options)
 
     running = asyncio.ensure_future(mine())
-    await until(lambda: server.kickoffs >= 10)
+    await until(lambda: server.kickoffs >= 10, "ten kickoffs")
     async with get_client() as client:
         await client.set_flow_run_state(found[0], Cancelling(), force=True)
         [outcome] = await asyncio.gather(running, return_exceptions=True)
@@ -69,14 +69,11 @@ async def cancelled(batch: Batches, server: Any, rows: Any, **options: Any) -> t
     ("on_cancel", "state", "count"),
     [("stop", "stopped", 40), ("stop", "stopped", 10), ("drain", "completed", 40), ("leave", "running", 40)],
 )
-async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
-    batch: Batches, crew_server: CrewServerFactory, on_cancel: str, state: str, count: int
-):
+async def test_cancel_and_go_on(batch: Batches, crew_server: CrewServerFactory, on_cancel: str, state: str, count: int):
     held, rows, name, looks = Held(), ROWS[:count], f"cancelled {on_cancel} {count}", list[Any]()
     server = crew_server(slow(2.5) if on_cancel == "drain" else held)
-    error, state_of_flow = await cancelled(
-        batch, server, rows, name=name, on_cancel=on_cancel, on_progress=looks.append
-    )
+    options = {"name": name, "on_cancel": on_cancel, "on_progress": looks.append}
+    error, state_of_flow = await cancelled(batch, server, rows, **options)
     assert isinstance(error, BatchCancelledError)
     assert state_of_flow == "CANCELLING", "until the server ends it"
     assert server.kickoffs == 10, "those in flight, and none after"
@@ -92,7 +89,7 @@ async def test_cancelling_stops_kickoffs_at_once_and_goes_on_later(
 
 
 @pytest.mark.parametrize("answer", ["late", "lost", "requested", "requested by command"])
-async def test_a_row_that_was_stopped_runs_again_whatever_came_of_the_answer(
+async def test_a_stopped_row_runs_again(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, answer: str
 ):
     held, name, by_command = Held(), f"answer {answer}", answer.endswith("command")
@@ -116,9 +113,7 @@ async def test_a_row_that_was_stopped_runs_again_whatever_came_of_the_answer(
     assert (report.completed, report.failed, server.kickoffs) == (20, 0, 30)
 
 
-async def test_a_run_that_is_forgotten_after_a_stop_without_an_answer_is_lost(
-    batch: Batches, crew_server: CrewServerFactory
-):
+async def test_a_stopped_run_that_is_forgotten_is_lost(batch: Batches, crew_server: CrewServerFactory):
     server, quick = crew_server(Held(), faults=["stop:504-after-accept"]), WaitPolicy(grace=0, error_timeout=0.5)
     await cancelled(batch, server, ROWS[:20], name="forgotten", on_cancel="stop")
     server.faults.add("status:forgotten")
@@ -127,9 +122,7 @@ async def test_a_run_that_is_forgotten_after_a_stop_without_an_answer_is_lost(
 
 
 @pytest.mark.parametrize("way", ["goes on", "waits"])
-async def test_the_command_cancels_the_flow_run_that_runs_the_batch_now(
-    batch: Batches, crew_server: CrewServerFactory, way: str
-):
+async def test_the_command_cancels_the_latest_flow_run(batch: Batches, crew_server: CrewServerFactory, way: str):
     server, looks = crew_server(Held() if way == "goes on" else FAILS), asyncio.Queue[str]()
     rows = ROWS[:10] if way == "goes on" else ROWS
     if way == "goes on":  # it starts nothing, and the flow run that did never ends, as that of a killed process
@@ -151,9 +144,7 @@ async def test_the_command_cancels_the_flow_run_that_runs_the_batch_now(
 
 
 @pytest.mark.parametrize("way", ["evicted", "timed out"])
-async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(
-    batch: Batches, crew_server: CrewServerFactory, way: str
-):
+async def test_a_cancelled_task_leaves_its_runs(batch: Batches, crew_server: CrewServerFactory, way: str):
     server = crew_server(slow(4.0))
 
     async def run() -> None:
@@ -163,7 +154,7 @@ async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(
 
     scope = anyio.CancelScope()
     running = asyncio.ensure_future(run())
-    await until(lambda: server.kickoffs >= 10)
+    await until(lambda: server.kickoffs >= 10, "ten kickoffs")
     if way == "timed out":
         scope.cancel()
         await running
@@ -175,8 +166,6 @@ async def test_a_task_that_is_cancelled_leaves_the_runs_in_flight(
     report = await batch(server.crew(), ROWS, name=way)
     assert (report.completed, report.uncertain, server.kickoffs) == (40, 0, 40)
 
-
-# In processes of their own
 
 SCRIPT = """
 import sys
@@ -227,7 +216,7 @@ def test_a_signal_leaves_the_runs_in_flight(
 
 
 @pytest.mark.postgres
-def test_two_processes_run_two_ranges_and_one_that_is_killed_is_called_again(
+def test_two_processes_run_two_ranges(
     prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory, postgres_address: str
 ):
     server = crew_server(script({"seconds": 0.5, "output": "on {{ topic }}"}, inputs=["topic"]))
@@ -236,10 +225,8 @@ def test_two_processes_run_two_ranges_and_one_that_is_killed_is_called_again(
     def kickoffs_of_one() -> int:
         return sum(key.startswith("batch/one/") for key in list(server.kickoffs_by_key))
 
-    with (
-        programs.start("one", "0:150", postgres_address) as one,
-        programs.start("two", "150:", postgres_address) as two,
-    ):
+    first, second = (programs.start(*part, postgres_address) for part in (("one", "0:150"), ("two", "150:")))
+    with first as one, second as two:
         while one.running and kickoffs_of_one() < 40:
             time.sleep(0.05)
         one.kill()
@@ -252,9 +239,8 @@ def test_two_processes_run_two_ranges_and_one_that_is_killed_is_called_again(
     assert (completed + uncertain, failed) == (150, 0)
     assert uncertain <= 20, "more than could have been on their way"
     assert max(server.kickoffs_by_key.values()) == 1
-    lines = [
-        line for name in ("one", "two") for line in Batches(tmp_path).lines(tmp_path / f"out-{name}.jsonl").values()
-    ]
+    outputs = (Batches(tmp_path).lines(tmp_path / f"out-{name}.jsonl") for name in ("one", "two"))
+    lines = [line for output in outputs for line in output.values()]
     assert len({line["inputs"]["topic"] for line in lines}) == len(lines) == 150 + completed
 
 
@@ -274,9 +260,7 @@ async def test_a_batch_that_outlives_its_flow_run_starts_no_row(batch: Batches, 
     assert server.kickoffs == 0
 
 
-async def test_a_batch_that_a_suspended_flow_run_has_left_leaves_its_rows_and_its_lock(
-    batch: Batches, crew_server: CrewServerFactory
-):
+async def test_a_suspended_flow_run_leaves_rows_and_lock(batch: Batches, crew_server: CrewServerFactory):
     crew, held = Held(), HeldFlowRun(cast("Any", None), cast("Any", None))
     server = crew_server(crew)
 

@@ -15,21 +15,22 @@ import time
 import traceback
 import tracemalloc
 import zipfile
+from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock
 from uuid import UUID
 
 import fsspec
 import httpx
 import pytest
-from pydantic import BaseModel
+from pydantic import create_model
 from sqlalchemy import create_engine, select
 from sqlalchemy import text as text_of
 from sqlalchemy.exc import StatementError
@@ -55,41 +56,34 @@ def values(dataset: Dataset) -> list[dict[str, Any]]:
     return [dict(row.values) for row in rows_of(dataset)]
 
 
-def jsonl(rows: list[Any]) -> str:
-    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+def zipped(*names: str, content: str = CSV) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "" if name.endswith("/") else content)
+    return file.getvalue()
 
 
+JSONL = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in ROWS)
 FORMATS = {
-    "rows.csv": CSV,
-    "rows.tsv": 'topic\tplace\ntea\t"Lisbon, ""old"" town"\ncoffee\tSão Paulo\n',
-    "rows.jsonl": jsonl(ROWS),
-    "rows.ndjson": f"\n{jsonl(ROWS)}\n\n",
-    "rows.json": json.dumps(ROWS, ensure_ascii=False, indent=2),
+    "rows.csv": CSV.encode(),
+    "rows.tsv": 'topic\tplace\ntea\t"Lisbon, ""old"" town"\ncoffee\tSão Paulo\n'.encode(),
+    "rows.jsonl": JSONL.encode(),
+    "rows.ndjson": f"\n{JSONL}\n\n".encode(),
+    "rows.json": json.dumps(ROWS, ensure_ascii=False, indent=2).encode(),
+    "rows.csv.gz": gzip.compress(CSV.encode()),
+    "rows.csv.bz2": bz2.compress(CSV.encode()),
+    "rows.csv.xz": lzma.compress(CSV.encode()),
+    "rows.csv.zip": zipped("rows.csv"),
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_each_text_format_gives_the_same_rows_again_and_again(tmp_path: Path, name: str):
+def test_each_format_gives_the_same_rows_again_and_again(tmp_path: Path, name: str):
     path = tmp_path / name
-    path.write_text(FORMATS[name], encoding="utf-8")
+    path.write_bytes(FORMATS[name])
     dataset = open_dataset(path)
-    assert values(dataset) == ROWS
-    assert values(dataset) == ROWS
-    assert values(open_dataset(f"file://{path}")) == ROWS
-
-
-COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
-
-
-@pytest.mark.parametrize("ending", [*COMPRESSORS, ".zip"])
-def test_a_compressed_file_is_known_by_its_ending(tmp_path: Path, ending: str):
-    path = tmp_path / f"rows.csv{ending}"
-    if ending == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("rows.csv", CSV)
-    else:
-        path.write_bytes(COMPRESSORS[ending](CSV.encode()))
-    assert values(open_dataset(path)) == ROWS
+    assert values(dataset) == values(dataset) == values(open_dataset(f"file://{path}")) == ROWS
 
 
 def test_parquet(tmp_path: Path):
@@ -111,13 +105,12 @@ COLUMNS = {"topic": ["tea", None], "count": [1, None]}
 
 @pytest.mark.parametrize("kind", FRAMES)
 def test_a_frame_gives_its_rows_again_and_again(kind: str):
-    library = kind.partition(" ")[0]
-    dataset = open_dataset(FRAMES[kind](pytest.importorskip(library, reason=f"needs {library}")))
+    dataset = open_dataset(FRAMES[kind](library(kind.partition(" ")[0])))
     assert values(dataset) == values(dataset) == [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
 
 
 def test_a_column_that_a_frame_has_twice_is_refused():
-    pandas, pyarrow = (pytest.importorskip(name, reason=f"needs {name}") for name in ("pandas", "pyarrow"))
+    pandas, pyarrow = library("pandas"), library("pyarrow")
     frame = pandas.DataFrame(COLUMNS)
     assert values(open_dataset(frame.iloc[:0])) == []
     doubled = pyarrow.Table.from_arrays([[1], [2]], names=["topic", "topic"])
@@ -127,29 +120,20 @@ def test_a_column_that_a_frame_has_twice_is_refused():
 
 
 def test_what_pandas_has_in_its_cells_can_be_sent():
-    pandas, numpy = (pytest.importorskip(name, reason=f"needs {name}") for name in ("pandas", "numpy"))
+    pandas, numpy = library("pandas"), library("numpy")
     days = pandas.to_datetime(["2026-01-01", None])
-    frame = pandas.DataFrame(
-        {
-            "count": pandas.array([1, None], dtype="Int64"),
-            "day": days,
-            "kind": pandas.Categorical(["a", None]),
-            "list": [numpy.array(["a", "b"], dtype=object), numpy.array([1.5, 2])],
-            "nested": [{"yes": numpy.bool_(True), "number": numpy.int64(1)}, None],
-            7: [True, False],
-        }
-    )
-    assert [encode_inputs(row) for row in values(open_dataset(frame))] == [
-        {
-            "count": "1",
-            "day": "2026-01-01T00:00:00",
-            "kind": "a",
-            "list": '["a","b"]',
-            "nested": '{"yes":true,"number":1}',
-            "7": "true",
-        },
-        {"list": "[1.5,2.0]", "7": "false"},
-    ]
+    columns = {
+        "count": (pandas.array([1, None], dtype="Int64"), "1", None),
+        "day": (days, "2026-01-01T00:00:00", None),
+        "kind": (pandas.Categorical(["a", None]), "a", None),
+        "list": ([numpy.array(["a", "b"], dtype=object), numpy.array([1.5, 2])], '["a","b"]', "[1.5,2.0]"),
+        "nested": ([{"yes": numpy.bool_(True), "number": numpy.int64(1)}, None], '{"yes":true,"number":1}', None),
+        7: ([True, False], "true", "false"),
+    }
+    rows = values(open_dataset(pandas.DataFrame({name: cells for name, (cells, *_) in columns.items()})))
+    for at, row in enumerate(rows, 1):
+        assert encode_inputs(row) == {str(name): sent[at] for name, sent in columns.items() if sent[at] is not None}
+    assert len(rows) == 2
     with pytest.raises(ConfigurationError, match=r"'days' holds a value of type DatetimeIndex, which cannot be sent"):
         encode_inputs({"days": days})
 
@@ -189,10 +173,8 @@ def test_fields_may_be_huge(tmp_path: Path):
 
 def test_files_are_read_in_bounded_memory(tmp_path: Path):
     row = {"topic": "tea", "text": "x" * 1000}
-    with (tmp_path / "rows.jsonl").open("w") as file:
-        file.write("\n".join([json.dumps(row)] * 10_000))
-    with (tmp_path / "rows.csv").open("w") as file:
-        file.write("topic,text\n" + f"tea,{'x' * 1000}\n" * 10_000)
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 10_000))
+    (tmp_path / "rows.csv").write_text("topic,text\n" + f"tea,{'x' * 1000}\n" * 10_000)
     for name in ("rows.jsonl", "rows.csv"):
         tracemalloc.start()
         assert sum(1 for _ in rows_of(open_dataset(tmp_path / name))) == 10_000
@@ -205,17 +187,8 @@ def test_any_fsspec_address(tmp_path: Path):
     with fsspec.open("memory://batches/rows.csv.gz", "wb", compression="gzip") as file:
         file.write(CSV.encode())
     assert values(open_dataset("memory://batches/rows.csv.gz")) == ROWS
-    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
-        archive.writestr("inner/rows.jsonl", jsonl(ROWS))
+    (tmp_path / "many.zip").write_bytes(zipped("inner/rows.jsonl", content=JSONL))
     assert values(open_dataset(f"zip://inner/rows.jsonl::{tmp_path / 'many.zip'}")) == ROWS
-
-
-def zipped(*names: str) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name in names:
-            archive.writestr(name, "" if name.endswith("/") else CSV)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("address", ["{folder}/rows.csv.zip", "{server}/rows.csv.zip", "memory://zip/rows.csv.zip"])
@@ -253,9 +226,7 @@ def test_no_log_of_a_fetch_shows_what_is_secret_in_the_address(httpserver: Any, 
 
 
 @pytest.mark.parametrize("kind", [FileNotFoundError, ValueError, Exception])
-def test_no_error_of_a_library_shows_what_is_secret_in_the_address(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
-):
+def test_no_error_of_a_library_shows_a_secret(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]):
     def refuse(address: str, *_: Any, **__: Any) -> Any:
         raise kind(404, f"404, url={address}")
 
@@ -311,9 +282,7 @@ def test_one_row_that_has_no_end_does_not_fill_the_memory(tmp_path: Path, monkey
     (tmp_path / "x.csv").write_text('a,b\n1,2\n3,"' + "x\n" * 20_000)
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": "' + "x" * 40_000)
     for name, line in (("x.csv", 3), ("x.jsonl", 2)):
-        with pytest.raises(
-            DatasetError, match=r"a quote that opens in this row is never closed|a line without an end"
-        ) as caught:
+        with pytest.raises(DatasetError, match=r"a quote that opens .* never closed|a line without an end") as caught:
             values(open_dataset(tmp_path / name))
         assert caught.value.line == line
 
@@ -368,28 +337,19 @@ def test_a_file_that_changes_between_two_readings_or_within_one_is_refused(tmp_p
         list(rows)
 
 
-BROKEN = "is not JSON: Expecting value: line 1 column 6 (char 5)"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "faults"),
     [
-        (
-            *("x.csv", 'a,b\n1,2\n3\n4,5,6\n7,"x"y\n8,9\n'),
-            [
-                *(None, "has 1 fields, the header has 2", "has 3 fields, the header has 2"),
-                *("is not CSV: ',' expected after '\"'", None),
-            ],
-        ),
-        ("x.jsonl", '{"a": 1}\n{"a": \n[1]\n{"a": 2}\n', [None, BROKEN, "is of type list, not a mapping", None]),
+        ("x.csv", "a,b\n1,2\n3\n8,9\n", [None, "has 1 fields, the header has 2", None]),
+        ("x.csv", 'a,b\n1,2\n7,"x"y\n8,9\n', [None, "is not CSV: ',' expected after '\"'", None]),
+        ("x.jsonl", '{"a": 1}\n[1]\n{"a": 2}\n', [None, "is of type list, not a mapping", None]),
+        ("x.jsonl", '{"a": ', ["is not JSON: Expecting value: line 1 column 6 (char 5)"]),
         ("x.json", '[{"a": 1}, 7, {"a": 2}]', [None, "is of type int, not a mapping", None]),
     ],
-    ids=["csv", "jsonl", "json"],
 )
 def test_a_line_that_is_no_row_is_a_fault_of_its_own(tmp_path: Path, name: str, content: str, faults: list[str | None]):
     (tmp_path / name).write_text(content)
-    rows = list(open_dataset(tmp_path / name).rows())
-    assert [row.fault for row in rows] == faults
+    assert [row.fault for row in open_dataset(tmp_path / name).rows()] == faults
 
 
 @pytest.mark.parametrize(
@@ -406,27 +366,14 @@ def test_an_address_is_shown_without_what_is_secret(address: str, shown: str):
     assert shown_address(address) == shown
 
 
-# Delimiters
-
-SEMICOLONS = "id;text\n1;tea\n2;milk, cold\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "column", "sign"),
-    [
-        ("x.csv", SEMICOLONS, "id;text", ";"),
-        ("x.csv", "id\ttext\n1\ttea\n", "id\ttext", "\t"),
-        ("x.tsv", "id,text\n1,tea\n", "id,text", ","),
-    ],
-)
-def test_another_delimiter_is_seen_and_said(tmp_path: Path, name: str, text: str, column: str, sign: str):
-    path = tmp_path / name
-    path.write_text(text)
+@pytest.mark.parametrize(("name", "sign"), [("x.csv", ";"), ("x.csv", "\t"), ("x.tsv", ",")])
+def test_another_delimiter_is_seen_and_said(tmp_path: Path, name: str, sign: str):
+    path, column = tmp_path / name, f"id{sign}text"
+    path.write_text(f"{column}\n1{sign}tea\n")
     with pytest.raises(DatasetError) as caught:
         values(open_dataset(path))
-    assert f"has one column, {column!r}. If its fields are separated by {sign!r}, give delimiter={sign!r}" in str(
-        caught.value
-    )
+    remedy = f"If its fields are separated by {sign!r}, give delimiter={sign!r}"
+    assert f"has one column, {column!r}. {remedy}" in str(caught.value)
     assert values(open_dataset(path, delimiter=sign))[0] == {"id": "1", "text": "tea"}
     assert list(values(open_dataset(path, delimiter="#"))[0]) == [column], "who says so means one column"
 
@@ -444,28 +391,12 @@ def test_the_limit_of_other_readers_of_csv_stays_as_it_is(tmp_path: Path):
         assert csv.field_size_limit() == before
 
 
-# What is no row, and what to give instead
-
-
-class Model(BaseModel):
-    text: str = "tea"
-
-
-@dataclass
-class Data:
-    text: str = "tea"
-
-
-class Named(NamedTuple):
-    text: str = "tea"
-
-
 @pytest.mark.parametrize(
     ("row", "remedy"),
     [
-        (Model(), "is of type Model, not a mapping: give its model_dump()"),
-        (Data(), "is of type Data, not a mapping: give its dataclasses.asdict()"),
-        (Named(), "is of type Named, not a mapping: give its _asdict()"),
+        (create_model("Model")(), "is of type Model, not a mapping: give its model_dump()"),
+        (make_dataclass("Data", [])(), "is of type Data, not a mapping: give its dataclasses.asdict()"),
+        (namedtuple("Named", "text")("tea"), "is of type Named, not a mapping: give its _asdict()"),
         (("tea",), "is of type tuple, not a mapping"),
     ],
     ids=["pydantic", "dataclass", "namedtuple", "tuple"],
@@ -483,25 +414,21 @@ def test_parts_of_many_rows_are_no_rows():
     assert row.fault.startswith("is of type DataFrame, not a mapping: it is a part of many rows, so give the parts")
 
 
-# Rows that can be read once
+TEA = "SELECT 'tea' AS topic, NULL AS count"
 
 
-def sqlite_cursor(query: str = "SELECT 'tea' AS topic, NULL AS count") -> Any:
+def sqlite_cursor(query: str = TEA) -> Any:
     database = sqlite3.connect("")
     database.row_factory = sqlite3.Row
     return database.execute(query)
 
 
-def sqlalchemy_result(query: str = "SELECT 'tea' AS topic, NULL AS count") -> Any:
+def sqlalchemy_result(query: str = TEA) -> Any:
     return create_engine("sqlite://").connect().execute(text_of(query))
 
 
-def duckdb(query: str = "SELECT 'tea' AS topic, NULL AS count") -> Any:
-    return pytest.importorskip("duckdb", reason="needs DuckDB").sql(query)
-
-
-def arrow_reader() -> Any:
-    return pytest.importorskip("pyarrow", reason="needs pyarrow").table({"topic": ["tea"], "count": [None]}).to_reader()
+def library(name: str) -> Any:
+    return pytest.importorskip(name, reason=f"needs {name}")
 
 
 def mapping_cursor() -> Any:
@@ -517,26 +444,25 @@ ONCE: dict[str, Callable[[], Any]] = {
     "SQLAlchemy, mappings": lambda: sqlalchemy_result().mappings(),
     "rows of sqlite3": lambda: list(sqlite_cursor()),
     "rows of SQLAlchemy": lambda: sqlalchemy_result().all(),
-    "DuckDB relation": duckdb,
-    "DuckDB cursor": lambda: pytest.importorskip("duckdb").connect().execute("SELECT 'tea' AS topic, NULL AS count"),
-    "Arrow reader": arrow_reader,
+    "DuckDB relation": lambda: library("duckdb").sql(TEA),
+    "DuckDB cursor": lambda: library("duckdb").connect().execute(TEA),
+    "Arrow reader": lambda: library("pyarrow").table({"topic": ["tea"], "count": [None]}).to_reader(),
 }
 
 
 @pytest.mark.parametrize("kind", ONCE)
-def test_source_that_is_read_once_gives_its_rows_again(kind: str):
-    dataset = open_dataset(ONCE[kind]())
-    assert values(dataset) == values(dataset) == [{"topic": "tea", "count": None}]
-    one, two = rows_of(dataset), rows_of(dataset)
-    assert next(one) == next(two)
+async def test_source_that_is_read_once_gives_its_rows_again(kind: str):
+    for dataset in (open_dataset(ONCE[kind]()), await aopen_dataset(ONCE[kind]())):
+        assert values(dataset) == values(dataset) == [{"topic": "tea", "count": None}]
+        one, two = rows_of(dataset), rows_of(dataset)
+        assert next(one) == next(two)
 
 
 def test_arrow_stream_is_read_by_polars_without_pyarrow(monkeypatch: pytest.MonkeyPatch):
     polars = pytest.importorskip("polars", reason="needs the extra `data`")
 
     class Stream:
-        def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
-            return polars.DataFrame(COLUMNS).__arrow_c_stream__(requested_schema)
+        __arrow_c_stream__ = staticmethod(polars.DataFrame(COLUMNS).__arrow_c_stream__)
 
     with monkeypatch.context() as patch:
         patch.setattr(dataset_module, "import_module", Mock(side_effect=ImportError))
@@ -544,15 +470,6 @@ def test_arrow_stream_is_read_by_polars_without_pyarrow(monkeypatch: pytest.Monk
         patch.setitem(sys.modules, "polars", None)
         with pytest.raises(DatasetError, match=r"Stream: needs polars: pip install 'prefect-crew\[data\]'"):
             open_dataset(Stream())
-
-
-@pytest.mark.parametrize("kind", ONCE)
-async def test_source_is_read_from_a_coroutine_too(kind: str):
-    dataset = await aopen_dataset(ONCE[kind]())
-    assert await asyncio.to_thread(values, dataset) == [{"topic": "tea", "count": None}]
-
-
-SLOW = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 6000) SELECT slow(i) AS i FROM n"
 
 
 def slow_cursor(pauses: dict[int, float]) -> Any:
@@ -564,7 +481,8 @@ def slow_cursor(pauses: dict[int, float]) -> Any:
 
     database = sqlite3.connect("", check_same_thread=False)
     database.create_function("slow", 1, slow)
-    return database.execute(SLOW)
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 6000) SELECT"
+    return database.execute(f"{numbers} slow(i) AS i FROM n")
 
 
 async def test_slow_cursor_does_not_stop_the_event_loop():
@@ -604,12 +522,11 @@ def test_spooled_rows_stay_out_of_memory_and_go_at_the_end():
     query = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000) SELECT i, ? AS text FROM n"
     cursor = sqlite3.connect("").execute(query, ("x" * 500,))
     tracemalloc.start()
-    try:
-        dataset = open_dataset(cursor)
-        assert sum(1 for _ in dataset.rows()) == 30_000
-        assert tracemalloc.get_traced_memory()[1] < 12_000_000
-    finally:
-        tracemalloc.stop()
+    rows = sum(1 for _ in open_dataset(cursor).rows())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows == 30_000
+    assert peak < 12_000_000
 
 
 @pytest.mark.parametrize(
@@ -631,12 +548,8 @@ def test_source_without_rows_is_refused(source: Callable[[], Any], problem: str)
 
 
 def test_cursor_that_fails_on_the_way_names_no_value():
-    class Cursor:
-        description = (("a",),)
-
-        def fetchmany(self, size: int) -> Any:
-            raise StatementError("broken", "SELECT ?", {"pin": "sesame-open"}, ValueError("the connection is gone"))
-
+    error = StatementError("broken", "SELECT ?", {"pin": "sesame-open"}, ValueError("the connection is gone"))
+    cursor: Any = type("Cursor", (), {"description": (("a",),), "fetchmany": Mock(side_effect=error)})
     with pytest.raises(DatasetError, match=r"cannot be read: ValueError: the connection is gone\.") as caught:
-        open_dataset(Cursor())
+        open_dataset(cursor())
     assert "sesame" not in str(caught.value)

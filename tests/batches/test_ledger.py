@@ -11,7 +11,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from sqlalchemy import make_url
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 from sqlalchemy.util import await_only
 
+import prefect_crew as pc
 from prefect_crew.batches import database
 from prefect_crew.batches.database import default_ledger, open_url
 from prefect_crew.batches.database import ledger_address as ledger_address_of
@@ -31,20 +32,16 @@ from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.rows import BadRow, BadRows, RowJob
 from prefect_crew.batches.stored import StoredBatch
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.client.models import Review, TokenUsage
-from prefect_crew.exceptions import ConfigurationError, CrewError, LedgerError
-from prefect_crew.prices import Spending
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.resolve import resolve_never_started, resolve_started, unresolved
 from prefect_crew.runs.kickoff import ClaimLostError
-from prefect_crew.states import CrewState
 from support.batches import CREW, enter, postgres_ledger, record_of
 from support.postgres import Postgres, find_postgres
 from support.proxy import Proxy
 from support.records import LONG_AGO
 
 
-async def write(ledger: Ledger, *rows: tuple[str, RecordPhase, CrewState | None], **facts: Any) -> None:
+async def write(ledger: Ledger, *rows: tuple[str, RecordPhase, pc.CrewState | None], **facts: Any) -> None:
     for key, phase, state in rows:
         record = record_of(ledger, key, **facts)
         assert await ledger.claim(record)
@@ -52,12 +49,9 @@ async def write(ledger: Ledger, *rows: tuple[str, RecordPhase, CrewState | None]
         await ledger.save(record)
 
 
-# The protocol
-
-
 async def test_an_answer_of_a_number_is_on_record_once_with_its_attempt(ledger: Ledger, other: Ledger):
     record, later_attempt = record_of(ledger, "k"), record_of(ledger, "k", attempt=2)
-    review = Review(task_id="draft", round=1, approve=False, feedback="wärmer \0", by="Grace", at=utcnow())
+    review = pc.Review(task_id="draft", round=1, approve=False, feedback="wärmer \0", by="Grace", at=utcnow())
     won = await asyncio.gather(*(one.add_review(record, 1, review) for one in (ledger, other) * 4))
     assert sorted(won) == [False] * 7 + [True]
     assert await other.reviews(record) == [review]
@@ -65,11 +59,9 @@ async def test_an_answer_of_a_number_is_on_record_once_with_its_attempt(ledger: 
     later = review.model_copy(update={"round": 2, "outcome": "sent"})
     assert await ledger.add_review(record, 2, review)
     await other.save_review(record, 2, later)
-    assert await ledger.reviews(record) == [review, later]
-    await ledger.remove_review(record, 1, review.model_copy(update={"by": "Ada"}))
-    assert await ledger.reviews(record) == [review, later]
-    await ledger.remove_review(record, 1, review)
-    assert await ledger.reviews(record) == [later]
+    for another, left in ((review.model_copy(update={"by": "Ada"}), [review, later]), (review, [later])):
+        await ledger.remove_review(record, 1, another)
+        assert await ledger.reviews(record) == left
 
 
 async def test_no_two_rows_of_any_batches_have_one_idempotency_key(tmp_path: Path):
@@ -85,14 +77,12 @@ async def test_no_two_rows_of_any_batches_have_one_idempotency_key(tmp_path: Pat
         assert await one.attempts(two.idempotency_key("c")) == []
 
 
-@pytest.mark.parametrize(
-    "kickoff_id", ["run 1", "a\0b", "\U0001f642" * 400, "../%2e"], ids=["id", "nul", "long", "path"]
-)
+@pytest.mark.parametrize("kickoff_id", ["run 1", "a\0b", "\U0001f642" * 400, "../%2e"], ids=["id", "nul", "long", "up"])
 async def test_what_is_written_is_read_again_by_another_process(ledger: Ledger, other: Ledger, kickoff_id: str):
     record = record_of(ledger, "k")
     assert await ledger.claim(record)
     record.phase, record.kickoff_id, record.kicked_off_at = RecordPhase.STARTED, kickoff_id, utcnow()
-    record.result = StoredResult(output="ü 🙂 \0 \u202e", data={"nul": "\0"}, usage=TokenUsage(total_tokens=3))
+    record.result = StoredResult(output="ü 🙂 \0 \u202e", data={"nul": "\0"}, usage=pc.TokenUsage(total_tokens=3))
     await ledger.save(record)
     for found in (*await other.attempts(record.idempotency_key), await other.of_kickoff(kickoff_id)):
         assert found is not None
@@ -101,18 +91,18 @@ async def test_what_is_written_is_read_again_by_another_process(ledger: Ledger, 
     assert await other.attempts(other.idempotency_key("other")) == []
 
 
-async def test_a_place_is_claimed_once_and_a_claim_that_is_made_again_is_still_ours(ledger_address: str):
-    async with Ledger(ledger_address, "b") as one, Ledger(ledger_address, "b") as two, Ledger(ledger_address, "c") as c:
-        mine, theirs = record_of(one, "k"), record_of(two, "k")
-        assert await one.claim(mine)
-        assert not await two.claim(theirs)
-        assert await one.claim(mine), "a commit of which nobody knew was made again"
-        assert await two.claim(record_of(two, "k", attempt=2))
-        assert await c.claim(record_of(c, "k")), "another batch has rows of its own"
-        assert [attempt.attempt for attempt in await one.attempts(one.idempotency_key("k"))] == [1, 2]
+async def test_a_place_is_claimed_once(ledger: Ledger, other: Ledger, ledger_address: str):
+    mine = record_of(ledger, "k")
+    assert await ledger.claim(mine)
+    assert not await other.claim(record_of(other, "k"))
+    assert await ledger.claim(mine), "a commit of which nobody knew was made again"
+    assert await other.claim(record_of(other, "k", attempt=2))
+    async with Ledger(ledger_address, "c") as another:
+        assert await another.claim(record_of(another, "k")), "another batch has rows of its own"
+    assert [attempt.attempt for attempt in await ledger.attempts(mine.idempotency_key)] == [1, 2]
 
 
-async def test_of_racing_connections_one_wins_each_row_and_each_writes_in_groups(ledger_address: str):
+async def test_one_racer_wins_each_row(ledger_address: str):
     async with AsyncExitStack() as stack:
         ledgers = [await stack.enter_async_context(Ledger(ledger_address, "b")) for _ in range(4)]
         taken = record_of(ledgers[0], "k7")
@@ -157,9 +147,7 @@ class SlowDecision:
         return decision
 
 
-async def test_no_other_process_writes_to_a_batch_while_a_commit_decides(
-    ledger: Ledger, other: Ledger, monkeypatch: pytest.MonkeyPatch
-):
+async def test_nobody_writes_while_a_commit_decides(ledger: Ledger, other: Ledger, monkeypatch: pytest.MonkeyPatch):
     await enter(ledger, "k")
     first, second = record_of(ledger, "k"), record_of(other, "k", attempt=2)
     await ledger.claim(first)
@@ -170,9 +158,7 @@ async def test_no_other_process_writes_to_a_batch_while_a_commit_decides(
     assert decision.log == ["begins", "ends"] * 2
 
 
-async def test_of_two_batches_that_write_one_kickoff_at_once_one_holds_it(
-    ledger_address: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_of_two_batches_one_holds_a_kickoff(ledger_address: str, monkeypatch: pytest.MonkeyPatch):
     async with Ledger(ledger_address, "a") as one, Ledger(ledger_address, "b") as two:
         claims = record_of(one, "k"), record_of(two, "k")
         await asyncio.gather(one.claim(claims[0]), two.claim(claims[1]))
@@ -183,7 +169,7 @@ async def test_of_two_batches_that_write_one_kickoff_at_once_one_holds_it(
         assert await decision.others[0] == first.idempotency_key
 
 
-async def test_of_two_attempts_with_one_kickoff_the_second_is_told_whose_it_is(ledger_address: str):
+async def test_the_second_attempt_hears_whose_kickoff_it_is(ledger_address: str):
     async with Ledger(ledger_address, "a") as other, Ledger(ledger_address, "b") as ledger:
         before = record_of(other, "earlier")
         records = [record_of(ledger, f"k{key}") for key in range(20)]
@@ -197,19 +183,12 @@ async def test_of_two_attempts_with_one_kickoff_the_second_is_told_whose_it_is(l
         assert ledger.writer.commits == commits + 1
         assert said[0] == before.idempotency_key
         assert said[1:] == [None if number % 2 else records[number - 1].idempotency_key for number in range(1, 20)]
-        for record, holder in zip(records, said, strict=True):
-            if holder is None:
-                assert await ledger.save_started(record) is None, "what nobody knew to be written is written again"
-                continue
-            record.phase, record.kickoff_id = RecordPhase.UNCERTAIN, None
-            await ledger.save(record)
-        found = [(await ledger.attempts(record.idempotency_key))[0].phase for record in records]
-        assert found == [RecordPhase.STARTED if holder is None else RecordPhase.UNCERTAIN for holder in said]
+        assert await ledger.save_started(records[1]) is None, "what nobody knew to be written is written again"
+        await ledger.save(at(records[0], UNCERTAIN, kickoff_id=None))
+        assert [(await stored(ledger, record)).phase for record in records[:3]] == [UNCERTAIN, STARTED, CLAIMED]
 
 
-async def test_a_writer_that_is_cancelled_with_everything_else_writes_all_the_same(
-    ledger: Ledger, other: Ledger, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_cancelled_writer_writes_all_the_same(ledger: Ledger, other: Ledger, monkeypatch: pytest.MonkeyPatch):
     record = record_of(ledger, "k")
     assert await ledger.claim(record)
     run, go_on = ledger.database.run, asyncio.Event()
@@ -234,7 +213,7 @@ async def test_a_writer_that_is_cancelled_with_everything_else_writes_all_the_sa
 
 
 @pytest.mark.parametrize("failure", [ValueError("not JSON"), RuntimeError("no thread is left")])
-async def test_a_commit_that_fails_in_an_unknown_way_is_told_to_each_row_of_it(
+async def test_each_row_hears_why_its_commit_failed(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ):
     def refuse(*_: object) -> None:
@@ -245,12 +224,9 @@ async def test_a_commit_that_fails_in_an_unknown_way_is_told_to_each_row_of_it(
         claims = (ledger.claim(record_of(ledger, key)) for key in ("a", "b"))
         told = await asyncio.wait_for(asyncio.gather(*claims, return_exceptions=True), 20)
     assert [str(error) for error in told] == [
-        str(LedgerError(f"cannot be written: {type(failure).__name__}: {failure}.", ledger=ledger.address))
+        str(pc.LedgerError(f"cannot be written: {type(failure).__name__}: {failure}.", ledger=ledger.address))
     ] * 2
     assert await asyncio.wait_for(ledger.claim(record_of(ledger, "c")), 20), "the writer goes on"
-
-
-# What it knows
 
 
 async def test_a_row_stands_as_the_attempt_that_counts(ledger_address: str):
@@ -259,30 +235,26 @@ async def test_a_row_stands_as_the_attempt_that_counts(ledger_address: str):
         keys = ("done", "failed", "refused", "open", "misfit", "waits", "uncertain")
         await enter(ledger, *keys)
         await enter(another, "done")
-        await write(ledger, ("done", ended, CrewState.COMPLETED), ("failed", ended, CrewState.FAILED))
+        await write(ledger, ("done", ended, pc.CrewState.COMPLETED), ("failed", ended, pc.CrewState.FAILED))
         await write(ledger, ("done", refused, None), attempt=2)
-        await write(ledger, ("failed", ended, CrewState.COMPLETED), attempt=2)
+        await write(ledger, ("failed", ended, pc.CrewState.COMPLETED), attempt=2)
         await write(ledger, ("refused", refused, None), error="the server said no")
         await write(ledger, ("refused", refused, None), ("open", started, None), attempt=2)
-        await write(ledger, ("misfit", ended, CrewState.COMPLETED), error="does not fit")
+        await write(ledger, ("misfit", ended, pc.CrewState.COMPLETED), error="does not fit")
         await write(ledger, ("uncertain", RecordPhase.UNCERTAIN, None), reason="the answer never came")
         states = {"completed": 2, "pending": 2, "started": 1, "invalid-output": 1, "uncertain": 1}
         assert await ledger.counts() == states
         assert await another.counts() == {"pending": 1}
         assert await ledger.kickoffs() == 6
         found = [row async for row in ledger.rows_in([RowState.UNCERTAIN, RowState.INVALID_OUTPUT, RowState.PENDING])]
-        assert [(row.key, row.error) for row in found] == [
-            ("uncertain", "the answer never came"),
-            ("misfit", "does not fit"),
-            ("refused", None),
-            ("waits", None),
-        ]
+        reasons = {"uncertain": "the answer never came", "misfit": "does not fit", "refused": None, "waits": None}
+        assert [(row.key, row.error) for row in found] == [*reasons.items()]
         assert (found[0].inputs, found[3].record) == ({"topic": "uncertain"}, None)
         lines = [line async for page in ledger.lines() for line in page]
         assert [line[0] for line in lines] == list(keys)
 
 
-async def test_secret_inputs_are_masked_also_where_another_one_repeats_them(ledger: Ledger):
+async def test_secret_inputs_are_masked_where_repeated(ledger: Ledger):
     job = RowJob(0, "k", Inputs.of({"topic": "pay with hunter22", "pin": "hunter22"}))
     await ledger.enter_rows([job], CREW)
     await ledger.enter_rows([replace(job, inputs=job.inputs.keep_secret(["pin"]))], CREW, anew=True)
@@ -290,7 +262,7 @@ async def test_secret_inputs_are_masked_also_where_another_one_repeats_them(ledg
     assert json.loads(line[1]) == {"topic": "pay with ********", "pin": "********"}
 
 
-async def test_a_batch_whose_changed_rows_were_not_entered_to_the_end_is_not_new(ledger: Ledger):
+async def test_a_half_entered_batch_is_not_new(ledger: Ledger):
     assert await ledger.is_empty()
     await ledger.enter_rows([RowJob(0, "k", Inputs.of({"topic": "tea"}))], CREW)
     await ledger.enter_changed(iter(()), CREW)
@@ -317,9 +289,7 @@ async def test_a_claim_whose_process_has_died_is_uncertain(ledger: Ledger, other
     assert not ledger._own_claims
 
 
-async def test_rows_of_one_state_are_found_without_a_look_at_all_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_rows_of_a_state_are_found_by_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
         plans: list[str] = []
 
@@ -335,19 +305,17 @@ async def test_rows_of_one_state_are_found_without_a_look_at_all_others(
         assert not any("TEMP B-TREE" in plan for plan in plans)
 
 
-async def test_the_report_of_a_batch_does_not_read_all_of_its_rows(
-    ledger_address: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_report_does_not_read_all_rows(ledger_address: str, monkeypatch: pytest.MonkeyPatch):
     async with Ledger(ledger_address, "b") as ledger:
         entry = await ledger.enter(crew_url="u", fingerprint="f", total=601)
         await enter(ledger, *(f"k{key:03}" for key in range(601)))
         records = [record_of(ledger, f"k{key:03}") for key in range(601)]
         await asyncio.gather(*(ledger.claim(record) for record in records))
         for number, record in enumerate(records[1:], start=1):
-            record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
+            record.phase, record.state = RecordPhase.ENDED, pc.CrewState.COMPLETED
             record.kicked_off_at = utcnow()
             record.ended_at = record.kicked_off_at + timedelta(seconds=number)
-            record.usage, record.cost = TokenUsage(total_tokens=number), 0.5
+            record.usage, record.cost = pc.TokenUsage(total_tokens=number), 0.5
         await asyncio.gather(*(ledger.save(record) for record in records[1:]))
         rows, read = ledger._rows, 0
 
@@ -361,7 +329,7 @@ async def test_the_report_of_a_batch_does_not_read_all_of_its_rows(
         status = await StoredBatch("b", await ledger_address_of(ledger_address, ""), ledger, entry).status()
         assert (status.completed, status.states, status.longest) == (600, {"completed": 600, "claimed": 1}, 600)
         assert await ledger.run_times() == (300.5, 300, 600)
-        assert await ledger.spending() == Spending(600, 600, 600, TokenUsage(total_tokens=sum(range(601))), 300.0)
+        assert await ledger.spending() == pc.Spending(600, 600, 600, pc.TokenUsage(total_tokens=sum(range(601))), 300.0)
         assert read < 30
 
 
@@ -372,22 +340,20 @@ async def test_what_runs_used_and_cost_is_summed_by_day_and_flow_run(ledger: Led
     records = [record_of(ledger, key) for key in "abcde"]
     for number, record in enumerate(records[:4]):
         assert await ledger.claim(record)
-        record.phase, record.state = RecordPhase.ENDED, CrewState.COMPLETED
+        record.phase, record.state = RecordPhase.ENDED, pc.CrewState.COMPLETED
         record.flow_run_id = (one, one, two, None)[number]
         record.kickoff_id = f'"ended_at":"{number}"\0'
         record.ended_at = datetime(2026, 5, 1 if number < 3 else 2, 23, 59, tzinfo=UTC)
         record.result = StoredResult(output='"flow_run_id":"x\0', data={"ended_at": "never"})
-    records[0].usage, records[0].cost = TokenUsage(total_tokens=15, prompt_tokens=10), 0.00001
-    records[1].usage = TokenUsage(total_tokens=5)
+    records[0].usage, records[0].cost = pc.TokenUsage(total_tokens=15, prompt_tokens=10), 0.00001
+    records[1].usage = pc.TokenUsage(total_tokens=5)
     records[3].cost = 1.5
     await asyncio.gather(*(ledger.save(record) for record in records[:4]))
     assert await ledger.claim(records[4])
-    both = TokenUsage(total_tokens=20, prompt_tokens=10)
-    assert {(day, by): spent for day, by, spent in await ledger.spending_by_day()} == {
-        ("2026-05-01", one): Spending(2, 2, 1, both, 1e-5),
-        ("2026-05-01", two): Spending(1),
-        ("2026-05-02", None): Spending(1, 0, 1, None, 1.5),
-    }
+    both = pc.TokenUsage(total_tokens=20, prompt_tokens=10)
+    spent = {one: pc.Spending(2, 2, 1, both, 1e-5), two: pc.Spending(1), None: pc.Spending(1, 0, 1, None, 1.5)}
+    days = [("2026-05-01", one), ("2026-05-01", two), ("2026-05-02", None)]
+    assert {(day, by): of for day, by, of in await ledger.spending_by_day()} == {day: spent[day[1]] for day in days}
 
 
 async def test_what_is_known_of_the_batch(ledger: Ledger, other: Ledger):
@@ -398,7 +364,7 @@ async def test_what_is_known_of_the_batch(ledger: Ledger, other: Ledger):
     assert (again.ledger_id, again.crew_url, again.total) == (first.ledger_id, "v", 4)
     await ledger.note(bad=asdict(bad), exported={"output": "out.jsonl"})
     assert [await ledger.advance() for _ in range(2)] == [1, 2]
-    assert (await ledger.run_times(), await ledger.spending()) == ((None, None, None), Spending())
+    assert (await ledger.run_times(), await ledger.spending()) == ((None, None, None), pc.Spending())
     entry = await other.entry()
     assert entry is not None
     assert (entry.bad, entry.exported, entry.generation) == (bad, {"output": "out.jsonl"}, 2)
@@ -410,24 +376,18 @@ async def test_several_processes_may_make_the_tables_at_once(ledger_address: str
     await asyncio.gather(*(ledger.__aexit__() for ledger in ledgers))
 
 
-# Trouble
-
-
 async def test_a_ledger_of_a_later_version_is_not_touched(tmp_path: Path):
-    path = str(tmp_path / "ledger.db")
-    async with Ledger(path, "b") as ledger:
+    async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
         await ledger.enter(crew_url="u", fingerprint="f", total=3)
-    with sqlite3.connect(path) as database:
-        database.execute("UPDATE crew_batches SET version = 99")
-    database.close()
-    async with Ledger(path, "b") as ledger:
-        with pytest.raises(LedgerError, match=r"later version of prefect-crew\. Upgrade this one"):
+        later = "UPDATE crew_batches SET version = 99"
+        await ledger.database.run(lambda connection: connection.exec_driver_sql(later).close())
+        with pytest.raises(pc.LedgerError, match=r"later version of prefect-crew\. Upgrade this one"):
             await ledger.entry()
 
 
-async def test_a_database_that_is_not_there_is_said_without_its_password():
+async def test_a_missing_database_shows_no_password():
     address = "postgresql://me:sesame@127.0.0.1:9/leads"
-    with pytest.raises(LedgerError, match=r"postgresql://me:\*\*\*@127\.0\.0\.1:9/leads cannot be opened") as caught:
+    with pytest.raises(pc.LedgerError, match=r"postgresql://me:\*\*\*@127\.0\.0\.1:9/leads cannot be opened") as caught:
         async with Ledger(address, "b"):
             pass
     assert "sesame" not in str(caught.value) + repr(caught.value)
@@ -451,7 +411,7 @@ async def test_a_locked_database_is_written_once_it_is_free(tmp_path: Path, capl
     assert "database is locked" in logged[0]
 
 
-async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(
+async def test_a_database_that_is_back_is_read(
     ledger: Ledger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     await ledger.enter(crew_url="u", fingerprint="f", total=3)
@@ -473,7 +433,7 @@ async def test_a_database_that_is_away_for_a_while_is_read_once_it_is_back(
             assert await asyncio.wait_for(read(), 20)
     left = 1000
     ledger.writer.retry_for = 0.1
-    with pytest.raises(LedgerError, match="cannot be read: connection refused"):
+    with pytest.raises(pc.LedgerError, match="cannot be read: connection refused"):
         await ledger.counts()
     assert "cannot be read (connection refused). The batch waits" in caplog.text
 
@@ -505,9 +465,7 @@ async def test_a_server_that_vanishes_is_tried_again(
         address = url.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
         async with Ledger(address, "b") as ledger:
             await enter(ledger, "k")
-            ledger.writer.retry_for = (
-                4.0  # a connection that hangs is closed for 2 s; then there is time for one more try
-            )
+            ledger.writer.retry_for = 4.0  # a hanging connection is closed for 2 s; then there is time for a try
             proxy.is_silent = True
             doing = ledger.counts() if work == "read" else ledger.claim(record_of(ledger, "k"))
             task = asyncio.ensure_future(doing)
@@ -544,7 +502,7 @@ async def test_a_restart_of_postgresql_ends_neither_reads_nor_writes():
         await asyncio.to_thread(server.stop)
 
 
-async def test_a_claim_is_on_disk_also_where_postgresql_is_set_not_to_wait_for_it(postgres_address: str):
+async def test_a_claim_is_on_disk_whatever_postgresql_is_set_to(postgres_address: str):
     def turn_off_sync(connection: Any) -> None:
         name = connection.exec_driver_sql("SELECT current_database()").scalar()
         connection.exec_driver_sql(f"ALTER DATABASE {name} SET synchronous_commit = off").close()
@@ -557,15 +515,11 @@ async def test_a_claim_is_on_disk_also_where_postgresql_is_set_not_to_wait_for_i
             assert found == "on"
 
 
-# Where it is
-
-
 def test_the_default_ledger_is_next_to_a_local_output(tmp_path: Path):
     assert default_ledger(str(tmp_path / "out.jsonl")) == str(tmp_path / "out.jsonl.ledger.db")
-    with pytest.raises(ConfigurationError, match="is no file of this machine"):
-        default_ledger("s3://bucket/out.jsonl")
-    with pytest.raises(ConfigurationError, match="names no file"):
-        default_ledger(".")
+    for output, problem in (("s3://bucket/out.jsonl", "is no file of this machine"), (".", "names no file")):
+        with pytest.raises(pc.ConfigurationError, match=problem):
+            default_ledger(output)
 
 
 @pytest.mark.parametrize(
@@ -586,7 +540,7 @@ def test_the_default_ledger_is_next_to_a_local_output(tmp_path: Path):
 )
 def test_the_address_of_a_ledger(address: str, driver: str | None):
     if driver is None:
-        with pytest.raises(ConfigurationError) as caught:
+        with pytest.raises(pc.ConfigurationError) as caught:
             open_url(address)
         assert "pa55word" not in str(caught.value)
     else:
@@ -607,9 +561,6 @@ async def test_the_password_of_a_ledger_is_shown_nowhere(secret: str):
     assert (await ledger_address_of(kept, "out.jsonl")).public == kept
 
 
-# What an earlier version of this package has written
-
-
 async def test_a_ledger_of_version_2_is_read(tmp_path: Path):
     path = shutil.copy(Path(__file__).parent / "golden" / "ledger-v2.sqlite", tmp_path / "ledger.db")
     async with Ledger(str(path), "leads") as ledger:
@@ -624,10 +575,8 @@ async def test_a_ledger_of_version_2_is_read(tmp_path: Path):
         assert {key: str(row.state) for key, row in found.items()} == {str(state): str(state) for state in RowState}
         assert found["lost"].error == "the server does not know it"
         assert found["completed"].inputs == {"topic": "completed", "pin": "********"}
-        assert [one.phase for one in await ledger.attempts(ledger.idempotency_key("failed"))] == [
-            "ended",
-            "not-started",
-        ]
+        failed = await ledger.attempts(ledger.idempotency_key("failed"))
+        assert [one.phase for one in failed] == ["ended", "not-started"]
         status = await stored.status()
         assert (status.completed, status.failed, status.uncertain, status.in_flight, status.left) == (1, 8, 2, 1, 1)
         assert (status.waiting, status.kickoffs, status.longest) == (1, 11, 2.0)
@@ -659,7 +608,7 @@ def at(record: RunRecord, phase: RecordPhase, **facts: Any) -> RunRecord:
     if phase in (STARTED, ENDED):
         facts.setdefault("kickoff_id", "run 1")
     if phase is ENDED:
-        facts.setdefault("state", CrewState.COMPLETED)
+        facts.setdefault("state", pc.CrewState.COMPLETED)
     return record.model_copy(update={"phase": phase, **facts})
 
 
@@ -668,40 +617,22 @@ async def stored(ledger: Ledger, record: RunRecord) -> RunRecord:
     return found
 
 
-async def save_anyhow(ledger: Ledger, record: RunRecord) -> bool:
-    """Save, and return whether it was refused."""
-    try:
-        await ledger.save(record)
-    except (ClaimLostError, CrewError):
-        return True
-    return False
-
-
-@pytest.mark.parametrize(
-    ("by_owner", "refused"),
-    [
-        pytest.param(True, {CLAIMED}, id="owner"),  # of all others the log tells it
-        pytest.param(False, set(RecordPhase), id="another"),
-    ],
-)
-async def test_no_phase_is_followed_by_an_earlier_one(
-    ledger: Ledger, other: Ledger, by_owner: bool, refused: set[RecordPhase]
-):
+@pytest.mark.parametrize("by_owner", [True, False], ids=["owner", "another"])
+async def test_no_earlier_phase_follows(ledger: Ledger, other: Ledger, by_owner: bool):
+    refused = {CLAIMED} if by_owner else set(RecordPhase)  # of all others the log tells it
     for number, (before, after) in enumerate(itertools.product(RecordPhase, RecordPhase)):
         record = record_of(ledger, f"k{number}", good_for=LONG_AGO)
         assert await ledger.claim(record)
         await ledger.save(at(record, before))
         ledger._own_claims.add(record.owner)  # as one that is still under way
         forward = after in FORWARD[before] and (by_owner or after is not CLAIMED)
-        was_refused = await save_anyhow(ledger if by_owner else other, at(record, after, reason="later"))
+        with pytest.raises((ClaimLostError, pc.CrewError)) if not forward and after in refused else nullcontext():
+            await (ledger if by_owner else other).save(at(record, after, reason="later"))
         found = await stored(ledger, record)
         assert (found.phase, found.reason) == ((after, "later") if forward else (before, None)), (before, after)
-        assert was_refused == (not forward and after in refused), (before, after)
 
 
-async def test_a_late_write_of_the_owner_does_not_undo_what_a_person_resolved(
-    ledger: Ledger, other: Ledger, caplog: pytest.LogCaptureFixture
-):
+async def test_a_late_write_undoes_no_resolution(ledger: Ledger, other: Ledger, caplog: pytest.LogCaptureFixture):
     for key, late in (("k1", NOT_STARTED), ("k2", UNCERTAIN), ("k3", STARTED)):
         record = record_of(ledger, key, good_for=LONG_AGO)
         assert await ledger.claim(record)
@@ -725,7 +656,7 @@ async def test_a_claim_that_may_still_be_posted_is_not_resolved(ledger: Ledger, 
     other.is_exclusive = True  # as one who has taken the lock of an owner that lives, and has lost it
     record = record_of(ledger, "k")
     assert await ledger.claim(record)
-    with pytest.raises(CrewError, match="may still be sent"):
+    with pytest.raises(pc.CrewError, match="may still be sent"):
         await unresolved(record.idempotency_key, other)
     (found,) = await other.attempts(record.idempotency_key)
     # The ledger refuses it as well, whatever the clock of whoever resolves says.
@@ -737,47 +668,24 @@ async def test_a_claim_that_may_still_be_posted_is_not_resolved(ledger: Ledger, 
     assert await ledger.claim(old)
     found = await unresolved(old.idempotency_key, other)
     await ledger.save(at(old, CLAIMED, open_for=60.0))
-    with pytest.raises(CrewError, match="may still be sent, or on its way"):
+    with pytest.raises(pc.CrewError, match="may still be sent, or on its way"):
         await resolve_never_started(found, other)
 
 
-async def test_an_uncertain_kickoff_that_may_be_on_its_way_has_not_surely_never_started(ledger: Ledger, other: Ledger):
+async def test_a_kickoff_on_its_way_is_not_resolved_as_none(ledger: Ledger, other: Ledger):
     """Whatever clock the machine of whoever resolves has: the ledger tells how long, and holds to it."""
     record = record_of(ledger, "k", good_for=30.0, post_deadline=1.0)
     assert await ledger.claim(record)
     await ledger.save(at(record, UNCERTAIN))
     found = await unresolved(record.idempotency_key, other)
     assert 30 < found.open_for <= 36
-    with pytest.raises(CrewError, match=r"may still be sent, or on its way.*Resolve it in 3\d s"):
+    with pytest.raises(pc.CrewError, match=r"may still be sent, or on its way.*Resolve it in 3\d s"):
         await resolve_never_started(found, other)
     assert not await other.resolve(found, NOT_STARTED)
     assert (await stored(ledger, record)).phase is UNCERTAIN
     # An id is more than a word that there is none, and need not wait.
     await resolve_started(found, "seen", other)
-    assert (await stored(ledger, record)).kickoff_id == "seen"
-
-
-async def test_writes_of_one_attempt_that_share_a_commit_are_made_in_their_order(ledger: Ledger):
-    record = record_of(ledger, "k")
-    writes = [
-        ledger.claim(record),
-        ledger.save(at(record, UNCERTAIN)),
-        ledger.save(at(record, STARTED)),
-        ledger.save(at(record, ENDED)),
-    ]
-    tasks = [asyncio.ensure_future(write) for write in writes]
-    await asyncio.gather(*tasks)
-    assert ledger.writer.commits < 3
-    assert (await stored(ledger, record)).phase is ENDED
-
-
-async def test_a_claim_that_was_resolved_before_its_owner_knew_of_it_is_not_its_own(ledger: Ledger, other: Ledger):
-    """Its commit was made again since nobody knew of the first: in between somebody has resolved it."""
-    record = record_of(ledger, "k", good_for=LONG_AGO)
-    assert await ledger.claim(record)
-    await resolve_never_started(await unresolved(record.idempotency_key, other), other)
-    assert not await ledger.claim(record)
-    assert (await stored(other, record)).phase is NOT_STARTED
+    assert (await stored(ledger, record)).kickoff_id == found.kickoff_id == "seen"
 
 
 async def test_what_is_found_out_replaces_only_what_it_was_found_out_of(ledger: Ledger, other: Ledger):
@@ -786,15 +694,9 @@ async def test_what_is_found_out_replaces_only_what_it_was_found_out_of(ledger: 
     await ledger.save(at(record, STARTED))
     read = await stored(other, record)
     await ledger.save(at(record, ENDED))
-    assert not await other.resolve(read, ENDED, state=CrewState.UNKNOWN)
-    assert (await stored(ledger, record)).state is CrewState.COMPLETED
+    assert not await other.resolve(read, ENDED, state=pc.CrewState.UNKNOWN)
+    assert (await stored(ledger, record)).state is pc.CrewState.COMPLETED
     assert read.phase is STARTED
-    second = record_of(ledger, "k2")
-    assert await ledger.claim(second)
-    await ledger.save(at(second, STARTED))
-    read = await stored(other, second)
-    assert await other.resolve(read, ENDED, state=CrewState.STOPPED)
-    assert (await stored(ledger, second)).model_dump() == read.model_dump()
 
 
 async def test_the_time_of_a_claim_begins_when_the_ledger_writes_it(ledger: Ledger):

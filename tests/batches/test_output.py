@@ -12,6 +12,7 @@ from errno import ENOSPC
 from os import strerror
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import fsspec
 import pytest
@@ -54,7 +55,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "out" / "lines.jsonl"
 
 
-async def test_a_line_a_row_that_has_ended_in_the_order_of_the_rows(ledger: Ledger, path: Path):
+async def test_each_ended_row_has_a_line_in_its_order(ledger: Ledger, path: Path):
     await enter(ledger, "a", "b", "c", "d", "e", "f")
     await end(ledger, "e", data={"x": 1})
     await end(ledger, "b", "failed")
@@ -73,28 +74,16 @@ async def test_a_line_a_row_that_has_ended_in_the_order_of_the_rows(ledger: Ledg
     await ledger.save(claimed)
     assert await output.write(ledger) == 3, "an uncertain row has no line"
     assert list(completed) == list(COLUMNS)
-    assert completed == {
-        "key": "e",
-        "inputs": {"topic": "e"},
-        "state": "completed",
-        "output": "text",
-        "data": {"x": 1},
-        "tasks": [{"name": "t", "output": "x"}],
-        "kickoff_id": "run-e",
-        "seconds": 1.5,
-        "usage": {"total_tokens": 7},
-        "error": None,
-        "crew_version": None,
-    }
+    known = {"key": "e", "inputs": {"topic": "e"}, "state": "completed", "output": "text", "data": {"x": 1}}
+    known |= {"tasks": [{"name": "t", "output": "x"}], "kickoff_id": "run-e", "seconds": 1.5}
+    assert completed == {**known, "usage": {"total_tokens": 7}, "error": None, "crew_version": None}
     assert (failed["key"], failed["state"], failed["output"], failed["tasks"]) == ("b", "failed", None, [])
     assert (failed["error"], round(failed["seconds"])) == ("the engine is down", 2)
     assert (stopped["key"], stopped["state"], stopped["error"]) == ("d", "stopped", "it was stopped")
     assert [one.name for one in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "\0 and \u2028", "ü 🙂 \u202e", "x" * 3_000_000], ids=["none", "nul", "odd", "big"]
-)
+@pytest.mark.parametrize("text", ["", "\0 and \u2028", "ü 🙂 \u202e", "x" * 3_000_000], ids=len)
 async def test_whatever_a_crew_writes_is_one_line_of_json(ledger: Ledger, path: Path, text: str):
     await enter(ledger, "k")
     await end(ledger, "k", output=text, data={"text": text})
@@ -118,7 +107,7 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])
 @pytest.mark.parametrize("folder", ["~/", "file://~/", "~no-user-"])
-async def test_a_path_below_the_home_folder_names_one_file(
+async def test_a_path_below_home_names_one_file(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str
 ):
     home, here = tmp_path / "home", tmp_path / "here"
@@ -141,20 +130,15 @@ async def test_a_path_below_the_home_folder_names_one_file(
     assert open_url(default_ledger(folder + name)).database == f"{place}.ledger.db"
 
 
-async def test_a_write_that_fails_leaves_the_file_of_before(
-    ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_failed_write_leaves_the_file(ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch):
     await enter(ledger, "k")
     await end(ledger, "k")
     output = Output(str(path))
     output.check("b", is_new=True)
     path.write_text("before")
 
-    def refuse(*_: object) -> None:
-        raise OSError(ENOSPC, strerror(ENOSPC))
-
     with monkeypatch.context() as full:
-        full.setattr(Output, "_write_page", refuse)
+        full.setattr(Output, "_write_page", Mock(side_effect=OSError(ENOSPC, strerror(ENOSPC))))
         with pytest.raises(ExportError, match=r"No space.*Make the same call again, which writes them"):
             await output.write(ledger)
     assert [(one.name, one.read_text()) for one in path.parent.iterdir()] == [(path.name, "before")]
@@ -164,10 +148,8 @@ async def test_a_write_that_fails_leaves_the_file_of_before(
     assert [one.name for one in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize(
-    "place", ["out.jsonl.gz", "memory://cut-off/out.jsonl", "simplecache::memory://cut-off/b.jsonl"]
-)
-async def test_a_write_that_is_cut_off_leaves_the_file_of_before(
+@pytest.mark.parametrize("place", ["out.jsonl.gz", "memory://cut-off/a.jsonl", "simplecache::memory://cut-off/b.jsonl"])
+async def test_a_cut_off_write_leaves_the_file(
     ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ):
     monkeypatch.setattr("prefect_crew.batches.ledger.PAGE", 2)
@@ -201,9 +183,7 @@ async def test_a_write_that_is_cut_off_leaves_the_file_of_before(
     assert "://" in place or [one.name for one in tmp_path.glob("*out*")] == [place]
 
 
-async def test_an_error_of_a_library_does_not_show_what_is_secret_in_the_address(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-):
+async def test_no_error_of_a_library_shows_a_secret(ledger: Ledger, monkeypatch: pytest.MonkeyPatch):
     def refuse(self: object, local: str, address: str, *_: Any, **__: Any) -> Any:
         raise ValueError(address)
 
@@ -260,9 +240,7 @@ class Renamed(BaseModel):
     seen: datetime | None = Field(default=None, serialization_alias="Seen")
 
 
-async def test_parquet_names_fields_as_data_does_and_leaves_out_what_a_column_cannot_hold(
-    ledger: Ledger, tmp_path: Path
-):
+async def test_parquet_leaves_out_what_no_column_can_hold(ledger: Ledger, tmp_path: Path):
     polars = pytest.importorskip("polars", reason="needs the extra `data`")
     path = tmp_path / "out.parquet"
     await enter(ledger, "a", "b", "c")
@@ -275,27 +253,24 @@ async def test_parquet_names_fields_as_data_does_and_leaves_out_what_a_column_ca
     assert [json.loads(data)["count"] for data in frame["data"]] == [7, 2**63, "many"]
 
 
-def test_parquet_without_the_extra_is_refused_before_anything_is_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_parquet_without_its_extra_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "polars", None)
     with pytest.raises(ConfigurationError, match=r"needs polars: pip install 'prefect-crew\[data\]'.*Nothing was"):
         Output(str(tmp_path / "out.parquet"))
 
 
-@pytest.mark.parametrize("address", ["nonsense://x/out.jsonl", "https://example.com/out.jsonl"])
-def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_started(address: str):
-    with pytest.raises(ConfigurationError, match="Nothing was started"):
-        Output(address)
+ENDINGS = r"\.jsonl or \.ndjson, also compressed: .*\.jsonl\.gz.*\.parquet.*Nothing"
 
 
 @pytest.mark.parametrize(
-    "name", ["out.csv", "out", "out.jsonl.zst", "out.parquet.gz", "out.xlsx", "s3://bucket/out.json"]
+    ("name", "problem"),
+    [
+        *((name, ENDINGS) for name in ("out.csv", "out", "out.jsonl.zst", "out.parquet.gz", "s3://bucket/out.json")),
+        *((address, "Nothing was started") for address in ("nonsense://x/out.jsonl", "https://example.com/out.jsonl")),
+    ],
 )
-def test_an_ending_that_is_not_known_is_refused_with_those_that_are(name: str):
-    with pytest.raises(
-        ConfigurationError, match=r"\.jsonl or \.ndjson, also compressed: .*\.jsonl\.gz.*\.parquet.*Nothing"
-    ):
+def test_an_output_that_cannot_be_written_is_refused(name: str, problem: str):
+    with pytest.raises(ConfigurationError, match=problem):
         Output(name)
 
 

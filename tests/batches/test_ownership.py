@@ -10,9 +10,10 @@ import sys
 import types
 import uuid
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -25,18 +26,14 @@ from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.ownership import BatchLock, binding_name, check_bound, read_binding
 from prefect_crew.batches.stored import open_stored_batch
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError, LedgerError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, topics
-from support.scripts import script
 
 
 def held(database: Database) -> BatchLock:
-    """Return a lock of batch b."""
     return BatchLock(database, "b")
-
-
-# Names of one ledger
 
 
 @pytest.mark.parametrize("linked", ["file", "folder"])
@@ -50,9 +47,7 @@ async def test_a_symlink_is_the_ledger_that_it_names(tmp_path: Path, linked: str
         assert not await second.take()
 
 
-async def test_a_ledger_with_a_second_name_or_mounted_as_a_single_file_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_ledger_of_two_names_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, other = tmp_path / "ledger.db", tmp_path / "other.db"
     async with Ledger(str(path), "b") as ledger:
         await ledger.enter(crew_url="u", fingerprint="f", total=3)
@@ -68,10 +63,7 @@ async def test_a_ledger_with_a_second_name_or_mounted_as_a_single_file_is_refuse
             pass
 
 
-# Locks that are lost
-
-
-async def test_a_lock_whose_file_was_removed_is_lost_and_that_of_another_is_left_alone(tmp_path: Path):
+async def test_a_lock_without_its_file_is_lost(tmp_path: Path):
     path = str(tmp_path / "ledger.db")
     async with Database(path) as one, Database(path) as two, held(two) as second:
         async with held(one) as first:
@@ -98,14 +90,8 @@ async def test_a_ledger_whose_file_is_another_is_held_no_more(tmp_path: Path, ch
         assert not await lock.still_held()
 
 
-# Other systems
-
-
 async def test_where_no_lock_can_be_had_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     async with Database(str(tmp_path / "ledger.db")) as database, held(database) as lock:
         with pytest.raises(LedgerError, match=r"cannot be locked: .*No locks available.*use PostgreSQL"):
             await lock.take()
@@ -129,20 +115,13 @@ async def test_windows_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.undo()
 
 
-# PostgreSQL
-
-
-CUT = (
-    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
-    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-)
-
-
 async def cut(database: Database) -> None:
-    await database.run(lambda connection: connection.exec_driver_sql(CUT).close())
+    others = "datname = current_database() AND pid <> pg_backend_pid()"
+    end = f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {others}"
+    await database.run(lambda connection: connection.exec_driver_sql(end).close())
 
 
-async def test_a_lost_connection_is_made_again_if_nobody_else_has_run_the_batch(postgres_address: str):
+async def test_a_lost_connection_is_made_again(postgres_address: str):
     async with Ledger(postgres_address, "b") as one, Ledger(postgres_address, "b") as two:
         await one.enter(crew_url="u", fingerprint="f", total=3)
         async with held(one.database) as first:
@@ -164,7 +143,7 @@ async def test_a_lost_connection_is_made_again_if_nobody_else_has_run_the_batch(
             assert not await first.still_held(), "somebody has run it, and has ended since"
 
 
-async def test_a_lock_holds_for_the_transaction_so_a_pooler_cannot_give_it_away(postgres_address: str):
+async def test_a_lock_holds_for_its_transaction(postgres_address: str):
     async with Database(postgres_address) as one, Database(postgres_address) as two:
         async with held(one) as first, held(two) as second:
             assert await first.take()
@@ -175,17 +154,10 @@ async def test_a_lock_holds_for_the_transaction_so_a_pooler_cannot_give_it_away(
             assert await second.take(), "it went with the transaction"
 
 
-# Older copies
-
-ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
-
-
 def copied(source: Path, target: Path) -> Path:
     """Copy a ledger as a snapshot does, also while it is in use."""
-    with sqlite3.connect(source) as before, sqlite3.connect(target) as after:
+    with closing(sqlite3.connect(source)) as before, closing(sqlite3.connect(target)) as after:
         before.backup(after)
-    before.close()
-    after.close()
     return target
 
 
@@ -195,10 +167,8 @@ async def generation(name: str) -> int:
     return int(bound["generation"])
 
 
-async def test_a_backup_from_before_the_last_call_is_refused_and_the_newer_one_goes_on(
-    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path
-):
-    server, name, ledger = crew_server(ECHO), "restored", tmp_path / "out.jsonl.ledger.db"
+async def test_an_older_backup_is_refused(batch: Batches, echo: CrewServer, tmp_path: Path):
+    server, name, ledger = echo, "restored", tmp_path / "out.jsonl.ledger.db"
     await batch(server.crew(), topics(6), name=name, max_kickoffs=2)
     backup = copied(ledger, tmp_path / "backup.db")
     assert (await batch(server.crew(), topics(6), name=name)).completed == 6
@@ -229,12 +199,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("point", ["before the ledger", "between ledger and server", "before the first row"])
-async def test_a_call_that_dies_over_its_generation_locks_nobody_out(
-    batch: Batches, crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+async def test_a_dying_call_locks_nobody_out(
+    batch: Batches, echo: CrewServer, monkeypatch: pytest.MonkeyPatch, point: str
 ):
-    server, name, ledger = crew_server(ECHO), f"dies {point}", tmp_path / "out.jsonl.ledger.db"
+    server, name = echo, f"dies {point}"
     await batch(server.crew(), topics(6), name=name, max_kickoffs=2)
-    backup = copied(ledger, tmp_path / "backup.db")
+    backup = copied(batch.folder / "out.jsonl.ledger.db", batch.folder / "backup.db")
 
     def dying(function: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
         async def dies(*args: Any, **kwargs: Any) -> None:

@@ -39,7 +39,13 @@ def reasons(rows: list[dict[str, Any]], **options: Any) -> list[tuple[int, str]]
     return [(row.line, row.reason) for row in plan(rows, **options).check().bad]
 
 
-# Inputs
+def refusing(text: str) -> Callable[[Mapping[str, Any]], str]:
+    """Return a function of a row that refuses it with a text made of its values."""
+
+    def refuse(row: Mapping[str, Any]) -> str:
+        raise ValueError(text.format_map(row))
+
+    return refuse
 
 
 def test_columns_of_the_crews_names_become_inputs_and_empty_ones_are_missing():
@@ -66,22 +72,16 @@ def test_inputs_by_mapping():
     assert inputs([row], inputs=given, crew=replace(ANY_INPUT, inputs_as_json=True))[0]["limit"] == 5
 
 
-NAMES_ID = [CrewInput(name="topic"), CrewInput(name="id", required=False)]
-
-
-@pytest.mark.parametrize("expected", [[], NAMES_ID], ids=["names none", "names it"])
-def test_the_input_id_is_never_taken_from_a_column_by_its_name_alone(expected: list[CrewInput]):
-    assert inputs([{"topic": "tea", "id": 1}], expected=expected) == [{"topic": "tea"}]
-    mapped = inputs([{"topic": "tea", "id": 1}], expected=expected, inputs={"topic": "topic", "id": "id"})
-    assert mapped == [{"topic": "tea", "id": "1"}]
-
-
-def test_a_required_id_has_to_be_mapped():
-    [(_, reason)] = reasons([{"topic": "tea", "id": 1}], expected=[CrewInput(name="topic"), CrewInput(name="id")])
-    assert reason.startswith("has no value for id;")
-    assert "never comes from a column by its name" in reason
-    [(_, reason)] = reasons([{"id": 1}], expected=[CrewInput(name="id")])
-    assert "never comes from a column by its name" in reason
+def test_the_input_id_comes_from_no_column_of_its_name_alone():
+    topic, row = CrewInput(name="topic"), {"topic": "tea", "id": 1}
+    for expected in ([], [topic, CrewInput(name="id", required=False)]):
+        assert inputs([row], expected=expected) == [{"topic": "tea"}]
+        mapped = inputs([row], expected=expected, inputs={"topic": "topic", "id": "id"})
+        assert mapped == [{"topic": "tea", "id": "1"}]
+    for required in ([topic, CrewInput(name="id")], [CrewInput(name="id")]):
+        [(_, reason)] = reasons([row], expected=required)
+        assert reason.startswith("has no value for id;")
+        assert "never comes from a column by its name" in reason
 
 
 def test_an_unknown_input_of_a_mapping_is_reported_once_unless_extra_ones_are_allowed():
@@ -115,7 +115,7 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
             {"a": "x"}, {"inputs": {"topic": "b"}}, "needs column b, which the row does not have", id="column"
         ),
         pytest.param(
-            {"notes": "x"}, {"inputs": {"topic": "ntoes"}}, "column ntoes (did you mean notes?), which", id="near"
+            {"note": "x"}, {"inputs": {"topic": "noet"}}, "column noet (did you mean note?), which", id="near"
         ),
         pytest.param({"a": ""}, {"inputs": {"topic": "a"}}, "has no value for topic", id="empty column"),
         pytest.param({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b, which is not a column", id="template"),
@@ -128,9 +128,7 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
         pytest.param({"topic": "x", "id": "k" * 201}, {"key": "id"}, "201 characters, the limit is 200", id="long key"),
         pytest.param({"topic": "x", "id": "a\0b"}, {"key": "id"}, "that no ledger can keep", id="NUL in the key"),
         pytest.param({"topic": "x", "id": "\ud800"}, {"key": "id"}, "that no ledger can keep", id="half a key"),
-        pytest.param(
-            {"topic": "x", "id": 2.0**53}, {"key": "id"}, "its key is a float, which is not exact", id="rounded"
-        ),
+        pytest.param({"topic": "x", "id": 2.0**53}, {"key": "id"}, "its key is a float, which is not ex", id="rounded"),
         pytest.param({"topic": "x"}, {"key": lambda row: row["id"]}, "KeyError: 'id'", id="key function"),
     ],
 )
@@ -160,9 +158,6 @@ def test_a_template_that_is_none_is_no_fault_of_the_rows():
         plan([{"a": 1}], inputs={"topic": "{{ a"})
 
 
-# Keys
-
-
 def test_equal_rows_differ_by_their_number_of_occurrence():
     first, second, third = keys([{"topic": "tea"}, {"topic": "coffee"}, {"topic": "tea"}])
     assert first.removesuffix("-1") == third.removesuffix("-2")
@@ -170,15 +165,10 @@ def test_equal_rows_differ_by_their_number_of_occurrence():
     assert len({first, second, third}) == 3
 
 
-@pytest.mark.parametrize("key", ["id", lambda row: row["id"]], ids=["column", "function"])
-def test_keys_from_the_row(key: str | Callable[[Mapping[str, Any]], Any]):
+def test_keys_come_from_the_row_and_are_there_once():
     rows = [{"topic": "tea", "id": 7}, {"topic": "coffee", "id": "ü 🙂"}]
-    assert keys(rows, key=key) == ["7", "ü 🙂"]
-
-
-def test_a_key_that_is_there_twice_names_both_lines():
-    rows = [{"topic": "tea", "id": 7}, {"topic": "coffee", "id": 8}, {"topic": "milk", "id": 7}]
-    assert reasons(rows, key="id") == [(3, "has the key '7' of line 1 again")]
+    assert keys(rows, key="id") == keys(rows, key=lambda row: row["id"]) == ["7", "ü 🙂"]
+    assert reasons([*rows, rows[0]], key="id") == [(3, "has the key '7' of line 1 again")]
 
 
 def test_the_fingerprint_is_that_of_the_rows_whatever_their_order():
@@ -212,14 +202,11 @@ def test_a_range_without_rows_is_an_error():
         plan([{"topic": "tea"}], rows="3:").check()
 
 
-# Secret inputs
-
 HIDES = replace(CREW, secret_inputs=("pin",), allow_extra_inputs=True)
 
 
 def test_no_reason_of_a_bad_row_has_a_secret_input():
-    def refuse(row: Any) -> Any:
-        raise ValueError(f"who has {row['code']}?")
+    refuse = refusing("who has {code}?")
 
     def revealed(row: Any) -> Any:
         return refuse({"code": row["code"].get_secret_value()})
@@ -268,11 +255,8 @@ def test_a_bad_row_of_strange_values_ends_nothing(value: Any):
 
 
 def test_a_reason_with_half_a_character_can_be_stored():
-    def refuse(row: Mapping[str, Any]) -> str:
-        raise ValueError(f"no topic in {row['text']}")
-
     file = io.BytesIO()
-    plan([{"text": "é \ud83d"}], inputs={"topic": refuse}).check(file)
+    plan([{"text": "é \ud83d"}], inputs={"topic": refusing("no topic in {text}")}).check(file)
     assert json.loads(file.getvalue()) == {"line": 1, "reason": "no topic in é \\ud83d", "row": None}
 
 

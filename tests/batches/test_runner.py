@@ -10,25 +10,23 @@ from typing import Any
 
 import pytest
 from prefect import flow
-from pydantic import BaseModel, SecretStr
+from pydantic import SecretStr, create_model
 from sqlalchemy.exc import OperationalError
 
-from prefect_crew import WaitPolicy, resume_crew
+import prefect_crew as pc
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew.batches import throttle
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.outcomes import RowState
-from prefect_crew.batches.report import BatchArtifact, BatchProgress, BatchReport
+from prefect_crew.batches.report import BatchArtifact, BatchProgress
 from prefect_crew.batches.runner import Runner
 from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.batches.throttle import FirstPoll
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.client.models import ReviewRequest
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import BudgetExceededError, CrewError, DatasetError, LedgerError
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.keys import RunIdentity
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResult
@@ -39,28 +37,19 @@ from prefect_crew.runs.kickoff import start_run
 from prefect_crew.runs.options import RunRequest
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.run import LiveRun
-from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, let_an_hour_pass, row_plan, topics
 from support.held import Held
 from support.scripts import FAILS, PICKY, script, slow
-from support.webhooks import until
-
-ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
-
-
-class Score(BaseModel):
-    score: int
+from support.waiting import until
 
 
 def ledger_of(batch: Batches, name: str) -> Ledger:
     return Ledger(f"{batch.output}.ledger.db", name)
 
 
-async def test_a_file_that_is_appended_to_ends_the_batch_before_a_row_that_was_not_checked(
-    batch: Batches, crew_server: CrewServerFactory
-):
-    server, path = crew_server(ECHO), batch.folder / "rows.csv"
+async def test_an_appended_file_ends_the_batch(batch: Batches, echo: CrewServer):
+    path = batch.folder / "rows.csv"
     path.write_text("topic\n" + "tea\n" * 3000)
 
     def append(progress: BatchProgress) -> None:
@@ -68,18 +57,18 @@ async def test_a_file_that_is_appended_to_ends_the_batch_before_a_row_that_was_n
             with path.open("a") as file:
                 file.write("late\n" * 3000)
 
-    with pytest.raises(DatasetError, match=r"changed during the read.*The rows that were started are in"):
-        await batch(server.crew(), path, name="appended to", max_in_flight=10, on_progress=append)
-    assert 0 < server.kickoffs < 3000
+    with pytest.raises(pc.DatasetError, match=r"changed during the read.*The rows that were started are in"):
+        await batch(echo.crew(), path, name="appended to", max_in_flight=10, on_progress=append)
+    assert 0 < echo.kickoffs < 3000
 
 
-async def test_a_batch_that_has_lost_its_lock_writes_nothing_more(
+async def test_a_batch_without_its_lock_writes_nothing(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.05)
     server = crew_server(Held())
     running = asyncio.ensure_future(batch(server.crew(), topics(2000), name="lock lost", max_in_flight=5))
-    await until(lambda: server.kickoffs >= 5)
+    await until(lambda: server.kickoffs >= 5, "5 kickoffs")
     (file,) = batch.folder.glob("*.lock")
     file.unlink()
     report = await asyncio.wait_for(running, 60)
@@ -91,12 +80,7 @@ async def test_a_batch_that_has_lost_its_lock_writes_nothing_more(
     assert (entry.exported, entry.generation, batch.output.exists()) == (None, 1, False)
 
 
-# Crews that fail
-
-
-async def test_a_share_of_failures_stops_a_batch_and_the_same_call_goes_on(
-    batch: Batches, crew_server: CrewServerFactory
-):
+async def test_a_share_of_failures_stops_a_batch(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(PICKY)
     bad = {number for number in range(60) if number % 5 == 0 and number}
     report = await batch(server.crew(), topics(60, bad), max_in_flight=1, on_failure=0.1, name="share")
@@ -110,12 +94,12 @@ async def test_a_share_of_failures_stops_a_batch_and_the_same_call_goes_on(
     assert len(batch.lines()) == 60
 
 
-async def test_a_look_that_takes_long_does_not_hold_up_the_end(
+async def test_a_long_look_does_not_hold_up_the_end(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     looks = list[bool]()
 
-    async def update(self: BatchArtifact, progress: BatchProgress, report: BatchReport | None = None) -> None:
+    async def update(self: BatchArtifact, progress: BatchProgress, report: pc.BatchReport | None = None) -> None:
         if report is None:
             looks.append(True)
             await asyncio.sleep(60)
@@ -127,34 +111,28 @@ async def test_a_look_that_takes_long_does_not_hold_up_the_end(
     assert (report.completed, len(looks)) == (1, 1)
 
 
-async def test_a_limit_on_kickoffs_holds_for_all_calls_together(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO)
-    for limit, completed in ((7, 7), (7, 7), (12, 12)):
-        report = await batch(server.crew(), topics(20), max_kickoffs=limit, name="limited", max_in_flight=4)
-        assert (report.completed, server.kickoffs) == (completed, limit)
+async def test_a_limit_on_kickoffs_holds_for_all_calls_together(batch: Batches, echo: CrewServer):
+    for limit in (7, 7, 12):
+        report = await batch(echo.crew(), topics(20), max_kickoffs=limit, name="limited", max_in_flight=4)
+        assert report.completed == echo.kickoffs == limit
         assert f"limit of {limit} kickoffs" in (report.stopped or "")
-    report = await batch(server.crew(), topics(20), name="limited")
-    assert report.ok
+    assert (await batch(echo.crew(), topics(20), name="limited")).ok
     assert len(batch.lines()) == 20
 
 
-async def test_failed_retries_count_among_the_failures_in_a_row_that_stop_a_batch(
-    batch: Batches, crew_server: CrewServerFactory
-):
+async def test_failed_retries_count_for_the_breaker(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(FAILS)
-    rows = [{"topic": str(number)} for number in range(200)]
-    report = await batch(server.crew(max_attempts=3), rows, retries=2, name="down", max_in_flight=20, breaker=5)
+    about: dict[str, Any] = {"name": "down", "max_in_flight": 20, "breaker": 5}
+    report = await batch(server.crew(max_attempts=3), topics(200), retries=2, **about)
     assert report.stopped == "5 rows failed in a row. Last error: the search engine is down"
     assert server.kickoffs <= 5 + 20, "the five, and those in flight with them"
     assert report.failed + report.skipped == 200
     assert len(batch.lines()) == report.failed, "a row whose retry was not sent any more has failed"
 
 
-async def test_what_an_earlier_call_has_seen_fail_does_not_count_among_the_failures_in_a_row(
-    batch: Batches, crew_server: CrewServerFactory
-):
+async def test_earlier_failures_do_not_count_for_the_breaker(batch: Batches, crew_server: CrewServerFactory):
     crew = Held(until=lambda _: True)
-    server, options = crew_server(crew), {"name": "misfits", "output_type": Score}
+    server, options = crew_server(crew), {"name": "misfits", "output_type": create_model("Score", score=(int, ...))}
     report = await batch(server.crew(), topics(30), breaker=None, **options)
     assert report.errors == {"OutputTypeError": 30}
     crew.output = '{"score": 1}'
@@ -162,28 +140,23 @@ async def test_what_an_earlier_call_has_seen_fail_does_not_count_among_the_failu
     assert (report.completed, report.kickoffs, report.stopped) == (30, 30, None)
 
 
-# Kickoffs that are refused
-
-
-async def test_a_wrong_token_fails_one_row_and_stops_the_batch(batch: Batches, crew_server: CrewServerFactory):
-    # This crew tells its inputs to anybody, so the first to meet the token is a kickoff.
-    server = crew_server(ECHO, faults=["kickoff:401"])
-    report = await batch(server.crew(), topics(200), name="token")
+async def test_a_wrong_token_fails_one_row_and_stops_the_batch(batch: Batches, echo: CrewServer):
+    echo.faults.add("kickoff:401")  # it tells its inputs to anybody, so the first to meet the token is a kickoff
+    report = await batch(echo.crew(), topics(200), name="token")
     assert (report.completed, report.failed, report.skipped) == (0, 1, 199)
     assert "401" in (report.stopped or "")
-    assert server.requests["kickoff"] == 1
-    server.faults.clear()
-    report = await batch(server.crew(), topics(200), name="token", max_in_flight=50)
-    assert (report.completed, server.kickoffs) == (200, 200)
+    assert echo.requests["kickoff"] == 1
+    echo.faults.clear()
+    report = await batch(echo.crew(), topics(200), name="token", max_in_flight=50)
+    assert (report.completed, echo.kickoffs) == (200, 200)
 
 
 async def test_a_token_that_is_revoked_on_the_way_loses_nothing(batch: Batches, crew_server: CrewServerFactory):
     held = Held()
     server = crew_server(held)
-    rows = [{"topic": str(number)} for number in range(100)]
     good, crew = server.token, server.crew()
-    running = asyncio.ensure_future(batch(crew, rows, name="revoked", max_in_flight=30))
-    await until(lambda: server.kickoffs >= 30)
+    running = asyncio.ensure_future(batch(crew, topics(100), name="revoked", max_in_flight=30))
+    await until(lambda: server.kickoffs >= 30, "30 kickoffs")
     server.token = "another"
     report = await running
     assert report.stopped is not None
@@ -191,35 +164,28 @@ async def test_a_token_that_is_revoked_on_the_way_loses_nothing(batch: Batches, 
     assert server.unauthorized < 60, "not one for each row in flight again and again"
     server.token = good
     held.release()
-    report = await batch(crew, rows, name="revoked")
+    report = await batch(crew, topics(100), name="revoked")
     assert (report.completed, server.kickoffs) == (100, 100)
     assert len(batch.lines()) == 100
 
 
 async def test_a_rotated_token_is_taken_up_by_all_rows(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(slow(0.5))
-    name = f"rotated-{uuid.uuid4().hex[:8]}"
-    crew = server.crew()
-    await crew.save(name)
-    rows = [{"topic": str(number)} for number in range(60)]
-    running = asyncio.ensure_future(batch(name_of(name), rows, max_in_flight=20))
-    await until(lambda: server.kickoffs >= 20)
+    name: Any = f"rotated-{uuid.uuid4().hex[:8]}"
+    await server.crew().save(name)
+    running = asyncio.ensure_future(batch(name, topics(60), max_in_flight=20))
+    await until(lambda: server.kickoffs >= 20, "20 kickoffs")
     await server.crew(token="fresh-token").save(name, overwrite=True)
     server.token = "fresh-token"
     report = await running
     assert (report.completed, report.stopped, server.kickoffs) == (60, None, 60)
 
 
-def name_of(name: str) -> Any:
-    return name
-
-
 async def test_a_server_that_is_away_for_a_while_fails_no_row(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(slow(0.1))
-    rows = [{"topic": str(number)} for number in range(40)]
-    quick = WaitPolicy(initial=0.05, factor=1, grace=0.5)
-    running = asyncio.ensure_future(batch(server.crew(), rows, max_in_flight=2, wait=quick))
-    await until(lambda: server.kickoffs >= 10)
+    quick = pc.WaitPolicy(initial=0.05, factor=1, grace=0.5)
+    running = asyncio.ensure_future(batch(server.crew(), topics(40), max_in_flight=2, wait=quick))
+    await until(lambda: server.kickoffs >= 10, "10 kickoffs")
     # All runs that it knows have ended before it goes, since it forgets them.
     server.stop()
     await asyncio.sleep(1.5)
@@ -231,16 +197,12 @@ async def test_a_server_that_is_away_for_a_while_fails_no_row(batch: Batches, cr
     assert report.completed + report.failed + report.uncertain == 40
 
 
-async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
-    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_server_that_stays_away_is_given_up(batch: Batches, echo: CrewServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(throttle, "GIVE_UP_AFTER", 1.0)
-    server = crew_server(ECHO)
-    crew = server.crew()
-
-    quick = WaitPolicy(initial=0.05, factor=1, grace=0.5, error_timeout=2)
+    server, crew = echo, echo.crew()
+    quick = pc.WaitPolicy(initial=0.05, factor=1, grace=0.5, error_timeout=2)
     running = asyncio.ensure_future(batch(crew, topics(50), name="away", kickoffs_per_second=20, wait=quick))
-    await until(lambda: server.kickoffs >= 5)
+    await until(lambda: server.kickoffs >= 5, "5 kickoffs")
     server.stop()
     started = server.kickoffs  # it forgets them
     report = await asyncio.wait_for(running, 60)
@@ -251,7 +213,7 @@ async def test_a_server_that_stays_away_is_given_up_and_no_row_is_lost(
     assert again.completed >= 50 - started
 
 
-async def test_a_server_that_is_full_while_runs_are_in_flight_does_not_end_the_batch(
+async def test_a_full_server_does_not_end_a_batch(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(throttle, "GIVE_UP_AFTER", 0.2)
@@ -273,7 +235,7 @@ def runner_of(server: CrewServer, ledger: Ledger) -> Runner:
     return Runner(session, pace, ledger, options, max_in_flight=50, on_end=lambda error: None)
 
 
-async def test_a_refused_kickoff_is_sent_again_at_the_pace_of_the_batch_and_not_once_it_has_stopped(
+async def test_a_refused_kickoff_keeps_the_pace(
     ledger: Ledger, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(throttle, "REFUSED_PAUSE", 0.05)
@@ -292,9 +254,7 @@ async def test_a_refused_kickoff_is_sent_again_at_the_pace_of_the_batch_and_not_
         await cancel_and_wait(rows)
 
 
-async def test_a_full_budget_does_not_stop_a_batch_while_another_row_is_about_to_start(
-    ledger: Ledger, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_full_budget_waits_for_a_start(ledger: Ledger, echo: CrewServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(throttle, "REFUSED_PAUSE", 0.05)
     calls, second = list[RunIdentity](), asyncio.Event()
 
@@ -302,46 +262,40 @@ async def test_a_full_budget_does_not_stop_a_batch_while_another_row_is_about_to
         calls.append(identity)
         if len(calls) == 1:  # the other row takes the last room of the budget meanwhile
             await second.wait()
-            raise BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
+            raise pc.BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
         second.set()
         return await start_run(request, identity, *rest)
 
     monkeypatch.setattr("prefect_crew.batches.runner.start_run", race)
-    runner = runner_of(crew_server(ECHO), ledger)
+    runner = runner_of(echo, ledger)
     runner.throttle.accepted()  # so that two rows are let in at once
     async with runner.session:
-        rows = runner.run(row_plan(topics(2), crew=runner.session.crew).jobs())
-        await asyncio.wait_for(rows, 60)
+        await asyncio.wait_for(runner.run(row_plan(topics(2), crew=runner.session.crew).jobs()), 60)
     assert (len(calls), runner.throttle.kickoffs, runner.throttle.stopped) == (3, 3, None)
 
 
-async def test_a_budget_whose_room_came_late_does_not_stop_a_batch(
-    ledger: Ledger, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_late_room_of_a_budget_is_used(ledger: Ledger, echo: CrewServer, monkeypatch: pytest.MonkeyPatch):
     """The budget is read while the last other row is in flight, and the answer comes after that row has ended."""
     monkeypatch.setattr(throttle, "REFUSED_PAUSE", 0.05)
-    runner, calls = runner_of(crew_server(ECHO), ledger), list[RunIdentity]()
+    runner, calls = runner_of(echo, ledger), list[RunIdentity]()
 
     async def late(request: Any, identity: RunIdentity, *rest: Any) -> Any:
         calls.append(identity)
         if len(calls) == 2:
             assert runner.waiting
-            await until(lambda: not runner.waiting)
-            raise BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
+            await until(lambda: not runner.waiting, "the other row has ended")
+            raise pc.BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
         return await start_run(request, identity, *rest)
 
     monkeypatch.setattr("prefect_crew.batches.runner.start_run", late)
     async with runner.session:
-        rows = runner.run(row_plan(topics(2), crew=runner.session.crew).jobs())
-        await asyncio.wait_for(rows, 60)
+        await asyncio.wait_for(runner.run(row_plan(topics(2), crew=runner.session.crew).jobs()), 60)
     assert (len(calls), runner.throttle.kickoffs, runner.throttle.stopped) == (3, 2, None)
 
 
-# Kickoffs of which nobody knows
-
-
-async def test_uncertain_rows_are_listed_never_sent_again_and_resolved(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ECHO, faults=["kickoff:drop-after-accept@3", "kickoff:500-before-accept@5"])
+async def test_uncertain_rows_are_listed_never_sent_again_and_resolved(batch: Batches, echo: CrewServer):
+    server = echo
+    server.faults.add("kickoff:drop-after-accept@3", "kickoff:500-before-accept@5")
     report = await batch(server.crew(), topics(8), name="doubtful", key="topic", max_in_flight=1)
     assert (report.completed, report.uncertain, list(report.uncertain_keys)) == (6, 2, ["topic 2", "topic 4"])
     assert len(batch.lines()) == 6
@@ -350,7 +304,7 @@ async def test_uncertain_rows_are_listed_never_sent_again_and_resolved(batch: Ba
     started = next(run for run in server.runs if (run.meta or {})["idempotency_key"] == "batch/doubtful/topic 2")
     async with ledger_of(batch, "doubtful") as ledger:
         await resolve_started(await unresolved(ledger.idempotency_key("topic 2"), ledger), started.id, ledger)
-        with pytest.raises(CrewError, match="may still be sent, or on its way"):
+        with pytest.raises(pc.CrewError, match="may still be sent, or on its way"):
             await resolve_never_started(await unresolved(ledger.idempotency_key("topic 4"), ledger), ledger)
         let_an_hour_pass(f"{batch.output}.ledger.db")
         await resolve_never_started(await unresolved(ledger.idempotency_key("topic 4"), ledger), ledger)
@@ -359,16 +313,12 @@ async def test_uncertain_rows_are_listed_never_sent_again_and_resolved(batch: Ba
     assert len(batch.lines()) == 8
 
 
-async def test_a_server_that_leaves_everything_uncertain_stops_the_batch(
-    batch: Batches, crew_server: CrewServerFactory
-):
-    server = crew_server(ECHO, faults=["kickoff:500"])
-    report = await batch(server.crew(), topics(300), breaker=5, max_in_flight=100)
+async def test_a_server_of_uncertain_kickoffs_stops_the_batch(batch: Batches, echo: CrewServer):
+    echo.faults.add("kickoff:500")
+    report = await batch(echo.crew(), topics(300), breaker=5, max_in_flight=100)
     assert "5 rows failed in a row" in str(report.stopped)
     assert report.uncertain == 5
 
-
-# A row is started at most once
 
 CLAIMED, NOT_STARTED, STARTED = RecordPhase.CLAIMED, RecordPhase.NOT_STARTED, RecordPhase.STARTED
 
@@ -379,7 +329,7 @@ async def start(ledger: Ledger, server: CrewServer, session: CrewSession | None 
         async with CrewSession(crew_of(server.crew())) as session:
             return await start(ledger, server, session)
     identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
-    request = RunRequest(session.crew, Inputs.of({"text": "a"}), is_row=True)
+    request = RunRequest(session.crew, Inputs.of({"topic": "a"}), is_row=True)
     return (await start_run(request, identity, ledger, session))[1]
 
 
@@ -387,11 +337,8 @@ async def phases(ledger: Ledger) -> list[RecordPhase]:
     return [one.phase for one in await ledger.attempts(ledger.idempotency_key("k"))]
 
 
-async def test_a_row_is_not_sent_once_its_claim_is_over(
-    crew_server: CrewServerFactory, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-):
-    # The ledger tells others by the age of the claim alone when it may be resolved.
-    claims: list[Lease] = []
+async def test_a_row_is_not_sent_after_its_claim(ledger: Ledger, echo: CrewServer, monkeypatch: pytest.MonkeyPatch):
+    claims: list[Lease] = []  # the ledger tells others by the age of the claim alone when it may be resolved
 
     def lease(seconds: float) -> Lease:
         claims.append(Lease(seconds))
@@ -403,17 +350,12 @@ async def test_a_row_is_not_sent_once_its_claim_is_over(
 
     monkeypatch.setattr(kickoff, "Lease", lease)
     monkeypatch.setattr(kickoff, "webhooks_for", sleeping)
-    server = crew_server("echo")
-    claimed = await start(ledger, server)
-    assert claimed.attempt == 2
+    assert (await start(ledger, echo)).attempt == 2
     assert await phases(ledger) == [NOT_STARTED, STARTED]
-    assert server.requests["kickoff"] == 1
+    assert echo.requests["kickoff"] == 1
 
 
-async def test_a_row_whose_caller_is_cancelled_over_its_claim_did_not_start(
-    crew_server: CrewServerFactory, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-):
-    server = crew_server("echo")
+async def test_a_row_cancelled_in_its_claim_is_none(ledger: Ledger, echo: CrewServer, monkeypatch: pytest.MonkeyPatch):
     run, committing, go_on = ledger.database.run, asyncio.Event(), asyncio.Event()
 
     async def slowly(work: Any) -> Any:
@@ -422,7 +364,7 @@ async def test_a_row_whose_caller_is_cancelled_over_its_claim_did_not_start(
         return await run(work)
 
     monkeypatch.setattr(ledger.database, "run", slowly)
-    starting = asyncio.ensure_future(start(ledger, server))
+    starting = asyncio.ensure_future(start(ledger, echo))
     await committing.wait()
     starting.cancel()
     await asyncio.wait({starting}, timeout=0.1)
@@ -430,52 +372,44 @@ async def test_a_row_whose_caller_is_cancelled_over_its_claim_did_not_start(
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert await phases(ledger) == [NOT_STARTED]
-    await start(ledger, server)
+    await start(ledger, echo)
     assert await phases(ledger) == [NOT_STARTED, STARTED]
-    assert server.requests["kickoff"] == 1
+    assert echo.requests["kickoff"] == 1
 
 
-async def test_an_id_that_a_ledger_does_not_take_any_more_is_in_the_log(
-    crew_server: CrewServerFactory,
-    ledger: Ledger,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+async def test_an_id_that_cannot_be_stored_is_logged(
+    ledger: Ledger, echo: CrewServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    server = crew_server("echo")
     run = ledger.database.run
 
     async def away_once_started(work: Any) -> Any:
-        if server.runs:
+        if echo.runs:
             raise OperationalError("", {}, Exception("disk I/O error"))
         return await run(work)
 
     monkeypatch.setattr(ledger.database, "run", away_once_started)
     ledger.writer.retry_for = 0.1
-    with caplog.at_level(logging.ERROR, "prefect_crew"), pytest.raises(LedgerError, match="disk I/O error"):
-        await start(ledger, server)
+    with caplog.at_level(logging.ERROR, "prefect_crew"), pytest.raises(pc.LedgerError, match="disk I/O error"):
+        await start(ledger, echo)
     monkeypatch.undo()
     assert await phases(ledger) == [CLAIMED]
-    assert f"prefect-crew runs resolve batch/b/k --kickoff-id {server.runs[0].id}" in caplog.text
+    assert f"prefect-crew runs resolve batch/b/k --kickoff-id {echo.runs[0].id}" in caplog.text
 
 
-async def test_a_kickoff_that_is_refused_after_its_caller_has_gone_did_not_start(
-    crew_server: CrewServerFactory, ledger_address: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_late_refusal_did_not_start(ledger: Ledger, echo: CrewServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kickoff, "FINISH", 0.05)
-    server = crew_server("echo", faults=["kickoff:latency=1.0@1", "kickoff:404@1"])
-    async with Ledger(ledger_address, "b") as ledger, CrewSession(crew_of(server.crew())) as session:
-        starting = asyncio.ensure_future(start(ledger, server, session))
-        await until(lambda: server.requests["kickoff"])
+    echo.faults.add("kickoff:latency=1.0@1", "kickoff:404@1")
+    async with CrewSession(crew_of(echo.crew())) as session:
+        starting = asyncio.ensure_future(start(ledger, echo, session))
+        await until(lambda: echo.requests["kickoff"], "the kickoff")
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
         assert await phases(ledger) == [CLAIMED]
-        while await phases(ledger) == [CLAIMED]:
+        while (found := await phases(ledger)) == [CLAIMED]:
             await asyncio.sleep(0.05)
-        assert await phases(ledger) == [NOT_STARTED]
+        assert found == [NOT_STARTED]
 
-
-# Waiting for rows: late ones, lost ones, and those that ask people
 
 ASKS = script({"name": "draft", "output": "a draft", "human": True}, {"output": "printed"}, inputs=["topic"])
 
@@ -486,7 +420,7 @@ async def test_without_the_ledger_the_message_says_how_to_answer_a_row(batch: Ba
 
     @flow
     async def in_a_flow(kickoff_id: str) -> None:
-        await resume_crew(crew, kickoff_id, approve=True)
+        await pc.resume_crew(crew, kickoff_id, approve=True)
 
     running, listed = asyncio.ensure_future(batch(crew, [{"topic": "tea"}], name="asks")), list[str]()
     while "asks" not in listed:
@@ -494,7 +428,7 @@ async def test_without_the_ledger_the_message_says_how_to_answer_a_row(batch: Ba
             listed = [one.name for one in batches]
     kickoff_id = server.runs[0].id
     for answering in (in_a_flow(kickoff_id), resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)):
-        with pytest.raises(CrewError, match=r"nothing was sent\. Answer a row with prefect-crew reviews approve"):
+        with pytest.raises(pc.CrewError, match=r"nothing was sent\. Answer a row with prefect-crew reviews approve"):
             await answering
     assert server.requests["resume"] == 0
     async with crew.client() as client:
@@ -507,18 +441,14 @@ async def test_without_the_ledger_the_message_says_how_to_answer_a_row(batch: Ba
     assert another.requests["resume"] == 1, "a batch of another crew is not an obstacle"
 
 
-# Runs that are late, lost, or hard to see
-
-
 async def test_a_row_over_its_time_is_left_or_stopped(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(slow(30))
-    rows = [{"topic": str(number)} for number in range(3)]
-    policy = WaitPolicy(initial=0.05, timeout=0.3)
+    server, rows = crew_server(slow(30)), topics(3)
+    policy = pc.WaitPolicy(initial=0.05, timeout=0.3)
     report = await batch(server.crew(), rows, name="late", wait=policy)
     assert (report.failed, dict(report.errors)) == (3, {"CrewTimeoutError": 3})
     assert {line["state"] for line in batch.lines().values()} == {"timed-out"}
     assert {str(run.state) for run in server.runs} == {"running"}
-    strict = WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop")
+    strict = pc.WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop")
     report = await batch(server.crew(), rows, name="late", wait=strict)
     assert server.kickoffs == 3, "they were in flight"
     assert {str(run.state) for run in server.runs} == {"stopped"}
@@ -526,31 +456,27 @@ async def test_a_row_over_its_time_is_left_or_stopped(batch: Batches, crew_serve
     assert (report.failed, {line["state"] for line in batch.lines().values()}) == (3, {"stopped"})
 
 
-async def test_a_run_that_the_server_forgets_is_lost_and_started_again_only_by_its_key(
-    batch: Batches, crew_server: CrewServerFactory
-):
-    server = crew_server(slow(0.2), faults=["status:forgotten@2"])
-    rows = [{"topic": str(number)} for number in range(3)]
-    quick = WaitPolicy(initial=0.05, factor=1, grace=0.1)
+async def test_a_lost_run_is_started_only_by_its_key(batch: Batches, crew_server: CrewServerFactory):
+    server, rows = crew_server(slow(0.2), faults=["status:forgotten@2"]), topics(3)
+    quick = pc.WaitPolicy(initial=0.05, factor=1, grace=0.1)
     report = await batch(server.crew(), rows, name="lost", wait=quick, max_in_flight=1)
     assert (report.completed, dict(report.errors)) == (2, {"CrewLostError": 1})
     [key] = [key for key, line in batch.lines().items() if line["state"] == "lost"]
-    report = await batch(server.crew(), rows, name="lost", wait=quick, retry_failed=True)
-    assert (report.completed, server.kickoffs) == (2, 3)
-    report = await batch(server.crew(), rows, name="lost", wait=quick, retry_failed=[key])
-    assert (report.completed, server.kickoffs) == (3, 4)
+    for retry_failed, completed in ((True, 2), ([key], 3)):
+        report = await batch(server.crew(), rows, name="lost", wait=quick, retry_failed=retry_failed)
+        assert (report.completed, server.kickoffs) == (completed, completed + 1)
 
 
 async def test_a_person_that_a_row_waits_for_is_not_timed_out(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(ASKS)
     crew = server.crew()
-    wait = WaitPolicy(initial=0.05, factor=1, timeout=0.5)
+    wait = pc.WaitPolicy(initial=0.05, factor=1, timeout=0.5)
     running = asyncio.ensure_future(batch(crew, [{"topic": "tea"}, {"topic": "milk"}], name="people", wait=wait))
     await until(lambda: sum(str(run.state) == "waiting" for run in server.runs) == 2, "both ask")
     await asyncio.sleep(0.8)
     url = SecretStr("https://x.example/r")
     for run in server.runs:
-        await keep_question(ReviewRequest(id="r", kickoff_id=run.id, task_id="draft", callback_url=url))
+        await keep_question(pc.ReviewRequest(id="r", kickoff_id=run.id, task_id="draft", callback_url=url))
     async with crew.client() as client:
         for run in server.runs:
             await client.resume(run.id, "draft", "fine", True)
@@ -559,7 +485,7 @@ async def test_a_person_that_a_row_waits_for_is_not_timed_out(batch: Batches, cr
     assert await kept_questions(*(run.id for run in server.runs)) == {}, "the questions are forgotten"
     async with Ledger(f"{batch.output}.ledger.db", "people") as ledger:
         records = [row.record async for row in ledger.rows_in([RowState.COMPLETED]) if row.record is not None]
-    assert all(record.human_seconds > 0.5 and record.state is CrewState.COMPLETED for record in records)
+    assert all(record.human_seconds > 0.5 and record.state is pc.CrewState.COMPLETED for record in records)
 
 
 async def test_the_first_poll_comes_when_the_fastest_tenth_of_runs_has_ended():

@@ -26,14 +26,12 @@ from prefect_crew.batches.output import COLUMNS, TableOutput, open_output
 from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.batches.tables import open_query
 from prefect_crew.cli.batch import resume
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import BadRowsError, DatasetError, ExportError
-from prefect_crew.testing import CrewServerFactory
 from support.batches import CREW, Batches, enter
 from support.frames import locals_of
-from support.scripts import script
 from support.tables import POSTGRESQL, SQLITE, StoredDatabase, new_database
 
-ECHO = script({"output": "on {{ topic }}"}, inputs=["topic"])
 FILL = "INSERT INTO topics VALUES (2, 'milk'), (1, '100% tea'), (3, 'a :b')"
 
 
@@ -59,10 +57,11 @@ async def read(dataset: Dataset) -> list[dict[str, Any]]:
     return await asyncio.to_thread(lambda: [dict(row.values) for row in dataset.rows()])
 
 
-# A query as a data set
+def ledger_of(batch: Batches) -> str:
+    return str(batch.folder / "ledger.db")
 
 
-async def test_second_read_equals_the_first_whatever_the_table_has_by_then(database: StoredDatabase):
+async def test_second_read_equals_the_first(database: StoredDatabase):
     dataset = await open_query(database.query("SELECT id, topic FROM topics"))
     first = await read(dataset)
     await database.run("DELETE FROM topics")
@@ -86,9 +85,8 @@ async def test_digest_of_a_query_is_of_its_rows(database: StoredDatabase):
 
 async def test_query_goes_to_the_driver_as_it_is(database: StoredDatabase):
     query = "SELECT topic, '%s' AS a, ':x' AS b, 'é+&#?=' AS c FROM topics WHERE topic LIKE '%te%' OR topic LIKE '% :b'"
-    assert sorted((await read(await open_query(database.query(query))))[0].values()) == sorted(
-        ["100% tea", "%s", ":x", "é+&#?="]
-    )
+    first = (await read(await open_query(database.query(query))))[0]
+    assert {*first.values()} == {"100% tea", "%s", ":x", "é+&#?="}
 
 
 @pytest.mark.parametrize(
@@ -160,18 +158,13 @@ async def test_block_that_cannot_be_used_is_named_without_its_fields(prefect_api
 async def test_sync_block_of_an_async_driver_is_not_called_missing(prefect_api: object, tmp_path: Path):
     store = new_database("sqlite", tmp_path, None)
     await store.save(connection_info="sqlite:///store.db")
-    await edit_url(store.block, "postgresql+asyncpg://ada:sesame-open@host/db")
+    async with get_client() as client:  # SqlAlchemyConnector refuses such a URL itself
+        stored = await client.read_block_document_by_name(store.block, "sqlalchemy-connector")
+        data = {**stored.data, "connection_info": "postgresql+asyncpg://ada:sesame-open@host/db"}
+        await client.update_block_document(stored.id, BlockDocumentUpdate(data=data))
     with pytest.raises(ConfigurationError, match=r"cannot be used.*Save it again") as caught:
         await open_query(store.query("SELECT 1"))
     assert "sesame-open" not in str(caught.value)
-
-
-async def edit_url(block: str, url: str) -> None:
-    """Change the URL of a stored SqlAlchemyConnector, which refuses such a URL itself."""
-    async with get_client() as client:
-        stored = await client.read_block_document_by_name(block, "sqlalchemy-connector")
-        update = BlockDocumentUpdate(data={**stored.data, "connection_info": url})
-        await client.update_block_document(stored.id, update)
 
 
 async def test_cast_in_a_query_shows_no_text_of_it(database: StoredDatabase):
@@ -179,9 +172,7 @@ async def test_cast_in_a_query_shows_no_text_of_it(database: StoredDatabase):
     assert dataset.name == f"sql://{database.block}"
 
 
-async def test_rows_of_a_query_are_in_no_named_file(
-    database: StoredDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_rows_of_a_query_have_no_file(database: StoredDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "spool").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "spool"))
     dataset = await open_query(database.query("SELECT id FROM topics"))
@@ -222,65 +213,50 @@ async def test_rows_of_a_query_are_read_in_bounded_memory(database: StoredDataba
     assert await asyncio.to_thread(count) < 16_000_000, "20 MB of text, and more as objects"
 
 
-# A batch from a table into a table
-
-
-async def test_batch_from_table_into_table_runs_once_and_resumes(
-    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
-):
-    server = crew_server(ECHO)
-    await server.crew().asave("writer", overwrite=True)  # type: ignore[misc]
+async def test_from_table_into_table(batch: Batches, database: StoredDatabase, echo: CrewServer):
+    await echo.crew().asave("writer", overwrite=True)  # type: ignore[misc]
     name, address = f"nightly {uuid.uuid4().hex[:6]}", database.table("results")
-    options: dict[str, Any] = {"name": name, "key": "id", "export": address, "ledger": str(tmp_path / "ledger.db")}
+    options: dict[str, Any] = {"name": name, "key": "id", "export": address, "ledger": ledger_of(batch)}
     report = await batch("writer", database.query("SELECT * FROM topics"), **options)  # type: ignore[arg-type]
     assert (report.completed, report.export) == (3, address)
     query = "SELECT batch, key, state, output FROM results ORDER BY key"
     rows = await database.run(query)
-    assert rows == [
-        (name, "1", "completed", "on 100% tea"),
-        (name, "2", "completed", "on milk"),
-        (name, "3", "completed", "on a :b"),
-    ]
+    texts = ("on 100% tea", "on milk", "on a :b")
+    assert rows == [(name, str(number), "completed", text) for number, text in enumerate(texts, 1)]
     assert await resume(name) == 0
     async with open_stored_batch(name) as stored:
         await database.run("UPDATE results SET output = 'spoiled' WHERE key = '1'")
         assert await stored.export() == (address, 3)
         assert await stored.export(database.table("copy")) == (database.table("copy"), 3)
     assert await database.run(query) == rows == await database.run(query.replace("results", "copy"))
-    assert server.kickoffs == 3
+    assert echo.kickoffs == 3
     await database.run("INSERT INTO topics VALUES (4, 'rye')")
     with pytest.raises(BatchChangedError, match="3 rows, not these 4"):
         await resume(name)
     assert await resume(name, on_change="continue") == 0
-    assert len(await database.run(query)) == server.kickoffs == 4
+    assert len(await database.run(query)) == echo.kickoffs == 4
 
 
-async def test_quoted_query_gets_the_scheduled_time(
-    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
-):
-    await crew_server(ECHO).crew().asave("writer", overwrite=True)  # type: ignore[misc]
+async def test_quoted_query_gets_the_scheduled_time(batch: Batches, database: StoredDatabase, echo: CrewServer):
+    await echo.crew().asave("writer", overwrite=True)  # type: ignore[misc]
     name, query = f"timed {uuid.uuid4().hex[:6]}", "SELECT '{scheduled_start:%Y} 100%' AS topic"
-    options: dict[str, Any] = {"name": name, "export": str(tmp_path / "out.jsonl"), "ledger": str(tmp_path / "l.db")}
-    await batch("writer", database.query(query), **options)  # type: ignore[arg-type]
-    (line,) = batch.lines(tmp_path / "out.jsonl").values()
+    await batch("writer", database.query(query), name=name, ledger=ledger_of(batch))  # type: ignore[arg-type]
+    (line,) = batch.lines().values()
     assert re.fullmatch(r"on 20\d\d 100%", line["output"])
     async with open_stored_batch(name) as stored:
         rendered = query.replace("{scheduled_start:%Y}", line["output"][3:7])
         assert stored.call()["dataset"] == database.query(rendered)
 
 
-async def test_table_with_rows_of_another_batch_of_the_name_is_refused(
-    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
-):
-    server, name = crew_server(ECHO), f"nightly {uuid.uuid4().hex[:8]}"
+async def test_rows_of_a_namesake_are_refused(batch: Batches, database: StoredDatabase, echo: CrewServer):
+    name, rows = f"nightly {uuid.uuid4().hex[:8]}", [{"topic": "tea"}]
     output = await opened(database)
     await asyncio.to_thread(output._replace, output._results(), name, lines(output, "old"))
-    options: dict[str, Any] = {"name": name, "key": "topic", "ledger": str(tmp_path / "ledger.db")}
-    rows = [{"topic": "tea"}]
+    options: dict[str, Any] = {"name": name, "key": "topic", "ledger": ledger_of(batch)}
     with pytest.raises(ExportError, match=f"has rows of another batch '{name}'.*Nothing was started"):
-        await batch(server.crew(), rows, export=database.table("results"), **options)
-    assert server.kickoffs == 0
-    await batch(server.crew(), rows, export=str(tmp_path / "out.jsonl"), **options)
+        await batch(echo.crew(), rows, export=database.table("results"), **options)
+    assert echo.kickoffs == 0
+    await batch(echo.crew(), rows, **options)
     async with open_stored_batch(name) as stored:
         with pytest.raises(ExportError, match="overwrite=True"):
             await stored.export(database.table("results"))
@@ -288,25 +264,18 @@ async def test_table_with_rows_of_another_batch_of_the_name_is_refused(
     assert await database.run("SELECT key FROM results") == [("tea",)]
 
 
-async def test_batches_share_a_table_and_keep_their_rows(
-    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
-):
-    crew, ledger = crew_server(ECHO).crew(), str(tmp_path / "ledger.db")
+async def test_batches_share_a_table_and_keep_their_rows(batch: Batches, database: StoredDatabase, echo: CrewServer):
     names = [f"{word} {uuid.uuid4().hex[:8]}" for word in ("first", "second")]
     for name in names:
-        rows = [{"id": 1, "topic": name}]
-        await batch(crew, rows, name=name, key="id", export=database.table("results"), ledger=ledger)
+        options: dict[str, Any] = {"name": name, "export": database.table("results"), "ledger": ledger_of(batch)}
+        await batch(echo.crew(), [{"id": 1, "topic": name}], key="id", **options)
     rows = await database.run("SELECT batch, key, output FROM results ORDER BY batch")
     assert rows == [(name, "1", f"on {name}") for name in names]
 
 
-async def test_bad_rows_go_to_a_table_of_their_own(
-    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
-):
-    crew, ledger = crew_server(ECHO).crew(), str(tmp_path / "ledger.db")
-    name = f"lacking {uuid.uuid4().hex[:8]}"
-    options: dict[str, Any] = {"name": name, "export": database.table("results"), "ledger": ledger}
-    rows = [{"topic": "tea"}, {"topic": ""}]
+async def test_bad_rows_go_to_a_table_of_their_own(batch: Batches, database: StoredDatabase, echo: CrewServer):
+    crew, name, rows = echo.crew(), f"lacking {uuid.uuid4().hex[:8]}", [{"topic": "tea"}, {"topic": ""}]
+    options: dict[str, Any] = {"name": name, "export": database.table("results"), "ledger": ledger_of(batch)}
     with pytest.raises(BadRowsError):
         await batch(crew, rows, **options)
     report = await batch(crew, rows, on_bad_row="skip", **options)
@@ -317,20 +286,16 @@ async def test_bad_rows_go_to_a_table_of_their_own(
     assert await database.run(kept) == []
 
 
-# A table as an export
-
-
-async def test_table_of_something_else_is_refused_before_anything_starts(
-    batch: Batches, database: StoredDatabase, crew_server: CrewServerFactory, tmp_path: Path
-):
-    server, ledger = crew_server(ECHO), str(tmp_path / "ledger.db")
-    with pytest.raises(ExportError, match=r"topics exists already and is no table.*lacks batch.*has id, topic"):
-        await batch(server.crew(), [{"topic": "tea"}], export=database.table("topics"), ledger=ledger)
+async def test_table_of_something_else_is_refused_at_first(batch: Batches, database: StoredDatabase, echo: CrewServer):
     columns = ", ".join(f"{name} TEXT" for name in ("batch", *COLUMNS))
     await database.run(f"CREATE TABLE keyless ({columns})")
-    with pytest.raises(ExportError, match="it has the primary key of no column"):
-        await batch(server.crew(), [{"topic": "tea"}], export=database.table("keyless"), ledger=ledger)
-    assert server.kickoffs == 0
+    for table, problem in (
+        ("topics", r"topics exists already and is no table.*lacks batch.*has id, topic"),
+        ("keyless", "it has the primary key of no column"),
+    ):
+        with pytest.raises(ExportError, match=problem):
+            await batch(echo.crew(), [{"topic": "tea"}], export=database.table(table), ledger=ledger_of(batch))
+    assert echo.kickoffs == 0
     assert sorted(await database.run("SELECT * FROM topics")) == [(1, "100% tea"), (2, "milk"), (3, "a :b")]
 
 
@@ -355,9 +320,8 @@ async def test_table_whose_column_takes_no_text_is_refused_at_first(database: St
 async def test_first_exports_at_once_make_one_table(database: StoredDatabase):
     names = [f"b{number}" for number in range(4)]
     outputs = {name: await opened(database) for name in names}  # an engine belongs to one event loop
-    await asyncio.gather(
-        *(asyncio.to_thread(to._replace, to._results(), name, lines(to, "a")) for name, to in outputs.items()),
-    )
+    exports = ((to._replace, to._results(), name, lines(to, "a")) for name, to in outputs.items())
+    await asyncio.gather(*(asyncio.to_thread(*export) for export in exports))
     assert await database.run("SELECT batch FROM results ORDER BY batch") == [(name,) for name in names]
 
 
@@ -389,13 +353,16 @@ def lines(target: TableOutput, *keys: str, **more: Any) -> Iterator[list[dict[st
         yield [target._flat(dict.fromkeys(COLUMNS) | {"key": key, "tasks": [], **more})]
 
 
-async def test_fields_of_the_type_are_columns_and_no_text_is_refused(database: StoredDatabase):
+async def write_trip(database: StoredDatabase, data: dict[str, Any], **more: Any) -> None:
+    """Write one line into the table, with its data as a ledger gives them."""
     output = await opened(database, Trip)
+    encoded = [json.dumps(line).encode() + b"\n" for page in lines(output, "a", data=data, **more) for line in page]
+    await asyncio.to_thread(output._replace, output._results(), "b", output._pages(encoded))  # type: ignore[arg-type]
+
+
+async def test_fields_of_the_type_are_columns_and_no_text_is_refused(database: StoredDatabase):
     data = {"nights": 2**62, "price": 1.5, "begins": "2026-01-02", "booked": "2026-01-01T00:30:00+02:00", "late": True}
-    flat = list(lines(output, "a", data={**data, "places": ["Rome\0"]}, output="x\0"))
-    encoded = [json.dumps(line).encode() + b"\n" for page in flat for line in page]
-    pages = output._pages(encoded)  # type: ignore[arg-type]
-    await asyncio.to_thread(output._replace, output._results(), "b", pages)
+    await write_trip(database, {**data, "places": ["Rome\0"]}, output="x\0")
     names = "output, data_nights, data_price, data_begins, data_booked, data_late, data_places"
     ((text, nights, price, begins, booked, late, places),) = await database.run(f"SELECT {names} FROM results")
     assert (text, nights, price, bool(late)) == ("x\ufffd", 2**62, 1.5, True)
@@ -404,10 +371,7 @@ async def test_fields_of_the_type_are_columns_and_no_text_is_refused(database: S
 
 
 async def test_time_that_no_zone_can_hold_is_null(database: StoredDatabase):
-    output = await opened(database, Trip)
-    flat = list(lines(output, "a", data={"booked": "9999-12-31T23:59:59-05:00"}))
-    encoded = [json.dumps(line).encode() + b"\n" for page in flat for line in page]
-    await asyncio.to_thread(output._replace, output._results(), "b", output._pages(encoded))  # type: ignore[arg-type]
+    await write_trip(database, {"booked": "9999-12-31T23:59:59-05:00"})
     assert await database.run("SELECT key, data_booked FROM results") == [("a", None)]
 
 
@@ -428,7 +392,7 @@ async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase,
     assert await database.run("SELECT key, output FROM results") == [("a", "before")]
 
 
-async def test_export_whose_call_is_cancelled_leaves_the_table(
+async def test_cancelled_export_leaves_the_table(
     database: StoredDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     output, begun = await opened(database), asyncio.Event()

@@ -13,7 +13,7 @@ import pytest
 from prefect import flow, get_client
 from prefect.runtime import flow_run
 from prefect.states import Cancelling
-from pydantic import BaseModel, SecretStr
+from pydantic import SecretStr, create_model
 
 import prefect_crew as pc
 from prefect_crew.batches import runner
@@ -59,37 +59,25 @@ async def turns(server: CrewServer, session: str = ANN) -> list[sessions.Turn]:
     return [] if last is None else await sessions.latest_turns(last, 200)
 
 
-# The order
-
-
 async def test_rows_of_a_session_are_turns_in_their_order(batch: Batches, journal: CrewServer):
     rows = [*days("slow", "rain", "bread"), *days("milk", "sun", who=BOB), {"day": "none", "note": "alone", "who": ""}]
     assert (await run(batch, journal, rows)).ok
-    assert outputs(batch) == [
-        *("1 slow", "2 rain after 1 slow", "3 bread after 2 rain after 1 slow"),
-        *("1 milk", "2 sun after 1 milk"),
-        "1 alone",
-    ]
+    texts = ("1 slow", "2 rain after 1 slow", "3 bread after 2 rain after 1 slow", "1 milk", "2 sun after 1 milk")
+    assert outputs(batch) == [*texts, "1 alone"]
     assert [(turn.number, turn.outcome) for turn in await turns(journal)] == [(n, "completed") for n in (1, 2, 3)]
     assert len({run.inputs["id"] for run in journal.runs if "id" in run.inputs}) == 5
 
 
-class Score(BaseModel):
-    score: int
-
-
 async def test_a_later_turn_is_judged_though_its_texts_are_withheld(batch: Batches, journal: CrewServer):
-    crew = journal.crew(secret_inputs=["note"], max_attempts=1)
+    crew, kind = journal.crew(secret_inputs=["note"], max_attempts=1), create_model("Score", score=(int, ...))
     for _ in range(2):
-        report = await run(batch, journal, days("milk", "rain"), crew=crew, name="scores", output_type=Score)
+        report = await run(batch, journal, days("milk", "rain"), crew=crew, name="scores", output_type=kind)
         assert (report.completed, report.failed, journal.kickoffs) == (0, 2, 2)
     assert [line["state"] for line in batch.lines().values()] == ["invalid-output"] * 2
     assert batch.lines()[f"{ANN} 2"]["error"] == MISFIT_WITHOUT_REASONS
 
 
-async def test_waiting_rows_of_a_session_leave_room_for_others(
-    batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch
-):
+async def test_waiting_rows_leave_room_for_others(batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "WAITING_ROWS", 3)
     rows = [*days("slow", "slow", "slow", "slow"), *days("milk", "slow", who=BOB), *days("sun", who="customer-carl")]
     assert (await run(batch, journal, rows, max_in_flight=2)).ok
@@ -114,22 +102,14 @@ async def test_a_second_call_goes_on_with_the_session(batch: Batches, journal: C
     assert journal.kickoffs == 2
 
 
-# Turns of other calls
-
-
-async def test_rows_and_single_runs_share_a_session(batch: Batches, journal: CrewServer):
-    crew = journal.crew()
-    assert (await pc.arun_crew(crew, {"note": "tea"}, session=ANN)).output == "1 tea"
-    await run(batch, journal, days("rain"))
-    assert (await pc.arun_crew(crew, {"note": "bread"}, session=ANN)).output == "3 bread after 2 rain after 1 tea"
-
-
-async def test_a_row_waits_for_a_single_run(batch: Batches, journal: CrewServer):
+async def test_a_row_waits_for_a_single_run_and_shares_its_session(batch: Batches, journal: CrewServer):
     single = asyncio.ensure_future(pc.arun_crew(journal.crew(), {"note": "slow"}, session=ANN))
     await until(lambda: journal.kickoffs == 1, "the single run is in flight")
     assert (await run(batch, journal, days("rain"))).ok
     assert outputs(batch) == ["2 rain after 1 slow"]
     assert (await single).output == "1 slow"
+    last = await pc.arun_crew(journal.crew(), {"note": "bread"}, session=ANN)
+    assert last.output == "3 bread after 2 rain after 1 slow"
 
 
 async def test_others_wait_for_a_row(batch: Batches, journal: CrewServer, tmp_path: Path):
@@ -137,18 +117,14 @@ async def test_others_wait_for_a_row(batch: Batches, journal: CrewServer, tmp_pa
     await until(lambda: journal.kickoffs == 1, "the row is in flight")
     other = Batches(tmp_path / "other")
     other.folder.mkdir()
-    _, single = await asyncio.gather(
-        run(other, journal, days("rain")), pc.arun_crew(journal.crew(), {"note": "sun"}, session=ANN)
-    )
+    sun = pc.arun_crew(journal.crew(), {"note": "sun"}, session=ANN)
+    _, single = await asyncio.gather(run(other, journal, days("rain")), sun)
     assert (await first).ok
     texts = [*outputs(batch), *outputs(other), single.output]
     assert sorted(text[0] for text in texts) == ["1", "2", "3"]
     assert max(texts, key=len).count("after") == 2
     runs = sorted(journal.runs, key=lambda run: run.created_at)
     assert [run.restore_from for run in runs] == [None, runs[0].inputs["id"], runs[1].inputs["id"]]
-
-
-# What blocks a session
 
 
 async def test_an_uncertain_row_blocks_the_rows_after_it(batch: Batches, crew_server: CrewServerFactory):
@@ -167,7 +143,7 @@ async def test_an_uncertain_row_blocks_the_rows_after_it(batch: Batches, crew_se
     assert outputs(batch)[:2] == ["1 tea", "2 rain after 1 tea"]
 
 
-async def test_a_row_of_a_ledger_that_is_not_here_blocks_its_session(
+async def test_a_row_elsewhere_blocks_its_session(
     batch: Batches, journal: CrewServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     name, row = f"journal {uuid.uuid4().hex[:8]}", days("tea", "rain")
@@ -222,7 +198,7 @@ async def test_a_stopped_batch_notes_its_turns(batch: Batches, crew_server: Crew
 
 @pytest.mark.parametrize("has_left", [False, True], ids=["the same rows", "other rows"])
 @pytest.mark.parametrize(("note", "outcome"), [("tea", "completed"), ("bad", "failed")])
-async def test_a_later_call_notes_the_turns_of_a_killed_one(
+async def test_a_later_call_notes_the_turns(
     batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch, note: str, outcome: str, has_left: bool
 ):
     about = {"name": f"journal {uuid.uuid4().hex[:8]}", "retries": 1, "on_change": "continue"}
@@ -241,77 +217,67 @@ async def test_a_lost_row_starts_again_also_behind_a_blocked_one(batch: Batches,
     server, about = crew_server(JOURNAL, faults=faults), {"name": f"journal {uuid.uuid4().hex[:8]}"}
     policy = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, grace=0.1)
     rows = days("tea", "slow")
-    assert (await run(batch, server, rows, wait=policy, **about)).errors == {
-        "InvalidInputsError": 1,
-        "CrewLostError": 1,
-    }
+    report = await run(batch, server, rows, wait=policy, **about)
+    assert report.errors == {"InvalidInputsError": 1, "CrewLostError": 1}
     again = await run(batch, server, rows, wait=policy, retry_failed=[f"{ANN} 2"], **about)
     assert (again.errors, again.completed) == ({"SessionBlockedError": 1}, 1)
     assert (await run(batch, server, rows, wait=policy, **about)).ok
 
 
 async def test_a_lost_row_starts_again_where_a_person_asks(batch: Batches, crew_server: CrewServerFactory):
-    server, name = crew_server(JOURNAL, faults=["status:forgotten@1"]), f"journal {uuid.uuid4().hex[:8]}"
-    crew, rows, about = server.crew(wait={"grace": 0.1}), days("slow", "rain"), {"key": "day", "session": "who"}
+    server, rows = crew_server(JOURNAL, faults=["status:forgotten@1"]), days("slow", "rain")
     policy = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, grace=0.1)
-    report = await batch(crew, rows, name=name, wait=policy, **about)
+    about = {"name": f"journal {uuid.uuid4().hex[:8]}", "crew": server.crew(wait={"grace": 0.1}), "wait": policy}
+    report = await run(batch, server, rows, **about)
     assert report.errors == {"CrewLostError": 1, "SessionBlockedError": 1}
-    again = await batch(crew, rows, name=name, wait=policy, retry_failed=[f"{ANN} 1"], **about)
+    again = await run(batch, server, rows, retry_failed=[f"{ANN} 1"], **about)
     assert (again.completed, server.kickoffs) == (2, 3)
     assert outputs(batch) == ["1 slow", "2 rain after 1 slow"]
 
 
-@pytest.mark.parametrize("first", [days("rain"), days("sun")], ids=["has left", "has other inputs"])
-async def test_rows_wait_for_a_run_whose_row_runs_no_more(batch: Batches, journal: CrewServer, first: list[Any]):
+@pytest.mark.parametrize(
+    ("key", "last", "state", "kickoffs"),
+    [
+        pytest.param(f"{ANN} 2", "3 rain after 2 rain after 1 slow", "completed", 3, id="has left"),
+        pytest.param(f"{ANN} 1", "2 rain after 1 slow", "conflict", 2, id="has other inputs"),
+    ],
+)
+async def test_rows_wait_for_a_run_whose_row_runs_no_more(
+    batch: Batches, journal: CrewServer, key: str, last: str, state: str, kickoffs: int
+):
     about = {"name": f"journal {uuid.uuid4().hex[:8]}", "on_change": "continue"}
     soon = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, timeout=0.3)
     report = await run(batch, journal, days("slow"), wait=soon, **about)
     assert report.errors == {"CrewTimeoutError": 1}
-    [row] = first
-    key = f"{ANN} 1" if row["note"] == "sun" else f"{ANN} 2"
-    rows = [row | {"day": key}, row | {"day": f"{ANN} 3"}]
-    again = await run(batch, journal, rows, **about)
-    lines = batch.lines()
-    note, is_conflict = row["note"], row["note"] == "sun"
-    assert (again.conflicts, journal.kickoffs) == (int(is_conflict), 2 if is_conflict else 3)
-    last = f"2 {note} after 1 slow" if is_conflict else f"3 {note} after 2 {note} after 1 slow"
-    assert lines[f"{ANN} 3"]["output"] == last
-    assert lines[key]["state"] == ("conflict" if is_conflict else "completed")
-
-
-# Bad rows
+    again = await run(batch, journal, [{"day": day, "note": "rain", "who": ANN} for day in (key, f"{ANN} 3")], **about)
+    assert (again.conflicts, journal.kickoffs) == (state == "conflict", kickoffs)
+    assert batch.lines()[f"{ANN} 3"]["output"] == last
+    assert batch.lines()[key]["state"] == state
 
 
 TOPIC = [CrewInput(name="note")]
 
 
 @pytest.mark.parametrize(
-    ("row", "options", "reason"),
+    ("row", "reason"),
     [
-        pytest.param({"note": "a", "who": SecretStr("b")}, {}, "its session holds a secret, but logs and", id="secret"),
-        pytest.param(
-            {"note": "a"}, {}, "there is no column 'who', which is the session; the columns are note", id="none"
-        ),
-        pytest.param({"note": "a", "who": "x" * 201}, {}, "its session is not a name of 1 to", id="long"),
-        pytest.param({"note": "a", "who": "b\tc"}, {}, "its session is not a name of 1 to", id="control"),
-        pytest.param({"note": "a", "who": 2.0**60}, {}, "its session is a float, which is not exact", id="rounded"),
-        pytest.param(
-            {"note": "a", "who": "b", "id": "c"},
-            {"inputs": {"note": "note", "id": "id"}, "expected": [*TOPIC, CrewInput(name="id")]},
-            "The input 'id' names the state of a Flow",
-            id="with-id",
-        ),
+        pytest.param({"who": SecretStr("b")}, "its session holds a secret, but logs and", id="secret"),
+        pytest.param({}, "there is no column 'who', which is the session; the columns are note", id="none"),
+        pytest.param({"who": "x" * 201}, "its session is not a name of 1 to", id="long"),
+        pytest.param({"who": "b\tc"}, "its session is not a name of 1 to", id="control"),
+        pytest.param({"who": 2.0**60}, "its session is a float, which is not exact", id="rounded"),
+        pytest.param({"who": "b", "id": "c"}, "The input 'id' names the state of a Flow", id="with-id"),
     ],
 )
-def test_a_row_whose_session_makes_no_sense_is_bad(row: dict[str, Any], options: dict[str, Any], reason: str):
-    [bad] = row_plan([row], session="who", **{"expected": TOPIC, **options}).check().bad
+def test_a_row_whose_session_makes_no_sense_is_bad(row: dict[str, Any], reason: str):
+    inputs = {name: name for name in ("note", "id") if name in {"note": "a", **row}}
+    expected = [CrewInput(name=name) for name in inputs]
+    [bad] = row_plan([{"note": "a", **row}], session="who", inputs=inputs, expected=expected).check().bad
     assert re.search(reason, bad.reason)
 
 
 def test_the_session_is_part_of_a_row():
-    digests = {
-        row_plan([{"note": "a", "who": who}], session="who", expected=TOPIC).check().order for who in ("", "b", "c")
-    }
-    assert len(digests) == 3
+    plans = [row_plan([{"note": "a", "who": who}], session="who", expected=TOPIC) for who in ("", "b", "c")]
+    assert len({plan.check().order for plan in plans}) == 3
     [job] = row_plan([{"note": "a", "who": 7}], session=lambda row: f"n-{row['who']}", expected=TOPIC).jobs()
     assert (job.inputs.session, dict(job.inputs.encoded)) == ("n-7", {"note": "a"})
