@@ -31,14 +31,12 @@ def test_they_are_set_up_listed_and_removed(here, pool: str):
     assert "prefect-crew: recover\tcreated\tBegins a crashed flow run" in first.out
     assert "There are no alerts. Give --notify" in first.out
 
-    CustomWebhookNotificationBlock(name="alerts", url="http://127.0.0.1:1").save(
-        "alerts-of-a-test", overwrite=True, _sync=True
-    )
+    block = CustomWebhookNotificationBlock(name="alerts", url="http://127.0.0.1:1")
+    block.save("alerts-of-a-test", overwrite=True, _sync=True)
     notify = ("--notify", "custom-webhook/alerts-of-a-test")
     again = here("automations", "apply", *notify, "--waiting", "90m", "-o", "json").json
-    assert {one["name"]: one["change"] for one in again} == dict.fromkeys(RECOVERY, "updated") | dict.fromkeys(
-        ALERTS, "created"
-    )
+    changes = dict.fromkeys(RECOVERY, "updated") | dict.fromkeys(ALERTS, "created")
+    assert {one["name"]: one["change"] for one in again} == changes
     assert next(one for one in again if one["name"] == ALERTS[-1])["description"].endswith("for 1:30:00.")
     kept = here("automations", "apply", "-o", "json").json
     assert {one["change"] for one in kept if one["name"] in ALERTS} == {"kept"}

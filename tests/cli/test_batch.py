@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID
 
 import pytest
@@ -125,6 +126,8 @@ def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: 
     for part, rows in (("1", "0:2"), ("2", "2:")):
         given = ("--name", f"{name}/{part}", "--export", str(tmp_path / f"{part}.jsonl"), "--rows", rows)
         here("batch", "run", block, leads, "--key-column", "id", *given)
+    none = here("batch", "inspect", f"{name}/x*")
+    assert (none.code, f"There is no batch '{name}/x*'" in none.err) == (2, True)
     assert [one["name"] for one in here("batch", "ls", f"{name}/*", "-o", "json").json] == [f"{name}/1", f"{name}/2"]
     found = here("batch", "inspect", f"{name}/*", "-o", "json").json
     assert (found["total"], found["completed"], found["failed"], len(found["batches"])) == (3, 2, 1, 2)
@@ -134,11 +137,16 @@ def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: 
     here("batch", "run", block, leads, "--key-column", "id", *eu)
     assert here("batch", "inspect", f"{name} [eu]", "-o", "json").json["name"] == f"{name} [eu]"
     assert [one["name"] for one in here("batch", "ls", f"{name} [eu]", "-o", "json").json] == [f"{name} [eu]"]
+    # A ledger that is elsewhere is not counted.
+    Path(f"{tmp_path}/1.jsonl.ledger.db").rename(tmp_path / "elsewhere.db")
+    found = here("batch", "inspect", f"{name}/*", "-o", "json")
+    assert (found.code, found.json["failed"], len(found.json["batches"]), len(found.json["missing"])) == (0, 0, 1, 1)
+    assert f"Batch '{name}/1' is not counted: " in found.err
+    Path(f"{tmp_path}/2.jsonl.ledger.db").rename(tmp_path / "also elsewhere.db")
+    assert here("batch", "inspect", f"{name}/*").code == 1, "none was counted"
 
 
-def test_what_cannot_be_run_is_said_by_line_and_refused_or_skipped(
-    here, picky, call, name: str, tmp_path: Path, output: str
-):
+def test_bad_rows_are_refused_or_skipped(here, picky, call, name: str, tmp_path: Path, output: str):
     server, crew = picky()
     path = tmp_path / "dirty.csv"
     path.write_text("id,topic\na,tea\nb\nc,\n")
@@ -146,11 +154,7 @@ def test_what_cannot_be_run_is_said_by_line_and_refused_or_skipped(
     assert here("batch", "plan", crew, str(path)).code == 6
     planned = here("batch", "plan", crew, str(path), "--key-column", "id", "--on-bad-row", "skip")
     assert planned.code == 0
-    for part in (
-        "1 rows, 1 to run",
-        "Line 3 cannot be run: has 1 fields",
-        "Line 4 cannot be run: has no value for topic",
-    ):
+    for part in ("1 rows, 1 to run", "Line 3 cannot be run: has 1 fi", "Line 4 cannot be run: has no value for topic"):
         assert part in planned.out
     refused = here(*given)
     assert (refused.code, server.kickoffs) == (6, 0)
@@ -165,22 +169,16 @@ def test_what_cannot_be_run_is_said_by_line_and_refused_or_skipped(
     assert [row["line"] for row in here("batch", "failures", name, "-o", "json").json] == [3, 4]
 
 
-def test_another_delimiter_is_said_and_given(here, picky, call, tmp_path: Path):
-    server, crew = picky()
+def test_another_delimiter_is_said_and_given(here, picky, tmp_path: Path):
+    _, crew = picky()
     path = tmp_path / "rows.csv"
-    path.write_text("id;topic\na;tea\n")
-    said = here(*call(crew, str(path)))
-    assert (said.code, server.kickoffs) == (2, 0)
-    assert "has one column, 'id;topic'. If its fields are separated by ';', give --delimiter ';'" in said.err
-    ran = here(*call(crew, str(path), "--delimiter", ";", "--key-column", "id"))
-    assert (ran.code, server.kickoffs) == (0, 1), ran.err
     path.write_text("id\ttopic\na\ttea\n")
+    said = here("batch", "plan", crew, str(path))
+    assert (said.code, "If its fields are separated by '\\t', give --delimiter '\\t'" in said.err) == (2, True)
     assert here("batch", "plan", crew, str(path), "--delimiter", "\\t", "--key-column", "id").code == 0
 
 
-def test_a_row_that_was_corrected_is_retried_and_a_conflict_is_not_told_to_be(
-    here, picky, call, name: str, leads: str, output: str
-):
+def test_a_corrected_row_is_retried_and_a_conflict_not(here, picky, call, name: str, leads: str, output: str):
     server, crew = picky()
     here(*call(crew, leads, "--key-column", "id"))
     Path(leads).write_text("id,topic\na,coffee\nb,good milk\nc,cake\n")
@@ -243,7 +241,7 @@ def test_ctrl_c_leaves_the_runs_in_flight_and_says_how_to_go_on(running: tuple[C
 
 @pytest.mark.programs
 @pytest.mark.skipif(sys.platform == "win32", reason="it needs a terminal of Unix")
-def test_ctrl_c_on_a_terminal_asks_whether_to_stop_the_runs_in_flight(
+def test_ctrl_c_on_a_terminal_asks_whether_to_stop(
     prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str
 ):
     server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
@@ -268,8 +266,7 @@ def test_ctrl_c_on_a_terminal_asks_whether_to_stop_the_runs_in_flight(
 def test_a_batch_is_cancelled_in_the_process_that_runs_it(here, running: tuple[CrewServer, Process], name: str):
     _, process = running
     assert "A process runs it now" in here("batch", "inspect", name).out
-    cancelled = here("batch", "cancel", name)
-    assert (cancelled.code, "is being cancelled." in cancelled.out) == (0, True), cancelled.err
+    assert "is being cancelled." in here("batch", "cancel", name).ok
     assert process.wait(60) == 1, process.output
     assert here("batch", "inspect", name, "-o", "json").json["states"] == {"pending": 25, "stopped": 5}
 
@@ -309,9 +306,7 @@ def test_a_row_whose_run_is_forgotten_is_resolved_as_lost(here, picky, call, nam
     assert (states["lost"], "started" in states) == (1, False)
 
 
-def test_a_batch_of_which_nothing_could_be_stopped_says_so(
-    here, picky, call, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_cancel_without_a_stop_says_so(here, picky, call, name: str, leads: str, output: str, monkeypatch):
     server, crew = picky(faults=["stop:500"])
     here(*call(crew, leads, "--key-column", "id"))
     asyncio.run(in_flight(f"{output}.ledger.db", name, 40, crew=crew, crew_url=server.url))
@@ -334,21 +329,14 @@ def test_a_batch_of_which_nothing_could_be_stopped_says_so(
     assert at_once[1] > 10, "many at a time"
 
 
-def test_a_flow_run_that_prefect_does_not_cancel_is_not_told_as_cancelled(
-    here, picky, call, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_refused_cancel_is_told(here, picky, call, name: str, leads: str, output: str, monkeypatch):
     _, crew = picky()
     flow_run_id = UUID(here(*call(crew, leads, "--key-column", "id", "-o", "json")).json["flow_run_id"])
 
-    async def running() -> None:
-        async with get_client() as client:
-            await client.set_flow_run_state(flow_run_id, Running(), force=True)
-
-    async def aborted(self: PrefectClient, *_: Any, **__: Any) -> OrchestrationResult[Any]:
-        details = StateAbortDetails(reason="its deployment is paused")
-        return OrchestrationResult(state=None, status=SetStateStatus.ABORT, details=details)
-
-    asyncio.run(running())
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id, Running(), force=True)
+    details = StateAbortDetails(reason="its deployment is paused")
+    aborted = AsyncMock(return_value=OrchestrationResult(state=None, status=SetStateStatus.ABORT, details=details))
     monkeypatch.setattr(PrefectClient, "set_flow_run_state", aborted)
     refused = asyncio.run(while_owned(f"{output}.ledger.db", name, lambda: here("batch", "cancel", name)))
     assert (refused.code, "is being cancelled" in refused.out + refused.err) == (1, False)
@@ -362,26 +350,7 @@ def test_a_password_in_an_option_is_warned_of_and_not_shown(here, name: str):
     assert "hunter2" not in said.out + said.err
 
 
-def test_a_pattern_that_no_batch_has_is_an_error_and_a_ledger_elsewhere_none(
-    here, picky, name: str, leads: str, tmp_path: Path
-):
-    _, block = picky()
-    for part in "12":
-        place = ("--name", f"{name}/{part}", "--export", f"{tmp_path}/{part}.jsonl")
-        here("batch", "run", block, leads, "--key-column", "id", *place)
-    none = here("batch", "inspect", f"{name}/x*")
-    assert (none.code, f"There is no batch '{name}/x*'" in none.err) == (2, True)
-    Path(f"{tmp_path}/1.jsonl.ledger.db").rename(tmp_path / "elsewhere.db")
-    found = here("batch", "inspect", f"{name}/*", "-o", "json")
-    assert (found.code, found.json["completed"], len(found.json["batches"]), len(found.json["missing"])) == (0, 2, 1, 1)
-    assert f"Batch '{name}/1' is not counted: " in found.err
-    Path(f"{tmp_path}/2.jsonl.ledger.db").rename(tmp_path / "also elsewhere.db")
-    assert here("batch", "inspect", f"{name}/*").code == 1, "none was counted"
-
-
-def test_failed_rows_are_started_again_by_the_name_alone_up_to_the_crews_limit(
-    here, picky, name: str, leads: str, output: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_failed_rows_are_retried_by_name(here, picky, name: str, leads: str, output: str, monkeypatch, tmp_path: Path):
     server, crew = picky()
     monkeypatch.chdir(tmp_path)
     here("batch", "run", crew, "leads.csv", "--name", name, "--export", "out.jsonl", "--key-column", "id")
@@ -410,11 +379,9 @@ def test_inputs_come_from_columns_and_templates(here, picky, call, name: str, tm
     assert json.loads(Path(output).read_text())["output"] == "on hot tea"
 
 
-def test_a_model_of_the_working_directory_goes_with_the_name(
-    here, picky, call, name: str, leads: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_local_model_goes_with_the_name(here, picky, call, leads: str, name: str, output: str, monkeypatch):
     _, crew = picky()
-    module = f"models_{uuid.uuid4().hex[:8]}"
+    module, tmp_path = f"models_{uuid.uuid4().hex[:8]}", Path(output).parent
     (tmp_path / f"{module}.py").write_text("import pydantic\nclass Tea(pydantic.BaseModel):\n    cups: int\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
@@ -423,16 +390,12 @@ def test_a_model_of_the_working_directory_goes_with_the_name(
     assert lines(output) == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
 
 
-def test_a_crew_that_is_given_by_its_address_needs_the_same_call_again(
-    here, crews: CrewServer, call, name: str, tmp_path: Path
-):
+def test_a_crew_of_an_address_needs_the_same_call_again(here, crews: CrewServer, call, name: str, tmp_path: Path):
     path = tmp_path / "rows.csv"
     path.write_text("who\nAda\n")
     given = call(f"{crews.url}/broken", str(path))
-    ran = here(*given)
-    assert (ran.code, "To start them again: make the same call with --retry-failed" in ran.err) == (6, True)
-    refused = here("batch", "resume", name)
-    assert (refused.code, "its crew is not a stored block. Make the same call again" in refused.err) == (2, True)
+    assert "To start them again: make the same call with --retry-failed" in here(*given).error(6)
+    assert "its crew is not a stored block. Make the same call again" in here("batch", "resume", name).error(2)
     again = here(*given, "-o", "json")
     assert (again.code, again.json["kickoffs"], TOKEN in again.out + again.err) == (6, 0, False)
 
@@ -452,9 +415,7 @@ def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(here, picky, call
 
 
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
-def test_an_uncertain_row_is_resolved_and_gone_on_with(
-    here, picky, call, name: str, leads: str, output: str, started: bool
-):
+def test_an_uncertain_row_is_resolved(here, picky, call, name: str, leads: str, output: str, started: bool):
     server, crew = picky(faults=["kickoff:drop-after-accept@1"])
     ran = here(*call(crew, leads, "--key-column", "id", "-o", "json"))
     (row,) = ran.json["uncertain_keys"]
@@ -476,8 +437,7 @@ def test_an_uncertain_row_is_resolved_and_gone_on_with(
         resolved = here("runs", "resolve", key, "--kickoff-id", run)
     else:
         line = ("runs", "resolve", key, "--never-started", "--yes")
-        early = here(*line)
-        assert (early.code, "may still be sent, or on its way. Nothing was changed." in early.err) == (1, True)
+        assert "may still be sent, or on its way. Nothing was changed." in here(*line).error(1)
         let_an_hour_pass(f"{output}.ledger.db")
         busy = asyncio.run(while_owned(f"{output}.ledger.db", name, lambda: here(*line)))
         assert (busy.code, f"Batch '{name}' is being run by another process" in busy.err) == (1, True)

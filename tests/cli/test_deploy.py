@@ -15,18 +15,17 @@ import pytest
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
-from prefect.settings import PREFECT_DEFAULT_WORK_POOL_NAME, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_DEFAULT_WORK_POOL_NAME, temporary_settings
 
 from prefect_crew.deployments import crew_flow
 from prefect_crew.devserver import CrewServer
-from support.prefect_server import PrefectServer
 
 TEXT = ["string", "number", "boolean"]
 """What an input that is text takes: a number of JSON becomes its text."""
 
 
 @pytest.fixture
-def name(prefect_api: PrefectServer, crews: CrewServer) -> str:
+def name(prefect_api: object, crews: CrewServer) -> str:
     """The name of a stored crew with the input `who`."""
     name = f"greet-{uuid.uuid4().hex[:8]}"
     save(crews, name)
@@ -46,23 +45,21 @@ def deployment(full_name: str) -> Any:
     return asyncio.run(read())
 
 
-def work_pool(server: PrefectServer, kind: str) -> str:
+def work_pool(kind: str) -> str:
     pool = f"pool-{uuid.uuid4().hex[:8]}"
-    httpx.post(f"{server.api_url}/work_pools/", json={"name": pool, "type": kind}).raise_for_status()
+    httpx.post(f"{PREFECT_API_URL.value()}/work_pools/", json={"name": pool, "type": kind}).raise_for_status()
     return pool
 
 
-async def run_of(deployment: Any, parameters: dict[str, Any]) -> Any:
+async def run_of(deployment: Any, parameters: dict[str, Any]) -> None:
     """Make a flow run of a deployment and run it here, as a worker of a pool of the type `crew` does."""
     module, _, name = deployment.entrypoint.rpartition(".")
     async with get_client() as client:
         made = await client.create_flow_run_from_deployment(deployment.id, parameters=parameters)
         flow_run = await client.read_flow_run(made.id)
     loaded: Any = getattr(importlib.import_module(module), name)
-    return await run_flow_async(loaded, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
-
-
-# Crews
+    state = await run_flow_async(loaded, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
+    assert state.is_completed(), state
 
 
 def test_a_deployment_asks_for_the_inputs_of_its_crew(here, name: str):
@@ -124,8 +121,8 @@ def test_a_schedule_needs_defaults_and_stays_with_its_key_until_another_is_given
     assert [one.schedule.interval.total_seconds() for one in deployment(full_name).schedules] == [3600]
 
 
-def test_a_second_deploy_keeps_what_it_is_not_given(here, name: str, prefect_api: PrefectServer):
-    full_name, pools = f"deployed-crew/{name}", [work_pool(prefect_api, "process") for _ in range(2)]
+def test_a_second_deploy_keeps_what_it_is_not_given(here, name: str):
+    full_name, pools = f"deployed-crew/{name}", [work_pool("process") for _ in range(2)]
 
     def deploy(*options: str) -> str:
         with temporary_settings({PREFECT_DEFAULT_WORK_POOL_NAME: pools[1]}):
@@ -151,8 +148,8 @@ def test_a_second_deploy_keeps_what_it_is_not_given(here, name: str, prefect_api
     assert facts() == (None, None, None, tags, pools[0])
 
 
-def test_a_second_deploy_keeps_parameters_and_job_variables(here, name: str, prefect_api: PrefectServer):
-    pool, other = (work_pool(prefect_api, "process") for _ in range(2))
+def test_a_second_deploy_keeps_parameters_and_job_variables(here, name: str):
+    pool, other = (work_pool("process") for _ in range(2))
     by_hand = {"review": "form", "wait": {"human_timeout": 604800}}
     of_pool = {"work_pool_name": pool, "job_variables": {"env": {"A": "b"}}}
     crew_flow(name).deploy(name, parameters=by_hand, print_next_steps=False, **of_pool)
@@ -171,23 +168,17 @@ def test_it_needs_a_server_that_stays(alone, line: str):
     assert "prefect server start" in done.err
 
 
-def test_a_run_has_its_inputs_as_text_and_the_key_of_its_time(
-    here, prefect_api: PrefectServer, crews: CrewServer, name: str
-):
-    pool = work_pool(prefect_api, "process")
-    key = ("--key", f"{name}-{{scheduled_start:%Y}}")
+def test_a_run_has_text_inputs_and_the_key_of_its_time(here, crews: CrewServer, name: str):
+    pool, key = work_pool("process"), ("--key", f"{name}-{{scheduled_start:%Y}}")
     made = here("deploy", name, "--pool", pool, *key)
     assert f"prefect worker start --pool {pool}" in made.out
     assert f"prefect worker start --pool {pool}" in here("deploy", name, *key).out, "it keeps its pool"
-    state = asyncio.run(run_of(deployment(f"deployed-crew/{name}"), {"inputs": {"who": 35}}))
-    assert state.is_completed(), state
+    asyncio.run(run_of(deployment(f"deployed-crew/{name}"), {"inputs": {"who": 35}}))
     filled = f"{name}-{time.gmtime().tm_year}"
     assert [one.inputs for one in crews.runs if one.meta and one.meta["idempotency_key"] == filled] == [{"who": "35"}]
 
 
-def test_a_secret_input_is_the_name_of_a_block_and_loaded_in_the_run(
-    here, prefect_api: PrefectServer, crews: CrewServer, name: str
-):
+def test_a_secret_input_is_a_block_loaded_in_the_run(here, crews: CrewServer, name: str):
     secret, block = f"who-{uuid.uuid4().hex}", f"who-{uuid.uuid4().hex[:8]}"
     save(crews, name, secret_inputs=["who"])
     refused = here("deploy", name, "-i", f"who={secret}")
@@ -199,12 +190,9 @@ def test_a_secret_input_is_the_name_of_a_block_and_loaded_in_the_run(
     assert found.parameters["inputs"] == {"who": block}
     who = found.parameter_openapi_schema["properties"]["inputs"]["properties"]["who"]
     assert (who["type"], who["description"][:51]) == ("string", "The name of the Prefect Secret block with the value")
-    state = asyncio.run(run_of(found, {}))
-    assert state.is_completed(), state
+    asyncio.run(run_of(found, {}))
     assert {"who": secret} in [run.inputs for run in crews.runs]
 
-
-# Pipelines
 
 STEPS = """
 name: {name}
@@ -227,10 +215,8 @@ def file(name: str, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_pipeline_asks_for_its_inputs_and_runs_by_its_entrypoint(
-    here, prefect_api: PrefectServer, crews: CrewServer, name: str, file: Path
-):
-    pool = work_pool(prefect_api, "crew")
+def test_a_pipeline_asks_for_its_inputs_and_runs(here, crews: CrewServer, name: str, file: Path):
+    pool = work_pool("crew")
     made = here("deploy", "--pipeline", str(file), "--pool", pool, "--tag", "mine", "-i", "times=3")
     assert made.code == 0, made.err
     assert f"Deployed deployed-pipeline/{name}, which asks for who, times, tone." in made.out
@@ -247,8 +233,7 @@ def test_a_pipeline_asks_for_its_inputs_and_runs_by_its_entrypoint(
     assert (times["default"], times["anyOf"]) == (3, [{"type": "integer"}, {"type": "null"}])
     assert tone["default"] == "warm"
     who = f"Ada of {name}"
-    state = asyncio.run(run_of(found, {"inputs": {"who": who}}))
-    assert state.is_completed(), state
+    asyncio.run(run_of(found, {"inputs": {"who": who}}))
     runs = [run.inputs["who"] for run in crews.runs if who in run.inputs["who"]]
     assert runs == [who, f"**Hello** {who}, 3 times, warm"]
 

@@ -26,13 +26,11 @@ from support.records import new_record
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|secret inputs)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
 """A command and what follows it. The words left out follow the package's own name."""
-PAGES = [
+FILES = [
     *(ROOT / "docs").rglob("*.md"),
     *(ROOT / name / "README.md" for name in (".", "examples", "deployments")),
-]
-SERVICES = [*(ROOT / "deployments").rglob("*.yaml")]
-MODULES = [
-    path for name in ("prefect_crew", "flows", "deployments", "examples") for path in (ROOT / name).rglob("*.py")
+    *(ROOT / "deployments").rglob("*.yaml"),
+    *(path for name in ("prefect_crew", "flows", "deployments", "examples") for path in (ROOT / name).rglob("*.py")),
 ]
 
 
@@ -40,10 +38,8 @@ def texts(path: Path) -> Iterator[str]:
     """Yield the texts of a module, with X for what is filled in; of a page its commands."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        found = re.findall(
-            r"`(prefect-crew [^`\n]*)`|^\$? ?(prefect-crew .*)$", text.replace("\\\n", " "), re.MULTILINE
-        )
-        yield from (inline or line for inline, line in found)
+        named = r"`(prefect-crew [^`\n]*)`|^\$? ?(prefect-crew .*)$"
+        yield from (one or line for one, line in re.findall(named, text.replace("\\\n", " "), re.MULTILINE))
         return
     if path.suffix == ".yaml":
         yield from (line.replace(",", "") for line in re.findall(r"\[(prefect-crew, [^\]]*)\]", text))
@@ -72,10 +68,8 @@ def wrong(text: str) -> list[str]:
 
 
 def test_every_command_that_is_named_exists():
-    named = [
-        (path, problem) for path in (*PAGES, *SERVICES, *MODULES) for text in texts(path) for problem in wrong(text)
-    ]
-    assert [f"{path.relative_to(ROOT)}: {problem}" for path, problem in named] == []
+    problems = [f"{path.relative_to(ROOT)}: {one}" for path in FILES for text in texts(path) for one in wrong(text)]
+    assert problems == []
 
 
 HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"

@@ -56,9 +56,7 @@ def test_file(tmp_path: Path, content: bytes | None, expected: str | dict[str, A
         assert gather_inputs([], str(file)) == expected
 
 
-def test_a_token_comes_from_the_line_a_file_the_environment_or_a_person(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_where_a_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "token").write_text("from-the-file\n")
     monkeypatch.setenv("CREW_TOKEN", "from-the-env")
     url = "https://x.test"

@@ -112,9 +112,7 @@ def test_a_failed_crew(here, prefect_api: PrefectServer, crews: CrewServer):
     assert "attempt 2 of at most 3" in again.err
 
 
-def test_a_server_that_is_down_is_tried_again_and_it_is_said(
-    here, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_server_that_is_down_is_tried_again(here, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kickoff_crew, "retry_delay_seconds", [0.05, 0.1, 0.15])
     done = here("run", "http://127.0.0.1:1", "-i", "who=Ada")
     assert done.code == 1
@@ -141,7 +139,7 @@ def test_a_prefect_api_that_is_away_is_a_paragraph(alone, crews: CrewServer, url
 
 @pytest.mark.programs
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_the_crew_running_and_says_how_to_stop_it(
+def test_a_signal_leaves_the_crew_running(
     here, crews: CrewServer, prefect_api: PrefectServer, tmp_path: Path, number: int, code: int
 ):
     url, key = f"{crews.url}/slow", f"{number}-{time.time()}"
@@ -168,9 +166,7 @@ def test_a_signal_leaves_the_crew_running_and_says_how_to_stop_it(
 @pytest.mark.programs
 @pytest.mark.skipif(sys.platform == "win32", reason="it needs a terminal of Unix")
 @pytest.mark.parametrize(("keys", "state"), [("y\r", "stopped"), ("n\r", "running"), ("\x03", "running")])
-def test_ctrl_c_on_a_terminal_asks_whether_to_stop_the_crew(
-    crews: CrewServer, prefect_api: PrefectServer, tmp_path: Path, keys: str, state: str
-):
+def test_ctrl_c_asks_whether_to_stop(crews: CrewServer, prefect_api, tmp_path: Path, keys: str, state: str):
     key = f"terminal-{time.time()}"
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
     terminal = Terminal([program("prefect-crew"), "run", f"{crews.url}/slow", "-i", "who=Ada", "--key", key], env=env)

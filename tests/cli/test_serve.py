@@ -119,9 +119,8 @@ def test_the_wheel_has_what_is_written_and_nothing_else():
     """Listed file by file: a folder would take along a .env that somebody has made to try the project."""
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
     listed = build["targets"]["wheel"]["force-include"]
-    assert {target.removeprefix("prefect_crew/starter/") for target in listed.values()} == WRITTEN - {
-        "requirements.txt"
-    }
+    written = {target.removeprefix("prefect_crew/starter/") for target in listed.values()}
+    assert written == WRITTEN - {"requirements.txt"}
 
 
 def test_what_is_there_is_not_touched(here, tmp_path: Path):

@@ -27,6 +27,17 @@ class Finished:
     def json(self) -> Any:
         return json.loads(self.out)
 
+    @property
+    def ok(self) -> str:
+        """Return the output of a command that has to succeed."""
+        assert self.code == 0, self.err
+        return self.out
+
+    def error(self, code: int) -> str:
+        """Return the errors of a command that has to fail with this code."""
+        assert self.code == code, self.out + self.err
+        return self.err
+
 
 Command = Callable[..., Finished]
 
