@@ -51,9 +51,8 @@ def job(name: str | None, description: str, agent: Agent, **more: Any) -> Task:
 
 
 def failing() -> Crew:
-    return crew_of(
-        job("try", "Write about {topic}.", worker("Optimist", CountingLLM(model="failing", error="no luck")))
-    )
+    optimist = worker("Optimist", CountingLLM(model="failing", error="no luck"))
+    return crew_of(job("try", "Write about {topic}.", optimist))
 
 
 def slow() -> Crew:

@@ -58,9 +58,6 @@ def shown(server: CrewServer, run_id: str) -> str:
     return question.output
 
 
-# A crew
-
-
 def test_a_crew_gives_text_tasks_agents_and_usage(crew: Serve) -> None:
     _, client = crew("travel_crew.py:build")
     body = finished(client, kickoff(client, {"topic": "Lisbon", "audience": "families"}))
@@ -129,9 +126,6 @@ def test_a_stopped_run_ends_at_its_next_step(crew: Serve, spec: str, calls_of: s
     assert client.get(f"/status/{run_id}").json()["state"] == "REVOKED"
 
 
-# A flow
-
-
 def test_a_flow_needs_its_required_state(crew: Serve) -> None:
     server, client = crew("report_flow.py:ReportFlow")
     assert client.get("/inputs").json() == {"inputs": ["topic", "sections"], "required_inputs": ["topic"]}
@@ -166,9 +160,6 @@ def test_methods_at_the_same_time(crew: Serve) -> None:
     assert sorted(task["name"] for task in body["tasks"]) == ["last", "left", "right"]
     assert body["token_usage"]["successful_requests"] == 2
     assert sorted(body["result_json"]) == ["a", "b"]
-
-
-# People
 
 
 def test_a_rejected_task_is_done_again(crew: Serve) -> None:
@@ -225,9 +216,6 @@ def test_no_thread_waits_for_a_question_that_is_over(crew: Serve, spec: str, how
     wait_until(lambda: not waits_in_a_thread(run_id))
 
 
-# What they report
-
-
 def recorded(**inputs: Any) -> tuple[Run, list[Any]]:
     """Return a run, and the list of what is reported to it, in order."""
     reports: list[Any] = []
@@ -275,9 +263,6 @@ async def test_a_cancelled_run_reports_nothing() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     assert [report[1] for report in reports if report[0] == "task_ended"] == ["part 0"]
-
-
-# Loading
 
 
 @pytest.mark.parametrize(
@@ -382,8 +367,6 @@ def test_crewais_environment_is_set(tmp_path: Path) -> None:
     assert Path(storage).name.startswith("prefect-crew-")
     assert not Path(storage).exists(), "it goes with the process"
 
-
-# A client of others
 
 STATE_OF_AI = """
 name: state-of-ai

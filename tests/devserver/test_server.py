@@ -89,9 +89,6 @@ def test_a_hanging_request_does_not_hold_the_end(serve: Serve) -> None:
     assert time.monotonic() - began < 0.9  # requests that only take long are waited for 1 s
 
 
-# Programs
-
-
 class Odd:
     """A program that does what the protocol does not forbid."""
 
@@ -150,9 +147,7 @@ def test_questions_of_a_task_are_asked_in_turn(serve: Serve) -> None:
     server, client = serve(Twice(), response_format="union")
     kickoff_id = kickoff(client)
     for output in ("one", "two"):
-        wait_until(
-            lambda output=output: [asked.output for asked in server.run(kickoff_id).questions.values()] == [output]
-        )
+        wait_until(lambda output=output: [one.output for one in server.run(kickoff_id).questions.values()] == [output])
         answer = {"execution_id": kickoff_id, "task_id": "review", "human_feedback": f"a {output}", "is_approve": True}
         assert client.post("/resume", json=answer).status_code == 200
     assert finished(client, kickoff_id)["output"] == "a one a two"
@@ -165,13 +160,8 @@ async def test_the_end_of_a_run_ends_its_questions() -> None:
     await asyncio.sleep(0)
     run.end(CrewState.STOPPED)
     assert run.answer("review", Answer(approve=True, feedback="")) is None
-    assert [type(error) for error in await asyncio.gather(*asking, return_exceptions=True)] == [
-        asyncio.CancelledError,
-        asyncio.CancelledError,
-    ]
-
-
-# A process
+    ends = await asyncio.gather(*asking, return_exceptions=True)
+    assert [type(error) for error in ends] == [asyncio.CancelledError] * 2
 
 
 def test_a_process_that_crashes() -> None:
@@ -179,9 +169,8 @@ def test_a_process_that_crashes() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
-        found = re.match(
-            r"Serving the crew echo at (\S+)  Try: CREW_TOKEN=(\S+) prefect-crew run \1 -i text=…  Stop", line
-        )
+        said = r"Serving the crew echo at (\S+)  Try: CREW_TOKEN=(\S+) prefect-crew run \1 -i text=…  Stop"
+        found = re.match(said, line)
         assert found, line
         headers = {"Authorization": f"Bearer {found[2]}"}
         with pytest.raises(httpx.TransportError):

@@ -7,7 +7,7 @@ import re
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -83,23 +83,14 @@ def test_odd_names_break_no_table_and_no_link():
     assert "## &lt;b&gt;" in text
 
 
-# On Prefect's page
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("instant_polling")
 @pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
 def test_it_renders_as_meant_and_leads_to_the_runs(
-    prefect_server: PrefectServer,
-    prefect_api: PrefectServer,
-    crew_server: CrewServerFactory,
-    instant_polling: None,
-    chromium: Chromium,
-    tmp_path: Path,
-    ui: Literal["v1", "v2"],
+    prefect_api: PrefectServer, seen: Seen, crew_server: CrewServerFactory, chromium: Chromium, tmp_path: Path, ui: Any
 ):
-    crew = crew_of(crew_server(script({"output": "{{ text }}", "seconds": 0.4}, inputs=["text"])).crew()).called(
-        "writer"
-    )
+    spec = script({"output": "{{ text }}", "seconds": 0.4}, inputs=["text"])
+    crew = crew_of(crew_server(spec).crew()).called("writer")
     broken = crew_of(crew_server(script({"fail": "the press is out of ink"})).crew()).called("press")
     name = f"guide-{uuid.uuid4().hex[:6]}"
     steps = [
@@ -112,11 +103,9 @@ def test_it_renders_as_meant_and_leads_to_the_runs(
     ]
     with pytest.raises(PipelineFailedError):
         asyncio.run(arun_pipeline(steps, {"topic": "tea"}, name=name))
-    seen = Seen(prefect_api)
     (found,) = seen.artifacts(f"pipeline-{name}")
-    seen.close()
     with chromium.page(width=1440, height=1100) as page:
-        page.open(prefect_server.artifact_url(found["id"], ui=ui))
+        page.open(prefect_api.artifact_url(found["id"], ui=ui))
         page.wait_for_text("4 of 6 steps completed, 1 failed")
         page.wait_for_text("not run")
         page.screenshot(tmp_path / f"pipeline-{ui}.png")

@@ -33,9 +33,6 @@ def filled(step: CrewStep, results: Mapping[str, str], **inputs: Any) -> Mapping
     return made.inputs_of(step, {name: result(output) for name, output in results.items()})
 
 
-# What needs what
-
-
 @pytest.mark.parametrize(
     ("step", "needs"),
     [
@@ -51,9 +48,6 @@ def test_needs(step: CrewStep, needs: set[str]):
     made = graph(CrewStep("a", "crew", {}), CrewStep("b b", "crew", {}), step, t="tea")
     assert made.problems == []
     assert made.needs["c"] == needs
-
-
-# What is wrong
 
 
 @pytest.mark.parametrize(
@@ -111,9 +105,6 @@ def test_unknown_and_missing_inputs_of_each_step():
     ]
 
 
-# Inputs
-
-
 def test_templates_see_inputs_and_steps():
     step = CrewStep("c", "crew", {"x": "{{ t }} {{ inputs.t }} {{ a.output }}", "n": 7, "l": ["{{ a.output }}", 1]})
     assert filled(step, {"a": "A"}, t="tea") == {"x": "tea tea A", "n": 7, "l": ["A", 1]}
@@ -146,13 +137,10 @@ def test_a_failing_function_is_named_with_its_error():
 
 
 def test_a_template_sees_only_what_comes_before_it():
+    step = CrewStep("c", "crew", {"x": "{% set n = 'b' %}{{ steps[n].output }}"}, after=["a"])
     with pytest.raises(ConfigurationError, match="cannot be filled: 'dict object' has no attribute 'b'"):
-        filled(
-            CrewStep("c", "crew", {"x": "{% set n = 'b' %}{{ steps[n].output }}"}, after=["a"]), {"a": "A", "b": "B"}
-        )
+        filled(step, {"a": "A", "b": "B"})
 
-
-# Any graph
 
 NAMES = [f"s{number}" for number in range(9)]
 
@@ -161,9 +149,8 @@ NAMES = [f"s{number}" for number in range(9)]
 def dags(draw: st.DrawFn) -> dict[str, set[str]]:
     """Draw steps, in any order, with needs that only lead back in another one."""
     order = draw(st.permutations(NAMES[: draw(st.integers(1, 9))]))
-    needs = {
-        name: set(draw(st.lists(st.sampled_from(order[:at])))) if at else set[str]() for at, name in enumerate(order)
-    }
+    earlier = (st.lists(st.sampled_from(order[:at])) if at else st.just([]) for at in range(len(order)))
+    needs = {name: set(draw(some)) for name, some in zip(order, earlier, strict=True)}
     return {name: needs[name] for name in draw(st.permutations(order))}
 
 

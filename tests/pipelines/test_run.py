@@ -53,9 +53,6 @@ def artifact(seen: Seen, name: str, idempotency_key: str) -> str:
     return pages[0]["data"].replace("\u00a0", " ")
 
 
-# What runs
-
-
 async def test_steps_feed_each_other(echo: CrewServer):
     crew, idempotency_key = echo.crew(), key()
     steps = [
@@ -78,21 +75,16 @@ async def test_independent_steps_run_at_the_same_time(crew_server: CrewServerFac
     held = Held(until=lambda _: server.kickoffs >= 2)  # neither "a" nor "b" ends before both have been started
     server, idempotency_key = crew_server(held), key()
     steps = [pc.CrewStep(name, server.crew(), {}) for name in ("a", "b")]
-    await pc.arun_pipeline(
-        [*steps, pc.CrewStep("c", server.crew(), {}, after=["a", "b"])],
-        name="concurrent",
-        idempotency_key=idempotency_key,
-    )
-    spans = {
-        str(run.meta["idempotency_key"])[-1]: (run.created_at, run.created_at + timedelta(seconds=run.execution_time))
-        for run in server.runs
-    }
-    assert spans["c"][0] > max(spans["a"][1], spans["b"][1])
+    steps.append(pc.CrewStep("c", server.crew(), {}, after=["a", "b"]))
+    await pc.arun_pipeline(steps, name="concurrent", idempotency_key=idempotency_key)
+    *both, last = sorted(server.runs, key=lambda run: run.created_at)
+    assert all(last.created_at > run.created_at + timedelta(seconds=run.execution_time) for run in both)
+    assert str(last.meta["idempotency_key"]).endswith("c")
     shown = await asyncio.to_thread(artifact, seen, "concurrent", idempotency_key)
     assert "3 of 3 steps completed" in shown
 
 
-async def test_the_page_links_to_a_running_steps_page(
+async def test_the_page_links_to_a_running_step(
     crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(wait, "SHOW_EVERY", 0.3)
@@ -100,9 +92,8 @@ async def test_the_page_links_to_a_running_steps_page(
     monkeypatch.setattr(pages, "SHOW_EVERY", 0.1)
     held, idempotency_key = Held(), key()
     server = crew_server(held)
-    running = asyncio.ensure_future(
-        pc.arun_pipeline([pc.CrewStep("long", server.crew(), {})], name="linked", idempotency_key=idempotency_key)
-    )
+    call = pc.arun_pipeline([pc.CrewStep("long", server.crew(), {})], name="linked", idempotency_key=idempotency_key)
+    running = asyncio.ensure_future(call)
 
     async def is_linked() -> bool:
         pages = await asyncio.to_thread(seen.artifacts, "pipeline-linked")
@@ -120,9 +111,6 @@ async def test_each_step_has_its_crew_and_token(crew_server: CrewServerFactory):
     steps = [pc.CrewStep("a", one.crew(), {"text": "a"}), pc.CrewStep("b", name, {"text": "{{ a.output }}b"})]
     assert (await pc.arun_pipeline(steps))["b"].output == "ab"
     assert (one.kickoffs, other.kickoffs) == (1, 1)
-
-
-# Where it is called
 
 
 def test_a_pipeline_runs_in_flow_task_and_script(echo: CrewServer):
@@ -155,9 +143,6 @@ def test_a_flow_run_is_named_after_its_pipeline(
     assert run["name"].startswith(name + title)
 
 
-# Checked before anything is started
-
-
 async def test_all_mistakes_are_reported_at_once(crew_server: CrewServerFactory):
     server = crew_server(script({"output": "ok"}, inputs=["topic", "tone"]))
     refused = pc.DeployedCrew(url=server.url, token="wrong")
@@ -171,18 +156,12 @@ async def test_all_mistakes_are_reported_at_once(crew_server: CrewServerFactory)
     ]
     with pytest.raises(pc.ConfigurationError) as raised:
         await pc.arun_pipeline(steps, {"topic": "tea"})
-    message = str(raised.value)
     for part in (
-        "nothing was started",
-        "'topik' is no step, and no input that has a value",
-        "step 'a' lacks the inputs tone of its crew",
-        "depend on each other in a circle",
-        "comes after 'nowhere'",
-        "no-such-block",
-        "401",
+        *("nothing was started", "'topik' is no step, and no input that has a value", "no-such-block", "401"),
+        *("step 'a' lacks the inputs tone of its crew", "depend on each other in a circle", "comes after 'nowhere'"),
         "blanks or letters that no HTTP header can carry",
     ):
-        assert part in message, part
+        assert part in str(raised.value), part
     assert server.kickoffs == 0
 
 
@@ -196,10 +175,8 @@ async def test_a_rotated_token_is_no_problem(crew_server: CrewServerFactory):
 
 async def test_a_crew_that_is_away_blocks_only_a_first_start(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(FAILS_ON), key()
-    steps = [
-        pc.CrewStep("a", server.crew(), {"text": "a"}),
-        pc.CrewStep("b", server.crew(), {"text": "{{ a.output }}b"}),
-    ]
+    crew = server.crew()
+    steps = [pc.CrewStep("a", crew, {"text": "a"}), pc.CrewStep("b", crew, {"text": "{{ a.output }}b"})]
     server.faults.add("inputs:500@1")
     with pytest.raises(pc.ConfigurationError, match=r"nothing was started: crew .* cannot be asked for its inputs"):
         await pc.arun_pipeline(steps, idempotency_key=idempotency_key)
@@ -220,27 +197,14 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
     ]
     steps.append(pc.CrewStep("tell", crew, {"text": "as {{ pin }}: hunter23", "password": "{{ code }}"}, after="send"))
     plan = pc.plan_pipeline(steps, {"topic": "tea", "code": "hunter22", "pin": SecretStr("hunter23")})
-    assert str(plan).splitlines() == [
-        "research: crew travel",
-        "  text = on {{ topic }}",
-        "  password = ********",
-        "",
-        "write: crew travel, after research",
-        "  text = {{ research.output }}",
-        "  password = ********",
-        "",
-        "send: crew travel, after write",
-        "  text = from a function",
-        "  password = ********",
-        "",
-        "tell: crew travel, after send",
-        "  text = as {{ pin }}: ********",
-        "  password = ********",
-    ]
+    shown = {
+        "research: crew travel": "on {{ topic }}",
+        "write: crew travel, after research": "{{ research.output }}",
+        "send: crew travel, after write": "from a function",
+        "tell: crew travel, after send": "as {{ pin }}: ********",
+    }
+    assert str(plan) == "\n\n".join(f"{step}\n  text = {text}\n  password = ********" for step, text in shown.items())
     assert server.kickoffs == 0
-
-
-# Failures
 
 
 async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFactory, seen: Seen):
@@ -312,15 +276,8 @@ def test_a_flow_retry_repeats_only_what_failed(crew_server: CrewServerFactory, e
     assert (echo.kickoffs, fails_first.kickoffs) == (3, 2)
 
 
-SECRET_OF_A_CREW = {
-    "of the crew's name": ("pin", None),
-    "by a template": ("code", {"text": "{{ topic }}", "pin": "{{ code }}"}),
-}
-
-
-@pytest.mark.parametrize("way", SECRET_OF_A_CREW)
-async def test_a_retry_with_a_new_secret_reattaches(crew_server: CrewServerFactory, way: str):
-    secret, inputs = SECRET_OF_A_CREW[way]
+@pytest.mark.parametrize(("secret", "inputs"), [("pin", None), ("code", {"text": "{{ topic }}", "pin": "{{ code }}"})])
+async def test_a_retry_with_a_new_secret_reattaches(crew_server: CrewServerFactory, secret: str, inputs: Any):
     server = crew_server(script({"output": "{{ text }}"}, inputs=["text", "pin"]))
     crew, attempts = server.crew(secret_inputs=["pin"], allow_extra_inputs=True), list[str]()
 
@@ -376,11 +333,8 @@ async def test_equal_pipelines_in_a_flow_differ_in_key(echo: CrewServer):
 
 async def test_a_step_may_start_from_a_state(echo: CrewServer):
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
-    steps = [
-        pc.CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state),
-        pc.CrewStep("b", echo.crew(), {"text": "y"}),
-    ]
-    await pc.arun_pipeline(steps, idempotency_key=key())
+    first = pc.CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state)
+    await pc.arun_pipeline([first, pc.CrewStep("b", echo.crew(), {"text": "y"})], idempotency_key=key())
     assert {run.inputs["text"]: run.restore_from for run in echo.runs} == {"x": state, "y": None}
     with pytest.raises(pc.ConfigurationError, match="step 'a': restore_from is '42'"):
         await pc.arun_pipeline([pc.CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
@@ -476,9 +430,6 @@ async def test_a_cancelled_pipeline_goes_on_with_its_key(crew_server: CrewServer
     assert (echo.kickoffs, long.kickoffs) == (2, 1)
 
 
-# What is seen
-
-
 def test_events_tell_each_end_once_with_the_step(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
     broken, idempotency_key = crew_server(FAILS), key()
     steps = [pc.CrewStep("good", echo.crew(), {"text": "a"}), pc.CrewStep("bad", broken.crew(), {})]
@@ -529,9 +480,6 @@ async def test_an_input_that_cannot_be_sent_is_refused(echo: CrewServer, inside:
     assert echo.kickoffs == 0
 
 
-# Suspended by Prefect
-
-
 async def test_a_suspended_flow_run_goes_on(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
     held, idempotency_key = Held(), key()
     server = crew_server(held)
@@ -569,9 +517,7 @@ async def test_a_suspended_flow_run_goes_on(crew_server: CrewServerFactory, echo
 
 # Secrets reach the crews that need them, and are stored and shown nowhere
 
-LOGIN = script(
-    {"name": "log in", "output": "logged in as {{ user }} with {{ password }}"}, inputs=["user", "password"], name="in"
-)
+LOGIN = script({"output": "logged in as {{ user }} with {{ password }}"}, inputs=["user", "password"])
 REPEATS = script({"name": "say", "output": "{{ text }}"}, inputs=["text"])
 REFUSES = script({"name": "say", "fail": "refused: {{ text }}"}, inputs=["text"])
 
@@ -589,9 +535,7 @@ WAYS: dict[str, tuple[list[tuple[str, Any]], str, bool]] = {
 }
 
 
-async def test_a_secret_reaches_only_the_crew(
-    crew_server: CrewServerFactory, prefect_api: PrefectServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_secret_reaches_only_the_crew(crew_server: CrewServerFactory, prefect_api: PrefectServer, caplog: Any):
     secrets = {way: f"hunter-{uuid.uuid4().hex}" for way in WAYS}
     first, second = crew_server(LOGIN), crew_server(REPEATS)
     with caplog.at_level(logging.DEBUG):
@@ -611,9 +555,7 @@ async def test_a_secret_reaches_only_the_crew(
     assert [way for way, secret in secrets.items() if secret in shown or secret.upper() in shown] == []
 
 
-async def test_no_error_of_a_step_tells_a_secret(
-    crew_server: CrewServerFactory, prefect_api: PrefectServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_no_error_tells_a_secret(crew_server: CrewServerFactory, prefect_api: PrefectServer, caplog: Any):
     secret = f"hunter-{uuid.uuid4().hex}"
 
     def breaks(context: pc.PipelineContext) -> Any:
