@@ -43,15 +43,8 @@ async def client(kept: Kept) -> AsyncIterator[httpx.AsyncClient]:
 def urls() -> Callable[..., Webhooks]:
     """Make the webhooks of a run, for a day if not given otherwise."""
 
-    def make(
-        idempotency_key: str = "city/lisbon",
-        *,
-        base: str = "http://receiver",
-        expires: datetime | None = None,
-        attempt: int = 1,
-    ) -> Webhooks:
-        expires = expires or datetime.now(UTC) + timedelta(days=1)
-        return hook_urls(base, SECRET, Hook("crew", idempotency_key, expires, attempt))
+    def make(key: str = "city/lisbon", *, base: str = "http://receiver", days: int = 1, attempt: int = 1) -> Webhooks:
+        return hook_urls(base, SECRET, Hook("crew", key, datetime.now(UTC) + timedelta(days=days), attempt))
 
     return make
 

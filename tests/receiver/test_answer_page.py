@@ -72,10 +72,8 @@ async def test_a_person_answers_on_any_screen(width: int, dark: bool, chat: Chat
                     page.raw(lambda playwright: playwright.locator("button").dblclick())
                     page.wait_for_text("by Ada <b>")
                     page.screenshot(tmp_path / f"sent-{width}-{dark}.png")
-                    assert {request.split("?")[0] for request in page.requests} <= {
-                        url,
-                        f"{url.split('/answer')[0]}/favicon.ico",
-                    }
+                    icon = f"{url.split('/answer')[0]}/favicon.ico"
+                    assert {request.split("?")[0] for request in page.requests} <= {url, icon}
                     return page.text()
 
             said = await asyncio.to_thread(answer)

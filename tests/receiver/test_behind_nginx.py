@@ -34,9 +34,7 @@ def certify(folder: Path) -> Path:
     return certificate
 
 
-async def test_a_run_is_reported_through_nginx_and_nothing_else_gets_through(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_nothing_but_a_report_gets_through_nginx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl (Debian: apt-get install openssl)")
     port, key = free_port(), f"nginx/{uuid.uuid4()}"
@@ -59,10 +57,8 @@ async def test_a_run_is_reported_through_nginx_and_nothing_else_gets_through(
             "/var/log/nginx": str(tmp_path),
             "http://127.0.0.1:8001": receiver,
         }
-        with (
-            start_nginx(tmp_path, "receive-webhooks.md", changes),
-            CrewServer(script({"seconds": 1.0, "output": "done"})) as crew,
-        ):
+        crew = CrewServer(script({"seconds": 1.0, "output": "done"}))
+        with start_nginx(tmp_path, "receive-webhooks.md", changes), crew:
             wait_until(lambda: answers(base), seconds=20, what="nginx")
             # Polling alone would see the end half a minute later.
             wait = WaitPolicy(initial=30, max_interval=30)

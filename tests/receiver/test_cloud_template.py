@@ -26,7 +26,7 @@ def rendered(body: Any) -> Event:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_it_makes_the_event_that_the_receiver_would_of_every_body_that_the_parser_knows(name: str):
+def test_a_body_becomes_its_event(name: str):
     case = KNOWN[name]
     body, kind = case["body"] if "body" in case else case["text"], case["kind"]  # Cloud passes what is no JSON as text
     event = rendered(body)

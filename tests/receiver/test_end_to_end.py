@@ -10,33 +10,20 @@ from typing import Any
 
 import pytest
 
-from prefect_crew import DeployedCrew, Review, WaitPolicy, arun_crew
+from prefect_crew import WaitPolicy, arun_crew
 from prefect_crew.blocks import crew_of
-from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.devserver import CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.run import LiveRun
+from support.scripts import script
 from support.webhooks import SECRET, events_of, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
-TASKS = [
-    (
-        "research",
-        "Researcher",
-        "found about",
-        [{"content": "think of {{ customer }}"}, {"tool": "search", "content": "x"}],
-    ),
-    ("write", "Writer", "written for", [{"content": "write it down"}]),
-]
-SCRIPT: dict[str, Any] = {
-    "name": "report",
-    "inputs": ["customer"],
-    "tasks": [
-        {"name": name, "agent": agent, "seconds": 0.2, "output": f"what was {said} {{{{ customer }}}}", "steps": steps}
-        for name, agent, said, steps in TASKS
-    ],
-}
+THINK = [{"content": "think of {{ customer }}"}, {"tool": "search", "content": "x"}]
+RESEARCH = {"agent": "Researcher", "seconds": 0.2, "output": "what was found about {{ customer }}", "steps": THINK}
+WRITE = {"name": "write", "agent": "Writer", "seconds": 0.2, "output": "what was written for {{ customer }}"}
 QUICK = WaitPolicy(initial=0.2, max_interval=0.5)
 
 
@@ -64,14 +51,11 @@ async def webhooks_of(key: str, *, at_least: int, named: str = "crew.webhook.") 
         wanted = len(events) + 1
 
 
-def watched_crew(server: CrewServer, **fields: Any) -> DeployedCrew:
-    return server.crew(wait=QUICK, **fields)
-
-
 @pytest.mark.parametrize(("generation", "faults"), [("first", []), ("later", ["webhook:double"])])
 async def test_a_run_tells_of_itself_once(generation: Any, faults: list[str], receiver: str, key: str):
-    with CrewServer(CrewScript.model_validate(SCRIPT), generation=generation, faults=faults) as server:
-        result = await arun_crew(watched_crew(server), {"customer": "ACME"}, idempotency_key=key)
+    spec = script(RESEARCH, WRITE, inputs=["customer"])
+    with CrewServer(spec, generation=generation, faults=faults) as server:
+        result = await arun_crew(server.crew(wait=QUICK), {"customer": "ACME"}, idempotency_key=key)
         await asyncio.sleep(2 * len(faults))
         (event,) = await webhooks_of(key, at_least=1)
     assert event["event"] == "crew.webhook.crew"
@@ -82,30 +66,21 @@ async def test_a_run_tells_of_itself_once(generation: Any, faults: list[str], re
     assert "ACME" not in json.dumps(event)
 
 
-async def test_no_event_has_a_secret_input(receiver: str, key: str):
-    script = {**SCRIPT, "tasks": [SCRIPT["tasks"][0], {**SCRIPT["tasks"][1], "human": True}]}
-    with CrewServer(CrewScript.model_validate(script)) as server:
-        crew, review = watched_crew(server, secret_inputs=["customer"]), Review(approve=True)
-        await arun_crew(crew, {"customer": "ACME"}, idempotency_key=key, review=lambda _: review)
-        events = await webhooks_of(key, at_least=2)
-    assert {event["event"] for event in events} == {"crew.webhook.human_input", "crew.webhook.crew"}
-    assert "ACME" not in json.dumps(events)
-
-
-async def test_the_same_question_asked_again_is_reported_again(receiver: str, key: str):
-    script = {**SCRIPT, "tasks": [SCRIPT["tasks"][0], {**SCRIPT["tasks"][1], "human": True}]}
-
+async def test_a_repeated_question_is_reported_again_without_secrets(receiver: str, key: str):
     async def question(number: int) -> dict[str, Any]:
         """Return a question, counted from 1, once it is reported."""
         return (await webhooks_of(key, at_least=number, named="crew.webhook.human_input"))[-1]["payload"]
 
-    with CrewServer(CrewScript.model_validate(script)) as server:
-        crew = watched_crew(server)
+    with CrewServer(script(RESEARCH, {**WRITE, "human": True}, inputs=["customer"])) as server:
+        crew = server.crew(wait=QUICK, secret_inputs=["customer"])
         running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key))
         first = await question(1)
         await resume_run(LiveRun(crew_of(crew), first["said"]["kickoff_id"]), feedback="again", approve=False)
         second = await question(2)
         await resume_run(LiveRun(crew_of(crew), first["said"]["kickoff_id"]), feedback="", approve=True)
         assert (await running).output == "what was written for ACME"
+        events = await webhooks_of(key, at_least=3)
     assert (first["round"], second["round"]) == (0, 1)
     assert first["said"] == second["said"] != {}
+    assert [event["event"].rpartition(".")[2] for event in events] == ["human_input", "human_input", "crew"]
+    assert "ACME" not in json.dumps(events)

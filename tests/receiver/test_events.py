@@ -77,7 +77,7 @@ def test_only_what_cannot_be_a_secret_is_read(which: str, names: bool):
         (None, "other"),
     ],
 )
-def test_the_type_of_a_streamed_event_is_part_of_a_name_and_no_more(type_: str | None, name: str):
+def test_the_type_of_a_streamed_event_is_a_name(type_: str | None, name: str):
     (event,) = read("stream", {"events": [{"execution_id": "k-1", "type": type_}]})
     assert event.name == f"stream.{name}"
 
@@ -97,7 +97,7 @@ def test_a_delivery_to_the_stream_tells_so_much_and_no_more():
 
 
 @pytest.mark.parametrize("names", [True, False])
-def test_where_values_are_not_known_ids_and_times_look_like_such_or_are_left_out(names: bool):
+def test_unknown_ids_and_times_have_to_look_like_such(names: bool):
     def said(text: str, at: str) -> dict[str, Any]:
         (task,) = read("task", {"kickoff_id": text, "task_id": text, "status": "completed"}, names=names)
         event = {"id": text, "execution_id": text, "timestamp": at, "type": "task_failed", "data": {}}
@@ -129,7 +129,7 @@ def test_the_same_delivery_has_the_same_id_and_another_one_another():
     assert alone.id == read("stream", BODIES["stream"])[0].id, "also in another delivery"
 
 
-def test_the_idempotency_key_that_the_body_claims_is_kept_apart():
+def test_the_key_that_a_body_claims_is_kept_apart():
     (event,) = read("crew", {**BODIES["crew-first"], "meta": {"idempotency_key": "another"}})
     assert (event.hook.idempotency_key, event.said_key) == ("city/lisbon", "another")
 

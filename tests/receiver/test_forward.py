@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -18,12 +20,13 @@ from prefect_crew.client.models import ReviewRequest
 from prefect_crew.receiver import forward as module
 from prefect_crew.receiver.events import WebhookEvent, read_events
 from prefect_crew.receiver.forward import Forwarder
-from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.model import RecordPhase, utcnow
 from prefect_crew.records.notes import kept_output, kept_questions
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.webhooks import Hook, WebhookKind
 from support.prefect_server import PrefectServer, drain, environment, free_port
 from support.proxy import Proxy
+from support.records import new_record
 from support.webhooks import BODIES, events_of, until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -38,13 +41,6 @@ def event_about(
     return read_events(hook, body)[0]
 
 
-def record(idempotency_key: str, **fields: Any) -> RunRecord:
-    known = {"attempt": 1, "phase": RecordPhase.STARTED, "kickoff_id": f"id-of-{idempotency_key}", "crew": "travel"}
-    known |= {"crew_url": "https://travel.example.com", "inputs_digest": "d", "owner": "o", "claimed_at": utcnow()}
-    known |= {"idempotency_key": idempotency_key, "step": "research", "flow_run_id": str(uuid.uuid4())}
-    return RunRecord.model_validate(known | fields)
-
-
 @pytest.fixture
 def key() -> str:
     return f"forward/{uuid.uuid4()}"
@@ -57,8 +53,14 @@ async def forwarder() -> AsyncIterator[Forwarder]:
     await forwarder.aclose()
 
 
-def ids_of(events: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [str(event["event"]).removeprefix("crew.webhook.") for event in events]
+@asynccontextmanager
+async def behind_a_proxy(prefect_api: PrefectServer) -> AsyncIterator[tuple[Proxy, Forwarder]]:
+    """Give a forwarder whose way to Prefect can be cut."""
+    await asyncio.to_thread(drain)
+    with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
+        forwarder = Forwarder()
+        yield proxy, forwarder
+        await forwarder.aclose()
 
 
 @pytest.mark.parametrize("which", ["crew-later", "human_input-first"])
@@ -91,7 +93,7 @@ def streamed(idempotency_key: str, type_: str, **more: Any) -> WebhookEvent:
     return read_events(hook, json.dumps({"events": [event]}).encode())[0]
 
 
-async def test_ends_and_questions_are_one_event_each_and_nothing_else_is_one(key: str, forwarder: Forwarder):
+async def test_ends_and_questions_are_one_event_each(key: str, forwarder: Forwarder):
     question = event_about(key, "human_input-first", task_output=None)
     webhooks = [
         event_about(key, "task-first"),
@@ -108,10 +110,8 @@ async def test_ends_and_questions_are_one_event_each_and_nothing_else_is_one(key
         forwarder.put(webhook)
     await events_of(key, at_least=5)
     await asyncio.sleep(1.5)  # the server writes events down each second
-    events = await events_of(key, at_least=5)
-    assert sorted(ids_of(events)) == [
-        *("crew", "human_input", "human_input", "stream.crew_kickoff_failed", "stream.flow_finished")
-    ]
+    ids = sorted(event["event"].removeprefix("crew.webhook.") for event in await events_of(key, at_least=5))
+    assert ids == [*("crew", "human_input", "human_input", "stream.crew_kickoff_failed", "stream.flow_finished")]
     woken = [webhook["event"] for webhook in forwarder.recent._kept]
     assert woken.count("crew.webhook.crew") == 5, "each wakes, and tells its tokens"
     assert "crew.webhook.stream.crew_kickoff_completed" in woken
@@ -127,13 +127,9 @@ async def test_two_receivers_report_an_end_once(key: str, forwarder: Forwarder):
     await other.aclose()
 
 
-async def test_no_webhook_costs_a_request_to_prefect_and_the_records_of_a_hundred_runs_are_read_at_once(
-    key: str, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
-):
+async def test_no_webhook_costs_a_request(key: str, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "LOOK_AFTER", 1.0)
-    await asyncio.to_thread(drain)
-    with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
-        forwarder = Forwarder()
+    async with behind_a_proxy(prefect_api) as (proxy, forwarder):
         forwarder.start()
         for number in range(100):
             for which in ("task-first", "crew-first"):
@@ -144,13 +140,10 @@ async def test_no_webhook_costs_a_request_to_prefect_and_the_records_of_a_hundre
         posts = [request for request in proxy.requests if "POST" in request and "/events/filter" not in request]
         assert posts == ["POST /api/variables/filter"], "one look at all records, and this test's look at events"
         assert proxy.count("/events/in") == 1, "one connection"
-        await forwarder.aclose()
 
 
-async def test_what_ends_while_prefect_is_away_is_reported_when_it_is_back(key: str, prefect_api: PrefectServer):
-    await asyncio.to_thread(drain)
-    with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
-        forwarder = Forwarder()
+async def test_an_end_while_prefect_is_away_is_reported(key: str, prefect_api: PrefectServer):
+    async with behind_a_proxy(prefect_api) as (proxy, forwarder):
         forwarder.start()
         forwarder.put(event_about(f"{key}/before"))
         await events_of(f"{key}/before")
@@ -162,8 +155,7 @@ async def test_what_ends_while_prefect_is_away_is_reported_when_it_is_back(key: 
         proxy.restore()
         for number in range(3):
             await events_of(f"{key}/{number}")
-        await forwarder.aclose()
-        assert not forwarder.has_unsent_events
+    assert not forwarder.has_unsent_events
 
 
 async def test_memory_is_bounded_whatever_the_webhooks_hold(key: str, monkeypatch: pytest.MonkeyPatch):
@@ -183,9 +175,7 @@ async def test_memory_is_bounded_whatever_the_webhooks_hold(key: str, monkeypatc
         await forwarder.aclose()
 
 
-async def test_a_question_whose_text_is_dropped_wakes_and_is_reported_all_the_same(
-    key: str, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_question_without_its_text_is_reported(key: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "NOTES", 2)
     monkeypatch.setattr(module, "CLOSE_WITHIN", 0.1)
     emitted = list[str]()
@@ -200,9 +190,7 @@ async def test_a_question_whose_text_is_dropped_wakes_and_is_reported_all_the_sa
         assert emitted == [f"{key}/{number}" for number in range(3)], "Prefect did not come back"
 
 
-async def test_a_question_is_reported_when_what_it_asks_can_be_read(
-    key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_question_is_reported_once_readable(key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch):
     genuine, kept = module.keep_output, list[int]()
 
     async def keep_slowly(*given: Any) -> None:
@@ -219,13 +207,9 @@ async def test_a_question_is_reported_when_what_it_asks_can_be_read(
     await events_of(key)
 
 
-async def test_a_question_that_comes_while_prefect_is_away_is_kept_when_it_is_back(
-    key: str, prefect_api: PrefectServer
-):
-    await asyncio.to_thread(drain)
-    with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
+async def test_a_question_while_prefect_is_away_is_kept(key: str, prefect_api: PrefectServer):
+    async with behind_a_proxy(prefect_api) as (proxy, forwarder):
         proxy.cut()
-        forwarder = Forwarder()
         forwarder.put(question_of(key))
         forwarder.put(event_about(key, "human_input-first", task_output="a draft"))
         await asyncio.sleep(1)
@@ -234,25 +218,22 @@ async def test_a_question_that_comes_while_prefect_is_away_is_kept_when_it_is_ba
         proxy.restore()
         await until(lambda: forwarder.report()["waiting"] == 0, "both are stored")
         assert forwarder.recent._kept
-        await forwarder.aclose()
     assert (await kept_questions(key))[key].task_id == "t"
-    assert await kept_output(record(key), 0) == "a draft"
+    assert await kept_output(new_record(key), 0) == "a draft"
 
 
 def question_of(flow: str) -> ReviewRequest:
     return ReviewRequest(id=flow, kickoff_id=flow, task_id="t", callback_url=SecretStr("https://x.example/r"))
 
 
-async def test_a_text_that_may_not_be_stored_holds_up_nothing(
+async def test_a_forbidden_text_holds_up_nothing(
     key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     """The key of the receiver may write events, and no blocks."""
 
-    async def refuse(*_: Any) -> None:
-        raise httpx.HTTPStatusError("", request=httpx.Request("POST", "http://x"), response=httpx.Response(403))
-
-    monkeypatch.setattr(module, "keep_output", refuse)
-    monkeypatch.setattr(module, "keep_question", refuse)
+    error = httpx.HTTPStatusError("", request=httpx.Request("POST", "http://x"), response=httpx.Response(403))
+    for keep in ("keep_output", "keep_question"):
+        monkeypatch.setattr(module, keep, AsyncMock(side_effect=error))
     forwarder.put(event_about(key, "human_input-first"))
     forwarder.put(question_of(key))
     forwarder.put(event_about(key, "crew-first"))
@@ -272,9 +253,7 @@ async def test_what_flows_ask_is_counted_as_webhooks_are(key: str, caplog: pytes
     assert f"{module.NOTES} questions. Answer them" in caplog.text
 
 
-async def test_the_same_text_is_stored_once_and_of_two_texts_the_later_stands(
-    key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch
-):
+async def test_of_texts_the_latest_is_stored_once(key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch):
     stored = list[str]()
 
     async def keep_slowly(_key: str, _attempt: int, _answers: int, text: str) -> None:
@@ -291,11 +270,11 @@ async def test_the_same_text_is_stored_once_and_of_two_texts_the_later_stands(
     assert stored == ["first", "third"]
 
 
-async def test_a_kickoff_that_cannot_be_resolved_is_left_to_a_person(
+async def test_an_unresolved_kickoff_needs_a_person(
     key: str, forwarder: Forwarder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(module, "LOOK_AFTER", 0.1)
-    await PrefectRecords().claim(record(key, phase=RecordPhase.UNCERTAIN, kickoff_id=None, crew="no-such-block"))
+    await PrefectRecords().claim(new_record(key, phase=RecordPhase.UNCERTAIN, crew="no-such-block"))
     forwarder.put(event_about(key, meta={"idempotency_key": key}))
     await events_of(key)
     await until(lambda: "prefect-crew runs resolve" in caplog.text, "it is said")
@@ -303,19 +282,17 @@ async def test_a_kickoff_that_cannot_be_resolved_is_left_to_a_person(
     assert forwarder.report()["resolved"] == 0
 
 
-async def test_the_end_waits_for_no_prefect_that_is_away(
+async def test_the_end_waits_for_no_prefect(
     key: str, prefect_api: PrefectServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(module, "CLOSE_WITHIN", 0.5)
-    await asyncio.to_thread(drain)
-    with Proxy(prefect_api.port) as proxy, environment({"PREFECT_API_URL": f"{proxy.url}/api"}):
-        forwarder = Forwarder()
+    async with asyncio.timeout(30), behind_a_proxy(prefect_api) as (proxy, forwarder):
         forwarder.put(event_about(f"{key}/before"))
         await events_of(f"{key}/before")
         proxy.cut()
         forwarder.put(event_about(key))
         forwarder.put(question_of(key))
         await asyncio.wait_for(forwarder.aclose(), 10)
-    assert forwarder.has_unsent_events
+        assert forwarder.has_unsent_events
     assert "did not take all events" in caplog.text
     assert "1 questions. Answer them" in caplog.text

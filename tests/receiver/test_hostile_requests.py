@@ -7,7 +7,6 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -24,12 +23,12 @@ REQUESTS = 10_000
 AT_ONCE = 32
 MIB = 1024 * 1024
 KINDS = ("task", "step", "crew", "human_input", "stream")
-Hostile = Callable[[random.Random], tuple[bytes, ...]]
+Hostile, Urls = Callable[[random.Random], tuple[bytes, ...]], Callable[..., Webhooks]
 
 
-def hostile_requests(urls: Callable[..., Webhooks]) -> dict[str, Hostile]:
+def hostile_requests(urls: Urls) -> dict[str, Hostile]:
     """Return what makes each kind of them; none may become an event."""
-    good, stale, forged = urls(), urls(expires=datetime.now(UTC) - timedelta(days=1)), urls("another/run")
+    good, stale, forged = urls(), urls(days=-1), urls("another/run")
     bodies = {kind: json.dumps(next(BODIES[one] for one in BODIES if one.startswith(kind))).encode() for kind in KINDS}
 
     def path(hooks: Webhooks, kind: str) -> str:
@@ -79,9 +78,7 @@ def resident(process: Process) -> float:
     raise AssertionError("the process has ended")
 
 
-async def test_none_of_ten_thousand_hostile_requests_does_anything(
-    receiver_process: tuple[Process, int], urls: Callable[..., Webhooks], notes: list[str]
-):
+async def test_hostile_requests_do_nothing(receiver_process: tuple[Process, int], urls: Urls, notes: list[str]):
     process, port = receiver_process
     rng = random.Random(20260501)
     kinds = hostile_requests(lambda *key, **facts: urls(*(key or ("hostile/run",)), **facts))
@@ -114,16 +111,8 @@ async def test_none_of_ten_thousand_hostile_requests_does_anything(
     assert "Traceback" not in process.output, process.tail()
     assert ready["received"] == answers["replayed"].total() + 1, "those that were genuine, and no other"
     assert after - before < 15, f"{before:.0f} MiB grew to {after:.0f}"
-    allowed = {
-        "replayed": {200},
-        "oversize": {413, None},
-        "chunked": {413, None},
-        "deep": {400},
-        "no-body-of-ours": {400},
-        "cut-off": {None},
-        "garbage": {400, None},
-        "head": {400, 404, 431, None},
-    }
+    allowed = {"replayed": {200}, "oversize": {413, None}, "chunked": {413, None}, "deep": {400}, "cut-off": {None}}
+    allowed |= {"no-body-of-ours": {400}, "garbage": {400, None}, "head": {400, 404, 431, None}}
     for name, seen in answers.items():
         assert set(seen) <= allowed.get(name, {404}), f"{name}: {seen}"
     assert len(await events_of("hostile/run")) == 1

@@ -55,7 +55,7 @@ async def test_a_head_that_does_not_come_is_not_waited_for(parts: list[bytes], p
     assert time.monotonic() - started < 20, "it is closed before the answer is given up"
 
 
-async def test_the_next_head_on_a_connection_has_its_time_as_well(port: int, urls: Urls, kept: Kept):
+async def test_the_next_head_has_its_time_as_well(port: int, urls: Urls, kept: Kept):
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for number in range(2):
         writer.write(raw(urls, attempt=number + 1).replace(b"Connection: close\r\n", b""))
@@ -78,9 +78,7 @@ async def test_the_next_head_on_a_connection_has_its_time_as_well(port: int, url
         pytest.param(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", id="no-chunk"),
     ],
 )
-async def test_what_is_no_http_harms_nothing_and_half_a_body_is_not_waited_for(
-    garbage: bytes, port: int, urls: Urls, kept: Kept
-):
+async def test_no_http_and_half_a_body_harm_nothing(garbage: bytes, port: int, urls: Urls, kept: Kept):
     assert await exchange(port, garbage) in (None, 400, 404)
     assert await exchange(port, raw(urls)[:-10]) == 408
     assert kept.events == []
@@ -108,9 +106,7 @@ async def test_the_command_takes_webhooks_and_ends_on_a_signal(receiver_process:
 
 @pytest.mark.programs
 @pytest.mark.parametrize("signals", [1, 2])
-async def test_the_command_ends_soon_while_prefect_is_away(
-    prefect_api: PrefectServer, urls: Urls, tmp_path: Path, signals: int
-):
+async def test_the_command_ends_without_prefect(prefect_api: PrefectServer, urls: Urls, tmp_path: Path, signals: int):
     """Python's exit waits for Prefect's thread, which tries to send each event for 7 s."""
     key = f"served/{uuid.uuid4()}"
     with (
@@ -137,9 +133,7 @@ async def test_the_command_ends_soon_while_prefect_is_away(
         writer.close()
 
 
-async def test_beyond_its_limit_the_connection_that_was_idle_for_longest_is_closed(
-    port: int, monkeypatch: pytest.MonkeyPatch
-):
+async def test_beyond_a_limit_the_idlest_connection_is_closed(port: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(serve, "IDLE", 3)
     monkeypatch.setattr(serve, "HEAD_TIMEOUT", 60.0)
     opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
@@ -155,9 +149,7 @@ async def test_beyond_its_limit_the_connection_that_was_idle_for_longest_is_clos
         writer.transport.abort()
 
 
-async def test_a_large_body_is_parsed_apart_from_the_event_loop(
-    port: int, urls: Urls, kept: Kept, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_large_body_is_parsed_in_a_thread(port: int, urls: Urls, kept: Kept, monkeypatch: pytest.MonkeyPatch):
     on_loop, parse = list[bool](), receiver_app.read_events
 
     def seen(*given: Any, **facts: Any) -> object:
