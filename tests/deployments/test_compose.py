@@ -84,8 +84,6 @@ def test_prefect_knows_each_setting(name: str):
     assert set(SERVICES[name]["environment"]) - known - no_settings == set()
 
 
-# What the containers run
-
 AUTH = "crew:only-for-this-test"
 VALUES = {
     "POSTGRES_PASSWORD": "unused",

@@ -1,6 +1,4 @@
-"""Processes that are killed, and how their flow runs go on: unattended under a worker, or on another one where the
-worker dies as well; by hand where a flow is served.
-"""
+"""How flow runs go on whose processes are killed: by a worker, by another one, or by hand where a flow is served."""
 
 from __future__ import annotations
 
@@ -69,9 +67,7 @@ def recoveries(site: Site, flow_run_id: str) -> list[dict[str, Any]]:
     return [run for run in site.seen.flow_runs("recover") if run["parameters"].get("flow_run_id") == flow_run_id]
 
 
-def test_a_run_killed_under_a_worker_goes_on_unattended_and_a_failed_one_does_not(
-    site: Site, worker: Worker, notes: list[str]
-):
+def test_a_killed_run_goes_on_and_a_failed_one_does_not(site: Site, worker: Worker, notes: list[str]):
     broken = site.add_crew("broken", BROKEN)
     failed = site.start("one-crew/daily", {"crew": "broken", "inputs": {"topic": "tea"}})
     assert wait_for_state(site.seen, failed)["state_type"] == "FAILED"
@@ -96,9 +92,7 @@ def test_a_run_killed_under_a_worker_goes_on_unattended_and_a_failed_one_does_no
     assert broken.kickoffs == 1
 
 
-def test_a_flow_that_kills_its_process_each_time_is_given_up_after_its_attempts(
-    site: Site, worker: Worker, tmp_path: Path
-):
+def test_a_flow_that_kills_its_process_is_given_up(site: Site, worker: Worker, tmp_path: Path):
     (tmp_path / "suicidal.py").write_text(SUICIDAL)
     (tmp_path / "prefect.yaml").write_text(DEPLOY_SUICIDAL.replace("FOLDER", str(tmp_path)))
     command("prefect", "--no-prompt", "deploy", "--all", env=site.env, cwd=tmp_path)
@@ -118,9 +112,8 @@ def test_a_run_killed_where_a_flow_is_served_goes_on_when_it_is_retried(site: Si
     flow = ROOT / "flows" / "one_crew.py"
     with Process([sys.executable, flow], log=tmp_path / "log", env=site.env, cwd=ROOT) as process:
         process.wait_for("served")
-        run_id = site.start(
-            "one-crew/served", {"crew": "slow", "inputs": {"topic": "coffee"}, "idempotency_key": "killed"}
-        )
+        parameters = {"crew": "slow", "inputs": {"topic": "coffee"}, "idempotency_key": "killed"}
+        run_id = site.start("one-crew/served", parameters)
         wait_for_polls(crew)
         killed = kill_flow(process, run_id)
         asked = crew.requests["status"]
@@ -128,9 +121,7 @@ def test_a_run_killed_where_a_flow_is_served_goes_on_when_it_is_retried(site: Si
         seen = time.monotonic() - killed
         site.run("prefect", "flow-run", "retry", run_id)
         again = wait_for_next_poll(crew, asked) - killed
-        notes.append(
-            f"served, flow process killed: Crashed after {seen:.1f} s, retried, waited for after {again:.1f} s"
-        )
+        notes.append(f"served, flow process killed: Crashed after {seen:.1f} s, waited for again after {again:.1f} s")
         run = wait_for_state(site.seen, run_id)
         site.call("DELETE", f"/deployments/{run['deployment_id']}")
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
@@ -175,9 +166,7 @@ tasks: [{name: draft, seconds: 30, output: "# {{ topic }}\\n{{ notes }}"}]
 """
 
 
-def test_a_pipeline_whose_worker_dies_ends_on_the_other_one_and_nothing_is_started_twice(
-    tmp_path: Path, postgres: Postgres, notes: list[str]
-):
+def test_a_pipeline_ends_on_the_other_worker(tmp_path: Path, postgres: Postgres, notes: list[str]):
     """On PostgreSQL. Heartbeats stop, an automation calls that a crash, another one has the run begun again."""
     url = postgres.create_database("site")
     with PrefectServer(tmp_path, database_url=url) as server, Site(server, tmp_path) as site:

@@ -27,9 +27,7 @@ tasks: [{name: write, output: x}]
 
 
 @pytest.mark.parametrize("ui", ["v1", "v2"])
-def test_it_asks_for_each_input(
-    prefect_api: PrefectServer, chromium: Chromium, ui: Literal["v1", "v2"], tmp_path: Path
-):
+def test_it_asks_for_inputs(prefect_api: PrefectServer, chromium: Chromium, ui: Literal["v1", "v2"], tmp_path: Path):
     name = f"report-{uuid.uuid4().hex[:8]}"
     with CrewServer(CREW, response_format="live") as server:
         block: Any = server.crew(secret_inputs=["login"])
