@@ -28,7 +28,6 @@ from prefect_crew.batches.ownership import BatchLock, binding_name, check_bound,
 from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError, LedgerError
-from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, topics
 
 
@@ -231,8 +230,8 @@ async def test_a_dying_call_locks_nobody_out(
         assert (report.completed, server.kickoffs) == (6, 6)
 
 
-async def test_a_new_ledger_in_a_file_is_refused_next_to_another_worker(batch: Batches, crew_server: CrewServerFactory):
-    server, pool, names = crew_server(ECHO), f"crews-{uuid.uuid4().hex[:8]}", [uuid.uuid4().hex for _ in range(2)]
+async def test_a_new_ledger_in_a_file_is_refused_next_to_another_worker(batch: Batches, server: CrewServer):
+    pool, names = f"crews-{uuid.uuid4().hex[:8]}", [uuid.uuid4().hex for _ in range(2)]
     held_flow_run.set(HeldFlowRun(cast("Any", None), cast("Any", None), pool, "one"))
     async with get_client() as client:
         await client.create_work_pool(WorkPoolCreate(name=pool, type="crew"))
