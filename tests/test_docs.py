@@ -1,8 +1,9 @@
 """README.md, docs/ and examples/README.md are true: their code is run, as CONTRIBUTING.md says.
 
 A page is done from top to bottom as a reader would do it: in one folder (a copy of the clone, so that its examples can
-be named), one terminal and one Python, against a Prefect server of its own. A page `after` another one is done right
-after it, with the same folder and Prefect server, a new terminal and a new Python, while all that was started runs on.
+be named), one terminal and one Python, against a Prefect server that holds nothing yet. A page `after` another one is
+done right after it, with the same folder and what that server holds by then, a new terminal and a new Python, while all
+that was started runs on.
 Links are checked too. One page, with those after it: pytest tests/test_docs.py -k batches
 """
 
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tomllib
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -52,27 +53,33 @@ def _groups() -> list[object]:
     ]
 
 
+@pytest.fixture(scope="session")
+def server_of_pages(tmp_path_factory: pytest.TempPathFactory, prefect_template: Path | None) -> Iterator[PrefectServer]:
+    """The pages' own server, not started yet: their blocks, keys and deployments must not meet those of other tests."""
+    server = PrefectServer(tmp_path_factory.mktemp("pages"), template=prefect_template)
+    yield server
+    server.stop()
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("pages", _groups())
-def test_pages_are_true(pages: list[Page], tmp_path: Path, prefect_template: Path | None):
+def test_pages_are_true(pages: list[Page], tmp_path: Path, server_of_pages: PrefectServer):
     if any(page.words.get("needs") == "crewai" for page in pages) and importlib.util.find_spec("crewai") is None:
         pytest.skip("needs the extra `crewai`")
     folder, home = tmp_path / "clone", tmp_path / "prefect-home"
     home.mkdir()
     copy_clone(folder)
-    # Of the pages' own: their idempotency keys, blocks and deployments must not meet those of others.
-    server = PrefectServer(tmp_path / "prefect", template=prefect_template)
+    if server_of_pages.running:
+        server_of_pages.begin_anew()
     with contextlib.ExitStack() as running:
 
         def environment() -> Mapping[str, str]:
-            if not server.running:  # only for a page that runs something
-                running.enter_context(server)
-            return server.env(home=home)
+            return server_of_pages.start().env(home=home)  # only for a page that runs something
 
         def start_crew(name: str, spec: str, speed: float) -> tuple[str, str]:
             environment()
             crew = running.enter_context(prefect_crew.devserver.CrewServer(spec, speed=speed))
-            with connected(server, home):
+            with connected(server_of_pages, home):
                 crew.crew().save(name, overwrite=True)
             return crew.url, crew.token
 

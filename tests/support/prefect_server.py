@@ -139,6 +139,18 @@ class PrefectServer:
         with closing(sqlite3.connect(self.database, timeout=30.0)) as database, database:
             database.execute("DELETE FROM variable")
 
+    def begin_anew(self) -> None:
+        """Delete from a server on SQLite all but the types of blocks, as if it had just been started."""
+        assert self.database is not None
+        with httpx.Client(base_url=self.api_url, timeout=30.0, trust_env=False) as client:
+            for automation in client.post("/automations/filter", json={}).raise_for_status().json():
+                client.delete(f"/automations/{automation['id']}").raise_for_status()  # in memory too
+        with closing(sqlite3.connect(self.database, timeout=30.0)) as database, database:
+            tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            for table in tables:
+                if not table.startswith(("alembic", "block_type", "block_schema")):
+                    database.execute(f'DELETE FROM "{table}"')
+
     def stop(self) -> None:
         """End it: SIGTERM, SIGKILL ten seconds later, and surely gone afterwards. Harmless if it does not run."""
         if self._process is not None:
