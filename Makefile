@@ -20,6 +20,8 @@ ARGS ?=
 # Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once.
 AT_ONCE = -n $(WORKERS) --dist worksteal
 SEEDED = $(if $(SEED),--seed $(SEED))
+SAMPLED = --sample $(SAMPLE) $(SEEDED) --ignore tests/deployments/test_installed_wheel.py \
+    --deselect "tests/test_benchmarks.py::test_every_part_measures_what_its_goals_are_about[all]"
 
 # 3.14 comes last since CrewAI does not install on it: the tests of real crews would be skipped.
 PYTHONS = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python3.14)
@@ -29,9 +31,9 @@ SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info
 unexport PYTHONDONTWRITEBYTECODE
 
 # What a change has to pass. `.ci/run` and .github/workflows/checks.yml read this list and run `make` for each of it.
-SESSIONS = lint docs test proofs programs wheel-smoke oldest sample
+SESSIONS = lint docs wheel-smoke coverage oldest
 
-.PHONY: help sessions demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
+.PHONY: help sessions environment demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +42,9 @@ help:
 
 sessions:
 	@echo $(SESSIONS)
+
+# What sessions that run at the same time share.
+environment: $(VENV)/.lint $(VENV)/.docs
 
 # Running
 
@@ -65,8 +70,7 @@ prove: test programs proofs
 
 # SAMPLE of the slow tests, always the same with one SEED.
 sample: $(VENV)/.tests
-	$(BIN)/python -m pytest $(AT_ONCE) -m slow --sample $(SAMPLE) $(SEEDED) \
-	    --ignore tests/deployments/test_installed_wheel.py --ignore tests/test_benchmarks.py $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m slow $(SAMPLED) $(ARGS)
 
 # The wheel alone in a fresh environment: the demo, and a project that init wrote. WHEEL_PYTHON=3.12 chooses its Python.
 wheel-smoke: $(VENV)/.tests
@@ -81,10 +85,13 @@ mutate: $(VENV)/.tests
 bench: $(VENV)/.tests
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
-# `coverage run`, not a plugin: pytest imports parts of the package, through its own plugin, before any other begins.
+# All that test, programs, proofs and sample run, in one go, and whether they reach enough lines. `coverage run`, not a
+# plugin: pytest imports parts of the package, through its own plugin, before any other begins. Four at once: more of
+# these wait.
+coverage: WORKERS = 4
 coverage: $(VENV)/.tests
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not slow" $(ARGS)
+	$(BIN)/coverage run -m pytest $(AT_ONCE) $(SAMPLED) $(ARGS) tests
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -174,17 +181,17 @@ oldest:
 	fi
 
 # The tests of what talks to Prefect: of the modules that import it, and of flows as a user writes them. The command line
-# has its two commands that need most of Prefect here.
-TOUCHES_PREFECT = $(foreach name,_internal artifacts flows $(addprefix records/,budgets keys owners prune store) \
-    $(addprefix runs/,limits run stop reviews/answer reviews/form) pipelines/run batches/run receiver/end_to_end \
+# has its two commands that need most of Prefect here. The first case of each test, and by night (NIGHTLY) all of them.
+TOUCHES_PREFECT = $(foreach name,_internal $(addprefix artifacts/,events run telemetry) flows \
+    $(addprefix records/,budgets keys owners prune store) $(addprefix runs/,limits run stop reviews/answer reviews/form) pipelines/run batches/run receiver/end_to_end \
     receiver/forward automations blocks crew deployments flows prefect_away settings tasks testing worker \
     worker_conformance,$(wildcard tests/$(name) tests/$(dir $(name))test_$(notdir $(name)).py))
 
 .PHONY: oldest-tests
 oldest-tests: $(OLDEST_VENV)/.tests
 	$(OLDEST_VENV)/bin/python -m pytest $(AT_ONCE) \
-	    -m "not slow and not proofs and not crewai and not browser and not postgres" $(TOUCHES_PREFECT) \
-	    tests/cli/test_run.py tests/cli/test_deploy.py $(ARGS)
+	    -m "not slow and not proofs and not crewai and not browser and not postgres" $(if $(NIGHTLY),,--first-cases) \
+	    $(TOUCHES_PREFECT) tests/cli/test_run.py tests/cli/test_deploy.py $(ARGS)
 
 $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	@echo "Building $(OLDEST_VENV) with $$($(OLDEST_PYTHON) --version) and $$(grep '^prefect==' constraints-oldest.txt) …"

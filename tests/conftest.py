@@ -50,6 +50,9 @@ os.environ[MARK] = ",".join(filter(None, (os.environ.get(MARK), SESSION)))
 if "prefect" in sys.modules:  # imported by a pytest plugin, with the settings of whoever runs the tests
     sys.modules["prefect.context"].refresh_global_settings_context()
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # `make coverage` measures this process, and none that a test starts
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+
 # Two shared cores make any deadline a coin toss.
 # And a gate gives the same answer twice: what is random runs each night.
 hypothesis.settings.register_profile(
@@ -88,21 +91,25 @@ _SAMPLE = pytest.StashKey[tuple[int, int]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     option = parser.getgroup("prefect-crew").addoption
-    option("--sample", type=int, metavar="N", help="of the selected tests, run N that the seed chooses")
+    option("--sample", type=int, metavar="N", help="of the slow tests, run N that the seed chooses, before all others")
     option("--seed", type=int, metavar="S", default=1, help="the seed of that choice, and of random worlds (1)")
+    option("--first-cases", action="store_true", help="of each test with parameters, run the first case")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have had their say
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept = items[:]
     size: int | None = config.getoption("sample")
-    if size is None:
-        return
-    # Sorted, so that a seed means the same tests whatever the order of collection is.
-    candidates = sorted(items, key=lambda item: item.nodeid)
-    chosen = set(random.Random(config.getoption("seed")).sample(candidates, min(size, len(candidates))))
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = [item for item in items if item in chosen]
-    config.stash[_SAMPLE] = (len(items), len(candidates))
+    if size is not None:
+        # Sorted, so that a seed means the same tests whatever the order of collection is.
+        slow = sorted((item for item in items if item.get_closest_marker("slow")), key=lambda item: item.nodeid)
+        chosen = set(random.Random(config.getoption("seed")).sample(slow, min(size, len(slow))))
+        kept = [item for item in items if item in chosen] + [item for item in items if item not in {*slow}]
+        config.stash[_SAMPLE] = (len(chosen), len(slow))
+    if config.getoption("first_cases"):
+        kept = [*{item.nodeid.partition("[")[0]: item for item in reversed(kept)}.values()][::-1]
+    config.hook.pytest_deselected(items=[*{*items} - {*kept}])
+    items[:] = kept
 
 
 PROGRAMS = (
@@ -142,7 +149,7 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
         return None
     kept, total = config.stash[_SAMPLE]
     size, seed = config.getoption("sample"), config.getoption("seed")
-    return f"sample: {kept} of {total} tests; the same again: --sample {size} --seed {seed}"
+    return f"sample: {kept} of {total} slow tests; the same again: --sample {size} --seed {seed}"
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-xdist has ended its workers, which bear the mark as well
