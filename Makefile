@@ -1,7 +1,7 @@
 # A bare machine needs python3 (3.11 to 3.14, with venv), git, make and the package registries; the rest is built here.
 #
 #   make demo        a crew through Prefect, on this machine, without an account
-#   make test        the tests, but for the slow ones, those of whole programs, and the proofs (as plain pytest does)
+#   make test        the quick tests: what each part does, and single runs on a Prefect server (as plain pytest does)
 #
 # Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest,
 # WORKERS=0 to run the tests one after the other, SEED=7 for another choice of slow tests and other random worlds.
@@ -38,7 +38,7 @@ SESSIONS = lint docs wheel-smoke coverage oldest
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests of whole programs), proofs (of what is promised), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, docs (the site), audit, dist, constraints, clean."
+	@echo "Also: programs (tests that take much CPU time), proofs (of what is promised), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, docs (the site), audit, dist, constraints, clean."
 
 sessions:
 	@echo $(SESSIONS)
@@ -54,9 +54,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
 
-# Those that start whole programs: the pages of the documentation, deployments, workers, scripts that are killed, CrewAI.
+# Those that take much CPU time. They start whole programs: the pages of the documentation, deployments, workers, scripts
+# that are killed, CrewAI. Or they run batches, pipelines, reviews, budgets and commands on a Prefect server.
 programs: $(VENV)/.tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "programs and not slow" $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m "(programs or heavy) and not slow" $(ARGS)
 
 # That a run is started at most once, is not lost, and shows no secret: for every change of starting, waiting or records.
 proofs: $(VENV)/.tests

@@ -64,7 +64,7 @@ hypothesis.settings.load_profile("prefect-crew")
 # The run
 
 
-QUICK = "not slow and not programs and not proofs"
+QUICK = "not slow and not programs and not heavy and not proofs"
 """What plain `pytest` runs. Naming a file or a test runs all of it; `-m` says what else is meant."""
 
 
@@ -127,6 +127,20 @@ PROGRAMS = (
 """Tests that mostly start programs: pages of the documentation, deployments, workers, the command line, CrewAI. There
 are few, and they take more CPU time than all others."""
 
+HEAVY = (
+    "artifacts/test_telemetry.py",
+    "batches/",
+    "cli/",
+    "pipelines/",
+    "receiver/",
+    "records/test_budgets.py",
+    "records/test_owners.py",
+    "records/test_prune.py",
+    "runs/reviews/",
+    "runs/test_limits.py",
+)
+"""Of these, the tests on a Prefect server or on PostgreSQL take two thirds of the CPU time of what starts no program."""
+
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     path, fixtures = item.path.relative_to(TESTS).as_posix(), getattr(item, "fixturenames", ())
@@ -134,8 +148,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("proofs")
     elif path.startswith(PROGRAMS) or "alone" in fixtures:
         item.add_marker("programs")
-    if item.get_closest_marker("crewai"):
-        item.add_marker(pytest.mark.xdist_group("crewai"))  # whose import takes ten seconds in each process
+    elif path.startswith(HEAVY) and {"prefect_server", "postgres"} & {*fixtures}:
+        item.add_marker("heavy")
     if "postgres" in fixtures:
         item.add_marker("postgres")
     if "chromium" in fixtures:

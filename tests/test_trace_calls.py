@@ -17,6 +17,7 @@ a caller that waits for its turn close a run."""
 MOST_TASKS = 3
 
 
+@pytest.mark.programs
 @pytest.mark.usefixtures("prefect_api")
 def test_a_run_enters_no_more_functions_and_makes_no_more_asyncio_tasks(tmp_path: Path):
     # A process of its own, since the tests before this one leave state that a run of this process would pass through.
