@@ -230,15 +230,15 @@ async def test_a_dying_call_locks_nobody_out(
         assert (report.completed, server.kickoffs) == (6, 6)
 
 
-async def test_a_new_ledger_in_a_file_is_refused_next_to_another_worker(batch: Batches, server: CrewServer):
+async def test_a_new_ledger_in_a_file_is_refused_next_to_another_worker(batch: Batches, echo: CrewServer):
     pool, names = f"crews-{uuid.uuid4().hex[:8]}", [uuid.uuid4().hex for _ in range(2)]
     held_flow_run.set(HeldFlowRun(cast("Any", None), cast("Any", None), pool, "one"))
     async with get_client() as client:
         await client.create_work_pool(WorkPoolCreate(name=pool, type="crew"))
         await client.send_worker_heartbeat(pool, "one", heartbeat_interval_seconds=300)
-        await batch(server.crew(), topics(1), name=names[0])
+        await batch(echo.crew(), topics(1), name=names[0])
         await client.send_worker_heartbeat(pool, "two", heartbeat_interval_seconds=300)
     with pytest.raises(ConfigurationError, match=f"pool {pool} has a second worker, two, which could not continue"):
-        await batch(server.crew(), topics(1), name=names[1], export=str(batch.folder / "other.jsonl"))
-    assert (await batch(server.crew(), topics(1), name=names[0])).completed == 1, "it has found its ledger"
-    assert server.kickoffs == 1
+        await batch(echo.crew(), topics(1), name=names[1], export=str(batch.folder / "other.jsonl"))
+    assert (await batch(echo.crew(), topics(1), name=names[0])).completed == 1, "it has found its ledger"
+    assert echo.kickoffs == 1
