@@ -19,6 +19,7 @@ ARGS ?=
 
 # Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once.
 AT_ONCE = -n $(WORKERS) --dist worksteal
+PYTEST = $(BIN)/$(if $(COVERED),coverage run -m,python -m) pytest $(AT_ONCE)
 SEEDED = $(if $(SEED),--seed $(SEED))
 SAMPLED = --sample $(SAMPLE) $(SEEDED) --ignore tests/deployments/test_installed_wheel.py \
     --deselect "tests/test_benchmarks.py::test_every_part_measures_what_its_goals_are_about[all]"
@@ -33,12 +34,12 @@ unexport PYTHONDONTWRITEBYTECODE
 # What a change has to pass. `.ci/run` and .github/workflows/checks.yml read this list and run `make` for each of it.
 SESSIONS = lint docs wheel-smoke coverage oldest
 
-.PHONY: help sessions environment demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
+.PHONY: help sessions environment demo test rest programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests that take much CPU time), proofs (of what is promised), prove (all tests), sample (some of the slow ones), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, docs (the site), audit, dist, constraints, clean."
+	@echo "Also: programs (tests that take much CPU time), proofs (of what is promised), sample (some of the slow ones), rest (these three), prove (all tests), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, docs (the site), audit, dist, constraints, clean."
 
 sessions:
 	@echo $(SESSIONS)
@@ -52,7 +53,11 @@ demo: $(VENV)/.core
 	@exec $(BIN)/prefect-crew demo $(ARGS)
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# The tests that `make test` leaves out: programs, proofs and sample, in one go.
+rest: $(VENV)/.tests
+	$(PYTEST) -m "programs or heavy or proofs or slow" $(SAMPLED) $(ARGS)
 
 # Those that take much CPU time. They start whole programs: the pages of the documentation, deployments, workers, scripts
 # that are killed, CrewAI. Or they run batches, pipelines, reviews, budgets and commands on a Prefect server.
@@ -86,13 +91,11 @@ mutate: $(VENV)/.tests
 bench: $(VENV)/.tests
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
-# All that test, programs, proofs and sample run, in one go, and whether they reach enough lines. `coverage run`, not a
-# plugin: pytest imports parts of the package, through its own plugin, before any other begins. Four at once: more of
-# these wait.
-coverage: WORKERS = 4
+# `make test` and `make rest`, and whether they reach enough lines. `coverage run`, not a plugin: pytest imports parts of
+# the package, through its own plugin, before any other begins. Four at once: most of the rest waits.
 coverage: $(VENV)/.tests
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(AT_ONCE) $(SAMPLED) $(ARGS) tests
+	$(MAKE) --no-print-directory --keep-going test rest COVERED=1 WORKERS=4
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -139,7 +139,7 @@ HEAVY = (
     "runs/reviews/",
     "runs/test_limits.py",
 )
-"""Of these, the tests on a Prefect server or on PostgreSQL take two thirds of the CPU time of what starts no program."""
+"""Of these, tests on a Prefect server or PostgreSQL take two thirds of the CPU time of all that starts no program."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
