@@ -26,7 +26,6 @@ from prefect_crew.client.models import CrewStatus
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import RunRecord, claim_of
 from prefect_crew.settings import CrewSettings
-from prefect_crew.states import CrewState
 from prefect_crew.webhooks import ASKED, is_prefect_cloud, latest_webhooks_of, run_name
 
 KEPT = 300.0  # seconds for which a webhook is remembered for a waiter that begins to wait after it
@@ -35,7 +34,6 @@ AWAY = (1.0, 2.0, 5.0)
 """Seconds before the receiver is asked again, after each failure in a row; the last one for all further failures."""
 ANSWER_WITHIN = 30.0  # seconds for an answer of the receiver, which holds it back for ten while there is nothing to say
 TOKENS_WITHIN = 1.0  # seconds for the receiver's answer about the tokens of one run
-LATE = 0.5  # seconds by which a webhook may come after the status that shows a completed run, and its tokens count
 Question = tuple[int, int]  # the attempt at the idempotency key, and how many answers of people came before, modulo 256
 
 
@@ -50,13 +48,11 @@ class Waker:
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
         self._asked: set[Question] = set()
-        self._has_heard_end = False
 
     def wake(self, question: Question | None = None) -> None:
         """Report a webhook, from any thread. `question`: the question that the webhook brings, if any."""
         if question is not None:
             self._asked.add(question)
-        self._has_heard_end |= question is None
         with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
             self._loop.call_soon_threadsafe(self._event.set)
 
@@ -71,9 +67,6 @@ class Waker:
         """Return the status of an ended run. If it has no tokens, it gets those that webhooks have reported so far."""
         if status.usage is not None and not self._calls:
             return status
-        is_early = status.state is CrewState.COMPLETED and status.usage is None and not self._has_heard_end
-        if is_early and self._hub.receiver is not None:
-            await self.pause(LATE)
         reported = await self._hub.tokens(self._run)
         counted = {model: tokens_of(counts) for model, counts in as_object(reported.get("models")).items()}
         models = {model: tokens for model, tokens in counted.items() if tokens}
@@ -130,7 +123,7 @@ class _Hub:
         self._thread: threading.Thread | None = None
         self._runs: OrderedDict[str, _Run] = OrderedDict()
         self._heard: OrderedDict[str, None] = OrderedDict()
-        self.receiver: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient, str] | None = None  # if it answers
+        self._receiver: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient, str] | None = None  # if it answers
         self._trouble: str | None = None
         self._warned: set[str | None] = set()
 
@@ -178,9 +171,9 @@ class _Hub:
 
     async def tokens(self, run: str) -> Mapping[str, Any]:
         """Return the tokens of a run as the receiver has counted them; nothing if it does not answer."""
-        if self.receiver is None:
+        if self._receiver is None:
             return {}
-        loop, client, url = self.receiver
+        loop, client, url = self._receiver
         try:
             asking = asyncio.run_coroutine_threadsafe(_ask(client, url, "models", dict, run=run), loop)
             return await asyncio.wait_for(asyncio.wrap_future(asking), TOKENS_WITHIN)
@@ -206,13 +199,13 @@ class _Hub:
                 try:
                     body = await _ask(client, url, "cursor", str, after=cursor)
                 except _ReceiverError as error:
-                    self.receiver, failures = None, failures + 1
+                    self._receiver, failures = None, failures + 1
                     if failures > 1:  # a receiver that is started again is back by then
                         self._trouble = f"The webhook receiver {error}."
                     await asyncio.sleep(AWAY[min(failures, len(AWAY)) - 1])
                     continue
                 cursor, failures = body["cursor"], 0
-                self.receiver, self._trouble = (asyncio.get_running_loop(), client, url), None
+                self._receiver, self._trouble = (asyncio.get_running_loop(), client, url), None
                 self._warned.clear()
                 for webhook in as_list(body.get("webhooks")):
                     self._hear(as_object(webhook))
