@@ -25,7 +25,7 @@ from pydantic import SecretStr
 from prefect_crew.client._transport import checked_url
 from prefect_crew.client.webhooks import LLM_CALL, RUN_ENDS, BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.model import RunRecord, claim_of, digest, utcnow
+from prefect_crew.records.model import RunRecord, claim_of, utcnow
 from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ COMPLETED = "crew.webhook.crew"
 WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS))
 """The events about webhooks that end a pause: an end, a wait for a person. Tasks and steps do not: each would cost a
 status call."""
-CALLED, CREW_ENDED = f"crew.webhook.stream.{LLM_CALL}", "crew.webhook.stream.crew_kickoff_completed"
-REPORTED = frozenset(WAKING) - {CREW_ENDED}
+CALLED = f"crew.webhook.stream.{LLM_CALL}"
+REPORTED = frozenset(WAKING) - {"crew.webhook.stream.crew_kickoff_completed"}
 """Webhooks that become Prefect events. A crew that completed is reported by its crew webhook; the stream says it once
 more, and of each crew of a Flow."""
 CLOUD = "api.prefect.cloud"
@@ -158,11 +158,6 @@ def hook_urls(base_url: str, secret: SecretStr | str, run: Hook, stream_events: 
     plain = {kind: signed(kind)["url"] for kind in ("task", "step", "crew")}
     stream = {**signed("stream"), "events": list(stream_events), "realtime": True}
     return Webhooks.model_validate({**plain, "human_input": signed("human_input"), "stream": stream})
-
-
-def run_name(idempotency_key: str, attempt: int | None, claim: str | None) -> str:
-    """Return the name by which a process that waits asks the receiver for the tokens of a run; `claim` as in `Hook`."""
-    return digest(f"{claim} {attempt} {idempotency_key}")
 
 
 def latest_webhooks_of(settings: CrewSettings) -> tuple[str, str] | None:

@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import islice
 from uuid import uuid4
@@ -499,12 +499,13 @@ class Runner:
     async def _poll(self, job: RowJob, record: RunRecord, *, first_look: bool) -> None:
         """Wait until a run has ended, and write its end. `first_look`: poll at once. Raises the errors of `poll`."""
         kickoff_id, phases = str(record.kickoff_id), Phases.of(record)
+        crew = self.session.crew
         # A row that was started with other secrets may repeat them, and nobody knows them here.
-        mark = secret_mark(self.session.crew.token.get_secret_value(), job.inputs.encoded, job.inputs.secret_names)
+        mark = secret_mark(crew.token.get_secret_value(), job.inputs.encoded, job.inputs.secret_names)
         is_found, request = first_look and record.secret_mark != mark, self._request(job)
         run = LiveRun(self.session, kickoff_id, record, request, records=self.ledger, owned=True, is_found=is_found)
         with withholding(run.redact_text):
-            async with waker_for(record) as waker:
+            async with waker_for(record.idempotency_key, crew.url) if record.has_webhooks else nullcontext() as waker:
                 status = await poll(
                     lambda: self.session.call(lambda client: client.status(kickoff_id)),
                     kickoff_id=kickoff_id,

@@ -5,7 +5,6 @@
     GET  /answer/{token}         the page of a question, see answers.py
     POST /answer/{token}         the answer to it
     GET  /recent?after=CURSOR    200 with the webhooks since then, for processes that wait for runs; 404, 503
-    GET  /recent?run=NAME        200 with the tokens that webhooks have reported of a run; 404
     GET  /health                 200 while it runs
     GET  /ready                  200 while it takes questions, 503 else; with counters
 
@@ -109,13 +108,10 @@ class _Receiver:
         return JSONResponse(body, status_code=200 if ready else 503)
 
     async def recent(self, request: Request) -> Response:
-        """Answer a process that waits: about one run at once, else once there is a webhook or after some seconds."""
+        """Answer a process that waits for runs, once there is a webhook or after some seconds."""
         if not may_read_recent(self.secret, request.headers.get("authorization")):
             return self._answer(404, "not found")
-        if run := request.query_params.get("run"):
-            answer = self.forwarder.usage.of(run)
-        else:
-            answer = await self.forwarder.recent.after(request.query_params.get("after", ""))
+        answer = await self.forwarder.recent.after(request.query_params.get("after", ""))
         if answer is None:
             return self._answer(503, "too many processes wait here, so this one has to poll")
         return JSONResponse(answer, headers={"Cache-Control": "no-store"})

@@ -29,11 +29,10 @@ from prefect_crew.blocks import find_crew
 from prefect_crew.client.models import ReviewRequest
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.events import WebhookEvent, event_name, prefect_event
-from prefect_crew.receiver.usage import ReportedUsage
 from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_question
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.webhooks import REPORTED, WAKING
+from prefect_crew.webhooks import CALLED, REPORTED, WAKING
 
 logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
@@ -64,7 +63,7 @@ NoteName = tuple[str, int | None, int]
 
 
 class RecentWebhooks:
-    """The latest webhooks that end pauses, in the order of their arrival, for one event loop.
+    """The latest webhooks that end pauses or report tokens, in the order of their arrival, for one event loop.
 
     A cursor names the last webhook that a process has, and the start of this receiver, which no other start shares.
     """
@@ -78,9 +77,9 @@ class RecentWebhooks:
         self._is_closing = False
 
     def add(self, event: WebhookEvent) -> None:
-        """Keep a webhook that ends pauses, and answer the processes that wait. Drop any other webhook."""
+        """Keep a webhook that processes wait for, and answer the processes. Drop any other webhook."""
         name, hook = event_name(event), event.hook
-        if name not in WAKING:
+        if name not in (*WAKING, CALLED):
             return
         self._kept.append(
             {
@@ -89,6 +88,7 @@ class RecentWebhooks:
                 "idempotency_key": hook.idempotency_key,
                 "attempt": hook.attempt,
                 "round": hook.round,
+                "said": dict(event.facts),
             }
         )
         self._last += 1
@@ -151,7 +151,6 @@ class Forwarder:
                 "http://127.0.0.1:4200/api, or choose a profile that has it."
             )
         self.recent = RecentWebhooks()
-        self.usage = ReportedUsage()
         self._records = PrefectRecords()
         self._notes: dict[NoteName, WebhookEvent | ReviewRequest] = {}
         self._stored: dict[NoteName, int] = {}
@@ -180,7 +179,6 @@ class Forwarder:
             self._keep((item.kickoff_id, None, 0), item)  # a Flow waits for one answer at a time: the latest counts
             return
         hook = item.hook
-        self.usage.add(item)
         if item.output and len(item.output) <= MAX_OUTPUT and hook.attempt is not None:
             self._keep((hook.idempotency_key, hook.attempt, hook.round), item)
         else:

@@ -1,8 +1,7 @@
 """End the pauses of waits early when a webhook comes. A process has one listener for all its runs.
 
 The listener asks the receiver, which answers within milliseconds. A webhook proves nothing and may never come: it only
-brings the next status call forward. Polls go on as the policy says, so no end is seen later than without webhooks. The
-receiver also counts the tokens that webhooks report: a wait asks it once, when it has seen the end.
+brings the next status call forward. Polls go on as the policy says, so no end is seen later than without webhooks.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,39 +22,46 @@ import httpx
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS
 from prefect_crew.client._parsing import as_list, as_object, tokens_of
-from prefect_crew.client.models import CrewStatus
+from prefect_crew.client.models import CrewStatus, TokenUsage
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.model import RunRecord, claim_of
 from prefect_crew.settings import CrewSettings
-from prefect_crew.webhooks import ASKED, is_prefect_cloud, latest_webhooks_of, run_name
+from prefect_crew.states import CrewState
+from prefect_crew.webhooks import ASKED, CALLED, COMPLETED, is_prefect_cloud, latest_webhooks_of
 
 KEPT = 300.0  # seconds for which a webhook is remembered for a waiter that begins to wait after it
 MOST_KEPT = 10_000  # runs of which webhooks are remembered
 AWAY = (1.0, 2.0, 5.0)
 """Seconds before the receiver is asked again, after each failure in a row; the last one for all further failures."""
 ANSWER_WITHIN = 30.0  # seconds for an answer of the receiver, which holds it back for ten while there is nothing to say
-TOKENS_WITHIN = 1.0  # seconds for the receiver's answer about the tokens of one run
+USAGE_WITHIN = 0.5
+"""Seconds for which the end of a run waits for a webhook with its tokens, if its status has none."""
+SILENT = 600.0
+"""Seconds after a wait for tokens in vain, within which no run of the same crew waits for them."""
+_TELLING = {COMPLETED, "crew.webhook.stream.crew_kickoff_completed"}
+"""The webhooks of a completed run that may have its tokens."""
 Question = tuple[int, int]  # the attempt at the idempotency key, and how many answers of people came before, modulo 256
 
 
 class Waker:
     """Ends the pauses of one waiter, on the event loop that made it."""
 
-    def __init__(self, hub: _Hub, run: str, *, calls: bool = False) -> None:
-        """`run`: the run's name at the receiver. `calls`: whether webhooks report each call of a model."""
+    def __init__(self, hub: _Hub, idempotency_key: str, crew: str, *, calls: bool = False) -> None:
         self._hub = hub
-        self._run = run
+        self._idempotency_key = idempotency_key
+        self._crew = crew
         self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
+        self._has_ended = False
         self._asked: set[Question] = set()
 
-    def wake(self, question: Question | None = None) -> None:
+    def wake(self, question: Question | None = None, *, ends_pause: bool = True) -> None:
         """Report a webhook, from any thread. `question`: the question that the webhook brings, if any."""
         if question is not None:
             self._asked.add(question)
-        with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
-            self._loop.call_soon_threadsafe(self._event.set)
+        if ends_pause or self._has_ended:
+            with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
+                self._loop.call_soon_threadsafe(self._event.set)
 
     def has_question_after(self, attempt: int, answers: int) -> bool:
         """Return whether a webhook reported a question that came after so many answers of people in this attempt.
@@ -64,14 +71,31 @@ class Waker:
         return (attempt, answers % 256) in self._asked
 
     async def with_usage(self, status: CrewStatus) -> CrewStatus:
-        """Return the status of an ended run. If it has no tokens, it gets those that webhooks have reported so far."""
-        if status.usage is not None and not self._calls:
+        """Return the status of an ended run. If it has no tokens, it gets the tokens that webhooks reported.
+
+        If a webhook with tokens may still come, this waits for a moment.
+        """
+        if not status.state.ended:
             return status
-        reported = await self._hub.tokens(self._run)
-        counted = {model: tokens_of(counts) for model, counts in as_object(reported.get("models")).items()}
-        models = {model: tokens for model, tokens in counted.items() if tokens}
-        usage = status.usage or tokens_of(reported.get("usage"))
-        return status.model_copy(update={"usage": usage, "usage_by_model": models})
+        self._has_ended = True
+        try:
+            async with asyncio.timeout(USAGE_WITHIN):
+                while self._may_hear_more(status):
+                    await self._event.wait()
+                    self._event.clear()
+        except TimeoutError:
+            self._hub.note_silent(self._crew)
+        tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
+        return status.model_copy(update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models})
+
+    def _may_hear_more(self, status: CrewStatus) -> bool:
+        """Return whether a webhook with the tokens of an ended run may still come."""
+        tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
+        if status.usage or not self._hub.may_hear_of(self._crew):
+            return False
+        if self._calls:
+            return status.state is not CrewState.STOPPED and not tokens.has_all_calls
+        return status.state is CrewState.COMPLETED and not (tokens.usage or tokens.heard >= _TELLING)
 
     async def pause(self, seconds: float) -> bool:
         """Sleep for some seconds, or until a webhook comes. Return True for a webhook."""
@@ -86,33 +110,74 @@ class Waker:
 
 
 @dataclass
+class _Tokens:
+    """The tokens of one run in its webhooks: of the whole run, of its crews, and of each model.
+
+    The crew's own webhook has the tokens of the whole run. An event of the stream has the tokens of one crew, of which
+    a Flow may run several, or of one call of a model.
+    """
+
+    whole: TokenUsage | None = None
+    crews: TokenUsage | None = None
+    models: dict[str, TokenUsage] = field(default_factory=dict[str, TokenUsage])
+    heard: set[str] = field(default_factory=set[str])
+    """The names of the webhooks."""
+
+    @property
+    def usage(self) -> TokenUsage | None:
+        """The count with the most detail: calls distinguish prompts and completions, but some calls may be missing."""
+        whole = self.whole or self.crews
+        if whole is not None and (whole.prompt_tokens is not None or not self.has_all_calls):
+            return whole
+        return TokenUsage.sum(self.models.values())
+
+    @property
+    def has_all_calls(self) -> bool:
+        """Whether the calls of models add up to the known total."""
+        whole, called = self.whole or self.crews or TokenUsage(), TokenUsage.sum(self.models.values())
+        return called is not None and (called.total_tokens or 0) >= (whole.total_tokens or 0)
+
+    def add(self, name: str, body: Mapping[str, Any]) -> None:
+        """Add the tokens of a webhook. Call this once for each webhook."""
+        self.heard.add(name)
+        usage, model = tokens_of(body), body.get("model")
+        if name == COMPLETED:
+            self.whole = usage or self.whole
+        elif usage is not None and name != CALLED:
+            self.crews = TokenUsage.sum(filter(None, [self.crews, usage]))
+        elif usage is not None and isinstance(model, str) and (model in self.models or len(self.models) < 100):
+            total = TokenUsage.sum(filter(None, [self.models.get(model), usage]))
+            self.models[model] = total or usage
+
+
+@dataclass
 class _Run:
-    """The webhooks about the runs of one key."""
+    """The webhooks about the runs of one key. `tokens` by kickoff id."""
 
     wakers: set[Waker] = field(default_factory=set[Waker])
     notified_at: float = float("-inf")
     asked: Question | None = None
+    tokens: dict[str, _Tokens] = field(default_factory=dict[str, _Tokens])
 
 
 class _ReceiverError(Exception):
-    """The receiver did not answer as it should. The message follows the words "The webhook receiver"."""
+    """The receiver did not return its webhooks. The message follows the words "The webhook receiver"."""
 
 
-async def _ask(client: httpx.AsyncClient, url: str, field: str, kind: type, **params: str) -> Mapping[str, Any]:
-    """Return the receiver's answer, which has a field of a kind."""
+async def _ask(client: httpx.AsyncClient, url: str, cursor: str) -> dict[str, Any]:
+    """Return the receiver's answer: the webhooks after a cursor, and the cursor after them."""
     try:
-        answer = await client.get(url, params=params)
+        answer = await client.get(url, params={"after": cursor})
+        body = as_object(answer.json()) if answer.is_success else {}
     except (*HTTP_ERRORS, httpx.InvalidURL) as error:
         raise _ReceiverError(f"does not answer at {url} ({type(error).__name__})") from error
-    if not answer.is_success:
-        raise _ReceiverError(f"answers HTTP {answer.status_code} to GET {url}")
-    try:
-        body = as_object(answer.json())
     except (ValueError, RecursionError):
-        body = {}
-    if not isinstance(body.get(field), kind):
+        answer, body = None, {}
+    if answer is not None and not answer.is_success:
+        raise _ReceiverError(f"answers HTTP {answer.status_code} to GET {url}")
+    if not isinstance(body.get("cursor"), str):
         raise _ReceiverError(f"answers GET {url} with something else than webhooks")
-    return body
+    return {**body}
 
 
 class _Hub:
@@ -123,7 +188,8 @@ class _Hub:
         self._thread: threading.Thread | None = None
         self._runs: OrderedDict[str, _Run] = OrderedDict()
         self._heard: OrderedDict[str, None] = OrderedDict()
-        self._receiver: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient, str] | None = None  # if it answers
+        self._silent_until: dict[str, float] = {}  # by the address of a crew
+        self._has_receiver = False
         self._trouble: str | None = None
         self._warned: set[str | None] = set()
 
@@ -169,16 +235,18 @@ class _Hub:
             if not run.wakers:
                 del self._runs[idempotency_key]
 
-    async def tokens(self, run: str) -> Mapping[str, Any]:
-        """Return the tokens of a run as the receiver has counted them; nothing if it does not answer."""
-        if self._receiver is None:
-            return {}
-        loop, client, url = self._receiver
-        try:
-            asking = asyncio.run_coroutine_threadsafe(_ask(client, url, "models", dict, run=run), loop)
-            return await asyncio.wait_for(asyncio.wrap_future(asking), TOKENS_WITHIN)
-        except Exception:  # noqa: BLE001  the tokens are then unknown, and the end of the run is not lost
-            return {}
+    def tokens(self, idempotency_key: str, kickoff_id: str) -> _Tokens:
+        """Return the tokens of a run as far as webhooks have reported them."""
+        with self._lock:
+            return deepcopy(self._run(idempotency_key).tokens.get(kickoff_id, _Tokens()))
+
+    def may_hear_of(self, crew: str) -> bool:
+        """Return whether webhooks reach this process, and may have the tokens of a crew's runs."""
+        return self._has_receiver and time.monotonic() >= self._silent_until.get(crew, 0.0)
+
+    def note_silent(self, crew: str) -> None:
+        """Note that a wait for the tokens of a crew's run was in vain."""
+        self._silent_until[crew] = time.monotonic() + SILENT
 
     async def _listen(self) -> None:
         try:
@@ -187,6 +255,8 @@ class _Hub:
                 await self._ask_receiver(*place)
         except ConfigurationError as error:
             self._trouble = str(error)
+        finally:
+            self._has_receiver = False
 
     async def _ask_receiver(self, url: str, token: str) -> None:
         """Ask the receiver for the latest webhooks, again and again."""
@@ -197,15 +267,15 @@ class _Hub:
         ) as client:
             while True:
                 try:
-                    body = await _ask(client, url, "cursor", str, after=cursor)
+                    body = await _ask(client, url, cursor)
                 except _ReceiverError as error:
-                    self._receiver, failures = None, failures + 1
+                    self._has_receiver, failures = False, failures + 1
                     if failures > 1:  # a receiver that is started again is back by then
                         self._trouble = f"The webhook receiver {error}."
                     await asyncio.sleep(AWAY[min(failures, len(AWAY)) - 1])
                     continue
                 cursor, failures = body["cursor"], 0
-                self._receiver, self._trouble = (asyncio.get_running_loop(), client, url), None
+                self._has_receiver, self._trouble = True, None
                 self._warned.clear()
                 for webhook in as_list(body.get("webhooks")):
                     self._hear(as_object(webhook))
@@ -218,7 +288,7 @@ class _Hub:
         id_, name, idempotency_key = event.get("id"), event.get("event"), event.get("idempotency_key")
         if not (isinstance(id_, str) and isinstance(name, str) and isinstance(idempotency_key, str)):
             return
-        attempt, answers = event.get("attempt"), event.get("round")
+        body, attempt, answers = as_object(event.get("said")), event.get("attempt"), event.get("round")
         question: Question | None = None
         if name == ASKED and isinstance(attempt, int) and isinstance(answers, int):
             question = attempt, answers
@@ -228,11 +298,14 @@ class _Hub:
             self._heard[id_] = None
             if len(self._heard) > MOST_KEPT:
                 self._heard.popitem(last=False)
-            run = self._run(idempotency_key)
-            run.notified_at, run.asked = time.monotonic(), question or run.asked
+            run, kickoff_id = self._run(idempotency_key), body.get("kickoff_id")
+            if isinstance(kickoff_id, str) and (kickoff_id in run.tokens or len(run.tokens) < 100):
+                run.tokens.setdefault(kickoff_id, _Tokens()).add(name, body)
             wakers = list(run.wakers)
+            if name != CALLED:
+                run.notified_at, run.asked = time.monotonic(), question or run.asked
         for waker in wakers:
-            waker.wake(question)
+            waker.wake(question, ends_pause=name != CALLED)
 
 
 _hub = _Hub()  # Process-wide: one connection serves the waiters of all event loops.
@@ -244,17 +317,16 @@ def subscribe() -> None:
 
 
 @asynccontextmanager
-async def waker_for(record: RunRecord) -> AsyncGenerator[Waker | None]:
-    """Yield a `Waker`, by which webhooks wake a run's wait; None for a run without webhooks to a receiver of ours."""
+async def waker_for(idempotency_key: str, crew: str) -> AsyncGenerator[Waker | None]:
+    """Yield a `Waker`, by which webhooks wake a run's wait; None without a receiver of ours. `crew`: the crew's URL."""
     settings = CrewSettings()
-    if not record.has_webhooks or not settings.webhook_url or is_prefect_cloud(settings.webhook_url):
+    if not settings.webhook_url or is_prefect_cloud(settings.webhook_url):
         yield None
         return
     _hub.start()
-    key = record.idempotency_key
-    waker = Waker(_hub, run_name(key, record.attempt, claim_of(record.owner)), calls=settings.webhook_llm_calls)
-    _hub.add(key, waker)
+    waker = Waker(_hub, idempotency_key, crew, calls=settings.webhook_llm_calls)
+    _hub.add(idempotency_key, waker)
     try:
         yield waker
     finally:
-        _hub.remove(key, waker)
+        _hub.remove(idempotency_key, waker)

@@ -149,8 +149,8 @@ class _Waiter(Watcher):
         """Wait until the run has ended, and return its result."""
         run, record, ended = self.run, self.run.record, False
         async with AsyncExitStack() as stack:
-            if record is not None:
-                self.waker = await stack.enter_async_context(waker_for(record))
+            if record is not None and record.has_webhooks:
+                self.waker = await stack.enter_async_context(waker_for(record.idempotency_key, run.crew.url))
             self.meet_people()
             if run.artifact.is_new:
                 # Concurrently with the wait. If the process dies and somebody cancels the flow run, the worker finds

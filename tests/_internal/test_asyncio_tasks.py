@@ -81,7 +81,7 @@ def throttled() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
 
 
 def woken() -> tuple[Coroutine[Any, Any, None], Callable[[], None]]:
-    waker = listener.Waker(listener._Hub(), "run")
+    waker = listener.Waker(listener._Hub(), "key", "")
     return waker.pause(60), waker._event.set
 
 

@@ -14,7 +14,7 @@ import pytest
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver import forward
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.webhooks import recent_bearer, run_name
+from prefect_crew.webhooks import recent_bearer
 from support.webhooks import BODIES, SECRET, Kept, headers_of, served, until, url_of
 
 Urls = Callable[..., Webhooks]
@@ -47,19 +47,10 @@ async def test_an_answer_is_held_back_until_a_webhook_comes(client: httpx.AsyncC
     assert answers[0] == answers[1] == answers[2]
     (webhook,) = answers[0]["webhooks"]
     about = {"event": "crew.webhook.crew", "idempotency_key": "city/lisbon", "attempt": 1, "round": 0}
-    assert webhook == {**about, "id": str(kept.events[-1].id)}
+    said = {"kickoff_id": "k-1", "state": "completed", "execution_time": 9.0}
+    assert webhook == {**about, "id": str(kept.events[-1].id), "said": said}
     assert answers[0]["missed"] is False
     assert "the output" not in str(answers)
-
-
-async def test_the_tokens_of_a_run_are_answered_at_once(client: httpx.AsyncClient, urls: Urls):
-    await deliver(client, urls(), "crew-later")
-    totals: list[Any] = []
-    for attempt in (1, 2):
-        params = {"run": run_name("city/lisbon", attempt, None)}
-        assert (await client.get("/recent", params=params)).status_code == 404
-        totals.append((await client.get("/recent", params=params, headers=BEARER)).json()["usage"])
-    assert totals == [{"total_tokens": 12, "prompt_tokens": 8, "completion_tokens": 4}, None]
 
 
 async def test_whoever_has_no_cursor_of_this_start_gets_the_latest(client: httpx.AsyncClient, urls: Urls):

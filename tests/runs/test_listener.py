@@ -34,6 +34,7 @@ TASK: dict[str, Any] = {"name": "work", "agent": "A", "seconds": 1.5, "output": 
 RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
 OFTEN = WaitPolicy(initial=0.2, max_interval=0.2)
 DONE = CrewState.COMPLETED
+COMPLETED = "stream.crew_kickoff_completed"
 
 
 def script_of(task: dict[str, Any] | None = None, **values: Any) -> CrewScript:
@@ -202,27 +203,63 @@ async def test_calls_of_models_tell_what_went_in_and_out(
     assert record.cost == pytest.approx(1.04 + 1.6)
 
 
-@pytest.mark.parametrize("answer", ["500", "late", "not JSON", '{"usage": "many", "models": {"small": 1}}', "[]"])
-async def test_without_an_answer_tokens_stay_unknown(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "TOKENS_WITHIN", 0.2)
-    hub, url = _Hub(), "http://receiver.example/recent"
-    done = CrewStatus(kickoff_id="k-1", state=DONE)
+def ending(
+    type_: str, tokens: int | None, *, kickoff_id: str = "k-1", key: str = "key", **more: object
+) -> dict[str, object]:
+    """Return what the receiver makes of a webhook about the end of a run."""
+    said = {"kickoff_id": kickoff_id, **more, **({} if tokens is None else {"total_tokens": tokens})}
+    return {"id": str(uuid.uuid4()), "event": f"crew.webhook.{type_}", "idempotency_key": key, "said": said}
 
-    async def respond(_request: httpx.Request) -> httpx.Response:
-        await asyncio.sleep(5 if answer == "late" else 0)
-        return httpx.Response(500 if answer == "500" else 200, text=answer)
 
-    async with httpx.AsyncClient() as client:
-        hub._receiver = asyncio.get_running_loop(), client, url
-        with respx.mock(assert_all_mocked=False) as mock:
-            asked = mock.get(url, params={"run": "a-run"}).mock(side_effect=respond)
-            began = time.monotonic()
-            assert await Waker(hub, "a-run").with_usage(done) == done
-            assert asked.call_count == 1
-            assert time.monotonic() - began < 2
-            counted = done.model_copy(update={"usage": TokenUsage(total_tokens=1)})
-            assert await Waker(hub, "a-run").with_usage(counted) == counted
-            assert asked.call_count == 1, "the status has tokens of its own"
+async def test_the_end_waits_a_moment_for_tokens() -> None:
+    hub, done = _Hub(), CrewStatus(kickoff_id="k-1", state=DONE)
+    hub._has_receiver = True
+
+    async def seconds(
+        *events: dict[str, object], crew: str = "", calls: bool = False
+    ) -> tuple[float, TokenUsage | None]:
+        waker, started = Waker(hub, "key", crew, calls=calls), time.monotonic()
+        hub.add("key", waker)
+        for event in events:
+            asyncio.get_running_loop().call_later(0.2, hub._hear, event)
+        status = await waker.with_usage(done)
+        hub.remove("key", waker)
+        return time.monotonic() - started, status.usage
+
+    took, usage = await seconds(crew="https://silent.example")
+    assert (took >= 0.5, usage) == (True, None)
+    assert (await seconds(crew="https://silent.example"))[0] < 0.2, "it is known to be silent"
+    took, usage = await seconds(ending("crew", 9))
+    assert (0.1 < took < 0.5, usage) == (True, TokenUsage(total_tokens=9))
+    took, usage = await seconds(ending("crew", None), ending(COMPLETED, None))
+    assert (0.1 < took < 0.5, usage) == (True, None), "nothing is to come any more"
+    took, usage = await seconds(ending("stream.llm_call_completed", 9, model="small"), calls=True)
+    assert (0.1 < took < 0.5, usage) == (True, TokenUsage(total_tokens=9)), "a call ends the wait for it"
+    hub._has_receiver = False
+    assert (await seconds())[0] < 0.2, "no webhook would reach this process"
+
+
+@pytest.mark.parametrize(
+    ("events", "total"),
+    [
+        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5)], 12, id="crews-of-a-flow"),
+        pytest.param([ending(COMPLETED, 7), ending("crew", 9), ending(COMPLETED, 5)], 9, id="the-crew-webhook-has-all"),
+        pytest.param([ending(COMPLETED, 7), ending(COMPLETED, 5, kickoff_id="k-0")], 7, id="another-attempt"),
+        pytest.param([ending(COMPLETED, 7, key="other")], None, id="another-run"),
+        pytest.param([ending(COMPLETED, None), ending("crew", None)], None, id="none-is-not-0"),
+    ],
+)
+async def test_tokens_are_counted_once_for_each_event(events: list[dict[str, object]], total: int | None) -> None:
+    hub = _Hub()
+    waker = Waker(hub, "key", "")
+    hub.add("key", waker)
+    for event in [*events, *events]:
+        hub._hear(event)
+    ended = await waker.with_usage(CrewStatus(kickoff_id="k-1", state=DONE))
+    assert ended.usage == (None if total is None else TokenUsage(total_tokens=total))
+    assert (await waker.with_usage(CrewStatus(kickoff_id="k-1", state=CrewState.RUNNING))).usage is None
+    reported = CrewStatus(kickoff_id="k-1", state=DONE, usage=TokenUsage(total_tokens=1))
+    assert (await waker.with_usage(reported)).usage == TokenUsage(total_tokens=1)
 
 
 # Questions
@@ -244,7 +281,7 @@ async def test_a_repeated_question_is_known_by_its_webhook(receiver: str) -> Non
 
 
 async def test_a_question_of_another_attempt_is_another() -> None:
-    waker = Waker(_Hub(), "run")
+    waker = Waker(_Hub(), "key", "")
     waker.wake((1, 2))
     asked = [(1, 2), (2, 2), (1, 1), (1, 258)]
     assert [waker.has_question_after(*one) for one in asked] == [True, False, False, True]

@@ -17,7 +17,6 @@ from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWe
 from prefect_crew.receiver.events import WebhookEvent
 from prefect_crew.receiver.forward import Forwarder, RecentWebhooks
 from prefect_crew.receiver.serve import ReceiverServer
-from prefect_crew.receiver.usage import ReportedUsage
 from support.corpus import cases
 from support.environment import program
 from support.prefect_server import free_port
@@ -59,7 +58,6 @@ class Kept(Forwarder):
 
     def __init__(self) -> None:  # pyright: ignore[reportMissingSuperCall]
         self.recent = RecentWebhooks()
-        self.usage = ReportedUsage()
         self.events: list[WebhookEvent] = []
         self.questions: list[ReviewRequest] = []
         self.ready = True
@@ -74,7 +72,6 @@ class Kept(Forwarder):
             self.questions.append(item)
         else:
             self.events.append(item)
-            self.usage.add(item)
             self.recent.add(item)
 
     @property
