@@ -14,7 +14,7 @@ UV := $(BIN)/uv
 SAMPLE ?= 20
 SEED ?=
 MUTANTS ?= 30
-WORKERS ?= 3
+WORKERS ?= $(if $(COVERED),4,3)
 ARGS ?=
 
 # Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once.
@@ -95,7 +95,7 @@ bench: $(VENV)/.tests
 # the package, through its own plugin, before any other begins. Four at once: most of the rest waits.
 coverage: $(VENV)/.tests
 	$(BIN)/coverage erase
-	$(MAKE) --no-print-directory --keep-going test rest COVERED=1 WORKERS=4
+	$(MAKE) --no-print-directory --keep-going test rest COVERED=1
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
