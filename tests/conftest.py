@@ -138,8 +138,10 @@ HEAVY = (
     "records/test_prune.py",
     "runs/reviews/",
     "runs/test_limits.py",
+    "runs/test_stop.py",
+    "test_deployments.py",
 )
-"""Of these, tests on a Prefect server or PostgreSQL take two thirds of the CPU time of all that starts no program."""
+"""Of these, the tests on a Prefect server or on PostgreSQL take most CPU time of what starts no program."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
