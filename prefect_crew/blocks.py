@@ -449,7 +449,7 @@ async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:
         ) from None
 
 
-@naming_prefect_away("A Secret block could not be loaded, and nothing was started.")
+@naming_prefect_away("A Secret block could not be loaded. This call started nothing.")
 async def values_of_blocks(inputs: Mapping[str, Any], secret_inputs: Collection[str]) -> dict[str, Any]:
     """Replace the secret inputs, which are names of Prefect Secret blocks, by the values of these blocks.
 

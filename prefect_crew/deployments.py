@@ -222,7 +222,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
             every: dict[str, Any] = {**parameters, **own, "inputs": inputs if "inputs" in own else defaults}
             self._check_types(title, form, every)
             key = every.get("idempotency_key")
-            if key is not None and render_key(key, datetime.now(UTC)) == key:
+            if key is not None and not every.get("force_new") and render_key(key, datetime.now(UTC)) == key:
                 raise shared_by_times(key)
 
     def _check_types(self, title: str, form: Form, parameters: Mapping[str, Any]) -> None:

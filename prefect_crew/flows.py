@@ -147,7 +147,8 @@ async def arun_crew(
 @_naming_prefect_away
 async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, options: RunOptions) -> CrewResult[Any]:
     """Run a crew by tasks of the flow around this call; without a flow, in a flow of its own."""
-    inputs = crew.take(Inputs.of(inputs), restore_from=options.restore_from, session=options.session)
+    inputs = Inputs.of(inputs)  # before anything can raise: no frame shows the values
+    inputs = crew.take(inputs, restore_from=options.restore_from, session=options.session)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await run_tasks(crew, inputs, options)
 

@@ -13,6 +13,7 @@ from uuid import UUID
 from prefect import flow, get_client, get_run_logger
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import SetStateStatus
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Scheduled
 
 from prefect_crew._internal.prefect_errors import naming_prefect_errors
@@ -79,7 +80,10 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
     """
     with naming_prefect_errors(f"Recover flow run {flow_run_id} again: if it is scheduled by now, it is left alone."):
         async with get_client() as client:
-            run = await client.read_flow_run(flow_run_id)
+            try:
+                run = await client.read_flow_run(flow_run_id)
+            except ObjectNotFound:
+                raise ConfigurationError(f"There is no flow run {flow_run_id}. Nothing was scheduled.") from None
             # A run that dies before it begins is never counted by Prefect, so its crashes count as well.
             states = await client.read_flow_run_states(flow_run_id)
             attempts = max(count_attempts(states)[0], sum(state.type is StateType.CRASHED for state in states))

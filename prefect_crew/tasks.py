@@ -242,7 +242,8 @@ async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State
     """Retry a kickoff, or an answer for a person, only if the crew's server surely did not accept it."""
     del task, task_run
     error = await state.aresult(raise_on_failure=False)
-    if isinstance(error, PrefectAwayError):  # raised before anything was sent
+    # The Prefect API is away. Also if a POST was sent, a second try finds that on record and sends none.
+    if isinstance(error, PrefectAwayError):
         return True
     return isinstance(error, CrewError) and kickoff_fate(error) is KickoffFate.RETRY
 
@@ -378,8 +379,9 @@ async def kickoff_crew(
     inputs = Inputs.of(inputs)
     run = cast("object", crew)
     if isinstance(run, LiveRun):  # from `run_crew`
-        request = RunRequest.of(run.crew, inputs, run.options or RunOptions())
-        await kick_off(run, request, inside_own_task=_inside_own_task())
+        if run.options is not None:
+            request = RunRequest.of(run.crew, inputs, run.options)
+            await kick_off(run, request, inside_own_task=_inside_own_task())
         return run.kickoff_id
     options = RunOptions.of(
         idempotency_key=idempotency_key,

@@ -157,12 +157,12 @@ class CrewClient:
         """
         inputs = inputs if isinstance(inputs, Inputs) else Inputs(inputs, as_json=self.inputs_as_json)
         body: dict[str, Any] = {"inputs": inputs.encoded}
+        if meta is not None:
+            meta = body["meta"] = Unshown(meta)
         if restore_from is not None:
             if not is_uuid(restore_from):
                 raise ConfigurationError("The id of the state to restore must be a UUID. Nothing was started.")
             body["restoreFromStateId"] = restore_from
-        if meta is not None:
-            meta = body["meta"] = Unshown(meta)
         call = self._call("POST", "/kickoff", None, body, webhooks, before_sending=before_sending)
         answer = await self._send(call)
         if answer.status in (400, 422):
@@ -251,8 +251,9 @@ class CrewClient:
             return Call(method, path, kickoff_id, hide)
         body = Unshown({**body, **(webhooks.to_json() if webhooks else {})})
         try:
-            text = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-            return Call(method, path, kickoff_id, hide, text.encode(), before_sending)
+            # In one expression, so that no frame has the text: half of a surrogate pair cannot be encoded.
+            content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+            return Call(method, path, kickoff_id, hide, content, before_sending)
         except (TypeError, ValueError, RecursionError) as error:
             problem = type(error).__name__
         raise ConfigurationError(f"The request cannot be written as JSON: {problem}. Check meta and feedback.")

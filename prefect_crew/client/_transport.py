@@ -23,6 +23,7 @@ import anyio
 import httpx
 from pydantic import SecretStr
 
+from prefect_crew._internal.httpx_connections import has_unread_bytes
 from prefect_crew.client._retry_safety import post_deadline
 from prefect_crew.client.redaction import Redactor, withheld
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
@@ -185,6 +186,8 @@ A server may close an idle connection at the moment at which a request goes out 
 kickoff would be uncertain. Servers close connections after five seconds or later, so one second is safe, and it still
 saves handshakes in a burst of kickoffs.
 """
+KEPT = 256
+"""The most idle connections to one server: as many as a batch has polls at a time."""
 
 
 class _Server:
@@ -208,12 +211,12 @@ class _Server:
             return httpx.AsyncHTTPTransport(verify=tls_context(), limits=limits, proxy=self._proxy)
         except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
             raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
+        except OSError as error:  # the files of SSL_CERT_FILE or SSL_CERT_DIR
+            raise ConfigurationError(f"The certificates cannot be read: {error}. Nothing was sent.") from None
 
     @contextlib.asynccontextmanager
     async def connection(self, keepalive: float) -> AsyncGenerator[httpx.AsyncHTTPTransport]:
         """Lend the connection used last, or a new one if that one was idle for longer than `keepalive` seconds."""
-        while self._idle and time.monotonic() - self._idle[0][0] > POLL_KEEPALIVE:
-            await self._idle.popleft()[1].aclose()
         is_fresh = self._idle and time.monotonic() - self._idle[-1][0] < keepalive
         connection = self._idle.pop()[1] if is_fresh else self._open()
         try:
@@ -221,15 +224,19 @@ class _Server:
         except BaseException:
             await connection.aclose()
             raise
-        self._idle.append((time.monotonic(), connection))
+        if has_unread_bytes(connection):
+            await connection.aclose()
+        else:
+            self._idle.append((time.monotonic(), connection))
+        while self._idle and (len(self._idle) > KEPT or time.monotonic() - self._idle[0][0] > POLL_KEEPALIVE):
+            await self._idle.popleft()[1].aclose()
         if not self.users:  # all clients were closed while the request was under way
             await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the idle connections."""
-        idle = [connection for _, connection in self._idle]
-        self._idle.clear()
-        await asyncio.gather(*(connection.aclose() for connection in idle))
+        """Close the idle connections, one after the other: a cancellation would end tasks before they begin."""
+        while self._idle:
+            await self._idle.pop()[1].aclose()
 
 
 _shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, bytes], _Server]] = (

@@ -138,7 +138,7 @@ def _announce_no_key() -> None:
     )
 
 
-@naming_prefect_away("Nothing was started.")
+@naming_prefect_away("This call started nothing.")
 async def scheduled_start() -> datetime:
     """Return the scheduled start of this flow run's root, UTC. Outside of a flow run: now."""
     context = FlowRunContext.get()

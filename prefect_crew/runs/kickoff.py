@@ -14,7 +14,7 @@ from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect
 from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import count_uncertain
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate, post_deadline
-from prefect_crew.client.inputs import missing_inputs, unknown_inputs
+from prefect_crew.client.inputs import Unshown, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession, known_version
@@ -389,14 +389,10 @@ class _Start:
             webhooks = options.webhooks or webhooks_for(request.crew, record, settings=settings, wait=options.wait)
             with withholding(redact):
                 # With the attempt, a person finds the run of a record among several runs of one key.
-                meta = {
-                    **(request.options.meta or {}),
-                    "idempotency_key": record.idempotency_key,
-                    "run_attempt": record.attempt,
-                }
+                names = {"idempotency_key": record.idempotency_key, "run_attempt": record.attempt}
                 kickoff_id = await self.session.client.kickoff(
                     request.inputs if record.state_id is None else request.inputs.with_state(record.state_id),
-                    meta=meta,
+                    meta=Unshown({**(request.options.meta or {}), **names}),
                     webhooks=webhooks,
                     restore_from=record.restored or request.inputs.restore_from,
                     before_sending=last_look,

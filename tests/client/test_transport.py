@@ -19,6 +19,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -316,6 +317,31 @@ async def test_a_connection_on_which_the_server_said_more_is_left(after: Any, ca
     assert server.connections == [1, 1, 1]
 
 
+@pytest.mark.parametrize("way", ["direct", "through a proxy"])
+async def test_an_answer_that_came_with_another_one_ends_its_connection(monkeypatch: pytest.MonkeyPatch, way: str):
+    server = answering(answer(RUNNING) + answer('{"state": "SUCCESS", "kickoff_id": "k2"}'))
+    async with raw_server(server) as url:
+        if way == "through a proxy":
+            monkeypatch.setenv("http_proxy", url)
+            url = "http://crew.test"
+        async with CrewClient(url, TOKEN, allow_http=True) as client:
+            states = [(await client.status("k1")).state for _ in range(3)]
+            assert states == 3 * [CrewState.RUNNING]
+
+
+async def test_a_cancelled_client_closes_all_its_connections():
+    server = Talking()
+    async with raw_server(server) as url:
+        with anyio.CancelScope() as scope:  # cancels at each await, as Prefect's timeout does
+            async with CrewClient(url, TOKEN) as client:
+                await asyncio.gather(*(client.status("k1") for _ in range(3)))
+                scope.cancel()
+                await asyncio.sleep(1)
+        async with asyncio.timeout(5):
+            while server.gone < 3:
+                await asyncio.sleep(0.01)
+
+
 async def test_a_word_that_came_while_the_loop_was_busy_is_no_answer():
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -335,6 +361,15 @@ async def test_a_word_that_came_while_the_loop_was_busy_is_no_answer():
         ids.append(await client.kickoff({}))
     listener.close()
     assert ids == ["0", "1"]
+
+
+@pytest.mark.parametrize("options", [{"meta": {"a": "\ud800"}}, {"meta": {"a": "secret-1"}, "restore_from": "no uuid"}])
+async def test_a_kickoff_that_cannot_be_written_shows_no_value(options: dict[str, Any]):
+    async with CrewClient("http://127.0.0.1:9", TOKEN) as client:
+        with pytest.raises(ConfigurationError) as caught:
+            await client.kickoff({"pin": "secret-1"}, **options)
+    frames = locals_of(caught.value, but=__file__)
+    assert "secret-1" not in frames
 
 
 async def test_a_cancelled_request_closes_its_connection_and_shows_no_token():
