@@ -29,6 +29,7 @@ from support.flow_runs import acall_in_flow
 from support.records import LONG_AGO, attempts, key, new_record, put
 from support.scripts import JOURNAL, script
 from support.seen import Seen
+from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 SESSION = "customer-42"
@@ -228,6 +229,7 @@ async def cancelled(server: CrewServer, *, after: Callable[[], Awaitable[Any]]) 
         errors.append(error if isinstance(error, BaseException) else None)
 
     waiting = asyncio.ensure_future(waits())
+    await until(lambda: ids, "the flow run begins")
     await asyncio.sleep(1.5)
     await after()
     async with get_client() as client:
