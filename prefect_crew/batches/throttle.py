@@ -7,8 +7,6 @@ import math
 from collections import deque
 from contextlib import suppress
 
-import anyio
-
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
@@ -97,8 +95,7 @@ class Throttle:
                             break
                         seconds = SlotPool.pause()
                     self._changed.clear()
-                    with anyio.move_on_after(seconds):
-                        await self._changed.wait()
+                    await _wait(self._changed, seconds)
             finally:
                 self.waits_for_slot = False
             if self.stopped is not None:
@@ -247,6 +244,12 @@ class FirstPoll:
         self._count += 1
         if self._count in (5, 10) or self._count % 20 == 0:
             self.seconds = sorted(self._known)[len(self._known) // 10]
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(None if seconds == math.inf else seconds):
+            await event.wait()
 
 
 class BatchClient(CrewClient):
