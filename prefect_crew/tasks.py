@@ -242,7 +242,7 @@ async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State
     """Retry a kickoff, or an answer for a person, only if the crew's server surely did not accept it."""
     del task, task_run
     error = await state.aresult(raise_on_failure=False)
-    # The Prefect API is away. Also if a POST was sent, a second try finds that on record and sends none.
+    # The Prefect API did not answer. If a POST was sent before, a second try finds it on record and sends none.
     if isinstance(error, PrefectAwayError):
         return True
     return isinstance(error, CrewError) and kickoff_fate(error) is KickoffFate.RETRY
