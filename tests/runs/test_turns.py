@@ -32,8 +32,14 @@ from support.seen import Seen
 from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
-SESSION = "customer-42"
+SESSION = ""
 RECORDS = PrefectRecords()
+
+
+@pytest.fixture(autouse=True)
+def _session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name the session, as no other test does: its crew server may get the port of an earlier one."""
+    monkeypatch.setitem(globals(), "SESSION", f"customer-{uuid.uuid4().hex[:8]}")
 
 
 @pytest.fixture
@@ -49,8 +55,8 @@ def states(server: CrewServer) -> dict[str, dict[str, Any]]:
     return server.crews[""].program.states  # pyright: ignore[reportAttributeAccessIssue]
 
 
-async def turns(server: CrewServer, session: str = SESSION) -> list[sessions.Turn]:
-    last = await sessions.last_turn(server.url, session)
+async def turns(server: CrewServer, session: str | None = None) -> list[sessions.Turn]:
+    last = await sessions.last_turn(server.url, session or SESSION)
     return [] if last is None else await sessions.latest_turns(last, 200)
 
 
