@@ -14,7 +14,7 @@ UV := $(BIN)/uv
 SAMPLE ?= 20
 SEED ?=
 MUTANTS ?= 30
-WORKERS ?= $(if $(COVERED),4,3)
+WORKERS ?= 3
 ARGS ?=
 
 # Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once.
@@ -92,7 +92,7 @@ bench: $(VENV)/.tests
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 # `make test` and `make rest`, and whether they reach enough lines. `coverage run`, not a plugin: pytest imports parts of
-# the package, through its own plugin, before any other begins. Four at once: most of the rest waits.
+# the package, through its own plugin, before any other begins.
 coverage: $(VENV)/.tests
 	$(BIN)/coverage erase
 	$(MAKE) --no-print-directory --keep-going test rest COVERED=1
