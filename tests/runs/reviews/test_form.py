@@ -296,9 +296,9 @@ def test_nobody_answers_in_time(server: CrewServer, seen: Seen) -> None:
 
 
 def test_an_answer_in_time_counts_when_read_late(server: CrewServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(form, "LOOK_EVERY", 8.0)
+    monkeypatch.setattr(form, "LOOK_EVERY", 17.0)
     crew = server.crew()
-    policy = WaitPolicy(human_timeout=6, on_human_timeout="reject")
+    policy = WaitPolicy(human_timeout=15, on_human_timeout="reject")
     run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
     run.form()
     run.fill_in(decision="approve")
