@@ -74,7 +74,10 @@ def connection(pool: CrewPool) -> Iterator[None]:
 @pytest.mark.parametrize("reason", [None, "stop was asked for: stopping"])
 async def test_the_crew_of_a_flow_run_that_is_gone_is_asked_to_stop_once(pool: CrewPool, reason: str | None):
     crew = pool.crews["quick"]
-    flow_run, asked = FlowRun(id=uuid4(), flow_id=uuid4(), name="gone"), crew.requests["stop"]
+    flow_run, asked = (
+        FlowRun(id=uuid4(), flow_id=uuid4(), name="gone", start_time=datetime.now(UTC)),
+        crew.requests["stop"],
+    )
     async with CrewClient(crew.url, crew.token) as client:
         kickoff_id = await client.kickoff({"topic": "tea"})
     known = {"flow_run_id": str(flow_run.id), "kickoff_id": kickoff_id, "crew_url": crew.url}
@@ -88,7 +91,7 @@ async def test_the_crew_of_a_flow_run_that_is_gone_is_asked_to_stop_once(pool: C
 async def test_a_crew_of_a_flow_run_that_is_gone_is_named_if_it_may_run_on(
     pool: CrewPool, caplog: pytest.LogCaptureFixture
 ):
-    flow_run = FlowRun(id=uuid4(), flow_id=uuid4(), name="gone")
+    flow_run = FlowRun(id=uuid4(), flow_id=uuid4(), name="gone", start_time=datetime.now(UTC))
     owned = {"flow_run_id": str(flow_run.id), "crew_url": pool.crews["quick"].url}
     await put(record(**owned))  # a claim alone has surely started nothing
     cut_off = await put(record(**owned), permit=0)

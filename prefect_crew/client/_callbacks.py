@@ -103,7 +103,7 @@ async def post_answer(question: ReviewRequest, review: Review, *, allow_http: bo
         answer = await connections.exchange(call)
     finally:
         await connections.aclose()
-    if not answer.is_success:
+    if not httpx.codes.is_success(answer.status):
         body = call.shown(answer.text)
         raise CrewAPIError(
             status_code=answer.status, method="POST", path=label, body=body, kickoff_id=question.kickoff_id

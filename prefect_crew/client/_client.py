@@ -214,7 +214,7 @@ class CrewClient:
         answer = await self._send(call)
         # Nobody needs the text of this answer, so it is masked; the texts of other answers are not.
         answer = Answer(answer.status, answer.headers, call.shown(answer.text).encode("utf-8", "replace"))
-        if answer.is_success:
+        if httpx.codes.is_success(answer.status):
             parse = partial(_parsing.parse_stop, kickoff_id=kickoff_id)
             return await self._parsed(call, answer, "the answer to a stop", parse)
         stop_answer = _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status)
@@ -234,7 +234,7 @@ class CrewClient:
             return False
         if answer.status in (401, 403):
             raise self._error(call, answer)
-        return answer.is_success and _HEALTHY.search(answer.body[:1000]) is not None
+        return httpx.codes.is_success(answer.status) and _HEALTHY.search(answer.body[:1000]) is not None
 
     def _call(
         self,
@@ -265,7 +265,7 @@ class CrewClient:
 
     async def _parsed(self, call: Call, answer: Answer, expected: str, parse: Callable[[Any], T | None]) -> T:
         """Return the model of a 2xx answer, or raise the error for the status."""
-        if not answer.is_success:
+        if not httpx.codes.is_success(answer.status):
             raise self._error(call, answer)
 
         def read() -> T | None:

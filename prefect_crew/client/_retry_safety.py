@@ -19,6 +19,9 @@ from prefect_crew.exceptions import (
 DELAY_CAP = 120.0
 BARE_DELAY = 5.0
 """Seconds to wait after a 429 without `Retry-After`."""
+POST_DEADLINE = 2
+"""A POST has surely ended after this many times the request timeout: half is for the answer, the rest for connecting
+and for large inputs."""
 
 
 class KickoffFate(StrEnum):
@@ -52,14 +55,6 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
     if 400 <= status < 500 and status != 408:
         return KickoffFate.REFUSED
     return KickoffFate.UNCERTAIN
-
-
-def post_deadline(request_timeout: float) -> float:
-    """Return the seconds after which a POST of a client with this `request_timeout` has surely ended.
-
-    Half of them is for the answer; the rest is for connecting and for large inputs.
-    """
-    return 2 * request_timeout
 
 
 def kickoff_delay(error: BaseException) -> float | None:

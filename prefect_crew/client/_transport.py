@@ -24,7 +24,7 @@ import httpx
 from pydantic import SecretStr
 
 from prefect_crew._internal.httpx_connections import has_unread_bytes
-from prefect_crew.client._retry_safety import post_deadline
+from prefect_crew.client._retry_safety import POST_DEADLINE
 from prefect_crew.client.redaction import Redactor, withheld
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
 
@@ -162,11 +162,6 @@ class Answer:
     status: int
     headers: Mapping[str, str] = field(repr=False)
     body: bytes = field(repr=False)
-
-    @property
-    def is_success(self) -> bool:
-        """Whether the status is 2xx."""
-        return 200 <= self.status < 300
 
     @property
     def text(self) -> str:
@@ -318,7 +313,7 @@ class Connections:
         )
         if call.content is not None:
             request.headers["Content-Type"] = "application/json"
-        seconds = post_deadline(self._timeout) if call.method == "POST" else GET_DEADLINE * self._timeout
+        seconds = self._timeout * (POST_DEADLINE if call.method == "POST" else GET_DEADLINE)
         if call.before_sending is not None and not isinstance(transport, httpx.AsyncHTTPTransport):
             call.before_sending()  # a user's transport may not support httpx's trace
         with anyio.move_on_after(seconds):
@@ -374,7 +369,7 @@ error the request may have reached it."""
 
 async def _read(status: int, headers: httpx.Headers, stream: AsyncIterable[bytes], kickoff_id: str | None) -> Answer:
     """Read a streamed response, up to its limit; of an error's body only the start."""
-    good = 200 <= status < 300
+    good = httpx.codes.is_success(status)
     limit = MAX_BODY if good else MAX_ERROR_BODY
     chunks: list[bytes] = []
     size = 0

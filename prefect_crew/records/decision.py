@@ -55,10 +55,9 @@ class Decision(StrEnum):
     VOID = "void"
     """Another call holds the claim and surely sent nothing: void its claim, and decide again."""
 
-    @property
-    def starts(self) -> bool:
-        """Whether this decision leads to a kickoff."""
-        return self in (Decision.START, Decision.START_AGAIN)
+
+STARTS = (Decision.START, Decision.START_AGAIN)
+"""The decisions that lead to a kickoff."""
 
 
 def latest_start(attempts: Sequence[T]) -> T | None:

@@ -54,10 +54,6 @@ class Nonce:
     has_sent: bool = False
     """Whether a kickoff may have been sent."""
 
-    def of_next_try(self) -> Nonce:
-        """Return the nonce for the call's next try, which begins after this try has ended."""
-        return Nonce() if self.has_sent else self
-
 
 @dataclass(frozen=True)
 class RunIdentity:
@@ -93,7 +89,8 @@ async def identify(
     if inside_own_task:
         callers, task_run_id = (*calling.tasks, around[-1]), around[-1].task_run_id
         # Prefect runs the tries of a task run one after the other.
-        nonce = calling.nonces[task_run_id] = calling.nonces.get(task_run_id, nonce).of_next_try()
+        before = calling.nonces.get(task_run_id, nonce)
+        nonce = calling.nonces[task_run_id] = nonce if before.has_sent else before
     caller, start = Caller(owner=nonce.text), utcnow()
     if (context := FlowRunContext.get()) is not None and (flow_run := context.flow_run) is not None:
         calls, root = await _calls_and_root(context, flow_run)

@@ -13,7 +13,7 @@ from prefect_crew._internal.prefect_api import held_flow_run, left_behind, run_l
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import count_uncertain
-from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate, post_deadline
+from prefect_crew.client._retry_safety import BARE_DELAY, POST_DEADLINE, KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.client.inputs import Unshown, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import withholding
@@ -32,7 +32,7 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.prices import ONE_TOKEN, cost_of
 from prefect_crew.records.budgets import add_estimates, note_exceeded, release, release_given_back
-from prefect_crew.records.decision import Decision, check_same_run, decide, latest_start
+from prefect_crew.records.decision import STARTS, Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
 from prefect_crew.records.model import Lease, RecordPhase, RecordStore, RunRecord, secret_mark, utcnow
 from prefect_crew.records.owners import crash_dead_owner
@@ -111,14 +111,14 @@ class _Start:
         while True:
             decision = await self._find_or_claim()
             record, key = self.record, self.identity.idempotency_key
-            takes_turn = record.session is not None and decision.starts
+            takes_turn = record.session is not None and decision in STARTS
             if not (self.request.is_row or takes_turn):
                 run_logger().info("Crew %s: %s. (key %s)", record.crew, _step_taken(decision, record), key)
             if decision is Decision.UNCERTAIN:
                 raise uncertain(record)
             if decision is Decision.REATTACH and (other := await self.records.other_holder(record)) is not None:
                 await take_back_shared_id(record, self.records, other)
-            if not decision.starts:
+            if decision not in STARTS:
                 return decision, record
             try:
                 await self._make_sure()
@@ -162,7 +162,7 @@ class _Start:
         while True:
             attempts = await self.records.attempts(self.identity.idempotency_key)
             decision, record = await self._decide(attempts)
-            if decision.starts:
+            if decision in STARTS:
                 if session is not None and (
                     earlier := await turn_in_the_way(self.request.crew.url, session, self.records)
                 ):
@@ -236,7 +236,7 @@ class _Start:
             owner=caller.owner,
             claimed_at=utcnow(),
             good_for=good_for,
-            post_deadline=post_deadline(crew.request_timeout),
+            post_deadline=POST_DEADLINE * crew.request_timeout,
             forced_by=self.identity.place if request.options.force_new else None,
             flow_run_id=caller.flow_run_id,
             flow_run_count=caller.flow_run_count,

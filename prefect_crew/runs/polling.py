@@ -86,20 +86,6 @@ class Phases:
         """Return the seconds that people have had, including the current wait for a person."""
         return self.human_seconds + (0.0 if self.human_since is None else max(0.0, now - self.human_since))
 
-    def left(self, policy: WaitPolicy, state: CrewState, now: float) -> tuple[str, float, float] | None:
-        """Return the phase whose time limit ends first, that limit and its remaining seconds; None without a limit."""
-        human, since = self.human_time(now), now - self.kicked_off_at
-        if state is CrewState.WAITING:
-            limit = policy.human_timeout
-            return None if limit is None else ("human", limit, limit + self.human_extra - human)
-        budgets: list[tuple[str, float, float]] = []
-        if policy.timeout is not None:
-            phase = "running" if state is CrewState.RUNNING else "pending"
-            budgets.append((phase, policy.timeout, policy.timeout - (since - human)))
-        if policy.pending_timeout is not None and state is CrewState.PENDING:
-            budgets.append(("pending", policy.pending_timeout, policy.pending_timeout - since))
-        return min(budgets, key=lambda budget: budget[2], default=None)
-
 
 class Watcher:
     """The methods that `poll` calls. An error of one of them ends the wait."""
@@ -230,7 +216,19 @@ class _Poll:
 
     @property
     def left(self) -> tuple[str, float, float] | None:
-        return self.phases.left(self.policy, self.seen or CrewState.PENDING, self.now())
+        """The phase whose time limit ends first, that limit and its remaining seconds; None without a limit."""
+        policy, state, now = self.policy, self.seen or CrewState.PENDING, self.now()
+        human, since = self.phases.human_time(now), now - self.phases.kicked_off_at
+        if state is CrewState.WAITING:
+            limit = policy.human_timeout
+            return None if limit is None else ("human", limit, limit + self.phases.human_extra - human)
+        limits: list[tuple[str, float, float]] = []
+        if policy.timeout is not None:
+            phase = "running" if state is CrewState.RUNNING else "pending"
+            limits.append((phase, policy.timeout, policy.timeout - (since - human)))
+        if policy.pending_timeout is not None and state is CrewState.PENDING:
+            limits.append(("pending", policy.pending_timeout, policy.pending_timeout - since))
+        return min(limits, key=lambda limit: limit[2], default=None)
 
     def next_pause(self) -> float:
         """Shorten the next pause so that the last status call happens exactly when the first time limit ends."""

@@ -11,7 +11,6 @@ import prefect
 import pytest
 from prefect import flow, get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pending, Running
 
 from prefect_crew import BatchFailedError, arun_crew
@@ -178,5 +177,5 @@ async def test_a_run_without_a_deployment_is_left_alone_and_one_that_is_gone_is_
     run = await new_run(Running(), Crashed(), deployed=False)
     assert "no deployment" in await recovered(run.id)
     assert await state_of(run.id) == "CRASHED"
-    with pytest.raises(ObjectNotFound):
+    with pytest.raises(ConfigurationError, match="Nothing was scheduled"):
         await recovered(uuid4())

@@ -192,7 +192,7 @@ class World:
         if facts["call"].force_new:
             self.forced.add((idempotency_key, place))
         # The tries of a call are in one context; each call has one of its own.
-        nonce = Nonce() if (before := _nonce.get()) is None else before.of_next_try()
+        nonce = Nonce() if (before := _nonce.get()) is None or before.has_sent else before
         _nonce.set(nonce)
         self.owners[nonce.text] = process
         caller = Caller(owner=nonce.text, flow_run_id=facts["flow_run_id"], flow_run_count=facts["count"])
