@@ -31,8 +31,9 @@ SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info
 # Where it is set, as in many images, each of the hundreds of processes here would compile all of Prefect once more.
 unexport PYTHONDONTWRITEBYTECODE
 
-# What a change has to pass. `.ci/run` and .github/workflows/checks.yml read this list and run `make` for each of it.
-SESSIONS = lint docs wheel-smoke coverage oldest
+# What a change has to pass, the longest first. `.ci/run` and .github/workflows/checks.yml read this list and run `make`
+# for each of it.
+SESSIONS = coverage lint docs wheel-smoke oldest
 
 .PHONY: help sessions environment demo test rest programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
 .DELETE_ON_ERROR:
@@ -185,7 +186,7 @@ oldest:
 	fi
 
 # The tests of what talks to Prefect: of the modules that import it, and of flows as a user writes them. The command line
-# has its two commands that need most of Prefect here. The first case of each test, and by night (NIGHTLY) all of them.
+# has its two commands that need most of Prefect here. Only the quick tests, and by night (NIGHTLY) all of them.
 TOUCHES_PREFECT = $(foreach name,_internal $(addprefix artifacts/,events run telemetry) flows \
     $(addprefix records/,budgets keys owners prune store) $(addprefix runs/,limits run stop reviews/answer reviews/form) pipelines/run batches/run receiver/end_to_end \
     receiver/forward automations blocks crew deployments flows prefect_away settings tasks testing worker \
@@ -194,7 +195,7 @@ TOUCHES_PREFECT = $(foreach name,_internal $(addprefix artifacts/,events run tel
 .PHONY: oldest-tests
 oldest-tests: $(OLDEST_VENV)/.tests
 	$(OLDEST_VENV)/bin/python -m pytest $(AT_ONCE) \
-	    -m "not slow and not proofs and not crewai and not browser and not postgres" $(if $(NIGHTLY),,--first-cases) \
+	    -m "$(if $(NIGHTLY),,not programs and not heavy and) not slow and not proofs and not crewai and not browser and not postgres" \
 	    $(TOUCHES_PREFECT) tests/cli/test_run.py tests/cli/test_deploy.py $(ARGS)
 
 $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt

@@ -93,23 +93,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option = parser.getgroup("prefect-crew").addoption
     option("--sample", type=int, metavar="N", help="of the slow tests, run N that the seed chooses, before all others")
     option("--seed", type=int, metavar="S", default=1, help="the seed of that choice, and of random worlds (1)")
-    option("--first-cases", action="store_true", help="of each test with parameters, run the first case")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k have had their say
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    kept = items[:]
     size: int | None = config.getoption("sample")
-    if size is not None:
-        # Sorted, so that a seed means the same tests whatever the order of collection is.
-        slow = sorted((item for item in items if item.get_closest_marker("slow")), key=lambda item: item.nodeid)
-        chosen = set(random.Random(config.getoption("seed")).sample(slow, min(size, len(slow))))
-        kept = [item for item in items if item in chosen] + [item for item in items if item not in {*slow}]
-        config.stash[_SAMPLE] = (len(chosen), len(slow))
-    if config.getoption("first_cases"):
-        kept = [*{item.nodeid.partition("[")[0]: item for item in reversed(kept)}.values()][::-1]
-    config.hook.pytest_deselected(items=[*{*items} - {*kept}])
-    items[:] = kept
+    if size is None:
+        return
+    # Sorted, so that a seed means the same tests whatever the order of collection is.
+    slow = sorted((item for item in items if item.get_closest_marker("slow")), key=lambda item: item.nodeid)
+    chosen = set(random.Random(config.getoption("seed")).sample(slow, min(size, len(slow))))
+    config.stash[_SAMPLE] = (len(chosen), len(slow))
+    config.hook.pytest_deselected(items=[item for item in slow if item not in chosen])
+    items[:] = [item for item in items if item in chosen] + [item for item in items if item not in {*slow}]
 
 
 PROGRAMS = (
