@@ -55,6 +55,9 @@ WORLDS = {
         down_for=0.5,
         max_attempts=1,
     ),
+    "a process dies with a turn at a busy Prefect API": Scenario(
+        calls=(Call(at_once=2, kill_at=23, again=(50.0,)),), prefect_faults=((3, "503"),)
+    ),
     "the token is rotated while the crew runs": Scenario(
         calls=(Call(again=(1.0, 3.0)),), runs=(CrewRun(seconds=15),), rotate_at=5.0, rotate_late=3.0
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import re
 import uuid
@@ -389,3 +390,15 @@ def test_a_failing_world_is_made_small() -> None:
     )
     small = shrunk(large, lambda one: "kickoff:500-after-accept@1" in one.faults and any(c.again for c in one.calls))
     assert small == Scenario(calls=(Call(again=(3.0,)),), faults=("kickoff:500-after-accept@1",))
+
+
+def test_a_world_hears_a_logger_that_was_off():
+    log = logging.getLogger("prefect_crew")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        assert not log.isEnabledFor(logging.INFO)  # which the logger remembers
+        assert any("a run is started" in line for line in World(Scenario(calls=(Call(),))).play().trace)
+        assert log.level == logging.WARNING
+    finally:
+        log.setLevel(before)

@@ -17,7 +17,6 @@ from unittest import mock
 from prefect.client.orchestration import get_client
 
 from prefect_crew._internal import prefect_api, prefect_errors
-from prefect_crew._internal.prefect_api import NamedReads
 from prefect_crew.artifacts import events
 from prefect_crew.artifacts.run import MarkdownArtifact
 from prefect_crew.batches import database
@@ -25,7 +24,7 @@ from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.client._client import CrewClient
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import Run
-from prefect_crew.records import budgets, prune, store, variables
+from prefect_crew.records import budgets, prune, store
 from prefect_crew.records.model import SPARE, utcnow
 from prefect_crew.runs import kickoff, polling, stop
 from proof.sim.batch import releasing
@@ -57,9 +56,10 @@ def on_stage(world: World) -> Iterator[None]:
     def now() -> datetime:
         return datetime.fromtimestamp(wall(), UTC)
 
-    def named_reads_of_this_process() -> NamedReads:
+    def loop_of_this_process() -> prefect_api._Loop:
+        # A real process has an event loop of its own: turns that it holds and locks that it has die with it.
         process = current_process()
-        return NamedReads() if process is None else process.facts.setdefault("named reads", NamedReads())
+        return prefect_api._Loop() if process is None else process.facts.setdefault("loop", prefect_api._Loop())
 
     def flow_run_id() -> str | None:
         process = current_process()
@@ -75,7 +75,7 @@ def on_stage(world: World) -> Iterator[None]:
         # What a claim is good for is to be enough: an hour more would leave nothing to prune in a world.
         (prune, "YOUNGEST", timedelta(seconds=SPARE)),
         (stop, "_asked", _PerProcess("asked")),
-        (variables, "named_reads", named_reads_of_this_process),
+        (prefect_api, "_this_loop", loop_of_this_process),
         # By which an error of ours is told from one of a user's function.
         (prefect_errors, "PREFECT_API_URL", mock.Mock(value=lambda: API)),
         (events, "emit_event", world.emitted),
@@ -99,7 +99,9 @@ def on_stage(world: World) -> Iterator[None]:
         stack.enter_context(carried_by(HOST, world.site.transport))
         for where, name, value in replaced:
             stack.enter_context(mock.patch.object(where, name, value))
-        stack.enter_context(mock.patch.multiple(log, level=logging.INFO, propagate=False, handlers=[handler]))
+        stack.enter_context(mock.patch.multiple(log, propagate=False, handlers=[handler]))
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.INFO)  # and no patch: a logger remembers for which level it was off
         yield
 
 
