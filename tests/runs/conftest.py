@@ -7,9 +7,24 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from prefect_crew.devserver import CrewServer
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs import listener, stop
+from prefect_crew.testing import CrewServerFactory
+from support.records import key as new_key
 from support.webhooks import SECRET, served
+
+
+@pytest.fixture
+def key() -> str:
+    """Provide an idempotency key of the test's own."""
+    return new_key()
+
+
+@pytest.fixture
+def server(crew_server: CrewServerFactory) -> CrewServer:
+    """Provide the server of a crew that returns its input `text`."""
+    return crew_server("echo")
 
 
 @pytest.fixture

@@ -16,8 +16,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from prefect_crew.client.models import CrewInput
+from prefect_crew.client.models import CrewInput, Review, ReviewRequest
 from prefect_crew.devserver import Outcome, Run
+
+
+def judging(asked: list[ReviewRequest], *, approves_at: float = 1, feedback: str = "") -> Callable[..., Review]:
+    """Return a review function that keeps the questions, and rejects all of the rounds before `approves_at`."""
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request)
+        return Review(approve=request.round >= approves_at, feedback=feedback)
+
+    return judge
 
 
 class AskingServer:

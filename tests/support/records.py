@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from prefect_crew.blocks import CrewRun
+from prefect_crew.devserver import CrewServer
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records import variables as variables_module
@@ -36,6 +38,12 @@ def new_record(idempotency_key: str | None = None, **facts: Any) -> RunRecord:
 
 def key() -> str:
     return f"kickoff {uuid.uuid4()}"
+
+
+async def start(server: CrewServer, idempotency_key: str, inputs: Any = None, **options: Any) -> CrewRun:
+    """Find the run of a key with the inputs (text: a), or start it, for a caller that does not wait."""
+    inputs = {"text": "a"} if inputs is None else inputs
+    return await server.crew().atrigger(inputs, idempotency_key=idempotency_key, **options)
 
 
 async def attempts(idempotency_key: str) -> list[RunRecord]:
