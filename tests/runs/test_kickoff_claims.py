@@ -1,4 +1,7 @@
-"""Opening a run whose key has a claim already, or whose caller or Prefect API goes away in the middle."""
+"""Opening a run whose key has a claim already, or whose caller or Prefect API goes away in the middle.
+
+tests/proof/test_permit_worlds.py has what claims and permits of several callers do to each other.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,18 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
 
 import anyio
 import httpx
 import pytest
-from prefect import flow
 from prefect.exceptions import TerminationSignal
-from prefect.runtime import flow_run
 from prefect.states import Failed
 
-from prefect_crew import CrewFailedError, CrewResult, DeployedCrew, arun_crew, kickoff_crew
+import prefect_crew as pc
 from prefect_crew._internal import prefect_api
 from prefect_crew.client import _transport
 from prefect_crew.client._client import CrewClient
@@ -29,426 +29,123 @@ from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import (
-    CrewError,
-    InvalidInputsError,
-    KickoffUncertainError,
-    PrefectAwayError,
-    PrefectRefusedError,
-    ResolveError,
-    TooManyAttemptsError,
-)
 from prefect_crew.records import store, variables
 from prefect_crew.records.model import Lease, RecordPhase, RunRecord, utcnow
-from prefect_crew.records.resolve import unresolved
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import claims
 from prefect_crew.runs import kickoff as kickoff_module
 from prefect_crew.states import CrewState
-from prefect_crew.testing import CrewServerFactory
 from support.proxy import Proxy
-from support.records import LONG_AGO, attempts, key, new_record, phases, put
-from support.scripts import FAILS, slow
-from support.seen import Seen
+from support.records import LONG_AGO, attempts, new_record, phases, put, start
 from support.webhooks import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
 RECORDS = PrefectRecords()
+CLAIMED, STARTED = RecordPhase.CLAIMED, RecordPhase.STARTED
+NOT_STARTED, UNCERTAIN = RecordPhase.NOT_STARTED, RecordPhase.UNCERTAIN
+FAILED = {"phase": RecordPhase.ENDED, "state": CrewState.FAILED, "ended_at": utcnow()}
+
+
+async def claim(key: str, server: CrewServer, *, permit: float | None = None, **fields: Any) -> RunRecord:
+    """Claim a run with the input text: a, as somebody else; with a permit that is good for so many seconds."""
+    digest = Inputs.of({"text": "a"}).digest
+    known = {"crew": server.crew().label, "crew_url": server.url, "inputs_digest": digest, "good_for": 60.0}
+    return await put(new_record(key, **known | fields), permit=permit)
 
 
 # Claims of others
 
 
-async def claim(idempotency_key: str, crew: DeployedCrew, *, permit: float | None = None, **fields: Any) -> RunRecord:
-    """Claim a run with the input text: a, as somebody else; with a permit that is good for so many seconds."""
-    known = {
-        "crew": crew.label,
-        "crew_url": crew.url,
-        "inputs_digest": Inputs.of({"text": "a"}).digest,
-        "good_for": 60.0,
-    }
-    return await put(new_record(idempotency_key, **known | fields), permit=permit)
+async def test_a_run_of_a_later_number_needs_no_check_of_inputs(server: CrewServer, key: str):
+    # The first number is free, so the call claims it before it has read that the second one holds a run.
+    server.faults.add("inputs:401@1-")
+    await claim(key, server, permit=60.0, attempt=2, phase=STARTED, kickoff_id=(theirs := f"theirs {uuid.uuid4()}"))
+    assert (await start(server, key)).kickoff_id == theirs
+    assert server.requests["kickoff"] == 0
 
 
 @pytest.mark.parametrize("given_back", [False, True])
-async def test_who_finds_a_claim_waits_for_its_id_or_starts_a_run_where_it_is_given_back(
-    crew_server: CrewServerFactory, given_back: bool
-):
-    server, idempotency_key, theirs = crew_server("echo"), key(), f"theirs {uuid.uuid4()}"
-    stored = await claim(idempotency_key, server.crew())
-    finding = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
+async def test_a_claim_of_another_is_waited_for(server: CrewServer, key: str, given_back: bool):
+    stored, theirs = await claim(key, server), f"theirs {uuid.uuid4()}"
+    finding = asyncio.ensure_future(start(server, key))
     done, _ = await asyncio.wait({finding}, timeout=0.5)
     assert not done
-    if given_back:
-        stored.phase = RecordPhase.NOT_STARTED
-    else:
+    if not given_back:
         assert await RECORDS.permit(stored, 30)
-        stored.phase, stored.kickoff_id, stored.kicked_off_at = RecordPhase.STARTED, theirs, utcnow()
+        stored.kickoff_id, stored.kicked_off_at = theirs, utcnow()
+    stored.phase = NOT_STARTED if given_back else STARTED
     await RECORDS.save(stored)
-    assert (await finding).kickoff_id in ({run.id for run in server.runs} if given_back else {theirs})
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED] * given_back + [RecordPhase.STARTED]
+    assert (await finding).kickoff_id in ([run.id for run in server.runs] if given_back else [theirs])
+    assert await phases(key) == [NOT_STARTED] * given_back + [STARTED]
 
 
-async def test_who_cannot_check_the_inputs_still_finds_the_run_of_a_later_number(crew_server: CrewServerFactory):
-    # The first number is free, so the call claims it before it has read that the second one holds a run.
-    server, idempotency_key, theirs = crew_server("echo", faults=["inputs:401@1-"]), key(), f"theirs {uuid.uuid4()}"
-    await claim(idempotency_key, server.crew(), permit=60.0, attempt=2, phase=RecordPhase.STARTED, kickoff_id=theirs)
-    run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
+LOST: dict[str, Any] = {"flow_run_id": str(uuid.UUID(int=7))}
+"""Of a claim whose flow run is gone."""
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{"good_for": LONG_AGO}, {"flow_run_id": str(uuid.uuid4())}, {"good_for": LONG_AGO, "inputs_digest": "d" * 32}],
-    ids=["time is up", "flow run is gone", "other inputs"],
-)
-async def test_a_claim_that_nothing_was_sent_for_is_voided_and_the_run_is_started(
-    crew_server: CrewServerFactory, fields: dict[str, Any]
-):
-    server, idempotency_key = crew_server("echo"), key()
-    theirs = await claim(idempotency_key, server.crew(), **fields)
-    run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
+@pytest.mark.parametrize("fields", [{"good_for": LONG_AGO}, LOST, {"good_for": LONG_AGO, "inputs_digest": "d" * 32}])
+async def test_a_claim_without_a_kickoff_is_voided(server: CrewServer, key: str, fields: dict[str, Any]):
+    theirs = await claim(key, server, **fields)
+    run = await start(server, key)
     assert [run.kickoff_id] == [one.id for one in server.runs]
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
-    # Its owner, were it alive, would get that error.
-    assert not await RECORDS.permit(theirs, 30)
+    assert await phases(key) == [NOT_STARTED, STARTED]
+    assert not await RECORDS.permit(theirs, 30), "its owner, were it alive, would get that error"
 
 
-@pytest.mark.parametrize(
-    ("permit", "fields"),
-    [(LONG_AGO, {}), (60.0, {"flow_run_id": str(uuid.UUID(int=7))})],
-    ids=["time is up", "flow run is gone"],
-)
-async def test_a_kickoff_that_may_have_been_sent_is_uncertain(
-    crew_server: CrewServerFactory, permit: float, fields: dict[str, Any]
-):
-    server, idempotency_key = crew_server("echo"), key()
-    await claim(idempotency_key, server.crew(), permit=permit, **fields)
-    with pytest.raises(KickoffUncertainError, match="ended before it recorded the answer"):
-        await asyncio.wait_for(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key), 20)
+@pytest.mark.parametrize(("permit", "fields"), [(LONG_AGO, {}), (60.0, LOST)], ids=["time is up", "flow run is gone"])
+async def test_a_kickoff_that_may_be_sent_is_uncertain(server: CrewServer, key: str, permit: float, fields: Any):
+    await claim(key, server, permit=permit, **fields)
+    with pytest.raises(pc.KickoffUncertainError, match="ended before it recorded the answer"):
+        await asyncio.wait_for(start(server, key), 20)
     assert server.requests["kickoff"] == 0
 
 
-# Claims and permits that are used too late, or not at all
-
-
-async def resolved(crew_server: CrewServerFactory, phase: RecordPhase, **said: Any) -> tuple[Any, Any]:
-    """Kick a crew off, and resolve the claim while its inputs are checked."""
-    server, idempotency_key = crew_server("echo", faults=["inputs:latency=1"]), key()
-    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-    await until(lambda: server.requests["inputs"], "the inputs are checked")
-    (stored,) = await attempts(idempotency_key)
-    assert await RECORDS.resolve(stored, phase, **said)
-    return (await calling).kickoff_id, server
-
-
-async def test_a_claim_that_was_resolved_in_between_is_not_posted(crew_server: CrewServerFactory):
-    theirs = f"theirs {uuid.uuid4()}"
-    found, server = await resolved(crew_server, RecordPhase.STARTED, kickoff_id=theirs)
-    assert (found, server.requests["kickoff"]) == (theirs, 0)
-    started, server = await resolved(crew_server, RecordPhase.NOT_STARTED)
-    assert [started] == [run.id for run in server.runs]
-
-
-async def test_a_claim_next_to_another_that_it_was_not_decided_by_is_given_back(crew_server: CrewServerFactory):
-    # As prune leaves a key whose earlier attempts it deletes while somebody starts a later one.
-    server, idempotency_key = crew_server("echo", faults=["inputs:latency=1@1"]), key()
-    theirs = f"theirs {uuid.uuid4()}"
-    await claim(idempotency_key, server.crew(), attempt=2, phase=RecordPhase.STARTED, kickoff_id=theirs)
-    for _ in range(3):
-        run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-        assert (run.kickoff_id, server.requests["kickoff"]) == (theirs, 0)
-        assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
-
-
-async def test_a_kickoff_whose_permit_is_over_is_not_sent_and_its_run_is_claimed_anew(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+async def test_a_run_whose_permit_is_over_is_claimed_anew(
+    server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch
 ):
-    leases: list[Lease] = []
+    leases: list[float] = []
 
     def lease(seconds: float) -> Lease:
-        leases.append(Lease(LONG_AGO if len(leases) == 1 else seconds))  # the claim's, then its permit's
-        return leases[-1]
+        leases.append(seconds)
+        return Lease(LONG_AGO if len(leases) == 2 else seconds)  # the claim's, then its permit's
 
     monkeypatch.setattr(kickoff_module, "Lease", lease)
-    server, idempotency_key = crew_server("echo"), key()
-    await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
+    await start(server, key)
     assert len(leases) == 5
     assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED, RecordPhase.STARTED]
+    assert await phases(key) == [NOT_STARTED, STARTED]
 
 
-async def test_permits_that_are_over_again_and_again_end_in_an_error(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [({"text": "a"}, "this call lost each claim before its kickoff could be sent"), ({}, "Missing inputs: text")],
+    ids=["to send it", "to check inputs"],
+)
+async def test_claims_that_are_over_start_nothing(
+    server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, str], says: str
 ):
     monkeypatch.setattr(kickoff_module, "LIMITED_FOR", 0.5)
     monkeypatch.setattr(kickoff_module, "Lease", lambda seconds: Lease(LONG_AGO))
-    server, idempotency_key = crew_server("echo"), key()
-    with pytest.raises(CrewError, match="this call lost each claim before its kickoff could be sent"):
-        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
+    with pytest.raises(pc.CrewError, match=says):
+        await start(server, key, inputs)
     assert server.requests["kickoff"] == 0
-    assert set(await phases(idempotency_key)) == {RecordPhase.NOT_STARTED}
+    assert set(await phases(key)) == {NOT_STARTED}
 
 
-async def test_an_id_that_another_record_holds_is_uncertain(crew_server: CrewServerFactory):
+async def test_an_id_of_another_record_is_uncertain(server: CrewServer, key: str):
     # A proxy that caches or deduplicates kickoffs gives one id to two of them.
-    server, first, second = crew_server("echo"), key(), key()
-    run = await server.crew().atrigger({"text": "a"}, idempotency_key=first)
+    run = await start(server, key)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CrewClient, "kickoff", AsyncMock(return_value=run.kickoff_id))
-        with pytest.raises(KickoffUncertainError, match=f"which belongs to idempotency key '{first}'"):
-            await server.crew().atrigger({"text": "a"}, idempotency_key=second)
-    assert await phases(second) == [RecordPhase.UNCERTAIN]
-
-
-async def test_an_id_that_two_kickoffs_bring_at_the_same_moment_is_uncertain_for_one_of_them(
-    crew_server: CrewServerFactory,
-):
-    server, keys, shared = crew_server("echo"), [key(), key()], f"shared {uuid.uuid4()}"
-    both = asyncio.Barrier(2)
-
-    async def kickoff(*_: Any, **__: Any) -> str:
-        await both.wait()
-        return shared
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CrewClient, "kickoff", kickoff)
-        calls = [server.crew().atrigger({"text": "a"}, idempotency_key=one) for one in keys]
-        ends = await asyncio.gather(*calls, return_exceptions=True)
-    assert sorted(type(end).__name__ for end in ends) == ["CrewRun", "KickoffUncertainError"]
-    records = [record for one in keys for record in await attempts(one)]
-    assert sorted(str(record.phase) for record in records) == ["started", "uncertain"]
-    holder = await RECORDS.of_kickoff(shared)
-    assert holder is not None
-    assert holder.ref == next(record.ref for record in records if record.phase is RecordPhase.STARTED)
-
-
-# Cancelled callers
-
-
-async def cancelled_at(request: str, server: CrewServer, idempotency_key: str, way: str = "cancelled") -> None:
-    """Cancel a call shortly after the server got a request of it; or its flow times out: that cancels at each await."""
-    scope = anyio.CancelScope()
-
-    async def call() -> None:
-        with scope if way != "cancelled" else nullcontext():
-            calls = [server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)]
-            await (asyncio.gather(*calls) if way == "timed out in a gather" else calls[0])
-        raise asyncio.CancelledError
-
-    calling = asyncio.ensure_future(call())
-    await until(lambda: server.requests[request], "the request is made")
-    await asyncio.sleep(0.3)
-    scope.cancel()
-    if way == "cancelled":
-        calling.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await calling
-
-
-@pytest.mark.parametrize("way", ["cancelled", "timed out", "timed out in a gather"])
-async def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_caller_is_cancelled(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, way: str
-):
-    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
-    await cancelled_at("kickoff", server, idempotency_key, way)
-    (record,) = await attempts(idempotency_key)
-    assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
-    assert "is left running" in caplog.text
-    assert server.requests["stop"] == 0
-    found = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert found.kickoff_id == record.kickoff_id
-
-
-def end_the_loop(server: CrewServer, idempotency_key: str, is_time: Callable[[], Any], moment: str) -> None:
-    """Call the crew, and end the event loop as Ctrl-C does once it is time."""
-
-    async def call() -> None:
-        calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-        await until(is_time, moment)
-        asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
-        await calling
-
-    with pytest.raises(KeyboardInterrupt):
-        asyncio.run(call())
-
-
-def test_a_kickoff_in_flight_is_seen_to_its_end_although_its_event_loop_ends(crew_server: CrewServerFactory):
-    # So ends that of `run_crew` in a flow that is not async, where the flow times out or a worker shuts down.
-    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1"]), key()
-    end_the_loop(server, idempotency_key, lambda: server.requests["kickoff"], "the kickoff is sent")
-    (record,) = asyncio.run(attempts(idempotency_key))
-    assert (record.phase, record.kickoff_id) == (RecordPhase.STARTED, server.runs[0].id)
-
-
-@pytest.mark.parametrize(("fault", "phase"), [("404", RecordPhase.NOT_STARTED), ("500", RecordPhase.UNCERTAIN)])
-async def test_what_became_of_a_cancelled_callers_kickoff_is_on_record(
-    crew_server: CrewServerFactory, fault: str, phase: RecordPhase
-):
-    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0@1", f"kickoff:{fault}@1"]), key()
-    await cancelled_at("kickoff", server, idempotency_key)
-    assert await phases(idempotency_key) == [phase]
-
-
-@pytest.mark.parametrize(
-    ("fault", "request_of_it", "way"),
-    [
-        ("inputs:latency=30", "inputs", "cancelled"),
-        ("inputs:latency=30", "inputs", "timed out"),
-        ("kickoff:429=30", "kickoff", "timed out in a gather"),
-    ],
-)
-async def test_a_caller_that_is_cancelled_before_its_kickoff_gives_the_claim_back(
-    crew_server: CrewServerFactory, fault: str, request_of_it: str, way: str
-):
-    server, idempotency_key = crew_server("echo", faults=[fault]), key()
-    await cancelled_at(request_of_it, server, idempotency_key, way)
-    # Without a permit its claim is deleted.
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED] * server.requests["kickoff"]
-    assert server.kickoffs == 0
-
-
-async def test_a_start_that_is_refused_again_and_again_leaves_no_record(crew_server: CrewServerFactory):
-    server, idempotency_key = crew_server("echo"), key()
-    for _ in range(3):
-        with pytest.raises(InvalidInputsError, match="text"):
-            await server.crew().atrigger({}, idempotency_key=idempotency_key)
-        assert await phases(idempotency_key) == []
-    run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    (record,) = await attempts(idempotency_key)
-    assert (record.attempt, record.kickoff_id) == (1, run.kickoff_id)
-
-
-async def test_a_start_that_is_refused_once_its_claim_is_over_says_so_on_record(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(kickoff_module, "Lease", lambda seconds: Lease(LONG_AGO))
-    server, idempotency_key = crew_server("echo"), key()
-    with pytest.raises(InvalidInputsError):
-        await server.crew().atrigger({}, idempotency_key=idempotency_key)
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
-
-
-async def test_a_key_without_a_number_left_starts_nothing_and_says_what_to_do(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(store, "MOST_ATTEMPTS", 2)
-    server, idempotency_key = crew_server("echo"), key()
-    failed = {"phase": RecordPhase.ENDED, "state": CrewState.FAILED, "ended_at": utcnow()}
-    for attempt in (1, 2):
-        await claim(idempotency_key, server.crew(), attempt=attempt, **failed)
-    with pytest.raises(TooManyAttemptsError, match=r"Nothing was started. .* prefect-crew runs prune"):
-        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert not server.requests
-
-
-async def test_kickoffs_that_did_not_start_do_not_use_up_the_numbers_of_a_key(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(store, "MOST_ATTEMPTS", 6)
-    server, idempotency_key = crew_server("echo"), key()
-    failed = {"phase": RecordPhase.ENDED, "state": CrewState.FAILED, "ended_at": utcnow()}
-    await claim(idempotency_key, server.crew(), **failed)
-    refused = [await claim(idempotency_key, server.crew(), attempt=attempt, permit=30.0) for attempt in (2, 3, 4, 5, 6)]
-    for record in refused:
-        record.phase, record.reason = RecordPhase.NOT_STARTED, "ConnectError"
-        await RECORDS.save(record)
-    run = await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert [run.kickoff_id] == [one.id for one in server.runs]
-    assert [(one.attempt, one.phase) for one in await attempts(idempotency_key)] == [
-        (1, RecordPhase.ENDED),
-        (2, RecordPhase.STARTED),
-    ]
-    assert not await RECORDS.permit(refused[-1], 30, before=Lease(-1.0)), "nothing is sent for what was deleted"
-
-
-async def test_a_verdict_about_a_claim_stays_while_its_owner_may_be_alive(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(store, "MOST_ATTEMPTS", 1)
-    server, idempotency_key = crew_server("echo"), key()
-    theirs = await claim(idempotency_key, server.crew())
-    (read,) = await attempts(idempotency_key)
-    assert await RECORDS.resolve(read, RecordPhase.NOT_STARTED)
-    with pytest.raises(TooManyAttemptsError):
-        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert not await RECORDS.permit(theirs, 30)
-    monkeypatch.setattr(store, "RESOLUTION_STANDS", -1.0)
-    assert (await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)).kickoff_id
-
-
-async def test_a_kickoff_that_is_not_on_its_way_yet_is_not_sent_once_its_caller_is_cancelled(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    connecting, connected = asyncio.Event(), asyncio.Event()
-
-    async def kickoff(*_: Any, before_sending: Callable[[], None], **__: Any) -> str:
-        connecting.set()
-        await connected.wait()
-        before_sending()
-        return "sent"
-
-    monkeypatch.setattr(CrewClient, "kickoff", kickoff)
-    server, idempotency_key = crew_server("echo"), key()
-    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-    await connecting.wait()
-    calling.cancel()
-    await asyncio.wait({calling}, timeout=0.1)
-    connected.set()
-    with pytest.raises(asyncio.CancelledError):
-        await calling
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
-
-
-@pytest.mark.parametrize("problem", ["cancelled", "no block any more"])
-async def test_a_refused_token_that_cannot_be_renewed_has_started_nothing(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, problem: str
-):
-    reading = asyncio.Event()
-
-    async def reloaded(self: Crew) -> None:
-        reading.set()
-        if problem == "cancelled":
-            await asyncio.Event().wait()
-        raise TypeError(problem)
-
-    monkeypatch.setattr(Crew, "reloaded", reloaded)
-    server, idempotency_key = crew_server("echo", faults=["kickoff:401"]), key()
-    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-    await reading.wait()
-    if problem == "cancelled":
-        calling.cancel()
-    with pytest.raises(asyncio.CancelledError if problem == "cancelled" else TypeError):
-        await calling
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
-
-
-@pytest.mark.parametrize(
-    ("cut", "phase"),
-    [((CrewClient, "kickoff"), RecordPhase.UNCERTAIN), ((PrefectRecords, "_name_kickoff"), RecordPhase.STARTED)],
-    ids=["in the midst of the kickoff", "over whose its id is"],
-)
-async def test_a_signal_is_not_taken_for_a_refusal_and_leaves_an_id_on_record(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, cut: tuple[Any, str], phase: RecordPhase
-):
-    async def interrupted(*_: Any, **__: Any) -> None:
-        raise TerminationSignal(signal.SIGTERM)
-
-    monkeypatch.setattr(*cut, interrupted)
-    server, idempotency_key = crew_server("echo"), key()
-    with pytest.raises(TerminationSignal):
-        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    (record,) = await attempts(idempotency_key)
-    assert (record.phase, record.kickoff_id) == (phase, next((run.id for run in server.runs), None))
+        with pytest.raises(pc.KickoffUncertainError, match=f"which belongs to idempotency key '{key}'"):
+            await start(server, f"{key} b")
+    assert await phases(f"{key} b") == [UNCERTAIN]
 
 
 @pytest.mark.parametrize("good_for", [60.0, LONG_AGO], ids=["of a caller", "of a claim that was given up"])
-async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_reported(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, good_for: float
-):
+async def test_an_unreadable_permit_starts_nothing(server: CrewServer, key: str, monkeypatch: Any, good_for: float):
     # Somebody edited it, or another tool uses its name.
-    server, idempotency_key = crew_server("echo"), key()
     create = store.create_variable
 
     async def spoilt(variable: dict[str, Any], **options: Any) -> str | None:
@@ -458,226 +155,218 @@ async def test_a_permit_that_cannot_be_read_starts_nothing_and_is_reported(
 
     monkeypatch.setattr(store, "create_variable", spoilt)
     if good_for < 0:
-        await claim(idempotency_key, server.crew(), good_for=good_for)
-    with pytest.raises(CrewError, match="this version cannot read it"):
-        await asyncio.wait_for(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key), 20)
+        await claim(key, server, good_for=good_for)
+    with pytest.raises(pc.CrewError, match="this version cannot read it"):
+        await asyncio.wait_for(start(server, key), 20)
     assert server.requests["kickoff"] == 0
 
 
-async def test_a_post_that_does_not_end_is_not_waited_for_for_ever(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+# The numbers of a key
+
+
+async def test_a_key_without_a_number_left_starts_nothing(server: CrewServer, key: str, monkeypatch: Any):
+    monkeypatch.setattr(store, "MOST_ATTEMPTS", 2)
+    for attempt in (1, 2):
+        await claim(key, server, attempt=attempt, **FAILED)
+    with pytest.raises(pc.TooManyAttemptsError, match=r"Nothing was started. .* prefect-crew runs prune"):
+        await start(server, key)
+    assert not server.requests
+
+
+async def test_unstarted_kickoffs_use_up_no_number(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "MOST_ATTEMPTS", 6)
+    await claim(key, server, **FAILED)
+    refused = [await claim(key, server, attempt=attempt, permit=30.0) for attempt in (2, 3, 4, 5, 6)]
+    for record in refused:
+        record.phase, record.reason = NOT_STARTED, "ConnectError"
+        await RECORDS.save(record)
+    run = await start(server, key)
+    assert [run.kickoff_id] == [one.id for one in server.runs]
+    assert [(one.attempt, one.phase) for one in await attempts(key)] == [(1, RecordPhase.ENDED), (2, STARTED)]
+    assert not await RECORDS.permit(refused[-1], 30, before=Lease(-1.0)), "nothing is sent for what was deleted"
+
+
+async def test_a_resolution_stays_while_the_owner_may_live(server: CrewServer, key: str, monkeypatch: Any):
+    monkeypatch.setattr(store, "MOST_ATTEMPTS", 1)
+    theirs = await claim(key, server)
+    (read,) = await attempts(key)
+    assert await RECORDS.resolve(read, NOT_STARTED)
+    with pytest.raises(pc.TooManyAttemptsError):
+        await start(server, key)
+    assert not await RECORDS.permit(theirs, 30)
+    monkeypatch.setattr(store, "RESOLUTION_STANDS", -1.0)
+    assert (await start(server, key)).kickoff_id
+
+
+# Cancelled callers
+
+
+async def cancelled_at(
+    is_time: Any, server: CrewServer, key: str, way: str = "cancelled", *, after: float = 0.3
+) -> None:
+    """Cancel a call shortly after a moment, or a request to the server; or its flow times out: that cancels at each
+    await."""
+    scope = anyio.CancelScope()
+
+    async def call() -> None:
+        with scope if way != "cancelled" else nullcontext():
+            await (asyncio.gather(start(server, key)) if way == "timed out in a gather" else start(server, key))
+        raise asyncio.CancelledError
+
+    calling = asyncio.ensure_future(call())
+    await until(is_time if callable(is_time) else lambda: server.requests[is_time], "it is time")
+    await asyncio.sleep(after)
+    scope.cancel()
+    if way == "cancelled":
+        calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+
+@pytest.mark.parametrize(
+    ("faults", "way", "expected"),
+    [
+        (["kickoff:latency=1"], "cancelled", [STARTED]),
+        (["kickoff:latency=1"], "timed out", [STARTED]),
+        (["kickoff:latency=1"], "timed out in a gather", [STARTED]),
+        (["kickoff:latency=1", "kickoff:404"], "cancelled", [NOT_STARTED]),
+        (["kickoff:latency=1", "kickoff:500"], "cancelled", [UNCERTAIN]),
+        (["kickoff:429=30"], "timed out in a gather", [NOT_STARTED]),
+        (["inputs:latency=30"], "cancelled", []),
+        (["inputs:latency=30"], "timed out", []),
+    ],
+)
+async def test_a_cancelled_kickoff_is_on_record(
+    crew_server: Any, key: str, caplog: pytest.LogCaptureFixture, faults: list[str], way: str, expected: list[Any]
 ):
+    server = crew_server("echo", faults=faults)
+    await cancelled_at(faults[0].partition(":")[0], server, key, way)
+    assert await phases(key) == expected
+    assert server.kickoffs == expected.count(STARTED)
+    assert server.requests["stop"] == 0
+    assert ("is left running" in caplog.text) is (STARTED in expected)
+    assert [record.kickoff_id for record in await attempts(key) if record.kickoff_id] == [run.id for run in server.runs]
+
+
+async def test_a_kickoff_not_on_its_way_is_not_sent(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
+    connecting = asyncio.Event()
+
+    async def kickoff(*_: Any, before_sending: Callable[[], None], **__: Any) -> str:
+        connecting.set()
+        await asyncio.sleep(0.3)
+        before_sending()
+        return "sent"
+
+    monkeypatch.setattr(CrewClient, "kickoff", kickoff)
+    await cancelled_at(connecting.is_set, server, key, after=0)
+    assert await phases(key) == [NOT_STARTED]
+
+
+@pytest.mark.parametrize("problem", ["cancelled", "no block any more"])
+async def test_a_token_without_renewal_starts_nothing(server: CrewServer, key: str, monkeypatch: Any, problem: str):
+    reading = asyncio.Event()
+
+    async def reloaded(self: Crew) -> None:
+        reading.set()
+        if problem == "cancelled":
+            await asyncio.Event().wait()
+        raise TypeError(problem)
+
+    monkeypatch.setattr(Crew, "reloaded", reloaded)
+    server.faults.add("kickoff:401")
+    if problem == "cancelled":
+        await cancelled_at(reading.is_set, server, key)
+    else:
+        with pytest.raises(TypeError):
+            await start(server, key)
+    assert await phases(key) == [NOT_STARTED]
+
+
+@pytest.mark.parametrize(
+    ("cut", "phase"),
+    [((CrewClient, "kickoff"), UNCERTAIN), ((PrefectRecords, "_name_kickoff"), STARTED)],
+    ids=["in the midst of the kickoff", "over whose its id is"],
+)
+async def test_a_signal_leaves_an_id_on_record(server: CrewServer, key: str, monkeypatch: Any, cut: Any, phase: Any):
+    monkeypatch.setattr(*cut, AsyncMock(side_effect=TerminationSignal(signal.SIGTERM)))
+    with pytest.raises(TerminationSignal):
+        await start(server, key)
+    (record,) = await attempts(key)
+    assert (record.phase, record.kickoff_id) == (phase, next((run.id for run in server.runs), None))
+
+
+async def test_an_endless_post_is_not_waited_for(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kickoff_module, "FINISH", 0.2)
-    server, idempotency_key = crew_server("echo", faults=["kickoff:timeout"]), key()
+    server.faults.add("kickoff:timeout")
     # Not wait_for: its own cancellation is what `cancelled_at` expects.
     async with asyncio.timeout(20) as limit:
-        await cancelled_at("kickoff", server, idempotency_key)
+        await cancelled_at("kickoff", server, key)
     assert not limit.expired()
     # The POST that was left loses its connection as the caller's session closes, and may have written that down by now.
-    assert await phases(idempotency_key) in ([RecordPhase.CLAIMED], [RecordPhase.UNCERTAIN])
+    assert await phases(key) in ([CLAIMED], [UNCERTAIN])
 
 
-@pytest.mark.parametrize("at", ["inputs", "kickoff"])
-async def test_a_cancelled_start_does_not_wait_for_a_claim_that_is_given_back_slowly(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, at: str
-):
+@pytest.mark.parametrize("fault", ["inputs:latency=60", "kickoff:404"])
+async def test_a_cancelled_start_waits_for_no_slow_save(server: CrewServer, key: str, monkeypatch: Any, fault: str):
+    begun = asyncio.Event()
+
     async def hang(*_: Any) -> None:
         begun.set()
         await asyncio.sleep(60)
 
-    begun = asyncio.Event()
     monkeypatch.setattr(kickoff_module, "FINISH", 0.3)
     monkeypatch.setattr(PrefectRecords, "save", hang)
-    fault = {"inputs": "inputs:latency=60", "kickoff": "kickoff:404"}[at]
-    server, idempotency_key = crew_server("echo", faults=[fault]), key()
-    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-    if at == "inputs":
-        await until(lambda: server.requests["inputs"], "the inputs are asked for")
-    else:
-        await asyncio.wait_for(begun.wait(), 20)  # the kickoff was refused
-    calling.cancel()
-    done, _ = await asyncio.wait({calling}, timeout=10)
-    assert done, "it ends without the save"
-    assert calling.cancelled()
+    server.faults.add(fault)
+    async with asyncio.timeout(20) as limit:
+        await cancelled_at("inputs" if "inputs" in fault else begun.is_set, server, key, after=0)
+    assert not limit.expired(), "it ends without the save"
 
 
-async def test_a_retry_of_the_flow_run_says_at_once_that_its_kickoff_is_uncertain_and_only_resolving_waits(
-    crew_server: CrewServerFactory,
-):
-    server, idempotency_key = crew_server("echo"), key()
+async def test_a_claim_is_given_back_despite_a_cancellation(server: CrewServer, key: str, monkeypatch: Any):
+    withdraw, withdrawing = PrefectRecords.withdraw, asyncio.Event()
 
-    @flow(retries=1)
-    async def trip() -> None:
-        if flow_run.run_count == 1:  # its process was killed with a permit that is good for ten minutes
-            await claim(idempotency_key, server.crew(), permit=600, flow_run_id=str(flow_run.id), flow_run_count=1)
-            raise RuntimeError("killed")
-        await arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
+    async def slow_withdraw(records: PrefectRecords, record: RunRecord) -> None:
+        withdrawing.set()
+        await asyncio.sleep(0.3)
+        await withdraw(records, record)
 
-    with pytest.raises(KickoffUncertainError):
-        await trip()
+    monkeypatch.setattr(PrefectRecords, "withdraw", slow_withdraw)
+    server.faults.add("inputs:401")
+    await cancelled_at(withdrawing.is_set, server, key, after=0)
+    assert await phases(key) == []
+
+
+async def test_a_cancelled_call_keeps_what_was_resolved(server: CrewServer, key: str, monkeypatch: Any):
+    permit, asking = PrefectRecords.permit, asyncio.Event()
+
+    async def slow_permit(records: PrefectRecords, record: RunRecord, good_for: float, **options: Any) -> bool:
+        asking.set()
+        await asyncio.sleep(0.3)
+        stored = (await attempts(key))[0]
+        assert await RECORDS.resolve(stored, STARTED, kickoff_id="theirs")
+        return await permit(records, record, good_for, **options)
+
+    monkeypatch.setattr(PrefectRecords, "permit", slow_permit)
+    await cancelled_at(asking.is_set, server, key, after=0)
+    assert await phases(key) == [STARTED]
     assert server.requests["kickoff"] == 0
-    with pytest.raises(ResolveError, match=r"may still be sent, or on its way.*Resolve it in (59\d|6\d\d) s"):
-        await unresolved(idempotency_key, RECORDS)
 
 
-# A Prefect API that is away
+# Event loops that end, as that of `run_crew` in a flow that is not async where it times out or a worker shuts down
 
 
-async def test_nothing_is_sent_where_no_claim_can_be_written(crew_server: CrewServerFactory, proxy: Proxy):
-    server = crew_server("echo")
-    proxy.cut()
-    with pytest.raises(PrefectAwayError, match=r"does not answer.*Nothing was started") as caught:
-        await server.crew().atrigger({"text": "a"}, idempotency_key=key())
-    assert isinstance(caught.value.__cause__, httpx.HTTPError)
-    assert not server.requests
+def end_the_loop(server: CrewServer, key: str, is_time: Callable[[], Any]) -> list[RunRecord]:
+    """Call the crew, and end the event loop as Ctrl-C does once it is time. Return the attempts."""
 
+    async def call() -> None:
+        calling = asyncio.ensure_future(start(server, key))
+        await until(is_time, "it is time")
+        asyncio.get_running_loop().call_soon(signal.default_int_handler, signal.SIGINT, None)
+        await calling
 
-async def test_a_kickoff_task_is_retried_where_prefect_was_away_and_not_where_it_refused():
-    for error, is_retried in ((PrefectAwayError("away"), True), (CrewError("refused"), False)):
-        state: Any = Failed(data=error)
-        assert kickoff_crew.retry_condition_fn is not None
-        assert await kickoff_crew.retry_condition_fn(kickoff_crew, None, state) is is_retried  # type: ignore[arg-type, misc]
-
-
-@pytest.mark.parametrize("what", ["claim", "permit"])
-async def test_a_retry_knows_its_own_claim_whose_answer_was_lost(
-    crew_server: CrewServerFactory, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, what: str
-):
-    """Nothing was sent for it, so nobody waits until its time is up, and no person is asked."""
-    create, save, tags = store.create_variable, PrefectRecords.save, {"claim": [], "permit": [store.ENTRY_TAG]}[what]
-    away = httpx.ReadError("lost", request=httpx.Request("POST", f"{proxy.url}/api/variables/"))
-    is_lost = False
-
-    async def create_and_lose(variable: dict[str, Any], **options: Any) -> str | None:
-        nonlocal is_lost
-        ref = await create(variable, **options)
-        if variable["tags"] == tags and not is_lost:
-            is_lost = True
-            monkeypatch.setattr(PrefectRecords, "save", AsyncMock(side_effect=away))  # it cannot be given back either
-            raise away
-        return ref
-
-    monkeypatch.setattr(store, "create_variable", create_and_lose)
-    server, idempotency_key = crew_server("echo"), key()
-    retried = kickoff_crew.with_options(retry_delay_seconds=[2.0])
-    calling = asyncio.ensure_future(retried(server.crew(), {"text": "a"}, idempotency_key=idempotency_key))
-    await until(lambda: is_lost, "an answer is lost")
-    await asyncio.sleep(0.5)
-    monkeypatch.setattr(PrefectRecords, "save", save)
-    kickoff_id = await asyncio.wait_for(calling, 20)
-    assert server.requests["kickoff"] == 1
-    given_up, started = await attempts(idempotency_key)
-    assert (given_up.phase, given_up.entries) == (RecordPhase.NOT_STARTED, {"claim": 1, "permit": 2}[what])
-    assert (started.phase, started.kickoff_id, started.owner) == (RecordPhase.STARTED, kickoff_id, given_up.owner)
-
-
-async def test_a_try_after_one_that_has_sent_a_kickoff_claims_under_a_nonce_of_its_own(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(kickoff_module, "LIMITED_FOR", 0.05)
-    server, idempotency_key = crew_server("echo", faults=["kickoff:503=1@1"]), key()
-    retried = kickoff_crew.with_options(retry_delay_seconds=[0.1])
-    await retried(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
-    refused, started = await attempts(idempotency_key)
-    assert (refused.phase, started.phase) == (RecordPhase.NOT_STARTED, RecordPhase.STARTED)
-    assert refused.owner != started.owner
-
-
-async def test_a_name_that_is_refused_and_not_shown_is_not_asked_for_in_a_tight_loop(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    """A replica of the Prefect API that lags answers 409, and then does not list the name."""
-    monkeypatch.setattr(claims, "AGAIN", 60.0)
-    claimed = AsyncMock(return_value=False)
-    monkeypatch.setattr(PrefectRecords, "claim", claimed)
-    server = crew_server("echo")
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(server.crew().atrigger({"text": "a"}, idempotency_key=key()), 3)
-    assert claimed.call_count <= 2
-
-
-async def test_an_id_that_cannot_be_recorded_is_reported_with_what_to_do(
-    crew_server: CrewServerFactory,
-    proxy: Proxy,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-):
-    monkeypatch.setattr(variables, "SAVE_FOR", 0.5)
-    server, idempotency_key = crew_server("echo", faults=["kickoff:latency=1.0"]), key()
-    calling = asyncio.ensure_future(server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-    await until(lambda: server.requests["kickoff"], "the kickoff is sent")
-    proxy.cut()
-    run = await calling
-    assert f"prefect-crew runs resolve '{idempotency_key}' --kickoff-id {run.kickoff_id}" in caplog.text
-    assert "could not be updated" in caplog.text
-    proxy.restore()
-    assert await phases(idempotency_key) == [RecordPhase.CLAIMED]
-
-
-async def test_without_a_new_permit_nothing_is_sent_again(
-    crew_server: CrewServerFactory, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-):
-    server, idempotency_key = crew_server("echo", faults=["kickoff:429=0.2@1"]), key()
-
-    def refuse_permits(problem: Exception) -> float | None:
-        proxy.refuse = "POST /api/variables/"
-        return kickoff_delay(problem)
-
-    monkeypatch.setattr(kickoff_module, "kickoff_delay", refuse_permits)  # after the answer, before the next permit
-    with pytest.raises(PrefectRefusedError, match=r"HTTP 403.*Nothing was started"):
-        await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    proxy.refuse = None
-    assert server.requests["kickoff"] == 1
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
-
-
-# Many callers at once: one run, equal results
-
-
-@pytest.mark.parametrize("script", [slow(0.3), FAILS], ids=["slow", "failing"])
-def test_twenty_callers_start_one_run(crew_server: CrewServerFactory, seen: Seen, script: str):
-    server, idempotency_key = crew_server(script), key()
-
-    async def result() -> Any:
-        run = await server.crew().atrigger({}, idempotency_key=idempotency_key)
-        await run.await_for_completion()
-        return await run.afetch_result()
-
-    async def race() -> list[Any]:
-        return [*await asyncio.gather(*(result() for _ in range(20)), return_exceptions=True)]
-
-    results = asyncio.run(race())
-    assert server.kickoffs == 1
-    assert {type(one) for one in results} == {CrewFailedError if script == FAILS else CrewResult}
-    (kickoff_id,) = {one.kickoff_id for one in results}
-    events = [one["event"] for one in seen.events(kickoff_id)]
-    assert events.count("crew.failed" if script == FAILS else "crew.completed") == 1
-    assert len(seen.records(idempotency_key)) == 1
-
-
-async def test_a_claim_and_a_permit_that_wait_for_other_requests_begin_when_they_are_sent(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    server, idempotency_key, began = crew_server("echo"), key(), list[float]()
-    begin, once = Lease.begin, prefect_api._request_once
-
-    def noted(lease: Lease) -> None:
-        lease._wall, lease._monotonic = 0.0, 0.0  # what it waited for before does not count
-        assert lease.is_over
-        begin(lease)
-        began.append(time.monotonic())
-
-    async def sent(client: Any, method: str, path: str, *, json: Any) -> Any:
-        if method == "POST" and str(json.get("name")).startswith("crew_run_"):
-            began.append(0.0)
-        return await once(client, method, path, json=json)
-
-    monkeypatch.setattr(Lease, "begin", noted)
-    monkeypatch.setattr(prefect_api, "_request_once", sent)
-    await server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key)
-    assert [bool(moment) for moment in began] == [True, False] * 2, "each begins right before its request"
-    assert len(await attempts(idempotency_key)) == 1
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(call())
+    return asyncio.run(attempts(key))
 
 
 def hold_connections(monkeypatch: pytest.MonkeyPatch, are_held: Callable[[Any], bool], *, seconds: float) -> Any:
@@ -694,70 +383,136 @@ def hold_connections(monkeypatch: pytest.MonkeyPatch, are_held: Callable[[Any], 
     return held
 
 
-def test_a_loop_that_ends_before_the_first_byte_leaves_nothing_uncertain(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    server, idempotency_key = crew_server("echo"), key()
-    monkeypatch.setattr(_transport, "POST_KEEPALIVE", -1.0)  # the kickoff needs a connection of its own
-    connecting = hold_connections(
-        monkeypatch, lambda port: bool(server.requests["inputs"]) and str(port) in server.url, seconds=60
-    )
-    end_the_loop(server, idempotency_key, connecting.is_set, "the kickoff is about to be sent")
-    assert server.requests["kickoff"] == 0
-    assert asyncio.run(phases(idempotency_key)) == [RecordPhase.NOT_STARTED]
+def test_an_ended_loop_sees_its_kickoff_to_the_end(server: CrewServer, key: str):
+    server.faults.add("kickoff:latency=1.0@1")
+    (record,) = end_the_loop(server, key, lambda: server.requests["kickoff"])
+    assert (record.phase, record.kickoff_id) == (STARTED, server.runs[0].id)
 
 
-def test_an_id_is_on_record_although_the_loop_ends_while_it_is_written(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    server, idempotency_key = crew_server("echo"), key()
-    connecting = hold_connections(
-        monkeypatch, lambda port: bool(server.requests["kickoff"]) and str(port) not in server.url, seconds=1
-    )
-    end_the_loop(server, idempotency_key, connecting.is_set, "the id is about to be written")
+@pytest.mark.parametrize("to", ["crew", "prefect"])
+def test_an_ended_loop_leaves_nothing_uncertain(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch, to: str):
+    """It ends before the first byte of the kickoff, which needs a connection of its own, or while its id is written."""
+    monkeypatch.setattr(_transport, "POST_KEEPALIVE", -1.0)
+    last, seconds = {"crew": ("inputs", 60.0), "prefect": ("kickoff", 1.0)}[to]
+
+    def is_held(port: Any) -> bool:
+        return bool(server.requests[last]) and (str(port) in server.url) is (to == "crew")
+
+    (record,) = end_the_loop(server, key, hold_connections(monkeypatch, is_held, seconds=seconds).is_set)
+    assert server.requests["kickoff"] == (to == "prefect")
+    assert record.phase is (NOT_STARTED if to == "crew" else STARTED)
+
+
+# A Prefect API that is away
+
+
+async def test_nothing_is_sent_where_no_claim_can_be_written(server: CrewServer, key: str, proxy: Proxy):
+    proxy.cut()
+    with pytest.raises(pc.PrefectAwayError, match=r"does not answer.*Nothing was started") as caught:
+        await start(server, key)
+    assert isinstance(caught.value.__cause__, httpx.HTTPError)
+    assert not server.requests
+
+
+async def test_a_kickoff_task_is_retried_where_prefect_was_away():
+    for error, is_retried in ((pc.PrefectAwayError("away"), True), (pc.CrewError("refused"), False)):
+        is_retryable: Any = pc.kickoff_crew.retry_condition_fn
+        assert await is_retryable(pc.kickoff_crew, None, Failed(data=error)) is is_retried
+
+
+@pytest.mark.parametrize("what", ["claim", "permit"])
+async def test_a_retry_knows_its_own_claim(server: CrewServer, key: str, proxy: Proxy, monkeypatch: Any, what: str):
+    """Nothing was sent for it, so nobody waits until its time is up, and no person is asked."""
+    create, save, tags = store.create_variable, PrefectRecords.save, {"claim": [], "permit": [store.ENTRY_TAG]}[what]
+    away = httpx.ReadError("lost", request=httpx.Request("POST", f"{proxy.url}/api/variables/"))
+    is_lost = False
+
+    async def create_and_lose(variable: dict[str, Any], **options: Any) -> str | None:
+        nonlocal is_lost
+        ref = await create(variable, **options)
+        if variable["tags"] == tags and not is_lost:
+            is_lost = True
+            monkeypatch.setattr(PrefectRecords, "save", AsyncMock(side_effect=away))  # it cannot be given back either
+            raise away
+        return ref
+
+    monkeypatch.setattr(store, "create_variable", create_and_lose)
+    retried = pc.kickoff_crew.with_options(retry_delay_seconds=[2.0])
+    calling = asyncio.ensure_future(retried(server.crew(), {"text": "a"}, idempotency_key=key))
+    await until(lambda: is_lost, "an answer is lost")
+    await asyncio.sleep(0.5)
+    monkeypatch.setattr(PrefectRecords, "save", save)
+    kickoff_id = await asyncio.wait_for(calling, 20)
     assert server.requests["kickoff"] == 1
-    assert asyncio.run(phases(idempotency_key)) == [RecordPhase.STARTED]
+    given_up, started = await attempts(key)
+    assert (given_up.phase, given_up.entries) == (NOT_STARTED, {"claim": 1, "permit": 2}[what])
+    assert (started.phase, started.kickoff_id, started.owner) == (STARTED, kickoff_id, given_up.owner)
 
 
-async def cancel_after(event: asyncio.Event, call: Coroutine[Any, Any, Any]) -> None:
-    """Make a call, and cancel it once the event is set."""
-    calling = asyncio.ensure_future(call)
-    await event.wait()
-    calling.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await calling
+async def test_a_try_after_a_sent_kickoff_has_a_new_nonce(server: CrewServer, key: str, monkeypatch: Any):
+    monkeypatch.setattr(kickoff_module, "LIMITED_FOR", 0.05)
+    server.faults.add("kickoff:503=1@1")
+    retried = pc.kickoff_crew.with_options(retry_delay_seconds=[0.1])
+    await retried(server.crew(), {"text": "a"}, idempotency_key=key)
+    refused, started = await attempts(key)
+    assert (refused.phase, started.phase) == (NOT_STARTED, STARTED)
+    assert refused.owner != started.owner
 
 
-async def test_a_claim_is_given_back_although_its_caller_is_cancelled_meanwhile(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    withdraw, withdrawing = PrefectRecords.withdraw, asyncio.Event()
-
-    async def slow_withdraw(records: PrefectRecords, record: RunRecord) -> None:
-        withdrawing.set()
-        await asyncio.sleep(0.3)
-        await withdraw(records, record)
-
-    monkeypatch.setattr(PrefectRecords, "withdraw", slow_withdraw)
-    server, idempotency_key = crew_server("echo"), key()
-    await cancel_after(withdrawing, server.crew().atrigger({"no": "text"}, idempotency_key=idempotency_key))
-    assert await phases(idempotency_key) == []
+async def test_a_refused_name_that_is_not_shown_is_asked_for_slowly(server: CrewServer, key: str, monkeypatch: Any):
+    """A replica of the Prefect API that lags answers 409, and then does not list the name."""
+    monkeypatch.setattr(claims, "AGAIN", 60.0)
+    claimed = AsyncMock(return_value=False)
+    monkeypatch.setattr(PrefectRecords, "claim", claimed)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(start(server, key), 3)
+    assert claimed.call_count <= 2
 
 
-async def test_a_cancelled_call_writes_nothing_over_a_claim_that_somebody_has_resolved(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    permit, asking = PrefectRecords.permit, asyncio.Event()
+async def test_an_unrecorded_id_is_reported(server: CrewServer, key: str, proxy: Proxy, caplog: Any, monkeypatch: Any):
+    monkeypatch.setattr(variables, "SAVE_FOR", 0.5)
+    server.faults.add("kickoff:latency=1.0")
+    calling = asyncio.ensure_future(start(server, key))
+    await until(lambda: server.requests["kickoff"], "the kickoff is sent")
+    proxy.cut()
+    run = await calling
+    assert f"prefect-crew runs resolve '{key}' --kickoff-id {run.kickoff_id}" in caplog.text
+    assert "could not be updated" in caplog.text
+    proxy.restore()
+    assert await phases(key) == [CLAIMED]
 
-    async def slow_permit(records: PrefectRecords, record: RunRecord, good_for: float, **options: Any) -> bool:
-        asking.set()
-        await asyncio.sleep(0.3)
-        stored = (await attempts(idempotency_key))[0]
-        assert await RECORDS.resolve(stored, RecordPhase.STARTED, kickoff_id="theirs")
-        return await permit(records, record, good_for, **options)
 
-    monkeypatch.setattr(PrefectRecords, "permit", slow_permit)
-    server, idempotency_key = crew_server("echo"), key()
-    await cancel_after(asking, server.crew().atrigger({"text": "a"}, idempotency_key=idempotency_key))
-    assert await phases(idempotency_key) == [RecordPhase.STARTED]
-    assert server.requests["kickoff"] == 0
+async def test_without_a_new_permit_nothing_is_sent_again(server: CrewServer, key: str, proxy: Proxy, monkeypatch: Any):
+    server.faults.add("kickoff:429=0.2@1")
+
+    def refuse_permits(problem: Exception) -> float | None:
+        proxy.refuse = "POST /api/variables/"
+        return kickoff_delay(problem)
+
+    monkeypatch.setattr(kickoff_module, "kickoff_delay", refuse_permits)  # after the answer, before the next permit
+    with pytest.raises(pc.PrefectRefusedError, match=r"HTTP 403.*Nothing was started"):
+        await start(server, key)
+    proxy.refuse = None
+    assert server.requests["kickoff"] == 1
+    assert await phases(key) == [NOT_STARTED]
+
+
+async def test_a_lease_begins_when_its_request_is_sent(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
+    begin, once, began = Lease.begin, prefect_api._request_once, list[float]()
+
+    def noted(lease: Lease) -> None:
+        lease._wall, lease._monotonic = 0.0, 0.0  # what it waited for before does not count
+        assert lease.is_over
+        begin(lease)
+        began.append(time.monotonic())
+
+    async def sent(client: Any, method: str, path: str, *, json: Any) -> Any:
+        if method == "POST" and str(json.get("name")).startswith("crew_run_"):
+            began.append(0.0)
+        return await once(client, method, path, json=json)
+
+    monkeypatch.setattr(Lease, "begin", noted)
+    monkeypatch.setattr(prefect_api, "_request_once", sent)
+    await start(server, key)
+    assert [bool(moment) for moment in began] == [True, False] * 2, "each begins right before its request"
+    assert len(await attempts(key)) == 1
