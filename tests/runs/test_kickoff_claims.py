@@ -164,6 +164,15 @@ async def test_an_unreadable_permit_starts_nothing(server: CrewServer, key: str,
 # The numbers of a key
 
 
+async def test_a_start_that_is_refused_again_leaves_no_record(server: CrewServer, key: str):
+    for _ in range(3):
+        with pytest.raises(pc.InvalidInputsError, match="text"):
+            await start(server, key, {})
+        assert await phases(key) == []
+    run = await start(server, key)
+    assert [(one.attempt, one.kickoff_id) for one in await attempts(key)] == [(1, run.kickoff_id)]
+
+
 async def test_a_key_without_a_number_left_starts_nothing(server: CrewServer, key: str, monkeypatch: Any):
     monkeypatch.setattr(store, "MOST_ATTEMPTS", 2)
     for attempt in (1, 2):
