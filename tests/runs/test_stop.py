@@ -6,10 +6,8 @@ import asyncio
 import re
 import signal
 import sys
-import textwrap
-import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -24,26 +22,26 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling, Scheduled
 
 import prefect_crew as pc
-from prefect_crew._internal.flow_engine import Ending, HeldFlowRun
+from prefect_crew._internal.flow_engine import HeldFlowRun
 from prefect_crew._internal.prefect_api import held_flow_run
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records import variables
-from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.model import RecordPhase, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
 from prefect_crew.runs.limits import take_slots
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
+from support.flow_runs import acall_in_flow, call_in_flow
 from support.held import Held
 from support.limits import new_limit
-from support.prefect_server import PrefectServer
 from support.processes import Process
-from support.proxy import through
-from support.records import key, new_record, phases, put, record_of
+from support.proxy import Proxy
+from support.records import new_record, phases, put, record_of
 from support.scripts import script as scripted
 from support.scripts import slow
 from support.seen import Seen
@@ -53,15 +51,25 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "quick_lo
 
 
 @pytest.fixture
-def started_by_a_runner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(uuid.uuid4()))
+def server(crew_server: CrewServerFactory) -> CrewServer:
+    """Provide the server of a crew that takes a minute."""
+    return crew_server(slow(60))
 
 
 def cancelled(
-    server: Any, seen: Seen, call: Callable[[], Any], *, when: Callable[[], Any] | None = None, mode: str = "async"
-) -> tuple[pc.CrewError | None, str]:
-    """Call something in a flow run that is cancelled once the crew's server was asked for a status; return the error
-    and the flow run's id."""
+    server: CrewServer,
+    seen: Seen,
+    call: Callable[[], Any],
+    *,
+    when: Callable[[], Any] | None = None,
+    state: str | None = "CANCELLING",
+    meanwhile: Callable[[Any], Awaitable[None]] | None = None,
+    is_sync: bool = False,
+    by_signal: bool = False,
+) -> tuple[Any, str]:
+    """Call something in a flow run, and put that into a state once it is time (the run is polled). `by_signal`: cancel
+    the task as well, as a runner does. `meanwhile` is called with the task once the crew is asked to stop. Return the
+    end of the flow run, its result or error, and its id."""
     ids: list[str] = []
 
     @flow
@@ -74,52 +82,46 @@ def cancelled(
         ids.append(str(flow_run.id))
         call()
 
-    def cancel() -> None:
-        wait_until(when or (lambda: server.requests["status"]))
-        seen.set_state(ids[0], "CANCELLING")
+    async def cancel() -> Any:
+        running = asyncio.ensure_future(asyncio.to_thread(sync_trip) if is_sync else trip())
+        await until(when or (lambda: server.requests["status"]), "it is time", seconds=60)
+        if state:
+            await asyncio.to_thread(seen.set_state, ids[0], state)
+        if by_signal:
+            running.cancel()
+        if meanwhile:
+            await until(lambda: server.requests["stop"], "the crew is asked to stop")
+            await meanwhile(running)
+        return (await asyncio.wait_for(asyncio.gather(running, return_exceptions=True), 90))[0]
 
-    thread, error = threading.Thread(target=cancel), None
-    thread.start()
-    try:
-        asyncio.run(asyncio.wait_for(trip(), 90)) if mode == "async" else sync_trip()
-    except pc.CrewError as raised:
-        error = raised
-    thread.join()
-    return error, ids[0]
+    return asyncio.run(cancel()), ids[0]
 
 
 # A local run, which nobody tells that it was cancelled
 
 
-@pytest.mark.parametrize("mode", ["async", "sync"])
-def test_a_local_run_notices_its_cancellation(crew_server: CrewServerFactory, seen: Seen, mode: str):
-    server, idempotency_key = crew_server(slow(60)), key()
-    call = partial(pc.arun_crew if mode == "async" else pc.run_crew, server.crew(), idempotency_key=idempotency_key)
-    error, flow_run_id = cancelled(server, seen, call, mode=mode)
+@pytest.mark.parametrize("way", ["async", "sync", "subflow"])
+def test_a_local_run_notices_its_cancellation(server: CrewServer, seen: Seen, key: str, way: str):
+    call = partial(pc.run_crew if way == "sync" else pc.arun_crew, server.crew(), idempotency_key=key)
+
+    @flow
+    async def city() -> None:
+        await call()
+
+    error, flow_run_id = cancelled(server, seen, city if way == "subflow" else call, is_sync=way == "sync")
     assert isinstance(error, pc.CrewStoppedError)
     assert server.requests["stop"] == 1
-    assert seen.record(idempotency_key)["state"] == "stopped"
+    assert seen.record(key)["state"] == "stopped"
     # The server ends it as Cancelled, after five minutes.
     assert seen.flow_run(flow_run_id)["state"]["type"] == "CANCELLING"
 
 
-def test_cancelling_a_flow_stops_its_subflows(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(slow(60))
-
-    @flow
-    async def city() -> None:
-        await pc.arun_crew(server.crew())
-
-    error, _ = cancelled(server, seen, city)
-    assert isinstance(error, pc.CrewStoppedError)
-    assert server.requests["stop"] == 1
-
-
-def test_two_waits_stop_a_run_once(crew_server: CrewServerFactory, seen: Seen):
-    server, idempotency_key, ends = crew_server(slow(60), faults=["stop:latency=0.5"]), key(), list[Any]()
+def test_two_waits_stop_a_run_once(server: CrewServer, seen: Seen, key: str):
+    server.faults.add("stop:latency=0.5")
+    ends: list[Any] = []
 
     async def two() -> None:
-        waits = (pc.arun_crew(server.crew(), idempotency_key=idempotency_key) for _ in range(2))
+        waits = (pc.arun_crew(server.crew(), idempotency_key=key) for _ in range(2))
         ends.extend(await asyncio.gather(*waits, return_exceptions=True))
 
     cancelled(server, seen, two, when=lambda: server.requests["status"] >= 4)
@@ -127,16 +129,8 @@ def test_two_waits_stop_a_run_once(crew_server: CrewServerFactory, seen: Seen):
     assert server.requests["stop"] == 1
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-def test_a_stop_is_recorded_before_it_is_sent(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(slow(60), faults=["stop:500"])
-    asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
-    record = seen.record(next(iter(server.kickoffs_by_key)))
-    assert record["reason"] == "stop was asked for", "its answer says nothing, and it is not sent again"
-
-
-def test_a_cancelled_flow_starts_nothing_more(crew_server: CrewServerFactory, seen: Seen):
-    server, errors = crew_server(slow(60)), list[pc.CrewError]()
+def test_a_cancelled_flow_starts_nothing_more(server: CrewServer, seen: Seen):
+    errors: list[pc.CrewError] = []
 
     async def trips() -> None:
         for city in ("Lisbon", "Porto", "Faro"):
@@ -147,109 +141,90 @@ def test_a_cancelled_flow_starts_nothing_more(crew_server: CrewServerFactory, se
 
     cancelled(server, seen, trips)
     assert server.kickoffs == 1
-    assert [type(error) for error in errors] == [
-        pc.CrewStoppedError,
-        pc.FlowRunCancelledError,
-        pc.FlowRunCancelledError,
-    ]
+    refused = pc.FlowRunCancelledError
+    assert [type(error) for error in errors] == [pc.CrewStoppedError, refused, refused]
     assert "was cancelled, so no run was started" in str(errors[1])
 
 
-WITHIN_A_LONG_PAUSE = pc.WaitPolicy(initial=0.1, factor=1000, max_interval=300)
-
-
-def test_a_cancellation_is_noticed_in_trouble(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(slow(60), faults=["status:429@1-"])
-    error, _ = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
+@pytest.mark.parametrize("fault", ["status:429@1-", None])
+def test_a_long_pause_sees_a_cancellation(server: CrewServer, seen: Seen, monkeypatch: Any, fault: str | None):
+    if fault:
+        server.faults.add(fault)
+    else:
+        monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])
+    crew = server.crew(wait=pc.WaitPolicy(initial=0.1, factor=1000, max_interval=300))
+    error, _ = cancelled(server, seen, lambda: pc.arun_crew(crew))
     assert isinstance(error, pc.CrewStoppedError)
     assert server.requests["stop"] == 1
+    assert fault or server.requests["status"] == 2, "the wait, and whoever stopped it: what it had used"
 
 
-def test_a_cancellation_is_noticed_in_a_pause(
-    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])
-    server = crew_server(slow(60))
-    error, _ = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), wait=WITHIN_A_LONG_PAUSE))
-    assert isinstance(error, pc.CrewStoppedError)
-    assert server.requests["status"] == 2, "the wait, and whoever stopped it: what it had used"
-
-
-def test_a_crew_without_stop_runs_on(crew_server: CrewServerFactory, seen: Seen):
-    server, idempotency_key = crew_server(slow(60), stop=False), key()
-    error, flow_run_id = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), idempotency_key=idempotency_key))
+def test_a_crew_without_stop_runs_on(crew_server: CrewServerFactory, seen: Seen, key: str):
+    server = crew_server(slow(60), stop=False)
+    error, flow_run_id = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), idempotency_key=key))
     assert not isinstance(error, pc.CrewStoppedError)
     assert f"which continues at {server.url}" in str(error)
     assert f"continues at {server.url}: its server has no /stop" in seen.logs(flow_run_id)
-    record = seen.record(idempotency_key)
+    record = seen.record(key)
     assert (record["phase"], record["reason"]) == ("started", "stop was asked for: unsupported")
 
 
 # Who started the run
 
 
-@pytest.mark.parametrize("what", ["the flow run that started it", "a flow run that waits for it as well"])
-def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen: Seen, what: str):
-    is_owner = what == "the flow run that started it"
-    server, idempotency_key = crew_server(slow(60 if is_owner else 8)), key()
-    ended, ids, before = list[Any](), list[str](), list[int]()
+@pytest.mark.parametrize("is_owner", [True, False], ids=["the owner", "another that waits"])
+def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen: Seen, key: str, is_owner: bool):
+    server, ids = crew_server(slow(60 if is_owner else 8)), list[str]()
 
-    async def run(*, first: bool) -> str:
-        if not first:
-            await until(lambda: server.requests["status"], "the first one waits")
-            before.append(server.requests["status"])
-        return (await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)).output
-
-    @flow
-    async def other() -> None:
+    async def run() -> str:
         ids.append(str(flow_run.id))
-        try:
-            ended.append(await run(first=not is_owner))
-        except pc.CrewError as error:
-            ended.append(type(error))
+        return (await pc.arun_crew(server.crew(), idempotency_key=key)).output
 
-    def both_wait() -> bool:
-        return bool(before) and server.requests["status"] > before[0] + 10
+    async def both() -> list[Any]:
+        runs = [asyncio.ensure_future(acall_in_flow(run))]
+        await until(lambda: server.requests["status"], "the first one waits")
+        runs.append(asyncio.ensure_future(acall_in_flow(run)))
+        await until(lambda: len(ids) == 2, "the second one begins")
+        polls = server.requests["status"]
+        await until(lambda: server.requests["status"] > polls + 10, "both wait")
+        await asyncio.to_thread(seen.set_state, ids[0 if is_owner else 1], "CANCELLING")
+        return await asyncio.gather(*runs, return_exceptions=True)
 
-    thread = threading.Thread(target=lambda: asyncio.run(other()))
-    thread.start()
-    error, flow_run_id = cancelled(server, seen, lambda: run(first=is_owner), when=both_wait)
-    thread.join()
+    owner, waiter = asyncio.run(both())
     assert server.kickoffs == 1
+    assert server.requests["stop"] == is_owner
     if is_owner:
-        assert (type(error), ended) == (pc.CrewStoppedError, [pc.CrewStoppedError])
-        assert server.requests["stop"] == 1
+        assert [type(owner), type(waiter)] == [pc.CrewStoppedError, pc.CrewStoppedError]
         return
-    assert (ended, server.requests["stop"]) == (["done"], 0)
-    assert "continues at" in str(error)
-    assert f"flow run {ids[0]} started it and has not ended" in seen.logs(flow_run_id)
-    assert "prefect-crew runs cancel " in seen.logs(flow_run_id)
+    assert owner == (ids[0], "done")
+    assert "continues at" in str(waiter)
+    assert f"flow run {ids[0]} started it and has not ended" in seen.logs(ids[1])
+    assert "prefect-crew runs cancel " in seen.logs(ids[1])
 
 
 @pytest.mark.parametrize("owner", ["ended", "a subflow of a cancelled flow run"])
-def test_a_run_without_owner_stops_with_its_waiter(crew_server: CrewServerFactory, seen: Seen, owner: str):
-    server, kickoff_ids, ids = crew_server(slow(60)), list[str](), list[str]()
+def test_a_run_without_owner_stops_with_its_waiter(server: CrewServer, seen: Seen, owner: str):
+    ids: list[str] = []
 
     @flow
-    async def start() -> None:
+    async def start() -> str:
         ids.append(str(flow_run.id))
-        kickoff_ids.append(await pc.kickoff_crew(server.crew()))
+        return await pc.kickoff_crew(server.crew())
 
     async def call() -> None:
-        await start()
+        kickoff_id = await start()
         if owner != "ended":  # as one whose process was killed
             await asyncio.to_thread(seen.set_state, ids[0], "RUNNING")
-        await pc.wait_for_crew(server.crew(), str(kickoff_ids[0]))
+        await pc.wait_for_crew(server.crew(), kickoff_id)
 
     error, _ = cancelled(server, seen, call)
     assert isinstance(error, pc.CrewStoppedError)
     assert server.requests["stop"] == 1
 
 
-def test_a_silent_prefect_api_is_no_cancellation(crew_server: CrewServerFactory, prefect_server: PrefectServer):
+def test_a_silent_prefect_api_is_no_cancellation(crew_server: CrewServerFactory, proxy: Proxy):
     server = crew_server(Held(until=lambda _: proxy.count("GET /api/flow_runs") > 2))
 
-    @flow
     async def trip() -> str:
         kickoff_id = await pc.kickoff_crew(server.crew())
         proxy.refuse = "GET /api/flow_runs"
@@ -258,14 +233,11 @@ def test_a_silent_prefect_api_is_no_cancellation(crew_server: CrewServerFactory,
         finally:
             proxy.refuse = None
 
-    with through(prefect_server) as proxy:
-        assert asyncio.run(trip()) == "done"
-        assert proxy.count("GET /api/flow_runs") > 2
+    assert call_in_flow(trip)[1] == "done"
+    assert proxy.count("GET /api/flow_runs") > 2
 
 
-def test_a_retried_flow_run_may_complete(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(slow(60))
-
+def test_a_retried_flow_run_may_complete(server: CrewServer, crew_server: CrewServerFactory, seen: Seen):
     async def two() -> None:
         await asyncio.gather(*(pc.arun_crew(server.crew(), {"n": number}) for number in range(2)))
 
@@ -289,52 +261,21 @@ def test_a_retried_flow_run_may_complete(crew_server: CrewServerFactory, seen: S
 # A run under a runner, which gets a cancellation like any other
 
 
-async def cancelled_midway(
-    server: Any,
-    seen: Seen,
-    kind: str | None,
-    *,
-    at: str = "status",
-    when: Callable[[], Any] | None = None,
-    is_cancelled_again: bool = False,
-    idempotency_key: str | None = None,
-    concurrency_limit: str | None = None,
-    **policy: Any,
-) -> str:
-    """Run a crew in a flow, put the flow run into a state at a request, cancel the task as a runner's signal does.
-
-    `is_cancelled_again`: cancel it a second time during the stop, as a crew worker does.
-    """
-    ids: list[Any] = []
-
-    @flow
-    async def trip() -> None:
-        ids.append(flow_run.id)
-        crew = server.crew(wait=pc.WaitPolicy(**policy), concurrency_limit=concurrency_limit)
-        await pc.arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
-
-    running = asyncio.ensure_future(trip())
-    await until(when or (lambda: server.requests[at]), "the request is made")
-    if kind:
-        await asyncio.to_thread(seen.set_state, ids[0], kind)
-    running.cancel()
-    if is_cancelled_again:
-        await until(lambda: server.requests["stop"], "the crew is asked to stop")
-        running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-    return str(ids[0])
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process look as if a runner had started it."""
+    monkeypatch.setenv("PREFECT__FLOW_RUN_ID", str(uuid.uuid4()))
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-def test_a_cancelled_flow_run_stops_its_crew(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(slow(60))
-    asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
-    assert server.requests["stop"] == 1
-    assert str(server.runs[0].state) == "stopped"
-    record = RunRecord.model_validate(seen.record(next(iter(server.kickoffs_by_key))))
-    assert str(record.state) == "stopped"
-    assert [event["event"] for event in seen.events(server.runs[0].id)][-1] == "crew.stopped"
+def signalled(server: CrewServer, seen: Seen, key: str, *, crew: Any = None, **options: Any) -> str:
+    """Run a crew in a flow run that is cancelled by a signal; return the flow run's id. `options`: of `cancelled`."""
+
+    async def call() -> None:
+        await pc.arun_crew(crew or server.crew(), {"text": "a"}, idempotency_key=key)
+
+    end, flow_run_id = cancelled(server, seen, call, by_signal=True, **options)
+    assert isinstance(end, asyncio.CancelledError)
+    return flow_run_id
 
 
 def hang(monkeypatch: pytest.MonkeyPatch, place: str) -> Callable[[], bool]:
@@ -349,92 +290,72 @@ def hang(monkeypatch: pytest.MonkeyPatch, place: str) -> Callable[[], bool]:
     return lambda: bool(calls)
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-@pytest.mark.parametrize("place", ["prefect_crew.tasks.wait_for_run", "prefect_crew.runs.wait.slot_of"])
-def test_a_flow_run_cancelled_before_the_wait_stops_its_crew(
-    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch, place: str
+@pytest.mark.parametrize("place", [None, "prefect_crew.tasks.wait_for_run", "prefect_crew.runs.wait.slot_of"])
+@pytest.mark.parametrize("is_cancelled_again", [False, True], ids=["once", "twice"])  # as by a crew worker
+def test_a_cancelled_flow_run_stops_its_crew(
+    runner: None, server: CrewServer, seen: Seen, key: str, monkeypatch: Any, place: Any, is_cancelled_again: bool
 ):
-    server, limit = crew_server(slow(60)), asyncio.run(new_limit(1))
-    when = hang(monkeypatch, place)
-    asyncio.run(cancelled_midway(server, seen, "CANCELLING", when=when, concurrency_limit=limit))
+    async def meanwhile(running: asyncio.Task[Any]) -> None:
+        if is_cancelled_again:
+            running.cancel()
+
+    server.faults.add("stop:latency=1")
+    crew, when = server.crew(concurrency_limit=asyncio.run(new_limit(1))), hang(monkeypatch, place) if place else None
+    signalled(server, seen, key, crew=crew, when=when, meanwhile=meanwhile)
+    assert server.requests["stop"] == 1
+    assert str(server.runs[0].state) == "stopped"
+    assert seen.record(key)["state"] == "stopped"
+    assert [event["event"] for event in seen.events(server.runs[0].id)][-1] == "crew.stopped"
+
+
+def test_an_ended_run_is_not_left_running(runner: None, crew_server: Any, seen: Seen, key: str, monkeypatch: Any):
+    server = crew_server("echo")
+    pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=key)
+    when = hang(monkeypatch, "prefect_crew.tasks.wait_for_run")
+    assert "is left running" not in seen.logs(signalled(server, seen, key, state=None, when=when))
+
+
+def test_a_stop_at_a_timeout_is_sent_once(runner: None, server: CrewServer, seen: Seen, key: str):
+    server.faults.add("stop:latency=20")
+    crew = server.crew(wait=pc.WaitPolicy(timeout=0.2, on_timeout="stop"))
+    signalled(server, seen, key, crew=crew, when=lambda: server.requests["stop"])
     assert server.requests["stop"] == 1
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-def test_a_second_cancellation_cuts_no_stop_off(
-    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
-):
-    server = crew_server(slow(60), faults=["stop:latency=1"])
-    when = hang(monkeypatch, "prefect_crew.tasks.wait_for_run")
-    asyncio.run(cancelled_midway(server, seen, "CANCELLING", when=when, is_cancelled_again=True))
-    assert seen.record(next(iter(server.kickoffs_by_key)))["state"] == "stopped"
-
-
-@pytest.mark.usefixtures("started_by_a_runner")
-def test_an_ended_run_is_not_called_left_running(
-    crew_server: CrewServerFactory, seen: Seen, monkeypatch: pytest.MonkeyPatch
-):
-    server, idempotency_key = crew_server("echo"), key()
-    pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
-    when = hang(monkeypatch, "prefect_crew.tasks.wait_for_run")
-    flow_run_id = asyncio.run(cancelled_midway(server, seen, None, when=when, idempotency_key=idempotency_key))
-    assert "is left running" not in seen.logs(flow_run_id)
-
-
-@pytest.mark.usefixtures("started_by_a_runner")
-def test_a_stop_at_a_timeout_is_sent_once(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(slow(60), faults=["stop:latency=20"])
-    asyncio.run(cancelled_midway(server, seen, "CANCELLING", at="stop", timeout=0.2, on_timeout="stop"))
-    assert server.requests["stop"] == 1
-
-
-@pytest.mark.usefixtures("started_by_a_runner")
-def test_a_worker_shutdown_leaves_the_crew_running(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(slow(60))
-    flow_run_id = asyncio.run(cancelled_midway(server, seen, None))
+def test_a_worker_shutdown_leaves_the_crew_running(runner: None, server: CrewServer, seen: Seen, key: str):
+    logs = seen.logs(signalled(server, seen, key, state=None))
     assert server.requests["stop"] == 0
     assert str(server.runs[0].state) == "running"
-    idempotency_key = next(iter(server.kickoffs_by_key))
-    assert seen.record(idempotency_key)["phase"] == "started"
-    logs = seen.logs(flow_run_id)
+    assert seen.record(key)["phase"] == "started"
     assert f"is left running at {server.url}: its flow run was not cancelled" in logs
-    assert idempotency_key in logs
+    assert key in logs
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-def test_a_failed_stop_is_logged(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(slow(60), faults=["stop:500"])
-    flow_run_id = asyncio.run(cancelled_midway(server, seen, "CANCELLING"))
+def test_a_failed_stop_is_logged_and_not_repeated(runner: None, server: CrewServer, seen: Seen, key: str):
+    server.faults.add("stop:500")
+    logs = seen.logs(signalled(server, seen, key))
     assert server.requests["stop"] == 1
-    assert f"could not be stopped (ServerError: POST /stop/{server.runs[0].id} answered 500" in seen.logs(flow_run_id)
+    assert f"could not be stopped (ServerError: POST /stop/{server.runs[0].id} answered 500" in logs
+    assert seen.record(key)["reason"] == "stop was asked for", "noted before it is sent: its answer says nothing"
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-def test_a_run_that_ended_meanwhile_stays_open(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(slow(60), faults=["stop:latency=0.5"])
-    idempotency_key: list[str] = []
+def test_a_run_that_ended_meanwhile_stays_open(runner: None, server: CrewServer, seen: Seen, key: str):
+    server.faults.add("stop:latency=0.5")
 
-    async def cancel() -> None:
-        await cancelled_midway(server, seen, "CANCELLING")
-
-    async def both() -> None:
-        cancelling = asyncio.ensure_future(cancel())
-        await until(lambda: server.requests["stop"], "the crew is asked to stop")
-        idempotency_key.extend(server.kickoffs_by_key)
+    async def stop_it(_: Any) -> None:
+        server.faults.clear()
         async with server.crew().client() as client:
-            server.faults.clear()
             await client.stop(server.runs[0].id)
-        await cancelling
 
-    asyncio.run(both())
-    assert seen.record(idempotency_key[0])["phase"] == "started"
+    signalled(server, seen, key, meanwhile=stop_it)
+    assert seen.record(key)["phase"] == "started"
 
 
 # Calls that outlive a flow run which a crew worker has ended
 
 
 async def outlived(
-    server: CrewServer, is_time: Callable[[], Any], *, ending: Ending = "cancelled", **options: Any
+    server: CrewServer, is_time: Callable[[], Any], *, is_suspended: bool = False, **options: Any
 ) -> Any:
     """Spawn a call in a subflow of a flow run, and end that once it is time; return the call's end."""
     calls, ids, held = list[asyncio.Task[Any]](), list[str](), HeldFlowRun(cast("Any", None), cast("Any", None))
@@ -453,39 +374,33 @@ async def outlived(
 
     async with AsyncClientContext.get_or_create() as shared:  # as of a worker
         await asyncio.create_task(trip())
-        if ending == "cancelled":
+        if not is_suspended:
             await shared.client.set_flow_run_state(uuid.UUID(ids[0]), Cancelling(), force=True)
-        held.end(ending, "The flow run has ended here.")
+        held.end("suspended" if is_suspended else "cancelled", "The flow run has ended here.")
         (end,) = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 20)
     return end
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
 @pytest.mark.parametrize(
     ("fault", "request_of_it", "kept"),
     [("inputs:latency=1", "inputs", []), ("kickoff:429=2", "kickoff", [RecordPhase.NOT_STARTED])],
 )
-@pytest.mark.parametrize("ending", ["cancelled", "suspended"])
-async def test_a_call_that_outlives_its_flow_run_takes_no_permit(
-    crew_server: CrewServerFactory, fault: str, request_of_it: str, kept: list[RecordPhase], ending: Ending
+@pytest.mark.parametrize("is_suspended", [False, True], ids=["cancelled", "suspended"])
+async def test_an_outliving_call_takes_no_permit(
+    runner: None, crew_server: Any, key: str, fault: str, request_of_it: str, kept: list[Any], is_suspended: bool
 ):
-    server, idempotency_key = crew_server("echo", faults=[fault]), key()
-    about: dict[str, Any] = {"idempotency_key": idempotency_key, "ending": ending}
-    end = await outlived(server, lambda: server.requests[request_of_it], **about)
-    if ending == "cancelled":
-        assert isinstance(end, pc.FlowRunCancelledError), end
-        assert "no run was started" in str(end)
-    else:
-        assert isinstance(end, asyncio.CancelledError), end
+    server, limit = crew_server("echo", faults=[fault]), await new_limit(1)
+    options: dict[str, Any] = {"idempotency_key": key, "is_suspended": is_suspended, "limit": limit}
+    end = await outlived(server, lambda: server.requests[request_of_it], **options)
+    assert type(end) is (asyncio.CancelledError if is_suspended else pc.FlowRunCancelledError)
+    assert is_suspended or "no run was started" in str(end)
     assert server.requests["kickoff"] == len(kept), "it is not sent again"
-    assert await phases(idempotency_key) == kept
+    assert await phases(key) == kept
+    await asyncio.wait_for(take_slots(crew_of(server.crew(concurrency_limit=limit))), 5)  # it was given back
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-async def test_a_call_that_outlives_its_flow_run_sends_no_kickoff(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    connecting, idempotency_key = asyncio.Event(), key()
+async def test_an_outliving_call_sends_no_kickoff(runner: None, crew_server: Any, key: str, monkeypatch: Any):
+    connecting = asyncio.Event()
 
     async def kickoff(*_: Any, before_sending: Callable[[], None], **__: Any) -> str:
         connecting.set()
@@ -494,48 +409,34 @@ async def test_a_call_that_outlives_its_flow_run_sends_no_kickoff(
         return "sent"
 
     monkeypatch.setattr(CrewClient, "kickoff", kickoff)
-    end = await outlived(crew_server("echo"), connecting.is_set, idempotency_key=idempotency_key)
+    end = await outlived(crew_server("echo"), connecting.is_set, idempotency_key=key)
     assert isinstance(end, pc.FlowRunCancelledError), end
-    assert await phases(idempotency_key) == [RecordPhase.NOT_STARTED]
+    assert await phases(key) == [RecordPhase.NOT_STARTED]
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-async def test_a_call_that_outlives_its_flow_run_waits_for_no_slot(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("waits", "log"), [("slot", "Waiting for a slot"), ("turn", "this call waits for turn")])
+async def test_an_outliving_call_waits_no_longer(
+    runner: None, crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, key: str, waits: str, log: str
 ):
-    server, limit = crew_server("echo"), await new_limit(1)
-    await take_slots(crew_of(server.crew(concurrency_limit=limit)))
-    end = await outlived(server, lambda: "Waiting for a slot" in caplog.text, limit=limit)
+    server = crew_server(scripted({"seconds": 60}, inputs=["text"], flow=True))
+    options = {"limit": await new_limit(1)} if waits == "slot" else {"session": key}
+    if waits == "slot":
+        await take_slots(crew_of(server.crew(concurrency_limit=options["limit"])))
+    else:
+        await server.crew().atrigger({"text": "first"}, session=key)
+    end = await outlived(server, lambda: log in caplog.text, **options)
     assert isinstance(end, pc.FlowRunCancelledError), end
-    assert server.kickoffs == 0
+    assert server.kickoffs == (waits == "turn")
+    assert server.requests["stop"] == 0
 
 
-@pytest.mark.usefixtures("started_by_a_runner")
-async def test_a_call_that_outlives_a_suspended_flow_run_gives_its_slot_back(crew_server: CrewServerFactory):
-    server, limit = crew_server("echo", faults=["inputs:latency=1"]), await new_limit(1)
-    end = await outlived(server, lambda: server.requests["inputs"], ending="suspended", limit=limit)
-    assert isinstance(end, asyncio.CancelledError), end
-    await asyncio.wait_for(take_slots(crew_of(server.crew(concurrency_limit=limit))), 5)
-
-
-@pytest.mark.usefixtures("started_by_a_runner")
-async def test_a_call_that_outlives_its_flow_run_waits_for_no_turn(
-    crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture
-):
-    server, session = crew_server(scripted({"seconds": 60}, inputs=["text"], flow=True)), key()
-    await server.crew().atrigger({"text": "first"}, session=session)
-    end = await outlived(server, lambda: "this call waits for turn" in caplog.text, session=session)
-    assert isinstance(end, pc.FlowRunCancelledError), end
-    assert (server.kickoffs, server.requests["stop"]) == (1, 0)
-
-
-@pytest.mark.usefixtures("started_by_a_runner")
 @pytest.mark.parametrize("request_of_it", ["kickoff", "status"])
-async def test_a_call_that_outlives_its_flow_run_stops_its_crew(crew_server: CrewServerFactory, request_of_it: str):
-    server = crew_server(slow(60), faults=["kickoff:latency=1"])
+async def test_an_outliving_call_stops_its_crew(runner: None, server: CrewServer, request_of_it: str):
+    server.faults.add("kickoff:latency=1")
     end = await outlived(server, lambda: server.requests[request_of_it])
     assert isinstance(end, pc.CrewStoppedError), end
-    assert (server.kickoffs, server.requests["stop"]) == (1, 1)
+    assert server.kickoffs == 1
+    assert server.requests["stop"] == 1
 
 
 # Scripts
@@ -561,104 +462,63 @@ async def async_flow():
 async def around():
     sync_flow()
 
-match os.environ["KIND"]:
-    case "script":
-        run_crew(crew, {"text": "a"}, **options)
-    case "sync flow":
-        sync_flow()
-    case "async flow":
-        asyncio.run(async_flow())
-    case "sync flow in an async one":
-        asyncio.run(around())
+{
+    "script": lambda: run_crew(crew, {"text": "a"}, **options),
+    "sync flow": sync_flow,
+    "async flow": lambda: asyncio.run(async_flow()),
+    "sync flow in an async one": lambda: asyncio.run(around()),
+}[os.environ["KIND"]]()
 """
-
-
-@pytest.fixture
-def script(prefect_server: PrefectServer, tmp_path: Path) -> Any:
-    """Give a function that starts a plain script, which runs a crew with an idempotency key."""
-    processes: list[Process] = []
-
-    def start(server: CrewServer, idempotency_key: str, kind: str = "script") -> Process:
-        env = prefect_server.env(
-            home=tmp_path / "home",
-            CREW_URL=server.url,
-            CREW_TOKEN=server.token,
-            KEY=idempotency_key,
-            KIND=kind,
-            PYTHONUNBUFFERED="1",
-        )
-        source = tmp_path / "script.py"
-        source.write_text(textwrap.dedent(SCRIPT))
-        processes.append(Process([sys.executable, source], log=tmp_path / "log", env=env))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.stop()
 
 
 @pytest.mark.programs
 @pytest.mark.parametrize(
-    ("kind", "moment"),
+    ("kind", "moment", "number"),
     [
-        ("script", "waiting"),
-        ("script", "posting"),
-        ("sync flow", "waiting"),
-        ("async flow", "waiting"),
-        ("sync flow in an async one", "waiting"),
+        *(("script", moment, signal.SIGINT) for moment in ("status", "kickoff")),
+        *((kind, "status", signal.SIGINT) for kind in ("sync flow", "async flow", "sync flow in an async one")),
+        ("script", "status", signal.SIGTERM),
     ],
 )
-def test_ctrl_c_leaves_the_crew_running(
-    crew_server: CrewServerFactory, script: Any, seen: Seen, kind: str, moment: str
+def test_a_signal_leaves_the_crew_running(
+    crew_server: Any, prefect_server: Any, seen: Seen, tmp_path: Path, key: str, kind: str, moment: str, number: int
 ):
-    faults = ["kickoff:latency=2", "kickoff:stuck"] if moment == "posting" else ["kickoff:stuck"]
-    server, idempotency_key = crew_server("echo", faults=faults), key()
-    process = script(server, idempotency_key, kind)
-    wait_until(lambda: server.requests["kickoff" if moment == "posting" else "status"])
-    process.send(signal.SIGINT)
-    assert process.wait(60) != 0
+    held, has_key = Held(), kind != "script" or number is signal.SIGTERM
+    server = crew_server(held, faults=["kickoff:latency=2"] if moment == "kickoff" else [])
+    about = {"CREW_URL": server.url, "CREW_TOKEN": server.token, "KIND": kind, "KEY": key if has_key else ""}
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = prefect_server.env(home=tmp_path / "home", PYTHONUNBUFFERED="1", **about)
+    with Process([sys.executable, tmp_path / "script.py"], log=tmp_path / "log", env=env) as process:
+        wait_until(lambda: server.requests[moment])
+        process.send(number)
+        assert process.wait(60) != 0
     (run,) = server.runs
-    assert (str(run.state), server.requests["stop"]) == ("running", 0), process.output
-    record = seen.record(idempotency_key)
-    assert (record["phase"], record["kickoff_id"]) == ("started", run.id)
-    assert f"Crew run {run.id} is left running" in process.output
-    assert f"idempotency key {idempotency_key!r} waits for it" in process.output
-    assert f"prefect-crew runs cancel {run.id} --crew {server.url}" in process.output
-
-
-@pytest.mark.programs
-def test_the_logged_key_finds_the_run(crew_server: CrewServerFactory, script: Any, tmp_path: Path):
-    server = crew_server(slow(20))
-    process = script(server, "")
-    wait_until(lambda: server.requests["status"])
-    process.send(signal.SIGINT)
-    assert process.wait(60) != 0
-    found = re.search(r"A call with idempotency key '(.+?)' waits for it", process.output)
-    assert found is not None, process.output
-    assert pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=found[1]).output == "done"
-    assert server.kickoffs == 1
-
-
-@pytest.mark.programs
-def test_sigterm_leaves_the_crew_running(crew_server: CrewServerFactory, script: Any, seen: Seen):
-    server, idempotency_key = crew_server(slow(20)), key()
-    process = script(server, idempotency_key)
-    wait_until(lambda: server.requests["status"])
-    process.send(signal.SIGTERM)
-    assert process.wait(60) != 0
+    assert str(run.state) == "running"
     assert server.requests["stop"] == 0
-    assert seen.record(idempotency_key)["phase"] == "started"
-    assert pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key).output == "done"
+    if number is signal.SIGINT:
+        assert f"Crew run {run.id} is left running" in process.output
+        assert f"prefect-crew runs cancel {run.id} --crew {server.url}" in process.output
+        named = re.findall(r"A call with idempotency key '(.+?)' waits for it", process.output)[0]
+        assert has_key is (named == key)
+        key = named
+    record = seen.record(key)
+    assert (record["phase"], record["kickoff_id"]) == ("started", run.id)
+    held.release()
+    assert pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=key).output == "done"
     assert server.kickoffs == 1
 
 
 # From outside of the wait
 
 
-async def test_a_stopped_run_is_closed_on_record(crew_server: CrewServerFactory):
-    server = crew_server(slow(60))
+@pytest.mark.parametrize("fault", [None, "status:timeout"])
+async def test_a_stopped_run_is_closed_on_record(server: CrewServer, monkeypatch: Any, fault: str | None):
     run = await server.crew(price=0.25).atrigger({})
-    answer = await run.astop()
+    if fault:
+        server.faults.add(fault)
+        monkeypatch.setattr(stop, "LOOK_WITHIN", 0.2)
+    async with asyncio.timeout(5 if fault else 60):
+        answer = await run.astop()
     assert (answer.outcome, answer.accepted) == (StopOutcome.STOPPED, True)
     record = await record_of(run.kickoff_id)
     assert (record.phase, record.state, record.cost) == (RecordPhase.ENDED, CrewState.STOPPED, 0.25)
@@ -677,15 +537,6 @@ async def test_a_run_that_completes_at_its_stop_keeps_its_result(crew_server: Cr
         await stop.close_stopped(client, crew_of(server.crew()), record, answer, PrefectRecords())
     await run.await_for_completion()
     assert (await record_of(run.kickoff_id)).state is CrewState.COMPLETED
-
-
-async def test_a_hanging_status_undoes_no_stop(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stop, "LOOK_WITHIN", 0.2)
-    run = await crew_server(slow(60), faults=["status:timeout"]).crew().atrigger({})
-    async with asyncio.timeout(5):
-        assert (await run.astop()).outcome is StopOutcome.STOPPED
-    record = await record_of(run.kickoff_id)
-    assert (record.phase, record.state) == (RecordPhase.ENDED, CrewState.STOPPED)
 
 
 async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFactory):
@@ -714,12 +565,11 @@ async def test_a_refused_stop_changes_nothing(
     answer = await run.astop()
     assert (answer.outcome, answer.accepted) == (outcome, False)
     assert (await pc.CrewRun(server.crew(), "nobody").astop()).outcome is of_nobody
-    record = await record_of(run.kickoff_id)
-    assert record.phase is RecordPhase.STARTED
+    assert (await record_of(run.kickoff_id)).phase is RecordPhase.STARTED
 
 
-async def test_a_server_that_cannot_be_asked_is_an_error(crew_server: CrewServerFactory):
-    server = crew_server(slow(60), faults=["stop:500"])
+async def test_a_server_that_cannot_be_asked_is_an_error(server: CrewServer):
+    server.faults.add("stop:500")
     run = await server.crew().atrigger({})
     with pytest.raises(pc.CrewAPIError, match="500"):
         await run.astop()
@@ -739,24 +589,17 @@ async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFa
     assert (await run.astop()).accepted
 
 
-async def test_an_unrecorded_stop_is_reported(
-    crew_server: CrewServerFactory, prefect_server: PrefectServer, caplog: pytest.LogCaptureFixture
-):
-    run = await crew_server(slow(60)).crew().atrigger({})
-
-    def refused() -> Any:
-        with through(prefect_server) as proxy:
-            proxy.refuse = "POST /api/variables/$"
-            return asyncio.run(stop.stop_run(LiveRun(run._crew, run.kickoff_id)))
-
-    assert (await asyncio.to_thread(refused)).accepted
+def test_an_unrecorded_stop_is_reported(server: CrewServer, proxy: Proxy, caplog: pytest.LogCaptureFixture):
+    run = server.crew().trigger({})
+    proxy.refuse = "POST /api/variables/$"
+    assert asyncio.run(stop.stop_run(LiveRun(run._crew, run.kickoff_id))).accepted
     assert f"It could not be recorded that run {run.kickoff_id} was stopped" in caplog.text
 
 
 # The runs of a flow run
 
 
-async def started(server: CrewServer) -> tuple[uuid.UUID, str, str]:
+async def started(server: CrewServer) -> tuple[uuid.UUID, set[str]]:
     """Kick a crew off in a flow and, with another key, in a subflow of it; return the flow run and the kickoff ids."""
     ids: list[Any] = []
 
@@ -771,25 +614,29 @@ async def started(server: CrewServer) -> tuple[uuid.UUID, str, str]:
         await city()
 
     await trip()
-    return uuid.UUID(ids[0]), str(ids[1]), str(ids[2])
+    return uuid.UUID(ids[0]), {str(ids[1]), str(ids[2])}
 
 
 async def open_ids(flow_run_id: uuid.UUID) -> set[str]:
     async with get_client() as client:
-        return {
-            str(record.kickoff_id)
-            for record in await stop.open_runs_of(client, await client.read_flow_run(flow_run_id))
-        }
+        found = await stop.open_runs_of(client, await client.read_flow_run(flow_run_id))
+    return {str(record.kickoff_id) for record in found}
 
 
-async def test_runs_are_found_by_artifacts(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stop, "LATEST", 0)
-    server = crew_server(slow(60))
-    await pc.kickoff_crew(server.crew())  # somebody else's
-    flow_run_id, *kickoff_ids = await started(server)
-    assert await open_ids(flow_run_id) == set(kickoff_ids)
-    await stop.stop_run(LiveRun(crew_of(server.crew()), kickoff_ids[0]))
-    assert await open_ids(flow_run_id) == {kickoff_ids[1]}
+@pytest.mark.parametrize(
+    ("most", "has_artifacts"), [(0, True), (stop.LATEST, False), (0, False)], ids=["artifacts", "latest", "neither"]
+)
+def test_open_runs_are_found_by(server: CrewServer, proxy: Proxy, monkeypatch: Any, most: int, has_artifacts: bool):
+    monkeypatch.setattr(stop, "LATEST", most)
+    proxy.refuse = None if has_artifacts else "POST /api/artifacts/$"
+    asyncio.run(pc.kickoff_crew(server.crew()))  # somebody else's
+    flow_run_id, kickoff_ids = asyncio.run(started(server))
+    assert proxy.requests.count("POST /api/artifacts/") >= 2
+    proxy.refuse = None
+    found = asyncio.run(open_ids(flow_run_id))
+    assert found == (kickoff_ids if most or has_artifacts else set())
+    asyncio.run(stop.stop_run(LiveRun(crew_of(server.crew()), stopped := min(kickoff_ids))))
+    assert asyncio.run(open_ids(flow_run_id)) == found - {stopped}
 
 
 async def test_a_flow_run_of_a_deployment_runs_by_itself(seen: Seen):
@@ -802,37 +649,21 @@ async def test_a_flow_run_of_a_deployment_runs_by_itself(seen: Seen):
 
     async with get_client() as client:
         await client.create_deployment(await client.create_flow(trip), name=name)
-    await trip()
-    own, deployed = ids
-    assert deployed in [child["id"] for child in seen.subflow_runs(own)]
-    await put(new_record(phase=RecordPhase.STARTED, kickoff_id=str(uuid.uuid4()), flow_run_id=deployed))
-    assert await open_ids(uuid.UUID(own)) == set()
-    assert len(await open_ids(uuid.UUID(deployed))) == 1
-    async with get_client() as client:
+        await trip()
+        own, deployed = ids
+        assert deployed in [child["id"] for child in seen.subflow_runs(own)]
+        await put(new_record(phase=RecordPhase.STARTED, kickoff_id=str(uuid.uuid4()), flow_run_id=deployed))
+        assert await open_ids(uuid.UUID(own)) == set()
+        assert len(await open_ids(uuid.UUID(deployed))) == 1
         await client.set_flow_run_state(uuid.UUID(own), Cancelling(), force=True)
     assert await stop.is_cancelled_on_server(own)
     assert not await stop.is_cancelled_on_server(deployed)
 
 
-@pytest.mark.parametrize("most", [stop.LATEST, 0], ids=["by what changed last", "not without a look there"])
-def test_a_run_without_artifact_is_found(
-    crew_server: CrewServerFactory, prefect_server: PrefectServer, monkeypatch: pytest.MonkeyPatch, most: int
-):
-    monkeypatch.setattr(stop, "LATEST", most)
-    server = crew_server(slow(60))
-    with through(prefect_server) as proxy:
-        proxy.refuse = "POST /api/artifacts/$"
-        flow_run_id, *kickoff_ids = asyncio.run(started(server))
-        assert proxy.requests.count("POST /api/artifacts/") == 2
-    assert asyncio.run(open_ids(flow_run_id)) == (set(kickoff_ids) if most else set())
-
-
-async def test_the_search_goes_back_to_the_flow_runs_start(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_the_search_goes_back_to_the_flow_runs_start(server: CrewServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(variables, "PAGE", 2)
     monkeypatch.setattr(variables, "OVERLAP", 1)
-    flow_run_id, *_ = await started(crew_server(slow(60)))
+    flow_run_id, _ = await started(server)
     async with get_client() as client:
         begun = await client.read_flow_run(flow_run_id)
     for _ in range(3):
@@ -844,11 +675,11 @@ async def test_the_search_goes_back_to_the_flow_runs_start(
     assert await stop._latest_claims(utcnow(), owners) == []
 
 
-def test_the_search_does_not_grow_with_records(crew_server: CrewServerFactory, prefect_server: PrefectServer):
-    flow_run_id, *_ = asyncio.run(started(crew_server(slow(60))))
-    with through(prefect_server) as proxy:
-        asyncio.run(open_ids(flow_run_id))
-        # The claims by their names, two pages of the latest changes, and for each key its attempts and their permits.
-        assert proxy.count("POST /api/variables/filter") <= 1 + 2 + 2 * 2
-        assert proxy.count("POST /api/artifacts/filter") == 1
-        assert proxy.count("POST /api/flow_runs/filter") == 2
+def test_the_search_does_not_grow_with_records(server: CrewServer, proxy: Proxy):
+    flow_run_id, _ = asyncio.run(started(server))
+    proxy.requests.clear()
+    asyncio.run(open_ids(flow_run_id))
+    # The claims by their names, two pages of the latest changes, and for each key its attempts and their permits.
+    assert proxy.count("POST /api/variables/filter") <= 1 + 2 + 2 * 2
+    assert proxy.count("POST /api/artifacts/filter") == 1
+    assert proxy.count("POST /api/flow_runs/filter") == 2
