@@ -8,6 +8,7 @@ import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from prefect import flow, get_client
@@ -18,7 +19,6 @@ from prefect.states import Cancelling
 
 import prefect_crew as pc
 from prefect_crew.artifacts.run import artifact_key
-from prefect_crew.batches.report import BatchProgress
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewServer
@@ -39,6 +39,13 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 @pytest.fixture(autouse=True)
 def looks_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LOOK_AGAIN", (0.02, 0.05))
+
+
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a batch look and tick each 0.1 s."""
+    monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.1)
+    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
 
 
 async def held(name: str) -> int:
@@ -92,23 +99,18 @@ async def test_a_batch_beyond_the_limit_is_refused(crew_server: CrewServerFactor
 WAITS = "| In flight | 0, waiting for a free slot of the crew's concurrency limit |"
 
 
-async def test_a_batch_that_waits_for_a_slot_says_so(
-    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.1)
-    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
+async def test_a_batch_that_waits_for_a_slot_says_so(crew_server: Any, tmp_path: Path, looks_often: None):
     server, name, phases, flow_runs = crew_server(slow(0.1)), await new_limit(2), list[str](), list[Any]()
     crew = server.crew(concurrency_limit=name)
     others = [await take_slots(crew_of(crew)) for _ in range(2)]
-    rows, about = [{"n": number} for number in range(3)], {"name": f"waits {name}", "export": f"{tmp_path}/o.jsonl"}
+    rows, about = [{"n": 1}, {"n": 2}, {"n": 3}], dict[str, Any](name=f"waits {name}", export=f"{tmp_path}/o.jsonl")
 
-    def see(progress: BatchProgress) -> None:
-        phases.append(progress.phase)
+    about["on_progress"] = lambda progress: phases.append(progress.phase)
 
     @flow
     async def mine() -> Any:
         flow_runs.append(flow_run.id)
-        return await pc.arun_batch(crew, rows, on_progress=see, **about)
+        return await pc.arun_batch(crew, rows, **about)
 
     waiting = asyncio.ensure_future(mine())
     await until(lambda: "waiting" in phases, "it waits for a slot")
@@ -124,13 +126,11 @@ async def test_a_batch_that_waits_for_a_slot_says_so(
         await asyncio.wait_for(waiting, 60)
     assert (server.kickoffs, await held(name)) == (0, 2)
     await asyncio.gather(*(slots.release() for slots in others))
-    assert (await pc.arun_batch(crew, rows, on_progress=see, **about)).completed == 3
+    assert (await pc.arun_batch(crew, rows, **about)).completed == 3
     assert await held(name) == 0
 
 
-async def test_a_batch_leaves_others_their_turn(
-    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_batch_leaves_others_their_turn(crew_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(limits, "PASSED_ON", 0.3)
     server, name = crew_server(slow(0.2)), await new_limit(3)
     crew = server.crew(concurrency_limit=name)
@@ -151,9 +151,7 @@ async def test_a_batch_leaves_others_their_turn(
     await other.release()
 
 
-async def test_a_release_at_the_end_of_a_batch_is_sent_once(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_batchs_last_release_is_sent_once(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(limits, "PASSED_ON", 0.0)
     release, begun = limits.release, asyncio.Event()
 
@@ -182,23 +180,15 @@ async def test_two_waits_that_see_one_end_give_one_slot_back(crew_server: CrewSe
     assert await held(name) == 1, "that of somebody else"
 
 
-async def test_short_rows_pass_their_slots_on(
-    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    looks, taken = 0, limits._taken
-
-    async def counted(crew: Any) -> Any:
-        nonlocal looks
-        looks += 1
-        return await taken(crew)
-
-    monkeypatch.setattr(limits, "_taken", counted)
+async def test_short_rows_pass_their_slots_on(crew_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    looks = AsyncMock(side_effect=limits._taken)
+    monkeypatch.setattr(limits, "_taken", looks)
     monkeypatch.setattr(limits, "PASSED_ON", 60.0)
     server, name = crew_server(slow(0.1)), await new_limit(2)
     rows = [{"n": number} for number in range(20)]
     crew = server.crew(concurrency_limit=name)
     assert (await pc.arun_batch(crew, rows, name=f"short {name}", export=f"{tmp_path}/out.jsonl")).completed == 20
-    assert looks <= 4
+    assert looks.call_count <= 4
     assert await held(name) == 0
 
 
@@ -209,8 +199,7 @@ async def test_a_kicked_off_run_keeps_its_slot(crew_server: CrewServerFactory):
     second = asyncio.ensure_future(crew.atrigger({"text": "b"}))
     await asyncio.sleep(0.3)
     assert (server.kickoffs, await held(name), second.done()) == (1, 1, False)
-    (record,) = await PrefectRecords().attempts(str(first.idempotency_key))
-    await Slots(crew_of(crew), uuid.UUID(record.slot)).release()  # as the server does at its end
+    await lose_slot(crew, first)
     assert (await second).kickoff_id != first.kickoff_id
 
 
@@ -235,22 +224,14 @@ async def test_every_end_gives_the_slot_back(crew_server: CrewServerFactory):
 
 async def test_a_refused_claim_gives_the_slot_back(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
     server, name = crew_server("echo"), await new_limit(1)
-
-    async def refused(*_: Any) -> bool:
-        raise ObjectNotFound(Exception("refused"))
-
-    monkeypatch.setattr(PrefectRecords, "claim", refused)
+    monkeypatch.setattr(PrefectRecords, "claim", AsyncMock(side_effect=ObjectNotFound(Exception("refused"))))
     with pytest.raises(ObjectNotFound):
         await pc.arun_crew(server.crew(concurrency_limit=name), {"text": "a"})
     assert (server.kickoffs, await held(name)) == (0, 0)
 
 
 @pytest.mark.parametrize("end", ["left", "refused token", "out of time"])
-async def test_a_row_left_in_flight_keeps_its_slot(
-    crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
-):
-    monkeypatch.setattr("prefect_crew.batches.runner.LOOK_EVERY", 0.1)
-    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.1)
+async def test_a_row_left_in_flight_keeps_its_slot(crew_server: Any, tmp_path: Path, looks_often: None, end: str):
     server, name, flow_runs = crew_server(slow(60)), await new_limit(2), list[Any]()
     crew = server.crew(concurrency_limit=name)
     wait = pc.WaitPolicy(timeout=0.5) if end == "out of time" else None
@@ -267,7 +248,7 @@ async def test_a_row_left_in_flight_keeps_its_slot(
         async with get_client() as client:
             await client.set_flow_run_state(flow_runs[0], Cancelling(), force=True)
     if end == "refused token":
-        monkeypatch.setattr(server, "token", "another")
+        server.token = "another"
     await asyncio.gather(running, return_exceptions=True)
     assert (server.kickoffs, await held(name)) == (2, 2)
 
@@ -283,53 +264,50 @@ async def test_a_run_that_may_be_in_flight_keeps_its_slot(crew_server: CrewServe
     assert await held(other) == 1
 
 
-async def test_a_start_after_a_void_claim_takes_a_slot(crew_server: CrewServerFactory):
-    server, name, idempotency_key = crew_server(slow(60)), await new_limit(1), str(uuid.uuid4())
-    crew = server.crew(concurrency_limit=name)
-    await put(new_record(idempotency_key, crew_url=server.url, inputs_digest=Inputs.of({}).digest, open_for=0.0))
-    await crew.atrigger({}, idempotency_key=idempotency_key)
+async def test_a_start_after_a_void_claim_takes_a_slot(crew_server: CrewServerFactory, key: str):
+    server, name = crew_server(slow(60)), await new_limit(1)
+    await put(new_record(key, crew_url=server.url, inputs_digest=Inputs.of({}).digest, open_for=0.0))
+    await server.crew(concurrency_limit=name).atrigger({}, idempotency_key=key)
     assert (server.kickoffs, await held(name)) == (1, 1)
 
 
-async def test_a_key_without_attempts_left_waits_for_no_slot(crew_server: CrewServerFactory):
+async def test_a_key_without_attempts_left_waits_for_no_slot(crew_server: CrewServerFactory, key: str):
     crew = crew_server(FAILS).crew(concurrency_limit=await new_limit(1), max_attempts=1)
-    idempotency_key = str(uuid.uuid4())
     with pytest.raises(pc.CrewFailedError):
-        await pc.arun_crew(crew, idempotency_key=idempotency_key)
+        await pc.arun_crew(crew, idempotency_key=key)
     assert await take_slots(crew_of(crew))
     with pytest.raises(pc.CrewFailedError, match="Nothing was started"):
-        await asyncio.wait_for(pc.arun_crew(crew, idempotency_key=idempotency_key), 20)
+        await asyncio.wait_for(pc.arun_crew(crew, idempotency_key=key), 20)
 
 
-async def test_a_reattached_run_needs_no_slot(crew_server: CrewServerFactory):
-    server, name, idempotency_key = crew_server(slow(0.2)), await new_limit(1), str(uuid.uuid4())
+async def test_a_reattached_run_needs_no_slot(crew_server: CrewServerFactory, key: str):
+    server, name = crew_server(slow(0.2)), await new_limit(1)
     crew = server.crew(concurrency_limit=name)
-    first, second = await asyncio.gather(
-        *(pc.arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key) for _ in range(2))
-    )
+    calls = [pc.arun_crew(crew, {"a": 1}, idempotency_key=key) for _ in range(3)]
+    first, second = await asyncio.gather(*calls[:2])
     await take_slots(crew_of(crew))
-    third = await pc.arun_crew(crew, {"a": 1}, idempotency_key=idempotency_key)
-    assert first.kickoff_id == second.kickoff_id == third.kickoff_id
+    assert first.kickoff_id == second.kickoff_id == (await calls[2]).kickoff_id
     assert server.kickoffs == 1
 
 
-async def test_a_lost_slot_is_replaced_if_one_is_free(
-    crew_server: CrewServerFactory,
-):
+async def lose_slot(crew: pc.DeployedCrew, run: pc.CrewRun) -> None:
+    """Release a run's slot, as the server does when it has not heard of it for too long."""
+    (record,) = await PrefectRecords().attempts(str(run.idempotency_key))
+    await Slots(crew_of(crew), uuid.UUID(record.slot)).release()
+
+
+async def test_a_lost_slot_is_replaced_if_one_is_free(crew_server: CrewServerFactory):
     server, name = crew_server(slow(0.2)), await new_limit(1)
     crew = server.crew(concurrency_limit=name)
     for is_taken in (False, True):
         run = await crew.atrigger({"a": 1})
-        (record,) = await PrefectRecords().attempts(str(run.idempotency_key))
-        await Slots(crew_of(crew), uuid.UUID(record.slot)).release()
+        await lose_slot(crew, run)
         taken = await take_slots(crew_of(crew)) if is_taken else None
         await run.await_for_completion()
         assert await held(name) == (taken is not None), "that of somebody else"
 
 
-async def test_a_lease_is_renewed_and_its_loss_logged(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
+async def test_a_lease_is_renewed_and_its_loss_logged(crew_server: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any):
     monkeypatch.setattr(limits, "RENEW", 0.02)
     crew = crew_server("echo").crew(concurrency_limit=await new_limit(1))
     slots = await take_slots(crew_of(crew))
