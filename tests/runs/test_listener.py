@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 import respx
-from prefect import flow
 
-from prefect_crew import Price, Review, ReviewRequest, Webhooks, arun_crew
+from prefect_crew import Price, ReviewRequest, Webhooks, arun_crew
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import CrewResult, CrewStatus, TokenUsage
 from prefect_crew.crew import WaitPolicy
@@ -25,7 +24,8 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import listener as listener_module
 from prefect_crew.runs.listener import Waker, _Hub
 from prefect_crew.states import CrewState
-from prefect_crew.tasks import kickoff_crew, wait_for_crew
+from support.asking import judging
+from support.flow_runs import acall_in_flow
 from support.waiting import until
 from support.webhooks import SECRET, served
 
@@ -44,32 +44,18 @@ def script_of(task: dict[str, Any] | None = None, **values: Any) -> CrewScript:
 async def run(server: CrewServer, wait: WaitPolicy = RARELY, times: int = 1, **options: Any) -> list[CrewResult]:
     """Run a crew in a flow, so many times at once, in less time than polling alone would need."""
     crew = server.crew(wait=wait, price=options.pop("price", None))
-
-    @flow
-    async def several() -> list[CrewResult]:
-        return await asyncio.gather(*(arun_crew(crew, {}, **options) for _ in range(times)))
-
-    async with asyncio.timeout(40):
-        return await several()
+    several = acall_in_flow(lambda: asyncio.gather(*(arun_crew(crew, {}, **options) for _ in range(times))))
+    return (await asyncio.wait_for(several, 40))[1]
 
 
-@pytest.mark.parametrize("ends", ["completed", "failed", "flow"])
-async def test_a_webhook_ends_the_pause(receiver: str, ends: str) -> None:
+@pytest.mark.parametrize(("ends", "times"), [("completed", 5), ("failed", 1), ("flow", 1)])
+async def test_a_webhook_ends_the_pause(receiver: str, ends: str, times: int) -> None:
     script = script_of({"fail": "no idea" if ends == "failed" else None}, flow=ends == "flow")
     # Of a Flow, the stream alone tells the end.
     with CrewServer(script, faults=["webhook-crew:lose"] if ends == "flow" else []) as server:
-        if ends == "failed":
-            with pytest.raises(CrewFailedError, match="no idea"):
-                await run(server)
-        else:
-            await run(server)
-        assert server.requests["status"] <= 3
-
-
-async def test_a_receiver_ends_the_pauses_of_all_runs(receiver: str) -> None:
-    with CrewServer(script_of()) as server:
-        await run(server, times=5)
-        assert server.requests["status"] <= 2 * 5
+        with pytest.raises(CrewFailedError, match="no idea") if ends == "failed" else nullcontext():
+            await run(server, times=times)
+        assert server.requests["status"] <= (2 * times if times > 1 else 3)
 
 
 async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
@@ -83,31 +69,24 @@ async def test_every_waiter_of_a_run_is_woken(receiver: str) -> None:
         assert server.kickoffs == 1
 
 
-async def test_runs_with_webhooks_are_polled(receiver: str) -> None:
-    with CrewServer(script_of(), faults=["webhook:lose"]) as server:
-        await run(server, OFTEN)
+@pytest.mark.parametrize("webhooks", [None, Webhooks(crew="http://127.0.0.1:9/nobody")], ids=["lost", "own"])
+async def test_runs_without_news_are_polled(receiver: str, webhooks: Webhooks | None) -> None:
+    with CrewServer(script_of(), faults=[] if webhooks else ["webhook:lose"]) as server:
+        await run(server, OFTEN, webhooks=webhooks)
         assert server.requests["status"] > 3
 
 
 async def test_progress_is_seen_with_webhooks_as_without(receiver: str) -> None:
-    tasks = [{**TASK, "name": name, "seconds": 0.7} for name in ("one", "two", "three")]
-    seen: set[str | None] = set()
+    names, seen = ["one", "two", "three"], set[str | None]()
+    tasks = [{**TASK, "name": name, "seconds": 0.7} for name in names]
     with CrewServer(CrewScript.model_validate({"name": "steps", "inputs": [], "tasks": tasks})) as server:
-        crew = replace(
-            crew_of(server.crew(wait=OFTEN)), on_status=lambda _, status: seen.add(status and status.current_task)
-        )
-
-        @flow
-        async def watched() -> None:
-            await arun_crew(crew, {})
-
-        await watched()
-    assert {"one", "two", "three"} <= seen
+        watched = crew_of(server.crew(wait=OFTEN))
+        crew = replace(watched, on_status=lambda _, status: seen.add(status and status.current_task))
+        await acall_in_flow(lambda: arun_crew(crew, {}))
+    assert {*names} <= seen
 
 
-async def test_an_absent_receiver_is_warned_of_once(
-    prefect_api: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_absent_receiver_is_warned_of_once(prefect_api: object, monkeypatch: Any, caplog: Any) -> None:
     """A crew of 20 s once took 44.9 s where the receiver was stopped, and nothing said why."""
     async with served(create_receiver(SECRET)) as url:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
@@ -123,19 +102,6 @@ async def test_an_absent_receiver_is_warned_of_once(
     assert len(warnings) == 1, "one flow run, one warning"
     assert f"does not answer at {url}/recent" in warnings[0]
     assert "polled as without webhooks" in warnings[0]
-
-
-async def test_a_run_with_own_webhooks_is_polled(receiver: str) -> None:
-    with CrewServer(script_of()) as server:
-        crew = server.crew(wait=OFTEN)
-
-        @flow
-        async def own() -> None:
-            kickoff_id = await kickoff_crew(crew, {}, webhooks=Webhooks(crew="http://127.0.0.1:9/nobody"))
-            await wait_for_crew(crew, kickoff_id)
-
-        await own()
-        assert server.requests["status"] > 3
 
 
 # What the receiver answers
@@ -185,9 +151,7 @@ async def test_usage_comes_from_webhooks(receiver: str, lost: str) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["completed", "failed"])
-async def test_calls_of_models_tell_what_went_in_and_out(
-    receiver: str, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
+async def test_calls_of_models_tell_their_tokens(receiver: str, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_LLM_CALLS", "true")
     calls = {
         "openai/gpt-4o": {"prompt_tokens": 900, "completion_tokens": 100},
@@ -215,9 +179,7 @@ async def test_the_end_waits_a_moment_for_tokens() -> None:
     hub, done = _Hub(), CrewStatus(kickoff_id="k-1", state=DONE)
     hub._has_receiver = True
 
-    async def seconds(
-        *events: dict[str, object], crew: str = "", calls: bool = False
-    ) -> tuple[float, TokenUsage | None]:
+    async def seconds(*events: dict[str, object], crew: str = "", calls: bool = False) -> Any:
         waker, started = Waker(hub, "key", crew, calls=calls), time.monotonic()
         hub.add("key", waker)
         for event in events:
@@ -268,15 +230,10 @@ async def test_tokens_are_counted_once_for_each_event(events: list[dict[str, obj
 async def test_a_repeated_question_is_known_by_its_webhook(receiver: str) -> None:
     """Neither the status nor the clock tells it from the one before: only the number of answers in its URL."""
     script = script_of({"seconds": 0, "human": True, "output": "always the same"})
-    asked: list[int] = []
-
-    def judge(request: ReviewRequest) -> Review:
-        asked.append(request.round)
-        return Review(approve=request.round == 3, feedback="again")
-
+    asked: list[ReviewRequest] = []
     with CrewServer(script) as server:
-        await run(server, review=judge)
-        assert asked == [1, 2, 3]
+        await run(server, review=judging(asked, approves_at=3, feedback="again"))
+        assert [one.round for one in asked] == [1, 2, 3]
         assert server.requests["resume"] == 3
 
 
