@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from prefect import flow, get_client
-from prefect.client.schemas.objects import State
+from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
-from prefect.states import Running
 
 from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import form
+from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
 from support.chromium import Chromium
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy
+from support.records import record_of
 from support.review_page import answer_on_page
 from support.scripts import script
 from support.seen import Seen
@@ -45,9 +45,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[CrewServer]:
-    with CrewServer(SCRIPT, response_format="union") as server:
-        yield server
+def server(crew_server: CrewServerFactory) -> CrewServer:
+    return crew_server(SCRIPT, response_format="union")
 
 
 class FlowRun:
@@ -56,49 +55,45 @@ class FlowRun:
     The page is read and filled in as Prefect's own does.
     """
 
-    def __init__(self, work: Callable[[], Any], **options: Any) -> None:
-        self.id: Any = None
-        self._outcome: Any = None
+    def __init__(self, seen: Seen, work: Callable[[], Any], **options: Any) -> None:
+        self.id = ""
+        self.key: str | None = None
+        self._seen, self._outcome = seen, Future[Any]()
 
         @flow(**options)
         async def reviewed() -> Any:
-            self.id = this_flow_run.id
+            self.id = str(this_flow_run.id)
             return await work()
 
         def run() -> None:
             try:
-                self._outcome = asyncio.run(reviewed())
+                self._outcome.set_result(asyncio.run(reviewed()))
             except BaseException as error:
-                self._outcome = error
+                self._outcome.set_exception(error)
 
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
+        threading.Thread(target=run, daemon=True).start()
 
     @property
-    def state(self) -> State[Any] | None:
-        with get_client(sync_client=True) as client:
-            return client.read_flow_run(self.id).state if self.id else None
+    def state(self) -> dict[str, Any]:
+        return self._seen.flow_run(self.id)["state"] if self.id else {"type": None}
 
-    def form(self, *, not_key: str | None = None) -> str:
-        """Wait until a form is up, another one than that of the key, and return its key."""
+    def form(self) -> FlowRun:
+        """Wait until a form is up, another one than before."""
 
-        def up() -> str | None:
+        def is_up() -> bool:
             state = self.state
-            if state is None or not state.is_paused() or state.state_details.pause_key == not_key:
-                return None
+            if state["type"] != "PAUSED" or state["state_details"]["pause_key"] == self.key:
+                return False
             # A form is there once its fields are stored, a moment after the pause.
-            keyset: Any = state.state_details.run_input_keyset
-            return state.state_details.pause_key if keyset["description"] in self.inputs() else None
+            return state["state_details"]["run_input_keyset"]["description"] in self.inputs()
 
-        return wait_until(up, seconds=60, what="a form")
+        wait_until(is_up, "a form")
+        self.key = self.state["state_details"]["pause_key"]
+        return self
 
     def _stored(self, part: str) -> Any:
-        state = self.state
-        assert state is not None
-        keyset: Any = state.state_details.run_input_keyset
-        path = {"id": self.id, "key": keyset[part]}
-        with get_client(sync_client=True) as client:
-            return client.request("GET", "/flow_runs/{id}/input/{key}", path_params=path).json()
+        name = self.state["state_details"]["run_input_keyset"][part]
+        return self._seen.get(f"/flow_runs/{self.id}/input/{name}")
 
     def description(self) -> str:
         return self._stored("description")
@@ -110,183 +105,149 @@ class FlowRun:
     def inputs(self) -> list[str]:
         """Return the names of all that is stored of its forms."""
         body = {"prefix": "crew-review-", "limit": 20, "exclude_keys": []}
-        with get_client(sync_client=True) as client:
-            found = client.request("POST", "/flow_runs/{id}/input/filter", path_params={"id": self.id}, json=body)
-        return sorted(one["key"] for one in found.json())
+        return sorted(one["key"] for one in self._seen.post(f"/flow_runs/{self.id}/input/filter", body))
 
-    def fill_in(self, **fields: Any) -> Any:
-        """Submit the form as Prefect's page does, and return its answer."""
-        with get_client(sync_client=True) as client:
-            return client.request(
-                "POST", "/flow_runs/{id}/resume", path_params={"id": self.id}, json={"run_input": fields}
-            ).json()
+    def fill_in(self, **fields: Any) -> str:
+        """Submit the form as Prefect's page does, by default to approve; return the status of its answer."""
+        body = {"run_input": {"decision": "approve", **fields}}
+        return self._seen.post(f"/flow_runs/{self.id}/resume", body)["status"]
 
     def result(self) -> Any:
-        self._thread.join(90)
-        assert not self._thread.is_alive(), self.state
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        assert self.state is not None
-        assert self.state.is_completed()
-        return self._outcome
+        result = self._outcome.result(90)
+        assert self.state["type"] == "COMPLETED"
+        return result
 
 
-async def test_a_repeated_question_gets_its_own_form() -> None:
-    asking = AskingServer(rounds=2, between=False)
-    async with served(asking.app()) as url:
-        crew = DeployedCrew(url=url, token="secret-token", wait=WaitPolicy(next_round_after=1.0))  # type: ignore[arg-type]
-        run = FlowRun(lambda: arun_crew(crew, {}, review="form"))
-        first = await asyncio.to_thread(run.form)
-        await asyncio.to_thread(run.fill_in, decision="reject", feedback="Warmer.")
-        await asyncio.to_thread(run.form, not_key=first)
-        await asyncio.to_thread(run.fill_in, decision="approve")
-        assert (await asyncio.to_thread(run.result)).output == "done"
-        assert [one["is_approve"] for one in asking.resumes] == [False, True]
+@pytest.fixture
+def asking(server: CrewServer, seen: Seen) -> Callable[..., FlowRun]:
+    """Provide a function that runs the crew, whose questions stand in a form, in a flow run."""
+
+    def run(crew: DeployedCrew | None = None, topic: str = "tea", **options: Any) -> FlowRun:
+        crew, flow_options = crew or server.crew(), options.pop("flow", {})
+        return FlowRun(seen, lambda: arun_crew(crew, {"topic": topic}, review="form", **options), **flow_options)
+
+    return run
 
 
-def test_the_form_takes_each_answer_once(server: CrewServer, seen: Seen) -> None:
-    crew = server.crew()
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
-    first = run.form()
-    text = run.description()
-    assert "Draft *number 1* <\u2060b>for you" in text, "a tag is text"
-    assert "question 1" in text
-    assert run.fill_in(decision="maybe")["status"] == "REJECT"
-    kickoff_id = next(iter(server.runs)).id
-    another = f"draft, question 7, run {kickoff_id}"
+async def test_a_repeated_question_gets_its_own_form(asking: Any) -> None:
+    server = AskingServer(rounds=2, between=False)
+    async with served(server.app()) as url:
+        crew = DeployedCrew(url=url, token="secret-token", wait=WaitPolicy(next_round_after=1.0))
+
+        def answer() -> Any:
+            run = asking(crew).form()
+            run.fill_in(decision="reject", feedback="Warmer.")
+            run.form().fill_in()
+            return run.result()
+
+        assert (await asyncio.to_thread(answer)).output == "done"
+    assert [one["is_approve"] for one in server.resumes] == [False, True]
+
+
+def test_the_form_takes_each_answer_once(server: CrewServer, asking: Any, seen: Seen) -> None:
+    run = asking().form()
+    assert "Draft *number 1* <\u2060b>for you" in run.description(), "a tag is text"
+    assert "question 1" in run.description()
+    assert run.fill_in(decision="maybe") == "REJECT"
+    kickoff_id = server.runs[0].id
     assert kickoff_id in run.question()
-    assert run.fill_in(decision="approve", question=another)["status"] == "REJECT", "from a page that is out of date"
-    assert run.fill_in(decision="reject", feedback="Warmer.", name="Grace | <b>")["status"] == "ACCEPT"
-    run.form(not_key=first)
-    assert "Draft *number 2*" in run.description()
-    assert run.fill_in(decision="approve", name="Ada", question=run.question())["status"] == "ACCEPT"
-    result = run.result()
-    assert "Warmer." in result.output
+    assert run.fill_in(question=f"draft, question 7, run {kickoff_id}") == "REJECT", "from a page that is out of date"
+    assert run.fill_in(decision="reject", feedback="Warmer.", name="Grace | <b>") == "ACCEPT"
+    assert "Draft *number 2*" in run.form().description()
+    assert run.fill_in(name="Ada", question=run.question()) == "ACCEPT"
+    assert "Warmer." in run.result().output
     assert server.requests["resume"] == 2
 
     async def answers() -> list[tuple[Any, ...]]:
-        record = await PrefectRecords().of_kickoff(result.kickoff_id)
-        assert record is not None
-        return [(one.round, one.approve, one.by, one.feedback) for one in await PrefectRecords().reviews(record)]
+        given = await PrefectRecords().reviews(await record_of(kickoff_id))
+        return [(one.round, one.approve, one.by, one.feedback) for one in given]
 
     assert asyncio.run(answers()) == [(1, False, "Grace | <b>", "Warmer."), (2, True, "Ada", "")]
     # The last page of the key: an earlier test's crew may have had the same port.
-    page = seen.artifacts(artifact_key(crew.label))[-1]
+    page = seen.artifacts(artifact_key(server.crew().label))[-1]
     assert "### Answers" in page["data"]
     assert "| draft | 1 | rejected | Grace \\| &lt;b&gt; |" in page["data"]
     assert "| draft | 2 | approved | Ada |" in page["data"]
 
 
-def test_a_form_that_could_not_be_stored_is_stored_later(
-    server: CrewServer, proxy: Proxy, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unstored_form_is_stored_later(asking: Any, proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     proxy.refuse, proxy.answer = "POST .*/input$", "503"
-    run = FlowRun(lambda: arun_crew(server.crew(), {"topic": "tea"}, review="form"))
-    wait_until(lambda: "is not on its page yet" in caplog.text, seconds=60, what="a warning")
-    assert run.state is not None
-    assert run.state.is_paused()
+    run = asking()
+    wait_until(lambda: "is not on its page yet" in caplog.text, "a warning")
+    assert run.state["type"] == "PAUSED"
     proxy.refuse = None
-    run.form()
-    assert run.fill_in(decision="approve", question=run.question())["status"] == "ACCEPT"
+    assert run.form().fill_in(question=run.question()) == "ACCEPT"
     assert run.result().output.startswith("Printed")
 
 
-def test_two_questions_of_a_flow_run_stand_in_line(server: CrewServer) -> None:
-    crew = server.crew()
+def test_two_questions_of_a_flow_run_stand_in_line(server: CrewServer, seen: Seen) -> None:
     ended: list[str] = []
 
-    async def one(topic: str, review: Any) -> str:
-        output = (await arun_crew(crew, {"topic": topic}, review=review)).output
+    async def one(topic: str, review: Any) -> None:
+        await arun_crew(server.crew(), {"topic": topic}, review=review)
         ended.append(topic)
-        return output
 
-    async def work() -> list[str]:
-        return await asyncio.gather(
-            one("tea", "form"), one("coffee", "form"), one("milk", lambda _: Review(approve=True))
-        )
-
-    run = FlowRun(work)
-    first = run.form()
-    wait_until(lambda: "milk" in ended, seconds=60, what="the run that needs nobody")
+    reviews = {"tea": "form", "coffee": "form", "milk": lambda _: Review(approve=True)}
+    run = FlowRun(seen, lambda: asyncio.gather(*(one(topic, review) for topic, review in reviews.items()))).form()
+    wait_until(lambda: "milk" in ended, "the run that needs nobody")
     asked = [run.description()]
-    run.fill_in(decision="approve")
-    second = run.form(not_key=first)
-    assert second != first
-    asked.append(run.description())
-    run.fill_in(decision="approve")
-    assert len(run.result()) == 3
+    run.fill_in()
+    asked.append(run.form().description())
+    run.fill_in()
+    run.result()
+    assert len(ended) == 3
     assert {"tea" in text for text in asked} == {True, False}
     assert server.requests["resume"] == 3
 
 
-def test_an_answer_from_elsewhere_ends_the_form(server: CrewServer) -> None:
-    crew = server.crew()
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", idempotency_key=f"elsewhere {server.url}"))
-    run.form()
-
-    async def answer() -> None:
-        record = (await PrefectRecords().attempts(f"elsewhere {server.url}"))[-1]
-        await resume_crew(crew, str(record.kickoff_id), approve=True)
-
-    asyncio.run(answer())
+def test_an_answer_from_elsewhere_ends_the_form(server: CrewServer, asking: Any) -> None:
+    run = asking().form()
+    asyncio.run(resume_crew(server.crew(), server.runs[0].id, approve=True))
     assert run.result().output.startswith("Printed")
     assert server.requests["resume"] == 1
 
 
 @pytest.mark.parametrize(("response_format", "seconds"), [("union", 0), ("documented", 2)])
-def test_an_old_forms_answer_is_not_for_the_next(response_format: Any, seconds: float) -> None:
+def test_an_old_answer_is_not_for_the_next(crew_server: Any, asking: Any, response_format: Any, seconds: float) -> None:
     """Where no state is seen in between, as with the first of these servers, the texts tell them apart."""
     draft = {"name": "draft", "human": True, "seconds": seconds, "output": "Draft number {{ round }}."}
-    with CrewServer(script(draft, inputs=["topic"]), response_format=response_format) as server:
-        crew = server.crew()
-        run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
-        first, page = run.form(), run.question()
+    server = crew_server(script(draft, inputs=["topic"]), response_format=response_format)
+    run = asking(server.crew()).form()
+    page = run.question()
 
-        async def reject() -> None:
-            async with crew.client() as client:
-                await client.resume(server.runs[0].id, "draft", "Colder.", False)
+    async def reject() -> None:
+        async with server.crew().client() as client:
+            await client.resume(server.runs[0].id, "draft", "Colder.", False)
 
-        asyncio.run(reject())
-        run.form(not_key=first)
-        assert run.fill_in(decision="approve", name="Ada", question=page)["status"] == "REJECT"
-        assert server.requests["resume"] == 1
-        assert run.fill_in(decision="approve", name="Ada", question=run.question())["status"] == "ACCEPT"
-        assert run.result().output == "Draft number 2."
+    asyncio.run(reject())
+    assert run.form().fill_in(name="Ada", question=page) == "REJECT"
+    assert server.requests["resume"] == 1
+    assert run.fill_in(name="Ada", question=run.question()) == "ACCEPT"
+    assert run.result().output == "Draft number 2."
 
 
-def test_one_of_two_flow_runs_answers(server: CrewServer) -> None:
-    crew, key = server.crew(), f"both {server.url}"
-
-    async def ask() -> str:
-        return (await arun_crew(crew, {"topic": "tea"}, review="form", idempotency_key=key)).output
-
-    runs = [FlowRun(ask) for _ in range(2)]
+def test_one_of_two_flow_runs_answers(server: CrewServer, asking: Any, key: str) -> None:
+    runs = [asking(idempotency_key=key) for _ in range(2)]
     for run in runs:
         run.form()
     with ThreadPoolExecutor() as people:
         # Prefect may accept both before one is read.
-        list(people.map(lambda run: run.fill_in(decision="approve"), runs))
-    outputs = {run.result() for run in runs}
-    assert len(outputs) == 1
-    assert next(iter(outputs)).startswith("Printed")
+        list(people.map(FlowRun.fill_in, runs))
+    (output,) = {run.result().output for run in runs}
+    assert output.startswith("Printed")
     assert [server.requests["resume"], server.kickoffs] == [1, 1]
     assert [run.inputs() for run in runs] == [[], []]
 
 
-def test_a_form_without_an_answer_comes_back(server: CrewServer) -> None:
-    crew = server.crew()
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"))
-    first = run.form()
-    with get_client(sync_client=True) as client:
-        client.set_flow_run_state(run.id, Running(), force=True)
-    run.form(not_key=first)
-    run.fill_in(decision="approve")
+def test_a_form_without_an_answer_comes_back(asking: Any, seen: Seen) -> None:
+    run = asking().form()
+    seen.set_state(run.id, "RUNNING")
+    run.form().fill_in()
     assert run.result().output.startswith("Printed")
 
 
-def test_nobody_answers_in_time(server: CrewServer, seen: Seen) -> None:
-    crew, policy = server.crew(), WaitPolicy(human_timeout=1.5)
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
+def test_nobody_answers_in_time(server: CrewServer, asking: Any, seen: Seen) -> None:
+    run = asking(wait=WaitPolicy(human_timeout=1.5))
     with pytest.raises(CrewTimeoutError, match=r"human time limit of 1\.5 s"):
         run.result()
     states = [state["type"] for state in seen.get(f"/flow_run_states/?flow_run_id={run.id}")]
@@ -295,57 +256,42 @@ def test_nobody_answers_in_time(server: CrewServer, seen: Seen) -> None:
     assert server.requests["resume"] == server.requests["stop"] == 0
 
 
-def test_an_answer_in_time_counts_when_read_late(server: CrewServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_is_read_late_counts(server: CrewServer, asking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(form, "LOOK_EVERY", 17.0)
-    crew = server.crew()
-    policy = WaitPolicy(human_timeout=15, on_human_timeout="reject")
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form", wait=policy))
-    run.form()
-    run.fill_in(decision="approve")
+    run = asking(wait=WaitPolicy(human_timeout=15, on_human_timeout="reject")).form()
+    run.fill_in()
     assert run.result().output.startswith("Printed")
     assert server.requests["resume"] == 1
 
 
-def test_an_unsent_answer_is_kept_for_the_retry(server: CrewServer) -> None:
-    crew = server.crew()
+def test_an_unsent_answer_is_kept_for_the_retry(server: CrewServer, asking: Any) -> None:
     server.faults.add("resume:401-before-accept@1")
     # Two, since Prefect counts the form as one of them.
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), retries=2, retry_delay_seconds=1)
-    run.form()
-    run.fill_in(decision="approve")
+    run = asking(flow={"retries": 2, "retry_delay_seconds": 1}).form()
+    run.fill_in()
     assert run.result().output.startswith("Printed")
     assert server.requests["resume"] == 2, "the first of them was refused"
     assert server.kickoffs == 1
 
 
 @pytest.mark.parametrize("fields", [{"secret_inputs": ["topic"]}, {"show": "summary"}], ids=["secret", "summary"])
-def test_what_may_not_be_shown_is_not_in_the_form(server: CrewServer, fields: dict[str, Any]) -> None:
-    crew = server.crew(**fields)
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "correct horse"}, review="form"))
-    run.form()
-    text = run.description()
-    assert "correct horse" not in text
-    assert ("Draft *number 1*" in text) is ("show" not in fields)
-    run.fill_in(decision="approve")
+def test_what_may_not_be_shown_is_not_in_the_form(server: CrewServer, asking: Any, fields: dict[str, Any]) -> None:
+    run = asking(server.crew(**fields), "correct horse").form()
+    assert "correct horse" not in run.description()
+    assert ("Draft *number 1*" in run.description()) is ("show" not in fields)
+    run.fill_in()
     run.result()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
 def test_a_person_answers_on_the_page(
-    prefect_server: PrefectServer,
-    server: CrewServer,
-    chromium: Chromium,
-    ui: Literal["v1", "v2"],
-    tmp_path: Path,
+    prefect_server: PrefectServer, asking: Any, chromium: Chromium, ui: Literal["v1", "v2"], tmp_path: Path
 ) -> None:
-    crew = server.crew()
-    run = FlowRun(lambda: arun_crew(crew, {"topic": "tea"}, review="form"), name="reviewed-report")
-    first = run.form()
+    run = asking(flow={"name": "reviewed-report"}).form()
     with chromium.page(height=1100) as page:
         where = page, prefect_server.ui_url, run.id, ui
         answer_on_page(*where, "reject", "Warmer, please.", tmp_path / f"{ui}-rejecting.png", round=1)
-        run.form(not_key=first)
+        run.form()
         answer_on_page(*where, "approve", "", tmp_path / f"{ui}-approving.png", round=2)
     assert "Warmer, please." in run.result().output
-    assert server.requests["resume"] == 2
