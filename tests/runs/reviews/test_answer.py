@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -19,7 +19,6 @@ from starlette.routing import Mount
 
 import prefect_crew as pc
 from prefect_crew.blocks import crew_of
-from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.records.notes import kept_output
@@ -29,7 +28,8 @@ from prefect_crew.runs.run import LiveRun
 from prefect_crew.tasks import kickoff_crew, resume_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from prefect_crew.webhooks import read_token
-from support.asking import AskingServer
+from support.asking import AskingServer, judging
+from support.flow_runs import acall_in_flow
 from support.scripts import ASKS, script
 from support.waiting import until
 from support.webhooks import SECRET, served
@@ -37,6 +37,7 @@ from support.webhooks import SECRET, served
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 APPROVED = pc.Review(approve=True)
 DAY = 86_400.0
+RECORDS = PrefectRecords()
 
 
 @asynccontextmanager
@@ -57,36 +58,31 @@ def run_of(crew: pc.DeployedCrew, review: Any = None, retries: int = 0, **policy
 
 
 async def answers(crew: pc.DeployedCrew) -> list[pc.Review]:
-    return await PrefectRecords().reviews((await PrefectRecords().attempts(crew.url))[-1])
+    return await RECORDS.reviews((await RECORDS.attempts(crew.url))[-1])
 
 
 async def _kicked_off(crew: pc.DeployedCrew) -> str:
-    @flow
-    async def start() -> str:
-        return await kickoff_crew(crew, {}, idempotency_key=crew.url)
+    return (await acall_in_flow(lambda: kickoff_crew(crew, {}, idempotency_key=crew.url)))[1]
 
-    return await start()
+
+async def approve(crew: pc.DeployedCrew, kickoff_id: str | None = None, feedback: str = "") -> Any:
+    """Approve the question of a run, by default that of the only run, from outside of its wait."""
+    kickoff_id = kickoff_id or str((await RECORDS.attempts(crew.url))[-1].kickoff_id)
+    return await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback=feedback, approve=True)
 
 
 async def test_an_uncertain_answer_is_not_sent_again() -> None:
-    asked: list[int] = []
-
-    def judge(request: pc.ReviewRequest) -> pc.Review:
-        asked.append(request.round)
-        return APPROVED
-
+    asked: list[pc.ReviewRequest] = []
     async with asking(lag=200, changing=True, fails={1: 500}) as (server, crew):
         with pytest.raises(pc.CrewError, match="not sent again automatically"):
-            await run_of(crew, judge, retries=1)
-        record = (await PrefectRecords().attempts(crew.url))[-1]
+            await run_of(crew, judging(asked), retries=1)
         with pytest.raises(pc.CrewError, match="not sent again automatically"):
-            await resume_run(LiveRun(crew_of(crew), str(record.kickoff_id)), feedback="", approve=True)
+            await approve(crew)
         assert len(server.resumes) == 1
-        assert asked == [1], "nobody is asked what could not be answered"
+        assert len(asked) == 1, "nobody is asked what could not be answered"
         assert [one.outcome for one in await answers(crew)] == ["uncertain"]
-        server.lag = 0
-        server._left = 0
-        assert await run_of(crew, judge) == "done"
+        server.lag = server._left = 0
+        assert await run_of(crew, judging(asked)) == "done"
         assert (len(server.resumes), server.kickoffs) == (1, 1)
 
 
@@ -100,35 +96,26 @@ async def test_the_question_after_an_uncertain_answer() -> None:
 
 
 async def test_time_alone_makes_no_question_for_functions() -> None:
-    asked: list[tuple[int, Any]] = []
-
-    def judge(request: pc.ReviewRequest) -> pc.Review:
-        asked.append((request.round, request.meta))
-        return APPROVED
-
+    asked: list[pc.ReviewRequest] = []
     # Nothing but time tells the second question from the first.
     async with asking(rounds=2, between=False) as (server, crew):
         with pytest.raises(pc.CrewTimeoutError):
-            await run_of(crew, judge, human_timeout=3)
-        assert (asked, len(server.resumes)) == ([(1, {"ticket": 7})], 1)
-        kickoff_id = str((await PrefectRecords().attempts(crew.url))[-1].kickoff_id)
+            await run_of(crew, judging(asked), human_timeout=3)
+        assert [(one.round, one.meta) for one in asked] == [(1, {"ticket": 7})]
+        assert len(server.resumes) == 1
         with pytest.raises(pc.CrewError, match="still shows the same question"):
-            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)
+            await approve(crew)
         soon = pc.DeployedCrew(url=crew.url, token="secret-token", wait=pc.WaitPolicy(next_round_after=0.2))
-        await resume_run(LiveRun(crew_of(soon), kickoff_id), feedback="", approve=True)
+        await approve(soon)
         assert len(server.resumes) == 2
 
 
 async def test_a_repeated_question_is_the_next_round() -> None:
-    asked: list[int] = []
-
-    def judge(request: pc.ReviewRequest) -> pc.Review:
-        asked.append(request.round)
-        return pc.Review(approve=len(asked) == 2, feedback="Shorter.")
-
+    asked: list[pc.ReviewRequest] = []
     async with asking(rounds=2, between=False) as (server, crew):
-        assert await run_of(crew, judge, next_round_after=1.0) == "done"
-        assert (asked, [one["is_approve"] for one in server.resumes]) == ([1, 2], [False, True])
+        assert await run_of(crew, judging(asked, approves_at=2), next_round_after=1.0) == "done"
+        assert [one.round for one in asked] == [1, 2]
+        assert [one["is_approve"] for one in server.resumes] == [False, True]
 
 
 async def test_a_retried_flow_answers_each_round_once() -> None:
@@ -155,21 +142,18 @@ async def test_one_of_several_answers_is_sent(on_record: bool) -> None:
     async with asking(lag=30) as (server, crew):
         async with crew.client() as client:
             kickoff_id = await _kicked_off(crew) if on_record else await client.kickoff({})
-        answered = [resume_run(LiveRun(crew_of(crew), kickoff_id), feedback=str(n), approve=True) for n in range(5)]
+        answered = [approve(crew, kickoff_id, str(number)) for number in range(5)]
         outcomes = await asyncio.gather(*answered, return_exceptions=True)
         assert len(server.resumes) == 1
         assert sum(isinstance(one, pc.CrewError) for one in outcomes) == 4, outcomes
 
 
 async def test_unread_answers_send_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def away(*_: Any) -> list[pc.Review]:
-        raise httpx.ConnectError("away")
-
     async with asking() as (server, crew):
         kickoff_id = await _kicked_off(crew)
-        monkeypatch.setattr(PrefectRecords, "reviews", away)
+        monkeypatch.setattr(PrefectRecords, "reviews", AsyncMock(side_effect=httpx.ConnectError("away")))
         with pytest.raises(pc.CrewError, match="Nothing was sent"):
-            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)
+            await approve(crew, kickoff_id)
         assert server.resumes == []
 
 
@@ -180,9 +164,7 @@ async def waits(server: Any, run: pc.CrewRun) -> None:
     await until(lambda: str(server.run(run.kickoff_id).state) == "waiting", "it asks")
 
 
-async def test_a_refused_answer_may_be_given_again(
-    crew_server: CrewServerFactory,
-):
+async def test_a_refused_answer_may_be_given_again(crew_server: CrewServerFactory):
     server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
     run = await server.crew().atrigger({})
     await waits(server, run)
@@ -212,61 +194,47 @@ SCRIPT = script({"name": "draft", "human": True, "output": "Draft {{ round }} on
 PAGE = "https://app.example.com/crews/7"
 
 
+@pytest.fixture
+def judged(crew_server: CrewServerFactory) -> CrewServer:
+    return crew_server(SCRIPT)
+
+
 async def reviewed(crew: pc.DeployedCrew, review: Any, key: str, **policy: Any) -> None:
-    @flow
-    async def once() -> None:
-        await pc.arun_crew(crew, {"topic": "tea"}, idempotency_key=key, review=review, wait=pc.WaitPolicy(**policy))
-
-    await once()
+    options = {"idempotency_key": key, "review": review, "wait": pc.WaitPolicy(**policy)}
+    await acall_in_flow(lambda: pc.arun_crew(crew, {"topic": "tea"}, **options))
 
 
-async def test_a_function_sees_the_webhooks_output(receiver: str) -> None:
-    seen: list[str | None] = []
-
-    def judge(request: pc.ReviewRequest) -> pc.Review:
-        seen.append(request.output)
-        return pc.Review(approve=request.round > 1, feedback="again")
-
-    key = f"judged/{uuid.uuid4()}"
-    with CrewServer(SCRIPT) as server:
-        await reviewed(server.crew(), judge, key)
-    assert seen == ["Draft 1 on tea.", "Draft 2 on tea."]
-    (record,) = await PrefectRecords().attempts(key)
+async def test_a_function_sees_the_webhooks_output(receiver: str, judged: CrewServer, key: str) -> None:
+    asked: list[pc.ReviewRequest] = []
+    await reviewed(judged.crew(), judging(asked, approves_at=2, feedback="again"), key)
+    assert [one.output for one in asked] == ["Draft 1 on tea.", "Draft 2 on tea."]
+    (record,) = await RECORDS.attempts(key)
     assert [await kept_output(record, answers) for answers in (0, 1)] == [None, None], "nothing stays"
 
 
-async def test_the_webhooks_output_is_forgotten(receiver: str) -> None:
-    key = f"judged/{uuid.uuid4()}"
-    with CrewServer(SCRIPT) as server:
-        crew = server.crew()
-        waiting = asyncio.create_task(reviewed(crew, None, key))
-        await until(lambda: server.runs, "the run starts")
+async def test_the_webhooks_output_is_forgotten(receiver: str, judged: CrewServer, key: str) -> None:
+    waiting = asyncio.create_task(reviewed(judged.crew(), None, key))
 
-        async def seen_by_the_wait() -> RunRecord | None:
-            given = await PrefectRecords().attempts(key)
-            is_seen = bool(given) and given[0].human_since is not None
-            return given[0] if is_seen and await kept_output(given[0], 0) else None
+    async def seen_by_the_wait() -> RunRecord | None:
+        given = await RECORDS.attempts(key)
+        is_seen = bool(given) and given[0].human_since is not None
+        return given[0] if is_seen and await kept_output(given[0], 0) else None
 
-        record = await until(seen_by_the_wait, "the wait sees the question")
-        async with crew.client() as client:
-            await client.resume(str(record.kickoff_id), "draft", "", True)
-        await waiting
+    record = await until(seen_by_the_wait, "the wait sees the question")
+    async with judged.crew().client() as client:
+        await client.resume(str(record.kickoff_id), "draft", "", True)
+    await waiting
     assert await kept_output(record, 0) is None
 
 
-async def test_secret_inputs_keep_no_webhook_output(receiver: str) -> None:
-    key = f"judged/{uuid.uuid4()}"
-    with CrewServer(SCRIPT) as server:
-        for crew, expected in ((server.crew(), "Draft 1 on tea."), (server.crew(secret_inputs=["topic"]), None)):
-            with pytest.raises(pc.CrewTimeoutError):
-                await reviewed(crew, None, f"{key}/{expected}", human_timeout=8)
-
-            async def same(_: Any, crew: pc.DeployedCrew = crew) -> Crew:
-                return crew_of(crew)
-
-            waiting = await list_open_questions([PrefectRecords()], same)
-            (question,) = [one for record, one in waiting if record.idempotency_key == f"{key}/{expected}"]
-            assert question.output == expected
+@pytest.mark.parametrize("secret", [(), ("topic",)], ids=["not secret", "secret"])
+async def test_secret_inputs_keep_no_webhook_output(receiver: str, judged: CrewServer, key: str, secret: Any) -> None:
+    crew = judged.crew(secret_inputs=secret)
+    with pytest.raises(pc.CrewTimeoutError):
+        await reviewed(crew, None, key, human_timeout=8)
+    waiting = await list_open_questions([RECORDS], AsyncMock(return_value=crew_of(crew)))
+    (question,) = [one for record, one in waiting if record.idempotency_key == key]
+    assert question.output == (None if secret else "Draft 1 on tea.")
 
 
 async def test_webhooks_live_as_long_as_the_policy_of_the_run(receiver: str, tmp_path: Path) -> None:
@@ -274,8 +242,7 @@ async def test_webhooks_live_as_long_as_the_policy_of_the_run(receiver: str, tmp
     async with asking() as (server, crew):
         await run_of(crew, lambda _: APPROVED, **long)
     async with asking() as (elsewhere, other):
-        id_ = await _kicked_off(other)
-        await resume_run(LiveRun(crew_of(other), id_), feedback="", approve=True)  # it does not know the policy
+        await approve(other, await _kicked_off(other))  # it does not know the policy
     async with asking(rounds=0) as (of_row, crew):
         export, options = str(tmp_path / "out.jsonl"), {"inputs": lambda _: {}, "wait": pc.WaitPolicy(**long)}
         await pc.arun_batch(crew, [{"id": "tea"}], key="id", name=f"hooks {uuid.uuid4()}", export=export, **options)
@@ -285,26 +252,23 @@ async def test_webhooks_live_as_long_as_the_policy_of_the_run(receiver: str, tmp
         assert hook.expires - utcnow() > timedelta(days=21)
 
 
-async def test_an_answer_that_ends_the_webhooks_of_a_run_says_so(
-    receiver: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_answer_that_ends_webhooks_says_so(receiver: str, monkeypatch: Any, caplog: Any) -> None:
     async with asking(rounds=2) as (server, crew):
         id_ = await _kicked_off(crew)
-        await resume_run(LiveRun(crew_of(crew), id_), feedback="Warmer.", approve=False)
+        await approve(crew, id_)
         assert "no webhooks" not in caplog.text
         monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL")
-        await resume_run(LiveRun(crew_of(crew), id_), feedback="", approve=True)
+        await approve(crew, id_)
     assert ["crewWebhookUrl" in body for body in server.resumes] == [True, False]
     assert f"After this answer run {id_} sends no webhooks" in caplog.text
 
 
 @pytest.mark.parametrize("response_format", ["documented", "union"])
-async def test_the_log_says_where_the_output_is(response_format: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with CrewServer(SCRIPT, response_format=response_format) as server, caplog.at_level(logging.WARNING):
-        with pytest.raises(pc.CrewTimeoutError):
-            await reviewed(server.crew(page_url=PAGE), None, f"judged/{uuid.uuid4()}", human_timeout=0.3)
-        (said,) = [one.getMessage() for one in caplog.records if "waits for a person: task draft" in one.getMessage()]
-        is_shown = response_format == "union"
-        assert (f"Look at the crew's page: {PAGE}" in said) is not is_shown
-        assert ("See what is to be judged: prefect-crew reviews inspect" in said) is is_shown
-        assert f"--crew {server.url}" in said, "the crew is not a stored block"
+async def test_the_log_says_where_the_output_is(crew_server: Any, key: str, response_format: Any, caplog: Any) -> None:
+    server, is_shown = crew_server(SCRIPT, response_format=response_format), response_format == "union"
+    with pytest.raises(pc.CrewTimeoutError):
+        await reviewed(server.crew(page_url=PAGE), None, key, human_timeout=0.3)
+    (said,) = [one.getMessage() for one in caplog.records if "waits for a person: task draft" in one.getMessage()]
+    assert (f"Look at the crew's page: {PAGE}" in said) is not is_shown
+    assert ("See what is to be judged: prefect-crew reviews inspect" in said) is is_shown
+    assert f"--crew {server.url}" in said, "the crew is not a stored block"
