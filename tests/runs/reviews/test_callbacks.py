@@ -10,17 +10,16 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
-from prefect import flow
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._callbacks import parse_question
-from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer, ReviewWebhook
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError
 from prefect_crew.receiver.app import create_receiver
@@ -30,10 +29,13 @@ from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
 from prefect_crew.runs.reviews.form import ReviewForm, masked_options
 from prefect_crew.runs.run import LiveRun
+from support.asking import judging
+from support.flow_runs import acall_in_flow
 from support.scripts import script
 from support.waiting import until
 from support.webhooks import SECRET, Kept, served
 
+RECORDS = PrefectRecords()
 REVIEW_SECRET = "whsec-of-the-tests"
 PUBLISH = {"name": "publish", "human": True, "output": "Draft. {{ feedback }}"}
 SCRIPT = script(PUBLISH)
@@ -48,22 +50,18 @@ async def hook(prefect_api: Any, instant_polling: Any, monkeypatch: pytest.Monke
         yield ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
 
 
-def run_with(server: CrewServer, review: Any, key: str | None = None) -> Any:
-    @flow
-    async def once() -> str:
-        return (await arun_crew(server.crew(), {}, idempotency_key=key or str(uuid.uuid4()), review=review)).output
-
-    return once()
+async def run_with(server: CrewServer, review: Any, key: str | None = None) -> str:
+    options = {"idempotency_key": key or str(uuid.uuid4()), "review": review}
+    return (await acall_in_flow(lambda: arun_crew(server.crew(), {}, **options)))[1].output
 
 
-async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook) -> None:
+async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook, key: str) -> None:
     asked: list[ReviewRequest] = []
 
     def judge(request: ReviewRequest) -> Review:
         asked.append(request)
-        return Review(approve=request.round > 1, feedback="Shorter.", option=OPTIONS[0 if request.round > 1 else 1])
+        return Review(approve=request.round > 1, feedback="Shorter.", option=OPTIONS[request.round == 1])
 
-    key = f"flow/{uuid.uuid4()}"
     with CrewServer(SCRIPT, review_webhook=hook) as server:
         assert await run_with(server, judge, key) == "Draft. needs_revision: Shorter."
         assert server.requests["resume"] == 2
@@ -71,35 +69,31 @@ async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook) -> None
         (1, OPTIONS, "Draft. "),
         (2, OPTIONS, "Draft. needs_revision: Shorter."),
     ]
-    (record,) = await PrefectRecords().attempts(key)
-    given = await PrefectRecords().reviews(record)
+    (record,) = await RECORDS.attempts(key)
+    given = await RECORDS.reviews(record)
     assert [(one.outcome, one.option) for one in given] == [("sent", OPTIONS[1]), ("sent", OPTIONS[0])]
     assert await kept(str(record.kickoff_id)) is None
 
 
 @pytest.mark.parametrize("comes", [True, False])
-async def test_a_refused_resume_waits_for_the_request_once(
+async def test_a_refused_resume_waits_once(
     comes: bool, prefect_api: Any, instant_polling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it does not come, the function is not asked for hours, at each look or minute."""
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
     monkeypatch.setattr(reviewer, "REQUEST_WITHIN", 60.0 if comes else 0.2)
-    receiver, may_come, asked = create_receiver(SECRET), asyncio.Event(), list[tuple[str, ...]]()
+    receiver, may_come, asked = create_receiver(SECRET), asyncio.Event(), list[ReviewRequest]()
 
     async def late(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == "/requests":
             await may_come.wait()
         await receiver(scope, receive, send)
 
-    def judge(request: ReviewRequest) -> Review:
-        asked.append(request.options)
-        return Review(approve=True)
-
     async with served(late) as url, asyncio.timeout(60):
         hook = ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
         with CrewServer(SCRIPT, review_webhook=hook) as server:
-            running = asyncio.create_task(run_with(server, judge))
+            running = asyncio.create_task(run_with(server, judging(asked)))
             await until(lambda: server.requests["resume"], "the first answer is refused")
             if not comes:
                 with pytest.raises(CrewAPIError, match="/resume answered 4"):
@@ -107,11 +101,11 @@ async def test_a_refused_resume_waits_for_the_request_once(
                 assert server.requests["resume"] == 2
             else:
                 await asyncio.sleep(0.5)  # it is asked no second time meanwhile
-                assert asked == [()]
+                assert [one.options for one in asked] == [()]
                 may_come.set()
                 assert await running == "Draft. "
             may_come.set()
-    assert asked == [(), OPTIONS if comes else ()]
+    assert [one.options for one in asked] == [(), OPTIONS if comes else ()]
 
 
 async def kept(kickoff_id: str) -> ReviewRequest | None:
@@ -125,63 +119,48 @@ async def callback_of(kickoff_id: str) -> str:
     return question.callback_url.get_secret_value()
 
 
-async def listed(key: str, crew_of: Any) -> ReviewRequest:
-    waiting = await list_open_questions([PrefectRecords()], crew_of)
-    (question,) = [one for record, one in waiting if record.idempotency_key == key]
-    return question
+async def answer(crew: DeployedCrew, kickoff_id: str, *, approve: bool = True) -> Any:
+    return await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=approve)
 
 
 async def _kicked_off(crew: DeployedCrew, key: str) -> str:
-    @flow
-    async def start() -> str:
-        return await kickoff_crew(crew, {}, idempotency_key=key)
-
-    kickoff_id = await start()
+    _, kickoff_id = await acall_in_flow(lambda: kickoff_crew(crew, {}, idempotency_key=key))
     await until(lambda: kept(kickoff_id), "the question is kept")
     return kickoff_id
 
 
-async def test_an_uncertain_answer_is_held(hook: ReviewWebhook) -> None:
-    key = f"flow/{uuid.uuid4()}"
+async def test_an_uncertain_answer_is_held(hook: ReviewWebhook, key: str) -> None:
     with CrewServer(SCRIPT, review_webhook=hook, faults=["resume:500-before-accept@1"]) as server:
         crew = server.crew()
         kickoff_id = await _kicked_off(crew, key)
-
-        async def same(_: Any) -> Crew:
-            return crew_of(crew)
-
-        question = await listed(key, same)
-        assert (question.options, question.output, question.task_id) == (OPTIONS, "Draft. ", "publish")
-
-        async def unknown(_: Any) -> None:
-            return None
-
-        question = await listed(key, unknown)
-        assert question.task_id == "publish"
-        assert "was not asked" in str(question.withheld), "a crew that is not stored cannot be asked"
+        for known in (crew_of(crew), None):
+            waiting = await list_open_questions([RECORDS], AsyncMock(return_value=known))
+            (question,) = [one for record, one in waiting if record.idempotency_key == key]
+            assert question.task_id == "publish"
+            if known:
+                assert (question.options, question.output) == (OPTIONS, "Draft. ")
+            else:
+                assert "was not asked" in str(question.withheld), "a crew that is not stored cannot be asked"
         with pytest.raises(ConfigurationError, match="has the outcomes approve, needs_revision"):
-            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=False)
+            await answer(crew, kickoff_id, approve=False)
         assert server.requests["resume"] == 0
         with pytest.raises(CrewError) as raised:
-            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)
-        url = await callback_of(kickoff_id)
-        assert url.rpartition("/")[2] not in str(raised.value)
+            await answer(crew, kickoff_id)
+        assert (await callback_of(kickoff_id)).rpartition("/")[2] not in str(raised.value)
         with pytest.raises(CrewError, match="not sent again automatically"):
-            await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback="", approve=True)
+            await answer(crew, kickoff_id)
         assert server.requests["resume"] == 1
 
 
-async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook) -> None:
-    key = f"flow/{uuid.uuid4()}"
+async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook, key: str) -> None:
     with CrewServer(script(PUBLISH, {"name": "more", "seconds": 600, "output": ""}), review_webhook=hook) as server:
         kickoff_id = await _kicked_off(server.crew(), key)
-        url = await callback_of(kickoff_id)
         async with httpx.AsyncClient(trust_env=False) as client:
-            assert (await client.post(url, json={"feedback": "approve"})).status_code == 200
+            await client.post(await callback_of(kickoff_id), json={"feedback": "approve"})
         with pytest.raises(CrewError, match="409"):
-            await resume_run(LiveRun(crew_of(server.crew()), kickoff_id), feedback="", approve=True)
+            await answer(server.crew(), kickoff_id)
         assert await kept(kickoff_id) is None
-        assert await PrefectRecords().reviews((await PrefectRecords().attempts(key))[0]) == []
+        assert await RECORDS.reviews((await RECORDS.attempts(key))[0]) == []
 
 
 TWO = script(
@@ -204,17 +183,20 @@ async def answer_on_the_platform(kickoff_id: str, task: str) -> None:
     await until(is_another, "the next question")
 
 
-async def test_the_latest_request_is_what_is_asked(hook: ReviewWebhook) -> None:
-    """Nothing tells of an answer that was given on the platform."""
+async def test_the_latest_request_is_what_is_asked(hook: ReviewWebhook, key: str) -> None:
+    """Nothing tells of an answer that was given on the platform. It goes with its run."""
     with CrewServer(TWO, review_webhook=hook) as server:
-        for _ in range(2):
-            key = f"flow/{uuid.uuid4()}"
-            kickoff_id = await _kicked_off(server.crew(), key)
+        for number in range(3):
+            kickoff_id = await _kicked_off(server.crew(), this_key := f"{key} {number}")
             await answer_on_the_platform(kickoff_id, "outline")
             question = await kept(kickoff_id)
             assert question is not None
             assert question.task_id == "publish"
-            assert await run_with(server, lambda _: Review(approve=True), key) == "Text."
+            if number < 2:
+                assert await run_with(server, lambda _: Review(approve=True), this_key) == "Text."
+            else:
+                await RECORDS.delete((await RECORDS.attempts(this_key))[0])
+            assert await kept(kickoff_id) is None
 
 
 async def test_a_late_function_is_asked_the_next_question(hook: ReviewWebhook) -> None:
@@ -231,24 +213,9 @@ async def test_a_late_function_is_asked_the_next_question(hook: ReviewWebhook) -
     assert asked == ["outline", "publish"]
 
 
-@pytest.mark.parametrize("ends", [True, False])
-async def test_a_platforms_answer_goes_with_its_run(ends: bool, hook: ReviewWebhook) -> None:
-    key = f"flow/{uuid.uuid4()}"
-    with CrewServer(TWO, review_webhook=hook) as server:
-        kickoff_id = await _kicked_off(server.crew(), key)
-        await answer_on_the_platform(kickoff_id, "outline")
-        if ends:
-            await run_with(server, lambda _: Review(approve=True), key)
-        else:
-            await PrefectRecords().delete((await PrefectRecords().attempts(key))[0])
-    assert await kept(kickoff_id) is None
-
-
 async def test_forgetting_a_question_leaves_the_next(prefect_api: Any) -> None:
     """The next question may arrive before the one that was answered is forgotten."""
-    first = parse_question(ask(id="r-1")["content"])
-    assert first is not None
-    first = first.model_copy(update={"kickoff_id": str(uuid.uuid4())})
+    first = asked_with(id="r-1").model_copy(update={"kickoff_id": str(uuid.uuid4())})
     second = first.model_copy(update={"id": "another"})
     await keep_question(first)
     await keep_question(second)
@@ -291,11 +258,7 @@ def ask(*, at: float | None = None, secret: str = REVIEW_SECRET, names: str = "X
     ],
 )
 async def test_only_signed_requests_are_kept(
-    given: Callable[[], dict[str, Any]],
-    status: int,
-    kept: int,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
+    given: Callable[[], Any], status: int, kept: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if "without-a-secret-here" not in request.node.name:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
@@ -306,10 +269,12 @@ async def test_only_signed_requests_are_kept(
     assert len(forwarder.questions) == kept
 
 
+def asked_with(**changes: Any) -> ReviewRequest:
+    return parse_question(ask(**changes)["content"]) or pytest.fail("it is a question")
+
+
 def test_the_form_offers_the_flows_options() -> None:
-    question = parse_question(ask()["content"])
-    assert question is not None
-    form = ReviewForm.about(question, "text")
+    form = ReviewForm.about(asked_with(), "text")
     assert form.model_json_schema()["properties"]["decision"]["enum"] == ["yes", "no"]
     assert ReviewForm.model_json_schema()["properties"]["decision"]["enum"] == ["approve", "reject"]
 
@@ -326,8 +291,7 @@ def test_the_form_offers_the_flows_options() -> None:
     ],
 )
 def test_the_form_knows_which_outcome_approves(options: tuple[str, ...], approving: list[str]) -> None:
-    question = parse_question(ask(emit=options)["content"])
-    assert question is not None
+    question = asked_with(emit=options)
     form = ReviewForm.about(question, "text")
     given = [form.model_validate({"decision": option}).review(question) for option in options]
     assert [one.option for one in given] == list(options)
@@ -338,8 +302,7 @@ def test_the_form_knows_which_outcome_approves(options: tuple[str, ...], approvi
 def test_the_form_masks_the_flows_options_and_knows_each(are_alike: bool) -> None:
     run = LiveRun(crew_of(DeployedCrew(url="https://crew.test", token="secret-token")), "k1")  # type: ignore[arg-type]
     options = ("send secret-token", run.redact("send secret-token") if are_alike else "keep")
-    question = parse_question(ask(emit=options)["content"])
-    assert question is not None
+    question = asked_with(emit=options)
     shown = masked_options(run, question)
     form = ReviewForm.about(question, "text", options=shown)
     assert "secret-token" not in str(form.model_json_schema())
