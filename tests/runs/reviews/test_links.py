@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -25,10 +24,10 @@ from prefect_crew.records.model import utcnow
 from prefect_crew.runs.reviews import links
 from prefect_crew.runs.reviews.links import AnswerLink, describe_link, is_about, read_link
 from prefect_crew.runs.run import LiveRun
+from support.flow_runs import acall_in_flow
 from support.links import QUICK, Chat, notifying, running
 from support.records import new_record
 from support.scripts import ASKS, script
-from support.seen import Seen
 from support.waiting import until
 from support.webhooks import SECRET, events_of
 
@@ -129,29 +128,17 @@ async def _approve(server: CrewServer) -> None:
         await client.resume(server.runs[0].id, "draft", "", True)
 
 
-async def test_a_question_is_sent_once_and_its_event_says_so(links_on: None):
-    key = f"link-{uuid.uuid4().hex[:12]}"
-    with Chat() as chat, CrewServer(ASKS) as server:
-        async with notifying(chat), running(server.crew(wait=QUICK), key) as flow_run:
-            assert (await chat.link()).startswith("https://hooks.example/crews/answer/")
-            await _approve(server)
-            await flow_run
-        assert len(chat.links) == len(chat.got) == 1
-        assert await _labels(key) == ["yes"]
-
-
-@pytest.mark.parametrize("review", ["form", "function"])
-async def test_a_form_has_a_link_too_and_a_function_none(review: str, links_on: None):
-    key = f"link-{uuid.uuid4().hex[:12]}"
-    how: Any = "form" if review == "form" else lambda _: pc.Review(approve=True)
+@pytest.mark.parametrize("review", [None, "form", "function"])
+async def test_a_question_is_sent_once_but_no_functions(review: Any, links_on: None, key: str):
+    how = (lambda _: pc.Review(approve=True)) if review == "function" else review
     with Chat() as chat, CrewServer(ASKS) as server:
         async with notifying(chat), running(server.crew(wait=QUICK), key, review=how) as flow_run:
-            if review == "form":
-                await chat.link()
+            if review != "function":
+                assert (await chat.link()).startswith("https://hooks.example/crews/answer/")
                 await _approve(server)
             await flow_run
-        assert len(chat.links) == (review == "form")
-        assert await _labels(key) == ["yes" if review == "form" else "no"]
+        assert len(chat.links) == len(chat.got) == (review != "function")
+        assert await _labels(key) == ["no" if review == "function" else "yes"]
 
 
 @pytest.mark.parametrize(
@@ -165,10 +152,9 @@ async def test_a_form_has_a_link_too_and_a_function_none(review: str, links_on: 
         ("bad url", "PREFECT_INTEGRATIONS_CREW_ANSWER_URL 'hooks.example' does not start with https://"),
     ],
 )
-async def test_without_a_message_the_log_says_how_to_answer(
-    trouble: str, reason: str, links_on: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_an_unsent_link_is_in_the_log(
+    trouble: str, reason: str, links_on: None, key: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ):
-    key = f"link-{uuid.uuid4().hex[:12]}"
     secret = "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET"
     {
         "slow": lambda: monkeypatch.setattr(links, "NOTIFY_WITHIN", 1.0),
@@ -191,10 +177,10 @@ async def test_without_a_message_the_log_says_how_to_answer(
     assert await _labels(key, at_least=2) == ["yes", "no"], "the automation sends its alert"
 
 
-async def test_a_link_in_the_queue_is_not_sent_too_late(links_on: None, caplog: pytest.LogCaptureFixture):
+async def test_a_link_in_the_queue_is_not_sent_too_late(links_on: None, key: str, caplog: pytest.LogCaptureFixture):
     crew = script({"name": "draft", "human": True, "output": "x"}, {"name": "print", "seconds": 2})
     with Chat() as chat, CrewServer(crew) as server:
-        async with notifying(chat), running(server.crew(wait=QUICK), f"link-{uuid.uuid4().hex[:12]}") as flow_run:
+        async with notifying(chat), running(server.crew(wait=QUICK), key) as flow_run:
             async with lock_here("notifications"):
                 await until(lambda: "waits for a person" in caplog.text, "the wait sees the question")
                 await _approve(server)
@@ -203,8 +189,7 @@ async def test_a_link_in_the_queue_is_not_sent_too_late(links_on: None, caplog: 
         assert chat.links == []
 
 
-async def test_a_disabled_alert_sends_nothing(links_on: None, caplog: pytest.LogCaptureFixture):
-    key = f"link-{uuid.uuid4().hex[:12]}"
+async def test_a_disabled_alert_sends_nothing(links_on: None, key: str, caplog: pytest.LogCaptureFixture):
     with Chat() as chat, CrewServer(ASKS) as server:
         async with notifying(chat) as automation:
             async with get_client() as client:
@@ -220,12 +205,7 @@ async def test_a_disabled_alert_sends_nothing(links_on: None, caplog: pytest.Log
 async def test_a_crew_that_is_not_stored_gets_no_link(links_on: None, caplog: pytest.LogCaptureFixture):
     with Chat() as chat, CrewServer(ASKS) as server:
         async with notifying(chat):
-
-            @flow
-            async def asks() -> str:
-                return (await pc.arun_crew(server.crew(wait=QUICK), {}, idempotency_key=uuid.uuid4().hex)).output
-
-            flow_run = asyncio.create_task(asks())
+            flow_run = asyncio.create_task(acall_in_flow(lambda: pc.arun_crew(server.crew(wait=QUICK), {})))
             await until(lambda: UNSENT in caplog.text, "the warning")
             await _approve(server)
             await flow_run
@@ -233,18 +213,15 @@ async def test_a_crew_that_is_not_stored_gets_no_link(links_on: None, caplog: py
     assert "the crew is no stored block, so the receiver has no token for it" in caplog.text
 
 
-def test_a_slow_chat_holds_up_no_sync_flow(links_on: None, seen: Seen):
-    key = f"link-{uuid.uuid4().hex[:12]}"
+def test_a_slow_chat_holds_up_no_sync_flow(links_on: None, key: str):
     with Chat(delay=8.0) as chat, CrewServer(script({"name": "draft", "human": True, "output": "x"})) as server:
-
-        async def set_up() -> None:
-            await server.crew(wait=QUICK).asave(key, overwrite=True)
 
         @flow
         def asks() -> str:
             return pc.run_crew(key, {}, idempotency_key=key).output
 
         async def both() -> float:
+            await server.crew(wait=QUICK).asave(key, overwrite=True)
             async with notifying(chat):
                 running_flow = asyncio.create_task(asyncio.to_thread(asks))
                 await until(lambda: chat.got, "the message is on its way")
@@ -255,5 +232,4 @@ def test_a_slow_chat_holds_up_no_sync_flow(links_on: None, seen: Seen):
                 await running_flow
                 return time.monotonic() - began
 
-        asyncio.run(set_up())
         assert asyncio.run(both()) < 6
