@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prefect import flow, get_client, task, unmapped
 from prefect.flow_engine import run_flow_async
-from prefect.flows import Flow
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
@@ -27,6 +26,7 @@ from prefect_crew.records.model import MAX_KEY
 from prefect_crew.testing import CrewServerFactory
 
 START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=UTC)
+TOKYO = timezone(timedelta(hours=9))
 
 
 # Templates
@@ -45,11 +45,7 @@ START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=UTC)
 )
 def test_a_template_over_the_scheduled_time(template: str, key: str):
     assert render_key(template, START) == key
-
-
-def test_a_template_is_in_utc():
-    tokyo = START.astimezone(timezone(timedelta(hours=9)))
-    assert render_key("{scheduled_start:%Y-%m-%d}", tokyo) == "2026-05-01"
+    assert render_key(template, START.astimezone(TOKYO)) == key, "in UTC"
 
 
 @pytest.mark.parametrize(
@@ -85,8 +81,23 @@ def keys(server: Any) -> list[str]:
     return list(server.kickoffs_by_key)
 
 
-def fails_once() -> Callable[[], None]:
-    """Return a function that raises the first time it is called."""
+Start = Callable[..., Awaitable[str]]
+Fail = Callable[[], None]
+
+
+@pytest.fixture
+def start(server: Any) -> Start:
+    """Give a function that runs the crew and returns the kickoff id."""
+
+    async def start(text: str = "a", **options: Any) -> str:
+        return (await arun_crew(server.crew(), {"text": text}, **options)).kickoff_id
+
+    return start
+
+
+@pytest.fixture
+def fail() -> Fail:
+    """Give a function that raises the first time it is called."""
     left = [RuntimeError("the first time")]
 
     def fail() -> None:
@@ -96,47 +107,35 @@ def fails_once() -> Callable[[], None]:
     return fail
 
 
-async def test_a_flow_retry_reattaches_to_each_call(server: Any):
-    crew, fail = server.crew(), fails_once()
-
+async def test_a_flow_retry_reattaches_to_each_call(server: Any, start: Start, fail: Fail):
     @flow(retries=1)
     async def trips() -> list[str]:
-        results = [await arun_crew(crew, {"text": text}) for text in ("a", "b", "a")]
+        ids = [await start(text) for text in ("a", "b", "a")]
         fail()
-        return [result.kickoff_id for result in results]
+        return ids
 
-    ids = await trips()
-    assert server.kickoffs == 3
-    assert len(set(ids)) == 3
+    assert len(set(await trips())) == server.kickoffs == 3
     assert sorted(key.rpartition("/")[2] for key in keys(server)) == ["1", "1", "2"]
 
 
-async def test_a_retried_users_task_reattaches(server: Any):
-    crew, fail = server.crew(), fails_once()
-
-    async def start(text: str) -> str:
-        return (await arun_crew(crew, {"text": text})).kickoff_id
-
-    research = task(start, name="research")
+async def test_a_retried_users_task_reattaches(server: Any, start: Start, fail: Fail):
+    crew, research = server.crew(), task(start, name="research")
 
     @task(retries=1)
     async def plan() -> list[str]:
-        found = [*[await start("same") for _ in range(2)], *await asyncio.gather(research("a"), research("a"))]
-        found += [(await crew.atrigger({"text": "same"})).kickoff_id for _ in range(2)]
+        found = [*[await start() for _ in range(2)], *await asyncio.gather(research("b"), research("b"))]
+        found += [(await crew.atrigger({"text": "a"})).kickoff_id for _ in range(2)]
         fail()
         return found
 
     @flow
     async def trip() -> list[str]:
-        return [*await plan(), await start("same")]
+        return [*await plan(), await start()]
 
-    assert len(set(await trip())) == 7
-    assert server.kickoffs == 7
+    assert len(set(await trip())) == server.kickoffs == 7
 
 
-async def test_a_retried_kickoff_task_reattaches(server: Any, monkeypatch: pytest.MonkeyPatch):
-    crew, fail = server.crew(), fails_once()
-
+async def test_a_retried_kickoff_task_reattaches(server: Any, fail: Fail, monkeypatch: pytest.MonkeyPatch):
     async def show(*_: Any) -> None:
         fail()
 
@@ -145,29 +144,25 @@ async def test_a_retried_kickoff_task_reattaches(server: Any, monkeypatch: pytes
 
     @flow
     async def trip() -> list[str]:
-        return [await kickoff(crew, {"text": "same"}) for _ in range(2)]
+        return [await kickoff(server.crew(), {"text": "same"}) for _ in range(2)]
 
-    assert len(set(await trip())) == 2
-    assert server.kickoffs == 2
+    assert len(set(await trip())) == server.kickoffs == 2
 
 
-async def test_a_retried_task_without_a_flow_reattaches(server: Any):
-    crew, fail = server.crew(), fails_once()
-
+async def test_a_retried_task_without_a_flow_reattaches(server: Any, start: Start, fail: Fail):
     @task(retries=1)
-    async def research() -> str:
-        result = await arun_crew(crew, {"text": "a"})
+    async def research() -> None:
+        await start()
         fail()
-        return result.output
 
-    assert await research() == "a"
+    await research()
     assert server.kickoffs == 1
     await research()
     assert server.kickoffs == 2, "another run of the task starts another run"
 
 
-def test_submitted_and_mapped_kickoffs_reattach(server: Any):
-    crew, fail = server.crew(), fails_once()
+def test_submitted_and_mapped_kickoffs_reattach(server: Any, fail: Fail):
+    crew = server.crew()
 
     @flow(retries=1)
     def trips() -> list[str]:
@@ -177,18 +172,16 @@ def test_submitted_and_mapped_kickoffs_reattach(server: Any):
         fail()
         return ids
 
-    assert len(set(trips())) == 6
-    assert server.kickoffs == 6
+    assert len(set(trips())) == server.kickoffs == 6
 
 
-async def test_a_subflow_of_a_retried_flow_reattaches(server: Any):
-    crew, fail = server.crew(), fails_once()
+async def test_a_subflow_of_a_retried_flow_reattaches(server: Any, start: Start, fail: Fail):
     subflow_runs: set[str] = set()
 
     @flow
     async def city(name: str) -> str:
         subflow_runs.add(flow_run.id)
-        return (await arun_crew(crew, {"text": name})).kickoff_id
+        return await start(name)
 
     @flow
     async def middle(name: str) -> str:
@@ -200,30 +193,24 @@ async def test_a_subflow_of_a_retried_flow_reattaches(server: Any):
         fail()
         return ids
 
-    ids = await trips()
-    assert server.kickoffs == 3
-    assert len(set(ids)) == 3
+    assert len(set(await trips())) == server.kickoffs == 3
     assert len(subflow_runs) >= 3
 
 
-async def test_a_subflow_of_a_retried_task_reattaches(server: Any):
-    crew, fail = server.crew(), fails_once()
-
-    @flow
-    async def city() -> str:
-        return (await arun_crew(crew, {"text": "Lisbon"})).output
+async def test_a_subflow_of_a_retried_task_reattaches(server: Any, start: Start, fail: Fail):
+    city = flow(start, name="city")
 
     @task(retries=1)
     async def research() -> str:
-        output = await city()
+        kickoff_id = await city("Lisbon")
         fail()
-        return output
+        return kickoff_id
 
     @flow
     async def trip() -> str:
         return await research()
 
-    assert await trip() == "Lisbon"
+    assert await trip()
     assert server.kickoffs == 1
 
 
@@ -246,15 +233,10 @@ async def test_a_long_step_name_is_cut_and_unique(server: Any):
     assert all(len(key) <= MAX_KEY for key in keys(server))
 
 
-async def test_a_long_path_of_subflows_is_cut_and_unique(server: Any):
-    crew = server.crew()
-
+async def test_a_long_path_of_subflows_is_cut_and_unique(server: Any, start: Start):
     @flow(name="a-subflow-with-a-name-of-fifty-characters-and-more", retries=1)
-    async def down(left: int, text: str = "a") -> None:
-        if left:
-            await down(left - 1, text)
-            return
-        await arun_crew(crew, {"text": text})
+    async def down(left: int) -> None:
+        await (down(left - 1) if left else start())
 
     for depth in (4, 8, 9):
         await down(depth)
@@ -302,15 +284,13 @@ async def test_a_key_that_cannot_be_used_has_no_result(prefect_api: object, case
 
 
 @pytest.mark.parametrize("where", ["alone", "in a flow", "with a key", "in a deployed flow"])
-async def test_runs_that_nobody_finds_again_are_announced(server: Any, where: str, caplog: pytest.LogCaptureFixture):
-    crew = server.crew()
+async def test_runs_that_nobody_finds_again_are_announced(start: Start, where: str, caplog: pytest.LogCaptureFixture):
     keys_module._announce_no_key.cache_clear()
 
     @flow
     async def trip() -> None:
         for text in ("a", "b"):
-            key = str(uuid.uuid4()) if where == "with a key" else None
-            await arun_crew(crew, {"text": text}, idempotency_key=key)
+            await start(text, idempotency_key=str(uuid.uuid4()) if where == "with a key" else None)
 
     with caplog.at_level("INFO"):
         if where == "in a deployed flow":
@@ -325,19 +305,12 @@ async def test_runs_that_nobody_finds_again_are_announced(server: Any, where: st
     assert caplog.text.count("If the script is started again, it starts another run") == expected
 
 
-async def scheduled(function: Flow[Any, Any], at: datetime) -> uuid.UUID:
-    """Make a flow run that was scheduled for some time."""
-    async with get_client() as client:
-        return (await client.create_flow_run(function, state=Scheduled(scheduled_time=at))).id
-
-
-async def test_the_scheduled_time_survives_retries(server: Any):
-    crew, fail = server.crew(), fails_once()
+async def test_the_scheduled_time_survives_retries(server: Any, start: Start, fail: Fail):
     seen: list[str] = []
 
     @flow
     async def child() -> None:
-        seen.append((await arun_crew(crew, {"text": "a"}, idempotency_key="daily-{scheduled_start:%Y-%m-%d}")).output)
+        seen.append(await start(idempotency_key="daily-{scheduled_start:%Y-%m-%d}"))
 
     @flow(retries=1, retry_delay_seconds=1)
     async def daily() -> None:
@@ -345,49 +318,41 @@ async def test_the_scheduled_time_survives_retries(server: Any):
         fail()
 
     for day in (1, 2, 2):
+        planned_for = Scheduled(scheduled_time=datetime(2026, 5, day, 6, tzinfo=UTC))
         async with get_client() as client:
-            planned = await client.read_flow_run(await scheduled(daily, datetime(2026, 5, day, 6, tzinfo=UTC)))
+            planned = await client.create_flow_run(daily, state=planned_for)
         await run_flow_async(daily, flow_run=planned, parameters={})
     assert keys(server) == ["daily-2026-05-01", "daily-2026-05-02"]
     assert len(seen) == 4, "the first of the three was retried"
 
 
-async def test_numbers_of_old_flow_runs_are_forgotten(server: Any, monkeypatch: pytest.MonkeyPatch):
+async def test_numbers_of_old_flow_runs_are_forgotten(start: Start, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(keys_module, "_KEPT", 2)
-    crew = server.crew()
-
-    @flow
-    async def trip() -> None:
-        await arun_crew(crew, {"text": "a"})
-
+    trip = flow(start, name="trip")
     for _ in range(4):
         await trip()
     assert len(keys_module._flow_runs) <= 2
 
 
 @pytest.mark.parametrize("how", ["called", "submitted"])
-async def test_a_flow_run_keeps_its_numbers(server: Any, monkeypatch: pytest.MonkeyPatch, how: str):
+async def test_a_flow_run_keeps_its_numbers(server: Any, start: Start, monkeypatch: pytest.MonkeyPatch, how: str):
     monkeypatch.setattr(keys_module, "_KEPT", 2)
-    crew = server.crew()
     begun, others_done = asyncio.Event(), asyncio.Event()
 
-    async def start() -> None:
+    async def begin() -> None:
         if how == "called":
-            await arun_crew(crew, {"text": "a"})
+            await start()
         else:
-            await asyncio.to_thread(kickoff_crew.submit(crew, {"text": "a"}).wait)
+            await asyncio.to_thread(kickoff_crew.submit(server.crew(), {"text": "a"}).wait)
 
     @flow
     async def long() -> None:
-        await start()
+        await begin()
         begun.set()
         await others_done.wait()
-        await start()
+        await begin()
 
-    @flow
-    async def other() -> None:
-        await start()
-
+    other = flow(begin, name="other")
     running = asyncio.create_task(long())
     await begun.wait()
     for _ in range(3):
@@ -416,18 +381,16 @@ async def test_keys_that_look_the_same_are_one(server: Any, other: str):
     assert server.kickoffs == 1
 
 
-async def test_a_slash_in_a_step_name_is_no_subflow(server: Any):
-    crew = server.crew()
-
+async def test_a_slash_in_a_step_name_is_no_subflow(server: Any, start: Start):
     @flow
     async def child() -> None:
-        await arun_crew(crew, {"text": "a"}, name="b")
+        await start(name="b")
 
     @flow
     async def trip() -> None:
         await child()
-        await arun_crew(crew, {"text": "a"}, name="child-0/b")
-        await arun_crew(crew, {"text": "a"}, name="child-0%2Fb")
+        await start(name="child-0/b")
+        await start(name="child-0%2Fb")
 
     await trip()
     assert server.kickoffs == 3
