@@ -33,26 +33,30 @@ from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, Res
 from prefect_crew.states import CrewState
 from support.frames import locals_of
 from support.raw import Handler, answer, answering, raw_server, read_request
+from support.waiting import until
 
 TOKEN = "t0ken-0123456789"
 STARTED = '{"kickoff_id": "k1"}'
-RUNNING = '{"state": "RUNNING", "kickoff_id": "k1"}'
+RUNNING = '{"state": "RUNNING", "kickoff_id": "k1", "inputs": []}'
 
 
 # What becomes of a kickoff
 
 
-def then(sent: bytes = b"", seconds: float = 0.0, *, reset: bool = False) -> Handler:
-    """Return what reads a request, sends something, waits, and closes or resets the connection."""
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Have the connection end with a reset."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def then(sent: bytes = b"", seconds: float = 0.0, end: Callable[[Any], None] = lambda _: None) -> Handler:
+    """Return what reads a request, sends something, waits, and ends the connection."""
 
     async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
         writer.write(sent)
         await writer.drain()
         await asyncio.sleep(seconds)
-        if reset:
-            linger = struct.pack("ii", 1, 0)
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        end(writer)
 
     return handler
 
@@ -61,18 +65,13 @@ async def plain_http(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
-BROKEN = {
-    "reset": then(reset=True),
-    "cut-short": then(answer(STARTED)[:-5]),
-    "no-answer": then(seconds=60),
-    "not-http": then(b"220 mail.example.com ESMTP\r\n\r\n"),
-}
-
-
 @pytest.mark.parametrize(
     ("handler", "at", "sent"),
     [
-        *(pytest.param(handler, "", True, id=name) for name, handler in BROKEN.items()),
+        pytest.param(then(end=reset), "", True, id="reset"),
+        pytest.param(then(answer(STARTED)[:-5]), "", True, id="cut-short"),
+        pytest.param(then(seconds=60), "", True, id="no-answer"),
+        pytest.param(then(b"220 mail.example.com ESMTP\r\n\r\n"), "", True, id="not-http"),
         pytest.param(then(), "", True, id="dropped"),
         pytest.param(plain_http, "https://127.0.0.1:{port}", False, id="no-tls"),
         pytest.param(plain_http, "https://crew.invalid", False, id="no-such-name"),
@@ -173,26 +172,42 @@ async def test_no_token_for_loopback_goes_to_a_proxy(host: str, monkeypatch: pyt
 # Connections that stay open
 
 
-class Counted:
-    """A server that answers everything and notes what came on which of its connections."""
+class Talking:
+    """A server that answers each request with `reply`, then does `after`, and notes the heads of each connection."""
 
-    def __init__(self) -> None:
-        self.paths: list[list[str]] = []
-        self.tokens: list[list[str]] = []
+    def __init__(self, reply: bytes = answer(RUNNING), after: bytes | Callable[[Any], None] = b"") -> None:
+        self.heads: list[list[str]] = []
+        self.gone = 0
+        self._reply, self._after = reply, after
+
+    @property
+    def connections(self) -> list[int]:
+        """The number of requests of each connection."""
+        return [len(heads) for heads in self.heads]
+
+    @property
+    def paths(self) -> list[list[str]]:
+        return [[head.split()[1] for head in heads] for heads in self.heads]
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        paths, tokens = list[str](), list[str]()
-        self.paths.append(paths)
-        self.tokens.append(tokens)
-        while head := (await read_request(reader)).decode():
-            paths.append(head.split()[1])
-            tokens.append(head.partition("Bearer ")[2].split()[0])
-            writer.write(answer('{"inputs": [], "kickoff_id": "k1", "state": "RUNNING"}'))
+        heads = list[str]()
+        self.heads.append(heads)
+        try:
+            while head := await read_request(reader):
+                heads.append(head.decode())
+                writer.write(self._reply)
+                await writer.drain()
+                await asyncio.sleep(0.05)
+                if callable(self._after):
+                    return self._after(writer)
+                writer.write(self._after)
+        finally:
+            self.gone += 1
 
 
 @pytest.mark.parametrize("way", ["one run", "idle", "failed"])
 async def test_a_kickoff_takes_no_idle_connection(way: str):
-    crew = Counted()
+    crew = Talking()
     # A client among others: they share connections.
     async with raw_server(crew) as url, CrewClient(url, TOKEN) as other, CrewClient(url, TOKEN) as client:
         if way == "one run":
@@ -210,7 +225,7 @@ async def test_a_kickoff_takes_no_idle_connection(way: str):
 
 
 async def test_of_many_connections_a_kickoff_takes_the_one_just_used():
-    crew = Counted()
+    crew = Talking()
     async with raw_server(crew) as url, CrewClient(url, TOKEN) as client:
         await asyncio.gather(*(client.status("k1") for _ in range(3)))
         await asyncio.sleep(1.2)
@@ -221,7 +236,7 @@ async def test_of_many_connections_a_kickoff_takes_the_one_just_used():
 
 
 async def test_open_clients_share_connections():
-    crew = Counted()
+    crew = Talking()
 
     async def ask(token: str = TOKEN) -> None:
         async with CrewClient(url, token) as client:
@@ -231,34 +246,11 @@ async def test_open_clients_share_connections():
         async with CrewClient(url, TOKEN):
             for token in (TOKEN, TOKEN, "another-token"):
                 await ask(token)
-        assert crew.tokens == [[TOKEN, TOKEN, "another-token"]], "each request has its own token"
+        tokens = [[head.partition("Bearer ")[2].split()[0] for head in heads] for heads in crew.heads]
+        assert tokens == [[TOKEN, TOKEN, "another-token"]], "each request has its own token"
         await ask()
         await ask()
-        assert len(crew.paths) == 3, "closed with the last one"
-
-
-class Talking:
-    """A server that counts the requests of each connection, answers each with `reply`, and then does `after`."""
-
-    def __init__(self, reply: bytes = answer(RUNNING), after: bytes | Callable[[Any], None] = b"") -> None:
-        self.connections: list[int] = []
-        self.gone = 0
-        self._reply, self._after = reply, after
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        number = len(self.connections)
-        self.connections.append(0)
-        try:
-            while await read_request(reader):
-                self.connections[number] += 1
-                writer.write(self._reply)
-                await writer.drain()
-                await asyncio.sleep(0.05)
-                if callable(self._after):
-                    return self._after(writer)
-                writer.write(self._after)
-        finally:
-            self.gone += 1
+        assert len(crew.heads) == 3, "closed with the last one"
 
 
 async def test_an_idle_connection_is_used_for_a_while(monkeypatch: pytest.MonkeyPatch):
@@ -284,20 +276,13 @@ async def test_connections_of_a_burst_are_closed_once_they_are_old(monkeypatch: 
 
 
 async def test_a_request_that_outlives_all_clients_closes_its_connection():
-    server = Talking(answer(RUNNING))
+    server = Talking()
     async with raw_server(server) as url:
         async with CrewClient(url, TOKEN) as client:
             polling = asyncio.ensure_future(client.status("k1"))
-            while not server.connections:
-                await asyncio.sleep(0.01)
+            await until(lambda: server.heads)
         await polling
-        async with asyncio.timeout(10):
-            while not server.gone:
-                await asyncio.sleep(0.01)
-
-
-def reset(writer: asyncio.StreamWriter) -> None:
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await until(lambda: server.gone, seconds=10)
 
 
 @pytest.mark.parametrize("call", ["status", "kickoff"])
@@ -337,9 +322,7 @@ async def test_a_cancelled_client_closes_all_its_connections():
                 await asyncio.gather(*(client.status("k1") for _ in range(3)))
                 scope.cancel()
                 await asyncio.sleep(1)
-        async with asyncio.timeout(5):
-            while server.gone < 3:
-                await asyncio.sleep(0.01)
+        await until(lambda: server.gone == 3, seconds=5)
 
 
 async def test_a_word_that_came_while_the_loop_was_busy_is_no_answer():
