@@ -22,7 +22,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.receiver import forward
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.decision import Caller, Decision, decide
-from prefect_crew.records.model import SPARE, RecordPhase, RunRecord, claim_of, utcnow
+from prefect_crew.records.model import SPARE, RunRecord, claim_of, utcnow
 from prefect_crew.records.resolve import (
     Resolution,
     resolve_from_webhook,
@@ -33,15 +33,18 @@ from prefect_crew.records.resolve import (
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import Hook, hook_urls
-from support.records import LONG_AGO, new_record, put, record_of
+from support.records import CLAIMED, ENDED, LONG_AGO, NOT_STARTED, STARTED, UNCERTAIN, new_record, put, record_of
 from support.scripts import script
 from support.webhooks import SECRET, events_of, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
+RECORDS = PrefectRecords()
+SCRIPT = script({"name": "work", "agent": "A", "seconds": 0.3, "output": "done"})
+
 
 def unknown(**facts: Any) -> RunRecord:
-    known = {"phase": RecordPhase.UNCERTAIN, "claimed_at": utcnow() - timedelta(minutes=5), "reason": "it broke"}
+    known = {"phase": UNCERTAIN, "claimed_at": utcnow() - timedelta(minutes=5), "reason": "it broke"}
     return new_record(**known | facts)
 
 
@@ -58,12 +61,11 @@ def look(state: CrewState) -> Any:
 
 async def resolve_as(record: RunRecord, kickoff_id: str, **options: Any) -> CrewState | None:
     """Do what a person does who knows the run of an uncertain kickoff."""
-    store = PrefectRecords()
-    return await resolve_started(await unresolved(record.idempotency_key, store), kickoff_id, store, **options)
+    return await resolve_started(await unresolved(record.idempotency_key, RECORDS), kickoff_id, RECORDS, **options)
 
 
 async def latest(record: RunRecord) -> RunRecord:
-    return (await PrefectRecords().attempts(record.idempotency_key))[-1]
+    return (await RECORDS.attempts(record.idempotency_key))[-1]
 
 
 def decision(record: RunRecord) -> Decision:
@@ -76,117 +78,72 @@ async def test_a_run_that_the_crew_knows_is_started(state: CrewState):
     assert decision(record) is Decision.UNCERTAIN
     assert await resolve_as(record, kickoff_id, look=look(state)) is state
     resolved = await latest(record)
-    assert (resolved.phase, resolved.kickoff_id, resolved.reason) == (RecordPhase.STARTED, kickoff_id, None)
+    assert (resolved.phase, resolved.kickoff_id, resolved.reason) == (STARTED, kickoff_id, None)
     assert resolved.kicked_off_at == record.claimed_at
     assert decision(resolved) is Decision.REATTACH
     assert (await record_of(kickoff_id)).idempotency_key == record.idempotency_key
 
 
 async def test_one_that_never_started_does_not_count():
-    record, store = await stored(), PrefectRecords()
-    await resolve_never_started(await unresolved(record.idempotency_key, store), store)
+    record = await stored()
+    await resolve_never_started(await unresolved(record.idempotency_key, RECORDS), RECORDS)
     resolved = await latest(record)
     assert resolved.counts is False
     assert decision(resolved) is Decision.START
-
-
-@pytest.mark.parametrize("resolved_as", ["started", "never started"])
-async def test_the_slower_of_two_resolvers_gets_an_error(resolved_as: str):
-    record, store = await stored(), PrefectRecords()
-    read = await unresolved(record.idempotency_key, store)
-    await resolve_as(record, f"k-{uuid.uuid4()}")
-    with pytest.raises(CrewError, match=r"was resolved by somebody else\. Now it is started, run k-"):
-        await (
-            resolve_started(read, "other", store) if resolved_as == "started" else resolve_never_started(read, store)
-        )
-    assert (await latest(record)).phase is RecordPhase.STARTED
 
 
 async def test_an_unknown_id_changes_nothing():
     record = await stored()
     with pytest.raises(ConfigurationError, match="does not know run k9"):
         await resolve_as(record, "k9", look=look(CrewState.UNKNOWN))
-    assert (await latest(record)).phase is RecordPhase.UNCERTAIN
+    assert (await latest(record)).phase is UNCERTAIN
 
 
 async def test_an_id_of_another_record_changes_nothing():
     kickoff_id = f"k-{uuid.uuid4()}"
-    other = await stored(phase=RecordPhase.STARTED, kickoff_id=kickoff_id)
+    other = await stored(phase=STARTED, kickoff_id=kickoff_id)
     record = await stored()
     with pytest.raises(ConfigurationError, match=f"belongs to the idempotency key '{other.idempotency_key}'"):
         await resolve_as(record, kickoff_id, look=look(CrewState.RUNNING))
-    assert (await latest(record)).phase is RecordPhase.UNCERTAIN
-
-
-async def test_an_open_permit_is_not_resolved():
-    gone = str(uuid.uuid4())
-    orphan = await stored(phase=RecordPhase.CLAIMED, permit=60.0, flow_run_id=gone)
-    store = PrefectRecords()
-    assert await store.owner_ended(orphan)
-    with pytest.raises(CrewError, match=r"on its way\. Nothing was changed\. Resolve it in \d+ s"):
-        await unresolved(orphan.idempotency_key, store)
-    with pytest.raises(CrewError, match="may still be sent"):
-        await resolve_never_started(await latest(orphan), store)
-    assert (await latest(orphan)).phase is RecordPhase.CLAIMED
+    assert (await latest(record)).phase is UNCERTAIN
 
 
 @pytest.mark.parametrize("session", [None, "customer-42"])
 async def test_only_a_session_has_an_attempt_before_the_latest_resolved(session: str | None):
-    earlier = await stored(phase=RecordPhase.UNCERTAIN, good_for=LONG_AGO, session=session)
-    later = {"phase": RecordPhase.STARTED, "kickoff_id": f"k-{uuid.uuid4()}", "kicked_off_at": utcnow()}
+    earlier = await stored(phase=UNCERTAIN, good_for=LONG_AGO, session=session)
+    later = {"phase": STARTED, "kickoff_id": f"k-{uuid.uuid4()}", "kicked_off_at": utcnow()}
     await put(new_record(earlier.idempotency_key, attempt=2, **later))
     if session is None:
         with pytest.raises(CrewError, match="There is nothing to resolve"):
-            await unresolved(earlier.idempotency_key, PrefectRecords())
+            await unresolved(earlier.idempotency_key, RECORDS)
     else:
-        assert (await unresolved(earlier.idempotency_key, PrefectRecords())).attempt == 1
+        assert (await unresolved(earlier.idempotency_key, RECORDS)).attempt == 1
 
 
 async def test_a_claim_without_a_kickoff_is_no_run():
-    record = await stored(phase=RecordPhase.CLAIMED, good_for=LONG_AGO)
+    record = await stored(phase=CLAIMED, good_for=LONG_AGO)
     with pytest.raises(ConfigurationError, match="the process that claimed this run ended before sending"):
         await resolve_as(record, "k1")
-
-
-async def test_a_late_write_takes_nothing_back():
-    store = PrefectRecords()
-    late = await stored(phase=RecordPhase.CLAIMED, permit=LONG_AGO)
-    await resolve_as(late, kickoff_id := f"k-{uuid.uuid4()}")
-    late.phase = RecordPhase.UNCERTAIN
-    await store.save(late)
-    late.phase = RecordPhase.NOT_STARTED
-    await store.save(late)
-    now = await latest(late)
-    assert (now.phase, now.kickoff_id) == (RecordPhase.STARTED, kickoff_id)
-    assert await store.end(now.model_copy(), state=CrewState.COMPLETED)
-    await store.save(now)
-    late.phase, late.kickoff_id = RecordPhase.STARTED, kickoff_id
-    await store.save(late)
-    assert (await latest(late)).phase is RecordPhase.ENDED
 
 
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        pytest.param({"phase": RecordPhase.CLAIMED, "permit": 60.0}, "may still be sent", id="posted-now"),
-        pytest.param({"phase": RecordPhase.STARTED, "kickoff_id": "k1"}, "run k1 is started", id="started"),
-        pytest.param(
-            {"phase": RecordPhase.ENDED, "kickoff_id": "k1", "state": "failed"}, "run k1 is failed", id="ended"
-        ),
-        pytest.param({"phase": RecordPhase.NOT_STARTED}, "it is not-started", id="not-started"),
+        pytest.param({"phase": CLAIMED, "permit": 60.0}, "may still be sent", id="posted-now"),
+        pytest.param({"phase": STARTED, "kickoff_id": "k1"}, "run k1 is started", id="started"),
+        pytest.param({"phase": ENDED, "kickoff_id": "k1", "state": "failed"}, "run k1 is failed", id="ended"),
+        pytest.param({"phase": NOT_STARTED}, "it is not-started", id="not-started"),
     ],
 )
 async def test_there_is_nothing_to_resolve(facts: dict[str, Any], said: str):
     record = await stored(**facts)
     with pytest.raises(CrewError, match=said):
-        await unresolved(record.idempotency_key, PrefectRecords())
+        await unresolved(record.idempotency_key, RECORDS)
 
 
 # By the webhooks of the runs that kickoffs did start
 
 
-SCRIPT = script({"name": "work", "agent": "A", "seconds": 0.3, "output": "done"})
-RECORDS = PrefectRecords()
 resolve = partial(resolve_from_webhook, load=find_crew)
 
 
@@ -196,12 +153,16 @@ def server() -> Iterator[CrewServer]:
         yield server
 
 
-@pytest.fixture
-async def crew(server: CrewServer) -> DeployedCrew:
-    """The server's crew, stored as a block."""
+async def saved_crew(server: CrewServer) -> DeployedCrew:
+    """Return the server's crew, stored as a block."""
     crew = server.crew()
     await crew.asave(f"resolved-{uuid.uuid4().hex[:8]}")
     return crew
+
+
+@pytest.fixture
+async def crew(server: CrewServer) -> DeployedCrew:
+    return await saved_crew(server)
 
 
 def uncertain(crew: DeployedCrew, /, **fields: Any) -> RunRecord:
@@ -218,72 +179,64 @@ async def started(crew: DeployedCrew) -> str:
     [
         pytest.param({"reason": None}, Resolution.RESOLVED, id="uncertain"),
         pytest.param({"kickoff": "made-up"}, Resolution.NOT_KNOWN, id="an-id-that-the-crew-does-not-know"),
+        pytest.param({"phase": CLAIMED, "permit": LONG_AGO}, Resolution.RESOLVED, id="a-claim-whose-time-is-over"),
+        pytest.param({"phase": CLAIMED, "permit": 60.0}, Resolution.TOO_EARLY, id="a-fresh-claim"),
         pytest.param(
-            {"phase": RecordPhase.CLAIMED, "permit": LONG_AGO}, Resolution.RESOLVED, id="a-claim-whose-time-is-over"
-        ),
-        pytest.param({"phase": RecordPhase.CLAIMED, "permit": 60.0}, Resolution.TOO_EARLY, id="a-fresh-claim"),
-        pytest.param(
-            {"phase": RecordPhase.CLAIMED, "permit": 60.0, "flow_run_id": str(uuid.uuid4())},
+            {"phase": CLAIMED, "permit": 60.0, "flow_run_id": str(uuid.uuid4())},
             Resolution.TOO_EARLY,
             id="a-fresh-claim-of-a-flow-run-that-is-gone",
         ),
-        pytest.param(
-            {"phase": RecordPhase.CLAIMED, "good_for": LONG_AGO}, Resolution.REFUSED, id="a-claim-that-sent-nothing"
-        ),
-        pytest.param({"phase": RecordPhase.NOT_STARTED}, Resolution.NOT_NEEDED, id="said-never-to-have-started"),
-        pytest.param({"phase": RecordPhase.STARTED, "kickoff_id": "k"}, Resolution.NOT_NEEDED, id="started"),
-        pytest.param({"phase": RecordPhase.ENDED, "kickoff_id": "k"}, Resolution.NOT_NEEDED, id="ended"),
+        pytest.param({"phase": CLAIMED, "good_for": LONG_AGO}, Resolution.REFUSED, id="a-claim-that-sent-nothing"),
+        pytest.param({"phase": NOT_STARTED}, Resolution.NOT_NEEDED, id="said-never-to-have-started"),
+        pytest.param({"phase": STARTED, "kickoff_id": "k"}, Resolution.NOT_NEEDED, id="started"),
+        pytest.param({"phase": ENDED, "kickoff_id": "k"}, Resolution.NOT_NEEDED, id="ended"),
         pytest.param({"crew": "no-such-block"}, Resolution.NO_CREW, id="no-block"),
         pytest.param({"crew": "127.0.0.1:8000/travel"}, Resolution.NO_CREW, id="a-crew-that-was-never-stored"),
         pytest.param({"crew_url": "https://another.example.com"}, Resolution.NO_CREW, id="a-block-of-another-crew"),
     ],
 )
 async def test_which_records_are_resolved(fields: dict[str, Any], outcome: Resolution, crew: DeployedCrew):
-    permit, kickoff_id = fields.get("permit"), fields.get("kickoff") or await started(crew)
-    record = uncertain(crew, **fields)
-    record.entries = 0
-    await put(record, permit=permit)
+    kickoff_id = fields.get("kickoff") or await started(crew)
+    record = await put(uncertain(crew, **fields), permit=fields.get("permit"))
     assert await resolve(record.idempotency_key, kickoff_id, RECORDS, attempt=1) is outcome
     (now,) = await RECORDS.attempts(record.idempotency_key)
     if outcome is Resolution.RESOLVED:
-        assert (now.phase, now.kickoff_id, now.reason) == (RecordPhase.STARTED, kickoff_id, None)
+        assert (now.phase, now.kickoff_id, now.reason) == (STARTED, kickoff_id, None)
         assert await resolve(record.idempotency_key, "another", RECORDS, attempt=1) is Resolution.NOT_NEEDED
     else:
         assert (now.phase, now.kickoff_id) == (record.phase, record.kickoff_id)
 
 
 async def test_a_webhook_of_the_attempt_before_resolves_nothing(crew: DeployedCrew):
-    first = uncertain(crew, phase=RecordPhase.NOT_STARTED)
-    second = uncertain(crew, idempotency_key=first.idempotency_key, attempt=2)
-    for record in (first, second):
-        await put(record)
+    first = await put(uncertain(crew, phase=NOT_STARTED))
+    await put(uncertain(crew, idempotency_key=first.idempotency_key, attempt=2))
     kickoff_id = await started(crew)
     assert await resolve(first.idempotency_key, kickoff_id, RECORDS, attempt=1) is Resolution.NOT_NEEDED
-    assert (await RECORDS.attempts(first.idempotency_key))[1].phase is RecordPhase.UNCERTAIN
+    assert (await RECORDS.attempts(first.idempotency_key))[1].phase is UNCERTAIN
     assert await resolve(first.idempotency_key, kickoff_id, RECORDS, attempt=2) is Resolution.RESOLVED
 
 
-@pytest.mark.parametrize("facts", [{"said_key": "another"}, {"claim": "another"}], ids=["key in the body", "claim"])
-async def test_a_webhook_of_another_run_resolves_nothing(facts: dict[str, str], crew: DeployedCrew):
-    record, kickoff_id = uncertain(crew), await started(crew)
-    await put(record)
-    assert await resolve(record.idempotency_key, kickoff_id, RECORDS, **facts) is Resolution.REFUSED
+@pytest.mark.parametrize("named", ["said_key", "claim"])
+async def test_a_webhook_of_another_run_resolves_nothing(named: str, crew: DeployedCrew):
+    """A record that was deleted, or stood on another Prefect server, had the same key and attempt."""
+    record, kickoff_id = await put(uncertain(crew)), await started(crew)
+    own = {"said_key": record.idempotency_key, "claim": claim_of(record.owner)}
+    another = {**own, named: claim_of("another")}
+    assert await resolve(record.idempotency_key, kickoff_id, RECORDS, **another) is Resolution.REFUSED
     (now,) = await RECORDS.attempts(record.idempotency_key)
-    assert (now.phase, now.kickoff_id) == (RecordPhase.UNCERTAIN, None)
+    assert (now.phase, now.kickoff_id) == (UNCERTAIN, None)
+    assert await resolve(record.idempotency_key, kickoff_id, RECORDS, **own) is Resolution.RESOLVED
 
 
 async def test_a_silent_crew_resolves_nothing():
     with CrewServer(SCRIPT) as server:
-        crew = server.crew()
-        await crew.asave(f"resolved-{uuid.uuid4().hex[:8]}")
-    record = uncertain(crew)
-    await put(record)
+        crew = await saved_crew(server)
+    record = await put(uncertain(crew))
     assert await resolve(record.idempotency_key, str(uuid.uuid4()), RECORDS) is Resolution.NO_ANSWER
 
 
 async def test_a_rotated_token_is_loaded_again(server: CrewServer, crew: DeployedCrew):
-    record, kickoff_id = uncertain(crew), await started(crew)
-    await put(record)
+    record, kickoff_id = await put(uncertain(crew)), await started(crew)
 
     async def stale(record: RunRecord) -> Crew:
         return replace(await load_crew(record.crew), token=SecretStr("the-token-of-yesterday"))
@@ -304,8 +257,7 @@ async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
 async def test_a_webhook_resolves_a_lost_kickoff(generation: Any, receiver: str):
     # The answer to the kickoff is lost, a webhook of the run resolves it, the next call with the key gets its result.
     with CrewServer(SCRIPT, generation=generation, faults=["kickoff:drop-after-accept@1"]) as server:
-        crew = server.crew()
-        await crew.asave(f"resolved-{uuid.uuid4().hex[:8]}")
+        crew = await saved_crew(server)
         key = f"resolve/{uuid.uuid4()}"
         with pytest.raises(KickoffUncertainError):
             await arun_crew(crew, {}, idempotency_key=key)
@@ -318,7 +270,7 @@ async def test_a_webhook_resolves_a_lost_kickoff(generation: Any, receiver: str)
 
 
 async def test_an_early_webhook_resolves_later(receiver: str, crew: DeployedCrew):
-    record = await put(uncertain(crew, phase=RecordPhase.CLAIMED), permit=1.5 - SPARE)
+    record = await put(uncertain(crew, phase=CLAIMED), permit=1.5 - SPARE)
     kickoff_id = await started(crew)
     hooks = hook_urls(receiver, SECRET, Hook("crew", record.idempotency_key, utcnow() + timedelta(hours=1), 1))
     async with httpx.AsyncClient() as client:
@@ -326,13 +278,3 @@ async def test_an_early_webhook_resolves_later(receiver: str, crew: DeployedCrew
     events = await events_of(record.idempotency_key, at_least=2)
     assert [event["event"] for event in events] == ["crew.webhook.crew", "crew.resolved"]
     assert events[1]["payload"]["kickoff_id"] == kickoff_id
-
-
-async def test_a_webhook_of_another_claim_resolves_nothing(crew: DeployedCrew):
-    """A record that was deleted, or stood on another Prefect server, had the same key and attempt."""
-    record = uncertain(crew)
-    await RECORDS.claim(record)
-    kickoff_id = await started(crew)
-    for owner, outcome in (("another", Resolution.REFUSED), (record.owner, Resolution.RESOLVED)):
-        claim = claim_of(owner)
-        assert await resolve(record.idempotency_key, kickoff_id, RECORDS, attempt=1, claim=claim) is outcome

@@ -14,10 +14,12 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records import variables as variables_module
-from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import Variable
 
+CLAIMED, UNCERTAIN, NOT_STARTED = RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.NOT_STARTED
+STARTED, ENDED = RecordPhase.STARTED, RecordPhase.ENDED
 LONG_AGO = -1000.0
 """As what a claim or permit is good for: it is over, however little time has passed."""
 
@@ -104,20 +106,23 @@ def let_pass(patch: pytest.MonkeyPatch, idempotency_key: str, days: float) -> No
     patch.setattr(prune_module, "read_by_id", later_read)
 
 
-async def put(record: RunRecord, *, permit: float | None = None) -> RunRecord:
-    """Write a record down as its run does: the claim, a permit of it, and what became of that; or the end."""
-    store, phase = PrefectRecords(), record.phase
-    record.phase = RecordPhase.CLAIMED
+async def put(record: RunRecord, store: RecordStore | None = None, *, permit: float | None = None) -> RunRecord:
+    """Write a record down as its run does: the claim, a permit of it, and what became of that; or the end.
+
+    `store` is the Prefect server's, unless another one is given.
+    """
+    store, phase = store or PrefectRecords(), record.phase
+    record.phase = CLAIMED
     assert await store.claim(record)
-    if permit is not None or phase in (RecordPhase.UNCERTAIN, RecordPhase.STARTED):
+    if permit is not None or phase in (UNCERTAIN, STARTED):
         assert await store.permit(record, LONG_AGO if permit is None else permit)
     record.phase = phase
-    if phase is RecordPhase.STARTED:
+    if phase is STARTED:
         assert await store.save_started(record) is None
-    elif phase is RecordPhase.ENDED:
+    elif phase is ENDED:
         end = {name: value for name, value in record.outcome().items() if name in record.model_fields_set - {"phase"}}
         assert await store.end(record, **end)
         await store.unlist(record)
-    elif phase is not RecordPhase.CLAIMED:
+    elif phase is not CLAIMED:
         await store.save(record)
     return record
