@@ -18,7 +18,7 @@ from prefect_crew.records.sessions import Turn, has_last_turn, last_turn, latest
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import Variable, create_variable, read_exact
 from prefect_crew.states import CrewState
-from support.records import new_record, put
+from support.records import CLAIMED, STARTED, UNCERTAIN, new_record, put
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 RECORDS, URL = PrefectRecords(), "https://travel.test"
@@ -44,8 +44,8 @@ async def write(session: str, *numbers: int) -> None:
         assert await create_variable({"name": name_of(session, number), "value": turn.model_dump(mode="json")})
 
 
-async def claimed(session: str, phase: RecordPhase = RecordPhase.CLAIMED, **facts: Any) -> RunRecord:
-    return await put(new_record(session=session, phase=phase, **facts))
+async def claimed(session: str, **facts: Any) -> RunRecord:
+    return await put(new_record(session=session, **facts))
 
 
 async def take(record: RunRecord) -> Turn | None:
@@ -56,6 +56,13 @@ async def take(record: RunRecord) -> Turn | None:
         return turn
     record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
     return None
+
+
+async def taken(session: str, **facts: Any) -> RunRecord:
+    """Return a claim that has taken the next turn."""
+    record = await claimed(session, **facts)
+    assert await take(record) is None
+    return record
 
 
 @pytest.fixture
@@ -99,8 +106,7 @@ async def test_the_last_turn_is_found_by_names(
 async def test_a_turn_starts_from_the_last_completed_one(session: str) -> None:
     restored = list[str | None]()
     for state in (CrewState.COMPLETED, CrewState.FAILED, CrewState.STOPPED, CrewState.UNKNOWN, CrewState.COMPLETED):
-        record = await claimed(session)
-        assert await take(record) is None
+        record = await taken(session)
         restored.append(record.restored)
         assert await RECORDS.permit(record, 10.0)
         assert (await RECORDS.attempts(record.idempotency_key))[0].turn == record.turn == len(restored)
@@ -110,18 +116,15 @@ async def test_a_turn_starts_from_the_last_completed_one(session: str) -> None:
     first = (await latest_turns(last, 5))[0]
     assert restored == [None, *[first.state_id] * 4]
     assert uuid.UUID(first.state_id).version == 5
-    other = await claimed(session)
-    assert await take(other) is None
-    assert other.restored not in (None, first.state_id)
+    assert (await taken(session)).restored not in (None, first.state_id)
 
 
-@pytest.mark.parametrize("phase", [RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.STARTED])
+@pytest.mark.parametrize("phase", [CLAIMED, UNCERTAIN, STARTED])
 async def test_a_turn_that_is_not_over_is_in_the_way(session: str, phase: RecordPhase) -> None:
-    first = await claimed(session)
-    assert await take(first) is None
-    if phase is not RecordPhase.CLAIMED:
+    first = await taken(session)
+    if phase is not CLAIMED:
         assert await RECORDS.permit(first, 10.0)
-        first.phase, first.kickoff_id = phase, f"run {session}" if phase is RecordPhase.STARTED else None
+        first.phase, first.kickoff_id = phase, f"run {session}" if phase is STARTED else None
         await RECORDS.save(first)
     second = await claimed(session)
     earlier = await take(second)
@@ -132,8 +135,7 @@ async def test_a_turn_that_is_not_over_is_in_the_way(session: str, phase: Record
 
 
 async def test_a_claim_that_was_given_back_is_over(session: str) -> None:
-    first, second = await claimed(session), await claimed(session)
-    assert await take(first) is None
+    first, second = await taken(session), await claimed(session)
     await RECORDS.withdraw(first)
     assert await take(second) is None
     assert (second.turn, second.restored) == (2, None)
@@ -147,29 +149,22 @@ async def test_of_callers_at_the_same_time_one_takes_the_turn(session: str) -> N
     assert {turn.number for turn in earlier if turn is not None} == {1}
 
 
-async def test_a_repeated_request_takes_the_same_turn(session: str) -> None:
-    record = await claimed(session)
-    assert await take(record) is None
-    state = record.state_id
+async def nothing(*_: Any) -> None:
+    return None
+
+
+async def test_a_repeated_request_takes_the_same_turn(session: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = await taken(session)
     # The answer was lost: Prefect's client asks again, and gets a conflict with the Variable of its own.
-    repeated, read = record.model_copy(), sessions.last_turn
-
-    async def nothing(*_: Any) -> None:
-        return None
-
-    sessions.last_turn = nothing
-    try:
-        assert await take(repeated) is None
-    finally:
-        sessions.last_turn = read
-    assert (repeated.turn, repeated.state_id) == (1, state)
+    repeated = record.model_copy()
+    monkeypatch.setattr(sessions, "last_turn", nothing)
+    assert await take(repeated) is None
+    assert (repeated.turn, repeated.state_id) == (1, record.state_id)
 
 
 async def test_sessions_of_two_crews_are_apart(session: str) -> None:
     for url in (URL, "https://other.test"):
-        record = await claimed(session, crew_url=url)
-        assert await take(record) is None
-        assert record.turn == 1
+        assert (await taken(session, crew_url=url)).turn == 1
     found = [turn.crew_url async for turn in sessions.sessions() if turn.session == session]
     assert sorted(found) == ["https://other.test", URL]
 
@@ -204,8 +199,7 @@ async def test_pruning_keeps_the_way_to_the_last_turn(session: str) -> None:
 async def test_pruning_keeps_only_the_last_record(session: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = list[str]()
     for _ in range(5):
-        record = await claimed(session)
-        assert await take(record) is None
+        record = await taken(session)
         assert await RECORDS.permit(record, 10.0)
         assert await RECORDS.end(record, state=CrewState.COMPLETED)
         keys.append(record.idempotency_key)
@@ -219,8 +213,5 @@ async def test_pruning_keeps_only_the_last_record(session: str, monkeypatch: pyt
 
 
 async def test_a_name_that_is_refused_and_not_shown_is_no_turn(session: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def refused(_: Any) -> None:
-        return None
-
-    monkeypatch.setattr(sessions, "create_variable", refused)
+    monkeypatch.setattr(sessions, "create_variable", nothing)
     assert await take_turn(await claimed(session), RECORDS) is None
