@@ -21,6 +21,7 @@ import tomllib
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -37,6 +38,10 @@ PATHS = [
     *(ROOT / folder / "README.md" for folder in (".", "examples")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
 def _groups() -> list[object]:
@@ -84,8 +89,7 @@ def test_pages_are_true(pages: list[Page], tmp_path: Path, server_of_pages: Pref
             return crew.url, crew.token
 
         for number, page in enumerate(pages):
-            run = PageRun(folder, tmp_path / f"scratch-{number}", environment=environment, start_crew=start_crew)
-            running.enter_context(run)
+            run = running.enter_context(PageRun(folder, tmp_path / f"scratch-{number}", environment, start_crew))
             for block in page.blocks:
                 run.do(block)
 
@@ -130,24 +134,20 @@ def test_troubleshooting_quotes_messages_of_the_package():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     )
-    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    cells = re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
+    cells = re.findall(r"^\| (.*?) \|", text_of("docs/troubleshooting.md"), re.MULTILINE)
     quoted = {quote for cell in cells for quote in re.findall(r'"([^"]+)"', cell)}
-    quoted -= {
-        "database is locked",
-        "Timed out while attempting to connect to ephemeral Prefect API server",
-    }  # Prefect's
+    of_prefect = {"database is locked", "Timed out while attempting to connect to ephemeral Prefect API server"}
+    quoted -= of_prefect
     assert len(quoted) > 25
     assert not {quote for quote in quoted if quote not in said}
 
 
 def test_the_table_of_versions_is_that_of_the_pins():
-    def pins(name: str) -> dict[str, str]:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        return dict(re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE))
-
-    newest, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
-    page = (ROOT / "docs" / "reference" / "versions.md").read_text(encoding="utf-8")
+    newest, oldest = (
+        dict(re.findall(r"^([\w-]+)==([\w.]+)", text_of(f"constraints{name}.txt"), re.MULTILINE))
+        for name in ("", "-oldest")
+    )
+    page = text_of("docs/reference/versions.md")
     rows = {row[0]: row for row in (line.strip("| ").split(" | ") for line in page.splitlines() if line[:2] == "| ")}
     assert rows["Prefect, client and server"][-1] == f"{oldest['prefect']}, {newest['prefect']}"
     (crewai,) = [row for name, row in rows.items() if name.startswith("CrewAI")]
@@ -157,19 +157,15 @@ def test_the_table_of_versions_is_that_of_the_pins():
 
 
 def test_links_of_the_readme_work_outside_of_the_repository():
-    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    hatch_build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hatch_build)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    plain = hatch_build.readme_for_index(readme, "", "1.0")
+    readme_for_index = run_path(str(ROOT / "hatch_build.py"))["readme_for_index"]
+    readme = text_of("README.md")
+    plain = readme_for_index(readme, "", "1.0")
     assert set(re.findall(r"\]\(([^)]+)\)", plain)) == {"https://www.prefect.io"}
     assert "<!--" not in plain
     commands = re.findall(r"`prefect-crew docs ([^`]+)`", plain)
     assert {"tutorial", "guides/recover", "changelog"} <= set(commands)
     assert not [page for page in commands if not (ROOT / "docs" / f"{page}.md").exists()]
-    linked = hatch_build.readme_for_index(readme, "https://example.com/me/it/", "1.0")
+    linked = readme_for_index(readme, "https://example.com/me/it/", "1.0")
     targets = set(re.findall(r"\]\(([^)]+)\)", linked))
     assert "https://example.com/me/it/raw/v1.0/docs/images/artifact.png" in targets
     assert "https://example.com/me/it/blob/v1.0/docs/tutorial.md" in targets
@@ -177,14 +173,11 @@ def test_links_of_the_readme_work_outside_of_the_repository():
 
 
 def test_one_version_is_named_everywhere():
-    def text(name: str) -> str:
-        return (ROOT / name).read_text(encoding="utf-8")
-
-    version = tomllib.loads(text("pyproject.toml"))["project"]["version"]
-    assert [line.split()[1] for line in text("CHANGELOG.md").splitlines() if line.startswith("## ")] == [version]
-    assert re.findall(r"^\| ([\d.]+) \|", text("SECURITY.md"), re.MULTILINE) == [version.rpartition(".")[0]]
-    assert re.findall(r"Version ([\d.]+) works with", text("docs/reference/versions.md")) == [version]
-    assert re.findall(r"git tag -s v([\d.]+)", text("CONTRIBUTING.md")) == [version]
+    version = tomllib.loads(text_of("pyproject.toml"))["project"]["version"]
+    assert re.findall(r"^## (\S+)", text_of("CHANGELOG.md"), re.MULTILINE) == [version]
+    assert re.findall(r"^\| ([\d.]+) \|", text_of("SECURITY.md"), re.MULTILINE) == [version.rpartition(".")[0]]
+    assert re.findall(r"Version ([\d.]+) works with", text_of("docs/reference/versions.md")) == [version]
+    assert re.findall(r"git tag -s v([\d.]+)", text_of("CONTRIBUTING.md")) == [version]
 
 
 def test_blocks_that_are_not_run_are_listed(notes: list[str]):
@@ -217,7 +210,7 @@ def test_what_is_not_true_is_found(tmp_path: Path, text: str, message: str):
     folder.mkdir()
 
     def read() -> None:
-        with PageRun(folder, scratch, environment=lambda: os.environ, start_crew=lambda *_: ("http://c", "t")) as run:
+        with PageRun(folder, scratch, lambda: os.environ, lambda *_: ("http://c", "t")) as run:
             for block in read_page(tmp_path, path).blocks:
                 run.do(block)
 
@@ -243,24 +236,19 @@ def copy_clone(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
+Environment = Callable[[], Mapping[str, str]]
+StartCrew = Callable[[str, str, float], tuple[str, str]]
+
+
 class PageRun:
     """Runs the blocks of one page in order; a context manager, at whose end all that was started is ended.
 
-    Args:
-        folder: A copy of the clone: the reader's current folder.
-        scratch: Another folder, for logs and scripts.
-        environment: Gives the whole environment of the reader's terminal; called when the first block runs.
-        start_crew: Starts a crew server for `crew=` and saves its block: (block name, spec, speed) to (url, token).
+    `folder`, a copy of the clone, is the reader's current folder; `scratch` is for logs and scripts. `environment`
+    returns the environment of the reader's terminal, once a block runs. `start_crew` starts a crew server for `crew=`
+    and saves its block: (block name, spec, speed) to (url, token).
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        scratch: Path,
-        *,
-        environment: Callable[[], Mapping[str, str]],
-        start_crew: Callable[[str, str, float], tuple[str, str]],
-    ) -> None:
+    def __init__(self, folder: Path, scratch: Path, environment: Environment, start_crew: StartCrew) -> None:
         self.folder = folder.resolve()
         self._scratch = scratch
         self._environment = environment
@@ -316,14 +304,14 @@ class PageRun:
         return output
 
     def _compare(self, block: Block, what: str, shown: str) -> None:
-        said = self._as_written(self._output)
-        if not matches(shown, said):
-            raise DocsError(f"{block.where}: {what} does not print this, but:\n{said[-3000:]}")
+        output = self._as_written(self._output)
+        if not matches(shown, output):
+            raise DocsError(f"{block.where}: {what} does not print this, but:\n{output[-3000:]}")
 
     def _expect(self, block: Block, wanted: str, got: str) -> None:
         if wanted != got:
-            said = self._as_written(self._output)[-3000:]
-            raise DocsError(f"{block.where}: expected {wanted}, got {got}:\n{said}")
+            output = self._as_written(self._output)[-3000:]
+            raise DocsError(f"{block.where}: expected {wanted}, got {got}:\n{output}")
 
     def _run_python(self, block: Block) -> None:
         if self._python is None:

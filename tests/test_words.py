@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from runpy import run_path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,14 +14,8 @@ SCRIPT = Path(__file__).parents[1] / ".ci" / "words.py"
 
 
 @pytest.fixture(scope="module")
-def words() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("words", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["words"] = module
-    spec.loader.exec_module(module)
-    return module
+def words() -> SimpleNamespace:
+    return SimpleNamespace(**run_path(str(SCRIPT)))
 
 
 @pytest.mark.parametrize(
@@ -44,16 +38,16 @@ def words() -> ModuleType:
         ("a.py", "x.found = given\nstarted = f(known=1)\n", []),
     ],
 )  # fmt: skip
-def test_hits_of_a_file(words: ModuleType, file: str, text: str, lines: list[int]):
+def test_hits_of_a_file(words: SimpleNamespace, file: str, text: str, lines: list[int]):
     assert [hit.line for hit in words.hits_in(file, text)] == lines
 
 
-def test_hit_names_place_and_better_words(words: ModuleType):
+def test_hit_names_place_and_better_words(words: SimpleNamespace):
     (hit,) = words.hits_in("docs/a.md", "Text.\nA worker adopts it.")
     assert str(hit) == 'docs/a.md:2: "adopts" (adopt): say take over'
 
 
-def test_generated_parts_are_not_read(words: ModuleType):
+def test_generated_parts_are_not_read(words: SimpleNamespace):
     text = "One two.\n<!-- generated: x -->\nWhat it is.\n<!-- end of generated -->\n<!-- What -->\nThree."
     assert words.hits_in("docs/a.md", text) == []
     assert words.words_of(text) == 3
@@ -61,7 +55,6 @@ def test_generated_parts_are_not_read(words: ModuleType):
 
 def test_hit_ends_with_1(tmp_path: Path):
     (tmp_path / "page.md").write_text("What it is.\n")
-    command = [sys.executable, SCRIPT, tmp_path / "page.md"]
-    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    checked = subprocess.run([sys.executable, SCRIPT, tmp_path / "page.md"], capture_output=True, text=True)
     assert checked.returncode == 1
     assert "page.md:1:" in checked.stdout
