@@ -56,15 +56,13 @@ def test_the_list_price_of_a_model_is_in_dollars():
 def test_the_models_that_were_called_count_where_all_tokens_are_told_by_model():
     small, big = "openai/gpt-4o-mini", "openai/gpt-4o"
     half = TokenUsage(prompt_tokens=500, completion_tokens=50)
-    both = {small: half, big: half}
+    both, price = {small: half, big: half}, Price(model=big)
     alone = [cost_of(Price(model=model), half) for model in both]
-    assert cost_of(Price(model=big), USAGE, both) == pytest.approx(sum(alone))
+    assert cost_of(price, USAGE, both) == pytest.approx(sum(alone))
     # One of them is missing: everything counts as the model that the price names.
-    assert cost_of(Price(model=big), USAGE, {small: half}) == cost_of(Price(model=big), USAGE)
+    assert cost_of(price, USAGE, {small: half}) == cost_of(price, USAGE)
     # Nobody lists the price of a model of one's own.
-    assert cost_of(Price(model=big), USAGE, {"mine": half, big: half}) == pytest.approx(
-        cost_of(Price(model=big), USAGE)
-    )
+    assert cost_of(price, USAGE, {"mine": half, big: half}) == pytest.approx(cost_of(price, USAGE))
 
 
 @by_model

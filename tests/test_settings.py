@@ -6,6 +6,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew, settings
 from prefect_crew.settings import CrewSettings
@@ -17,8 +18,7 @@ def test_the_environment_counts_at_each_use_and_secrets_do_not_show(monkeypatch:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "the-token")
     read = CrewSettings()
     assert read.url == "https://travel.test"
-    assert read.token is not None
-    assert read.token.get_secret_value() == "the-token"
+    assert read.token == SecretStr("the-token")
     assert "the-token" not in repr(read) + read.model_dump_json()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from uuid import UUID, uuid4
@@ -45,12 +46,8 @@ async def test_a_worker_refuses_a_prefect_without_a_name(monkeypatch: pytest.Mon
 def test_a_name_may_be_absent_from_a_version_on(monkeypatch: pytest.MonkeyPatch, version: str, is_refused: bool):
     monkeypatch.delattr(prefect.flow_engine, "observe_flow_run_suspension")
     monkeypatch.setattr(prefect, "__version__", version)
-    try:
+    with pytest.raises(ConfigurationError) if is_refused else contextlib.nullcontext():
         check_prefect()
-    except ConfigurationError:
-        assert is_refused
-    else:
-        assert not is_refused
 
 
 @pytest.mark.usefixtures("prefect_api")

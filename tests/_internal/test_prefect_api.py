@@ -93,16 +93,16 @@ async def test_a_change_alone_waits_for_no_stream(serve: Any):
     assert server.requests == 104
 
 
+async def ask_in(order: list[Urgency], urgency: Urgency) -> None:
+    await ask(urgency=urgency)
+    order.append(urgency)
+
+
 async def test_turns_go_by_urgency(serve: Any):
     server, order = serve(seconds=0.01), list[Urgency]()
-
-    async def one(urgency: Urgency) -> None:
-        await ask(urgency=urgency)
-        order.append(urgency)
-
-    first = [asyncio.create_task(one(Urgency.SHOW)) for _ in range(prefect_api.AT_ONCE)]
+    first = [asyncio.create_task(ask_in(order, Urgency.SHOW)) for _ in range(prefect_api.AT_ONCE)]
     await asyncio.sleep(0)
-    await asyncio.gather(*first, *(one(urgency) for urgency in reversed(Urgency) for _ in range(3)))
+    await asyncio.gather(*first, *(ask_in(order, urgency) for urgency in reversed(Urgency) for _ in range(3)))
     assert order[len(first) :] == sorted(order[len(first) :])
     assert server.requests == len(order)
 
@@ -111,14 +111,9 @@ async def test_an_old_end_goes_before_later_claims(serve: Any, monkeypatch: pyte
     monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
     monkeypatch.setattr(prefect_api, "PATIENCE", 0.3)
     server, order = serve(seconds=0.75), list[Urgency]()
-
-    async def one(urgency: Urgency) -> None:
-        await ask(urgency=urgency)
-        order.append(urgency)
-
-    asking = [asyncio.create_task(one(urgency)) for urgency in (Urgency.CONTINUE, Urgency.FINISH)]
+    asking = [asyncio.create_task(ask_in(order, urgency)) for urgency in (Urgency.CONTINUE, Urgency.FINISH)]
     await asyncio.sleep(0.45)
-    asking += [asyncio.create_task(one(urgency)) for urgency in (Urgency.BEGIN, Urgency.CONTINUE)]
+    asking += [asyncio.create_task(ask_in(order, urgency)) for urgency in (Urgency.BEGIN, Urgency.CONTINUE)]
     await asyncio.gather(*asking)
     assert order == [Urgency.CONTINUE, Urgency.CONTINUE, Urgency.FINISH, Urgency.BEGIN]
     assert server.requests == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from prefect_crew._internal.prefect_errors import (
 )
 from prefect_crew.exceptions import PrefectAwayError, PrefectRefusedError
 
+WITH_PASSWORD = "http://me:hunter22@prefect.example:4200/api"
+
 
 def libraries() -> list[Any]:
     names = [name for name in ("httpx", "httpx2") if importlib.util.find_spec(name)]
@@ -34,25 +37,27 @@ def test_errors_of_each_http_library_are_caught(library: Any):
     request = library.Request("GET", "http://127.0.0.1")
     refused = library.ConnectError("refused", request=request)
     status = library.HTTPStatusError("no", request=request, response=library.Response(503, request=request))
-    assert isinstance(refused, PREFECT_ERRORS)
-    assert isinstance(refused, HTTP_ERRORS)
-    assert isinstance(refused, TRANSPORT_ERRORS)
-    assert isinstance(status, PREFECT_ERRORS)
-    assert isinstance(status, STATUS_ERRORS)
+    for kinds in (PREFECT_ERRORS, HTTP_ERRORS, TRANSPORT_ERRORS):
+        assert isinstance(refused, kinds)
+    for kinds in (PREFECT_ERRORS, STATUS_ERRORS):
+        assert isinstance(status, kinds)
     assert not isinstance(status, TRANSPORT_ERRORS)
     assert is_away(refused)
     assert is_away(status)
 
 
+def answered(status: int, url: str = "http://127.0.0.1") -> PrefectHTTPStatusError:
+    request = httpx.Request("GET", url)
+    return PrefectHTTPStatusError(f"For {url}", request=request, response=httpx.Response(status, request=request))
+
+
 def test_errors_of_prefect_itself_are_caught():
     assert isinstance(ObjectNotFound(Exception()), PREFECT_ERRORS)
-    request = httpx.Request("GET", "http://127.0.0.1")
-    missing = PrefectHTTPStatusError("no", request=request, response=httpx.Response(404, request=request))
-    assert isinstance(missing, PREFECT_ERRORS)
-    assert not is_away(missing)
+    assert isinstance(answered(404), PREFECT_ERRORS)
+    assert not is_away(answered(404))
 
 
-async def raised_by(error: Exception, api_url: str | None) -> Exception:
+async def raised_by(error: Exception, api_url: str | None = WITH_PASSWORD) -> Exception:
     """Return what a function that raises an error raises where the Prefect API's absence is named."""
 
     @naming_prefect_away("Run again.")
@@ -66,12 +71,11 @@ async def raised_by(error: Exception, api_url: str | None) -> Exception:
 
 @pytest.mark.parametrize("library", libraries())
 async def test_a_password_in_the_api_url_is_not_shown(library: Any):
-    url = "http://me:hunter22@prefect.example:4200/api"
-    request = library.Request("GET", f"{url}/flow_runs")
+    request = library.Request("GET", f"{WITH_PASSWORD}/flow_runs")
     response = library.Response(503, request=request)
     status = library.HTTPStatusError(f"Server error for url {request.url}", request=request, response=response)
     for error in (status, library.ConnectError("refused", request=request)):
-        away = await raised_by(error, url)
+        away = await raised_by(error)
         assert isinstance(away, PrefectAwayError)
         assert "http://prefect.example:4200/api does not answer" in str(away)
         assert "hunter22" not in str(away)
@@ -94,31 +98,27 @@ async def test_a_users_http_error_is_not_prefects(library: Any):
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_refused_key_is_named(status: int):
-    url = "http://me:hunter22@prefect.example:4200/api"
-    request = httpx.Request("GET", f"{url}/flow_runs")
-    answer = PrefectHTTPStatusError(
-        f"For {request.url}", request=request, response=httpx.Response(status, request=request)
-    )
-    of_check = RuntimeError("Failed to reach API at http://prefect.example:4200/api")
-    of_check.__cause__ = answer
+    answer = answered(status, f"{WITH_PASSWORD}/flow_runs")
+    of_check, of_user = RuntimeError("Failed to reach API at http://prefect.example:4200/api"), RuntimeError("mine")
+    of_check.__cause__ = of_user.__cause__ = answer
+    says = f"/prefect.example:4200/api refuses a request (HTTP {status}). Run again. Check PREFECT_API_KEY"
     for error in (answer, of_check):
-        refused = await raised_by(error, url)
+        refused = await raised_by(error)
         assert isinstance(refused, PrefectRefusedError)
-        assert (
-            f"http://prefect.example:4200/api refuses a request (HTTP {status}). Run again. Check PREFECT_API_KEY"
-            in str(refused)
-        )
+        assert says in str(refused)
         assert "hunter22" not in str(refused)
-    of_user = RuntimeError("mine")
-    of_user.__cause__ = answer
-    assert await raised_by(of_user, url) is of_user
-    taken = PrefectHTTPStatusError("no", request=request, response=httpx.Response(409, request=request))
-    assert await raised_by(taken, url) is taken, "what a caller may handle"
+    assert await raised_by(of_user) is of_user
+    taken = answered(409, f"{WITH_PASSWORD}/flow_runs")
+    assert await raised_by(taken) is taken, "what a caller may handle"
 
 
 def test_no_other_module_names_errors_of_httpx():
     """Ruff forbids those of its list; a new name of httpx is found here."""
-    errors = {name for name in httpx.__all__ if isinstance(kind := getattr(httpx, name), type) and caught(kind)}
+    errors = {
+        name
+        for name in httpx.__all__
+        if inspect.isclass(kind := getattr(httpx, name)) and issubclass(kind, httpx.HTTPError)
+    }
     package = Path(prefect_crew.__file__).parent
     for path in package.rglob("*.py"):
         if path.is_relative_to(package / "client") or path.name == "prefect_errors.py":
@@ -126,7 +126,3 @@ def test_no_other_module_names_errors_of_httpx():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "httpx":
                 assert node.attr not in errors, f"{path}:{node.lineno} names httpx.{node.attr}"
-
-
-def caught(kind: type) -> bool:
-    return issubclass(kind, httpx.HTTPError)
