@@ -135,87 +135,67 @@ async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
     assert (stored.paused, len(automations)) == (True, 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        pytest.param(DAILY, "Missing: topic, days, odd", id="cron without defaults"),
-        pytest.param({"interval": 60}, "Missing", id="interval without defaults"),
-        pytest.param({"rrule": "FREQ=DAILY"}, "Missing", id="rrule without defaults"),
-        pytest.param({"schedule": Cron("0 6 * * *")}, "Missing", id="schedule without defaults"),
-        pytest.param(
-            {"schedules": [Cron("0 6 * * *", parameters={"inputs": {"topic": "tea"}})]},
-            "Missing: days, odd",
-            id="inputs of a schedule that lack some",
-        ),
-        pytest.param(
-            {"schedules": [{"schedule": SIX.schedule, "parameters": {"inputs": {"colour": 1}}}]},
-            "not know.* colour",
-            id="unknown input of a schedule",
-        ),
-        pytest.param(
-            {"parameters": {"inputs": {"colour": "red"}}},
-            "does not know the inputs colour; it takes topic, ",
-            id="unknown input",
-        ),
-        pytest.param({"parameters": {"inputs": {"days": "many"}}}, "must be JSON of the type integer", id="wrong type"),
-        pytest.param({"parameters": {"idempotency_key": "{start}"}}, "start", id="unknown name in the key"),
-        pytest.param(
-            {**DAILY, "parameters": {"inputs": GIVEN, "idempotency_key": "always"}},
-            "same for every time",
-            id="one key for all times",
-        ),
-        pytest.param({"cron": "now", "parameters": {"inputs": GIVEN}}, "cannot be made: .*cron", id="no cron"),
-        pytest.param({"parameters": {"inputs": GIVEN, "zzz": 1}}, "parameter 'zzz'; it takes", id="unknown parameter"),
-        pytest.param({"parameters": {"crew": "another"}}, "parameter 'crew'", id="another crew"),
-        pytest.param(
-            {"schedules": [Cron("0 6 * * *", parameters={"inputs": GIVEN, "idempotency-key": "x"})]},
-            "parameter 'idempotency-key'",
-            id="unknown parameter of a schedule",
-        ),
-        pytest.param(
-            {"schedules": [Cron("0 6 * * *", parameters={"inputs": None})], "parameters": {"inputs": GIVEN}},
-            "Missing: topic, days, odd",
-            id="null in place of inputs",
-        ),
-        pytest.param(
-            {"schedules": [Cron("0 6 * * *", parameters={"inputs": {**GIVEN, "days": "4"}})]},
-            "deployed-crew/refused cannot have these parameters.*inputs.days.*'4' is not of type 'integer'",
-            id="wrong type of a schedule",
-        ),
-        pytest.param(
-            {"schedules": [Cron("0 6 * * *", parameters={"review": "nobody"})], "parameters": {"inputs": GIVEN}},
-            "'review'",
-            id="wrong parameter of a schedule",
-        ),
-        pytest.param({"parameters": {"inputs": {"days": [4]}}}, "inputs.days", id="wrong type of a default"),
-        pytest.param({"parameters": {"inputs": {"topic": object()}}}, "Unable to serialize", id="no JSON value"),
-        pytest.param({"parameters": {"inputs": "tea"}}, "takes its inputs by name", id="a text in place of inputs"),
-    ],
-)
-def test_a_deployment_whose_runs_would_fail_is_refused(crew: CrewServer, options: dict[str, Any], problem: str):
+def defaults(**parameters: Any) -> dict[str, Any]:
+    return {"parameters": parameters}
+
+
+def daily(**parameters: Any) -> dict[str, Any]:
+    return {"schedules": [Cron("0 6 * * *", parameters=parameters)]}
+
+
+COLOUR = {"inputs": {"colour": "red"}}
+NO_INTEGER = "deployed-crew/refused cannot have these parameters.*inputs.days.*'4' is not of type 'integer'"
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "cron without defaults": (DAILY, "Missing: topic, days, odd"),
+    "interval without defaults": ({"interval": 60}, "Missing"),
+    "rrule without defaults": ({"rrule": "FREQ=DAILY"}, "Missing"),
+    "schedule without defaults": ({"schedule": Cron("0 6 * * *")}, "Missing"),
+    "inputs of a schedule that lack some": (daily(inputs={"topic": "tea"}), "Missing: days, odd"),
+    "unknown input of a schedule": (
+        {"schedules": [{"schedule": SIX.schedule, "parameters": COLOUR}]},
+        "not know.* colour",
+    ),
+    "unknown input": (defaults(**COLOUR), "does not know the inputs colour; it takes topic, "),
+    "wrong type": (defaults(inputs={"days": "many"}), "must be JSON of the type integer"),
+    "unknown name in the key": (defaults(idempotency_key="{start}"), "start"),
+    "one key for all times": ({**DAILY, **defaults(inputs=GIVEN, idempotency_key="always")}, "same for every time"),
+    "no cron": ({"cron": "now", **defaults(inputs=GIVEN)}, "cannot be made: .*cron"),
+    "unknown parameter": (defaults(inputs=GIVEN, zzz=1), "parameter 'zzz'; it takes"),
+    "another crew": (defaults(crew="another"), "parameter 'crew'"),
+    "unknown parameter of a schedule": (daily(inputs=GIVEN, **{"idempotency-key": "x"}), "parameter 'idempotency-key'"),
+    "null in place of inputs": ({**daily(inputs=None), **defaults(inputs=GIVEN)}, "Missing: topic, days, odd"),
+    "wrong type of a schedule": (daily(inputs={**GIVEN, "days": "4"}), NO_INTEGER),
+    "wrong parameter of a schedule": ({**daily(review="nobody"), **defaults(inputs=GIVEN)}, "'review'"),
+    "wrong type of a default": (defaults(inputs={"days": [4]}), "inputs.days"),
+    "no JSON value": (defaults(inputs={"topic": object()}), "Unable to serialize"),
+    "a text in place of inputs": (defaults(inputs="tea"), "takes its inputs by name"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_deployment_whose_runs_would_fail_is_refused(crew: CrewServer, case: str):
+    options, problem = REFUSED[case]
     with pytest.raises(ConfigurationError, match=problem):
         crew_flow("form").to_deployment("refused", **options)
 
 
 def test_a_schedule_with_defaults_of_its_own_is_taken(crew: CrewServer):
     own = {"inputs": GIVEN, "idempotency_key": "{scheduled_start:%F}"}
-    deployment: Any = crew_flow("form").to_deployment("own", schedules=[Cron("0 6 * * *", parameters=own)])
+    deployment: Any = crew_flow("form").to_deployment("own", **daily(**own))
     assert deployment.schedules[0].parameters == own
 
 
 @pytest.mark.parametrize(
     ("options", "lost"),
     [
-        pytest.param(
-            {"retries": 3, "timeout_seconds": 60}, "would not have timeout_seconds, retries, because", id="retries"
-        ),
-        pytest.param({"on_failure": [print]}, "would not have on_failure_hooks, because", id="hook"),
-        pytest.param({"flow_run_name": "trip"}, "would not have flow_run_name, because", id="name of runs"),
+        ({"retries": 3, "timeout_seconds": 60}, "timeout_seconds, retries"),
+        ({"on_failure": [print]}, "on_failure_hooks"),
+        ({"flow_run_name": "trip"}, "flow_run_name"),
     ],
 )
 def test_options_that_flow_runs_would_not_have_are_refused(crew: CrewServer, options: dict[str, Any], lost: str):
     changed = crew_flow("form").with_options(**options)
-    with pytest.raises(ConfigurationError, match=lost):
+    with pytest.raises(ConfigurationError, match=f"would not have {lost}, because"):
         changed.to_deployment("lost")
 
 
@@ -296,10 +276,9 @@ async def test_each_time_of_the_schedule_gets_a_run_and_only_one(prefect_api: Pr
     runs, at_once = await asyncio.gather(backfill(name, FIRST, LAST), backfill(name, FIRST, LAST))
     assert moments(runs) == ["02-27 06:00", "02-28 06:00", "02-29 06:00", "03-01 06:00"]
     for run, twin in zip(runs, at_once, strict=True):
-        made = run.flow_run
-        assert made is not None
-        assert twin.flow_run is not None
-        assert (made.id, made.expected_start_time) == (twin.flow_run.id, run.scheduled_for)
+        made: Any = run.flow_run
+        assert made.id == twin.flow_run.id  # type: ignore[union-attr]
+        assert made.expected_start_time == run.scheduled_for
         assert made.parameters == {"idempotency_key": KEY, "city": "Porto"}
         assert "backfill" in made.tags
         assert not made.auto_scheduled  # those are deleted by the next deploy
@@ -308,11 +287,13 @@ async def test_each_time_of_the_schedule_gets_a_run_and_only_one(prefect_api: Pr
     assert await count(deployment) == 6
 
 
-async def test_what_the_schedule_itself_made_is_not_made_again_and_a_run_of_another_schedule_does_not_count(
-    prefect_api: PrefectServer,
-):
-    twin = SIX.model_copy(update={"slug": "twin", "parameters": {"idempotency_key": f"twin-{KEY}"}})
-    name, deployment = await deploy(SIX.model_copy(update={"active": True}), twin)
+def six(**fields: Any) -> DeploymentScheduleCreate:
+    return SIX.model_copy(update=fields)
+
+
+async def test_what_the_schedule_itself_made_is_not_made_again(prefect_api: PrefectServer):
+    """A run of another schedule does not count."""
+    name, deployment = await deploy(six(active=True), six(slug="twin", parameters={"idempotency_key": f"twin-{KEY}"}))
     # Prefect's own way to schedule for the past, which makes runs as its scheduler does.
     body = {"start_time": "2024-02-28T00:00:00Z", "end_time": "2024-02-28T23:00:00Z", "max_runs": 1}
     async with get_client() as client:
@@ -322,20 +303,13 @@ async def test_what_the_schedule_itself_made_is_not_made_again_and_a_run_of_anot
 
 
 async def test_times_in_other_zones_and_intervals(prefect_api: PrefectServer):
-    name, _ = await deploy(SIX.model_copy(update={"schedule": CronSchedule(cron="0 6 * * *", timezone="Asia/Tokyo")}))
+    name, _ = await deploy(six(schedule=CronSchedule(cron="0 6 * * *", timezone="Asia/Tokyo")))
     assert moments(await backfill(name, FIRST, date(2024, 2, 28), dry_run=True)) == ["02-27 21:00", "02-28 21:00"]
     start = datetime(2024, 2, 27, 22, 30, tzinfo=timezone(timedelta(hours=1)))
     assert moments(await backfill(name, start, date(2024, 2, 28), dry_run=True)) == ["02-28 21:00"]
     anchor = datetime(2024, 1, 1, 1, tzinfo=UTC)
-    hourly = SIX.model_copy(update={"schedule": IntervalSchedule(interval=timedelta(hours=1), anchor_date=anchor)})
-    name, _ = await deploy(hourly)
+    name, _ = await deploy(six(schedule=IntervalSchedule(interval=timedelta(hours=1), anchor_date=anchor)))
     assert len(await backfill(name, FIRST, FIRST + timedelta(days=30), dry_run=True)) == 31 * 24
-
-
-TWO = (SIX, SIX.model_copy(update={"slug": "other"}))
-SAME_KEY = SIX.model_copy(update={"parameters": {"idempotency_key": "always"}})
-YEARLY_KEY = SIX.model_copy(update={"parameters": {"idempotency_key": "year-{scheduled_start:%Y}"}})
-HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
 
 
 @pytest.mark.parametrize(
@@ -343,16 +317,16 @@ HOURLY = SIX.model_copy(update={"schedule": CronSchedule(cron="0 * * * *")})
     [
         ((SIX,), {"end": date(2024, 1, 1)}, "is before the start"),
         ((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "has future times"),
-        ((HOURLY,), {"end": date(2024, 5, 1)}, "more than 1000 times"),
+        ((six(schedule=CronSchedule(cron="0 * * * *")),), {"end": date(2024, 5, 1)}, "more than 1000 times"),
         ((SIX,), {"schedule": "seven"}, "schedule=….*: six"),
         ((), {}, "has no schedule to take the times from"),
-        (TWO, {}, "schedule=….*: (six, other|other, six)"),
-        ((SAME_KEY,), {}, "same for every time"),
-        ((YEARLY_KEY,), {}, "same for every time"),
+        ((SIX, six(slug="other")), {}, "schedule=….*: (six, other|other, six)"),
+        ((six(parameters={"idempotency_key": "always"}),), {}, "same for every time"),
+        ((six(parameters={"idempotency_key": "year-{scheduled_start:%Y}"}),), {}, "same for every time"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-async def test_what_would_go_wrong_is_refused_and_nothing_is_created(
+async def test_an_impossible_backfill_creates_nothing(
     prefect_api: PrefectServer, schedules: tuple[DeploymentScheduleCreate, ...], call: dict[str, Any], problem: str
 ):
     name, deployment = await deploy(*schedules)
