@@ -18,9 +18,7 @@ ECHO = script({"seconds": 0.2, "output": "on {{ topic }}"}, inputs=["topic"])
 
 
 @pytest.fixture
-def save_crew(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory, instant_polling: None
-) -> Callable[..., CrewServer]:
+def save_crew(prefect_api: PrefectServer, crew_server: CrewServerFactory, instant_polling: None) -> SaveCrew:
     """Give `save_crew(block, spec, *, faults=(), **fields)`: a running crew, stored under that name."""
 
     def save(block: str, spec: Any = "echo", *, faults: Any = (), **fields: Any) -> CrewServer:
@@ -39,7 +37,5 @@ def echo(save_crew: SaveCrew) -> CrewServer:
 @pytest.fixture
 def report_crews(save_crew: SaveCrew) -> dict[str, CrewServer]:
     """The three crews of the report, ten times as fast, stored as blocks."""
-    return {
-        name: save_crew(name, str(ROOT / "flows" / "crews" / f"{name}.yaml"))
-        for name in ("research", "write", "review")
-    }
+    names = ("research", "write", "review")
+    return {name: save_crew(name, str(ROOT / "flows" / "crews" / f"{name}.yaml")) for name in names}
