@@ -27,6 +27,8 @@ from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
+TEXT = {"text": "a"}
+
 
 def unreachable() -> pc.DeployedCrew:
     return pc.DeployedCrew(url=f"http://127.0.0.1:{free_port()}", token="t")  # pyright: ignore[reportArgumentType]
@@ -53,23 +55,17 @@ def test_a_task_calls_the_tasks(crew_server: CrewServerFactory):
     assert asyncio.run(trip()) == ["a", "b"]
 
 
-def test_tasks_are_submitted_and_mapped_with_futures(
-    crew_server: CrewServerFactory,
-):
+def test_tasks_are_submitted_and_mapped_with_futures(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
 
     @task
-    def says() -> str:
-        return "z"
-
-    @task
-    def chosen() -> pc.DeployedCrew:
-        return crew
+    def returned(value: Any) -> Any:
+        return value
 
     @flow
     def trip() -> list[str]:
-        which = chosen.submit()
-        first = wait_for_crew.submit(which, kickoff_crew.submit(which, {"text": says.submit()}))
+        which, text = returned.submit(crew), returned.submit("z")
+        first = wait_for_crew.submit(which, kickoff_crew.submit(which, {"text": text}))
         more = kickoff_crew.map(unmapped(crew), [{"text": text} for text in "abc"])
         results = [first, *wait_for_crew.map(unmapped(crew), more)]
         return [future.result().output for future in results]
@@ -167,40 +163,30 @@ async def test_a_call_takes_its_inputs_when_it_is_made(crew_server: CrewServerFa
 # Retries
 
 
-async def test_an_unstarted_kickoff_is_retried_as_asked():
+@pytest.mark.parametrize("retries", [2, 0])
+async def test_an_unstarted_kickoff_is_retried_as_asked(retries: int):
     counts: list[int] = []
-
-    @flow
-    async def trip(retries: int) -> None:
-        await kickoff_crew.with_options(retries=retries, retry_delay_seconds=0, on_running=[count])(
-            unreachable(), {"text": "a"}
-        )
 
     def count(task: Any, task_run: Any, state: Any) -> None:
         counts.append(task_run.run_count)
 
-    for retries in (2, 0):
-        counts.clear()
-        with pytest.raises(pc.CrewConnectionError):
-            await trip(retries)
-        assert len(counts) == retries + 1
+    kickoff = kickoff_crew.with_options(retries=retries, retry_delay_seconds=0, on_running=[count])
+    with pytest.raises(pc.CrewConnectionError):
+        await acall_in_flow(lambda: kickoff(unreachable(), TEXT))
+    assert len(counts) == retries + 1
 
 
 async def test_a_users_condition_repeats_no_kickoff(crew_server: CrewServerFactory):
     server = crew_server("echo", faults=["kickoff:500"])
-    eager = kickoff_crew.with_options(
-        retries=3, retry_delay_seconds=0, retry_condition_fn=lambda task, run, state: True
-    )
-
+    eager = kickoff_crew.with_options(retries=3, retry_delay_seconds=0, retry_condition_fn=lambda *_: True)
     with pytest.raises(pc.KickoffUncertainError):
-        await acall_in_flow(lambda: eager(server.crew(), {"text": "a"}))
+        await acall_in_flow(lambda: eager(server.crew(), TEXT))
     assert server.requests["kickoff"] == 1
 
 
 async def test_a_question_for_inputs_is_repeated(crew_server: CrewServerFactory):
     server = crew_server("echo", faults=["inputs:500@1"])
     discover = discover_inputs.with_options(retry_delay_seconds=0)
-
     _, inputs = await acall_in_flow(lambda: discover(server.crew()))
     assert [item.name for item in inputs] == ["text"]
 
@@ -208,12 +194,13 @@ async def test_a_question_for_inputs_is_repeated(crew_server: CrewServerFactory)
 # Secret inputs
 
 
+once = kickoff_crew.with_options(retries=0)
 WAYS: dict[str, Callable[[Any, Any], Any]] = {
-    "a call": lambda crew, given: kickoff_crew.with_options(retries=0)(crew, given),
-    "a call by keywords": lambda crew, given: kickoff_crew.with_options(retries=0)(crew=crew, inputs=given),
-    "a future": lambda crew, given: kickoff_crew.with_options(retries=0).submit(crew, given).result(),
-    "a map": lambda crew, given: kickoff_crew.with_options(retries=0).map(unmapped(crew), [given]).result(),
-    "a map to one": lambda crew, given: kickoff_crew.with_options(retries=0).map([crew], unmapped(given)).result(),
+    "a call": once,
+    "a call by keywords": lambda crew, given: once(crew=crew, inputs=given),
+    "a future": lambda crew, given: once.submit(crew, given).result(),
+    "a map": lambda crew, given: once.map(unmapped(crew), [given]).result(),
+    "a map to one": lambda crew, given: once.map([crew], unmapped(given)).result(),
     "a deferred call": lambda crew, given: kickoff_crew.delay(crew, given),
     "a deferred map": lambda crew, given: kickoff_crew.map([crew], unmapped(given), deferred=True),
 }
@@ -245,14 +232,8 @@ async def test_no_frame_of_a_cancelled_task_shows_inputs():
 
 # As tasks of Prefect: every keyword of Prefect's own calls, wherever they are called
 
-TASKS: dict[str, CrewTask[Any, Any]] = {
-    "discover_inputs": discover_inputs,
-    "kickoff_crew": kickoff_crew,
-    "wait_for_crew": wait_for_crew,
-    "resume_crew": resume_crew,
-    "stop_crew": stop_crew,
-}
-TEXT = {"text": "a"}
+TASKS: list[CrewTask[Any, Any]] = [discover_inputs, kickoff_crew, wait_for_crew, resume_crew, stop_crew]
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 @task
@@ -265,99 +246,79 @@ def failing() -> str:
     raise OSError("this one fails")
 
 
-async def ids_for_all(crew: pc.DeployedCrew) -> dict[str, tuple[Any, ...]]:
-    """Return what each of the tasks is called with: a run that has ended, which /stop and /resume refuse."""
+async def calls_of_all(crew: pc.DeployedCrew) -> list[Call]:
+    """Return each task with the arguments of a call for a run that has ended, which /stop and /resume refuse."""
     kickoff_id = await kickoff_crew.acall(crew, TEXT)
     await wait_for_crew.acall(crew, kickoff_id)
-    return {
-        "discover_inputs": (crew,),
-        "kickoff_crew": (crew, TEXT),
-        "wait_for_crew": (crew, kickoff_id),
-        "resume_crew": (crew, kickoff_id),
-        "stop_crew": (crew, kickoff_id),
-    }
+    rest: dict[Any, tuple[Any, ...]] = {discover_inputs: (), kickoff_crew: (TEXT,)}
+    more = {resume_crew: {"approve": True}}
+    return [(one, (crew, *rest.get(one, (kickoff_id,))), more.get(one, {})) for one in TASKS]
 
 
-def further(name: str) -> dict[str, Any]:
-    return {"approve": True} if name == "resume_crew" else {}
-
-
-def check(name: str, state: Any) -> None:
-    """Each comes back as a state; answering for a person is the one that an ended run refuses."""
-    assert isinstance(state, State), name
-    assert state.is_failed() if name == "resume_crew" else state.is_completed(), (name, state)
+def check(states: list[State[Any]]) -> None:
+    """Each call came back as a state; answering for a person is the one that an ended run refuses."""
+    for one, state in zip(TASKS, states, strict=True):
+        assert isinstance(state, State), one.name
+        assert state.is_failed() if one is resume_crew else state.is_completed(), (one.name, state)
 
 
 async def test_an_async_flow_passes_each_keyword(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
 
     @flow
-    async def trip() -> dict[str, State[Any]]:
-        first = before.submit()
-        given = await ids_for_all(crew)
-        return {
-            name: await one(*given[name], **further(name), return_state=True, wait_for=[first])
-            for name, one in TASKS.items()
-        }
+    async def trip() -> list[State[Any]]:
+        options: dict[str, Any] = {"return_state": True, "wait_for": [before.submit()]}
+        return [await one(*given, **more, **options) for one, given, more in await calls_of_all(crew)]
 
     states = await trip()
-    for name in TASKS:
-        check(name, states[name])
-    assert (await states["wait_for_crew"].aresult()).output == "a"
+    check(states)
+    assert (await states[TASKS.index(wait_for_crew)].aresult()).output == "a"
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in a flow", "in a script"])
 def test_sync_code_passes_each_keyword(crew_server: CrewServerFactory, inside: bool):
-    crew = crew_server("echo").crew()
-    given = asyncio.run(ids_for_all(crew))
+    calls = asyncio.run(calls_of_all(crew_server("echo").crew()))
 
-    def trip() -> dict[str, State[Any]]:
-        first = before(return_state=True)
-        return {
-            name: one(*given[name], **further(name), return_state=True, wait_for=[first]) for name, one in TASKS.items()
-        }
+    def trip() -> list[State[Any]]:
+        options: dict[str, Any] = {"return_state": True, "wait_for": [before(return_state=True)]}
+        return [one(*given, **more, **options) for one, given, more in calls]
 
-    for name, state in (flow(trip)() if inside else trip()).items():
-        check(name, state)
+    check(flow(trip)() if inside else trip())
 
 
 async def test_submit_and_map_pass_each_keyword(crew_server: CrewServerFactory):
     crew = crew_server("echo").crew()
 
     @flow
-    async def trip() -> list[tuple[str, Any]]:
-        first = before.submit()
-        given = await ids_for_all(crew)
-        states: list[tuple[str, Any]] = []
-        for name, one in TASKS.items():
-            future: PrefectFuture[Any] = one.submit(*given[name], **further(name), wait_for=[first])
+    async def trip() -> list[list[State[Any]]]:
+        first, columns = before.submit(), list[list[State[Any]]]()
+        for one, (_, *rest), more in await calls_of_all(crew):
+            options: dict[str, Any] = {**more, "wait_for": [first]}
+            future: PrefectFuture[Any] = one.submit(crew, *rest, **options)
             future.wait()
-            submitted: State[Any] = one.submit(*given[name], **further(name), return_state=True, wait_for=[first])
-            crew_, *rest = given[name]
-            mapped: list[State[Any]] = one.map(
-                [crew_, crew_], *map(unmapped, rest), **further(name), return_state=True, wait_for=[first]
-            )
-            states += [(name, state) for state in (future.state, submitted, *mapped)]
-        return states
+            submitted = one.submit(crew, *rest, **options, return_state=True)
+            mapped = one.map([crew, crew], *map(unmapped, rest), **options, return_state=True)
+            columns.append([future.state, submitted, *mapped])
+        return [[*row] for row in zip(*columns, strict=True)]
 
-    states = await trip()
-    assert len(states) == 4 * len(TASKS)
-    for name, state in states:
-        check(name, state)
+    rows = await trip()
+    assert len(rows) == 4
+    for states in rows:
+        check(states)
 
 
 async def test_tasks_do_nothing_after_a_failed_wait_for(crew_server: CrewServerFactory):
     server = crew_server("echo")
-    given = await ids_for_all(server.crew())
+    calls = await calls_of_all(server.crew())
     before_it = dict(server.requests)
 
     @flow
-    async def trip() -> list[tuple[str, str, str]]:
+    async def trip() -> list[tuple[str, str]]:
         options: dict[str, Any] = {"wait_for": [failing.submit()], "return_state": True}
-        states = {name: await one(*given[name], **further(name), **options) for name, one in TASKS.items()}
-        return [(name, state.name, state.type.value) for name, state in states.items()]
+        states = [await one(*given, **more, **options) for one, given, more in calls]
+        return [(state.name, state.type.value) for state in states]
 
-    assert await trip() == [(name, "NotReady", "PENDING") for name in TASKS]
+    assert await trip() == [("NotReady", "PENDING")] * len(TASKS)
     assert dict(server.requests) == before_it
 
 
@@ -385,8 +346,8 @@ async def test_an_error_of_a_call_is_in_its_state(
 
 
 def test_a_copy_with_options_stays_one_of_ours():
-    for one in TASKS.values():
-        copy = one.with_options(name="mine", retries=7, retry_condition_fn=lambda task, run, state: True)
+    for one in TASKS:
+        copy = one.with_options(name="mine", retries=7, retry_condition_fn=lambda *_: True)
         assert (type(copy), copy.fn, copy.name, copy.retries) == (type(one), one.fn, "mine", 7)
 
 
@@ -397,18 +358,18 @@ async def test_a_tasks_function_is_called_alone(crew_server: CrewServerFactory):
     """As Prefect's page on tests tells people to."""
     server = crew_server("echo")
     crew = server.crew()
-    alone = await kickoff_crew.fn(crew, {"text": "a"})
+    alone = await kickoff_crew.fn(crew, TEXT)
 
     @flow(retries=1)
     async def trip() -> str:
-        kickoff_id = await kickoff_crew.fn(crew, {"text": "a"})
+        kickoff_id = await kickoff_crew.fn(crew, TEXT)
         if flow_run.run_count == 1:
             raise RuntimeError("after the kickoff")
         return str(kickoff_id)
 
     @task
     async def users_task() -> str:
-        return str(await kickoff_crew.fn(crew, {"text": "a"}))
+        return str(await kickoff_crew.fn(crew, TEXT))
 
     inside, in_a_task = await trip(), await users_task()
     assert len({str(alone), inside, in_a_task}) == server.kickoffs == 3, "a retry finds its run"
@@ -418,6 +379,6 @@ async def test_a_tasks_function_is_called_alone(crew_server: CrewServerFactory):
 
 async def test_a_run_of_another_crew_is_not_waited_for(crew_server: CrewServerFactory):
     echo, travel = crew_server("echo").crew(), crew_server("echo").crew()
-    kickoff_id = str(await kickoff_crew.fn(travel, {"text": "a"}))
+    kickoff_id = str(await kickoff_crew.fn(travel, TEXT))
     with pytest.raises(pc.ConfigurationError, match=f"Run {kickoff_id} is of crew .* not of crew"):
         await wait_for_crew.fn(echo, kickoff_id)
