@@ -75,9 +75,7 @@ def batch(prefect_api: PrefectServer, tmp_path: Path) -> Batches:
     return Batches(tmp_path)
 
 
-async def test_a_run_has_its_cost_in_the_result_the_record_and_the_artifact(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory
-):
+async def test_a_runs_cost_is_in_result_record_artifact(prefect_api: PrefectServer, crew_server: CrewServerFactory):
     crew = crew_server(CrewScript.model_validate(ASKING), response_format="union").crew(price=TOKENS)
     name = key()
     result = await arun_crew(crew, {"text": "tea"}, idempotency_key=name)

@@ -19,9 +19,7 @@ from support.prefect_server import PrefectServer, free_port
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("instant_polling")]
 
 
-def test_people_can_look_and_no_block_no_record_and_no_change_passes(
-    prefect_server: PrefectServer, prefect_api: object, tmp_path: Path
-):
+def test_people_look_and_no_secret_or_change_passes(prefect_server: PrefectServer, prefect_api: object, tmp_path: Path):
     token, name = f"token-{uuid.uuid4()}", f"secret-{uuid.uuid4().hex}"
     with CrewServer("echo", token=token) as crew:
         DeployedCrew(url=crew.url, token=token).save(name)

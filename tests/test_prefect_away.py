@@ -66,9 +66,7 @@ CALLS: dict[str, Callable[[pc.DeployedCrew, Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_function_says_that_prefect_does_not_answer(
-    name: str, away: str, crew_server: CrewServerFactory, tmp_path: Path
-):
+def test_a_function_says_that_prefect_is_away(name: str, away: str, crew_server: CrewServerFactory, tmp_path: Path):
     server = crew_server("echo")
     with pytest.raises(pc.PrefectAwayError, match=r"does not answer .+ prefect-crew doctor\.$") as caught:
         CALLS[name](server.crew(), tmp_path)
@@ -85,7 +83,7 @@ IN_A_FLOW: dict[str, Callable[[pc.DeployedCrew], Any]] = {
 
 
 @pytest.mark.parametrize("name", IN_A_FLOW)
-def test_a_call_in_a_flow_says_that_prefect_does_not_answer(name: str, proxy: Proxy, crew_server: CrewServerFactory):
+def test_a_call_in_a_flow_says_that_prefect_is_away(name: str, proxy: Proxy, crew_server: CrewServerFactory):
     crew = crew_server("echo").crew(secret_inputs=["text"])
 
     @flow
