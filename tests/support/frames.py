@@ -7,15 +7,9 @@ import traceback
 
 def locals_of(error: BaseException, *, but: str) -> str:
     """Return the local variables of all frames of an error and its causes, but those of the file `but`."""
-    shown: list[str] = []
-    chain: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while chain:
-        one = chain.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        stack = traceback.StackSummary.extract(traceback.walk_tb(one.__traceback__), capture_locals=True)
+    shown, chain = list[str](), [error]
+    for link in chain:
+        stack = traceback.StackSummary.extract(traceback.walk_tb(link.__traceback__), capture_locals=True)
         shown += [f"{frame.filename}:{frame.name} {frame.locals}" for frame in stack if frame.filename != but]
-        chain += [one.__cause__, one.__context__]
+        chain += [cause for cause in {link.__cause__, link.__context__} - {*chain} if cause]
     return "\n".join(shown)

@@ -13,23 +13,6 @@ from support.deployed import ROOT
 from support.docs import read_page
 from support.processes import Process
 
-CONFIGURATION = """
-daemon off;
-pid {folder}/pid;
-error_log {folder}/nginx.log;
-{user}
-events {{}}
-http {{
-    access_log {folder}/access.log;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-{server}
-}}
-"""
-
 
 def start_nginx(folder: Path, page: str, changes: Mapping[str, str]) -> Process:
     """Start nginx with the server of a page in docs/guides."""
@@ -42,6 +25,8 @@ def start_nginx(folder: Path, page: str, changes: Mapping[str, str]) -> Process:
         assert there in server
         server = server.replace(there, here)
     user = "user root;" if os.geteuid() == 0 else ""
-    configuration = folder / "nginx.conf"
-    configuration.write_text(CONFIGURATION.format(folder=folder, server=server, user=user))
-    return Process([program, "-p", str(folder), "-c", str(configuration)], log=folder / "said.log")
+    # Relative to `folder`. As nginx is built, these would be folders of the machine.
+    places = "".join(f"{name}_temp_path {name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    http = f"http {{\naccess_log access.log;\nerror_log nginx.log;\n{places}{server}\n}}\n"
+    (folder / "nginx.conf").write_text(f"daemon off;\npid pid;\n{user}\nevents {{}}\n{http}")
+    return Process([program, "-p", folder, "-c", folder / "nginx.conf"], log=folder / "said.log")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import pwd
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Self
 
 from support.prefect_server import free_port
-from support.processes import Process, ProcessError
+from support.processes import Process, ProcessError, Program
 
 DEBIAN = "/usr/lib/postgresql"
 SUPERUSER = "crew"
@@ -28,8 +29,8 @@ def find_postgres() -> Path | None:
     return Path(initdb).resolve().parent if initdb and shutil.which("postgres") else None
 
 
-class Postgres:
-    """A PostgreSQL server on a free loopback port, with a data folder that is removed at the end; a context manager.
+class Postgres(Program):
+    """A PostgreSQL server on a free loopback port, with a data folder that is removed at the end.
 
     PostgreSQL refuses to run as root: then it runs as `postgres`, or as `nobody` where there is no such user.
     """
@@ -40,20 +41,13 @@ class Postgres:
     def __init__(self, programs: Path) -> None:
         self.programs = programs
         self.port = free_port()
-        self._process: Process | None = None
         known = {user.pw_name for user in pwd.getpwall()}
         self._user = next(name for name in ("postgres", "nobody") if name in known) if os.geteuid() == 0 else None
         # Not below pytest's own folder, which other users may not enter.
         self._folder = Path(tempfile.mkdtemp(prefix="prefect-crew-postgres-"))
         self.log = self._folder / "postgres.log"
 
-    @property
-    def process(self) -> Process:
-        """The server's process; `family()` tells its backends too."""
-        assert self._process is not None, "PostgreSQL does not run"
-        return self._process
-
-    def start(self, timeout: float = 60.0) -> Postgres:
+    def start(self, timeout: float = 60.0) -> Self:
         """Make the database cluster and start it; about 3 seconds."""
         data = self._folder / "data"
         data.mkdir(mode=0o700)
@@ -69,7 +63,7 @@ class Postgres:
     def _run(self, name: str, *arguments: str | Path) -> Process:
         return Process([self.programs / name, *arguments], log=self.log, cwd=self._folder / "data", user=self._user)
 
-    def serve(self, timeout: float = 60.0) -> Postgres:
+    def serve(self, timeout: float = 60.0) -> Self:
         """Start it over its data, also once more after it was killed."""
         options = ["listen_addresses=127.0.0.1", f"port={self.port}", "unix_socket_directories=", "max_connections=200"]
         flags = [
@@ -77,48 +71,24 @@ class Postgres:
         ]
         self._process = process = self._run("postgres", "-D", self._folder / "data", *flags)
         deadline = time.monotonic() + timeout
-        while not self._answers():
+        while self._ask("pg_isready", "-q").returncode:  # nobody listens yet, or it is starting up
             if not process.running or time.monotonic() > deadline:
                 process.kill()
                 raise ProcessError(f"PostgreSQL did not start:\n{process.tail()}")
             time.sleep(0.1)
         return self
 
-    def _answers(self) -> bool:
-        import asyncpg
-
-        try:
-            self._execute("SELECT 1")
-        except (OSError, asyncpg.PostgresError):  # nobody listens yet; it is starting up
-            return False
-        return True
-
     def create_database(self, name: str) -> str:
         """Create a database (a plain word) and return its URL, as SQLAlchemy and Prefect write it."""
-        self._execute(f'CREATE DATABASE "{name}"')
+        self._ask("createdb", name).check_returncode()
         return f"postgresql+asyncpg://{SUPERUSER}:unused@127.0.0.1:{self.port}/{name}"
 
-    def _execute(self, statement: str) -> None:
-        import asyncpg  # not at the top: slow to import
-
-        async def run() -> None:
-            address = {"host": "127.0.0.1", "port": self.port, "user": SUPERUSER, "database": "postgres"}
-            connection = await asyncpg.connect(**address, timeout=5)
-            try:
-                await connection.execute(statement)
-            finally:
-                await connection.close()
-
-        asyncio.run(run())
+    def _ask(self, program: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        address = ["-h", "127.0.0.1", "-p", str(self.port), "-U", SUPERUSER]
+        return subprocess.run([self.programs / program, *address, *arguments], timeout=60)
 
     def stop(self) -> None:
         """End it and remove its data. Harmless if it does not run."""
         if self._process is not None:
             self._process.stop(signal.SIGINT)  # PostgreSQL's "fast" shutdown: SIGTERM would wait for every client
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Postgres:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import sys
@@ -17,12 +16,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import httpx
 
 from support.environment import isolated
-from support.processes import Process, ProcessError
+from support.processes import Process, ProcessError, Program
 
 QUICK = {
     # The defaults write at most 35 task runs a second and hold events back for five.
@@ -44,8 +43,8 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-class PrefectServer:
-    """A `prefect server start` process; a context manager."""
+class PrefectServer(Program):
+    """A `prefect server start` process."""
 
     def __init__(
         self,
@@ -62,7 +61,6 @@ class PrefectServer:
         self._database_url = database_url
         self._template = template
         self._env = dict(env or {})
-        self._process: Process | None = None
         self._has_answered = False
 
     @property
@@ -81,13 +79,6 @@ class PrefectServer:
     def running(self) -> bool:
         return self._process is not None and self._process.running
 
-    @property
-    def process(self) -> Process:
-        """The process, for tests that hurt it."""
-        if self._process is None:
-            raise RuntimeError("this Prefect server was never started: call start()")
-        return self._process
-
     def env(self, *, home: Path | None = None, **extra: str) -> dict[str, str]:
         """Return the whole environment of a process that is a client of this server."""
         return isolated(home or self.home, {"PREFECT_API_URL": self.api_url, **extra})
@@ -99,7 +90,7 @@ class PrefectServer:
         """
         return f"{self.ui_url}{'/v2' if ui == 'v2' else ''}/artifacts/artifact/{artifact_id}"
 
-    def start(self, timeout: float = 120.0) -> PrefectServer:
+    def start(self, timeout: float = 120.0) -> Self:
         """Start it and wait until it answers; about 5 seconds, 12 with a new database."""
         if self.running:
             return self
@@ -120,7 +111,11 @@ class PrefectServer:
             self.port = free_port()  # between free_port and the bind someone else took it
         self._has_answered = True
         if self.database and self._template and not self._template.exists():
-            _keep(self.database, self._template)
+            self._template.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._template.with_suffix(f".{os.getpid()}")
+            with closing(sqlite3.connect(self.database)) as source, closing(sqlite3.connect(partial)) as target:
+                source.backup(target)  # one consistent file, of a database that is in use
+            partial.replace(self._template)
         return self
 
     def _answers(self, process: Process, deadline: float) -> bool:
@@ -150,29 +145,6 @@ class PrefectServer:
             for table in tables:
                 if not table.startswith(("alembic", "block_type", "block_schema")):
                     database.execute(f'DELETE FROM "{table}"')
-
-    def stop(self) -> None:
-        """End it: SIGTERM, SIGKILL ten seconds later, and surely gone afterwards. Harmless if it does not run."""
-        if self._process is not None:
-            self._process.stop(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.process.kill()
-
-    def __enter__(self) -> PrefectServer:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-def _keep(database: Path, template: Path) -> None:
-    """Copy a live database, as one consistent file."""
-    template.parent.mkdir(parents=True, exist_ok=True)
-    partial = template.with_suffix(f".{os.getpid()}")
-    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(partial)) as target:
-        source.backup(target)
-    partial.replace(template)
 
 
 @contextlib.contextmanager

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import signal
 import subprocess
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 MARK = "PREFECT_CREW_TEST_PROCESS"
 """The environment variable that names the process a descendant came from; nested ones are joined by a comma."""
@@ -55,7 +57,7 @@ class Process:
                 cwd=cwd,
                 start_new_session=True,
                 user=user,
-                group=None if user is None else _group_of(user),
+                group=None if user is None else pwd.getpwnam(user).pw_gid,
                 extra_groups=None if user is None else [],
             )
 
@@ -148,10 +150,34 @@ class Process:
             time.sleep(0.05)
 
 
-def _group_of(user: str) -> int:
-    import pwd  # POSIX only, like everything that needs another user
+class Program:
+    """A program that runs as one process at a time; a context manager that starts and stops it."""
 
-    return pwd.getpwnam(user).pw_gid
+    _process: Process | None = None
+
+    def start(self) -> Self:
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """End it with all its descendants. Harmless if it does not run."""
+        if self._process is not None:
+            self._process.stop()
+
+    @property
+    def process(self) -> Process:
+        """The process, for tests that hurt it. `family()` returns its descendants too."""
+        assert self._process is not None, f"this {type(self).__name__} was never started: call start()"
+        return self._process
+
+    def kill(self) -> None:
+        """SIGKILL for it and all its descendants: the machine is gone."""
+        self.process.kill()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 def _bearers(mark: str) -> Iterator[int]:

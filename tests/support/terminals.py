@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import pty
 import select
 import signal
 import struct
+import termios
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,10 +21,6 @@ class Terminal:
     """A program that runs on a pseudo-terminal of 100 columns and 40 lines; a context manager that ends it."""
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
-        import fcntl
-        import pty
-        import termios
-
         self.mark = uuid.uuid4().hex
         self.output = ""
         """All that it has written, escape sequences and all."""

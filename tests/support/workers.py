@@ -5,14 +5,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 from support.environment import program
 from support.prefect_server import PrefectServer
-from support.processes import Process
+from support.processes import Process, Program
 
 
-class Worker:
-    """A `prefect worker start`; a context manager.
+class Worker(Program):
+    """A `prefect worker start`.
 
     It runs in `folder`, where relative entrypoints are looked up and its log is kept; `home` is its PREFECT_HOME, `env`
     are more variables for it and its flow runs, `poll` the seconds between two looks for work.
@@ -45,16 +46,8 @@ class Worker:
         )
         self._options = ["--name", self.name, *([] if limit is None else ["--limit", str(limit)])]
         self._kind = kind
-        self._process: Process | None = None
 
-    @property
-    def process(self) -> Process:
-        """The process, for tests that hurt it. `family()` tells it and its flow runs."""
-        if self._process is None:
-            raise RuntimeError("this worker was never started: call start()")
-        return self._process
-
-    def start(self, timeout: float = 60.0) -> Worker:
+    def start(self, timeout: float = 60.0) -> Self:
         """Start it and wait until it says that it has started."""
         self._process = Process(
             [program("prefect"), *f"worker start --pool {self.pool} --type {self._kind}".split(), *self._options],
@@ -76,13 +69,3 @@ class Worker:
         """
         if self._process is not None:
             self._process.stop(signal.SIGTERM, grace=grace, again=signal.SIGTERM)
-
-    def kill(self) -> None:
-        """SIGKILL for the worker and its flow runs: the machine is gone."""
-        self.process.kill()
-
-    def __enter__(self) -> Worker:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
