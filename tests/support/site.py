@@ -12,43 +12,6 @@ from support.workers import Worker
 
 POOL = "processes"
 CREW_POOL = "crews"
-FLOWS = """
-definitions:
-  in_processes: &in_processes
-    work_pool: {name: processes, job_variables: {env: {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: "30"}}}
-    tags: [recover-crashed]
-    schedules: null
-deployments:
-  - <<: *in_processes
-    name: daily
-    entrypoint: flows/one_crew.py:one_crew
-    parameters: {crew: research, inputs: {topic: tea}}
-    schedules:
-      - slug: mornings
-        active: false
-        cron: "0 6 * * *"
-        timezone: Europe/Lisbon
-        parameters: {idempotency_key: "research-{scheduled_start:%Y-%m-%d}"}
-  - <<: *in_processes
-    name: weekly
-    entrypoint: flows/report_pipeline.py:report_pipeline
-    parameters: {topic: tea}
-  - <<: *in_processes
-    name: by-form
-    entrypoint: flows/reviewed_report.py:reviewed_report
-    parameters: {topic: tea}
-  - <<: *in_processes
-    name: after-research
-    entrypoint: flows/follow_up.py:follow_up
-    parameters: {crew: write, takes: notes, inputs: {topic: tea, audience: everyone}}
-    triggers:
-      - type: event
-        enabled: false
-        expect: [crew.completed]
-        match: {prefect-crew.crew: research}
-        match_related: {prefect.resource.role: flow, prefect.resource.name: one-crew}
-        parameters: {idempotency_key: "{{ event.payload.idempotency_key }}", after: research}
-"""
 
 
 class Site(Crews):
@@ -61,8 +24,8 @@ class Site(Crews):
         self.run("prefect-crew", "init", self.project)
         self.run("prefect", "work-pool", "create", POOL, "--type", "process")
         self.run("prefect", "work-pool", "create", CREW_POOL, "--type", "crew")
-        (self.folder / "flows.yaml").write_text(FLOWS)
-        self.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", self.folder / "flows.yaml")
+        flows = Path(__file__).with_name("flows.yaml")
+        self.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", flows)
         self.deploy()
         self.run("prefect-crew", "automations", "apply", "--pool", POOL)
         return self
