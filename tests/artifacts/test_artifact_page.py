@@ -11,49 +11,15 @@ import pytest
 
 from prefect_crew import DeployedCrew, run_crew
 from prefect_crew.artifacts.run import artifact_key
-from prefect_crew.devserver import CrewScript, CrewServer
+from prefect_crew.devserver import CrewServer
 from support.seen import Seen
 
 pytestmark = pytest.mark.slow
 
-UGLY = """# Tiles ‮of Lisbon‬ <script>window.pwned = 1</script>
-
-Some *emphasis*, **strength** and `code with <b>`.
-
-| place | name |
-| --- | --- |
-| 1 <img src=x onerror="window.pwned = 1"> | עברית ‏ישראל |
-
-```python
-if a < b: print("<b>")
-```
-
-![picture](http://127.0.0.1:1/tracker.png) [link](javascript:window.pwned=1)
-
-العربية: مرحبا بالعالم · 日本語
-
-- the fence below is never closed
-```
-still inside
-"""
-
-
-SCRIPT = CrewScript.model_validate(
-    {
-        "name": "ugly",
-        "inputs": ["topic", "password"],
-        "tasks": [
-            {"name": "research | the <b>topic</b>", "agent": "A`gent", "seconds": 0.3, "output": "one | two"},
-            {"name": "write", "agent": "Writer", "seconds": 0.9, "output": UGLY},
-        ],
-        "usage": {"total_tokens": 1200, "prompt_tokens": 1000},
-    }
-)
-
 
 @pytest.fixture
 def artifact_id(seen: Seen, instant_polling: None) -> str:
-    with CrewServer(SCRIPT, response_format="union") as server:
+    with CrewServer(str(Path(__file__).with_name("ugly.yaml")), response_format="union") as server:
         fields = {"secret_inputs": ["password"], "page_url": "https://crews.example/travel?tab=(1)|2"}
         crew = DeployedCrew(url=server.url, token=server.token, **fields)
         run_crew(crew, {"topic": "<i>Lisbon</i> | tiles", "password": "correct horse battery"})

@@ -95,9 +95,8 @@ def test_inputs_stay_shown():
     assert "| **city** | Lisbon |" in render_run(unknown, render_run(unknown, render_run(known)))
     assert "Lisbon" not in render_run(replace(unknown, show="summary"), render_run(known))
     error = "### Inputs\n\n[a link](https://evil.test)"
-    failed = replace(
-        unknown, state=CrewState.FAILED, status=CrewStatus(kickoff_id="r1", state=CrewState.FAILED, error=error)
-    )
+    status = CrewStatus(kickoff_id="r1", state=CrewState.FAILED, error=error)
+    failed = replace(unknown, state=CrewState.FAILED, status=status)
     assert "evil" not in render_run(unknown, render_run(failed))
 
 
@@ -155,9 +154,8 @@ def test_a_lasting_run_is_shown_while_it_runs(
 
 
 def test_a_silent_server_is_shown(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_of(crew_server(slow(60), faults=["status:500"]).crew(wait=pc.WaitPolicy(error_timeout=0.2))).called(
-        name
-    )
+    server = crew_server(slow(60), faults=["status:500"])
+    crew = crew_of(server.crew(wait=pc.WaitPolicy(error_timeout=0.2))).called(name)
     with pytest.raises(pc.ServerError):
         asyncio.run(pc.arun_crew(crew))
     assert "Nothing is started then." in shown(seen, name)
@@ -166,7 +164,7 @@ def test_a_silent_server_is_shown(crew_server: CrewServerFactory, seen: Seen, na
 def test_an_artifact_links_page_and_result(crew_server: CrewServerFactory, seen: Seen, name: str):
     server, key = crew_server(script({"output": "x" * 70_000})), f"{name}'s key"
     crew = replace(crew_of(server.crew(page_url="https://crews.example/travel")), label=name, block=name)
-    assert len(asyncio.run(pc.arun_crew(crew, idempotency_key=key)).output) == 70_000
+    assert len(pc.run_crew(crew, idempotency_key=key).output) == 70_000
     (artifact,) = seen.artifacts(artifact_key(name))
     flow_run_id = artifact["flow_run_id"]
     for part in (
@@ -181,7 +179,7 @@ def test_an_artifact_links_page_and_result(crew_server: CrewServerFactory, seen:
 def test_a_question_stands_first_with_commands(crew_server: CrewServerFactory, seen: Seen, name: str):
     crew = crew_of(crew_server(ASKS, response_format="union").crew()).called(name)
     with pytest.raises(pc.CrewTimeoutError):
-        asyncio.run(pc.arun_crew(crew, wait=pc.WaitPolicy(initial=0.05, human_timeout=0.5)))
+        pc.run_crew(crew, wait=pc.WaitPolicy(initial=0.05, human_timeout=0.5))
     kickoff_id = seen.artifacts(artifact_key(name))[0]["description"].split()[1]
     text = shown(seen, name)
     head, _, rest = text.partition("```bash\n")
@@ -198,13 +196,12 @@ def test_a_question_stands_first_with_commands(crew_server: CrewServerFactory, s
 @pytest.mark.parametrize("owner", ["flow", "script"])
 def test_who_reattaches_updates_the_artifact(crew_server: CrewServerFactory, seen: Seen, name: str, owner: str):
     crew = crew_of(crew_server(slow(1.0)).crew()).called(name)
-
     if owner == "flow":
         call_in_flow(lambda: pc.kickoff_crew(crew, idempotency_key=name))
     else:
         kicked_off(crew, idempotency_key=name)
     assert "○ pending" in shown(seen, name)
-    assert asyncio.run(pc.arun_crew(crew, idempotency_key=name)).output == "done"
+    assert pc.run_crew(crew, idempotency_key=name).output == "done"
     assert "✓ completed" in shown(seen, name)
 
 
@@ -230,14 +227,13 @@ def test_show_and_secrets_decide_what_is_seen(
     crew_server: CrewServerFactory, seen: Seen, name: str, fields: Any, there: list[str], not_there: list[str]
 ):
     server = crew_server(script({"output": "{{ city }} by tram with {{ password }}"}, inputs=["city", "password"]))
-    result = asyncio.run(
-        pc.arun_crew(crew_of(server.crew(**fields)).called(name), {"city": "Lisbon", "password": "hunter22"})
-    )
+    inputs = {"city": "Lisbon", "password": "hunter22"}
+    result = pc.run_crew(crew_of(server.crew(**fields)).called(name), inputs)
     assert result.output == "Lisbon by tram with hunter22"
     assert all(part in shown(seen, name) for part in there)
     assert not any(part in shown(seen, name) for part in not_there)
-    values = [one["value"] for one in seen.variables() if one["value"].get("crew") == name]
-    (end,) = [value for value in values if value["phase"] == "ended"]
+    values = [variable["value"] for variable in seen.variables()]
+    (end,) = [value for value in values if value.get("crew") == name and value["phase"] == "ended"]
     assert ("result" in end) is (fields == {"show": "full"})
 
 
