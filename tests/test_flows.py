@@ -9,6 +9,7 @@ import traceback
 import uuid
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -31,17 +32,18 @@ from prefect_crew.client.redaction import MASK
 from prefect_crew.records import results
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.testing import CrewServerFactory
-from support.flow_runs import call_in_flow
+from support.flow_runs import acall_in_flow, call_in_flow
 from support.frames import locals_of
 from support.held import FailsFirst
 from support.proxy import Proxy
 from support.records import key, new_record, put
-from support.scripts import FAILS, script, slow
+from support.scripts import FAILS, PICKY, script, slow
 from support.seen import Seen
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 FLOW = "deployed-crew"
+TOO_LARGE = "(too large to be stored with the flow run)"
 
 
 def new_name() -> str:
@@ -85,11 +87,10 @@ def test_a_task_run_name_is_filled_with_arguments(crew_server: CrewServerFactory
 
 async def test_a_kickoff_cut_by_its_timeout_is_found(crew_server: CrewServerFactory):
     server, run_key = crew_server("echo", faults=["kickoff:latency=2@1"]), key()
+    call = partial(pc.arun_crew, server.crew(), {"text": "a"}, idempotency_key=run_key)
     with pytest.raises(TimeoutError):
-        await pc.arun_crew(
-            server.crew(), {"text": "a"}, idempotency_key=run_key, kickoff_options={"timeout_seconds": 1}
-        )
-    assert (await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=run_key)).output == "a"
+        await call(kickoff_options={"timeout_seconds": 1})
+    assert (await call()).output == "a"
     assert server.requests["kickoff"] == 1
 
 
@@ -199,13 +200,8 @@ def test_a_loop_of_calls_leaves_no_subflows(crew_server: CrewServerFactory, seen
 def test_a_failed_state_says_why_in_one_line(crew_server: CrewServerFactory, seen: Seen):
     called = new_name()
     crew = crew_of(crew_server(FAILS).crew()).called("travel")
-
-    @flow(name=called)
-    async def trip() -> None:
-        await pc.arun_crew(crew)
-
     with pytest.raises(pc.CrewFailedError):
-        asyncio.run(trip())
+        call_in_flow(lambda: pc.arun_crew(crew), name=called)
     (run,) = seen.flow_runs(called)
     message = run["state"]["message"]
     assert "of crew travel failed: the search engine is down." in message
@@ -217,13 +213,12 @@ STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 async def test_a_state_to_restore_makes_another_run(crew_server: CrewServerFactory, inside: bool):
-    server, idempotency_key = crew_server("echo"), key()
+    server = crew_server("echo")
+    run: Any = partial(pc.arun_crew, server.crew(), {"text": "a"}, idempotency_key=key())
 
-    @flow
-    async def around(**given: Any) -> CrewResult:
-        return await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **given)
+    async def call(**options: Any) -> CrewResult:
+        return (await acall_in_flow(lambda: run(**options)))[1] if inside else await run(**options)
 
-    call: Any = around if inside else around.fn
     first = await call(restore_from=STATE)
     assert (await call(restore_from=uuid.UUID(STATE))).kickoff_id == first.kickoff_id
     assert (await call(restore_from=STATE.upper())).kickoff_id == first.kickoff_id
@@ -236,15 +231,13 @@ async def test_a_state_to_restore_makes_another_run(crew_server: CrewServerFacto
 
 async def test_a_state_to_restore_is_part_of_the_key(crew_server: CrewServerFactory):
     server = crew_server("echo")
+    run: Any = partial(pc.arun_crew, server.crew(), {"text": "a"}, name="step")
 
-    @flow
-    async def twice() -> list[str]:
-        states = (STATE, None)
-        found = [await pc.arun_crew(server.crew(), {"text": "a"}, name="step", restore_from=state) for state in states]
-        return [result.kickoff_id for result in found]
+    async def twice() -> list[CrewResult]:
+        return [await run(restore_from=state) for state in (STATE, None)]
 
-    one, other = await twice()
-    assert [server.run(one).restore_from, server.run(other).restore_from] == [STATE, None]
+    _, results = await acall_in_flow(twice)
+    assert [server.run(result.kickoff_id).restore_from for result in results] == [STATE, None]
 
 
 # What Prefect stores of a flow of its own
@@ -314,22 +307,18 @@ def test_large_inputs_reach_the_crew(crew_server: CrewServerFactory, seen: Seen)
     called = new_name()
     crew = crew_of(crew_server(script({"output": "{{ inputs.book | length }}"})).crew()).called(called)
     assert pc.run_crew(crew, {"book": "語" * 300_000, "page": 3}).output == "300000"
-    too_large = "(too large to be stored with the flow run)"
-    assert stored(seen, called)["parameters"]["inputs"] == {"book": too_large, "page": too_large}
+    assert stored(seen, called)["parameters"]["inputs"] == {"book": TOO_LARGE, "page": TOO_LARGE}
 
 
 async def test_bad_arguments_start_nothing(crew_server: CrewServerFactory):
     """tests/runs/test_options.py has all of them."""
-    server, idempotency_key = crew_server("echo"), key()
-
-    async def trip(**options: Any) -> str:
-        return (await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key, **options)).output
-
-    for call in (trip, flow(trip)):
+    server = crew_server("echo")
+    run: Any = partial(pc.arun_crew, server.crew(), {"text": "a"}, idempotency_key=key())
+    for call in (run, lambda **options: acall_in_flow(lambda: run(**options))):
         with pytest.raises(pc.ConfigurationError, match=r"meta is a value of type str; .* Nothing was started"):
             await call(meta="text")
     assert server.kickoffs == 0
-    assert await trip() == "a", "the key is not used up"
+    assert (await run()).output == "a", "the key is not used up"
 
 
 def test_unsendable_inputs_make_no_flow_run(crew_server: CrewServerFactory, seen: Seen):
@@ -351,10 +340,8 @@ async def test_a_flow_run_of_a_block_can_be_run_again(crew_server: CrewServerFac
     server, block = crew_server("echo"), new_name()
     crew = server.crew()
     await crew.asave(block)
-    policy = pc.WaitPolicy(timeout=77)
-    first = await pc.arun_crew(
-        crew if given == "block" else block, {"text": "a"}, name="step", wait=policy, restore_from=STATE
-    )
+    options: Any = {"name": "step", "wait": pc.WaitPolicy(timeout=77), "restore_from": STATE}
+    first = await pc.arun_crew(crew if given == "block" else block, {"text": "a"}, **options)
     run = await asyncio.to_thread(stored, seen, block)
     assert run["parameters"]["wait"]["timeout"] == 77
     assert run["parameters"]["restore_from"] == STATE
@@ -368,9 +355,7 @@ DAY = {"start_time": "2024-02-28T00:00:00Z", "end_time": "2024-02-28T23:00:00Z",
 
 
 @pytest.mark.parametrize("force_new", [False, True])
-async def test_a_key_that_all_times_of_a_schedule_share_is_refused_in_the_run(
-    crew_server: CrewServerFactory, force_new: bool
-):
+async def test_one_key_for_all_times_is_refused_in_the_run(crew_server: CrewServerFactory, force_new: bool):
     """As of a deployment that Prefect has made of a file or a prefect.yaml, which checks no keys."""
     server, block = crew_server("echo"), new_name()
     await server.crew().asave(block)
@@ -404,10 +389,9 @@ async def test_a_flow_run_with_secrets_cannot_run_again(crew_server: CrewServerF
     block = new_name()
     server = crew_server(script({"output": "x"}))
     await server.crew(secret_inputs=["pin"]).asave(block)
+    inputs = {"pin": MASK, "city": "Lisbon", "book": TOO_LARGE}
     with pytest.raises(pc.ConfigurationError, match="inputs pin, book, which are secret or too large"):
-        await pc.run_deployed_crew(
-            crew=block, inputs={"pin": MASK, "city": "Lisbon", "book": "(too large to be stored with the flow run)"}
-        )
+        await pc.run_deployed_crew(crew=block, inputs=inputs)
     assert not server.requests
 
 
@@ -455,21 +439,18 @@ async def test_a_large_result_needs_no_crew_server(crew_server: CrewServerFactor
 async def test_a_retried_flow_has_its_large_result(crew_server: CrewServerFactory):
     server, outputs = crew_server(script({"output": "{{ 'x' * 9000 }}"})), list[str]()
 
-    @flow(retries=1)
     async def mine() -> None:
         outputs.append((await pc.arun_crew(server.crew())).output)
         if len(outputs) == 1:
             server.stop()
             raise ValueError
 
-    await mine()
+    await acall_in_flow(mine, retries=1)
     assert outputs == ["x" * 9000] * 2
     assert server.kickoffs == 1
 
 
-async def test_a_result_too_large_is_read_from_the_crew(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_too_large_result_is_read_at_the_crew(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(results, "LARGEST", 8000)
     server, idempotency_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), new_name()
     await pc.arun_crew(crew_of(server.crew()).called(block), idempotency_key=idempotency_key)
@@ -487,23 +468,23 @@ async def test_a_result_too_large_is_read_from_the_crew(
 
 
 async def test_the_completed_attempt_counts(crew_server: CrewServerFactory):
-    fails_at_2 = script({"fail": "{{ 'no' if n == '2' else '' }}", "output": "{{ n }}"}, inputs=["n"])
-    server, idempotency_key = crew_server(fails_at_2), key()
-    await pc.arun_crew(server.crew(), {"n": 1}, idempotency_key=idempotency_key)
+    crew, idempotency_key = crew_server(PICKY).crew(), key()
+    await pc.arun_crew(crew, {"topic": "tea"}, idempotency_key=idempotency_key)
     with pytest.raises(pc.CrewFailedError):
-        await pc.arun_crew(server.crew(), {"n": 2}, idempotency_key=idempotency_key, force_new=True)
-    assert (await pc.aget_result(idempotency_key)).output == "1"
+        await pc.arun_crew(crew, {"topic": "bad"}, idempotency_key=idempotency_key, force_new=True)
+    assert (await pc.aget_result(idempotency_key)).output == "on tea"
 
 
 async def test_a_kickoff_id_means_its_own_attempt(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(FailsFirst()), key()
-    crew = server.crew()
+    run: Any = partial(pc.arun_crew, server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
     with pytest.raises(pc.CrewFailedError):
-        await pc.arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
-    await pc.arun_crew(crew, {"text": "a"}, idempotency_key=idempotency_key)
+        await run()
+    await run()
     first, second = (run.id for run in server.runs)
     result = await pc.aget_result(second)
-    assert (result.kickoff_id, result.idempotency_key) == (second, idempotency_key)
+    assert result.kickoff_id == second
+    assert result.idempotency_key == idempotency_key
     with pytest.raises(pc.CrewFailedError):
         await pc.aget_result(first)
 
@@ -572,10 +553,7 @@ async def test_a_crew_that_was_not_awaited_is_named():
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        (
-            "timeout",
-            r"^run_crew\(\) got an unexpected .* 'timeout'\. Write wait=WaitPolicy\(timeout=…\)\.",
-        ),
+        ("timeout", r"^run_crew\(\) got an unexpected .* 'timeout'\. Write wait=WaitPolicy\(timeout=…\)\."),
         ("key", r"^run_crew\(\) .* Write idempotency_key=…\."),
         ("color", r"^run_crew\(\) .* It takes: crew, inputs, name, idempotency_key"),
     ],
