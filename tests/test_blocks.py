@@ -14,12 +14,7 @@ from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import SecretStr, ValidationError
 
-from prefect_crew import (
-    CrewRun,
-    DeployedCrew,
-    NoResultError,
-    WaitPolicy,
-)
+from prefect_crew import CrewRun, DeployedCrew, NoResultError, WaitPolicy
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
 from support.held import Held
@@ -70,7 +65,7 @@ def test_the_url_is_cleaned():
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused_without_the_token_that_was_given_with_it(fields: dict[str, Any]):
+def test_a_wrong_field_is_refused_without_the_token(fields: dict[str, Any]):
     with pytest.raises(ValidationError) as caught:
         crew(**{"token": "plain-text-token", **fields})
     for shown in (str(caught.value), repr(caught.value)):
@@ -89,13 +84,8 @@ def test_the_token_shows_nowhere():
 @pytest.mark.usefixtures("prefect_api")
 async def test_it_is_stored_with_all_that_holds_for_its_runs_and_loaded_by_name():
     name = f"travel-{uuid.uuid4().hex[:8]}"
-    block = crew(
-        wait=WaitPolicy(timeout=60, on_timeout="stop"),
-        show="summary",
-        secret_inputs=("pin",),
-        price=0.5,
-        max_attempts=2,
-    )
+    policy = WaitPolicy(timeout=60, on_timeout="stop")
+    block = crew(wait=policy, show="summary", secret_inputs=("pin",), price=0.5, max_attempts=2)
     await block.asave(name)
     loaded = await DeployedCrew.aload(name)
     assert (loaded.label, loaded.token.get_secret_value()) == (name, "the-token")
@@ -111,9 +101,8 @@ async def test_a_stored_block_whose_wait_has_fields_of_another_version_is_loaded
     async with get_client() as client:
         stored = await client.read_block_document(document, include_secrets=True)
         data = {**stored.data, "wait": {**stored.data["wait"], "mode": "suspend", "suspend_fallback": "refuse"}}
-        await client.update_block_document(
-            document, BlockDocumentUpdate(block_schema_id=stored.block_schema_id, data=data)
-        )
+        update = BlockDocumentUpdate(block_schema_id=stored.block_schema_id, data=data)
+        await client.update_block_document(document, update)
     assert (await DeployedCrew.aload(name)).wait == WaitPolicy(timeout=60)
 
 

@@ -25,19 +25,22 @@ from support.scripts import script
 from support.waiting import until
 
 
+def block_of(**fields: Any) -> DeployedCrew:
+    return DeployedCrew(**{"url": "https://travel.test", "token": SecretStr("the-token"), **fields})
+
+
 def crew(**fields: Any) -> Crew:
-    return crew_of(DeployedCrew(**{"url": "https://travel.test", "token": SecretStr("the-token"), **fields}))
+    return crew_of(block_of(**fields))
 
 
 def test_it_has_every_field_of_its_block():
-    fields = {"show": "summary", "secret_inputs": ["pin"], "price": Price(per_run=0.5)}
-    block = DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields)  # type: ignore[arg-type]
+    block = block_of(show="summary", secret_inputs=["pin"], price=Price(per_run=0.5))
     for name in DeployedCrew.model_fields:
         kept = getattr(crew_of(block), name)
         assert (list(kept) if isinstance(kept, tuple) else kept) == getattr(block, name), name
 
 
-def test_no_secret_shows_in_it_nor_in_what_would_be_stored_of_it_and_other_processes_get_it():
+def test_a_crew_shows_no_secret_and_is_pickled_whole():
     one = crew(secret_inputs=["pin"]).with_token(SecretStr("the-new-token"))
     for shown in (repr(one), str(one), str(asdict(one)), to_json(one, fallback=repr).decode()):
         assert "the-token" not in shown
@@ -45,14 +48,14 @@ def test_no_secret_shows_in_it_nor_in_what_would_be_stored_of_it_and_other_proce
     assert pickle.loads(pickle.dumps(one)) == one
 
 
-async def test_one_that_is_not_stored_is_called_by_its_address_or_as_its_user_says():
+async def test_an_unstored_crew_is_called_by_its_address():
     one = crew(url="https://travel.test:444/crews/1/")
     assert (one.label, crew().label, one.called("travel").label) == ("travel.test:444/crews/1", "travel.test", "travel")
     assert await load_crew(one) is one
     assert await load_crew(DeployedCrew(url=one.url, token=one.token)) == one
 
 
-def test_a_title_repeats_no_value_that_its_giver_has_called_secret():
+def test_a_title_shows_no_secret_input():
     inputs = {"dsn": "postgresql://u:hunter22@db/x", "password": SecretStr("hunter22")}
     title = crew().title(Inputs.of(inputs))
     assert title.startswith(f"{crew().label} · postgresql://u:")
@@ -63,15 +66,11 @@ def test_a_title_repeats_no_value_that_its_giver_has_called_secret():
 # The session
 
 
-async def stored(server: Any, **fields: Any) -> Crew:
-    """Store a block and return its crew as a fresh process would load it."""
-    name = f"session-{uuid.uuid4().hex[:8]}"
-    await server.crew(**fields).asave(name)
+async def stored(server: Any, name: str | None = None, **fields: Any) -> Crew:
+    """Store a block, again if it has a name, and return its crew as a fresh process would load it."""
+    name = name or f"session-{uuid.uuid4().hex[:8]}"
+    await server.crew(**fields).asave(name, overwrite=True)
     return await load_crew(name)
-
-
-async def store_anew(crew: Crew, server: Any, **fields: Any) -> None:
-    await server.crew(**fields).asave(crew.label, overwrite=True)
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -81,7 +80,7 @@ async def test_a_call_is_made_once_more_with_the_stored_token(crew_server: CrewS
     assert (crew.block, crew.called("other").label) == (crew.label, crew.label)
     assert await crew.reloaded() is None
     server.token = "the-new-token"
-    await store_anew(crew, server, secret_inputs=["password"])
+    await stored(server, crew.label, secret_inputs=["password"])
     async with CrewSession(crew) as session:
         assert [known.name for known in await session.call(lambda client: client.inputs())] == ["text"]
         assert session.crew.token.get_secret_value() == "the-new-token"
@@ -91,13 +90,13 @@ async def test_a_call_is_made_once_more_with_the_stored_token(crew_server: CrewS
 
 
 @pytest.mark.usefixtures("prefect_api")
-async def test_of_calls_that_are_refused_at_once_the_first_takes_up_the_new_token_for_all(
+async def test_of_refused_calls_the_first_renews_the_token(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     server, reads, read = crew_server("echo"), 0, Crew.reloaded
     crew = await stored(server)
     server.token = "the-new-token"
-    await store_anew(crew, server)
+    await stored(server, crew.label)
 
     async def reloaded(crew: Crew) -> Crew | None:
         nonlocal reads
@@ -117,11 +116,11 @@ async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewS
     crew = await stored(server)
     async with CrewSession(crew_of(server.crew(token="not-stored"))) as session:
         assert not await session.renew(session.client)
-    await store_anew(crew, server, token="no header can carry this")
+    await stored(server, crew.label, token="no header can carry this")
     async with CrewSession(crew) as session:
         assert not await session.renew(session.client)
         await session.client.inputs()
-    await store_anew(crew, server)
+    await stored(server, crew.label)
     server.token = "the-new-token"
     async with CrewSession(crew) as session:
         with pytest.raises(AuthenticationError):
@@ -131,40 +130,34 @@ async def test_a_refusal_stands_where_there_is_no_other_token(crew_server: CrewS
         assert not await session.renew(session.client)
 
 
-async def test_who_is_cancelled_while_another_opens_a_session_does_not_count_in_it():
-    is_open = asyncio.Event()
+class SlowClient(CrewClient):
+    """Opens once `is_open` is set."""
 
-    class Slow(CrewClient):
-        async def __aenter__(self) -> CrewClient:
-            await is_open.wait()
-            return await super().__aenter__()
+    def __init__(self, crew: Crew, is_open: asyncio.Event, opened: list[CrewClient]) -> None:
+        super().__init__(crew.url, crew.token)
+        self.is_open, self.opened = is_open, opened
 
-    session = CrewSession(crew(), lambda crew: Slow(crew.url, crew.token))
-    first, second = asyncio.ensure_future(session.__aenter__()), asyncio.ensure_future(session.__aenter__())
+    async def __aenter__(self) -> CrewClient:
+        self.opened.append(self)
+        await self.is_open.wait()
+        return await super().__aenter__()
+
+
+@pytest.mark.parametrize("is_cancelled", [True, False])
+async def test_two_that_enter_a_session_at_once_share_a_client(is_cancelled: bool):
+    is_open, opened = asyncio.Event(), list[CrewClient]()
+    session = CrewSession(crew(), lambda crew: SlowClient(crew, is_open, opened))
+    first, second = [asyncio.ensure_future(session.__aenter__()) for _ in range(2)]
     await asyncio.sleep(0)
-    second.cancel()
-    await asyncio.wait({second})
+    if is_cancelled:
+        second.cancel()
+        await asyncio.wait({second})
     is_open.set()
     await first
-    await session.__aexit__(None, None, None)
-    with pytest.raises(InvalidCallError, match="not open"):
-        _ = session.client
-
-
-async def test_two_that_enter_a_session_at_once_share_one_client():
-    opened: list[CrewClient] = []
-
-    class Slow(CrewClient):
-        async def __aenter__(self) -> CrewClient:
-            opened.append(self)
-            await asyncio.sleep(0)
-            return await super().__aenter__()
-
-    session = CrewSession(crew(), lambda crew: Slow(crew.url, crew.token))
-    await asyncio.gather(session.__aenter__(), session.__aenter__())
-    assert opened == [session.client]
-    await session.__aexit__(None, None, None)
-    assert session.client is opened[0], "it stays open for the other one"
+    if not is_cancelled:
+        await second
+        await session.__aexit__(None, None, None)
+    assert opened == [session.client], "it stays open for the other one, and whoever was cancelled does not count"
     await session.__aexit__(None, None, None)
     with pytest.raises(InvalidCallError, match="not open"):
         _ = session.client

@@ -18,9 +18,8 @@ CREW = "name: mine\ninputs: [topic]\ntasks: [{name: t, seconds: 0.2, output: 'ab
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_several_servers_in_one_test_with_options_and_ports(
-    crew_server: CrewServerFactory, scripted_crew: CrewServer, instant_polling: None, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("instant_polling")
+def test_a_test_may_have_several_servers(crew_server: CrewServerFactory, scripted_crew: CrewServer, tmp_path: Path):
     (tmp_path / "crew.yaml").write_text(CREW)
     server = crew_server(tmp_path / "crew.yaml", faults=["inputs:503=2@1"], response_format="live", token="t")
     answers = [httpx.get(f"{server.url}/inputs", headers={"Authorization": "Bearer t"}) for _ in range(2)]
