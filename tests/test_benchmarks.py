@@ -1,4 +1,4 @@
-"""The benchmarks run: all of them, with tiny numbers. What they measure then means nothing."""
+"""The benchmarks run: all of them, with tiny numbers, which then mean nothing; and what one run may enter at most."""
 
 from __future__ import annotations
 
@@ -69,3 +69,21 @@ def test_the_page_has_the_newest_results_of_each_part():
         r"<!-- figures: benchmarks/run.py --table -->\n(.*)\n<!-- end of figures -->", page, re.DOTALL
     )
     assert region.strip() == figures.strip()
+
+
+MOST_FUNCTIONS = 210
+"""The goal is 130. Whoever removes a step that a run passes lowers this. Three of them note the crew's version and let
+a caller that waits for its turn close a run."""
+MOST_TASKS = 3
+
+
+@pytest.mark.programs
+@pytest.mark.usefixtures("prefect_api")
+def test_a_run_enters_no_more_functions_and_asyncio_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # A process of its own, since the tests before this one leave state that a run of this process would pass through.
+    monkeypatch.setenv("BENCHMARK_FIGURES", str(tmp_path / "figures"))
+    listed = run("benchmarks/trace_calls.py", "--list", seconds=120)
+    figures = json.loads((tmp_path / "figures").read_text())
+    assert "kick_off" in listed, "nothing was traced"
+    assert figures["functions"] <= MOST_FUNCTIONS, listed
+    assert figures["asyncio_tasks"] <= MOST_TASKS, listed
