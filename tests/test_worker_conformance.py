@@ -74,7 +74,7 @@ def queue(pool: CrewPool, name: str, **options: Any) -> str:
     return pool.call("POST", f"/work_pools/{pool.name}/queues", {"name": name, **options})["name"]
 
 
-async def test_a_worker_creates_its_pool_and_describes_it_unless_it_may_not(pool: CrewPool, ran: AsyncMock):
+async def test_a_worker_creates_and_describes_its_pool(pool: CrewPool, ran: AsyncMock):
     async with CrewWorker(pool.name, create_pool_if_not_found=False) as worker:
         await look(worker)
         with pytest.raises(ObjectNotFound):
@@ -102,9 +102,7 @@ async def test_a_worker_creates_its_pool_and_describes_it_unless_it_may_not(pool
     ],
     ids=["all", "no prefetching", "one queue", "limit of 1", "limit of 2"],
 )
-async def test_the_flow_runs_that_a_worker_takes(
-    pool: CrewPool, ran: AsyncMock, options: dict[str, Any], taken: set[str]
-):
+async def test_a_worker_takes_these_flow_runs(pool: CrewPool, ran: AsyncMock, options: dict[str, Any], taken: set[str]):
     async with CrewWorker(pool.name):
         pass  # the pool
     urgent = queue(pool, "urgent", priority=1)
@@ -122,7 +120,7 @@ async def test_the_flow_runs_that_a_worker_takes(
     async with CrewWorker(pool.name, **{"prefetch_seconds": 20, **options}) as worker:
         # A retry that waits in its own process.
         policy = {"retries": 1, "retry_type": "in_process"}
-        pool.change(retried, empirical_policy=policy)
+        pool.call("PATCH", f"/flow_runs/{retried}", {"empirical_policy": policy})
         await worker.client.set_flow_run_state(UUID(retried), AwaitingRetry(scheduled_time=soon(-5)), force=True)
         await look(worker)
         assert {runs.get(run_id, "retried") for run_id in runs_of(ran)} == taken
@@ -132,9 +130,7 @@ async def test_the_flow_runs_that_a_worker_takes(
 
 
 @pytest.mark.parametrize("place", ["pool", "queue"])
-async def test_a_limit_of_the_pool_or_of_a_queue_holds_and_a_paused_pool_has_nothing(
-    pool: CrewPool, ran: AsyncMock, place: str
-):
+async def test_a_limit_holds_and_a_paused_pool_has_nothing(pool: CrewPool, ran: AsyncMock, place: str):
     async with CrewWorker(pool.name) as worker:
         path = f"/work_pools/{pool.name}" + ("" if place == "pool" else "/queues/default")
         pool.call("PATCH", path, {"concurrency_limit": 2})
@@ -151,7 +147,7 @@ async def test_a_limit_of_the_pool_or_of_a_queue_holds_and_a_paused_pool_has_not
 
 
 @pytest.mark.parametrize("gone", ["cancelled", "flow run", "deployment"])
-async def test_a_flow_run_that_may_not_begin_any_more_gives_its_place_back(pool: CrewPool, ran: AsyncMock, gone: str):
+async def test_a_run_that_may_not_begin_gives_its_place_back(pool: CrewPool, ran: AsyncMock, gone: str):
     async with CrewWorker(pool.name, limit=1) as worker:
         deployment = pool.deploy("gone", f"{USER_FLOWS}.greet")
         run_id = pool.start(deployment)
@@ -177,7 +173,7 @@ async def test_a_flow_run_that_may_not_begin_any_more_gives_its_place_back(pool:
             assert pool.flow_run(run_id)["state_name"] == "Cancelled"
 
 
-async def test_a_template_that_does_not_fit_ends_the_flow_run_as_crashed(pool: CrewPool, ran: AsyncMock):
+async def test_a_template_that_does_not_fit_crashes_the_run(pool: CrewPool, ran: AsyncMock):
     template = {
         "job_configuration": {"name": "{{ name }}", "without_effect": "{{ number }}"},
         "variables": {"type": "object", "properties": {"name": {"type": "string"}, "number": {"default": 3}}},
@@ -195,7 +191,7 @@ async def test_a_template_that_does_not_fit_ends_the_flow_run_as_crashed(pool: C
     [(None, None, "Cancelled"), (None, "gone/1", "Cancelled"), (Running(), "gone/1", "Cancelling")],
     ids=["without an owner", "with an owner that is gone", "begun"],
 )
-async def test_cancelling_before_the_start_ends_the_flow_run_and_after_it_is_left_to_the_watch(
+async def test_cancelling_before_the_start(
     pool: CrewPool, ran: AsyncMock, begun: State | None, owner: str | None, end: str
 ):
     async with CrewWorker(pool.name) as worker:
@@ -208,9 +204,7 @@ async def test_cancelling_before_the_start_ends_the_flow_run_and_after_it_is_lef
         assert pool.flow_run(str(run_id))["state_name"] == end
 
 
-async def test_a_worker_that_runs_once_waits_for_its_flow_runs_and_has_polled(
-    pool: CrewPool, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_worker_that_runs_once_waits_for_its_runs(pool: CrewPool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WORKER_MODULES", USER_FLOWS)
     monkeypatch.syspath_prepend(IMPORTABLE)
     async with CrewWorker(pool.name):

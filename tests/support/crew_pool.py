@@ -119,9 +119,6 @@ class CrewPool(Crews):
         body = {"parameters": parameters, "state": state}
         return self.call("POST", f"/deployments/{deployment}/create_flow_run", body)["id"]
 
-    def change(self, flow_run_id: str, **fields: Any) -> None:
-        self.call("PATCH", f"/flow_runs/{flow_run_id}", fields)
-
     def flow_run(self, flow_run_id: str) -> dict[str, Any]:
         return self.seen.flow_run(flow_run_id)
 
@@ -141,9 +138,8 @@ class CrewPool(Crews):
 
     def logs(self, *flow_run_ids: str) -> str:
         """Return what a flow run has logged so far, or without one the last lines of all."""
-        body: dict[str, Any] = {"sort": "TIMESTAMP_DESC", "limit": 200}
-        if flow_run_ids:
-            body = {"logs": {"flow_run_id": {"any_": flow_run_ids}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        of_runs: dict[str, Any] = {"logs": {"flow_run_id": {"any_": flow_run_ids}}} if flow_run_ids else {}
+        body = {**of_runs, "sort": "TIMESTAMP_ASC" if flow_run_ids else "TIMESTAMP_DESC", "limit": 200}
         return "\n".join(line["message"] for line in self.call("POST", "/logs/filter", body))
 
     def set_state(self, flow_run_id: str, kind: str) -> None:

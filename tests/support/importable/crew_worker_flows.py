@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
+from prefect.runtime import flow_run
 
 from prefect_crew import CrewError, arun_batch, arun_crew, kickoff_crew, run_crew
 
@@ -64,8 +65,6 @@ async def blocks(seconds: float) -> str:
 
 @flow(retries=1, retry_delay_seconds=1)
 async def fails_once() -> int:
-    from prefect.runtime import flow_run
-
     if flow_run.run_count == 1:
         raise ValueError("the first attempt fails")
     return flow_run.run_count
@@ -104,20 +103,20 @@ async def cleans_up() -> None:
 @flow
 async def spawns(how: str) -> None:
     """Start three crews one after the other, whatever ends the wait for each, in a task or a thread of their own."""
-    log = get_run_logger()
+    log, cities = get_run_logger(), [{"topic": f"city {number}"} for number in range(3)]
     log.info("three crews")
 
     async def in_a_task() -> None:
-        for number in range(3):
+        for city in cities:
             try:
-                await arun_crew("on-command", {"topic": f"city {number}"})
+                await arun_crew("on-command", city)
             except CrewError as error:
                 log.info("%s", type(error).__name__)
 
     def in_a_thread() -> None:
-        for number in range(3):
+        for city in cities:
             try:
-                run_crew("on-command", {"topic": f"city {number}"})
+                run_crew("on-command", city)
             except CrewError as error:
                 log.info("%s", type(error).__name__)
 
@@ -149,8 +148,6 @@ def takes_its_time(seconds: float) -> None:
 @flow(retries=1)
 async def retries_beside_a_task(seconds: float) -> None:
     """Fail once, and leave a submitted task."""
-    from prefect.runtime import flow_run
-
     get_run_logger().info("attempt %d begins", flow_run.run_count)
     if flow_run.run_count == 1:
         takes_its_time.submit(seconds)
@@ -184,8 +181,6 @@ async def step(name: str) -> str:
 @flow(retries=1)
 async def four_steps() -> list[str]:
     """Run a task, two crews and a task, in the second attempt: the first fails."""
-    from prefect.runtime import flow_run
-
     if flow_run.run_count == 1:
         raise ValueError("the first attempt fails")
     one = await step("one")
