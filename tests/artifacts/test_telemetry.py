@@ -136,6 +136,7 @@ def test_a_run_and_its_tasks_are_golden_spans(crew_server: CrewServerFactory, sp
     names = {"CREW": record.crew, "RUN ID": server.runs[0].id, "VERSION": str(record.crew_version)}
     names |= {"KEY": idempotency_key, "FLOW RUN": ids[0], "TASK RUN": facts(around)["prefect.run.id"]}
     assert text_of([run, research, write], names) == (GOLDEN / "spans.txt").read_text()
+    assert spans.hides("a page on tea")
     assert run.instrumentation_scope.name == "prefect_crew"
     assert run.status.status_code is not StatusCode.ERROR
     assert record.kicked_off_at is not None

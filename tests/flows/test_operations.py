@@ -131,6 +131,8 @@ async def test_the_limit_holds_over_many_crashes(prefect_api: PrefectServer):
 
 async def test_a_run_that_dies_before_it_begins_has_a_limit_as_well(prefect_api: PrefectServer):
     run_id = await new_run(Pending(), Crashed(), Pending(), Crashed())
+    async with get_client() as client:
+        assert (await client.read_flow_run(run_id)).run_count == 0
     assert (await recovered(run_id, max_attempts=2)).startswith("given up after 2 attempts")
 
 
