@@ -178,12 +178,6 @@ def webhooks_for(monkeypatch: pytest.MonkeyPatch, url: str | None, secret: str |
     return targets_for(crew_of(crew), record, round=1)
 
 
-def hook_of(hooks: Any) -> Hook:
-    hook = read_token("crew", hooks.crew.rpartition("/")[2], SECRET, now=datetime.now(UTC))
-    assert hook is not None
-    return hook
-
-
 def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPatch):
     assert webhooks_for(monkeypatch, None, SECRET) is None
     hooks = webhooks_for(monkeypatch, "https://h.example/crews", SECRET)
@@ -192,8 +186,9 @@ def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPat
     # No plain webhook tells of a failure, or of the end of a Flow.
     events = ["crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed"]
     assert (body["webhooks"]["events"], body["webhooks"]["realtime"]) == (events, True)
-    assert url_of(hooks, "crew").startswith("https://h.example/crews/hooks/crew/")
-    hook = hook_of(hooks)
+    token = url_of(hooks, "crew").removeprefix("https://h.example/crews/hooks/crew/")
+    hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
+    assert hook is not None
     assert (hook.idempotency_key, hook.attempt, hook.round, hook.claim) == ("key", 2, 1, claim_of("me"))
     assert (hook.crew, hook.step) == ("crew.example.com", "research")
     assert hook.flow_run_id == "6f0c8b3e-8a35-4a35-9d39-0d4f3d1f6a11"
@@ -211,7 +206,9 @@ def test_an_address_needs_a_secret_or_the_cloud(monkeypatch: pytest.MonkeyPatch)
     "fields", [{}, {"show": "summary"}, {"show": "none"}, {"secret_inputs": ["customer"]}], ids=str
 )
 def test_names_that_may_be_secret_are_not_shown(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    hook = hook_of(webhooks_for(monkeypatch, "https://h.example", SECRET, **fields))
+    token = webhooks_for(monkeypatch, "https://h.example", SECRET, **fields).crew.rpartition("/")[2]
+    hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
+    assert hook is not None
     assert hook.names is (fields in ({}, {"show": "summary"}))
 
 
