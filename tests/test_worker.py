@@ -241,7 +241,7 @@ def test_a_flow_run_that_has_not_begun_is_cancelled(pool: CrewPool):
     taken = pool.start(deployment, at=soon, seconds=1)  # workers of this pool take flow runs 5 minutes early
     pool.wait_for(taken, "PENDING")
     handed_over = pool.start(deployment, at=later, seconds=1)
-    pool.change(handed_over, infrastructure_pid=HANDED_OVER)
+    pool.call("PATCH", f"/flow_runs/{handed_over}", {"infrastructure_pid": HANDED_OVER})
     scheduled = pool.start(deployment, at=later, seconds=1)
     for run_id in (taken, handed_over, scheduled):
         pool.set_state(run_id, "CANCELLING")

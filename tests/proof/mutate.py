@@ -30,7 +30,11 @@ OWN_TESTS = {
     "records/model.py": ["tests/records/test_model.py", "tests/records/test_golden.py", "tests/runs/test_kickoff.py"],
     "client/_retry_safety.py": ["tests/client/test_client.py"],
     "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py"],
-    "records/store.py": ["tests/records/test_store.py", "tests/runs/test_kickoff_claims.py"],
+    "records/store.py": [
+        "tests/records/test_contract.py",
+        "tests/records/test_store.py",
+        "tests/runs/test_kickoff_claims.py",
+    ],
     "records/prune.py": ["tests/records/test_prune.py"],
     "records/sessions.py": ["tests/records/test_sessions.py", "tests/runs/test_turns.py"],
     "runs/turns.py": ["tests/runs/test_turns.py"],
@@ -39,6 +43,7 @@ OWN_TESTS = {
     "batches/attempts.py": ["tests/batches/test_attempts.py", "tests/batches/test_ledger.py"],
     "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py"],
     "records/resolve.py": [
+        "tests/records/test_contract.py",
         "tests/records/test_resolve.py",
         "tests/cli/test_runs.py",
     ],

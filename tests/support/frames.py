@@ -11,5 +11,5 @@ def locals_of(error: BaseException, *, but: str) -> str:
     for link in chain:
         stack = traceback.StackSummary.extract(traceback.walk_tb(link.__traceback__), capture_locals=True)
         shown += [f"{frame.filename}:{frame.name} {frame.locals}" for frame in stack if frame.filename != but]
-        chain += [cause for cause in {link.__cause__, link.__context__} - {*chain} if cause]
+        chain += [cause for cause in {link.__cause__, link.__context__} - {*chain} if cause is not None]
     return "\n".join(shown)

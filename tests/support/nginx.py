@@ -27,6 +27,6 @@ def start_nginx(folder: Path, page: str, changes: Mapping[str, str]) -> Process:
     user = "user root;" if os.geteuid() == 0 else ""
     # Relative to `folder`. As nginx is built, these would be folders of the machine.
     places = "".join(f"{name}_temp_path {name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    http = f"http {{\naccess_log access.log;\nerror_log nginx.log;\n{places}{server}\n}}\n"
-    (folder / "nginx.conf").write_text(f"daemon off;\npid pid;\n{user}\nevents {{}}\n{http}")
+    http = f"http {{\naccess_log access.log;\n{places}{server}\n}}\n"
+    (folder / "nginx.conf").write_text(f"daemon off;\npid pid;\nerror_log nginx.log;\n{user}\nevents {{}}\n{http}")
     return Process([program, "-p", folder, "-c", folder / "nginx.conf"], log=folder / "said.log")
