@@ -131,6 +131,7 @@ async def test_what_one_caller_writes_another_reads(store: RecordStore, other: R
     assert await store.save_started(record) is None
     reads = [await stored(other, record), await other.of_kickoff(kickoff_id)]
     assert [read and read.model_dump() for read in reads] == [record.model_dump()] * 2
+    assert await other.of_kickoff(f"{kickoff_id} 2") is None
     assert await store.end(record, state=CrewState.COMPLETED, cost=0.5)
     reads = [await stored(other, record), await other.of_kickoff(kickoff_id)]
     assert [read and read.model_dump() for read in reads] == [record.model_dump()] * 2

@@ -18,7 +18,9 @@ from unittest.mock import AsyncMock
 import anyio
 import httpx
 import pytest
+from prefect import flow
 from prefect.exceptions import TerminationSignal
+from prefect.runtime import flow_run
 from prefect.states import Failed
 
 import prefect_crew as pc
@@ -98,6 +100,19 @@ async def test_a_kickoff_that_may_be_sent_is_uncertain(server: CrewServer, key: 
     await claim(key, server, permit=permit, **fields)
     with pytest.raises(pc.KickoffUncertainError, match="ended before it recorded the answer"):
         await asyncio.wait_for(start(server, key), 20)
+    assert server.requests["kickoff"] == 0
+
+
+async def test_a_retry_says_at_once_that_its_kickoff_is_uncertain(server: CrewServer, key: str):
+    @flow(retries=1)
+    async def trip() -> None:
+        if flow_run.run_count == 1:  # its process was killed with a permit that is good for ten minutes
+            await claim(key, server, permit=600, flow_run_id=str(flow_run.id), flow_run_count=1)
+            raise RuntimeError("killed")
+        await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=key)
+
+    with pytest.raises(pc.KickoffUncertainError):
+        await trip()
     assert server.requests["kickoff"] == 0
 
 
@@ -220,7 +235,8 @@ async def cancelled_at(
     async def call() -> None:
         with scope if way != "cancelled" else nullcontext():
             await (asyncio.gather(start(server, key)) if way == "timed out in a gather" else start(server, key))
-        raise asyncio.CancelledError
+        assert way != "cancelled", "the cancellation is lost"
+        raise asyncio.CancelledError  # the scope has taken its own
 
     calling = asyncio.ensure_future(call())
     await until(is_time if callable(is_time) else lambda: server.requests[is_time], "it is time")

@@ -21,11 +21,15 @@ from prefect_crew.devserver import Outcome, Run
 
 
 def judging(asked: list[ReviewRequest], *, approves_at: float = 1, feedback: str = "") -> Callable[..., Review]:
-    """Return a review function that keeps the questions, and rejects all of the rounds before `approves_at`."""
+    """Return a review function that keeps the questions, and rejects all of the rounds before `approves_at`.
+
+    Its own feedback has the round: two drafts in the same words are one question for five minutes.
+    """
 
     def judge(request: ReviewRequest) -> Review:
         asked.append(request)
-        return Review(approve=request.round >= approves_at, feedback=feedback)
+        approve = request.round >= approves_at
+        return Review(approve=approve, feedback=feedback or ("" if approve else f"no {request.round}"))
 
     return judge
 

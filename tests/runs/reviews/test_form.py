@@ -286,7 +286,12 @@ def test_what_may_not_be_shown_is_not_in_the_form(server: CrewServer, asking: An
 @pytest.mark.slow
 @pytest.mark.parametrize("ui", ["v1", "v2"], ids=["older-interface", "newer-interface"])
 def test_a_person_answers_on_the_page(
-    prefect_server: PrefectServer, asking: Any, chromium: Chromium, ui: Literal["v1", "v2"], tmp_path: Path
+    prefect_server: PrefectServer,
+    server: CrewServer,
+    asking: Any,
+    chromium: Chromium,
+    ui: Literal["v1", "v2"],
+    tmp_path: Path,
 ) -> None:
     run = asking(flow={"name": "reviewed-report"}).form()
     with chromium.page(height=1100) as page:
@@ -295,3 +300,4 @@ def test_a_person_answers_on_the_page(
         run.form()
         answer_on_page(*where, "approve", "", tmp_path / f"{ui}-approving.png", round=2)
     assert "Warmer, please." in run.result().output
+    assert server.requests["resume"] == 2

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -112,6 +113,12 @@ def test_a_message_names_no_task_of_a_crew_that_shows_nothing():
 
 
 @pytest.fixture
+def key() -> str:
+    """Provide a key that may be the name of a block as well: without a space."""
+    return f"link-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
 def links_on(prefect_api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", "https://hooks.example/crews/")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
@@ -137,7 +144,8 @@ async def test_a_question_is_sent_once_but_no_functions(review: Any, links_on: N
                 assert (await chat.link()).startswith("https://hooks.example/crews/answer/")
                 await _approve(server)
             await flow_run
-        assert len(chat.links) == len(chat.got) == (review != "function")
+        assert len(chat.links) == (review != "function")
+        assert review == "function" or len(chat.got) == 1, "without a link the server sends its own alert"
         assert await _labels(key) == ["no" if review == "function" else "yes"]
 
 
