@@ -559,6 +559,9 @@ async def stored(ledger: Ledger, record: RunRecord) -> RunRecord:
 
 async def test_another_caller_hears_what_the_ledger_says(ledger: Ledger, other: Ledger):
     record = await put(record_of(ledger, "k"), ledger)
+    with pytest.raises(pc.CrewError):
+        await other.save(at(record, CLAIMED, reason="theirs"))
+    assert (await stored(ledger, record)).reason is None
     await ledger.save(at(record, STARTED))
     with pytest.raises(pc.CrewError, match=r"Row 'k' of batch 'b' is started, run run 1 in the ledger\. Nothing was"):
         await other.save(at(record, UNCERTAIN))

@@ -20,13 +20,13 @@ SUPERUSER = "crew"
 
 
 def find_postgres() -> Path | None:
-    """Return the folder with the newest `initdb` and `postgres`, None where there is none."""
+    """Return the folder with the newest server and its client programs, None where there is none."""
     # Debian keeps the server's programs off PATH, in a folder for each version.
-    versions = [path.parent for path in Path(DEBIAN).glob("*/bin/initdb") if path.with_name("postgres").exists()]
-    if versions:
-        return max(versions, key=lambda path: float(path.parent.name))
-    initdb = shutil.which("initdb")
-    return Path(initdb).resolve().parent if initdb and shutil.which("postgres") else None
+    folders = sorted(Path(DEBIAN).glob("*/bin"), key=lambda path: float(path.parent.name), reverse=True)
+    if initdb := shutil.which("initdb"):
+        folders.append(Path(initdb).resolve().parent)
+    needed = ("initdb", "postgres", "pg_isready", "createdb")
+    return next((folder for folder in folders if all((folder / name).exists() for name in needed)), None)
 
 
 class Postgres(Program):
