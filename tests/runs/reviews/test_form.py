@@ -202,7 +202,7 @@ def test_two_questions_of_a_flow_run_stand_in_line(server: CrewServer, seen: See
 
 def test_an_answer_from_elsewhere_ends_the_form(server: CrewServer, asking: Any) -> None:
     run = asking().form()
-    asyncio.run(resume_crew(server.crew(), server.runs[0].id, approve=True))
+    resume_crew(server.crew(), server.runs[0].id, approve=True)
     assert run.result().output.startswith("Printed")
     assert server.requests["resume"] == 1
 
