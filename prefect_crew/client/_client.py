@@ -212,15 +212,20 @@ class CrewClient:
         """
         call = self._call("POST", f"/stop/{encoded_id(kickoff_id)}", kickoff_id)
         answer = await self._send(call)
-        # Nobody needs the text of this answer, so it is masked; the texts of other answers are not.
-        answer = Answer(answer.status, answer.headers, call.shown(answer.text).encode("utf-8", "replace"))
         if httpx.codes.is_success(answer.status):
             parse = partial(_parsing.parse_stop, kickoff_id=kickoff_id)
-            return await self._parsed(call, answer, "the answer to a stop", parse)
-        stop_answer = _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status)
-        if stop_answer is None:
+            stop_answer = await self._parsed(call, answer, "the answer to a stop", parse)
+        elif (stop_answer := _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status)) is None:
             raise self._error(call, answer)
-        return stop_answer
+        # Nobody needs the texts of this answer, so they are masked, and left out where the mask leaves no JSON; the
+        # texts of other answers are not masked.
+        text = call.shown(json.dumps(stop_answer.raw, ensure_ascii=False))
+        masked: dict[str, Any] = {"raw": _parsing.parse_error(text).raw}
+        if stop_answer.message is not None:
+            masked["message"] = call.shown(stop_answer.message)
+        if stop_answer.raw_state is not None and stop_answer.state is None:
+            masked["raw_state"] = call.shown(stop_answer.raw_state)
+        return stop_answer.model_copy(update=masked)
 
     async def health(self) -> bool:
         """Return whether `GET /` answers with the word "healthy" and no web page.

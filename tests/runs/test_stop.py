@@ -639,6 +639,17 @@ def test_open_runs_are_found_by(server: CrewServer, proxy: Proxy, monkeypatch: A
     assert asyncio.run(open_ids(flow_run_id)) == found - {stopped}
 
 
+async def test_a_run_with_unknown_secrets_is_stopped(server: CrewServer):
+    kickoff_id = await pc.kickoff_crew(server.crew(secret_inputs=["pin"]), {"pin": "4711471"})
+    answers = [await stop.stop_run(LiveRun(crew_of(server.crew()), kickoff_id)) for _ in range(2)]
+    assert answers[0].accepted
+    assert answers[1].outcome is StopOutcome.NOT_STOPPABLE
+    record = await PrefectRecords().of_kickoff(kickoff_id)
+    assert record is not None
+    assert record.state is CrewState.STOPPED
+    assert "withheld" in str(answers[1].message)
+
+
 async def test_a_flow_run_of_a_deployment_runs_by_itself(seen: Seen):
     ids, name = list[Any](), f"deployed-{uuid.uuid4().hex[:8]}"
 
