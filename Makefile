@@ -31,9 +31,8 @@ SUITABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info
 # Where it is set, as in many images, each of the hundreds of processes here would compile all of Prefect once more.
 unexport PYTHONDONTWRITEBYTECODE
 
-# What a change has to pass, the longest first. `.ci/run` and .github/workflows/checks.yml read this list and run `make`
-# for each of it.
-SESSIONS = coverage lint docs wheel-smoke oldest
+# What a change has to pass. `.ci/run` and .github/workflows/checks.yml read this list and run `make` for each of it.
+SESSIONS = lint docs wheel-smoke coverage oldest
 
 .PHONY: help sessions environment demo test rest programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
 .DELETE_ON_ERROR:
