@@ -218,11 +218,11 @@ class CrewClient:
         elif (stop_answer := _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status)) is None:
             raise self._error(call, answer)
         # Nobody needs the texts of this answer, so they are masked, and left out where the mask leaves no JSON; the
-        # texts of other answers are not masked.
-        text = call.shown(json.dumps(stop_answer.raw, ensure_ascii=False))
-        masked: dict[str, Any] = {"raw": _parsing.parse_error(text).raw}
-        if stop_answer.message is not None:
-            masked["message"] = call.shown(stop_answer.message)
+        # texts of other answers are not masked. The whole text is masked first: a cut text may end with half a secret.
+        facts = _parsing.parse_error(call.shown(answer.text))
+        masked: dict[str, Any] = {"raw": facts.raw, "message": facts.message}
+        if httpx.codes.is_success(answer.status):
+            masked["message"] = stop_answer.message and call.shown(stop_answer.message)
         if stop_answer.raw_state is not None and stop_answer.state is None:
             masked["raw_state"] = call.shown(stop_answer.raw_state)
         return stop_answer.model_copy(update=masked)
