@@ -70,7 +70,9 @@ async def test_links_a_command_and_a_form_give_one_answer(with_form: bool, monke
                 assert server.requests["resume"] == 1
                 (answer,) = await answers_of(key)
                 if with_form:
-                    assert given[0].json()["status"] == "ACCEPT"
+                    # Prefect refuses a form that another answer had taken down before it came.
+                    status = given[0].json()["status"]
+                    assert status == "ACCEPT" or (status == "ABORT" and answer.by != "the form"), (status, answer.by)
                 pages = [page for page in given if isinstance(page, Shown)]
                 assert len(pages) == CLICKS
                 assert {page.status for page in pages} <= {200, 409}
