@@ -350,7 +350,8 @@ class Ledger:
         """Write the resolution of an attempt; False if it has changed since, or its kickoff may still be sent."""
         changes = resolution(record, phase, **facts)
         resolved = record.model_copy(update=changes)
-        if not await self.writer.put(self._write_of(resolved, by_owner=False, expected=record.phase)):
+        rule = {"by_owner": False, "expected": record.phase, "is_first": phase is RecordPhase.STARTED}
+        if not await self.writer.put(self._write_of(resolved, **rule)):
             return False
         for name, value in changes.items():
             setattr(record, name, value)

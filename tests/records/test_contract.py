@@ -239,6 +239,20 @@ async def test_the_slower_of_two_resolvers_gets_an_error(
     assert (await stored(store, record)).kickoff_id == kickoff_id
 
 
+async def test_one_of_two_resolutions_gets_a_kickoff_id(store: RecordStore, other: RecordStore):
+    """Two people find the same run on the crew's page, each for a row of their own, and neither sees the other's."""
+    callers, kickoff_id = (store, other), new_id()
+    records = [await put(row(phase=UNCERTAIN), store) for _ in callers]
+    reads = [await stored(caller, record) for caller, record in zip(callers, records, strict=True)]
+    resolutions = (
+        caller.resolve(read, STARTED, kickoff_id=kickoff_id) for caller, read in zip(callers, reads, strict=True)
+    )
+    taken = await asyncio.gather(*resolutions)
+    assert taken.count(True) == 1
+    refused = await stored(other, records[taken.index(False)])
+    assert (refused.phase, refused.kickoff_id) == (UNCERTAIN, None)
+
+
 @pytest.mark.parametrize("phase", [CLAIMED, UNCERTAIN])
 async def test_a_kickoff_on_its_way_is_not_resolved_as_none(store: RecordStore, other: RecordStore, phase: RecordPhase):
     """The store's clock says how long a kickoff may be on its way, whatever became of the owner's flow run."""
