@@ -87,7 +87,7 @@ wheel-smoke: $(VENV)/.tests
 mutate: $(VENV)/.tests
 	$(BIN)/python tests/proof/mutate.py --mutants $(MUTANTS) $(if $(SEED),--seed $(SEED)) $(if $(MODULE),--module $(MODULE))
 
-# All that has a goal of speed, against that goal: half an hour on a quiet machine, or ARGS="--small", or ARGS="late ledger".
+# All that has a goal of speed, against that goal: two to three hours on a quiet machine, or ARGS="--small", or ARGS="late ledger".
 bench: $(VENV)/.tests
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 

@@ -25,7 +25,7 @@ MOST = 30_000
 """Words of all pages of the site, without the parts that are made from the code."""
 
 NAMES = frozenset({"found", "given", "known", "one", "said", "told"})
-"""Names of variables and parameters: participles without a noun."""
+"""Names of variables, parameters, attributes and functions: participles without a noun."""
 
 _CLAUSE = re.compile(
     r"""(?<![\w"“\[])(?:
@@ -33,6 +33,7 @@ _CLAUSE = re.compile(
       | One\ (?:that|who|which|whose|with|without|is|has|was)\b
       | Those\ (?:that|who|which|whose|of|with|without|in|on|for|it|not|are|were|have|had)\b
       | That\ (?:which|what|of)\b
+      | (?<=[:;]\ )(?:what|whatever|who|whose|whoever|one\ (?:that|who|which|whose)|those\ (?:that|who|which|whose))\b
     )[^.!?]*(?P<end>\??)""",
     re.VERBOSE,
 )
@@ -133,14 +134,17 @@ def _hits_in_names(code: str, lines_before: int, indent: int) -> Iterator[tuple[
     except SyntaxError:  # a part of a program, in a page
         return
     for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            name = node.id
-        elif isinstance(node, ast.arg):
-            name = node.arg
-        else:
-            continue
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
+                pass
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                pass
+            case ast.MatchAs(name=str(name)) | ast.ExceptHandler(name=str(name)):
+                pass
+            case _:
+                continue
         if name.lstrip("_") in NAMES:
-            yield lines_before + node.lineno, f"the name `{name}`: a variable is a noun"
+            yield lines_before + node.lineno, f"the name `{name}`: a variable is a noun, and a function a verb"
 
 
 def _comments(text: str) -> Iterator[tuple[int, str]]:
@@ -203,7 +207,7 @@ def main(arguments: list[str]) -> int:
         path = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else str(file)
         text = file.read_text(encoding="utf-8")
         hits += hits_in(path, text)
-        if path.startswith("docs/") and path.endswith(".md") and path != "docs/internals.md":
+        if path.startswith("docs/") and path.endswith(".md"):
             words += words_of(text)
             if "--count" in arguments:
                 report.append(f"{words_of(text):6,} {path}")

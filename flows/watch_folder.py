@@ -21,7 +21,7 @@ from prefect_crew import BatchBusyError, BatchCancelledError, BatchReport, CrewE
 async def watch_folder(
     crew: str,
     folder: str,
-    output: str,
+    export_folder: str,
     pattern: str = "*.csv",
     unchanged_seconds: float = 30.0,
     options: dict[str, Any] | None = None,
@@ -34,7 +34,7 @@ async def watch_folder(
     Args:
         crew: The name of the crew's block, as under Blocks.
         folder: Where new files come in.
-        output: The folder for the lines: one file for each file that came in, with its ledger.
+        export_folder: The folder for the exports: one file for each file that came in, with its ledger.
         pattern: Which files.
         unchanged_seconds: Seconds for which a file must not have changed: until then it may still be written.
         options: More of run_batch's options, such as {"max_in_flight": 500}.
@@ -43,7 +43,7 @@ async def watch_folder(
     for path in new_files(Path(folder), pattern, unchanged_seconds):
         try:
             name = batch_name(path)
-            lines = str(Path(output) / f"{name}.jsonl")
+            lines = str(Path(export_folder) / f"{name}.jsonl")
             report: BatchReport = await arun_batch(crew, path, name=name, export=lines, **(options or {}))
         except (BatchBusyError, FileNotFoundError) as error:
             log.info("%s: another look has it or has moved it. %s", path.name, error)

@@ -85,7 +85,8 @@ def by_reason(rows: Sequence[Any], count: int) -> tuple[list[tuple[str, str]], i
         count: The number of all such rows.
 
     Returns:
-        Pairs of lines and reason, one for each reason, and the number of rows that are not among these.
+        A pair for each of the first `SHOWN` reasons: its lines as text, and the reason; and the number of all other
+        rows.
     """
     groups: dict[str, list[int]] = {}
     for row in rows:

@@ -157,7 +157,10 @@ async def apply_automation(client: PrefectClient, automation: AutomationCore) ->
 
 
 async def slowest_heartbeat(client: PrefectClient) -> int:
-    """Return the longest heartbeat, in seconds, of the deployments to recover; Prefect's default if none is set."""
+    """Return the longest heartbeat, in seconds, of the deployments that have the tag `RECOVERED_TAG`.
+
+    A deployment that sets none has Prefect's default, which is also the answer if there are no such deployments.
+    """
     tagged = await client.read_deployments(
         deployment_filter=DeploymentFilter(tags=DeploymentFilterTags(all_=[RECOVERED_TAG])), limit=PAGE
     )

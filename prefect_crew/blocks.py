@@ -160,7 +160,7 @@ class DeployedCrew(JobBlock[CrewResult]):
     def _check_names(cls, values: Any) -> Any:
         # Prefect's blocks accept any field, so a limit with a misspelt name would have no effect.
         if isinstance(values, dict):
-            _known(cast("dict[str, Any]", values), cls, "a deployed crew")
+            _known_fields(cast("dict[str, Any]", values), cls, "a deployed crew")
         return cast("Any", values)
 
     @field_validator("wait", "price", mode="before")
@@ -169,7 +169,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         # Another version may have stored the value: its further fields must not prevent loading.
         model = WaitPolicy if info.field_name == "wait" else Price
         subject = f"a crew's {info.field_name}"
-        return _known(cast("dict[str, Any]", value), model, subject) if isinstance(value, dict) else value
+        return _known_fields(cast("dict[str, Any]", value), model, subject) if isinstance(value, dict) else value
 
     @field_validator("secret_inputs", mode="before")
     @classmethod
@@ -376,7 +376,7 @@ class CrewRun(JobRun[CrewResult]):
     resume = sync_version(aresume)
 
 
-def _known(values: Mapping[str, Any], model: type[BaseModel], subject: str) -> dict[str, Any]:
+def _known_fields(values: Mapping[str, Any], model: type[BaseModel], subject: str) -> dict[str, Any]:
     """Return the values whose names are fields of a model.
 
     Raises:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
-from prefect_crew._internal.prefect_api import read_all
+from prefect_crew._internal.prefect_api import read_all, run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.automations import TAG
 from prefect_crew.blocks import load_crew, values_of_blocks
@@ -106,7 +107,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         return self._form.signature
 
     def with_options(self, **options: Any) -> InputsFlow[T]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a copy with other options, as Prefect's flows do. `ato_deployment` lists the refused options."""
+        """Return a copy with other options, as Prefect does. `ato_deployment` refuses options that flow runs lose."""
         return self._copy(**super().with_options(**options).__dict__)
 
     def _copy(self, **attributes: Any) -> InputsFlow[T]:
@@ -136,13 +137,13 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         await self._check_parameters(name, form, parameters, _schedules_in(options))
         if self._storage is None:
             parameters |= form.parameters
-            options["entrypoint_type"] = EntrypointType.MODULE_PATH
+            options["entrypoint_type"] = EntrypointType.MODULE_PATH  # Prefect's methods always give one
         else:
             await _refuse_crew_pool(str(self._entrypoint), options.get("work_pool_name"))
             parameters["inputs"] = {key: form.inputs[key].default for key in defaults}
         options["tags"] = [TAG, *(tag for tag in options.get("tags") or () if tag != TAG)]
         try:
-            return await super(InputsFlow, self._copy(_form=form)).ato_deployment(
+            deployment = await super(InputsFlow, self._copy(_form=form)).ato_deployment(
                 name, parameters=parameters, **options
             )
         except ValidationError as error:
@@ -152,6 +153,8 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
             raise ConfigurationError(f"The deployment cannot be made: {problems}.") from None
         except ValueError as error:
             raise ConfigurationError(f"The deployment cannot be made: {error}") from None
+        await _warn_of_shared_keys(deployment)
+        return deployment
 
     def to_deployment(self, name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a deployment as `ato_deployment` does; if the caller can await, the coroutine, as Prefect does."""
@@ -354,15 +357,19 @@ async def _refuse_crew_pool(entrypoint: str, pool: str | None) -> None:
         )
 
 
-async def shared_key(key: str | None, schedule: Any) -> str | None:
-    """Return an idempotency key that several of a schedule's next times share, so that the later times start no run."""
-    keys = set[str]()
-    for moment in await _dates(schedule, n=MOST) if key else ():
-        rendered = render_key(str(key), moment)
-        if rendered in keys:
-            return rendered
-        keys.add(rendered)
-    return None
+async def _warn_of_shared_keys(deployment: RunnerDeployment) -> None:
+    """Warn of each schedule that has several times with one idempotency key, since the later times start no run."""
+    for item in deployment.schedules or ():
+        parameters: dict[str, Any] = (deployment.parameters or {}) | _parameters_of(item)
+        key = None if parameters.get("force_new") else parameters.get("idempotency_key")
+        moments = await _dates(item.schedule, n=MOST) if key else ()
+        times = Counter(render_key(str(key), moment) for moment in moments)
+        if shared := next((rendered for rendered, count in times.items() if count > 1), None):
+            run_logger().warning(
+                "Several times of a schedule of %s share the key %r: only the first of them starts a run.",
+                deployment.full_name,
+                shared,
+            )
 
 
 async def describe_schedule(schedule: Any) -> str:
@@ -602,7 +609,9 @@ async def backfill(
     """
     first, last = _utc(start, time.min), _utc(end, time.max)
     if first > last:
-        raise ConfigurationError(f"The end {end} is before the start {start}. Nothing was created.")
+        raise ConfigurationError(
+            f"The backfill's range ends {end}, before it starts {start}. Nothing was created."
+        )
     async with get_client() as client:
         try:
             target = await client.read_deployment_by_name(deployment)

@@ -521,7 +521,7 @@ class ReviewLimitError(_RunError):
 
 
 class AlreadyAnsweredError(CrewError):
-    """A question has its answer already, or is being answered at this moment. Nothing was sent."""
+    """A question has its answer already, is being answered at this moment, or is no longer open. Nothing was sent."""
 
 
 class PipelineFailedError(_FactsError):

@@ -99,7 +99,10 @@ def is_left(flow_run: FlowRun, workers: Mapping[str, bool]) -> bool:
 
 
 def one_retry_more(flow_run: FlowRun) -> FlowRunPolicy:
-    """Return a flow run's policy for its next owner, since the server counts a change of owners as a failed attempt."""
+    """Return a flow run's policy with one retry more, if it has retries.
+
+    The server counts a change of owners as a failed attempt.
+    """
     policy = flow_run.empirical_policy
     return policy.model_copy(update={"retries": policy.retries and policy.retries + 1})
 

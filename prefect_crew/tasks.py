@@ -462,7 +462,8 @@ def _with(task: K, argument: str, options: Mapping[str, Any] | None) -> K:
     names = inspect.signature(Task[..., Any].with_options).parameters.keys() - {"self"}
     if unknown := [name for name in options if name not in names]:
         raise ConfigurationError(
-            f"{argument} has {with_guesses(unknown, sorted(names))}, which no task of Prefect has. Nothing was started."
+            f"{argument} has the options {with_guesses(unknown, sorted(names))}, which no task of Prefect takes. "
+            "Nothing was started."
         )
     try:
         return task.with_options(**cast("TaskOptions", options))

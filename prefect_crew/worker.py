@@ -367,7 +367,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             if held.ending == "suspended":
                 log.info("The flow run ended on this worker: it is suspended. Its crews run on.")
         except (Abort, Pause) as signal_of_prefect:
-            log.info("The flow run ended on this worker: %s", signal_of_prefect)
+            log.info("The flow run ended on this worker, because Prefect refused or paused it: %s", signal_of_prefect)
         except (SystemExit, KeyboardInterrupt, GeneratorExit):
             log.warning("Only this flow run ends: the crew worker continues.")
             return True
@@ -512,7 +512,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 self._end_if_lost(flow_run)
 
     async def _take_over_all(self) -> None:
-        """Take over the flow runs of a worker that is surely gone."""
+        """Take over the flow runs of every worker of the pool that is surely gone."""
         self._workers = await read_workers(self.client, self._work_pool_name)
         if self._work_pool is None or not self._workers.get(self.name, False):
             # This worker's heartbeats did not arrive, perhaps not even the first. The next one may come minutes later:

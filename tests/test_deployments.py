@@ -21,7 +21,7 @@ from prefect.schedules import Cron, RRule
 from prefect.utilities.callables import parameter_schema
 
 from prefect_crew import crew_flow, pipeline_flow
-from prefect_crew.deployments import backfill, shared_key
+from prefect_crew.deployments import backfill
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError
 from support.prefect_server import PrefectServer
@@ -315,7 +315,7 @@ async def test_times_in_other_zones_and_intervals(prefect_api: PrefectServer):
 @pytest.mark.parametrize(
     ("schedules", "call", "problem"),
     [
-        ((SIX,), {"end": date(2024, 1, 1)}, "is before the start"),
+        ((SIX,), {"end": date(2024, 1, 1)}, "before it starts"),
         ((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "has future times"),
         ((six(schedule=CronSchedule(cron="0 * * * *")),), {"end": date(2024, 5, 1)}, "more than 1000 times"),
         ((SIX,), {"schedule": "seven"}, "schedule=….*: six"),
@@ -342,12 +342,15 @@ async def test_an_impossible_backfill_creates_nothing(
         ("month-{scheduled_start:%B}", "month-"),
         ("weekday-{scheduled_start:%A}", "weekday-"),  # seven keys, none of them twice in a row
         ("{scheduled_start:%m-%d}", "-"),
-        (None, None),
     ],
 )
-async def test_a_key_that_comes_again_is_found(key: str | None, again: str | None):
-    found = await shared_key(key, SIX.schedule)
-    assert found is None if again is None else again in (found or "")
+def test_a_key_that_several_times_share_is_warned_of(
+    crew: CrewServer, caplog: pytest.LogCaptureFixture, key: str, again: str | None
+):
+    crew_flow("form").to_deployment("shared", **daily(inputs=GIVEN, idempotency_key=key))
+    warned = "Several times of a schedule of deployed-crew/shared share the key" in caplog.text
+    assert warned == (again is not None)
+    assert (again or "") in caplog.text
 
 
 async def test_a_deployment_that_does_not_exist_is_named(prefect_api: PrefectServer):

@@ -35,7 +35,9 @@ def words() -> SimpleNamespace:
         ("a.py", 'def f(given: int) -> str:\n    """Whose it is.\n\n    Which run.\n    """\n', [1, 2, 4]),
         ("a.py", "for one, (said, x) in y:\n    _known = [found for found in (told := x)]\n", [1, 1, 2, 2, 2]),
         ("a.py", 'x = f"What {run} is" + "what is it" + "Which run?" + "Whose"\n', [1]),
-        ("a.py", "x.found = given\nstarted = f(known=1)\n", []),
+        ("a.py", "x.found = given\nstarted = f(known=1)\ndef _told(): pass\n", [1, 3]),
+        ("a.py", "match x:\n  case A(b=said): pass\ntry: f()\nexcept E as one: pass\n", [2, 4]),
+        ("a.md", "The end: what is left is kept. Two ends; who waits sees both. Ask: who pays?", [1, 1]),
     ],
 )  # fmt: skip
 def test_hits_of_a_file(words: SimpleNamespace, file: str, text: str, lines: list[int]):

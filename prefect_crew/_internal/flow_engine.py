@@ -90,7 +90,8 @@ down, or another worker has taken it."""
 class HeldFlowRun:
     """A flow run whose coroutine runs in this process, on a worker of a work pool.
 
-    `confirm` runs before each write of a state. It ends the flow run if the server already has a reason to.
+    `confirm` runs before each write of a state. It ends the coroutine if, on the server, the flow run is suspended or
+    has another worker.
     """
 
     flow_run: FlowRun

@@ -250,7 +250,7 @@ def render_run(view: RunView, earlier: str = "") -> str:
 
 
 def _inputs_shown(markdown: str) -> str:
-    """Return the part with the inputs of a run's Markdown; "" if a text of the crew may come before it."""
+    """Return the inputs' part of a run's Markdown; "" if a text of the crew, which may forge it, may come first."""
     before, heading, after = markdown.partition(_INPUTS)
     return heading + after.partition("\n\n")[0].strip() if heading and "```" not in before else ""
 

@@ -183,7 +183,7 @@ def shown_address(address: str) -> str:
     return "::".join(_shown_link(link) for link in address.split("::")) if is_remote(address) else address
 
 
-def told(error: Exception, address: str) -> str:
+def error_text(error: Exception, address: str) -> str:
     """Return the text of an error, or only its type if the address holds secrets, which the text may quote."""
     kind = type(error).__name__
     if shown_address(address) != address:
@@ -335,12 +335,12 @@ def _reporting(name: str, address: str) -> Generator[None]:
     except DatasetError:
         raise
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise DatasetError(f"cannot be opened: {told(error, address)}.", source=name) from None
+        raise DatasetError(f"cannot be opened: {error_text(error, address)}.", source=name) from None
     except HTTP_ERRORS as error:
         status = f"HTTP {error.response.status_code}" if isinstance(error, STATUS_ERRORS) else str(error)
         raise DatasetError(f"cannot be fetched: {status or type(error).__name__}.", source=name) from None
     except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
-        raise DatasetError(f"cannot be read: {told(error, address)}.", source=name) from None
+        raise DatasetError(f"cannot be read: {error_text(error, address)}.", source=name) from None
 
 
 def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None]) -> Iterator[str]:
@@ -604,9 +604,9 @@ class Spool:
 
 
 def _spooled(source: Any, is_wanted: Callable[[], bool] = lambda: True) -> Dataset | None:
-    """Read a source that can be read once, part by part while `is_wanted`. Return None for a source of another kind.
+    """Read a result, a cursor or an Arrow stream part by part, and stop when `is_wanted` is false.
 
-    Raises DatasetError.
+    Return the rows so far, None for a source of another kind. Raises DatasetError.
     """
     if isinstance(source, str | os.PathLike) or _is_frame(source):
         return None
@@ -645,7 +645,7 @@ def _parts_of(source: Any, name: str) -> tuple[Sequence[str], Iterable[Sequence[
         if not hasattr(kind, "fetchmany") or not hasattr(source, "description"):
             return None
         if source.description is None:
-            raise DatasetError("has no rows: execute a query that returns rows, and give its cursor.", source=name)
+            raise DatasetError("has no result: execute a query that returns rows, and give its cursor.", source=name)
         return [str(column[0]) for column in source.description], iter(lambda: source.fetchmany(PART) or None, None)
     try:
         reader = import_module("pyarrow").RecordBatchReader.from_stream(source)

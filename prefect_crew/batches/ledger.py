@@ -117,7 +117,8 @@ class Ledger:
             return None
         values: dict[str, Any] = dict(zip(batches.c.keys(), entries[0], strict=True))
         if values["version"] > LEDGER_VERSION:
-            raise LedgerError("was written by a later version of prefect-crew. Upgrade this one.", ledger=self.address)
+            advice = "No row starts without the ledger. Upgrade prefect-crew here, then run the batch again."
+            raise LedgerError("was written by a later version of prefect-crew.", ledger=self.address, advice=advice)
         bad: dict[str, Any] = values.pop("bad") or {}
         bad_rows = [BadRow(**row) for row in bad.pop("rows", ())]
         return BatchEntry(**values, bad=BadRows(**bad, rows=bad_rows))
@@ -405,7 +406,10 @@ class Ledger:
             urgent = record.phase is not RecordPhase.ENDED
             return await self.writer.put(self._write_of(record, is_first=is_first), urgent=urgent)
         except LedgerError:
-            self._log_unsaved(record, "that could not be recorded. Once the ledger is back: ")
+            if is_first:  # else the ledger has the id already
+                key, kickoff_id = shlex.quote(record.idempotency_key), shlex.quote(str(record.kickoff_id))
+                command = f"prefect-crew runs resolve {key} --kickoff-id {kickoff_id}"
+                self._log_unsaved(record, f"that could not be recorded. Once the ledger is back: {command}")
             raise
         finally:
             if record.phase is not RecordPhase.CLAIMED:
@@ -426,22 +430,18 @@ class Ledger:
         if not mine:
             raise ResolveError(f"{place[:1].upper()}{place[1:]} is {state} in the ledger. Nothing was changed.")
         if record.kickoff_id in (None, stored.kickoff_id):
-            run_logger().warning("The ledger already says that %s is %s, and stays so.", place, state)
+            text = "The ledger says that %s is %s, and keeps that: the state %s of this call was not written.%s"
+            advice = "" if stored.is_unresolved else " Nothing has to be done."
+            run_logger().warning(text, place, state, record.phase, advice)
         else:
-            self._log_unsaved(record, f"the ledger already says that it is {state}. ")
+            look = f"The ledger keeps that. Look at run {record.kickoff_id} on the crew's page."
+            self._log_unsaved(record, f"the ledger already says that it is {state}. {look}")
 
     def _log_unsaved(self, record: RunRecord, why: str) -> None:
         """Log the id of a run that is in no ledger, since nobody else knows the id."""
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
-            run_logger().error(
-                "Row %r of batch %s is run %s, and %sprefect-crew runs resolve %s --kickoff-id %s",
-                self.row_key(record.idempotency_key),
-                self.batch,
-                record.kickoff_id,
-                why,
-                shlex.quote(record.idempotency_key),
-                shlex.quote(record.kickoff_id),
-            )
+            row = self.row_key(record.idempotency_key)
+            run_logger().error("Row %r of batch %s is run %s, and %s", row, self.batch, record.kickoff_id, why)
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a row, the first one first; none for a key of no row of this batch."""
@@ -509,7 +509,7 @@ class Ledger:
         return await self._run(lambda connection: connection.execute(statement).rowcount == 1, "written", once=True)
 
     async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
-        """Write an answer again, with its outcome."""
+        """Replace the run's answer `number` by `review`, whose `outcome` or `moved_on` has changed."""
         where = (*self._attempt(answers, record), answers.c.number == number)
         await self._execute(sa.update(answers).where(*where).values(review=review.model_dump_json()))
 

@@ -108,8 +108,8 @@ class BatchOptions(BaseModel):
         start, stop = (int(number) if number else None for number in match.groups()) if match else (None, None)
         if (start is stop is None) or (stop is not None and (start or 0) >= stop):
             raise ConfigurationError(
-                f"rows is {self.rows!r}. Give a range START:STOP of row numbers from 0, without STOP, such as "
-                "'0:500000' or '500000:'."
+                f"rows is {self.rows!r}. Give a range START:STOP of row numbers from 0, such as '0:500000' or "
+                "'500000:'. The range ends before row STOP."
             )
         return slice(start, stop)
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from prefect_crew.batches.database import create_private
-from prefect_crew.batches.dataset import COMPRESSED, is_remote, polars, shown_address, told, whole_address
+from prefect_crew.batches.dataset import COMPRESSED, error_text, is_remote, polars, shown_address, whole_address
 from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
 from prefect_crew.batches.rows import rejected_name
@@ -79,7 +79,7 @@ class Output:
         except DatasetError as error:
             problem = error.reason
         except (ImportError, ValueError) as error:
-            problem = f"cannot be written: {told(error, address)}."
+            problem = f"cannot be written: {error_text(error, address)}."
         if problem is not None:
             raise ConfigurationError(f"The export {self.name} {problem} Nothing was started.")
 
@@ -175,7 +175,7 @@ class Output:
         except CrewError:
             raise
         except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
-            raise ExportError(self._unwritten(told(error, self.address), consequence)) from None
+            raise ExportError(self._unwritten(error_text(error, self.address), consequence)) from None
 
     def _unwritten(self, problem: str, consequence: str) -> str:
         return f"The export {self.name} cannot be written: {problem}. {consequence}"
@@ -276,7 +276,9 @@ class TableOutput(Output):
     ) -> None:
         """Make sure that the table can be written, and that rows of the batch's name are its own. Raises ExportError.
 
-        Several batches may share a table, also with equal names on two Prefect servers.
+        Several batches may share a table, also with equal names on two Prefect servers. `is_new`: whether the batch has
+        not written to this table yet, so that rows of its name are another batch's. The error names `remedy` and
+        `consequence`, and another name or table if nothing was started.
         """
         results = self._results()
 

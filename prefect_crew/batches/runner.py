@@ -282,7 +282,7 @@ class Runner:
         job = RowJob(-1, self.ledger.row_key(record.idempotency_key), inputs)
         async with self._turns.of(job):
             try:
-                await self.throttle.found(job.key)
+                await self.throttle.take_slot(job.key)
                 await self._wait(job, record, first_look=True, counts=False)
             finally:
                 self.throttle.left(job.key)
@@ -315,7 +315,7 @@ class Runner:
                 record, is_found = start, start.owner != owner
                 count += not is_found
             else:
-                await self.throttle.found(job.key)
+                await self.throttle.take_slot(job.key)
             end = await self._wait(job, record, first_look=is_found)
             if end is None:
                 return None
@@ -403,7 +403,10 @@ class Runner:
         return bool(self.waiting) or self.throttle.under_way > 1
 
     async def _no_run(self, job: RowJob, error: CrewError) -> RowEnd | None:
-        """Return the end of a row whose kickoff gave no run; None if the row is tried again or left."""
+        """Return the end of a row whose kickoff gave no run.
+
+        Return None if this call tries the row again, or leaves it for a later call.
+        """
         if isinstance(error, FlowRunCancelledError):
             self.throttle.stop(str(error))
             return None
@@ -649,7 +652,8 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
 
 
 async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:
-    """Call `tick` about once a second, until the rows have ended, or the flow run `own` is cancelled or has ended here.
+    """Call `tick` about once a second, until the rows have ended, or until the flow run `own` is cancelled or this
+    process has ended its coroutine, which leaves the rows to the caller.
 
     The end of the rows cuts off a `tick` that takes long. Raises the errors of the rows, else of `tick`.
     """

@@ -27,12 +27,12 @@ from prefect_crew.runs.reviews.answer import ASKS
 
 @dataclass(frozen=True)
 class BatchStatus:
-    """The status of a batch in its ledger: counts of rows, bad ones among `total`.
+    """The status of a batch in its ledger: counts of rows. `total` includes the `bad_count` rows that cannot be run.
 
-    `failed` includes the `stopped` rows, which include the `owed` rows: these stopped with the batch and run again with
-    it. `in_flight` includes the rows `waiting` for a person at their last poll; `left` rows were not kicked off.
-    `median` and `longest` are the seconds of runs that have ended. `running`: a process runs the batch now. `why_not`
-    is the reason why its name alone is not enough to continue it.
+    `failed` includes the `stopped` rows, which include the `owed` rows. An `owed` row was stopped because the batch was
+    cancelled, and the next call of the batch runs it again. `in_flight` includes the rows `waiting` for a person at
+    their last poll; `left` rows were not kicked off. `median` and `longest` are the seconds of runs that have ended.
+    `running`: a process runs the batch now. `why_not` is the reason why its name alone is not enough to continue it.
     """
 
     name: str

@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.database import lock_key
-from prefect_crew.batches.dataset import PART, Dataset, Spool, shown_address, told
+from prefect_crew.batches.dataset import PART, Dataset, Spool, error_text, shown_address
 from prefect_crew.client.redaction import Redactor
 from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError
 
@@ -94,7 +94,7 @@ class SqlDatabase:
         except CrewError:
             raise
         except Exception as error:  # noqa: BLE001  each driver raises errors of its own
-            problem = self._redact(told(error, ""))
+            problem = self._redact(error_text(error, ""))
         raise failure(problem)  # here, so that it has no context, whose frames hold parameters
 
     def prepare(self, connection: sa.Connection, table: sa.Table) -> str | None:

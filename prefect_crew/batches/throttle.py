@@ -211,7 +211,7 @@ class Throttle:
         if self._options.breaker is not None and self._failed_in_a_row >= self._options.breaker:
             self.stop(f"{self._failed_in_a_row} rows failed in a row. Last error: {why}")
 
-    async def found(self, row: str) -> None:
+    async def take_slot(self, row: str) -> None:
         """Take a slot for a row in flight, which goes on without one if that fails."""
         if self.slots is not None:
             with suppress(*PREFECT_ERRORS, ConfigurationError):
@@ -229,7 +229,7 @@ class FirstPoll:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._known: deque[float] = deque(maxlen=200)
+        self._times: deque[float] = deque(maxlen=200)
         self._count = 0
 
     def add(self, record: RunRecord) -> None:
@@ -240,10 +240,10 @@ class FirstPoll:
             took = 0.9 * (record.ended_at - record.kicked_off_at).total_seconds()
         if took is None:
             return
-        self._known.append(took)
+        self._times.append(took)
         self._count += 1
         if self._count in (5, 10) or self._count % 20 == 0:
-            self.seconds = sorted(self._known)[len(self._known) // 10]
+            self.seconds = sorted(self._times)[len(self._times) // 10]
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -29,7 +29,8 @@ NOTED_WITHIN = 5.0
 
 
 async def note_before_rows_leave(ledger: Ledger) -> None:
-    """Note in the turns of all rows that are over that they are: later calls do not look at rows that have left.
+    """Note for all rows that have ended that their turns are over: later calls do not look at rows that have left the
+    data set.
 
     Raises:
         LedgerError, PREFECT_ERRORS: The ledger or the Prefect API cannot be reached.

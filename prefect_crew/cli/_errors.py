@@ -27,12 +27,13 @@ from prefect_crew.exceptions import (
     DatasetError,
     InvalidInputsError,
     KickoffUncertainError,
+    RunNotFoundError,
     SessionBlockedError,
 )
 
 OTHER, ROWS, CLOSED_PIPE, TERMINATED = 1, 6, 141, 143
 CODES: Mapping[int, Sequence[type[BaseException]]] = {
-    2: (CycloptsError, ConfigurationError, InvalidInputsError, DatasetError),
+    2: (CycloptsError, ConfigurationError, InvalidInputsError, DatasetError, RunNotFoundError),
     3: (CrewFailedError, CrewStoppedError, CrewLostError),
     4: (KickoffUncertainError, AnswerUncertainError, SessionBlockedError),
     5: (CrewTimeoutError,),
@@ -54,7 +55,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def message(error: BaseException, run: str | None = None) -> str:
-    """Return what a person reads about an error, on one line: what happened and what to do.
+    """Return one line about an error for a person: the event, and the next step.
 
     Args:
         error: The error.
@@ -79,9 +80,9 @@ def message(error: BaseException, run: str | None = None) -> str:
 
 
 def own_error(error: BaseException) -> BaseException:
-    """Return this package's error for an error of Prefect's client: the API cannot be reached, or refuses the key.
+    """Return this package's error if the Prefect API cannot be reached or refuses the key, else the error as it is.
 
-    Errors of the crew's client are errors of ours.
+    Errors of the crew's client are this package's errors already.
     """
     if isinstance(error, CrewError | CycloptsError) or is_signal(error):
         return error

@@ -60,7 +60,7 @@ Pool = Annotated[str | None, Parameter(name=["--pool", "-p"])]
 
 
 def is_url(crew: str) -> bool:
-    """Return whether CREW is a URL and not the name of a stored crew, which has no such signs in it."""
+    """Return whether CREW is a URL: it contains `://`, which the name of a stored crew cannot contain."""
     return "://" in crew
 
 
@@ -185,7 +185,8 @@ class CrewOfRun(CrewAccess):
         if self.crew is None:
             return None
         raise ConfigurationError(
-            f"Run {record.idempotency_key!r} is of the crew at {record.crew_url}, not of {loaded_crew.url}."
+            f"Run {record.idempotency_key!r} is of the crew at {record.crew_url}, not of {loaded_crew.url}. Give "
+            "--crew with the URL of the run."
         )
 
     async def need(self, record: RunRecord) -> Crew:

@@ -454,7 +454,7 @@ async def _go_on(
 
 @app.command
 async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = CrewOfRun()) -> int:
-    """Cancel the flow run that runs a batch. Without a flow run, stop the batch's runs in flight."""
+    """Cancel the flow run that runs a batch. If no process runs the batch, stop the batch's runs in flight."""
     sentence, code = await _cancel(name, ledger, crew)
     _output.put(sentence)
     return code
@@ -489,7 +489,10 @@ async def _cancel_flow_run(run_id: str | None) -> str:
                     why = getattr(answer.details, "reason", None) or answer.status
                     raise NotStoppedError(f"Prefect does not cancel flow run {run.name}, which runs this batch: {why}.")
                 return f"flow run {run.name} is being cancelled."
-    raise NotStoppedError("A process runs this batch in an unknown flow run. Cancel that on Prefect's page.")
+    raise NotStoppedError(
+        "A process runs this batch, and no unfinished flow run is on record for it. Find that flow run on Prefect's "
+        "page and cancel it."
+    )
 
 
 async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfRun) -> int:

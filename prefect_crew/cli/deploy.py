@@ -47,7 +47,7 @@ from prefect_crew.cli._options import (
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.crew import CrewSession
 from prefect_crew.deployments import backfill as create_runs
-from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, read_deployment, shared_key
+from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, read_deployment
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
 
@@ -133,7 +133,9 @@ def deploy(
         for title in [title for title in kept if title != "schedule"]:
             _output.put(f"Its earlier {title} stays: {_described(kept[title])}")
         whose = "Its schedule" if schedule else "Its earlier schedule stays"
-        await _put_schedules(stored, whose, options["idempotency key"])
+        for timetable in stored.schedules:
+            if timetable.active:
+                _output.put(f"{whose}: {await describe_schedule(timetable.schedule)}")
         needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
         example = json.dumps(dict.fromkeys(needed, "…"), ensure_ascii=False)
         argument = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
@@ -154,18 +156,8 @@ async def _put_version(crew: str | None) -> None:
                 _output.put(f"The crew has version {version} now.")
 
 
-async def _put_schedules(deployment: DeploymentResponse, whose: str, key: str | None) -> None:
-    """Write the active schedules of a deployment, and whether several times of one share the key."""
-    for timetable in deployment.schedules:
-        if timetable.active:
-            _output.put(f"{whose}: {await describe_schedule(timetable.schedule)}")
-            if again := await shared_key(key, timetable.schedule):
-                shared = f"Several times of the schedule share the key {again!r}"
-                _output.note(f"{shared}: only the first of them starts a run.")
-
-
 def _kept(earlier: DeploymentResponse | None, choices: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of an earlier deployment that are no choice of today. Prefect would remove them."""
+    """Return the options of an earlier deployment that this command does not set. Prefect would remove them."""
     if earlier is None:
         return {}
     limit, how = earlier.global_concurrency_limit, earlier.concurrency_options

@@ -126,7 +126,7 @@ async def reject(
     """Reject the output that a run shows: the task is done again with the feedback.
 
     Args:
-        feedback: A text for the crew: what to do better.
+        feedback: A text for the crew, such as "Shorter, and name the prices."
     """
     if not feedback.strip():
         raise ConfigurationError("--feedback is empty. Write what the crew has to do better.")

@@ -291,7 +291,7 @@ def _result_of(body: Mapping[str, Any]) -> tuple[str, Any]:
     result = body.get("result")
     places = [value for value in values_at(body, *_OUTPUT) if value is not result or not as_object(value)]
     texts = [value for value in places if isinstance(value, str)]
-    # From the best place to the last one: what is structured by its name, objects, and texts that contain JSON.
+    # From the best place to the last one: fields for structured results, then objects, then texts that contain JSON.
     values = [*values_at(body, *_DATA)]
     values += [value for value in values_at(body, "result.output", "output") if isinstance(value, dict | list)]
     if not isinstance(result, str) and not (as_object(result).keys() & _RESULT_KEYS):

@@ -83,7 +83,7 @@ def checked_url(url: str, *, allow_http: bool, what: str = "The crew's URL") -> 
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host is this machine: `localhost` or an address. Any other name may lead elsewhere."""
+    """Return whether a host is this machine: `localhost` or a loopback address. Any other name may lead elsewhere."""
     if host == "localhost":
         return True
     try:

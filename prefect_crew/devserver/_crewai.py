@@ -331,8 +331,8 @@ class _Watch:
                     self._step(event, "thought", thought)
             case events.AgentLogsExecutionEvent(formatted_answer=answer):
                 self._step(event, "final_answer", _result_of(getattr(answer, "output", answer))[0])
-            case events.ToolUsageFinishedEvent(output=said) | events.ToolUsageErrorEvent(error=said):
-                self._step(event, "tool", str(said), tool=event.tool_name)
+            case events.ToolUsageFinishedEvent(output=text) | events.ToolUsageErrorEvent(error=text):
+                self._step(event, "tool", str(text), tool=event.tool_name)
             case _:
                 pass
 
@@ -449,7 +449,10 @@ def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
         restored = {"restore_from_state_id": run.restore_from} if _is_flow(crew) and run.restore_from else {}
         result = crew.kickoff(inputs=dict(run.inputs), **restored)
     if isinstance(result, HumanFeedbackPending):
-        raise ProgramError("The flow asks people by its own provider, whose answers do not reach this server.")
+        raise ProgramError(
+            "The flow asks people by its own provider, whose answers do not reach this server. Leave the provider out "
+            "of the flow."
+        )
     output, data = _result_of(result)
     counted = crew.usage_metrics if _is_flow(crew) else result.token_usage
     usage = TokenUsage(**counted.model_dump(include=set(TokenUsage.model_fields)))

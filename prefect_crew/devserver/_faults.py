@@ -23,7 +23,8 @@ PLACES = HTTP_PLACES + WEBHOOK_PLACES
 
 class Kind(NamedTuple):
     """A fault: the text says what the server does, `value` is the default of VALUE (None if it takes none), `places`
-    are its possible places, `group` is the thing that it spoils. `is_after`: without a suffix it comes late.
+    are its possible places, `group` is the thing that it spoils. `is_after`: the fault comes after the server's work if
+    its name has neither suffix, `-before-accept` or `-after-accept`.
     """
 
     text: str

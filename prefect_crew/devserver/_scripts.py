@@ -109,7 +109,10 @@ class CrewScript(_Part):
                 raise ValueError(f"{where} is not a template: {error.message} (line {error.lineno} of it)") from None
             if hidden := sorted(used & _OF_RUN & {*inputs}):
                 name = hidden[0]
-                raise ValueError(f"{where} uses {name}, which is not the input here. Write inputs.{name}")
+                raise ValueError(
+                    f"{where} uses {name}, which is a fact of the run here, not the input of that name. Write "
+                    f"inputs.{name}"
+                )
             unknown = used - {*inputs, *_SCOPE}
             if inputs and unknown:  # a crew that names no inputs takes any
                 raise ValueError(f"{where} uses {', '.join(sorted(unknown))}, and the inputs are {', '.join(inputs)}")

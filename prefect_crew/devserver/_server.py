@@ -132,7 +132,9 @@ class CrewServer:
         if response_format not in FORMATS:
             raise ValueError(f"There is no response format {response_format!r}. Formats: {', '.join(FORMATS)}.")
         if generation not in get_args(Generation):
-            raise ValueError(f"generation must be 'first' or 'later', not {generation!r}.")
+            raise ValueError(
+                f"generation must be 'first' or 'later', not {generation!r}: it chooses the words of webhooks' bodies."
+            )
         specs = spec if isinstance(spec, Mapping) else {"": spec}
         programs = {name: load_program(source, speed=options.get("speed", 1.0)) for name, source in specs.items()}
         self.port: int = port
@@ -409,7 +411,7 @@ class CrewServer:
 
     async def _resume(self, request: Request, crew: CrewRuns) -> Response:
         body, targets = await _read(request, _Resume)
-        run = _known(crew, body.execution_id)
+        run = _known_run(crew, body.execution_id)
         if self._sender.review is not None:
             raise _RefusedError(400, "Execution not pending", "A Flow takes its answer at the callback URL.")
         word = run.answer(body.task_id, Answer(body.is_approve, body.human_feedback), targets)
@@ -431,7 +433,7 @@ class CrewServer:
         return _JSON({"status": "accepted", "request": {"status": "responded", "feedback": feedback}})
 
     async def _stop(self, request: Request, crew: CrewRuns) -> Response:
-        run = _known(crew, request.path_params["id"])
+        run = _known_run(crew, request.path_params["id"])
         if not crew.stop(run):  # never published, and the same in all formats
             return _JSON({"detail": f"Cannot stop execution. Current state: {WORDS[run.state][0]}"}, 400)
         return _JSON({"status": "stopped", "kickoffId": run.id})
@@ -458,7 +460,7 @@ class CrewServer:
                 return _JSON(body, status, headers)
 
 
-def _known(crew: CrewRuns, id_: str) -> Run:
+def _known_run(crew: CrewRuns, id_: str) -> Run:
     run = crew.runs.get(id_)
     if run is None or "forgotten" in run.faults:
         raise _RefusedError(404, "Execution not found", "No execution found with the given id.")

@@ -141,7 +141,10 @@ def _stream_body(run: Run, type_: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ReviewWebhook:
-    """The address of a Flow's questions, and the secret that signs them. The first option approves."""
+    """The URL to which the dev server sends a Flow's questions, and the secret that signs them.
+
+    The first of `options` approves.
+    """
 
     url: str
     secret: str = field(repr=False)

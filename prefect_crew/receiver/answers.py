@@ -3,9 +3,10 @@
     GET  /answer/{token}    the question, what is judged, a form; it changes nothing, since chat programs fetch links
     POST /answer/{token}    sends the answer, once
 
-    200 the question, or: sent          404 forged, expired, used, sent by another site, or about no open question
+    200 the question, or: sent          404 forged, expired, sent by another site, or not about the open question
     400, 408, 413, 415 no whole form    403 the proxy that signs people in names nobody
-    409 read again, answered, closed    502 it may have arrived       503 not sent, or nothing can be read: try again
+    409 the question changed, was answered or was closed after the person had opened its page
+    502 it may have arrived             503 not sent, or nothing can be read: try again
 
 `answer_question` sends the answer, and the answer on record says that the question has one: a click, a form and the
 command line at the same time give one answer. The receiver keeps nothing, so several may serve one address.
@@ -109,7 +110,7 @@ class _Form:
         if len(self.feedback) > MAX_FEEDBACK:
             raise ConfigurationError(f"The feedback is too long: write at most {MAX_FEEDBACK:,} characters.")
         if self.decision == "reject" and not self.feedback.strip():
-            raise ConfigurationError("Write what the crew has to do better.")
+            raise ConfigurationError("A rejection needs feedback. Write what the crew has to do better.")
         option = options.get(self.decision)
         approve = self.decision == "approve" if option is None else approves(question.options, option)
         by = name or one_line(self.name)[:MAX_NAME] or NOBODY_NAMED
@@ -176,7 +177,8 @@ class AnswerPages:
         except BodyError as error:
             return _message(error.status, "Nothing was sent", f"The request cannot be used: {error}.")
         except Exception as error:  # noqa: BLE001  the server would log the error with its frames
-            logger.warning("A question of run %s could not be read: %s", visit.link.kickoff_id, _reason(error))
+            text = "An answer link to run %s could not show its question, and asked to be opened again: %s"
+            logger.warning(text, visit.link.kickoff_id, _reason(error))
             why = (
                 "Nothing was sent. Open the link again in a minute. If that fails too, tell the channel where you got "
             )
@@ -328,7 +330,10 @@ async def _open_run(kickoff_id: str, stack: AsyncExitStack) -> LiveRun | None:
     if crew is None and record.phase is RecordPhase.ENDED:
         return None
     if crew is None:
-        raise CrewError(f"The crew {record.crew} of the run is not stored, or has another URL now. Store it again.")
+        raise CrewError(
+            f"The crew {record.crew} of the run is not stored, or has another URL than the run. Store it under this "
+            "name with the run's URL."
+        )
     run = LiveRun(crew, kickoff_id, record, records=records)
     stack.enter_context(withholding(run.redact_text))
     await stack.enter_async_context(run.session)

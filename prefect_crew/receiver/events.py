@@ -47,11 +47,11 @@ _TYPE = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,99}")
 
 @dataclass(frozen=True)
 class WebhookEvent:
-    """An event that the receiver will emit.
+    """An event that the receiver has read from a webhook's body.
 
-    `name` follows `crew.webhook.`. `facts` are the body's, which nobody has checked. The same delivery has the same
-    `id`, so that the server keeps one event of two. `said_key` is the idempotency key in the body's `meta`, if there is
-    one. `output` is the text that a person has to judge.
+    Its name on the Prefect server is `crew.webhook.` and then `name`. `facts` are the body's, which nobody has checked.
+    The same delivery has the same `id`, so that a process that waits counts one webhook of two. `said_key` is the
+    idempotency key in the body's `meta`, if there is one. `output` is the text that a person has to judge.
     """
 
     hook: Hook
@@ -67,7 +67,7 @@ class WebhookEvent:
 def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
     """Return the events in a delivery: one event, or up to `MAX_STREAMED` events of a stream.
 
-    The same body at the same URL gives the same ids, of which the Prefect server keeps one.
+    The same body at the same URL gives the same ids, so that a process that waits counts each event once.
 
     Raises:
         ResponseFormatError: The body is not an object, or names no run, or is of a stream and holds no events.
@@ -107,7 +107,7 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
         hook=hook,
         name=hook.kind,
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/{digest}"),
-        facts=_said(hook, facts_of_body, names),
+        facts=_event_facts(hook, facts_of_body, names),
         kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(source.get("meta")),
         output=_output_of(source) if hook.kind == "human_input" and hook.names else None,
@@ -143,7 +143,7 @@ def _streamed(hook: Hook, event: Mapping[str, Any], place: str) -> WebhookEvent:
         hook=hook,
         name=f"stream.{type_}",
         id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/stream/{type_}/{same}"),
-        facts=_said(hook, facts, {"name": data.get("task_name"), "agent": data.get("agent_role")}),
+        facts=_event_facts(hook, facts, {"name": data.get("task_name"), "agent": data.get("agent_role")}),
         kickoff_id=_short(kickoff_id),
         said_key=_idempotency_key(data.get("meta")),
     )
@@ -153,7 +153,7 @@ def _counts(usage: TokenUsage | None) -> dict[str, Any]:
     return {} if usage is None else usage.model_dump(exclude_none=True)
 
 
-def _said(hook: Hook, facts: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+def _event_facts(hook: Hook, facts: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts of an event, without names, and without ids that may be sentences, if these may hold a secret.
 
     The facts have no control characters: PostgreSQL stores no NUL, and the server would lose other events too.

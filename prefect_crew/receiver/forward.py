@@ -3,7 +3,8 @@
 The receiver keeps the latest webhooks for processes that ask for webhooks after their last one. It holds an answer back
 until there is one, so a webhook reaches a waiting process within milliseconds. After that an end or a question becomes
 an event, which automations read and Prefect's own thread sends. The signed URL has a run's facts for the event, so no
-webhook costs a request to Prefect. A question is stored before a process is woken.
+webhook waits for a request to Prefect. Seconds later one request reads the records of up to a hundred runs, since a
+webhook can resolve an uncertain kickoff. A question is stored before a process is woken.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import shlex
 from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import replace
@@ -278,7 +280,7 @@ class Forwarder:
             return
         await keep_output(event.hook.idempotency_key, event.hook.attempt or 1, event.hook.round, event.output or "")
         if len(self._stored) >= REMEMBERED:
-            self._stored.clear()
+            del self._stored[next(iter(self._stored))]
         self._stored[name] = digest
 
     # Uncertain kickoffs
@@ -310,7 +312,7 @@ class Forwarder:
                     self._begin_to_resolve(event, str(event.kickoff_id))  # if that is in vain, its next webhook tries
                 else:
                     if len(self._seen) >= REMEMBERED:
-                        self._seen.clear()
+                        del self._seen[next(iter(self._seen))]
                     self._seen[name] = None
 
     def _begin_to_resolve(self, event: WebhookEvent, kickoff_id: str) -> None:
@@ -352,9 +354,10 @@ class Forwarder:
                     emit("resolved", record, once=True)
         elif outcome is not Resolution.NOT_NEEDED:
             logger.warning(
-                "Idempotency key %s stays uncertain: its webhook names run %r (%s). To resolve it, run: prefect-crew "
-                "runs resolve",
+                "Idempotency key %s stays uncertain: its webhook names run %r, which could not be recorded (%s). Look "
+                "at the crew's page, then run: prefect-crew runs resolve %s --kickoff-id ID, or --never-started",
                 key,
                 kickoff_id,
                 outcome,
+                shlex.quote(key),
             )

@@ -98,7 +98,7 @@ class ReceiverServer(WebServer):
             limit_concurrency=CONNECTIONS,
             server_header=False,
             proxy_headers=False,
-            # Longer than clients and proxies keep theirs: one that we close meets a webhook that is sent once.
+            # Longer than clients and proxies keep theirs: else a webhook, sent once, may meet a closed connection.
             timeout_keep_alive=75,
             timeout_graceful_shutdown=2,
         )

@@ -423,7 +423,7 @@ class RecordStore(Protocol):
         ...
 
     async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
-        """Write the outcome of an answer: whether the crew's server took it."""
+        """Replace the run's answer `number` by `review`, whose `outcome` or `moved_on` has changed."""
         ...
 
     async def remove_review(self, record: RunRecord, number: int, review: Review) -> None:

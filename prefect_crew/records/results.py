@@ -57,7 +57,10 @@ async def stored_result(record: RunRecord) -> StoredResult | None:
                 return StoredResult.model_validate_json(str(artifact.data))
     except (*PREFECT_ERRORS, ValueError) as error:
         reason = type(error).__name__
-        run_logger().warning("The result of run %s could not be read (%s).", record.idempotency_key, reason)
+        text = (
+            "The stored result of run %s could not be read from Prefect (%s). The call needs the crew's server for it."
+        )
+        run_logger().warning(text, record.idempotency_key, reason)
     return None
 
 

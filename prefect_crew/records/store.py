@@ -293,6 +293,8 @@ class PrefectRecords:
     async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
         """Create the attempt's Variable. Return False if another caller's Variable has its name.
 
+        Also return False if this call deleted attempts to make room, or if somebody has resolved this claim since.
+
         Raises:
             CrewError: This version cannot read the Variable that has the name.
             TooManyAttemptsError: The key has as many attempts on record as it may have.
@@ -365,7 +367,10 @@ class PrefectRecords:
     async def permit(
         self, record: RunRecord, good_for: float, *, before: Lease | None = None, lease: Lease | None = None
     ) -> bool:
-        """Create the next permit of a claim. Return False if another entry has its number, or the record is gone."""
+        """Create the next permit of a claim, with its `lease`. Return False if another entry has its number.
+
+        If the earlier lease `before` is over, also return False if somebody has resolved the claim, or if it is gone.
+        """
         about = record.model_dump(include={"idempotency_key", "attempt", "owner", "estimates", "turn"})
         if not await self._add_entry(record, Entry(good_for=good_for, **about), partial(create_variable, lease=lease)):
             return False
@@ -664,7 +669,7 @@ class PrefectRecords:
         return stands is not None and stands.value.get("nonce") == nonce
 
     async def save_review(self, record: RunRecord, number: int, review: Review) -> None:
-        """Write the outcome of an answer: whether the crew's server took it."""
+        """Replace the run's answer `number` by `review`, whose `outcome` or `moved_on` has changed."""
         await patch_variable(f"name/{_answer_name(record, number)}", {"value": review.model_dump(mode="json")})
 
     async def remove_review(self, record: RunRecord, number: int, review: Review) -> None:

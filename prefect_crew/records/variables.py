@@ -140,7 +140,7 @@ async def read_pages(
 
 
 async def read_exact(names: Sequence[str]) -> list[Variable]:
-    """Return the Variables with these names, `PAGE` names at most, as one snapshot."""
+    """Return the Variables that have one of these names, as one snapshot. The caller gives at most `PAGE` names."""
     variables = await named_reads().read([*names], _ask_by_name, PAGE)
     return [variable for variable in variables if variable.name in names]
 

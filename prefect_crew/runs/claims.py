@@ -24,7 +24,11 @@ AGAIN = 0.2
 
 @dataclass
 class OtherClaim:
-    """How a call treats a claim that another call made, which it reads again until the decision about it stands."""
+    """Checks whether a call's decision about another call's claim stands. If not, the call reads the claim again.
+
+    The call reads the claim again while the other call may still send the kickoff, once more before it takes the claim
+    as uncertain, and after it has voided a claim that the other call gave up.
+    """
 
     records: RecordStore
     delay: float = field(default_factory=lambda: AGAIN)

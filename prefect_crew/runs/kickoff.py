@@ -136,7 +136,7 @@ class _Start:
                         "before its kickoff could be sent. The Prefect API answers too slowly, or this machine "
                         "sleeps. Fix that, then run again with the same key."
                     ) from None
-                run_logger().warning("Run %s: %s The attempts on record now count.", key, lost)
+                run_logger().warning("Run %s: %s This call looks at its attempts again.", key, lost)
             else:
                 return decision, record
 
@@ -352,10 +352,10 @@ class _Start:
     async def _take_permit(self, *, pause: float = 0.0) -> None:
         """Take the next permit of the claim, and wait for `pause` seconds. Its lease replaces the last one.
 
-        If this fails or is cancelled, it gives the claim back.
+        If another error or a cancellation prevents this, it gives the claim back.
 
         Raises:
-            ClaimLostError: Somebody else has resolved the claim.
+            ClaimLostError: Somebody else has resolved the claim, so there is no claim to give back.
         """
         record, lease = self.record, Lease(pause + PERMIT_GOOD_FOR)
         async with self._giving_back():

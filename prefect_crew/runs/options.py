@@ -1,4 +1,4 @@
-"""The options of a run, checked before anything is started, and the request that contains them."""
+"""The options of a run, checked before anything is started, and `RunRequest`: a crew, its inputs and the options."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Watcher:
         return False
 
     def next_pause(self, delay: float) -> float:
-        """Return the next pause; `delay` is the pause by the policy. A time limit may still shorten it."""
+        """Return the next pause. A watcher may change `delay`, the pause by the policy; a time limit may shorten it."""
         return delay
 
     def has_answered(self) -> bool:

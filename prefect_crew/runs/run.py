@@ -153,7 +153,10 @@ class LiveRun:
         return {"kickoff_id": self.kickoff_id, "crew": self.crew.label, "idempotency_key": self.idempotency_key}
 
     def as_argument(self, name: str | None = None) -> str:
-        """Return its key or its id as an argument of a command, with `--crew` if the crew is not a stored block."""
+        """Return the run as an argument of a command: `name`, such as its key, else its id.
+
+        `--crew URL` follows if the crew is not a stored block.
+        """
         crew = "" if self.crew.block else f" --crew {shlex.quote(self.crew.url)}"
         return f"{shlex.quote(name or self.kickoff_id)}{crew}"
 

@@ -324,7 +324,8 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
             text = "Crew run %s continues at %s: its server has no /stop. Idempotency key %r will have its result."
             log.warning(text, kickoff_id, record.crew_url, record.idempotency_key)
         else:
-            log.warning("Crew run %s was not stopped: %s. %s", kickoff_id, answer.outcome, answer.message or "")
+            words = f" The crew's server says: {answer.message}" if answer.message else ""
+            log.warning("Crew run %s was not stopped: %s.%s", kickoff_id, answer.outcome, words)
             await _save_reason(before, record, records)
         await close_stopped(session.client, session.crew, record, answer, records)
         return answer.accepted

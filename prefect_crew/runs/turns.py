@@ -148,7 +148,13 @@ async def _watch(
 
 
 async def _pause(turn: Turn, policy: WaitPolicy, asked_at: datetime) -> Turn | None:
-    """Pause while the turn is a row of a batch whose ledger this call cannot read. Return the turn as it is then."""
+    """Pause once for a turn that is a row of a batch whose ledger this call cannot read.
+
+    Return the turn, read again; None if it is gone.
+
+    Raises:
+        SessionBlockedError: `policy.timeout` seconds are over since `asked_at`.
+    """
     left = float("inf") if policy.timeout is None else policy.timeout - (utcnow() - asked_at).total_seconds()
     if left <= 0:
         raise _blocked(

@@ -532,7 +532,7 @@ def test_spooled_rows_stay_out_of_memory_and_go_at_the_end():
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
-        (lambda: sqlite_cursor("CREATE TABLE t (a)"), "sqlite3 Cursor: has no rows: execute a query that returns rows"),
+        (lambda: sqlite_cursor("CREATE TABLE t (a)"), "sqlite3 Cursor: has no result: execute a query that"),
         (lambda: sqlite_cursor("SELECT 1 AS a, 2 AS a"), "the columns 'a' appear twice"),
         (lambda: sqlalchemy_result("SELECT 1 AS a, 2 AS a"), "the columns 'a' appear twice"),
         (lambda: sqlalchemy_result("SELECT 1 AS a, 2 AS a").all(), "line 1: has the columns 'a' twice"),

@@ -92,7 +92,7 @@ def test_what_waits_is_answered_once_a_round(
         approved = wait_until(lambda: (done := here(*approve)).code == 0 and done, "it counts as the next question")
         assert (approved.json["round"], approved.json["approve"], approved.json["outcome"]) == (2, True, "sent")
         outcome = running.result(90)
-    assert here("reviews", "approve", key).code == 1
+    assert here("reviews", "approve", key).code == (2 if rows else 1)
     if not rows:
         assert outcome == "sent to Ada"
         assert "does not wait for a person: it has ended (completed)" in here("reviews", "approve", key).err

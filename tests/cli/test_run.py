@@ -74,7 +74,7 @@ def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewS
     assert crews.kickoffs_by_key["key of eve"] == 2
     other = here("run", greet, "-i", "who=Bob", "--key", "key of eve")
     assert (other.code, "prefect-crew runs inspect 'key of eve'" in other.err) == (1, True)
-    assert here("result", "never used").code == 1
+    assert here("result", "never used").code == 2
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_a_run_is_found_by_its_kickoff_id_and_the_crew_asked(here, write: Write,
     assert not {"owner", "process", "version"} & set(document), "what is of no use to anybody"
     assert "The crew's server: " in here("runs", "inspect", kickoff_id, *crew).out
     assert "The crew's server was not asked." in here("runs", "inspect", kickoff_id).err
-    assert here("runs", "inspect", "nobody used this").code == 1
+    assert here("runs", "inspect", "nobody used this").code == 2
     # A start that was refused does not hide the run before it.
     write(idempotency_key=record.idempotency_key, attempt=2, phase=RecordPhase.NOT_STARTED)
     started, refused = here("runs", "inspect", record.idempotency_key, *crew, "-o", "json").json
@@ -196,7 +196,7 @@ def test_prune(here, write: Write, monkeypatch: pytest.MonkeyPatch):
     assert here("runs", "inspect", old.idempotency_key).code == 0
     assert here("runs", "prune").code == 2, "nobody confirmed"
     assert here("runs", "prune", "--yes").out.startswith(f"{counted['runs']} records removed.")
-    assert here("runs", "inspect", old.idempotency_key).code == 1
+    assert here("runs", "inspect", old.idempotency_key).code == 2
     assert here("runs", "inspect", open_.idempotency_key).code == 0
 
 

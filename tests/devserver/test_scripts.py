@@ -40,7 +40,7 @@ X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
         ),
         (
             f"{T}output: '{{{{ round }}}} {{{{ inputs.round }}}}'\ninputs: [round]",
-            [": tasks.0.output uses round, which is not the input here. Write inputs.round"],
+            [": tasks.0.output uses round, which is a fact of the run here, not the input .*Write inputs.round"],
         ),
     ],
     ids=lambda value: value[0][-30:] if isinstance(value, list) else "",

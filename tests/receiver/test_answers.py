@@ -229,7 +229,7 @@ async def test_pages_are_not_kept_framed_or_indexed(chat: Chat):
         ({}, 400, "Choose an answer."),
         ({"decision": "nonsense"}, 400, "Choose an answer."),
         ({"decision": "option-0"}, 400, "Choose an answer."),
-        ({"decision": "reject", "feedback": " \n "}, 400, "Write what the crew has to do better."),
+        ({"decision": "reject", "feedback": " \n "}, 400, "A rejection needs feedback. Write what the crew has"),
         ({"decision": "reject", "feedback": "ä" * 10_001}, 400, "at most 10,000 characters"),
         ({"decision": "approve", "name": "nobody, in time"}, 400, "Write another name."),
         ({"decision": "approve", "seen": ""}, 409, "Read it again"),

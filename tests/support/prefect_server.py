@@ -24,7 +24,7 @@ from support.environment import isolated
 from support.processes import Process, ProcessError, Program
 
 QUICK = {
-    # The defaults write at most 35 task runs a second and hold events back for five.
+    # The defaults write one task run in a transaction, and hold events back for five seconds.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",

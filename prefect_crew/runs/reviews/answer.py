@@ -529,7 +529,7 @@ async def find_run_in_flight(name: str, stores: Sequence[RecordStore]) -> tuple[
     """Return the run in flight of an idempotency key or a kickoff id, and the store that has its record.
 
     Raises:
-        CrewError: There is no such run, or it has ended.
+        CrewError: There is no such run, it has ended, or its record has no kickoff id.
     """
     for store in stores:
         attempts = await store.attempts(name)

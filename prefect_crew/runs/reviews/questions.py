@@ -31,9 +31,10 @@ def _shown_output(status: CrewStatus) -> str | None:
 
 
 def judged_output(status: CrewStatus) -> str | None:
-    """Return the text that a person judges, None if the status shows none, like the documented status.
+    """Return the text that a person judges, None if the status shows none. The status that CrewAI documents shows none.
 
-    The text is the output of the task that waits, else its last step. The output of an earlier task does not count.
+    The text is the output of the task that waits, else the status's `last_step`. The output of an earlier task does not
+    count.
     """
     return _shown_output(status) or status.last_step
 

@@ -511,7 +511,7 @@ class People:
         return delay if self._held_until is None else min(delay, 1.0)
 
     def has_answered(self) -> bool:
-        """Return whether an answer was sent since the last call."""
+        """Return whether this wait has sent an answer since the last call of this method."""
         has_answered, self._has_answered = self._has_answered, False
         return has_answered
 
